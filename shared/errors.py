@@ -1,0 +1,49 @@
+"""The errors a user can meet; every message says what, where and how to mend.
+
+CreatureError
+├── ConfigError (ValueError)         a configuration or recipe file: file, key, mend      exit code 2
+├── SessionError (ValueError)        a recording that can't be used as it is
+│   └── MediaError                   its video or audio doesn't open or decode
+└── ShardError (ValueError)          a shard set that can't be read
+    ├── FormatVersionError           written by a newer version of this software
+    └── CorruptError                 bytes differ from their checksum, or don't decode
+        └── TooManyBadSamplesError   more than the tolerated share of samples is corrupt
+"""
+
+from __future__ import annotations
+
+
+class CreatureError(Exception):
+    """Base of all errors that are the input's fault and not the program's."""
+
+    exit_code = 1
+
+
+class ConfigError(CreatureError, ValueError):
+    """A configuration or recipe can't be used; names the file, the key and the mend."""
+
+    exit_code = 2
+
+
+class SessionError(CreatureError, ValueError):
+    """A session can't be used as it is."""
+
+
+class MediaError(SessionError):
+    """A video or audio file doesn't open or decode."""
+
+
+class ShardError(CreatureError, ValueError):
+    """A shard set can't be read."""
+
+
+class FormatVersionError(ShardError):
+    """The shard set was written in a format newer than this software reads."""
+
+
+class CorruptError(ShardError):
+    """Bytes differ from their checksum, or don't decode."""
+
+
+class TooManyBadSamplesError(CorruptError):
+    """More than the tolerated share of samples is corrupt."""

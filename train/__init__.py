@@ -1,0 +1,1 @@
+"""Trainer: streams shard sets, trains a MultiModalCreature, infers."""
