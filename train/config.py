@@ -1,0 +1,203 @@
+"""The training configuration: one frozen class per YAML section; see ``configs/training_config.yaml``."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from shared.config import Section, make_section
+from shared.recipe import STREAMS, Stream
+
+
+class Head(enum.StrEnum):
+    """What the model predicts; each has its loss, ``loss_<head>``."""
+
+    INTERNAL_TEXT = "internal_text"
+    EXTERNAL_TEXT = "external_text"
+    AUDIO = "audio"
+    ANIMATION = "animation"
+
+
+HEAD_STREAM: Mapping[Head, Stream] = {
+    Head.INTERNAL_TEXT: Stream.INTERNAL_TEXT,
+    Head.EXTERNAL_TEXT: Stream.EXTERNAL_TEXT,
+    Head.AUDIO: Stream.AUDIO,
+    Head.ANIMATION: Stream.PROPRIO,
+}
+"""The stream whose next tick each head predicts."""
+
+TEXT_STREAMS = (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT)
+
+
+class DataConfig(Section):
+    """Where samples come from and how they are batched."""
+
+    shards: Path | None = None
+    """A shard set made by `python -m preprocess shards`; the fast way."""
+    root_dir: Path | None = None
+    """A folder of session folders, read directly; the small-data way."""
+    recipe: Path | None = None
+    """With root_dir: the recipe that cuts the sessions; null means the default recipe."""
+    batch_size: int = Field(8, ge=1)
+    """Samples per global batch."""
+    modalities: tuple[Stream, ...] | None = None
+    """Streams that the model sees; null means all of them, or only text where only text is trained."""
+    num_workers: int = Field(2, ge=0)
+    """Loader processes; 0 reads in the training process. Never changes which samples are in a batch."""
+    prefetch_batches: int = Field(2, ge=1)
+    """Batches each loader process keeps ready."""
+    shuffle_block_shards: int = Field(16, ge=1)
+    """Shards whose samples are mixed with each other; more mixes better, fewer reads more sequentially."""
+    last_batch: Literal["pad", "drop"] = "pad"
+    """What becomes of an epoch's incomplete last batch: filled up with samples of weight 0, or left out."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """More corrupt samples than this share of those read stop the run."""
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
+    eps: float = Field(1e-8, gt=0)
+    """Keeps the division by the root of the running mean of squares finite."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled decay, on matrices only."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Share of the peak at which the cosine ends."""
+
+
+class CheckpointConfig(Section):
+    """Where checkpoints go and how many are kept."""
+
+    save_dir: Path = Path("checkpoints")
+    """Folder of model_step_N.pt and model_final.pt."""
+    keep_last_n: int = Field(3, ge=1)
+    """Older step checkpoints are removed."""
+
+
+class LossWeights(Section):
+    """Share of each loss in loss_total; 0 switches the head off and, where nothing else needs it, its stream."""
+
+    internal_text: float = Field(1.0, ge=0)
+    """Weight of the thought loss."""
+    external_text: float = Field(1.0, ge=0)
+    """Weight of the speech loss."""
+    audio: float = Field(1.0, ge=0)
+    """Weight of the sound loss."""
+    animation: float = Field(1.0, ge=0)
+    """Weight of the movement loss."""
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> LossWeights:
+        if not any(getattr(self, head) for head in Head):
+            raise ValueError("all loss weights are 0; nothing would be learned, set one above 0")
+        return self
+
+
+class TrainingConfig(Section):
+    """The optimizer loop."""
+
+    max_steps: int = Field(100_000, ge=1)
+    """Optimizer steps of the whole run."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Decides initial weights, dropout and the order of samples."""
+    device: str = "auto"
+    """auto takes cuda where there is one, else cpu."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Numbers of the forward pass; auto takes bf16 on a GPU that has it, else fp32."""
+    compile: bool = False
+    """Compile the model by torch.compile; slower start, faster steps."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads of the trainer; null leaves torch's choice."""
+    accumulation_steps: int = Field(1, ge=1)
+    """Micro-batches of batch_size per optimizer step."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest norm of the whole gradient."""
+    log_interval: int = Field(100, ge=1)
+    """Steps between log lines."""
+    eval_interval: int = Field(1000, ge=1)
+    """Steps between measurements on held-out sessions."""
+    eval_batches: int = Field(20, ge=1)
+    """At most so many held-out batches per measurement."""
+    save_interval: int = Field(1000, ge=1)
+    """Steps between checkpoints."""
+    log_dir: Path = Path("runs")
+    """TensorBoard logs; one folder per run below it."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpointing: CheckpointConfig = CheckpointConfig()
+    loss_weights: LossWeights = LossWeights()
+
+
+class ModelConfig(Section):
+    """Size of the MultiModalCreature."""
+
+    size: Literal["tiny", "small", "medium", "large"] | None = None
+    """About 10M, 100M, 500M or 1B parameters; sets hidden_dim, num_layers and num_heads unless they are given."""
+    hidden_dim: int | None = Field(None, ge=16, multiple_of=8)
+    """Width; 512 where neither it nor size is given."""
+    num_layers: int | None = Field(None, ge=1)
+    """Depth of the backbone; 6 where neither it nor size is given."""
+    num_heads: int | None = Field(None, ge=1)
+    """Attention heads; null means one per 64 of width."""
+    vision_layers: int = Field(2, ge=0)
+    """Depth of the frame encoder."""
+    patch_size: int = Field(16, ge=2)
+    """Side of a frame patch in pixels; divides the recipe's vision.size."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of activations dropped while training."""
+    tick_rate_hz: float = Field(10.0, gt=0)
+    """Time steps per second; divides the recipe's mel.rate_hz and sensors.rate_hz."""
+    pad_weight: float = Field(0.1, ge=0, le=1)
+    """Weight of a silent tick in the text losses, where a token's is 1."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass to save memory; null means only for size large."""
+
+
+class TrainConfig(Section):
+    """A whole training configuration file."""
+
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    model: ModelConfig = ModelConfig()
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Heads whose loss counts."""
+        return tuple(h for h in Head if getattr(self.training.loss_weights, h) > 0)
+
+    @property
+    def target_streams(self) -> tuple[Stream, ...]:
+        """Streams that the active heads are compared with."""
+        return tuple(HEAD_STREAM[h] for h in self.heads)
+
+    @property
+    def input_streams(self) -> tuple[Stream, ...]:
+        """Streams that the model sees."""
+        if self.data.modalities is not None:
+            return tuple(s for s in STREAMS if s in self.data.modalities)
+        if set(self.target_streams) <= set(TEXT_STREAMS):
+            return self.target_streams
+        return STREAMS
+
+    @property
+    def is_text_only(self) -> bool:
+        """Whether nothing but text is read, so that batches are packed densely."""
+        return {*self.input_streams, *self.target_streams} <= set(TEXT_STREAMS)
+
+
+def as_train_config(config: TrainConfig | Mapping[str, Any]) -> TrainConfig:
+    """A validated configuration, from one or from plain values as ``yaml.safe_load`` gives them.
+
+    Raises:
+        ConfigError: a wrong key or value.
+    """
+    return config if isinstance(config, TrainConfig) else make_section(TrainConfig, config)
