@@ -1,7 +1,7 @@
 """Configuration: frozen, validated objects from YAML files that people write by hand.
 
-defaults < file < ``key=value``. Leading tabs are accepted, an unknown key names the nearest known one, and every
-complaint is one line that says which file, which key and how to mend it.
+defaults < file < ``key=value``. Leading tabs are accepted, an unknown key names the nearest known
+one, and every complaint is one line that says which file, which key and how to mend it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def parse_yaml(text: str, *, origin: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{origin}{line}: not valid YAML: {problem}; check the indentation there") from error
+        raise ConfigError(
+            f"{origin}{line}: not valid YAML: {problem}; check the indentation there"
+        ) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -67,7 +69,9 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is no configuration file")
+            raise ConfigError(
+                f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is no configuration file"
+            )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file{_nearest_file(path)}") from error
@@ -76,9 +80,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     return parse_yaml(text, origin=str(path))
 
 
-def load_section(
-    kind: type[SectionT], path: Path | str, overrides: Sequence[str] = ()
-) -> SectionT:
+def load_section(kind: type[SectionT], path: Path | str, overrides: Sequence[str] = ()) -> SectionT:
     """Read a file into a section, with ``key.sub=value`` overrides on top.
 
     Raises:

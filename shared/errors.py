@@ -1,10 +1,10 @@
 """The errors a user can meet; every message says what, where and how to mend.
 
 CreatureError
-├── ConfigError (ValueError)         a configuration or recipe file: file, key, mend      exit code 2
-├── SessionError (ValueError)        a recording that can't be used as it is
-│   └── MediaError                   its video or audio doesn't open or decode
-└── ShardError (ValueError)          a shard set that can't be read
+├── ConfigError (ValueError)         a configuration or recipe file: file, key, mend      exit code
+2 ├── SessionError (ValueError)        a recording that can't be used as it is │   └── MediaError
+its video or audio doesn't open or decode └── ShardError (ValueError)          a shard set that
+can't be read
     ├── FormatVersionError           written by a newer version of this software
     └── CorruptError                 bytes differ from their checksum, or don't decode
         └── TooManyBadSamplesError   more than the tolerated share of samples is corrupt

@@ -1,7 +1,8 @@
 """The recipe: how the streams of a session become the fields of a sample.
 
-A recipe is a YAML file (``configs/recipe.yaml``) and this tree of frozen, validated objects. Each field of a sample
-depends on a part of it (:meth:`Recipe.parts_of`), so that a changed key re-makes only the columns it touches.
+A recipe is a YAML file (``configs/recipe.yaml``) and this tree of frozen, validated objects. Each
+field of a sample depends on a part of it, so that a changed key re-makes only the columns it
+touches.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from shared.config import Section, load_section
+from shared.errors import ConfigError
 
 PAD_TOKEN = 0
 """Token of silence, the same in every tokenizer."""
@@ -43,7 +45,8 @@ class WindowRecipe(Section):
     stride_s: float | None = Field(None, gt=0)
     """Distance of window starts in seconds; null means the duration, windows that touch."""
     min_coverage: float = Field(0.5, ge=0, le=1)
-    """Smallest share of a window that a stream must cover to count as present in it; what is not covered is masked."""
+    """Smallest share of a window that a stream must cover to count as present in it; what is not
+    covered is masked."""
 
     @property
     def step_s(self) -> float:
@@ -59,13 +62,16 @@ class VisionRecipe(Section):
     size: int = Field(224, ge=16, le=1024, multiple_of=16)
     """Height and width in pixels."""
     fit: Literal["crop", "stretch", "pad"] = "crop"
-    """How another aspect ratio becomes square: cut the longer side, squeeze it, or add black bars."""
+    """How another aspect ratio becomes square: cut the longer side, squeeze it, or add black bars.
+    """
     codec: Literal["mjpeg", "raw"] = "mjpeg"
-    """mjpeg: JPEG 4:2:0 frames one after another (small, PSNR about 37 dB at quality 90); raw: RGB bytes, exact."""
+    """mjpeg: JPEG 4:2:0 frames one after another (small, PSNR about 37 dB at quality 90); raw: RGB
+    bytes, exact."""
     quality: int = Field(90, ge=1, le=100)
     """JPEG quality."""
     max_error_s: float | None = Field(None, gt=0)
-    """A frame farther than this from its grid time is masked; null means one grid step (1 / rate_hz)."""
+    """A frame farther than this from its grid time is masked; null means one grid step (1 /
+    rate_hz)."""
 
     @property
     def tolerance_s(self) -> float:
@@ -90,7 +96,8 @@ class MelRecipe(Section):
     rate_hz: int = Field(50, ge=1, le=1000)
     """Frames per second; must divide the audio rate."""
     fft_size: int = Field(1024, ge=64, le=16_384)
-    """Samples under each analysis window, which ends where its frame ends, so no frame hears the future."""
+    """Samples under each analysis window, which ends where its frame ends, so no frame hears the
+    future."""
     channels: int = Field(80, ge=4, le=256)
     """Mel channels."""
     levels: int = Field(16, ge=2, le=256)
@@ -127,7 +134,8 @@ class SplitRecipe(Section):
     """Which sessions are held out."""
 
     val_fraction: float = Field(0.1, ge=0, lt=1)
-    """Share of sessions held out, chosen by a hash of their names: a session never changes sides."""
+    """Share of sessions held out, chosen by a hash of their names: a session never changes sides.
+    """
     salt: str = ""
     """Changes the choice."""
 
@@ -143,7 +151,8 @@ class Recipe(Section):
     """Everything that decides the bytes of a shard set."""
 
     required: tuple[Stream, ...] = (Stream.VISION_LEFT, Stream.AUDIO, Stream.PROPRIO)
-    """Streams without which a session is rejected; [] takes any session with at least one stream."""
+    """Streams without which a session is rejected; [] takes any session with at least one stream.
+    """
     window: WindowRecipe = WindowRecipe()
     vision: VisionRecipe = VisionRecipe()
     audio: AudioRecipe = AudioRecipe()
@@ -164,8 +173,8 @@ class Recipe(Section):
             count = rate_hz * self.window.duration_s
             if abs(count - round(count)) > 1e-9 or round(count) < 1:
                 raise ValueError(
-                    f"{name} {rate_hz:g} x window.duration_s {self.window.duration_s:g} is {count:g}, "
-                    "not a whole number of samples; change one of the two"
+                    f"{name} {rate_hz:g} x window.duration_s {self.window.duration_s:g} "
+                    f"is {count:g}, not a whole number of samples; change one of the two"
                 )
         if self.audio.rate_hz % self.mel.rate_hz:
             raise ValueError(
@@ -222,14 +231,15 @@ class WindowShapes:
         Raises:
             ConfigError: the tick rate does not fit the recipe's rates.
         """
-        from shared.errors import ConfigError
-
         num_ticks = round(tick_rate_hz * recipe.window.duration_s)
-        for name, rate_hz in (("mel.rate_hz", recipe.mel.rate_hz), ("sensors.rate_hz", recipe.sensors.rate_hz)):
+        for name, rate_hz in (
+            ("mel.rate_hz", recipe.mel.rate_hz),
+            ("sensors.rate_hz", recipe.sensors.rate_hz),
+        ):
             if num_ticks < 1 or recipe.count(rate_hz) % num_ticks:
                 raise ConfigError(
-                    f"model.tick_rate_hz {tick_rate_hz:g} does not divide the recipe's {name} {rate_hz:g}; "
-                    "choose a tick rate that divides both mel.rate_hz and sensors.rate_hz"
+                    f"{rate_hz:g}; choose one that divides both mel.rate_hz and sensors.rate_hz"
+                    f"{rate_hz:g}; choose a tick rate that divides both mel.rate_hz and sensors.rate_hz"
                 )
         return cls(
             num_ticks=num_ticks,

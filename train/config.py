@@ -1,16 +1,20 @@
-"""The training configuration: one frozen class per YAML section; see ``configs/training_config.yaml``."""
+"""The training configuration: one frozen class per YAML section; see
+``configs/training_config.yaml``.
+"""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from shared.config import Section, make_section
 from shared.recipe import STREAMS, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Head(enum.StrEnum):
@@ -45,15 +49,19 @@ class DataConfig(Section):
     batch_size: int = Field(8, ge=1)
     """Samples per global batch."""
     modalities: tuple[Stream, ...] | None = None
-    """Streams that the model sees; null means all of them, or only text where only text is trained."""
+    """Streams that the model sees; null means all of them, or only text where only text is trained.
+    """
     num_workers: int = Field(2, ge=0)
-    """Loader processes; 0 reads in the training process. Never changes which samples are in a batch."""
+    """Loader processes; 0 reads in the training process. Never changes which samples are in a
+    batch."""
     prefetch_batches: int = Field(2, ge=1)
     """Batches each loader process keeps ready."""
     shuffle_block_shards: int = Field(16, ge=1)
-    """Shards whose samples are mixed with each other; more mixes better, fewer reads more sequentially."""
+    """Shards whose samples are mixed with each other; more mixes better, fewer reads more
+    sequentially."""
     last_batch: Literal["pad", "drop"] = "pad"
-    """What becomes of an epoch's incomplete last batch: filled up with samples of weight 0, or left out."""
+    """What becomes of an epoch's incomplete last batch: filled up with samples of weight 0, or left
+    out."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """More corrupt samples than this share of those read stop the run."""
 
@@ -85,7 +93,9 @@ class CheckpointConfig(Section):
 
 
 class LossWeights(Section):
-    """Share of each loss in loss_total; 0 switches the head off and, where nothing else needs it, its stream."""
+    """Share of each loss in loss_total; 0 switches the head off and, where nothing else needs it,
+    its stream.
+    """
 
     internal_text: float = Field(1.0, ge=0)
     """Weight of the thought loss."""
@@ -141,7 +151,8 @@ class ModelConfig(Section):
     """Size of the MultiModalCreature."""
 
     size: Literal["tiny", "small", "medium", "large"] | None = None
-    """About 10M, 100M, 500M or 1B parameters; sets hidden_dim, num_layers and num_heads unless they are given."""
+    """About 10M, 100M, 500M or 1B parameters; sets hidden_dim, num_layers and num_heads unless they
+    are given."""
     hidden_dim: int | None = Field(None, ge=16, multiple_of=8)
     """Width; 512 where neither it nor size is given."""
     num_layers: int | None = Field(None, ge=1)

@@ -1,0 +1,274 @@
+"""A session folder as it was recorded: which files there are, metadata lines and text events, with
+what is odd in them.
+
+Reading never stops at a bad line: it is left out, counted and reported as a :class:`Oddity`.
+Whoever reads says what became of them (validation prints them, the shard job writes them to
+``rejected.jsonl``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shared.errors import SessionError
+from shared.recipe import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+METADATA_FILE = "metadata.jsonl"
+TEXT_FILE = "text.jsonl"
+FACTS_FILE = "session.json"
+AUDIO_FILE = "audio.wav"
+VISION_FILES = {Stream.VISION_LEFT: "vision_left.mp4", Stream.VISION_RIGHT: "vision_right.mp4"}
+
+SOURCE_FILES = (METADATA_FILE, TEXT_FILE, AUDIO_FILE, *VISION_FILES.values())
+"""Files that samples are made of; others in the folder are left alone."""
+
+MAX_LINE_BYTES = 1 << 20
+"""A longer line of metadata is no metadata."""
+
+_TEXT_STREAMS = {"internal": Stream.INTERNAL_TEXT, "external": Stream.EXTERNAL_TEXT}
+_INLINE_TEXT_KEYS = {"internal_text": Stream.INTERNAL_TEXT, "external_text": Stream.EXTERNAL_TEXT}
+
+
+@dataclass(frozen=True, slots=True)
+class Oddity:
+    """Something in a file that could not be taken as it stands."""
+
+    file: str
+    line: int
+    kind: str
+    """A short fixed word: json, timestamp, order, duplicate, size, number, stream, text, long."""
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextEvent:
+    """A text that begins at a time on the recorder's clock."""
+
+    time_s: float
+    stream: Stream
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metadata:
+    """Sensor lines, sorted by time without duplicates; what a line lacks is NaN.
+
+    Shapes: times_s float64 [N], touch float32 [N, touch_size], proprio float32 [N, proprio_size],
+        line int64 [N] (1-based line numbers of the file).
+    """
+
+    times_s: NDArray[np.float64]
+    touch: NDArray[np.float32]
+    proprio: NDArray[np.float32]
+    lines: NDArray[np.int64]
+    events: tuple[TextEvent, ...]
+    oddities: tuple[Oddity, ...]
+
+    def rows_with(self, stream: Stream) -> NDArray[np.bool_]:
+        """Which lines carry a finite value of touch or proprio, bool [N]."""
+        values = self.touch if stream is Stream.TOUCH else self.proprio
+        return np.asarray(np.isfinite(values).all(axis=1), dtype=np.bool_)
+
+
+def find_sessions(root: Path | str) -> list[Path]:
+    """Session folders below `root` (or `root` itself), sorted by name.
+
+    A session folder holds at least one of the source files.
+
+    Raises:
+        SessionError: no such folder, or no session in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise SessionError(f"{root}: no such folder; give a session folder or a folder of them")
+    if is_session(root):
+        return [root]
+    found = sorted(
+        (p for p in root.iterdir() if p.is_dir() and is_session(p)), key=lambda p: p.name
+    )
+    if not found:
+        raise SessionError(
+            f"{root}: no session in it; a session is a folder with at least one of "
+            f"{', '.join(SOURCE_FILES)}"
+        )
+    return found
+
+
+def is_session(path: Path) -> bool:
+    """Whether a folder holds at least one source file."""
+    return any((path / name).exists() for name in SOURCE_FILES)
+
+
+def read_metadata(path: Path, *, touch_size: int, proprio_size: int) -> Metadata:
+    """Read ``metadata.jsonl`` of a session folder; a missing file gives no lines.
+
+    Args:
+        path: the session folder.
+        touch_size: values that a touch reading must have.
+        proprio_size: values that a proprio reading must have.
+    """
+    times: list[float] = []
+    lines: list[int] = []
+    touch: list[list[float]] = []
+    proprio: list[list[float]] = []
+    events: list[TextEvent] = []
+    oddities: list[Oddity] = []
+    for number, values in _iter_objects(path / METADATA_FILE, oddities):
+        time_s = _timestamp(values, METADATA_FILE, number, oddities)
+        if time_s is None:
+            continue
+        times.append(time_s)
+        lines.append(number)
+        touch.append(_numbers(values, "touch", touch_size, number, oddities))
+        proprio.append(_numbers(values, "proprio", proprio_size, number, oddities))
+        for key, stream in _INLINE_TEXT_KEYS.items():
+            text = values.get(key)
+            if isinstance(text, str) and text.strip():
+                events.append(TextEvent(time_s, stream, text))
+            elif text not in (None, "") and not isinstance(text, str):
+                oddities.append(Oddity(METADATA_FILE, number, "text", f"{key} is no string"))
+    times_s = np.asarray(times, dtype=np.float64)
+    order = _increasing_order(times_s, lines, oddities)
+    return Metadata(
+        times_s=times_s[order],
+        touch=np.asarray(touch, dtype=np.float32).reshape(len(times), touch_size)[order],
+        proprio=np.asarray(proprio, dtype=np.float32).reshape(len(times), proprio_size)[order],
+        lines=np.asarray(lines, dtype=np.int64)[order],
+        events=tuple(events),
+        oddities=tuple(oddities),
+    )
+
+
+def read_text_file(path: Path) -> tuple[list[TextEvent], list[Oddity]]:
+    """Read ``text.jsonl`` of a session folder, sorted by time; a missing file gives no events."""
+    events: list[TextEvent] = []
+    oddities: list[Oddity] = []
+    for number, values in _iter_objects(path / TEXT_FILE, oddities):
+        time_s = _timestamp(values, TEXT_FILE, number, oddities)
+        stream = _TEXT_STREAMS.get(str(values.get("stream")))
+        text = values.get("text")
+        if stream is None:
+            what = f"stream is {values.get('stream')!r}; expected 'internal' or 'external'"
+            oddities.append(Oddity(TEXT_FILE, number, "stream", what))
+        elif not isinstance(text, str) or not text.strip():
+            oddities.append(Oddity(TEXT_FILE, number, "text", "no text"))
+        elif time_s is not None:
+            events.append(TextEvent(time_s, stream, text))
+    events.sort(key=lambda event: event.time_s)
+    return events, oddities
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Free facts of ``session.json``; {} where there is none or it isn't a JSON object."""
+    try:
+        facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _iter_objects(path: Path, oddities: list[Oddity]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each JSON line; anything else becomes an oddity."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        oddities.append(Oddity(path.name, 0, "json", f"can't be opened: {error.strerror}"))
+        return
+    with file:
+        number = 0
+        while raw := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(raw) > MAX_LINE_BYTES:
+                oddities.append(
+                    Oddity(path.name, number, "long", f"line over {MAX_LINE_BYTES} bytes")
+                )
+                return
+            if not raw.strip():
+                continue
+            try:
+                values = json.loads(raw)
+            except (ValueError, RecursionError):
+                is_cut = not raw.endswith(b"\n")
+                what = "the last line is cut off" if is_cut else "not JSON"
+                oddities.append(Oddity(path.name, number, "json", what))
+                continue
+            if isinstance(values, dict):
+                yield number, values
+            else:
+                oddities.append(Oddity(path.name, number, "json", "not a JSON object"))
+
+
+def _timestamp(
+    values: dict[str, Any], file: str, number: int, oddities: list[Oddity]
+) -> float | None:
+    """The line's timestamp, or None and an oddity."""
+    time_s = values.get("timestamp")
+    is_number = isinstance(time_s, (int, float)) and not isinstance(time_s, bool)
+    if is_number and math.isfinite(float(time_s)) and abs(float(time_s)) < 1e12:  # type: ignore[arg-type]
+        return float(time_s)  # type: ignore[arg-type]
+    oddities.append(
+        Oddity(file, number, "timestamp", f"timestamp is {time_s!r}, not a finite number")
+    )
+    return None
+
+
+def _numbers(
+    values: dict[str, Any], key: str, size: int, number: int, oddities: list[Oddity]
+) -> list[float]:
+    """`size` finite numbers under a key, else all NaN and, unless the key is missing, an oddity."""
+    missing = [math.nan] * size
+    numbers = values.get(key)
+    if numbers is None:
+        return missing
+    if not isinstance(numbers, list):
+        oddities.append(Oddity(METADATA_FILE, number, "number", f"{key} is no list"))
+        return missing
+    if len(numbers) != size:
+        what = (
+            f"{key} has {len(numbers)} values, recipe wants {size}; "
+            f"set sensors.{key}_size: {len(numbers)}"
+        )
+        oddities.append(Oddity(METADATA_FILE, number, "size", what))
+        return missing
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) and abs(v) < 3e38 for v in numbers):
+        oddities.append(
+            Oddity(METADATA_FILE, number, "number", f"{key} holds a value that is no finite number")
+        )
+        return missing
+    return [float(v) for v in numbers]
+
+
+def _increasing_order(
+    times_s: NDArray[np.float64], lines: list[int], oddities: list[Oddity]
+) -> NDArray[np.int64]:
+    """Order that sorts the lines by time and keeps the first of equal times."""
+    steps = np.diff(times_s)
+    oddities.extend(
+        Oddity(
+            METADATA_FILE,
+            lines[i + 1],
+            "order",
+            f"timestamp {times_s[i + 1]:g} is before the line above",
+        )
+        for i in np.flatnonzero(steps < 0)
+    )
+    order = np.argsort(times_s, kind="stable")
+    is_repeat = np.diff(times_s[order], prepend=-np.inf) <= 0
+    oddities.extend(
+        Oddity(METADATA_FILE, lines[i], "duplicate", f"timestamp {times_s[i]:g} stands twice")
+        for i in order[is_repeat]
+    )
+    return order[~is_repeat]

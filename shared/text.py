@@ -1,0 +1,105 @@
+"""Text as tokens: a byte-level BPE of a closed form, so that any text round-trips.
+
+The tokenizer is Hugging Face's `tokenizers` library. Token 0 is always PAD (silence) and 1 always
+the mark that begins an event.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from shared.errors import ConfigError
+from shared.recipe import PAD_TOKEN
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+PAD_TEXT = "<pad>"
+EVENT_TOKEN = 1
+EVENT_TEXT = "<event>"
+
+MAX_EVENT_BYTES = 1 << 16
+"""A longer event is cut here before it is tokenized."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokenizer:
+    """A byte-level BPE; `json` is the whole of it, as ``tokenizer.json`` holds it."""
+
+    json: str
+    _inner: Tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; ids are below it."""
+        return int(self._inner.get_vocab_size())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file."""
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of one event: the event mark, then its bytes' pairs."""
+        return [EVENT_TOKEN, *self._inner.encode(text[:MAX_EVENT_BYTES]).ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of tokens; PAD and event marks give nothing."""
+        kept = [i for i in ids if i not in (PAD_TOKEN, EVENT_TOKEN) and i < self.vocab_size]
+        return str(self._inner.decode(kept))
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
+    """Train a byte-level BPE; the order of the texts doesn't matter, the same set gives the same
+    tokenizer.
+
+    Args:
+        texts: what to learn from; may be empty, then every byte is a token.
+        vocab_size: upper bound of the number of tokens.
+    """
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD_TEXT, EVENT_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(sorted(texts), trainer)
+    return parse_tokenizer(inner.to_str(), origin="trained tokenizer")
+
+
+def parse_tokenizer(json: str, *, origin: str) -> TextTokenizer:
+    """A tokenizer from the text of its file.
+
+    Raises:
+        ConfigError: no tokenizer, or one whose first tokens aren't PAD and the event mark.
+    """
+    try:
+        inner = Tokenizer.from_str(json)
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"{origin}: is no tokenizer.json: {error}") from error
+    if inner.token_to_id(PAD_TEXT) != PAD_TOKEN or inner.token_to_id(EVENT_TEXT) != EVENT_TOKEN:
+        raise ConfigError(
+            f"{origin}: token 0 must be {PAD_TEXT} and token 1 {EVENT_TEXT}; "
+            "train it with these special tokens first, or leave text.tokenizer out"
+        )
+    return TextTokenizer(json, inner)
+
+
+def load_tokenizer(path: Path) -> TextTokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+        ConfigError: no such file, or no tokenizer in it.
+    """
+    try:
+        return parse_tokenizer(path.read_text(encoding="utf-8"), origin=str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no tokenizer can be read there: {error}") from error
