@@ -47,3 +47,11 @@ class CorruptError(ShardError):
 
 class TooManyBadSamplesError(CorruptError):
     """More than the tolerated share of samples is corrupt."""
+
+
+class CheckpointError(CreatureError, ValueError):
+    """A checkpoint can't be written, read, or used with this model or data."""
+
+
+class DivergedError(CreatureError):
+    """Training stopped because losses or gradients were not finite many steps in a row."""

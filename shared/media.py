@@ -247,7 +247,7 @@ def _mono(
 
 @contextmanager
 def _open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
-    """The container and its first video track, with checks that need no decoding."""
+    """The container and its first video track, after checks that need no decoding."""
     if not path.exists():
         raise MediaError(f"{path}: no such file")
     if path.stat().st_size == 0:
@@ -256,7 +256,8 @@ def _open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
         container = av.open(str(path), metadata_errors="ignore", options=_OPEN_OPTIONS)
     except (av.FFmpegError, ValueError) as error:
         hint = _lfs_hint(path)
-        raise MediaError(f"{path}: is no video that can be read: {_reason(error)}{hint}") from error
+        what = f"{path}: is no video that can be read: {_reason(error)}{hint}"
+        raise MediaError(what) from error
     with container:
         if not container.streams.video:
             raise MediaError(f"{path}: holds no video track")
@@ -285,7 +286,7 @@ def _decode(container: InputContainer, stream: Any) -> Iterator[Any]:  # noqa: A
 def _picture(
     frame: VideoFrame, reformatter: VideoReformatter, recipe: VisionRecipe
 ) -> NDArray[np.uint8]:
-    """A decoded frame as RGB uint8 [size, size, 3]: scaled by area, turned upright, cut or padded."""
+    """A decoded frame as RGB uint8 [size, size, 3]: scaled by area, upright, cut or padded."""
     size = recipe.size
     if recipe.fit == "stretch":
         width = height = size

@@ -238,8 +238,8 @@ class WindowShapes:
         ):
             if num_ticks < 1 or recipe.count(rate_hz) % num_ticks:
                 raise ConfigError(
+                    f"model.tick_rate_hz {tick_rate_hz:g} does not divide the recipe's {name} "
                     f"{rate_hz:g}; choose one that divides both mel.rate_hz and sensors.rate_hz"
-                    f"{rate_hz:g}; choose a tick rate that divides both mel.rate_hz and sensors.rate_hz"
                 )
         return cls(
             num_ticks=num_ticks,

@@ -1,0 +1,154 @@
+"""The index of a shard: what its samples are and where their bytes lie, in one small file that is
+memory-mapped.
+
+Layout, little-endian: 8 bytes magic, uint32 version, uint32 header length, header (UTF-8 JSON),
+then arrays, each at a multiple of 64 bytes. The header holds plain facts and, under "arrays", name
+-> [dtype, shape, offset]. docs/format.md is the specification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shared.errors import CorruptError, FormatVersionError, ShardError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+MAGIC = b"VRCINDEX"
+INDEX_VERSION = 1
+
+_ALIGNMENT = 64
+_PREFIX = struct.Struct("<8sII")
+_DTYPES = {"u1", "u4", "u8", "f4", "f8"}
+_MAX_HEADER_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Members:
+    """Where one tar column's members or one Zarr array's row chunks lie, a row per sample.
+
+    offset uint64 [N], length uint64 [N] (0 where the sample lacks it), crc32c uint32 [N] of the
+    bytes.
+    """
+
+    offset: NDArray[np.uint64]
+    length: NDArray[np.uint64]
+    crc32c: NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardIndex:
+    """A shard's index in memory or memory-mapped. Arrays: a row per sample."""
+
+    facts: Mapping[str, Any]
+    """Plain JSON: shard name, session names, columns (file, bytes, checksum, fingerprint),
+    statistics."""
+    arrays: Mapping[str, NDArray[Any]]
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of the shard."""
+        return len(self.arrays["window"])
+
+    def key(self, row: int) -> str:
+        """SESSION/WINDOW of a row."""
+        session = self.facts["sessions"][int(self.arrays["session"][row])]
+        return f"{session}/{int(self.arrays['window'][row]):06d}"
+
+    def members(self, name: str) -> Members:
+        """Where the members of a column or the chunks of an array (``proprio/touch``) lie."""
+        return Members(
+            offset=self.arrays[f"{name}.offset"],
+            length=self.arrays[f"{name}.length"],
+            crc32c=self.arrays[f"{name}.crc32c"],
+        )
+
+
+def index_bytes(index: ShardIndex) -> bytes:
+    """The file of an index; the same index gives the same bytes."""
+    layout: dict[str, list[Any]] = {}
+    names = sorted(index.arrays)
+    # The header's length depends on the offsets it holds; offsets count from the arrays' own start.
+    position = 0
+    for name in names:
+        array = index.arrays[name]
+        layout[name] = [array.dtype.str[1:], list(array.shape), position]
+        position = _aligned(position + array.nbytes)
+    header = json.dumps(
+        {**index.facts, "arrays": layout}, sort_keys=True, ensure_ascii=False, separators=(",", ":")
+    ).encode()
+    start = _aligned(_PREFIX.size + len(header))
+    out = bytearray(start + position)
+    _PREFIX.pack_into(out, 0, MAGIC, INDEX_VERSION, len(header))
+    out[_PREFIX.size : _PREFIX.size + len(header)] = header
+    for name in names:
+        array = index.arrays[name]
+        begin = start + layout[name][2]
+        out[begin : begin + array.nbytes] = array.astype(array.dtype.newbyteorder("<")).tobytes()
+    return bytes(out)
+
+
+def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
+    """Memory-map an index; read-only.
+
+    Args:
+        path: the file.
+        sha256: checksum from the manifest; checked when given.
+
+    Raises:
+        ShardError: no such file.
+        CorruptError: not the file that the manifest means, or damaged.
+        FormatVersionError: written by a newer version.
+    """
+    try:
+        raw = np.memmap(path, dtype=np.uint8, mode="r")
+    except FileNotFoundError as error:
+        raise ShardError(f"{path}: no such index; is the shard set complete?") from error
+    except (OSError, ValueError) as error:
+        raise CorruptError(f"{path}: can't be read: {error}") from error
+    if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
+        raise CorruptError(f"{path}: checksum differs from the manifest; rebuild by `make shards`")
+    return _parse_index(raw, path)
+
+
+def _parse_index(raw: NDArray[np.uint8], path: Path) -> ShardIndex:
+    if len(raw) < _PREFIX.size:
+        raise CorruptError(f"{path}: {len(raw)} bytes are no index")
+    magic, version, header_length = _PREFIX.unpack(raw[: _PREFIX.size].tobytes())
+    if magic != MAGIC:
+        raise CorruptError(f"{path}: is no shard index")
+    if version > INDEX_VERSION:
+        raise FormatVersionError(
+            f"{path}: index version {version} is newer than {INDEX_VERSION}; update this software"
+        )
+    if header_length > min(_MAX_HEADER_BYTES, len(raw) - _PREFIX.size):
+        raise CorruptError(f"{path}: its header reaches past the end of the file")
+    start = _aligned(_PREFIX.size + header_length)
+    try:
+        facts = json.loads(raw[_PREFIX.size : _PREFIX.size + header_length].tobytes())
+        arrays = {}
+        for name, (dtype, shape, offset) in facts.pop("arrays").items():
+            if dtype not in _DTYPES:
+                raise CorruptError(f"{path}: array {name} has the unknown type {dtype!r}")
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            part = raw[start + offset : start + offset + size]
+            if len(part) != size:
+                raise CorruptError(f"{path}: array {name} reaches past the end of the file")
+            arrays[name] = part.view(f"<{dtype}").reshape(shape)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptError(f"{path}: its header is damaged: {error}") from error
+    return ShardIndex(facts=facts, arrays=arrays)
+
+
+def _aligned(position: int) -> int:
+    return -(-position // _ALIGNMENT) * _ALIGNMENT
