@@ -1,0 +1,110 @@
+"""Pre-norm transformer blocks: attention with rotary positions, and a gated perceptron.
+
+Sources: pre-norm, Xiong et al. 2020 (arXiv:2002.04745); rotary positions, Su et al. 2021
+(arXiv:2104.09864); SwiGLU, Shazeer 2020 (arXiv:2002.05202). Linears without biases.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROTARY_BASE = 10_000.0
+"""Longest wavelength of the rotary positions over 2 pi, in ticks."""
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each [batch, heads, ticks, head_dim]."""
+
+
+def rotations(num_positions: int, *, first: int, head_dim: int, device: torch.device) -> Tensor:
+    """Cosines and sines for positions [first, first + num_positions).
+
+    Returns:
+        float32 [2, num_positions, head_dim / 2].
+    """
+    places = torch.arange(first, first + num_positions, device=device, dtype=torch.float32)
+    powers = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    angles = torch.outer(places, ROTARY_BASE**-powers)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention over [batch, places, width]; causal with rotary positions, or neither."""
+
+    def __init__(self, width: int, *, num_heads: int, is_causal: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.is_causal = is_causal
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor | None = None, past: KeysValues | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        """Attend to all places, or to those not after one's own.
+
+        Args:
+            x: [batch, places, width].
+            rotation: of :func:`rotations`, for these places.
+            past: keys and values of the places before these.
+
+        Returns:
+            [batch, places, width], and the keys and values with the past's before them.
+        """
+        batch, places, width = x.shape
+        heads = self.qkv(x).view(batch, places, 3, self.num_heads, width // self.num_heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            query, key = _rotate(query, rotation), _rotate(key, rotation)
+        if past is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
+        else:
+            key = torch.cat([past[0], key], dim=2)
+            value = torch.cat([past[1], value], dim=2)
+            # is_causal aligns the mask to the first key; here it belongs to the last one.
+            visible = torch.ones(places, key.shape[2], dtype=torch.bool, device=x.device)
+            visible = visible.tril(diagonal=key.shape[2] - places)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        return self.out(mixed.transpose(1, 2).reshape(batch, places, width)), (key, value)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU perceptron; 8/3 x width inside, so that it costs what a plain one of 4 x costs."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inner = 64 * -(-width // 24)
+        self.gate_up = nn.Linear(width, 2 * inner, bias=False)
+        self.out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to [..., width]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, *, num_heads: int, is_causal: bool, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, bias=False)
+        self.attention = Attention(width, num_heads=num_heads, is_causal=is_causal)
+        self.mlp_norm = nn.LayerNorm(width, bias=False)
+        self.mlp = GatedMLP(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor | None = None, past: KeysValues | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        """As :meth:`Attention.forward`."""
+        mixed, keys_values = self.attention(self.attention_norm(x), rotation, past)
+        x = x + self.dropout(mixed)
+        return x + self.dropout(self.mlp(self.mlp_norm(x))), keys_values
