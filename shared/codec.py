@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +73,7 @@ def decode_pictures(
         CorruptError: other bytes than pictures of `out`'s number and size.
     """
     if recipe.codec == "raw":
-        pictures = _load_npy(member)
-        if pictures.shape != out.shape or pictures.dtype != np.uint8:
-            raise CorruptError(f"pictures are {pictures.dtype} {pictures.shape}, not {out.shape}")
-        out[:] = pictures
+        out[:] = _load_npy(member, out.shape)
         return out
     parts = split_jpegs(member)
     if len(parts) != len(out):
@@ -166,9 +164,17 @@ def _decode_jpeg(part: memoryview, out: NDArray[np.uint8]) -> None:
         raise CorruptError(f"a picture does not decode: {error}") from error
 
 
-def _load_npy(member: bytes) -> NDArray[Any]:
+def _load_npy(member: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The array of an npy member, a view; its header is checked before anything is allocated."""
+    file = io.BytesIO(member)
     try:
-        array: NDArray[Any] = np.load(io.BytesIO(member), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise CorruptError(f"is npy version {version}, not (1, 0)")
+        found, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except ValueError as error:
         raise CorruptError(f"is no npy file: {error}") from error
-    return array
+    expected = file.tell() + math.prod(shape)
+    if (found, is_fortran, dtype) != (shape, False, np.uint8) or len(member) != expected:
+        raise CorruptError(f"pictures are {dtype} {found}, not uint8 {shape}")
+    return np.frombuffer(member, dtype=np.uint8, offset=file.tell()).reshape(shape)

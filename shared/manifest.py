@@ -1,0 +1,194 @@
+"""The manifest of a shard set: its root and its one commit point.
+
+``manifest.json`` names every shard's index with its checksum; an index names its columns with
+theirs. So the manifest covers every byte of the set, and it stays small: 100,000 shards are one
+line each. It is written last, atomically; a reader sees the old set or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from shared.config import make_section
+from shared.errors import CorruptError, FormatVersionError, ShardError
+from shared.recipe import Recipe, json_of
+from shared.text import TextTokenizer, parse_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MANIFEST_FILE = "manifest.json"
+REJECTED_FILE = "rejected.jsonl"
+SESSIONS_FILE = "sessions.jsonl"
+FORMAT_NAME = "vr-creature-shards"
+FORMAT_VERSION = 1
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardEntry:
+    """One shard in the manifest."""
+
+    name: str
+    """Such as train-000003."""
+    split: Split
+    num_samples: int
+    length_bytes: int
+    """Size of all its columns."""
+    index_file: str
+    index_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A shard set as its manifest describes it."""
+
+    root: Path
+    recipe: Recipe
+    shards: tuple[ShardEntry, ...]
+    generation: int
+    """Counts the builds that changed something; names files that replace older ones."""
+    tokenizer_file: str
+    tokenizer_sha256: str
+    fields: Mapping[str, Any]
+    """Schema: per field its column, dtype, shape, unit and codec."""
+    statistics: Mapping[str, Any]
+    """Of the train split: numbers' mean, std, min and max; counts of dMel levels and tokens."""
+    counts: Mapping[str, int]
+    """Windows planned, and what became of them."""
+    fingerprint: str
+    """Hash of everything that decides the samples."""
+
+    def in_split(self, split: Split) -> tuple[ShardEntry, ...]:
+        """Shards of a split, in order."""
+        return tuple(s for s in self.shards if s.split == split)
+
+    def num_samples(self, split: Split) -> int:
+        """Samples of a split."""
+        return sum(s.num_samples for s in self.shards if s.split == split)
+
+    def load_tokenizer(self) -> TextTokenizer:
+        """The set's tokenizer.
+
+        Raises:
+            CorruptError: the file is not the one that the manifest means.
+        """
+        path = self.root / self.tokenizer_file
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ShardError(f"{path}: can't be read: {error.strerror}") from error
+        if hashlib.sha256(text.encode()).hexdigest() != self.tokenizer_sha256:
+            raise CorruptError(f"{path}: checksum differs from the manifest")
+        return parse_tokenizer(text, origin=str(path))
+
+
+def read_manifest(root: Path | str) -> Manifest:
+    """Read the manifest of a shard set.
+
+    Raises:
+        ShardError: no such set.
+        FormatVersionError: written in a newer format.
+        CorruptError: the manifest is damaged.
+    """
+    root = Path(root)
+    path = root / MANIFEST_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        hint = "build one by `make shards` or `python -m preprocess shards --out " + f"{root}`"
+        raise ShardError(f"{path}: no such shard set; {hint}") from error
+    except (OSError, ValueError) as error:
+        raise CorruptError(f"{path}: is damaged: {error}; rebuild by `make shards`") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
+        raise CorruptError(f"{path}: is no manifest of a shard set")
+    version = values.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that this "
+            "software reads; update it, or rebuild the set from its sessions"
+        )
+    try:
+        return Manifest(
+            root=root,
+            recipe=make_section(Recipe, values["recipe"], origin=f"{path}: recipe"),
+            shards=tuple(ShardEntry(**entry) for entry in values["shards"]),
+            generation=values["generation"],
+            tokenizer_file=values["tokenizer"]["file"],
+            tokenizer_sha256=values["tokenizer"]["sha256"],
+            fields=values["fields"],
+            statistics=values["statistics"],
+            counts=values["counts"],
+            fingerprint=values["fingerprint"],
+        )
+    except (KeyError, TypeError) as error:
+        raise CorruptError(f"{path}: is damaged: {error!r}; rebuild by `make shards`") from error
+
+
+def commit_manifest(manifest: Manifest) -> None:
+    """Write the manifest and make it durable; from here on readers see the new set."""
+    values = {
+        "format": FORMAT_NAME,
+        "format_version": FORMAT_VERSION,
+        "generation": manifest.generation,
+        "fingerprint": manifest.fingerprint,
+        "counts": dict(manifest.counts),
+        "recipe": json_of(manifest.recipe),
+        "tokenizer": {"file": manifest.tokenizer_file, "sha256": manifest.tokenizer_sha256},
+        "fields": manifest.fields,
+        "statistics": manifest.statistics,
+        "shards": [
+            {
+                "name": s.name,
+                "split": s.split,
+                "num_samples": s.num_samples,
+                "length_bytes": s.length_bytes,
+                "index_file": s.index_file,
+                "index_sha256": s.index_sha256,
+            }
+            for s in manifest.shards
+        ],
+    }
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    write_durably(manifest.root / MANIFEST_FILE, text.encode())
+
+
+def fingerprint_of(*parts: Any) -> str:  # noqa: ANN401
+    """A short stable hash of plain JSON values."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def temporary_path(path: Path) -> Path:
+    """Where a file is written before it takes its name; the builder removes what a killed run left."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk and give it its name."""
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
