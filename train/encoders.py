@@ -241,12 +241,17 @@ class TickEncoder(nn.Module):
         self, inputs: Mapping[str, Tensor], eye: Stream, due: range, index_T: Tensor
     ) -> Frame:
         """The due frames' embeddings [B, F, D], or with more frames than ticks one per tick."""
-        if eye not in inputs:
+        if eye not in inputs or not due:
             batch = len(next(iter(inputs.values())))
             num_frames = len(due if self.shapes.num_frames <= self.shapes.num_ticks else index_T)
             zeros = self.null.new_zeros(batch, num_frames, self.null.shape[1])
             return zeros, torch.zeros_like(zeros[..., 0], dtype=torch.bool)
         frames_BFCHW, valid_BF = inputs[eye], inputs[f"{eye}_valid"]
+        if frames_BFCHW.shape[-1] != self.shapes.image_size:
+            raise ConfigError(
+                f"{eye} has frames of {frames_BFCHW.shape[-1]} pixels, the model is made for "
+                f"{self.shapes.image_size}; train and run a model on one recipe"
+            )
         if frames_BFCHW.shape[1] < len(due):
             raise ConfigError(
                 f"{eye} has {frames_BFCHW.shape[1]} frames, its ticks need {len(due)} "

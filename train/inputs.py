@@ -66,7 +66,7 @@ def normalized_frames(rgb: Tensor, dtype: torch.dtype) -> Tensor:
 
     One multiply-add that reads the bytes and writes the numbers: on a GPU a single kernel.
     """
-    mean = torch.tensor(IMAGENET_MEAN, device=rgb.device, dtype=dtype)
-    std = torch.tensor(IMAGENET_STD, device=rgb.device, dtype=dtype)
-    scale = (1 / (255 * std)).view(3, 1, 1)
-    return torch.addcmul((-mean / std).view(3, 1, 1), rgb.permute(0, 1, 4, 2, 3), scale)
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
+    shift, scale = torch.stack([-mean / std, 1 / (255 * std)]).to(rgb.device, non_blocking=True)
+    pixels = rgb.permute(0, 1, 4, 2, 3)
+    return torch.addcmul(shift, pixels, scale, out=torch.empty_like(pixels, dtype=dtype))
