@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import functools
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from shared.errors import ConfigError
 from shared.recipe import STREAMS, Stream, WindowShapes
-from train.config import Head
+from train.config import TEXT_STREAMS, Head
 from train.encoders import frames_due
 from train.inputs import to_model_inputs
 from train.losses import compute_losses
@@ -24,15 +24,7 @@ SHAPES = WindowShapes(
     num_sensor_samples=24,
     vocab_size=300,
 )
-FAST_FRAMES = WindowShapes(
-    num_ticks=8,
-    num_frames=24,
-    image_size=32,
-    num_audio_frames=40,
-    mel_channels=6,
-    num_sensor_samples=24,
-    vocab_size=300,
-)
+FAST_FRAMES = dataclasses.replace(SHAPES, num_frames=24)
 MODEL = {"hidden_dim": 32, "num_layers": 2, "num_heads": 2}
 TEXT_ONLY = {"training": {"loss_weights": {"audio": 0, "animation": 0}}, "model": MODEL}
 
@@ -73,7 +65,7 @@ def make_batch(shapes=SHAPES, *, batch=2, seed=0, streams=STREAMS):
     for stream in streams:
         inputs[str(stream)] = torch.from_numpy(values[stream])
         valid = rng.random(values[stream].shape[:2]) < 0.8
-        valid[:, :1], valid[0, 1] = True, False
+        valid[:, :1], valid[0, 1:2] = True, False
         inputs[f"{stream}_valid"] = torch.from_numpy(valid)
     return inputs
 
@@ -84,6 +76,11 @@ def targets_of(inputs):
     return {
         f"{head}{end}": inputs[f"{stream}{end}"] for head, stream in pairs for end in ("", "_valid")
     }
+
+
+def losses_of(model, inputs):
+    outputs = model(to_model_inputs(inputs))
+    return compute_losses(outputs, targets_of(inputs), torch.ones(2), config=model.config)
 
 
 def run(model, inputs):
@@ -181,10 +178,7 @@ def test_garbage_under_invalid_places_gives_finite_gradients(stream):
     inputs[f"{stream}_valid"][:] = False
     if inputs[stream].is_floating_point():
         inputs[stream][:] = float("nan")
-    losses = compute_losses(
-        model(to_model_inputs(inputs)), targets_of(inputs), torch.ones(2), config=model.config
-    )
-    losses["loss_total"].backward()
+    losses_of(model, inputs)["loss_total"].backward()
     bad = [
         n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
     ]
@@ -282,13 +276,9 @@ def test_text_only_training_is_a_language_model_without_senses():
 
 @pytest.mark.parametrize("num_ticks", [1, 5, 300])
 def test_text_only_windows_may_have_any_length(num_ticks):
-    inputs = {
-        "internal_text": torch.randint(0, 300, (3, num_ticks)),
-        "external_text": torch.zeros(3, num_ticks, dtype=torch.int64),
-        "internal_text_valid": torch.ones(3, num_ticks, dtype=torch.bool),
-        "external_text_valid": torch.ones(3, num_ticks, dtype=torch.bool),
-    }
-    assert run(make_model(TEXT_ONLY), inputs)["internal_text"].shape == (3, num_ticks, 300)
+    shapes = dataclasses.replace(SHAPES, num_ticks=num_ticks)
+    inputs = make_batch(shapes, streams=TEXT_STREAMS)
+    assert run(make_model(TEXT_ONLY), inputs)["internal_text"].shape == (2, num_ticks, 300)
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -372,19 +362,15 @@ def test_gradient_checkpointing_changes_no_gradient():
     for is_on in (False, True):
         model = make_model({"model": {**MODEL, "gradient_checkpointing": is_on}}).train()
         assert model.is_checkpointing is is_on
-        inputs = make_batch()
-        outputs = model(to_model_inputs(inputs))
-        losses = compute_losses(outputs, targets_of(inputs), torch.ones(2), config=model.config)
-        losses["loss_total"].backward()
+        losses_of(model, make_batch())["loss_total"].backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 def test_only_large_models_checkpoint_by_themselves():
-    make = functools.partial(MultiModalCreature, shapes=SHAPES)
     with torch.device("meta"):
-        assert make({"model": {"size": "large"}}).is_checkpointing
-        assert not make({"model": {"size": "medium"}}).is_checkpointing
+        assert MultiModalCreature({"model": {"size": "large"}}).is_checkpointing
+        assert not MultiModalCreature({"model": {"size": "medium"}}).is_checkpointing
 
 
 def test_autocast_keeps_poses_in_float32_and_everything_close():
@@ -398,10 +384,8 @@ def test_autocast_keeps_poses_in_float32_and_everything_close():
 
 
 def test_every_parameter_learns_from_a_full_batch():
-    model, inputs = make_model().train(), make_batch()
-    outputs = model(to_model_inputs(inputs))
-    losses = compute_losses(outputs, targets_of(inputs), torch.ones(2), config=model.config)
-    losses["loss_total"].backward()
+    model = make_model().train()
+    losses_of(model, make_batch())["loss_total"].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
@@ -415,10 +399,9 @@ def test_thirty_steps_on_one_batch_lower_the_loss():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
     for _ in range(30):
-        outputs = model(to_model_inputs(inputs))
-        losses = compute_losses(outputs, targets_of(inputs), torch.ones(2), config=model.config)
+        loss = losses_of(model, inputs)["loss_total"]
         optimizer.zero_grad()
-        losses["loss_total"].backward()
+        loss.backward()
         optimizer.step()
-        history.append(losses["loss_total"].item())
+        history.append(loss.item())
     assert history[-1] < 0.5 * history[0], history[::10]
