@@ -41,6 +41,9 @@ _OPEN_OPTIONS = {
 }
 """No playlists that name other files or hosts, no text that ffmpeg would take for a picture."""
 
+_FULL_SCALE = np.float32(32767 / 32768)
+"""The largest sample of 16 bits."""
+
 _BLOCK_FRAMES = 1 << 16
 """Sound is read and resampled in blocks of this many frames, so that memory does not grow with
 length."""
@@ -61,6 +64,8 @@ class VideoTrack:
     times_s: NDArray[np.float64]
     pts: NDArray[np.int64]
     keyframes: NDArray[np.bool_]
+    num_lost: int = 0
+    """Frames that the container's index promises and the file, cut off, does not hold."""
 
     @property
     def stop_s(self) -> float:
@@ -82,7 +87,9 @@ class Sound:
     num_bad: int
     """Samples that were no finite number; they are zero now."""
     peak: float
-    """Largest absolute sample of any channel before mixing; NaN for silence of length 0."""
+    """Largest absolute sample of any channel before mixing."""
+    num_clipped: int
+    """Samples of any channel at full scale or over it, before mixing."""
 
     @property
     def duration_s(self) -> float:
@@ -99,12 +106,13 @@ def read_video_track(path: Path) -> VideoTrack:
     with _open_video(path) as (container, stream):
         origin_s = (container.start_time or 0) / av.time_base
         found: list[tuple[int, bool]] = []
+        num_packets = 0
         try:
-            for packet in container.demux(
-                stream
-            ):  # kept as far as it goes when the file ends early
+            # A file that ends early is kept as far as it goes.
+            for packet in container.demux(stream):
+                num_packets += packet.size > 0
                 if packet.pts is not None and not packet.is_discard:
-                    found.append((packet.pts, packet.is_keyframe))  # noqa: PERF401
+                    found.append((packet.pts, packet.is_keyframe))
         except av.FFmpegError as error:
             if not found:
                 raise MediaError(f"{path}: can't be read: {_reason(error)}") from error
@@ -120,6 +128,7 @@ def read_video_track(path: Path) -> VideoTrack:
             times_s=pts * float(stream.time_base or 0) - origin_s,
             pts=pts,
             keyframes=keyframes.astype(np.bool_),
+            num_lost=max(0, stream.frames - num_packets),
         )
 
 
@@ -143,21 +152,17 @@ def read_frames(
     Raises:
         MediaError: the file doesn't open.
     """
-    index_of_pts = {int(track.pts[i]): i for i in wanted}
-    if not index_of_pts:
+    if not len(wanted):
         return
+    index_of_pts = {int(track.pts[i]): i for i in wanted}
     last_pts = int(track.pts[wanted[-1]])
     reformatter = VideoReformatter()
-    with _open_video(path) as (container, stream):
-        before = np.flatnonzero(track.keyframes[: wanted[0] + 1])
-        if len(before) and before[-1] > 0:
-            container.seek(int(track.pts[before[-1]]), stream=stream)
-        for frame in _decode(container, stream):
-            index = index_of_pts.pop(frame.pts, None) if frame.pts is not None else None
-            if index is not None:
-                yield index, _picture(frame, reformatter, recipe)
-            if not index_of_pts or (frame.pts is not None and frame.pts > last_pts):
-                return
+    for frame in _decode_from(path, track, wanted[0]):
+        index = index_of_pts.pop(frame.pts, None)
+        if index is not None:
+            yield index, _picture(frame, reformatter, recipe)
+        if not index_of_pts or frame.pts > last_pts:
+            return
 
 
 def read_sound(path: Path, *, rate_hz: int) -> Sound:
@@ -166,10 +171,7 @@ def read_sound(path: Path, *, rate_hz: int) -> Sound:
     Raises:
         MediaError: the file doesn't open, or holds no sound.
     """
-    if not path.exists():
-        raise MediaError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{path}: the file is empty; record or copy it again")
+    _require_bytes(path)
     try:
         with soundfile.SoundFile(str(path)) as file:
             return _mono(
@@ -220,13 +222,15 @@ def _mono(
         )
     resampler = soxr.ResampleStream(source_rate_hz, rate_hz, 1, dtype="float32", quality="HQ")
     parts: list[NDArray[np.float32]] = []
-    peak, num_bad = 0.0, 0
+    peak, num_bad, num_clipped = 0.0, 0, 0
     for block in blocks:
         is_bad = ~np.isfinite(block)
         if is_bad.any():
             num_bad += int(is_bad.sum())
             block = np.where(is_bad, np.float32(0), block)
-        peak = max(peak, float(np.abs(block).max(initial=0.0)))
+        level = np.abs(block)
+        peak = max(peak, float(level.max(initial=0.0)))
+        num_clipped += int((level >= _FULL_SCALE).sum())
         mono = block.mean(axis=1, dtype=np.float32)
         parts.append(mono if source_rate_hz == rate_hz else resampler.resample_chunk(mono))
     if source_rate_hz != rate_hz:
@@ -242,16 +246,14 @@ def _mono(
         source_format=source_format,
         num_bad=num_bad,
         peak=peak,
+        num_clipped=num_clipped,
     )
 
 
 @contextmanager
 def _open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
     """The container and its first video track, after checks that need no decoding."""
-    if not path.exists():
-        raise MediaError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{path}: the file is empty; record or copy it again")
+    _require_bytes(path)
     try:
         container = av.open(str(path), metadata_errors="ignore", options=_OPEN_OPTIONS)
     except (av.FFmpegError, ValueError) as error:
@@ -269,6 +271,36 @@ def _open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
             size = f"{stream.codec_context.width}x{stream.codec_context.height}"
             raise MediaError(f"{path}: pictures of {size} are too large; re-encode it smaller")
         yield container, stream
+
+
+def _require_bytes(path: Path) -> None:
+    """Refuses what is no file with bytes in it."""
+    if not path.exists():
+        raise MediaError(f"{path}: no such file")
+    if not path.is_file():
+        raise MediaError(f"{path}: is no file; put the recording there")
+    if path.stat().st_size == 0:
+        raise MediaError(f"{path}: the file is empty; record or copy it again")
+
+
+def _decode_from(path: Path, track: VideoTrack, first: int) -> Iterator[Any]:
+    """Decoded frames in order of time, beginning at or before frame `first` of the track.
+
+    Starts at the keyframe before it. Containers without an index (MPEG streams, some AVI) may seek
+    too far, and frames would be lost: then at earlier keyframes, in the end at the file's start.
+    """
+    before = np.flatnonzero(track.keyframes[: first + 1])[::-1]
+    starts = [int(before[k]) for k in (0, 1, 3, 8) if k < len(before) and before[k] > 0]
+    for start in (*starts, 0):
+        with _open_video(path) as (container, stream):
+            if start > 0:
+                container.seek(int(track.pts[start]), stream=stream)
+            frames = (f for f in _decode(container, stream) if f.pts is not None)
+            head = next(frames, None)
+            if head is not None and (start == 0 or head.pts <= track.pts[first]):
+                yield head
+                yield from frames
+                return
 
 
 def _decode(container: InputContainer, stream: Any) -> Iterator[Any]:  # noqa: ANN401
@@ -324,6 +356,9 @@ def _reason(error: Exception) -> str:
 
 def _lfs_hint(path: Path) -> str:
     """Says so when a Git LFS pointer stands where a file should be."""
-    with path.open("rb") as file:
-        is_pointer = file.read(40).startswith(b"version https://git-lfs")
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return ""
     return "; it is a Git LFS pointer, fetch the file by `git lfs pull`" if is_pointer else ""
