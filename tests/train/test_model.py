@@ -188,10 +188,8 @@ def test_garbage_under_invalid_places_gives_finite_gradients(stream):
 def test_swapping_the_eyes_is_seen():
     model, inputs = make_model(), make_batch()
     inputs["vision_right_valid"] = inputs["vision_left_valid"]
-    swapped = inputs | {
-        "vision_left": inputs["vision_right"],
-        "vision_right": inputs["vision_left"],
-    }
+    left, right = inputs["vision_left"], inputs["vision_right"]
+    swapped = inputs | {"vision_left": right, "vision_right": left}
     assert not is_equal(run(model, inputs), run(model, swapped))
 
 
@@ -238,11 +236,8 @@ def slice_ticks(inputs, shapes, first, count):
     part = {}
     for key, value in inputs.items():
         per_tick = value.shape[1] // shapes.num_ticks
-        part[key] = (
-            value[:, due.start : due.stop]
-            if key.startswith("vision")
-            else value[:, first * per_tick : (first + count) * per_tick]
-        )
+        places = slice(first * per_tick, (first + count) * per_tick)
+        part[key] = value[:, slice(due.start, due.stop) if key.startswith("vision") else places]
     return part
 
 
@@ -296,11 +291,8 @@ def test_a_model_of_one_stream_builds_and_runs(stream):
 
 def test_a_head_of_weight_zero_is_not_there():
     config = {"training": {"loss_weights": {"audio": 0}}, "model": MODEL}
-    assert {*run(make_model(config), make_batch())} == {
-        "internal_text",
-        "external_text",
-        "animation",
-    }
+    heads = {"internal_text", "external_text", "animation"}
+    assert {*run(make_model(config), make_batch())} == heads
 
 
 @pytest.mark.parametrize(
