@@ -1,0 +1,263 @@
+"""Checkpoints: one file each, there whole or not at all, readable by torch's safe default.
+
+``torch.load(path)["step"]`` works with ``weights_only=True``: a checkpoint holds tensors and plain
+containers only. Saving is: write to a temporary name in the same folder, fsync, rename, fsync the
+folder. Loading checks the CRC-32 of every record first, because ``torch.load`` itself does not
+notice a flipped bit in a tensor.
+
+Keys: format_version, step, saved_at (seconds since 1970), model, optimizer, scaler, schedule, rng,
+stream, config, shapes, run_name, skipped_samples, extra.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle  # noqa: TID251  only for the name of the error that torch's safe loader raises
+import re
+import time
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from shared.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+FORMAT_VERSION: Final = 1
+"""Raised when a key changes its meaning; a newer file is refused."""
+
+FINAL_NAME: Final = "model_final.pt"
+"""File name of the checkpoint at the end of training."""
+
+REQUIRED_KEYS: Final = frozenset(
+    {"format_version", "step", "saved_at", "model", "config", "shapes"}
+)
+"""Keys without which a file is no checkpoint of ours."""
+
+ORPHAN_AGE_S: Final = 3600.0
+"""A partial file untouched for so long belongs to a killed run."""
+
+_STEP_NAME = re.compile(r"model_step_(\d+)\.pt")
+
+
+def step_name(step: int) -> str:
+    """File name of the checkpoint after `step` optimizer steps."""
+    return f"model_step_{step}.pt"
+
+
+def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> Path:
+    """Write `state` so that `path` holds, at every moment, its old content or the new one.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        state: tensors and plain containers, with at least :data:`REQUIRED_KEYS`.
+
+    Raises:
+        CheckpointError: it couldn't be written, for example because the disk is full; nothing has
+            changed then.
+    """
+    path = Path(path)
+    if missing := REQUIRED_KEYS - state.keys():
+        raise CheckpointError(f"{path}: the state to save lacks {sorted(missing)}")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _fsync_folder(path.parent)
+    # torch reports a failed write as RuntimeError ("unexpected pos ...").
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: the checkpoint couldn't be written ({_reason(error)}; "
+            f"{_free_space(path.parent)}); make "
+            "room there, or set training.checkpointing.save_dir to another disk"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(
+    path: Path | str, map_location: torch.device | str | None = "cpu"
+) -> dict[str, Any]:
+    """Read a whole checkpoint, checked.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, it is another program's or a newer version's.
+    """
+    path = Path(path)
+    check_checkpoint(path)
+    return _load(path, map_location=map_location)
+
+
+def check_checkpoint(path: Path | str) -> None:
+    """Read every byte of a checkpoint against its CRC-32, in constant memory.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or no checkpoint at all.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such checkpoint{_neighbours(path)}") from error
+    # zipfile answers damage with any of these, depending on where it is.
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: half-written, damaged, or no checkpoint ({error}); resume from an older one "
+            f"or by "
+            "`--resume auto`, which finds the newest whole one"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {_reason(error)}") from error
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path}: damaged: record {damaged} differs from its checksum; resume from an older "
+            f"checkpoint or by "
+            "`--resume auto`, which finds the newest whole one"
+        )
+
+
+def find_latest_checkpoint(
+    folder: Path | str, *, on_skip: Callable[[str], None] | None = None
+) -> Path | None:
+    """The newest whole checkpoint of a folder by the time inside it; None where there is none.
+
+    Args:
+        folder: searched for model_step_N.pt and model_final.pt; may be missing.
+        on_skip: called with a message for each newer file that is damaged or foreign.
+    """
+    dated: list[tuple[float, int, Path]] = []
+    for path in _checkpoints(Path(folder)):
+        try:
+            head = _load(path, map_location="meta", mmap=True)
+            dated.append((float(head["saved_at"]), int(head["step"]), path))
+        except CheckpointError as error:
+            _tell(on_skip, f"skipped: {error}")
+    for _, _, path in sorted(dated, reverse=True):
+        try:
+            check_checkpoint(path)
+        except CheckpointError as error:
+            _tell(on_skip, f"skipped: {error}")
+        else:
+            return path
+    return None
+
+
+def prune_checkpoints(folder: Path | str, *, keep_last_n: int) -> list[Path]:
+    """Remove all but the newest `keep_last_n` step checkpoints.
+
+    Partial files that a killed run left behind go too. The final checkpoint and every other file
+    stay.
+
+    Returns:
+        What was removed.
+    """
+    folder = Path(folder)
+    steps = [p for p in _checkpoints(folder) if p.name != FINAL_NAME]
+    # By age and not by step: a fresh run may share the folder with an older one that had come
+    # farther.
+    steps.sort(key=lambda p: (p.stat().st_mtime_ns, _step_of(p)))
+    removed = [
+        *steps[:-keep_last_n],
+        *(p for p in folder.glob(".model_*.pt.partial") if _is_orphan(p)),
+    ]
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return removed
+
+
+def _load(
+    path: Path, *, map_location: torch.device | str | None, mmap: bool = False
+) -> dict[str, Any]:
+    """Safe torch.load, with errors that say what to do."""
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: damaged, or no checkpoint ({_reason(error)}); resume from an older one"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than tensors and plain values, so it is not ours; it was not "
+            f"opened, because "
+            "such files can run code"
+        ) from error
+    if not isinstance(state, dict) or not state.keys() >= REQUIRED_KEYS:
+        found = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(
+            f"{path}: no checkpoint of this trainer: it lacks some of {sorted(REQUIRED_KEYS)}; "
+            f"found {found}"
+        )
+    if state["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {state['format_version']}, this software reads up to "
+            f"{FORMAT_VERSION}; "
+            "update vr-creature"
+        )
+    return state
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [
+        p
+        for p in folder.iterdir()
+        if p.is_file() and (p.name == FINAL_NAME or _STEP_NAME.fullmatch(p.name))
+    ]
+
+
+def _step_of(path: Path) -> int:
+    match = _STEP_NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def _is_orphan(partial: Path) -> bool:
+    """Whether nobody has written to a partial file for so long that its writer must be gone."""
+    return time.time() - partial.stat().st_mtime > ORPHAN_AGE_S
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        stats = os.statvfs(folder)
+    except OSError:
+        return "its folder can't be examined"
+    return f"{stats.f_bavail * stats.f_frsize / 2**20:,.0f} MiB free there"
+
+
+def _neighbours(path: Path) -> str:
+    found = sorted(_checkpoints(path.parent), key=_step_of)
+    if not found:
+        return f"; there is none in {path.parent} at all"
+    return f"; in {path.parent} there are {', '.join(p.name for p in found[-5:])}"
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line."""
+    cause: BaseException = error
+    while cause.__context__ is not None and isinstance(cause.__context__, OSError):
+        cause = cause.__context__
+    return str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+
+
+def _tell(listener: Callable[[str], None] | None, message: str) -> None:
+    if listener is not None:
+        listener(message)

@@ -1,0 +1,302 @@
+"""Health rules: the walkthrough's tables of metrics and advice, as pure rules over a history.
+
+A history is the list of what was logged, oldest first. ``check`` says what is wrong at its end;
+``HealthWatch`` keeps each finding from being repeated at every log.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+QUIET_STEPS: Final = 200
+"""Every untrained model fails the loss thresholds; nothing is said about them before this step."""
+
+NO_DECREASE_STEPS: Final = 1000
+"""The walkthrough's patience with a loss that does not fall."""
+
+MIN_DECREASE: Final = 0.02
+"""A loss that has lost less than this share of itself has not decreased; batches differ by about as
+much."""
+
+TREND_LOGS: Final = 8
+"""Logs that a trend of single losses is judged by: the older half against the newer."""
+
+TREND_STEPS: Final = 200
+"""Steps that a trend must span, whatever the log interval."""
+
+REPEAT_AFTER_LOGS: Final = 20
+"""A finding that persists is said again after so many logs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogPoint:
+    """What one log line said."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something that is wrong, with the walkthrough's advice."""
+
+    rule: str
+    metric: str
+    step: int
+    problem: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.problem} -> {self.advice}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One line of the walkthrough's tables.
+
+    `find` gets the history and answers with the metric and the problem in words, or None where all
+    is well.
+    """
+
+    name: str
+    metric: str
+    good: str
+    warning: str
+    advice: str
+    find: Callable[[Sequence[LogPoint]], tuple[str, str] | None]
+    quiet_at_first: bool = False
+    """Whether the rule keeps silent in the first steps, where every untrained model breaks it."""
+
+
+def check(history: Sequence[LogPoint], *, quiet_steps: int = QUIET_STEPS) -> list[Finding]:
+    """All findings at the end of a history, in the order of the table.
+
+    Args:
+        history: log points, oldest first.
+        quiet_steps: rules that every untrained model breaks are silent before this step.
+    """
+    if not history:
+        return []
+    step = history[-1].step
+    findings = []
+    for rule in RULES:
+        if rule.quiet_at_first and step < quiet_steps:
+            continue
+        if (found := rule.find(history)) is not None:
+            metric, problem = found
+            findings.append(
+                Finding(
+                    rule=rule.name, metric=metric, step=step, problem=problem, advice=rule.advice
+                )
+            )
+    return findings
+
+
+@dataclass(slots=True, kw_only=True)
+class HealthWatch:
+    """Gathers the history and says each finding once in `repeat_after_logs` logs."""
+
+    quiet_steps: int = QUIET_STEPS
+    repeat_after_logs: int = REPEAT_AFTER_LOGS
+    history: list[LogPoint] = field(default_factory=list)
+    _said_at: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
+        """Add a log point; returns the findings that are due to be said."""
+        self.history.append(LogPoint(step=step, metrics=dict(metrics)))
+        now = len(self.history)
+        due = []
+        for finding in check(self.history, quiet_steps=self.quiet_steps):
+            key = (finding.rule, finding.metric)
+            if now - self._said_at.get(key, -self.repeat_after_logs) >= self.repeat_after_logs:
+                self._said_at[key] = now
+                due.append(finding)
+        return due
+
+
+def _above(metric: str, limit: float) -> Callable[[Sequence[LogPoint]], tuple[str, str] | None]:
+    """A rule that the newest value is not above a limit."""
+
+    def find(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+        value = history[-1].metrics.get(metric)
+        if value is None or not value > limit:
+            return None
+        return metric, f"{metric} is {value:.4g}, above {limit:g}"
+
+    return find
+
+
+def _stays_below(
+    metric: str, limit: float
+) -> Callable[[Sequence[LogPoint]], tuple[str, str] | None]:
+    """A rule that two values in a row are not below a limit; one slow window says little."""
+
+    def find(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+        values = [point.metrics.get(metric, math.inf) for point in history[-2:]]
+        if len(values) < 2 or not max(values) < limit:
+            return None
+        return metric, f"{metric} is {values[-1]:.4g}, below {limit:g}"
+
+    return find
+
+
+def _not_finite(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    metrics = history[-1].metrics
+    for metric, value in metrics.items():
+        if metric.startswith("loss_") and math.isnan(value):
+            return metric, f"{metric} is NaN"
+    if (count := metrics.get("skipped_steps", 0.0)) > 0:
+        return "skipped_steps", f"{count:.0f} steps had a loss or gradient that is not finite"
+    return None
+
+
+def _no_decrease(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    """The newest losses of a long enough history are not below its first ones."""
+    points = _with_metric(history, "loss_total")
+    if len(points) < 2 or points[-1].step - points[0].step < NO_DECREASE_STEPS * 0.9:
+        return None
+    if points[-1].step < NO_DECREASE_STEPS:
+        return None
+    size = max(1, min(3, len(points) // 2))
+    first = fmean(p.metrics["loss_total"] for p in points[:size])
+    last = fmean(p.metrics["loss_total"] for p in points[-size:])
+    if last <= first * (1 - MIN_DECREASE):
+        return None
+    return "loss_total", f"loss_total has not decreased: {first:.4g} at first, {last:.4g} now"
+
+
+def _plateau(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    """The loss fell before, and stands still over the newest 1000 steps, early in the run."""
+    points = _with_metric(history, "loss_total")
+    newest = [p for p in points if p.step > points[-1].step - NO_DECREASE_STEPS] if points else []
+    if len(newest) < 4 or len(newest) == len(points) or _no_decrease(history) is not None:
+        return None
+    older, newer = _halves([p.metrics["loss_total"] for p in newest])
+    if fmean(newer) < fmean(older) * (1 - MIN_DECREASE / 4):
+        return None
+    # A cosine schedule that has nearly ended stands still by design.
+    rates = [p.metrics["lr"] for p in points if "lr" in p.metrics]
+    if rates and rates[-1] < 0.5 * max(rates):
+        return None
+    return "loss_total", f"loss_total stays at {fmean(newer):.4g} for {NO_DECREASE_STEPS} steps"
+
+
+def _one_rises(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    """One head's loss rises, beyond its noise, while every other falls."""
+    points = history[-TREND_LOGS:]
+    if len(points) < TREND_LOGS or points[-1].step - points[0].step < TREND_STEPS:
+        return None
+    heads = [m for m in points[-1].metrics if m.startswith("loss_") and m != "loss_total"]
+    changes = {h: _change([p.metrics.get(h, math.nan) for p in points]) for h in heads}
+    rising = [h for h, (change, noise) in changes.items() if change > max(0.03, 2 * noise)]
+    falling = [h for h, (change, _) in changes.items() if change < 0]
+    if len(rising) != 1 or not falling or len(falling) != len(heads) - 1:
+        return None
+    change = changes[rising[0]][0]
+    return rising[0], f"{rising[0]} rose by {change:.0%} while {', '.join(falling)} fell"
+
+
+def _change(values: Sequence[float]) -> tuple[float, float]:
+    """Relative change from the older to the newer half and its standard error, or NaN."""
+    older, newer = _halves(values)
+    base = abs(fmean(older)) or math.inf
+    noise = math.hypot(pstdev(older), pstdev(newer)) / math.sqrt(len(older))
+    return (fmean(newer) - fmean(older)) / base, noise / base
+
+
+def _halves(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    return values[: len(values) // 2], values[len(values) // 2 :]
+
+
+def _with_metric(history: Sequence[LogPoint], metric: str) -> list[LogPoint]:
+    return [p for p in history if math.isfinite(p.metrics.get(metric, math.nan))]
+
+
+RULES: Final[tuple[Rule, ...]] = (
+    Rule(
+        name="not finite",
+        metric="skipped_steps",
+        good="0",
+        warning="NaN or infinite",
+        advice=(
+            "Reduce LR (training.optimizer.lr), check for corrupted data (`python -m "
+            "preprocess verify`)"
+        ),
+        find=_not_finite,
+    ),
+    Rule(
+        name="no decrease",
+        metric="loss_total",
+        good="decreasing",
+        warning="no decrease after 1000 steps",
+        advice="Model/data mismatch, check shapes, learning rate and data quality",
+        find=_no_decrease,
+    ),
+    Rule(
+        name="plateau",
+        metric="loss_total",
+        good="decreasing",
+        warning="plateaus early",
+        advice="Check learning rate, data quality",
+        find=_plateau,
+        quiet_at_first=True,
+    ),
+    Rule(
+        name="internal text",
+        metric="loss_internal_text",
+        good="< 2.0",
+        warning="> 3.0",
+        advice="Check text tokenization",
+        find=_above("loss_internal_text", 3.0),
+        quiet_at_first=True,
+    ),
+    Rule(
+        name="audio",
+        metric="loss_audio",
+        good="< 1.5",
+        warning="> 2.5",
+        advice="Check audio normalization",
+        find=_above("loss_audio", 2.5),
+        quiet_at_first=True,
+    ),
+    Rule(
+        name="one rises",
+        metric="loss_*",
+        good="all losses decrease together",
+        warning="one increases while the others decrease",
+        advice="Check that modality's data, or adjust training.loss_weights",
+        find=_one_rises,
+        quiet_at_first=True,
+    ),
+    Rule(
+        name="slow",
+        metric="samples_per_sec",
+        good="> 10",
+        warning="< 5",
+        advice="Profile bottlenecks: `python -m train profile`",
+        find=_stays_below("samples_per_sec", 5.0),
+    ),
+    Rule(
+        name="waiting for data",
+        metric="data_wait_fraction",
+        good="< 0.1",
+        warning="> 0.5",
+        advice="Data loading: raise data.num_workers, for example to 4",
+        find=_above("data_wait_fraction", 0.5),
+    ),
+    Rule(
+        name="memory",
+        metric="memory_allocated_mb",
+        good="< 20000",
+        warning="> 22000",
+        advice="Reduce batch size (data.batch_size), or use training.accumulation_steps",
+        find=_above("memory_allocated_mb", 22_000.0),
+    ),
+)
+"""The closed table, in order of urgency."""

@@ -1,0 +1,405 @@
+"""Trainer: a model, a configuration and a loader in; a trained model and its curves out.
+
+The loop is ``Trainer.train``. It knows tensors and steps; batches come from ``BatchFeed`` (the next
+one is already on its way), numbers go through ``StepMeter`` and ``RunLog``, files are
+``checkpoint``'s. A resumed run equals the uninterrupted one: on the CPU to the bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import CheckpointError, ConfigError
+from shared.recipe import Recipe, WindowShapes
+from train import checkpoint, runtime
+from train.config import TrainConfig, as_train_config
+from train.feed import BatchFeed
+from train.health import QUIET_STEPS
+from train.inputs import to_device, to_model_inputs
+from train.losses import compute_losses, loss_counts, loss_sums, mean_losses
+from train.metrics import RunLog, StepMeter, default_run_name
+from train.optimizing import (
+    clip_gradient,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    step_if,
+)
+from train.runtime import StopSignals, explained_out_of_memory
+from train.state import TrainState, schedule_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from train.feed import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSummary:
+    """What a call of ``Trainer.train`` did."""
+
+    steps: int
+    """Optimizer steps of the whole run so far."""
+    stopped_by: Literal["max_steps", "signal"]
+    """Why it returned; a signal is Ctrl-C or SIGTERM."""
+    first_losses: Mapping[str, float]
+    """Means over this call's first few steps, by metric name."""
+    last_losses: Mapping[str, float]
+    """Means of the newest log."""
+    first_val_losses: Mapping[str, float]
+    """This call's first held-out losses; empty without a val_loader."""
+    last_val_losses: Mapping[str, float]
+    """The newest held-out losses."""
+    samples_per_sec: float
+    """Of the newest log."""
+    data_wait_fraction: float
+    """Share of the time in which the device waited for data, of the newest log."""
+    skipped_samples: int
+    """Bad samples that were replaced, in the whole run."""
+    skipped_steps: int
+    """Steps of this call that were left out because they were not finite."""
+    checkpoint: Path | None
+    """The newest checkpoint of this call."""
+    log_dir: Path
+    """TensorBoard's folder of this run."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Progress:
+    """What one call of ``train`` has come to so far."""
+
+    meter: StepMeter
+    began_s: float = field(default_factory=time.perf_counter)
+    to_first_batch_s: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    first_val: dict[str, float] = field(default_factory=dict)
+    last_val: dict[str, float] = field(default_factory=dict)
+    skipped_steps: int = 0
+    checkpoint: Path | None = None
+
+
+class Trainer:
+    """Trains a model on a loader's batches.
+
+    Args:
+        model: takes a batch's inputs, gives each head's output; moved to the device.
+        config: a TrainConfig, or the plain dict of ``yaml.safe_load``.
+        loader: any iterable of batches (docs/architecture.md); a finite one is repeated.
+        device: "auto", "cpu", "cuda", ...; "auto" defers to ``training.device``.
+        val_loader: held-out batches, at most ``training.eval_batches`` of which are measured.
+        run_name: folder below ``training.log_dir``; None: the resumed run's, or the time and the
+            host.
+        console: where lines go; None: the terminal.
+        checkpoint_extra: more plain values for the checkpoints, such as the tokenizer, so that they
+            can be used without the data.
+
+    Raises:
+        ConfigError: a wrong key or value, or a device that is not here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig | Mapping[str, Any],
+        loader: Iterable[Batch],
+        device: str = "auto",
+        *,
+        val_loader: Iterable[Batch] | None = None,
+        run_name: str | None = None,
+        console: Console | None = None,
+        checkpoint_extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = as_train_config(config)
+        training = self.config.training
+        self.device = runtime.choose_device(training.device if device == "auto" else device)
+        self._dtype = runtime.choose_dtype(training.precision, self.device)
+        runtime.set_up_math(num_threads=training.num_threads)
+        self.model = model.to(self.device)
+        self._forward = torch.compile(self.model) if training.compile else self.model
+        self._state = TrainState(
+            model=self.model,
+            optimizer=make_optimizer(self.model, training.optimizer),
+            scaler=runtime.make_scaler(self.device, self._dtype),
+            config=self.config,
+            shapes=shapes_of(self.model),
+            extra=dict(checkpoint_extra or {}),
+            run_name=run_name,
+        )
+        self._loader, self._val_loader = loader, val_loader
+        self._console = console
+        self._feed: BatchFeed | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._progress = _Progress(meter=StepMeter(self.device))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._state.step
+
+    def train(self) -> TrainSummary:
+        """Train up to ``training.max_steps``, or until Ctrl-C or SIGTERM, which save and return.
+
+        Returns:
+            What happened, with the first and last losses.
+
+        Raises:
+            DivergedError: losses or gradients stayed non-finite.
+            CheckpointError: the last checkpoint could not be written.
+            CreatureError: the GPU's memory does not suffice, or the loader gave up.
+        """
+        training, state = self.config.training, self._state
+        optimizer, scaler = state.optimizer, state.scaler
+        with StopSignals() as stop, explained_out_of_memory(), self._open_log() as log:
+            feed = self._restore(log)
+            while state.step < training.max_steps and not stop.requested:
+                set_learning_rate(optimizer, learning_rate(state.step, training))
+                batches = self._take_batches(feed, log)
+                losses = self._forward_and_backward(batches)
+                grad_norm = clip_gradient(optimizer, scaler, max_norm=training.grad_clip)
+                is_good = torch.isfinite(losses["loss_total"]) & torch.isfinite(grad_norm)
+                step_if(is_good, optimizer, scaler)
+                feed.fetch_ahead()
+                state.step += 1
+                self._count(batches, losses, grad_norm=grad_norm, is_good=is_good)
+
+                if self._is_due(training.log_interval):
+                    self._log(log, feed)
+                if self._is_due(training.eval_interval):
+                    self._evaluate(log)
+                if state.step % training.save_interval == 0:
+                    self._save_step(log)
+            return self._finish(log, feed)
+
+    def evaluate(self) -> dict[str, float]:
+        """Losses over the held-out batches: exact means, whatever the batches' valid shares.
+
+        At most ``training.eval_batches`` batches of one epoch are measured. The model's mode and
+        all random states are left as they were.
+
+        Returns:
+            loss_total and loss_<head>; empty where the val_loader has no batch.
+
+        Raises:
+            ConfigError: the trainer has no val_loader.
+        """
+        if self._val_loader is None:
+            raise ConfigError("there is nothing to evaluate on; give Trainer a val_loader")
+        was_training = self.model.training
+        self.model.eval()
+        parts = []
+        with torch.no_grad(), runtime.separate_rng(self.config.training.seed):
+            for batch in self._held_out_batches(self._val_loader):
+                outputs = self._predict(batch)
+                parts.append(
+                    loss_sums(outputs, batch["targets"], batch["weight"], config=self.config)
+                )
+        self.model.train(was_training)
+        if not parts:
+            return {}
+        sums = _added({name: total for name, (total, _) in part.items()} for part in parts)
+        counts = _added({name: count for name, (_, count) in part.items()} for part in parts)
+        losses = mean_losses({n: (sums[n], counts[n]) for n in sums}, config=self.config)
+        return {name: float(loss) for name, loss in losses.items()}
+
+    def save_checkpoint(self, path: Path | str) -> Path:
+        """Save everything that going on from here needs.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        return self._state.save(path, stream=self._feed.state() if self._feed is not None else None)
+
+    def load_checkpoint(self, path: Path | str) -> None:
+        """Go on from a checkpoint; the next :meth:`train` continues behind its step.
+
+        Raises:
+            CheckpointError: missing, damaged, foreign, or of another model.
+        """
+        self._resumed = {"path": str(path), **self._state.load(path, device=self.device)}
+        self._feed = None
+
+    def _open_log(self) -> RunLog:
+        """The run's folder; a resumed run goes on in its old one."""
+        training = self.config.training
+        self._state.run_name = self._state.run_name or default_run_name()
+        return RunLog(
+            training.log_dir / self._state.run_name,
+            first_step=self.step,
+            max_steps=training.max_steps,
+            quiet_steps=max(QUIET_STEPS, training.optimizer.warmup_steps),
+            console=self._console,
+        )
+
+    def _restore(self, log: RunLog) -> BatchFeed:
+        """Bring random states and the stream to where the checkpoint was, or to the beginning."""
+        self._progress = _Progress(meter=StepMeter(self.device))
+        self.model.train()
+        seed = self.config.training.seed
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            log.say(f"resuming at step {self.step} from {resumed['path']}")
+            if (schedule := schedule_of(self.config.training)) != resumed["schedule"]:
+                log.say(
+                    f"  the schedule was {resumed['schedule']}, it is now {schedule}",
+                    style="yellow",
+                )
+            self._feed = BatchFeed(self._loader, self.device, seed=seed, state=resumed["stream"])
+            runtime.set_rng_state(resumed["rng"])
+        elif self._feed is None:
+            log.write_config(self.config.model_dump(mode="json"))
+            runtime.seed_everything(seed)
+            self._feed = BatchFeed(self._loader, self.device, seed=seed)
+        return self._feed
+
+    def _take_batches(self, feed: BatchFeed, log: RunLog) -> list[Batch]:
+        """One step's micro-batches on the device; bad samples in them are written down."""
+        batches = feed.take(self.config.training.accumulation_steps)
+        for batch in batches:
+            skipped = batch.get("skipped", ())
+            self._state.skipped_samples += len(skipped)
+            log.write_skipped(self.step, skipped)
+        if self._progress.to_first_batch_s is None:
+            self._progress.to_first_batch_s = time.perf_counter() - self._progress.began_s
+            feed.take_waits_s()  # the start is no wait of a running stream
+            self._progress.meter.restart_clock()
+        return batches
+
+    def _forward_and_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """Gradients and losses of one step; micro-batches weigh as in one large batch."""
+        self._state.optimizer.zero_grad(set_to_none=True)
+        config, shapes = self.config, self._state.shapes
+        counts = None
+        if len(batches) > 1:
+            counts = _added(
+                loss_counts(batch["targets"], batch["weight"], config=config, shapes=shapes)
+                for batch in batches
+            )
+        parts = []
+        for batch in batches:
+            outputs, targets = self._predict(batch), batch["targets"]
+            losses = compute_losses(outputs, targets, batch["weight"], config=config, counts=counts)
+            loss = self._state.scaler.scale(losses["loss_total"])
+            loss.backward()  # type: ignore[no-untyped-call]
+            parts.append({name: loss.detach() for name, loss in losses.items()})
+        return _added(parts)
+
+    def _predict(self, batch: Batch) -> dict[str, Tensor]:
+        inputs = to_model_inputs(batch["inputs"], dtype=self._dtype)
+        with runtime.autocast(self.device, self._dtype):
+            outputs: dict[str, Tensor] = self._forward(inputs)
+        return outputs
+
+    def _held_out_batches(self, val_loader: Iterable[Batch]) -> Iterator[Batch]:
+        """At most `eval_batches` batches on the device, all of one epoch."""
+        epochs = set()
+        for batch in itertools.islice(val_loader, self.config.training.eval_batches):
+            epochs.add(batch.get("epoch"))
+            if len(epochs) > 1:
+                return
+            yield to_device(batch, self.device)
+
+    def _count(
+        self, batches: list[Batch], losses: dict[str, Tensor], *, grad_norm: Tensor, is_good: Tensor
+    ) -> None:
+        """Add a step to the meter; on the CPU, where looking is free, stop a diverged run."""
+        num_samples = torch.stack([batch["weight"].sum() for batch in batches]).sum()
+        meter = self._progress.meter
+        meter.add(losses, grad_norm=grad_norm, is_good=is_good, num_samples=num_samples)
+        if self.device.type == "cpu":
+            meter.check_divergence(self.step)
+
+    def _is_due(self, interval: int) -> bool:
+        """Whether what is done every `interval` steps, and at the end, is to be done now."""
+        return self.step % interval == 0 or self.step == self.config.training.max_steps
+
+    def _log(self, log: RunLog, feed: BatchFeed) -> None:
+        progress = self._progress
+        runtime.synchronize(self.device)
+        metrics = {
+            **progress.meter.take(feed.take_waits_s()),
+            "memory_allocated_mb": runtime.memory_allocated_mb(self.device),
+            "lr": float(self._state.optimizer.param_groups[0]["lr"]),
+            "skipped_samples": float(self._state.skipped_samples),
+        }
+        progress.skipped_steps += int(metrics["skipped_steps"])
+        if not progress.metrics:
+            metrics["time_to_first_batch_s"] = progress.to_first_batch_s or 0.0
+        progress.metrics = metrics
+        log.write_metrics(self.step, metrics)
+        progress.meter.check_divergence(self.step)
+
+    def _evaluate(self, log: RunLog) -> None:
+        """Measure on held-out batches, where there are any."""
+        if self._val_loader is None:
+            return
+        progress = self._progress
+        with progress.meter.pause():
+            progress.last_val = self.evaluate()
+            progress.first_val = progress.first_val or progress.last_val
+            log.write_validation(self.step, progress.last_val)
+
+    def _save_step(self, log: RunLog) -> None:
+        """Save a step's checkpoint; where that fails, training goes on and the older ones stay."""
+        keeping = self.config.training.checkpointing
+        path = keeping.save_dir / checkpoint.step_name(self.step)
+        with self._progress.meter.pause():
+            try:
+                self._progress.checkpoint = self.save_checkpoint(path)
+            except CheckpointError as error:
+                log.say(f"  warning: {error}; older checkpoints stay", style="red")
+            else:
+                checkpoint.prune_checkpoints(keeping.save_dir, keep_last_n=keeping.keep_last_n)
+
+    def _finish(self, log: RunLog, feed: BatchFeed) -> TrainSummary:
+        """Log and save what is not yet, and say what happened."""
+        progress, training = self._progress, self.config.training
+        is_complete = self.step >= training.max_steps
+        if progress.meter.has_steps:
+            self._log(log, feed)
+        if is_complete:
+            final = training.checkpointing.save_dir / checkpoint.FINAL_NAME
+            progress.checkpoint = self.save_checkpoint(final)
+        else:
+            self._save_step(log)
+            log.say(
+                f"stopped at step {self.step}; go on with the same command and `--resume auto`, "
+                f"or with trainer.load_checkpoint({str(progress.checkpoint)!r})"
+            )
+        metrics = progress.metrics
+        return TrainSummary(
+            steps=self.step,
+            stopped_by="max_steps" if is_complete else "signal",
+            first_losses=progress.meter.first_losses(),
+            last_losses={n: v for n, v in metrics.items() if n.startswith("loss_")},
+            first_val_losses=progress.first_val,
+            last_val_losses=progress.last_val,
+            samples_per_sec=metrics.get("samples_per_sec", 0.0),
+            data_wait_fraction=metrics.get("data_wait_fraction", 0.0),
+            skipped_samples=self._state.skipped_samples,
+            skipped_steps=progress.skipped_steps,
+            checkpoint=progress.checkpoint,
+            log_dir=log.folder,
+        )
+
+
+def shapes_of(model: nn.Module) -> WindowShapes:
+    """The window shapes that a model was made for; the default recipe's where it does not say."""
+    shapes = getattr(model, "shapes", None)
+    return shapes if isinstance(shapes, WindowShapes) else WindowShapes.from_recipe(Recipe())
+
+
+def _added(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum of tensors of the same name."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        total = {name: total[name] + value if total else value for name, value in part.items()}
+    return total
