@@ -8,8 +8,10 @@ Whoever reads says what became of them (validation prints them, the shard job wr
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,12 @@ SOURCE_FILES = (METADATA_FILE, TEXT_FILE, AUDIO_FILE, *VISION_FILES.values())
 
 MAX_LINE_BYTES = 1 << 20
 """A longer line of metadata is no metadata."""
+
+MAX_TIME_S = 1e12
+"""Larger timestamps are no seconds (nanoseconds since 1970, say)."""
+
+MAX_VALUE = 3e38
+"""Larger sensor readings don't fit float32."""
 
 _TEXT_STREAMS = {"internal": Stream.INTERNAL_TEXT, "external": Stream.EXTERNAL_TEXT}
 _INLINE_TEXT_KEYS = {"internal_text": Stream.INTERNAL_TEXT, "external_text": Stream.EXTERNAL_TEXT}
@@ -133,11 +141,9 @@ def read_metadata(path: Path, *, touch_size: int, proprio_size: int) -> Metadata
         touch.append(_numbers(values, "touch", touch_size, number, oddities))
         proprio.append(_numbers(values, "proprio", proprio_size, number, oddities))
         for key, stream in _INLINE_TEXT_KEYS.items():
-            text = values.get(key)
-            if isinstance(text, str) and text.strip():
+            text = _text(values, key, METADATA_FILE, number, oddities)
+            if text is not None:
                 events.append(TextEvent(time_s, stream, text))
-            elif text not in (None, "") and not isinstance(text, str):
-                oddities.append(Oddity(METADATA_FILE, number, "text", f"{key} is no string"))
     times_s = np.asarray(times, dtype=np.float64)
     order = _increasing_order(times_s, lines, oddities)
     return Metadata(
@@ -157,13 +163,16 @@ def read_text_file(path: Path) -> tuple[list[TextEvent], list[Oddity]]:
     for number, values in _iter_objects(path / TEXT_FILE, oddities):
         time_s = _timestamp(values, TEXT_FILE, number, oddities)
         stream = _TEXT_STREAMS.get(str(values.get("stream")))
-        text = values.get("text")
         if stream is None:
-            what = f"stream is {values.get('stream')!r}; expected 'internal' or 'external'"
+            name = reprlib.repr(values.get("stream"))
+            what = f"stream is {name}; expected 'internal' or 'external'"
             oddities.append(Oddity(TEXT_FILE, number, "stream", what))
-        elif not isinstance(text, str) or not text.strip():
+            continue
+        num_odd = len(oddities)
+        text = _text(values, "text", TEXT_FILE, number, oddities)
+        if text is None and len(oddities) == num_odd:
             oddities.append(Oddity(TEXT_FILE, number, "text", "no text"))
-        elif time_s is not None:
+        elif text is not None and time_s is not None:
             events.append(TextEvent(time_s, stream, text))
     events.sort(key=lambda event: event.time_s)
     return events, oddities
@@ -173,7 +182,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     """Free facts of ``session.json``; {} where there is none or it isn't a JSON object."""
     try:
         facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -181,6 +190,8 @@ def read_facts(path: Path) -> dict[str, Any]:
 def _iter_objects(path: Path, oddities: list[Oddity]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each JSON line; anything else becomes an oddity."""
     try:
+        if path.exists() and not path.is_file():
+            raise IsADirectoryError(errno.EISDIR, "it is no file")
         file = path.open("rb")
     except FileNotFoundError:
         return
@@ -192,37 +203,75 @@ def _iter_objects(path: Path, oddities: list[Oddity]) -> Iterator[tuple[int, dic
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(raw) > MAX_LINE_BYTES:
-                oddities.append(
-                    Oddity(path.name, number, "long", f"line over {MAX_LINE_BYTES} bytes")
-                )
-                return
+                while raw and not raw.endswith(b"\n"):
+                    raw = file.readline(MAX_LINE_BYTES)
+                what = f"line over {MAX_LINE_BYTES} bytes"
+                oddities.append(Oddity(path.name, number, "long", what))
+                continue
             if not raw.strip():
                 continue
-            try:
-                values = json.loads(raw)
-            except (ValueError, RecursionError):
-                is_cut = not raw.endswith(b"\n")
-                what = "the last line is cut off" if is_cut else "not JSON"
+            values, what = parse_line(raw)
+            if values is None:
                 oddities.append(Oddity(path.name, number, "json", what))
-                continue
-            if isinstance(values, dict):
-                yield number, values
             else:
-                oddities.append(Oddity(path.name, number, "json", "not a JSON object"))
+                yield number, values
+
+
+def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The JSON object of a line, or None and what is wrong with it."""
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError):
+        is_cut = not raw.endswith(b"\n")
+        return None, "the last line is cut off" if is_cut else "not JSON"
+    return (values, "") if isinstance(values, dict) else (None, "not a JSON object")
+
+
+def parse_timestamp(values: dict[str, Any]) -> float | None:
+    """The timestamp of a line in seconds, or None where it isn't a usable number."""
+    value = values.get("timestamp")
+    time_s = None if isinstance(value, bool) else _finite(value)
+    return time_s if time_s is not None and abs(time_s) < MAX_TIME_S else None
+
+
+def _finite(value: object) -> float | None:
+    """A JSON number as a finite float, else None."""
+    if not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _timestamp(
     values: dict[str, Any], file: str, number: int, oddities: list[Oddity]
 ) -> float | None:
     """The line's timestamp, or None and an oddity."""
-    time_s = values.get("timestamp")
-    is_number = isinstance(time_s, (int, float)) and not isinstance(time_s, bool)
-    if is_number and math.isfinite(float(time_s)) and abs(float(time_s)) < 1e12:  # type: ignore[arg-type]
-        return float(time_s)  # type: ignore[arg-type]
-    oddities.append(
-        Oddity(file, number, "timestamp", f"timestamp is {time_s!r}, not a finite number")
-    )
-    return None
+    time_s = parse_timestamp(values)
+    if time_s is None:
+        what = f"timestamp is {reprlib.repr(values.get('timestamp'))}, no usable number of seconds"
+        oddities.append(Oddity(file, number, "timestamp", what))
+    return time_s
+
+
+def _text(
+    values: dict[str, Any], key: str, file: str, number: int, oddities: list[Oddity]
+) -> str | None:
+    """A text that says something, else None and, unless it is missing or empty, an oddity."""
+    text = values.get(key)
+    if text is None or text == "":
+        return None
+    if not isinstance(text, str):
+        oddities.append(Oddity(file, number, "text", f"{key} is no string"))
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        oddities.append(Oddity(file, number, "text", f"{key} holds half a character (a surrogate)"))
+        return None
+    return text if text.strip() else None
 
 
 def _numbers(
@@ -243,12 +292,12 @@ def _numbers(
         )
         oddities.append(Oddity(METADATA_FILE, number, "size", what))
         return missing
-    if not all(isinstance(v, (int, float)) and math.isfinite(v) and abs(v) < 3e38 for v in numbers):
-        oddities.append(
-            Oddity(METADATA_FILE, number, "number", f"{key} holds a value that is no finite number")
-        )
+    finite = [v for v in map(_finite, numbers) if v is not None and abs(v) < MAX_VALUE]
+    if len(finite) != size:
+        what = f"{key} holds a value that is no finite number"
+        oddities.append(Oddity(METADATA_FILE, number, "number", what))
         return missing
-    return [float(v) for v in numbers]
+    return finite
 
 
 def _increasing_order(
