@@ -58,7 +58,10 @@ def encode_pictures(pictures: NDArray[np.uint8], *, recipe: VisionRecipe) -> byt
         return buffer.getvalue()
     return b"".join(
         simplejpeg.encode_jpeg(
-            np.ascontiguousarray(p), quality=recipe.quality, colorspace="RGB", colorsubsamp="420"
+            np.ascontiguousarray(p),
+            quality=recipe.quality,
+            colorspace="RGB",
+            colorsubsampling="420",
         )
         for p in pictures
     )
@@ -175,6 +178,6 @@ def _load_npy(member: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     except ValueError as error:
         raise CorruptError(f"is no npy file: {error}") from error
     expected = file.tell() + math.prod(shape)
-    if (found, is_fortran, dtype) != (shape, False, np.uint8) or len(member) != expected:
+    if (found, is_fortran, dtype.str) != (shape, False, "|u1") or len(member) != expected:
         raise CorruptError(f"pictures are {dtype} {found}, not uint8 {shape}")
     return np.frombuffer(member, dtype=np.uint8, offset=file.tell()).reshape(shape)

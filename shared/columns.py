@@ -14,7 +14,6 @@ import os
 import tarfile
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 import google_crc32c
@@ -26,6 +25,7 @@ from shared.index import Members
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
     from types import TracebackType
 
     from numpy.typing import NDArray

@@ -116,7 +116,7 @@ def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
         raise ShardError(f"{path}: no such index; is the shard set complete?") from error
     except (OSError, ValueError) as error:
         raise CorruptError(f"{path}: can't be read: {error}") from error
-    if sha256 is not None and hashlib.sha256(memoryview(raw)).hexdigest() != sha256:
+    if sha256 is not None and hashlib.sha256(raw.data).hexdigest() != sha256:
         raise CorruptError(f"{path}: checksum differs from the manifest; rebuild by `make shards`")
     return _parse_index(raw, path)
 

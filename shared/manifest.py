@@ -12,11 +12,11 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from shared.config import make_section
 from shared.errors import CorruptError, FormatVersionError, ShardError
-from shared.recipe import Recipe, json_of
+from shared.recipe import Recipe, Split, json_of
 from shared.text import TextTokenizer, parse_tokenizer
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ REJECTED_FILE = "rejected.jsonl"
 SESSIONS_FILE = "sessions.jsonl"
 FORMAT_NAME = "vr-creature-shards"
 FORMAT_VERSION = 1
-
-Split = Literal["train", "val"]
-SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +100,9 @@ def read_manifest(root: Path | str) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        hint = "build one by `make shards` or `python -m preprocess shards --out " + f"{root}`"
-        raise ShardError(f"{path}: no such shard set; {hint}") from error
+        raise ShardError(
+            f"{path}: no such shard set; make it by `python -m preprocess shards --out {root}`"
+        ) from error
     except (OSError, ValueError) as error:
         raise CorruptError(f"{path}: is damaged: {error}; rebuild by `make shards`") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
@@ -112,8 +110,8 @@ def read_manifest(root: Path | str) -> Manifest:
     version = values.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise FormatVersionError(
-            f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that this "
-            "software reads; update it, or rebuild the set from its sessions"
+            f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that "
+            "this software reads; update it, or rebuild the set from its sessions"
         )
     try:
         return Manifest(
@@ -167,7 +165,7 @@ def fingerprint_of(*parts: Any) -> str:  # noqa: ANN401
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file is written before it takes its name; the builder removes what a killed run left."""
+    """Where a file is written before it takes its name; the next build removes a killed one's."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 

@@ -8,6 +8,7 @@ touches.
 from __future__ import annotations
 
 import enum
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,11 @@ from shared.errors import ConfigError
 
 PAD_TOKEN = 0
 """Token of silence, the same in every tokenizer."""
+
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
+"""Sessions to learn from, and sessions held out."""
 
 
 class Stream(enum.StrEnum):
@@ -259,3 +265,10 @@ class WindowShapes:
 def json_of(section: Section) -> dict[str, Any]:
     """A section as plain JSON values, for manifests and fingerprints."""
     return section.model_dump(mode="json")
+
+
+def split_of(session: str, recipe: Recipe) -> Split:
+    """Train or val, by a hash of the session's name: it never changes when others come or go."""
+    digest = hashlib.sha256(f"{recipe.split.salt}/{session}".encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return "val" if share < recipe.split.val_fraction else "train"

@@ -184,6 +184,11 @@ def scan_session(path: Path, *, recipe: Recipe) -> SessionScan:
             intervals[stream] = Interval(0.0, length_s)
         else:
             absent[stream] = "no event of it in text.jsonl or metadata.jsonl"
+    oddities += [
+        ("text outside", f"text {e.text[:40]!r} at {e.time_s:g} s lies outside the session")
+        for e in events
+        if not 0 <= e.time_s - offset_s < length_s
+    ]
     windows = plan_windows(
         length_s, duration_s=recipe.window.duration_s, step_s=recipe.window.step_s
     )

@@ -103,7 +103,8 @@ def find_sessions(root: Path | str) -> list[Path]:
     if is_session(root):
         return [root]
     found = sorted(
-        (p for p in root.iterdir() if p.is_dir() and is_session(p)), key=lambda p: p.name
+        (p for p in root.iterdir() if not p.name.startswith(".") and is_session(p)),
+        key=lambda p: p.name,
     )
     if not found:
         raise SessionError(

@@ -1,0 +1,308 @@
+"""What has to be built: pure arithmetic on scans, the recipe and what the old manifest says.
+
+Sessions keep the shards they are in. New sessions make new shards; a changed one is re-made in its
+place, a removed one leaves its shard. A column of a shard is due when its fingerprint differs; the
+others are not even opened. A changed window, split or packing recipe starts over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from shared.layout import COLUMNS, Column, column_basis
+from shared.manifest import fingerprint_of
+from shared.recipe import SPLITS, Recipe, Split, json_of, split_of
+from shared.session import AUDIO_FILE, METADATA_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from shared.scan import SessionScan
+
+_BYTES_PER_PIXEL = {"mjpeg": 0.35, "raw": 3.0}
+"""Bytes of a stored picture per pixel, for packing only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Some windows of a session that lie together in a shard."""
+
+    session: str
+    windows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltColumn:
+    """A finished column file, as a shard's index describes it."""
+
+    file: str
+    length_bytes: int
+    sha256: str
+    fingerprint: str
+    basis: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltShard:
+    """A finished shard, as the old manifest and its index describe it."""
+
+    name: str
+    split: Split
+    slices: tuple[Slice, ...]
+    index_file: str
+    columns: Mapping[str, BuiltColumn]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardTask:
+    """One shard to write: which columns are due and why, and which stay as they are."""
+
+    name: str
+    split: Split
+    slices: tuple[Slice, ...]
+    due: Mapping[str, str]
+    """Column name -> reason."""
+    bases: Mapping[str, Mapping[str, Any]]
+    """Column name -> what it depends on; the hash of it is its fingerprint."""
+    kept: Mapping[str, BuiltColumn]
+    old_index_file: str | None
+    generation: int
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of the shard."""
+        return sum(len(s.windows) for s in self.slices)
+
+    def file_name(self, suffix: str) -> str:
+        """Name of a file of this shard that never replaces one that a reader may have open."""
+        name = f"{self.name}.{suffix}"
+        return versioned(name, self.generation) if self.generation else name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything a build will do."""
+
+    tasks: tuple[ShardTask, ...]
+    unchanged: tuple[BuiltShard, ...]
+    dropped: tuple[str, ...]
+    """Names of old shards that go."""
+    order: tuple[str, ...]
+    """Names of all shards of the new set, in its order."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the old set is up to date."""
+        return not self.tasks and not self.dropped
+
+    def reasons(self) -> list[str]:
+        """One line per column and reason: ``3 of 9 audio columns: mel.levels 16 -> 32``."""
+        total = len(self.order)
+        counts: dict[tuple[str, str], int] = {}
+        for task in self.tasks:
+            for column, reason in task.due.items():
+                counts[column, reason] = counts.get((column, reason), 0) + 1
+        lines = [f"{n} of {total} {column} columns: {why}" for (column, why), n in counts.items()]
+        if self.dropped:
+            lines.append(f"{len(self.dropped)} shards go: their sessions are gone or moved")
+        return lines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OldSet:
+    """What a plan may keep."""
+
+    recipe: Recipe
+    generation: int
+    shards: tuple[BuiltShard, ...]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A shard while it is being planned."""
+
+    name: str
+    split: Split
+    slices: list[Slice] = field(default_factory=list)
+    old: BuiltShard | None = None
+
+
+def plan_shards(
+    scans: Mapping[str, SessionScan],
+    recipe: Recipe,
+    *,
+    tokenizer_sha256: str,
+    old: OldSet | None = None,
+) -> Plan:
+    """Plan a build.
+
+    Args:
+        scans: every session, by name.
+        recipe: the recipe to build by.
+        tokenizer_sha256: hash of the tokenizer that text will be encoded with.
+        old: the set that is there, if any.
+    """
+    kept = {name: _kept_windows(scan, recipe) for name, scan in sorted(scans.items())}
+    inherits = old is not None and _packing(old.recipe) == _packing(recipe)
+    drafts = _inherit(old.shards, kept) if old is not None and inherits else []
+    placed = {s.session for d in drafts for s in d.slices}
+    fresh = [name for name, windows in kept.items() if windows and name not in placed]
+    drafts += _pack(fresh, kept, recipe, drafts)
+    drafts = sorted((d for d in drafts if d.slices), key=lambda d: (SPLITS.index(d.split), d.name))
+    generation = 0 if old is None else old.generation + 1
+    tasks, unchanged = [], []
+    for draft in drafts:
+        task = _task(draft, scans, recipe, tokenizer_sha256, generation)
+        if task is not None:
+            tasks.append(task)
+        elif draft.old is not None:
+            unchanged.append(draft.old)
+    names = {d.name for d in drafts}
+    return Plan(
+        tasks=tuple(tasks),
+        unchanged=tuple(unchanged),
+        dropped=tuple(s.name for s in old.shards if s.name not in names) if old else (),
+        order=tuple(d.name for d in drafts),
+    )
+
+
+def versioned(name: str, generation: int) -> str:
+    """``train-000000.audio.tar`` -> ``train-000000.g2.audio.tar``."""
+    stem, _, rest = name.partition(".")
+    return f"{stem}.g{generation}.{rest}"
+
+
+def _kept_windows(scan: SessionScan, recipe: Recipe) -> tuple[int, ...]:
+    """Windows of a session that become samples."""
+    if scan.session_rejection(recipe) is not None:
+        return ()
+    windows = scan.windows(recipe)
+    return tuple(w.index for w in windows if scan.rejection(w, recipe) is None)
+
+
+def _packing(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe that decide which sample lies in which shard."""
+    return {k: v for k, v in json_of(recipe).items() if k in ("window", "split", "shard")}
+
+
+def _inherit(shards: Sequence[BuiltShard], kept: Mapping[str, tuple[int, ...]]) -> list[_Draft]:
+    """Old shards with the sessions that can stay where they are."""
+    homes: dict[str, list[Slice]] = {}
+    for shard in shards:
+        for piece in shard.slices:
+            homes.setdefault(piece.session, []).append(piece)
+    is_same = {
+        name: sum((p.windows for p in pieces), ()) == kept.get(name, ())
+        for name, pieces in homes.items()
+    }
+    drafts = []
+    for shard in shards:
+        draft = _Draft(shard.name, shard.split, old=shard)
+        for piece in shard.slices:
+            if is_same[piece.session]:
+                draft.slices.append(piece)
+            elif len(homes[piece.session]) == 1 and kept.get(piece.session):
+                draft.slices.append(Slice(piece.session, kept[piece.session]))
+        drafts.append(draft)
+    return drafts
+
+
+def _pack(
+    sessions: Sequence[str],
+    kept: Mapping[str, tuple[int, ...]],
+    recipe: Recipe,
+    drafts: Sequence[_Draft],
+) -> list[_Draft]:
+    """Sessions in order of name into new shards of about the target size; long ones are divided."""
+    capacity = max(1, int(recipe.shard.target_bytes / _sample_bytes(recipe)))
+    new: list[_Draft] = []
+    for split in SPLITS:
+        numbers = [int(d.name.rpartition("-")[2]) for d in drafts if d.split == split]
+        number = max(numbers, default=-1) + 1
+        room = 0
+        for session in sessions:
+            if split_of(session, recipe) != split:
+                continue
+            windows = kept[session]
+            while windows:
+                if room == 0:
+                    new.append(_Draft(f"{split}-{number:06d}", split))
+                    number, room = number + 1, capacity
+                part, windows = windows[:room], windows[room:]
+                new[-1].slices.append(Slice(session, part))
+                room -= len(part)
+    return new
+
+
+def _sample_bytes(recipe: Recipe) -> float:
+    """About how many bytes a sample takes, both eyes and sound included."""
+    frames = recipe.count(recipe.vision.rate_hz)
+    picture = recipe.vision.size**2 * _BYTES_PER_PIXEL[recipe.vision.codec]
+    sound = 2 * recipe.count(recipe.audio.rate_hz)
+    mel = recipe.count(recipe.mel.rate_hz) * recipe.mel.channels
+    numbers = recipe.sensors.proprio_size + recipe.sensors.touch_size
+    sensors = 4 * recipe.count(recipe.sensors.rate_hz) * numbers
+    return 2 * frames * picture + sound + mel + sensors
+
+
+def _task(
+    draft: _Draft,
+    scans: Mapping[str, SessionScan],
+    recipe: Recipe,
+    tokenizer_sha256: str,
+    generation: int,
+) -> ShardTask | None:
+    """The task that brings a shard up to date; None where nothing is due."""
+    bases = {
+        name: {
+            **column_basis(column, recipe, tokenizer_sha256=tokenizer_sha256),
+            "rows": _rows_hash(draft.slices, column, scans),
+        }
+        for name, column in COLUMNS.items()
+    }
+    old = draft.old
+    due: dict[str, str] = {}
+    kept: dict[str, BuiltColumn] = {}
+    for name, basis in bases.items():
+        built = old.columns.get(name) if old is not None else None
+        if built is not None and built.fingerprint == fingerprint_of(basis):
+            kept[name] = built
+        else:
+            due[name] = _reason(built, basis)
+    if old is not None and not due and tuple(draft.slices) == old.slices:
+        return None
+    return ShardTask(
+        name=draft.name,
+        split=draft.split,
+        slices=tuple(draft.slices),
+        due=due,
+        bases=bases,
+        kept=kept,
+        old_index_file=old.index_file if old is not None else None,
+        generation=generation,
+    )
+
+
+def _rows_hash(slices: Sequence[Slice], column: Column, scans: Mapping[str, SessionScan]) -> str:
+    """Hash of a shard's rows and of the sources and facts that a column takes from them."""
+    rows = []
+    for piece in slices:
+        scan = scans[piece.session]
+        sources = {n: scan.sources[n].sha256 for n in column.sources if n in scan.sources}
+        offset_s = scan.clock_offset_s if METADATA_FILE in column.sources else 0.0
+        gain = scan.gain if AUDIO_FILE in column.sources else 1.0
+        rows.append([piece.session, piece.windows, sources, offset_s, gain])
+    return fingerprint_of(rows)
+
+
+def _reason(built: BuiltColumn | None, basis: Mapping[str, Any]) -> str:
+    """Why a column is due, in words."""
+    if built is None:
+        return "new"
+    changes = [
+        f"{key} {built.basis.get(key)} -> {value}"
+        for key, value in basis.items()
+        if key != "rows" and built.basis.get(key) != value
+    ]
+    return "; ".join(changes) or "its sessions changed"
