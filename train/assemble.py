@@ -1,0 +1,216 @@
+"""Samples of a source as one batch of tensors: the form that docs/architecture.md describes.
+
+Arrays are made once per batch and the source decodes straight into them. Text tokens are laid on
+ticks here: one token per tick and stream, each as soon as its event has begun and the tick is free.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from shared.recipe import PAD_TOKEN, Stream, WindowShapes
+from train.config import HEAD_STREAM, TrainConfig
+from train.source import SENSORS, TEXTS, VISION, SampleSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from shared.fields import Text, TokenStream
+
+MIN_TOKENS = 2
+"""A dense text batch is at least this long, so that there is a next token to predict."""
+
+Place = tuple[int, int]
+"""(shard, row) of a sample."""
+
+_TIME_SLACK_TICKS = 1e-6
+
+
+def assemble_batch(
+    source: SampleSource,
+    places: Sequence[Place],
+    *,
+    config: TrainConfig,
+    shapes: WindowShapes,
+    read: Callable[[int, dict[str, NDArray[Any]]], tuple[Place, Text | None]] | None = None,
+) -> dict[str, Any]:
+    """Read samples into one batch.
+
+    Args:
+        source: where they are.
+        places: which.
+        config: says which streams are inputs and targets.
+        shapes: sizes of a window.
+        read: reads sample number i into arrays and says which place it took in the end; by default
+            the one asked for.
+
+    Raises:
+        CorruptError: a sample's bytes are damaged (and `read` does not help).
+    """
+    wanted = {*config.input_streams, *config.target_streams}
+    with_text = any(s in wanted for s in TEXTS)
+    arrays = _zeros(len(places), wanted, shapes)
+    texts: list[Text | None] = []
+    taken: list[Place] = []
+    for i, place in enumerate(places):
+        out = {name: values[i] for name, values in arrays.items()}
+        if read is None:
+            texts.append(source.read_into(*place, out, with_text=with_text))
+            taken.append(place)
+        else:
+            final_place, text = read(i, out)
+            texts.append(text)
+            taken.append(final_place)
+    if config.is_text_only:
+        arrays |= _dense_text(source, taken, texts, wanted)
+    elif with_text:
+        arrays |= _text_on_ticks(source, taken, texts, wanted, shapes)
+    tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    return {
+        "inputs": {n: t for n, t in tensors.items() if _stream_of(n) in config.input_streams},
+        "targets": {
+            n.replace(stream, head): t
+            for head, stream in HEAD_STREAM.items()
+            if head in config.heads
+            for n, t in tensors.items()
+            if _stream_of(n) == stream
+        },
+        "weight": torch.ones(len(places)),
+        "keys": [source.key(*place) for place in taken],
+    }
+
+
+def join_batches(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several batches as one; dense text is filled up to the longest with masked silence."""
+    joined: dict[str, Any] = {}
+    for group in ("inputs", "targets"):
+        names = batches[0][group]
+        joined[group] = {name: _concatenate([b[group][name] for b in batches]) for name in names}
+    for head, stream in HEAD_STREAM.items():  # inputs and targets of a stream stay one tensor
+        for suffix in ("", "_valid"):
+            if f"{stream}{suffix}" in joined["inputs"] and f"{head}{suffix}" in joined["targets"]:
+                joined["targets"][f"{head}{suffix}"] = joined["inputs"][f"{stream}{suffix}"]
+    joined["weight"] = torch.cat([b["weight"] for b in batches])
+    joined["keys"] = [key for b in batches for key in b["keys"]]
+    return joined
+
+
+def tokens_on_ticks(
+    tokens: TokenStream, *, start_s: float, num_ticks: int, tick_rate_hz: float
+) -> NDArray[np.int64]:
+    """Lay tokens on ticks, int64 [num_ticks]; PAD where nothing is said.
+
+    A token takes the first free tick at or after its event's begin. What does not fit into the
+    window is cut off.
+    """
+    ticks = np.full(num_ticks, PAD_TOKEN, dtype=np.int64)
+    free = 0
+    for token, time_s in zip(tokens.ids, tokens.time_s, strict=True):
+        tick = max(free, int((time_s - start_s) * tick_rate_hz + _TIME_SLACK_TICKS))
+        if tick >= num_ticks:
+            break
+        ticks[tick] = token
+        free = tick + 1
+    return ticks
+
+
+def pack_tokens(text: Text, streams: Sequence[Stream] = TEXTS) -> dict[Stream, list[int]]:
+    """Tokens of streams one after another by time; where one speaks the others have PAD."""
+    spoken = [
+        (time_s, number, stream, token)
+        for number, (stream, tokens) in enumerate(
+            zip(TEXTS, (text.internal, text.external), strict=True)
+        )
+        for time_s, token in zip(tokens.time_s, tokens.ids, strict=True)
+        if stream in streams
+    ]
+    # By event time, then by stream, so that an event's tokens stay together; the sort is stable.
+    spoken.sort(key=lambda item: item[:2])
+    return {
+        stream: [token if speaker is stream else PAD_TOKEN for _, _, speaker, token in spoken]
+        for stream in streams
+    }
+
+
+def _zeros(count: int, wanted: set[Stream], shapes: WindowShapes) -> dict[str, NDArray[Any]]:
+    """Zeroed arrays of every wanted stream but text."""
+    size = shapes.image_size
+    kinds: dict[Stream, tuple[tuple[int, ...], type[np.generic]]] = {
+        **dict.fromkeys(VISION, ((shapes.num_frames, size, size, 3), np.uint8)),
+        Stream.AUDIO: ((shapes.num_audio_frames, shapes.mel_channels), np.uint8),
+        Stream.TOUCH: ((shapes.num_sensor_samples, shapes.touch_size), np.float32),
+        Stream.PROPRIO: ((shapes.num_sensor_samples, shapes.proprio_size), np.float32),
+    }
+    arrays: dict[str, NDArray[Any]] = {}
+    for stream in (*VISION, Stream.AUDIO, *SENSORS):
+        if stream in wanted:
+            shape, dtype = kinds[stream]
+            arrays[stream] = np.zeros((count, *shape), dtype=dtype)
+            arrays[f"{stream}_valid"] = np.zeros((count, shape[0]), dtype=np.bool_)
+    return arrays
+
+
+def _text_on_ticks(
+    source: SampleSource,
+    places: Sequence[Place],
+    texts: Sequence[Text | None],
+    wanted: set[Stream],
+    shapes: WindowShapes,
+) -> dict[str, NDArray[Any]]:
+    """Token per tick and validity of the wanted text streams, [B, T]."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for stream in (s for s in TEXTS if s in wanted):
+        ticks = np.full((len(texts), shapes.num_ticks), PAD_TOKEN, dtype=np.int64)
+        valid = np.zeros(ticks.shape, dtype=np.bool_)
+        for i, (place, text) in enumerate(zip(places, texts, strict=True)):
+            if text is not None and stream in source.present(*place):
+                ticks[i] = tokens_on_ticks(
+                    text.internal if stream is Stream.INTERNAL_TEXT else text.external,
+                    start_s=source.start_s(*place),
+                    num_ticks=shapes.num_ticks,
+                    tick_rate_hz=shapes.tick_rate_hz,
+                )
+                valid[i] = True
+        arrays[stream], arrays[f"{stream}_valid"] = ticks, valid
+    return arrays
+
+
+def _dense_text(
+    source: SampleSource,
+    places: Sequence[Place],
+    texts: Sequence[Text | None],
+    wanted: set[Stream],
+) -> dict[str, NDArray[Any]]:
+    """Tokens one after another, [B, longest], with their validity."""
+    streams = [s for s in TEXTS if s in wanted]
+    silent: dict[Stream, list[int]] = {s: [] for s in streams}
+    packed = [silent if text is None else pack_tokens(text, streams) for text in texts]
+    lengths = [len(p[streams[0]]) for p in packed]
+    shape = (len(texts), max(MIN_TOKENS, *lengths))
+    is_token = np.arange(shape[1])[None, :] < np.array(lengths)[:, None]
+    arrays: dict[str, NDArray[Any]] = {}
+    for stream in streams:
+        ids = np.full(shape, PAD_TOKEN, dtype=np.int64)
+        for i, tokens in enumerate(packed):
+            ids[i, : lengths[i]] = tokens[stream]
+        is_there = np.array([stream in source.present(*place) for place in places])
+        arrays[stream], arrays[f"{stream}_valid"] = ids, is_token & is_there[:, None]
+    return arrays
+
+
+def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of all; second dimensions that differ (dense text) are filled up with zeros."""
+    longest = max(t.shape[1] for t in tensors)
+    if all(t.shape[1] == longest for t in tensors):
+        return torch.cat(list(tensors))
+    padded = [torch.nn.functional.pad(t, (0, longest - t.shape[1])) for t in tensors]
+    return torch.cat(padded)
+
+
+def _stream_of(name: str) -> str:
+    return name.removesuffix("_valid")

@@ -1,0 +1,83 @@
+"""Where samples come from: one small protocol, met by shard sets and by sessions read directly.
+
+A source writes the fields of a sample straight into the arrays of a batch; only text, whose length
+varies, is returned.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from shared.recipe import Recipe, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from shared.fields import Mel, Text
+    from shared.text import TextTokenizer
+
+VISION = (Stream.VISION_LEFT, Stream.VISION_RIGHT)
+SENSORS = (Stream.TOUCH, Stream.PROPRIO)
+TEXTS = (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT)
+
+
+class SampleSource(Protocol):
+    """Samples by (shard, row)."""
+
+    recipe: Recipe
+    fingerprint: str
+    """Changes when any sample does."""
+    shard_sizes: NDArray[np.int64]
+    tokenizer: TextTokenizer
+
+    def key(self, shard: int, row: int) -> str:
+        """SESSION/WINDOW."""
+        ...
+
+    def start_s(self, shard: int, row: int) -> float:
+        """When the window begins on the session clock."""
+        ...
+
+    def present(self, shard: int, row: int) -> tuple[Stream, ...]:
+        """Streams that the sample has."""
+        ...
+
+    def read_into(
+        self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
+    ) -> Text | None:
+        """Write a sample's fields.
+
+        Args:
+            shard: its shard.
+            row: its row there.
+            out: zeroed arrays of one sample, ``<stream>`` and ``<stream>_valid``, of the streams
+                wanted;
+                those that the sample lacks are left alone.
+            with_text: whether to read the text too.
+
+        Returns:
+            The text, where it was asked for and is there.
+
+        Raises:
+            CorruptError: the bytes differ from their checksum or don't decode.
+        """
+        ...
+
+
+def write_numbers(
+    out: Mapping[str, NDArray[np.generic]], stream: Stream, values: NDArray[np.float32]
+) -> None:
+    """Write touch or proprio [S, D] with its validity; NaN becomes zero."""
+    valid = np.asarray(~np.isnan(values).any(axis=1))
+    out[stream][...] = np.where(valid[:, None], values, np.float32(0))
+    out[f"{stream}_valid"][...] = valid
+
+
+def write_mel(out: Mapping[str, NDArray[np.generic]], mel: Mel) -> None:
+    """Write dMel levels with their validity; masked levels become zero."""
+    out[Stream.AUDIO][...] = np.where(mel.valid[:, None], mel.levels, np.uint8(0))
+    out[f"{Stream.AUDIO}_valid"][...] = mel.valid
