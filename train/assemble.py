@@ -70,11 +70,11 @@ def assemble_batch(
         arrays |= _dense_text(source, taken, texts, wanted)
     elif with_text:
         arrays |= _text_on_ticks(source, taken, texts, wanted, shapes)
-    tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    tensors = {str(name): torch.from_numpy(values) for name, values in arrays.items()}
     return {
         "inputs": {n: t for n, t in tensors.items() if _stream_of(n) in config.input_streams},
         "targets": {
-            n.replace(stream, head): t
+            n.replace(stream, head, 1): t
             for head, stream in HEAD_STREAM.items()
             if head in config.heads
             for n, t in tensors.items()

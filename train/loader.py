@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import webdataset as wds
-from torch.utils.data import get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from shared.errors import ConfigError, CorruptError, TooManyBadSamplesError
 from shared.recipe import Recipe, Split, WindowShapes, load_recipe
@@ -46,7 +46,7 @@ _MIN_SAMPLES_JUDGED = 200
 _SILENT_TIMEOUT_S = 600
 
 
-class BatchPlans:
+class BatchPlans(IterableDataset[BatchPlan]):
     """Source stage: the plans of this worker's batches, from `start` to `stop` (None: for ever)."""
 
     def __init__(self, order: BatchOrder, *, start: int, stop: int | None) -> None:
