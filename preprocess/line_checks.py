@@ -19,6 +19,8 @@ from shared.recipe import Stream
 from shared.session import METADATA_FILE, TEXT_FILE, VISION_FILES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from preprocess.evidence import Evidence
@@ -48,12 +50,17 @@ SATURATED_SHARE = 0.2
 
 def check_lines(evidence: Evidence) -> list[Finding]:
     """Every line is a JSON object."""
-    return _unread(evidence, {"json", "long"}, "it is left out; --fix drops it")
+    mend = "it is left out; --fix drops it"
+    return _unread(evidence, {"json", "long"}, {METADATA_FILE: mend, TEXT_FILE: mend})
 
 
 def check_timestamps(evidence: Evidence) -> list[Finding]:
     """Every line has a finite timestamp, later than the line before."""
-    findings = _unread(evidence, {"timestamp"}, "it is left out; --fix drops it")
+    mends = {
+        METADATA_FILE: "it is left out; --fix drops it",
+        TEXT_FILE: "it is left out; write the second when the text begins",
+    }
+    findings = _unread(evidence, {"timestamp"}, mends)
     back = steps_back(evidence.metadata)
     findings += limited(
         "error",
@@ -169,24 +176,25 @@ def check_saturation(evidence: Evidence) -> list[Finding]:
     return findings
 
 
-def _unread(evidence: Evidence, kinds: set[str], mend: str) -> list[Finding]:
+def is_mostly_unread(num_bad: int, num_lines: int) -> bool:
+    """Whether a file lost too many lines to be trusted; one, cut off say, may always be lost."""
+    return num_bad > max(1, MAX_BAD_LINES * num_lines) or num_bad >= num_lines > 0
+
+
+def _unread(evidence: Evidence, kinds: set[str], mends: Mapping[str, str]) -> list[Finding]:
     """Lines that are left out: warnings, or errors where a file lost too many."""
     findings: list[Finding] = []
-    for file in (METADATA_FILE, TEXT_FILE):
-        share = _share(evidence, file, UNREAD_KINDS)
+    for file, mend in mends.items():
         found = [o for o in evidence.oddities if o.file == file and o.kind in kinds]
-        if share <= MAX_BAD_LINES:
-            findings += limited("warning", (say(o, mend) for o in found))
-        else:
-            wrong = f"{share:.0%} of the lines are unreadable: check that this is the right file"
+        bad = {o.line for o in evidence.oddities if o.file == file and o.kind in UNREAD_KINDS}
+        num_lines = evidence.num_lines[file]
+        if is_mostly_unread(len(bad), num_lines):
+            share = f"{len(bad) / num_lines:.0%} of the lines are unreadable"
+            wrong = f"{share}: check that this is the right file"
             findings += limited("error", (say(o, wrong) for o in found))
+        else:
+            findings += limited("warning", (say(o, mend) for o in found))
     return findings
-
-
-def _share(evidence: Evidence, file: str, kinds: frozenset[str]) -> float:
-    """Share of a file's lines that hold an oddity of some kinds."""
-    bad = {o.line for o in evidence.oddities if o.file == file and o.kind in kinds}
-    return len(bad) / max(1, evidence.num_lines[file])
 
 
 def _readings(evidence: Evidence, key: str) -> list[Finding]:
