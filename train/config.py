@@ -43,7 +43,7 @@ class DataConfig(Section):
     shards: Path | None = None
     """A shard set made by `python -m preprocess shards`; the fast way."""
     root_dir: Path | None = None
-    """A folder of session folders, read directly; the small-data way."""
+    """A folder of session folders. Without `shards` they are read directly, the small-data way."""
     recipe: Path | None = None
     """With root_dir: the recipe that cuts the sessions; null means the default recipe."""
     batch_size: int = Field(8, ge=1)

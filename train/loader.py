@@ -251,16 +251,16 @@ def open_source(config: TrainConfig, *, split: Split) -> SampleSource:
     """The source that a configuration names.
 
     Raises:
-        ConfigError: it names none, or two.
+        ConfigError: it names none.
         ShardError: the shard set can't be read.
         SessionError: no session can be used.
     """
     data = config.data
-    if (data.shards is None) == (data.root_dir is None):
-        raise ConfigError(
-            "set either data.shards (a shard set, fast) or data.root_dir (session folders)"
-        )
     if data.shards is not None:
         return ShardSource(data.shards, split=split)
+    if data.root_dir is None:
+        raise ConfigError(
+            "no data is named; set data.shards (a shard set, fast) or data.root_dir (session folders)"
+        )
     recipe = Recipe() if data.recipe is None else load_recipe(data.recipe)
-    return SessionSource(data.root_dir or "", recipe=recipe, split=split)
+    return SessionSource(data.root_dir, recipe=recipe, split=split)

@@ -1,0 +1,193 @@
+"""``python -m preprocess``: from recorded sessions to shard sets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from shared.cli import CreatureGroup
+from shared.recipe import Recipe, load_recipe
+from shared.session import find_sessions
+
+_RECIPE_OPTION = click.option(
+    "--recipe",
+    "recipe_path",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Recipe file; without it the default recipe (see configs/recipe.yaml).",
+)
+
+
+@click.group(cls=CreatureGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    r"""Turn recorded VR sessions into shard sets for training.
+
+    \b
+    The road:  validate -> shards -> verify, show -> python -m train run
+    Try it:    python -m preprocess demo-sessions data/demo
+    """
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--fix", is_flag=True, help="Repair what has one right repair; keeps *.orig.")
+@click.option("--strict", is_flag=True, help="Warnings count as failures.")
+@click.option("--summary", is_flag=True, help="One table and totals instead of full reports.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON report per line, for machines.")
+@_RECIPE_OPTION
+@click.pass_context
+def validate(
+    ctx: click.Context,
+    paths: tuple[Path, ...],
+    *,
+    fix: bool,
+    strict: bool,
+    summary: bool,
+    as_json: bool,
+    recipe_path: Path | None,
+) -> None:
+    """Check session folders, or folders of them; exit code 1 when one failed."""
+    from preprocess.repair import repair_session
+    from preprocess.report import has_failed, print_report, print_summary, to_json_lines
+    from preprocess.validate import validate_session
+
+    recipe = _recipe(recipe_path)
+    console = Console(stderr=as_json)
+    reports = []
+    for folder in (f for path in paths for f in find_sessions(path)):
+        if fix:
+            for sentence in repair_session(folder, recipe=recipe):
+                console.print(f"{folder.name}: {sentence}", highlight=False, markup=False)
+        reports.append(validate_session(folder, recipe=recipe))
+        if not summary and not as_json:
+            print_report(console, reports[-1])
+    if as_json:
+        for line in to_json_lines(reports):
+            click.echo(line)
+    elif summary:
+        print_summary(console, reports)
+    if has_failed(reports, strict=strict):
+        ctx.exit(1)
+
+
+@cli.command()
+@_RECIPE_OPTION
+@click.option(
+    "--sessions",
+    type=click.Path(path_type=Path),
+    default=Path("data/sessions"),
+    show_default=True,
+    help="Folder of session folders.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("shards/default"),
+    show_default=True,
+    help="Folder of the shard set.",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=0), default=None, help="Local processes; 0: none."
+)
+@click.option("--scheduler", default=None, help="Address of a running Dask scheduler.")
+@click.option("--dry-run", is_flag=True, help="Say what would be made, and why; make nothing.")
+def shards(
+    *,
+    recipe_path: Path | None,
+    sessions: Path,
+    out: Path,
+    workers: int | None,
+    scheduler: str | None,
+    dry_run: bool,
+) -> None:
+    """Build a shard set, or bring it up to date: only what changed is made again."""
+    from preprocess.cluster import Cluster
+    from preprocess.job import build_shards
+
+    console = Console()
+    recipe = _recipe(recipe_path)
+    num_workers = (os.cpu_count() or 1) if workers is None else workers
+    with Cluster(scheduler=scheduler, num_workers=num_workers, console=console) as cluster:
+        summary = build_shards(sessions, out, recipe=recipe, cluster=cluster, dry_run=dry_run)
+    for line in summary.plan.reasons():
+        click.echo(f"{'would make' if dry_run else 'made'} {line}")
+    if summary.manifest is None:
+        if summary.plan.is_empty:
+            click.echo(f"{out} is up to date")
+        return
+    counts = summary.manifest.counts
+    state = "is up to date" if summary.plan.is_empty else "is ready"
+    click.echo(
+        f"{out} {state}: {counts['sessions']} sessions, {counts['windows_planned']} windows = "
+        f"{counts['samples']} samples ({summary.manifest.num_samples('val')} held out) + "
+        f"{counts['windows_rejected']} rejected"
+    )
+    if summary.rejected:
+        click.echo(f"what is not in it, and why: {out / 'rejected.jsonl'}")
+
+
+@cli.command()
+@click.argument("shard_set", type=click.Path(path_type=Path))
+@click.pass_context
+def verify(ctx: click.Context, shard_set: Path) -> None:
+    """Check every byte of a shard set; exit code 1 when something is wrong."""
+    from preprocess.inspect import verify_set
+
+    verdict = verify_set(shard_set)
+    for problem in verdict.problems:
+        click.echo(problem, err=True)
+    click.echo(
+        f"{shard_set}: {verdict.num_samples} samples in {verdict.num_shards} shards, "
+        f"{verdict.num_members} members, {verdict.length_bytes / 2**20:.1f} MiB: "
+        + (f"{len(verdict.problems)} problems" if verdict.problems else "all good")
+    )
+    if verdict.problems:
+        ctx.exit(1)
+
+
+@cli.command()
+@click.argument("shard_set", type=click.Path(path_type=Path))
+@click.argument("key", required=False)
+def show(shard_set: Path, key: str | None) -> None:
+    """Show a shard set, or one sample of it by its key SESSION/WINDOW."""
+    from preprocess.inspect import describe_sample, describe_set
+
+    lines = describe_set(shard_set) if key is None else describe_sample(shard_set, key)
+    for name, value in lines:
+        click.echo(f"{name:>18}  {value}")
+
+
+@cli.command("demo-sessions")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--sessions", "num_sessions", type=click.IntRange(min=1), default=24, show_default=True
+)
+@click.option(
+    "--duration", "duration_s", type=float, default=40.0, show_default=True, help="Seconds."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+def demo_sessions(out: Path, *, num_sessions: int, duration_s: float, seed: int) -> None:
+    """Make sessions of a small world in which every sense tells something; does nothing twice."""
+    from preprocess.demo_world import write_demo_sessions
+
+    made: list[str] = []
+
+    def tell(name: str) -> None:
+        made.append(name)
+        click.echo(name)
+
+    write_demo_sessions(
+        out, num_sessions=num_sessions, duration_s=duration_s, seed=seed, progress=tell
+    )
+    click.echo(f"{out}: {num_sessions} demo sessions" + ("" if made else ", all there already"))
+
+
+def _recipe(path: Path | None) -> Recipe:
+    return Recipe() if path is None else load_recipe(path)
+
+
+if __name__ == "__main__":
+    cli(prog_name="python -m preprocess")

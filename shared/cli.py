@@ -1,0 +1,32 @@
+"""What both command lines share: errors of ours end in one clear message and their exit code, no
+traceback.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from shared.errors import CreatureError
+
+INTERRUPTED_EXIT_CODE = 130
+
+
+class CreatureGroup(click.Group):
+    """A group of commands whose CreatureErrors become messages without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 (click's own signature)
+        """Run the command.
+
+        Raises:
+            click.exceptions.Exit: with the error's code, after its message.
+        """
+        try:
+            return super().invoke(ctx)
+        except CreatureError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted. What was finished is kept; run it again to go on.", err=True)
+            ctx.exit(INTERRUPTED_EXIT_CODE)

@@ -1,0 +1,99 @@
+"""``python -m train``: from a shard set to a trained creature."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from shared.cli import CreatureGroup
+from shared.config import load_section
+from train.config import TrainConfig
+
+
+@click.group(cls=CreatureGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    r"""Train multi-modal creatures on shard sets, and let them live through sessions.
+
+    \b
+    The road:  run -> tensorboard --logdir=runs/ -> infer
+    Try it:    make train CONFIG=configs/demo.yaml
+    """
+
+
+@cli.command()
+@click.option("--config", "config_path", type=click.Path(path_type=Path), required=True)
+@click.option("--resume", default=None, help="auto: the newest checkpoint; or a checkpoint file.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Check the configuration and one step on one batch; train nothing.",
+)
+@click.argument("overrides", nargs=-1)
+def run(*, config_path: Path, resume: str | None, check: bool, overrides: tuple[str, ...]) -> None:
+    r"""Train as a configuration file says.
+
+    OVERRIDES are key=value pairs laid over the file, such as training.max_steps=200.
+
+    \b
+    python -m train run --config configs/demo.yaml --check
+    python -m train run --config configs/demo.yaml --resume auto training.max_steps=2000
+    """
+    from train.run import check_config, run_training
+
+    config = load_section(TrainConfig, config_path, overrides)
+    if check:
+        check_config(config, origin=config_path)
+    else:
+        run_training(config, origin=config_path, resume=resume)
+
+
+@cli.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True)
+@click.option("--input", "session", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("predictions"), show_default=True
+)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--top-k", type=click.IntRange(min=1), default=None)
+@click.option("--top-p", type=click.FloatRange(min=0, max=1), default=None)
+@click.option("--seed", type=int, default=0, show_default=True)
+def infer(
+    *,
+    checkpoint: Path,
+    session: Path,
+    out: Path,
+    device: str,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> None:
+    """Let a creature live through a session tick by tick and write what it predicts."""
+    from train.infer import infer as infer_session
+
+    with click.progressbar(length=1, label=session.name) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        metrics = infer_session(
+            checkpoint,
+            session,
+            out,
+            device=device,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            progress=tell,
+        )
+    click.echo(json.dumps(metrics, indent=1))
+    click.echo(f"written to {out}")
+
+
+if __name__ == "__main__":
+    cli(prog_name="python -m train")

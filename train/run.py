@@ -1,0 +1,234 @@
+"""``train run``: puts source, loader, model and trainer together, and says at the end what came of
+it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from shared.errors import SessionError
+from shared.recipe import json_of
+from train.baselines import Baselines, Comparison, compare
+from train.checkpoint import find_latest_checkpoint
+from train.inputs import to_model_inputs
+from train.loader import Loader, open_source
+from train.losses import compute_losses
+from train.model import MultiModalCreature
+from train.trainer import Trainer, TrainSummary
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from train.config import TrainConfig
+    from train.source import SampleSource
+
+BASELINE_BATCHES = 200
+"""At most so many batches of the train split fit the baselines."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything of a run before its first step."""
+
+    loader: Loader
+    val_loader: Loader | None
+    model: MultiModalCreature
+
+
+def run_training(config: TrainConfig, *, origin: Path, resume: str | None = None) -> TrainSummary:
+    """Train, evaluate on held-out sessions and print a summary.
+
+    Args:
+        config: the whole configuration.
+        origin: its file, for messages.
+        resume: "auto" takes the newest checkpoint of ``checkpointing.save_dir`` if there is one;
+            else a checkpoint file.
+
+    Raises:
+        CreatureError: the configuration, the data or a checkpoint can't be used.
+    """
+    console = Console()
+    parts = open_parts(config)
+    baselines = fit_baselines(config)
+    trainer = Trainer(
+        parts.model,
+        config,
+        parts.loader,
+        val_loader=parts.val_loader,
+        console=console,
+        checkpoint_extra=_extra(parts.loader.source, baselines),
+    )
+    _resume(trainer, config, resume, console)
+    before = trainer.evaluate() if parts.val_loader is not None else {}
+    summary = trainer.train()
+    rows = compare(summary.last_val_losses, baseline_losses(baselines, parts.val_loader))
+    session = (parts.val_loader or parts.loader).source.key(0, 0).rpartition("/")[0]
+    _print_summary(console, config, summary, before, rows, origin=origin, session=session)
+    return summary
+
+
+def check_config(config: TrainConfig, *, origin: Path) -> None:
+    """Validate a configuration: sizes and, where data is there, one batch, one forward and one
+    backward.
+
+    Raises:
+        CreatureError: something can't be used.
+    """
+    console = Console(soft_wrap=True)
+    console.print(f"{origin}: keys and values are good")
+    streams = ", ".join(config.input_streams)
+    console.print(f"  sees {streams}; predicts {', '.join(config.heads)}")
+    if config.data.shards is None and config.data.root_dir is None:
+        model = MultiModalCreature(config)
+        console.print(f"  model: {_count(model):,} parameters; no data is named, so none is read")
+        return
+    parts = open_parts(config)
+    loader, model = parts.loader, parts.model
+    console.print(
+        f"  data: {int(loader.source.shard_sizes.sum())} train samples, "
+        f"{loader.batches_per_epoch} batches of {config.data.batch_size} per epoch"
+    )
+    console.print(f"  model: {_count(model):,} parameters")
+    batch = next(iter(loader))
+    for name, tensor in batch["inputs"].items():
+        console.print(
+            f"  {name:>20} {str(tensor.dtype).removeprefix('torch.'):8} {list(tensor.shape)}"
+        )
+    outputs = model(to_model_inputs(batch["inputs"]))
+    losses = compute_losses(outputs, batch["targets"], batch["weight"], config=config)
+    losses["loss_total"].backward()  # type: ignore[no-untyped-call]
+    line = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+    console.print(f"  one forward and backward: {line}; nothing was trained")
+
+
+def open_parts(config: TrainConfig) -> Parts:
+    """Open the data and make the model that fits it.
+
+    Raises:
+        CreatureError: the data can't be read, or does not fit the configuration.
+    """
+    loader = Loader(open_source(config, split="train"), config)
+    torch.manual_seed(config.training.seed)
+    model = MultiModalCreature(config, loader.shapes)
+    return Parts(loader=loader, val_loader=_open_val(config), model=model)
+
+
+def fit_baselines(config: TrainConfig) -> Baselines:
+    """What trivial predictors know of the train split."""
+    targets_only = config.model_copy(
+        update={"data": config.data.model_copy(update={"modalities": ()})}
+    )
+    source = open_source(config, split="train")
+    loader = Loader(source, targets_only, is_shuffled=False, num_epochs=1)
+    batches = itertools.islice(loader, BASELINE_BATCHES)
+    return Baselines.fit(batches, config=config, shapes=loader.shapes)
+
+
+def baseline_losses(baselines: Baselines, val_loader: Loader | None) -> dict[str, float]:
+    """Losses of the trivial predictors on held-out sessions, by baseline name."""
+    totals: dict[str, list[float]] = {}
+    for batch in val_loader or ():
+        for name, (total, count) in baselines.losses(batch).items():
+            sums = totals.setdefault(name, [0.0, 0.0])
+            sums[0] += float(total)
+            sums[1] += float(count)
+    return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+def _open_val(config: TrainConfig) -> Loader | None:
+    """The held-out batches in stored order, or None where there is none."""
+    try:
+        source = open_source(config, split="val")
+    except SessionError:
+        return None
+    if int(source.shard_sizes.sum()) == 0:
+        return None
+    return Loader(source, config, is_shuffled=False, num_epochs=1)
+
+
+def _extra(source: SampleSource, baselines: Baselines) -> dict[str, Any]:
+    """What inference needs besides the model."""
+    return {
+        "recipe": json_of(source.recipe),
+        "tokenizer": source.tokenizer.json,
+        "baselines": baselines.as_dict(),
+    }
+
+
+def _resume(trainer: Trainer, config: TrainConfig, resume: str | None, console: Console) -> None:
+    if resume is None:
+        return
+    if resume != "auto":
+        trainer.load_checkpoint(resume)
+        return
+    folder = config.training.checkpointing.save_dir
+    newest = find_latest_checkpoint(folder)
+    if newest is None:
+        console.print(f"no checkpoint in {folder} yet; starting at step 0")
+    else:
+        trainer.load_checkpoint(newest)
+
+
+def _print_summary(
+    console: Console,
+    config: TrainConfig,
+    summary: TrainSummary,
+    before: Mapping[str, float],
+    rows: list[Comparison],
+    *,
+    origin: Path,
+    session: str,
+) -> None:
+    table = Table(title=f"{summary.steps} steps", title_justify="left")
+    for title in ("loss", "train start", "train end", "held-out start", "held-out end"):
+        table.add_column(title, justify="left" if title == "loss" else "right")
+    names = summary.last_losses or summary.last_val_losses
+    for name in names:
+        columns = (summary.first_losses, summary.last_losses, before, summary.last_val_losses)
+        table.add_row(name, *(f"{c[name]:.4f}" if name in c else "-" for c in columns))
+    console.print(table)
+    if rows:
+        console.print(_comparison_table(rows))
+    console.print(
+        f"{summary.samples_per_sec:.1f} samples/s, data_wait_fraction "
+        f"{summary.data_wait_fraction:.3f}, {summary.skipped_samples} samples skipped"
+    )
+    console.print(f"checkpoint   {summary.checkpoint}", soft_wrap=True)
+    console.print(f"TensorBoard  tensorboard --logdir={summary.log_dir}", soft_wrap=True)
+    sessions = config.data.root_dir or "data/sessions"
+    console.print(
+        f"next         python -m train infer --checkpoint {summary.checkpoint} "
+        f"--input {sessions}/{session} --out predictions",
+        soft_wrap=True,
+    )
+    if summary.stopped_by == "signal":
+        command = f"python -m train run --config {origin} --resume auto"
+        console.print(f"to go on     {command}", soft_wrap=True)
+
+
+def _comparison_table(rows: list[Comparison]) -> Table:
+    table = Table(
+        title="held-out sessions, against predictors that know nothing", title_justify="left"
+    )
+    for title in ("head", "loss", "baseline", "its loss", "better"):
+        table.add_column(title, justify="right" if "loss" in title else "left")
+    for row in rows:
+        table.add_row(
+            row.head,
+            f"{row.loss:.4f}",
+            row.baseline,
+            f"{row.baseline_loss:.4f}",
+            "yes" if row.is_better else "NO",
+        )
+    return table
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
