@@ -1,7 +1,7 @@
 # Every target sets up what it needs and leaves alone what is up to date. `make help` lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup shards demo train test test-slow lint types layers bench clean
+.PHONY: help setup shards demo train test test-slow lint types layers clean
 
 PYTHON   ?= python3
 VENV     ?= .venv
@@ -24,3 +24,29 @@ setup: $(VENV)/.installed  ## make the virtual environment and install everythin
 
 shards: setup  ## build SESSIONS into shards by RECIPE (only what changed)
 	$(PY) -m preprocess shards --recipe $(RECIPE) --sessions $(SESSIONS) --out $(OUT)
+
+demo: setup  ## make the demo sessions and their shard set
+	$(PY) -m preprocess demo-sessions data/demo
+	$(PY) -m preprocess shards --recipe configs/demo_recipe.yaml --sessions data/demo --out shards/demo
+
+train: setup $(if $(findstring demo,$(CONFIG)),demo)  ## train as CONFIG says, or go on where it stopped
+	$(PY) -m train run --config $(CONFIG) --resume auto
+
+test: setup lint types layers  ## lint, types, layers and the fast tests
+	$(PY) -m pytest
+
+test-slow: setup  ## the slow tests
+	$(PY) -m pytest -m slow
+
+lint: setup  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup  ## mypy, strict
+	$(PY) -m mypy
+
+layers: setup  ## who may import whom
+	$(VENV)/bin/lint-imports
+
+clean:  ## remove the demo's sessions, shards, checkpoints and logs; keeps yours and the environment
+	rm -rf data/demo shards/demo checkpoints/demo

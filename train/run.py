@@ -15,7 +15,7 @@ from rich.table import Table
 from shared.errors import SessionError
 from shared.recipe import json_of
 from train.baselines import Baselines, Comparison, compare
-from train.checkpoint import find_latest_checkpoint
+from train.checkpoint import find_latest_checkpoint, load_checkpoint
 from train.inputs import to_model_inputs
 from train.loader import Loader, open_source
 from train.losses import compute_losses
@@ -42,7 +42,9 @@ class Parts:
     model: MultiModalCreature
 
 
-def run_training(config: TrainConfig, *, origin: Path, resume: str | None = None) -> TrainSummary:
+def run_training(
+    config: TrainConfig, *, origin: Path, resume: str | None = None
+) -> TrainSummary | None:
     """Train, evaluate on held-out sessions and print a summary.
 
     Args:
@@ -50,6 +52,9 @@ def run_training(config: TrainConfig, *, origin: Path, resume: str | None = None
         origin: its file, for messages.
         resume: "auto" takes the newest checkpoint of ``checkpointing.save_dir`` if there is one;
             else a checkpoint file.
+
+    Returns:
+        What happened; None where the checkpoint is at ``training.max_steps`` already.
 
     Raises:
         CreatureError: the configuration, the data or a checkpoint can't be used.
@@ -65,7 +70,8 @@ def run_training(config: TrainConfig, *, origin: Path, resume: str | None = None
         console=console,
         checkpoint_extra=_extra(parts.loader.source, baselines),
     )
-    _resume(trainer, config, resume, console)
+    if not _resume(trainer, parts.loader, config, resume, console):
+        return None
     before = trainer.evaluate() if parts.val_loader is not None else {}
     summary = trainer.train()
     rows = compare(summary.last_val_losses, baseline_losses(baselines, parts.val_loader))
@@ -162,18 +168,30 @@ def _extra(source: SampleSource, baselines: Baselines) -> dict[str, Any]:
     }
 
 
-def _resume(trainer: Trainer, config: TrainConfig, resume: str | None, console: Console) -> None:
+def _resume(
+    trainer: Trainer, loader: Loader, config: TrainConfig, resume: str | None, console: Console
+) -> bool:
+    """Go on from a checkpoint where asked to; False where there is nothing left to train."""
     if resume is None:
-        return
-    if resume != "auto":
-        trainer.load_checkpoint(resume)
-        return
+        return True
     folder = config.training.checkpointing.save_dir
-    newest = find_latest_checkpoint(folder)
-    if newest is None:
+    path = find_latest_checkpoint(folder, on_skip=console.print) if resume == "auto" else resume
+    if path is None:
         console.print(f"no checkpoint in {folder} yet; starting at step 0")
-    else:
-        trainer.load_checkpoint(newest)
+        return True
+    trainer.load_checkpoint(path)
+    if trainer.step < config.training.max_steps:
+        return True
+    stream = load_checkpoint(path, map_location="meta")["stream"]
+    if stream is not None:
+        loader.load_state_dict(stream)  # says so when it was trained on other data
+    console.print(
+        f"{path}: trained to step {trainer.step} already, nothing to do. To go on, raise "
+        f"training.max_steps; to train anew, remove {folder} or set another "
+        "training.checkpointing.save_dir",
+        soft_wrap=True,
+    )
+    return False
 
 
 def _print_summary(
