@@ -98,13 +98,13 @@ class Baselines:
             shapes: sizes of the windows.
         """
         counts = {}
+        num_ticks = statistics.get("num_samples", 0) * shapes.num_ticks
         for head, empty in _no_counts(config, shapes).items():
             found = torch.tensor(statistics.get(UNIGRAM_STATISTICS[Head(head)], ())).double()
             if head == Head.AUDIO and found.shape == empty.shape:
                 counts[head] = found
-            elif head != Head.AUDIO and found.ndim == 1 and 0 < len(found) <= len(empty):
+            elif head != Head.AUDIO and num_ticks and 0 < len(found) <= len(empty):
                 empty[: len(found)] = found
-                num_ticks = statistics["num_samples"] * shapes.num_ticks
                 empty[PAD_TOKEN] += max(0.0, num_ticks - float(found.sum()))
                 counts[head] = empty
         return cls(config=config, shapes=shapes, counts=counts)

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+import zarr
+
+from shared.config import make_section
+from shared.errors import CheckpointError, ConfigError, SessionError
+from shared.recipe import Recipe, WindowShapes, json_of
+from shared.text import EVENT_TOKEN, train_tokenizer
+from train.baselines import Baselines
+from train.checkpoint import save_checkpoint
+from train.config import as_train_config
+from train.dataset import RealMultiModalDataset, real_data_collate_fn
+from train.infer import infer
+from train.inputs import to_model_inputs
+from train.losses import compute_losses
+from train.model import MultiModalCreature
+from train.predictions import group_events
+from train.sampling import Sampling, allowed, choose
+
+RECIPE = {
+    "required": [],
+    "vision": {"size": 16},
+    "audio": {"rate_hz": 8000},
+    "mel": {"fft_size": 256, "channels": 8},
+    "text": {"vocab_size": 264},
+}
+MODEL = {"hidden_dim": 16, "num_layers": 1, "num_heads": 1, "vision_layers": 0}
+TEXT_ONLY = {"training": {"loss_weights": {"audio": 0, "animation": 0}}, "model": MODEL}
+TOKENIZER = train_tokenizer(["reach for the ball", "ball"], vocab_size=264)
+EVENTS = [(0.5, "internal", "reach"), (1.0, "external", "ball"), (4.2, "external", "the ball")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_session(folder, *, length_s=8.0, sound=True, video=False, text=True):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    with (folder / "metadata.jsonl").open("w") as file:
+        for time_s in np.arange(round(length_s * 30)) / 30:
+            angles = np.sin(time_s + np.arange(10))
+            velocities = np.cos(time_s + np.arange(10))
+            line = {
+                "timestamp": time_s,
+                "touch": rng.random(5).tolist(),
+                "proprio": [*angles, *velocities],
+            }
+            file.write(json.dumps(line) + "\n")
+    if text:
+        lines = [json.dumps({"timestamp": t, "stream": s, "text": w}) for t, s, w in EVENTS]
+        (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    if sound:
+        samples = 0.1 * rng.normal(size=round(length_s * 8000))
+        soundfile.write(folder / "audio.wav", samples, 8000)
+    if video:
+        with av.open(folder / "vision_left.mp4", "w") as container:
+            stream = container.add_stream("mpeg4", rate=5)
+            stream.width = stream.height = 32
+            stream.pix_fmt = "yuv420p"
+            for _ in range(round(length_s * 5)):
+                picture = rng.integers(0, 256, (32, 32, 3), dtype="u1")
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    return folder
+
+
+def make_checkpoint(path, config=None, **extra):
+    """An untrained model whose animation head says something."""
+    config = as_train_config(config or {"model": MODEL})
+    recipe = make_section(Recipe, RECIPE)
+    shapes = WindowShapes.from_recipe(recipe)
+    torch.manual_seed(0)
+    model = MultiModalCreature(config, shapes).eval()
+    for parameter in model.predictors.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    extra = {"recipe": json_of(recipe), "tokenizer": TOKENIZER.json, **extra}
+    save_checkpoint(
+        path,
+        {
+            "format_version": 1,
+            "step": 7,
+            "saved_at": 0.0,
+            "model": model.state_dict(),
+            "config": config.model_dump(mode="json"),
+            "shapes": dataclasses.asdict(shapes),
+            "extra": {name: value for name, value in extra.items() if value is not None},
+        },
+    )
+    return model
+
+
+def whole_windows(session, config):
+    """All windows of a session as one training batch; its tokenizer is the checkpoint's."""
+    tokenizer = session.parent / "tokenizer.json"
+    tokenizer.write_text(TOKENIZER.json)
+    dataset = RealMultiModalDataset(
+        session, recipe=make_section(Recipe, RECIPE), config=config, tokenizer=tokenizer
+    )
+    return real_data_collate_fn([dataset[i] for i in range(len(dataset))])
+
+
+def whole_window_losses(model, session):
+    batch = whole_windows(session, model.config)
+    with torch.no_grad():
+        outputs = model(to_model_inputs(batch["inputs"]))
+    losses = compute_losses(outputs, batch["targets"], batch["weight"], config=model.config)
+    return {name: float(loss) for name, loss in losses.items()}
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory):
+    """One inference over two windows of all streams, and the same windows as a training batch."""
+    folder = tmp_path_factory.mktemp("walk")
+    session = make_session(folder / "s" / "walk", video=True)
+    config = as_train_config({"model": MODEL})
+    batch = whole_windows(session, config)
+    shapes = WindowShapes.from_recipe(make_section(Recipe, RECIPE))
+    baselines = Baselines.fit([batch], config=config, shapes=shapes)
+    model = make_checkpoint(folder / "k.pt", baselines=baselines.as_dict())
+    metrics = infer(folder / "k.pt", session, folder / "out")
+    return SimpleNamespace(
+        session=session,
+        out=folder / "out",
+        model=model,
+        batch=batch,
+        baselines=baselines,
+        metrics=metrics,
+    )
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_streaming_gives_the_losses_of_whole_windows(walk):
+    expected = whole_window_losses(walk.model, walk.session)
+    assert walk.metrics["losses"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_streaming_text_gives_the_losses_of_densely_packed_windows(tmp_path):
+    model = make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
+    session = make_session(tmp_path / "s" / "walk")
+    metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
+    assert metrics["losses"] == pytest.approx(whole_window_losses(model, session), abs=1e-4)
+
+
+def test_stock_readers_open_what_is_written(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "walk", length_s=6.5)
+    infer(tmp_path / "k.pt", session, tmp_path / "out")
+    samples, rate_hz = soundfile.read(tmp_path / "out" / "audio.wav")
+    assert (rate_hz, len(samples)) == (8000, 6.5 * 8000)
+    assert soundfile.info(tmp_path / "out" / "audio.wav").subtype == "PCM_16"
+    assert (samples[:800] == 0).all()
+    assert np.abs(samples[800:]).max() > 0
+    poses = zarr.open_group(tmp_path / "out" / "animation.zarr", mode="r")
+    assert poses["proprio"].shape == (195, 20)
+    np.testing.assert_allclose(poses["timestamp"][:], np.arange(195) / 30)
+    np.testing.assert_array_equal(poses["valid"][:], np.arange(195) >= 3)
+    np.testing.assert_array_equal(np.isfinite(poses["proprio"][:]).all(1), poses["valid"][:])
+    assert np.abs(poses["proprio"][3:, :10]).max() <= np.pi
+    for name in ("internal_text", "external_text"):
+        events = read_lines(tmp_path / "out" / f"{name}.jsonl")
+        assert all(0.1 <= e["timestamp"] < 6.5 for e in events), name
+        assert all(set(e) == {"timestamp", "text", "tokens"} for e in events), name
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["step"], metrics["num_ticks"], metrics["session"]) == (7, 65, "walk")
+
+
+def test_what_is_written_is_what_the_model_predicts_for_the_next_tick(walk):
+    with torch.no_grad():
+        outputs = walk.model(to_model_inputs(walk.batch["inputs"]))
+    expected = outputs["animation"].reshape(-1, 20).numpy()[:-3]  # the last tick is beyond the end
+    found = zarr.open_group(walk.out / "animation.zarr", mode="r")["proprio"][3:]
+    np.testing.assert_allclose(np.cos(found[:, :10]), np.cos(expected[:, :10]), atol=1e-4)
+    np.testing.assert_allclose(found[:, 10:], expected[:, 10:], atol=1e-4)
+    tokens = outputs["external_text"].argmax(-1).flatten().tolist()[:-1]
+    said = {}
+    for event in read_lines(walk.out / "external_text.jsonl"):
+        first = round(event["timestamp"] * 10) - 1
+        said |= {first + i: token for i, token in enumerate(event["tokens"])}
+    assert said == {tick: token for tick, token in enumerate(tokens) if token != 0}
+
+
+def test_the_same_seed_draws_the_same_files_and_another_one_others(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "walk", length_s=1.0)
+    written = []
+    for seed in (1, 1, 2):
+        out = tmp_path / f"out{len(written)}"
+        infer(tmp_path / "k.pt", session, out, temperature=1.0, top_k=20, top_p=0.9, seed=seed)
+        names = ("audio.wav", "internal_text.jsonl", "external_text.jsonl")
+        written.append([(out / name).read_bytes() for name in names])
+    assert written[0] == written[1]
+    assert all(one != other for one, other in zip(written[0], written[2], strict=True))
+
+
+def test_an_absent_stream_has_a_reason_instead_of_a_loss(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "walk", length_s=1.0, sound=False, text=False)
+    metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
+    absent = ("loss_audio", "loss_internal_text", "loss_external_text", "loss_total")
+    assert [metrics["losses"][name] for name in absent] == [None] * 4
+    assert metrics["losses"]["loss_animation"] > 0
+    assert set(metrics["reasons"]) == set(absent)
+    assert "audio.wav" in metrics["reasons"]["loss_audio"]
+    assert metrics["streams"]["seen"] == ["touch", "proprio"]
+
+
+def test_a_head_that_was_not_trained_writes_nothing(tmp_path):
+    make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
+    session = make_session(tmp_path / "walk")
+    metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["external_text.jsonl", "internal_text.jsonl", "metrics.json"]
+    assert set(metrics["losses"]) == {"loss_total", "loss_internal_text", "loss_external_text"}
+
+
+def test_baselines_of_the_checkpoint_are_scored_beside_the_model(walk):
+    expected = walk.baselines.mean_losses([walk.batch])
+    assert walk.metrics["baselines"] == pytest.approx(expected, rel=1e-5)
+    assert {f"{row['head']}/{row['baseline']}" for row in walk.metrics["comparison"]} == {
+        "internal_text/unigram",
+        "external_text/unigram",
+        "audio/unigram",
+        "animation/copy_last_pose",
+        "animation/constant_velocity",
+    }
+
+
+def test_latencies_are_percentiles_in_milliseconds(walk):
+    latency = walk.metrics["tick_latency_ms"]
+    assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
+
+
+def test_progress_is_told_after_each_window(tmp_path):
+    make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
+    session = make_session(tmp_path / "walk", length_s=5.0)
+    told = []
+    infer(tmp_path / "k.pt", session, tmp_path / "out", progress=lambda *done: told.append(done))
+    assert told == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("missing", ["recipe", "tokenizer"])
+def test_a_checkpoint_without_recipe_or_tokenizer_is_refused(tmp_path, missing):
+    make_checkpoint(tmp_path / "k.pt", **{missing: None})
+    session = make_session(tmp_path / "walk", length_s=1.0)
+    with pytest.raises(CheckpointError, match=f"lacks its {missing}.*checkpoint_extra"):
+        infer(tmp_path / "k.pt", session, tmp_path / "out")
+
+
+def test_a_folder_that_is_no_session_is_refused(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    with pytest.raises(SessionError, match="no session; give the folder of one"):
+        infer(tmp_path / "k.pt", tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_events_begin_at_the_event_mark_and_after_silence():
+    ball, reach = TOKENIZER.encode("ball")[1:], TOKENIZER.encode("reach")[1:]
+    tokens = [EVENT_TOKEN, *ball, EVENT_TOKEN, *reach, 0, 0, *ball, 0]
+    times_s = [0.1 * (i + 1) for i in range(len(tokens))]
+    starts = [0, 1 + len(ball), 4 + len(ball) + len(reach)]
+    events = group_events(tokens, times_s, TOKENIZER)
+    assert [e["text"] for e in events] == ["ball", "reach", "ball"]
+    assert [e["timestamp"] for e in events] == [round(times_s[i], 6) for i in starts]
+    assert [e["tokens"] for e in events] == [[EVENT_TOKEN, *ball], [EVENT_TOKEN, *reach], ball]
+
+
+def test_silence_is_no_event():
+    assert group_events([0, 0, 0], [0.1, 0.2, 0.3], TOKENIZER) == []
+
+
+def test_top_k_and_top_p_leave_the_likeliest_values():
+    logits = torch.log(torch.tensor([0.1, 0.5, 0.15, 0.25]))
+    two = allowed(logits, Sampling(temperature=1, top_k=2))
+    assert torch.isfinite(two).tolist() == [False, True, False, True]
+    nucleus = allowed(logits, Sampling(temperature=1, top_p=0.8))
+    assert torch.isfinite(nucleus).tolist() == [False, True, True, True]
+    least = allowed(logits, Sampling(temperature=1, top_p=0.01))
+    assert torch.isfinite(least).tolist() == [False, True, False, False]
+
+
+def test_values_are_drawn_as_often_as_their_probability_at_the_temperature_says():
+    shares = np.array([0.1, 0.5, 0.15, 0.25])
+    logits = torch.log(torch.from_numpy(shares)).expand(20_000, -1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = choose(logits, Sampling(temperature=0.5), generator=generator)
+    expected = shares**2 / (shares**2).sum()
+    found = np.bincount(drawn.numpy(), minlength=4) / 20_000
+    np.testing.assert_allclose(found, expected, atol=0.015)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 2}])
+def test_sampling_out_of_range_is_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Sampling(**wrong)

@@ -1,0 +1,221 @@
+"""What a creature predicted, as files that stock readers open.
+
+::
+
+    internal_text.jsonl, external_text.jsonl   {"timestamp", "text", "tokens"}, a line per event
+    audio.wav                                  16-bit mono, at the recipe's rate and loudness
+    animation.zarr                             Zarr v3 group: timestamp, proprio, valid
+
+All of them lie on the session clock, at the time of the tick that was predicted. Nothing predicts
+the session's first tick: it is silent, and its poses are NaN and not valid.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import soundfile
+import zarr
+
+from shared.audio import decode_dmel, to_int16
+from shared.clock import wrap_angle
+from shared.recipe import PAD_TOKEN
+from shared.text import EVENT_TOKEN
+from train.config import Head
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shared.recipe import Recipe, WindowShapes
+    from shared.text import TextTokenizer
+
+TEXT_HEADS = (Head.INTERNAL_TEXT, Head.EXTERNAL_TEXT)
+
+ANIMATION_NAME = "animation.zarr"
+AUDIO_NAME = "audio.wav"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowPrediction:
+    """What was predicted in one window of a session, for N ticks that follow each other."""
+
+    first_tick: int
+    """The first tick that was predicted, counted from the session's start."""
+    follows: bool
+    """Whether it follows the last tick of the window before, so that a text may go on."""
+    times_s: NDArray[np.float64]
+    """When each predicted tick begins, [N], on the session clock."""
+    tokens: Mapping[Head, NDArray[np.int64]]
+    """Per text head, [N]."""
+    levels: NDArray[np.uint8] | None
+    """dMel levels [N, frames per tick, channels], where the model has an audio head."""
+    poses: NDArray[np.float32] | None
+    """Angles in rad and velocities in rad/s, [N, samples per tick, proprio_size]."""
+
+
+def group_events(
+    tokens: Sequence[int], times_s: Sequence[float], tokenizer: TextTokenizer
+) -> list[dict[str, Any]]:
+    """Predicted tokens, one per tick, as events.
+
+    An event is a run of tokens without PAD; the event mark begins a new one.
+
+    Args:
+        tokens: ids of ticks that follow each other.
+        times_s: when each tick begins.
+        tokenizer: decodes them.
+
+    Returns:
+        {"timestamp": seconds, "text", "tokens": ids, with the event mark where there is one}.
+    """
+    events: list[dict[str, Any]] = []
+    before = PAD_TOKEN
+    for token, time_s in zip(tokens, times_s, strict=True):
+        if token == EVENT_TOKEN or (token != PAD_TOKEN and before == PAD_TOKEN):
+            events.append({"timestamp": round(time_s, 6), "text": "", "tokens": [token]})
+        elif token != PAD_TOKEN:
+            events[-1]["tokens"].append(token)
+        before = token
+    for event in events:
+        event["text"] = tokenizer.decode(event["tokens"])
+    return events
+
+
+class PredictionWriter:
+    """Writes the predictions of a session window by window; use with ``with``.
+
+    Sound is decoded per window, so that memory is constant; its phase may jump between windows.
+    What is kept to the end are the predicted tokens, one number per tick.
+
+    Args:
+        out: folder for the files; made where it is missing, older predictions are overwritten.
+        heads: what the model predicts; nothing is written for others.
+        num_ticks: of the session.
+        recipe: how the model's fields are made.
+        shapes: sizes of a window.
+        tokenizer: decodes tokens.
+        seed: of the phases that Griffin-Lim begins with.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        heads: Sequence[Head],
+        num_ticks: int,
+        recipe: Recipe,
+        shapes: WindowShapes,
+        tokenizer: TextTokenizer,
+        seed: int = 0,
+    ) -> None:
+        self._out = out
+        self._num_ticks = num_ticks
+        self._recipe = recipe
+        self._shapes = shapes
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._tokens: dict[Head, list[int]] = {h: [] for h in heads if h in TEXT_HEADS}
+        self._times_s: list[float] = []
+        out.mkdir(parents=True, exist_ok=True)
+        self._sound = self._open_sound() if Head.AUDIO in heads else None
+        self._poses = self._open_animation() if Head.ANIMATION in heads else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._sound is not None:
+            if kind is None:
+                self._fill_with_silence(self._sound, until_tick=self._num_ticks)
+            self._sound.close()
+        if kind is None:
+            self._write_events()
+
+    def add(self, window: WindowPrediction) -> None:
+        """Write a window's predictions; windows come in order of time."""
+        if len(window.times_s) == 0:
+            return
+        silence = [] if window.follows else [PAD_TOKEN]
+        for head, tokens in window.tokens.items():
+            self._tokens[head] += [*silence, *tokens.tolist()]
+        self._times_s += [*window.times_s[: len(silence)].tolist(), *window.times_s.tolist()]
+        if self._sound is not None and window.levels is not None:
+            waveform = decode_dmel(
+                window.levels.reshape(-1, window.levels.shape[-1]),
+                rate_hz=self._recipe.audio.rate_hz,
+                recipe=self._recipe.mel,
+                seed=self._seed,
+            )
+            self._fill_with_silence(self._sound, until_tick=window.first_tick)
+            self._sound.write(to_int16(waveform, gain=1.0))
+        if self._poses is not None and window.poses is not None:
+            self._write_poses(self._poses, window.first_tick, window.poses)
+
+    def _write_poses(self, group: zarr.Group, first_tick: int, poses: NDArray[np.float32]) -> None:
+        """Put poses [N, samples per tick, P] in their place, the angles wrapped."""
+        poses = poses.reshape(-1, poses.shape[-1])
+        angles, velocities = np.split(poses.astype(np.float64), 2, axis=1)
+        start = first_tick * self._shapes.sensor_samples_per_tick
+        values = np.concatenate([wrap_angle(angles), velocities], axis=1)
+        for name, rows in (("proprio", values), ("valid", np.ones(len(poses), dtype=np.bool_))):
+            array = group[name]
+            assert isinstance(array, zarr.Array)
+            array[start : start + len(poses)] = rows
+
+    def _write_events(self) -> None:
+        for head, tokens in self._tokens.items():
+            events = group_events(tokens, self._times_s, self._tokenizer)
+            lines = [json.dumps(event, ensure_ascii=False) + "\n" for event in events]
+            (self._out / f"{head}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def _fill_with_silence(self, sound: soundfile.SoundFile, *, until_tick: int) -> None:
+        """Write zeros from where the sound stands up to the begin of a tick."""
+        hop = self._recipe.audio.rate_hz // self._recipe.mel.rate_hz
+        stop = until_tick * self._shapes.audio_frames_per_tick * hop
+        sound.write(np.zeros(max(0, stop - sound.tell()), dtype=np.int16))
+
+    def _open_sound(self) -> soundfile.SoundFile:
+        path = self._out / AUDIO_NAME
+        return soundfile.SoundFile(
+            path, "w", samplerate=self._recipe.audio.rate_hz, channels=1, subtype="PCM_16"
+        )
+
+    def _open_animation(self) -> zarr.Group:
+        """Arrays of all samples, none of them valid yet; one chunk per window."""
+        shapes, rate_hz = self._shapes, self._recipe.sensors.rate_hz
+        count, chunk = self._num_ticks * shapes.sensor_samples_per_tick, shapes.num_sensor_samples
+        group = zarr.open_group(self._out / ANIMATION_NAME, mode="w", zarr_format=3)
+        group.attrs["rate_hz"] = rate_hz
+        timestamp = group.create_array(
+            "timestamp",
+            shape=(count,),
+            chunks=(chunk,),
+            dtype="float64",
+            dimension_names=["sample"],
+            attributes={"unit": "s on the session clock"},
+        )
+        timestamp[:] = np.arange(count) / rate_hz
+        group.create_array(
+            "proprio",
+            shape=(count, shapes.proprio_size),
+            chunks=(chunk, shapes.proprio_size),
+            dtype="float32",
+            fill_value=np.nan,
+            dimension_names=["sample", "value"],
+            attributes={"unit": "rad, then rad/s"},
+        )
+        group.create_array(
+            "valid",
+            shape=(count,),
+            chunks=(chunk,),
+            dtype="bool",
+            dimension_names=["sample"],
+            attributes={"meaning": "whether the pose was predicted"},
+        )
+        return group
