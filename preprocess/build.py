@@ -2,7 +2,7 @@
 rename.
 
 :func:`build_shard` is an ordinary function of plain values. The Dask job calls it in its workers, a
-    test in its own process; the bytes are the same.
+test in its own process; the bytes are the same.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
     finished = _finished(task, given)
     if finished is not None:
         return finished
+    # From here on its columns are replaced: a killed run's index must not vouch for them.
+    (given.out / task.file_name("index")).unlink(missing_ok=True)
     tokenizer = parse_tokenizer(given.tokenizer_json, origin="the shard set's tokenizer")
     draft = Draft(rows=list(_rows(task, given)))
     readers = {
@@ -105,7 +107,7 @@ def _finished(task: ShardTask, given: BuildInput) -> ShardEntry | None:
     path = given.out / task.file_name("index")
     try:
         index = open_index(path)
-        columns = {n: BuiltColumn(**values) for n, values in index.facts["columns"].items()}
+        columns = _columns(index)
     except (ShardError, KeyError, TypeError):
         return None
     wanted = {name: fingerprint_of(basis) for name, basis in task.bases.items()}
@@ -113,10 +115,8 @@ def _finished(task: ShardTask, given: BuildInput) -> ShardEntry | None:
     is_same = {n: c.fingerprint for n, c in columns.items()} == wanted
     if not is_same or index.facts["slices"] != slices:
         return None
-    for column in columns.values():
-        file = given.out / column.file
-        if not file.exists() or file.stat().st_size != column.length_bytes:
-            return None
+    if not all(_has_size(given.out / c.file, c.length_bytes) for c in columns.values()):
+        return None
     return _entry(task, path, index.num_samples, columns)
 
 
@@ -134,7 +134,7 @@ def _entry(
 
 
 def describe_shard(entry: ShardEntry, root: Path) -> BuiltShard:
-    """A finished shard as the next plan takes it.
+    """A finished shard as the next plan takes it, without the columns whose files are gone or cut.
 
     Raises:
         CorruptError: its index is damaged or not the one that the manifest means.
@@ -146,8 +146,24 @@ def describe_shard(entry: ShardEntry, root: Path) -> BuiltShard:
         split=entry.split,
         slices=tuple(Slice(session, tuple(windows)) for session, windows in facts["slices"]),
         index_file=entry.index_file,
-        columns={name: BuiltColumn(**values) for name, values in facts["columns"].items()},
+        columns={
+            name: column
+            for name, column in _columns(index).items()
+            if _has_size(root / column.file, column.length_bytes)
+        },
     )
+
+
+def _columns(index: ShardIndex) -> dict[str, BuiltColumn]:
+    return {name: BuiltColumn(**values) for name, values in index.facts["columns"].items()}
+
+
+def _has_size(path: Path, length_bytes: int) -> bool:
+    """Whether a file is there with all its bytes."""
+    try:
+        return path.stat().st_size == length_bytes
+    except OSError:
+        return False
 
 
 def _rows(task: ShardTask, given: BuildInput) -> Iterator[Row]:

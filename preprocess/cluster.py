@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RETRIES = 2
-"""How often a task is tried again after its worker died."""
+"""How often a failed task is tried again: network folders hiccup. Dask itself moves the tasks of a
+worker that died."""
 
 ArgT = TypeVar("ArgT")
 ResultT = TypeVar("ResultT")

@@ -8,8 +8,8 @@ taken over by the next.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,12 @@ from preprocess import statistics
 from preprocess.build import BuildInput, build_shard, describe_shard
 from preprocess.plan import OldSet, Plan, ShardTask, plan_shards, versioned
 from preprocess.rejected import count_windows, rejected_lines, to_jsonl
-from shared.errors import CorruptError, ShardError
+from preprocess.scans import scan_sessions
+from shared.errors import ConfigError, CorruptError, SessionError, ShardError
 from shared.index import open_index
-from shared.layout import field_schema
+from shared.layout import COLUMNS, field_schema
 from shared.manifest import (
     REJECTED_FILE,
-    SESSIONS_FILE,
     Manifest,
     ShardEntry,
     commit_manifest,
@@ -31,9 +31,9 @@ from shared.manifest import (
     read_manifest,
     write_durably,
 )
-from shared.recipe import Recipe, json_of, split_of
-from shared.scan import SessionScan, read_clocked, scan_from_json, scan_session
-from shared.session import SOURCE_FILES, find_sessions
+from shared.recipe import Recipe, split_of
+from shared.scan import read_clocked
+from shared.session import find_sessions
 from shared.text import TextTokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -41,11 +41,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.cluster import Cluster
+    from shared.scan import SessionScan
 
-SCAN_VERSION = 1
-"""Raised when a scan of the same files would say something else."""
-
-_SCAN_PARTS = ("window", "vision", "audio", "sensors")
+_OWN_FILE = re.compile(
+    r"tokenizer(\.g\d+)?\.json|(train|val)-\d{6,}(\.g\d+)?\."
+    f"(index|{'|'.join(f'{name}.{c.suffix}' for name, c in COLUMNS.items())})"
+)
+"""Names that shard sets give to files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,17 +73,22 @@ def build_shards(
 ) -> BuildSummary:
     """Bring the shard set `out` up to date with the sessions and the recipe.
 
+    A dry run makes nothing but the cache of scans.
+
     Raises:
-        SessionError: no session there, or one went away while it was read.
+        SessionError: no session there, one went away while it was read, or its name is no name.
+        ConfigError: the recipe's tokenizer can't be used.
         ShardError: another job builds the same set, or the old set is of a newer format.
     """
-    folders = {p.name: p for p in find_sessions(sessions)}
+    root = sessions if sessions.name not in ("", "..") else sessions.resolve()
+    folders = {p.name: p for p in find_sessions(root)}
+    _require_names(folders)
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         for leftover in out.glob(".*.tmp"):
             leftover.unlink()
         old = _read_old(out)
-        scans, num_scanned = _scan_all(folders, out, recipe, cluster)
+        scans, num_scanned = scan_sessions(folders, out, recipe, cluster)
         tokenizer, tokenizer_file = _choose_tokenizer(folders, recipe, old)
         plan = plan_shards(
             scans,
@@ -97,6 +104,7 @@ def build_shards(
         manifest = _manifest(out, recipe, shards, scans, tokenizer, tokenizer_file, old, plan)
         rejected = rejected_lines(scans, recipe, _losses(manifest))
         _commit(manifest, old, tokenizer, rejected)
+        _sweep(manifest)
         return _summary(plan, manifest, scans, num_scanned, rejected)
 
 
@@ -114,6 +122,16 @@ def _summary(
         num_scanned=num_scanned,
         rejected=tuple(rejected),
     )
+
+
+def _require_names(names: Iterable[str]) -> None:
+    """Refuses session names that can't stand in keys: tar readers and JSON must take them."""
+    for name in names:
+        if not name.isprintable():
+            raise SessionError(
+                f"session folder {name!r}: its name holds control characters or is no UTF-8; "
+                "rename it"
+            )
 
 
 @contextmanager
@@ -155,67 +173,6 @@ def _describe(manifest: Manifest) -> OldSet | None:
     return OldSet(recipe=manifest.recipe, generation=manifest.generation, shards=tuple(shards))
 
 
-def _scan_all(
-    folders: Mapping[str, Path], out: Path, recipe: Recipe, cluster: Cluster
-) -> tuple[dict[str, SessionScan], int]:
-    """A scan of every session; those whose files have the same size and time are not read again."""
-    sections = json_of(recipe)
-    basis = fingerprint_of(SCAN_VERSION, {p: sections[p] for p in _SCAN_PARTS})
-    known = _read_scans(out / SESSIONS_FILE, basis)
-    stamps = {name: _stamp(path) for name, path in folders.items()}
-    scans = {n: known[n][1] for n in folders if n in known and known[n][0] == stamps[n]}
-    due = [name for name in folders if name not in scans]
-    found = (
-        cluster.map(_Scan(recipe), [folders[n] for n in due], what="scan sessions") if due else []
-    )
-    scans.update(zip(due, found, strict=True))
-    if due or set(known) != set(scans):
-        lines = [
-            {"basis": basis, "stamp": stamps[name], "scan": scans[name].as_json()}
-            for name in sorted(scans)
-        ]
-        write_durably(out / SESSIONS_FILE, to_jsonl(lines))
-    return {name: scans[name] for name in sorted(scans)}, len(due)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scan:
-    """scan_session with the recipe filled in; crosses processes."""
-
-    recipe: Recipe
-
-    def __call__(self, path: Path) -> SessionScan:
-        return scan_session(path, recipe=self.recipe)
-
-
-def _read_scans(path: Path, basis: str) -> dict[str, tuple[Any, SessionScan]]:
-    """Scans of an earlier run, by session; a cache, so that whatever can't be read is scanned
-    again.
-    """
-    known = {}
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
-            if values["basis"] == basis:
-                scan = scan_from_json(values["scan"])
-                known[scan.session] = (values["stamp"], scan)
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return known
-
-
-def _stamp(path: Path) -> dict[str, list[int]]:
-    """Size and modification time of each source file."""
-    stamp = {}
-    for name in SOURCE_FILES:
-        try:
-            status = (path / name).stat()
-        except OSError:
-            continue
-        stamp[name] = [status.st_size, status.st_mtime_ns]
-    return stamp
-
-
 def _choose_tokenizer(
     folders: Mapping[str, Path], recipe: Recipe, old: Manifest | None
 ) -> tuple[TextTokenizer, str]:
@@ -225,6 +182,11 @@ def _choose_tokenizer(
     tokenizer: TextTokenizer | None = None
     if recipe.text.tokenizer is not None:
         tokenizer = load_tokenizer(recipe.text.tokenizer)
+        if tokenizer.vocab_size > recipe.text.vocab_size:
+            raise ConfigError(
+                f"{recipe.text.tokenizer}: has {tokenizer.vocab_size} tokens, more than "
+                f"text.vocab_size; set text.vocab_size: {tokenizer.vocab_size}"
+            )
     elif old is not None and old.recipe.text == recipe.text and old.recipe.split == recipe.split:
         try:
             return old.load_tokenizer(), old.tokenizer_file
@@ -294,12 +256,12 @@ def _manifest(
         for entry in shards
         if entry.split == "train"
     ]
-    previous = -1 if old is None else old.generation
+    is_same = plan.is_empty and old is not None and tokenizer_file == old.tokenizer_file
     return Manifest(
         root=out,
         recipe=recipe,
         shards=shards,
-        generation=max(0, previous if plan.is_empty else previous + 1),
+        generation=0 if old is None else old.generation + (0 if is_same else 1),
         tokenizer_file=tokenizer_file,
         tokenizer_sha256=tokenizer.sha256,
         fields=field_schema(recipe),
@@ -335,19 +297,35 @@ def _commit(
     tokenizer: TextTokenizer,
     rejected: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Make the new set the set, then remove what only the old one needed."""
-    if old is not None and replace(old, root=manifest.root) == manifest:
-        return
+    """Make the new set the set; write only what differs."""
     root = manifest.root
-    if old is None or old.tokenizer_file != manifest.tokenizer_file:
-        write_durably(root / manifest.tokenizer_file, tokenizer.json.encode())
-    write_durably(root / REJECTED_FILE, to_jsonl(rejected))
-    commit_manifest(manifest)
+    for name, content in (
+        (manifest.tokenizer_file, tokenizer.json.encode()),
+        (REJECTED_FILE, to_jsonl(rejected)),
+    ):
+        if not _holds(root / name, content):
+            write_durably(root / name, content)
+    if old is None or replace(old, root=root) != manifest:
+        commit_manifest(manifest)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file is there with just these bytes."""
+    try:
+        return path.read_bytes() == content
+    except OSError:
+        return False
+
+
+def _sweep(manifest: Manifest) -> None:
+    """Remove what older sets and killed runs left; nothing that this program did not name."""
     needed = {manifest.tokenizer_file}
     for entry in manifest.shards:
-        columns = open_index(root / entry.index_file).facts["columns"]
+        columns = open_index(manifest.root / entry.index_file).facts["columns"]
         needed |= {entry.index_file, *(c["file"] for c in columns.values())}
-    for pattern in ("train-*", "val-*", "tokenizer*.json"):
-        for path in root.glob(pattern):
-            if path.name not in needed:
-                path.unlink()
+    given = manifest.recipe.text.tokenizer
+    for path in manifest.root.iterdir():
+        if path.name in needed or not _OWN_FILE.fullmatch(path.name):
+            continue
+        if given is None or not given.exists() or not path.samefile(given):
+            path.unlink()

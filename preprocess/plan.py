@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shared.layout import COLUMNS, Column, column_basis
+from shared.layout import COLUMNS, Column, column_basis, presence_bits
 from shared.manifest import fingerprint_of
 from shared.recipe import SPLITS, Recipe, Split, json_of, split_of
 from shared.session import AUDIO_FILE, METADATA_FILE
@@ -144,8 +144,9 @@ def plan_shards(
         old: the set that is there, if any.
     """
     kept = {name: _kept_windows(scan, recipe) for name, scan in sorted(scans.items())}
-    inherits = old is not None and _packing(old.recipe) == _packing(recipe)
-    drafts = _inherit(old.shards, kept) if old is not None and inherits else []
+    repacked = _changes(_packing(old.recipe), _packing(recipe)) if old is not None else []
+    drafts = _inherit(old.shards, kept) if old is not None and not repacked else []
+    why_new = "; ".join(repacked) or "new"
     placed = {s.session for d in drafts for s in d.slices}
     fresh = [name for name, windows in kept.items() if windows and name not in placed]
     drafts += _pack(fresh, kept, recipe, drafts)
@@ -153,7 +154,7 @@ def plan_shards(
     generation = 0 if old is None else old.generation + 1
     tasks, unchanged = [], []
     for draft in drafts:
-        task = _task(draft, scans, recipe, tokenizer_sha256, generation)
+        task = _task(draft, scans, recipe, tokenizer_sha256, generation, why_new=why_new)
         if task is not None:
             tasks.append(task)
         elif draft.old is not None:
@@ -182,8 +183,27 @@ def _kept_windows(scan: SessionScan, recipe: Recipe) -> tuple[int, ...]:
 
 
 def _packing(recipe: Recipe) -> dict[str, Any]:
-    """The parts of a recipe that decide which sample lies in which shard."""
-    return {k: v for k, v in json_of(recipe).items() if k in ("window", "split", "shard")}
+    """The keys of a recipe that decide which sample lies in which shard, and their values."""
+    sections = json_of(recipe)
+    return {
+        f"{part}.{key}": value
+        for part in ("window", "split", "shard")
+        for key, value in sections[part].items()
+    }
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """``key old -> new`` of each key whose value is another one."""
+    return [
+        f"{key} {_short(before.get(key))} -> {_short(value)}"
+        for key, value in after.items()
+        if before.get(key) != value
+    ]
+
+
+def _short(value: Any) -> str:  # noqa: ANN401
+    """A value in few letters; of a hash the first ones."""
+    return str(value) if len(str(value)) < 64 else f"{str(value)[:12]}..."
 
 
 def _inherit(shards: Sequence[BuiltShard], kept: Mapping[str, tuple[int, ...]]) -> list[_Draft]:
@@ -193,7 +213,7 @@ def _inherit(shards: Sequence[BuiltShard], kept: Mapping[str, tuple[int, ...]]) 
         for piece in shard.slices:
             homes.setdefault(piece.session, []).append(piece)
     is_same = {
-        name: sum((p.windows for p in pieces), ()) == kept.get(name, ())
+        name: tuple(w for p in pieces for w in p.windows) == kept.get(name, ())
         for name, pieces in homes.items()
     }
     drafts = []
@@ -252,12 +272,14 @@ def _task(
     recipe: Recipe,
     tokenizer_sha256: str,
     generation: int,
+    *,
+    why_new: str,
 ) -> ShardTask | None:
     """The task that brings a shard up to date; None where nothing is due."""
     bases = {
         name: {
             **column_basis(column, recipe, tokenizer_sha256=tokenizer_sha256),
-            "rows": _rows_hash(draft.slices, column, scans),
+            "rows": _rows_hash(draft.slices, column, scans, recipe),
         }
         for name, column in COLUMNS.items()
     }
@@ -269,7 +291,7 @@ def _task(
         if built is not None and built.fingerprint == fingerprint_of(basis):
             kept[name] = built
         else:
-            due[name] = _reason(built, basis)
+            due[name] = _reason(built, basis) if old is not None else why_new
     if old is not None and not due and tuple(draft.slices) == old.slices:
         return None
     return ShardTask(
@@ -284,7 +306,9 @@ def _task(
     )
 
 
-def _rows_hash(slices: Sequence[Slice], column: Column, scans: Mapping[str, SessionScan]) -> str:
+def _rows_hash(
+    slices: Sequence[Slice], column: Column, scans: Mapping[str, SessionScan], recipe: Recipe
+) -> str:
     """Hash of a shard's rows and of the sources and facts that a column takes from them."""
     rows = []
     for piece in slices:
@@ -292,17 +316,19 @@ def _rows_hash(slices: Sequence[Slice], column: Column, scans: Mapping[str, Sess
         sources = {n: scan.sources[n].sha256 for n in column.sources if n in scan.sources}
         offset_s = scan.clock_offset_s if METADATA_FILE in column.sources else 0.0
         gain = scan.gain if AUDIO_FILE in column.sources else 1.0
-        rows.append([piece.session, piece.windows, sources, offset_s, gain])
+        # Text lies over the whole session, so that another stream's new length can move it.
+        windows = scan.windows(recipe)
+        bits = [
+            presence_bits(set(scan.present(windows[w], recipe)) & set(column.streams))
+            for w in piece.windows
+        ]
+        rows.append([piece.session, piece.windows, bits, sources, offset_s, gain])
     return fingerprint_of(rows)
 
 
 def _reason(built: BuiltColumn | None, basis: Mapping[str, Any]) -> str:
     """Why a column is due, in words."""
     if built is None:
-        return "new"
-    changes = [
-        f"{key} {built.basis.get(key)} -> {value}"
-        for key, value in basis.items()
-        if key != "rows" and built.basis.get(key) != value
-    ]
-    return "; ".join(changes) or "its sessions changed"
+        return "its file is gone or cut"
+    settings = {key: value for key, value in basis.items() if key != "rows"}
+    return "; ".join(_changes(built.basis, settings)) or "its sessions changed"

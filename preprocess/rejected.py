@@ -1,8 +1,8 @@
 """What is not in the shards, and why: the lines of ``rejected.jsonl``.
 
-Levels: "session" (none of its windows became a sample), "window", "stream" (a sample lacks a stream
-    that its session has), "lines" (lines or events of a file that could not be used). Windows
-    planned = samples + the windows of the first two.
+Levels: "session" (none of its windows became a sample), "window", "stream" (a session or a sample
+lacks a stream whose file is there), "lines" (lines or events of a file that could not be used).
+Windows planned = samples + the windows of the first two.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Statistics of a shard's columns that merge exactly: sums and counts, never means.
 
-Sums are kept as exact fractions of two floats would be: float64 sums of a shard, added in shard
-order by math.fsum, so that any number of workers gives the same manifest.
+Sums are float64 per shard, and those of the shards are added by math.fsum, so that any number of
+workers gives the same manifest.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,12 +43,10 @@ def of_levels(
     return [np.bincount(channel, minlength=num_levels).tolist() for channel in rows.T]
 
 
-def of_tokens(streams: Iterable[Sequence[int]], vocab_size: int) -> list[int]:
-    """How often each token stands in a text stream, [vocab_size]."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for ids in streams:
-        np.add.at(counts, np.asarray(ids, dtype=np.int64), 1)
-    return [int(n) for n in counts]
+def of_tokens(streams: Iterable[Sequence[int]]) -> list[int]:
+    """How often each token stands in a text stream, up to the largest that does."""
+    ids = np.fromiter((i for ids in streams for i in ids), dtype=np.int64)
+    return [int(n) for n in np.bincount(ids)]
 
 
 def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -55,9 +54,11 @@ def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {"num_samples": sum(p["num_samples"] for p in parts)}
     for name in ("proprio", "touch"):
         merged[name] = _merge_numbers([p[name] for p in parts if p[name]["count"]])
-    for name in ("dmel_levels", "internal_tokens", "external_tokens"):
-        arrays = [np.asarray(p[name], dtype=np.int64) for p in parts]
-        merged[name] = np.sum(arrays, axis=0).tolist() if arrays else []
+    levels = [np.asarray(p["dmel_levels"], dtype=np.int64) for p in parts]
+    merged["dmel_levels"] = np.sum(levels, axis=0).tolist() if levels else []
+    for name in ("internal_tokens", "external_tokens"):
+        columns = zip_longest(*(p[name] for p in parts), fillvalue=0)
+        merged[name] = [sum(column) for column in columns]
     return merged
 
 

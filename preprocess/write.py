@@ -140,8 +140,7 @@ def _text_contents(
             tokens["external"].append(text.external.ids)
             yield row, encode_text(text), presence_bits(have)
     draft.statistics["text"] = {
-        f"{name}_tokens": statistics.of_tokens(ids, recipe.text.vocab_size)
-        for name, ids in tokens.items()
+        f"{name}_tokens": statistics.of_tokens(ids) for name, ids in tokens.items()
     }
 
 

@@ -8,6 +8,7 @@ Each analysis window ends where its frame ends, so that no frame hears what come
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,8 @@ def encode_dmel(
     spectrum = librosa.stft(
         padded, n_fft=recipe.fft_size, hop_length=hop, window="hann", center=False
     )
-    energy = _mel_filters(rate_hz, recipe.fft_size, recipe.channels) @ np.square(np.abs(spectrum))
+    bands = _mel_bands(rate_hz, recipe.fft_size, recipe.channels)
+    energy = _mel_energy(np.square(np.abs(spectrum)), bands)
     level_db = 10.0 * np.log10(np.maximum(energy.T, _ENERGY_FLOOR))
     share = (level_db - recipe.floor_db) / (recipe.ceiling_db - recipe.floor_db)
     levels = np.clip(np.round(share * (recipe.levels - 1)), 0, recipe.levels - 1).astype(np.uint8)
@@ -116,8 +118,32 @@ def decode_dmel(
     return np.asarray(np.clip(waveform, -1.0, 1.0), dtype=np.float32)
 
 
+def _mel_energy(
+    power: NDArray[np.float32], bands: tuple[tuple[int, NDArray[np.float32]], ...]
+) -> NDArray[np.float32]:
+    """Energy per mel channel [channels, A] of a power spectrum [bins, A].
+
+    Not by a matrix product: BLAS adds in another order with another number of threads, and 1 of 100
+    results then differs in its last bit (measured), so that shards would depend on the machine.
+    """
+    energy = np.zeros((len(bands), power.shape[1]), dtype=np.float32)
+    for row, (first, weights) in zip(energy, bands, strict=True):
+        np.sum(weights[:, None] * power[first : first + len(weights)], axis=0, out=row)
+    return energy
+
+
 @functools.lru_cache(maxsize=8)
-def _mel_filters(rate_hz: int, fft_size: int, channels: int) -> NDArray[np.float32]:
-    """Slaney mel filters [channels, fft_size / 2 + 1]."""
-    filters: NDArray[np.float32] = mel_filters(sr=rate_hz, n_fft=fft_size, n_mels=channels)
-    return filters
+def _mel_bands(
+    rate_hz: int, fft_size: int, channels: int
+) -> tuple[tuple[int, NDArray[np.float32]], ...]:
+    """Slaney mel filters: per channel its first bin and the weights from there on."""
+    with warnings.catch_warnings():
+        # Narrow channels of a short window hold no bin; they are silent, which is no news.
+        warnings.simplefilter("ignore", UserWarning)
+        filters: NDArray[np.float32] = mel_filters(sr=rate_hz, n_fft=fft_size, n_mels=channels)
+    bands = []
+    for weights in filters:
+        bins = np.flatnonzero(weights)
+        first, stop = (int(bins[0]), int(bins[-1]) + 1) if len(bins) else (0, 0)
+        bands.append((first, weights[first:stop]))
+    return tuple(bands)

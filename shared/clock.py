@@ -105,7 +105,7 @@ def interpolate(
         max_gap_s: neighbours farther apart than this leave the grid points between them NaN.
         edge_s: grid points at most this far outside the recording take its first or last value.
         num_angles: the first so many columns are angles in rad; they go the short way round and
-            come out in [-pi, pi).
+            come out in [-pi, pi), as near as float32 has it.
 
     Returns:
         [T, D] float32.
@@ -120,10 +120,11 @@ def interpolate(
     share = np.divide(grid_s - times_s[left], span, out=np.zeros_like(grid_s), where=span > 0)
     share = np.clip(share, 0.0, 1.0)
     is_inside = (grid_s >= times_s[0] - edge_s) & (grid_s <= times_s[-1] + edge_s)
+    is_at_edge = (grid_s <= times_s[0]) | (grid_s >= times_s[-1])
     is_on_sample = (np.abs(grid_s - times_s[left]) <= EPSILON_S) | (
         np.abs(grid_s - times_s[right]) <= EPSILON_S
     )
-    is_valid = is_inside & ((span <= max_gap_s + EPSILON_S) | is_on_sample)
+    is_valid = is_inside & ((span <= max_gap_s + EPSILON_S) | is_on_sample | is_at_edge)
     low, high = values[left].astype(np.float64), values[right].astype(np.float64)
     delta = high - low
     delta[:, :num_angles] = wrap_angle(delta[:, :num_angles])

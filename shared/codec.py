@@ -13,7 +13,6 @@ json            UTF-8 JSON of :class:`shared.fields.Text`                   none
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import struct
@@ -40,6 +39,11 @@ _JPEG_SEAM = b"\xff\xd9\xff\xd8"
 else."""
 
 _WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
+_MAX_WAV_RATE_HZ = 1 << 31
+"""From here on its bytes per second don't fit the header."""
+
+_NPY_HEADER_BYTES = 128
+"""What np.save writes for an array of four dimensions."""
 
 _STREAM_OF_NAME = {"internal": Stream.INTERNAL_TEXT, "external": Stream.EXTERNAL_TEXT}
 _NAME_OF_STREAM = {stream: name for name, stream in _STREAM_OF_NAME.items()}
@@ -53,9 +57,7 @@ def vision_extension(recipe: VisionRecipe) -> str:
 def encode_pictures(pictures: NDArray[np.uint8], *, recipe: VisionRecipe) -> bytes:
     """RGB pictures uint8 [F, H, W, 3] as the recipe's codec."""
     if recipe.codec == "raw":
-        buffer = io.BytesIO()
-        np.save(buffer, pictures, allow_pickle=False)
-        return buffer.getvalue()
+        return _npy_header(pictures.shape) + pictures.tobytes()
     return b"".join(
         simplejpeg.encode_jpeg(
             np.ascontiguousarray(p),
@@ -76,47 +78,44 @@ def decode_pictures(
         CorruptError: other bytes than pictures of `out`'s number and size.
     """
     if recipe.codec == "raw":
-        out[:] = _load_npy(member, out.shape)
+        out[...] = _load_npy(member, out.shape)
         return out
-    parts = split_jpegs(member)
+    parts = split_jpegs(member, limit=len(out) + 1)
     if len(parts) != len(out):
-        raise CorruptError(f"holds {len(parts)} pictures, not {len(out)}")
+        more = " or more" if len(parts) > len(out) else ""
+        raise CorruptError(f"holds {len(parts)}{more} pictures, not {len(out)}")
     for part, picture in zip(parts, out, strict=True):
         _decode_jpeg(part, picture)
     return out
 
 
-def split_jpegs(member: bytes) -> list[memoryview]:
-    """The pictures of an mjpeg member, without copying."""
+def split_jpegs(member: bytes, *, limit: int) -> list[memoryview]:
+    """The first `limit` pictures of an mjpeg member, without copying."""
     view = memoryview(member)
-    parts = []
+    parts: list[memoryview] = []
     begin = 0
-    while (seam := member.find(_JPEG_SEAM, begin)) >= 0:
+    while len(parts) < limit and (seam := member.find(_JPEG_SEAM, begin)) >= 0:
         parts.append(view[begin : seam + 2])
         begin = seam + 2
-    parts.append(view[begin:])
-    return parts
+    return [*parts, view[begin:]] if len(parts) < limit else parts
 
 
 def encode_wav(samples: NDArray[np.int16], *, rate_hz: int) -> bytes:
     """Mono int16 samples as a RIFF file."""
-    size = samples.nbytes
-    header = _WAV_HEADER.pack(
-        b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, rate_hz, rate_hz * 2, 2, 16, b"data", size
-    )
-    return header + samples.astype("<i2", copy=False).tobytes()
+    return _wav_header(samples.nbytes, rate_hz) + samples.astype("<i2", copy=False).tobytes()
 
 
 def decode_wav(member: bytes) -> NDArray[np.int16]:
-    """Samples of :func:`encode_wav`, int16 [N], a view of `member`.
+    """Samples of :func:`encode_wav`, int16 [N], a read-only view of `member`.
 
     Raises:
         CorruptError: other bytes.
     """
     if len(member) < _WAV_HEADER.size or len(member) % 2:
         raise CorruptError(f"{len(member)} bytes are no 16-bit wav file")
-    riff, _, wave, *_, data, size = _WAV_HEADER.unpack_from(member)
-    if (riff, wave, data, size) != (b"RIFF", b"WAVE", b"data", len(member) - _WAV_HEADER.size):
+    rate_hz = _WAV_HEADER.unpack_from(member)[7]
+    size = len(member) - _WAV_HEADER.size
+    if rate_hz >= _MAX_WAV_RATE_HZ or not member.startswith(_wav_header(size, rate_hz)):
         raise CorruptError("is no wav file as this format writes them")
     return np.frombuffer(member, dtype="<i2", offset=_WAV_HEADER.size)
 
@@ -145,14 +144,14 @@ def decode_text(member: bytes) -> Text:
         streams = {}
         for name in _STREAM_OF_NAME:
             ids, time_s = values[name]["ids"], values[name]["time_s"]
-            if len(ids) != len(time_s) or not all(isinstance(i, int) for i in ids):
-                raise CorruptError(f"{name} has {len(ids)} tokens and {len(time_s)} times")
-            streams[name] = TokenStream(ids=tuple(ids), time_s=tuple(float(t) for t in time_s))
+            if len(ids) != len(time_s) or not all(type(i) is int and i >= 0 for i in ids):
+                raise ValueError(f"{name} has {len(ids)} tokens and {len(time_s)} times")
+            streams[name] = TokenStream(ids=tuple(ids), time_s=tuple(map(_seconds, time_s)))
         events = tuple(
-            TextEvent(float(e["time_s"]), _STREAM_OF_NAME[e["stream"]], str(e["text"]))
+            TextEvent(_seconds(e["time_s"]), _STREAM_OF_NAME[e["stream"]], str(e["text"]))
             for e in values["events"]
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CorruptError(f"is no text member: {type(error).__name__}: {error}") from error
     return Text(internal=streams["internal"], external=streams["external"], events=events)
 
@@ -168,16 +167,31 @@ def _decode_jpeg(part: memoryview, out: NDArray[np.uint8]) -> None:
 
 
 def _load_npy(member: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The array of an npy member, a view; its header is checked before anything is allocated."""
-    file = io.BytesIO(member)
-    try:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise CorruptError(f"is npy version {version}, not (1, 0)")
-        found, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except ValueError as error:
-        raise CorruptError(f"is no npy file: {error}") from error
-    expected = file.tell() + math.prod(shape)
-    if (found, is_fortran, dtype.str) != (shape, False, "|u1") or len(member) != expected:
-        raise CorruptError(f"pictures are {dtype} {found}, not uint8 {shape}")
-    return np.frombuffer(member, dtype=np.uint8, offset=file.tell()).reshape(shape)
+    """The array of an npy member, a read-only view.
+
+    The header is compared and not parsed: NumPy's parser evaluates it as Python.
+    """
+    size = _NPY_HEADER_BYTES + math.prod(shape)
+    if len(member) != size or not member.startswith(_npy_header(shape)):
+        raise CorruptError(f"is no npy file of pictures uint8 {shape}")
+    return np.frombuffer(member, dtype=np.uint8, offset=_NPY_HEADER_BYTES).reshape(shape)
+
+
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    """Header of a uint8 array in NPY format 1.0, as np.save writes it."""
+    prefix = b"\x93NUMPY\x01\x00" + struct.pack("<H", _NPY_HEADER_BYTES - 10)
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {tuple(map(int, shape))}, }}"
+    return (prefix + text.encode()).ljust(_NPY_HEADER_BYTES - 1) + b"\n"
+
+
+def _wav_header(size: int, rate_hz: int) -> bytes:
+    return _WAV_HEADER.pack(
+        b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, rate_hz, rate_hz * 2, 2, 16, b"data", size
+    )
+
+
+def _seconds(value: object) -> float:
+    """A finite JSON number."""
+    if type(value) not in (int, float) or not math.isfinite(number := float(value)):  # type: ignore[arg-type]
+        raise ValueError(f"{value!r} is no time")
+    return number

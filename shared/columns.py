@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import tarfile
 import zipfile
@@ -152,6 +153,7 @@ class ColumnFile:
         self.path = path
         try:
             self._file: IO[bytes] = path.open("rb", buffering=0)
+            self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise ShardError(f"{path}: can't be opened: {error.strerror}") from error
 
@@ -170,6 +172,10 @@ class ColumnFile:
             return None
         if length > MAX_MEMBER_BYTES:
             raise CorruptError(f"{self.path} at {offset}: a member of {length} bytes is too large")
+        if offset + length > self._size:
+            raise CorruptError(
+                f"{self.path} at {offset}: {length} bytes reach past its end at {self._size}"
+            )
         content = os.pread(self._file.fileno(), length, offset)
         if len(content) != length:
             raise CorruptError(
@@ -190,10 +196,10 @@ def read_chunk(content: bytes, *, dtype: str, shape: tuple[int, ...]) -> NDArray
     Raises:
         CorruptError: another number of bytes.
     """
-    array = np.frombuffer(content, dtype=np.dtype(dtype).newbyteorder("<"))
-    if array.size != int(np.prod(shape)):
-        raise CorruptError(f"chunk has {array.size} values, expected {shape}")
-    return array.reshape(shape)
+    kind = np.dtype(dtype).newbyteorder("<")
+    if len(content) != math.prod(shape) * kind.itemsize:
+        raise CorruptError(f"chunk has {len(content)} bytes, expected {kind.name} {shape}")
+    return np.frombuffer(content, dtype=kind).reshape(shape)
 
 
 def _array_metadata(array: ZarrArray) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,9 @@ _ALIGNMENT = 64
 _PREFIX = struct.Struct("<8sII")
 _DTYPES = {"u1", "u4", "u8", "f4", "f8"}
 _MAX_HEADER_BYTES = 64 << 20
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
+_DAMAGES = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+"""What reading damaged JSON values can raise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,21 +138,51 @@ def _parse_index(raw: NDArray[np.uint8], path: Path) -> ShardIndex:
         )
     if header_length > min(_MAX_HEADER_BYTES, len(raw) - _PREFIX.size):
         raise CorruptError(f"{path}: its header reaches past the end of the file")
-    start = _aligned(_PREFIX.size + header_length)
+    body = raw[_aligned(_PREFIX.size + header_length) :]
     try:
         facts = json.loads(raw[_PREFIX.size : _PREFIX.size + header_length].tobytes())
-        arrays = {}
-        for name, (dtype, shape, offset) in facts.pop("arrays").items():
-            if dtype not in _DTYPES:
-                raise CorruptError(f"{path}: array {name} has the unknown type {dtype!r}")
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            part = raw[start + offset : start + offset + size]
-            if len(part) != size:
-                raise CorruptError(f"{path}: array {name} reaches past the end of the file")
-            arrays[name] = part.view(f"<{dtype}").reshape(shape)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{path}: its header is damaged: {error}") from error
+        layout = facts.pop("arrays")
+        arrays = {name: _array(body, *entry) for name, entry in layout.items()}
+        _require_whole(facts, arrays)
+    except _DAMAGES as error:
+        raise CorruptError(
+            f"{path}: its header is damaged: {type(error).__name__}: {error}; "
+            "rebuild by `make shards`"
+        ) from error
     return ShardIndex(facts=facts, arrays=arrays)
+
+
+def _array(body: NDArray[np.uint8], dtype: str, shape: list[int], offset: int) -> NDArray[Any]:
+    """A view of one array; `offset` counts from the begin of `body`."""
+    if dtype not in _DTYPES or any(type(n) is not int or n < 0 for n in (*shape, offset)):
+        raise ValueError(f"an array of {dtype!r} {shape} at {offset}")
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if offset + size > len(body):
+        raise ValueError("an array reaches past the end of the file")
+    return body[offset : offset + size].view(f"<{dtype}").reshape(shape)
+
+
+def _require_whole(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raises ValueError where rows don't fit together or a column's file lies elsewhere."""
+    num_rows = {len(array) for array in arrays.values()}
+    if num_rows != {len(arrays["window"])}:
+        raise ValueError(f"arrays have {sorted(num_rows)} rows")
+    if arrays["session"].size and int(arrays["session"].max()) >= len(facts["sessions"]):
+        raise ValueError("a row is of no session")
+    for column in facts["columns"].values():
+        require_file_name(column["file"])
+
+
+def require_file_name(name: object) -> str:
+    """The name, if it is a plain file name that leads nowhere else.
+
+    Raises:
+        ValueError: it is a path, hidden or no name at all.
+    """
+    is_plain = isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None
+    if not is_plain:
+        raise ValueError(f"{name!r} is no plain file name")
+    return str(name)
 
 
 def _aligned(position: int) -> int:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.config import make_section
-from shared.errors import CorruptError, FormatVersionError, ShardError
-from shared.recipe import Recipe, Split, json_of
+from shared.errors import ConfigError, CorruptError, FormatVersionError, ShardError
+from shared.index import require_file_name
+from shared.recipe import SPLITS, Recipe, Split, json_of
 from shared.text import TextTokenizer, parse_tokenizer
 
 if TYPE_CHECKING:
@@ -79,12 +80,14 @@ class Manifest:
         """
         path = self.root / self.tokenizer_file
         try:
-            text = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
         except OSError as error:
             raise ShardError(f"{path}: can't be read: {error.strerror}") from error
-        if hashlib.sha256(text.encode()).hexdigest() != self.tokenizer_sha256:
-            raise CorruptError(f"{path}: checksum differs from the manifest")
-        return parse_tokenizer(text, origin=str(path))
+        if hashlib.sha256(content).hexdigest() != self.tokenizer_sha256:
+            raise CorruptError(
+                f"{path}: checksum differs from the manifest; rebuild by `make shards`"
+            )
+        return parse_tokenizer(content.decode(), origin=str(path))
 
 
 def read_manifest(root: Path | str) -> Manifest:
@@ -93,7 +96,8 @@ def read_manifest(root: Path | str) -> Manifest:
     Raises:
         ShardError: no such set.
         FormatVersionError: written in a newer format.
-        CorruptError: the manifest is damaged.
+        CorruptError: the manifest is damaged, or names files outside the set's folder.
+        ConfigError: its recipe has keys or values that this software doesn't know.
     """
     root = Path(root)
     path = root / MANIFEST_FILE
@@ -103,31 +107,56 @@ def read_manifest(root: Path | str) -> Manifest:
         raise ShardError(
             f"{path}: no such shard set; make it by `python -m preprocess shards --out {root}`"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: is damaged: {error}; rebuild by `make shards`") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
         raise CorruptError(f"{path}: is no manifest of a shard set")
     version = values.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version < 1:
+        raise CorruptError(f"{path}: format_version is {version!r}; rebuild by `make shards`")
+    if version > FORMAT_VERSION:
         raise FormatVersionError(
             f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that "
             "this software reads; update it, or rebuild the set from its sessions"
         )
     try:
-        return Manifest(
-            root=root,
-            recipe=make_section(Recipe, values["recipe"], origin=f"{path}: recipe"),
-            shards=tuple(ShardEntry(**entry) for entry in values["shards"]),
-            generation=values["generation"],
-            tokenizer_file=values["tokenizer"]["file"],
-            tokenizer_sha256=values["tokenizer"]["sha256"],
-            fields=values["fields"],
-            statistics=values["statistics"],
-            counts=values["counts"],
-            fingerprint=values["fingerprint"],
-        )
-    except (KeyError, TypeError) as error:
+        return _parse(values, root, path)
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{path}: is damaged: {error!r}; rebuild by `make shards`") from error
+
+
+def _parse(values: Mapping[str, Any], root: Path, path: Path) -> Manifest:
+    return Manifest(
+        root=root,
+        recipe=make_section(Recipe, values["recipe"], origin=f"{path}: recipe"),
+        shards=tuple(_parse_shard(entry) for entry in values["shards"]),
+        generation=_natural(values["generation"]),
+        tokenizer_file=require_file_name(values["tokenizer"]["file"]),
+        tokenizer_sha256=str(values["tokenizer"]["sha256"]),
+        fields=dict(values["fields"]),
+        statistics=dict(values["statistics"]),
+        counts=dict(values["counts"]),
+        fingerprint=str(values["fingerprint"]),
+    )
+
+
+def _parse_shard(values: Mapping[str, Any]) -> ShardEntry:
+    entry = ShardEntry(**values)
+    if entry.split not in SPLITS:
+        raise ValueError(f"shard {entry.name!r} is in the unknown split {entry.split!r}")
+    require_file_name(entry.name)
+    require_file_name(entry.index_file)
+    _natural(entry.num_samples)
+    _natural(entry.length_bytes)
+    return entry
+
+
+def _natural(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def commit_manifest(manifest: Manifest) -> None:

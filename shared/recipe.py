@@ -106,8 +106,8 @@ class MelRecipe(Section):
     future."""
     channels: int = Field(80, ge=4, le=256)
     """Mel channels."""
-    levels: int = Field(16, ge=2, le=256)
-    """Levels per channel."""
+    levels: int = Field(16, ge=2, le=255)
+    """Levels per channel; 255 stands for "masked"."""
     floor_db: float = -70.0
     """Mel energy in dB of the lowest level's centre; all below is that level."""
     ceiling_db: float = 30.0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.audio import measure_loudness
+from shared.audio import Loudness, measure_loudness
 from shared.clock import Interval, Window, clock_offset, interpolate, nearest, plan_windows
 from shared.errors import MediaError
 from shared.media import read_sound, read_video_track
@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 TEXT_ONLY_TAIL_S = 1.0
 """A session of nothing but text ends this long after its last event began."""
+
+MAX_SESSION_S = 24 * 3600.0
+"""What lies after is left out: one wrong timestamp must not make a billion windows."""
+
+_SENSORS = (Stream.TOUCH, Stream.PROPRIO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,65 +154,29 @@ def scan_session(path: Path, *, recipe: Recipe) -> SessionScan:
     """
     intervals: dict[Stream, Interval] = {}
     absent: dict[Stream, str] = {}
-    tracks: dict[Stream, VideoTrack] = {}
-    for stream, file in VISION_FILES.items():
-        try:
-            tracks[stream] = read_video_track(path / file)
-            intervals[stream] = Interval(float(tracks[stream].times_s[0]), tracks[stream].stop_s)
-        except MediaError as error:
-            absent[stream] = _without_path(error, path)
-    gain, rms = 1.0, 0.0
-    try:
-        sound = read_sound(path / AUDIO_FILE, rate_hz=recipe.audio.rate_hz)
-        loudness = measure_loudness(sound.waveform, recipe=recipe.audio)
-        gain, rms = loudness.gain, loudness.rms
-        intervals[Stream.AUDIO] = Interval(0.0, sound.duration_s)
-    except MediaError as error:
-        absent[Stream.AUDIO] = _without_path(error, path)
-
+    tracks = _scan_videos(path, intervals, absent)
+    loudness = _scan_sound(path, recipe, intervals, absent)
     metadata, events, oddities = read_clocked(path, recipe=recipe)
     media_stop_s = max((i.stop_s for i in intervals.values()), default=None)
     offset_s = _offset(metadata, events, media_stop_s)
-    times_s = metadata.times_s - offset_s
-    for stream in (Stream.TOUCH, Stream.PROPRIO):
-        rows = times_s[metadata.rows_with(stream)]
-        if len(rows):
-            tick_s = (
-                float(np.median(np.diff(rows))) if len(rows) > 1 else 1 / recipe.sensors.rate_hz
-            )
-            intervals[stream] = Interval(float(rows[0]), float(rows[-1]) + tick_s)
-        else:
-            absent[stream] = "metadata.jsonl holds no usable reading of it"
-    length_s = _length(intervals, events, offset_s)
-    for stream in (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT):
-        if any(e.stream is stream for e in events):
-            intervals[stream] = Interval(0.0, length_s)
-        else:
-            absent[stream] = "no event of it in text.jsonl or metadata.jsonl"
-    oddities += [
-        ("text outside", f"text {e.text[:40]!r} at {e.time_s:g} s lies outside the session")
-        for e in events
-        if not 0 <= e.time_s - offset_s < length_s
-    ]
+    readings = {
+        stream: (metadata.times_s - offset_s)[metadata.rows_with(stream)] for stream in _SENSORS
+    }
+    _place_sensors(readings, recipe, intervals, absent)
+    length_s = _length(intervals, events, offset_s, oddities)
+    _place_texts(events, offset_s, length_s, intervals, absent, oddities)
     windows = plan_windows(
         length_s, duration_s=recipe.window.duration_s, step_s=recipe.window.step_s
     )
-    coverage = [
-        tuple(
-            round(_coverage(s, w, intervals, tracks, metadata, offset_s, recipe), 4)
-            for s in STREAMS
-        )
-        for w in windows
-    ]
     return SessionScan(
         session=path.name,
         length_s=length_s,
         clock_offset_s=offset_s,
-        gain=gain,
-        rms=rms,
+        gain=loudness.gain,
+        rms=loudness.rms,
         intervals={s: intervals[s] for s in STREAMS if s in intervals},
         absent={s: absent[s] for s in STREAMS if s in absent},
-        coverage=tuple(coverage),
+        coverage=_coverage(windows, intervals, tracks, readings, recipe),
         oddities=_sentences(oddities),
         sources=_hash_sources(path),
     )
@@ -231,46 +200,114 @@ def read_clocked(
     return metadata, tuple(merged), oddities
 
 
-def grid_coverage(
-    stream: Stream,
-    window: Window,
-    times_s: NDArray[np.float64],
-    *,
+def _scan_videos(
+    path: Path, intervals: dict[Stream, Interval], absent: dict[Stream, str]
+) -> dict[Stream, VideoTrack]:
+    """Frame times of the eyes that there are."""
+    tracks: dict[Stream, VideoTrack] = {}
+    for stream, file in VISION_FILES.items():
+        try:
+            tracks[stream] = read_video_track(path / file)
+            intervals[stream] = Interval(float(tracks[stream].times_s[0]), tracks[stream].stop_s)
+        except MediaError as error:
+            absent[stream] = _without_path(error, path)
+    return tracks
+
+
+def _scan_sound(
+    path: Path, recipe: Recipe, intervals: dict[Stream, Interval], absent: dict[Stream, str]
+) -> Loudness:
+    """Level of the sound; a gain of 1 where there is none."""
+    try:
+        sound = read_sound(path / AUDIO_FILE, rate_hz=recipe.audio.rate_hz)
+    except MediaError as error:
+        absent[Stream.AUDIO] = _without_path(error, path)
+        return Loudness(rms=0.0, peak=0.0, gain=1.0)
+    intervals[Stream.AUDIO] = Interval(0.0, sound.duration_s)
+    return measure_loudness(sound.waveform, recipe=recipe.audio)
+
+
+def _place_sensors(
+    readings: Mapping[Stream, NDArray[np.float64]],
     recipe: Recipe,
-) -> float:
-    """Share of a window's grid points of a sensor stream that readings at `times_s` cover."""
-    grid_s = window.grid(recipe.sensors.rate_hz)
-    ones = np.ones((len(times_s), 1), dtype=np.float32)
+    intervals: dict[Stream, Interval],
+    absent: dict[Stream, str],
+) -> None:
+    """A sensor lies from its first reading to one median step after its last."""
+    for stream, times_s in readings.items():
+        if len(times_s):
+            tick_s = 1 / recipe.sensors.rate_hz
+            if len(times_s) > 1:
+                tick_s = float(np.median(np.diff(times_s)))
+            intervals[stream] = Interval(float(times_s[0]), float(times_s[-1]) + tick_s)
+        else:
+            absent[stream] = "metadata.jsonl holds no usable reading of it"
+
+
+def _place_texts(
+    events: tuple[TextEvent, ...],
+    offset_s: float,
+    length_s: float,
+    intervals: dict[Stream, Interval],
+    absent: dict[Stream, str],
+    oddities: list[tuple[str, str]],
+) -> None:
+    """A text stream with an event lies over the whole session: silence is part of it."""
+    for stream in (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT):
+        if any(e.stream is stream for e in events):
+            intervals[stream] = Interval(0.0, length_s)
+        else:
+            absent[stream] = "no event of it in text.jsonl or metadata.jsonl"
+    oddities += [
+        ("text outside", f"text {e.text[:40]!r} at {e.time_s:g} s lies outside the session")
+        for e in events
+        if not 0 <= e.time_s - offset_s < length_s
+    ]
+
+
+def _coverage(
+    windows: list[Window],
+    intervals: Mapping[Stream, Interval],
+    tracks: Mapping[Stream, VideoTrack],
+    readings: Mapping[Stream, NDArray[np.float64]],
+    recipe: Recipe,
+) -> tuple[tuple[float, ...], ...]:
+    """Per window, the share of it that each of STREAMS covers."""
+    shares = np.zeros((len(windows), len(STREAMS)))
+    for column, stream in enumerate(STREAMS):
+        if stream not in intervals or not windows:
+            continue
+        if stream in tracks:
+            grid_s = _grids(windows, recipe.vision.rate_hz)
+            _, error_s = nearest(tracks[stream].times_s, grid_s)
+            shares[:, column] = (np.abs(error_s) <= recipe.vision.tolerance_s).mean(axis=1)
+        elif stream in readings:
+            grid_s = _grids(windows, recipe.sensors.rate_hz)
+            covered = _is_covered(readings[stream], grid_s.ravel(), recipe)
+            shares[:, column] = covered.reshape(grid_s.shape).mean(axis=1)
+        else:
+            overlaps_s = [intervals[stream].overlap_s(w.interval) for w in windows]
+            shares[:, column] = np.array(overlaps_s) / recipe.window.duration_s
+    return tuple(tuple(round(float(share), 4) for share in row) for row in shares)
+
+
+def _grids(windows: list[Window], rate_hz: float) -> NDArray[np.float64]:
+    """Grid times of every window [W, T]."""
+    return np.stack([w.grid(rate_hz) for w in windows])
+
+
+def _is_covered(
+    times_s: NDArray[np.float64], grid_s: NDArray[np.float64], recipe: Recipe
+) -> NDArray[np.bool_]:
+    """Grid points that get a value from readings at `times_s`."""
     values = interpolate(
         times_s,
-        ones,
+        np.ones((len(times_s), 1), dtype=np.float32),
         grid_s,
         max_gap_s=recipe.sensors.max_gap_s,
         edge_s=0.5 / recipe.sensors.rate_hz,
     )
-    return float(np.isfinite(values).mean())
-
-
-def _coverage(
-    stream: Stream,
-    window: Window,
-    intervals: Mapping[Stream, Interval],
-    tracks: Mapping[Stream, VideoTrack],
-    metadata: Metadata,
-    offset_s: float,
-    recipe: Recipe,
-) -> float:
-    """Share of a window that a stream covers."""
-    if stream not in intervals:
-        return 0.0
-    if stream in tracks:
-        grid_s = window.grid(recipe.vision.rate_hz)
-        _, error_s = nearest(tracks[stream].times_s, grid_s)
-        return float(np.mean(np.abs(error_s) <= recipe.vision.tolerance_s))
-    if stream in (Stream.TOUCH, Stream.PROPRIO):
-        times_s = (metadata.times_s - offset_s)[metadata.rows_with(stream)]
-        return grid_coverage(stream, window, times_s, recipe=recipe)
-    return intervals[stream].overlap_s(window.interval) / window.duration_s
+    return np.isfinite(values[:, 0])
 
 
 def _offset(metadata: Metadata, events: tuple[TextEvent, ...], media_stop_s: float | None) -> float:
@@ -285,12 +322,20 @@ def _offset(metadata: Metadata, events: tuple[TextEvent, ...], media_stop_s: flo
 
 
 def _length(
-    intervals: Mapping[Stream, Interval], events: tuple[TextEvent, ...], offset_s: float
+    intervals: Mapping[Stream, Interval],
+    events: tuple[TextEvent, ...],
+    offset_s: float,
+    oddities: list[tuple[str, str]],
 ) -> float:
     """Seconds from the clock's zero to the end of the last stream."""
-    if intervals:
-        return max(0.0, *(i.stop_s for i in intervals.values()))
-    return max(0.0, events[-1].time_s - offset_s + TEXT_ONLY_TAIL_S) if events else 0.0
+    stops = [i.stop_s for i in intervals.values()]
+    if not stops and events:
+        stops = [events[-1].time_s - offset_s + TEXT_ONLY_TAIL_S]
+    length_s = max(0.0, *stops) if stops else 0.0
+    if length_s > MAX_SESSION_S:
+        what = f"streams reach to {length_s:g} s; what lies after {MAX_SESSION_S:g} s is left out"
+        oddities.append(("length", f"{what}, a timestamp must be wrong"))
+    return min(length_s, MAX_SESSION_S)
 
 
 def _sentences(oddities: list[tuple[str, str]]) -> tuple[str, ...]:

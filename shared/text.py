@@ -23,21 +23,15 @@ PAD_TEXT = "<pad>"
 EVENT_TOKEN = 1
 EVENT_TEXT = "<event>"
 
-MAX_EVENT_BYTES = 1 << 16
-"""A longer event is cut here before it is tokenized."""
-
 
 @dataclass(frozen=True, slots=True)
 class TextTokenizer:
     """A byte-level BPE; `json` is the whole of it, as ``tokenizer.json`` holds it."""
 
     json: str
+    vocab_size: int
+    """Ids are below it."""
     _inner: Tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens; ids are below it."""
-        return int(self._inner.get_vocab_size())
 
     @property
     def sha256(self) -> str:
@@ -45,13 +39,16 @@ class TextTokenizer:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of one event: the event mark, then its bytes' pairs."""
-        return [EVENT_TOKEN, *self._inner.encode(text[:MAX_EVENT_BYTES]).ids]
+        """Tokens of one event: the event mark, then its bytes' pairs.
+
+        A text that spells a special token (``<pad>``) is text, never that token.
+        """
+        return [EVENT_TOKEN, *self._inner.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of tokens; PAD and event marks give nothing."""
-        kept = [i for i in ids if i not in (PAD_TOKEN, EVENT_TOKEN) and i < self.vocab_size]
-        return str(self._inner.decode(kept))
+        kept = [i for i in ids if i not in (PAD_TOKEN, EVENT_TOKEN) and 0 <= i < self.vocab_size]
+        return str(self._inner.decode(kept, skip_special_tokens=False))
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
@@ -90,7 +87,10 @@ def parse_tokenizer(json: str, *, origin: str) -> TextTokenizer:
             f"{origin}: token 0 must be {PAD_TEXT} and token 1 {EVENT_TEXT}; "
             "train it with these special tokens first, or leave text.tokenizer out"
         )
-    return TextTokenizer(json, inner)
+    inner.encode_special_tokens = True
+    inner.no_truncation()
+    inner.no_padding()
+    return TextTokenizer(json, 1 + max(inner.get_vocab().values()), inner)
 
 
 def load_tokenizer(path: Path) -> TextTokenizer:
