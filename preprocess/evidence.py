@@ -178,15 +178,6 @@ def recorder_offset(
     return 0.0
 
 
-def steps_back(metadata: Metadata) -> list[tuple[int, float]]:
-    """(line number, seconds) of each line that is earlier than the line before it in the file."""
-    order = np.argsort(metadata.lines)
-    steps_s = np.diff(metadata.times_s[order])
-    return [
-        (int(metadata.lines[order[i + 1]]), float(-steps_s[i])) for i in np.flatnonzero(steps_s < 0)
-    ]
-
-
 def _read_picture(path: Path) -> Picture:
     """Frame times of a video, and which of a spread of its frames don't decode."""
     track = read_video_track(path)

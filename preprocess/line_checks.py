@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.evidence import UNREAD_KINDS, steps_back
+from preprocess.evidence import UNREAD_KINDS
 from preprocess.findings import Finding, Level, limited, say
 from shared.clock import EPSILON_S
 from shared.recipe import Stream
@@ -61,7 +61,7 @@ def check_timestamps(evidence: Evidence) -> list[Finding]:
         TEXT_FILE: "it is left out; write the second when the text begins",
     }
     findings = _unread(evidence, {"timestamp"}, mends)
-    back = steps_back(evidence.metadata)
+    back = [(o.line, o.back_s) for o in evidence.oddities if o.kind == "order"]
     findings += limited(
         "error",
         (

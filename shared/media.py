@@ -41,6 +41,12 @@ _OPEN_OPTIONS = {
 }
 """No playlists that name other files or hosts, no text that ffmpeg would take for a picture."""
 
+_DAMAGE = (av.FFmpegError, IndexError)
+"""What PyAV raises while it reads packets: the second where damage makes a track appear midway."""
+
+_MAX_SAMPLE = np.float32(2**32)
+"""A larger sample is no number of any scale that recorders write."""
+
 _FULL_SCALE = np.float32(32767 / 32768)
 """The largest sample of 16 bits."""
 
@@ -85,7 +91,7 @@ class Sound:
     source_channels: int
     source_format: str
     num_bad: int
-    """Samples that were no finite number; they are zero now."""
+    """Samples that were no finite number, or one beyond any scale; they are zero now."""
     peak: float
     """Largest absolute sample of any channel before mixing."""
     num_clipped: int
@@ -113,7 +119,7 @@ def read_video_track(path: Path) -> VideoTrack:
                 num_packets += packet.size > 0
                 if packet.pts is not None and not packet.is_discard:
                     found.append((packet.pts, packet.is_keyframe))
-        except av.FFmpegError as error:
+        except _DAMAGE as error:
             if not found:
                 raise MediaError(f"{path}: can't be read: {_reason(error)}") from error
         if not found:
@@ -193,10 +199,11 @@ def read_sound(path: Path, *, rate_hz: int) -> Sound:
 
 def _read_sound_by_av(path: Path, rate_hz: int) -> Sound:
     with av.open(str(path), metadata_errors="ignore") as container:
-        if not container.streams.audio:
-            raise MediaError(f"{path}: holds no sound")
-        stream = container.streams.audio[0]
-        source_rate_hz, channels = stream.codec_context.sample_rate, stream.codec_context.channels
+        stream = next(iter(container.streams.audio), None)
+        context: Any = stream and stream.codec_context  # None where no decoder is known
+        if context is None:
+            raise MediaError(f"{path}: holds no sound; record or copy it again")
+        source_rate_hz, channels = context.sample_rate, context.channels
         resampler = av.AudioResampler(format="fltp")
 
         def blocks() -> Iterator[NDArray[np.float32]]:
@@ -204,7 +211,7 @@ def _read_sound_by_av(path: Path, rate_hz: int) -> Sound:
                 for plain in resampler.resample(frame):
                     yield plain.to_ndarray().T.astype(np.float32, copy=False)
 
-        return _mono(blocks(), path, source_rate_hz, channels, stream.codec_context.name, rate_hz)
+        return _mono(blocks(), path, source_rate_hz, channels, context.name, rate_hz)
 
 
 def _mono(
@@ -224,7 +231,7 @@ def _mono(
     parts: list[NDArray[np.float32]] = []
     peak, num_bad, num_clipped = 0.0, 0, 0
     for block in blocks:
-        is_bad = ~np.isfinite(block)
+        is_bad = ~(np.abs(block) <= _MAX_SAMPLE)
         if is_bad.any():
             num_bad += int(is_bad.sum())
             block = np.where(is_bad, np.float32(0), block)
@@ -264,11 +271,14 @@ def _open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
         if not container.streams.video:
             raise MediaError(f"{path}: holds no video track")
         stream = container.streams.video[0]
-        stream.thread_type = "NONE"  # one process per core is faster than threads within one
-        if stream.codec_context.width == 0:
+        context: Any = (
+            stream.codec_context
+        )  # None where no decoder is known, whatever its type says
+        if context is None or context.width == 0:
             raise MediaError(f"{path}: its codec is unknown; re-encode it as h264")
-        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-            size = f"{stream.codec_context.width}x{stream.codec_context.height}"
+        stream.thread_type = "NONE"  # one process per core is faster than threads within one
+        if context.width * context.height > MAX_PIXELS:
+            size = f"{context.width}x{context.height}"
             raise MediaError(f"{path}: pictures of {size} are too large; re-encode it smaller")
         yield container, stream
 
@@ -294,7 +304,10 @@ def _decode_from(path: Path, track: VideoTrack, first: int) -> Iterator[Any]:
     for start in (*starts, 0):
         with _open_video(path) as (container, stream):
             if start > 0:
-                container.seek(int(track.pts[start]), stream=stream)
+                try:
+                    container.seek(int(track.pts[start]), stream=stream)
+                except av.FFmpegError:
+                    continue
             frames = (f for f in _decode(container, stream) if f.pts is not None)
             head = next(frames, None)
             if head is not None and (start == 0 or head.pts <= track.pts[first]):
@@ -311,7 +324,7 @@ def _decode(container: InputContainer, stream: Any) -> Iterator[Any]:  # noqa: A
                 yield from packet.decode()
             except av.FFmpegError:
                 continue
-    except av.FFmpegError:
+    except _DAMAGE:
         return
 
 

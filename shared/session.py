@@ -57,6 +57,8 @@ class Oddity:
     kind: str
     """A short fixed word: json, timestamp, order, duplicate, size, number, stream, text, long."""
     what: str
+    back_s: float = 0.0
+    """Seconds by which a timestamp out of order is before the line above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +314,7 @@ def _increasing_order(
             lines[i + 1],
             "order",
             f"timestamp {times_s[i + 1]:g} is before the line above",
+            back_s=float(-steps[i]),
         )
         for i in np.flatnonzero(steps < 0)
     )
