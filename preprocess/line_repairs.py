@@ -75,7 +75,7 @@ Repaired = tuple[list[Line], str | None]
 
 
 def parse_lines(content: bytes) -> tuple[list[Line], int]:
-    """The lines of a file that are JSON objects, and how many others there are (blank ones aside)."""
+    """The lines of a file that are JSON objects, and how many others it has, blank ones aside."""
     lines: list[Line] = []
     num_bad = 0
     for raw in content.split(b"\n"):
@@ -98,7 +98,7 @@ def drop_unreadable(lines: list[Line], num_bad: int, *, file: str) -> Repaired:
     num_dropped = num_bad + len(lines) - len(kept)
     if not num_dropped or is_mostly_unread(num_dropped, len(lines) + num_bad):
         return lines, None
-    what = "that are no JSON objects" if file == TEXT_FILE else "without JSON or a timestamp"
+    what = "without JSON" if file == TEXT_FILE else "without JSON or a timestamp"
     return kept, f"{file}: dropped {_count(num_dropped, 'line')} {what}"
 
 
