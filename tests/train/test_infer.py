@@ -17,13 +17,14 @@ from shared.recipe import Recipe, WindowShapes, json_of
 from shared.text import EVENT_TOKEN, train_tokenizer
 from train.baselines import Baselines
 from train.checkpoint import save_checkpoint
-from train.config import as_train_config
+from train.config import Head, as_train_config
+from train.creature import load_creature
 from train.dataset import RealMultiModalDataset, real_data_collate_fn
-from train.infer import infer
+from train.infer import infer, open_session, place_on_clock, read_window, stream_window
 from train.inputs import to_model_inputs
 from train.losses import compute_losses
 from train.model import MultiModalCreature
-from train.predictions import group_events
+from train.predictions import PredictionWriter, WindowPrediction, group_events
 from train.sampling import Sampling, allowed, choose
 
 RECIPE = {
@@ -141,6 +142,16 @@ def walk(tmp_path_factory):
         baselines=baselines,
         metrics=metrics,
     )
+
+
+def predict_window(source, row, creature):
+    streamed = stream_window(
+        creature,
+        read_window(source, row, creature),
+        Sampling(),
+        generator=torch.Generator(),
+    )
+    return place_on_clock(streamed, source, row, creature)
 
 
 def read_lines(path):
@@ -279,6 +290,47 @@ def test_events_begin_at_the_event_mark_and_after_silence():
     assert [e["text"] for e in events] == ["ball", "reach", "ball"]
     assert [e["timestamp"] for e in events] == [round(times_s[i], 6) for i in starts]
     assert [e["tokens"] for e in events] == [[EVENT_TOKEN, *ball], [EVENT_TOKEN, *reach], ball]
+
+
+@pytest.mark.parametrize(("follows", "said"), [(True, ["reach"]), (False, ["re", "ach"])])
+def test_a_text_goes_on_over_a_border_only_where_no_tick_is_left_out(tmp_path, follows, said):
+    recipe = make_section(Recipe, RECIPE)
+    head = Head.INTERNAL_TEXT
+    with PredictionWriter(
+        tmp_path,
+        heads=[head],
+        num_ticks=80,
+        recipe=recipe,
+        shapes=WindowShapes.from_recipe(recipe),
+        tokenizer=train_tokenizer([], vocab_size=264),
+    ) as writer:
+        for first, text in ((38, "re"), (40, "ach")):
+            tokens = np.array(train_tokenizer([], vocab_size=264).encode(text)[1:])
+            writer.add(
+                WindowPrediction(
+                    first_tick=first,
+                    follows=follows,
+                    times_s=np.arange(first, first + len(tokens)) / 10,
+                    tokens={head: tokens},
+                    levels=None,
+                    poses=None,
+                )
+            )
+    assert [e["text"] for e in read_lines(tmp_path / "internal_text.jsonl")] == said
+
+
+def test_densely_packed_windows_do_not_follow_each_other(tmp_path):
+    make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
+    creature = load_creature(tmp_path / "k.pt", device=torch.device("cpu"))
+    source = open_session(make_session(tmp_path / "walk"), creature)
+    assert not any(predict_window(source, row, creature).follows for row in (0, 1))
+
+
+def test_windows_of_ticks_follow_each_other(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    creature = load_creature(tmp_path / "k.pt", device=torch.device("cpu"))
+    source = open_session(make_session(tmp_path / "walk", sound=False), creature)
+    assert [predict_window(source, row, creature).follows for row in (0, 1)] == [False, True]
 
 
 def test_silence_is_no_event():
