@@ -12,7 +12,7 @@ import numpy as np
 from preprocess.rejected import count_windows
 from shared.codec import decode_pictures, decode_text, decode_wav
 from shared.columns import ColumnFile
-from shared.errors import CorruptError, ShardError
+from shared.errors import CorruptError, CreatureError, ShardError
 from shared.index import ShardIndex, open_index
 from shared.layout import COLUMNS, streams_of_bits
 from shared.manifest import REJECTED_FILE, Manifest, ShardEntry, read_manifest
@@ -41,7 +41,7 @@ class Verdict:
 
 def verify_set(root: Path, *, on_shard: Callable[[], None] = lambda: None) -> Verdict:
     """Check a shard set: checksums of every file and member, every member decodes, keys are unique,
-    no session is in two splits, and windows planned = samples + rejected.
+    no session is in two splits, counts are right, and windows planned = samples + rejected.
 
     Args:
         root: the set's folder.
@@ -62,15 +62,9 @@ def verify_set(root: Path, *, on_shard: Callable[[], None] = lambda: None) -> Ve
             problems.append(str(error))
             continue
         num_members += _verify_shard(manifest, entry, index, problems)
-        own = [index.key(row) for row in range(index.num_samples)]
-        problems += [
-            f"{entry.name}: key {key} stands twice in the set" for key in own if key in keys
-        ]
-        keys.update(own)
-        for session in index.facts["sessions"]:
-            if splits.setdefault(session, entry.split) != entry.split:
-                problems.append(f"session {session} is in both splits: held-out data leaks")
+        problems += _verify_rows(entry, index, keys, splits)
         on_shard()
+    problems += _verify_tokenizer(manifest)
     problems += _verify_counts(manifest, len(keys))
     return Verdict(
         num_shards=len(manifest.shards),
@@ -136,6 +130,24 @@ def describe_sample(root: Path, key: str) -> Iterator[tuple[str, str]]:
         yield event.stream, f"{event.time_s:7.2f} s  {event.text}"
 
 
+def _verify_rows(
+    entry: ShardEntry, index: ShardIndex, keys: set[str], splits: dict[str, str]
+) -> Iterator[str]:
+    """Check a shard's keys and sessions against those of the shards before, and note them."""
+    if index.num_samples != entry.num_samples:
+        yield (
+            f"{entry.name}: its index has {index.num_samples} samples, the manifest says "
+            f"{entry.num_samples}; rebuild by `make shards`"
+        )
+    for key in map(index.key, range(index.num_samples)):
+        if key in keys:
+            yield f"{entry.name}: key {key} stands twice in the set"
+        keys.add(key)
+    for session in index.facts["sessions"]:
+        if splits.setdefault(session, entry.split) != entry.split:
+            yield f"{entry.name}: session {session} is in both splits: held-out data leaks"
+
+
 def _verify_shard(
     manifest: Manifest, entry: ShardEntry, index: ShardIndex, problems: list[str]
 ) -> int:
@@ -164,15 +176,26 @@ def _verify_shard(
     return num_members
 
 
+def _verify_tokenizer(manifest: Manifest) -> Iterator[str]:
+    """Whether the tokenizer is the one that the manifest means."""
+    try:
+        manifest.load_tokenizer()
+    except CreatureError as error:
+        yield str(error)
+
+
 def _verify_counts(manifest: Manifest, num_samples: int) -> Iterator[str]:
     """Whether the counts of the manifest, the samples and rejected.jsonl agree."""
     path = manifest.root / REJECTED_FILE
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        yield f"{path}: can't be read: {error}"
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        rejected = count_windows(lines)
+        planned, counted = (manifest.counts[name] for name in ("windows_planned", "samples"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        yield f"{path} or the manifest's counts can't be read: {error!r}; rebuild by `make shards`"
         return
-    planned, rejected = manifest.counts["windows_planned"], count_windows(lines)
+    if counted != num_samples:
+        yield f"the manifest counts {counted} samples, {num_samples} are there"
     if planned != num_samples + rejected:
         yield f"{planned} windows were planned, but {num_samples} samples + {rejected} rejected"
 

@@ -4,6 +4,7 @@ traceback.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import click
@@ -27,6 +28,11 @@ class CreatureGroup(click.Group):
         except CreatureError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read our output has gone; click ends quietly
+                raise
+            click.echo(f"Error: {error}; is the disk full, or the folder not yours?", err=True)
+            ctx.exit(CreatureError.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted. What was finished is kept; run it again to go on.", err=True)
             ctx.exit(INTERRUPTED_EXIT_CODE)

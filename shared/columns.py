@@ -143,7 +143,8 @@ def write_zarr_column(
 
 
 class ColumnFile:
-    """A column opened for reading single members by ``pread``; safe to share between threads.
+    """A column opened for reading single members by ``pread``; safe to share between threads and
+    with forked processes: nothing moves a file position.
 
     Raises:
         ShardError: no such file.
@@ -161,6 +162,10 @@ class ColumnFile:
         """Close the file."""
         self._file.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
     def read(self, members: Members, row: int) -> bytes | None:
         """Bytes of a row's member, checked; None where the sample lacks it.
 
@@ -176,7 +181,12 @@ class ColumnFile:
             raise CorruptError(
                 f"{self.path} at {offset}: {length} bytes reach past its end at {self._size}"
             )
-        content = os.pread(self._file.fileno(), length, offset)
+        try:
+            content = os.pread(self._file.fileno(), length, offset)
+        except OSError as error:
+            raise CorruptError(
+                f"{self.path} at {offset}: can't be read: {error.strerror}"
+            ) from error
         if len(content) != length:
             raise CorruptError(
                 f"{self.path} at {offset}: {len(content)} of {length} bytes are there"

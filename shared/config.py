@@ -27,6 +27,9 @@ TAB_WIDTH = 4
 MAX_CONFIG_BYTES = 1 << 20
 """A larger file is no configuration."""
 
+_YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError)
+"""What parsing raises; ValueError for dates such as 2001-99-99, the last for deep nesting."""
+
 
 class Section(BaseModel):
     """Base of every part of a configuration: frozen, and closed to unknown keys."""
@@ -46,10 +49,10 @@ def parse_yaml(text: str, *, origin: str) -> dict[str, Any]:
     spaced = re.sub(r"(?m)^[ \t]+", lambda m: m.group().replace("\t", " " * TAB_WIDTH), text)
     try:
         values = yaml.safe_load(spaced)
-    except yaml.YAMLError as error:
+    except _YAML_FAULTS as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise ConfigError(
             f"{origin}{line}: not valid YAML: {problem}; check the indentation there"
         ) from error
@@ -125,7 +128,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             node = node[key]
         try:
             node[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except _YAML_FAULTS as error:
             raise ConfigError(f"{override!r}: the value is not valid YAML") from error
     return merged
 

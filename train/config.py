@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,12 +66,15 @@ class DataConfig(Section):
     """More corrupt samples than this share of those read stop the run."""
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """AdamW (Loshchilov & Hutter 2019)."""
 
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     """Decay of the running means of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
     """Keeps the division by the root of the running mean of squares finite."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from shared.errors import CorruptError, MediaError, SessionError
+from shared.errors import ConfigError, CorruptError, SessionError
 from shared.fields import SessionFields, Text
 from shared.manifest import fingerprint_of
 from shared.recipe import Recipe, Split, Stream, WindowShapes, json_of, load_recipe, split_of
@@ -44,6 +44,7 @@ class SessionSource:
 
     Raises:
         SessionError: no session there, or none of which a window can be used.
+        ConfigError: the tokenizer has more tokens than the recipe allows.
     """
 
     def __init__(
@@ -57,6 +58,11 @@ class SessionSource:
         self.recipe = recipe
         folders = find_sessions(root_dir)
         self.tokenizer = tokenizer or _make_tokenizer(folders, recipe)
+        if self.tokenizer.vocab_size > recipe.text.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, more than the recipe's "
+                f"text.vocab_size; set text.vocab_size: {self.tokenizer.vocab_size}"
+            )
         chosen = [f for f in folders if split is None or split_of(f.name, recipe) == split]
         self._folders: list[Path] = []
         self._scans: list[SessionScan] = []
@@ -104,7 +110,7 @@ class SessionSource:
         """See :meth:`train.source.SampleSource.read_into`."""
         try:
             return self._read_into(shard, row, out, with_text=with_text)
-        except MediaError as error:
+        except (SessionError, OSError) as error:  # a file that went away is as bad as a damaged one
             raise CorruptError(f"{self.key(shard, row)}: {error}") from error
 
     def _read_into(

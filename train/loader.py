@@ -2,12 +2,10 @@
 
 ::
 
-    BatchOrder.plan(i)                  which samples: arithmetic
-      -> worker i % W                   webdataset DataPipeline in WebLoader's processes, batches
-      made there
-           read_batch                   pread, checksum, decode into the batch's arrays; corrupt
-           ones substituted
-      -> Loader                         batches in order, position, share of corrupt samples
+    BatchOrder.plan(i)      which samples: arithmetic
+      -> worker i % W       webdataset's DataPipeline in WebLoader's processes
+           ReadBatches      pread, checksum, decode into the batch's arrays; substitute corrupt ones
+      -> Loader             batches in order; stops when too many samples are corrupt
 
 Worker w makes batches w, w + W, ...; WebLoader takes them from the workers in turn. So the batches
 are the same for any number of workers, and the state is one number.
@@ -15,13 +13,14 @@ are the same for any number of workers, and the state is one number.
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any
 
 import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
-from shared.errors import ConfigError, CorruptError, TooManyBadSamplesError
+from shared.errors import ConfigError, CorruptError, CreatureError, TooManyBadSamplesError
 from shared.recipe import Recipe, Split, WindowShapes, load_recipe
 from train.assemble import Place, assemble_batch
 from train.dataset import SessionSource
@@ -44,6 +43,9 @@ _MIN_SAMPLES_JUDGED = 200
 """The share of corrupt samples is judged after so many samples."""
 
 _SILENT_TIMEOUT_S = 600
+
+_ORDER_KEYS = ("batch_size", "last_batch", "shuffle_block_shards")
+"""Keys of ``data`` that decide which samples batch number i holds."""
 
 
 class BatchPlans(IterableDataset[BatchPlan]):
@@ -82,7 +84,11 @@ class ReadBatches:
     def __call__(self, plans: Iterable[BatchPlan]) -> Iterator[dict[str, Any]]:
         """Read, decode and collate each plan."""
         for plan in plans:
-            yield self._batch(plan)
+            try:
+                yield self._batch(plan)
+            except CreatureError as error:  # torch would wrap it in a worker's traceback
+                yield {"error": error}
+                return
 
     def _batch(self, plan: BatchPlan) -> dict[str, Any]:
         skipped: list[dict[str, Any]] = []
@@ -117,9 +123,9 @@ class ReadBatches:
                 skipped.append(self._describe(place, error))
                 for values in out.values():
                     values[...] = 0
-                number = plan.index * len(plan.rows) + i
-                position = self._order.substitute(plan.epoch, number, attempt)
-                place = self._order.locate_one(plan.epoch, position)
+                position = int(plan.positions[i])
+                stand_in = self._order.substitute(plan.epoch, position, attempt)
+                place = self._order.locate_one(plan.epoch, stand_in)
         raise TooManyBadSamplesError(
             f"sample {wanted} and {MAX_SUBSTITUTES - 1} others in its place are corrupt; "
             f"the last: {skipped[-1]['error']}; run `python -m preprocess verify`"
@@ -138,7 +144,8 @@ class Loader:
     """Batches of a source, in the order of the seed, from any position on.
 
     Iterating gives ``docs/architecture.md``'s batches with "index", "epoch" and "skipped". The
-    train loader goes on for ever; one with `num_epochs` ends.
+    train loader goes on for ever; one with `num_epochs` ends. Every iteration begins anew where the
+    loader was told to: at its beginning, or at the loaded state.
 
     Args:
         source: the samples.
@@ -192,7 +199,7 @@ class Loader:
         return {
             "fingerprint": self.source.fingerprint,
             "seed": self.config.training.seed,
-            "batch_size": self.config.data.batch_size,
+            **{name: getattr(self.config.data, name) for name in _ORDER_KEYS},
             "next_batch": next_batch,
         }
 
@@ -200,17 +207,17 @@ class Loader:
         """Begin where another loader stopped; before the first batch is taken.
 
         Raises:
-            ConfigError: iteration has begun, or the state is of other data, another seed or batch
-                size.
+            ConfigError: iteration has begun, or the state is of other data or of another order.
         """
         if self._has_begun:
             raise ConfigError("the loader has begun to read; load its state before the first batch")
         own = self.state_at(int(state["next_batch"]))
-        for name in ("fingerprint", "seed", "batch_size"):
-            if state[name] != own[name]:
+        for name in ("fingerprint", "seed", *_ORDER_KEYS):
+            if state.get(name) != own[name]:
                 raise ConfigError(
-                    f"the checkpoint's stream has {name} {state[name]!r}, this one {own[name]!r}; "
-                    "resume with the same data, seed and batch size, or start anew without --resume"
+                    f"the checkpoint's stream has {name} {state.get(name)!r}, this one "
+                    f"{own[name]!r}; resume with the same data, seed and {', '.join(_ORDER_KEYS)}, "
+                    "or start anew without --resume"
                 )
         self._start = own["next_batch"]
 
@@ -218,6 +225,8 @@ class Loader:
         self._has_begun = True
         num_read, num_bad = 0, 0
         for batch in self._batches():
+            if "error" in batch:
+                raise batch["error"]
             num_read += len(batch["keys"])
             num_bad += len(batch["skipped"])
             limit = self.config.data.max_bad_fraction
@@ -243,8 +252,19 @@ class Loader:
             prefetch_factor=data.prefetch_batches if data.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             timeout=_SILENT_TIMEOUT_S if data.num_workers else 0,
+            worker_init_fn=_leave_stopping_to_the_trainer,
         )
         return loader
+
+
+def _leave_stopping_to_the_trainer(_worker: int) -> None:
+    """Ignore what a terminal or a scheduler sends to the whole process group.
+
+    The trainer still needs its batch to finish the step and save; then it dismisses the workers.
+    They notice by themselves when it is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def open_source(config: TrainConfig, *, split: Split) -> SampleSource:
@@ -260,7 +280,7 @@ def open_source(config: TrainConfig, *, split: Split) -> SampleSource:
         return ShardSource(data.shards, split=split)
     if data.root_dir is None:
         raise ConfigError(
-            "no data is named; set data.shards (a shard set, fast) or data.root_dir (session folders)"
+            "no data is named; set data.shards (a shard set, fast) or data.root_dir (sessions)"
         )
     recipe = Recipe() if data.recipe is None else load_recipe(data.recipe)
     return SessionSource(data.root_dir, recipe=recipe, split=split)

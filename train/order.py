@@ -2,8 +2,8 @@
 
 Shards are permuted, taken in blocks, and the samples of a block are permuted among themselves. So
 any number of workers or ranks sees the same global batches, resuming costs nothing, and reads stay
-near each other. Permutations sort hashes
-(splitmix64: Steele et al. 2014), so that they stay the same with every version of every library.
+near each other. Permutations sort hashes (splitmix64: Steele et al. 2014), so that they stay the
+same with every version of every library.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class BatchPlan:
     index: int
     """Number of the global batch since the training began."""
     epoch: int
+    positions: NDArray[np.int64]
+    """Places of the samples in the epoch; those past its end are padding."""
     shards: NDArray[np.int64]
     rows: NDArray[np.int64]
     weight: NDArray[np.float32]
@@ -86,7 +88,14 @@ class SampleOrder:
         return int(shards[0]), int(rows[0])
 
     def substitute(self, epoch: int, position: int, attempt: int) -> int:
-        """The position that stands in for a corrupt sample, the same on every rank and worker."""
+        """The position of the sample that stands in for a corrupt one, the same on every rank and
+        worker.
+
+        Args:
+            epoch: the epoch.
+            position: of the corrupt sample; may be past the epoch's end, where padding is.
+            attempt: 0, then 1 where that one is corrupt too, and so on.
+        """
         return int(self._hashes(f"{epoch}/substitute/{position}", attempt + 1)[attempt]) % (
             self.num_samples
         )
@@ -178,7 +187,7 @@ class BatchOrder:
         num_samples = self.order.num_samples
         weight = (positions < num_samples).astype(np.float32)
         shards, rows = self.order.locate(epoch, positions % num_samples)
-        return BatchPlan(index, epoch, shards, rows, weight)
+        return BatchPlan(index, epoch, positions, shards, rows, weight)
 
     def positions(self, index: int) -> NDArray[np.int64]:
         """Positions in the epoch of this rank's share; those past its end are padding."""

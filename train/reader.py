@@ -53,7 +53,7 @@ class OpenShard:
 
 
 class ShardSource:
-    """Samples of one split of a shard set; safe to send to another process before its first read.
+    """Samples of one split of a shard set; safe to send to another process.
 
     Args:
         root: the shard set's folder.
@@ -94,7 +94,11 @@ class ShardSource:
         if found is None:
             entry = self._entries[shard]
             path = self.manifest.root / entry.index_file
-            found = OpenShard(self.manifest.root, open_index(path, sha256=entry.index_sha256))
+            try:
+                index = open_index(path, sha256=entry.index_sha256)
+            except ShardError as error:  # a missing file is as bad as a damaged one
+                raise CorruptError(str(error)) from error
+            found = OpenShard(self.manifest.root, index)
             if found.index.num_samples != entry.num_samples:
                 raise CorruptError(
                     f"{path}: has {found.index.num_samples} rows, manifest says "
@@ -114,8 +118,17 @@ class ShardSource:
             return self._read_into(self.shard(shard), row, out, with_text=with_text)
         except CorruptError:
             raise
-        except ShardError as error:  # a missing file is as bad as a damaged one
+        except ShardError as error:
             raise CorruptError(str(error)) from error
+
+    def close(self) -> None:
+        """Close all files; the next read opens them again."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the open files: another process opens its own."""
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def _read_into(
         self,

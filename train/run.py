@@ -16,6 +16,7 @@ from shared.errors import SessionError
 from shared.recipe import json_of
 from train.baselines import Baselines, Comparison, compare
 from train.checkpoint import find_latest_checkpoint, load_checkpoint
+from train.feed import initial_position
 from train.inputs import to_model_inputs
 from train.loader import Loader, open_source
 from train.losses import compute_losses
@@ -183,8 +184,7 @@ def _resume(
     if trainer.step < config.training.max_steps:
         return True
     stream = load_checkpoint(path, map_location="meta")["stream"]
-    if stream is not None:
-        loader.load_state_dict(stream)  # says so when it was trained on other data
+    initial_position(loader, stream)  # says so when it was trained on other data
     console.print(
         f"{path}: trained to step {trainer.step} already, nothing to do. To go on, raise "
         f"training.max_steps; to train anew, remove {folder} or set another "
