@@ -103,10 +103,13 @@ class BatchFeed:
             self._ahead = self._pull()
 
     def state(self) -> dict[str, Any]:
-        """Plain values from which another feed goes on behind the last batch handed out."""
+        """Plain values from which another feed goes on behind the last batch handed out.
+
+        A loader's own ``state_at``, or "pass" and "next_batch" of a plain one.
+        """
         if isinstance(self._loader, PositionedLoader):
-            return {"loader": self._loader.state_at(self._position["next_batch"])}
-        return {"pass": dict(self._position)}
+            return self._loader.state_at(self._position["next_batch"])
+        return dict(self._position)
 
     def take_waits_s(self) -> list[float]:
         """Seconds that each step since the last call waited for its data.
@@ -154,16 +157,16 @@ def initial_position(loader: Iterable[Batch], state: Mapping[str, Any] | None) -
     is_positioned = isinstance(loader, PositionedLoader)
     if state is None:
         return {"next_batch": 0} if is_positioned else {"pass": 0, "next_batch": 0}
-    if is_positioned != ("loader" in state):
+    if is_positioned == ("pass" in state):
         raise CheckpointError(
             "the checkpoint's stream position is of another kind of loader than this one (shards "
-            "and a plain "
-            "DataLoader can't continue each other); give the loader that the run began with"
+            "and a plain DataLoader can't continue each other); give the loader that the run began "
+            "with"
         )
     if isinstance(loader, PositionedLoader):
-        loader.load_state_dict(state["loader"])
-        return {"next_batch": int(state["loader"]["next_batch"])}
-    return {key: int(state["pass"][key]) for key in ("pass", "next_batch")}
+        loader.load_state_dict(dict(state))
+        return {"next_batch": int(state["next_batch"])}
+    return {key: int(state[key]) for key in ("pass", "next_batch")}
 
 
 def iterate(
@@ -178,17 +181,16 @@ def iterate(
         ConfigError: the loader has no batch.
     """
     if isinstance(loader, PositionedLoader):
-        return _positioned(loader)
+        return _positioned(loader, seed=seed)
     opened = _open_pass(loader, seed=seed, number=position["pass"])
     for _ in range(position["next_batch"]):
         next(opened, None)
     return _passes(loader, opened, seed=seed, position=position)
 
 
-def _positioned(loader: PositionedLoader) -> Iterator[tuple[Batch, dict[str, int]]]:
-    for batch in loader:
+def _positioned(loader: PositionedLoader, *, seed: int) -> Iterator[tuple[Batch, dict[str, int]]]:
+    for batch in _open_pass(loader, seed=seed, number=0):
         yield batch, {"next_batch": int(batch["index"]) + 1}
-    raise ConfigError("the loader has no batch; are there samples in the train split?")
 
 
 def _passes(
@@ -203,12 +205,16 @@ def _passes(
 
 
 def _open_pass(loader: Iterable[Batch], *, seed: int, number: int) -> Iterator[Batch]:
-    """One pass over a loader; it draws its shuffle, with its first batch, from (seed, number)."""
+    """One pass over a loader, opened apart from the run's random state.
+
+    torch's DataLoader draws its shuffle and its workers' seed while it opens and gives its first
+    batch; a resumed run opens it once more than the uninterrupted one.
+    """
     with separate_rng(seed + PASS_SEED_STRIDE * number):
         batches = iter(loader)
         first = next(batches, None)
     if first is None:
-        raise ConfigError("the loader has no batch; are there sessions in its folder?")
+        raise ConfigError("the loader has no batch; is there any sample in its train split?")
     return itertools.chain([first], batches)
 
 

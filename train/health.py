@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -24,8 +24,16 @@ MIN_DECREASE: Final = 0.02
 """A loss that has lost less than this share of itself has not decreased; batches differ by about as
 much."""
 
-TREND_LOGS: Final = 8
+TREND_LOGS: Final = 12
 """Logs that a trend of single losses is judged by: the older half against the newer."""
+
+MIN_RISE: Final = 0.05
+"""A loss that gained less than this share, or than twice its standard error, did not rise.
+
+Simulated runs of 60 logs whose losses jitter by 3 %: a flat loss beside falling ones is accused in
+5 to 8 % of them (8 logs and 0.03: 80 %); one that rises by 1 % per log is found within 12 logs in
+69 %, within 20 in 98 to 100 %.
+"""
 
 TREND_STEPS: Final = 200
 """Steps that a trend must span, whatever the log interval."""
@@ -152,7 +160,7 @@ def _not_finite(history: Sequence[LogPoint]) -> tuple[str, str] | None:
         if metric.startswith("loss_") and math.isnan(value):
             return metric, f"{metric} is NaN"
     if (count := metrics.get("skipped_steps", 0.0)) > 0:
-        return "skipped_steps", f"{count:.0f} steps had a loss or gradient that is not finite"
+        return "skipped_steps", f"skipped_steps is {count:.0f}: a loss or gradient was not finite"
     return None
 
 
@@ -194,7 +202,7 @@ def _one_rises(history: Sequence[LogPoint]) -> tuple[str, str] | None:
         return None
     heads = [m for m in points[-1].metrics if m.startswith("loss_") and m != "loss_total"]
     changes = {h: _change([p.metrics.get(h, math.nan) for p in points]) for h in heads}
-    rising = [h for h, (change, noise) in changes.items() if change > max(0.03, 2 * noise)]
+    rising = [h for h, (change, noise) in changes.items() if change > max(MIN_RISE, 2 * noise)]
     falling = [h for h, (change, _) in changes.items() if change < 0]
     if len(rising) != 1 or not falling or len(falling) != len(heads) - 1:
         return None
@@ -206,7 +214,7 @@ def _change(values: Sequence[float]) -> tuple[float, float]:
     """Relative change from the older to the newer half and its standard error, or NaN."""
     older, newer = _halves(values)
     base = abs(fmean(older)) or math.inf
-    noise = math.hypot(pstdev(older), pstdev(newer)) / math.sqrt(len(older))
+    noise = math.hypot(stdev(older), stdev(newer)) / math.sqrt(len(older))
     return (fmean(newer) - fmean(older)) / base, noise / base
 
 

@@ -21,11 +21,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.errors import DivergedError
+from shared.errors import ConfigError, DivergedError
 from train.health import HealthWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from train.health import Finding
@@ -187,9 +187,7 @@ class RunLog:
         self.console = console or Console(soft_wrap=True)
         self._max_steps = max_steps
         self._watch = HealthWatch(quiet_steps=quiet_steps)
-        self._writer: Any = SummaryWriter(
-            str(folder), purge_step=first_step + 1 if first_step else None
-        )
+        self._curves = _Curves(folder, first_step=first_step, on_failure=self._warn)
         self._num_lines = 0
         self._columns: tuple[str, ...] = ()
 
@@ -197,7 +195,7 @@ class RunLog:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._writer.close()
+        self._curves.write(lambda writer: writer.close())
 
     def say(self, message: str, *, style: str | None = None) -> None:
         """One message to the terminal."""
@@ -205,7 +203,8 @@ class RunLog:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """The configuration, into TensorBoard's text tab."""
-        self._writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
+        text = f"```\n{json.dumps(config, indent=2)}\n```"
+        self._curves.write(lambda writer: writer.add_text("config", text))
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
         """One log line, the same numbers in TensorBoard, and what the health rules say to them."""
@@ -214,8 +213,7 @@ class RunLog:
         findings = self._watch.observe(step, metrics)
         for finding in findings:
             self.say(f"  health at step {step}: {finding}", style="yellow")
-            self._writer.add_text("health", f"**{finding.rule}**: {finding}", step)
-        self._writer.flush()
+            self._write_text("health", f"**{finding.rule}**: {finding}", step)
         return findings
 
     def write_validation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -225,22 +223,32 @@ class RunLog:
         self.say(
             f"  held out at step {step}: " + "  ".join(f"{n} {_short(v)}" for n, v in named.items())
         )
-        self._writer.flush()
 
     def write_skipped(self, step: int, skipped: Sequence[Mapping[str, Any]]) -> None:
         """Bad samples that were replaced: to the quarantine file and TensorBoard's text."""
         if not skipped:
             return
         entries = [json.dumps({"step": step, **sample}, default=str) for sample in skipped]
-        with (self.folder / QUARANTINE_NAME).open("a", encoding="utf-8") as file:
-            file.writelines(f"{entry}\n" for entry in entries)
-        self._writer.add_text(
-            "skipped_samples", "\n\n".join(f"`{entry}`" for entry in entries), step
-        )
+        try:
+            with (self.folder / QUARANTINE_NAME).open("a", encoding="utf-8") as file:
+                file.writelines(f"{entry}\n" for entry in entries)
+        except OSError as error:
+            self._warn(f"{error}; bad samples are not in the list: {'; '.join(entries)}")
+        self._write_text("skipped_samples", "\n\n".join(f"`{entry}`" for entry in entries), step)
+
+    def _warn(self, message: str) -> None:
+        self.say(f"  warning: {message}", style="red")
+
+    def _write_text(self, tag: str, text: str, step: int) -> None:
+        self._curves.write(lambda writer: writer.add_text(tag, text, step))
 
     def _write_scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        def add_all(writer: Any) -> None:  # noqa: ANN401 (tensorboard has no types)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        self._curves.write(add_all)
 
     def _write_line(self, step: int, metrics: Mapping[str, float]) -> None:
         shown = tuple(n for n in metrics if not n.startswith(TERMINAL_ONLY_LEFT_OUT))
@@ -252,7 +260,41 @@ class RunLog:
         self.say(format_line(step_column, {n: _short(metrics[n]) for n in shown}))
 
     def _step_column(self, text: str) -> str:
-        return text.rjust(2 * len(str(self._max_steps)) + 1)
+        return text.rjust(max(len("step"), 2 * len(str(self._max_steps)) + 1))
+
+
+class _Curves:
+    """TensorBoard's writer; a disk that fills up while training silences it and stops nothing.
+
+    Raises:
+        ConfigError: it can't write to begin with.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, on_failure: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._on_failure = on_failure
+        self._is_failing = False
+        try:
+            purge_step = first_step + 1 if first_step else None
+            self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder}: no logs can be written there ({error}); set training.log_dir"
+            ) from error
+
+    def write(self, call: Callable[[Any], None]) -> None:
+        """Do something with the writer; one that failed is replaced at the next call."""
+        try:
+            if self._writer is None:
+                self._writer = SummaryWriter(str(self._folder))
+            call(self._writer)
+        except OSError as error:
+            self._writer = None  # its thread is dead
+            if not self._is_failing:
+                self._on_failure(f"{error}; TensorBoard misses some curves, training goes on")
+            self._is_failing = True
+        else:
+            self._is_failing = False
 
 
 def format_line(first: str, columns: Mapping[str, str]) -> str:

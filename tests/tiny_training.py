@@ -1,0 +1,135 @@
+"""A training run small enough for tests: a creature of a few thousand weights on random batches."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from shared.recipe import WindowShapes
+from train.model import MultiModalCreature
+from train.trainer import Trainer
+
+SHAPES = WindowShapes(
+    num_ticks=4,
+    num_frames=2,
+    image_size=32,
+    num_audio_frames=20,
+    mel_channels=4,
+    mel_levels=4,
+    num_sensor_samples=12,
+    vocab_size=264,
+)
+
+
+def make_config(folder, **training):
+    """Plain values as yaml.safe_load gives them; `lr: 3e-4` is a string to YAML 1.1."""
+    optimizer = {"lr": "3e-3", "warmup_steps": 2, **training.pop("optimizer", {})}
+    checkpointing = {"save_dir": str(folder / "checkpoints"), **training.pop("checkpointing", {})}
+    return {
+        "data": {"modalities": ["audio", "touch", "proprio", "internal_text", "external_text"]},
+        "training": {
+            "max_steps": 6,
+            "log_interval": 2,
+            "eval_interval": 1000,
+            "save_interval": 1000,
+            "log_dir": str(folder / "runs"),
+            "optimizer": optimizer,
+            "checkpointing": checkpointing,
+            **training,
+        },
+        "model": {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.1},
+    }
+
+
+def make_batch(seed, *, size=2):
+    """One batch with about 1 in 4 places invalid, so that no two batches count alike."""
+    rng = np.random.default_rng(seed)
+    audio = (size, SHAPES.num_audio_frames, SHAPES.mel_channels)
+    sensors = (size, SHAPES.num_sensor_samples)
+    values = {
+        "audio": rng.integers(0, SHAPES.mel_levels, audio, "u1"),
+        "touch": rng.random((*sensors, SHAPES.touch_size), "f4"),
+        "proprio": rng.normal(size=(*sensors, SHAPES.proprio_size)).astype("f4"),
+        "internal_text": rng.integers(0, SHAPES.vocab_size, (size, SHAPES.num_ticks)),
+        "external_text": rng.integers(0, SHAPES.vocab_size, (size, SHAPES.num_ticks)),
+    }
+    inputs = {}
+    for name, value in values.items():
+        inputs[name] = torch.from_numpy(value)
+        inputs[f"{name}_valid"] = torch.from_numpy(rng.random(value.shape[:2]) < 0.75)
+    targets = {n: t for n, t in inputs.items() if n.startswith(("audio", "internal", "external"))}
+    targets |= {"animation": inputs["proprio"], "animation_valid": inputs["proprio_valid"]}
+    weight = torch.ones(size)
+    return {"inputs": inputs, "targets": targets, "weight": weight, "keys": [f"s/{seed}"] * size}
+
+
+def join(batches):
+    """Several batches as one large one."""
+    return {
+        "inputs": {n: torch.cat([b["inputs"][n] for b in batches]) for n in batches[0]["inputs"]},
+        "targets": {
+            n: torch.cat([b["targets"][n] for b in batches]) for n in batches[0]["targets"]
+        },
+        "weight": torch.cat([b["weight"] for b in batches]),
+        "keys": [key for b in batches for key in b["keys"]],
+    }
+
+
+def with_nan(batch):
+    """A batch whose loss is not finite."""
+    broken = copy.deepcopy(batch)
+    broken["inputs"]["touch"][:] = torch.nan
+    broken["inputs"]["touch_valid"][:] = True
+    return broken
+
+
+class EndlessLoader:
+    """Batches without end that can start anywhere, as train.loader.Loader promises."""
+
+    def __init__(self, *, skipped=None, on_batch=None):
+        self._next = 0
+        self._skipped = skipped or {}
+        self._on_batch = on_batch or (lambda index: None)
+
+    def state_at(self, next_batch):
+        return {"fingerprint": "tiny", "next_batch": next_batch}
+
+    def load_state_dict(self, state):
+        self._next = state["next_batch"]
+
+    def __iter__(self):
+        torch.empty((), dtype=torch.int64).random_()  # as torch's DataLoader does when it opens
+        index = self._next
+        while True:
+            self._on_batch(index)
+            yield {
+                **make_batch(index),
+                "index": index,
+                "epoch": index // 4,
+                "skipped": self._skipped.get(index, []),
+            }
+            index += 1
+
+
+def make_trainer(config, loader=None, **options):
+    """A trainer of a fresh model, the same every time, that is silent unless given a console."""
+    torch.manual_seed(1)
+    model = MultiModalCreature(config, SHAPES)
+    options.setdefault("console", Console(file=io.StringIO()))
+    options.setdefault("run_name", "tiny")
+    loader = EndlessLoader() if loader is None else loader
+    return Trainer(model, config, loader, device="cpu", **options)
+
+
+def weights_of(trainer):
+    """All weights in one vector."""
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def largest_difference(one, other):
+    """Largest absolute difference of two trainers' weights."""
+    return float((weights_of(one) - weights_of(other)).abs().max())
