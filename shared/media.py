@@ -41,6 +41,9 @@ _OPEN_OPTIONS = {
 }
 """No playlists that name other files or hosts, no text that ffmpeg would take for a picture."""
 
+_INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+"""Containers in which a seek ends at the keyframe asked for."""
+
 _DAMAGE = (av.FFmpegError, IndexError)
 """What PyAV raises while it reads packets: the second where damage makes a track appear midway."""
 
@@ -296,24 +299,32 @@ def _require_bytes(path: Path) -> None:
 def _decode_from(path: Path, track: VideoTrack, first: int) -> Iterator[Any]:
     """Decoded frames in order of time, beginning at or before frame `first` of the track.
 
-    Starts at the keyframe before it. Containers without an index (MPEG streams, some AVI) may seek
-    too far, and frames would be lost: then at earlier keyframes, in the end at the file's start.
+    Starts at the keyframe before it where the container's index can be trusted, else at the file's
+    first frame: after a seek, MPEG streams and AVI lose frames or give them other frames' times.
     """
-    before = np.flatnonzero(track.keyframes[: first + 1])[::-1]
-    starts = [int(before[k]) for k in (0, 1, 3, 8) if k < len(before) and before[k] > 0]
-    for start in (*starts, 0):
+    before = np.flatnonzero(track.keyframes[: first + 1])
+    keyframe = int(before[-1]) if len(before) else 0
+    for start in (keyframe, 0):
         with _open_video(path) as (container, stream):
-            if start > 0:
-                try:
-                    container.seek(int(track.pts[start]), stream=stream)
-                except av.FFmpegError:
-                    continue
+            if start > 0 and not _seek(container, stream, int(track.pts[start])):
+                continue
             frames = (f for f in _decode(container, stream) if f.pts is not None)
             head = next(frames, None)
             if head is not None and (start == 0 or head.pts <= track.pts[first]):
                 yield head
                 yield from frames
                 return
+
+
+def _seek(container: InputContainer, stream: Any, pts: int) -> bool:  # noqa: ANN401
+    """Go to a keyframe, if the container can be trusted to."""
+    if container.format.name not in _INDEXED_FORMATS:
+        return False
+    try:
+        container.seek(pts, stream=stream)
+    except av.FFmpegError:
+        return False
+    return True
 
 
 def _decode(container: InputContainer, stream: Any) -> Iterator[Any]:  # noqa: ANN401
