@@ -1,0 +1,276 @@
+"""Codecs: there and back, by independent readers, and with hostile bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import struct
+import tracemalloc
+import wave
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from oracles import psnr_db
+
+from shared.codec import (
+    decode_pictures,
+    decode_text,
+    decode_wav,
+    encode_pictures,
+    encode_text,
+    encode_wav,
+    vision_extension,
+)
+from shared.errors import CorruptError
+from shared.fields import Text, TokenStream
+from shared.recipe import Stream, VisionRecipe
+from shared.session import TextEvent
+
+RAW, JPEG = VisionRecipe(codec="raw"), VisionRecipe(codec="mjpeg")
+SIZE = 64
+
+
+def smooth(count: int = 3) -> np.ndarray:
+    """Pictures of soft colour ramps, uint8 [count, SIZE, SIZE, 3]."""
+    y, x = np.mgrid[:SIZE, :SIZE] / SIZE
+    ramps = [np.stack([x, y, (x + y + k) / 3], axis=2) for k in range(count)]
+    return (np.array(ramps) * 100 + 70).astype(np.uint8)
+
+
+def decode(member: bytes, recipe: VisionRecipe, count: int = 3) -> np.ndarray:
+    return decode_pictures(member, recipe=recipe, out=np.zeros((count, SIZE, SIZE, 3), np.uint8))
+
+
+def npy(header: str, content: bytes = b"") -> bytes:
+    raw = header.encode("latin1")
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(raw)) + raw + content
+
+
+@given(pictures=hnp.arrays(np.uint8, (2, 4, 4, 3)))
+def test_raw_pictures_come_back_exactly(pictures):
+    member = encode_pictures(pictures, recipe=RAW)
+    found = decode_pictures(member, recipe=RAW, out=np.zeros_like(pictures))
+    np.testing.assert_array_equal(found, pictures)
+
+
+@pytest.mark.parametrize("count", [1, 20, 1200])
+def test_raw_members_are_what_numpy_saves_and_loads(count):
+    pictures = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
+    member = encode_pictures(pictures, recipe=RAW)
+    np.testing.assert_array_equal(np.load(io.BytesIO(member), allow_pickle=False), pictures)
+    saved = io.BytesIO()
+    np.save(saved, pictures)
+    assert member == saved.getvalue()
+
+
+def test_jpeg_pictures_come_back_nearly():
+    pictures = smooth()
+    found = decode(encode_pictures(pictures, recipe=JPEG), JPEG)
+    assert psnr_db(found, pictures) > 35  # 37.6 dB found at quality 90
+
+
+def test_jpeg_members_are_an_mjpeg_stream_for_ffmpeg():
+    pictures = smooth()
+    member = encode_pictures(pictures, recipe=JPEG)
+    with av.open(io.BytesIO(member), format="mjpeg") as container:
+        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    assert len(frames) == 3
+    assert psnr_db(np.array(frames), pictures) > 33
+    assert psnr_db(np.array(frames), decode(member, JPEG)) > 38  # the same up to colour rounding
+
+
+def test_pictures_are_decoded_into_the_given_memory():
+    out = np.zeros((5, 3, SIZE, SIZE, 3), np.uint8)
+    for recipe in (RAW, JPEG):
+        member = encode_pictures(smooth(), recipe=recipe)
+        found = decode_pictures(member, recipe=recipe, out=out[2])
+        assert np.shares_memory(found, out)
+        assert psnr_db(out[2], smooth()) > 35
+
+
+def test_extensions_are_mjpeg_and_npy():
+    assert (vision_extension(JPEG), vision_extension(RAW)) == ("mjpeg", "npy")
+
+
+HUGE_JPEG = b"\xff\xd8\xff\xc0\x00\x11\x08\xfd\xe8\xfd\xe8\x03\x01\x22\x00\x02\x11\x01\x03\x11\x01"
+
+
+def hostile_jpegs() -> dict[str, bytes]:
+    good = encode_pictures(smooth(), recipe=JPEG)
+    grown = good.replace(struct.pack(">HH", SIZE, SIZE), struct.pack(">HH", 65_000, 65_000))
+    other = np.zeros((3, 32, 32, 3), np.uint8)
+    return {
+        "empty": b"",
+        "garbage": b"garbage",
+        "cut": good[: len(good) // 2],
+        "last picture cut": good[:-20],
+        "one picture short": encode_pictures(smooth(2), recipe=JPEG),
+        "one picture more": encode_pictures(smooth(4), recipe=JPEG),
+        "another size": encode_pictures(other, recipe=JPEG),
+        "65000 x 65000 in a whole member": grown,
+        "65000 x 65000 and nothing else": HUGE_JPEG * 3,
+        "a million seams": b"\xff\xd9\xff\xd8" * 1_000_000,
+        "npy": encode_pictures(smooth(), recipe=RAW),
+    }
+
+
+def hostile_npys() -> dict[str, bytes]:
+    good = encode_pictures(smooth(), recipe=RAW)
+    shape = f"(3, {SIZE}, {SIZE}, 3)"
+    objects = io.BytesIO()
+    np.save(objects, np.array([{"a": 1}] * 3, dtype=object), allow_pickle=True)
+    fortran = io.BytesIO()
+    np.save(fortran, np.asfortranarray(smooth()))
+    return {
+        "empty": b"",
+        "garbage": b"garbage",
+        "magic only": good[:6],
+        "header cut": good[:60],
+        "content cut": good[:-1],
+        "content longer": good + b"\x00",
+        "terabytes": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1099511627776,), }\n"),
+        "pickled objects": objects.getvalue(),
+        "fortran order": fortran.getvalue(),
+        "floats": npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n", good),
+        "nested header": npy("(" * 9000),
+        "open header": npy("{'descr': ["),
+        "version 3": good.replace(b"NUMPY\x01", b"NUMPY\x03"),
+        "mjpeg": encode_pictures(smooth(), recipe=JPEG),
+    }
+
+
+CASES = [(JPEG, name, member) for name, member in hostile_jpegs().items()]
+CASES += [(RAW, name, member) for name, member in hostile_npys().items()]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "member"),
+    [pytest.param(r, m, id=f"{r.codec}: {name}") for r, name, m in CASES],
+)
+def test_other_bytes_than_its_pictures_are_corrupt_and_cost_no_memory(recipe, member):
+    out = np.zeros((3, SIZE, SIZE, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptError):
+            decode_pictures(member, recipe=recipe, out=out)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@given(data=st.data())
+def test_a_damaged_jpeg_member_decodes_or_is_corrupt(data):
+    member = bytearray(encode_pictures(smooth(1), recipe=JPEG))
+    for _ in range(data.draw(st.integers(1, 4))):
+        member[data.draw(st.integers(0, len(member) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(CorruptError):
+        decode(bytes(member), JPEG, count=1)
+
+
+@given(samples=hnp.arrays(np.int16, st.integers(0, 200)))
+def test_sound_comes_back_exactly(samples):
+    np.testing.assert_array_equal(decode_wav(encode_wav(samples, rate_hz=16_000)), samples)
+
+
+def test_wav_members_are_read_by_libsndfile_and_the_standard_library():
+    samples = np.random.default_rng(0).integers(-32768, 32768, 500).astype(np.int16)
+    member = encode_wav(samples, rate_hz=22_050)
+    found, rate_hz = soundfile.read(io.BytesIO(member), dtype="int16")
+    np.testing.assert_array_equal(found, samples)
+    with wave.open(io.BytesIO(member)) as file:
+        assert file.getparams()[:4] == (1, 2, 22_050, 500)
+        assert file.readframes(500) == samples.tobytes()
+    assert rate_hz == 22_050
+
+
+def hostile_wavs() -> dict[str, bytes]:
+    good = encode_wav(np.arange(100, dtype=np.int16), rate_hz=16_000)
+    stereo, lying = bytearray(good), bytearray(good)
+    stereo[22] = 2
+    lying[40:44] = b"\xff\xff\xff\xff"
+    return {
+        "empty": b"",
+        "header cut": good[:40],
+        "content cut": good[:-2],
+        "odd": good[:-1],
+        "longer": good + b"\x00\x00",
+        "stereo": bytes(stereo),
+        "size of 4 GiB": bytes(lying),
+        "rate of 4 GHz": good[:24] + b"\xff\xff\xff\xff" + good[28:],
+        "garbage": b"x" * 200,
+    }
+
+
+@pytest.mark.parametrize("name", hostile_wavs())
+def test_other_bytes_than_its_sound_are_corrupt(name):
+    with pytest.raises(CorruptError):
+        decode_wav(hostile_wavs()[name])
+
+
+TIMES = st.floats(-1e6, 1e6)
+IDS = st.integers(0, 2**31)
+EVENTS = st.builds(
+    TextEvent,
+    TIMES,
+    st.sampled_from([Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT]),
+    st.text(st.characters(exclude_categories=["Cs"])),
+)
+TOKENS = st.lists(st.tuples(IDS, TIMES)).map(
+    lambda pairs: TokenStream(ids=tuple(i for i, _ in pairs), time_s=tuple(t for _, t in pairs))
+)
+
+
+@given(text=st.builds(Text, internal=TOKENS, external=TOKENS, events=st.lists(EVENTS).map(tuple)))
+def test_text_comes_back_exactly_and_is_plain_json(text):
+    member = encode_text(text)
+    assert decode_text(member) == text
+    values = json.loads(member.decode())
+    assert values["internal"] == {
+        "ids": list(text.internal.ids),
+        "time_s": list(text.internal.time_s),
+    }
+    assert [e["text"] for e in values["events"]] == [e.text for e in text.events]
+
+
+def member_with(**changes: object) -> bytes:
+    stream = {"ids": [], "time_s": []}
+    return json.dumps({"internal": stream, "external": stream, "events": [], **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        b"",
+        b"garbage",
+        b"\xff\xfe\xfd",
+        b"[]",
+        b"null",
+        b"3",
+        b"[" * 200_000,
+        b'{"internal":' * 100_000,
+        member_with(internal=None),
+        member_with(internal={"ids": [1], "time_s": []}),
+        member_with(internal={"ids": [True], "time_s": [0.0]}),
+        member_with(internal={"ids": [-1], "time_s": [0.0]}),
+        member_with(internal={"ids": [1.5], "time_s": [0.0]}),
+        member_with(internal={"ids": "a", "time_s": "b"}),
+        member_with(internal={"ids": [1], "time_s": ["1"]}),
+        member_with(internal={"ids": [1], "time_s": [float("nan")]}),
+        member_with(internal={"ids": [1], "time_s": [10**400]}),
+        member_with(events={}) + b"x",
+        member_with(events=[3]),
+        member_with(events=[{"time_s": 0, "stream": "aloud", "text": ""}]),
+        member_with(events=[{"time_s": 0, "stream": [], "text": ""}]),
+        member_with(events=[{"time_s": 10**400, "stream": "internal", "text": ""}]),
+    ],
+    ids=lambda member: member[:40].decode("latin1"),
+)
+def test_other_json_than_text_is_corrupt(member):
+    with pytest.raises(CorruptError, match="no text member"):
+        decode_text(member)

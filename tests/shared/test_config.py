@@ -1,0 +1,136 @@
+"""Configuration files that people write by hand."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from pydantic import Field
+
+from shared.config import Section, apply_overrides, load_section, make_section, parse_yaml
+from shared.errors import ConfigError
+from shared.recipe import Recipe, json_of
+
+
+class Inner(Section):
+    rate_hz: float = Field(5.0, gt=0)
+    codec: str = "mjpeg"
+
+
+class Outer(Section):
+    name: str
+    vision: Inner = Inner()
+    sizes: tuple[int, ...] = ()
+
+
+def complaint(values: dict, kind: type[Section] = Outer) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make_section(kind, values, origin="my.yaml")
+    return str(caught.value)
+
+
+def test_leading_tabs_are_four_spaces():
+    text = "a:\n\tb: 1\n\tc:\n\t\td: 'x\ty'\n"
+    assert parse_yaml(text, origin="f") == yaml.safe_load("a:\n  b: 1\n  c:\n    d: 'x\ty'\n")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "\n\t\n"])
+def test_an_empty_file_is_all_defaults(text):
+    assert parse_yaml(text, origin="f") == {}
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "just words", "3"])
+def test_other_yaml_than_a_mapping_is_refused(text):
+    with pytest.raises(ConfigError, match=r"^f: expected `key: value` lines"):
+        parse_yaml(text, origin="f")
+
+
+def test_broken_yaml_names_file_and_line():
+    with pytest.raises(ConfigError, match=r"^f line 3: not valid YAML"):
+        parse_yaml("a: 1\nb: 2\nc: {x: ]}\n", origin="f")
+
+
+def test_no_yaml_tag_runs_code():
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_yaml("a: !!python/object/apply:os.system ['true']\n", origin="f")
+
+
+def test_an_unknown_key_names_the_nearest_known_one():
+    message = complaint({"name": "x", "vision": {"rate_hzz": 3}})
+    assert message == "my.yaml: unknown key 'vision.rate_hzz'; did you mean 'rate_hz'?"
+
+
+def test_an_unknown_key_like_no_other_names_all():
+    message = complaint({"name": "x", "vision": {"qqqqqq": 3}})
+    assert message == "my.yaml: unknown key 'vision.qqqqqq'; known keys here: codec, rate_hz"
+
+
+def test_a_missing_key_and_a_wrong_value_are_named_each_in_a_line():
+    lines = complaint({"vision": {"rate_hz": -1}, "sizes": [1, "x"]}).splitlines()
+    assert lines[0] == "my.yaml: key 'name' is missing; add it"
+    assert lines[1].startswith("my.yaml: key 'vision.rate_hz' is -1; input should be greater")
+    assert lines[2].startswith("my.yaml: key 'sizes.1' is 'x'; input should be a valid integer")
+
+
+def test_a_value_where_a_section_belongs_names_the_keys_below():
+    message = complaint({"name": "x", "vision": 3})
+    assert message == "my.yaml: key 'vision' is 3; expected keys below it: codec, rate_hz"
+
+
+def test_sections_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Inner().codec = "raw"
+
+
+def test_overrides_lie_over_the_file_and_leave_it_alone():
+    values = {"name": "x", "vision": {"rate_hz": 5}}
+    merged = apply_overrides(values, ["vision.rate_hz=7", "vision.codec=raw", "sizes=[1, 2]"])
+    expected = {"name": "x", "vision": {"rate_hz": 7, "codec": "raw"}, "sizes": [1, 2]}
+    assert merged == expected
+    assert values == {"name": "x", "vision": {"rate_hz": 5}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("novalue", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("name.deeper=3", "name is 'x' and has no keys below it"),
+        ("name=[1", "not valid YAML"),
+    ],
+)
+def test_an_override_that_can_not_be_is_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides({"name": "x"}, [override])
+
+
+def test_a_missing_file_names_the_nearest_one(tmp_path):
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(ConfigError, match=r"no such file; did you mean .*recipe\.yaml"):
+        load_section(Recipe, tmp_path / "recipes.yaml")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: 1\n" * 300_000])
+def test_a_file_that_is_no_text_or_far_too_large_is_refused(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"recipe\.yaml"):
+        load_section(Recipe, path)
+
+
+def test_a_recipe_comes_back_from_its_json():
+    recipe = Recipe.model_validate({"required": ["audio"], "vision": {"size": 64}})
+    assert make_section(Recipe, json_of(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"window": {"duration_s": 0.3}}, "vision.rate_hz 5 x window.duration_s 0.3 is 1.5"),
+        ({"mel": {"rate_hz": 33}}, "mel.rate_hz 33 does not divide audio.rate_hz 16000"),
+        ({"mel": {"floor_db": 40}}, "ceiling_db must be above mel.floor_db"),
+        ({"mel": {"levels": 256}}, "less than or equal to 255"),  # 255 means masked
+        ({"required": ["sight"]}, "'required.0' is 'sight'"),
+    ],
+)
+def test_a_recipe_that_can_not_be_says_why(values, message):
+    assert message in complaint(values, Recipe)
