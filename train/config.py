@@ -130,7 +130,7 @@ class TrainingConfig(Section):
     compile: bool = False
     """Compile the model by torch.compile; slower start, faster steps."""
     num_threads: int | None = Field(None, ge=1)
-    """CPU threads of the trainer; null leaves torch's choice."""
+    """CPU threads of the trainer; null takes the cores that the loader processes leave over."""
     accumulation_steps: int = Field(1, ge=1)
     """Micro-batches of batch_size per optimizer step."""
     grad_clip: float = Field(1.0, gt=0)

@@ -287,7 +287,10 @@ RULES: Final[tuple[Rule, ...]] = (
         metric="samples_per_sec",
         good="> 10",
         warning="< 5",
-        advice="Profile bottlenecks: `python -m train profile`",
+        advice=(
+            "Where data_wait_fraction is high, raise data.num_workers; else the model is the "
+            "bottleneck: a smaller one, training.precision: bf16, training.compile: true"
+        ),
         find=_stays_below("samples_per_sec", 5.0),
     ),
     Rule(

@@ -151,7 +151,8 @@ class Loader:
         source: the samples.
         config: streams, batch size, workers, seed.
         is_shuffled: False gives the stored order.
-        num_epochs: how many passes; None never ends.
+        num_epochs: how many passes, each complete whatever ``data.last_batch`` says; None never
+            ends.
 
     Raises:
         ConfigError: no batch can be made, or the tick rate does not fit.
@@ -181,7 +182,7 @@ class Loader:
             self.order = BatchOrder(
                 self._samples,
                 batch_size=config.data.batch_size,
-                last_batch=config.data.last_batch,
+                last_batch=config.data.last_batch if num_epochs is None else "pad",
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -86,10 +86,23 @@ def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScale
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-def set_up_math(*, num_threads: int | None) -> None:
-    """Threads of the CPU (None leaves torch's choice), and TF32 for what stays float32 on a GPU."""
+def choose_num_threads(num_threads: int | None, device: torch.device, *, num_workers: int) -> int:
+    """CPU threads of the trainer: as asked for; else, where it computes on the CPU, one per core
+    that no loader process needs.
+
+    More threads than free cores cost far more than they give, as OpenMP's wait for each other:
+    measured on 2 cores with 1 loader process, 2 threads gave 6.6 samples/s and 1 thread 39.7.
+    """
     if num_threads is not None:
-        torch.set_num_threads(num_threads)
+        return num_threads
+    if device.type != "cpu":
+        return torch.get_num_threads()
+    return max(1, len(os.sched_getaffinity(0)) - num_workers)
+
+
+def set_up_math(*, num_threads: int) -> None:
+    """Threads of the CPU, and TF32 for what stays float32 on a GPU."""
+    torch.set_num_threads(num_threads)
     torch.set_float32_matmul_precision("high")
 
 

@@ -122,7 +122,11 @@ class Trainer:
         training = self.config.training
         self.device = runtime.choose_device(training.device if device == "auto" else device)
         self._dtype = runtime.choose_dtype(training.precision, self.device)
-        runtime.set_up_math(num_threads=training.num_threads)
+        runtime.set_up_math(
+            num_threads=runtime.choose_num_threads(
+                training.num_threads, self.device, num_workers=self.config.data.num_workers
+            )
+        )
         self.model = model.to(self.device)
         self._forward = torch.compile(self.model) if training.compile else self.model
         self._state = TrainState(

@@ -239,7 +239,7 @@ def noisy(values, *, scale=0.05, seed=0):
     [
         ({"loss_internal_text": [3.1] * 3}, "Check text tokenization"),
         ({"loss_audio": [2.6] * 3}, "Check audio normalization"),
-        ({"samples_per_sec": [4.0] * 3}, "Profile bottlenecks"),
+        ({"samples_per_sec": [4.0] * 3}, "raise data.num_workers"),
         ({"memory_allocated_mb": [22_001.0] * 3}, "Reduce batch size"),
         ({"data_wait_fraction": [0.6] * 3}, "raise data.num_workers"),
         ({"loss_total": [1.0, 1.0, math.nan]}, "Reduce LR"),
