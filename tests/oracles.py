@@ -17,6 +17,9 @@ from tiny_sessions import sensor_lines, write_lines, write_tone, write_video
 
 from preprocess.cluster import Cluster
 from preprocess.job import BuildSummary, build_shards
+from shared.columns import ColumnFile
+from shared.index import open_index
+from shared.manifest import read_manifest
 from shared.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -170,12 +173,17 @@ def write_tiny_sessions(root: Path) -> Path:
     return root
 
 
+def cluster_of(num_workers: int) -> Cluster:
+    """A local Dask cluster, or this process for 0 workers; says nothing."""
+    console = Console(file=io.StringIO())
+    return Cluster(scheduler=None, num_workers=num_workers, console=console)
+
+
 def build(
     sessions: Path, out: Path, recipe: Recipe | None = None, *, num_workers: int = 0
 ) -> BuildSummary:
     """build_shards in this process, or over a local Dask cluster."""
-    console = Console(file=io.StringIO())
-    with Cluster(scheduler=None, num_workers=num_workers, console=console) as cluster:
+    with cluster_of(num_workers) as cluster:
         return build_shards(sessions, out, recipe=recipe or tiny_recipe(), cluster=cluster)
 
 
@@ -208,3 +216,44 @@ def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two uint8 pictures."""
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def check_whole(out: Path) -> int:
+    """Checks every checksum of a set by hashlib and every member; how many members there are."""
+    num_members = 0
+    manifest = read_manifest(out)
+    manifest.load_tokenizer()
+    for entry in manifest.shards:
+        content = (out / entry.index_file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == entry.index_sha256
+        index = open_index(out / entry.index_file)
+        for name, column in index.facts["columns"].items():
+            path = out / column["file"]
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == column["sha256"]
+            assert path.stat().st_size == column["length_bytes"]
+            tables = [n.removesuffix(".offset") for n in index.arrays if n.endswith(".offset")]
+            file = ColumnFile(path)
+            for table in (t for t in tables if t.partition("/")[0] == name):
+                members = [file.read(index.members(table), r) for r in range(index.num_samples)]
+                num_members += sum(m is not None for m in members)
+            file.close()
+    return num_members
+
+
+def set_keys(out: Path) -> list[str]:
+    """Keys of all samples of a set, in order."""
+    indexes = [open_index(out / s.index_file) for s in read_manifest(out).shards]
+    return [index.key(row) for index in indexes for row in range(index.num_samples)]
+
+
+def set_contents(out: Path) -> dict[tuple[str, str], Any]:
+    """Hashes of columns and arrays by shard and name, whatever the files are called."""
+    found: dict[tuple[str, str], Any] = {}
+    for entry in read_manifest(out).shards:
+        index = open_index(out / entry.index_file)
+        for name, column in index.facts["columns"].items():
+            found[entry.name, name] = column["sha256"]
+        for name, array in index.arrays.items():
+            found[entry.name, name] = array.tobytes()
+        found[entry.name, "losses"] = json.dumps(index.facts["losses"])
+    return found
