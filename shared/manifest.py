@@ -134,11 +134,11 @@ def _parse(values: Mapping[str, Any], root: Path, path: Path) -> Manifest:
         shards=tuple(_parse_shard(entry) for entry in values["shards"]),
         generation=_natural(values["generation"]),
         tokenizer_file=require_file_name(values["tokenizer"]["file"]),
-        tokenizer_sha256=str(values["tokenizer"]["sha256"]),
+        tokenizer_sha256=_text(values["tokenizer"]["sha256"]),
         fields=dict(values["fields"]),
         statistics=dict(values["statistics"]),
         counts=dict(values["counts"]),
-        fingerprint=str(values["fingerprint"]),
+        fingerprint=_text(values["fingerprint"]),
     )
 
 
@@ -148,9 +148,16 @@ def _parse_shard(values: Mapping[str, Any]) -> ShardEntry:
         raise ValueError(f"shard {entry.name!r} is in the unknown split {entry.split!r}")
     require_file_name(entry.name)
     require_file_name(entry.index_file)
+    _text(entry.index_sha256)
     _natural(entry.num_samples)
     _natural(entry.length_bytes)
     return entry
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
 
 
 def _natural(value: object) -> int:
