@@ -88,7 +88,7 @@ def make_config(
     shards: Path | None = None, *, heads: tuple[str, ...] = HEADS, **data: Any
 ) -> TrainConfig:
     """A configuration of a set; only the losses of `heads` count."""
-    data = {"batch_size": 5, "num_workers": 0, "shuffle_block_shards": 2, **data}
+    data = {"batch_size": 7, "num_workers": 0, "shuffle_block_shards": 2, **data}
     return TrainConfig.model_validate(
         {
             "data": {"shards": shards, **data},

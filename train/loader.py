@@ -13,7 +13,9 @@ are the same for any number of workers, and the state is one number.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -261,11 +263,18 @@ class Loader:
 def _leave_stopping_to_the_trainer(_worker: int) -> None:
     """Ignore what a terminal or a scheduler sends to the whole process group.
 
-    The trainer still needs its batch to finish the step and save; then it dismisses the workers.
-    They notice by themselves when it is gone.
+    The trainer still needs its batch to finish the step and save; then it dismisses the workers, at
+    the latest by a SIGTERM of its own. They notice by themselves when it is gone.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_when_the_trainer_says_so, daemon=True).start()
+
+
+def _end_when_the_trainer_says_so() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def open_source(config: TrainConfig, *, split: Split) -> SampleSource:

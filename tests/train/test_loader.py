@@ -1,0 +1,429 @@
+"""The stream of batches: the same for any number of workers, from any position, past bad data."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_sets
+import torch
+from tiny_sets import TEXT_HEADS, make_config
+
+from shared.columns import ColumnFile
+from shared.errors import ConfigError, CorruptError, TooManyBadSamplesError
+from train.loader import MAX_SUBSTITUTES, Loader, open_source
+from train.reader import ShardSource
+
+COLUMNS = ("vision_left.tar", "vision_right.tar", "audio.tar", "text.tar", "proprio.zarr.zip")
+few_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+
+
+def make_loader(shards, *, num_epochs=None, is_shuffled=True, split="train", **options):
+    source = ShardSource(shards, split=split)
+    config = make_config(shards, **options)
+    return Loader(source, config, num_epochs=num_epochs, is_shuffled=is_shuffled)
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for one, other in zip(batches, others, strict=True):
+        assert set(one) == set(other)
+        for name in ("keys", "index", "epoch", "skipped"):
+            assert one[name] == other[name]
+        for group in ("inputs", "targets"):
+            assert set(one[group]) == set(other[group])
+            for name, tensor in one[group].items():
+                assert tensor.dtype == other[group][name].dtype
+                assert torch.equal(tensor, other[group][name]), name
+        assert torch.equal(one["weight"], other["weight"])
+
+
+# --- any number of workers -------------------------------------------------------------------
+
+
+@few_cores
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_batches_are_the_same_for_any_number_of_workers(tiny_set, num_workers):
+    expected = take(make_loader(tiny_set), 9)
+    assert_same(take(make_loader(tiny_set, num_workers=num_workers), 9), expected)
+
+
+@few_cores
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+def test_text_batches_are_the_same_for_any_number_of_workers(tiny_set, num_workers):
+    expected = take(make_loader(tiny_set, heads=TEXT_HEADS), 7)
+    found = make_loader(tiny_set, heads=TEXT_HEADS, num_workers=num_workers)
+    assert_same(take(found, 7), expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_targets_share_the_memory_of_the_inputs(tiny_set, num_workers):
+    (batch,) = take(make_loader(tiny_set, num_workers=num_workers), 1)
+    names = {"animation": "proprio", "audio": "audio", "internal_text": "internal_text"}
+    for head, stream in names.items():
+        for suffix in ("", "_valid"):
+            target, given = batch["targets"][head + suffix], batch["inputs"][stream + suffix]
+            assert target.data_ptr() == given.data_ptr(), head
+
+
+def test_an_epoch_holds_every_key_once_with_weight(tiny_set):
+    loader = make_loader(tiny_set)
+    source = loader.source
+    batches = take(loader, 2 * loader.batches_per_epoch)
+    for epoch in (0, 1):
+        rows = [zip(b["keys"], b["weight"], strict=True) for b in batches if b["epoch"] == epoch]
+        keys = [key for batch in rows for key, weight in batch if weight]
+        assert sorted(keys) == sorted(source.key(*p) for p in tiny_sets.places_of(source))
+    assert any((batch["weight"] == 0).any() for batch in batches)
+
+
+# --- resuming --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("position", [0, 1, 4, 6, 9])
+def test_a_loaded_state_goes_on_as_if_nothing_had_been(tiny_set, position, num_workers):
+    loader = make_loader(tiny_set)
+    assert 4 < loader.batches_per_epoch < 9  # so that positions lie on both sides of the border
+    expected = take(loader, 11)[position:]
+    resumed = make_loader(tiny_set, num_workers=num_workers)
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_at(position))))
+    assert_same(take(resumed, 11 - position), expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fingerprint", "other"),
+        ("seed", 8),
+        ("batch_size", 4),
+        ("last_batch", "drop"),
+        ("shuffle_block_shards", 3),
+    ],
+)
+def test_a_state_of_another_order_is_refused(tiny_set, key, value):
+    loader = make_loader(tiny_set)
+    with pytest.raises(ConfigError, match=f"has {key} {value!r}, this one"):
+        loader.load_state_dict({**loader.state_at(3), key: value})
+
+
+def test_a_state_of_other_recordings_is_refused(tiny_set, raw_set):
+    state = make_loader(raw_set).state_at(1)
+    with pytest.raises(ConfigError, match="fingerprint"):
+        make_loader(tiny_set).load_state_dict(state)
+
+
+def test_a_state_is_refused_once_reading_has_begun(tiny_set):
+    loader = make_loader(tiny_set)
+    take(loader, 1)
+    with pytest.raises(ConfigError, match="begun to read"):
+        loader.load_state_dict(loader.state_at(0))
+
+
+def test_every_iteration_begins_where_the_loader_was_told_to(tiny_set):
+    loader = make_loader(tiny_set)
+    loader.load_state_dict(loader.state_at(3))
+    first = take(loader, 2)
+    assert first[0]["index"] == 3
+    assert_same(take(loader, 2), first)
+
+
+# --- the held-out loader ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_finite_loader_ends_and_can_be_read_again(tiny_set, num_workers):
+    loader = make_loader(
+        tiny_set, split="val", num_epochs=1, is_shuffled=False, num_workers=num_workers
+    )
+    first, cut_short, again = list(loader), take(loader, 1), list(loader)
+    assert len(first) == loader.batches_per_epoch
+    assert_same(cut_short, first[:1])
+    assert_same(again, first)
+    rows = [zip(batch["keys"], batch["weight"], strict=True) for batch in first]
+    keys = [key for batch in rows for key, weight in batch if weight]
+    assert keys == sorted(keys)
+    assert {key.partition("/")[0] for key in keys} == {"bob"}
+
+
+def test_a_split_without_samples_is_refused(tiny_set):
+    source = ShardSource(tiny_set, split="val")
+    source.shard_sizes = np.zeros(0, dtype=np.int64)
+    with pytest.raises(ConfigError, match="no sample"):
+        Loader(source, make_config(tiny_set))
+
+
+def test_a_batch_that_can_not_be_filled_is_refused(tiny_set):
+    with pytest.raises(ConfigError, match=r"lower data\.batch_size"):
+        make_loader(tiny_set, batch_size=1000, last_batch="drop")
+
+
+def test_no_data_named_is_refused():
+    with pytest.raises(ConfigError, match=r"set data\.shards"):
+        open_source(make_config(), split="train")
+
+
+# --- only what is needed is read -------------------------------------------------------------
+
+
+def bytes_read(monkeypatch, loader, count=3):
+    """Bytes of each column that the next batches read."""
+    read = {}
+    original = ColumnFile.read
+
+    def note(self, members, row):
+        content = original(self, members, row)
+        column = self.path.name.partition(".")[2]
+        read[column] = read.get(column, 0) + len(content or b"")
+        return content
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ColumnFile, "read", note)
+        take(loader, count)
+    return read
+
+
+def test_text_only_reads_no_other_byte(tiny_set, monkeypatch):
+    read = bytes_read(monkeypatch, make_loader(tiny_set, heads=TEXT_HEADS))
+    assert set(read) == {"text.tar"}
+
+
+def test_text_only_works_where_no_other_column_is_there(tiny_set, tmp_path):
+    shards = tiny_sets.copy_set(tiny_set, tmp_path / "set")
+    for path in (*shards.glob("*.zarr.zip"), *shards.glob("*.vision*"), *shards.glob("*.audio.*")):
+        path.unlink()
+    expected = take(make_loader(tiny_set, heads=TEXT_HEADS), 7)
+    assert_same(take(make_loader(shards, heads=TEXT_HEADS), 7), expected)
+    assert not any(batch["skipped"] for batch in expected)
+
+
+def test_modalities_without_vision_read_none(tiny_set, monkeypatch):
+    loader = make_loader(tiny_set, modalities=["touch"], heads=("animation",))
+    assert set(bytes_read(monkeypatch, loader)) == {"proprio.zarr.zip"}
+
+
+def test_one_eye_reads_one_eye(tiny_set, monkeypatch):
+    loader = make_loader(tiny_set, modalities=["vision_left"], heads=("audio",))
+    assert set(bytes_read(monkeypatch, loader)) == {"vision_left.tar", "dmel.zarr.zip"}
+
+
+def slow_dense(path_of_text, streams):
+    """Tokens of a text member in order of time, thoughts first where both begin at once."""
+    values = json.loads(path_of_text)
+    events = []
+    for stream in ("internal", "external"):
+        if stream in streams:
+            pairs = zip(values[stream]["time_s"], values[stream]["ids"], strict=True)
+            events += [(time_s, stream, token) for time_s, token in pairs]
+    times = sorted({time_s for time_s, _, _ in events})
+    order = [e for t in times for s in ("internal", "external") for e in events if e[:2] == (t, s)]
+    return {s: [token if s == said_by else 0 for _, said_by, token in order] for s in streams}
+
+
+@pytest.mark.parametrize("heads", [TEXT_HEADS, TEXT_HEADS[:1], TEXT_HEADS[1:]])
+def test_text_only_is_packed_densely(tiny_set, heads):
+    loader = make_loader(tiny_set, heads=heads, num_epochs=1)
+    members = {}
+    for path in tiny_set.glob("*.text.tar"):
+        members |= read_tar(path)
+    streams = [head.removesuffix("_text") for head in heads]
+    for batch in loader:
+        rows = [slow_dense(members.get(key, EMPTY), streams) for key in batch["keys"]]
+        longest = max(2, *(len(row[streams[0]]) for row in rows))
+        for stream in streams:
+            lengths = [len(row[stream]) for row in rows]
+            expected = [row[stream] + [0] * (longest - len(row[stream])) for row in rows]
+            assert batch["inputs"][f"{stream}_text"].tolist() == expected
+            valid = [[i < n for i in range(longest)] for n in lengths]
+            assert batch["inputs"][f"{stream}_text_valid"].tolist() == valid
+
+
+EMPTY = '{"internal": {"ids": [], "time_s": []}, "external": {"ids": [], "time_s": []}}'
+
+
+def read_tar(path):
+    import tarfile
+
+    with tarfile.open(path) as tar:
+        return {m.name.partition(".")[0]: tar.extractfile(m).read() for m in tar.getmembers()}
+
+
+# --- bad data --------------------------------------------------------------------------------
+
+
+def damage(shards, column, *, key=None, shard=0, row=1):
+    """Flip one byte inside a sample's member; returns its key."""
+    source = ShardSource(shards)
+    if key is not None:
+        shard, row = next(p for p in tiny_sets.places_of(source) if source.key(*p) == key)
+    index = source.shard(shard).index
+    name = {"dmel.zarr.zip": "dmel/dmel", "proprio.zarr.zip": "proprio/touch"}.get(column)
+    members = index.members(name or column.partition(".")[0])
+    assert members.length[row] > 0, "the sample lacks it"
+    path = shards / f"{index.facts['name']}.{column}"
+    tiny_sets.flip_byte(path, int(members.offset[row]) + int(members.length[row]) // 2)
+    return source.key(shard, row)
+
+
+@pytest.fixture
+def a_copy(tiny_set, tmp_path):
+    return tiny_sets.copy_set(tiny_set, tmp_path / "set")
+
+
+def skipped_of(batches):
+    return [skip for batch in batches for skip in batch["skipped"]]
+
+
+@pytest.mark.parametrize(
+    "column", ["vision_left.tar", "text.tar", "proprio.zarr.zip", "dmel.zarr.zip"]
+)
+def test_a_flipped_byte_costs_its_sample_only(tiny_set, a_copy, column):
+    key = damage(a_copy, column)
+    good = make_loader(tiny_set, num_epochs=1)
+    batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    skipped = skipped_of(batches)
+    assert {skip["key"] for skip in skipped} == {key}
+    for mine, whole in zip(batches, good, strict=True):
+        for i, (my_key, its_key) in enumerate(zip(mine["keys"], whole["keys"], strict=True)):
+            assert my_key != key
+            if its_key != key:
+                assert my_key == its_key
+                assert torch.equal(mine["inputs"]["touch"][i], whole["inputs"]["touch"][i])
+                assert torch.equal(mine["inputs"]["audio"][i], whole["inputs"]["audio"][i])
+
+
+def test_a_skipped_sample_is_named_with_its_place_and_fault(a_copy):
+    key = damage(a_copy, "dmel.zarr.zip", shard=2, row=3)
+    batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    skip = skipped_of(batches)[0]
+    assert (skip["key"], skip["shard"], skip["row"]) == (key, 2, 3)
+    assert "train-000002.dmel.zarr.zip at " in skip["error"]
+    assert "checksum" in skip["error"]
+
+
+def test_a_substitute_is_whole_and_keeps_its_rows_weight(tiny_set, a_copy):
+    last = list(make_loader(tiny_set, num_epochs=1))[-1]
+    padded = last["keys"][int((last["weight"] == 0).nonzero()[0, 0])]
+    damage(a_copy, "proprio.zarr.zip", key=padded)
+    found = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    assert torch.equal(found[-1]["weight"], last["weight"])
+    assert padded not in {key for batch in found for key in batch["keys"]}
+    assert len(skipped_of(found)) == 2  # once as a sample, once as padding
+    clean = {}
+    for batch in make_loader(tiny_set, num_epochs=1):
+        clean |= {key: batch["inputs"]["touch"][i] for i, key in enumerate(batch["keys"])}
+    for batch in found:
+        for i, key in enumerate(batch["keys"]):
+            assert torch.equal(batch["inputs"]["touch"][i], clean[key])
+
+
+@pytest.mark.parametrize("fault", ["byte", "column", "index"])
+def test_bad_data_is_replaced_alike_for_any_number_of_workers(a_copy, fault):
+    if fault == "byte":
+        damage(a_copy, "text.tar")
+    else:
+        (a_copy / f"train-000001.{'index' if fault == 'index' else 'proprio.zarr.zip'}").unlink()
+    options = {"max_bad_fraction": 1.0}
+    alone = take(make_loader(a_copy, **options), 9)
+    assert skipped_of(alone)
+    assert_same(take(make_loader(a_copy, num_workers=2, **options), 9), alone)
+
+
+@pytest.mark.parametrize("suffix", ["vision_left.tar", "dmel.zarr.zip", "index"])
+def test_a_missing_file_costs_the_samples_of_its_shard(a_copy, suffix):
+    (a_copy / f"train-000001.{suffix}").unlink()
+    batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    skipped = skipped_of(batches)
+    assert {(skip["shard"], skip["row"]) for skip in skipped} <= {(1, row) for row in range(4)}
+    assert all(f"train-000001.{suffix}" in skip["error"] for skip in skipped)
+    assert {skip["key"] == "?" for skip in skipped} == {suffix == "index"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_bad_samples_stop_the_run_with_one_plain_message(a_copy, num_workers):
+    damage(a_copy, "dmel.zarr.zip")
+    loader = make_loader(a_copy, num_workers=num_workers)  # 1 of 30: more than 2 of 200
+    with pytest.raises(TooManyBadSamplesError, match="max_bad_fraction allows 0") as found:
+        take(loader, 1000)
+    message = str(found.value)
+    assert message.startswith("3 of ")
+    assert "python -m preprocess verify" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_set_of_which_nothing_can_be_read_says_so(a_copy, num_workers):
+    for path in a_copy.glob("*.dmel.zarr.zip"):
+        path.write_bytes(b"")
+    loader = make_loader(a_copy, heads=("audio",), modalities=["audio"], num_workers=num_workers)
+    with pytest.raises(TooManyBadSamplesError) as found:
+        take(loader, 1)
+    message = str(found.value)
+    assert (
+        f"{MAX_SUBSTITUTES - 1} others in its place are corrupt" in message or "allows" in message
+    )
+    assert "Traceback" not in message
+
+
+def test_a_sample_that_lacks_the_damaged_column_is_no_bad_sample(a_copy):
+    for path in a_copy.glob("*.vision_right.tar"):
+        path.write_bytes(b"")
+    batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    assert {skip["key"].partition("/")[0] for skip in skipped_of(batches)} == {"cat"}
+
+
+def test_what_only_the_disk_knows_is_a_bad_sample_too(tiny_set, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    source = ShardSource(tiny_set)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(CorruptError, match="can't be read: Input/output error"):
+        source.read_into(0, 0, {}, with_text=True)
+
+
+# --- signals ---------------------------------------------------------------------------------
+
+SCRIPT = """
+import itertools, signal, sys
+from tiny_sets import make_config
+from train.loader import Loader
+from train.reader import ShardSource
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+batches = iter(Loader(ShardSource(sys.argv[1]), make_config(num_workers=2)))
+next(batches)
+print("reading", flush=True)
+sys.stdin.readline()
+print(len(list(itertools.islice(batches, 30))), flush=True)
+"""
+
+
+def test_workers_outlive_a_signal_to_the_whole_group(tiny_set):
+    env = {**os.environ, "PYTHONPATH": str(Path(tiny_sets.__file__).parent)}
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tiny_set)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout.readline() == "reading\n"
+        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate("go on\n", timeout=30)
+    assert (out, err, process.returncode) == ("30\n", "", 0)
