@@ -23,9 +23,10 @@ from shared.manifest import read_manifest
 from shared.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from shared.index import ShardIndex
     from shared.recipe import MelRecipe
 
 GRAIN_S = 1 / 1024
@@ -218,6 +219,12 @@ def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
+def open_indexes(out: Path) -> Iterator[tuple[str, ShardIndex]]:
+    """Name and index of every shard of a set."""
+    for entry in read_manifest(out).shards:
+        yield entry.name, open_index(out / entry.index_file, sha256=entry.index_sha256)
+
+
 def check_whole(out: Path) -> int:
     """Checks every checksum of a set by hashlib and every member; how many members there are."""
     num_members = 0
@@ -242,18 +249,16 @@ def check_whole(out: Path) -> int:
 
 def set_keys(out: Path) -> list[str]:
     """Keys of all samples of a set, in order."""
-    indexes = [open_index(out / s.index_file) for s in read_manifest(out).shards]
-    return [index.key(row) for index in indexes for row in range(index.num_samples)]
+    return [index.key(r) for _, index in open_indexes(out) for r in range(index.num_samples)]
 
 
 def set_contents(out: Path) -> dict[tuple[str, str], Any]:
     """Hashes of columns and arrays by shard and name, whatever the files are called."""
     found: dict[tuple[str, str], Any] = {}
-    for entry in read_manifest(out).shards:
-        index = open_index(out / entry.index_file)
+    for shard, index in open_indexes(out):
         for name, column in index.facts["columns"].items():
-            found[entry.name, name] = column["sha256"]
+            found[shard, name] = column["sha256"]
         for name, array in index.arrays.items():
-            found[entry.name, name] = array.tobytes()
-        found[entry.name, "losses"] = json.dumps(index.facts["losses"])
+            found[shard, name] = array.tobytes()
+        found[shard, "losses"] = json.dumps(index.facts["losses"])
     return found

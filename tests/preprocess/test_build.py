@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,15 +17,16 @@ from oracles import (
     HELD_OUT,
     SESSIONS,
     build,
+    check_whole,
     jsonl,
+    open_indexes,
     psnr_db,
+    set_keys,
     slow_windows,
     tar_members,
     tiny_recipe,
-    write_tiny_session,
     write_tiny_sessions,
 )
-from tiny_sessions import sensor_lines, write_lines, write_video
 
 from shared.codec import decode_pictures, decode_text, decode_wav
 from shared.columns import ColumnFile, read_chunk
@@ -38,7 +39,6 @@ from shared.scan import scan_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from shared.index import ShardIndex
 
@@ -65,11 +65,6 @@ def jpeg_set(sessions, tmp_path_factory) -> Path:
     return out
 
 
-def shards(out: Path) -> Iterator[tuple[str, ShardIndex]]:
-    for entry in read_manifest(out).shards:
-        yield entry.name, open_index(out / entry.index_file, sha256=entry.index_sha256)
-
-
 def member(out: Path, index: ShardIndex, column: str, part: str, row: int) -> bytes | None:
     file = ColumnFile(out / index.facts["columns"][column]["file"])
     try:
@@ -91,7 +86,9 @@ def all_keys() -> list[str]:
 
 
 def test_every_window_is_a_sample_or_rejected(raw_set):
-    keys = [index.key(row) for _, index in shards(raw_set) for row in range(index.num_samples)]
+    keys = [
+        index.key(row) for _, index in open_indexes(raw_set) for row in range(index.num_samples)
+    ]
     planned = sum(len(slow_windows(s, 1.0, 1.0)) for s in SESSIONS.values())
     lines = jsonl(raw_set / "rejected.jsonl")
     windows = [x for x in lines if x["level"] == "window"]
@@ -107,7 +104,7 @@ def test_every_window_is_a_sample_or_rejected(raw_set):
 
 
 def test_held_out_sessions_are_in_val_only(raw_set):
-    found = {name: index.facts["sessions"] for name, index in shards(raw_set)}
+    found = {name: index.facts["sessions"] for name, index in open_indexes(raw_set)}
     assert found == {"train-000000": ["ann", "cat", "dan"], "val-000000": [HELD_OUT]}
 
 
@@ -115,7 +112,7 @@ def test_held_out_sessions_are_in_val_only(raw_set):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("column", TARS)
 def test_stock_webdataset_counts_the_members_of_each_column(raw_set, column):
-    for name, index in shards(raw_set):
+    for name, index in open_indexes(raw_set):
         path = str(raw_set / f"{name}.{column}.tar")
         stock = webdataset.WebDataset(path, shardshuffle=False, empty_check=False)
         found = [sample["__key__"] for sample in stock]
@@ -127,7 +124,7 @@ def test_stock_webdataset_counts_the_members_of_each_column(raw_set, column):
 
 @pytest.mark.parametrize("column", ["proprio", "dmel"])
 def test_stock_zarr_counts_the_rows_of_each_column(raw_set, column):
-    for name, index in shards(raw_set):
+    for name, index in open_indexes(raw_set):
         path = raw_set / f"{name}.{column}.zarr.zip"
         with zarr.storage.ZipStore(path, mode="r") as store:
             group = zarr.open_group(store, mode="r")
@@ -137,13 +134,13 @@ def test_stock_zarr_counts_the_rows_of_each_column(raw_set, column):
 
 def test_files_of_a_first_build_bear_the_plain_names(raw_set):
     names = {p.name for p in raw_set.iterdir()}
-    own = {f"{s}.{c.name}.{c.suffix}" for s, _ in shards(raw_set) for c in COLUMNS.values()}
-    own |= {f"{s}.index" for s, _ in shards(raw_set)}
+    own = {f"{s}.{c.name}.{c.suffix}" for s, _ in open_indexes(raw_set) for c in COLUMNS.values()}
+    own |= {f"{s}.index" for s, _ in open_indexes(raw_set)}
     assert names == own | {"manifest.json", "rejected.jsonl", "sessions.jsonl", "tokenizer.json"}
 
 
 def test_times_and_presence_of_each_row_are_in_the_index(raw_set):
-    for _, index in shards(raw_set):
+    for _, index in open_indexes(raw_set):
         arrays = index.arrays
         np.testing.assert_array_equal(arrays["start_s"], arrays["window"].astype(float))
         np.testing.assert_array_equal(arrays["stop_s"], arrays["start_s"] + 1)
@@ -181,7 +178,7 @@ def readers(sessions: Path, out: Path) -> dict[str, SessionFields]:
 def rows(sessions: Path, out: Path) -> Iterator[tuple]:
     """(index, row, reader of its session, its window) of every sample."""
     fields = readers(sessions, out)
-    for _, index in shards(out):
+    for _, index in open_indexes(out):
         for row in range(index.num_samples):
             reader = fields[index.key(row).split("/")[0]]
             windows = reader.scan.windows(reader.recipe)
@@ -263,126 +260,46 @@ def test_statistics_are_numpys_over_the_train_split(raw_set):
     assert {i: n for i, n in enumerate(found["internal_tokens"]) if n} == ids
 
 
-# --- what is not in the set ------------------------------------------------------------------
+# --- the specification and the recordings ----------------------------------------------------
+
+FORMAT_PAGE = Path(__file__).parents[2] / "docs" / "format.md"
 
 
-@pytest.fixture(scope="module")
-def odd_sessions(tmp_path_factory) -> Path:
-    """Sessions with a flaw each, 3 s long."""
-    root = tmp_path_factory.mktemp("odd")
-    for name in ("whole", "lines", "cut", "outside", "deaf"):
-        write_tiny_session(root / name, 3.0)
-    write_tiny_session(root / "tail", 2.1)
-    write_tiny_session(root / "blind", 3.0)
-    (root / "blind" / "vision_left.mp4").unlink()
-    with (root / "lines" / "metadata.jsonl").open("a", encoding="utf-8") as file:
-        file.write('no json\n{"timestamp": "soon"}\n{"timestamp": 2.99, "tou')
-    video = root / "cut" / "vision_left.mp4"
-    write_video(video, times_s=np.arange(90) / 30, gop=30, b_frames=0)
-    content = bytearray(video.read_bytes())
-    place = content.find(b"mdat") + 4
-    third = (len(content) - place) // 3
-    content[place + third : place + 2 * third] = bytes(third)
-    video.write_bytes(content)
-    late = {"timestamp": 99.0, "stream": "external", "text": "too late"}
-    write_lines(root / "outside" / "text.jsonl", [late])
-    (root / "deaf" / "audio.wav").write_bytes(b"RIFF, but no more")
-    return root
+def code_of_page(heading: str) -> str:
+    section = FORMAT_PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
+    return section.split("```python\n")[1].split("```")[0]
 
 
-@pytest.fixture(scope="module")
-def odd_set(odd_sessions, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("odd_set")
-    build(odd_sessions, out, tiny_recipe(required=["vision_left"]))
-    return out
+def test_the_reader_in_the_specification_reads_an_index_and_a_member(raw_set, monkeypatch):
+    monkeypatch.chdir(raw_set)
+    found: dict = {}
+    exec(code_of_page("The index"), found)
+    expected = open_index(raw_set / "train-000000.index")
+    assert found["arrays"].keys() == expected.arrays.keys()
+    for name, array in expected.arrays.items():
+        np.testing.assert_array_equal(found["arrays"][name], array)
+    assert found["wav"] == tar_members(raw_set / "train-000000.audio.tar")["ann/000000.audio.wav"]
 
 
-def lines_of(out: Path, session: str) -> list[dict]:
-    return [x for x in jsonl(out / "rejected.jsonl") if x["session"] == session]
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_join_in_the_specification_joins_columns_by_key(raw_set, monkeypatch):
+    monkeypatch.chdir(raw_set)
+    found: dict = {}
+    exec(code_of_page("Joining columns with stock readers"), found)
+    joined = found["joined"]
+    assert list(joined) == [k for k in all_keys() if not k.startswith(HELD_OUT)]
+    for key, sample in joined.items():
+        pictures = np.load(io.BytesIO(sample["vision_left.npy"]))
+        assert (pictures.shape, sample["touch"].shape) == ((5, 32, 32, 3), (30, 5))
+        assert {"audio.wav", "text.json"} < set(sample), key
 
 
-def test_a_session_without_a_fault_has_no_line(odd_set):
-    assert lines_of(odd_set, "whole") == []
-
-
-def test_a_session_without_a_required_stream_has_one_line(odd_set):
-    [line] = lines_of(odd_set, "blind")
-    assert (line["level"], line["windows"]) == ("session", 3)
-    assert line["reason"] == "required stream vision_left: vision_left.mp4: no such file"
-
-
-def test_a_tail_window_has_a_line(odd_set):
-    [line] = lines_of(odd_set, "tail")
-    assert (line["level"], line["window"], line["start_s"]) == ("window", 2, 2.0)
-    assert "of [2, 3) s; window.min_coverage asks for 50%" in line["reason"]
-
-
-def test_lines_that_are_no_json_have_a_line_per_kind(odd_set):
-    found = lines_of(odd_set, "lines")
-    assert {x["level"] for x in found} == {"lines"}
-    assert any("line 91: not JSON (and 1 more such lines)" in x["reason"] for x in found)
-    assert any("line 92: timestamp is 'soon'" in x["reason"] for x in found)
-
-
-def test_windows_that_do_not_decode_have_a_line_and_no_member(odd_set):
-    found = lines_of(odd_set, "cut")
-    assert found
-    for line in found:
-        assert (line["level"], line["stream"]) == ("stream", "vision_left")
-        assert line["reason"] == "no picture of this window decodes"
-    lost = {f"cut/{x['window']:06d}" for x in found}
-    for _, index in shards(odd_set):
-        for row in range(index.num_samples):
-            if index.key(row).startswith("cut/"):
-                present = streams_of_bits(int(index.arrays["present"][row]))
-                is_lost = index.key(row) in lost
-                assert (Stream.VISION_LEFT in present) != is_lost
-                assert (index.members("vision_left").length[row] == 0) == is_lost
-                assert np.isnan(index.arrays["vision_left.error_s"][row]).all() == is_lost
-
-
-def test_a_text_outside_the_session_has_a_line(odd_set):
-    [line] = lines_of(odd_set, "outside")
-    assert line["level"] == "lines"
-    assert line["reason"] == "text 'too late' at 99 s lies outside the session"
-
-
-def test_a_sound_file_that_can_not_be_read_has_a_line(odd_set):
-    [line] = lines_of(odd_set, "deaf")
-    assert (line["level"], line["stream"]) == ("stream", "audio")
-    assert line["reason"].startswith("audio.wav: is no sound file that can be read")
-
-
-def test_what_is_planned_is_what_is_there_and_what_is_not(odd_set):
-    manifest = read_manifest(odd_set)
-    lines = jsonl(odd_set / "rejected.jsonl")
-    gone = sum(
-        x.get("windows", 0) if x["level"] == "session" else x["level"] == "window" for x in lines
-    )
-    assert gone == manifest.counts["windows_rejected"] == 4
-    assert manifest.counts["windows_planned"] == 21
-    assert sum(s.num_samples for s in manifest.shards) == manifest.counts["samples"] == 17
-
-
-def test_a_session_of_nothing_but_text_or_sensors_is_usable(tmp_path):
-    root = tmp_path / "sessions"
-    for name in ("texts", "moves"):
-        (root / name).mkdir(parents=True)
-    said = [{"timestamp": t, "stream": "internal", "text": "hm"} for t in (0.5, 1.5)]
-    write_lines(root / "texts" / "text.jsonl", said)
-    write_lines(root / "moves" / "metadata.jsonl", sensor_lines(2.0))
-    build(root, tmp_path / "out", tiny_recipe(split={"val_fraction": 0.0}))
-    [(_, index)] = shards(tmp_path / "out")
-    found = {
-        index.key(r): streams_of_bits(int(index.arrays["present"][r]))
-        for r in range(index.num_samples)
-    }
-    assert found == {
-        "moves/000000": (Stream.TOUCH, Stream.PROPRIO),
-        "moves/000001": (Stream.TOUCH, Stream.PROPRIO),
-        "texts/000000": (Stream.INTERNAL_TEXT,),
-        "texts/000001": (Stream.INTERNAL_TEXT,),
-    }
-    with zipfile.ZipFile(tmp_path / "out" / "train-000000.proprio.zarr.zip") as archive:
-        chunk = np.frombuffer(archive.read("proprio/c/2/0/0"), "<f4")
-    assert np.isnan(chunk).all()  # absent is never zero
+@pytest.mark.slow
+def test_every_window_of_real_recordings_is_a_sample_or_rejected(real_sessions, tmp_path):
+    summary = build(real_sessions[0].parent, tmp_path / "out", tiny_recipe(vision={"size": 64}))
+    counts = summary.manifest.counts
+    assert counts["sessions"] == len(real_sessions)
+    assert counts["windows_planned"] == counts["samples"] + counts["windows_rejected"]
+    assert counts["samples"] == len(set(set_keys(tmp_path / "out")))
+    assert check_whole(tmp_path / "out") > counts["samples"]
