@@ -12,8 +12,10 @@ resumed run skips to the same place in the same order.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import torch
@@ -24,7 +26,7 @@ from train.inputs import to_device
 from train.runtime import separate_rng
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Generator, Iterable, Iterator, Mapping
 
 Batch = dict[str, Any]
 """As docs/architecture.md, "The batch"."""
@@ -75,6 +77,9 @@ class BatchFeed:
         self._device = device
         self._position = initial_position(loader, state)
         self._batches = iterate(loader, seed=seed, position=self._position)
+        # Loader processes may ignore SIGTERM, which multiprocessing sends at exit and then waits
+        # for ever; it registered its own exit function before, so this one runs first.
+        atexit.register(_close_if_alive, weakref.ref(self))
         self._ahead: tuple[Batch, dict[str, int]] | None = None
         self._waits_s: list[float] = []
         self._wait_s = 0.0
@@ -110,6 +115,11 @@ class BatchFeed:
         if isinstance(self._loader, PositionedLoader):
             return self._loader.state_at(self._position["next_batch"])
         return dict(self._position)
+
+    def close(self) -> None:
+        """Dismiss the loader's processes; the position stays."""
+        self._ahead = None
+        self._batches.close()
 
     def take_waits_s(self) -> list[float]:
         """Seconds that each step since the last call waited for its data.
@@ -171,7 +181,7 @@ def initial_position(loader: Iterable[Batch], state: Mapping[str, Any] | None) -
 
 def iterate(
     loader: Iterable[Batch], *, seed: int, position: Mapping[str, int]
-) -> Iterator[tuple[Batch, dict[str, int]]]:
+) -> Generator[tuple[Batch, dict[str, int]], None, None]:
     """Batches without end, each with the position behind it.
 
     What a plain loader draws at random while it skips to `position` is drawn by this call and not
@@ -188,14 +198,16 @@ def iterate(
     return _passes(loader, opened, seed=seed, position=position)
 
 
-def _positioned(loader: PositionedLoader, *, seed: int) -> Iterator[tuple[Batch, dict[str, int]]]:
+def _positioned(
+    loader: PositionedLoader, *, seed: int
+) -> Generator[tuple[Batch, dict[str, int]], None, None]:
     for batch in _open_pass(loader, seed=seed, number=0):
         yield batch, {"next_batch": int(batch["index"]) + 1}
 
 
 def _passes(
     loader: Iterable[Batch], opened: Iterator[Batch], *, seed: int, position: Mapping[str, int]
-) -> Iterator[tuple[Batch, dict[str, int]]]:
+) -> Generator[tuple[Batch, dict[str, int]], None, None]:
     number, start = position["pass"], position["next_batch"]
     while True:
         for index, batch in enumerate(opened, start=start):
@@ -216,6 +228,23 @@ def _open_pass(loader: Iterable[Batch], *, seed: int, number: int) -> Iterator[B
     if first is None:
         raise ConfigError("the loader has no batch; is there any sample in its train split?")
     return itertools.chain([first], batches)
+
+
+def one_epoch(
+    loader: Iterable[Batch], device: torch.device, *, max_batches: int
+) -> Iterator[Batch]:
+    """At most `max_batches` batches on the device, all of the epoch that the first one is of."""
+    epochs = set()
+    for batch in itertools.islice(loader, max_batches):
+        epochs.add(batch.get("epoch"))
+        if len(epochs) > 1:
+            return
+        yield to_device(batch, device)
+
+
+def _close_if_alive(feed: weakref.ref[BatchFeed]) -> None:
+    if (alive := feed()) is not None:
+        alive.close()
 
 
 def tensors_of(batch: Any) -> Iterator[Tensor]:  # noqa: ANN401 (any nesting)

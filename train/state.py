@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import CheckpointError
+from shared.recipe import Recipe, WindowShapes
 from train import checkpoint, runtime
 from train.optimizing import restore_optimizer
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from shared.recipe import WindowShapes
     from train.config import TrainConfig, TrainingConfig
 
 
@@ -115,3 +115,9 @@ def schedule_of(training: TrainingConfig) -> dict[str, float]:
         "min_lr_ratio": optimizer.min_lr_ratio,
         "max_steps": training.max_steps,
     }
+
+
+def shapes_of(model: nn.Module) -> WindowShapes:
+    """The window shapes that a model was made for; the default recipe's where it does not say."""
+    shapes = getattr(model, "shapes", None)
+    return shapes if isinstance(shapes, WindowShapes) else WindowShapes.from_recipe(Recipe())

@@ -7,7 +7,6 @@ one is already on its way), numbers go through ``StepMeter`` and ``RunLog``, fil
 
 from __future__ import annotations
 
-import itertools
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import CheckpointError, ConfigError
-from shared.recipe import Recipe, WindowShapes
 from train import checkpoint, runtime
 from train.config import TrainConfig, as_train_config
-from train.feed import BatchFeed
+from train.feed import BatchFeed, one_epoch
 from train.health import QUIET_STEPS
-from train.inputs import to_device, to_model_inputs
+from train.inputs import to_model_inputs
 from train.losses import compute_losses, loss_counts, loss_sums, mean_losses
 from train.metrics import RunLog, StepMeter, default_run_name
 from train.optimizing import (
@@ -32,10 +30,10 @@ from train.optimizing import (
     step_if,
 )
 from train.runtime import StopSignals, explained_out_of_memory
-from train.state import TrainState, schedule_of
+from train.state import TrainState, schedule_of, shapes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from rich.console import Console
@@ -197,11 +195,11 @@ class Trainer:
         """
         if self._val_loader is None:
             raise ConfigError("there is nothing to evaluate on; give Trainer a val_loader")
-        was_training = self.model.training
+        was_training, num_batches = self.model.training, self.config.training.eval_batches
         self.model.eval()
         parts = []
         with torch.no_grad(), runtime.separate_rng(self.config.training.seed):
-            for batch in self._held_out_batches(self._val_loader):
+            for batch in one_epoch(self._val_loader, self.device, max_batches=num_batches):
                 outputs = self._predict(batch)
                 parts.append(
                     loss_sums(outputs, batch["targets"], batch["weight"], config=self.config)
@@ -302,15 +300,6 @@ class Trainer:
             outputs: dict[str, Tensor] = self._forward(inputs)
         return outputs
 
-    def _held_out_batches(self, val_loader: Iterable[Batch]) -> Iterator[Batch]:
-        """At most `eval_batches` batches on the device, all of one epoch."""
-        epochs = set()
-        for batch in itertools.islice(val_loader, self.config.training.eval_batches):
-            epochs.add(batch.get("epoch"))
-            if len(epochs) > 1:
-                return
-            yield to_device(batch, self.device)
-
     def _count(
         self, batches: list[Batch], losses: dict[str, Tensor], *, grad_norm: Tensor, is_good: Tensor
     ) -> None:
@@ -370,6 +359,7 @@ class Trainer:
         if progress.meter.has_steps:
             self._log(log, feed)
         if is_complete:
+            feed.close()
             final = training.checkpointing.save_dir / checkpoint.FINAL_NAME
             progress.checkpoint = self.save_checkpoint(final)
         else:
@@ -393,12 +383,6 @@ class Trainer:
             checkpoint=progress.checkpoint,
             log_dir=log.folder,
         )
-
-
-def shapes_of(model: nn.Module) -> WindowShapes:
-    """The window shapes that a model was made for; the default recipe's where it does not say."""
-    shapes = getattr(model, "shapes", None)
-    return shapes if isinstance(shapes, WindowShapes) else WindowShapes.from_recipe(Recipe())
 
 
 def _added(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

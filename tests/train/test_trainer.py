@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -275,6 +276,45 @@ def test_ctrl_c_to_the_whole_process_group_with_loader_processes_ends_cleanly(tm
     (saved,) = (tmp_path / "checkpoints").iterdir()
     assert f"returned by signal {saved}" in rest
     assert "Traceback" not in rest
+
+
+STUBBORN = """
+import signal, sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from torch.utils.data import DataLoader, IterableDataset
+from tiny_training import EndlessLoader, make_config, make_trainer
+torch.set_num_threads(1)
+def ignore_signals(worker):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(EndlessLoader())
+class Stubborn(EndlessLoader):
+    def __iter__(self):
+        yield from DataLoader(
+            Stream(), batch_size=None, num_workers=1, worker_init_fn=ignore_signals
+        )
+trainer = make_trainer(make_config(Path({folder!r}), max_steps=3), Stubborn())
+if {fails}:
+    trainer._log = lambda *arguments: 1 / 0
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_process_ends_even_if_loader_processes_ignore_sigterm(tmp_path, fails):
+    tests = str(Path(__file__).parent.parent)
+    script = STUBBORN.format(tests=tests, folder=str(tmp_path), fails=fails)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        assert process.wait(timeout=45) == int(fails)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_an_empty_loader_is_a_clear_error(tmp_path):
