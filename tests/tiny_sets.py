@@ -62,7 +62,7 @@ def set_recipe(**sections: Any) -> Recipe:
         "shard": {"target_bytes": 100_000},
     }
     for key, value in sections.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return Recipe.model_validate(values)
 
 
