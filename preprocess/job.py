@@ -80,8 +80,7 @@ def build_shards(
         ConfigError: the recipe's tokenizer can't be used.
         ShardError: another job builds the same set, or the old set is of a newer format.
     """
-    root = sessions if sessions.name not in ("", "..") else sessions.resolve()
-    folders = {p.name: p for p in find_sessions(root)}
+    folders = {p.name: p for p in find_sessions(sessions)}
     _require_names(folders)
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):

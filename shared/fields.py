@@ -203,12 +203,6 @@ class SessionFields:
             events=events,
         )
 
-    def lost_events(self, windows: Sequence[Window]) -> list[TextEvent]:
-        """Events that no window of `windows` holds."""
-        return [
-            e for e in self._events if not any(w.start_s <= e.time_s < w.stop_s for w in windows)
-        ]
-
     @cached_property
     def _clocked(self) -> tuple[Metadata, tuple[TextEvent, ...]]:
         metadata, events, _ = read_clocked(self.path, recipe=self.recipe)

@@ -100,6 +100,8 @@ def find_sessions(root: Path | str) -> list[Path]:
         SessionError: no such folder, or no session in it.
     """
     root = Path(root)
+    if root.name in ("", ".."):
+        root = root.resolve()  # a session's name is its folder's
     if not root.is_dir():
         raise SessionError(f"{root}: no such folder; give a session folder or a folder of them")
     if is_session(root):

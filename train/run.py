@@ -63,6 +63,13 @@ def run_training(
     console = Console()
     parts = open_parts(config)
     baselines = fit_baselines(config)
+    for head, counts in baselines.counts.items():
+        if not counts.sum():
+            console.print(
+                f"no train sample has a target for {head}: its loss stays 0 and says nothing; "
+                f"set training.loss_weights.{head}: 0 to leave the head out",
+                soft_wrap=True,
+            )
     trainer = Trainer(
         parts.model,
         config,
