@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -11,6 +13,11 @@ from rich.console import Console
 from shared.cli import CreatureGroup
 from shared.recipe import Recipe, load_recipe
 from shared.session import find_sessions
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from preprocess.report_page import ReportPage
 
 _RECIPE_OPTION = click.option(
     "--recipe",
@@ -23,12 +30,12 @@ _RECIPE_OPTION = click.option(
 
 @click.group(cls=CreatureGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
-    r"""Turn recorded VR sessions into shard sets for training.
+    """Turn recorded VR sessions into shard sets for training.
 
     \b
     The road:  validate -> shards -> verify, show -> python -m train run
     Try it:    python -m preprocess demo-sessions data/demo
-    """
+    """  # noqa: D301 (click wants the character, not its name)
 
 
 @cli.command()
@@ -37,6 +44,13 @@ def cli() -> None:
 @click.option("--strict", is_flag=True, help="Warnings count as failures.")
 @click.option("--summary", is_flag=True, help="One table and totals instead of full reports.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON report per line, for machines.")
+@click.option(
+    "--report",
+    "page_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Also write one HTML page with timelines, curves and pictures of every session.",
+)
 @_RECIPE_OPTION
 @click.pass_context
 def validate(
@@ -47,23 +61,33 @@ def validate(
     strict: bool,
     summary: bool,
     as_json: bool,
+    page_path: Path | None,
     recipe_path: Path | None,
 ) -> None:
-    """Check session folders, or folders of them; exit code 1 when one failed."""
+    """Check session folders, or folders of them; exit code 1 when one failed.
+
+    \b
+    python -m preprocess validate data/sessions --summary
+    python -m preprocess validate data/sessions/session_001 --fix
+    """  # noqa: D301
     from preprocess.repair import repair_session
     from preprocess.report import has_failed, print_report, print_summary, to_json_lines
-    from preprocess.validate import validate_session
+    from preprocess.validate import judge_session
 
     recipe = _recipe(recipe_path)
     console = Console(stderr=as_json)
     reports = []
-    for folder in (f for path in paths for f in find_sessions(path)):
-        if fix:
-            for sentence in repair_session(folder, recipe=recipe):
-                console.print(f"{folder.name}: {sentence}", highlight=False, markup=False)
-        reports.append(validate_session(folder, recipe=recipe))
-        if not summary and not as_json:
-            print_report(console, reports[-1])
+    with _open_page(page_path) as page:
+        for folder in (f for path in paths for f in find_sessions(path)):
+            if fix:
+                for sentence in repair_session(folder, recipe=recipe):
+                    console.print(f"{folder.name}: {sentence}", highlight=False, markup=False)
+            report, evidence = judge_session(folder, recipe=recipe)
+            reports.append(report)
+            if page is not None:
+                page.add(folder, report, evidence)
+            if not summary and not as_json:
+                print_report(console, report)
     if as_json:
         for line in to_json_lines(reports):
             click.echo(line)
@@ -133,7 +157,11 @@ def shards(
 @click.argument("shard_set", type=click.Path(path_type=Path))
 @click.pass_context
 def verify(ctx: click.Context, shard_set: Path) -> None:
-    """Check every byte of a shard set; exit code 1 when something is wrong."""
+    """Check every byte of a shard set; exit code 1 when something is wrong.
+
+    \b
+    python -m preprocess verify shards/default
+    """  # noqa: D301
     from preprocess.inspect import verify_set
 
     verdict = verify_set(shard_set)
@@ -152,7 +180,12 @@ def verify(ctx: click.Context, shard_set: Path) -> None:
 @click.argument("shard_set", type=click.Path(path_type=Path))
 @click.argument("key", required=False)
 def show(shard_set: Path, key: str | None) -> None:
-    """Show a shard set, or one sample of it by its key SESSION/WINDOW."""
+    """Show a shard set, or one sample of it by its key SESSION/WINDOW.
+
+    \b
+    python -m preprocess show shards/default
+    python -m preprocess show shards/default session_001/000004
+    """  # noqa: D301
     from preprocess.inspect import describe_sample, describe_set
 
     lines = describe_set(shard_set) if key is None else describe_sample(shard_set, key)
@@ -166,7 +199,12 @@ def show(shard_set: Path, key: str | None) -> None:
     "--sessions", "num_sessions", type=click.IntRange(min=1), default=24, show_default=True
 )
 @click.option(
-    "--duration", "duration_s", type=float, default=40.0, show_default=True, help="Seconds."
+    "--duration",
+    "duration_s",
+    type=click.FloatRange(min=1),
+    default=40.0,
+    show_default=True,
+    help="Seconds.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 def demo_sessions(out: Path, *, num_sessions: int, duration_s: float, seed: int) -> None:
@@ -183,6 +221,15 @@ def demo_sessions(out: Path, *, num_sessions: int, duration_s: float, seed: int)
         out, num_sessions=num_sessions, duration_s=duration_s, seed=seed, progress=tell
     )
     click.echo(f"{out}: {num_sessions} demo sessions" + ("" if made else ", all there already"))
+
+
+def _open_page(path: Path | None) -> AbstractContextManager[ReportPage | None]:
+    """The report page, or nothing where none is asked for: jinja2 is loaded only for a page."""
+    if path is None:
+        return nullcontext()
+    from preprocess.report_page import ReportPage
+
+    return ReportPage(path)
 
 
 def _recipe(path: Path | None) -> Recipe:

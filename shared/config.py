@@ -177,4 +177,4 @@ def _nearest_file(path: Path) -> str:
     except OSError:
         return f"; there is no folder {path.parent} either"
     near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    return f"; did you mean {path.parent / near[0]}?" if near else "; configs/ holds examples"

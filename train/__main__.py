@@ -14,12 +14,12 @@ from train.config import TrainConfig
 
 @click.group(cls=CreatureGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
-    r"""Train multi-modal creatures on shard sets, and let them live through sessions.
+    """Train multi-modal creatures on shard sets, and let them live through sessions.
 
     \b
     The road:  run -> tensorboard --logdir=runs/ -> infer
     Try it:    make train CONFIG=configs/demo.yaml
-    """
+    """  # noqa: D301 (click wants the character, not its name)
 
 
 @cli.command()
@@ -32,14 +32,14 @@ def cli() -> None:
 )
 @click.argument("overrides", nargs=-1)
 def run(*, config_path: Path, resume: str | None, check: bool, overrides: tuple[str, ...]) -> None:
-    r"""Train as a configuration file says.
+    """Train as a configuration file says.
 
     OVERRIDES are key=value pairs laid over the file, such as training.max_steps=200.
 
     \b
     python -m train run --config configs/demo.yaml --check
     python -m train run --config configs/demo.yaml --resume auto training.max_steps=2000
-    """
+    """  # noqa: D301
     from train.run import check_config, run_training
 
     config = load_section(TrainConfig, config_path, overrides)
@@ -71,7 +71,12 @@ def infer(
     top_p: float | None,
     seed: int,
 ) -> None:
-    """Let a creature live through a session tick by tick and write what it predicts."""
+    """Let a creature live through a session tick by tick and write what it predicts.
+
+    \b
+    python -m train infer --checkpoint checkpoints/demo/model_final.pt \\
+        --input data/demo/session_001 --out predictions
+    """  # noqa: D301
     from train.infer import infer as infer_session
 
     with click.progressbar(length=1, label=session.name) as bar:
