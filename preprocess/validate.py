@@ -71,6 +71,11 @@ def validate_session(path: Path, *, recipe: Recipe) -> Report:
     Returns:
         The report; a folder that can't even be judged gives a failed one.
     """
+    return judge_session(path, recipe=recipe)[0]
+
+
+def judge_session(path: Path, *, recipe: Recipe) -> tuple[Report, Evidence | None]:
+    """As :func:`validate_session`, with what was read; None where it could not be."""
     session = _printable(path.name or path.resolve().name)
     try:
         if not path.is_dir():
@@ -79,12 +84,12 @@ def validate_session(path: Path, *, recipe: Recipe) -> Report:
             raise SessionError(f"{path}: no session; {METADATA_FILE} or a recording must be in it")
         evidence = read_evidence(path, recipe=recipe)
         findings = {name: check(evidence) for name, check in CHECKS.items()}
-        return _report(session, findings, _stats(evidence))
+        return _report(session, findings, _stats(evidence)), evidence
     except SessionError as error:
-        return Report(session=session, errors=(_printable(str(error)),))
+        return Report(session=session, errors=(_printable(str(error)),)), None
     except Exception as error:  # the border of a session: whatever it is, the next one is judged
         what = f"{path}: can't be judged: {type(error).__name__}: {error}; look at its files"
-        return Report(session=session, errors=(_printable(what),))
+        return Report(session=session, errors=(_printable(what),)), None
 
 
 def _report(
