@@ -94,6 +94,7 @@ def make_config(
             "data": {"shards": shards, **data},
             "training": {
                 "seed": 7,
+                "num_threads": 1,
                 "loss_weights": {h: float(h in heads) for h in HEADS},
             },
             "model": {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "vision_layers": 1},
