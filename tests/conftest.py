@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: real recordings beside the repository, where they are."""
+"""Fixtures that many tests share: real recordings where they are, and tiny shard sets built once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from tiny_sets import build_set, set_recipe, write_sessions
 
 settings.register_profile("project", deadline=None)  # machines are shared: time says nothing
 settings.load_profile("project")
@@ -37,3 +38,22 @@ def nasty_files() -> dict[str, Path]:
     folder = _recordings("nasty")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
     return {path.relative_to(folder).as_posix(): path for path in files}
+
+
+@pytest.fixture(scope="session")
+def tiny_sessions(tmp_path_factory):
+    """Folder of the sessions of tiny_sets."""
+    return write_sessions(tmp_path_factory.mktemp("tiny") / "sessions")
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tiny_sessions):
+    """Their shard set; read only."""
+    return build_set(tiny_sessions, tiny_sessions.parent / "shards", set_recipe())
+
+
+@pytest.fixture(scope="session")
+def raw_set(tiny_sessions):
+    """Their shard set with vision kept to the bit; read only."""
+    recipe = set_recipe(vision={"codec": "raw"})
+    return build_set(tiny_sessions, tiny_sessions.parent / "raw", recipe)

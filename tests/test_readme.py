@@ -1,0 +1,73 @@
+"""What README.md tells to type exists and runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from preprocess.__main__ import cli as preprocess_cli
+from shared.config import make_section
+from train.__main__ import cli as train_cli
+from train.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CLIS = {"preprocess": preprocess_cli, "train": train_cli}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(prefix):
+    found = re.findall(rf"^{prefix} [^\n`#]*", "\n".join(blocks("bash")), flags=re.MULTILINE)
+    assert found, f"README names no {prefix} command"
+    return [line.strip() for line in found]
+
+
+@pytest.mark.parametrize("line", commands("python -m"))
+def test_every_python_command_of_the_readme_is_one_of_ours(line):
+    _, _, program, name, *arguments = shlex.split(line)
+    command = CLIS[program].commands[name]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {a for a in arguments if a.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("line", commands("make"))
+def test_every_make_target_of_the_readme_is_in_the_makefile(line):
+    target = line.split()[1]
+    assert re.search(rf"^{target}:.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_the_configuration_of_the_readme_is_valid():
+    (block,) = blocks("yaml")
+    config = make_section(TrainConfig, yaml.safe_load(block))
+    assert config.training.optimizer.lr == 3e-4
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_the_stock_reader_of_the_readme_joins_a_shard(tiny_set, tmp_path, monkeypatch):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "demo").symlink_to(tiny_set)
+    monkeypatch.chdir(tmp_path)
+    (block,) = (b for b in blocks("python") if "webdataset" in b)
+    names = {}
+    exec(block, names)
+    names["store"].close()
+    assert {"audio.wav", "text.json"} <= set().union(*names["samples"].values())
+    assert names["proprio"].shape[0] >= len(names["samples"]) > 0
+
+
+def test_the_files_that_the_readme_lists_are_there():
+    (listing,) = (b for b in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "recipe.py" in b)
+    folder, listed = "", set()
+    for line in listing.splitlines():
+        heading = re.match(r"(\w+)/ ", line)
+        folder = heading.group(1) if heading else folder
+        listed |= {f"{folder}/{name}" for name in re.findall(r"\b\w+\.(?:py|md)\b", line)}
+    missing = sorted(name for name in listed if not (ROOT / name).exists())
+    assert not missing
