@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: real recordings where they are, and tiny shard sets built once."""
+"""Fixtures that many tests share: real recordings where they are, tiny shard sets built once."""
 
 from __future__ import annotations
 
