@@ -69,6 +69,7 @@ def validate(
     \b
     python -m preprocess validate data/sessions --summary
     python -m preprocess validate data/sessions/session_001 --fix
+    python -m preprocess validate data/sessions --report out.html
     """  # noqa: D301
     from preprocess.repair import repair_session
     from preprocess.report import has_failed, print_report, print_summary, to_json_lines

@@ -102,16 +102,15 @@ def round_up(value: float) -> float:
 
 
 def say_time(time_s: float, *, step_s: float = 0.01) -> str:
-    """A time as people read it: seconds, or hours, minutes and seconds from two minutes on."""
+    """A time as people read it, rounded to a step: seconds, from two minutes on m:ss or h:mm:ss."""
     digits = max(0, -math.floor(math.log10(step_s) + 1e-9))
-    if abs(time_s) < _CLOCK_FROM_S or step_s < 1:
+    if abs(time_s) < _CLOCK_FROM_S:
         return f"{time_s:.{digits}f} s"
-    minutes, seconds = divmod(round(abs(time_s)), 60)
-    hours, minutes = divmod(minutes, 60)
-    sign = "-" if time_s < 0 else ""
-    return (
-        f"{sign}{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{sign}{minutes}:{seconds:02d}"
-    )
+    minutes, seconds = divmod(round(abs(time_s), digits), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    padded = f"{seconds:0{digits + 3 if digits else 2}.{digits}f}"
+    head = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
+    return f"{'-' if time_s < 0 else ''}{head}:{padded}"
 
 
 def thin_curve(
@@ -130,7 +129,7 @@ def thin_curve(
         values: [N] finite.
         axis: what is shown.
         num_columns: columns of the picture.
-        max_step_s: longest step that is joined by a line.
+        max_step_s: longest step that is joined by a line, where it is wider than a column.
 
     Returns:
         (times [M], values [M]) of each piece, M > 0.
@@ -138,7 +137,8 @@ def thin_curve(
     if len(times_s) == 0:
         return []
     column = np.floor((times_s - axis.start_s) / axis.length_s * num_columns)
-    is_break = np.diff(times_s) > max_step_s + EPSILON_S
+    # Gaps narrower than a column are bands of the picture; as pieces there could be any number.
+    is_break = np.diff(times_s) > max(max_step_s + EPSILON_S, axis.length_s / num_columns)
     starts = np.flatnonzero(np.concatenate([[True], is_break | (np.diff(column) != 0)]))
     stops = np.append(starts[1:], len(times_s)) - 1
     low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)

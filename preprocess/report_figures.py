@@ -8,25 +8,23 @@ session's length.
 from __future__ import annotations
 
 import math
-import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from preprocess.report_axes import (
-    PLOT_WIDTH,
     Tick,
     TimeAxis,
     ValueAxis,
     band_path,
     line_path,
     round_up,
-    say_time,
     step_path,
     thin_curve,
 )
 from preprocess.report_media import FLOOR_DB, read_envelope, read_thumbnails
+from preprocess.report_texts import ListedText, TextLanes, draw_lanes, list_texts
 from preprocess.report_timeline import Band, Row, draw_bands, find_gaps, timeline_rows
 from shared.audio import SILENCE_RMS
 from shared.errors import MediaError
@@ -46,12 +44,6 @@ _MAX_COLUMNS = 500
 _MAX_POINTS = 12_000
 """Columns of a panel times its curves: some 250 kB of page."""
 
-_MAX_LANES = 5
-_MAX_MARKS = 1000
-_MAX_LISTED = 300
-_MAX_LISTED_CHARS = 400
-_MAX_LABEL_CHARS = 48
-_CHAR_WIDTH = 6.7
 _NUM_COLOURS = 10
 
 
@@ -77,6 +69,9 @@ class Plot:
     limits: list[Tick] = field(default_factory=list)
     """Dashed lines at values that should not be passed."""
     bands: list[Band] = field(default_factory=list)
+    """Gaps, behind the curves."""
+    alarms: list[Band] = field(default_factory=list)
+    """Clipping, before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,39 +79,8 @@ class Strip:
     """Thumbnails of an eye."""
 
     name: str
-    title: str
+    note: str
     pictures: list[Thumbnail]
-
-
-@dataclass(frozen=True, slots=True)
-class TextMark:
-    """A text event at its place."""
-
-    x: float
-    lane: int
-    """-1 where there is no room for its words."""
-    anchor: str
-    label: str
-    title: str
-
-
-@dataclass(frozen=True, slots=True)
-class TextLanes:
-    """The events of one text stream, in lanes so that labels don't overlap."""
-
-    name: str
-    num_lanes: int
-    marks: list[TextMark]
-
-
-@dataclass(frozen=True, slots=True)
-class ListedText:
-    """A text event in the list below the pictures."""
-
-    time: str
-    stream: str
-    text: str
-    is_outside: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,37 +112,17 @@ def draw_session(path: Path, evidence: Evidence) -> Figures:
     notes: list[str] = []
     strips = _strips(path, evidence, axis, notes)
     plots = [*_sound_plots(path, evidence, axis, notes), *_sensor_plots(evidence, axis)]
-    listed = evidence.events[:_MAX_LISTED]
+    texts = list_texts(evidence)
     return Figures(
         axis=axis,
         rows=timeline_rows(evidence, axis),
         strips=strips,
         plots=plots,
-        lanes=_lanes(evidence, axis),
-        texts=[
-            ListedText(
-                say_time(e.time_s - evidence.offset_s),
-                e.stream.value,
-                readable(e.text, max_chars=_MAX_LISTED_CHARS),
-                not _is_inside(e.time_s - evidence.offset_s, evidence),
-            )
-            for e in listed
-        ],
-        num_unlisted=len(evidence.events) - len(listed),
+        lanes=draw_lanes(evidence, axis),
+        texts=texts,
+        num_unlisted=len(evidence.events) - len(texts),
         notes=notes,
     )
-
-
-def readable(text: str, *, max_chars: int) -> str:
-    """A text in one line that can't reorder or hide its surroundings: control characters are
-    written as escapes, and it is cut after so many characters.
-    """
-    line = " ".join(text[: 4 * max_chars].split())
-    plain = "".join(
-        c if unicodedata.category(c)[0] != "C" or c == "\u200d" else f"\\u{ord(c):04x}"
-        for c in line[:max_chars]
-    )
-    return plain if len(line) <= max_chars else f"{plain[: max_chars - 3]}..."
 
 
 def _strips(path: Path, evidence: Evidence, axis: TimeAxis, notes: list[str]) -> list[Strip]:
@@ -192,7 +136,7 @@ def _strips(path: Path, evidence: Evidence, axis: TimeAxis, notes: list[str]) ->
         except (MediaError, OSError) as error:
             notes.append(f"{file}: no thumbnails: {error}")
             continue
-        strips.append(Strip(stream.value, f"{stream}, as the recipe shows it", pictures))
+        strips.append(Strip(stream.value, f"fit: {vision.fit}", pictures))
     return strips
 
 
@@ -225,11 +169,11 @@ def _waveform(envelope: Envelope, xs: NDArray[np.float64]) -> Plot:
     ]
     return Plot(
         name="waveform",
-        title="audio, full scale 1 (extremes of all channels)",
+        title="audio waveform, full scale is 1",
         height=_PLOT_HEIGHT,
         y_ticks=values.ticks(),
         curves=[Curve(area, 0, "", is_area=True)],
-        bands=clipped,
+        alarms=clipped,
     )
 
 
@@ -239,9 +183,9 @@ def _level(envelope: Envelope, xs: NDArray[np.float64]) -> Plot:
     silence_db = 20 * math.log10(SILENCE_RMS)
     return Plot(
         name="level",
-        title="audio level, dBFS (RMS over 20 ms or a pixel)",
+        title="audio level, dBFS (RMS)",
         height=_PLOT_HEIGHT,
-        y_ticks=[Tick(values.y(v), f"{v:g}") for v in (0.0, -30.0, -60.0, -90.0)],
+        y_ticks=[Tick(values.y(v), f"{v}") for v in range(-90, int(top_db) + 1, 30)],
         curves=[Curve(step_path(xs, values.ys(envelope.level_db)), 0, "")],
         limits=[Tick(values.y(silence_db), "silent below")],
     )
@@ -326,44 +270,3 @@ def _sensor_plot(
         limits=[Tick(values.y(limit), "") for limit in limits or ()],
         bands=[b for gaps in find_gaps(times_s) for b in draw_bands(gaps, axis)],
     )
-
-
-def _lanes(evidence: Evidence, axis: TimeAxis) -> list[TextLanes]:
-    """Text events as marks; each label stands in the first lane that has room for it."""
-    found: list[TextLanes] = []
-    for stream in (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT):
-        events = [e for e in evidence.events if e.stream is stream][:_MAX_MARKS]
-        stops = [-math.inf] * _MAX_LANES
-        marks: list[TextMark] = []
-        for event in events:
-            time_s = event.time_s - evidence.offset_s
-            marks.append(_mark(time_s, event.text, evidence, axis, stops))
-        if marks:
-            num_lanes = max(1, *(mark.lane + 1 for mark in marks))
-            found.append(TextLanes(stream.value, num_lanes, marks))
-    return found
-
-
-def _mark(
-    time_s: float, text: str, evidence: Evidence, axis: TimeAxis, stops: list[float]
-) -> TextMark:
-    """One event; writes into `stops` where its label ends."""
-    x, label = axis.x(time_s), readable(text, max_chars=_MAX_LABEL_CHARS)
-    title = f"{say_time(time_s)}: {readable(text, max_chars=_MAX_LISTED_CHARS)}"
-    if not _is_inside(time_s, evidence):
-        label = f"({say_time(time_s)}) {label}"
-    width = 10 + _CHAR_WIDTH * sum(
-        2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in label
-    )
-    is_at_end = x + width > PLOT_WIDTH
-    left, right = (x - width, x + 4) if is_at_end else (x, x + width)
-    lane = next((i for i, stop in enumerate(stops) if left >= stop), -1)
-    if lane < 0:
-        return TextMark(x, -1, "start", "", title)
-    stops[lane] = right
-    return TextMark(x, lane, "end" if is_at_end else "start", label, title)
-
-
-def _is_inside(time_s: float, evidence: Evidence) -> bool:
-    """Whether a time lies in the session."""
-    return 0 <= time_s <= evidence.length_s

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from shared.recipe import VisionRecipe
 
 NUM_THUMBNAILS = 10
+_LONG_S = 120.0
 _THUMBNAIL = {"size": 128, "codec": "mjpeg", "quality": 75}
 _SEEKABLE_HEADS = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
 _MATROSKA_HEAD = b"\x1aE\xdf\xa3"
@@ -95,7 +96,8 @@ def read_thumbnails(
         uri = uris.get(index, "") if is_near else ""
         state = "shown" if uri else "damaged" if is_near else "none"
         shown_s = float(track.times_s[index] if is_near else times_s[slot])
-        thumbnails.append(Thumbnail(slot * width, width, uri, say_time(shown_s), state))
+        label = say_time(shown_s, step_s=0.01 if axis.length_s < _LONG_S else 0.1)
+        thumbnails.append(Thumbnail(slot * width, width, uri, label, state))
     return thumbnails
 
 
@@ -129,11 +131,9 @@ def read_envelope(path: Path, *, duration_s: float, axis: TimeAxis) -> Envelope:
     blocks = _sound_blocks(path)
     rate_hz, head = next(blocks, (1, np.zeros((0, 1), dtype=np.float32)))
     num_bins = min(duration_s / axis.length_s * PLOT_WIDTH, duration_s * rate_hz / _MIN_BIN_SAMPLES)
-    bins = _Bins(duration_s, max(1, int(num_bins)))
-    first = 0
+    bins = _Bins(duration_s, max(1, int(num_bins)), num_samples=round(duration_s * rate_hz))
     for _, block in itertools.chain([(rate_hz, head)], blocks):
-        bins.add(block, (first + np.arange(len(block))) / rate_hz)
-        first += len(block)
+        bins.add(block)
     return bins.envelope()
 
 
@@ -154,28 +154,34 @@ def _sound_blocks(path: Path) -> Iterator[tuple[int, NDArray[np.float32]]]:
 class _Bins:
     """Extremes and energy of samples by time."""
 
-    def __init__(self, duration_s: float, num_bins: int) -> None:
+    def __init__(self, duration_s: float, num_bins: int, *, num_samples: int) -> None:
+        self._num_samples, self._first = max(1, num_samples), 0
         self._edges_s = np.linspace(0.0, duration_s, num_bins + 1)
         self._low = np.full(num_bins, np.inf)
         self._high = np.full(num_bins, -np.inf)
         self._energy = np.zeros(num_bins)
         self._count = np.zeros(num_bins)
 
-    def add(self, block: NDArray[np.float32], times_s: NDArray[np.float64]) -> None:
-        """Samples [n, channels] at times [n], in order."""
+    def add(self, block: NDArray[np.float32]) -> None:
+        """The next samples [n, channels]."""
         if len(block) == 0:
             return
-        samples = np.nan_to_num(block.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        # By channel: reducing along the long axis is ten times faster.
+        samples = np.ascontiguousarray(block.T)
+        samples = np.nan_to_num(samples, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         num_bins = len(self._low)
-        which = np.minimum((times_s / self._edges_s[-1] * num_bins).astype(np.int64), num_bins - 1)
+        number = self._first + np.arange(len(block), dtype=np.int64)
+        self._first += len(block)
+        which = np.minimum(number * num_bins // self._num_samples, num_bins - 1)
         starts = np.flatnonzero(np.diff(which, prepend=-1))
         at = which[starts]
-        low = np.minimum.reduceat(samples.min(axis=1), starts)
-        high = np.maximum.reduceat(samples.max(axis=1), starts)
+        low = np.minimum.reduceat(samples, starts, axis=1).min(axis=0)
+        high = np.maximum.reduceat(samples, starts, axis=1).max(axis=0)
         self._low[at] = np.minimum(self._low[at], low)
         self._high[at] = np.maximum(self._high[at], high)
-        self._energy[at] += np.add.reduceat(np.square(samples).mean(axis=1), starts)
-        self._count[at] += np.diff(np.append(starts, len(samples)))
+        energy = np.add.reduceat(np.square(samples, dtype=np.float64), starts, axis=1)
+        self._energy[at] += energy.mean(axis=0)
+        self._count[at] += np.diff(np.append(starts, len(block)))
 
     def envelope(self) -> Envelope:
         """What was added; empty bins are silent."""

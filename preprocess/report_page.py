@@ -160,7 +160,8 @@ class ReportPage:
         words = {"failed": "failed", "warnings": "with warnings", "passed": "passed"}
         found = [f"{counts[status]} {word}" for status, word in words.items() if counts[status]]
         number = "1 session" if len(self._rows) == 1 else f"{len(self._rows)} sessions"
-        return f"{number}, {say_time(self._length_s)}: {', '.join(found) or 'nothing to judge'}"
+        length = say_time(self._length_s, step_s=0.1)
+        return f"{number}, {length}: {', '.join(found) or 'nothing to judge'}"
 
 
 def _summary_row(anchor: str, report: Report, figures: Figures | None) -> SummaryRow:
@@ -171,8 +172,10 @@ def _summary_row(anchor: str, report: Report, figures: Figures | None) -> Summar
         row = rows.get(stream.value)
         if row is None:
             cells.append(("none", "?"))
-        elif row.absent:
-            cells.append(("wrong", "missing") if row.is_wrong else ("none", "-"))
+        elif row.state == "absent":
+            cells.append(("none", "-"))
+        elif row.state != "recorded":
+            cells.append(("wrong", row.state))
         else:
             is_full = row.share > 0.995 and not row.flaws
             cells.append(("full" if is_full else "part", f"{math.floor(row.share * 100 + 0.5)}%"))
@@ -182,7 +185,7 @@ def _summary_row(anchor: str, report: Report, figures: Figures | None) -> Summar
         anchor=anchor,
         session=report.session,
         status=report.status,
-        length="-" if length_s is None else say_time(length_s),
+        length="-" if length_s is None else say_time(length_s, step_s=0.1),
         cells=cells,
         num_errors=len(report.errors),
         num_warnings=len(report.warnings),

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _MIN_WIDTH = 2.0
 """A shorter stretch is drawn so wide, so that it can be seen."""
 
+_MANY = 100
+"""Of so many stretches none is widened beyond one unit: they would look like all of the session."""
+
 _TEXT_STREAMS = (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT)
 _WORDS = {
     "gap-warning": "gap",
@@ -63,10 +66,10 @@ class Row:
 
     name: str
     bands: list[Band] = field(default_factory=list)
+    state: str = "recorded"
+    """recorded, absent, missing (a required stream) or broken (its file can't be read)."""
     absent: str = ""
     """Why it is missing."""
-    is_wrong: bool = False
-    """Whether it is missing though it is required, or its file is there and can't be read."""
     note: str = ""
     """Where it begins and ends."""
     flaws: str = ""
@@ -108,7 +111,7 @@ def draw_bands(stretches: Stretches, axis: TimeAxis) -> list[Band]:
     for head, tail in zip(heads.tolist(), tails.tolist(), strict=True):
         width = float(stop_xs[tail] - xs[head])
         middle = xs[head] + width / 2
-        width = max(_MIN_WIDTH, width)
+        width = max(_MIN_WIDTH if len(heads) < _MANY else 1.0, width)
         note = f"{say_time(starts_s[head], step_s=1e-3)} to {say_time(stops_s[tail], step_s=1e-3)}"
         longest_s = float((stops_s - starts_s)[head : tail + 1].max())
         word = _WORDS[stretches.kind]
@@ -124,14 +127,12 @@ def draw_bands(stretches: Stretches, axis: TimeAxis) -> list[Band]:
 def _absent(stream: Stream, evidence: Evidence) -> Row:
     """A stream that is missing."""
     file = VISION_FILES.get(stream) or (AUDIO_FILE if stream is Stream.AUDIO else METADATA_FILE)
-    is_required = stream in evidence.recipe.required
-    is_unreadable = file in evidence.unreadable and stream not in _TEXT_STREAMS
-    words = "required, but missing" if is_required else "absent"
-    return Row(
-        name=stream.value,
-        absent=f"{words}: {evidence.absent.get(stream, 'not recorded')}",
-        is_wrong=is_required or is_unreadable,
-    )
+    is_broken = file in evidence.unreadable and stream not in _TEXT_STREAMS
+    is_missing = stream in evidence.recipe.required
+    state = "broken" if is_broken else "missing" if is_missing else "absent"
+    words = {"broken": "broken", "missing": "required, but missing", "absent": "absent"}[state]
+    why = evidence.absent.get(stream, "not recorded")
+    return Row(name=stream.value, state=state, absent=f"{words}: {why}")
 
 
 def _row(stream: Stream, evidence: Evidence, axis: TimeAxis) -> Row:
@@ -182,7 +183,7 @@ def _say_flaws(flaws: list[Stretches]) -> str:
         parts.append(f"{len(gaps_s)} {plural} {gaps_s.max():.3f} s")
     num_damaged = sum(len(f.starts_s) for f in flaws if f.kind == "damaged")
     if num_damaged:
-        parts.append(f"{num_damaged} damaged")
+        parts.append(f"{num_damaged} {'stretch' if num_damaged == 1 else 'stretches'} damaged")
     return ", ".join(parts)
 
 
