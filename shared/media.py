@@ -7,7 +7,7 @@ players take it.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,34 +18,28 @@ import soxr
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from shared.errors import MediaError
+from shared.video import (
+    DAMAGE,
+    decode_all,
+    decode_frames,
+    error_reason,
+    is_restart,
+    nal_length_bytes,
+    open_video,
+    require_bytes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from av.container import InputContainer
     from av.video.frame import VideoFrame
     from numpy.typing import NDArray
 
     from shared.recipe import VisionRecipe
 
-MAX_PIXELS = 8192 * 8192
-"""A larger picture is refused before it is decoded."""
-
 MAX_RATE_HZ = 768_000
 """A larger sample rate is no sound."""
-
-_OPEN_OPTIONS = {
-    "protocol_whitelist": "file",
-    "format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,h264,hevc,ivf,ogg,flv,mjpeg",
-}
-"""No playlists that name other files or hosts, no text that ffmpeg would take for a picture."""
-
-_INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-"""Containers in which a seek ends at the keyframe asked for."""
-
-_DAMAGE = (av.FFmpegError, IndexError)
-"""What PyAV raises while it reads packets: the second where damage makes a track appear midway."""
 
 _MAX_SAMPLE = np.float32(2**32)
 """A larger sample is no number of any scale that recorders write."""
@@ -63,8 +57,9 @@ class VideoTrack:
     """What the container says of the first video track.
 
     `times_s` float64 [N]: presentation times from the container's start, increasing; `pts` int64
-    [N]: the same in units of the track's time base; `keyframes` bool [N]. `rotation_deg` is applied
-    by :func:`read_frames`.
+    [N]: the same in units of the track's time base; `keyframes` bool [N]; `positions` int64 [N]:
+    place of each frame's packet in the file's order; `restarts` int64 [R]: places of the packets
+    from which a decoder begins afresh, increasing.
     """
 
     codec: str
@@ -73,6 +68,8 @@ class VideoTrack:
     times_s: NDArray[np.float64]
     pts: NDArray[np.int64]
     keyframes: NDArray[np.bool_]
+    positions: NDArray[np.int64]
+    restarts: NDArray[np.int64]
     num_lost: int = 0
     """Frames that the container's index promises and the file, cut off, does not hold."""
 
@@ -112,31 +109,39 @@ def read_video_track(path: Path) -> VideoTrack:
     Raises:
         MediaError: the file doesn't open, or holds no video frame.
     """
-    with _open_video(path) as (container, stream):
+    with open_video(path) as (container, stream):
+        context = stream.codec_context
         origin_s = (container.start_time or 0) / av.time_base
-        found: list[tuple[int, bool]] = []
+        length_bytes = nal_length_bytes(context)
+        pts, positions, restarts = array("q"), array("q"), array("q")
+        is_key = array("b")
         num_packets = 0
         try:
             # A file that ends early is kept as far as it goes.
             for packet in container.demux(stream):
-                num_packets += packet.size > 0
+                if packet.is_keyframe and is_restart(packet, context.name, length_bytes):
+                    restarts.append(num_packets)
                 if packet.pts is not None and not packet.is_discard:
-                    found.append((packet.pts, packet.is_keyframe))
-        except _DAMAGE as error:
-            if not found:
-                raise MediaError(f"{path}: can't be read: {_reason(error)}") from error
-        if not found:
+                    pts.append(packet.pts)
+                    positions.append(num_packets)
+                    is_key.append(packet.is_keyframe)
+                num_packets += packet.size > 0
+        except DAMAGE as error:
+            if not pts:
+                raise MediaError(f"{path}: can't be read: {error_reason(error)}") from error
+        if not pts:
             raise MediaError(f"{path}: holds no video frame; record or copy it again")
-        pts, keyframes = (np.array(column) for column in zip(*sorted(found), strict=True))
-        is_first = np.diff(pts, prepend=pts[0] - 1) > 0
-        pts, keyframes = pts[is_first], keyframes[is_first]
+        order = _increasing_order(np.asarray(pts, dtype=np.int64))
+        times_pts = np.asarray(pts, dtype=np.int64)[order]
         return VideoTrack(
-            codec=stream.codec_context.name,
-            width=stream.codec_context.width,
-            height=stream.codec_context.height,
-            times_s=pts * float(stream.time_base or 0) - origin_s,
-            pts=pts,
-            keyframes=keyframes.astype(np.bool_),
+            codec=context.name,
+            width=context.width,
+            height=context.height,
+            times_s=times_pts.astype(np.float64) * float(stream.time_base or 0) - origin_s,
+            pts=times_pts,
+            keyframes=np.asarray(is_key, dtype=np.bool_)[order],
+            positions=np.asarray(positions, dtype=np.int64)[order],
+            restarts=np.asarray(restarts, dtype=np.int64),
             num_lost=max(0, stream.frames - num_packets),
         )
 
@@ -146,8 +151,8 @@ def read_frames(
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Decode some frames of a video, in order of time, at the recipe's size.
 
-    Decoding starts at the last keyframe before the first wanted frame and runs on to the last one,
-    once. Frames that don't decode are left out.
+    What no wanted frame needs is not decoded (see :mod:`shared.video`). Frames that don't decode
+    are left out.
 
     Args:
         path: the video.
@@ -166,7 +171,7 @@ def read_frames(
     index_of_pts = {int(track.pts[i]): i for i in wanted}
     last_pts = int(track.pts[wanted[-1]])
     reformatter = VideoReformatter()
-    for frame in _decode_from(path, track, wanted[0]):
+    for frame in decode_frames(path, track, wanted):
         index = index_of_pts.pop(frame.pts, None)
         if index is not None:
             yield index, _picture(frame, reformatter, recipe)
@@ -180,7 +185,7 @@ def read_sound(path: Path, *, rate_hz: int) -> Sound:
     Raises:
         MediaError: the file doesn't open, or holds no sound.
     """
-    _require_bytes(path)
+    require_bytes(path)
     try:
         with soundfile.SoundFile(str(path)) as file:
             return _mono(
@@ -210,7 +215,7 @@ def _read_sound_by_av(path: Path, rate_hz: int) -> Sound:
         resampler = av.AudioResampler(format="fltp")
 
         def blocks() -> Iterator[NDArray[np.float32]]:
-            for frame in _decode(container, stream):
+            for frame in decode_all(container, stream):
                 for plain in resampler.resample(frame):
                     yield plain.to_ndarray().T.astype(np.float32, copy=False)
 
@@ -260,83 +265,11 @@ def _mono(
     )
 
 
-@contextmanager
-def _open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
-    """The container and its first video track, after checks that need no decoding."""
-    _require_bytes(path)
-    try:
-        container = av.open(str(path), metadata_errors="ignore", options=_OPEN_OPTIONS)
-    except (av.FFmpegError, ValueError) as error:
-        hint = _lfs_hint(path)
-        what = f"{path}: is no video that can be read: {_reason(error)}{hint}"
-        raise MediaError(what) from error
-    with container:
-        if not container.streams.video:
-            raise MediaError(f"{path}: holds no video track")
-        stream = container.streams.video[0]
-        context: Any = (
-            stream.codec_context
-        )  # None where no decoder is known, whatever its type says
-        if context is None or context.width == 0:
-            raise MediaError(f"{path}: its codec is unknown; re-encode it as h264")
-        stream.thread_type = "NONE"  # one process per core is faster than threads within one
-        if context.width * context.height > MAX_PIXELS:
-            size = f"{context.width}x{context.height}"
-            raise MediaError(f"{path}: pictures of {size} are too large; re-encode it smaller")
-        yield container, stream
-
-
-def _require_bytes(path: Path) -> None:
-    """Refuses what is no file with bytes in it."""
-    if not path.exists():
-        raise MediaError(f"{path}: no such file")
-    if not path.is_file():
-        raise MediaError(f"{path}: is no file; put the recording there")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{path}: the file is empty; record or copy it again")
-
-
-def _decode_from(path: Path, track: VideoTrack, first: int) -> Iterator[Any]:
-    """Decoded frames in order of time, beginning at or before frame `first` of the track.
-
-    Starts at the keyframe before it where the container's index can be trusted, else at the file's
-    first frame: after a seek, MPEG streams and AVI lose frames or give them other frames' times.
-    """
-    before = np.flatnonzero(track.keyframes[: first + 1])
-    keyframe = int(before[-1]) if len(before) else 0
-    for start in (keyframe, 0):
-        with _open_video(path) as (container, stream):
-            if start > 0 and not _seek(container, stream, int(track.pts[start])):
-                continue
-            frames = (f for f in _decode(container, stream) if f.pts is not None)
-            head = next(frames, None)
-            if head is not None and (start == 0 or head.pts <= track.pts[first]):
-                yield head
-                yield from frames
-                return
-
-
-def _seek(container: InputContainer, stream: Any, pts: int) -> bool:  # noqa: ANN401
-    """Go to a keyframe, if the container can be trusted to."""
-    if container.format.name not in _INDEXED_FORMATS:
-        return False
-    try:
-        container.seek(pts, stream=stream)
-    except av.FFmpegError:
-        return False
-    return True
-
-
-def _decode(container: InputContainer, stream: Any) -> Iterator[Any]:  # noqa: ANN401
-    """Frames of a track; packets that don't decode are passed over."""
-    try:
-        for packet in container.demux(stream):
-            try:
-                yield from packet.decode()
-            except av.FFmpegError:
-                continue
-    except _DAMAGE:
-        return
+def _increasing_order(pts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Order that sorts by time and keeps the first of equal times."""
+    order = np.argsort(pts, kind="stable")
+    is_first = np.diff(pts[order], prepend=pts[order[0]] - 1) > 0
+    return order[is_first]
 
 
 def _picture(
@@ -371,18 +304,3 @@ def _square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     top, left = (size - cut.shape[0]) // 2, (size - cut.shape[1]) // 2
     padded[top : top + cut.shape[0], left : left + cut.shape[1]] = cut
     return padded
-
-
-def _reason(error: Exception) -> str:
-    """The library's reason in one line."""
-    return str(getattr(error, "strerror", None) or error).splitlines()[0]
-
-
-def _lfs_hint(path: Path) -> str:
-    """Says so when a Git LFS pointer stands where a file should be."""
-    try:
-        with path.open("rb") as file:
-            is_pointer = file.read(40).startswith(b"version https://git-lfs")
-    except OSError:
-        return ""
-    return "; it is a Git LFS pointer, fetch the file by `git lfs pull`" if is_pointer else ""
