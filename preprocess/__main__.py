@@ -13,6 +13,7 @@ from rich.console import Console
 from shared.cli import CreatureGroup
 from shared.recipe import Recipe, load_recipe
 from shared.session import find_sessions
+from shared.storage import place_of
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -102,17 +103,15 @@ def validate(
 @_RECIPE_OPTION
 @click.option(
     "--sessions",
-    type=click.Path(path_type=Path),
-    default=Path("data/sessions"),
+    default="data/sessions",
     show_default=True,
-    help="Folder of session folders.",
+    help="Folder of session folders, or its URL (s3://...).",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
-    default=Path("shards/default"),
+    default="shards/default",
     show_default=True,
-    help="Folder of the shard set.",
+    help="Folder of the shard set, or its URL.",
 )
 @click.option(
     "--workers", type=click.IntRange(min=0), default=None, help="Local processes; 0: none."
@@ -122,8 +121,8 @@ def validate(
 def shards(
     *,
     recipe_path: Path | None,
-    sessions: Path,
-    out: Path,
+    sessions: str,
+    out: str,
     workers: int | None,
     scheduler: str | None,
     dry_run: bool,
@@ -137,21 +136,22 @@ def shards(
     num_workers = (os.cpu_count() or 1) if workers is None else workers
     with Cluster(scheduler=scheduler, num_workers=num_workers, console=console) as cluster:
         summary = build_shards(sessions, out, recipe=recipe, cluster=cluster, dry_run=dry_run)
+    where = place_of(out)
     for line in summary.plan.reasons():
         click.echo(f"{'would make' if dry_run else 'made'} {line}")
     if summary.manifest is None:
         if summary.plan.is_empty:
-            click.echo(f"{out} is up to date")
+            click.echo(f"{where} is up to date")
         return
     counts = summary.manifest.counts
     state = "is up to date" if summary.plan.is_empty else "is ready"
     click.echo(
-        f"{out} {state}: {counts['sessions']} sessions, {counts['windows_planned']} windows = "
+        f"{where} {state}: {counts['sessions']} sessions, {counts['windows_planned']} windows = "
         f"{counts['samples']} samples ({summary.manifest.num_samples('val')} held out) + "
         f"{counts['windows_rejected']} rejected"
     )
     if summary.rejected:
-        click.echo(f"what is not in it, and why: {out / 'rejected.jsonl'}")
+        click.echo(f"what is not in it, and why: {where}/rejected.jsonl")
 
 
 @cli.command()

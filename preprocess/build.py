@@ -1,5 +1,5 @@
-"""One task, one shard: write the columns that are due and the index, under temporary names, then
-rename.
+"""One task, one shard: write the columns that are due and the index in a workplace, and put each
+into the set when it is finished.
 
 :func:`build_shard` is an ordinary function of plain values. The Dask job calls it in its workers, a
 test in its own process; the bytes are the same.
@@ -8,35 +8,30 @@ test in its own process; the bytes are the same.
 from __future__ import annotations
 
 import hashlib
-import os
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from preprocess.plan import BuiltColumn, BuiltShard, ShardTask, Slice
+from preprocess.recordings import Recording, require_unchanged
 from preprocess.write import ZARR_WRITERS, Draft, Row, write_tar
 from shared.errors import ShardError
 from shared.fields import SessionFields
-from shared.index import ShardIndex, index_bytes, open_index
+from shared.index import ShardIndex, index_bytes, parse_index
 from shared.layout import COLUMNS, presence_bits
-from shared.manifest import (
-    ShardEntry,
-    fingerprint_of,
-    sync_folder,
-    temporary_path,
-    write_durably,
-)
+from shared.manifest import ShardEntry, fingerprint_of
 from shared.recipe import STREAMS, Recipe
 from shared.text import parse_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from preprocess.places import SetPlace
     from shared.scan import SessionScan
 
 
@@ -44,11 +39,11 @@ if TYPE_CHECKING:
 class BuildInput:
     """All that a shard task needs besides the task itself."""
 
-    out: Path
+    out: SetPlace
     recipe: Recipe
     tokenizer_json: str
-    paths: Mapping[str, Path]
-    """Session name -> folder, of the task's sessions."""
+    recordings: Mapping[str, Recording]
+    """Session name -> where it lies, of the task's sessions."""
     scans: Mapping[str, SessionScan]
 
 
@@ -59,87 +54,66 @@ def build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
         The shard's line in the manifest.
 
     Raises:
-        SessionError: a session's folder or file went away since it was scanned.
-        OSError: the disk is full, or the folder can't be written.
+        SessionError: a session's folder or file went away or changed since it was scanned.
+        JobError: the disk is full, or another job took over the set.
+        OSError: the folder can't be written.
     """
-    finished = _finished(task, given)
-    if finished is not None:
-        return finished
-    # From here on its columns are replaced: a killed run's index must not vouch for them.
-    (given.out / task.file_name("index")).unlink(missing_ok=True)
-    tokenizer = parse_tokenizer(given.tokenizer_json, origin="the shard set's tokenizer")
-    draft = Draft(rows=list(_rows(task, given)))
-    readers = {
-        name: SessionFields(
-            given.paths[name], given.scans[name], recipe=given.recipe, tokenizer=tokenizer
-        )
-        for name in dict.fromkeys(row.session for row in draft.rows)
-    }
-    presence = np.zeros(len(draft.rows), dtype=np.uint8)
-    old = open_index(given.out / task.old_index_file) if task.kept and task.old_index_file else None
-    for name, column in COLUMNS.items():
-        mask = presence_bits(column.streams)
-        if name in task.kept and old is not None:
-            _keep_column(draft, name, task.kept[name], old)
-            presence |= old.arrays["present"] & np.uint8(mask)
-            continue
-        path = given.out / task.file_name(f"{name}.{column.suffix}")
-        with _written(path) as temporary:
-            if column.kind == "tar":
-                presence |= write_tar(draft, name, temporary, readers, given.recipe)
-            else:
-                presence |= ZARR_WRITERS[name](draft, temporary, readers, given.recipe) & np.uint8(
-                    mask
-                )
-        draft.columns[name] = BuiltColumn(
-            file=path.name,
-            length_bytes=path.stat().st_size,
-            sha256=_sha256(path),
-            fingerprint=fingerprint_of(task.bases[name]),
-            basis=task.bases[name],
-        )
-    sync_folder(given.out)
-    return _write_index(task, given, draft, presence)
+    sources = [name for column in task.due for name in COLUMNS[column].sources]
+    with ExitStack() as stack:
+        work = stack.enter_context(given.out.workplace())
+        recordings = [given.recordings[name] for name in _sessions(task)]
+        try:
+            folders = [stack.enter_context(r.files(dict.fromkeys(sources))) for r in recordings]
+            draft, presence = _write_columns(task, given, work, folders)
+        except Exception:
+            # What a session that went away makes of a reader is not the cause.
+            for recording in recordings:
+                require_unchanged(recording, sources)
+            raise
+        for recording in recordings:
+            require_unchanged(recording, sources)
+        return _write_index(task, given, work, draft, presence)
 
 
-def _finished(task: ShardTask, given: BuildInput) -> ShardEntry | None:
-    """The shard as a killed run left it, if that had finished it; the index is written last."""
-    path = given.out / task.file_name("index")
+def finished_shard(task: ShardTask, out: SetPlace, sizes: Mapping[str, int]) -> ShardEntry | None:
+    """The shard as a killed run left it, if that had finished it; its index is put last.
+
+    Args:
+        task: what the shard is to be.
+        out: the set.
+        sizes: file name -> bytes, of all files of the set.
+    """
+    name = task.file_name("index")
+    if name not in sizes:
+        return None
     try:
-        index = open_index(path)
+        content = out.read(name) or b""
+        index = parse_index(np.frombuffer(content, np.uint8), origin=f"{out}/{name}")
         columns = _columns(index)
+        slices = [[piece.session, list(piece.windows)] for piece in task.slices]
+        is_same = index.facts["slices"] == slices
     except (ShardError, KeyError, TypeError):
         return None
     wanted = {name: fingerprint_of(basis) for name, basis in task.bases.items()}
-    slices = [[piece.session, list(piece.windows)] for piece in task.slices]
-    is_same = {n: c.fingerprint for n, c in columns.items()} == wanted
-    if not is_same or index.facts["slices"] != slices:
+    if not is_same or {n: c.fingerprint for n, c in columns.items()} != wanted:
         return None
-    if not all(_has_size(given.out / c.file, c.length_bytes) for c in columns.values()):
+    if any(sizes.get(c.file) != c.length_bytes for c in columns.values()):
         return None
-    return _entry(task, path, index.num_samples, columns)
+    return _entry(task, index.num_samples, hashlib.sha256(content).hexdigest(), columns)
 
 
-def _entry(
-    task: ShardTask, index_path: Path, num_samples: int, columns: Mapping[str, BuiltColumn]
-) -> ShardEntry:
-    return ShardEntry(
-        name=task.name,
-        split=task.split,
-        num_samples=num_samples,
-        length_bytes=sum(c.length_bytes for c in columns.values()),
-        index_file=index_path.name,
-        index_sha256=_sha256(index_path),
-    )
-
-
-def describe_shard(entry: ShardEntry, root: Path) -> BuiltShard:
+def describe_shard(entry: ShardEntry, out: SetPlace, sizes: Mapping[str, int]) -> BuiltShard:
     """A finished shard as the next plan takes it, without the columns whose files are gone or cut.
+
+    Args:
+        entry: its line in the manifest.
+        out: the set.
+        sizes: file name -> bytes, of all files of the set.
 
     Raises:
         CorruptError: its index is damaged or not the one that the manifest means.
     """
-    index = open_index(root / entry.index_file, sha256=entry.index_sha256)
+    index = out.read_index(entry.index_file, sha256=entry.index_sha256)
     facts = index.facts
     return BuiltShard(
         name=entry.name,
@@ -149,21 +123,70 @@ def describe_shard(entry: ShardEntry, root: Path) -> BuiltShard:
         columns={
             name: column
             for name, column in _columns(index).items()
-            if _has_size(root / column.file, column.length_bytes)
+            if sizes.get(column.file) == column.length_bytes
         },
     )
+
+
+def _write_columns(
+    task: ShardTask, given: BuildInput, work: Path, folders: Sequence[Path]
+) -> tuple[Draft, NDArray[np.uint8]]:
+    """Put the columns that are due into the set; returns the draft of the index and presence bits
+    per row.
+    """
+    tokenizer = parse_tokenizer(given.tokenizer_json, origin="the shard set's tokenizer")
+    draft = Draft(rows=list(_rows(task, given)))
+    readers = {
+        f.name: SessionFields(f, given.scans[f.name], recipe=given.recipe, tokenizer=tokenizer)
+        for f in folders
+    }
+    presence = np.zeros(len(draft.rows), dtype=np.uint8)
+    is_update = bool(task.kept and task.old_index_file)
+    old = given.out.read_index(task.old_index_file or "") if is_update else None
+    for name, column in COLUMNS.items():
+        mask = np.uint8(presence_bits(column.streams))
+        if name in task.kept and old is not None:
+            _keep_column(draft, name, task.kept[name], old)
+            presence |= old.arrays["present"] & mask
+            continue
+        file = task.file_name(f"{name}.{column.suffix}")
+        path = work / file
+        if column.kind == "tar":
+            presence |= write_tar(draft, name, path, readers, given.recipe)
+        else:
+            presence |= ZARR_WRITERS[name](draft, path, readers, given.recipe) & mask
+        draft.columns[name] = BuiltColumn(
+            file=file,
+            length_bytes=path.stat().st_size,
+            sha256=_sha256(path),
+            fingerprint=fingerprint_of(task.bases[name]),
+            basis=task.bases[name],
+        )
+        given.out.put(path, file)
+        path.unlink(missing_ok=True)  # an upload leaves it
+    return draft, presence
+
+
+def _sessions(task: ShardTask) -> list[str]:
+    """Names of the sessions of a shard, each once."""
+    return list(dict.fromkeys(piece.session for piece in task.slices))
 
 
 def _columns(index: ShardIndex) -> dict[str, BuiltColumn]:
     return {name: BuiltColumn(**values) for name, values in index.facts["columns"].items()}
 
 
-def _has_size(path: Path, length_bytes: int) -> bool:
-    """Whether a file is there with all its bytes."""
-    try:
-        return path.stat().st_size == length_bytes
-    except OSError:
-        return False
+def _entry(
+    task: ShardTask, num_samples: int, sha256: str, columns: Mapping[str, BuiltColumn]
+) -> ShardEntry:
+    return ShardEntry(
+        name=task.name,
+        split=task.split,
+        num_samples=num_samples,
+        length_bytes=sum(c.length_bytes for c in columns.values()),
+        index_file=task.file_name("index"),
+        index_sha256=sha256,
+    )
 
 
 def _rows(task: ShardTask, given: BuildInput) -> Iterator[Row]:
@@ -190,8 +213,9 @@ def _keep_column(draft: Draft, name: str, built: BuiltColumn, old: ShardIndex) -
 
 
 def _write_index(
-    task: ShardTask, given: BuildInput, draft: Draft, presence: NDArray[np.uint8]
+    task: ShardTask, given: BuildInput, work: Path, draft: Draft, presence: NDArray[np.uint8]
 ) -> ShardEntry:
+    """Put the index into the set: from here on the shard is finished."""
     sessions = [piece.session for piece in task.slices]
     position = {name: i for i, name in enumerate(sessions)}
     coverage = [given.scans[r.session].coverage[r.window.index] for r in draft.rows]
@@ -228,22 +252,10 @@ def _write_index(
         "losses": draft.losses,
     }
     content = index_bytes(ShardIndex(facts=facts, arrays=arrays))
-    path = given.out / task.file_name("index")
-    write_durably(path, content)
-    return _entry(task, path, len(draft.rows), draft.columns)
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and goes when it doesn't."""
-    temporary = temporary_path(path)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    name = task.file_name("index")
+    (work / name).write_bytes(content)
+    given.out.put(work / name, name)
+    return _entry(task, len(draft.rows), hashlib.sha256(content).hexdigest(), draft.columns)
 
 
 def _sha256(path: Path) -> str:

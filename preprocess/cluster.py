@@ -5,7 +5,8 @@ Dask.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rich.progress import (
     BarColumn,
@@ -15,6 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from shared.errors import JobError, SessionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +60,7 @@ class Cluster:
         """Results in the order of the arguments, with a progress bar.
 
         Raises:
+            JobError: the job can't go on; at once, the other tasks are given up.
             Exception: the first failure, after the other tasks have ended.
         """
         results: dict[int, ResultT] = {}
@@ -70,43 +74,66 @@ class Cluster:
     def _completed(
         self, function: Callable[[ArgT], ResultT], arguments: Sequence[ArgT]
     ) -> Iterator[tuple[int, ResultT]]:
-        if self._scheduler is None and self._num_workers == 0:
-            yield from enumerate(map(function, arguments))
-            return
-        from distributed import as_completed
-
-        client = self._connect()
-        futures = {
-            client.submit(function, argument, pure=False, retries=RETRIES): index
-            for index, argument in enumerate(arguments)
-        }
+        attempt = _Attempt(function)
+        outcomes = (
+            enumerate(map(attempt, arguments))
+            if self._scheduler is None and self._num_workers == 0
+            else self._submitted(attempt, arguments)
+        )
         failure: Exception | None = None
-        for future in as_completed(list(futures)):
-            error = future.exception()
-            if error is None:
-                yield futures[future], future.result()
+        for index, outcome in outcomes:
+            if isinstance(outcome, JobError):
+                raise outcome
+            if not isinstance(outcome, Exception):
+                yield index, outcome
             elif failure is None:
-                failure = error
+                failure = outcome
         if failure is not None:
             raise failure
 
+    def _submitted(
+        self, attempt: Callable[[ArgT], ResultT | Exception], arguments: Sequence[ArgT]
+    ) -> Iterator[tuple[int, ResultT | Exception]]:
+        """Result or failure of every task, as they end."""
+        from distributed import KilledWorker, as_completed
+
+        client = self._connect()
+        futures = {
+            client.submit(attempt, argument, pure=False, retries=RETRIES): index
+            for index, argument in enumerate(arguments)
+        }
+        for future in as_completed(list(futures)):
+            error = future.exception()
+            if isinstance(error, KilledWorker):
+                yield (
+                    futures[future],
+                    JobError(
+                        "a task was given up because every worker that tried it died; do they run "
+                        "out of memory? Use fewer workers or a smaller shard.target_bytes, and run "
+                        "it again: what was finished is kept"
+                    ),
+                )
+            else:
+                yield futures[future], error if error is not None else future.result()
+
     def _connect(self) -> Any:  # noqa: ANN401
         if self._client is None:
-            from distributed import Client, LocalCluster
-
-            address: Any = self._scheduler
-            if address is None:
-                address = self._stack.enter_context(
-                    LocalCluster(
-                        n_workers=self._num_workers,
-                        threads_per_worker=1,  # decoders scale by processes
-                        dashboard_address="127.0.0.1:0",
-                        silence_logs=40,
-                    )
-                )
-            self._client = self._stack.enter_context(Client(address))
+            address: Any = self._scheduler or self._start_local()
+            self._client = self._stack.enter_context(_client(address))
             self._console.print(f"dask dashboard: {self._client.dashboard_link}", highlight=False)
         return self._client
+
+    def _start_local(self) -> Any:  # noqa: ANN401
+        from distributed import LocalCluster
+
+        return self._stack.enter_context(
+            LocalCluster(
+                n_workers=self._num_workers,
+                threads_per_worker=1,  # decoders scale by processes
+                dashboard_address="127.0.0.1:0",
+                silence_logs=50,  # what goes wrong with a task is told by the job
+            )
+        )
 
     def _progress(self) -> Progress:
         columns = (
@@ -118,3 +145,34 @@ class Cluster:
             TimeRemainingColumn(),
         )
         return Progress(*columns, console=self._console, transient=not self._console.is_terminal)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt(Generic[ArgT, ResultT]):
+    """A function that returns its error where another attempt would end in the same one."""
+
+    function: Callable[[ArgT], ResultT]
+
+    def __call__(self, argument: ArgT) -> ResultT | Exception:
+        try:
+            return self.function(argument)
+        except (JobError, SessionError) as error:
+            return error
+
+
+def _client(address: Any) -> Any:  # noqa: ANN401
+    """A client of a scheduler.
+
+    Raises:
+        JobError: nothing answers there.
+    """
+    from distributed import Client
+
+    try:
+        return Client(address)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise JobError(
+            f"scheduler {address}: no answer: {reason}; start one by `dask scheduler` and give its "
+            "address as tcp://HOST:PORT"
+        ) from error

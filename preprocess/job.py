@@ -7,20 +7,18 @@ taken over by the next.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preprocess import statistics
-from preprocess.build import BuildInput, build_shard, describe_shard
+from preprocess.build import BuildInput, build_shard, describe_shard, finished_shard
+from preprocess.places import open_set
 from preprocess.plan import OldSet, Plan, ShardTask, plan_shards, versioned
+from preprocess.recordings import find_recordings
 from preprocess.rejected import count_windows, rejected_lines, to_jsonl
 from preprocess.scans import scan_sessions
-from shared.errors import ConfigError, CorruptError, SessionError, ShardError
-from shared.index import open_index
+from shared.errors import ConfigError, CorruptError, ShardError
 from shared.layout import COLUMNS, field_schema
 from shared.manifest import (
     REJECTED_FILE,
@@ -28,19 +26,20 @@ from shared.manifest import (
     ShardEntry,
     commit_manifest,
     fingerprint_of,
-    read_manifest,
-    write_durably,
 )
 from shared.recipe import Recipe, split_of
 from shared.scan import read_clocked
-from shared.session import find_sessions
+from shared.session import METADATA_FILE, TEXT_FILE
+from shared.storage import place_of
 from shared.text import TextTokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from preprocess.cluster import Cluster
+    from preprocess.places import SetPlace
+    from preprocess.recordings import Recording
     from shared.scan import SessionScan
 
 _OWN_FILE = re.compile(
@@ -64,8 +63,8 @@ class BuildSummary:
 
 
 def build_shards(
-    sessions: Path,
-    out: Path,
+    sessions: Path | str,
+    out: Path | str,
     *,
     recipe: Recipe,
     cluster: Cluster,
@@ -75,35 +74,45 @@ def build_shards(
 
     A dry run makes nothing but the cache of scans.
 
+    Args:
+        sessions: a folder of sessions, or its URL.
+        out: the set's folder, or its URL.
+        recipe: the recipe to build by.
+        cluster: runs scans and shard tasks.
+        dry_run: only plan.
+
     Raises:
         SessionError: no session there, one went away while it was read, or its name is no name.
         ConfigError: the recipe's tokenizer can't be used.
         ShardError: another job builds the same set, or the old set is of a newer format.
+        JobError: the disk is full, or another job took over the set.
+        StorageError: what is behind a URL can't be read or written.
     """
-    folders = {p.name: p for p in find_sessions(sessions)}
-    _require_names(folders)
-    out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        for leftover in out.glob(".*.tmp"):
-            leftover.unlink()
-        old = _read_old(out)
-        scans, num_scanned = scan_sessions(folders, out, recipe, cluster)
-        tokenizer, tokenizer_file = _choose_tokenizer(folders, recipe, old)
+    recordings = find_recordings(sessions)
+    with open_set(place_of(out), dry_run=dry_run) as place:
+        sizes = place.sizes()
+        old = _read_old(place)
+        scans, num_scanned = scan_sessions(recordings, place, recipe, cluster)
+        tokenizer, tokenizer_file = _choose_tokenizer(recordings, recipe, old, cluster)
         plan = plan_shards(
             scans,
             recipe,
             tokenizer_sha256=tokenizer.sha256,
-            old=None if old is None else _describe(old),
+            old=None if old is None else _describe(old, place, sizes),
         )
         if dry_run:
             return _summary(plan, None, scans, num_scanned, ())
-        entries = _run(plan, folders, scans, out, recipe, tokenizer, cluster)
+        entries = _finished(plan, place, sizes)
+        entries |= _run(plan, entries, recordings, scans, place, recipe, tokenizer, cluster)
         kept = {s.name: s for s in old.shards} if old is not None else {}
         shards = tuple(entries.get(name) or kept[name] for name in plan.order)
-        manifest = _manifest(out, recipe, shards, scans, tokenizer, tokenizer_file, old, plan)
-        rejected = rejected_lines(scans, recipe, _losses(manifest))
-        _commit(manifest, old, tokenizer, rejected)
-        _sweep(manifest)
+        facts = [place.read_index(entry.index_file).facts for entry in shards]
+        manifest = _manifest(
+            place, recipe, shards, facts, scans, tokenizer, tokenizer_file, old, plan
+        )
+        rejected = rejected_lines(scans, recipe, [loss for f in facts for loss in f["losses"]])
+        _commit(manifest, place, old, tokenizer, rejected)
+        _sweep(manifest, place, facts)
         return _summary(plan, manifest, scans, num_scanned, rejected)
 
 
@@ -123,36 +132,10 @@ def _summary(
     )
 
 
-def _require_names(names: Iterable[str]) -> None:
-    """Refuses session names that can't stand in keys: tar readers and JSON must take them."""
-    for name in names:
-        if not name.isprintable():
-            raise SessionError(
-                f"session folder {name!r}: its name holds control characters or is no UTF-8; "
-                "rename it"
-            )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one job builds a set; the lock goes with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ShardError(
-                f"{folder}: another job is building this shard set; wait for it"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _read_old(out: Path) -> Manifest | None:
+def _read_old(place: SetPlace) -> Manifest | None:
     """The set that is there; None where there is none or its manifest is damaged."""
     try:
-        return read_manifest(out)
+        return place.read_manifest()
     except CorruptError:
         return None
     except ShardError as error:
@@ -161,19 +144,19 @@ def _read_old(out: Path) -> Manifest | None:
         raise
 
 
-def _describe(manifest: Manifest) -> OldSet | None:
+def _describe(manifest: Manifest, place: SetPlace, sizes: Mapping[str, int]) -> OldSet:
     """The old set for planning; shards whose index is damaged are left out and so built anew."""
     shards = []
     for entry in manifest.shards:
         try:
-            shards.append(describe_shard(entry, manifest.root))
+            shards.append(describe_shard(entry, place, sizes))
         except (ShardError, KeyError, TypeError):
             continue
     return OldSet(recipe=manifest.recipe, generation=manifest.generation, shards=tuple(shards))
 
 
 def _choose_tokenizer(
-    folders: Mapping[str, Path], recipe: Recipe, old: Manifest | None
+    recordings: Mapping[str, Recording], recipe: Recipe, old: Manifest | None, cluster: Cluster
 ) -> tuple[TextTokenizer, str]:
     """The tokenizer and its file name: given, kept from the old set, or trained on the train
     sessions.
@@ -192,42 +175,67 @@ def _choose_tokenizer(
         except ShardError:
             tokenizer = None
     if tokenizer is None:
-        texts = [
-            event.text
-            for name, path in folders.items()
-            if split_of(name, recipe) == "train"
-            for event in read_clocked(path, recipe=recipe)[1]
-        ]
-        tokenizer = train_tokenizer(texts, vocab_size=recipe.text.vocab_size)
+        train = [r for name, r in recordings.items() if split_of(name, recipe) == "train"]
+        texts = cluster.map(_Texts(recipe), train, what="read texts") if train else []
+        tokenizer = train_tokenizer(
+            [text for session in texts for text in session], vocab_size=recipe.text.vocab_size
+        )
     if old is None or tokenizer.sha256 == old.tokenizer_sha256:
         return tokenizer, "tokenizer.json" if old is None else old.tokenizer_file
     return tokenizer, versioned("tokenizer.json", old.generation + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Texts of a session in order of time; crosses processes."""
+
+    recipe: Recipe
+
+    def __call__(self, recording: Recording) -> list[str]:
+        with recording.files((METADATA_FILE, TEXT_FILE)) as folder:
+            return [event.text for event in read_clocked(folder, recipe=self.recipe)[1]]
+
+
+def _finished(plan: Plan, place: SetPlace, sizes: Mapping[str, int]) -> dict[str, ShardEntry]:
+    """Shards of a plan that a killed job had finished.
+
+    The columns of the others are about to be replaced: what indexes of them there are go first, so
+    that they vouch for nothing.
+    """
+    entries = {}
+    for task in plan.tasks:
+        entry = finished_shard(task, place, sizes)
+        if entry is not None:
+            entries[task.name] = entry
+        elif task.file_name("index") in sizes:
+            place.remove(task.file_name("index"))
+    return entries
+
+
 def _run(
     plan: Plan,
-    folders: Mapping[str, Path],
+    finished: Mapping[str, ShardEntry],
+    recordings: Mapping[str, Recording],
     scans: Mapping[str, SessionScan],
-    out: Path,
+    place: SetPlace,
     recipe: Recipe,
     tokenizer: TextTokenizer,
     cluster: Cluster,
 ) -> dict[str, ShardEntry]:
-    """Build every task of a plan."""
+    """Build every task of a plan that is not finished."""
 
     def given(task: ShardTask) -> tuple[ShardTask, BuildInput]:
         names = [piece.session for piece in task.slices]
         return task, BuildInput(
-            out=out.absolute(),
+            out=place,
             recipe=recipe,
             tokenizer_json=tokenizer.json,
-            paths={n: folders[n].absolute() for n in names},
+            recordings={n: recordings[n] for n in names},
             scans={n: scans[n] for n in names},
         )
 
-    if not plan.tasks:
-        return {}
-    entries = cluster.map(_build, [given(task) for task in plan.tasks], what="build shards")
+    work = [given(task) for task in plan.tasks if task.name not in finished]
+    entries = cluster.map(_build, work, what="build shards") if work else []
     return {entry.name: entry for entry in entries}
 
 
@@ -236,9 +244,10 @@ def _build(work: tuple[ShardTask, BuildInput]) -> ShardEntry:
 
 
 def _manifest(
-    out: Path,
+    place: SetPlace,
     recipe: Recipe,
     shards: tuple[ShardEntry, ...],
+    facts: Sequence[Mapping[str, Any]],
     scans: Mapping[str, SessionScan],
     tokenizer: TextTokenizer,
     tokenizer_file: str,
@@ -248,16 +257,13 @@ def _manifest(
     num_samples = sum(s.num_samples for s in shards)
     planned = sum(len(scan.windows(recipe)) for scan in scans.values())
     parts = [
-        {
-            "num_samples": entry.num_samples,
-            **_flat(open_index(out / entry.index_file).facts["statistics"]),
-        }
-        for entry in shards
+        {"num_samples": entry.num_samples, **_flat(found["statistics"])}
+        for entry, found in zip(shards, facts, strict=True)
         if entry.split == "train"
     ]
     is_same = plan.is_empty and old is not None and tokenizer_file == old.tokenizer_file
     return Manifest(
-        root=out,
+        root=place.root,
         recipe=recipe,
         shards=shards,
         generation=0 if old is None else old.generation + (0 if is_same else 1),
@@ -281,50 +287,32 @@ def _flat(per_column: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: value for part in per_column.values() for name, value in part.items()}
 
 
-def _losses(manifest: Manifest) -> list[dict[str, Any]]:
-    """Streams of samples that did not decode, from every index."""
-    return [
-        loss
-        for entry in manifest.shards
-        for loss in open_index(manifest.root / entry.index_file).facts["losses"]
-    ]
-
-
 def _commit(
     manifest: Manifest,
+    place: SetPlace,
     old: Manifest | None,
     tokenizer: TextTokenizer,
     rejected: Sequence[Mapping[str, Any]],
 ) -> None:
     """Make the new set the set; write only what differs."""
-    root = manifest.root
     for name, content in (
         (manifest.tokenizer_file, tokenizer.json.encode()),
         (REJECTED_FILE, to_jsonl(rejected)),
     ):
-        if not _holds(root / name, content):
-            write_durably(root / name, content)
-    if old is None or replace(old, root=root) != manifest:
-        commit_manifest(manifest)
+        if place.read(name) != content:
+            place.write(name, content)
+    if old is None or replace(old, root=place.root) != manifest:
+        commit_manifest(manifest, write=place.write)
 
 
-def _holds(path: Path, content: bytes) -> bool:
-    """Whether a file is there with just these bytes."""
-    try:
-        return path.read_bytes() == content
-    except OSError:
-        return False
-
-
-def _sweep(manifest: Manifest) -> None:
+def _sweep(manifest: Manifest, place: SetPlace, facts: Sequence[Mapping[str, Any]]) -> None:
     """Remove what older sets and killed runs left; nothing that this program did not name."""
-    needed = {manifest.tokenizer_file}
-    for entry in manifest.shards:
-        columns = open_index(manifest.root / entry.index_file).facts["columns"]
-        needed |= {entry.index_file, *(c["file"] for c in columns.values())}
+    needed = {manifest.tokenizer_file, *(entry.index_file for entry in manifest.shards)}
+    needed |= {column["file"] for found in facts for column in found["columns"].values()}
     given = manifest.recipe.text.tokenizer
-    for path in manifest.root.iterdir():
-        if path.name in needed or not _OWN_FILE.fullmatch(path.name):
+    for name in place.sizes():
+        if name in needed or not _OWN_FILE.fullmatch(name):
             continue
-        if given is None or not given.exists() or not path.samefile(given):
-            path.unlink()
+        path = manifest.root / name
+        if given is None or not (given.exists() and path.exists() and path.samefile(given)):
+            place.remove(name)

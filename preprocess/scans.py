@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from preprocess.rejected import to_jsonl
-from shared.manifest import SESSIONS_FILE, fingerprint_of, write_durably
+from shared.manifest import SESSIONS_FILE, fingerprint_of
 from shared.recipe import Recipe, json_of
 from shared.scan import SessionScan, scan_from_json, scan_session
 from shared.session import SOURCE_FILES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from preprocess.cluster import Cluster
+    from preprocess.places import SetPlace
+    from preprocess.recordings import Recording
 
 SCAN_VERSION = 1
 """Raised when a scan of the same files would say something else."""
@@ -28,33 +29,34 @@ _SCAN_PARTS = ("window", "vision", "audio", "sensors")
 
 
 def scan_sessions(
-    folders: Mapping[str, Path], out: Path, recipe: Recipe, cluster: Cluster
+    recordings: Mapping[str, Recording], out: SetPlace, recipe: Recipe, cluster: Cluster
 ) -> tuple[dict[str, SessionScan], int]:
     """A scan of every session, by name, and how many had to be read.
 
     Args:
-        folders: every session's folder, by name.
-        out: the shard set's folder, where the cache is.
+        recordings: every session, by name.
+        out: the shard set, where the cache is.
         recipe: the recipe to scan by.
         cluster: runs the scans.
     """
     sections = json_of(recipe)
     basis = fingerprint_of(SCAN_VERSION, {p: sections[p] for p in _SCAN_PARTS})
-    known = _read_scans(out / SESSIONS_FILE, basis)
-    stamps = {name: _stamp(path) for name, path in folders.items()}
-    scans = {n: known[n][1] for n in folders if n in known and known[n][0] == stamps[n]}
-    due = [name for name in folders if name not in scans]
-    found = (
-        cluster.map(_Scan(recipe), [folders[n] for n in due], what="scan sessions") if due else []
-    )
+    content = out.read(SESSIONS_FILE) or b""
+    known = _parse_scans(content, basis)
+    stamps = {name: dict(recording.stamp) for name, recording in recordings.items()}
+    scans = {n: known[n][1] for n in stamps if n in known and known[n][0] == stamps[n]}
+    due = [name for name in recordings if name not in scans]
+    work = [recordings[name] for name in due]
+    found = cluster.map(_Scan(recipe), work, what="scan sessions") if due else []
     scans.update(zip(due, found, strict=True))
+    scans = {name: scans[name] for name in sorted(scans)}
     if due or set(known) != set(scans):
         lines = [
-            {"basis": basis, "stamp": stamps[name], "scan": scans[name].as_json()}
-            for name in sorted(scans)
+            {"basis": basis, "stamp": stamps[name], "scan": scan.as_json()}
+            for name, scan in scans.items()
         ]
-        write_durably(out / SESSIONS_FILE, to_jsonl(lines))
-    return {name: scans[name] for name in sorted(scans)}, len(due)
+        out.write(SESSIONS_FILE, to_jsonl(lines))
+    return scans, len(due)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +65,17 @@ class _Scan:
 
     recipe: Recipe
 
-    def __call__(self, path: Path) -> SessionScan:
-        return scan_session(path, recipe=self.recipe)
+    def __call__(self, recording: Recording) -> SessionScan:
+        with recording.files(SOURCE_FILES) as folder:
+            return scan_session(folder, recipe=self.recipe)
 
 
-def _read_scans(path: Path, basis: str) -> dict[str, tuple[Any, SessionScan]]:
+def _parse_scans(content: bytes, basis: str) -> dict[str, tuple[Any, SessionScan]]:
     """Scans of an earlier run, by session; a cache, so that whatever can't be read is scanned
     again.
     """
     known = {}
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return {}
-    for line in lines:
+    for line in content.split(b"\n"):
         try:
             values = json.loads(line)
             if values["basis"] == basis:
@@ -85,15 +84,3 @@ def _read_scans(path: Path, basis: str) -> dict[str, tuple[Any, SessionScan]]:
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return known
-
-
-def _stamp(path: Path) -> dict[str, list[int]]:
-    """Size and modification time of each source file."""
-    stamp = {}
-    for name in SOURCE_FILES:
-        try:
-            status = (path / name).stat()
-        except OSError:
-            continue
-        stamp[name] = [status.st_size, status.st_mtime_ns]
-    return stamp

@@ -1,13 +1,16 @@
 """The errors a user can meet; every message says what, where and how to mend.
 
-CreatureError
-├── ConfigError (ValueError)         a configuration or recipe file: file, key, mend      exit code
-2 ├── SessionError (ValueError)        a recording that can't be used as it is │   └── MediaError
-its video or audio doesn't open or decode └── ShardError (ValueError)          a shard set that
-can't be read
-    ├── FormatVersionError           written by a newer version of this software
-    └── CorruptError                 bytes differ from their checksum, or don't decode
-        └── TooManyBadSamplesError   more than the tolerated share of samples is corrupt
+- CreatureError
+  - ConfigError (ValueError): a configuration or recipe file: file, key, mend; exit code 2
+  - SessionError (ValueError): a recording that can't be used as it is
+    - MediaError: its video or audio doesn't open or decode
+  - ShardError (ValueError): a shard set that can't be read
+    - FormatVersionError: written by a newer version of this software
+    - CorruptError: bytes differ from their checksum, or don't decode
+      - TooManyBadSamplesError: more than the tolerated share of samples is corrupt
+  - StorageError: a place behind a URL
+  - JobError: a shard job can't go on
+  - CheckpointError (ValueError), DivergedError: training
 """
 
 from __future__ import annotations
@@ -47,6 +50,14 @@ class CorruptError(ShardError):
 
 class TooManyBadSamplesError(CorruptError):
     """More than the tolerated share of samples is corrupt."""
+
+
+class StorageError(CreatureError):
+    """A place behind a URL can't be reached, read or written."""
+
+
+class JobError(CreatureError):
+    """A shard job can't go on: the disk is full, its workers die, the scheduler is gone."""
 
 
 class CheckpointError(CreatureError, ValueError):

@@ -123,21 +123,30 @@ def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
         raise CorruptError(f"{path}: can't be read: {error}") from error
     if sha256 is not None and hashlib.sha256(raw.data).hexdigest() != sha256:
         raise CorruptError(f"{path}: checksum differs from the manifest; rebuild by `make shards`")
-    return _parse_index(raw, path)
+    return parse_index(raw, origin=str(path))
 
 
-def _parse_index(raw: NDArray[np.uint8], path: Path) -> ShardIndex:
+def parse_index(raw: NDArray[np.uint8], *, origin: str) -> ShardIndex:
+    """An index from its bytes; its arrays are views of them.
+
+    Args:
+        raw: the file's bytes, uint8 [N].
+        origin: where they come from, for messages.
+
+    Raises:
+        CorruptError, FormatVersionError: see :func:`open_index`.
+    """
     if len(raw) < _PREFIX.size:
-        raise CorruptError(f"{path}: {len(raw)} bytes are no index")
+        raise CorruptError(f"{origin}: {len(raw)} bytes are no index")
     magic, version, header_length = _PREFIX.unpack(raw[: _PREFIX.size].tobytes())
     if magic != MAGIC:
-        raise CorruptError(f"{path}: is no shard index")
+        raise CorruptError(f"{origin}: is no shard index")
     if version > INDEX_VERSION:
         raise FormatVersionError(
-            f"{path}: index version {version} is newer than {INDEX_VERSION}; update this software"
+            f"{origin}: index version {version} is newer than {INDEX_VERSION}; update this software"
         )
     if header_length > min(_MAX_HEADER_BYTES, len(raw) - _PREFIX.size):
-        raise CorruptError(f"{path}: its header reaches past the end of the file")
+        raise CorruptError(f"{origin}: its header reaches past the end of the file")
     body = raw[_aligned(_PREFIX.size + header_length) :]
     try:
         facts = json.loads(raw[_PREFIX.size : _PREFIX.size + header_length].tobytes())
@@ -146,7 +155,7 @@ def _parse_index(raw: NDArray[np.uint8], path: Path) -> ShardIndex:
         _require_whole(facts, arrays)
     except _DAMAGES as error:
         raise CorruptError(
-            f"{path}: its header is damaged: {type(error).__name__}: {error}; "
+            f"{origin}: its header is damaged: {type(error).__name__}: {error}; "
             "rebuild by `make shards`"
         ) from error
     return ShardIndex(facts=facts, arrays=arrays)

@@ -21,7 +21,7 @@ from shared.recipe import SPLITS, Recipe, Split, json_of
 from shared.text import TextTokenizer, parse_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 MANIFEST_FILE = "manifest.json"
 REJECTED_FILE = "rejected.jsonl"
@@ -166,8 +166,15 @@ def _natural(value: object) -> int:
     return value
 
 
-def commit_manifest(manifest: Manifest) -> None:
-    """Write the manifest and make it durable; from here on readers see the new set."""
+def commit_manifest(
+    manifest: Manifest, *, write: Callable[[str, bytes], None] | None = None
+) -> None:
+    """Write the manifest and make it durable; from here on readers see the new set.
+
+    Args:
+        manifest: the new set.
+        write: writes a file of the set, atomically; without it, into the folder `manifest.root`.
+    """
     values = {
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,
@@ -191,7 +198,10 @@ def commit_manifest(manifest: Manifest) -> None:
         ],
     }
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    write_durably(manifest.root / MANIFEST_FILE, text.encode())
+    if write is None:
+        write_durably(manifest.root / MANIFEST_FILE, text.encode())
+    else:
+        write(MANIFEST_FILE, text.encode())
 
 
 def fingerprint_of(*parts: Any) -> str:  # noqa: ANN401
@@ -209,13 +219,19 @@ def write_durably(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it to disk and give it its name."""
     temporary = temporary_path(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.write_bytes(content)
+        move_durably(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def move_durably(temporary: Path, path: Path) -> None:
+    """Flush a finished file to disk and give it its name, so that the name never stands for half of
+    it, not even after a power cut.
+    """
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
     sync_folder(path.parent)
 
 

@@ -1,0 +1,181 @@
+"""Files behind an fsspec URL such as ``s3://bucket/shards/x``: the few things that a program needs
+of an object store.
+
+Local folders are never read or written through here. An upload is atomic: readers see the old
+object or the new one. Addresses and keys of a store come from fsspec's and the store's own
+environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``FSSPEC_S3_ANON=true`` ...) and stand in
+no file and no message.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from shared.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_USER = re.compile(r"(?<=://)[^/@]*@")
+_FACTS = ("ETag", "etag", "md5", "checksum", "generation", "mtime", "LastModified", "created")
+"""What file systems of fsspec call that which changes when an object's content does, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """An object as its store lists it."""
+
+    length_bytes: int
+    tag: str
+    """Differs when the content does: a checksum, else a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A folder behind a URL; plain values, so that it crosses processes.
+
+    Raises (all methods):
+        StorageError: the store refuses or can't be reached; FileNotFoundError where there is no
+            such object.
+    """
+
+    url: str
+
+    def __str__(self) -> str:
+        return shown(self.url)
+
+    def list_files(self) -> dict[str, StoredFile]:
+        """Everything below the folder, by its path from there; {} where there is nothing."""
+        with self._named():
+            fs, root = self._open(fresh=True)
+            try:
+                found = fs.find(root, detail=True)
+            except FileNotFoundError:
+                return {}
+            prefix = root.rstrip("/") + "/"
+            return {
+                path[len(prefix) :]: StoredFile(int(facts["size"] or 0), _tag(facts))
+                for path, facts in found.items()
+                if path.startswith(prefix)
+            }
+
+    def find(self, name: str) -> StoredFile | None:
+        """One file as it is now; None where there is none."""
+        with self._named(name):
+            fs, root = self._open(fresh=True)
+            try:
+                facts = fs.info(f"{root}/{name}")
+            except FileNotFoundError:
+                return None
+            return StoredFile(int(facts["size"] or 0), _tag(facts))
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file."""
+        with self._named(name):
+            fs, root = self._open()
+            return bytes(fs.cat_file(f"{root}/{name}"))
+
+    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
+        """All bytes of many files, fetched side by side; those that are not there are left out."""
+        with self._named():
+            fs, root = self._open()
+            paths = [f"{root}/{name}" for name in names]
+            found = fs.cat(paths, on_error="return") if paths else {}
+            for content in found.values():
+                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                    raise content
+            return {
+                path[len(root) + 1 :]: bytes(content)
+                for path, content in found.items()
+                if not isinstance(content, Exception)
+            }
+
+    def write(self, name: str, content: bytes) -> None:
+        """Make a file of these bytes, or replace it."""
+        with self._named(name):
+            fs, root = self._open()
+            try:
+                fs.pipe_file(f"{root}/{name}", content)
+            except FileNotFoundError:  # a file system with folders, such as sftp
+                fs.makedirs(root, exist_ok=True)
+                fs.pipe_file(f"{root}/{name}", content)
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file to the local disk."""
+        with self._named(name):
+            fs, root = self._open()
+            fs.get_file(f"{root}/{name}", str(path))
+
+    def put(self, path: Path, name: str) -> None:
+        """Copy a local file into the store."""
+        with self._named(name):
+            fs, root = self._open()
+            try:
+                fs.put_file(str(path), f"{root}/{name}")
+            except FileNotFoundError:
+                fs.makedirs(root, exist_ok=True)
+                fs.put_file(str(path), f"{root}/{name}")
+
+    def remove(self, name: str) -> None:
+        """Remove a file; does nothing where there is none."""
+        with self._named(name):
+            fs, root = self._open()
+            try:
+                fs.rm_file(f"{root}/{name}")
+            except FileNotFoundError:
+                return
+
+    def _open(self, *, fresh: bool = False) -> tuple[Any, str]:
+        """The file system and the folder's path in it."""
+        import fsspec
+
+        fs, root = fsspec.core.url_to_fs(self.url)
+        if fresh:
+            fs.invalidate_cache()
+        return fs, root.rstrip("/")
+
+    @contextmanager
+    def _named(self, name: str = "") -> Iterator[None]:
+        """Says of whatever goes wrong in the store's library where it did."""
+        place = shown(f"{self.url}/{name}" if name else self.url)
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except ImportError as error:
+            protocol = self.url.partition("://")[0]
+            raise StorageError(
+                f"{place}: {protocol}:// needs a package that is not installed: {error}; for "
+                "s3:// run `pip install 's3fs>=2025.1'`"
+            ) from error
+        except Exception as error:  # every store's library has exceptions of its own
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise StorageError(
+                f"{place}: {shown(reason)} ({type(error).__name__}); is the address right, and may "
+                "you read and write there? Nothing that was finished is lost: run it again"
+            ) from error
+
+
+def place_of(text: Path | str) -> Path | Store:
+    """The local folder or the store that a user means."""
+    if isinstance(text, Path):
+        return text
+    if text.startswith("file://"):
+        return Path(url2pathname(urlsplit(text).path))
+    return Store(text.rstrip("/")) if _URL.match(text) else Path(text)
+
+
+def shown(url: str) -> str:
+    """A URL as it may be printed: without a user name and password."""
+    return _USER.sub("", url)
+
+
+def _tag(facts: dict[str, Any]) -> str:
+    return next((str(facts[name]) for name in _FACTS if facts.get(name) is not None), "")
