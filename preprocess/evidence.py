@@ -200,7 +200,7 @@ def _read_picture(path: Path) -> Picture:
 def _read_sound_level(path: Path, recipe: Recipe) -> SoundLevel:
     """Decode all of the sound and keep its levels."""
     sound = read_sound(path, rate_hz=recipe.audio.rate_hz)
-    loudness = measure_loudness(sound.waveform, recipe=recipe.audio)
+    loudness = measure_loudness(sound.samples.iter_blocks(), recipe=recipe.audio)
     return SoundLevel(
         duration_s=sound.duration_s,
         rms=loudness.rms,

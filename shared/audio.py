@@ -1,30 +1,39 @@
 """Sound of a session: one loudness for all of it, and dMel tokens.
 
 dMel (Bai et al. 2024, arXiv:2407.15835): log-mel energies in dB, each channel rounded to one of a
-few levels. Training free, and decodable by Griffin-Lim. The mel filters and the STFT are librosa's.
-Each analysis window ends where its frame ends, so that no frame hears what comes after it.
+few levels. Training free, and decodable by Griffin-Lim. The mel filters and the STFT are those of
+librosa 0.11 to the bit; they are written out here because importing librosa takes a second or two,
+which every process of a shard job would pay. Each analysis window ends where its frame ends, so
+that no frame hears what comes after it.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import librosa
 import numpy as np
-from librosa.filters import mel as mel_filters
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from shared.recipe import AudioRecipe, MelRecipe
+    from shared.spool import Spool
 
 SILENCE_RMS = 1e-3
 """Below this RMS (full scale 1) a session counts as silent and its level is left alone."""
 
 _ENERGY_FLOOR = 1e-10
+
+_HZ_PER_MEL = 200.0 / 3
+_MEL_BREAK_HZ = 1000.0
+_LOG_PER_MEL = math.log(6.4) / 27
+"""Slaney's scale: linear below the break, 27 mels for a factor of 6.4 above it."""
+
 _GRIFFIN_LIM_ROUNDS = 32
 _INVERSION_ROUNDS = 50
 
@@ -38,10 +47,19 @@ class Loudness:
     gain: float
 
 
-def measure_loudness(waveform: NDArray[np.float32], *, recipe: AudioRecipe) -> Loudness:
-    """RMS, peak and the gain to the recipe's level, lowered where the peak would pass the limit."""
-    rms = float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64)))) if len(waveform) else 0.0
-    peak = float(np.abs(waveform).max(initial=0.0))
+def measure_loudness(blocks: Iterable[NDArray[np.float32]], *, recipe: AudioRecipe) -> Loudness:
+    """RMS, peak and the gain to the recipe's level, lowered where the peak would pass the limit.
+
+    Args:
+        blocks: the session's waveform, float32 [n] each, full scale 1.
+        recipe: level and limit.
+    """
+    num_samples, energies, peak = 0, [0.0], 0.0
+    for block in blocks:
+        num_samples += len(block)
+        energies.append(float(np.square(block, dtype=np.float64).sum()))
+        peak = max(peak, float(np.abs(block).max(initial=0.0)))
+    rms = math.sqrt(math.fsum(energies) / max(1, num_samples))
     gain = 1.0
     if recipe.loudness_dbfs is not None and rms > SILENCE_RMS:
         gain = 10 ** (recipe.loudness_dbfs / 20) / rms
@@ -58,7 +76,12 @@ def to_int16(waveform: NDArray[np.float32], *, gain: float) -> NDArray[np.int16]
 
 
 def encode_dmel(
-    samples: NDArray[np.int16], start: int, count: int, *, rate_hz: int, recipe: MelRecipe
+    samples: NDArray[np.int16] | Spool[np.int16],
+    start: int,
+    count: int,
+    *,
+    rate_hz: int,
+    recipe: MelRecipe,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """DMel tokens of `count` frames that begin at sample `start` of a session's sound.
 
@@ -80,11 +103,8 @@ def encode_dmel(
     have = samples[max(0, first) : max(0, min(last, len(samples)))]
     offset = max(0, first) - first
     padded[offset : offset + len(have)] = have.astype(np.float32) / 32768.0
-    spectrum = librosa.stft(
-        padded, n_fft=recipe.fft_size, hop_length=hop, window="hann", center=False
-    )
     bands = _mel_bands(rate_hz, recipe.fft_size, recipe.channels)
-    energy = _mel_energy(np.square(np.abs(spectrum)), bands)
+    energy = _mel_energy(np.square(np.abs(stft(padded, fft_size=recipe.fft_size, hop=hop))), bands)
     level_db = 10.0 * np.log10(np.maximum(energy.T, _ENERGY_FLOOR))
     share = (level_db - recipe.floor_db) / (recipe.ceiling_db - recipe.floor_db)
     levels = np.clip(np.round(share * (recipe.levels - 1)), 0, recipe.levels - 1).astype(np.uint8)
@@ -100,11 +120,15 @@ def decode_dmel(
     """Sound whose dMel tokens are about `levels` [frames, channels], by Griffin-Lim; float32 [N],
     full scale 1.
     """
+    import librosa
+
     hop = rate_hz // recipe.rate_hz
     share = levels.astype(np.float32).T / (recipe.levels - 1)
     level_db = recipe.floor_db + share * (recipe.ceiling_db - recipe.floor_db)
     energy = np.power(np.float32(10.0), level_db / 10.0)
-    power = _power_of_mel(energy, _mel_matrix(rate_hz, recipe.fft_size, recipe.channels))
+    power = _power_of_mel(
+        energy, mel_filters(rate_hz=rate_hz, fft_size=recipe.fft_size, channels=recipe.channels)
+    )
     waveform = librosa.griffinlim(
         np.sqrt(power),
         n_iter=_GRIFFIN_LIM_ROUNDS,
@@ -116,6 +140,36 @@ def decode_dmel(
     context = recipe.fft_size - hop
     waveform = waveform[context : context + len(levels) * hop]
     return np.asarray(np.clip(waveform, -1.0, 1.0), dtype=np.float32)
+
+
+def stft(waveform: NDArray[np.float32], *, fft_size: int, hop: int) -> NDArray[np.complex64]:
+    """Spectra of frames under a Hann window, the first at the first sample, complex64 [bins, A];
+    ``librosa.stft(..., center=False)``.
+    """
+    frames = np.lib.stride_tricks.sliding_window_view(waveform, fft_size)[::hop]
+    angle = np.linspace(-np.pi, np.pi, fft_size + 1)[:-1]
+    window = 0.5 + 0.5 * np.cos(angle)
+    return np.ascontiguousarray(np.fft.rfft(frames * window).T, dtype=np.complex64)
+
+
+@functools.lru_cache(maxsize=8)
+def mel_filters(*, rate_hz: int, fft_size: int, channels: int) -> NDArray[np.float32]:
+    """Triangular filters of Slaney's mel scale, each of area 1, from 0 Hz to half the rate,
+    float32 [channels, bins]; ``librosa.filters.mel``.
+
+    Source: Slaney, Auditory Toolbox, Interval Technical Report 1998-010.
+    """
+    last = _mel_of_hz(rate_hz / 2)
+    edges_hz = _hz_of_mel(np.linspace(0.0, last, channels + 2))
+    widths_hz = np.diff(edges_hz)
+    away_hz = np.subtract.outer(edges_hz, np.fft.rfftfreq(fft_size, 1.0 / rate_hz))
+    filters = np.zeros((channels, fft_size // 2 + 1), dtype=np.float32)
+    for i in range(channels):
+        rising, falling = -away_hz[i] / widths_hz[i], away_hz[i + 2] / widths_hz[i + 1]
+        filters[i] = np.maximum(0, np.minimum(rising, falling))
+    filters *= (2.0 / (edges_hz[2:] - edges_hz[:-2]))[:, None]
+    filters.flags.writeable = False
+    return filters
 
 
 def _power_of_mel(energy: NDArray[np.float32], filters: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -134,6 +188,19 @@ def _power_of_mel(energy: NDArray[np.float32], filters: NDArray[np.float32]) -> 
     return power
 
 
+def _mel_of_hz(frequency_hz: float) -> float:
+    """Linear up to 1 kHz, then logarithmic."""
+    if frequency_hz < _MEL_BREAK_HZ:
+        return frequency_hz / _HZ_PER_MEL
+    return _MEL_BREAK_HZ / _HZ_PER_MEL + math.log(frequency_hz / _MEL_BREAK_HZ) / _LOG_PER_MEL
+
+
+def _hz_of_mel(mels: NDArray[np.float64]) -> NDArray[np.float64]:
+    break_mel = _MEL_BREAK_HZ / _HZ_PER_MEL
+    high = _MEL_BREAK_HZ * np.exp(_LOG_PER_MEL * (mels - break_mel))
+    return np.where(mels >= break_mel, high, _HZ_PER_MEL * mels)
+
+
 def _mel_energy(
     power: NDArray[np.float32], bands: tuple[tuple[int, NDArray[np.float32]], ...]
 ) -> NDArray[np.float32]:
@@ -149,21 +216,13 @@ def _mel_energy(
 
 
 @functools.lru_cache(maxsize=8)
-def _mel_matrix(rate_hz: int, fft_size: int, channels: int) -> NDArray[np.float32]:
-    """Slaney mel filters [channels, bins]."""
-    with warnings.catch_warnings():
-        # Narrow channels of a short window hold no bin; they are silent, which is no news.
-        warnings.simplefilter("ignore", UserWarning)
-        filters: NDArray[np.float32] = mel_filters(sr=rate_hz, n_fft=fft_size, n_mels=channels)
-    return filters
-
-
-@functools.lru_cache(maxsize=8)
 def _mel_bands(
     rate_hz: int, fft_size: int, channels: int
 ) -> tuple[tuple[int, NDArray[np.float32]], ...]:
-    """Slaney mel filters: per channel its first bin and the weights from there on."""
-    filters = _mel_matrix(rate_hz, fft_size, channels)
+    """Mel filters: per channel its first bin and the weights from there on; narrow channels of a
+    short window hold no bin, they are silent.
+    """
+    filters = mel_filters(rate_hz=rate_hz, fft_size=fft_size, channels=channels)
     bands = []
     for weights in filters:
         bins = np.flatnonzero(weights)

@@ -20,6 +20,7 @@ from shared.media import VideoTrack, read_frames, read_sound, read_video_track
 from shared.recipe import Recipe, Stream
 from shared.scan import read_clocked
 from shared.session import AUDIO_FILE, VISION_FILES
+from shared.spool import Spool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -215,10 +216,13 @@ class SessionFields:
         return tuple(type(e)(e.time_s - offset_s, e.stream, e.text) for e in self._clocked[1])
 
     @cached_property
-    def _samples(self) -> NDArray[np.int16]:
+    def _samples(self) -> Spool[np.int16]:
         """The session's normalized sound."""
         sound = read_sound(self.path / AUDIO_FILE, rate_hz=self.recipe.audio.rate_hz)
-        return to_int16(sound.waveform, gain=self.scan.gain)
+        samples: Spool[np.int16] = Spool(np.int16)
+        for block in sound.samples.iter_blocks():
+            samples.append(to_int16(block, gain=self.scan.gain))
+        return samples
 
     def _track(self, stream: Stream) -> VideoTrack:
         if stream not in self._tracks:

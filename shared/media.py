@@ -18,6 +18,7 @@ import soxr
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from shared.errors import MediaError
+from shared.spool import Spool
 from shared.video import (
     DAMAGE,
     decode_all,
@@ -83,9 +84,12 @@ class VideoTrack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sound:
-    """A decoded sound file: mono float32 [N] at `rate_hz`, full scale 1, with what the file was."""
+    """A decoded sound file: mono float32 [N] at `rate_hz`, full scale 1, with what the file was.
 
-    waveform: NDArray[np.float32]
+    The samples lie in a file, so that memory does not grow with the sound's length.
+    """
+
+    samples: Spool[np.float32]
     rate_hz: int
     source_rate_hz: int
     source_channels: int
@@ -100,7 +104,12 @@ class Sound:
     @property
     def duration_s(self) -> float:
         """Length in seconds."""
-        return len(self.waveform) / self.rate_hz
+        return len(self.samples) / self.rate_hz
+
+    @property
+    def waveform(self) -> NDArray[np.float32]:
+        """All samples, in memory."""
+        return self.samples[:]
 
 
 def read_video_track(path: Path) -> VideoTrack:
@@ -236,7 +245,7 @@ def _mono(
             f"{path}: says it has {source_rate_hz} samples per second; its header is damaged"
         )
     resampler = soxr.ResampleStream(source_rate_hz, rate_hz, 1, dtype="float32", quality="HQ")
-    parts: list[NDArray[np.float32]] = []
+    samples: Spool[np.float32] = Spool(np.float32)
     peak, num_bad, num_clipped = 0.0, 0, 0
     for block in blocks:
         is_bad = ~(np.abs(block) <= _MAX_SAMPLE)
@@ -247,14 +256,13 @@ def _mono(
         peak = max(peak, float(level.max(initial=0.0)))
         num_clipped += int((level >= _FULL_SCALE).sum())
         mono = block.mean(axis=1, dtype=np.float32)
-        parts.append(mono if source_rate_hz == rate_hz else resampler.resample_chunk(mono))
+        samples.append(mono if source_rate_hz == rate_hz else resampler.resample_chunk(mono))
     if source_rate_hz != rate_hz:
-        parts.append(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
-    waveform = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
-    if len(waveform) == 0:
+        samples.append(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+    if len(samples) == 0:
         raise MediaError(f"{path}: holds no sound; record or copy it again")
     return Sound(
-        waveform=waveform,
+        samples=samples,
         rate_hz=rate_hz,
         source_rate_hz=source_rate_hz,
         source_channels=channels,

@@ -224,7 +224,7 @@ def _scan_sound(
         absent[Stream.AUDIO] = _without_path(error, path)
         return Loudness(rms=0.0, peak=0.0, gain=1.0)
     intervals[Stream.AUDIO] = Interval(0.0, sound.duration_s)
-    return measure_loudness(sound.waveform, recipe=recipe.audio)
+    return measure_loudness(sound.samples.iter_blocks(), recipe=recipe.audio)
 
 
 def _place_sensors(

@@ -11,7 +11,7 @@ from oracles import slow_mel_share
 from threadpoolctl import threadpool_limits
 from tiny_sessions import tone
 
-from shared.audio import decode_dmel, encode_dmel, measure_loudness, to_int16
+from shared.audio import decode_dmel, encode_dmel, measure_loudness, mel_filters, stft, to_int16
 from shared.recipe import AudioRecipe, MelRecipe
 
 RATE_HZ = 16_000
@@ -62,6 +62,30 @@ def test_levels_are_those_of_librosa_on_the_left_padded_sound():
     assert levels.shape == share.shape == (50, 80)
     expected = np.clip(np.round(share), 0, 15)
     np.testing.assert_array_equal(levels[~is_border], expected[~is_border])
+
+
+@pytest.mark.parametrize(("fft_size", "hop"), [(1024, 320), (512, 160), (64, 100), (1000, 333)])
+def test_spectra_are_those_of_librosa_to_the_bit(fft_size, hop):
+    waveform = (noise(RATE_HZ) / 32768).astype(np.float32)
+    expected = librosa.stft(waveform, n_fft=fft_size, hop_length=hop, center=False)
+    np.testing.assert_array_equal(stft(waveform, fft_size=fft_size, hop=hop), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Empty filters")
+@pytest.mark.parametrize(
+    ("rate_hz", "fft_size", "channels"),
+    [
+        (16_000, 1024, 80),
+        (24_000, 1024, 80),
+        (16_000, 64, 128),
+        (48_000, 2048, 12),
+        (4_000, 512, 4),
+    ],
+)
+def test_mel_filters_are_those_of_librosa_to_the_bit(rate_hz, fft_size, channels):
+    expected = librosa.filters.mel(sr=rate_hz, n_fft=fft_size, n_mels=channels)
+    found = mel_filters(rate_hz=rate_hz, fft_size=fft_size, channels=channels)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("frame", [0, 3, 8])
@@ -116,27 +140,35 @@ def test_decoded_tokens_of_a_tone_have_about_the_same_levels():
 @pytest.mark.parametrize("level", [0.01, 0.1, 0.5])
 def test_loudness_is_brought_to_the_level_of_the_recipe(level):
     waveform = tone(1.0, level=level).astype(np.float32)
-    loudness = measure_loudness(waveform, recipe=AudioRecipe())
+    loudness = measure_loudness([waveform], recipe=AudioRecipe())
     assert loudness.rms == pytest.approx(level / math.sqrt(2), rel=1e-3)
     brought = waveform * loudness.gain
     assert 20 * np.log10(np.sqrt(np.mean(brought**2))) == pytest.approx(-23, abs=0.01)
 
 
+def test_loudness_in_blocks_is_that_of_the_whole():
+    waveform = tone(3.0, level=0.2).astype(np.float32)
+    whole = measure_loudness([waveform], recipe=AudioRecipe())
+    parts = measure_loudness(np.array_split(waveform, 7), recipe=AudioRecipe())
+    assert parts.gain == pytest.approx(whole.gain, rel=1e-12)
+    assert parts.peak == whole.peak
+
+
 def test_the_gain_stops_where_the_peak_meets_the_limit():
     waveform = np.zeros(16_000, dtype=np.float32)
     waveform[::1000] = 0.5  # RMS -36 dBFS, peaks -6 dBFS
-    loudness = measure_loudness(waveform, recipe=AudioRecipe())
+    loudness = measure_loudness([waveform], recipe=AudioRecipe())
     assert np.abs(waveform * loudness.gain).max() == pytest.approx(10 ** (-1 / 20), rel=1e-6)
 
 
 @pytest.mark.parametrize("waveform", [np.zeros(0, np.float32), np.full(100, 1e-4, np.float32)])
 def test_silence_is_left_alone(waveform):
-    assert measure_loudness(waveform, recipe=AudioRecipe()).gain == 1.0
+    assert measure_loudness([waveform], recipe=AudioRecipe()).gain == 1.0
 
 
 def test_without_a_wanted_loudness_the_level_is_left_alone():
     waveform = np.ones(100, np.float32)
-    assert measure_loudness(waveform, recipe=AudioRecipe(loudness_dbfs=None)).gain == 1.0
+    assert measure_loudness([waveform], recipe=AudioRecipe(loudness_dbfs=None)).gain == 1.0
 
 
 def test_stored_samples_are_rounded_and_clipped():
