@@ -7,7 +7,9 @@ taken over by the next.
 
 from __future__ import annotations
 
+import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from preprocess.scans import scan_sessions
 from shared.errors import ConfigError, CorruptError, ShardError
 from shared.layout import COLUMNS, field_schema
 from shared.manifest import (
+    MANIFEST_FILE,
     REJECTED_FILE,
     Manifest,
     ShardEntry,
@@ -43,10 +46,13 @@ if TYPE_CHECKING:
     from shared.scan import SessionScan
 
 _OWN_FILE = re.compile(
-    r"tokenizer(\.g\d+)?\.json|(train|val)-\d{6,}(\.g\d+)?\."
+    r"tokenizer(\.g\d+)?\.json|manifest\.g\d+\.json|(train|val)-\d{6,}(\.g\d+)?\."
     f"(index|{'|'.join(f'{name}.{c.suffix}' for name, c in COLUMNS.items())})"
 )
 """Names that shard sets give to files."""
+
+_OLD_MANIFEST = re.compile(r"manifest\.g\d+\.json")
+"""Names of replaced manifests; they are there as long as someone reads by them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,6 +308,8 @@ def _commit(
         if place.read(name) != content:
             place.write(name, content)
     if old is None or replace(old, root=place.root) != manifest:
+        if old is not None:
+            place.link_manifest(versioned(MANIFEST_FILE, old.generation))
         commit_manifest(manifest, write=place.write)
 
 
@@ -309,10 +317,27 @@ def _sweep(manifest: Manifest, place: SetPlace, facts: Sequence[Mapping[str, Any
     """Remove what older sets and killed runs left; nothing that this program did not name."""
     needed = {manifest.tokenizer_file, *(entry.index_file for entry in manifest.shards)}
     needed |= {column["file"] for found in facts for column in found["columns"].values()}
+    names = sorted(place.sizes())
+    for name in filter(_OLD_MANIFEST.fullmatch, names):
+        if place.is_held(name):
+            needed |= {name, *_files_of(name, place)}
     given = manifest.recipe.text.tokenizer
-    for name in place.sizes():
+    for name in names:
         if name in needed or not _OWN_FILE.fullmatch(name):
             continue
         path = manifest.root / name
         if given is None or not (given.exists() and path.exists() and path.samefile(given)):
             place.remove(name)
+
+
+def _files_of(name: str, place: SetPlace) -> set[str]:
+    """Files that a replaced manifest leads to; of a damaged set those that can be told."""
+    found = set()
+    with suppress(ShardError, ValueError, KeyError, TypeError):
+        values = json.loads(place.read(name) or b"{}")
+        found.add(values["tokenizer"]["file"])
+        for shard in values["shards"]:
+            found.add(shard["index_file"])
+            columns = place.read_index(shard["index_file"]).facts["columns"]
+            found |= {column["file"] for column in columns.values()}
+    return found

@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ from uuid import uuid4
 import numpy as np
 
 from shared.errors import CorruptError, JobError, ShardError
+from shared.hold import is_held
 from shared.index import ShardIndex, open_index, parse_index
 from shared.manifest import MANIFEST_FILE, Manifest, move_durably, read_manifest, write_durably
 from shared.storage import Store
@@ -105,6 +106,22 @@ class LocalSet:
         """The set as it is; see :func:`shared.manifest.read_manifest`."""
         return read_manifest(self.root)
 
+    def link_manifest(self, name: str) -> None:
+        """Give the manifest a second name, so that its readers can be asked after when it is
+        replaced.
+        """
+        path = self.root / name
+        with suppress(FileNotFoundError):
+            if path.samefile(self.root / MANIFEST_FILE):
+                return
+            path.unlink()
+        with suppress(OSError):  # a file system without links: nobody can be asked after
+            path.hardlink_to(self.root / MANIFEST_FILE)
+
+    def is_held(self, name: str) -> bool:
+        """Whether someone reads by an older manifest."""
+        return is_held(self.root / name)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredSet:
@@ -182,6 +199,14 @@ class StoredSet:
         manifest = read_manifest(self.root)
         (self.root / manifest.tokenizer_file).write_bytes(self.read(manifest.tokenizer_file) or b"")
         return manifest
+
+    def link_manifest(self, name: str) -> None:
+        """Nothing: stores have no locks that say who reads."""
+
+    def is_held(self, name: str) -> bool:
+        """Always false: stores have no locks that say who reads."""
+        del name
+        return False
 
     def _require_mine(self) -> None:
         if self.run and self.read(_RUN_MARK) != self.run.encode():

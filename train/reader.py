@@ -7,6 +7,7 @@ member is checked against its CRC32C before it is decoded.
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +16,14 @@ from shared.codec import decode_pictures, decode_text
 from shared.columns import ColumnFile, read_chunk
 from shared.errors import CorruptError, ShardError
 from shared.fields import Mel, Text
+from shared.hold import read_held
 from shared.index import ShardIndex, open_index
 from shared.layout import streams_of_bits
-from shared.manifest import Manifest, read_manifest
 from shared.recipe import Split, Stream
 from train.source import SENSORS, VISION, write_mel, write_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -64,7 +64,7 @@ class ShardSource:
     """
 
     def __init__(self, root: Path | str, *, split: Split = "train") -> None:
-        self.manifest: Manifest = read_manifest(root)
+        self.manifest, self._hold = read_held(Path(root))
         self.recipe = self.manifest.recipe
         self.fingerprint = f"{self.manifest.fingerprint}/{split}"
         self.tokenizer = self.manifest.load_tokenizer()
@@ -122,13 +122,17 @@ class ShardSource:
             raise CorruptError(str(error)) from error
 
     def close(self) -> None:
-        """Close all files; the next read opens them again."""
+        """Close all files and hold the set no longer; the next read opens its files again."""
         while self._open:
             self._open.popitem()[1].close()
+        if self._hold is not None:
+            self._hold.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the open files: another process opens its own."""
-        return {**self.__dict__, "_open": OrderedDict()}
+        """Everything but the open files: another process opens its own. The hold stays with the
+        first, which outlives it.
+        """
+        return {**self.__dict__, "_open": OrderedDict(), "_hold": None}
 
     def _read_into(
         self,
