@@ -252,7 +252,10 @@ class SessionFields:
             (Stream.PROPRIO, metadata.proprio),
         ):
             rows = metadata.rows_with(stream)
-            readings[stream] = (metadata.times_s[rows] - self.scan.clock_offset_s, values[rows])
+            readings[stream] = (
+                metadata.times_s[rows] - self.scan.clock_offset_s,
+                values if rows.all() else values[rows],
+            )
         return readings
 
     def _assemble(
