@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from shared.recipe import STREAMS, Recipe
 from shared.text import parse_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -75,8 +75,13 @@ def build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
         return _write_index(task, given, work, draft, presence)
 
 
-def finished_shard(task: ShardTask, out: SetPlace, sizes: Mapping[str, int]) -> ShardEntry | None:
-    """The shard as a killed run left it, if that had finished it; its index is put last.
+def salvage_shard(
+    task: ShardTask, out: SetPlace, sizes: Mapping[str, int]
+) -> ShardEntry | ShardTask:
+    """What a killed job left of a shard: its entry where it was finished, else what is still to do.
+
+    The index that is there vouches for its columns. Those that do not fit are about to be replaced,
+    so that it is cut down to the others first.
 
     Args:
         task: what the shard is to be.
@@ -84,22 +89,38 @@ def finished_shard(task: ShardTask, out: SetPlace, sizes: Mapping[str, int]) -> 
         sizes: file name -> bytes, of all files of the set.
     """
     name = task.file_name("index")
-    if name not in sizes:
-        return None
+    content = out.read(name) if name in sizes else None
+    if content is None:
+        return task
     try:
-        content = out.read(name) or b""
         index = parse_index(np.frombuffer(content, np.uint8), origin=f"{out}/{name}")
         columns = _columns(index)
-        slices = [[piece.session, list(piece.windows)] for piece in task.slices]
-        is_same = index.facts["slices"] == slices
     except (ShardError, KeyError, TypeError):
-        return None
+        columns = {}
     wanted = {name: fingerprint_of(basis) for name, basis in task.bases.items()}
-    if not is_same or {n: c.fingerprint for n, c in columns.items()} != wanted:
-        return None
-    if any(sizes.get(c.file) != c.length_bytes for c in columns.values()):
-        return None
-    return _entry(task, index.num_samples, hashlib.sha256(content).hexdigest(), columns)
+    good = {
+        name: column
+        for name, column in columns.items()
+        if column.fingerprint == wanted.get(name) and sizes.get(column.file) == column.length_bytes
+    }
+    if set(good) == set(wanted):
+        digest = hashlib.sha256(content).hexdigest()
+        return _entry(task, index.num_samples, digest, good)
+    if not good or not set(task.kept) <= set(good):
+        out.remove(name)
+        return task
+    out.write(name, index_bytes(_cut(index, good)))
+    due = {name: reason for name, reason in task.due.items() if name not in good}
+    return replace(task, due=due, kept=good, old_index_file=name)
+
+
+def _cut(index: ShardIndex, columns: Iterable[str]) -> ShardIndex:
+    """An index of some of its columns."""
+    columns = set(columns)
+    gone = tuple(f"{n}{mark}" for n in set(index.facts["columns"]) - columns for mark in "./")
+    facts = {**index.facts, "columns": {n: index.facts["columns"][n] for n in sorted(columns)}}
+    arrays = {n: array for n, array in index.arrays.items() if not n.startswith(gone)}
+    return ShardIndex(facts=facts, arrays=arrays)
 
 
 def describe_shard(entry: ShardEntry, out: SetPlace, sizes: Mapping[str, int]) -> BuiltShard:

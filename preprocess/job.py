@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preprocess import statistics
-from preprocess.build import BuildInput, build_shard, describe_shard, finished_shard
+from preprocess.build import BuildInput, build_shard, describe_shard, salvage_shard
 from preprocess.places import open_set
 from preprocess.plan import OldSet, Plan, ShardTask, plan_shards, versioned
 from preprocess.recordings import find_recordings
@@ -108,8 +108,8 @@ def build_shards(
         )
         if dry_run:
             return _summary(plan, None, scans, num_scanned, ())
-        entries = _finished(plan, place, sizes)
-        entries |= _run(plan, entries, recordings, scans, place, recipe, tokenizer, cluster)
+        entries, tasks = _salvage(plan, place, sizes)
+        entries |= _run(tasks, recordings, scans, place, recipe, tokenizer, cluster)
         kept = {s.name: s for s in old.shards} if old is not None else {}
         shards = tuple(entries.get(name) or kept[name] for name in plan.order)
         facts = [place.read_index(entry.index_file).facts for entry in shards]
@@ -202,25 +202,17 @@ class _Texts:
             return [event.text for event in read_clocked(folder, recipe=self.recipe)[1]]
 
 
-def _finished(plan: Plan, place: SetPlace, sizes: Mapping[str, int]) -> dict[str, ShardEntry]:
-    """Shards of a plan that a killed job had finished.
-
-    The columns of the others are about to be replaced: what indexes of them there are go first, so
-    that they vouch for nothing.
-    """
-    entries = {}
-    for task in plan.tasks:
-        entry = finished_shard(task, place, sizes)
-        if entry is not None:
-            entries[task.name] = entry
-        elif task.file_name("index") in sizes:
-            place.remove(task.file_name("index"))
-    return entries
+def _salvage(
+    plan: Plan, place: SetPlace, sizes: Mapping[str, int]
+) -> tuple[dict[str, ShardEntry], list[ShardTask]]:
+    """Shards of a plan that a killed job had finished, and what is to do for the others."""
+    found = [salvage_shard(task, place, sizes) for task in plan.tasks]
+    entries = {entry.name: entry for entry in found if isinstance(entry, ShardEntry)}
+    return entries, [task for task in found if isinstance(task, ShardTask)]
 
 
 def _run(
-    plan: Plan,
-    finished: Mapping[str, ShardEntry],
+    tasks: Sequence[ShardTask],
     recordings: Mapping[str, Recording],
     scans: Mapping[str, SessionScan],
     place: SetPlace,
@@ -228,7 +220,7 @@ def _run(
     tokenizer: TextTokenizer,
     cluster: Cluster,
 ) -> dict[str, ShardEntry]:
-    """Build every task of a plan that is not finished."""
+    """Build the shards that are to do."""
 
     def given(task: ShardTask) -> tuple[ShardTask, BuildInput]:
         names = [piece.session for piece in task.slices]
@@ -240,8 +232,9 @@ def _run(
             scans={n: scans[n] for n in names},
         )
 
-    work = [given(task) for task in plan.tasks if task.name not in finished]
-    entries = cluster.map(_build, work, what="build shards") if work else []
+    if not tasks:
+        return {}
+    entries = cluster.map(_build, [given(task) for task in tasks], what="build shards")
     return {entry.name: entry for entry in entries}
 
 
