@@ -28,6 +28,9 @@ RETRIES = 2
 """How often a failed task is tried again: network folders hiccup. Dask itself moves the tasks of a
 worker that died."""
 
+STARTS = 3
+"""How often local workers are started before they are given up."""
+
 ArgT = TypeVar("ArgT")
 ResultT = TypeVar("ResultT")
 
@@ -124,16 +127,30 @@ class Cluster:
         return self._client
 
     def _start_local(self) -> Any:  # noqa: ANN401
+        """A local cluster; started again where a worker dies before it has said that it is there.
+
+        Raises:
+            JobError: workers die whenever they start.
+        """
         from distributed import LocalCluster
 
-        return self._stack.enter_context(
-            LocalCluster(
-                n_workers=self._num_workers,
-                threads_per_worker=1,  # decoders scale by processes
-                dashboard_address="127.0.0.1:0",
-                silence_logs=50,  # what goes wrong with a task is told by the job
-            )
-        )
+        for attempt in range(STARTS):
+            try:
+                local = LocalCluster(
+                    n_workers=self._num_workers,
+                    threads_per_worker=1,  # decoders scale by processes
+                    dashboard_address="127.0.0.1:0",
+                    silence_logs=60,  # what goes wrong is told by the job
+                )
+            except RuntimeError as error:
+                if attempt + 1 == STARTS:
+                    raise JobError(
+                        f"{self._num_workers} local workers could not be started: "
+                        f"{error.__cause__ or error}; use fewer (--workers), or none (--workers 0)"
+                    ) from error
+            else:
+                return self._stack.enter_context(local)
+        raise AssertionError("unreachable")
 
     def _progress(self) -> Progress:
         columns = (

@@ -62,7 +62,7 @@ class Trial:
 
     start: str
     target: str
-    moment_s: float
+    moment: str
     state: str = ""
     num_reads: int = 0
     problems: list[str] = field(default_factory=list)
@@ -143,23 +143,24 @@ def undisturbed(start: Start, root: Path) -> tuple[dict[str, str], float]:
 
 
 def run_trial(
-    start: Start, target: str, moment_s: float, wanted: dict[str, str], root: Path
+    start: Start, target: str, num_files: int, moment_s: float, wanted: dict[str, str], root: Path
 ) -> Trial:
-    """Kill one job at a moment (seconds after its start; of a worker after it was there)."""
-    trial = Trial(start.name, target, moment_s)
+    """Kill one job, so many seconds after it has put that many files (workers: and is there)."""
+    trial = Trial(start.name, target, f"{num_files:2} files + {moment_s:4.2f} s")
     out, scratch = root / "trial", root / "trial-scratch"
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(scratch, ignore_errors=True)
     _lay_out(start, out)
     job = launch(command(start, out), scratch=scratch)
     with _Reader(out, trial, is_on=start.old is not None and target != "worker"):
-        _kill(job, target, moment_s, trial)
+        _kill(job, target, _Moment(out, num_files, moment_s), trial)
         output, _ = job.communicate(timeout=300)
     _wait_for_end_of(out, trial)
+    if trial.state == "had ended":
+        return trial
     if target == "worker":
         if job.returncode != 0:
             trial.problems.append(f"exit code {job.returncode}: {output[-300:]}")
-        trial.state += ", job ended"
     else:
         trial.state = _state(start, out, wanted, trial)
         finish(launch(command(start, out), scratch=scratch))
@@ -175,11 +176,25 @@ def _lay_out(start: Start, out: Path) -> None:
         shutil.copytree(start.old, out)
 
 
-def _kill(job: subprocess.Popen[str], target: str, moment_s: float, trial: Trial) -> None:
-    if target == "worker":
-        while job.poll() is None and not workers_of(job.pid):
-            time.sleep(0.02)
-    time.sleep(moment_s)
+@dataclass(frozen=True)
+class _Moment:
+    out: Path
+    num_files: int
+    after_s: float
+
+    def wait(self, job: subprocess.Popen[str], target: str) -> None:
+        """Returns at the moment, or when the job has ended."""
+        num_old = len(list(self.out.glob("[!.]*"))) if self.out.exists() else 0
+        while job.poll() is None and (
+            len(list(self.out.glob("[!.]*"))) < num_old + self.num_files
+            or (target == "worker" and not workers_of(job.pid))
+        ):
+            time.sleep(0.005)
+        time.sleep(self.after_s)
+
+
+def _kill(job: subprocess.Popen[str], target: str, moment: _Moment, trial: Trial) -> None:
+    moment.wait(job, target)
     if job.poll() is not None:
         trial.state = "had ended"
         return
@@ -191,7 +206,7 @@ def _kill(job: subprocess.Popen[str], target: str, moment_s: float, trial: Trial
         workers = workers_of(job.pid)
         trial.state = "no worker was left"
         if workers:
-            workers[int(moment_s * 1000) % len(workers)].kill()
+            workers[moment.num_files % len(workers)].kill()
             trial.state = f"1 of {len(workers)} workers killed"
 
 
@@ -289,19 +304,24 @@ def run_trials(root: Path, num_kills: int, seed: int) -> list[Trial]:
     wanted = {s.name: undisturbed(s, root) for s in starts}
     for name, (files, length_s) in wanted.items():
         print(f"undisturbed {name}: {len(files)} files in {length_s:.1f} s", flush=True)
-    print("kill  from    target  moment  reads  after the kill", flush=True)
+    print("kill  from    target  moment             reads  after the kill", flush=True)
     trials = []
     for number in range(num_kills):
         start, target = starts[number % 2], TARGETS[number // 2 % 3]
         files, length_s = wanted[start.name]
-        # The first second is Python's start; workers come about 2.5 s after the start.
-        earliest_s, latest_s = (0, length_s - 2.5) if target == "worker" else (1, length_s)
-        moment_s = chance.uniform(earliest_s, latest_s)
-        trial = run_trial(start, target, moment_s, files, root)
+        while True:
+            # Half of the moments are anywhere, half in the midst of writing.
+            if chance.random() < 0.5:
+                num_files, moment_s = 0, chance.uniform(0, length_s)
+            else:
+                num_files, moment_s = chance.randint(1, 70), chance.uniform(0, 0.2)
+            trial = run_trial(start, target, num_files, moment_s, files, root)
+            if trial.state != "had ended" or trial.problems:
+                break
         trials.append(trial)
         result = "; ".join(trial.problems) or "byte-equal, 0 left over"
         print(
-            f"{number + 1:4}  {start.name:6}  {target:6}  {moment_s:5.2f}s  {trial.num_reads:5}  "
+            f"{number + 1:4}  {start.name:6}  {target:6}  {trial.moment}  {trial.num_reads:5}  "
             f"{trial.state}: {result}",
             flush=True,
         )

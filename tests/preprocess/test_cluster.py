@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dask
+import distributed
 import pytest
 from clusters import build_over_cluster
 from oracles import build, cluster_of, file_hashes, tiny_recipe, write_tiny_sessions
@@ -51,3 +52,23 @@ def test_an_error_that_another_attempt_would_repeat_ends_a_job_at_once():
         assert len(tried) == 3
         with pytest.raises(StorageError):
             cluster.map(fail, [StorageError("hiccup")], what="fail")
+
+
+@pytest.mark.parametrize("num_deaths", [2, 3])
+def test_local_workers_that_die_while_they_start_are_started_again(monkeypatch, num_deaths):
+    begun = []
+
+    class DiesAtFirst(distributed.LocalCluster):
+        def __init__(self, **options):
+            begun.append(options)
+            if len(begun) <= num_deaths:
+                raise RuntimeError("Nanny failed to start.")
+            super().__init__(**{**options, "processes": False})
+
+    monkeypatch.setattr(distributed, "LocalCluster", DiesAtFirst)
+    with cluster_of(1) as cluster:
+        if num_deaths < 3:
+            assert cluster.map(len, ["one", "three"], what="count") == [3, 5]
+        else:
+            with pytest.raises(JobError, match=r"could not be started: .*--workers 0"):
+                cluster.map(len, ["one"], what="count")
