@@ -68,6 +68,7 @@ class SessionSource:
         self._scans: list[SessionScan] = []
         self._windows: list[list[Window]] = []
         self.rejected: dict[str, str] = {}
+        """Sessions and windows (SESSION/WINDOW) of this split that are no samples, and why."""
         for folder in chosen:
             self._add(folder)
         if not self._folders and chosen:
@@ -142,10 +143,16 @@ class SessionSource:
         scan = scan_session(folder, recipe=self.recipe)
         reason = scan.session_rejection(self.recipe)
         windows = scan.windows(self.recipe)
-        kept = [w for w in windows if scan.rejection(w, self.recipe) is None]
+        reasons = [scan.rejection(w, self.recipe) for w in windows]
+        kept = [w for w, why in zip(windows, reasons, strict=True) if why is None]
         if reason is not None or not kept:
             self.rejected[scan.session] = reason or "no window of it covers what is required"
             return
+        self.rejected |= {
+            f"{scan.session}/{w.index:06d}": why
+            for w, why in zip(windows, reasons, strict=True)
+            if why is not None
+        }
         self._folders.append(folder)
         self._scans.append(scan)
         self._windows.append(kept)

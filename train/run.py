@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from shared.errors import SessionError
-from shared.recipe import json_of
 from train.baselines import Baselines, Comparison, compare
 from train.checkpoint import find_latest_checkpoint, load_checkpoint
+from train.dataset import SessionSource
 from train.feed import initial_position
 from train.inputs import to_model_inputs
 from train.loader import Loader, open_source
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from train.config import TrainConfig
     from train.source import SampleSource
 
+MAX_LEFT_OUT_LINES = 20
+"""Sessions and windows named one by one that are in no batch."""
+
 BASELINE_BATCHES = 200
 """At most so many batches of the train split fit the baselines."""
 
@@ -41,6 +44,8 @@ class Parts:
     loader: Loader
     val_loader: Loader | None
     model: MultiModalCreature
+    left_out: tuple[str, ...]
+    """What of sessions read directly is in no batch, and why; shards have rejected.jsonl."""
 
 
 def run_training(
@@ -62,7 +67,8 @@ def run_training(
     """
     console = Console()
     parts = open_parts(config)
-    baselines = fit_baselines(config)
+    _tell_left_out(console, parts)
+    baselines = fit_baselines(config, parts.loader.source)
     for head, counts in baselines.counts.items():
         if not counts.sum():
             console.print(
@@ -76,7 +82,7 @@ def run_training(
         parts.loader,
         val_loader=parts.val_loader,
         console=console,
-        checkpoint_extra=_extra(parts.loader.source, baselines),
+        checkpoint_extra={"baselines": baselines.as_dict()},
     )
     if not _resume(trainer, parts.loader, config, resume, console):
         return None
@@ -99,11 +105,14 @@ def check_config(config: TrainConfig, *, origin: Path) -> None:
     console.print(f"{origin}: keys and values are good")
     streams = ", ".join(config.input_streams)
     console.print(f"  sees {streams}; predicts {', '.join(config.heads)}")
-    if config.data.shards is None and config.data.root_dir is None:
+    place = config.data.shards or config.data.root_dir
+    if place is None or not place.exists():
         model = MultiModalCreature(config)
-        console.print(f"  model: {_count(model):,} parameters; no data is named, so none is read")
+        why = "no data is named" if place is None else f"{place} is not there yet"
+        console.print(f"  model: {_count(model):,} parameters; {why}, so none is read")
         return
     parts = open_parts(config)
+    _tell_left_out(console, parts)
     loader, model = parts.loader, parts.model
     console.print(
         f"  data: {int(loader.source.shard_sizes.sum())} train samples, "
@@ -131,15 +140,17 @@ def open_parts(config: TrainConfig) -> Parts:
     loader = Loader(open_source(config, split="train"), config)
     torch.manual_seed(config.training.seed)
     model = MultiModalCreature(config, loader.shapes)
-    return Parts(loader=loader, val_loader=_open_val(config), model=model)
+    val_loader, why_not = _open_val(config)
+    sources = [each.source for each in (loader, val_loader) if each is not None]
+    left_out = [line for source in sources for line in describe_left_out(source)]
+    return Parts(loader=loader, val_loader=val_loader, model=model, left_out=(*left_out, *why_not))
 
 
-def fit_baselines(config: TrainConfig) -> Baselines:
-    """What trivial predictors know of the train split."""
+def fit_baselines(config: TrainConfig, source: SampleSource) -> Baselines:
+    """What trivial predictors know of the train split, which `source` has."""
     targets_only = config.model_copy(
         update={"data": config.data.model_copy(update={"modalities": ()})}
     )
-    source = open_source(config, split="train")
     loader = Loader(source, targets_only, is_shuffled=False, num_epochs=1)
     batches = itertools.islice(loader, BASELINE_BATCHES)
     return Baselines.fit(batches, config=config, shapes=loader.shapes)
@@ -156,24 +167,36 @@ def baseline_losses(baselines: Baselines, val_loader: Loader | None) -> dict[str
     return {name: total / count for name, (total, count) in totals.items() if count}
 
 
-def _open_val(config: TrainConfig) -> Loader | None:
-    """The held-out batches in stored order, or None where there is none."""
+def _open_val(config: TrainConfig) -> tuple[Loader | None, tuple[str, ...]]:
+    """The held-out batches in stored order, or None where there is none; and what is left out."""
     try:
         source = open_source(config, split="val")
-    except SessionError:
-        return None
+    except SessionError as error:
+        return None, (f"nothing is held out: {error}",)
     if int(source.shard_sizes.sum()) == 0:
-        return None
-    return Loader(source, config, is_shuffled=False, num_epochs=1)
+        return None, ()
+    return Loader(source, config, is_shuffled=False, num_epochs=1), ()
 
 
-def _extra(source: SampleSource, baselines: Baselines) -> dict[str, Any]:
-    """What inference needs besides the model."""
-    return {
-        "recipe": json_of(source.recipe),
-        "tokenizer": source.tokenizer.json,
-        "baselines": baselines.as_dict(),
-    }
+def describe_left_out(source: SampleSource) -> list[str]:
+    """What of a source is no sample: a line per session, and one for windows of the others."""
+    rejected = source.rejected if isinstance(source, SessionSource) else {}
+    windows = [key for key in rejected if "/" in key]
+    lines = [f"{session}: {why}" for session, why in rejected.items() if "/" not in session]
+    if windows:
+        first = f"the first is {windows[0]}: {rejected[windows[0]]}"
+        lines.append(f"{len(windows)} windows of sessions that are used; {first}")
+    return lines
+
+
+def _tell_left_out(console: Console, parts: Parts) -> None:
+    """Name what is in no batch; of many, the first ones and how many there are."""
+    for line in parts.left_out[:MAX_LEFT_OUT_LINES]:
+        console.print(f"left out: {line}", soft_wrap=True, markup=False, highlight=False)
+    if (more := len(parts.left_out) - MAX_LEFT_OUT_LINES) > 0:
+        console.print(
+            f"left out: {more} more; `python -m preprocess shards` lists all in rejected.jsonl"
+        )
 
 
 def _resume(
@@ -235,7 +258,7 @@ def _print_summary(
     )
     if summary.stopped_by == "signal":
         command = f"python -m train run --config {origin} --resume auto"
-        console.print(f"to go on     {command}", soft_wrap=True)
+        console.print(f"to go on     {command}, with the same key=value if any", soft_wrap=True)
 
 
 def _comparison_table(rows: list[Comparison]) -> Table:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+
 import pytest
 from click.testing import CliRunner
-from tiny_sets import make_config
+from tiny_sets import make_config, set_recipe
+from torch.utils.data import DataLoader
 
-from shared.errors import ConfigError
+from shared.errors import CheckpointError, ConfigError
+from shared.recipe import json_of
+from train import MultiModalCreature, RealMultiModalDataset, Trainer, real_data_collate_fn
 from train.__main__ import cli
-from train.run import baseline_losses, fit_baselines, open_parts, run_training
+from train.infer import infer
+from train.run import (
+    baseline_losses,
+    check_config,
+    fit_baselines,
+    open_parts,
+    run_training,
+)
 
 
 @pytest.fixture
@@ -71,8 +86,8 @@ def test_held_out_sessions_are_measured_in_stored_order(config):
 
 
 def test_baselines_read_targets_only(config):
-    baselines = fit_baselines(config)
-    losses = baseline_losses(baselines, open_parts(config).val_loader)
+    parts = open_parts(config)
+    losses = baseline_losses(fit_baselines(config, parts.loader.source), parts.val_loader)
     assert losses
     assert all(loss >= 0 for loss in losses.values())
 
@@ -89,3 +104,71 @@ def test_check_reads_a_batch_and_trains_nothing(tiny_set, tmp_path):
         assert text in result.output
     assert not (tmp_path / "c").exists()
     assert not (tmp_path / "r").exists()
+
+
+def test_check_looks_at_the_model_where_the_data_is_not_there_yet(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"data: {{shards: {tmp_path}/later}}\nmodel: {{hidden_dim: 16}}\n")
+    result = CliRunner().invoke(cli, ["run", "--config", str(path), "--check"])
+    assert result.exit_code == 0, result.output
+    assert "parameters" in result.output
+    assert "later is not there yet" in result.output
+
+
+def test_sessions_read_directly_that_are_in_no_batch_are_named(tiny_sessions, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(json_of(set_recipe(required=["audio"]))))
+    config = make_config(root_dir=tiny_sessions, recipe=recipe)
+    parts = open_parts(config)
+    assert [line.split(":")[0] for line in parts.left_out if "windows" not in line] == ["eve"]
+    check_config(config, origin=tmp_path / "mine.yaml")
+    assert "left out: eve: required stream audio" in capsys.readouterr().out
+
+
+def test_held_out_sessions_that_can_not_be_used_are_named(tiny_sessions, tmp_path):
+    sessions = tmp_path / "sessions"
+    shutil.copytree(tiny_sessions, sessions)
+    (sessions / "bob" / "audio.wav").unlink()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(json_of(set_recipe(required=["audio"]))))
+    parts = open_parts(make_config(root_dir=sessions, recipe=recipe))
+    assert parts.val_loader is None
+    assert any("nothing is held out" in line and "bob" in line for line in parts.left_out)
+
+
+def test_windows_that_are_no_samples_are_named(tiny_sessions, tmp_path):
+    recipe = set_recipe(required=["vision_left", "proprio", "audio"], window={"min_coverage": 1.0})
+    source = RealMultiModalDataset(tiny_sessions, recipe=recipe).source
+    names = {source.key(s, r) for s, n in enumerate(source.shard_sizes) for r in range(n)}
+    assert not names & source.rejected.keys()
+    loose = set_recipe(required=[], window={"min_coverage": 0.0})
+    every = RealMultiModalDataset(tiny_sessions, recipe=loose).source
+    planned = {every.key(s, r) for s, n in enumerate(every.shard_sizes) for r in range(n)}
+    left_out = {key for key in planned - names if key.partition("/")[0] not in source.rejected}
+    assert left_out == {name for name in source.rejected if "/" in name}
+
+
+def test_what_a_trainer_made_of_a_plain_loader_can_infer(tiny_sessions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset = RealMultiModalDataset(tiny_sessions, recipe=set_recipe())
+    loader = DataLoader(dataset, batch_size=4, collate_fn=real_data_collate_fn)
+    config = {
+        "training": {"max_steps": 1, "num_threads": 1},
+        "model": {"hidden_dim": 16, "num_layers": 1, "vision_layers": 0},
+    }
+    Trainer(MultiModalCreature(config, dataset.shapes), config, loader, device="cpu").train()
+    metrics = infer(tmp_path / "checkpoints/model_final.pt", tiny_sessions / "cat", tmp_path / "p")
+    assert metrics["losses"]["loss_audio"] > 0
+
+
+def test_a_folder_that_takes_no_checkpoints_is_refused_before_the_first_step(config, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match="no checkpoints can be written there"):
+        run_training(config, origin=tmp_path / "mine.yaml")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_does_not_wait_for_torch_to_complain_about_a_configuration():
+    script = "import sys, train.__main__; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr
