@@ -15,6 +15,7 @@ import contextlib
 import os
 import pickle  # noqa: TID251  only for the name of the error that torch's safe loader raises
 import re
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -47,6 +48,23 @@ _STEP_NAME = re.compile(r"model_step_(\d+)\.pt")
 def step_name(step: int) -> str:
     """File name of the checkpoint after `step` optimizer steps."""
     return f"model_step_{step}.pt"
+
+
+def prepare_folder(folder: Path | str) -> None:
+    """Make the folder of a run's checkpoints, and see that files can be written there.
+
+    Raises:
+        CheckpointError: they can't; better said before the first step than after the last one.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: no checkpoints can be written there ({_reason(error)}); set "
+            "training.checkpointing.save_dir"
+        ) from error
 
 
 def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> Path:

@@ -9,8 +9,8 @@ import torch
 
 from shared.config import make_section
 from shared.errors import CheckpointError
-from shared.recipe import Recipe, WindowShapes
-from shared.text import parse_tokenizer
+from shared.recipe import Recipe, WindowShapes, json_of
+from shared.text import TextTokenizer, parse_tokenizer
 from train.baselines import Baselines
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig, as_train_config
@@ -19,8 +19,6 @@ from train.model import MultiModalCreature
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    from shared.text import TextTokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +80,26 @@ def load_creature(path: Path, *, device: torch.device) -> Creature:
         baselines=_baselines_of(extra, config, shapes),
         step=int(state["step"]),
     )
+
+
+def reading_of(loader: object) -> dict[str, Any]:
+    """Recipe and tokenizer of a loader's source as plain values: what inference needs to read
+    sessions as training did.
+
+    Args:
+        loader: a :class:`train.loader.Loader`, or a plain DataLoader over a
+            :class:`train.dataset.RealMultiModalDataset` (or a Subset of one).
+
+    Returns:
+        "recipe" and "tokenizer"; nothing where the loader has no such source.
+    """
+    while not hasattr(loader, "source") and hasattr(loader, "dataset"):
+        loader = loader.dataset
+    source = getattr(loader, "source", None)
+    recipe, tokenizer = getattr(source, "recipe", None), getattr(source, "tokenizer", None)
+    if not isinstance(recipe, Recipe) or not isinstance(tokenizer, TextTokenizer):
+        return {}
+    return {"recipe": json_of(recipe), "tokenizer": tokenizer.json}
 
 
 def _baselines_of(extra: Mapping[str, Any], config: TrainConfig, shapes: WindowShapes) -> Baselines:

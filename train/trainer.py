@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shared.errors import CheckpointError, ConfigError
 from train import checkpoint, runtime
 from train.config import TrainConfig, as_train_config
+from train.creature import reading_of
 from train.feed import BatchFeed, one_epoch
 from train.health import QUIET_STEPS
 from train.inputs import to_model_inputs
@@ -97,8 +98,8 @@ class Trainer:
         run_name: folder below ``training.log_dir``; None: the resumed run's, or the time and the
             host.
         console: where lines go; None: the terminal.
-        checkpoint_extra: more plain values for the checkpoints, such as the tokenizer, so that they
-            can be used without the data.
+        checkpoint_extra: more plain values for the checkpoints, beside the loader's recipe and
+            tokenizer, which make them usable without the data.
 
     Raises:
         ConfigError: a wrong key or value, or a device that is not here.
@@ -133,7 +134,7 @@ class Trainer:
             scaler=runtime.make_scaler(self.device, self._dtype),
             config=self.config,
             shapes=shapes_of(self.model),
-            extra=dict(checkpoint_extra or {}),
+            extra={**reading_of(loader), **(checkpoint_extra or {})},
             run_name=run_name,
         )
         self._loader, self._val_loader = loader, val_loader
@@ -155,11 +156,12 @@ class Trainer:
 
         Raises:
             DivergedError: losses or gradients stayed non-finite.
-            CheckpointError: the last checkpoint could not be written.
+            CheckpointError: no checkpoint can be written, or the last one could not.
             CreatureError: the GPU's memory does not suffice, or the loader gave up.
         """
         training, state = self.config.training, self._state
         optimizer, scaler = state.optimizer, state.scaler
+        checkpoint.prepare_folder(training.checkpointing.save_dir)
         with StopSignals() as stop, explained_out_of_memory(), self._open_log() as log:
             feed = self._restore(log)
             while state.step < training.max_steps and not stop.requested:
