@@ -1,10 +1,22 @@
-"""Trainer: streams shard sets, trains a MultiModalCreature, infers."""
+"""Trainer: streams shard sets, trains a MultiModalCreature, infers.
 
-from train.checkpoint import load_checkpoint
-from train.dataset import RealMultiModalDataset, real_data_collate_fn
-from train.loader import Loader, open_source
-from train.model import MultiModalCreature
-from train.trainer import Trainer
+Names are imported when they are first used (PEP 562), so that ``python -m train`` complains about a
+wrong configuration, or is interrupted, without waiting seconds for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from train.checkpoint import load_checkpoint
+    from train.dataset import RealMultiModalDataset, real_data_collate_fn
+    from train.loader import Loader, open_source
+    from train.model import MultiModalCreature
+    from train.trainer import Trainer
 
 __all__ = [
     "Loader",
@@ -15,3 +27,27 @@ __all__ = [
     "open_source",
     "real_data_collate_fn",
 ]
+
+_MODULES: Final[Mapping[str, str]] = {
+    "Loader": "train.loader",
+    "MultiModalCreature": "train.model",
+    "RealMultiModalDataset": "train.dataset",
+    "Trainer": "train.trainer",
+    "load_checkpoint": "train.checkpoint",
+    "open_source": "train.loader",
+    "real_data_collate_fn": "train.dataset",
+}
+"""Where each public name is."""
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (any of the public names)
+    """Import a public name at its first use.
+
+    Raises:
+        AttributeError: it is none.
+    """
+    if name not in _MODULES:
+        raise AttributeError(f"module 'train' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value

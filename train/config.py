@@ -48,7 +48,7 @@ class DataConfig(Section):
     """With root_dir: the recipe that cuts the sessions; null means the default recipe."""
     batch_size: int = Field(8, ge=1)
     """Samples per global batch."""
-    modalities: tuple[Stream, ...] | None = None
+    modalities: tuple[Stream, ...] | None = Field(None, min_length=1)
     """Streams that the model sees; null means all of them, or only text where only text is trained.
     """
     num_workers: int = Field(2, ge=0)
