@@ -29,7 +29,7 @@ demo: setup  ## make the demo sessions and their shard set
 	$(PY) -m preprocess demo-sessions data/demo
 	$(PY) -m preprocess shards --recipe configs/demo_recipe.yaml --sessions data/demo --out shards/demo
 
-train: setup $(if $(findstring demo,$(CONFIG)),demo)  ## train as CONFIG says, or go on where it stopped
+train: setup $(if $(filter demo.yaml,$(notdir $(CONFIG))),demo)  ## train as CONFIG says, or go on where it stopped
 	$(PY) -m train run --config $(CONFIG) --resume auto
 
 test: setup lint types layers  ## lint, types, layers and the fast tests
@@ -49,4 +49,4 @@ layers: setup  ## who may import whom
 	$(VENV)/bin/lint-imports
 
 clean:  ## remove the demo's sessions, shards, checkpoints and logs; keeps yours and the environment
-	rm -rf data/demo shards/demo checkpoints/demo
+	rm -rf data/demo shards/demo checkpoints/demo runs/demo
