@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from shared.recipe import PAD_TOKEN, Stream, WindowShapes
-from train.config import HEAD_STREAM, TrainConfig
-from train.source import SENSORS, TEXTS, VISION, SampleSource
+from train.config import HEAD_STREAM, TEXT_STREAMS, TrainConfig
+from train.inputs import VISION_STREAMS
+from train.source import SENSORS, SampleSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ def assemble_batch(
         CorruptError: a sample's bytes are damaged (and `read` does not help).
     """
     wanted = {*config.input_streams, *config.target_streams}
-    with_text = any(s in wanted for s in TEXTS)
+    with_text = any(s in wanted for s in TEXT_STREAMS)
     arrays = _zeros(len(places), wanted, shapes)
     texts: list[Text | None] = []
     taken: list[Place] = []
@@ -119,12 +120,12 @@ def tokens_on_ticks(
     return ticks
 
 
-def pack_tokens(text: Text, streams: Sequence[Stream] = TEXTS) -> dict[Stream, list[int]]:
+def pack_tokens(text: Text, streams: Sequence[Stream] = TEXT_STREAMS) -> dict[Stream, list[int]]:
     """Tokens of streams one after another by time; where one speaks the others have PAD."""
     spoken = [
         (time_s, number, stream, token)
         for number, (stream, tokens) in enumerate(
-            zip(TEXTS, (text.internal, text.external), strict=True)
+            zip(TEXT_STREAMS, (text.internal, text.external), strict=True)
         )
         for time_s, token in zip(tokens.time_s, tokens.ids, strict=True)
         if stream in streams
@@ -141,13 +142,13 @@ def _zeros(count: int, wanted: set[Stream], shapes: WindowShapes) -> dict[str, N
     """Zeroed arrays of every wanted stream but text."""
     size = shapes.image_size
     kinds: dict[Stream, tuple[tuple[int, ...], type[np.generic]]] = {
-        **dict.fromkeys(VISION, ((shapes.num_frames, size, size, 3), np.uint8)),
+        **dict.fromkeys(VISION_STREAMS, ((shapes.num_frames, size, size, 3), np.uint8)),
         Stream.AUDIO: ((shapes.num_audio_frames, shapes.mel_channels), np.uint8),
         Stream.TOUCH: ((shapes.num_sensor_samples, shapes.touch_size), np.float32),
         Stream.PROPRIO: ((shapes.num_sensor_samples, shapes.proprio_size), np.float32),
     }
     arrays: dict[str, NDArray[Any]] = {}
-    for stream in (*VISION, Stream.AUDIO, *SENSORS):
+    for stream in (*VISION_STREAMS, Stream.AUDIO, *SENSORS):
         if stream in wanted:
             shape, dtype = kinds[stream]
             arrays[stream] = np.zeros((count, *shape), dtype=dtype)
@@ -164,7 +165,7 @@ def _text_on_ticks(
 ) -> dict[str, NDArray[Any]]:
     """Token per tick and validity of the wanted text streams, [B, T]."""
     arrays: dict[str, NDArray[Any]] = {}
-    for stream in (s for s in TEXTS if s in wanted):
+    for stream in (s for s in TEXT_STREAMS if s in wanted):
         ticks = np.full((len(texts), shapes.num_ticks), PAD_TOKEN, dtype=np.int64)
         valid = np.zeros(ticks.shape, dtype=np.bool_)
         for i, (place, text) in enumerate(zip(places, texts, strict=True)):
@@ -187,7 +188,7 @@ def _dense_text(
     wanted: set[Stream],
 ) -> dict[str, NDArray[Any]]:
     """Tokens one after another, [B, longest], with their validity."""
-    streams = [s for s in TEXTS if s in wanted]
+    streams = [s for s in TEXT_STREAMS if s in wanted]
     silent: dict[Stream, list[int]] = {s: [] for s in streams}
     packed = [silent if text is None else pack_tokens(text, streams) for text in texts]
     lengths = [len(p[streams[0]]) for p in packed]

@@ -19,8 +19,9 @@ from shared.scan import SessionScan, read_clocked, scan_session
 from shared.session import find_sessions
 from shared.text import TextTokenizer, load_tokenizer, train_tokenizer
 from train.assemble import assemble_batch, join_batches
-from train.config import TrainConfig
-from train.source import SENSORS, TEXTS, VISION, write_mel, write_numbers
+from train.config import TEXT_STREAMS, TrainConfig
+from train.inputs import VISION_STREAMS
+from train.source import SENSORS, write_mel, write_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -119,7 +120,7 @@ class SessionSource:
     ) -> Text | None:
         fields, window = self.fields(shard), self._windows[shard][row]
         present = self.present(shard, row)
-        for stream in VISION:
+        for stream in VISION_STREAMS:
             if stream in out and stream in present:
                 for _, frames in fields.iter_frames(stream, [window]):
                     if np.isfinite(frames.error_s).any():
@@ -135,7 +136,7 @@ class SessionSource:
                     write_numbers(out, stream, values)
         if Stream.AUDIO in out and Stream.AUDIO in present:
             write_mel(out, fields.read_mel(window))
-        if with_text and any(s in present for s in TEXTS):
+        if with_text and any(s in present for s in TEXT_STREAMS):
             return fields.read_text(window)
         return None
 

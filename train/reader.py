@@ -20,7 +20,8 @@ from shared.hold import read_held
 from shared.index import ShardIndex, open_index
 from shared.layout import streams_of_bits
 from shared.recipe import Split, Stream
-from train.source import SENSORS, VISION, write_mel, write_numbers
+from train.inputs import VISION_STREAMS
+from train.source import SENSORS, write_mel, write_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -142,7 +143,7 @@ class ShardSource:
         *,
         with_text: bool,
     ) -> Text | None:
-        for stream in VISION:
+        for stream in VISION_STREAMS:
             if stream in out:
                 member = opened.read(stream, stream, row)
                 if member is not None:

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from shared.fields import Mel, Text
     from shared.text import TextTokenizer
 
-VISION = (Stream.VISION_LEFT, Stream.VISION_RIGHT)
 SENSORS = (Stream.TOUCH, Stream.PROPRIO)
-TEXTS = (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT)
 
 
 class SampleSource(Protocol):
