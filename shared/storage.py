@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -99,13 +100,9 @@ class Store:
 
     def write(self, name: str, content: bytes) -> None:
         """Make a file of these bytes, or replace it."""
-        with self._named(name):
+        with self._named(name, is_new=True):
             fs, root = self._open()
-            try:
-                fs.pipe_file(f"{root}/{name}", content)
-            except FileNotFoundError:  # a file system with folders, such as sftp
-                fs.makedirs(root, exist_ok=True)
-                fs.pipe_file(f"{root}/{name}", content)
+            fs.pipe_file(f"{root}/{name}", content)
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to the local disk."""
@@ -115,13 +112,9 @@ class Store:
 
     def put(self, path: Path, name: str) -> None:
         """Copy a local file into the store."""
-        with self._named(name):
+        with self._named(name, is_new=True):
             fs, root = self._open()
-            try:
-                fs.put_file(str(path), f"{root}/{name}")
-            except FileNotFoundError:
-                fs.makedirs(root, exist_ok=True)
-                fs.put_file(str(path), f"{root}/{name}")
+            fs.put_file(str(path), f"{root}/{name}")
 
     def remove(self, name: str) -> None:
         """Remove a file; does nothing where there is none."""
@@ -142,13 +135,20 @@ class Store:
         return fs, root.rstrip("/")
 
     @contextmanager
-    def _named(self, name: str = "") -> Iterator[None]:
-        """Says of whatever goes wrong in the store's library where it did."""
+    def _named(self, name: str = "", *, is_new: bool = False) -> Iterator[None]:
+        """Says of whatever goes wrong in the store's library where it did.
+
+        Args:
+            name: the file, where it is one.
+            is_new: it is being made, so that what is missing is the place.
+        """
         place = shown(f"{self.url}/{name}" if name else self.url)
         try:
             yield
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            if not is_new:
+                raise
+            raise StorageError(f"{place}: no such bucket or folder; make it first") from error
         except ImportError as error:
             protocol = self.url.partition("://")[0]
             raise StorageError(
@@ -178,4 +178,7 @@ def shown(url: str) -> str:
 
 
 def _tag(facts: dict[str, Any]) -> str:
-    return next((str(facts[name]) for name in _FACTS if facts.get(name) is not None), "")
+    value = next((facts[name] for name in _FACTS if facts.get(name) is not None), "")
+    # Some file systems say a time as a date in one place and as seconds in another.
+    seconds = value.timestamp() if isinstance(value, datetime) else value
+    return f"{seconds:.6f}" if isinstance(seconds, float) else str(seconds)
