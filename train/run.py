@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shared.errors import SessionError
+from shared.errors import ConfigError, SessionError
 from train.baselines import Baselines, Comparison, compare
 from train.checkpoint import find_latest_checkpoint, load_checkpoint
 from train.dataset import SessionSource
@@ -66,6 +66,7 @@ def run_training(
         CreatureError: the configuration, the data or a checkpoint can't be used.
     """
     console = Console()
+    require_paths(config, origin=origin)
     parts = open_parts(config)
     _tell_left_out(console, parts)
     baselines = fit_baselines(config, parts.loader.source)
@@ -129,6 +130,23 @@ def check_config(config: TrainConfig, *, origin: Path) -> None:
     losses["loss_total"].backward()  # type: ignore[no-untyped-call]
     line = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
     console.print(f"  one forward and backward: {line}; nothing was trained")
+
+
+def require_paths(config: TrainConfig, *, origin: Path) -> None:
+    """Refuse a configuration that names data which is not there.
+
+    Raises:
+        ConfigError: it names the key, the path and how to make it.
+    """
+    data = config.data
+    make = f"make it by `python -m preprocess shards --out {data.shards}`"
+    named = {"shards": (data.shards, make)}
+    if data.shards is None:
+        named["root_dir"] = (data.root_dir, "set it to the folder where the session folders lie")
+        named["recipe"] = (data.recipe, "leave the key out for the default recipe")
+    for key, (path, mend) in named.items():
+        if path is not None and not path.exists():
+            raise ConfigError(f"{origin}: key 'data.{key}' is {path}: not there; {mend}")
 
 
 def open_parts(config: TrainConfig) -> Parts:

@@ -172,3 +172,22 @@ def test_the_command_does_not_wait_for_torch_to_complain_about_a_configuration()
     script = "import sys, train.__main__; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "mend"),
+    [
+        ("data.shards=no/such/set", "preprocess shards --out no/such/set"),
+        ("data.root_dir=no/such/folder", "where the session folders lie"),
+    ],
+)
+def test_data_that_is_not_there_is_named_with_its_file_key_and_mend(tmp_path, override, mend):
+    file = tmp_path / "mine.yaml"
+    file.write_text("training: {max_steps: 1}\n")
+    result = CliRunner().invoke(cli, ["run", "--config", str(file), override])
+    assert result.exit_code == 2
+    message = result.output.strip()
+    key, _, path = override.partition("=")
+    assert message.startswith(f"Error: {file}: key '{key}' is {path}: not there; ")
+    assert mend in message
+    assert "\n" not in message
