@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 END_WARNING_S = 0.1
 END_ERROR_S = 1.0
 
+MIN_DRIFT_LENGTH_S = 10.0
+"""In a shorter video, the length of one frame is as much as the worst drift."""
+
+MAX_DRIFT_PPM = 10_000.0
+"""Clocks that differ by more are no clocks: one of the two was cut off. Quartz has under 100."""
+
 MIN_CLIPPED = 8
 """Fewer full-scale samples are what normalizing to full scale leaves."""
 
@@ -168,6 +174,26 @@ def check_durations(evidence: Evidence) -> list[Finding]:
     return findings
 
 
+def check_drift(evidence: Evidence) -> list[Finding]:
+    """The clocks of sound and video ran equally fast."""
+    findings: list[Finding] = []
+    for stream, ppm in clock_drifts_ppm(evidence).items():
+        sound_s = evidence.intervals[Stream.AUDIO].stop_s
+        video_s = evidence.intervals[stream].stop_s
+        if abs(sound_s - video_s) <= END_WARNING_S:
+            continue
+        pace = "slow" if ppm < 0 else "fast"
+        what = (
+            f"{sound_s:.2f} s of sound beside {video_s:.2f} s of {VISION_FILES[stream]}: if they "
+            f"were recorded together from start to stop, the sound's clock runs {abs(ppm):.0f} ppm "
+            f"{pace}, {abs(sound_s - video_s):.2f} s by the end; stretch it to the video "
+            f"(`ffmpeg -i in.wav -af atempo={1 + ppm / 1e6:.6f} out.wav`), or cut the longer one "
+            "if it was stopped later"
+        )
+        findings.append(Finding("warning", f"{AUDIO_FILE}: {what}"))
+    return findings
+
+
 def check_text(evidence: Evidence) -> list[Finding]:
     """Text events lie inside the session, in known streams, and say something."""
     unknown = [o for o in evidence.oddities if o.kind == "stream"]
@@ -213,6 +239,7 @@ CHECKS: Mapping[str, Callable[[Evidence], list[Finding]]] = {
     "audio": check_audio,
     "vision": check_vision,
     "durations": check_durations,
+    "drift": check_drift,
     "text": check_text,
     "length": check_length,
 }
@@ -227,6 +254,21 @@ def spans(evidence: Evidence) -> dict[str, Interval]:
     if evidence.lines is not None:
         found[METADATA_FILE] = evidence.lines
     return found
+
+
+def clock_drifts_ppm(evidence: Evidence) -> dict[Stream, float]:
+    """Per eye, by how much more sound than video there is, in parts per million of the video; only
+    where a drift could explain it and be told from the length of a frame.
+    """
+    drifts: dict[Stream, float] = {}
+    for stream in evidence.pictures:
+        sound, video = evidence.intervals.get(Stream.AUDIO), evidence.intervals[stream]
+        if sound is None or video.start_s > END_WARNING_S or video.stop_s < MIN_DRIFT_LENGTH_S:
+            continue
+        ppm = (sound.stop_s / video.stop_s - 1) * 1e6
+        if abs(ppm) <= MAX_DRIFT_PPM:
+            drifts[stream] = ppm
+    return drifts
 
 
 def _stretches(track: VideoTrack, frames: NDArray[np.int64]) -> list[tuple[float, float, int]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from preprocess.checks import CHECKS
+from preprocess.checks import CHECKS, clock_drifts_ppm
 from preprocess.evidence import read_evidence
 from preprocess.line_checks import GAP_ERROR_S, GAP_WARNING_S
 from shared.errors import SessionError
@@ -152,6 +152,7 @@ def _stats(evidence: Evidence) -> dict[str, Any]:
             "rms": round(sound.rms, 6),
             "peak": round(sound.peak, 6),
             "clipped_samples": sound.num_clipped,
+            "drift_ppm": {s.value: round(d) for s, d in clock_drifts_ppm(evidence).items()},
         }
     return stats
 
