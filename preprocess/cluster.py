@@ -4,6 +4,7 @@ Dask.
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -28,6 +29,9 @@ RETRIES = 2
 """How often a failed task is tried again: network folders hiccup. Dask itself moves the tasks of a
 worker that died."""
 
+START_S = 2.0
+"""How long a local cluster takes to start."""
+
 STARTS = 3
 """How often local workers are started before they are given up."""
 
@@ -42,11 +46,20 @@ class Cluster:
         scheduler: address of a running scheduler; None starts a local cluster.
         num_workers: processes of a local cluster; 0 runs in this process, without Dask.
         console: where progress and the dashboard's address go.
+        start_s: how long a local cluster takes to start; shorter work is done in this process.
     """
 
-    def __init__(self, *, scheduler: str | None, num_workers: int, console: Console) -> None:
+    def __init__(
+        self,
+        *,
+        scheduler: str | None,
+        num_workers: int,
+        console: Console,
+        start_s: float = START_S,
+    ) -> None:
         self._scheduler = scheduler
         self._num_workers = num_workers
+        self._start_s = start_s
         self._console = console
         self._stack = ExitStack()
         self._client: Any = None
@@ -58,29 +71,43 @@ class Cluster:
         self._stack.close()
 
     def map(
-        self, function: Callable[[ArgT], ResultT], arguments: Sequence[ArgT], *, what: str
+        self,
+        function: Callable[[ArgT], ResultT],
+        arguments: Sequence[ArgT],
+        *,
+        what: str,
+        work_s: float = math.inf,
     ) -> list[ResultT]:
         """Results in the order of the arguments, with a progress bar.
+
+        Args:
+            function: what to do.
+            arguments: with what.
+            what: the same in words.
+            work_s: about how long one process would take for all.
 
         Raises:
             JobError: the job can't go on; at once, the other tasks are given up.
             Exception: the first failure, after the other tasks have ended.
         """
+        if not arguments:
+            return []
         results: dict[int, ResultT] = {}
         with self._progress() as progress:
             bar = progress.add_task(what, total=len(arguments))
-            for index, result in self._completed(function, arguments):
+            for index, result in self._completed(function, arguments, work_s):
                 results[index] = result
                 progress.advance(bar)
         return [results[i] for i in range(len(arguments))]
 
     def _completed(
-        self, function: Callable[[ArgT], ResultT], arguments: Sequence[ArgT]
+        self, function: Callable[[ArgT], ResultT], arguments: Sequence[ArgT], work_s: float
     ) -> Iterator[tuple[int, ResultT]]:
         attempt = _Attempt(function)
+        is_small = self._num_workers == 0 or (self._client is None and work_s < self._start_s)
         outcomes = (
             enumerate(map(attempt, arguments))
-            if self._scheduler is None and self._num_workers == 0
+            if self._scheduler is None and is_small
             else self._submitted(attempt, arguments)
         )
         failure: Exception | None = None

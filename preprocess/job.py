@@ -17,7 +17,7 @@ from preprocess import statistics
 from preprocess.build import BuildInput, build_shard, describe_shard, salvage_shard
 from preprocess.places import open_set
 from preprocess.plan import OldSet, Plan, ShardTask, plan_shards, versioned
-from preprocess.recordings import find_recordings
+from preprocess.recordings import find_recordings, work_seconds
 from preprocess.rejected import count_windows, rejected_lines, to_jsonl
 from preprocess.scans import scan_sessions
 from shared.errors import ConfigError, CorruptError, ShardError
@@ -50,6 +50,8 @@ _OWN_FILE = re.compile(
     f"(index|{'|'.join(f'{name}.{c.suffix}' for name, c in COLUMNS.items())})"
 )
 """Names that shard sets give to files."""
+
+_TEXT_FILES = (METADATA_FILE, TEXT_FILE)
 
 _OLD_MANIFEST = re.compile(r"manifest\.g\d+\.json")
 """Names of replaced manifests; they are there as long as someone reads by them."""
@@ -182,7 +184,8 @@ def _choose_tokenizer(
             tokenizer = None
     if tokenizer is None:
         train = [r for name, r in recordings.items() if split_of(name, recipe) == "train"]
-        texts = cluster.map(_Texts(recipe), train, what="read texts") if train else []
+        seconds = work_seconds(train, _TEXT_FILES)
+        texts = cluster.map(_Texts(recipe), train, what="read texts", work_s=seconds)
         tokenizer = train_tokenizer(
             [text for session in texts for text in session], vocab_size=recipe.text.vocab_size
         )
@@ -198,7 +201,7 @@ class _Texts:
     recipe: Recipe
 
     def __call__(self, recording: Recording) -> list[str]:
-        with recording.files((METADATA_FILE, TEXT_FILE)) as folder:
+        with recording.files(_TEXT_FILES) as folder:
             return [event.text for event in read_clocked(folder, recipe=self.recipe)[1]]
 
 
@@ -234,7 +237,12 @@ def _run(
 
     if not tasks:
         return {}
-    entries = cluster.map(_build, [given(task) for task in tasks], what="build shards")
+    work = [given(task) for task in tasks]
+    seconds = sum(
+        work_seconds(g.recordings.values(), {n for c in t.due for n in COLUMNS[c].sources})
+        for t, g in work
+    )
+    entries = cluster.map(_build, work, what="build shards", work_s=seconds)
     return {entry.name: entry for entry in entries}
 
 

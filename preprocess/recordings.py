@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import SessionError
-from shared.session import SOURCE_FILES, find_sessions
+from shared.session import AUDIO_FILE, METADATA_FILE, SOURCE_FILES, TEXT_FILE, find_sessions
 from shared.storage import Store, StoredFile, place_of
 
 if TYPE_CHECKING:
@@ -71,6 +71,30 @@ class StoredRecording:
 
 
 Recording = LocalRecording | StoredRecording
+
+_BYTES_PER_S = {METADATA_FILE: 10e6, TEXT_FILE: 10e6, AUDIO_FILE: 20e6}
+"""About how fast a file is read and made into fields."""
+
+_VIDEO_BYTES_PER_S = 0.5e6
+_SCAN_BYTES_PER_S = 200e6
+
+
+def work_seconds(recordings: Iterable[Recording], names: Iterable[str]) -> float:
+    """About how long one process takes to make fields of these files of some sessions."""
+    speeds = {name: _BYTES_PER_S.get(name, _VIDEO_BYTES_PER_S) for name in names}
+    return sum(
+        float(r.stamp[name][0]) / speed
+        for r in recordings
+        for name, speed in speeds.items()
+        if name in r.stamp
+    )
+
+
+def scan_seconds(recordings: Iterable[Recording]) -> float:
+    """About how long one process takes to look sessions over."""
+    recordings = list(recordings)
+    size = sum(int(stamp[0]) for r in recordings for stamp in r.stamp.values())
+    return work_seconds(recordings, _BYTES_PER_S) + size / _SCAN_BYTES_PER_S
 
 
 def find_recordings(place: Path | str) -> dict[str, Recording]:

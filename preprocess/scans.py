@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from preprocess.recordings import scan_seconds
 from preprocess.rejected import to_jsonl
 from shared.manifest import SESSIONS_FILE, fingerprint_of
 from shared.recipe import Recipe, json_of
@@ -47,7 +48,8 @@ def scan_sessions(
     scans = {n: known[n][1] for n in stamps if n in known and known[n][0] == stamps[n]}
     due = [name for name in recordings if name not in scans]
     work = [recordings[name] for name in due]
-    found = cluster.map(_Scan(recipe), work, what="scan sessions") if due else []
+    seconds = scan_seconds(work)
+    found = cluster.map(_Scan(recipe), work, what="scan sessions", work_s=seconds) if due else []
     scans.update(zip(due, found, strict=True))
     scans = {name: scans[name] for name in sorted(scans)}
     if due or set(known) != set(scans):

@@ -177,7 +177,7 @@ def write_tiny_sessions(root: Path) -> Path:
 def cluster_of(num_workers: int) -> Cluster:
     """A local Dask cluster, or this process for 0 workers; says nothing."""
     console = Console(file=io.StringIO())
-    return Cluster(scheduler=None, num_workers=num_workers, console=console)
+    return Cluster(scheduler=None, num_workers=num_workers, console=console, start_s=0.0)
 
 
 def build(
