@@ -16,8 +16,9 @@ import numpy as np
 
 from preprocess.plan import BuiltColumn, BuiltShard, ShardTask, Slice
 from preprocess.recordings import Recording, require_unchanged
-from preprocess.write import ZARR_WRITERS, Draft, Row, write_tar
-from shared.errors import ShardError
+from preprocess.stored import StoredFields
+from preprocess.write import ZARR_WRITERS, Draft, Fields, Row, write_tar
+from shared.errors import CorruptError, ShardError
 from shared.fields import SessionFields
 from shared.index import ShardIndex, index_bytes, parse_index
 from shared.layout import COLUMNS, presence_bits
@@ -26,7 +27,7 @@ from shared.recipe import STREAMS, Recipe
 from shared.text import parse_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -58,20 +59,46 @@ def build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
         JobError: the disk is full, or another job took over the set.
         OSError: the folder can't be written.
     """
-    sources = [name for column in task.due for name in COLUMNS[column].sources]
+    try:
+        return _build_shard(task, given)
+    except CorruptError:
+        if not any(task.copied.values()):
+            raise
+        return _build_shard(replace(task, copied={}), given)  # the old columns can't be trusted
+
+
+def sources_of(task: ShardTask) -> dict[str, list[str]]:
+    """Session -> the files of it that a task reads: none of columns that are kept or copied."""
+    return {
+        session: sorted(
+            {
+                source
+                for name in task.due
+                if session not in task.copied.get(name, ())
+                for source in COLUMNS[name].sources
+            }
+        )
+        for session in dict.fromkeys(piece.session for piece in task.slices)
+    }
+
+
+def _build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
+    sources = sources_of(task)
     with ExitStack() as stack:
         work = stack.enter_context(given.out.workplace())
-        recordings = [given.recordings[name] for name in _sessions(task)]
         try:
-            folders = [stack.enter_context(r.files(dict.fromkeys(sources))) for r in recordings]
+            folders = {
+                name: stack.enter_context(given.recordings[name].files(files))
+                for name, files in sources.items()
+            }
             draft, presence = _write_columns(task, given, work, folders)
         except Exception:
             # What a session that went away makes of a reader is not the cause.
-            for recording in recordings:
-                require_unchanged(recording, sources)
+            for name, files in sources.items():
+                require_unchanged(given.recordings[name], files)
             raise
-        for recording in recordings:
-            require_unchanged(recording, sources)
+        for name, files in sources.items():
+            require_unchanged(given.recordings[name], files)
         return _write_index(task, given, work, draft, presence)
 
 
@@ -111,7 +138,7 @@ def salvage_shard(
         return task
     out.write(name, index_bytes(_cut(index, good)))
     due = {name: reason for name, reason in task.due.items() if name not in good}
-    return replace(task, due=due, kept=good, old_index_file=name)
+    return replace(task, due=due, kept=good, kept_index_file=name)
 
 
 def _cut(index: ShardIndex, columns: Iterable[str]) -> ShardIndex:
@@ -150,47 +177,59 @@ def describe_shard(entry: ShardEntry, out: SetPlace, sizes: Mapping[str, int]) -
 
 
 def _write_columns(
-    task: ShardTask, given: BuildInput, work: Path, folders: Sequence[Path]
+    task: ShardTask, given: BuildInput, work: Path, folders: Mapping[str, Path]
 ) -> tuple[Draft, NDArray[np.uint8]]:
     """Put the columns that are due into the set; returns the draft of the index and presence bits
     per row.
     """
-    tokenizer = parse_tokenizer(given.tokenizer_json, origin="the shard set's tokenizer")
     draft = Draft(rows=list(_rows(task, given)))
-    readers = {
-        f.name: SessionFields(f, given.scans[f.name], recipe=given.recipe, tokenizer=tokenizer)
-        for f in folders
-    }
     presence = np.zeros(len(draft.rows), dtype=np.uint8)
-    is_update = bool(task.kept and task.old_index_file)
-    old = given.out.read_index(task.old_index_file or "") if is_update else None
+    out = given.out
+    kept = out.read_index(task.kept_index_file) if task.kept and task.kept_index_file else None
+    is_copy = any(task.copied.values()) and task.old_index_file
+    old = out.read_index(task.old_index_file) if is_copy and task.old_index_file else None
+    fresh = _open_sessions(given, folders)
     for name, column in COLUMNS.items():
         mask = np.uint8(presence_bits(column.streams))
-        if name in task.kept and old is not None:
-            _keep_column(draft, name, task.kept[name], old)
-            presence |= old.arrays["present"] & mask
+        if name in task.kept and kept is not None:
+            _keep_column(draft, name, task.kept[name], kept)
+            presence |= kept.arrays["present"] & mask
             continue
         file = task.file_name(f"{name}.{column.suffix}")
         path = work / file
-        if column.kind == "tar":
-            presence |= write_tar(draft, name, path, readers, given.recipe)
-        else:
-            presence |= ZARR_WRITERS[name](draft, path, readers, given.recipe) & mask
+        with ExitStack() as stack:
+            readers: dict[str, Fields] = {**fresh}
+            copied = task.copied.get(name, ())
+            if copied and old is not None:
+                before = stack.enter_context(out.open_column(_columns(old)[name].file, work))
+                for session in copied:
+                    readers[session] = StoredFields(
+                        session, index=old, column=before, recipe=given.recipe
+                    )
+            if column.kind == "tar":
+                presence |= write_tar(draft, name, path, readers, given.recipe)
+            else:
+                presence |= ZARR_WRITERS[name](draft, path, readers, given.recipe) & mask
         draft.columns[name] = BuiltColumn(
             file=file,
             length_bytes=path.stat().st_size,
             sha256=_sha256(path),
             fingerprint=fingerprint_of(task.bases[name]),
             basis=task.bases[name],
+            rows=task.rows[name],
         )
-        given.out.put(path, file)
+        out.put(path, file)
         path.unlink(missing_ok=True)  # an upload leaves it
     return draft, presence
 
 
-def _sessions(task: ShardTask) -> list[str]:
-    """Names of the sessions of a shard, each once."""
-    return list(dict.fromkeys(piece.session for piece in task.slices))
+def _open_sessions(given: BuildInput, folders: Mapping[str, Path]) -> dict[str, SessionFields]:
+    """A reader per session."""
+    tokenizer = parse_tokenizer(given.tokenizer_json, origin="the shard set's tokenizer")
+    return {
+        name: SessionFields(path, given.scans[name], recipe=given.recipe, tokenizer=tokenizer)
+        for name, path in folders.items()
+    }
 
 
 def _columns(index: ShardIndex) -> dict[str, BuiltColumn]:
@@ -266,6 +305,7 @@ def _write_index(
                 "sha256": c.sha256,
                 "fingerprint": c.fingerprint,
                 "basis": dict(c.basis),
+                "rows": dict(c.rows),
             }
             for name, c in draft.columns.items()
         },

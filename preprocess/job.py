@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preprocess import statistics
-from preprocess.build import BuildInput, build_shard, describe_shard, salvage_shard
+from preprocess.build import BuildInput, build_shard, describe_shard, salvage_shard, sources_of
 from preprocess.places import open_set
 from preprocess.plan import OldSet, Plan, ShardTask, plan_shards, versioned
 from preprocess.recordings import find_recordings, work_seconds
@@ -239,8 +239,9 @@ def _run(
         return {}
     work = [given(task) for task in tasks]
     seconds = sum(
-        work_seconds(g.recordings.values(), {n for c in t.due for n in COLUMNS[c].sources})
-        for t, g in work
+        work_seconds([g.recordings[name]], files)
+        for task, g in work
+        for name, files in sources_of(task).items()
     )
     entries = cluster.map(_build, work, what="build shards", work_s=seconds)
     return {entry.name: entry for entry in entries}

@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from shared.columns import ColumnFile
 from shared.errors import CorruptError, JobError, ShardError
 from shared.hold import is_held
 from shared.index import ShardIndex, open_index, parse_index
@@ -81,6 +82,13 @@ class LocalSet:
     def read_index(self, name: str, *, sha256: str | None = None) -> ShardIndex:
         """One index; see :func:`shared.index.open_index`."""
         return open_index(self.root / name, sha256=sha256)
+
+    @contextmanager
+    def open_column(self, name: str, work: Path) -> Iterator[ColumnFile]:
+        """A column of the set, to read from."""
+        del work
+        with closing(ColumnFile(self.root / name)) as column:
+            yield column
 
     def sizes(self) -> dict[str, int]:
         """Size of every file."""
@@ -165,6 +173,18 @@ class StoredSet:
                 f"{self}/{name}: checksum differs from the manifest; rebuild by `make shards`"
             )
         return parse_index(np.frombuffer(content, np.uint8), origin=f"{self}/{name}")
+
+    @contextmanager
+    def open_column(self, name: str, work: Path) -> Iterator[ColumnFile]:
+        """A column of the set, to read from; copied into the workplace."""
+        path = work / f"old.{name}"
+        try:
+            self.store.fetch(name, path)
+        except FileNotFoundError as error:
+            raise CorruptError(f"{self}/{name}: is not there any more") from error
+        with closing(ColumnFile(path)) as column:
+            yield column
+        path.unlink()
 
     def sizes(self) -> dict[str, int]:
         """Size of every file."""

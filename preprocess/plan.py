@@ -41,6 +41,9 @@ class BuiltColumn:
     sha256: str
     fingerprint: str
     basis: Mapping[str, Any]
+    rows: Mapping[str, str] = field(default_factory=dict)
+    """Session -> hash of its rows and of what the column takes from it; one that is the same in
+    the new column is copied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +68,13 @@ class ShardTask:
     """Column name -> reason."""
     bases: Mapping[str, Mapping[str, Any]]
     """Column name -> what it depends on; the hash of it is its fingerprint."""
+    rows: Mapping[str, Mapping[str, str]]
+    """Column name -> session -> hash of its rows, see :class:`BuiltColumn`."""
     kept: Mapping[str, BuiltColumn]
+    kept_index_file: str | None
+    """Describes the columns that are kept."""
+    copied: Mapping[str, tuple[str, ...]]
+    """Column name -> sessions whose rows are copied from the old column, encoded as they are."""
     old_index_file: str | None
     generation: int
 
@@ -276,22 +285,26 @@ def _task(
     why_new: str,
 ) -> ShardTask | None:
     """The task that brings a shard up to date; None where nothing is due."""
+    rows = {n: _row_hashes(draft.slices, c, scans, recipe) for n, c in COLUMNS.items()}
     bases = {
         name: {
             **column_basis(column, recipe, tokenizer_sha256=tokenizer_sha256),
-            "rows": _rows_hash(draft.slices, column, scans, recipe),
+            "rows": fingerprint_of(list(rows[name].values())),
         }
         for name, column in COLUMNS.items()
     }
     old = draft.old
     due: dict[str, str] = {}
     kept: dict[str, BuiltColumn] = {}
+    copied: dict[str, tuple[str, ...]] = {}
     for name, basis in bases.items():
         built = old.columns.get(name) if old is not None else None
         if built is not None and built.fingerprint == fingerprint_of(basis):
             kept[name] = built
-        else:
-            due[name] = _reason(built, basis) if old is not None else why_new
+            continue
+        due[name] = _reason(built, basis) if old is not None else why_new
+        if built is not None and _settings(built.basis) == _settings(basis):
+            copied[name] = tuple(s for s, h in rows[name].items() if built.rows.get(s) == h)
     if old is not None and not due and tuple(draft.slices) == old.slices:
         return None
     return ShardTask(
@@ -300,17 +313,20 @@ def _task(
         slices=tuple(draft.slices),
         due=due,
         bases=bases,
+        rows=rows,
         kept=kept,
+        kept_index_file=old.index_file if old is not None else None,
+        copied=copied,
         old_index_file=old.index_file if old is not None else None,
         generation=generation,
     )
 
 
-def _rows_hash(
+def _row_hashes(
     slices: Sequence[Slice], column: Column, scans: Mapping[str, SessionScan], recipe: Recipe
-) -> str:
-    """Hash of a shard's rows and of the sources and facts that a column takes from them."""
-    rows = []
+) -> dict[str, str]:
+    """Session -> hash of its rows in a shard and of the sources and facts that a column takes."""
+    hashes = {}
     for piece in slices:
         scan = scans[piece.session]
         sources = {n: scan.sources[n].sha256 for n in column.sources if n in scan.sources}
@@ -322,13 +338,18 @@ def _rows_hash(
             presence_bits(set(scan.present(windows[w], recipe)) & set(column.streams))
             for w in piece.windows
         ]
-        rows.append([piece.session, piece.windows, bits, sources, offset_s, gain])
-    return fingerprint_of(rows)
+        row = [piece.session, piece.windows, bits, sources, offset_s, gain]
+        hashes[piece.session] = fingerprint_of(row)
+    return hashes
+
+
+def _settings(basis: Mapping[str, Any]) -> dict[str, Any]:
+    """What a column depends on besides its rows."""
+    return {key: value for key, value in basis.items() if key != "rows"}
 
 
 def _reason(built: BuiltColumn | None, basis: Mapping[str, Any]) -> str:
     """Why a column is due, in words."""
     if built is None:
         return "its file is gone or cut"
-    settings = {key: value for key, value in basis.items() if key != "rows"}
-    return "; ".join(_changes(built.basis, settings)) or "its sessions changed"
+    return "; ".join(_changes(built.basis, _settings(basis))) or "its sessions changed"

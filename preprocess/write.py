@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from preprocess import statistics
+from preprocess.stored import StoredFields
 from shared.codec import encode_pictures, encode_text, encode_wav
 from shared.columns import TarColumnWriter, ZarrArray, write_zarr_column
 from shared.errors import MediaError
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from preprocess.plan import BuiltColumn
     from shared.clock import Window
     from shared.index import Members
+
+
+Fields = SessionFields | StoredFields
+"""A session's fields, from its files or from the shard in which they were before."""
 
 
 @dataclass(slots=True)
@@ -67,7 +72,7 @@ def write_tar(
     draft: Draft,
     name: str,
     path: Path,
-    readers: Mapping[str, SessionFields],
+    readers: Mapping[str, Fields],
     recipe: Recipe,
 ) -> NDArray[np.uint8]:
     """Write a tar column; returns the presence bits of its streams per row."""
@@ -81,7 +86,7 @@ def write_tar(
 
 
 def _vision_contents(
-    stream: Stream, draft: Draft, readers: Mapping[str, SessionFields], recipe: Recipe
+    stream: Stream, draft: Draft, readers: Mapping[str, Fields], recipe: Recipe
 ) -> Iterator[tuple[Row, bytes, int]]:
     """Encoded pictures of the rows that have them; notes each frame's time error."""
     errors = np.full((len(draft.rows), recipe.count(recipe.vision.rate_hz)), np.nan, np.float32)
@@ -91,6 +96,13 @@ def _vision_contents(
         rows = {
             r.window.index: r for r in draft.rows if r.session == session and stream in r.streams
         }
+        if isinstance(reader, StoredFields):
+            draft.losses += reader.losses(stream)
+            for row in rows.values():
+                content, errors[row.number] = reader.read_encoded(stream, row.window)
+                if content is not None:
+                    yield row, content, bits
+            continue
         try:
             for window, frames in reader.iter_frames(stream, [r.window for r in rows.values()]):
                 row = rows.pop(window.index)
@@ -106,19 +118,19 @@ def _vision_contents(
 
 
 def _left_contents(
-    draft: Draft, readers: Mapping[str, SessionFields], recipe: Recipe
+    draft: Draft, readers: Mapping[str, Fields], recipe: Recipe
 ) -> Iterator[tuple[Row, bytes, int]]:
     return _vision_contents(Stream.VISION_LEFT, draft, readers, recipe)
 
 
 def _right_contents(
-    draft: Draft, readers: Mapping[str, SessionFields], recipe: Recipe
+    draft: Draft, readers: Mapping[str, Fields], recipe: Recipe
 ) -> Iterator[tuple[Row, bytes, int]]:
     return _vision_contents(Stream.VISION_RIGHT, draft, readers, recipe)
 
 
 def _audio_contents(
-    draft: Draft, readers: Mapping[str, SessionFields], recipe: Recipe
+    draft: Draft, readers: Mapping[str, Fields], recipe: Recipe
 ) -> Iterator[tuple[Row, bytes, int]]:
     bits = presence_bits([Stream.AUDIO])
     for row in draft.rows:
@@ -128,7 +140,7 @@ def _audio_contents(
 
 
 def _text_contents(
-    draft: Draft, readers: Mapping[str, SessionFields], recipe: Recipe
+    draft: Draft, readers: Mapping[str, Fields], recipe: Recipe
 ) -> Iterator[tuple[Row, bytes, int]]:
     tokens: dict[str, list[tuple[int, ...]]] = {"internal": [], "external": []}
     texts = {Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT}
@@ -153,7 +165,7 @@ TAR_CONTENTS = {
 
 
 def _write_proprio(
-    draft: Draft, path: Path, readers: Mapping[str, SessionFields], recipe: Recipe
+    draft: Draft, path: Path, readers: Mapping[str, Fields], recipe: Recipe
 ) -> NDArray[np.uint8]:
     """Write the sensor column; returns the presence bits of its streams per row."""
     windows = [readers[row.session].read_sensors(row.window) for row in draft.rows]
@@ -203,7 +215,7 @@ def _write_proprio(
 
 
 def _write_dmel(
-    draft: Draft, path: Path, readers: Mapping[str, SessionFields], recipe: Recipe
+    draft: Draft, path: Path, readers: Mapping[str, Fields], recipe: Recipe
 ) -> NDArray[np.uint8]:
     """Write the audio tokens; returns the presence bits of its streams per row."""
     shape = (len(draft.rows), recipe.count(recipe.mel.rate_hz))
