@@ -110,6 +110,7 @@ def test_frames_that_follow_a_hidden_keyframe_have_the_same_bits(tmp_path: Path)
         ("B-frames", range(0, 72, 6), 45),  # of 72: most B-frames are not
         ("no B-frames", range(0, 72, 6), 42),  # of 12 in a group, the last 5 are not
         ("one long group", [0, 1], 12),
+        ("B-frames", [61, 66], 10),  # a later slice begins at the keyframe before it
         ("only keyframes", [5, 50], 4),
     ],
 )

@@ -1,0 +1,484 @@
+"""How fast the whole shard job is, beside the ffmpeg command line alone; and its memory.
+
+    python tests/benchmarks/bench_build.py                  four cases, 5 interleaved rounds
+    python tests/benchmarks/bench_build.py --cases 720p30-gop250 --rounds 3
+    python tests/benchmarks/bench_build.py --memory         peak memory, 1 and 30 minutes
+
+Each round runs, one after another on the same cores: (a) ffmpeg decodes all frames of both eyes and
+scales them to the recipe's size; (b) the same, scaling only the frames kept (5 of 30 per second);
+(c) our job from session folder to committed shard set: scan, checksums, both eyes, sound, dMel,
+sensors, text, Zarr, tar. One core: the eyes one after the other, the job in one process. Two cores:
+an ffmpeg per eye, and a Dask cluster of two workers that has been started before. Sessions are made
+once, under data/bench: real film from a headset (`--film`), panned, with grain, as a recorder would
+encode it (x264 veryfast, up to 3 B-frames in a row, or none).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "data" / "bench"
+FILM = ROOT.parent / "shared/sessions/session_neon_glasses/vision_left.mp4"
+RATE_HZ = 30
+AUDIO_RATE_HZ = 48_000
+METADATA_RATE_HZ = 90
+SIZE = 224
+MINUTE_S = 60
+SHARD_BYTES = 16_000_000
+"""A minute of both eyes per shard, so that two workers have a shard each."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of recording."""
+
+    name: str
+    width: int
+    height: int
+    gop: int
+    bit_rate: str
+    b_frames: int = 3
+
+
+CASES = {
+    c.name: c
+    for c in (
+        Case("720p30-gop250", 1280, 720, 250, "5M"),
+        Case("720p30-gop30", 1280, 720, 30, "5M"),
+        Case("720p30-noB", 1280, 720, 30, "5M", b_frames=0),
+        Case("1080p30-gop250", 1920, 1080, 250, "10M"),
+        Case("1080p30-gop30", 1920, 1080, 30, "10M"),
+        Case("1080p30-noB", 1920, 1080, 30, "10M", b_frames=0),
+    )
+}
+DEFAULT_CASES = ["720p30-gop250", "720p30-gop30", "1080p30-gop250", "1080p30-gop30"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=DEFAULT_CASES)
+    parser.add_argument("--workers", nargs="+", type=int, choices=(1, 2), default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=30, help="length of each session")
+    parser.add_argument("--film", type=Path, default=FILM)
+    parser.add_argument("--cores", default="0,1", help="the two cores to pin to")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
+    parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)  # SESSIONS WORKERS PROFILE
+    given = parser.parse_args()
+    if given.job:
+        click.echo(json.dumps(run_job(Path(given.job[0]), int(given.job[1]), given.job[2] == "1")))
+    elif given.memory:
+        measure_memory(given)
+    else:
+        measure_speed(given)
+
+
+# --- speed ----------------------------------------------------------------------------------
+
+
+def measure_speed(given: argparse.Namespace) -> None:
+    cores = given.cores.split(",")
+    click.echo(
+        f"{os.uname().machine}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+        f"{ffmpeg_version()}; {given.seconds} s stereo sessions, {given.rounds} rounds"
+    )
+    folders = {name: make_sessions(CASES[name], given.seconds, given.film) for name in given.cases}
+    runs: dict[tuple[str, int, str], list[dict[str, float]]] = {}
+    for number in range(given.rounds):
+        for name, folder in folders.items():
+            for workers in given.workers:
+                pinned = ",".join(cores[:workers])
+                sides = {
+                    "ffmpeg all": partial(run_ffmpeg, folder, pinned, f"scale={SIZE}:{SIZE}"),
+                    "ffmpeg kept": partial(
+                        run_ffmpeg, folder, pinned, f"fps=5,scale={SIZE}:{SIZE}"
+                    ),
+                    "job": partial(start_job, folder, workers, pinned),
+                }
+                for side, run in sides.items():
+                    runs.setdefault((name, workers, side), []).append(run())
+            click.echo(f"round {number + 1}, {name}: done", err=True)
+    table(runs, frames=2 * RATE_HZ * given.seconds)
+    click.echo("\nwhere the job's time goes, one core (shares of its processor time)")
+    for name, folder in folders.items():
+        result = start_job(folder, 1, cores[0], profile=True)
+        parts = ", ".join(f"{part} {share:.1%}" for part, share in result["parts"].items())
+        click.echo(
+            f"{name}: {parts}; besides it {result['import_s']:.1f} s of start-up and imports"
+        )
+
+
+def table(runs: dict[tuple[str, int, str], list[dict[str, float]]], *, frames: int) -> None:
+    """Medians; `frames` are those of one session. Ratios are of runs of the same round, or of the
+    medians of processor time, which other programs on the machine disturb less.
+    """
+    click.echo(
+        "\ncase             cores  side         frames/s  (min..max)    rate / ffmpeg's       "
+        "cpu ms/frame  / ffmpeg's"
+    )
+    for (name, workers, side), results in runs.items():
+        count = frames * (workers if side == "job" else 1)  # the job has a session per worker
+        others = runs[name, workers, "ffmpeg all"]
+        rates = sorted(count / r["wall_s"] for r in results)
+        ratios = sorted(
+            count / r["wall_s"] / (frames / o["wall_s"])
+            for r, o in zip(results, others, strict=True)
+        )
+        cpu_ms = statistics.median(r["cpu_s"] for r in results) / count * 1000
+        other_ms = statistics.median(o["cpu_s"] for o in others) / frames * 1000
+        click.echo(
+            f"{name:16} {workers:5}  {side:11} {statistics.median(rates):9.0f}  "
+            f"({rates[0]:4.0f}..{rates[-1]:4.0f})   {statistics.median(ratios):5.2f} "
+            f"({ratios[0]:.2f}..{ratios[-1]:.2f}) {cpu_ms:16.2f} {other_ms / cpu_ms:8.2f}"
+        )
+
+
+def run_ffmpeg(folder: Path, cores: str, video_filter: str) -> dict[str, float]:
+    """Both eyes: at once on two cores, one after the other on one."""
+    eyes = [folder / "1" / "session_a" / f"vision_{eye}.mp4" for eye in ("left", "right")]
+    numbers = cores.split(",")
+    before, start_s = children_cpu_s(), time.perf_counter()
+    running = []
+    for i, eye in enumerate(eyes):
+        running.append(
+            subprocess.Popen(
+                [
+                    "taskset",
+                    "-c",
+                    numbers[i % len(numbers)],
+                    "ffmpeg",
+                    "-nostdin",
+                    "-v",
+                    "error",
+                    "-threads",
+                    "1",
+                    "-i",
+                    str(eye),
+                    "-an",
+                    "-vf",
+                    video_filter,
+                    "-f",
+                    "null",
+                    "-",
+                ]
+            )
+        )
+        if len(numbers) == 1:
+            require_success(running[-1])
+    for process in running:
+        require_success(process)
+    return {"wall_s": time.perf_counter() - start_s, "cpu_s": children_cpu_s() - before}
+
+
+def start_job(folder: Path, workers: int, cores: str, *, profile: bool = False) -> dict[str, Any]:
+    """The job in a process of its own."""
+    command = [
+        "taskset",
+        "-c",
+        cores,
+        sys.executable,
+        __file__,
+        "--job",
+        str(folder / str(workers)),
+        str(workers),
+        "1" if profile else "0",
+    ]
+    before = children_cpu_s()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    result["total_cpu_s"] = children_cpu_s() - before
+    if workers == 2:
+        result["cpu_s"] = result["total_cpu_s"] - result["before_cpu_s"]
+    return result
+
+
+def run_job(sessions: Path, workers: int, has_profile: bool) -> dict[str, Any]:
+    """Build a shard set of all sessions of a folder, and measure it; runs in the child process."""
+    start_s = time.perf_counter()
+    from rich.console import Console
+
+    from preprocess.cluster import Cluster
+    from preprocess.job import build_shards
+    from shared.recipe import Recipe
+
+    recipe = Recipe.model_validate(
+        {"shard": {"target_bytes": SHARD_BYTES}, "split": {"val_fraction": 0}}
+    )
+    out = Path(tempfile.mkdtemp(dir=sessions.parent, prefix="out."))
+    try:
+        console = Console(file=io.StringIO())
+        num_workers = 0 if workers == 1 else workers
+        with Cluster(scheduler=None, num_workers=num_workers, console=console) as cluster:
+            cluster.map(_import_all, list(range(4 * max(1, num_workers))), what="start")
+            import_s, before_s = time.perf_counter() - start_s, own_cpu_s()
+            sampler = Sampler() if has_profile else None
+            start_s = time.perf_counter()
+            summary = build_shards(sessions, out, recipe=recipe, cluster=cluster)
+            wall_s = time.perf_counter() - start_s
+            parts = sampler.stop() if sampler else {}
+        assert summary.manifest is not None
+        assert summary.manifest.counts["samples"] > 0
+    finally:
+        shutil.rmtree(out)
+    return {
+        "wall_s": wall_s,
+        "cpu_s": own_cpu_s() - before_s,
+        "before_cpu_s": before_s * (1 + num_workers),  # each worker has imported as much
+        "import_s": import_s,
+        "parts": parts,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "shards": len(summary.manifest.shards),
+    }
+
+
+def _import_all(_: int) -> None:
+    import preprocess.build  # noqa: F401
+
+    time.sleep(0.1)  # so that every worker gets one
+
+
+class Sampler:
+    """Shares of processor time by what the program was at: a clock signal looks at the stack."""
+
+    PLACES = (
+        ("scan: checksums of sources", {"_hash_sources"}),
+        ("scan: frame times", {"_scan_videos"}),
+        ("scan: sound", {"_scan_sound"}),
+        ("scan: metadata", {"read_clocked"}),
+        ("scan: the rest", {"scan_session"}),
+        ("tokenizer", {"_choose_tokenizer"}),
+        ("vision: scale and convert", {"_picture", "reformat"}),
+        ("vision: JPEG", {"encode_pictures"}),
+        ("vision: frame times", {"_track"}),
+        ("vision: decode", {"read_frames"}),
+        ("sound", {"_samples", "_audio_contents"}),
+        ("dMel", {"_write_dmel"}),
+        ("sensors", {"_write_proprio"}),
+        ("text", {"_text_contents"}),
+        ("tar", {"add"}),
+        ("sha256 of columns", {"_sha256"}),
+        ("the rest of a shard", {"build_shard"}),
+    )
+    INTERVAL_S = 0.002
+
+    def __init__(self) -> None:
+        self._found: Counter[str] = Counter()
+        self._last_s = time.process_time()
+        signal.signal(signal.SIGPROF, self._look)
+        signal.setitimer(signal.ITIMER_PROF, self.INTERVAL_S, self.INTERVAL_S)
+
+    def _look(self, _: int, frame: Any) -> None:
+        now_s = time.process_time()
+        names = set()
+        while frame is not None:
+            names.add(frame.f_code.co_name)
+            frame = frame.f_back
+        place = next((p for p, functions in self.PLACES if functions & names), "the rest")
+        self._found[place] += now_s - self._last_s
+        self._last_s = now_s
+
+    def stop(self) -> dict[str, float]:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        total_s = sum(self._found.values())
+        return {place: s / total_s for place, s in self._found.most_common()}
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+def measure_memory(given: argparse.Namespace) -> None:
+    click.echo("minutes  peak MiB of one process: start-up, then the whole job")
+    program = (
+        "import resource, preprocess.job, preprocess.build, preprocess.cluster\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    idle = float(done.stdout)
+    case = Case("320x240", 320, 240, 90, "300k")
+    for minutes in (1, 30):
+        folder = make_sessions(case, 60 * minutes, given.film)
+        result = start_job(folder, 1, given.cores.split(",")[0])
+        click.echo(
+            f"{minutes:7}  {idle:.0f}, {result['peak_mib']:.0f}   ({result['shards']} shards, "
+            f"{result['wall_s']:.0f} s)"
+        )
+
+
+# --- sessions -------------------------------------------------------------------------------
+
+
+def make_sessions(case: Case, seconds: int, film: Path) -> Path:
+    """A folder with `1` and `2`, which hold as many equal sessions; made once."""
+    folder = CACHE / f"{case.name}-{seconds}s"
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        session = folder / "1" / "session_a"
+        session.mkdir(parents=True)
+        for eye, shift in (("left", 0), ("right", 24)):
+            make_video(session / f"vision_{eye}.mp4", case, seconds, film, shift)
+        make_sound(session / "audio.wav", seconds)
+        make_lines(session, seconds)
+        for name in ("session_a", "session_b"):
+            (folder / "2" / name).mkdir(parents=True)
+            for path in session.iterdir():
+                (folder / "2" / name / path.name).hardlink_to(path)
+        (folder / "done").touch()
+    return folder
+
+
+def make_video(path: Path, case: Case, seconds: int, film: Path, shift: int) -> None:
+    """A minute of film, cut or repeated to the length."""
+    minute = CACHE / "film" / f"{case.name}.{path.name}"
+    if not minute.exists():
+        minute.parent.mkdir(parents=True, exist_ok=True)
+        part = minute.with_suffix(".part.mp4")
+        encode_film(part, case, film, shift)
+        part.replace(minute)
+    run_quietly(
+        [
+            "ffmpeg",
+            "-nostdin",
+            "-v",
+            "error",
+            "-y",
+            "-stream_loop",
+            str(max(0, -(-seconds // MINUTE_S) - 1)),
+            "-i",
+            str(minute),
+            "-t",
+            str(seconds),
+            "-c",
+            "copy",
+            str(path),
+        ]
+    )
+
+
+def encode_film(path: Path, case: Case, film: Path, shift: int) -> None:
+    """A minute of film there and back again, panned over, with grain."""
+    if film.exists():
+        source = ["-i", str(film)]
+        begin = (
+            f"[0:v]fps={RATE_HZ},trim=end_frame=140,split[a][b];[b]reverse[r];"
+            "[a][r]concat=n=2:v=1,loop=loop=-1:size=280"
+        )
+    else:
+        source = ["-f", "lavfi", "-i", f"testsrc2=s=1600x1200:r={RATE_HZ}"]
+        begin = "[0:v]null"
+    picture = (
+        f",setpts=N/{RATE_HZ}/TB,crop=1500:844:x='38+{shift}+37*sin(t*1.3)':"
+        f"y='170+90*sin(t*0.9)',scale={case.width}:{case.height}:flags=bicubic,"
+        "noise=alls=5:allf=t[o]"
+    )
+    run_quietly(
+        [
+            "ffmpeg",
+            "-nostdin",
+            "-v",
+            "error",
+            "-y",
+            *source,
+            "-filter_complex",
+            begin + picture,
+            "-map",
+            "[o]",
+            "-t",
+            str(MINUTE_S),
+            "-c:v",
+            "libx264",
+            "-preset",
+            "veryfast",
+            "-bf",
+            str(case.b_frames),
+            "-g",
+            str(case.gop),
+            "-b:v",
+            case.bit_rate,
+            "-pix_fmt",
+            "yuv420p",
+            str(path),
+        ]
+    )
+
+
+def make_sound(path: Path, seconds: int) -> None:
+    """48 kHz stereo: tones that come and go in noise."""
+    import numpy as np
+    import soundfile
+
+    rng = np.random.default_rng(0)
+    with soundfile.SoundFile(path, "w", AUDIO_RATE_HZ, 2, "PCM_16") as file:
+        for second in range(seconds):
+            time_s = second + np.arange(AUDIO_RATE_HZ) / AUDIO_RATE_HZ
+            wave = 0.2 * np.sin(2 * np.pi * 300 * time_s) * np.sin(time_s) ** 2
+            grain = rng.normal(scale=0.02, size=(AUDIO_RATE_HZ, 2))
+            file.write((wave[:, None] + grain).astype(np.float32))
+
+
+def make_lines(session: Path, seconds: int) -> None:
+    """Metadata at 90 Hz and a text every 2 s."""
+    import math
+
+    with (session / "metadata.jsonl").open("w") as file:
+        for i in range(seconds * METADATA_RATE_HZ):
+            time_s = i / METADATA_RATE_HZ
+            touch = [round(0.5 + 0.5 * math.sin(time_s + k), 6) for k in range(5)]
+            proprio = [round(math.sin(time_s * (1 + k / 20) + k), 6) for k in range(20)]
+            line = {"timestamp": round(time_s, 6), "touch": touch, "proprio": proprio}
+            file.write(json.dumps(line) + "\n")
+    with (session / "text.jsonl").open("w") as file:
+        for second in range(0, seconds, 2):
+            stream = "internal" if second % 4 else "external"
+            line = {"timestamp": second + 0.5, "stream": stream, "text": f"now at second {second}"}
+            file.write(json.dumps(line) + "\n")
+
+
+# --- small things ---------------------------------------------------------------------------
+
+
+def own_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def children_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run_quietly(command: list[str]) -> None:
+    subprocess.run(command, check=True)
+
+
+def require_success(process: subprocess.Popen[bytes]) -> None:
+    if process.wait() != 0:
+        raise SystemExit(f"{process.args!r} failed")
+
+
+def ffmpeg_version() -> str:
+    shown = subprocess.run(["ffmpeg", "-version"], check=True, capture_output=True, text=True)
+    return " ".join(shown.stdout.split()[:3])
+
+
+if __name__ == "__main__":
+    main()
