@@ -31,7 +31,7 @@ from shared.manifest import (
     fingerprint_of,
 )
 from shared.recipe import Recipe, split_of
-from shared.scan import read_clocked
+from shared.scan import read_texts
 from shared.session import METADATA_FILE, TEXT_FILE
 from shared.storage import place_of
 from shared.text import TextTokenizer, load_tokenizer, train_tokenizer
@@ -185,7 +185,7 @@ def _choose_tokenizer(
     if tokenizer is None:
         train = [r for name, r in recordings.items() if split_of(name, recipe) == "train"]
         seconds = work_seconds(train, _TEXT_FILES)
-        texts = cluster.map(_Texts(recipe), train, what="read texts", work_s=seconds)
+        texts = cluster.map(_read_texts, train, what="read texts", work_s=seconds)
         tokenizer = train_tokenizer(
             [text for session in texts for text in session], vocab_size=recipe.text.vocab_size
         )
@@ -194,15 +194,10 @@ def _choose_tokenizer(
     return tokenizer, versioned("tokenizer.json", old.generation + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Texts:
-    """Texts of a session in order of time; crosses processes."""
-
-    recipe: Recipe
-
-    def __call__(self, recording: Recording) -> list[str]:
-        with recording.files(_TEXT_FILES) as folder:
-            return [event.text for event in read_clocked(folder, recipe=self.recipe)[1]]
+def _read_texts(recording: Recording) -> list[str]:
+    """Texts of a session in order of time."""
+    with recording.files(_TEXT_FILES) as folder:
+        return [event.text for event in read_texts(folder)]
 
 
 def _salvage(

@@ -13,7 +13,7 @@ from preprocess.recordings import scan_seconds
 from preprocess.rejected import to_jsonl
 from shared.manifest import SESSIONS_FILE, fingerprint_of
 from shared.recipe import Recipe, json_of
-from shared.scan import SessionScan, scan_from_json, scan_session
+from shared.scan import SessionScan, SourceFile, scan_from_json, scan_session
 from shared.session import SOURCE_FILES
 
 if TYPE_CHECKING:
@@ -42,17 +42,20 @@ def scan_sessions(
     """
     sections = json_of(recipe)
     basis = fingerprint_of(SCAN_VERSION, {p: sections[p] for p in _SCAN_PARTS})
-    content = out.read(SESSIONS_FILE) or b""
-    known = _parse_scans(content, basis)
+    cached = _parse_cache(out.read(SESSIONS_FILE) or b"")
     stamps = {name: dict(recording.stamp) for name, recording in recordings.items()}
-    scans = {n: known[n][1] for n in stamps if n in known and known[n][0] == stamps[n]}
+    scans = {
+        name: cached[name].scan
+        for name in recordings
+        if name in cached and (cached[name].basis, cached[name].stamp) == (basis, stamps[name])
+    }
     due = [name for name in recordings if name not in scans]
-    work = [recordings[name] for name in due]
-    seconds = scan_seconds(work)
-    found = cluster.map(_Scan(recipe), work, what="scan sessions", work_s=seconds) if due else []
+    work = [(recordings[name], _unchanged(cached.get(name), stamps[name])) for name in due]
+    seconds = scan_seconds([recording for recording, _ in work])
+    found = cluster.map(_Scan(recipe), work, what="scan sessions", work_s=seconds)
     scans.update(zip(due, found, strict=True))
     scans = {name: scans[name] for name in sorted(scans)}
-    if due or set(known) != set(scans):
+    if due or set(cached) != set(scans):
         lines = [
             {"basis": basis, "stamp": stamps[name], "scan": scan.as_json()}
             for name, scan in scans.items()
@@ -67,22 +70,40 @@ class _Scan:
 
     recipe: Recipe
 
-    def __call__(self, recording: Recording) -> SessionScan:
+    def __call__(self, work: tuple[Recording, Mapping[str, SourceFile]]) -> SessionScan:
+        recording, known = work
         with recording.files(SOURCE_FILES) as folder:
-            return scan_session(folder, recipe=self.recipe)
+            return scan_session(folder, recipe=self.recipe, known=known)
 
 
-def _parse_scans(content: bytes, basis: str) -> dict[str, tuple[Any, SessionScan]]:
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    """A line of the cache."""
+
+    basis: str
+    """Of the scan: its version and the recipe's sections."""
+    stamp: Mapping[str, Any]
+    scan: SessionScan
+
+
+def _parse_cache(content: bytes) -> dict[str, _Cached]:
     """Scans of an earlier run, by session; a cache, so that whatever can't be read is scanned
     again.
     """
-    known = {}
+    cached = {}
     for line in content.split(b"\n"):
         try:
             values = json.loads(line)
-            if values["basis"] == basis:
-                scan = scan_from_json(values["scan"])
-                known[scan.session] = (values["stamp"], scan)
+            scan = scan_from_json(values["scan"])
+            cached[scan.session] = _Cached(values["basis"], dict(values["stamp"]), scan)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-    return known
+    return cached
+
+
+def _unchanged(cached: _Cached | None, stamp: Mapping[str, Any]) -> dict[str, SourceFile]:
+    """Source files that are as they were: what they are needs no hashing."""
+    if cached is None:
+        return {}
+    sources = cached.scan.sources
+    return {n: f for n, f in sources.items() if n in stamp and cached.stamp.get(n) == stamp[n]}

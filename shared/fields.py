@@ -18,8 +18,8 @@ from shared.audio import encode_dmel, to_int16
 from shared.clock import Window, interpolate, nearest
 from shared.media import VideoTrack, read_frames, read_sound, read_video_track
 from shared.recipe import Recipe, Stream
-from shared.scan import read_clocked
-from shared.session import AUDIO_FILE, VISION_FILES
+from shared.scan import read_texts
+from shared.session import AUDIO_FILE, VISION_FILES, read_metadata
 from shared.spool import Spool
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.scan import SessionScan
-    from shared.session import Metadata, TextEvent
+    from shared.session import TextEvent
     from shared.text import TextTokenizer
 
 MASKED_LEVEL = 255
@@ -205,15 +205,10 @@ class SessionFields:
         )
 
     @cached_property
-    def _clocked(self) -> tuple[Metadata, tuple[TextEvent, ...]]:
-        metadata, events, _ = read_clocked(self.path, recipe=self.recipe)
-        return metadata, events
-
-    @cached_property
     def _events(self) -> tuple[TextEvent, ...]:
         """Text events on the session clock."""
         offset_s = self.scan.clock_offset_s
-        return tuple(type(e)(e.time_s - offset_s, e.stream, e.text) for e in self._clocked[1])
+        return tuple(type(e)(e.time_s - offset_s, e.stream, e.text) for e in read_texts(self.path))
 
     @cached_property
     def _samples(self) -> Spool[np.int16]:
@@ -245,7 +240,10 @@ class SessionFields:
     @cached_property
     def _readings(self) -> dict[Stream, tuple[NDArray[np.float64], NDArray[np.float32]]]:
         """Times on the session clock and values of each sensor stream."""
-        metadata, _ = self._clocked
+        sensors = self.recipe.sensors
+        metadata = read_metadata(
+            self.path, touch_size=sensors.touch_size, proprio_size=sensors.proprio_size
+        )
         readings = {}
         for stream, values in (
             (Stream.TOUCH, metadata.touch),

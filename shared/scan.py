@@ -26,6 +26,7 @@ from shared.session import (
     VISION_FILES,
     Metadata,
     TextEvent,
+    read_inline_texts,
     read_metadata,
     read_text_file,
 )
@@ -145,12 +146,19 @@ def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
     )
 
 
-def scan_session(path: Path, *, recipe: Recipe) -> SessionScan:
+def scan_session(
+    path: Path, *, recipe: Recipe, known: Mapping[str, SourceFile] | None = None
+) -> SessionScan:
     """Look a session over: read every source file once, decode the sound, leave the video
     undecoded.
 
     Whatever can't be read makes its stream absent, with the reason; nothing raises but a vanished
     folder.
+
+    Args:
+        path: the session folder.
+        recipe: how streams become fields.
+        known: source files whose identity is known to be still the same; they are not hashed again.
     """
     intervals: dict[Stream, Interval] = {}
     absent: dict[Stream, str] = {}
@@ -178,7 +186,7 @@ def scan_session(path: Path, *, recipe: Recipe) -> SessionScan:
         absent={s: absent[s] for s in STREAMS if s in absent},
         coverage=_coverage(windows, intervals, tracks, readings, recipe),
         oddities=_sentences(oddities),
-        sources=_hash_sources(path),
+        sources=_hash_sources(path, known or {}),
     )
 
 
@@ -198,6 +206,12 @@ def read_clocked(
         for o in (*metadata.oddities, *text_oddities)
     ]
     return metadata, tuple(merged), oddities
+
+
+def read_texts(path: Path) -> tuple[TextEvent, ...]:
+    """The events of :func:`read_clocked`, without reading the sensors."""
+    events, _ = read_text_file(path)
+    return tuple(sorted([*read_inline_texts(path), *events], key=lambda e: e.time_s))
 
 
 def _scan_videos(
@@ -350,10 +364,13 @@ def _sentences(oddities: list[tuple[str, str]]) -> tuple[str, ...]:
     )
 
 
-def _hash_sources(path: Path) -> dict[str, SourceFile]:
+def _hash_sources(path: Path, known: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
     """Size and SHA-256 of every source file that is there."""
     sources: dict[str, SourceFile] = {}
     for name in SOURCE_FILES:
+        if name in known:
+            sources[name] = known[name]
+            continue
         try:
             with (path / name).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

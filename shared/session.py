@@ -47,6 +47,8 @@ MAX_VALUE = 3e38
 
 _TEXT_STREAMS = {"internal": Stream.INTERNAL_TEXT, "external": Stream.EXTERNAL_TEXT}
 _INLINE_TEXT_KEYS = {"internal_text": Stream.INTERNAL_TEXT, "external_text": Stream.EXTERNAL_TEXT}
+_INLINE_TEXT_MARKS = (b"_text", b"\\u", b"\0")
+"""A line has one of these bytes if it has one of the keys: plain, escaped, or in UTF-16 or 32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +146,7 @@ def read_metadata(path: Path, *, touch_size: int, proprio_size: int) -> Metadata
         lines.append(number)
         touch.extend(_numbers(values, "touch", touch_size, number, oddities))
         proprio.extend(_numbers(values, "proprio", proprio_size, number, oddities))
-        for key, stream in _INLINE_TEXT_KEYS.items():
-            text = _text(values, key, METADATA_FILE, number, oddities)
-            if text is not None:
-                events.append(TextEvent(time_s, stream, text))
+        events += _inline_texts(values, time_s, number, oddities)
     times_s = np.asarray(times, dtype=np.float64)
     order = _increasing_order(times_s, lines, oddities)
     is_whole = len(order) == len(times) and bool((np.diff(order) == 1).all())
@@ -160,6 +159,18 @@ def read_metadata(path: Path, *, touch_size: int, proprio_size: int) -> Metadata
         events=tuple(events),
         oddities=tuple(oddities),
     )
+
+
+def read_inline_texts(path: Path) -> list[TextEvent]:
+    """Texts of ``metadata.jsonl`` in order of the file, as :func:`read_metadata` finds them; lines
+    that hold none are not parsed.
+    """
+    events: list[TextEvent] = []
+    for number, values in _iter_objects(path / METADATA_FILE, [], marks=_INLINE_TEXT_MARKS):
+        time_s = parse_timestamp(values)
+        if time_s is not None:
+            events += _inline_texts(values, time_s, number, [])
+    return events
 
 
 def read_text_file(path: Path) -> tuple[list[TextEvent], list[Oddity]]:
@@ -193,8 +204,26 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _iter_objects(path: Path, oddities: list[Oddity]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each JSON line; anything else becomes an oddity."""
+def _inline_texts(
+    values: dict[str, Any], time_s: float, number: int, oddities: list[Oddity]
+) -> Iterator[TextEvent]:
+    """Texts of a metadata line."""
+    for key, stream in _INLINE_TEXT_KEYS.items():
+        text = _text(values, key, METADATA_FILE, number, oddities)
+        if text is not None:
+            yield TextEvent(time_s, stream, text)
+
+
+def _iter_objects(
+    path: Path, oddities: list[Oddity], *, marks: tuple[bytes, ...] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each JSON line; anything else becomes an oddity.
+
+    Args:
+        path: the file.
+        oddities: where those go.
+        marks: lines without any of these bytes are passed over, unless there are none.
+    """
     try:
         if path.exists() and not path.is_file():
             raise IsADirectoryError(errno.EISDIR, "it is no file")
@@ -214,7 +243,7 @@ def _iter_objects(path: Path, oddities: list[Oddity]) -> Iterator[tuple[int, dic
                 what = f"line over {MAX_LINE_BYTES} bytes"
                 oddities.append(Oddity(path.name, number, "long", what))
                 continue
-            if not raw.strip():
+            if not raw.strip() or (marks and not any(mark in raw for mark in marks)):
                 continue
             values, what = parse_line(raw)
             if values is None:

@@ -213,6 +213,14 @@ def test_sessions_added_under_another_bound_of_the_vocabulary_are_counted(sessio
     assert counts[tokens.encode("e")[1]] >= 1
 
 
+def test_files_that_did_not_change_are_not_hashed_again(sessions, out, monkeypatch):
+    build(sessions, out)
+    monkeypatch.setattr("shared.scan.hashlib", None)
+    summary = build(sessions, out, tiny_recipe(audio={"loudness_dbfs": -30.0}))
+    assert summary.num_scanned == 4
+    assert {c for t in summary.plan.tasks for c in t.due} == {"audio", "dmel"}
+
+
 # --- names and tokenizers --------------------------------------------------------------------
 
 
