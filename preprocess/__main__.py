@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from preprocess.report_page import ReportPage
+    from shared.manifest import Manifest
 
 _RECIPE_OPTION = click.option(
     "--recipe",
@@ -192,6 +193,72 @@ def show(shard_set: Path, key: str | None) -> None:
     lines = describe_set(shard_set) if key is None else describe_sample(shard_set, key)
     for name, value in lines:
         click.echo(f"{name:>18}  {value}")
+
+
+@cli.group()
+def sessions() -> None:
+    """List, drop, split and merge the sessions of shard sets, without decoding.
+
+    \b
+    python -m preprocess sessions list shards/default
+    python -m preprocess sessions drop shards/default session_007
+    python -m preprocess sessions split shards/default shards/few session_001 session_002
+    python -m preprocess sessions merge shards/all shards/default shards/more
+    """  # noqa: D301
+
+
+@sessions.command("list")
+@click.argument("shard_set", type=click.Path(path_type=Path))
+def list_of_sessions(shard_set: Path) -> None:
+    """Show every session of a set: its split, samples, rejected windows, size and shards."""
+    from preprocess.surgery import list_sessions
+
+    found = list_sessions(shard_set)
+    width = max((len(s.name) for s in found), default=0)
+    for s in found:
+        click.echo(
+            f"{s.name:{width}}  {s.split:5}  {s.num_samples:6} samples  {s.num_rejected:5} rejected"
+            f"  {s.length_bytes / 2**20:9.1f} MiB  {', '.join(s.shards)}"
+        )
+
+
+@sessions.command()
+@click.argument("shard_set", type=click.Path(path_type=Path))
+@click.argument("names", nargs=-1, required=True)
+def drop(shard_set: Path, names: tuple[str, ...]) -> None:
+    """Take sessions out of a set; shards of others stay as they are."""
+    from preprocess.surgery import drop_sessions
+
+    _tell(drop_sessions(shard_set, names), shard_set)
+
+
+@sessions.command()
+@click.argument("shard_set", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("names", nargs=-1, required=True)
+def split(shard_set: Path, out: Path, names: tuple[str, ...]) -> None:
+    """Make a set of some sessions of another, which stays as it is."""
+    from preprocess.surgery import split_sessions
+
+    _tell(split_sessions(shard_set, out, names), out)
+
+
+@sessions.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("shard_sets", nargs=-1, required=True, type=click.Path(path_type=Path))
+def merge(out: Path, shard_sets: tuple[Path, ...]) -> None:
+    """Make one set of several of the same recipe and tokenizer; they stay as they are."""
+    from preprocess.surgery import merge_sets
+
+    _tell(merge_sets(out, shard_sets), out)
+
+
+def _tell(manifest: Manifest, place: Path) -> None:
+    counts = manifest.counts
+    click.echo(
+        f"{place}: {counts['sessions']} sessions, {counts['samples']} samples "
+        f"({manifest.num_samples('val')} held out) in {len(manifest.shards)} shards"
+    )
 
 
 @cli.command("demo-sessions")

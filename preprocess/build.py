@@ -18,16 +18,17 @@ from preprocess.plan import BuiltColumn, BuiltShard, ShardTask, Slice
 from preprocess.recordings import Recording, require_unchanged
 from preprocess.stored import StoredFields
 from preprocess.write import ZARR_WRITERS, Draft, Fields, Row, write_tar
+from shared.clock import Window
 from shared.errors import CorruptError, ShardError
 from shared.fields import SessionFields
 from shared.index import ShardIndex, index_bytes, parse_index
-from shared.layout import COLUMNS, presence_bits
+from shared.layout import COLUMNS, presence_bits, streams_of_bits
 from shared.manifest import ShardEntry, fingerprint_of
 from shared.recipe import STREAMS, Recipe
 from shared.text import parse_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -46,6 +47,8 @@ class BuildInput:
     recordings: Mapping[str, Recording]
     """Session name -> where it lies, of the task's sessions."""
     scans: Mapping[str, SessionScan]
+    old: SetPlace | None = None
+    """Where the old shard of the task is; None where it is in `out`."""
 
 
 def build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
@@ -91,7 +94,8 @@ def _build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
                 name: stack.enter_context(given.recordings[name].files(files))
                 for name, files in sources.items()
             }
-            draft, presence = _write_columns(task, given, work, folders)
+            fresh = _open_sessions(given, folders)
+            draft, presence = _write_columns(task, given, work, list(_rows(task, given)), fresh)
         except Exception:
             # What a session that went away makes of a reader is not the cause.
             for name, files in sources.items():
@@ -99,6 +103,24 @@ def _build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
             raise
         for name, files in sources.items():
             require_unchanged(given.recordings[name], files)
+        return _write_index(task, given, work, draft, presence)
+
+
+def copy_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
+    """Write a shard of rows of an old one, without any recording.
+
+    Args:
+        task: all of its columns are due, all of its sessions copied.
+        given: needs no recordings, no scans and no tokenizer.
+
+    Raises:
+        CorruptError: the old shard is damaged.
+        JobError: the disk is full, or another job took over the set.
+    """
+    old = (given.old or given.out).read_index(task.old_index_file or "")
+    with given.out.workplace() as work:
+        rows = list(_old_rows(task, given.recipe, old))
+        draft, presence = _write_columns(task, given, work, rows, {})
         return _write_index(task, given, work, draft, presence)
 
 
@@ -177,18 +199,21 @@ def describe_shard(entry: ShardEntry, out: SetPlace, sizes: Mapping[str, int]) -
 
 
 def _write_columns(
-    task: ShardTask, given: BuildInput, work: Path, folders: Mapping[str, Path]
+    task: ShardTask,
+    given: BuildInput,
+    work: Path,
+    rows: Sequence[Row],
+    fresh: Mapping[str, SessionFields],
 ) -> tuple[Draft, NDArray[np.uint8]]:
     """Put the columns that are due into the set; returns the draft of the index and presence bits
     per row.
     """
-    draft = Draft(rows=list(_rows(task, given)))
+    draft = Draft(rows=list(rows))
     presence = np.zeros(len(draft.rows), dtype=np.uint8)
-    out = given.out
+    out, source = given.out, given.old or given.out
     kept = out.read_index(task.kept_index_file) if task.kept and task.kept_index_file else None
-    is_copy = any(task.copied.values()) and task.old_index_file
-    old = out.read_index(task.old_index_file) if is_copy and task.old_index_file else None
-    fresh = _open_sessions(given, folders)
+    has_copies = any(task.copied.values())
+    old = source.read_index(task.old_index_file) if has_copies and task.old_index_file else None
     for name, column in COLUMNS.items():
         mask = np.uint8(presence_bits(column.streams))
         if name in task.kept and kept is not None:
@@ -201,7 +226,7 @@ def _write_columns(
             readers: dict[str, Fields] = {**fresh}
             copied = task.copied.get(name, ())
             if copied and old is not None:
-                before = stack.enter_context(out.open_column(_columns(old)[name].file, work))
+                before = stack.enter_context(source.open_column(_columns(old)[name].file, work))
                 for session in copied:
                     readers[session] = StoredFields(
                         session, index=old, column=before, recipe=given.recipe
@@ -256,8 +281,24 @@ def _rows(task: ShardTask, given: BuildInput) -> Iterator[Row]:
         windows = scan.windows(given.recipe)
         for index in piece.windows:
             window = windows[index]
-            yield Row(number, piece.session, window, scan.present(window, given.recipe))
+            streams = scan.present(window, given.recipe)
+            yield Row(number, piece.session, window, streams, scan.coverage[index])
             number += 1
+
+
+def _old_rows(task: ShardTask, recipe: Recipe, old: ShardIndex) -> Iterator[Row]:
+    """Rows of a task as an old index describes them."""
+    arrays, names = old.arrays, old.facts["sessions"]
+    places = {
+        (names[int(arrays["session"][row])], int(arrays["window"][row])): row
+        for row in range(old.num_samples)
+    }
+    keys = [(piece.session, index) for piece in task.slices for index in piece.windows]
+    for number, key in enumerate(keys):
+        row = places[key]
+        window = Window(key[1], float(arrays["start_s"][row]), recipe.window.duration_s)
+        streams = streams_of_bits(int(arrays["present"][row]))
+        yield Row(number, key[0], window, streams, arrays["coverage"][row].tolist())
 
 
 def _keep_column(draft: Draft, name: str, built: BuiltColumn, old: ShardIndex) -> None:
@@ -278,7 +319,7 @@ def _write_index(
     """Put the index into the set: from here on the shard is finished."""
     sessions = [piece.session for piece in task.slices]
     position = {name: i for i, name in enumerate(sessions)}
-    coverage = [given.scans[r.session].coverage[r.window.index] for r in draft.rows]
+    coverage = [row.coverage for row in draft.rows]
     partial = [
         presence_bits(s for s, share in zip(STREAMS, shares, strict=True) if 0 < share < 1)
         for shares in coverage

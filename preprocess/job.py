@@ -7,29 +7,18 @@ taken over by the next.
 
 from __future__ import annotations
 
-import json
-import re
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from preprocess import statistics
 from preprocess.build import BuildInput, build_shard, describe_shard, salvage_shard, sources_of
+from preprocess.commit import commit, make_manifest, sweep
 from preprocess.places import open_set
 from preprocess.plan import OldSet, Plan, ShardTask, plan_shards, versioned
 from preprocess.recordings import find_recordings, work_seconds
-from preprocess.rejected import count_windows, rejected_lines, to_jsonl
+from preprocess.rejected import count_windows, rejected_lines
 from preprocess.scans import scan_sessions
 from shared.errors import ConfigError, CorruptError, ShardError
-from shared.layout import COLUMNS, field_schema
-from shared.manifest import (
-    MANIFEST_FILE,
-    REJECTED_FILE,
-    Manifest,
-    ShardEntry,
-    commit_manifest,
-    fingerprint_of,
-)
+from shared.manifest import ShardEntry
 from shared.recipe import Recipe, split_of
 from shared.scan import read_texts
 from shared.session import METADATA_FILE, TEXT_FILE
@@ -43,18 +32,10 @@ if TYPE_CHECKING:
     from preprocess.cluster import Cluster
     from preprocess.places import SetPlace
     from preprocess.recordings import Recording
+    from shared.manifest import Manifest
     from shared.scan import SessionScan
 
-_OWN_FILE = re.compile(
-    r"tokenizer(\.g\d+)?\.json|manifest\.g\d+\.json|(train|val)-\d{6,}(\.g\d+)?\."
-    f"(index|{'|'.join(f'{name}.{c.suffix}' for name, c in COLUMNS.items())})"
-)
-"""Names that shard sets give to files."""
-
 _TEXT_FILES = (METADATA_FILE, TEXT_FILE)
-
-_OLD_MANIFEST = re.compile(r"manifest\.g\d+\.json")
-"""Names of replaced manifests; they are there as long as someone reads by them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +100,8 @@ def build_shards(
             place, recipe, shards, facts, scans, tokenizer, tokenizer_file, old, plan
         )
         rejected = rejected_lines(scans, recipe, [loss for f in facts for loss in f["losses"]])
-        _commit(manifest, place, old, tokenizer, rejected)
-        _sweep(manifest, place, facts)
+        commit(manifest, place, old=old, tokenizer_json=tokenizer.json, rejected=rejected)
+        sweep(manifest, place, facts)
         return _summary(plan, manifest, scans, num_scanned, rejected)
 
 
@@ -257,84 +238,16 @@ def _manifest(
     old: Manifest | None,
     plan: Plan,
 ) -> Manifest:
-    num_samples = sum(s.num_samples for s in shards)
-    planned = sum(len(scan.windows(recipe)) for scan in scans.values())
-    parts = [
-        {"num_samples": entry.num_samples, **_flat(found["statistics"])}
-        for entry, found in zip(shards, facts, strict=True)
-        if entry.split == "train"
-    ]
     is_same = plan.is_empty and old is not None and tokenizer_file == old.tokenizer_file
-    return Manifest(
-        root=place.root,
+    return make_manifest(
+        place,
+        shards,
+        facts,
         recipe=recipe,
-        shards=shards,
         generation=0 if old is None else old.generation + (0 if is_same else 1),
         tokenizer_file=tokenizer_file,
         tokenizer_sha256=tokenizer.sha256,
-        fields=field_schema(recipe),
-        statistics=statistics.merge(parts),
-        counts={
-            "sessions": len(scans),
-            "windows_planned": planned,
-            "samples": num_samples,
-            "windows_rejected": count_windows(rejected_lines(scans, recipe, ())),
-        },
-        fingerprint=fingerprint_of(
-            [[s.name, s.split, s.num_samples, s.index_sha256] for s in shards], tokenizer.sha256
-        ),
+        num_sessions=len(scans),
+        num_planned=sum(len(scan.windows(recipe)) for scan in scans.values()),
+        num_rejected=count_windows(rejected_lines(scans, recipe, ())),
     )
-
-
-def _flat(per_column: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: value for part in per_column.values() for name, value in part.items()}
-
-
-def _commit(
-    manifest: Manifest,
-    place: SetPlace,
-    old: Manifest | None,
-    tokenizer: TextTokenizer,
-    rejected: Sequence[Mapping[str, Any]],
-) -> None:
-    """Make the new set the set; write only what differs."""
-    for name, content in (
-        (manifest.tokenizer_file, tokenizer.json.encode()),
-        (REJECTED_FILE, to_jsonl(rejected)),
-    ):
-        if place.read(name) != content:
-            place.write(name, content)
-    if old is None or replace(old, root=place.root) != manifest:
-        if old is not None:
-            place.link_manifest(versioned(MANIFEST_FILE, old.generation))
-        commit_manifest(manifest, write=place.write)
-
-
-def _sweep(manifest: Manifest, place: SetPlace, facts: Sequence[Mapping[str, Any]]) -> None:
-    """Remove what older sets and killed runs left; nothing that this program did not name."""
-    needed = {manifest.tokenizer_file, *(entry.index_file for entry in manifest.shards)}
-    needed |= {column["file"] for found in facts for column in found["columns"].values()}
-    names = sorted(place.sizes())
-    for name in filter(_OLD_MANIFEST.fullmatch, names):
-        if place.is_held(name):
-            needed |= {name, *_files_of(name, place)}
-    given = manifest.recipe.text.tokenizer
-    for name in names:
-        if name in needed or not _OWN_FILE.fullmatch(name):
-            continue
-        path = manifest.root / name
-        if given is None or not (given.exists() and path.exists() and path.samefile(given)):
-            place.remove(name)
-
-
-def _files_of(name: str, place: SetPlace) -> set[str]:
-    """Files that a replaced manifest leads to; of a damaged set those that can be told."""
-    found = set()
-    with suppress(ShardError, ValueError, KeyError, TypeError):
-        values = json.loads(place.read(name) or b"{}")
-        found.add(values["tokenizer"]["file"])
-        for shard in values["shards"]:
-            found.add(shard["index_file"])
-            columns = place.read_index(shard["index_file"]).facts["columns"]
-            found |= {column["file"] for column in columns.values()}
-    return found

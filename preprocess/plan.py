@@ -153,7 +153,7 @@ def plan_shards(
         old: the set that is there, if any.
     """
     kept = {name: _kept_windows(scan, recipe) for name, scan in sorted(scans.items())}
-    repacked = _changes(_packing(old.recipe), _packing(recipe)) if old is not None else []
+    repacked = setting_changes(_packing(old.recipe), _packing(recipe)) if old is not None else []
     drafts = _inherit(old.shards, kept) if old is not None and not repacked else []
     why_new = "; ".join(repacked) or "new"
     placed = {s.session for d in drafts for s in d.slices}
@@ -201,7 +201,7 @@ def _packing(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """``key old -> new`` of each key whose value is another one."""
     return [
         f"{key} {_short(before.get(key))} -> {_short(value)}"
@@ -352,4 +352,4 @@ def _reason(built: BuiltColumn | None, basis: Mapping[str, Any]) -> str:
     """Why a column is due, in words."""
     if built is None:
         return "its file is gone or cut"
-    return "; ".join(_changes(built.basis, _settings(basis))) or "its sessions changed"
+    return "; ".join(setting_changes(built.basis, _settings(basis))) or "its sessions changed"

@@ -22,7 +22,7 @@ from shared.layout import member_name, presence_bits
 from shared.recipe import Recipe, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -44,6 +44,8 @@ class Row:
     session: str
     window: Window
     streams: tuple[Stream, ...]
+    coverage: Sequence[float]
+    """Share of the window that each of STREAMS covers."""
 
     @property
     def key(self) -> str:

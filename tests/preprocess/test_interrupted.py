@@ -71,8 +71,8 @@ BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "in a tar column": lambda m: m.setattr("preprocess.write.encode_text", fail),
     "in a zarr column": lambda m: m.setattr("preprocess.write.write_zarr_column", fail),
     "before an index": lambda m: m.setattr(build_module, "index_bytes", fail),
-    "before the manifest": lambda m: m.setattr(job_module, "commit_manifest", fail),
-    "before the sweep": lambda m: m.setattr(job_module, "_sweep", fail),
+    "before the manifest": lambda m: m.setattr("preprocess.commit.commit_manifest", fail),
+    "before the sweep": lambda m: m.setattr(job_module, "sweep", fail),
 }
 
 

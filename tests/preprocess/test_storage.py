@@ -131,7 +131,7 @@ def test_sessions_and_sets_behind_urls_give_the_bytes_of_local_ones(
     assert stored_hashes(fs, "here/from-store") == file_hashes(built)
 
 
-@pytest.mark.parametrize("store", ["memory", "s3"])
+@pytest.mark.parametrize("store", ["memory", pytest.param("s3", marks=pytest.mark.slow)])
 def test_an_update_behind_a_url_ends_as_a_local_one(
     request, recorded, built, tmp_path, store, monkeypatch
 ):
@@ -187,7 +187,7 @@ def test_nothing_stays_in_the_temporary_folder(memory, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "where", ["preprocess.build.index_bytes", "preprocess.job.commit_manifest"]
+    "where", ["preprocess.build.index_bytes", "preprocess.commit.commit_manifest"]
 )
 def test_a_build_behind_a_url_broken_off_is_completed_to_the_same_bytes(
     memory, built, monkeypatch, where
