@@ -70,7 +70,7 @@ def build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
         return _build_shard(replace(task, copied={}), given)  # the old columns can't be trusted
 
 
-def sources_of(task: ShardTask) -> dict[str, list[str]]:
+def _sources_of(task: ShardTask) -> dict[str, list[str]]:
     """Session -> the files of it that a task reads: none of columns that are kept or copied."""
     return {
         session: sorted(
@@ -86,12 +86,12 @@ def sources_of(task: ShardTask) -> dict[str, list[str]]:
 
 
 def _build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
-    sources = sources_of(task)
+    sources = _sources_of(task)
     with ExitStack() as stack:
         work = stack.enter_context(given.out.workplace())
         try:
             folders = {
-                name: stack.enter_context(given.recordings[name].files(files))
+                name: stack.enter_context(given.recordings[name].files(files, given.out))
                 for name, files in sources.items()
             }
             fresh = _open_sessions(given, folders)

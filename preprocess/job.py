@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from preprocess.build import BuildInput, build_shard, describe_shard, salvage_shard, sources_of
+from preprocess.build import BuildInput, build_shard, describe_shard, salvage_shard
 from preprocess.commit import commit, make_manifest, sweep
 from preprocess.places import open_set
 from preprocess.plan import OldSet, Plan, ShardTask, plan_shards, versioned
-from preprocess.recordings import find_recordings, work_seconds
+from preprocess.recordings import column_seconds, find_recordings
 from preprocess.rejected import count_windows, rejected_lines
 from preprocess.scans import scan_sessions
 from shared.errors import ConfigError, CorruptError, ShardError
@@ -82,7 +82,7 @@ def build_shards(
         sizes = place.sizes()
         old = _read_old(place)
         scans, num_scanned = scan_sessions(recordings, place, recipe, cluster)
-        tokenizer, tokenizer_file = _choose_tokenizer(recordings, recipe, old, cluster)
+        tokenizer, tokenizer_file = _choose_tokenizer(recordings, recipe, old, cluster, place)
         plan = plan_shards(
             scans,
             recipe,
@@ -145,7 +145,11 @@ def _describe(manifest: Manifest, place: SetPlace, sizes: Mapping[str, int]) -> 
 
 
 def _choose_tokenizer(
-    recordings: Mapping[str, Recording], recipe: Recipe, old: Manifest | None, cluster: Cluster
+    recordings: Mapping[str, Recording],
+    recipe: Recipe,
+    old: Manifest | None,
+    cluster: Cluster,
+    place: SetPlace,
 ) -> tuple[TextTokenizer, str]:
     """The tokenizer and its file name: given, kept from the old set, or trained on the train
     sessions.
@@ -165,8 +169,8 @@ def _choose_tokenizer(
             tokenizer = None
     if tokenizer is None:
         train = [r for name, r in recordings.items() if split_of(name, recipe) == "train"]
-        seconds = work_seconds(train, _TEXT_FILES)
-        texts = cluster.map(_read_texts, train, what="read texts", work_s=seconds)
+        seconds = sum(column_seconds(recording, "text") for recording in train)
+        texts = cluster.map(_Texts(place), train, what="read texts", work_s=seconds)
         tokenizer = train_tokenizer(
             [text for session in texts for text in session], vocab_size=recipe.text.vocab_size
         )
@@ -175,10 +179,15 @@ def _choose_tokenizer(
     return tokenizer, versioned("tokenizer.json", old.generation + 1)
 
 
-def _read_texts(recording: Recording) -> list[str]:
-    """Texts of a session in order of time."""
-    with recording.files(_TEXT_FILES) as folder:
-        return [event.text for event in read_texts(folder)]
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Texts of a session in order of time; crosses processes."""
+
+    place: SetPlace
+
+    def __call__(self, recording: Recording) -> list[str]:
+        with recording.files(_TEXT_FILES, self.place) as folder:
+            return [event.text for event in read_texts(folder)]
 
 
 def _salvage(
@@ -215,9 +224,11 @@ def _run(
         return {}
     work = [given(task) for task in tasks]
     seconds = sum(
-        work_seconds([g.recordings[name]], files)
-        for task, g in work
-        for name, files in sources_of(task).items()
+        column_seconds(recording, column)
+        for task, needs in work
+        for column in task.due
+        for name, recording in needs.recordings.items()
+        if name not in task.copied.get(column, ())
     )
     entries = cluster.map(_build, work, what="build shards", work_s=seconds)
     return {entry.name: entry for entry in entries}

@@ -17,7 +17,7 @@ import shutil
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -151,8 +151,8 @@ class StoredSet:
         Raises:
             JobError: the disk is full.
         """
-        with TemporaryDirectory(prefix="shard-") as folder, disk_errors(Path(folder)):
-            yield Path(folder)
+        with _temporary(self.store, self.run) as folder, disk_errors(folder):
+            yield folder
 
     def put(self, path: Path, name: str) -> None:
         """Upload a finished file of a workplace.
@@ -249,11 +249,12 @@ def open_set(place: Path | Store, *, dry_run: bool = False) -> Iterator[SetPlace
     """
     run = uuid4().hex[:12]
     if isinstance(place, Store):
-        with TemporaryDirectory(prefix="set-") as scratch:
+        run = "" if dry_run else run
+        with _temporary(place, run) as scratch:
+            stored = StoredSet(place, run, scratch)
             if dry_run:
-                yield StoredSet(place, "", Path(scratch))
+                yield stored
                 return
-            stored = StoredSet(place, run, Path(scratch))
             place.write(_RUN_MARK, run.encode())
             try:
                 yield stored
@@ -309,6 +310,32 @@ def _remove(leftover: Path) -> None:
         _retire(leftover)
     else:
         leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def _temporary(store: Store, run: str) -> Iterator[Path]:
+    """A temporary folder of this machine; those that killed jobs of the same set left are removed.
+
+    Args:
+        store: the set.
+        run: this job; empty for a dry run, which removes nothing.
+    """
+    base = Path(gettempdir()) / f"shard-set-{os.getuid()}-{_sha256(store.url.encode())[:12]}"
+    own = base / (run or "dry")
+    folder = own / uuid4().hex[:12]
+    base.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(parents=True)
+    if run:
+        for other in base.iterdir():
+            if other != own:
+                shutil.rmtree(other, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # others are still there
+            own.rmdir()
+            base.rmdir()
 
 
 def _retire(folder: Path) -> None:

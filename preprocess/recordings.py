@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import SessionError
-from shared.session import AUDIO_FILE, METADATA_FILE, SOURCE_FILES, TEXT_FILE, find_sessions
+from shared.layout import COLUMNS
+from shared.session import AUDIO_FILE, METADATA_FILE, SOURCE_FILES, find_sessions
 from shared.storage import Store, StoredFile, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from preprocess.places import SetPlace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +33,9 @@ class LocalRecording:
     """Source file -> size and modification time in ns."""
 
     @contextmanager
-    def files(self, names: Iterable[str]) -> Iterator[Path]:
+    def files(self, names: Iterable[str], place: SetPlace) -> Iterator[Path]:
         """A folder called as the session, with at least these of its files that there are."""
-        del names
+        del names, place
         yield self.folder
 
     def changed(self, names: Iterable[str]) -> list[str]:
@@ -52,10 +54,12 @@ class StoredRecording:
     """Source file -> size and tag."""
 
     @contextmanager
-    def files(self, names: Iterable[str]) -> Iterator[Path]:
-        """A temporary folder called as the session, with these of its files that there are."""
-        with TemporaryDirectory(prefix="recording-") as temporary:
-            folder = Path(temporary) / self.name
+    def files(self, names: Iterable[str], place: SetPlace) -> Iterator[Path]:
+        """A folder called as the session, with these of its files that there are; it lies in a
+        workplace of the set, so that the next job finds what a killed one left.
+        """
+        with place.workplace() as work:
+            folder = work / self.name
             folder.mkdir()
             for name in names:
                 if name in self.stamp:
@@ -72,29 +76,32 @@ class StoredRecording:
 
 Recording = LocalRecording | StoredRecording
 
-_BYTES_PER_S = {METADATA_FILE: 10e6, TEXT_FILE: 10e6, AUDIO_FILE: 20e6}
-"""About how fast a file is read and made into fields."""
+_BYTES_PER_S = {
+    "vision_left": 0.5e6,
+    "vision_right": 0.5e6,
+    "audio": 20e6,
+    "text": 100e6,
+    "proprio": 10e6,
+    "dmel": 10e6,
+}
+"""About how many bytes of its sources one process makes into a column per second."""
 
-_VIDEO_BYTES_PER_S = 0.5e6
-_SCAN_BYTES_PER_S = 200e6
+_SCAN_BYTES_PER_S = {METADATA_FILE: 10e6, AUDIO_FILE: 20e6}
+_HASHED_BYTES_PER_S = 200e6
 
 
-def work_seconds(recordings: Iterable[Recording], names: Iterable[str]) -> float:
-    """About how long one process takes to make fields of these files of some sessions."""
-    speeds = {name: _BYTES_PER_S.get(name, _VIDEO_BYTES_PER_S) for name in names}
+def column_seconds(recording: Recording, column: str) -> float:
+    """About how long one process takes to make a column of a session."""
+    sizes = (recording.stamp[n][0] for n in COLUMNS[column].sources if n in recording.stamp)
+    return float(sum(sizes)) / _BYTES_PER_S[column]
+
+
+def scan_seconds(recording: Recording) -> float:
+    """About how long one process takes to look a session over."""
     return sum(
-        float(r.stamp[name][0]) / speed
-        for r in recordings
-        for name, speed in speeds.items()
-        if name in r.stamp
+        float(stamp[0]) / _SCAN_BYTES_PER_S.get(name, _HASHED_BYTES_PER_S)
+        for name, stamp in recording.stamp.items()
     )
-
-
-def scan_seconds(recordings: Iterable[Recording]) -> float:
-    """About how long one process takes to look sessions over."""
-    recordings = list(recordings)
-    size = sum(int(stamp[0]) for r in recordings for stamp in r.stamp.values())
-    return work_seconds(recordings, _BYTES_PER_S) + size / _SCAN_BYTES_PER_S
 
 
 def find_recordings(place: Path | str) -> dict[str, Recording]:

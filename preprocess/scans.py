@@ -51,8 +51,8 @@ def scan_sessions(
     }
     due = [name for name in recordings if name not in scans]
     work = [(recordings[name], _unchanged(cached.get(name), stamps[name])) for name in due]
-    seconds = scan_seconds([recording for recording, _ in work])
-    found = cluster.map(_Scan(recipe), work, what="scan sessions", work_s=seconds)
+    seconds = sum(scan_seconds(recording) for recording, _ in work)
+    found = cluster.map(_Scan(recipe, out), work, what="scan sessions", work_s=seconds)
     scans.update(zip(due, found, strict=True))
     scans = {name: scans[name] for name in sorted(scans)}
     if due or set(cached) != set(scans):
@@ -69,10 +69,11 @@ class _Scan:
     """scan_session with the recipe filled in; crosses processes."""
 
     recipe: Recipe
+    place: SetPlace
 
     def __call__(self, work: tuple[Recording, Mapping[str, SourceFile]]) -> SessionScan:
         recording, known = work
-        with recording.files(SOURCE_FILES) as folder:
+        with recording.files(SOURCE_FILES, self.place) as folder:
             return scan_session(folder, recipe=self.recipe, known=known)
 
 

@@ -55,7 +55,7 @@ class Store:
     def list_files(self) -> dict[str, StoredFile]:
         """Everything below the folder, by its path from there; {} where there is nothing."""
         with self._named():
-            fs, root = self._open(fresh=True)
+            fs, root = self._open()
             try:
                 found = fs.find(root, detail=True)
             except FileNotFoundError:
@@ -70,7 +70,7 @@ class Store:
     def find(self, name: str) -> StoredFile | None:
         """One file as it is now; None where there is none."""
         with self._named(name):
-            fs, root = self._open(fresh=True)
+            fs, root = self._open()
             try:
                 facts = fs.info(f"{root}/{name}")
             except FileNotFoundError:
@@ -125,13 +125,12 @@ class Store:
             except FileNotFoundError:
                 return
 
-    def _open(self, *, fresh: bool = False) -> tuple[Any, str]:
+    def _open(self) -> tuple[Any, str]:
         """The file system and the folder's path in it."""
         import fsspec
 
-        fs, root = fsspec.core.url_to_fs(self.url)
-        if fresh:
-            fs.invalidate_cache()
+        # Listings that are kept know nothing of what other processes put there.
+        fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         return fs, root.rstrip("/")
 
     @contextmanager

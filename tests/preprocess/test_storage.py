@@ -22,7 +22,6 @@ from oracles import (
     check_whole,
     cluster_of,
     file_hashes,
-    jsonl,
     set_keys,
     tiny_recipe,
     write_tiny_sessions,
@@ -183,6 +182,15 @@ def test_nothing_stays_in_the_temporary_folder(memory, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_job_left_in_the_temporary_folder_goes(memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    task = StoredSet(Store("memory://here/set"), "killed", tmp_path).workplace()
+    folder = task.__enter__()
+    (folder / "train-000000.audio.tar").write_bytes(b"half")
+    build("memory://here/sessions", "memory://here/set", SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- broken off and disturbed ----------------------------------------------------------------
 
 
@@ -296,22 +304,30 @@ def test_places_are_paths_or_stores(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_with_two_workers_from_s3_to_s3_gives_the_local_bytes(s3, built, tmp_path):
+def test_the_command_with_two_workers_from_s3_to_s3_gives_the_local_bytes(
+    s3, recorded, built, tmp_path
+):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(json_of(SMALL)), encoding="utf-8")
     places = ["--sessions", "s3://here/sessions", "--out", "s3://here/by-command"]
     command = [sys.executable, "-m", "preprocess", "shards", *places, "--recipe", str(recipe)]
-    outputs = [
-        subprocess.run(
+
+    def run() -> str:
+        done = subprocess.run(
             [*command, "--workers", "2"], capture_output=True, text=True, env=dict(os.environ)
         )
-        for _ in range(2)
-    ]
-    assert [o.returncode for o in outputs] == [0, 0], outputs
-    assert "s3://here/by-command is ready: 4 sessions" in outputs[0].stdout
-    assert "is up to date" in outputs[1].stdout
-    assert not [o for o in outputs if SECRET in o.stdout + o.stderr]
+        assert done.returncode == 0, done
+        assert SECRET not in done.stdout + done.stderr
+        return done.stdout
+
+    assert "s3://here/by-command is ready: 4 sessions" in run()
+    assert "is up to date" in run()
     assert stored_hashes(s3, "here/by-command") == file_hashes(built)
+    other = tiny_recipe(shard={"target_bytes": 2**16}, vision={"quality": 50})
+    recipe.write_text(yaml.safe_dump(json_of(other)), encoding="utf-8")
+    run()
+    local = Path(shutil.copytree(built, tmp_path / "local"))
+    build(recorded, local, other)
+    assert stored_hashes(s3, "here/by-command") == file_hashes(local)
     s3.get("here/by-command", str(tmp_path / "copy"), recursive=True)
     assert read_manifest(tmp_path / "copy").counts["sessions"] == 4
-    assert jsonl(tmp_path / "copy" / "rejected.jsonl") == jsonl(built / "rejected.jsonl")
