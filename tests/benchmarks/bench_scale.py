@@ -1,0 +1,160 @@
+"""What a very large shard set costs before its first byte of payload is read.
+
+    python tests/benchmarks/bench_scale.py                 up to 100,000 shards, 100 million samples
+    python tests/benchmarks/bench_scale.py --shards 1000 10000
+
+Per size, in a fresh process: makes a manifest of as many shards of 1,000 samples (no payload),
+opens it as a training source, and draws plans of batches at random positions of the first epochs,
+in the process itself and in two loader processes. Prints seconds and memory: what opening adds to a
+process that has imported everything, and what a loader process adds on top (private memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SAMPLES_PER_SHARD = 1000
+SHARD_BYTES = 256 << 20
+BATCH_SIZE = 256
+NUM_PLANS = 2000
+PLANS_PER_EPOCH_TRIED = 200
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", nargs="+", type=int, default=[100, 1000, 10_000, 100_000])
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        print(json.dumps(measure(given.measure)))
+        return
+    print(
+        " shards     samples  manifest MiB  open s  open adds MiB  (peak)  first batch ms  "
+        "batch p50 us  new epoch ms  loader process adds MiB"
+    )
+    for num_shards in given.shards:
+        with tempfile.TemporaryDirectory() as folder:
+            write_manifest(Path(folder), num_shards)
+            command = [sys.executable, __file__, "--measure", folder]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            size = (Path(folder) / "manifest.json").stat().st_size / MIB
+        r = json.loads(done.stdout.splitlines()[-1])
+        print(
+            f"{num_shards:7}  {num_shards * SAMPLES_PER_SHARD:10}  {size:12.1f}  {r['open_s']:6.2f}"
+            f"  {r['open_mib']:13.1f}  {r['peak_mib']:6.1f}  {r['first_ms']:14.2f}"
+            f"  {r['plan_us']:12.1f}  {r['epoch_ms']:12.1f}  {r['worker_mib']:23.1f}"
+        )
+
+
+def write_manifest(folder: Path, num_shards: int) -> None:
+    """A manifest as the shard job writes it, of shards that are not there."""
+    from shared.manifest import Manifest, ShardEntry, commit_manifest
+    from shared.recipe import Recipe
+    from shared.text import train_tokenizer
+
+    tokenizer = train_tokenizer(["a few words"], vocab_size=300)
+    content = tokenizer.to_json().encode()
+    (folder / "tokenizer.json").write_bytes(content)
+    shards = tuple(
+        ShardEntry(
+            name=f"train-{i:06d}",
+            split="train",
+            num_samples=SAMPLES_PER_SHARD,
+            length_bytes=SHARD_BYTES,
+            index_file=f"train-{i:06d}.index",
+            index_sha256=hashlib.sha256(str(i).encode()).hexdigest(),
+        )
+        for i in range(num_shards)
+    )
+    commit_manifest(
+        Manifest(
+            root=folder,
+            recipe=Recipe(),
+            shards=shards,
+            generation=0,
+            tokenizer_file="tokenizer.json",
+            tokenizer_sha256=hashlib.sha256(content).hexdigest(),
+            fields={},
+            statistics={},
+            counts={},
+            fingerprint="0" * 32,
+        )
+    )
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Open the set and draw plans; runs in a process of its own."""
+    import numpy as np
+    from torch.utils.data import DataLoader
+
+    from train.loader import BatchPlans
+    from train.order import BatchOrder, SampleOrder
+    from train.reader import ShardSource
+
+    gc.collect()
+    before_mib, peak_before_mib = private_mib(), peak_mib()
+    began_s = time.perf_counter()
+    source = ShardSource(folder, split="train")
+    samples = SampleOrder(
+        source.shard_sizes, fingerprint=source.fingerprint, seed=0, block_shards=16
+    )
+    order = BatchOrder(samples, batch_size=BATCH_SIZE, last_batch="pad")
+    open_s = time.perf_counter() - began_s
+    peak = peak_mib() - peak_before_mib
+    gc.collect()
+    open_mib = private_mib() - before_mib
+
+    first_ms = timed_ms(order, order.batches_per_epoch // 2)
+    epoch_ms = timed_ms(order, order.batches_per_epoch + 1)
+    # In order, as a loader process asks for them, from a random place of an epoch on.
+    rng = np.random.default_rng(0)
+    start = int(rng.integers(order.batches_per_epoch))
+    times_us = [1e3 * timed_ms(order, start + i) for i in range(NUM_PLANS)]
+
+    plans = BatchPlans(order, start=0, stop=None)
+    loader: Any = DataLoader(plans, batch_size=None, num_workers=2)
+    drawn = iter(loader)
+    for _ in range(NUM_PLANS):
+        next(drawn)
+    worker_mib = max(private_mib(worker.pid) for worker in drawn._workers)
+    return {
+        "open_s": open_s,
+        "open_mib": open_mib,
+        "peak_mib": peak,
+        "first_ms": first_ms,
+        "plan_us": float(np.median(times_us)),
+        "epoch_ms": epoch_ms,
+        "worker_mib": worker_mib,
+    }
+
+
+def timed_ms(order: Any, index: int) -> float:
+    began_s = time.perf_counter()
+    order.plan(index)
+    return (time.perf_counter() - began_s) * 1e3
+
+
+def private_mib(pid: int | str = "self") -> float:
+    """Memory that is this process's alone."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    kib = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return kib / 1024
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()

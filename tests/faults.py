@@ -1,0 +1,372 @@
+"""Damages a shard set in every way and looks at what training from it sees.
+
+    python tests/faults.py --flips 1000
+
+Each trial damages one thing in a fresh copy of a tiny set, reads a whole epoch, every stream, and
+compares each sample with the undamaged set's by its key. A trial is
+
+    detected   samples were named, with their file, and replaced; or reading stopped with one clear
+               message
+    unread     nothing was said, and every sample is right: nobody reads those bytes
+    silent     nothing was said, and a sample is wrong, missing or twice (must be 0)
+    crashed    something else than a clear message came out (must be 0)
+
+Whatever happens, the batches must keep their number and their shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+import simplejpeg
+import tiny_sets
+import torch
+
+from shared.codec import MAX_MEMBER_BYTES
+from shared.errors import CreatureError
+from shared.index import index_bytes, open_index
+from train.loader import Loader
+from train.reader import ShardSource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Outcome = str
+Fault = Callable[[Path, random.Random], None]
+
+UNREAD = {"rejected.jsonl", "sessions.jsonl"}
+"""Files that no reader of samples looks at."""
+
+
+# --- one trial --------------------------------------------------------------------------------
+
+
+class Reference:
+    """What an undamaged set gives."""
+
+    def __init__(self, shards: Path) -> None:
+        batches = list(epoch(shards))
+        self.shapes = [shapes_of(batch) for batch in batches]
+        self.rows = {key: row for batch in batches for key, row, _ in rows_of(batch)}
+
+    def judge(self, shards: Path) -> tuple[Outcome, str]:
+        """Read a damaged set: the outcome, and what was said."""
+        try:
+            batches = list(epoch(shards))
+        except CreatureError as error:
+            return "detected", str(error)
+        except Exception as error:  # what else comes out is what this looks for
+            return "crashed", f"{type(error).__name__}: {error}"
+        skipped = [skip for batch in batches for skip in batch["skipped"]]
+        if [shapes_of(batch) for batch in batches] != self.shapes:
+            return "silent", "batches have other shapes"
+        seen = Counter(key for b in batches for key, _, weight in rows_of(b) if weight)
+        for batch in batches:
+            for key, row, _ in rows_of(batch):
+                if key not in self.rows or not is_same(row, self.rows[key]):
+                    return "silent", f"{key} is another sample"
+        if skipped:
+            return "detected", skipped[0]["error"]
+        if set(seen) != set(self.rows) or set(seen.values()) != {1}:
+            return "silent", "a sample is missing or twice"
+        return "unread", ""
+
+
+def epoch(shards: Path) -> Iterator[dict[str, Any]]:
+    """All batches of one shuffled epoch; however many samples are bad."""
+    source = ShardSource(shards)
+    config = tiny_sets.make_config(shards, max_bad_fraction=1.0)
+    for batch in Loader(source, config, num_epochs=1):
+        yield {**batch, "inputs": {n: t.clone() for n, t in batch["inputs"].items()}}
+    source.close()
+
+
+def shapes_of(batch: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in batch["inputs"].items()}
+
+
+def rows_of(batch: dict[str, Any]) -> Iterator[tuple[str, dict[str, torch.Tensor], float]]:
+    for i, key in enumerate(batch["keys"]):
+        row = {name: tensor[i] for name, tensor in batch["inputs"].items()}
+        yield key, row, float(batch["weight"][i])
+
+
+def is_same(row: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in row.items())
+
+
+# --- faults -----------------------------------------------------------------------------------
+
+
+def flip_any_bit(shards: Path, rng: random.Random) -> None:
+    """One bit of the set: half of the time of any byte, half of the time of any file."""
+    files = sorted(path for path in shards.iterdir() if path.name not in UNREAD)
+    sizes = [path.stat().st_size for path in files]
+    weights = sizes if rng.random() < 0.5 else [float(size > 0) for size in sizes]
+    flip(rng.choices(files, weights)[0], rng)
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    with path.open("r+b") as file:
+        position = rng.randrange(path.stat().st_size)
+        file.seek(position)
+        value = file.read(1)[0] ^ (1 << rng.randrange(8))
+        file.seek(position)
+        file.write(bytes([value]))
+
+
+def flip_in(pattern: str) -> Fault:
+    return lambda shards, rng: flip(pick(shards, pattern, rng), rng)
+
+
+def truncate(pattern: str) -> Fault:
+    def fault(shards: Path, rng: random.Random) -> None:
+        path = pick(shards, pattern, rng)
+        with path.open("r+b") as file:
+            file.truncate(rng.randrange(path.stat().st_size))
+
+    return fault
+
+
+def remove(pattern: str) -> Fault:
+    return lambda shards, rng: pick(shards, pattern, rng).unlink()
+
+
+def swap(pattern: str) -> Fault:
+    """Two files change their names."""
+
+    def fault(shards: Path, rng: random.Random) -> None:
+        one, other = rng.sample(sorted(shards.glob(pattern)), 2)
+        between = shards / "between"
+        one.rename(between)
+        other.rename(one)
+        between.rename(other)
+
+    return fault
+
+
+def zero_page(pattern: str) -> Fault:
+    """A block that a disk lost."""
+
+    def fault(shards: Path, rng: random.Random) -> None:
+        path = pick(shards, pattern, rng)
+        content = bytearray(path.read_bytes())
+        start = rng.randrange(max(1, len(content) - 512))
+        content[start : start + 512] = bytes(len(content[start : start + 512]))
+        path.write_bytes(content)
+
+    return fault
+
+
+def pick(shards: Path, pattern: str, rng: random.Random) -> Path:
+    return rng.choice(sorted(p for p in shards.glob(pattern) if p.stat().st_size > 0))
+
+
+def hostile_member(column: str, array: str, make: Callable[[random.Random], bytes]) -> Fault:
+    """A set made by someone who means harm: every checksum up to the manifest is right."""
+
+    def fault(shards: Path, rng: random.Random) -> None:
+        content = make(rng)
+
+        def change(index: Any, path: Path, row: int) -> None:
+            index.arrays[f"{array}.offset"][row] = path.stat().st_size
+            index.arrays[f"{array}.length"][row] = len(content)
+            index.arrays[f"{array}.crc32c"][row] = google_crc32c.value(content)
+            with path.open("ab") as file:
+                file.write(content)
+
+        rewrite_index(shards, column, array, rng, change)
+
+    return fault
+
+
+def hostile_index(field: str, value: int) -> Fault:
+    """An index that points elsewhere, with the right checksum in the manifest."""
+
+    def fault(shards: Path, rng: random.Random) -> None:
+        def change(index: Any, _: Path, row: int) -> None:
+            index.arrays[f"vision_left.{field}"][row] = value
+
+        rewrite_index(shards, "vision_left", "vision_left", rng, change)
+
+    return fault
+
+
+def hostile_name(shards: Path, rng: random.Random) -> None:
+    """A tar whose member is named like a file of the machine, with the right checksums."""
+    path = pick(shards, "train-*.vision_left.tar", rng)
+    content = bytearray(path.read_bytes())
+    content[:100] = b"../../../../etc/passwd".ljust(100, b"\0")
+    path.write_bytes(content)
+
+
+def hostile_file(shards: Path, _: random.Random) -> None:
+    """A manifest that names a file outside the set."""
+    path = shards / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace("train-000000.index", "../../../etc/passwd"))
+
+
+def rewrite_index(
+    shards: Path,
+    column: str,
+    array: str,
+    rng: random.Random,
+    change: Callable[[Any, Path, int], None],
+) -> None:
+    """Change a row of a random index and make all checksums right again."""
+    manifest = json.loads((shards / "manifest.json").read_text())
+    entries = [e for e in manifest["shards"] if e["split"] == "train"]
+    rng.shuffle(entries)
+    for entry in entries:
+        path = shards / entry["index_file"]
+        index = open_index(path)
+        index = replace(index, arrays={n: a.copy() for n, a in index.arrays.items()})
+        rows = index.arrays[f"{array}.length"].nonzero()[0]
+        if len(rows):
+            break
+    change(index, shards / index.facts["columns"][column]["file"], int(rng.choice(list(rows))))
+    content = index_bytes(index)
+    path.write_bytes(content)
+    entry["index_sha256"] = hashlib.sha256(content).hexdigest()
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+
+
+# --- what someone who means harm would put there ---------------------------------------------
+
+
+def jpeg_of_size(width: int, height: int) -> bytes:
+    """A small JPEG whose header says another size."""
+    import numpy as np
+
+    content = bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), dtype=np.uint8)))
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(content)
+
+
+def many_jpegs(_: random.Random) -> bytes:
+    return jpeg_of_size(32, 32) * 100_000
+
+
+def deep_json(_: random.Random) -> bytes:
+    return b"[" * 1_000_000
+
+
+def many_tokens(_: random.Random) -> bytes:
+    stream = {"ids": [1] * 1_000_000, "time_s": [0.0] * 1_000_000}
+    return json.dumps({"internal": stream, "external": stream, "events": []}).encode()
+
+
+def foreign_tokens(_: random.Random) -> bytes:
+    stream = {"ids": [1 << 40], "time_s": [0.0]}
+    return json.dumps({"internal": stream, "external": stream, "events": []}).encode()
+
+
+def noise(rng: random.Random) -> bytes:
+    return rng.randbytes(rng.randrange(1, 100_000))
+
+
+FAULTS: dict[str, tuple[int, Fault]] = {
+    "any single bit flipped": (0, flip_any_bit),  # as many as --flips
+    "a bit of the manifest flipped": (100, flip_in("manifest.json")),
+    "a bit of an index flipped": (100, flip_in("train-*.index")),
+    "a bit of the tokenizer flipped": (20, flip_in("tokenizer.json")),
+    "512 bytes zeroed in a column": (50, zero_page("train-*.[vatpd]*")),
+    "column truncated": (50, truncate("train-*.[vatpd]*")),
+    "index truncated": (20, truncate("train-*.index")),
+    "manifest truncated": (20, truncate("manifest.json")),
+    "column missing": (10, remove("train-*.[vatpd]*")),
+    "index missing": (5, remove("train-*.index")),
+    "manifest missing": (1, remove("manifest.json")),
+    "tokenizer missing": (1, remove("tokenizer.json")),
+    "two indexes swapped": (10, swap("train-*.index")),
+    "two text columns swapped": (10, swap("train-*.text.tar")),
+    "two picture columns swapped": (10, swap("train-*.vision_left.tar")),
+    "two sensor columns swapped": (10, swap("train-*.proprio.zarr.zip")),
+    "hostile: member named ../../etc/passwd": (5, hostile_name),
+    "hostile: manifest names ../../etc/passwd": (1, hostile_file),
+    "hostile: picture of 65,535 x 65,535": (
+        5,
+        hostile_member("vision_left", "vision_left", lambda _: jpeg_of_size(65_535, 65_535)),
+    ),
+    "hostile: 100,000 pictures in a member": (
+        3,
+        hostile_member("vision_left", "vision_left", many_jpegs),
+    ),
+    "hostile: noise for pictures": (20, hostile_member("vision_left", "vision_left", noise)),
+    "hostile: noise for text": (20, hostile_member("text", "text", noise)),
+    "hostile: JSON a million deep": (3, hostile_member("text", "text", deep_json)),
+    "hostile: a million tokens": (2, hostile_member("text", "text", many_tokens)),
+    "hostile: tokens of another vocabulary": (
+        5,
+        hostile_member("text", "text", foreign_tokens),
+    ),
+    "hostile: noise for dMel": (10, hostile_member("dmel", "dmel/dmel", noise)),
+    "hostile: noise for sensors": (10, hostile_member("proprio", "proprio/proprio", noise)),
+    "hostile: member of 2**63 bytes": (3, hostile_index("length", 1 << 63)),
+    "hostile: member just below the limit": (3, hostile_index("length", MAX_MEMBER_BYTES)),
+    "hostile: member at 2**63": (3, hostile_index("offset", 1 << 63)),
+}
+"""Name -> how often it is tried, and what does it."""
+
+
+def try_fault(fault: Fault, shards: Path, reference: Reference, seed: str) -> tuple[Outcome, str]:
+    """Damage a copy and read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(shards, Path(folder) / "set"))
+        fault(copy, random.Random(seed))
+        return reference.judge(copy)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--flips", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="faults whose name has this in it")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        shards = tiny_sets.make_set(Path(folder))
+        reference = Reference(shards)
+        print(f"{'fault':42} tries  detected  unread  silent  crashed   for example")
+        for name, (count, fault) in FAULTS.items():
+            if given.only not in name:
+                continue
+            count = count or given.flips
+            results = [
+                try_fault(fault, shards, reference, f"{given.seed}/{name}/{i}")
+                for i in range(count)
+            ]
+            outcomes = Counter(outcome for outcome, _ in results)
+            worst = ("crashed", "silent", "detected", "unread")
+            said = next(text for kind in worst for o, text in results if o == kind)
+            print(
+                f"{name:42} {count:5}  {outcomes['detected']:8}  {outcomes['unread']:6}  "
+                f"{outcomes['silent']:6}  {outcomes['crashed']:7}   "
+                f"{said.replace(str(Path(folder).parent), '')[:90]}"
+            )
+            for outcome, text in results:
+                if outcome in {"silent", "crashed"}:
+                    bad += 1
+                    print(f"    {outcome}: {text[:160]}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    io.TextIOWrapper.reconfigure(sys.stdout, line_buffering=True)  # type: ignore[attr-defined]
+    sys.exit(main())
