@@ -43,8 +43,8 @@ AUDIO_RATE_HZ = 48_000
 METADATA_RATE_HZ = 90
 SIZE = 224
 MINUTE_S = 60
-SHARD_BYTES = 16_000_000
-"""A minute of both eyes per shard, so that two workers have a shard each."""
+SHARD_BYTES_PER_S = 230_000
+"""As the plan reckons: a session of the given length is one shard, so that two workers have one."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,12 @@ def main() -> None:
     parser.add_argument("--film", type=Path, default=FILM)
     parser.add_argument("--cores", default="0,1", help="the two cores to pin to")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
-    parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)  # SESSIONS WORKERS PROFILE
+    parser.add_argument("--job", nargs=4, help=argparse.SUPPRESS)  # see start_job
     given = parser.parse_args()
     if given.job:
-        click.echo(json.dumps(run_job(Path(given.job[0]), int(given.job[1]), given.job[2] == "1")))
+        sessions, seconds, workers, has_profile = given.job
+        result = run_job(Path(sessions), int(seconds), int(workers), has_profile == "1")
+        click.echo(json.dumps(result))
     elif given.memory:
         measure_memory(given)
     else:
@@ -112,7 +114,7 @@ def measure_speed(given: argparse.Namespace) -> None:
                     "ffmpeg kept": partial(
                         run_ffmpeg, folder, pinned, f"fps=5,scale={SIZE}:{SIZE}"
                     ),
-                    "job": partial(start_job, folder, workers, pinned),
+                    "job": partial(start_job, folder, given.seconds, workers, pinned),
                 }
                 for side, run in sides.items():
                     runs.setdefault((name, workers, side), []).append(run())
@@ -120,7 +122,7 @@ def measure_speed(given: argparse.Namespace) -> None:
     table(runs, frames=2 * RATE_HZ * given.seconds)
     click.echo("\nwhere the job's time goes, one core (shares of its processor time)")
     for name, folder in folders.items():
-        result = start_job(folder, 1, cores[0], profile=True)
+        result = start_job(folder, given.seconds, 1, cores[0], profile=True)
         parts = ", ".join(f"{part} {share:.1%}" for part, share in result["parts"].items())
         click.echo(
             f"{name}: {parts}; besides it {result['import_s']:.1f} s of start-up and imports"
@@ -189,7 +191,9 @@ def run_ffmpeg(folder: Path, cores: str, video_filter: str) -> dict[str, float]:
     return {"wall_s": time.perf_counter() - start_s, "cpu_s": children_cpu_s() - before}
 
 
-def start_job(folder: Path, workers: int, cores: str, *, profile: bool = False) -> dict[str, Any]:
+def start_job(
+    folder: Path, seconds: int, workers: int, cores: str, *, profile: bool = False
+) -> dict[str, Any]:
     """The job in a process of its own."""
     command = [
         "taskset",
@@ -199,6 +203,7 @@ def start_job(folder: Path, workers: int, cores: str, *, profile: bool = False) 
         __file__,
         "--job",
         str(folder / str(workers)),
+        str(seconds),
         str(workers),
         "1" if profile else "0",
     ]
@@ -211,7 +216,7 @@ def start_job(folder: Path, workers: int, cores: str, *, profile: bool = False) 
     return result
 
 
-def run_job(sessions: Path, workers: int, has_profile: bool) -> dict[str, Any]:
+def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> dict[str, Any]:
     """Build a shard set of all sessions of a folder, and measure it; runs in the child process."""
     start_s = time.perf_counter()
     from rich.console import Console
@@ -221,7 +226,10 @@ def run_job(sessions: Path, workers: int, has_profile: bool) -> dict[str, Any]:
     from shared.recipe import Recipe
 
     recipe = Recipe.model_validate(
-        {"shard": {"target_bytes": SHARD_BYTES}, "split": {"val_fraction": 0}}
+        {
+            "shard": {"target_bytes": seconds * SHARD_BYTES_PER_S},
+            "split": {"val_fraction": 0},
+        }
     )
     out = Path(tempfile.mkdtemp(dir=sessions.parent, prefix="out."))
     try:
@@ -317,7 +325,7 @@ def measure_memory(given: argparse.Namespace) -> None:
     case = Case("320x240", 320, 240, 90, "300k")
     for minutes in (1, 30):
         folder = make_sessions(case, 60 * minutes, given.film)
-        result = start_job(folder, 1, given.cores.split(",")[0])
+        result = start_job(folder, MINUTE_S, 1, given.cores.split(",")[0])
         click.echo(
             f"{minutes:7}  {idle:.0f}, {result['peak_mib']:.0f}   ({result['shards']} shards, "
             f"{result['wall_s']:.0f} s)"
