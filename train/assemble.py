@@ -1,12 +1,18 @@
 """Samples of a source as one batch of tensors: the form that docs/architecture.md describes.
 
-Arrays are made once per batch and the source decodes straight into them. Text tokens are laid on
-ticks here: one token per tick and stream, each as soon as its event has begun and the tick is free.
+::
+
+    array_forms      names, shapes and dtypes of a batch's arrays
+      -> fill_arrays   the source decodes straight into them, whatever they held before
+      -> compose_batch   the same memory as named tensors of "inputs" and "targets"
+
+Text tokens are laid on ticks here: one token per tick and stream, each as soon as its event has
+begun and the tick is free.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +23,14 @@ from train.inputs import VISION_STREAMS
 from train.source import SENSORS, SampleSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from shared.fields import Text, TokenStream
+
+    ReadSample = Callable[[int, dict[str, NDArray[Any]]], tuple["Place", Text | None]]
 
 MIN_TOKENS = 2
 """A dense text batch is at least this long, so that there is a next token to predict."""
@@ -29,37 +38,76 @@ MIN_TOKENS = 2
 Place = tuple[int, int]
 """(shard, row) of a sample."""
 
+Batch = dict[str, Any]
+"""As docs/architecture.md, "The batch"."""
+
 _TIME_SLACK_TICKS = 1e-6
 
+_SAMPLED = (*VISION_STREAMS, Stream.AUDIO, *SENSORS)
+"""Streams that a source writes itself; text comes as tokens."""
 
-def assemble_batch(
+
+class ArrayForm(NamedTuple):
+    """Shape and dtype of one array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def array_forms(count: int, *, config: TrainConfig, shapes: WindowShapes) -> dict[str, ArrayForm]:
+    """Arrays of fixed shape of a batch of `count` samples: all but densely packed text."""
+    wanted = {*config.input_streams, *config.target_streams}
+    sensors, ticks = shapes.num_sensor_samples, (shapes.num_ticks,)
+    size = shapes.image_size
+    kinds: dict[Stream, tuple[tuple[int, ...], type[np.generic]]] = {
+        **dict.fromkeys(VISION_STREAMS, ((shapes.num_frames, size, size, 3), np.uint8)),
+        Stream.AUDIO: ((shapes.num_audio_frames, shapes.mel_channels), np.uint8),
+        Stream.TOUCH: ((sensors, shapes.touch_size), np.float32),
+        Stream.PROPRIO: ((sensors, shapes.proprio_size), np.float32),
+    }
+    if not config.is_text_only:
+        kinds |= dict.fromkeys(TEXT_STREAMS, (ticks, np.int64))
+    forms = {"weight": ArrayForm((count,), np.dtype(np.float32))}
+    for stream in (s for s in kinds if s in wanted):
+        shape, dtype = kinds[stream]
+        forms[stream] = ArrayForm((count, *shape), np.dtype(dtype))
+        forms[f"{stream}_valid"] = ArrayForm((count, shape[0]), np.dtype(np.bool_))
+    return forms
+
+
+def fill_arrays(
     source: SampleSource,
     places: Sequence[Place],
+    arrays: Mapping[str, NDArray[Any]],
     *,
     config: TrainConfig,
     shapes: WindowShapes,
-    read: Callable[[int, dict[str, NDArray[Any]]], tuple[Place, Text | None]] | None = None,
-) -> dict[str, Any]:
-    """Read samples into one batch.
+    read: ReadSample | None = None,
+) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """Read samples into the arrays of :func:`array_forms`, all but "weight".
 
     Args:
         source: where they are.
         places: which.
+        arrays: are written wholly, whatever they held before.
         config: says which streams are inputs and targets.
         shapes: sizes of a window.
         read: reads sample number i into arrays and says which place it took in the end; by default
             the one asked for.
+
+    Returns:
+        The arrays whose shape depends on what is said (densely packed text), and the keys.
 
     Raises:
         CorruptError: a sample's bytes are damaged (and `read` does not help).
     """
     wanted = {*config.input_streams, *config.target_streams}
     with_text = any(s in wanted for s in TEXT_STREAMS)
-    arrays = _zeros(len(places), wanted, shapes)
+    names = [n for n in arrays if _stream_of(n) in _SAMPLED]
     texts: list[Text | None] = []
     taken: list[Place] = []
     for i, place in enumerate(places):
-        out = {name: values[i] for name, values in arrays.items()}
+        out = {name: arrays[name][i] for name in names}
         if read is None:
             texts.append(source.read_into(*place, out, with_text=with_text))
             taken.append(place)
@@ -67,11 +115,17 @@ def assemble_batch(
             final_place, text = read(i, out)
             texts.append(text)
             taken.append(final_place)
+    dense: dict[str, NDArray[Any]] = {}
     if config.is_text_only:
-        arrays |= _dense_text(source, taken, texts, wanted)
+        dense = _dense_text(source, taken, texts, wanted)
     elif with_text:
-        arrays |= _text_on_ticks(source, taken, texts, wanted, shapes)
-    tensors = {str(name): torch.from_numpy(values) for name, values in arrays.items()}
+        _write_text_on_ticks(source, taken, texts, arrays, shapes)
+    return dense, [source.key(*place) for place in taken]
+
+
+def compose_batch(arrays: Mapping[str, NDArray[Any] | Tensor], config: TrainConfig) -> Batch:
+    """Arrays as tensors of the same memory: "inputs", "targets" and "weight"."""
+    tensors = {str(name): torch.as_tensor(values) for name, values in arrays.items()}
     return {
         "inputs": {n: t for n, t in tensors.items() if _stream_of(n) in config.input_streams},
         "targets": {
@@ -81,14 +135,32 @@ def assemble_batch(
             for n, t in tensors.items()
             if _stream_of(n) == stream
         },
-        "weight": torch.ones(len(places)),
-        "keys": [source.key(*place) for place in taken],
+        "weight": tensors["weight"],
     }
 
 
-def join_batches(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def assemble_batch(
+    source: SampleSource,
+    places: Sequence[Place],
+    *,
+    config: TrainConfig,
+    shapes: WindowShapes,
+) -> Batch:
+    """Read samples into one batch of new memory; each has weight 1.
+
+    Raises:
+        CorruptError: a sample's bytes are damaged.
+    """
+    forms = array_forms(len(places), config=config, shapes=shapes)
+    arrays: dict[str, NDArray[Any]] = {name: np.empty(*form) for name, form in forms.items()}
+    arrays["weight"][...] = 1
+    dense, keys = fill_arrays(source, places, arrays, config=config, shapes=shapes)
+    return {**compose_batch(arrays | dense, config), "keys": keys}
+
+
+def join_batches(batches: Sequence[Batch]) -> Batch:
     """Several batches as one; dense text is filled up to the longest with masked silence."""
-    joined: dict[str, Any] = {}
+    joined: Batch = {}
     for group in ("inputs", "targets"):
         names = batches[0][group]
         joined[group] = {name: _concatenate([b[group][name] for b in batches]) for name in names}
@@ -138,36 +210,17 @@ def pack_tokens(text: Text, streams: Sequence[Stream] = TEXT_STREAMS) -> dict[St
     }
 
 
-def _zeros(count: int, wanted: set[Stream], shapes: WindowShapes) -> dict[str, NDArray[Any]]:
-    """Zeroed arrays of every wanted stream but text."""
-    size = shapes.image_size
-    kinds: dict[Stream, tuple[tuple[int, ...], type[np.generic]]] = {
-        **dict.fromkeys(VISION_STREAMS, ((shapes.num_frames, size, size, 3), np.uint8)),
-        Stream.AUDIO: ((shapes.num_audio_frames, shapes.mel_channels), np.uint8),
-        Stream.TOUCH: ((shapes.num_sensor_samples, shapes.touch_size), np.float32),
-        Stream.PROPRIO: ((shapes.num_sensor_samples, shapes.proprio_size), np.float32),
-    }
-    arrays: dict[str, NDArray[Any]] = {}
-    for stream in (*VISION_STREAMS, Stream.AUDIO, *SENSORS):
-        if stream in wanted:
-            shape, dtype = kinds[stream]
-            arrays[stream] = np.zeros((count, *shape), dtype=dtype)
-            arrays[f"{stream}_valid"] = np.zeros((count, shape[0]), dtype=np.bool_)
-    return arrays
-
-
-def _text_on_ticks(
+def _write_text_on_ticks(
     source: SampleSource,
     places: Sequence[Place],
     texts: Sequence[Text | None],
-    wanted: set[Stream],
+    arrays: Mapping[str, NDArray[Any]],
     shapes: WindowShapes,
-) -> dict[str, NDArray[Any]]:
-    """Token per tick and validity of the wanted text streams, [B, T]."""
-    arrays: dict[str, NDArray[Any]] = {}
-    for stream in (s for s in TEXT_STREAMS if s in wanted):
-        ticks = np.full((len(texts), shapes.num_ticks), PAD_TOKEN, dtype=np.int64)
-        valid = np.zeros(ticks.shape, dtype=np.bool_)
+) -> None:
+    """Write the token per tick and the validity of the text streams in `arrays`, [B, T]."""
+    for stream in (s for s in TEXT_STREAMS if s in arrays):
+        ticks, valid = arrays[stream], arrays[f"{stream}_valid"]
+        ticks[...], valid[...] = PAD_TOKEN, False
         for i, (place, text) in enumerate(zip(places, texts, strict=True)):
             if text is not None and stream in source.present(*place):
                 ticks[i] = tokens_on_ticks(
@@ -177,8 +230,6 @@ def _text_on_ticks(
                     tick_rate_hz=shapes.tick_rate_hz,
                 )
                 valid[i] = True
-        arrays[stream], arrays[f"{stream}_valid"] = ticks, valid
-    return arrays
 
 
 def _dense_text(

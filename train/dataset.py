@@ -21,7 +21,7 @@ from shared.text import TextTokenizer, load_tokenizer, train_tokenizer
 from train.assemble import assemble_batch, join_batches
 from train.config import TEXT_STREAMS, TrainConfig
 from train.inputs import VISION_STREAMS
-from train.source import SENSORS, write_mel, write_numbers
+from train.source import SENSORS, write_absent, write_mel, write_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,6 +120,7 @@ class SessionSource:
     ) -> Text | None:
         fields, window = self.fields(shard), self._windows[shard][row]
         present = self.present(shard, row)
+        write_absent(out, (*VISION_STREAMS, *SENSORS, Stream.AUDIO))
         for stream in VISION_STREAMS:
             if stream in out and stream in present:
                 for _, frames in fields.iter_frames(stream, [window]):

@@ -18,13 +18,14 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shared.errors import ConfigError, CorruptError, CreatureError, TooManyBadSamplesError
 from shared.recipe import Recipe, Split, WindowShapes, load_recipe
-from train.assemble import Place, assemble_batch
+from train.assemble import Place, array_forms, compose_batch, fill_arrays
 from train.dataset import SessionSource
 from train.order import BatchOrder, BatchPlan, SampleOrder
 from train.reader import ShardSource
@@ -99,12 +100,14 @@ class ReadBatches:
         def read(i: int, out: dict[str, NDArray[Any]]) -> tuple[Place, Text | None]:
             return self._read(plan, i, places[i], out, skipped)
 
-        batch = assemble_batch(
-            self._source, places, config=self._config, shapes=self._shapes, read=read
+        forms = array_forms(len(places), config=self._config, shapes=self._shapes)
+        arrays: dict[str, NDArray[Any]] = {name: np.empty(*form) for name, form in forms.items()}
+        arrays["weight"][...] = plan.weight
+        dense, keys = fill_arrays(
+            self._source, places, arrays, config=self._config, shapes=self._shapes, read=read
         )
-        batch["weight"] = torch.from_numpy(plan.weight)
-        batch |= {"index": plan.index, "epoch": plan.epoch, "skipped": skipped}
-        return batch
+        batch = {**compose_batch(arrays | dense, self._config), "keys": keys}
+        return batch | {"index": plan.index, "epoch": plan.epoch, "skipped": skipped}
 
     def _read(
         self,
@@ -123,8 +126,6 @@ class ReadBatches:
                 return place, self._source.read_into(*place, out, with_text=with_text)
             except CorruptError as error:
                 skipped.append(self._describe(place, error))
-                for values in out.values():
-                    values[...] = 0
                 position = int(plan.positions[i])
                 stand_in = self._order.substitute(plan.epoch, position, attempt)
                 place = self._order.locate_one(plan.epoch, stand_in)

@@ -21,7 +21,7 @@ from shared.index import ShardIndex, open_index
 from shared.layout import streams_of_bits
 from shared.recipe import Split, Stream
 from train.inputs import VISION_STREAMS
-from train.source import SENSORS, write_mel, write_numbers
+from train.source import SENSORS, write_absent, write_mel, write_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -146,11 +146,14 @@ class ShardSource:
         for stream in VISION_STREAMS:
             if stream in out:
                 member = opened.read(stream, stream, row)
-                if member is not None:
-                    decode_pictures(member, recipe=self.recipe.vision, out=out[stream])
-                    error_s = opened.index.arrays[f"{stream}.error_s"][row]
-                    out[f"{stream}_valid"][...] = np.isfinite(error_s)
+                if member is None:
+                    write_absent(out, [stream])
+                    continue
+                decode_pictures(member, recipe=self.recipe.vision, out=out[stream])
+                error_s = opened.index.arrays[f"{stream}.error_s"][row]
+                out[f"{stream}_valid"][...] = np.isfinite(error_s)
         present = streams_of_bits(int(opened.index.arrays["present"][row]))
+        write_absent(out, (s for s in (*SENSORS, Stream.AUDIO) if s not in present))
         for stream in SENSORS:
             if stream in out and stream in present:
                 chunk = opened.read("proprio", f"proprio/{stream}", row)

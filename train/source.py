@@ -6,14 +6,14 @@ varies, is returned.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from shared.recipe import Recipe, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
@@ -52,9 +52,9 @@ class SampleSource(Protocol):
         Args:
             shard: its shard.
             row: its row there.
-            out: zeroed arrays of one sample, ``<stream>`` and ``<stream>_valid``, of the streams
-                wanted;
-                those that the sample lacks are left alone.
+            out: arrays of one sample, ``<stream>`` and ``<stream>_valid``, of the streams wanted.
+                Whatever they held before, each is written wholly: zeros and False where the sample
+                lacks the stream. After an error they hold anything.
             with_text: whether to read the text too.
 
         Returns:
@@ -64,6 +64,14 @@ class SampleSource(Protocol):
             CorruptError: the bytes differ from their checksum or don't decode.
         """
         ...
+
+
+def write_absent(out: Mapping[str, NDArray[Any]], streams: Iterable[Stream]) -> None:
+    """Write those of the wanted streams that a sample lacks: zeros, nowhere valid."""
+    for stream in streams:
+        if stream in out:
+            out[stream][...] = 0
+            out[f"{stream}_valid"][...] = False
 
 
 def write_numbers(
