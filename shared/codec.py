@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 MAX_MEMBER_BYTES = 1 << 30
 """A larger member is refused unread."""
 
+MAX_TEXT_BYTES = 16 << 20
+"""A larger text member is refused undecoded: JSON takes many times its size in memory."""
+
 _JPEG_SEAM = b"\xff\xd9\xff\xd8"
 """End of one picture and begin of the next; inside a picture 0xFF is always followed by something
 else."""
@@ -137,8 +140,10 @@ def decode_text(member: bytes) -> Text:
     """Inverse of :func:`encode_text`.
 
     Raises:
-        CorruptError: other bytes.
+        CorruptError: other bytes, or too many.
     """
+    if len(member) > MAX_TEXT_BYTES:
+        raise CorruptError(f"{len(member)} bytes of text are more than {MAX_TEXT_BYTES}")
     try:
         values: dict[str, Any] = json.loads(member)
         streams = {}

@@ -266,8 +266,8 @@ def deep_json(_: random.Random) -> bytes:
     return b"[" * 1_000_000
 
 
-def many_tokens(_: random.Random) -> bytes:
-    stream = {"ids": [1] * 1_000_000, "time_s": [0.0] * 1_000_000}
+def long_text(_: random.Random) -> bytes:
+    stream = {"ids": [1] * 3_000_000, "time_s": [0.0] * 3_000_000}
     return json.dumps({"internal": stream, "external": stream, "events": []}).encode()
 
 
@@ -301,7 +301,7 @@ FAULTS: dict[str, tuple[int, Fault]] = {
     "hostile: manifest names ../../etc/passwd": (1, hostile_file),
     "hostile: picture of 65,535 x 65,535": (
         5,
-        hostile_member("vision_left", "vision_left", lambda _: jpeg_of_size(65_535, 65_535)),
+        hostile_member("vision_left", "vision_left", lambda _: jpeg_of_size(65_535, 65_535) * 5),
     ),
     "hostile: 100,000 pictures in a member": (
         3,
@@ -310,7 +310,7 @@ FAULTS: dict[str, tuple[int, Fault]] = {
     "hostile: noise for pictures": (20, hostile_member("vision_left", "vision_left", noise)),
     "hostile: noise for text": (20, hostile_member("text", "text", noise)),
     "hostile: JSON a million deep": (3, hostile_member("text", "text", deep_json)),
-    "hostile: a million tokens": (2, hostile_member("text", "text", many_tokens)),
+    "hostile: 48 MB of tokens": (2, hostile_member("text", "text", long_text)),
     "hostile: tokens of another vocabulary": (
         5,
         hostile_member("text", "text", foreign_tokens),

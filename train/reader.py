@@ -172,5 +172,15 @@ class ShardSource:
             )
         if with_text:
             member = opened.read("text", "text", row)
-            return None if member is None else decode_text(member)
+            return None if member is None else self._known_tokens(decode_text(member))
         return None
+
+    def _known_tokens(self, text: Text) -> Text:
+        """The text, if its tokens are of the set's vocabulary; a model has no row for others."""
+        for tokens in (text.internal, text.external):
+            if max(tokens.ids, default=0) >= self.recipe.text.vocab_size:
+                raise CorruptError(
+                    f"token {max(tokens.ids)} is not of the vocabulary of "
+                    f"{self.recipe.text.vocab_size}; run `python -m preprocess verify`"
+                )
+        return text

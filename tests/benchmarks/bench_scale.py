@@ -6,7 +6,8 @@
 Per size, in a fresh process: makes a manifest of as many shards of 1,000 samples (no payload),
 opens it as a training source, and draws plans of batches at random positions of the first epochs,
 in the process itself and in two loader processes. Prints seconds and memory: what opening adds to a
-process that has imported everything, and what a loader process adds on top (private memory).
+process that has imported everything, that process's private memory, and what a loader process adds
+on top.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def main() -> None:
         print(json.dumps(measure(given.measure)))
         return
     print(
-        " shards     samples  manifest MiB  open s  open adds MiB  (peak)  first batch ms  "
-        "batch p50 us  new epoch ms  loader process adds MiB"
+        " shards     samples  manifest MiB  open s  open adds MiB  (peak)  process MiB  "
+        "first batch ms  batch p50 us  new epoch ms  loader process adds MiB"
     )
     for num_shards in given.shards:
         with tempfile.TemporaryDirectory() as folder:
@@ -52,8 +53,9 @@ def main() -> None:
         r = json.loads(done.stdout.splitlines()[-1])
         print(
             f"{num_shards:7}  {num_shards * SAMPLES_PER_SHARD:10}  {size:12.1f}  {r['open_s']:6.2f}"
-            f"  {r['open_mib']:13.1f}  {r['peak_mib']:6.1f}  {r['first_ms']:14.2f}"
-            f"  {r['plan_us']:12.1f}  {r['epoch_ms']:12.1f}  {r['worker_mib']:23.1f}"
+            f"  {r['open_mib']:13.1f}  {r['peak_mib']:6.1f}  {r['total_mib']:11.1f}"
+            f"  {r['first_ms']:14.2f}  {r['plan_us']:12.1f}  {r['epoch_ms']:12.1f}"
+            f"  {r['worker_mib']:23.1f}"
         )
 
 
@@ -64,7 +66,7 @@ def write_manifest(folder: Path, num_shards: int) -> None:
     from shared.text import train_tokenizer
 
     tokenizer = train_tokenizer(["a few words"], vocab_size=300)
-    content = tokenizer.to_json().encode()
+    content = tokenizer.json.encode()
     (folder / "tokenizer.json").write_bytes(content)
     shards = tuple(
         ShardEntry(
@@ -113,7 +115,8 @@ def measure(folder: Path) -> dict[str, float]:
     open_s = time.perf_counter() - began_s
     peak = peak_mib() - peak_before_mib
     gc.collect()
-    open_mib = private_mib() - before_mib
+    total_mib = private_mib()
+    open_mib = total_mib - before_mib
 
     first_ms = timed_ms(order, order.batches_per_epoch // 2)
     epoch_ms = timed_ms(order, order.batches_per_epoch + 1)
@@ -132,6 +135,7 @@ def measure(folder: Path) -> dict[str, float]:
         "open_s": open_s,
         "open_mib": open_mib,
         "peak_mib": peak,
+        "total_mib": total_mib,
         "first_ms": first_ms,
         "plan_us": float(np.median(times_us)),
         "epoch_ms": epoch_ms,
