@@ -18,7 +18,7 @@ from shared.storage import place_of
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from preprocess.report_page import ReportPage
+    from preprocess.report.page import ReportPage
     from shared.manifest import Manifest
 
 _RECIPE_OPTION = click.option(
@@ -73,9 +73,9 @@ def validate(
     python -m preprocess validate data/sessions/session_001 --fix
     python -m preprocess validate data/sessions --report out.html
     """  # noqa: D301
-    from preprocess.repair import repair_session
-    from preprocess.report import has_failed, print_report, print_summary, to_json_lines
-    from preprocess.validate import judge_session
+    from preprocess.report.console import has_failed, print_report, print_summary, to_json_lines
+    from preprocess.validation.repair import repair_session
+    from preprocess.validation.validate import judge_session
 
     recipe = _recipe(recipe_path)
     console = Console(stderr=as_json)
@@ -129,8 +129,8 @@ def shards(
     dry_run: bool,
 ) -> None:
     """Build a shard set, or bring it up to date: only what changed is made again."""
-    from preprocess.cluster import Cluster
-    from preprocess.job import build_shards
+    from preprocess.building.cluster import Cluster
+    from preprocess.building.job import build_shards
 
     console = Console()
     recipe = _recipe(recipe_path)
@@ -164,7 +164,7 @@ def verify(ctx: click.Context, shard_set: Path) -> None:
     \b
     python -m preprocess verify shards/default
     """  # noqa: D301
-    from preprocess.inspect import verify_set
+    from preprocess.sets.inspect import verify_set
 
     verdict = verify_set(shard_set)
     for problem in verdict.problems:
@@ -188,7 +188,7 @@ def show(shard_set: Path, key: str | None) -> None:
     python -m preprocess show shards/default
     python -m preprocess show shards/default session_001/000004
     """  # noqa: D301
-    from preprocess.inspect import describe_sample, describe_set
+    from preprocess.sets.inspect import describe_sample, describe_set
 
     lines = describe_set(shard_set) if key is None else describe_sample(shard_set, key)
     for name, value in lines:
@@ -211,7 +211,7 @@ def sessions() -> None:
 @click.argument("shard_set", type=click.Path(path_type=Path))
 def list_of_sessions(shard_set: Path) -> None:
     """Show every session of a set: its split, samples, rejected windows, size and shards."""
-    from preprocess.surgery import list_sessions
+    from preprocess.sets.surgery import list_sessions
 
     found = list_sessions(shard_set)
     width = max((len(s.name) for s in found), default=0)
@@ -227,7 +227,7 @@ def list_of_sessions(shard_set: Path) -> None:
 @click.argument("names", nargs=-1, required=True)
 def drop(shard_set: Path, names: tuple[str, ...]) -> None:
     """Take sessions out of a set; shards of others stay as they are."""
-    from preprocess.surgery import drop_sessions
+    from preprocess.sets.surgery import drop_sessions
 
     _tell(drop_sessions(shard_set, names), shard_set)
 
@@ -238,7 +238,7 @@ def drop(shard_set: Path, names: tuple[str, ...]) -> None:
 @click.argument("names", nargs=-1, required=True)
 def split(shard_set: Path, out: Path, names: tuple[str, ...]) -> None:
     """Make a set of some sessions of another, which stays as it is."""
-    from preprocess.surgery import split_sessions
+    from preprocess.sets.surgery import split_sessions
 
     _tell(split_sessions(shard_set, out, names), out)
 
@@ -248,7 +248,7 @@ def split(shard_set: Path, out: Path, names: tuple[str, ...]) -> None:
 @click.argument("shard_sets", nargs=-1, required=True, type=click.Path(path_type=Path))
 def merge(out: Path, shard_sets: tuple[Path, ...]) -> None:
     """Make one set of several of the same recipe and tokenizer; they stay as they are."""
-    from preprocess.surgery import merge_sets
+    from preprocess.sets.surgery import merge_sets
 
     _tell(merge_sets(out, shard_sets), out)
 
@@ -277,7 +277,7 @@ def _tell(manifest: Manifest, place: Path) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 def demo_sessions(out: Path, *, num_sessions: int, duration_s: float, seed: int) -> None:
     """Make sessions of a small world in which every sense tells something; does nothing twice."""
-    from preprocess.demo_world import write_demo_sessions
+    from preprocess.demo.world import write_demo_sessions
 
     made: list[str] = []
 
@@ -295,7 +295,7 @@ def _open_page(path: Path | None) -> AbstractContextManager[ReportPage | None]:
     """The report page, or nothing where none is asked for: jinja2 is loaded only for a page."""
     if path is None:
         return nullcontext()
-    from preprocess.report_page import ReportPage
+    from preprocess.report.page import ReportPage
 
     return ReportPage(path)
 

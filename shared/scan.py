@@ -166,7 +166,7 @@ def scan_session(
     loudness = _scan_sound(path, recipe, intervals, absent)
     metadata, events, oddities = read_clocked(path, recipe=recipe)
     media_stop_s = max((i.stop_s for i in intervals.values()), default=None)
-    offset_s = _offset(metadata, events, media_stop_s)
+    offset_s = recorder_offset(metadata, events, media_stop_s)
     readings = {
         stream: (metadata.times_s - offset_s)[metadata.rows_with(stream)] for stream in _SENSORS
     }
@@ -212,6 +212,19 @@ def read_texts(path: Path) -> tuple[TextEvent, ...]:
     """The events of :func:`read_clocked`, without reading the sensors."""
     events, _ = read_text_file(path)
     return tuple(sorted([*read_inline_texts(path), *events], key=lambda e: e.time_s))
+
+
+def recorder_offset(
+    metadata: Metadata, events: tuple[TextEvent, ...], media_stop_s: float | None
+) -> float:
+    """Seconds to subtract from the recorder's timestamps, from its lines or, where there are none,
+    its texts.
+    """
+    if len(metadata.times_s):
+        return clock_offset(float(metadata.times_s[0]), float(metadata.times_s[-1]), media_stop_s)
+    if events and (media_stop_s is None or events[0].time_s >= media_stop_s):
+        return events[0].time_s
+    return 0.0
 
 
 def _scan_videos(
@@ -322,17 +335,6 @@ def _is_covered(
         edge_s=0.5 / recipe.sensors.rate_hz,
     )
     return np.isfinite(values[:, 0])
-
-
-def _offset(metadata: Metadata, events: tuple[TextEvent, ...], media_stop_s: float | None) -> float:
-    """Clock offset of the recorder's timestamps, from its lines or, where there are none, its
-    texts.
-    """
-    if len(metadata.times_s):
-        return clock_offset(float(metadata.times_s[0]), float(metadata.times_s[-1]), media_stop_s)
-    if events and (media_stop_s is None or events[0].time_s >= media_stop_s):
-        return events[0].time_s
-    return 0.0
 
 
 def _length(

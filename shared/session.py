@@ -195,15 +195,6 @@ def read_text_file(path: Path) -> tuple[list[TextEvent], list[Oddity]]:
     return events, oddities
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """Free facts of ``session.json``; {} where there is none or it isn't a JSON object."""
-    try:
-        facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
 def _inline_texts(
     values: dict[str, Any], time_s: float, number: int, oddities: list[Oddity]
 ) -> Iterator[TextEvent]:

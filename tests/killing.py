@@ -30,7 +30,7 @@ import psutil
 from oracles import check_whole
 from tiny_sessions import write_lines
 
-from preprocess.demo_world import write_demo_sessions
+from preprocess.demo.world import write_demo_sessions
 from shared.hold import read_held
 
 TARGETS = ("job", "client", "worker")

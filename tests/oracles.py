@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tiny_sessions import sensor_lines, write_lines, write_tone, write_video
 
-from preprocess.cluster import Cluster
-from preprocess.job import BuildSummary, build_shards
+from preprocess.building.cluster import Cluster
+from preprocess.building.job import BuildSummary, build_shards
 from shared.columns import ColumnFile
 from shared.index import open_index
 from shared.manifest import read_manifest

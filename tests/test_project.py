@@ -27,7 +27,7 @@ from train.__main__ import cli as train_cli
 from train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [p for name in ("shared", "preprocess", "train") for p in (ROOT / name).glob("*.py")]
+SOURCES = [p for name in ("shared", "preprocess", "train") for p in (ROOT / name).rglob("*.py")]
 HEAVY = ("torch", "webdataset", "tensorboard")
 
 # The five blocks of the walkthrough, to the letter; the last three are indented with tabs.
@@ -87,7 +87,7 @@ def run_module(*arguments, **options):
 
 
 def modules_of(package):
-    return [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)]
+    return [m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
 
 
 @pytest.mark.parametrize(

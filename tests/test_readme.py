@@ -66,7 +66,7 @@ def test_the_files_that_the_readme_lists_are_there():
     listing = README.partition("## Files")[2]
     folder, listed = "", set()
     for line in listing.splitlines():
-        heading = re.match(r"(\w+)/ ", line)
+        heading = re.match(r"([\w/]+)/( |$)", line)
         folder = heading.group(1) if heading else folder
         listed |= {f"{folder}/{name}" for name in re.findall(r"\b\w+\.(?:py|md)\b", line)}
     missing = sorted(name for name in listed if not (ROOT / name).exists())

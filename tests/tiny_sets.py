@@ -10,8 +10,8 @@ import numpy as np
 from rich.console import Console
 from tiny_sessions import sensor_lines, write_lines, write_tone, write_video
 
-from preprocess.cluster import Cluster
-from preprocess.job import build_shards
+from preprocess.building.cluster import Cluster
+from preprocess.building.job import build_shards
 from shared.manifest import read_manifest
 from shared.recipe import Recipe
 from train.config import TrainConfig

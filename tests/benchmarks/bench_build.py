@@ -221,8 +221,8 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
     start_s = time.perf_counter()
     from rich.console import Console
 
-    from preprocess.cluster import Cluster
-    from preprocess.job import build_shards
+    from preprocess.building.cluster import Cluster
+    from preprocess.building.job import build_shards
     from shared.recipe import Recipe
 
     recipe = Recipe.model_validate(
@@ -259,7 +259,7 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
 
 
 def _import_all(_: int) -> None:
-    import preprocess.build  # noqa: F401
+    import preprocess.building.build  # noqa: F401
 
     time.sleep(0.1)  # so that every worker gets one
 
@@ -316,7 +316,8 @@ class Sampler:
 def measure_memory(given: argparse.Namespace) -> None:
     click.echo("minutes  peak MiB of one process: start-up, then the whole job")
     program = (
-        "import resource, preprocess.job, preprocess.build, preprocess.cluster\n"
+        "import resource\n"
+        "from preprocess.building import build, cluster, job\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
     command = [sys.executable, "-c", program]

@@ -157,8 +157,8 @@ def run_inside(sessions: Path, out: Path, recipe: Path) -> float:
 import time, io
 from pathlib import Path
 from rich.console import Console
-from preprocess.cluster import Cluster
-from preprocess.job import build_shards
+from preprocess.building.cluster import Cluster
+from preprocess.building.job import build_shards
 from shared.recipe import load_recipe
 recipe = load_recipe({str(recipe)!r})
 begin_s = time.perf_counter()

@@ -18,7 +18,6 @@ from shared.session import (
     MAX_LINE_BYTES,
     Metadata,
     find_sessions,
-    read_facts,
     read_metadata,
     read_text_file,
 )
@@ -159,12 +158,6 @@ def test_text_events_are_sorted_by_time_and_odd_ones_named(tmp_path: Path) -> No
         (5, "text"),
         (6, "timestamp"),
     ]
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"[" * 200_000])
-def test_facts_that_are_no_object_are_no_facts(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "session.json").write_bytes(content)
-    assert read_facts(tmp_path) == {}
 
 
 def test_sessions_are_found_by_name_below_a_folder_and_in_it(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from rich.console import Console
 from tiny_sets import make_config, set_recipe
 from torch.utils.data import DataLoader
 
-from preprocess.cluster import Cluster
-from preprocess.job import build_shards
+from preprocess.building.cluster import Cluster
+from preprocess.building.job import build_shards
 from shared.errors import ConfigError, CorruptError, SessionError
 from shared.recipe import Recipe
 from shared.session import find_sessions

@@ -1,0 +1,1 @@
+"""The shard job: scan, plan, build, commit."""

@@ -1,0 +1,365 @@
+"""One task, one shard: write the columns that are due and the index in a workplace, and put each
+into the set when it is finished.
+
+:func:`build_shard` is an ordinary function of plain values. The Dask job calls it in its workers, a
+test in its own process; the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from preprocess.building.plan import BuiltColumn, BuiltShard, ShardTask, Slice
+from preprocess.building.recordings import Recording, require_unchanged
+from preprocess.building.stored import StoredFields
+from preprocess.building.write import ZARR_WRITERS, Draft, Fields, Row, write_tar
+from shared.clock import Window
+from shared.errors import CorruptError, ShardError
+from shared.fields import SessionFields
+from shared.index import ShardIndex, index_bytes, parse_index
+from shared.layout import COLUMNS, presence_bits, streams_of_bits
+from shared.manifest import ShardEntry, fingerprint_of
+from shared.recipe import STREAMS, Recipe
+from shared.text import parse_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from preprocess.building.places import SetPlace
+    from shared.scan import SessionScan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildInput:
+    """All that a shard task needs besides the task itself."""
+
+    out: SetPlace
+    recipe: Recipe
+    tokenizer_json: str
+    recordings: Mapping[str, Recording]
+    """Session name -> where it lies, of the task's sessions."""
+    scans: Mapping[str, SessionScan]
+    old: SetPlace | None = None
+    """Where the old shard of the task is; None where it is in `out`."""
+
+
+def build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
+    """Write what is due of one shard.
+
+    Returns:
+        The shard's line in the manifest.
+
+    Raises:
+        SessionError: a session's folder or file went away or changed since it was scanned.
+        JobError: the disk is full, or another job took over the set.
+        OSError: the folder can't be written.
+    """
+    try:
+        return _build_shard(task, given)
+    except CorruptError:
+        if not any(task.copied.values()):
+            raise
+        return _build_shard(replace(task, copied={}), given)  # the old columns can't be trusted
+
+
+def _sources_of(task: ShardTask) -> dict[str, list[str]]:
+    """Session -> the files of it that a task reads: none of columns that are kept or copied."""
+    return {
+        session: sorted(
+            {
+                source
+                for name in task.due
+                if session not in task.copied.get(name, ())
+                for source in COLUMNS[name].sources
+            }
+        )
+        for session in dict.fromkeys(piece.session for piece in task.slices)
+    }
+
+
+def _build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
+    sources = _sources_of(task)
+    with ExitStack() as stack:
+        work = stack.enter_context(given.out.workplace())
+        try:
+            folders = {
+                name: stack.enter_context(given.recordings[name].files(files, given.out))
+                for name, files in sources.items()
+            }
+            fresh = _open_sessions(given, folders)
+            draft, presence = _write_columns(task, given, work, list(_rows(task, given)), fresh)
+        except Exception:
+            # What a session that went away makes of a reader is not the cause.
+            for name, files in sources.items():
+                require_unchanged(given.recordings[name], files)
+            raise
+        for name, files in sources.items():
+            require_unchanged(given.recordings[name], files)
+        return _write_index(task, given, work, draft, presence)
+
+
+def copy_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
+    """Write a shard of rows of an old one, without any recording.
+
+    Args:
+        task: all of its columns are due, all of its sessions copied.
+        given: needs no recordings, no scans and no tokenizer.
+
+    Raises:
+        CorruptError: the old shard is damaged.
+        JobError: the disk is full, or another job took over the set.
+    """
+    old = (given.old or given.out).read_index(task.old_index_file or "")
+    with given.out.workplace() as work:
+        rows = list(_old_rows(task, given.recipe, old))
+        draft, presence = _write_columns(task, given, work, rows, {})
+        return _write_index(task, given, work, draft, presence)
+
+
+def salvage_shard(
+    task: ShardTask, out: SetPlace, sizes: Mapping[str, int]
+) -> ShardEntry | ShardTask:
+    """What a killed job left of a shard: its entry where it was finished, else what is still to do.
+
+    The index that is there vouches for its columns. Those that do not fit are about to be replaced,
+    so that it is cut down to the others first.
+
+    Args:
+        task: what the shard is to be.
+        out: the set.
+        sizes: file name -> bytes, of all files of the set.
+    """
+    name = task.file_name("index")
+    content = out.read(name) if name in sizes else None
+    if content is None:
+        return task
+    try:
+        index = parse_index(np.frombuffer(content, np.uint8), origin=f"{out}/{name}")
+        columns = _columns(index)
+    except (ShardError, KeyError, TypeError):
+        columns = {}
+    wanted = {name: fingerprint_of(basis) for name, basis in task.bases.items()}
+    good = {
+        name: column
+        for name, column in columns.items()
+        if column.fingerprint == wanted.get(name) and sizes.get(column.file) == column.length_bytes
+    }
+    if set(good) == set(wanted):
+        digest = hashlib.sha256(content).hexdigest()
+        return _entry(task, index.num_samples, digest, good)
+    if not good or not set(task.kept) <= set(good):
+        out.remove(name)
+        return task
+    out.write(name, index_bytes(_cut(index, good)))
+    due = {name: reason for name, reason in task.due.items() if name not in good}
+    return replace(task, due=due, kept=good, kept_index_file=name)
+
+
+def _cut(index: ShardIndex, columns: Iterable[str]) -> ShardIndex:
+    """An index of some of its columns."""
+    columns = set(columns)
+    gone = tuple(f"{n}{mark}" for n in set(index.facts["columns"]) - columns for mark in "./")
+    facts = {**index.facts, "columns": {n: index.facts["columns"][n] for n in sorted(columns)}}
+    arrays = {n: array for n, array in index.arrays.items() if not n.startswith(gone)}
+    return ShardIndex(facts=facts, arrays=arrays)
+
+
+def describe_shard(entry: ShardEntry, out: SetPlace, sizes: Mapping[str, int]) -> BuiltShard:
+    """A finished shard as the next plan takes it, without the columns whose files are gone or cut.
+
+    Args:
+        entry: its line in the manifest.
+        out: the set.
+        sizes: file name -> bytes, of all files of the set.
+
+    Raises:
+        CorruptError: its index is damaged or not the one that the manifest means.
+    """
+    index = out.read_index(entry.index_file, sha256=entry.index_sha256)
+    facts = index.facts
+    return BuiltShard(
+        name=entry.name,
+        split=entry.split,
+        slices=tuple(Slice(session, tuple(windows)) for session, windows in facts["slices"]),
+        index_file=entry.index_file,
+        columns={
+            name: column
+            for name, column in _columns(index).items()
+            if sizes.get(column.file) == column.length_bytes
+        },
+    )
+
+
+def _write_columns(
+    task: ShardTask,
+    given: BuildInput,
+    work: Path,
+    rows: Sequence[Row],
+    fresh: Mapping[str, SessionFields],
+) -> tuple[Draft, NDArray[np.uint8]]:
+    """Put the columns that are due into the set; returns the draft of the index and presence bits
+    per row.
+    """
+    draft = Draft(rows=list(rows))
+    presence = np.zeros(len(draft.rows), dtype=np.uint8)
+    out, source = given.out, given.old or given.out
+    kept = out.read_index(task.kept_index_file) if task.kept and task.kept_index_file else None
+    has_copies = any(task.copied.values())
+    old = source.read_index(task.old_index_file) if has_copies and task.old_index_file else None
+    for name, column in COLUMNS.items():
+        mask = np.uint8(presence_bits(column.streams))
+        if name in task.kept and kept is not None:
+            _keep_column(draft, name, task.kept[name], kept)
+            presence |= kept.arrays["present"] & mask
+            continue
+        file = task.file_name(f"{name}.{column.suffix}")
+        path = work / file
+        with ExitStack() as stack:
+            readers: dict[str, Fields] = {**fresh}
+            copied = task.copied.get(name, ())
+            if copied and old is not None:
+                before = stack.enter_context(source.open_column(_columns(old)[name].file, work))
+                for session in copied:
+                    readers[session] = StoredFields(
+                        session, index=old, column=before, recipe=given.recipe
+                    )
+            if column.kind == "tar":
+                presence |= write_tar(draft, name, path, readers, given.recipe)
+            else:
+                presence |= ZARR_WRITERS[name](draft, path, readers, given.recipe) & mask
+        draft.columns[name] = BuiltColumn(
+            file=file,
+            length_bytes=path.stat().st_size,
+            sha256=_sha256(path),
+            fingerprint=fingerprint_of(task.bases[name]),
+            basis=task.bases[name],
+            rows=task.rows[name],
+        )
+        out.put(path, file)
+        path.unlink(missing_ok=True)  # an upload leaves it
+    return draft, presence
+
+
+def _open_sessions(given: BuildInput, folders: Mapping[str, Path]) -> dict[str, SessionFields]:
+    """A reader per session."""
+    tokenizer = parse_tokenizer(given.tokenizer_json, origin="the shard set's tokenizer")
+    return {
+        name: SessionFields(path, given.scans[name], recipe=given.recipe, tokenizer=tokenizer)
+        for name, path in folders.items()
+    }
+
+
+def _columns(index: ShardIndex) -> dict[str, BuiltColumn]:
+    return {name: BuiltColumn(**values) for name, values in index.facts["columns"].items()}
+
+
+def _entry(
+    task: ShardTask, num_samples: int, sha256: str, columns: Mapping[str, BuiltColumn]
+) -> ShardEntry:
+    return ShardEntry(
+        name=task.name,
+        split=task.split,
+        num_samples=num_samples,
+        length_bytes=sum(c.length_bytes for c in columns.values()),
+        index_file=task.file_name("index"),
+        index_sha256=sha256,
+    )
+
+
+def _rows(task: ShardTask, given: BuildInput) -> Iterator[Row]:
+    number = 0
+    for piece in task.slices:
+        scan = given.scans[piece.session]
+        windows = scan.windows(given.recipe)
+        for index in piece.windows:
+            window = windows[index]
+            streams = scan.present(window, given.recipe)
+            yield Row(number, piece.session, window, streams, scan.coverage[index])
+            number += 1
+
+
+def _old_rows(task: ShardTask, recipe: Recipe, old: ShardIndex) -> Iterator[Row]:
+    """Rows of a task as an old index describes them."""
+    arrays, names = old.arrays, old.facts["sessions"]
+    places = {
+        (names[int(arrays["session"][row])], int(arrays["window"][row])): row
+        for row in range(old.num_samples)
+    }
+    keys = [(piece.session, index) for piece in task.slices for index in piece.windows]
+    for number, key in enumerate(keys):
+        row = places[key]
+        window = Window(key[1], float(arrays["start_s"][row]), recipe.window.duration_s)
+        streams = streams_of_bits(int(arrays["present"][row]))
+        yield Row(number, key[0], window, streams, arrays["coverage"][row].tolist())
+
+
+def _keep_column(draft: Draft, name: str, built: BuiltColumn, old: ShardIndex) -> None:
+    """Take over a column that is up to date: its entry, its member tables, its statistics."""
+    draft.columns[name] = built
+    for array, values in old.arrays.items():
+        if array.startswith((f"{name}.", f"{name}/")):
+            draft.arrays[array] = np.array(values)
+    if name in old.facts["statistics"]:
+        draft.statistics[name] = old.facts["statistics"][name]
+    streams = set(COLUMNS[name].streams)
+    draft.losses += [loss for loss in old.facts["losses"] if loss["stream"] in streams]
+
+
+def _write_index(
+    task: ShardTask, given: BuildInput, work: Path, draft: Draft, presence: NDArray[np.uint8]
+) -> ShardEntry:
+    """Put the index into the set: from here on the shard is finished."""
+    sessions = [piece.session for piece in task.slices]
+    position = {name: i for i, name in enumerate(sessions)}
+    coverage = [row.coverage for row in draft.rows]
+    partial = [
+        presence_bits(s for s, share in zip(STREAMS, shares, strict=True) if 0 < share < 1)
+        for shares in coverage
+    ]
+    arrays: dict[str, NDArray[Any]] = {
+        "session": np.array([position[r.session] for r in draft.rows], dtype=np.uint32),
+        "window": np.array([r.window.index for r in draft.rows], dtype=np.uint32),
+        "start_s": np.array([r.window.start_s for r in draft.rows], dtype=np.float64),
+        "stop_s": np.array([r.window.stop_s for r in draft.rows], dtype=np.float64),
+        "present": presence,
+        "partial": np.array(partial, dtype=np.uint8),
+        "coverage": np.array(coverage, dtype=np.float32),
+        **draft.arrays,
+    }
+    facts = {
+        "name": task.name,
+        "split": task.split,
+        "sessions": sessions,
+        "slices": [[piece.session, list(piece.windows)] for piece in task.slices],
+        "columns": {
+            name: {
+                "file": c.file,
+                "length_bytes": c.length_bytes,
+                "sha256": c.sha256,
+                "fingerprint": c.fingerprint,
+                "basis": dict(c.basis),
+                "rows": dict(c.rows),
+            }
+            for name, c in draft.columns.items()
+        },
+        "statistics": draft.statistics,
+        "losses": draft.losses,
+    }
+    content = index_bytes(ShardIndex(facts=facts, arrays=arrays))
+    name = task.file_name("index")
+    (work / name).write_bytes(content)
+    given.out.put(work / name, name)
+    return _entry(task, len(draft.rows), hashlib.sha256(content).hexdigest(), draft.columns)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

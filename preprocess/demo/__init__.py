@@ -1,0 +1,1 @@
+"""The demo world: sessions of a small creature, made from a seed."""

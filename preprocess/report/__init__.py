@@ -1,0 +1,1 @@
+"""Verdicts as a person reads them: tables, lines of JSON, one page of pictures."""

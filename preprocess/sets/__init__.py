@@ -1,0 +1,1 @@
+"""Finished shard sets: look into them, and move their sessions about."""

@@ -1,0 +1,74 @@
+"""Shards from a scheduler's address: the bytes of a local build, workers dying included."""
+
+from __future__ import annotations
+
+import dask
+import distributed
+import pytest
+from clusters import build_over_cluster
+from oracles import build, cluster_of, file_hashes, tiny_recipe, write_tiny_sessions
+from rich.console import Console
+
+from preprocess.building.cluster import Cluster
+from shared.errors import JobError, SessionError, StorageError
+
+SMALL = tiny_recipe(shard={"target_bytes": 2**16})
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Dask's own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_killed", [0, 2])
+def test_four_workers_of_a_scheduler_give_the_bytes_of_none(tmp_path, num_killed):
+    recorded = write_tiny_sessions(tmp_path / "sessions")
+    build(recorded, tmp_path / "local", SMALL)
+    build_over_cluster(recorded, tmp_path / "cluster", SMALL, num_workers=4, num_killed=num_killed)
+    assert file_hashes(tmp_path / "cluster") == file_hashes(tmp_path / "local")
+
+
+def test_a_scheduler_that_is_not_there_is_named():
+
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "200ms"}),
+        Cluster(scheduler="tcp://127.0.0.1:1", num_workers=0, console=Console(quiet=True)) as it,
+        pytest.raises(JobError, match=r"scheduler tcp://127.0.0.1:1: no answer: .*dask scheduler"),
+    ):
+        it.map(len, ["one"], what="count")
+
+
+def test_an_error_that_another_attempt_would_repeat_ends_a_job_at_once():
+    tried = []
+
+    def fail(error: Exception) -> None:
+        tried.append(error)
+        raise error
+
+    with cluster_of(0) as cluster:
+        with pytest.raises(JobError, match="full"):
+            cluster.map(fail, [JobError("full"), JobError("later")], what="fail")
+        assert len(tried) == 1
+        with pytest.raises(SessionError, match="first"):
+            cluster.map(fail, [SessionError("first"), SessionError("second")], what="fail")
+        assert len(tried) == 3
+        with pytest.raises(StorageError):
+            cluster.map(fail, [StorageError("hiccup")], what="fail")
+
+
+@pytest.mark.parametrize("num_deaths", [2, 3])
+def test_local_workers_that_die_while_they_start_are_started_again(monkeypatch, num_deaths):
+    begun = []
+
+    class DiesAtFirst(distributed.LocalCluster):
+        def __init__(self, **options):
+            begun.append(options)
+            if len(begun) <= num_deaths:
+                raise RuntimeError("Nanny failed to start.")
+            super().__init__(**{**options, "processes": False})
+
+    monkeypatch.setattr(distributed, "LocalCluster", DiesAtFirst)
+    with cluster_of(1) as cluster:
+        if num_deaths < 3:
+            assert cluster.map(len, ["one", "three"], what="count") == [3, 5]
+        else:
+            with pytest.raises(JobError, match=r"could not be started: .*--workers 0"):
+                cluster.map(len, ["one"], what="count")

@@ -1,0 +1,333 @@
+"""Sessions and shard sets behind URLs: the bytes of local folders. `memory://` is a store without a
+server; S3 is moto's server on this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import yaml
+from oracles import (
+    build,
+    check_whole,
+    cluster_of,
+    file_hashes,
+    set_keys,
+    tiny_recipe,
+    write_tiny_sessions,
+)
+from tiny_sessions import write_tone
+
+from preprocess.building import job as job_module
+from preprocess.building.job import build_shards
+from preprocess.building.places import StoredSet
+from preprocess.building.recordings import find_recordings
+from shared.errors import JobError, SessionError, ShardError, StorageError
+from shared.manifest import read_manifest
+from shared.recipe import json_of
+from shared.storage import Store, place_of, shown
+
+SMALL = tiny_recipe(shard={"target_bytes": 2**16})
+OTHER_TEXT = tiny_recipe(shard={"target_bytes": 2**16}, text={"vocab_size": 264})
+SECRET = "do-not-print-me"
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+
+
+class BrokenOff(Exception):  # noqa: N818
+    """Stands for a kill."""
+
+
+def fail(*_: object, **__: object) -> None:
+    raise BrokenOff
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    return write_tiny_sessions(tmp_path_factory.mktemp("recorded"))
+
+
+@pytest.fixture(scope="module")
+def built(recorded, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("built")
+    build(recorded, out, SMALL)
+    return out
+
+
+@pytest.fixture
+def memory(recorded, tmp_path):
+    """An empty store but for the sessions below memory://here/sessions."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    upload(recorded, fs, "/here/sessions")
+    yield fs
+    fs.store.clear()
+
+
+@pytest.fixture(scope="module")
+def s3(recorded):
+    """moto's server with the sessions in s3://here/sessions; its address."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "someone",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patched.setenv(name, value)
+        fs = fsspec.filesystem("s3")
+        fs.mkdir("here")
+        upload(recorded, fs, "here/sessions")
+        yield fs
+    server.stop()
+
+
+def upload(folder: Path, fs: Any, root: str) -> None:
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        fs.pipe_file(f"{root}/{path.relative_to(folder)}", path.read_bytes())
+
+
+def stored_hashes(fs: Any, root: str) -> dict[str, str]:
+    """SHA-256 of every file, by name, as oracles.file_hashes."""
+    fs.invalidate_cache()
+    names = {path: path.rpartition("/")[2] for path in fs.find(root)}
+    return {
+        name: hashlib.sha256(fs.cat_file(path)).hexdigest()
+        for path, name in names.items()
+        if name != "sessions.jsonl"
+    }
+
+
+# --- the same bytes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["memory", "s3"])
+def test_sessions_and_sets_behind_urls_give_the_bytes_of_local_ones(
+    request, recorded, built, tmp_path, store
+):
+    fs = request.getfixturevalue(store)
+    build(f"{store}://here/sessions", tmp_path / "out", SMALL)
+    assert file_hashes(tmp_path / "out") == file_hashes(built)
+    build(recorded, f"{store}://here/from-local", SMALL)
+    assert stored_hashes(fs, "here/from-local") == file_hashes(built)
+    build(f"{store}://here/sessions", f"{store}://here/from-store", SMALL)
+    assert stored_hashes(fs, "here/from-store") == file_hashes(built)
+
+
+@pytest.mark.parametrize("store", ["memory", pytest.param("s3", marks=pytest.mark.slow)])
+def test_an_update_behind_a_url_ends_as_a_local_one(
+    request, recorded, built, tmp_path, store, monkeypatch
+):
+    fs = request.getfixturevalue(store)
+    local = Path(shutil.copytree(built, tmp_path / "local"))
+    build(recorded, local, OTHER_TEXT)
+    url = f"{store}://here/updated"
+    build(f"{store}://here/sessions", url, SMALL)
+    fetched, put = [], []
+    fetch, upload = Store.fetch, Store.put
+    monkeypatch.setattr(Store, "fetch", lambda s, n, p: (fetched.append(n), fetch(s, n, p)))
+    monkeypatch.setattr(Store, "put", lambda s, p, n: (put.append(n), upload(s, p, n)))
+    summary = build(f"{store}://here/sessions", url, OTHER_TEXT)
+    assert stored_hashes(fs, "here/updated") == file_hashes(local)
+    assert summary.num_scanned == 0
+    assert set(fetched) == {"metadata.jsonl", "text.jsonl"}
+    assert {name.split(".", 2)[2] for name in put} == {"text.tar", "index"}
+
+
+def test_when_nothing_changed_nothing_is_fetched_or_written(memory, monkeypatch):
+    build("memory://here/sessions", "memory://here/set", SMALL)
+    before = {path: facts["created"] for path, facts in memory.find("/here", detail=True).items()}
+    monkeypatch.setattr(Store, "fetch", fail)
+    monkeypatch.setattr(Store, "put", fail)
+    summary = build("memory://here/sessions", "memory://here/set", SMALL)
+    assert summary.plan.is_empty
+    after = {path: facts["created"] for path, facts in memory.find("/here", detail=True).items()}
+    assert after == before
+
+
+def test_a_changed_file_behind_a_url_is_seen(memory, recorded, tmp_path):
+    build("memory://here/sessions", "memory://here/set", SMALL)
+    write_tone(tmp_path / "audio.wav", 2.0, level=0.1)
+    memory.pipe_file("/here/sessions/ann/audio.wav", (tmp_path / "audio.wav").read_bytes())
+    summary = build("memory://here/sessions", "memory://here/set", SMALL)
+    assert summary.num_scanned == 1
+    assert {c for t in summary.plan.tasks for c in t.due} == {"audio", "dmel"}
+
+
+def test_one_session_behind_a_url_is_a_set_of_one_session(memory):
+    assert list(find_recordings("memory://here/sessions/ann/")) == ["ann"]
+    summary = build("memory://here/sessions/ann", "memory://here/one", SMALL)
+    assert summary.manifest.counts["samples"] == 2
+
+
+def test_nothing_stays_in_the_temporary_folder(memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    build("memory://here/sessions", "memory://here/set", SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_job_left_in_the_temporary_folder_goes(memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    task = StoredSet(Store("memory://here/set"), "killed", tmp_path).workplace()
+    folder = task.__enter__()
+    (folder / "train-000000.audio.tar").write_bytes(b"half")
+    build("memory://here/sessions", "memory://here/set", SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- broken off and disturbed ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "where", ["preprocess.building.build.index_bytes", "preprocess.building.commit.commit_manifest"]
+)
+def test_a_build_behind_a_url_broken_off_is_completed_to_the_same_bytes(
+    memory, built, monkeypatch, where
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(where, fail)
+        with pytest.raises(BrokenOff):
+            build("memory://here/sessions", "memory://here/set", SMALL)
+    assert not memory.exists("/here/set/manifest.json")
+    memory.pipe_file("/here/set/.run.tmp", b"of a killed job")
+    build("memory://here/sessions", "memory://here/set", SMALL)
+    assert stored_hashes(memory, "/here/set") == file_hashes(built)
+
+
+def test_a_job_that_another_took_over_puts_nothing_more(memory, monkeypatch):
+    plan = job_module.plan_shards
+
+    def plan_shards(*args, **options):
+        memory.pipe_file("/here/set/.run.tmp", b"another's")
+        return plan(*args, **options)
+
+    monkeypatch.setattr(job_module, "plan_shards", plan_shards)
+    with pytest.raises(JobError, match=r"memory://here/set: another job has taken over"):
+        build("memory://here/sessions", "memory://here/set", SMALL)
+    rest = {path.rpartition("/")[2] for path in memory.find("/here/set")}
+    assert rest == {".run.tmp", "sessions.jsonl"}
+
+
+def test_a_session_deleted_from_a_store_under_a_job_fails_it_and_a_rerun_completes(
+    memory, monkeypatch
+):
+    plan = job_module.plan_shards
+
+    def plan_shards(*args, **options):
+        memory.rm("/here/sessions/cat", recursive=True)
+        return plan(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job_module, "plan_shards", plan_shards)
+        with pytest.raises(SessionError, match=r"session cat: .* went away"):
+            build("memory://here/sessions", "memory://here/set", SMALL)
+    summary = build("memory://here/sessions", "memory://here/set", SMALL)
+    assert summary.manifest.counts["sessions"] == 3
+
+
+def test_damaged_indexes_behind_a_url_are_made_again(memory, built, tmp_path):
+    build("memory://here/sessions", "memory://here/set", SMALL)
+    memory.pipe_file("/here/set/train-000000.index", b"scrap")
+    memory.rm_file("/here/set/val-000000.index")
+    build("memory://here/sessions", "memory://here/set", SMALL)
+    memory.get("/here/set", str(tmp_path / "copy"), recursive=True)
+    check_whole(tmp_path / "copy")
+    assert sorted(set_keys(tmp_path / "copy")) == sorted(set_keys(built))
+
+
+def test_a_dry_run_behind_a_url_makes_nothing_but_the_cache_of_scans(memory):
+    with cluster_of(0) as cluster:
+        build_shards(
+            "memory://here/sessions",
+            "memory://here/set",
+            recipe=SMALL,
+            cluster=cluster,
+            dry_run=True,
+        )
+    assert [p.rpartition("/")[2] for p in memory.find("/here/set")] == ["sessions.jsonl"]
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+def test_a_place_without_sessions_is_named(memory):
+    with pytest.raises(SessionError, match="memory://nowhere: no session in it"):
+        build("memory://nowhere", "memory://here/set", SMALL)
+
+
+@pytest.mark.parametrize("url", ["s3://nobodys-bucket/x", "nonsense://x/y"])
+def test_a_store_that_is_not_there_is_an_error_of_one_line(s3, recorded, url):
+    with pytest.raises((StorageError, SessionError)) as caught:
+        build(recorded, url, SMALL)
+    assert url.partition("/x")[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_an_index_that_is_no_more_is_a_clear_error(memory, tmp_path):
+    place = StoredSet(Store("memory://here/none"), "", tmp_path)
+    with pytest.raises(ShardError, match="no such index"):
+        place.read_index("train-000000.index")
+    with pytest.raises(ShardError, match="no such shard set"):
+        place.read_manifest()
+
+
+def test_user_names_and_passwords_of_urls_are_not_shown():
+    assert shown("ftp://me:word@host/x") == "ftp://host/x"
+    assert str(Store("ftp://me:word@host/x")) == "ftp://host/x"
+
+
+def test_places_are_paths_or_stores(tmp_path):
+    assert place_of("data/x") == Path("data/x")
+    assert place_of("file:///data/a%20b") == Path("/data/a b")
+    assert place_of(tmp_path) == tmp_path
+    assert place_of("s3://bucket/x/") == Store("s3://bucket/x")
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_command_with_two_workers_from_s3_to_s3_gives_the_local_bytes(
+    s3, recorded, built, tmp_path
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(json_of(SMALL)), encoding="utf-8")
+    places = ["--sessions", "s3://here/sessions", "--out", "s3://here/by-command"]
+    command = [sys.executable, "-m", "preprocess", "shards", *places, "--recipe", str(recipe)]
+
+    def run() -> str:
+        done = subprocess.run(
+            [*command, "--workers", "2"], capture_output=True, text=True, env=dict(os.environ)
+        )
+        assert done.returncode == 0, done
+        assert SECRET not in done.stdout + done.stderr
+        return done.stdout
+
+    assert "s3://here/by-command is ready: 4 sessions" in run()
+    assert "is up to date" in run()
+    assert stored_hashes(s3, "here/by-command") == file_hashes(built)
+    other = tiny_recipe(shard={"target_bytes": 2**16}, vision={"quality": 50})
+    recipe.write_text(yaml.safe_dump(json_of(other)), encoding="utf-8")
+    run()
+    local = Path(shutil.copytree(built, tmp_path / "local"))
+    build(recorded, local, other)
+    assert stored_hashes(s3, "here/by-command") == file_hashes(local)
+    s3.get("here/by-command", str(tmp_path / "copy"), recursive=True)
+    assert read_manifest(tmp_path / "copy").counts["sessions"] == 4

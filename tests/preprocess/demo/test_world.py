@@ -1,0 +1,349 @@
+"""Demo sessions against what physics, numpy and stock readers say of their files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import av
+import numpy as np
+import pytest
+import soundfile
+
+import preprocess.demo.world
+from preprocess.demo.world import write_demo_sessions
+from shared.errors import ConfigError, SessionError
+
+DURATION_S = 8.0
+SIZE = 192
+SMALL = {"duration_s": 4.0, "image_size": 32}
+FILES = {
+    "metadata.jsonl",
+    "vision_left.mp4",
+    "vision_right.mp4",
+    "audio.wav",
+    "text.jsonl",
+    "session.json",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    return write_demo_sessions(out, num_sessions=1, duration_s=DURATION_S, image_size=SIZE)[0]
+
+
+@pytest.fixture(scope="module")
+def facts(folder):
+    return json.loads((folder / "session.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def metadata(folder):
+    lines = read_lines(folder / "metadata.jsonl")
+    return {name: np.array([line[name] for line in lines]) for name in lines[0]}
+
+
+@pytest.fixture(scope="module")
+def wave(folder):
+    samples, rate_hz = soundfile.read(folder / "audio.wav")
+    assert rate_hz == 16_000
+    return samples
+
+
+@pytest.fixture(scope="module")
+def videos(folder):
+    return {side: read_video(folder / f"vision_{side}.mp4") for side in ("left", "right")}
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_video(path):
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def read_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def loudest_hz(wave, start_s, length_s):
+    piece = wave[round(start_s * 16_000) : round((start_s + length_s) * 16_000)]
+    spectrum = np.abs(np.fft.rfft(piece * np.hanning(len(piece)), n=1 << 15))
+    return float(np.fft.rfftfreq(1 << 15, 1 / 16_000)[spectrum.argmax()])
+
+
+def column_of(image, colour):
+    near = np.linalg.norm(image.astype(float) - 255 * np.array(colour), axis=-1) < 60
+    assert near.sum() > 20, "the ball is not to be seen"
+    return float(np.nonzero(near)[1].mean())
+
+
+def disparity_px(videos, time_s, colour):
+    frame = round(time_s * 30)
+    left, right = (column_of(videos[s][frame], colour) for s in ("left", "right"))
+    return left - right
+
+
+def test_a_session_has_the_files_of_the_session_layout(folder):
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_all_streams_decode_and_last_equally_long(folder, metadata, wave):
+    lasts = {"metadata": metadata["timestamp"][-1] + 1 / 30, "audio": len(wave) / 16_000}
+    for side in ("left", "right"):
+        with av.open(str(folder / f"vision_{side}.mp4")) as container:
+            frames = [(f.time, f.width, f.height) for f in container.decode(video=0)]
+            assert container.streams.video[0].codec_context.name == "h264"
+        assert {(width, height) for _, width, height in frames} == {(SIZE, SIZE)}
+        lasts[side] = frames[-1][0] + 1 / 30
+    assert max(abs(last - DURATION_S) for last in lasts.values()) < 0.1, lasts
+
+
+def test_frames_are_shown_at_the_timestamps_of_metadata(folder, metadata):
+    with av.open(str(folder / "vision_right.mp4")) as container:
+        times_s = [frame.time for frame in container.decode(video=0)]
+    np.testing.assert_allclose(times_s, metadata["timestamp"], atol=1e-5)
+
+
+def test_audio_is_16_bit_mono_and_neither_silent_nor_clipped(folder, wave):
+    assert soundfile.info(folder / "audio.wav").subtype == "PCM_16"
+    assert wave.ndim == 1
+    loudness = np.sqrt(np.mean(wave.reshape(-1, 800) ** 2, axis=1))
+    assert loudness.min() > 0.001
+    assert np.abs(wave).max() < 0.95
+
+
+def test_sensors_stay_in_their_ranges(metadata):
+    assert metadata["touch"].shape == (240, 5)
+    assert metadata["proprio"].shape == (240, 20)
+    assert metadata["touch"].min() >= 0
+    assert metadata["touch"].max() <= 1
+    assert np.abs(metadata["proprio"][:, :10]).max() <= np.pi
+
+
+def test_the_same_seed_gives_the_same_bytes_however_many_sessions(tmp_path):
+    one = write_demo_sessions(tmp_path / "one", num_sessions=1, seed=5, **SMALL)
+    two = write_demo_sessions(tmp_path / "two", num_sessions=2, seed=5, **SMALL)
+    assert read_bytes(one[0]) == read_bytes(two[0])
+    assert [path.name for path in two] == ["session_001", "session_002"]
+
+
+def test_another_seed_and_another_number_give_other_bytes(tmp_path):
+    folders = write_demo_sessions(tmp_path / "0", num_sessions=2, **SMALL)
+    folders += write_demo_sessions(tmp_path / "1", num_sessions=1, seed=1, **SMALL)
+    for name in FILES:
+        assert len({(folder / name).read_bytes() for folder in folders}) == 3, name
+
+
+def test_a_second_run_leaves_complete_sessions_alone(tmp_path):
+    def stamps():
+        return {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*"))}
+
+    write_demo_sessions(tmp_path, num_sessions=1, **SMALL)
+    before, said = stamps(), []
+    write_demo_sessions(tmp_path, num_sessions=1, progress=said.append, **SMALL)
+    assert stamps() == before
+    assert said == ["session_001: already there (1 of 1)"]
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"session.json"}))
+def test_a_session_with_a_shortened_file_is_remade(tmp_path, name):
+    (folder,) = write_demo_sessions(tmp_path, num_sessions=1, **SMALL)
+    whole = read_bytes(folder)
+    (folder / name).write_bytes(whole[name][:-10])
+    write_demo_sessions(tmp_path, num_sessions=1, **SMALL)
+    assert read_bytes(folder) == whole
+
+
+def test_other_parameters_remake_a_session(tmp_path):
+    (folder,) = write_demo_sessions(tmp_path, num_sessions=1, seed=1, **SMALL)
+    before = read_bytes(folder)
+    write_demo_sessions(tmp_path, num_sessions=1, seed=2, **SMALL)
+    assert read_bytes(folder)["text.jsonl"] != before["text.jsonl"]
+
+
+def test_a_killed_run_leaves_no_half_session_and_goes_on(tmp_path, monkeypatch):
+    whole = write_demo_sessions(tmp_path / "whole", num_sessions=2, **SMALL)
+    write_video, calls = preprocess.demo.world.write_video, itertools.count(1)
+
+    def die_in_the_fourth(path, frames, **sizes):
+        if next(calls) == 4:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        write_video(path, frames, **sizes)
+
+    monkeypatch.setattr(preprocess.demo.world, "write_video", die_in_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        write_demo_sessions(tmp_path / "killed", num_sessions=2, **SMALL)
+    assert [p.name for p in (tmp_path / "killed").glob("session_*")] == ["session_001"]
+    again = write_demo_sessions(tmp_path / "killed", num_sessions=2, **SMALL)
+    assert [read_bytes(folder) for folder in again] == [read_bytes(folder) for folder in whole]
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["session_001", "session_002"]
+
+
+@pytest.mark.parametrize("facts", [None, "{}", '{"source": "a recording"}', "{", "[]"])
+def test_a_folder_that_someone_else_made_is_refused_and_not_touched(tmp_path, facts):
+    recording = tmp_path / "session_001"
+    recording.mkdir()
+    (recording / "metadata.jsonl").write_text('{"timestamp": 0}\n')
+    if facts is not None:
+        (recording / "session.json").write_text(facts)
+    before = read_bytes(recording)
+    with pytest.raises(SessionError, match=r"session_001.*move it away"):
+        write_demo_sessions(tmp_path, num_sessions=1, **SMALL)
+    assert read_bytes(recording) == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_sessions": 0},
+        {"seed": -1},
+        {"duration_s": 0.0},
+        {"duration_s": float("nan")},
+        {"image_size": 33},
+        {"image_size": 0},
+        {"rate_hz": 0.0},
+    ],
+)
+def test_arguments_out_of_range_are_named(tmp_path, wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        write_demo_sessions(tmp_path, **{"num_sessions": 1, **SMALL, **wrong})
+
+
+def test_velocities_are_the_derivatives_of_the_angles(tmp_path):
+    (folder,) = write_demo_sessions(
+        tmp_path, num_sessions=1, duration_s=6.0, image_size=16, rate_hz=240.0
+    )
+    pose = np.array([line["proprio"] for line in read_lines(folder / "metadata.jsonl")])
+    slopes = np.gradient(pose[:, :10], 1 / 240, axis=0)
+    assert np.abs(pose[:, 10:]).max() > 3, "nothing moves"
+    np.testing.assert_allclose(pose[1:-1, 10:], slopes[1:-1], atol=0.03)
+
+
+def test_touch_rises_on_the_named_finger_at_the_contact(facts, metadata):
+    names = [finger["name"] for finger in facts["fingers"]]
+    assert len(facts["contacts"]) >= 4
+    for contact in facts["contacts"]:
+        before = metadata["timestamp"] < contact["time_s"]
+        first = int(before.sum())
+        expected = np.zeros(5)
+        expected[names.index(contact["finger"])] = contact["pressure"]
+        np.testing.assert_allclose(metadata["touch"][first], expected, atol=1e-3)
+        np.testing.assert_array_equal(metadata["touch"][first - 1], np.zeros(5))
+
+
+def test_the_force_is_felt_before_it_is_told(folder, facts):
+    texts = {e["timestamp"]: e["text"] for e in read_lines(folder / "text.jsonl")}
+    for contact in facts["contacts"]:
+        text = texts.get(round(contact["time_s"] + 0.2, 6), "")
+        assert (contact["pressure"] > 0.65) == (text.split(" ")[0] == "hits") or not text
+
+
+def test_the_tone_at_a_contact_has_the_pitch_of_its_finger(facts, wave):
+    pitches = {finger["name"]: finger["tone_hz"] for finger in facts["fingers"]}
+    for contact in facts["contacts"]:
+        if contact["time_s"] + 0.15 < DURATION_S:
+            heard_hz = loudest_hz(wave, contact["time_s"], 0.15)
+            assert heard_hz == pytest.approx(pitches[contact["finger"]], abs=6)
+
+
+def test_the_tone_begins_exactly_at_the_contact(facts, wave):
+    for contact in facts["contacts"]:
+        start = round(contact["time_s"] * 16_000)
+        before, after = wave[start - 80 : start], wave[start + 16 : start + 96]
+        assert np.std(after) > 3 * np.std(before)
+
+
+def test_the_knock_tells_the_level_of_the_coming_thought(folder, facts, wave):
+    texts = {e["timestamp"]: e["text"] for e in read_lines(folder / "text.jsonl")}
+    heard = 0
+    for contact in facts["contacts"]:
+        text = texts.get(round(contact["time_s"] - 0.6, 6))
+        if text and contact["wall_time_s"] >= 0:
+            is_high = loudest_hz(wave, contact["wall_time_s"], 0.06) > 1000
+            assert text.split(" ")[1] == ("high" if is_high else "low")
+            heard += 1
+    assert heard >= 3
+
+
+def test_a_thought_precedes_and_a_word_follows_each_contact(folder, facts):
+    events = read_lines(folder / "text.jsonl")
+    assert [e["timestamp"] for e in events] == sorted(e["timestamp"] for e in events)
+    for contact in facts["contacts"]:
+        for stream, low_s, high_s in (("internal", -0.65, -0.3), ("external", 0.15, 0.3)):
+            if not 0 < contact["time_s"] + low_s < contact["time_s"] + high_s < DURATION_S:
+                continue
+            texts = [
+                e["text"]
+                for e in events
+                if e["stream"] == stream and low_s <= e["timestamp"] - contact["time_s"] <= high_s
+            ]
+            assert len(texts) == 1
+            assert contact["finger"] in texts[0].split(" ")
+
+
+def test_sentences_of_a_stream_keep_their_distance_and_are_short(folder):
+    for stream in ("internal", "external"):
+        events = [e for e in read_lines(folder / "text.jsonl") if e["stream"] == stream]
+        times_s = [e["timestamp"] for e in events]
+        assert min(np.diff(times_s)) >= 0.8
+        assert all(len(e["text"].split(" ")) == 3 for e in events)
+        assert all(0 <= time_s < DURATION_S for time_s in times_s)
+
+
+def test_the_ball_lies_farther_right_for_the_left_eye_by_focal_times_baseline_over_depth(
+    facts, videos
+):
+    eyes = facts["eyes"]
+    colours = {finger["name"]: finger["ball_rgb"] for finger in facts["fingers"]}
+    seen = 0
+    for contact in facts["contacts"]:
+        if contact["wall_time_s"] < 0 or contact["time_s"] + 0.2 > DURATION_S:
+            continue
+        scale = eyes["focal_px"] * eyes["baseline_m"]
+        far = disparity_px(videos, contact["wall_time_s"] + 0.02, colours[contact["finger"]])
+        near = disparity_px(videos, contact["time_s"] + 0.1, (0.75, 0.75, 0.75))
+        assert far == pytest.approx(scale / contact["wall_m"][1], abs=0.5)
+        assert near == pytest.approx(scale / contact["ball_m"][1], abs=1.0)
+        seen += 1
+    assert seen >= 3
+
+
+def test_the_picture_tells_the_finger_before_the_thought_does(facts, videos):
+    colours = np.array([finger["ball_rgb"] for finger in facts["fingers"]])
+    names = [finger["name"] for finger in facts["fingers"]]
+    mean_rgb = videos["left"].mean(axis=(0, 1, 2))
+    for contact in facts["contacts"]:
+        if contact["wall_time_s"] < 0:
+            continue
+        frame = round((contact["time_s"] - 0.65) * 30)
+        tint = videos["left"][frame].mean(axis=(0, 1)) / mean_rgb
+        cosine = (colours - 0.4) @ (tint - tint.mean()) / np.linalg.norm(colours - 0.4, axis=1)
+        assert names[int(cosine.argmax())] == contact["finger"]
+
+
+def test_the_finger_meets_the_ball(facts, metadata):
+    def turn(axis, angle):
+        c, s = np.cos(angle), np.sin(angle)
+        i, j = ((1, 2), (2, 0), (0, 1))[axis]
+        matrix = np.eye(3)
+        matrix[i, i], matrix[i, j], matrix[j, i], matrix[j, j] = c, -s, s, c
+        return matrix
+
+    arm = facts["arm"]
+    for contact in facts["contacts"]:
+        if contact["time_s"] + 0.1 > DURATION_S - 1 / 30:
+            continue
+        pose = metadata["proprio"][round((contact["time_s"] + 0.1) * 30)]
+        yaw, pitch, elbow, roll = pose[5:9]
+        shoulder = turn(2, -yaw) @ turn(1, roll) @ turn(0, pitch)
+        forward = np.array([0.0, 1.0, 0.0])
+        tip_m = arm["shoulder_m"] + shoulder @ (
+            arm["upper_arm_m"] * forward + turn(0, elbow) @ (arm["forearm_m"] * forward)
+        )
+        gap_m = np.linalg.norm(tip_m - contact["ball_m"])
+        assert gap_m == pytest.approx(facts["eyes"]["ball_radius_m"], abs=0.002)
