@@ -3,8 +3,10 @@
 A baseline is a function from a batch's targets to outputs of a head, and its loss is
 :func:`train.losses.loss_sums` of them: so ticks, masks and weights are the model's by
 construction. Two need no data: copy-last-pose and constant-velocity. The others count what the
-training batches hold, tokens per text stream and levels per audio channel, with one added to each
-count, so that nothing is impossible.
+training batches hold: unigrams of the tokens of a text stream and of the levels of an audio
+channel, with one added to each count, and the sequence models of :mod:`train.ngrams`, a Kneser-Ney
+trigram of tokens and a bigram of levels. The bigram is told the true frame before each frame, which
+the head, that predicts a whole tick at once, is not.
 
 Letters: B batch, T ticks, V vocabulary, A dMel frames, C channels, L levels, S samples, P pose.
 """
@@ -23,6 +25,7 @@ from shared.errors import ConfigError
 from shared.recipe import PAD_TOKEN, WindowShapes
 from train.config import Head, LossWeights, ModelConfig, TrainConfig, TrainingConfig
 from train.losses import LossSum, loss_sums
+from train.ngrams import Trigrams, count_level_pairs, level_transitions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -57,6 +60,10 @@ class Baselines:
     counts: Mapping[str, Tensor]
     """Per head with a unigram baseline, float64: text [V], audio [C, L]; how often each value was
     a target. Silent ticks are counted as PAD."""
+    trigrams: Mapping[str, Trigrams]
+    """Per text head."""
+    level_pairs: Tensor | None
+    """float64 [C, L, L], how often a level followed another; None where there is no audio head."""
 
     @classmethod
     def fit(
@@ -70,6 +77,8 @@ class Baselines:
             shapes: sizes of the windows.
         """
         counts = _no_counts(config, shapes)
+        trigrams = {head: Trigrams.none(shapes.vocab_size) for head in counts if head != Head.AUDIO}
+        pairs = _no_pairs(config, shapes)
         for batch in batches:
             weight_B = torch.as_tensor(batch["weight"]).cpu()
             for head in counts:
@@ -80,7 +89,15 @@ class Baselines:
                 counts[head] += _count(
                     target[:, first:], valid[:, first:], weight_B, counts[head].shape
                 )
-        return cls(config=config, shapes=shapes, counts=counts)
+                if head in trigrams:
+                    trigrams[head] = trigrams[head].with_more(target, valid, weight_B)
+                elif pairs is not None:
+                    pairs += count_level_pairs(
+                        target, valid, weight_B, first=first, num_levels=shapes.mel_levels
+                    )
+        return cls(
+            config=config, shapes=shapes, counts=counts, trigrams=trigrams, level_pairs=pairs
+        )
 
     @classmethod
     def from_statistics(
@@ -89,7 +106,8 @@ class Baselines:
         """From a manifest's statistics of the train split.
 
         They don't count silence. It is taken to fill all ticks without a token; a little too
-        many, where a sample lacks the stream or an event is cut by the window's end.
+        many, where a sample lacks the stream or an event is cut by the window's end. They say
+        nothing of sequences either, so there are no trigrams and no bigram.
 
         Args:
             statistics: ``dmel_levels``, ``internal_tokens``, ``external_tokens``,
@@ -107,25 +125,26 @@ class Baselines:
                 empty[: len(found)] = found
                 empty[PAD_TOKEN] += max(0.0, num_ticks - float(found.sum()))
                 counts[head] = empty
-        return cls(config=config, shapes=shapes, counts=counts)
+        return cls(config=config, shapes=shapes, counts=counts, trigrams={}, level_pairs=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain lists; with the configuration and shapes, all that :meth:`from_dict` needs."""
-        return {"counts": {head: counts.tolist() for head, counts in self.counts.items()}}
+        """Tensors in plain containers; all that :meth:`from_dict` needs beside the rest."""
+        trigrams = {head: [t.keys, t.counts] for head, t in self.trigrams.items()}
+        return {"counts": dict(self.counts), "trigrams": trigrams, "level_pairs": self.level_pairs}
 
     @classmethod
     def from_dict(
         cls, values: Mapping[str, Any], *, config: TrainConfig, shapes: WindowShapes
     ) -> Self:
-        """Inverse of :meth:`as_dict`.
+        """Inverse of :meth:`as_dict`; sequence models that an older one lacks are not there.
 
         Raises:
             ConfigError: the counts are of other shapes.
         """
         expected = _no_counts(config, shapes)
         counts = {
-            head: torch.tensor(lists, dtype=torch.float64)
-            for head, lists in values["counts"].items()
+            head: torch.as_tensor(found, dtype=torch.float64)
+            for head, found in values["counts"].items()
             if head in expected
         }
         for head, found in counts.items():
@@ -134,7 +153,15 @@ class Baselines:
                     f"the baseline of {head} has counts of shape {list(found.shape)}, the model "
                     f"needs {list(expected[head].shape)}; fit it again by Baselines.fit"
                 )
-        return cls(config=config, shapes=shapes, counts=counts)
+        trigrams = {
+            head: Trigrams(vocab_size=shapes.vocab_size, keys=keys, counts=found)
+            for head, (keys, found) in values.get("trigrams", {}).items()
+            if head in expected
+        }
+        pairs = values.get("level_pairs") if Head.AUDIO in expected else None
+        return cls(
+            config=config, shapes=shapes, counts=counts, trigrams=trigrams, level_pairs=pairs
+        )
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, LossSum]:
         """Each baseline's loss on a batch, as ``<head>/<baseline>``.
@@ -179,14 +206,41 @@ class Baselines:
             }
         if head not in self.counts:
             return {}
-        counts = self.counts[head].to(target.device)
+        outputs = {}
         if head is Head.AUDIO:
             per_tick = self.shapes.audio_frames_per_tick
-            num_ticks = target.shape[1] // per_tick
-            log_probs_CL = unigram(counts)
-            return {"unigram": log_probs_CL.expand(len(target), num_ticks, per_tick, -1, -1)}
-        log_probs_V = unigram(counts, pad_weight=self.config.model.pad_weight)
-        return {"unigram": log_probs_V.expand(*target.shape, -1)}
+            sizes = (len(target), target.shape[1] // per_tick, per_tick)
+            log_probs_CL = unigram(self.counts[head]).to(target.device)
+            outputs["unigram"] = log_probs_CL.expand(*sizes, -1, -1)
+            if self.level_pairs is not None:
+                outputs["bigram"] = self._bigram(target, valid).view(*sizes, *log_probs_CL.shape)
+            return outputs
+        pad_weight = self.config.model.pad_weight
+        log_probs_V = unigram(self.counts[head], pad_weight=pad_weight).to(target.device)
+        outputs["unigram"] = log_probs_V.expand(*target.shape, -1)
+        if head in self.trigrams:
+            log_probs_BTV = self.trigrams[head].log_probs(
+                target.cpu(), valid.cpu(), pad_weight=pad_weight
+            )
+            outputs["trigram"] = log_probs_BTV.to(target.device)
+        return outputs
+
+    def _bigram(self, levels_BAC: Tensor, valid_BA: Tensor) -> Tensor:
+        """Log-probabilities of each frame of the next tick, [B, A, C, L], by the frame before it.
+
+        After a masked frame they are the unigram's.
+        """
+        assert self.level_pairs is not None
+        per_tick = self.shapes.audio_frames_per_tick
+        unigram_CL = unigram(self.counts[Head.AUDIO])
+        transitions_CLL = level_transitions(self.level_pairs, unigram_CL).log().float()
+        # A tick's outputs are for the next tick: frame a - 1 + per_tick tells of a + per_tick. What
+        # the last tick's outputs say is compared with nothing.
+        known_BA, told_BAC = (x.roll(1 - per_tick, dims=1).cpu() for x in (valid_BA, levels_BAC))
+        told_BAC = told_BAC.long().masked_fill(~known_BA[..., None], 0)
+        found_BACL = transitions_CLL[torch.arange(len(unigram_CL)), told_BAC]
+        chosen = torch.where(known_BA[..., None, None], found_BACL, unigram_CL)
+        return chosen.to(levels_BAC.device)
 
 
 def unigram(counts: Tensor, *, pad_weight: float | None = None) -> Tensor:
@@ -282,6 +336,14 @@ def _no_counts(config: TrainConfig, shapes: WindowShapes) -> dict[str, Tensor]:
     }
     heads = [head for head in config.heads if head in sizes]
     return {str(head): torch.zeros(sizes[head], dtype=torch.float64) for head in heads}
+
+
+def _no_pairs(config: TrainConfig, shapes: WindowShapes) -> Tensor | None:
+    """Zeros of the counts of successive levels."""
+    if Head.AUDIO not in config.heads:
+        return None
+    sizes = (shapes.mel_channels, shapes.mel_levels, shapes.mel_levels)
+    return torch.zeros(sizes, dtype=torch.float64)
 
 
 def _count(values: Tensor, valid: Tensor, weight_B: Tensor, shape: torch.Size) -> Tensor:

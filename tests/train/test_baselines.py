@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -80,6 +79,19 @@ def level_counts():
     return counts
 
 
+def pair_counts():
+    pairs = np.zeros((3, 4, 4))
+    for batch in TRAIN:
+        targets = batch["targets"]
+        for b in range(3):
+            for frame in range(2, 12):
+                if targets["audio_valid"][b, frame - 1] and targets["audio_valid"][b, frame]:
+                    for channel in range(3):
+                        before, after = targets["audio"][b, frame - 1 : frame + 1, channel]
+                        pairs[channel, before, after] += batch["weight"][b]
+    return pairs
+
+
 def pose_oracle(predict):
     """Mean 1 - cos of angles plus mean smooth L1 of velocities; `predict(last, elapsed_s)`."""
     targets, weight = HELD_OUT["targets"], HELD_OUT["weight"]
@@ -144,6 +156,43 @@ def test_the_audio_unigram_scores_as_a_loop_over_frames_and_channels_does(fitted
     assert found == pytest.approx(total / count, rel=1e-5)
 
 
+def test_the_audio_bigram_scores_as_a_loop_over_frames_and_channels_does(fitted):
+    pairs = pair_counts()
+    alone = (level_counts() + 1) / (level_counts() + 1).sum(1, keepdims=True)
+    total = count = 0.0
+    levels, valid = HELD_OUT["targets"]["audio"], HELD_OUT["targets"]["audio_valid"]
+    for b in range(5):
+        for frame in range(2, 12):
+            if not valid[b, frame]:
+                continue
+            for channel in range(3):
+                shares = alone[channel]
+                if valid[b, frame - 1]:
+                    after = pairs[channel, levels[b, frame - 1, channel]]
+                    shares = (after + shares) / (after.sum() + 1)
+                total -= HELD_OUT["weight"][b] * math.log(shares[levels[b, frame, channel]])
+                count += HELD_OUT["weight"][b]
+    assert mean(fitted.losses(HELD_OUT), "audio/bigram") == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("head", ["internal_text", "external_text"])
+def test_the_trigram_is_scored_on_the_tokens_and_weights_of_the_heads_loss(fitted, head):
+    tokens, valid = (HELD_OUT["targets"][f"{head}{end}"] for end in ("", "_valid"))
+    log_probs = fitted.trigrams[head].log_probs(
+        torch.from_numpy(tokens), torch.from_numpy(valid), pad_weight=PAD_WEIGHT
+    )
+    total = count = 0.0
+    for b in range(5):
+        for t in range(1, 6):
+            if valid[b, t]:
+                share = HELD_OUT["weight"][b] * (PAD_WEIGHT if tokens[b, t] == 0 else 1.0)
+                total -= share * float(log_probs[b, t - 1, tokens[b, t]])
+                count += share
+    assert mean(fitted.losses(HELD_OUT), f"{head}/trigram") == pytest.approx(
+        total / count, rel=1e-5
+    )
+
+
 def test_no_other_unigram_has_a_lower_loss_on_what_it_was_fitted_to():
     rng = np.random.default_rng(0)
     counts = torch.from_numpy(rng.integers(1, 10_000, 7).astype("f8"))
@@ -189,7 +238,8 @@ def test_fitting_on_batches_is_fitting_on_their_rows_one_by_one(fitted):
         for batch in TRAIN
         for b in range(3)
     ]
-    assert Baselines.fit(rows, config=CONFIG, shapes=SHAPES).as_dict() == fitted.as_dict()
+    alone = Baselines.fit(rows, config=CONFIG, shapes=SHAPES).as_dict()
+    torch.testing.assert_close(alone, fitted.as_dict(), rtol=0, atol=0)
 
 
 def test_sums_of_batches_give_the_mean_over_all_their_rows(fitted):
@@ -205,11 +255,19 @@ def test_sums_of_batches_give_the_mean_over_all_their_rows(fitted):
         assert loss == pytest.approx(mean(together, name), rel=1e-5), name
 
 
-def test_baselines_survive_json_and_torchs_safe_loader(fitted, tmp_path):
-    torch.save(json.loads(json.dumps(fitted.as_dict())), tmp_path / "x.pt")
+def test_baselines_survive_torchs_safe_loader(fitted, tmp_path):
+    torch.save(fitted.as_dict(), tmp_path / "x.pt")
     values = torch.load(tmp_path / "x.pt", weights_only=True)
     read = Baselines.from_dict(values, config=CONFIG, shapes=SHAPES)
     assert read.mean_losses([HELD_OUT]) == fitted.mean_losses([HELD_OUT])
+
+
+def test_an_older_checkpoints_lists_have_no_sequence_models(fitted):
+    lists = {"counts": {head: c.tolist() for head, c in fitted.as_dict()["counts"].items()}}
+    read = Baselines.from_dict(lists, config=CONFIG, shapes=SHAPES)
+    losses = fitted.mean_losses([HELD_OUT])
+    older = {n: x for n, x in losses.items() if not n.endswith(("trigram", "bigram"))}
+    assert read.mean_losses([HELD_OUT]) == older
 
 
 def test_counts_of_another_model_are_refused(fitted):
@@ -225,8 +283,8 @@ def test_a_manifests_statistics_fill_the_ticks_without_a_token_with_silence():
         "internal_tokens": [0, 5, 6],
         "external_tokens": [],
     }
-    counts = Baselines.from_statistics(statistics, config=CONFIG, shapes=SHAPES).as_dict()["counts"]
-    assert counts == {
+    counts = Baselines.from_statistics(statistics, config=CONFIG, shapes=SHAPES).counts
+    assert {head: found.tolist() for head, found in counts.items()} == {
         "internal_text": [49.0, 5.0, 6.0, 0.0, 0.0, 0.0, 0.0],
         "audio": [[1.0, 2.0, 3.0, 4.0]] * 3,
     }
@@ -235,7 +293,8 @@ def test_a_manifests_statistics_fill_the_ticks_without_a_token_with_silence():
 def test_heads_that_are_off_have_no_baseline():
     config = as_train_config({"training": {"loss_weights": {"animation": 0, "audio": 0}}})
     losses = Baselines.fit(TRAIN, config=config, shapes=SHAPES).losses(HELD_OUT)
-    assert set(losses) == {"internal_text/unigram", "external_text/unigram"}
+    names = ("unigram", "trigram")
+    assert set(losses) == {f"{h}_text/{name}" for h in ("internal", "external") for name in names}
 
 
 def test_the_table_says_which_heads_beat_which_baseline():
