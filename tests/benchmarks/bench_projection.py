@@ -1,0 +1,123 @@
+"""What is read when only some streams are wanted: bytes by the process's own counters, and speed.
+
+    python tests/benchmarks/bench_projection.py --shards shards/demo
+
+Each row is one epoch in a fresh process with `num_workers: 0`. "asked" is the sum of the members'
+bytes of the wanted fields, from the indexes; "read" is what the process took from files while it
+read the samples (rchar of /proc/self/io); "index" the indexes, which are mapped into memory;
+"device" what really came from the disk (read_bytes), after the page cache was dropped for the set's
+files. Rows are interleaved over the rounds; rates are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STREAMS = {
+    "text only": (["internal_text", "external_text"], ["text"]),
+    "touch, proprio": (["animation"], ["proprio/touch", "proprio/proprio"]),
+    "audio": (["audio"], ["dmel/dmel", "dmel/valid"]),
+    "left eye, audio": (["audio"], ["vision_left", "dmel/dmel", "dmel/valid"]),
+    "everything": (
+        ["internal_text", "external_text", "audio", "animation"],
+        [
+            *["text", "vision_left", "vision_right", "proprio/touch", "proprio/proprio"],
+            *["dmel/dmel", "dmel/valid"],
+        ],
+    ),
+}
+"""What is wanted -> heads that are trained, members that hold it."""
+MODALITIES = {
+    "touch, proprio": ["touch", "proprio"],
+    "audio": ["audio"],
+    "left eye, audio": ["vision_left", "audio"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=Path, default=Path("shards/demo"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", choices=STREAMS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        print(json.dumps(measure(given.shards, given.measure)))
+        return
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in STREAMS}
+    for _ in range(given.rounds):
+        for name, found in results.items():
+            command = [sys.executable, __file__, "--shards", str(given.shards), "--measure", name]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    print(
+        "wanted            asked KiB   read KiB  ratio  index KiB  device KiB  samples/s  speed-up"
+    )
+    slowest = statistics.median(r["rate"] for r in results["everything"])
+    for name, found in results.items():
+        first, rate = found[0], statistics.median(r["rate"] for r in found)
+        kib = {k: first[k] / 1024 for k in ("asked", "read", "index", "device")}
+        print(
+            f"{name:16} {kib['asked']:10.1f} {kib['read']:10.1f}  {kib['read'] / kib['asked']:5.3f}"
+            f" {kib['index']:10.1f} {kib['device']:11.1f} {rate:10.0f}  {rate / slowest:8.2f}"
+        )
+
+
+def measure(shards: Path, name: str) -> dict[str, float]:
+    """One epoch of a set; runs in a process of its own."""
+    from train.config import Head, TrainConfig
+    from train.loader import Loader
+    from train.reader import ShardSource
+
+    heads, members = STREAMS[name]
+    config = TrainConfig.model_validate(
+        {
+            "data": {"num_workers": 0, "modalities": MODALITIES.get(name)},
+            "training": {"loss_weights": {str(h): float(h in heads) for h in Head}},
+        }
+    )
+    source = ShardSource(shards)
+    asked = index = 0
+    for shard in range(len(source.shard_sizes)):
+        opened = source.shard(shard).index
+        asked += sum(int(opened.members(member).length.sum()) for member in members)
+        columns = {member.partition("/")[0] for member in members}
+        drop_cache([shards / opened.facts["columns"][column]["file"] for column in columns])
+    index = sum(path.stat().st_size for path in shards.glob("train-*.index"))
+    list(Loader(ShardSource(shards, split="val"), config, num_epochs=1))  # imports and first calls
+    before = counters()
+    list(Loader(source, config, num_epochs=1))
+    after = counters()
+    began_s = time.perf_counter()
+    num_samples = sum(len(batch["keys"]) for batch in Loader(source, config, num_epochs=1))
+    return {
+        "asked": asked,
+        "read": after["rchar"] - before["rchar"],
+        "device": after["read_bytes"] - before["read_bytes"],
+        "index": index,
+        "rate": num_samples / (time.perf_counter() - began_s),
+    }
+
+
+def drop_cache(paths: list[Path]) -> None:
+    """Let the page cache forget files, so that reading them asks the disk."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def counters() -> dict[str, int]:
+    """This process's input and output, in bytes."""
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return {key: int(value) for key, _, value in (line.partition(":") for line in lines)}
+
+
+if __name__ == "__main__":
+    main()
