@@ -6,7 +6,8 @@ folder. Loading checks the CRC-32 of every record first, because ``torch.load`` 
 notice a flipped bit in a tensor.
 
 Keys: format_version, step, saved_at (seconds since 1970), model, optimizer, scaler, schedule, rng,
-stream, config, shapes, run_name, skipped_samples, extra.
+rng_of_other_ranks, stream, config, shapes, run_name, skipped_samples, extra. Model and moments are
+whole, however many ranks held shares of them.
 """
 
 from __future__ import annotations
@@ -111,9 +112,44 @@ def load_checkpoint(
     Raises:
         CheckpointError: there is none, it is damaged, it is another program's or a newer version's.
     """
-    path = Path(path)
     check_checkpoint(path)
-    return _load(path, map_location=map_location)
+    return read_checkpoint(path, map_location=map_location)
+
+
+def read_checkpoint(
+    path: Path | str, *, map_location: torch.device | str | None, mmap: bool = False
+) -> dict[str, Any]:
+    """Read a checkpoint whose bytes are known to be right, safely.
+
+    Raises:
+        CheckpointError: it doesn't open, it is another program's or a newer version's.
+    """
+    path = Path(path)
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: damaged, or no checkpoint ({_reason(error)}); resume from an older one"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than tensors and plain values, so it is not ours; it was not "
+            f"opened, because "
+            "such files can run code"
+        ) from error
+    if not isinstance(state, dict) or not state.keys() >= REQUIRED_KEYS:
+        found = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(
+            f"{path}: no checkpoint of this trainer: it lacks some of {sorted(REQUIRED_KEYS)}; "
+            f"found {found}"
+        )
+    if state["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {state['format_version']}, this software reads up to "
+            f"{FORMAT_VERSION}; "
+            "update vr-creature"
+        )
+    return state
 
 
 def check_checkpoint(path: Path | str) -> None:
@@ -157,7 +193,7 @@ def find_latest_checkpoint(
     dated: list[tuple[float, int, Path]] = []
     for path in _checkpoints(Path(folder)):
         try:
-            head = _load(path, map_location="meta", mmap=True)
+            head = read_checkpoint(path, map_location="meta", mmap=True)
             dated.append((float(head["saved_at"]), int(head["step"]), path))
         except CheckpointError as error:
             _tell(on_skip, f"skipped: {error}")
@@ -192,37 +228,6 @@ def prune_checkpoints(folder: Path | str, *, keep_last_n: int) -> list[Path]:
     for path in removed:
         path.unlink(missing_ok=True)
     return removed
-
-
-def _load(
-    path: Path, *, map_location: torch.device | str | None, mmap: bool = False
-) -> dict[str, Any]:
-    """Safe torch.load, with errors that say what to do."""
-    try:
-        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: damaged, or no checkpoint ({_reason(error)}); resume from an older one"
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds more than tensors and plain values, so it is not ours; it was not "
-            f"opened, because "
-            "such files can run code"
-        ) from error
-    if not isinstance(state, dict) or not state.keys() >= REQUIRED_KEYS:
-        found = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(
-            f"{path}: no checkpoint of this trainer: it lacks some of {sorted(REQUIRED_KEYS)}; "
-            f"found {found}"
-        )
-    if state["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {state['format_version']}, this software reads up to "
-            f"{FORMAT_VERSION}; "
-            "update vr-creature"
-        )
-    return state
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -172,6 +172,7 @@ class RunLog:
             steps is hidden.
         max_steps: of the whole run, for the terminal.
         quiet_steps: health rules that every untrained model breaks are silent before this step.
+        is_silent: nothing is written anywhere, as on all ranks but the main one.
     """
 
     def __init__(
@@ -182,12 +183,16 @@ class RunLog:
         max_steps: int,
         quiet_steps: int,
         console: Console | None = None,
+        is_silent: bool = False,
     ) -> None:
         self.folder = folder
-        self.console = console or Console(soft_wrap=True)
+        self.console = Console(quiet=True) if is_silent else console or Console(soft_wrap=True)
+        self._is_silent = is_silent
         self._max_steps = max_steps
         self._watch = HealthWatch(quiet_steps=quiet_steps)
-        self._curves = _Curves(folder, first_step=first_step, on_failure=self._warn)
+        self._curves = _Curves(
+            folder, first_step=first_step, on_failure=self._warn, is_silent=is_silent
+        )
         self._num_lines = 0
         self._columns: tuple[str, ...] = ()
 
@@ -226,7 +231,7 @@ class RunLog:
 
     def write_skipped(self, step: int, skipped: Sequence[Mapping[str, Any]]) -> None:
         """Bad samples that were replaced: to the quarantine file and TensorBoard's text."""
-        if not skipped:
+        if not skipped or self._is_silent:
             return
         entries = [json.dumps({"step": step, **sample}, default=str) for sample in skipped]
         try:
@@ -270,10 +275,20 @@ class _Curves:
         ConfigError: it can't write to begin with.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, on_failure: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        first_step: int,
+        on_failure: Callable[[str], None],
+        is_silent: bool = False,
+    ) -> None:
         self._folder = folder
         self._on_failure = on_failure
+        self._is_silent = is_silent
         self._is_failing = False
+        if is_silent:
+            return
         try:
             purge_step = first_step + 1 if first_step else None
             self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
@@ -284,6 +299,8 @@ class _Curves:
 
     def write(self, call: Callable[[Any], None]) -> None:
         """Do something with the writer; one that failed is replaced at the next call."""
+        if self._is_silent:
+            return
         try:
             if self._writer is None:
                 self._writer = SummaryWriter(str(self._folder))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from train.parallel import moment_shares, whole_tensor
 
 if TYPE_CHECKING:
     from train.config import OptimizerConfig, TrainingConfig
@@ -47,14 +49,15 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def restore_optimizer(
-    optimizer: torch.optim.AdamW, state: dict[str, object], config: OptimizerConfig
+    optimizer: torch.optim.AdamW, state: dict[str, Any], config: OptimizerConfig
 ) -> None:
-    """Load the moments of a checkpoint; betas, eps and decay stay the configuration's.
+    """Load the whole moments of a checkpoint; betas, eps and decay stay the configuration's.
 
     Raises:
         ValueError: the state is of other parameters.
     """
-    optimizer.load_state_dict(state)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.load_state_dict({**state, "state": moment_shares(state["state"], parameters)})
     for group in optimizer.param_groups:
         group["betas"], group["eps"] = config.betas, config.eps
         group["weight_decay"] = config.weight_decay if group["weight_decay"] else 0.0
@@ -63,10 +66,13 @@ def restore_optimizer(
 def clip_gradient(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, max_norm: float
 ) -> Tensor:
-    """Scale the whole gradient down to `max_norm`; returns its norm before that, 0-dim."""
+    """Scale the whole gradient down to `max_norm`; returns its norm before that, 0-dim.
+
+    With FSDP2, where ranks hold shares of it, the norm is that of all shares.
+    """
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    return nn.utils.clip_grad_norm_(trained, max_norm)
+    return whole_tensor(nn.utils.clip_grad_norm_(trained, max_norm))
 
 
 def step_if(is_good: Tensor, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler) -> None:

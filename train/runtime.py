@@ -86,9 +86,11 @@ def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScale
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-def choose_num_threads(num_threads: int | None, device: torch.device, *, num_workers: int) -> int:
+def choose_num_threads(
+    num_threads: int | None, device: torch.device, *, num_workers: int, num_ranks: int = 1
+) -> int:
     """CPU threads of the trainer: as asked for; else, where it computes on the CPU, one per core
-    that no loader process needs.
+    that no loader process and no other rank needs.
 
     More threads than free cores cost far more than they give, as OpenMP's wait for each other:
     measured on 2 cores with 1 loader process, 2 threads gave 6.6 samples/s and 1 thread 39.7.
@@ -97,7 +99,7 @@ def choose_num_threads(num_threads: int | None, device: torch.device, *, num_wor
         return num_threads
     if device.type != "cpu":
         return torch.get_num_threads()
-    return max(1, len(os.sched_getaffinity(0)) - num_workers)
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks - num_workers)
 
 
 def set_up_math(*, num_threads: int) -> None:
@@ -111,6 +113,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def rank_seed(seed: int, *, rank: int, step: int = 0) -> int:
+    """Seed of what a rank draws for itself, such as dropout; the run's own for rank 0 at step 0."""
+    return (seed + 1_000_033 * rank + 998_244_353 * step) % 2**63
 
 
 def rng_state() -> dict[str, Any]:
@@ -190,9 +197,13 @@ class StopSignals:
     """Remembers the first Ctrl-C or SIGTERM instead of dying of it; the second one acts as always.
 
     A context manager. Handlers are installed in the main thread only, and put back at the end.
+
+    Args:
+        is_patient: further signals are remembered, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_patient: bool = False) -> None:
+        self._is_patient = is_patient
         self.requested = False
         """Whether a stop was asked for."""
         self._previous: dict[signal.Signals, Any] = {}
@@ -213,7 +224,11 @@ class StopSignals:
         # go on until the trainer, which still needs its step, dismisses them.
         if os.getpid() != self._owner_pid:
             return
-        self.requested = True
-        signal.signal(number, self._previous[signal.Signals(number)])
-        # Not print: a signal may arrive inside a print, which can't be entered twice.
-        os.write(2, b"\nStopping after this step and a checkpoint; once more stops at once.\n")
+        is_first, self.requested = not self.requested, True
+        again = b""
+        if not self._is_patient:
+            signal.signal(number, self._previous[signal.Signals(number)])
+            again = b"; once more stops at once"
+        if is_first:
+            # Not print: a signal may arrive inside a print, which can't be entered twice.
+            os.write(2, b"\nStopping after this step and a checkpoint" + again + b".\n")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from shared.errors import CheckpointError
 from shared.recipe import Recipe, WindowShapes
-from train import checkpoint, runtime
+from train import checkpoint, distributed, runtime
 from train.optimizing import restore_optimizer
+from train.parallel import shares_of, whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,7 +43,9 @@ class TrainState:
     """Bad samples that were replaced."""
 
     def save(self, path: Path | str, *, stream: Mapping[str, Any] | None) -> Path:
-        """Save everything that going on from here needs.
+        """Save everything that going on from here needs; all ranks call it, the main one writes.
+
+        Whatever the ranks hold, the file has the whole model and its whole moments.
 
         Args:
             path: the file.
@@ -55,11 +58,12 @@ class TrainState:
             "format_version": checkpoint.FORMAT_VERSION,
             "step": self.step,
             "saved_at": time.time(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(self.model.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "schedule": schedule_of(self.config.training),
             "rng": runtime.rng_state(),
+            "rng_of_other_ranks": distributed.gather([runtime.rng_state()])[1:],
             "stream": stream,
             "config": self.config.model_dump(mode="json"),
             "shapes": dataclasses.asdict(self.shapes),
@@ -67,20 +71,23 @@ class TrainState:
             "skipped_samples": self.skipped_samples,
             "extra": self.extra,
         }
-        return checkpoint.save_checkpoint(path, state)
+        return distributed.on_main(lambda: checkpoint.save_checkpoint(path, state))
 
     def load(self, path: Path | str, *, device: torch.device) -> dict[str, Any]:
         """Take over a checkpoint; a run name that was given stays.
 
         Returns:
-            What is not of this object: "rng", "stream" and "schedule".
+            What is not of this object: "rng" (None for a rank that there was not), "stream" and
+            "schedule".
 
         Raises:
             CheckpointError: missing, damaged, foreign, or of another model.
         """
-        state = checkpoint.load_checkpoint(path, map_location=device)
+        distributed.on_main(lambda: checkpoint.check_checkpoint(path))
+        state = checkpoint.read_checkpoint(path, map_location=device)
+        own = self.model.state_dict()
         try:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(shares_of(state["model"], own))
             restore_optimizer(self.optimizer, state["optimizer"], self.config.training.optimizer)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
@@ -92,7 +99,9 @@ class TrainState:
         self.step = int(state["step"])
         self.skipped_samples = int(state["skipped_samples"])
         self.run_name = self.run_name or state["run_name"]
-        return {key: state[key] for key in ("rng", "stream", "schedule")}
+        rngs = dict(enumerate([state["rng"], *state.get("rng_of_other_ranks", [])]))
+        rng = rngs.get(distributed.rank())
+        return {"rng": rng, "stream": state["stream"], "schedule": state["schedule"]}
 
     def _difference(self, state: Mapping[str, Any], error: Exception) -> str:
         """The configuration keys that differ, or else torch's words."""

@@ -2,20 +2,21 @@
 
 The loop is ``Trainer.train``. It knows tensors and steps; batches come from ``BatchFeed`` (the next
 one is already on its way), numbers go through ``StepMeter`` and ``RunLog``, files are
-``checkpoint``'s. A resumed run equals the uninterrupted one: on the CPU to the bit.
+``checkpoint``'s. A resumed run equals the uninterrupted one: on the CPU to the bit. Under torchrun
+each rank trains on its share of every global batch, and all numbers are those of the whole batch.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from shared.errors import CheckpointError, ConfigError
-from train import checkpoint, runtime
+from train import checkpoint, distributed, runtime
+from train.bad_samples import BadSampleLimit
 from train.config import TrainConfig, as_train_config
 from train.creature import reading_of
 from train.feed import BatchFeed, one_epoch
@@ -30,6 +31,8 @@ from train.optimizing import (
     set_learning_rate,
     step_if,
 )
+from train.parallel import averaging_gradients, parallelize
+from train.progress import Progress, TrainSummary
 from train.runtime import StopSignals, explained_out_of_memory
 from train.state import TrainState, schedule_of, shapes_of
 
@@ -42,57 +45,14 @@ if TYPE_CHECKING:
     from train.feed import Batch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSummary:
-    """What a call of ``Trainer.train`` did."""
-
-    steps: int
-    """Optimizer steps of the whole run so far."""
-    stopped_by: Literal["max_steps", "signal"]
-    """Why it returned; a signal is Ctrl-C or SIGTERM."""
-    first_losses: Mapping[str, float]
-    """Means over this call's first few steps, by metric name."""
-    last_losses: Mapping[str, float]
-    """Means of the newest log."""
-    first_val_losses: Mapping[str, float]
-    """This call's first held-out losses; empty without a val_loader."""
-    last_val_losses: Mapping[str, float]
-    """The newest held-out losses."""
-    samples_per_sec: float
-    """Of the newest log."""
-    data_wait_fraction: float
-    """Share of the time in which the device waited for data, of the newest log."""
-    skipped_samples: int
-    """Bad samples that were replaced, in the whole run."""
-    skipped_steps: int
-    """Steps of this call that were left out because they were not finite."""
-    checkpoint: Path | None
-    """The newest checkpoint of this call."""
-    log_dir: Path
-    """TensorBoard's folder of this run."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Progress:
-    """What one call of ``train`` has come to so far."""
-
-    meter: StepMeter
-    began_s: float = field(default_factory=time.perf_counter)
-    to_first_batch_s: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    first_val: dict[str, float] = field(default_factory=dict)
-    last_val: dict[str, float] = field(default_factory=dict)
-    skipped_steps: int = 0
-    checkpoint: Path | None = None
-
-
 class Trainer:
     """Trains a model on a loader's batches.
 
     Args:
         model: takes a batch's inputs, gives each head's output; moved to the device.
         config: a TrainConfig, or the plain dict of ``yaml.safe_load``.
-        loader: any iterable of batches (docs/architecture.md); a finite one is repeated.
+        loader: any iterable of batches (docs/architecture.md); a finite one is repeated. Under
+            torchrun: one that gives this rank its share, such as a ``Loader`` with its rank.
         device: "auto", "cpu", "cuda", ...; "auto" defers to ``training.device``.
         val_loader: held-out batches, at most ``training.eval_batches`` of which are measured.
         run_name: folder below ``training.log_dir``; None: the resumed run's, or the time and the
@@ -102,7 +62,8 @@ class Trainer:
             tokenizer, which make them usable without the data.
 
     Raises:
-        ConfigError: a wrong key or value, or a device that is not here.
+        ConfigError: a wrong key or value, a device that is not here, or a loader that does not
+            give this rank its share.
     """
 
     def __init__(
@@ -119,15 +80,23 @@ class Trainer:
     ) -> None:
         self.config = as_train_config(config)
         training = self.config.training
-        self.device = runtime.choose_device(training.device if device == "auto" else device)
+        for given in filter(None, (loader, val_loader)):
+            distributed.check_share(given)
+        self.device = distributed.own_device(
+            runtime.choose_device(training.device if device == "auto" else device)
+        )
         self._dtype = runtime.choose_dtype(training.precision, self.device)
         runtime.set_up_math(
             num_threads=runtime.choose_num_threads(
-                training.num_threads, self.device, num_workers=self.config.data.num_workers
+                training.num_threads,
+                self.device,
+                num_workers=self.config.data.num_workers,
+                num_ranks=distributed.local_world_size(),
             )
         )
         self.model = model.to(self.device)
-        self._forward = torch.compile(self.model) if training.compile else self.model
+        self._parallel = parallelize(self.model, parallel=training.parallel)
+        self._forward = torch.compile(self._parallel) if training.compile else self._parallel
         self._state = TrainState(
             model=self.model,
             optimizer=make_optimizer(self.model, training.optimizer),
@@ -139,9 +108,10 @@ class Trainer:
         )
         self._loader, self._val_loader = loader, val_loader
         self._console = console
+        self._limit = BadSampleLimit(max_fraction=self.config.data.max_bad_fraction)
         self._feed: BatchFeed | None = None
         self._resumed: dict[str, Any] | None = None
-        self._progress = _Progress(meter=StepMeter(self.device))
+        self._progress = Progress(meter=StepMeter(self.device))
 
     @property
     def step(self) -> int:
@@ -161,19 +131,21 @@ class Trainer:
         """
         training, state = self.config.training, self._state
         optimizer, scaler = state.optimizer, state.scaler
-        checkpoint.prepare_folder(training.checkpointing.save_dir)
-        with StopSignals() as stop, explained_out_of_memory(), self._open_log() as log:
+        folder = training.checkpointing.save_dir
+        distributed.on_main(lambda: checkpoint.prepare_folder(folder))
+        with self._stop_signals() as stop, explained_out_of_memory(), self._open_log() as log:
             feed = self._restore(log)
-            while state.step < training.max_steps and not stop.requested:
+            while state.step < training.max_steps and not distributed.any_of(stop.requested):
                 set_learning_rate(optimizer, learning_rate(state.step, training))
                 batches = self._take_batches(feed, log)
-                losses = self._forward_and_backward(batches)
+                counts = self._counts(batches)
+                losses = self._forward_and_backward(batches, counts)
                 grad_norm = clip_gradient(optimizer, scaler, max_norm=training.grad_clip)
                 is_good = torch.isfinite(losses["loss_total"]) & torch.isfinite(grad_norm)
                 step_if(is_good, optimizer, scaler)
                 feed.fetch_ahead()
                 state.step += 1
-                self._count(batches, losses, grad_norm=grad_norm, is_good=is_good)
+                self._measure(losses, counts, grad_norm=grad_norm, is_good=is_good)
 
                 if self._is_due(training.log_interval):
                     self._log(log, feed)
@@ -209,13 +181,15 @@ class Trainer:
         self.model.train(was_training)
         if not parts:
             return {}
-        sums = _added({name: total for name, (total, _) in part.items()} for part in parts)
-        counts = _added({name: count for name, (_, count) in part.items()} for part in parts)
+        sums = distributed.add_up(_added({n: total for n, (total, _) in p.items()} for p in parts))
+        counts = distributed.add_up(
+            _added({n: count for n, (_, count) in p.items()} for p in parts)
+        )
         losses = mean_losses({n: (sums[n], counts[n]) for n in sums}, config=self.config)
         return {name: float(loss) for name, loss in losses.items()}
 
     def save_checkpoint(self, path: Path | str) -> Path:
-        """Save everything that going on from here needs.
+        """Save everything that going on from here needs; all ranks call it, the main one writes.
 
         Raises:
             CheckpointError: it could not be written.
@@ -234,20 +208,26 @@ class Trainer:
     def _open_log(self) -> RunLog:
         """The run's folder; a resumed run goes on in its old one."""
         training = self.config.training
-        self._state.run_name = self._state.run_name or default_run_name()
+        name = self._state.run_name or default_run_name()
+        self._state.run_name = distributed.on_main(lambda: name)
         return RunLog(
             training.log_dir / self._state.run_name,
             first_step=self.step,
             max_steps=training.max_steps,
             quiet_steps=max(QUIET_STEPS, training.optimizer.warmup_steps),
             console=self._console,
+            is_silent=not distributed.is_main(),
         )
+
+    def _stop_signals(self) -> StopSignals:
+        """Torchrun may repeat a scheduler's signal, and ends by itself whoever takes too long."""
+        return StopSignals(is_patient=distributed.world_size() > 1)
 
     def _restore(self, log: RunLog) -> BatchFeed:
         """Bring random states and the stream to where the checkpoint was, or to the beginning."""
-        self._progress = _Progress(meter=StepMeter(self.device))
+        self._progress = Progress(meter=StepMeter(self.device))
         self.model.train()
-        seed = self.config.training.seed
+        seed, rank = self.config.training.seed, distributed.rank()
         resumed, self._resumed = self._resumed, None
         if resumed is not None:
             log.say(f"resuming at step {self.step} from {resumed['path']}")
@@ -257,44 +237,61 @@ class Trainer:
                     style="yellow",
                 )
             self._feed = BatchFeed(self._loader, self.device, seed=seed, state=resumed["stream"])
-            runtime.set_rng_state(resumed["rng"])
+            if resumed["rng"] is None:  # there were fewer ranks
+                runtime.seed_everything(runtime.rank_seed(seed, rank=rank, step=self.step))
+            else:
+                runtime.set_rng_state(resumed["rng"])
         elif self._feed is None:
             log.write_config(self.config.model_dump(mode="json"))
-            runtime.seed_everything(seed)
+            runtime.seed_everything(runtime.rank_seed(seed, rank=rank))
             self._feed = BatchFeed(self._loader, self.device, seed=seed)
         return self._feed
 
     def _take_batches(self, feed: BatchFeed, log: RunLog) -> list[Batch]:
         """One step's micro-batches on the device; bad samples in them are written down."""
         batches = feed.take(self.config.training.accumulation_steps)
-        for batch in batches:
-            skipped = batch.get("skipped", ())
-            self._state.skipped_samples += len(skipped)
-            log.write_skipped(self.step, skipped)
+        skipped = distributed.gather([one for b in batches for one in b.get("skipped", ())])
+        self._state.skipped_samples += len(skipped)
+        log.write_skipped(self.step, skipped)
+        num_read = distributed.world_size() * sum(len(batch["weight"]) for batch in batches)
+        self._limit.count(num_read, skipped)
         if self._progress.to_first_batch_s is None:
             self._progress.to_first_batch_s = time.perf_counter() - self._progress.began_s
             feed.take_waits_s()  # the start is no wait of a running stream
             self._progress.meter.restart_clock()
         return batches
 
-    def _forward_and_backward(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """Gradients and losses of one step; micro-batches weigh as in one large batch."""
-        self._state.optimizer.zero_grad(set_to_none=True)
+    def _counts(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """What the losses of one step are divided by, over its micro-batches and all ranks; and
+        "num_samples".
+        """
         config, shapes = self.config, self._state.shapes
-        counts = None
-        if len(batches) > 1:
-            counts = _added(
-                loss_counts(batch["targets"], batch["weight"], config=config, shapes=shapes)
+        return distributed.add_up(
+            _added(
+                {
+                    **loss_counts(batch["targets"], batch["weight"], config=config, shapes=shapes),
+                    "num_samples": batch["weight"].sum(),
+                }
                 for batch in batches
             )
+        )
+
+    def _forward_and_backward(
+        self, batches: list[Batch], counts: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Gradients and losses of one step; micro-batches and ranks weigh as in one large batch."""
+        self._state.optimizer.zero_grad(set_to_none=True)
         parts = []
         for batch in batches:
-            outputs, targets = self._predict(batch), batch["targets"]
-            losses = compute_losses(outputs, targets, batch["weight"], config=config, counts=counts)
-            loss = self._state.scaler.scale(losses["loss_total"])
-            loss.backward()  # type: ignore[no-untyped-call]
+            with averaging_gradients(self._parallel, is_due=batch is batches[-1]):
+                outputs = self._predict(batch)
+                losses = compute_losses(
+                    outputs, batch["targets"], batch["weight"], config=self.config, counts=counts
+                )
+                total = losses["loss_total"] * distributed.world_size()  # the average is a sum
+                self._state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
             parts.append({name: loss.detach() for name, loss in losses.items()})
-        return _added(parts)
+        return distributed.add_up(_added(parts))
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
         inputs = to_model_inputs(batch["inputs"], dtype=self._dtype)
@@ -302,12 +299,17 @@ class Trainer:
             outputs: dict[str, Tensor] = self._forward(inputs)
         return outputs
 
-    def _count(
-        self, batches: list[Batch], losses: dict[str, Tensor], *, grad_norm: Tensor, is_good: Tensor
+    def _measure(
+        self,
+        losses: dict[str, Tensor],
+        counts: Mapping[str, Tensor],
+        *,
+        grad_norm: Tensor,
+        is_good: Tensor,
     ) -> None:
         """Add a step to the meter; on the CPU, where looking is free, stop a diverged run."""
-        num_samples = torch.stack([batch["weight"].sum() for batch in batches]).sum()
         meter = self._progress.meter
+        num_samples = counts["num_samples"]
         meter.add(losses, grad_norm=grad_norm, is_good=is_good, num_samples=num_samples)
         if self.device.type == "cpu":
             meter.check_divergence(self.step)
@@ -319,9 +321,11 @@ class Trainer:
     def _log(self, log: RunLog, feed: BatchFeed) -> None:
         progress = self._progress
         runtime.synchronize(self.device)
+        waits_s = distributed.largest(feed.take_waits_s())  # a step waits for its slowest rank
+        (memory_mb,) = distributed.largest([runtime.memory_allocated_mb(self.device)])
         metrics = {
-            **progress.meter.take(feed.take_waits_s()),
-            "memory_allocated_mb": runtime.memory_allocated_mb(self.device),
+            **progress.meter.take(waits_s),
+            "memory_allocated_mb": memory_mb,
             "lr": float(self._state.optimizer.param_groups[0]["lr"]),
             "skipped_samples": float(self._state.skipped_samples),
         }
@@ -352,7 +356,8 @@ class Trainer:
             except CheckpointError as error:
                 log.say(f"  warning: {error}; older checkpoints stay", style="red")
             else:
-                checkpoint.prune_checkpoints(keeping.save_dir, keep_last_n=keeping.keep_last_n)
+                if distributed.is_main():
+                    checkpoint.prune_checkpoints(keeping.save_dir, keep_last_n=keeping.keep_last_n)
 
     def _finish(self, log: RunLog, feed: BatchFeed) -> TrainSummary:
         """Log and save what is not yet, and say what happened."""
@@ -370,19 +375,10 @@ class Trainer:
                 f"stopped at step {self.step}; go on with the same command and `--resume auto`, "
                 f"or with trainer.load_checkpoint({str(progress.checkpoint)!r})"
             )
-        metrics = progress.metrics
-        return TrainSummary(
+        return progress.summary(
             steps=self.step,
-            stopped_by="max_steps" if is_complete else "signal",
-            first_losses=progress.meter.first_losses(),
-            last_losses={n: v for n, v in metrics.items() if n.startswith("loss_")},
-            first_val_losses=progress.first_val,
-            last_val_losses=progress.last_val,
-            samples_per_sec=metrics.get("samples_per_sec", 0.0),
-            data_wait_fraction=metrics.get("data_wait_fraction", 0.0),
+            is_complete=is_complete,
             skipped_samples=self._state.skipped_samples,
-            skipped_steps=progress.skipped_steps,
-            checkpoint=progress.checkpoint,
             log_dir=log.folder,
         )
 
