@@ -146,14 +146,22 @@ class ColumnFile:
     """A column opened for reading single members by ``pread``; safe to share between threads and
     with forked processes: nothing moves a file position.
 
+    Args:
+        path: the file.
+        descriptor: it is open already, and this one closes it.
+
     Raises:
         ShardError: no such file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, descriptor: int | None = None) -> None:
         self.path = path
         try:
-            self._file: IO[bytes] = path.open("rb", buffering=0)
+            self._file: IO[bytes] = (
+                path.open("rb", buffering=0)
+                if descriptor is None
+                else os.fdopen(descriptor, "rb", buffering=0)
+            )
             self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise ShardError(f"{path}: can't be opened: {error.strerror}") from error

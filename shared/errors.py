@@ -53,7 +53,18 @@ class TooManyBadSamplesError(CorruptError):
 
 
 class StorageError(CreatureError):
-    """A place behind a URL can't be reached, read or written."""
+    """A place behind a URL can't be reached, read or written.
+
+    Args:
+        message: what, where, how to mend.
+        brief: only what and where; for log lines.
+        may_pass: whether the same request may go well later.
+    """
+
+    def __init__(self, message: str, *, brief: str = "", may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.brief = brief or message
+        self.may_pass = may_pass
 
 
 class JobError(CreatureError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,13 @@ MANIFEST_FILE = "manifest.json"
 REJECTED_FILE = "rejected.jsonl"
 SESSIONS_FILE = "sessions.jsonl"
 FORMAT_NAME = "vr-creature-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 has indexes of version 1, whose columns lack `rows`."""
+
+_HEAD = re.compile(
+    rb'\s*\{\s*"format"\s*:\s*"vr-creature-shards"\s*,\s*"format_version"\s*:\s*(\d+)'
+)
+"""How a manifest of every version begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +70,8 @@ class Manifest:
     """Windows planned, and what became of them."""
     fingerprint: str
     """Hash of everything that decides the samples."""
+    format_version: int = FORMAT_VERSION
+    """Of the set's files; a set that is written is of the newest."""
 
     def in_split(self, split: Split) -> tuple[ShardEntry, ...]:
         """Shards of a split, in order."""
@@ -72,15 +81,18 @@ class Manifest:
         """Samples of a split."""
         return sum(s.num_samples for s in self.shards if s.split == split)
 
-    def load_tokenizer(self) -> TextTokenizer:
+    def load_tokenizer(self, content: bytes | None = None) -> TextTokenizer:
         """The set's tokenizer.
+
+        Args:
+            content: of its file, where that does not lie in `root`.
 
         Raises:
             CorruptError: the file is not the one that the manifest means.
         """
         path = self.root / self.tokenizer_file
         try:
-            content = path.read_bytes()
+            content = path.read_bytes() if content is None else content
         except OSError as error:
             raise ShardError(f"{path}: can't be read: {error.strerror}") from error
         if hashlib.sha256(content).hexdigest() != self.tokenizer_sha256:
@@ -102,12 +114,31 @@ def read_manifest(root: Path | str) -> Manifest:
     root = Path(root)
     path = root / MANIFEST_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise ShardError(
             f"{path}: no such shard set; make it by `python -m preprocess shards --out {root}`"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CorruptError(f"{path}: is damaged: {error}; rebuild by `make shards`") from error
+    return parse_manifest(content, root=root, path=str(path))
+
+
+def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
+    """A manifest from its file's bytes.
+
+    Args:
+        content: the bytes.
+        root: where the set's files lie, or copies of them.
+        path: where the bytes come from, for messages.
+
+    Raises:
+        FormatVersionError, CorruptError, ConfigError: see :func:`read_manifest`.
+    """
+    refuse_newer(content, path=path)
+    try:
+        values = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: is damaged: {error}; rebuild by `make shards`") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
         raise CorruptError(f"{path}: is no manifest of a shard set")
@@ -115,10 +146,7 @@ def read_manifest(root: Path | str) -> Manifest:
     if type(version) is not int or version < 1:
         raise CorruptError(f"{path}: format_version is {version!r}; rebuild by `make shards`")
     if version > FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that "
-            "this software reads; update it, or rebuild the set from its sessions"
-        )
+        raise _newer(version, path)
     try:
         return _parse(values, root, path)
     except ConfigError:
@@ -127,7 +155,7 @@ def read_manifest(root: Path | str) -> Manifest:
         raise CorruptError(f"{path}: is damaged: {error!r}; rebuild by `make shards`") from error
 
 
-def _parse(values: Mapping[str, Any], root: Path, path: Path) -> Manifest:
+def _parse(values: Mapping[str, Any], root: Path, path: str) -> Manifest:
     return Manifest(
         root=root,
         recipe=make_section(Recipe, values["recipe"], origin=f"{path}: recipe"),
@@ -139,6 +167,29 @@ def _parse(values: Mapping[str, Any], root: Path, path: Path) -> Manifest:
         statistics=dict(values["statistics"]),
         counts=dict(values["counts"]),
         fingerprint=_text(values["fingerprint"]),
+        format_version=values["format_version"],
+    )
+
+
+def refuse_newer(content: bytes, *, path: str) -> None:
+    """Refuse a manifest by its first bytes where its format is a newer one.
+
+    Args:
+        content: its file, or the first hundred bytes.
+        path: where it comes from, for the message.
+
+    Raises:
+        FormatVersionError: written by a newer version of this program.
+    """
+    head = _HEAD.match(content)
+    if head is not None and int(head[1]) > FORMAT_VERSION:
+        raise _newer(int(head[1]), path)
+
+
+def _newer(version: int, path: str) -> FormatVersionError:
+    return FormatVersionError(
+        f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that this "
+        "program reads; update the program"
     )
 
 

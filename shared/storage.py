@@ -3,30 +3,49 @@ of an object store.
 
 Local folders are never read or written through here. An upload is atomic: readers see the old
 object or the new one. Addresses and keys of a store come from fsspec's and the store's own
-environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``FSSPEC_S3_ANON=true`` ...) and stand in
-no file and no message.
+environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``FSSPEC_S3_ANON=true``, ``HTTPS_PROXY``,
+``~/.netrc`` ...) and stand in no file and no message.
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
+import logging
+import random
 import re
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from shared.errors import StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 30.0
+"""Of http and https: so long without one byte is a failure. aiohttp has a limit for the whole
+answer, 5 minutes, which large files on slow lines would not meet."""
+
+_log = logging.getLogger(__name__)
+_chance = random.SystemRandom()
+_T = TypeVar("_T")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _USER = re.compile(r"(?<=://)[^/@]*@")
 _FACTS = ("ETag", "etag", "md5", "checksum", "generation", "mtime", "LastModified", "created")
 """What file systems of fsspec call that which changes when an object's content does, best first."""
+_FOR_GOOD = (PermissionError, ValueError, TypeError, ImportError, NotImplementedError)
+_FOR_GOOD_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
+"""Errors that trying again does not mend; botocore's by name, for it may not be there."""
+_PASSING_STATUS = {408, 425, 429}
+"""HTTP statuses below 500 that pass: request timeout, too early, too many requests."""
+_PACKAGES = {"s3": "s3fs>=2025.1", "http": "aiohttp>=3.9", "https": "aiohttp>=3.9"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +55,56 @@ class StoredFile:
     length_bytes: int
     tag: str
     """Differs when the content does: a checksum, else a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long to try again; waits grow exponentially with full jitter (Brooker 2015, "Exponential
+    Backoff And Jitter", AWS Architecture Blog), so that many processes don't come back at once.
+    """
+
+    attempts: int = 10
+    first_wait_s: float = 0.5
+    """The longest first wait; each later one may be twice as long."""
+    longest_wait_s: float = 30.0
+    total_s: float = 240.0
+    """No attempt begins later; below the 10 minutes after which a silent loader is given up."""
+
+
+def retried(call: Callable[[], _T], *, patience: Patience) -> _T:
+    """The result of a call that is made again while it fails in a way that may pass.
+
+    Args:
+        call: asks a store.
+        patience: how often and how long.
+
+    Raises:
+        StorageError: the last one.
+    """
+    begin_s = time.monotonic()
+    for attempt in itertools.count(1):
+        try:
+            return call()
+        except StorageError as error:
+            longest_s = min(patience.first_wait_s * 2 ** (attempt - 1), patience.longest_wait_s)
+            wait_s = _chance.uniform(0, longest_s)
+            passed_s = time.monotonic() - begin_s
+            if not error.may_pass:
+                raise
+            if attempt >= patience.attempts or passed_s + wait_s > patience.total_s:
+                raise StorageError(
+                    f"{error.brief}; given up after {attempt} attempts in {passed_s:.0f} s; when "
+                    "it can be reached, run the command again (a training: with --resume auto)"
+                ) from error
+            _log.warning(
+                "%s; attempt %d of %d in %.1f s",
+                error.brief,
+                attempt + 1,
+                patience.attempts,
+                wait_s,
+            )
+        time.sleep(wait_s)
+    raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +199,23 @@ class Store:
         import fsspec
 
         # Listings that are kept know nothing of what other processes put there.
-        fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **self._options())
         return fs, root.rstrip("/")
+
+    def _options(self) -> dict[str, Any]:
+        """What the file system needs to be told; s3fs has timeouts of its own (5 s, 15 s)."""
+        protocol = self.url.partition("://")[0]
+        if protocol not in {"http", "https"}:
+            return {}
+        import aiohttp
+        import fsspec
+
+        given = fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S
+        )
+        # Proxies and ~/.netrc, which aiohttp otherwise ignores.
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True, **given}}
 
     @contextmanager
     def _named(self, name: str = "", *, is_new: bool = False) -> Iterator[None]:
@@ -150,15 +234,19 @@ class Store:
             raise StorageError(f"{place}: no such bucket or folder; make it first") from error
         except ImportError as error:
             protocol = self.url.partition("://")[0]
+            package = _PACKAGES.get(protocol)
+            mend = f"; run `pip install '{package}'`" if package else ""
             raise StorageError(
-                f"{place}: {protocol}:// needs a package that is not installed: {error}; for "
-                "s3:// run `pip install 's3fs>=2025.1'`"
+                f"{place}: {protocol}:// needs a package that is not installed: {error}{mend}"
             ) from error
         except Exception as error:  # every store's library has exceptions of its own
             reason = (str(error) or type(error).__name__).splitlines()[0]
+            brief = f"{place}: {shown(reason)} ({type(error).__name__})"
             raise StorageError(
-                f"{place}: {shown(reason)} ({type(error).__name__}); is the address right, and may "
-                "you read and write there? Nothing that was finished is lost: run it again"
+                f"{brief}; is the address right, and may you read and write there? Nothing that "
+                "was finished is lost: run it again",
+                brief=brief,
+                may_pass=_may_pass(error),
             ) from error
 
 
@@ -174,6 +262,16 @@ def place_of(text: Path | str) -> Path | Store:
 def shown(url: str) -> str:
     """A URL as it may be printed: without a user name and password."""
     return _USER.sub("", url)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may go well later."""
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in _PASSING_STATUS
+    is_full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    named = type(error).__name__ in _FOR_GOOD_NAMES
+    return not (is_full or named or isinstance(error, _FOR_GOOD))
 
 
 def _tag(facts: dict[str, Any]) -> str:

@@ -8,10 +8,11 @@ import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from shared.config import Section, make_section
 from shared.recipe import STREAMS, Stream
+from shared.storage import Store, place_of, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,11 +38,39 @@ HEAD_STREAM: Mapping[Head, Stream] = {
 TEXT_STREAMS = (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT)
 
 
+def _as_place(value: object) -> Path | str:
+    """A local path as a path; a URL stays as it is written."""
+    if not isinstance(value, str | Path):
+        raise ValueError(f"{value!r} is neither a folder nor a URL")
+    place = place_of(value)
+    if not isinstance(place, Store):
+        return place
+    if shown(place.url) != place.url:
+        raise ValueError(
+            f"{place}: checkpoints and logs hold the configuration, so no password may stand in "
+            "it; put it into ~/.netrc or the environment"
+        )
+    return place.url
+
+
+Place = Annotated[Path | str, BeforeValidator(_as_place)]
+"""A folder, or the URL of one."""
+
+
 class DataConfig(Section):
     """Where samples come from and how they are batched."""
 
-    shards: Path | None = None
-    """A shard set made by `python -m preprocess shards`; the fast way."""
+    shards: Place | None = None
+    """A shard set made by `python -m preprocess shards`; the fast way. A folder, or a URL such as
+    s3://bucket/set or https://host/set (anything that fsspec opens), which is read through a cache
+    on this machine."""
+    cache_dir: Path | None = None
+    """Folder for copies of sets behind URLs, shared by every run of this machine; on a local disk.
+    null means vr-creature/shards under $XDG_CACHE_HOME or ~/.cache."""
+    cache_gb: float = Field(64, gt=0)
+    """So many gigabytes (10^9 bytes) of copies are kept; what was used longest ago goes first. A
+    run needs room for two blocks: 17 GB with 32 shards of 256 MiB. A set that fits wholly, 100
+    hours or so here, is fetched only once."""
     root_dir: Path | None = None
     """A folder of session folders. Without `shards` they are read directly, the small-data way."""
     recipe: Path | None = None

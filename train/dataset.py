@@ -24,7 +24,7 @@ from train.inputs import VISION_STREAMS
 from train.source import SENSORS, write_absent, write_mel, write_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -105,6 +105,9 @@ class SessionSource:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def will_read(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
+        """Nothing: sessions are local."""
 
     def read_into(
         self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool

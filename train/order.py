@@ -82,6 +82,26 @@ class SampleOrder:
             shards[here], rows[here] = block_shards[offsets], block_rows[offsets]
         return shards, rows
 
+    def blocks_of(self, epoch: int, positions: NDArray[np.int64]) -> tuple[int, int]:
+        """First and last block among positions; those past the epoch's end count as its last."""
+        if epoch != self._epoch:
+            self._enter(epoch)
+        ends = np.minimum([positions.min(), positions.max()], self.num_samples - 1)
+        first, last = np.searchsorted(self._block_starts, ends, side="right") - 1
+        return int(first), int(last)
+
+    def shards_of(self, epoch: int, first: int, last: int) -> NDArray[np.int64]:
+        """Shards of blocks [first, last] in turn; past an epoch's end come the next one's."""
+        if epoch != self._epoch:
+            self._enter(epoch)
+        num_ahead = last + 1 - len(self._block_starts)
+        start, stop = first * self._block_shards, (last + 1) * self._block_shards
+        shards = self._shards[start:stop]
+        if num_ahead > 0:
+            after = self._permuted(epoch + 1)[: num_ahead * self._block_shards]
+            shards = np.concatenate([shards, after])
+        return shards
+
     def locate_one(self, epoch: int, position: int) -> tuple[int, int]:
         """Shard and row of one position."""
         shards, rows = self.locate(epoch, np.array([position]))
@@ -102,16 +122,20 @@ class SampleOrder:
 
     def _enter(self, epoch: int) -> None:
         """Permute the shards of an epoch: O(shards), once per epoch."""
-        count = len(self.shard_sizes)
-        order = np.arange(count)
-        if self._is_shuffled:
-            order = np.argsort(self._hashes(f"{epoch}/shards", count), kind="stable")
+        order = self._permuted(epoch)
         sizes = self.shard_sizes[order]
         starts = np.concatenate([[0], np.cumsum(sizes)])
         self._shards = order
         self._block_starts = starts[: -1 : self._block_shards]
         self._blocks.clear()
         self._epoch = epoch
+
+    def _permuted(self, epoch: int) -> NDArray[np.int64]:
+        """Shards in the order of an epoch."""
+        count = len(self.shard_sizes)
+        if not self._is_shuffled:
+            return np.arange(count)
+        return np.argsort(self._hashes(f"{epoch}/shards", count), kind="stable")
 
     def _block(self, epoch: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shard and row of each place of a block; kept while it is in use."""
@@ -168,7 +192,7 @@ class BatchOrder:
         if order.num_samples == 0:
             raise ValueError("there is no sample to make batches of")
         if batch_size % world_size:
-            raise ValueError(f"{world_size} ranks do not divide a global batch of {batch_size}")
+            raise ValueError(_indivisible(batch_size, world_size))
         full, rest = divmod(order.num_samples, batch_size)
         self.order = order
         self.batch_size = batch_size
@@ -193,3 +217,18 @@ class BatchOrder:
         """Positions in the epoch of this rank's share; those past its end are padding."""
         batch = index % self.batches_per_epoch
         return np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)[self._share]
+
+
+def _indivisible(batch_size: int, world_size: int) -> str:
+    """What fits, nearest first: numbers of ranks for the batch, or a batch for the ranks."""
+    fitting = sorted(
+        (n for n in range(1, batch_size + 1) if batch_size % n == 0),
+        key=lambda n: (abs(n - world_size), n),
+    )
+    below = batch_size // world_size * world_size
+    sizes = [str(n) for n in (below, below + world_size) if n]
+    return (
+        f"{world_size} ranks can't share a global batch of {batch_size} equally; start "
+        f"{' or '.join(map(str, sorted(fitting[:2])))} ranks (torchrun --nproc-per-node), or set "
+        f"data.batch_size: {' or '.join(sizes)}"
+    )

@@ -1,14 +1,14 @@
 """A shard set as a source of samples: one ``pread`` per member, only of the fields that are wanted.
 
 Index and column files are opened at their first use and the least recently used are closed. Every
-member is checked against its CRC32C before it is decoded.
+member is checked against its CRC32C before it is decoded. Where the set lies behind a URL, the
+files are copies in this machine's cache (:mod:`train.remote`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -20,55 +20,135 @@ from shared.hold import read_held
 from shared.index import ShardIndex, open_index
 from shared.layout import streams_of_bits
 from shared.recipe import Split, Stream
+from shared.storage import Store, place_of
+from train.config import TEXT_STREAMS
 from train.inputs import VISION_STREAMS
+from train.remote import CacheSettings, RemoteFiles
 from train.source import SENSORS, write_absent, write_mel, write_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from shared.manifest import ShardEntry
 
 MAX_OPEN_SHARDS = 64
 """Shards kept open at once, a few file descriptors each: two blocks of the default shuffle."""
 
 
+READ_COLUMNS = {
+    **{stream: str(stream) for stream in VISION_STREAMS},
+    **dict.fromkeys(SENSORS, "proprio"),
+    Stream.AUDIO: "dmel",
+    **dict.fromkeys(TEXT_STREAMS, "text"),
+}
+"""The column that each stream is read from."""
+
+
+class SetFiles(Protocol):
+    """Where a set's files come from. `let_go` closes a shard to make room, if one is open."""
+
+    def open_index(self, entry: ShardEntry, *, let_go: Callable[[], bool]) -> ShardIndex:
+        """A shard's index."""
+        ...
+
+    def open_column(
+        self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]
+    ) -> ColumnFile:
+        """A column's file."""
+        ...
+
+    def renew_column(self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]) -> bool:
+        """Get a damaged column anew; False where that does not help."""
+        ...
+
+    def fetch_ahead(self, entries: Sequence[ShardEntry], columns: Sequence[str]) -> None:
+        """Get what will be read."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the set."""
+        ...
+
+
+class LocalFiles:
+    """A set in a folder, which is held while it is read; see :mod:`shared.hold`."""
+
+    def __init__(self, root: Path) -> None:
+        self.manifest, self._hold = read_held(root)
+        self.tokenizer = self.manifest.load_tokenizer()
+
+    def open_index(self, entry: ShardEntry, *, let_go: Callable[[], bool]) -> ShardIndex:
+        """A shard's index, mapped."""
+        del let_go
+        return open_index(self.manifest.root / entry.index_file, sha256=entry.index_sha256)
+
+    def open_column(
+        self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]
+    ) -> ColumnFile:
+        """A column's file."""
+        del let_go
+        return ColumnFile(self.manifest.root / index.facts["columns"][column]["file"])
+
+    def renew_column(self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]) -> bool:
+        """Nothing helps."""
+        del index, column, let_go
+        return False
+
+    def fetch_ahead(self, entries: Sequence[ShardEntry], columns: Sequence[str]) -> None:
+        """Nothing: all is here."""
+
+    def close(self) -> None:
+        """Hold the set no longer."""
+        if self._hold is not None:
+            self._hold.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The hold stays with the first process, which outlives the others."""
+        return {**self.__dict__, "_hold": None}
+
+
 class OpenShard:
     """One shard's index and the columns that were asked for."""
 
-    def __init__(self, root: Path, index: ShardIndex) -> None:
+    def __init__(self, index: ShardIndex) -> None:
         self.index = index
-        self._root = root
-        self._files: dict[str, ColumnFile] = {}
-
-    def read(self, column: str, members: str, row: int) -> bytes | None:
-        """Checked bytes of a row: `members` of `column`; None where the sample lacks it."""
-        if column not in self._files:
-            name = self.index.facts["columns"][column]["file"]
-            self._files[column] = ColumnFile(self._root / name)
-        return self._files[column].read(self.index.members(members), row)
+        self.files: dict[str, ColumnFile] = {}
 
     def close(self) -> None:
-        """Close its files."""
-        for file in self._files.values():
-            file.close()
+        """Close its files; the next read opens them again."""
+        while self.files:
+            self.files.popitem()[1].close()
 
 
 class ShardSource:
     """Samples of one split of a shard set; safe to send to another process.
 
     Args:
-        root: the shard set's folder.
+        root: the shard set's folder, or a URL that fsspec knows.
         split: which sessions.
+        cache: for a set behind a URL.
 
     Raises:
         ShardError: no such set, or no sample in that split.
+        StorageError, ConfigError: see :class:`train.remote.RemoteFiles`.
     """
 
-    def __init__(self, root: Path | str, *, split: Split = "train") -> None:
-        self.manifest, self._hold = read_held(Path(root))
+    def __init__(
+        self, root: Path | str, *, split: Split = "train", cache: CacheSettings | None = None
+    ) -> None:
+        place = place_of(root)
+        files = (
+            RemoteFiles(place, cache or CacheSettings())
+            if isinstance(place, Store)
+            else LocalFiles(place)
+        )
+        self._files: SetFiles = files
+        self.manifest, self.tokenizer = files.manifest, files.tokenizer
         self.recipe = self.manifest.recipe
         self.fingerprint = f"{self.manifest.fingerprint}/{split}"
-        self.tokenizer = self.manifest.load_tokenizer()
         self._entries = self.manifest.in_split(split)
         self.shard_sizes = np.array([e.num_samples for e in self._entries], dtype=np.int64)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
@@ -94,22 +174,29 @@ class ShardSource:
         found = self._open.get(shard)
         if found is None:
             entry = self._entries[shard]
-            path = self.manifest.root / entry.index_file
             try:
-                index = open_index(path, sha256=entry.index_sha256)
+                index = self._files.open_index(entry, let_go=self._close_oldest)
             except ShardError as error:  # a missing file is as bad as a damaged one
                 raise CorruptError(str(error)) from error
-            found = OpenShard(self.manifest.root, index)
+            found = OpenShard(index)
             if found.index.num_samples != entry.num_samples:
                 raise CorruptError(
-                    f"{path}: has {found.index.num_samples} rows, manifest says "
+                    f"{entry.index_file}: has {found.index.num_samples} rows, manifest says "
                     f"{entry.num_samples}; rebuild by `make shards`"
                 )
             self._open[shard] = found
             if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)[1].close()
+                self._close_oldest()
         self._open.move_to_end(shard)
         return found
+
+    def will_read(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
+        """See :meth:`train.source.SampleSource.will_read`; closes what is not read any more."""
+        wanted = list(dict.fromkeys(shards))
+        for shard in self._open.keys() - set(wanted):
+            self._open.pop(shard).close()
+        columns = sorted({READ_COLUMNS[stream] for stream in streams})
+        self._files.fetch_ahead([self._entries[shard] for shard in wanted], columns)
 
     def read_into(
         self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
@@ -124,16 +211,20 @@ class ShardSource:
 
     def close(self) -> None:
         """Close all files and hold the set no longer; the next read opens its files again."""
-        while self._open:
-            self._open.popitem()[1].close()
-        if self._hold is not None:
-            self._hold.close()
+        while self._close_oldest():
+            pass
+        self._files.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the open files: another process opens its own. The hold stays with the
-        first, which outlives it.
-        """
-        return {**self.__dict__, "_open": OrderedDict(), "_hold": None}
+        """Everything but the open files: another process opens its own."""
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def _close_oldest(self) -> bool:
+        """Close the files of the shard that was used longest ago; whether there was one."""
+        if not self._open:
+            return False
+        self._open.popitem(last=False)[1].close()
+        return True
 
     def _read_into(
         self,
@@ -145,7 +236,7 @@ class ShardSource:
     ) -> Text | None:
         for stream in VISION_STREAMS:
             if stream in out:
-                member = opened.read(stream, stream, row)
+                member = self._read(opened, stream, stream, row)
                 if member is None:
                     write_absent(out, [stream])
                     continue
@@ -156,12 +247,12 @@ class ShardSource:
         write_absent(out, (s for s in (*SENSORS, Stream.AUDIO) if s not in present))
         for stream in SENSORS:
             if stream in out and stream in present:
-                chunk = opened.read("proprio", f"proprio/{stream}", row)
+                chunk = self._read(opened, "proprio", f"proprio/{stream}", row)
                 shape = out[stream].shape
                 write_numbers(out, stream, read_chunk(chunk or b"", dtype="f4", shape=shape))
         if Stream.AUDIO in out and Stream.AUDIO in present:
-            levels = opened.read("dmel", "dmel/dmel", row) or b""
-            valid = opened.read("dmel", "dmel/valid", row) or b""
+            levels = self._read(opened, "dmel", "dmel/dmel", row) or b""
+            valid = self._read(opened, "dmel", "dmel/valid", row) or b""
             shape = out[Stream.AUDIO].shape
             write_mel(
                 out,
@@ -171,9 +262,24 @@ class ShardSource:
                 ),
             )
         if with_text:
-            member = opened.read("text", "text", row)
+            member = self._read(opened, "text", "text", row)
             return None if member is None else self._known_tokens(decode_text(member))
         return None
+
+    def _read(self, opened: OpenShard, column: str, members: str, row: int) -> bytes | None:
+        """Checked bytes of a row: `members` of `column`; None where the sample lacks it."""
+        index, let_go = opened.index, self._close_oldest
+        for is_renewed in (False, True):
+            if column not in opened.files:
+                opened.files[column] = self._files.open_column(index, column, let_go=let_go)
+            try:
+                return opened.files[column].read(index.members(members), row)
+            except CorruptError:
+                if is_renewed or not self._files.renew_column(index, column, let_go=let_go):
+                    raise
+            if column in opened.files:
+                opened.files.pop(column).close()
+        raise AssertionError("unreachable")
 
     def _known_tokens(self, text: Text) -> Text:
         """The text, if its tokens are of the set's vocabulary; a model has no row for others."""

@@ -13,7 +13,7 @@ import numpy as np
 from shared.recipe import Recipe, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from numpy.typing import NDArray
 
@@ -42,6 +42,10 @@ class SampleSource(Protocol):
 
     def present(self, shard: int, row: int) -> tuple[Stream, ...]:
         """Streams that the sample has."""
+        ...
+
+    def will_read(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
+        """Hear which shards, and what of them, are read from now on, in about this order."""
         ...
 
     def read_into(
