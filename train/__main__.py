@@ -77,12 +77,15 @@ def infer(
 ) -> None:
     """Let a creature live through a session tick by tick and write what it predicts.
 
+    Below OUT it makes a folder of the session's name; open its index.html in a browser.
+
     \b
     python -m train infer --checkpoint checkpoints/demo/model_final.pt \\
         --input data/demo/session_001 --out predictions
     """  # noqa: D301
     from train.infer import infer as infer_session
 
+    out = out / session.resolve().name
     with click.progressbar(length=1, label=session.name) as bar:
 
         def tell(done: int, total: int) -> None:
@@ -101,7 +104,7 @@ def infer(
             progress=tell,
         )
     click.echo(json.dumps(metrics, indent=1))
-    click.echo(f"written to {out}")
+    click.echo(f"written to {out}; look at {out / 'index.html'}")
 
 
 if __name__ == "__main__":

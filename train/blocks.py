@@ -23,10 +23,11 @@ def rotations(num_positions: int, *, first: int, head_dim: int, device: torch.de
     Returns:
         float32 [2, num_positions, head_dim / 2].
     """
-    places = torch.arange(first, first + num_positions, device=device, dtype=torch.float32)
-    powers = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    # In float32 an angle of a stream's tick 36000, an hour, would be wrong by up to 0.002.
+    places = torch.arange(first, first + num_positions, device=device, dtype=torch.float64)
+    powers = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
     angles = torch.outer(places, ROTARY_BASE**-powers)
-    return torch.stack([angles.cos(), angles.sin()])
+    return torch.stack([angles.cos(), angles.sin()]).float()
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -46,7 +47,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: Tensor | None = None, past: KeysValues | None = None
+        self,
+        x: Tensor,
+        rotation: Tensor | None = None,
+        past: KeysValues | None = None,
+        *,
+        context: int | None = None,
     ) -> tuple[Tensor, KeysValues]:
         """Attend to all places, or to those not after one's own.
 
@@ -54,24 +60,33 @@ class Attention(nn.Module):
             x: [batch, places, width].
             rotation: of :func:`rotations`, for these places.
             past: keys and values of the places before these.
+            context: attend to at most so many places, one's own among them; None means to all.
 
         Returns:
-            [batch, places, width], and the keys and values with the past's before them.
+            [batch, places, width], and the keys and values that the next place can see: these and
+            the past's before them, at most `context - 1`.
         """
         batch, places, width = x.shape
         heads = self.qkv(x).view(batch, places, 3, self.num_heads, width // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         if rotation is not None:
             query, key = _rotate(query, rotation), _rotate(key, rotation)
-        if past is None:
+        if past is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(past, (key, value), strict=True))
+        total = key.shape[2]
+        if past is None and (context is None or places <= context):
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
+        elif places == 1 and (context is None or total <= context):
+            mixed = F.scaled_dot_product_attention(query, key, value)  # all of the past is visible
         else:
-            key = torch.cat([past[0], key], dim=2)
-            value = torch.cat([past[1], value], dim=2)
             # is_causal aligns the mask to the first key; here it belongs to the last one.
-            visible = torch.ones(places, key.shape[2], dtype=torch.bool, device=x.device)
-            visible = visible.tril(diagonal=key.shape[2] - places)
+            visible = torch.ones(places, total, dtype=torch.bool, device=x.device)
+            visible = visible.tril(total - places)
+            if context is not None:
+                visible = visible.triu(total - places - context + 1)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        if context is not None and total >= context:
+            key, value = key[:, :, total - context + 1 :], value[:, :, total - context + 1 :]
         return self.out(mixed.transpose(1, 2).reshape(batch, places, width)), (key, value)
 
 
@@ -102,9 +117,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, rotation: Tensor | None = None, past: KeysValues | None = None
+        self,
+        x: Tensor,
+        rotation: Tensor | None = None,
+        past: KeysValues | None = None,
+        *,
+        context: int | None = None,
     ) -> tuple[Tensor, KeysValues]:
         """As :meth:`Attention.forward`."""
-        mixed, keys_values = self.attention(self.attention_norm(x), rotation, past)
+        mixed, keys_values = self.attention(self.attention_norm(x), rotation, past, context=context)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.mlp(self.mlp_norm(x))), keys_values

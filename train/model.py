@@ -2,9 +2,9 @@
 
 encode_ticks (a vector per tick) -> backbone (a causal transformer over ticks) -> heads, in
 parallel. :meth:`MultiModalCreature.forward` runs whole windows for training;
-:meth:`MultiModalCreature.forward_step` runs a few new ticks after those in a :class:`Cache` and
-gives the same numbers. The streams follow each other as in Moshi's inner monologue (Défossez et
-al. 2024, arXiv:2410.00037).
+:meth:`MultiModalCreature.forward_step` runs a few new ticks after those in a :class:`Cache`, at the
+same cost however many they were, and within a window gives the same numbers. The streams follow
+each other as in Moshi's inner monologue (Défossez et al. 2024, arXiv:2410.00037).
 
 Letters: B batch, T ticks, D width, S samples of a stream, P size of a pose.
 """
@@ -43,12 +43,15 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """What a stream of ticks leaves for the next ones. Made by :meth:`forward_step`."""
+    """What a stream of ticks leaves for the next ones. Made by :meth:`forward_step`.
+
+    Its size stays the same however long the stream is, and with it the cost of a tick.
+    """
 
     num_ticks: int
     """Ticks so far; the next one's position."""
     keys_values: tuple[KeysValues, ...]
-    """Per layer, each [B, heads, T, D / heads]."""
+    """Per layer, each [B, heads, T, D / heads], of the newest ticks that the next one can see."""
     frames: Mapping[Stream, Frame]
     """Each eye's newest frame."""
     last_pose: Tensor
@@ -135,14 +138,21 @@ class MultiModalCreature(nn.Module):
         cache: Cache | None = None,
         *,
         num_ticks: int | None = None,
+        context: int | None = None,
     ) -> tuple[dict[str, Tensor], Cache]:
-        """Predict from one or more new ticks after those in `cache`; equals :meth:`forward`.
+        """Predict from one or more new ticks after those in `cache`.
+
+        Equals :meth:`forward` up to `context` ticks. After them each layer sees the newest
+        `context` ticks, of which the oldest still know what they saw before; so a prediction
+        draws on more than that, while the cost of a tick stays the same.
 
         Args:
             inputs: of the new ticks; of vision the frames of :func:`train.encoders.frames_due`,
                 which may be none (the last frame stays in sight).
             cache: of the ticks before; None for the first ones. It is not changed.
             num_ticks: how many are new, needed only where inputs have nothing but vision.
+            context: ticks that a layer sees, the new one among them; the same in all calls. None
+                means as many as a window has, the most that training has shown it.
 
         Returns:
             The outputs for the new ticks, and the cache with them.
@@ -151,6 +161,7 @@ class MultiModalCreature(nn.Module):
             ConfigError: inputs that are not of the model's window shapes.
         """
         num_ticks = count_ticks(inputs, self.shapes) if num_ticks is None else num_ticks
+        context = self.shapes.num_ticks if context is None else context
         first = cache.num_ticks if cache else 0
         x_BTD, frames = self.encoder(
             inputs,
@@ -162,7 +173,8 @@ class MultiModalCreature(nn.Module):
         rotation = self._rotations(x_BTD, first)
         keys_values = []
         for index, block in enumerate(self.blocks):
-            x_BTD, layer = block(x_BTD, rotation, cache.keys_values[index] if cache else None)
+            past = cache.keys_values[index] if cache else None
+            x_BTD, layer = block(x_BTD, rotation, past, context=context)
             keys_values.append(layer)
         outputs = self.heads(self.norm(x_BTD), pose_BTP)
         return outputs, Cache(

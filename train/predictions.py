@@ -4,6 +4,8 @@
 
     internal_text.jsonl, external_text.jsonl   {"timestamp", "text", "tokens"}, a line per event
     audio.wav                                  16-bit mono, at the recipe's rate and loudness
+    dmel.zarr                                  Zarr v3 group: timestamp, dmel (255: not predicted);
+                                               what audio.wav is decoded from
     animation.zarr                             Zarr v3 group: timestamp, proprio, valid
 
 All of them lie on the session clock, at the time of the tick that was predicted. Nothing predicts
@@ -22,6 +24,7 @@ import zarr
 
 from shared.audio import decode_dmel, to_int16
 from shared.clock import wrap_angle
+from shared.fields import MASKED_LEVEL
 from shared.recipe import PAD_TOKEN
 from shared.text import EVENT_TOKEN
 from train.config import Head
@@ -39,6 +42,7 @@ TEXT_HEADS = (Head.INTERNAL_TEXT, Head.EXTERNAL_TEXT)
 
 ANIMATION_NAME = "animation.zarr"
 AUDIO_NAME = "audio.wav"
+DMEL_NAME = "dmel.zarr"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +128,7 @@ class PredictionWriter:
         self._times_s: list[float] = []
         out.mkdir(parents=True, exist_ok=True)
         self._sound = self._open_sound() if Head.AUDIO in heads else None
+        self._levels = self._open_dmel() if Head.AUDIO in heads else None
         self._poses = self._open_animation() if Head.ANIMATION in heads else None
 
     def __enter__(self) -> Self:
@@ -154,6 +159,10 @@ class PredictionWriter:
             )
             self._fill_with_silence(self._sound, until_tick=window.first_tick)
             self._sound.write(to_int16(waveform, gain=1.0))
+        if self._levels is not None and window.levels is not None:
+            levels = window.levels.reshape(-1, window.levels.shape[-1])
+            start = window.first_tick * self._shapes.audio_frames_per_tick
+            _array_of(self._levels, "dmel")[start : start + len(levels)] = levels
         if self._poses is not None and window.poses is not None:
             self._write_poses(self._poses, window.first_tick, window.poses)
 
@@ -164,9 +173,7 @@ class PredictionWriter:
         start = first_tick * self._shapes.sensor_samples_per_tick
         values = np.concatenate([wrap_angle(angles), velocities], axis=1)
         for name, rows in (("proprio", values), ("valid", np.ones(len(poses), dtype=np.bool_))):
-            array = group[name]
-            assert isinstance(array, zarr.Array)
-            array[start : start + len(poses)] = rows
+            _array_of(group, name)[start : start + len(poses)] = rows
 
     def _write_events(self) -> None:
         for head, tokens in self._tokens.items():
@@ -186,28 +193,36 @@ class PredictionWriter:
             path, "w", samplerate=self._recipe.audio.rate_hz, channels=1, subtype="PCM_16"
         )
 
-    def _open_animation(self) -> zarr.Group:
-        """Arrays of all samples, none of them valid yet; one chunk per window."""
-        shapes, rate_hz = self._shapes, self._recipe.sensors.rate_hz
-        count, chunk = self._num_ticks * shapes.sensor_samples_per_tick, shapes.num_sensor_samples
-        group = zarr.open_group(self._out / ANIMATION_NAME, mode="w", zarr_format=3)
-        group.attrs["rate_hz"] = rate_hz
-        timestamp = group.create_array(
-            "timestamp",
-            shape=(count,),
-            chunks=(chunk,),
-            dtype="float64",
-            dimension_names=["sample"],
-            attributes={"unit": "s on the session clock"},
+    def _open_dmel(self) -> zarr.Group:
+        shapes = self._shapes
+        group = self._open_group(
+            DMEL_NAME, rate_hz=self._recipe.mel.rate_hz, chunk=shapes.num_audio_frames
         )
-        timestamp[:] = np.arange(count) / rate_hz
+        group.create_array(
+            "dmel",
+            shape=(*_array_of(group, "timestamp").shape, shapes.mel_channels),
+            chunks=(shapes.num_audio_frames, shapes.mel_channels),
+            dtype="uint8",
+            fill_value=MASKED_LEVEL,
+            dimension_names=["time", "channel"],
+            attributes={
+                "unit": f"level, 0..{shapes.mel_levels - 1}; {MASKED_LEVEL}: not predicted"
+            },
+        )
+        return group
+
+    def _open_animation(self) -> zarr.Group:
+        """Arrays of all samples, none of them valid yet."""
+        shapes, chunk = self._shapes, self._shapes.num_sensor_samples
+        group = self._open_group(ANIMATION_NAME, rate_hz=self._recipe.sensors.rate_hz, chunk=chunk)
+        (count,) = _array_of(group, "timestamp").shape
         group.create_array(
             "proprio",
             shape=(count, shapes.proprio_size),
             chunks=(chunk, shapes.proprio_size),
             dtype="float32",
             fill_value=np.nan,
-            dimension_names=["sample", "value"],
+            dimension_names=["time", "value"],
             attributes={"unit": "rad, then rad/s"},
         )
         group.create_array(
@@ -215,7 +230,29 @@ class PredictionWriter:
             shape=(count,),
             chunks=(chunk,),
             dtype="bool",
-            dimension_names=["sample"],
+            dimension_names=["time"],
             attributes={"meaning": "whether the pose was predicted"},
         )
         return group
+
+    def _open_group(self, name: str, *, rate_hz: float, chunk: int) -> zarr.Group:
+        """A Zarr group with the session's timestamps at a rate; `chunk` of them are a window."""
+        count = self._num_ticks * chunk // self._shapes.num_ticks
+        group = zarr.open_group(self._out / name, mode="w", zarr_format=3)
+        group.attrs["rate_hz"] = rate_hz
+        timestamp = group.create_array(
+            "timestamp",
+            shape=(count,),
+            chunks=(chunk,),
+            dtype="float64",
+            dimension_names=["time"],
+            attributes={"unit": "s on the session clock"},
+        )
+        timestamp[:] = np.arange(count) / rate_hz
+        return group
+
+
+def _array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return array

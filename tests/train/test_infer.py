@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import av
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import zarr
 
 from shared.config import make_section
-from shared.errors import CheckpointError, ConfigError, SessionError
+from shared.errors import CheckpointError, SessionError
 from shared.recipe import Recipe, WindowShapes, json_of
 from shared.text import EVENT_TOKEN, train_tokenizer
 from train.baselines import Baselines
@@ -20,12 +21,14 @@ from train.checkpoint import save_checkpoint
 from train.config import Head, as_train_config
 from train.creature import load_creature
 from train.dataset import RealMultiModalDataset, real_data_collate_fn
-from train.infer import infer, open_session, place_on_clock, read_window, stream_window
+from train.infer import infer, open_session, place_on_clock, read_window
 from train.inputs import to_model_inputs
 from train.losses import compute_losses
 from train.model import MultiModalCreature
 from train.predictions import PredictionWriter, WindowPrediction, group_events
-from train.sampling import Sampling, allowed, choose
+from train.sampling import Sampling
+from train.scoring import summarize_latencies
+from train.streaming import TickStream
 
 RECIPE = {
     "required": [],
@@ -123,6 +126,27 @@ def whole_window_losses(model, session):
     return {name: float(loss) for name, loss in losses.items()}
 
 
+def whole_session_outputs(model, batch):
+    """Outputs [windows, T, ...] of one pass over all windows in a row.
+
+    Attention is plain, and sees the newest ticks only, as many as a window has.
+    """
+    num_ticks = model.shapes.num_ticks
+
+    def attend(query, key, value, *, is_causal):
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        if is_causal:
+            places = torch.arange(query.shape[2])
+            back = places[:, None] - places
+            scores = scores.masked_fill((back < 0) | (back >= num_ticks), -torch.inf)
+        return scores.softmax(-1) @ value
+
+    in_a_row = {n: x.reshape(1, -1, *x.shape[2:]) for n, x in batch["inputs"].items()}
+    with torch.no_grad(), mock.patch("train.blocks.F.scaled_dot_product_attention", attend):
+        outputs = model(to_model_inputs(in_a_row))
+    return {n: x.reshape(-1, num_ticks, *x.shape[2:]) for n, x in outputs.items()}
+
+
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     """One inference over two windows of all streams, and the same windows as a training batch."""
@@ -145,12 +169,8 @@ def walk(tmp_path_factory):
 
 
 def predict_window(source, row, creature):
-    streamed = stream_window(
-        creature,
-        read_window(source, row, creature),
-        Sampling(),
-        generator=torch.Generator(),
-    )
+    batch = read_window(source, row, creature)
+    streamed = TickStream(creature, Sampling(), seed=0).live_through(batch)
     return place_on_clock(streamed, source, row, creature)
 
 
@@ -158,8 +178,19 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_streaming_gives_the_losses_of_whole_windows(walk):
-    expected = whole_window_losses(walk.model, walk.session)
+def test_streaming_one_window_gives_the_losses_of_training(tmp_path):
+    model = make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "s" / "walk", length_s=4.0, video=True)
+    metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
+    assert metrics["losses"] == pytest.approx(whole_window_losses(model, session), abs=1e-4)
+
+
+def test_streaming_goes_on_over_the_borders_of_windows(walk):
+    outputs = whole_session_outputs(walk.model, walk.batch)
+    losses = compute_losses(
+        outputs, walk.batch["targets"], walk.batch["weight"], config=walk.model.config
+    )
+    expected = {name: float(loss) for name, loss in losses.items()}
     assert walk.metrics["losses"] == pytest.approx(expected, abs=1e-4)
 
 
@@ -194,8 +225,7 @@ def test_stock_readers_open_what_is_written(tmp_path):
 
 
 def test_what_is_written_is_what_the_model_predicts_for_the_next_tick(walk):
-    with torch.no_grad():
-        outputs = walk.model(to_model_inputs(walk.batch["inputs"]))
+    outputs = whole_session_outputs(walk.model, walk.batch)
     expected = outputs["animation"].reshape(-1, 20).numpy()[:-3]  # the last tick is beyond the end
     found = zarr.open_group(walk.out / "animation.zarr", mode="r")["proprio"][3:]
     np.testing.assert_allclose(np.cos(found[:, :10]), np.cos(expected[:, :10]), atol=1e-4)
@@ -238,25 +268,31 @@ def test_a_head_that_was_not_trained_writes_nothing(tmp_path):
     session = make_session(tmp_path / "walk")
     metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["external_text.jsonl", "internal_text.jsonl", "metrics.json"]
+    texts = ["external_text.jsonl", "internal_text.jsonl"]
+    assert written == [*texts[:1], "index.html", *texts[1:], "metrics.json"]
     assert set(metrics["losses"]) == {"loss_total", "loss_internal_text", "loss_external_text"}
 
 
 def test_baselines_of_the_checkpoint_are_scored_beside_the_model(walk):
     expected = walk.baselines.mean_losses([walk.batch])
     assert walk.metrics["baselines"] == pytest.approx(expected, rel=1e-5)
-    assert {f"{row['head']}/{row['baseline']}" for row in walk.metrics["comparison"]} == {
-        "internal_text/unigram",
-        "external_text/unigram",
-        "audio/unigram",
-        "animation/copy_last_pose",
-        "animation/constant_velocity",
-    }
+    rows = {f"{row['head']}/{row['baseline']}" for row in walk.metrics["comparison"]}
+    assert rows == set(expected)
 
 
 def test_latencies_are_percentiles_in_milliseconds(walk):
     latency = walk.metrics["tick_latency_ms"]
     assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
+    assert latency["tick"] == 100
+
+
+def test_latencies_are_summarized_as_numpy_does_and_the_first_stands_apart():
+    later = np.random.default_rng(0).exponential(60.0, size=500)
+    found = summarize_latencies([1e4, *later], tick_ms=100.0)
+    expected = {f"p{share}": np.quantile(later, share / 100) for share in (50, 95, 99)}
+    assert found == pytest.approx(
+        {**expected, "first": 1e4, "tick": 100.0, "share_in_time": np.mean(later <= 100)}
+    )
 
 
 def test_progress_is_told_after_each_window(tmp_path):
@@ -335,29 +371,3 @@ def test_windows_of_ticks_follow_each_other(tmp_path):
 
 def test_silence_is_no_event():
     assert group_events([0, 0, 0], [0.1, 0.2, 0.3], TOKENIZER) == []
-
-
-def test_top_k_and_top_p_leave_the_likeliest_values():
-    logits = torch.log(torch.tensor([0.1, 0.5, 0.15, 0.25]))
-    two = allowed(logits, Sampling(temperature=1, top_k=2))
-    assert torch.isfinite(two).tolist() == [False, True, False, True]
-    nucleus = allowed(logits, Sampling(temperature=1, top_p=0.8))
-    assert torch.isfinite(nucleus).tolist() == [False, True, True, True]
-    least = allowed(logits, Sampling(temperature=1, top_p=0.01))
-    assert torch.isfinite(least).tolist() == [False, True, False, False]
-
-
-def test_values_are_drawn_as_often_as_their_probability_at_the_temperature_says():
-    shares = np.array([0.1, 0.5, 0.15, 0.25])
-    logits = torch.log(torch.from_numpy(shares)).expand(20_000, -1)
-    generator = torch.Generator().manual_seed(0)
-    drawn = choose(logits, Sampling(temperature=0.5), generator=generator)
-    expected = shares**2 / (shares**2).sum()
-    found = np.bincount(drawn.numpy(), minlength=4) / 20_000
-    np.testing.assert_allclose(found, expected, atol=0.015)
-
-
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 2}])
-def test_sampling_out_of_range_is_refused(wrong):
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        Sampling(**wrong)

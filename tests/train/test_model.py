@@ -13,7 +13,7 @@ from train.config import TEXT_STREAMS, Head
 from train.encoders import frames_due
 from train.inputs import to_model_inputs
 from train.losses import compute_losses
-from train.model import MultiModalCreature
+from train.model import Cache, MultiModalCreature
 
 SHAPES = WindowShapes(
     num_ticks=8,
@@ -229,6 +229,64 @@ def test_streaming_tick_by_tick_equals_the_whole_window(shapes, steps):
     for head in Head:
         streamed = torch.cat([part[head] for part in parts], dim=1)
         torch.testing.assert_close(streamed, whole[head], atol=2e-5, rtol=1e-4)
+        if head != Head.ANIMATION:
+            assert torch.equal(streamed.argmax(-1), whole[head].argmax(-1))
+
+
+@pytest.mark.parametrize("steps", [[1] * 24, [5, 3, 16], [24]], ids=str)
+def test_streaming_beyond_the_context_sees_a_sliding_window(steps, monkeypatch):
+    shapes = dataclasses.replace(
+        SHAPES, num_ticks=24, num_frames=12, num_audio_frames=120, num_sensor_samples=72
+    )
+    model, inputs = make_model(shapes=shapes), to_model_inputs(make_batch(shapes))
+    cache, parts, first = None, [], 0
+    with torch.no_grad():
+        for count in steps:
+            part = slice_ticks(inputs, shapes, first, count)
+            outputs, cache = model.forward_step(part, cache, context=7)
+            parts.append(outputs)
+            first += count
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attend_to_the_newest_seven)
+        whole = model(inputs)
+    for head in Head:
+        streamed = torch.cat([part[head] for part in parts], dim=1)
+        torch.testing.assert_close(streamed, whole[head], atol=2e-5, rtol=1e-4)
+
+
+def attend_to_the_newest_seven(query, key, value, *, is_causal=False, attn_mask=None):
+    assert attn_mask is None
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) / query.shape[-1] ** 0.5
+    if is_causal:
+        for place in range(query.shape[2]):
+            scores[:, :, place, place + 1 :] = -torch.inf
+            scores[:, :, place, : max(0, place - 6)] = -torch.inf
+    return scores.softmax(-1) @ value
+
+
+def test_a_stream_of_any_length_keeps_a_window_of_keys():
+    model, inputs, cache = make_model(), to_model_inputs(make_batch()), None
+    with torch.no_grad():
+        for tick in range(100):
+            part = slice_ticks(inputs, SHAPES, tick % 8, 1)
+            _, cache = model.forward_step(part, cache)
+    assert {x.shape for pair in cache.keys_values for x in pair} == {(2, 2, 7, 16)}
+
+
+def test_a_tick_after_ten_hours_is_predicted_as_one_at_the_start():
+    model, inputs = make_model(), to_model_inputs(make_batch())
+    nothing = torch.zeros(2, 2, 0, 16)
+    late = Cache(
+        num_ticks=360_000,
+        keys_values=((nothing, nothing),) * 2,
+        frames={},
+        last_pose=torch.zeros(2, 20),
+    )
+    with torch.no_grad():
+        expected = model(inputs)
+        found, cache = model.forward_step(inputs, late)
+    assert cache.num_ticks == 360_008
+    for head in Head:
+        torch.testing.assert_close(found[head], expected[head], atol=2e-5, rtol=1e-4)
 
 
 def slice_ticks(inputs, shapes, first, count):
