@@ -5,9 +5,9 @@ containers only. Saving is: write to a temporary name in the same folder, fsync,
 folder. Loading checks the CRC-32 of every record first, because ``torch.load`` itself does not
 notice a flipped bit in a tensor.
 
-Keys: format_version, step, saved_at (seconds since 1970), model, optimizer, scaler, schedule, rng,
-rng_of_other_ranks, stream, config, shapes, run_name, skipped_samples, extra. Model and moments are
-whole, however many ranks held shares of them.
+Keys: format_version, step, saved_at (seconds since 1970), model, optimizer, scaler, spikes,
+schedule, rng, rng_of_other_ranks, stream, config, shapes, run_name, skipped_samples, extra. Model
+and moments are whole, however many ranks held shares of them.
 """
 
 from __future__ import annotations
@@ -161,6 +161,7 @@ def check_checkpoint(path: Path | str) -> None:
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
+            _refuse_packed(path, archive)
             damaged = archive.testzip()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint{_neighbours(path)}") from error
@@ -228,6 +229,21 @@ def prune_checkpoints(folder: Path | str, *, keep_last_n: int) -> list[Path]:
     for path in removed:
         path.unlink(missing_ok=True)
     return removed
+
+
+def _refuse_packed(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse records that would grow on reading; a small file could fill the memory.
+
+    Raises:
+        CheckpointError: a record is compressed, or records lie over each other.
+    """
+    records = archive.infolist()
+    is_packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if is_packed or sum(record.file_size for record in records) > path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: its records are larger than the file, which torch.save never writes; it was "
+            "not opened, because such a file can fill the memory"
+        )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

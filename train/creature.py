@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from shared.config import make_section
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ConfigError
 from shared.recipe import Recipe, WindowShapes, json_of
 from shared.text import TextTokenizer, parse_tokenizer
 from train.baselines import Baselines
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig, as_train_config
-from train.model import MultiModalCreature
+from train.model import MultiModalCreature, dimensions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +52,10 @@ class Creature:
 
 
 def load_creature(path: Path, *, device: torch.device) -> Creature:
-    """Read a checkpoint for inference.
+    """Read a checkpoint for inference; it may come from anyone.
+
+    Nothing in it is run, and it takes no more memory than its file is long: weights that are
+    larger, or a configuration of more layers than there are weights for, are refused.
 
     Raises:
         CheckpointError: missing, damaged, foreign, or without recipe and tokenizer.
@@ -64,22 +68,54 @@ def load_creature(path: Path, *, device: torch.device) -> Creature:
             "be read as it was for training; train by `python -m train run`, or give "
             "Trainer(checkpoint_extra=...) both"
         )
-    config, shapes = as_train_config(state["config"]), WindowShapes(**state["shapes"])
-    with torch.device("meta"):  # no time is lost on initial weights
-        model = MultiModalCreature(config, shapes)
+    weights = _check_weights(path, state["model"])
     try:
-        model.load_state_dict(state["model"], assign=True)
-    except RuntimeError as error:
+        config, recipe = as_train_config(state["config"]), make_section(Recipe, extra["recipe"])
+        tokenizer = parse_tokenizer(extra["tokenizer"], origin="tokenizer")
+        shapes = WindowShapes(**state["shapes"])
+        if shapes != WindowShapes.from_recipe(recipe, tick_rate_hz=config.model.tick_rate_hz):
+            raise ConfigError("its window shapes are not those of its recipe")
+        baselines = _baselines_of(extra, config, shapes)
+        if dimensions(config.model)[1] + config.model.vision_layers > len(weights):
+            raise ConfigError("its configuration has more layers than it has weights")
+        with torch.device("meta"):  # no time is lost on initial weights
+            model = MultiModalCreature(config, shapes)
+        model.load_state_dict(weights, assign=True)
+    # A foreign file can hold anything anywhere; these are what wrong values come to.
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: its weights are not those of its configuration: {str(error)[:400]}"
+            f"{path}: its parts don't make a creature: {str(error)[:400]}; take a checkpoint that "
+            "`python -m train run` wrote"
         ) from error
     return Creature(
         model=model.to(device).eval(),
-        recipe=make_section(Recipe, extra["recipe"], origin=f"{path}: recipe"),
-        tokenizer=parse_tokenizer(extra["tokenizer"], origin=f"{path}: tokenizer"),
-        baselines=_baselines_of(extra, config, shapes),
+        recipe=recipe,
+        tokenizer=tokenizer,
+        baselines=baselines,
         step=int(state["step"]),
     )
+
+
+def _check_weights(path: Path, weights: object) -> dict[str, Tensor]:
+    """Weights as plain tensors that together are no larger than the file.
+
+    Raises:
+        CheckpointError: they are something else.
+    """
+    tensors = list(weights.values()) if isinstance(weights, dict) else [None]
+    is_plain = all(
+        isinstance(t, Tensor)
+        and t.layout == torch.strided
+        and t.device.type == "cpu"
+        and t.is_floating_point()
+        for t in tensors
+    )
+    if not is_plain or sum(t.nbytes for t in tensors if t is not None) > path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: its weights are no plain tensors, or larger than the file itself; take a "
+            "checkpoint that `python -m train run` wrote"
+        )
+    return cast(dict[str, Tensor], weights)
 
 
 def reading_of(loader: object) -> dict[str, Any]:
