@@ -142,11 +142,7 @@ class BatchFeed:
         if self._copies is None:
             return to_device(batch, self._device), position
         with torch.cuda.stream(self._copies):
-            moved = to_device(batch, self._device)
-        # The loader may write over a batch once the next one is asked for; by then the copy is long
-        # done.
-        self._copies.synchronize()
-        return moved, position
+            return to_device(batch, self._device), position
 
     def _hand_over(self, batch: Batch) -> None:
         """Tell the allocator that the compute stream uses what the side stream made."""

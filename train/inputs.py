@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from shared.recipe import Stream
 
@@ -22,23 +23,41 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Standard deviation of R, G and B in [0, 1]."""
 
+OF_BLUE = (0.0, -0.114 * 1.772 / 0.587, 1.772)
+"""What Cb adds to R, G and B: ITU-R BT.601 over the full range, as JFIF has it."""
+
+OF_RED = (1.402, -0.299 * 1.402 / 0.587, 0.0)
+"""What Cr adds to R, G and B."""
+
 VISION_STREAMS = (Stream.VISION_LEFT, Stream.VISION_RIGHT)
 """The eyes, in the order of their presence bits."""
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:  # noqa: ANN401 (any nesting)
-    """A batch with every tensor on `device`; from pinned memory without waiting for the copy.
+    """A batch with every tensor on `device`.
+
+    From pinned memory all copies are queued on the current stream at once, then waited for: the
+    loader's memory is written to again as soon as nobody holds the batch, and it is not torch's
+    own, which would wait for copies by itself.
 
     Args:
         batch: tensors in any nesting of dicts, lists and tuples; all else is left as it is.
         device: where to.
     """
+    moved = _sent(batch, device)
+    if torch.device(device).type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return moved
+
+
+def _sent(batch: Any, device: torch.device | str) -> Any:  # noqa: ANN401 (any nesting)
+    """As :func:`to_device`, without waiting for what comes from pinned memory."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=batch.is_pinned())
     if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: _sent(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)([to_device(value, device) for value in batch])
+        return type(batch)([_sent(value, device) for value in batch])
     return batch
 
 
@@ -52,8 +71,9 @@ def to_model_inputs(
         dtype: of the frames that come out.
 
     Returns:
-        The same keys. Frames uint8 [B, F, H, W, 3] become `dtype` [B, F, 3, H, W], normalised by
-        ImageNet's mean and deviation, an NCHW view of NHWC memory. All else is passed through.
+        The same keys. Frames, in either form, become `dtype` [B, F, 3, H, W], normalised by
+        ImageNet's mean and deviation, in the memory order of the pixels: RGB gives an NCHW view of
+        NHWC memory, planes give NCHW memory. All else is passed through.
     """
     frames = {
         str(eye): normalized_frames(inputs[eye], dtype) for eye in VISION_STREAMS if eye in inputs
@@ -61,12 +81,50 @@ def to_model_inputs(
     return {**inputs, **frames}
 
 
-def normalized_frames(rgb: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixels uint8 [B, F, H, W, 3] as `dtype` [B, F, 3, H, W], ((x / 255) - mean) / std.
+def normalized_frames(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels as `dtype` [B, F, 3, H, W], ((x / 255) - mean) / std of R, G and B.
 
-    One multiply-add that reads the bytes and writes the numbers: on a GPU a single kernel.
+    Args:
+        pixels: RGB uint8 [B, F, H, W, 3], or planes uint8 [B, F, 3H/2, W] as
+            :mod:`shared.pictures` packs them.
+        dtype: floating; it is calculated in float32 and rounded once.
     """
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
-    shift, scale = torch.stack([-mean / std, 1 / (255 * std)]).to(rgb.device, non_blocking=True)
+    return _of_rgb(pixels, dtype) if pixels.ndim == 5 else _of_planes(pixels, dtype)
+
+
+def _of_rgb(rgb: Tensor, dtype: torch.dtype) -> Tensor:
+    """One multiply-add that reads the bytes and writes the numbers: on a GPU a single kernel."""
     pixels = rgb.permute(0, 1, 4, 2, 3)
+    scale, shift = _constants(rgb.device)[:2]
     return torch.addcmul(shift, pixels, scale, out=torch.empty_like(pixels, dtype=dtype))
+
+
+def _of_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
+    """What chroma and the mean add to each colour is calculated at a quarter of the size, enlarged
+    linearly, as libjpeg does it, and luma is added: five kernels, all within the RGB gamut.
+    """
+    scale, shift, of_blue, of_red, offset = _constants(planes.device)
+    batch, num_frames, rows, width = planes.shape
+    height = rows * 2 // 3
+    flat = planes.flatten(0, 1)
+    chroma = flat[:, height:].reshape(len(flat), 2, height // 2, width // 2)
+    added = torch.addcmul(offset, chroma[:, :1], of_blue)
+    added = torch.addcmul(added, chroma[:, 1:], of_red)
+    added = functional.interpolate(added, scale_factor=2.0, mode="bilinear")
+    torch.addcmul(added, flat[:, None, :height], scale, out=added)
+    out = added if dtype == added.dtype else torch.empty_like(added, dtype=dtype)
+    torch.clamp(added, shift, shift + 255 * scale, out=out)
+    return out.view(batch, num_frames, 3, height, width)
+
+
+def _constants(device: torch.device) -> tuple[Tensor, ...]:
+    """Per colour, [3, 1, 1]: the scale and shift of its normalisation; the weights of Cb and Cr by
+    JFIF (ITU-T T.871), scaled; and what a pixel of Y = Cb = Cr = 0 gives.
+    """
+    mean, std, of_blue, of_red = torch.tensor(
+        [IMAGENET_MEAN, IMAGENET_STD, OF_BLUE, OF_RED], dtype=torch.float64
+    )
+    scale, shift = 1 / (255 * std), -mean / std
+    of_blue, of_red = of_blue * scale, of_red * scale
+    values = torch.stack([scale, shift, of_blue, of_red, shift - 128 * (of_blue + of_red)])
+    return values.float().view(5, 3, 1, 1).to(device, non_blocking=True).unbind()

@@ -1,11 +1,13 @@
-"""The stream of batches: positions -> samples -> read and decode -> collate -> pin, in order.
+"""The stream of batches: positions -> samples -> read, decode and collate into shared memory.
 
 ::
 
-    BatchOrder.plan(i)      which samples: arithmetic
-      -> worker i % W       webdataset's DataPipeline in WebLoader's processes
-           ReadBatches      pread, checksum, decode into the batch's arrays; substitute corrupt ones
-      -> Loader             batches in order; stops when too many samples are corrupt
+    Task(i, slot)           which batch, and where in the ring of shared memory (ring.py)
+      -> worker i % W       a process of webdataset's WebLoader
+           BatchOrder.plan  which samples: arithmetic
+           BatchReader      pread, checksum, decode into the slot; substitute corrupt ones
+      -> Loader             batches in order, views of their slots; stops when too many samples are
+                            corrupt
 
 Worker w makes batches w, w + W, ...; WebLoader takes them from the workers in turn. So the batches
 are the same for any number of workers, and the state is one number.
@@ -13,134 +15,34 @@ are the same for any number of workers, and the state is one number.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
+import itertools
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import webdataset as wds
-from torch.utils.data import IterableDataset, get_worker_info
 
-from shared.errors import ConfigError, CorruptError, CreatureError, TooManyBadSamplesError
+from shared.errors import ConfigError
 from shared.recipe import Recipe, Split, WindowShapes, load_recipe
-from train.assemble import Place, array_forms, compose_batch, fill_arrays
+from train.assemble import array_forms, compose_batch
+from train.bad_samples import BadSampleLimit
 from train.dataset import SessionSource
-from train.order import BatchOrder, BatchPlan, SampleOrder
+from train.order import BatchOrder, SampleOrder
 from train.reader import ShardSource
+from train.remote import CacheSettings, default_cache_dir
+from train.ring import Ring
+from train.worker import BatchReader, Task, explained_worker_death, leave_stopping_to_the_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from numpy.typing import NDArray
-
-    from shared.fields import Text
+    from train.assemble import Batch
     from train.config import TrainConfig
     from train.source import SampleSource
-
-MAX_SUBSTITUTES = 16
-"""So many corrupt samples after each other for one place stop the run."""
-
-_MIN_SAMPLES_JUDGED = 200
-"""The share of corrupt samples is judged after so many samples."""
 
 _SILENT_TIMEOUT_S = 600
 
 _ORDER_KEYS = ("batch_size", "last_batch", "shuffle_block_shards")
 """Keys of ``data`` that decide which samples batch number i holds."""
-
-
-class BatchPlans(IterableDataset[BatchPlan]):
-    """Source stage: the plans of this worker's batches, from `start` to `stop` (None: for ever)."""
-
-    def __init__(self, order: BatchOrder, *, start: int, stop: int | None) -> None:
-        self._order = order
-        self._start = start
-        self._stop = stop
-
-    def __iter__(self) -> Iterator[BatchPlan]:
-        worker = get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        index = self._start + first
-        while self._stop is None or index < self._stop:
-            yield self._order.plan(index)
-            index += step
-
-
-class ReadBatches:
-    """Stage: turns plans into batches."""
-
-    def __init__(
-        self,
-        source: SampleSource,
-        order: SampleOrder,
-        *,
-        config: TrainConfig,
-        shapes: WindowShapes,
-    ) -> None:
-        self._source = source
-        self._order = order
-        self._config = config
-        self._shapes = shapes
-
-    def __call__(self, plans: Iterable[BatchPlan]) -> Iterator[dict[str, Any]]:
-        """Read, decode and collate each plan."""
-        for plan in plans:
-            try:
-                yield self._batch(plan)
-            except CreatureError as error:  # torch would wrap it in a worker's traceback
-                yield {"error": error}
-                return
-
-    def _batch(self, plan: BatchPlan) -> dict[str, Any]:
-        skipped: list[dict[str, Any]] = []
-        places = [(int(s), int(r)) for s, r in zip(plan.shards, plan.rows, strict=True)]
-
-        def read(i: int, out: dict[str, NDArray[Any]]) -> tuple[Place, Text | None]:
-            return self._read(plan, i, places[i], out, skipped)
-
-        forms = array_forms(len(places), config=self._config, shapes=self._shapes)
-        arrays: dict[str, NDArray[Any]] = {name: np.empty(*form) for name, form in forms.items()}
-        arrays["weight"][...] = plan.weight
-        dense, keys = fill_arrays(
-            self._source, places, arrays, config=self._config, shapes=self._shapes, read=read
-        )
-        batch = {**compose_batch(arrays | dense, self._config), "keys": keys}
-        return batch | {"index": plan.index, "epoch": plan.epoch, "skipped": skipped}
-
-    def _read(
-        self,
-        plan: BatchPlan,
-        i: int,
-        place: Place,
-        out: dict[str, NDArray[Any]],
-        skipped: list[dict[str, Any]],
-    ) -> tuple[Place, Text | None]:
-        """Read one sample; while it is corrupt, the one that stands in for it."""
-        streams = (*self._config.input_streams, *self._config.target_streams)
-        with_text = any(s.endswith("_text") for s in streams)
-        wanted = place
-        for attempt in range(MAX_SUBSTITUTES):
-            try:
-                return place, self._source.read_into(*place, out, with_text=with_text)
-            except CorruptError as error:
-                skipped.append(self._describe(place, error))
-                position = int(plan.positions[i])
-                stand_in = self._order.substitute(plan.epoch, position, attempt)
-                place = self._order.locate_one(plan.epoch, stand_in)
-        raise TooManyBadSamplesError(
-            f"sample {wanted} and {MAX_SUBSTITUTES - 1} others in its place are corrupt; "
-            f"the last: {skipped[-1]['error']}; run `python -m preprocess verify`"
-        )
-
-    def _describe(self, place: Place, error: CorruptError) -> dict[str, Any]:
-        """A corrupt sample for the log; its key where the index can still be read."""
-        try:
-            key = self._source.key(*place)
-        except CorruptError:
-            key = "?"
-        return {"key": key, "shard": place[0], "row": place[1], "error": str(error)}
 
 
 class Loader:
@@ -156,9 +58,12 @@ class Loader:
         is_shuffled: False gives the stored order.
         num_epochs: how many passes, each complete whatever ``data.last_batch`` says; None never
             ends.
+        rank: which share of each global batch to give.
+        world_size: number of shares; the global batches and the state do not depend on it.
 
     Raises:
-        ConfigError: no batch can be made, or the tick rate does not fit.
+        ConfigError: no batch can be made, the ranks can't share it equally, or the tick rate does
+            not fit.
     """
 
     def __init__(
@@ -168,9 +73,12 @@ class Loader:
         *,
         is_shuffled: bool = True,
         num_epochs: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.source = source
         self.config = config
+        self.rank, self.world_size = rank, world_size
         self.shapes = WindowShapes.from_recipe(
             source.recipe, tick_rate_hz=config.model.tick_rate_hz
         )
@@ -186,6 +94,8 @@ class Loader:
                 self._samples,
                 batch_size=config.data.batch_size,
                 last_batch=config.data.last_batch if num_epochs is None else "pad",
+                rank=rank,
+                world_size=world_size,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -227,55 +137,59 @@ class Loader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._has_begun = True
-        num_read, num_bad = 0, 0
+        limit = BadSampleLimit(max_fraction=self.config.data.max_bad_fraction)
         for batch in self._batches():
-            if "error" in batch:
-                raise batch["error"]
-            num_read += len(batch["keys"])
-            num_bad += len(batch["skipped"])
-            limit = self.config.data.max_bad_fraction
-            if num_bad > limit * max(num_read, _MIN_SAMPLES_JUDGED):
-                last = batch["skipped"][-1]["error"] if batch["skipped"] else "see above"
-                raise TooManyBadSamplesError(
-                    f"{num_bad} of {num_read} samples are corrupt, data.max_bad_fraction allows "
-                    f"{limit:g}; run `python -m preprocess verify`; the last: {last}"
-                )
+            if self.world_size == 1:  # else the trainer counts those of all ranks
+                limit.count(len(batch["keys"]), batch["skipped"])
             yield batch
 
-    def _batches(self) -> Iterable[dict[str, Any]]:
+    def _batches(self) -> Iterator[Batch]:
+        """Batches as they come from the workers, each a view of its slot."""
         data = self.config.data
-        stop = None if self._num_epochs is None else self._num_epochs * self.batches_per_epoch
-        pipeline = wds.DataPipeline(
-            BatchPlans(self.order, start=self._start, stop=stop),
-            ReadBatches(self.source, self._samples, config=self.config, shapes=self.shapes),
+        ring = Ring(
+            array_forms(len(self.order.positions(0)), config=self.config, shapes=self.shapes),
+            num_recycled=num_recycled_slots(self.config),
         )
-        loader: Iterable[dict[str, Any]] = wds.WebLoader(
-            pipeline,
+        messages = wds.WebLoader(
+            BatchReader(self.source, self.order, ring, config=self.config, shapes=self.shapes),
+            sampler=self._tasks(ring),
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_batches if data.num_workers else None,
-            pin_memory=torch.cuda.is_available(),
             timeout=_SILENT_TIMEOUT_S if data.num_workers else 0,
-            worker_init_fn=_leave_stopping_to_the_trainer,
+            worker_init_fn=leave_stopping_to_the_trainer,
         )
-        return loader
+        with explained_worker_death():
+            for number, message in enumerate(messages):
+                if "error" in message:
+                    raise message["error"]
+                if number == 0 and torch.cuda.is_available():
+                    ring.pin()
+                arrays = {**ring.lend(message["slot"]), **message["dense"]}
+                yield compose_batch(arrays, self.config) | message["rest"]
+
+    def _tasks(self, ring: Ring) -> Iterator[Task]:
+        """What is to be made next and where; drawn in this process when a worker gets work."""
+        if self._num_epochs is None:
+            indices: Iterable[int] = itertools.count(self._start)
+        else:
+            indices = range(self._start, self._num_epochs * self.batches_per_epoch)
+        return (Task(index, ring.take()) for index in indices)
 
 
-def _leave_stopping_to_the_trainer(_worker: int) -> None:
-    """Ignore what a terminal or a scheduler sends to the whole process group.
+def num_recycled_slots(config: TrainConfig) -> int:
+    """Slots of the ring that keep their memory.
 
-    The trainer still needs its batch to finish the step and save; then it dismisses the workers, at
-    the latest by a SIGTERM of its own. They notice by themselves when it is gone.
+    One for each batch that is ahead in the workers; one for each that a step of the trainer holds
+    while the next step's are fetched, and one for each of these.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_end_when_the_trainer_says_so, daemon=True).start()
+    data = config.data
+    return data.num_workers * data.prefetch_batches + 2 * config.training.accumulation_steps
 
 
-def _end_when_the_trainer_says_so() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _as_it_is(message: dict[str, Any]) -> dict[str, Any]:
+    return message
 
 
 def open_source(config: TrainConfig, *, split: Split) -> SampleSource:
@@ -284,11 +198,14 @@ def open_source(config: TrainConfig, *, split: Split) -> SampleSource:
     Raises:
         ConfigError: it names none.
         ShardError: the shard set can't be read.
+        StorageError: it lies behind a URL that can't be reached.
         SessionError: no session can be used.
     """
     data = config.data
     if data.shards is not None:
-        return ShardSource(data.shards, split=split)
+        folder = data.cache_dir or default_cache_dir()
+        cache = CacheSettings(folder=folder, limit_bytes=round(data.cache_gb * 1e9))
+        return ShardSource(data.shards, split=split, cache=cache)
     if data.root_dir is None:
         raise ConfigError(
             "no data is named; set data.shards (a shard set, fast) or data.root_dir (sessions)"

@@ -55,6 +55,20 @@ def test_inputs_are_not_changed():
     assert torch.equal(rgb, before)
 
 
+def test_copies_to_a_gpu_are_done_when_the_batch_is_handed_out(monkeypatch):
+    """The loader's memory is written to again as soon as the batch is let go."""
+    events = []
+
+    class Stream:
+        def synchronize(self):
+            events.append("waited")
+
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: events.append("sent"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    to_device({"inputs": {"a": torch.ones(2), "b": torch.ones(2)}, "keys": ["s/0"]}, "cuda")
+    assert events == ["sent", "sent", "waited"]
+
+
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_a_batch_goes_to_the_device_with_its_nesting_and_its_names(kind):
     batch = {"inputs": {"a": torch.ones(2)}, "more": kind([torch.ones(1), 3]), "keys": ["s/0"]}

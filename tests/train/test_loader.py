@@ -18,8 +18,9 @@ from tiny_sets import TEXT_HEADS, make_config
 
 from shared.columns import ColumnFile
 from shared.errors import ConfigError, CorruptError, TooManyBadSamplesError
-from train.loader import MAX_SUBSTITUTES, Loader, open_source
+from train.loader import Loader, open_source
 from train.reader import ShardSource
+from train.worker import MAX_SUBSTITUTES
 
 COLUMNS = ("vision_left.tar", "vision_right.tar", "audio.tar", "text.tar", "proprio.zarr.zip")
 few_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")

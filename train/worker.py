@@ -1,0 +1,172 @@
+"""What a loader process does: makes batches in the ring, and ends when the trainer does."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import CorruptError, CreatureError, TooManyBadSamplesError
+from train.assemble import Place, fill_arrays
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from shared.fields import Text
+    from shared.recipe import WindowShapes
+    from train.config import TrainConfig
+    from train.order import BatchOrder, BatchPlan
+    from train.ring import Ring
+    from train.source import SampleSource
+
+MAX_SUBSTITUTES = 16
+"""So many corrupt samples after each other for one place stop the run."""
+
+_ORPHAN_CHECK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Work for a loader process."""
+
+    index: int
+    """Number of the global batch."""
+    slot: int
+    """Of the ring, free until the batch is made."""
+
+
+class BatchReader:
+    """Makes batches in the ring; only what is small is returned."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        order: BatchOrder,
+        ring: Ring,
+        *,
+        config: TrainConfig,
+        shapes: WindowShapes,
+    ) -> None:
+        self._source = source
+        self._order = order
+        self._ring = ring
+        self._config = config
+        self._shapes = shapes
+        self._blocks = (-1, -1, -1)
+
+    def __getitem__(self, task: Task) -> dict[str, Any]:
+        """Read, decode and collate a batch into its slot; "error" says why it can't be."""
+        try:
+            return self._make(task)
+        except CreatureError as error:  # torch would wrap it in a worker's traceback
+            return {"error": error}
+
+    def _make(self, task: Task) -> dict[str, Any]:
+        plan = self._order.plan(task.index)
+        self._tell_what_comes(plan)
+        skipped: list[dict[str, Any]] = []
+        places = [(int(s), int(r)) for s, r in zip(plan.shards, plan.rows, strict=True)]
+
+        def read(i: int, out: dict[str, NDArray[Any]]) -> tuple[Place, Text | None]:
+            return self._read(plan, i, places[i], out, skipped)
+
+        arrays = self._ring.arrays(task.slot)
+        arrays["weight"][...] = plan.weight
+        dense, keys = fill_arrays(
+            self._source, places, arrays, config=self._config, shapes=self._shapes, read=read
+        )
+        return {
+            "slot": task.slot,
+            "dense": dense,
+            "rest": {"keys": keys, "index": plan.index, "epoch": plan.epoch, "skipped": skipped},
+        }
+
+    def _tell_what_comes(self, plan: BatchPlan) -> None:
+        """At the begin of each block: the source may fetch it and the next one."""
+        order = self._order.order
+        blocks = (plan.epoch, *order.blocks_of(plan.epoch, plan.positions))
+        if blocks != self._blocks:
+            self._blocks = blocks
+            epoch, first, last = blocks
+            streams = {*self._config.input_streams, *self._config.target_streams}
+            self._source.will_read(order.shards_of(epoch, first, last + 1).tolist(), streams)
+
+    def _read(
+        self,
+        plan: BatchPlan,
+        i: int,
+        place: Place,
+        out: dict[str, NDArray[Any]],
+        skipped: list[dict[str, Any]],
+    ) -> tuple[Place, Text | None]:
+        """Read one sample; while it is corrupt, the one that stands in for it."""
+        streams = (*self._config.input_streams, *self._config.target_streams)
+        with_text = any(s.endswith("_text") for s in streams)
+        wanted = place
+        for attempt in range(MAX_SUBSTITUTES):
+            try:
+                return place, self._source.read_into(*place, out, with_text=with_text)
+            except CorruptError as error:
+                skipped.append(self._describe(place, error))
+                position = int(plan.positions[i])
+                stand_in = self._order.order.substitute(plan.epoch, position, attempt)
+                place = self._order.order.locate_one(plan.epoch, stand_in)
+        raise TooManyBadSamplesError(
+            f"sample {wanted} and {MAX_SUBSTITUTES - 1} others in its place are corrupt; "
+            f"the last: {skipped[-1]['error']}; run `python -m preprocess verify`"
+        )
+
+    def _describe(self, place: Place, error: CorruptError) -> dict[str, Any]:
+        """A corrupt sample for the log; its key where the index can still be read."""
+        try:
+            key = self._source.key(*place)
+        except CorruptError:
+            key = "?"
+        return {"key": key, "shard": place[0], "row": place[1], "error": str(error)}
+
+
+def leave_stopping_to_the_trainer(_worker: int) -> None:
+    """Ignore what a terminal or a scheduler sends to the whole process group.
+
+    The trainer still needs its batch to finish the step and save; then it dismisses the workers, at
+    the latest by a SIGTERM of its own. They notice by themselves when it is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_with_the_trainer, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_trainer(parent_pid: int) -> None:
+    """End this process when the trainer says so or is gone, whatever else waits for it then."""
+    trainer = multiprocessing.parent_process()  # the parent, or beyond it where a server forks
+    while trainer is not None and trainer.is_alive() and os.getppid() == parent_pid:
+        said = signal.sigtimedwait([signal.SIGTERM], _ORPHAN_CHECK_S)
+        if said is not None and said.si_pid == trainer.pid:
+            break
+    os._exit(0)
+
+
+@contextlib.contextmanager
+def explained_worker_death() -> Iterator[None]:
+    """Turn what torch says of a lost worker into an error of ours.
+
+    Raises:
+        CreatureError: a loader process died or was silent for too long.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        what = str(error).strip()
+        if not what.startswith(("DataLoader worker (pid", "DataLoader timed out")):
+            raise
+        raise CreatureError(
+            f"a loader process was lost: {what.rstrip('.')}. Where it was killed, memory ran out "
+            "most likely: lower data.num_workers, data.prefetch_batches or data.batch_size; where "
+            "it crashed or was silent, data.num_workers: 0 shows why"
+        ) from error
