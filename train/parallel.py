@@ -38,7 +38,7 @@ def parallelize(model: nn.Module, *, parallel: Literal["auto", "ddp", "fsdp"]) -
     if world_size() == 1:
         return model
     if parallel != "fsdp":
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
