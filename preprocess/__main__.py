@@ -138,6 +138,8 @@ def shards(
     with Cluster(scheduler=scheduler, num_workers=num_workers, console=console) as cluster:
         summary = build_shards(sessions, out, recipe=recipe, cluster=cluster, dry_run=dry_run)
     where = place_of(out)
+    if summary.plan.upgrade is not None:
+        click.echo(f"{where}: {summary.plan.upgrade}")
     for line in summary.plan.reasons():
         click.echo(f"{'would make' if dry_run else 'made'} {line}")
     if summary.manifest is None:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAGIC = b"VRCINDEX"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+"""Version 1 lacks the columns' `rows`."""
 
 _ALIGNMENT = 64
 _PREFIX = struct.Struct("<8sII")
@@ -143,7 +144,8 @@ def parse_index(raw: NDArray[np.uint8], *, origin: str) -> ShardIndex:
         raise CorruptError(f"{origin}: is no shard index")
     if version > INDEX_VERSION:
         raise FormatVersionError(
-            f"{origin}: index version {version} is newer than {INDEX_VERSION}; update this software"
+            f"{origin}: index version {version} is newer than {INDEX_VERSION}, the newest that "
+            "this program reads; update it"
         )
     if header_length > min(_MAX_HEADER_BYTES, len(raw) - _PREFIX.size):
         raise CorruptError(f"{origin}: its header reaches past the end of the file")
@@ -153,6 +155,8 @@ def parse_index(raw: NDArray[np.uint8], *, origin: str) -> ShardIndex:
         layout = facts.pop("arrays")
         arrays = {name: _array(body, *entry) for name, entry in layout.items()}
         _require_whole(facts, arrays)
+        if version < 2:
+            facts["columns"] = {n: {"rows": {}, **c} for n, c in facts["columns"].items()}
     except _DAMAGES as error:
         raise CorruptError(
             f"{origin}: its header is damaged: {type(error).__name__}: {error}; "

@@ -88,6 +88,10 @@ COLUMNS: dict[str, Column] = {
 """Every column of a shard set, by name."""
 
 
+_CODEC_KEYS = {"vision.qp": "h264"}
+"""Keys of a recipe that say nothing where the codec is another one."""
+
+
 def member_name(key: str, column: str, recipe: Recipe) -> str:
     """Name of a sample's member in a tar column, such as ``session_001/000004.audio.wav``."""
     extension = {"audio": "wav", "text": "json"}.get(column) or vision_extension(recipe.vision)
@@ -104,6 +108,9 @@ def column_basis(column: Column, recipe: Recipe, *, tokenizer_sha256: str) -> di
     sections = json_of(recipe)
     for part in column.parts:
         basis.update({f"{part}.{key}": value for key, value in sections[part].items()})
+    for key, codec in _CODEC_KEYS.items():
+        if recipe.vision.codec != codec:
+            basis.pop(key, None)
     if column.name == "text":
         basis["tokenizer_sha256"] = tokenizer_sha256
     return basis

@@ -7,7 +7,7 @@ finished is taken over by the next.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preprocess.building.build import BuildInput, build_shard, describe_shard, salvage_shard
@@ -17,7 +17,7 @@ from preprocess.building.plan import OldSet, Plan, ShardTask, plan_shards, versi
 from preprocess.building.recordings import column_seconds, find_recordings
 from preprocess.building.rejected import count_windows, rejected_lines
 from preprocess.building.scans import scan_sessions
-from shared.errors import ConfigError, CorruptError, ShardError
+from shared.errors import ConfigError, CorruptError, FormatVersionError, ShardError
 from shared.manifest import ShardEntry
 from shared.recipe import Recipe, split_of
 from shared.scan import read_texts
@@ -139,9 +139,16 @@ def _describe(manifest: Manifest, place: SetPlace, sizes: Mapping[str, int]) -> 
     for entry in manifest.shards:
         try:
             shards.append(describe_shard(entry, place, sizes))
+        except FormatVersionError:
+            raise
         except (ShardError, KeyError, TypeError):
             continue
-    return OldSet(recipe=manifest.recipe, generation=manifest.generation, shards=tuple(shards))
+    return OldSet(
+        recipe=manifest.recipe,
+        generation=manifest.generation,
+        shards=tuple(shards),
+        format_version=manifest.format_version,
+    )
 
 
 def _choose_tokenizer(
@@ -250,7 +257,7 @@ def _manifest(
     plan: Plan,
 ) -> Manifest:
     is_same = plan.is_empty and old is not None and tokenizer_file == old.tokenizer_file
-    return make_manifest(
+    manifest = make_manifest(
         place,
         shards,
         facts,
@@ -262,3 +269,6 @@ def _manifest(
         num_planned=sum(len(scan.windows(recipe)) for scan in scans.values()),
         num_rejected=count_windows(rejected_lines(scans, recipe, ())),
     )
+    if old is not None and plan.keeps_samples and tokenizer.sha256 == old.tokenizer_sha256:
+        return replace(manifest, fingerprint=old.fingerprint)  # runs that read the set can go on
+    return manifest

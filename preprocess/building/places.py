@@ -27,7 +27,14 @@ from shared.columns import ColumnFile
 from shared.errors import CorruptError, JobError, ShardError
 from shared.hold import is_held
 from shared.index import ShardIndex, open_index, parse_index
-from shared.manifest import MANIFEST_FILE, Manifest, move_durably, read_manifest, write_durably
+from shared.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    move_durably,
+    read_manifest,
+    refuse_newer,
+    write_durably,
+)
 from shared.storage import Store
 
 if TYPE_CHECKING:
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
 
 _RUN_MARK = ".run.tmp"
 _TAKEN_OVER = "another job has taken over this shard set, or this machine does not see its folder"
+_HEAD_BYTES = 4096
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -246,10 +254,13 @@ def open_set(place: Path | Store, *, dry_run: bool = False) -> Iterator[SetPlace
 
     Raises:
         ShardError: another job of this machine, or of one that shares the folder, builds it.
+        FormatVersionError: the set that is there is of a newer format; nothing was touched.
     """
     run = uuid4().hex[:12]
     if isinstance(place, Store):
         run = "" if dry_run else run
+        with suppress(FileNotFoundError):
+            refuse_newer(place.read(MANIFEST_FILE), path=f"{place}/{MANIFEST_FILE}")
         with _temporary(place, run) as scratch:
             stored = StoredSet(place, run, scratch)
             if dry_run:
@@ -263,6 +274,8 @@ def open_set(place: Path | Store, *, dry_run: bool = False) -> Iterator[SetPlace
                     place.remove(_RUN_MARK)
         return
     root = place.absolute()
+    with suppress(FileNotFoundError, NotADirectoryError), (root / MANIFEST_FILE).open("rb") as file:
+        refuse_newer(file.read(_HEAD_BYTES), path=str(root / MANIFEST_FILE))
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root):

@@ -7,11 +7,11 @@ others are not even opened. A changed window, split or packing recipe starts ove
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from shared.layout import COLUMNS, Column, column_basis, presence_bits
-from shared.manifest import fingerprint_of
+from shared.manifest import FORMAT_VERSION, fingerprint_of
 from shared.recipe import SPLITS, Recipe, Split, json_of, split_of
 from shared.session import AUDIO_FILE, METADATA_FILE
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from shared.scan import SessionScan
 
-_BYTES_PER_PIXEL = {"mjpeg": 0.35, "raw": 3.0}
+_BYTES_PER_PIXEL = {"h264": 0.1, "mjpeg": 0.35, "yuv420": 1.5, "raw": 3.0}
 """Bytes of a stored picture per pixel, for packing only."""
 
 
@@ -41,9 +41,9 @@ class BuiltColumn:
     sha256: str
     fingerprint: str
     basis: Mapping[str, Any]
-    rows: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, str]
     """Session -> hash of its rows and of what the column takes from it; one that is the same in
-    the new column is copied."""
+    the new column is copied. Empty where not known: the column was made in format 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +99,26 @@ class Plan:
     """Names of old shards that go."""
     order: tuple[str, ...]
     """Names of all shards of the new set, in its order."""
+    old_version: int = FORMAT_VERSION
+    """Format of the old set; that of the new one is always the newest."""
 
     @property
     def is_empty(self) -> bool:
         """Whether the old set is up to date."""
-        return not self.tasks and not self.dropped
+        return not self.tasks and not self.dropped and self.old_version == FORMAT_VERSION
+
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether every sample stays as it is, in its place."""
+        return not self.dropped and not any(task.due for task in self.tasks)
+
+    @property
+    def upgrade(self) -> str | None:
+        """What a set of an older format needs besides :meth:`reasons`."""
+        if self.old_version == FORMAT_VERSION:
+            return None
+        rest = ", columns stay" if self.keeps_samples else ""
+        return f"format {self.old_version} -> {FORMAT_VERSION}: indexes are rewritten{rest}"
 
     def reasons(self) -> list[str]:
         """One line per column and reason: ``3 of 9 audio columns: mel.levels 16 -> 32``."""
@@ -113,6 +128,9 @@ class Plan:
             for column, reason in task.due.items():
                 counts[column, reason] = counts.get((column, reason), 0) + 1
         lines = [f"{n} of {total} {column} columns: {why}" for (column, why), n in counts.items()]
+        num_bare = sum(not task.due for task in self.tasks)
+        if num_bare and self.upgrade is None:
+            lines.append(f"{num_bare} of {total} indexes: they lack hashes of their sessions")
         if self.dropped:
             lines.append(f"{len(self.dropped)} shards go: their sessions are gone or moved")
         return lines
@@ -125,6 +143,7 @@ class OldSet:
     recipe: Recipe
     generation: int
     shards: tuple[BuiltShard, ...]
+    format_version: int = FORMAT_VERSION
 
 
 @dataclass(slots=True)
@@ -161,12 +180,13 @@ def plan_shards(
     drafts += _pack(fresh, kept, recipe, drafts)
     drafts = sorted((d for d in drafts if d.slices), key=lambda d: (SPLITS.index(d.split), d.name))
     generation = 0 if old is None else old.generation + 1
+    version = FORMAT_VERSION if old is None else old.format_version
     tasks, unchanged = [], []
     for draft in drafts:
         task = _task(draft, scans, recipe, tokenizer_sha256, generation, why_new=why_new)
-        if task is not None:
+        if draft.old is None or version < FORMAT_VERSION or _changes(task, draft.old):
             tasks.append(task)
-        elif draft.old is not None:
+        else:
             unchanged.append(draft.old)
     names = {d.name for d in drafts}
     return Plan(
@@ -174,6 +194,7 @@ def plan_shards(
         unchanged=tuple(unchanged),
         dropped=tuple(s.name for s in old.shards if s.name not in names) if old else (),
         order=tuple(d.name for d in drafts),
+        old_version=version,
     )
 
 
@@ -283,9 +304,10 @@ def _task(
     generation: int,
     *,
     why_new: str,
-) -> ShardTask | None:
-    """The task that brings a shard up to date; None where nothing is due."""
-    rows = {n: _row_hashes(draft.slices, c, scans, recipe) for n, c in COLUMNS.items()}
+) -> ShardTask:
+    """The task that brings a shard up to date."""
+    facts = {n: _row_facts(draft.slices, c, scans, recipe) for n, c in COLUMNS.items()}
+    rows = {n: {s: fingerprint_of(f) for s, f in of.items()} for n, of in facts.items()}
     bases = {
         name: {
             **column_basis(column, recipe, tokenizer_sha256=tokenizer_sha256),
@@ -299,14 +321,13 @@ def _task(
     copied: dict[str, tuple[str, ...]] = {}
     for name, basis in bases.items():
         built = old.columns.get(name) if old is not None else None
-        if built is not None and built.fingerprint == fingerprint_of(basis):
-            kept[name] = built
+        if built is not None and _is_up_to_date(built, basis, facts[name]):
+            fingerprint = fingerprint_of(basis)
+            kept[name] = replace(built, fingerprint=fingerprint, basis=basis, rows=rows[name])
             continue
         due[name] = _reason(built, basis) if old is not None else why_new
         if built is not None and _settings(built.basis) == _settings(basis):
             copied[name] = tuple(s for s, h in rows[name].items() if built.rows.get(s) == h)
-    if old is not None and not due and tuple(draft.slices) == old.slices:
-        return None
     return ShardTask(
         name=draft.name,
         split=draft.split,
@@ -322,11 +343,27 @@ def _task(
     )
 
 
-def _row_hashes(
+def _changes(task: ShardTask, old: BuiltShard) -> bool:
+    """Whether a task makes anything of a shard new, if only its index."""
+    return bool(task.due) or task.slices != old.slices or task.kept != old.columns
+
+
+def _is_up_to_date(
+    built: BuiltColumn, basis: Mapping[str, Any], facts: Mapping[str, list[Any]]
+) -> bool:
+    """Whether a column is what it would be if it were made now."""
+    if built.fingerprint == fingerprint_of(basis):
+        return True
+    # Format 1 hashed the facts of all sessions at once.
+    in_format_1 = {**basis, "rows": fingerprint_of(list(facts.values()))}
+    return not built.rows and built.fingerprint == fingerprint_of(in_format_1)
+
+
+def _row_facts(
     slices: Sequence[Slice], column: Column, scans: Mapping[str, SessionScan], recipe: Recipe
-) -> dict[str, str]:
-    """Session -> hash of its rows in a shard and of the sources and facts that a column takes."""
-    hashes = {}
+) -> dict[str, list[Any]]:
+    """Session -> its rows in a shard, and the sources and facts that a column takes from it."""
+    facts = {}
     for piece in slices:
         scan = scans[piece.session]
         sources = {n: scan.sources[n].sha256 for n in column.sources if n in scan.sources}
@@ -338,9 +375,8 @@ def _row_hashes(
             presence_bits(set(scan.present(windows[w], recipe)) & set(column.streams))
             for w in piece.windows
         ]
-        row = [piece.session, piece.windows, bits, sources, offset_s, gain]
-        hashes[piece.session] = fingerprint_of(row)
-    return hashes
+        facts[piece.session] = [piece.session, piece.windows, bits, sources, offset_s, gain]
+    return facts
 
 
 def _settings(basis: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,13 @@ from shared.columns import ColumnFile
 from shared.errors import CorruptError, CreatureError, ShardError
 from shared.index import ShardIndex, open_index
 from shared.layout import COLUMNS, streams_of_bits
-from shared.manifest import REJECTED_FILE, Manifest, ShardEntry, read_manifest
+from shared.manifest import (
+    FORMAT_VERSION,
+    REJECTED_FILE,
+    Manifest,
+    ShardEntry,
+    read_manifest,
+)
 from shared.recipe import SPLITS, Recipe
 
 if TYPE_CHECKING:
@@ -84,6 +90,9 @@ def describe_set(root: Path) -> Iterator[tuple[str, str]]:
     manifest = read_manifest(root)
     recipe = manifest.recipe
     yield "folder", str(root)
+    is_newest = manifest.format_version == FORMAT_VERSION
+    mend = "" if is_newest else f"; `preprocess shards` upgrades it to {FORMAT_VERSION}"
+    yield "format", f"{manifest.format_version}{mend}"
     yield "fingerprint", f"{manifest.fingerprint} (generation {manifest.generation})"
     for split in SPLITS:
         entries = manifest.in_split(split)

@@ -2,7 +2,8 @@
 decoding. Members are copied as they are, or whole files linked.
 
 What is left of a set is what a build of the remaining sessions would keep: their fingerprints stay,
-so that the next build has nothing to do for them.
+so that the next build has nothing to do for them. Only shards of format 1 that lose some of their
+sessions are made again by it, for that format has no hashes of single sessions.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from preprocess.building.build import BuildInput, copy_shard
 from preprocess.building.commit import commit, make_manifest, sweep
 from preprocess.building.places import LocalSet, open_set
-from preprocess.building.plan import ShardTask, Slice, setting_changes
+from preprocess.building.plan import ShardTask, Slice, setting_changes, versioned
 from preprocess.building.rejected import count_windows
 from shared.errors import ShardError
 from shared.index import ShardIndex, index_bytes, open_index
 from shared.layout import COLUMNS
 from shared.manifest import (
+    FORMAT_VERSION,
     MANIFEST_FILE,
     REJECTED_FILE,
     Manifest,
@@ -195,7 +197,11 @@ def _take(
             old=source,
         )
         return copy_shard(task, given)
-    return entry if source is place else _link(entry, index, place, source, name=name)
+    if source is not place:
+        return _link(entry, index, place, source, name=name)
+    if part.manifest.format_version == FORMAT_VERSION:
+        return entry
+    return _put_index(entry, index, place, versioned(f"{name}.index", generation))
 
 
 def _copy_task(
@@ -211,7 +217,7 @@ def _copy_task(
     rows: dict[str, dict[str, str]] = {}
     bases: dict[str, dict[str, Any]] = {}
     for column, facts in index.facts["columns"].items():
-        hashes = facts.get("rows", {})
+        hashes = facts["rows"]
         rows[column] = {s: hashes[s] for s in sessions if s in hashes}
         bases[column] = {**facts["basis"], "rows": fingerprint_of(list(rows[column].values()))}
     return ShardTask(
@@ -240,13 +246,18 @@ def _link(
             _link_or_copy(source.root / facts["file"], work / file)
             place.put(work / file, file)
             columns[column] = {**facts, "file": file}
-        facts = {**index.facts, "name": name, "columns": columns}
-        content = index_bytes(ShardIndex(facts=facts, arrays=index.arrays))
-        file = f"{name}.index"
+    facts = {**index.facts, "name": name, "columns": columns}
+    renamed = ShardIndex(facts=facts, arrays=index.arrays)
+    return _put_index(replace(entry, name=name), renamed, place, f"{name}.index")
+
+
+def _put_index(entry: ShardEntry, index: ShardIndex, place: SetPlace, file: str) -> ShardEntry:
+    """Write an index, in the newest format."""
+    content = index_bytes(index)
+    with place.workplace() as work:
         (work / file).write_bytes(content)
         place.put(work / file, file)
-    digest = hashlib.sha256(content).hexdigest()
-    return replace(entry, name=name, index_file=file, index_sha256=digest)
+    return replace(entry, index_file=file, index_sha256=hashlib.sha256(content).hexdigest())
 
 
 def _link_or_copy(path: Path, new: Path) -> None:

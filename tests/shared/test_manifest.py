@@ -131,8 +131,8 @@ def test_a_missing_set_says_how_to_make_one(tmp_path):
 
 
 def test_a_newer_format_is_refused_with_what_to_do(tmp_path):
-    edited(tmp_path, lambda v: v.update(format_version=2))
-    with pytest.raises(FormatVersionError, match=r"version 2 is newer than 1.*update it"):
+    edited(tmp_path, lambda v: v.update(format_version=3))
+    with pytest.raises(FormatVersionError, match=r"version 3 is newer than 2.*update the program"):
         read_manifest(tmp_path)
 
 

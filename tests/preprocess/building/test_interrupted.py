@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from pathlib import Path
@@ -22,7 +21,7 @@ from oracles import (
 
 from preprocess.building import build as build_module
 from preprocess.building import job as job_module
-from shared.errors import FormatVersionError, ShardError
+from shared.errors import ShardError
 from shared.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -178,16 +177,6 @@ def test_a_damaged_set_is_mended_by_the_next_build(sessions, built, out, damage)
     assert (out / "rejected.jsonl").read_bytes() == (built / "rejected.jsonl").read_bytes()
     again = build(sessions, out)
     assert (again.plan.is_empty, again.num_scanned) == (True, 0)
-
-
-def test_a_set_of_a_newer_format_is_refused_and_left_alone(sessions, out):
-    path = out / "manifest.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**values, "format_version": 2}), encoding="utf-8")
-    before = file_hashes(out)
-    with pytest.raises(FormatVersionError):
-        build(sessions, out)
-    assert file_hashes(out) == before
 
 
 def test_only_one_job_builds_a_set(sessions, out):

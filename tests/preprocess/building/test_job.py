@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tiny_sessions import write_lines, write_tone
 
 from preprocess.building import job as job_module
 from shared.errors import ConfigError, SessionError
+from shared.layout import COLUMNS
 from shared.manifest import read_manifest
 from shared.text import train_tokenizer
 
@@ -118,6 +120,28 @@ def test_a_changed_tokenizer_makes_only_text_again(sessions, out):
     assert "tokenizer.json" not in after
     assert check_whole(out) > 0
     assert read_manifest(out).load_tokenizer().vocab_size == 264
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_raised_code_version_makes_only_its_column_again(sessions, out, monkeypatch, name):
+    before, contents = file_identities(out), set_contents(out)
+    number = COLUMNS[name].code_version
+    raised = replace(COLUMNS[name], code_version=number + 1)
+    monkeypatch.setitem(COLUMNS, name, raised)
+    summary = build(sessions, out)
+    reason = f"2 of 2 {name} columns: code_version {number} -> {number + 1}"
+    assert summary.plan.reasons() == [reason]
+    after = file_identities(out)
+    made = {
+        f"{shard}.g1.{end}"
+        for shard in ("train-000000", "val-000000")
+        for end in ("index", f"{name}.{raised.suffix}")
+    }
+    assert set(after) - set(before) == made
+    others = {n for n in before if n.endswith((".tar", ".zip")) and f".{name}." not in n}
+    assert len(others) == 2 * 5
+    assert {n: after[n] for n in others} == {n: before[n] for n in others}
+    assert set_contents(out) == contents
 
 
 def test_an_update_holds_what_a_first_build_holds(sessions, out, tmp_path):

@@ -74,6 +74,7 @@ def _built(task: ShardTask) -> BuiltShard:
             sha256="",
             fingerprint=fingerprint_of(task.bases[name]),
             basis=task.bases[name],
+            rows=task.rows[name],
         )
         for name in task.due
     }

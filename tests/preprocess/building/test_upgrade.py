@@ -1,0 +1,421 @@
+"""Sets of format 1, by a frozen one that the code of that format wrote (tests/frozen): read as they
+are, upgraded without touching a column. Sets of a format to come are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import struct
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import pytest
+import torch
+from click.testing import CliRunner
+from oracles import (
+    build,
+    check_whole,
+    file_hashes,
+    file_identities,
+    set_contents,
+)
+from tiny_sets import make_config
+
+from preprocess.__main__ import cli
+from preprocess.building import build as build_module
+from preprocess.building import job as job_module
+from preprocess.sets.inspect import describe_sample, describe_set, verify_set
+from preprocess.sets.surgery import drop_sessions, list_sessions, merge_sets, split_sessions
+from shared.errors import FormatVersionError
+from shared.layout import COLUMNS
+from shared.manifest import read_manifest
+from shared.recipe import load_recipe
+from train.loader import Loader
+from train.reader import ShardSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+FROZEN = Path(__file__).parents[2] / "frozen"
+SESSIONS, OLD = FROZEN / "sessions", FROZEN / "v1"
+RECIPE = load_recipe(FROZEN / "recipe.yaml")
+OTHER_TEXT = RECIPE.model_copy(update={"text": RECIPE.text.model_copy(update={"vocab_size": 264})})
+ENCODERS = {"av": "18.1.0", "simplejpeg": "1.9.0", "soxr": "1.1.0", "numpy": "2.4.6"}
+
+
+def header_of(path: Path) -> tuple[int, dict[str, Any]]:
+    """Version and header of an index, by struct and json."""
+    content = path.read_bytes()
+    magic, number, length = struct.unpack_from("<8sII", content)
+    assert magic == b"VRCINDEX"
+    return number, json.loads(content[16 : 16 + length])
+
+
+BUMPED = {
+    name
+    for name, column in header_of(OLD / "train-000000.index")[1]["columns"].items()
+    if column["basis"]["code_version"] != COLUMNS[name].code_version
+}
+"""Columns that code of today makes with other bytes; an upgrade makes them again."""
+
+needs_encoders = pytest.mark.skipif(
+    any(version(package) != number for package, number in ENCODERS.items()),
+    reason=f"the frozen set's pictures and sound are those of {ENCODERS}",
+)
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """The old set, for a test to change."""
+    return Path(shutil.copytree(OLD, tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> Path:
+    """A set of the same sessions, made today."""
+    out = tmp_path_factory.mktemp("fresh") / "set"
+    build(SESSIONS, out, RECIPE)
+    return out
+
+
+@pytest.fixture(scope="module")
+def upgraded(tmp_path_factory) -> Path:
+    out = Path(shutil.copytree(OLD, tmp_path_factory.mktemp("upgraded") / "set"))
+    build(SESSIONS, out, RECIPE)
+    return out
+
+
+def columns_of(out: Path) -> set[str]:
+    """Column files that an old set keeps when it is upgraded."""
+    gone = tuple(f".{name}.{COLUMNS[name].suffix}" for name in BUMPED)
+    return {
+        p.name
+        for p in out.iterdir()
+        if p.name.endswith((".tar", ".zip")) and not (gone and p.name.endswith(gone))
+    }
+
+
+def batches_of(shards: Path, *, is_shuffled: bool = True) -> list[dict[str, Any]]:
+    """Every batch of two epochs."""
+    source, config = ShardSource(shards, split="train"), make_config(shards, batch_size=2)
+    return list(Loader(source, config, num_epochs=2, is_shuffled=is_shuffled))
+
+
+def assert_same(batches: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    for one, other in zip(batches, others, strict=True):
+        assert one["keys"] == other["keys"]
+        for group in ("inputs", "targets"):
+            assert one[group].keys() == other[group].keys()
+            for name, tensor in one[group].items():
+                assert torch.equal(tensor, other[group][name]), name
+
+
+_watched: list[str] | None = None
+
+
+def _note_open(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _watched is not None:
+        _watched.append(str(arguments[0]))
+
+
+sys.addaudithook(_note_open)
+
+
+@pytest.fixture
+def opened(monkeypatch) -> Iterator[list[str]]:
+    """Every path that Python opens from now on."""
+    paths: list[str] = []
+    monkeypatch.setattr(sys.modules[__name__], "_watched", paths)
+    return paths
+
+
+# --- read as it is ---------------------------------------------------------------------------
+
+
+def test_the_frozen_set_is_of_format_1():
+    values = json.loads((OLD / "manifest.json").read_text(encoding="utf-8"))
+    assert values["format_version"] == 1
+    for path in OLD.glob("*.index"):
+        number, header = header_of(path)
+        assert number == 1
+        assert all("rows" not in column for column in header["columns"].values())
+
+
+def test_a_set_of_format_1_is_read_as_it_is():
+    before = file_hashes(OLD)
+    verdict = verify_set(OLD)
+    assert (verdict.problems, verdict.num_samples) == ((), 6)
+    assert [s.name for s in list_sessions(OLD)] == ["ann", "bob", "cat", "eve"]
+    assert "1; `preprocess shards` upgrades it to 2" in dict(describe_set(OLD))["format"]
+    assert "reach" in "".join(value for _, value in describe_sample(OLD, "ann/000000"))
+    assert file_hashes(OLD) == before
+
+
+def test_batches_of_the_old_set_are_those_of_the_upgraded_one(upgraded):
+    if BUMPED:
+        pytest.skip(f"{BUMPED} are made with other bytes today")
+    assert_same(batches_of(OLD), batches_of(upgraded))
+
+
+@needs_encoders
+def test_samples_of_the_old_set_are_those_of_one_made_today(fresh):
+    if BUMPED:
+        pytest.skip(f"{BUMPED} are made with other bytes today")
+    assert_same(batches_of(OLD, is_shuffled=False), batches_of(fresh, is_shuffled=False))
+
+
+def test_the_reader_in_the_specification_reads_format_1(monkeypatch):
+    page = (FROZEN.parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(OLD)
+    found: dict[str, Any] = {}
+    exec(page.split("\n## The index\n")[1].split("```python\n")[1].split("```")[0], found)
+    assert found["wav"][:4] == b"RIFF"
+    assert len(found["arrays"]["window"]) == 4
+
+
+def test_hashes_of_rows_are_those_of_the_specification(upgraded):
+    def hash_of(values: Any) -> str:
+        text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    lines = (SESSIONS / "eve" / "metadata.jsonl").read_bytes()
+    sources = {"metadata.jsonl": hashlib.sha256(lines).hexdigest()}
+    row = ["eve", [0], [0b11000], sources, 0.0, 1.0]  # touch and proprio
+    for shards, rows in ((OLD, hash_of([[row]])), (upgraded, hash_of([[hash_of([row])]]))):
+        entry = next(e for e in read_manifest(shards).shards if e.name == "train-000001")
+        column = header_of(shards / entry.index_file)[1]["columns"]["proprio"]
+        assert column["basis"]["rows"] == rows
+        assert column["fingerprint"] == hash_of([column["basis"]])
+    assert column["rows"] == {"eve": hash_of([row])}
+
+
+# --- upgraded --------------------------------------------------------------------------------
+
+
+def test_an_upgrade_neither_makes_nor_opens_a_column(out, opened):
+    before, hashes = file_identities(out), file_hashes(out)
+    opened.clear()
+    summary = build(SESSIONS, out, RECIPE)
+    seen = {Path(path).name for path in opened}
+    assert "train-000000.index" in seen  # the hook hooks
+    assert columns_of(OLD)
+    assert not seen & columns_of(OLD)
+    after = file_identities(out)
+    for name in {*columns_of(OLD), "tokenizer.json"}:
+        assert (after[name], file_hashes(out)[name]) == (before[name], hashes[name])
+    assert {column for task in summary.plan.tasks for column in task.due} == BUMPED
+    assert read_manifest(out).format_version == 2
+    assert {header_of(path)[0] for path in out.glob("*.index")} == {2}
+    check_whole(out)
+    assert verify_set(out).problems == ()
+
+
+@needs_encoders
+def test_an_upgraded_set_is_byte_equal_to_one_made_today_but_for_generations(upgraded, fresh):
+    if BUMPED:
+        assert set_contents(upgraded) == set_contents(fresh)
+        return
+    plain = {name.replace(".g1.", "."): h for name, h in file_hashes(upgraded).items()}
+    expected = file_hashes(fresh)
+    assert {**plain, "manifest.json": ""} == {**expected, "manifest.json": ""}
+    one, other = (json.loads((s / "manifest.json").read_text()) for s in (upgraded, fresh))
+    for shard in one["shards"]:
+        shard["index_file"] = shard["index_file"].replace(".g1.", ".")
+    own = json.loads((OLD / "manifest.json").read_text())["fingerprint"]  # runs can go on
+    assert {**one, "generation": 0} == {**other, "fingerprint": own}
+
+
+def test_an_upgraded_set_needs_nothing_more(upgraded):
+    before = file_identities(upgraded)
+    summary = build(SESSIONS, upgraded, RECIPE)
+    assert (summary.plan.is_empty, summary.plan.upgrade, summary.plan.reasons()) == (True, None, [])
+    assert file_identities(upgraded) == before
+
+
+def test_a_dry_run_says_that_a_set_would_be_upgraded_and_touches_nothing(out):
+    before = file_hashes(out)
+    given = ["--sessions", str(SESSIONS), "--out", str(out), "--recipe", f"{FROZEN}/recipe.yaml"]
+    result = CliRunner().invoke(cli, ["shards", "--dry-run", "--workers", "0", *given])
+    rest = "" if BUMPED else ", columns stay"
+    assert f"{out}: format 1 -> 2: indexes are rewritten{rest}" in result.output.splitlines()
+    assert "up to date" not in result.output
+    assert file_hashes(out) == before
+
+
+def test_a_changed_recipe_makes_its_column_on_the_way_and_no_other(out):
+    before = file_identities(out)
+    summary = build(SESSIONS, out, OTHER_TEXT)
+    assert summary.plan.upgrade == "format 1 -> 2: indexes are rewritten"
+    assert {column for task in summary.plan.tasks for column in task.due} == {"text", *BUMPED}
+    kept = {name for name in columns_of(OLD) if ".text." not in name}
+    assert {n: i for n, i in file_identities(out).items() if n in kept} == {
+        n: before[n] for n in kept
+    }
+    check_whole(out)
+
+
+def test_a_changed_session_makes_only_its_shard_again(out, tmp_path):
+    sessions = Path(shutil.copytree(SESSIONS, tmp_path / "sessions"))
+    lines = (sessions / "eve" / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (sessions / "eve" / "metadata.jsonl").write_text("".join(lines[:-3]))
+    due = {task.name: set(task.due) - BUMPED for task in build(sessions, out, RECIPE).plan.tasks}
+    assert due == {
+        "train-000000": set(),
+        "train-000001": {"text", "proprio"},
+        "val-000000": set(),
+    }
+
+
+class BrokenOff(Exception):  # noqa: N818
+    """Stands for a kill."""
+
+
+def fail(*_: object, **__: object) -> None:
+    raise BrokenOff
+
+
+def fail_at_the(number: int) -> Callable[..., bytes]:
+    """index_bytes that breaks off at its n-th call."""
+    calls, index_bytes = itertools.count(1), build_module.index_bytes
+    return lambda index: fail() if next(calls) == number else index_bytes(index)
+
+
+BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "before the first index": lambda m: m.setattr(build_module, "index_bytes", fail_at_the(1)),
+    "before the last index": lambda m: m.setattr(build_module, "index_bytes", fail_at_the(3)),
+    "before the manifest": lambda m: m.setattr("preprocess.building.commit.commit_manifest", fail),
+    "before the sweep": lambda m: m.setattr(job_module, "sweep", fail),
+}
+
+
+@pytest.mark.parametrize("where", BREAKS)
+def test_an_upgrade_broken_off_leaves_the_old_set_or_the_new_one(out, upgraded, monkeypatch, where):
+    num_members = check_whole(OLD)
+    with monkeypatch.context() as patched:
+        BREAKS[where](patched)
+        with pytest.raises(BrokenOff):
+            build(SESSIONS, out, RECIPE)
+    is_new = where == "before the sweep"
+    assert read_manifest(out) == replace(read_manifest(upgraded if is_new else OLD), root=out)
+    assert check_whole(out) == num_members
+    build(SESSIONS, out, RECIPE)
+    assert file_hashes(out) == file_hashes(upgraded)
+    assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_a_reader_of_the_old_set_reads_on_through_an_upgrade(out, upgraded):
+    source = ShardSource(out, split="train")
+    build(SESSIONS, out, RECIPE)
+    keys = [source.key(shard, 0) for shard in range(2)]  # their indexes open only now
+    assert keys == ["ann/000000", "eve/000000"]
+    source.close()
+    build(SESSIONS, out, RECIPE)
+    assert file_hashes(out) == file_hashes(upgraded)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+def test_a_set_behind_a_url_is_upgraded_to_the_same_bytes(upgraded):
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    for path in OLD.iterdir():
+        fs.pipe_file(f"/here/set/{path.name}", path.read_bytes())
+    build(SESSIONS, "memory://here/set", RECIPE)
+    found = {path.rpartition("/")[2]: fs.cat_file(path) for path in fs.find("/here/set")}
+    fs.store.clear()
+    del found["sessions.jsonl"]
+    assert found == {
+        p.name: p.read_bytes() for p in upgraded.iterdir() if p.name != "sessions.jsonl"
+    }
+
+
+# --- sessions of old sets --------------------------------------------------------------------
+
+
+def sessions_without(folder: Path, name: str) -> Path:
+    shutil.copytree(SESSIONS, folder, ignore=shutil.ignore_patterns(name))
+    return folder
+
+
+def test_after_a_session_with_a_shard_of_its_own_went_every_column_stays(out, tmp_path):
+    drop_sessions(out, ["eve"])
+    assert read_manifest(out).format_version == 2
+    assert {header_of(path)[0] for path in out.glob("*.index")} == {2}
+    assert verify_set(out).problems == ()
+    before = file_identities(out)
+    summary = build(sessions_without(tmp_path / "rest", "eve"), out, RECIPE)
+    if not BUMPED:
+        assert summary.plan.reasons() == ["2 of 2 indexes: they lack hashes of their sessions"]
+    for name in columns_of(out):
+        assert file_identities(out)[name] == before[name]
+
+
+def test_a_shard_that_lost_one_of_its_sessions_is_made_again_by_the_next_build(out, tmp_path):
+    drop_sessions(out, ["cat"])
+    assert verify_set(out).problems == ()
+    assert [s.name for s in list_sessions(out)] == ["ann", "bob", "eve"]
+    due = {
+        task.name: set(task.due) - BUMPED
+        for task in build(sessions_without(tmp_path / "rest", "cat"), out, RECIPE).plan.tasks
+    }
+    assert due == {
+        "train-000000": set(COLUMNS) - BUMPED,
+        "train-000001": set(),
+        "val-000000": set(),
+    }
+
+
+def test_old_sets_are_split_and_merged_with_new_ones(tmp_path, upgraded):
+    split_sessions(OLD, tmp_path / "few", ["eve", "bob"])
+    split_sessions(upgraded, tmp_path / "rest", ["ann", "cat"])
+    merge_sets(tmp_path / "all", [tmp_path / "rest", tmp_path / "few"])
+    assert verify_set(tmp_path / "all").problems == ()
+    if not BUMPED:
+        assert set_contents(tmp_path / "all") == set_contents(OLD)
+
+
+# --- formats to come -------------------------------------------------------------------------
+
+COMMANDS: dict[str, Callable[[Path], object]] = {
+    "shards": lambda out: build(SESSIONS, out, RECIPE),
+    "verify": verify_set,
+    "show": lambda out: list(describe_set(out)),
+    "list": list_sessions,
+    "drop": lambda out: drop_sessions(out, ["eve"]),
+    "split": lambda out: split_sessions(out, out.parent / "few", ["eve"]),
+    "merge": lambda out: merge_sets(out.parent / "all", [OLD, out]),
+    "train": ShardSource,
+}
+
+
+@pytest.mark.parametrize("what", COMMANDS)
+def test_a_newer_format_is_refused_before_anything_else_is_looked_at(out, what):
+    head = '{"format": "vr-creature-shards", "format_version": 3'
+    (out / "manifest.json").write_bytes(head.encode() + b"\n and then no JSON \xff")
+    (out / ".1234.tmp").mkdir()  # of a job of the newer program
+    before = file_identities(out)
+    says = r"manifest\.json: format version 3 is newer than 2.*update the program"
+    with pytest.raises(FormatVersionError, match=says):
+        COMMANDS[what](out)
+    assert file_identities(out) == before
+
+
+def test_a_newer_index_is_not_taken_for_a_damaged_one(fresh, tmp_path):
+    out = Path(shutil.copytree(fresh, tmp_path / "out"))
+    path = out / "train-000000.index"
+    content = bytearray(path.read_bytes())
+    content[8] = 3
+    path.write_bytes(content)
+    values = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    values["shards"][0]["index_sha256"] = hashlib.sha256(content).hexdigest()
+    (out / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
+    before = file_hashes(out)
+    with pytest.raises(FormatVersionError, match="index version 3 is newer than 2"):
+        build(SESSIONS, out, RECIPE)
+    assert file_hashes(out) == before
