@@ -169,6 +169,10 @@ class TrainingConfig(Section):
     """Micro-batches of batch_size per optimizer step."""
     grad_clip: float = Field(1.0, gt=0)
     """Largest norm of the whole gradient."""
+    spike_sigma: float | None = Field(6.0, gt=0)
+    """A step whose loss or gradient norm is so many standard deviations above those of the newest
+    128 steps, the loss at least a quarter above their mean and the norm twice it, is left out; null
+    takes every finite step."""
     log_interval: int = Field(100, ge=1)
     """Steps between log lines."""
     eval_interval: int = Field(1000, ge=1)

@@ -42,7 +42,7 @@ HEADER_EVERY: Final = 20
 MIN_COLUMN_WIDTH: Final = 9
 
 MAX_BAD_STEPS: Final = 10
-"""So many steps in a row without a finite loss and gradient stop the run."""
+"""So many steps in a row that were not finite, or spikes, stop the run."""
 
 FIRST_STEPS: Final = 5
 """Steps whose mean counts as the first loss."""
@@ -54,7 +54,7 @@ TERMINAL_ONLY_LEFT_OUT: Final = ("data_wait_ms_", "time_to_", "skipped_steps")
 class StepMeter:
     """Means over the steps since the last log, added up on the device without waiting for it.
 
-    Steps whose loss or gradient was not finite count as skipped and enter no mean.
+    Steps that were left out, not finite or spikes, count as skipped and enter no mean.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,6 +66,7 @@ class StepMeter:
         self._first_steps: list[tuple[dict[str, Tensor], Tensor]] = []
         self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._losses: dict[str, Tensor] = {}
+        self._grad_norm = torch.zeros((), device=device)
         self.restart_clock()
 
     @property
@@ -89,6 +90,7 @@ class StepMeter:
         self._num_samples = self._num_samples + num_samples
         self._num_steps += 1
         self._losses = {name: loss.detach() for name, loss in losses.items()}
+        self._grad_norm = grad_norm
         self._bad_in_a_row = torch.where(is_good, 0, self._bad_in_a_row + 1)
         if len(self._first_steps) < FIRST_STEPS:
             self._first_steps.append((self._losses, is_good))
@@ -130,14 +132,20 @@ class StepMeter:
         """Stop a run that no longer learns anything; waits for the device.
 
         Raises:
-            DivergedError: :data:`MAX_BAD_STEPS` steps or more in a row were not finite.
+            DivergedError: :data:`MAX_BAD_STEPS` steps or more in a row were left out.
         """
         if (count := int(self._bad_in_a_row)) < MAX_BAD_STEPS:
             return
         culprits = [name for name, loss in self._losses.items() if not torch.isfinite(loss)]
+        fault = f"{' and '.join(culprits) or 'the gradient'} was not finite"
+        if not culprits and torch.isfinite(self._grad_norm):
+            total = float(self._losses["loss_total"])
+            fault = (
+                f"loss_total {total:.4g} or grad_norm {float(self._grad_norm):.4g} was far above "
+                "the steps before (training.spike_sigma)"
+            )
         raise DivergedError(
-            f"step {step}: {' and '.join(culprits) or 'the gradient'} was not finite in {count} "
-            f"steps in a row. "
+            f"step {step}: {fault} in {count} steps in a row. "
             "Weights are those before these steps. Reduce LR (training.optimizer.lr), check for "
             "corrupted data "
             "(`python -m preprocess verify`), and resume from a checkpoint (`--resume auto`)"

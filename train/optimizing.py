@@ -1,4 +1,4 @@
-"""The optimizer, its schedule, and steps that are left out when a gradient is not finite."""
+"""The optimizer, its schedule, and steps that are left out."""
 
 from __future__ import annotations
 
@@ -79,16 +79,14 @@ def step_if(is_good: Tensor, optimizer: torch.optim.AdamW, scaler: torch.amp.Gra
     """Take the optimizer's step, or leave weights and moments alone, without the host waiting.
 
     Args:
-        is_good: bool, 0-dim, on the device.
+        is_good: bool, 0-dim, on the device; False where a gradient is not finite.
         optimizer: fused.
-        scaler: for float16, it decides by itself and adapts its scale.
+        scaler: for float16; adapts its scale to whether :func:`clip_gradient` met an overflow.
     """
-    if scaler.is_enabled():
-        scaler.step(optimizer)
-        scaler.update()
-        return
     # The switch by which GradScaler leaves out fused steps (torch/amp/grad_scaler.py,
-    # `_step_supports_amp_scaling`).
+    # `_step_supports_amp_scaling`). Its own step would take finite ones that are spikes.
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = (~is_good).float()  # type: ignore[attr-defined]
     optimizer.step()
+    if scaler.is_enabled():
+        scaler.update()

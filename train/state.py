@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from train.config import TrainConfig, TrainingConfig
+    from train.spikes import SpikeWatch
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class TrainState:
     """Uncompiled, on its device."""
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
+    spikes: SpikeWatch
     config: TrainConfig
     shapes: WindowShapes
     extra: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class TrainState:
             "model": whole(self.model.state_dict()),
             "optimizer": whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
+            "spikes": self.spikes.state_dict(),
             "schedule": schedule_of(self.config.training),
             "rng": runtime.rng_state(),
             "rng_of_other_ranks": distributed.gather([runtime.rng_state()])[1:],
@@ -96,6 +99,8 @@ class TrainState:
             ) from error
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        if "spikes" in state:
+            self.spikes.load_state_dict(state["spikes"])
         self.step = int(state["step"])
         self.skipped_samples = int(state["skipped_samples"])
         self.run_name = self.run_name or state["run_name"]

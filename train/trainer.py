@@ -34,6 +34,8 @@ from train.optimizing import (
 from train.parallel import averaging_gradients, parallelize
 from train.progress import Progress, TrainSummary
 from train.runtime import StopSignals, explained_out_of_memory
+from train.showing import take_window
+from train.spikes import SpikeWatch
 from train.state import TrainState, schedule_of, shapes_of
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ class Trainer:
             model=self.model,
             optimizer=make_optimizer(self.model, training.optimizer),
             scaler=runtime.make_scaler(self.device, self._dtype),
+            spikes=SpikeWatch(training.spike_sigma, self.device),
             config=self.config,
             shapes=shapes_of(self.model),
             extra={**reading_of(loader), **(checkpoint_extra or {})},
@@ -125,7 +128,7 @@ class Trainer:
             What happened, with the first and last losses.
 
         Raises:
-            DivergedError: losses or gradients stayed non-finite.
+            DivergedError: losses or gradients stayed non-finite, or far above what they were.
             CheckpointError: no checkpoint can be written, or the last one could not.
             CreatureError: the GPU's memory does not suffice, or the loader gave up.
         """
@@ -141,7 +144,7 @@ class Trainer:
                 counts = self._counts(batches)
                 losses = self._forward_and_backward(batches, counts)
                 grad_norm = clip_gradient(optimizer, scaler, max_norm=training.grad_clip)
-                is_good = torch.isfinite(losses["loss_total"]) & torch.isfinite(grad_norm)
+                is_good = state.spikes.judge(losses["loss_total"], grad_norm)
                 step_if(is_good, optimizer, scaler)
                 feed.fetch_ahead()
                 state.step += 1

@@ -61,3 +61,24 @@ def test_the_optimizer_takes_the_steps_of_adamw_as_published():
         corrected = mean / (1 - 0.8**step) / ((square / (1 - 0.9**step)) ** 0.5 + 1e-8)
         weight = weight - 0.1 * 0.2 * weight - 0.1 * corrected
     assert layer.weight.item() == pytest.approx(weight, rel=1e-5)
+
+
+def test_a_step_in_half_precision_is_left_out_though_its_gradient_is_finite():
+    layer = torch.nn.Linear(2, 1)
+    optimizer, scaler = make_optimizer(layer, OptimizerConfig()), torch.amp.GradScaler("cpu")
+    before = layer.weight.clone()
+    for is_good in (False, True):
+        scaler.scale(layer(torch.ones(1, 2)).sum()).backward()
+        clip_gradient(optimizer, scaler, max_norm=1.0)
+        step_if(torch.tensor(is_good), optimizer, scaler)
+        assert torch.equal(layer.weight, before) != is_good
+    assert scaler.get_scale() == 2.0**16
+
+
+def test_an_overflow_in_half_precision_halves_the_scale():
+    layer = torch.nn.Linear(2, 1)
+    optimizer, scaler = make_optimizer(layer, OptimizerConfig()), torch.amp.GradScaler("cpu")
+    scaler.scale(layer(torch.ones(1, 2)).sum() * torch.inf).backward()
+    norm = clip_gradient(optimizer, scaler, max_norm=1.0)
+    step_if(torch.isfinite(norm), optimizer, scaler)
+    assert scaler.get_scale() == 2.0**15
