@@ -1,14 +1,18 @@
 """How a media field becomes the bytes of a tar member, and back: a closed table, nothing else is
 ever decoded.
 
-==============  ==========================================================  =======================
-extension       bytes                                                       error of a round trip
-==============  ==========================================================  =======================
-mjpeg           JPEG 4:2:0 pictures one after another, as ffmpeg's mjpeg    about 37 dB at q 90
-npy             NumPy array uint8 [F, H, W, 3], never pickled               none
-wav             RIFF, mono, 16 bit                                          none
-json            UTF-8 JSON of :class:`shared.fields.Text`                   none
-==============  ==========================================================  =======================
+=========  ==========================================================  ==========================
+extension  bytes                                                       error of a round trip
+=========  ==========================================================  ==========================
+h264       H.264 byte stream, 4:2:0, one GOP                           about that of JPEG at q 90
+mjpeg      JPEG 4:2:0 pictures one after another, as ffmpeg's mjpeg    about 37 dB at q 90
+npy        NumPy array uint8 [F, 3H/2, W], planes 4:2:0                that of 4:2:0
+npy        NumPy array uint8 [F, H, W, 3], RGB                         none
+wav        RIFF, mono, 16 bit                                          none
+json       UTF-8 JSON of :class:`shared.fields.Text`                   none
+=========  ==========================================================  ==========================
+
+How pictures become planes, and planes bytes, is in :mod:`shared.pictures`.
 """
 
 from __future__ import annotations
@@ -19,10 +23,19 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import simplejpeg
 
 from shared.errors import CorruptError
 from shared.fields import Text, TokenStream
+from shared.pictures import (
+    decode_h264,
+    decode_jpegs,
+    decode_npy_planes,
+    decode_npy_rgb,
+    encode_h264,
+    encode_jpegs,
+    encode_npy,
+    to_yuv420,
+)
 from shared.recipe import Stream
 from shared.session import TextEvent
 
@@ -37,16 +50,9 @@ MAX_MEMBER_BYTES = 1 << 30
 MAX_TEXT_BYTES = 16 << 20
 """A larger text member is refused undecoded: JSON takes many times its size in memory."""
 
-_JPEG_SEAM = b"\xff\xd9\xff\xd8"
-"""End of one picture and begin of the next; inside a picture 0xFF is always followed by something
-else."""
-
 _WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 _MAX_WAV_RATE_HZ = 1 << 31
 """From here on its bytes per second don't fit the header."""
-
-_NPY_HEADER_BYTES = 128
-"""What np.save writes for an array of four dimensions."""
 
 _STREAM_OF_NAME = {"internal": Stream.INTERNAL_TEXT, "external": Stream.EXTERNAL_TEXT}
 _NAME_OF_STREAM = {stream: name for name, stream in _STREAM_OF_NAME.items()}
@@ -54,53 +60,44 @@ _NAME_OF_STREAM = {stream: name for name, stream in _STREAM_OF_NAME.items()}
 
 def vision_extension(recipe: VisionRecipe) -> str:
     """File name extension of vision members."""
-    return {"mjpeg": "mjpeg", "raw": "npy"}[recipe.codec]
+    return {"h264": "h264", "mjpeg": "mjpeg", "yuv420": "npy", "raw": "npy"}[recipe.codec]
 
 
 def encode_pictures(pictures: NDArray[np.uint8], *, recipe: VisionRecipe) -> bytes:
     """RGB pictures uint8 [F, H, W, 3] as the recipe's codec."""
     if recipe.codec == "raw":
-        return _npy_header(pictures.shape) + pictures.tobytes()
-    return b"".join(
-        simplejpeg.encode_jpeg(
-            np.ascontiguousarray(p),
-            quality=recipe.quality,
-            colorspace="RGB",
-            colorsubsampling="420",
-        )
-        for p in pictures
-    )
+        return encode_npy(pictures)
+    if recipe.codec == "mjpeg":
+        return encode_jpegs(pictures, quality=recipe.quality)
+    count, height, width, _ = pictures.shape
+    planes = to_yuv420(pictures, out=np.empty((count, height * 3 // 2, width), np.uint8))
+    if recipe.codec == "h264":
+        return encode_h264(planes, qp=recipe.qp, rate_hz=recipe.rate_hz)
+    return encode_npy(planes)
 
 
 def decode_pictures(
     member: bytes, *, recipe: VisionRecipe, out: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
-    """Decode a vision member into `out`, uint8 [F, H, W, 3], and return it.
+    """Decode a vision member into `out` and return it.
+
+    Args:
+        member: its bytes.
+        recipe: names the codec.
+        out: uint8 [F, 3H/2, W] for planes or [F, H, W, 3] for RGB, contiguous; see
+            :mod:`shared.pictures`. Where the codec stores the other layout, it is converted.
 
     Raises:
         CorruptError: other bytes than pictures of `out`'s number and size.
     """
-    if recipe.codec == "raw":
-        out[...] = _load_npy(member, out.shape)
-        return out
-    parts = split_jpegs(member, limit=len(out) + 1)
-    if len(parts) != len(out):
-        more = " or more" if len(parts) > len(out) else ""
-        raise CorruptError(f"holds {len(parts)}{more} pictures, not {len(out)}")
-    for part, picture in zip(parts, out, strict=True):
-        _decode_jpeg(part, picture)
+    decode = {
+        "h264": decode_h264,
+        "mjpeg": decode_jpegs,
+        "yuv420": decode_npy_planes,
+        "raw": decode_npy_rgb,
+    }[recipe.codec]
+    decode(member, out)
     return out
-
-
-def split_jpegs(member: bytes, *, limit: int) -> list[memoryview]:
-    """The first `limit` pictures of an mjpeg member, without copying."""
-    view = memoryview(member)
-    parts: list[memoryview] = []
-    begin = 0
-    while len(parts) < limit and (seam := member.find(_JPEG_SEAM, begin)) >= 0:
-        parts.append(view[begin : seam + 2])
-        begin = seam + 2
-    return [*parts, view[begin:]] if len(parts) < limit else parts
 
 
 def encode_wav(samples: NDArray[np.int16], *, rate_hz: int) -> bytes:
@@ -159,34 +156,6 @@ def decode_text(member: bytes) -> Text:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CorruptError(f"is no text member: {type(error).__name__}: {error}") from error
     return Text(internal=streams["internal"], external=streams["external"], events=events)
-
-
-def _decode_jpeg(part: memoryview, out: NDArray[np.uint8]) -> None:
-    try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(part)
-        if (height, width) != out.shape[:2]:
-            raise CorruptError(f"a picture is {width}x{height}, not {out.shape[1]}x{out.shape[0]}")
-        simplejpeg.decode_jpeg(part, colorspace="RGB", buffer=out)
-    except ValueError as error:
-        raise CorruptError(f"a picture does not decode: {error}") from error
-
-
-def _load_npy(member: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The array of an npy member, a read-only view.
-
-    The header is compared and not parsed: NumPy's parser evaluates it as Python.
-    """
-    size = _NPY_HEADER_BYTES + math.prod(shape)
-    if len(member) != size or not member.startswith(_npy_header(shape)):
-        raise CorruptError(f"is no npy file of pictures uint8 {shape}")
-    return np.frombuffer(member, dtype=np.uint8, offset=_NPY_HEADER_BYTES).reshape(shape)
-
-
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """Header of a uint8 array in NPY format 1.0, as np.save writes it."""
-    prefix = b"\x93NUMPY\x01\x00" + struct.pack("<H", _NPY_HEADER_BYTES - 10)
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {tuple(map(int, shape))}, }}"
-    return (prefix + text.encode()).ljust(_NPY_HEADER_BYTES - 1) + b"\n"
 
 
 def _wav_header(size: int, rate_hz: int) -> bytes:

@@ -70,11 +70,12 @@ class VisionRecipe(Section):
     fit: Literal["crop", "stretch", "pad"] = "crop"
     """How another aspect ratio becomes square: cut the longer side, squeeze it, or add black bars.
     """
-    codec: Literal["mjpeg", "raw"] = "mjpeg"
-    """mjpeg: JPEG 4:2:0 frames one after another (small, PSNR about 37 dB at quality 90); raw: RGB
-    bytes, exact."""
+    codec: Literal["h264", "mjpeg", "yuv420", "raw"] = "mjpeg"
+    """How frames are stored."""
     quality: int = Field(90, ge=1, le=100)
-    """JPEG quality."""
+    """mjpeg: JPEG quality."""
+    qp: int = Field(22, ge=1, le=51)
+    """h264: constant quantizer; 6 more halve the precision."""
     max_error_s: float | None = Field(None, gt=0)
     """A frame farther than this from its grid time is masked; null means one grid step (1 /
     rate_hz)."""

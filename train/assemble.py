@@ -59,8 +59,9 @@ def array_forms(count: int, *, config: TrainConfig, shapes: WindowShapes) -> dic
     wanted = {*config.input_streams, *config.target_streams}
     sensors, ticks = shapes.num_sensor_samples, (shapes.num_ticks,)
     size = shapes.image_size
+    picture = (size * 3 // 2, size) if config.data.pixels == "yuv420" else (size, size, 3)
     kinds: dict[Stream, tuple[tuple[int, ...], type[np.generic]]] = {
-        **dict.fromkeys(VISION_STREAMS, ((shapes.num_frames, size, size, 3), np.uint8)),
+        **dict.fromkeys(VISION_STREAMS, ((shapes.num_frames, *picture), np.uint8)),
         Stream.AUDIO: ((shapes.num_audio_frames, shapes.mel_channels), np.uint8),
         Stream.TOUCH: ((sensors, shapes.touch_size), np.float32),
         Stream.PROPRIO: ((sensors, shapes.proprio_size), np.float32),

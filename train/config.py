@@ -80,6 +80,10 @@ class DataConfig(Section):
     modalities: tuple[Stream, ...] | None = Field(None, min_length=1)
     """Streams that the model sees; null means all of them, or only text where only text is trained.
     """
+    pixels: Literal["yuv420", "rgb"] = "yuv420"
+    """Form of the frames in a batch: planes, half the bytes, which become RGB on the training
+    device; or RGB. The numbers that the model sees differ by rounding at most where the shards
+    store planes."""
     num_workers: int = Field(2, ge=0)
     """Loader processes; 0 reads in the training process. Never changes which samples are in a
     batch."""

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from shared.errors import ConfigError, CorruptError, SessionError
 from shared.fields import SessionFields, Text
 from shared.manifest import fingerprint_of
+from shared.pictures import write_rgb
 from shared.recipe import Recipe, Split, Stream, WindowShapes, json_of, load_recipe, split_of
 from shared.scan import SessionScan, read_clocked, scan_session
 from shared.session import find_sessions
@@ -128,7 +129,7 @@ class SessionSource:
             if stream in out and stream in present:
                 for _, frames in fields.iter_frames(stream, [window]):
                     if np.isfinite(frames.error_s).any():
-                        out[stream][...] = frames.pictures
+                        write_rgb(frames.pictures, out[stream])
                         out[f"{stream}_valid"][...] = np.isfinite(frames.error_s)
         if any(s in out and s in present for s in SENSORS):
             sensors = fields.read_sensors(window)

@@ -127,13 +127,14 @@ def place_of(source, session):
     return next(p for p in places_of(source) if source.key(*p).startswith(session))
 
 
-def test_a_batch_has_the_documented_form(source):
-    batch = make_batch(source, places_of(source)[:3])
+@pytest.mark.parametrize(("pixels", "picture"), [("yuv420", (48, 32)), ("rgb", (32, 32, 3))])
+def test_a_batch_has_the_documented_form(source, pixels, picture):
+    batch = make_batch(source, places_of(source)[:3], pixels=pixels)
     forms = {name: (tuple(t.shape), t.dtype) for name, t in batch["inputs"].items()}
     frames, mel, sensors, ticks = 5, 50, 30, 10
     expected = {
-        "vision_left": ((3, frames, 32, 32, 3), torch.uint8),
-        "vision_right": ((3, frames, 32, 32, 3), torch.uint8),
+        "vision_left": ((3, frames, *picture), torch.uint8),
+        "vision_right": ((3, frames, *picture), torch.uint8),
         "audio": ((3, mel, 16), torch.uint8),
         "touch": ((3, sensors, 5), torch.float32),
         "proprio": ((3, sensors, 20), torch.float32),

@@ -45,7 +45,7 @@ def test_the_walkthroughs_loader_gives_batches_of_four(dataset):
     keys = [key for batch in batches for key in batch["keys"]]
     assert len(set(keys)) == len(dataset) == 36
     for batch in batches:
-        assert batch["inputs"]["vision_left"].shape == (4, 5, 32, 32, 3)
+        assert batch["inputs"]["vision_left"].shape == (4, 5, 48, 32)
 
 
 def test_worker_processes_give_the_same_batches(dataset):
@@ -63,11 +63,12 @@ def test_the_default_recipe_and_config_do(tmp_path):
     shutil.rmtree(sessions / "dan")
     dataset = RealMultiModalDataset(root_dir=sessions)
     assert len(dataset) == 2  # ann and cat cover half of a window of 4 s, bob does not
-    assert dataset[0]["inputs"]["vision_left"].shape == (1, 20, 224, 224, 3)
+    assert dataset[0]["inputs"]["vision_left"].shape == (1, 20, 336, 224)
 
 
-def test_a_batch_of_sessions_is_that_of_raw_shards(tiny_sessions, raw_shards):
-    config = make_config()
+@pytest.mark.parametrize("pixels", ["yuv420", "rgb"])
+def test_a_batch_of_sessions_is_that_of_raw_shards(tiny_sessions, raw_shards, pixels):
+    config = make_config(pixels=pixels)
     recipe = raw_shards.recipe
     sessions = SessionSource(tiny_sessions, recipe=recipe, split="train")
     batches = []
