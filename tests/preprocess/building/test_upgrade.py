@@ -47,7 +47,7 @@ FROZEN = Path(__file__).parents[2] / "frozen"
 SESSIONS, OLD = FROZEN / "sessions", FROZEN / "v1"
 RECIPE = load_recipe(FROZEN / "recipe.yaml")
 OTHER_TEXT = RECIPE.model_copy(update={"text": RECIPE.text.model_copy(update={"vocab_size": 264})})
-ENCODERS = {"av": "18.1.0", "simplejpeg": "1.9.0", "soxr": "1.1.0", "numpy": "2.4.6"}
+ENCODERS = {"av": "18.1.0", "soxr": "1.1.0", "numpy": "2.4.6"}
 
 
 def header_of(path: Path) -> tuple[int, dict[str, Any]]:
@@ -113,8 +113,8 @@ def assert_same(batches: list[dict[str, Any]], others: list[dict[str, Any]]) -> 
         assert one["keys"] == other["keys"]
         for group in ("inputs", "targets"):
             assert one[group].keys() == other[group].keys()
-            for name, tensor in one[group].items():
-                assert torch.equal(tensor, other[group][name]), name
+            for name in one[group].keys() - BUMPED:
+                assert torch.equal(one[group][name], other[group][name]), name
 
 
 _watched: list[str] | None = None
@@ -159,15 +159,13 @@ def test_a_set_of_format_1_is_read_as_it_is():
 
 
 def test_batches_of_the_old_set_are_those_of_the_upgraded_one(upgraded):
-    if BUMPED:
-        pytest.skip(f"{BUMPED} are made with other bytes today")
-    assert_same(batches_of(OLD), batches_of(upgraded))
+    is_shuffled = not BUMPED  # else the fingerprint, and so the order, is another one
+    found, expected = (batches_of(s, is_shuffled=is_shuffled) for s in (OLD, upgraded))
+    assert_same(found, expected)
 
 
 @needs_encoders
 def test_samples_of_the_old_set_are_those_of_one_made_today(fresh):
-    if BUMPED:
-        pytest.skip(f"{BUMPED} are made with other bytes today")
     assert_same(batches_of(OLD, is_shuffled=False), batches_of(fresh, is_shuffled=False))
 
 
