@@ -88,6 +88,10 @@ COLUMNS: dict[str, Column] = {
 """Every column of a shard set, by name."""
 
 
+_CODEC_VERSIONS = {"mjpeg": 1}
+"""How often a codec's code was changed so that it gives other bytes: 1, planes are made by
+:mod:`shared.pictures`."""
+
 _CODEC_KEYS = {"vision.qp": "h264"}
 """Keys of a recipe that say nothing where the codec is another one."""
 
@@ -100,16 +104,18 @@ def member_name(key: str, column: str, recipe: Recipe) -> str:
 
 def column_basis(column: Column, recipe: Recipe, *, tokenizer_sha256: str) -> dict[str, Any]:
     """What a column depends on besides its rows and their sources, as flat JSON values."""
+    codec = recipe.vision.codec
+    codec_version = _CODEC_VERSIONS.get(codec, 0) if "vision" in column.parts else 0
     basis: dict[str, Any] = {
-        "code_version": column.code_version,
+        "code_version": column.code_version + codec_version,
         "window.duration_s": recipe.window.duration_s,
         "window.step_s": recipe.window.step_s,
     }
     sections = json_of(recipe)
     for part in column.parts:
         basis.update({f"{part}.{key}": value for key, value in sections[part].items()})
-    for key, codec in _CODEC_KEYS.items():
-        if recipe.vision.codec != codec:
+    for key, only in _CODEC_KEYS.items():
+        if codec != only:
             basis.pop(key, None)
     if column.name == "text":
         basis["tokenizer_sha256"] = tokenizer_sha256
@@ -135,10 +141,12 @@ def field_schema(recipe: Recipe) -> dict[str, Any]:
         return {"column": column, "dtype": dtype, "shape": shape, "unit": unit, "codec": codec}
 
     vision = vision_extension(recipe.vision)
-    picture = [frames, size, size, 3]
+    shape, unit = [frames, size, size, 3], "sRGB 0..255"
+    if recipe.vision.codec == "yuv420":
+        shape, unit = [frames, size * 3 // 2, size], "JFIF Y, Cb, Cr 0..255 as I420"
     return {
-        "vision_left": field("vision_left", "uint8", picture, "sRGB 0..255", vision),
-        "vision_right": field("vision_right", "uint8", picture, "sRGB 0..255", vision),
+        "vision_left": field("vision_left", "uint8", shape, unit, vision),
+        "vision_right": field("vision_right", "uint8", shape, unit, vision),
         "audio": field(
             "audio", "int16", [recipe.count(recipe.audio.rate_hz)], "1/32768 of full scale", "wav"
         ),
