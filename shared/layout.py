@@ -88,10 +88,6 @@ COLUMNS: dict[str, Column] = {
 """Every column of a shard set, by name."""
 
 
-_CODEC_VERSIONS = {"mjpeg": 1}
-"""How often a codec's code was changed so that it gives other bytes: 1, planes are made by
-:mod:`shared.pictures`."""
-
 _CODEC_KEYS = {"vision.qp": "h264"}
 """Keys of a recipe that say nothing where the codec is another one."""
 
@@ -104,18 +100,16 @@ def member_name(key: str, column: str, recipe: Recipe) -> str:
 
 def column_basis(column: Column, recipe: Recipe, *, tokenizer_sha256: str) -> dict[str, Any]:
     """What a column depends on besides its rows and their sources, as flat JSON values."""
-    codec = recipe.vision.codec
-    codec_version = _CODEC_VERSIONS.get(codec, 0) if "vision" in column.parts else 0
     basis: dict[str, Any] = {
-        "code_version": column.code_version + codec_version,
+        "code_version": column.code_version,
         "window.duration_s": recipe.window.duration_s,
         "window.step_s": recipe.window.step_s,
     }
     sections = json_of(recipe)
     for part in column.parts:
         basis.update({f"{part}.{key}": value for key, value in sections[part].items()})
-    for key, only in _CODEC_KEYS.items():
-        if codec != only:
+    for key, codec in _CODEC_KEYS.items():
+        if recipe.vision.codec != codec:
             basis.pop(key, None)
     if column.name == "text":
         basis["tokenizer_sha256"] = tokenizer_sha256
