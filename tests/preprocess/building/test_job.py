@@ -26,7 +26,7 @@ from tiny_sessions import write_lines, write_tone
 
 from preprocess.building import job as job_module
 from shared.errors import ConfigError, SessionError
-from shared.layout import COLUMNS
+from shared.layout import COLUMNS, column_basis
 from shared.manifest import read_manifest
 from shared.text import train_tokenizer
 
@@ -125,8 +125,8 @@ def test_a_changed_tokenizer_makes_only_text_again(sessions, out):
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_raised_code_version_makes_only_its_column_again(sessions, out, monkeypatch, name):
     before, contents = file_identities(out), set_contents(out)
-    number = COLUMNS[name].code_version
-    raised = replace(COLUMNS[name], code_version=number + 1)
+    number = column_basis(COLUMNS[name], tiny_recipe(), tokenizer_sha256="")["code_version"]
+    raised = replace(COLUMNS[name], code_version=COLUMNS[name].code_version + 1)
     monkeypatch.setitem(COLUMNS, name, raised)
     summary = build(sessions, out)
     reason = f"2 of 2 {name} columns: code_version {number} -> {number + 1}"

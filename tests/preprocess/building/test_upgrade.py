@@ -34,7 +34,7 @@ from preprocess.building import job as job_module
 from preprocess.sets.inspect import describe_sample, describe_set, verify_set
 from preprocess.sets.surgery import drop_sessions, list_sessions, merge_sets, split_sessions
 from shared.errors import FormatVersionError
-from shared.layout import COLUMNS
+from shared.layout import COLUMNS, column_basis
 from shared.manifest import read_manifest
 from shared.recipe import load_recipe
 from train.loader import Loader
@@ -61,7 +61,8 @@ def header_of(path: Path) -> tuple[int, dict[str, Any]]:
 BUMPED = {
     name
     for name, column in header_of(OLD / "train-000000.index")[1]["columns"].items()
-    if column["basis"]["code_version"] != COLUMNS[name].code_version
+    if column["basis"]["code_version"]
+    != column_basis(COLUMNS[name], RECIPE, tokenizer_sha256="")["code_version"]
 }
 """Columns that code of today makes with other bytes; an upgrade makes them again."""
 
