@@ -107,5 +107,27 @@ def infer(
     click.echo(f"written to {out}; look at {out / 'index.html'}")
 
 
+@cli.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Names the data, where that of the training is not wanted.",
+)
+@click.option("--device", default="auto", show_default=True)
+def ablate(*, checkpoint: Path, config_path: Path | None, device: str) -> None:
+    """Measure on held-out sessions what each head loses without each modality.
+
+    \b
+    python -m train ablate --checkpoint checkpoints/demo/model_final.pt
+    """  # noqa: D301
+    from train.ablation import run_ablation
+
+    data = None if config_path is None else load_section(TrainConfig, config_path).data
+    run_ablation(checkpoint, data=data, device=device)
+
+
 if __name__ == "__main__":
     cli(prog_name="python -m train")

@@ -210,6 +210,10 @@ class ModelConfig(Section):
     """Side of a frame patch in pixels; divides the recipe's vision.size."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of activations dropped while training."""
+    modality_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of samples from which a modality (both eyes are one) is hidden while training, each by
+    itself; so the model knows sessions that lack it, which takes more steps. Text alone has none.
+    """
     tick_rate_hz: float = Field(10.0, gt=0)
     """Time steps per second; divides the recipe's mel.rate_hz and sensors.rate_hz."""
     pad_weight: float = Field(0.1, ge=0, le=1)

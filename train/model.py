@@ -24,6 +24,7 @@ from shared.recipe import Recipe, Stream, WindowShapes
 from train.blocks import Block, KeysValues, rotations
 from train.config import Head, ModelConfig, TrainConfig, as_train_config
 from train.encoders import Frame, TickEncoder, count_ticks
+from train.modalities import hide_at_random
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,6 +90,7 @@ class MultiModalCreature(nn.Module):
             if model.gradient_checkpointing is None
             else model.gradient_checkpointing
         )
+        self.modality_dropout = 0.0 if self.config.is_text_only else model.modality_dropout
         self.encoder = TickEncoder(model, self.shapes, self.config.input_streams, self.width)
         self.blocks = nn.ModuleList(
             Block(self.width, num_heads=num_heads, is_causal=True, dropout=model.dropout)
@@ -129,6 +131,8 @@ class MultiModalCreature(nn.Module):
         Raises:
             ConfigError: inputs that are not of the model's window shapes.
         """
+        if self.training and self.modality_dropout:
+            inputs = hide_at_random(inputs, share=self.modality_dropout)
         pose_BTP = self.last_poses(inputs)
         return self.heads(self.backbone(self.encode_ticks(inputs)), pose_BTP)
 
