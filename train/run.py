@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.errors import ConfigError, SessionError
+from train import distributed
 from train.baselines import Baselines, Comparison, compare
 from train.checkpoint import find_latest_checkpoint, load_checkpoint
 from train.dataset import SessionSource
@@ -21,13 +22,15 @@ from train.inputs import to_model_inputs
 from train.loader import Loader, open_source
 from train.losses import compute_losses
 from train.model import MultiModalCreature
-from train.trainer import Trainer, TrainSummary
+from train.runtime import choose_device
+from train.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from train.config import TrainConfig
+    from train.progress import TrainSummary
     from train.source import SampleSource
 
 MAX_LEFT_OUT_LINES = 20
@@ -65,11 +68,17 @@ def run_training(
     Raises:
         CreatureError: the configuration, the data or a checkpoint can't be used.
     """
-    console = Console()
     require_paths(config, origin=origin)
+    with distributed.process_group(choose_device(config.training.device)):
+        return _run(config, origin=origin, resume=resume)
+
+
+def _run(config: TrainConfig, *, origin: Path, resume: str | None) -> TrainSummary | None:
+    """:func:`run_training` among the ranks that there are; only the main one says anything."""
+    console = Console(quiet=not distributed.is_main())
     parts = open_parts(config)
     _tell_left_out(console, parts)
-    baselines = fit_baselines(config, parts.loader.source)
+    baselines = distributed.on_main(lambda: fit_baselines(config, parts.loader.source))
     for head, counts in baselines.counts.items():
         if not counts.sum():
             console.print(
@@ -89,7 +98,10 @@ def run_training(
         return None
     before = trainer.evaluate() if parts.val_loader is not None else {}
     summary = trainer.train()
-    rows = compare(summary.last_val_losses, baseline_losses(baselines, parts.val_loader))
+    if not distributed.is_main():
+        return summary
+    val_loader = None if parts.val_loader is None else held_out(parts.val_loader.source, config)
+    rows = compare(summary.last_val_losses, baseline_losses(baselines, val_loader))
     session = (parts.val_loader or parts.loader).source.key(0, 0).rpartition("/")[0]
     _print_summary(console, config, summary, before, rows, origin=origin, session=session)
     return summary
@@ -107,7 +119,7 @@ def check_config(config: TrainConfig, *, origin: Path) -> None:
     streams = ", ".join(config.input_streams)
     console.print(f"  sees {streams}; predicts {', '.join(config.heads)}")
     place = config.data.shards or config.data.root_dir
-    if place is None or not place.exists():
+    if place is None or not _is_there(place):
         model = MultiModalCreature(config)
         why = "no data is named" if place is None else f"{place} is not there yet"
         console.print(f"  model: {_count(model):,} parameters; {why}, so none is read")
@@ -145,8 +157,13 @@ def require_paths(config: TrainConfig, *, origin: Path) -> None:
         named["root_dir"] = (data.root_dir, "set it to the folder where the session folders lie")
         named["recipe"] = (data.recipe, "leave the key out for the default recipe")
     for key, (path, mend) in named.items():
-        if path is not None and not path.exists():
+        if path is not None and not _is_there(path):
             raise ConfigError(f"{origin}: key 'data.{key}' is {path}: not there; {mend}")
+
+
+def _is_there(place: Path | str) -> bool:
+    """Whether a folder or file exists; URLs are asked when they are opened, which says more."""
+    return isinstance(place, str) or place.exists()
 
 
 def open_parts(config: TrainConfig) -> Parts:
@@ -155,7 +172,9 @@ def open_parts(config: TrainConfig) -> Parts:
     Raises:
         CreatureError: the data can't be read, or does not fit the configuration.
     """
-    loader = Loader(open_source(config, split="train"), config)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    source = open_source(config, split="train")
+    loader = Loader(source, config, rank=rank, world_size=world_size)
     torch.manual_seed(config.training.seed)
     model = MultiModalCreature(config, loader.shapes)
     val_loader, why_not = _open_val(config)
@@ -186,14 +205,24 @@ def baseline_losses(baselines: Baselines, val_loader: Loader | None) -> dict[str
 
 
 def _open_val(config: TrainConfig) -> tuple[Loader | None, tuple[str, ...]]:
-    """The held-out batches in stored order, or None where there is none; and what is left out."""
+    """This rank's share of the held-out batches, or None where there are none; and what is left
+    out.
+    """
     try:
         source = open_source(config, split="val")
     except SessionError as error:
         return None, (f"nothing is held out: {error}",)
     if int(source.shard_sizes.sum()) == 0:
         return None, ()
-    return Loader(source, config, is_shuffled=False, num_epochs=1), ()
+    rank, world_size = distributed.rank(), distributed.world_size()
+    return held_out(source, config, rank=rank, world_size=world_size), ()
+
+
+def held_out(
+    source: SampleSource, config: TrainConfig, *, rank: int = 0, world_size: int = 1
+) -> Loader:
+    """All batches of a held-out source in stored order, or a rank's share of them."""
+    return Loader(source, config, is_shuffled=False, num_epochs=1, rank=rank, world_size=world_size)
 
 
 def describe_left_out(source: SampleSource) -> list[str]:
@@ -224,7 +253,9 @@ def _resume(
     if resume is None:
         return True
     folder = config.training.checkpointing.save_dir
-    path = find_latest_checkpoint(folder, on_skip=console.print) if resume == "auto" else resume
+    path: Path | str | None = resume
+    if resume == "auto":
+        path = distributed.on_main(lambda: find_latest_checkpoint(folder, on_skip=console.print))
     if path is None:
         console.print(f"no checkpoint in {folder} yet; starting at step 0")
         return True

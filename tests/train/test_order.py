@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import numpy as np
 import pytest
@@ -263,6 +264,14 @@ def test_no_sample_is_refused():
         make_batches([0, 0])
 
 
-def test_ranks_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(ValueError, match="3 ranks do not divide a global batch of 4"):
-        make_batches([5], batch_size=4, world_size=3)
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "mend"),
+    [
+        (4, 3, "start 2 or 4 ranks (torchrun --nproc-per-node), or set data.batch_size: 3 or 6"),
+        (12, 5, "start 4 or 6 ranks (torchrun --nproc-per-node), or set data.batch_size: 10 or 15"),
+        (2, 8, "start 1 or 2 ranks (torchrun --nproc-per-node), or set data.batch_size: 8"),
+    ],
+)
+def test_ranks_that_do_not_divide_the_batch_are_told_which_do(batch_size, world_size, mend):
+    with pytest.raises(ValueError, match=re.escape(mend)):
+        make_batches([50], batch_size=batch_size, world_size=world_size)
