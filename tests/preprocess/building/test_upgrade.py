@@ -47,7 +47,7 @@ FROZEN = Path(__file__).parents[2] / "frozen"
 SESSIONS, OLD = FROZEN / "sessions", FROZEN / "v1"
 RECIPE = load_recipe(FROZEN / "recipe.yaml")
 OTHER_TEXT = RECIPE.model_copy(update={"text": RECIPE.text.model_copy(update={"vocab_size": 264})})
-ENCODERS = {"av": "18.1.0", "soxr": "1.1.0", "numpy": "2.4.6"}
+ENCODERS = {"av": "18.1.0", "simplejpeg": "1.9.0", "soxr": "1.1.0", "numpy": "2.4.6"}
 
 
 def header_of(path: Path) -> tuple[int, dict[str, Any]]:
