@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from train.metrics import StepMeter
+    from train.showing import ShownWindow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     first_val: dict[str, float] = field(default_factory=dict)
     last_val: dict[str, float] = field(default_factory=dict)
+    window: ShownWindow | None = None
     skipped_steps: int = 0
     checkpoint: Path | None = None
 
