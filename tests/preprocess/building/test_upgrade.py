@@ -1,5 +1,5 @@
 """Sets of format 1, by a frozen one that the code of that format wrote (tests/frozen): read as they
-are, upgraded without touching a column. Sets of a format to come are refused.
+are, upgraded without touching a column.
 """
 
 from __future__ import annotations
@@ -7,8 +7,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
-import struct
+import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,6 +20,7 @@ import fsspec
 import pytest
 import torch
 from click.testing import CliRunner
+from frozen_sets import BUMPED, FROZEN, OLD, RECIPE, SESSIONS, columns_of, header_of
 from oracles import (
     build,
     check_whole,
@@ -32,39 +34,16 @@ from preprocess.__main__ import cli
 from preprocess.building import build as build_module
 from preprocess.building import job as job_module
 from preprocess.sets.inspect import describe_sample, describe_set, verify_set
-from preprocess.sets.surgery import drop_sessions, list_sessions, merge_sets, split_sessions
-from shared.errors import FormatVersionError
-from shared.layout import COLUMNS, column_basis
+from preprocess.sets.surgery import list_sessions
 from shared.manifest import read_manifest
-from shared.recipe import load_recipe
 from train.loader import Loader
 from train.reader import ShardSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-FROZEN = Path(__file__).parents[2] / "frozen"
-SESSIONS, OLD = FROZEN / "sessions", FROZEN / "v1"
-RECIPE = load_recipe(FROZEN / "recipe.yaml")
 OTHER_TEXT = RECIPE.model_copy(update={"text": RECIPE.text.model_copy(update={"vocab_size": 264})})
 ENCODERS = {"av": "18.1.0", "simplejpeg": "1.9.0", "soxr": "1.1.0", "numpy": "2.4.6"}
-
-
-def header_of(path: Path) -> tuple[int, dict[str, Any]]:
-    """Version and header of an index, by struct and json."""
-    content = path.read_bytes()
-    magic, number, length = struct.unpack_from("<8sII", content)
-    assert magic == b"VRCINDEX"
-    return number, json.loads(content[16 : 16 + length])
-
-
-BUMPED = {
-    name
-    for name, column in header_of(OLD / "train-000000.index")[1]["columns"].items()
-    if column["basis"]["code_version"]
-    != column_basis(COLUMNS[name], RECIPE, tokenizer_sha256="")["code_version"]
-}
-"""Columns that code of today makes with other bytes; an upgrade makes them again."""
 
 needs_encoders = pytest.mark.skipif(
     any(version(package) != number for package, number in ENCODERS.items()),
@@ -91,16 +70,6 @@ def upgraded(tmp_path_factory) -> Path:
     out = Path(shutil.copytree(OLD, tmp_path_factory.mktemp("upgraded") / "set"))
     build(SESSIONS, out, RECIPE)
     return out
-
-
-def columns_of(out: Path) -> set[str]:
-    """Column files that an old set keeps when it is upgraded."""
-    gone = tuple(f".{name}.{COLUMNS[name].suffix}" for name in BUMPED)
-    return {
-        p.name
-        for p in out.iterdir()
-        if p.name.endswith((".tar", ".zip")) and not (gone and p.name.endswith(gone))
-    }
 
 
 def batches_of(shards: Path, *, is_shuffled: bool = True) -> list[dict[str, Any]]:
@@ -309,6 +278,57 @@ def test_an_upgrade_broken_off_leaves_the_old_set_or_the_new_one(out, upgraded, 
     assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+from oracles import build
+from shared.recipe import load_recipe
+
+sessions, out, recipe, left = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], [int(sys.argv[4])]
+MARKS = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+def die_before_a_change(event, arguments):
+    is_change = event in {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"}
+    is_new = event == "open" and (arguments[2] or 0) & MARKS and str(out) in str(arguments[0])
+    if is_change or is_new:
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(9)
+
+recipe = load_recipe(Path(recipe))
+sys.addaudithook(die_before_a_change)
+build(sessions, out, recipe)
+os._exit(0)
+"""
+"""An upgrade that dies before its n-th change of a folder or file."""
+
+
+@pytest.mark.slow
+def test_an_upgrade_killed_before_any_change_of_a_file_leaves_one_of_the_two_sets(
+    tmp_path, upgraded
+):
+    num_members, versions, code = check_whole(OLD), [], 9
+    for number in itertools.count():
+        out = Path(shutil.copytree(OLD, tmp_path / f"out{number}"))
+        given = [str(SESSIONS), str(out), f"{FROZEN}/recipe.yaml", str(number)]
+        paths = os.pathsep.join([str(FROZEN.parent), str(FROZEN.parents[1])])
+        code = subprocess.run(
+            [sys.executable, "-c", KILLED, *given], env={**os.environ, "PYTHONPATH": paths}
+        ).returncode
+        manifest = read_manifest(out)
+        versions.append(manifest.format_version)
+        assert manifest == replace(read_manifest(upgraded if versions[-1] == 2 else OLD), root=out)
+        assert check_whole(out) == num_members
+        build(SESSIONS, out, RECIPE)
+        assert file_hashes(out) == file_hashes(upgraded)
+        if code == 0:
+            break
+        assert code == 9
+    assert versions == sorted(versions)
+    assert versions.count(1) > 10
+    assert versions.count(2) > 3
+
+
 def test_a_reader_of_the_old_set_reads_on_through_an_upgrade(out, upgraded):
     source = ShardSource(out, split="train")
     build(SESSIONS, out, RECIPE)
@@ -332,89 +352,3 @@ def test_a_set_behind_a_url_is_upgraded_to_the_same_bytes(upgraded):
     assert found == {
         p.name: p.read_bytes() for p in upgraded.iterdir() if p.name != "sessions.jsonl"
     }
-
-
-# --- sessions of old sets --------------------------------------------------------------------
-
-
-def sessions_without(folder: Path, name: str) -> Path:
-    shutil.copytree(SESSIONS, folder, ignore=shutil.ignore_patterns(name))
-    return folder
-
-
-def test_after_a_session_with_a_shard_of_its_own_went_every_column_stays(out, tmp_path):
-    drop_sessions(out, ["eve"])
-    assert read_manifest(out).format_version == 2
-    assert {header_of(path)[0] for path in out.glob("*.index")} == {2}
-    assert verify_set(out).problems == ()
-    before = file_identities(out)
-    summary = build(sessions_without(tmp_path / "rest", "eve"), out, RECIPE)
-    if not BUMPED:
-        assert summary.plan.reasons() == ["2 of 2 indexes: they lack hashes of their sessions"]
-    for name in columns_of(out):
-        assert file_identities(out)[name] == before[name]
-
-
-def test_a_shard_that_lost_one_of_its_sessions_is_made_again_by_the_next_build(out, tmp_path):
-    drop_sessions(out, ["cat"])
-    assert verify_set(out).problems == ()
-    assert [s.name for s in list_sessions(out)] == ["ann", "bob", "eve"]
-    due = {
-        task.name: set(task.due) - BUMPED
-        for task in build(sessions_without(tmp_path / "rest", "cat"), out, RECIPE).plan.tasks
-    }
-    assert due == {
-        "train-000000": set(COLUMNS) - BUMPED,
-        "train-000001": set(),
-        "val-000000": set(),
-    }
-
-
-def test_old_sets_are_split_and_merged_with_new_ones(tmp_path, upgraded):
-    split_sessions(OLD, tmp_path / "few", ["eve", "bob"])
-    split_sessions(upgraded, tmp_path / "rest", ["ann", "cat"])
-    merge_sets(tmp_path / "all", [tmp_path / "rest", tmp_path / "few"])
-    assert verify_set(tmp_path / "all").problems == ()
-    if not BUMPED:
-        assert set_contents(tmp_path / "all") == set_contents(OLD)
-
-
-# --- formats to come -------------------------------------------------------------------------
-
-COMMANDS: dict[str, Callable[[Path], object]] = {
-    "shards": lambda out: build(SESSIONS, out, RECIPE),
-    "verify": verify_set,
-    "show": lambda out: list(describe_set(out)),
-    "list": list_sessions,
-    "drop": lambda out: drop_sessions(out, ["eve"]),
-    "split": lambda out: split_sessions(out, out.parent / "few", ["eve"]),
-    "merge": lambda out: merge_sets(out.parent / "all", [OLD, out]),
-    "train": ShardSource,
-}
-
-
-@pytest.mark.parametrize("what", COMMANDS)
-def test_a_newer_format_is_refused_before_anything_else_is_looked_at(out, what):
-    head = '{"format": "vr-creature-shards", "format_version": 3'
-    (out / "manifest.json").write_bytes(head.encode() + b"\n and then no JSON \xff")
-    (out / ".1234.tmp").mkdir()  # of a job of the newer program
-    before = file_identities(out)
-    says = r"manifest\.json: format version 3 is newer than 2.*update the program"
-    with pytest.raises(FormatVersionError, match=says):
-        COMMANDS[what](out)
-    assert file_identities(out) == before
-
-
-def test_a_newer_index_is_not_taken_for_a_damaged_one(fresh, tmp_path):
-    out = Path(shutil.copytree(fresh, tmp_path / "out"))
-    path = out / "train-000000.index"
-    content = bytearray(path.read_bytes())
-    content[8] = 3
-    path.write_bytes(content)
-    values = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    values["shards"][0]["index_sha256"] = hashlib.sha256(content).hexdigest()
-    (out / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
-    before = file_hashes(out)
-    with pytest.raises(FormatVersionError, match="index version 3 is newer than 2"):
-        build(SESSIONS, out, RECIPE)
-    assert file_hashes(out) == before
