@@ -112,13 +112,13 @@ class ShardCache:
                 "where you may write"
             ) from error
 
-    def open(self, file: RemoteFile, *, let_go: Callable[[], bool] = lambda: False) -> int:
+    def open(self, file: RemoteFile, *, let_go: Callable[[], bool] | None = lambda: False) -> int:
         """A descriptor to read a file by, which keeps it in the cache as long as it is open.
 
         Args:
             file: fetched, if it is not there.
             let_go: called where there is no room: closes something, or says that nothing is left
-                to close.
+                to close. None where the file is not worth waiting for room.
 
         Raises:
             FileNotFoundError: the store has no such file.

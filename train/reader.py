@@ -175,7 +175,7 @@ class ShardSource:
         if found is None:
             entry = self._entries[shard]
             try:
-                index = self._files.open_index(entry, let_go=self._close_oldest)
+                index = self._files.open_index(entry, let_go=lambda: self._let_go(num_kept=0))
             except ShardError as error:  # a missing file is as bad as a damaged one
                 raise CorruptError(str(error)) from error
             found = OpenShard(index)
@@ -186,7 +186,7 @@ class ShardSource:
                 )
             self._open[shard] = found
             if len(self._open) > MAX_OPEN_SHARDS:
-                self._close_oldest()
+                self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
         return found
 
@@ -211,20 +211,27 @@ class ShardSource:
 
     def close(self) -> None:
         """Close all files and hold the set no longer; the next read opens its files again."""
-        while self._close_oldest():
-            pass
+        while self._open:
+            self._open.popitem()[1].close()
         self._files.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the open files: another process opens its own."""
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def _close_oldest(self) -> bool:
-        """Close the files of the shard that was used longest ago; whether there was one."""
-        if not self._open:
-            return False
-        self._open.popitem(last=False)[1].close()
-        return True
+    def _let_go(self, *, num_kept: int = 1) -> bool:
+        """Close the shard that was used longest ago; of the `num_kept` newest only the columns.
+
+        Returns:
+            Whether anything was open.
+        """
+        if len(self._open) > num_kept:
+            self._open.popitem(last=False)[1].close()
+            return True
+        opened = [each for each in self._open.values() if each.files]
+        for each in opened:
+            each.close()
+        return bool(opened)
 
     def _read_into(
         self,
@@ -268,7 +275,7 @@ class ShardSource:
 
     def _read(self, opened: OpenShard, column: str, members: str, row: int) -> bytes | None:
         """Checked bytes of a row: `members` of `column`; None where the sample lacks it."""
-        index, let_go = opened.index, self._close_oldest
+        index, let_go = opened.index, self._let_go
         for is_renewed in (False, True):
             if column not in opened.files:
                 opened.files[column] = self._files.open_column(index, column, let_go=let_go)

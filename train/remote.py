@@ -35,7 +35,7 @@ from train.cache import RemoteFile, ShardCache
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from shared.manifest import ShardEntry
+    from shared.manifest import Manifest, ShardEntry
 
 FIRST_ATTEMPTS = 5
 """The manifest is tried so often: what fails at the start is mostly a wrong address."""
@@ -78,23 +78,28 @@ class RemoteFiles:
         self._store = store
         self._settings = settings
         first = replace(settings.patience, attempts=min(FIRST_ATTEMPTS, settings.patience.attempts))
-        try:
-            content = retried(lambda: store.read(MANIFEST_FILE), patience=first)
-        except FileNotFoundError as error:
-            raise ShardError(
-                f"{store}: no such shard set; is the address that of the folder with "
-                f"{MANIFEST_FILE}?"
-            ) from error
-        self._manifest_sha256 = hashlib.sha256(content).hexdigest()
-        self.manifest = parse_manifest(
-            content, root=settings.folder, path=f"{store}/{MANIFEST_FILE}"
-        )
+        self.manifest, self._manifest_sha256 = retried(self._read_manifest, patience=first)
         self._cache = ShardCache(
             store, settings.folder, limit_bytes=settings.limit_bytes, patience=settings.patience
         )
         self._lost: dict[str, str] = {}
         self._ahead = _Ahead()
         self.tokenizer = self.manifest.load_tokenizer(self._tokenizer_bytes())
+
+    def _read_manifest(self) -> tuple[Manifest, str]:
+        """The manifest and its checksum; one that can't be parsed may have been cut on its way."""
+        path = f"{self._store}/{MANIFEST_FILE}"
+        try:
+            content = self._store.read(MANIFEST_FILE)
+            manifest = parse_manifest(content, root=self._settings.folder, path=path)
+        except FileNotFoundError as error:
+            raise ShardError(
+                f"{self._store}: no such shard set; is the address that of the folder with "
+                f"{MANIFEST_FILE}?"
+            ) from error
+        except CorruptError as error:
+            raise StorageError(str(error), may_pass=True) from error
+        return manifest, hashlib.sha256(content).hexdigest()
 
     def open_index(self, entry: ShardEntry, *, let_go: Callable[[], bool]) -> ShardIndex:
         """A shard's index.
@@ -149,15 +154,19 @@ class RemoteFiles:
     def _fetch_shard(self, entry: ShardEntry, columns: Sequence[str], since_ns: int) -> None:
         file = RemoteFile(entry.index_file, entry.index_sha256)
         self._cache.fetch_ahead(file, since_ns=since_ns)
-        index = self._read_index(file, lambda: False)
-        for column in columns:
-            self._cache.fetch_ahead(_column_file(index, column), since_ns=since_ns)
+        index = self._read_index(file, None)
+        for file in (_column_file(index, column) for column in columns):
+            if file.name not in self._lost:
+                self._cache.fetch_ahead(file, since_ns=since_ns)
 
-    def _read_index(self, file: RemoteFile, let_go: Callable[[], bool]) -> ShardIndex:
-        with os.fdopen(self._open(file, let_go), "rb") as opened:
-            # A mapping outlives the name: nothing is held for it.
-            raw = np.memmap(opened, dtype=np.uint8, mode="r")
+    def _read_index(self, file: RemoteFile, let_go: Callable[[], bool] | None) -> ShardIndex:
         origin = f"{self._store}/{file.name}"
+        try:
+            with os.fdopen(self._open(file, let_go), "rb") as opened:
+                # The mapping has a descriptor of its own, and with it the lock.
+                raw = np.memmap(opened, dtype=np.uint8, mode="r")
+        except ValueError as error:  # there is nothing to map
+            raise CorruptError(f"{origin}: is empty; rebuild the set") from error
         if hashlib.sha256(raw.data).hexdigest() != file.sha256:
             raise CorruptError(f"{origin}: checksum differs from the manifest; rebuild the set")
         return parse_index(raw, origin=origin)
@@ -167,7 +176,7 @@ class RemoteFiles:
         with os.fdopen(self._open(file, lambda: False), "rb") as opened:
             return opened.read()
 
-    def _open(self, file: RemoteFile, let_go: Callable[[], bool]) -> int:
+    def _open(self, file: RemoteFile, let_go: Callable[[], bool] | None) -> int:
         """See :meth:`train.cache.ShardCache.open`; a file that the store has lost is asked for only
         once.
         """

@@ -1,0 +1,489 @@
+"""The cache of files from stores: whole or not there, within its limit, once per machine."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shared.errors import ConfigError, CorruptError, StorageError
+from shared.storage import Patience
+from train import cache as cache_module
+from train.cache import CacheFullError, RemoteFile, ShardCache
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+QUICK = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.02)
+SIZE = 1000
+
+
+class Shelf:
+    """A store in memory; what each request finds can be changed. Requests are written to a file, so
+    that those of other processes count."""
+
+    def __init__(self, log: Path) -> None:
+        self.contents = {f"f{i}": random.Random(i).randbytes(SIZE) for i in range(20)}
+        self.log = log
+        self.on_fetch = lambda name, content, path: path.write_bytes(content)
+
+    def __str__(self) -> str:
+        return "shelf://here"
+
+    def file(self, name: str) -> RemoteFile:
+        content = self.contents[name]
+        return RemoteFile(name, hashlib.sha256(content).hexdigest(), len(content))
+
+    def fetch(self, name: str, path: Path) -> None:
+        with self.log.open("a") as file:
+            file.write(f"{name}\n")
+        if name not in self.contents:
+            raise FileNotFoundError(name)
+        self.on_fetch(name, self.contents[name], path)
+
+    def gets(self) -> Counter[str]:
+        return Counter(self.log.read_text().split()) if self.log.exists() else Counter()
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return Shelf(tmp_path / "gets")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+def make_cache(shelf, folder, *, num_files=10, patience=QUICK):
+    return ShardCache(shelf, folder, limit_bytes=num_files * SIZE, patience=patience)
+
+
+def read(cache, file, **options):
+    with os.fdopen(cache.open(file, **options), "rb") as opened:
+        return opened.read()
+
+
+def names_in(folder):
+    """What lies in the cache: names of files, temporary ones with a dot."""
+    names = {p.name for p in folder.iterdir()} - {".room"}
+    return {n if n.startswith(".") else n.partition(".")[2] for n in names}
+
+
+def in_child(work):
+    """Run something in a forked process; its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def end_of(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def wait_until(true):
+    deadline_s = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+# --- fetching --------------------------------------------------------------------------------
+
+
+def test_a_file_is_fetched_once_and_then_read_from_the_folder(shelf, folder):
+    cache = make_cache(shelf, folder)
+    for _ in range(3):
+        assert read(cache, shelf.file("f1")) == shelf.contents["f1"]
+    assert read(make_cache(shelf, folder), shelf.file("f1")) == shelf.contents["f1"]
+    assert shelf.gets() == {"f1": 1}
+    assert names_in(folder) == {"f1"}
+
+
+def test_the_same_bytes_of_another_set_are_fetched_once(shelf, folder, tmp_path):
+    other = Shelf(tmp_path / "other")
+    read(make_cache(shelf, folder), shelf.file("f1"))
+    assert read(make_cache(other, folder), other.file("f1")) == shelf.contents["f1"]
+    assert other.gets() == {}
+
+
+def test_other_bytes_of_the_same_name_are_another_file(shelf, folder):
+    cache = make_cache(shelf, folder)
+    old = shelf.contents["f1"]
+    old_file = shelf.file("f1")
+    read(cache, old_file)
+    shelf.contents["f1"] = bytes(SIZE)
+    assert read(cache, shelf.file("f1")) == bytes(SIZE)
+    assert read(cache, old_file) == old
+
+
+def fails_first(num, error=None, content=None):
+    """A Shelf.on_fetch that goes wrong the first times."""
+    times = iter(range(100))
+
+    def on_fetch(_name, right, path):
+        is_bad = next(times) < num
+        if is_bad and error is not None:
+            path.write_bytes(right[:10])
+            raise error
+        path.write_bytes(content(right) if is_bad else right)
+
+    return on_fetch
+
+
+@pytest.mark.parametrize(
+    "on_fetch",
+    [
+        lambda: fails_first(3, error=StorageError("broken off", may_pass=True)),
+        lambda: fails_first(1, content=lambda right: right[:-1]),
+        lambda: fails_first(1, content=lambda right: right + b"x"),
+        lambda: fails_first(1, content=lambda right: bytes([right[0] ^ 1]) + right[1:]),
+        lambda: fails_first(1, content=lambda _: b""),
+    ],
+    ids=["error", "short", "long", "flip", "empty"],
+)
+def test_what_passes_is_tried_again_and_said_once(shelf, folder, caplog, on_fetch):
+    shelf.on_fetch = on_fetch()
+    assert read(make_cache(shelf, folder), shelf.file("f1")) == shelf.contents["f1"]
+    retries = [r for r in caplog.records if "attempt" in r.getMessage()]
+    assert len(retries) == shelf.gets()["f1"] - 1
+    assert names_in(folder) == {"f1"}
+
+
+def test_what_does_not_pass_ends_as_an_error_and_leaves_nothing(shelf, folder):
+    shelf.on_fetch = fails_first(99, error=StorageError("broken off", may_pass=True))
+    with pytest.raises(StorageError, match="broken off; given up after 4 attempts"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
+    assert shelf.gets() == {"f1": 4}
+    assert names_in(folder) == set()
+
+
+def test_what_can_not_pass_is_not_tried_again(shelf, folder):
+    shelf.on_fetch = fails_first(99, error=StorageError("not allowed"))
+    with pytest.raises(StorageError, match="not allowed"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
+    assert shelf.gets() == {"f1": 1}
+
+
+def test_a_file_that_the_store_lacks_is_not_tried_again(shelf, folder):
+    with pytest.raises(FileNotFoundError):
+        make_cache(shelf, folder).open(RemoteFile("none", "0" * 64, 1))
+    assert shelf.gets() == {"none": 1}
+    assert names_in(folder) == set()
+
+
+def test_the_same_wrong_bytes_twice_are_kept_for_their_members_checksums(shelf, folder, caplog):
+    wrong = bytes(SIZE)
+    shelf.on_fetch = lambda _name, _content, path: path.write_bytes(wrong)
+    assert read(make_cache(shelf, folder), shelf.file("f1")) == wrong
+    assert shelf.gets() == {"f1": 2}
+    assert "damaged in the store" in caplog.text
+
+
+def test_the_same_wrong_length_twice_is_corrupt(shelf, folder):
+    shelf.on_fetch = lambda _name, content, path: path.write_bytes(content[:-1])
+    with pytest.raises(CorruptError, match=r"999 bytes .* not 1000 .* damaged in the store"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
+    assert shelf.gets() == {"f1": 2}
+
+
+def test_bytes_that_are_wrong_in_ever_new_ways_are_the_lines_fault(shelf, folder):
+    shelf.on_fetch = lambda _name, content, path: path.write_bytes(os.urandom(len(content)))
+    with pytest.raises(StorageError, match="given up after 4 attempts"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
+
+
+def test_a_full_disk_is_named_with_the_keys_that_help(shelf, folder):
+    full = StorageError("x")
+    full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    shelf.on_fetch = fails_first(99, error=full)
+    with pytest.raises(StorageError, match=r"disk is full; lower data\.cache_gb, or set data\.cac"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
+
+
+@pytest.mark.parametrize("sha256", ["../../etc/passwd", "", None, "A" * 64, "0" * 63])
+def test_a_checksum_that_is_none_is_refused(sha256):
+    with pytest.raises(CorruptError, match="is no checksum"):
+        RemoteFile("f1", sha256)
+
+
+def test_a_folder_that_can_not_be_made_names_the_key(shelf, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir is .*file/cache: Not a directory"):
+        make_cache(shelf, tmp_path / "file" / "cache")
+
+
+# --- damage on the disk ----------------------------------------------------------------------
+
+
+def test_a_damaged_copy_is_fetched_again_once(shelf, folder):
+    cache, file = make_cache(shelf, folder), shelf.file("f1")
+    read(cache, file)
+    cache.path(file).write_bytes(bytes(SIZE))
+    assert cache.renew(file)
+    assert read(cache, file) == shelf.contents["f1"]
+    assert shelf.gets() == {"f1": 2}
+    assert not cache.renew(file)
+
+
+def test_what_another_process_renewed_is_not_fetched_again(shelf, folder):
+    cache, other, file = make_cache(shelf, folder), make_cache(shelf, folder), shelf.file("f1")
+    read(cache, file)
+    cache.path(file).write_bytes(bytes(SIZE))
+    assert cache.renew(file)
+    assert other.renew(file)
+    assert shelf.gets() == {"f1": 2}
+
+
+# --- the limit -------------------------------------------------------------------------------
+
+
+def test_what_was_used_longest_ago_goes_first(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=3)
+    for name in ("f1", "f2", "f3", "f1", "f4"):
+        read(cache, shelf.file(name))
+    assert names_in(folder) == {"f1", "f3", "f4"}
+
+
+def test_what_is_open_in_any_process_stays(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=3)
+    own = cache.open(shelf.file("f1"))
+    ready, ready_now = os.pipe()
+
+    def hold():
+        make_cache(shelf, folder, num_files=3).open(shelf.file("f2"))
+        os.write(ready_now, b"x")
+        time.sleep(60)
+
+    child = in_child(hold)
+    os.read(ready, 1)
+    for name in ("f3", "f4", "f5", "f3"):
+        read(cache, shelf.file(name))
+    assert names_in(folder) == {"f1", "f2", "f3"}
+    os.kill(child, signal.SIGKILL)
+    end_of(child)
+    os.close(own)
+    for name in ("f4", "f5", "f6"):
+        read(cache, shelf.file(name))
+    assert names_in(folder) == {"f4", "f5", "f6"}
+
+
+def test_a_reader_lets_go_of_its_own_where_there_is_no_room(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=2)
+    held = [cache.open(shelf.file("f1")), cache.open(shelf.file("f2"))]
+
+    def let_go():
+        if not held:
+            return False
+        os.close(held.pop(0))
+        return True
+
+    assert read(cache, shelf.file("f3"), let_go=let_go) == shelf.contents["f3"]
+    assert names_in(folder) == {"f2", "f3"}
+    os.close(held.pop())
+
+
+def test_no_room_for_long_is_an_error_that_names_the_key(shelf, folder, monkeypatch):
+    monkeypatch.setattr(cache_module, "ROOM_PATIENCE_S", 0.1)
+    cache = make_cache(shelf, folder, num_files=1)
+    held = cache.open(shelf.file("f1"))
+    with pytest.raises(ConfigError, match=r"no room for f2: .* raise data\.cache_gb"):
+        cache.open(shelf.file("f2"))
+    os.close(held)
+    assert names_in(folder) == {"f1"}
+
+
+def test_room_that_others_make_is_waited_for(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=1)
+    held = cache.open(shelf.file("f1"))
+    timer = threading.Timer(0.3, os.close, [held])
+    timer.start()
+    assert read(cache, shelf.file("f2")) == shelf.contents["f2"]
+    timer.join()
+
+
+@pytest.mark.parametrize("is_length_known", [True, False])
+def test_a_file_larger_than_the_limit_is_an_error_that_names_the_key(
+    shelf, folder, is_length_known
+):
+    cache = ShardCache(shelf, folder, limit_bytes=SIZE - 1, patience=QUICK)
+    file = shelf.file("f1")
+    if not is_length_known:
+        file = RemoteFile(file.name, file.sha256)
+    with pytest.raises(ConfigError, match=r"f1 has 1e-06 GB, data\.cache_gb allows"):
+        cache.open(file)
+    assert names_in(folder) == set()
+
+
+def test_files_of_unknown_length_keep_the_limit_too(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=2)
+    for name in ("f1", "f2", "f3"):
+        read(cache, RemoteFile(name, shelf.file(name).sha256))
+    assert names_in(folder) == {"f2", "f3"}
+
+
+def test_a_lower_limit_holds_from_the_next_start(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=5)
+    for i in range(5):
+        read(cache, shelf.file(f"f{i}"))
+    make_cache(shelf, folder, num_files=2)
+    assert names_in(folder) == {"f3", "f4"}
+
+
+def test_fetching_ahead_removes_nothing_that_was_used_since(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=3)
+    read(cache, shelf.file("f1"))
+    since_ns = time.time_ns()
+    for name in ("f2", "f3", "f4"):
+        cache.fetch_ahead(shelf.file(name), since_ns=since_ns)
+    with pytest.raises(CacheFullError):
+        cache.fetch_ahead(shelf.file("f5"), since_ns=since_ns)
+    assert names_in(folder) == {"f2", "f3", "f4"}
+
+
+# --- several processes -----------------------------------------------------------------------
+
+
+def test_many_processes_fetch_a_file_once(shelf, folder):
+    def slowly(_name, content, path):
+        time.sleep(0.2)
+        path.write_bytes(content)
+
+    shelf.on_fetch = slowly
+    children = [
+        in_child(lambda: check_read(make_cache(shelf, folder), shelf, "f1")) for _ in range(6)
+    ]
+    assert [end_of(child) for child in children] == [0] * 6
+    assert shelf.gets() == {"f1": 1}
+    assert names_in(folder) == {"f1"}
+
+
+def check_read(cache, shelf, name):
+    assert read(cache, shelf.file(name)) == shelf.contents[name]
+
+
+def test_nobody_waits_for_the_download_of_another_file(shelf, folder):
+    def stuck(name, content, path):
+        path.write_bytes(content)
+        if name == "f1":
+            time.sleep(60)
+
+    shelf.on_fetch = stuck
+    child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
+    wait_until(lambda: shelf.gets()["f1"] == 1)
+    begin_s = time.monotonic()
+    cache = make_cache(shelf, folder)
+    check_read(cache, shelf, "f2")
+    cache.fetch_ahead(shelf.file("f1"), since_ns=0)
+    assert time.monotonic() - begin_s < 10
+    assert shelf.gets() == {"f1": 1, "f2": 1}
+    os.kill(child, signal.SIGKILL)
+    end_of(child)
+
+
+@pytest.mark.parametrize("next_file", ["f1", "f2"])
+def test_a_killed_download_leaves_nothing_to_the_next_user(shelf, folder, next_file):
+    def half(_name, content, path):
+        path.write_bytes(content[: SIZE // 2])
+        time.sleep(60)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shelf, "on_fetch", half)
+        child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
+        wait_until(lambda: folder.exists() and any(".part" in n for n in names_in(folder)))
+    os.kill(child, signal.SIGKILL)
+    assert end_of(child) == -signal.SIGKILL
+    check_read(make_cache(shelf, folder), shelf, next_file)
+    assert names_in(folder) == {next_file}
+
+
+def test_the_waiting_take_over_from_a_killed_download(shelf, folder):
+    def half(_name, content, path):
+        path.write_bytes(content[: SIZE // 2])
+        time.sleep(60)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shelf, "on_fetch", half)
+        child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
+        wait_until(lambda: folder.exists() and any(".part" in n for n in names_in(folder)))
+    waiting = in_child(lambda: check_read(make_cache(shelf, folder), shelf, "f1"))
+    time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    end_of(child)
+    assert end_of(waiting) == 0
+    assert names_in(folder) == {"f1"}
+
+
+def test_a_fork_during_a_download_leaves_no_lock_behind(shelf, folder):
+    children = []
+
+    def forking(_name, content, path):
+        path.write_bytes(content)
+        children.append(in_child(lambda: time.sleep(60)))
+
+    shelf.on_fetch = forking
+    cache = make_cache(shelf, folder)
+    read(cache, shelf.file("f1"))
+    check_read(cache, shelf, "f1")
+    os.kill(children[0], signal.SIGKILL)
+    end_of(children[0])
+
+
+def test_processes_and_kills_never_break_the_limit_or_a_file(shelf, folder):
+    def slowly(_name, content, path):
+        for stop in (SIZE // 3, SIZE):
+            path.write_bytes(content[:stop])
+            time.sleep(0.002)
+
+    def wander(seed):
+        chance = random.Random(seed)
+        cache = make_cache(shelf, folder, num_files=6)
+        for _ in range(60):
+            check_read(cache, shelf, f"f{chance.randrange(20)}")
+
+    shelf.on_fetch = slowly
+    children = {in_child(lambda seed=seed: wander(seed)) for seed in range(4)}
+    victims = {in_child(lambda seed=seed: wander(seed)) for seed in range(4, 7)}
+    cache = make_cache(shelf, folder, num_files=6)
+    chance = random.Random(0)
+    most = 0
+    while children:
+        time.sleep(0.005)
+        with cache._looking_over():
+            sizes = [p.stat().st_size for p in folder.iterdir() if not p.name.endswith(".lock")]
+        most = max(most, sum(sizes))
+        if victims and chance.random() < 0.1:
+            os.kill(victim := victims.pop(), signal.SIGKILL)
+            end_of(victim)
+        for child in list(children):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                assert status == 0
+                children.remove(child)
+    for victim in victims:
+        assert end_of(victim) == 0
+    assert 3 * SIZE <= most <= 6 * SIZE
+    make_cache(shelf, folder, num_files=6)
+    assert not any(name.startswith(".") for name in names_in(folder))
+
+
+def test_the_log_names_what_and_how_often(shelf, folder, caplog):
+    shelf.on_fetch = fails_first(1, error=StorageError("f1: broken off", may_pass=True))
+    with caplog.at_level(logging.WARNING):
+        read(make_cache(shelf, folder), shelf.file("f1"))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("f1: broken off; attempt 2 of 4 in 0.0")
