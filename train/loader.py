@@ -30,7 +30,8 @@ from train.order import BatchOrder, SampleOrder
 from train.reader import ShardSource
 from train.remote import CacheSettings, default_cache_dir
 from train.ring import Ring
-from train.worker import BatchReader, Task, explained_worker_death, leave_stopping_to_the_trainer
+from train.runtime import explained_worker_death
+from train.worker import BatchReader, Task, leave_stopping_to_the_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -180,6 +180,16 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
+def explained_failures() -> Iterator[None]:
+    """Turn a GPU's lack of memory and the loss of a loader process into errors that say what to do.
+
+    torch tells of a lost process wherever the main thread is just then.
+    """
+    with explained_out_of_memory(), explained_worker_death():
+        yield
+
+
+@contextlib.contextmanager
 def explained_out_of_memory() -> Iterator[None]:
     """Turn the GPU's out-of-memory error into one that says what to do."""
     try:
@@ -190,6 +200,26 @@ def explained_out_of_memory() -> Iterator[None]:
             f"the GPU ran out of memory: {reason}\nReduce data.batch_size and raise "
             "training.accumulation_steps by the same factor (the result stays the same), or set "
             "model.gradient_checkpointing: true"
+        ) from error
+
+
+@contextlib.contextmanager
+def explained_worker_death() -> Iterator[None]:
+    """Turn what torch says of a lost worker into an error of ours.
+
+    Raises:
+        CreatureError: a loader process died or was silent for too long.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        what = str(error).strip()
+        if not what.startswith(("DataLoader worker (pid", "DataLoader timed out")):
+            raise
+        raise CreatureError(
+            f"a loader process was lost: {what.rstrip('.')}. Where it was killed, memory ran out "
+            "most likely: lower data.num_workers, data.prefetch_batches or data.batch_size; where "
+            "it crashed or was silent, data.num_workers: 0 shows why"
         ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,8 +13,6 @@ from shared.errors import CorruptError, CreatureError, TooManyBadSamplesError
 from train.assemble import Place, fill_arrays
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
     from shared.fields import Text
@@ -150,23 +147,3 @@ def _end_with_the_trainer(parent_pid: int) -> None:
         if said is not None and said.si_pid == trainer.pid:
             break
     os._exit(0)
-
-
-@contextlib.contextmanager
-def explained_worker_death() -> Iterator[None]:
-    """Turn what torch says of a lost worker into an error of ours.
-
-    Raises:
-        CreatureError: a loader process died or was silent for too long.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        what = str(error).strip()
-        if not what.startswith(("DataLoader worker (pid", "DataLoader timed out")):
-            raise
-        raise CreatureError(
-            f"a loader process was lost: {what.rstrip('.')}. Where it was killed, memory ran out "
-            "most likely: lower data.num_workers, data.prefetch_batches or data.batch_size; where "
-            "it crashed or was silent, data.num_workers: 0 shows why"
-        ) from error

@@ -19,10 +19,12 @@ import numpy as np
 import psutil
 import pytest
 import tiny_sets
+import tiny_training
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_sets import HEADS, TEXT_HEADS, make_config
+from tiny_training import EndlessLoader, make_trainer
 
 from shared.columns import ColumnFile
 from shared.errors import CreatureError
@@ -366,6 +368,15 @@ def test_a_killed_worker_is_a_clear_error(tiny_set, monkeypatch):
     killer.join()
     assert time.monotonic() - began_s < 20
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_within_a_step_ends_the_run_with_the_same_error(tmp_path):
+    def fail(index):  # torch's handler of SIGCHLD raises wherever the trainer is
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    trainer = make_trainer(tiny_training.make_config(tmp_path), EndlessLoader(on_batch=fail))
+    with pytest.raises(CreatureError, match=r"a loader process was lost: .*pid 7\) is killed"):
+        trainer.train()
 
 
 SCRIPT = """
