@@ -22,13 +22,16 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.errors import ConfigError, DivergedError
+from train.config import Head
 from train.health import HealthWatch
+from train.showing import draw_window, write_window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from train.health import Finding
+    from train.showing import ShownWindow
 
 QUARANTINE_NAME: Final = "quarantine.jsonl"
 """Samples that had to be replaced: key, shard, offset, error, and the step that met them."""
@@ -47,8 +50,31 @@ MAX_BAD_STEPS: Final = 10
 FIRST_STEPS: Final = 5
 """Steps whose mean counts as the first loss."""
 
-TERMINAL_ONLY_LEFT_OUT: Final = ("data_wait_ms_", "time_to_", "skipped_steps")
+TERMINAL_ONLY_LEFT_OUT: Final = (
+    "data_wait_ms_",
+    "time_to_",
+    "skipped_steps",
+    "grad_norm/",
+)
 """Metrics that a terminal line has no room for; TensorBoard has them."""
+
+CHARTS: Final = {
+    "losses": {
+        name: ["Multiline", [f"^{name}$", f"^val/{name}$"]]
+        for name in ("loss_total", *(f"loss_{head}" for head in Head))
+    },
+    "speed": {
+        name: ["Multiline", [f"^{name}$"]]
+        for name in ("samples_per_sec", "data_wait_fraction", "memory_allocated_mb")
+    },
+    "steps": {
+        "gradient norm per part, clipped": ["Multiline", ["^grad_norm/"]],
+        "grad_norm": ["Multiline", ["^grad_norm$"]],
+        "lr": ["Multiline", ["^lr$"]],
+        "left out": ["Multiline", ["^skipped_steps$", "^skipped_samples$"]],
+    },
+}
+"""TensorBoard's tab "custom scalars": which curves share a chart."""
 
 
 class StepMeter:
@@ -215,9 +241,10 @@ class RunLog:
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """The configuration, into TensorBoard's text tab."""
+        """The configuration, into TensorBoard's text tab, and which curves belong together."""
         text = f"```\n{json.dumps(config, indent=2)}\n```"
         self._curves.write(lambda writer: writer.add_text("config", text))
+        self._curves.write(lambda writer: writer.add_custom_scalars(CHARTS))
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
         """One log line, the same numbers in TensorBoard, and what the health rules say to them."""
@@ -236,6 +263,14 @@ class RunLog:
         self.say(
             f"  held out at step {step}: " + "  ".join(f"{n} {_short(v)}" for n, v in named.items())
         )
+
+    def write_window(
+        self, step: int, window: ShownWindow | None, reading: Mapping[str, Any]
+    ) -> None:
+        """A held-out window, recorded and predicted; see :mod:`train.showing`."""
+        if window is not None and not self._is_silent:
+            drawn = draw_window(window, reading)
+            self._curves.write(lambda writer: write_window(writer, drawn, step))
 
     def write_skipped(self, step: int, skipped: Sequence[Mapping[str, Any]]) -> None:
         """Bad samples that were replaced: to the quarantine file and TensorBoard's text."""
