@@ -265,3 +265,35 @@ def test_a_window_of_one_tick_has_nothing_to_predict():
     targets = {f"{t}{end}": v for t in texts for end, v in (("", tokens), ("_valid", valid))}
     outputs = {t: torch.randn(2, 1, 11) for t in texts}
     assert compute_losses(outputs, targets, torch.ones(2), config=config)["loss_total"].item() == 0
+
+
+def test_ticks_that_fill_up_shorter_texts_change_nothing():
+    config = as_train_config({"training": {"loss_weights": {"audio": 0, "animation": 0}}})
+    outputs, targets, weight = make_case()
+    texts = ("internal_text", "external_text")
+    outputs = {head: outputs[head] for head in texts}
+    targets = {name: target for name, target in targets.items() if name.startswith(texts)}
+    before = compute_losses(outputs, targets, weight, config=config)
+    longer = {head: torch.cat([out, torch.randn(3, 4, 11)], dim=1) for head, out in outputs.items()}
+    filled = {
+        name: torch.cat([target, torch.zeros(3, 4, dtype=target.dtype)], dim=1)
+        for name, target in targets.items()
+    }
+    after = compute_losses(longer, filled, weight, config=config)
+    for name, loss in before.items():
+        torch.testing.assert_close(after[name], loss)
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+def test_gradients_know_nothing_of_what_lies_under_the_masks(garbage):
+    case = make_case()
+    grads = []
+    for filling in (0.0, garbage):
+        outputs, targets, weight = case
+        targets = {**targets, "animation": targets["animation"].clone()}
+        targets["animation"][~targets["animation_valid"]] = filling
+        leaves = {head: out.clone().requires_grad_() for head, out in outputs.items()}
+        compute_losses(leaves, targets, weight, config=CONFIG)["loss_total"].backward()
+        grads.append([leaf.grad for leaf in leaves.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+    assert all(torch.isfinite(grad).all() for grad in grads[1])
