@@ -93,28 +93,45 @@ def normalized_frames(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _of_rgb(rgb: Tensor, dtype: torch.dtype) -> Tensor:
-    """One multiply-add that reads the bytes and writes the numbers: on a GPU a single kernel."""
-    pixels = rgb.permute(0, 1, 4, 2, 3)
-    scale, shift = _constants(rgb.device)[:2]
-    return torch.addcmul(shift, pixels, scale, out=torch.empty_like(pixels, dtype=dtype))
+    """One multiply-add over rows of 3W numbers: on a CPU, rows of 3 take twice as long."""
+    rows = rgb.flatten(3).float()
+    scale, shift = (x.flatten().repeat(rgb.shape[3]) for x in _constants(rgb.device)[:2])
+    out = rows if dtype == rows.dtype else torch.empty_like(rows, dtype=dtype)
+    return torch.addcmul(shift, rows, scale, out=out).view_as(rgb).permute(0, 1, 4, 2, 3)
 
 
 def _of_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
-    """What chroma and the mean add to each colour is calculated at a quarter of the size, enlarged
-    linearly, as libjpeg does it, and luma is added: five kernels, all within the RGB gamut.
+    """What chroma and the mean add to each colour is calculated at a quarter of the size and
+    enlarged; luma is added, and what lies outside the RGB gamut is brought to its border.
     """
-    scale, shift, of_blue, of_red, offset = _constants(planes.device)
+    scale, _, of_blue, of_red, offset = _constants(planes.device)
     batch, num_frames, rows, width = planes.shape
     height = rows * 2 // 3
     flat = planes.flatten(0, 1)
-    chroma = flat[:, height:].reshape(len(flat), 2, height // 2, width // 2)
+    chroma = flat[:, height:].reshape(len(flat), 2, height // 2, width // 2).float()
     added = torch.addcmul(offset, chroma[:, :1], of_blue)
-    added = torch.addcmul(added, chroma[:, 1:], of_red)
-    added = functional.interpolate(added, scale_factor=2.0, mode="bilinear")
-    torch.addcmul(added, flat[:, None, :height], scale, out=added)
-    out = added if dtype == added.dtype else torch.empty_like(added, dtype=dtype)
-    torch.clamp(added, shift, shift + 255 * scale, out=out)
-    return out.view(batch, num_frames, 3, height, width)
+    torch.addcmul(added, chroma[:, 1:], of_red, out=added)
+    colours = _enlarged(added)
+    torch.addcmul(colours, flat[:, None, :height].float(), scale, out=colours)
+    for number, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
+        colours[:, number].clamp_(-mean / std, (1 - mean) / std)
+    return colours.to(dtype).view(batch, num_frames, 3, height, width)
+
+
+def _enlarged(values: Tensor) -> Tensor:
+    """[N, C, h, w] as [N, C, 2h, 2w], linearly, old places in the middle of four new ones.
+
+    The same numbers as ``interpolate(mode="bilinear")``, which takes 2.5 times as long on a CPU.
+    """
+    count, channels, height, width = values.shape
+    padded = functional.pad(values, (1, 1, 1, 1), mode="replicate")
+    tall = values.new_empty(count, channels, height, 2, width + 2)
+    torch.lerp(padded[:, :, 1:-1], padded[:, :, :-2], 0.25, out=tall[:, :, :, 0])
+    torch.lerp(padded[:, :, 1:-1], padded[:, :, 2:], 0.25, out=tall[:, :, :, 1])
+    wide = values.new_empty(count, channels, height, 2, width, 2)
+    torch.lerp(tall[..., 1:-1], tall[..., :-2], 0.25, out=wide[..., 0])
+    torch.lerp(tall[..., 1:-1], tall[..., 2:], 0.25, out=wide[..., 1])
+    return wide.view(count, channels, 2 * height, 2 * width)
 
 
 def _constants(device: torch.device) -> tuple[Tensor, ...]:
