@@ -26,7 +26,7 @@ from urllib.request import url2pathname
 from shared.errors import StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0
@@ -151,21 +151,6 @@ class Store:
         with self._named(name):
             fs, root = self._open()
             return bytes(fs.cat_file(f"{root}/{name}"))
-
-    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
-        """All bytes of many files, fetched side by side; those that are not there are left out."""
-        with self._named():
-            fs, root = self._open()
-            paths = [f"{root}/{name}" for name in names]
-            found = fs.cat(paths, on_error="return") if paths else {}
-            for content in found.values():
-                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
-                    raise content
-            return {
-                path[len(root) + 1 :]: bytes(content)
-                for path, content in found.items()
-                if not isinstance(content, Exception)
-            }
 
     def write(self, name: str, content: bytes) -> None:
         """Make a file of these bytes, or replace it."""
