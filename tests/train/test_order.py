@@ -275,3 +275,49 @@ def test_no_sample_is_refused():
 def test_ranks_that_do_not_divide_the_batch_are_told_which_do(batch_size, world_size, mend):
     with pytest.raises(ValueError, match=re.escape(mend)):
         make_batches([50], batch_size=batch_size, world_size=world_size)
+
+
+# --- what comes next -------------------------------------------------------------------------
+
+
+@settings(max_examples=50)
+@given(
+    sizes=st.lists(st.integers(0, 5), min_size=1, max_size=12).filter(any),
+    block_shards=st.integers(1, 4),
+    place=st.floats(0, 1),
+    length=st.integers(1, 6),
+    is_shuffled=st.booleans(),
+)
+def test_the_shards_of_the_next_block_hold_every_sample_up_to_its_end(
+    sizes, block_shards, place, length, is_shuffled
+):
+    order = make_order(sizes, block_shards=block_shards, is_shuffled=is_shuffled)
+    first = int(place * (sum(sizes) - 1))
+    positions = np.arange(first, first + length)
+    first_block, last_block = order.blocks_of(1, positions)
+    known = set(order.shards_of(1, first_block, last_block + 1).tolist())
+    in_epoch = positions[positions < sum(sizes)]
+    read, _ = order.locate(1, in_epoch)
+    assert set(read.tolist()) <= known
+    rest = np.arange(in_epoch[-1], sum(sizes))
+    in_block = [p for p in rest if order.blocks_of(1, np.array([p]))[0] <= last_block + 1]
+    assert set(order.locate(1, np.array(in_block))[0].tolist()) <= known
+
+
+def test_after_the_last_block_comes_the_next_epochs_first():
+    sizes, options = [3, 1, 2, 4, 2], {"block_shards": 2}
+    order = make_order(sizes, **options)
+    num_samples = sum(sizes)
+    first, last = order.blocks_of(0, np.array([num_samples - 1, num_samples + 3]))
+    assert (first, last) == (2, 2)
+    epochs = [[s for s, _ in slow_epoch(sizes, "f", 0, e, 2)] for e in (0, 1)]
+    in_turn = [list(dict.fromkeys(shards)) for shards in epochs]
+    assert order.shards_of(0, 2, 3).tolist() == [
+        in_turn[0][-1],
+        *slow_permutation("f/0/1/shards", list(range(5)))[:2],
+    ]
+
+
+def test_a_set_of_one_block_knows_all_its_shards():
+    order = make_order([2, 2], block_shards=9)
+    assert sorted(order.shards_of(0, 0, 1).tolist()) == [0, 0, 1, 1]
