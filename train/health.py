@@ -24,6 +24,9 @@ MIN_DECREASE: Final = 0.02
 """A loss that has lost less than this share of itself has not decreased; batches differ by about as
 much."""
 
+UNEVEN_DECREASE: Final = 0.2
+"""Losses are uneven when one has not decreased while another has lost more than this share."""
+
 TREND_LOGS: Final = 12
 """Logs that a trend of single losses is judged by: the older half against the newer."""
 
@@ -160,23 +163,31 @@ def _not_finite(history: Sequence[LogPoint]) -> tuple[str, str] | None:
         if metric.startswith("loss_") and math.isnan(value):
             return metric, f"{metric} is NaN"
     if (count := metrics.get("skipped_steps", 0.0)) > 0:
-        return "skipped_steps", f"skipped_steps is {count:.0f}: a loss or gradient was not finite"
+        why = "a loss or gradient was not finite, or far above those before"
+        return "skipped_steps", f"skipped_steps is {count:.0f}: {why}"
     return None
 
 
 def _no_decrease(history: Sequence[LogPoint]) -> tuple[str, str] | None:
     """The newest losses of a long enough history are not below its first ones."""
-    points = _with_metric(history, "loss_total")
-    if len(points) < 2 or points[-1].step - points[0].step < NO_DECREASE_STEPS * 0.9:
+    ends = _first_and_last(history, "loss_total")
+    if ends is None or ends[1] <= ends[0] * (1 - MIN_DECREASE):
         return None
-    if points[-1].step < NO_DECREASE_STEPS:
+    return "loss_total", f"loss_total has not decreased: {ends[0]:.4g} at first, {ends[1]:.4g} now"
+
+
+def _uneven(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    """A head's loss is where it began while another one has fallen a good deal."""
+    ends = {head: _first_and_last(history, head) for head in _heads(history)}
+    falls = {head: 1 - both[1] / both[0] for head, both in ends.items() if both and both[0] > 0}
+    stuck = [head for head, fall in falls.items() if fall < MIN_DECREASE]
+    learned = [head for head, fall in falls.items() if fall > UNEVEN_DECREASE]
+    if not stuck or not learned or _one_rises(history) is not None:
         return None
-    size = max(1, min(3, len(points) // 2))
-    first = fmean(p.metrics["loss_total"] for p in points[:size])
-    last = fmean(p.metrics["loss_total"] for p in points[-size:])
-    if last <= first * (1 - MIN_DECREASE):
-        return None
-    return "loss_total", f"loss_total has not decreased: {first:.4g} at first, {last:.4g} now"
+    both = ends[stuck[0]]
+    assert both is not None
+    others = ", ".join(f"{head} fell by {falls[head]:.0%}" for head in learned)
+    return stuck[0], f"{stuck[0]} stays: {both[0]:.4g} at first, {both[1]:.4g} now, while {others}"
 
 
 def _plateau(history: Sequence[LogPoint]) -> tuple[str, str] | None:
@@ -200,7 +211,7 @@ def _one_rises(history: Sequence[LogPoint]) -> tuple[str, str] | None:
     points = history[-TREND_LOGS:]
     if len(points) < TREND_LOGS or points[-1].step - points[0].step < TREND_STEPS:
         return None
-    heads = [m for m in points[-1].metrics if m.startswith("loss_") and m != "loss_total"]
+    heads = _heads(points)
     changes = {h: _change([p.metrics.get(h, math.nan) for p in points]) for h in heads}
     rising = [h for h, (change, noise) in changes.items() if change > max(MIN_RISE, 2 * noise)]
     falling = [h for h, (change, _) in changes.items() if change < 0]
@@ -208,6 +219,30 @@ def _one_rises(history: Sequence[LogPoint]) -> tuple[str, str] | None:
         return None
     change = changes[rising[0]][0]
     return rising[0], f"{rising[0]} rose by {change:.0%} while {', '.join(falling)} fell"
+
+
+def _heads(history: Sequence[LogPoint]) -> list[str]:
+    """Names of the heads' losses."""
+    return [m for m in history[-1].metrics if m.startswith("loss_") and m != "loss_total"]
+
+
+def _first_and_last(history: Sequence[LogPoint], metric: str) -> tuple[float, float] | None:
+    """A metric at the beginning of training and now, means of up to three logs each.
+
+    None where less than NO_DECREASE_STEPS lie between them, or where the history does not go back
+    to the beginning, as after a resume.
+    """
+    points = _with_metric(history, metric)
+    if len(points) < 2 or points[-1].step < NO_DECREASE_STEPS:
+        return None
+    first, interval = points[0].step, points[1].step - points[0].step
+    if points[-1].step - first < NO_DECREASE_STEPS * 0.9:
+        return None
+    if first > max(NO_DECREASE_STEPS, interval):
+        return None
+    size = max(1, min(3, len(points) // 2))
+    ends = (points[:size], points[-size:])
+    return fmean(p.metrics[metric] for p in ends[0]), fmean(p.metrics[metric] for p in ends[1])
 
 
 def _change(values: Sequence[float]) -> tuple[float, float]:
@@ -283,6 +318,17 @@ RULES: Final[tuple[Rule, ...]] = (
         quiet_at_first=True,
     ),
     Rule(
+        name="uneven",
+        metric="loss_*",
+        good="all losses decrease together",
+        warning="one has not decreased after 1000 steps, another one has",
+        advice=(
+            "Adjust loss weights in the config: raise its training.loss_weights; or check that "
+            "modality's data"
+        ),
+        find=_uneven,
+    ),
+    Rule(
         name="slow",
         metric="samples_per_sec",
         good="> 10",
@@ -306,7 +352,10 @@ RULES: Final[tuple[Rule, ...]] = (
         metric="memory_allocated_mb",
         good="< 20000",
         warning="> 22000",
-        advice="Reduce batch size (data.batch_size), or use training.accumulation_steps",
+        advice=(
+            "Reduce batch size (data.batch_size) and raise training.accumulation_steps by the same "
+            "factor, or set model.gradient_checkpointing: true"
+        ),
         find=_above("memory_allocated_mb", 22_000.0),
     ),
 )

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.errors import ConfigError, DivergedError
+from shared.errors import ConfigError, CreatureError, DivergedError
 from train.config import Head
 from train.health import HealthWatch
 from train.showing import draw_window, write_window
@@ -29,6 +29,7 @@ from train.showing import draw_window, write_window
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
+    from types import TracebackType
 
     from train.health import Finding
     from train.showing import ShownWindow
@@ -227,13 +228,22 @@ class RunLog:
         self._curves = _Curves(
             folder, first_step=first_step, on_failure=self._warn, is_silent=is_silent
         )
+        self._step = first_step
         self._num_lines = 0
         self._columns: tuple[str, ...] = ()
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the curves; what stopped the run stands among its health's findings."""
+        if isinstance(error, CreatureError):
+            self._write_text("health", f"**stopped**: {error}", self._step)
         self._curves.write(lambda writer: writer.close())
 
     def say(self, message: str, *, style: str | None = None) -> None:
@@ -248,6 +258,7 @@ class RunLog:
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
         """One log line, the same numbers in TensorBoard, and what the health rules say to them."""
+        self._step = step
         self._write_scalars(step, metrics)
         self._write_line(step, metrics)
         findings = self._watch.observe(step, metrics)

@@ -20,6 +20,7 @@ from train.bad_samples import BadSampleLimit
 from train.config import TrainConfig, as_train_config
 from train.creature import reading_of
 from train.feed import BatchFeed, one_epoch
+from train.gradients import gradient_norms
 from train.health import QUIET_STEPS
 from train.inputs import to_model_inputs
 from train.losses import compute_losses, loss_counts, loss_sums, mean_losses
@@ -33,7 +34,7 @@ from train.optimizing import (
 )
 from train.parallel import averaging_gradients, parallelize
 from train.progress import Progress, TrainSummary
-from train.runtime import StopSignals, explained_out_of_memory
+from train.runtime import StopSignals, explained_failures
 from train.showing import take_window
 from train.spikes import SpikeWatch
 from train.state import TrainState, schedule_of, shapes_of
@@ -136,7 +137,7 @@ class Trainer:
         optimizer, scaler = state.optimizer, state.scaler
         folder = training.checkpointing.save_dir
         distributed.on_main(lambda: checkpoint.prepare_folder(folder))
-        with self._stop_signals() as stop, explained_out_of_memory(), self._open_log() as log:
+        with self._stop_signals() as stop, self._open_log() as log, explained_failures():
             feed = self._restore(log)
             while state.step < training.max_steps and not distributed.any_of(stop.requested):
                 set_learning_rate(optimizer, learning_rate(state.step, training))
@@ -181,6 +182,8 @@ class Trainer:
                 parts.append(
                     loss_sums(outputs, batch["targets"], batch["weight"], config=self.config)
                 )
+                if len(parts) == 1:
+                    self._progress.window = take_window(batch, outputs, self._state)
         self.model.train(was_training)
         if not parts:
             return {}
@@ -328,6 +331,7 @@ class Trainer:
         (memory_mb,) = distributed.largest([runtime.memory_allocated_mb(self.device)])
         metrics = {
             **progress.meter.take(waits_s),
+            **gradient_norms(self.model),
             "memory_allocated_mb": memory_mb,
             "lr": float(self._state.optimizer.param_groups[0]["lr"]),
             "skipped_samples": float(self._state.skipped_samples),
@@ -348,6 +352,7 @@ class Trainer:
             progress.last_val = self.evaluate()
             progress.first_val = progress.first_val or progress.last_val
             log.write_validation(self.step, progress.last_val)
+            log.write_window(self.step, progress.window, self._state.extra)
 
     def _save_step(self, log: RunLog) -> None:
         """Save a step's checkpoint; where that fails, training goes on and the older ones stay."""

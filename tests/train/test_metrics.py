@@ -13,10 +13,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import EndlessLoader, make_batch, make_config, make_trainer, with_nan
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, CreatureError, DivergedError
 from train import health
 from train.health import HealthWatch, LogPoint, check
-from train.metrics import QUARANTINE_NAME, StepMeter, default_run_name
+from train.metrics import QUARANTINE_NAME, RunLog, StepMeter, default_run_name
 
 LOSSES = {
     "loss_total",
@@ -121,7 +121,9 @@ def test_logged_losses_are_means_since_the_last_log(tmp_path):
 
 def test_bad_samples_are_counted_and_quarantined(tmp_path):
     loader = EndlessLoader(skipped={1: [SKIPPED], 4: [SKIPPED, SKIPPED]})
-    summary = make_trainer(make_config(tmp_path), loader).train()
+    config = make_config(tmp_path)
+    config["data"]["max_bad_fraction"] = 1
+    summary = make_trainer(config, loader).train()
     lines = (summary.log_dir / QUARANTINE_NAME).read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": s, **SKIPPED} for s in (1, 4, 4)]
     assert summary.skipped_samples == 3
@@ -235,28 +237,67 @@ def noisy(values, *, scale=0.05, seed=0):
     return values + np.random.default_rng(seed).normal(scale=scale, size=len(values))
 
 
-@pytest.mark.parametrize(
-    ("metrics", "advice"),
-    [
-        ({"loss_internal_text": [3.1] * 3}, "Check text tokenization"),
-        ({"loss_audio": [2.6] * 3}, "Check audio normalization"),
-        ({"samples_per_sec": [4.0] * 3}, "raise data.num_workers"),
-        ({"memory_allocated_mb": [22_001.0] * 3}, "Reduce batch size"),
-        ({"data_wait_fraction": [0.6] * 3}, "raise data.num_workers"),
-        ({"loss_total": [1.0, 1.0, math.nan]}, "Reduce LR"),
-        ({"skipped_steps": [0.0, 0.0, 2.0]}, "check for corrupted data"),
-        ({"loss_total": noisy(FLAT)}, "Model/data mismatch, check shapes"),
-        ({"loss_total": [9.0, 7.0, *FLAT]}, "Check learning rate, data quality"),
-        (
-            {"loss_animation": noisy(FALLING[::-1]), "loss_audio": noisy(FALLING)},
-            "Check that modality's data",
-        ),
-    ],
-)
-def test_each_rule_speaks_with_the_walkthroughs_advice(metrics, advice):
+BROKEN = {
+    "not finite": ({"loss_total": [1.0, 1.0, math.nan]}, "Reduce LR"),
+    "no decrease": ({"loss_total": noisy(FLAT)}, "Model/data mismatch, check shapes"),
+    "plateau": ({"loss_total": [9.0, 7.0, *FLAT]}, "Check learning rate, data quality"),
+    "internal text": ({"loss_internal_text": [3.1] * 3}, "Check text tokenization"),
+    "audio": ({"loss_audio": [2.6] * 3}, "Check audio normalization"),
+    "one rises": (
+        {"loss_animation": noisy(FALLING[::-1]), "loss_audio": noisy(FALLING)},
+        "Check that modality's data",
+    ),
+    "uneven": (
+        {"loss_animation": noisy(FLAT), "loss_audio": noisy(FALLING)},
+        "Adjust loss weights",
+    ),
+    "slow": ({"samples_per_sec": [4.0] * 3}, "precision: bf16"),
+    "waiting for data": ({"data_wait_fraction": [0.6] * 3}, "raise data.num_workers"),
+    "memory": ({"memory_allocated_mb": [22_001.0] * 3}, "Reduce batch size"),
+}
+"""Per rule curves that break it alone, and words of the walkthrough's advice."""
+
+
+def test_every_rule_has_its_curves_here():
+    assert [*BROKEN] == [rule.name for rule in health.RULES]
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_each_rule_speaks_with_the_walkthroughs_advice(rule):
+    metrics, advice = BROKEN[rule]
     (finding,) = check(curve(**metrics))
+    assert finding.rule == rule
     assert advice in finding.advice
     assert finding.metric in str(finding)
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_each_rule_is_seen_in_the_terminal_and_in_tensorboard(tmp_path, rule):
+    metrics, advice = BROKEN[rule]
+    screen = io.StringIO()
+    console = Console(file=screen, width=400)
+    with RunLog(tmp_path, max_steps=2000, quiet_steps=0, console=console) as log:
+        for point in curve(**metrics):
+            log.write_metrics(point.step, point.metrics)
+    assert advice in screen.getvalue()
+    assert advice in text_of(tmp_path, "health")
+
+
+def test_steps_that_were_left_out_are_a_finding():
+    (finding,) = check(curve(skipped_steps=[0.0, 0.0, 2.0]))
+    assert "check for corrupted data" in finding.advice
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"loss_total": FLAT}, {"loss_animation": FLAT, "loss_audio": FALLING}],
+    ids=["no decrease", "uneven"],
+)
+def test_a_resumed_run_is_not_blamed_for_what_it_learned_before(metrics):
+    early = curve(**metrics)
+    late = [LogPoint(step=p.step + 50_000, metrics=p.metrics) for p in early]
+    assert check(early)
+    assert {finding.rule for finding in check(late)} <= {"plateau"}
 
 
 @pytest.mark.parametrize(
@@ -269,7 +310,8 @@ def test_each_rule_speaks_with_the_walkthroughs_advice(metrics, advice):
         {"loss_total": noisy(FLAT[:9])},
         {"loss_total": [9.0, 7.0, *noisy(FLAT)], "lr": [1.0] * 4 + [0.1] * 10},
         {"loss_animation": noisy(FALLING, seed=1), "loss_audio": noisy(FALLING, seed=2)},
-        {"loss_animation": noisy(FLAT, scale=0.5), "loss_external_text": noisy(FALLING)},
+        {"loss_animation": noisy(FLAT[:9], scale=0.5), "loss_external_text": noisy(FALLING[:9])},
+        {"loss_animation": noisy(FALLING), "loss_audio": noisy(FALLING * 0 + 0.0, scale=0)},
         {"loss_total": [math.inf], "val/loss_total": [math.nan]},
     ],
 )
@@ -339,3 +381,28 @@ def test_a_finding_is_said_in_the_terminal_and_in_tensorboard(tmp_path):
     summary = trainer.train()
     assert screen.getvalue().count("Reduce LR") == 1
     assert "Reduce LR" in text_of(summary.log_dir, "health")
+
+
+def test_what_stopped_a_run_stands_in_tensorboard_with_its_mend(tmp_path):
+    batches = [with_nan(make_batch(index)) for index in range(12)]
+    trainer = make_trainer(make_config(tmp_path, max_steps=30), batches)
+    with pytest.raises(DivergedError):
+        trainer.train()
+    (folder,) = (tmp_path / "runs").iterdir()
+    text = text_of(folder, "health")
+    assert "stopped" in text
+    assert "steps in a row" in text
+
+
+def test_lack_of_gpu_memory_stands_in_tensorboard_with_its_mend(tmp_path, monkeypatch):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    trainer = make_trainer(make_config(tmp_path))
+    monkeypatch.setattr(trainer, "_predict", run_out)
+    with pytest.raises(CreatureError):
+        trainer.train()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "Reduce data.batch_size and raise training.accumulation_steps" in text_of(
+        folder, "health"
+    )
