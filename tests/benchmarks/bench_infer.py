@@ -1,0 +1,140 @@
+"""Latency of a tick on the CPU, with the key-value cache and without it, early and late in a life.
+
+    python tests/benchmarks/bench_infer.py                       tiny and small, all cores
+    python tests/benchmarks/bench_infer.py --sizes tiny --ticks 20 --threads 1
+
+A tick is what ``train infer`` does for it: pixels to numbers, the model, the likeliest values of
+all heads; two eyes of 224 pixels at 5 frames/s, sound, touch, posture and both texts, of the
+default recipe. Without the cache the same is said from a forward pass over the newest 40 ticks,
+which a window has. Both sides take turns, tick by tick. Late positions are set and not lived
+through: the cost could only depend on what the cache holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shared.recipe import Recipe, WindowShapes
+from shared.text import train_tokenizer
+from train.baselines import Baselines
+from train.config import Head, as_train_config
+from train.creature import Creature
+from train.inputs import to_model_inputs
+from train.model import MultiModalCreature
+from train.sampling import Sampling
+from train.streaming import TickStream, take_ticks
+
+POSITIONS = (0, 40, 400, 36_000)
+"""Ticks lived before those that are measured; 36 000 are an hour."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"])
+    parser.add_argument("--ticks", type=int, default=40, help="measured at each position")
+    parser.add_argument("--threads", type=int, default=None)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    print(f"{torch.get_num_threads()} threads, {_processor()}; ms per tick; there are 100 for each")
+    print(
+        f"{'size':6} {'M':>5} {'position':>8} {'cached p50':>11} {'p99':>7} {'uncached p50':>13} "
+        f"{'p99':>7} {'ratio':>6} {'in time':>8}"
+    )
+    for size in options.sizes:
+        creature, window = make_creature(size)
+        millions = sum(p.numel() for p in creature.model.parameters()) / 1e6
+        for position in POSITIONS:
+            cached, uncached = measure(creature, window, position, options.ticks)
+            ratios = [u / c for c, u in zip(cached, uncached, strict=True)]
+            in_time = np.mean(np.array(cached) <= 100)
+            print(
+                f"{size:6} {millions:5.0f} {position:8} {np.median(cached):11.1f} "
+                f"{np.percentile(cached, 99):7.1f} {np.median(uncached):13.1f} "
+                f"{np.percentile(uncached, 99):7.1f} {statistics.median(ratios):6.1f} "
+                f"{in_time:8.0%}",
+                flush=True,
+            )
+
+
+def make_creature(size: str) -> tuple[Creature, dict[str, torch.Tensor]]:
+    """An untrained creature, and a window's inputs."""
+    config, shapes = as_train_config({"model": {"size": size}}), WindowShapes()
+    torch.manual_seed(0)
+    creature = Creature(
+        model=MultiModalCreature(config, shapes).eval(),
+        recipe=Recipe(),
+        tokenizer=train_tokenizer([], vocab_size=shapes.vocab_size),
+        baselines=Baselines.from_statistics({}, config=config, shapes=shapes),
+        step=0,
+    )
+    rng = np.random.default_rng(0)
+    frames = (1, shapes.num_frames, shapes.image_size, shapes.image_size, 3)
+    values = {
+        "vision_left": rng.integers(0, 256, frames, "u1"),
+        "vision_right": rng.integers(0, 256, frames, "u1"),
+        "audio": rng.integers(0, 16, (1, shapes.num_audio_frames, shapes.mel_channels), "u1"),
+        "touch": rng.random((1, shapes.num_sensor_samples, shapes.touch_size), "f4"),
+        "proprio": rng.random((1, shapes.num_sensor_samples, shapes.proprio_size), "f4"),
+        "internal_text": rng.integers(0, shapes.vocab_size, (1, shapes.num_ticks)),
+        "external_text": rng.integers(0, shapes.vocab_size, (1, shapes.num_ticks)),
+    }
+    window = {}
+    for name, value in values.items():
+        window[name] = torch.from_numpy(value)
+        window[f"{name}_valid"] = torch.ones(value.shape[:2], dtype=torch.bool)
+    return creature, window
+
+
+def measure(
+    creature: Creature, window: dict[str, torch.Tensor], position: int, num_ticks: int
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of ticks from a position on, with and without the cache."""
+    shapes = creature.shapes
+    per_window = shapes.num_ticks
+    stream = TickStream(creature, Sampling(), seed=0)
+    ticks = [take_ticks(window, tick, 1, per_window, shapes) for tick in range(per_window)]
+    if position:
+        for tick in ticks:
+            stream.perceive(tick)
+        stream._cache = dataclasses.replace(stream._cache, num_ticks=position)
+    else:
+        stream.perceive(ticks[0])  # warms the machine up
+        stream.forget()
+    cached, uncached = [], []
+    for index in range(num_ticks):
+        began_s = time.perf_counter()
+        stream.perceive(ticks[index % per_window])
+        cached.append((time.perf_counter() - began_s) * 1e3)
+        began_s = time.perf_counter()
+        say_without_cache(creature, window)
+        uncached.append((time.perf_counter() - began_s) * 1e3)
+    return cached, uncached
+
+
+@torch.inference_mode()
+def say_without_cache(creature: Creature, window: dict[str, torch.Tensor]) -> None:
+    """What a tick costs that looks at the whole window again."""
+    for head, output in creature.model(to_model_inputs(window)).items():
+        last = output[:, -1]
+        _ = last if head == Head.ANIMATION else last.argmax(-1)
+
+
+def _processor() -> str:
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return names[0] if names else "unknown processor"
+
+
+if __name__ == "__main__":
+    main()
