@@ -13,7 +13,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.console import Console
 
 from train import distributed
 from train.config import TrainConfig
+from train.launch import free_port, rank_environment
 from train.loader import Loader, open_source
 from train.metrics import RunLog, StepMeter
 from train.model import MultiModalCreature
@@ -152,28 +152,13 @@ def recorded(kind: type, name: str) -> Iterator[list[tuple[Any, tuple[Any, ...],
         setattr(kind, name, method)
 
 
-def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank."""
-    sizes = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    ranks = {"RANK": rank, "LOCAL_RANK": rank}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    return {**os.environ, **{k: str(v) for k, v in (sizes | ranks | place).items()}}
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def start_ranks(command: Sequence[str], world_size: int) -> list[subprocess.Popen[str]]:
     """The same program as each of `world_size` ranks, without torchrun to look after them."""
     port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, *command],
-            env=environment(rank, world_size, port),
+            env={**os.environ, **rank_environment(rank, world_size, port)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

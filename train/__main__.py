@@ -54,6 +54,39 @@ def run(*, config_path: Path, resume: str | None, check: bool, overrides: tuple[
 
 
 @cli.command()
+@click.option("--config", "config_path", type=click.Path(path_type=Path), required=True)
+@click.option("--kills", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.argument("overrides", nargs=-1)
+@click.pass_context
+def selftest(
+    ctx: click.Context,
+    *,
+    config_path: Path,
+    kills: int,
+    steps: int,
+    seed: int,
+    overrides: tuple[str, ...],
+) -> None:
+    """Check on your data that a run that is killed and resumed is the one that was left alone.
+
+    Kills (SIGKILL) at random steps, resumes by other numbers of ranks and loader processes, and
+    compares the samples, their bytes and the weights. The model is a tiny one, on the CPU.
+
+    \b
+    python -m train selftest --config configs/demo.yaml
+    """  # noqa: D301
+    from train.run import require_paths
+    from train.selftest import run_selftest
+
+    config = load_section(TrainConfig, config_path, overrides)
+    require_paths(config, origin=config_path)
+    if not run_selftest(config, num_kills=kills, num_steps=steps, seed=seed, say=click.echo):
+        ctx.exit(1)
+
+
+@cli.command()
 @click.option("--checkpoint", type=click.Path(path_type=Path), required=True)
 @click.option("--input", "session", type=click.Path(path_type=Path), required=True)
 @click.option(
@@ -127,6 +160,23 @@ def ablate(*, checkpoint: Path, config_path: Path | None, device: str) -> None:
 
     data = None if config_path is None else load_section(TrainConfig, config_path).data
     run_ablation(checkpoint, data=data, device=device)
+
+
+@cli.command()
+@click.option("--config", "config_path", type=click.Path(path_type=Path), required=True)
+@click.argument("overrides", nargs=-1)
+def estimate(*, config_path: Path, overrides: tuple[str, ...]) -> None:
+    """Estimate parameters, memory, FLOPs and the largest batches, without data or a GPU.
+
+    OVERRIDES are key=value pairs laid over the file.
+
+    \b
+    python -m train estimate --config configs/training_config.yaml model.size=large
+    """  # noqa: D301
+    from train.estimate import print_estimate
+
+    config = load_section(TrainConfig, config_path, overrides)
+    print_estimate(config, origin=config_path)
 
 
 if __name__ == "__main__":
