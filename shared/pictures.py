@@ -24,7 +24,7 @@ import numpy as np
 import simplejpeg
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from shared.errors import CorruptError
+from shared.errors import ConfigError, CorruptError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -145,8 +145,17 @@ def encode_h264(planes: NDArray[np.uint8], *, qp: int, rate_hz: float) -> bytes:
 
     Every picture is one access unit that begins with its delimiter. The quantizer is constant: the
     bytes depend on no rate control in floating point.
+
+    Raises:
+        ConfigError: this ffmpeg lacks x264.
     """
-    context: Any = av.CodecContext.create("libx264", "w")
+    try:
+        context: Any = av.CodecContext.create("libx264", "w")
+    except ValueError as error:
+        raise ConfigError(
+            "vision.codec h264 needs an ffmpeg with x264, and this PyAV's has none; install PyAV "
+            "from PyPI or set vision.codec: mjpeg"
+        ) from error
     context.height, context.width = planes.shape[1] * 2 // 3, planes.shape[2]
     context.pix_fmt = "yuvj420p"
     context.framerate = Fraction(rate_hz).limit_denominator(1001)
@@ -178,6 +187,16 @@ def decode_h264(member: bytes, out: NDArray[np.uint8]) -> None:
 def encode_npy(values: NDArray[np.uint8]) -> bytes:
     """A uint8 array of three or four dimensions as NumPy saves it."""
     return _npy_header(values.shape) + values.tobytes()
+
+
+def require_npy_head(head: bytes, out: NDArray[np.uint8]) -> None:
+    """Check the bytes before those of an array that was read straight into `out`.
+
+    Raises:
+        CorruptError: the file held another array.
+    """
+    if head != _npy_header(out.shape):
+        raise CorruptError(f"is no npy file of pictures uint8 {out.shape}")
 
 
 def decode_npy_planes(member: bytes, out: NDArray[np.uint8]) -> None:

@@ -70,12 +70,20 @@ class VisionRecipe(Section):
     fit: Literal["crop", "stretch", "pad"] = "crop"
     """How another aspect ratio becomes square: cut the longer side, squeeze it, or add black bars.
     """
-    codec: Literal["h264", "mjpeg", "yuv420", "raw"] = "mjpeg"
-    """How frames are stored."""
+    codec: Literal["h264", "mjpeg", "yuv420", "raw"] = "h264"
+    """How frames are stored: as an H.264 stream per window, JPEG pictures, planes, or RGB.
+
+    On real footage of 224 pixels, in bytes per frame, PSNR, and ms of one core to a batch's planes
+    and to RGB: h264 5,100, 38.0 dB, 0.16, 0.45; mjpeg 14,000, 38.2 dB, 0.19, 0.18; yuv420 75,264,
+    44.8 dB, 0.006, 0.3; raw 150,528, exact, 0.2, 0.01. Among those that compress, h264 is cheapest
+    to decode by default (`data.pixels: yuv420`) and by far the smallest; it costs 1 ms per frame to
+    build. Where disk and network give 75 kB per frame as fast as the GPU takes them, yuv420 needs
+    almost no CPU. tests/benchmarks/bench_pixels.py measures it."""
     quality: int = Field(90, ge=1, le=100)
     """mjpeg: JPEG quality."""
     qp: int = Field(22, ge=1, le=51)
-    """h264: constant quantizer; 6 more halve the precision."""
+    """h264: constant quantizer; 6 more halve the precision. 22 has the PSNR of JPEG at quality 90.
+    """
     max_error_s: float | None = Field(None, gt=0)
     """A frame farther than this from its grid time is masked; null means one grid step (1 /
     rate_hz)."""

@@ -275,7 +275,7 @@ class Sampler:
         ("scan: the rest", {"scan_session"}),
         ("tokenizer", {"_choose_tokenizer"}),
         ("vision: scale and convert", {"_picture", "reformat"}),
-        ("vision: JPEG", {"encode_pictures"}),
+        ("vision: encode", {"encode_pictures"}),
         ("vision: frame times", {"_track"}),
         ("vision: decode", {"read_frames"}),
         ("sound", {"_samples", "_audio_contents"}),

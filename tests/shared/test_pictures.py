@@ -17,6 +17,7 @@ from pixel_oracles import exact_planes, exact_rgb
 
 from shared.clock import nearest
 from shared.codec import decode_pictures, encode_pictures
+from shared.errors import ConfigError
 from shared.media import read_frames, read_video_track
 from shared.pictures import planes_of, to_yuv420
 from shared.recipe import VisionRecipe
@@ -170,6 +171,17 @@ def test_an_h264_member_has_the_same_bytes_in_every_process():
         cwd=__file__.rpartition("/")[0],
     )
     assert run.stdout == encode_pictures(moving(), recipe=CODECS["h264"])
+
+
+def test_without_x264_the_message_says_what_to_do(monkeypatch):
+    class OtherBuild:
+        @staticmethod
+        def create(name: str, mode: str) -> None:
+            raise av.codec.codec.UnknownCodecError(name)
+
+    monkeypatch.setattr("shared.pictures.av.CodecContext", OtherBuild)
+    with pytest.raises(ConfigError, match="set vision.codec: mjpeg"):
+        encode_pictures(moving(), recipe=CODECS["h264"])
 
 
 def test_a_smaller_quantizer_is_nearer_to_the_picture():

@@ -61,7 +61,7 @@ def raw_set(sessions, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def jpeg_set(sessions, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("jpeg")
-    build(sessions, out, tiny_recipe())
+    build(sessions, out, tiny_recipe(vision={"codec": "mjpeg"}))
     return out
 
 

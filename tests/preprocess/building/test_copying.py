@@ -27,7 +27,7 @@ from shared.fields import SessionFields
 from shared.index import open_index
 
 RAW = tiny_recipe(vision={"codec": "raw"})
-JPEG = tiny_recipe()
+H264 = tiny_recipe(vision={"codec": "h264"})
 
 CHANGES = {
     "a session goes": lambda root: shutil.rmtree(root / "cat"),
@@ -76,7 +76,7 @@ def without_copies(monkeypatch) -> None:
     monkeypatch.setattr(job_module, "plan_shards", plan_shards)
 
 
-@pytest.mark.parametrize("recipe", [RAW, JPEG], ids=["raw", "jpeg"])
+@pytest.mark.parametrize("recipe", [RAW, H264], ids=["raw", "h264"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_copied_rows_are_the_bytes_of_rows_made_anew(
     sessions, tmp_path, monkeypatch, change, recipe
@@ -95,20 +95,20 @@ def test_copied_rows_are_the_bytes_of_rows_made_anew(
 
 
 def test_when_a_session_goes_no_recording_of_the_others_is_read(sessions, tmp_path, monkeypatch):
-    build(sessions, tmp_path / "out", JPEG)
+    build(sessions, tmp_path / "out", H264)
     before = set_keys(tmp_path / "out")
     shutil.rmtree(sessions / "ann")
     for method in ("iter_frames", "read_audio", "read_mel", "read_sensors", "read_text"):
         monkeypatch.setattr(SessionFields, method, lambda *_: pytest.fail("a recording is read"))
-    build(sessions, tmp_path / "out", JPEG)
+    build(sessions, tmp_path / "out", H264)
     assert set_keys(tmp_path / "out") == [k for k in before if not k.startswith("ann/")]
 
 
 def test_losses_of_copied_rows_stay(sessions, tmp_path):
-    build(sessions, tmp_path / "out", JPEG)
+    build(sessions, tmp_path / "out", H264)
     losses = [x for x in jsonl(tmp_path / "out" / "rejected.jsonl") if x["session"] == "bad"]
     shutil.rmtree(sessions / "ann")
-    build(sessions, tmp_path / "out", JPEG)
+    build(sessions, tmp_path / "out", H264)
     assert losses
     assert [
         x for x in jsonl(tmp_path / "out" / "rejected.jsonl") if x["session"] == "bad"
@@ -117,7 +117,7 @@ def test_losses_of_copied_rows_stay(sessions, tmp_path):
 
 def test_a_damaged_old_column_is_not_copied_from(sessions, tmp_path, monkeypatch):
     out, anew = tmp_path / "out", tmp_path / "anew"
-    build(sessions, out, JPEG)
+    build(sessions, out, H264)
     shutil.copytree(out, anew)
     index = open_index(out / "train-000000.index")
     row = [index.key(r) for r in range(index.num_samples)].index("dan/000000")
@@ -126,9 +126,9 @@ def test_a_damaged_old_column_is_not_copied_from(sessions, tmp_path, monkeypatch
     content[int(index.arrays["vision_left.offset"][row]) + 100] ^= 1
     path.write_bytes(content)
     shutil.rmtree(sessions / "ann")
-    build(sessions, out, JPEG)
+    build(sessions, out, H264)
     check_whole(out)
     with monkeypatch.context() as patched:
         without_copies(patched)
-        build(sessions, anew, JPEG)
+        build(sessions, anew, H264)
     assert file_hashes(out) == file_hashes(anew)
