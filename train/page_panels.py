@@ -104,7 +104,13 @@ class Shown:
 def draw_eyes(shown: Shown) -> dict[str, list[str | None]]:
     """Frames of each eye that was recorded, as data URIs; None where there is no picture."""
     recipe = shown.creature.recipe
-    vision = recipe.vision.model_copy(update={"rate_hz": FRAME_RATE_HZ, "size": FRAME_SIZE})
+    vision = recipe.vision.model_copy(
+        update={
+            "rate_hz": FRAME_RATE_HZ,
+            "size": FRAME_SIZE,
+            "max_error_s": recipe.vision.tolerance_s,
+        }
+    )
     fields = SessionFields(
         shown.fields.path,
         shown.fields.scan,
