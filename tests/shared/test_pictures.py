@@ -180,7 +180,7 @@ def test_without_x264_the_message_says_what_to_do(monkeypatch):
             raise av.codec.codec.UnknownCodecError(name)
 
     monkeypatch.setattr("shared.pictures.av.CodecContext", OtherBuild)
-    with pytest.raises(ConfigError, match="set vision.codec: mjpeg"):
+    with pytest.raises(ConfigError, match="codec: mjpeg"):
         encode_pictures(moving(), recipe=CODECS["h264"])
 
 
