@@ -100,6 +100,15 @@ def decode_pictures(
     return out
 
 
+def is_stored_as_in(out: NDArray[np.uint8], *, recipe: VisionRecipe) -> bool:
+    """Whether a vision member ends in the very bytes of `out`, behind an npy header.
+
+    Such a member need not be decoded: its end can be read straight into `out`, and the header be
+    checked by :func:`shared.pictures.require_npy_head`.
+    """
+    return {"yuv420": 3, "raw": 4}.get(recipe.codec) == out.ndim
+
+
 def encode_wav(samples: NDArray[np.int16], *, rate_hz: int) -> bytes:
     """Mono int16 samples as a RIFF file."""
     return _wav_header(samples.nbytes, rate_hz) + samples.astype("<i2", copy=False).tobytes()

@@ -174,11 +174,20 @@ class ColumnFile:
         if hasattr(self, "_file"):
             self._file.close()
 
-    def read(self, members: Members, row: int) -> bytes | None:
+    def read(
+        self, members: Members, row: int, *, tail: NDArray[np.uint8] | None = None
+    ) -> bytes | None:
         """Bytes of a row's member, checked; None where the sample lacks it.
 
+        Args:
+            members: where the column's members lie.
+            row: which one.
+            tail: contiguous; the member's last bytes are read straight into it, and only those
+                before them are returned.
+
         Raises:
-            CorruptError: the file is too short, or the bytes differ from their checksum.
+            CorruptError: the file or the member is too short, or the bytes differ from their
+                checksum.
         """
         length, offset = int(members.length[row]), int(members.offset[row])
         if length == 0:
@@ -189,23 +198,36 @@ class ColumnFile:
             raise CorruptError(
                 f"{self.path} at {offset}: {length} bytes reach past its end at {self._size}"
             )
-        try:
-            content = os.pread(self._file.fileno(), length, offset)
-        except OSError as error:
+        if tail is not None and length < tail.nbytes:
             raise CorruptError(
-                f"{self.path} at {offset}: can't be read: {error.strerror}"
-            ) from error
-        if len(content) != length:
-            raise CorruptError(
-                f"{self.path} at {offset}: {len(content)} of {length} bytes are there"
+                f"{self.path} at {offset}: a member of {length} bytes, expected {tail.nbytes}"
             )
-        found = google_crc32c.value(content)
+        head, count = self._pread(offset, length, tail)
+        if count != length:
+            raise CorruptError(f"{self.path} at {offset}: {count} of {length} bytes are there")
+        found = google_crc32c.value(head)
+        if tail is not None:
+            found = google_crc32c.extend(found, tail)
         if found != int(members.crc32c[row]):
             raise CorruptError(
                 f"{self.path} at {offset}: checksum is {found:08x}, index says "
                 f"{int(members.crc32c[row]):08x}; run `python -m preprocess verify`"
             )
-        return content
+        return head
+
+    def _pread(self, offset: int, length: int, tail: NDArray[np.uint8] | None) -> tuple[bytes, int]:
+        """The bytes that do not go into `tail`, and how many were read in all."""
+        try:
+            if tail is None:
+                content = os.pread(self._file.fileno(), length, offset)
+                return content, len(content)
+            head = bytearray(length - tail.nbytes)
+            count = os.preadv(self._file.fileno(), [head, tail.data], offset)
+            return bytes(head), count
+        except OSError as error:
+            raise CorruptError(
+                f"{self.path} at {offset}: can't be read: {error.strerror}"
+            ) from error
 
 
 def read_chunk(content: bytes, *, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:

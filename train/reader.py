@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from shared.codec import decode_pictures, decode_text
+from shared.codec import decode_pictures, decode_text, is_stored_as_in
 from shared.columns import ColumnFile, read_chunk
 from shared.errors import CorruptError, ShardError
 from shared.fields import Mel, Text
 from shared.hold import read_held
 from shared.index import ShardIndex, open_index
 from shared.layout import streams_of_bits
+from shared.pictures import require_npy_head
 from shared.recipe import Split, Stream
 from shared.storage import Store, place_of
 from train.config import TEXT_STREAMS
@@ -243,11 +244,9 @@ class ShardSource:
     ) -> Text | None:
         for stream in VISION_STREAMS:
             if stream in out:
-                member = self._read(opened, stream, stream, row)
-                if member is None:
+                if not self._read_pictures(opened, stream, row, out[stream]):
                     write_absent(out, [stream])
                     continue
-                decode_pictures(member, recipe=self.recipe.vision, out=out[stream])
                 error_s = opened.index.arrays[f"{stream}.error_s"][row]
                 out[f"{stream}_valid"][...] = np.isfinite(error_s)
         present = streams_of_bits(int(opened.index.arrays["present"][row]))
@@ -273,14 +272,40 @@ class ShardSource:
             return None if member is None else self._known_tokens(decode_text(member))
         return None
 
-    def _read(self, opened: OpenShard, column: str, members: str, row: int) -> bytes | None:
-        """Checked bytes of a row: `members` of `column`; None where the sample lacks it."""
+    def _read_pictures(
+        self, opened: OpenShard, eye: Stream, row: int, out: NDArray[np.uint8]
+    ) -> bool:
+        """Write an eye's pictures; False where the sample lacks them."""
+        recipe = self.recipe.vision
+        if not is_stored_as_in(out, recipe=recipe):
+            member = self._read(opened, eye, eye, row)
+            if member is not None:
+                decode_pictures(member, recipe=recipe, out=out)
+            return member is not None
+        head = self._read(opened, eye, eye, row, tail=out)
+        if head is not None:
+            require_npy_head(head, out)
+        return head is not None
+
+    def _read(
+        self,
+        opened: OpenShard,
+        column: str,
+        members: str,
+        row: int,
+        *,
+        tail: NDArray[np.uint8] | None = None,
+    ) -> bytes | None:
+        """Checked bytes of a row: `members` of `column`; None where the sample lacks it.
+
+        See :meth:`shared.columns.ColumnFile.read` for `tail`.
+        """
         index, let_go = opened.index, self._let_go
         for is_renewed in (False, True):
             if column not in opened.files:
                 opened.files[column] = self._files.open_column(index, column, let_go=let_go)
             try:
-                return opened.files[column].read(index.members(members), row)
+                return opened.files[column].read(index.members(members), row, tail=tail)
             except CorruptError:
                 if is_renewed or not self._files.renew_column(index, column, let_go=let_go):
                     raise

@@ -27,10 +27,12 @@ from shared.codec import (
     encode_pictures,
     encode_text,
     encode_wav,
+    is_stored_as_in,
     vision_extension,
 )
 from shared.errors import CorruptError
 from shared.fields import Text, TokenStream
+from shared.pictures import require_npy_head
 from shared.recipe import Stream, VisionRecipe
 from shared.session import TextEvent
 
@@ -356,3 +358,23 @@ def member_with(**changes: object) -> bytes:
 def test_other_json_than_text_is_corrupt(member):
     with pytest.raises(CorruptError, match="no text member"):
         decode_text(member)
+
+
+def test_the_head_of_an_npy_file_says_what_was_read_behind_it():
+    file = io.BytesIO()
+    np.save(file, np.zeros((3, 6, 4), np.uint8))
+    head = file.getvalue()[: -3 * 6 * 4]
+    require_npy_head(head, np.empty((3, 6, 4), np.uint8))
+    for shape in ((3, 4, 6), (1, 6, 4), (3, 2, 4, 3)):
+        with pytest.raises(CorruptError, match="is no npy file of pictures"):
+            require_npy_head(head, np.empty(shape, np.uint8))
+
+
+@pytest.mark.parametrize("codec", ["h264", "mjpeg", "yuv420", "raw"])
+def test_what_is_stored_as_in_a_batch_needs_no_decoding(codec):
+    recipe = VisionRecipe(size=16, codec=codec)
+    pictures = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    member = encode_pictures(pictures, recipe=recipe)
+    for shape in ((2, 24, 16), (2, 16, 16, 3)):
+        out = decode_pictures(member, recipe=recipe, out=np.empty(shape, np.uint8))
+        assert is_stored_as_in(out, recipe=recipe) == member.endswith(out.tobytes())

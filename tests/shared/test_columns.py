@@ -117,7 +117,24 @@ def test_any_flipped_bit_of_a_member_is_corrupt(tar):
                 file = ColumnFile(path)
                 with pytest.raises(CorruptError, match="checksum is"):
                     file.read(members, row)
+                tail = np.zeros(len(CONTENTS[row]) // 2, np.uint8)
+                with pytest.raises(CorruptError, match="checksum is"):
+                    file.read(members, row, tail=tail)
                 file.close()
+
+
+def test_the_end_of_a_member_is_read_straight_into_an_array(tar):
+    path, members = tar
+    file = ColumnFile(path)
+    for row, content in enumerate(CONTENTS):
+        for size in {0, 1, len(content) // 3, len(content)}:
+            place = np.full((2, size), 7, np.uint8)
+            head = file.read(members, row, tail=place[1])
+            assert head + place[1].tobytes() == content
+            assert (place[0] == 7).all()
+    with pytest.raises(CorruptError, match="a member of 1 bytes, expected 2"):
+        file.read(members, [len(c) for c in CONTENTS].index(1), tail=np.zeros(2, np.uint8))
+    file.close()
 
 
 @given(offset=st.integers(0, 2**64 - 1), length=st.integers(1, 2**64 - 1))

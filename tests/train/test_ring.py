@@ -350,7 +350,7 @@ def test_iterators_dropped_half_way_leave_nothing_open(tiny_set, num_workers):
 
 def test_a_killed_worker_is_a_clear_error(tiny_set, monkeypatch):
     loader = make_loader(tiny_set, num_workers=2)
-    monkeypatch.setattr(ColumnFile, "read", lambda *_: time.sleep(60))
+    monkeypatch.setattr(ColumnFile, "read", lambda *_, **__: time.sleep(60))
 
     def kill_one():
         while not (workers := multiprocessing.active_children()):
