@@ -1,7 +1,7 @@
 # Every target sets up what it needs and leaves alone what is up to date. `make help` lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup shards demo train test test-slow lint types layers clean
+.PHONY: help setup shards demo train test test-slow lint types layers bench-peers clean
 
 PYTHON   ?= python3
 VENV     ?= .venv
@@ -12,7 +12,7 @@ OUT      ?= shards/default
 CONFIG   ?= configs/training_config.yaml
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
@@ -48,6 +48,9 @@ types: setup  ## mypy, strict
 
 layers: setup  ## who may import whom
 	$(VENV)/bin/lint-imports
+
+bench-peers: setup  ## our loader beside other projects': a venv of their own, 20 minutes; into data/bench
+	$(PY) tests/benchmarks/peers/run.py
 
 clean:  ## remove the demo's sessions, shards, checkpoints and logs; keeps yours and the environment
 	rm -rf data/demo shards/demo checkpoints/demo runs/demo

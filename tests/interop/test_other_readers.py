@@ -1,0 +1,140 @@
+"""What docs/format.md says of other readers, run as it stands there, beside the members of the
+files; the heavy ones run in the virtual environment of the benchmark beside the peers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+PEERS = ROOT / "data" / "bench" / "peers-venv"
+
+
+def code_with(word, language="python"):
+    section = PAGE.split("\n## Other readers\n")[1].split("\n## ")[0]
+    blocks = re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
+    (found,) = (block for block in blocks if word in block)
+    return found
+
+
+def chunk(path, name, dtype):
+    """A row's bytes by stock zipfile."""
+    with zipfile.ZipFile(path) as archive:
+        shape = json.loads(archive.read(f"{name.partition('/')[0]}/zarr.json"))["shape"][1:]
+        return np.frombuffer(archive.read(name), dtype=dtype).reshape(shape)
+
+
+def members(folder, column):
+    """Key -> bytes of a column by stock tarfile."""
+    found = {}
+    for path in sorted(folder.glob(f"train-*.{column}.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                found[member.name.partition(".")[0]] = tar.extractfile(member).read()
+    return found
+
+
+def test_tensorstore_reads_a_chunk_of_a_zarr_column(tiny_set, monkeypatch):
+    monkeypatch.chdir(tiny_set)
+    found: dict = {}
+    exec(code_with("tensorstore"), found)
+    expected = chunk(tiny_set / "train-000000.proprio.zarr.zip", "touch/c/0/0/0", "<f4")
+    np.testing.assert_array_equal(found["row"], expected)
+    assert found["touch"].domain.labels == ("sample", "time", "finger")
+
+
+def test_xarray_reads_a_chunk_of_a_zarr_column(tiny_set, monkeypatch):
+    monkeypatch.chdir(tiny_set)
+    found: dict = {}
+    exec(code_with("xarray"), found)
+    expected = chunk(tiny_set / "train-000000.dmel.zarr.zip", "dmel/c/0/0/0", "u1")
+    np.testing.assert_array_equal(found["dmel"].to_numpy(), expected)
+    assert found["dmel"].dims == ("frame", "channel")
+
+
+# --- in the peers' environment ---------------------------------------------------------------
+
+
+@pytest.fixture
+def peers_bin():
+    if not (PEERS / ".installed").exists():
+        pytest.skip(f"no {PEERS}; `make bench-peers` makes it")
+    return PEERS / "bin"
+
+
+@pytest.fixture
+def copied_set(tiny_set, tmp_path):
+    return shutil.copytree(tiny_set, tmp_path / "set")
+
+
+def run(code, folder, peers_bin):
+    """JSON that `code` leaves in `found`, run in `folder` by the peers' Python."""
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "PYTHONWARNINGS": "ignore"}
+    program = f"{code}\nimport json\nprint(json.dumps(found))"
+    done = subprocess.run(
+        [peers_bin / "python", "-c", program],
+        cwd=folder,
+        env={**os.environ, **quiet},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_hugging_face_datasets_streams_a_column(copied_set, peers_bin):
+    found = run(f"{code_with('load_dataset')}\nfound = texts", copied_set, peers_bin)
+    expected = {key: json.loads(text) for key, text in members(copied_set, "text").items()}
+    assert found == expected
+    assert len(found) > 10
+
+
+@pytest.mark.slow
+def test_energon_prepares_and_reads_a_column(copied_set, peers_bin):
+    path = f"{peers_bin}:{os.environ['PATH']}"
+    command = ["bash", "-e", "-c", code_with("energon prepare", "bash")]
+    done = subprocess.run(
+        command, cwd=copied_set, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = run(textwrap.dedent(READ_BY_ENERGON), copied_set, peers_bin)
+    expected = members(copied_set, "vision_left")
+    assert found == {key: len(content) for key, content in expected.items()}
+    assert len(found) > 10
+
+
+READ_BY_ENERGON = """
+    from megatron import energon
+
+    @energon.edataclass
+    class Eye(energon.Sample):
+        member: bytes
+
+    @energon.stateless
+    def cook(sample):
+        (name,) = (n for n in sample if not n.startswith("__"))
+        return Eye(**energon.basic_sample_keys(sample), member=sample[name])
+
+    class Encoder(energon.DefaultTaskEncoder):
+        decoder = None
+        cookers = [energon.Cooker(cook)]
+
+    worker = energon.WorkerConfig(rank=0, world_size=1, num_workers=0)
+    dataset = energon.get_train_dataset(
+        "energon/vision_left", worker_config=worker, batch_size=None, shuffle_buffer_size=None,
+        max_samples_per_sequence=None, task_encoder=Encoder(), repeat=False)
+    found = {sample.__key__: len(sample.member) for sample in energon.get_loader(dataset)}
+"""
