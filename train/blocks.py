@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 ROTARY_BASE = 10_000.0
 """Longest wavelength of the rotary positions over 2 pi, in ticks."""
@@ -106,10 +107,23 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, width: int, *, num_heads: int, is_causal: bool, dropout: float) -> None:
+    With `is_checkpointing` it keeps only its input for the backward pass and computes the rest
+    again (Chen et al. 2016, arXiv:1604.06174).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        is_causal: bool,
+        dropout: float,
+        is_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
+        self.is_checkpointing = is_checkpointing
         self.attention_norm = nn.LayerNorm(width, bias=False)
         self.attention = Attention(width, num_heads=num_heads, is_causal=is_causal)
         self.mlp_norm = nn.LayerNorm(width, bias=False)
@@ -125,6 +139,20 @@ class Block(nn.Module):
         context: int | None = None,
     ) -> tuple[Tensor, KeysValues]:
         """As :meth:`Attention.forward`."""
+        if self.is_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(  # type: ignore[no-any-return]
+                self._layer, x, rotation, past, context=context, use_reentrant=False
+            )
+        return self._layer(x, rotation, past, context=context)
+
+    def _layer(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        past: KeysValues | None,
+        *,
+        context: int | None,
+    ) -> tuple[Tensor, KeysValues]:
         mixed, keys_values = self.attention(self.attention_norm(x), rotation, past, context=context)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.mlp(self.mlp_norm(x))), keys_values

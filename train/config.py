@@ -219,7 +219,15 @@ class ModelConfig(Section):
     pad_weight: float = Field(0.1, ge=0, le=1)
     """Weight of a silent tick in the text losses, where a token's is 1."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass to save memory; null means only for size large."""
+    """Recompute the activations of all layers, of backbone and frames, in the backward pass to save
+    memory; null means only for size large."""
+
+    @property
+    def is_checkpointing(self) -> bool:
+        """Whether layers compute their activations again."""
+        if self.gradient_checkpointing is None:
+            return self.size == "large"
+        return self.gradient_checkpointing
 
 
 class TrainConfig(Section):

@@ -129,7 +129,13 @@ class FrameEncoder(nn.Module):
         self.patches = nn.Linear(3 * self.patch_size**2, inner)
         self.places = nn.Parameter(torch.empty((shapes.image_size // self.patch_size) ** 2, inner))
         self.blocks = nn.ModuleList(
-            Block(inner, num_heads=num_heads, is_causal=False, dropout=config.dropout)
+            Block(
+                inner,
+                num_heads=num_heads,
+                is_causal=False,
+                dropout=config.dropout,
+                is_checkpointing=config.is_checkpointing,
+            )
             for _ in range(config.vision_layers)
         )
         self.norm = nn.LayerNorm(inner, bias=False)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from shared.errors import ConfigError
 from shared.recipe import Recipe, Stream, WindowShapes
@@ -85,15 +84,16 @@ class MultiModalCreature(nn.Module):
         self.shapes = shapes or WindowShapes.from_recipe(Recipe(), tick_rate_hz=model.tick_rate_hz)
         self.width, num_layers, num_heads = dimensions(model)
         self.head_dim = self.width // num_heads
-        self.is_checkpointing = (
-            model.size == "large"
-            if model.gradient_checkpointing is None
-            else model.gradient_checkpointing
-        )
         self.modality_dropout = 0.0 if self.config.is_text_only else model.modality_dropout
         self.encoder = TickEncoder(model, self.shapes, self.config.input_streams, self.width)
         self.blocks = nn.ModuleList(
-            Block(self.width, num_heads=num_heads, is_causal=True, dropout=model.dropout)
+            Block(
+                self.width,
+                num_heads=num_heads,
+                is_causal=True,
+                dropout=model.dropout,
+                is_checkpointing=model.is_checkpointing,
+            )
             for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(self.width, bias=False)
@@ -197,10 +197,7 @@ class MultiModalCreature(nn.Module):
         """Each tick in the light of those before it, [B, T, D]."""
         rotation = self._rotations(x_BTD, 0)
         for block in self.blocks:
-            if self.is_checkpointing and self.training and torch.is_grad_enabled():
-                x_BTD, _ = checkpoint(block, x_BTD, rotation, use_reentrant=False)
-            else:
-                x_BTD, _ = block(x_BTD, rotation)
+            x_BTD, _ = block(x_BTD, rotation)
         return self.norm(x_BTD)  # type: ignore[no-any-return]
 
     def heads(self, x_BTD: Tensor, pose_BTP: Tensor) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from shared.errors import ConfigError
 from shared.recipe import STREAMS, Stream, WindowShapes
+from train.blocks import Block
 from train.config import TEXT_STREAMS, Head
 from train.encoders import frames_due
 from train.inputs import to_model_inputs
@@ -411,7 +412,9 @@ def test_gradient_checkpointing_changes_no_gradient():
     grads = []
     for is_on in (False, True):
         model = make_model({"model": {**MODEL, "gradient_checkpointing": is_on}}).train()
-        assert model.is_checkpointing is is_on
+        blocks = [block for block in model.modules() if isinstance(block, Block)]
+        assert len(blocks) > len(model.blocks)  # the frames' too
+        assert all(block.is_checkpointing is is_on for block in blocks)
         losses_of(model, make_batch())["loss_total"].backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
@@ -419,8 +422,10 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_only_large_models_checkpoint_by_themselves():
     with torch.device("meta"):
-        assert MultiModalCreature({"model": {"size": "large"}}).is_checkpointing
-        assert not MultiModalCreature({"model": {"size": "medium"}}).is_checkpointing
+        large = MultiModalCreature({"model": {"size": "large"}})
+        medium = MultiModalCreature({"model": {"size": "medium"}})
+    assert large.blocks[0].is_checkpointing
+    assert not medium.blocks[0].is_checkpointing
 
 
 def test_autocast_keeps_poses_in_float32_and_everything_close():

@@ -1,0 +1,183 @@
+"""What the trainer's loop adds to the work itself.
+
+    python tests/benchmarks/bench_loop.py [--rounds 12]
+
+A Trainer and a bare loop (forward, losses, backward, clip, step) train equal models on the same
+batches, which lie in memory. They take turns within one process: whenever the trainer asks for the
+first batch of a round, the bare loop does its round first, and that time is taken out of the
+trainer's. So both see the same machine. A trainer's round lasts from the moment it gets the first
+batch to the moment it asks for the next round's, with logs and TensorBoard in between; the start,
+the first round, evaluation and checkpoints are left out. The median of the rounds' ratios is the
+result, and the goal is at most 1.03. The ratio of the processor time of all threads says the same
+where other programs disturb the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from shared.recipe import WindowShapes
+from train import MultiModalCreature, Trainer
+from train.config import TrainConfig
+from train.inputs import to_model_inputs
+from train.losses import compute_losses
+from train.optimizing import make_optimizer
+
+SHAPES = WindowShapes(image_size=64)
+GOAL = 1.03
+
+
+Times = tuple[float, float]
+"""Seconds by the clock and of the processor."""
+
+
+def now() -> Times:
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: Times) -> Times:
+    wall_s, cpu_s = now()
+    return wall_s - began[0], cpu_s - began[1]
+
+
+class Turns:
+    """A loader of endless batches in memory, between whose rounds the bare loop has its turn."""
+
+    def __init__(self, batches: list[dict], bare_round, *, steps: int) -> None:
+        self.pairs: list[tuple[Times, Times]] = []
+        self._batches, self._bare_round, self._steps = batches, bare_round, steps
+
+    def state_at(self, next_batch: int) -> dict:
+        return {"next_batch": next_batch}
+
+    def load_state_dict(self, state: dict) -> None:
+        raise NotImplementedError
+
+    def __iter__(self):
+        index, began, bare = 0, now(), (0.0, 0.0)
+        while True:
+            if index % self._steps == 0:
+                if index:
+                    self.pairs.append((since(began), bare))
+                bare = self._bare_round()
+                began = now()
+            yield {**self._batches[index % len(self._batches)], "index": index, "epoch": 0}
+            index += 1
+
+
+def make_batch(seed: int, *, size: int) -> dict:
+    """Random numbers in the form of a batch, everything valid."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def integers(high: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randint(high, (size, *shape), generator=draw, dtype=dtype)
+
+    s = SHAPES
+    frames = (s.num_frames, s.image_size, s.image_size, 3)
+    values = {
+        "vision_left": integers(256, *frames, dtype=torch.uint8),
+        "vision_right": integers(256, *frames, dtype=torch.uint8),
+        "audio": integers(s.mel_levels, s.num_audio_frames, s.mel_channels, dtype=torch.uint8),
+        "touch": torch.rand(size, s.num_sensor_samples, s.touch_size, generator=draw),
+        "proprio": torch.randn(size, s.num_sensor_samples, s.proprio_size, generator=draw),
+        "internal_text": integers(s.vocab_size, s.num_ticks, dtype=torch.int64),
+        "external_text": integers(s.vocab_size, s.num_ticks, dtype=torch.int64),
+    }
+    inputs = {**values}
+    for name, value in values.items():
+        inputs[f"{name}_valid"] = torch.ones(value.shape[:2], dtype=torch.bool)
+    heads = {"internal_text": "internal_text", "external_text": "external_text", "audio": "audio"}
+    targets = {
+        f"{head}{end}": inputs[f"{stream}{end}"]
+        for head, stream in {**heads, "animation": "proprio"}.items()
+        for end in ("", "_valid")
+    }
+    keys = [f"s/{i}" for i in range(size)]
+    return {"inputs": inputs, "targets": targets, "weight": torch.ones(size), "keys": keys}
+
+
+def make_bare_round(config: TrainConfig, batches: list[dict], *, steps: int):
+    """A function that does `steps` plain steps and says how long they took."""
+    torch.manual_seed(0)
+    model = MultiModalCreature(config, SHAPES)
+    parameters = list(model.parameters())
+    optimizer = make_optimizer(model, config.training.optimizer)
+
+    def bare_round() -> Times:
+        began = now()
+        for step in range(steps):
+            batch = batches[step % len(batches)]
+            outputs = model(to_model_inputs(batch["inputs"]))
+            losses = compute_losses(outputs, batch["targets"], batch["weight"], config=config)
+            losses["loss_total"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.training.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return since(began)
+
+    return bare_round
+
+
+def measure(given: argparse.Namespace, folder: Path) -> list[tuple[Times, Times]]:
+    """Seconds of the trainer and of the bare loop, for each round but the first."""
+    config = TrainConfig.model_validate(
+        {
+            "training": {
+                "max_steps": given.steps * (given.rounds + 1) + 1,
+                "log_interval": given.steps,
+                "save_interval": 10**9,
+                "num_threads": given.threads,
+                "log_dir": folder / "runs",
+                "checkpointing": {"save_dir": folder / "checkpoints"},
+            },
+            "model": {"hidden_dim": given.hidden, "num_layers": given.layers},
+        }
+    )
+    torch.set_num_threads(given.threads)
+    batches = [make_batch(seed, size=given.batch) for seed in range(4)]
+    turns = Turns(batches, make_bare_round(config, batches, steps=given.steps), steps=given.steps)
+    torch.manual_seed(0)
+    model = MultiModalCreature(config, SHAPES)
+    Trainer(model, config, turns, device="cpu", console=Console(file=io.StringIO())).train()
+    return turns.pairs[1:]
+
+
+def main() -> None:
+    """Print the ratios."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10, help="of a round; a log line ends each")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="loop-") as folder:
+        pairs = measure(given, Path(folder))
+    print(
+        f"hidden {given.hidden}, {given.layers} layers, batch {given.batch}, {given.threads} "
+        f"threads; {len(pairs)} rounds of {given.steps} steps, a log line each"
+    )
+    for kind, name in enumerate(("clock", "processor")):
+        ratios = sorted(trainer[kind] / bare[kind] for trainer, bare in pairs)
+        steps_ms = [
+            statistics.median(each[kind] for each in loop) / given.steps * 1e3
+            for loop in zip(*pairs, strict=True)
+        ]
+        print(
+            f"{name:9}  trainer {steps_ms[0]:.1f} ms per step, bare {steps_ms[1]:.1f} ms; "
+            f"trainer / bare: median {statistics.median(ratios):.4f} "
+            f"({ratios[0]:.4f} to {ratios[-1]:.4f}), goal {GOAL}"
+        )
+
+
+if __name__ == "__main__":
+    main()
