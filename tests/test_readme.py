@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 import yaml
 
 from preprocess.__main__ import cli as preprocess_cli
@@ -35,6 +36,16 @@ def test_every_python_command_of_the_readme_is_one_of_ours(line):
     command = CLIS[program].commands[name]
     known = {option for parameter in command.params for option in parameter.opts}
     assert {a for a in arguments if a.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("line", commands("torchrun"))
+def test_every_torchrun_line_of_the_readme_starts_a_training(line):
+    _, _, rest = line.partition(" -m ")
+    program, name, *arguments = shlex.split(rest)
+    known = {option for p in CLIS[program].commands[name].params for option in p.opts}
+    assert {a for a in arguments if a.startswith("--")} <= known
+    parser = torch.distributed.run.get_args_parser()
+    assert parser.parse_args(shlex.split(line)[1:]).training_script == "train"
 
 
 @pytest.mark.parametrize("line", commands("make"))

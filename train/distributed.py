@@ -63,15 +63,14 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
-        dist.barrier()
+        any_of(False)  # wait for the others
     except RuntimeError as error:
         if not _is_of_a_lost_rank(error):
             raise
-        reason = str(error).splitlines()[0]
         raise CreatureError(
-            f"rank {rank()}: another rank has ended before its time ({reason}); what it said "
-            "stands elsewhere in this log. The last checkpoint is whole: `--resume auto` goes on "
-            "from it, under torchrun's --max-restarts by itself"
+            f"rank {rank()}: another rank has ended before its time; what it said stands elsewhere "
+            "in this log. The last checkpoint is whole: `--resume auto` goes on from it, under "
+            "torchrun's --max-restarts by itself"
         ) from error
     # Not after an error: with collectives in flight nccl would wait for ranks that do not come.
     dist.destroy_process_group()
@@ -139,7 +138,7 @@ def largest(numbers: Sequence[float]) -> list[float]:
 
 def gather(items: Sequence[T]) -> list[T]:
     """The items of all ranks one after another, on all ranks."""
-    if world_size() == 1:
+    if world_size() == 1 or not any_of(bool(items)):  # mostly there are none: one cheap exchange
         return list(items)
     shares: list[Any] = [None] * world_size()
     dist.all_gather_object(shares, list(items))
