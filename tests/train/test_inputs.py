@@ -18,13 +18,13 @@ def pixels(seed: int = 0) -> torch.Tensor:
 
 
 def planes(seed: int = 0) -> torch.Tensor:
-    """Noise as I420 of 8 x 12 pixels: half of it lies outside the RGB gamut."""
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (2, 3, 12, 12), "u1"))
+    """Noise as I420 of 8 x 12 pixels: more frames than a CPU takes at once."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, 5, 12, 12), "u1"))
 
 
 def test_planes_become_the_colours_of_the_standard_normalised_and_within_the_gamut():
     packed = planes()
-    rgb = exact_rgb(packed.flatten(0, 1).numpy()).reshape(2, 3, 8, 12, 3)
+    rgb = exact_rgb(packed.flatten(0, 1).numpy()).reshape(3, 5, 8, 12, 3)
     assert 0.2 < ((rgb == 0) | (rgb == 255)).mean() < 0.8  # clamping is tried
     oracle = ((rgb / 255 - MEAN) / STD).transpose(0, 1, 4, 2, 3)
     frames = to_model_inputs({"vision_left": packed})["vision_left"]
@@ -42,7 +42,7 @@ def test_grey_planes_are_grey():
 
 def test_no_frame_of_planes_is_no_frame():
     frames = to_model_inputs({"vision_left": planes()[:, :0]})["vision_left"]
-    assert frames.shape == (2, 0, 3, 8, 12)
+    assert frames.shape == (3, 0, 3, 8, 12)
 
 
 def test_frames_are_normalised_as_imagenet_says():
