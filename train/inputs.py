@@ -111,7 +111,7 @@ def _of_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(len(flat), 3, height, width, dtype=dtype, device=planes.device)
     constants = _constants(planes.device)
     at_once = _CPU_FRAMES if planes.device.type == "cpu" else max(1, len(flat))
-    for some, colours in zip(flat.split(at_once), out.split(at_once), strict=True):
+    for some, colours in zip(torch.split(flat, at_once), torch.split(out, at_once), strict=True):
         if dtype == torch.float32:
             _write_colours(some, colours, constants)
         else:
