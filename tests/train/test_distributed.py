@@ -161,6 +161,8 @@ KINDS = {
     "accumulated": {"accumulation_steps": 2, "max_steps": 2},
     "accumulated fsdp": {"accumulation_steps": 2, "max_steps": 2, "parallel": "fsdp"},
     "dense text": TEXT_ONLY,
+    "recomputing ddp": {"parallel": "ddp", "gradient_checkpointing": True},
+    "recomputing fsdp": {"parallel": "fsdp", "gradient_checkpointing": True},
 }
 
 
@@ -197,6 +199,8 @@ def pair(tiny_set, tmp_path_factory):
         ("accumulated", "accumulated"),
         ("accumulated fsdp", "accumulated"),
         ("dense text", "dense text"),
+        ("recomputing ddp", "alone"),
+        ("recomputing fsdp", "alone"),
     ],
 )
 def test_two_ranks_train_on_the_same_batches_with_the_same_losses(pair, name, reference):
