@@ -33,6 +33,11 @@ READ_TIMEOUT_S = 30.0
 """Of http and https: so long without one byte is a failure. aiohttp has a limit for the whole
 answer, 5 minutes, which large files on slow lines would not meet."""
 
+_opened: dict[int, Any] = {}
+"""File systems that this process or the one it was forked from opened; never let go. fsspec makes
+new ones after a fork, and the old ones, when they went, would take their connections out of the
+epoll instance that the parent still uses: it would hear nothing of them any more."""
+
 _log = logging.getLogger(__name__)
 _chance = random.SystemRandom()
 _T = TypeVar("_T")
@@ -185,6 +190,7 @@ class Store:
 
         # Listings that are kept know nothing of what other processes put there.
         fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **self._options())
+        _opened[id(fs)] = fs
         return fs, root.rstrip("/")
 
     def _options(self) -> dict[str, Any]:
@@ -225,7 +231,10 @@ class Store:
                 f"{place}: {protocol}:// needs a package that is not installed: {error}{mend}"
             ) from error
         except Exception as error:  # every store's library has exceptions of its own
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            silent = (
+                "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+            )
+            reason = (str(error) or silent).splitlines()[0]
             brief = f"{place}: {shown(reason)} ({type(error).__name__})"
             raise StorageError(
                 f"{brief}; is the address right, and may you read and write there? Nothing that "

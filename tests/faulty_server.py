@@ -1,29 +1,20 @@
-"""An HTTP server that fails as a plan says, in front of a folder or of another server.
-
-    python tests/faulty_server.py FOLDER [--every N]
-
-serves a folder until it is killed and fails every Nth answer to a GET; its first line is its
-address, and ``/.counts`` there tells in JSON how often each file was asked for and how many bytes
-went out.
+"""An HTTP server that fails as a plan says, in front of a folder or of another server, and counts
+what it was asked for.
 """
 
 from __future__ import annotations
 
-import argparse
 import http.client
-import itertools
-import json
 import socket
 import struct
-import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 Fault = Literal["stall", "silence", "reset", "500", "503", "403", "404", "cut", "short", "flip"]
 """stall: half of the bytes, then none; silence: not even a header; reset: by TCP after half;
@@ -32,9 +23,6 @@ flip: one bit is wrong."""
 
 FAULTS: tuple[Fault, ...] = ("stall", "silence", "reset", "500", "503", "cut", "short", "flip")
 """Those that pass when asked again."""
-
-Plan = "Callable[[str, int], Fault | None]"
-"""File name and how many times it was asked for before -> what goes wrong."""
 
 
 def never(name: str, before: int) -> None:
@@ -53,7 +41,7 @@ class FaultyServer:
     Args:
         folder: what it serves, or
         upstream: host and port of the server that it stands in front of.
-        plan: what goes wrong.
+        plan: file name and how many times it was asked for before -> what goes wrong.
     """
 
     def __init__(
@@ -114,10 +102,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         owner = self.server.owner
         name = self.path.rpartition("/")[2].partition("?")[0]
-        if name == ".counts":
-            text = json.dumps({"gets": owner.gets, "num_bytes": owner.num_bytes}).encode()
-            self._send(200, {}, text)
-            return
         fault = owner.note(name)
         if fault == "silence":
             owner.is_over.wait(60)
@@ -188,27 +172,3 @@ class _Handler(BaseHTTPRequestHandler):
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.connection.close()
-
-
-def main() -> int:
-    """Serve until killed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--every", type=int, default=0)
-    given = parser.parse_args()
-    counter = itertools.count(1)
-
-    def plan(name: str, before: int) -> Any:
-        number = next(counter)
-        if given.every and number % given.every == 0:
-            return FAULTS[number // given.every % len(FAULTS)]
-        return None
-
-    with FaultyServer(given.folder, plan=plan) as server:
-        print(server.url, flush=True)
-        threading.Event().wait()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

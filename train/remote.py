@@ -21,7 +21,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -147,10 +147,6 @@ class RemoteFiles:
         """Begin no more downloads."""
         self._ahead.run(())
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the background threads."""
-        return {**self.__dict__, "_ahead": _Ahead()}
-
     def _fetch_shard(self, entry: ShardEntry, columns: Sequence[str], since_ns: int) -> None:
         file = RemoteFile(entry.index_file, entry.index_sha256)
         self._cache.fetch_ahead(file, since_ns=since_ns)
@@ -232,6 +228,10 @@ class _Ahead:
             while self._num_threads < min(AHEAD_THREADS, len(self._jobs)):
                 self._num_threads += 1
                 threading.Thread(target=self._work, name="fetch-ahead", daemon=True).start()
+
+    def __reduce__(self) -> tuple[type[_Ahead], tuple[()]]:
+        """Another process begins with nothing to do."""
+        return _Ahead, ()
 
     def _work(self) -> None:
         while True:

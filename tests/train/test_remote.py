@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import fsspec
@@ -229,6 +230,28 @@ def test_workers_forked_while_files_are_fetched_ahead_read_on(server, shards, se
     next(iter(Loader(source, config, num_epochs=1)))
     workers = Loader(source, make_config(shards, num_workers=2), num_epochs=1)
     assert_same(read_all(workers), read_all(make_loader(shards)))
+
+
+@pytest.mark.parametrize("store", ["http", "s3"])
+def test_workers_that_fetch_leave_the_parents_connections_alone(
+    request, server, settings, store, monkeypatch, caplog
+):
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 5.0)
+    if store == "s3":
+        request.getfixturevalue("s3")
+    place = "s3://here/set" if store == "s3" else url_of(server)
+    for _ in range(3):
+        read_all(make_loader(place, settings, num_workers=2))
+        shutil.rmtree(settings.folder)
+    assert caplog.text == ""
+
+
+def test_a_source_goes_to_another_process(server, shards, settings):
+    source = ShardSource(url_of(server), cache=settings)
+    config = make_config(shards)
+    expected = read_all(Loader(source, config, num_epochs=1))
+    other = ForkingPickler.loads(ForkingPickler.dumps(source))
+    assert_same(read_all(Loader(other, config, num_epochs=1)), expected)
 
 
 # --- a small cache ---------------------------------------------------------------------------
