@@ -13,20 +13,20 @@ let now = 0, isPlaying = false, sound = sounds[0] || null, startedAt = 0;
 function picture(eye, index) {
   if (!pictures[eye].has(index)) {
     const image = new Image();
-    image.onload = () => { if (frameAt(now) === index) drawEye(eye); };
+    image.onload = () => { if (frameAt(eye) === index) drawEye(eye); };
     image.src = values.eyes[eye][index];
     pictures[eye].set(index, image);
   }
   return pictures[eye].get(index);
 }
 
-function frameAt(time) {
-  return Math.floor(time * values.frameRateHz + 1e-6);
+function frameAt(eye) {
+  return Math.min(Math.floor(now * values.frameRateHz + 1e-6), values.eyes[eye].length - 1);
 }
 
 function drawEye(eye) {
   const canvas = canvases[eye], context = canvas.getContext("2d");
-  const index = Math.min(frameAt(now), values.eyes[eye].length - 1);
+  const index = frameAt(eye);
   const url = index < 0 ? null : values.eyes[eye][index];
   if (url === null) {
     context.fillStyle = "#808080";
@@ -78,7 +78,10 @@ function start() {
   if (now >= stop - 0.01) seek(0);
   isPlaying = true;
   startedAt = performance.now() / 1000 - now;
-  if (sound) sound.play();
+  if (sound) {
+    sound.currentTime = now;
+    sound.play();
+  }
   requestAnimationFrame(step);
 }
 
@@ -109,6 +112,7 @@ function listenTo(chosen) {
 sounds.forEach((each) => {
   each.addEventListener("play", () => {
     sounds.filter((other) => other !== each).forEach((other) => other.pause());
+    if (Math.abs(each.currentTime - now) > 0.05) each.currentTime = now;
     sound = each;
     find(`listen-${sounds.indexOf(each)}`).checked = true;
     if (!isPlaying) { isPlaying = true; requestAnimationFrame(step); }

@@ -40,7 +40,7 @@ FRAME_SIZE = 160
 
 MIN_PIXELS_PER_S = 60.0
 
-TIMELINE_WIDTH = 1180.0
+TIMELINE_WIDTH = 1150.0
 """A short session fills it, a longer one is scrolled through."""
 
 CURVE_HEIGHT = 46.0

@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -246,6 +248,35 @@ def test_sessions_and_models_that_lack_much_have_a_page(tmp_path, kind):
     life = live(tmp_path, session, config)
     assert life.values["durationS"] == 1
     assert len(life.page.all("audio")) == (0 if kind == "dense text" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_in_a_browser_one_clock_moves_everything(life, tmp_path):
+    dom = run_browser(f"file://{life.out / PAGE_NAME}#t=4.25", tmp_path)
+    page = Page(re.sub("(?s)<script.*?</script>", "", dom))
+    (clock,) = page.all("span", id="clock")
+    (cursor,) = page.all("div", class_="cursor")
+    assert clock.text == "4.25 s"
+    place = 4.25 * life.values["pixelsPerS"]
+    moved = float(re.search(r"translateX\(([\d.]+)px\)", cursor.attributes["style"])[1])
+    assert moved == pytest.approx(place, rel=1e-4)
+    (said,) = page.all("bdi", id="text-1-0")
+    assert said.text == "the ball"
+
+
+def run_browser(url, folder):
+    """The document as a real browser has it once the page's script has run."""
+    options = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run"
+    command = ["chromium", *options.split(), f"--user-data-dir={folder}", "--dump-dom"]
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=2000", url],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout
 
 
 def test_texts_that_would_overlap_lie_in_different_lanes():
