@@ -170,7 +170,7 @@ def run_round(
             server.plan = faulty if row.has_faults else never
             server.gets.clear()
             server.num_bytes = 0
-        rate, keys, num_skipped = read_ranks(places[row.store], cache, num_workers, row.num_ranks)
+        rate, keys, num_skipped = read_ranks(places[row.store], cache, num_workers, row)
         if server is None:
             local_rate, local_keys = rate, keys
         else:
@@ -182,11 +182,12 @@ def run_round(
         found.is_same &= row.num_ranks > 1 or keys == local_keys
 
 
-def read_ranks(place: str, cache: Path, num_workers: int, num_ranks: int) -> tuple[float, str, int]:
+def read_ranks(place: str, cache: Path, num_workers: int, row: Row) -> tuple[float, str, int]:
     """Samples per second of all ranks, a hash of the keys, samples replaced."""
-    work = [(place, cache, num_workers, rank, num_ranks) for rank in range(num_ranks)]
-    with ProcessPoolExecutor(num_ranks, mp_context=get_context("spawn")) as pool:
-        list(pool.map(warm_up, range(num_ranks)))
+    ranks = range(row.num_ranks)
+    work = [(place, cache, num_workers, rank, row.num_ranks) for rank in ranks]
+    with ProcessPoolExecutor(row.num_ranks, mp_context=get_context("spawn")) as pool:
+        list(pool.map(warm_up, [1.0 if row.has_faults else 30.0 for _ in ranks]))
         done = list(pool.map(read_epoch, *zip(*work, strict=True)))
     num_samples = sum(samples for samples, _, _, _ in done)
     return (
@@ -196,17 +197,15 @@ def read_ranks(place: str, cache: Path, num_workers: int, num_ranks: int) -> tup
     )
 
 
-def warm_up(_rank: int) -> None:
-    """Imports, which are no part of the figures."""
+def warm_up(read_timeout_s: float) -> None:
+    """Imports, which are no part of the figures, and how soon silence is a failure."""
     import aiohttp  # noqa: F401
     import s3fs
 
     import train.loader  # noqa: F401
 
-    s3fs.S3FileSystem.read_timeout = 1
-
     set_start_method("fork", force=True)  # of the workers, as under torchrun
-    storage.READ_TIMEOUT_S = 1.0
+    storage.READ_TIMEOUT_S = s3fs.S3FileSystem.read_timeout = read_timeout_s
     logging.getLogger("train.cache").setLevel(logging.ERROR)
     logging.getLogger("shared.storage").setLevel(logging.ERROR)
     time.sleep(0.1)  # so that no rank's process takes two of these
