@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import resource
 import weakref
 from multiprocessing.reduction import DupFd
 from typing import TYPE_CHECKING, Any
@@ -65,8 +66,7 @@ class Ring:
             self._forms[str(name)] = (end, form)
             end += _round_up(math.prod(form.shape) * form.dtype.itemsize, _ALIGNMENT_BYTES)
         self.slot_bytes = _round_up(max(end, 1), mmap.PAGESIZE)
-        memory_bytes = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
-        self.num_slots = max(num_recycled, memory_bytes // self.slot_bytes)
+        self.num_slots = max(num_recycled, _room_bytes() // self.slot_bytes)
         """Nobody can hold more batches than fit in the machine's memory."""
         self._warm = list(reversed(range(num_recycled)))
         self._cold: list[int] = []
@@ -90,7 +90,8 @@ class Ring:
         if self._num_used == self.num_slots:
             raise CreatureError(
                 f"{self.num_slots} batches of {self.slot_bytes >> 20} MiB are held at once, as "
-                "much as this machine's memory; let go of batches that are done, copy what you keep"
+                "much as this machine's memory (or a quarter of `ulimit -v`); let go of batches "
+                "that are done, copy what you keep of them"
             )
         self._num_used += 1
         return self._num_used - 1
@@ -172,6 +173,16 @@ class _Lease:
             "shape": (length_bytes,),
             "typestr": "|u1",
         }
+
+
+def _room_bytes() -> int:
+    """Addresses to reserve: as many as there is memory, or a quarter of those that `ulimit -v`
+    leaves to the process.
+    """
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    unlimited = limit_bytes == resource.RLIM_INFINITY
+    return memory_bytes if unlimited else min(memory_bytes, limit_bytes // 4)
 
 
 def _round_up(length: int, step: int) -> int:

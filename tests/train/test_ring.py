@@ -8,6 +8,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -133,6 +134,13 @@ def test_more_batches_than_fit_into_memory_are_refused(monkeypatch):
         ring.take()
     held.pop()
     assert ring.take() == 2
+
+
+def test_few_addresses_are_reserved_where_the_process_may_have_few(monkeypatch):
+    limit = 64 << 20
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, resource.RLIM_INFINITY))
+    ring = Ring({"pixels": ArrayForm((1 << 20,), np.dtype(np.uint8))}, num_recycled=1)
+    assert ring.num_slots * ring.slot_bytes == limit // 4
 
 
 def test_garbage_of_a_forked_process_frees_nothing():
