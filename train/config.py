@@ -82,8 +82,9 @@ class DataConfig(Section):
     """
     pixels: Literal["yuv420", "rgb"] = "yuv420"
     """Form of the frames in a batch: planes, half the bytes, which become RGB on the training
-    device; or RGB. The numbers that the model sees differ by rounding at most where the shards
-    store planes."""
+    device; or RGB. The numbers that the model sees differ by rounding at most, but for shards of
+    `vision.codec: raw`, whose RGB becomes planes. Where the training device is a CPU, rgb costs it
+    0.2 ms less per frame of 224 pixels."""
     num_workers: int = Field(2, ge=0)
     """Loader processes; 0 reads in the training process. Never changes which samples are in a
     batch."""

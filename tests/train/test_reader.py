@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny_sets
+import torch
 import webdataset as wds
 import xarray
 import zarr
@@ -22,6 +23,7 @@ from shared.errors import CorruptError, ShardError
 from shared.recipe import Stream
 from train import reader
 from train.dataset import SessionSource
+from train.inputs import IMAGENET_STD, normalized_frames
 from train.reader import ShardSource
 
 NUMBERS = ("audio", "touch", "proprio")
@@ -121,6 +123,26 @@ def test_pictures_of_shards_are_those_of_sessions_up_to_the_codecs_loss(codec_pa
         for eye in VISION:
             assert psnr_db(ours[eye], theirs[eye]) >= least_db, (key, eye)
             np.testing.assert_array_equal(ours[f"{eye}_valid"], theirs[f"{eye}_valid"])
+
+
+def test_both_forms_of_pixels_are_the_same_to_the_model(codec_pair):
+    """Up to rounding to 8 bits, which libjpeg does on the way as well."""
+    shards, _ = codec_pair
+    limit = 5 if shards.recipe.vision.codec == "mjpeg" else 0.75
+    for place in tiny_sets.places_of(shards):
+        of_planes, of_rgb = (
+            normalized_frames(
+                torch.from_numpy(
+                    read_sample(shards, place, VISION[:1], with_text=False, pixels=form)[0][
+                        VISION[0]
+                    ]
+                )[None],
+                torch.float32,
+            )
+            for form in ("yuv420", "rgb")
+        )
+        if VISION[0] in shards.present(*place):
+            assert (of_planes - of_rgb).abs().max() * 255 * max(IMAGENET_STD) < limit
 
 
 def test_a_stream_that_a_sample_lacks_is_written_as_zero_and_invalid(raw_pair):
