@@ -100,7 +100,6 @@ def measure(folder: Path) -> dict[str, float]:
     import numpy as np
     from torch.utils.data import DataLoader
 
-    from train.loader import BatchPlans
     from train.order import BatchOrder, SampleOrder
     from train.reader import ShardSource
 
@@ -125,8 +124,8 @@ def measure(folder: Path) -> dict[str, float]:
     start = int(rng.integers(order.batches_per_epoch))
     times_us = [1e3 * timed_ms(order, start + i) for i in range(NUM_PLANS)]
 
-    plans = BatchPlans(order, start=0, stop=None)
-    loader: Any = DataLoader(plans, batch_size=None, num_workers=2)
+    plans: Any = Plans(order)
+    loader: Any = DataLoader(plans, sampler=range(1 << 30), batch_size=None, num_workers=2)
     drawn = iter(loader)
     for _ in range(NUM_PLANS):
         next(drawn)
@@ -141,6 +140,16 @@ def measure(folder: Path) -> dict[str, float]:
         "epoch_ms": epoch_ms,
         "worker_mib": worker_mib,
     }
+
+
+class Plans:
+    """Plans drawn in loader processes."""
+
+    def __init__(self, order: Any) -> None:
+        self._order = order
+
+    def __getitem__(self, index: int) -> Any:
+        return self._order.plan(index)
 
 
 def timed_ms(order: Any, index: int) -> float:
