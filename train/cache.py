@@ -128,8 +128,15 @@ class ShardCache:
         """
         while True:
             descriptor = self._open_here(file)
-            if descriptor is None:
-                descriptor = self._fetch(file, wait=True, let_go=let_go)
+            try:
+                if descriptor is None:
+                    descriptor = self._fetch(file, wait=True, let_go=let_go)
+            except FileNotFoundError as error:
+                if self.folder.is_dir():
+                    raise
+                raise StorageError(
+                    f"{self.folder}: was removed while it was used; run the command again"
+                ) from error
             if descriptor is not None:
                 return descriptor
 
@@ -201,6 +208,7 @@ class ShardCache:
         """As :meth:`_open_here` of a file that was fetched; None where another process did that or,
         without `wait`, is at it.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)  # whoever tidies up may have removed it
         with self._alone(file.key, wait=wait) as lock:
             if lock is None:
                 return None

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -247,6 +248,23 @@ def test_what_another_process_renewed_is_not_fetched_again(shelf, folder):
     assert cache.renew(file)
     assert other.renew(file)
     assert shelf.gets() == {"f1": 2}
+
+
+def test_a_folder_that_was_removed_is_filled_again(shelf, folder):
+    cache = make_cache(shelf, folder)
+    read(cache, shelf.file("f1"))
+    shutil.rmtree(folder)
+    assert read(cache, shelf.file("f1")) == shelf.contents["f1"]
+
+
+def test_a_folder_that_is_removed_during_a_download_is_no_missing_file(shelf, folder):
+    def remove(_name, content, path):
+        path.write_bytes(content)
+        shutil.rmtree(folder)
+
+    shelf.on_fetch = remove
+    with pytest.raises(StorageError, match="was removed while it was used"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
 
 
 # --- the limit -------------------------------------------------------------------------------
