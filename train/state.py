@@ -87,7 +87,10 @@ class TrainState:
             CheckpointError: missing, damaged, foreign, or of another model.
         """
         distributed.on_main(lambda: checkpoint.check_checkpoint(path))
-        state = checkpoint.read_checkpoint(path, map_location=device)
+        # What is to be cut into shares may not fit a device; ranks of a machine share its pages.
+        is_cut = distributed.world_size() > 1 and self.config.training.parallel == "fsdp"
+        place = "cpu" if is_cut else device
+        state = checkpoint.read_checkpoint(path, map_location=place, mmap=is_cut)
         own = self.model.state_dict()
         try:
             self.model.load_state_dict(shares_of(state["model"], own))
