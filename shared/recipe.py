@@ -74,10 +74,10 @@ class VisionRecipe(Section):
     """How frames are stored: as an H.264 stream per window, JPEG pictures, planes, or RGB.
 
     On real footage of 224 pixels, in bytes per frame, PSNR, and ms of one core to a batch's planes
-    and to RGB: h264 5,100, 38.0 dB, 0.16, 0.45; mjpeg 14,000, 38.2 dB, 0.19, 0.18; yuv420 75,264,
-    44.8 dB, 0.006, 0.3; raw 150,528, exact, 0.2, 0.01. Among those that compress, h264 is cheapest
-    to decode by default (`data.pixels: yuv420`) and by far the smallest; it costs 1 ms per frame to
-    build. Where disk and network give 75 kB per frame as fast as the GPU takes them, yuv420 needs
+    and to RGB: h264 4,500, 38.1 dB, 0.18, 0.45; mjpeg 13,200, 38.5 dB, 0.20, 0.18; yuv420 75,264,
+    44.9 dB, 0.007, 0.31; raw 150,528, exact, 0.19, 0.015. Among those that compress, h264 is the
+    cheapest to decode to planes (`data.pixels: yuv420`), if narrowly, and by far the smallest; it
+    costs 1 ms per frame to build. To RGB mjpeg is the cheapest. Where disk and network give 75 kB per frame as fast as the GPU takes them, yuv420 needs
     almost no CPU. tests/benchmarks/bench_pixels.py measures it."""
     quality: int = Field(90, ge=1, le=100)
     """mjpeg: JPEG quality."""

@@ -1,6 +1,7 @@
 """What a stored frame costs by codec, on real footage: bytes, PSNR, and time on its way to a model.
 
     python tests/benchmarks/bench_pixels.py                  7 interleaved rounds
+    GOMP_SPINCOUNT=1000 python tests/benchmarks/bench_pixels.py        on busy cores, as train does
     python tests/benchmarks/bench_pixels.py --rounds 3 --windows 1
     python tests/benchmarks/bench_pixels.py --qp 20 22 24 --quality 80 90 95
 
