@@ -12,7 +12,7 @@ mpl.use("agg")
 
 from matplotlib import pyplot
 
-TITLES = {"rgb": "to RGB uint8 tensors", "model": "to the model's input (floats, device = CPU)"}
+TITLES = {"rgb": "to RGB uint8 tensors", "model": "to floats on the device (the CPU)"}
 COLORS = {"ours": "#1b7f5c", "limit": "#b8b8b8", "": "#4472a8"}
 SHADES = (0.35, 0.65, 1.0)
 
@@ -27,7 +27,7 @@ def main() -> None:
         draw(axis, [line for line in lines if line["table"] == table])
         axis.set_title(f"Stereo windows per second, {TITLES[table]}")
     figure.tight_layout()
-    figure.savefig(sys.argv[2], dpi=120)
+    figure.savefig(sys.argv[2], dpi=120, bbox_inches="tight")
 
 
 def draw(axis: pyplot.Axes, lines: list[dict[str, str]]) -> None:

@@ -5,11 +5,12 @@ the loader prints goes to standard error.
 
     {"do": "check"}
     {"do": "memory", "workers": 2, "form": "rgb"}
-    {"do": "pass", "workers": 2, "form": "rgb", "seconds": 1.5}
+    {"do": "pass", "workers": 2, "form": "rgb", "seconds": 1.0}
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -98,7 +99,7 @@ def run_pass(
 
 def warm_up(batches: Iterator[dict[str, Any]], entry: Entry, workers: int, form: str) -> None:
     """Take as many batches as can lie ready, so that none of them is counted."""
-    count = max(1, workers) if entry.is_slow else max(2, 2 * PREFETCH * workers)
+    count = max(1, workers) if entry.is_slow else max(2, (PREFETCH + 1) * workers)
     for batch in itertools.islice(batches, count):
         take(batch, form)
 
@@ -212,16 +213,24 @@ def tree_cpu_s() -> float:
 
 
 def tree_memory_bytes() -> int:
-    """Anonymous and shared memory of the tree, each page divided by those who map it (PSS);
-    libraries and the page cache, which the kernel can drop, are left out.
+    """Anonymous and shared memory of the tree, each page divided by those who map it (PSS), and
+    shared memory on its way between two processes, which only an open file holds. Libraries and the
+    page cache, which the kernel can drop, are left out.
     """
-    total = 0
-    for pid in tree():
+    pids, total = tree(), 0
+    for pid in pids:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
         for line in text.splitlines():
             if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                 total += int(line.split()[1]) * 1024
-    return total
+    maps = (Path(f"/proc/{pid}/maps").read_text(encoding="utf-8") for pid in pids)
+    mapped = {int(line.split()[4]) for text in maps for line in text.splitlines()}
+    held = {}
+    for path in (f for pid in pids for f in Path(f"/proc/{pid}/fd").iterdir()):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if str(path.readlink()).startswith("/dev/shm/"):
+                held[path.stat().st_ino] = path.stat().st_blocks * 512
+    return total + sum(size for inode, size in held.items() if inode not in mapped)
 
 
 if __name__ == "__main__":
