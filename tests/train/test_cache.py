@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import logging
 import os
@@ -277,8 +278,12 @@ def test_what_was_used_longest_ago_goes_first(shelf, folder):
     assert names_in(folder) == {"f1", "f3", "f4"}
 
 
-def test_what_is_open_in_any_process_stays(shelf, folder):
+@pytest.mark.parametrize("is_there_before", [False, True])
+def test_what_is_open_in_any_process_stays(shelf, folder, is_there_before):
     cache = make_cache(shelf, folder, num_files=3)
+    if is_there_before:
+        for name in ("f1", "f2"):
+            read(cache, shelf.file(name))
     own = cache.open(shelf.file("f1"))
     ready, ready_now = os.pipe()
 
@@ -446,19 +451,31 @@ def test_the_waiting_take_over_from_a_killed_download(shelf, folder):
     assert names_in(folder) == {"f1"}
 
 
-def test_a_fork_during_a_download_leaves_no_lock_behind(shelf, folder):
-    children = []
-
-    def forking(_name, content, path):
-        path.write_bytes(content)
-        children.append(in_child(lambda: time.sleep(60)))
-
-    shelf.on_fetch = forking
+def test_a_fork_while_room_is_made_leaves_no_lock_behind(shelf, folder):
     cache = make_cache(shelf, folder)
-    read(cache, shelf.file("f1"))
-    check_read(cache, shelf, "f1")
-    os.kill(children[0], signal.SIGKILL)
-    end_of(children[0])
+    with cache._looking_over():
+        child = in_child(lambda: time.sleep(60))
+    descriptor = os.open(folder / ".room", os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+    os.kill(child, signal.SIGKILL)
+    end_of(child)
+
+
+def test_a_file_that_goes_while_it_is_opened_is_fetched_again(shelf, folder, monkeypatch):
+    cache, file = make_cache(shelf, folder), shelf.file("f1")
+    read(cache, file)
+    lock = fcntl.flock
+
+    def remove_first(descriptor, how):
+        if how == fcntl.LOCK_SH and shelf.gets()["f1"] == 1:
+            cache.path(file).unlink(missing_ok=True)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", remove_first)
+    assert read(cache, file) == shelf.contents["f1"]
+    assert shelf.gets() == {"f1": 2}
+    assert names_in(folder) == {"f1"}
 
 
 def test_processes_and_kills_never_break_the_limit_or_a_file(shelf, folder):
