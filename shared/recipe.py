@@ -77,8 +77,9 @@ class VisionRecipe(Section):
     and to RGB: h264 4,500, 38.1 dB, 0.18, 0.45; mjpeg 13,200, 38.5 dB, 0.20, 0.18; yuv420 75,264,
     44.9 dB, 0.007, 0.31; raw 150,528, exact, 0.19, 0.015. Among those that compress, h264 is the
     cheapest to decode to planes (`data.pixels: yuv420`), if narrowly, and by far the smallest; it
-    costs 1 ms per frame to build. To RGB mjpeg is the cheapest. Where disk and network give 75 kB per frame as fast as the GPU takes them, yuv420 needs
-    almost no CPU. tests/benchmarks/bench_pixels.py measures it."""
+    costs 1 ms per frame to build. To RGB mjpeg is the cheapest. Where disk and network give 75 kB
+    per frame as fast as the GPU takes them, yuv420 needs almost no CPU.
+    tests/benchmarks/bench_pixels.py measures it."""
     quality: int = Field(90, ge=1, le=100)
     """mjpeg: JPEG quality."""
     qp: int = Field(22, ge=1, le=51)
