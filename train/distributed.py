@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
@@ -20,10 +22,14 @@ from shared.errors import ConfigError, CreatureError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from torch._C._distributed_c10d import Store
+
 T = TypeVar("T")
 
 MAIN: Final = 0
 """The rank that writes: to the terminal, to TensorBoard, to disk."""
+
+_POLL_S: Final = 0.02
 
 
 def rank() -> int:
@@ -60,7 +66,13 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     own_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, number, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=fresh_store(store, number, count),
+        rank=number,
+        world_size=count,
+    )
     try:
         yield
         any_of(False)  # wait for the others
@@ -74,6 +86,35 @@ def process_group(device: torch.device) -> Iterator[None]:
         ) from error
     # Not after an error: with collectives in flight nccl would wait for ranks that do not come.
     dist.destroy_process_group()
+
+
+def fresh_store(store: Store, number: int, count: int) -> Store:
+    """A part of torchrun's store into which no earlier attempt has written.
+
+    torchrun keeps its store when it restarts ranks (seen in torch 2.13); whoever finds the address
+    of a dead rank there fails. Its count of restarts would tell attempts apart, but differs between
+    machines. So each rank draws a word; the main one calls the words that it finds, again and
+    again, until all have heard their own; the first word, its own, is the name of the part.
+
+    Args:
+        store: of all attempts.
+        number: of this rank.
+        count: of ranks.
+    """
+    word = uuid.uuid4().hex
+    store.set(f"here/{number}", word)
+    if number == MAIN:
+        heard = [f"{word}/heard/{other}" for other in range(1, count)]
+        while True:
+            words = [store.get(f"here/{other}").decode() for other in range(count)]
+            store.set("call", " ".join(words))
+            if store.check(heard):
+                return dist.PrefixStore(word, store)  # type: ignore[attr-defined]
+            time.sleep(_POLL_S)
+    while word not in (words := store.get("call").decode().split()):
+        time.sleep(_POLL_S)
+    store.set(f"{words[0]}/heard/{number}", "")
+    return dist.PrefixStore(words[0], store)  # type: ignore[attr-defined]
 
 
 def own_device(device: torch.device) -> torch.device:
