@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_remote.py [--sessions data/demo] [--rounds 3] [--workers 2]
 
 builds a set of many small shards from sessions, serves it on this machine by HTTP and by moto's S3
-server (whose own speed is part of the figures), and reads epochs. Each row: samples per second (the
-median of the rounds, whose rows are interleaved) and the same against the local row of its round;
+server (whose own speed is part of the figures), and reads epochs. Each row: seconds from opening
+the set to the first batch; samples per second from there on (medians of the rounds, whose rows are
+interleaved), and the same against the local row of its round;
 megabytes fetched; GETs per index or column file that was fetched (least, most); retries that were
 needed; samples replaced; and whether the keys are those of the local set. "faults" fails the first
 GET of every third file, in eight ways in turn. "2 ranks" are two processes with workers each and
@@ -75,6 +76,7 @@ ROWS = (
 class Found:
     """What came of a kind of run, round by round."""
 
+    first_s: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     num_bytes: int = 0
@@ -170,30 +172,36 @@ def run_round(
             server.plan = faulty if row.has_faults else never
             server.gets.clear()
             server.num_bytes = 0
-        rate, keys, num_skipped = read_ranks(places[row.store], cache, num_workers, row)
+        first_s, rate, keys, num_skipped = read_ranks(places[row.store], cache, num_workers, row)
         if server is None:
             local_rate, local_keys = rate, keys
         else:
             found.num_bytes = server.num_bytes
             found.gets = [n for name, n in server.gets.items() if name.startswith("train")]
+        found.first_s.append(first_s)
         found.rates.append(rate)
         found.ratios.append(rate / local_rate)
         found.num_skipped += num_skipped
         found.is_same &= row.num_ranks > 1 or keys == local_keys
 
 
-def read_ranks(place: str, cache: Path, num_workers: int, row: Row) -> tuple[float, str, int]:
-    """Samples per second of all ranks, a hash of the keys, samples replaced."""
+def read_ranks(
+    place: str, cache: Path, num_workers: int, row: Row
+) -> tuple[float, float, str, int]:
+    """Of all ranks: seconds to the first batch, samples per second after it, a hash of the keys,
+    samples replaced.
+    """
     ranks = range(row.num_ranks)
     work = [(place, cache, num_workers, rank, row.num_ranks) for rank in ranks]
     with ProcessPoolExecutor(row.num_ranks, mp_context=get_context("spawn")) as pool:
         list(pool.map(warm_up, [1.0 if row.has_faults else 30.0 for _ in ranks]))
         done = list(pool.map(read_epoch, *zip(*work, strict=True)))
-    num_samples = sum(samples for samples, _, _, _ in done)
+    num_samples = sum(samples for samples, _, _, _, _ in done)
     return (
-        num_samples / max(length_s for _, length_s, _, _ in done),
-        "".join(keys for _, _, keys, _ in done),
-        sum(skipped for _, _, _, skipped in done),
+        max(first_s for _, first_s, _, _, _ in done),
+        num_samples / max(length_s for _, _, length_s, _, _ in done),
+        "".join(keys for _, _, _, keys, _ in done),
+        sum(skipped for _, _, _, _, skipped in done),
     )
 
 
@@ -213,8 +221,10 @@ def warm_up(read_timeout_s: float) -> None:
 
 def read_epoch(
     place: str, cache: Path, num_workers: int, rank: int, num_ranks: int
-) -> tuple[int, float, str, int]:
-    """One epoch of a rank: samples, seconds, hash of the keys, samples replaced."""
+) -> tuple[int, float, float, str, int]:
+    """One epoch of a rank: samples after the first batch, seconds to it and after it, hash of the
+    keys, samples replaced.
+    """
     from train.loader import Loader
     from train.reader import ShardSource
     from train.remote import CacheSettings
@@ -227,22 +237,27 @@ def read_epoch(
         source = ShardSource(place, cache=CacheSettings(folder=cache, patience=PATIENCE))
         loader = Loader(source, config, num_epochs=1, rank=rank, world_size=num_ranks)
         keys, num_skipped = [], 0
+        first_s, num_first = 0.0, 0
         for batch in loader:
+            if not keys:
+                first_s, num_first = time.perf_counter() - began_s, len(batch["keys"])
             keys += batch["keys"]
             num_skipped += len(batch["skipped"])
-    length_s = time.perf_counter() - began_s
-    return len(keys), length_s, hashlib.sha256(" ".join(keys).encode()).hexdigest(), num_skipped
+    length_s = time.perf_counter() - began_s - first_s
+    digest = hashlib.sha256(" ".join(keys).encode()).hexdigest()
+    return len(keys) - num_first, first_s, length_s, digest, num_skipped
 
 
 def print_table(results: dict[str, Found]) -> None:
     print(
-        "set                   samples/s  to local  MB fetched  GETs per file  more GETs  replaced"
-        "  keys"
+        "set                   first s  samples/s  to local  MB fetched  GETs per file  more GETs"
+        "  replaced  keys"
     )
     for name, found in results.items():
         span = f"{min(found.gets)}..{max(found.gets)}" if found.gets else "-"
         print(
-            f"{name:20} {statistics.median(found.rates):10.1f}  "
+            f"{name:20} {statistics.median(found.first_s):8.2f} "
+            f"{statistics.median(found.rates):10.1f}  "
             f"{statistics.median(found.ratios):8.2f} {found.num_bytes / 1e6:11.1f}  {span:>13}"
             f"  {sum(found.gets) - len(found.gets):9}  {found.num_skipped:8}"
             f"  {'same' if found.is_same else 'DIFFERENT'}"
