@@ -258,6 +258,17 @@ def jpeg_of_size(width: int, height: int) -> bytes:
     return bytes(content)
 
 
+def noise_pictures(rng: random.Random) -> bytes:
+    """A member as it should be, of other pictures than were recorded."""
+    import numpy as np
+
+    pictures = np.random.default_rng(rng.randrange(1 << 32)).integers(0, 256, (5, 32, 32, 3))
+    return b"".join(
+        simplejpeg.encode_jpeg(picture, colorsubsampling="420")
+        for picture in pictures.astype(np.uint8)
+    )
+
+
 def many_jpegs(_: random.Random) -> bytes:
     return jpeg_of_size(32, 32) * 100_000
 
@@ -341,7 +352,7 @@ def main() -> int:
     torch.set_num_threads(1)
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
-        shards = tiny_sets.make_set(Path(folder))
+        shards = tiny_sets.make_set(Path(folder), vision={"codec": "mjpeg"})
         reference = Reference(shards)
         print(f"{'fault':42} tries  detected  unread  silent  crashed   for example")
         for name, (count, fault) in FAULTS.items():
