@@ -47,8 +47,8 @@ MAX_PROCESSES: Final = 8
 """Ranks, and ranks with their loader processes, of a part."""
 
 MAX_WEIGHT_DIFFERENCE: Final = 0.05
-"""Of the way that the weights went. Another order of float32 sums makes about 0.001; a step taken
-twice or never, or moments lost, far more."""
+"""Of the way that the weights went. Another order of float32 sums made less than 0.0001; a step
+taken twice or never, or moments lost, far more."""
 
 _GUARD_BATCHES: Final = 2
 """A part waits to be killed so many batches after its moment."""
@@ -335,7 +335,7 @@ def _has_same_weights(killed: _Run, alone: _Run, say: Callable[[str], None]) -> 
     share = float((found - expected).norm() / (expected - first).norm())
     is_same = share <= MAX_WEIGHT_DIFFERENCE
     verdict = "same" if is_same else f"more than {MAX_WEIGHT_DIFFERENCE:.0%} is not rounding"
-    say(f"weights at the end: {share:.2%} of the way that they went apart: {verdict}")
+    say(f"weights at the end: apart by {share:.2%} of the way that they went: {verdict}")
     return is_same
 
 
