@@ -183,6 +183,7 @@ def _table(losses: Mapping[str, float], effects: Sequence[Effect], *, title: str
     """A row per missing modality, a column per head."""
     caption = f"difference to that ± its standard error; * worse by more than {NOISE:g} of them"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table.show_edge = False  # or it would not fit into 80 columns
     for name in ("missing", *losses):
         table.add_column(name, justify="left" if name == "missing" else "right")
     table.add_row("nothing", *(f"{loss:.4f} " for loss in losses.values()), end_section=True)

@@ -175,9 +175,9 @@ class TrainingConfig(Section):
     grad_clip: float = Field(1.0, gt=0)
     """Largest norm of the whole gradient."""
     spike_sigma: float | None = Field(6.0, gt=0)
-    """A step whose loss or gradient norm is so many standard deviations above those of the newest
-    128 steps, the loss at least a quarter above their mean and the norm twice it, is left out; null
-    takes every finite step."""
+    """A step whose loss or gradient norm is, in logarithms, so many standard deviations above those
+    of the newest 128 steps, the loss at least a quarter above their mean and the norm twice it, is
+    left out; null takes every finite step."""
     log_interval: int = Field(100, ge=1)
     """Steps between log lines."""
     eval_interval: int = Field(1000, ge=1)

@@ -124,7 +124,7 @@ def checkpoint(tiny_set, tmp_path_factory):
 def test_the_command_prints_a_row_per_modality(checkpoint):
     result = CliRunner().invoke(cli, ["ablate", "--checkpoint", str(checkpoint)])
     assert result.exit_code == 0, result.output
-    rows = {line.split("│")[1].strip(): line for line in result.output.splitlines() if "│" in line}
+    rows = {line.split("│")[0].strip(): line for line in result.output.splitlines() if "│" in line}
     assert {"nothing", "vision", "audio", "touch", "proprio"} <= set(rows)
     assert rows["vision"].count("±") == 4
 

@@ -44,9 +44,9 @@ def slow_judgement(curve, sigma):
         newest = [pair for pair in remembered[-WINDOW_STEPS:] if pair is not None]
         if len(newest) >= MIN_STEPS:
             for k in (0, 1):
-                values = np.array([pair[k] for pair in newest])
-                rise = max(sigma * values.std(), MIN_RISES[k] * abs(values.mean()))
-                limits[k] = values.mean() + rise
+                logs = np.log([pair[k] for pair in newest])
+                rise = max(sigma * logs.std(), math.log(1 + MIN_RISES[k]))
+                limits[k] = math.exp(logs.mean() + rise)
         is_finite = all(math.isfinite(x) for x in now)
         remembered.append(
             tuple(min(x, limit) for x, limit in zip(now, limits, strict=True))
@@ -80,7 +80,7 @@ def test_a_loss_that_hardly_varies_may_rise_a_little():
 def test_a_level_that_moved_a_little_is_accepted_and_one_far_away_is_not():
     rng = np.random.default_rng(0)
     before = [(float(x), 1.0) for x in rng.normal(1, 0.1, 128)]
-    moved = judged(SpikeWatch(6.0, CPU), [*before, *[(1.7, 1.0)] * 10])[128:]
+    moved = judged(SpikeWatch(6.0, CPU), [*before, *[(2.2, 1.0)] * 10])[128:]
     far = judged(SpikeWatch(6.0, CPU), [*before, *[(9.0, 1.0)] * 10])[128:]
     assert not moved[0]
     assert moved[-1]
