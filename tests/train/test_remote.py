@@ -67,7 +67,7 @@ def settings(tmp_path):
 
 @pytest.fixture(scope="module")
 def s3(tiny_set):
-    """moto's server with the set in s3://here/set, behind a server that counts; that one."""
+    """moto's server with the set in s3://trained/set, behind a server that counts; that one."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -82,9 +82,9 @@ def s3(tiny_set):
         patched.setenv("AWS_DEFAULT_REGION", "us-east-1")
         host, port = moto.get_host_and_port()
         fs = fsspec.filesystem("s3", endpoint_url=f"http://{host}:{port}")
-        fs.mkdir("here")
+        fs.mkdir("trained")
         for path in tiny_set.iterdir():
-            fs.pipe_file(f"here/set/{path.name}", path.read_bytes())
+            fs.pipe_file(f"trained/set/{path.name}", path.read_bytes())
         patched.setenv("AWS_ENDPOINT_URL", counting.url)
         yield counting
     moto.stop()
@@ -151,7 +151,7 @@ def test_a_set_behind_http_gives_the_local_batches(server, shards, settings, num
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_set_behind_s3_gives_the_local_batches(s3, tiny_set, settings, num_workers):
     s3.gets.clear()
-    loader = make_loader("s3://here/set", settings, num_workers=num_workers)
+    loader = make_loader("s3://trained/set", settings, num_workers=num_workers)
     assert_same(read_all(loader), read_all(make_loader(tiny_set)))
     used = {name: count for name, count in s3.gets.items() if name.startswith("train")}
     assert set(used) <= data_files(tiny_set, suffixes=USED)
@@ -239,7 +239,7 @@ def test_workers_that_fetch_leave_the_parents_connections_alone(
     monkeypatch.setattr(storage, "READ_TIMEOUT_S", 5.0)
     if store == "s3":
         request.getfixturevalue("s3")
-    place = "s3://here/set" if store == "s3" else url_of(server)
+    place = "s3://trained/set" if store == "s3" else url_of(server)
     for _ in range(3):
         read_all(make_loader(place, settings, num_workers=2))
         shutil.rmtree(settings.folder)
@@ -333,7 +333,7 @@ def test_faults_between_here_and_s3_change_no_batch(s3, tiny_set, settings, faul
         )
         patched.setattr("s3fs.S3FileSystem.read_timeout", 1)
         fsspec.filesystem("s3").clear_instance_cache()
-        loader = make_loader("s3://here/set", settings, heads=TEXT_HEADS)
+        loader = make_loader("s3://trained/set", settings, heads=TEXT_HEADS)
         found = read_all(loader)
     assert_same(found, read_all(make_loader(tiny_set, heads=TEXT_HEADS)))
     assert [b["skipped"] for b in found] == [[]] * len(found)
