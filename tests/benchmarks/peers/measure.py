@@ -8,6 +8,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 ANSWER_TIMEOUT_S = 120
 """A pass that takes longer has hung."""
+
+_BEGIN_S = time.perf_counter()
 
 Form = Literal["rgb", "device", "worker"]
 """What a pass ends with: RGB uint8 in the trainer's memory; the model's input, made on the device
@@ -147,4 +150,4 @@ def measure(
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(f"{time.perf_counter() - _BEGIN_S:5.0f} s  {text}", file=sys.stderr, flush=True)
