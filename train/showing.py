@@ -8,7 +8,7 @@
 
 It is the same window at every evaluation. Nothing is drawn at random and the model is not touched.
 On one core it costs an evaluation about 0.5 s and 0.4 MB of the event file, half of the time for
-turning two times 4 s of dMel into sound; the first one 5 s more, for importing librosa and
+turning two times 4 s of dMel into sound; the first one 3 s more, for importing librosa and
 matplotlib.
 """
 
