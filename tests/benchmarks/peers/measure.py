@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 ANSWER_TIMEOUT_S = 120
 """A pass that takes longer has hung."""
+
+EXIT_TIMEOUT_S = 5
 
 _BEGIN_S = time.perf_counter()
 
@@ -79,7 +82,12 @@ class Server:
     def close(self) -> None:
         """End the process and all that it started."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+                self._process.stdin.close()
+                self._process.wait(timeout=EXIT_TIMEOUT_S)  # it clears away what it named
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
