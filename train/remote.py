@@ -157,12 +157,11 @@ class RemoteFiles:
 
     def _read_index(self, file: RemoteFile, let_go: Callable[[], bool] | None) -> ShardIndex:
         origin = f"{self._store}/{file.name}"
-        try:
-            with os.fdopen(self._open(file, let_go), "rb") as opened:
-                # The mapping has a descriptor of its own, and with it the lock.
-                raw = np.memmap(opened, dtype=np.uint8, mode="r")
-        except ValueError as error:  # there is nothing to map
-            raise CorruptError(f"{origin}: is empty; rebuild the set") from error
+        with os.fdopen(self._open(file, let_go), "rb") as opened:
+            # Not mapped: a copy that another process cuts off would end this one by SIGBUS.
+            raw = np.frombuffer(opened.read(), dtype=np.uint8)
+        if not raw.size:
+            raise CorruptError(f"{origin}: is empty; rebuild the set")
         if hashlib.sha256(raw.data).hexdigest() != file.sha256:
             raise CorruptError(f"{origin}: checksum differs from the manifest; rebuild the set")
         return parse_index(raw, origin=origin)
