@@ -62,7 +62,10 @@ class BatchReader:
         try:
             return self._make(task)
         except CreatureError as error:  # torch would wrap it in a worker's traceback
-            return {"error": error}
+            # Other libraries' errors behind it may not cross: what can't be pickled is lost and
+            # never waited for, and some (tblib, which distributed brings) pickle the whole chain.
+            error.__cause__ = error.__context__ = None
+            return {"error": error.with_traceback(None)}
 
     def _make(self, task: Task) -> dict[str, Any]:
         plan = self._order.plan(task.index)

@@ -11,12 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import fsspec
 import pytest
+import tblib.pickling_support
 import tiny_sets
 import torch
 import yaml
@@ -349,6 +351,18 @@ def test_a_store_that_is_gone_ends_the_run_and_replaces_nothing(
     server.plan = lambda _name, _before: "503"
     with pytest.raises(StorageError, match=r"503.*given up after 6 attempts .* --resume auto"):
         read_all(loader)
+
+
+def test_an_error_whose_cause_can_not_be_sent_comes_out_of_a_loader_process(tiny_set, monkeypatch):
+    """Once tblib is in the process, as distributed brings it, errors are pickled with causes."""
+    tblib.pickling_support.install()
+
+    def fail(*_args, **_options):
+        raise StorageError("the store is gone") from ValueError(threading.Lock())
+
+    monkeypatch.setattr(ShardSource, "read_into", fail)
+    with pytest.raises(StorageError, match="the store is gone"):
+        read_all(make_loader(tiny_set, num_workers=1))
 
 
 def test_a_store_that_refuses_is_not_asked_again(server, settings):
