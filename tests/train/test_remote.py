@@ -219,7 +219,7 @@ def test_the_next_block_is_fetched_while_the_present_one_is_read(server, shards,
         for name in data_files(shards, suffixes=USED)
         if name.partition(".")[0] in {entries[i].name for i in present_and_next}
     }
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 120
     while set(server.gets) != expected | {MANIFEST_FILE, "tokenizer.json"}:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)

@@ -345,12 +345,17 @@ def open_pipes_and_memory():
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_iterators_dropped_half_way_leave_nothing_open(tiny_set, num_workers):
     loader = make_loader(tiny_set, num_workers=num_workers)
-    before = open_pipes_and_memory()
+    before, mapped = open_pipes_and_memory(), num_mapped()
     for count in (1, 2, 3, 1):
         assert_right(loader, list(itertools.islice(loader, count)))
     assert not multiprocessing.active_children()
     assert open_pipes_and_memory() == before
-    assert "memfd:batches" not in Path("/proc/self/maps").read_text(encoding="ascii")
+    assert num_mapped() <= mapped
+
+
+def num_mapped():
+    """Rings in this process; earlier tests' errors may hold some still."""
+    return Path("/proc/self/maps").read_text(encoding="ascii").count("memfd:batches")
 
 
 # --- processes that end otherwise ------------------------------------------------------------
