@@ -208,6 +208,7 @@ def test_a_second_run_fetches_only_the_manifest(server, settings):
     assert server.gets == {MANIFEST_FILE: 1}
 
 
+@pytest.mark.slow  # depends on what else the process does
 def test_the_next_block_is_fetched_while_the_present_one_is_read(server, shards, settings):
     loader = make_loader(url_of(server), settings, batch_size=1)
     next(iter(loader))
