@@ -23,6 +23,7 @@ import numpy as np
 from shared.codec import MAX_MEMBER_BYTES
 from shared.errors import CorruptError, ShardError
 from shared.index import Members
+from shared.laps import Lap, no_lap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -175,7 +176,12 @@ class ColumnFile:
             self._file.close()
 
     def read(
-        self, members: Members, row: int, *, tail: NDArray[np.uint8] | None = None
+        self,
+        members: Members,
+        row: int,
+        *,
+        tail: NDArray[np.uint8] | None = None,
+        lap: Lap = no_lap,
     ) -> bytes | None:
         """Bytes of a row's member, checked; None where the sample lacks it.
 
@@ -184,6 +190,7 @@ class ColumnFile:
             row: which one.
             tail: contiguous; the member's last bytes are read straight into it, and only those
                 before them are returned.
+            lap: told when "fetch" and "checksum" are over.
 
         Raises:
             CorruptError: the file or the member is too short, or the bytes differ from their
@@ -203,11 +210,13 @@ class ColumnFile:
                 f"{self.path} at {offset}: a member of {length} bytes, expected {tail.nbytes}"
             )
         head, count = self._pread(offset, length, tail)
+        lap("fetch")
         if count != length:
             raise CorruptError(f"{self.path} at {offset}: {count} of {length} bytes are there")
         found = google_crc32c.value(head)
         if tail is not None:
             found = google_crc32c.extend(found, tail)
+        lap("checksum")
         if found != int(members.crc32c[row]):
             raise CorruptError(
                 f"{self.path} at {offset}: checksum is {found:08x}, index says "

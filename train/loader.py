@@ -36,6 +36,7 @@ from train.worker import BatchReader, Task, leave_stopping_to_the_trainer
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from shared.laps import Laps
     from train.assemble import Batch
     from train.config import TrainConfig
     from train.source import SampleSource
@@ -61,6 +62,8 @@ class Loader:
             ends.
         rank: which share of each global batch to give.
         world_size: number of shares; the global batches and the state do not depend on it.
+        laps: measure how batches are made: each then has "stages_s", the seconds of each stage, and
+            "made_s", when it was ready by ``time.perf_counter``.
 
     Raises:
         ConfigError: no batch can be made, the ranks can't share it equally, or the tick rate does
@@ -76,6 +79,7 @@ class Loader:
         num_epochs: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        laps: Laps | None = None,
     ) -> None:
         self.source = source
         self.config = config
@@ -101,6 +105,7 @@ class Loader:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self._num_epochs = num_epochs
+        self._laps = laps
         self._start = 0
         self._has_begun = False
 
@@ -152,7 +157,14 @@ class Loader:
             num_recycled=num_recycled_slots(self.config),
         )
         messages = wds.WebLoader(
-            BatchReader(self.source, self.order, ring, config=self.config, shapes=self.shapes),
+            BatchReader(
+                self.source,
+                self.order,
+                ring,
+                config=self.config,
+                shapes=self.shapes,
+                laps=self._laps,
+            ),
             sampler=self._tasks(ring),
             batch_size=None,
             collate_fn=_as_it_is,

@@ -18,6 +18,7 @@ from shared.errors import CorruptError, ShardError
 from shared.fields import Mel, Text
 from shared.hold import read_held
 from shared.index import ShardIndex, open_index
+from shared.laps import Lap, no_lap
 from shared.layout import streams_of_bits
 from shared.pictures import require_npy_head
 from shared.recipe import Split, Stream
@@ -153,6 +154,8 @@ class ShardSource:
         self._entries = self.manifest.in_split(split)
         self.shard_sizes = np.array([e.num_samples for e in self._entries], dtype=np.int64)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self.lap: Lap = no_lap
+        """Told when a stage of reading is over: open, fetch, checksum, decode, collate."""
 
     def key(self, shard: int, row: int) -> str:
         """SESSION/WINDOW."""
@@ -204,7 +207,11 @@ class ShardSource:
     ) -> Text | None:
         """See :meth:`train.source.SampleSource.read_into`."""
         try:
-            return self._read_into(self.shard(shard), row, out, with_text=with_text)
+            opened = self.shard(shard)
+            self.lap("open")
+            text = self._read_into(opened, row, out, with_text=with_text)
+            self.lap("collate")
+            return text
         except CorruptError:
             raise
         except ShardError as error:
@@ -254,8 +261,9 @@ class ShardSource:
         for stream in SENSORS:
             if stream in out and stream in present:
                 chunk = self._read(opened, "proprio", f"proprio/{stream}", row)
-                shape = out[stream].shape
-                write_numbers(out, stream, read_chunk(chunk or b"", dtype="f4", shape=shape))
+                values = read_chunk(chunk or b"", dtype="f4", shape=out[stream].shape)
+                self.lap("decode")
+                write_numbers(out, stream, values)
         if Stream.AUDIO in out and Stream.AUDIO in present:
             levels = self._read(opened, "dmel", "dmel/dmel", row) or b""
             valid = self._read(opened, "dmel", "dmel/valid", row) or b""
@@ -269,7 +277,9 @@ class ShardSource:
             )
         if with_text:
             member = self._read(opened, "text", "text", row)
-            return None if member is None else self._known_tokens(decode_text(member))
+            text = None if member is None else self._known_tokens(decode_text(member))
+            self.lap("decode")
+            return text
         return None
 
     def _read_pictures(
@@ -281,6 +291,7 @@ class ShardSource:
             member = self._read(opened, eye, eye, row)
             if member is not None:
                 decode_pictures(member, recipe=recipe, out=out)
+                self.lap("decode")
             return member is not None
         head = self._read(opened, eye, eye, row, tail=out)
         if head is not None:
@@ -301,11 +312,14 @@ class ShardSource:
         See :meth:`shared.columns.ColumnFile.read` for `tail`.
         """
         index, let_go = opened.index, self._let_go
+        self.lap("collate")
         for is_renewed in (False, True):
             if column not in opened.files:
                 opened.files[column] = self._files.open_column(index, column, let_go=let_go)
+                self.lap("open")
+            file = opened.files[column]
             try:
-                return opened.files[column].read(index.members(members), row, tail=tail)
+                return file.read(index.members(members), row, tail=tail, lap=self.lap)
             except CorruptError:
                 if is_renewed or not self._files.renew_column(index, column, let_go=let_go):
                     raise

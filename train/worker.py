@@ -6,16 +6,19 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import CorruptError, CreatureError, TooManyBadSamplesError
+from shared.laps import no_lap
 from train.assemble import Place, fill_arrays
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.fields import Text
+    from shared.laps import Laps
     from shared.recipe import WindowShapes
     from train.config import TrainConfig
     from train.order import BatchOrder, BatchPlan
@@ -49,12 +52,15 @@ class BatchReader:
         *,
         config: TrainConfig,
         shapes: WindowShapes,
+        laps: Laps | None = None,
     ) -> None:
         self._source = source
         self._order = order
         self._ring = ring
         self._config = config
         self._shapes = shapes
+        self._laps = laps
+        self._lap = no_lap if laps is None else laps.lap
         self._blocks = (-1, -1, -1)
 
     def __getitem__(self, task: Task) -> dict[str, Any]:
@@ -68,8 +74,12 @@ class BatchReader:
             return {"error": error.with_traceback(None)}
 
     def _make(self, task: Task) -> dict[str, Any]:
+        if self._laps is not None:
+            self._laps.begin()
         plan = self._order.plan(task.index)
+        self._lap("plan")
         self._tell_what_comes(plan)
+        self._lap("open")
         skipped: list[dict[str, Any]] = []
         places = [(int(s), int(r)) for s, r in zip(plan.shards, plan.rows, strict=True)]
 
@@ -81,11 +91,11 @@ class BatchReader:
         dense, keys = fill_arrays(
             self._source, places, arrays, config=self._config, shapes=self._shapes, read=read
         )
-        return {
-            "slot": task.slot,
-            "dense": dense,
-            "rest": {"keys": keys, "index": plan.index, "epoch": plan.epoch, "skipped": skipped},
-        }
+        self._lap("collate")
+        rest = {"keys": keys, "index": plan.index, "epoch": plan.epoch, "skipped": skipped}
+        if self._laps is not None:
+            rest["stages_s"], rest["made_s"] = self._laps.take(), time.perf_counter()
+        return {"slot": task.slot, "dense": dense, "rest": rest}
 
     def _tell_what_comes(self, plan: BatchPlan) -> None:
         """At the begin of each block: the source may fetch it and the next one."""
@@ -111,7 +121,10 @@ class BatchReader:
         wanted = place
         for attempt in range(MAX_SUBSTITUTES):
             try:
-                return place, self._source.read_into(*place, out, with_text=with_text)
+                self._lap("collate")
+                text = self._source.read_into(*place, out, with_text=with_text)
+                self._lap("decode")  # of a source that has no laps of its own
+                return place, text
             except CorruptError as error:
                 skipped.append(self._describe(place, error))
                 position = int(plan.positions[i])
