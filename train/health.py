@@ -334,8 +334,9 @@ RULES: Final[tuple[Rule, ...]] = (
         good="> 10",
         warning="< 5",
         advice=(
-            "Where data_wait_fraction is high, raise data.num_workers; else the model is the "
-            "bottleneck: a smaller one, training.precision: bf16, training.compile: true"
+            "`python -m train profile --config FILE` says what to change. Where data_wait_fraction is "
+            "high, raise data.num_workers; else the model is the bottleneck: a smaller one, "
+            "training.precision: bf16, training.compile: true"
         ),
         find=_stays_below("samples_per_sec", 5.0),
     ),
@@ -344,7 +345,10 @@ RULES: Final[tuple[Rule, ...]] = (
         metric="data_wait_fraction",
         good="< 0.1",
         warning="> 0.5",
-        advice="Data loading: raise data.num_workers, for example to 4",
+        advice=(
+            "Data loading: raise data.num_workers, for example to 4; `python -m train profile "
+            "--config FILE` measures how many"
+        ),
         find=_above("data_wait_fraction", 0.5),
     ),
     Rule(
