@@ -334,8 +334,8 @@ RULES: Final[tuple[Rule, ...]] = (
         good="> 10",
         warning="< 5",
         advice=(
-            "`python -m train profile --config FILE` says what to change. Where data_wait_fraction is "
-            "high, raise data.num_workers; else the model is the bottleneck: a smaller one, "
+            "`python -m train profile --config FILE` says what to change. Where data_wait_fraction "
+            "is high, raise data.num_workers; else the model is the bottleneck: a smaller one, "
             "training.precision: bf16, training.compile: true"
         ),
         find=_stays_below("samples_per_sec", 5.0),

@@ -16,6 +16,7 @@ are the same for any number of workers, and the state is one number.
 from __future__ import annotations
 
 import itertools
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,8 +63,9 @@ class Loader:
             ends.
         rank: which share of each global batch to give.
         world_size: number of shares; the global batches and the state do not depend on it.
-        laps: measure how batches are made: each then has "stages_s", the seconds of each stage, and
-            "made_s", when it was ready by ``time.perf_counter``.
+        laps: measure how batches are made: each then has "stages_s", the seconds of each stage,
+            "made_s", when it was ready by ``time.perf_counter``, and where a GPU is there the first
+            one "pin_s".
 
     Raises:
         ConfigError: no batch can be made, the ranks can't share it equally, or the tick rate does
@@ -178,7 +180,10 @@ class Loader:
                 if "error" in message:
                     raise message["error"]
                 if number == 0 and torch.cuda.is_available():
+                    began_s = time.perf_counter()
                     ring.pin()
+                    if self._laps is not None:
+                        message["rest"]["pin_s"] = time.perf_counter() - began_s
                 arrays = {**ring.lend(message["slot"]), **message["dense"]}
                 yield compose_batch(arrays, self.config) | message["rest"]
 

@@ -54,6 +54,8 @@ class Breakdown:
     """From the process that made it to tensors in this one, when this one waits for it."""
     batch_bytes: int
     is_pinned: bool
+    pin_s: float
+    """Once, at the first batch, where there is a GPU."""
     ready_batches_p50: float
     """Finished batches when one was asked for."""
     waited_fraction: float
@@ -89,7 +91,7 @@ def measure_steps(
     with _timed(source, laps), contextlib.closing(batches):
         for number in range(num_warm_up + num_steps):
             if number == num_warm_up:
-                record = _Record()
+                record = _Record(pin_s=record.pin_s)
             times.begin()
             taken = [
                 _take(batches, times, record, device)
@@ -110,6 +112,7 @@ class _Record:
     stages: list[dict[str, float]] = field(default_factory=list)
     batch_bytes: int = 0
     is_pinned: bool = False
+    pin_s: float = 0.0
 
 
 def _take(
@@ -127,6 +130,7 @@ def _take(
     record.deliveries.append(Delivery(asked_s=asked_s, made_s=batch["made_s"], there_s=there_s))
     record.stages.append(batch["stages_s"])
     record.batch_bytes = sum(tensor.nbytes for tensor in _distinct(tensors))
+    record.pin_s += batch.get("pin_s", 0.0)
     record.is_pinned = all(tensor.is_pinned() for tensor in tensors)
     with times.phase("copy"):
         return to_device(batch, device)  # type: ignore[no-any-return]
@@ -144,6 +148,7 @@ def _means(record: _Record, *, num_ahead: int, memory_mb: float) -> Breakdown:
         send_s=fmean(d.there_s - max(d.made_s, d.asked_s) for d in deliveries),
         batch_bytes=record.batch_bytes,
         is_pinned=record.is_pinned,
+        pin_s=record.pin_s,
         ready_batches_p50=median(ready_counts(deliveries, num_ahead=num_ahead)),
         waited_fraction=fmean(d.made_s > d.asked_s for d in deliveries),
     )

@@ -187,6 +187,7 @@ def _stage_table(breakdown: Breakdown) -> Table:
         table.add_row(name, f"{seconds * 1e3:.2f}")
     table.add_row("in one process", f"{breakdown.make_s * 1e3:.2f}", end_section=True)
     table.add_row("send", f"{breakdown.send_s * 1e3:.2f}")
+    table.add_row("pin, once", f"{breakdown.pin_s * 1e3:.2f}")
     copy = f"copy, {'pinned' if breakdown.is_pinned else 'not pinned'}"
     table.add_row(copy, f"{breakdown.phases_s['copy'] * 1e3:.2f}")
     return table
