@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 
 STAGES: Final = ("plan", "open", "fetch", "checksum", "decode", "collate")
 """Of making a batch, in the process that makes it. Sessions read directly decode as they fetch."""
+
+MAX_S: Final = 30.0
+"""After so long no further step is begun."""
+
+MIN_STEPS: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,18 +86,20 @@ def measure_steps(
     num_steps: int,
     num_warm_up: int,
 ) -> Breakdown:
-    """Train for some steps and say where the time went.
+    """Train for some steps, fewer if they take too long, and say where the time went.
 
     Raises:
         CreatureError: the loader gave up.
     """
-    laps, times, record = Laps(), PhaseTimes(device), _Record()
+    laps, times, record, until_s = Laps(), PhaseTimes(device), _Record(), math.inf
     loader = Loader(source, config, laps=laps)
     batches = iterate(loader, seed=config.training.seed, position={"next_batch": 0})
     with _timed(source, laps), contextlib.closing(batches):
         for number in range(num_warm_up + num_steps):
             if number == num_warm_up:
-                record = _Record(pin_s=record.pin_s)
+                record, until_s = _Record(pin_s=record.pin_s), time.perf_counter() + MAX_S
+            if len(record.steps) >= MIN_STEPS and time.perf_counter() > until_s:
+                break
             times.begin()
             taken = [
                 _take(batches, times, record, device)

@@ -168,7 +168,8 @@ def in_turns(
                 lacks_memory = isinstance(error.__cause__, torch.OutOfMemoryError)
                 text = str(error).splitlines()[0]  # the error itself would hold what ran out
                 problems[name], rates[name] = Problem(text=text, lacks_memory=lacks_memory), ()
-            _clean_up()
+                gc.collect()
+            _empty_cache()
     return rates, problems
 
 
@@ -220,8 +221,7 @@ def _copied(value: Any) -> Any:  # noqa: ANN401 (any nesting)
     return value
 
 
-def _clean_up() -> None:
+def _empty_cache() -> None:
     """Give back what a run left, so that the next one finds the memory that it found."""
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

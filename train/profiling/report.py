@@ -236,7 +236,7 @@ def _variant_table(figures: Figures) -> Table:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number and name else "left")
+        table.add_column(name, justify="right" if number and name else "left", overflow="fold")
     return table
 
 

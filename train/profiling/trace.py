@@ -10,8 +10,11 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from train import runtime
@@ -19,7 +22,6 @@ from train.profiling.step import PHASES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     import torch
 
@@ -68,11 +70,6 @@ class Trace:
     operators: tuple[OperatorFigures, ...]
     memory: tuple[PhaseMemory, ...]
 
-    @property
-    def peak_bytes(self) -> int:
-        """Most memory in the step, beyond what there was at its begin."""
-        return max((phase.peak_bytes for phase in self.memory), default=0)
-
 
 def trace_steps(
     run_step: Callable[[Phase], object],
@@ -89,28 +86,53 @@ def trace_steps(
         device: whose time and memory count.
         num_steps: in the trace.
     """
+    profiler, written = _record(run_step, path.parent, device=device, num_steps=num_steps)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(gzip.compress(written))
+    partial.replace(path)
+    return Trace(
+        operators=tuple(_operators(profiler.key_averages(), num_steps=num_steps, device=device)),
+        memory=_memory(written, device),
+    )
+
+
+def peak_bytes(run_step: Callable[[Phase], object], folder: Path, *, device: torch.device) -> int:
+    """Most memory in a step, beyond what there was at its begin.
+
+    Args:
+        run_step: as in :func:`trace_steps`.
+        folder: for a file that is gone afterwards.
+        device: whose memory.
+    """
+    _, written = _record(run_step, folder, device=device, num_steps=1)
+    return max((phase.peak_bytes for phase in _memory(written, device)), default=0)
+
+
+def _record(
+    run_step: Callable[[Phase], object], folder: Path, *, device: torch.device, num_steps: int
+) -> tuple[profile, bytes]:
+    """Steps under the profiler, and their trace as it writes it."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    partial = path.with_name(f".{path.name}.partial.gz")
-    with profile(
-        activities=activities,
-        schedule=schedule(wait=0, warmup=1, active=num_steps, repeat=1),
-        on_trace_ready=lambda done: done.export_chrome_trace(str(partial)),
-        profile_memory=True,
-    ) as profiler:
-        for _ in range(1 + num_steps):
-            run_step(record_function)
-            runtime.synchronize(device)
-            profiler.step()
-    with gzip.open(partial, "rt", encoding="utf-8") as file:
-        events = json.load(file)["traceEvents"]
-    partial.replace(path)
-    averages = profiler.key_averages()
-    return Trace(
-        operators=tuple(_operators(averages, num_steps=num_steps, device=device)),
-        memory=tuple(memory_by_phase(events, device_type=_DEVICE_TYPES[device.type])),
-    )
+    with TemporaryDirectory(dir=folder) as name:
+        path = Path(name) / "trace.json"
+        with profile(
+            activities=activities,
+            schedule=schedule(wait=0, warmup=1, active=num_steps, repeat=1),
+            on_trace_ready=lambda done: done.export_chrome_trace(str(path)),
+            profile_memory=True,
+        ) as profiler:
+            for _ in range(1 + num_steps):
+                run_step(record_function)
+                runtime.synchronize(device)
+                profiler.step()
+        return profiler, path.read_bytes()
+
+
+def _memory(written: bytes, device: torch.device) -> tuple[PhaseMemory, ...]:
+    events = json.loads(written)["traceEvents"]
+    return tuple(memory_by_phase(events, device_type=_DEVICE_TYPES[device.type]))
 
 
 def memory_by_phase(events: Sequence[Mapping[str, Any]], *, device_type: int) -> list[PhaseMemory]:
@@ -170,7 +192,8 @@ def _operators(averages: Any, *, num_steps: int, device: torch.device) -> list[O
         on_gpu = device.type == "cuda"
         return float(average.self_device_time_total if on_gpu else average.self_cpu_time_total)
 
-    found = [a for a in averages if not a.is_user_annotation]
+    # Kernels are listed beside the operators that launch them, which have their times as well.
+    found = [a for a in averages if a.device_type == DeviceType.CPU and not a.is_user_annotation]
     total_us = sum(self_us(a) for a in found) or 1.0
     return [
         OperatorFigures(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -15,12 +14,13 @@ from train.feed import tensors_of
 from train.profiling.figures import Value, Variant
 from train.profiling.rates import CachedFeed, cached_batches, in_turns, training_rate
 from train.profiling.sweeps import AS_CONFIGURED, Bench
-from train.profiling.trace import trace_steps
+from train.profiling.trace import peak_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from train.config import TrainConfig
+    from train.profiling.step import Phase
 
 BATCH_FACTORS: Final = (0.5, 2, 4)
 """Times the configured batch size."""
@@ -44,9 +44,9 @@ def measure_variants(
         CreatureError: the configured step does not run.
     """
     bench.tell("memory of the step")
-    peak_bytes = _peak_bytes(bench, AS_CONFIGURED, folder)
+    own_bytes = _peak_bytes(bench, AS_CONFIGURED, folder)
     changes = [AS_CONFIGURED, *variant_changes(bench.config, bench.device, try_compile=try_compile)]
-    needed = {n: _expected_bytes(bench, change, peak_bytes) for n, change in enumerate(changes)}
+    needed = {n: _expected_bytes(bench, change, own_bytes) for n, change in enumerate(changes)}
     tried = [n for n in needed if n == 0 or needed[n] <= limit_bytes]
     rates, problems = in_turns(
         {n: _cached(bench, changes[n]) for n in tried},
@@ -64,7 +64,7 @@ def measure_variants(
             )
         else:
             bench.tell(f"memory of the step with {_shown(change)}")
-            peak = peak_bytes if number == 0 else _peak_bytes(bench, change, folder)
+            peak = own_bytes if number == 0 else _peak_bytes(bench, change, folder)
             found.append(
                 Variant(change=change, samples_per_s=rates[number], peak_memory_bytes=peak)
             )
@@ -138,12 +138,11 @@ def _peak_bytes(bench: Bench, change: Mapping[str, Value], folder: Path) -> int:
         torch.cuda.reset_peak_memory_stats(bench.device)
         step.run(batches)
         return int(torch.cuda.max_memory_allocated(bench.device))
-    with TemporaryDirectory(dir=folder) as name:
-        path = Path(name) / "memory.pt.trace.json.gz"
-        trace = trace_steps(
-            lambda phase: step.run(batches, phase=phase), path, device=bench.device, num_steps=1
-        )
-    return trace.peak_bytes + _state_bytes(bench)
+
+    def run(phase: Phase) -> None:
+        step.run(batches, phase=phase)
+
+    return peak_bytes(run, folder, device=bench.device) + _state_bytes(bench)
 
 
 def _state_bytes(bench: Bench) -> int:
@@ -153,11 +152,11 @@ def _state_bytes(bench: Bench) -> int:
     return 2 * weights + moments
 
 
-def _expected_bytes(bench: Bench, change: Mapping[str, Value], peak_bytes: int) -> float:
+def _expected_bytes(bench: Bench, change: Mapping[str, Value], own_bytes: int) -> float:
     """What a step would take: all but the state grows with the batch."""
     factor = change.get("data.batch_size", bench.config.data.batch_size)
     state = _state_bytes(bench)
-    return state + (peak_bytes - state) * float(factor) / bench.config.data.batch_size
+    return state + (own_bytes - state) * float(factor) / bench.config.data.batch_size
 
 
 def _has_bf16(device: torch.device) -> bool:
