@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from train import runtime
@@ -193,7 +192,7 @@ def _operators(averages: Any, *, num_steps: int, device: torch.device) -> list[O
         return float(average.self_device_time_total if on_gpu else average.self_cpu_time_total)
 
     # Kernels are listed beside the operators that launch them, which have their times as well.
-    found = [a for a in averages if a.device_type == DeviceType.CPU and not a.is_user_annotation]
+    found = [a for a in averages if a.device_type.name == "CPU" and not a.is_user_annotation]
     total_us = sum(self_us(a) for a in found) or 1.0
     return [
         OperatorFigures(
