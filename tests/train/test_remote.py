@@ -208,8 +208,11 @@ def test_a_second_run_fetches_only_the_manifest(server, settings):
     assert server.gets == {MANIFEST_FILE: 1}
 
 
-@pytest.mark.slow  # depends on what else the process does
-def test_the_next_block_is_fetched_while_the_present_one_is_read(server, shards, settings):
+def test_the_next_block_is_fetched_while_the_present_one_is_read(
+    server, shards, settings, monkeypatch
+):
+    # What is fetched ahead is given up after three answers that are late, on a busy machine too.
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 30.0)
     loader = make_loader(url_of(server), settings, batch_size=1)
     next(iter(loader))
     present_and_next = loader.order.order.shards_of(0, 0, 1)
@@ -220,7 +223,7 @@ def test_the_next_block_is_fetched_while_the_present_one_is_read(server, shards,
         for name in data_files(shards, suffixes=USED)
         if name.partition(".")[0] in {entries[i].name for i in present_and_next}
     }
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + 60
     while set(server.gets) != expected | {MANIFEST_FILE, "tokenizer.json"}:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
