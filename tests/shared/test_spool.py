@@ -6,12 +6,12 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from open_files import open_files
 
 from shared.spool import BLOCK_BYTES, Spool, spool_of
 
@@ -65,11 +65,11 @@ def test_a_forked_process_reads_the_same_numbers():
 
 def test_its_file_has_no_name_and_goes_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    before = len(list(Path("/proc/self/fd").iterdir()))
     spool = spool_of(np.zeros(1000))
     assert list(tmp_path.iterdir()) == []
+    assert open_files(tmp_path).total() == 1
     del spool
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert not open_files(tmp_path)
 
 
 def test_a_full_disk_says_what_to_do():

@@ -16,6 +16,7 @@ import torch
 import webdataset as wds
 import xarray
 import zarr
+from open_files import open_files
 from oracles import psnr_db
 
 from shared.columns import ColumnFile
@@ -267,18 +268,14 @@ def test_a_read_opens_only_the_columns_that_are_wanted(tiny_set, monkeypatch):
     assert opened == ["dmel.zarr.zip", "text.tar"]
 
 
-def num_open_files():
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-
-
 def test_few_shards_stay_open_and_what_was_closed_reads_again(tiny_set, monkeypatch):
     monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
     source, plenty = ShardSource(tiny_set), ShardSource(tiny_set)
     places = tiny_sets.places_of(source)
-    before = num_open_files()
+    before = open_files(tiny_set)
     for place in (*places, *places[::5]):
         ours, text = read_sample(source, place)
-        assert num_open_files() <= before + 2 * 6
+        assert 0 < (open_files(tiny_set) - before).total() <= 2 * 6
         monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 64)
         theirs, same_text = read_sample(plenty, place)
         plenty.close()
@@ -289,16 +286,16 @@ def test_few_shards_stay_open_and_what_was_closed_reads_again(tiny_set, monkeypa
 
 
 def test_close_closes_and_a_dropped_source_leaves_nothing_open(tiny_set):
-    before = num_open_files()
+    before = open_files(tiny_set)
     source = ShardSource(tiny_set)
     expected, _ = read_sample(source, (0, 0))
-    assert num_open_files() > before
+    assert open_files(tiny_set) - before
     source.close()
-    assert num_open_files() == before
+    assert not open_files(tiny_set) - before
     again, _ = read_sample(source, (0, 0))
     np.testing.assert_array_equal(expected["audio"], again["audio"])
     del source
-    assert num_open_files() == before
+    assert not open_files(tiny_set) - before
 
 
 def test_a_source_goes_to_another_process_with_its_files_open(tiny_set):

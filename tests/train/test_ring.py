@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import itertools
@@ -24,6 +23,7 @@ import tiny_training
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_files import open_files
 from tiny_sets import HEADS, TEXT_HEADS, make_config
 from tiny_training import EndlessLoader, make_trainer
 
@@ -334,22 +334,17 @@ def test_iterators_of_one_loader_do_not_disturb_each_other(tiny_set, num_workers
     assert_right(loader, [one for one, _ in pairs])
 
 
-def open_pipes_and_memory():
-    names = []
-    for fd in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the one that lists them
-            names.append(os.readlink(fd))  # noqa: PTH115 (they are no paths)
-    return [name for name in names if name.startswith(("pipe:", "socket:", "/memfd:"))]
+RING_FILES = ("pipe:", "socket:", "/memfd:")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_iterators_dropped_half_way_leave_nothing_open(tiny_set, num_workers):
     loader = make_loader(tiny_set, num_workers=num_workers)
-    before, mapped = open_pipes_and_memory(), num_mapped()
+    before, mapped = open_files(RING_FILES), num_mapped()
     for count in (1, 2, 3, 1):
         assert_right(loader, list(itertools.islice(loader, count)))
     assert not multiprocessing.active_children()
-    assert open_pipes_and_memory() == before
+    assert not open_files(RING_FILES) - before  # nothing new
     assert num_mapped() <= mapped
 
 
