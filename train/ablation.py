@@ -121,13 +121,11 @@ def _held_out(creature: Creature, data: DataConfig | None) -> Loader:
     config = creature.config.model_copy(update={"data": data})
     source = open_source(config, split="val")
     if int(source.shard_sizes.sum()) == 0:
-        raise ShardError(
-            f"{data.shards or data.root_dir}: nothing is held out; see split in its recipe"
-        )
+        raise ShardError(f"{data.whence}: nothing is held out; see split in its recipe")
     loader = Loader(source, config, is_shuffled=False, num_epochs=1)
     if loader.shapes != creature.shapes or source.tokenizer.json != creature.tokenizer.json:
         raise ConfigError(
-            f"{data.shards or data.root_dir} has another recipe or tokenizer than the checkpoint "
+            f"{data.whence} has another recipe or tokenizer than the checkpoint "
             "was trained with; name the set that it was trained on, or one of the same recipe with "
             "text.tokenizer"
         )

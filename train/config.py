@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,6 +58,22 @@ Place = Annotated[Path | str, BeforeValidator(_as_place)]
 """A folder, or the URL of one."""
 
 
+class MixedSet(Section):
+    """One shard set of a mix."""
+
+    shards: Place
+    """A shard set, as `data.shards`."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Its share of the samples is this, of the sum of all weights."""
+    name: str | None = Field(None, pattern=r"^[\w.-]+$")
+    """In TensorBoard and in checkpoints; null means the last part of `shards`."""
+
+    @property
+    def title(self) -> str:
+        """Its name."""
+        return self.name or re.sub(r"[^\w.-]", "-", str(self.shards).rstrip("/").rpartition("/")[2])
+
+
 class DataConfig(Section):
     """Where samples come from and how they are batched."""
 
@@ -64,6 +81,10 @@ class DataConfig(Section):
     """A shard set made by `python -m preprocess shards`; the fast way. A folder, or a URL such as
     s3://bucket/set or https://host/set (anything that fsspec opens), which is read through a cache
     on this machine."""
+    mix: tuple[MixedSet, ...] | None = Field(None, min_length=1)
+    """Instead of `shards`: several shard sets, of which each batch has samples by weight. Each set
+    goes through epochs of its own, so a small set with a large weight is seen more often; held-out
+    sessions are those of all sets."""
     cache_dir: Path | None = None
     """Folder for copies of sets behind URLs, shared by every run of this machine; on a local disk.
     null means vr-creature/shards under $XDG_CACHE_HOME or ~/.cache."""
@@ -100,6 +121,29 @@ class DataConfig(Section):
     out."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """More corrupt samples than this share of those read stop the run."""
+
+    @model_validator(mode="after")
+    def _one_way_to_name_sets(self) -> DataConfig:
+        if self.mix is not None:
+            if self.shards is not None:
+                raise ValueError("data.shards and data.mix both name shard sets; leave one out")
+            titles = [each.title for each in self.mix]
+            for title in titles:
+                if titles.count(title) > 1:
+                    raise ValueError(f"data.mix has two sets called {title!r}; give each a name")
+        return self
+
+    @property
+    def sets(self) -> dict[str, Path | str]:
+        """The shard sets, by the key that names each."""
+        if self.mix is not None:
+            return {f"mix[{i}].shards": each.shards for i, each in enumerate(self.mix)}
+        return {} if self.shards is None else {"shards": self.shards}
+
+    @property
+    def whence(self) -> str:
+        """Where samples come from, for messages."""
+        return ", ".join(str(place) for place in self.sets.values()) or str(self.root_dir)
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]

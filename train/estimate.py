@@ -175,8 +175,9 @@ def print_estimate(config: TrainConfig, *, origin: Path) -> None:
 
 def _recipe_of(data: DataConfig) -> tuple[Recipe, str]:
     """What is known of the data, and from where."""
-    if isinstance(data.shards, Path) and data.shards.exists():
-        return read_manifest(data.shards).recipe, str(data.shards)
+    for place in data.sets.values():
+        if isinstance(place, Path) and place.exists():
+            return read_manifest(place).recipe, str(place)
     if data.recipe is not None:
         return load_recipe(data.recipe), str(data.recipe)
     return Recipe(), "the default recipe"

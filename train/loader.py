@@ -27,6 +27,8 @@ from shared.recipe import Recipe, Split, WindowShapes, load_recipe
 from train.assemble import array_forms, compose_batch
 from train.bad_samples import BadSampleLimit
 from train.dataset import SessionSource
+from train.mixed_source import MixedSource
+from train.mixing import MixedOrder, whole_weights
 from train.order import BatchOrder, SampleOrder
 from train.reader import ShardSource
 from train.remote import CacheSettings, default_cache_dir
@@ -51,9 +53,10 @@ _ORDER_KEYS = ("batch_size", "last_batch", "shuffle_block_shards")
 class Loader:
     """Batches of a source, in the order of the seed, from any position on.
 
-    Iterating gives ``docs/architecture.md``'s batches with "index", "epoch" and "skipped". The
-    train loader goes on for ever; one with `num_epochs` ends. Every iteration begins anew where the
-    loader was told to: at its beginning, or at the loaded state.
+    Iterating gives ``docs/architecture.md``'s batches with "index", "epoch" and "skipped"; of a mix
+    also "samples_of": how many samples of the global batch each set gives. The train loader goes on
+    for ever; one with `num_epochs` ends. Every iteration begins anew where the loader was told to:
+    at its beginning, or at the loaded state.
 
     Args:
         source: the samples.
@@ -89,21 +92,8 @@ class Loader:
         self.shapes = WindowShapes.from_recipe(
             source.recipe, tick_rate_hz=config.model.tick_rate_hz
         )
-        self._samples = SampleOrder(
-            source.shard_sizes,
-            fingerprint=source.fingerprint,
-            seed=config.training.seed,
-            block_shards=config.data.shuffle_block_shards,
-            is_shuffled=is_shuffled,
-        )
         try:
-            self.order = BatchOrder(
-                self._samples,
-                batch_size=config.data.batch_size,
-                last_batch=config.data.last_batch if num_epochs is None else "pad",
-                rank=rank,
-                world_size=world_size,
-            )
+            self.order = self._make_order(is_shuffled=is_shuffled, is_endless=num_epochs is None)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self._num_epochs = num_epochs
@@ -118,7 +108,9 @@ class Loader:
 
     def state_at(self, next_batch: int) -> dict[str, Any]:
         """All that is needed to go on at global batch `next_batch`: plain ints and strings."""
+        mix = {"mix": self.source.weights} if isinstance(self.source, MixedSource) else {}
         return {
+            **mix,
             "fingerprint": self.source.fingerprint,
             "seed": self.config.training.seed,
             **{name: getattr(self.config.data, name) for name in _ORDER_KEYS},
@@ -134,12 +126,12 @@ class Loader:
         if self._has_begun:
             raise ConfigError("the loader has begun to read; load its state before the first batch")
         own = self.state_at(int(state["next_batch"]))
-        for name in ("fingerprint", "seed", *_ORDER_KEYS):
-            if state.get(name) != own[name]:
+        for name in ("mix", "fingerprint", "seed", *_ORDER_KEYS):
+            if state.get(name) != own.get(name):
                 raise ConfigError(
                     f"the checkpoint's stream has {name} {state.get(name)!r}, this one "
-                    f"{own[name]!r}; resume with the same data, seed and {', '.join(_ORDER_KEYS)}, "
-                    "or start anew without --resume"
+                    f"{own.get(name)!r}; resume with the same data, seed and "
+                    f"{', '.join(_ORDER_KEYS)}, or start anew without --resume"
                 )
         self._start = own["next_batch"]
 
@@ -151,11 +143,35 @@ class Loader:
                 limit.count(len(batch["keys"]), batch["skipped"])
             yield batch
 
+    def _make_order(self, *, is_shuffled: bool, is_endless: bool) -> BatchOrder | MixedOrder:
+        """Only the endless, shuffled stream is mixed; else sets come one after the other."""
+        data, source = self.config.data, self.source
+
+        def samples_of(part: SampleSource) -> SampleOrder:
+            return SampleOrder(
+                part.shard_sizes,
+                fingerprint=part.fingerprint,
+                seed=self.config.training.seed,
+                block_shards=data.shuffle_block_shards,
+                is_shuffled=is_shuffled,
+            )
+
+        shares = {
+            "batch_size": data.batch_size,
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
+        if isinstance(source, MixedSource) and is_shuffled and is_endless:
+            orders = {name: samples_of(part) for name, part in source.sources.items()}
+            return MixedOrder(orders, source.weights, **shares)
+        last_batch = data.last_batch if is_endless else "pad"
+        return BatchOrder(samples_of(source), last_batch=last_batch, **shares)
+
     def _batches(self) -> Iterator[Batch]:
         """Batches as they come from the workers, each a view of its slot."""
         data = self.config.data
         ring = Ring(
-            array_forms(len(self.order.positions(0)), config=self.config, shapes=self.shapes),
+            array_forms(self.order.share_size, config=self.config, shapes=self.shapes),
             num_recycled=num_recycled_slots(self.config),
         )
         messages = wds.WebLoader(
@@ -184,6 +200,8 @@ class Loader:
                     ring.pin()
                     if self._laps is not None:
                         message["rest"]["pin_s"] = time.perf_counter() - began_s
+                if isinstance(self.order, MixedOrder):
+                    message["rest"]["samples_of"] = self.order.samples_of(message["rest"]["index"])
                 arrays = {**ring.lend(message["slot"]), **message["dense"]}
                 yield compose_batch(arrays, self.config) | message["rest"]
 
@@ -220,13 +238,18 @@ def open_source(config: TrainConfig, *, split: Split) -> SampleSource:
         SessionError: no session can be used.
     """
     data = config.data
-    if data.shards is not None:
+    if data.sets:
         folder = data.cache_dir or default_cache_dir()
         cache = CacheSettings(folder=folder, limit_bytes=round(data.cache_gb * 1e9))
-        return ShardSource(data.shards, split=split, cache=cache)
+        if data.mix is None:
+            return ShardSource(data.sets["shards"], split=split, cache=cache)
+        weights = whole_weights([each.weight for each in data.mix])
+        sources = {e.title: ShardSource(e.shards, split=split, cache=cache) for e in data.mix}
+        return MixedSource(sources, dict(zip(sources, weights, strict=True)))
     if data.root_dir is None:
         raise ConfigError(
-            "no data is named; set data.shards (a shard set, fast) or data.root_dir (sessions)"
+            "no data is named; set data.shards (a shard set, fast), data.mix (several) or "
+            "data.root_dir (sessions)"
         )
     recipe = Recipe() if data.recipe is None else load_recipe(data.recipe)
     return SessionSource(data.root_dir, recipe=recipe, split=split)

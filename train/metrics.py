@@ -56,6 +56,7 @@ TERMINAL_ONLY_LEFT_OUT: Final = (
     "time_to_",
     "skipped_steps",
     "grad_norm/",
+    "samples_of/",
 )
 """Metrics that a terminal line has no room for; TensorBoard has them."""
 
@@ -72,6 +73,7 @@ CHARTS: Final = {
         "gradient norm per part, clipped": ["Multiline", ["^grad_norm/"]],
         "grad_norm": ["Multiline", ["^grad_norm$"]],
         "lr": ["Multiline", ["^lr$"]],
+        "samples of each set": ["Multiline", ["^samples_of/"]],
         "left out": ["Multiline", ["^skipped_steps$", "^skipped_samples$"]],
     },
 }

@@ -21,6 +21,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
+Blocks = tuple[tuple[int, int, int], ...]
+"""Of each set: epoch, first and last block that a batch has samples of."""
+
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
@@ -30,7 +33,8 @@ class BatchPlan:
     """Number of the global batch since the training began."""
     epoch: int
     positions: NDArray[np.int64]
-    """Places of the samples in the epoch; those past its end are padding."""
+    """Places of the samples in the epoch; those past its end are padding. Of a mix, in the stream.
+    """
     shards: NDArray[np.int64]
     rows: NDArray[np.int64]
     weight: NDArray[np.float32]
@@ -192,34 +196,46 @@ class BatchOrder:
         if order.num_samples == 0:
             raise ValueError("there is no sample to make batches of")
         if batch_size % world_size:
-            raise ValueError(_indivisible(batch_size, world_size))
+            raise ValueError(indivisible(batch_size, world_size))
         full, rest = divmod(order.num_samples, batch_size)
         self.order = order
         self.batch_size = batch_size
+        self.share_size = batch_size // world_size
         self.batches_per_epoch = full + (1 if rest and last_batch == "pad" else 0)
         if self.batches_per_epoch == 0:
             raise ValueError(
                 f"{order.num_samples} samples do not fill one batch of {batch_size}; "
                 "lower data.batch_size or set data.last_batch: pad"
             )
-        self._share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self._share = slice(rank * self.share_size, (rank + 1) * self.share_size)
 
     def plan(self, index: int) -> BatchPlan:
         """Global batch number `index`, or this rank's share of it."""
-        epoch = index // self.batches_per_epoch
-        positions = self.positions(index)
+        epoch, batch = divmod(index, self.batches_per_epoch)
+        positions = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)[self._share]
         num_samples = self.order.num_samples
         weight = (positions < num_samples).astype(np.float32)
         shards, rows = self.order.locate(epoch, positions % num_samples)
         return BatchPlan(index, epoch, positions, shards, rows, weight)
 
-    def positions(self, index: int) -> NDArray[np.int64]:
-        """Positions in the epoch of this rank's share; those past its end are padding."""
-        batch = index % self.batches_per_epoch
-        return np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)[self._share]
+    def blocks_of(self, plan: BatchPlan) -> Blocks:
+        """Where a batch is."""
+        return ((plan.epoch, *self.order.blocks_of(plan.epoch, plan.positions)),)
+
+    def shards_of(self, blocks: Blocks) -> list[int]:
+        """Shards of such blocks in turn, and of the block that follows."""
+        ((epoch, first, last),) = blocks
+        return [int(shard) for shard in self.order.shards_of(epoch, first, last + 1)]
+
+    def substitute(self, plan: BatchPlan, i: int, attempt: int) -> tuple[int, int]:
+        """Shard and row of what stands in for sample `i` of a batch; see
+        :meth:`SampleOrder.substitute`.
+        """
+        position = self.order.substitute(plan.epoch, int(plan.positions[i]), attempt)
+        return self.order.locate_one(plan.epoch, position)
 
 
-def _indivisible(batch_size: int, world_size: int) -> str:
+def indivisible(batch_size: int, world_size: int) -> str:
     """What fits, nearest first: numbers of ranks for the batch, or a batch for the ranks."""
     fitting = sorted(
         (n for n in range(1, batch_size + 1) if batch_size % n == 0),

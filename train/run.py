@@ -118,10 +118,11 @@ def check_config(config: TrainConfig, *, origin: Path) -> None:
     console.print(f"{origin}: keys and values are good")
     streams = ", ".join(config.input_streams)
     console.print(f"  sees {streams}; predicts {', '.join(config.heads)}")
-    place = config.data.shards or config.data.root_dir
-    if place is None or not _is_there(place):
+    places = list(config.data.sets.values()) or list(filter(None, [config.data.root_dir]))
+    missing = [place for place in places if not _is_there(place)]
+    if missing or not places:
         model = MultiModalCreature(config)
-        why = "no data is named" if place is None else f"{place} is not there yet"
+        why = f"{missing[0]} is not there yet" if missing else "no data is named"
         console.print(f"  model: {_count(model):,} parameters; {why}, so none is read")
         return
     parts = open_parts(config)
@@ -151,9 +152,11 @@ def require_paths(config: TrainConfig, *, origin: Path) -> None:
         ConfigError: it names the key, the path and how to make it.
     """
     data = config.data
-    make = f"make it by `python -m preprocess shards --out {data.shards}`"
-    named = {"shards": (data.shards, make)}
-    if data.shards is None:
+    named: dict[str, tuple[Path | str | None, str]] = {
+        key: (place, f"make it by `python -m preprocess shards --out {place}`")
+        for key, place in data.sets.items()
+    }
+    if not named:
         named["root_dir"] = (data.root_dir, "set it to the folder where the session folders lie")
         named["recipe"] = (data.recipe, "leave the key out for the default recipe")
     for key, (path, mend) in named.items():
@@ -188,8 +191,8 @@ def fit_baselines(config: TrainConfig, source: SampleSource) -> Baselines:
     targets_only = config.model_copy(
         update={"data": config.data.model_copy(update={"modalities": ()})}
     )
-    loader = Loader(source, targets_only, is_shuffled=False, num_epochs=1)
-    batches = itertools.islice(loader, BASELINE_BATCHES)
+    loader = Loader(source, targets_only)
+    batches = itertools.islice(loader, min(BASELINE_BATCHES, loader.batches_per_epoch))
     return Baselines.fit(batches, config=config, shapes=loader.shapes)
 
 

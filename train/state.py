@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ class TrainState:
     """Optimizer steps done."""
     skipped_samples: int = 0
     """Bad samples that were replaced."""
+    samples_of: Counter[str] = field(default_factory=Counter)
+    """Of a mix: samples that each set has given."""
 
     def save(self, path: Path | str, *, stream: Mapping[str, Any] | None) -> Path:
         """Save everything that going on from here needs; all ranks call it, the main one writes.
@@ -72,6 +75,7 @@ class TrainState:
             "shapes": dataclasses.asdict(self.shapes),
             "run_name": self.run_name,
             "skipped_samples": self.skipped_samples,
+            "samples_of": dict(self.samples_of),
             "extra": self.extra,
         }
         return distributed.on_main(lambda: checkpoint.save_checkpoint(path, state))
@@ -106,6 +110,7 @@ class TrainState:
             self.spikes.load_state_dict(state["spikes"])
         self.step = int(state["step"])
         self.skipped_samples = int(state["skipped_samples"])
+        self.samples_of = Counter(state.get("samples_of", {}))
         self.run_name = self.run_name or state["run_name"]
         rngs = dict(enumerate([state["rng"], *state.get("rng_of_other_ranks", [])]))
         rng = rngs.get(distributed.rank())

@@ -259,6 +259,8 @@ class Trainer:
         skipped = distributed.gather([one for b in batches for one in b.get("skipped", ())])
         self._state.skipped_samples += len(skipped)
         log.write_skipped(self.step, skipped)
+        for batch in batches:
+            self._state.samples_of.update(batch.get("samples_of", {}))
         num_read = distributed.world_size() * sum(len(batch["weight"]) for batch in batches)
         self._limit.count(num_read, skipped)
         if self._progress.to_first_batch_s is None:
@@ -335,6 +337,7 @@ class Trainer:
             "memory_allocated_mb": memory_mb,
             "lr": float(self._state.optimizer.param_groups[0]["lr"]),
             "skipped_samples": float(self._state.skipped_samples),
+            **{f"samples_of/{name}": float(n) for name, n in self._state.samples_of.items()},
         }
         progress.skipped_steps += int(metrics["skipped_steps"])
         if not progress.metrics:

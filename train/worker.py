@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from shared.laps import Laps
     from shared.recipe import WindowShapes
     from train.config import TrainConfig
-    from train.order import BatchOrder, BatchPlan
+    from train.mixing import MixedOrder
+    from train.order import BatchOrder, BatchPlan, Blocks
     from train.ring import Ring
     from train.source import SampleSource
 
@@ -47,7 +48,7 @@ class BatchReader:
     def __init__(
         self,
         source: SampleSource,
-        order: BatchOrder,
+        order: BatchOrder | MixedOrder,
         ring: Ring,
         *,
         config: TrainConfig,
@@ -61,7 +62,7 @@ class BatchReader:
         self._shapes = shapes
         self._laps = laps
         self._lap = no_lap if laps is None else laps.lap
-        self._blocks = (-1, -1, -1)
+        self._blocks: Blocks = ()
 
     def __getitem__(self, task: Task) -> dict[str, Any]:
         """Read, decode and collate a batch into its slot; "error" says why it can't be."""
@@ -99,13 +100,11 @@ class BatchReader:
 
     def _tell_what_comes(self, plan: BatchPlan) -> None:
         """At the begin of each block: the source may fetch it and the next one."""
-        order = self._order.order
-        blocks = (plan.epoch, *order.blocks_of(plan.epoch, plan.positions))
+        blocks = self._order.blocks_of(plan)
         if blocks != self._blocks:
             self._blocks = blocks
-            epoch, first, last = blocks
             streams = {*self._config.input_streams, *self._config.target_streams}
-            self._source.will_read(order.shards_of(epoch, first, last + 1).tolist(), streams)
+            self._source.will_read(self._order.shards_of(blocks), streams)
 
     def _read(
         self,
@@ -127,9 +126,7 @@ class BatchReader:
                 return place, text
             except CorruptError as error:
                 skipped.append(self._describe(place, error))
-                position = int(plan.positions[i])
-                stand_in = self._order.order.substitute(plan.epoch, position, attempt)
-                place = self._order.order.locate_one(plan.epoch, stand_in)
+                place = self._order.substitute(plan, i, attempt)
         raise TooManyBadSamplesError(
             f"sample {wanted} and {MAX_SUBSTITUTES - 1} others in its place are corrupt; "
             f"the last: {skipped[-1]['error']}; run `python -m preprocess verify`"

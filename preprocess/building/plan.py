@@ -265,7 +265,7 @@ def _pack(
     drafts: Sequence[_Draft],
 ) -> list[_Draft]:
     """Sessions in order of name into new shards of about the target size; long ones are divided."""
-    capacity = max(1, int(recipe.shard.target_bytes / _sample_bytes(recipe)))
+    capacity = max(1, int(recipe.shard.target_bytes / sample_bytes(recipe)))
     new: list[_Draft] = []
     for split in SPLITS:
         numbers = [int(d.name.rpartition("-")[2]) for d in drafts if d.split == split]
@@ -285,7 +285,7 @@ def _pack(
     return new
 
 
-def _sample_bytes(recipe: Recipe) -> float:
+def sample_bytes(recipe: Recipe) -> float:
     """About how many bytes a sample takes, both eyes and sound included."""
     frames = recipe.count(recipe.vision.rate_hz)
     picture = recipe.vision.size**2 * _BYTES_PER_PIXEL[recipe.vision.codec]

@@ -43,8 +43,6 @@ AUDIO_RATE_HZ = 48_000
 METADATA_RATE_HZ = 90
 SIZE = 224
 MINUTE_S = 60
-SHARD_BYTES_PER_S = 230_000
-"""As the plan reckons: a session of the given length is one shard, so that two workers have one."""
 
 
 @dataclass(frozen=True)
@@ -223,14 +221,13 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
 
     from preprocess.building.cluster import Cluster
     from preprocess.building.job import build_shards
+    from preprocess.building.plan import sample_bytes
     from shared.recipe import Recipe
 
-    recipe = Recipe.model_validate(
-        {
-            "shard": {"target_bytes": seconds * SHARD_BYTES_PER_S},
-            "split": {"val_fraction": 0},
-        }
-    )
+    recipe = Recipe.model_validate({"split": {"val_fraction": 0}})
+    windows = int(seconds / recipe.window.step_s)  # a shard per session: each worker gets one
+    shard = recipe.shard.model_copy(update={"target_bytes": round(windows * sample_bytes(recipe))})
+    recipe = recipe.model_copy(update={"shard": shard})
     out = Path(tempfile.mkdtemp(dir=sessions.parent, prefix="out."))
     try:
         console = Console(file=io.StringIO())
@@ -245,6 +242,7 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
             parts = sampler.stop() if sampler else {}
         assert summary.manifest is not None
         assert summary.manifest.counts["samples"] > 0
+        assert len(summary.manifest.shards) >= workers
     finally:
         shutil.rmtree(out)
     return {

@@ -54,18 +54,19 @@ class Turns:
     def __init__(self, batches: list[dict], bare_round, *, steps: int) -> None:
         self.pairs: list[tuple[Times, Times]] = []
         self._batches, self._bare_round, self._steps = batches, bare_round, steps
+        self._start = 0
 
     def state_at(self, next_batch: int) -> dict:
         return {"next_batch": next_batch}
 
     def load_state_dict(self, state: dict) -> None:
-        raise NotImplementedError
+        self._start = state["next_batch"]
 
     def __iter__(self):
-        index, began, bare = 0, now(), (0.0, 0.0)
+        index, began, bare = self._start, now(), (0.0, 0.0)
         while True:
             if index % self._steps == 0:
-                if index:
+                if index > self._start:
                     self.pairs.append((since(began), bare))
                 bare = self._bare_round()
                 began = now()

@@ -19,6 +19,7 @@ from shared.laps import Laps, no_lap
 from train.feed import iterate, tensors_of
 from train.inputs import to_device
 from train.loader import Loader
+from train.mixed_source import MixedSource
 from train.profiling.step import PHASES, PhaseTimes
 from train.reader import ShardSource
 from train.runtime import memory_allocated_mb
@@ -180,7 +181,7 @@ def ready_counts(deliveries: Sequence[Delivery], *, num_ahead: int) -> list[int]
 @contextlib.contextmanager
 def _timed(source: SampleSource, laps: Laps) -> Iterator[None]:
     """A shard set's own stages go to `laps`."""
-    if not isinstance(source, ShardSource):
+    if not isinstance(source, ShardSource | MixedSource):
         yield
         return
     source.lap = laps.lap
