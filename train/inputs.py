@@ -29,8 +29,8 @@ OF_BLUE = (0.0, -0.114 * 1.772 / 0.587, 1.772)
 OF_RED = (1.402, -0.299 * 1.402 / 0.587, 0.0)
 """What Cr adds to R, G and B."""
 
-_CPU_FRAMES = 8
-"""So many frames of 224 pixels are still in the caches when they are read again."""
+_CPU_FRAMES = 2
+"""So many frames of 224 pixels stay in a core's cache, with all that lies between."""
 
 VISION_STREAMS = (Stream.VISION_LEFT, Stream.VISION_RIGHT)
 """The eyes, in the order of their presence bits."""
