@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
+from rich.progress import Progress
 
 from shared.cli import CreatureGroup
 from shared.recipe import Recipe, load_recipe
 from shared.session import find_sessions
-from shared.storage import place_of
+from shared.storage import place_of, shown
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -158,21 +159,27 @@ def shards(
 
 
 @cli.command()
-@click.argument("shard_set", type=click.Path(path_type=Path))
+@click.argument("shard_set", metavar="SHARD_SET")
 @click.pass_context
-def verify(ctx: click.Context, shard_set: Path) -> None:
-    """Check every byte of a shard set; exit code 1 when something is wrong.
+def verify(ctx: click.Context, shard_set: str) -> None:
+    """Check every byte of a shard set (a folder or a URL); exit code 1 when something is wrong.
 
     \b
     python -m preprocess verify shards/default
+    python -m preprocess verify s3://bucket/set
     """  # noqa: D301
     from preprocess.sets.inspect import verify_set
 
-    verdict = verify_set(shard_set)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task("shards")
+        verdict = verify_set(
+            shard_set, progress=lambda done, total: bars.update(bar, completed=done, total=total)
+        )
     for problem in verdict.problems:
         click.echo(problem, err=True)
     click.echo(
-        f"{shard_set}: {verdict.num_samples} samples in {verdict.num_shards} shards, "
+        f"{shown(shard_set)}: {verdict.num_samples} samples in {verdict.num_shards} shards, "
         f"{verdict.num_members} members, {verdict.length_bytes / 2**20:.1f} MiB: "
         + (f"{len(verdict.problems)} problems" if verdict.problems else "all good")
     )
@@ -181,10 +188,10 @@ def verify(ctx: click.Context, shard_set: Path) -> None:
 
 
 @cli.command()
-@click.argument("shard_set", type=click.Path(path_type=Path))
+@click.argument("shard_set", metavar="SHARD_SET")
 @click.argument("key", required=False)
-def show(shard_set: Path, key: str | None) -> None:
-    """Show a shard set, or one sample of it by its key SESSION/WINDOW.
+def show(shard_set: str, key: str | None) -> None:
+    """Show a shard set (a folder or a URL), or one sample of it by its key SESSION/WINDOW.
 
     \b
     python -m preprocess show shards/default

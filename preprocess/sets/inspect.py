@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from preprocess.building.rejected import count_windows
+from preprocess.sets.files import SetFiles, open_files
 from shared.codec import decode_pictures, decode_text, decode_wav
 from shared.columns import ColumnFile
 from shared.errors import CorruptError, CreatureError, ShardError
@@ -18,15 +19,15 @@ from shared.layout import COLUMNS, streams_of_bits
 from shared.manifest import (
     FORMAT_VERSION,
     REJECTED_FILE,
-    Manifest,
     ShardEntry,
-    read_manifest,
 )
 from shared.recipe import SPLITS, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
 _ZARR_ARRAYS = {
     "proprio": ("timestamp", "proprio", "touch", "valid"),
@@ -45,51 +46,58 @@ class Verdict:
     problems: tuple[str, ...]
 
 
-def verify_set(root: Path, *, on_shard: Callable[[], None] = lambda: None) -> Verdict:
+def verify_set(
+    place: Path | str, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Verdict:
     """Check a shard set: checksums of every file and member, every member decodes, keys are unique,
     no session is in two splits, counts are right, and windows planned = samples + rejected.
 
     Args:
-        root: the set's folder.
-        on_shard: called after each shard.
+        place: the set's folder, or a URL; behind one, a shard at a time is copied here.
+        progress: called after each shard: how many are done, of how many.
 
     Raises:
         ShardError: the manifest can't be read.
+        StorageError: the store can't be reached.
     """
-    manifest = read_manifest(root)
     problems: list[str] = []
     keys: set[str] = set()
     splits: dict[str, str] = {}
     num_members = 0
-    for entry in manifest.shards:
-        try:
-            index = open_index(root / entry.index_file, sha256=entry.index_sha256)
-        except ShardError as error:
-            problems.append(str(error))
-            continue
-        num_members += _verify_shard(manifest, entry, index, problems)
-        problems += _verify_rows(entry, index, keys, splits)
-        on_shard()
-    problems += _verify_tokenizer(manifest)
-    problems += _verify_counts(manifest, len(keys))
+    with open_files(place) as files:
+        manifest = files.manifest
+        for number, entry in enumerate(manifest.shards, start=1):
+            try:
+                index = _open_index(files, entry)
+            except ShardError as error:
+                problems.append(str(error))
+                continue
+            num_members += _verify_shard(files, entry, index, problems)
+            problems += _verify_rows(entry, index, keys, splits)
+            files.let_go()
+            progress(number, len(manifest.shards))
+        problems += _verify_tokenizer(files)
+        problems += _verify_counts(files, len(keys))
     return Verdict(
         num_shards=len(manifest.shards),
         num_samples=len(keys),
         num_members=num_members,
         length_bytes=sum(e.length_bytes for e in manifest.shards),
-        problems=tuple(problems),
+        problems=tuple(problem.replace(str(files.folder), str(files)) for problem in problems),
     )
 
 
-def describe_set(root: Path) -> Iterator[tuple[str, str]]:
-    """(name, value) lines about a shard set.
+def describe_set(place: Path | str) -> Iterator[tuple[str, str]]:
+    """(name, value) lines about a shard set in a folder or behind a URL.
 
     Raises:
         ShardError: the manifest can't be read.
+        StorageError: the store can't be reached.
     """
-    manifest = read_manifest(root)
+    with open_files(place) as files:
+        manifest = files.manifest
     recipe = manifest.recipe
-    yield "folder", str(root)
+    yield "place", str(files)
     is_newest = manifest.format_version == FORMAT_VERSION
     mend = "" if is_newest else f"; `preprocess shards` upgrades it to {FORMAT_VERSION}"
     yield "format", f"{manifest.format_version}{mend}"
@@ -109,34 +117,39 @@ def describe_set(root: Path) -> Iterator[tuple[str, str]]:
         yield name, f"{field['dtype']} {shape}, {field['unit']}, {field['codec']}"
 
 
-def describe_sample(root: Path, key: str) -> Iterator[tuple[str, str]]:
+def describe_sample(place: Path | str, key: str) -> Iterator[tuple[str, str]]:
     """(name, value) lines about one sample.
 
     Raises:
         ShardError: no such sample, or it can't be read.
+        StorageError: the store can't be reached.
     """
-    manifest = read_manifest(root)
-    entry, index, row = _find(manifest, key)
-    arrays = index.arrays
-    present = streams_of_bits(int(arrays["present"][row]))
-    yield "sample", f"{key}, row {row} of {entry.name}"
-    yield "time", f"[{arrays['start_s'][row]:g}, {arrays['stop_s'][row]:g}) s of its session"
-    yield "streams", ", ".join(present) or "none"
-    for stream in present:
-        name = f"{stream}.error_s"
-        if name in arrays:
-            error_ms = 1000 * np.asarray(arrays[name][row])
-            masked = int(np.isnan(error_ms).sum())
-            worst = np.nanmax(np.abs(error_ms)) if masked < len(error_ms) else np.nan
-            yield stream, f"{len(error_ms)} frames, worst {worst:.1f} ms off, {masked} masked"
-    for name, column in index.facts["columns"].items():
-        for part in _members_of(name):
-            members = index.members(part)
-            place = f"{int(members.length[row])} bytes at {int(members.offset[row])}"
-            yield part, f"{place} of {column['file']}"
-    text = _read(manifest, index, "text", "text", row)
-    for event in decode_text(text).events if text is not None else ():
-        yield event.stream, f"{event.time_s:7.2f} s  {event.text}"
+    with open_files(place) as files:
+        entry, index, row = _find(files, key)
+        arrays = index.arrays
+        present = streams_of_bits(int(arrays["present"][row]))
+        yield "sample", f"{key}, row {row} of {entry.name}"
+        yield "time", f"[{arrays['start_s'][row]:g}, {arrays['stop_s'][row]:g}) s of its session"
+        yield "streams", ", ".join(present) or "none"
+        for stream in present:
+            name = f"{stream}.error_s"
+            if name in arrays:
+                yield stream, _frame_errors(np.asarray(arrays[name][row]))
+        for name, column in index.facts["columns"].items():
+            for part in _members_of(name):
+                members = index.members(part)
+                where = f"{int(members.length[row])} bytes at {int(members.offset[row])}"
+                yield part, f"{where} of {column['file']}"
+        text = _read(files, index, "text", "text", row)
+        for event in decode_text(text).events if text is not None else ():
+            yield event.stream, f"{event.time_s:7.2f} s  {event.text}"
+
+
+def _frame_errors(error_s: NDArray[np.float32]) -> str:
+    """How far frames are from their grid times; NaN where one is masked."""
+    masked = int(np.isnan(error_s).sum())
+    worst_ms = 1000 * np.nanmax(np.abs(error_s)) if masked < len(error_s) else np.nan
+    return f"{len(error_s)} frames, worst {worst_ms:.1f} ms off, {masked} masked"
 
 
 def _verify_rows(
@@ -158,13 +171,13 @@ def _verify_rows(
 
 
 def _verify_shard(
-    manifest: Manifest, entry: ShardEntry, index: ShardIndex, problems: list[str]
+    files: SetFiles, entry: ShardEntry, index: ShardIndex, problems: list[str]
 ) -> int:
     """Check one shard's files and members; returns how many members there are."""
     num_members = 0
     for name in COLUMNS:
         column = index.facts["columns"][name]
-        path = manifest.root / column["file"]
+        path = files.path(column["file"])
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -176,30 +189,31 @@ def _verify_shard(
         for part in _members_of(name):
             for row in range(index.num_samples):
                 try:
-                    content = _read(manifest, index, name, part, row)
+                    content = _read(files, index, name, part, row)
                     if content is not None:
                         num_members += 1
-                        _decode(name, content, manifest.recipe)
+                        _decode(name, content, files.manifest.recipe)
                 except ShardError as error:
                     problems.append(f"{entry.name} {index.key(row)}: {error}")
     return num_members
 
 
-def _verify_tokenizer(manifest: Manifest) -> Iterator[str]:
+def _verify_tokenizer(files: SetFiles) -> Iterator[str]:
     """Whether the tokenizer is the one that the manifest means."""
     try:
-        manifest.load_tokenizer()
+        files.path(files.manifest.tokenizer_file)
+        files.manifest.load_tokenizer()
     except CreatureError as error:
         yield str(error)
 
 
-def _verify_counts(manifest: Manifest, num_samples: int) -> Iterator[str]:
+def _verify_counts(files: SetFiles, num_samples: int) -> Iterator[str]:
     """Whether the counts of the manifest, the samples and rejected.jsonl agree."""
-    path = manifest.root / REJECTED_FILE
+    path, counts = files.path(REJECTED_FILE), files.manifest.counts
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         rejected = count_windows(lines)
-        planned, counted = (manifest.counts[name] for name in ("windows_planned", "samples"))
+        planned, counted = (counts[name] for name in ("windows_planned", "samples"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield f"{path} or the manifest's counts can't be read: {error!r}; rebuild by `make shards`"
         return
@@ -226,29 +240,32 @@ def _decode(column: str, content: bytes, recipe: Recipe) -> Any:  # noqa: ANN401
     return content
 
 
-def _read(manifest: Manifest, index: ShardIndex, column: str, part: str, row: int) -> bytes | None:
-    file = ColumnFile(manifest.root / index.facts["columns"][column]["file"])
+def _read(files: SetFiles, index: ShardIndex, column: str, part: str, row: int) -> bytes | None:
+    file = ColumnFile(files.path(index.facts["columns"][column]["file"]))
     try:
         return file.read(index.members(part), row)
     finally:
         file.close()
 
 
-def _find(manifest: Manifest, key: str) -> tuple[ShardEntry, ShardIndex, int]:
+def _open_index(files: SetFiles, entry: ShardEntry) -> ShardIndex:
+    return open_index(files.path(entry.index_file), sha256=entry.index_sha256)
+
+
+def _find(files: SetFiles, key: str) -> tuple[ShardEntry, ShardIndex, int]:
     session = key.rpartition("/")[0]
-    for entry in manifest.shards:
-        index = open_index(manifest.root / entry.index_file, sha256=entry.index_sha256)
+    for entry in files.manifest.shards:
+        index = _open_index(files, entry)
         if session in index.facts["sessions"]:
             for row in range(index.num_samples):
                 if index.key(row) == key:
                     return entry, index, row
     raise ShardError(
-        f"{manifest.root}: no sample {key!r}; keys are SESSION/WINDOW such as "
-        f"{_first_key(manifest)}"
+        f"{files.folder}: no sample {key!r}; keys are SESSION/WINDOW such as {_first_key(files)}"
     )
 
 
-def _first_key(manifest: Manifest) -> str:
-    for entry in manifest.shards:
-        return open_index(manifest.root / entry.index_file).key(0)
-    raise CorruptError(f"{manifest.root}: holds no sample")
+def _first_key(files: SetFiles) -> str:
+    for entry in files.manifest.shards:
+        return _open_index(files, entry).key(0)
+    raise CorruptError(f"{files.folder}: holds no sample")
