@@ -1,8 +1,9 @@
 """The manifest of a shard set: its root and its one commit point.
 
 ``manifest.json`` names every shard's index with its checksum; an index names its columns with
-theirs. So the manifest covers every byte of the set, and it stays small: 100,000 shards are one
-line each. It is written last, atomically; a reader sees the old set or the new one.
+theirs, and its last line is the checksum of its own other lines. So the manifest covers every byte
+of the set, and it stays small: 100,000 shards are one line each. It is written last, atomically; a
+reader sees the old set or the new one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _HEAD = re.compile(
     rb'\s*\{\s*"format"\s*:\s*"vr-creature-shards"\s*,\s*"format_version"\s*:\s*(\d+)'
 )
 """How a manifest of every version begins."""
+
+_CHECKSUM = b',\n "sha256": "%s"\n}\n'
+"""How a manifest ends: the checksum of the bytes before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,12 +151,24 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
         raise CorruptError(f"{path}: format_version is {version!r}; rebuild by `make shards`")
     if version > FORMAT_VERSION:
         raise _newer(version, path)
+    if "sha256" in values and not _vouches(content, values["sha256"]):  # early sets have none
+        raise CorruptError(
+            f"{path}: differs from its own checksum: it is damaged, or was edited by hand; rebuild "
+            "by `make shards`"
+        )
     try:
         return _parse(values, root, path)
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{path}: is damaged: {error!r}; rebuild by `make shards`") from error
+
+
+def _vouches(content: bytes, sha256: object) -> bool:
+    """Whether a manifest ends with the checksum of what stands before."""
+    body, _, _ = content.rpartition(_CHECKSUM.partition(b"%s")[0])
+    digest = hashlib.sha256(body).hexdigest()
+    return sha256 == digest and content == body + _CHECKSUM % digest.encode()
 
 
 def _parse(values: Mapping[str, Any], root: Path, path: str) -> Manifest:
@@ -248,11 +264,12 @@ def commit_manifest(
             for s in manifest.shards
         ],
     }
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    body = json.dumps(values, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
+    content = body + _CHECKSUM % hashlib.sha256(body).hexdigest().encode()
     if write is None:
-        write_durably(manifest.root / MANIFEST_FILE, text.encode())
+        write_durably(manifest.root / MANIFEST_FILE, content)
     else:
-        write(MANIFEST_FILE, text.encode())
+        write(MANIFEST_FILE, content)
 
 
 def fingerprint_of(*parts: Any) -> str:  # noqa: ANN401

@@ -215,9 +215,11 @@ def hostile_name(shards: Path, rng: random.Random) -> None:
 
 def hostile_file(shards: Path, _: random.Random) -> None:
     """A manifest that names a file outside the set."""
-    path = shards / "manifest.json"
-    text = path.read_text()
-    path.write_text(text.replace("train-000000.index", "../../../etc/passwd"))
+
+    def lead_out(values: dict[str, Any]) -> None:
+        values["shards"][0]["index_file"] = "../../../etc/passwd"
+
+    tiny_sets.edit_manifest(shards, lead_out)
 
 
 def rewrite_index(
@@ -242,6 +244,7 @@ def rewrite_index(
     content = index_bytes(index)
     path.write_bytes(content)
     entry["index_sha256"] = hashlib.sha256(content).hexdigest()
+    manifest.pop("sha256")
     (shards / "manifest.json").write_text(json.dumps(manifest))
 
 

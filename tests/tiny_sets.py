@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from shared.recipe import Recipe
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from train.reader import ShardSource
@@ -111,6 +113,15 @@ def index_of(root: Path, shard: str) -> Path:
     """File of a shard's index."""
     entries = read_manifest(root).shards
     return root / next(e.index_file for e in entries if e.name == shard)
+
+
+def edit_manifest(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest's values; without its own checksum, as early sets have it."""
+    path = root / "manifest.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values.pop("sha256", None)
+    change(values)
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def flip_byte(path: Path, offset: int) -> None:

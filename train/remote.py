@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.columns import ColumnFile
-from shared.errors import CorruptError, CreatureError, ShardError, StorageError
+from shared.errors import CorruptError, ShardError, StorageError
 from shared.index import ShardIndex, parse_index
 from shared.manifest import MANIFEST_FILE, parse_manifest
 from shared.storage import Patience, Store, retried
@@ -241,10 +241,7 @@ class _Ahead:
                 job = self._jobs.popleft()
             try:
                 job()
-            except (
-                CreatureError,
-                OSError,
-            ) as error:  # whoever needs it meets it again, and says so
+            except Exception as error:  # whoever needs it meets it again, and says so
                 _log.debug("not fetched ahead: %s", error)
 
 

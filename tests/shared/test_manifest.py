@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_sets
 
 from shared import manifest as module
 from shared.errors import ConfigError, CorruptError, FormatVersionError, ShardError
@@ -67,10 +68,7 @@ def make_manifest(root: Path, **changes: Any) -> Manifest:
 def edited(root: Path, edit: Any) -> Path:
     """A committed manifest whose JSON values are changed by `edit`."""
     commit_manifest(make_manifest(root))
-    path = root / "manifest.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    edit(values)
-    path.write_text(json.dumps(values), encoding="utf-8")
+    tiny_sets.edit_manifest(root, edit)
     return root
 
 
@@ -87,6 +85,45 @@ def test_the_same_manifest_gives_the_same_bytes_wherever_it_lies(tmp_path):
         commit_manifest(make_manifest(tmp_path / name))
         contents.append((tmp_path / name / "manifest.json").read_bytes())
     assert contents[0] == contents[1]
+
+
+def test_a_stock_reader_finds_the_checksum_of_all_that_stands_before(tmp_path):
+    commit_manifest(make_manifest(tmp_path))
+    content = (tmp_path / "manifest.json").read_bytes()
+    *_, last = json.loads(content)
+    assert last == "sha256"
+    before, _, _ = content.rpartition(b',\n "sha256"')
+    assert json.loads(content)["sha256"] == hashlib.sha256(before).hexdigest()
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    commit_manifest(make_manifest(tmp_path))
+    path = tmp_path / "manifest.json"
+    good = path.read_bytes()
+    unfound = []
+    for bit in range(8 * len(good)):
+        content = bytearray(good)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            read_manifest(tmp_path)
+        except (CorruptError, FormatVersionError):
+            continue
+        unfound.append(bytes(content[-100:]))
+    # Where the name of the checksum is not it any more, all that it vouches for is as it was.
+    assert all(b'"sha256": "' not in tail for tail in unfound)
+    assert len(unfound) <= 8 * len("sha256")
+
+
+def test_an_edited_manifest_is_refused_until_its_checksum_is_taken_out(tmp_path):
+    commit_manifest(make_manifest(tmp_path))
+    path = tmp_path / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"generation": 4', '"generation": 5'))
+    with pytest.raises(CorruptError, match=r"differs from its own checksum.*edited by hand"):
+        read_manifest(tmp_path)
+    tiny_sets.edit_manifest(tmp_path, lambda values: None)
+    assert read_manifest(tmp_path).generation == 5
 
 
 def test_splits_are_counted_apart(tmp_path):

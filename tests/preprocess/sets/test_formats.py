@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import tiny_sets
 from frozen_sets import BUMPED, OLD, RECIPE, SESSIONS, columns_of, header_of
 from oracles import (
     build,
@@ -118,9 +118,8 @@ def test_a_newer_index_is_not_taken_for_a_damaged_one(upgraded, tmp_path):
     content = bytearray(path.read_bytes())
     content[8] = 3
     path.write_bytes(content)
-    values = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    values["shards"][0]["index_sha256"] = hashlib.sha256(content).hexdigest()
-    (out / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
+    digest = hashlib.sha256(content).hexdigest()
+    tiny_sets.edit_manifest(out, lambda v: v["shards"][0].update(index_sha256=digest))
     before = file_hashes(out)
     with pytest.raises(FormatVersionError, match="index version 3 is newer than 2"):
         build(SESSIONS, out, RECIPE)

@@ -33,13 +33,6 @@ def a_copy(whole_set, tmp_path):
     return tiny_sets.copy_set(whole_set, tmp_path / "set")
 
 
-def edit_manifest(root, change):
-    path = root / "manifest.json"
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
 def edit_index(root, entry_number, change):
     """Change an index and vouch for it in the manifest, as a bug in the builder would."""
     import hashlib
@@ -56,7 +49,7 @@ def edit_index(root, entry_number, change):
     def vouch(values):
         values["shards"][entry_number]["index_sha256"] = hashlib.sha256(content).hexdigest()
 
-    edit_manifest(root, vouch)
+    tiny_sets.edit_manifest(root, vouch)
 
 
 def shard_with_both_eyes(root):
@@ -149,7 +142,7 @@ def test_a_wrong_count_of_a_shard_is_found(a_copy):
     def change(values):
         values["shards"][0]["num_samples"] += 1
 
-    edit_manifest(a_copy, change)
+    tiny_sets.edit_manifest(a_copy, change)
     (problem,) = verify_set(a_copy).problems
     assert "its index has 4 samples, the manifest says 5" in problem
 
@@ -162,7 +155,7 @@ def test_a_wrong_count_of_the_set_is_found(a_copy, name, says):
     def change(values):
         values["counts"][name] += 1
 
-    edit_manifest(a_copy, change)
+    tiny_sets.edit_manifest(a_copy, change)
     (problem,) = verify_set(a_copy).problems
     assert says in problem
 
@@ -190,7 +183,7 @@ def test_a_session_in_both_splits_is_found(a_copy):
         own = next(s for s in values["shards"] if s["split"] == "train")
         own["split"] = "val"
 
-    edit_manifest(a_copy, change)
+    tiny_sets.edit_manifest(a_copy, change)
     problems = verify_set(a_copy).problems
     assert problems
     assert all("session ann is in both splits: held-out data leaks" in p for p in problems)
