@@ -32,6 +32,9 @@ worker that died."""
 START_S = 2.0
 """How long a local cluster takes to start."""
 
+MIN_WORK_S = 60.0
+"""Nobody minds idle workers in shorter work."""
+
 STARTS = 3
 """How often local workers are started before they are given up."""
 
@@ -69,6 +72,20 @@ class Cluster:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
+
+    def num_idle(self, num_tasks: int, *, work_s: float) -> int:
+        """Workers of a local cluster that so many tasks leave without work, where it would count.
+
+        Args:
+            num_tasks: how many.
+            work_s: about how long one process would take for all.
+        """
+        is_short = self._scheduler is not None or work_s < MIN_WORK_S
+        return 0 if is_short else max(0, self._num_workers - num_tasks)
+
+    def say(self, message: str) -> None:
+        """One line to the terminal."""
+        self._console.print(message, highlight=False, soft_wrap=True)
 
     def map(
         self,

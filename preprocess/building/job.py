@@ -237,6 +237,11 @@ def _run(
         for name, recording in needs.recordings.items()
         if name not in task.copied.get(column, ())
     )
+    if num_idle := cluster.num_idle(len(work), work_s=seconds):
+        cluster.say(
+            f"{len(work)} shards to build leave {num_idle} workers idle; a smaller "
+            f"shard.target_bytes (now {recipe.shard.target_bytes / 2**20:.3g} MiB) gives more"
+        )
     entries = cluster.map(_build, work, what="build shards", work_s=seconds)
     return {entry.name: entry for entry in entries}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import dask
 import distributed
 import pytest
@@ -10,6 +12,7 @@ from oracles import build, cluster_of, file_hashes, tiny_recipe, write_tiny_sess
 from rich.console import Console
 
 from preprocess.building.cluster import Cluster
+from preprocess.building.job import build_shards
 from shared.errors import JobError, SessionError, StorageError
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**16})
@@ -72,3 +75,31 @@ def test_local_workers_that_die_while_they_start_are_started_again(monkeypatch, 
         else:
             with pytest.raises(JobError, match=r"could not be started: .*--workers 0"):
                 cluster.map(len, ["one"], what="count")
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "target_bytes", "says"),
+    [
+        (
+            3,
+            2**20,
+            "1 shards to build leave 2 workers idle; a smaller shard.target_bytes (now 1 MiB)",
+        ),
+        (2, 2**16, ""),
+    ],
+)
+def test_workers_without_work_are_told_of(tmp_path, monkeypatch, num_workers, target_bytes, says):
+    recorded = write_tiny_sessions(tmp_path / "sessions")
+    recipe = tiny_recipe(shard={"target_bytes": target_bytes}, split={"val_fraction": 0})
+    monkeypatch.setattr("preprocess.building.cluster.MIN_WORK_S", 0.0)
+    text = io.StringIO()
+    with Cluster(  # as it is slow to start, all is done in this process
+        scheduler=None, num_workers=num_workers, console=Console(file=text), start_s=1e9
+    ) as cluster:
+        build_shards(recorded, tmp_path / "set", recipe=recipe, cluster=cluster)
+    told = " ".join(text.getvalue().split())
+    assert says in told
+    assert ("idle" in told) == bool(says)
+    assert cluster.num_idle(1, work_s=0.0) == num_workers - 1
+    monkeypatch.undo()
+    assert cluster.num_idle(1, work_s=59.0) == 0
