@@ -178,6 +178,7 @@ def readers(sessions: Path, out: Path) -> dict[str, SessionFields]:
 def rows(sessions: Path, out: Path) -> Iterator[tuple]:
     """(index, row, reader of its session, its window) of every sample."""
     fields = readers(sessions, out)
+    assert set_keys(out), "a test that looks at every sample looks at none"
     for _, index in open_indexes(out):
         for row in range(index.num_samples):
             reader = fields[index.key(row).split("/")[0]]

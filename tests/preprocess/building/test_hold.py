@@ -7,8 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from oracles import build, check_whole, file_hashes, set_keys, tiny_recipe, write_tiny_sessions
+from oracles import build, check_whole, file_hashes, set_keys, tiny_recipe
 
 from shared.hold import read_held
 from shared.index import open_index
@@ -17,23 +16,6 @@ from train.reader import ShardSource
 
 OTHER_TEXT = tiny_recipe(text={"vocab_size": 264})
 OTHER_SENSORS = tiny_recipe(sensors={"max_gap_s": 0.2})
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory) -> Path:
-    return write_tiny_sessions(tmp_path_factory.mktemp("recorded"))
-
-
-@pytest.fixture(scope="module")
-def built(recorded, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("built")
-    build(recorded, out)
-    return out
-
-
-@pytest.fixture
-def out(built, tmp_path) -> Path:
-    return Path(shutil.copytree(built, tmp_path / "out"))
 
 
 def files_of(manifest: Manifest) -> set[str]:

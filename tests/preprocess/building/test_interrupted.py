@@ -16,8 +16,8 @@ from oracles import (
     file_identities,
     set_contents,
     tiny_recipe,
-    write_tiny_sessions,
 )
+from tiny_breaks import BrokenOff, fail
 
 from preprocess.building import build as build_module
 from preprocess.building import job as job_module
@@ -26,38 +26,6 @@ from shared.manifest import read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-class BrokenOff(Exception):  # noqa: N818
-    """Stands for a kill."""
-
-
-def fail(*_: object, **__: object) -> None:
-    raise BrokenOff
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory) -> Path:
-    return write_tiny_sessions(tmp_path_factory.mktemp("recorded"))
-
-
-@pytest.fixture(scope="module")
-def built(recorded, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("built")
-    build(recorded, out)
-    return out
-
-
-@pytest.fixture
-def sessions(recorded, tmp_path) -> Path:
-    """A copy that a test may change; file times stay, so that scans are not repeated."""
-    return Path(shutil.copytree(recorded, tmp_path / "sessions"))
-
-
-@pytest.fixture
-def out(built, tmp_path) -> Path:
-    """A finished set that a test may change."""
-    return Path(shutil.copytree(built, tmp_path / "out"))
 
 
 def leftovers(out: Path) -> list[str]:

@@ -20,7 +20,6 @@ from oracles import (
     set_keys,
     tiny_recipe,
     write_tiny_session,
-    write_tiny_sessions,
 )
 from tiny_sessions import write_lines, write_tone
 
@@ -35,30 +34,6 @@ SMALL = tiny_recipe(shard={"target_bytes": 2**16})
 
 OTHER_TEXT = tiny_recipe(text={"vocab_size": 264})
 OTHER_SENSORS = tiny_recipe(sensors={"max_gap_s": 0.2})
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory) -> Path:
-    return write_tiny_sessions(tmp_path_factory.mktemp("recorded"))
-
-
-@pytest.fixture(scope="module")
-def built(recorded, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("built")
-    build(recorded, out)
-    return out
-
-
-@pytest.fixture
-def sessions(recorded, tmp_path) -> Path:
-    """A copy that a test may change; file times stay, so that scans are not repeated."""
-    return Path(shutil.copytree(recorded, tmp_path / "sessions"))
-
-
-@pytest.fixture
-def out(built, tmp_path) -> Path:
-    """A finished set that a test may change."""
-    return Path(shutil.copytree(built, tmp_path / "out"))
 
 
 # --- workers ---------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from oracles import (
     set_contents,
     set_keys,
     tiny_recipe,
-    write_tiny_sessions,
 )
 
 from preprocess.building import build as build_module
@@ -51,20 +50,10 @@ OTHER = tiny_recipe(shard={"target_bytes": 2**16}, text={"vocab_size": 264}, mel
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory) -> Path:
-    return write_tiny_sessions(tmp_path_factory.mktemp("recorded"))
-
-
-@pytest.fixture(scope="module")
 def built(recorded, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("built")
     build(recorded, out, SMALL)
     return out
-
-
-@pytest.fixture
-def sessions(recorded, tmp_path) -> Path:
-    return Path(shutil.copytree(recorded, tmp_path / "sessions"))
 
 
 def leftovers(out: Path) -> list[str]:

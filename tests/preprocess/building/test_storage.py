@@ -24,8 +24,8 @@ from oracles import (
     file_hashes,
     set_keys,
     tiny_recipe,
-    write_tiny_sessions,
 )
+from tiny_breaks import BrokenOff, fail
 from tiny_sessions import write_tone
 
 from preprocess.building import job as job_module
@@ -42,19 +42,6 @@ OTHER_TEXT = tiny_recipe(shard={"target_bytes": 2**16}, text={"vocab_size": 264}
 SECRET = "do-not-print-me"
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
-
-
-class BrokenOff(Exception):  # noqa: N818
-    """Stands for a kill."""
-
-
-def fail(*_: object, **__: object) -> None:
-    raise BrokenOff
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory) -> Path:
-    return write_tiny_sessions(tmp_path_factory.mktemp("recorded"))
 
 
 @pytest.fixture(scope="module")
