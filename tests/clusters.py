@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from killing import Start, all_hashes, command, finish, launch, prepare
+from jobs import finish, launch
+from killing import Start, all_hashes, command, prepare
 
 from shared.recipe import Recipe, json_of
 

@@ -18,20 +18,24 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+from jobs import finish, launch
 from oracles import check_whole
 from tiny_sessions import write_lines
 
 from preprocess.demo.world import write_demo_sessions
 from shared.hold import read_held
+
+if TYPE_CHECKING:
+    import subprocess
 
 TARGETS = ("job", "client", "worker")
 
@@ -72,27 +76,6 @@ def command(start: Start, out: Path, *more: str) -> list[str]:
     """The job's command line."""
     places = ["--sessions", str(start.sessions), "--out", str(out), "--recipe", str(start.recipe)]
     return [sys.executable, "-m", "preprocess", "shards", *places, *(more or ("--workers", "2"))]
-
-
-def launch(arguments: list[str], *, scratch: Path) -> subprocess.Popen[str]:
-    """A job in a process group of its own; its temporary files lie in `scratch`."""
-    scratch.mkdir(exist_ok=True)
-    environment = {**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        arguments,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(job: subprocess.Popen[str]) -> str:
-    """Waits for a job that must end well; what it printed."""
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, output
-    return output
 
 
 def workers_of(pid: int) -> list[psutil.Process]:

@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from killing import all_hashes, command, finish, launch, prepare
+from jobs import finish, launch
+from killing import all_hashes, command, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,21 +17,24 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import torch
 import yaml
+from jobs import finish, launch
 from tiny_sets import make_config, make_set
 
 from train.checkpoint import FINAL_NAME, check_checkpoint
+
+if TYPE_CHECKING:
+    import subprocess
 
 STEPS, SAVE_INTERVAL = 40, 2
 TARGETS = ("group", "trainer")
@@ -66,28 +69,14 @@ def prepare(root: Path) -> Path:
     return path
 
 
-def launch(config: Path, folder: Path) -> subprocess.Popen[str]:
-    """A training in a process group of its own; its temporary files lie in `folder`/tmp."""
-    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+def start(config: Path, folder: Path) -> subprocess.Popen[str]:
+    """A training that goes on where it can; its temporary files lie in `folder`/tmp."""
     places = [
         f"training.checkpointing.save_dir={folder / 'checkpoints'}",
         f"training.log_dir={folder / 'runs'}",
     ]
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", "run", "--config", config, "--resume", "auto", *places],
-        env={**os.environ, "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(job: subprocess.Popen[str]) -> str:
-    """Waits for a training that must end well; what it printed."""
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, output
-    return output
+    command = [sys.executable, "-m", "train", "run", "--config", config, "--resume", "auto"]
+    return launch([*command, *places], scratch=folder / "tmp")
 
 
 def final_state(folder: Path) -> dict[str, Any]:
@@ -125,7 +114,7 @@ def run_trial(
     after_s = chance.uniform(0, 0.02 if is_saving else 0.3)
     kind = "while saving" if is_saving else "anywhere"
     trial = Trial(target, f"{num_saved * SAVE_INTERVAL:2} steps + {after_s:.3f} s {kind}")
-    job = launch(config, folder)
+    job = start(config, folder)
     _wait_for(job, folder / "checkpoints", num_saved, is_saving=is_saving)
     time.sleep(after_s)
     if job.poll() is not None:
@@ -137,7 +126,7 @@ def run_trial(
         job.kill()
     job.communicate(timeout=60)
     _check_left(folder, trial)
-    output = finish(launch(config, folder))
+    output = finish(start(config, folder))
     resumed = [line for line in output.splitlines() if "resuming at step" in line]
     trial.resumed_from = resumed[0].split(" from ")[0] if resumed else "began anew"
     different = differences(final_state(folder), wanted)
@@ -182,7 +171,7 @@ def run_trials(root: Path, num_kills: int, seed: int) -> list[Trial]:
     chance = random.Random(seed)
     config = prepare(root)
     began_s = time.monotonic()
-    finish(launch(config, root / "undisturbed"))
+    finish(start(config, root / "undisturbed"))
     wanted = final_state(root / "undisturbed")
     print(f"undisturbed: {STEPS} steps, {time.monotonic() - began_s:.1f} s", flush=True)
     print("kill  target   moment                            after the kill", flush=True)
