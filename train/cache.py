@@ -270,24 +270,36 @@ class ShardCache:
         """The lock of a download; None where someone else has it or has just finished. In the end
         the lock and what has come under it are gone.
         """
-        path = self.folder / f".{key}.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with self._looking_over():  # whoever makes room tries all locks, and is no download
+            descriptor, is_mine = self._try_lock(key)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield None
-                return
-            if not os.fstat(descriptor).st_nlink:
+            if not is_mine and wait:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                is_mine = os.fstat(descriptor).st_nlink > 0
+            if not is_mine:
                 yield None
                 return
             try:
                 yield descriptor
             finally:
-                self._part(key).unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
+                self._remove_download(key)
         finally:
             _unlock(descriptor)
+
+    def _try_lock(self, key: str) -> tuple[int, bool]:
+        """The open lock of a download, and whether it is ours."""
+        path = self.folder / f".{key}.lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return descriptor, False
+        return descriptor, os.fstat(descriptor).st_nlink > 0
+
+    def _remove_download(self, key: str) -> None:
+        """Remove a download's lock, which is ours, and what has come under it."""
+        self._part(key).unlink(missing_ok=True)
+        (self.folder / f".{key}.lock").unlink(missing_ok=True)
 
     def _make_room(
         self,
@@ -356,8 +368,13 @@ class ShardCache:
 
     def _remove_dead(self, key: str) -> bool:
         """Remove what a download left that nobody is at; whether it was one."""
-        with self._alone(key, wait=False) as lock:
-            return lock is not None
+        descriptor, is_mine = self._try_lock(key)
+        try:
+            if is_mine:
+                self._remove_download(key)
+        finally:
+            _unlock(descriptor)
+        return is_mine
 
     @contextmanager
     def _looking_over(self) -> Iterator[None]:
