@@ -3,57 +3,19 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
 import logging
 import os
-import random
 import shutil
 import signal
 import threading
 import time
-from collections import Counter
-from typing import TYPE_CHECKING
 
 import pytest
+from shelves import QUICK, SIZE, Shelf, end_of, in_child, make_cache, names_in, read
 
 from shared.errors import ConfigError, CorruptError, StorageError
-from shared.storage import Patience
 from train import cache as cache_module
 from train.cache import CacheFullError, RemoteFile, ShardCache
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-QUICK = Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.02)
-SIZE = 1000
-
-
-class Shelf:
-    """A store in memory; what each request finds can be changed. Requests are written to a file, so
-    that those of other processes count."""
-
-    def __init__(self, log: Path) -> None:
-        self.contents = {f"f{i}": random.Random(i).randbytes(SIZE) for i in range(20)}
-        self.log = log
-        self.on_fetch = lambda name, content, path: path.write_bytes(content)
-
-    def __str__(self) -> str:
-        return "shelf://here"
-
-    def file(self, name: str) -> RemoteFile:
-        content = self.contents[name]
-        return RemoteFile(name, hashlib.sha256(content).hexdigest(), len(content))
-
-    def fetch(self, name: str, path: Path) -> None:
-        with self.log.open("a") as file:
-            file.write(f"{name}\n")
-        if name not in self.contents:
-            raise FileNotFoundError(name)
-        self.on_fetch(name, self.contents[name], path)
-
-    def gets(self) -> Counter[str]:
-        return Counter(self.log.read_text().split()) if self.log.exists() else Counter()
 
 
 @pytest.fixture
@@ -64,44 +26,6 @@ def shelf(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "cache"
-
-
-def make_cache(shelf, folder, *, num_files=10, patience=QUICK):
-    return ShardCache(shelf, folder, limit_bytes=num_files * SIZE, patience=patience)
-
-
-def read(cache, file, **options):
-    with os.fdopen(cache.open(file, **options), "rb") as opened:
-        return opened.read()
-
-
-def names_in(folder):
-    """What lies in the cache: names of files, temporary ones with a dot."""
-    names = {p.name for p in folder.iterdir()} - {".room"}
-    return {n if n.startswith(".") else n.partition(".")[2] for n in names}
-
-
-def in_child(work):
-    """Run something in a forked process; its pid."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return pid
-
-
-def end_of(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def wait_until(true):
-    deadline_s = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
 
 
 # --- fetching --------------------------------------------------------------------------------
@@ -376,144 +300,6 @@ def test_fetching_ahead_removes_nothing_that_was_used_since(shelf, folder):
     with pytest.raises(CacheFullError):
         cache.fetch_ahead(shelf.file("f5"), since_ns=since_ns)
     assert names_in(folder) == {"f2", "f3", "f4"}
-
-
-# --- several processes -----------------------------------------------------------------------
-
-
-def test_many_processes_fetch_a_file_once(shelf, folder):
-    def slowly(_name, content, path):
-        time.sleep(0.2)
-        path.write_bytes(content)
-
-    shelf.on_fetch = slowly
-    children = [
-        in_child(lambda: check_read(make_cache(shelf, folder), shelf, "f1")) for _ in range(6)
-    ]
-    assert [end_of(child) for child in children] == [0] * 6
-    assert shelf.gets() == {"f1": 1}
-    assert names_in(folder) == {"f1"}
-
-
-def check_read(cache, shelf, name):
-    assert read(cache, shelf.file(name)) == shelf.contents[name]
-
-
-def test_nobody_waits_for_the_download_of_another_file(shelf, folder):
-    def stuck(name, content, path):
-        path.write_bytes(content)
-        if name == "f1":
-            time.sleep(60)
-
-    shelf.on_fetch = stuck
-    child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
-    wait_until(lambda: shelf.gets()["f1"] == 1)
-    begin_s = time.monotonic()
-    cache = make_cache(shelf, folder)
-    check_read(cache, shelf, "f2")
-    cache.fetch_ahead(shelf.file("f1"), since_ns=0)
-    assert time.monotonic() - begin_s < 10
-    assert shelf.gets() == {"f1": 1, "f2": 1}
-    os.kill(child, signal.SIGKILL)
-    end_of(child)
-
-
-@pytest.mark.parametrize("next_file", ["f1", "f2"])
-def test_a_killed_download_leaves_nothing_to_the_next_user(shelf, folder, next_file):
-    def half(_name, content, path):
-        path.write_bytes(content[: SIZE // 2])
-        time.sleep(60)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(shelf, "on_fetch", half)
-        child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
-        wait_until(lambda: folder.exists() and any(".part" in n for n in names_in(folder)))
-    os.kill(child, signal.SIGKILL)
-    assert end_of(child) == -signal.SIGKILL
-    check_read(make_cache(shelf, folder), shelf, next_file)
-    assert names_in(folder) == {next_file}
-
-
-def test_the_waiting_take_over_from_a_killed_download(shelf, folder):
-    def half(_name, content, path):
-        path.write_bytes(content[: SIZE // 2])
-        time.sleep(60)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(shelf, "on_fetch", half)
-        child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
-        wait_until(lambda: folder.exists() and any(".part" in n for n in names_in(folder)))
-    waiting = in_child(lambda: check_read(make_cache(shelf, folder), shelf, "f1"))
-    time.sleep(0.1)
-    os.kill(child, signal.SIGKILL)
-    end_of(child)
-    assert end_of(waiting) == 0
-    assert names_in(folder) == {"f1"}
-
-
-def test_a_fork_while_room_is_made_leaves_no_lock_behind(shelf, folder):
-    cache = make_cache(shelf, folder)
-    with cache._looking_over():
-        child = in_child(lambda: time.sleep(60))
-    descriptor = os.open(folder / ".room", os.O_RDWR)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(descriptor)
-    os.kill(child, signal.SIGKILL)
-    end_of(child)
-
-
-def test_a_file_that_goes_while_it_is_opened_is_fetched_again(shelf, folder, monkeypatch):
-    cache, file = make_cache(shelf, folder), shelf.file("f1")
-    read(cache, file)
-    lock = fcntl.flock
-
-    def remove_first(descriptor, how):
-        if how == fcntl.LOCK_SH and shelf.gets()["f1"] == 1:
-            cache.path(file).unlink(missing_ok=True)
-        lock(descriptor, how)
-
-    monkeypatch.setattr(cache_module.fcntl, "flock", remove_first)
-    assert read(cache, file) == shelf.contents["f1"]
-    assert shelf.gets() == {"f1": 2}
-    assert names_in(folder) == {"f1"}
-
-
-def test_processes_and_kills_never_break_the_limit_or_a_file(shelf, folder):
-    def slowly(_name, content, path):
-        for stop in (SIZE // 3, SIZE):
-            path.write_bytes(content[:stop])
-            time.sleep(0.002)
-
-    def wander(seed):
-        chance = random.Random(seed)
-        cache = make_cache(shelf, folder, num_files=6)
-        for _ in range(60):
-            check_read(cache, shelf, f"f{chance.randrange(20)}")
-
-    shelf.on_fetch = slowly
-    children = {in_child(lambda seed=seed: wander(seed)) for seed in range(4)}
-    victims = {in_child(lambda seed=seed: wander(seed)) for seed in range(4, 7)}
-    cache = make_cache(shelf, folder, num_files=6)
-    chance = random.Random(0)
-    most = 0
-    while children:
-        time.sleep(0.005)
-        with cache._looking_over():
-            sizes = [p.stat().st_size for p in folder.iterdir() if not p.name.endswith(".lock")]
-        most = max(most, sum(sizes))
-        if victims and chance.random() < 0.1:
-            os.kill(victim := victims.pop(), signal.SIGKILL)
-            end_of(victim)
-        for child in list(children):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                assert status == 0
-                children.remove(child)
-    for victim in victims:
-        assert end_of(victim) == 0
-    assert 3 * SIZE <= most <= 6 * SIZE
-    make_cache(shelf, folder, num_files=6)
-    assert not any(name.startswith(".") for name in names_in(folder))
 
 
 def test_the_log_names_what_and_how_often(shelf, folder, caplog):

@@ -24,12 +24,7 @@ from train.losses import compute_losses
 MODEL = {"hidden_dim": 64, "num_layers": 3, "num_heads": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

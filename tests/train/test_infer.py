@@ -27,13 +27,7 @@ from train.sampling import Sampling
 from train.scoring import summarize_latencies
 from train.streaming import TickStream
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def whole_windows(session, config):

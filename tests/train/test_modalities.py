@@ -13,13 +13,7 @@ from train.inputs import to_model_inputs
 from train.modalities import MODALITIES, hide_at_random, without
 from train.model import MultiModalCreature
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def masks(*, batch=4000):

@@ -5,70 +5,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from tiny_models import FAST_FRAMES, MODEL, SHAPES, is_equal, make_batch, make_model
 from torch.nn import functional as F
 
 from shared.errors import ConfigError
-from shared.recipe import STREAMS, Stream, WindowShapes
+from shared.recipe import STREAMS, Stream
 from train.blocks import Block
 from train.config import TEXT_STREAMS, Head
 from train.encoders import frames_due
 from train.inputs import to_model_inputs
 from train.losses import compute_losses
-from train.model import Cache, MultiModalCreature
+from train.model import MultiModalCreature
 
-SHAPES = WindowShapes(
-    num_ticks=8,
-    num_frames=4,
-    image_size=32,
-    num_audio_frames=40,
-    mel_channels=6,
-    num_sensor_samples=24,
-    vocab_size=300,
-)
-FAST_FRAMES = dataclasses.replace(SHAPES, num_frames=24)
-MODEL = {"hidden_dim": 32, "num_layers": 2, "num_heads": 2}
 TEXT_ONLY = {"training": {"loss_weights": {"audio": 0, "animation": 0}}, "model": MODEL}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def make_model(config=None, shapes=SHAPES, *, is_random=True):
-    """A model in eval mode; `is_random` gives the animation head, which begins at 0, weights."""
-    torch.manual_seed(0)
-    model = MultiModalCreature(config or {"model": MODEL}, shapes).eval()
-    if is_random and Head.ANIMATION in model.predictors:
-        torch.nn.init.normal_(model.predictors[Head.ANIMATION].weight, std=0.1)
-    return model
-
-
-def make_batch(shapes=SHAPES, *, batch=2, seed=0, streams=STREAMS):
-    """Inputs as the loader gives them, about 1 in 5 places invalid."""
-    rng = np.random.default_rng(seed)
-    size, samples = shapes.image_size, shapes.num_sensor_samples
-    values = {
-        Stream.VISION_LEFT: rng.integers(0, 256, (batch, shapes.num_frames, size, size, 3), "u1"),
-        Stream.VISION_RIGHT: rng.integers(0, 256, (batch, shapes.num_frames, size, size, 3), "u1"),
-        Stream.AUDIO: rng.integers(
-            0, shapes.mel_levels, (batch, shapes.num_audio_frames, shapes.mel_channels), "u1"
-        ),
-        Stream.TOUCH: rng.random((batch, samples, shapes.touch_size), "f4"),
-        Stream.PROPRIO: rng.normal(size=(batch, samples, shapes.proprio_size)).astype("f4"),
-        Stream.INTERNAL_TEXT: rng.integers(0, shapes.vocab_size, (batch, shapes.num_ticks)),
-        Stream.EXTERNAL_TEXT: rng.integers(0, shapes.vocab_size, (batch, shapes.num_ticks)),
-    }
-    inputs = {}
-    for stream in streams:
-        inputs[str(stream)] = torch.from_numpy(values[stream])
-        valid = rng.random(values[stream].shape[:2]) < 0.8
-        valid[:, :1], valid[0, 1:2] = True, False
-        inputs[f"{stream}_valid"] = torch.from_numpy(valid)
-    return inputs
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def targets_of(inputs):
@@ -100,11 +50,6 @@ def perturbed_after(inputs, stream, tick, shapes=SHAPES):
     value[:, first:] = make_batch(shapes, seed=99)[stream][:, first:]
     valid[:, first:] = ~valid[:, first:]
     return changed
-
-
-def is_equal(one, other, *, ticks=slice(None)):
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[key][:, ticks], other[key][:, ticks]) for key in one)
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, FAST_FRAMES], ids=["slow_frames", "fast_frames"])
@@ -212,113 +157,6 @@ def test_without_proprio_the_animation_begins_at_zero():
     config = {"data": {"modalities": ["audio"]}, "model": MODEL}
     outputs = run(make_model(config, is_random=False), make_batch())
     assert not outputs["animation"].any()
-
-
-@pytest.mark.parametrize("steps", [[1] * 8, [3, 1, 4], [8]], ids=str)
-@pytest.mark.parametrize("shapes", [SHAPES, FAST_FRAMES], ids=["slow_frames", "fast_frames"])
-def test_streaming_tick_by_tick_equals_the_whole_window(shapes, steps):
-    model, inputs = make_model(shapes=shapes), to_model_inputs(make_batch(shapes))
-    cache, parts, first = None, [], 0
-    with torch.no_grad():
-        whole = model(inputs)
-        for count in steps:
-            part = slice_ticks(inputs, shapes, first, count)
-            outputs, cache = model.forward_step(part, cache)
-            parts.append(outputs)
-            first += count
-    assert cache.num_ticks == 8
-    for head in Head:
-        streamed = torch.cat([part[head] for part in parts], dim=1)
-        torch.testing.assert_close(streamed, whole[head], atol=2e-5, rtol=1e-4)
-        if head != Head.ANIMATION:
-            assert torch.equal(streamed.argmax(-1), whole[head].argmax(-1))
-
-
-@pytest.mark.parametrize("steps", [[1] * 24, [5, 3, 16], [24]], ids=str)
-def test_streaming_beyond_the_context_sees_a_sliding_window(steps, monkeypatch):
-    shapes = dataclasses.replace(
-        SHAPES, num_ticks=24, num_frames=12, num_audio_frames=120, num_sensor_samples=72
-    )
-    model, inputs = make_model(shapes=shapes), to_model_inputs(make_batch(shapes))
-    cache, parts, first = None, [], 0
-    with torch.no_grad():
-        for count in steps:
-            part = slice_ticks(inputs, shapes, first, count)
-            outputs, cache = model.forward_step(part, cache, context=7)
-            parts.append(outputs)
-            first += count
-        monkeypatch.setattr(F, "scaled_dot_product_attention", attend_to_the_newest_seven)
-        whole = model(inputs)
-    for head in Head:
-        streamed = torch.cat([part[head] for part in parts], dim=1)
-        torch.testing.assert_close(streamed, whole[head], atol=2e-5, rtol=1e-4)
-
-
-def attend_to_the_newest_seven(query, key, value, *, is_causal=False, attn_mask=None):
-    assert attn_mask is None
-    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) / query.shape[-1] ** 0.5
-    if is_causal:
-        for place in range(query.shape[2]):
-            scores[:, :, place, place + 1 :] = -torch.inf
-            scores[:, :, place, : max(0, place - 6)] = -torch.inf
-    return scores.softmax(-1) @ value
-
-
-def test_a_stream_of_any_length_keeps_a_window_of_keys():
-    model, inputs, cache = make_model(), to_model_inputs(make_batch()), None
-    with torch.no_grad():
-        for tick in range(100):
-            part = slice_ticks(inputs, SHAPES, tick % 8, 1)
-            _, cache = model.forward_step(part, cache)
-    assert {x.shape for pair in cache.keys_values for x in pair} == {(2, 2, 7, 16)}
-
-
-def test_a_tick_after_ten_hours_is_predicted_as_one_at_the_start():
-    model, inputs = make_model(), to_model_inputs(make_batch())
-    nothing = torch.zeros(2, 2, 0, 16)
-    late = Cache(
-        num_ticks=360_000,
-        keys_values=((nothing, nothing),) * 2,
-        frames={},
-        last_pose=torch.zeros(2, 20),
-    )
-    with torch.no_grad():
-        expected = model(inputs)
-        found, cache = model.forward_step(inputs, late)
-    assert cache.num_ticks == 360_008
-    for head in Head:
-        torch.testing.assert_close(found[head], expected[head], atol=2e-5, rtol=1e-4)
-
-
-def slice_ticks(inputs, shapes, first, count):
-    due = frames_due(shapes, first_tick=first, num_ticks=count)
-    part = {}
-    for key, value in inputs.items():
-        per_tick = value.shape[1] // shapes.num_ticks
-        places = slice(first * per_tick, (first + count) * per_tick)
-        part[key] = value[:, slice(due.start, due.stop) if key.startswith("vision") else places]
-    return part
-
-
-def test_a_step_without_a_due_frame_may_leave_vision_out():
-    model, inputs = make_model(), to_model_inputs(make_batch())
-    with torch.no_grad():
-        _, cache = model.forward_step(slice_ticks(inputs, SHAPES, 0, 1))
-        second = slice_ticks(inputs, SHAPES, 1, 1)
-        without = {k: v for k, v in second.items() if not k.startswith("vision")}
-        given, _ = model.forward_step(second, cache)
-        left_out, _ = model.forward_step(without, cache)
-    assert is_equal(given, left_out)
-
-
-@pytest.mark.parametrize("rates", [(5, 10), (10, 10), (30, 10), (2, 10), (25, 10)], ids=str)
-def test_due_frames_are_those_whose_grid_time_has_come(rates):
-    fps, tick_rate = rates
-    shapes = WindowShapes(num_ticks=4 * tick_rate, num_frames=4 * fps)
-    for first, count in [(0, 1), (0, 7), (1, 1), (5, 3), (9, 12)]:
-        newest = [k for k in range(400) if k * tick_rate <= (first + count - 1) * fps]
-        seen = [k for k in newest if first and k * tick_rate <= (first - 1) * fps]
-        assert [*frames_due(shapes, first_tick=first, num_ticks=count)] == newest[len(seen) :]
 
 
 def test_text_only_training_is_a_language_model_without_senses():

@@ -14,13 +14,7 @@ from shared.recipe import STREAMS
 from train import Loader, MultiModalCreature, Trainer, open_source
 from train.inputs import to_model_inputs
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_run(shards, folder, stream, head):

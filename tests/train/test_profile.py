@@ -3,63 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
-import io
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from click.testing import CliRunner
-from rich.console import Console
-from tiny_sets import make_config, set_recipe
+from tiny_sets import make_config
+from tiny_steps import CPU, make_step
 from tiny_training import SHAPES, EndlessLoader, make_batch, make_trainer
 from tiny_training import make_config as training_config
-from torch import nn
 
 import shared.columns
 import train.reader
-from shared.errors import ConfigError, CreatureError
+from shared.errors import CreatureError
 from shared.laps import Laps
 from shared.recipe import WindowShapes
-from train.__main__ import cli
 from train.config import as_train_config
-from train.dataset import SessionSource
 from train.loader import open_source
-from train.model import MultiModalCreature
-from train.optimizing import make_optimizer
 from train.profiling.breakdown import STAGES, Delivery, measure_steps, ready_counts
-from train.profiling.command import run_profile
-from train.profiling.parts import measure_parts
 from train.profiling.rates import cached_batches, in_turns, with_changes
 from train.profiling.step import PHASES, TrainingStep
 from train.profiling.sweeps import Bench, worker_counts
-from train.profiling.trace import memory_by_phase, peak_bytes, trace_steps
 from train.profiling.variants import measure_variants, variant_changes
 
-CPU = torch.device("cpu")
-MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def make_step(config, shapes):
-    torch.manual_seed(1)
-    model = MultiModalCreature(config, shapes).train()
-    optimizer = make_optimizer(model, config.training.optimizer)
-    return model, optimizer, TrainingStep(model, optimizer, config, CPU)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def measure(config, source, **options):
@@ -210,112 +176,6 @@ def test_numbers_of_processes_are_tried_in_both_directions(configured, cores, ex
     assert worker_counts(configured, num_cores=cores) == expected
 
 
-# --- parts of the model and operators ----------------------------------------------------------
-
-
-def test_bytes_of_parts_are_those_of_their_tensors():
-    class Toy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList([nn.Linear(4, 8)])
-            self.predictors = nn.ModuleDict({"audio": nn.Linear(8, 2, bias=False)})
-
-        def forward(self, x):
-            return self.predictors["audio"](self.blocks[0](x))
-
-    toy, x = Toy(), torch.ones(3, 4)
-    found = {p.part: p for p in measure_parts(toy, lambda: toy(x), given={"x": x}, device=CPU)}
-    assert {n: p.num_parameters for n, p in found.items() if p.num_calls} == {
-        "backbone": 4 * 8 + 8,
-        "head_audio": 8 * 2,
-    }
-    assert found["backbone"].output_bytes == 3 * 8 * 4
-    assert found["head_audio"].output_bytes == 3 * 2 * 4
-    assert found["backbone"].kept_bytes == 0  # its input is the batch
-    assert found["head_audio"].kept_bytes == 3 * 8 * 4  # its input
-
-
-def test_seconds_of_parts_are_without_the_parts_inside_and_add_up(tmp_path):
-    config = as_train_config(training_config(tmp_path))
-    model, *_ = make_step(config, SHAPES)
-    inputs = make_batch(0)["inputs"]
-    touch = model.encoder.encoders["touch"]
-    touch.register_forward_pre_hook(lambda *_: time.sleep(0.05))
-    began_s = time.perf_counter()
-    found = {
-        p.part: p.forward_s
-        for p in measure_parts(model, lambda: model(inputs), given=inputs, device=CPU)
-    }
-    whole_s = time.perf_counter() - began_s
-    assert sum(found.values()) <= whole_s
-    # The sleep's hook runs before the measuring one, so it is the surrounding part's.
-    assert found["encoder_fusion"] >= 0.05 > found["encoder_touch"]
-    assert set(found) >= {"backbone", "head_audio", "head_animation", "encoder_audio", "outside"}
-
-
-def test_hooks_are_gone_after_the_measurement(tmp_path):
-    model, *_ = make_step(as_train_config(training_config(tmp_path)), SHAPES)
-    inputs = make_batch(0)["inputs"]
-    measure_parts(model, lambda: model(inputs), given=inputs, device=CPU)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_memory_of_phases_is_what_they_allocate(tmp_path):
-    def run_step(phase):
-        held = []
-        with phase("forward"):
-            held.append(torch.empty(4 * MIB, dtype=torch.uint8))
-        with phase("backward"):
-            held.append(torch.empty(2 * MIB, dtype=torch.uint8))
-            held.clear()
-        with phase("optimizer"):
-            torch.empty(1 * MIB, dtype=torch.uint8)
-
-    trace = trace_steps(run_step, tmp_path / "a.pt.trace.json.gz", device=CPU, num_steps=2)
-    found = {m.phase: (round(m.peak_bytes / MIB), round(m.end_bytes / MIB)) for m in trace.memory}
-    assert found == {"forward": (4, 4), "backward": (6, 0), "optimizer": (1, 0)}
-    assert round(peak_bytes(run_step, tmp_path, device=CPU) / MIB) == 6
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pt.trace.json.gz"]
-
-
-def test_memory_is_relative_to_the_begin_of_the_last_step():
-    def phase(name, ts):
-        return {"cat": "user_annotation", "name": name, "ts": ts, "dur": 10}
-
-    def memory(ts, total, change, device=0):
-        args = {"Total Allocated": total, "Bytes": change, "Device Type": device}
-        return {"name": "[memory]", "ts": ts, "args": args}
-
-    events = [
-        {"cat": "user_annotation", "name": "ProfilerStep#1", "ts": 0, "dur": 50},
-        {"cat": "user_annotation", "name": "ProfilerStep#2", "ts": 100, "dur": 50},
-        phase("forward", 0),
-        memory(1, 900, 900),
-        phase("forward", 100),
-        memory(101, 1000, 100),
-        memory(102, 7, 7, device=1),
-        phase("losses", 120),
-        memory(121, 1300, 300),
-        memory(122, 1050, -250),
-    ]
-    found = {m.phase: (m.peak_bytes, m.end_bytes) for m in memory_by_phase(events, device_type=0)}
-    assert found == {"forward": (100, 100), "losses": (400, 150)}
-
-
-def test_operators_are_counted_per_step(tmp_path):
-    weight = torch.ones(64, 64)
-
-    def run_step(phase):
-        with phase("forward"):
-            weight @ weight
-            weight @ weight
-
-    trace = trace_steps(run_step, tmp_path / "a.pt.trace.json.gz", device=CPU)
-    found = {o.operator: o for o in trace.operators}
-    assert found["aten::mm"].num_calls == 2
-    assert sum(o.self_fraction for o in trace.operators) == pytest.approx(1)
-
-
 # --- runs in turns -----------------------------------------------------------------------------
 
 
@@ -406,145 +266,3 @@ def test_peak_memory_grows_with_the_batch(tiny_set, tmp_path):
     by_size = {v.change.get("data.batch_size"): v.peak_memory_bytes for v in variants}
     weights = sum(p.nbytes for p in bench.model.parameters())
     assert 4 * weights < by_size[4] < cached.peak_memory_bytes < by_size[16] < by_size[32]
-
-
-# --- the command -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def profiled(tiny_set, tmp_path_factory):
-    """The folder that a profile was called in, its report, and what was printed."""
-    home = tmp_path_factory.mktemp("profile")
-    config = make_config(tiny_set, num_workers=1, batch_size=4)
-    said = io.StringIO()
-    with contextlib.chdir(home):
-        run_profile(
-            config,
-            origin=Path("mine.yaml"),
-            out=Path("profiler_output"),
-            num_steps=2,
-            num_rounds=1,
-            console=Console(file=said, width=120),
-        )
-    report = json.loads((home / "profiler_output/profile_report.json").read_text())
-    return home, report, said.getvalue()
-
-
-def test_the_command_profiles_the_file_with_its_changes(tiny_set, tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        "train.profiling.command.run_profile", lambda config, **rest: seen.update(rest, c=config)
-    )
-    file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(make_config(tiny_set).model_dump(mode="json")))
-    line = ["profile", "--config", str(file), "--steps", "5", "data.num_workers=3"]
-    result = CliRunner().invoke(cli, line, catch_exceptions=False)
-    assert result.exit_code == 0
-    assert seen["c"].data.num_workers == 3
-    assert (seen["out"], seen["num_steps"]) == (Path("profiler_output"), 5)
-
-
-def test_a_profile_writes_its_report_and_its_trace_and_nothing_else(profiled):
-    home, *_ = profiled
-    files = {p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file()}
-    assert files == {
-        "profiler_output/profile_report.json",
-        "profiler_output/step.pt.trace.json.gz",
-    }
-
-
-def test_the_report_has_all_parts(profiled):
-    _, report, _ = profiled
-    assert set(report) == {
-        *("machine", "versions", "config_file", "config", "step", "loader", "variants"),
-        *("memory_limit_bytes", "verdict", "recommendations", "untested"),
-    }
-    assert report["config"]["data"]["batch_size"] == 4
-    assert set(report["step"]["phases_s"]) == set(PHASES)
-    assert 0 < len(report["step"]["operators"]) <= 20
-    for each in report["recommendations"] + report["untested"]:
-        assert set(each) == {"what", "change", "why", "expected_gain"}
-
-
-def test_the_report_s_sums_hold(profiled):
-    _, report, _ = profiled
-    step, loader = report["step"], report["loader"]
-    assert step["samples_per_s"] == pytest.approx(4 / step["step_s"])
-    assert sum(step["phases_s"].values()) == pytest.approx(step["step_s"], rel=0.05, abs=1e-3)
-    assert sum(step["stages_s"].values()) == pytest.approx(step["make_s"])
-    assert loader["headspaces"] == [loader["headspace"]]
-    assert {p["num_workers"] for p in loader["workers"]} >= {0}
-    assert all(v["samples_per_s"] for v in report["variants"] if not v["problem"])
-
-
-def test_the_trace_is_a_chrome_trace_with_the_phases(profiled):
-    home, *_ = profiled
-    with gzip.open(home / "profiler_output/step.pt.trace.json.gz", "rt") as file:
-        events = json.load(file)["traceEvents"]
-    names = {e["name"] for e in events if e.get("ph") == "X" and e["dur"] >= 0}
-    assert {*PHASES} - {"data_wait", "copy"} <= names
-    assert "aten::mm" in names or "aten::addmm" in names
-
-
-def test_the_terminal_shows_tables_and_what_to_add(profiled):
-    _, report, said = profiled
-    assert "headspace" in said
-    for each in report["recommendations"]:
-        for key in each["change"]:
-            assert f"add {key}=" in said or f" {key}=" in said
-    if not report["recommendations"]:
-        assert "already good" in said
-    assert "untested: training.compile=true" in said
-
-
-def test_sessions_read_directly_are_profiled_as_well(tiny_sessions, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(set_recipe().model_dump(mode="json")))
-    config = make_config(None, root_dir=tiny_sessions, recipe=recipe, batch_size=2)
-    assert isinstance(open_source(config, split="train"), SessionSource)
-    profile = run_profile(
-        config, origin=tmp_path / "mine.yaml", out=tmp_path / "out", num_steps=2, num_rounds=1
-    )
-    assert profile.breakdown.stages_s["decode"] > 0
-    assert profile.breakdown.stages_s["fetch"] == 0
-
-
-def test_one_of_several_ranks_is_refused(tiny_set, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="torchrun"):
-        run_profile(make_config(tiny_set), origin=tmp_path / "c", out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def processes_of(session):
-    """Processes of a session that run."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(of) == session and state != "Z":
-                found.append(int(stat.parent.name))
-    return found
-
-
-def test_ctrl_c_leaves_no_report_and_no_process(tiny_set, tmp_path):
-    file = tmp_path / "mine.yaml"
-    config = make_config(tiny_set, num_workers=1, batch_size=4)
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "train", "profile", "--config", str(file), "--out", str(out)]
-    process = subprocess.Popen(
-        [*command, "--steps", "100000"], start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    until_s = time.monotonic() + 90
-    while not processes_of(process.pid)[1:]:  # a loader process is there
-        assert process.poll() is None
-        assert time.monotonic() < until_s
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
-    time.sleep(1.5)  # orphans end within a second
-    assert processes_of(process.pid) == []
-    assert not [p for p in out.rglob("*") if p.is_file()]

@@ -23,12 +23,7 @@ TOKENIZER = train_tokenizer(["reach | high"], vocab_size=264)
 READING = {"tokenizer": TOKENIZER.json}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def predict(batch, config, shapes=SHAPES):

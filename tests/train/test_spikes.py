@@ -24,12 +24,7 @@ from train.spikes import MIN_RISES, MIN_STEPS, WINDOW_STEPS, SpikeWatch
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def judged(watch, curve):
