@@ -158,16 +158,20 @@ def _complaint(kind: type[BaseModel], detail: ErrorDetails) -> str:
 def _keys_at(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
     """Known keys of the section at a path below `kind`."""
     section: type[BaseModel] = kind
-    for part in location:
+    for part in (p for p in location if not p.isdecimal()):  # a number is a place in a list
         field = section.model_fields.get(part)
-        if field is None:
-            return []
-        candidates = (field.annotation, *get_args(field.annotation))
-        found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        found = [] if field is None else _sections_in(field.annotation)
         if not found:
             return []
         section = found[0]
     return sorted(section.model_fields)
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 (a type, or a union)
+    """Sections that a field may hold, however deep in lists and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
 
 
 def _nearest_file(path: Path) -> str:

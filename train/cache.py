@@ -338,8 +338,8 @@ class ShardCache:
                 raise ConfigError(
                     f"{self.folder}: no room for {file.name}: all that lies there is being read or "
                     f"fetched; raise data.cache_gb ({self._limit_bytes / 1e9:.3g}) to the size of "
-                    "two blocks of data.shuffle_block_shards shards for each run that uses it, or "
-                    "lower data.shuffle_block_shards"
+                    "two blocks of data.shuffle_block_shards shards for each run that uses it (and "
+                    "each set of a mix), or lower data.shuffle_block_shards"
                 )
             time.sleep(_POLL_S)
 

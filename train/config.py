@@ -8,6 +8,7 @@ import enum
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -70,8 +71,10 @@ class MixedSet(Section):
 
     @property
     def title(self) -> str:
-        """Its name."""
-        return self.name or re.sub(r"[^\w.-]", "-", str(self.shards).rstrip("/").rpartition("/")[2])
+        """Its name; "" where nothing gives one."""
+        place = str(self.shards)
+        path = urlsplit(place).path if "://" in place else place
+        return self.name or re.sub(r"[^\w.-]", "-", path.rstrip("/").rpartition("/")[2])
 
 
 class DataConfig(Section):
@@ -81,7 +84,7 @@ class DataConfig(Section):
     """A shard set made by `python -m preprocess shards`; the fast way. A folder, or a URL such as
     s3://bucket/set or https://host/set (anything that fsspec opens), which is read through a cache
     on this machine."""
-    mix: tuple[MixedSet, ...] | None = Field(None, min_length=1)
+    mix: tuple[MixedSet, ...] | None = None
     """Instead of `shards`: several shard sets, of which each batch has samples by weight. Each set
     goes through epochs of its own, so a small set with a large weight is seen more often; held-out
     sessions are those of all sets."""
@@ -90,10 +93,11 @@ class DataConfig(Section):
     null means vr-creature/shards under $XDG_CACHE_HOME or ~/.cache."""
     cache_gb: float = Field(64, gt=0)
     """So many gigabytes (10^9 bytes) of copies are kept; what was used longest ago goes first. A
-    run needs room for two blocks: 17 GB with 32 shards of 256 MiB. A set that fits wholly, 100
-    hours or so here, is fetched only once."""
+    run needs room for two blocks (of each set of a mix): 17 GB with 32 shards of 256 MiB. A set
+    that fits wholly, 100 hours or so here, is fetched only once."""
     root_dir: Path | None = None
-    """A folder of session folders. Without `shards` they are read directly, the small-data way."""
+    """A folder of session folders. Without `shards` and `mix` they are read directly, the
+    small-data way."""
     recipe: Path | None = None
     """With root_dir: the recipe that cuts the sessions; null means the default recipe."""
     batch_size: int = Field(8, ge=1)
@@ -118,7 +122,7 @@ class DataConfig(Section):
     tests/benchmarks/bench_shuffle.py."""
     last_batch: Literal["pad", "drop"] = "pad"
     """What becomes of an epoch's incomplete last batch: filled up with samples of weight 0, or left
-    out."""
+    out. A mix has no such batch: its sets begin anew within batches."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """More corrupt samples than this share of those read stop the run."""
 
@@ -127,10 +131,13 @@ class DataConfig(Section):
         if self.mix is not None:
             if self.shards is not None:
                 raise ValueError("data.shards and data.mix both name shard sets; leave one out")
+            if not self.mix:
+                raise ValueError("data.mix names no set; leave it out, or name one")
             titles = [each.title for each in self.mix]
             for title in titles:
-                if titles.count(title) > 1:
-                    raise ValueError(f"data.mix has two sets called {title!r}; give each a name")
+                if not title or titles.count(title) > 1:
+                    fault = f"two sets called {title!r}" if title else "a set without a name"
+                    raise ValueError(f"data.mix has {fault}; give each a name of its own")
         return self
 
     @property

@@ -1,8 +1,9 @@
-"""Batches on the training device, the next one already on its way.
+"""Batches on the training device, those of the next step already on their way.
 
-On CUDA one batch is fetched ahead, right after a step was launched: its copies run on a side stream
-while the step computes. On the CPU nothing is copied and nothing fetched ahead. Either way the
-position that goes into checkpoints is that of the batches handed out, not of those fetched.
+On CUDA a step's batches are fetched ahead, right after the step before was launched: their copies
+run on a side stream while it computes. On the CPU nothing is copied and nothing fetched ahead.
+Either way the position that goes into checkpoints is that of the batches handed out, not of those
+fetched.
 
 Two kinds of loader work: ours, which knows its position (``state_at``, ``load_state_dict``) and
 never ends, and any finite iterable such as a plain ``DataLoader``, which is repeated pass after
@@ -16,6 +17,7 @@ import atexit
 import itertools
 import time
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import torch
@@ -80,7 +82,8 @@ class BatchFeed:
         # Loader processes may ignore SIGTERM, which multiprocessing sends at exit and then waits
         # for ever; it registered its own exit function before, so this one runs first.
         atexit.register(_close_if_alive, weakref.ref(self))
-        self._ahead: tuple[Batch, dict[str, int]] | None = None
+        self._ahead: deque[tuple[Batch, dict[str, int]]] = deque()
+        self._num_taken = 1
         self._waits_s: list[float] = []
         self._wait_s = 0.0
         self._copies = _side_stream(device)
@@ -93,19 +96,22 @@ class BatchFeed:
             self._gaps.append((self._launched, _recorded_event()))
         batches = []
         for _ in range(count):
-            batch, self._position = self._ahead or self._pull()
-            self._ahead = None
+            batch, self._position = self._ahead.popleft() if self._ahead else self._pull()
             self._hand_over(batch)
             batches.append(batch)
+        self._num_taken = count
         self._waits_s.append(self._wait_s)
         self._wait_s = 0.0
         return batches
 
     def fetch_ahead(self) -> None:
-        """Fetch one batch while the device computes; call it once a step's work is launched."""
-        if self._copies is not None and self._ahead is None:
+        """Fetch as many batches as were taken last, while the device computes; call it once a
+        step's work is launched.
+        """
+        if self._copies is not None and not self._ahead:
             self._launched = _recorded_event()
-            self._ahead = self._pull()
+            for _ in range(self._num_taken):
+                self._ahead.append(self._pull())
 
     def state(self) -> dict[str, Any]:
         """Plain values from which another feed goes on behind the last batch handed out.
@@ -118,7 +124,7 @@ class BatchFeed:
 
     def close(self) -> None:
         """Dismiss the loader's processes; the position stays."""
-        self._ahead = None
+        self._ahead.clear()
         self._batches.close()
 
     def take_waits_s(self) -> list[float]:

@@ -108,14 +108,18 @@ class Loader:
 
     def state_at(self, next_batch: int) -> dict[str, Any]:
         """All that is needed to go on at global batch `next_batch`: plain ints and strings."""
-        mix = {"mix": self.source.weights} if isinstance(self.source, MixedSource) else {}
-        return {
-            **mix,
+        state = {
             "fingerprint": self.source.fingerprint,
             "seed": self.config.training.seed,
             **{name: getattr(self.config.data, name) for name in _ORDER_KEYS},
             "next_batch": next_batch,
         }
+        if isinstance(self.source, MixedSource):
+            sets = {name: part.fingerprint for name, part in self.source.sources.items()}
+            state |= {"mix": self.source.weights, "sets": sets}
+        if isinstance(self.order, MixedOrder):
+            del state["last_batch"]  # there is none
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin where another loader stopped; before the first batch is taken.
@@ -126,7 +130,7 @@ class Loader:
         if self._has_begun:
             raise ConfigError("the loader has begun to read; load its state before the first batch")
         own = self.state_at(int(state["next_batch"]))
-        for name in ("mix", "fingerprint", "seed", *_ORDER_KEYS):
+        for name in ("mix", "sets", "fingerprint", "seed", *_ORDER_KEYS):
             if state.get(name) != own.get(name):
                 raise ConfigError(
                     f"the checkpoint's stream has {name} {state.get(name)!r}, this one "
@@ -244,8 +248,9 @@ def open_source(config: TrainConfig, *, split: Split) -> SampleSource:
         if data.mix is None:
             return ShardSource(data.sets["shards"], split=split, cache=cache)
         weights = whole_weights([each.weight for each in data.mix])
-        sources = {e.title: ShardSource(e.shards, split=split, cache=cache) for e in data.mix}
-        return MixedSource(sources, dict(zip(sources, weights, strict=True)))
+        parts = sorted(zip(data.mix, weights, strict=True), key=lambda part: part[0].title)
+        sources = {e.title: ShardSource(e.shards, split=split, cache=cache) for e, _ in parts}
+        return MixedSource(sources, {each.title: weight for each, weight in parts})
     if data.root_dir is None:
         raise ConfigError(
             "no data is named; set data.shards (a shard set, fast), data.mix (several) or "

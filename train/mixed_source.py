@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, CorruptError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -25,7 +27,7 @@ ALIKE: Final = (
     "window.duration_s",
     "vision.rate_hz",
     "vision.size",
-    "audio.rate_hz",
+    "audio",
     "mel",
     "sensors.rate_hz",
     "sensors.touch_size",
@@ -56,8 +58,11 @@ class MixedSource:
         self.shard_sizes = np.concatenate([each.shard_sizes for each in self._sources])
         ends = np.cumsum([len(each.shard_sizes) for each in self._sources])
         self._ends, self._first_shards = ends, np.concatenate([[0], ends[:-1]])
-        prints = {name: each.fingerprint for name, each in sources.items()}
+        prints = [each.fingerprint for each in self._sources]
         self.fingerprint = hashlib.sha256(json.dumps(prints).encode()).hexdigest()
+        self._told: dict[int, tuple[int, list[int]]] = {}
+        for k, source in enumerate(self._sources):
+            source.let_go_of_others = partial(self._let_go_of_others, k)
 
     @property
     def lap(self) -> Lap:
@@ -89,19 +94,33 @@ class MixedSource:
         wanted = np.array(list(shards), dtype=np.int64)
         owners = np.searchsorted(self._ends, wanted, side="right")
         for k, source in enumerate(self._sources):
-            source.will_read((wanted[owners == k] - self._first_shards[k]).tolist(), streams)
+            told = os.getpid(), (wanted[owners == k] - self._first_shards[k]).tolist()
+            if self._told.get(k) != told:  # a set that changes its blocks leaves the others alone
+                self._told[k] = told
+                source.will_read(told[1], streams)
 
     def read_into(
         self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
     ) -> Text | None:
         """See :meth:`train.source.SampleSource.read_into`."""
-        source, shard = self._of(shard)
-        return source.read_into(shard, row, out, with_text=with_text)
+        source, own_shard = self._of(shard)
+        try:
+            return source.read_into(own_shard, row, out, with_text=with_text)
+        except CorruptError as error:
+            raise CorruptError(f"{self._name_of(shard)}: {error}") from error
 
     def close(self) -> None:
         """Close all files and hold the sets no longer."""
+        self._told.clear()
         for source in self._sources:
             source.close()
+
+    def _let_go_of_others(self, own: int) -> bool:
+        """Make room in the cache for a set: close what another one reads, if anything is open."""
+        return any(source.let_go() for k, source in enumerate(self._sources) if k != own)
+
+    def _name_of(self, shard: int) -> str:
+        return list(self.sources)[int(np.searchsorted(self._ends, shard, side="right"))]
 
     def _of(self, shard: int) -> tuple[ShardSource, int]:
         """The set that has a shard, and its number there."""

@@ -154,26 +154,30 @@ class MixedOrder:
         return dict(zip(self._names, (end - begin).tolist(), strict=True))
 
     def blocks_of(self, plan: BatchPlan) -> Blocks:
-        """Where each set is: epoch, first and last block; also of those the batch has none of."""
+        """Where each set is, also those that the batch has none of; a set that begins anew in the
+        batch is at several places.
+        """
         begins, ends = (
             self._turns.given(i * self.batch_size) for i in (plan.index, plan.index + 1)
         )
-        blocks = []
-        for order, begin, end in zip(self._orders, begins.tolist(), ends.tolist(), strict=True):
-            epoch, first = divmod(begin, order.num_samples)
-            last = max(first, first + end - begin - 1)
-            blocks.append((epoch, *order.blocks_of(epoch, np.array([first, last]))))
-        return tuple(blocks)
+        found = []
+        for k, (order, begin, end) in enumerate(
+            zip(self._orders, begins.tolist(), ends.tolist(), strict=True)
+        ):
+            size, last = order.num_samples, max(begin, end - 1)
+            for epoch in range(begin // size, last // size + 1):
+                ends_here = np.array([max(begin, epoch * size), last]) - epoch * size
+                found.append((k, epoch, *order.blocks_of(epoch, ends_here)))
+        return tuple(found)
 
     def shards_of(self, blocks: Blocks) -> list[int]:
         """Shards of such blocks in turn, and of each set's block that follows."""
-        found = [
-            order.shards_of(epoch, first, last + 1) + first_shard
-            for order, first_shard, (epoch, first, last) in zip(
-                self._orders, self._first_shard, blocks, strict=True
-            )
-        ]
-        return [int(shard) for shard in np.concatenate(found)]
+        found = []
+        for number, (k, epoch, first, last) in enumerate(blocks):
+            is_newest = number + 1 == len(blocks) or blocks[number + 1][0] != k
+            shards = self._orders[k].shards_of(epoch, first, last + is_newest)
+            found += [int(shard) for shard in shards + self._first_shard[k]]
+        return found
 
     def substitute(self, plan: BatchPlan, i: int, attempt: int) -> tuple[int, int]:
         """Shard and row of what stands in for sample `i` of a batch: another one of its set."""

@@ -21,8 +21,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
-Blocks = tuple[tuple[int, int, int], ...]
-"""Of each set: epoch, first and last block that a batch has samples of."""
+Blocks = tuple[tuple[int, int, int, int], ...]
+"""What a batch has samples of: number of the set, epoch, first and last block there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +112,16 @@ class SampleOrder:
         return int(shards[0]), int(rows[0])
 
     def substitute(self, epoch: int, position: int, attempt: int) -> int:
-        """The position of the sample that stands in for a corrupt one, the same on every rank and
-        worker.
+        """The position of another sample that stands in for a corrupt one, the same on every rank
+        and worker.
 
         Args:
             epoch: the epoch.
             position: of the corrupt sample; may be past the epoch's end, where padding is.
             attempt: 0, then 1 where that one is corrupt too, and so on.
         """
-        return int(self._hashes(f"{epoch}/substitute/{position}", attempt + 1)[attempt]) % (
-            self.num_samples
-        )
+        chance = int(self._hashes(f"{epoch}/substitute/{position}", attempt + 1)[attempt])
+        return (position + 1 + chance % max(1, self.num_samples - 1)) % self.num_samples
 
     def _enter(self, epoch: int) -> None:
         """Permute the shards of an epoch: O(shards), once per epoch."""
@@ -220,11 +219,11 @@ class BatchOrder:
 
     def blocks_of(self, plan: BatchPlan) -> Blocks:
         """Where a batch is."""
-        return ((plan.epoch, *self.order.blocks_of(plan.epoch, plan.positions)),)
+        return ((0, plan.epoch, *self.order.blocks_of(plan.epoch, plan.positions)),)
 
     def shards_of(self, blocks: Blocks) -> list[int]:
         """Shards of such blocks in turn, and of the block that follows."""
-        ((epoch, first, last),) = blocks
+        ((_, epoch, first, last),) = blocks
         return [int(shard) for shard in self.order.shards_of(epoch, first, last + 1)]
 
     def substitute(self, plan: BatchPlan, i: int, attempt: int) -> tuple[int, int]:

@@ -156,6 +156,8 @@ class ShardSource:
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self.lap: Lap = no_lap
         """Told when a stage of reading is over: open, fetch, checksum, decode, collate."""
+        self.let_go_of_others: Callable[[], bool] = _nothing_to_let_go
+        """Closes something that other sources of this process read; whether anything was open."""
 
     def key(self, shard: int, row: int) -> str:
         """SESSION/WINDOW."""
@@ -227,7 +229,7 @@ class ShardSource:
         """Everything but the open files: another process opens its own."""
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def _let_go(self, *, num_kept: int = 1) -> bool:
+    def let_go(self, *, num_kept: int = 0) -> bool:
         """Close the shard that was used longest ago; of the `num_kept` newest only the columns.
 
         Returns:
@@ -240,6 +242,10 @@ class ShardSource:
         for each in opened:
             each.close()
         return bool(opened)
+
+    def _let_go(self, *, num_kept: int = 1) -> bool:
+        """:meth:`let_go`, or else what others read."""
+        return self.let_go(num_kept=num_kept) or self.let_go_of_others()
 
     def _read_into(
         self,
@@ -336,3 +342,7 @@ class ShardSource:
                     f"{self.recipe.text.vocab_size}; run `python -m preprocess verify`"
                 )
         return text
+
+
+def _nothing_to_let_go() -> bool:
+    return False

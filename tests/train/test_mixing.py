@@ -169,18 +169,20 @@ def test_what_is_read_was_told_before(mix, batch_size, index):
     order = make_order(mix, batch_size=batch_size)
     plan = order.plan(index)
     told = set(order.shards_of(order.blocks_of(plan)))
-    walk = itertools.islice(slow_mix(mix), index * batch_size, (index + 1) * batch_size)
     firsts = np.concatenate([[0], np.cumsum([len(sizes) for sizes, _ in mix])])
-    seen, epochs = Counter(), {}
-    before = Counter(k for k, _, _ in itertools.islice(slow_mix(mix), index * batch_size))
-    for k, shard, _ in walk:
-        epoch = (before[k] + seen[k]) // sum(mix[k][0])
-        seen[k] += 1
-        if epochs.setdefault(k, epoch) == epoch:  # what is of a later epoch is told later
-            assert firsts[k] + shard in told
-    assert {
-        k for k, first in enumerate(firsts[:-1]) if told & set(range(first, firsts[k + 1]))
-    } == (set(range(len(mix))))
+    walk = itertools.islice(slow_mix(mix), index * batch_size, (index + 1) * batch_size)
+    assert {int(firsts[k]) + shard for k, shard, _ in walk} <= told
+    # of every set something is coming, also of those that this batch has nothing of
+    assert all(told & set(range(firsts[k], firsts[k + 1])) for k in range(len(mix)))
+
+
+def test_the_block_after_a_sets_newest_is_told_too():
+    order = make_order([([1] * 6, 1)], batch_size=1)
+    in_turn = [shard for shard, _ in itertools.islice(slow_set([1] * 6, "set0"), 12)]
+    for index, expected in ((0, in_turn[:4]), (2, in_turn[2:6]), (5, in_turn[4:6])):
+        told = order.shards_of(order.blocks_of(order.plan(index)))
+        assert set(told[: len(expected)]) == set(expected)
+        assert len(told) == 4  # the next epoch's first block after the last one
 
 
 @given(mix=sets, index=st.integers(0, 9), attempt=st.integers(0, 3))
@@ -194,6 +196,8 @@ def test_a_stand_in_is_another_sample_of_the_same_set(mix, index, attempt):
         shard, row = order.substitute(plan, i, attempt)
         assert owners[shard] == k
         assert row < all_sizes[shard]
+        is_alone = sum(mix[k][0]) == 1
+        assert ((shard, row) == (plan.shards[i], plan.rows[i])) == is_alone
         share = shares[i // 2]
         assert share.substitute(share.plan(index), i % 2, attempt) == (shard, row)
 
