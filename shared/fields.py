@@ -2,8 +2,8 @@
 arrays.
 
 Both ways in use it: the shard job encodes what it gives, and
-:class:`train.dataset.RealMultiModalDataset` hands it out as it is. So the two agree, and each is
-the other's oracle.
+:class:`train.data.dataset.RealMultiModalDataset` hands it out as it is. So the two agree, and each
+is the other's oracle.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ import torch
 from tiny_ranks import start_ranks
 
 from shared.manifest import commit_manifest, read_manifest
-from train import distributed
-from train.loader import Loader, open_source
-from train.selftest_rank import samples_of
+from train.data.loader import Loader, open_source
+from train.machine import distributed
+from train.studies.selftest_rank import samples_of
 
 WORLD_SIZES = (1, 2, 4)
 NUM_WORKERS = (0, 1, 2)
@@ -42,13 +42,13 @@ MAX_RESUME_S = 1.0
 
 _RESUME = """
 import json, sys, time
-import torch, train.loader
+import torch, train.data.loader
 from train.config import TrainConfig
 torch.set_num_threads(1)
 job = json.loads(sys.argv[1])
 config = TrainConfig.model_validate(job["config"])
 began_s = time.perf_counter()
-loader = train.loader.Loader(train.loader.open_source(config, split="train"), config)
+loader = train.data.loader.Loader(train.data.loader.open_source(config, split="train"), config)
 opened_s = time.perf_counter() - began_s
 position = int(job["share"] * loader.batches_per_epoch)
 loader.load_state_dict(loader.state_at(position))

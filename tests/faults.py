@@ -38,8 +38,8 @@ import torch
 from shared.codec import MAX_MEMBER_BYTES
 from shared.errors import CreatureError
 from shared.index import index_bytes, open_index
-from train.loader import Loader
-from train.reader import ShardSource
+from train.data.loader import Loader
+from train.data.reader import ShardSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,8 +7,8 @@ from tiny_sets import make_config
 
 from shared.manifest import read_manifest
 from shared.storage import Patience
-from train.loader import Loader
-from train.reader import ShardSource
+from train.data.loader import Loader
+from train.data.reader import ShardSource
 
 QUICK = Patience(attempts=6, first_wait_s=0.01, longest_wait_s=0.05)
 SECRET = "do-not-print-me"

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from shared.storage import Patience
-from train.cache import RemoteFile, ShardCache
+from train.data.cache import RemoteFile, ShardCache
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,7 +15,7 @@ from shared.recipe import Recipe, WindowShapes, json_of
 from shared.text import train_tokenizer
 from train.checkpoint import save_checkpoint
 from train.config import as_train_config
-from train.model import MultiModalCreature
+from train.model.multimodal import MultiModalCreature
 
 RECIPE = {
     "required": [],

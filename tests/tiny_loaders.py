@@ -7,8 +7,8 @@ import itertools
 import torch
 from tiny_sets import make_config
 
-from train.loader import Loader
-from train.reader import ShardSource
+from train.data.loader import Loader
+from train.data.reader import ShardSource
 
 
 def make_loader(shards, *, num_epochs=None, is_shuffled=True, split="train", **options):

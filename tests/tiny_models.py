@@ -9,7 +9,7 @@ import torch
 
 from shared.recipe import STREAMS, Stream, WindowShapes
 from train.config import Head
-from train.model import MultiModalCreature
+from train.model.multimodal import MultiModalCreature
 
 SHAPES = WindowShapes(
     num_ticks=8,

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from train import distributed
 from train.config import TrainConfig
-from train.launch import free_port, rank_environment
-from train.loader import Loader, open_source
-from train.metrics import RunLog, StepMeter
-from train.model import MultiModalCreature
-from train.trainer import Trainer
+from train.data.loader import Loader, open_source
+from train.loop.metrics import RunLog, StepMeter
+from train.loop.trainer import Trainer
+from train.machine import distributed
+from train.machine.launch import free_port, rank_environment
+from train.model.multimodal import MultiModalCreature
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from train.reader import ShardSource
+    from train.data.reader import ShardSource
 
 LENGTHS_S = {"ann": 2.0, "bob": 1.6, "cat": 2.5, "dan": 1.5, "eve": 2.0}
 """ann, bob and cat have left eyes, sound, sensors and text; cat both eyes; dan only sound and text;

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from train.model import MultiModalCreature
-from train.optimizing import make_optimizer
+from train.loop.optimizing import make_optimizer
+from train.model.multimodal import MultiModalCreature
 from train.profiling.step import TrainingStep
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from shared.recipe import WindowShapes
-from train.model import MultiModalCreature
-from train.trainer import Trainer
+from train.loop.trainer import Trainer
+from train.model.multimodal import MultiModalCreature
 
 SHAPES = WindowShapes(
     num_ticks=4,
@@ -88,7 +88,7 @@ def with_nan(batch):
 
 
 class EndlessLoader:
-    """Batches without end that can start anywhere, as train.loader.Loader promises."""
+    """Batches without end that can start anywhere, as train.data.loader.Loader promises."""
 
     def __init__(self, *, skipped=None, on_batch=None):
         self._next = 0

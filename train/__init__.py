@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from train.checkpoint import load_checkpoint
-    from train.dataset import RealMultiModalDataset, real_data_collate_fn
-    from train.loader import Loader, open_source
-    from train.model import MultiModalCreature
-    from train.trainer import Trainer
+    from train.data.dataset import RealMultiModalDataset, real_data_collate_fn
+    from train.data.loader import Loader, open_source
+    from train.loop.trainer import Trainer
+    from train.model.multimodal import MultiModalCreature
 
 __all__ = [
     "Loader",
@@ -30,13 +30,13 @@ __all__ = [
 ]
 
 _MODULES: Final[Mapping[str, str]] = {
-    "Loader": "train.loader",
-    "MultiModalCreature": "train.model",
-    "RealMultiModalDataset": "train.dataset",
-    "Trainer": "train.trainer",
+    "Loader": "train.data.loader",
+    "MultiModalCreature": "train.model.multimodal",
+    "RealMultiModalDataset": "train.data.dataset",
+    "Trainer": "train.loop.trainer",
     "load_checkpoint": "train.checkpoint",
-    "open_source": "train.loader",
-    "real_data_collate_fn": "train.dataset",
+    "open_source": "train.data.loader",
+    "real_data_collate_fn": "train.data.dataset",
 }
 """Where each public name is."""
 

@@ -78,7 +78,7 @@ def selftest(
     python -m train selftest --config configs/demo.yaml
     """  # noqa: D301
     from train.run import require_paths
-    from train.selftest import run_selftest
+    from train.studies.selftest import run_selftest
 
     config = load_section(TrainConfig, config_path, overrides)
     require_paths(config, origin=config_path)
@@ -116,7 +116,7 @@ def infer(
     python -m train infer --checkpoint checkpoints/demo/model_final.pt \\
         --input data/demo/session_001 --out predictions
     """  # noqa: D301
-    from train.infer import infer as infer_session
+    from train.inference.infer import infer as infer_session
 
     out = out / session.resolve().name
     with click.progressbar(length=1, label=session.name) as bar:
@@ -156,7 +156,7 @@ def ablate(*, checkpoint: Path, config_path: Path | None, device: str) -> None:
     \b
     python -m train ablate --checkpoint checkpoints/demo/model_final.pt
     """  # noqa: D301
-    from train.ablation import run_ablation
+    from train.studies.ablation import run_ablation
 
     data = None if config_path is None else load_section(TrainConfig, config_path).data
     run_ablation(checkpoint, data=data, device=device)
@@ -173,7 +173,7 @@ def estimate(*, config_path: Path, overrides: tuple[str, ...]) -> None:
     \b
     python -m train estimate --config configs/training_config.yaml model.size=large
     """  # noqa: D301
-    from train.estimate import print_estimate
+    from train.studies.estimate import print_estimate
 
     config = load_section(TrainConfig, config_path, overrides)
     print_estimate(config, origin=config_path)

@@ -12,10 +12,10 @@ from shared.config import make_section
 from shared.errors import CheckpointError, ConfigError
 from shared.recipe import Recipe, WindowShapes, json_of
 from shared.text import TextTokenizer, parse_tokenizer
-from train.baselines import Baselines
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig, as_train_config
-from train.model import MultiModalCreature, dimensions
+from train.model.baselines import Baselines
+from train.model.multimodal import MultiModalCreature, dimensions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -123,8 +123,8 @@ def reading_of(loader: object) -> dict[str, Any]:
     sessions as training did.
 
     Args:
-        loader: a :class:`train.loader.Loader`, or a plain DataLoader over a
-            :class:`train.dataset.RealMultiModalDataset` (or a Subset of one).
+        loader: a :class:`train.data.loader.Loader`, or a plain DataLoader over a
+            :class:`train.data.dataset.RealMultiModalDataset` (or a Subset of one).
 
     Returns:
         "recipe" and "tokenizer"; nothing where the loader has no such source.

@@ -13,25 +13,25 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.errors import ConfigError, SessionError
-from train import distributed
-from train.baselines import Baselines, Comparison, compare
 from train.checkpoint import find_latest_checkpoint, load_checkpoint
-from train.dataset import SessionSource
-from train.feed import initial_position
-from train.inputs import to_model_inputs
-from train.loader import Loader, open_source
-from train.losses import compute_losses
-from train.model import MultiModalCreature
-from train.runtime import choose_device
-from train.trainer import Trainer
+from train.data.dataset import SessionSource
+from train.data.inputs import to_model_inputs
+from train.data.loader import Loader, open_source
+from train.loop.feed import initial_position
+from train.loop.trainer import Trainer
+from train.machine import distributed
+from train.machine.runtime import choose_device
+from train.model.baselines import Baselines, Comparison, compare
+from train.model.losses import compute_losses
+from train.model.multimodal import MultiModalCreature
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from train.config import TrainConfig
-    from train.progress import TrainSummary
-    from train.source import SampleSource
+    from train.data.source import SampleSource
+    from train.loop.progress import TrainSummary
 
 MAX_LEFT_OUT_LINES = 20
 """Sessions and windows named one by one that are in no batch."""

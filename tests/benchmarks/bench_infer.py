@@ -23,13 +23,13 @@ import torch
 
 from shared.recipe import Recipe, WindowShapes
 from shared.text import train_tokenizer
-from train.baselines import Baselines
 from train.config import Head, as_train_config
 from train.creature import Creature
-from train.inputs import to_model_inputs
-from train.model import MultiModalCreature
-from train.sampling import Sampling
-from train.streaming import TickStream, take_ticks
+from train.data.inputs import to_model_inputs
+from train.inference.sampling import Sampling
+from train.inference.streaming import TickStream, take_ticks
+from train.model.baselines import Baselines
+from train.model.multimodal import MultiModalCreature
 
 POSITIONS = (0, 40, 400, 36_000)
 """Ticks lived before those that are measured; 36 000 are an hour."""

@@ -27,9 +27,9 @@ from rich.console import Console
 from shared.recipe import WindowShapes
 from train import MultiModalCreature, Trainer
 from train.config import TrainConfig
-from train.inputs import to_model_inputs
-from train.losses import compute_losses
-from train.optimizing import make_optimizer
+from train.data.inputs import to_model_inputs
+from train.loop.optimizing import make_optimizer
+from train.model.losses import compute_losses
 
 SHAPES = WindowShapes(image_size=64)
 GOAL = 1.03

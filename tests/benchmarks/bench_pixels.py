@@ -31,7 +31,7 @@ from shared.clock import nearest
 from shared.codec import decode_pictures, encode_pictures
 from shared.media import read_frames, read_video_track
 from shared.recipe import VisionRecipe
-from train.inputs import IMAGENET_MEAN, IMAGENET_STD, normalized_frames
+from train.data.inputs import IMAGENET_MEAN, IMAGENET_STD, normalized_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -72,8 +72,8 @@ def main() -> None:
 def measure(shards: Path, name: str) -> dict[str, float]:
     """One epoch of a set; runs in a process of its own."""
     from train.config import Head, TrainConfig
-    from train.loader import Loader
-    from train.reader import ShardSource
+    from train.data.loader import Loader
+    from train.data.reader import ShardSource
 
     heads, members = STREAMS[name]
     config = TrainConfig.model_validate(

@@ -210,11 +210,11 @@ def warm_up(read_timeout_s: float) -> None:
     import aiohttp  # noqa: F401
     import s3fs
 
-    import train.loader  # noqa: F401
+    import train.data.loader  # noqa: F401
 
     set_start_method("fork", force=True)  # of the workers, as under torchrun
     storage.READ_TIMEOUT_S = s3fs.S3FileSystem.read_timeout = read_timeout_s
-    logging.getLogger("train.cache").setLevel(logging.ERROR)
+    logging.getLogger("train.data.cache").setLevel(logging.ERROR)
     logging.getLogger("shared.storage").setLevel(logging.ERROR)
     time.sleep(0.1)  # so that no rank's process takes two of these
 
@@ -225,9 +225,9 @@ def read_epoch(
     """One epoch of a rank: samples after the first batch, seconds to it and after it, hash of the
     keys, samples replaced.
     """
-    from train.loader import Loader
-    from train.reader import ShardSource
-    from train.remote import CacheSettings
+    from train.data.loader import Loader
+    from train.data.reader import ShardSource
+    from train.data.remote import CacheSettings
 
     config = TrainConfig.model_validate(
         {"data": {"num_workers": num_workers, "shuffle_block_shards": 4}}

@@ -5,7 +5,7 @@
 Batches of 8 windows with 2 eyes x 20 frames of 224 x 224. Three sides take turns within each round,
 with the same samples and the same decoders:
 
-- ring: :class:`train.loader.Loader`; decodes into recycled shared memory.
+- ring: :class:`train.data.loader.Loader`; decodes into recycled shared memory.
 - ordinary: torch's DataLoader with batches assembled in its processes, as everybody does; tensors
   cross in shared memory that is new each time.
 - alone: as many processes make the same batches into one buffer each and send nothing. No transport
@@ -32,12 +32,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from train.assemble import array_forms, compose_batch, fill_arrays
 from train.config import TrainConfig
-from train.loader import Loader
-from train.reader import ShardSource
-from train.ring import Ring
-from train.worker import BatchReader, Task
+from train.data.assemble import array_forms, compose_batch, fill_arrays
+from train.data.loader import Loader
+from train.data.reader import ShardSource
+from train.data.ring import Ring
+from train.data.worker import BatchReader, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 SESSION = ROOT / "data/bench/720p30-gop30-60s/1/session_a"

@@ -100,8 +100,8 @@ def measure(folder: Path) -> dict[str, float]:
     import numpy as np
     from torch.utils.data import DataLoader
 
-    from train.order import BatchOrder, SampleOrder
-    from train.reader import ShardSource
+    from train.data.order import BatchOrder, SampleOrder
+    from train.data.reader import ShardSource
 
     gc.collect()
     before_mib, peak_before_mib = private_mib(), peak_mib()

@@ -21,7 +21,7 @@ import argparse
 import numpy as np
 
 from shared.recipe import Recipe
-from train.order import BatchOrder, SampleOrder
+from train.data.order import BatchOrder, SampleOrder
 
 WINDOW_S = 4
 BYTES_PER_SAMPLE = 800_000

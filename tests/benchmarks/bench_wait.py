@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from train import Trainer
 from train.config import TrainConfig
-from train.loader import Loader, open_source
+from train.data.loader import Loader, open_source
 
 GOAL = 0.01
 SMALLEST_STEP_S = 0.0005
@@ -87,7 +87,7 @@ def smallest_step_s(given: argparse.Namespace, workers: int) -> float:
 
 def run(given: argparse.Namespace, workers: int, step_s: float) -> dict[str, float]:
     """The last metrics of a short run, and the first batch's time."""
-    from train.metrics import RunLog
+    from train.loop.metrics import RunLog
 
     seen: dict[str, float] = {}
     original = RunLog.write_metrics

@@ -12,7 +12,7 @@ from faulty_server import FaultyServer
 from remote_sets import QUICK, SECRET
 
 from shared import storage
-from train.remote import CacheSettings
+from train.data.remote import CacheSettings
 
 
 @pytest.fixture

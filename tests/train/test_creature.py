@@ -16,7 +16,7 @@ from shared.recipe import Recipe, WindowShapes, json_of
 from shared.text import train_tokenizer
 from train.config import as_train_config
 from train.creature import load_creature
-from train.model import MultiModalCreature
+from train.model.multimodal import MultiModalCreature
 
 RECIPE = make_section(
     Recipe, {"vision": {"size": 16}, "mel": {"channels": 8}, "text": {"vocab_size": 264}}

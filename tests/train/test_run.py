@@ -16,7 +16,7 @@ from shared.errors import CheckpointError, ConfigError
 from shared.recipe import json_of
 from train import MultiModalCreature, RealMultiModalDataset, Trainer, real_data_collate_fn
 from train.__main__ import cli
-from train.infer import infer
+from train.inference.infer import infer
 from train.run import (
     baseline_losses,
     check_config,

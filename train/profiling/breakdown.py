@@ -16,13 +16,13 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Final
 
 from shared.laps import Laps, no_lap
-from train.feed import iterate, tensors_of
-from train.inputs import to_device
-from train.loader import Loader
-from train.mixed_source import MixedSource
+from train.data.inputs import to_device
+from train.data.loader import Loader
+from train.data.mixed_source import MixedSource
+from train.data.reader import ShardSource
+from train.loop.feed import iterate, tensors_of
+from train.machine.runtime import memory_allocated_mb
 from train.profiling.step import PHASES, PhaseTimes
-from train.reader import ShardSource
-from train.runtime import memory_allocated_mb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from train.config import TrainConfig
-    from train.feed import Batch
+    from train.data.source import SampleSource
+    from train.loop.feed import Batch
     from train.profiling.step import TrainingStep
-    from train.source import SampleSource
 
 STAGES: Final = ("plan", "open", "fetch", "checksum", "decode", "collate")
 """Of making a batch, in the process that makes it. Sessions read directly decode as they fetch."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 
 from shared.errors import ConfigError
-from train import runtime
-from train.inputs import to_model_inputs
-from train.optimizing import make_optimizer
+from train.data.inputs import to_model_inputs
+from train.loop.optimizing import make_optimizer
+from train.machine import runtime
 from train.profiling.advice import recommend, untested
 from train.profiling.breakdown import measure_steps
 from train.profiling.figures import Figures

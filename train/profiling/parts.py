@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from train.feed import tensors_of
-from train.gradients import part_of
+from train.loop.feed import tensors_of
+from train.loop.gradients import part_of
 from train.profiling.step import device_laps
 
 if TYPE_CHECKING:

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import torch
 
 from shared.errors import CreatureError
-from train import runtime
-from train.feed import BatchFeed, iterate
-from train.inputs import to_device
-from train.loader import Loader
+from train.data.inputs import to_device
+from train.data.loader import Loader
+from train.loop.feed import BatchFeed, iterate
+from train.machine import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from train.config import TrainConfig
-    from train.feed import Batch
+    from train.data.source import SampleSource
+    from train.loop.feed import Batch
     from train.profiling.step import TrainingStep
-    from train.source import SampleSource
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ MIN_STEPS: Final = 2
 
 
 class CachedFeed:
-    """The same batches again and again, in place of a :class:`train.feed.BatchFeed`."""
+    """The same batches again and again, in place of a :class:`train.loop.feed.BatchFeed`."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._batches = list(batches)

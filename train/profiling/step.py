@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from shared.laps import Laps
-from train import runtime
-from train.blocks import Block
-from train.inputs import to_model_inputs
-from train.losses import compute_losses, loss_counts
-from train.optimizing import clip_gradient, learning_rate, set_learning_rate, step_if
-from train.spikes import SpikeWatch
+from train.data.inputs import to_model_inputs
+from train.loop.optimizing import clip_gradient, learning_rate, set_learning_rate, step_if
+from train.loop.spikes import SpikeWatch
+from train.machine import runtime
+from train.model.blocks import Block
+from train.model.losses import compute_losses, loss_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from train.config import TrainConfig
-    from train.feed import Batch
-    from train.model import MultiModalCreature
+    from train.loop.feed import Batch
+    from train.model.multimodal import MultiModalCreature
 
     Phase = Callable[[str], AbstractContextManager[Any]]
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from train.config import TrainConfig
-    from train.model import MultiModalCreature
-    from train.source import SampleSource
+    from train.data.source import SampleSource
+    from train.model.multimodal import MultiModalCreature
 
 MAX_PREFETCH: Final = 4
 """Batches per process that are tried."""

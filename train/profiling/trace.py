@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from train import runtime
+from train.machine import runtime
 from train.profiling.step import PHASES
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from shared.errors import ConfigError, CreatureError
-from train import runtime
-from train.feed import tensors_of
+from train.loop.feed import tensors_of
+from train.machine import runtime
 from train.profiling.figures import Value, Variant
 from train.profiling.rates import CachedFeed, cached_batches, in_turns, training_rate
 from train.profiling.sweeps import AS_CONFIGURED, Bench

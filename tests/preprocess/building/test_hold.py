@@ -12,7 +12,7 @@ from oracles import build, check_whole, file_hashes, set_keys, tiny_recipe
 from shared.hold import read_held
 from shared.index import open_index
 from shared.manifest import Manifest, read_manifest
-from train.reader import ShardSource
+from train.data.reader import ShardSource
 
 OTHER_TEXT = tiny_recipe(text={"vocab_size": 264})
 OTHER_SENSORS = tiny_recipe(sensors={"max_gap_s": 0.2})

@@ -36,8 +36,8 @@ from preprocess.building import job as job_module
 from preprocess.sets.inspect import describe_sample, describe_set, verify_set
 from preprocess.sets.surgery import list_sessions
 from shared.manifest import read_manifest
-from train.loader import Loader
-from train.reader import ShardSource
+from train.data.loader import Loader
+from train.data.reader import ShardSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

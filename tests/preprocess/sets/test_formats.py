@@ -22,7 +22,7 @@ from preprocess.sets.surgery import drop_sessions, list_sessions, merge_sets, sp
 from shared.errors import FormatVersionError
 from shared.layout import COLUMNS
 from shared.manifest import read_manifest
-from train.reader import ShardSource
+from train.data.reader import ShardSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,146 @@
+"""Bad data in a loader: the sample is replaced, counted and named, alike for any workers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import tiny_sets
+import torch
+from tiny_loaders import assert_same, make_loader, take
+
+from shared.errors import CorruptError, TooManyBadSamplesError
+from train.data.reader import ShardSource
+from train.data.worker import MAX_SUBSTITUTES
+
+
+def damage(shards, column, *, key=None, shard=0, row=1):
+    """Flip one byte inside a sample's member; returns its key."""
+    source = ShardSource(shards)
+    if key is not None:
+        shard, row = next(p for p in tiny_sets.places_of(source) if source.key(*p) == key)
+    index = source.shard(shard).index
+    name = {"dmel.zarr.zip": "dmel/dmel", "proprio.zarr.zip": "proprio/touch"}.get(column)
+    members = index.members(name or column.partition(".")[0])
+    assert members.length[row] > 0, "the sample lacks it"
+    path = shards / f"{index.facts['name']}.{column}"
+    tiny_sets.flip_byte(path, int(members.offset[row]) + int(members.length[row]) // 2)
+    return source.key(shard, row)
+
+
+@pytest.fixture
+def a_copy(tiny_set, tmp_path):
+    return tiny_sets.copy_set(tiny_set, tmp_path / "set")
+
+
+def skipped_of(batches):
+    return [skip for batch in batches for skip in batch["skipped"]]
+
+
+@pytest.mark.parametrize(
+    "column", ["vision_left.tar", "text.tar", "proprio.zarr.zip", "dmel.zarr.zip"]
+)
+def test_a_flipped_byte_costs_its_sample_only(tiny_set, a_copy, column):
+    key = damage(a_copy, column)
+    good = make_loader(tiny_set, num_epochs=1)
+    batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    skipped = skipped_of(batches)
+    assert {skip["key"] for skip in skipped} == {key}
+    for mine, whole in zip(batches, good, strict=True):
+        for i, (my_key, its_key) in enumerate(zip(mine["keys"], whole["keys"], strict=True)):
+            assert my_key != key
+            if its_key != key:
+                assert my_key == its_key
+                assert torch.equal(mine["inputs"]["touch"][i], whole["inputs"]["touch"][i])
+                assert torch.equal(mine["inputs"]["audio"][i], whole["inputs"]["audio"][i])
+
+
+def test_a_skipped_sample_is_named_with_its_place_and_fault(a_copy):
+    key = damage(a_copy, "dmel.zarr.zip", shard=2, row=3)
+    batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    skip = skipped_of(batches)[0]
+    assert (skip["key"], skip["shard"], skip["row"]) == (key, 2, 3)
+    assert "train-000002.dmel.zarr.zip at " in skip["error"]
+    assert "checksum" in skip["error"]
+
+
+def test_a_substitute_is_whole_and_keeps_its_rows_weight(tiny_set, a_copy):
+    last = list(make_loader(tiny_set, num_epochs=1))[-1]
+    rows = zip(last["keys"], last["weight"], strict=True)
+    padded = next(k for k, weight in rows if not weight and not k.startswith("dan"))  # has proprio
+    damage(a_copy, "proprio.zarr.zip", key=padded)
+    found = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    assert torch.equal(found[-1]["weight"], last["weight"])
+    assert padded not in {key for batch in found for key in batch["keys"]}
+    assert len(skipped_of(found)) == 2  # once as a sample, once as padding
+    clean = {}
+    for batch in make_loader(tiny_set, num_epochs=1):
+        clean |= {key: batch["inputs"]["touch"][i] for i, key in enumerate(batch["keys"])}
+    for batch in found:
+        for i, key in enumerate(batch["keys"]):
+            assert torch.equal(batch["inputs"]["touch"][i], clean[key])
+
+
+@pytest.mark.parametrize("fault", ["byte", "column", "index"])
+def test_bad_data_is_replaced_alike_for_any_number_of_workers(a_copy, fault):
+    if fault == "byte":
+        damage(a_copy, "text.tar")
+    else:
+        (a_copy / f"train-000001.{'index' if fault == 'index' else 'proprio.zarr.zip'}").unlink()
+    options = {"max_bad_fraction": 1.0}
+    alone = take(make_loader(a_copy, **options), 9)
+    assert skipped_of(alone)
+    assert_same(take(make_loader(a_copy, num_workers=2, **options), 9), alone)
+
+
+@pytest.mark.parametrize("suffix", ["vision_left.tar", "dmel.zarr.zip", "index"])
+def test_a_missing_file_costs_the_samples_of_its_shard(a_copy, suffix):
+    (a_copy / f"train-000001.{suffix}").unlink()
+    batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    skipped = skipped_of(batches)
+    assert {(skip["shard"], skip["row"]) for skip in skipped} <= {(1, row) for row in range(4)}
+    assert all(f"train-000001.{suffix}" in skip["error"] for skip in skipped)
+    assert {skip["key"] == "?" for skip in skipped} == {suffix == "index"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_bad_samples_stop_the_run_with_one_plain_message(a_copy, num_workers):
+    damage(a_copy, "dmel.zarr.zip")
+    loader = make_loader(a_copy, num_workers=num_workers)  # 1 of 30: more than 2 of 200
+    with pytest.raises(TooManyBadSamplesError, match="max_bad_fraction allows 0") as found:
+        take(loader, 1000)
+    message = str(found.value)
+    assert message.startswith("3 of ")
+    assert "python -m preprocess verify" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_set_of_which_nothing_can_be_read_says_so(a_copy, num_workers):
+    for path in a_copy.glob("*.dmel.zarr.zip"):
+        path.write_bytes(b"")
+    loader = make_loader(a_copy, heads=("audio",), modalities=["audio"], num_workers=num_workers)
+    with pytest.raises(TooManyBadSamplesError) as found:
+        take(loader, 1)
+    message = str(found.value)
+    assert (
+        f"{MAX_SUBSTITUTES - 1} others in its place are corrupt" in message or "allows" in message
+    )
+    assert "Traceback" not in message
+
+
+def test_a_sample_that_lacks_the_damaged_column_is_no_bad_sample(a_copy):
+    for path in a_copy.glob("*.vision_right.tar"):
+        path.write_bytes(b"")
+    batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    assert {skip["key"].partition("/")[0] for skip in skipped_of(batches)} == {"cat"}
+
+
+def test_what_only_the_disk_knows_is_a_bad_sample_too(tiny_set, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    source = ShardSource(tiny_set)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(CorruptError, match="can't be read: Input/output error"):
+        source.read_into(0, 0, {}, with_text=True)

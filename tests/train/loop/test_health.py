@@ -1,0 +1,179 @@
+"""Rules of health: what they find in curves, what they leave alone, what they say."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+from event_files import text_of
+from rich.console import Console
+from tiny_training import make_batch, make_config, make_trainer, with_nan
+
+from train.loop import health
+from train.loop.health import HealthWatch, LogPoint, check
+from train.loop.metrics import RunLog
+
+FALLING = np.geomspace(8.0, 1.0, 12)
+FLAT = np.full(12, 5.0)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def curve(**metrics):
+    """A history of one log per 100 steps, from equally long curves."""
+    rows = zip(*metrics.values(), strict=True)
+    return [
+        LogPoint(step=100 * i, metrics={k: float(v) for k, v in zip(metrics, row, strict=True)})
+        for i, row in enumerate(rows, start=1)
+    ]
+
+
+def noisy(values, *, scale=0.05, seed=0):
+    return values + np.random.default_rng(seed).normal(scale=scale, size=len(values))
+
+
+BROKEN = {
+    "not finite": ({"loss_total": [1.0, 1.0, math.nan]}, "Reduce LR"),
+    "no decrease": ({"loss_total": noisy(FLAT)}, "Model/data mismatch, check shapes"),
+    "plateau": ({"loss_total": [9.0, 7.0, *FLAT]}, "Check learning rate, data quality"),
+    "internal text": ({"loss_internal_text": [3.1] * 3}, "Check text tokenization"),
+    "audio": ({"loss_audio": [2.6] * 3}, "Check audio normalization"),
+    "one rises": (
+        {"loss_animation": noisy(FALLING[::-1]), "loss_audio": noisy(FALLING)},
+        "Check that modality's data",
+    ),
+    "uneven": (
+        {"loss_animation": noisy(FLAT), "loss_audio": noisy(FALLING)},
+        "Adjust loss weights",
+    ),
+    "slow": ({"samples_per_sec": [4.0] * 3}, "precision: bf16"),
+    "waiting for data": ({"data_wait_fraction": [0.6] * 3}, "raise data.num_workers"),
+    "memory": ({"memory_allocated_mb": [22_001.0] * 3}, "Reduce batch size"),
+}
+"""Per rule curves that break it alone, and words of the walkthrough's advice."""
+
+
+def test_every_rule_has_its_curves_here():
+    assert [*BROKEN] == [rule.name for rule in health.RULES]
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_each_rule_speaks_with_the_walkthroughs_advice(rule):
+    metrics, advice = BROKEN[rule]
+    (finding,) = check(curve(**metrics))
+    assert finding.rule == rule
+    assert advice in finding.advice
+    assert finding.metric in str(finding)
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_each_rule_is_seen_in_the_terminal_and_in_tensorboard(tmp_path, rule):
+    metrics, advice = BROKEN[rule]
+    screen = io.StringIO()
+    console = Console(file=screen, width=400)
+    with RunLog(tmp_path, max_steps=2000, quiet_steps=0, console=console) as log:
+        for point in curve(**metrics):
+            log.write_metrics(point.step, point.metrics)
+    assert advice in screen.getvalue()
+    assert advice in text_of(tmp_path, "health")
+
+
+def test_steps_that_were_left_out_are_a_finding():
+    (finding,) = check(curve(skipped_steps=[0.0, 0.0, 2.0]))
+    assert "check for corrupted data" in finding.advice
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"loss_total": FLAT}, {"loss_animation": FLAT, "loss_audio": FALLING}],
+    ids=["no decrease", "uneven"],
+)
+def test_a_resumed_run_is_not_blamed_for_what_it_learned_before(metrics):
+    early = curve(**metrics)
+    late = [LogPoint(step=p.step + 50_000, metrics=p.metrics) for p in early]
+    assert check(early)
+    assert {finding.rule for finding in check(late)} <= {"plateau"}
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"loss_internal_text": [1.9] * 3, "loss_audio": [1.4] * 3},
+        {"loss_internal_text": [3.0] * 3, "loss_audio": [2.5] * 3, "samples_per_sec": [5.0] * 3},
+        {"samples_per_sec": [50.0, 4.0, 50.0, 4.0], "memory_allocated_mb": [22_000.0] * 4},
+        {"loss_total": noisy(FALLING)},
+        {"loss_total": noisy(FLAT[:9])},
+        {"loss_total": [9.0, 7.0, *noisy(FLAT)], "lr": [1.0] * 4 + [0.1] * 10},
+        {"loss_animation": noisy(FALLING, seed=1), "loss_audio": noisy(FALLING, seed=2)},
+        {"loss_animation": noisy(FLAT[:9], scale=0.5), "loss_external_text": noisy(FALLING[:9])},
+        {"loss_animation": noisy(FALLING), "loss_audio": noisy(FALLING * 0 + 0.0, scale=0)},
+        {"loss_total": [math.inf], "val/loss_total": [math.nan]},
+    ],
+)
+def test_healthy_curves_are_left_alone(metrics):
+    assert check(curve(**metrics)) == []
+
+
+def share_accused(rule, make_curves, *, num_runs=100, noise=0.03):
+    """Share of simulated noisy runs in which a rule speaks at one of the logs."""
+    accused = 0
+    for seed in range(num_runs):
+        rng = np.random.default_rng(10_000 + seed)
+        curves = {n: c * (1 + noise * rng.normal(size=len(c))) for n, c in make_curves.items()}
+        history = curve(**curves)
+        accused += any(
+            finding.rule == rule
+            for end in range(1, len(history) + 1)
+            for finding in check(history[:end], quiet_steps=0)
+        )
+    return accused / num_runs
+
+
+def test_a_rising_loss_is_found_in_noise_and_a_flat_one_seldom_accused():
+    others = {"loss_animation": 2 * np.exp(-np.arange(20) / 40)}
+    rising = {"loss_audio": 3 * (1 + 0.01 * np.arange(20)), **others}
+    flat = {"loss_audio": np.full(20, 3.0), **others}
+    assert share_accused("one rises", rising) > 0.9
+    assert share_accused("one rises", flat) < 0.1
+
+
+def test_a_plateau_is_found_in_noise_and_a_slow_fall_seldom_accused():
+    plateau = {"loss_total": np.array([9.0, 7.0, *[5.0] * 16])}
+    slow = {"loss_total": np.array([9.0, 7.0, *np.linspace(5.0, 4.5, 16)])}
+    assert share_accused("plateau", plateau, noise=0.01) > 0.9
+    assert share_accused("plateau", slow, noise=0.01) < 0.05
+
+
+def test_thresholds_that_every_untrained_model_breaks_are_silent_at_first():
+    metrics = {"loss_internal_text": 7.0, "loss_audio": 2.77}
+    early = [LogPoint(step=step, metrics=metrics) for step in (50, 199)]
+    late = [*early, LogPoint(step=200, metrics=metrics)]
+    assert check(early) == []
+    assert {finding.metric for finding in check(late)} == set(metrics)
+    assert check(late, quiet_steps=1000) == []
+
+
+def test_a_lasting_finding_is_repeated_only_now_and_then():
+    watch = HealthWatch(repeat_after_logs=5)
+    said = [step for step in range(200, 214) if watch.observe(step, {"loss_audio": 2.7})]
+    assert said == [200, 205, 210]
+
+
+def test_the_table_has_the_walkthroughs_limits():
+    limits = {(rule.metric, rule.good, rule.warning) for rule in health.RULES}
+    assert {
+        ("loss_internal_text", "< 2.0", "> 3.0"),
+        ("loss_audio", "< 1.5", "> 2.5"),
+        ("samples_per_sec", "> 10", "< 5"),
+        ("memory_allocated_mb", "< 20000", "> 22000"),
+    } <= limits
+
+
+def test_a_finding_is_said_in_the_terminal_and_in_tensorboard(tmp_path):
+    screen = io.StringIO()
+    batches = [make_batch(0), with_nan(make_batch(1))]
+    trainer = make_trainer(make_config(tmp_path), batches, console=Console(file=screen))
+    summary = trainer.train()
+    assert screen.getvalue().count("Reduce LR") == 1
+    assert "Reduce LR" in text_of(summary.log_dir, "health")

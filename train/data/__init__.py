@@ -1,0 +1,1 @@
+"""From shard sets to batches on the training device."""

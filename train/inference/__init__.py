@@ -1,0 +1,1 @@
+"""A creature lives through a session, tick by tick."""

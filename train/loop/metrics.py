@@ -1,0 +1,391 @@
+"""What a run tells: the same names in the terminal and in TensorBoard, and a list of bad samples.
+
+``StepMeter`` adds up on the device, so that steps between two logs never wait for it; ``RunLog``
+writes what the meter says to the terminal (one line per log), to TensorBoard (``log_dir/<run
+name>``) and, for samples that had to be replaced, to ``quarantine.jsonl`` beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import socket
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from shared.errors import ConfigError, CreatureError, DivergedError
+from train.config import Head
+from train.loop.health import HealthWatch
+from train.loop.showing import draw_window, write_window
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from train.loop.health import Finding
+    from train.loop.showing import ShownWindow
+
+QUARANTINE_NAME: Final = "quarantine.jsonl"
+"""Samples that had to be replaced: key, shard, offset, error, and the step that met them."""
+
+QUANTILES: Final = (50, 95, 99)
+"""Percentiles of the waits for data."""
+
+HEADER_EVERY: Final = 20
+"""Log lines between two repetitions of the column names."""
+
+MIN_COLUMN_WIDTH: Final = 9
+
+MAX_BAD_STEPS: Final = 10
+"""So many steps in a row that were not finite, or spikes, stop the run."""
+
+FIRST_STEPS: Final = 5
+"""Steps whose mean counts as the first loss."""
+
+TERMINAL_ONLY_LEFT_OUT: Final = (
+    "data_wait_ms_",
+    "time_to_",
+    "skipped_steps",
+    "grad_norm/",
+    "samples_of/",
+)
+"""Metrics that a terminal line has no room for; TensorBoard has them."""
+
+CHARTS: Final = {
+    "losses": {
+        name: ["Multiline", [f"^{name}$", f"^val/{name}$"]]
+        for name in ("loss_total", *(f"loss_{head}" for head in Head))
+    },
+    "speed": {
+        name: ["Multiline", [f"^{name}$"]]
+        for name in ("samples_per_sec", "data_wait_fraction", "memory_allocated_mb")
+    },
+    "steps": {
+        "gradient norm per part, clipped": ["Multiline", ["^grad_norm/"]],
+        "grad_norm": ["Multiline", ["^grad_norm$"]],
+        "lr": ["Multiline", ["^lr$"]],
+        "samples of each set": ["Multiline", ["^samples_of/"]],
+        "left out": ["Multiline", ["^skipped_steps$", "^skipped_samples$"]],
+    },
+}
+"""TensorBoard's tab "custom scalars": which curves share a chart."""
+
+
+class StepMeter:
+    """Means over the steps since the last log, added up on the device without waiting for it.
+
+    Steps that were left out, not finite or spikes, count as skipped and enter no mean.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._num_good = torch.zeros((), dtype=torch.int64, device=device)
+        self._num_samples = torch.zeros((), device=device)
+        self._num_steps = 0
+        self._first_steps: list[tuple[dict[str, Tensor], Tensor]] = []
+        self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._losses: dict[str, Tensor] = {}
+        self._grad_norm = torch.zeros((), device=device)
+        self.restart_clock()
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether steps were added since the last log."""
+        return self._num_steps > 0
+
+    def add(
+        self,
+        losses: Mapping[str, Tensor],
+        *,
+        grad_norm: Tensor,
+        is_good: Tensor,
+        num_samples: Tensor,
+    ) -> None:
+        """Add one step; all tensors are 0-dim on the device, `is_good` bool."""
+        for name, value in {**losses, "grad_norm": grad_norm}.items():
+            good = torch.where(is_good, value.detach().float(), 0.0)
+            self._sums[name] = self._sums[name] + good if name in self._sums else good
+        self._num_good = self._num_good + is_good
+        self._num_samples = self._num_samples + num_samples
+        self._num_steps += 1
+        self._losses = {name: loss.detach() for name, loss in losses.items()}
+        self._grad_norm = grad_norm
+        self._bad_in_a_row = torch.where(is_good, 0, self._bad_in_a_row + 1)
+        if len(self._first_steps) < FIRST_STEPS:
+            self._first_steps.append((self._losses, is_good))
+
+    def take(self, waits_s: Sequence[float]) -> dict[str, float]:
+        """Everything since the last call, as plain numbers; waits for the device and starts anew.
+
+        Args:
+            waits_s: how long each step waited for its data.
+
+        Returns:
+            The means of what was added, samples_per_sec, skipped_steps, data_wait_fraction and
+            data_wait_ms_p50, _p95 and _p99. Means without a single good step are NaN.
+        """
+        num_good = int(
+            self._num_good
+        )  # waits for the device, so that the clock below sees all its work
+        elapsed_s = max(time.perf_counter() - self._began_s - self._excluded_s, 1e-9)
+        metrics = {n: float(s) / num_good if num_good else math.nan for n, s in self._sums.items()}
+        metrics["samples_per_sec"] = float(self._num_samples) / elapsed_s
+        metrics["data_wait_fraction"] = min(1.0, sum(waits_s) / elapsed_s)
+        metrics["skipped_steps"] = float(self._num_steps - num_good)
+        waits_ms = np.percentile(np.array(waits_s or [0.0]) * 1e3, QUANTILES)
+        metrics |= {
+            f"data_wait_ms_p{q}": float(w) for q, w in zip(QUANTILES, waits_ms, strict=True)
+        }
+        self._reset()
+        return metrics
+
+    def first_losses(self) -> dict[str, float]:
+        """Means of the losses of the first few steps; waits for the device."""
+        good = [losses for losses, is_good in self._first_steps if is_good]
+        return {
+            name: sum(float(losses[name]) for losses in good) / len(good)
+            for name in (good or [{}])[0]
+        }
+
+    def check_divergence(self, step: int) -> None:
+        """Stop a run that no longer learns anything; waits for the device.
+
+        Raises:
+            DivergedError: :data:`MAX_BAD_STEPS` steps or more in a row were left out.
+        """
+        if (count := int(self._bad_in_a_row)) < MAX_BAD_STEPS:
+            return
+        culprits = [name for name, loss in self._losses.items() if not torch.isfinite(loss)]
+        fault = f"{' and '.join(culprits) or 'the gradient'} was not finite"
+        if not culprits and torch.isfinite(self._grad_norm):
+            total = float(self._losses["loss_total"])
+            fault = (
+                f"loss_total {total:.4g} or grad_norm {float(self._grad_norm):.4g} was far above "
+                "the steps before (training.spike_sigma)"
+            )
+        raise DivergedError(
+            f"step {step}: {fault} in {count} steps in a row. "
+            "Weights are those before these steps. Reduce LR (training.optimizer.lr), check for "
+            "corrupted data "
+            "(`python -m preprocess verify`), and resume from a checkpoint (`--resume auto`)"
+        )
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time inside out of the speed: it is spent on something else than training."""
+        began_s = time.perf_counter()
+        yield
+        self._excluded_s += time.perf_counter() - began_s
+
+    def restart_clock(self) -> None:
+        """Begin to measure the speed now."""
+        self._began_s = time.perf_counter()
+        self._excluded_s = 0.0
+
+    def _reset(self) -> None:
+        self._sums = {}
+        self._num_good = torch.zeros_like(self._num_good)
+        self._num_samples = torch.zeros_like(self._num_samples)
+        self._num_steps = 0
+        self.restart_clock()
+
+
+class RunLog:
+    """Writes to the terminal, TensorBoard and the quarantine file; a context manager.
+
+    Args:
+        folder: of this run; made where it is missing, continued where it is not.
+        first_step: the step that the run starts or resumes at; what TensorBoard had from later
+            steps is hidden.
+        max_steps: of the whole run, for the terminal.
+        quiet_steps: health rules that every untrained model breaks are silent before this step.
+        is_silent: nothing is written anywhere, as on all ranks but the main one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        first_step: int = 0,
+        max_steps: int,
+        quiet_steps: int,
+        console: Console | None = None,
+        is_silent: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.console = Console(quiet=True) if is_silent else console or Console(soft_wrap=True)
+        self._is_silent = is_silent
+        self._max_steps = max_steps
+        self._watch = HealthWatch(quiet_steps=quiet_steps)
+        self._curves = _Curves(
+            folder, first_step=first_step, on_failure=self._warn, is_silent=is_silent
+        )
+        self._step = first_step
+        self._num_lines = 0
+        self._columns: tuple[str, ...] = ()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the curves; what stopped the run stands among its health's findings."""
+        if isinstance(error, CreatureError):
+            self._write_text("health", f"**stopped**: {error}", self._step)
+        self._curves.write(lambda writer: writer.close())
+
+    def say(self, message: str, *, style: str | None = None) -> None:
+        """One message to the terminal."""
+        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """The configuration, into TensorBoard's text tab, and which curves belong together."""
+        text = f"```\n{json.dumps(config, indent=2)}\n```"
+        self._curves.write(lambda writer: writer.add_text("config", text))
+        self._curves.write(lambda writer: writer.add_custom_scalars(CHARTS))
+
+    def write_metrics(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
+        """One log line, the same numbers in TensorBoard, and what the health rules say to them."""
+        self._step = step
+        self._write_scalars(step, metrics)
+        self._write_line(step, metrics)
+        findings = self._watch.observe(step, metrics)
+        for finding in findings:
+            self.say(f"  health at step {step}: {finding}", style="yellow")
+            self._write_text("health", f"**{finding.rule}**: {finding}", step)
+        return findings
+
+    def write_validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out metrics, named val/... in both places."""
+        named = {f"val/{name}": value for name, value in metrics.items()}
+        self._write_scalars(step, named)
+        self.say(
+            f"  held out at step {step}: " + "  ".join(f"{n} {_short(v)}" for n, v in named.items())
+        )
+
+    def write_window(
+        self, step: int, window: ShownWindow | None, reading: Mapping[str, Any]
+    ) -> None:
+        """A held-out window, recorded and predicted; see :mod:`train.loop.showing`."""
+        if window is not None and not self._is_silent:
+            drawn = draw_window(window, reading)
+            self._curves.write(lambda writer: write_window(writer, drawn, step))
+
+    def write_skipped(self, step: int, skipped: Sequence[Mapping[str, Any]]) -> None:
+        """Bad samples that were replaced: to the quarantine file and TensorBoard's text."""
+        if not skipped or self._is_silent:
+            return
+        entries = [json.dumps({"step": step, **sample}, default=str) for sample in skipped]
+        try:
+            with (self.folder / QUARANTINE_NAME).open("a", encoding="utf-8") as file:
+                file.writelines(f"{entry}\n" for entry in entries)
+        except OSError as error:
+            self._warn(f"{error}; bad samples are not in the list: {'; '.join(entries)}")
+        self._write_text("skipped_samples", "\n\n".join(f"`{entry}`" for entry in entries), step)
+
+    def _warn(self, message: str) -> None:
+        self.say(f"  warning: {message}", style="red")
+
+    def _write_text(self, tag: str, text: str, step: int) -> None:
+        self._curves.write(lambda writer: writer.add_text(tag, text, step))
+
+    def _write_scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        def add_all(writer: Any) -> None:  # noqa: ANN401 (tensorboard has no types)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        self._curves.write(add_all)
+
+    def _write_line(self, step: int, metrics: Mapping[str, float]) -> None:
+        shown = tuple(n for n in metrics if not n.startswith(TERMINAL_ONLY_LEFT_OUT))
+        if self._num_lines % HEADER_EVERY == 0 or shown != self._columns:
+            self._columns = shown
+            self.say(format_line(self._step_column("step"), {n: n for n in shown}), style="bold")
+        self._num_lines += 1
+        step_column = self._step_column(f"{step}/{self._max_steps}")
+        self.say(format_line(step_column, {n: _short(metrics[n]) for n in shown}))
+
+    def _step_column(self, text: str) -> str:
+        return text.rjust(max(len("step"), 2 * len(str(self._max_steps)) + 1))
+
+
+class _Curves:
+    """TensorBoard's writer; a disk that fills up while training silences it and stops nothing.
+
+    Raises:
+        ConfigError: it can't write to begin with.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        first_step: int,
+        on_failure: Callable[[str], None],
+        is_silent: bool = False,
+    ) -> None:
+        self._folder = folder
+        self._on_failure = on_failure
+        self._is_silent = is_silent
+        self._is_failing = False
+        if is_silent:
+            return
+        try:
+            purge_step = first_step + 1 if first_step else None
+            self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder}: no logs can be written there ({error}); set training.log_dir"
+            ) from error
+
+    def write(self, call: Callable[[Any], None]) -> None:
+        """Do something with the writer; one that failed is replaced at the next call."""
+        if self._is_silent:
+            return
+        try:
+            if self._writer is None:
+                self._writer = SummaryWriter(str(self._folder))
+            call(self._writer)
+        except OSError as error:
+            self._writer = None  # its thread is dead
+            if not self._is_failing:
+                self._on_failure(f"{error}; TensorBoard misses some curves, training goes on")
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+
+def format_line(first: str, columns: Mapping[str, str]) -> str:
+    """One aligned line: each text right-aligned under its column's name."""
+    cells = [text.rjust(max(len(name), MIN_COLUMN_WIDTH)) for name, text in columns.items()]
+    return "  ".join([first, *cells])
+
+
+def default_run_name() -> str:
+    """A folder name from the time and this host's name, such as 20260131-174502-lab-3."""
+    host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname().split(".")[0]).strip("-")
+    return "-".join(filter(None, [time.strftime("%Y%m%d-%H%M%S"), host]))
+
+
+def _short(value: float) -> str:
+    """Four significant digits, without an exponent where that is readable."""
+    if not math.isfinite(value):
+        return str(value)
+    if value and abs(value) < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.0f}" if abs(value) >= 10_000 or value == int(value) else f"{value:.4g}"

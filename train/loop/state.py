@@ -1,0 +1,146 @@
+"""Everything that a step changes, saved and loaded whole: weights, moments, scale, counters."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import CheckpointError
+from shared.recipe import Recipe, WindowShapes
+from train import checkpoint
+from train.loop.optimizing import restore_optimizer
+from train.machine import distributed, runtime
+from train.machine.parallel import shares_of, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+    from train.config import TrainConfig, TrainingConfig
+    from train.loop.spikes import SpikeWatch
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainState:
+    """What a checkpoint holds, besides the random states and the stream's position."""
+
+    model: nn.Module
+    """Uncompiled, on its device."""
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    spikes: SpikeWatch
+    config: TrainConfig
+    shapes: WindowShapes
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Plain values that make a checkpoint usable without the data, such as the tokenizer."""
+    run_name: str | None = None
+    """Folder of the run's curves, so that a resumed run goes on in it."""
+    step: int = 0
+    """Optimizer steps done."""
+    skipped_samples: int = 0
+    """Bad samples that were replaced."""
+    samples_of: Counter[str] = field(default_factory=Counter)
+    """Of a mix: samples that each set has given."""
+
+    def save(self, path: Path | str, *, stream: Mapping[str, Any] | None) -> Path:
+        """Save everything that going on from here needs; all ranks call it, the main one writes.
+
+        Whatever the ranks hold, the file has the whole model and its whole moments.
+
+        Args:
+            path: the file.
+            stream: position of the batches trained on, from ``BatchFeed.state``.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        state = {
+            "format_version": checkpoint.FORMAT_VERSION,
+            "step": self.step,
+            "saved_at": time.time(),
+            "model": whole(self.model.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
+            "spikes": self.spikes.state_dict(),
+            "schedule": schedule_of(self.config.training),
+            "rng": runtime.rng_state(),
+            "rng_of_other_ranks": distributed.gather([runtime.rng_state()])[1:],
+            "stream": stream,
+            "config": self.config.model_dump(mode="json"),
+            "shapes": dataclasses.asdict(self.shapes),
+            "run_name": self.run_name,
+            "skipped_samples": self.skipped_samples,
+            "samples_of": dict(self.samples_of),
+            "extra": self.extra,
+        }
+        return distributed.on_main(lambda: checkpoint.save_checkpoint(path, state))
+
+    def load(self, path: Path | str, *, device: torch.device) -> dict[str, Any]:
+        """Take over a checkpoint; a run name that was given stays.
+
+        Returns:
+            What is not of this object: "rng" (None for a rank that there was not), "stream" and
+            "schedule".
+
+        Raises:
+            CheckpointError: missing, damaged, foreign, or of another model.
+        """
+        distributed.on_main(lambda: checkpoint.check_checkpoint(path))
+        # What is to be cut into shares may not fit a device; ranks of a machine share its pages.
+        is_cut = distributed.world_size() > 1 and self.config.training.parallel == "fsdp"
+        place = "cpu" if is_cut else device
+        state = checkpoint.read_checkpoint(path, map_location=place, mmap=is_cut)
+        own = self.model.state_dict()
+        try:
+            self.model.load_state_dict(shares_of(state["model"], own))
+            restore_optimizer(self.optimizer, state["optimizer"], self.config.training.optimizer)
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: the checkpoint is of another model ({self._difference(state, error)}); "
+                "use the configuration that it was trained with"
+            ) from error
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if "spikes" in state:
+            self.spikes.load_state_dict(state["spikes"])
+        self.step = int(state["step"])
+        self.skipped_samples = int(state["skipped_samples"])
+        self.samples_of = Counter(state.get("samples_of", {}))
+        self.run_name = self.run_name or state["run_name"]
+        rngs = dict(enumerate([state["rng"], *state.get("rng_of_other_ranks", [])]))
+        rng = rngs.get(distributed.rank())
+        return {"rng": rng, "stream": state["stream"], "schedule": state["schedule"]}
+
+    def _difference(self, state: Mapping[str, Any], error: Exception) -> str:
+        """The configuration keys that differ, or else torch's words."""
+        here = {**self.config.model_dump(mode="json")["model"], **dataclasses.asdict(self.shapes)}
+        there = {**state["config"]["model"], **state["shapes"]}
+        differing = [
+            f"{key} {there.get(key)} there, {value} here"
+            for key, value in here.items()
+            if there.get(key) != value
+        ]
+        return "; ".join(differing) or " ".join(str(error).split())[:400]
+
+
+def schedule_of(training: TrainingConfig) -> dict[str, float]:
+    """What the learning rate follows, for a resumed run to compare with its own."""
+    optimizer = training.optimizer
+    return {
+        "lr": optimizer.lr,
+        "warmup_steps": optimizer.warmup_steps,
+        "min_lr_ratio": optimizer.min_lr_ratio,
+        "max_steps": training.max_steps,
+    }
+
+
+def shapes_of(model: nn.Module) -> WindowShapes:
+    """The window shapes that a model was made for; the default recipe's where it does not say."""
+    shapes = getattr(model, "shapes", None)
+    return shapes if isinstance(shapes, WindowShapes) else WindowShapes.from_recipe(Recipe())

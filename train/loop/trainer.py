@@ -1,0 +1,403 @@
+"""Trainer: a model, a configuration and a loader in; a trained model and its curves out.
+
+The loop is ``Trainer.train``. It knows tensors and steps; batches come from ``BatchFeed`` (the next
+one is already on its way), numbers go through ``StepMeter`` and ``RunLog``, files are
+``checkpoint``'s. A resumed run equals the uninterrupted one: on the CPU to the bit. Under torchrun
+each rank trains on its share of every global batch, and all numbers are those of the whole batch.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import CheckpointError, ConfigError
+from train import checkpoint
+from train.config import TrainConfig, as_train_config
+from train.creature import reading_of
+from train.data.bad_samples import BadSampleLimit
+from train.data.inputs import to_model_inputs
+from train.loop.feed import BatchFeed, one_epoch
+from train.loop.gradients import gradient_norms
+from train.loop.health import QUIET_STEPS
+from train.loop.metrics import RunLog, StepMeter, default_run_name
+from train.loop.optimizing import (
+    clip_gradient,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    step_if,
+)
+from train.loop.progress import Progress, TrainSummary
+from train.loop.showing import take_window
+from train.loop.spikes import SpikeWatch
+from train.loop.state import TrainState, schedule_of, shapes_of
+from train.machine import distributed, runtime
+from train.machine.parallel import averaging_gradients, parallelize
+from train.machine.runtime import StopSignals, explained_failures
+from train.model.losses import compute_losses, loss_counts, loss_sums, mean_losses
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from train.loop.feed import Batch
+
+
+class Trainer:
+    """Trains a model on a loader's batches.
+
+    Args:
+        model: takes a batch's inputs, gives each head's output; moved to the device.
+        config: a TrainConfig, or the plain dict of ``yaml.safe_load``.
+        loader: any iterable of batches (docs/architecture.md); a finite one is repeated. Under
+            torchrun: one that gives this rank its share, such as a ``Loader`` with its rank.
+        device: "auto", "cpu", "cuda", ...; "auto" defers to ``training.device``.
+        val_loader: held-out batches, at most ``training.eval_batches`` of which are measured.
+        run_name: folder below ``training.log_dir``; None: the resumed run's, or the time and the
+            host.
+        console: where lines go; None: the terminal.
+        checkpoint_extra: more plain values for the checkpoints, beside the loader's recipe and
+            tokenizer, which make them usable without the data.
+
+    Raises:
+        ConfigError: a wrong key or value, a device that is not here, or a loader that does not
+            give this rank its share.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig | Mapping[str, Any],
+        loader: Iterable[Batch],
+        device: str = "auto",
+        *,
+        val_loader: Iterable[Batch] | None = None,
+        run_name: str | None = None,
+        console: Console | None = None,
+        checkpoint_extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = as_train_config(config)
+        training = self.config.training
+        for given in filter(None, (loader, val_loader)):
+            distributed.check_share(given)
+        self.device = distributed.own_device(
+            runtime.choose_device(training.device if device == "auto" else device)
+        )
+        self._dtype = runtime.choose_dtype(training.precision, self.device)
+        runtime.set_up_math(
+            num_threads=runtime.choose_num_threads(
+                training.num_threads,
+                self.device,
+                num_workers=self.config.data.num_workers,
+                num_ranks=distributed.local_world_size(),
+            )
+        )
+        self.model = model.to(self.device)
+        self._parallel = parallelize(self.model, parallel=training.parallel)
+        self._forward = torch.compile(self._parallel) if training.compile else self._parallel
+        self._state = TrainState(
+            model=self.model,
+            optimizer=make_optimizer(self.model, training.optimizer),
+            scaler=runtime.make_scaler(self.device, self._dtype),
+            spikes=SpikeWatch(training.spike_sigma, self.device),
+            config=self.config,
+            shapes=shapes_of(self.model),
+            extra={**reading_of(loader), **(checkpoint_extra or {})},
+            run_name=run_name,
+        )
+        self._loader, self._val_loader = loader, val_loader
+        self._console = console
+        self._limit = BadSampleLimit(max_fraction=self.config.data.max_bad_fraction)
+        self._feed: BatchFeed | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._progress = Progress(meter=StepMeter(self.device))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._state.step
+
+    def train(self) -> TrainSummary:
+        """Train up to ``training.max_steps``, or until Ctrl-C or SIGTERM, which save and return.
+
+        Returns:
+            What happened, with the first and last losses.
+
+        Raises:
+            DivergedError: losses or gradients stayed non-finite, or far above what they were.
+            CheckpointError: no checkpoint can be written, or the last one could not.
+            CreatureError: the GPU's memory does not suffice, or the loader gave up.
+        """
+        training, state = self.config.training, self._state
+        optimizer, scaler = state.optimizer, state.scaler
+        folder = training.checkpointing.save_dir
+        distributed.on_main(lambda: checkpoint.prepare_folder(folder))
+        with self._stop_signals() as stop, self._open_log() as log, explained_failures():
+            feed = self._restore(log)
+            while state.step < training.max_steps and not distributed.any_of(stop.requested):
+                set_learning_rate(optimizer, learning_rate(state.step, training))
+                batches = self._take_batches(feed, log)
+                counts = self._counts(batches)
+                losses = self._forward_and_backward(batches, counts)
+                grad_norm = clip_gradient(optimizer, scaler, max_norm=training.grad_clip)
+                is_good = state.spikes.judge(losses["loss_total"], grad_norm)
+                step_if(is_good, optimizer, scaler)
+                feed.fetch_ahead()
+                state.step += 1
+                self._measure(losses, counts, grad_norm=grad_norm, is_good=is_good)
+
+                if self._is_due(training.log_interval):
+                    self._log(log, feed)
+                if self._is_due(training.eval_interval):
+                    self._evaluate(log)
+                if state.step % training.save_interval == 0:
+                    self._save_step(log)
+            return self._finish(log, feed)
+
+    def evaluate(self) -> dict[str, float]:
+        """Losses over the held-out batches: exact means, whatever the batches' valid shares.
+
+        At most ``training.eval_batches`` batches of one epoch are measured. The model's mode and
+        all random states are left as they were.
+
+        Returns:
+            loss_total and loss_<head>; empty where the val_loader has no batch.
+
+        Raises:
+            ConfigError: the trainer has no val_loader.
+        """
+        if self._val_loader is None:
+            raise ConfigError("there is nothing to evaluate on; give Trainer a val_loader")
+        was_training, num_batches = self.model.training, self.config.training.eval_batches
+        self.model.eval()
+        parts = []
+        with torch.no_grad(), runtime.separate_rng(self.config.training.seed):
+            for batch in one_epoch(self._val_loader, self.device, max_batches=num_batches):
+                outputs = self._predict(batch)
+                parts.append(
+                    loss_sums(outputs, batch["targets"], batch["weight"], config=self.config)
+                )
+                if len(parts) == 1:
+                    self._progress.window = take_window(batch, outputs, self._state)
+        self.model.train(was_training)
+        if not parts:
+            return {}
+        sums = distributed.add_up(_added({n: total for n, (total, _) in p.items()} for p in parts))
+        counts = distributed.add_up(
+            _added({n: count for n, (_, count) in p.items()} for p in parts)
+        )
+        losses = mean_losses({n: (sums[n], counts[n]) for n in sums}, config=self.config)
+        return {name: float(loss) for name, loss in losses.items()}
+
+    def save_checkpoint(self, path: Path | str) -> Path:
+        """Save everything that going on from here needs; all ranks call it, the main one writes.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        return self._state.save(path, stream=self._feed.state() if self._feed is not None else None)
+
+    def load_checkpoint(self, path: Path | str) -> None:
+        """Go on from a checkpoint; the next :meth:`train` continues behind its step.
+
+        Raises:
+            CheckpointError: missing, damaged, foreign, or of another model.
+        """
+        self._resumed = {"path": str(path), **self._state.load(path, device=self.device)}
+        self._feed = None
+
+    def _open_log(self) -> RunLog:
+        """The run's folder; a resumed run goes on in its old one."""
+        training = self.config.training
+        name = self._state.run_name or default_run_name()
+        self._state.run_name = distributed.on_main(lambda: name)
+        return RunLog(
+            training.log_dir / self._state.run_name,
+            first_step=self.step,
+            max_steps=training.max_steps,
+            quiet_steps=max(QUIET_STEPS, training.optimizer.warmup_steps),
+            console=self._console,
+            is_silent=not distributed.is_main(),
+        )
+
+    def _stop_signals(self) -> StopSignals:
+        """Torchrun may repeat a scheduler's signal, and ends by itself whoever takes too long."""
+        return StopSignals(is_patient=distributed.world_size() > 1)
+
+    def _restore(self, log: RunLog) -> BatchFeed:
+        """Bring random states and the stream to where the checkpoint was, or to the beginning."""
+        self._progress = Progress(meter=StepMeter(self.device))
+        self.model.train()
+        seed, rank = self.config.training.seed, distributed.rank()
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            log.say(f"resuming at step {self.step} from {resumed['path']}")
+            if (schedule := schedule_of(self.config.training)) != resumed["schedule"]:
+                log.say(
+                    f"  the schedule was {resumed['schedule']}, it is now {schedule}",
+                    style="yellow",
+                )
+            self._feed = BatchFeed(self._loader, self.device, seed=seed, state=resumed["stream"])
+            if resumed["rng"] is None:  # there were fewer ranks
+                runtime.seed_everything(runtime.rank_seed(seed, rank=rank, step=self.step))
+            else:
+                runtime.set_rng_state(resumed["rng"])
+        elif self._feed is None:
+            log.write_config(self.config.model_dump(mode="json"))
+            runtime.seed_everything(runtime.rank_seed(seed, rank=rank))
+            self._feed = BatchFeed(self._loader, self.device, seed=seed)
+        return self._feed
+
+    def _take_batches(self, feed: BatchFeed, log: RunLog) -> list[Batch]:
+        """One step's micro-batches on the device; bad samples in them are written down."""
+        batches = feed.take(self.config.training.accumulation_steps)
+        skipped = distributed.gather([one for b in batches for one in b.get("skipped", ())])
+        self._state.skipped_samples += len(skipped)
+        log.write_skipped(self.step, skipped)
+        for batch in batches:
+            self._state.samples_of.update(batch.get("samples_of", {}))
+        num_read = distributed.world_size() * sum(len(batch["weight"]) for batch in batches)
+        self._limit.count(num_read, skipped)
+        if self._progress.to_first_batch_s is None:
+            self._progress.to_first_batch_s = time.perf_counter() - self._progress.began_s
+            feed.take_waits_s()  # the start is no wait of a running stream
+            self._progress.meter.restart_clock()
+        return batches
+
+    def _counts(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """What the losses of one step are divided by, over its micro-batches and all ranks; and
+        "num_samples".
+        """
+        config, shapes = self.config, self._state.shapes
+        return distributed.add_up(
+            _added(
+                {
+                    **loss_counts(batch["targets"], batch["weight"], config=config, shapes=shapes),
+                    "num_samples": batch["weight"].sum(),
+                }
+                for batch in batches
+            )
+        )
+
+    def _forward_and_backward(
+        self, batches: list[Batch], counts: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Gradients and losses of one step; micro-batches and ranks weigh as in one large batch."""
+        self._state.optimizer.zero_grad(set_to_none=True)
+        parts = []
+        for batch in batches:
+            with averaging_gradients(self._parallel, is_due=batch is batches[-1]):
+                outputs = self._predict(batch)
+                losses = compute_losses(
+                    outputs, batch["targets"], batch["weight"], config=self.config, counts=counts
+                )
+                total = losses["loss_total"] * distributed.world_size()  # the average is a sum
+                self._state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+            parts.append({name: loss.detach() for name, loss in losses.items()})
+        return distributed.add_up(_added(parts))
+
+    def _predict(self, batch: Batch) -> dict[str, Tensor]:
+        inputs = to_model_inputs(batch["inputs"], dtype=self._dtype)
+        with runtime.autocast(self.device, self._dtype):
+            outputs: dict[str, Tensor] = self._forward(inputs)
+        return outputs
+
+    def _measure(
+        self,
+        losses: dict[str, Tensor],
+        counts: Mapping[str, Tensor],
+        *,
+        grad_norm: Tensor,
+        is_good: Tensor,
+    ) -> None:
+        """Add a step to the meter; on the CPU, where looking is free, stop a diverged run."""
+        meter = self._progress.meter
+        num_samples = counts["num_samples"]
+        meter.add(losses, grad_norm=grad_norm, is_good=is_good, num_samples=num_samples)
+        if self.device.type == "cpu":
+            meter.check_divergence(self.step)
+
+    def _is_due(self, interval: int) -> bool:
+        """Whether what is done every `interval` steps, and at the end, is to be done now."""
+        return self.step % interval == 0 or self.step == self.config.training.max_steps
+
+    def _log(self, log: RunLog, feed: BatchFeed) -> None:
+        progress = self._progress
+        runtime.synchronize(self.device)
+        waits_s = distributed.largest(feed.take_waits_s())  # a step waits for its slowest rank
+        (memory_mb,) = distributed.largest([runtime.memory_allocated_mb(self.device)])
+        metrics = {
+            **progress.meter.take(waits_s),
+            **gradient_norms(self.model),
+            "memory_allocated_mb": memory_mb,
+            "lr": float(self._state.optimizer.param_groups[0]["lr"]),
+            "skipped_samples": float(self._state.skipped_samples),
+            **{f"samples_of/{name}": float(n) for name, n in self._state.samples_of.items()},
+        }
+        progress.skipped_steps += int(metrics["skipped_steps"])
+        if not progress.metrics:
+            metrics["time_to_first_batch_s"] = progress.to_first_batch_s or 0.0
+        progress.metrics = metrics
+        log.write_metrics(self.step, metrics)
+        progress.meter.check_divergence(self.step)
+
+    def _evaluate(self, log: RunLog) -> None:
+        """Measure on held-out batches, where there are any."""
+        if self._val_loader is None:
+            return
+        progress = self._progress
+        with progress.meter.pause():
+            progress.last_val = self.evaluate()
+            progress.first_val = progress.first_val or progress.last_val
+            log.write_validation(self.step, progress.last_val)
+            log.write_window(self.step, progress.window, self._state.extra)
+
+    def _save_step(self, log: RunLog) -> None:
+        """Save a step's checkpoint; where that fails, training goes on and the older ones stay."""
+        keeping = self.config.training.checkpointing
+        path = keeping.save_dir / checkpoint.step_name(self.step)
+        with self._progress.meter.pause():
+            try:
+                self._progress.checkpoint = self.save_checkpoint(path)
+            except CheckpointError as error:
+                log.say(f"  warning: {error}; older checkpoints stay", style="red")
+            else:
+                if distributed.is_main():
+                    checkpoint.prune_checkpoints(keeping.save_dir, keep_last_n=keeping.keep_last_n)
+
+    def _finish(self, log: RunLog, feed: BatchFeed) -> TrainSummary:
+        """Log and save what is not yet, and say what happened."""
+        progress, training = self._progress, self.config.training
+        is_complete = self.step >= training.max_steps
+        if progress.meter.has_steps:
+            self._log(log, feed)
+        if is_complete:
+            feed.close()
+            final = training.checkpointing.save_dir / checkpoint.FINAL_NAME
+            progress.checkpoint = self.save_checkpoint(final)
+        else:
+            self._save_step(log)
+            log.say(
+                f"stopped at step {self.step}; go on with the same command and `--resume auto`, "
+                f"or with trainer.load_checkpoint({str(progress.checkpoint)!r})"
+            )
+        return progress.summary(
+            steps=self.step,
+            is_complete=is_complete,
+            skipped_samples=self._state.skipped_samples,
+            log_dir=log.folder,
+        )
+
+
+def _added(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum of tensors of the same name."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        total = {name: total[name] + value if total else value for name, value in part.items()}
+    return total

@@ -1,0 +1,1 @@
+"""The creature, what it is measured by, and the trivial predictors beside it."""

@@ -1,0 +1,386 @@
+"""Trivial predictors under the model's own losses: what a trained head must beat.
+
+A baseline is a function from a batch's targets to outputs of a head, and its loss is
+:func:`train.model.losses.loss_sums` of them: so ticks, masks and weights are the model's by
+construction. Two need no data: copy-last-pose and constant-velocity. The others count what the
+training batches hold: unigrams of the tokens of a text stream and of the levels of an audio
+channel, with one added to each count, and the sequence models of :mod:`train.model.ngrams`, a
+Kneser-Ney trigram of tokens and a bigram of levels. The bigram is told the true frame before each
+frame, which the head, that predicts a whole tick at once, is not.
+
+Letters: B batch, T ticks, V vocabulary, A dMel frames, C channels, L levels, S samples, P pose.
+"""
+
+# ruff: noqa: N803, N806  (shape letters)
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from shared.errors import ConfigError
+from shared.recipe import PAD_TOKEN, WindowShapes
+from train.config import Head, LossWeights, ModelConfig, TrainConfig, TrainingConfig
+from train.model.losses import LossSum, loss_sums
+from train.model.ngrams import Trigrams, count_level_pairs, level_transitions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+UNIGRAM_STATISTICS = {
+    Head.INTERNAL_TEXT: "internal_tokens",
+    Head.EXTERNAL_TEXT: "external_tokens",
+    Head.AUDIO: "dmel_levels",
+}
+"""Heads with a unigram baseline, and where a manifest's statistics hold its counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One row of the table that says whether the model beats a baseline."""
+
+    head: str
+    loss: float
+    baseline: str
+    """Its name without the head, such as unigram."""
+    baseline_loss: float
+    is_better: bool
+    """Whether the model's loss is the lower one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baselines:
+    """The baselines of all heads that a configuration trains, fitted."""
+
+    config: TrainConfig
+    shapes: WindowShapes
+    counts: Mapping[str, Tensor]
+    """Per head with a unigram baseline, float64: text [V], audio [C, L]; how often each value was
+    a target. Silent ticks are counted as PAD."""
+    trigrams: Mapping[str, Trigrams]
+    """Per text head."""
+    level_pairs: Tensor | None
+    """float64 [C, L, L], how often a level followed another; None where there is no audio head."""
+
+    @classmethod
+    def fit(
+        cls, batches: Iterable[Mapping[str, Any]], *, config: TrainConfig, shapes: WindowShapes
+    ) -> Self:
+        """Count the targets of training batches.
+
+        Args:
+            batches: as docs/architecture.md, "The batch"; finite, and the same sample once.
+            config: names the heads.
+            shapes: sizes of the windows.
+        """
+        counts = _no_counts(config, shapes)
+        trigrams = {head: Trigrams.none(shapes.vocab_size) for head in counts if head != Head.AUDIO}
+        pairs = _no_pairs(config, shapes)
+        for batch in batches:
+            weight_B = torch.as_tensor(batch["weight"]).cpu()
+            for head in counts:
+                target = torch.as_tensor(batch["targets"][head]).cpu()
+                valid = torch.as_tensor(batch["targets"][f"{head}_valid"]).cpu()
+                first = shapes.audio_frames_per_tick if head == Head.AUDIO else 1
+                # No head predicts a window's first tick, so it is not counted either.
+                counts[head] += _count(
+                    target[:, first:], valid[:, first:], weight_B, counts[head].shape
+                )
+                if head in trigrams:
+                    trigrams[head] = trigrams[head].with_more(target, valid, weight_B)
+                elif pairs is not None:
+                    pairs += count_level_pairs(
+                        target, valid, weight_B, first=first, num_levels=shapes.mel_levels
+                    )
+        return cls(
+            config=config, shapes=shapes, counts=counts, trigrams=trigrams, level_pairs=pairs
+        )
+
+    @classmethod
+    def from_statistics(
+        cls, statistics: Mapping[str, Any], *, config: TrainConfig, shapes: WindowShapes
+    ) -> Self:
+        """From a manifest's statistics of the train split.
+
+        They don't count silence. It is taken to fill all ticks without a token; a little too
+        many, where a sample lacks the stream or an event is cut by the window's end. They say
+        nothing of sequences either, so there are no trigrams and no bigram.
+
+        Args:
+            statistics: ``dmel_levels``, ``internal_tokens``, ``external_tokens``,
+                ``num_samples``. A head whose counts are missing or were not taken has no baseline.
+            config: names the heads.
+            shapes: sizes of the windows.
+        """
+        counts = {}
+        num_ticks = statistics.get("num_samples", 0) * shapes.num_ticks
+        for head, empty in _no_counts(config, shapes).items():
+            found = torch.tensor(statistics.get(UNIGRAM_STATISTICS[Head(head)], ())).double()
+            if head == Head.AUDIO and found.shape == empty.shape:
+                counts[head] = found
+            elif head != Head.AUDIO and num_ticks and 0 < len(found) <= len(empty):
+                empty[: len(found)] = found
+                empty[PAD_TOKEN] += max(0.0, num_ticks - float(found.sum()))
+                counts[head] = empty
+        return cls(config=config, shapes=shapes, counts=counts, trigrams={}, level_pairs=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Tensors in plain containers; all that :meth:`from_dict` needs beside the rest."""
+        trigrams = {head: [t.keys, t.counts] for head, t in self.trigrams.items()}
+        return {"counts": dict(self.counts), "trigrams": trigrams, "level_pairs": self.level_pairs}
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], *, config: TrainConfig, shapes: WindowShapes
+    ) -> Self:
+        """Inverse of :meth:`as_dict`; sequence models that an older one lacks are not there.
+
+        Raises:
+            ConfigError: the counts are of other shapes.
+        """
+        expected = _no_counts(config, shapes)
+        counts = {
+            head: torch.as_tensor(found, dtype=torch.float64)
+            for head, found in values["counts"].items()
+            if head in expected
+        }
+        for head, found in counts.items():
+            if found.shape != expected[head].shape:
+                raise ConfigError(
+                    f"the baseline of {head} has counts of shape {list(found.shape)}, the model "
+                    f"needs {list(expected[head].shape)}; fit it again by Baselines.fit"
+                )
+        trigrams = {
+            head: Trigrams(vocab_size=shapes.vocab_size, keys=keys, counts=found)
+            for head, (keys, found) in values.get("trigrams", {}).items()
+            if head in expected
+        }
+        pairs = values.get("level_pairs") if Head.AUDIO in expected else None
+        return cls(
+            config=config, shapes=shapes, counts=counts, trigrams=trigrams, level_pairs=pairs
+        )
+
+    def losses(self, batch: Mapping[str, Any]) -> dict[str, LossSum]:
+        """Each baseline's loss on a batch, as ``<head>/<baseline>``.
+
+        Args:
+            batch: its "targets" and "weight", tensors or numpy arrays.
+
+        Returns:
+            Weighted sum and weighted count as :func:`train.model.losses.loss_sums` gives for the
+            model; those of several batches may be added.
+        """
+        targets = {name: torch.as_tensor(value) for name, value in batch["targets"].items()}
+        weight_B = torch.as_tensor(batch["weight"])
+        sums = {}
+        for head in self.config.heads:
+            alone = _config_of(head, self.config)
+            for name, output in self._outputs(head, targets).items():
+                scored = loss_sums({str(head): output}, targets, weight_B, config=alone)
+                sums[f"{head}/{name}"] = scored[f"loss_{head}"]
+        return sums
+
+    def mean_losses(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Each baseline's loss over batches; nan where no target is valid."""
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, pair in self.losses(batch).items():
+                both = torch.stack([part.double().cpu() for part in pair])
+                totals[name] = totals[name] + both if name in totals else both
+        return {name: float(both[0] / both[1]) for name, both in totals.items()}
+
+    def _outputs(self, head: Head, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of the head's baselines, as the model's forward gives them."""
+        target, valid = targets[head], targets[f"{head}_valid"]
+        if head is Head.ANIMATION:
+            per_tick = self.shapes.sensor_samples_per_tick
+            rate_hz = self.shapes.tick_rate_hz * per_tick
+            return {
+                "copy_last_pose": copy_last_pose(target, valid, per_tick=per_tick),
+                "constant_velocity": constant_velocity(
+                    target, valid, per_tick=per_tick, rate_hz=rate_hz
+                ),
+            }
+        if head not in self.counts:
+            return {}
+        outputs = {}
+        if head is Head.AUDIO:
+            per_tick = self.shapes.audio_frames_per_tick
+            sizes = (len(target), target.shape[1] // per_tick, per_tick)
+            log_probs_CL = unigram(self.counts[head]).to(target.device)
+            outputs["unigram"] = log_probs_CL.expand(*sizes, -1, -1)
+            if self.level_pairs is not None:
+                outputs["bigram"] = self._bigram(target, valid).view(*sizes, *log_probs_CL.shape)
+            return outputs
+        pad_weight = self.config.model.pad_weight
+        log_probs_V = unigram(self.counts[head], pad_weight=pad_weight).to(target.device)
+        outputs["unigram"] = log_probs_V.expand(*target.shape, -1)
+        if head in self.trigrams:
+            log_probs_BTV = self.trigrams[head].log_probs(
+                target.cpu(), valid.cpu(), pad_weight=pad_weight
+            )
+            outputs["trigram"] = log_probs_BTV.to(target.device)
+        return outputs
+
+    def _bigram(self, levels_BAC: Tensor, valid_BA: Tensor) -> Tensor:
+        """Log-probabilities of each frame of the next tick, [B, A, C, L], by the frame before it.
+
+        After a masked frame they are the unigram's.
+        """
+        assert self.level_pairs is not None
+        per_tick = self.shapes.audio_frames_per_tick
+        unigram_CL = unigram(self.counts[Head.AUDIO])
+        transitions_CLL = level_transitions(self.level_pairs, unigram_CL).log().float()
+        # A tick's outputs are for the next tick: frame a - 1 + per_tick tells of a + per_tick. What
+        # the last tick's outputs say is compared with nothing.
+        known_BA, told_BAC = (x.roll(1 - per_tick, dims=1).cpu() for x in (valid_BA, levels_BAC))
+        told_BAC = told_BAC.long().masked_fill(~known_BA[..., None], 0)
+        found_BACL = transitions_CLL[torch.arange(len(unigram_CL)), told_BAC]
+        chosen = torch.where(known_BA[..., None, None], found_BACL, unigram_CL)
+        return chosen.to(levels_BAC.device)
+
+
+def unigram(counts: Tensor, *, pad_weight: float | None = None) -> Tensor:
+    """Log-probabilities of values whatever came before, float32, of the shape of `counts`.
+
+    Args:
+        counts: [..., values]; one is added to each.
+        pad_weight: of a text stream: the share that silence has in the loss. Its count gets the
+            same share, which makes this the unigram with the lowest loss; the plain one would
+            spend its probability on silence, which hardly counts.
+    """
+    counts = counts.clone()
+    if pad_weight is not None:
+        counts[..., PAD_TOKEN] *= pad_weight
+    smoothed = counts + 1
+    return (smoothed / smoothed.sum(-1, keepdim=True)).log().float()
+
+
+def copy_last_pose(poses_BSP: Tensor, valid_BS: Tensor, *, per_tick: int) -> Tensor:
+    """The last valid pose, angles and velocities, for the whole next tick; zeros before any.
+
+    Args:
+        poses_BSP: float [B, S, P], unshifted.
+        valid_BS: bool [B, S].
+        per_tick: samples per tick.
+
+    Returns:
+        [B, T, per_tick, P], float32.
+    """
+    last_BTP, _ = _last_poses(poses_BSP, valid_BS, per_tick)
+    return last_BTP[:, :, None].expand(-1, -1, per_tick, -1)
+
+
+def constant_velocity(
+    poses_BSP: Tensor, valid_BS: Tensor, *, per_tick: int, rate_hz: float
+) -> Tensor:
+    """The last valid pose, its angles moved on by its velocities.
+
+    Args:
+        poses_BSP: float [B, S, P], unshifted: angles in rad, then velocities in rad/s.
+        valid_BS: bool [B, S].
+        per_tick: samples per tick.
+        rate_hz: samples per second.
+
+    Returns:
+        [B, T, per_tick, P], float32; the angles are not wrapped.
+    """
+    last_BTP, place_BT = _last_poses(poses_BSP, valid_BS, per_tick)
+    places = torch.arange(valid_BS.shape[1], device=valid_BS.device).view(-1, per_tick) + per_tick
+    elapsed_s = (places[None] - place_BT[..., None]).float() / rate_hz
+    angles, velocities = last_BTP[:, :, None].expand(-1, -1, per_tick, -1).chunk(2, dim=-1)
+    return torch.cat([angles + velocities * elapsed_s[..., None], velocities], dim=-1)
+
+
+def compare(
+    model_losses: Mapping[str, float | None], baseline_losses: Mapping[str, float | None]
+) -> list[Comparison]:
+    """Rows of a table: each baseline beside the loss of its head.
+
+    Args:
+        model_losses: ``loss_<head>``, as ``Trainer.evaluate`` gives; other names are left alone.
+        baseline_losses: ``<head>/<baseline>``, as :meth:`Baselines.mean_losses` gives.
+
+    Returns:
+        In the order of `baseline_losses`; pairs of which one is missing or not finite are left
+        out.
+    """
+    rows = []
+    for name, baseline_loss in baseline_losses.items():
+        head, _, baseline = name.partition("/")
+        loss = model_losses.get(f"loss_{head}")
+        if loss is None or baseline_loss is None:
+            continue
+        if math.isfinite(loss) and math.isfinite(baseline_loss):
+            rows.append(
+                Comparison(
+                    head=head,
+                    loss=loss,
+                    baseline=baseline,
+                    baseline_loss=baseline_loss,
+                    is_better=loss < baseline_loss,
+                )
+            )
+    return rows
+
+
+def _no_counts(config: TrainConfig, shapes: WindowShapes) -> dict[str, Tensor]:
+    """Zeros of each head's counts."""
+    sizes = {
+        Head.INTERNAL_TEXT: (shapes.vocab_size,),
+        Head.EXTERNAL_TEXT: (shapes.vocab_size,),
+        Head.AUDIO: (shapes.mel_channels, shapes.mel_levels),
+    }
+    heads = [head for head in config.heads if head in sizes]
+    return {str(head): torch.zeros(sizes[head], dtype=torch.float64) for head in heads}
+
+
+def _no_pairs(config: TrainConfig, shapes: WindowShapes) -> Tensor | None:
+    """Zeros of the counts of successive levels."""
+    if Head.AUDIO not in config.heads:
+        return None
+    sizes = (shapes.mel_channels, shapes.mel_levels, shapes.mel_levels)
+    return torch.zeros(sizes, dtype=torch.float64)
+
+
+def _count(values: Tensor, valid: Tensor, weight_B: Tensor, shape: torch.Size) -> Tensor:
+    """How often each value stands in [B, places] or, per channel, in [B, places, C]; weighted.
+
+    Returns:
+        float64 of `shape`, [values] or [C, values].
+    """
+    weights = (valid * weight_B[:, None]).double()
+    values = values.reshape(*valid.shape, -1).long()
+    values = values.masked_fill(~valid[..., None], 0)
+    num_channels, num_values = values.shape[-1], shape[-1]
+    places = values + torch.arange(num_channels) * num_values
+    weights = weights[..., None].expand_as(places)
+    counts = torch.bincount(
+        places.flatten(), weights=weights.flatten(), minlength=num_channels * num_values
+    )
+    return counts.view(shape)
+
+
+def _last_poses(poses_BSP: Tensor, valid_BS: Tensor, per_tick: int) -> tuple[Tensor, Tensor]:
+    """At each tick's end the last valid pose, float32 [B, T, P], and its place, [B, T].
+
+    Before the first one: zeros, at place 0.
+    """
+    places_S = torch.arange(valid_BS.shape[1], device=valid_BS.device)
+    last_BS = torch.where(valid_BS, places_S, -1).cummax(dim=1).values
+    last_BT = last_BS[:, per_tick - 1 :: per_tick]
+    index_BTP = last_BT.clamp(min=0)[..., None].expand(-1, -1, poses_BSP.shape[2])
+    last_BTP = poses_BSP.float().gather(1, index_BTP)
+    return last_BTP.masked_fill((last_BT < 0)[..., None], 0.0), last_BT.clamp(min=0)
+
+
+def _config_of(head: Head, config: TrainConfig) -> TrainConfig:
+    """A configuration with one head, for :func:`train.model.losses.loss_sums` to score it alone."""
+    weights = LossWeights(**{str(other): float(other is head) for other in Head})
+    return TrainConfig(
+        training=TrainingConfig(loss_weights=weights),
+        model=ModelConfig(pad_weight=config.model.pad_weight),
+    )
