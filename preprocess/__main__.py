@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,7 +117,10 @@ def validate(
     help="Folder of the shard set, or its URL.",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=0), default=None, help="Local processes; 0: none."
+    "--workers",
+    type=click.IntRange(min=0),
+    default=None,
+    help="Local processes; without it one per core; 0: all in this process, without Dask.",
 )
 @click.option("--scheduler", default=None, help="Address of a running Dask scheduler.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and why; make nothing.")
@@ -314,4 +318,6 @@ def _recipe(path: Path | None) -> Recipe:
 
 
 if __name__ == "__main__":
+    # A scheduler's SIGTERM stops a job as Ctrl-C does: workers dismissed, workplaces cleared.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     cli(prog_name="python -m preprocess")

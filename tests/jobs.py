@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 
@@ -30,3 +31,11 @@ def finish(job: subprocess.Popen[str]) -> str:
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     return output
+
+
+def await_true(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
+    """Waits until a condition holds."""
+    stop_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < stop_s, "waited in vain"
+        time.sleep(0.005)

@@ -5,8 +5,10 @@ Dask.
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+import signal
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rich.progress import (
@@ -180,12 +182,13 @@ class Cluster:
 
         for attempt in range(STARTS):
             try:
-                local = LocalCluster(
-                    n_workers=self._num_workers,
-                    threads_per_worker=1,  # decoders scale by processes
-                    dashboard_address="127.0.0.1:0",
-                    silence_logs=60,  # what goes wrong is told by the job
-                )
+                with deaf_to_interrupts():
+                    local = LocalCluster(
+                        n_workers=self._num_workers,
+                        threads_per_worker=1,  # decoders scale by processes
+                        dashboard_address="127.0.0.1:0",
+                        silence_logs=60,  # what goes wrong is told by the job
+                    )
             except RuntimeError as error:
                 if attempt + 1 == STARTS:
                     raise JobError(
@@ -219,6 +222,21 @@ class _Attempt(Generic[ArgT, ResultT]):
             return self.function(argument)
         except (JobError, SessionError) as error:
             return error
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Threads and processes that are started here never see a Ctrl-C: they inherit the mask.
+
+    A terminal interrupts all processes of a job at once. The client alone answers, and dismisses
+    its workers, which otherwise die with a traceback each.
+    """
+    resource_tracker.ensure_running()  # type: ignore[no-untyped-call]  # it unblocks SIGINT
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 def _client(address: Any) -> Any:  # noqa: ANN401

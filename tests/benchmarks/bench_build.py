@@ -10,7 +10,10 @@ scales them to the recipe's size; (b) the same, scaling only the frames kept (5 
 sensors, text, Zarr, tar. One core: the eyes one after the other, the job in one process. Two cores:
 an ffmpeg per eye, and a Dask cluster of two workers that has been started before. Sessions are made
 once, under data/bench: real film from a headset (`--film`), panned, with grain, as a recorder would
-encode it (x264 veryfast, up to 3 B-frames in a row, or none).
+encode it (x264 veryfast, up to 3 B-frames in a row, or none). The job's clock starts when Python
+and its workers have imported everything, which is printed beside it; ffmpeg's starts with ffmpeg.
+
+`--memory` runs the command with its default recipe, in one process and with two Dask workers.
 """
 
 from __future__ import annotations
@@ -33,10 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench_sessions import MINUTE_S, RATE_HZ, Case, make_sessions
+from bench_sessions import FILM, RATE_HZ, ROOT, Case, make_sessions
 
-ROOT = Path(__file__).resolve().parents[2]
-FILM = ROOT.parent / "shared/sessions/session_neon_glasses/vision_left.mp4"
 SIZE = 224
 
 CASES = {
@@ -50,6 +51,7 @@ CASES = {
         Case("1080p30-noB", 1920, 1080, 30, "10M", b_frames=0),
     )
 }
+MEMORY_CASE = Case("720p30-gop90", 1280, 720, 90, "3M")
 DEFAULT_CASES = ["720p30-gop250", "720p30-gop30", "1080p30-gop250", "1080p30-gop30"]
 
 
@@ -233,8 +235,6 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
         "before_cpu_s": before_s * (1 + num_workers),  # each worker has imported as much
         "import_s": import_s,
         "parts": parts,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "shards": len(summary.manifest.shards),
     }
 
 
@@ -294,23 +294,41 @@ class Sampler:
 
 
 def measure_memory(given: argparse.Namespace) -> None:
-    click.echo("minutes  peak MiB of one process: start-up, then the whole job")
-    program = (
-        "import resource\n"
-        "from preprocess.building import build, cluster, job\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    )
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    idle = float(done.stdout)
-    case = Case("320x240", 320, 240, 90, "300k")
+    """By the command itself with its default recipe: this process alone, and each of two Dask
+    workers.
+    """
+    click.echo("minutes  workers  wall s  peak MiB of the command, then of its largest child")
     for minutes in (1, 30):
-        folder = make_sessions(case, 60 * minutes, given.film)
-        result = start_job(folder, MINUTE_S, 1, given.cores.split(",")[0])
-        click.echo(
-            f"{minutes:7}  {idle:.0f}, {result['peak_mib']:.0f}   ({result['shards']} shards, "
-            f"{result['wall_s']:.0f} s)"
-        )
+        folder = make_sessions(MEMORY_CASE, 60 * minutes, given.film)
+        for workers in (0, 2):
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                result = run_command(folder / "1", Path(out), workers)
+            click.echo(
+                f"{minutes:7}  {workers:7}  {result['wall_s']:6.0f}  {result['own_mib']:.0f}, "
+                f"{result['child_mib']:.0f}"
+            )
+
+
+def run_command(sessions: Path, out: Path, workers: int) -> dict[str, float]:
+    """The shards command in a process that then asks for its own and its children's peaks."""
+    program = (
+        "import json, resource, sys, time\n"
+        "from preprocess.__main__ import cli\n"
+        "if __name__ == '__main__':\n"
+        "    begin_s = time.perf_counter()\n"
+        "    cli(sys.argv[1:], standalone_mode=False)\n"
+        "    peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in "
+        "(resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
+        "    print(json.dumps([time.perf_counter() - begin_s, *peaks]))"
+    )
+    script = out / "command.py"  # Dask's workers import it again
+    script.write_text(program, encoding="utf-8")
+    places = ["--sessions", str(sessions), "--out", str(out / "set"), "--workers", str(workers)]
+    command = [sys.executable, str(script), "shards", *places]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    wall_s, own_mib, child_mib = json.loads(done.stdout.splitlines()[-1])
+    return {"wall_s": wall_s, "own_mib": own_mib, "child_mib": child_mib}
 
 
 # --- small things ---------------------------------------------------------------------------

@@ -25,8 +25,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench_sessions import FILM, MINUTE_S, Case, make_sessions
+
 ROOT = Path(__file__).resolve().parents[2]
-SESSION = ROOT / "data/bench/720p30-gop30-60s/1/session_a"
+CASE = Case("720p30-gop30", 1280, 720, 30, "5M")
 NUM_SESSIONS = 20
 COLUMN = re.compile(r"(?:train|val)-\d+(?:\.g\d+)?\.(\w+)(?:\.|$)")
 
@@ -42,15 +44,18 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--session", type=Path, default=SESSION)
+    parser.add_argument("--session", type=Path, help="by default a minute of 720p stereo is made")
+    parser.add_argument("--film", type=Path, default=FILM)
     parser.add_argument("--rounds", type=int, default=3, help="of each update; the best counts")
     given = parser.parse_args()
+    if given.session is None:
+        given.session = make_sessions(CASE, MINUTE_S, given.film) / "1" / "session_a"
     with tempfile.TemporaryDirectory(dir=given.session.parents[1], prefix="reshard-") as folder:
         measure(Path(folder), given)
 
 
 def measure(root: Path, given: argparse.Namespace) -> None:
-    sessions = make_sessions(root / "sessions", given.session, NUM_SESSIONS)
+    sessions = link_sessions(root / "sessions", given.session, NUM_SESSIONS)
     recipe = write_recipe(root / "recipe.yaml")
     full_set = root / "full"
     full = run(sessions, full_set, recipe, given.workers)
@@ -63,8 +68,8 @@ def measure(root: Path, given: argparse.Namespace) -> None:
     python_s = min(timed([sys.executable, "-c", "pass"]).wall_s for _ in range(3))
     print(f"full build: {full.wall_s:.2f} s; starting Python alone: {python_s:.2f} s\n")
     print("change                      command s  of full  columns made again / kept the same")
-    more = make_sessions(root / "more", given.session, NUM_SESSIONS + 1)
-    less = make_sessions(root / "less", given.session, NUM_SESSIONS - 1)
+    more = link_sessions(root / "more", given.session, NUM_SESSIONS + 1)
+    less = link_sessions(root / "less", given.session, NUM_SESSIONS - 1)
     cases = {
         "nothing": (sessions, recipe),
         "text: vocab_size": (sessions, write_recipe(root / "t.yaml", text={"vocab_size": 280})),
@@ -102,7 +107,7 @@ def measure(root: Path, given: argparse.Namespace) -> None:
         print(f"    written {show(written)}")
 
 
-def make_sessions(root: Path, session: Path, count: int) -> Path:
+def link_sessions(root: Path, session: Path, count: int) -> Path:
     """Hard links to one recording under many names, with other texts."""
     for number in range(1, count + 1):
         folder = root / f"session_{number:03}"

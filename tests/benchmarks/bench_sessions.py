@@ -11,7 +11,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-CACHE = Path(__file__).resolve().parents[2] / "data" / "bench"
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "data" / "bench"
+FILM = ROOT.parent / "shared/sessions/session_neon_glasses/vision_left.mp4"
 RATE_HZ = 30
 AUDIO_RATE_HZ = 48_000
 METADATA_RATE_HZ = 90

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import sys
 
 import dask
 import distributed
 import pytest
 from clusters import build_over_cluster
+from jobs import await_true, finish, launch
 from oracles import build, cluster_of, file_hashes, tiny_recipe, write_tiny_sessions
 from rich.console import Console
 
@@ -55,6 +59,35 @@ def test_an_error_that_another_attempt_would_repeat_ends_a_job_at_once():
         assert len(tried) == 3
         with pytest.raises(StorageError):
             cluster.map(fail, [StorageError("hiccup")], what="fail")
+
+
+SLEEPING_JOB = """
+import sys, time
+from pathlib import Path
+from rich.console import Console
+from preprocess.building.cluster import Cluster
+
+def sleep(mark):
+    Path(mark).touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    try:
+        with Cluster(scheduler=None, num_workers=2, console=Console(quiet=True)) as cluster:
+            cluster.map(sleep, sys.argv[1:], what="sleep")
+    except KeyboardInterrupt:
+        print("stopped")
+"""
+
+
+def test_workers_leave_an_interrupt_of_the_terminal_to_the_client(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SLEEPING_JOB, encoding="utf-8")
+    marks = [tmp_path / "one", tmp_path / "two"]
+    job = launch([sys.executable, script, *marks], scratch=tmp_path / "scratch")
+    await_true(lambda: all(mark.exists() for mark in marks))
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does: client and workers
+    assert finish(job) == "stopped\n"
 
 
 @pytest.mark.parametrize("num_deaths", [2, 3])

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+from jobs import await_true
 from killing import run_trials
 from oracles import (
     build,
@@ -100,6 +101,21 @@ def test_a_job_killed_while_it_writes_is_completed_to_the_same_bytes(
     build(recorded, out, OTHER)
     assert file_hashes(out) == file_hashes(undisturbed)
     assert leftovers(out) == []
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_told_to_stop_says_so_and_leaves_nothing_temporary(recorded, tmp_path, stop):
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    job = run_job(recorded, out, SMALL)
+    await_true(lambda: out.exists() and any(p.suffix == ".tmp" for p in out.iterdir()))
+    job.send_signal(stop)
+    _, stderr = job.communicate()
+    assert job.returncode == 130
+    assert stderr == "Interrupted. What was finished is kept; run it again to go on.\n"
+    assert leftovers(out) == []
+    build(recorded, out, SMALL)
+    build(recorded, undisturbed, SMALL)
+    assert file_hashes(out) == file_hashes(undisturbed)
 
 
 @pytest.mark.slow
