@@ -231,7 +231,7 @@ def deaf_to_interrupts() -> Iterator[None]:
     A terminal interrupts all processes of a job at once. The client alone answers, and dismisses
     its workers, which otherwise die with a traceback each.
     """
-    resource_tracker.ensure_running()  # type: ignore[no-untyped-call]  # it unblocks SIGINT
+    resource_tracker.ensure_running()  # it unblocks SIGINT
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
