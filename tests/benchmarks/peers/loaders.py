@@ -54,6 +54,7 @@ LOADERS: dict[str, Entry] = {
     "Megatron-Energon": _peer(open=peers.open_energon),
     "ours, mjpeg to RGB": _ours("mjpeg", "rgb"),
     "ours, h264 to RGB": _ours("h264", "rgb"),
+    "ours, yuv420 to RGB": _ours("yuv420", "rgb"),
     "ours, raw to RGB": _ours("raw", "rgb"),
     "ours, mjpeg to yuv420": _ours("mjpeg", "yuv420"),
     "ours, h264 to yuv420": _ours("h264", "yuv420"),

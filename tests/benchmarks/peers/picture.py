@@ -12,7 +12,7 @@ mpl.use("agg")
 
 from matplotlib import pyplot
 
-TITLES = {"rgb": "to RGB uint8 tensors", "model": "to floats on the device (the CPU)"}
+TITLES = {"rgb": "to uint8 frames (RGB, or planes)", "model": "to floats on the device (the CPU)"}
 COLORS = {"ours": "#1b7f5c", "limit": "#b8b8b8", "": "#4472a8"}
 SHADES = (0.35, 0.65, 1.0)
 

@@ -25,7 +25,7 @@ READ_COLUMNS = ("vision_left", "vision_right", "text", "proprio", "dmel", "index
 """What our loader reads of a set; the waveform's column is not touched."""
 
 TITLES = {
-    "rgb": "To RGB uint8 tensors in the trainer's memory",
+    "rgb": "To uint8 frames in the trainer's memory: RGB, or planes that a GPU turns into RGB",
     "model": "To the model's input: normalized float32 RGB on the device (here the CPU)",
 }
 
@@ -70,7 +70,7 @@ def _line(
         "lowest": rates[0] if rates else None,
         "highest": rates[-1] if rates else None,
         "ratio_to_best_peer": None,
-        "share_of_jpeg_limit": None,
+        "share_of_limit": None,
         "bytes_per_sample": bytes_per_sample(row.loader, store),
         "cpu_s_per_1000": median("cpu_s_per_1000"),
         "memory_mib": results["memory"].get(row, {}).get("memory_mib"),
@@ -93,7 +93,7 @@ def _agreement(check: dict[str, Any]) -> str:
 
 
 def _add_ratios(lines: list[dict[str, Any]]) -> None:
-    """Beside the fastest peer and the JPEG decoder's limit of the same table and workers."""
+    """Beside the fastest peer and the limit of the same decoder, table and workers."""
     for line in lines:
         same = [
             other
@@ -102,11 +102,12 @@ def _add_ratios(lines: list[dict[str, Any]]) -> None:
             and other["samples_per_s"]
         ]
         peers = [o["samples_per_s"] for o in same if not o["loader"].startswith(("ours", "limit"))]
-        limits = [o["samples_per_s"] for o in same if o["loader"] == "limit: JPEG to RGB"]
+        decoder = "h264 to yuv" if "h264" in line["loader"] else "JPEG to RGB"
+        limits = [o["samples_per_s"] for o in same if o["loader"] == f"limit: {decoder}"]
         if line["samples_per_s"] and peers:
             line["ratio_to_best_peer"] = line["samples_per_s"] / max(peers)
         if line["samples_per_s"] and limits:
-            line["share_of_jpeg_limit"] = line["samples_per_s"] / limits[0]
+            line["share_of_limit"] = line["samples_per_s"] / limits[0]
 
 
 def bytes_per_sample(loader: str, store: Store) -> float | None:
@@ -135,7 +136,7 @@ def print_tables(lines: Sequence[dict[str, Any]]) -> None:
         ratios = "".join(f"{f'{c} w.':>7}" for c in counts)
         print(
             f"\n{title}\n{'':42}{'samples/s':>{8 * len(counts)}}{'/ best peer':>{7 * len(counts)}}"
-            f"{'of JPEG':>9}{'kB per':>8}{'CPU s':>8}{'memory':>8}{'PSNR':>7}"
+            f"{'of its':>9}{'kB per':>8}{'CPU s':>8}{'memory':>8}{'PSNR':>7}"
         )
         print(f"{'':42}{rates}{ratios}{'limit':>9}{'sample':>8}{'/ 1000':>8}{'MiB':>8}{'dB':>7}")
         for label in labels:
@@ -147,15 +148,16 @@ def print_tables(lines: Sequence[dict[str, Any]]) -> None:
             last = by.get(most) or next(iter(by.values()))
             cells = "".join(_cell(by.get(c), "samples_per_s", 8, 1) for c in counts)
             cells += "".join(_cell(by.get(c), "ratio_to_best_peer", 7, 2) for c in counts)
-            cells += _cell(last, "share_of_jpeg_limit", 9, 2)
+            cells += _cell(last, "share_of_limit", 9, 2)
             cells += _cell(last, "bytes_per_sample", 8, 0, scale=1e-3)
             cells += _cell(last, "cpu_s_per_1000", 8, 2) + _cell(last, "memory_mib", 8, 0)
             cells += _cell(last, "psnr_db", 7, 1)
             errors = " ".join(dict.fromkeys(line["error"] for line in by.values() if line["error"]))
             print(f"{label:42}{cells}  {errors or last['agrees']}")
     print(
-        f"\nShares, processor time and memory are those of {most} workers; PSNR against the frames"
-        " before any codec."
+        "\nThe limit of H.264 is its decoder's, that of all others the JPEG decoder's. Shares, "
+        f"processor time and memory are those of {most} workers; PSNR against the frames before any "
+        "codec."
     )
 
 

@@ -36,8 +36,9 @@ AS_FLOATS = ("WebDataset, Pillow", "MosaicML Streaming", "LitData")
 
 ROWS = (
     *(Row("rgb", name, "rgb") for name in PEERS),
-    *(Row("rgb", f"ours, {name} to RGB", "rgb") for name in ("mjpeg", "h264", "raw")),
-    *(Row("rgb", f"limit: {name}", "rgb") for name in ("memcpy", "JPEG to RGB")),
+    *(Row("rgb", f"ours, {name} to RGB", "rgb") for name in ("mjpeg", "h264", "yuv420", "raw")),
+    *(Row("rgb", f"ours, {name} to yuv420", "rgb") for name in ("mjpeg", "h264", "yuv420")),
+    *(Row("rgb", f"limit: {name}", "rgb") for name in ("memcpy", "JPEG to RGB", "h264 to yuv")),
     *(Row("model", name, "worker") for name in AS_FLOATS),
     *(Row("model", name, "device") for name in PEERS if name != "sessions, torchcodec"),
     *(Row("model", f"ours, {name}", "device") for name in ("mjpeg to RGB", "mjpeg to yuv420")),
