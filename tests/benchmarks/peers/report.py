@@ -156,8 +156,8 @@ def print_tables(lines: Sequence[dict[str, Any]]) -> None:
             print(f"{label:42}{cells}  {errors or last['agrees']}")
     print(
         "\nThe limit of H.264 is its decoder's, that of all others the JPEG decoder's. Shares, "
-        f"processor time and memory are those of {most} workers; PSNR against the frames before any "
-        "codec."
+        f"processor time and memory are those of {most} workers; PSNR against the frames before "
+        "any codec."
     )
 
 
