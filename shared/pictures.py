@@ -8,8 +8,8 @@ dimensions:
   chroma in the middle of its four pixels, as JFIF (ITU-T T.871) has it.
 - *rgb*, uint8 [F, H, W, 3].
 
-Planes become RGB as libjpeg does it: chroma is interpolated linearly ("fancy upsampling"), which
-on real footage is nearer to the picture by 0.9 dB than repeating it.
+Planes become RGB (:mod:`shared.colours`) as libjpeg does it: chroma is interpolated linearly
+("fancy upsampling"), which on real footage is nearer to the picture by 0.9 dB than repeating it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import av
 import numpy as np
 import simplejpeg
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+from shared.colours import planes_to_rgb
 from shared.errors import ConfigError, CorruptError
 
 if TYPE_CHECKING:
@@ -57,14 +57,6 @@ _EDGE_PIXELS = 64
 
 _NPY_HEADER_BYTES = 128
 """What np.save writes for an array of three or four dimensions."""
-
-_EXACT = (
-    Interpolation.BILINEAR
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
-)
-"""Without these swscale repeats chroma and rounds down."""
 
 
 def to_yuv420(rgb: NDArray[np.uint8], *, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -210,7 +202,7 @@ def decode_npy_planes(member: bytes, out: NDArray[np.uint8]) -> None:
     if out.ndim == 3:
         out[...] = planes
     else:
-        _write_frames((av.VideoFrame.from_ndarray(p, format="yuvj420p") for p in planes), out)
+        planes_to_rgb(planes, out)
 
 
 def decode_npy_rgb(member: bytes, out: NDArray[np.uint8]) -> None:
@@ -283,7 +275,7 @@ def _decode(codec: str, parts: Sequence[memoryview], size: tuple[int, int]) -> I
 def _write_frames(frames: Iterator[VideoFrame], out: NDArray[np.uint8]) -> None:
     """Write frames in the layout of `out`; each must be planes of its size, and none may lack."""
     height, width = _size(out)
-    reformatter = VideoReformatter()
+    own = None if out.ndim == 3 else np.empty((1, height * 3 // 2, width), np.uint8)
     count = 0
     for frame in frames:
         if (frame.height, frame.width, frame.format.name) != (height, width, "yuvj420p"):
@@ -291,20 +283,12 @@ def _write_frames(frames: Iterator[VideoFrame], out: NDArray[np.uint8]) -> None:
             raise CorruptError(f"a picture is {found}, not {width}x{height} yuvj420p")
         if count == len(out) or frame.is_corrupt:
             raise CorruptError("a picture is damaged or one too many")
-        if out.ndim == 3:
-            for plane, wanted in zip(frame.planes, planes_of(out[count]), strict=True):
-                rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
-                wanted[...] = rows[: wanted.shape[0], : wanted.shape[1]]
-        else:
-            rgb = reformatter.reformat(
-                frame,
-                format="rgb24",
-                src_colorspace=Colorspace.ITU601,
-                src_color_range=ColorRange.JPEG,
-                interpolation=_EXACT,
-                threads=1,
-            )
-            out[count] = rgb.to_ndarray()
+        planes = out[count] if own is None else own[0]
+        for plane, wanted in zip(frame.planes, planes_of(planes), strict=True):
+            rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+            wanted[...] = rows[: wanted.shape[0], : wanted.shape[1]]
+        if own is not None:
+            planes_to_rgb(own, out[count : count + 1])
         count += 1
     _require_count(count, out)
 

@@ -6,16 +6,22 @@ is made here, on the training device.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.colours import planes_to_floats, rows_to_floats
 from shared.recipe import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of R, G and B in [0, 1] (Deng et al. 2009, as torchvision gives it)."""
@@ -29,8 +35,8 @@ OF_BLUE = (0.0, -0.114 * 1.772 / 0.587, 1.772)
 OF_RED = (1.402, -0.299 * 1.402 / 0.587, 0.0)
 """What Cr adds to R, G and B."""
 
-_CPU_FRAMES = 2
-"""So many frames of 224 pixels stay in a core's cache, with all that lies between."""
+_THREAD_BYTES = 1 << 22
+"""Less to write is not worth a thread: a millisecond."""
 
 VISION_STREAMS = (Stream.VISION_LEFT, Stream.VISION_RIGHT)
 """The eyes, in the order of their presence bits."""
@@ -96,33 +102,59 @@ def normalized_frames(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _of_rgb(rgb: Tensor, dtype: torch.dtype) -> Tensor:
-    """One multiply-add over rows of 3W numbers: on a CPU, rows of 3 take twice as long."""
-    rows = rgb.flatten(3).float()
+    """One multiply-add over rows of 3W numbers."""
     scale, shift = (x.flatten().repeat(rgb.shape[3]) for x in _constants(rgb.device)[:2])
-    out = rows if dtype == rows.dtype else torch.empty_like(rows, dtype=dtype)
-    return torch.addcmul(shift, rows, scale, out=out).view_as(rgb).permute(0, 1, 4, 2, 3)
+    rows = rgb.flatten(3)
+    if _is_compiled(rgb):
+        exact = torch.empty(rows.shape, dtype=torch.float32)
+        _share_out(
+            partial(rows_to_floats, scale=scale.numpy(), shift=shift.numpy()),
+            rows.flatten(0, 2),
+            exact.flatten(0, 2),
+        )
+        out = exact.to(dtype)
+    else:
+        values = rows.float()
+        out = values if dtype == values.dtype else torch.empty_like(values, dtype=dtype)
+        torch.addcmul(shift, values, scale, out=out)
+    return out.view_as(rgb).permute(0, 1, 4, 2, 3)
 
 
 def _of_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
-    """On a CPU a few frames at a time, so that what lies between is read from its caches."""
     batch, num_frames, rows, width = planes.shape
     height = rows * 2 // 3
     flat = planes.flatten(0, 1)
-    out = torch.empty(len(flat), 3, height, width, dtype=dtype, device=planes.device)
-    constants = _constants(planes.device)
-    at_once = _CPU_FRAMES if planes.device.type == "cpu" else max(1, len(flat))
-    for some, colours in zip(torch.split(flat, at_once), torch.split(out, at_once), strict=True):
-        if dtype == torch.float32:
-            _write_colours(some, colours, constants)
-        else:
-            exact = torch.empty_like(colours, dtype=torch.float32)
-            _write_colours(some, exact, constants)
-            colours.copy_(exact)
-    return out.view(batch, num_frames, 3, height, width)
+    shape = (len(flat), 3, height, width)
+    exact = torch.empty(shape, dtype=torch.float32, device=planes.device)
+    if _is_compiled(planes):
+        _share_out(partial(planes_to_floats, weights=_weights()), flat, exact)
+    else:
+        _write_colours(flat, exact, _constants(planes.device))
+    return exact.to(dtype).view(batch, num_frames, 3, height, width)
+
+
+def _is_compiled(pixels: Tensor) -> bool:
+    """Whether :mod:`shared.colours` has a loop for them: tensors in the CPU's memory."""
+    return pixels.device.type == "cpu" and pixels.is_contiguous()
+
+
+def _share_out(
+    write: Callable[[NDArray[np.uint8], NDArray[np.float32]], None], pixels: Tensor, out: Tensor
+) -> None:
+    """Run a loop over rows of `pixels` and `out` in as many threads as torch would use."""
+    given, made = pixels.numpy(), out.numpy()
+    num_threads = min(torch.get_num_threads(), out.nbytes // _THREAD_BYTES)
+    if num_threads <= 1:
+        write(given, made)
+        return
+    parts = [np.array_split(values, num_threads) for values in (given, made)]
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(write, *parts))  # raises what a thread raised
 
 
 def _write_colours(planes: Tensor, out: Tensor, constants: tuple[Tensor, ...]) -> None:
-    """Planes uint8 [N, 3H/2, W] as normalised colours, written into `out`, float32 [N, 3, H, W].
+    """Planes uint8 [N, 3H/2, W] as normalised colours, written into `out`, float32 [N, 3, H, W], on
+    any device.
 
     What chroma and the mean add to each colour is calculated at a quarter of the size and enlarged;
     luma is added, and what lies outside the RGB gamut is brought to its border.
@@ -139,10 +171,7 @@ def _write_colours(planes: Tensor, out: Tensor, constants: tuple[Tensor, ...]) -
 
 
 def _enlarge(values: Tensor, out: Tensor) -> None:
-    """Write [N, C, h, w] as [N, C, 2h, 2w], linearly; old places are in the middle of four new.
-
-    The same numbers as ``interpolate(mode="bilinear")``, which takes 2.5 times as long on a CPU.
-    """
+    """Write [N, C, h, w] as [N, C, 2h, 2w], linearly; old places are in the middle of four new."""
     count, channels, height, width = values.shape
     padded = functional.pad(values, (1, 1, 1, 1), mode="replicate")
     tall = values.new_empty(count, channels, height, 2, width + 2)
@@ -151,6 +180,15 @@ def _enlarge(values: Tensor, out: Tensor) -> None:
     wide = out.view(count, channels, height, 2, width, 2)
     torch.lerp(tall[..., 1:-1], tall[..., :-2], 0.25, out=wide[..., 0])
     torch.lerp(tall[..., 1:-1], tall[..., 2:], 0.25, out=wide[..., 1])
+
+
+def _weights() -> NDArray[np.float32]:
+    """:func:`_constants` and the gamut's borders as :func:`shared.colours.planes_to_floats` takes
+    them.
+    """
+    scale, shift, of_blue, of_red, offset = (x.flatten() for x in _constants(torch.device("cpu")))
+    columns = [scale, of_blue, of_red, offset, shift, shift + 255 * scale]
+    return np.ascontiguousarray(torch.stack(columns, dim=1).numpy())
 
 
 def _constants(device: torch.device) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from pixel_oracles import exact_rgb
 
+from train.data import inputs as inputs_module
 from train.data.inputs import to_device, to_model_inputs
 
 MEAN = np.array([0.485, 0.456, 0.406])
@@ -30,6 +31,24 @@ def test_planes_become_the_colours_of_the_standard_normalised_and_within_the_gam
     frames = to_model_inputs({"vision_left": packed})["vision_left"]
     assert frames.dtype == torch.float32
     np.testing.assert_allclose(frames.numpy(), oracle, atol=5e-6)
+
+
+@pytest.mark.parametrize("make", [pixels, planes])
+def test_a_gpus_operators_give_the_numbers_of_the_cpus_loops(monkeypatch, make):
+    of_loops = to_model_inputs({"vision_left": make()})["vision_left"]
+    monkeypatch.setattr(inputs_module, "_is_compiled", lambda pixels: False)
+    of_operators = to_model_inputs({"vision_left": make()})["vision_left"]
+    torch.testing.assert_close(of_operators, of_loops, rtol=0, atol=2e-6)
+    assert of_operators.stride() == of_loops.stride()
+
+
+@pytest.mark.parametrize("make", [pixels, planes])
+def test_threads_that_share_frames_out_write_them_all(monkeypatch, make):
+    alone = to_model_inputs({"vision_left": make()})["vision_left"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(inputs_module, "_THREAD_BYTES", 1)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kinds: torch.full(*shape, 7.0, **kinds))
+    assert torch.equal(to_model_inputs({"vision_left": make()})["vision_left"], alone)
 
 
 def test_grey_planes_are_grey():
