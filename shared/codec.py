@@ -45,12 +45,13 @@ if TYPE_CHECKING:
     from shared.recipe import VisionRecipe
 
 MAX_MEMBER_BYTES = 1 << 30
-"""A larger member is refused unread."""
+"""A larger member of any field is refused unread; see :func:`shared.layout.member_limits`."""
 
 MAX_TEXT_BYTES = 16 << 20
 """A larger text member is refused undecoded: JSON takes many times its size in memory."""
 
 _WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
+WAV_HEADER_BYTES = _WAV_HEADER.size
 _MAX_WAV_RATE_HZ = 1 << 31
 """From here on its bytes per second don't fit the header."""
 

@@ -150,13 +150,17 @@ class ColumnFile:
     Args:
         path: the file.
         descriptor: it is open already, and this one closes it.
+        origin: what messages call it; by default its path.
 
     Raises:
         ShardError: no such file.
     """
 
-    def __init__(self, path: Path, *, descriptor: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, descriptor: int | None = None, origin: str | None = None
+    ) -> None:
         self.path = path
+        self.origin = str(path) if origin is None else origin
         try:
             self._file: IO[bytes] = (
                 path.open("rb", buffering=0)
@@ -165,7 +169,7 @@ class ColumnFile:
             )
             self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
-            raise ShardError(f"{path}: can't be opened: {error.strerror}") from error
+            raise ShardError(f"{self.origin}: can't be opened: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the file."""
@@ -180,6 +184,7 @@ class ColumnFile:
         members: Members,
         row: int,
         *,
+        max_bytes: int = MAX_MEMBER_BYTES,
         tail: NDArray[np.uint8] | None = None,
         lap: Lap = no_lap,
     ) -> bytes | None:
@@ -188,6 +193,7 @@ class ColumnFile:
         Args:
             members: where the column's members lie.
             row: which one.
+            max_bytes: a longer member is refused unread; see :func:`shared.layout.member_limits`.
             tail: contiguous; the member's last bytes are read straight into it, and only those
                 before them are returned.
             lap: told when "fetch" and "checksum" are over.
@@ -199,27 +205,29 @@ class ColumnFile:
         length, offset = int(members.length[row]), int(members.offset[row])
         if length == 0:
             return None
-        if length > MAX_MEMBER_BYTES:
-            raise CorruptError(f"{self.path} at {offset}: a member of {length} bytes is too large")
+        if length > max_bytes:
+            raise CorruptError(
+                f"{self.origin} at {offset}: a member of {length} bytes, at most {max_bytes} can be"
+            )
         if offset + length > self._size:
             raise CorruptError(
-                f"{self.path} at {offset}: {length} bytes reach past its end at {self._size}"
+                f"{self.origin} at {offset}: {length} bytes reach past its end at {self._size}"
             )
         if tail is not None and length < tail.nbytes:
             raise CorruptError(
-                f"{self.path} at {offset}: a member of {length} bytes, expected {tail.nbytes}"
+                f"{self.origin} at {offset}: a member of {length} bytes, expected {tail.nbytes}"
             )
         head, count = self._pread(offset, length, tail)
         lap("fetch")
         if count != length:
-            raise CorruptError(f"{self.path} at {offset}: {count} of {length} bytes are there")
+            raise CorruptError(f"{self.origin} at {offset}: {count} of {length} bytes are there")
         found = google_crc32c.value(head)
         if tail is not None:
             found = google_crc32c.extend(found, tail)
         lap("checksum")
         if found != int(members.crc32c[row]):
             raise CorruptError(
-                f"{self.path} at {offset}: checksum is {found:08x}, index says "
+                f"{self.origin} at {offset}: checksum is {found:08x}, index says "
                 f"{int(members.crc32c[row]):08x}; run `python -m preprocess verify`"
             )
         return head
@@ -235,7 +243,7 @@ class ColumnFile:
             return bytes(head), count
         except OSError as error:
             raise CorruptError(
-                f"{self.path} at {offset}: can't be read: {error.strerror}"
+                f"{self.origin} at {offset}: can't be read: {error.strerror}"
             ) from error
 
 

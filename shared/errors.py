@@ -45,7 +45,18 @@ class FormatVersionError(ShardError):
 
 
 class CorruptError(ShardError):
-    """Bytes differ from their checksum, or don't decode."""
+    """Bytes differ from their checksum, or don't decode.
+
+    Args:
+        message: what, where, how to mend.
+        file: the file of the shard set, where that is known.
+        offset: where in it the bad member lies; None where all of the file is meant.
+    """
+
+    def __init__(self, message: str, *, file: str | None = None, offset: int | None = None) -> None:
+        super().__init__(message)
+        self.file = file
+        self.offset = offset
 
 
 class TooManyBadSamplesError(CorruptError):

@@ -1,5 +1,7 @@
-"""The index of a shard: what its samples are and where their bytes lie, in one small file that is
-memory-mapped.
+"""The index of a shard: what its samples are and where their bytes lie, in one small file.
+
+It is read into memory: its bytes are all hashed anyway, and where a file that is mapped gets cut
+off, its readers end by SIGBUS.
 
 Layout, little-endian: 8 bytes magic, uint32 version, uint32 header length, header (UTF-8 JSON),
 then arrays, each at a multiple of 64 bytes. The header holds plain facts and, under "arrays", name
@@ -33,6 +35,42 @@ INDEX_VERSION = 2
 _ALIGNMENT = 64
 _PREFIX = struct.Struct("<8sII")
 _DTYPES = {"u1", "u4", "u8", "f4", "f8"}
+
+MEMBER_TABLES = {
+    "vision_left": ("vision_left",),
+    "vision_right": ("vision_right",),
+    "audio": ("audio",),
+    "text": ("text",),
+    "proprio": ("proprio/timestamp", "proprio/proprio", "proprio/touch", "proprio/valid"),
+    "dmel": ("dmel/dmel", "dmel/valid"),
+}
+"""Of each column, where its members lie: one table of a tar column, one per array of a Zarr column.
+"""
+
+_Form = tuple[str, tuple[int | None, ...]]
+"""Dtype of an array, and the shape of one row; None is a width that the recipe decides."""
+
+_MEMBER_FORMS: dict[str, _Form] = {"offset": ("u8", ()), "length": ("u8", ()), "crc32c": ("u4", ())}
+
+_ROW_FORMS: dict[str, _Form] = {
+    "session": ("u4", ()),
+    "window": ("u4", ()),
+    "start_s": ("f8", ()),
+    "stop_s": ("f8", ()),
+    "present": ("u1", ()),
+    "partial": ("u1", ()),
+    "coverage": ("f4", (7,)),
+}
+"""Arrays that every index has."""
+
+_COLUMN_FORMS: dict[str, dict[str, _Form]] = {
+    column: {
+        **{f"{t}.{name}": form for t in tables for name, form in _MEMBER_FORMS.items()},
+        **({f"{column}.error_s": ("f4", (None,))} if column.startswith("vision") else {}),
+    }
+    for column, tables in MEMBER_TABLES.items()
+}
+"""Arrays of each column that an index has."""
 _MAX_HEADER_BYTES = 64 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 _DAMAGES = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
@@ -54,7 +92,7 @@ class Members:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardIndex:
-    """A shard's index in memory or memory-mapped. Arrays: a row per sample."""
+    """A shard's index. Arrays: a row per sample."""
 
     facts: Mapping[str, Any]
     """Plain JSON: shard name, session names, columns (file, bytes, checksum, fingerprint),
@@ -105,41 +143,44 @@ def index_bytes(index: ShardIndex) -> bytes:
 
 
 def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
-    """Memory-map an index; read-only.
+    """Read an index.
 
     Args:
         path: the file.
-        sha256: checksum from the manifest; checked when given.
+        sha256: see :func:`parse_index`.
 
     Raises:
         ShardError: no such file.
-        CorruptError: not the file that the manifest means, or damaged.
-        FormatVersionError: written by a newer version.
+        CorruptError, FormatVersionError: see :func:`parse_index`.
     """
     try:
-        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise ShardError(f"{path}: no such index; is the shard set complete?") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CorruptError(f"{path}: can't be read: {error}") from error
-    if sha256 is not None and hashlib.sha256(raw.data).hexdigest() != sha256:
-        raise CorruptError(f"{path}: checksum differs from the manifest; rebuild by `make shards`")
-    return parse_index(raw, origin=str(path))
+    return parse_index(content, origin=str(path), sha256=sha256)
 
 
-def parse_index(raw: NDArray[np.uint8], *, origin: str) -> ShardIndex:
-    """An index from its bytes; its arrays are views of them.
+def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> ShardIndex:
+    """An index from its bytes; its arrays are read-only views of them.
 
     Args:
-        raw: the file's bytes, uint8 [N].
+        content: the file's bytes.
         origin: where they come from, for messages.
+        sha256: checksum from the manifest; checked when given.
 
     Raises:
-        CorruptError, FormatVersionError: see :func:`open_index`.
+        CorruptError: not the bytes that the manifest means, or damaged.
+        FormatVersionError: written by a newer version.
     """
-    if len(raw) < _PREFIX.size:
-        raise CorruptError(f"{origin}: {len(raw)} bytes are no index")
-    magic, version, header_length = _PREFIX.unpack(raw[: _PREFIX.size].tobytes())
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise CorruptError(
+            f"{origin}: checksum differs from the manifest; rebuild by `make shards`"
+        )
+    if len(content) < _PREFIX.size:
+        raise CorruptError(f"{origin}: {len(content)} bytes are no index")
+    magic, version, header_length = _PREFIX.unpack_from(content)
     if magic != MAGIC:
         raise CorruptError(f"{origin}: is no shard index")
     if version > INDEX_VERSION:
@@ -147,11 +188,11 @@ def parse_index(raw: NDArray[np.uint8], *, origin: str) -> ShardIndex:
             f"{origin}: index version {version} is newer than {INDEX_VERSION}, the newest that "
             "this program reads; update it"
         )
-    if header_length > min(_MAX_HEADER_BYTES, len(raw) - _PREFIX.size):
+    if header_length > min(_MAX_HEADER_BYTES, len(content) - _PREFIX.size):
         raise CorruptError(f"{origin}: its header reaches past the end of the file")
-    body = raw[_aligned(_PREFIX.size + header_length) :]
+    body = np.frombuffer(content, dtype=np.uint8)[_aligned(_PREFIX.size + header_length) :]
     try:
-        facts = json.loads(raw[_PREFIX.size : _PREFIX.size + header_length].tobytes())
+        facts = json.loads(content[_PREFIX.size : _PREFIX.size + header_length])
         layout = facts.pop("arrays")
         arrays = {name: _array(body, *entry) for name, entry in layout.items()}
         _require_whole(facts, arrays)
@@ -165,6 +206,18 @@ def parse_index(raw: NDArray[np.uint8], *, origin: str) -> ShardIndex:
     return ShardIndex(facts=facts, arrays=arrays)
 
 
+def require_complete(index: ShardIndex, *, origin: str) -> None:
+    """Check that an index has every column; those of a set that is finished do.
+
+    Raises:
+        CorruptError: it lacks one.
+    """
+    if lacking := [name for name in MEMBER_TABLES if name not in index.facts["columns"]]:
+        raise CorruptError(
+            f"{origin}: lacks the column {', '.join(lacking)}; rebuild by `make shards`"
+        )
+
+
 def _array(body: NDArray[np.uint8], dtype: str, shape: list[int], offset: int) -> NDArray[Any]:
     """A view of one array; `offset` counts from the begin of `body`."""
     if dtype not in _DTYPES or any(type(n) is not int or n < 0 for n in (*shape, offset)):
@@ -176,13 +229,33 @@ def _array(body: NDArray[np.uint8], dtype: str, shape: list[int], offset: int) -
 
 
 def _require_whole(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Raises ValueError where rows don't fit together or a column's file lies elsewhere."""
+    """Raises ValueError where an array is missing or of another form, rows don't fit together, or a
+    column's file lies elsewhere.
+    """
+    columns = facts["columns"]
+    forms = dict(_ROW_FORMS)
+    for name in columns:
+        forms |= _COLUMN_FORMS.get(name, {})
+    for name, (dtype, row_shape) in forms.items():
+        if name not in arrays:
+            raise ValueError(f"lacks the array {name}")
+        array = arrays[name]
+        is_as_wide = len(array.shape) == 1 + len(row_shape) and all(
+            width in (None, found) for width, found in zip(row_shape, array.shape[1:], strict=True)
+        )
+        if array.dtype.str[1:] != dtype or not is_as_wide:
+            raise ValueError(f"{name} is {array.dtype.str[1:]} {list(array.shape)}")
     num_rows = {len(array) for array in arrays.values()}
     if num_rows != {len(arrays["window"])}:
         raise ValueError(f"arrays have {sorted(num_rows)} rows")
-    if arrays["session"].size and int(arrays["session"].max()) >= len(facts["sessions"]):
+    sessions = facts["sessions"]
+    if not isinstance(sessions, list) or not all(isinstance(name, str) for name in sessions):
+        raise ValueError("its sessions are no list of names")
+    if arrays["session"].size and int(arrays["session"].max()) >= len(sessions):
         raise ValueError("a row is of no session")
-    for column in facts["columns"].values():
+    if not (np.isfinite(arrays["start_s"]).all() and np.isfinite(arrays["stop_s"]).all()):
+        raise ValueError("a window has no finite time")
+    for column in columns.values():
         require_file_name(column["file"])
 
 

@@ -10,7 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from shared.codec import vision_extension
+from shared.codec import (
+    MAX_MEMBER_BYTES,
+    MAX_TEXT_BYTES,
+    WAV_HEADER_BYTES,
+    vision_extension,
+)
 from shared.recipe import STREAMS, Recipe, Stream, json_of
 from shared.session import AUDIO_FILE, METADATA_FILE, TEXT_FILE, VISION_FILES
 
@@ -88,6 +93,11 @@ COLUMNS: dict[str, Column] = {
 """Every column of a shard set, by name."""
 
 
+_MAX_PIXEL_BYTES = 8
+_MAX_PICTURE_HEAD_BYTES = 64 << 10
+"""No codec needs half as much: of 224 pixels, raw takes 3 bytes each, and noise at the best quality
+2.0 by JPEG and 2.5 by x264."""
+
 _CODEC_KEYS = {"vision.qp": "h264"}
 """Keys of a recipe that say nothing where the codec is another one."""
 
@@ -114,6 +124,29 @@ def column_basis(column: Column, recipe: Recipe, *, tokenizer_sha256: str) -> di
     if column.name == "text":
         basis["tokenizer_sha256"] = tokenizer_sha256
     return basis
+
+
+def member_limits(recipe: Recipe) -> dict[str, int]:
+    """Most bytes of a member, per table of :data:`shared.index.MEMBER_TABLES`.
+
+    Exact where the recipe decides the length; for pictures far more than any codec needs.
+    """
+    frames, size = recipe.count(recipe.vision.rate_hz), recipe.vision.size
+    mel, sensors = recipe.count(recipe.mel.rate_hz), recipe.count(recipe.sensors.rate_hz)
+    pictures = frames * (size * size * _MAX_PIXEL_BYTES + _MAX_PICTURE_HEAD_BYTES)
+    limits = {
+        "vision_left": pictures,
+        "vision_right": pictures,
+        "audio": WAV_HEADER_BYTES + 2 * recipe.count(recipe.audio.rate_hz),
+        "text": MAX_TEXT_BYTES,
+        "proprio/timestamp": 8 * sensors,
+        "proprio/proprio": 4 * sensors * recipe.sensors.proprio_size,
+        "proprio/touch": 4 * sensors * recipe.sensors.touch_size,
+        "proprio/valid": sensors,
+        "dmel/dmel": mel * recipe.mel.channels,
+        "dmel/valid": mel,
+    }
+    return {table: min(limit, MAX_MEMBER_BYTES) for table, limit in limits.items()}
 
 
 def presence_bits(streams: Iterable[Stream]) -> int:

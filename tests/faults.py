@@ -1,14 +1,15 @@
 """Damages a shard set in every way and looks at what training from it sees.
 
-    python tests/faults.py --flips 1000
+    python tests/faults.py --flips 1000 --codec h264 --workers 2
 
 Each trial damages one thing in a fresh copy of a tiny set, reads a whole epoch, every stream, and
 compares each sample with the undamaged set's by its key. A trial is
 
-    detected   samples were named, with their file, and replaced; or reading stopped with one clear
-               message
+    detected   samples were named, with their file and place in it, and replaced; or reading stopped
+               with one clear message
     unread     nothing was said, and every sample is right: nobody reads those bytes
     silent     nothing was said, and a sample is wrong, missing or twice (must be 0)
+    unnamed    samples were replaced, and not said where the damage is (must be 0)
     crashed    something else than a clear message came out (must be 0)
 
 Whatever happens, the batches must keep their number and their shapes.
@@ -27,10 +28,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
+import numpy as np
 import simplejpeg
 import tiny_sets
 import torch
@@ -38,6 +41,7 @@ import torch
 from shared.codec import MAX_MEMBER_BYTES
 from shared.errors import CreatureError
 from shared.index import index_bytes, open_index
+from shared.pictures import encode_h264
 from train.data.loader import Loader
 from train.data.reader import ShardSource
 
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
 
 Outcome = str
 Fault = Callable[[Path, random.Random], None]
+
+BAD_OUTCOMES = ("crashed", "silent", "unnamed")
 
 UNREAD = {"rejected.jsonl", "sessions.jsonl"}
 """Files that no reader of samples looks at."""
@@ -61,11 +67,12 @@ class Reference:
         batches = list(epoch(shards))
         self.shapes = [shapes_of(batch) for batch in batches]
         self.rows = {key: row for batch in batches for key, row, _ in rows_of(batch)}
+        self.files = {path.name for path in shards.iterdir()}
 
-    def judge(self, shards: Path) -> tuple[Outcome, str]:
+    def judge(self, shards: Path, *, num_workers: int = 0) -> tuple[Outcome, str]:
         """Read a damaged set: the outcome, and what was said."""
         try:
-            batches = list(epoch(shards))
+            batches = list(epoch(shards, num_workers=num_workers))
         except CreatureError as error:
             return "detected", str(error)
         except Exception as error:  # what else comes out is what this looks for
@@ -73,22 +80,36 @@ class Reference:
         skipped = [skip for batch in batches for skip in batch["skipped"]]
         if [shapes_of(batch) for batch in batches] != self.shapes:
             return "silent", "batches have other shapes"
-        seen = Counter(key for b in batches for key, _, weight in rows_of(b) if weight)
-        for batch in batches:
-            for key, row, _ in rows_of(batch):
-                if key not in self.rows or not is_same(row, self.rows[key]):
-                    return "silent", f"{key} is another sample"
+        rows = [each for batch in batches for each in rows_of(batch)]
+        seen = Counter(key for key, _, weight in rows if weight)
+        for key, row, _ in rows:
+            if key not in self.rows or not is_same(row, self.rows[key]):
+                return "silent", f"{key} is another sample"
+        if unnamed := [skip for skip in skipped if not self.is_named(skip)]:
+            return "unnamed", json.dumps(unnamed[0])
         if skipped:
             return "detected", skipped[0]["error"]
         if set(seen) != set(self.rows) or set(seen.values()) != {1}:
             return "silent", "a sample is missing or twice"
         return "unread", ""
 
+    def is_named(self, skip: dict[str, Any]) -> bool:
+        """Whether a replaced sample is told with its shard, a file of that and the place in it, and
+        its error says so too; of an index or a file that is not there all is bad.
+        """
+        file, offset = skip["file"], skip["offset"]
+        if file not in self.files or not file.startswith(f"{skip['shard']}."):
+            return False
+        if file.endswith(".index"):
+            return f"{file}: " in skip["error"] and offset is None
+        places = (f"{file} at {offset}: ", f"{file}: can't be opened: ")
+        return type(offset) is int and any(place in skip["error"] for place in places)
 
-def epoch(shards: Path) -> Iterator[dict[str, Any]]:
+
+def epoch(shards: Path, *, num_workers: int = 0) -> Iterator[dict[str, Any]]:
     """All batches of one shuffled epoch; however many samples are bad."""
     source = ShardSource(shards)
-    config = tiny_sets.make_config(shards, max_bad_fraction=1.0)
+    config = tiny_sets.make_config(shards, max_bad_fraction=1.0, num_workers=num_workers)
     for batch in Loader(source, config, num_epochs=1):
         yield {**batch, "inputs": {n: t.clone() for n, t in batch["inputs"].items()}}
     source.close()
@@ -205,6 +226,31 @@ def hostile_index(field: str, value: int) -> Fault:
     return fault
 
 
+def hostile_header(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Fault:
+    """An index whose facts and arrays were changed, with the right checksum in the manifest."""
+
+    def fault(shards: Path, rng: random.Random) -> None:
+        def change_both(index: Any, _: Path, __: int) -> None:
+            change(index.facts, index.arrays)
+
+        rewrite_index(shards, "vision_left", "vision_left", rng, change_both)
+
+    return fault
+
+
+def without(array: str) -> Fault:
+    return hostile_header(lambda _, arrays: arrays.pop(array))
+
+
+def with_array(name: str, make: Callable[[Any], Any]) -> Fault:
+    """An array of the index is what `make` makes of it."""
+    return hostile_header(lambda _, arrays: arrays.update({name: make(arrays[name])}))
+
+
+def with_facts(**values: object) -> Fault:
+    return hostile_header(lambda facts, _: facts.update(values))
+
+
 def hostile_name(shards: Path, rng: random.Random) -> None:
     """A tar whose member is named like a file of the machine, with the right checksums."""
     path = pick(shards, "train-*.vision_left.tar", rng)
@@ -253,8 +299,6 @@ def rewrite_index(
 
 def jpeg_of_size(width: int, height: int) -> bytes:
     """A small JPEG whose header says another size."""
-    import numpy as np
-
     content = bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), dtype=np.uint8)))
     frame = content.index(b"\xff\xc0")
     content[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
@@ -263,8 +307,6 @@ def jpeg_of_size(width: int, height: int) -> bytes:
 
 def noise_pictures(rng: random.Random) -> bytes:
     """A member as it should be, of other pictures than were recorded."""
-    import numpy as np
-
     pictures = np.random.default_rng(rng.randrange(1 << 32)).integers(0, 256, (5, 32, 32, 3))
     return b"".join(
         simplejpeg.encode_jpeg(picture, colorsubsampling="420")
@@ -273,7 +315,23 @@ def noise_pictures(rng: random.Random) -> bytes:
 
 
 def many_jpegs(_: random.Random) -> bytes:
-    return jpeg_of_size(32, 32) * 100_000
+    return jpeg_of_size(32, 32) * 500
+
+
+@cache
+def large_h264(_: random.Random | None = None) -> bytes:
+    """A few bytes that say they are five pictures of 4,096 x 4,096."""
+    return encode_h264(np.zeros((5, 4096 * 3 // 2, 4096), np.uint8), qp=51, rate_hz=5)
+
+
+@cache
+def many_h264(_: random.Random | None = None) -> bytes:
+    """As many pictures as there should be, and 500 more behind the last one's delimiter."""
+    delimiter = b"\x00\x00\x00\x01\x09"
+    planes = np.zeros((505, 48, 32), np.uint8)
+    _, *parts = encode_h264(planes, qp=30, rate_hz=5).split(delimiter)
+    head = b"".join(delimiter + part for part in parts[:5])
+    return head + b"".join(part[1:] for part in parts[5:])  # each without what its delimiter says
 
 
 def deep_json(_: random.Random) -> bytes:
@@ -288,6 +346,12 @@ def long_text(_: random.Random) -> bytes:
 def foreign_tokens(_: random.Random) -> bytes:
     stream = {"ids": [1 << 40], "time_s": [0.0]}
     return json.dumps({"internal": stream, "external": stream, "events": []}).encode()
+
+
+def tokens_at(time_s: float) -> Fault:
+    stream = {"ids": [5], "time_s": [time_s]}
+    content = json.dumps({"internal": stream, "external": stream, "events": []}).encode()
+    return hostile_member("text", "text", lambda _: content)
 
 
 def noise(rng: random.Random) -> bytes:
@@ -317,7 +381,7 @@ FAULTS: dict[str, tuple[int, Fault]] = {
         5,
         hostile_member("vision_left", "vision_left", lambda _: jpeg_of_size(65_535, 65_535) * 5),
     ),
-    "hostile: 100,000 pictures in a member": (
+    "hostile: 500 pictures in a member": (
         3,
         hostile_member("vision_left", "vision_left", many_jpegs),
     ),
@@ -334,48 +398,114 @@ FAULTS: dict[str, tuple[int, Fault]] = {
     "hostile: member of 2**63 bytes": (3, hostile_index("length", 1 << 63)),
     "hostile: member just below the limit": (3, hostile_index("length", MAX_MEMBER_BYTES)),
     "hostile: member at 2**63": (3, hostile_index("offset", 1 << 63)),
+    "hostile: H.264 of 4,096 x 4,096": (
+        2,
+        hostile_member("vision_left", "vision_left", lambda _: large_h264()),
+    ),
+    "hostile: 500 pictures behind an H.264 delimiter": (
+        2,
+        hostile_member("vision_left", "vision_left", lambda _: many_h264()),
+    ),
+    "hostile: tokens at 1e308 s": (2, tokens_at(1e308)),
+    "hostile: tokens at -1e308 s": (2, tokens_at(-1e308)),
+    "hostile: tokens of the next window": (2, tokens_at(3600.0)),
+    **{
+        f"hostile: index without {name}": (1, without(name))
+        for name in ("present", "start_s", "session", "text.offset", "vision_left.error_s")
+    },
+    "hostile: index without the column text": (
+        1,
+        hostile_header(lambda facts, _: facts["columns"].pop("text")),
+    ),
+    "hostile: index without columns": (1, hostile_header(lambda facts, _: facts.pop("columns"))),
+    "hostile: index without sessions": (1, hostile_header(lambda facts, _: facts.pop("sessions"))),
+    "hostile: column without a file": (
+        1,
+        hostile_header(lambda facts, _: facts["columns"].update(text={})),
+    ),
+    "hostile: sessions that are numbers": (1, with_facts(sessions=[1] * 50)),
+    "hostile: sessions that are a string": (1, with_facts(sessions="x" * 50)),
+    **{
+        f"hostile: windows that begin at {time_s}": (
+            1,
+            with_array("start_s", lambda a, time_s=time_s: np.full_like(a, time_s)),
+        )
+        for time_s in (float("nan"), float("inf"), 1e308, -1e308)
+    },
+    "hostile: presence that is no number": (
+        1,
+        with_array("present", lambda a: np.full(len(a), np.nan, np.float32)),
+    ),
+    "hostile: every presence bit": (1, with_array("present", lambda a: np.full_like(a, 255))),
+    "hostile: windows of two dimensions": (
+        1,
+        with_array("window", lambda a: np.stack([a, a], axis=1)),
+    ),
+    "hostile: lengths that are no numbers": (
+        1,
+        with_array("text.length", lambda a: np.full(len(a), np.nan)),
+    ),
+    "hostile: time errors of fewer frames": (
+        1,
+        with_array("vision_left.error_s", lambda a: np.ascontiguousarray(a[:, :3])),
+    ),
+    "hostile: time errors of no dimension": (
+        1,
+        with_array("vision_left.error_s", lambda a: np.ascontiguousarray(a[:, 0])),
+    ),
 }
 """Name -> how often it is tried, and what does it."""
 
 
-def try_fault(fault: Fault, shards: Path, reference: Reference, seed: str) -> tuple[Outcome, str]:
+def try_fault(
+    fault: Fault, shards: Path, reference: Reference, seed: str, *, num_workers: int = 0
+) -> tuple[Outcome, str]:
     """Damage a copy and read it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(shards, Path(folder) / "set"))
         fault(copy, random.Random(seed))
-        return reference.judge(copy)
+        outcome, said = reference.judge(copy, num_workers=num_workers)
+        return outcome, said.replace(f"{folder}/", "")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--codec", default="mjpeg", help="vision.codec of the set")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes")
     parser.add_argument("--only", default="", help="faults whose name has this in it")
     given = parser.parse_args()
     torch.set_num_threads(1)
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
-        shards = tiny_sets.make_set(Path(folder), vision={"codec": "mjpeg"})
+        shards = tiny_sets.make_set(Path(folder), vision={"codec": given.codec})
         reference = Reference(shards)
-        print(f"{'fault':42} tries  detected  unread  silent  crashed   for example")
+        print(f"{'fault':46} tries  detected  unread  silent  unnamed  crashed   for example")
         for name, (count, fault) in FAULTS.items():
             if given.only not in name:
                 continue
             count = count or given.flips
             results = [
-                try_fault(fault, shards, reference, f"{given.seed}/{name}/{i}")
+                try_fault(
+                    fault,
+                    shards,
+                    reference,
+                    f"{given.seed}/{name}/{i}",
+                    num_workers=given.workers,
+                )
                 for i in range(count)
             ]
             outcomes = Counter(outcome for outcome, _ in results)
-            worst = ("crashed", "silent", "detected", "unread")
+            worst = (*BAD_OUTCOMES, "detected", "unread")
             said = next(text for kind in worst for o, text in results if o == kind)
             print(
-                f"{name:42} {count:5}  {outcomes['detected']:8}  {outcomes['unread']:6}  "
-                f"{outcomes['silent']:6}  {outcomes['crashed']:7}   "
-                f"{said.replace(str(Path(folder).parent), '')[:90]}"
+                f"{name:46} {count:5}  {outcomes['detected']:8}  {outcomes['unread']:6}  "
+                f"{outcomes['silent']:6}  {outcomes['unnamed']:7}  {outcomes['crashed']:7}   "
+                f"{said[:90]}"
             )
             for outcome, text in results:
-                if outcome in {"silent", "crashed"}:
+                if outcome in BAD_OUTCOMES:
                     bad += 1
                     print(f"    {outcome}: {text[:160]}")
     return 1 if bad else 0

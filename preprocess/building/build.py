@@ -142,7 +142,7 @@ def salvage_shard(
     if content is None:
         return task
     try:
-        index = parse_index(np.frombuffer(content, np.uint8), origin=f"{out}/{name}")
+        index = parse_index(content, origin=f"{out}/{name}")
         columns = _columns(index)
     except (ShardError, KeyError, TypeError):
         columns = {}

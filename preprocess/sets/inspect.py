@@ -14,8 +14,8 @@ from preprocess.sets.files import SetFiles, open_files
 from shared.codec import decode_pictures, decode_text, decode_wav
 from shared.columns import ColumnFile
 from shared.errors import CorruptError, CreatureError, ShardError
-from shared.index import ShardIndex, open_index
-from shared.layout import COLUMNS, streams_of_bits
+from shared.index import MEMBER_TABLES, ShardIndex, open_index, require_complete
+from shared.layout import COLUMNS, member_limits, streams_of_bits
 from shared.manifest import (
     FORMAT_VERSION,
     REJECTED_FILE,
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-
-_ZARR_ARRAYS = {
-    "proprio": ("timestamp", "proprio", "touch", "valid"),
-    "dmel": ("dmel", "valid"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,12 +130,13 @@ def describe_sample(place: Path | str, key: str) -> Iterator[tuple[str, str]]:
             name = f"{stream}.error_s"
             if name in arrays:
                 yield stream, _frame_errors(np.asarray(arrays[name][row]))
-        for name, column in index.facts["columns"].items():
-            for part in _members_of(name):
-                members = index.members(part)
+        for name, tables in MEMBER_TABLES.items():
+            file = index.facts["columns"][name]["file"]
+            for table in tables:
+                members = index.members(table)
                 where = f"{int(members.length[row])} bytes at {int(members.offset[row])}"
-                yield part, f"{where} of {column['file']}"
-        text = _read(files, index, "text", "text", row)
+                yield table, f"{where} of {file}"
+        text = _read(files, index, "text", row)
         for event in decode_text(text).events if text is not None else ():
             yield event.stream, f"{event.time_s:7.2f} s  {event.text}"
 
@@ -184,12 +180,12 @@ def _verify_shard(
         except OSError as error:
             problems.append(f"{path}: can't be read: {error.strerror}")
             continue
-        if digest != column["sha256"]:
+        if digest != column.get("sha256"):
             problems.append(f"{path}: checksum differs from its index; rebuild by `make shards`")
-        for part in _members_of(name):
+        for table in MEMBER_TABLES[name]:
             for row in range(index.num_samples):
                 try:
-                    content = _read(files, index, name, part, row)
+                    content = _read(files, index, table, row)
                     if content is not None:
                         num_members += 1
                         _decode(name, content, files.manifest.recipe)
@@ -223,11 +219,6 @@ def _verify_counts(files: SetFiles, num_samples: int) -> Iterator[str]:
         yield f"{planned} windows were planned, but {num_samples} samples + {rejected} rejected"
 
 
-def _members_of(column: str) -> list[str]:
-    """Names of a column's member tables in the index."""
-    return [f"{column}/{array}" for array in _ZARR_ARRAYS.get(column, ())] or [column]
-
-
 def _decode(column: str, content: bytes, recipe: Recipe) -> Any:  # noqa: ANN401 (any field)
     if column.startswith("vision"):
         size = recipe.vision.size
@@ -240,16 +231,21 @@ def _decode(column: str, content: bytes, recipe: Recipe) -> Any:  # noqa: ANN401
     return content
 
 
-def _read(files: SetFiles, index: ShardIndex, column: str, part: str, row: int) -> bytes | None:
+def _read(files: SetFiles, index: ShardIndex, table: str, row: int) -> bytes | None:
+    column = table.partition("/")[0]
     file = ColumnFile(files.path(index.facts["columns"][column]["file"]))
+    limit = member_limits(files.manifest.recipe)[table]
     try:
-        return file.read(index.members(part), row)
+        return file.read(index.members(table), row, max_bytes=limit)
     finally:
         file.close()
 
 
 def _open_index(files: SetFiles, entry: ShardEntry) -> ShardIndex:
-    return open_index(files.path(entry.index_file), sha256=entry.index_sha256)
+    path = files.path(entry.index_file)
+    index = open_index(path, sha256=entry.index_sha256)
+    require_complete(index, origin=str(path))
+    return index
 
 
 def _find(files: SetFiles, key: str) -> tuple[ShardEntry, ShardIndex, int]:

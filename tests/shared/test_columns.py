@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 import zipfile
 from typing import TYPE_CHECKING
@@ -150,6 +151,18 @@ def test_a_wrong_place_is_corrupt_whatever_it_is(tmp_path, offset, length):
     file = ColumnFile(path)
     with pytest.raises(CorruptError):
         file.read(members, 0)
+    file.close()
+
+
+def test_a_member_that_is_too_long_is_refused_unread(tar, monkeypatch):
+    path, members = tar
+    file = ColumnFile(path)
+    row = int(members.length.argmax())
+    longest = int(members.length[row])
+    assert file.read(members, row, max_bytes=longest) == CONTENTS[row]
+    monkeypatch.setattr(os, "pread", None)
+    with pytest.raises(CorruptError, match=f"a member of {longest} bytes, at most {longest - 1}"):
+        file.read(members, row, max_bytes=longest - 1)
     file.close()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import struct
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import CorruptError, FormatVersionError, ShardError
-from shared.index import ShardIndex, index_bytes, open_index
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from shared.index import (
+    MEMBER_TABLES,
+    ShardIndex,
+    index_bytes,
+    open_index,
+    require_complete,
+)
+from shared.layout import COLUMNS, member_limits
+from shared.recipe import Recipe
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -33,7 +39,9 @@ def tiny_index(**changes: object) -> ShardIndex:
         "window": np.array([0, 1, 1_000_000], np.uint32),
         "coverage": np.arange(21, dtype=np.float32).reshape(3, 7),
         "start_s": np.array([0.0, 4.0, 8.0]),
+        "stop_s": np.array([4.0, 8.0, 12.0]),
         "present": np.array([1, 2, 127], np.uint8),
+        "partial": np.array([0, 0, 3], np.uint8),
         "audio.offset": np.array([0, 2**40, 5], np.uint64),
         "audio.length": np.array([1, 0, 3], np.uint64),
         "audio.crc32c": np.array([7, 0, 9], np.uint32),
@@ -187,6 +195,69 @@ def test_a_column_file_outside_the_set_is_refused(tmp_path, name):
     content = index_bytes(tiny_index(columns={"audio": {"file": name}}))
     with pytest.raises(CorruptError, match="is no plain file name"):
         open_index(write_index(tmp_path, content))
+
+
+def test_an_index_that_is_cut_off_while_it_is_open_stays_whole(tmp_path):
+    path = write_index(tmp_path, index_bytes(tiny_index()))
+    index = open_index(path)
+    assert str(path) not in Path("/proc/self/maps").read_text(), "the next line would be a SIGBUS"
+    os.truncate(path, 0)
+    assert index.key(2) == "bøb/1000000"
+
+
+def test_the_tables_of_members_are_those_of_all_columns():
+    assert list(MEMBER_TABLES) == list(COLUMNS)
+    assert {t for tables in MEMBER_TABLES.values() for t in tables} == set(member_limits(Recipe()))
+
+
+@pytest.mark.parametrize("name", sorted(tiny_index().arrays))
+def test_an_index_without_an_array_is_corrupt(tmp_path, name):
+    index = tiny_index()
+    arrays = {n: array for n, array in index.arrays.items() if n != name}
+    content = index_bytes(ShardIndex(facts=index.facts, arrays=arrays))
+    with pytest.raises(CorruptError, match=f"lacks the array {name};"):
+        open_index(write_index(tmp_path, content))
+
+
+@pytest.mark.parametrize("name", sorted(tiny_index().arrays))
+@pytest.mark.parametrize("other", ["dtype", "dimension", "width"])
+def test_an_array_of_another_form_is_corrupt(tmp_path, name, other):
+    array = tiny_index().arrays[name]
+    wrong = {
+        "dtype": array.astype(np.uint8 if array.dtype == np.uint32 else np.uint32),
+        "dimension": array[..., None],
+        "width": array.reshape(3, -1)[:, [0, 0]],
+    }
+    content = index_bytes(tiny_index(**{name: np.ascontiguousarray(wrong[other])}))
+    with pytest.raises(CorruptError, match=f"{name} is .*; rebuild"):
+        open_index(write_index(tmp_path, content))
+
+
+@pytest.mark.parametrize("sessions", [["ann", 1], "ab", {"ann": 1, "bob": 2}, None])
+def test_sessions_that_are_no_names_are_corrupt(tmp_path, sessions):
+    content = index_bytes(tiny_index(sessions=sessions))
+    with pytest.raises(CorruptError, match="no list of names"):
+        open_index(write_index(tmp_path, content))
+
+
+@pytest.mark.parametrize("name", ["start_s", "stop_s"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_window_without_a_time_is_corrupt(tmp_path, name, value):
+    content = index_bytes(tiny_index(**{name: np.array([0.0, value, 8.0])}))
+    with pytest.raises(CorruptError, match="no finite time"):
+        open_index(write_index(tmp_path, content))
+
+
+def test_a_column_that_is_not_known_is_left_alone(tmp_path):
+    """Newer software may add some without a new version of the format."""
+    more = {**tiny_index().facts["columns"], "smell": {"file": "train-000000.smell.tar"}}
+    content = index_bytes(tiny_index(columns=more, **{"smell.offset": np.zeros(3, np.float32)}))
+    assert "smell" in open_index(write_index(tmp_path, content)).facts["columns"]
+
+
+def test_an_index_without_a_column_is_not_complete():
+    with pytest.raises(CorruptError, match=r"a\.index: lacks the column vision_left, vision_right"):
+        require_complete(tiny_index(), origin="a.index")
 
 
 def test_a_row_of_no_session_is_corrupt(tmp_path):

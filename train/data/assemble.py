@@ -185,7 +185,8 @@ def tokens_on_ticks(
     ticks = np.full(num_ticks, PAD_TOKEN, dtype=np.int64)
     free = 0
     for token, time_s in zip(tokens.ids, tokens.time_s, strict=True):
-        tick = max(free, int((time_s - start_s) * tick_rate_hz + _TIME_SLACK_TICKS))
+        begin = (time_s - start_s) * tick_rate_hz + _TIME_SLACK_TICKS
+        tick = max(free, int(min(max(begin, 0.0), num_ticks)))  # int() takes no infinity
         if tick >= num_ticks:
             break
         ticks[tick] = token

@@ -81,6 +81,10 @@ class SessionSource:
         self.fingerprint = fingerprint_of(sources, json_of(recipe), self.tokenizer.sha256, split)
         self._open: OrderedDict[int, SessionFields] = OrderedDict()
 
+    def shard_name(self, shard: int) -> str:
+        """The session's name."""
+        return self._scans[shard].session
+
     def key(self, shard: int, row: int) -> str:
         """SESSION/WINDOW."""
         return f"{self._scans[shard].session}/{self._windows[shard][row].index:06d}"

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 _SILENT_TIMEOUT_S = 600
 
+_MAX_NEXT_BATCH = 1 << 40
+"""Far beyond any run; positions of samples are int64."""
+
 _ORDER_KEYS = ("batch_size", "last_batch", "shuffle_block_shards")
 """Keys of ``data`` that decide which samples batch number i holds."""
 
@@ -129,7 +132,13 @@ class Loader:
         """
         if self._has_begun:
             raise ConfigError("the loader has begun to read; load its state before the first batch")
-        own = self.state_at(int(state["next_batch"]))
+        next_batch = state.get("next_batch")
+        if type(next_batch) is not int or not 0 <= next_batch <= _MAX_NEXT_BATCH:
+            raise ConfigError(
+                f"the checkpoint's stream has next_batch {next_batch!r}, which is no position; "
+                "resume from another checkpoint, or start anew without --resume"
+            )
+        own = self.state_at(next_batch)
         for name in ("mix", "sets", "fingerprint", "seed", *_ORDER_KEYS):
             if state.get(name) != own.get(name):
                 raise ConfigError(

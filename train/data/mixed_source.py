@@ -74,6 +74,11 @@ class MixedSource:
         for source in self._sources:
             source.lap = lap
 
+    def shard_name(self, shard: int) -> str:
+        """The set's name and the shard's."""
+        source, own_shard = self._of(shard)
+        return f"{self._name_of(shard)}/{source.shard_name(own_shard)}"
+
     def key(self, shard: int, row: int) -> str:
         """SESSION/WINDOW."""
         source, shard = self._of(shard)
@@ -107,7 +112,8 @@ class MixedSource:
         try:
             return source.read_into(own_shard, row, out, with_text=with_text)
         except CorruptError as error:
-            raise CorruptError(f"{self._name_of(shard)}: {error}") from error
+            what = f"{self._name_of(shard)}: {error}"
+            raise CorruptError(what, file=error.file, offset=error.offset) from error
 
     def close(self) -> None:
         """Close all files and hold the sets no longer."""

@@ -1,35 +1,38 @@
 """A shard set as a source of samples: one ``pread`` per member, only of the fields that are wanted.
 
 Index and column files are opened at their first use and the least recently used are closed. Every
-member is checked against its CRC32C before it is decoded. Where the set lies behind a URL, the
-files are copies in this machine's cache (:mod:`train.data.remote`).
+member is checked against its CRC32C before it is decoded. Whatever is wrong with one is a
+CorruptError that names the file and where in it the member lies. Where the set lies behind a URL,
+the files are copies in this machine's cache (:mod:`train.data.remote`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from shared.clock import EPSILON_S
 from shared.codec import decode_pictures, decode_text, is_stored_as_in
 from shared.columns import ColumnFile, read_chunk
 from shared.errors import CorruptError, ShardError
 from shared.fields import Mel, Text
-from shared.hold import read_held
-from shared.index import ShardIndex, open_index
+from shared.index import ShardIndex, require_complete
 from shared.laps import Lap, no_lap
-from shared.layout import streams_of_bits
+from shared.layout import member_limits, streams_of_bits
 from shared.pictures import require_npy_head
 from shared.recipe import Split, Stream
 from shared.storage import Store, place_of
 from train.config import TEXT_STREAMS
 from train.data.inputs import VISION_STREAMS
 from train.data.remote import CacheSettings, RemoteFiles
+from train.data.set_files import LocalFiles, SetFiles
 from train.data.source import SENSORS, write_absent, write_mel, write_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -37,8 +40,10 @@ if TYPE_CHECKING:
     from shared.manifest import ShardEntry
 
 MAX_OPEN_SHARDS = 64
-"""Shards kept open at once, a few file descriptors each: two blocks of the default shuffle."""
+"""Shards kept open at once, a few file descriptors each: four blocks of the default shuffle. Where
+more are read in turn, the indexes of all of them stay, which take no descriptor."""
 
+T = TypeVar("T")
 
 READ_COLUMNS = {
     **{stream: str(stream) for stream in VISION_STREAMS},
@@ -47,69 +52,6 @@ READ_COLUMNS = {
     **dict.fromkeys(TEXT_STREAMS, "text"),
 }
 """The column that each stream is read from."""
-
-
-class SetFiles(Protocol):
-    """Where a set's files come from. `let_go` closes a shard to make room, if one is open."""
-
-    def open_index(self, entry: ShardEntry, *, let_go: Callable[[], bool]) -> ShardIndex:
-        """A shard's index."""
-        ...
-
-    def open_column(
-        self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]
-    ) -> ColumnFile:
-        """A column's file."""
-        ...
-
-    def renew_column(self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]) -> bool:
-        """Get a damaged column anew; False where that does not help."""
-        ...
-
-    def fetch_ahead(self, entries: Sequence[ShardEntry], columns: Sequence[str]) -> None:
-        """Get what will be read."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the set."""
-        ...
-
-
-class LocalFiles:
-    """A set in a folder, which is held while it is read; see :mod:`shared.hold`."""
-
-    def __init__(self, root: Path) -> None:
-        self.manifest, self._hold = read_held(root)
-        self.tokenizer = self.manifest.load_tokenizer()
-
-    def open_index(self, entry: ShardEntry, *, let_go: Callable[[], bool]) -> ShardIndex:
-        """A shard's index, mapped."""
-        del let_go
-        return open_index(self.manifest.root / entry.index_file, sha256=entry.index_sha256)
-
-    def open_column(
-        self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]
-    ) -> ColumnFile:
-        """A column's file."""
-        del let_go
-        return ColumnFile(self.manifest.root / index.facts["columns"][column]["file"])
-
-    def renew_column(self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]) -> bool:
-        """Nothing helps."""
-        del index, column, let_go
-        return False
-
-    def fetch_ahead(self, entries: Sequence[ShardEntry], columns: Sequence[str]) -> None:
-        """Nothing: all is here."""
-
-    def close(self) -> None:
-        """Hold the set no longer."""
-        if self._hold is not None:
-            self._hold.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The hold stays with the first process, which outlives the others."""
-        return {**self.__dict__, "_hold": None}
 
 
 class OpenShard:
@@ -153,11 +95,17 @@ class ShardSource:
         self.fingerprint = f"{self.manifest.fingerprint}/{split}"
         self._entries = self.manifest.in_split(split)
         self.shard_sizes = np.array([e.num_samples for e in self._entries], dtype=np.int64)
+        self._limits = member_limits(self.recipe)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._num_read_in_turn = 0
         self.lap: Lap = no_lap
         """Told when a stage of reading is over: open, fetch, checksum, decode, collate."""
         self.let_go_of_others: Callable[[], bool] = _nothing_to_let_go
         """Closes something that other sources of this process read; whether anything was open."""
+
+    def shard_name(self, shard: int) -> str:
+        """As in the manifest, such as train-000003."""
+        return self._entries[shard].name
 
     def key(self, shard: int, row: int) -> str:
         """SESSION/WINDOW."""
@@ -182,16 +130,11 @@ class ShardSource:
             entry = self._entries[shard]
             try:
                 index = self._files.open_index(entry, let_go=lambda: self._let_go(num_kept=0))
+                self._require_fitting(index, entry)
             except ShardError as error:  # a missing file is as bad as a damaged one
-                raise CorruptError(str(error)) from error
-            found = OpenShard(index)
-            if found.index.num_samples != entry.num_samples:
-                raise CorruptError(
-                    f"{entry.index_file}: has {found.index.num_samples} rows, manifest says "
-                    f"{entry.num_samples}; rebuild by `make shards`"
-                )
-            self._open[shard] = found
-            if len(self._open) > MAX_OPEN_SHARDS:
+                raise CorruptError(str(error), file=entry.index_file) from error
+            found = self._open[shard] = OpenShard(index)
+            if len(self._open) > max(MAX_OPEN_SHARDS, self._num_read_in_turn):
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
         return found
@@ -201,6 +144,7 @@ class ShardSource:
         wanted = list(dict.fromkeys(shards))
         for shard in self._open.keys() - set(wanted):
             self._open.pop(shard).close()
+        self._num_read_in_turn = len(wanted)
         columns = sorted({READ_COLUMNS[stream] for stream in streams})
         self._files.fetch_ahead([self._entries[shard] for shard in wanted], columns)
 
@@ -208,16 +152,11 @@ class ShardSource:
         self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
     ) -> Text | None:
         """See :meth:`train.data.source.SampleSource.read_into`."""
-        try:
-            opened = self.shard(shard)
-            self.lap("open")
-            text = self._read_into(opened, row, out, with_text=with_text)
-            self.lap("collate")
-            return text
-        except CorruptError:
-            raise
-        except ShardError as error:
-            raise CorruptError(str(error)) from error
+        opened = self.shard(shard)
+        self.lap("open")
+        text = self._read_into(opened, row, out, with_text=with_text)
+        self.lap("collate")
+        return text
 
     def close(self) -> None:
         """Close all files and hold the set no longer; the next read opens its files again."""
@@ -247,6 +186,24 @@ class ShardSource:
         """:meth:`let_go`, or else what others read."""
         return self.let_go(num_kept=num_kept) or self.let_go_of_others()
 
+    def _require_fitting(self, index: ShardIndex, entry: ShardEntry) -> None:
+        """Raises CorruptError where an index is not of this set's columns, rows and frames."""
+        origin = entry.index_file
+        require_complete(index, origin=origin)
+        if index.num_samples != entry.num_samples:
+            raise CorruptError(
+                f"{origin}: has {index.num_samples} rows, manifest says {entry.num_samples}; "
+                "rebuild by `make shards`"
+            )
+        num_frames = self.recipe.count(self.recipe.vision.rate_hz)
+        for eye in VISION_STREAMS:
+            found = index.arrays[f"{eye}.error_s"].shape[1]
+            if found != num_frames:
+                raise CorruptError(
+                    f"{origin}: has {found} frames of {eye} in a window, the recipe says "
+                    f"{num_frames}; rebuild by `make shards`"
+                )
+
     def _read_into(
         self,
         opened: OpenShard,
@@ -266,26 +223,17 @@ class ShardSource:
         write_absent(out, (s for s in (*SENSORS, Stream.AUDIO) if s not in present))
         for stream in SENSORS:
             if stream in out and stream in present:
-                chunk = self._read(opened, "proprio", f"proprio/{stream}", row)
-                values = read_chunk(chunk or b"", dtype="f4", shape=out[stream].shape)
-                self.lap("decode")
+                shape = out[stream].shape
+                values = self._read_chunk(opened, f"proprio/{stream}", row, "f4", shape)
                 write_numbers(out, stream, values)
         if Stream.AUDIO in out and Stream.AUDIO in present:
-            levels = self._read(opened, "dmel", "dmel/dmel", row) or b""
-            valid = self._read(opened, "dmel", "dmel/valid", row) or b""
             shape = out[Stream.AUDIO].shape
-            write_mel(
-                out,
-                Mel(
-                    levels=read_chunk(levels, dtype="u1", shape=shape),
-                    valid=read_chunk(valid, dtype="u1", shape=shape[:1]).astype(np.bool_),
-                ),
-            )
+            levels = self._read_chunk(opened, "dmel/dmel", row, "u1", shape)
+            valid = self._read_chunk(opened, "dmel/valid", row, "u1", shape[:1])
+            write_mel(out, Mel(levels=levels, valid=valid.astype(np.bool_)))
         if with_text:
-            member = self._read(opened, "text", "text", row)
-            text = None if member is None else self._known_tokens(decode_text(member))
-            self.lap("decode")
-            return text
+            start_s = float(opened.index.arrays["start_s"][row])
+            return self._read(opened, "text", row, partial(self._decode_text, start_s=start_s))
         return None
 
     def _read_pictures(
@@ -293,39 +241,73 @@ class ShardSource:
     ) -> bool:
         """Write an eye's pictures; False where the sample lacks them."""
         recipe = self.recipe.vision
-        if not is_stored_as_in(out, recipe=recipe):
-            member = self._read(opened, eye, eye, row)
-            if member is not None:
+        is_tail = is_stored_as_in(out, recipe=recipe)
+
+        def decode(member: bytes) -> bool:
+            if is_tail:
+                require_npy_head(member, out)
+            else:
                 decode_pictures(member, recipe=recipe, out=out)
-                self.lap("decode")
-            return member is not None
-        head = self._read(opened, eye, eye, row, tail=out)
-        if head is not None:
-            require_npy_head(head, out)
-        return head is not None
+            return True
+
+        return self._read(opened, eye, row, decode, tail=out if is_tail else None) or False
+
+    def _read_chunk(
+        self, opened: OpenShard, table: str, row: int, dtype: str, shape: tuple[int, ...]
+    ) -> NDArray[Any]:
+        """A row's chunk of a Zarr array, which every row has."""
+        decode = partial(read_chunk, dtype=dtype, shape=shape)
+        chunk = self._read(opened, table, row, decode)
+        if chunk is None:
+            file, offset = _place_of(opened, table, row)
+            what = f"{opened.index.key(row)} lacks {table}, which its index says is there"
+            raise CorruptError(f"{file} at {offset}: {what}", file=file, offset=offset)
+        return chunk
 
     def _read(
         self,
         opened: OpenShard,
-        column: str,
-        members: str,
+        table: str,
         row: int,
+        decode: Callable[[bytes], T],
         *,
         tail: NDArray[np.uint8] | None = None,
-    ) -> bytes | None:
-        """Checked bytes of a row: `members` of `column`; None where the sample lacks it.
+    ) -> T | None:
+        """A row's member of a table, checked and decoded; None where the sample lacks it.
 
         See :meth:`shared.columns.ColumnFile.read` for `tail`.
         """
-        index, let_go = opened.index, self._let_go
+        file, offset = _place_of(opened, table, row)
+        try:
+            member = self._read_member(opened, table, row, tail=tail)
+        except ShardError as error:  # a missing file is as bad as a damaged one
+            raise CorruptError(str(error), file=file, offset=offset) from error
+        if member is None:
+            return None
+        try:
+            decoded = decode(member)
+        except CorruptError as error:
+            origin = opened.files[_column_of(table)].origin
+            what = f"{origin} at {offset}: {error}"
+            raise CorruptError(what, file=file, offset=offset) from error
+        self.lap("decode")
+        return decoded
+
+    def _read_member(
+        self, opened: OpenShard, table: str, row: int, *, tail: NDArray[np.uint8] | None
+    ) -> bytes | None:
+        """Checked bytes of a row's member; None where the sample lacks it."""
+        index, let_go, column = opened.index, self._let_go, _column_of(table)
+        options: dict[str, Any] = {"max_bytes": self._limits[table], "tail": tail, "lap": self.lap}
         self.lap("collate")
         for is_renewed in (False, True):
             if column not in opened.files:
+                self._make_room_for(opened)
                 opened.files[column] = self._files.open_column(index, column, let_go=let_go)
                 self.lap("open")
             file = opened.files[column]
             try:
-                return file.read(index.members(members), row, tail=tail, lap=self.lap)
+                return file.read(index.members(table), row, **options)
             except CorruptError:
                 if is_renewed or not self._files.renew_column(index, column, let_go=let_go):
                     raise
@@ -333,15 +315,42 @@ class ShardSource:
                 opened.files.pop(column).close()
         raise AssertionError("unreachable")
 
-    def _known_tokens(self, text: Text) -> Text:
-        """The text, if its tokens are of the set's vocabulary; a model has no row for others."""
+    def _make_room_for(self, opened: OpenShard) -> None:
+        """Close the columns of other shards, longest unused first, where too many are open."""
+        others = [each for each in self._open.values() if each.files and each is not opened]
+        for each in others[: max(0, len(others) - MAX_OPEN_SHARDS + 1)]:
+            each.close()
+
+    def _decode_text(self, member: bytes, *, start_s: float) -> Text:
+        """A text member, if its tokens are of the set's vocabulary (a model has no row for others)
+        and of the window that begins at `start_s`.
+        """
+        text = decode_text(member)
+        stop_s = start_s + self.recipe.window.duration_s
         for tokens in (text.internal, text.external):
             if max(tokens.ids, default=0) >= self.recipe.text.vocab_size:
                 raise CorruptError(
                     f"token {max(tokens.ids)} is not of the vocabulary of "
                     f"{self.recipe.text.vocab_size}; run `python -m preprocess verify`"
                 )
+            for time_s in tokens.time_s and (min(tokens.time_s), max(tokens.time_s)):
+                if not start_s - EPSILON_S <= time_s < stop_s + EPSILON_S:
+                    raise CorruptError(
+                        f"a token at {time_s:g} s is not of the window [{start_s:g}, {stop_s:g}) "
+                        "s; run `python -m preprocess verify`"
+                    )
         return text
+
+
+def _column_of(table: str) -> str:
+    """The column that a table of members is of."""
+    return table.partition("/")[0]
+
+
+def _place_of(opened: OpenShard, table: str, row: int) -> tuple[str, int]:
+    """File of a row's member, by its name in the set, and where in it that lies."""
+    file: str = opened.index.facts["columns"][_column_of(table)]["file"]
+    return file, int(opened.index.arrays[f"{table}.offset"][row])
 
 
 def _nothing_to_let_go() -> bool:

@@ -24,8 +24,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from shared.columns import ColumnFile
 from shared.errors import CorruptError, ShardError, StorageError
 from shared.index import ShardIndex, parse_index
@@ -127,7 +125,11 @@ class RemoteFiles:
             StorageError, ConfigError: see :meth:`train.data.cache.ShardCache.open`.
         """
         file = _column_file(index, column)
-        return ColumnFile(self._cache.path(file), descriptor=self._open(file, let_go))
+        return ColumnFile(
+            self._cache.path(file),
+            descriptor=self._open(file, let_go),
+            origin=f"{self._store}/{file.name}",
+        )
 
     def renew_column(self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]) -> bool:
         """Fetch a column again that turned out damaged; whether it may be good now."""
@@ -157,15 +159,9 @@ class RemoteFiles:
                 self._cache.fetch_ahead(file, since_ns=since_ns)
 
     def _read_index(self, file: RemoteFile, let_go: Callable[[], bool] | None) -> ShardIndex:
-        origin = f"{self._store}/{file.name}"
         with os.fdopen(self._open(file, let_go), "rb") as opened:
-            # Not mapped: a copy that another process cuts off would end this one by SIGBUS.
-            raw = np.frombuffer(opened.read(), dtype=np.uint8)
-        if not raw.size:
-            raise CorruptError(f"{origin}: is empty; rebuild the set")
-        if hashlib.sha256(raw.data).hexdigest() != file.sha256:
-            raise CorruptError(f"{origin}: checksum differs from the manifest; rebuild the set")
-        return parse_index(raw, origin=origin)
+            content = opened.read()
+        return parse_index(content, origin=f"{self._store}/{file.name}", sha256=file.sha256)
 
     def _tokenizer_bytes(self) -> bytes:
         file = RemoteFile(self.manifest.tokenizer_file, self.manifest.tokenizer_sha256)

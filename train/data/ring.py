@@ -72,9 +72,7 @@ class Ring:
         self._cold: list[int] = []
         self._num_used = num_recycled
         self._owner_pid = os.getpid()
-        fd = os.memfd_create("batches")
-        os.ftruncate(fd, self.num_slots * self.slot_bytes)
-        self._map(fd)
+        self._map(_make_file(self.num_slots * self.slot_bytes))
 
     def take(self) -> int:
         """The number of a free slot; one whose memory is there already, if possible.
@@ -90,8 +88,8 @@ class Ring:
         if self._num_used == self.num_slots:
             raise CreatureError(
                 f"{self.num_slots} batches of {self.slot_bytes >> 20} MiB are held at once, as "
-                "much as this machine's memory (or a quarter of `ulimit -v`); let go of batches "
-                "that are done, copy what you keep of them"
+                "much as this machine's memory (or a quarter of `ulimit -v`, or `ulimit -f`); let "
+                "go of batches that are done, copy what you keep of them"
             )
         self._num_used += 1
         return self._num_used - 1
@@ -175,14 +173,34 @@ class _Lease:
         }
 
 
+def _make_file(length_bytes: int) -> int:
+    """A file without a name, of zeros; its descriptor.
+
+    Raises:
+        CreatureError: it may not be as long.
+    """
+    fd = os.memfd_create("batches")
+    try:
+        os.ftruncate(fd, length_bytes)
+    except OSError as error:
+        os.close(fd)
+        raise CreatureError(
+            f"the loader's batches need {length_bytes >> 20} MiB of shared memory: "
+            f"{error.strerror}; raise `ulimit -f`, or lower data.num_workers, "
+            "data.prefetch_batches or data.batch_size"
+        ) from error
+    return fd
+
+
 def _room_bytes() -> int:
     """Addresses to reserve: as many as there is memory, or a quarter of those that `ulimit -v`
-    leaves to the process.
+    leaves to the process, or what `ulimit -f` lets a file have.
     """
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
-    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
-    unlimited = limit_bytes == resource.RLIM_INFINITY
-    return memory_bytes if unlimited else min(memory_bytes, limit_bytes // 4)
+    shares = {resource.RLIMIT_AS: 4, resource.RLIMIT_FSIZE: 1}
+    limits = [(resource.getrlimit(limit)[0], share) for limit, share in shares.items()]
+    allowed = [limit // share for limit, share in limits if limit != resource.RLIM_INFINITY]
+    return min([memory_bytes, *allowed])
 
 
 def _round_up(length: int, step: int) -> int:

@@ -32,6 +32,10 @@ class SampleSource(Protocol):
     shard_sizes: NDArray[np.int64]
     tokenizer: TextTokenizer
 
+    def shard_name(self, shard: int) -> str:
+        """What people call a shard."""
+        ...
+
     def key(self, shard: int, row: int) -> str:
         """SESSION/WINDOW."""
         ...
@@ -65,7 +69,8 @@ class SampleSource(Protocol):
             The text, where it was asked for and is there.
 
         Raises:
-            CorruptError: the bytes differ from their checksum or don't decode.
+            CorruptError: the bytes differ from their checksum or don't decode; of a shard, it
+                names the file and where in it they lie.
         """
         ...
 

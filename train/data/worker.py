@@ -138,7 +138,14 @@ class BatchReader:
             key = self._source.key(*place)
         except CorruptError:
             key = "?"
-        return {"key": key, "shard": place[0], "row": place[1], "error": str(error)}
+        return {
+            "key": key,
+            "shard": self._source.shard_name(place[0]),
+            "row": place[1],
+            "file": error.file,
+            "offset": error.offset,
+            "error": str(error),
+        }
 
 
 def leave_stopping_to_the_trainer(_worker: int) -> None:

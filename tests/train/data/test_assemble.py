@@ -76,6 +76,16 @@ def test_a_token_that_begins_with_a_tick_lies_on_it():
     assert ticks.tolist() == list(range(1, NUM_TICKS + 1))
 
 
+@pytest.mark.parametrize(
+    ("time_s", "start_s"),
+    [(1e308, 0.0), (1e308, -1e308), (-1e308, 0.0), (-1e308, 1e308), (1e300, 5.0)],
+)
+def test_a_time_beyond_all_windows_is_before_or_behind_this_one(time_s, start_s):
+    tokens = TokenStream(ids=(5,), time_s=(time_s,))
+    ticks = tokens_on_ticks(tokens, start_s=start_s, num_ticks=NUM_TICKS, tick_rate_hz=RATE_HZ)
+    assert ticks.tolist() == [5 if time_s < start_s else 0] + [0] * (NUM_TICKS - 1)
+
+
 def make_text(internal, external):
     return Text(internal=token_stream(*internal), external=token_stream(*external), events=())
 

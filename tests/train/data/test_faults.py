@@ -10,33 +10,81 @@ import faults
 import pytest
 import tiny_sets
 
-NUM_FLIPS = 40
+from train.data.worker import BatchReader
+
+NUM_FLIPS = {"mjpeg": 40, "h264": 10}
+
+OF_PICTURES = (
+    "any single bit flipped",
+    *(n for n in faults.FAULTS if "icture" in n or "H.264" in n),
+)
+"""What a codec can make a difference to."""
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return tiny_sets.make_set(tmp_path_factory.mktemp("faults"), vision={"codec": "mjpeg"})
+def sets(tmp_path_factory):
+    """By codec, a set and what it gives undamaged."""
+    found = {}
+    for codec in ("mjpeg", "h264"):
+        shards = tiny_sets.make_set(tmp_path_factory.mktemp(codec), vision={"codec": codec})
+        found[codec] = shards, faults.Reference(shards)
+    return found
 
 
-@pytest.fixture(scope="module")
-def reference(shards):
-    return faults.Reference(shards)
-
-
-@pytest.mark.parametrize("name", faults.FAULTS)
-def test_no_damage_gives_a_wrong_sample_or_a_traceback(shards, reference, name):
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    [*(("mjpeg", name) for name in faults.FAULTS), *(("h264", name) for name in OF_PICTURES)],
+)
+def test_no_damage_gives_a_wrong_sample_or_a_traceback(sets, codec, name):
     count, fault = faults.FAULTS[name]
-    for i in range(min(count, 2) or NUM_FLIPS):
-        outcome, said = faults.try_fault(fault, shards, reference, f"{name}/{i}")
+    for i in range(min(count, 2) or NUM_FLIPS[codec]):
+        outcome, said = faults.try_fault(fault, *sets[codec], f"{name}/{i}")
         assert outcome in {"detected", "unread"}, said
 
 
-def test_an_undamaged_set_is_judged_unread(shards, reference):
+@pytest.mark.parametrize(
+    ("name", "outcome"),
+    [
+        ("any single bit flipped", None),
+        ("a bit of an index flipped", "detected"),
+        ("column missing", None),
+        ("hostile: index without present", "detected"),
+        ("hostile: tokens at 1e308 s", "detected"),
+        ("hostile: noise for pictures", "detected"),
+    ],
+)
+def test_loader_processes_judge_damage_as_one_process_does(sets, name, outcome):
+    fault = faults.FAULTS[name][1]
+    alone, others = (
+        faults.try_fault(fault, *sets["h264"], name, num_workers=count) for count in (0, 2)
+    )
+    assert others == alone
+    assert alone[0] in ({"detected", "unread"} if outcome is None else {outcome})
+
+
+def test_an_undamaged_set_is_judged_unread(sets):
+    shards, reference = sets["h264"]
     assert reference.judge(shards) == ("unread", "")
 
 
-def test_another_sample_under_a_key_is_judged_silent(shards, reference, tmp_path):
+def test_a_replaced_sample_without_its_place_is_judged_unnamed(sets, tmp_path, monkeypatch):
+    """The judge itself."""
+    shards, reference = sets["mjpeg"]
+    copy = tiny_sets.copy_set(shards, tmp_path / "set")
+    faults.hostile_member("text", "text", faults.noise)(copy, random.Random(0))
+    assert reference.judge(copy)[0] == "detected"
+
+    def describe(self, place, error):
+        return {**original(self, place, error), "error": "a picture does not decode"}
+
+    original = BatchReader._describe
+    monkeypatch.setattr(BatchReader, "_describe", describe)
+    assert reference.judge(copy)[0] == "unnamed"
+
+
+def test_another_sample_under_a_key_is_judged_silent(sets, tmp_path):
     """The judge itself: a set whose pictures differ while every checksum is right."""
+    shards, reference = sets["mjpeg"]
     content = faults.noise_pictures(random.Random(0))
     copy = tiny_sets.copy_set(shards, tmp_path / "set")
     faults.hostile_member("vision_left", "vision_left", lambda _: content)(copy, random.Random(0))

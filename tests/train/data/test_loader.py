@@ -92,6 +92,18 @@ def test_a_state_of_another_order_is_refused(tiny_set, key, value):
         loader.load_state_dict({**loader.state_at(3), key: value})
 
 
+@pytest.mark.parametrize("next_batch", [None, -1, 1.0, "3", True, 1 << 70])
+def test_a_state_without_a_position_is_refused(tiny_set, next_batch):
+    loader = make_loader(tiny_set)
+    with pytest.raises(ConfigError, match=f"has next_batch {next_batch!r}, which is no position"):
+        loader.load_state_dict({**loader.state_at(3), "next_batch": next_batch})
+
+
+def test_an_empty_state_is_refused(tiny_set):
+    with pytest.raises(ConfigError, match="has next_batch None"):
+        make_loader(tiny_set).load_state_dict({})
+
+
 def test_a_state_of_other_recordings_is_refused(tiny_set, raw_set):
     state = make_loader(raw_set).state_at(1)
     with pytest.raises(ConfigError, match="fingerprint"):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
+import zipfile
 
+import faults
 import pytest
 import tiny_sets
 import torch
 from tiny_loaders import assert_same, make_loader, take
 
 from shared.errors import CorruptError, TooManyBadSamplesError
+from train.data.loader import Loader, open_source
 from train.data.reader import ShardSource
 from train.data.worker import MAX_SUBSTITUTES
 
@@ -59,9 +63,31 @@ def test_a_skipped_sample_is_named_with_its_place_and_fault(a_copy):
     key = damage(a_copy, "dmel.zarr.zip", shard=2, row=3)
     batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
     skip = skipped_of(batches)[0]
-    assert (skip["key"], skip["shard"], skip["row"]) == (key, 2, 3)
-    assert "train-000002.dmel.zarr.zip at " in skip["error"]
-    assert "checksum" in skip["error"]
+    assert (skip["key"], skip["shard"], skip["row"]) == (key, "train-000002", 3)
+    assert skip["file"] == "train-000002.dmel.zarr.zip"
+    assert f"train-000002.dmel.zarr.zip at {skip['offset']}: checksum" in skip["error"]
+    with zipfile.ZipFile(a_copy / skip["file"]) as archive:
+        entry = archive.getinfo("dmel/c/3/0/0")
+        assert skip["offset"] == entry.header_offset + len(entry.FileHeader())
+
+
+def test_a_member_that_does_not_decode_is_named_with_its_place(a_copy):
+    """Its checksums are right, so that only the decoder can tell."""
+    faults.hostile_member("text", "text", lambda _: b"{}")(a_copy, random.Random(0))
+    skip = skipped_of(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))[0]
+    assert skip["file"] == f"{skip['shard']}.text.tar"
+    assert skip["offset"] + 2 == (a_copy / skip["file"]).stat().st_size
+    assert f"{skip['file']} at {skip['offset']}: is no text member" in skip["error"]
+
+
+def test_a_shard_of_a_mix_is_named_with_its_set(a_copy, tiny_set):
+    damage(a_copy, "text.tar", shard=2)
+    mix = [{"shards": str(a_copy), "name": "a"}, {"shards": str(tiny_set), "name": "b"}]
+    config = tiny_sets.make_config(mix=mix, max_bad_fraction=1.0)
+    loader = Loader(open_source(config, split="train"), config, num_epochs=1)
+    skip = skipped_of(loader)[0]
+    assert (skip["shard"], skip["file"]) == ("a/train-000002", "train-000002.text.tar")
+    assert type(skip["offset"]) is int
 
 
 def test_a_substitute_is_whole_and_keeps_its_rows_weight(tiny_set, a_copy):
@@ -98,7 +124,9 @@ def test_a_missing_file_costs_the_samples_of_its_shard(a_copy, suffix):
     (a_copy / f"train-000001.{suffix}").unlink()
     batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
     skipped = skipped_of(batches)
-    assert {(skip["shard"], skip["row"]) for skip in skipped} <= {(1, row) for row in range(4)}
+    assert {skip["shard"] for skip in skipped} == {"train-000001"}
+    assert {skip["row"] for skip in skipped} <= set(range(4))
+    assert {skip["file"] for skip in skipped} == {f"train-000001.{suffix}"}
     assert all(f"train-000001.{suffix}" in skip["error"] for skip in skipped)
     assert {skip["key"] == "?" for skip in skipped} == {suffix == "index"}
 

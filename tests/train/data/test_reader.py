@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+from collections import Counter
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -17,10 +18,13 @@ import webdataset as wds
 import xarray
 import zarr
 from open_files import open_files
-from oracles import psnr_db
+from oracles import open_indexes, psnr_db
 
+from shared import index
+from shared.codec import encode_pictures
 from shared.columns import ColumnFile
 from shared.errors import CorruptError, ShardError
+from shared.layout import member_limits
 from shared.recipe import Stream
 from train.data import reader
 from train.data.dataset import SessionSource
@@ -283,6 +287,47 @@ def test_few_shards_stay_open_and_what_was_closed_reads_again(tiny_set, monkeypa
         assert text == same_text
         for name, values in ours.items():
             np.testing.assert_array_equal(values, theirs[name])
+
+
+def test_shards_that_are_read_in_turn_are_hashed_once(tiny_set, monkeypatch):
+    monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
+    num_hashed = []
+    original = index.hashlib.sha256
+    monkeypatch.setattr(index.hashlib, "sha256", lambda c: num_hashed.append(0) or original(c))
+    source = ShardSource(tiny_set)
+    num_shards = len(source.shard_sizes)
+    before, num_before = open_files(tiny_set), len(num_hashed)
+    source.will_read(range(num_shards), ["audio", "touch"])
+    for _ in range(3):
+        for shard in range(num_shards):
+            read_sample(source, (shard, 0), ["audio"], with_text=False)
+            assert (open_files(tiny_set) - before).total() <= 2
+    assert len(num_hashed) - num_before == num_shards > 4
+
+
+@pytest.mark.parametrize("codec", ["raw", "yuv420", "mjpeg", "h264"])
+def test_no_member_is_longer_than_its_limit(tiny_sessions, tmp_path, codec):
+    """Where the recipe decides the length, the limit is it."""
+    recipe = tiny_sets.set_recipe(vision={"codec": codec, "quality": 100, "qp": 1})
+    out = tiny_sets.build_set(tiny_sessions, tmp_path / "shards", recipe)
+    longest = Counter()
+    for _, each in open_indexes(out):
+        for table in member_limits(recipe):
+            length = int(each.members(table).length.max(initial=0))
+            longest[table] = max(longest[table], length)
+    for table, limit in member_limits(recipe).items():
+        is_exact = not table.startswith("vision") and table != "text"
+        assert longest[table] == limit if is_exact else 0 < longest[table] <= limit
+
+
+@pytest.mark.parametrize("size", [16, 32, 224])
+def test_noise_at_the_best_quality_is_far_below_the_limit(size):
+    noise = np.random.default_rng(0).integers(0, 256, (5, size, size, 3), np.uint8)
+    for codec in ("raw", "yuv420", "mjpeg", "h264"):
+        vision = {"codec": codec, "quality": 100, "qp": 1, "size": size, "rate_hz": 5}
+        recipe = tiny_sets.set_recipe(vision=vision)
+        limit = member_limits(recipe)["vision_left"]
+        assert len(encode_pictures(noise, recipe=recipe.vision)) < limit / 2
 
 
 def test_close_closes_and_a_dropped_source_leaves_nothing_open(tiny_set):

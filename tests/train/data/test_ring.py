@@ -8,6 +8,8 @@ import itertools
 import multiprocessing
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,10 +130,32 @@ def test_more_batches_than_fit_into_memory_are_refused(monkeypatch):
 
 
 def test_few_addresses_are_reserved_where_the_process_may_have_few(monkeypatch):
-    limit = 64 << 20
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, resource.RLIM_INFINITY))
+    limits = {resource.RLIMIT_AS: 64 << 20, resource.RLIMIT_FSIZE: resource.RLIM_INFINITY}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], limits[which]))
     ring = Ring({"pixels": ArrayForm((1 << 20,), np.dtype(np.uint8))}, num_recycled=1)
-    assert ring.num_slots * ring.slot_bytes == limit // 4
+    assert ring.num_slots * ring.slot_bytes == 16 << 20
+
+
+SHORT_FILES = """
+import resource, sys
+import numpy as np
+from train.data.assemble import ArrayForm
+from train.data.ring import Ring
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, resource.RLIM_INFINITY))
+ring = Ring({"pixels": ArrayForm((1 << 20,), np.dtype(np.uint8))}, num_recycled=int(sys.argv[1]))
+print(ring.num_slots)
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_recycled", "said"),
+    [(3, "8\n"), (9, "batches need 9 MiB of shared memory: File too large; raise `ulimit -f`")],
+)
+def test_the_memory_is_no_longer_than_a_file_may_be(num_recycled, said):
+    command = [sys.executable, "-c", SHORT_FILES, str(num_recycled)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said in done.stdout + done.stderr
 
 
 def test_garbage_of_a_forked_process_frees_nothing():
