@@ -56,7 +56,8 @@ class Loader:
     Iterating gives ``docs/architecture.md``'s batches with "index", "epoch" and "skipped"; of a mix
     also "samples_of": how many samples of the global batch each set gives. The train loader goes on
     for ever; one with `num_epochs` ends. Every iteration begins anew where the loader was told to:
-    at its beginning, or at the loaded state.
+    at its beginning, or at the loaded state. What stands in for a corrupt sample has the weight of
+    one in the endless stream and 0 in a finite one, which is there to measure.
 
     Args:
         source: the samples.
@@ -185,6 +186,7 @@ class Loader:
                 ring,
                 config=self.config,
                 shapes=self.shapes,
+                is_measured=self._num_epochs is not None,
                 laps=self._laps,
             ),
             sampler=self._tasks(ring),
