@@ -185,6 +185,27 @@ def test_memory_that_can_not_be_pinned_is_a_clear_error(monkeypatch):
         Ring(FORMS, num_recycled=3).pin()
 
 
+@pytest.mark.parametrize(
+    ("device", "heads", "pinned"),
+    [("cpu", HEADS, 0), ("cpu", TEXT_HEADS, 0), ("cuda", HEADS, 1), ("auto", TEXT_HEADS, 1)],
+)
+def test_memory_is_pinned_where_batches_go_to_a_gpu(tiny_set, monkeypatch, device, heads, pinned):
+    cuda, dense = FakeCuda(), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: dense.append(tensor.data_ptr()) or tensor
+    )
+    config = make_config(tiny_set, heads=heads)
+    training = config.training.model_copy(update={"device": device})
+    loader = Loader(ShardSource(tiny_set), config.model_copy(update={"training": training}))
+    for batch in itertools.islice(loader, 2):
+        texts = {t.data_ptr() for n, t in batch["inputs"].items() if n in TEXT_HEADS}
+        assert texts <= set(dense) or not (pinned and heads == TEXT_HEADS)
+        assert not dense or (pinned and heads == TEXT_HEADS)
+    assert [call[0] for call in cuda.calls] == ["register"] * pinned
+
+
 # --- the loader's batches --------------------------------------------------------------------
 
 
