@@ -298,7 +298,8 @@ def _print_summary(
         console.print(_comparison_table(rows))
     console.print(
         f"{summary.samples_per_sec:.1f} samples/s, data_wait_fraction "
-        f"{summary.data_wait_fraction:.3f}, {summary.skipped_samples} samples skipped"
+        f"{summary.data_wait_fraction:.3f}, {summary.skipped_samples} samples skipped, "
+        f"{summary.skipped_val_samples} held-out ones"
     )
     console.print(f"checkpoint   {summary.checkpoint}", soft_wrap=True)
     console.print(f"TensorBoard  tensorboard --logdir={summary.log_dir}", soft_wrap=True)

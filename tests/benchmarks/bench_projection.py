@@ -3,10 +3,11 @@
     python tests/benchmarks/bench_projection.py --shards shards/demo
 
 Each row is one epoch in a fresh process with `num_workers: 0`. "asked" is the sum of the members'
-bytes of the wanted fields, from the indexes; "read" is what the process took from files while it
-read the samples (rchar of /proc/self/io); "index" the indexes, which are mapped into memory;
-"device" what really came from the disk (read_bytes), after the page cache was dropped for the set's
-files. Rows are interleaved over the rounds; rates are medians.
+bytes of the wanted fields, from the indexes; "columns" what was read of the columns' files (by
+pread) and its ratio to that; "index" the bytes of the indexes, and the ratio of both to what was
+asked; "device" what really came from the disk (read_bytes of /proc/self/io) after the page cache
+was told to drop the set's files, with the kernel's reading ahead; "-" where it drops nothing. Rows
+are interleaved over the rounds; rates are medians.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
+from open_files import reads_counted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 STREAMS = {
     "text only": (["internal_text", "external_text"], ["text"]),
@@ -57,15 +65,19 @@ def main() -> None:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     print(
-        "wanted            asked KiB   read KiB  ratio  index KiB  device KiB  samples/s  speed-up"
+        "wanted            asked KiB  columns KiB  ratio  index KiB  with index  device KiB"
+        "  samples/s  speed-up"
     )
     slowest = statistics.median(r["rate"] for r in results["everything"])
     for name, found in results.items():
         first, rate = found[0], statistics.median(r["rate"] for r in found)
-        kib = {k: first[k] / 1024 for k in ("asked", "read", "index", "device")}
+        kib = {k: first[k] / 1024 for k in ("asked", "columns", "index", "device")}
+        device = f"{kib['device']:.1f}" if kib["device"] else "-"
         print(
-            f"{name:16} {kib['asked']:10.1f} {kib['read']:10.1f}  {kib['read'] / kib['asked']:5.3f}"
-            f" {kib['index']:10.1f} {kib['device']:11.1f} {rate:10.0f}  {rate / slowest:8.2f}"
+            f"{name:16} {kib['asked']:10.1f} {kib['columns']:12.1f}"
+            f"  {kib['columns'] / kib['asked']:5.3f} {kib['index']:10.1f}"
+            f"  {(kib['columns'] + kib['index']) / kib['asked']:10.3f} {device:>11}"
+            f" {rate:10.0f}  {rate / slowest:8.2f}"
         )
 
 
@@ -82,30 +94,35 @@ def measure(shards: Path, name: str) -> dict[str, float]:
             "training": {"loss_weights": {str(h): float(h in heads) for h in Head}},
         }
     )
-    source = ShardSource(shards)
-    asked = index = 0
-    for shard in range(len(source.shard_sizes)):
-        opened = source.shard(shard).index
-        asked += sum(int(opened.members(member).length.sum()) for member in members)
-        columns = {member.partition("/")[0] for member in members}
-        drop_cache([shards / opened.facts["columns"][column]["file"] for column in columns])
-    index = sum(path.stat().st_size for path in shards.glob("train-*.index"))
+    files = sorted(shards.glob("train-*"))
+    asked = asked_bytes(shards, members)
     list(Loader(ShardSource(shards, split="val"), config, num_epochs=1))  # imports and first calls
-    before = counters()
-    list(Loader(source, config, num_epochs=1))
+    drop_cache(files)
+    source, before = ShardSource(shards), counters()
+    with reads_counted() as read:
+        list(Loader(source, config, num_epochs=1))
     after = counters()
     began_s = time.perf_counter()
     num_samples = sum(len(batch["keys"]) for batch in Loader(source, config, num_epochs=1))
     return {
         "asked": asked,
-        "read": after["rchar"] - before["rchar"],
+        "columns": sum(count for path, count in read.items() if not path.endswith(".index")),
+        "index": sum(path.stat().st_size for path in files if path.suffix == ".index"),
         "device": after["read_bytes"] - before["read_bytes"],
-        "index": index,
         "rate": num_samples / (time.perf_counter() - began_s),
     }
 
 
-def drop_cache(paths: list[Path]) -> None:
+def asked_bytes(shards: Path, members: Sequence[str]) -> int:
+    """Bytes of the wanted members of all train samples."""
+    from train.data.reader import ShardSource
+
+    source = ShardSource(shards)
+    indexes = [source.shard(shard).index for shard in range(len(source.shard_sizes))]
+    return sum(int(index.members(name).length.sum()) for index in indexes for name in members)
+
+
+def drop_cache(paths: Sequence[Path]) -> None:
     """Let the page cache forget files, so that reading them asks the disk."""
     for path in paths:
         with path.open("rb") as file:

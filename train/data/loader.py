@@ -59,7 +59,8 @@ class Loader:
     Iterating gives ``docs/architecture.md``'s batches with "index", "epoch" and "skipped"; of a mix
     also "samples_of": how many samples of the global batch each set gives. The train loader goes on
     for ever; one with `num_epochs` ends. Every iteration begins anew where the loader was told to:
-    at its beginning, or at the loaded state.
+    at its beginning, or at the loaded state. What stands in for a corrupt sample has the weight of
+    one in the endless stream and 0 in a finite one, which is there to measure.
 
     Args:
         source: the samples.
@@ -70,7 +71,7 @@ class Loader:
         rank: which share of each global batch to give.
         world_size: number of shares; the global batches and the state do not depend on it.
         laps: measure how batches are made: each then has "stages_s", the seconds of each stage,
-            "made_s", when it was ready by ``time.perf_counter``, and where a GPU is there the first
+            "made_s", when it was ready by ``time.perf_counter``, and where a GPU trains the first
             one "pin_s".
 
     Raises:
@@ -194,6 +195,7 @@ class Loader:
                 ring,
                 config=self.config,
                 shapes=self.shapes,
+                is_measured=self._num_epochs is not None,
                 laps=self._laps,
             ),
             sampler=self._tasks(ring),
@@ -204,11 +206,12 @@ class Loader:
             timeout=_SILENT_TIMEOUT_S if data.num_workers else 0,
             worker_init_fn=leave_stopping_to_the_trainer,
         )
+        is_pinned = torch.cuda.is_available() and self.config.training.device != "cpu"
         with explained_worker_death():
             for number, message in enumerate(messages):
                 if "error" in message:
                     raise message["error"]
-                if number == 0 and torch.cuda.is_available():
+                if number == 0 and is_pinned:
                     began_s = time.perf_counter()
                     ring.pin()
                     if self._laps is not None:
@@ -216,6 +219,10 @@ class Loader:
                 if isinstance(self.order, MixedOrder):
                     message["rest"]["samples_of"] = self.order.samples_of(message["rest"]["index"])
                 arrays = {**ring.lend(message["slot"]), **message["dense"]}
+                if is_pinned:
+                    arrays |= {
+                        n: torch.from_numpy(a).pin_memory() for n, a in message["dense"].items()
+                    }
                 yield compose_batch(arrays, self.config) | message["rest"]
 
     def _tasks(self, ring: Ring) -> Iterator[Task]:

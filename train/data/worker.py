@@ -43,7 +43,13 @@ class Task:
 
 
 class BatchReader:
-    """Makes batches in the ring; only what is small is returned."""
+    """Makes batches in the ring; only what is small is returned.
+
+    A corrupt sample is told ("skipped") and replaced by another one. In a stream that trains that
+    one counts like any other; in one that measures (`is_measured`) no sample may count twice, so
+    it has weight 0, and only the corrupt sample itself is told, not those that could not stand in
+    for it: each of them is met in its own place.
+    """
 
     def __init__(
         self,
@@ -53,6 +59,7 @@ class BatchReader:
         *,
         config: TrainConfig,
         shapes: WindowShapes,
+        is_measured: bool = False,
         laps: Laps | None = None,
     ) -> None:
         self._source = source
@@ -60,6 +67,7 @@ class BatchReader:
         self._ring = ring
         self._config = config
         self._shapes = shapes
+        self._is_measured = is_measured
         self._laps = laps
         self._lap = no_lap if laps is None else laps.lap
         self._blocks: Blocks = ()
@@ -83,12 +91,19 @@ class BatchReader:
         self._lap("open")
         skipped: list[dict[str, Any]] = []
         places = [(int(s), int(r)) for s, r in zip(plan.shards, plan.rows, strict=True)]
+        arrays = self._ring.arrays(task.slot)
+        weight = arrays["weight"]
+        weight[...] = plan.weight
 
         def read(i: int, out: dict[str, NDArray[Any]]) -> tuple[Place, Text | None]:
-            return self._read(plan, i, places[i], out, skipped)
+            corrupt: list[dict[str, Any]] = []
+            found = self._read(plan, i, places[i], out, corrupt)
+            if plan.weight[i]:  # padding is told where it is a sample
+                skipped.extend(corrupt[:1] if self._is_measured else corrupt)
+            if corrupt and self._is_measured:
+                weight[i] = 0
+            return found
 
-        arrays = self._ring.arrays(task.slot)
-        arrays["weight"][...] = plan.weight
         dense, keys = fill_arrays(
             self._source, places, arrays, config=self._config, shapes=self._shapes, read=read
         )

@@ -1,7 +1,8 @@
 """Batches on the training device, those of the next step already on their way.
 
 On CUDA a step's batches are fetched ahead, right after the step before was launched: their copies
-run on a side stream while it computes. On the CPU nothing is copied and nothing fetched ahead.
+run on a side stream while it computes, and nobody waits for them but the device. On the CPU nothing
+is copied and nothing fetched ahead.
 Either way the position that goes into checkpoints is that of the batches handed out, not of those
 fetched.
 
@@ -20,15 +21,17 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
-
 from shared.errors import CheckpointError, ConfigError
 from train.data.inputs import to_device
+from train.loop.device_queue import queue_of
 from train.machine.runtime import separate_rng
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping
+
+    import torch
+
+    from train.loop.device_queue import DeviceQueue, Mark
 
 Batch = dict[str, Any]
 """As docs/architecture.md, "The batch"."""
@@ -62,6 +65,7 @@ class BatchFeed:
         device: where the batches go.
         seed: decides the order of a plain loader that shuffles.
         state: of an earlier feed; None starts at the beginning.
+        queue: of a device that computes beside the host; None: the device's, where it has one.
 
     Raises:
         CheckpointError: `state` is of another kind of loader.
@@ -74,6 +78,7 @@ class BatchFeed:
         *,
         seed: int,
         state: Mapping[str, Any] | None = None,
+        queue: DeviceQueue | None = None,
     ) -> None:
         self._loader = loader
         self._device = device
@@ -86,19 +91,24 @@ class BatchFeed:
         self._num_taken = 1
         self._waits_s: list[float] = []
         self._wait_s = 0.0
-        self._copies = _side_stream(device)
-        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._launched: torch.cuda.Event | None = None
+        self._queue = queue or queue_of(device)
+        self._gaps: list[tuple[Mark, Mark]] = []
+        self._launched: Mark | None = None
+        # The loader's memory is written to again as soon as nobody holds a batch, and it is not
+        # torch's own, which would wait for copies by itself.
+        self._held: deque[tuple[Batch, Mark]] = deque()
+        weakref.finalize(self, _let_go, self._held, at_most=0)
 
     def take(self, count: int = 1) -> list[Batch]:
         """The next `count` batches, on the device; the beginning of a step."""
-        if self._launched is not None:
-            self._gaps.append((self._launched, _recorded_event()))
         batches = []
         for _ in range(count):
             batch, self._position = self._ahead.popleft() if self._ahead else self._pull()
-            self._hand_over(batch)
+            if self._queue is not None:
+                self._queue.receive(batch)
             batches.append(batch)
+        if self._queue is not None and self._launched is not None:
+            self._gaps.append((self._launched, self._queue.mark()))
         self._num_taken = count
         self._waits_s.append(self._wait_s)
         self._wait_s = 0.0
@@ -108,8 +118,8 @@ class BatchFeed:
         """Fetch as many batches as were taken last, while the device computes; call it once a
         step's work is launched.
         """
-        if self._copies is not None and not self._ahead:
-            self._launched = _recorded_event()
+        if self._queue is not None and not self._ahead:
+            self._launched = self._queue.mark()
             for _ in range(self._num_taken):
                 self._ahead.append(self._pull())
 
@@ -126,6 +136,7 @@ class BatchFeed:
         """Dismiss the loader's processes; the position stays."""
         self._ahead.clear()
         self._batches.close()
+        _let_go(self._held, at_most=0)
 
     def take_waits_s(self) -> list[float]:
         """Seconds that each step since the last call waited for its data.
@@ -134,30 +145,22 @@ class BatchFeed:
         """
         waits_s, self._waits_s = self._waits_s, []
         gaps, self._gaps = self._gaps, []
-        if self._copies is None:
-            return waits_s
         for index, (end, start) in enumerate(reversed(gaps), start=1):
+            start.synchronize()
             waits_s[-index] = min(waits_s[-index], end.elapsed_time(start) / 1e3)
         return waits_s
 
     def _pull(self) -> tuple[Batch, dict[str, int]]:
-        """The next batch on the device and the position behind it."""
+        """The next batch, on the device or on its way, and the position behind it."""
+        _let_go(self._held, at_most=2 * self._num_taken - 1)  # as many have a slot, see loader.py
         began_s = time.perf_counter()
         batch, position = next(self._batches)
         self._wait_s += time.perf_counter() - began_s
-        if self._copies is None:
+        if self._queue is None:
             return to_device(batch, self._device), position
-        with torch.cuda.stream(self._copies):
-            return to_device(batch, self._device), position
-
-    def _hand_over(self, batch: Batch) -> None:
-        """Tell the allocator that the compute stream uses what the side stream made."""
-        if self._copies is None:
-            return
-        compute = torch.cuda.current_stream(self._device)
-        compute.wait_stream(self._copies)
-        for tensor in tensors_of(batch):
-            tensor.record_stream(compute)
+        sent, mark = self._queue.send(batch)
+        self._held.append((batch, mark))
+        return sent, position
 
 
 def initial_position(loader: Iterable[Batch], state: Mapping[str, Any] | None) -> dict[str, int]:
@@ -229,7 +232,7 @@ def _open_pass(loader: Iterable[Batch], *, seed: int, number: int) -> Iterator[B
         first = next(batches, None)
     if first is None:
         raise ConfigError("the loader has no batch; is there any sample in its train split?")
-    return itertools.chain([first], batches)
+    return itertools.chain(iter([first]), batches)  # a list would be held as long as the chain
 
 
 def one_epoch(
@@ -249,22 +252,8 @@ def _close_if_alive(feed: weakref.ref[BatchFeed]) -> None:
         alive.close()
 
 
-def tensors_of(batch: Any) -> Iterator[Tensor]:  # noqa: ANN401 (any nesting)
-    """All tensors in any nesting of dicts, lists and tuples."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, dict | list | tuple):
-        for value in batch.values() if isinstance(batch, dict) else batch:
-            yield from tensors_of(value)
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    if device.type != "cuda":
-        return None
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _recorded_event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
+def _let_go(held: deque[tuple[Batch, Mark]], *, at_most: int) -> None:
+    """Let go of batches that have been copied; wait for those that are more than `at_most`."""
+    while held and (len(held) > at_most or held[0][1].query()):
+        held[0][1].synchronize()
+        held.popleft()

@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from shared.recipe import Split
     from train.loop.health import Finding
     from train.loop.showing import ShownWindow
 
 QUARANTINE_NAME: Final = "quarantine.jsonl"
-"""Samples that had to be replaced: key, shard, offset, error, and the step that met them."""
+"""Samples that had to be replaced: key, shard, row, error, and the step and split that met them."""
 
 QUANTILES: Final = (50, 95, 99)
 """Percentiles of the waits for data."""
@@ -285,11 +286,15 @@ class RunLog:
             drawn = draw_window(window, reading)
             self._curves.write(lambda writer: write_window(writer, drawn, step))
 
-    def write_skipped(self, step: int, skipped: Sequence[Mapping[str, Any]]) -> None:
+    def write_skipped(
+        self, step: int, skipped: Sequence[Mapping[str, Any]], *, split: Split
+    ) -> None:
         """Bad samples that were replaced: to the quarantine file and TensorBoard's text."""
         if not skipped or self._is_silent:
             return
-        entries = [json.dumps({"step": step, **sample}, default=str) for sample in skipped]
+        entries = [
+            json.dumps({"step": step, "split": split, **one}, default=str) for one in skipped
+        ]
         try:
             with (self.folder / QUARANTINE_NAME).open("a", encoding="utf-8") as file:
                 file.writelines(f"{entry}\n" for entry in entries)

@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from train.loop.evaluating import HeldOut
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from train.loop.metrics import StepMeter
-    from train.loop.showing import ShownWindow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,9 @@ class TrainSummary:
     data_wait_fraction: float
     """Share of the time in which the device waited for data, of the newest log."""
     skipped_samples: int
-    """Bad samples that were replaced, in the whole run."""
+    """Bad train samples that were replaced, in the whole run."""
+    skipped_val_samples: int
+    """Bad held-out samples that the newest losses leave out."""
     skipped_steps: int
     """Steps of this call that were left out because they were not finite."""
     checkpoint: Path | None
@@ -53,8 +56,7 @@ class Progress:
     to_first_batch_s: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     first_val: dict[str, float] = field(default_factory=dict)
-    last_val: dict[str, float] = field(default_factory=dict)
-    window: ShownWindow | None = None
+    held_out: HeldOut = field(default_factory=HeldOut)
     skipped_steps: int = 0
     checkpoint: Path | None = None
 
@@ -69,10 +71,11 @@ class Progress:
             first_losses=self.meter.first_losses(),
             last_losses={n: v for n, v in metrics.items() if n.startswith("loss_")},
             first_val_losses=self.first_val,
-            last_val_losses=self.last_val,
+            last_val_losses=self.held_out.losses,
             samples_per_sec=metrics.get("samples_per_sec", 0.0),
             data_wait_fraction=metrics.get("data_wait_fraction", 0.0),
             skipped_samples=skipped_samples,
+            skipped_val_samples=len(self.held_out.skipped),
             skipped_steps=self.skipped_steps,
             checkpoint=self.checkpoint,
             log_dir=log_dir,

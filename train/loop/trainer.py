@@ -20,6 +20,7 @@ from train.config import TrainConfig, as_train_config
 from train.creature import reading_of
 from train.data.bad_samples import BadSampleLimit
 from train.data.inputs import to_model_inputs
+from train.loop.evaluating import measure
 from train.loop.feed import BatchFeed, one_epoch
 from train.loop.gradients import gradient_norms
 from train.loop.health import QUIET_STEPS
@@ -32,13 +33,12 @@ from train.loop.optimizing import (
     step_if,
 )
 from train.loop.progress import Progress, TrainSummary
-from train.loop.showing import take_window
 from train.loop.spikes import SpikeWatch
 from train.loop.state import TrainState, schedule_of, shapes_of
 from train.machine import distributed, runtime
 from train.machine.parallel import averaging_gradients, parallelize
 from train.machine.runtime import StopSignals, explained_failures
-from train.model.losses import compute_losses, loss_counts, loss_sums, mean_losses
+from train.model.losses import added, compute_losses, loss_counts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -163,37 +163,25 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Losses over the held-out batches: exact means, whatever the batches' valid shares.
 
-        At most ``training.eval_batches`` batches of one epoch are measured. The model's mode and
-        all random states are left as they were.
+        At most ``training.eval_batches`` batches of one epoch are measured, without the bad samples
+        in them. The model's mode and all random states are left as they were.
 
         Returns:
             loss_total and loss_<head>; empty where the val_loader has no batch.
 
         Raises:
             ConfigError: the trainer has no val_loader.
+            TooManyBadSamplesError: more are bad than ``data.max_bad_fraction`` allows.
         """
         if self._val_loader is None:
             raise ConfigError("there is nothing to evaluate on; give Trainer a val_loader")
         was_training, num_batches = self.model.training, self.config.training.eval_batches
         self.model.eval()
-        parts = []
         with torch.no_grad(), runtime.separate_rng(self.config.training.seed):
-            for batch in one_epoch(self._val_loader, self.device, max_batches=num_batches):
-                outputs = self._predict(batch)
-                parts.append(
-                    loss_sums(outputs, batch["targets"], batch["weight"], config=self.config)
-                )
-                if len(parts) == 1:
-                    self._progress.window = take_window(batch, outputs, self._state)
+            batches = one_epoch(self._val_loader, self.device, max_batches=num_batches)
+            self._progress.held_out = measure(batches, self._predict, self._state)
         self.model.train(was_training)
-        if not parts:
-            return {}
-        sums = distributed.add_up(_added({n: total for n, (total, _) in p.items()} for p in parts))
-        counts = distributed.add_up(
-            _added({n: count for n, (_, count) in p.items()} for p in parts)
-        )
-        losses = mean_losses({n: (sums[n], counts[n]) for n in sums}, config=self.config)
-        return {name: float(loss) for name, loss in losses.items()}
+        return dict(self._progress.held_out.losses)
 
     def save_checkpoint(self, path: Path | str) -> Path:
         """Save everything that going on from here needs; all ranks call it, the main one writes.
@@ -259,7 +247,7 @@ class Trainer:
         batches = feed.take(self.config.training.accumulation_steps)
         skipped = distributed.gather([one for b in batches for one in b.get("skipped", ())])
         self._state.skipped_samples += len(skipped)
-        log.write_skipped(self.step, skipped)
+        log.write_skipped(self.step, skipped, split="train")
         for batch in batches:
             self._state.samples_of.update(batch.get("samples_of", {}))
         num_read = distributed.world_size() * sum(len(batch["weight"]) for batch in batches)
@@ -276,7 +264,7 @@ class Trainer:
         """
         config, shapes = self.config, self._state.shapes
         return distributed.add_up(
-            _added(
+            added(
                 {
                     **loss_counts(batch["targets"], batch["weight"], config=config, shapes=shapes),
                     "num_samples": batch["weight"].sum(),
@@ -300,7 +288,7 @@ class Trainer:
                 total = losses["loss_total"] * distributed.world_size()  # the average is a sum
                 self._state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
             parts.append({name: loss.detach() for name, loss in losses.items()})
-        return distributed.add_up(_added(parts))
+        return distributed.add_up(added(parts))
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
         inputs = to_model_inputs(batch["inputs"], dtype=self._dtype)
@@ -353,10 +341,12 @@ class Trainer:
             return
         progress = self._progress
         with progress.meter.pause():
-            progress.last_val = self.evaluate()
-            progress.first_val = progress.first_val or progress.last_val
-            log.write_validation(self.step, progress.last_val)
-            log.write_window(self.step, progress.window, self._state.extra)
+            losses = self.evaluate()
+            progress.first_val = progress.first_val or losses
+            skipped = progress.held_out.skipped
+            log.write_skipped(self.step, skipped, split="val")
+            log.write_validation(self.step, {**losses, "skipped_samples": len(skipped)})
+            log.write_window(self.step, progress.held_out.window, self._state.extra)
 
     def _save_step(self, log: RunLog) -> None:
         """Save a step's checkpoint; where that fails, training goes on and the older ones stay."""
@@ -393,11 +383,3 @@ class Trainer:
             skipped_samples=self._state.skipped_samples,
             log_dir=log.folder,
         )
-
-
-def _added(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Sum of tensors of the same name."""
-    total: dict[str, Tensor] = {}
-    for part in parts:
-        total = {name: total[name] + value if total else value for name, value in part.items()}
-    return total

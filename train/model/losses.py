@@ -20,7 +20,7 @@ from shared.recipe import PAD_TOKEN, WindowShapes
 from train.config import Head, TrainConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 LossSum = tuple[Tensor, Tensor]
 """Weighted sum of a loss and the weighted count of what was summed, float32 and 0-dim."""
@@ -65,6 +65,14 @@ def mean_losses(sums: Mapping[str, LossSum], *, config: TrainConfig) -> dict[str
     weights = config.training.loss_weights
     shares = [getattr(weights, head) * losses[f"loss_{head}"] for head in config.heads]
     return {"loss_total": torch.stack(shares).sum(), **losses}
+
+
+def added(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum of tensors of the same name, such as losses or counts of micro-batches."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        total = {name: total[name] + value if total else value for name, value in part.items()}
+    return total
 
 
 def loss_sums(

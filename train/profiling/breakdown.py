@@ -16,11 +16,11 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Final
 
 from shared.laps import Laps, no_lap
-from train.data.inputs import to_device
+from train.data.inputs import tensors_of, to_device
 from train.data.loader import Loader
 from train.data.mixed_source import MixedSource
 from train.data.reader import ShardSource
-from train.loop.feed import iterate, tensors_of
+from train.loop.feed import iterate
 from train.machine.runtime import memory_allocated_mb
 from train.profiling.step import PHASES, PhaseTimes
 

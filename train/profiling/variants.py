@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from shared.errors import ConfigError, CreatureError
-from train.loop.feed import tensors_of
+from train.data.inputs import tensors_of
 from train.machine import runtime
 from train.profiling.figures import Value, Variant
 from train.profiling.rates import CachedFeed, cached_batches, in_turns, training_rate

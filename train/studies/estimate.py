@@ -36,8 +36,7 @@ from torch.utils.flop_counter import (
 from shared.manifest import read_manifest
 from shared.recipe import Recipe, WindowShapes, load_recipe
 from train.data.assemble import array_forms, compose_batch
-from train.data.inputs import to_model_inputs
-from train.loop.feed import tensors_of
+from train.data.inputs import tensors_of, to_model_inputs
 from train.machine import runtime
 from train.model.blocks import Block
 from train.model.losses import compute_losses

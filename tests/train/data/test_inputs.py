@@ -120,6 +120,23 @@ def test_copies_to_a_gpu_are_done_when_the_batch_is_handed_out(monkeypatch):
     assert events == ["sent", "sent", "waited"]
 
 
+def test_inputs_that_are_targets_are_copied_once_and_stay_one_tensor(monkeypatch):
+    copied = []
+    to = torch.Tensor.to
+
+    def note(tensor, *args, **options):
+        copied.append(tensor.data_ptr())
+        return to(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", note)
+    audio, touch = torch.ones(2), torch.ones(2)
+    batch = {"inputs": {"audio": audio, "touch": touch}, "targets": {"audio": audio}}
+    moved = to_device(batch, "meta")
+    assert copied == [audio.data_ptr(), touch.data_ptr()]
+    assert moved["targets"]["audio"] is moved["inputs"]["audio"]
+    assert moved["inputs"]["touch"] is not moved["inputs"]["audio"]
+
+
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_a_batch_goes_to_the_device_with_its_nesting_and_its_names(kind):
     batch = {"inputs": {"a": torch.ones(2)}, "more": kind([torch.ones(1), 3]), "keys": ["s/0"]}

@@ -90,21 +90,56 @@ def test_a_shard_of_a_mix_is_named_with_its_set(a_copy, tiny_set):
     assert type(skip["offset"]) is int
 
 
-def test_a_substitute_is_whole_and_keeps_its_rows_weight(tiny_set, a_copy):
-    last = list(make_loader(tiny_set, num_epochs=1))[-1]
+def by_key(batches):
+    """Each sample that counts: its key, batch and row."""
+    rows = [(b["keys"][i], b, i) for b in batches for i in range(len(b["keys"])) if b["weight"][i]]
+    return {key: (batch, i) for key, batch, i in rows}, [key for key, _, _ in rows]
+
+
+def padding_of(shards):
+    """Keys of the rows that fill up the epoch's last batch, of those with sensors."""
+    last = list(make_loader(shards, num_epochs=1))[-1]
     rows = zip(last["keys"], last["weight"], strict=True)
-    padded = next(k for k, weight in rows if not weight and not k.startswith("dan"))  # has proprio
+    return [key for key, weight in rows if not weight and not key.startswith("dan")]
+
+
+@pytest.mark.parametrize("num_epochs", [None, 1])
+def test_padding_that_is_corrupt_is_told_once_where_it_is_a_sample(tiny_set, a_copy, num_epochs):
+    padded = padding_of(tiny_set)[0]
     damage(a_copy, "proprio.zarr.zip", key=padded)
-    found = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
-    assert torch.equal(found[-1]["weight"], last["weight"])
+    loader = make_loader(a_copy, num_epochs=num_epochs, max_bad_fraction=1.0)
+    found = take(loader, loader.batches_per_epoch)
     assert padded not in {key for batch in found for key in batch["keys"]}
-    assert len(skipped_of(found)) == 2  # once as a sample, once as padding
-    clean = {}
-    for batch in make_loader(tiny_set, num_epochs=1):
-        clean |= {key: batch["inputs"]["touch"][i] for i, key in enumerate(batch["keys"])}
-    for batch in found:
-        for i, key in enumerate(batch["keys"]):
-            assert torch.equal(batch["inputs"]["touch"][i], clean[key])
+    assert [skip["key"] for skip in skipped_of(found)] == [padded]
+
+
+def test_a_substitute_is_whole_and_counts_as_one_in_training(tiny_set, a_copy):
+    key = damage(a_copy, "proprio.zarr.zip", row=2)
+    good, loader = make_loader(tiny_set), make_loader(a_copy, max_bad_fraction=1.0)
+    wholes = take(good, good.batches_per_epoch)
+    clean, _ = by_key(wholes)
+    for batch, whole in zip(take(loader, loader.batches_per_epoch), wholes, strict=True):
+        assert torch.equal(batch["weight"], whole["weight"])
+        for i, its_key in enumerate(batch["keys"]):
+            assert its_key != key
+            its_batch, row = clean[its_key]
+            assert torch.equal(batch["inputs"]["touch"][i], its_batch["inputs"]["touch"][row])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_finite_pass_counts_each_good_sample_once_and_tells_each_bad_one_once(
+    tiny_set, a_copy, num_workers
+):
+    """Half of the samples are bad, so that substitutes are, too."""
+    source = ShardSource(a_copy)
+    places = [p for p in tiny_sets.places_of(source) if not source.key(*p).startswith("dan")]
+    bad = {damage(a_copy, "proprio.zarr.zip", shard=s, row=r) for s, r in places[::2]}
+    loader = make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0, num_workers=num_workers)
+    found = list(loader)
+    assert sorted(skip["key"] for skip in skipped_of(found)) == sorted(bad)
+    all_keys = {source.key(*p) for p in tiny_sets.places_of(source)}
+    _, keys = by_key(found)
+    assert sorted(keys) == sorted(all_keys - bad)
 
 
 @pytest.mark.parametrize("fault", ["byte", "column", "index"])

@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ import torch
 import webdataset as wds
 import xarray
 import zarr
-from open_files import open_files
+from open_files import open_files, opens_noted, reads_counted
 from oracles import open_indexes, psnr_db
+from tiny_loaders import take
 
 from shared import index
 from shared.codec import encode_pictures
@@ -29,6 +31,7 @@ from shared.recipe import Stream
 from train.data import reader
 from train.data.dataset import SessionSource
 from train.data.inputs import IMAGENET_STD, normalized_frames
+from train.data.loader import Loader
 from train.data.reader import ShardSource
 
 NUMBERS = ("audio", "touch", "proprio")
@@ -270,6 +273,23 @@ def test_a_read_opens_only_the_columns_that_are_wanted(tiny_set, monkeypatch):
     assert opened == ["dmel.zarr.zip"]
     read_sample(source, (0, 0), [], with_text=True)
     assert opened == ["dmel.zarr.zip", "text.tar"]
+
+
+def test_text_only_training_reads_the_text_and_nothing_else(tiny_set):
+    source = ShardSource(tiny_set)
+    indexes = [source.shard(shard).index for shard in range(len(source.shard_sizes))]
+    text_bytes = sum(int(index.members("text").length.sum()) for index in indexes)
+    config = tiny_sets.make_config(tiny_set, heads=tiny_sets.TEXT_HEADS, batch_size=5)
+    assert source.shard_sizes.sum() % 5 == 0
+    with opens_noted() as opened, reads_counted() as read:
+        loader = Loader(ShardSource(tiny_set), config)
+        assert len(take(loader, loader.batches_per_epoch)) > 3
+    own = {Path(path).name for path in opened if Path(path).parent == tiny_set}
+    columns = {name for name in own if name.startswith("train-") and not name.endswith(".index")}
+    assert columns == {index.facts["columns"]["text"]["file"] for index in indexes}
+    assert {name for name in own if name.startswith("val-")} == set()
+    column_bytes = sum(n for path, n in read.items() if Path(path).name in columns)
+    assert text_bytes <= column_bytes <= 1.1 * text_bytes
 
 
 def test_few_shards_stay_open_and_what_was_closed_reads_again(tiny_set, monkeypatch):

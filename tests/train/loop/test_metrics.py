@@ -13,7 +13,7 @@ from event_files import read_events, text_of
 from rich.console import Console
 from tiny_training import EndlessLoader, make_batch, make_config, make_trainer, with_nan
 
-from shared.errors import ConfigError, CreatureError, DivergedError
+from shared.errors import ConfigError, CreatureError, DivergedError, TooManyBadSamplesError
 from train.loop.metrics import QUARANTINE_NAME, StepMeter, default_run_name
 
 LOSSES = {
@@ -44,7 +44,8 @@ def test_tensorboard_has_every_metric_under_its_name(tmp_path):
     config = make_config(tmp_path, eval_interval=2)
     summary = make_trainer(config, val_loader=[make_batch(0)]).train()
     waits = {f"data_wait_ms_p{q}" for q in (50, 95, 99)}
-    expected = NAMES | {f"val/{name}" for name in LOSSES} | waits
+    held_out = {f"val/{name}" for name in (*LOSSES, "skipped_samples")}
+    expected = NAMES | held_out | waits
     found = read_events(summary.log_dir).Tags()["scalars"]
     tags = {name for name in found if not name.startswith("grad_norm/")}
     assert tags == expected | {"time_to_first_batch_s", "skipped_steps"}
@@ -102,7 +103,9 @@ def test_bad_samples_are_counted_and_quarantined(tmp_path):
     config["data"]["max_bad_fraction"] = 1
     summary = make_trainer(config, loader).train()
     lines = (summary.log_dir / QUARANTINE_NAME).read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": s, **SKIPPED} for s in (1, 4, 4)]
+    assert [json.loads(line) for line in lines] == [
+        {"step": s, "split": "train", **SKIPPED} for s in (1, 4, 4)
+    ]
     assert summary.skipped_samples == 3
     assert values_of(summary.log_dir, "skipped_samples") == [1, 1, 3]
 
@@ -112,6 +115,25 @@ def test_bad_samples_are_named_in_tensorboard(tmp_path):
     summary = make_trainer(make_config(tmp_path), loader).train()
     text = text_of(summary.log_dir, "skipped_samples")
     assert all(str(value) in text for value in SKIPPED.values())
+
+
+def test_bad_held_out_samples_are_counted_and_quarantined_at_each_evaluation(tmp_path):
+    held_out = [{**make_batch(i), "skipped": [SKIPPED] * i} for i in range(3)]
+    config = make_config(tmp_path, eval_interval=4)
+    config["data"]["max_bad_fraction"] = 1
+    summary = make_trainer(config, val_loader=held_out).train()
+    lines = (summary.log_dir / QUARANTINE_NAME).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": s, "split": "val", **SKIPPED} for s in (4, 4, 4, 6, 6, 6)
+    ]
+    assert values_of(summary.log_dir, "val/skipped_samples") == [3, 3]
+    assert (summary.skipped_val_samples, summary.skipped_samples) == (3, 0)
+
+
+def test_too_many_bad_held_out_samples_stop_the_run(tmp_path):
+    held_out = [{**make_batch(0), "skipped": [SKIPPED] * 3}]  # more than 1 % of 200
+    with pytest.raises(TooManyBadSamplesError, match=r"3 of 2 samples are corrupt.*crc differs"):
+        make_trainer(make_config(tmp_path), val_loader=held_out).evaluate()
 
 
 def test_the_count_of_bad_samples_survives_a_resume(tmp_path):

@@ -7,8 +7,10 @@ another order.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -190,6 +192,7 @@ def pair(tiny_set, tmp_path_factory):
 
     bad = tiny_sets.copy_set(tiny_set, folder / "bad")
     tiny_sets.flip_byte(min(bad.glob("train-*.vision_left.tar")), 700)
+    tiny_sets.flip_byte(min(bad.glob("val-*.vision_left.tar")), 600)  # of a sample and of padding
     corrupt = {"corrupt": {"shards": str(bad), "max_bad_fraction": 1.0, "max_steps": 7}}
     whole = {"alone": {"save_interval": 2}, "accumulated": KINDS["accumulated"]}
     whole |= {"dense text": TEXT_ONLY, **corrupt}
@@ -266,7 +269,10 @@ def test_corrupt_samples_of_all_ranks_are_counted_and_written_down(pair):
     lists = [folder / where / "corrupt/runs/tiny/quarantine.jsonl" for where in ("alone", "two")]
     entries = [sorted(path.read_text().splitlines()) for path in lists]
     assert entries[0] == entries[1]
-    assert len(entries[0]) == skipped
+    splits = Counter(json.loads(entry)["split"] for entry in entries[0])
+    assert splits == {"train": skipped, "val": 1}
+    for result in two["corrupt"]:
+        assert result["val"] == pytest.approx(alone["corrupt"]["val"], rel=TOLERANCE)
 
 
 # --- all the rest: four ranks, every way, dying ranks ----------------------------------------

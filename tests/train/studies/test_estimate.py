@@ -16,8 +16,7 @@ from shared.recipe import WindowShapes
 from train import Loader, MultiModalCreature, open_source
 from train.__main__ import cli
 from train.config import TrainConfig, as_train_config
-from train.data.inputs import to_model_inputs
-from train.loop.feed import tensors_of
+from train.data.inputs import tensors_of, to_model_inputs
 from train.machine import runtime
 from train.model.losses import compute_losses
 from train.studies.estimate import STATE_BYTES, Activations, Estimate, estimate
