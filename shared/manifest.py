@@ -69,7 +69,8 @@ class Manifest:
     fields: Mapping[str, Any]
     """Schema: per field its column, dtype, shape, unit and codec."""
     statistics: Mapping[str, Any]
-    """Of the train split: numbers' mean, std, min and max; counts of dMel levels and tokens."""
+    """Of the train split: mean, std, min, max and histogram of numbers and of the sound's level;
+    counts of dMel levels and tokens."""
     counts: Mapping[str, int]
     """Windows planned, and what became of them."""
     fingerprint: str

@@ -61,6 +61,11 @@ def names_in(folder):
     return {n if n.startswith(".") else n.partition(".")[2] for n in names}
 
 
+def sum_in(folder):
+    """Bytes that the cache says lie there or are set aside."""
+    return int((folder / ".room").read_text())
+
+
 def in_child(work):
     """Run something in a forked process; its pid."""
     pid = os.fork()

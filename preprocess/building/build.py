@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from preprocess.building import statistics
 from preprocess.building.plan import BuiltColumn, BuiltShard, ShardTask, Slice
 from preprocess.building.recordings import Recording, require_unchanged
-from preprocess.building.stored import StoredFields
+from preprocess.building.stored import StoredFields, stored_statistics
 from preprocess.building.write import ZARR_WRITERS, Draft, Fields, Row, write_tar
 from shared.clock import Window
 from shared.errors import CorruptError, ShardError
@@ -65,9 +66,16 @@ def build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
     try:
         return _build_shard(task, given)
     except CorruptError:
-        if not any(task.copied.values()):
+        if not any(task.copied.values()) and not task.kept:
             raise
-        return _build_shard(replace(task, copied={}), given)  # the old columns can't be trusted
+        return _build_shard(_distrusting(task), given)
+
+
+def _distrusting(task: ShardTask) -> ShardTask:
+    """A task that reads no member of an old column."""
+    unread = {name: column for name, column in task.kept.items() if name not in statistics.COLUMNS}
+    due = {name: "its file is damaged" for name in task.kept if name not in unread}
+    return replace(task, copied={}, kept=unread, due={**task.due, **due})
 
 
 def _sources_of(task: ShardTask) -> dict[str, list[str]]:
@@ -152,7 +160,7 @@ def salvage_shard(
         for name, column in columns.items()
         if column.fingerprint == wanted.get(name) and sizes.get(column.file) == column.length_bytes
     }
-    if set(good) == set(wanted):
+    if set(good) == set(wanted) and not statistics.lacking(index.facts.get("statistics", {})):
         digest = hashlib.sha256(content).hexdigest()
         return _entry(task, index.num_samples, digest, good)
     if not good or not set(task.kept) <= set(good):
@@ -195,6 +203,7 @@ def describe_shard(entry: ShardEntry, out: SetPlace, sizes: Mapping[str, int]) -
             for name, column in _columns(index).items()
             if sizes.get(column.file) == column.length_bytes
         },
+        lacks_statistics=bool(statistics.lacking(facts["statistics"])),
     )
 
 
@@ -218,6 +227,11 @@ def _write_columns(
         mask = np.uint8(presence_bits(column.streams))
         if name in task.kept and kept is not None:
             _keep_column(draft, name, task.kept[name], kept)
+            if name in statistics.lacking(draft.statistics):
+                with out.open_column(task.kept[name].file, work) as column_file:
+                    draft.statistics[name] = stored_statistics(
+                        name, index=kept, column=column_file, recipe=given.recipe
+                    )
             presence |= kept.arrays["present"] & mask
             continue
         file = task.file_name(f"{name}.{column.suffix}")

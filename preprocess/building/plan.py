@@ -55,6 +55,8 @@ class BuiltShard:
     slices: tuple[Slice, ...]
     index_file: str
     columns: Mapping[str, BuiltColumn]
+    lacks_statistics: bool = False
+    """Its index is of a version of this program that made fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +132,9 @@ class Plan:
         lines = [f"{n} of {total} {column} columns: {why}" for (column, why), n in counts.items()]
         num_bare = sum(not task.due for task in self.tasks)
         if num_bare and self.upgrade is None:
-            lines.append(f"{num_bare} of {total} indexes: they lack hashes of their sessions")
+            lines.append(
+                f"{num_bare} of {total} indexes: they lack hashes or statistics of their sessions"
+            )
         if self.dropped:
             lines.append(f"{len(self.dropped)} shards go: their sessions are gone or moved")
         return lines
@@ -345,7 +349,8 @@ def _task(
 
 def _changes(task: ShardTask, old: BuiltShard) -> bool:
     """Whether a task makes anything of a shard new, if only its index."""
-    return bool(task.due) or task.slices != old.slices or task.kept != old.columns
+    is_changed = bool(task.due) or task.slices != old.slices or task.kept != old.columns
+    return is_changed or old.lacks_statistics
 
 
 def _is_up_to_date(

@@ -1,5 +1,5 @@
 """Fields of a session as they lie in an older shard, so that rows that did not change are copied
-and not decoded and encoded again.
+and not decoded and encoded again; and statistics of columns that stay as they are.
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from preprocess.building import statistics
 from shared.codec import decode_text, decode_wav
 from shared.columns import ColumnFile, read_chunk
 from shared.errors import CorruptError
 from shared.fields import Mel, Sensors, Text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from shared.clock import Window
@@ -106,3 +109,43 @@ class StoredFields:
                 f"{self._column.path}: its index lacks {self.session}/{window.index:06d}"
             )
         return self._rows[window.index]
+
+
+def stored_statistics(
+    name: str, *, index: ShardIndex, column: ColumnFile, recipe: Recipe
+) -> dict[str, Any]:
+    """Statistics of a column that an early version of this program made, from its members.
+
+    Args:
+        name: one of :func:`preprocess.building.statistics.lacking`.
+        index: the shard's index.
+        column: the column's file.
+        recipe: how the column was made.
+
+    Raises:
+        CorruptError: a member's bytes differ from their checksum.
+    """
+    if name == "audio":
+        sounds = _members(index, column, "audio")
+        return statistics.of_sound([statistics.level_db(decode_wav(sound)) for sound in sounds])
+    count = recipe.count(recipe.sensors.rate_hz)
+    proprio, touch = (
+        [
+            read_chunk(content, dtype="f4", shape=(count, size))
+            for content in _members(index, column, f"proprio/{array}")
+        ]
+        for array, size in (
+            ("proprio", recipe.sensors.proprio_size),
+            ("touch", recipe.sensors.touch_size),
+        )
+    )
+    return statistics.of_sensors(np.stack(proprio), np.stack(touch))
+
+
+def _members(index: ShardIndex, column: ColumnFile, name: str) -> Iterator[bytes]:
+    """What is there of a column or an array, in order of the rows."""
+    members = index.members(name)
+    for row in range(index.num_samples):
+        content = column.read(members, row)
+        if content is not None:
+            yield content

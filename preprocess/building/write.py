@@ -135,10 +135,13 @@ def _audio_contents(
     draft: Draft, readers: Mapping[str, Fields], recipe: Recipe
 ) -> Iterator[tuple[Row, bytes, int]]:
     bits = presence_bits([Stream.AUDIO])
+    levels_db = []
     for row in draft.rows:
         if Stream.AUDIO in row.streams:
             samples = readers[row.session].read_audio(row.window)
+            levels_db.append(statistics.level_db(samples))
             yield row, encode_wav(samples, rate_hz=recipe.audio.rate_hz), bits
+    draft.statistics["audio"] = statistics.of_sound(levels_db)
 
 
 def _text_contents(
@@ -208,10 +211,7 @@ def _write_proprio(
             attributes={"long_name": "proprio or touch was recorded"},
         ),
     }
-    draft.statistics["proprio"] = {
-        "proprio": statistics.of_numbers(proprio),
-        "touch": statistics.of_numbers(touch),
-    }
+    draft.statistics["proprio"] = statistics.of_sensors(proprio, touch)
     _write_zarr(draft, path, "proprio", arrays)
     return presence
 

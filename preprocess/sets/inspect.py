@@ -11,6 +11,7 @@ import numpy as np
 
 from preprocess.building.rejected import count_windows
 from preprocess.sets.files import SetFiles, open_files
+from preprocess.sets.spread import describe_spread
 from shared.codec import decode_pictures, decode_text, decode_wav
 from shared.columns import ColumnFile
 from shared.errors import CorruptError, CreatureError, ShardError
@@ -110,6 +111,7 @@ def describe_set(place: Path | str) -> Iterator[tuple[str, str]]:
     for name, field in manifest.fields.items():
         shape = "x".join(str(n) for n in field["shape"]) or "variable"
         yield name, f"{field['dtype']} {shape}, {field['unit']}, {field['codec']}"
+    yield from describe_spread(manifest.statistics)
 
 
 def describe_sample(place: Path | str, key: str) -> Iterator[tuple[str, str]]:

@@ -1,17 +1,8 @@
 """A size-limited folder of files that come from stores, shared by all processes of a machine.
 
 Files are named by the checksum of what they hold, so any number of shard sets, versions of a set
-and runs can share a folder, and what has its name was whole when it got it. ::
-
-    NAME           a file: fetched under another name, checked, renamed; its mtime is its last use
-    .NAME.lock     someone fetches it: an exclusive lock on this file; its (sparse) length is the
-                   room that is set aside
-    .NAME.part     what has come so far
-    .room          an exclusive lock on it while the folder is looked over and room is made
-
-Locks are ``flock``'s, which end with their process however it ends; what a killed download left has
-no lock, and whoever makes room next removes it. Whoever reads a file has a shared lock on it;
-whoever removes one takes an exclusive lock first and leaves alone what is being read.
+and runs can share a folder, and what has its name was whole when it got it: it is fetched under
+another name, checked and renamed, in room that :mod:`train.data.room` sets aside.
 
 Nothing is flushed to the disk: after a power cut a file may hold zeros. Its index or its members'
 checksums tell, and :meth:`ShardCache.renew` fetches it again.
@@ -32,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from shared.errors import ConfigError, CorruptError, StorageError
 from shared.storage import Patience, Store, retried
+from train.data.room import Room, unlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,7 +36,6 @@ AHEAD_ATTEMPTS = 3
 """A file that is fetched ahead is tried so often; whoever needs it then tries on."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_ROOM_LOCK = ".room"
 _POLL_S = 0.2
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -98,14 +89,13 @@ class ShardCache:
     def __init__(self, store: Store, folder: Path, *, limit_bytes: int, patience: Patience) -> None:
         self.store = store
         self.folder = folder
-        self._limit_bytes = limit_bytes
+        self.room = Room(folder, limit_bytes)
         self._patience = patience
         self._impatience = replace(patience, attempts=min(AHEAD_ATTEMPTS, patience.attempts))
         self._renewed: set[str] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with self._looking_over():
-                self._evict()
+            self.room.look_over()
         except OSError as error:
             raise ConfigError(
                 f"data.cache_dir is {folder}: {error.strerror}; set it to a folder on a local disk "
@@ -174,7 +164,7 @@ class ShardCache:
         with suppress(FileNotFoundError):
             if _sha256(path) != file.sha256:
                 _log.warning("%s: differs from its checksum; fetched again", path)
-                path.unlink()
+                self.room.remove(path)
         os.close(self.open(file, let_go=let_go))
         return True
 
@@ -217,7 +207,7 @@ class ShardCache:
                 return descriptor
             expected = file.length_bytes or 0
             self._make_room(lock, file, expected, let_go, since_ns)
-            part = self._part(file.key)
+            part = self.room.part(file.key)
             try:
                 self._download(file, part, self._patience if wait else self._impatience)
             except StorageError as error:
@@ -231,9 +221,7 @@ class ShardCache:
                 self._make_room(lock, file, part.stat().st_size, let_go, since_ns)
             descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            with self._looking_over():
-                part.rename(self.folder / file.key)
-                os.ftruncate(lock, 0)
+            self.room.admit(file.key, lock)
             return descriptor
 
     def _download(self, file: RemoteFile, part: Path, patience: Patience) -> None:
@@ -270,8 +258,8 @@ class ShardCache:
         """The lock of a download; None where someone else has it or has just finished. In the end
         the lock and what has come under it are gone.
         """
-        with self._looking_over():  # whoever makes room tries all locks, and is no download
-            descriptor, is_mine = self._try_lock(key)
+        with self.room.alone():  # whoever looks the folder over tries all locks, and is no download
+            descriptor, is_mine = self.room.try_lock(key)
         try:
             if not is_mine and wait:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -282,24 +270,9 @@ class ShardCache:
             try:
                 yield descriptor
             finally:
-                self._remove_download(key)
+                self.room.leave(key, descriptor)
         finally:
-            _unlock(descriptor)
-
-    def _try_lock(self, key: str) -> tuple[int, bool]:
-        """The open lock of a download, and whether it is ours."""
-        path = self.folder / f".{key}.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return descriptor, False
-        return descriptor, os.fstat(descriptor).st_nlink > 0
-
-    def _remove_download(self, key: str) -> None:
-        """Remove a download's lock, which is ours, and what has come under it."""
-        self._part(key).unlink(missing_ok=True)
-        (self.folder / f".{key}.lock").unlink(missing_ok=True)
+            unlock(descriptor)
 
     def _make_room(
         self,
@@ -318,18 +291,17 @@ class ShardCache:
             let_go: as of :meth:`open`; None does not wait for others.
             since_ns: as of :meth:`fetch_ahead`.
         """
-        if length_bytes > self._limit_bytes:
+        limit_bytes = self.room.limit_bytes
+        if length_bytes > limit_bytes:
             raise ConfigError(
                 f"{self.store}/{file.name} has {length_bytes / 1e9:.3g} GB, data.cache_gb allows "
-                f"{self._limit_bytes / 1e9:.3g} for the whole cache; raise it"
+                f"{limit_bytes / 1e9:.3g} for the whole cache; raise it"
             )
         begin_s = time.monotonic()
         while True:
-            with self._looking_over():
-                os.ftruncate(lock, length_bytes)
-                if self._evict(since_ns=since_ns):
-                    return
-                os.ftruncate(lock, 0)
+            tried_s = time.monotonic()
+            if self.room.reserve(lock, length_bytes, since_ns=since_ns):
+                return
             if let_go is None:
                 raise CacheFullError(f"{self.folder}: no room for {file.name}")
             if let_go():
@@ -337,82 +309,12 @@ class ShardCache:
             if time.monotonic() - begin_s > ROOM_PATIENCE_S:
                 raise ConfigError(
                     f"{self.folder}: no room for {file.name}: all that lies there is being read or "
-                    f"fetched; raise data.cache_gb ({self._limit_bytes / 1e9:.3g}) to the size of "
+                    f"fetched; raise data.cache_gb ({limit_bytes / 1e9:.3g}) to the size of "
                     "two blocks of data.shuffle_block_shards shards for each run that uses it (and "
                     "each set of a mix), or lower data.shuffle_block_shards"
                 )
-            time.sleep(_POLL_S)
-
-    def _evict(self, *, since_ns: int | None = None) -> bool:
-        """Remove what killed downloads left and, until the limit is kept, what was used longest ago
-        and nobody reads; whether it is kept now. Only while :meth:`_looking_over`.
-        """
-        files: list[tuple[int, int, Path]] = []
-        coming: dict[str, int] = {}
-        for entry in os.scandir(self.folder):
-            with suppress(FileNotFoundError):
-                facts = entry.stat()
-                if not entry.name.startswith("."):
-                    files.append((facts.st_mtime_ns, facts.st_size, self.folder / entry.name))
-                elif entry.name != _ROOM_LOCK:
-                    key = entry.name[1:].rpartition(".")[0]
-                    if not self._remove_dead(key):
-                        coming[key] = max(coming.get(key, 0), facts.st_size)
-        total = sum(coming.values()) + sum(size for _, size, _ in files)
-        for used_ns, size, path in sorted(files):
-            is_kept = since_ns is not None and used_ns >= since_ns
-            if total <= self._limit_bytes or is_kept:
-                break
-            total -= size if _remove_unread(path) else 0
-        return total <= self._limit_bytes
-
-    def _remove_dead(self, key: str) -> bool:
-        """Remove what a download left that nobody is at; whether it was one."""
-        descriptor, is_mine = self._try_lock(key)
-        try:
-            if is_mine:
-                self._remove_download(key)
-        finally:
-            _unlock(descriptor)
-        return is_mine
-
-    @contextmanager
-    def _looking_over(self) -> Iterator[None]:
-        """No other process or thread removes or sets aside anything meanwhile."""
-        descriptor = os.open(self.folder / _ROOM_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            _unlock(descriptor)
-
-    def _part(self, key: str) -> Path:
-        return self.folder / f".{key}.part"
-
-
-def _remove_unread(path: Path) -> bool:
-    """Remove a file unless someone reads it; whether it is gone."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    except OSError:  # another user's file
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        path.unlink(missing_ok=True)
-        return True
-    finally:
-        _unlock(descriptor)
-
-
-def _unlock(descriptor: int) -> None:
-    """End a lock; a process forked meanwhile would keep one whose descriptor is only closed."""
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
+            # Looking over a large folder takes long, and others wait for it meanwhile.
+            time.sleep(max(_POLL_S, time.monotonic() - tried_s))
 
 
 def _sha256(path: Path) -> str:

@@ -7,13 +7,11 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import HELD_OUT, SESSIONS, tiny_recipe
 
-from preprocess.building import statistics
 from preprocess.building.plan import BuiltColumn, BuiltShard, OldSet, Plan, ShardTask, plan_shards
 from preprocess.building.rejected import count_windows, rejected_lines
 from shared.clock import Interval
@@ -355,44 +353,3 @@ def test_splits_are_the_documented_hash():
         is_val = int.from_bytes(digest[:8], "big") < 0.25 * 2**64
         assert split_of(name, RECIPE) == ("val" if is_val else "train")
         assert is_val == (name == HELD_OUT)
-
-
-# --- statistics ------------------------------------------------------------------------------
-
-
-def part(values: np.ndarray, tokens: list[int], levels: np.ndarray) -> dict[str, Any]:
-    valid = np.ones(levels.shape[:2], np.bool_)
-    return {
-        "num_samples": len(values),
-        "proprio": statistics.of_numbers(values),
-        "touch": statistics.of_numbers(np.full_like(values, np.nan)),
-        "dmel_levels": statistics.of_levels(levels, valid, 4),
-        "internal_tokens": statistics.of_tokens([tokens]),
-        "external_tokens": statistics.of_tokens([]),
-    }
-
-
-@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=5), seed=st.integers(0, 99))
-def test_merged_statistics_are_numpys_over_all_data(sizes, seed):
-    rng = np.random.default_rng(seed)
-    values = [rng.normal(3, 2, (n, 7, 3)).astype(np.float32) for n in sizes]
-    for array in values:
-        array[rng.random(array.shape) < 0.1] = np.nan
-    tokens = [rng.integers(0, 10, n).tolist() for n in sizes]
-    levels = [rng.integers(0, 4, (n, 7, 2), np.uint8) for n in sizes]
-    merged = statistics.merge([part(*p) for p in zip(values, tokens, levels, strict=True)])
-    rows = np.concatenate(values).reshape(-1, 3).astype(np.float64)
-    rows = rows[np.isfinite(rows).all(axis=1)]
-    assert merged["num_samples"] == sum(sizes)
-    assert merged["proprio"]["count"] == len(rows)
-    if len(rows):
-        for name in ("mean", "std", "min", "max"):
-            expected = getattr(rows, name)(axis=0)
-            np.testing.assert_allclose(merged["proprio"][name], expected, rtol=1e-9, atol=1e-9)
-    assert merged["touch"] == {"count": 0}
-    every = [i for ids in tokens for i in ids]
-    counts = [every.count(i) for i in range(max(every, default=-1) + 1)]
-    assert merged["internal_tokens"] == counts
-    assert merged["external_tokens"] == []
-    seen = np.concatenate(levels).reshape(-1, 2)
-    assert merged["dmel_levels"] == [[int((c == k).sum()) for k in range(4)] for c in seen.T]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 
+import numpy as np
 import pytest
 import tiny_sets
+import zarr
 from click.testing import CliRunner
 
 from preprocess.__main__ import cli
 from preprocess.sets.inspect import describe_sample, describe_set, verify_set
 from shared.errors import ShardError
 from shared.index import ShardIndex, index_bytes, open_index
+from shared.manifest import read_manifest
 
 COLUMNS = (
     "vision_left.tar",
@@ -208,6 +212,41 @@ def test_show_says_what_a_set_holds(whole_set):
     assert lines["windows"].startswith("39 planned = 36 samples + 3 rejected")
     assert lines["window"] == "1 s, every 0.25 s"
     assert lines["proprio"] == "float32 30x20, rad, rad/s, zarr"
+
+
+def test_show_draws_how_values_are_spread(whole_set):
+    lines = dict(describe_set(whole_set))
+    angles = np.concatenate([values[:, :10] for values in finite_proprio(whole_set)])
+    counts, _ = np.histogram(angles, 36, (-math.pi, math.pi))
+    head, _, drawn = lines["joint angles"].partition("; ")
+    low, high = angles.min(), angles.max()
+    assert head == f"{angles.mean():.3g} +- {angles.std():.3g}, {low:.3g} to {high:.3g}"
+    assert (drawn[:6], drawn[-5:]) == ("-3.14 ", " 3.14")
+    bars = drawn[6:-5]
+    assert [bar == " " for bar in bars] == [n == 0 for n in counts]
+    assert {bars[i] for i in np.flatnonzero(counts == counts.max())} == {"█"}
+    assert {"touch values", "joint velocities", "dB of windows"} < lines.keys()
+    tokens = read_manifest(whole_set).statistics["external_tokens"]
+    assert lines["external tokens"] == f"{sum(tokens)} of {np.count_nonzero(tokens)} kinds"
+
+
+def finite_proprio(root):
+    """Proprio of the train split, by zarr."""
+    for path in root.glob("train-*.proprio.zarr.zip"):
+        with zarr.storage.ZipStore(path, mode="r") as store:
+            values = zarr.open_group(store, mode="r")["proprio"][:].reshape(-1, 20)
+        yield values[np.isfinite(values).all(axis=1)].astype(np.float64)
+
+
+def test_show_says_nothing_of_what_an_early_version_did_not_count(a_copy):
+    def forget(values):
+        del values["statistics"]["audio_level"]
+        del values["statistics"]["touch"]["histogram"]
+
+    tiny_sets.edit_manifest(a_copy, forget)
+    names = [name for name, _ in describe_set(a_copy)]
+    assert "joint angles" in names
+    assert not {"dB of windows", "touch values"} & set(names)
 
 
 def test_show_says_what_a_sample_is(whole_set):

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from shared.storage import Patience, Store
-from train.data import cache
+from train.data import room
 from train.data.cache import RemoteFile, ShardCache
 
 CONTENT = b"what a shard holds"
@@ -31,8 +31,7 @@ def test_who_makes_room_is_not_taken_for_a_download(stored, tmp_path, monkeypatc
     tidying = []
 
     def tidy():
-        with shelf._looking_over():
-            shelf._evict()
+        shelf.room.look_over()
 
     def open_and_be_interrupted(path, *options, **named):
         descriptor = os.open(path, *options, **named)
@@ -42,7 +41,7 @@ def test_who_makes_room_is_not_taken_for_a_download(stored, tmp_path, monkeypatc
             tidying[0].join(timeout=0.5)  # done, or waits until the lock is ours
         return descriptor
 
-    monkeypatch.setattr(cache, "os", _With(os, open=open_and_be_interrupted))
+    monkeypatch.setattr(room, "os", _With(os, open=open_and_be_interrupted))
     shelf.fetch_ahead(file, since_ns=0)
     tidying[0].join()
     assert shelf.path(file).read_bytes() == CONTENT

@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-from shelves import SIZE, Shelf, end_of, in_child, make_cache, names_in, read
+from shelves import SIZE, Shelf, end_of, in_child, make_cache, names_in, read, sum_in
 
 from train.data import cache as cache_module
 
@@ -103,7 +103,7 @@ def test_the_waiting_take_over_from_a_killed_download(shelf, folder):
 
 def test_a_fork_while_room_is_made_leaves_no_lock_behind(shelf, folder):
     cache = make_cache(shelf, folder)
-    with cache._looking_over():
+    with cache.room.alone():
         child = in_child(lambda: time.sleep(60))
     descriptor = os.open(folder / ".room", os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,8 +148,10 @@ def test_processes_and_kills_never_break_the_limit_or_a_file(shelf, folder):
     most = 0
     while children:
         time.sleep(0.005)
-        with cache._looking_over():
-            sizes = [p.stat().st_size for p in folder.iterdir() if not p.name.endswith(".lock")]
+        with cache.room.alone():
+            held = [p for p in folder.iterdir() if not p.name.endswith((".lock", ".room"))]
+            sizes = [p.stat().st_size for p in held]
+            assert sum(sizes) <= sum_in(folder)
         most = max(most, sum(sizes))
         if victims and chance.random() < 0.1:
             os.kill(victim := victims.pop(), signal.SIGKILL)
@@ -164,3 +166,4 @@ def test_processes_and_kills_never_break_the_limit_or_a_file(shelf, folder):
     assert 3 * SIZE <= most <= 6 * SIZE
     make_cache(shelf, folder, num_files=6)
     assert not any(name.startswith(".") for name in names_in(folder))
+    assert sum_in(folder) == SIZE * len(names_in(folder))

@@ -187,8 +187,8 @@ def test_a_cache_smaller_than_the_set_keeps_its_limit(server, shards, settings, 
     batches = []
     for batch in remote:
         batches += copies([batch])
-        with remote.source._files._cache._looking_over():
-            held = [p for p in settings.folder.iterdir() if not p.name.endswith(".lock")]
+        with remote.source._files._cache.room.alone():
+            held = [p for p in settings.folder.iterdir() if not p.name.endswith((".lock", ".room"))]
             most = max(most, sum(size_of(p) for p in held))
     assert_same(batches, read_all(loader))
     assert limit / 2 < most <= limit
