@@ -29,6 +29,15 @@ _RECIPE_OPTION = click.option(
     default=None,
     help="Recipe file; without it the default recipe (see configs/recipe.yaml).",
 )
+_KEEP_OLD_OPTION = click.option(
+    "--keep-old",
+    "keep_old_h",
+    type=click.FloatRange(min=0),
+    metavar="HOURS",
+    default=24,
+    show_default=True,
+    help="Behind a URL, how long files of the replaced set stay for its readers.",
+)
 
 
 @click.group(cls=CreatureGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -120,6 +129,7 @@ def validate(
 )
 @click.option("--scheduler", default=None, help="Address of a running Dask scheduler.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and why; make nothing.")
+@_KEEP_OLD_OPTION
 def shards(
     *,
     recipe_path: Path | None,
@@ -128,6 +138,7 @@ def shards(
     workers: int | None,
     scheduler: str | None,
     dry_run: bool,
+    keep_old_h: float,
 ) -> None:
     """Build a shard set, or bring it up to date: only what changed is made again."""
     from preprocess.building.cluster import Cluster
@@ -137,7 +148,14 @@ def shards(
     recipe = _recipe(recipe_path)
     num_workers = (os.cpu_count() or 1) if workers is None else workers
     with Cluster(scheduler=scheduler, num_workers=num_workers, console=console) as cluster:
-        summary = build_shards(sessions, out, recipe=recipe, cluster=cluster, dry_run=dry_run)
+        summary = build_shards(
+            sessions,
+            out,
+            recipe=recipe,
+            cluster=cluster,
+            dry_run=dry_run,
+            keep_old_s=keep_old_h * 3600,
+        )
     where = place_of(out)
     if summary.plan.upgrade is not None:
         click.echo(f"{where}: {summary.plan.upgrade}")
