@@ -224,7 +224,7 @@ def show(shard_set: str, key: str | None) -> None:
 
 @cli.group()
 def sessions() -> None:
-    """List, drop, split and merge the sessions of shard sets, without decoding.
+    """List, drop, split and merge the sessions of shard sets (folders or URLs), without decoding.
 
     \b
     python -m preprocess sessions list shards/default
@@ -235,8 +235,8 @@ def sessions() -> None:
 
 
 @sessions.command("list")
-@click.argument("shard_set", type=click.Path(path_type=Path))
-def list_of_sessions(shard_set: Path) -> None:
+@click.argument("shard_set", metavar="SHARD_SET")
+def list_of_sessions(shard_set: str) -> None:
     """Show every session of a set: its split, samples, rejected windows, size and shards."""
     from preprocess.sets.surgery import list_sessions
 
@@ -250,20 +250,25 @@ def list_of_sessions(shard_set: Path) -> None:
 
 
 @sessions.command()
-@click.argument("shard_set", type=click.Path(path_type=Path))
+@click.argument("shard_set", metavar="SHARD_SET")
 @click.argument("names", nargs=-1, required=True)
-def drop(shard_set: Path, names: tuple[str, ...]) -> None:
+@_KEEP_OLD_OPTION
+def drop(shard_set: str, names: tuple[str, ...], *, keep_old_h: float) -> None:
     """Take sessions out of a set; shards of others stay as they are."""
     from preprocess.sets.surgery import drop_sessions
 
-    _tell(drop_sessions(shard_set, names), shard_set)
+    _tell(drop_sessions(shard_set, names, keep_old_s=keep_old_h * 3600), shard_set)
+    click.echo(
+        f"the next `make shards` into it brings {', '.join(dict.fromkeys(names))} back if still "
+        "recorded below its --sessions: move those folders away first"
+    )
 
 
 @sessions.command()
-@click.argument("shard_set", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("shard_set", metavar="SHARD_SET")
+@click.argument("out")
 @click.argument("names", nargs=-1, required=True)
-def split(shard_set: Path, out: Path, names: tuple[str, ...]) -> None:
+def split(shard_set: str, out: str, names: tuple[str, ...]) -> None:
     """Make a set of some sessions of another, which stays as it is."""
     from preprocess.sets.surgery import split_sessions
 
@@ -271,19 +276,19 @@ def split(shard_set: Path, out: Path, names: tuple[str, ...]) -> None:
 
 
 @sessions.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.argument("shard_sets", nargs=-1, required=True, type=click.Path(path_type=Path))
-def merge(out: Path, shard_sets: tuple[Path, ...]) -> None:
+@click.argument("out")
+@click.argument("shard_sets", metavar="SHARD_SETS...", nargs=-1, required=True)
+def merge(out: str, shard_sets: tuple[str, ...]) -> None:
     """Make one set of several of the same recipe and tokenizer; they stay as they are."""
     from preprocess.sets.surgery import merge_sets
 
     _tell(merge_sets(out, shard_sets), out)
 
 
-def _tell(manifest: Manifest, place: Path) -> None:
+def _tell(manifest: Manifest, place: str) -> None:
     counts = manifest.counts
     click.echo(
-        f"{place}: {counts['sessions']} sessions, {counts['samples']} samples "
+        f"{shown(place)}: {counts['sessions']} sessions, {counts['samples']} samples "
         f"({manifest.num_samples('val')} held out) in {len(manifest.shards)} shards"
     )
 
