@@ -13,10 +13,10 @@ from rich.progress import Progress
 
 from shared.cli import CreatureGroup
 from shared.recipe import Recipe, load_recipe
-from shared.session import find_sessions
-from shared.storage import place_of, shown
+from shared.storage import Store, place_of, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from contextlib import AbstractContextManager
 
     from preprocess.report.page import ReportPage
@@ -51,7 +51,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("places", metavar="SESSIONS...", nargs=-1, required=True)
 @click.option("--fix", is_flag=True, help="Repair what has one right repair; keeps *.orig.")
 @click.option("--strict", is_flag=True, help="Warnings count as failures.")
 @click.option("--summary", is_flag=True, help="One table and totals instead of full reports.")
@@ -67,7 +67,7 @@ def cli() -> None:
 @click.pass_context
 def validate(
     ctx: click.Context,
-    paths: tuple[Path, ...],
+    places: tuple[str, ...],
     *,
     fix: bool,
     strict: bool,
@@ -76,31 +76,31 @@ def validate(
     page_path: Path | None,
     recipe_path: Path | None,
 ) -> None:
-    """Check session folders, or folders of them; exit code 1 when one failed.
+    """Check session folders, or folders or URLs of them; exit code 1 when one failed.
 
     \b
     python -m preprocess validate data/sessions --summary
+    python -m preprocess validate s3://bucket/sessions --summary
     python -m preprocess validate data/sessions/session_001 --fix
     python -m preprocess validate data/sessions --report out.html
     """  # noqa: D301
     from preprocess.report.console import has_failed, print_report, print_summary, to_json_lines
-    from preprocess.validation.repair import repair_session
-    from preprocess.validation.validate import judge_session
+    from preprocess.report.verdicts import iter_verdicts
 
+    if fix:
+        _require_local(places)
     recipe = _recipe(recipe_path)
     console = Console(stderr=as_json)
     reports = []
     with _open_page(page_path) as page:
-        for folder in (f for path in paths for f in find_sessions(path)):
-            if fix:
-                for sentence in repair_session(folder, recipe=recipe):
-                    console.print(f"{folder.name}: {sentence}", highlight=False, markup=False)
-            report, evidence = judge_session(folder, recipe=recipe)
-            reports.append(report)
+        for verdict in iter_verdicts(places, recipe=recipe, fix=fix):
+            for sentence in verdict.repairs:
+                console.print(f"{verdict.folder.name}: {sentence}", highlight=False, markup=False)
+            reports.append(verdict.report)
             if page is not None:
-                page.add(folder, report, evidence)
+                page.add(verdict.folder, verdict.report, verdict.evidence)
             if not summary and not as_json:
-                print_report(console, report)
+                print_report(console, verdict.report)
     if as_json:
         for line in to_json_lines(reports):
             click.echo(line)
@@ -321,6 +321,16 @@ def demo_sessions(out: Path, *, num_sessions: int, duration_s: float, seed: int)
         out, num_sessions=num_sessions, duration_s=duration_s, seed=seed, progress=tell
     )
     click.echo(f"{out}: {num_sessions} demo sessions" + ("" if made else ", all there already"))
+
+
+def _require_local(places: Iterable[str]) -> None:
+    """Repairs are made in folders, where the originals stay beside them."""
+    for place in map(place_of, places):
+        if isinstance(place, Store):
+            raise click.UsageError(
+                f"{place}: --fix repairs sessions in folders only; copy them to this machine, "
+                "repair them there and put them back"
+            )
 
 
 def _open_page(path: Path | None) -> AbstractContextManager[ReportPage | None]:
