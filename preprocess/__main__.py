@@ -14,10 +14,10 @@ from rich.progress import Progress
 
 from shared.cli import CreatureGroup
 from shared.recipe import Recipe, load_recipe
-from shared.session import find_sessions
-from shared.storage import place_of, shown
+from shared.storage import Store, place_of, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from contextlib import AbstractContextManager
 
     from preprocess.report.page import ReportPage
@@ -29,6 +29,15 @@ _RECIPE_OPTION = click.option(
     type=click.Path(path_type=Path),
     default=None,
     help="Recipe file; without it the default recipe (see configs/recipe.yaml).",
+)
+_KEEP_OLD_OPTION = click.option(
+    "--keep-old",
+    "keep_old_h",
+    type=click.FloatRange(min=0),
+    metavar="HOURS",
+    default=24,
+    show_default=True,
+    help="Behind a URL, how long files of the replaced set stay for its readers.",
 )
 
 
@@ -43,7 +52,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("places", metavar="SESSIONS...", nargs=-1, required=True)
 @click.option("--fix", is_flag=True, help="Repair what has one right repair; keeps *.orig.")
 @click.option("--strict", is_flag=True, help="Warnings count as failures.")
 @click.option("--summary", is_flag=True, help="One table and totals instead of full reports.")
@@ -59,7 +68,7 @@ def cli() -> None:
 @click.pass_context
 def validate(
     ctx: click.Context,
-    paths: tuple[Path, ...],
+    places: tuple[str, ...],
     *,
     fix: bool,
     strict: bool,
@@ -68,31 +77,31 @@ def validate(
     page_path: Path | None,
     recipe_path: Path | None,
 ) -> None:
-    """Check session folders, or folders of them; exit code 1 when one failed.
+    """Check session folders, or folders or URLs of them; exit code 1 when one failed.
 
     \b
     python -m preprocess validate data/sessions --summary
+    python -m preprocess validate s3://bucket/sessions --summary
     python -m preprocess validate data/sessions/session_001 --fix
     python -m preprocess validate data/sessions --report out.html
     """  # noqa: D301
     from preprocess.report.console import has_failed, print_report, print_summary, to_json_lines
-    from preprocess.validation.repair import repair_session
-    from preprocess.validation.validate import judge_session
+    from preprocess.report.verdicts import iter_verdicts
 
+    if fix:
+        _require_local(places)
     recipe = _recipe(recipe_path)
     console = Console(stderr=as_json)
     reports = []
     with _open_page(page_path) as page:
-        for folder in (f for path in paths for f in find_sessions(path)):
-            if fix:
-                for sentence in repair_session(folder, recipe=recipe):
-                    console.print(f"{folder.name}: {sentence}", highlight=False, markup=False)
-            report, evidence = judge_session(folder, recipe=recipe)
-            reports.append(report)
+        for verdict in iter_verdicts(places, recipe=recipe, fix=fix):
+            for sentence in verdict.repairs:
+                console.print(f"{verdict.folder.name}: {sentence}", highlight=False, markup=False)
+            reports.append(verdict.report)
             if page is not None:
-                page.add(folder, report, evidence)
+                page.add(verdict.folder, verdict.report, verdict.evidence)
             if not summary and not as_json:
-                print_report(console, report)
+                print_report(console, verdict.report)
     if as_json:
         for line in to_json_lines(reports):
             click.echo(line)
@@ -124,6 +133,7 @@ def validate(
 )
 @click.option("--scheduler", default=None, help="Address of a running Dask scheduler.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and why; make nothing.")
+@_KEEP_OLD_OPTION
 def shards(
     *,
     recipe_path: Path | None,
@@ -132,6 +142,7 @@ def shards(
     workers: int | None,
     scheduler: str | None,
     dry_run: bool,
+    keep_old_h: float,
 ) -> None:
     """Build a shard set, or bring it up to date: only what changed is made again."""
     from preprocess.building.cluster import Cluster
@@ -141,7 +152,14 @@ def shards(
     recipe = _recipe(recipe_path)
     num_workers = (os.cpu_count() or 1) if workers is None else workers
     with Cluster(scheduler=scheduler, num_workers=num_workers, console=console) as cluster:
-        summary = build_shards(sessions, out, recipe=recipe, cluster=cluster, dry_run=dry_run)
+        summary = build_shards(
+            sessions,
+            out,
+            recipe=recipe,
+            cluster=cluster,
+            dry_run=dry_run,
+            keep_old_s=keep_old_h * 3600,
+        )
     where = place_of(out)
     if summary.plan.upgrade is not None:
         click.echo(f"{where}: {summary.plan.upgrade}")
@@ -210,7 +228,7 @@ def show(shard_set: str, key: str | None) -> None:
 
 @cli.group()
 def sessions() -> None:
-    """List, drop, split and merge the sessions of shard sets, without decoding.
+    """List, drop, split and merge the sessions of shard sets (folders or URLs), without decoding.
 
     \b
     python -m preprocess sessions list shards/default
@@ -221,8 +239,8 @@ def sessions() -> None:
 
 
 @sessions.command("list")
-@click.argument("shard_set", type=click.Path(path_type=Path))
-def list_of_sessions(shard_set: Path) -> None:
+@click.argument("shard_set", metavar="SHARD_SET")
+def list_of_sessions(shard_set: str) -> None:
     """Show every session of a set: its split, samples, rejected windows, size and shards."""
     from preprocess.sets.surgery import list_sessions
 
@@ -236,20 +254,25 @@ def list_of_sessions(shard_set: Path) -> None:
 
 
 @sessions.command()
-@click.argument("shard_set", type=click.Path(path_type=Path))
+@click.argument("shard_set", metavar="SHARD_SET")
 @click.argument("names", nargs=-1, required=True)
-def drop(shard_set: Path, names: tuple[str, ...]) -> None:
+@_KEEP_OLD_OPTION
+def drop(shard_set: str, names: tuple[str, ...], *, keep_old_h: float) -> None:
     """Take sessions out of a set; shards of others stay as they are."""
     from preprocess.sets.surgery import drop_sessions
 
-    _tell(drop_sessions(shard_set, names), shard_set)
+    _tell(drop_sessions(shard_set, names, keep_old_s=keep_old_h * 3600), shard_set)
+    click.echo(
+        f"the next `make shards` into it brings {', '.join(dict.fromkeys(names))} back if still "
+        "recorded below its --sessions: move those folders away first"
+    )
 
 
 @sessions.command()
-@click.argument("shard_set", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("shard_set", metavar="SHARD_SET")
+@click.argument("out")
 @click.argument("names", nargs=-1, required=True)
-def split(shard_set: Path, out: Path, names: tuple[str, ...]) -> None:
+def split(shard_set: str, out: str, names: tuple[str, ...]) -> None:
     """Make a set of some sessions of another, which stays as it is."""
     from preprocess.sets.surgery import split_sessions
 
@@ -257,19 +280,19 @@ def split(shard_set: Path, out: Path, names: tuple[str, ...]) -> None:
 
 
 @sessions.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.argument("shard_sets", nargs=-1, required=True, type=click.Path(path_type=Path))
-def merge(out: Path, shard_sets: tuple[Path, ...]) -> None:
+@click.argument("out")
+@click.argument("shard_sets", metavar="SHARD_SETS...", nargs=-1, required=True)
+def merge(out: str, shard_sets: tuple[str, ...]) -> None:
     """Make one set of several of the same recipe and tokenizer; they stay as they are."""
     from preprocess.sets.surgery import merge_sets
 
     _tell(merge_sets(out, shard_sets), out)
 
 
-def _tell(manifest: Manifest, place: Path) -> None:
+def _tell(manifest: Manifest, place: str) -> None:
     counts = manifest.counts
     click.echo(
-        f"{place}: {counts['sessions']} sessions, {counts['samples']} samples "
+        f"{shown(place)}: {counts['sessions']} sessions, {counts['samples']} samples "
         f"({manifest.num_samples('val')} held out) in {len(manifest.shards)} shards"
     )
 
@@ -302,6 +325,16 @@ def demo_sessions(out: Path, *, num_sessions: int, duration_s: float, seed: int)
         out, num_sessions=num_sessions, duration_s=duration_s, seed=seed, progress=tell
     )
     click.echo(f"{out}: {num_sessions} demo sessions" + ("" if made else ", all there already"))
+
+
+def _require_local(places: Iterable[str]) -> None:
+    """Repairs are made in folders, where the originals stay beside them."""
+    for place in map(place_of, places):
+        if isinstance(place, Store):
+            raise click.UsageError(
+                f"{place}: --fix repairs sessions in folders only; copy them to this machine, "
+                "repair them there and put them back"
+            )
 
 
 def _open_page(path: Path | None) -> AbstractContextManager[ReportPage | None]:

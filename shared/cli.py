@@ -13,6 +13,14 @@ from shared.errors import CreatureError
 
 INTERRUPTED_EXIT_CODE = 130
 
+_IN_THE_WAY = "a file stands where a folder has to be; name another place, or move the file away"
+_MENDS = {
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EISDIR: "a folder stands where a file has to be; name another place",
+}
+_MEND = "is the disk full, or the folder not yours?"
+
 
 class CreatureGroup(click.Group):
     """A group of commands whose CreatureErrors become messages without a traceback."""
@@ -31,7 +39,7 @@ class CreatureGroup(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read our output has gone; click ends quietly
                 raise
-            click.echo(f"Error: {error}; is the disk full, or the folder not yours?", err=True)
+            click.echo(f"Error: {error}; {_MENDS.get(error.errno or 0, _MEND)}", err=True)
             ctx.exit(CreatureError.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted. What was finished is kept; run it again to go on.", err=True)

@@ -120,7 +120,7 @@ def read_manifest(root: Path | str) -> Manifest:
     path = root / MANIFEST_FILE
     try:
         content = path.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ShardError(
             f"{path}: no such shard set; make it by `python -m preprocess shards --out {root}`"
         ) from error

@@ -16,10 +16,11 @@ import random
 import re
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -40,6 +41,7 @@ epoll instance that the parent still uses: it would hear nothing of them any mor
 
 _log = logging.getLogger(__name__)
 _chance = random.SystemRandom()
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _USER = re.compile(r"(?<=://)[^/@]*@")
@@ -112,6 +114,26 @@ def retried(call: Callable[[], _T], *, patience: Patience) -> _T:
     raise AssertionError("unreachable")
 
 
+FIRST_PATIENCE = Patience(attempts=5)
+"""For the first thing that is asked of a store: what fails then is mostly a wrong address."""
+
+
+def _patiently(
+    method: Callable[Concatenate[Store, _P], _T],
+) -> Callable[Concatenate[Store, _P], _T]:
+    """A request that is made again while it fails, as far as the store's patience goes; none does
+    other things when it is made twice.
+    """
+
+    @wraps(method)
+    def ask(self: Store, /, *args: _P.args, **options: _P.kwargs) -> _T:
+        if self.patience is None:
+            return method(self, *args, **options)
+        return retried(lambda: method(self, *args, **options), patience=self.patience)
+
+    return ask
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """A folder behind a URL; plain values, so that it crosses processes.
@@ -122,10 +144,17 @@ class Store:
     """
 
     url: str
+    patience: Patience | None = None
+    """How long requests are tried again; None where whoever asks does that."""
 
     def __str__(self) -> str:
         return shown(self.url)
 
+    def trying(self, patience: Patience) -> Store:
+        """The same folder, asked so patiently."""
+        return replace(self, patience=patience)
+
+    @_patiently
     def list_files(self) -> dict[str, StoredFile]:
         """Everything below the folder, by its path from there; {} where there is nothing."""
         with self._named():
@@ -141,6 +170,7 @@ class Store:
                 if path.startswith(prefix)
             }
 
+    @_patiently
     def find(self, name: str) -> StoredFile | None:
         """One file as it is now; None where there is none."""
         with self._named(name):
@@ -151,30 +181,35 @@ class Store:
                 return None
             return StoredFile(int(facts["size"] or 0), _tag(facts))
 
+    @_patiently
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
         with self._named(name):
             fs, root = self._open()
             return bytes(fs.cat_file(f"{root}/{name}"))
 
+    @_patiently
     def write(self, name: str, content: bytes) -> None:
         """Make a file of these bytes, or replace it."""
         with self._named(name, is_new=True):
             fs, root = self._open()
             fs.pipe_file(f"{root}/{name}", content)
 
+    @_patiently
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to the local disk."""
         with self._named(name):
             fs, root = self._open()
             fs.get_file(f"{root}/{name}", str(path))
 
+    @_patiently
     def put(self, path: Path, name: str) -> None:
         """Copy a local file into the store."""
         with self._named(name, is_new=True):
             fs, root = self._open()
             fs.put_file(str(path), f"{root}/{name}")
 
+    @_patiently
     def remove(self, name: str) -> None:
         """Remove a file; does nothing where there is none."""
         with self._named(name):

@@ -87,7 +87,9 @@ def compare(root: Path, client: Any) -> int:
     def build(sessions: Path | str, out: Path | str) -> float:
         begin_s = time.monotonic()
         start = replace(first, sessions=sessions)
-        outputs.append(finish(launch(command(start, out), scratch=root / "scratch")))
+        options = ("--workers", "2", "--keep-old", "0")
+        job = launch(command(start, out, *options), scratch=root / "scratch")
+        outputs.append(finish(job))
         return time.monotonic() - begin_s
 
     def note(what: str, found: dict[str, str], wanted: dict[str, str], length_s: float) -> None:

@@ -181,11 +181,22 @@ def cluster_of(num_workers: int) -> Cluster:
 
 
 def build(
-    sessions: Path, out: Path, recipe: Recipe | None = None, *, num_workers: int = 0
+    sessions: Path | str,
+    out: Path | str,
+    recipe: Recipe | None = None,
+    *,
+    num_workers: int = 0,
+    keep_old_s: float = 0.0,
 ) -> BuildSummary:
     """build_shards in this process, or over a local Dask cluster."""
     with cluster_of(num_workers) as cluster:
-        return build_shards(sessions, out, recipe=recipe or tiny_recipe(), cluster=cluster)
+        return build_shards(
+            sessions,
+            out,
+            recipe=recipe or tiny_recipe(),
+            cluster=cluster,
+            keep_old_s=keep_old_s,
+        )
 
 
 def tar_members(path: Path) -> dict[str, bytes]:

@@ -314,7 +314,6 @@ def test_a_wrong_configuration_ends_the_process_with_2_and_one_message(tmp_path)
     ("arguments", "code", "says"),
     [
         (["shards", "--sessions", "{tmp}/none", "--out", "{tmp}/out", "--workers", "0"], 1, "none"),
-        (["validate", "{tmp}/none"], 1, "no such folder; give a session folder"),
         (["verify", "{tmp}/none"], 1, "python -m preprocess shards --out"),
         (["show", "{tmp}/none"], 1, "python -m preprocess shards --out"),
         (["shards", "--recipe", "{tmp}/bad.yaml"], 2, "'window.duration_x'"),
@@ -337,7 +336,13 @@ def test_a_folder_that_can_not_be_written_ends_in_one_clear_message(tmp_path):
     given = ["--sessions", f"{tmp_path}/sessions", "--out", f"{tmp_path}/file/out"]
     result = CliRunner().invoke(preprocess_cli, ["shards", "--workers", "0", *given])
     assert result.exit_code == 1
-    assert "Not a directory" in complaint(result)
+    assert "a file stands where a folder has to be; name another place" in complaint(result)
+    given = ["--sessions", f"{tmp_path}/sessions", "--out", f"{tmp_path}/file"]
+    result = CliRunner().invoke(preprocess_cli, ["shards", "--workers", "0", *given])
+    assert result.exit_code == 1
+    assert f"'{tmp_path}/file'; a file stands where a folder has to be" in complaint(result)
+    result = CliRunner().invoke(preprocess_cli, ["sessions", "list", f"{tmp_path}/file"])
+    assert f"{tmp_path}/file/manifest.json: no such shard set" in complaint(result)
 
 
 def test_validate_exits_with_1_when_a_session_failed_and_0_when_none_did(tmp_path):

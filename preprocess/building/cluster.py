@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from shared.errors import JobError, SessionError
+from shared.errors import JobError, SessionError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +106,7 @@ class Cluster:
             work_s: about how long one process would take for all.
 
         Raises:
-            JobError: the job can't go on; at once, the other tasks are given up.
+            JobError, StorageError: the job can't go on; at once, the other tasks are given up.
             Exception: the first failure, after the other tasks have ended.
         """
         if not arguments:
@@ -131,7 +131,7 @@ class Cluster:
         )
         failure: Exception | None = None
         for index, outcome in outcomes:
-            if isinstance(outcome, JobError):
+            if isinstance(outcome, (JobError, StorageError)):
                 raise outcome
             if not isinstance(outcome, Exception):
                 yield index, outcome
@@ -220,7 +220,7 @@ class _Attempt(Generic[ArgT, ResultT]):
     def __call__(self, argument: ArgT) -> ResultT | Exception:
         try:
             return self.function(argument)
-        except (JobError, SessionError) as error:
+        except (JobError, SessionError, StorageError) as error:  # stores were asked patiently
             return error
 
 

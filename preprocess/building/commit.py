@@ -23,7 +23,7 @@ from shared.manifest import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from preprocess.building.places import SetPlace
     from shared.recipe import Recipe
@@ -35,7 +35,7 @@ _OWN_FILE = re.compile(
 """Names that shard sets give to files."""
 
 _OLD_MANIFEST = re.compile(r"manifest\.g\d+\.json")
-"""Names of replaced manifests; they are there as long as someone reads by them."""
+"""Names of replaced manifests; they are there as long as someone reads by them, or may."""
 
 
 def make_manifest(
@@ -122,7 +122,7 @@ def commit(
 
 def sweep(manifest: Manifest, place: SetPlace, facts: Iterable[Mapping[str, Any]]) -> None:
     """Remove what older sets and killed runs left; nothing that this program did not name, and
-    nothing of an older set that someone reads.
+    nothing of an older set that someone reads, or behind a URL may still read.
 
     Args:
         manifest: the set, committed.
@@ -134,7 +134,7 @@ def sweep(manifest: Manifest, place: SetPlace, facts: Iterable[Mapping[str, Any]
     names = sorted(place.sizes())
     for name in filter(_OLD_MANIFEST.fullmatch, names):
         if place.is_held(name):
-            needed |= {name, *_files_of(name, place)}
+            needed |= {name, *_files_of(name, place, known=needed)}
     given = manifest.recipe.text.tokenizer
     for name in names:
         if name in needed or not _OWN_FILE.fullmatch(name):
@@ -144,13 +144,21 @@ def sweep(manifest: Manifest, place: SetPlace, facts: Iterable[Mapping[str, Any]
             place.remove(name)
 
 
-def _files_of(name: str, place: SetPlace) -> set[str]:
-    """Files that a replaced manifest leads to; of a damaged set those that can be told."""
+def _files_of(name: str, place: SetPlace, *, known: Collection[str]) -> set[str]:
+    """Files that a replaced manifest leads to; of a damaged set those that can be told.
+
+    Args:
+        name: the manifest.
+        place: where the set is.
+        known: files that stay; what these indexes lead to is among them.
+    """
     found = set()
     with suppress(ShardError, ValueError, KeyError, TypeError):
         values = json.loads(place.read(name) or b"{}")
         found.add(values["tokenizer"]["file"])
         for shard in values["shards"]:
+            if shard["index_file"] in known:
+                continue
             found.add(shard["index_file"])
             columns = place.read_index(shard["index_file"]).facts["columns"]
             found |= {column["file"] for column in columns.values()}

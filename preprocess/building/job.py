@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.building.build import BuildInput, build_shard, describe_shard, salvage_shard
 from preprocess.building.commit import commit, make_manifest, sweep
-from preprocess.building.places import open_set
+from preprocess.building.places import KEEP_OLD_S, open_set
 from preprocess.building.plan import OldSet, Plan, ShardTask, plan_shards, versioned
 from preprocess.building.recordings import column_seconds, find_recordings
 from preprocess.building.rejected import count_windows, rejected_lines
@@ -58,6 +58,7 @@ def build_shards(
     recipe: Recipe,
     cluster: Cluster,
     dry_run: bool = False,
+    keep_old_s: float = KEEP_OLD_S,
 ) -> BuildSummary:
     """Bring the shard set `out` up to date with the sessions and the recipe.
 
@@ -69,6 +70,7 @@ def build_shards(
         recipe: the recipe to build by.
         cluster: runs scans and shard tasks.
         dry_run: only plan.
+        keep_old_s: see :func:`preprocess.building.places.open_set`.
 
     Raises:
         SessionError: no session there, one went away while it was read, or its name is no name.
@@ -78,7 +80,7 @@ def build_shards(
         StorageError: what is behind a URL can't be read or written.
     """
     recordings = find_recordings(sessions)
-    with open_set(place_of(out), dry_run=dry_run) as place:
+    with open_set(place_of(out), dry_run=dry_run, keep_old_s=keep_old_s) as place:
         sizes = place.sizes()
         old = _read_old(place)
         scans, num_scanned = scan_sessions(recordings, place, recipe, cluster)

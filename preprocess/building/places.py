@@ -9,18 +9,26 @@ another's.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
+import json
 import os
 import shutil
+import tempfile
+import time
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import gettempdir
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from preprocess.building.workplaces import (
+    disk_errors,
+    locked,
+    remove_leftover,
+    retire,
+    run_folder,
+    temporary_folder,
+)
 from shared.columns import ColumnFile
 from shared.errors import CorruptError, JobError, ShardError
 from shared.hold import is_held
@@ -29,11 +37,12 @@ from shared.manifest import (
     MANIFEST_FILE,
     Manifest,
     move_durably,
+    parse_manifest,
     read_manifest,
     refuse_newer,
     write_durably,
 )
-from shared.storage import Store
+from shared.storage import FIRST_PATIENCE, Patience, Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +50,11 @@ if TYPE_CHECKING:
 _RUN_MARK = ".run.tmp"
 _TAKEN_OVER = "another job has taken over this shard set, or this machine does not see its folder"
 _HEAD_BYTES = 4096
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REPLACED = "replaced_s"
+"""Key of copies of replaced manifests: when that was, in seconds since 1970."""
+
+KEEP_OLD_S = 24 * 3600.0
+"""How long files of a replaced set stay behind a URL, for those who still read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +76,7 @@ class LocalSet:
         Raises:
             JobError: another job took over, or the disk is full.
         """
-        folder = _run_folder(self.root, self.run) / uuid4().hex[:12]
+        folder = run_folder(self.root, self.run) / uuid4().hex[:12]
         try:
             folder.mkdir()
         except FileNotFoundError as error:
@@ -95,6 +108,14 @@ class LocalSet:
         del work
         with closing(ColumnFile(self.root / name)) as column:
             yield column
+
+    def copy(self, name: str, path: Path, *, sha256: str) -> None:
+        """Link a file of the set to a path, or copy it there where that can't be."""
+        del sha256  # it is the same file, or a copy by the kernel
+        try:
+            path.hardlink_to(self.root / name)
+        except OSError:  # another disk, or a file system without links
+            shutil.copyfile(self.root / name, path)
 
     def sizes(self) -> dict[str, int]:
         """Size of every file."""
@@ -146,6 +167,8 @@ class StoredSet:
     """Names this job among all; empty for a dry run."""
     root: Path
     """The job's own folder for copies of the manifest and the tokenizer."""
+    keep_s: float = KEEP_OLD_S
+    """How long files of a replaced set stay."""
 
     def __str__(self) -> str:
         return str(self.store)
@@ -157,7 +180,7 @@ class StoredSet:
         Raises:
             JobError: the disk is full.
         """
-        with _temporary(self.store, self.run) as folder, disk_errors(folder):
+        with temporary_folder(self.store, self.run) as folder, disk_errors(folder):
             yield folder
 
     def put(self, path: Path, name: str) -> None:
@@ -180,13 +203,29 @@ class StoredSet:
     def open_column(self, name: str, work: Path) -> Iterator[ColumnFile]:
         """A column of the set, to read from; copied into the workplace."""
         path = work / f"old.{name}"
+        self._fetch(name, path)
+        with closing(ColumnFile(path)) as column:
+            yield column
+        path.unlink()
+
+    def copy(self, name: str, path: Path, *, sha256: str) -> None:
+        """Copy a file of the set to a path of this machine.
+
+        Raises:
+            CorruptError: it is gone, or its checksum is another.
+        """
+        self._fetch(name, path)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise CorruptError(
+                    f"{self}/{name}: checksum differs from its index; rebuild by `make shards`"
+                )
+
+    def _fetch(self, name: str, path: Path) -> None:
         try:
             self.store.fetch(name, path)
         except FileNotFoundError as error:
             raise CorruptError(f"{self}/{name}: is not there any more") from error
-        with closing(ColumnFile(path)) as column:
-            yield column
-        path.unlink()
 
     def sizes(self) -> dict[str, int]:
         """Size of every file."""
@@ -214,21 +253,31 @@ class StoredSet:
 
     def read_manifest(self) -> Manifest:
         """The set as it is, copied to `root`; see :func:`shared.manifest.read_manifest`."""
-        content = self.read(MANIFEST_FILE)
-        if content is None:
-            raise ShardError(f"{self}: no such shard set") from FileNotFoundError(MANIFEST_FILE)
+        try:
+            content = self.store.trying(FIRST_PATIENCE).read(MANIFEST_FILE)
+        except FileNotFoundError as error:
+            raise ShardError(
+                f"{self}: no such shard set; is the address that of the folder with "
+                f"{MANIFEST_FILE}?"
+            ) from error
+        manifest = parse_manifest(content, root=self.root, path=f"{self}/{MANIFEST_FILE}")
         (self.root / MANIFEST_FILE).write_bytes(content)
-        manifest = read_manifest(self.root)
         (self.root / manifest.tokenizer_file).write_bytes(self.read(manifest.tokenizer_file) or b"")
         return manifest
 
     def link_manifest(self, name: str) -> None:
-        """Nothing: stores have no locks that say who reads."""
+        """Keep a copy of the manifest that is about to be replaced, with the time."""
+        values = json.loads(self.read(MANIFEST_FILE) or b"{}")
+        self.write(name, json.dumps({**values, _REPLACED: time.time()}).encode())
 
     def is_held(self, name: str) -> bool:
-        """Always false: stores have no locks that say who reads."""
-        del name
-        return False
+        """Whether someone may still read by an older manifest: stores have no locks that say so,
+        but time for a reader to end.
+        """
+        try:
+            return bool(time.time() - json.loads(self.read(name) or b"{}")[_REPLACED] < self.keep_s)
+        except (ValueError, KeyError, TypeError):
+            return False
 
     def _require_mine(self) -> None:
         if self.run and self.read(_RUN_MARK) != self.run.encode():
@@ -239,12 +288,30 @@ SetPlace = LocalSet | StoredSet
 
 
 @contextmanager
-def open_set(place: Path | Store, *, dry_run: bool = False) -> Iterator[SetPlace]:
+def open_source(place: Path | Store) -> Iterator[SetPlace]:
+    """A shard set to read from; nothing is made where it should be.
+
+    Args:
+        place: the folder or the store.
+    """
+    if isinstance(place, Path):
+        yield LocalSet(place.absolute(), "")
+        return
+    with tempfile.TemporaryDirectory(prefix="shard-set-") as scratch:
+        yield StoredSet(place.trying(Patience()), "", Path(scratch))
+
+
+@contextmanager
+def open_set(
+    place: Path | Store, *, dry_run: bool = False, keep_old_s: float = KEEP_OLD_S
+) -> Iterator[SetPlace]:
     """A shard set for one job: marked as its own, without what killed jobs left of temporary files.
 
     Args:
         place: the folder; made where there is none.
         dry_run: leave a store's mark to whoever builds there.
+        keep_old_s: how long files of a replaced set stay behind a URL; those in a folder stay as
+            long as someone reads them.
 
     Raises:
         ShardError: another job of this machine, or of one that shares the folder, builds it.
@@ -253,122 +320,36 @@ def open_set(place: Path | Store, *, dry_run: bool = False) -> Iterator[SetPlace
     run = uuid4().hex[:12]
     if isinstance(place, Store):
         run = "" if dry_run else run
+        hasty = place.trying(FIRST_PATIENCE)
         with suppress(FileNotFoundError):
-            refuse_newer(place.read(MANIFEST_FILE), path=f"{place}/{MANIFEST_FILE}")
-        with _temporary(place, run) as scratch:
-            stored = StoredSet(place, run, scratch)
+            refuse_newer(hasty.read(MANIFEST_FILE), path=f"{place}/{MANIFEST_FILE}")
+        with temporary_folder(place, run) as scratch:
+            stored = StoredSet(place.trying(Patience()), run, scratch, keep_old_s)
             if dry_run:
                 yield stored
                 return
-            place.write(_RUN_MARK, run.encode())
+            hasty.write(_RUN_MARK, run.encode())
             try:
                 yield stored
-            finally:
-                if stored.read(_RUN_MARK) == run.encode():
-                    place.remove(_RUN_MARK)
+            finally:  # perhaps because the store is gone: nobody waits for that twice
+                with suppress(FileNotFoundError):
+                    if hasty.read(_RUN_MARK) == run.encode():
+                        hasty.remove(_RUN_MARK)
         return
     root = place.absolute()
     with suppress(FileNotFoundError, NotADirectoryError), (root / MANIFEST_FILE).open("rb") as file:
         refuse_newer(file.read(_HEAD_BYTES), path=str(root / MANIFEST_FILE))
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root):
+        with locked(root):
             for leftover in root.glob(".*.tmp"):
-                _remove(leftover)
-            folder = _run_folder(root, run)
+                remove_leftover(leftover)
+            folder = run_folder(root, run)
             folder.mkdir()
             try:
                 yield LocalSet(root, run)
             finally:
-                _retire(folder)
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Says of a full disk which one it is.
-
-    Raises:
-        JobError: the disk, the quota or the allowed size of a file was used up.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        free = shutil.disk_usage(folder).free if folder.exists() else 0
-        raise JobError(
-            f"{folder}: {(error.strerror or 'the disk is full').lower()} (disk {_mount(folder)}, "
-            f"{free / 2**20:.0f} MiB free); make room and run it again: what was finished is kept"
-        ) from error
-
-
-def _mount(path: Path) -> Path:
-    """Where the disk of a folder is mounted."""
-    return next((p for p in (path, *path.parents) if p.is_mount()), path)
-
-
-def _run_folder(root: Path, run: str) -> Path:
-    return root / f".{run}.tmp"
-
-
-def _remove(leftover: Path) -> None:
-    """Remove what a killed job was writing."""
-    if leftover.is_dir():
-        _retire(leftover)
-    else:
-        leftover.unlink(missing_ok=True)
-
-
-@contextmanager
-def _temporary(store: Store, run: str) -> Iterator[Path]:
-    """A temporary folder of this machine; those that killed jobs of the same set left are removed.
-
-    Args:
-        store: the set.
-        run: this job; empty for a dry run, which removes nothing.
-    """
-    base = Path(gettempdir()) / f"shard-set-{os.getuid()}-{_sha256(store.url.encode())[:12]}"
-    own = base / (run or "dry")
-    folder = own / uuid4().hex[:12]
-    base.mkdir(mode=0o700, exist_ok=True)
-    folder.mkdir(parents=True)
-    if run:
-        for other in base.iterdir():
-            if other != own:
-                shutil.rmtree(other, ignore_errors=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # others are still there
-            own.rmdir()
-            base.rmdir()
-
-
-def _retire(folder: Path) -> None:
-    """Remove a job's folder; moved first, so that whoever still works there finds nothing."""
-    gone = folder.with_name(f".gone-{uuid4().hex[:12]}.tmp")
-    try:
-        folder.rename(gone)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one job builds a set; the lock goes with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ShardError(
-                f"{folder}: another job is building this shard set; wait for it"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
+                retire(folder)
 
 
 def _sha256(content: bytes) -> str:

@@ -7,14 +7,14 @@ works.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import SessionError
 from shared.layout import COLUMNS
 from shared.session import AUDIO_FILE, METADATA_FILE, SOURCE_FILES, find_sessions
-from shared.storage import Store, StoredFile, place_of
+from shared.storage import FIRST_PATIENCE, Patience, Store, StoredFile, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -59,15 +59,17 @@ class StoredRecording:
         workplace of the set, so that the next job finds what a killed one left.
         """
         with place.workplace() as work:
-            folder = work / self.name
-            folder.mkdir()
-            for name in names:
-                if name in self.stamp:
-                    try:
-                        self.store.fetch(name, folder / name)
-                    except FileNotFoundError:
-                        continue  # :meth:`changed` says so
-            yield folder
+            yield self.copy_to(work, names)
+
+    def copy_to(self, work: Path, names: Iterable[str]) -> Path:
+        """Copy those of these files that there are into a new folder called as the session."""
+        folder = work / self.name
+        folder.mkdir()
+        for name in names:
+            if name in self.stamp:
+                with suppress(FileNotFoundError):  # :meth:`changed` says so
+                    self.store.fetch(name, folder / name)
+        return folder
 
     def changed(self, names: Iterable[str]) -> list[str]:
         """Those of its files that are not as they were."""
@@ -114,9 +116,10 @@ def find_recordings(place: Path | str) -> dict[str, Recording]:
     where = place_of(place)
     found: dict[str, Recording] = {}
     if isinstance(where, Store):
-        for name, files in _group(where).items():
+        for name, files in _group(where.trying(FIRST_PATIENCE)).items():
             url = where.url if files.is_root else f"{where.url}/{name}"
-            found[name] = StoredRecording(name=name, store=Store(url), stamp=files.stamp)
+            store = Store(url, Patience())
+            found[name] = StoredRecording(name=name, store=store, stamp=files.stamp)
     else:
         for path in find_sessions(where):
             folder = path.absolute()

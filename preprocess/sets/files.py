@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from shared.errors import CreatureError
 from shared.manifest import MANIFEST_FILE, Manifest, read_manifest
-from shared.storage import Patience, Store, place_of, retried
+from shared.storage import FIRST_PATIENCE, Patience, Store, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,8 +60,8 @@ def open_files(place: Path | str) -> Iterator[SetFiles]:
         return
     with tempfile.TemporaryDirectory(prefix="shard-set-") as name:
         try:
-            _copy(where, MANIFEST_FILE, Path(name))
-            yield SetFiles(Path(name), where, read_manifest(name))
+            _copy(where.trying(FIRST_PATIENCE), MANIFEST_FILE, Path(name))
+            yield SetFiles(Path(name), where.trying(Patience()), read_manifest(name))
         except CreatureError as error:  # it knows the copies' folder, whoever reads it the set's
             raise type(error)(str(error).replace(name, str(where))) from error
 
@@ -70,4 +70,4 @@ def _copy(store: Store | None, name: str, folder: Path) -> None:
     path = folder / name
     if store is not None and not path.exists():
         with suppress(FileNotFoundError):
-            retried(lambda: store.fetch(name, path), patience=Patience())
+            store.fetch(name, path)

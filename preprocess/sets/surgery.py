@@ -1,5 +1,6 @@
 """Sessions of finished shard sets: list, drop, split and merge them, without recordings and without
-decoding. Members are copied as they are, or whole files linked.
+decoding. Members are copied as they are, or whole files linked; what lies behind a URL passes
+through a temporary folder, a column of one shard at a time.
 
 What is left of a set is what a build of the remaining sessions would keep: their fingerprints stay,
 so that the next build has nothing to do for them. Only shards of format 1 that lose some of their
@@ -11,18 +12,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import shutil
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preprocess.building.build import BuildInput, copy_shard
 from preprocess.building.commit import commit, make_manifest, sweep
-from preprocess.building.places import LocalSet, open_set
-from preprocess.building.plan import ShardTask, Slice, setting_changes, versioned
+from preprocess.building.places import KEEP_OLD_S, open_set, open_source
+from preprocess.building.plan import ShardTask, Slice, versioned
 from preprocess.building.rejected import count_windows
+from preprocess.sets.parts import Part, require_alike, require_apart, require_different
 from shared.errors import ShardError
-from shared.index import ShardIndex, index_bytes, open_index
+from shared.index import ShardIndex, index_bytes
 from shared.layout import COLUMNS
 from shared.manifest import (
     FORMAT_VERSION,
@@ -31,16 +33,15 @@ from shared.manifest import (
     Manifest,
     ShardEntry,
     fingerprint_of,
-    read_manifest,
 )
-from shared.recipe import SPLITS, json_of
+from shared.recipe import SPLITS
+from shared.storage import place_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from preprocess.building.places import SetPlace
-    from shared.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,25 +57,30 @@ class SetSession:
     shards: tuple[str, ...]
 
 
-def list_sessions(root: Path) -> list[SetSession]:
+def list_sessions(where: Path | str) -> list[SetSession]:
     """Every session of a set, by name; those of which nothing is in it have no shards.
+
+    Args:
+        where: the set's folder, or its URL.
 
     Raises:
         ShardError: the set can't be read.
+        StorageError: the store can't be reached.
     """
-    return _list(read_manifest(root))
+    with open_source(place_of(where)) as source:
+        return _list(source, source.read_manifest())
 
 
-def _list(manifest: Manifest) -> list[SetSession]:
+def _list(source: SetPlace, manifest: Manifest) -> list[SetSession]:
     rejected: Counter[str] = Counter()
-    for line in _read_rejected(manifest.root):
+    for line in _read_rejected(source):
         rejected[line["session"]] += count_windows([line])
     samples: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     shards: dict[str, list[str]] = {}
     splits: dict[str, str] = {}
     for entry in manifest.shards:
-        index = open_index(manifest.root / entry.index_file, sha256=entry.index_sha256)
+        index = source.read_index(entry.index_file, sha256=entry.index_sha256)
         for number, name in enumerate(index.facts["sessions"]):
             rows = index.arrays["session"] == number
             samples[name] += int(rows.sum())
@@ -95,81 +101,93 @@ def _list(manifest: Manifest) -> list[SetSession]:
     ]
 
 
-def drop_sessions(root: Path, names: Collection[str]) -> Manifest:
+def drop_sessions(
+    where: Path | str, names: Collection[str], *, keep_old_s: float = KEEP_OLD_S
+) -> Manifest:
     """Take sessions out of a set; only their shards are written again.
 
+    Args:
+        where: the set's folder, or its URL.
+        names: the sessions.
+        keep_old_s: see :func:`preprocess.building.places.open_set`.
+
     Raises:
-        ShardError: no such session, none would be left, or another job builds the set.
+        ShardError: no such set or session, none would be left, or another job builds the set.
         JobError: the disk is full.
+        StorageError: the store can't be read or written.
     """
-    with open_set(root) as place:
+    with open_source(place_of(where)) as source:
+        source.read_manifest()  # whoever opens a set to write makes its folder
+    with open_set(place_of(where), keep_old_s=keep_old_s) as place:
         manifest = place.read_manifest()
-        sessions = _list(manifest)
-        _require_known(sessions, names, root)
-        rest = _Part(manifest, frozenset(s.name for s in sessions) - set(names))
+        known = {s.name for s in _list(place, manifest)}
+        _require_known(known, names, place)
+        rest = Part(place, manifest, frozenset(known) - set(names))
         generation = manifest.generation + 1
         found = [
-            _take(rest, entry, place, place, name=entry.name, generation=generation)
+            _take(rest, entry, place, name=entry.name, generation=generation)
             for entry in manifest.shards
         ]
         return _finish(place, [rest], [e for e in found if e is not None], old=manifest)
 
 
-def split_sessions(root: Path, out: Path, names: Collection[str]) -> Manifest:
+def split_sessions(where: Path | str, out: Path | str, names: Collection[str]) -> Manifest:
     """Make a set of some sessions of another, which stays as it is.
 
+    Args:
+        where: the set's folder, or its URL.
+        out: the new set's folder, or its URL.
+        names: the sessions.
+
     Raises:
-        ShardError: no such session, or there is a set already at `out`.
+        ShardError: no such set or session, or there is a set already at `out`.
         JobError: the disk is full.
+        StorageError: a store can't be read or written.
     """
-    manifest = read_manifest(root)
-    _require_known(_list(manifest), names, root)
-    return _assemble(out, [_Part(manifest, frozenset(names))])
+    with open_source(place_of(where)) as source:
+        manifest = source.read_manifest()
+        _require_known({s.name for s in _list(source, manifest)}, names, source)
+        return _assemble(out, [Part(source, manifest, frozenset(names))])
 
 
-def merge_sets(out: Path, roots: Sequence[Path]) -> Manifest:
+def merge_sets(out: Path | str, sets: Sequence[Path | str]) -> Manifest:
     """Make one set of several, which stay as they are; their files are linked where that can be.
 
+    Args:
+        out: the new set's folder, or its URL.
+        sets: the others' folders or URLs.
+
     Raises:
-        ShardError: their recipes or tokenizers differ, a session is in two of them, or there is a
-            set already at `out`.
+        ShardError: no such set, two are the same one, their recipes or tokenizers differ, a session
+            is in two of them, or there is a set already at `out`.
         JobError: the disk is full.
+        StorageError: a store can't be read or written.
     """
-    manifests = [read_manifest(root) for root in roots]
-    _require_alike(manifests)
-    parts = [_Part(m, frozenset(s.name for s in _list(m))) for m in manifests]
-    homes: dict[str, Path] = {}
-    for part in parts:
-        for name in part.sessions:
-            root = part.manifest.root
-            if homes.setdefault(name, root) != root:
-                raise ShardError(
-                    f"session {name} is in {homes[name]} and in {root}; drop it from one: "
-                    f"python -m preprocess sessions drop {root} {name}"
-                )
-    return _assemble(out, parts)
+    with ExitStack() as stack:
+        parts = []
+        for where in sets:
+            source = stack.enter_context(open_source(place_of(where)))
+            manifest = source.read_manifest()
+            names = frozenset(s.name for s in _list(source, manifest))
+            parts.append(Part(source, manifest, names))
+        require_different(parts)
+        require_alike(parts)
+        require_apart(parts)
+        return _assemble(out, parts)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A set, and which of its sessions are taken."""
-
-    manifest: Manifest
-    sessions: frozenset[str]
-
-
-def _assemble(out: Path, parts: Sequence[_Part]) -> Manifest:
+def _assemble(out: Path | str, parts: Sequence[Part]) -> Manifest:
     """A new set of parts of others."""
-    if (out / MANIFEST_FILE).exists():
-        raise ShardError(f"{out}: is a shard set already; name a new folder")
-    with open_set(out) as place:
+    with open_source(place_of(out)) as there:
+        if there.read(MANIFEST_FILE) is not None:
+            raise ShardError(f"{there}: is a shard set already; name a new folder")
+    with open_set(place_of(out)) as place:
         entries: list[ShardEntry] = []
         numbers = dict.fromkeys(SPLITS, 0)
         for part in parts:
-            source = LocalSet(part.manifest.root.absolute(), "")
             for entry in part.manifest.shards:
                 name = f"{entry.split}-{numbers[entry.split]:06d}"
-                made = _take(part, entry, place, source, name=name, generation=0)
+                made = _take(part, entry, place, name=name, generation=0)
                 if made is not None:
                     entries.append(made)
                     numbers[entry.split] += 1
@@ -178,9 +196,10 @@ def _assemble(out: Path, parts: Sequence[_Part]) -> Manifest:
 
 
 def _take(
-    part: _Part, entry: ShardEntry, place: SetPlace, source: SetPlace, *, name: str, generation: int
+    part: Part, entry: ShardEntry, place: SetPlace, *, name: str, generation: int
 ) -> ShardEntry | None:
     """A shard with the sessions that are taken; None where it has none of them."""
+    source = part.source
     index = source.read_index(entry.index_file, sha256=entry.index_sha256)
     slices = [Slice(session, tuple(windows)) for session, windows in index.facts["slices"]]
     taken = tuple(piece for piece in slices if piece.session in part.sessions)
@@ -238,13 +257,18 @@ def _copy_task(
 def _link(
     entry: ShardEntry, index: ShardIndex, place: SetPlace, source: SetPlace, *, name: str
 ) -> ShardEntry:
-    """A whole shard of another set under a new name; its columns are linked, or else copied."""
+    """A whole shard of another set under a new name; its columns are linked, or else copied.
+
+    Raises:
+        CorruptError: a column came from a store as other bytes than its index says.
+    """
     columns = {}
     with place.workplace() as work:
         for column, facts in index.facts["columns"].items():
             file = f"{name}.{column}.{COLUMNS[column].suffix}"
-            _link_or_copy(source.root / facts["file"], work / file)
+            source.copy(facts["file"], work / file, sha256=facts["sha256"])
             place.put(work / file, file)
+            (work / file).unlink(missing_ok=True)  # an upload leaves it
             columns[column] = {**facts, "file": file}
     facts = {**index.facts, "name": name, "columns": columns}
     renamed = ShardIndex(facts=facts, arrays=index.arrays)
@@ -260,15 +284,8 @@ def _put_index(entry: ShardEntry, index: ShardIndex, place: SetPlace, file: str)
     return replace(entry, index_file=file, index_sha256=hashlib.sha256(content).hexdigest())
 
 
-def _link_or_copy(path: Path, new: Path) -> None:
-    try:
-        new.hardlink_to(path)
-    except OSError:  # another disk, or a file system without links
-        shutil.copyfile(path, new)
-
-
 def _finish(
-    place: SetPlace, parts: Sequence[_Part], entries: Sequence[ShardEntry], *, old: Manifest | None
+    place: SetPlace, parts: Sequence[Part], entries: Sequence[ShardEntry], *, old: Manifest | None
 ) -> Manifest:
     """Commit the set of these shards."""
     like = parts[0].manifest
@@ -294,60 +311,33 @@ def _finish(
     return manifest
 
 
-def _rejected_of(
-    parts: Sequence[_Part], facts: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def _rejected_of(parts: Sequence[Part], facts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Lines of ``rejected.jsonl``: of the sessions that are taken by name, then the losses."""
     losses = [{"level": "stream", **loss} for found in facts for loss in found["losses"]]
     lines = [
         line
         for part in parts
-        for line in _read_rejected(part.manifest.root)
+        for line in _read_rejected(part.source)
         if line["session"] in part.sessions and line not in losses
     ]
     return sorted(lines, key=lambda line: str(line["session"])) + losses
 
 
-def _read_rejected(root: Path) -> list[dict[str, Any]]:
+def _read_rejected(source: SetPlace) -> list[dict[str, Any]]:
     """Lines of a set's ``rejected.jsonl``."""
+    path = f"{source}/{REJECTED_FILE}"
     try:
-        lines = (root / REJECTED_FILE).read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line]
-    except (OSError, ValueError) as error:
-        raise ShardError(
-            f"{root / REJECTED_FILE}: can't be read: {error}; rebuild by `make shards`"
-        ) from error
+        content = source.read(REJECTED_FILE)
+        if content is None:
+            raise ShardError(f"{path}: is not there; rebuild by `make shards`")
+        return [json.loads(line) for line in content.decode().split("\n") if line]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ShardError(f"{path}: can't be read: {error}; rebuild by `make shards`") from error
 
 
-def _require_known(sessions: Iterable[SetSession], names: Collection[str], root: Path) -> None:
-    known = [session.name for session in sessions]
+def _require_known(known: Collection[str], names: Collection[str], source: SetPlace) -> None:
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see `sessions list`"
-            raise ShardError(f"{root}: no session {name!r} in this set; {hint}")
-
-
-def _require_alike(manifests: Sequence[Manifest]) -> None:
-    """Sets whose columns are made in the same way, with the same tokenizer."""
-    first = manifests[0]
-    for other in manifests[1:]:
-        changes = setting_changes(_settings(first.recipe), _settings(other.recipe))
-        if changes:
-            raise ShardError(
-                f"{first.root} and {other.root} are made by different recipes: "
-                f"{'; '.join(changes)}; build both by one recipe"
-            )
-        if first.tokenizer_sha256 != other.tokenizer_sha256:
-            raise ShardError(
-                f"{first.root} and {other.root} have different tokenizers; build the second with "
-                f"text.tokenizer: {first.root / first.tokenizer_file}"
-            )
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """Keys of a recipe that decide what the samples of a set are."""
-    sections = {k: v for k, v in json_of(recipe).items() if k not in ("shard", "text")}
-    required = sections.pop("required")
-    flat = {f"{s}.{key}": value for s, keys in sections.items() for key, value in keys.items()}
-    return {"required": required, **flat}
+            raise ShardError(f"{source}: no session {name!r} in this set; {hint}")

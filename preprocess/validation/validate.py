@@ -92,6 +92,11 @@ def judge_session(path: Path, *, recipe: Recipe) -> tuple[Report, Evidence | Non
         return Report(session=session, errors=(_printable(what),)), None
 
 
+def failed_report(session: str, reason: str) -> Report:
+    """The report on what could not be judged at all."""
+    return Report(session=_printable(session), errors=(_printable(reason),))
+
+
 def _report(
     session: str, findings: Mapping[str, list[Finding]], stats: Mapping[str, Any]
 ) -> Report:

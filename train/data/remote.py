@@ -28,16 +28,13 @@ from shared.columns import ColumnFile
 from shared.errors import CorruptError, ShardError, StorageError
 from shared.index import ShardIndex, parse_index
 from shared.manifest import MANIFEST_FILE, parse_manifest
-from shared.storage import Patience, Store, retried
+from shared.storage import FIRST_PATIENCE, Patience, Store, retried
 from train.data.cache import RemoteFile, ShardCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from shared.manifest import Manifest, ShardEntry
-
-FIRST_ATTEMPTS = 5
-"""The manifest is tried so often: what fails at the start is mostly a wrong address."""
 
 AHEAD_THREADS = 4
 """Downloads ahead at a time in each process; one stream from an object store gives some 50 MB/s."""
@@ -76,7 +73,8 @@ class RemoteFiles:
     def __init__(self, store: Store, settings: CacheSettings) -> None:
         self._store = store
         self._settings = settings
-        first = replace(settings.patience, attempts=min(FIRST_ATTEMPTS, settings.patience.attempts))
+        attempts = min(FIRST_PATIENCE.attempts, settings.patience.attempts)
+        first = replace(settings.patience, attempts=attempts)
         self.manifest, self._manifest_sha256 = retried(self._read_manifest, patience=first)
         self._cache = ShardCache(
             store, settings.folder, limit_bytes=settings.limit_bytes, patience=settings.patience

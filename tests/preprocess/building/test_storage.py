@@ -4,15 +4,13 @@ server; S3 is moto's server on this machine.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
@@ -25,21 +23,23 @@ from oracles import (
     set_keys,
     tiny_recipe,
 )
+from stores import SECRET, fail_at_first, s3_server, stored_hashes, upload
 from tiny_breaks import BrokenOff, fail
 from tiny_sessions import write_tone
 
 from preprocess.building import job as job_module
+from preprocess.building import places
 from preprocess.building.job import build_shards
-from preprocess.building.places import StoredSet
+from preprocess.building.places import KEEP_OLD_S, StoredSet
 from preprocess.building.recordings import find_recordings
+from shared import storage
 from shared.errors import JobError, SessionError, ShardError, StorageError
 from shared.manifest import read_manifest
 from shared.recipe import json_of
-from shared.storage import Store, place_of, shown
+from shared.storage import FIRST_PATIENCE, Patience, Store, place_of, shown
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**16})
 OTHER_TEXT = tiny_recipe(shard={"target_bytes": 2**16}, text={"vocab_size": 264})
-SECRET = "do-not-print-me"
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 
@@ -63,42 +63,10 @@ def memory(recorded, tmp_path):
 
 @pytest.fixture(scope="module")
 def s3(recorded):
-    """moto's server with the sessions in s3://here/sessions; its address."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patched:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "someone",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            patched.setenv(name, value)
-        fs = fsspec.filesystem("s3")
-        fs.mkdir("here")
+    """moto's server with the sessions in s3://here/sessions."""
+    with s3_server() as fs:
         upload(recorded, fs, "here/sessions")
         yield fs
-    server.stop()
-
-
-def upload(folder: Path, fs: Any, root: str) -> None:
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        fs.pipe_file(f"{root}/{path.relative_to(folder)}", path.read_bytes())
-
-
-def stored_hashes(fs: Any, root: str) -> dict[str, str]:
-    """SHA-256 of every file, by name, as oracles.file_hashes."""
-    fs.invalidate_cache()
-    names = {path: path.rpartition("/")[2] for path in fs.find(root)}
-    return {
-        name: hashlib.sha256(fs.cat_file(path)).hexdigest()
-        for path, name in names.items()
-        if name != "sessions.jsonl"
-    }
 
 
 # --- the same bytes --------------------------------------------------------------------------
@@ -176,6 +144,93 @@ def test_what_a_killed_job_left_in_the_temporary_folder_goes(memory, tmp_path, m
     (folder / "train-000000.audio.tar").write_bytes(b"half")
     build("memory://here/sessions", "memory://here/set", SMALL)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- a line that fails ---------------------------------------------------------------------------
+
+
+def test_requests_that_fail_for_a_while_change_nothing(memory, built, monkeypatch):
+    failures = fail_at_first(monkeypatch, memory, 4)
+    build("memory://here/sessions", "memory://here/set", SMALL)
+    assert {"find", "cat_file", "get_file", "put_file", "rm_file"} <= set(failures)
+    monkeypatch.undo()
+    assert stored_hashes(memory, "/here/set") == file_hashes(built)
+
+
+def test_a_store_that_is_gone_in_the_midst_ends_a_job_at_its_first_task(
+    memory, tmp_path, monkeypatch
+):
+    tried = []
+
+    def put_file(self, path, *args, **options):
+        tried.append(path)
+        raise ConnectionResetError("the line broke")
+
+    monkeypatch.setattr(storage.time, "sleep", lambda wait_s: None)
+    monkeypatch.setattr(type(memory), "put_file", put_file)
+    with pytest.raises(StorageError, match=r"memory://here/set/\S+: the line broke .*given up"):
+        build("memory://here/sessions", "memory://here/set", SMALL)
+    assert len(tried) == Patience().attempts
+    assert not memory.exists("/here/set/.run.tmp")
+
+
+def test_an_address_where_nothing_answers_is_given_up_soon(memory, monkeypatch):
+    tried = []
+
+    def fail(self, path, *args, **options):
+        tried.append(path)
+        raise ConnectionRefusedError("nobody there")
+
+    monkeypatch.setattr(storage.time, "sleep", lambda wait_s: None)
+    monkeypatch.setattr(type(memory), "find", fail)
+    with pytest.raises(StorageError, match="nobody there"):
+        find_recordings("memory://here/sessions")
+    assert len(tried) == FIRST_PATIENCE.attempts
+
+
+# --- readers of the old set ------------------------------------------------------------------
+
+
+def test_files_of_a_replaced_set_stay_for_its_readers_for_a_day(
+    memory, recorded, built, tmp_path, monkeypatch
+):
+    url, day_s = "memory://here/set", 24 * 3600
+    build("memory://here/sessions", url, SMALL)
+    build("memory://here/sessions", url, OTHER_TEXT, keep_old_s=KEEP_OLD_S)
+    now_s = time.time()
+    names = set(stored_hashes(memory, "/here/set"))
+    old = {n: h for n, h in file_hashes(built).items() if n.startswith(("train", "val", "tok"))}
+    assert old.items() <= stored_hashes(memory, "/here/set").items()
+    monkeypatch.setattr(places.time, "time", lambda: now_s + day_s - 60)
+    build("memory://here/sessions", url, OTHER_TEXT, keep_old_s=KEEP_OLD_S)
+    assert set(stored_hashes(memory, "/here/set")) == names
+    monkeypatch.setattr(places.time, "time", lambda: now_s + day_s + 1)
+    build("memory://here/sessions", url, OTHER_TEXT, keep_old_s=KEEP_OLD_S)
+    local = Path(shutil.copytree(built, tmp_path / "local"))
+    build(recorded, local, OTHER_TEXT)
+    assert stored_hashes(memory, "/here/set") == file_hashes(local)
+
+
+def test_what_a_killed_update_left_goes_though_the_old_set_stays(memory, built, monkeypatch):
+    url = "memory://here/set"
+    build("memory://here/sessions", url, SMALL)
+    with monkeypatch.context() as patched:
+        patched.setattr("preprocess.building.commit.commit_manifest", fail)
+        with pytest.raises(BrokenOff):
+            build("memory://here/sessions", url, OTHER_TEXT, keep_old_s=KEEP_OLD_S)
+    assert any(".g1." in name for name in stored_hashes(memory, "/here/set"))
+    build("memory://here/sessions", url, SMALL, keep_old_s=KEEP_OLD_S)
+    after = stored_hashes(memory, "/here/set")
+    assert set(after) - set(file_hashes(built)) == {"manifest.g0.json"}
+
+
+def test_a_damaged_copy_of_a_replaced_manifest_keeps_nothing(memory):
+    build("memory://here/sessions", "memory://here/set", SMALL)
+    before = stored_hashes(memory, "/here/set")
+    for number, scrap in enumerate([b"", b"scrap", b"[]", b"{}", b'{"replaced_s": "x"}', b"\xff"]):
+        memory.pipe_file(f"/here/set/manifest.g{number}.json", scrap)
+    build("memory://here/sessions", "memory://here/set", SMALL, keep_old_s=KEEP_OLD_S)
+    assert stored_hashes(memory, "/here/set") == before
 
 
 # --- broken off and disturbed ----------------------------------------------------------------
@@ -298,6 +353,7 @@ def test_the_command_with_two_workers_from_s3_to_s3_gives_the_local_bytes(
     recipe.write_text(yaml.safe_dump(json_of(SMALL)), encoding="utf-8")
     places = ["--sessions", "s3://here/sessions", "--out", "s3://here/by-command"]
     command = [sys.executable, "-m", "preprocess", "shards", *places, "--recipe", str(recipe)]
+    command += ["--keep-old", "0"]
 
     def run() -> str:
         done = subprocess.run(

@@ -211,13 +211,28 @@ def test_the_command_writes_the_page_and_keeps_its_exit_code(session: Path, tmp_
     assert "required stream vision_left" in parse(path).text
 
 
-def test_an_error_leaves_the_old_page_and_nothing_else(session: Path, tmp_path: Path) -> None:
+def test_an_error_leaves_the_old_page_and_nothing_else(
+    session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "out" / "report.html"
     path.parent.mkdir()
     path.write_text("old")
-    args = ["validate", str(session), str(tmp_path / "nowhere"), "--report", str(path)]
-    result = CliRunner().invoke(cli, args)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("preprocess.report.page.ReportPage.add", fail)
+    result = CliRunner().invoke(cli, ["validate", str(session), "--report", str(path)])
     assert result.exit_code == 1
-    assert "no such folder" in result.output
+    assert "No space left" in result.output
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
     assert path.read_text() == "old"
+
+
+def test_a_missing_folder_has_its_section_among_the_others(session: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    args = ["validate", str(session), str(tmp_path / "nowhere"), str(session)]
+    result = CliRunner().invoke(cli, [*args, "--report", str(path)])
+    assert result.exit_code == 1
+    assert len(parse(path).all("section")) == 3
+    assert "nowhere: no such folder" in parse(path).text

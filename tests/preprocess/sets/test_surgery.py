@@ -201,10 +201,38 @@ def test_wrong_names_and_sets_that_do_not_fit_are_named(whole, recorded, recipe,
     with pytest.raises(ShardError, match=r"different recipes: audio.rate_hz 16000 -> 8000"):
         merge_sets(tmp_path / "all", [whole, tmp_path / "other"])
     split_sessions(whole, tmp_path / "few", ["cat"])
-    with pytest.raises(ShardError, match="session cat is in"):
+    with pytest.raises(ShardError, match=r"session cat is in .* all sessions of .*few .* leave it"):
         merge_sets(tmp_path / "all", [whole, tmp_path / "few"])
     assert file_hashes(whole) == before
     assert not (tmp_path / "all").exists()
+
+
+def test_a_set_is_not_merged_with_itself_whatever_it_is_called(whole, tmp_path, monkeypatch):
+    before = file_hashes(whole)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(whole)
+    shutil.copytree(whole, tmp_path / "copy")
+    for name in ("whole", "./whole", "copy/../whole", "link", "copy", f"file://{whole}"):
+        result = CliRunner().invoke(cli, ["sessions", "merge", "all", "whole", name])
+        assert result.exit_code == 1
+        assert "are the same set (fingerprint" in result.output
+        assert "sessions drop" not in result.output
+    assert not (tmp_path / "all").exists()
+    assert file_hashes(whole) == before
+
+
+def test_what_only_the_second_set_has_is_split_off_as_the_message_says(whole, tmp_path):
+    split_sessions(whole, tmp_path / "one", ["ann", "bob", "cat"])
+    split_sessions(whole, tmp_path / "two", ["bob", "cat", "dan", "eve"])
+    with pytest.raises(
+        ShardError, match=r"session bob \(and 1 more\) is in .*one and in"
+    ) as caught:
+        merge_sets(tmp_path / "all", [tmp_path / "one", tmp_path / "two"])
+    command = str(caught.value).partition("python -m preprocess ")[2]
+    arguments = command.replace("NEW_SET", str(tmp_path / "rest")).split()
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    merge_sets(tmp_path / "all", [tmp_path / "one", tmp_path / "rest"])
+    assert samples(tmp_path / "all") == samples(whole)
 
 
 def test_sets_with_different_tokenizers_are_not_merged(recorded, tmp_path):
@@ -230,6 +258,8 @@ def test_the_commands_list_drop_split_and_merge(whole, tmp_path):
     ]
     assert [line.split()[4] for line in lines] == ["0", "0", "1", "0", "1"]
     assert "1 sessions, 3 samples (0 held out)" in run("split", whole, tmp_path / "few", "cat")
-    assert "4 sessions, 7 samples (2 held out)" in run("drop", whole, "cat")
+    output = run("drop", whole, "cat")
+    assert "4 sessions, 7 samples (2 held out)" in output
+    assert "`make shards` into it brings cat back" in output
     output = run("merge", tmp_path / "all", whole, tmp_path / "few")
     assert "5 sessions, 10 samples (2 held out)" in output

@@ -1,0 +1,75 @@
+"""The verdicts on all sessions that a command names: in folders of this machine, and on copies of
+what lies behind URLs.
+
+A place that can't be judged is a failed report like any other, so that a wrong path among many
+takes no verdict from the others.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from preprocess.building.recordings import StoredRecording, find_recordings
+from preprocess.validation.repair import repair_session
+from preprocess.validation.validate import Report, failed_report, judge_session
+from shared.errors import SessionError, StorageError
+from shared.session import SOURCE_FILES, find_sessions
+from shared.storage import Store, place_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from preprocess.validation.evidence import Evidence
+    from shared.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What was found of one session, or of a place where none could be judged."""
+
+    folder: Path
+    """Its files; copies of those behind a URL are there until the next verdict is asked for."""
+    repairs: tuple[str, ...] = ()
+    report: Report
+    evidence: Evidence | None = None
+
+
+def iter_verdicts(places: Iterable[str], *, recipe: Recipe, fix: bool) -> Iterator[Verdict]:
+    """Judge every session below these places.
+
+    Args:
+        places: folders or URLs.
+        recipe: as in :func:`preprocess.validation.validate.judge_session`.
+        fix: repair first; of folders only.
+    """
+    for found in _iter_sessions(places):
+        if isinstance(found, Report):
+            yield Verdict(folder=Path(found.session), report=found)
+            continue
+        try:
+            repairs = tuple(repair_session(found, recipe=recipe)) if fix else ()
+        except SessionError as error:
+            yield Verdict(folder=found, report=failed_report(found.name, str(error)))
+            continue
+        report, evidence = judge_session(found, recipe=recipe)
+        yield Verdict(folder=found, repairs=repairs, report=report, evidence=evidence)
+
+
+def _iter_sessions(places: Iterable[str]) -> Iterator[Path | Report]:
+    """Folders of sessions, and a report of every place that has none."""
+    for text in places:
+        where = place_of(text)
+        try:
+            yield from _iter_copies(where) if isinstance(where, Store) else find_sessions(where)
+        except (SessionError, StorageError) as error:
+            yield failed_report(str(where), str(error))
+
+
+def _iter_copies(store: Store) -> Iterator[Path]:
+    for recording in find_recordings(store.url).values():
+        assert isinstance(recording, StoredRecording)
+        with tempfile.TemporaryDirectory(prefix="session-") as work:
+            yield recording.copy_to(Path(work), SOURCE_FILES)
