@@ -67,29 +67,32 @@ def validate(
     page_path: Path | None,
     recipe_path: Path | None,
 ) -> None:
-    """Check session folders, or folders of them; exit code 1 when one failed.
+    """Check session folders, folders of them, or single videos and sounds; exit code 1 when one
+    failed.
 
     \b
     python -m preprocess validate data/sessions --summary
     python -m preprocess validate data/sessions/session_001 --fix
     python -m preprocess validate data/sessions --report out.html
+    python -m preprocess validate eye.mp4 microphone.wav
     """  # noqa: D301
     from preprocess.report.console import has_failed, print_report, print_summary, to_json_lines
+    from preprocess.validation.one_file import judge, session_of
     from preprocess.validation.repair import repair_session
-    from preprocess.validation.validate import judge_session
 
     recipe = _recipe(recipe_path)
     console = Console(stderr=as_json)
     reports = []
     with _open_page(page_path) as page:
-        for folder in (f for path in paths for f in find_sessions(path)):
-            if fix:
-                for sentence in repair_session(folder, recipe=recipe):
-                    console.print(f"{folder.name}: {sentence}", highlight=False, markup=False)
-            report, evidence = judge_session(folder, recipe=recipe)
-            reports.append(report)
-            if page is not None:
-                page.add(folder, report, evidence)
+        for path in (f for p in paths for f in ([p] if p.is_file() else find_sessions(p))):
+            if fix and path.is_dir():
+                for sentence in repair_session(path, recipe=recipe):
+                    console.print(f"{path.name}: {sentence}", highlight=False, markup=False)
+            with session_of(path) as folder:
+                report, evidence = judge(path, folder, recipe=recipe)
+                reports.append(report)
+                if page is not None:
+                    page.add(folder, report, evidence)
             if not summary and not as_json:
                 print_report(console, report)
     if as_json:
