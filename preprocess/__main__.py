@@ -77,13 +77,15 @@ def validate(
     page_path: Path | None,
     recipe_path: Path | None,
 ) -> None:
-    """Check session folders, or folders or URLs of them; exit code 1 when one failed.
+    """Check session folders, folders or URLs of them, or single videos and sounds; exit code 1 when
+    one failed.
 
     \b
     python -m preprocess validate data/sessions --summary
     python -m preprocess validate s3://bucket/sessions --summary
     python -m preprocess validate data/sessions/session_001 --fix
     python -m preprocess validate data/sessions --report out.html
+    python -m preprocess validate eye.mp4 microphone.wav
     """  # noqa: D301
     from preprocess.report.console import has_failed, print_report, print_summary, to_json_lines
     from preprocess.report.verdicts import iter_verdicts

@@ -8,7 +8,7 @@ is the other's oracle.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import numpy as np
 from shared.audio import encode_dmel, to_int16
 from shared.clock import Window, interpolate, nearest
 from shared.media import VideoTrack, read_frames, read_sound, read_video_track
+from shared.placing import place_track
 from shared.recipe import Recipe, Stream
 from shared.scan import read_texts
 from shared.session import AUDIO_FILE, VISION_FILES, read_metadata
@@ -150,12 +151,12 @@ class SessionFields:
             have = {i: picture for i, picture in have.items() if i >= index[0]}
 
     def read_audio(self, window: Window) -> NDArray[np.int16]:
-        """Waveform of a window, mono int16 [rate * duration]; zeros beyond the recording."""
-        rate_hz = self.recipe.audio.rate_hz
-        start = round(window.start_s * rate_hz)
-        samples = np.zeros(self.recipe.count(rate_hz), dtype=np.int16)
-        have = self._samples[start : start + len(samples)]
-        samples[: len(have)] = have
+        """Waveform of a window, mono int16 [rate * duration]; zeros outside the recording."""
+        start = self._first_sample(window)
+        samples = np.zeros(self.recipe.count(self.recipe.audio.rate_hz), dtype=np.int16)
+        have = self._samples[max(0, start) : max(0, start + len(samples))]
+        before = max(0, -start)
+        samples[before : before + len(have)] = have
         return samples
 
     def read_mel(self, window: Window) -> Mel:
@@ -163,7 +164,7 @@ class SessionFields:
         rate_hz = self.recipe.audio.rate_hz
         levels, valid = encode_dmel(
             self._samples,
-            round(window.start_s * rate_hz),
+            self._first_sample(window),
             self.recipe.count(self.recipe.mel.rate_hz),
             rate_hz=rate_hz,
             recipe=self.recipe.mel,
@@ -208,7 +209,7 @@ class SessionFields:
     def _events(self) -> tuple[TextEvent, ...]:
         """Text events on the session clock."""
         offset_s = self.scan.clock_offset_s
-        return tuple(type(e)(e.time_s - offset_s, e.stream, e.text) for e in read_texts(self.path))
+        return tuple(replace(e, time_s=e.time_s - offset_s) for e in read_texts(self.path))
 
     @cached_property
     def _samples(self) -> Spool[np.int16]:
@@ -219,9 +220,16 @@ class SessionFields:
             samples.append(to_int16(block, gain=self.scan.gain))
         return samples
 
+    def _first_sample(self, window: Window) -> int:
+        """Index into the sound of a window's first sample; negative before the sound begins."""
+        rate_hz = self.recipe.audio.rate_hz
+        start_s = self.scan.moved.get(Stream.AUDIO, 0.0)
+        return round(window.start_s * rate_hz) - round(start_s * rate_hz)
+
     def _track(self, stream: Stream) -> VideoTrack:
         if stream not in self._tracks:
-            self._tracks[stream] = read_video_track(self.path / VISION_FILES[stream])
+            track = read_video_track(self.path / VISION_FILES[stream])
+            self._tracks[stream] = place_track(track, self.scan.moved.get(stream))
         return self._tracks[stream]
 
     def _on_grid(

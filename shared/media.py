@@ -2,13 +2,15 @@
 
 Frames are found by presentation time. The times come from the container's packets, without
 decoding; packets that an edit list hides are left out. Zero is the container's own start, as
-players take it.
+players take it: streams of one file keep their distance, while a file's first timestamp says
+nothing of other files (MPEG transport streams begin at 1.4 s, others where a clock happened to be).
 """
 
 from __future__ import annotations
 
+import itertools
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import av
@@ -21,6 +23,7 @@ from shared.errors import MediaError
 from shared.spool import Spool
 from shared.video import (
     DAMAGE,
+    INDEXED_FORMATS,
     decode_all,
     decode_frames,
     error_reason,
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from av.audio.frame import AudioFrame
+    from av.container import InputContainer
     from av.video.frame import VideoFrame
     from numpy.typing import NDArray
 
@@ -76,6 +81,9 @@ class VideoTrack:
     restarts: NDArray[np.int64]
     num_lost: int = 0
     """Frames that the container's index promises and the file, cut off, does not hold."""
+    origin_s: float = 0.0
+    """What the container's clock says at its start, which counts as 0; 0 where that means nothing
+    (MPEG streams)."""
 
     @property
     def stop_s(self) -> float:
@@ -93,6 +101,10 @@ class Sound:
     """
 
     samples: Spool[np.float32]
+    start_s: float
+    """When the first sample sounds, from the container's start; 0 in files of nothing but sound."""
+    origin_s: float
+    """As in :class:`VideoTrack`."""
     rate_hz: int
     source_rate_hz: int
     source_channels: int
@@ -155,6 +167,7 @@ def read_video_track(path: Path) -> VideoTrack:
             positions=np.asarray(positions, dtype=np.int64)[order],
             restarts=np.asarray(restarts, dtype=np.int64),
             num_lost=max(0, stream.frames - num_packets),
+            origin_s=_told_origin(container),
         )
 
 
@@ -225,13 +238,33 @@ def _read_sound_by_av(path: Path, rate_hz: int) -> Sound:
             raise MediaError(f"{path}: holds no sound; record or copy it again")
         source_rate_hz, channels = context.sample_rate, context.channels
         resampler = av.AudioResampler(format="fltp")
+        frames = decode_all(container, stream)
+        first = next(frames, None)
 
         def blocks() -> Iterator[NDArray[np.float32]]:
-            for frame in decode_all(container, stream):
+            for frame in itertools.chain([] if first is None else [first], frames):
                 for plain in resampler.resample(frame):
                     yield plain.to_ndarray().T.astype(np.float32, copy=False)
 
-        return _mono(blocks(), path, source_rate_hz, channels, context.name, rate_hz)
+        sound = _mono(blocks(), path, source_rate_hz, channels, context.name, rate_hz)
+        start_s = 0.0 if first is None else _start_beside_video(container, first)
+        return replace(sound, start_s=start_s, origin_s=_told_origin(container))
+
+
+def _start_beside_video(container: InputContainer, first: AudioFrame) -> float:
+    """When the first decoded sound begins, from the container's start; that is itself where there
+    is nothing else. The decoder has taken the encoder's delay off the samples and off this time.
+    """
+    if first.time is None or not container.streams.video:
+        return 0.0
+    # To the microsecond, as the container's start is told.
+    return max(0.0, round(first.time - (container.start_time or 0) / av.time_base, 6))
+
+
+def _told_origin(container: InputContainer) -> float:
+    """Start of a container whose clock has a zero."""
+    is_told = container.format.name in INDEXED_FORMATS
+    return (container.start_time or 0) / av.time_base if is_told else 0.0
 
 
 def _mono(
@@ -267,6 +300,8 @@ def _mono(
         raise MediaError(f"{path}: holds no sound; record or copy it again")
     return Sound(
         samples=samples,
+        start_s=0.0,
+        origin_s=0.0,
         rate_hz=rate_hz,
         source_rate_hz=source_rate_hz,
         source_channels=channels,

@@ -10,15 +10,24 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shared.audio import Loudness, measure_loudness
-from shared.clock import Interval, Window, clock_offset, interpolate, nearest, plan_windows
+from shared.clock import Interval, Window, interpolate, nearest, plan_windows
 from shared.errors import MediaError
 from shared.media import read_sound, read_video_track
+from shared.placing import (
+    MAX_SESSION_S,
+    MEDIA_STREAMS,
+    Placement,
+    place_sound,
+    place_streams,
+    place_track,
+    read_starts,
+)
 from shared.recipe import STREAMS, Recipe, Stream
 from shared.session import (
     AUDIO_FILE,
@@ -38,14 +47,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.media import VideoTrack
-
-TEXT_ONLY_TAIL_S = 1.0
-"""A session of nothing but text ends this long after its last event began."""
-
-MAX_SESSION_S = 24 * 3600.0
-"""What lies after is left out: one wrong timestamp must not make a billion windows."""
-
-_SENSORS = (Stream.TOUCH, Stream.PROPRIO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,9 @@ class SessionScan:
     """Level of the sound before the gain, full scale 1; 0 without sound."""
     intervals: Mapping[Stream, Interval]
     """Where each stream that the session has lies."""
+    moved: Mapping[Stream, float]
+    """Streams that begin elsewhere than sound at 0 and a video's frames at its container's times,
+    and where: columns depend on it, as on the file."""
     absent: Mapping[Stream, str]
     """Why each other stream is missing."""
     coverage: tuple[tuple[float, ...], ...]
@@ -119,6 +123,7 @@ class SessionScan:
             "clock_offset_s": self.clock_offset_s,
             "gain": self.gain,
             "rms": self.rms,
+            "moved": dict(self.moved),
             "intervals": {s: [i.start_s, i.stop_s] for s, i in self.intervals.items()},
             "absent": dict(self.absent),
             "coverage": [list(row) for row in self.coverage],
@@ -136,6 +141,7 @@ def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
         gain=values["gain"],
         rms=values["rms"],
         intervals={Stream(s): Interval(*pair) for s, pair in values["intervals"].items()},
+        moved={Stream(s): start_s for s, start_s in values["moved"].items()},
         absent={Stream(s): why for s, why in values["absent"].items()},
         coverage=tuple(tuple(row) for row in values["coverage"]),
         oddities=tuple(values["oddities"]),
@@ -160,31 +166,30 @@ def scan_session(
         recipe: how streams become fields.
         known: source files whose identity is known to be still the same; they are not hashed again.
     """
-    intervals: dict[Stream, Interval] = {}
-    absent: dict[Stream, str] = {}
-    tracks = _scan_videos(path, intervals, absent)
-    loudness = _scan_sound(path, recipe, intervals, absent)
+    media = _Media()
+    starts, flaw = read_starts(path)
+    if flaw is None:
+        _scan_videos(path, starts, media)
+        _scan_sound(path, starts, recipe, media)
+    else:  # what can't be placed can't be used
+        media.absent.update(dict.fromkeys(MEDIA_STREAMS, flaw))
     metadata, events, oddities = read_clocked(path, recipe=recipe)
-    media_stop_s = max((i.stop_s for i in intervals.values()), default=None)
-    offset_s = recorder_offset(metadata, events, media_stop_s)
-    readings = {
-        stream: (metadata.times_s - offset_s)[metadata.rows_with(stream)] for stream in _SENSORS
-    }
-    _place_sensors(readings, recipe, intervals, absent)
-    length_s = _length(intervals, events, offset_s, oddities)
-    _place_texts(events, offset_s, length_s, intervals, absent, oddities)
+    placed = place_streams(media.intervals, metadata, events, recipe=recipe)
+    oddities += _left_out(placed, events)
+    absent = {**media.absent, **placed.absent}
     windows = plan_windows(
-        length_s, duration_s=recipe.window.duration_s, step_s=recipe.window.step_s
+        placed.length_s, duration_s=recipe.window.duration_s, step_s=recipe.window.step_s
     )
     return SessionScan(
         session=path.name,
-        length_s=length_s,
-        clock_offset_s=offset_s,
-        gain=loudness.gain,
-        rms=loudness.rms,
-        intervals={s: intervals[s] for s in STREAMS if s in intervals},
+        length_s=placed.length_s,
+        clock_offset_s=placed.offset_s,
+        gain=media.loudness.gain,
+        rms=media.loudness.rms,
+        intervals={s: placed.intervals[s] for s in STREAMS if s in placed.intervals},
+        moved=media.moved,
         absent={s: absent[s] for s in STREAMS if s in absent},
-        coverage=_coverage(windows, intervals, tracks, readings, recipe),
+        coverage=_coverage(windows, placed, media.tracks, recipe),
         oddities=_sentences(oddities),
         sources=_hash_sources(path, known or {}),
     )
@@ -214,106 +219,85 @@ def read_texts(path: Path) -> tuple[TextEvent, ...]:
     return tuple(sorted([*read_inline_texts(path), *events], key=lambda e: e.time_s))
 
 
-def recorder_offset(
-    metadata: Metadata, events: tuple[TextEvent, ...], media_stop_s: float | None
-) -> float:
-    """Seconds to subtract from the recorder's timestamps, from its lines or, where there are none,
-    its texts.
-    """
-    if len(metadata.times_s):
-        return clock_offset(float(metadata.times_s[0]), float(metadata.times_s[-1]), media_stop_s)
-    if events and (media_stop_s is None or events[0].time_s >= media_stop_s):
-        return events[0].time_s
-    return 0.0
+_SILENCE = Loudness(rms=0.0, peak=0.0, gain=1.0)
 
 
-def _scan_videos(
-    path: Path, intervals: dict[Stream, Interval], absent: dict[Stream, str]
-) -> dict[Stream, VideoTrack]:
+@dataclass(slots=True)
+class _Media:
+    """What is found of video and sound."""
+
+    tracks: dict[Stream, VideoTrack] = field(default_factory=dict)
+    loudness: Loudness = _SILENCE
+    intervals: dict[Stream, Interval] = field(default_factory=dict)
+    moved: dict[Stream, float] = field(default_factory=dict)
+    absent: dict[Stream, str] = field(default_factory=dict)
+
+
+def _scan_videos(path: Path, starts: Mapping[Stream, float], media: _Media) -> None:
     """Frame times of the eyes that there are."""
-    tracks: dict[Stream, VideoTrack] = {}
     for stream, file in VISION_FILES.items():
         try:
-            tracks[stream] = read_video_track(path / file)
-            intervals[stream] = Interval(float(tracks[stream].times_s[0]), tracks[stream].stop_s)
+            own = read_video_track(path / file)
         except MediaError as error:
-            absent[stream] = _without_path(error, path)
-    return tracks
+            media.absent[stream] = _without_path(error, path)
+            continue
+        track = media.tracks[stream] = place_track(own, starts.get(stream))
+        media.intervals[stream] = Interval(float(track.times_s[0]), track.stop_s)
+        if track is not own:
+            media.moved[stream] = starts[stream]
 
 
-def _scan_sound(
-    path: Path, recipe: Recipe, intervals: dict[Stream, Interval], absent: dict[Stream, str]
-) -> Loudness:
-    """Level of the sound; a gain of 1 where there is none."""
+def _scan_sound(path: Path, starts: Mapping[Stream, float], recipe: Recipe, media: _Media) -> None:
+    """Place and level of the sound; a gain of 1 where there is none."""
     try:
         sound = read_sound(path / AUDIO_FILE, rate_hz=recipe.audio.rate_hz)
     except MediaError as error:
-        absent[Stream.AUDIO] = _without_path(error, path)
-        return Loudness(rms=0.0, peak=0.0, gain=1.0)
-    intervals[Stream.AUDIO] = Interval(0.0, sound.duration_s)
-    return measure_loudness(sound.samples.iter_blocks(), recipe=recipe.audio)
+        media.absent[Stream.AUDIO] = _without_path(error, path)
+        return
+    lies = media.intervals[Stream.AUDIO] = place_sound(sound, starts.get(Stream.AUDIO))
+    if lies.start_s:
+        media.moved[Stream.AUDIO] = lies.start_s
+    media.loudness = measure_loudness(sound.samples.iter_blocks(), recipe=recipe.audio)
 
 
-def _place_sensors(
-    readings: Mapping[Stream, NDArray[np.float64]],
-    recipe: Recipe,
-    intervals: dict[Stream, Interval],
-    absent: dict[Stream, str],
-) -> None:
-    """A sensor lies from its first reading to one median step after its last."""
-    for stream, times_s in readings.items():
-        if len(times_s):
-            tick_s = 1 / recipe.sensors.rate_hz
-            if len(times_s) > 1:
-                tick_s = float(np.median(np.diff(times_s)))
-            intervals[stream] = Interval(float(times_s[0]), float(times_s[-1]) + tick_s)
-        else:
-            absent[stream] = "metadata.jsonl holds no usable reading of it"
-
-
-def _place_texts(
-    events: tuple[TextEvent, ...],
-    offset_s: float,
-    length_s: float,
-    intervals: dict[Stream, Interval],
-    absent: dict[Stream, str],
-    oddities: list[tuple[str, str]],
-) -> None:
-    """A text stream with an event lies over the whole session: silence is part of it."""
-    for stream in (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT):
-        if any(e.stream is stream for e in events):
-            intervals[stream] = Interval(0.0, length_s)
-        else:
-            absent[stream] = "no event of it in text.jsonl or metadata.jsonl"
-    oddities += [
-        ("text outside", f"text {e.text[:40]!r} at {e.time_s:g} s lies outside the session")
+def _left_out(placed: Placement, events: tuple[TextEvent, ...]) -> list[tuple[str, str]]:
+    """(kind, sentence) of each text outside the session, and of a session that is too long."""
+    found = []
+    if placed.stop_s > MAX_SESSION_S:
+        what = f"streams reach to {placed.stop_s:g} s; what lies after {MAX_SESSION_S:g} s is left"
+        found.append(("length", f"{what} out, a timestamp must be wrong"))
+    found += [
+        (
+            "text outside",
+            f"{e.place}: text {e.text[:40]!r} at {e.time_s:g} s lies outside the session",
+        )
         for e in events
-        if not 0 <= e.time_s - offset_s < length_s
+        if not 0 <= e.time_s - placed.offset_s < placed.length_s
     ]
+    return found
 
 
 def _coverage(
     windows: list[Window],
-    intervals: Mapping[Stream, Interval],
+    placed: Placement,
     tracks: Mapping[Stream, VideoTrack],
-    readings: Mapping[Stream, NDArray[np.float64]],
     recipe: Recipe,
 ) -> tuple[tuple[float, ...], ...]:
     """Per window, the share of it that each of STREAMS covers."""
     shares = np.zeros((len(windows), len(STREAMS)))
     for column, stream in enumerate(STREAMS):
-        if stream not in intervals or not windows:
+        if stream not in placed.intervals or not windows:
             continue
         if stream in tracks:
             grid_s = _grids(windows, recipe.vision.rate_hz)
             _, error_s = nearest(tracks[stream].times_s, grid_s)
             shares[:, column] = (np.abs(error_s) <= recipe.vision.tolerance_s).mean(axis=1)
-        elif stream in readings:
+        elif stream in placed.readings:
             grid_s = _grids(windows, recipe.sensors.rate_hz)
-            covered = _is_covered(readings[stream], grid_s.ravel(), recipe)
+            covered = _is_covered(placed.readings[stream], grid_s.ravel(), recipe)
             shares[:, column] = covered.reshape(grid_s.shape).mean(axis=1)
         else:
-            overlaps_s = [intervals[stream].overlap_s(w.interval) for w in windows]
+            overlaps_s = [placed.intervals[stream].overlap_s(w.interval) for w in windows]
             shares[:, column] = np.array(overlaps_s) / recipe.window.duration_s
     return tuple(tuple(round(float(share), 4) for share in row) for row in shares)
 
@@ -337,23 +321,6 @@ def _is_covered(
     return np.isfinite(values[:, 0])
 
 
-def _length(
-    intervals: Mapping[Stream, Interval],
-    events: tuple[TextEvent, ...],
-    offset_s: float,
-    oddities: list[tuple[str, str]],
-) -> float:
-    """Seconds from the clock's zero to the end of the last stream."""
-    stops = [i.stop_s for i in intervals.values()]
-    if not stops and events:
-        stops = [events[-1].time_s - offset_s + TEXT_ONLY_TAIL_S]
-    length_s = max(0.0, *stops) if stops else 0.0
-    if length_s > MAX_SESSION_S:
-        what = f"streams reach to {length_s:g} s; what lies after {MAX_SESSION_S:g} s is left out"
-        oddities.append(("length", f"{what}, a timestamp must be wrong"))
-    return min(length_s, MAX_SESSION_S)
-
-
 def _sentences(oddities: list[tuple[str, str]]) -> tuple[str, ...]:
     """One sentence per kind: the first case and how many there are."""
     counts = Counter(kind for kind, _ in oddities)
@@ -372,6 +339,8 @@ def _hash_sources(path: Path, known: Mapping[str, SourceFile]) -> dict[str, Sour
     for name in SOURCE_FILES:
         if name in known:
             sources[name] = known[name]
+            continue
+        if not (path / name).is_file():  # a pipe would be read for ever
             continue
         try:
             with (path / name).open("rb") as file:

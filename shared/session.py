@@ -13,7 +13,7 @@ import json
 import math
 import reprlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,9 @@ VISION_FILES = {Stream.VISION_LEFT: "vision_left.mp4", Stream.VISION_RIGHT: "vis
 
 SOURCE_FILES = (METADATA_FILE, TEXT_FILE, AUDIO_FILE, *VISION_FILES.values())
 """Files that samples are made of; others in the folder are left alone."""
+
+SCANNED_FILES = (*SOURCE_FILES, FACTS_FILE)
+"""Files that a scan reads: of the last one only ``start_s``."""
 
 MAX_LINE_BYTES = 1 << 20
 """A longer line of metadata is no metadata."""
@@ -71,6 +74,13 @@ class TextEvent:
     time_s: float
     stream: Stream
     text: str
+    file: str = field(default=TEXT_FILE, compare=False)
+    line: int = field(default=0, compare=False)
+
+    @property
+    def place(self) -> str:
+        """File and line where it stands."""
+        return f"{self.file} line {self.line}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,20 +136,23 @@ def is_session(path: Path) -> bool:
     return any((path / name).exists() for name in SOURCE_FILES)
 
 
-def read_metadata(path: Path, *, touch_size: int, proprio_size: int) -> Metadata:
+def read_metadata(
+    path: Path, *, touch_size: int, proprio_size: int, units_per_s: float = 1.0
+) -> Metadata:
     """Read ``metadata.jsonl`` of a session folder; a missing file gives no lines.
 
     Args:
         path: the session folder.
         touch_size: values that a touch reading must have.
         proprio_size: values that a proprio reading must have.
+        units_per_s: what timestamps are divided by.
     """
     times, lines = array("d"), array("q")
     touch, proprio = array("f"), array("f")  # an hour at 90 Hz is 40 MB so, and 300 MB in lists
     events: list[TextEvent] = []
     oddities: list[Oddity] = []
     for number, values in _iter_objects(path / METADATA_FILE, oddities):
-        time_s = _timestamp(values, METADATA_FILE, number, oddities)
+        time_s = _timestamp(values, METADATA_FILE, number, oddities, units_per_s)
         if time_s is None:
             continue
         times.append(time_s)
@@ -173,12 +186,17 @@ def read_inline_texts(path: Path) -> list[TextEvent]:
     return events
 
 
-def read_text_file(path: Path) -> tuple[list[TextEvent], list[Oddity]]:
-    """Read ``text.jsonl`` of a session folder, sorted by time; a missing file gives no events."""
+def read_text_file(path: Path, *, units_per_s: float = 1.0) -> tuple[list[TextEvent], list[Oddity]]:
+    """Read ``text.jsonl`` of a session folder, sorted by time; a missing file gives no events.
+
+    Args:
+        path: the session folder.
+        units_per_s: what timestamps are divided by.
+    """
     events: list[TextEvent] = []
     oddities: list[Oddity] = []
     for number, values in _iter_objects(path / TEXT_FILE, oddities):
-        time_s = _timestamp(values, TEXT_FILE, number, oddities)
+        time_s = _timestamp(values, TEXT_FILE, number, oddities, units_per_s)
         stream = _TEXT_STREAMS.get(str(values.get("stream")))
         if stream is None:
             name = reprlib.repr(values.get("stream"))
@@ -190,7 +208,7 @@ def read_text_file(path: Path) -> tuple[list[TextEvent], list[Oddity]]:
         if text is None and len(oddities) == num_odd:
             oddities.append(Oddity(TEXT_FILE, number, "text", "no text"))
         elif text is not None and time_s is not None:
-            events.append(TextEvent(time_s, stream, text))
+            events.append(TextEvent(time_s, stream, text, TEXT_FILE, number))
     events.sort(key=lambda event: event.time_s)
     return events, oddities
 
@@ -202,7 +220,7 @@ def _inline_texts(
     for key, stream in _INLINE_TEXT_KEYS.items():
         text = _text(values, key, METADATA_FILE, number, oddities)
         if text is not None:
-            yield TextEvent(time_s, stream, text)
+            yield TextEvent(time_s, stream, text, METADATA_FILE, number)
 
 
 def _iter_objects(
@@ -253,11 +271,13 @@ def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     return (values, "") if isinstance(values, dict) else (None, "not a JSON object")
 
 
-def parse_timestamp(values: dict[str, Any]) -> float | None:
+def parse_timestamp(values: dict[str, Any], *, units_per_s: float = 1.0) -> float | None:
     """The timestamp of a line in seconds, or None where it isn't a usable number."""
     value = values.get("timestamp")
-    time_s = None if isinstance(value, bool) else _finite(value)
-    return time_s if time_s is not None and abs(time_s) < MAX_TIME_S else None
+    time = None if isinstance(value, bool) else _finite(value)
+    if time is None or abs(time / units_per_s) >= MAX_TIME_S:
+        return None
+    return time / units_per_s
 
 
 def _finite(value: object) -> float | None:
@@ -272,10 +292,10 @@ def _finite(value: object) -> float | None:
 
 
 def _timestamp(
-    values: dict[str, Any], file: str, number: int, oddities: list[Oddity]
+    values: dict[str, Any], file: str, number: int, oddities: list[Oddity], units_per_s: float
 ) -> float | None:
     """The line's timestamp, or None and an oddity."""
-    time_s = parse_timestamp(values)
+    time_s = parse_timestamp(values, units_per_s=units_per_s)
     if time_s is None:
         what = f"timestamp is {reprlib.repr(values.get('timestamp'))}, no usable number of seconds"
         oddities.append(Oddity(file, number, "timestamp", what))

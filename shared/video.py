@@ -43,8 +43,8 @@ _OPEN_OPTIONS = {
 }
 """No playlists that name other files or hosts, no text that ffmpeg would take for a picture."""
 
-_INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-"""Containers in which a seek ends at the keyframe asked for."""
+INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+"""Containers in which a seek ends at the keyframe asked for, and whose clock begins at 0."""
 
 _NAL_LENGTH_BYTE = {"h264": 4, "hevc": 21}
 """Where avcC and hvcC (ISO/IEC 14496-15) say how long the lengths of NAL units are."""
@@ -103,7 +103,7 @@ def decode_frames(path: Path, track: VideoTrack, wanted: Sequence[int]) -> Itera
     keyframe = int(before[-1]) if len(before) else 0
     for start in (keyframe, 0):
         with open_video(path) as (container, stream):
-            is_indexed = container.format.name in _INDEXED_FORMATS
+            is_indexed = container.format.name in INDEXED_FORMATS
             if start > 0 and not (is_indexed and _seek(container, stream, int(track.pts[start]))):
                 continue
             source = (

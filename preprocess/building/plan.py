@@ -380,7 +380,9 @@ def _row_facts(
             presence_bits(set(scan.present(windows[w], recipe)) & set(column.streams))
             for w in piece.windows
         ]
+        moved = {s: scan.moved[s] for s in column.streams if s in scan.moved}
         facts[piece.session] = [piece.session, piece.windows, bits, sources, offset_s, gain]
+        facts[piece.session] += [moved] if moved else []  # others hash as they always did
     return facts
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.errors import SessionError
 from shared.layout import COLUMNS
-from shared.session import AUDIO_FILE, METADATA_FILE, SOURCE_FILES, find_sessions
+from shared.session import AUDIO_FILE, METADATA_FILE, SCANNED_FILES, SOURCE_FILES, find_sessions
 from shared.storage import FIRST_PATIENCE, Patience, Store, StoredFile, place_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class LocalRecording:
     name: str
     folder: Path
     stamp: Mapping[str, list[Any]]
-    """Source file -> size and modification time in ns."""
+    """File that a scan reads -> size and modification time in ns."""
 
     @contextmanager
     def files(self, names: Iterable[str], place: SetPlace) -> Iterator[Path]:
@@ -51,7 +51,7 @@ class StoredRecording:
     name: str
     store: Store
     stamp: Mapping[str, list[Any]]
-    """Source file -> size and tag."""
+    """File that a scan reads -> size and tag."""
 
     @contextmanager
     def files(self, names: Iterable[str], place: SetPlace) -> Iterator[Path]:
@@ -141,7 +141,7 @@ def require_unchanged(recording: Recording, names: Iterable[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Source files of one session behind a URL."""
+    """Files of one session behind a URL."""
 
     is_root: bool
     stamp: dict[str, list[Any]]
@@ -153,7 +153,7 @@ def _group(store: Store) -> dict[str, _Files]:
     own: dict[str, list[Any]] = {}
     for path, file in sorted(store.list_files().items()):
         folder, _, name = path.rpartition("/")
-        if name not in SOURCE_FILES or "/" in folder or folder.startswith("."):
+        if name not in SCANNED_FILES or "/" in folder or folder.startswith("."):
             continue
         if folder:
             sessions.setdefault(folder, _Files(False, {})).stamp[name] = [
@@ -162,7 +162,8 @@ def _group(store: Store) -> dict[str, _Files]:
             ]
         else:
             own[name] = [file.length_bytes, file.tag]
-    if own:
+    sessions = {n: f for n, f in sessions.items() if not f.stamp.keys().isdisjoint(SOURCE_FILES)}
+    if not own.keys().isdisjoint(SOURCE_FILES):
         return {store.url.rpartition("/")[2]: _Files(True, own)}
     if not sessions:
         raise SessionError(
@@ -181,9 +182,9 @@ def _require_name(name: str) -> None:
 
 
 def _stamp(folder: Path) -> dict[str, list[Any]]:
-    """Size and modification time of each source file."""
+    """Size and modification time of each file that a scan reads."""
     stamp: dict[str, list[Any]] = {}
-    for name in SOURCE_FILES:
+    for name in SCANNED_FILES:
         try:
             status = (folder / name).stat()
         except OSError:

@@ -64,7 +64,8 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
         return
     for stream, why in scan.absent.items():
         sources = next(c.sources for c in COLUMNS.values() if stream in c.streams)
-        if len(sources) == 1 and sources[0] in scan.sources and "no usable reading" not in why:
+        is_there = "no such file" not in why and "no usable reading" not in why
+        if len(sources) == 1 and is_there:
             yield {"level": "stream", "session": scan.session, "stream": stream, "reason": why}
     for window in windows:
         place = {"session": scan.session, "window": window.index}

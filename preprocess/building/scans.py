@@ -14,7 +14,7 @@ from preprocess.building.rejected import to_jsonl
 from shared.manifest import SESSIONS_FILE, fingerprint_of
 from shared.recipe import Recipe, json_of
 from shared.scan import SessionScan, SourceFile, scan_from_json, scan_session
-from shared.session import SOURCE_FILES
+from shared.session import SCANNED_FILES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from preprocess.building.places import SetPlace
     from preprocess.building.recordings import Recording
 
-SCAN_VERSION = 1
+SCAN_VERSION = 2
 """Raised when a scan of the same files would say something else."""
 
 _SCAN_PARTS = ("window", "vision", "audio", "sensors")
@@ -73,7 +73,7 @@ class _Scan:
 
     def __call__(self, work: tuple[Recording, Mapping[str, SourceFile]]) -> SessionScan:
         recording, known = work
-        with recording.files(SOURCE_FILES, self.place) as folder:
+        with recording.files(SCANNED_FILES, self.place) as folder:
             return scan_session(folder, recipe=self.recipe, known=known)
 
 

@@ -150,7 +150,7 @@ def _sound_plots(path: Path, evidence: Evidence, axis: TimeAxis, notes: list[str
     except (MediaError, OSError) as error:
         notes.append(f"{AUDIO_FILE}: no waveform: {error}")
         return []
-    xs = np.array([axis.x(t) for t in envelope.edges_s])
+    xs = np.array([axis.x(sound.lies.start_s + t) for t in envelope.edges_s])
     return [_waveform(envelope, xs), _level(envelope, xs)]
 
 

@@ -63,7 +63,9 @@ class Thumbnail:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
-    """The sound in bins: edges_s [N + 1], the rest [N], full scale 1; bins are never empty."""
+    """The sound in bins: edges_s [N + 1] from its first sample on, the rest [N], full scale 1; bins
+    are never empty.
+    """
 
     edges_s: NDArray[np.float64]
     low: NDArray[np.float64]

@@ -1,5 +1,5 @@
-"""The verdicts on all sessions that a command names: in folders of this machine, and on copies of
-what lies behind URLs.
+"""The verdicts on all sessions that a command names: in folders of this machine, on copies of what
+lies behind URLs, and on single media files.
 
 A place that can't be judged is a failed report like any other, so that a wrong path among many
 takes no verdict from the others.
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from preprocess.building.recordings import StoredRecording, find_recordings
+from preprocess.validation.one_file import judge, require_media, session_of
 from preprocess.validation.repair import repair_session
-from preprocess.validation.validate import Report, failed_report, judge_session
+from preprocess.validation.validate import Report, failed_report
 from shared.errors import SessionError, StorageError
-from shared.session import SOURCE_FILES, find_sessions
+from shared.session import SCANNED_FILES, find_sessions
 from shared.storage import Store, place_of
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def iter_verdicts(places: Iterable[str], *, recipe: Recipe, fix: bool) -> Iterat
     """Judge every session below these places.
 
     Args:
-        places: folders or URLs.
+        places: folders, URLs, or single videos and sounds.
         recipe: as in :func:`preprocess.validation.validate.judge_session`.
         fix: repair first; of folders only.
     """
@@ -50,20 +51,28 @@ def iter_verdicts(places: Iterable[str], *, recipe: Recipe, fix: bool) -> Iterat
             yield Verdict(folder=Path(found.session), report=found)
             continue
         try:
-            repairs = tuple(repair_session(found, recipe=recipe)) if fix else ()
+            is_due = fix and found.is_dir()
+            repairs = tuple(repair_session(found, recipe=recipe)) if is_due else ()
         except SessionError as error:
             yield Verdict(folder=found, report=failed_report(found.name, str(error)))
             continue
-        report, evidence = judge_session(found, recipe=recipe)
-        yield Verdict(folder=found, repairs=repairs, report=report, evidence=evidence)
+        with session_of(found) as folder:
+            report, evidence = judge(found, folder, recipe=recipe)
+            yield Verdict(folder=folder, repairs=repairs, report=report, evidence=evidence)
 
 
 def _iter_sessions(places: Iterable[str]) -> Iterator[Path | Report]:
-    """Folders of sessions, and a report of every place that has none."""
+    """Folders of sessions, single media files, and a report of every place that has none."""
     for text in places:
         where = place_of(text)
         try:
-            yield from _iter_copies(where) if isinstance(where, Store) else find_sessions(where)
+            if isinstance(where, Store):
+                yield from _iter_copies(where)
+            elif where.is_file():
+                require_media(where)
+                yield where
+            else:
+                yield from find_sessions(where)
         except (SessionError, StorageError) as error:
             yield failed_report(str(where), str(error))
 
@@ -72,4 +81,4 @@ def _iter_copies(store: Store) -> Iterator[Path]:
     for recording in find_recordings(store.url).values():
         assert isinstance(recording, StoredRecording)
         with tempfile.TemporaryDirectory(prefix="session-") as work:
-            yield recording.copy_to(Path(work), SOURCE_FILES)
+            yield recording.copy_to(Path(work), SCANNED_FILES)

@@ -95,6 +95,27 @@ def check_clock(evidence: Evidence) -> list[Finding]:
     return [Finding("warning", f"{file}: {what}")]
 
 
+def check_starts(evidence: Evidence) -> list[Finding]:
+    """It is known where media begin beside each other."""
+    if evidence.starts_flaw is not None:
+        what = "video and sound can't be placed and are left out"
+        return [Finding("error", f"{evidence.starts_flaw}; until then {what}")]
+    origins_s = {stream: picture.track.origin_s for stream, picture in evidence.pictures.items()}
+    if evidence.sound is not None:
+        origins_s[Stream.AUDIO] = evidence.sound.origin_s
+    return [
+        Finding(
+            "warning",
+            f"{VISION_FILES.get(stream, AUDIO_FILE)}: begins {origin_s:.3f} s after its "
+            f"container's zero; placed at {evidence.intervals[stream].start_s:g} s, for files have "
+            "no clock in common; if it was recorded so much later than the others, write "
+            f'"start_s": {{"{stream}": {origin_s:.3f}}} into {FACTS_FILE}',
+        )
+        for stream, origin_s in origins_s.items()
+        if stream not in evidence.starts and abs(origin_s) > END_WARNING_S
+    ]
+
+
 def check_audio(evidence: Evidence) -> list[Finding]:
     """Sound is whole, not silent, not clipped, and full scale is 1."""
     sound = evidence.sound
@@ -163,7 +184,7 @@ def check_durations(evidence: Evidence) -> list[Finding]:
                     "error" if is_error else "warning",
                     f"{name} ends at {interval.stop_s:.2f} s, {longest} at "
                     f"{ends[longest].stop_s:.2f} s, {apart_s:.2f} s apart; "
-                    + _end_mend(apart_s, longest),
+                    + _end_mend(evidence, apart_s, longest),
                 )
             )
         if interval.start_s > END_WARNING_S:
@@ -178,8 +199,9 @@ def check_drift(evidence: Evidence) -> list[Finding]:
     """The clocks of sound and video ran equally fast."""
     findings: list[Finding] = []
     for stream, ppm in clock_drifts_ppm(evidence).items():
-        sound_s = evidence.intervals[Stream.AUDIO].stop_s
-        video_s = evidence.intervals[stream].stop_s
+        begin_s = evidence.intervals[Stream.AUDIO].start_s
+        sound_s = evidence.intervals[Stream.AUDIO].stop_s - begin_s
+        video_s = evidence.intervals[stream].stop_s - begin_s
         if abs(sound_s - video_s) <= END_WARNING_S:
             continue
         pace = "slow" if ppm < 0 else "fast"
@@ -200,21 +222,27 @@ def check_text(evidence: Evidence) -> list[Finding]:
     findings = limited("error", (say(o, "correct the name; the text is lost") for o in unknown))
     empty = [o for o in evidence.oddities if o.kind == "text"]
     findings += limited("warning", (say(o, "it is left out; write a text there") for o in empty))
-    times_s = [event.time_s - evidence.offset_s for event in evidence.events]
     length_s = evidence.length_s
-    outside = [t for t in times_s if not -EPSILON_S <= t <= length_s + EPSILON_S]
+    found = [(event, event.time_s - evidence.offset_s) for event in evidence.events]
     return findings + limited(
         "warning",
         (
-            f"{TEXT_FILE}: a text begins at {t:.3f} s, outside the session [0, {length_s:.3f}) s; "
-            "correct its timestamp"
-            for t in outside
+            f"{event.place}: a text begins at {t:.3f} s, outside the session [0, {length_s:.3f}) "
+            "s; correct its timestamp"
+            for event, t in found
+            if not -EPSILON_S <= t <= length_s + EPSILON_S
         ),
     )
 
 
 def check_length(evidence: Evidence) -> list[Finding]:
-    """The session is long enough for a sample."""
+    """The session is long enough for a sample, and no longer than one can be."""
+    if evidence.stop_s > evidence.length_s:
+        what = (
+            f"lasts {evidence.stop_s:g} s: what lies after {evidence.length_s:g} s is left out; "
+            "a timestamp must be wrong"
+        )
+        return [Finding("warning", f"session: {what}")]
     window = evidence.recipe.window
     least_s = window.min_coverage * window.duration_s
     if not evidence.intervals or evidence.length_s >= least_s:
@@ -232,6 +260,7 @@ CHECKS: Mapping[str, Callable[[Evidence], list[Finding]]] = {
     "lines": check_lines,
     "timestamps": check_timestamps,
     "clock": check_clock,
+    "starts": check_starts,
     "gaps": check_gaps,
     "touch": check_touch,
     "proprio": check_proprio,
@@ -263,9 +292,12 @@ def clock_drifts_ppm(evidence: Evidence) -> dict[Stream, float]:
     drifts: dict[Stream, float] = {}
     for stream in evidence.pictures:
         sound, video = evidence.intervals.get(Stream.AUDIO), evidence.intervals[stream]
-        if sound is None or video.start_s > END_WARNING_S or video.stop_s < MIN_DRIFT_LENGTH_S:
+        if sound is None or video.start_s > max(0.0, sound.start_s) + END_WARNING_S:
             continue
-        ppm = (sound.stop_s / video.stop_s - 1) * 1e6
+        video_s = video.stop_s - sound.start_s
+        if video_s < MIN_DRIFT_LENGTH_S:
+            continue
+        ppm = (sound.duration_s / video_s - 1) * 1e6
         if abs(ppm) <= MAX_DRIFT_PPM:
             drifts[stream] = ppm
     return drifts
@@ -287,7 +319,14 @@ def _is_required(evidence: Evidence, *files: str) -> bool:
     return needed.issuperset(files)
 
 
-def _end_mend(apart_s: float, longest: str) -> str:
-    if longest == METADATA_FILE and apart_s <= END_ERROR_S:
-        return "the rest is masked; --fix drops lines after the end of all media"
-    return "the rest is masked; if they ran together, a copy was cut off or a clock is wrong"
+def _end_mend(evidence: Evidence, apart_s: float, longest: str) -> str:
+    """What to do about a stream that ends early; speaks of --fix as it is."""
+    if longest != METADATA_FILE or apart_s > END_ERROR_S:
+        return "the rest is masked; if they ran together, a copy was cut off or a clock is wrong"
+    others = [lies.stop_s for file, lies in spans(evidence).items() if file != METADATA_FILE]
+    media_stop_s = max(others) + evidence.offset_s
+    if not END_WARNING_S < evidence.metadata.times_s[-1] - media_stop_s <= END_ERROR_S:
+        return "the rest is masked"
+    if any(e.time_s > media_stop_s for e in evidence.metadata.events):
+        return "the rest is masked; --fix leaves lines after the end of all media that hold text"
+    return "the rest is masked; --fix drops lines after the end of all media"

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from preprocess.validation.units import Unit, is_sure, text_scale, unit_of
 from shared.audio import measure_loudness
 from shared.clock import Interval
 from shared.errors import MediaError
 from shared.media import read_frames, read_sound, read_video_track
+from shared.placing import place_sound, place_streams, place_track, read_starts, span_of
 from shared.recipe import Recipe, Stream, VisionRecipe
-from shared.scan import recorder_offset
 from shared.session import (
     AUDIO_FILE,
     FACTS_FILE,
@@ -44,11 +45,11 @@ STRETCH_FRAMES = 60
 """A video of more than NUM_STRETCHES * STRETCH_FRAMES frames is decoded only in so many stretches
 of so many frames, spread evenly from its first frame to its last."""
 
-TEXT_TAIL_S = 1.0
-"""A session of nothing but text ends this long after its last event began."""
-
 UNREAD_KINDS = frozenset({"json", "long", "timestamp"})
 """Kinds of oddities that cost the whole line."""
+
+_FINEST = 1e9
+"""Nanoseconds per second: timestamps of any unit are finite numbers of seconds so."""
 
 _TINY = VisionRecipe(size=16, fit="stretch")
 _STREAMING_SIZES = {0, 0xFFFFFFFF, 0x7FFFFFFF}
@@ -59,6 +60,10 @@ _STREAMING_SIZES = {0, 0xFFFFFFFF, 0x7FFFFFFF}
 class SoundLevel:
     """What is judged of a session's sound; levels have full scale 1."""
 
+    lies: Interval
+    """On the session clock."""
+    origin_s: float
+    """As of :class:`shared.media.Sound`."""
     duration_s: float
     rms: float
     peak: float
@@ -96,12 +101,22 @@ class Evidence:
     """Lines of metadata.jsonl and text.jsonl that are not blank."""
     unreadable: Mapping[str, str]
     """Files that are there and can't be read, and why."""
+    starts: Mapping[Stream, float]
+    """Where ``session.json`` says that media begin."""
+    starts_flaw: str | None
+    """Why it can't be used; media then lie where their containers have them."""
+    unit: Unit | None
+    """What the timestamps of metadata.jsonl are instead of seconds; here they are divided."""
+    is_unit_sure: bool
+    """Whether the media agree, so that --fix divides them."""
     intervals: Mapping[Stream, Interval]
     absent: Mapping[Stream, str]
     lines: Interval | None
     """Where the metadata lines lie."""
     offset_s: float
     length_s: float
+    stop_s: float
+    """End of the last stream; later than `length_s` where that is too late for a session."""
 
     def line_at(self, row: int) -> str:
         """Where a metadata row stands: file, line, second."""
@@ -117,60 +132,101 @@ def read_evidence(path: Path, *, recipe: Recipe) -> Evidence:
     """
     unreadable: dict[str, str] = {}
     absent: dict[Stream, str] = {}
-    intervals: dict[Stream, Interval] = {}
+    media: dict[Stream, Interval] = {}
     pictures: dict[Stream, Picture] = {}
+    starts, starts_flaw = read_starts(path)
     for stream, file in VISION_FILES.items():
         try:
-            pictures[stream] = _read_picture(path / file)
+            pictures[stream] = _read_picture(path / file, starts.get(stream))
             track = pictures[stream].track
-            intervals[stream] = Interval(float(track.times_s[0]), track.stop_s)
+            media[stream] = Interval(float(track.times_s[0]), track.stop_s)
         except MediaError as error:
             _note_missing(path / file, stream, error, absent, unreadable)
     sound = None
     try:
-        sound = _read_sound_level(path / AUDIO_FILE, recipe)
-        intervals[Stream.AUDIO] = Interval(0.0, sound.duration_s)
+        sound = _read_sound_level(path / AUDIO_FILE, starts.get(Stream.AUDIO), recipe)
+        media[Stream.AUDIO] = sound.lies
     except MediaError as error:
         _note_missing(path / AUDIO_FILE, Stream.AUDIO, error, absent, unreadable)
-    media_stop_s = max((i.stop_s for i in intervals.values()), default=None)
-
-    sensors = recipe.sensors
-    metadata = read_metadata(path, touch_size=sensors.touch_size, proprio_size=sensors.proprio_size)
-    text_events, text_oddities = read_text_file(path)
-    oddities = (*metadata.oddities, *text_oddities)
-    unreadable |= {o.file: o.what for o in oddities if o.line == 0}
+    lines = _read_lines(path, recipe, max((i.stop_s for i in media.values()), default=None))
+    unreadable |= {o.file: o.what for o in lines.oddities if o.line == 0}
     unreadable |= _unreadable_facts(path)
-    events = tuple(sorted((*metadata.events, *text_events), key=lambda e: e.time_s))
-    offset_s = recorder_offset(metadata, events, media_stop_s)
-    intervals |= _sensor_intervals(metadata, offset_s, recipe, absent)
-    length_s = max((i.stop_s for i in intervals.values()), default=0.0)
-    if not intervals and events:
-        length_s = max(0.0, events[-1].time_s - offset_s + TEXT_TAIL_S)
-    for stream in (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT):
-        if any(event.stream is stream for event in events):
-            intervals[stream] = Interval(0.0, length_s)
-        else:
-            absent[stream] = "no text of it"
+    events = tuple(sorted((*lines.metadata.events, *lines.texts), key=lambda e: e.time_s))
+    placed = place_streams(media, lines.metadata, events, recipe=recipe)
+    absent |= placed.absent
     return Evidence(
         recipe=recipe,
         pictures=pictures,
         sound=sound,
-        metadata=metadata,
+        metadata=lines.metadata,
         events=events,
-        oddities=tuple(o for o in oddities if o.line > 0),
-        num_lines=_count_lines(metadata, text_events, oddities),
+        oddities=tuple(o for o in lines.oddities if o.line > 0),
+        num_lines=_count_lines(lines),
         unreadable=unreadable,
-        intervals={s: intervals[s] for s in Stream if s in intervals},
+        starts=starts,
+        starts_flaw=starts_flaw,
+        unit=lines.unit,
+        is_unit_sure=lines.is_unit_sure,
+        intervals={s: placed.intervals[s] for s in Stream if s in placed.intervals},
         absent={s: absent[s] for s in Stream if s in absent},
-        lines=_span(metadata.times_s - offset_s, 1 / sensors.rate_hz),
-        offset_s=offset_s,
-        length_s=length_s,
+        lines=span_of(lines.metadata.times_s - placed.offset_s, recipe=recipe),
+        offset_s=placed.offset_s,
+        length_s=placed.length_s,
+        stop_s=placed.stop_s,
     )
 
 
-def _read_picture(path: Path) -> Picture:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lines:
+    """Metadata and text lines, in seconds."""
+
+    metadata: Metadata
+    texts: list[TextEvent]
+    oddities: tuple[Oddity, ...]
+    unit: Unit | None = None
+    is_unit_sure: bool = False
+
+
+def _read_lines(path: Path, recipe: Recipe, media_stop_s: float | None) -> _Lines:
+    """All lines; where their timestamps are in another unit, divided."""
+    sensors = recipe.sensors
+
+    def read(units_per_s: float) -> Metadata:
+        return read_metadata(
+            path,
+            touch_size=sensors.touch_size,
+            proprio_size=sensors.proprio_size,
+            units_per_s=units_per_s,
+        )
+
+    metadata = read(1.0)
+    texts, text_oddities = read_text_file(path)
+    times = metadata.times_s
+    if sum(o.kind == "timestamp" for o in metadata.oddities) > len(times):
+        times = read(_FINEST).times_s * _FINEST  # of lines that are too large for seconds
+    unit = unit_of(times)
+    sure = unit is not None and is_sure(times, unit, media_stop_s)
+    if unit is not None:
+        divided = read(unit.per_s)
+        has_readings = bool(np.isfinite(divided.touch).any() or np.isfinite(divided.proprio).any())
+        unit = unit if sure or (media_stop_s is None and has_readings) else None
+    if unit is None:
+        return _Lines(metadata=metadata, texts=texts, oddities=(*metadata.oddities, *text_oddities))
+    raw = np.array([e.time_s for e in read_text_file(path, units_per_s=_FINEST)[0]]) * _FINEST
+    scale = text_scale(raw, times, unit, media_stop_s)
+    texts, text_oddities = read_text_file(path, units_per_s=scale or 1.0)
+    return _Lines(
+        metadata=divided,
+        texts=texts,
+        oddities=(*divided.oddities, *text_oddities),
+        unit=unit,
+        is_unit_sure=sure and scale is not None,
+    )
+
+
+def _read_picture(path: Path, start_s: float | None) -> Picture:
     """Frame times of a video, and which of a spread of its frames don't decode."""
-    track = read_video_track(path)
+    track = place_track(read_video_track(path), start_s)
     num_frames = len(track.times_s)
     stretches = [range(num_frames)]
     if num_frames > NUM_STRETCHES * STRETCH_FRAMES:
@@ -187,11 +243,13 @@ def _read_picture(path: Path) -> Picture:
     )
 
 
-def _read_sound_level(path: Path, recipe: Recipe) -> SoundLevel:
+def _read_sound_level(path: Path, start_s: float | None, recipe: Recipe) -> SoundLevel:
     """Decode all of the sound and keep its levels."""
     sound = read_sound(path, rate_hz=recipe.audio.rate_hz)
     loudness = measure_loudness(sound.samples.iter_blocks(), recipe=recipe.audio)
     return SoundLevel(
+        lies=place_sound(sound, start_s),
+        origin_s=sound.origin_s,
         duration_s=sound.duration_s,
         rms=loudness.rms,
         peak=sound.peak,
@@ -238,6 +296,8 @@ def _unreadable_facts(path: Path) -> dict[str, str]:
     file = path / FACTS_FILE
     if not file.exists():
         return {}
+    if not file.is_file():
+        return {FACTS_FILE: "is no file"}
     try:
         facts = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -245,37 +305,13 @@ def _unreadable_facts(path: Path) -> dict[str, str]:
     return {} if isinstance(facts, dict) else {FACTS_FILE: "is no JSON object"}
 
 
-def _sensor_intervals(
-    metadata: Metadata, offset_s: float, recipe: Recipe, absent: dict[Stream, str]
-) -> dict[Stream, Interval]:
-    """Where touch and proprio lie on the session clock."""
-    found: dict[Stream, Interval] = {}
-    for stream in (Stream.TOUCH, Stream.PROPRIO):
-        times_s = metadata.times_s[metadata.rows_with(stream)] - offset_s
-        span = _span(times_s, 1 / recipe.sensors.rate_hz)
-        if span is None:
-            absent[stream] = f"{METADATA_FILE} holds no usable reading of it"
-        else:
-            found[stream] = span
-    return found
-
-
-def _span(times_s: NDArray[np.float64], step_s: float) -> Interval | None:
-    """From the first time to a median step after the last one."""
-    if len(times_s) == 0:
-        return None
-    median_s = float(np.median(np.diff(times_s))) if len(times_s) > 1 else step_s
-    return Interval(float(times_s[0]), float(times_s[-1]) + median_s)
-
-
-def _count_lines(
-    metadata: Metadata, text_events: list[TextEvent], oddities: tuple[Oddity, ...]
-) -> dict[str, int]:
+def _count_lines(lines: _Lines) -> dict[str, int]:
     """Lines of each file: those read, and those left out."""
     left_out = UNREAD_KINDS | {"duplicate"}
-    lost = {(o.file, o.line) for o in oddities if o.kind in left_out}
-    odd_text = {o.line for o in oddities if o.file == TEXT_FILE}
+    lost = {(o.file, o.line) for o in lines.oddities if o.kind in left_out}
+    odd_text = {o.line for o in lines.oddities if o.file == TEXT_FILE}
+    num_lost = sum(file == METADATA_FILE for file, _ in lost)
     return {
-        METADATA_FILE: len(metadata.lines) + sum(file == METADATA_FILE for file, _ in lost),
-        TEXT_FILE: len(text_events) + len(odd_text),
+        METADATA_FILE: len(lines.metadata.lines) + num_lost,
+        TEXT_FILE: len(lines.texts) + len(odd_text),
     }

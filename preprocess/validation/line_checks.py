@@ -60,7 +60,7 @@ def check_timestamps(evidence: Evidence) -> list[Finding]:
         METADATA_FILE: "it is left out; --fix drops it",
         TEXT_FILE: "it is left out; write the second when the text begins",
     }
-    findings = _unread(evidence, {"timestamp"}, mends)
+    findings = [*_unit(evidence), *_unread(evidence, {"timestamp"}, mends)]
     back = [(o.line, o.back_s) for o in evidence.oddities if o.kind == "order"]
     findings += limited(
         "error",
@@ -195,6 +195,20 @@ def _unread(evidence: Evidence, kinds: set[str], mends: Mapping[str, str]) -> li
         else:
             findings += limited("warning", (say(o, mend) for o in found))
     return findings
+
+
+def _unit(evidence: Evidence) -> list[Finding]:
+    """Timestamps are seconds."""
+    unit, times_s = evidence.unit, evidence.metadata.times_s
+    if unit is None:
+        return []
+    step = float(np.median(np.diff(times_s))) * unit.per_s
+    mend = f"divide them by {unit.per_s:.0f}"
+    if evidence.is_unit_sure:
+        mend += ", then they last as long as the media; --fix does it"
+    what = f"timestamps look like {unit.name}, not seconds: a line every {step:g}; {mend}"
+    what += "; what else is said here of their times holds afterwards"
+    return [Finding("error", f"{METADATA_FILE}: {what}")]
 
 
 def _readings(evidence: Evidence, key: str) -> list[Finding]:

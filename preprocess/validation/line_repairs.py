@@ -24,6 +24,7 @@ from preprocess.validation.line_checks import (
     ROUNDING,
     is_mostly_unread,
 )
+from preprocess.validation.units import is_sure, raw_time, text_scale, unit_of
 from shared.clock import EPSILON_S, clock_offset, wrap_angle
 from shared.session import (
     MAX_LINE_BYTES,
@@ -87,6 +88,25 @@ def parse_lines(content: bytes) -> tuple[list[Line], int]:
         else:
             lines.append(Line(values=values, raw=raw, time_s=parse_timestamp(values)))
     return lines, num_bad
+
+
+def divide(
+    lines: list[Line], texts: list[Line], media_stop_s: float | None
+) -> tuple[list[Line], list[Line], str | None]:
+    """Lines and texts whose timestamps are seconds, where they are milliseconds, microseconds or
+    nanoseconds and the media say so too; texts that are seconds already stay.
+    """
+    times = _raw_times(lines)
+    unit = unit_of(times)
+    if unit is None or not is_sure(times, unit, media_stop_s):
+        return lines, texts, None
+    scale = text_scale(_raw_times(texts), times, unit, media_stop_s)
+    if scale is None:
+        return lines, texts, None
+    files = METADATA_FILE if scale == 1 else f"{METADATA_FILE}, {TEXT_FILE}"
+    done = f"{files}: divided all timestamps by {unit.per_s:.0f}; they were {unit.name}"
+    divided = [_divided(line, unit.per_s) for line in lines]
+    return divided, [_divided(t, scale) if scale > 1 else t for t in texts], done
 
 
 def drop_unreadable(lines: list[Line], num_bad: int, *, file: str) -> Repaired:
@@ -282,6 +302,19 @@ def _offset(lines: Sequence[Line], media_stop_s: float | None) -> float:
 
 def _is_close(times_s: np.ndarray[Any, Any]) -> bool:
     return bool((np.diff(times_s) >= -MAX_STEP_BACK_S).all())
+
+
+def _raw_times(lines: Sequence[Line]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    times = (raw_time(line.values) for line in lines)
+    return np.array([time for time in times if time is not None], dtype=np.float64)
+
+
+def _divided(line: Line, units_per_s: float) -> Line:
+    time = raw_time(line.values)
+    if time is None:
+        return line
+    time_s = round(time / units_per_s, DECIMALS)
+    return replace(line, values={**line.values, "timestamp": time_s}, raw=None, time_s=time_s)
 
 
 def _moved(line: Line, offset_s: float) -> Line:

@@ -15,11 +15,13 @@ import filecmp
 import itertools
 import os
 import shutil
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from preprocess.validation.line_repairs import (
     Line,
     clamp,
+    divide,
     drop_unreadable,
     fill_gaps,
     is_sortable,
@@ -31,6 +33,8 @@ from preprocess.validation.line_repairs import (
 )
 from shared.errors import MediaError, SessionError
 from shared.media import read_sound, read_video_track
+from shared.placing import place_sound, place_track, read_starts
+from shared.recipe import Stream
 from shared.session import AUDIO_FILE, METADATA_FILE, TEXT_FILE, VISION_FILES
 
 if TYPE_CHECKING:
@@ -75,10 +79,13 @@ def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
 def _plan(path: Path, *, recipe: Recipe) -> tuple[dict[str, bytes], list[str]]:
     """New contents of the files that change, and what is done to them."""
     found = {f: parse_lines((path / f).read_bytes()) for f in _FILES if (path / f).is_file()}
+    media = _media_stop(path, recipe)
     sentences: list[str] = []
     repaired: dict[str, list[Line]] = {}
     changed: set[str] = set()
-    for file, (lines, num_bad) in found.items():
+    as_read = {file: lines for file, (lines, _) in found.items()}
+    for file, lines in _in_seconds(as_read, media.stop_s, sentences).items():
+        num_bad = found[file][1]
         kept, done = drop_unreadable(lines, num_bad, file=file)
         if done:
             sentences.append(done)
@@ -87,21 +94,34 @@ def _plan(path: Path, *, recipe: Recipe) -> tuple[dict[str, bytes], list[str]]:
             repaired[file] = kept
     has_all = repaired.keys() == found.keys()
     if has_all and is_sortable(repaired.get(METADATA_FILE, [])):
-        sentences += _repair_lines(path, repaired, recipe)
+        sentences += _repair_lines(repaired, media, recipe)
     changed |= {file for file, lines in repaired.items() if lines != found[file][0]}
     return {f: b"".join(line.encoded() for line in repaired[f]) for f in changed}, sentences
 
 
-def _repair_lines(path: Path, repaired: dict[str, list[Line]], recipe: Recipe) -> list[str]:
+def _in_seconds(
+    lines: dict[str, list[Line]], media_stop_s: float | None, sentences: list[str]
+) -> dict[str, list[Line]]:
+    """The lines of both files, their timestamps divided where these are no seconds."""
+    if METADATA_FILE not in lines:
+        return lines
+    metadata, texts = lines[METADATA_FILE], lines.get(TEXT_FILE, [])
+    metadata, texts, done = divide(metadata, texts, media_stop_s)
+    if done:
+        sentences.append(done)
+    divided = {METADATA_FILE: metadata, TEXT_FILE: texts}
+    return {file: divided[file] for file in lines}
+
+
+def _repair_lines(repaired: dict[str, list[Line]], media: _Media, recipe: Recipe) -> list[str]:
     """Apply every repair that needs lines with times, in place of the lists in `repaired`."""
     lines, texts = repaired[METADATA_FILE], repaired.get(TEXT_FILE, [])
     lines, sorted_ = sort_lines(lines)
     lines, joined = join_repeats(lines)
     rebased = trimmed = None
-    is_known, media_stop_s = _media_stop(path, recipe)
-    if is_known:
-        lines, texts, rebased = rebase(lines, texts, media_stop_s)
-        lines, trimmed = trim(lines, media_stop_s)
+    if media.is_known:
+        lines, texts, rebased = rebase(lines, texts, media.stop_s)
+        lines, trimmed = trim(lines, media.stop_s)
     lines, clamped = clamp(lines, sensors=recipe.sensors)
     lines, filled = fill_gaps(lines, sensors=recipe.sensors)
     repaired[METADATA_FILE] = lines
@@ -110,19 +130,32 @@ def _repair_lines(path: Path, repaired: dict[str, list[Line]], recipe: Recipe) -
     return [done for done in (sorted_, joined, rebased, trimmed, clamped, filled) if done]
 
 
-def _media_stop(path: Path, recipe: Recipe) -> tuple[bool, float | None]:
-    """Whether all media that are there can be read, and when the last of them ends; None without
-    media.
-    """
+@dataclass(frozen=True, slots=True)
+class _Media:
+    """When the last of the media ends."""
+
+    is_known: bool
+    """Whether all of them can be read, and placed."""
+    stop_s: float | None
+    """None without media."""
+
+
+def _media_stop(path: Path, recipe: Recipe) -> _Media:
     stops_s: list[float] = []
+    starts, flaw = read_starts(path)
+    if flaw is not None:
+        return _Media(False, None)
     try:
-        videos = [path / file for file in VISION_FILES.values() if (path / file).exists()]
-        stops_s += [read_video_track(video).stop_s for video in videos]
+        for stream, file in VISION_FILES.items():
+            if (path / file).exists():
+                track = place_track(read_video_track(path / file), starts.get(stream))
+                stops_s.append(track.stop_s)
         if (path / AUDIO_FILE).exists():
-            stops_s.append(read_sound(path / AUDIO_FILE, rate_hz=recipe.audio.rate_hz).duration_s)
+            sound = read_sound(path / AUDIO_FILE, rate_hz=recipe.audio.rate_hz)
+            stops_s.append(place_sound(sound, starts.get(Stream.AUDIO)).stop_s)
     except MediaError:
-        return False, None
-    return True, max(stops_s, default=None)
+        return _Media(False, None)
+    return _Media(True, max(stops_s, default=None))
 
 
 def _commit(path: Path, contents: Mapping[str, bytes]) -> list[str]:

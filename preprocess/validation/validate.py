@@ -18,7 +18,7 @@ from shared.errors import SessionError
 from shared.session import METADATA_FILE, is_session
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from preprocess.validation.evidence import Evidence
@@ -74,8 +74,12 @@ def validate_session(path: Path, *, recipe: Recipe) -> Report:
     return judge_session(path, recipe=recipe)[0]
 
 
-def judge_session(path: Path, *, recipe: Recipe) -> tuple[Report, Evidence | None]:
-    """As :func:`validate_session`, with what was read; None where it could not be."""
+def judge_session(
+    path: Path, *, recipe: Recipe, only: Collection[str] = CHECKS.keys()
+) -> tuple[Report, Evidence | None]:
+    """As :func:`validate_session`, by some of the checks, with what was read; None where it could
+    not be.
+    """
     session = _printable(path.name or path.resolve().name)
     try:
         if not path.is_dir():
@@ -83,7 +87,7 @@ def judge_session(path: Path, *, recipe: Recipe) -> tuple[Report, Evidence | Non
         if not is_session(path):
             raise SessionError(f"{path}: no session; {METADATA_FILE} or a recording must be in it")
         evidence = read_evidence(path, recipe=recipe)
-        findings = {name: check(evidence) for name, check in CHECKS.items()}
+        findings = {name: check(evidence) for name, check in CHECKS.items() if name in only}
         return _report(session, findings, _stats(evidence)), evidence
     except SessionError as error:
         return Report(session=session, errors=(_printable(str(error)),)), None

@@ -77,7 +77,7 @@ class SessionSource:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.rejected.items())
             raise SessionError(f"{root_dir}: no session can be used: {reasons}")
         self.shard_sizes = np.array([len(w) for w in self._windows], dtype=np.int64)
-        sources = [[s.session, {n: f.sha256 for n, f in s.sources.items()}] for s in self._scans]
+        sources = [_identity(scan) for scan in self._scans]
         self.fingerprint = fingerprint_of(sources, json_of(recipe), self.tokenizer.sha256, split)
         self._open: OrderedDict[int, SessionFields] = OrderedDict()
 
@@ -166,6 +166,12 @@ class SessionSource:
         self._folders.append(folder)
         self._scans.append(scan)
         self._windows.append(kept)
+
+
+def _identity(scan: SessionScan) -> list[Any]:
+    """What tells a session apart from all others."""
+    files = {name: file.sha256 for name, file in scan.sources.items()}
+    return [scan.session, files, *([dict(scan.moved)] if scan.moved else [])]
 
 
 class RealMultiModalDataset(Dataset[dict[str, Any]]):

@@ -69,6 +69,17 @@ def s3(recorded):
         yield fs
 
 
+def test_session_json_behind_a_url_places_streams_and_makes_no_session(memory, recorded) -> None:
+    name = next(iter(find_recordings(recorded)))
+    memory.pipe_file("/here/sessions/no session/session.json", b'{"start_s": {"audio": 1}}')
+    before = build("memory://here/sessions", "memory://here/set", SMALL)
+    assert find_recordings("memory://here/sessions").keys() == find_recordings(recorded).keys()
+    memory.pipe_file(f"/here/sessions/{name}/session.json", b'{"start_s": {"audio": 0.25}}')
+    after = build("memory://here/sessions", "memory://here/set", SMALL)
+    assert (after.num_scanned, before.num_scanned) == (1, before.num_sessions)
+    assert {c for task in after.plan.tasks for c in task.due} == {"audio", "dmel"}
+
+
 # --- the same bytes --------------------------------------------------------------------------
 
 
