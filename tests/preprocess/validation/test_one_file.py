@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from tiny_sessions import write_session, write_tone, write_video
 
 from preprocess.__main__ import cli
+from preprocess.report.verdicts import iter_verdicts
 from preprocess.validation.one_file import judge, session_of
-from shared.errors import SessionError
 from shared.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -88,5 +88,9 @@ def test_files_and_sessions_stand_in_one_table(tmp_path: Path) -> None:
 
 def test_a_part_of_a_session_that_says_nothing_alone_is_refused(tmp_path: Path) -> None:
     write_session(tmp_path / "one")
-    with pytest.raises(SessionError, match="give its folder"):
-        judge_file(tmp_path / "one" / "metadata.jsonl")
+    lines = str(tmp_path / "one" / "metadata.jsonl")
+    (verdict,) = iter_verdicts([lines], recipe=Recipe(), fix=False)
+    assert verdict.report.status == "failed"
+    assert verdict.report.errors == (
+        f"{lines}: no video or sound; for a part of a session give its folder",
+    )
