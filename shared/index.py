@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.errors import CorruptError, FormatVersionError, ShardError
+from shared.errors import MEND_SET, CorruptError, FormatVersionError, ShardError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -123,7 +123,7 @@ def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
     except (OSError, ValueError) as error:
         raise CorruptError(f"{path}: can't be read: {error}") from error
     if sha256 is not None and hashlib.sha256(raw.data).hexdigest() != sha256:
-        raise CorruptError(f"{path}: checksum differs from the manifest; rebuild by `make shards`")
+        raise CorruptError(f"{path}: checksum differs from the manifest; {MEND_SET}")
     return parse_index(raw, origin=str(path))
 
 
@@ -159,8 +159,7 @@ def parse_index(raw: NDArray[np.uint8], *, origin: str) -> ShardIndex:
             facts["columns"] = {n: {"rows": {}, **c} for n, c in facts["columns"].items()}
     except _DAMAGES as error:
         raise CorruptError(
-            f"{origin}: its header is damaged: {type(error).__name__}: {error}; "
-            "rebuild by `make shards`"
+            f"{origin}: its header is damaged: {type(error).__name__}: {error}; {MEND_SET}"
         ) from error
     return ShardIndex(facts=facts, arrays=arrays)
 

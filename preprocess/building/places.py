@@ -24,7 +24,7 @@ from uuid import uuid4
 import numpy as np
 
 from shared.columns import ColumnFile
-from shared.errors import CorruptError, JobError, ShardError
+from shared.errors import MEND_SET, CorruptError, JobError, ShardError
 from shared.hold import is_held
 from shared.index import ShardIndex, open_index, parse_index
 from shared.manifest import (
@@ -177,9 +177,7 @@ class StoredSet:
         if content is None:
             raise ShardError(f"{self}/{name}: no such index; is the shard set complete?")
         if sha256 is not None and _sha256(content) != sha256:
-            raise CorruptError(
-                f"{self}/{name}: checksum differs from the manifest; rebuild by `make shards`"
-            )
+            raise CorruptError(f"{self}/{name}: checksum differs from the manifest; {MEND_SET}")
         return parse_index(np.frombuffer(content, np.uint8), origin=f"{self}/{name}")
 
     @contextmanager

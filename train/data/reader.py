@@ -14,7 +14,7 @@ import numpy as np
 
 from shared.codec import decode_pictures, decode_text, is_stored_as_in
 from shared.columns import ColumnFile, read_chunk
-from shared.errors import CorruptError, ShardError
+from shared.errors import MEND_SET, CorruptError, ShardError
 from shared.fields import Mel, Text
 from shared.hold import read_held
 from shared.index import ShardIndex, open_index
@@ -188,7 +188,7 @@ class ShardSource:
             if found.index.num_samples != entry.num_samples:
                 raise CorruptError(
                     f"{entry.index_file}: has {found.index.num_samples} rows, manifest says "
-                    f"{entry.num_samples}; rebuild by `make shards`"
+                    f"{entry.num_samples}; {MEND_SET}"
                 )
             self._open[shard] = found
             if len(self._open) > MAX_OPEN_SHARDS:
