@@ -19,8 +19,10 @@ from shared.storage import place_of, shown
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from preprocess.building.job import BuildSummary
     from preprocess.report.page import ReportPage
     from shared.manifest import Manifest
+    from shared.storage import Store
 
 _RECIPE_OPTION = click.option(
     "--recipe",
@@ -120,6 +122,12 @@ def validate(
 )
 @click.option("--scheduler", default=None, help="Address of a running Dask scheduler.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and why; make nothing.")
+@click.option(
+    "--verify", is_flag=True, help="First check every byte of the set; make again what is damaged."
+)
+@click.option(
+    "--compact", is_flag=True, help="Pack as a fresh build does; what lies in the set is copied."
+)
 def shards(
     *,
     recipe_path: Path | None,
@@ -128,6 +136,8 @@ def shards(
     workers: int | None,
     scheduler: str | None,
     dry_run: bool,
+    verify: bool,
+    compact: bool,
 ) -> None:
     """Build a shard set, or bring it up to date: only what changed is made again."""
     from preprocess.building.cluster import Cluster
@@ -137,18 +147,33 @@ def shards(
     recipe = _recipe(recipe_path)
     num_workers = (os.cpu_count() or 1) if workers is None else workers
     with Cluster(scheduler=scheduler, num_workers=num_workers, console=console) as cluster:
-        summary = build_shards(sessions, out, recipe=recipe, cluster=cluster, dry_run=dry_run)
-    where = place_of(out)
+        summary = build_shards(
+            sessions,
+            out,
+            recipe=recipe,
+            cluster=cluster,
+            dry_run=dry_run,
+            verify=verify,
+            compact=compact,
+        )
+    _tell_build(summary, place_of(out))
+
+
+def _tell_build(summary: BuildSummary, where: Path | Store) -> None:
+    """What a build made or would make, and what the set is now."""
+    from preprocess.building.reasons import PAST, reasons
+
     if summary.plan.upgrade is not None:
         click.echo(f"{where}: {summary.plan.upgrade}")
-    for line in summary.plan.reasons():
-        click.echo(f"{'would make' if dry_run else 'made'} {line}")
+    lines = reasons(summary.plan)
+    for verb, what in lines:
+        click.echo(f"{PAST[verb] if summary.manifest else f'would {verb}'} {what}")
     if summary.manifest is None:
-        if summary.plan.is_empty:
+        if summary.plan.is_empty and not lines:
             click.echo(f"{where} is up to date")
         return
     counts = summary.manifest.counts
-    state = "is up to date" if summary.plan.is_empty else "is ready"
+    state = "is up to date" if summary.plan.is_empty and not lines else "is ready"
     click.echo(
         f"{where} {state}: {counts['sessions']} sessions, {counts['windows_planned']} windows = "
         f"{counts['samples']} samples ({summary.manifest.num_samples('val')} held out) + "

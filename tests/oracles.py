@@ -181,11 +181,18 @@ def cluster_of(num_workers: int) -> Cluster:
 
 
 def build(
-    sessions: Path, out: Path, recipe: Recipe | None = None, *, num_workers: int = 0
+    sessions: Path,
+    out: Path,
+    recipe: Recipe | None = None,
+    *,
+    num_workers: int = 0,
+    **options: bool,
 ) -> BuildSummary:
     """build_shards in this process, or over a local Dask cluster."""
     with cluster_of(num_workers) as cluster:
-        return build_shards(sessions, out, recipe=recipe or tiny_recipe(), cluster=cluster)
+        return build_shards(
+            sessions, out, recipe=recipe or tiny_recipe(), cluster=cluster, **options
+        )
 
 
 def tar_members(path: Path) -> dict[str, bytes]:

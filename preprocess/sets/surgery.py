@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.building.build import BuildInput, copy_shard
 from preprocess.building.commit import commit, make_manifest, sweep
+from preprocess.building.packing import Slice
 from preprocess.building.places import LocalSet, open_set
-from preprocess.building.plan import ShardTask, Slice, setting_changes, versioned
+from preprocess.building.plan import ShardTask, setting_changes, versioned
 from preprocess.building.rejected import count_windows
-from shared.errors import ShardError
+from shared.errors import MEND_SET, ShardError
 from shared.index import ShardIndex, index_bytes, open_index
 from shared.layout import COLUMNS
 from shared.manifest import (
@@ -229,8 +230,7 @@ def _copy_task(
         rows=rows,
         kept={},
         kept_index_file=None,
-        copied=dict.fromkeys(COLUMNS, sessions),
-        old_index_file=entry.index_file,
+        copied=dict.fromkeys(COLUMNS, dict.fromkeys(sessions, (entry.index_file,))),
         generation=generation,
     )
 
@@ -314,9 +314,7 @@ def _read_rejected(root: Path) -> list[dict[str, Any]]:
         lines = (root / REJECTED_FILE).read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines if line]
     except (OSError, ValueError) as error:
-        raise ShardError(
-            f"{root / REJECTED_FILE}: can't be read: {error}; rebuild by `make shards`"
-        ) from error
+        raise ShardError(f"{root / REJECTED_FILE}: can't be read: {error}; {MEND_SET}") from error
 
 
 def _require_known(sessions: Iterable[SetSession], names: Collection[str], root: Path) -> None:
