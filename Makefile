@@ -23,8 +23,9 @@ $(VENV)/.installed: pyproject.toml
 
 setup: $(VENV)/.installed  ## make the virtual environment and install everything into it
 
-shards: setup  ## build SESSIONS into shards by RECIPE (only what changed)
-	$(PY) -m preprocess shards --recipe $(RECIPE) --sessions $(SESSIONS) --out $(OUT)
+shards: setup  ## build SESSIONS into shards by RECIPE (only what changed); VERIFY=1 mends, COMPACT=1 re-packs
+	$(PY) -m preprocess shards --recipe $(RECIPE) --sessions $(SESSIONS) --out $(OUT) \
+		$(if $(VERIFY),--verify) $(if $(COMPACT),--compact)
 
 demo: setup  ## make the demo sessions and their shard set
 	$(PY) -m preprocess demo-sessions data/demo

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from contextlib import AbstractContextManager
 
+    from preprocess.building.job import BuildSummary
     from preprocess.report.page import ReportPage
     from shared.manifest import Manifest
 
@@ -136,6 +137,12 @@ def validate(
 @click.option("--scheduler", default=None, help="Address of a running Dask scheduler.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and why; make nothing.")
 @_KEEP_OLD_OPTION
+@click.option(
+    "--verify", is_flag=True, help="First check every byte of the set; make again what is damaged."
+)
+@click.option(
+    "--compact", is_flag=True, help="Pack as a fresh build does; what lies in the set is copied."
+)
 def shards(
     *,
     recipe_path: Path | None,
@@ -145,6 +152,8 @@ def shards(
     scheduler: str | None,
     dry_run: bool,
     keep_old_h: float,
+    verify: bool,
+    compact: bool,
 ) -> None:
     """Build a shard set, or bring it up to date: only what changed is made again."""
     from preprocess.building.cluster import Cluster
@@ -161,18 +170,27 @@ def shards(
             cluster=cluster,
             dry_run=dry_run,
             keep_old_s=keep_old_h * 3600,
+            verify=verify,
+            compact=compact,
         )
-    where = place_of(out)
+    _tell_build(summary, place_of(out))
+
+
+def _tell_build(summary: BuildSummary, where: Path | Store) -> None:
+    """What a build made or would make, and what the set is now."""
+    from preprocess.building.reasons import PAST, reasons
+
     if summary.plan.upgrade is not None:
         click.echo(f"{where}: {summary.plan.upgrade}")
-    for line in summary.plan.reasons():
-        click.echo(f"{'would make' if dry_run else 'made'} {line}")
+    lines = reasons(summary.plan)
+    for verb, what in lines:
+        click.echo(f"{PAST[verb] if summary.manifest else f'would {verb}'} {what}")
     if summary.manifest is None:
-        if summary.plan.is_empty:
+        if summary.plan.is_empty and not lines:
             click.echo(f"{where} is up to date")
         return
     counts = summary.manifest.counts
-    state = "is up to date" if summary.plan.is_empty else "is ready"
+    state = "is up to date" if summary.plan.is_empty and not lines else "is ready"
     click.echo(
         f"{where} {state}: {counts['sessions']} sessions, {counts['windows_planned']} windows = "
         f"{counts['samples']} samples ({summary.manifest.num_samples('val')} held out) + "

@@ -15,6 +15,9 @@
 
 from __future__ import annotations
 
+MEND_SET = "mend the set by `python -m preprocess shards --verify`"
+"""What to do about a set whose bytes are not those that were written."""
+
 
 class CreatureError(Exception):
     """Base of all errors that are the input's fault and not the program's."""

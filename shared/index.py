@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.errors import CorruptError, FormatVersionError, ShardError
+from shared.errors import MEND_SET, CorruptError, FormatVersionError, ShardError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -175,9 +175,7 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
         FormatVersionError: written by a newer version.
     """
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise CorruptError(
-            f"{origin}: checksum differs from the manifest; rebuild by `make shards`"
-        )
+        raise CorruptError(f"{origin}: checksum differs from the manifest; {MEND_SET}")
     if len(content) < _PREFIX.size:
         raise CorruptError(f"{origin}: {len(content)} bytes are no index")
     magic, version, header_length = _PREFIX.unpack_from(content)
@@ -200,8 +198,7 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
             facts["columns"] = {n: {"rows": {}, **c} for n, c in facts["columns"].items()}
     except _DAMAGES as error:
         raise CorruptError(
-            f"{origin}: its header is damaged: {type(error).__name__}: {error}; "
-            "rebuild by `make shards`"
+            f"{origin}: its header is damaged: {type(error).__name__}: {error}; {MEND_SET}"
         ) from error
     return ShardIndex(facts=facts, arrays=arrays)
 
@@ -213,9 +210,7 @@ def require_complete(index: ShardIndex, *, origin: str) -> None:
         CorruptError: it lacks one.
     """
     if lacking := [name for name in MEMBER_TABLES if name not in index.facts["columns"]]:
-        raise CorruptError(
-            f"{origin}: lacks the column {', '.join(lacking)}; rebuild by `make shards`"
-        )
+        raise CorruptError(f"{origin}: lacks the column {', '.join(lacking)}; {MEND_SET}")
 
 
 def _array(body: NDArray[np.uint8], dtype: str, shape: list[int], offset: int) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.config import make_section
-from shared.errors import ConfigError, CorruptError, FormatVersionError, ShardError
+from shared.errors import MEND_SET, ConfigError, CorruptError, FormatVersionError, ShardError
 from shared.index import require_file_name
 from shared.recipe import SPLITS, Recipe, Split, json_of
 from shared.text import TextTokenizer, parse_tokenizer
@@ -101,9 +101,7 @@ class Manifest:
         except OSError as error:
             raise ShardError(f"{path}: can't be read: {error.strerror}") from error
         if hashlib.sha256(content).hexdigest() != self.tokenizer_sha256:
-            raise CorruptError(
-                f"{path}: checksum differs from the manifest; rebuild by `make shards`"
-            )
+            raise CorruptError(f"{path}: checksum differs from the manifest; {MEND_SET}")
         return parse_tokenizer(content.decode(), origin=str(path))
 
 
@@ -125,7 +123,7 @@ def read_manifest(root: Path | str) -> Manifest:
             f"{path}: no such shard set; make it by `python -m preprocess shards --out {root}`"
         ) from error
     except OSError as error:
-        raise CorruptError(f"{path}: is damaged: {error}; rebuild by `make shards`") from error
+        raise CorruptError(f"{path}: is damaged: {error}; {MEND_SET}") from error
     return parse_manifest(content, root=root, path=str(path))
 
 
@@ -144,25 +142,25 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
     try:
         values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path}: is damaged: {error}; rebuild by `make shards`") from error
+        raise CorruptError(f"{path}: is damaged: {error}; {MEND_SET}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
         raise CorruptError(f"{path}: is no manifest of a shard set")
     version = values.get("format_version")
     if type(version) is not int or version < 1:
-        raise CorruptError(f"{path}: format_version is {version!r}; rebuild by `make shards`")
+        raise CorruptError(f"{path}: format_version is {version!r}; {MEND_SET}")
     if version > FORMAT_VERSION:
         raise _newer(version, path)
     if "sha256" in values and not _vouches(content, values["sha256"]):  # early sets have none
         raise CorruptError(
-            f"{path}: differs from its own checksum: it is damaged, or was edited by hand; rebuild "
-            "by `make shards`"
+            f"{path}: differs from its own checksum: it is damaged, or was edited by hand; "
+            f"{MEND_SET}"
         )
     try:
         return _parse(values, root, path)
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"{path}: is damaged: {error!r}; rebuild by `make shards`") from error
+        raise CorruptError(f"{path}: is damaged: {error!r}; {MEND_SET}") from error
 
 
 def _vouches(content: bytes, sha256: object) -> bool:

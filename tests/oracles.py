@@ -187,6 +187,7 @@ def build(
     *,
     num_workers: int = 0,
     keep_old_s: float = 0.0,
+    **options: bool,
 ) -> BuildSummary:
     """build_shards in this process, or over a local Dask cluster."""
     with cluster_of(num_workers) as cluster:
@@ -196,6 +197,7 @@ def build(
             recipe=recipe or tiny_recipe(),
             cluster=cluster,
             keep_old_s=keep_old_s,
+            **options,
         )
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from preprocess.building import statistics
-from preprocess.building.plan import BuiltColumn, BuiltShard, ShardTask, Slice
+from preprocess.building.packing import Slice
+from preprocess.building.plan import BuiltColumn, BuiltShard, ShardTask
 from preprocess.building.recordings import Recording, require_unchanged
-from preprocess.building.stored import StoredFields, stored_statistics
+from preprocess.building.stored import OldColumns, StoredFields, stored_statistics
 from preprocess.building.write import ZARR_WRITERS, Draft, Fields, Row, write_tar
 from shared.clock import Window
 from shared.errors import CorruptError, ShardError
@@ -85,7 +86,7 @@ def _sources_of(task: ShardTask) -> dict[str, list[str]]:
             {
                 source
                 for name in task.due
-                if session not in task.copied.get(name, ())
+                if session not in task.copied.get(name, {})
                 for source in COLUMNS[name].sources
             }
         )
@@ -115,17 +116,18 @@ def _build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
 
 
 def copy_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
-    """Write a shard of rows of an old one, without any recording.
+    """Write a shard of rows of old ones, without any recording.
 
     Args:
         task: all of its columns are due, all of its sessions copied.
         given: needs no recordings, no scans and no tokenizer.
 
     Raises:
-        CorruptError: the old shard is damaged.
+        CorruptError: an old shard is damaged.
         JobError: the disk is full, or another job took over the set.
     """
-    old = (given.old or given.out).read_index(task.old_index_file or "")
+    source = given.old or given.out
+    old = [source.read_index(file) for file in task.old_index_files]
     with given.out.workplace() as work:
         rows = list(_old_rows(task, given.recipe, old))
         draft, presence = _write_columns(task, given, work, rows, {})
@@ -180,29 +182,39 @@ def _cut(index: ShardIndex, columns: Iterable[str]) -> ShardIndex:
     return ShardIndex(facts=facts, arrays=arrays)
 
 
-def describe_shard(entry: ShardEntry, out: SetPlace, sizes: Mapping[str, int]) -> BuiltShard:
-    """A finished shard as the next plan takes it, without the columns whose files are gone or cut.
+def describe_shard(
+    entry: ShardEntry, out: SetPlace, sizes: Mapping[str, int], damage: Mapping[str, str]
+) -> BuiltShard:
+    """A finished shard as the next plan takes it.
 
     Args:
         entry: its line in the manifest.
         out: the set.
         sizes: file name -> bytes, of all files of the set.
+        damage: file name -> what is wrong with it, of those of the right size.
 
     Raises:
         CorruptError: its index is damaged or not the one that the manifest means.
     """
     index = out.read_index(entry.index_file, sha256=entry.index_sha256)
+    if index.num_samples != entry.num_samples:
+        raise CorruptError(f"{out}/{entry.index_file}: is not of {entry.num_samples} samples")
     facts = index.facts
+    columns = _columns(index)
+    cut = {
+        name: "its file is gone or cut"
+        for name, column in columns.items()
+        if sizes.get(column.file) != column.length_bytes
+    }
+    damaged = {n: damage[c.file] for n, c in columns.items() if c.file in damage}
     return BuiltShard(
         name=entry.name,
         split=entry.split,
         slices=tuple(Slice(session, tuple(windows)) for session, windows in facts["slices"]),
         index_file=entry.index_file,
-        columns={
-            name: column
-            for name, column in _columns(index).items()
-            if sizes.get(column.file) == column.length_bytes
-        },
+        columns=columns,
+        faults={**damaged, **cut},
+        losses=frozenset((loss["session"], loss["stream"]) for loss in facts["losses"]),
         lacks_statistics=bool(statistics.lacking(facts["statistics"])),
     )
 
@@ -221,8 +233,7 @@ def _write_columns(
     presence = np.zeros(len(draft.rows), dtype=np.uint8)
     out, source = given.out, given.old or given.out
     kept = out.read_index(task.kept_index_file) if task.kept and task.kept_index_file else None
-    has_copies = any(task.copied.values())
-    old = source.read_index(task.old_index_file) if has_copies and task.old_index_file else None
+    old = {file: source.read_index(file) for file in task.old_index_files}
     for name, column in COLUMNS.items():
         mask = np.uint8(presence_bits(column.streams))
         if name in task.kept and kept is not None:
@@ -238,13 +249,17 @@ def _write_columns(
         path = work / file
         with ExitStack() as stack:
             readers: dict[str, Fields] = {**fresh}
-            copied = task.copied.get(name, ())
-            if copied and old is not None:
-                before = stack.enter_context(source.open_column(_columns(old)[name].file, work))
-                for session in copied:
-                    readers[session] = StoredFields(
-                        session, index=old, column=before, recipe=given.recipe
-                    )
+            columns = stack.enter_context(
+                OldColumns(lambda old_file: source.open_column(old_file, work))
+            )
+            for session, files in task.copied.get(name, {}).items():
+                readers[session] = StoredFields(
+                    session,
+                    indexes=[old[f] for f in files],
+                    column=name,
+                    columns=columns,
+                    recipe=given.recipe,
+                )
             if column.kind == "tar":
                 presence |= write_tar(draft, name, path, readers, given.recipe)
             else:
@@ -300,16 +315,19 @@ def _rows(task: ShardTask, given: BuildInput) -> Iterator[Row]:
             number += 1
 
 
-def _old_rows(task: ShardTask, recipe: Recipe, old: ShardIndex) -> Iterator[Row]:
-    """Rows of a task as an old index describes them."""
-    arrays, names = old.arrays, old.facts["sessions"]
+def _old_rows(task: ShardTask, recipe: Recipe, old: Sequence[ShardIndex]) -> Iterator[Row]:
+    """Rows of a task as old indexes describe them."""
     places = {
-        (names[int(arrays["session"][row])], int(arrays["window"][row])): row
-        for row in range(old.num_samples)
+        (
+            index.facts["sessions"][int(index.arrays["session"][row])],
+            int(index.arrays["window"][row]),
+        ): (index.arrays, row)
+        for index in old
+        for row in range(index.num_samples)
     }
     keys = [(piece.session, index) for piece in task.slices for index in piece.windows]
     for number, key in enumerate(keys):
-        row = places[key]
+        arrays, row = places[key]
         window = Window(key[1], float(arrays["start_s"][row]), recipe.window.duration_s)
         streams = streams_of_bits(int(arrays["present"][row]))
         yield Row(number, key[0], window, streams, arrays["coverage"][row].tolist())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.building.build import BuildInput, build_shard, describe_shard, salvage_shard
 from preprocess.building.commit import commit, make_manifest, sweep
+from preprocess.building.damage import find_damage
 from preprocess.building.places import KEEP_OLD_S, open_set
 from preprocess.building.plan import OldSet, Plan, ShardTask, plan_shards, versioned
 from preprocess.building.recordings import column_seconds, find_recordings
@@ -59,6 +60,8 @@ def build_shards(
     cluster: Cluster,
     dry_run: bool = False,
     keep_old_s: float = KEEP_OLD_S,
+    verify: bool = False,
+    compact: bool = False,
 ) -> BuildSummary:
     """Bring the shard set `out` up to date with the sessions and the recipe.
 
@@ -71,6 +74,8 @@ def build_shards(
         cluster: runs scans and shard tasks.
         dry_run: only plan.
         keep_old_s: see :func:`preprocess.building.places.open_set`.
+        verify: check every byte of the old set's columns, and make again what is damaged.
+        compact: pack the samples as a fresh build does.
 
     Raises:
         SessionError: no session there, one went away while it was read, or its name is no name.
@@ -89,10 +94,15 @@ def build_shards(
             scans,
             recipe,
             tokenizer_sha256=tokenizer.sha256,
-            old=None if old is None else _describe(old, place, sizes),
+            old=None if old is None else _describe(old, place, sizes, cluster, verify=verify),
+            compacts=compact,
         )
         if dry_run:
             return _summary(plan, None, scans, num_scanned, ())
+        if verify:
+            finished = [f for task in plan.tasks if (f := task.file_name("index")) in sizes]
+            damaged = find_damage(finished, place, sizes, cluster)
+            sizes = {name: size for name, size in sizes.items() if name not in damaged}
         entries, tasks = _salvage(plan, place, sizes)
         entries |= _run(tasks, recordings, scans, place, recipe, tokenizer, cluster)
         kept = {s.name: s for s in old.shards} if old is not None else {}
@@ -135,20 +145,30 @@ def _read_old(place: SetPlace) -> Manifest | None:
         raise
 
 
-def _describe(manifest: Manifest, place: SetPlace, sizes: Mapping[str, int]) -> OldSet:
-    """The old set for planning; shards whose index is damaged are left out and so built anew."""
-    shards = []
+def _describe(
+    manifest: Manifest,
+    place: SetPlace,
+    sizes: Mapping[str, int],
+    cluster: Cluster,
+    *,
+    verify: bool,
+) -> OldSet:
+    """The old set for planning; shards whose index is damaged are lost and so built anew."""
+    indexes = [entry.index_file for entry in manifest.shards] if verify else []
+    damage = find_damage(indexes, place, sizes, cluster)
+    shards, lost = [], []
     for entry in manifest.shards:
         try:
-            shards.append(describe_shard(entry, place, sizes))
+            shards.append(describe_shard(entry, place, sizes, damage))
         except FormatVersionError:
             raise
         except (ShardError, KeyError, TypeError):
-            continue
+            lost.append(entry)
     return OldSet(
         recipe=manifest.recipe,
         generation=manifest.generation,
         shards=tuple(shards),
+        lost=tuple(lost),
         format_version=manifest.format_version,
     )
 
@@ -237,7 +257,7 @@ def _run(
         for task, needs in work
         for column in task.due
         for name, recording in needs.recordings.items()
-        if name not in task.copied.get(column, ())
+        if name not in task.copied.get(column, {})
     )
     if num_idle := cluster.num_idle(len(work), work_s=seconds):
         cluster.say(

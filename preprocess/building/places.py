@@ -30,7 +30,7 @@ from preprocess.building.workplaces import (
     temporary_folder,
 )
 from shared.columns import ColumnFile
-from shared.errors import CorruptError, JobError, ShardError
+from shared.errors import MEND_SET, CorruptError, JobError, ShardError
 from shared.hold import is_held
 from shared.index import ShardIndex, open_index, parse_index
 from shared.manifest import (
@@ -217,9 +217,7 @@ class StoredSet:
         self._fetch(name, path)
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise CorruptError(
-                    f"{self}/{name}: checksum differs from its index; rebuild by `make shards`"
-                )
+                raise CorruptError(f"{self}/{name}: checksum differs from its index; {MEND_SET}")
 
     def _fetch(self, name: str, path: Path) -> None:
         try:

@@ -2,7 +2,9 @@
 
 Sessions keep the shards they are in. New sessions make new shards; a changed one is re-made in its
 place, a removed one leaves its shard. A column of a shard is due when its fingerprint differs; the
-others are not even opened. A changed window, split or packing recipe starts over.
+others are not even opened. A changed window, split or packing recipe starts over, and so does who
+asks for the packing of a fresh build; rows that lie in any old shard as they would be made now are
+copied.
 """
 
 from __future__ import annotations
@@ -10,26 +12,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from shared.layout import COLUMNS, Column, column_basis, presence_bits
-from shared.manifest import FORMAT_VERSION, fingerprint_of
-from shared.recipe import SPLITS, Recipe, Split, json_of, split_of
-from shared.session import AUDIO_FILE, METADATA_FILE
+from preprocess.building.packing import (
+    PACKING_SECTIONS,
+    Draft,
+    Slice,
+    compact,
+    inherit,
+    kept_windows,
+    pack,
+    recover,
+)
+from preprocess.building.rows import OldRows, is_up_to_date, row_facts, settings_of
+from shared.layout import COLUMNS, column_basis
+from shared.manifest import FORMAT_VERSION, ShardEntry, fingerprint_of
+from shared.recipe import SPLITS, Recipe, Split, json_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
+    from shared.layout import Column
     from shared.scan import SessionScan
-
-_BYTES_PER_PIXEL = {"h264": 0.1, "mjpeg": 0.35, "yuv420": 1.5, "raw": 3.0}
-"""Bytes of a stored picture per pixel, for packing only."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Some windows of a session that lie together in a shard."""
-
-    session: str
-    windows: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +57,22 @@ class BuiltShard:
     slices: tuple[Slice, ...]
     index_file: str
     columns: Mapping[str, BuiltColumn]
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """Column name -> what is wrong with its file."""
+    losses: frozenset[tuple[str, str]] = frozenset()
+    """(session, stream) of those that did not decode throughout."""
     lacks_statistics: bool = False
     """Its index is of a version of this program that made fewer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What is not as it was, by name of session."""
+
+    new: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changed: Mapping[str, str] = field(default_factory=dict)
+    """Session -> what of it, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,15 +91,25 @@ class ShardTask:
     kept: Mapping[str, BuiltColumn]
     kept_index_file: str | None
     """Describes the columns that are kept."""
-    copied: Mapping[str, tuple[str, ...]]
-    """Column name -> sessions whose rows are copied from the old column, encoded as they are."""
-    old_index_file: str | None
+    copied: Mapping[str, Mapping[str, tuple[str, ...]]]
+    """Column name -> session whose rows are copied, encoded as they are -> indexes of the shards in
+    which they lie."""
     generation: int
+    changes: Mapping[str, Changes] = field(default_factory=dict)
+    """Column name -> sessions that make it due, or came with what does."""
+    mended: frozenset[str] = frozenset()
+    """Columns that are due only because their files are damaged."""
 
     @property
     def num_samples(self) -> int:
         """Rows of the shard."""
         return sum(len(s.windows) for s in self.slices)
+
+    @property
+    def old_index_files(self) -> tuple[str, ...]:
+        """Indexes of all shards from which rows are copied."""
+        found = (f for of in self.copied.values() for files in of.values() for f in files)
+        return tuple(dict.fromkeys(found))
 
     def file_name(self, suffix: str) -> str:
         """Name of a file of this shard that never replaces one that a reader may have open."""
@@ -101,18 +127,22 @@ class Plan:
     """Names of old shards that go."""
     order: tuple[str, ...]
     """Names of all shards of the new set, in its order."""
+    dropped_changes: Changes = Changes()
+    """What became of the sessions of those."""
+    settings: tuple[str, ...] = ()
+    """``key old -> new`` of the recipe's keys, be anything made for them or not."""
     old_version: int = FORMAT_VERSION
     """Format of the old set; that of the new one is always the newest."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether the old set is up to date."""
+        """Whether the shards of the old set are up to date."""
         return not self.tasks and not self.dropped and self.old_version == FORMAT_VERSION
 
     @property
     def keeps_samples(self) -> bool:
         """Whether every sample stays as it is, in its place."""
-        return not self.dropped and not any(task.due for task in self.tasks)
+        return not self.dropped and all(set(task.due) <= task.mended for task in self.tasks)
 
     @property
     def upgrade(self) -> str | None:
@@ -122,23 +152,6 @@ class Plan:
         rest = ", columns stay" if self.keeps_samples else ""
         return f"format {self.old_version} -> {FORMAT_VERSION}: indexes are rewritten{rest}"
 
-    def reasons(self) -> list[str]:
-        """One line per column and reason: ``3 of 9 audio columns: mel.levels 16 -> 32``."""
-        total = len(self.order)
-        counts: dict[tuple[str, str], int] = {}
-        for task in self.tasks:
-            for column, reason in task.due.items():
-                counts[column, reason] = counts.get((column, reason), 0) + 1
-        lines = [f"{n} of {total} {column} columns: {why}" for (column, why), n in counts.items()]
-        num_bare = sum(not task.due for task in self.tasks)
-        if num_bare and self.upgrade is None:
-            lines.append(
-                f"{num_bare} of {total} indexes: they lack hashes or statistics of their sessions"
-            )
-        if self.dropped:
-            lines.append(f"{len(self.dropped)} shards go: their sessions are gone or moved")
-        return lines
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OldSet:
@@ -147,17 +160,9 @@ class OldSet:
     recipe: Recipe
     generation: int
     shards: tuple[BuiltShard, ...]
+    lost: tuple[ShardEntry, ...] = ()
+    """Shards whose index can't be read."""
     format_version: int = FORMAT_VERSION
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A shard while it is being planned."""
-
-    name: str
-    split: Split
-    slices: list[Slice] = field(default_factory=list)
-    old: BuiltShard | None = None
 
 
 def plan_shards(
@@ -166,6 +171,7 @@ def plan_shards(
     *,
     tokenizer_sha256: str,
     old: OldSet | None = None,
+    compacts: bool = False,
 ) -> Plan:
     """Plan a build.
 
@@ -174,30 +180,42 @@ def plan_shards(
         recipe: the recipe to build by.
         tokenizer_sha256: hash of the tokenizer that text will be encoded with.
         old: the set that is there, if any.
+        compacts: pack as a fresh build does, whatever lies where.
     """
-    kept = {name: _kept_windows(scan, recipe) for name, scan in sorted(scans.items())}
-    repacked = setting_changes(_packing(old.recipe), _packing(recipe)) if old is not None else []
-    drafts = _inherit(old.shards, kept) if old is not None and not repacked else []
-    why_new = "; ".join(repacked) or "new"
-    placed = {s.session for d in drafts for s in d.slices}
-    fresh = [name for name, windows in kept.items() if windows and name not in placed]
-    drafts += _pack(fresh, kept, recipe, drafts)
-    drafts = sorted((d for d in drafts if d.slices), key=lambda d: (SPLITS.index(d.split), d.name))
-    generation = 0 if old is None else old.generation + 1
+    kept = {name: kept_windows(scan, recipe) for name, scan in sorted(scans.items())}
+    settings = () if old is None else recipe_changes(old.recipe, recipe)
+    repacked = [s for s in settings if s.partition(".")[0] in PACKING_SECTIONS]
+    shards = () if old is None else _with_lost(old, kept, recipe)
+    drafts = _drafts(shards, kept, recipe, starts_over=bool(repacked), compacts=compacts)
+    past = OldRows(shards, scans, recipe, tokenizer_sha256=tokenizer_sha256)
+    context = _Context(
+        scans=scans,
+        recipe=recipe,
+        tokenizer_sha256=tokenizer_sha256,
+        kept=kept,
+        past=past,
+        settings=settings,
+        why_new="; ".join(repacked) or ("packed anew" if compacts and shards else "new"),
+        generation=0 if old is None else old.generation + 1,
+    )
     version = FORMAT_VERSION if old is None else old.format_version
     tasks, unchanged = [], []
     for draft in drafts:
-        task = _task(draft, scans, recipe, tokenizer_sha256, generation, why_new=why_new)
+        task = _task(draft, context)
         if draft.old is None or version < FORMAT_VERSION or _changes(task, draft.old):
             tasks.append(task)
         else:
             unchanged.append(draft.old)
     names = {d.name for d in drafts}
+    dropped = {s.name: s.slices for s in shards if s.name not in names}
+    dropped |= {e.name: () for e in (old.lost if old else ()) if e.name not in {*dropped, *names}}
     return Plan(
         tasks=tuple(tasks),
         unchanged=tuple(unchanged),
-        dropped=tuple(s.name for s in old.shards if s.name not in names) if old else (),
+        dropped=tuple(dropped),
+        dropped_changes=_became([p for slices in dropped.values() for p in slices], context),
         order=tuple(d.name for d in drafts),
+        settings=settings,
         old_version=version,
     )
 
@@ -208,22 +226,9 @@ def versioned(name: str, generation: int) -> str:
     return f"{stem}.g{generation}.{rest}"
 
 
-def _kept_windows(scan: SessionScan, recipe: Recipe) -> tuple[int, ...]:
-    """Windows of a session that become samples."""
-    if scan.session_rejection(recipe) is not None:
-        return ()
-    windows = scan.windows(recipe)
-    return tuple(w.index for w in windows if scan.rejection(w, recipe) is None)
-
-
-def _packing(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe that decide which sample lies in which shard, and their values."""
-    sections = json_of(recipe)
-    return {
-        f"{part}.{key}": value
-        for part in ("window", "split", "shard")
-        for key, value in sections[part].items()
-    }
+def recipe_changes(before: Recipe, after: Recipe) -> tuple[str, ...]:
+    """``section.key old -> new`` of each key of a recipe whose value is another one."""
+    return tuple(setting_changes(_flat(before), _flat(after)))
 
 
 def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -235,103 +240,105 @@ def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
     ]
 
 
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe with their sections, and their values."""
+    flat: dict[str, Any] = {}
+    for name, value in json_of(recipe).items():
+        is_section = isinstance(value, dict)
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if is_section else {name: value}
+    return flat
+
+
 def _short(value: Any) -> str:  # noqa: ANN401
     """A value in few letters; of a hash the first ones."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
     return str(value) if len(str(value)) < 64 else f"{str(value)[:12]}..."
 
 
-def _inherit(shards: Sequence[BuiltShard], kept: Mapping[str, tuple[int, ...]]) -> list[_Draft]:
-    """Old shards with the sessions that can stay where they are."""
-    homes: dict[str, list[Slice]] = {}
-    for shard in shards:
-        for piece in shard.slices:
-            homes.setdefault(piece.session, []).append(piece)
-    is_same = {
-        name: tuple(w for p in pieces for w in p.windows) == kept.get(name, ())
-        for name, pieces in homes.items()
-    }
-    drafts = []
-    for shard in shards:
-        draft = _Draft(shard.name, shard.split, old=shard)
-        for piece in shard.slices:
-            if is_same[piece.session]:
-                draft.slices.append(piece)
-            elif len(homes[piece.session]) == 1 and kept.get(piece.session):
-                draft.slices.append(Slice(piece.session, kept[piece.session]))
-        drafts.append(draft)
-    return drafts
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Context:
+    """What the plan of every shard goes by."""
+
+    scans: Mapping[str, SessionScan]
+    recipe: Recipe
+    tokenizer_sha256: str
+    kept: Mapping[str, tuple[int, ...]]
+    past: OldRows
+    settings: tuple[str, ...]
+    why_new: str
+    generation: int
 
 
-def _pack(
-    sessions: Sequence[str],
+def _with_lost(
+    old: OldSet, kept: Mapping[str, tuple[int, ...]], recipe: Recipe
+) -> tuple[BuiltShard, ...]:
+    """The old shards, in order, with those whose index can't be read as far as one can tell what
+    lay in them.
+    """
+    found = recover(old.lost, old.shards, kept, recipe)
+    lost = [
+        BuiltShard(
+            name=entry.name,
+            split=entry.split,
+            slices=found[entry.name],
+            index_file=entry.index_file,
+            columns={},
+            faults=dict.fromkeys(COLUMNS, "its index is gone or damaged"),
+        )
+        for entry in old.lost
+        if entry.name in found
+    ]
+    return tuple(sorted([*old.shards, *lost], key=lambda s: (SPLITS.index(s.split), s.name)))
+
+
+def _drafts(
+    shards: tuple[BuiltShard, ...],
     kept: Mapping[str, tuple[int, ...]],
     recipe: Recipe,
-    drafts: Sequence[_Draft],
-) -> list[_Draft]:
-    """Sessions in order of name into new shards of about the target size; long ones are divided."""
-    capacity = max(1, int(recipe.shard.target_bytes / sample_bytes(recipe)))
-    new: list[_Draft] = []
-    for split in SPLITS:
-        numbers = [int(d.name.rpartition("-")[2]) for d in drafts if d.split == split]
-        number = max(numbers, default=-1) + 1
-        room = 0
-        for session in sessions:
-            if split_of(session, recipe) != split:
-                continue
-            windows = kept[session]
-            while windows:
-                if room == 0:
-                    new.append(_Draft(f"{split}-{number:06d}", split))
-                    number, room = number + 1, capacity
-                part, windows = windows[:room], windows[room:]
-                new[-1].slices.append(Slice(session, part))
-                room -= len(part)
-    return new
-
-
-def sample_bytes(recipe: Recipe) -> float:
-    """About how many bytes a sample takes, both eyes and sound included."""
-    frames = recipe.count(recipe.vision.rate_hz)
-    picture = recipe.vision.size**2 * _BYTES_PER_PIXEL[recipe.vision.codec]
-    sound = 2 * recipe.count(recipe.audio.rate_hz)
-    mel = recipe.count(recipe.mel.rate_hz) * recipe.mel.channels
-    numbers = recipe.sensors.proprio_size + recipe.sensors.touch_size
-    sensors = 4 * recipe.count(recipe.sensors.rate_hz) * numbers
-    return 2 * frames * picture + sound + mel + sensors
-
-
-def _task(
-    draft: _Draft,
-    scans: Mapping[str, SessionScan],
-    recipe: Recipe,
-    tokenizer_sha256: str,
-    generation: int,
     *,
-    why_new: str,
-) -> ShardTask:
+    starts_over: bool,
+    compacts: bool,
+) -> list[Draft]:
+    """The shards that are to be, in order."""
+    if starts_over:
+        drafts = pack(list(kept), kept, recipe)
+    elif compacts:
+        drafts = compact(shards, kept, recipe)
+    else:
+        drafts = inherit(shards, kept)
+        placed = {piece.session for draft in drafts for piece in draft.slices}
+        fresh = [name for name, windows in kept.items() if windows and name not in placed]
+        drafts += pack(fresh, kept, recipe, drafts)
+    return sorted((d for d in drafts if d.slices), key=lambda d: (SPLITS.index(d.split), d.name))
+
+
+def _task(draft: Draft, context: _Context) -> ShardTask:
     """The task that brings a shard up to date."""
-    facts = {n: _row_facts(draft.slices, c, scans, recipe) for n, c in COLUMNS.items()}
+    scans, recipe, past = context.scans, context.recipe, context.past
+    facts = {n: row_facts(draft.slices, c, scans, recipe) for n, c in COLUMNS.items()}
     rows = {n: {s: fingerprint_of(f) for s, f in of.items()} for n, of in facts.items()}
-    bases = {
-        name: {
-            **column_basis(column, recipe, tokenizer_sha256=tokenizer_sha256),
-            "rows": fingerprint_of(list(rows[name].values())),
-        }
-        for name, column in COLUMNS.items()
-    }
     old = draft.old
     due: dict[str, str] = {}
+    bases: dict[str, dict[str, Any]] = {}
     kept: dict[str, BuiltColumn] = {}
-    copied: dict[str, tuple[str, ...]] = {}
-    for name, basis in bases.items():
+    copied: dict[str, dict[str, tuple[str, ...]]] = {}
+    mended = set()
+    for name, column in COLUMNS.items():
+        settings = column_basis(column, recipe, tokenizer_sha256=context.tokenizer_sha256)
+        basis = {**settings, "rows": fingerprint_of(list(rows[name].values()))}
+        bases[name] = basis
         built = old.columns.get(name) if old is not None else None
-        if built is not None and _is_up_to_date(built, basis, facts[name]):
-            fingerprint = fingerprint_of(basis)
-            kept[name] = replace(built, fingerprint=fingerprint, basis=basis, rows=rows[name])
-            continue
-        due[name] = _reason(built, basis) if old is not None else why_new
-        if built is not None and _settings(built.basis) == _settings(basis):
-            copied[name] = tuple(s for s, h in rows[name].items() if built.rows.get(s) == h)
+        fault = old.faults.get(name) if old is not None else None
+        if built is not None and is_up_to_date(built, basis, facts[name]):
+            if fault is None:
+                fingerprint = fingerprint_of(basis)
+                kept[name] = replace(built, fingerprint=fingerprint, basis=basis, rows=rows[name])
+                continue
+            mended.add(name)
+        due[name] = fault or (_reason(built, basis, context) if old else context.why_new)
+        found = {piece.session: past.find(piece, column, basis) for piece in draft.slices}
+        copied[name] = {session: files for session, files in found.items() if files}
     return ShardTask(
         name=draft.name,
         split=draft.split,
@@ -342,8 +349,30 @@ def _task(
         kept=kept,
         kept_index_file=old.index_file if old is not None else None,
         copied=copied,
-        old_index_file=old.index_file if old is not None else None,
-        generation=generation,
+        generation=context.generation,
+        changes={name: _became(_slices_of(draft), context, COLUMNS[name]) for name in due},
+        mended=frozenset(mended),
+    )
+
+
+def _slices_of(draft: Draft) -> list[Slice]:
+    """What lies or lay in a shard."""
+    return [*draft.slices, *(draft.old.slices if draft.old is not None else ())]
+
+
+def _became(slices: Iterable[Slice], context: _Context, column: Column | None = None) -> Changes:
+    """What became of sessions, or of what a column takes from them."""
+    names = dict.fromkeys(piece.session for piece in slices)
+    past = context.past
+    changes = {
+        name: past.change(name, context.kept[name], column)
+        for name in names
+        if name in past and name in context.scans
+    }
+    return Changes(
+        new=tuple(name for name in names if name not in past),
+        removed=tuple(name for name in names if name not in context.scans),
+        changed={name: what for name, what in changes.items() if what},
     )
 
 
@@ -353,46 +382,13 @@ def _changes(task: ShardTask, old: BuiltShard) -> bool:
     return is_changed or old.lacks_statistics
 
 
-def _is_up_to_date(
-    built: BuiltColumn, basis: Mapping[str, Any], facts: Mapping[str, list[Any]]
-) -> bool:
-    """Whether a column is what it would be if it were made now."""
-    if built.fingerprint == fingerprint_of(basis):
-        return True
-    # Format 1 hashed the facts of all sessions at once.
-    in_format_1 = {**basis, "rows": fingerprint_of(list(facts.values()))}
-    return not built.rows and built.fingerprint == fingerprint_of(in_format_1)
-
-
-def _row_facts(
-    slices: Sequence[Slice], column: Column, scans: Mapping[str, SessionScan], recipe: Recipe
-) -> dict[str, list[Any]]:
-    """Session -> its rows in a shard, and the sources and facts that a column takes from it."""
-    facts = {}
-    for piece in slices:
-        scan = scans[piece.session]
-        sources = {n: scan.sources[n].sha256 for n in column.sources if n in scan.sources}
-        offset_s = scan.clock_offset_s if METADATA_FILE in column.sources else 0.0
-        gain = scan.gain if AUDIO_FILE in column.sources else 1.0
-        # Text lies over the whole session, so that another stream's new length can move it.
-        windows = scan.windows(recipe)
-        bits = [
-            presence_bits(set(scan.present(windows[w], recipe)) & set(column.streams))
-            for w in piece.windows
-        ]
-        moved = {s: scan.moved[s] for s in column.streams if s in scan.moved}
-        facts[piece.session] = [piece.session, piece.windows, bits, sources, offset_s, gain]
-        facts[piece.session] += [moved] if moved else []  # others hash as they always did
-    return facts
-
-
-def _settings(basis: Mapping[str, Any]) -> dict[str, Any]:
-    """What a column depends on besides its rows."""
-    return {key: value for key, value in basis.items() if key != "rows"}
-
-
-def _reason(built: BuiltColumn | None, basis: Mapping[str, Any]) -> str:
+def _reason(built: BuiltColumn | None, basis: Mapping[str, Any], context: _Context) -> str:
     """Why a column is due, in words."""
     if built is None:
         return "its file is gone or cut"
-    return "; ".join(setting_changes(built.basis, _settings(basis))) or "its sessions changed"
+    changes = setting_changes(built.basis, settings_of(basis))
+    if any(change.startswith("tokenizer_sha256 ") for change in changes):
+        texts = [change for change in context.settings if change.startswith("text.")]
+        changes = [c for c in changes if not c.startswith("tokenizer_sha256 ")]
+        changes += texts or ["another tokenizer"]
+    return "; ".join(changes) or "its sessions changed"

@@ -1,9 +1,11 @@
-"""Fields of a session as they lie in an older shard, so that rows that did not change are copied
-and not decoded and encoded again; and statistics of columns that stay as they are.
+"""Fields of a session as they lie in older shards, so that rows that did not change are copied and
+not decoded and encoded again; and statistics of columns that stay as they are.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from shared.errors import CorruptError
 from shared.fields import Mel, Sensors, Text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -23,37 +25,83 @@ if TYPE_CHECKING:
     from shared.index import ShardIndex
     from shared.recipe import Recipe, Stream
 
+MAX_OPEN = 32
+"""Files that stay open. A new shard may take its rows from hundreds of small ones, one after the
+other."""
+
+
+class OldColumns(AbstractContextManager["OldColumns"]):
+    """The files of one column in older shards, opened when they are asked for; the last few stay
+    open.
+
+    Args:
+        open_file: opens one by its name.
+    """
+
+    def __init__(self, open_file: Callable[[str], AbstractContextManager[ColumnFile]]) -> None:
+        self._open_file = open_file
+        self._open: OrderedDict[str, tuple[ColumnFile, ExitStack]] = OrderedDict()
+
+    def __exit__(self, *exc: object) -> None:
+        while self._open:
+            self._close_oldest()
+
+    def open(self, name: str) -> ColumnFile:
+        """A file, good until others have been asked for."""
+        if name not in self._open:
+            if len(self._open) == MAX_OPEN:
+                self._close_oldest()
+            stack = ExitStack()
+            self._open[name] = stack.enter_context(self._open_file(name)), stack
+        self._open.move_to_end(name)
+        return self._open[name][0]
+
+    def _close_oldest(self) -> None:
+        _, (_, stack) = self._open.popitem(last=False)
+        stack.close()
+
 
 class StoredFields:
-    """Reads one column of a session's windows from a shard; the counterpart of
+    """Reads one column of a session's windows from the shards in which they lie; the counterpart of
     :class:`shared.fields.SessionFields`.
 
     Args:
         session: whose rows.
-        index: the shard's index.
-        column: the column's file.
+        indexes: those of the shards.
+        column: name of the column.
+        columns: the column's files.
         recipe: how the column was made.
 
     Raises (all methods):
-        CorruptError: the shard lacks a row, or its bytes differ from their checksum.
+        CorruptError: the shards lack a row, or its bytes differ from their checksum.
     """
 
     def __init__(
-        self, session: str, *, index: ShardIndex, column: ColumnFile, recipe: Recipe
+        self,
+        session: str,
+        *,
+        indexes: Iterable[ShardIndex],
+        column: str,
+        columns: OldColumns,
+        recipe: Recipe,
     ) -> None:
         self.session = session
         self.recipe = recipe
-        self._index = index
+        self._indexes = tuple(indexes)
         self._column = column
-        number = index.facts["sessions"].index(session)
-        rows = np.flatnonzero(index.arrays["session"] == number)
-        self._rows = {int(index.arrays["window"][row]): int(row) for row in rows}
+        self._columns = columns
+        self._rows: dict[int, tuple[ShardIndex, int]] = {}
+        for index in self._indexes:
+            number = index.facts["sessions"].index(session)
+            for row in np.flatnonzero(index.arrays["session"] == number):
+                self._rows[int(index.arrays["window"][row])] = index, int(row)
 
     def losses(self, stream: Stream) -> list[dict[str, Any]]:
-        """What of the session's stream did not decode when the shard was made."""
+        """What of the session's stream did not decode when the shards were made."""
         return [
             loss
-            for loss in self._index.facts["losses"]
+            for index in self._indexes
+            for loss in index.facts["losses"]
             if loss["session"] == self.session and loss["stream"] == stream
         ]
 
@@ -61,9 +109,9 @@ class StoredFields:
         self, stream: Stream, window: Window
     ) -> tuple[bytes | None, NDArray[np.float32]]:
         """Encoded pictures (None where none decoded), and each frame's time error [F]."""
-        row = self._row(window)
-        content = self._column.read(self._index.members(stream), row)
-        return content, self._index.arrays[f"{stream}.error_s"][row]
+        index, row = self._row(window)
+        content = self._open(index).read(index.members(stream), row)
+        return content, index.arrays[f"{stream}.error_s"][row]
 
     def read_audio(self, window: Window) -> NDArray[np.int16]:
         """See :meth:`shared.fields.SessionFields.read_audio`."""
@@ -98,16 +146,20 @@ class StoredFields:
         return read_chunk(self._member(array, window), dtype=dtype, shape=shape)
 
     def _member(self, name: str, window: Window) -> bytes:
-        content = self._column.read(self._index.members(name), self._row(window))
+        index, row = self._row(window)
+        column = self._open(index)
+        content = column.read(index.members(name), row)
         if content is None:
-            raise CorruptError(f"{self._column.path}: lacks {self.session}/{window.index:06d}")
+            raise CorruptError(f"{column.path}: lacks {self.session}/{window.index:06d}")
         return content
 
-    def _row(self, window: Window) -> int:
+    def _open(self, index: ShardIndex) -> ColumnFile:
+        return self._columns.open(index.facts["columns"][self._column]["file"])
+
+    def _row(self, window: Window) -> tuple[ShardIndex, int]:
+        """The shard in which a window lies, and its row there."""
         if window.index not in self._rows:
-            raise CorruptError(
-                f"{self._column.path}: its index lacks {self.session}/{window.index:06d}"
-            )
+            raise CorruptError(f"no old index has {self.session}/{window.index:06d}")
         return self._rows[window.index]
 
 

@@ -14,7 +14,7 @@ from preprocess.sets.files import SetFiles, open_files
 from preprocess.sets.spread import describe_spread
 from shared.codec import decode_pictures, decode_text, decode_wav
 from shared.columns import ColumnFile
-from shared.errors import CorruptError, CreatureError, ShardError
+from shared.errors import MEND_SET, CorruptError, CreatureError, ShardError
 from shared.index import MEMBER_TABLES, ShardIndex, open_index, require_complete
 from shared.layout import COLUMNS, member_limits, streams_of_bits
 from shared.manifest import (
@@ -157,7 +157,7 @@ def _verify_rows(
     if index.num_samples != entry.num_samples:
         yield (
             f"{entry.name}: its index has {index.num_samples} samples, the manifest says "
-            f"{entry.num_samples}; rebuild by `make shards`"
+            f"{entry.num_samples}; {MEND_SET}"
         )
     for key in map(index.key, range(index.num_samples)):
         if key in keys:
@@ -180,10 +180,10 @@ def _verify_shard(
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            problems.append(f"{path}: can't be read: {error.strerror}")
+            problems.append(f"{path}: can't be read: {error.strerror}; {MEND_SET}")
             continue
         if digest != column.get("sha256"):
-            problems.append(f"{path}: checksum differs from its index; rebuild by `make shards`")
+            problems.append(f"{path}: checksum differs from its index; {MEND_SET}")
         for table in MEMBER_TABLES[name]:
             for row in range(index.num_samples):
                 try:
@@ -213,7 +213,7 @@ def _verify_counts(files: SetFiles, num_samples: int) -> Iterator[str]:
         rejected = count_windows(lines)
         planned, counted = (counts[name] for name in ("windows_planned", "samples"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        yield f"{path} or the manifest's counts can't be read: {error!r}; rebuild by `make shards`"
+        yield f"{path} or the manifest's counts can't be read: {error!r}; {MEND_SET}"
         return
     if counted != num_samples:
         yield f"the manifest counts {counted} samples, {num_samples} are there"

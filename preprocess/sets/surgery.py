@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.building.build import BuildInput, copy_shard
 from preprocess.building.commit import commit, make_manifest, sweep
+from preprocess.building.packing import Slice
 from preprocess.building.places import KEEP_OLD_S, open_set, open_source
-from preprocess.building.plan import ShardTask, Slice, versioned
+from preprocess.building.plan import ShardTask, versioned
 from preprocess.building.rejected import count_windows
 from preprocess.sets.parts import Part, require_alike, require_apart, require_different
-from shared.errors import ShardError
+from shared.errors import MEND_SET, ShardError
 from shared.index import ShardIndex, index_bytes
 from shared.layout import COLUMNS
 from shared.manifest import (
@@ -248,8 +249,7 @@ def _copy_task(
         rows=rows,
         kept={},
         kept_index_file=None,
-        copied=dict.fromkeys(COLUMNS, sessions),
-        old_index_file=entry.index_file,
+        copied=dict.fromkeys(COLUMNS, dict.fromkeys(sessions, (entry.index_file,))),
         generation=generation,
     )
 
@@ -329,10 +329,10 @@ def _read_rejected(source: SetPlace) -> list[dict[str, Any]]:
     try:
         content = source.read(REJECTED_FILE)
         if content is None:
-            raise ShardError(f"{path}: is not there; rebuild by `make shards`")
+            raise ShardError(f"{path}: is not there; {MEND_SET}")
         return [json.loads(line) for line in content.decode().split("\n") if line]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ShardError(f"{path}: can't be read: {error}; rebuild by `make shards`") from error
+        raise ShardError(f"{path}: can't be read: {error}; {MEND_SET}") from error
 
 
 def _require_known(known: Collection[str], names: Collection[str], source: SetPlace) -> None:

@@ -205,7 +205,7 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
 
     from preprocess.building.cluster import Cluster
     from preprocess.building.job import build_shards
-    from preprocess.building.plan import sample_bytes
+    from preprocess.building.packing import sample_bytes
     from shared.recipe import Recipe
 
     recipe = Recipe.model_validate({"split": {"val_fraction": 0}})

@@ -17,7 +17,7 @@ import numpy as np
 from shared.clock import EPSILON_S
 from shared.codec import decode_pictures, decode_text, is_stored_as_in
 from shared.columns import ColumnFile, read_chunk
-from shared.errors import CorruptError, ShardError
+from shared.errors import MEND_SET, CorruptError, ShardError
 from shared.fields import Mel, Text
 from shared.index import ShardIndex, require_complete
 from shared.laps import Lap, no_lap
@@ -193,7 +193,7 @@ class ShardSource:
         if index.num_samples != entry.num_samples:
             raise CorruptError(
                 f"{origin}: has {index.num_samples} rows, manifest says {entry.num_samples}; "
-                "rebuild by `make shards`"
+                f"{MEND_SET}"
             )
         num_frames = self.recipe.count(self.recipe.vision.rate_hz)
         for eye in VISION_STREAMS:
@@ -201,7 +201,7 @@ class ShardSource:
             if found != num_frames:
                 raise CorruptError(
                     f"{origin}: has {found} frames of {eye} in a window, the recipe says "
-                    f"{num_frames}; rebuild by `make shards`"
+                    f"{num_frames}; {MEND_SET}"
                 )
 
     def _read_into(

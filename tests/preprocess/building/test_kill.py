@@ -61,13 +61,13 @@ def leftovers(out: Path) -> list[str]:
     return [p.name for p in out.iterdir() if p.name.startswith(".")]
 
 
-def run_job(sessions: Path, out: Path, recipe: Recipe) -> subprocess.Popen[str]:
+def run_job(sessions: Path, out: Path, recipe: Recipe, *options: str) -> subprocess.Popen[str]:
     """The command, in a process group of its own, without Dask."""
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(json_of(recipe)), encoding="utf-8")
     places = ["--sessions", str(sessions), "--out", str(out), "--recipe", str(path)]
     return subprocess.Popen(
-        [sys.executable, "-m", "preprocess", "shards", *places, "--workers", "0"],
+        [sys.executable, "-m", "preprocess", "shards", *places, "--workers", "0", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -116,6 +116,29 @@ def test_a_job_told_to_stop_says_so_and_leaves_nothing_temporary(recorded, tmp_p
     build(recorded, out, SMALL)
     build(recorded, undisturbed, SMALL)
     assert file_hashes(out) == file_hashes(undisturbed)
+
+
+def test_a_compaction_killed_while_it_writes_is_completed_to_the_same_bytes(
+    recorded, sessions, tmp_path
+):
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    shutil.move(sessions / "ann", tmp_path / "ann")
+    build(sessions, out, SMALL)
+    build(recorded, out, SMALL)
+    shutil.copytree(out, undisturbed)
+    build(recorded, undisturbed, SMALL, compact=True)
+    old = read_manifest(out)
+    job = run_job(recorded, out, SMALL, "--compact")
+    while job.poll() is None and not (out / "train-000000.g2.index").exists():
+        time.sleep(0.002)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    assert job.returncode == -signal.SIGKILL
+    assert read_manifest(out) == old
+    check_whole(out)
+    build(recorded, out, SMALL, compact=True)
+    assert file_hashes(out) == file_hashes(undisturbed)
+    assert leftovers(out) == []
 
 
 @pytest.mark.slow

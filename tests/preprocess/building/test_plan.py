@@ -5,100 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import HELD_OUT, SESSIONS, tiny_recipe
+from tiny_plans import RECIPE, SCANS, drawn, finish, keys, plan, scan, scans_of, with_source
 
-from preprocess.building.plan import BuiltColumn, BuiltShard, OldSet, Plan, ShardTask, plan_shards
+from preprocess.building.reasons import reasons
 from preprocess.building.rejected import count_windows, rejected_lines
 from shared.clock import Interval
 from shared.layout import COLUMNS
-from shared.manifest import fingerprint_of
-from shared.recipe import STREAMS, Recipe, Stream, split_of
-from shared.scan import SessionScan, SourceFile
+from shared.recipe import STREAMS, Stream, split_of
 
-RECIPE = tiny_recipe()
 SMALL = tiny_recipe(shard={"target_bytes": 2**18})
-SHA = "ab" * 32
-
-
-def scan(name: str, windows: int = 3, *, tail: float = 1.0, **changes: Any) -> SessionScan:
-    """A session of whole windows; the last has every stream to the share `tail`."""
-    shares = [1.0] * (windows - 1) + [tail]
-    values = {
-        "session": name,
-        "length_s": float(windows),
-        "clock_offset_s": 0.0,
-        "gain": 1.0,
-        "rms": 0.1,
-        "moved": {},
-        "intervals": {s: Interval(0.0, float(windows)) for s in STREAMS},
-        "absent": {},
-        "coverage": tuple((share,) * len(STREAMS) for share in shares),
-        "oddities": (),
-        "sources": {
-            file: SourceFile(length_bytes=9, sha256=f"{name} {file}")
-            for column in COLUMNS.values()
-            for file in column.sources
-        },
-    }
-    return SessionScan(**{**values, **changes})
-
-
-def scans_of(*scans: SessionScan) -> dict[str, SessionScan]:
-    return {s.session: s for s in scans}
-
-
-def with_source(old: SessionScan, file: str, sha256: str) -> SessionScan:
-    return replace(old, sources={**old.sources, file: SourceFile(length_bytes=9, sha256=sha256)})
-
-
-def finish(plan: Plan, recipe: Recipe, old: OldSet | None = None) -> OldSet:
-    """The set that is there after a plan was carried out."""
-    done = {s.name: s for s in plan.unchanged}
-    done |= {task.name: _built(task) for task in plan.tasks}
-    generation = 0 if old is None else old.generation + (0 if plan.is_empty else 1)
-    shards = tuple(done[name] for name in plan.order)
-    return OldSet(recipe=recipe, generation=generation, shards=shards)
-
-
-def _built(task: ShardTask) -> BuiltShard:
-    made = {
-        name: BuiltColumn(
-            file=task.file_name(f"{name}.{COLUMNS[name].suffix}"),
-            length_bytes=1,
-            sha256="",
-            fingerprint=fingerprint_of(task.bases[name]),
-            basis=task.bases[name],
-            rows=task.rows[name],
-        )
-        for name in task.due
-    }
-    return BuiltShard(
-        name=task.name,
-        split=task.split,
-        slices=task.slices,
-        index_file=task.file_name("index"),
-        columns={**task.kept, **made},
-    )
-
-
-def plan(scans: dict[str, SessionScan], recipe: Recipe = RECIPE, **given_: Any) -> Plan:
-    return plan_shards(scans, recipe, **{"tokenizer_sha256": SHA, **given_})
-
 
 TRAIN_NAMES = [n for n in "abcdefghij" if split_of(n, RECIPE) == "train"][:4]
 FOUR = scans_of(*(scan(n) for n in TRAIN_NAMES))
 OLD = finish(plan(FOUR), RECIPE)
 MANY = scans_of(*(scan(n, 5) for n in "abcdefghij"))
 MANY_OLD = finish(plan(MANY, SMALL), SMALL)
-
-
-def keys(shards: Any) -> list[tuple[str, int]]:
-    return [(p.session, w) for shard in shards for p in shard.slices for w in p.windows]
 
 
 def test_the_same_input_gives_the_same_plan():
@@ -127,7 +53,7 @@ def test_when_nothing_changed_nothing_is_planned():
     again = plan(MANY, SMALL, old=MANY_OLD)
     assert again.is_empty
     assert again.unchanged == MANY_OLD.shards
-    assert again.reasons() == []
+    assert reasons(again) == []
 
 
 @pytest.mark.parametrize(
@@ -144,16 +70,21 @@ def test_when_nothing_changed_nothing_is_planned():
 def test_one_recipe_key_makes_only_its_columns_due(section, columns, reason):
     changed = plan(FOUR, tiny_recipe(**section), old=OLD)
     assert [set(t.due) for t in changed.tasks] == ([columns] if columns else [])
-    assert changed.reasons() == [f"1 of 1 {c} columns: {reason}" for c in COLUMNS if c in columns]
+    assert {why for t in changed.tasks for why in t.due.values()} == (
+        {reason} if columns else set()
+    )
     for task in changed.tasks:
         assert set(task.kept) == set(COLUMNS) - columns
         assert task.file_name("audio.tar") == "train-000000.g1.audio.tar"
 
 
-def test_another_tokenizer_makes_only_text_due():
-    changed = plan(FOUR, old=OLD, tokenizer_sha256="cd" * 32)
-    reason = "1 of 1 text columns: tokenizer_sha256 abababababab... -> cdcdcdcdcdcd..."
-    assert changed.reasons() == [reason]
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [({}, "another tokenizer"), ({"vocab_size": 400}, "text.vocab_size 300 -> 400")],
+)
+def test_another_tokenizer_makes_only_text_due(text, reason):
+    changed = plan(FOUR, tiny_recipe(text=text), old=OLD, tokenizer_sha256="cd" * 32)
+    assert [t.due for t in changed.tasks] == [{"text": reason}]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +149,6 @@ def test_a_shard_whose_sessions_are_all_gone_is_dropped():
     less = plan({}, old=OLD)
     assert (less.dropped, less.tasks, less.order) == (("train-000000",), (), ())
     assert not less.is_empty
-    assert less.reasons() == ["1 shards go: their sessions are gone or moved"]
 
 
 def test_a_changed_session_is_made_again_in_its_place():
@@ -251,12 +181,14 @@ def test_another_packing_starts_over_and_says_why(section, reason):
     assert all(".g1." in t.file_name("index") for t in over.tasks)  # readers keep the old ones
 
 
-def test_a_column_whose_file_is_gone_is_due():
-    shard = OLD.shards[0]
-    columns = {n: c for n, c in shard.columns.items() if n != "audio"}
-    damaged = replace(OLD, shards=(replace(shard, columns=columns),))
+def test_a_damaged_column_is_due_and_the_samples_stay():
+    damaged = replace(OLD, shards=(replace(OLD.shards[0], faults={"audio": "it is cut"}),))
     again = plan(FOUR, old=damaged)
-    assert [t.due for t in again.tasks] == [{"audio": "its file is gone or cut"}]
+    assert [t.due for t in again.tasks] == [{"audio": "it is cut"}]
+    assert not any(t.copied["audio"] for t in again.tasks)
+    assert again.keeps_samples
+    louder = plan(FOUR, tiny_recipe(audio={"loudness_dbfs": -30.0}), old=damaged)
+    assert not louder.keeps_samples
 
 
 def test_long_sessions_are_divided_over_shards():
@@ -279,34 +211,6 @@ def test_required_streams_decide_which_windows_become_samples():
     kept = [k for k in keys(found.tasks) if k[1] == 2]
     assert kept == [("b", 2)]
     assert "d" not in {name for name, _ in keys(found.tasks)}
-
-
-NAMES = st.text("abcdefgh", min_size=1, max_size=4)
-SCANS = st.dictionaries(
-    NAMES,
-    st.tuples(
-        st.integers(1, 6),
-        st.sampled_from([0.0, 0.3, 1.0]),
-        st.sets(st.sampled_from(STREAMS), min_size=0),
-    ),
-    max_size=6,
-)
-
-
-def drawn(values: dict[str, tuple[int, float, set[Stream]]]) -> dict[str, SessionScan]:
-    scans = {}
-    for name, (windows, tail, absent) in values.items():
-        whole = scan(name, windows, tail=tail)
-        scans[name] = replace(
-            whole,
-            intervals={s: i for s, i in whole.intervals.items() if s not in absent},
-            absent=dict.fromkeys(sorted(absent), "it was not recorded"),
-            coverage=tuple(
-                tuple(0.0 if s in absent else v for s, v in zip(STREAMS, row, strict=True))
-                for row in whole.coverage
-            ),
-        )
-    return scans
 
 
 @given(values=SCANS, required=st.sets(st.sampled_from(STREAMS), max_size=2))

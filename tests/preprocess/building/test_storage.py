@@ -136,6 +136,32 @@ def test_a_changed_file_behind_a_url_is_seen(memory, recorded, tmp_path):
     assert {c for t in summary.plan.tasks for c in t.due} == {"audio", "dmel"}
 
 
+def test_a_set_behind_a_url_is_mended_and_packed_as_a_local_one(memory, recorded, tmp_path):
+    ann = Path(shutil.copytree(recorded / "ann", tmp_path / "ann"))
+    shutil.copytree(recorded, tmp_path / "sessions", ignore=shutil.ignore_patterns("ann"))
+    memory.rm("/here/sessions/ann", recursive=True)
+    for place, sessions in (
+        ("memory://here/set", "memory://here/sessions"),
+        (tmp_path / "set", tmp_path / "sessions"),
+    ):
+        build(sessions, place, SMALL)
+    upload(ann, memory, "/here/sessions/ann")
+    shutil.copytree(ann, tmp_path / "sessions" / "ann")
+    content = bytearray(memory.cat_file("/here/set/train-000000.audio.tar"))
+    content[700] ^= 1
+    memory.pipe_file("/here/set/train-000000.audio.tar", bytes(content))
+    for options in ({"verify": True}, {"compact": True}):
+        summary = build("memory://here/sessions", "memory://here/set", SMALL, **options)
+        build(tmp_path / "sessions", tmp_path / "set", SMALL, compact="compact" in options)
+        if "verify" in options:
+            assert {t.name: set(t.due) for t in summary.plan.tasks}["train-000000"] == {"audio"}
+    assert {n: h for n, h in stored_hashes(memory, "/here/set").items() if "zip" in n} == {
+        n: h for n, h in file_hashes(tmp_path / "set").items() if "zip" in n
+    }
+    memory.get("/here/set", str(tmp_path / "copy"), recursive=True)
+    check_whole(tmp_path / "copy")
+
+
 def test_one_session_behind_a_url_is_a_set_of_one_session(memory):
     assert list(find_recordings("memory://here/sessions/ann/")) == ["ann"]
     summary = build("memory://here/sessions/ann", "memory://here/one", SMALL)

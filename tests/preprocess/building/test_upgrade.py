@@ -33,6 +33,7 @@ from tiny_sets import make_config
 from preprocess.__main__ import cli
 from preprocess.building import build as build_module
 from preprocess.building import job as job_module
+from preprocess.building.reasons import reasons
 from preprocess.sets.inspect import describe_sample, describe_set, verify_set
 from preprocess.sets.surgery import list_sessions
 from shared.manifest import read_manifest
@@ -104,6 +105,19 @@ def opened(monkeypatch) -> Iterator[list[str]]:
     paths: list[str] = []
     monkeypatch.setattr(sys.modules[__name__], "_watched", paths)
     return paths
+
+
+# --- re-packed ------------------------------------------------------------------------------
+
+
+def test_rows_of_a_set_of_format_1_are_copied_into_other_shards(out):
+    shard = RECIPE.shard.model_copy(update={"target_bytes": 2**18})
+    summary = build(SESSIONS, out, RECIPE.model_copy(update={"shard": shard}))
+    assert summary.plan.tasks
+    for task in summary.plan.tasks:
+        for column in task.due.keys() - BUMPED:
+            assert task.copied[column].keys() == {piece.session for piece in task.slices}
+    assert verify_set(out).problems == ()
 
 
 # --- read as it is ---------------------------------------------------------------------------
@@ -205,7 +219,7 @@ def test_an_upgraded_set_is_byte_equal_to_one_made_today_but_for_generations(upg
 def test_an_upgraded_set_needs_nothing_more(upgraded):
     before = file_identities(upgraded)
     summary = build(SESSIONS, upgraded, RECIPE)
-    assert (summary.plan.is_empty, summary.plan.upgrade, summary.plan.reasons()) == (True, None, [])
+    assert (summary.plan.is_empty, summary.plan.upgrade, reasons(summary.plan)) == (True, None, [])
     assert file_identities(upgraded) == before
 
 

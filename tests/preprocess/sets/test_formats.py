@@ -17,6 +17,7 @@ from oracles import (
     set_contents,
 )
 
+from preprocess.building.reasons import reasons
 from preprocess.sets.inspect import describe_set, verify_set
 from preprocess.sets.surgery import drop_sessions, list_sessions, merge_sets, split_sessions
 from shared.errors import FormatVersionError
@@ -57,8 +58,8 @@ def test_after_a_session_with_a_shard_of_its_own_went_every_column_stays(out, tm
     before = file_identities(out)
     summary = build(sessions_without(tmp_path / "rest", "eve"), out, RECIPE)
     if not BUMPED:
-        assert summary.plan.reasons() == [
-            "2 of 2 indexes: they lack hashes or statistics of their sessions"
+        assert reasons(summary.plan) == [
+            ("rewrite", "2 of 2 indexes: they lack hashes or statistics of their sessions")
         ]
     for name in columns_of(out):
         assert file_identities(out)[name] == before[name]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from preprocess.__main__ import cli
 from preprocess.sets.inspect import describe_sample, describe_set, verify_set
-from shared.errors import ShardError
+from shared.errors import MEND_SET, ShardError
 from shared.index import ShardIndex, index_bytes, open_index
 from shared.manifest import read_manifest
 
@@ -106,7 +106,7 @@ def test_a_flipped_byte_between_members_is_found(a_copy, column):
     name = shard_with_both_eyes(a_copy)
     path = a_copy / f"{name}.{column}"
     tiny_sets.flip_byte(path, path.stat().st_size - 3)
-    assert [f"{path}: checksum differs from its index; rebuild by `make shards`"] == list(
+    assert [f"{path}: checksum differs from its index; {MEND_SET}"] == list(
         verify_set(a_copy).problems
     )
 
@@ -115,7 +115,9 @@ def test_a_flipped_byte_between_members_is_found(a_copy, column):
 def test_a_missing_column_is_found_once(a_copy, column):
     path = a_copy / f"{shard_with_both_eyes(a_copy)}.{column}"
     path.unlink()
-    assert verify_set(a_copy).problems == (f"{path}: can't be read: No such file or directory",)
+    assert verify_set(a_copy).problems == (
+        f"{path}: can't be read: No such file or directory; {MEND_SET}",
+    )
 
 
 def test_a_column_cut_short_is_found(a_copy):
@@ -172,7 +174,7 @@ def test_a_list_of_the_rejected_that_can_not_be_read_is_found(a_copy, content):
         path.write_text(content)
     (problem,) = verify_set(a_copy).problems
     assert str(path) in problem
-    assert "make shards" in problem
+    assert MEND_SET in problem
 
 
 def test_a_rejected_window_that_nobody_planned_is_found(a_copy):
