@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.errors import ConfigError, SessionError
-from train.checkpoint import find_latest_checkpoint, load_checkpoint
+from train.checkpoint import load_checkpoint
 from train.data.dataset import SessionSource
 from train.data.inputs import to_model_inputs
 from train.data.loader import Loader, open_source
 from train.loop.feed import initial_position
+from train.loop.keeping import find_latest_checkpoint
 from train.loop.trainer import Trainer
 from train.machine import distributed
 from train.machine.runtime import choose_device

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import CheckpointError, ConfigError
-from train import checkpoint
 from train.config import TrainConfig, as_train_config
 from train.creature import reading_of
 from train.data.bad_samples import BadSampleLimit
@@ -23,6 +22,7 @@ from train.data.inputs import to_model_inputs
 from train.loop.feed import BatchFeed, one_epoch
 from train.loop.gradients import gradient_norms
 from train.loop.health import QUIET_STEPS
+from train.loop.keeping import Keeper
 from train.loop.metrics import RunLog, StepMeter, default_run_name
 from train.loop.optimizing import (
     clip_gradient,
@@ -111,6 +111,7 @@ class Trainer:
             extra={**reading_of(loader), **(checkpoint_extra or {})},
             run_name=run_name,
         )
+        self._keeper = Keeper(self._state, training.checkpointing)
         self._loader, self._val_loader = loader, val_loader
         self._console = console
         self._limit = BadSampleLimit(max_fraction=self.config.data.max_bad_fraction)
@@ -136,8 +137,7 @@ class Trainer:
         """
         training, state = self.config.training, self._state
         optimizer, scaler = state.optimizer, state.scaler
-        folder = training.checkpointing.save_dir
-        distributed.on_main(lambda: checkpoint.prepare_folder(folder))
+        self._keeper.prepare()
         with self._stop_signals() as stop, self._open_log() as log, explained_failures():
             feed = self._restore(log)
             while state.step < training.max_steps and not distributed.any_of(stop.requested):
@@ -157,7 +157,7 @@ class Trainer:
                 if self._is_due(training.eval_interval):
                     self._evaluate(log)
                 if state.step % training.save_interval == 0:
-                    self._save_step(log)
+                    self._save_step(log, feed)
             return self._finish(log, feed)
 
     def evaluate(self) -> dict[str, float]:
@@ -358,31 +358,25 @@ class Trainer:
             log.write_validation(self.step, progress.last_val)
             log.write_window(self.step, progress.window, self._state.extra)
 
-    def _save_step(self, log: RunLog) -> None:
+    def _save_step(self, log: RunLog, feed: BatchFeed) -> None:
         """Save a step's checkpoint; where that fails, training goes on and the older ones stay."""
-        keeping = self.config.training.checkpointing
-        path = keeping.save_dir / checkpoint.step_name(self.step)
         with self._progress.meter.pause():
             try:
-                self._progress.checkpoint = self.save_checkpoint(path)
+                self._keeper.save_step(feed.state())
             except CheckpointError as error:
-                log.say(f"  warning: {error}; older checkpoints stay", style="red")
-            else:
-                if distributed.is_main():
-                    checkpoint.prune_checkpoints(keeping.save_dir, keep_last_n=keeping.keep_last_n)
+                log.say(f"  warning: {error}; the last whole one stays", style="red")
 
     def _finish(self, log: RunLog, feed: BatchFeed) -> TrainSummary:
         """Log and save what is not yet, and say what happened."""
-        progress, training = self._progress, self.config.training
-        is_complete = self.step >= training.max_steps
+        progress = self._progress
+        is_complete = self.step >= self.config.training.max_steps
         if progress.meter.has_steps:
             self._log(log, feed)
         if is_complete:
             feed.close()
-            final = training.checkpointing.save_dir / checkpoint.FINAL_NAME
-            progress.checkpoint = self.save_checkpoint(final)
-        else:
-            self._save_step(log)
+        self._keeper.save_last(feed.state(), is_complete=is_complete)
+        progress.checkpoint = self._keeper.newest
+        if not is_complete:
             log.say(
                 f"stopped at step {self.step}; go on with the same command and `--resume auto`, "
                 f"or with trainer.load_checkpoint({str(progress.checkpoint)!r})"
