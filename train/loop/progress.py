@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from train.loop.metrics import StepMeter
+    from train.loop.meter import StepMeter
     from train.loop.showing import ShownWindow
 
 

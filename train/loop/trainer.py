@@ -23,7 +23,8 @@ from train.loop.feed import BatchFeed, one_epoch
 from train.loop.gradients import gradient_norms
 from train.loop.health import QUIET_STEPS
 from train.loop.keeping import Keeper
-from train.loop.metrics import RunLog, StepMeter, default_run_name
+from train.loop.meter import StepMeter
+from train.loop.metrics import RunLog, default_run_name
 from train.loop.optimizing import (
     clip_gradient,
     learning_rate,
@@ -37,7 +38,6 @@ from train.loop.spikes import SpikeWatch
 from train.loop.state import TrainState, schedule_of, shapes_of
 from train.machine import distributed, runtime
 from train.machine.parallel import averaging_gradients, parallelize
-from train.machine.runtime import StopSignals, explained_failures
 from train.model.losses import compute_losses, loss_counts, loss_sums, mean_losses
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class Trainer:
         run_name: folder below ``training.log_dir``; None: the resumed run's, or the time and the
             host.
         console: where lines go; None: the terminal.
-        checkpoint_extra: more plain values for the checkpoints, beside the loader's recipe and
-            tokenizer, which make them usable without the data.
+        checkpoint_extra: more plain values for checkpoints, beside recipe and tokenizer.
 
     Raises:
         ConfigError: a wrong key or value, a device that is not here, or a loader that does not
@@ -138,7 +137,9 @@ class Trainer:
         training, state = self.config.training, self._state
         optimizer, scaler = state.optimizer, state.scaler
         self._keeper.prepare()
-        with self._stop_signals() as stop, self._open_log() as log, explained_failures():
+        # torchrun may repeat a signal, and ends by itself whoever takes too long.
+        stop = runtime.StopSignals(is_patient=distributed.world_size() > 1)
+        with stop, self._open_log() as log, runtime.explained_failures():
             feed = self._restore(log)
             while state.step < training.max_steps and not distributed.any_of(stop.requested):
                 set_learning_rate(optimizer, learning_rate(state.step, training))
@@ -225,10 +226,6 @@ class Trainer:
             console=self._console,
             is_silent=not distributed.is_main(),
         )
-
-    def _stop_signals(self) -> StopSignals:
-        """Torchrun may repeat a scheduler's signal, and ends by itself whoever takes too long."""
-        return StopSignals(is_patient=distributed.world_size() > 1)
 
     def _restore(self, log: RunLog) -> BatchFeed:
         """Bring random states and the stream to where the checkpoint was, or to the beginning."""
@@ -318,8 +315,14 @@ class Trainer:
     ) -> None:
         """Add a step to the meter; on the CPU, where looking is free, stop a diverged run."""
         meter = self._progress.meter
-        num_samples = counts["num_samples"]
-        meter.add(losses, grad_norm=grad_norm, is_good=is_good, num_samples=num_samples)
+        overflow = self._state.spikes.is_loss_good & ~torch.isfinite(grad_norm)
+        meter.add(
+            losses,
+            grad_norm=grad_norm,
+            is_good=is_good,
+            num_samples=counts["num_samples"],
+            is_overflow=overflow if self._state.scaler.is_enabled() else None,
+        )
         if self.device.type == "cpu":
             meter.check_divergence(self.step)
 
