@@ -42,7 +42,7 @@ def test_the_size_that_is_named_last_counts_and_what_does_not_is_said(
 ):
     found, said = size_of(tmp_path, model, *(f"model.{override}" for override in overrides))
     assert found == expected
-    assert [line.split("model.")[1].split(":")[0] for line in said] == keys
+    assert [line.split("model.")[1].split()[0] for line in said] == keys
 
 
 def test_a_size_that_says_nothing_is_refused(tmp_path):
