@@ -23,7 +23,8 @@ from rich.console import Console
 
 from train.config import TrainConfig
 from train.data.loader import Loader, open_source
-from train.loop.metrics import RunLog, StepMeter
+from train.loop.meter import StepMeter
+from train.loop.metrics import RunLog
 from train.loop.trainer import Trainer
 from train.machine import distributed
 from train.machine.launch import free_port, rank_environment

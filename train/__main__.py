@@ -9,8 +9,7 @@ from pathlib import Path
 import click
 
 from shared.cli import CreatureGroup
-from shared.config import load_section
-from train.config import TrainConfig
+from train.config import load_train_config
 
 
 @click.group(cls=CreatureGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,7 +45,7 @@ def run(*, config_path: Path, resume: str | None, check: bool, overrides: tuple[
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from train.run import check_config, run_training
 
-    config = load_section(TrainConfig, config_path, overrides)
+    config = load_train_config(config_path, overrides, say=_warn)
     if check:
         check_config(config, origin=config_path)
     else:
@@ -80,7 +79,7 @@ def selftest(
     from train.run import require_paths
     from train.studies.selftest import run_selftest
 
-    config = load_section(TrainConfig, config_path, overrides)
+    config = load_train_config(config_path, overrides, say=_warn)
     require_paths(config, origin=config_path)
     if not run_selftest(config, num_kills=kills, num_steps=steps, seed=seed, say=click.echo):
         ctx.exit(1)
@@ -158,25 +157,27 @@ def ablate(*, checkpoint: Path, config_path: Path | None, device: str) -> None:
     """  # noqa: D301
     from train.studies.ablation import run_ablation
 
-    data = None if config_path is None else load_section(TrainConfig, config_path).data
+    data = None if config_path is None else load_train_config(config_path).data
     run_ablation(checkpoint, data=data, device=device)
 
 
 @cli.command()
 @click.option("--config", "config_path", type=click.Path(path_type=Path), required=True)
+@click.option("--sizes", is_flag=True, help="A line for each model.size, instead.")
 @click.argument("overrides", nargs=-1)
-def estimate(*, config_path: Path, overrides: tuple[str, ...]) -> None:
+def estimate(*, config_path: Path, sizes: bool, overrides: tuple[str, ...]) -> None:
     """Estimate parameters, memory, FLOPs and the largest batches, without data or a GPU.
 
     OVERRIDES are key=value pairs laid over the file.
 
     \b
     python -m train estimate --config configs/training_config.yaml model.size=large
+    python -m train estimate --config configs/training_config.yaml --sizes
     """  # noqa: D301
-    from train.studies.estimate import print_estimate
+    from train.studies.estimate import print_estimate, print_sizes
 
-    config = load_section(TrainConfig, config_path, overrides)
-    print_estimate(config, origin=config_path)
+    config = load_train_config(config_path, overrides, say=_warn)
+    (print_sizes if sizes else print_estimate)(config, origin=config_path)
 
 
 @cli.command()
@@ -203,8 +204,12 @@ def profile(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # that it begins and ends
     from train.profiling.command import run_profile
 
-    config = load_section(TrainConfig, config_path, overrides)
+    config = load_train_config(config_path, overrides, say=_warn)
     run_profile(config, origin=config_path, out=out, num_steps=steps, try_compile=try_compile)
+
+
+def _warn(message: str) -> None:
+    click.echo(message, err=True)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ and moments are whole, however many ranks held shares of them.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle  # noqa: TID251  only for the name of the error that torch's safe loader raises
 import re
-import tempfile
-import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +27,7 @@ from shared.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import BinaryIO
 
 FORMAT_VERSION: Final = 1
 """Raised when a key changes its meaning; a newer file is refused."""
@@ -40,8 +40,16 @@ REQUIRED_KEYS: Final = frozenset(
 )
 """Keys without which a file is no checkpoint of ours."""
 
-ORPHAN_AGE_S: Final = 3600.0
-"""A partial file untouched for so long belongs to a killed run."""
+_KINDS: Final[Mapping[str, tuple[type, ...]]] = {
+    "format_version": (int,),
+    "step": (int,),
+    "saved_at": (int, float),
+    "model": (dict,),
+    "config": (dict,),
+    "shapes": (dict,),
+    "extra": (dict,),
+}
+"""What the values are that every reader looks at."""
 
 _STEP_NAME = re.compile(r"model_step_(\d+)\.pt")
 
@@ -49,23 +57,6 @@ _STEP_NAME = re.compile(r"model_step_(\d+)\.pt")
 def step_name(step: int) -> str:
     """File name of the checkpoint after `step` optimizer steps."""
     return f"model_step_{step}.pt"
-
-
-def prepare_folder(folder: Path | str) -> None:
-    """Make the folder of a run's checkpoints, and see that files can be written there.
-
-    Raises:
-        CheckpointError: they can't; better said before the first step than after the last one.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: no checkpoints can be written there ({_reason(error)}); set "
-            "training.checkpointing.save_dir"
-        ) from error
 
 
 def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> Path:
@@ -82,26 +73,36 @@ def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> Path:
     path = Path(path)
     if missing := REQUIRED_KEYS - state.keys():
         raise CheckpointError(f"{path}: the state to save lacks {sorted(missing)}")
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _fsync_folder(path.parent)
+        write_whole(path, lambda file: torch.save(dict(state), file))
     # torch reports a failed write as RuntimeError ("unexpected pos ...").
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: the checkpoint couldn't be written ({_reason(error)}; "
+            f"{path}: the checkpoint couldn't be written ({reason_of(error)}; "
             f"{_free_space(path.parent)}); make "
             "room there, or set training.checkpointing.save_dir to another disk"
         ) from error
+    return path
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let a new file take the place of `path` when all of it lies on the disk.
+
+    Raises:
+        OSError: it couldn't be written.
+    """
+    partial = partial_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        fsync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-    return path
 
 
 def load_checkpoint(
@@ -129,7 +130,7 @@ def read_checkpoint(
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: damaged, or no checkpoint ({_reason(error)}); resume from an older one"
+            f"{path}: damaged, or no checkpoint ({reason_of(error)}); resume from an older one"
         ) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -143,6 +144,7 @@ def read_checkpoint(
             f"{path}: no checkpoint of this trainer: it lacks some of {sorted(REQUIRED_KEYS)}; "
             f"found {found}"
         )
+    _check_kinds(path, state)
     if state["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {state['format_version']}, this software reads up to "
@@ -173,7 +175,7 @@ def check_checkpoint(path: Path | str) -> None:
             "`--resume auto`, which finds the newest whole one"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: can't be read: {reason_of(error)}") from error
     if damaged is not None:
         raise CheckpointError(
             f"{path}: damaged: record {damaged} differs from its checksum; resume from an older "
@@ -182,53 +184,32 @@ def check_checkpoint(path: Path | str) -> None:
         )
 
 
-def find_latest_checkpoint(
-    folder: Path | str, *, on_skip: Callable[[str], None] | None = None
-) -> Path | None:
-    """The newest whole checkpoint of a folder by the time inside it; None where there is none.
+def partial_of(path: Path) -> Path:
+    """Where a file lies while it is written."""
+    return path.with_name(f".{path.name}.partial")
 
-    Args:
-        folder: searched for model_step_N.pt and model_final.pt; may be missing.
-        on_skip: called with a message for each newer file that is damaged or foreign.
+
+def _check_kinds(path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse values of which no trainer's checkpoint is made; a foreign file can hold anything.
+
+    Raises:
+        CheckpointError: it names the first of them.
     """
-    dated: list[tuple[float, int, Path]] = []
-    for path in _checkpoints(Path(folder)):
-        try:
-            head = read_checkpoint(path, map_location="meta", mmap=True)
-            dated.append((float(head["saved_at"]), int(head["step"]), path))
-        except CheckpointError as error:
-            _tell(on_skip, f"skipped: {error}")
-    for _, _, path in sorted(dated, reverse=True):
-        try:
-            check_checkpoint(path)
-        except CheckpointError as error:
-            _tell(on_skip, f"skipped: {error}")
-        else:
-            return path
-    return None
+    for name, kinds in _KINDS.items():
+        value = state.get(name)
+        is_right = isinstance(value, kinds) or (name == "extra" and value is None)
+        if not is_right or (isinstance(value, float) and not math.isfinite(value)):
+            raise CheckpointError(
+                f"{path}: no checkpoint of this trainer: its {name} is {_shown(value)}, expected "
+                f"{' or '.join(kind.__name__ for kind in kinds)}; take one that `python -m train "
+                "run` wrote"
+            )
 
 
-def prune_checkpoints(folder: Path | str, *, keep_last_n: int) -> list[Path]:
-    """Remove all but the newest `keep_last_n` step checkpoints.
-
-    Partial files that a killed run left behind go too. The final checkpoint and every other file
-    stay.
-
-    Returns:
-        What was removed.
-    """
-    folder = Path(folder)
-    steps = [p for p in _checkpoints(folder) if p.name != FINAL_NAME]
-    # By age and not by step: a fresh run may share the folder with an older one that had come
-    # farther.
-    steps.sort(key=lambda p: (p.stat().st_mtime_ns, _step_of(p)))
-    removed = [
-        *steps[:-keep_last_n],
-        *(p for p in folder.glob(".model_*.pt.partial") if _is_orphan(p)),
-    ]
-    for path in removed:
-        path.unlink(missing_ok=True)
-    return removed
+def _shown(value: object) -> str:
+    """A short value itself, of others the type."""
+    is_short = isinstance(value, int | float | str | None) and len(str(value)) <= 40
+    return repr(value) if is_short else f"a {type(value).__name__}"
 
 
 def _refuse_packed(path: Path, archive: zipfile.ZipFile) -> None:
@@ -246,7 +227,8 @@ def _refuse_packed(path: Path, archive: zipfile.ZipFile) -> None:
         )
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Files of a folder, which may be missing, that are named as checkpoints are."""
     if not folder.is_dir():
         return []
     return [
@@ -256,17 +238,14 @@ def _checkpoints(folder: Path) -> list[Path]:
     ]
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in a file's name, -1 for the final one."""
     match = _STEP_NAME.fullmatch(path.name)
     return int(match.group(1)) if match else -1
 
 
-def _is_orphan(partial: Path) -> bool:
-    """Whether nobody has written to a partial file for so long that its writer must be gone."""
-    return time.time() - partial.stat().st_mtime > ORPHAN_AGE_S
-
-
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Wait until what was renamed lies on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -283,20 +262,15 @@ def _free_space(folder: Path) -> str:
 
 
 def _neighbours(path: Path) -> str:
-    found = sorted(_checkpoints(path.parent), key=_step_of)
+    found = sorted(checkpoints_in(path.parent), key=step_of)
     if not found:
         return f"; there is none in {path.parent} at all"
     return f"; in {path.parent} there are {', '.join(p.name for p in found[-5:])}"
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause in one line."""
+def reason_of(error: BaseException) -> str:
+    """The innermost cause of an error, in one line."""
     cause: BaseException = error
     while cause.__context__ is not None and isinstance(cause.__context__, OSError):
         cause = cause.__context__
     return str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-
-
-def _tell(listener: Callable[[str], None] | None, message: str) -> None:
-    if listener is not None:
-        listener(message)

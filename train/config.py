@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from shared.config import Section, make_section
+from shared.config import Section, apply_overrides, make_section, read_yaml
 from shared.recipe import STREAMS, Stream
 from shared.storage import Store, place_of, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 
 class Head(enum.StrEnum):
@@ -248,8 +248,8 @@ class ModelConfig(Section):
     """Size of the MultiModalCreature."""
 
     size: Literal["tiny", "small", "medium", "large"] | None = None
-    """About 10M, 100M, 500M or 1B parameters; sets hidden_dim, num_layers and num_heads unless they
-    are given."""
+    """About 10M, 100M, 500M or 1B parameters; sets hidden_dim, num_layers and num_heads. One of
+    them beside it changes that one; on the command line it takes the place of those in the file."""
     hidden_dim: int | None = Field(None, ge=16, multiple_of=8)
     """Width; 512 where neither it nor size is given."""
     num_layers: int | None = Field(None, ge=1)
@@ -273,6 +273,15 @@ class ModelConfig(Section):
     gradient_checkpointing: bool | None = None
     """Recompute the activations of all layers, of backbone and frames, in the backward pass to save
     memory; null means only for size large."""
+
+    @model_validator(mode="after")
+    def _size_says_something(self) -> ModelConfig:
+        if self.size is not None and self.hidden_dim is not None and self.num_layers is not None:
+            raise ValueError(
+                f"model.size {self.size} says nothing beside hidden_dim {self.hidden_dim} and "
+                f"num_layers {self.num_layers}; leave out either size, or one of them"
+            )
+        return self
 
     @property
     def is_checkpointing(self) -> bool:
@@ -312,6 +321,42 @@ class TrainConfig(Section):
     def is_text_only(self) -> bool:
         """Whether nothing but text is read, so that batches are packed densely."""
         return {*self.input_streams, *self.target_streams} <= set(TEXT_STREAMS)
+
+
+def load_train_config(
+    path: Path, overrides: Sequence[str] = (), *, say: Callable[[str], object] | None = None
+) -> TrainConfig:
+    """Read a file with ``key.sub=value`` overrides on top, where the size of the model that is
+    named last counts.
+
+    Args:
+        path: the file.
+        overrides: laid over it.
+        say: told which of the file's keys do not count any more.
+
+    Raises:
+        ConfigError: the file or an override can't be used.
+    """
+    values, given = read_yaml(path), apply_overrides({}, overrides)
+    model = values.get("model")
+    if isinstance(model, dict):
+        over = _superseded(model, given.get("model"))
+        values["model"] = {key: value for key, value in model.items() if key not in over}
+        for key in over:
+            if say is not None:
+                say(f"{path}: model.{key} {model[key]} gives way to the command line's size")
+    return make_section(TrainConfig, apply_overrides(values, overrides), origin=str(path))
+
+
+def _superseded(model: Mapping[str, Any], given: object) -> list[str]:
+    """Keys of a file's model that say what those given on the command line say anew."""
+    given = given if isinstance(given, dict) else {}
+    over: tuple[str, ...] = ()
+    if given.get("size") is not None:
+        over = ("hidden_dim", "num_layers", "num_heads")
+    elif given.get("hidden_dim") is not None and given.get("num_layers") is not None:
+        over = ("size",)
+    return [key for key in over if model.get(key) is not None and key not in given]
 
 
 def as_train_config(config: TrainConfig | Mapping[str, Any]) -> TrainConfig:

@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.errors import ConfigError, SessionError
-from train.checkpoint import find_latest_checkpoint, load_checkpoint
+from train.checkpoint import load_checkpoint
+from train.config import TEXT_STREAMS
 from train.data.dataset import SessionSource
 from train.data.inputs import to_model_inputs
 from train.data.loader import Loader, open_source
 from train.loop.feed import initial_position
+from train.loop.keeping import find_latest_checkpoint
 from train.loop.trainer import Trainer
 from train.machine import distributed
 from train.machine.runtime import choose_device
@@ -100,8 +103,7 @@ def _run(config: TrainConfig, *, origin: Path, resume: str | None) -> TrainSumma
     summary = trainer.train()
     if not distributed.is_main():
         return summary
-    val_loader = None if parts.val_loader is None else held_out(parts.val_loader.source, config)
-    rows = compare(summary.last_val_losses, baseline_losses(baselines, val_loader))
+    rows = compare(summary.last_val_losses, baseline_losses(baselines, parts.val_loader, config))
     session = (parts.val_loader or parts.loader).source.key(0, 0).rpartition("/")[0]
     _print_summary(console, config, summary, before, rows, origin=origin, session=session)
     return summary
@@ -188,23 +190,32 @@ def open_parts(config: TrainConfig) -> Parts:
 
 def fit_baselines(config: TrainConfig, source: SampleSource) -> Baselines:
     """What trivial predictors know of the train split, which `source` has."""
-    targets_only = config.model_copy(
-        update={"data": config.data.model_copy(update={"modalities": ()})}
-    )
-    loader = Loader(source, targets_only)
+    loader = Loader(source, _targets_only(config))
     batches = itertools.islice(loader, min(BASELINE_BATCHES, loader.batches_per_epoch))
     return Baselines.fit(batches, config=config, shapes=loader.shapes)
 
 
-def baseline_losses(baselines: Baselines, val_loader: Loader | None) -> dict[str, float]:
-    """Losses of the trivial predictors on held-out sessions, by baseline name."""
-    totals: dict[str, list[float]] = {}
-    for batch in val_loader or ():
-        for name, (total, count) in baselines.losses(batch).items():
-            sums = totals.setdefault(name, [0.0, 0.0])
-            sums[0] += float(total)
-            sums[1] += float(count)
-    return {name: total / count for name, (total, count) in totals.items() if count}
+def baseline_losses(
+    baselines: Baselines, val_loader: Loader | None, config: TrainConfig
+) -> dict[str, float]:
+    """Losses of the trivial predictors on the samples that the model is evaluated on, by baseline
+    name; of these only the targets are read.
+    """
+    if val_loader is None:
+        return {}
+    loader = held_out(val_loader.source, _targets_only(config))
+    losses = baselines.mean_losses(itertools.islice(loader, config.training.eval_batches))
+    return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+
+
+def _targets_only(config: TrainConfig) -> TrainConfig:
+    """A configuration by which no input is read; but for one where text would be packed densely
+    without it, and so make other samples.
+    """
+    dense = {*config.target_streams} <= {*TEXT_STREAMS}
+    others = [s for s in config.input_streams if s not in TEXT_STREAMS]
+    kept = tuple(others[-1:]) if dense else ()  # the last ones are the sensors, cheap to read
+    return config.model_copy(update={"data": config.data.model_copy(update={"modalities": kept})})
 
 
 def _open_val(config: TrainConfig) -> tuple[Loader | None, tuple[str, ...]]:

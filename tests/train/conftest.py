@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 
 import fsspec
 import pytest
@@ -75,3 +76,16 @@ def s3(tiny_set):
         type(fs).clear_instance_cache()  # other tests' file systems know other servers
         yield counting
     moto.stop()
+
+
+@pytest.fixture
+def file_limit():
+    """A function that lets no file grow over so many bytes (as on a full disk), or any (None)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def set_limit(limit_bytes):
+        limit_bytes = soft if limit_bytes is None else limit_bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+
+    yield set_limit
+    set_limit(None)

@@ -2,59 +2,17 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import resource
-import time
 import zipfile
 
 import pytest
 import torch
-from tiny_training import EndlessLoader, make_config, make_trainer
+from tiny_checkpoints import cut_in_half, flip_a_bit, make_empty, make_state, names_in
+from tiny_training import make_config, make_trainer, weights_of
 
 from shared.errors import CheckpointError
-from train.checkpoint import (
-    find_latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from train.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def file_limit():
-    """A function that lets no file grow over so many bytes (as on a full disk), or any (None)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def set_limit(limit_bytes):
-        limit_bytes = soft if limit_bytes is None else limit_bytes
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
-
-    yield set_limit
-    set_limit(None)
-
-
-def make_state(step=1, *, saved_at=None):
-    model = {"weight": torch.arange(5000, dtype=torch.float32)}
-    saved_at = time.time() if saved_at is None else saved_at
-    rest = {"format_version": 1, "config": {}, "shapes": {}}
-    return {**rest, "step": step, "saved_at": saved_at, "model": model}
-
-
-def flip_a_bit(path):
-    """Change one bit in the middle of the file, where the weights are."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut_in_half(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def make_empty(path):
-    path.write_bytes(b"")
 
 
 def types_in(value):
@@ -65,10 +23,6 @@ def types_in(value):
     if isinstance(value, list | tuple):
         found = found.union(*map(types_in, value))
     return found
-
-
-def names_in(folder):
-    return {path.name for path in folder.iterdir()}
 
 
 def test_a_checkpoint_holds_only_tensors_and_plain_values(tmp_path):
@@ -138,72 +92,6 @@ def test_a_zip_that_is_no_checkpoint_is_refused(tmp_path):
         load_checkpoint(tmp_path / "model_step_1.pt")
 
 
-def test_the_latest_is_the_one_saved_last_whatever_its_step_or_file_time(tmp_path):
-    now = time.time()
-    for step, age_s in ((500, 300), (90, 100), (100, 200)):
-        state = make_state(step, saved_at=now - age_s)
-        path = save_checkpoint(tmp_path / f"model_step_{step}.pt", state)
-        os.utime(path, (now - step, now - step))
-    assert find_latest_checkpoint(tmp_path) == tmp_path / "model_step_90.pt"
-
-
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, make_empty])
-def test_the_latest_is_whole_and_a_damaged_one_is_named(tmp_path, damage):
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path / f"model_step_{step}.pt", make_state(step))
-    damage(tmp_path / "model_step_3.pt")
-    messages = []
-    latest = find_latest_checkpoint(tmp_path, on_skip=messages.append)
-    assert latest == tmp_path / "model_step_2.pt"
-    assert [m for m in messages if "model_step_3.pt" in m] == messages != []
-
-
-def test_the_final_checkpoint_counts_for_resuming(tmp_path):
-    save_checkpoint(tmp_path / "model_step_8.pt", make_state(8))
-    save_checkpoint(tmp_path / "model_final.pt", make_state(9))
-    assert find_latest_checkpoint(tmp_path) == tmp_path / "model_final.pt"
-
-
-def test_a_folder_without_checkpoints_has_no_latest(tmp_path):
-    (tmp_path / "model_best.pt").write_bytes(b"another program's")
-    assert find_latest_checkpoint(tmp_path) is None
-    assert find_latest_checkpoint(tmp_path / "missing") is None
-
-
-def test_pruning_keeps_the_newest_and_whatever_is_no_step_checkpoint(tmp_path):
-    oldest_first = [
-        "notes.txt",
-        "model_best.pt",
-        "model_final.pt",
-        "model_step_900.pt",
-        "model_step_1.pt",
-        "model_step_2.pt",
-        "model_step_7.pt.bak",
-    ]
-    for time_s, name in enumerate(oldest_first):
-        (tmp_path / name).write_bytes(b"")
-        os.utime(tmp_path / name, (time_s, time_s))
-    removed = prune_checkpoints(tmp_path, keep_last_n=2)
-    assert [path.name for path in removed] == ["model_step_900.pt"]
-    assert names_in(tmp_path) == {*oldest_first} - {"model_step_900.pt"}
-
-
-def test_pruning_removes_only_partial_files_that_nobody_writes_any_more(tmp_path):
-    old, new = (tmp_path / f".model_step_{n}.pt.partial" for n in (1, 2))
-    for path in (old, new):
-        path.write_bytes(b"")
-    os.utime(old, (time.time() - 7200,) * 2)
-    prune_checkpoints(tmp_path, keep_last_n=1)
-    assert list(tmp_path.iterdir()) == [new]
-
-
-def test_a_run_keeps_the_last_n_step_checkpoints_and_the_final_one(tmp_path):
-    config = make_config(tmp_path, save_interval=1, checkpointing={"keep_last_n": 2})
-    make_trainer(config).train()
-    kept = names_in(tmp_path / "checkpoints")
-    assert kept == {"model_step_5.pt", "model_step_6.pt", "model_final.pt"}
-
-
 def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path, file_limit):
     path = tmp_path / "model_step_1.pt"
     path.write_bytes(b"old")
@@ -221,23 +109,6 @@ def test_a_folder_that_is_a_file_is_a_clear_error(tmp_path):
         save_checkpoint(tmp_path / "checkpoints" / "model_step_1.pt", make_state())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_costs_a_warning_and_the_older_checkpoint_stays(tmp_path, file_limit, capsys):
-    limits = {3: 64, 6: None}  # the disk is full from step 4 to step 6
-    loader = EndlessLoader(
-        skipped={4: [{"key": "s/7"}]},
-        on_batch=lambda index: index in limits and file_limit(limits[index]),
-    )
-    config = make_config(tmp_path, save_interval=3, max_steps=9, log_interval=1)
-    summary = make_trainer(config, loader, console=None).train()
-    saved = names_in(tmp_path / "checkpoints")
-    printed = capsys.readouterr().out
-    assert saved == {"model_step_3.pt", "model_step_9.pt", "model_final.pt"}
-    assert summary.steps == 9
-    assert "model_step_6.pt: the checkpoint couldn't be written" in printed
-    assert printed.count("TensorBoard misses some curves") == 1
-
-
 def test_an_incomplete_state_is_refused_before_anything_is_written(tmp_path):
     state = make_state()
     del state["shapes"]
@@ -253,6 +124,35 @@ def test_a_checkpoint_of_another_model_names_the_keys_that_differ(tmp_path):
     wider["model"]["hidden_dim"] = 32
     with pytest.raises(CheckpointError, match=r"hidden_dim 16 there, 32 here"):
         make_trainer(wider).load_checkpoint(tmp_path / "checkpoints/model_final.pt")
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_heads", 1), ("tick_rate_hz", 5.0)])
+def test_a_checkpoint_of_another_model_with_the_same_shapes_is_refused(tmp_path, key, value):
+    config = make_config(tmp_path)
+    make_trainer(config).train()
+    other = copy.deepcopy(config)
+    other["model"][key] = value
+    trainer = make_trainer(other)
+    before = weights_of(trainer)
+    with pytest.raises(CheckpointError, match=rf"{key} .* there, {value} here"):
+        trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
+    assert torch.equal(before, weights_of(trainer))
+
+
+def test_heads_that_are_named_in_another_way_are_the_same_model(tmp_path):
+    config = make_config(tmp_path)
+    config["model"]["num_heads"] = 1
+    make_trainer(config).train()
+    del config["model"]["num_heads"]  # one per 64 of width, so one
+    trainer = make_trainer(config)
+    trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
+    assert trainer.step == 6
+
+
+def test_a_checkpoint_that_only_infers_does_not_resume(tmp_path):
+    path = save_checkpoint(tmp_path / "model_step_1.pt", make_state())
+    with pytest.raises(CheckpointError, match=r"lacks .*optimizer.*can't go on"):
+        make_trainer(make_config(tmp_path)).load_checkpoint(path)
 
 
 def test_a_resumed_run_uses_the_configurations_decay_and_not_the_checkpoints(tmp_path):

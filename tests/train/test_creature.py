@@ -115,9 +115,8 @@ def expanded(tensor):
         lambda weights: {n: w.to_sparse() for n, w in weights.items()},
         lambda weights: {n: w.int() for n, w in weights.items()},
         lambda weights: {n: w.tolist() for n, w in weights.items()},
-        lambda weights: [*weights.values()],
     ],
-    ids=["larger than the file", "meta", "sparse", "integers", "lists", "no names"],
+    ids=["larger than the file", "meta", "sparse", "integers", "lists"],
 )
 def test_weights_that_are_no_plain_tensors_are_refused(tmp_path, make):
     path = save(tmp_path / "k.pt", model=make(good_state()["model"]))
@@ -129,6 +128,24 @@ def with_model(**changes):
     return {"config": {**config, "model": {**config["model"], **changes}}}
 
 
+def with_baselines(**parts):
+    return {"extra": {**good_state()["extra"], "baselines": {"counts": {}, **parts}}}
+
+
+def with_trigrams(keys, counts):
+    return with_baselines(trigrams={"internal_text": [keys, counts]})
+
+
+def vast(value):
+    """One number that says it is many; counted with, it would fill any memory."""
+    return torch.full((1,), value).expand(10**11)
+
+
+def deep_list(length):
+    """So many times the same list of lists, whose file is small."""
+    return [[[0] * 1000] * 1000] * length
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -136,12 +153,28 @@ def with_model(**changes):
         (with_model(vision_layers=10**9), "more layers than it has weights"),
         (with_model(hidden_dim=8 * 10**12), "don't make a creature"),
         (with_model(hidden_dim=32), "size mismatch"),
-        ({"config": [1, 2]}, "don't make a creature"),
+        ({"config": [1, 2]}, "its config is a list"),
+        ({"config": {"model": [1]}}, "don't make a creature"),
+        ({"step": "x"}, "its step is 'x'"),
+        ({"format_version": None}, "its format_version is None"),
+        ({"extra": [1]}, "its extra is a list"),
         ({"shapes": {**dataclasses.asdict(SHAPES), "num_ticks": 10**9}}, "not those of its recipe"),
         ({"shapes": {"ticks": 1}}, "don't make a creature"),
         ({"extra": {**good_state()["extra"], "recipe": {"vision": {"size": "large"}}}}, "size"),
         ({"extra": {**good_state()["extra"], "tokenizer": "{}"}}, "is no tokenizer"),
         ({"extra": {**good_state()["extra"], "baselines": {"counts": 3}}}, "don't make"),
+        (with_baselines(counts={"internal_text": deep_list(264)}), "has no counts"),
+        (with_baselines(counts={"internal_text": [-1.0] * 264}), "negative"),
+        (with_baselines(level_pairs=torch.zeros(3)), r"levels has counts of shape \[3\]"),
+        (with_baselines(level_pairs=[1, 2]), "has no counts"),
+        (with_baselines(level_pairs=torch.zeros(8, 16, 16).to_sparse()), "no numbers"),
+        (with_trigrams(vast(0), vast(1)), "no plain int64 tensors"),
+        (with_trigrams(torch.ones(1), torch.ones(1)), "no plain int64 tensors"),
+        (with_trigrams(torch.tensor([2, 1]), torch.tensor([1, 1])), "do not rise"),
+        (with_trigrams(torch.tensor([264**3]), torch.tensor([1])), "within 264 tokens"),
+        (with_trigrams(torch.tensor([1]), torch.tensor([0])), "not theirs"),
+        (with_trigrams(torch.tensor([1, 2]), torch.tensor([1])), "not theirs"),
+        (with_baselines(trigrams={"internal_text": 3}), "don't make a creature"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from tiny_sets import make_config, set_recipe
+from tiny_sets import HEADS, TEXT_HEADS, make_config, set_recipe
 from torch.utils.data import DataLoader
 
 from shared.errors import CheckpointError, ConfigError
@@ -21,6 +22,7 @@ from train.run import (
     baseline_losses,
     check_config,
     fit_baselines,
+    held_out,
     open_parts,
     run_training,
 )
@@ -85,11 +87,26 @@ def test_held_out_sessions_are_measured_in_stored_order(config):
     assert {key.partition("/")[0] for key in keys} == {"bob"}
 
 
-def test_baselines_read_targets_only(config):
-    parts = open_parts(config)
-    losses = baseline_losses(fit_baselines(config, parts.loader.source), parts.val_loader)
-    assert losses
-    assert all(loss >= 0 for loss in losses.values())
+@pytest.mark.parametrize("modalities", [None, ("vision_left", "touch")])
+@pytest.mark.parametrize("heads", [HEADS, TEXT_HEADS])
+def test_baselines_are_judged_on_the_evaluated_samples_and_read_targets_only(
+    tiny_set, monkeypatch, heads, modalities
+):
+    config = make_config(tiny_set, heads=heads, modalities=modalities, batch_size=2)
+    training = config.training.model_copy(update={"eval_batches": 2})
+    config = config.model_copy(update={"training": training})
+    parts, opened = open_parts(config), []
+
+    def open_recorded(*arguments):
+        opened.append(list(held_out(*arguments)))
+        return opened[-1]
+
+    baselines = fit_baselines(config, parts.loader.source)
+    expected = baselines.mean_losses(itertools.islice(parts.val_loader, 2))
+    monkeypatch.setattr("train.run.held_out", open_recorded)
+    assert baseline_losses(baselines, parts.val_loader, config) == pytest.approx(expected)
+    assert len(opened[0]) > 2
+    assert not any(name.startswith(("vision", "audio")) for name in opened[0][0]["inputs"])
 
 
 def test_check_reads_a_batch_and_trains_nothing(tiny_set, tmp_path):

@@ -95,7 +95,6 @@ def infer(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     creature = load_creature(checkpoint, device=runtime.choose_device(device))
     source = open_session(session, creature)
-    scan = source.fields(0).scan
     score = live_through(
         source,
         creature,
@@ -106,20 +105,28 @@ def infer(
     )
     metrics = {
         "checkpoint": str(checkpoint),
+        **describe_life(source, creature, score),
+        "sampling": {**dataclasses.asdict(sampling), "seed": seed},
+        **score.as_json(source.fields(0).scan),
+    }
+    text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    (out / METRICS_NAME).write_text(text, encoding="utf-8")
+    write_page(out, source.fields(0), metrics, creature=creature)
+    return metrics
+
+
+def describe_life(source: SessionSource, creature: Creature, score: Score) -> dict[str, Any]:
+    """Who lived through what."""
+    scan = source.fields(0).scan
+    return {
         "step": creature.step,
         "session": scan.session,
         "duration_s": scan.length_s,
         "num_windows": int(source.shard_sizes[0]),
         "num_ticks": len(score.latencies_ms),
         "device": str(creature.device),
-        "sampling": {**dataclasses.asdict(sampling), "seed": seed},
         "streams": describe_streams(scan, creature.config),
-        **score.as_json(scan),
     }
-    text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    (out / METRICS_NAME).write_text(text, encoding="utf-8")
-    write_page(out, source.fields(0), metrics, creature=creature)
-    return metrics
 
 
 def live_through(

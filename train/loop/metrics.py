@@ -1,13 +1,11 @@
 """What a run tells: the same names in the terminal and in TensorBoard, and a list of bad samples.
 
-``StepMeter`` adds up on the device, so that steps between two logs never wait for it; ``RunLog``
-writes what the meter says to the terminal (one line per log), to TensorBoard (``log_dir/<run
-name>``) and, for samples that had to be replaced, to ``quarantine.jsonl`` beside it.
+``RunLog`` writes what the ``StepMeter`` says to the terminal (one line per log), to TensorBoard
+(``log_dir/<run name>``) and, for samples that had to be replaced, to ``quarantine.jsonl`` there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
@@ -15,19 +13,16 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-import torch
 from rich.console import Console
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.errors import ConfigError, CreatureError, DivergedError
+from shared.errors import ConfigError, CreatureError
 from train.config import Head
 from train.loop.health import HealthWatch
 from train.loop.showing import draw_window, write_window
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -38,24 +33,16 @@ if TYPE_CHECKING:
 QUARANTINE_NAME: Final = "quarantine.jsonl"
 """Samples that had to be replaced: key, shard, row, error, and the step and split that met them."""
 
-QUANTILES: Final = (50, 95, 99)
-"""Percentiles of the waits for data."""
-
 HEADER_EVERY: Final = 20
 """Log lines between two repetitions of the column names."""
 
 MIN_COLUMN_WIDTH: Final = 9
 
-MAX_BAD_STEPS: Final = 10
-"""So many steps in a row that were not finite, or spikes, stop the run."""
-
-FIRST_STEPS: Final = 5
-"""Steps whose mean counts as the first loss."""
-
 TERMINAL_ONLY_LEFT_OUT: Final = (
     "data_wait_ms_",
     "time_to_",
     "skipped_steps",
+    "fp16_overflows",
     "grad_norm/",
     "samples_of/",
 )
@@ -75,130 +62,10 @@ CHARTS: Final = {
         "grad_norm": ["Multiline", ["^grad_norm$"]],
         "lr": ["Multiline", ["^lr$"]],
         "samples of each set": ["Multiline", ["^samples_of/"]],
-        "left out": ["Multiline", ["^skipped_steps$", "^skipped_samples$"]],
+        "left out": ["Multiline", ["^skipped_steps$", "^fp16_overflows$", "^skipped_samples$"]],
     },
 }
 """TensorBoard's tab "custom scalars": which curves share a chart."""
-
-
-class StepMeter:
-    """Means over the steps since the last log, added up on the device without waiting for it.
-
-    Steps that were left out, not finite or spikes, count as skipped and enter no mean.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._sums: dict[str, Tensor] = {}
-        self._num_good = torch.zeros((), dtype=torch.int64, device=device)
-        self._num_samples = torch.zeros((), device=device)
-        self._num_steps = 0
-        self._first_steps: list[tuple[dict[str, Tensor], Tensor]] = []
-        self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self._losses: dict[str, Tensor] = {}
-        self._grad_norm = torch.zeros((), device=device)
-        self.restart_clock()
-
-    @property
-    def has_steps(self) -> bool:
-        """Whether steps were added since the last log."""
-        return self._num_steps > 0
-
-    def add(
-        self,
-        losses: Mapping[str, Tensor],
-        *,
-        grad_norm: Tensor,
-        is_good: Tensor,
-        num_samples: Tensor,
-    ) -> None:
-        """Add one step; all tensors are 0-dim on the device, `is_good` bool."""
-        for name, value in {**losses, "grad_norm": grad_norm}.items():
-            good = torch.where(is_good, value.detach().float(), 0.0)
-            self._sums[name] = self._sums[name] + good if name in self._sums else good
-        self._num_good = self._num_good + is_good
-        self._num_samples = self._num_samples + num_samples
-        self._num_steps += 1
-        self._losses = {name: loss.detach() for name, loss in losses.items()}
-        self._grad_norm = grad_norm
-        self._bad_in_a_row = torch.where(is_good, 0, self._bad_in_a_row + 1)
-        if len(self._first_steps) < FIRST_STEPS:
-            self._first_steps.append((self._losses, is_good))
-
-    def take(self, waits_s: Sequence[float]) -> dict[str, float]:
-        """Everything since the last call, as plain numbers; waits for the device and starts anew.
-
-        Args:
-            waits_s: how long each step waited for its data.
-
-        Returns:
-            The means of what was added, samples_per_sec, skipped_steps, data_wait_fraction and
-            data_wait_ms_p50, _p95 and _p99. Means without a single good step are NaN.
-        """
-        num_good = int(
-            self._num_good
-        )  # waits for the device, so that the clock below sees all its work
-        elapsed_s = max(time.perf_counter() - self._began_s - self._excluded_s, 1e-9)
-        metrics = {n: float(s) / num_good if num_good else math.nan for n, s in self._sums.items()}
-        metrics["samples_per_sec"] = float(self._num_samples) / elapsed_s
-        metrics["data_wait_fraction"] = min(1.0, sum(waits_s) / elapsed_s)
-        metrics["skipped_steps"] = float(self._num_steps - num_good)
-        waits_ms = np.percentile(np.array(waits_s or [0.0]) * 1e3, QUANTILES)
-        metrics |= {
-            f"data_wait_ms_p{q}": float(w) for q, w in zip(QUANTILES, waits_ms, strict=True)
-        }
-        self._reset()
-        return metrics
-
-    def first_losses(self) -> dict[str, float]:
-        """Means of the losses of the first few steps; waits for the device."""
-        good = [losses for losses, is_good in self._first_steps if is_good]
-        return {
-            name: sum(float(losses[name]) for losses in good) / len(good)
-            for name in (good or [{}])[0]
-        }
-
-    def check_divergence(self, step: int) -> None:
-        """Stop a run that no longer learns anything; waits for the device.
-
-        Raises:
-            DivergedError: :data:`MAX_BAD_STEPS` steps or more in a row were left out.
-        """
-        if (count := int(self._bad_in_a_row)) < MAX_BAD_STEPS:
-            return
-        culprits = [name for name, loss in self._losses.items() if not torch.isfinite(loss)]
-        fault = f"{' and '.join(culprits) or 'the gradient'} was not finite"
-        if not culprits and torch.isfinite(self._grad_norm):
-            total = float(self._losses["loss_total"])
-            fault = (
-                f"loss_total {total:.4g} or grad_norm {float(self._grad_norm):.4g} was far above "
-                "the steps before (training.spike_sigma)"
-            )
-        raise DivergedError(
-            f"step {step}: {fault} in {count} steps in a row. "
-            "Weights are those before these steps. Reduce LR (training.optimizer.lr), check for "
-            "corrupted data "
-            "(`python -m preprocess verify`), and resume from a checkpoint (`--resume auto`)"
-        )
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the time inside out of the speed: it is spent on something else than training."""
-        began_s = time.perf_counter()
-        yield
-        self._excluded_s += time.perf_counter() - began_s
-
-    def restart_clock(self) -> None:
-        """Begin to measure the speed now."""
-        self._began_s = time.perf_counter()
-        self._excluded_s = 0.0
-
-    def _reset(self) -> None:
-        self._sums = {}
-        self._num_good = torch.zeros_like(self._num_good)
-        self._num_samples = torch.zeros_like(self._num_samples)
-        self._num_steps = 0
-        self.restart_clock()
 
 
 class RunLog:
@@ -265,18 +132,17 @@ class RunLog:
         self._write_scalars(step, metrics)
         self._write_line(step, metrics)
         findings = self._watch.observe(step, metrics)
-        for finding in findings:
-            self.say(f"  health at step {step}: {finding}", style="yellow")
-            self._write_text("health", f"**{finding.rule}**: {finding}", step)
+        self._tell(findings)
         return findings
 
     def write_validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Held-out metrics, named val/... in both places."""
+        """Held-out metrics, named val/... in both places, and what the health rules say to them."""
         named = {f"val/{name}": value for name, value in metrics.items()}
         self._write_scalars(step, named)
         self.say(
             f"  held out at step {step}: " + "  ".join(f"{n} {_short(v)}" for n, v in named.items())
         )
+        self._tell(self._watch.observe_held_out(step, named))
 
     def write_window(
         self, step: int, window: ShownWindow | None, reading: Mapping[str, Any]
@@ -301,6 +167,11 @@ class RunLog:
         except OSError as error:
             self._warn(f"{error}; bad samples are not in the list: {'; '.join(entries)}")
         self._write_text("skipped_samples", "\n\n".join(f"`{entry}`" for entry in entries), step)
+
+    def _tell(self, findings: Sequence[Finding]) -> None:
+        for finding in findings:
+            self.say(f"  health at step {finding.step}: {finding}", style="yellow")
+            self._write_text("health", f"**{finding.rule}**: {finding}", finding.step)
 
     def _warn(self, message: str) -> None:
         self.say(f"  warning: {message}", style="red")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from train.loop.metrics import StepMeter
+    from train.loop.meter import StepMeter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

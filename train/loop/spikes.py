@@ -50,6 +50,8 @@ class SpikeWatch:
         self._min_rise_2 = torch.tensor(MIN_RISES, device=device).log1p()
         self._window_2N = torch.full((2, WINDOW_STEPS), math.nan, device=device)
         self._num_judged = 0
+        self.is_loss_good = torch.ones((), dtype=torch.bool, device=device)
+        """Whether the newest loss by itself was finite and no spike; 0-dim."""
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Whether a step may be taken, bool, 0-dim; and remember it.
@@ -65,6 +67,7 @@ class SpikeWatch:
         kept_2 = torch.where(is_finite, torch.minimum(now_2, limit_2), math.nan)
         self._window_2N[:, self._num_judged % WINDOW_STEPS] = kept_2
         self._num_judged += 1
+        self.is_loss_good = torch.isfinite(values_2[0]) & (now_2[0] <= limit_2[0])
         return is_finite & (now_2 <= limit_2).all()
 
     def _limits(self) -> Tensor:

@@ -6,17 +6,19 @@ import dataclasses
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import CheckpointError
 from shared.recipe import Recipe, WindowShapes
 from train import checkpoint
+from train.config import ModelConfig
 from train.loop.optimizing import restore_optimizer
 from train.machine import distributed, runtime
 from train.machine.parallel import shares_of, whole
+from train.model.multimodal import dimensions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 
     from train.config import TrainConfig, TrainingConfig
     from train.loop.spikes import SpikeWatch
+
+
+RESUMED_KEYS: Final = frozenset(
+    {"optimizer", "scaler", "schedule", "rng", "stream", "run_name", "skipped_samples"}
+)
+"""Keys of a checkpoint that inference does without, and going on from it does not."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,7 +56,13 @@ class TrainState:
     samples_of: Counter[str] = field(default_factory=Counter)
     """Of a mix: samples that each set has given."""
 
-    def save(self, path: Path | str, *, stream: Mapping[str, Any] | None) -> Path:
+    def save(
+        self,
+        path: Path | str,
+        *,
+        stream: Mapping[str, Any] | None,
+        write: Callable[[Path | str, Mapping[str, Any]], Path] = checkpoint.save_checkpoint,
+    ) -> Path:
         """Save everything that going on from here needs; all ranks call it, the main one writes.
 
         Whatever the ranks hold, the file has the whole model and its whole moments.
@@ -56,6 +70,7 @@ class TrainState:
         Args:
             path: the file.
             stream: position of the batches trained on, from ``BatchFeed.state``.
+            write: writes a file.
 
         Raises:
             CheckpointError: it could not be written.
@@ -79,7 +94,7 @@ class TrainState:
             "samples_of": dict(self.samples_of),
             "extra": self.extra,
         }
-        return distributed.on_main(lambda: checkpoint.save_checkpoint(path, state))
+        return distributed.on_main(lambda: write(path, state))
 
     def load(self, path: Path | str, *, device: torch.device) -> dict[str, Any]:
         """Take over a checkpoint; a run name that was given stays.
@@ -96,8 +111,14 @@ class TrainState:
         is_cut = distributed.world_size() > 1 and self.config.training.parallel == "fsdp"
         place = "cpu" if is_cut else device
         state = checkpoint.read_checkpoint(path, map_location=place, mmap=is_cut)
+        if missing := RESUMED_KEYS - state.keys():
+            raise CheckpointError(
+                f"{path}: it lacks {', '.join(sorted(missing))}, so a training can't go on from "
+                "it; take a checkpoint that `python -m train run` wrote"
+            )
         own = self.model.state_dict()
         try:
+            self._check_dimensions(state["config"])
             self.model.load_state_dict(shares_of(state["model"], own))
             restore_optimizer(self.optimizer, state["optimizer"], self.config.training.optimizer)
         except (RuntimeError, ValueError) as error:
@@ -116,6 +137,21 @@ class TrainState:
         rngs = dict(enumerate([state["rng"], *state.get("rng_of_other_ranks", [])]))
         rng = rngs.get(distributed.rank())
         return {"rng": rng, "stream": state["stream"], "schedule": state["schedule"]}
+
+    def _check_dimensions(self, config: Mapping[str, Any]) -> None:
+        """Compare what makes another model of weights of the same shapes.
+
+        Raises:
+            ValueError: a number of heads or a rate of ticks differs.
+        """
+        known = {k: v for k, v in config["model"].items() if k in ModelConfig.model_fields}
+        there, here = ModelConfig.model_validate(known), self.config.model
+        for name, one, other in (
+            ("num_heads", dimensions(there)[2], dimensions(here)[2]),
+            ("tick_rate_hz", there.tick_rate_hz, here.tick_rate_hz),
+        ):
+            if one != other:
+                raise ValueError(f"{name} {one} there, {other} here")
 
     def _difference(self, state: Mapping[str, Any], error: Exception) -> str:
         """The configuration keys that differ, or else torch's words."""

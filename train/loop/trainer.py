@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import CheckpointError, ConfigError
-from train import checkpoint
 from train.config import TrainConfig, as_train_config
 from train.creature import reading_of
 from train.data.bad_samples import BadSampleLimit
@@ -24,7 +23,9 @@ from train.loop.evaluating import measure
 from train.loop.feed import BatchFeed, one_epoch
 from train.loop.gradients import gradient_norms
 from train.loop.health import QUIET_STEPS
-from train.loop.metrics import RunLog, StepMeter, default_run_name
+from train.loop.keeping import Keeper
+from train.loop.meter import StepMeter
+from train.loop.metrics import RunLog, default_run_name
 from train.loop.optimizing import (
     clip_gradient,
     learning_rate,
@@ -37,7 +38,6 @@ from train.loop.spikes import SpikeWatch
 from train.loop.state import TrainState, schedule_of, shapes_of
 from train.machine import distributed, runtime
 from train.machine.parallel import averaging_gradients, parallelize
-from train.machine.runtime import StopSignals, explained_failures
 from train.model.losses import added, compute_losses, loss_counts
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class Trainer:
         run_name: folder below ``training.log_dir``; None: the resumed run's, or the time and the
             host.
         console: where lines go; None: the terminal.
-        checkpoint_extra: more plain values for the checkpoints, beside the loader's recipe and
-            tokenizer, which make them usable without the data.
+        checkpoint_extra: more plain values for checkpoints, beside recipe and tokenizer.
 
     Raises:
         ConfigError: a wrong key or value, a device that is not here, or a loader that does not
@@ -111,6 +110,7 @@ class Trainer:
             extra={**reading_of(loader), **(checkpoint_extra or {})},
             run_name=run_name,
         )
+        self._keeper = Keeper(self._state, training.checkpointing)
         self._loader, self._val_loader = loader, val_loader
         self._console = console
         self._limit = BadSampleLimit(max_fraction=self.config.data.max_bad_fraction)
@@ -136,9 +136,10 @@ class Trainer:
         """
         training, state = self.config.training, self._state
         optimizer, scaler = state.optimizer, state.scaler
-        folder = training.checkpointing.save_dir
-        distributed.on_main(lambda: checkpoint.prepare_folder(folder))
-        with self._stop_signals() as stop, self._open_log() as log, explained_failures():
+        self._keeper.prepare()
+        # torchrun may repeat a signal, and ends by itself whoever takes too long.
+        stop = runtime.StopSignals(is_patient=distributed.world_size() > 1)
+        with stop, self._open_log() as log, runtime.explained_failures():
             feed = self._restore(log)
             while state.step < training.max_steps and not distributed.any_of(stop.requested):
                 set_learning_rate(optimizer, learning_rate(state.step, training))
@@ -157,7 +158,7 @@ class Trainer:
                 if self._is_due(training.eval_interval):
                     self._evaluate(log)
                 if state.step % training.save_interval == 0:
-                    self._save_step(log)
+                    self._save_step(log, feed)
             return self._finish(log, feed)
 
     def evaluate(self) -> dict[str, float]:
@@ -213,10 +214,6 @@ class Trainer:
             console=self._console,
             is_silent=not distributed.is_main(),
         )
-
-    def _stop_signals(self) -> StopSignals:
-        """Torchrun may repeat a scheduler's signal, and ends by itself whoever takes too long."""
-        return StopSignals(is_patient=distributed.world_size() > 1)
 
     def _restore(self, log: RunLog) -> BatchFeed:
         """Bring random states and the stream to where the checkpoint was, or to the beginning."""
@@ -306,8 +303,14 @@ class Trainer:
     ) -> None:
         """Add a step to the meter; on the CPU, where looking is free, stop a diverged run."""
         meter = self._progress.meter
-        num_samples = counts["num_samples"]
-        meter.add(losses, grad_norm=grad_norm, is_good=is_good, num_samples=num_samples)
+        overflow = self._state.spikes.is_loss_good & ~torch.isfinite(grad_norm)
+        meter.add(
+            losses,
+            grad_norm=grad_norm,
+            is_good=is_good,
+            num_samples=counts["num_samples"],
+            is_overflow=overflow if self._state.scaler.is_enabled() else None,
+        )
         if self.device.type == "cpu":
             meter.check_divergence(self.step)
 
@@ -348,31 +351,25 @@ class Trainer:
             log.write_validation(self.step, {**losses, "skipped_samples": len(skipped)})
             log.write_window(self.step, progress.held_out.window, self._state.extra)
 
-    def _save_step(self, log: RunLog) -> None:
+    def _save_step(self, log: RunLog, feed: BatchFeed) -> None:
         """Save a step's checkpoint; where that fails, training goes on and the older ones stay."""
-        keeping = self.config.training.checkpointing
-        path = keeping.save_dir / checkpoint.step_name(self.step)
         with self._progress.meter.pause():
             try:
-                self._progress.checkpoint = self.save_checkpoint(path)
+                self._keeper.save_step(feed.state())
             except CheckpointError as error:
-                log.say(f"  warning: {error}; older checkpoints stay", style="red")
-            else:
-                if distributed.is_main():
-                    checkpoint.prune_checkpoints(keeping.save_dir, keep_last_n=keeping.keep_last_n)
+                log.say(f"  warning: {error}; the last whole one stays", style="red")
 
     def _finish(self, log: RunLog, feed: BatchFeed) -> TrainSummary:
         """Log and save what is not yet, and say what happened."""
-        progress, training = self._progress, self.config.training
-        is_complete = self.step >= training.max_steps
+        progress = self._progress
+        is_complete = self.step >= self.config.training.max_steps
         if progress.meter.has_steps:
             self._log(log, feed)
         if is_complete:
             feed.close()
-            final = training.checkpointing.save_dir / checkpoint.FINAL_NAME
-            progress.checkpoint = self.save_checkpoint(final)
-        else:
-            self._save_step(log)
+        self._keeper.save_last(feed.state(), is_complete=is_complete)
+        progress.checkpoint = self._keeper.newest
+        if not is_complete:
             log.say(
                 f"stopped at step {self.step}; go on with the same command and `--resume auto`, "
                 f"or with trainer.load_checkpoint({str(progress.checkpoint)!r})"

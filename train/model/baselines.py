@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from shared.errors import ConfigError
 from shared.recipe import PAD_TOKEN, WindowShapes
 from train.config import Head, LossWeights, ModelConfig, TrainConfig, TrainingConfig
 from train.model.losses import LossSum, loss_sums
-from train.model.ngrams import Trigrams, count_level_pairs, level_transitions
+from train.model.ngrams import Trigrams, count_level_pairs, counts_of, level_transitions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -139,26 +138,22 @@ class Baselines:
         """Inverse of :meth:`as_dict`; sequence models that an older one lacks are not there.
 
         Raises:
-            ConfigError: the counts are of other shapes.
+            ConfigError: the counts are of other shapes, or no counts at all.
         """
         expected = _no_counts(config, shapes)
         counts = {
-            head: torch.as_tensor(found, dtype=torch.float64)
+            head: counts_of(found, expected[head].shape, what=f"the baseline of {head}")
             for head, found in values["counts"].items()
             if head in expected
         }
-        for head, found in counts.items():
-            if found.shape != expected[head].shape:
-                raise ConfigError(
-                    f"the baseline of {head} has counts of shape {list(found.shape)}, the model "
-                    f"needs {list(expected[head].shape)}; fit it again by Baselines.fit"
-                )
         trigrams = {
-            head: Trigrams(vocab_size=shapes.vocab_size, keys=keys, counts=found)
-            for head, (keys, found) in values.get("trigrams", {}).items()
-            if head in expected
+            head: Trigrams.from_counts(*found, vocab_size=shapes.vocab_size)
+            for head, found in values.get("trigrams", {}).items()
+            if head in expected and head != Head.AUDIO
         }
-        pairs = values.get("level_pairs") if Head.AUDIO in expected else None
+        pairs, no_pairs = None, _no_pairs(config, shapes)
+        if no_pairs is not None and (found := values.get("level_pairs")) is not None:
+            pairs = counts_of(found, no_pairs.shape, what="the bigram of audio levels")
         return cls(
             config=config, shapes=shapes, counts=counts, trigrams=trigrams, level_pairs=pairs
         )

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shared.errors import ConfigError
 from shared.recipe import PAD_TOKEN
 
 if TYPE_CHECKING:
@@ -56,6 +57,36 @@ class Trigrams:
         """Nothing counted yet."""
         empty = torch.zeros(0, dtype=torch.int64)
         return cls(vocab_size=vocab_size, keys=empty, counts=empty)
+
+    @classmethod
+    def from_counts(cls, keys: object, counts: object, *, vocab_size: int) -> Self:
+        """From what a file has as keys and counts.
+
+        Raises:
+            ConfigError: they are no plain tensors that fit each other and the vocabulary; expanded
+                ones, which are larger than their memory, would fill it.
+        """
+        is_plain = all(
+            isinstance(t, Tensor)
+            and (t.dtype, t.layout, t.device.type) == (torch.int64, torch.strided, "cpu")
+            and t.dim() == 1
+            and t.is_contiguous()
+            for t in (keys, counts)
+        )
+        if not is_plain or not isinstance(keys, Tensor) or not isinstance(counts, Tensor):
+            raise ConfigError(
+                "a trigram's keys and counts are no plain int64 tensors; fit it again"
+            )
+        is_right = len(keys) == len(counts) and bool((counts > 0).all())
+        if is_right and len(keys):
+            is_rising = bool((keys[1:] > keys[:-1]).all())
+            is_right = is_rising and int(keys[0]) >= 0 and int(keys[-1]) < vocab_size**ORDER
+        if not is_right:
+            raise ConfigError(
+                f"a trigram's keys do not rise within {vocab_size} tokens, or its counts are not "
+                "theirs; fit it again by Baselines.fit"
+            )
+        return cls(vocab_size=vocab_size, keys=keys, counts=counts)
 
     def with_more(self, tokens_BT: Tensor, valid_BT: Tensor, weight_B: Tensor) -> Self:
         """Count the tokens that a head is asked for: valid, not the first, in no padding row."""
@@ -121,6 +152,36 @@ class Trigrams:
 def _discount(counts: Tensor) -> float:
     ones, twos = int((counts == 1).sum()), int((counts == 2).sum())
     return ones / (ones + 2 * twos) if ones and twos else DEFAULT_DISCOUNT
+
+
+def counts_of(found: object, size: torch.Size, *, what: str) -> Tensor:
+    """Counts as a file has them, a tensor or, in old files, lists of numbers; float64.
+
+    Args:
+        found: anything.
+        size: that they must have; looked at before anything is made of them.
+        what: they count, for messages.
+
+    Raises:
+        ConfigError: they are no counts, or of another size.
+    """
+    rows: list[Any] = found if isinstance(found, list) and len(size) > 1 else [found]
+    is_listed = all(
+        isinstance(row, list) and all(isinstance(one, int | float) for one in row) for row in rows
+    )
+    if is_listed and len({len(row) for row in rows}) == 1:
+        found = torch.tensor(found, dtype=torch.float64)
+    if not isinstance(found, Tensor):
+        raise ConfigError(f"{what} has no counts; fit it again by Baselines.fit")
+    if found.shape != size:
+        raise ConfigError(
+            f"{what} has counts of shape {list(found.shape)}, the model needs {list(size)}; fit it "
+            "again by Baselines.fit"
+        )
+    is_plain = found.layout == torch.strided and found.device.type == "cpu"
+    if not is_plain or not bool((torch.isfinite(found) & (found >= 0)).all()):
+        raise ConfigError(f"{what} has counts that are negative or no numbers; fit it again")
+    return found.to(torch.float64)
 
 
 def count_level_pairs(

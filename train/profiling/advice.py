@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
@@ -38,13 +38,7 @@ class Recommendation:
 
 def recommend(figures: Figures) -> list[Recommendation]:
     """What would make training faster or fit, the largest gains first; empty where all is good."""
-    found: list[tuple[float, Recommendation]] = []
-    for base, points, what in (
-        (figures.configured, figures.sweep, "num_workers"),
-        (figures.prefetch_base, figures.prefetch_sweep, "prefetch_batches"),
-    ):
-        if (better := _better_loader(figures, base, points, what)) is not None:
-            found.append(better)
+    found = _for_loader(figures)
     found += [better for v in _kinds(figures) if (better := _better_step(figures, v)) is not None]
     ranked = [r for _, r in sorted(found, key=lambda pair: -pair[0])]
     return [*ranked, *_for_memory(figures)]
@@ -92,6 +86,28 @@ def untested(figures: Figures) -> list[Recommendation]:
             )
         )
     return found
+
+
+def _for_loader(figures: Figures) -> list[tuple[float, Recommendation]]:
+    """Of other processes and other prefetching: both at once where prefetching was found better
+    with another number of processes than the configured one.
+    """
+    configured, base = figures.configured, figures.prefetch_base
+    workers = _better_loader(figures, configured, figures.sweep, "num_workers")
+    prefetch = _better_loader(figures, base, figures.prefetch_sweep, "prefetch_batches")
+    if prefetch is None or base.num_workers == configured.num_workers:
+        return [better for better in (workers, prefetch) if better is not None]
+    # Runs in turns are compared with each other only: the gains of the two sweeps multiply.
+    same = next(p for p in figures.sweep if p.num_workers == base.num_workers)
+    first = median(_ratios(same.training_samples_per_s, configured.training_samples_per_s))
+    gain, alone = first * prefetch[0], prefetch[1]
+    why = (
+        f"training made {configured.training_rate:.4g} samples/s with num_workers "
+        f"{configured.num_workers} and {same.training_rate:.4g} with {base.num_workers}; then "
+        f"{alone.why}"
+    )
+    change = {"data.num_workers": base.num_workers, **alone.change}
+    return [(gain, replace(alone, change=change, why=why, expected_gain=_times(gain)))]
 
 
 def _better_loader(

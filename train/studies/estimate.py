@@ -40,7 +40,7 @@ from train.data.inputs import tensors_of, to_model_inputs
 from train.machine import runtime
 from train.model.blocks import Block
 from train.model.losses import compute_losses
-from train.model.multimodal import MultiModalCreature
+from train.model.multimodal import SIZES, MultiModalCreature
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -170,6 +170,51 @@ def print_estimate(config: TrainConfig, *, origin: Path) -> None:
     )
     console.print(_memory_table(found, batch_size))
     console.print(_gpu_table(found))
+
+
+def print_sizes(config: TrainConfig, *, origin: Path) -> None:
+    """A line for each ``model.size``, with all else as in a configuration.
+
+    Args:
+        config: the whole configuration; its own size of the model does not count.
+        origin: its file, for the title.
+
+    Raises:
+        CreatureError: as :func:`print_estimate`.
+    """
+    dtype = _DTYPES[config.training.precision]
+    recipe, whose = _recipe_of(config.data)
+    shapes = WindowShapes.from_recipe(recipe, tick_rate_hz=config.model.tick_rate_hz)
+    batch_size, steps = config.data.batch_size, config.training.accumulation_steps
+    table = Table(
+        title=f"{origin}: an estimate, steps of {batch_size} x {steps} samples, windows by {whose}",
+        title_justify="left",
+    )
+    columns = ("size", "parameters, M", "memory, GiB", "recomputing, GiB", "TFLOPs per step")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "size" else "right")
+    for size in SIZES:
+        found = estimate(of_size(config, size), shapes, dtype=dtype)
+        table.add_row(
+            size,
+            f"{sum(found.num_parameters.values()) / 1e6:.1f}",
+            *(
+                f"{(found.state_bytes + kept.of(batch_size)) / _GIB:.2f}"
+                for kept in (found.activations, found.checkpointed)
+            ),
+            f"{found.sample_flops * batch_size * steps / 1e12:.2f}",
+        )
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(
+        "recomputing: with gradient checkpointing, which adds a forward pass to the FLOPs"
+    )
+
+
+def of_size(config: TrainConfig, size: str) -> TrainConfig:
+    """The configuration with a model of another size."""
+    named = {"size": size, "hidden_dim": None, "num_layers": None, "num_heads": None}
+    return config.model_copy(update={"model": config.model.model_copy(update=named)})
 
 
 def _recipe_of(data: DataConfig) -> tuple[Recipe, str]:

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from shared.errors import ConfigError, CreatureError
-from train.checkpoint import FINAL_NAME, find_latest_checkpoint, load_checkpoint, step_name
+from train.checkpoint import FINAL_NAME, load_checkpoint, step_name
 from train.config import ModelConfig, TrainConfig
 from train.data.loader import Loader, open_source
+from train.loop.keeping import find_latest_checkpoint
 from train.machine.launch import RankProcesses
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from event_files import text_of
+from event_files import read_events, text_of
 from rich.console import Console
 from tiny_training import make_batch, make_config, make_trainer, with_nan
 
@@ -36,6 +36,7 @@ def noisy(values, *, scale=0.05, seed=0):
 BROKEN = {
     "not finite": ({"loss_total": [1.0, 1.0, math.nan]}, "Reduce LR"),
     "no decrease": ({"loss_total": noisy(FLAT)}, "Model/data mismatch, check shapes"),
+    "rising": ({"loss_total": [9.0, 7.0, 5.0, *np.geomspace(2, 4, 12)]}, "Reduce LR"),
     "plateau": ({"loss_total": [9.0, 7.0, *FLAT]}, "Check learning rate, data quality"),
     "internal text": ({"loss_internal_text": [3.1] * 3}, "Check text tokenization"),
     "audio": ({"loss_audio": [2.6] * 3}, "Check audio normalization"),
@@ -108,7 +109,10 @@ def test_a_resumed_run_is_not_blamed_for_what_it_learned_before(metrics):
         {"loss_animation": noisy(FALLING, seed=1), "loss_audio": noisy(FALLING, seed=2)},
         {"loss_animation": noisy(FLAT[:9], scale=0.5), "loss_external_text": noisy(FALLING[:9])},
         {"loss_animation": noisy(FALLING), "loss_audio": noisy(FALLING * 0 + 0.0, scale=0)},
-        {"loss_total": [math.inf], "val/loss_total": [math.nan]},
+        {"loss_total": [math.inf], "val/loss_audio": [2.5]},
+        {"loss_animation": FALLING[::-1][:9], "loss_external_text": FALLING[:9]},
+        {"loss_animation": noisy(FLAT), "loss_external_text": noisy(FLAT, seed=1)},
+        {"skipped_steps": [0.0] * 3, "fp16_overflows": [0.0, 2.0, 1.0]},
     ],
 )
 def test_healthy_curves_are_left_alone(metrics):
@@ -136,6 +140,107 @@ def test_a_rising_loss_is_found_in_noise_and_a_flat_one_seldom_accused():
     flat = {"loss_audio": np.full(20, 3.0), **others}
     assert share_accused("one rises", rising) > 0.9
     assert share_accused("one rises", flat) < 0.1
+
+
+def test_two_rising_heads_are_no_matter_of_one():
+    rising = FALLING[::-1]
+    findings = check(
+        curve(loss_animation=rising, loss_audio=rising / 8, loss_external_text=FALLING)
+    )
+    assert [finding.rule for finding in findings] == ["uneven"]
+
+
+AT_ITS_FLOOR = np.full(20, 0.01)
+
+
+def test_a_head_at_its_floor_hides_no_rising_one():
+    """Its loss only jitters, so that it falls in one half of the logs and rises in the other."""
+    rising = {"loss_audio": np.linspace(1, 2, 20), "loss_animation": np.linspace(1.2, 0.5, 20)}
+    found = share_accused("one rises", {**rising, "loss_external_text": AT_ITS_FLOOR}, num_runs=50)
+    assert found > 0.9
+    still = {**rising, "loss_audio": np.full(20, 1.0), "loss_external_text": AT_ITS_FLOOR}
+    assert share_accused("one rises", still, num_runs=50) < 0.1
+
+
+def test_a_whole_loss_that_rises_after_a_fall_is_said_to_rise_and_not_to_stay():
+    curves = {"loss_total": np.array([9.0, 7, 5, 3, 2, *np.linspace(2, 4, 25)])}
+    assert share_accused("rising", curves, num_runs=50) > 0.9
+    history = curve(**curves)
+    late = {f.rule for end in range(18, 31) for f in check(history[:end])}
+    assert late == {"rising"}
+
+
+@pytest.mark.parametrize("total", [np.full(60, 5.0), 9 * np.arange(1, 61.0) ** -0.3])
+def test_a_whole_loss_that_stands_still_or_falls_is_seldom_said_to_rise(total):
+    assert share_accused("rising", {"loss_total": total}, num_runs=50) < 0.1
+
+
+def test_a_rising_head_that_lifts_the_sum_is_named_alone():
+    one = {"loss_audio": np.linspace(1, 4, 15), "loss_animation": np.linspace(1.2, 0.5, 15)}
+    findings = check(curve(**one, loss_total=one["loss_audio"] + one["loss_animation"]))
+    assert [f.rule for f in findings if f.rule != "audio"] == ["one rises", "no decrease"][::-1]
+
+
+def resumed(at, losses):
+    """A history of logs every 100 steps after a resume."""
+    return [LogPoint(step=at + 100 * i, metrics={"loss_total": x}) for i, x in enumerate(losses, 1)]
+
+
+def test_a_resumed_run_that_learns_nothing_is_told_when_its_steps_have_doubled():
+    rules = [
+        {finding.rule for finding in check(resumed(3000, np.full(length, 5.0)))}
+        for length in (9, 29, 32)
+    ]
+    assert rules == [set(), {"plateau"}, {"no decrease"}]
+
+
+@pytest.mark.parametrize("at", [2000, 5000, 20_000])
+def test_a_resumed_run_that_falls_as_a_power_of_its_steps_is_healthy(at):
+    steps = at + 100 * np.arange(1, at // 50)
+    losses = 9 * (steps / 100.0) ** -0.1
+    rng = np.random.default_rng(at)
+    history = resumed(at, losses * (1 + 0.003 * rng.normal(size=len(losses))))
+    found = {f.rule for end in range(1, len(history), 7) for f in check(history[:end])}
+    assert "no decrease" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("val/loss_audio", 2.6, "val/loss_audio is 2.6, above 2.5"),
+        ("val/loss_internal_text", 3.5, "val/loss_internal_text is 3.5"),
+        ("val/loss_total", math.nan, "val/loss_total is NaN"),
+    ],
+)
+def test_held_out_losses_are_judged_by_their_ranges(name, value, words):
+    watch = HealthWatch()
+    (finding,) = watch.observe_held_out(300, {name: value, "val/loss_external_text": 9.0})
+    assert (finding.metric, finding.step) == (name, 300)
+    assert words in str(finding)
+    assert watch.observe_held_out(301, {name: value}) == []
+
+
+def test_held_out_losses_leave_the_trends_of_the_others_alone(tmp_path):
+    screen = io.StringIO()
+    with RunLog(tmp_path, max_steps=9, quiet_steps=0, console=Console(file=screen)) as log:
+        for point in curve(loss_total=FALLING, loss_audio=FALLING[::-1] / 8, loss_b=FALLING):
+            log.write_metrics(point.step, point.metrics)
+            log.write_validation(point.step, {"loss_audio": 2.6})
+    assert screen.getvalue().count("val/loss_audio is 2.6") == 1
+    assert "loss_audio rose by" in screen.getvalue()
+
+
+def test_overflows_of_scaled_losses_are_counted_apart_and_no_finding(tmp_path):
+    screen = io.StringIO()
+    config = make_config(tmp_path, precision="fp16", max_steps=9, log_interval=9)
+    trainer = make_trainer(config, console=Console(file=screen, width=400))
+    trainer._state.scaler._init_scale = 2.0**20  # its first gradients overflow
+    trainer.train()
+    curves = read_events(tmp_path / "runs" / "tiny")
+    found = {n: curves.Scalars(n)[0].value for n in ("fp16_overflows", "skipped_steps")}
+    assert 1 <= found["fp16_overflows"] <= 8
+    assert found["skipped_steps"] == 0
+    assert "Reduce LR" not in screen.getvalue()
 
 
 def test_a_plateau_is_found_in_noise_and_a_slow_fall_seldom_accused():

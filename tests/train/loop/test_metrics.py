@@ -14,7 +14,8 @@ from rich.console import Console
 from tiny_training import EndlessLoader, make_batch, make_config, make_trainer, with_nan
 
 from shared.errors import ConfigError, CreatureError, DivergedError, TooManyBadSamplesError
-from train.loop.metrics import QUARANTINE_NAME, StepMeter, default_run_name
+from train.loop.meter import StepMeter
+from train.loop.metrics import QUARANTINE_NAME, default_run_name
 
 LOSSES = {
     "loss_total",

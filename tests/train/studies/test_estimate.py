@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_sets import make_config as make_set_config
 from torch.profiler import ProfilerActivity, profile
 
+from shared.manifest import read_manifest
 from shared.recipe import WindowShapes
 from train import Loader, MultiModalCreature, open_source
 from train.__main__ import cli
@@ -164,3 +165,23 @@ def test_the_command_says_whose_windows_and_that_it_is_an_estimate(tiny_set, tmp
         assert gpu in result.output
     other = CliRunner().invoke(cli, ["estimate", "--config", str(path), "data.shards=null"])
     assert "the default recipe" in other.output
+
+
+def test_the_table_of_sizes_has_the_estimate_of_each(tiny_set, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.studies.estimate.SIZES", ("tiny",))  # each takes seconds
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"data: {{shards: {tiny_set}, batch_size: 4}}\n"
+        "training: {accumulation_steps: 2}\nmodel: {hidden_dim: 16, num_layers: 1}\n"
+    )
+    result = CliRunner().invoke(cli, ["estimate", "--config", str(path), "--sizes"])
+    assert result.exit_code == 0, result.output
+    (row,) = (line for line in result.output.splitlines() if "tiny " in line)
+    config = as_train_config({"data": {"shards": tiny_set}, "model": {"size": "tiny"}})
+    shapes = WindowShapes.from_recipe(read_manifest(tiny_set).recipe)
+    found = estimate(config, shapes, dtype=torch.bfloat16)
+    size_gib = (found.state_bytes + found.activations.of(4)) / 2**30
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[1] == f"{sum(found.num_parameters.values()) / 1e6:.1f}"
+    assert cells[2] == f"{size_gib:.2f}"
+    assert cells[4] == f"{found.sample_flops * 8 / 1e12:.2f}"

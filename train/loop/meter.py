@@ -1,0 +1,160 @@
+"""Numbers of the steps between two logs, added up on the device, so that no step waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.errors import DivergedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+QUANTILES: Final = (50, 95, 99)
+"""Percentiles of the waits for data."""
+
+MAX_BAD_STEPS: Final = 10
+"""So many steps in a row that were not finite, or spikes, stop the run."""
+
+FIRST_STEPS: Final = 5
+"""Steps whose mean counts as the first loss."""
+
+
+class StepMeter:
+    """Means over the steps since the last log, added up on the device without waiting for it.
+
+    Steps that were left out, not finite or spikes, count as skipped and enter no mean. So do
+    overflows of float16, by which its scale is found and nothing is wrong; they count apart.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._num_overflows: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._num_good = torch.zeros((), dtype=torch.int64, device=device)
+        self._num_samples = torch.zeros((), device=device)
+        self._num_steps = 0
+        self._first_steps: list[tuple[dict[str, Tensor], Tensor]] = []
+        self._bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._losses: dict[str, Tensor] = {}
+        self._grad_norm = torch.zeros((), device=device)
+        self.restart_clock()
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether steps were added since the last log."""
+        return self._num_steps > 0
+
+    def add(
+        self,
+        losses: Mapping[str, Tensor],
+        *,
+        grad_norm: Tensor,
+        is_good: Tensor,
+        num_samples: Tensor,
+        is_overflow: Tensor | None = None,
+    ) -> None:
+        """Add one step; all tensors are 0-dim on the device, `is_good` bool, and `is_overflow`,
+        where the loss is scaled: whether the gradient of a good loss is not finite.
+        """
+        for name, value in {**losses, "grad_norm": grad_norm}.items():
+            good = torch.where(is_good, value.detach().float(), 0.0)
+            self._sums[name] = self._sums[name] + good if name in self._sums else good
+        self._num_good = self._num_good + is_good
+        if is_overflow is not None:
+            before = self._num_overflows
+            self._num_overflows = is_overflow.long() if before is None else before + is_overflow
+        self._num_samples = self._num_samples + num_samples
+        self._num_steps += 1
+        self._losses = {name: loss.detach() for name, loss in losses.items()}
+        self._grad_norm = grad_norm
+        self._bad_in_a_row = torch.where(is_good, 0, self._bad_in_a_row + 1)
+        if len(self._first_steps) < FIRST_STEPS:
+            self._first_steps.append((self._losses, is_good))
+
+    def take(self, waits_s: Sequence[float]) -> dict[str, float]:
+        """Everything since the last call, as plain numbers; waits for the device and starts anew.
+
+        Args:
+            waits_s: how long each step waited for its data.
+
+        Returns:
+            The means of what was added, samples_per_sec, skipped_steps, data_wait_fraction,
+            data_wait_ms_p50, _p95 and _p99 and, where the loss is scaled, fp16_overflows. Means
+            without a single good step are NaN.
+        """
+        num_good = int(
+            self._num_good
+        )  # waits for the device, so that the clock below sees all its work
+        elapsed_s = max(time.perf_counter() - self._began_s - self._excluded_s, 1e-9)
+        metrics = {n: float(s) / num_good if num_good else math.nan for n, s in self._sums.items()}
+        metrics["samples_per_sec"] = float(self._num_samples) / elapsed_s
+        metrics["data_wait_fraction"] = min(1.0, sum(waits_s) / elapsed_s)
+        num_overflows = 0
+        if self._num_overflows is not None:
+            num_overflows = int(self._num_overflows)
+            metrics["fp16_overflows"] = float(num_overflows)
+        metrics["skipped_steps"] = float(self._num_steps - num_good - num_overflows)
+        waits_ms = np.percentile(np.array(waits_s or [0.0]) * 1e3, QUANTILES)
+        metrics |= {
+            f"data_wait_ms_p{q}": float(w) for q, w in zip(QUANTILES, waits_ms, strict=True)
+        }
+        self._reset()
+        return metrics
+
+    def first_losses(self) -> dict[str, float]:
+        """Means of the losses of the first few steps; waits for the device."""
+        good = [losses for losses, is_good in self._first_steps if is_good]
+        return {
+            name: sum(float(losses[name]) for losses in good) / len(good)
+            for name in (good or [{}])[0]
+        }
+
+    def check_divergence(self, step: int) -> None:
+        """Stop a run that no longer learns anything; waits for the device.
+
+        Raises:
+            DivergedError: :data:`MAX_BAD_STEPS` steps or more in a row were left out.
+        """
+        if (count := int(self._bad_in_a_row)) < MAX_BAD_STEPS:
+            return
+        culprits = [name for name, loss in self._losses.items() if not torch.isfinite(loss)]
+        fault = f"{' and '.join(culprits) or 'the gradient'} was not finite"
+        if not culprits and torch.isfinite(self._grad_norm):
+            total = float(self._losses["loss_total"])
+            fault = (
+                f"loss_total {total:.4g} or grad_norm {float(self._grad_norm):.4g} was far above "
+                "the steps before (training.spike_sigma)"
+            )
+        raise DivergedError(
+            f"step {step}: {fault} in {count} steps in a row. "
+            "Weights are those before these steps. Reduce LR (training.optimizer.lr), check for "
+            "corrupted data "
+            "(`python -m preprocess verify`), and resume from a checkpoint (`--resume auto`)"
+        )
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time inside out of the speed: it is spent on something else than training."""
+        began_s = time.perf_counter()
+        yield
+        self._excluded_s += time.perf_counter() - began_s
+
+    def restart_clock(self) -> None:
+        """Begin to measure the speed now."""
+        self._began_s = time.perf_counter()
+        self._excluded_s = 0.0
+
+    def _reset(self) -> None:
+        self._sums = {}
+        self._num_good = torch.zeros_like(self._num_good)
+        self._num_overflows = None
+        self._num_samples = torch.zeros_like(self._num_samples)
+        self._num_steps = 0
+        self.restart_clock()
