@@ -119,6 +119,14 @@ def validate(
     "--workers", type=click.IntRange(min=0), default=None, help="Local processes; 0: none."
 )
 @click.option("--scheduler", default=None, help="Address of a running Dask scheduler.")
+@click.option(
+    "--task-seconds",
+    "task_s",
+    type=click.FloatRange(min=1),
+    default=120.0,
+    show_default=True,
+    help="Video of one task; longer sessions are divided over several. Changes no byte.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and why; make nothing.")
 def shards(
     *,
@@ -127,6 +135,7 @@ def shards(
     out: str,
     workers: int | None,
     scheduler: str | None,
+    task_s: float,
     dry_run: bool,
 ) -> None:
     """Build a shard set, or bring it up to date: only what changed is made again."""
@@ -137,7 +146,9 @@ def shards(
     recipe = _recipe(recipe_path)
     num_workers = (os.cpu_count() or 1) if workers is None else workers
     with Cluster(scheduler=scheduler, num_workers=num_workers, console=console) as cluster:
-        summary = build_shards(sessions, out, recipe=recipe, cluster=cluster, dry_run=dry_run)
+        summary = build_shards(
+            sessions, out, recipe=recipe, cluster=cluster, dry_run=dry_run, task_s=task_s
+        )
     where = place_of(out)
     if summary.plan.upgrade is not None:
         click.echo(f"{where}: {summary.plan.upgrade}")

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 _RUN_MARK = ".run.tmp"
 _TAKEN_OVER = "another job has taken over this shard set, or this machine does not see its folder"
+_PART = re.compile(r"\.[0-9a-f]{12}\.tmp/")
+"""Where a job's parts of shards lie in a store."""
+
 _HEAD_BYTES = 4096
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -185,7 +189,7 @@ class StoredSet:
     @contextmanager
     def open_column(self, name: str, work: Path) -> Iterator[ColumnFile]:
         """A column of the set, to read from; copied into the workplace."""
-        path = work / f"old.{name}"
+        path = work / f"old.{name.rpartition('/')[2]}"
         try:
             self.store.fetch(name, path)
         except FileNotFoundError as error:
@@ -244,6 +248,11 @@ class StoredSet:
 SetPlace = LocalSet | StoredSet
 
 
+def part_file(place: SetPlace, name: str) -> str:
+    """Name in a set for a file that is there as long as the job."""
+    return f".{place.run}.tmp/{name}"
+
+
 @contextmanager
 def open_set(place: Path | Store, *, dry_run: bool = False) -> Iterator[SetPlace]:
     """A shard set for one job: marked as its own, without what killed jobs left of temporary files.
@@ -267,11 +276,13 @@ def open_set(place: Path | Store, *, dry_run: bool = False) -> Iterator[SetPlace
                 yield stored
                 return
             place.write(_RUN_MARK, run.encode())
+            _remove_parts(place)
             try:
                 yield stored
             finally:
                 if stored.read(_RUN_MARK) == run.encode():
                     place.remove(_RUN_MARK)
+                    _remove_parts(place)
         return
     root = place.absolute()
     with suppress(FileNotFoundError, NotADirectoryError), (root / MANIFEST_FILE).open("rb") as file:
@@ -349,6 +360,12 @@ def _temporary(store: Store, run: str) -> Iterator[Path]:
         with suppress(OSError):  # others are still there
             own.rmdir()
             base.rmdir()
+
+
+def _remove_parts(store: Store) -> None:
+    """Remove parts of shards that a job left in a store."""
+    for name in filter(_PART.match, store.list_files()):
+        store.remove(name)
 
 
 def _retire(folder: Path) -> None:

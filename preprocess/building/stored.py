@@ -14,6 +14,8 @@ from shared.errors import CorruptError
 from shared.fields import Mel, Sensors, Text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from shared.clock import Window
@@ -27,8 +29,7 @@ class StoredFields:
 
     Args:
         session: whose rows.
-        index: the shard's index.
-        column: the column's file.
+        found: the shard's index and the column's file; of a column in parts those of each.
         recipe: how the column was made.
 
     Raises (all methods):
@@ -36,21 +37,23 @@ class StoredFields:
     """
 
     def __init__(
-        self, session: str, *, index: ShardIndex, column: ColumnFile, recipe: Recipe
+        self, session: str, *, found: Sequence[tuple[ShardIndex, ColumnFile]], recipe: Recipe
     ) -> None:
         self.session = session
         self.recipe = recipe
-        self._index = index
-        self._column = column
-        number = index.facts["sessions"].index(session)
-        rows = np.flatnonzero(index.arrays["session"] == number)
-        self._rows = {int(index.arrays["window"][row]): int(row) for row in rows}
+        self._found = found
+        self._rows: dict[int, tuple[ShardIndex, ColumnFile, int]] = {}
+        for index, column in found:
+            number = index.facts["sessions"].index(session)
+            for row in np.flatnonzero(index.arrays["session"] == number):
+                self._rows[int(index.arrays["window"][row])] = index, column, int(row)
 
     def losses(self, stream: Stream) -> list[dict[str, Any]]:
         """What of the session's stream did not decode when the shard was made."""
         return [
             loss
-            for loss in self._index.facts["losses"]
+            for index, _ in self._found
+            for loss in index.facts["losses"]
             if loss["session"] == self.session and loss["stream"] == stream
         ]
 
@@ -58,9 +61,9 @@ class StoredFields:
         self, stream: Stream, window: Window
     ) -> tuple[bytes | None, NDArray[np.float32]]:
         """Encoded pictures (None where none decoded), and each frame's time error [F]."""
-        row = self._row(window)
-        content = self._column.read(self._index.members(stream), row)
-        return content, self._index.arrays[f"{stream}.error_s"][row]
+        index, column, row = self._place(window)
+        content = column.read(index.members(stream), row)
+        return content, index.arrays[f"{stream}.error_s"][row]
 
     def read_audio(self, window: Window) -> NDArray[np.int16]:
         """See :meth:`shared.fields.SessionFields.read_audio`."""
@@ -95,14 +98,14 @@ class StoredFields:
         return read_chunk(self._member(array, window), dtype=dtype, shape=shape)
 
     def _member(self, name: str, window: Window) -> bytes:
-        content = self._column.read(self._index.members(name), self._row(window))
+        index, column, row = self._place(window)
+        content = column.read(index.members(name), row)
         if content is None:
-            raise CorruptError(f"{self._column.path}: lacks {self.session}/{window.index:06d}")
+            raise CorruptError(f"{column.path}: lacks {self.session}/{window.index:06d}")
         return content
 
-    def _row(self, window: Window) -> int:
+    def _place(self, window: Window) -> tuple[ShardIndex, ColumnFile, int]:
         if window.index not in self._rows:
-            raise CorruptError(
-                f"{self._column.path}: its index lacks {self.session}/{window.index:06d}"
-            )
+            path = self._found[0][1].path
+            raise CorruptError(f"{path}: its index lacks {self.session}/{window.index:06d}")
         return self._rows[window.index]

@@ -16,8 +16,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from preprocess.building.build import BuildInput, copy_shard
+from preprocess.building.build import copy_shard
 from preprocess.building.commit import commit, make_manifest, sweep
+from preprocess.building.inputs import BuildInput
 from preprocess.building.places import LocalSet, open_set
 from preprocess.building.plan import ShardTask, Slice, setting_changes, versioned
 from preprocess.building.rejected import count_windows
