@@ -135,6 +135,14 @@ def validate(
     help="Local processes; without it one per core; 0: all in this process, without Dask.",
 )
 @click.option("--scheduler", default=None, help="Address of a running Dask scheduler.")
+@click.option(
+    "--task-seconds",
+    "task_s",
+    type=click.FloatRange(min=1),
+    default=120.0,
+    show_default=True,
+    help="Video of one task; longer sessions are divided over several. Changes no byte.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and why; make nothing.")
 @_KEEP_OLD_OPTION
 @click.option(
@@ -150,6 +158,7 @@ def shards(
     out: str,
     workers: int | None,
     scheduler: str | None,
+    task_s: float,
     dry_run: bool,
     keep_old_h: float,
     verify: bool,
@@ -169,6 +178,7 @@ def shards(
             recipe=recipe,
             cluster=cluster,
             dry_run=dry_run,
+            task_s=task_s,
             keep_old_s=keep_old_h * 3600,
             verify=verify,
             compact=compact,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from shared.recipe import Recipe, Stream
 from shared.scan import read_texts
 from shared.session import AUDIO_FILE, VISION_FILES, read_metadata
 from shared.spool import Spool
+from shared.video import frames_to_restart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -98,6 +100,29 @@ def has_numbers(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     return np.asarray(~np.isnan(values).any(axis=1), dtype=np.bool_)
 
 
+def cut_evenly(first: NDArray[np.int64], lead: NDArray[np.float64], num_runs: int) -> list[int]:
+    """Cuts into about equal runs, each at the window in the first quarter of its run that costs
+    least; none where it would cost as much as a run.
+
+    Args:
+        first: first frame of each window [N], at least one window.
+        lead: frames that must be decoded before it where it is the first of a run [N].
+        num_runs: at least 1.
+
+    Returns:
+        num_runs + 1 increasing numbers from 0 to N; equal ones where there is no cut.
+    """
+    count = len(first)
+    most = (first[-1] - first[0] + 1) / num_runs
+    even = [k * count // num_runs for k in range(num_runs + 1)]
+    cuts = [count]
+    for start, stop in reversed(list(pairwise(even[1:]))):
+        quarter = lead[start : start + max(1, (stop - start) // 4)]
+        best = int(quarter.argmin())
+        cuts.append(start + best if quarter[best] < most else cuts[-1])
+    return [0, *reversed(cuts)]
+
+
 class SessionFields:
     """Reads the fields of a session's windows; each source file is opened at the first field that
     needs it.
@@ -124,9 +149,20 @@ class SessionFields:
         self._tracks: dict[Stream, VideoTrack] = {}
 
     def iter_frames(
-        self, stream: Stream, windows: Sequence[Window]
+        self,
+        stream: Stream,
+        windows: Sequence[Window],
+        *,
+        among: Sequence[Window] | None = None,
     ) -> Iterator[tuple[Window, Frames]]:
         """Vision of windows in order of time, in one pass over the video.
+
+        Args:
+            stream: which eye.
+            windows: in order of time.
+            among: more windows, these included; the pictures have the bits of a pass over all of
+                them, even where the video is damaged, if it can be cut before the first window
+                (see :meth:`cut_frames`).
 
         Yields:
             Each window with its frames; a window of which no picture decodes is left out.
@@ -136,19 +172,41 @@ class SessionFields:
         """
         track = self._track(stream)
         chosen = [nearest(track.times_s, w.grid(self.recipe.vision.rate_hz)) for w in windows]
-        wanted = sorted({int(i) for index, _ in chosen for i in index})
+        shown = {int(i) for index, _ in chosen for i in index}
+        if among is not None and shown:
+            begin, end = min(shown), max(shown)
+            lead = frames_to_restart(track, np.array([begin]))[0]
+            begin -= int(lead) if np.isfinite(lead) else 0
+            grids = (w.grid(self.recipe.vision.rate_hz) for w in among)
+            found = (int(i) for grid in grids for i in nearest(track.times_s, grid)[0])
+            shown |= {i for i in found if begin <= i <= end}
+        wanted = sorted(shown)
         video = self.path / VISION_FILES[stream]
         source = read_frames(video, track, wanted, recipe=self.recipe.vision)
         have: dict[int, NDArray[np.uint8]] = {}
         upcoming = next(source, None)
         for window, (index, error_s) in zip(windows, chosen, strict=True):
             while upcoming is not None and upcoming[0] <= index[-1]:
-                have[upcoming[0]] = upcoming[1]
+                if upcoming[0] >= index[0]:
+                    have[upcoming[0]] = upcoming[1]
                 upcoming = next(source, None)
             frames = self._assemble(have, index, error_s)
             if frames is not None:
                 yield window, frames
             have = {i: picture for i, picture in have.items() if i >= index[0]}
+
+    def cut_frames(self, stream: Stream, windows: Sequence[Window], num_runs: int) -> list[int]:
+        """Where to cut a pass over windows into runs that can be read apart: run k is windows
+        [cuts[k], cuts[k + 1]). Runs are about equally long; where a video can't be cut, they are
+        empty.
+
+        Raises:
+            MediaError: the video doesn't open.
+        """
+        track = self._track(stream)
+        starts_s = np.array([w.start_s for w in windows])
+        first, _ = nearest(track.times_s, starts_s)
+        return cut_evenly(first, frames_to_restart(track, first), num_runs)
 
     def read_audio(self, window: Window) -> NDArray[np.int16]:
         """Waveform of a window, mono int16 [rate * duration]; zeros outside the recording."""

@@ -68,7 +68,7 @@ class VideoTrack:
     `times_s` float64 [N]: presentation times from the container's start, increasing; `pts` int64
     [N]: the same in units of the track's time base; `keyframes` bool [N]; `positions` int64 [N]:
     place of each frame's packet in the file's order; `restarts` int64 [R]: places of the packets
-    from which a decoder begins afresh, increasing.
+    from which a decoder begins afresh, increasing; none where no seek can be trusted.
     """
 
     codec: str
@@ -136,7 +136,8 @@ def read_video_track(path: Path) -> VideoTrack:
     with open_video(path) as (container, stream):
         context = stream.codec_context
         origin_s = (container.start_time or 0) / av.time_base
-        length_bytes = nal_length_bytes(context)
+        is_indexed = container.format.name in INDEXED_FORMATS
+        length_bytes = nal_length_bytes(context) if is_indexed else None
         pts, positions, restarts = array("q"), array("q"), array("q")
         is_key = array("b")
         num_packets = 0

@@ -119,6 +119,24 @@ def decode_frames(path: Path, track: VideoTrack, wanted: Sequence[int]) -> Itera
                 return
 
 
+def frames_to_restart(track: VideoTrack, frames: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How many frames lie between each frame and the restart at which :func:`decode_frames` would
+    begin for it; infinite where there is none, so that it may begin elsewhere and decode otherwise.
+
+    Args:
+        track: of the video.
+        frames: indices into `track.times_s` [N].
+    """
+    keys = np.flatnonzero(track.keyframes)
+    last = np.searchsorted(keys, frames, side="right") - 1
+    distance = np.full(len(frames), np.inf)
+    has_key = last >= 0
+    key = keys[last[has_key]]
+    is_clean = np.isin(track.positions[key], track.restarts)
+    distance[has_key] = np.where(is_clean, frames[has_key] - key, np.inf)
+    return distance
+
+
 def decode_all(container: InputContainer, stream: Any) -> Iterator[Any]:  # noqa: ANN401
     """Every frame of a track; packets that don't decode are passed over."""
     try:
@@ -199,7 +217,8 @@ def _decode_needed(
     can_skip = context.name == "h264"
     position = None if has_sought else 0
     needed = _needed_packets(track, wanted, 0)
-    has_skipped = False
+    restarts = set(track.restarts.tolist())
+    is_fresh = True
     try:
         for packet in container.demux(stream):
             if packet.size:
@@ -213,12 +232,13 @@ def _decode_needed(
                     return
                 position += 1
                 if not needed[position - 1]:
-                    has_skipped = True
                     continue
-                if has_skipped:
+                if position - 1 in restarts and not is_fresh:
+                    # What damage left in the decoder must not show in pictures that another task,
+                    # which begins here, has without it.
                     yield from _drained(context)
                     context.flush_buffers()
-                    has_skipped = False
+                is_fresh = False
             if can_skip:
                 is_wanted = packet.pts is None or packet.pts in wanted_pts
                 context.skip_frame = "DEFAULT" if is_wanted else "NONREF"

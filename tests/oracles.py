@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tiny_sessions import sensor_lines, write_lines, write_tone, write_video
 
+from preprocess.building import cluster as cluster_module
 from preprocess.building.cluster import Cluster
 from preprocess.building.job import BuildSummary, build_shards
+from preprocess.building.parts import TASK_S
 from shared.columns import ColumnFile
 from shared.index import open_index
 from shared.manifest import read_manifest
@@ -180,6 +182,17 @@ def cluster_of(num_workers: int) -> Cluster:
     return Cluster(scheduler=None, num_workers=num_workers, console=console, start_s=0.0)
 
 
+class DividingCluster(Cluster):
+    """Divides shards as over a cluster, and then does all in this process."""
+
+    def is_in_process(self, *, work_s: float) -> bool:
+        del work_s
+        return False
+
+    def _submitted(self, *work: Any) -> Iterator[tuple[int | None, Any]]:
+        return cluster_module._in_turn(*work)
+
+
 def build(
     sessions: Path | str,
     out: Path | str,
@@ -187,6 +200,7 @@ def build(
     *,
     num_workers: int = 0,
     keep_old_s: float = 0.0,
+    task_s: float = TASK_S,
     **options: bool,
 ) -> BuildSummary:
     """build_shards in this process, or over a local Dask cluster."""
@@ -196,8 +210,25 @@ def build(
             out,
             recipe=recipe or tiny_recipe(),
             cluster=cluster,
+            task_s=task_s,
             keep_old_s=keep_old_s,
             **options,
+        )
+
+
+def build_in_parts(
+    sessions: Path | str, out: Path | str, recipe: Recipe | None = None, *, task_s: float = 1.0
+) -> BuildSummary:
+    """build_shards in this process, divided into tasks of so many seconds of video."""
+    console = Console(file=io.StringIO())
+    with DividingCluster(scheduler=None, num_workers=1, console=console) as cluster:
+        return build_shards(
+            sessions,
+            out,
+            recipe=recipe or tiny_recipe(),
+            cluster=cluster,
+            task_s=task_s,
+            keep_old_s=0.0,
         )
 
 

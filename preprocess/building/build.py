@@ -1,5 +1,5 @@
 """One task, one shard: write the columns that are due and the index in a workplace, and put each
-into the set when it is finished.
+into the set when it is finished. Pictures may come from parts that other tasks have made.
 
 :func:`build_shard` is an ordinary function of plain values. The Dask job calls it in its workers, a
 test in its own process; the bytes are the same.
@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from preprocess.building import statistics
+from preprocess.building.inputs import iter_rows, open_sessions
 from preprocess.building.packing import Slice
+from preprocess.building.parts import read_parts, remove_parts
 from preprocess.building.plan import BuiltColumn, BuiltShard, ShardTask
-from preprocess.building.recordings import Recording, require_unchanged
 from preprocess.building.stored import OldColumns, StoredFields, stored_statistics
 from preprocess.building.write import ZARR_WRITERS, Draft, Fields, Row, write_tar
 from shared.clock import Window
 from shared.errors import CorruptError, ShardError
-from shared.fields import SessionFields
 from shared.index import ShardIndex, index_bytes, parse_index
 from shared.layout import COLUMNS, presence_bits, streams_of_bits
 from shared.manifest import ShardEntry, fingerprint_of
-from shared.recipe import STREAMS, Recipe
-from shared.text import parse_tokenizer
+from shared.recipe import STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,26 +34,20 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from preprocess.building.inputs import BuildInput
+    from preprocess.building.parts import BuiltPart
     from preprocess.building.places import SetPlace
-    from shared.scan import SessionScan
+    from shared.fields import SessionFields
+    from shared.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildInput:
-    """All that a shard task needs besides the task itself."""
-
-    out: SetPlace
-    recipe: Recipe
-    tokenizer_json: str
-    recordings: Mapping[str, Recording]
-    """Session name -> where it lies, of the task's sessions."""
-    scans: Mapping[str, SessionScan]
-    old: SetPlace | None = None
-    """Where the old shard of the task is; None where it is in `out`."""
-
-
-def build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
+def build_shard(task: ShardTask, given: BuildInput, parts: Sequence[BuiltPart] = ()) -> ShardEntry:
     """Write what is due of one shard.
+
+    Args:
+        task: the shard.
+        given: what it is made of.
+        parts: what other tasks have made of it; taken over, and removed at the end.
 
     Returns:
         The shard's line in the manifest.
@@ -65,11 +58,16 @@ def build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
         OSError: the folder can't be written.
     """
     try:
-        return _build_shard(task, given)
-    except CorruptError:
-        if not any(task.copied.values()) and not task.kept:
+        entry = _build_shard(task, given, parts)
+    except ShardError as error:
+        if parts:  # one of them is damaged or gone
+            entry = build_shard(task, given)
+        elif isinstance(error, CorruptError) and (any(task.copied.values()) or task.kept):
+            entry = _build_shard(_distrusting(task), given, ())
+        else:
             raise
-        return _build_shard(_distrusting(task), given)
+    remove_parts(parts, given)
+    return entry
 
 
 def _distrusting(task: ShardTask) -> ShardTask:
@@ -94,24 +92,15 @@ def _sources_of(task: ShardTask) -> dict[str, list[str]]:
     }
 
 
-def _build_shard(task: ShardTask, given: BuildInput) -> ShardEntry:
-    sources = _sources_of(task)
-    with ExitStack() as stack:
-        work = stack.enter_context(given.out.workplace())
-        try:
-            folders = {
-                name: stack.enter_context(given.recordings[name].files(files, given.out))
-                for name, files in sources.items()
-            }
-            fresh = _open_sessions(given, folders)
-            draft, presence = _write_columns(task, given, work, list(_rows(task, given)), fresh)
-        except Exception:
-            # What a session that went away makes of a reader is not the cause.
-            for name, files in sources.items():
-                require_unchanged(given.recordings[name], files)
-            raise
-        for name, files in sources.items():
-            require_unchanged(given.recordings[name], files)
+def _build_shard(task: ShardTask, given: BuildInput, parts: Sequence[BuiltPart]) -> ShardEntry:
+    elsewhere: dict[str, set[str]] = {}
+    for part in parts:
+        for name in part.sessions:
+            elsewhere.setdefault(name, set()).update(COLUMNS[part.column].sources)
+    rows = list(iter_rows(task.slices, given))
+    with given.out.workplace() as work:
+        with open_sessions(given, _sources_of(task), elsewhere=elsewhere) as fresh:
+            draft, presence = _write_columns(task, given, work, rows, fresh, parts)
         return _write_index(task, given, work, draft, presence)
 
 
@@ -225,6 +214,7 @@ def _write_columns(
     work: Path,
     rows: Sequence[Row],
     fresh: Mapping[str, SessionFields],
+    parts: Sequence[BuiltPart] = (),
 ) -> tuple[Draft, NDArray[np.uint8]]:
     """Put the columns that are due into the set; returns the draft of the index and presence bits
     per row.
@@ -253,13 +243,12 @@ def _write_columns(
                 OldColumns(lambda old_file: source.open_column(old_file, work))
             )
             for session, files in task.copied.get(name, {}).items():
+                found = [(old[f], old[f].facts["columns"][name]["file"]) for f in files]
                 readers[session] = StoredFields(
-                    session,
-                    indexes=[old[f] for f in files],
-                    column=name,
-                    columns=columns,
-                    recipe=given.recipe,
+                    session, found=found, columns=columns, recipe=given.recipe
                 )
+            made = stack.enter_context(OldColumns(lambda part: out.open_column(part, work)))
+            readers.update(read_parts(parts, name, given, made))
             if column.kind == "tar":
                 presence |= write_tar(draft, name, path, readers, given.recipe)
             else:
@@ -277,15 +266,6 @@ def _write_columns(
     return draft, presence
 
 
-def _open_sessions(given: BuildInput, folders: Mapping[str, Path]) -> dict[str, SessionFields]:
-    """A reader per session."""
-    tokenizer = parse_tokenizer(given.tokenizer_json, origin="the shard set's tokenizer")
-    return {
-        name: SessionFields(path, given.scans[name], recipe=given.recipe, tokenizer=tokenizer)
-        for name, path in folders.items()
-    }
-
-
 def _columns(index: ShardIndex) -> dict[str, BuiltColumn]:
     return {name: BuiltColumn(**values) for name, values in index.facts["columns"].items()}
 
@@ -301,18 +281,6 @@ def _entry(
         index_file=task.file_name("index"),
         index_sha256=sha256,
     )
-
-
-def _rows(task: ShardTask, given: BuildInput) -> Iterator[Row]:
-    number = 0
-    for piece in task.slices:
-        scan = given.scans[piece.session]
-        windows = scan.windows(given.recipe)
-        for index in piece.windows:
-            window = windows[index]
-            streams = scan.present(window, given.recipe)
-            yield Row(number, piece.session, window, streams, scan.coverage[index])
-            number += 1
 
 
 def _old_rows(task: ShardTask, recipe: Recipe, old: Sequence[ShardIndex]) -> Iterator[Row]:

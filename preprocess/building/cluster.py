@@ -8,6 +8,7 @@ import math
 import signal
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -41,7 +42,22 @@ STARTS = 3
 """How often local workers are started before they are given up."""
 
 ArgT = TypeVar("ArgT")
+PieceT = TypeVar("PieceT")
+PartT = TypeVar("PartT")
 ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, slots=True)
+class Joint(Generic[ArgT, PieceT]):
+    """A task and the pieces of it that are tasks before it."""
+
+    argument: ArgT
+    pieces: Sequence[PieceT] = ()
+
+    @property
+    def num_tasks(self) -> int:
+        """How many workers it can keep busy."""
+        return max(1, len(self.pieces))
 
 
 class Cluster:
@@ -85,6 +101,11 @@ class Cluster:
         is_short = self._scheduler is not None or work_s < MIN_WORK_S
         return 0 if is_short else max(0, self._num_workers - num_tasks)
 
+    def is_in_process(self, *, work_s: float) -> bool:
+        """Whether so much work is done in this process, one task after another."""
+        is_small = self._num_workers == 0 or (self._client is None and work_s < self._start_s)
+        return self._scheduler is None and is_small
+
     def say(self, message: str) -> None:
         """One line to the terminal."""
         self._console.print(message, highlight=False, soft_wrap=True)
@@ -109,28 +130,50 @@ class Cluster:
             JobError, StorageError: the job can't go on; at once, the other tasks are given up.
             Exception: the first failure, after the other tasks have ended.
         """
-        if not arguments:
+        work: list[Joint[ArgT, Any]] = [Joint(argument) for argument in arguments]
+        return self.join(_Alone(function), work, part=_Alone(function), what=what, work_s=work_s)
+
+    def join(
+        self,
+        function: Callable[[ArgT, Sequence[PartT]], ResultT],
+        work: Sequence[Joint[ArgT, PieceT]],
+        *,
+        part: Callable[[PieceT], PartT],
+        what: str,
+        work_s: float = math.inf,
+    ) -> list[ResultT]:
+        """Results in order, with a progress bar that counts pieces too.
+
+        Args:
+            function: what to do with an argument and the parts that were made of its pieces.
+            work: arguments and pieces.
+            part: what to do with a piece.
+            what: the same in words.
+            work_s: about how long one process would take for all.
+
+        Raises:
+            JobError, Exception: see :meth:`map`; where a piece fails, so does its task.
+        """
+        if not work:
             return []
         results: dict[int, ResultT] = {}
         with self._progress() as progress:
-            bar = progress.add_task(what, total=len(arguments))
-            for index, result in self._completed(function, arguments, work_s):
-                results[index] = result
+            num_pieces = sum(len(joint.pieces) for joint in work)
+            bar = progress.add_task(what, total=len(work) + num_pieces)
+            attempts = _Attempt(function), _Attempt(part)
+            for index, result in self._completed(*attempts, work, work_s):
+                if index is not None:
+                    results[index] = result
                 progress.advance(bar)
-        return [results[i] for i in range(len(arguments))]
+        return [results[i] for i in range(len(work))]
 
     def _completed(
-        self, function: Callable[[ArgT], ResultT], arguments: Sequence[ArgT], work_s: float
-    ) -> Iterator[tuple[int, ResultT]]:
-        attempt = _Attempt(function)
-        is_small = self._num_workers == 0 or (self._client is None and work_s < self._start_s)
-        outcomes = (
-            enumerate(map(attempt, arguments))
-            if self._scheduler is None and is_small
-            else self._submitted(attempt, arguments)
-        )
+        self, function: _Attempt, part: _Attempt, work: Sequence[Joint[Any, Any]], work_s: float
+    ) -> Iterator[tuple[int | None, Any]]:
+        """Number and result of every task as they end; None and result of every piece."""
+        is_here = self.is_in_process(work_s=work_s)
         failure: Exception | None = None
-        for index, outcome in outcomes:
+        for index, outcome in (_in_turn if is_here else self._submitted)(function, part, work):
             if isinstance(outcome, (JobError, StorageError)):
                 raise outcome
             if not isinstance(outcome, Exception):
@@ -141,29 +184,34 @@ class Cluster:
             raise failure
 
     def _submitted(
-        self, attempt: Callable[[ArgT], ResultT | Exception], arguments: Sequence[ArgT]
-    ) -> Iterator[tuple[int, ResultT | Exception]]:
-        """Result or failure of every task, as they end."""
-        from distributed import KilledWorker, as_completed
+        self, function: _Attempt, part: _Attempt, work: Sequence[Joint[Any, Any]]
+    ) -> Iterator[tuple[int | None, Any]]:
+        """Like :func:`_in_turn`, over the cluster."""
+        from distributed import as_completed
 
-        client = self._connect()
-        futures = {
-            client.submit(attempt, argument, pure=False, retries=RETRIES): index
-            for index, argument in enumerate(arguments)
-        }
-        for future in as_completed(list(futures)):
-            error = future.exception()
-            if isinstance(error, KilledWorker):
-                yield (
-                    futures[future],
-                    JobError(
-                        "a task was given up because every worker that tried it died; do they run "
-                        "out of memory? Use fewer workers or a smaller shard.target_bytes, and run "
-                        "it again: what was finished is kept"
-                    ),
-                )
-            else:
-                yield futures[future], error if error is not None else future.result()
+        submit = partial(self._connect().submit, pure=False, retries=RETRIES)
+        parts: list[list[Any]] = [[None] * len(joint.pieces) for joint in work]
+        missing = [len(joint.pieces) for joint in work]
+        running: dict[Any, tuple[int, int | None]] = {}
+        for index, joint in enumerate(work):
+            for number, piece in enumerate(joint.pieces):
+                running[submit(part, piece)] = index, number
+            if not joint.pieces:
+                running[submit(function, joint.argument, ())] = index, None
+        ended = as_completed(list(running))
+        for future in ended:
+            task, place = running.pop(future)
+            outcome = _outcome(future)
+            yield task if place is None else None, outcome
+            if place is None or isinstance(outcome, Exception):
+                continue
+            parts[task][place] = outcome
+            missing[task] -= 1
+            if not missing[task]:
+                # Before pieces of later tasks, so that few parts lie about.
+                joined = submit(function, work[task].argument, tuple(parts[task]), priority=1)
+                running[joined] = task, None
+                ended.add(joined)
 
     def _connect(self) -> Any:  # noqa: ANN401
         if self._client is None:
@@ -212,16 +260,54 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
-class _Attempt(Generic[ArgT, ResultT]):
+class _Attempt:
     """A function that returns its error where another attempt would end in the same one."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *arguments: Any) -> Any:  # noqa: ANN401
+        try:
+            return self.function(*arguments)
+        except (JobError, SessionError, StorageError) as error:  # stores were asked patiently
+            return error
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone(Generic[ArgT, ResultT]):
+    """A function of an argument, for tasks without pieces."""
 
     function: Callable[[ArgT], ResultT]
 
-    def __call__(self, argument: ArgT) -> ResultT | Exception:
-        try:
-            return self.function(argument)
-        except (JobError, SessionError, StorageError) as error:  # stores were asked patiently
-            return error
+    def __call__(self, argument: ArgT, parts: Sequence[Any] = ()) -> ResultT:
+        del parts
+        return self.function(argument)
+
+
+def _in_turn(
+    function: _Attempt, part: _Attempt, work: Sequence[Joint[Any, Any]]
+) -> Iterator[tuple[int | None, Any]]:
+    """Number and result or failure of every task; None and those of its pieces before."""
+    for index, joint in enumerate(work):
+        made = []
+        for piece in joint.pieces:
+            made.append(part(piece))
+            yield None, made[-1]
+        if not any(isinstance(outcome, Exception) for outcome in made):
+            yield index, function(joint.argument, tuple(made))
+
+
+def _outcome(future: Any) -> Any:  # noqa: ANN401
+    """Result or failure of a task that has ended."""
+    from distributed import KilledWorker
+
+    error = future.exception()
+    if isinstance(error, KilledWorker):
+        return JobError(
+            "a task was given up because every worker that tried it died; do they run out of "
+            "memory? Use fewer workers or a smaller shard.target_bytes, and run it again: what was "
+            "finished is kept"
+        )
+    return error if error is not None else future.result()
 
 
 @contextmanager

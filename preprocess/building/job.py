@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from preprocess.building.build import BuildInput, build_shard, describe_shard, salvage_shard
+from preprocess.building.build import build_shard, describe_shard, salvage_shard
+from preprocess.building.cluster import Joint
 from preprocess.building.commit import commit, make_manifest, sweep
 from preprocess.building.damage import find_damage
+from preprocess.building.inputs import BuildInput
+from preprocess.building.parts import TASK_S, BuiltPart, Part, build_part, divide
 from preprocess.building.places import KEEP_OLD_S, open_set
 from preprocess.building.plan import OldSet, Plan, ShardTask, plan_shards, versioned
 from preprocess.building.recordings import column_seconds, find_recordings
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.building.cluster import Cluster
+    from preprocess.building.packing import Slice
     from preprocess.building.places import SetPlace
     from preprocess.building.recordings import Recording
     from shared.manifest import Manifest
@@ -59,6 +63,7 @@ def build_shards(
     recipe: Recipe,
     cluster: Cluster,
     dry_run: bool = False,
+    task_s: float = TASK_S,
     keep_old_s: float = KEEP_OLD_S,
     verify: bool = False,
     compact: bool = False,
@@ -73,6 +78,7 @@ def build_shards(
         recipe: the recipe to build by.
         cluster: runs scans and shard tasks.
         dry_run: only plan.
+        task_s: about how many seconds of video one task decodes; changes no byte of the set.
         keep_old_s: see :func:`preprocess.building.places.open_set`.
         verify: check every byte of the old set's columns, and make again what is damaged.
         compact: pack the samples as a fresh build does.
@@ -104,7 +110,7 @@ def build_shards(
             damaged = find_damage(finished, place, sizes, cluster)
             sizes = {name: size for name, size in sizes.items() if name not in damaged}
         entries, tasks = _salvage(plan, place, sizes)
-        entries |= _run(tasks, recordings, scans, place, recipe, tokenizer, cluster)
+        entries |= _run(tasks, recordings, scans, place, recipe, tokenizer, cluster, task_s)
         kept = {s.name: s for s in old.shards} if old is not None else {}
         shards = tuple(entries.get(name) or kept[name] for name in plan.order)
         facts = [place.read_index(entry.index_file).facts for entry in shards]
@@ -236,40 +242,49 @@ def _run(
     recipe: Recipe,
     tokenizer: TextTokenizer,
     cluster: Cluster,
+    task_s: float,
 ) -> dict[str, ShardEntry]:
-    """Build the shards that are to do."""
+    """Build the shards that are to do, over a cluster in parts."""
 
-    def given(task: ShardTask) -> tuple[ShardTask, BuildInput]:
-        names = [piece.session for piece in task.slices]
-        return task, BuildInput(
+    def given(slices: Sequence[Slice], tokenizer_json: str) -> BuildInput:
+        names = [piece.session for piece in slices]
+        return BuildInput(
             out=place,
             recipe=recipe,
-            tokenizer_json=tokenizer.json,
+            tokenizer_json=tokenizer_json,
             recordings={n: recordings[n] for n in names},
             scans={n: scans[n] for n in names},
         )
 
-    if not tasks:
-        return {}
-    work = [given(task) for task in tasks]
     seconds = sum(
-        column_seconds(recording, column)
-        for task, needs in work
+        column_seconds(recordings[piece.session], column)
+        for task in tasks
         for column in task.due
-        for name, recording in needs.recordings.items()
-        if name not in task.copied.get(column, {})
+        for piece in task.slices
+        if piece.session not in task.copied.get(column, {})
     )
-    if num_idle := cluster.num_idle(len(work), work_s=seconds):
+    is_whole = cluster.is_in_process(work_s=seconds)
+    work = []
+    for task in tasks:
+        parts = () if is_whole else divide(task, scans, recipe, task_s=task_s)
+        pieces = [(part, given(part.slices, "")) for part in parts]
+        work.append(Joint((task, given(task.slices, tokenizer.json)), pieces))
+    num_tasks = sum(joint.num_tasks for joint in work)
+    if work and (num_idle := cluster.num_idle(num_tasks, work_s=seconds)):
         cluster.say(
-            f"{len(work)} shards to build leave {num_idle} workers idle; a smaller "
-            f"shard.target_bytes (now {recipe.shard.target_bytes / 2**20:.3g} MiB) gives more"
+            f"{num_tasks} tasks leave {num_idle} workers idle; a smaller --task-seconds "
+            f"(now {task_s:g}) gives more"
         )
-    entries = cluster.map(_build, work, what="build shards", work_s=seconds)
+    entries = cluster.join(_build, work, part=_build_part, what="build shards", work_s=seconds)
     return {entry.name: entry for entry in entries}
 
 
-def _build(work: tuple[ShardTask, BuildInput]) -> ShardEntry:
-    return build_shard(*work)
+def _build(work: tuple[ShardTask, BuildInput], parts: Sequence[BuiltPart]) -> ShardEntry:
+    return build_shard(*work, parts)
+
+
+def _build_part(work: tuple[Part, BuildInput]) -> BuiltPart:
+    return build_part(*work)
 
 
 def _manifest(

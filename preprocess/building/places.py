@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 
 _RUN_MARK = ".run.tmp"
 _TAKEN_OVER = "another job has taken over this shard set, or this machine does not see its folder"
+_PART = re.compile(r"\.[0-9a-f]{12}\.tmp/")
+"""Where a job's parts of shards lie in a store."""
+
 _HEAD_BYTES = 4096
 _REPLACED = "replaced_s"
 """Key of copies of replaced manifests: when that was, in seconds since 1970."""
@@ -202,7 +206,7 @@ class StoredSet:
     @contextmanager
     def open_column(self, name: str, work: Path) -> Iterator[ColumnFile]:
         """A column of the set, to read from; copied into the workplace."""
-        path = work / f"old.{name}"
+        path = work / f"old.{name.rpartition('/')[2]}"
         self._fetch(name, path)
         with closing(ColumnFile(path)) as column:
             yield column
@@ -285,6 +289,11 @@ class StoredSet:
 SetPlace = LocalSet | StoredSet
 
 
+def part_file(place: SetPlace, name: str) -> str:
+    """Name in a set for a file that is there as long as the job."""
+    return f".{place.run}.tmp/{name}"
+
+
 @contextmanager
 def open_source(place: Path | Store) -> Iterator[SetPlace]:
     """A shard set to read from; nothing is made where it should be.
@@ -327,12 +336,14 @@ def open_set(
                 yield stored
                 return
             hasty.write(_RUN_MARK, run.encode())
+            _remove_parts(hasty)
             try:
                 yield stored
             finally:  # perhaps because the store is gone: nobody waits for that twice
                 with suppress(FileNotFoundError):
                     if hasty.read(_RUN_MARK) == run.encode():
                         hasty.remove(_RUN_MARK)
+                        _remove_parts(hasty)
         return
     root = place.absolute()
     with suppress(FileNotFoundError, NotADirectoryError), (root / MANIFEST_FILE).open("rb") as file:
@@ -348,6 +359,12 @@ def open_set(
                 yield LocalSet(root, run)
             finally:
                 retire(folder)
+
+
+def _remove_parts(store: Store) -> None:
+    """Remove parts of shards that a job left in a store."""
+    for name in filter(_PART.match, store.list_files()):
+        store.remove(name)
 
 
 def _sha256(content: bytes) -> str:

@@ -17,7 +17,7 @@ from shared.errors import CorruptError
 from shared.fields import Mel, Sensors, Text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -67,9 +67,8 @@ class StoredFields:
 
     Args:
         session: whose rows.
-        indexes: those of the shards.
-        column: name of the column.
-        columns: the column's files.
+        found: an index and a column's file of every shard, or part of one, with rows of it.
+        columns: opens the files.
         recipe: how the column was made.
 
     Raises (all methods):
@@ -80,27 +79,25 @@ class StoredFields:
         self,
         session: str,
         *,
-        indexes: Iterable[ShardIndex],
-        column: str,
+        found: Sequence[tuple[ShardIndex, str]],
         columns: OldColumns,
         recipe: Recipe,
     ) -> None:
         self.session = session
         self.recipe = recipe
-        self._indexes = tuple(indexes)
-        self._column = column
+        self._found = found
         self._columns = columns
-        self._rows: dict[int, tuple[ShardIndex, int]] = {}
-        for index in self._indexes:
+        self._rows: dict[int, tuple[ShardIndex, str, int]] = {}
+        for index, file in found:
             number = index.facts["sessions"].index(session)
             for row in np.flatnonzero(index.arrays["session"] == number):
-                self._rows[int(index.arrays["window"][row])] = index, int(row)
+                self._rows[int(index.arrays["window"][row])] = index, file, int(row)
 
     def losses(self, stream: Stream) -> list[dict[str, Any]]:
         """What of the session's stream did not decode when the shards were made."""
         return [
             loss
-            for index in self._indexes
+            for index, _ in self._found
             for loss in index.facts["losses"]
             if loss["session"] == self.session and loss["stream"] == stream
         ]
@@ -109,8 +106,8 @@ class StoredFields:
         self, stream: Stream, window: Window
     ) -> tuple[bytes | None, NDArray[np.float32]]:
         """Encoded pictures (None where none decoded), and each frame's time error [F]."""
-        index, row = self._row(window)
-        content = self._open(index).read(index.members(stream), row)
+        index, column, row = self._place(window)
+        content = column.read(index.members(stream), row)
         return content, index.arrays[f"{stream}.error_s"][row]
 
     def read_audio(self, window: Window) -> NDArray[np.int16]:
@@ -146,21 +143,18 @@ class StoredFields:
         return read_chunk(self._member(array, window), dtype=dtype, shape=shape)
 
     def _member(self, name: str, window: Window) -> bytes:
-        index, row = self._row(window)
-        column = self._open(index)
+        index, column, row = self._place(window)
         content = column.read(index.members(name), row)
         if content is None:
             raise CorruptError(f"{column.path}: lacks {self.session}/{window.index:06d}")
         return content
 
-    def _open(self, index: ShardIndex) -> ColumnFile:
-        return self._columns.open(index.facts["columns"][self._column]["file"])
-
-    def _row(self, window: Window) -> tuple[ShardIndex, int]:
-        """The shard in which a window lies, and its row there."""
+    def _place(self, window: Window) -> tuple[ShardIndex, ColumnFile, int]:
+        """The index and the file in which a window lies, and its row there."""
         if window.index not in self._rows:
             raise CorruptError(f"no old index has {self.session}/{window.index:06d}")
-        return self._rows[window.index]
+        index, file, row = self._rows[window.index]
+        return index, self._columns.open(file), row
 
 
 def stored_statistics(

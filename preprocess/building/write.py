@@ -58,6 +58,8 @@ class Draft:
     """What the columns of a shard add up to."""
 
     rows: list[Row]
+    passes: Mapping[str, Sequence[Window]] = field(default_factory=dict)
+    """Session -> the windows with which its pictures are read, where the rows are only some."""
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     columns: dict[str, BuiltColumn] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +108,8 @@ def _vision_contents(
                     yield row, content, bits
             continue
         try:
-            for window, frames in reader.iter_frames(stream, [r.window for r in rows.values()]):
+            windows, among = [r.window for r in rows.values()], draft.passes.get(session)
+            for window, frames in reader.iter_frames(stream, windows, among=among):
                 row = rows.pop(window.index)
                 errors[row.number] = frames.error_s
                 if np.isfinite(frames.error_s).any():
@@ -265,7 +268,8 @@ def _note_losses(
     rows: Iterable[Row],
     reason: str,
 ) -> None:
+    """Note windows that have no picture, in order."""
     draft.losses += [
         {"session": r.session, "window": r.window.index, "stream": stream, "reason": reason}
-        for r in rows
+        for r in sorted(rows, key=lambda row: row.number)
     ]

@@ -17,8 +17,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from preprocess.building.build import BuildInput, copy_shard
+from preprocess.building.build import copy_shard
 from preprocess.building.commit import commit, make_manifest, sweep
+from preprocess.building.inputs import BuildInput
 from preprocess.building.packing import Slice
 from preprocess.building.places import KEEP_OLD_S, open_set, open_source
 from preprocess.building.plan import ShardTask, versioned

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
 from oracles import slow_interpolate, slow_mel_share, tiny_recipe
 from tiny_sessions import brightness, sensor_lines, tone, write_lines, write_tone, write_video
 
 from shared.clock import Window
 from shared.errors import MediaError
-from shared.fields import MASKED_LEVEL, SessionFields
+from shared.fields import MASKED_LEVEL, SessionFields, cut_evenly
 from shared.recipe import Stream
 from shared.scan import scan_from_json, scan_session
 from shared.text import train_tokenizer
@@ -41,6 +45,50 @@ def greys(frames) -> list[int]:
 
 
 # --- vision ----------------------------------------------------------------------------------
+
+
+@given(
+    steps=st.lists(st.integers(0, 40), min_size=1, max_size=40),
+    gop=st.integers(1, 90),
+    num_runs=st.integers(1, 12),
+)
+def test_a_pass_is_cut_where_little_is_decoded_twice(steps, gop, num_runs):
+    first = np.cumsum(steps)
+    lead = np.where(first % (3 * gop) < 2 * gop, first % gop, np.inf)
+    cuts = cut_evenly(first, lead, num_runs)
+    assert (cuts[0], cuts[-1], len(cuts)) == (0, len(first), num_runs + 1)
+    assert cuts == sorted(cuts)
+    most = (first[-1] - first[0] + 1) / num_runs
+    for place in set(cuts[1:]) - {len(first)}:
+        assert lead[place] < most
+    if (lead < most).all() and num_runs <= len(first):
+        assert len(set(cuts)) == num_runs + 1  # no run is empty
+
+
+@pytest.mark.parametrize("gop", [7, 12])
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_runs_of_a_pass_show_the_bits_of_the_whole_pass(session, gop, is_damaged):
+    path = session / "vision_left.mp4"
+    write_video(path, times_s=np.arange(150) / 30, gop=gop, b_frames=2)
+    if is_damaged:
+        content = bytearray(path.read_bytes())
+        for place in range(500, len(content) // 2, 150):
+            content[place] ^= 0x10
+        path.write_bytes(content)
+    windows = [Window(i, 0.37 * i, 0.6) for i in range(12)]
+    whole = shown_in(fields_of(session), windows)
+    cuts = fields_of(session).cut_frames(Stream.VISION_LEFT, windows, 4)
+    assert len(set(cuts)) == 5
+    found = [
+        shown_in(fields_of(session), windows[start:stop], among=windows)
+        for start, stop in pairwise(cuts)
+    ]
+    assert {i: bits for run in found for i, bits in run.items()} == whole
+
+
+def shown_in(fields, windows, **more) -> dict[int, tuple[bytes, bytes]]:
+    found = fields.iter_frames(Stream.VISION_LEFT, windows, **more)
+    return {w.index: (f.pictures.tobytes(), f.error_s.tobytes()) for w, f in found}
 
 
 def test_frames_are_those_nearest_in_time_to_the_grid(session):

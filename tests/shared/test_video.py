@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.media import read_video_track
-from shared.video import decode_frames
+from shared.video import decode_frames, frames_to_restart
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,6 +122,35 @@ def test_what_no_wanted_frame_needs_is_not_decoded(
 ) -> None:
     path, _ = videos[name]
     assert len(list(decode_frames(path, read_video_track(path), wanted))) <= most
+
+
+@pytest.mark.parametrize("name", ["B-frames", "no B-frames", "pyramid"])
+def test_damage_does_not_reach_past_the_next_restart(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_moving(path, *VIDEOS[name])
+    content = bytearray(path.read_bytes())
+    for place in range(len(content) // 20, len(content) // 2, 997):
+        content[place] ^= 0x08
+    path.write_bytes(content)
+    track = read_video_track(path)
+    whole = {f.pts: f.to_ndarray().tobytes() for f in decode_frames(path, track, range(72))}
+    for start in (24, 36, 48):
+        wanted = range(start, NUM_FRAMES)
+        alone = {f.pts: f.to_ndarray().tobytes() for f in decode_frames(path, track, wanted)}
+        for pts in (int(track.pts[i]) for i in wanted):
+            assert alone.get(pts) == whole.get(pts), (start, pts)
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_the_way_to_a_restart_is_that_to_the_keyframe_where_decoding_begins(
+    name: str, videos: dict[str, tuple[Path, dict[int, bytes]]]
+) -> None:
+    track = read_video_track(videos[name][0])
+    found = frames_to_restart(track, np.arange(NUM_FRAMES))
+    for frame in range(NUM_FRAMES):
+        key = max(i for i in range(frame + 1) if track.keyframes[i])
+        is_clean = int(track.positions[key]) in track.restarts.tolist()
+        assert found[frame] == (frame - key if is_clean else np.inf)
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])

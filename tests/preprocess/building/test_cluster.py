@@ -12,10 +12,17 @@ import distributed
 import pytest
 from clusters import build_over_cluster
 from jobs import await_true, finish, launch
-from oracles import build, cluster_of, file_hashes, tiny_recipe, write_tiny_sessions
+from oracles import (
+    DividingCluster,
+    build,
+    cluster_of,
+    file_hashes,
+    tiny_recipe,
+    write_tiny_sessions,
+)
 from rich.console import Console
 
-from preprocess.building.cluster import Cluster
+from preprocess.building.cluster import Cluster, Joint
 from preprocess.building.job import build_shards
 from shared.errors import JobError, SessionError, StorageError
 
@@ -90,6 +97,38 @@ def test_workers_leave_an_interrupt_of_the_terminal_to_the_client(tmp_path):
     assert finish(job) == "stopped\n"
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_task_gets_the_parts_of_its_pieces_and_fails_where_one_does(
+    tmp_path, monkeypatch, num_workers
+):
+    class InThreads(distributed.LocalCluster):
+        def __init__(self, **options):
+            super().__init__(**{**options, "processes": False})
+
+    monkeypatch.setattr(distributed, "LocalCluster", InThreads)
+
+    def join(argument: str, parts: tuple[int, ...]) -> str:
+        (tmp_path / f"{argument}{len(parts)}").touch()
+        return f"{argument}{list(parts)}"
+
+    work = [Joint("a", ["1", "2"]), Joint("b"), Joint("c", ["3", "x"]), Joint("d", ["4"])]
+    with cluster_of(num_workers) as cluster:
+        assert cluster.join(join, work[:2] + work[3:], part=int, what="join") == [
+            "a[1, 2]",
+            "b[]",
+            "d[4]",
+        ]
+        with pytest.raises(SessionError, match="x is no number"):
+            cluster.join(join, work, part=number_of, what="join")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a2", "b0", "d1"]
+
+
+def number_of(text: str) -> int:
+    if not text.isdigit():
+        raise SessionError(f"{text} is no number")
+    return int(text)
+
+
 @pytest.mark.parametrize("num_deaths", [2, 3])
 def test_local_workers_that_die_while_they_start_are_started_again(monkeypatch, num_deaths):
     begun = []
@@ -111,25 +150,21 @@ def test_local_workers_that_die_while_they_start_are_started_again(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "target_bytes", "says"),
+    ("num_workers", "task_s", "says"),
     [
-        (
-            3,
-            2**20,
-            "1 shards to build leave 2 workers idle; a smaller shard.target_bytes (now 1 MiB)",
-        ),
-        (2, 2**16, ""),
+        (3, 120.0, "1 tasks leave 2 workers idle; a smaller --task-seconds (now 120) gives more"),
+        (3, 2.0, ""),
     ],
 )
-def test_workers_without_work_are_told_of(tmp_path, monkeypatch, num_workers, target_bytes, says):
+def test_workers_without_work_are_told_of(tmp_path, monkeypatch, num_workers, task_s, says):
     recorded = write_tiny_sessions(tmp_path / "sessions")
-    recipe = tiny_recipe(shard={"target_bytes": target_bytes}, split={"val_fraction": 0})
+    recipe = tiny_recipe(split={"val_fraction": 0})
     monkeypatch.setattr("preprocess.building.cluster.MIN_WORK_S", 0.0)
     text = io.StringIO()
-    with Cluster(  # as it is slow to start, all is done in this process
-        scheduler=None, num_workers=num_workers, console=Console(file=text), start_s=1e9
+    with DividingCluster(
+        scheduler=None, num_workers=num_workers, console=Console(file=text)
     ) as cluster:
-        build_shards(recorded, tmp_path / "set", recipe=recipe, cluster=cluster)
+        build_shards(recorded, tmp_path / "set", recipe=recipe, cluster=cluster, task_s=task_s)
     told = " ".join(text.getvalue().split())
     assert says in told
     assert ("idle" in told) == bool(says)
