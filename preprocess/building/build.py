@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,13 +20,12 @@ from preprocess.building.packing import Slice
 from preprocess.building.parts import read_parts, remove_parts
 from preprocess.building.plan import BuiltColumn, BuiltShard, ShardTask
 from preprocess.building.stored import OldColumns, StoredFields, stored_statistics
-from preprocess.building.write import ZARR_WRITERS, Draft, Fields, Row, write_tar
+from preprocess.building.write import ZARR_WRITERS, Draft, Fields, Row, row_arrays, write_tar
 from shared.clock import Window
 from shared.errors import CorruptError, ShardError
 from shared.index import ShardIndex, index_bytes, parse_index
 from shared.layout import COLUMNS, presence_bits, streams_of_bits
 from shared.manifest import ShardEntry, fingerprint_of
-from shared.recipe import STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -318,22 +317,7 @@ def _write_index(
 ) -> ShardEntry:
     """Put the index into the set: from here on the shard is finished."""
     sessions = [piece.session for piece in task.slices]
-    position = {name: i for i, name in enumerate(sessions)}
-    coverage = [row.coverage for row in draft.rows]
-    partial = [
-        presence_bits(s for s, share in zip(STREAMS, shares, strict=True) if 0 < share < 1)
-        for shares in coverage
-    ]
-    arrays: dict[str, NDArray[Any]] = {
-        "session": np.array([position[r.session] for r in draft.rows], dtype=np.uint32),
-        "window": np.array([r.window.index for r in draft.rows], dtype=np.uint32),
-        "start_s": np.array([r.window.start_s for r in draft.rows], dtype=np.float64),
-        "stop_s": np.array([r.window.stop_s for r in draft.rows], dtype=np.float64),
-        "present": presence,
-        "partial": np.array(partial, dtype=np.uint8),
-        "coverage": np.array(coverage, dtype=np.float32),
-        **draft.arrays,
-    }
+    arrays = {**row_arrays(draft.rows, sessions), "present": presence, **draft.arrays}
     facts = {
         "name": task.name,
         "split": task.split,

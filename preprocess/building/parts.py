@@ -13,12 +13,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from preprocess.building.inputs import iter_rows, open_sessions
 from preprocess.building.places import part_file
 from preprocess.building.stored import OldColumns, StoredFields
-from preprocess.building.write import Draft, write_tar
+from preprocess.building.write import Draft, row_arrays, write_tar
 from shared.errors import MediaError
 from shared.index import ShardIndex, index_bytes
 from shared.layout import COLUMNS
@@ -191,12 +189,7 @@ def _draft(part: Part, given: BuildInput, readers: Mapping[str, SessionFields]) 
 def _index(part: Part, draft: Draft) -> ShardIndex:
     """What the shard needs to know of a part, as an index of it alone."""
     sessions = [piece.session for piece in part.slices]
-    position = {name: i for i, name in enumerate(sessions)}
     return ShardIndex(
         facts={"sessions": sessions, "columns": {}, "losses": draft.losses},
-        arrays={
-            "session": np.array([position[r.session] for r in draft.rows], dtype=np.uint32),
-            "window": np.array([r.window.index for r in draft.rows], dtype=np.uint32),
-            **draft.arrays,
-        },
+        arrays={**row_arrays(draft.rows, sessions), **draft.arrays},
     )

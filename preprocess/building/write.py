@@ -19,7 +19,7 @@ from shared.columns import TarColumnWriter, ZarrArray, write_zarr_column
 from shared.errors import MediaError
 from shared.fields import MASKED_LEVEL, SessionFields
 from shared.layout import member_name, presence_bits
-from shared.recipe import Recipe, Stream
+from shared.recipe import STREAMS, Recipe, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -70,6 +70,30 @@ class Draft:
         self.arrays[f"{name}.offset"] = members.offset
         self.arrays[f"{name}.length"] = members.length
         self.arrays[f"{name}.crc32c"] = members.crc32c
+
+
+def row_arrays(rows: Sequence[Row], sessions: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """What an index says of every row; which streams a row has ("present") is none as yet.
+
+    Args:
+        rows: the rows.
+        sessions: names of their sessions, as the index lists them.
+    """
+    position = {name: i for i, name in enumerate(sessions)}
+    partial = [
+        presence_bits(s for s, share in zip(STREAMS, row.coverage, strict=True) if 0 < share < 1)
+        for row in rows
+    ]
+    coverage = np.array([row.coverage for row in rows], dtype=np.float32)
+    return {
+        "session": np.array([position[row.session] for row in rows], dtype=np.uint32),
+        "window": np.array([row.window.index for row in rows], dtype=np.uint32),
+        "start_s": np.array([row.window.start_s for row in rows], dtype=np.float64),
+        "stop_s": np.array([row.window.stop_s for row in rows], dtype=np.float64),
+        "present": np.zeros(len(rows), dtype=np.uint8),
+        "partial": np.array(partial, dtype=np.uint8),
+        "coverage": coverage.reshape(len(rows), len(STREAMS)),
+    }
 
 
 def write_tar(

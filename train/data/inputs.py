@@ -158,7 +158,8 @@ def _of_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _is_compiled(pixels: Tensor) -> bool:
     """Whether :mod:`shared.colours` has a loop for them: tensors in the CPU's memory."""
-    return pixels.device.type == "cpu" and pixels.is_contiguous()
+    is_real = type(pixels) is Tensor  # none that only has a shape, as torch's fake ones
+    return is_real and pixels.device.type == "cpu" and pixels.is_contiguous()
 
 
 def _share_out(

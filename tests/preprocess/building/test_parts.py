@@ -227,7 +227,7 @@ def test_parts_of_a_job_broken_off_go_and_the_next_ends_in_the_same_bytes(
 
     with monkeypatch.context() as patched:
         patched.setattr(job_module, "build_shard", stop)
-        patched.setattr("preprocess.building.places._retire", lambda _: None)  # as a kill does
+        patched.setattr("preprocess.building.places.retire", lambda _: None)  # as a kill does
         with pytest.raises(BrokenOff):
             build_in_parts(stereo, out, WHOLE)
     assert found
@@ -276,6 +276,7 @@ def scan_of(name: str, streams: tuple[Stream, ...], num_windows: int) -> Session
         clock_offset_s=0.0,
         gain=1.0,
         rms=0.0,
+        moved={},
         intervals={s: Interval(0.0, float(num_windows)) for s in streams},
         absent={},
         coverage=(),
@@ -309,8 +310,7 @@ def test_parts_hold_each_window_that_is_to_decode_once_and_no_more_than_a_share(
         rows={},
         kept={},
         kept_index_file=None,
-        copied={"vision_left": old},
-        old_index_file=None,
+        copied={"vision_left": dict.fromkeys(old, ("train-000000.index",))},
         generation=0,
     )
     parts = divide(task, scans, tiny_recipe(), task_s=task_s)

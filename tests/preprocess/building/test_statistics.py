@@ -22,6 +22,7 @@ from tiny_sets import edit_manifest, flip_byte
 
 from preprocess.building import statistics
 from preprocess.building.exact import add_exactly, exact_sums
+from preprocess.building.reasons import reasons
 from shared.index import ShardIndex, index_bytes, open_index
 from shared.manifest import read_manifest
 
@@ -270,8 +271,8 @@ def test_the_next_build_counts_what_an_early_version_did_not(sessions, built, ou
     make_early(out)
     fingerprint, before = read_manifest(out).fingerprint, file_identities(out)
     summary = build(sessions, out)
-    assert summary.plan.reasons() == [
-        "2 of 2 indexes: they lack hashes or statistics of their sessions"
+    assert reasons(summary.plan) == [
+        ("rewrite", "2 of 2 indexes: they lack hashes or statistics of their sessions")
     ]
     manifest, after = read_manifest(out), file_identities(out)
     assert manifest.statistics == read_manifest(built).statistics
