@@ -24,7 +24,6 @@ from oracles import (
 )
 
 from preprocess.__main__ import cli
-from preprocess.building import build as build_module
 from preprocess.sets.inspect import verify_set
 from preprocess.sets.surgery import drop_sessions, list_sessions, merge_sets, split_sessions
 from shared.columns import ColumnFile
@@ -173,7 +172,7 @@ def test_nothing_is_decoded(whole, tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         pytest.fail("a recording is opened, or a picture decoded or encoded")
 
-    monkeypatch.setattr(build_module, "SessionFields", fail)
+    monkeypatch.setattr("preprocess.building.inputs.SessionFields", fail)
     monkeypatch.setattr("preprocess.building.write.encode_pictures", fail)
     drop_sessions(whole, ["cat"])
     split_sessions(whole, tmp_path / "few", ["ann"])
