@@ -30,6 +30,7 @@ def test_the_curve_falls(plain):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch's own compiler
 @pytest.mark.skipif(find_compiler() is None, reason="torch.compile needs a C++ compiler: none here")
 def test_a_compiled_model_gives_the_curve_of_float32(plain, tmp_path):
     assert deviation(train(WAYS["compile"], tmp_path), plain) <= WAYS["compile"].tolerance
