@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from environment import PYTHON, ROOT
+from report import files_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -124,7 +125,7 @@ def server_environment() -> dict[str, str]:
 def measure(
     rows: Sequence[Row], store: Store, *, rounds: int, workers: Iterable[int], seconds: float
 ) -> dict[str, Any]:
-    """Check each loader once, then measure all rows in turn.
+    """Check each loader once, then measure all rows in turn, from a warm page cache.
 
     Returns:
         "checks": loader -> answer; "memory": row -> answer with the most workers; "passes":
@@ -146,6 +147,7 @@ def measure(
         for number in range(rounds):
             for row in sound:
                 for count in counts:
+                    warm(files_of(row.loader, store))
                     request = {"workers": count, "form": row.form, "seconds": seconds}
                     answer = servers[row.loader].ask(do="pass", **request)
                     passes.setdefault((row, count), []).append(answer)
@@ -155,6 +157,14 @@ def measure(
         for server in servers.values():
             server.close()
     return {"checks": checks, "memory": memory, "passes": passes}
+
+
+def warm(files: Iterable[Path]) -> None:
+    """Bring files into the page cache: systems that reclaim memory early drop them meanwhile."""
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
 
 
 def _say(text: str) -> None:

@@ -112,6 +112,13 @@ def _add_ratios(lines: list[dict[str, Any]]) -> None:
 
 def bytes_per_sample(loader: str, store: Store) -> float | None:
     """Bytes on disk of what a loader reads, per window."""
+    files = files_of(loader, store)
+    num_windows = len(list(store.sessions.iterdir())) * store.seconds // 4
+    return sum(f.stat().st_size for f in files) / num_windows if files else None
+
+
+def files_of(loader: str, store: Store) -> list[Path]:
+    """What a loader reads."""
     files: list[Path] = []
     if loader.startswith("sessions"):
         files = [*store.sessions.glob("*/*.mp4"), *(store.root / "formats/numbers").glob("*.npz")]
@@ -120,8 +127,7 @@ def bytes_per_sample(loader: str, store: Store) -> float | None:
         files = [f for f in folder.glob("train-*") if set(f.name.split(".")) & set(READ_COLUMNS)]
     elif loader in FORMAT_OF:
         files = [f for f in (store.root / "formats" / FORMAT_OF[loader]).rglob("*") if f.is_file()]
-    num_windows = len(list(store.sessions.iterdir())) * store.seconds // 4
-    return sum(f.stat().st_size for f in files) / num_windows if files else None
+    return files
 
 
 def print_tables(lines: Sequence[dict[str, Any]]) -> None:
