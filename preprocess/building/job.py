@@ -70,14 +70,12 @@ def build_shards(
 ) -> BuildSummary:
     """Bring the shard set `out` up to date with the sessions and the recipe.
 
-    A dry run makes nothing but the cache of scans.
-
     Args:
         sessions: a folder of sessions, or its URL.
         out: the set's folder, or its URL.
         recipe: the recipe to build by.
         cluster: runs scans and shard tasks.
-        dry_run: only plan.
+        dry_run: only plan; what it leaves is the cache of scans.
         task_s: about how many seconds of video one task decodes; changes no byte of the set.
         keep_old_s: see :func:`preprocess.building.places.open_set`.
         verify: check every byte of the old set's columns, and make again what is damaged.
@@ -105,11 +103,7 @@ def build_shards(
         )
         if dry_run:
             return _summary(plan, None, scans, num_scanned, ())
-        if verify:
-            finished = [f for task in plan.tasks if (f := task.file_name("index")) in sizes]
-            damaged = find_damage(finished, place, sizes, cluster)
-            sizes = {name: size for name, size in sizes.items() if name not in damaged}
-        entries, tasks = _salvage(plan, place, sizes)
+        entries, tasks = _salvage(plan, place, sizes, cluster, verify=verify)
         entries |= _run(tasks, recordings, scans, place, recipe, tokenizer, cluster, task_s)
         kept = {s.name: s for s in old.shards} if old is not None else {}
         shards = tuple(entries.get(name) or kept[name] for name in plan.order)
@@ -226,9 +220,15 @@ class _Texts:
 
 
 def _salvage(
-    plan: Plan, place: SetPlace, sizes: Mapping[str, int]
+    plan: Plan, place: SetPlace, sizes: Mapping[str, int], cluster: Cluster, *, verify: bool
 ) -> tuple[dict[str, ShardEntry], list[ShardTask]]:
-    """Shards of a plan that a killed job had finished, and what is to do for the others."""
+    """Shards of a plan that a killed job had finished, and what is to do for the others; to verify
+    leaves out files that are damaged.
+    """
+    if verify:
+        finished = [f for task in plan.tasks if (f := task.file_name("index")) in sizes]
+        damaged = find_damage(finished, place, sizes, cluster)
+        sizes = {name: size for name, size in sizes.items() if name not in damaged}
     found = [salvage_shard(task, place, sizes) for task in plan.tasks]
     entries = {entry.name: entry for entry in found if isinstance(entry, ShardEntry)}
     return entries, [task for task in found if isinstance(task, ShardTask)]
