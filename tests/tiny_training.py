@@ -115,6 +115,25 @@ class EndlessLoader:
             index += 1
 
 
+def with_leap(batch):
+    """A batch whose poses move a thousand times too fast, so that its loss is a spike."""
+    broken = copy.deepcopy(batch)
+    broken["targets"]["animation"] *= 1e3
+    return broken
+
+
+class BrokenLoader(EndlessLoader):
+    """Some batches are broken."""
+
+    def __init__(self, broken, how):
+        super().__init__()
+        self._broken, self._how = broken, how
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield self._how(batch) if batch["index"] in self._broken else batch
+
+
 def make_trainer(config, loader=None, **options):
     """A trainer of a fresh model, the same every time, that is silent unless given a console."""
     torch.manual_seed(1)

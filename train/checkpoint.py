@@ -6,8 +6,8 @@ folder. Loading checks the CRC-32 of every record first, because ``torch.load`` 
 notice a flipped bit in a tensor.
 
 Keys: format_version, step, saved_at (seconds since 1970), model, optimizer, scaler, spikes,
-schedule, rng, rng_of_other_ranks, stream, config, shapes, run_name, skipped_samples, extra. Model
-and moments are whole, however many ranks held shares of them.
+schedule, rng, rng_of_other_ranks, stream, config, shapes, run_name, skipped_samples, read_samples,
+samples_of, extra. Model and moments are whole, however many ranks held shares of them.
 """
 
 from __future__ import annotations

@@ -91,6 +91,8 @@ def _stays_below(
 
 def _not_finite(history: Sequence[LogPoint]) -> tuple[str, str] | None:
     metrics = history[-1].metrics
+    if _overflows(history) is not None:
+        return None
     for metric, value in metrics.items():
         if metric.removeprefix("val/").startswith("loss_") and math.isnan(value):
             return metric, f"{metric} is NaN"
@@ -98,6 +100,18 @@ def _not_finite(history: Sequence[LogPoint]) -> tuple[str, str] | None:
         why = "a loss or gradient was not finite, or far above those before"
         return "skipped_steps", f"skipped_steps is {count:.0f}: {why}"
     return None
+
+
+def _overflows(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    """All steps since the last log overflowed float16, so that there is no loss to tell."""
+    metrics = history[-1].metrics
+    count = metrics.get("fp16_overflows", 0.0)
+    if not count or metrics.get("skipped_steps") or math.isfinite(metrics.get("loss_total", 0.0)):
+        return None
+    return "fp16_overflows", (
+        f"fp16_overflows is {count:.0f}: every step since the last log overflowed float16 and was "
+        "left out"
+    )
 
 
 def _no_decrease(history: Sequence[LogPoint]) -> tuple[str, str] | None:
@@ -227,6 +241,17 @@ RULES: Final[tuple[Rule, ...]] = (
             "preprocess verify`)"
         ),
         find=_not_finite,
+    ),
+    Rule(
+        name="overflows",
+        metric="fp16_overflows",
+        good="0, or a few at first",
+        warning="all steps of a log",
+        advice=(
+            "Each halves the scale, at first from 65536; if it goes on set training.precision: "
+            "bf16, which needs no scale, or reduce LR (training.optimizer.lr)"
+        ),
+        find=_overflows,
     ),
     Rule(
         name="no decrease",

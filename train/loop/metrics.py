@@ -48,6 +48,9 @@ TERMINAL_ONLY_LEFT_OUT: Final = (
 )
 """Metrics that a terminal line has no room for; TensorBoard has them."""
 
+MIX_CHART: Final = "samples of each set"
+"""The chart that only a mix of sets has curves for."""
+
 CHARTS: Final = {
     "losses": {
         name: ["Multiline", [f"^{name}$", f"^val/{name}$"]]
@@ -61,7 +64,7 @@ CHARTS: Final = {
         "gradient norm per part, clipped": ["Multiline", ["^grad_norm/"]],
         "grad_norm": ["Multiline", ["^grad_norm$"]],
         "lr": ["Multiline", ["^lr$"]],
-        "samples of each set": ["Multiline", ["^samples_of/"]],
+        MIX_CHART: ["Multiline", ["^samples_of/"]],
         "left out": ["Multiline", ["^skipped_steps$", "^fp16_overflows$", "^skipped_samples$"]],
     },
 }
@@ -124,7 +127,12 @@ class RunLog:
         """The configuration, into TensorBoard's text tab, and which curves belong together."""
         text = f"```\n{json.dumps(config, indent=2)}\n```"
         self._curves.write(lambda writer: writer.add_text("config", text))
-        self._curves.write(lambda writer: writer.add_custom_scalars(CHARTS))
+        is_mix = config["data"]["mix"] is not None
+        charts = {
+            category: {name: chart for name, chart in group.items() if is_mix or name != MIX_CHART}
+            for category, group in CHARTS.items()
+        }
+        self._curves.write(lambda writer: writer.add_custom_scalars(charts))
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
         """One log line, the same numbers in TensorBoard, and what the health rules say to them."""

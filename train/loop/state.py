@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from train.config import TrainConfig, TrainingConfig
+    from train.data.bad_samples import BadSampleLimit
     from train.loop.spikes import SpikeWatch
 
 
@@ -45,14 +46,14 @@ class TrainState:
     spikes: SpikeWatch
     config: TrainConfig
     shapes: WindowShapes
+    bad_samples: BadSampleLimit
+    """Counts of the whole run: bad samples that were replaced, and all that were read."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Plain values that make a checkpoint usable without the data, such as the tokenizer."""
     run_name: str | None = None
     """Folder of the run's curves, so that a resumed run goes on in it."""
     step: int = 0
     """Optimizer steps done."""
-    skipped_samples: int = 0
-    """Bad samples that were replaced."""
     samples_of: Counter[str] = field(default_factory=Counter)
     """Of a mix: samples that each set has given."""
 
@@ -81,7 +82,7 @@ class TrainState:
             "saved_at": time.time(),
             "model": whole(self.model.state_dict()),
             "optimizer": whole(self.optimizer.state_dict()),
-            "scaler": self.scaler.state_dict(),
+            "scaler": runtime.scaler_state(self.scaler, num_ranks=distributed.world_size()),
             "spikes": self.spikes.state_dict(),
             "schedule": schedule_of(self.config.training),
             "rng": runtime.rng_state(),
@@ -90,7 +91,8 @@ class TrainState:
             "config": self.config.model_dump(mode="json"),
             "shapes": dataclasses.asdict(self.shapes),
             "run_name": self.run_name,
-            "skipped_samples": self.skipped_samples,
+            "skipped_samples": self.bad_samples.num_bad,
+            "read_samples": self.bad_samples.num_read,
             "samples_of": dict(self.samples_of),
             "extra": self.extra,
         }
@@ -126,12 +128,14 @@ class TrainState:
                 f"{path}: the checkpoint is of another model ({self._difference(state, error)}); "
                 "use the configuration that it was trained with"
             ) from error
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        ranks = distributed.world_size()
+        runtime.set_scaler_state(self.scaler, state["scaler"], num_ranks=ranks)
         if "spikes" in state:
             self.spikes.load_state_dict(state["spikes"])
         self.step = int(state["step"])
-        self.skipped_samples = int(state["skipped_samples"])
+        self.bad_samples.num_bad = int(state["skipped_samples"])
+        per_step = self.config.data.batch_size * self.config.training.accumulation_steps
+        self.bad_samples.num_read = int(state.get("read_samples", self.step * per_step))
         self.samples_of = Counter(state.get("samples_of", {}))
         self.run_name = self.run_name or state["run_name"]
         rngs = dict(enumerate([state["rng"], *state.get("rng_of_other_ranks", [])]))

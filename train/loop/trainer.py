@@ -103,17 +103,19 @@ class Trainer:
         self._state = TrainState(
             model=self.model,
             optimizer=make_optimizer(self.model, training.optimizer),
-            scaler=runtime.make_scaler(self.device, self._dtype),
+            scaler=runtime.make_scaler(
+                self.device, self._dtype, num_ranks=distributed.world_size()
+            ),
             spikes=SpikeWatch(training.spike_sigma, self.device),
             config=self.config,
             shapes=shapes_of(self.model),
+            bad_samples=BadSampleLimit(max_fraction=self.config.data.max_bad_fraction),
             extra={**reading_of(loader), **(checkpoint_extra or {})},
             run_name=run_name,
         )
         self._keeper = Keeper(self._state, training.checkpointing)
         self._loader, self._val_loader = loader, val_loader
         self._console = console
-        self._limit = BadSampleLimit(max_fraction=self.config.data.max_bad_fraction)
         self._feed: BatchFeed | None = None
         self._resumed: dict[str, Any] | None = None
         self._progress = Progress(meter=StepMeter(self.device))
@@ -243,12 +245,11 @@ class Trainer:
         """One step's micro-batches on the device; bad samples in them are written down."""
         batches = feed.take(self.config.training.accumulation_steps)
         skipped = distributed.gather([one for b in batches for one in b.get("skipped", ())])
-        self._state.skipped_samples += len(skipped)
         log.write_skipped(self.step, skipped, split="train")
         for batch in batches:
             self._state.samples_of.update(batch.get("samples_of", {}))
         num_read = distributed.world_size() * sum(len(batch["weight"]) for batch in batches)
-        self._limit.count(num_read, skipped)
+        self._state.bad_samples.count(num_read, skipped)
         if self._progress.to_first_batch_s is None:
             self._progress.to_first_batch_s = time.perf_counter() - self._progress.began_s
             feed.take_waits_s()  # the start is no wait of a running stream
@@ -328,7 +329,7 @@ class Trainer:
             **gradient_norms(self.model),
             "memory_allocated_mb": memory_mb,
             "lr": float(self._state.optimizer.param_groups[0]["lr"]),
-            "skipped_samples": float(self._state.skipped_samples),
+            "skipped_samples": float(self._state.bad_samples.num_bad),
             **{f"samples_of/{name}": float(n) for name, n in self._state.samples_of.items()},
         }
         progress.skipped_steps += int(metrics["skipped_steps"])
@@ -377,6 +378,6 @@ class Trainer:
         return progress.summary(
             steps=self.step,
             is_complete=is_complete,
-            skipped_samples=self._state.skipped_samples,
+            skipped_samples=self._state.bad_samples.num_bad,
             log_dir=log.folder,
         )

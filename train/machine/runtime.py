@@ -22,12 +22,13 @@ from shared.errors import ConfigError, CreatureError
 
 if TYPE_CHECKING:
     import types
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 BYTES_PER_MB = 2**20
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FIRST_SCALE = 2.0**16
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -81,9 +82,32 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """Loss scaling, which only float16 needs; does nothing otherwise."""
-    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+def make_scaler(
+    device: torch.device, dtype: torch.dtype, *, num_ranks: int = 1
+) -> torch.amp.GradScaler:
+    """Loss scaling, which only float16 needs; does nothing otherwise.
+
+    Ranks multiply their losses by their number, because gradients are averaged and are to be added.
+    The scale makes up for that, so that float16 has to hold the numbers that it holds in one
+    process, and overflows where it does there.
+    """
+    return torch.amp.GradScaler(
+        device.type, init_scale=_FIRST_SCALE / num_ranks, enabled=dtype == torch.float16
+    )
+
+
+def scaler_state(scaler: torch.amp.GradScaler, *, num_ranks: int) -> dict[str, Any]:
+    """A scaler's state as one process has it; empty where nothing is scaled."""
+    state: dict[str, Any] = scaler.state_dict()
+    return {**state, "scale": state["scale"] * num_ranks} if state else state
+
+
+def set_scaler_state(
+    scaler: torch.amp.GradScaler, state: Mapping[str, Any], *, num_ranks: int
+) -> None:
+    """Go on from :func:`scaler_state`, whatever the number of ranks was."""
+    if scaler.is_enabled() and state:
+        scaler.load_state_dict({**state, "scale": state["scale"] / num_ranks})
 
 
 def choose_num_threads(

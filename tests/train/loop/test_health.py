@@ -35,6 +35,10 @@ def noisy(values, *, scale=0.05, seed=0):
 
 BROKEN = {
     "not finite": ({"loss_total": [1.0, 1.0, math.nan]}, "Reduce LR"),
+    "overflows": (
+        {"loss_total": [2.0, math.nan], "fp16_overflows": [0.0, 4.0]},
+        "training.precision: bf16",
+    ),
     "no decrease": ({"loss_total": noisy(FLAT)}, "Model/data mismatch, check shapes"),
     "rising": ({"loss_total": [9.0, 7.0, 5.0, *np.geomspace(2, 4, 12)]}, "Reduce LR"),
     "plateau": ({"loss_total": [9.0, 7.0, *FLAT]}, "Check learning rate, data quality"),
@@ -241,6 +245,16 @@ def test_overflows_of_scaled_losses_are_counted_apart_and_no_finding(tmp_path):
     assert 1 <= found["fp16_overflows"] <= 8
     assert found["skipped_steps"] == 0
     assert "Reduce LR" not in screen.getvalue()
+
+
+def test_a_log_of_overflows_alone_is_blamed_on_the_scale(tmp_path):
+    screen = io.StringIO()
+    config = make_config(tmp_path, precision="fp16", max_steps=4, log_interval=4)
+    trainer = make_trainer(config, console=Console(file=screen, width=400))
+    trainer._state.scaler._init_scale = 2.0**100
+    trainer.train()
+    assert "fp16_overflows is 4: every step" in screen.getvalue()
+    assert "corrupted data" not in screen.getvalue()
 
 
 def test_a_plateau_is_found_in_noise_and_a_slow_fall_seldom_accused():

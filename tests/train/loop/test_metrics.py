@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import resource
 import time
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from event_files import read_events, text_of
 from rich.console import Console
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tiny_training import EndlessLoader, make_batch, make_config, make_trainer, with_nan
 
 from shared.errors import ConfigError, CreatureError, DivergedError, TooManyBadSamplesError
@@ -50,6 +52,23 @@ def test_tensorboard_has_every_metric_under_its_name(tmp_path):
     found = read_events(summary.log_dir).Tags()["scalars"]
     tags = {name for name in found if not name.startswith("grad_norm/")}
     assert tags == expected | {"time_to_first_batch_s", "skipped_steps"}
+
+
+def test_every_chart_of_tensorboards_custom_scalars_has_curves(tmp_path):
+    config = make_config(tmp_path, eval_interval=2)
+    events = read_events(make_trainer(config, val_loader=[make_batch(0)]).train().log_dir)
+    (event,) = events.Tensors("custom_scalars__config__")
+    charts = [
+        chart
+        for category in Layout.FromString(event.tensor_proto.string_val[0]).category
+        for chart in category.chart
+    ]
+    tags = events.Tags()["scalars"]
+    empty = [
+        c.title for c in charts if not any(map(re.compile("|".join(c.multiline.tag)).search, tags))
+    ]
+    assert len(charts) > 10
+    assert empty == []
 
 
 def test_the_terminal_says_the_same_names_and_numbers_as_tensorboard(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import numpy as np
@@ -11,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import (
-    EndlessLoader,
+    BrokenLoader,
     largest_difference,
     make_config,
     make_trainer,
     weights_of,
+    with_leap,
 )
 
 from shared.errors import DivergedError
@@ -82,31 +82,14 @@ def test_a_level_that_moved_a_little_is_accepted_and_one_far_away_is_not():
     assert not any(far)
 
 
-class SpikyLoader(EndlessLoader):
-    """Poses move a thousand times too fast in some batches."""
-
-    def __init__(self, spikes):
-        super().__init__()
-        self._spikes = spikes
-
-    def __iter__(self):
-        for batch in super().__iter__():
-            if batch["index"] in self._spikes:
-                fast = copy.deepcopy(batch)
-                fast["targets"]["animation"] *= 1e3
-                yield fast
-            else:
-                yield batch
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_spike_changes_no_weight_and_is_counted(tmp_path, precision):
     config = make_config(tmp_path, max_steps=80, log_interval=80, precision=precision)
-    trainer = make_trainer(config, SpikyLoader({80}))
+    trainer = make_trainer(config, BrokenLoader({80}, with_leap))
     trainer.train()
     before = weights_of(trainer)
     longer = make_config(tmp_path, max_steps=81, log_interval=1, precision=precision)
-    resumed = make_trainer(longer, SpikyLoader({80}))
+    resumed = make_trainer(longer, BrokenLoader({80}, with_leap))
     resumed.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
     assert resumed.train().skipped_steps == 1
     assert torch.equal(weights_of(resumed), before)
@@ -114,16 +97,18 @@ def test_a_spike_changes_no_weight_and_is_counted(tmp_path, precision):
 
 def test_a_resumed_run_leaves_out_the_same_spikes(tmp_path):
     config = make_config(tmp_path, max_steps=75, save_interval=70)
-    whole = make_trainer(config, SpikyLoader({72}))
+    whole = make_trainer(config, BrokenLoader({72}, with_leap))
     assert whole.train().skipped_steps == 1
-    resumed = make_trainer(config, SpikyLoader({72}))
+    resumed = make_trainer(config, BrokenLoader({72}, with_leap))
     resumed.load_checkpoint(tmp_path / "checkpoints/model_step_70.pt")
     assert resumed.train().skipped_steps == 1
     assert largest_difference(whole, resumed) == 0.0
 
 
 def test_ten_spikes_in_a_row_stop_the_run_with_the_walkthroughs_advice(tmp_path):
-    trainer = make_trainer(make_config(tmp_path, max_steps=99), SpikyLoader(range(70, 99)))
+    trainer = make_trainer(
+        make_config(tmp_path, max_steps=99), BrokenLoader(range(70, 99), with_leap)
+    )
     with pytest.raises(
         DivergedError, match=r"far above.*spike_sigma.*10 steps in a row.*Reduce LR.*corrupted data"
     ):

@@ -28,7 +28,7 @@ from tiny_training import (
 )
 from torch.utils.data import DataLoader, Dataset
 
-from shared.errors import CheckpointError, ConfigError, DivergedError
+from shared.errors import CheckpointError, ConfigError, DivergedError, TooManyBadSamplesError
 from train.loop.feed import BatchFeed
 
 CPU = torch.device("cpu")
@@ -93,6 +93,18 @@ def test_a_run_on_a_plain_shuffled_dataloader_resumes_to_the_bit(tmp_path, first
     whole.train()
     resumed = train_in_two_parts(tmp_path, make_loader, first=first, total=9)
     assert largest_difference(whole, resumed) == 0.0
+
+
+def test_bad_samples_before_and_after_a_resume_count_together(tmp_path):
+    loader = EndlessLoader(skipped={i: [{"error": f"torn {i}"}] for i in (0, 1, 4)})
+    config = make_config(tmp_path, max_steps=3)
+    config["data"]["max_bad_fraction"] = 0.0125  # three of the first 200 samples are too many
+    first = make_trainer(config, loader).train()
+    config["training"]["max_steps"] = 6
+    second = make_trainer(config, loader)
+    second.load_checkpoint(first.checkpoint)
+    with pytest.raises(TooManyBadSamplesError, match=r"3 of 10 samples are corrupt.*torn 4"):
+        second.train()
 
 
 def test_training_changes_the_weights_and_dropout_draws_from_the_seed(tmp_path):

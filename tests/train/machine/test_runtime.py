@@ -33,6 +33,36 @@ def test_out_of_memory_is_explained():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
+@pytest.mark.parametrize(("num_there", "num_here"), [(1, 4), (4, 1), (2, 2)])
+def test_a_scale_goes_on_whatever_the_number_of_ranks(num_there, num_here):
+    """The loss times the ranks times the scale is the same everywhere."""
+
+    def scaled(scaler, num_ranks):
+        return float(scaler.scale(torch.tensor(3.0) * num_ranks))
+
+    there, here = (
+        runtime.make_scaler(torch.device("cpu"), torch.float16, num_ranks=n)
+        for n in (num_there, num_here)
+    )
+    assert scaled(there, num_there) == scaled(here, num_here) == 3 * 65536
+    there.update(there.get_scale() / 8)
+    runtime.set_scaler_state(
+        here, runtime.scaler_state(there, num_ranks=num_there), num_ranks=num_here
+    )
+    assert scaled(here, num_here) == 3 * 8192
+
+
+def test_where_nothing_is_scaled_no_state_is_saved_or_asked_for():
+    plain, half = (
+        runtime.make_scaler(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.float16)
+    )
+    assert runtime.scaler_state(plain, num_ranks=2) == {}
+    runtime.set_scaler_state(half, {}, num_ranks=2)
+    runtime.set_scaler_state(plain, runtime.scaler_state(half, num_ranks=2), num_ranks=2)
+    assert float(plain.scale(torch.tensor(3.0))) == 3.0
+    assert float(half.scale(torch.tensor(3.0))) == 3 * 65536
+
+
 def test_random_states_come_back_whole():
     runtime.seed_everything(5)
     state = runtime.rng_state()
