@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 from event_files import read_events, text_of
+from health_curves import CASES, MAX_ACCUSED, MIN_FOUND, share_found
 from rich.console import Console
 from tiny_training import make_batch, make_config, make_trainer, with_nan
 
@@ -60,7 +61,7 @@ BROKEN = {
 
 
 def test_every_rule_has_its_curves_here():
-    assert [*BROKEN] == [rule.name for rule in health.RULES]
+    assert [*BROKEN] == [*CASES] == [rule.name for rule in health.RULES]
 
 
 @pytest.mark.parametrize("rule", BROKEN)
@@ -123,27 +124,19 @@ def test_healthy_curves_are_left_alone(metrics):
     assert check(curve(**metrics)) == []
 
 
-def share_accused(rule, make_curves, *, num_runs=100, noise=0.03):
-    """Share of simulated noisy runs in which a rule speaks at one of the logs."""
-    accused = 0
-    for seed in range(num_runs):
-        rng = np.random.default_rng(10_000 + seed)
-        curves = {n: c * (1 + noise * rng.normal(size=len(c))) for n, c in make_curves.items()}
-        history = curve(**curves)
-        accused += any(
-            finding.rule == rule
-            for end in range(1, len(history) + 1)
-            for finding in check(history[:end], quiet_steps=0)
-        )
-    return accused / num_runs
+@pytest.mark.parametrize("rule", CASES)
+def test_each_rule_finds_noisy_sick_runs_and_leaves_healthy_ones_alone(rule):
+    case = CASES[rule]
+    assert share_found(rule, case.sick, num_runs=10, noise=case.noise) >= MIN_FOUND
+    assert share_found(rule, case.healthy, num_runs=50, noise=case.noise) <= MAX_ACCUSED
 
 
 def test_a_rising_loss_is_found_in_noise_and_a_flat_one_seldom_accused():
     others = {"loss_animation": 2 * np.exp(-np.arange(20) / 40)}
     rising = {"loss_audio": 3 * (1 + 0.01 * np.arange(20)), **others}
     flat = {"loss_audio": np.full(20, 3.0), **others}
-    assert share_accused("one rises", rising) > 0.9
-    assert share_accused("one rises", flat) < 0.1
+    assert share_found("one rises", rising) > 0.9
+    assert share_found("one rises", flat) < 0.1
 
 
 def test_two_rising_heads_are_no_matter_of_one():
@@ -160,15 +153,15 @@ AT_ITS_FLOOR = np.full(20, 0.01)
 def test_a_head_at_its_floor_hides_no_rising_one():
     """Its loss only jitters, so that it falls in one half of the logs and rises in the other."""
     rising = {"loss_audio": np.linspace(1, 2, 20), "loss_animation": np.linspace(1.2, 0.5, 20)}
-    found = share_accused("one rises", {**rising, "loss_external_text": AT_ITS_FLOOR}, num_runs=50)
+    found = share_found("one rises", {**rising, "loss_external_text": AT_ITS_FLOOR}, num_runs=50)
     assert found > 0.9
     still = {**rising, "loss_audio": np.full(20, 1.0), "loss_external_text": AT_ITS_FLOOR}
-    assert share_accused("one rises", still, num_runs=50) < 0.1
+    assert share_found("one rises", still, num_runs=50) < 0.1
 
 
 def test_a_whole_loss_that_rises_after_a_fall_is_said_to_rise_and_not_to_stay():
     curves = {"loss_total": np.array([9.0, 7, 5, 3, 2, *np.linspace(2, 4, 25)])}
-    assert share_accused("rising", curves, num_runs=50) > 0.9
+    assert share_found("rising", curves, num_runs=50) > 0.9
     history = curve(**curves)
     late = {f.rule for end in range(18, 31) for f in check(history[:end])}
     assert late == {"rising"}
@@ -176,7 +169,7 @@ def test_a_whole_loss_that_rises_after_a_fall_is_said_to_rise_and_not_to_stay():
 
 @pytest.mark.parametrize("total", [np.full(60, 5.0), 9 * np.arange(1, 61.0) ** -0.3])
 def test_a_whole_loss_that_stands_still_or_falls_is_seldom_said_to_rise(total):
-    assert share_accused("rising", {"loss_total": total}, num_runs=50) < 0.1
+    assert share_found("rising", {"loss_total": total}, num_runs=50) < 0.1
 
 
 def test_a_rising_head_that_lifts_the_sum_is_named_alone():
@@ -260,8 +253,8 @@ def test_a_log_of_overflows_alone_is_blamed_on_the_scale(tmp_path):
 def test_a_plateau_is_found_in_noise_and_a_slow_fall_seldom_accused():
     plateau = {"loss_total": np.array([9.0, 7.0, *[5.0] * 16])}
     slow = {"loss_total": np.array([9.0, 7.0, *np.linspace(5.0, 4.5, 16)])}
-    assert share_accused("plateau", plateau, noise=0.01) > 0.9
-    assert share_accused("plateau", slow, noise=0.01) < 0.05
+    assert share_found("plateau", plateau, noise=0.01) > 0.9
+    assert share_found("plateau", slow, noise=0.01) < 0.05
 
 
 def test_thresholds_that_every_untrained_model_breaks_are_silent_at_first():
