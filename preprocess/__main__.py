@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from shared.cli import CreatureGroup
+from shared.cli import CreatureGroup, widen_pipes
 from shared.recipe import Recipe, load_recipe
 from shared.storage import Store, place_of, shown
 
@@ -383,4 +383,5 @@ def _recipe(path: Path | None) -> Recipe:
 if __name__ == "__main__":
     # A scheduler's SIGTERM stops a job as Ctrl-C does: workers dismissed, workplaces cleared.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    widen_pipes()
     cli(prog_name="python -m preprocess")

@@ -5,6 +5,8 @@ traceback.
 from __future__ import annotations
 
 import errno
+import os
+import sys
 from typing import Any
 
 import click
@@ -12,6 +14,9 @@ import click
 from shared.errors import CreatureError
 
 INTERRUPTED_EXIT_CODE = 130
+
+PIPE_COLUMNS = 120
+"""Width of what goes into a file or pipe, where COLUMNS does not say one: tables need it."""
 
 _IN_THE_WAY = "a file stands where a folder has to be; name another place, or move the file away"
 _MENDS = {
@@ -44,3 +49,9 @@ class CreatureGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted. What was finished is kept; run it again to go on.", err=True)
             ctx.exit(INTERRUPTED_EXIT_CODE)
+
+
+def widen_pipes() -> None:
+    """Let tables be :data:`PIPE_COLUMNS` wide where no terminal says how wide it is."""
+    if not (sys.stdout.isatty() or sys.stderr.isatty()):
+        os.environ.setdefault("COLUMNS", str(PIPE_COLUMNS))

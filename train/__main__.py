@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shared.cli import CreatureGroup
+from shared.cli import CreatureGroup, widen_pipes
 from train.config import load_train_config
 
 
@@ -213,4 +213,5 @@ def _warn(message: str) -> None:
 
 
 if __name__ == "__main__":
+    widen_pipes()
     cli(prog_name="python -m train")
