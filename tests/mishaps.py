@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -117,17 +118,18 @@ def fill_disk(place: Place, *, keep_last_n: int, is_freed: bool) -> Outcome:
         job = start(with_key(place, "keep_last_n", keep_last_n), place.folder)
         wait_for(job, place.checkpoints / "model_step_10.pt")
         filler = place.checkpoints / "filler"
-        fill(filler)
-        output = read_until(job, "couldn't be written" if is_freed else "nothing that is said")
+        with filling(filler, is_greedy=keep_last_n == 1):
+            output = read_until(job, "couldn't be written" if is_freed else None)
         if is_freed:
             filler.unlink()
-            output += read_until(job, "nothing that is said")
-        code = job.wait(timeout=60)
+        output += job.communicate()[0]
         num_failed = output.count("couldn't be written")
         num_left = [is_whole(path) for path in checkpoints_in(place.checkpoints)]
-        seen = f"failed saves: {num_failed}, exit code {code}, whole ones left: {sum(num_left)}"
+        seen = (
+            f"failed saves: {num_failed}, exit code {job.returncode}, left whole: {sum(num_left)}"
+        )
         is_good = all(num_left) and len(num_left) > 0 and "Traceback" not in output
-        if code == 0:
+        if job.returncode == 0:
             is_equal = not differences(final_state(place.folder), place.wanted)
             seen += f"; {'equal to the bit' if is_equal else 'NOT EQUAL'}"
             return Outcome(seen, is_good and is_equal and (num_failed > 0) == (keep_last_n == 1))
@@ -195,13 +197,13 @@ def wait_for(job: subprocess.Popen[str], path: Path) -> None:
         time.sleep(0.001)
 
 
-def read_until(job: subprocess.Popen[str], words: str) -> str:
-    """Lines of a job up to one with the words, or all."""
+def read_until(job: subprocess.Popen[str], words: str | None) -> str:
+    """Lines of a job up to the one with the words, or all."""
     assert job.stdout is not None
     lines = []
     for line in job.stdout:
         lines.append(line)
-        if words in line:
+        if words is not None and words in line:
             break
     return "".join(lines)
 
@@ -231,11 +233,27 @@ def small_disk(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def fill(path: Path) -> None:
-    """Take all room of a disk."""
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
+@contextlib.contextmanager
+def filling(path: Path, *, is_greedy: bool) -> Iterator[None]:
+    """A file that takes all room of a disk; a greedy one that takes what becomes free, too."""
+    is_over = threading.Event()
+
+    def fill() -> None:
+        with path.open("wb", buffering=0) as file:
+            while True:
+                try:
+                    file.write(bytes(4096))
+                except OSError:
+                    if not is_greedy or is_over.wait(0.001):
+                        return
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def newest_first(folder: Path) -> list[Path]:
