@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 
+import damage
 import faults
 import pytest
 import tiny_sets
@@ -16,7 +17,7 @@ NUM_FLIPS = {"mjpeg": 40, "h264": 10}
 
 OF_PICTURES = (
     "any single bit flipped",
-    *(n for n in faults.FAULTS if "icture" in n or "H.264" in n),
+    *(n for n in damage.FAULTS if "icture" in n or "H.264" in n),
 )
 """What a codec can make a difference to."""
 
@@ -33,10 +34,10 @@ def sets(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("codec", "name"),
-    [*(("mjpeg", name) for name in faults.FAULTS), *(("h264", name) for name in OF_PICTURES)],
+    [*(("mjpeg", name) for name in damage.FAULTS), *(("h264", name) for name in OF_PICTURES)],
 )
 def test_no_damage_gives_a_wrong_sample_or_a_traceback(sets, codec, name):
-    count, fault = faults.FAULTS[name]
+    count, fault = damage.FAULTS[name]
     for i in range(min(count, 2) or NUM_FLIPS[codec]):
         outcome, said = faults.try_fault(fault, *sets[codec], f"{name}/{i}")
         assert outcome in {"detected", "unread"}, said
@@ -54,7 +55,7 @@ def test_no_damage_gives_a_wrong_sample_or_a_traceback(sets, codec, name):
     ],
 )
 def test_loader_processes_judge_damage_as_one_process_does(sets, name, outcome):
-    fault = faults.FAULTS[name][1]
+    fault = damage.FAULTS[name][1]
     alone, others = (
         faults.try_fault(fault, *sets["h264"], name, num_workers=count) for count in (0, 2)
     )
@@ -71,7 +72,7 @@ def test_a_replaced_sample_without_its_place_is_judged_unnamed(sets, tmp_path, m
     """The judge itself."""
     shards, reference = sets["mjpeg"]
     copy = tiny_sets.copy_set(shards, tmp_path / "set")
-    faults.hostile_member("text", "text", faults.noise)(copy, random.Random(0))
+    damage.hostile_member("text", "text", damage.noise)(copy, random.Random(0))
     assert reference.judge(copy)[0] == "detected"
 
     def describe(self, place, error):
@@ -85,7 +86,7 @@ def test_a_replaced_sample_without_its_place_is_judged_unnamed(sets, tmp_path, m
 def test_another_sample_under_a_key_is_judged_silent(sets, tmp_path):
     """The judge itself: a set whose pictures differ while every checksum is right."""
     shards, reference = sets["mjpeg"]
-    content = faults.noise_pictures(random.Random(0))
+    content = damage.noise_pictures(random.Random(0))
     copy = tiny_sets.copy_set(shards, tmp_path / "set")
-    faults.hostile_member("vision_left", "vision_left", lambda _: content)(copy, random.Random(0))
+    damage.hostile_member("vision_left", "vision_left", lambda _: content)(copy, random.Random(0))
     assert reference.judge(copy)[0] == "silent"

@@ -6,10 +6,10 @@ import os
 import random
 import zipfile
 
-import faults
 import pytest
 import tiny_sets
 import torch
+from damage import hostile_member
 from tiny_loaders import assert_same, make_loader, take
 
 from shared.errors import CorruptError, TooManyBadSamplesError
@@ -74,7 +74,7 @@ def test_a_skipped_sample_is_named_with_its_place_and_fault(a_copy):
 
 def test_a_member_that_does_not_decode_is_named_with_its_place(a_copy):
     """Its checksums are right, so that only the decoder can tell."""
-    faults.hostile_member("text", "text", lambda _: b"{}")(a_copy, random.Random(0))
+    hostile_member("text", "text", lambda _: b"{}")(a_copy, random.Random(0))
     skip = skipped_of(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))[0]
     assert skip["file"] == f"{skip['shard']}.text.tar"
     assert skip["offset"] + 2 == (a_copy / skip["file"]).stat().st_size
