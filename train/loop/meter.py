@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import DivergedError
+from train.machine import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -142,6 +143,7 @@ class StepMeter:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Leave the time inside out of the speed: it is spent on something else than training."""
+        runtime.synchronize(self._device)  # what was launched before is training
         began_s = time.perf_counter()
         yield
         self._excluded_s += time.perf_counter() - began_s

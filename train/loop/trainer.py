@@ -98,7 +98,7 @@ class Trainer:
             )
         )
         self.model = model.to(self.device)
-        self._parallel = parallelize(self.model, parallel=training.parallel)
+        self._parallel = parallelize(self.model, parallel=training.parallel, dtype=self._dtype)
         self._forward = torch.compile(self._parallel) if training.compile else self._parallel
         self._state = TrainState(
             model=self.model,

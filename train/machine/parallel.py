@@ -12,6 +12,7 @@ import contextlib
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,13 +25,23 @@ if TYPE_CHECKING:
 # torch.distributed.fsdp and .tensor are imported where they are used: that takes 0.7 s.
 
 
-def parallelize(model: nn.Module, *, parallel: Literal["auto", "ddp", "fsdp"]) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    *,
+    parallel: Literal["auto", "ddp", "fsdp"],
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
     """What runs the model so that backward passes average gradients over the ranks.
 
+    With "fsdp" members of a ``ModuleList`` are layers, and their parts are gathered one at a time;
+    all else is gathered once. Parts of linear maps alone are gathered as autocast would cast them,
+    half as large, and freed when they are through: casts of gathered float32 weights would stay
+    until the backward pass, the whole model on every rank.
+
     Args:
-        model: on its device; with "fsdp" its parameters become shards of themselves, in place, and
-            members of a ``ModuleList`` are the layers that are gathered one at a time.
+        model: on its device; with "fsdp" its parameters become shards of themselves, in place.
         parallel: how; "auto" is "ddp". Of no meaning where the process is alone.
+        dtype: of autocast in the forward pass.
 
     Returns:
         The model itself, or DDP around it.
@@ -40,31 +51,44 @@ def parallelize(model: nn.Module, *, parallel: Literal["auto", "ddp", "fsdp"]) -
     if parallel != "fsdp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, src=MAIN)
     # Nothing writes into what a layer returned.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
-    for module in reversed(list(model.modules())):  # the inner ones first
-        if isinstance(module, nn.ModuleList):
-            for layer in module:
-                fully_shard(layer, mesh=mesh)
+    half = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+        for part in [part for layer in layers for part in layer.children()]:
+            if _is_cast_by_autocast(part):
+                fully_shard(part, mesh=mesh, mp_policy=half)
     fully_shard(model, mesh=mesh)
     return model
 
 
+def _is_cast_by_autocast(module: nn.Module) -> bool:
+    """Whether all of a module's parameters are those of linear maps."""
+    own = {id(p) for m in module.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
+    return bool(own) and own == {id(p) for p in module.parameters()}
+
+
 @contextlib.contextmanager
 def averaging_gradients(parallel_model: nn.Module, *, is_due: bool) -> Iterator[None]:
-    """Around a forward and a backward pass; while not due, gradients add up on each rank."""
-    if isinstance(parallel_model, DistributedDataParallel):
-        with contextlib.nullcontext() if is_due else parallel_model.no_sync():
+    """Around a forward and a backward pass.
+
+    With DDP gradients add up on each rank while it is not due. FSDP2 exchanges them each time,
+    because a rank has no room for whole ones.
+    """
+    if isinstance(parallel_model, DistributedDataParallel) and not is_due:
+        with parallel_model.no_sync():
             yield
-        return
-    if world_size() > 1:
-        parallel_model.set_requires_gradient_sync(is_due)  # type: ignore[operator]
-    yield
+    else:
+        yield
 
 
 def whole(state: Any) -> Any:  # noqa: ANN401 (any nesting)

@@ -57,6 +57,8 @@ def choose_device(name: str = "auto") -> torch.device:
             raise ConfigError(
                 f'device "{name}" was asked for, but there are {count} GPUs, from cuda:0 on'
             )
+        if device.index is not None:
+            torch.cuda.set_device(device)  # events and locked memory belong to the current one
     return device
 
 

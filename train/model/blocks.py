@@ -69,9 +69,8 @@ class Attention(nn.Module):
         """
         batch, places, width = x.shape
         heads = self.qkv(x).view(batch, places, 3, self.num_heads, width // self.num_heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
-        if rotation is not None:
-            query, key = _rotate(query, rotation), _rotate(key, rotation)
+        turned, (value,) = heads.permute(2, 0, 3, 1, 4).split([2, 1])
+        query, key = turned if rotation is None else _rotate(turned, rotation)
         if past is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(past, (key, value), strict=True))
         total = key.shape[2]
@@ -141,7 +140,13 @@ class Block(nn.Module):
         """As :meth:`Attention.forward`."""
         if self.is_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(  # type: ignore[no-any-return]
-                self._layer, x, rotation, past, context=context, use_reentrant=False
+                self._layer,
+                x,
+                rotation,
+                past,
+                context=context,
+                use_reentrant=False,
+                preserve_rng_state=self.dropout.p > 0,
             )
         return self._layer(x, rotation, past, context=context)
 

@@ -294,17 +294,20 @@ def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
         Stream.PROPRIO: shapes.sensor_samples_per_tick,
         **dict.fromkeys(TEXT_STREAMS, 1),
     }
-    spans = {s: inputs[s].shape[1] / n for s, n in per_tick.items() if s in inputs}
+    spans = {s: (inputs[s].shape[1], n) for s, n in per_tick.items() if s in inputs}
     if not spans:
         spans = {
-            s: float(inputs[s].shape[1] * shapes.num_ticks // shapes.num_frames)
+            s: (inputs[s].shape[1] * shapes.num_ticks // shapes.num_frames, 1)
             for s in VISION_STREAMS
             if s in inputs
         }
-    if len(set(spans.values())) != 1 or not next(iter(spans.values())).is_integer():
-        found = ", ".join(f"{s} {span:g}" for s, span in spans.items()) or "no stream"
+    places, per = next(iter(spans.values()), (0, 1))
+    count = places // per
+    # Whole numbers only: torch.compile makes a constant of a quotient, and compiles each anew.
+    if not spans or any(places != count * per for places, per in spans.values()):
+        found = ", ".join(f"{s} {places / per:g}" for s, (places, per) in spans.items())
         raise ConfigError(
-            f"the inputs' streams must span one whole number of ticks; found {found}; "
-            "train and run a model on one recipe"
+            f"the inputs' streams must span one whole number of ticks; found "
+            f"{found or 'no stream'}; train and run a model on one recipe"
         )
-    return int(next(iter(spans.values())))
+    return count

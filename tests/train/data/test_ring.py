@@ -230,6 +230,15 @@ def test_memory_is_pinned_where_batches_go_to_a_gpu(tiny_set, monkeypatch, devic
     assert [call[0] for call in cuda.calls] == ["register"] * pinned
 
 
+def test_a_few_held_out_batches_lock_no_memory(tiny_set, monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    loader = Loader(ShardSource(tiny_set), make_config(tiny_set), num_epochs=1)
+    assert sum(float(batch["weight"].sum()) for batch in loader) == loader.source.shard_sizes.sum()
+    assert cuda.calls == []
+
+
 # --- the loader's batches --------------------------------------------------------------------
 
 

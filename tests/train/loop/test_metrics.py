@@ -18,6 +18,7 @@ from tiny_training import EndlessLoader, make_batch, make_config, make_trainer, 
 from shared.errors import ConfigError, CreatureError, DivergedError, TooManyBadSamplesError
 from train.loop.meter import StepMeter
 from train.loop.metrics import QUARANTINE_NAME, default_run_name
+from train.machine import runtime
 
 LOSSES = {
     "loss_total",
@@ -182,6 +183,15 @@ def test_the_speed_counts_samples_and_not_padding():
     time.sleep(0.2)
     speed = meter.take([])["samples_per_sec"]
     assert speed == pytest.approx(8 / (time.perf_counter() - began_s), rel=0.1)
+
+
+def test_steps_that_a_device_still_works_on_when_a_pause_begins_are_no_pause(monkeypatch):
+    monkeypatch.setattr(runtime, "synchronize", lambda _: time.sleep(0.2))
+    meter = StepMeter(torch.device("cpu"))
+    add_step(meter)
+    with meter.pause():
+        pass
+    assert meter.take([0.0])["samples_per_sec"] < 1 / 0.2
 
 
 def test_pauses_do_not_slow_the_speed_down():

@@ -20,6 +20,17 @@ def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch):
         runtime.choose_device("cuda")
 
 
+@pytest.mark.parametrize(("name", "current"), [("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_the_gpu_that_is_named_is_the_current_one(monkeypatch, name, current):
+    """Events and locked memory belong to the current GPU, whatever tensors are on."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert runtime.choose_device(name) == torch.device(name)
+    assert chosen == current
+
+
 def test_an_unknown_device_is_a_clear_error():
     with pytest.raises(ConfigError, match="'gpu' is unknown"):
         runtime.choose_device("gpu")

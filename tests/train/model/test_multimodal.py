@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import FAST_FRAMES, MODEL, SHAPES, is_equal, make_batch, make_model
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from shared.errors import ConfigError
@@ -50,6 +51,17 @@ def perturbed_after(inputs, stream, tick, shapes=SHAPES):
     value[:, first:] = make_batch(shapes, seed=99)[stream][:, first:]
     valid[:, first:] = ~valid[:, first:]
     return changed
+
+
+def test_densely_packed_text_of_any_length_is_compiled_once_or_twice():
+    """The second time with a length that may vary."""
+    model, counter = MultiModalCreature(TEXT_ONLY, SHAPES), CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    for length in (20, 23, 31, 17, 40, 28):
+        texts = {stream: torch.zeros(2, length, dtype=torch.int64) for stream in TEXT_STREAMS}
+        valid = {f"{s}_valid": torch.ones(2, length, dtype=torch.bool) for s in TEXT_STREAMS}
+        compiled({**texts, **valid})
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, FAST_FRAMES], ids=["slow_frames", "fast_frames"])
