@@ -179,6 +179,12 @@ class ColumnFile:
         if hasattr(self, "_file"):
             self._file.close()
 
+    def will_need(self, members: Members, row: int) -> None:
+        """Let the kernel read a row's member in the background; one that can't be read is not."""
+        length, offset = int(members.length[row]), int(members.offset[row])
+        if length > 0 and offset + length <= self._size:
+            os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+
     def read(
         self,
         members: Members,

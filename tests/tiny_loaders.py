@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import torch
 from tiny_sets import make_config
 
 from train.data.loader import Loader
 from train.data.reader import ShardSource
+
+SAMPLED = ("vision_left", "vision_right", "audio", "touch", "proprio")
+"""Streams that a source writes itself; text it returns."""
 
 
 def make_loader(shards, *, num_epochs=None, is_shuffled=True, split="train", **options):
@@ -33,3 +37,22 @@ def assert_same(batches, others):
                 assert tensor.dtype == other[group][name].dtype
                 assert torch.equal(tensor, other[group][name]), name
         assert torch.equal(one["weight"], other["weight"])
+
+
+def read_sample(source, place, streams=SAMPLED, *, with_text=True, pixels="yuv420"):
+    """A sample's arrays as the loader has them, and its text."""
+    size = source.recipe.vision.size
+    picture = {"yuv420": (size * 3 // 2, size), "rgb": (size, size, 3)}[pixels]
+    shapes = {
+        **dict.fromkeys(SAMPLED[:2], ((source.recipe.count(5), *picture), np.uint8)),
+        "audio": ((source.recipe.count(50), source.recipe.mel.channels), np.uint8),
+        "touch": ((source.recipe.count(30), 5), np.float32),
+        "proprio": ((source.recipe.count(30), 20), np.float32),
+    }
+    out = {}
+    for stream in streams:
+        shape, dtype = shapes[stream]
+        out[stream] = np.full(shape, 0xA5, dtype)  # what was there before must not matter
+        out[f"{stream}_valid"] = np.ones(shape[0], bool)
+    text = source.read_into(*place, out, with_text=with_text)
+    return out, text

@@ -114,6 +114,9 @@ class SessionSource:
     def will_read(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
         """Nothing: sessions are local."""
 
+    def will_need(self, places: Iterable[tuple[int, int]], streams: Collection[Stream]) -> None:
+        """Nothing: recordings are read in order."""
+
     def read_into(
         self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
     ) -> Text | None:

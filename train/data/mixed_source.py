@@ -104,6 +104,12 @@ class MixedSource:
                 self._told[k] = told
                 source.will_read(told[1], streams)
 
+    def will_need(self, places: Iterable[tuple[int, int]], streams: Collection[Stream]) -> None:
+        """See :meth:`train.data.source.SampleSource.will_need`."""
+        for shard, row in places:
+            source, own_shard = self._of(shard)
+            source.will_need([(own_shard, row)], streams)
+
     def read_into(
         self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
     ) -> Text | None:

@@ -54,6 +54,15 @@ READ_COLUMNS = {
 """The column that each stream is read from."""
 
 
+READ_TABLES = {
+    **{stream: (str(stream),) for stream in VISION_STREAMS},
+    **{stream: (f"proprio/{stream}",) for stream in SENSORS},
+    Stream.AUDIO: ("dmel/dmel", "dmel/valid"),
+    **dict.fromkeys(TEXT_STREAMS, ("text",)),
+}
+"""The tables of members that each stream is read from."""
+
+
 class OpenShard:
     """One shard's index and the columns that were asked for."""
 
@@ -147,6 +156,20 @@ class ShardSource:
         self._num_read_in_turn = len(wanted)
         columns = sorted({READ_COLUMNS[stream] for stream in streams})
         self._files.fetch_ahead([self._entries[shard] for shard in wanted], columns)
+
+    def will_need(self, places: Iterable[tuple[int, int]], streams: Collection[Stream]) -> None:
+        """See :meth:`train.data.source.SampleSource.will_need`: the disk reads them all at once.
+
+        Only what lies in open files, which is nearly all: those of a block stay open.
+        """
+        for shard, row in places:
+            if (opened := self._open.get(shard)) is None:
+                continue
+            there = streams_of_bits(int(opened.index.arrays["present"][row]))
+            for table in dict.fromkeys(t for s in there if s in streams for t in READ_TABLES[s]):
+                if (file := opened.files.get(_column_of(table))) is not None:
+                    file.will_need(opened.index.members(table), row)
+        self.lap("fetch")
 
     def read_into(
         self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool

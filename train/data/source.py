@@ -52,6 +52,10 @@ class SampleSource(Protocol):
         """Hear which shards, and what of them, are read from now on, in about this order."""
         ...
 
+    def will_need(self, places: Iterable[tuple[int, int]], streams: Collection[Stream]) -> None:
+        """Hear which samples, by (shard, row), and what of them, are read next."""
+        ...
+
     def read_into(
         self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
     ) -> Text | None:

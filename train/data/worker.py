@@ -87,10 +87,10 @@ class BatchReader:
             self._laps.begin()
         plan = self._order.plan(task.index)
         self._lap("plan")
-        self._tell_what_comes(plan)
+        places = [(int(s), int(r)) for s, r in zip(plan.shards, plan.rows, strict=True)]
+        self._tell_what_comes(plan, places)
         self._lap("open")
         skipped: list[dict[str, Any]] = []
-        places = [(int(s), int(r)) for s, r in zip(plan.shards, plan.rows, strict=True)]
         arrays = self._ring.arrays(task.slot)
         weight = arrays["weight"]
         weight[...] = plan.weight
@@ -113,13 +113,16 @@ class BatchReader:
             rest["stages_s"], rest["made_s"] = self._laps.take(), time.perf_counter()
         return {"slot": task.slot, "dense": dense, "rest": rest}
 
-    def _tell_what_comes(self, plan: BatchPlan) -> None:
-        """At the begin of each block: the source may fetch it and the next one."""
+    def _tell_what_comes(self, plan: BatchPlan, places: list[Place]) -> None:
+        """A batch's samples, and at the begin of each block: the source may fetch it and the next
+        one.
+        """
         blocks = self._order.blocks_of(plan)
+        streams = {*self._config.input_streams, *self._config.target_streams}
         if blocks != self._blocks:
             self._blocks = blocks
-            streams = {*self._config.input_streams, *self._config.target_streams}
             self._source.will_read(self._order.shards_of(blocks), streams)
+        self._source.will_need(places, streams)
 
     def _read(
         self,

@@ -1,0 +1,85 @@
+"""Loading from a disk whose files are not in the page cache, with and without words to the kernel.
+
+    python tests/benchmarks/bench_cold.py --shards shards/demo
+    python tests/benchmarks/bench_cold.py --shards /disk/set --workers 2 --pixels rgb --rounds 9
+
+Before a batch is read the reader tells the kernel all its members (``ShardSource.will_need``), so
+that the disk reads them at once and not one after the other. Each pass is a shuffled epoch in a
+fresh process, after the page cache was told to drop the set's files; both sides take turns, every
+other round backwards, and so do two with the files in the cache, where the words are for nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path += [str(Path(__file__).resolve().parents[n]) for n in (0, 2)]
+from bench_projection import drop_cache
+
+SIDES = [(is_cold, is_told) for is_cold in (True, False) for is_told in (False, True)]
+
+
+def main() -> None:
+    """Measure all sides in turn and print their medians and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=Path, default=Path("shards/demo"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--pixels", choices=["yuv420", "rgb"], default="yuv420")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure is not None:
+        is_cold, is_told = SIDES[given.measure]
+        print(json.dumps(measure(given, is_cold=is_cold, is_told=is_told)))
+        return
+    rates: dict[tuple[bool, bool], list[float]] = {side: [] for side in SIDES}
+    for number in range(given.rounds):
+        for index in range(len(SIDES))[:: -1 if number % 2 else 1]:
+            command = [sys.executable, *sys.argv, "--measure", str(index)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            rates[SIDES[index]].append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{given.shards}, {given.workers} workers, {given.rounds} rounds; samples/s")
+    for is_cold in (True, False):
+        plain, told = rates[is_cold, False], rates[is_cold, True]
+        ratios = [t / p for p, t in zip(plain, told, strict=True)]
+        print(
+            f"{'cold' if is_cold else 'warm'}: as asked for {statistics.median(plain):.1f}, told "
+            f"before {statistics.median(told):.1f}; ratio {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+def measure(given: argparse.Namespace, *, is_cold: bool, is_told: bool) -> float:
+    """Samples per second of an epoch, from the first batch on."""
+    from train.config import TrainConfig
+    from train.data.loader import Loader
+    from train.data.reader import ShardSource
+
+    if not is_told:
+        ShardSource.will_need = lambda *_: None  # type: ignore[method-assign]
+    data = {"num_workers": given.workers, "batch_size": given.batch_size, "pixels": given.pixels}
+    config = TrainConfig.model_validate({"data": data})
+    files = sorted(path for path in given.shards.iterdir() if path.is_file())
+    if is_cold:
+        drop_cache(files)
+    else:
+        for path in files:
+            path.read_bytes()
+    num_samples, began_s = 0.0, 0.0
+    for batch in Loader(ShardSource(given.shards), config, num_epochs=1):
+        if not began_s:
+            began_s = time.perf_counter()
+        else:
+            num_samples += float(batch["weight"].sum())
+    return num_samples / (time.perf_counter() - began_s)
+
+
+if __name__ == "__main__":
+    main()
