@@ -26,12 +26,25 @@ def cli() -> None:
 @click.option("--config", "config_path", type=click.Path(path_type=Path), required=True)
 @click.option("--resume", default=None, help="auto: the newest checkpoint; or a checkpoint file.")
 @click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Begin a new run with a checkpoint's weights: other data, another schedule.",
+)
+@click.option(
     "--check",
     is_flag=True,
     help="Check the configuration and one step on one batch; train nothing.",
 )
 @click.argument("overrides", nargs=-1)
-def run(*, config_path: Path, resume: str | None, check: bool, overrides: tuple[str, ...]) -> None:
+def run(
+    *,
+    config_path: Path,
+    resume: str | None,
+    weights: Path | None,
+    check: bool,
+    overrides: tuple[str, ...],
+) -> None:
     """Train as a configuration file says.
 
     OVERRIDES are key=value pairs laid over the file, such as training.max_steps=200.
@@ -49,7 +62,7 @@ def run(*, config_path: Path, resume: str | None, check: bool, overrides: tuple[
     if check:
         check_config(config, origin=config_path)
     else:
-        run_training(config, origin=config_path, resume=resume)
+        run_training(config, origin=config_path, resume=resume, weights=weights)
 
 
 @cli.command()

@@ -129,13 +129,40 @@ def reading_of(loader: object) -> dict[str, Any]:
     Returns:
         "recipe" and "tokenizer"; nothing where the loader has no such source.
     """
-    while not hasattr(loader, "source") and hasattr(loader, "dataset"):
-        loader = loader.dataset
-    source = getattr(loader, "source", None)
+    source = getattr(_innermost(loader), "source", None)
     recipe, tokenizer = getattr(source, "recipe", None), getattr(source, "tokenizer", None)
     if not isinstance(recipe, Recipe) or not isinstance(tokenizer, TextTokenizer):
         return {}
     return {"recipe": json_of(recipe), "tokenizer": tokenizer.json}
+
+
+def check_windows(loader: object, config: TrainConfig) -> None:
+    """Refuse a loader whose windows are laid out for another configuration.
+
+    Raises:
+        ConfigError: its text is packed densely and the configuration's is not, or the other way
+            round; or its ticks have another rate.
+    """
+    own = getattr(_innermost(loader), "config", None)
+    if not isinstance(own, TrainConfig):
+        return
+    there, here = (
+        f"{'text alone, densely packed' if c.is_text_only else 'ticks'} at "
+        f"{c.model.tick_rate_hz or 'the default'} Hz"
+        for c in (own, config)
+    )
+    if there != here:
+        raise ConfigError(
+            f"the loader's dataset gives {there}, the trainer's configuration asks for {here}; "
+            "make it by RealMultiModalDataset(..., config=config)"
+        )
+
+
+def _innermost(loader: Any) -> object:  # noqa: ANN401 (whatever wraps a dataset)
+    """A loader of ours, or the dataset at the bottom of another one."""
+    while not hasattr(loader, "source") and hasattr(loader, "dataset"):
+        loader = loader.dataset
+    return loader
 
 
 def _baselines_of(extra: Mapping[str, Any], config: TrainConfig, shapes: WindowShapes) -> Baselines:

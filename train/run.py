@@ -20,10 +20,10 @@ from train.data.dataset import SessionSource
 from train.data.inputs import to_model_inputs
 from train.data.loader import Loader, open_source
 from train.loop.feed import initial_position
-from train.loop.keeping import find_latest_checkpoint
+from train.loop.keeping import find_latest_checkpoint, refuse_checkpoints
 from train.loop.trainer import Trainer
 from train.machine import distributed
-from train.machine.runtime import choose_device
+from train.machine.runtime import choose_device, explained_failures
 from train.model.baselines import Baselines, Comparison, compare
 from train.model.losses import compute_losses
 from train.model.multimodal import MultiModalCreature
@@ -55,7 +55,7 @@ class Parts:
 
 
 def run_training(
-    config: TrainConfig, *, origin: Path, resume: str | None = None
+    config: TrainConfig, *, origin: Path, resume: str | None = None, weights: Path | None = None
 ) -> TrainSummary | None:
     """Train, evaluate on held-out sessions and print a summary.
 
@@ -64,6 +64,7 @@ def run_training(
         origin: its file, for messages.
         resume: "auto" takes the newest checkpoint of ``checkpointing.save_dir`` if there is one;
             else a checkpoint file.
+        weights: checkpoint whose weights a run that is not resumed begins with.
 
     Returns:
         What happened; None where the checkpoint is at ``training.max_steps`` already.
@@ -72,11 +73,14 @@ def run_training(
         CreatureError: the configuration, the data or a checkpoint can't be used.
     """
     require_paths(config, origin=origin)
-    with distributed.process_group(choose_device(config.training.device)):
-        return _run(config, origin=origin, resume=resume)
+    device = choose_device(config.training.device)
+    with distributed.process_group(device), explained_failures():
+        return _run(config, origin=origin, resume=resume, weights=weights)
 
 
-def _run(config: TrainConfig, *, origin: Path, resume: str | None) -> TrainSummary | None:
+def _run(
+    config: TrainConfig, *, origin: Path, resume: str | None, weights: Path | None
+) -> TrainSummary | None:
     """:func:`run_training` among the ranks that there are; only the main one says anything."""
     console = Console(quiet=not distributed.is_main())
     parts = open_parts(config)
@@ -99,6 +103,9 @@ def _run(config: TrainConfig, *, origin: Path, resume: str | None) -> TrainSumma
     )
     if not _resume(trainer, parts.loader, config, resume, console):
         return None
+    if weights is not None and trainer.step == 0:
+        trainer.load_weights(weights)
+        console.print(f"beginning with the weights of {weights}", markup=False, soft_wrap=True)
     before = trainer.evaluate() if parts.val_loader is not None else {}
     summary = trainer.train()
     if not distributed.is_main():
@@ -263,10 +270,15 @@ def _tell_left_out(console: Console, parts: Parts) -> None:
 def _resume(
     trainer: Trainer, loader: Loader, config: TrainConfig, resume: str | None, console: Console
 ) -> bool:
-    """Go on from a checkpoint where asked to; False where there is nothing left to train."""
-    if resume is None:
-        return True
+    """Go on from a checkpoint where asked to; False where there is nothing left to train.
+
+    Raises:
+        ConfigError: not asked to, and another run's checkpoints would be overwritten.
+    """
     folder = config.training.checkpointing.save_dir
+    if resume is None:
+        distributed.on_main(lambda: refuse_checkpoints(folder))
+        return True
     path: Path | str | None = resume
     if resume == "auto":
         path = distributed.on_main(lambda: find_latest_checkpoint(folder, on_skip=console.print))
@@ -309,8 +321,8 @@ def _print_summary(
         console.print(_comparison_table(rows))
     console.print(
         f"{summary.samples_per_sec:.1f} samples/s, data_wait_fraction "
-        f"{summary.data_wait_fraction:.3f}, {summary.skipped_samples} samples skipped, "
-        f"{summary.skipped_val_samples} held-out ones"
+        f"{summary.data_wait_fraction:.3f}; skipped: {summary.skipped_steps} steps, "
+        f"{summary.skipped_samples} samples, {summary.skipped_val_samples} held-out ones"
     )
     console.print(f"checkpoint   {summary.checkpoint}", soft_wrap=True)
     console.print(f"TensorBoard  tensorboard --logdir={summary.log_dir}", soft_wrap=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 from tiny_sets import HEADS, TEXT_HEADS, make_config, set_recipe
 from torch.utils.data import DataLoader
@@ -17,6 +18,7 @@ from shared.errors import CheckpointError, ConfigError
 from shared.recipe import json_of
 from train import MultiModalCreature, RealMultiModalDataset, Trainer, real_data_collate_fn
 from train.__main__ import cli
+from train.checkpoint import load_checkpoint
 from train.inference.infer import infer
 from train.run import (
     baseline_losses,
@@ -75,6 +77,33 @@ def test_a_run_is_not_resumed_on_other_shards(tiny_set, raw_set, tmp_path, max_s
     other = make_run(raw_set, tmp_path, max_steps=max_steps)
     with pytest.raises(ConfigError, match="fingerprint"):
         run_training(other, origin=tmp_path / "mine.yaml", resume="auto")
+
+
+def test_a_new_run_does_not_overwrite_another_ones_checkpoints(config, tmp_path):
+    run_training(config, origin=tmp_path / "mine.yaml")
+    before = {p: p.read_bytes() for p in (tmp_path / "checkpoints").iterdir()}
+    with pytest.raises(ConfigError, match=r"model_final\.pt.*--resume auto.*save_dir"):
+        run_training(config, origin=tmp_path / "mine.yaml")
+    assert {p: p.read_bytes() for p in (tmp_path / "checkpoints").iterdir()} == before
+
+
+def test_a_new_run_may_begin_with_the_weights_of_one_on_other_data(tiny_set, raw_set, tmp_path):
+    first = run_training(make_run(tiny_set, tmp_path / "a"), origin=tmp_path / "mine.yaml")
+    other = make_run(raw_set, tmp_path / "b", max_steps=1)
+    with pytest.raises(ConfigError, match=r"other data.*--weights"):
+        run_training(other, origin=tmp_path / "mine.yaml", resume=str(first.checkpoint))
+    frozen = other.model_copy(
+        update={"training": other.training.model_copy(update={"spike_sigma": None})}
+    )
+    optimizer = frozen.training.optimizer.model_copy(update={"lr": 1e-12, "weight_decay": 0.0})
+    frozen = frozen.model_copy(
+        update={"training": frozen.training.model_copy(update={"optimizer": optimizer})}
+    )
+    second = run_training(frozen, origin=tmp_path / "mine.yaml", weights=first.checkpoint)
+    old, new = (load_checkpoint(s.checkpoint) for s in (first, second))
+    assert new["step"] == 1
+    for name, weight in old["model"].items():
+        torch.testing.assert_close(new["model"][name], weight, atol=1e-9, rtol=0)
 
 
 def test_resume_auto_begins_where_there_is_nothing_yet(config, tmp_path):

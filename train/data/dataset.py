@@ -19,7 +19,7 @@ from shared.recipe import Recipe, Split, Stream, WindowShapes, json_of, load_rec
 from shared.scan import SessionScan, read_clocked, scan_session
 from shared.session import find_sessions
 from shared.text import TextTokenizer, load_tokenizer, train_tokenizer
-from train.config import TEXT_STREAMS, TrainConfig
+from train.config import TEXT_STREAMS, TrainConfig, as_train_config
 from train.data.assemble import assemble_batch, join_batches
 from train.data.inputs import VISION_STREAMS
 from train.data.source import SENSORS, write_absent, write_mel, write_numbers
@@ -183,7 +183,8 @@ class RealMultiModalDataset(Dataset[dict[str, Any]]):
     Args:
         root_dir: a session folder or a folder of them.
         recipe: a recipe, its file, or None for the default one.
-        config: decides which streams are read; None reads all.
+        config: decides which streams are read; None reads all. A TrainConfig, or its plain values
+            as ``yaml.safe_load`` gives.
         split: train or val sessions; None takes all.
         tokenizer: a tokenizer.json; None trains one on the train sessions.
 
@@ -197,13 +198,13 @@ class RealMultiModalDataset(Dataset[dict[str, Any]]):
         root_dir: Path | str,
         *,
         recipe: Recipe | Path | str | None = None,
-        config: TrainConfig | None = None,
+        config: TrainConfig | Mapping[str, Any] | None = None,
         split: Split | None = None,
         tokenizer: Path | str | None = None,
     ) -> None:
         if not isinstance(recipe, Recipe):
             recipe = Recipe() if recipe is None else load_recipe(recipe)
-        self.config = config or TrainConfig()
+        self.config = TrainConfig() if config is None else as_train_config(config)
         self.source = SessionSource(
             root_dir,
             recipe=recipe,

@@ -128,6 +128,8 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin where another loader stopped; before the first batch is taken.
 
+        Its batches may have been larger or smaller, if one of these begins there.
+
         Raises:
             ConfigError: iteration has begun, or the state is of other data or of another order.
         """
@@ -141,13 +143,27 @@ class Loader:
             )
         own = self.state_at(next_batch)
         for name in ("mix", "sets", "fingerprint", "seed", *_ORDER_KEYS):
-            if state.get(name) != own.get(name):
-                raise ConfigError(
-                    f"the checkpoint's stream has {name} {state.get(name)!r}, this one "
-                    f"{own.get(name)!r}; resume with the same data, seed and "
-                    f"{', '.join(_ORDER_KEYS)}, or start anew without --resume"
-                )
-        self._start = own["next_batch"]
+            if name != "batch_size" and state.get(name) != own.get(name):
+                raise ConfigError(_describe_other(name, state.get(name), own.get(name)))
+        self._start = self._number_here(next_batch, state.get("batch_size"))
+
+    def _number_here(self, next_batch: int, batch_size: object) -> int:
+        """Number of the batch that begins where batch `next_batch` of another size would.
+
+        Raises:
+            ConfigError: none does.
+        """
+        own = self.config.data.batch_size
+        found = None
+        if type(batch_size) is int and 0 < batch_size <= _MAX_NEXT_BATCH:
+            found = self.order.number_of(next_batch, batch_size=batch_size)
+        if found is None or found > _MAX_NEXT_BATCH:
+            raise ConfigError(
+                f"the checkpoint's stream is at batch {next_batch} of {batch_size!r} samples, "
+                f"where none of {own} begins; set data.batch_size to {batch_size!r} or a divisor "
+                "of it, or start anew without --resume"
+            )
+        return found
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._has_begun = True
@@ -244,6 +260,20 @@ def num_recycled_slots(config: TrainConfig) -> int:
     """
     data = config.data
     return data.num_workers * data.prefetch_batches + 2 * config.training.accumulation_steps
+
+
+def _describe_other(name: str, there: object, here: object) -> str:
+    """What of a stream differs from the checkpoint's, and how to go on."""
+    if name in {"fingerprint", "sets"}:
+        return (
+            f"the checkpoint was trained on other data ({name} {there!r}, here {here!r}), whose "
+            "order this run can't continue; name the data it was trained on, or begin a new run "
+            "with its weights by --weights"
+        )
+    return (
+        f"the checkpoint's stream has {name} {there!r}, this one {here!r}; resume with the same "
+        f"data, seed and {', '.join(_ORDER_KEYS)}, or start anew without --resume"
+    )
 
 
 def _as_it_is(message: dict[str, Any]) -> dict[str, Any]:

@@ -148,6 +148,11 @@ class MixedOrder:
             weight=np.ones(len(positions), dtype=np.float32),
         )
 
+    def number_of(self, number: int, *, batch_size: int) -> int | None:
+        """See :meth:`train.data.order.BatchOrder.number_of`."""
+        index, rest = divmod(number * batch_size, self.batch_size)
+        return None if rest else index
+
     def samples_of(self, index: int) -> dict[str, int]:
         """How many samples of global batch number `index` each set gives."""
         begin, end = (self._turns.given(i * self.batch_size) for i in (index, index + 1))

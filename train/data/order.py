@@ -196,11 +196,11 @@ class BatchOrder:
             raise ValueError("there is no sample to make batches of")
         if batch_size % world_size:
             raise ValueError(indivisible(batch_size, world_size))
-        full, rest = divmod(order.num_samples, batch_size)
         self.order = order
         self.batch_size = batch_size
         self.share_size = batch_size // world_size
-        self.batches_per_epoch = full + (1 if rest and last_batch == "pad" else 0)
+        self._last_batch = last_batch
+        self.batches_per_epoch = self._batches_of(batch_size)
         if self.batches_per_epoch == 0:
             raise ValueError(
                 f"{order.num_samples} samples do not fill one batch of {batch_size}; "
@@ -216,6 +216,21 @@ class BatchOrder:
         weight = (positions < num_samples).astype(np.float32)
         shards, rows = self.order.locate(epoch, positions % num_samples)
         return BatchPlan(index, epoch, positions, shards, rows, weight)
+
+    def number_of(self, number: int, *, batch_size: int) -> int | None:
+        """Number of the batch that begins where batch `number` of another size would; None where
+        none does.
+        """
+        if (per_epoch := self._batches_of(batch_size)) == 0:
+            return None
+        epoch, batch = divmod(number, per_epoch)
+        batch, rest = divmod(batch * batch_size, self.batch_size)
+        return None if rest else epoch * self.batches_per_epoch + batch
+
+    def _batches_of(self, batch_size: int) -> int:
+        """Batches of an epoch."""
+        full, rest = divmod(self.order.num_samples, batch_size)
+        return full + (1 if rest and self._last_batch == "pad" else 0)
 
     def blocks_of(self, plan: BatchPlan) -> Blocks:
         """Where a batch is."""

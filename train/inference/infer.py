@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.clock import Window
-from shared.errors import SessionError
+from shared.errors import ConfigError, SessionError
 from shared.recipe import Stream
 from shared.session import SOURCE_FILES, is_session
 from train.config import Head, TrainConfig
@@ -39,7 +39,7 @@ from train.inference.scoring import Score
 from train.inference.streaming import TickStream, take_ticks
 from train.machine import runtime
 from train.model.encoders import count_ticks
-from train.model.predictions import TEXT_HEADS, PredictionWriter, WindowPrediction
+from train.model.predictions import AUDIO_NAME, TEXT_HEADS, PredictionWriter, WindowPrediction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,19 +90,22 @@ def infer(
     Raises:
         CheckpointError: no checkpoint, or one without recipe and tokenizer.
         SessionError: no session, or nothing in it can be read.
-        ConfigError: a sampling value out of its range, or a device that is not here.
+        ConfigError: a sampling value out of its range, a device that is not here, or a session
+            where the predictions are to be written.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    creature = load_creature(checkpoint, device=runtime.choose_device(device))
-    source = open_session(session, creature)
-    score = live_through(
-        source,
-        creature,
-        TickStream(creature, sampling, seed=seed),
-        out=out,
-        seed=seed,
-        progress=progress,
-    )
+    _refuse_recordings(out, session)
+    with runtime.explained_out_of_memory():
+        creature = load_creature(checkpoint, device=runtime.choose_device(device))
+        source = open_session(session, creature)
+        score = live_through(
+            source,
+            creature,
+            TickStream(creature, sampling, seed=seed),
+            out=out,
+            seed=seed,
+            progress=progress,
+        )
     metrics = {
         "checkpoint": str(checkpoint),
         **describe_life(source, creature, score),
@@ -113,6 +116,21 @@ def infer(
     (out / METRICS_NAME).write_text(text, encoding="utf-8")
     write_page(out, source.fields(0), metrics, creature=creature)
     return metrics
+
+
+def _refuse_recordings(out: Path, session: Path) -> None:
+    """Predictions have names that recordings have, too: audio.wav.
+
+    Raises:
+        ConfigError: a session lies where they are to be written.
+    """
+    never_predicted = [name for name in SOURCE_FILES if name != AUDIO_NAME]
+    is_session_there = any((out / name).exists() for name in never_predicted)
+    if is_session_there or out.resolve() == session.resolve():
+        raise ConfigError(
+            f"{out}: a session lies there, and predictions would overwrite its {AUDIO_NAME}; "
+            "write them elsewhere by --out"
+        )
 
 
 def describe_life(source: SessionSource, creature: Creature, score: Score) -> dict[str, Any]:

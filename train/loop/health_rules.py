@@ -19,6 +19,9 @@ MIN_DECREASE: Final = 0.02
 """A loss that has lost less than this share of itself has not decreased; batches differ by about as
 much."""
 
+PLATEAU_LOGS: Final = 4
+"""Logs that a plateau has at least."""
+
 UNEVEN_DECREASE: Final = 0.2
 """Losses are uneven when one has not decreased while another has lost more than this share."""
 
@@ -137,10 +140,14 @@ def _uneven(history: Sequence[LogPoint]) -> tuple[str, str] | None:
 
 
 def _plateau(history: Sequence[LogPoint]) -> tuple[str, str] | None:
-    """The loss fell before, and stands still over the newest 1000 steps, early in the run."""
+    """The loss fell before, and stands still over the newest 1000 steps, early in the run.
+
+    Over the newest logs where so many steps have fewer than :data:`PLATEAU_LOGS`.
+    """
     points = _with_metric(history, "loss_total")
-    newest = [p for p in points if p.step > points[-1].step - NO_DECREASE_STEPS] if points else []
-    if len(newest) < 4 or len(newest) == len(points):
+    num_newest = sum(p.step > points[-1].step - NO_DECREASE_STEPS for p in points)
+    newest = points[-max(num_newest, PLATEAU_LOGS) :]
+    if len(points) <= len(newest):
         return None
     if _no_decrease(history) is not None or _total_rises(history) is not None:
         return None
@@ -151,7 +158,8 @@ def _plateau(history: Sequence[LogPoint]) -> tuple[str, str] | None:
     rates = [p.metrics["lr"] for p in points if "lr" in p.metrics]
     if rates and rates[-1] < 0.5 * max(rates):
         return None
-    return "loss_total", f"loss_total stays at {fmean(newer):.4g} for {NO_DECREASE_STEPS} steps"
+    num_steps = max(NO_DECREASE_STEPS, newest[-1].step - newest[0].step)
+    return "loss_total", f"loss_total stays at {fmean(newer):.4g} for {num_steps} steps"
 
 
 def _one_rises(history: Sequence[LogPoint]) -> tuple[str, str] | None:

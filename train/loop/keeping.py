@@ -12,10 +12,11 @@ import errno
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ConfigError
 from train.checkpoint import (
     FINAL_NAME,
     check_checkpoint,
@@ -55,24 +56,62 @@ class Keeper:
         self._state = state
         self._config = config
         self.newest: Path | None = None
-        """Of those saved here."""
+        """Of those saved here; at first that which the run goes on from."""
+        self._is_due = False
 
     def prepare(self) -> None:
         """See :func:`prepare_folder`."""
         distributed.on_main(lambda: prepare_folder(self._config.save_dir))
 
-    def save_step(self, stream: Mapping[str, Any]) -> None:
+    def is_due(self, interval: int) -> bool:
+        """Whether a step's checkpoint is to be saved, which stays so until it was tried.
+
+        It waits for a step that was not left out: what ruined the weights may have come just before
+        those that were, and older checkpoints must not go for that.
+        """
+        self._is_due |= self._state.step % interval == 0
+        return self._is_due
+
+    def save_or_warn(self, stream: Mapping[str, Any], *, warn: Callable[[str], None]) -> None:
+        """:meth:`save_step`; where that fails, training goes on and the older ones stay."""
+        self._is_due = False
+        try:
+            removed = self.save_step(stream)
+        except CheckpointError as error:
+            stays = self.newest.name if self.newest is not None else "none was saved yet"
+            warn(f"{error}; the newest checkpoint: {stays}")
+        else:
+            if removed:
+                names = ", ".join(path.name for path in removed)
+                warn(f"the disk is full: {names} made room for the newest checkpoint")
+
+    def save_step(self, stream: Mapping[str, Any], *, is_pruned: bool = True) -> list[Path]:
         """Save the step that the state is at; then there are no more than are to be kept.
+
+        Args:
+            stream: position of the batches trained on.
+            is_pruned: whether older ones go.
+
+        Returns:
+            Those that went because the disk was full.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        self._save(self._config.save_dir / step_name(self._state.step), stream)
-        if distributed.is_main():
+        removed = self._save(self._config.save_dir / step_name(self._state.step), stream)
+        if is_pruned and distributed.is_main():
             prune_checkpoints(self._config.save_dir, keep_last_n=self._config.keep_last_n)
+        return removed
 
-    def save_last(self, stream: Mapping[str, Any], *, is_complete: bool) -> None:
+    def save_last(
+        self, stream: Mapping[str, Any], *, is_complete: bool, is_pruned: bool = True
+    ) -> None:
         """Save the end of a run, the final checkpoint or, where it was stopped, the step's.
+
+        Args:
+            stream: position of the batches trained on.
+            is_complete: whether it was not stopped.
+            is_pruned: see :meth:`save_step`.
 
         Raises:
             CheckpointError: it could not be written; it says what is lost.
@@ -80,7 +119,7 @@ class Keeper:
         final = self._config.save_dir / FINAL_NAME
         try:
             if not is_complete:
-                self.save_step(stream)
+                self.save_step(stream, is_pruned=is_pruned)
             elif distributed.on_main(lambda: self._link(final)):
                 self.newest = final
             else:
@@ -92,15 +131,18 @@ class Keeper:
                 "then `--resume auto` goes on from the newest checkpoint"
             ) from error
 
-    def _save(self, path: Path, stream: Mapping[str, Any]) -> None:
-        self.newest = self._state.save(path, stream=stream, write=save_making_room)
+    def _save(self, path: Path, stream: Mapping[str, Any]) -> list[Path]:
+        removed: list[Path] = []
+        write = partial(save_making_room, removed=removed)
+        self.newest = self._state.save(path, stream=stream, write=write)
+        return removed
 
     def _link(self, final: Path) -> bool:
         """Whether the final checkpoint could be made of that of its step."""
-        if self.newest is None or self.newest.name != step_name(self._state.step):
+        if self.newest != final.with_name(step_name(self._state.step)):
             return False
         try:
-            link_checkpoint(self.newest, final)
+            link_checkpoint(final.with_name(step_name(self._state.step)), final)
         except OSError:
             return False
         return True
@@ -123,9 +165,25 @@ def prepare_folder(folder: Path | str) -> None:
         ) from error
 
 
-def save_making_room(path: Path | str, state: Mapping[str, Any]) -> Path:
+def refuse_checkpoints(folder: Path) -> None:
+    """Keep a run that begins anew from overwriting and pruning another one's checkpoints.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    if found := checkpoints_in(folder):
+        names = ", ".join(sorted(path.name for path in found)[:3])
+        raise ConfigError(
+            f"{folder} has checkpoints of a run ({names}), which a new one would overwrite; go on "
+            "from them by `--resume auto`, set training.checkpointing.save_dir, or remove them"
+        )
+
+
+def save_making_room(
+    path: Path | str, state: Mapping[str, Any], *, removed: list[Path] | None = None
+) -> Path:
     """:func:`train.checkpoint.save_checkpoint`; where the disk is full, once more with the room of
-    older step checkpoints.
+    older step checkpoints, which are added to `removed`.
 
     Raises:
         CheckpointError: it couldn't be written.
@@ -133,8 +191,10 @@ def save_making_room(path: Path | str, state: Mapping[str, Any]) -> Path:
     try:
         return save_checkpoint(path, state)
     except CheckpointError as error:
-        if not _is_disk_full(error) or not make_room(Path(path).parent):
+        if not _is_disk_full(error) or not (room := make_room(Path(path).parent)):
             raise
+    if removed is not None:
+        removed += room
     return save_checkpoint(path, state)
 
 

@@ -16,6 +16,7 @@ from train.machine import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
 QUANTILES: Final = (50, 95, 99)
 """Percentiles of the waits for data."""
@@ -117,8 +118,16 @@ class StepMeter:
             for name in (good or [{}])[0]
         }
 
-    def check_divergence(self, step: int) -> None:
+    def is_in_bad_steps(self) -> bool:
+        """Whether the newest step was left out; waits for the device."""
+        return int(self._bad_in_a_row) > 0
+
+    def check_divergence(self, step: int, *, newest: Path | None = None) -> None:
         """Stop a run that no longer learns anything; waits for the device.
+
+        Args:
+            step: the newest one.
+            newest: checkpoint from before these steps, if one was saved.
 
         Raises:
             DivergedError: :data:`MAX_BAD_STEPS` steps or more in a row were left out.
@@ -133,11 +142,13 @@ class StepMeter:
                 f"loss_total {total:.4g} or grad_norm {float(self._grad_norm):.4g} was far above "
                 "the steps before (training.spike_sigma)"
             )
+        go_on = "start anew: no checkpoint was saved before them"
+        if newest is not None:
+            go_on = f"resume from a checkpoint (`--resume auto` takes {newest}, from before them)"
         raise DivergedError(
             f"step {step}: {fault} in {count} steps in a row. "
-            "Weights are those before these steps. Reduce LR (training.optimizer.lr), check for "
-            "corrupted data "
-            "(`python -m preprocess verify`), and resume from a checkpoint (`--resume auto`)"
+            "Reduce LR (training.optimizer.lr), check for corrupted data (`python -m preprocess "
+            f"verify`), and {go_on}"
         )
 
     @contextlib.contextmanager

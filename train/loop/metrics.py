@@ -123,6 +123,11 @@ class RunLog:
         """One message to the terminal."""
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
+    def warn(self, message: str) -> None:
+        """What went wrong beside the training: in the terminal, and among its health's findings."""
+        self._warn(message)
+        self._write_text("health", f"**warning**: {message}", self._step)
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """The configuration, into TensorBoard's text tab, and which curves belong together."""
         text = f"```\n{json.dumps(config, indent=2)}\n```"

@@ -40,7 +40,7 @@ class TrainSummary:
     skipped_val_samples: int
     """Bad held-out samples that the newest losses leave out."""
     skipped_steps: int
-    """Steps of this call that were left out because they were not finite."""
+    """Steps of this call that were left out: not finite, or spikes."""
     checkpoint: Path | None
     """The newest checkpoint of this call."""
     log_dir: Path

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import CheckpointError
@@ -18,8 +20,7 @@ from train.machine.parallel import shares_of, whole
 from train.model.multimodal import dimensions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
     from torch import nn
@@ -33,6 +34,10 @@ RESUMED_KEYS: Final = frozenset(
     {"optimizer", "scaler", "schedule", "rng", "stream", "run_name", "skipped_samples"}
 )
 """Keys of a checkpoint that inference does without, and going on from it does not."""
+
+
+_NO_WEIGHTS: Final = frozenset({"dropout", "modality_dropout", "gradient_checkpointing"})
+"""Keys of the model that change no weight's shape."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,7 +104,8 @@ class TrainState:
         return distributed.on_main(lambda: write(path, state))
 
     def load(self, path: Path | str, *, device: torch.device) -> dict[str, Any]:
-        """Take over a checkpoint; a run name that was given stays.
+        """Take over a checkpoint; a run name that was given stays, and that of a checkpoint in
+        another folder is left to the run that wrote it.
 
         Returns:
             What is not of this object: "rng" (None for a rank that there was not), "stream" and
@@ -108,26 +114,15 @@ class TrainState:
         Raises:
             CheckpointError: missing, damaged, foreign, or of another model.
         """
-        distributed.on_main(lambda: checkpoint.check_checkpoint(path))
-        # What is to be cut into shares may not fit a device; ranks of a machine share its pages.
-        is_cut = distributed.world_size() > 1 and self.config.training.parallel == "fsdp"
-        place = "cpu" if is_cut else device
-        state = checkpoint.read_checkpoint(path, map_location=place, mmap=is_cut)
+        state = self._read(path, device=device)
         if missing := RESUMED_KEYS - state.keys():
             raise CheckpointError(
                 f"{path}: it lacks {', '.join(sorted(missing))}, so a training can't go on from "
                 "it; take a checkpoint that `python -m train run` wrote"
             )
-        own = self.model.state_dict()
-        try:
-            self._check_dimensions(state["config"])
-            self.model.load_state_dict(shares_of(state["model"], own))
+        with self._explained(path, state):
+            self._load_model(state)
             restore_optimizer(self.optimizer, state["optimizer"], self.config.training.optimizer)
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: the checkpoint is of another model ({self._difference(state, error)}); "
-                "use the configuration that it was trained with"
-            ) from error
         ranks = distributed.world_size()
         runtime.set_scaler_state(self.scaler, state["scaler"], num_ranks=ranks)
         if "spikes" in state:
@@ -137,10 +132,43 @@ class TrainState:
         per_step = self.config.data.batch_size * self.config.training.accumulation_steps
         self.bad_samples.num_read = int(state.get("read_samples", self.step * per_step))
         self.samples_of = Counter(state.get("samples_of", {}))
-        self.run_name = self.run_name or state["run_name"]
+        save_dir = self.config.training.checkpointing.save_dir
+        if Path(path).resolve().parent == save_dir.resolve():  # else it is another run's
+            self.run_name = self.run_name or state["run_name"]
         rngs = dict(enumerate([state["rng"], *state.get("rng_of_other_ranks", [])]))
         rng = rngs.get(distributed.rank())
         return {"rng": rng, "stream": state["stream"], "schedule": state["schedule"]}
+
+    def load_weights(self, path: Path | str, *, device: torch.device) -> None:
+        """Take over a checkpoint's weights and nothing else.
+
+        Raises:
+            CheckpointError: missing, damaged, foreign, or of another model.
+        """
+        state = self._read(path, device=device)
+        with self._explained(path, state):
+            self._load_model(state)
+
+    def _read(self, path: Path | str, *, device: torch.device) -> dict[str, Any]:
+        distributed.on_main(lambda: checkpoint.check_checkpoint(path))
+        # What is to be cut into shares may not fit a device; ranks of a machine share its pages.
+        is_cut = distributed.world_size() > 1 and self.config.training.parallel == "fsdp"
+        place = "cpu" if is_cut else device
+        return checkpoint.read_checkpoint(path, map_location=place, mmap=is_cut)
+
+    def _load_model(self, state: Mapping[str, Any]) -> None:
+        self._check_dimensions(state["config"])
+        self.model.load_state_dict(shares_of(state["model"], self.model.state_dict()))
+
+    @contextlib.contextmanager
+    def _explained(self, path: Path | str, state: Mapping[str, Any]) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: the checkpoint is of another model ({self._difference(state, error)}); "
+                "use the configuration that it was trained with"
+            ) from error
 
     def _check_dimensions(self, config: Mapping[str, Any]) -> None:
         """Compare what makes another model of weights of the same shapes.
@@ -159,14 +187,28 @@ class TrainState:
 
     def _difference(self, state: Mapping[str, Any], error: Exception) -> str:
         """The configuration keys that differ, or else torch's words."""
-        here = {**self.config.model_dump(mode="json")["model"], **dataclasses.asdict(self.shapes)}
-        there = {**state["config"]["model"], **state["shapes"]}
+        here = {
+            **_making_weights(self.config.model_dump(mode="json")),
+            **dataclasses.asdict(self.shapes),
+        }
+        there = {**_making_weights(state["config"]), **state["shapes"]}
         differing = [
             f"{key} {there.get(key)} there, {value} here"
             for key, value in here.items()
             if there.get(key) != value
         ]
         return "; ".join(differing) or " ".join(str(error).split())[:400]
+
+
+def _making_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a configuration that decide which weights there are, and their shapes."""
+    model = {k: v for k, v in config["model"].items() if k not in _NO_WEIGHTS}
+    weights = config["training"].get("loss_weights", {})
+    return {
+        "data.modalities": config["data"].get("modalities"),
+        "losses that count:": sorted(head for head, weight in weights.items() if weight),
+        **model,
+    }
 
 
 def schedule_of(training: TrainingConfig) -> dict[str, float]:

@@ -9,18 +9,19 @@ each rank trains on its share of every global batch, and all numbers are those o
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from shared.errors import CheckpointError, ConfigError
+from shared.errors import ConfigError
 from train.config import TrainConfig, as_train_config
-from train.creature import reading_of
+from train.creature import check_windows, reading_of
 from train.data.bad_samples import BadSampleLimit
 from train.data.inputs import to_model_inputs
 from train.loop.evaluating import measure
-from train.loop.feed import BatchFeed, one_epoch
+from train.loop.feed import BatchFeed, initial_position, one_epoch
 from train.loop.gradients import gradient_norms
 from train.loop.health import QUIET_STEPS
 from train.loop.keeping import Keeper
@@ -42,7 +43,6 @@ from train.model.losses import added, compute_losses, loss_counts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
     from rich.console import Console
 
@@ -85,6 +85,7 @@ class Trainer:
         training = self.config.training
         for given in filter(None, (loader, val_loader)):
             distributed.check_share(given)
+            check_windows(given, self.config)
         self.device = distributed.own_device(
             runtime.choose_device(training.device if device == "auto" else device)
         )
@@ -159,8 +160,7 @@ class Trainer:
                     self._log(log, feed)
                 if self._is_due(training.eval_interval):
                     self._evaluate(log)
-                if state.step % training.save_interval == 0:
-                    self._save_step(log, feed)
+                self._save_if_due(log, feed)
             return self._finish(log, feed)
 
     def evaluate(self) -> dict[str, float]:
@@ -198,10 +198,21 @@ class Trainer:
         """Go on from a checkpoint; the next :meth:`train` continues behind its step.
 
         Raises:
-            CheckpointError: missing, damaged, foreign, or of another model.
+            CheckpointError: missing, damaged, foreign, of another model or kind of loader.
+            ConfigError: it was trained on other data, or in another order.
         """
         self._resumed = {"path": str(path), **self._state.load(path, device=self.device)}
+        initial_position(self._loader, self._resumed["stream"])  # refused before a log is opened
+        self._keeper.newest = Path(path)
         self._feed = None
+
+    def load_weights(self, path: Path | str) -> None:
+        """Begin with a checkpoint's weights, and else anew: other data, another schedule.
+
+        Raises:
+            CheckpointError: missing, damaged, foreign, or of another model.
+        """
+        self._state.load_weights(path, device=self.device)
 
     def _open_log(self) -> RunLog:
         """The run's folder; a resumed run goes on in its old one."""
@@ -313,7 +324,7 @@ class Trainer:
             is_overflow=overflow if self._state.scaler.is_enabled() else None,
         )
         if self.device.type == "cpu":
-            meter.check_divergence(self.step)
+            meter.check_divergence(self.step, newest=self._keeper.newest)
 
     def _is_due(self, interval: int) -> bool:
         """Whether what is done every `interval` steps, and at the end, is to be done now."""
@@ -337,7 +348,7 @@ class Trainer:
             metrics["time_to_first_batch_s"] = progress.to_first_batch_s or 0.0
         progress.metrics = metrics
         log.write_metrics(self.step, metrics)
-        progress.meter.check_divergence(self.step)
+        progress.meter.check_divergence(self.step, newest=self._keeper.newest)
 
     def _evaluate(self, log: RunLog) -> None:
         """Measure on held-out batches, where there are any."""
@@ -352,13 +363,12 @@ class Trainer:
             log.write_validation(self.step, {**losses, "skipped_samples": len(skipped)})
             log.write_window(self.step, progress.held_out.window, self._state.extra)
 
-    def _save_step(self, log: RunLog, feed: BatchFeed) -> None:
-        """Save a step's checkpoint; where that fails, training goes on and the older ones stay."""
-        with self._progress.meter.pause():
-            try:
-                self._keeper.save_step(feed.state())
-            except CheckpointError as error:
-                log.say(f"  warning: {error}; the last whole one stays", style="red")
+    def _save_if_due(self, log: RunLog, feed: BatchFeed) -> None:
+        """Save a step's checkpoint; see :meth:`Keeper.is_due`."""
+        meter, interval = self._progress.meter, self.config.training.save_interval
+        if self._keeper.is_due(interval) and not meter.is_in_bad_steps():
+            with meter.pause():
+                self._keeper.save_or_warn(feed.state(), warn=log.warn)
 
     def _finish(self, log: RunLog, feed: BatchFeed) -> TrainSummary:
         """Log and save what is not yet, and say what happened."""
@@ -368,7 +378,8 @@ class Trainer:
             self._log(log, feed)
         if is_complete:
             feed.close()
-        self._keeper.save_last(feed.state(), is_complete=is_complete)
+        is_pruned = not progress.meter.is_in_bad_steps()
+        self._keeper.save_last(feed.state(), is_complete=is_complete, is_pruned=is_pruned)
         progress.checkpoint = self._keeper.newest
         if not is_complete:
             log.say(

@@ -29,6 +29,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 BYTES_PER_MB = 2**20
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FIRST_SCALE = 2.0**16
+_HOST_ALLOCATOR = "DefaultCPUAllocator"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -207,7 +208,7 @@ def synchronize(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def explained_failures() -> Iterator[None]:
-    """Turn a GPU's lack of memory and the loss of a loader process into errors that say what to do.
+    """Turn a lack of memory and the loss of a loader process into errors that say what to do.
 
     torch tells of a lost process wherever the main thread is just then.
     """
@@ -217,14 +218,18 @@ def explained_failures() -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained_out_of_memory() -> Iterator[None]:
-    """Turn the GPU's out-of-memory error into one that says what to do."""
+    """Turn torch's lack of memory, a GPU's or the host's, into an error that says what to do."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        is_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not is_gpu and _HOST_ALLOCATOR not in reason:
+            raise
         raise CreatureError(
-            f"the GPU ran out of memory: {reason}\nReduce data.batch_size and raise "
-            "training.accumulation_steps by the same factor (the result stays the same), or set "
+            f"{'the GPU' if is_gpu else 'the host'} ran out of memory: {reason}\n"
+            "Reduce data.batch_size and raise training.accumulation_steps by the same factor (a "
+            "step stays that of the same samples, and `--resume auto` goes on so), or set "
             "model.gradient_checkpointing: true"
         ) from error
 

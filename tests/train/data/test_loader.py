@@ -79,9 +79,7 @@ def test_a_loaded_state_goes_on_as_if_nothing_had_been(tiny_set, position, num_w
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("fingerprint", "other"),
         ("seed", 8),
-        ("batch_size", 4),
         ("last_batch", "drop"),
         ("shuffle_block_shards", 3),
     ],
@@ -90,6 +88,24 @@ def test_a_state_of_another_order_is_refused(tiny_set, key, value):
     loader = make_loader(tiny_set)
     with pytest.raises(ConfigError, match=f"has {key} {value!r}, this one"):
         loader.load_state_dict({**loader.state_at(3), key: value})
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(2, 0), (3, 1), (6, 0)])
+def test_smaller_batches_go_on_with_the_samples_of_larger_ones(tiny_set, batch_size, num_workers):
+    larger = make_loader(tiny_set, batch_size=6)
+    position = larger.batches_per_epoch + 2  # within the second epoch
+    expected = [key for b in take(larger, position + 3)[position:] for key in b["keys"]]
+    smaller = make_loader(tiny_set, batch_size=batch_size, num_workers=num_workers)
+    smaller.load_state_dict(larger.state_at(position))
+    found = [key for b in take(smaller, 18 // batch_size) for key in b["keys"]]
+    assert found == expected
+
+
+@pytest.mark.parametrize("batch_size", [4, 0, -7, None, "7", 1 << 70, True])
+def test_a_state_where_no_batch_begins_is_refused(tiny_set, batch_size):
+    loader = make_loader(tiny_set)
+    with pytest.raises(ConfigError, match=r"where none of 7 begins; set data\.batch_size"):
+        loader.load_state_dict({**loader.state_at(3), "batch_size": batch_size})
 
 
 @pytest.mark.parametrize("next_batch", [None, -1, 1.0, "3", True, 1 << 70])

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from order_oracles import slow_epoch, slow_hashes, slow_permutation
 
@@ -109,6 +109,38 @@ def test_ranks_divide_a_global_batch(sizes, per_rank, world):
             joined = np.concatenate([getattr(share, name) for share in shares])
             np.testing.assert_array_equal(joined, getattr(plan, name))
         assert {len(share.rows) for share in shares} == {size // world}
+
+
+@given(
+    sizes=shard_sizes,
+    batch_size=st.integers(1, 5),
+    factor=st.integers(1, 4),
+    number=st.integers(0, 30),
+    last_batch=st.sampled_from(["pad", "drop"]),
+)
+def test_smaller_batches_begin_where_larger_ones_would(
+    sizes, batch_size, factor, number, last_batch
+):
+    assume(last_batch == "pad" or sum(sizes) >= factor * batch_size)
+    large = make_batches(sizes, batch_size=factor * batch_size, last_batch=last_batch)
+    small = make_batches(sizes, batch_size=batch_size, last_batch=last_batch)
+    here = small.number_of(number, batch_size=factor * batch_size)
+    first = large.plan(number)
+    assert small.plan(here).epoch == first.epoch
+    assert small.plan(here).positions[0] == first.positions[0]
+    assert large.number_of(here, batch_size=batch_size) == number
+
+
+@given(sizes=shard_sizes, one=batch_sizes, other=batch_sizes, number=st.integers(0, 30))
+def test_batches_of_any_other_size_begin_at_the_same_sample_or_nowhere(sizes, one, other, number):
+    there, here = make_batches(sizes, batch_size=one), make_batches(sizes, batch_size=other)
+    found = here.number_of(number, batch_size=one)
+    begins = {
+        (plan.epoch, int(plan.positions[0])): plan.index
+        for plan in map(here.plan, range((number // there.batches_per_epoch + 1) * sum(sizes)))
+    }
+    plan = there.plan(number)
+    assert found == begins.get((plan.epoch, int(plan.positions[0])))
 
 
 @given(sizes=shard_sizes, batch_size=batch_sizes, index=st.integers(0, 40))

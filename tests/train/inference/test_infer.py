@@ -12,7 +12,7 @@ import zarr
 from tiny_creatures import MODEL, RECIPE, TEXT_ONLY, TOKENIZER, make_checkpoint, make_session
 
 from shared.config import make_section
-from shared.errors import CheckpointError, SessionError
+from shared.errors import CheckpointError, ConfigError, SessionError
 from shared.recipe import Recipe, WindowShapes
 from shared.text import EVENT_TOKEN, train_tokenizer
 from train.config import Head, as_train_config
@@ -231,6 +231,24 @@ def test_a_checkpoint_without_recipe_or_tokenizer_is_refused(tmp_path, missing):
     session = make_session(tmp_path / "walk", length_s=1.0)
     with pytest.raises(CheckpointError, match=f"lacks its {missing}.*checkpoint_extra"):
         infer(tmp_path / "k.pt", session, tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["itself", "another"])
+def test_predictions_never_overwrite_a_recording(tmp_path, where):
+    make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "itself")
+    make_session(tmp_path / "another")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match=r"would overwrite its audio\.wav; .* --out"):
+        infer(tmp_path / "k.pt", session, tmp_path / where)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_second_life_may_be_written_over_the_first(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "session")
+    lives = [infer(tmp_path / "k.pt", session, tmp_path / "out") for _ in range(2)]
+    assert lives[0]["losses"] == lives[1]["losses"]
 
 
 def test_a_folder_that_is_no_session_is_refused(tmp_path):

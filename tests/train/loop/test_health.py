@@ -257,6 +257,17 @@ def test_a_plateau_is_found_in_noise_and_a_slow_fall_seldom_accused():
     assert share_found("plateau", slow, noise=0.01) < 0.05
 
 
+@pytest.mark.parametrize("interval", [100, 500, 1000, 5000])
+def test_a_plateau_is_found_whatever_the_log_interval(interval):
+    losses = [9.0, 7.0, *[5.0] * 12]
+    history = [
+        LogPoint(step=interval * i, metrics={"loss_total": x}) for i, x in enumerate(losses, 1)
+    ]
+    (finding,) = check(history)
+    assert finding.rule == "plateau"
+    assert f"for {max(1000, 3 * interval)} steps" in finding.problem
+
+
 def test_thresholds_that_every_untrained_model_breaks_are_silent_at_first():
     metrics = {"loss_internal_text": 7.0, "loss_audio": 2.77}
     early = [LogPoint(step=step, metrics=metrics) for step in (50, 199)]

@@ -10,11 +10,12 @@ import time
 
 import pytest
 import torch
+from event_files import text_of
 from rich.console import Console
 from tiny_checkpoints import cut_in_half, flip_a_bit, make_empty, make_state, names_in
-from tiny_training import EndlessLoader, make_config, make_trainer
+from tiny_training import BrokenLoader, EndlessLoader, make_config, make_trainer, with_nan
 
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, DivergedError
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.loop import keeping
 from train.loop.keeping import find_latest_checkpoint, link_checkpoint, prune_checkpoints
@@ -141,7 +142,8 @@ def train_on(folder, *, loader=None, **training):
 def test_on_a_full_disk_older_checkpoints_make_room_for_newer_ones(tmp_path, small_disk):
     small_disk(2)  # and the third is written before the first is pruned
     printed = train_on(tmp_path, max_steps=8)
-    assert "warning" not in printed
+    assert printed.count("the disk is full: model_step_2.pt made room") == 1
+    assert "made room" in text_of(tmp_path / "runs" / "tiny", "health")
     folder = tmp_path / "checkpoints"
     assert names_in(folder) == {"model_step_6.pt", "model_step_8.pt", "model_final.pt"}
     assert load_checkpoint(folder / "model_final.pt")["step"] == 8
@@ -173,6 +175,20 @@ def test_a_save_that_fails_when_a_signal_stops_the_run_is_an_error(tmp_path, sma
     with pytest.raises(CheckpointError, match="step 3, which is NOT saved") as found:
         train_on(tmp_path, loader=EndlessLoader(on_batch=fill_and_stop))
     assert found.value.exit_code != 0
+
+
+def test_no_checkpoint_is_saved_or_pruned_while_steps_are_left_out(tmp_path):
+    """What ruined the weights may have come just before; the next good step is saved."""
+    broken = BrokenLoader({3, *range(6, 99)}, with_nan)
+    with pytest.raises(DivergedError, match=r"auto` takes .*model_step_6\.pt, from before them"):
+        train_on(tmp_path, loader=broken, save_interval=1, max_steps=99)
+    assert names_in(tmp_path / "checkpoints") == {"model_step_5.pt", "model_step_6.pt"}
+
+
+def test_a_checkpoint_that_is_due_at_a_bad_step_is_saved_at_the_next_good_one(tmp_path):
+    broken = BrokenLoader({3}, with_nan)
+    train_on(tmp_path, loader=broken, save_interval=4, max_steps=7)
+    assert names_in(tmp_path / "checkpoints") == {"model_step_5.pt", "model_final.pt"}
 
 
 def test_room_is_made_of_all_but_the_newest_whole_checkpoint(tmp_path):

@@ -15,7 +15,13 @@ from rich.console import Console
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tiny_training import EndlessLoader, make_batch, make_config, make_trainer, with_nan
 
-from shared.errors import ConfigError, CreatureError, DivergedError, TooManyBadSamplesError
+from shared.errors import (
+    CheckpointError,
+    ConfigError,
+    CreatureError,
+    DivergedError,
+    TooManyBadSamplesError,
+)
 from train.loop.meter import StepMeter
 from train.loop.metrics import QUARANTINE_NAME, default_run_name
 from train.machine import runtime
@@ -106,6 +112,25 @@ def test_a_resumed_run_hides_the_curves_behind_its_checkpoint(tmp_path):
     trainer.load_checkpoint(tmp_path / "checkpoints/model_step_3.pt")
     events = read_events(trainer.train().log_dir)
     assert [event.step for event in events.Scalars("loss_total")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_from_another_ones_checkpoint_leaves_its_curves_alone(tmp_path):
+    first = make_trainer(make_config(tmp_path / "a")).train()
+    before = values_of(first.log_dir, "loss_total")
+    config = make_config(tmp_path / "b", max_steps=8, log_dir=str(tmp_path / "a" / "runs"))
+    trainer = make_trainer(config, run_name=None)
+    trainer.load_checkpoint(tmp_path / "a" / "checkpoints" / "model_final.pt")
+    assert trainer.train().log_dir != first.log_dir
+    assert values_of(first.log_dir, "loss_total") == before
+
+
+def test_a_position_that_is_refused_opens_no_log(tmp_path):
+    first = make_trainer(make_config(tmp_path)).train()
+    before = sorted(first.log_dir.iterdir())
+    trainer = make_trainer(make_config(tmp_path, max_steps=8), [make_batch(0)], run_name=None)
+    with pytest.raises(CheckpointError, match="kind of loader"):
+        trainer.load_checkpoint(first.checkpoint)
+    assert sorted(first.log_dir.iterdir()) == before
 
 
 def test_logged_losses_are_means_since_the_last_log(tmp_path):

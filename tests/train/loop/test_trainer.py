@@ -29,6 +29,7 @@ from tiny_training import (
 from torch.utils.data import DataLoader, Dataset
 
 from shared.errors import CheckpointError, ConfigError, DivergedError, TooManyBadSamplesError
+from train.config import as_train_config
 from train.loop.feed import BatchFeed
 
 CPU = torch.device("cpu")
@@ -242,6 +243,18 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_windows_laid_out_for_another_configuration_are_refused(tmp_path):
+    text_only = {"loss_weights": {"audio": 0.0, "animation": 0.0}}
+    config = {**make_config(tmp_path, **text_only), "data": {}}
+    loader = EndlessLoader()
+    loader.config = as_train_config({})
+    loader.source = None
+    with pytest.raises(ConfigError, match=r"gives ticks at .*Dataset\(.*config=config"):
+        make_trainer(config, loader)
+    loader.config = as_train_config(config)
+    make_trainer(config, loader)
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     def press_twice(index):
         if index == 1:
@@ -333,9 +346,8 @@ def test_an_empty_loader_is_a_clear_error(tmp_path):
 def test_a_position_of_another_kind_of_loader_is_refused(tmp_path):
     make_trainer(make_config(tmp_path)).train()
     trainer = make_trainer(make_config(tmp_path, max_steps=8), [make_batch(0)])
-    trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
     with pytest.raises(CheckpointError, match="another kind of loader"):
-        trainer.train()
+        trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
 
 
 WALKTHROUGH = """

@@ -74,6 +74,16 @@ def test_where_nothing_is_scaled_no_state_is_saved_or_asked_for():
     assert float(half.scale(torch.tensor(3.0))) == 3 * 65536
 
 
+def test_out_of_memory_on_the_host_is_explained_and_other_errors_are_not():
+    with (
+        pytest.raises(CreatureError, match=r"the host ran out of memory.*\nReduce data.batch_size"),
+        runtime.explained_out_of_memory(),
+    ):
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="shapes"), runtime.explained_out_of_memory():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
 def test_random_states_come_back_whole():
     runtime.seed_everything(5)
     state = runtime.rng_state()
