@@ -386,7 +386,7 @@ def test_the_loop_looks_at_no_tensor_between_logs(tmp_path, monkeypatch):
     """On a device each look makes the host wait; the divergence check looks on the CPU only."""
     looks = []
     trainer = make_trainer(make_config(tmp_path, max_steps=5, log_interval=5))
-    monkeypatch.setattr("train.loop.meter.StepMeter.check_divergence", lambda *a: None)
+    monkeypatch.setattr("train.loop.meter.StepMeter.check_divergence", lambda *_, **__: None)
     for name in ("item", "__float__", "__int__", "__bool__"):
         original = getattr(torch.Tensor, name)
 
