@@ -123,6 +123,21 @@ def prepare_folder(folder: Path | str) -> None:
         ) from error
 
 
+def try_folder(folder: Path) -> None:
+    """:func:`prepare_folder`, and no folder is left behind that was not there.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        prepare_folder(folder)
+    finally:
+        for each in new:  # the deepest first; one that another process has filled meanwhile stays
+            with contextlib.suppress(OSError):
+                each.rmdir()
+
+
 def save_making_room(path: Path | str, state: Mapping[str, Any]) -> Path:
     """:func:`train.checkpoint.save_checkpoint`; where the disk is full, once more with the room of
     older step checkpoints.

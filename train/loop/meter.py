@@ -137,7 +137,7 @@ class StepMeter:
             f"step {step}: {fault} in {count} steps in a row. "
             "Weights are those before these steps. Reduce LR (training.optimizer.lr), check for "
             "corrupted data "
-            "(`python -m preprocess verify`), and resume from a checkpoint (`--resume auto`)"
+            "(`python -m preprocess verify SHARDS`), and resume from a checkpoint (`--resume auto`)"
         )
 
     @contextlib.contextmanager

@@ -47,6 +47,12 @@ def test_temperature_top_k_and_top_p_are_those_of_plain_numpy(logits, temperatur
     np.testing.assert_allclose(kept.softmax(-1).numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_what_would_do_nothing_at_temperature_0_is_refused(options):
+    with pytest.raises(ConfigError, match="set --temperature 1"):
+        Sampling(**options)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"temperature": 0.5}, {"temperature": 1.0, "top_k": 3}, {"temperature": 2.0, "top_p": 0.7}],
