@@ -53,9 +53,10 @@ def test_a_size_that_says_nothing_is_refused(tmp_path):
 
 
 def test_a_section_at_odds_with_an_override_names_both_file_and_override(tmp_path):
+    overrides = ["model.size=tiny", "model.hidden_dim=64", "model.num_layers=1"]
     with pytest.raises(ConfigError) as caught:
-        size_of(tmp_path, "{num_layers: 6}", "model.size=tiny", "model.hidden_dim=64")
-    says = f"{tmp_path / 'mine.yaml'} with model.size=tiny model.hidden_dim=64: model: model.size"
+        size_of(tmp_path, "{dropout: 0.1}", *overrides)
+    says = f"{tmp_path / 'mine.yaml'} with {' '.join(overrides)}: model: model.size tiny says"
     assert str(caught.value).startswith(says)
 
 

@@ -32,7 +32,6 @@ from train.run import (
     run_training,
 )
 
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -176,7 +176,8 @@ def test_what_is_configured_of_gradient_checkpointing_is_marked_and_counted(
         f"data: {{shards: {tiny_set}, batch_size: 4}}\n"
         f"model: {{hidden_dim: 16, num_layers: 1, gradient_checkpointing: {str(is_on).lower()}}}\n"
     )
-    output = CliRunner().invoke(cli, ["estimate", "--config", str(path)]).output
+    runner = CliRunner(env={"COLUMNS": "120"})
+    output = runner.invoke(cli, ["estimate", "--config", str(path)]).output
     way = "with gradient checkpointing" if is_on else "without gradient checkpointing"
     config = load_train_config(path)
     shapes = WindowShapes.from_recipe(read_manifest(tiny_set).recipe)
