@@ -21,7 +21,7 @@ def probabilities(logits, *, temperature, top_k=None, top_p=None):
     shares = np.exp(scaled - scaled.max())
     shares /= shares.sum()
     if top_p is not None and top_p < 1:
-        order = sorted(range(len(shares)), key=lambda i: (-shares[i], i))
+        order = sorted(range(len(shares)), key=lambda i: (-scaled[i], i))  # shares tie by rounding
         before = 0.0
         for place in order:
             if abs(before - top_p) < 1e-5:
