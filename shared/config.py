@@ -7,6 +7,7 @@ one, and every complaint is one line that says which file, which key and how to 
 from __future__ import annotations
 
 import difflib
+import enum
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -32,12 +33,37 @@ _YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 class Section(BaseModel):
-    """Base of every part of a configuration: frozen, and closed to unknown keys."""
+    """Base of every part of a configuration: frozen, closed to unknown keys, numbers finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
+T = TypeVar("T")
 SectionT = TypeVar("SectionT", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key that stands twice, of which PyYAML silently keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 (stubs err)
+        """Read one mapping, as it is written: before anchors are merged into it.
+
+        Raises:
+            yaml.MarkedYAMLError: two of its keys are the same.
+        """
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in lines:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} stands in line {lines[key.value]} already",
+                    problem_mark=key.start_mark,
+                    note="make one of the two, else only the last would count",
+                )
+            lines[key.value] = key.start_mark.line + 1
+        return node
 
 
 def parse_yaml(text: str, *, origin: str) -> dict[str, Any]:
@@ -48,14 +74,13 @@ def parse_yaml(text: str, *, origin: str) -> dict[str, Any]:
     """
     spaced = re.sub(r"(?m)^[ \t]+", lambda m: m.group().replace("\t", " " * TAB_WIDTH), text)
     try:
-        values = yaml.safe_load(spaced)
+        values = _load(spaced)
     except _YAML_FAULTS as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ConfigError(
-            f"{origin}{line}: not valid YAML: {problem}; check the indentation there"
-        ) from error
+        mend = getattr(error, "note", None) or "check the indentation there"
+        raise ConfigError(f"{origin}{line}: not valid YAML: {problem}; {mend}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -89,13 +114,24 @@ def load_section(kind: type[SectionT], path: Path | str, overrides: Sequence[str
     Raises:
         ConfigError: the file or an override can't be used.
     """
-    return make_section(kind, apply_overrides(read_yaml(path), overrides), origin=str(path))
+    values = apply_overrides(read_yaml(path), overrides)
+    return make_section(kind, values, origin=str(path), overrides=overrides)
 
 
 def make_section(
-    kind: type[SectionT], values: Mapping[str, Any], *, origin: str = "configuration"
+    kind: type[SectionT],
+    values: Mapping[str, Any],
+    *,
+    origin: str = "configuration",
+    overrides: Sequence[str] = (),
 ) -> SectionT:
     """Validate plain values into a section.
+
+    Args:
+        kind: the section.
+        values: of its keys.
+        origin: where they come from, for messages.
+        overrides: what of them :func:`apply_overrides` laid over it, to be named instead.
 
     Raises:
         ConfigError: all complaints, one per line.
@@ -103,8 +139,11 @@ def make_section(
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        complaints = [_complaint(kind, detail) for detail in error.errors()]
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in complaints)) from error
+        lines = [
+            f"{_blamed(origin, detail['loc'], overrides)}: {_complaint(kind, detail)}"
+            for detail in _causes(error.errors())
+        ]
+        raise ConfigError("\n".join(lines)) from error
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -127,10 +166,45 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             node[key] = dict(child or {})
             node = node[key]
         try:
-            node[last] = yaml.safe_load(text)
+            node[last] = _load(text)
         except _YAML_FAULTS as error:
             raise ConfigError(f"{override!r}: the value is not valid YAML") from error
     return merged
+
+
+def _load(text: str) -> Any:  # noqa: ANN401 (any YAML)
+    """Plain values of a YAML text."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _causes(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Errors without those that only follow: a list whose items are refused counts as empty."""
+    places = [detail["loc"] for detail in details]
+    return [
+        detail
+        for detail, place in zip(details, places, strict=True)
+        if detail["type"] != "too_short"
+        or not any(len(p) > len(place) and p[: len(place)] == place for p in places)
+    ]
+
+
+def _blamed(origin: str, location: Sequence[str | int], overrides: Sequence[str]) -> str:
+    """Whose the value at a location is: an override's, or the file's; of a section whose keys are
+    at odds, the file's with the overrides in it.
+    """
+    place = [str(part) for part in location]
+    within = []
+    for override in overrides:
+        keys = override.partition("=")[0].split(".")
+        if keys == place[: len(keys)]:
+            return f"command line: {override}"
+        if keys[: len(place)] == place:
+            within.append(override)
+    return f"{origin} with {' '.join(within)}" if within else origin
 
 
 def _complaint(kind: type[BaseModel], detail: ErrorDetails) -> str:
@@ -150,6 +224,8 @@ def _complaint(kind: type[BaseModel], detail: ErrorDetails) -> str:
         case "model_type" | "model_attributes_type":
             known = _keys_at(kind, location)
             return f"key {key!r} is {detail['input']!r}; expected keys below it: {', '.join(known)}"
+        case "tuple_type":
+            return f"key {key!r} is {detail['input']!r}; expected a list{_example(kind, location)}"
         case _:
             expected = str(detail["msg"])[:1].lower() + str(detail["msg"])[1:]
             return f"key {key!r} is {detail['input']!r}; {expected}"
@@ -159,19 +235,33 @@ def _keys_at(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
     """Known keys of the section at a path below `kind`."""
     section: type[BaseModel] = kind
     for part in (p for p in location if not p.isdecimal()):  # a number is a place in a list
-        field = section.model_fields.get(part)
-        found = [] if field is None else _sections_in(field.annotation)
+        found = _held(section, part, BaseModel)
         if not found:
             return []
         section = found[0]
     return sorted(section.model_fields)
 
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401 (a type, or a union)
-    """Sections that a field may hold, however deep in lists and unions."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _example(kind: type[BaseModel], location: Sequence[str]) -> str:
+    """How a list of a field's words is written, where it takes only certain ones."""
+    section = kind
+    for part in location[:-1]:
+        section = next(iter(_held(section, part, BaseModel)), section)
+    words = [str(word) for each in _held(section, location[-1], enum.StrEnum) for word in each]
+    return f", such as [{', '.join(words[:2])}]" if words else " in square brackets"
+
+
+def _held(section: type[BaseModel], key: str, base: type[T]) -> list[type[T]]:
+    """Classes below `base` that a section's field may hold."""
+    field = section.model_fields.get(key)
+    return [] if field is None else _classes_in(field.annotation, base)
+
+
+def _classes_in(annotation: Any, base: type[T]) -> list[type[T]]:  # noqa: ANN401 (any annotation)
+    """Classes below `base`, however deep in lists and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, base):
         return [annotation]
-    return [section for part in get_args(annotation) for section in _sections_in(part)]
+    return [found for part in get_args(annotation) for found in _classes_in(part, base)]
 
 
 def _nearest_file(path: Path) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,8 @@ def read_manifest(root: Path | str) -> Manifest:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ShardError(
-            f"{path}: no such shard set; make it by `python -m preprocess shards --out {root}`"
+            f"{path}: no such shard set; make it by `python -m preprocess shards --out "
+            f"{shlex.quote(str(root))} --sessions SESSIONS`"
         ) from error
     except OSError as error:
         raise CorruptError(f"{path}: is damaged: {error}; {MEND_SET}") from error

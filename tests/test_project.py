@@ -284,6 +284,12 @@ def test_a_bad_override_is_said(tmp_path, override, says):
     assert says in complaint(result)
 
 
+@pytest.mark.parametrize("command", [*train_cli.commands.values()], ids=lambda c: c.name)
+def test_every_option_of_train_has_a_text(command):
+    silent = [p.name for p in command.params if isinstance(p, click.Option) and not p.help]
+    assert silent == []
+
+
 def test_an_override_wins_over_the_file_and_leaves_the_rest(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("training:\n  max_steps: 5\n  log_interval: 7\n")

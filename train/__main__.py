@@ -11,6 +11,23 @@ import click
 from shared.cli import CreatureGroup, widen_pipes
 from train.config import load_train_config
 
+_CONFIG_OPTION = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A training configuration, such as configs/training_config.yaml.",
+)
+_CHECKPOINT_OPTION = click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A model_final.pt or model_step_N.pt.",
+)
+_DEVICE_OPTION = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+
 
 @click.group(cls=CreatureGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
@@ -27,7 +44,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--config", "config_path", type=click.Path(path_type=Path), required=True)
+@_CONFIG_OPTION
 @click.option("--resume", default=None, help="auto: the newest checkpoint; or a checkpoint file.")
 @click.option(
     "--weights",
@@ -61,16 +78,34 @@ def run(
 
     config = load_train_config(config_path, overrides, say=_warn)
     if check:
-        check_config(config, origin=config_path)
+        check_config(config, origin=config_path, resume=resume)
     else:
         run_training(config, origin=config_path, resume=resume, weights=weights)
 
 
 @cli.command()
-@click.option("--config", "config_path", type=click.Path(path_type=Path), required=True)
-@click.option("--kills", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@_CONFIG_OPTION
+@click.option(
+    "--kills",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="How often the run is killed and resumed.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=40,
+    show_default=True,
+    help="Steps of the whole run.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Decides when it is killed, and the numbers of ranks and processes it goes on with.",
+)
 @click.argument("overrides", nargs=-1)
 @click.pass_context
 def selftest(
@@ -100,16 +135,48 @@ def selftest(
 
 
 @cli.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True)
-@click.option("--input", "session", type=click.Path(path_type=Path), required=True)
+@_CHECKPOINT_OPTION
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("predictions"), show_default=True
+    "--input",
+    "session",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of one session; any streams will do.",
 )
-@click.option("--device", default="auto", show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
-@click.option("--top-k", type=click.IntRange(min=1), default=None)
-@click.option("--top-p", type=click.FloatRange(min=0, max=1), default=None)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("predictions"),
+    show_default=True,
+    help="Folder in which a folder of the session's name is made.",
+)
+@_DEVICE_OPTION
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest tokens and levels of sound; 1 draws them as the model says.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Draw among so many of the likeliest only.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=None,
+    help="Draw among the fewest that together have this probability only.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of all that is drawn.",
+)
 def infer(
     *,
     checkpoint: Path,
@@ -154,7 +221,7 @@ def infer(
 
 
 @cli.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True)
+@_CHECKPOINT_OPTION
 @click.option(
     "--config",
     "config_path",
@@ -162,7 +229,7 @@ def infer(
     default=None,
     help="Names the data, where that of the training is not wanted.",
 )
-@click.option("--device", default="auto", show_default=True)
+@_DEVICE_OPTION
 def ablate(*, checkpoint: Path, config_path: Path | None, device: str) -> None:
     """Measure on held-out sessions what each head loses without each modality.
 
@@ -176,7 +243,7 @@ def ablate(*, checkpoint: Path, config_path: Path | None, device: str) -> None:
 
 
 @cli.command()
-@click.option("--config", "config_path", type=click.Path(path_type=Path), required=True)
+@_CONFIG_OPTION
 @click.option("--sizes", is_flag=True, help="A line for each model.size, instead.")
 @click.argument("overrides", nargs=-1)
 def estimate(*, config_path: Path, sizes: bool, overrides: tuple[str, ...]) -> None:
@@ -195,11 +262,21 @@ def estimate(*, config_path: Path, sizes: bool, overrides: tuple[str, ...]) -> N
 
 
 @cli.command()
-@click.option("--config", "config_path", type=click.Path(path_type=Path), required=True)
+@_CONFIG_OPTION
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("profiler_output"), show_default=True
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("profiler_output"),
+    show_default=True,
+    help="Folder of the report and the trace.",
 )
-@click.option("--steps", type=click.IntRange(min=2), default=20, show_default=True)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=2),
+    default=20,
+    show_default=True,
+    help="Steps of each measurement, unless it takes too long.",
+)
 @click.option("--try-compile", is_flag=True, help="Try training.compile, too; takes minutes.")
 @click.argument("overrides", nargs=-1)
 def profile(
@@ -207,8 +284,8 @@ def profile(
 ) -> None:
     """Measure where each second of training goes, and what would make it faster.
 
-    Writes OUT/profile_report.json and a trace for Perfetto and TensorBoard; trains nothing that is
-    kept. OVERRIDES are key=value pairs laid over the file.
+    Writes OUT/profile_report.json and a trace for Perfetto (or TensorBoard with torch-tb-profiler);
+    trains nothing that is kept. OVERRIDES are key=value pairs laid over the file.
 
     \b
     python -m train profile --config configs/demo.yaml

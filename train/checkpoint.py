@@ -51,6 +51,9 @@ _KINDS: Final[Mapping[str, tuple[type, ...]]] = {
 }
 """What the values are that every reader looks at."""
 
+_MEND: Final = "take an older one; `train run --resume auto` finds the newest whole one by itself"
+"""What to do about a file that is not whole; it is read to go on, to infer and to ablate."""
+
 _STEP_NAME = re.compile(r"model_step_(\d+)\.pt")
 
 
@@ -130,7 +133,7 @@ def read_checkpoint(
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: damaged, or no checkpoint ({reason_of(error)}); resume from an older one"
+            f"{path}: damaged, or no checkpoint ({reason_of(error)}); {_MEND}"
         ) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -167,20 +170,18 @@ def check_checkpoint(path: Path | str) -> None:
             damaged = archive.testzip()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint{_neighbours(path)}") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{path}: a folder and no checkpoint; {_inside(path)}") from error
     # zipfile answers damage with any of these, depending on where it is.
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: half-written, damaged, or no checkpoint ({error}); resume from an older one "
-            f"or by "
-            "`--resume auto`, which finds the newest whole one"
+            f"{path}: half-written, damaged, or no checkpoint ({error}); {_MEND}"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {reason_of(error)}") from error
     if damaged is not None:
         raise CheckpointError(
-            f"{path}: damaged: record {damaged} differs from its checksum; resume from an older "
-            f"checkpoint or by "
-            "`--resume auto`, which finds the newest whole one"
+            f"{path}: damaged: record {damaged} differs from its checksum; {_MEND}"
         )
 
 
@@ -266,6 +267,14 @@ def _neighbours(path: Path) -> str:
     if not found:
         return f"; there is none in {path.parent} at all"
     return f"; in {path.parent} there are {', '.join(p.name for p in found[-5:])}"
+
+
+def _inside(folder: Path) -> str:
+    """What to take of a folder that was named in the place of a file."""
+    found = sorted(checkpoints_in(folder), key=step_of)
+    if not found:
+        return "there is none in it either; name a model_step_N.pt or model_final.pt"
+    return f"name one of those in it: {', '.join(p.name for p in found[-5:])}"
 
 
 def reason_of(error: BaseException) -> str:

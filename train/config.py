@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -13,11 +14,12 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, model_validator
 
 from shared.config import Section, apply_overrides, make_section, read_yaml
+from shared.errors import ConfigError
 from shared.recipe import STREAMS, Stream
 from shared.storage import Store, place_of, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
 
 class Head(enum.StrEnum):
@@ -64,7 +66,7 @@ class MixedSet(Section):
 
     shards: Place
     """A shard set, as `data.shards`."""
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(1.0, gt=0)
     """Its share of the samples is this, of the sum of all weights."""
     name: str | None = Field(None, pattern=r"^[\w.-]+$")
     """In TensorBoard and in checkpoints; null means the last part of `shards`."""
@@ -345,7 +347,8 @@ def load_train_config(
         for key in over:
             if say is not None:
                 say(f"{path}: model.{key} {model[key]} gives way to the command line's size")
-    return make_section(TrainConfig, apply_overrides(values, overrides), origin=str(path))
+    values = apply_overrides(values, overrides)
+    return make_section(TrainConfig, values, origin=str(path), overrides=overrides)
 
 
 def _superseded(model: Mapping[str, Any], given: object) -> list[str]:
@@ -359,10 +362,17 @@ def _superseded(model: Mapping[str, Any], given: object) -> list[str]:
     return [key for key in over if model.get(key) is not None and key not in given]
 
 
-def as_train_config(config: TrainConfig | Mapping[str, Any]) -> TrainConfig:
+def as_train_config(config: object) -> TrainConfig:
     """A validated configuration, from one or from plain values as ``yaml.safe_load`` gives them.
 
     Raises:
-        ConfigError: a wrong key or value.
+        ConfigError: it is neither of them, or has a wrong key or value.
     """
-    return config if isinstance(config, TrainConfig) else make_section(TrainConfig, config)
+    if isinstance(config, TrainConfig):
+        return config
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"the configuration is {str(config)[:80]!r}, a {type(config).__name__}; give a "
+            "TrainConfig or a dict, such as yaml.safe_load(open(FILE)) returns"
+        )
+    return make_section(TrainConfig, config)

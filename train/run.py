@@ -6,33 +6,34 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from shared.errors import ConfigError, SessionError
-from train.checkpoint import load_checkpoint
+from train.checkpoint import checkpoints_in, load_checkpoint
 from train.config import TEXT_STREAMS
 from train.data.dataset import SessionSource
 from train.data.inputs import to_model_inputs
 from train.data.loader import Loader, open_source
 from train.loop.feed import initial_position
-from train.loop.keeping import find_latest_checkpoint, refuse_checkpoints
+from train.loop.keeping import find_latest_checkpoint, refuse_checkpoints, try_folder
 from train.loop.trainer import Trainer
 from train.machine import distributed
-from train.machine.runtime import choose_device, explained_failures
-from train.model.baselines import Baselines, Comparison, compare
+from train.machine.runtime import choose_device, choose_dtype, explained_failures
+from train.model.baselines import Baselines, compare
 from train.model.losses import compute_losses
 from train.model.multimodal import MultiModalCreature
+from train.remarks import remarks
+from train.summary import print_summary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
-    from train.config import TrainConfig
+    from train.config import DataConfig, TrainConfig
     from train.data.source import SampleSource
     from train.loop.progress import TrainSummary
 
@@ -41,6 +42,9 @@ MAX_LEFT_OUT_LINES = 20
 
 BASELINE_BATCHES = 200
 """At most so many batches of the train split fit the baselines."""
+
+_DEMO_SET: Final = "shards/demo"
+"""What `make demo` makes, with sessions and a recipe of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,8 @@ class Parts:
     model: MultiModalCreature
     left_out: tuple[str, ...]
     """What of sessions read directly is in no batch, and why; shards have rejected.jsonl."""
+    not_held_out: str | None
+    """Why there are no held-out batches, where there are none."""
 
 
 def run_training(
@@ -82,9 +88,10 @@ def _run(
     config: TrainConfig, *, origin: Path, resume: str | None, weights: Path | None
 ) -> TrainSummary | None:
     """:func:`run_training` among the ranks that there are; only the main one says anything."""
-    console = Console(quiet=not distributed.is_main())
+    console = Console(quiet=not distributed.is_main(), markup=False)
     parts = open_parts(config)
     _tell_left_out(console, parts)
+    _tell_remarks(console, parts, config)
     baselines = distributed.on_main(lambda: fit_baselines(config, parts.loader.source))
     for head, counts in baselines.counts.items():
         if not counts.sum():
@@ -112,19 +119,29 @@ def _run(
         return summary
     rows = compare(summary.last_val_losses, baseline_losses(baselines, parts.val_loader, config))
     session = (parts.val_loader or parts.loader).source.key(0, 0).rpartition("/")[0]
-    _print_summary(console, config, summary, before, rows, origin=origin, session=session)
+    print_summary(console, config, summary, before, rows, origin=origin, session=session)
     return summary
 
 
-def check_config(config: TrainConfig, *, origin: Path) -> None:
-    """Validate a configuration: sizes and, where data is there, one batch, one forward and one
-    backward.
+def check_config(config: TrainConfig, *, origin: Path, resume: str | None = None) -> None:
+    """Validate a configuration: the machine, sizes and, where data is there, one batch, one forward
+    and one backward. Nothing is left behind.
+
+    Args:
+        config: the whole configuration.
+        origin: its file, for messages.
+        resume: a checkpoint file that is to be gone on from; "auto" finds what it can use.
 
     Raises:
         CreatureError: something can't be used.
     """
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
+    choose_dtype(config.training.precision, choose_device(config.training.device))
+    try_folder(config.training.checkpointing.save_dir)
+    checkpoint = None if resume in {None, "auto"} else load_checkpoint(resume, map_location="meta")
     console.print(f"{origin}: keys and values are good")
+    if resume is None and checkpoints_in(save_dir := config.training.checkpointing.save_dir):
+        console.print(f"  {save_dir} has checkpoints: a run needs --resume, or another folder")
     streams = ", ".join(config.input_streams)
     console.print(f"  sees {streams}; predicts {', '.join(config.heads)}")
     places = list(config.data.sets.values()) or list(filter(None, [config.data.root_dir]))
@@ -136,6 +153,7 @@ def check_config(config: TrainConfig, *, origin: Path) -> None:
         return
     parts = open_parts(config)
     _tell_left_out(console, parts)
+    _tell_remarks(console, parts, config)
     loader, model = parts.loader, parts.model
     console.print(
         f"  data: {int(loader.source.shard_sizes.sum())} train samples, "
@@ -152,6 +170,9 @@ def check_config(config: TrainConfig, *, origin: Path) -> None:
     losses["loss_total"].backward()  # type: ignore[no-untyped-call]
     line = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
     console.print(f"  one forward and backward: {line}; nothing was trained")
+    if resume is not None and checkpoint is not None:
+        Trainer(model, config, Loader(loader.source, config)).load_checkpoint(resume)
+        console.print(f"  {resume}: can be gone on from, at step {checkpoint['step']}")
 
 
 def require_paths(config: TrainConfig, *, origin: Path) -> None:
@@ -162,8 +183,7 @@ def require_paths(config: TrainConfig, *, origin: Path) -> None:
     """
     data = config.data
     named: dict[str, tuple[Path | str | None, str]] = {
-        key: (place, f"make it by `python -m preprocess shards --out {place}`")
-        for key, place in data.sets.items()
+        key: (place, f"make it by `{_building(data, place)}`") for key, place in data.sets.items()
     }
     if not named:
         named["root_dir"] = (data.root_dir, "set it to the folder where the session folders lie")
@@ -171,6 +191,15 @@ def require_paths(config: TrainConfig, *, origin: Path) -> None:
     for key, (path, mend) in named.items():
         if path is not None and not _is_there(path):
             raise ConfigError(f"{origin}: key 'data.{key}' is {path}: not there; {mend}")
+
+
+def _building(data: DataConfig, place: Path | str) -> str:
+    """The command that makes a shard set."""
+    if str(place) == _DEMO_SET:
+        return "make demo"
+    options = {"--out": place, "--sessions": data.root_dir, "--recipe": data.recipe}
+    given = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+    return shlex.join(["python", "-m", "preprocess", "shards", *given])
 
 
 def _is_there(place: Path | str) -> bool:
@@ -189,10 +218,16 @@ def open_parts(config: TrainConfig) -> Parts:
     loader = Loader(source, config, rank=rank, world_size=world_size)
     torch.manual_seed(config.training.seed)
     model = MultiModalCreature(config, loader.shapes)
-    val_loader, why_not = _open_val(config)
+    val_loader, not_held_out = _open_val(config)
     sources = [each.source for each in (loader, val_loader) if each is not None]
     left_out = [line for source in sources for line in describe_left_out(source)]
-    return Parts(loader=loader, val_loader=val_loader, model=model, left_out=(*left_out, *why_not))
+    return Parts(
+        loader=loader,
+        val_loader=val_loader,
+        model=model,
+        left_out=tuple(left_out),
+        not_held_out=not_held_out,
+    )
 
 
 def fit_baselines(config: TrainConfig, source: SampleSource) -> Baselines:
@@ -225,18 +260,16 @@ def _targets_only(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"modalities": kept})})
 
 
-def _open_val(config: TrainConfig) -> tuple[Loader | None, tuple[str, ...]]:
-    """This rank's share of the held-out batches, or None where there are none; and what is left
-    out.
-    """
+def _open_val(config: TrainConfig) -> tuple[Loader | None, str | None]:
+    """This rank's share of the held-out batches, or why there are none."""
     try:
         source = open_source(config, split="val")
     except SessionError as error:
-        return None, (f"nothing is held out: {error}",)
+        return None, str(error)
     if int(source.shard_sizes.sum()) == 0:
-        return None, ()
+        return None, f"{config.data.whence} has no session in its val split"
     rank, world_size = distributed.rank(), distributed.world_size()
-    return held_out(source, config, rank=rank, world_size=world_size), ()
+    return held_out(source, config, rank=rank, world_size=world_size), None
 
 
 def held_out(
@@ -265,6 +298,18 @@ def _tell_left_out(console: Console, parts: Parts) -> None:
         console.print(
             f"left out: {more} more; `python -m preprocess shards` lists all in rejected.jsonl"
         )
+
+
+def _tell_remarks(console: Console, parts: Parts, config: TrainConfig) -> None:
+    """Say once what is probably not meant, see :mod:`train.remarks`."""
+    lines = remarks(
+        config,
+        num_samples=int(parts.loader.source.shard_sizes.sum()),
+        not_held_out=parts.not_held_out,
+        num_ranks=distributed.world_size(),
+    )
+    for line in lines:
+        console.print(line, style="yellow", soft_wrap=True, highlight=False)
 
 
 def _resume(
@@ -297,61 +342,6 @@ def _resume(
         soft_wrap=True,
     )
     return False
-
-
-def _print_summary(
-    console: Console,
-    config: TrainConfig,
-    summary: TrainSummary,
-    before: Mapping[str, float],
-    rows: list[Comparison],
-    *,
-    origin: Path,
-    session: str,
-) -> None:
-    table = Table(title=f"{summary.steps} steps", title_justify="left")
-    for title in ("loss", "train start", "train end", "held-out start", "held-out end"):
-        table.add_column(title, justify="left" if title == "loss" else "right")
-    names = summary.last_losses or summary.last_val_losses
-    for name in names:
-        columns = (summary.first_losses, summary.last_losses, before, summary.last_val_losses)
-        table.add_row(name, *(f"{c[name]:.4f}" if name in c else "-" for c in columns))
-    console.print(table)
-    if rows:
-        console.print(_comparison_table(rows))
-    console.print(
-        f"{summary.samples_per_sec:.1f} samples/s, data_wait_fraction "
-        f"{summary.data_wait_fraction:.3f}; skipped: {summary.skipped_steps} steps, "
-        f"{summary.skipped_samples} samples, {summary.skipped_val_samples} held-out ones"
-    )
-    console.print(f"checkpoint   {summary.checkpoint}", soft_wrap=True)
-    console.print(f"TensorBoard  tensorboard --logdir={summary.log_dir}", soft_wrap=True)
-    sessions = config.data.root_dir or "data/sessions"
-    console.print(
-        f"next         python -m train infer --checkpoint {summary.checkpoint} "
-        f"--input {sessions}/{session} --out predictions",
-        soft_wrap=True,
-    )
-    if summary.stopped_by == "signal":
-        command = f"python -m train run --config {origin} --resume auto"
-        console.print(f"to go on     {command}, with the same key=value if any", soft_wrap=True)
-
-
-def _comparison_table(rows: list[Comparison]) -> Table:
-    table = Table(
-        title="held-out sessions, against predictors that know nothing", title_justify="left"
-    )
-    for title in ("head", "loss", "baseline", "its loss", "better"):
-        table.add_column(title, justify="right" if "loss" in title else "left")
-    for row in rows:
-        table.add_row(
-            row.head,
-            f"{row.loss:.4f}",
-            row.baseline,
-            f"{row.baseline_loss:.4f}",
-            "yes" if row.is_better else "NO",
-        )
-    return table
 
 
 def _count(model: torch.nn.Module) -> int:

@@ -108,7 +108,7 @@ class Cluster:
 
     def say(self, message: str) -> None:
         """One line to the terminal."""
-        self._console.print(message, highlight=False, soft_wrap=True)
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def map(
         self,

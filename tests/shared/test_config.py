@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import enum
+from typing import Literal
+
 import pytest
 import yaml
 from pydantic import Field
@@ -16,10 +19,18 @@ class Inner(Section):
     codec: str = "mjpeg"
 
 
+class Colour(enum.StrEnum):
+    RED = "red"
+    BLUE = "blue"
+    GREEN = "green"
+
+
 class Outer(Section):
     name: str
     vision: Inner = Inner()
     sizes: tuple[int, ...] = ()
+    colours: tuple[Colour, ...] | None = Field(None, min_length=1)
+    kind: Literal["a", "b"] = "a"
 
 
 def complaint(values: dict, kind: type[Section] = Outer) -> str:
@@ -54,6 +65,36 @@ def test_no_yaml_tag_runs_code():
         parse_yaml("a: !!python/object/apply:os.system ['true']\n", origin="f")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb:\n  x: 1\na: 2\n", "f line 4: .*key 'a' stands in line 1 already"),
+        ("b:\n  x: 1\n  y: 2\n  x: 3\n", "f line 4: .*key 'x' stands in line 2 already"),
+        ("- {x: 1, x: 2}\n", "f line 1: .*key 'x' stands in line 1 already"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(text, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_yaml(text, origin="f")
+
+
+def test_keys_that_a_merge_brings_may_be_set_anew():
+    text = "base: &base {x: 1, y: 2}\nmore: &more {<<: *base, x: 3}\nmost: {<<: *more, y: 4}\n"
+    assert parse_yaml(text, origin="f") == yaml.safe_load(text)
+
+
+def test_an_override_with_a_key_twice_is_refused():
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        apply_overrides({}, ["vision={codec: raw, codec: h264}"])
+
+
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan"])
+def test_numbers_are_finite(number):
+    values = parse_yaml(f"name: x\nvision: {{rate_hz: {number}}}", origin="f")
+    assert "'vision.rate_hz'" in complaint(values)
+    assert "finite number" in complaint(values)
+
+
 def test_an_unknown_key_names_the_nearest_known_one():
     message = complaint({"name": "x", "vision": {"rate_hzz": 3}})
     assert message == "my.yaml: unknown key 'vision.rate_hzz'; did you mean 'rate_hz'?"
@@ -74,6 +115,28 @@ def test_a_missing_key_and_a_wrong_value_are_named_each_in_a_line():
 def test_a_value_where_a_section_belongs_names_the_keys_below():
     message = complaint({"name": "x", "vision": 3})
     assert message == "my.yaml: key 'vision' is 3; expected keys below it: codec, rate_hz"
+
+
+def test_a_word_where_a_list_belongs_shows_how_a_list_is_written():
+    message = complaint({"name": "x", "colours": "red"})
+    assert message == "my.yaml: key 'colours' is 'red'; expected a list, such as [red, blue]"
+
+
+def test_a_list_whose_items_are_wrong_is_not_called_empty_too():
+    (line,) = complaint({"name": "x", "colours": ["redd"]}).splitlines()
+    assert "'colours.0' is 'redd'" in line
+    (line,) = complaint({"name": "x", "colours": []}).splitlines()
+    assert "'colours' is []" in line
+
+
+def test_what_an_override_says_is_blamed_on_it_and_all_else_on_the_file(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("name: 3\nvision: {codec: raw}\n")
+    overrides = ["vision.rate_hz=-1", "kind=c", "colours=[redd]", "vision.codec=x"]
+    with pytest.raises(ConfigError) as caught:
+        load_section(Outer, path, overrides)
+    origins = [line.partition(": key")[0] for line in str(caught.value).splitlines()]
+    assert origins == [str(path), *(f"command line: {overrides[i]}" for i in (0, 2, 1))]
 
 
 def test_sections_are_frozen():

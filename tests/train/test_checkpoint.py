@@ -66,6 +66,14 @@ def test_a_missing_checkpoint_names_those_that_are_there(tmp_path):
         load_checkpoint(tmp_path / "model_step_50.pt")
 
 
+def test_a_folder_in_the_place_of_a_checkpoint_names_those_in_it(tmp_path):
+    with pytest.raises(CheckpointError, match="a folder and no checkpoint; there is none in it"):
+        load_checkpoint(tmp_path)
+    save_checkpoint(tmp_path / "model_step_40.pt", make_state())
+    with pytest.raises(CheckpointError, match=r"name one of those in it: model_step_40\.pt"):
+        load_checkpoint(tmp_path)
+
+
 class Foreign:
     """Not a plain value."""
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from shared.errors import ConfigError
 from train.__main__ import cli
-from train.config import TrainConfig, load_train_config
+from train.config import TrainConfig, as_train_config, load_train_config
 from train.model.multimodal import SIZES, dimensions
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,20 @@ def test_a_size_that_says_nothing_is_refused(tmp_path):
         size_of(tmp_path, "{size: tiny, hidden_dim: 64, num_layers: 1}")
     with pytest.raises(ConfigError, match="says nothing"):
         size_of(tmp_path, "{}", "model.size=tiny", "model.hidden_dim=64", "model.num_layers=1")
+
+
+def test_a_section_at_odds_with_an_override_names_both_file_and_override(tmp_path):
+    overrides = ["model.size=tiny", "model.hidden_dim=64", "model.num_layers=1"]
+    with pytest.raises(ConfigError) as caught:
+        size_of(tmp_path, "{dropout: 0.1}", *overrides)
+    says = f"{tmp_path / 'mine.yaml'} with {' '.join(overrides)}: model: model.size tiny says"
+    assert str(caught.value).startswith(says)
+
+
+@pytest.mark.parametrize("config", [None, "configs/demo.yaml", ["training"]])
+def test_what_is_no_configuration_is_refused_with_what_is_one(config):
+    with pytest.raises(ConfigError, match=r"give a TrainConfig or a dict"):
+        as_train_config(config)
 
 
 def test_what_a_checkpoint_keeps_of_a_configuration_is_valid_again(tmp_path):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_sets import HEADS, TEXT_HEADS, make_config, set_recipe
+from tiny_sets import HEADS, TEXT_HEADS, build_set, make_config, set_recipe
 from torch.utils.data import DataLoader
 
 from shared.errors import CheckpointError, ConfigError
@@ -19,6 +21,7 @@ from shared.recipe import json_of
 from train import MultiModalCreature, RealMultiModalDataset, Trainer, real_data_collate_fn
 from train.__main__ import cli
 from train.checkpoint import load_checkpoint
+from train.config import load_train_config
 from train.inference.infer import infer
 from train.run import (
     baseline_losses,
@@ -26,8 +29,11 @@ from train.run import (
     fit_baselines,
     held_out,
     open_parts,
+    require_paths,
     run_training,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -152,6 +158,49 @@ def test_check_reads_a_batch_and_trains_nothing(tiny_set, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def check(config, tmp_path, **options):
+    check_config(config, origin=tmp_path / "mine.yaml", **options)
+
+
+def test_check_refuses_a_device_that_a_run_refuses(config, tmp_path):
+    training = config.training.model_copy(update={"device": "meta"})
+    with pytest.raises(ConfigError, match="can't be trained or run on"):
+        check(config.model_copy(update={"training": training}), tmp_path)
+
+
+def test_check_refuses_a_precision_that_the_gpu_lacks(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr("train.run.choose_device", lambda name: torch.device("cuda"))
+    training = config.training.model_copy(update={"precision": "bf16"})
+    with pytest.raises(ConfigError, match="this GPU has no bfloat16"):
+        check(config.model_copy(update={"training": training}), tmp_path)
+
+
+def test_check_refuses_a_folder_that_takes_no_checkpoints(config, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match="no checkpoints can be written there"):
+        check(config, tmp_path)
+
+
+def test_check_looks_at_the_checkpoint_that_is_to_be_gone_on_from(tiny_set, tmp_path, capsys):
+    run_training(make_run(tiny_set, tmp_path), origin=tmp_path / "mine.yaml")
+    final = tmp_path / "checkpoints" / "model_final.pt"
+    before = final.read_bytes()
+    config = make_run(tiny_set, tmp_path, max_steps=5)
+    check(config, tmp_path, resume=str(final))
+    assert "can be gone on from, at step 3" in capsys.readouterr().out
+    assert final.read_bytes() == before
+    check(config, tmp_path, resume="auto")
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        check(config, tmp_path, resume=str(tmp_path / "none.pt"))
+    wide = config.model_copy(update={"model": config.model.model_copy(update={"hidden_dim": 32})})
+    with pytest.raises(CheckpointError, match="of another model"):
+        check(wide, tmp_path, resume=str(final))
+    seeded = config.training.model_copy(update={"seed": 8})
+    with pytest.raises(ConfigError, match="seed"):
+        check(config.model_copy(update={"training": seeded}), tmp_path, resume=str(final))
+
+
 def test_check_looks_at_the_model_where_the_data_is_not_there_yet(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(f"data: {{shards: {tmp_path}/later}}\nmodel: {{hidden_dim: 16}}\n")
@@ -179,7 +228,38 @@ def test_held_out_sessions_that_can_not_be_used_are_named(tiny_sessions, tmp_pat
     recipe.write_text(json.dumps(json_of(set_recipe(required=["audio"]))))
     parts = open_parts(make_config(root_dir=sessions, recipe=recipe))
     assert parts.val_loader is None
-    assert any("nothing is held out" in line and "bob" in line for line in parts.left_out)
+    assert "bob" in parts.not_held_out
+
+
+def test_a_set_without_held_out_sessions_is_remarked_on_once(tiny_sessions, tmp_path, capsys):
+    shards = build_set(tiny_sessions, tmp_path / "set", set_recipe(split={"val_fraction": 0}))
+    summary = run_training(make_run(shards, tmp_path), origin=tmp_path / "mine.yaml")
+    assert summary.last_val_losses == {}
+    out = capsys.readouterr().out
+    assert out.count("nothing is held out") == 1
+    assert f"{shards} has no session in its val split" in out
+
+
+def test_a_set_without_train_sessions_names_its_place_and_the_mend(tiny_sessions, tmp_path):
+    recipe = set_recipe(split={"val_fraction": 0.999999})
+    shards = build_set(tiny_sessions, tmp_path / "set", recipe)
+    with pytest.raises(ConfigError, match=rf"{shards}: there is no sample .*split\.val_fraction"):
+        open_parts(make_run(shards, tmp_path))
+
+
+def test_paths_with_brackets_and_spaces_are_printed_as_they_are_and_quoted(
+    tiny_sessions, tmp_path, capsys
+):
+    folder = tmp_path / "a [red] b"
+    shutil.copytree(tiny_sessions / "ann", folder / "ann")
+    config = make_run(None, folder)
+    data = config.data.model_copy(update={"root_dir": folder / "ann", "recipe": folder / "r.yaml"})
+    (folder / "r.yaml").write_text(json.dumps(json_of(set_recipe())))
+    run_training(config.model_copy(update={"data": data}), origin=folder / "mine.yaml")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next ")]
+    words = shlex.split(line)
+    assert words[words.index("--checkpoint") + 1] == str(folder / "checkpoints/model_final.pt")
+    assert words[words.index("--input") + 1] == str(folder / "ann")
 
 
 def test_windows_that_are_no_samples_are_named(tiny_sessions, tmp_path):
@@ -218,6 +298,19 @@ def test_the_command_does_not_wait_for_torch_to_complain_about_a_configuration()
     script = "import sys, train.__main__; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr
+
+
+def test_a_missing_set_is_made_of_the_sessions_that_the_configuration_names(tmp_path, monkeypatch):
+    config = make_config(tmp_path / "set", root_dir=tmp_path / "my sessions")
+    with pytest.raises(ConfigError) as caught:
+        require_paths(config, origin=tmp_path / "mine.yaml")
+    words = shlex.split(str(caught.value).split("`")[1])
+    assert words[:4] == ["python", "-m", "preprocess", "shards"]
+    assert words[words.index("--out") + 1] == str(tmp_path / "set")
+    assert words[words.index("--sessions") + 1] == str(tmp_path / "my sessions")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="make it by `make demo`"):
+        require_paths(load_train_config(ROOT / "configs/demo.yaml"), origin=Path("demo.yaml"))
 
 
 @pytest.mark.parametrize(

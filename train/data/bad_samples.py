@@ -40,6 +40,6 @@ class BadSampleLimit:
             return
         raise TooManyBadSamplesError(
             f"{self.num_bad} of {self.num_read} samples are corrupt, data.max_bad_fraction allows "
-            f"{self.max_fraction:g}; run `python -m preprocess verify`; the last: "
+            f"{self.max_fraction:g}; run `python -m preprocess verify SHARDS`; the last: "
             f"{skipped[-1]['error']}"
         )

@@ -75,8 +75,8 @@ class Loader:
             one "pin_s".
 
     Raises:
-        ConfigError: no batch can be made, the ranks can't share it equally, or the tick rate does
-            not fit.
+        ConfigError: there is no sample, no batch can be made, the ranks can't share it equally, or
+            the tick rate does not fit.
     """
 
     def __init__(
@@ -96,6 +96,12 @@ class Loader:
         self.shapes = WindowShapes.from_recipe(
             source.recipe, tick_rate_hz=config.model.tick_rate_hz
         )
+        if not source.shard_sizes.sum():
+            raise ConfigError(
+                f"{config.data.whence}: there is no sample in this split to make batches of; "
+                "record more sessions, or let the recipe hold out fewer (split.val_fraction, or "
+                "another split.salt), and build shards again"
+            )
         try:
             self.order = self._make_order(is_shuffled=is_shuffled, is_endless=num_epochs is None)
         except ValueError as error:

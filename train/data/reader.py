@@ -354,13 +354,13 @@ class ShardSource:
             if max(tokens.ids, default=0) >= self.recipe.text.vocab_size:
                 raise CorruptError(
                     f"token {max(tokens.ids)} is not of the vocabulary of "
-                    f"{self.recipe.text.vocab_size}; run `python -m preprocess verify`"
+                    f"{self.recipe.text.vocab_size}; run `python -m preprocess verify SHARDS`"
                 )
             for time_s in tokens.time_s and (min(tokens.time_s), max(tokens.time_s)):
                 if not start_s - EPSILON_S <= time_s < stop_s + EPSILON_S:
                     raise CorruptError(
                         f"a token at {time_s:g} s is not of the window [{start_s:g}, {stop_s:g}) "
-                        "s; run `python -m preprocess verify`"
+                        "s; run `python -m preprocess verify SHARDS`"
                     )
         return text
 

@@ -147,7 +147,7 @@ class BatchReader:
                 place = self._order.substitute(plan, i, attempt)
         raise TooManyBadSamplesError(
             f"sample {wanted} and {MAX_SUBSTITUTES - 1} others in its place are corrupt; "
-            f"the last: {skipped[-1]['error']}; run `python -m preprocess verify`"
+            f"the last: {skipped[-1]['error']}; run `python -m preprocess verify SHARDS`"
         )
 
     def _describe(self, place: Place, error: CorruptError) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Sampling:
     """How values are chosen.
 
     Raises:
-        ConfigError: a number out of its range.
+        ConfigError: a number out of its range, or one that would do nothing.
     """
 
     temperature: float = 0.0
@@ -37,6 +37,11 @@ class Sampling:
             raise ConfigError(f"top_k is {self.top_k}; give a number from 1 on, or leave it out")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; give a share in (0, 1], or leave it out")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise ConfigError(
+                "top_k and top_p say among what to draw, and at temperature 0 nothing is drawn; "
+                "set --temperature 1 (temperature=1.0), or leave them out"
+            )
 
 
 def choose(logits: Tensor, sampling: Sampling, *, generator: torch.Generator) -> Tensor:

@@ -193,7 +193,7 @@ def iterate(
     by the iterator, so that the caller can put the random state of a checkpoint back in between.
 
     Raises:
-        ConfigError: the loader has no batch.
+        ConfigError: the loader has no batch, or its batches are not of the right form.
     """
     if isinstance(loader, PositionedLoader):
         return _positioned(loader, seed=seed)
@@ -232,6 +232,13 @@ def _open_pass(loader: Iterable[Batch], *, seed: int, number: int) -> Iterator[B
         first = next(batches, None)
     if first is None:
         raise ConfigError("the loader has no batch; is there any sample in its train split?")
+    weight = first.get("weight")
+    if weight is not None and weight.ndim != 1:
+        raise ConfigError(
+            f"the loader's batches have weights {list(weight.shape)}, expected [samples]: "
+            "each window of a RealMultiModalDataset is a batch of one already; give the DataLoader "
+            "collate_fn=real_data_collate_fn, which joins them"
+        )
     return itertools.chain(iter([first]), batches)  # a list would be held as long as the chain
 
 

@@ -246,7 +246,7 @@ RULES: Final[tuple[Rule, ...]] = (
         warning="NaN or infinite",
         advice=(
             "Reduce LR (training.optimizer.lr), check for corrupted data (`python -m "
-            "preprocess verify`)"
+            "preprocess verify SHARDS`)"
         ),
         find=_not_finite,
     ),
@@ -334,9 +334,9 @@ RULES: Final[tuple[Rule, ...]] = (
         good="> 10",
         warning="< 5",
         advice=(
-            "`python -m train profile --config FILE` says what to change. Where data_wait_fraction "
-            "is high, raise data.num_workers; else the model is the bottleneck: a smaller one, "
-            "training.precision: bf16, training.compile: true"
+            "`python -m train profile --config CONFIG.yaml` says what to change. Where "
+            "data_wait_fraction is high, raise data.num_workers; else the model is the bottleneck: "
+            "a smaller one, training.precision: bf16, training.compile: true"
         ),
         find=_stays_below("samples_per_sec", 5.0),
     ),
@@ -347,7 +347,7 @@ RULES: Final[tuple[Rule, ...]] = (
         warning="> 0.5",
         advice=(
             "Data loading: raise data.num_workers, for example to 4; `python -m train profile "
-            "--config FILE` measures how many"
+            "--config CONFIG.yaml` measures how many"
         ),
         find=_above("data_wait_fraction", 0.5),
     ),

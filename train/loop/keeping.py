@@ -179,6 +179,21 @@ def refuse_checkpoints(folder: Path) -> None:
         )
 
 
+def try_folder(folder: Path) -> None:
+    """:func:`prepare_folder`, and no folder is left behind that was not there.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        prepare_folder(folder)
+    finally:
+        for each in new:  # the deepest first; one that another process has filled meanwhile stays
+            with contextlib.suppress(OSError):
+                each.rmdir()
+
+
 def save_making_room(
     path: Path | str, state: Mapping[str, Any], *, removed: list[Path] | None = None
 ) -> Path:

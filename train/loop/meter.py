@@ -148,7 +148,7 @@ class StepMeter:
         raise DivergedError(
             f"step {step}: {fault} in {count} steps in a row. "
             "Reduce LR (training.optimizer.lr), check for corrupted data (`python -m preprocess "
-            f"verify`), and {go_on}"
+            f"verify SHARDS`), and {go_on}"
         )
 
     @contextlib.contextmanager

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ConfigError
 from shared.recipe import Recipe, WindowShapes
 from train import checkpoint
-from train.config import ModelConfig
+from train.config import ModelConfig, TrainConfig
 from train.loop.optimizing import restore_optimizer
 from train.machine import distributed, runtime
 from train.machine.parallel import shares_of, whole
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from train.config import TrainConfig, TrainingConfig
+    from train.config import TrainingConfig
     from train.data.bad_samples import BadSampleLimit
     from train.loop.spikes import SpikeWatch
 
@@ -220,6 +220,23 @@ def schedule_of(training: TrainingConfig) -> dict[str, float]:
         "min_lr_ratio": optimizer.min_lr_ratio,
         "max_steps": training.max_steps,
     }
+
+
+def require_heads(model: nn.Module, config: TrainConfig) -> None:
+    """Refuse losses of what a model does not predict.
+
+    Raises:
+        ConfigError: it names the heads and both mends.
+    """
+    own = getattr(model, "config", None)
+    if not isinstance(own, TrainConfig):  # a model of the user's may predict anything
+        return
+    if lacking := [head for head in config.heads if head not in own.heads]:
+        raise ConfigError(
+            f"the configuration has losses of {', '.join(lacking)}, which the model does not "
+            "predict; make it by MultiModalCreature(config, shapes) with the same configuration, "
+            f"or set training.loss_weights.{lacking[0]}: 0"
+        )
 
 
 def shapes_of(model: nn.Module) -> WindowShapes:

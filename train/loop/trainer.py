@@ -36,7 +36,7 @@ from train.loop.optimizing import (
 )
 from train.loop.progress import Progress, TrainSummary
 from train.loop.spikes import SpikeWatch
-from train.loop.state import TrainState, schedule_of, shapes_of
+from train.loop.state import TrainState, require_heads, schedule_of, shapes_of
 from train.machine import distributed, runtime
 from train.machine.parallel import averaging_gradients, parallelize
 from train.model.losses import added, compute_losses, loss_counts
@@ -65,8 +65,8 @@ class Trainer:
         checkpoint_extra: more plain values for checkpoints, beside recipe and tokenizer.
 
     Raises:
-        ConfigError: a wrong key or value, a device that is not here, or a loader that does not
-            give this rank its share.
+        ConfigError: a wrong key or value, a loss of what the model does not predict, a device that
+            is not here, or a loader that does not give this rank its share.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Trainer:
         checkpoint_extra: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = as_train_config(config)
+        require_heads(model, self.config)
         training = self.config.training
         for given in filter(None, (loader, val_loader)):
             distributed.check_share(given)

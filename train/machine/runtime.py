@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 BYTES_PER_MB = 2**20
+_DEVICES = 'use "auto", "cpu", "cuda" or "cuda:N"'
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FIRST_SCALE = 2.0**16
 _HOST_ALLOCATOR = "DefaultCPUAllocator"
@@ -37,16 +38,16 @@ def choose_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" takes cuda where there is one, else cpu.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: no such device here, or one that nothing here has ever run on.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(
-            f'device {name!r} is unknown; use "auto", "cpu", "cuda" or "cuda:N"'
-        ) from error
+        raise ConfigError(f"device {name!r} is unknown; {_DEVICES}") from error
+    if device.type not in {"cpu", "cuda"}:
+        raise ConfigError(f"device {name!r} can't be trained or run on; {_DEVICES}")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:

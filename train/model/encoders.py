@@ -33,6 +33,8 @@ MAX_FRAME_WIDTH = 384
 """Widest frame encoder (a ViT-S): a 224-pixel frame has 196 patches where a tick has one place, so
 that a wider one would cost more than the backbone."""
 
+_MEND = "make the model of the data's sizes: MultiModalCreature(config, dataset.shapes)"
+
 Frame = tuple[Tensor, Tensor]
 """A frame's embedding [B, D] and whether it is valid, bool [B]."""
 
@@ -256,12 +258,12 @@ class TickEncoder(nn.Module):
         if frames_BFCHW.shape[-1] != self.shapes.image_size:
             raise ConfigError(
                 f"{eye} has frames of {frames_BFCHW.shape[-1]} pixels, the model is made for "
-                f"{self.shapes.image_size}; train and run a model on one recipe"
+                f"{self.shapes.image_size}; {_MEND}"
             )
         if frames_BFCHW.shape[1] < len(due):
             raise ConfigError(
                 f"{eye} has {frames_BFCHW.shape[1]} frames, its ticks need {len(due)} "
-                f"({due.start} to {due.stop - 1}); train and run a model on one recipe"
+                f"({due.start} to {due.stop - 1}); {_MEND}"
             )
         if self.shapes.num_frames > self.shapes.num_ticks:
             frames_BFCHW = frames_BFCHW.index_select(1, index_T)
@@ -286,7 +288,8 @@ def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
     """Number of ticks that inputs span; where there is nothing but vision, by its frames.
 
     Raises:
-        ConfigError: no stream at all, or streams that span different numbers of ticks.
+        ConfigError: no stream at all, streams that span different numbers of ticks, or windows that
+            were not joined into a batch.
     """
     per_tick = {
         Stream.AUDIO: shapes.audio_frames_per_tick,
@@ -294,6 +297,12 @@ def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
         Stream.PROPRIO: shapes.sensor_samples_per_tick,
         **dict.fromkeys(TEXT_STREAMS, 1),
     }
+    for stream in (s for s in per_tick if s in inputs):
+        if inputs[stream].ndim != (2 if stream in TEXT_STREAMS else 3):
+            raise ConfigError(
+                f"{stream} has the shape {list(inputs[stream].shape)}, a dimension too many or too "
+                "few; give the DataLoader collate_fn=real_data_collate_fn, which joins windows"
+            )
     spans = {s: (inputs[s].shape[1], n) for s, n in per_tick.items() if s in inputs}
     if not spans:
         spans = {
@@ -308,6 +317,6 @@ def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
         found = ", ".join(f"{s} {places / per:g}" for s, (places, per) in spans.items())
         raise ConfigError(
             f"the inputs' streams must span one whole number of ticks; found "
-            f"{found or 'no stream'}; train and run a model on one recipe"
+            f"{found or 'no stream'}; {_MEND}"
         )
     return count

@@ -14,7 +14,9 @@ the session's first tick: it is silent, and its poses are NaN and not valid.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,13 +26,14 @@ import zarr
 
 from shared.audio import decode_dmel, to_int16
 from shared.clock import wrap_angle
+from shared.errors import CreatureError
 from shared.fields import MASKED_LEVEL
 from shared.recipe import PAD_TOKEN
 from shared.text import EVENT_TOKEN
 from train.config import Head
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -43,6 +46,9 @@ TEXT_HEADS = (Head.INTERNAL_TEXT, Head.EXTERNAL_TEXT)
 ANIMATION_NAME = "animation.zarr"
 AUDIO_NAME = "audio.wav"
 DMEL_NAME = "dmel.zarr"
+
+NAMES = (*(f"{head}.jsonl" for head in TEXT_HEADS), AUDIO_NAME, DMEL_NAME, ANIMATION_NAME)
+"""All that can be in a folder of predictions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +104,18 @@ class PredictionWriter:
     What is kept to the end are the predicted tokens, one number per tick.
 
     Args:
-        out: folder for the files; made where it is missing, older predictions are overwritten.
+        out: folder for the files; made where it is missing. Older predictions in it go first, also
+            of heads that this model lacks; all else in it stays.
         heads: what the model predicts; nothing is written for others.
         num_ticks: of the session.
         recipe: how the model's fields are made.
         shapes: sizes of a window.
         tokenizer: decodes tokens.
         seed: of the phases that Griffin-Lim begins with.
+
+    Raises:
+        CreatureError: the sound can't be written, for example because the disk is full.
+        OSError: another file can't.
     """
 
     def __init__(
@@ -127,6 +138,8 @@ class PredictionWriter:
         self._tokens: dict[Head, list[int]] = {h: [] for h in heads if h in TEXT_HEADS}
         self._times_s: list[float] = []
         out.mkdir(parents=True, exist_ok=True)
+        for name in NAMES:
+            _remove(out / name)
         self._sound = self._open_sound() if Head.AUDIO in heads else None
         self._levels = self._open_dmel() if Head.AUDIO in heads else None
         self._poses = self._open_animation() if Head.ANIMATION in heads else None
@@ -135,10 +148,13 @@ class PredictionWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if self._sound is not None:
-            if kind is None:
+        if self._sound is not None and kind is not None:
+            with contextlib.suppress(soundfile.SoundFileError):  # what came before says more
+                self._sound.close()
+        elif self._sound is not None:
+            with self._explained_sound():
                 self._fill_with_silence(self._sound, until_tick=self._num_ticks)
-            self._sound.close()
+                self._sound.close()
         if kind is None:
             self._write_events()
 
@@ -157,8 +173,9 @@ class PredictionWriter:
                 recipe=self._recipe.mel,
                 seed=self._seed,
             )
-            self._fill_with_silence(self._sound, until_tick=window.first_tick)
-            self._sound.write(to_int16(waveform, gain=1.0))
+            with self._explained_sound():
+                self._fill_with_silence(self._sound, until_tick=window.first_tick)
+                self._sound.write(to_int16(waveform, gain=1.0))
         if self._levels is not None and window.levels is not None:
             levels = window.levels.reshape(-1, window.levels.shape[-1])
             start = window.first_tick * self._shapes.audio_frames_per_tick
@@ -188,10 +205,28 @@ class PredictionWriter:
         sound.write(np.zeros(max(0, stop - sound.tell()), dtype=np.int16))
 
     def _open_sound(self) -> soundfile.SoundFile:
-        path = self._out / AUDIO_NAME
-        return soundfile.SoundFile(
-            path, "w", samplerate=self._recipe.audio.rate_hz, channels=1, subtype="PCM_16"
-        )
+        rate_hz = self._recipe.audio.rate_hz
+        with self._explained_sound():
+            return soundfile.SoundFile(
+                self._out / AUDIO_NAME, "w", samplerate=rate_hz, channels=1, subtype="PCM_16"
+            )
+
+    @contextlib.contextmanager
+    def _explained_sound(self) -> Iterator[None]:
+        """Turn what libsndfile says of a failed write, which is no OSError, into an error of ours.
+
+        Raises:
+            CreatureError: it says where, and how much room there is.
+        """
+        try:
+            yield
+        # An assertion of soundfile's is what a write comes to that took only a part.
+        except (soundfile.SoundFileError, AssertionError) as error:
+            free_mb = shutil.disk_usage(self._out).free / 2**20
+            raise CreatureError(
+                f"{self._out / AUDIO_NAME}: the sound can't be written ({error} "
+                f"{free_mb:,.0f} MiB are free there); make room there, or give another --out"
+            ) from error
 
     def _open_dmel(self) -> zarr.Group:
         shapes = self._shapes
@@ -250,6 +285,14 @@ class PredictionWriter:
         )
         timestamp[:] = np.arange(count) / rate_hz
         return group
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:

@@ -75,8 +75,11 @@ def run_profile(
     report = as_report(profile, config, origin=origin, device=bench.device)
     path = write_report(report, out)
     print_profile(profile, console)
-    console.print(f"report  {path}", soft_wrap=True)
-    console.print(f"trace   {out / TRACE_NAME}: drop it on https://ui.perfetto.dev", soft_wrap=True)
+    for line in (
+        f"report  {path}",
+        f"trace   {out / TRACE_NAME}: drop it on https://ui.perfetto.dev",
+    ):
+        console.print(line, soft_wrap=True, markup=False)
     return profile
 
 
@@ -130,6 +133,7 @@ def _measure(bench: Bench, out: Path, *, try_compile: bool) -> Profile:
         headspaces=runs.headspaces,
         memory_limit_bytes=limit_bytes,
         decode_fraction=breakdown.stages_s["decode"] / breakdown.make_s,
+        are_shards=bool(bench.config.data.sets),
     )
     return Profile(
         breakdown=breakdown,

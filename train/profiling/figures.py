@@ -80,6 +80,8 @@ class Figures:
     """What the device has for training."""
     decode_fraction: float = 0.0
     """Share of decoding in making a batch."""
+    are_shards: bool = True
+    """Whether samples come from shards; else recordings are decoded."""
 
     @property
     def headspace(self) -> float:

@@ -1,8 +1,8 @@
 """Some steps under torch.profiler: operators, memory by phase, and a file to look at.
 
-The file is a Chrome trace, which Perfetto (https://ui.perfetto.dev) and TensorBoard's profiler
-plugin read. Memory is read back from it: it has an event for each allocation, with what is
-allocated in all, on the host's clock as the phases are.
+The file is a Chrome trace, which Perfetto (https://ui.perfetto.dev) reads, and TensorBoard with the
+plugin torch-tb-profiler, which is not installed here. Memory is read back from it: it has an event
+for each allocation, with what is allocated in all, on the host's clock as the phases are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NUM_STEPS: Final = 3
 NUM_OPERATORS: Final = 20
 
 TRACE_NAME: Final = "step.pt.trace.json.gz"
-"""As TensorBoard's profiler plugin wants it."""
+"""As torch-tb-profiler wants it."""
 
 _MEMORY_EVENT: Final = "[memory]"
 _DEVICE_TYPES: Final = {"cpu": 0, "cuda": 1}

@@ -73,7 +73,7 @@ def run_ablation(checkpoint: Path, *, data: DataConfig | None = None, device: st
     """
     creature = load_creature(checkpoint, device=choose_device(device))
     losses, effects = ablate(creature.model, _held_out(creature, data), device=creature.device)
-    Console().print(
+    Console(markup=False).print(
         _table(losses, effects, title=f"{checkpoint}, step {creature.step}: held-out sessions")
     )
 

@@ -58,6 +58,8 @@ the allocator's gaps."""
 STATE_BYTES: Final = 16
 """Per parameter: float32 weight, gradient, and AdamW's two moments."""
 
+_WAYS: Final = ("without gradient checkpointing", "with gradient checkpointing")
+
 _GIB = 2**30
 
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
@@ -101,6 +103,10 @@ class Estimate:
     def state_bytes(self) -> int:
         """Weights, gradients and moments."""
         return STATE_BYTES * sum(self.num_parameters.values())
+
+    def flops(self, *, is_checkpointing: bool) -> int:
+        """Of a sample, forward and backward."""
+        return self.checkpointed_sample_flops if is_checkpointing else self.sample_flops
 
     def largest_batch(self, memory_bytes: float, *, is_checkpointing: bool) -> int:
         """Samples of the largest batch that fits; 0 where none does."""
@@ -155,21 +161,22 @@ def print_estimate(config: TrainConfig, *, origin: Path) -> None:
     recipe, whose = _recipe_of(config.data)
     shapes = WindowShapes.from_recipe(recipe, tick_rate_hz=config.model.tick_rate_hz)
     found = estimate(config, shapes, dtype=dtype)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     batch_size, steps = config.data.batch_size, config.training.accumulation_steps
+    is_on = config.model.is_checkpointing
+    flops, others = (found.flops(is_checkpointing=on) for on in (is_on, not is_on))
     parts = ", ".join(f"{name} {n / 1e6:.1f} M" for name, n in found.num_parameters.items())
     console.print(
         f"{origin}: an estimate for one GPU, forward in {str(dtype).removeprefix('torch.')}, "
         f"windows by {whose}\n"
         f"parameters   {sum(found.num_parameters.values()) / 1e6:.1f} M: {parts}\n"
-        f"FLOPs        {found.sample_flops / 1e9:.1f} G per sample, forward and backward; "
-        f"{found.sample_flops * batch_size * steps / 1e12:.2f} T per step of "
-        f"{batch_size} x {steps} samples; with gradient checkpointing "
-        f"{found.checkpointed_sample_flops / 1e9:.1f} G per sample\n"
+        f"FLOPs        {flops / 1e9:.1f} G per sample, forward and backward, {_WAYS[is_on]}; "
+        f"{flops * batch_size * steps / 1e12:.2f} T per step of {batch_size} x {steps} samples; "
+        f"{_WAYS[not is_on]} {others / 1e9:.1f} G per sample\n"
         f"over the bus {found.batch_bytes / 2**20:.1f} MiB per batch of {batch_size}"
     )
-    console.print(_memory_table(found, batch_size))
-    console.print(_gpu_table(found))
+    console.print(_memory_table(found, batch_size, is_checkpointing=is_on))
+    console.print(_gpu_table(found, is_checkpointing=is_on))
 
 
 def print_sizes(config: TrainConfig, *, origin: Path) -> None:
@@ -194,21 +201,22 @@ def print_sizes(config: TrainConfig, *, origin: Path) -> None:
     for name in columns:
         table.add_column(name, justify="left" if name == "size" else "right")
     for size in SIZES:
-        found = estimate(of_size(config, size), shapes, dtype=dtype)
+        sized = of_size(config, size)
+        found, is_on = estimate(sized, shapes, dtype=dtype), sized.model.is_checkpointing
+        sizes = [
+            f"{(found.state_bytes + kept.of(batch_size)) / _GIB:.2f}"
+            for kept in (found.activations, found.checkpointed)
+        ]
+        sizes[is_on] = f"* {sizes[is_on]}"
         table.add_row(
             size,
             f"{sum(found.num_parameters.values()) / 1e6:.1f}",
-            *(
-                f"{(found.state_bytes + kept.of(batch_size)) / _GIB:.2f}"
-                for kept in (found.activations, found.checkpointed)
-            ),
-            f"{found.sample_flops * batch_size * steps / 1e12:.2f}",
+            *sizes,
+            f"{found.flops(is_checkpointing=is_on) * batch_size * steps / 1e12:.2f}",
         )
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     console.print(table)
-    console.print(
-        "recomputing: with gradient checkpointing, which adds a forward pass to the FLOPs"
-    )
+    console.print("recomputing: with gradient checkpointing; * as configured, as the FLOPs are")
 
 
 def of_size(config: TrainConfig, size: str) -> TrainConfig:
@@ -227,26 +235,30 @@ def _recipe_of(data: DataConfig) -> tuple[Recipe, str]:
     return Recipe(), "the default recipe"
 
 
-def _memory_table(found: Estimate, batch_size: int) -> Table:
+def _ways(*, is_checkpointing: bool) -> list[str]:
+    """Without and with gradient checkpointing; it says which is configured."""
+    mark = ", as configured"
+    return [way + mark * (is_on == is_checkpointing) for is_on, way in enumerate(_WAYS)]
+
+
+def _memory_table(found: Estimate, batch_size: int, *, is_checkpointing: bool) -> Table:
     table = Table(title=f"memory with a batch of {batch_size}, GiB", title_justify="left")
     columns = ("", "weights", "gradients", "moments", "activations", "sum")
     for name in columns:
         table.add_column(name, justify="right" if name else "left")
     weights = sum(found.num_parameters.values()) * 4
-    for name, kept in (
-        ("as it is", found.activations),
-        ("gradient checkpointing", found.checkpointed),
-    ):
+    ways = _ways(is_checkpointing=is_checkpointing)
+    for name, kept in zip(ways, (found.activations, found.checkpointed), strict=True):
         sizes = (weights, weights, 2 * weights, kept.of(batch_size))
         table.add_row(name, *(f"{size / _GIB:.2f}" for size in (*sizes, sum(sizes))))
     return table
 
 
-def _gpu_table(found: Estimate) -> Table:
+def _gpu_table(found: Estimate, *, is_checkpointing: bool) -> Table:
     title = f"largest batch that fits (estimate; {1 - USABLE:.0%} of the memory kept free)"
     table = Table(title=title, title_justify="left")
     table.add_column("GPU")
-    for name in ("as it is", "gradient checkpointing"):
+    for name in _ways(is_checkpointing=is_checkpointing):
         table.add_column(name, justify="right")
     for gib in GPU_GIB:
         sizes = (found.largest_batch(gib * _GIB, is_checkpointing=on) for on in (False, True))

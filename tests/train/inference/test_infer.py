@@ -9,12 +9,14 @@ import pytest
 import soundfile
 import torch
 import zarr
+from click.testing import CliRunner
 from tiny_creatures import MODEL, RECIPE, TEXT_ONLY, TOKENIZER, make_checkpoint, make_session
 
 from shared.config import make_section
-from shared.errors import CheckpointError, ConfigError, SessionError
+from shared.errors import CheckpointError, ConfigError, CreatureError, SessionError
 from shared.recipe import Recipe, WindowShapes
 from shared.text import EVENT_TOKEN, train_tokenizer
+from train.__main__ import cli
 from train.config import Head, as_train_config
 from train.creature import load_creature
 from train.data.dataset import RealMultiModalDataset, real_data_collate_fn
@@ -307,6 +309,47 @@ def test_windows_of_ticks_follow_each_other(tmp_path):
     creature = load_creature(tmp_path / "k.pt", device=torch.device("cpu"))
     source = open_session(make_session(tmp_path / "walk", sound=False), creature)
     assert [predict_window(source, row, creature).follows for row in (0, 1)] == [False, True]
+
+
+def write_nothing(out, heads):
+    recipe = make_section(Recipe, RECIPE)
+    return PredictionWriter(
+        out,
+        heads=heads,
+        num_ticks=80,
+        recipe=recipe,
+        shapes=WindowShapes.from_recipe(recipe),
+        tokenizer=TOKENIZER,
+    )
+
+
+def test_predictions_of_an_older_model_go_and_all_else_stays(tmp_path):
+    with write_nothing(tmp_path, tuple(Head)):
+        pass
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "video.zarr").mkdir()
+    with write_nothing(tmp_path, (Head.INTERNAL_TEXT,)):
+        pass
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"internal_text.jsonl", "notes.txt", "video.zarr"}
+
+
+def test_a_disk_that_takes_no_sound_is_a_clear_error(tmp_path, file_limit):
+    def write():
+        with write_nothing(tmp_path, (Head.AUDIO,)):
+            file_limit(4096)  # 8 s of silence are 128 kB
+
+    with pytest.raises(CreatureError, match=r"audio\.wav: the sound can't be written .* MiB"):
+        write()
+    file_limit(None)
+
+
+@pytest.mark.parametrize("options", [["--seed", "-1"], ["--seed", "4294967296"], ["--top-p", "0"]])
+def test_a_number_out_of_range_is_refused_by_the_command(tmp_path, options):
+    paths = ["--checkpoint", str(tmp_path / "k.pt"), "--input", str(tmp_path)]
+    result = CliRunner().invoke(cli, ["infer", *paths, *options])
+    assert result.exit_code == 2
+    assert "is not in the range" in result.output
 
 
 def test_silence_is_no_event():

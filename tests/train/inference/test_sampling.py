@@ -21,7 +21,7 @@ def probabilities(logits, *, temperature, top_k=None, top_p=None):
     shares = np.exp(scaled - scaled.max())
     shares /= shares.sum()
     if top_p is not None and top_p < 1:
-        order = sorted(range(len(shares)), key=lambda i: (-shares[i], i))
+        order = sorted(range(len(shares)), key=lambda i: (-scaled[i], i))  # shares tie by rounding
         before = 0.0
         for place in order:
             if abs(before - top_p) < 1e-5:
@@ -47,6 +47,12 @@ def test_temperature_top_k_and_top_p_are_those_of_plain_numpy(logits, temperatur
     np.testing.assert_allclose(kept.softmax(-1).numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_what_would_do_nothing_at_temperature_0_is_refused(options):
+    with pytest.raises(ConfigError, match="set --temperature 1"):
+        Sampling(**options)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"temperature": 0.5}, {"temperature": 1.0, "top_k": 3}, {"temperature": 2.0, "top_p": 0.7}],
@@ -64,7 +70,7 @@ def test_without_temperature_the_likeliest_value_is_taken_and_nothing_is_drawn()
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     logits = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(1))
-    chosen = choose(logits, Sampling(top_k=2, top_p=0.1), generator=generator)
+    chosen = choose(logits, Sampling(), generator=generator)
     np.testing.assert_array_equal(chosen.numpy(), logits.numpy().argmax(-1))
     assert torch.equal(generator.get_state(), before)
 

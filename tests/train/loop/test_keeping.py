@@ -18,7 +18,12 @@ from tiny_training import BrokenLoader, EndlessLoader, make_config, make_trainer
 from shared.errors import CheckpointError, DivergedError
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.loop import keeping
-from train.loop.keeping import find_latest_checkpoint, link_checkpoint, prune_checkpoints
+from train.loop.keeping import (
+    find_latest_checkpoint,
+    link_checkpoint,
+    prune_checkpoints,
+    try_folder,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +58,16 @@ def test_a_folder_without_checkpoints_has_no_latest(tmp_path):
     (tmp_path / "model_best.pt").write_bytes(b"another program's")
     assert find_latest_checkpoint(tmp_path) is None
     assert find_latest_checkpoint(tmp_path / "missing") is None
+
+
+def test_trying_a_folder_leaves_nothing_behind_that_was_not_there(tmp_path):
+    (tmp_path / "old").mkdir()
+    try_folder(tmp_path / "old" / "new" / "newer")
+    try_folder(tmp_path / "old")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "old"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="no checkpoints can be written there"):
+        try_folder(tmp_path / "file" / "new")
 
 
 def test_pruning_keeps_the_newest_and_whatever_is_no_step_checkpoint(tmp_path):

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from shared.errors import CheckpointError, ConfigError, DivergedError, TooManyBadSamplesError
 from train.config import as_train_config
 from train.loop.feed import BatchFeed
+from train.loop.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -341,6 +342,23 @@ def test_the_process_ends_even_if_loader_processes_ignore_sigterm(tmp_path, fail
 def test_an_empty_loader_is_a_clear_error(tmp_path):
     with pytest.raises(ConfigError, match="no batch"):
         make_trainer(make_config(tmp_path), []).train()
+
+
+def test_windows_that_were_not_joined_name_the_collate_fn(tmp_path):
+    batch = make_batch(0)
+    nested = {
+        **batch,
+        "inputs": {n: t[:, None] for n, t in batch["inputs"].items()},
+        "weight": batch["weight"][:, None],
+    }
+    with pytest.raises(ConfigError, match="collate_fn=real_data_collate_fn"):
+        make_trainer(make_config(tmp_path), [nested]).train()
+
+
+def test_a_loss_of_what_the_model_does_not_predict_is_refused(tmp_path):
+    model = make_trainer(make_config(tmp_path, loss_weights={"audio": 0})).model
+    with pytest.raises(ConfigError, match=r"losses of audio, .*loss_weights\.audio: 0"):
+        Trainer(model, make_config(tmp_path), [make_batch(0)], device="cpu")
 
 
 def test_a_position_of_another_kind_of_loader_is_refused(tmp_path):

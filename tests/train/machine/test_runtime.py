@@ -36,6 +36,12 @@ def test_an_unknown_device_is_a_clear_error():
         runtime.choose_device("gpu")
 
 
+@pytest.mark.parametrize("name", ["mps", "meta", "xpu:0"])
+def test_a_device_that_nothing_here_runs_on_is_a_clear_error(name):
+    with pytest.raises(ConfigError, match=f"'{name}' can't be trained or run on; use \"auto\""):
+        runtime.choose_device(name)
+
+
 def test_out_of_memory_is_explained():
     with (
         pytest.raises(CreatureError, match=r"Reduce data.batch_size"),

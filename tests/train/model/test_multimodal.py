@@ -247,7 +247,15 @@ def test_patches_that_do_not_divide_the_frame_are_refused():
 def test_inputs_of_another_recipe_are_refused():
     inputs = make_batch()
     inputs["audio"], inputs["audio_valid"] = inputs["audio"][:, :32], inputs["audio_valid"][:, :32]
-    with pytest.raises(ConfigError, match="span one whole number of ticks; found audio"):
+    with pytest.raises(ConfigError, match=r"whole number .* audio .*\(config, dataset\.shapes\)"):
+        run(make_model(), inputs)
+
+
+@pytest.mark.parametrize("stream", ["audio", "internal_text"])
+def test_windows_that_were_not_joined_are_refused_with_the_collate_fn(stream):
+    inputs = make_batch()
+    inputs[stream] = inputs[stream][:, None]
+    with pytest.raises(ConfigError, match=rf"{stream} has the shape .*=real_data_collate_fn"):
         run(make_model(), inputs)
 
 

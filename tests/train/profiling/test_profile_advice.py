@@ -241,6 +241,16 @@ def test_compiling_is_named_as_untested_unless_it_was_tried():
     assert untested(tried) == []
 
 
+def test_recordings_are_to_be_built_into_shards_where_decoding_limits():
+    figures = make(LOADER_BOUND, decode_fraction=0.75, are_shards=False)
+    (advice,) = [r for r in untested(figures) if r.what != "compile"]
+    assert (dict(advice.change), advice.expected_gain) == (
+        {"data.shards": "shards/default"},
+        "not measured; the loader at most 4.0x",
+    )
+    assert "`make shards`" in advice.why
+
+
 def test_a_codec_that_decodes_faster_is_named_where_decoding_limits():
     figures = dataclasses.replace(make(LOADER_BOUND), decode_fraction=0.8)
     codec = next(r for r in untested(figures) if r.what == "codec")

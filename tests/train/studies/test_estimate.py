@@ -16,7 +16,7 @@ from shared.manifest import read_manifest
 from shared.recipe import WindowShapes
 from train import Loader, MultiModalCreature, open_source
 from train.__main__ import cli
-from train.config import TrainConfig, as_train_config
+from train.config import TrainConfig, as_train_config, load_train_config
 from train.data.inputs import tensors_of, to_model_inputs
 from train.machine import runtime
 from train.model.losses import compute_losses
@@ -167,6 +167,29 @@ def test_the_command_says_whose_windows_and_that_it_is_an_estimate(tiny_set, tmp
     assert "the default recipe" in other.output
 
 
+@pytest.mark.parametrize("is_on", [False, True])
+def test_what_is_configured_of_gradient_checkpointing_is_marked_and_counted(
+    tiny_set, tmp_path, is_on
+):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"data: {{shards: {tiny_set}, batch_size: 4}}\n"
+        f"model: {{hidden_dim: 16, num_layers: 1, gradient_checkpointing: {str(is_on).lower()}}}\n"
+    )
+    runner = CliRunner(env={"COLUMNS": "120"})
+    output = runner.invoke(cli, ["estimate", "--config", str(path)]).output
+    way = "with gradient checkpointing" if is_on else "without gradient checkpointing"
+    config = load_train_config(path)
+    shapes = WindowShapes.from_recipe(read_manifest(tiny_set).recipe)
+    found = estimate(config, shapes, dtype=torch.bfloat16)
+    kept = found.checkpointed if is_on else found.activations
+    flops = found.checkpointed_sample_flops if is_on else found.sample_flops
+    assert f"FLOPs        {flops / 1e9:.1f} G per sample, forward and backward, {way};" in output
+    (row,) = (line for line in output.splitlines() if f"│ {way}, as configured" in line)
+    assert f"{(found.state_bytes + kept.of(4)) / 2**30:.2f}" in row
+    assert output.count("as configured") == 2
+
+
 def test_the_table_of_sizes_has_the_estimate_of_each(tiny_set, tmp_path, monkeypatch):
     monkeypatch.setattr("train.studies.estimate.SIZES", ("tiny",))  # each takes seconds
     path = tmp_path / "mine.yaml"
@@ -181,7 +204,8 @@ def test_the_table_of_sizes_has_the_estimate_of_each(tiny_set, tmp_path, monkeyp
     shapes = WindowShapes.from_recipe(read_manifest(tiny_set).recipe)
     found = estimate(config, shapes, dtype=torch.bfloat16)
     size_gib = (found.state_bytes + found.activations.of(4)) / 2**30
+    smaller_gib = (found.state_bytes + found.checkpointed.of(4)) / 2**30
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[1] == f"{sum(found.num_parameters.values()) / 1e6:.1f}"
-    assert cells[2] == f"{size_gib:.2f}"
+    assert cells[2:4] == [f"* {size_gib:.2f}", f"{smaller_gib:.2f}"]
     assert cells[4] == f"{found.sample_flops * 8 / 1e12:.2f}"
