@@ -198,13 +198,13 @@ def _blamed(origin: str, location: Sequence[str | int], overrides: Sequence[str]
     """
     place = [str(part) for part in location]
     within = []
-    for override in overrides:
+    for override in reversed(overrides):  # the last one counts
         keys = override.partition("=")[0].split(".")
         if keys == place[: len(keys)]:
             return f"command line: {override}"
         if keys[: len(place)] == place:
             within.append(override)
-    return f"{origin} with {' '.join(within)}" if within else origin
+    return f"{origin} with {' '.join(reversed(within))}" if within else origin
 
 
 def _complaint(kind: type[BaseModel], detail: ErrorDetails) -> str:

@@ -77,8 +77,12 @@ def run(
     from train.run import check_config, run_training
 
     config = load_train_config(config_path, overrides, say=_warn)
+    if weights is not None and resume not in {None, "auto"}:
+        raise click.UsageError(
+            "--weights begins a run and --resume FILE goes on with one; give one"
+        )
     if check:
-        check_config(config, origin=config_path, resume=resume)
+        check_config(config, origin=config_path, resume=resume, weights=weights)
     else:
         run_training(config, origin=config_path, resume=resume, weights=weights)
 

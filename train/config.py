@@ -103,7 +103,8 @@ class DataConfig(Section):
     recipe: Path | None = None
     """With root_dir: the recipe that cuts the sessions; null means the default recipe."""
     batch_size: int = Field(8, ge=1)
-    """Samples per global batch, which the ranks of torchrun share equally."""
+    """Samples per global batch, which the ranks of torchrun share equally. A run may go on with a
+    divisor of it, and with accumulation_steps as much larger."""
     modalities: tuple[Stream, ...] | None = Field(None, min_length=1)
     """Streams that the model sees; null means all of them, or only text where only text is trained.
     """

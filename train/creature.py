@@ -148,7 +148,7 @@ def check_windows(loader: object, config: TrainConfig) -> None:
         return
     there, here = (
         f"{'text alone, densely packed' if c.is_text_only else 'ticks'} at "
-        f"{c.model.tick_rate_hz or 'the default'} Hz"
+        f"{c.model.tick_rate_hz:g} Hz"
         for c in (own, config)
     )
     if there != here:

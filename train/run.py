@@ -8,6 +8,7 @@ import itertools
 import math
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -19,7 +20,6 @@ from train.config import TEXT_STREAMS
 from train.data.dataset import SessionSource
 from train.data.inputs import to_model_inputs
 from train.data.loader import Loader, open_source
-from train.loop.feed import initial_position
 from train.loop.keeping import find_latest_checkpoint, refuse_checkpoints, try_folder
 from train.loop.trainer import Trainer
 from train.machine import distributed
@@ -31,8 +31,6 @@ from train.remarks import remarks
 from train.summary import print_summary
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from train.config import DataConfig, TrainConfig
     from train.data.source import SampleSource
     from train.loop.progress import TrainSummary
@@ -108,11 +106,18 @@ def _run(
         console=console,
         checkpoint_extra={"baselines": baselines.as_dict()},
     )
-    if not _resume(trainer, parts.loader, config, resume, console):
+    if not _resume(trainer, config, resume, console):
         return None
     if weights is not None and trainer.step == 0:
-        trainer.load_weights(weights)
-        console.print(f"beginning with the weights of {weights}", markup=False, soft_wrap=True)
+        means_the_same = trainer.load_weights(weights)
+        console.print(f"beginning with the weights of {weights}", soft_wrap=True)
+        if not means_the_same:
+            console.print(
+                "its tokenizer is another one, so that tokens mean other words; build the shards "
+                "with text.tokenizer: the tokenizer.json of its shard set",
+                style="yellow",
+                soft_wrap=True,
+            )
     before = trainer.evaluate() if parts.val_loader is not None else {}
     summary = trainer.train()
     if not distributed.is_main():
@@ -123,7 +128,9 @@ def _run(
     return summary
 
 
-def check_config(config: TrainConfig, *, origin: Path, resume: str | None = None) -> None:
+def check_config(
+    config: TrainConfig, *, origin: Path, resume: str | None = None, weights: Path | None = None
+) -> None:
     """Validate a configuration: the machine, sizes and, where data is there, one batch, one forward
     and one backward. Nothing is left behind.
 
@@ -131,6 +138,7 @@ def check_config(config: TrainConfig, *, origin: Path, resume: str | None = None
         config: the whole configuration.
         origin: its file, for messages.
         resume: a checkpoint file that is to be gone on from; "auto" finds what it can use.
+        weights: a checkpoint whose weights are to be begun with.
 
     Raises:
         CreatureError: something can't be used.
@@ -140,8 +148,9 @@ def check_config(config: TrainConfig, *, origin: Path, resume: str | None = None
     try_folder(config.training.checkpointing.save_dir)
     checkpoint = None if resume in {None, "auto"} else load_checkpoint(resume, map_location="meta")
     console.print(f"{origin}: keys and values are good")
-    if resume is None and checkpoints_in(save_dir := config.training.checkpointing.save_dir):
-        console.print(f"  {save_dir} has checkpoints: a run needs --resume, or another folder")
+    save_dir = config.training.checkpointing.save_dir
+    if not _goes_on_in(save_dir, resume) and checkpoints_in(save_dir):
+        console.print(f"  {save_dir} has checkpoints: a run needs --resume auto, or another folder")
     streams = ", ".join(config.input_streams)
     console.print(f"  sees {streams}; predicts {', '.join(config.heads)}")
     places = list(config.data.sets.values()) or list(filter(None, [config.data.root_dir]))
@@ -150,6 +159,8 @@ def check_config(config: TrainConfig, *, origin: Path, resume: str | None = None
         model = MultiModalCreature(config)
         why = f"{missing[0]} is not there yet" if missing else "no data is named"
         console.print(f"  model: {_count(model):,} parameters; {why}, so none is read")
+        if weights is not None or checkpoint is not None:
+            console.print("  whether the checkpoint fits is seen when the data is there")
         return
     parts = open_parts(config)
     _tell_left_out(console, parts)
@@ -170,6 +181,9 @@ def check_config(config: TrainConfig, *, origin: Path, resume: str | None = None
     losses["loss_total"].backward()  # type: ignore[no-untyped-call]
     line = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
     console.print(f"  one forward and backward: {line}; nothing was trained")
+    if weights is not None:
+        Trainer(model, config, loader).load_weights(weights)
+        console.print(f"  {weights}: its weights can be begun with")
     if resume is not None and checkpoint is not None:
         Trainer(model, config, Loader(loader.source, config)).load_checkpoint(resume)
         console.print(f"  {resume}: can be gone on from, at step {checkpoint['step']}")
@@ -312,17 +326,23 @@ def _tell_remarks(console: Console, parts: Parts, config: TrainConfig) -> None:
         console.print(line, style="yellow", soft_wrap=True, highlight=False)
 
 
-def _resume(
-    trainer: Trainer, loader: Loader, config: TrainConfig, resume: str | None, console: Console
-) -> bool:
+def _goes_on_in(folder: Path, resume: str | None) -> bool:
+    """Whether a run goes on from a checkpoint in its own folder."""
+    if resume in {None, "auto"}:
+        return resume == "auto"
+    return Path(str(resume)).resolve().parent == folder.resolve()
+
+
+def _resume(trainer: Trainer, config: TrainConfig, resume: str | None, console: Console) -> bool:
     """Go on from a checkpoint where asked to; False where there is nothing left to train.
 
     Raises:
-        ConfigError: not asked to, and another run's checkpoints would be overwritten.
+        ConfigError: another run's checkpoints would be overwritten.
     """
     folder = config.training.checkpointing.save_dir
-    if resume is None:
+    if not _goes_on_in(folder, resume):
         distributed.on_main(lambda: refuse_checkpoints(folder))
+    if resume is None:
         return True
     path: Path | str | None = resume
     if resume == "auto":
@@ -333,8 +353,6 @@ def _resume(
     trainer.load_checkpoint(path)
     if trainer.step < config.training.max_steps:
         return True
-    stream = load_checkpoint(path, map_location="meta")["stream"]
-    initial_position(loader, stream)  # says so when it was trained on other data
     console.print(
         f"{path}: trained to step {trainer.step} already, nothing to do. To go on, raise "
         f"training.max_steps; to train anew, remove {folder} or set another "

@@ -93,6 +93,24 @@ def test_a_new_run_does_not_overwrite_another_ones_checkpoints(config, tmp_path)
     assert {p: p.read_bytes() for p in (tmp_path / "checkpoints").iterdir()} == before
 
 
+def test_going_on_in_another_folder_does_not_overwrite_what_is_there(tiny_set, tmp_path):
+    one = run_training(make_run(tiny_set, tmp_path / "a"), origin=tmp_path / "mine.yaml")
+    run_training(make_run(tiny_set, tmp_path / "b"), origin=tmp_path / "mine.yaml")
+    longer = make_run(tiny_set, tmp_path / "b", max_steps=5)
+    with pytest.raises(ConfigError, match="checkpoints of a run"):
+        run_training(longer, origin=tmp_path / "mine.yaml", resume=str(one.checkpoint))
+    elsewhere = make_run(tiny_set, tmp_path / "c", max_steps=5)
+    resumed = run_training(elsewhere, origin=tmp_path / "mine.yaml", resume=str(one.checkpoint))
+    assert resumed.steps == 5
+
+
+def test_weights_and_a_checkpoint_to_go_on_from_are_not_asked_for_together(tmp_path):
+    words = ["run", "--config", "configs/demo.yaml", "--resume", "a.pt", "--weights", "b.pt"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 2
+    assert "give one" in done.output
+
+
 def test_a_new_run_may_begin_with_the_weights_of_one_on_other_data(tiny_set, raw_set, tmp_path):
     first = run_training(make_run(tiny_set, tmp_path / "a"), origin=tmp_path / "mine.yaml")
     other = make_run(raw_set, tmp_path / "b", max_steps=1)

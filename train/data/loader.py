@@ -49,7 +49,7 @@ _SILENT_TIMEOUT_S = 600
 _MAX_NEXT_BATCH = 1 << 40
 """Far beyond any run; positions of samples are int64."""
 
-_ORDER_KEYS = ("batch_size", "last_batch", "shuffle_block_shards")
+_ORDER_KEYS = ("last_batch", "shuffle_block_shards")
 """Keys of ``data`` that decide which samples batch number i holds."""
 
 
@@ -121,6 +121,7 @@ class Loader:
         state = {
             "fingerprint": self.source.fingerprint,
             "seed": self.config.training.seed,
+            "batch_size": self.config.data.batch_size,
             **{name: getattr(self.config.data, name) for name in _ORDER_KEYS},
             "next_batch": next_batch,
         }
@@ -134,13 +135,20 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin where another loader stopped; before the first batch is taken.
 
-        Its batches may have been larger or smaller, if one of these begins there.
-
         Raises:
-            ConfigError: iteration has begun, or the state is of other data or of another order.
+            ConfigError: iteration has begun, or see :meth:`position_of`.
         """
         if self._has_begun:
             raise ConfigError("the loader has begun to read; load its state before the first batch")
+        self._start = self.position_of(state)
+
+    def position_of(self, state: Mapping[str, Any]) -> int:
+        """Number of the global batch that begins where another loader stopped, whose batches may
+        have been larger or smaller.
+
+        Raises:
+            ConfigError: the state is of other data or of another order, or no batch begins there.
+        """
         next_batch = state.get("next_batch")
         if type(next_batch) is not int or not 0 <= next_batch <= _MAX_NEXT_BATCH:
             raise ConfigError(
@@ -149,9 +157,9 @@ class Loader:
             )
         own = self.state_at(next_batch)
         for name in ("mix", "sets", "fingerprint", "seed", *_ORDER_KEYS):
-            if name != "batch_size" and state.get(name) != own.get(name):
+            if state.get(name) != own.get(name):
                 raise ConfigError(_describe_other(name, state.get(name), own.get(name)))
-        self._start = self._number_here(next_batch, state.get("batch_size"))
+        return self._number_here(next_batch, state.get("batch_size"))
 
     def _number_here(self, next_batch: int, batch_size: object) -> int:
         """Number of the batch that begins where batch `next_batch` of another size would.
@@ -277,8 +285,8 @@ def _describe_other(name: str, there: object, here: object) -> str:
             "with its weights by --weights"
         )
     return (
-        f"the checkpoint's stream has {name} {there!r}, this one {here!r}; resume with the same "
-        f"data, seed and {', '.join(_ORDER_KEYS)}, or start anew without --resume"
+        f"the checkpoint's stream has {name} {there!r}, this one {here!r}; resume with what it "
+        "had, or start anew without --resume"
     )
 
 

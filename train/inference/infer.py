@@ -39,7 +39,13 @@ from train.inference.scoring import Score
 from train.inference.streaming import TickStream, take_ticks
 from train.machine import runtime
 from train.model.encoders import count_ticks
-from train.model.predictions import AUDIO_NAME, TEXT_HEADS, PredictionWriter, WindowPrediction
+from train.model.predictions import (
+    AUDIO_NAME,
+    DMEL_NAME,
+    TEXT_HEADS,
+    PredictionWriter,
+    WindowPrediction,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +101,7 @@ def infer(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     _refuse_recordings(out, session)
-    with runtime.explained_out_of_memory():
+    with runtime.explained_out_of_memory("Free memory there, or give --device cpu"):
         creature = load_creature(checkpoint, device=runtime.choose_device(device))
         source = open_session(session, creature)
         score = live_through(
@@ -124,9 +130,9 @@ def _refuse_recordings(out: Path, session: Path) -> None:
     Raises:
         ConfigError: a session lies where they are to be written.
     """
-    never_predicted = [name for name in SOURCE_FILES if name != AUDIO_NAME]
-    is_session_there = any((out / name).exists() for name in never_predicted)
-    if is_session_there or out.resolve() == session.resolve():
+    # Sound of our own lies beside the dMel levels that it was made of.
+    theirs = [n for n in SOURCE_FILES if n != AUDIO_NAME or not (out / DMEL_NAME).exists()]
+    if any((out / name).exists() for name in theirs) or out.resolve() == session.resolve():
         raise ConfigError(
             f"{out}: a session lies there, and predictions would overwrite its {AUDIO_NAME}; "
             "write them elsewhere by --out"

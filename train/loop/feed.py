@@ -169,19 +169,31 @@ def initial_position(loader: Iterable[Batch], state: Mapping[str, Any] | None) -
     Raises:
         CheckpointError: the state is of another kind of loader.
     """
-    is_positioned = isinstance(loader, PositionedLoader)
     if state is None:
-        return {"next_batch": 0} if is_positioned else {"pass": 0, "next_batch": 0}
-    if is_positioned == ("pass" in state):
+        return {"next_batch": 0, **({} if isinstance(loader, PositionedLoader) else {"pass": 0})}
+    position = position_in(loader, state)
+    if isinstance(loader, PositionedLoader):
+        loader.load_state_dict(dict(state))
+    return position
+
+
+def position_in(loader: Iterable[Batch], state: Mapping[str, Any]) -> dict[str, int]:
+    """Where in a loader a state is; the loader stays where it is.
+
+    Raises:
+        CheckpointError: the state is of another kind of loader.
+        ConfigError: it is of other data or another order, where the loader can tell.
+    """
+    if isinstance(loader, PositionedLoader) == ("pass" in state):
         raise CheckpointError(
             "the checkpoint's stream position is of another kind of loader than this one (shards "
             "and a plain DataLoader can't continue each other); give the loader that the run began "
             "with"
         )
-    if isinstance(loader, PositionedLoader):
-        loader.load_state_dict(dict(state))
-        return {"next_batch": int(state["next_batch"])}
-    return {key: int(state[key]) for key in ("pass", "next_batch")}
+    if hasattr(loader, "position_of"):  # of ours, whose batches may have another size now
+        return {"next_batch": loader.position_of(state)}
+    names = ("next_batch",) if isinstance(loader, PositionedLoader) else ("pass", "next_batch")
+    return {name: int(state[name]) for name in names}
 
 
 def iterate(

@@ -57,51 +57,45 @@ class Keeper:
         self._config = config
         self.newest: Path | None = None
         """Of those saved here; at first that which the run goes on from."""
-        self._is_due = False
+        self.warn: Callable[[str], None] = _say_nothing
+        """Told what a full disk cost."""
+        self.is_due = False
+        """Whether a step's checkpoint is to be saved."""
 
     def prepare(self) -> None:
         """See :func:`prepare_folder`."""
         distributed.on_main(lambda: prepare_folder(self._config.save_dir))
 
-    def is_due(self, interval: int) -> bool:
-        """Whether a step's checkpoint is to be saved, which stays so until it was tried.
+    def note_step(self, interval: int) -> None:
+        """After a step: at every `interval`-th a checkpoint is due, and stays so until tried.
 
-        It waits for a step that was not left out: what ruined the weights may have come just before
-        those that were, and older checkpoints must not go for that.
+        It may wait for a step that is not left out: what ruined the weights may have come just
+        before those that are, and older checkpoints must not go for that.
         """
-        self._is_due |= self._state.step % interval == 0
-        return self._is_due
+        self.is_due |= self._state.step % interval == 0
 
-    def save_or_warn(self, stream: Mapping[str, Any], *, warn: Callable[[str], None]) -> None:
+    def save_or_warn(self, stream: Mapping[str, Any]) -> None:
         """:meth:`save_step`; where that fails, training goes on and the older ones stay."""
-        self._is_due = False
+        self.is_due = False
         try:
-            removed = self.save_step(stream)
+            self.save_step(stream)
         except CheckpointError as error:
             stays = self.newest.name if self.newest is not None else "none was saved yet"
-            warn(f"{error}; the newest checkpoint: {stays}")
-        else:
-            if removed:
-                names = ", ".join(path.name for path in removed)
-                warn(f"the disk is full: {names} made room for the newest checkpoint")
+            self.warn(f"{error}; the newest checkpoint: {stays}")
 
-    def save_step(self, stream: Mapping[str, Any], *, is_pruned: bool = True) -> list[Path]:
+    def save_step(self, stream: Mapping[str, Any], *, is_pruned: bool = True) -> None:
         """Save the step that the state is at; then there are no more than are to be kept.
 
         Args:
             stream: position of the batches trained on.
             is_pruned: whether older ones go.
 
-        Returns:
-            Those that went because the disk was full.
-
         Raises:
             CheckpointError: it could not be written.
         """
-        removed = self._save(self._config.save_dir / step_name(self._state.step), stream)
+        self._save(self._config.save_dir / step_name(self._state.step), stream)
         if is_pruned and distributed.is_main():
             prune_checkpoints(self._config.save_dir, keep_last_n=self._config.keep_last_n)
-        return removed
 
     def save_last(
         self, stream: Mapping[str, Any], *, is_complete: bool, is_pruned: bool = True
@@ -128,14 +122,18 @@ class Keeper:
             kept = f"the newest checkpoint is {self.newest}" if self.newest else "nothing else was"
             raise CheckpointError(
                 f"the run ended at step {self._state.step}, which is NOT saved; {kept}. {error}; "
-                "then `--resume auto` goes on from the newest checkpoint"
+                "then `--resume` it"
             ) from error
 
-    def _save(self, path: Path, stream: Mapping[str, Any]) -> list[Path]:
+    def _save(self, path: Path, stream: Mapping[str, Any]) -> None:
         removed: list[Path] = []
         write = partial(save_making_room, removed=removed)
-        self.newest = self._state.save(path, stream=stream, write=write)
-        return removed
+        try:
+            self.newest = self._state.save(path, stream=stream, write=write)
+        finally:
+            if removed:
+                names = ", ".join(each.name for each in removed)
+                self.warn(f"the disk is full: {names} made room for {path.name}")
 
     def _link(self, final: Path) -> bool:
         """Whether the final checkpoint could be made of that of its step."""
@@ -336,6 +334,10 @@ def _is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _say_nothing(_: str) -> None:
+    """Where nobody listens."""
 
 
 def _tell(listener: Callable[[str], None] | None, message: str) -> None:

@@ -144,7 +144,7 @@ class StepMeter:
             )
         go_on = "start anew: no checkpoint was saved before them"
         if newest is not None:
-            go_on = f"resume from a checkpoint (`--resume auto` takes {newest}, from before them)"
+            go_on = f"resume from a checkpoint from before them (`--resume {newest}`)"
         raise DivergedError(
             f"step {step}: {fault} in {count} steps in a row. "
             "Reduce LR (training.optimizer.lr), check for corrupted data (`python -m preprocess "

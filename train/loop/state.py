@@ -103,9 +103,20 @@ class TrainState:
         }
         return distributed.on_main(lambda: write(path, state))
 
-    def load(self, path: Path | str, *, device: torch.device) -> dict[str, Any]:
+    def load(
+        self,
+        path: Path | str,
+        *,
+        device: torch.device,
+        check_stream: Callable[[Mapping[str, Any]], object],
+    ) -> dict[str, Any]:
         """Take over a checkpoint; a run name that was given stays, and that of a checkpoint in
         another folder is left to the run that wrote it.
+
+        Args:
+            path: the file.
+            device: where the weights go.
+            check_stream: raises where the position of the batches can't be gone on from.
 
         Returns:
             What is not of this object: "rng" (None for a rank that there was not), "stream" and
@@ -120,6 +131,7 @@ class TrainState:
                 f"{path}: it lacks {', '.join(sorted(missing))}, so a training can't go on from "
                 "it; take a checkpoint that `python -m train run` wrote"
             )
+        check_stream(state["stream"])  # before anything is taken over
         with self._explained(path, state):
             self._load_model(state)
             restore_optimizer(self.optimizer, state["optimizer"], self.config.training.optimizer)
@@ -139,8 +151,11 @@ class TrainState:
         rng = rngs.get(distributed.rank())
         return {"rng": rng, "stream": state["stream"], "schedule": state["schedule"]}
 
-    def load_weights(self, path: Path | str, *, device: torch.device) -> None:
+    def load_weights(self, path: Path | str, *, device: torch.device) -> bool:
         """Take over a checkpoint's weights and nothing else.
+
+        Returns:
+            Whether tokens mean the same there and here, as far as both tell.
 
         Raises:
             CheckpointError: missing, damaged, foreign, or of another model.
@@ -148,6 +163,8 @@ class TrainState:
         state = self._read(path, device=device)
         with self._explained(path, state):
             self._load_model(state)
+        there, here = (extra.get("tokenizer") for extra in (state.get("extra") or {}, self.extra))
+        return there is None or here is None or there == here
 
     def _read(self, path: Path | str, *, device: torch.device) -> dict[str, Any]:
         distributed.on_main(lambda: checkpoint.check_checkpoint(path))

@@ -9,6 +9,7 @@ each rank trains on its share of every global batch, and all numbers are those o
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from train.creature import check_windows, reading_of
 from train.data.bad_samples import BadSampleLimit
 from train.data.inputs import to_model_inputs
 from train.loop.evaluating import measure
-from train.loop.feed import BatchFeed, initial_position, one_epoch
+from train.loop.feed import BatchFeed, one_epoch, position_in
 from train.loop.gradients import gradient_norms
 from train.loop.health import QUIET_STEPS
 from train.loop.keeping import Keeper
@@ -59,8 +60,8 @@ class Trainer:
             torchrun: one that gives this rank its share, such as a ``Loader`` with its rank.
         device: "auto", "cpu", "cuda", ...; "auto" defers to ``training.device``.
         val_loader: held-out batches, at most ``training.eval_batches`` of which are measured.
-        run_name: folder below ``training.log_dir``; None: the resumed run's, or the time and the
-            host.
+        run_name: folder below ``training.log_dir``; None: that of the run resumed in its own
+            ``save_dir``, or the time and the host.
         console: where lines go; None: the terminal.
         checkpoint_extra: more plain values for checkpoints, beside recipe and tokenizer.
 
@@ -161,7 +162,7 @@ class Trainer:
                     self._log(log, feed)
                 if self._is_due(training.eval_interval):
                     self._evaluate(log)
-                self._save_if_due(log, feed)
+                self._save_if_due(feed)
             return self._finish(log, feed)
 
     def evaluate(self) -> dict[str, float]:
@@ -202,18 +203,22 @@ class Trainer:
             CheckpointError: missing, damaged, foreign, of another model or kind of loader.
             ConfigError: it was trained on other data, or in another order.
         """
-        self._resumed = {"path": str(path), **self._state.load(path, device=self.device)}
-        initial_position(self._loader, self._resumed["stream"])  # refused before a log is opened
+        check = partial(position_in, self._loader)
+        rest = self._state.load(path, device=self.device, check_stream=check)
+        self._resumed = {"path": str(path), **rest}
         self._keeper.newest = Path(path)
         self._feed = None
 
-    def load_weights(self, path: Path | str) -> None:
+    def load_weights(self, path: Path | str) -> bool:
         """Begin with a checkpoint's weights, and else anew: other data, another schedule.
+
+        Returns:
+            Whether its tokens mean what the loader's do, as far as both tell.
 
         Raises:
             CheckpointError: missing, damaged, foreign, or of another model.
         """
-        self._state.load_weights(path, device=self.device)
+        return self._state.load_weights(path, device=self.device)
 
     def _open_log(self) -> RunLog:
         """The run's folder; a resumed run goes on in its old one."""
@@ -232,6 +237,7 @@ class Trainer:
     def _restore(self, log: RunLog) -> BatchFeed:
         """Bring random states and the stream to where the checkpoint was, or to the beginning."""
         self._progress = Progress(meter=StepMeter(self.device))
+        self._keeper.warn = log.warn
         self.model.train()
         seed, rank = self.config.training.seed, distributed.rank()
         resumed, self._resumed = self._resumed, None
@@ -364,12 +370,13 @@ class Trainer:
             log.write_validation(self.step, {**losses, "skipped_samples": len(skipped)})
             log.write_window(self.step, progress.held_out.window, self._state.extra)
 
-    def _save_if_due(self, log: RunLog, feed: BatchFeed) -> None:
-        """Save a step's checkpoint; see :meth:`Keeper.is_due`."""
-        meter, interval = self._progress.meter, self.config.training.save_interval
-        if self._keeper.is_due(interval) and not meter.is_in_bad_steps():
+    def _save_if_due(self, feed: BatchFeed) -> None:
+        """Save a step's checkpoint; see :meth:`Keeper.note_step`."""
+        meter, keeper = self._progress.meter, self._keeper
+        keeper.note_step(self.config.training.save_interval)
+        if keeper.is_due and not meter.is_in_bad_steps():
             with meter.pause():
-                self._keeper.save_or_warn(feed.state(), warn=log.warn)
+                keeper.save_or_warn(feed.state())
 
     def _finish(self, log: RunLog, feed: BatchFeed) -> TrainSummary:
         """Log and save what is not yet, and say what happened."""

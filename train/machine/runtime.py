@@ -31,11 +31,18 @@ _DEVICES = 'use "auto", "cpu", "cuda" or "cuda:N"'
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FIRST_SCALE = 2.0**16
 _HOST_ALLOCATOR = "DefaultCPUAllocator"
+_SMALLER_BATCHES = (
+    "Reduce data.batch_size and raise training.accumulation_steps by the same factor (a step stays "
+    "that of the same samples, and `--resume auto` goes on so), or set "
+    "model.gradient_checkpointing: true"
+)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" takes cuda where there is one, else cpu.
+
+    A GPU that is named by its number becomes the current one.
 
     Raises:
         ConfigError: no such device here, or one that nothing here has ever run on.
@@ -218,7 +225,7 @@ def explained_failures() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained_out_of_memory() -> Iterator[None]:
+def explained_out_of_memory(mend: str = _SMALLER_BATCHES) -> Iterator[None]:
     """Turn torch's lack of memory, a GPU's or the host's, into an error that says what to do."""
     try:
         yield
@@ -227,12 +234,8 @@ def explained_out_of_memory() -> Iterator[None]:
         is_gpu = isinstance(error, torch.OutOfMemoryError)
         if not is_gpu and _HOST_ALLOCATOR not in reason:
             raise
-        raise CreatureError(
-            f"{'the GPU' if is_gpu else 'the host'} ran out of memory: {reason}\n"
-            "Reduce data.batch_size and raise training.accumulation_steps by the same factor (a "
-            "step stays that of the same samples, and `--resume auto` goes on so), or set "
-            "model.gradient_checkpointing: true"
-        ) from error
+        whose = "the GPU" if is_gpu else "the host"
+        raise CreatureError(f"{whose} ran out of memory: {reason}\n{mend}") from error
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_sets
+import torch
 from tiny_loaders import assert_same, make_loader, take
 from tiny_sets import TEXT_HEADS, make_config
 
@@ -19,6 +20,7 @@ from shared.columns import ColumnFile
 from shared.errors import ConfigError
 from train.data.loader import Loader, open_source
 from train.data.reader import ShardSource
+from train.loop.feed import BatchFeed
 
 few_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 
@@ -99,6 +101,15 @@ def test_smaller_batches_go_on_with_the_samples_of_larger_ones(tiny_set, batch_s
     smaller.load_state_dict(larger.state_at(position))
     found = [key for b in take(smaller, 18 // batch_size) for key in b["keys"]]
     assert found == expected
+
+
+def test_a_feed_that_has_taken_nothing_yet_is_where_its_larger_batches_were(tiny_set):
+    state = make_loader(tiny_set, batch_size=6).state_at(3)
+    feed = BatchFeed(make_loader(tiny_set, batch_size=3), torch.device("cpu"), seed=0, state=state)
+    assert feed.state()["next_batch"] == 6
+    assert feed.state()["batch_size"] == 3
+    feed.take(2)
+    assert feed.state()["next_batch"] == 8
 
 
 @pytest.mark.parametrize("batch_size", [4, 0, -7, None, "7", 1 << 70, True])

@@ -152,7 +152,7 @@ def test_a_state_of_another_mix_is_refused(tiny_set, away_set):
     ):
         other.load_state_dict(state)
     swapped = make_loader(make_config(away_set, tiny_set))
-    with pytest.raises(ConfigError, match=r"stream has sets \{'away': "):
+    with pytest.raises(ConfigError, match=r"other data \(sets \{'away': "):
         swapped.load_state_dict(state)
     alone = tiny_sets.make_config(tiny_set)
     with pytest.raises(ConfigError, match="this one None"):

@@ -81,12 +81,11 @@ def test_what_a_batch_reads_is_told_to_the_kernel_before(tiny_set, monkeypatch):
         told = {place for is_read, place in events if not is_read}
         reads = [place for is_read, place in events if is_read]
         first_read = [is_read for is_read, _ in events].index(True)
-        assert not any(is_read for is_read, _ in events[:first_read])
         assert told <= set(reads)
         assert len(told) == first_read  # all before the first read, and each once
         was_told += [place in told for place in reads]
         events.clear()
-    assert sum(was_told) > 0.5 * len(was_told)
+    assert sum(was_told) > 0.25 * len(was_told)
 
 
 def test_few_shards_stay_open_and_what_was_closed_reads_again(tiny_set, monkeypatch):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -235,11 +236,13 @@ def test_a_checkpoint_without_recipe_or_tokenizer_is_refused(tmp_path, missing):
         infer(tmp_path / "k.pt", session, tmp_path / "out")
 
 
-@pytest.mark.parametrize("where", ["itself", "another"])
+@pytest.mark.parametrize("where", ["itself", "another", "sound"])
 def test_predictions_never_overwrite_a_recording(tmp_path, where):
     make_checkpoint(tmp_path / "k.pt")
     session = make_session(tmp_path / "itself")
     make_session(tmp_path / "another")
+    (tmp_path / "sound").mkdir()
+    shutil.copy(session / "audio.wav", tmp_path / "sound")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(ConfigError, match=r"would overwrite its audio\.wav; .* --out"):
         infer(tmp_path / "k.pt", session, tmp_path / where)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 from jobs import finish
-from mishaps import MISHAPS, Place
+from mishaps import MISHAPS, NoSmallDiskError, Place
 from training_kills import final_state, prepare, start
 
 
@@ -26,6 +24,6 @@ def test_a_training_survives(undisturbed, tmp_path, name):
     config, wanted = undisturbed
     try:
         outcome = MISHAPS[name](Place(config, tmp_path / "run", wanted))
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"a small disk needs root here: {error.stderr}")
+    except NoSmallDiskError as error:
+        pytest.skip(f"a small disk needs root here: {error}")
     assert outcome.is_good, outcome.seen

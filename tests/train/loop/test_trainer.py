@@ -256,6 +256,16 @@ def test_windows_laid_out_for_another_configuration_are_refused(tmp_path):
     make_trainer(config, loader)
 
 
+def test_a_checkpoint_that_is_refused_leaves_the_trainer_as_it_was(tmp_path):
+    make_trainer(make_config(tmp_path)).train()
+    trainer = make_trainer(make_config(tmp_path), [make_batch(0)])
+    before = weights_of(trainer)
+    with pytest.raises(CheckpointError):
+        trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
+    assert trainer.step == 0
+    assert torch.equal(weights_of(trainer), before)
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     def press_twice(index):
         if index == 1:
