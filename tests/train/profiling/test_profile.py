@@ -243,8 +243,9 @@ def test_out_of_memory_is_a_figure_and_no_failure(tiny_set, tmp_path, monkeypatc
         try_compile=False,
         limit_bytes=2**60,
     )
-    lacking = {v.change["data.batch_size"] for v in variants if v.lacks_memory}
-    assert lacking == {16, 32}
+    lacking = {v.change.get("data.batch_size") for v in variants if v.lacks_memory}
+    # None is a change that needs about as much, now a little more and now less.
+    assert lacking - {None} == {16, 32}
     assert {v.problem for v in variants if not v.lacks_memory} == {None}
     assert list(tmp_path.iterdir()) == []
 
@@ -254,8 +255,9 @@ def test_what_would_not_fit_is_not_tried(tiny_set, tmp_path):
     options = {"folder": tmp_path, "try_compile": False}
     cached, _ = measure_variants(bench, limit_bytes=2**60, **options)
     _, variants = measure_variants(bench, limit_bytes=cached.peak_memory_bytes, **options)
-    lacking = {v.change["data.batch_size"] for v in variants if v.lacks_memory}
-    assert lacking == {16, 32}
+    lacking = {v.change.get("data.batch_size") for v in variants if v.lacks_memory}
+    # None is a change that needs about as much, now a little more and now less.
+    assert lacking - {None} == {16, 32}
 
 
 def test_peak_memory_grows_with_the_batch(tiny_set, tmp_path):
