@@ -163,7 +163,7 @@ def break_batches(place: Place, how: Callable[[Any], Any]) -> Outcome:
     try:
         many.train()
     except DivergedError as error:
-        advice = str(error).partition("before these steps. ")[2]
+        advice = str(error).partition("in a row. ")[2]
         is_good = summary.skipped_steps == 1 and apart == 0 and many.step == 90
         is_good &= largest_difference(many, before) == 0 and "Reduce LR" in advice
         return Outcome(f"{seen}; all: stopped at step {many.step}: {advice[:48]}...", is_good)
