@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from train.config import CheckpointConfig
+    from train.loop.meter import StepMeter
     from train.loop.state import TrainState
 
 ORPHAN_AGE_S: Final = 3600.0
@@ -59,29 +60,29 @@ class Keeper:
         """Of those saved here; at first that which the run goes on from."""
         self.warn: Callable[[str], None] = _say_nothing
         """Told what a full disk cost."""
-        self.is_due = False
-        """Whether a step's checkpoint is to be saved."""
+        self._is_due = False
 
     def prepare(self) -> None:
         """See :func:`prepare_folder`."""
         distributed.on_main(lambda: prepare_folder(self._config.save_dir))
 
-    def note_step(self, interval: int) -> None:
-        """After a step: at every `interval`-th a checkpoint is due, and stays so until tried.
+    def save_if_due(self, stream: Callable[[], Mapping[str, Any]], meter: StepMeter) -> None:
+        """After a step: :meth:`save_step` at every ``save_interval``-th; where that fails, training
+        goes on and the older ones stay.
 
-        It may wait for a step that is not left out: what ruined the weights may have come just
-        before those that are, and older checkpoints must not go for that.
+        It waits for a step that is not left out: what ruined the weights may have come just before
+        those that are, and older checkpoints must not go for that.
         """
-        self.is_due |= self._state.step % interval == 0
-
-    def save_or_warn(self, stream: Mapping[str, Any]) -> None:
-        """:meth:`save_step`; where that fails, training goes on and the older ones stay."""
-        self.is_due = False
-        try:
-            self.save_step(stream)
-        except CheckpointError as error:
-            stays = self.newest.name if self.newest is not None else "none was saved yet"
-            self.warn(f"{error}; the newest checkpoint: {stays}")
+        self._is_due |= self._state.step % self._state.config.training.save_interval == 0
+        if not self._is_due or meter.is_in_bad_steps():
+            return
+        self._is_due = False
+        with meter.pause():
+            try:
+                self.save_step(stream())
+            except CheckpointError as error:
+                stays = self.newest.name if self.newest is not None else "none was saved yet"
+                self.warn(f"{error}; the newest checkpoint: {stays}")
 
     def save_step(self, stream: Mapping[str, Any], *, is_pruned: bool = True) -> None:
         """Save the step that the state is at; then there are no more than are to be kept.

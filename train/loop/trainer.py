@@ -162,7 +162,7 @@ class Trainer:
                     self._log(log, feed)
                 if self._is_due(training.eval_interval):
                     self._evaluate(log)
-                self._save_if_due(feed)
+                self._keeper.save_if_due(feed.state, self._progress.meter)
             return self._finish(log, feed)
 
     def evaluate(self) -> dict[str, float]:
@@ -369,14 +369,6 @@ class Trainer:
             log.write_skipped(self.step, skipped, split="val")
             log.write_validation(self.step, {**losses, "skipped_samples": len(skipped)})
             log.write_window(self.step, progress.held_out.window, self._state.extra)
-
-    def _save_if_due(self, feed: BatchFeed) -> None:
-        """Save a step's checkpoint; see :meth:`Keeper.note_step`."""
-        meter, keeper = self._progress.meter, self._keeper
-        keeper.note_step(self.config.training.save_interval)
-        if keeper.is_due and not meter.is_in_bad_steps():
-            with meter.pause():
-                keeper.save_or_warn(feed.state())
 
     def _finish(self, log: RunLog, feed: BatchFeed) -> TrainSummary:
         """Log and save what is not yet, and say what happened."""
