@@ -210,10 +210,18 @@ def test_memory_that_can_not_be_pinned_is_a_clear_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "heads", "pinned"),
-    [("cpu", HEADS, 0), ("cpu", TEXT_HEADS, 0), ("cuda", HEADS, 1), ("auto", TEXT_HEADS, 1)],
+    ("device", "heads", "num_epochs", "pinned"),
+    [
+        ("cpu", HEADS, None, 0),
+        ("cpu", TEXT_HEADS, None, 0),
+        ("cuda", HEADS, None, 1),
+        ("auto", TEXT_HEADS, None, 1),
+        ("cuda", HEADS, 1, 0),  # a few held-out batches are not worth it
+    ],
 )
-def test_memory_is_pinned_where_batches_go_to_a_gpu(tiny_set, monkeypatch, device, heads, pinned):
+def test_memory_is_pinned_where_an_endless_stream_goes_to_a_gpu(
+    tiny_set, monkeypatch, device, heads, num_epochs, pinned
+):
     cuda, dense = FakeCuda(), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
@@ -222,21 +230,13 @@ def test_memory_is_pinned_where_batches_go_to_a_gpu(tiny_set, monkeypatch, devic
     )
     config = make_config(tiny_set, heads=heads)
     training = config.training.model_copy(update={"device": device})
-    loader = Loader(ShardSource(tiny_set), config.model_copy(update={"training": training}))
+    config = config.model_copy(update={"training": training})
+    loader = Loader(ShardSource(tiny_set), config, num_epochs=num_epochs)
     for batch in itertools.islice(loader, 2):
         texts = {t.data_ptr() for n, t in batch["inputs"].items() if n in TEXT_HEADS}
         assert texts <= set(dense) or not (pinned and heads == TEXT_HEADS)
         assert not dense or (pinned and heads == TEXT_HEADS)
     assert [call[0] for call in cuda.calls] == ["register"] * pinned
-
-
-def test_a_few_held_out_batches_lock_no_memory(tiny_set, monkeypatch):
-    cuda = FakeCuda()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
-    loader = Loader(ShardSource(tiny_set), make_config(tiny_set), num_epochs=1)
-    assert sum(float(batch["weight"].sum()) for batch in loader) == loader.source.shard_sizes.sum()
-    assert cuda.calls == []
 
 
 # --- the loader's batches --------------------------------------------------------------------

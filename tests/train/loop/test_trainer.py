@@ -1,21 +1,14 @@
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_training
 import torch
 import yaml
-from rich.console import Console
 from tiny_training import (
     EndlessLoader,
     join,
@@ -231,19 +224,6 @@ def test_evaluation_changes_nothing_in_the_training(tmp_path):
     assert summary.last_val_losses["loss_total"] < summary.first_val_losses["loss_total"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    screen = io.StringIO()
-    loader = EndlessLoader(on_batch=lambda index: index == 2 and signal.raise_signal(number))
-    trainer = make_trainer(make_config(tmp_path), loader, console=Console(file=screen))
-    summary = trainer.train()
-    assert (summary.stopped_by, summary.steps) == ("signal", 3)
-    assert torch.load(tmp_path / "checkpoints/model_step_3.pt")["step"] == 3
-    assert "--resume auto" in screen.getvalue()
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
 def test_windows_laid_out_for_another_configuration_are_refused(tmp_path):
     text_only = {"loss_weights": {"audio": 0.0, "animation": 0.0}}
     config = {**make_config(tmp_path, **text_only), "data": {}}
@@ -254,99 +234,6 @@ def test_windows_laid_out_for_another_configuration_are_refused(tmp_path):
         make_trainer(config, loader)
     loader.config = as_train_config(config)
     make_trainer(config, loader)
-
-
-def test_a_checkpoint_that_is_refused_leaves_the_trainer_as_it_was(tmp_path):
-    make_trainer(make_config(tmp_path)).train()
-    trainer = make_trainer(make_config(tmp_path), [make_batch(0)])
-    before = weights_of(trainer)
-    with pytest.raises(CheckpointError):
-        trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
-    assert trainer.step == 0
-    assert torch.equal(weights_of(trainer), before)
-
-
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    def press_twice(index):
-        if index == 1:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-
-    trainer = make_trainer(make_config(tmp_path), EndlessLoader(on_batch=press_twice))
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-
-
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {train_tests!r}]
-from test_trainer import plain_loader
-from tiny_training import make_config, make_trainer
-torch.set_num_threads(1)
-config = make_config(Path({folder!r}), max_steps=10**6, log_interval=1)
-summary = make_trainer(config, plain_loader(num_workers=1), console=None).train()
-print("returned by", summary.stopped_by, summary.checkpoint)
-"""
-
-
-def test_ctrl_c_to_the_whole_process_group_with_loader_processes_ends_cleanly(tmp_path):
-    tests, here = Path(tiny_training.__file__).parent, Path(__file__).parent
-    script = SCRIPT.format(tests=str(tests), train_tests=str(here), folder=str(tmp_path))
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    lines = [process.stdout.readline() for _ in range(4)]  # the header and three steps
-    os.killpg(process.pid, signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, "".join(lines) + rest
-    (saved,) = (tmp_path / "checkpoints").iterdir()
-    assert f"returned by signal {saved}" in rest
-    assert "Traceback" not in rest
-
-
-STUBBORN = """
-import signal, sys, torch
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from torch.utils.data import DataLoader, IterableDataset
-from tiny_training import EndlessLoader, make_config, make_trainer
-torch.set_num_threads(1)
-def ignore_signals(worker):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(EndlessLoader())
-class Stubborn(EndlessLoader):
-    def __iter__(self):
-        yield from DataLoader(
-            Stream(), batch_size=None, num_workers=1, worker_init_fn=ignore_signals
-        )
-trainer = make_trainer(make_config(Path({folder!r}), max_steps=3), Stubborn())
-if {fails}:
-    trainer._log = lambda *arguments: 1 / 0
-trainer.train()
-"""
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_process_ends_even_if_loader_processes_ignore_sigterm(tmp_path, fails):
-    tests = str(Path(tiny_training.__file__).parent)
-    script = STUBBORN.format(tests=tests, folder=str(tmp_path), fails=fails)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        assert process.wait(timeout=45) == int(fails)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_an_empty_loader_is_a_clear_error(tmp_path):
@@ -371,11 +258,14 @@ def test_a_loss_of_what_the_model_does_not_predict_is_refused(tmp_path):
         Trainer(model, make_config(tmp_path), [make_batch(0)], device="cpu")
 
 
-def test_a_position_of_another_kind_of_loader_is_refused(tmp_path):
+def test_a_position_of_another_kind_of_loader_is_refused_and_nothing_taken_over(tmp_path):
     make_trainer(make_config(tmp_path)).train()
     trainer = make_trainer(make_config(tmp_path, max_steps=8), [make_batch(0)])
+    before = weights_of(trainer)
     with pytest.raises(CheckpointError, match="another kind of loader"):
         trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
+    assert trainer.step == 0
+    assert torch.equal(weights_of(trainer), before)
 
 
 WALKTHROUGH = """
