@@ -17,8 +17,8 @@ help:  ## list the targets
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat \
-		--editable '.[preprocess,train,dev]'  # compat: packages win over folders of tests with their names
+	$(PY) -m pip install --quiet --disable-pip-version-check \
+		--editable '.[preprocess,train,dev]'
 	touch $@
 
 setup: $(VENV)/.installed  ## make the virtual environment and install everything into it

@@ -12,17 +12,17 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from shared.cli import CreatureGroup, widen_pipes
+from shared.cli import CommandGroup, widen_pipes
 from shared.recipe import Recipe, load_recipe
-from shared.storage import Store, place_of, shown
+from shared.storage import Store, parse_location, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from contextlib import AbstractContextManager
 
-    from preprocess.building.job import BuildSummary
-    from preprocess.report.page import ReportPage
-    from shared.manifest import Manifest
+    from preprocess.build.job import BuildSummary
+    from preprocess.validate.page import ReportPage
+    from shared.shardset.manifest import Manifest
 
 _RECIPE_OPTION = click.option(
     "--recipe",
@@ -42,7 +42,7 @@ _KEEP_OLD_OPTION = click.option(
 )
 
 
-@click.group(cls=CreatureGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Turn recorded VR sessions into shard sets for training.
 
@@ -88,8 +88,8 @@ def validate(
     python -m preprocess validate data/sessions --report out.html
     python -m preprocess validate eye.mp4 microphone.wav
     """  # noqa: D301
-    from preprocess.report.console import has_failed, print_report, print_summary, to_json_lines
-    from preprocess.report.verdicts import iter_verdicts
+    from preprocess.validate.console import has_failed, print_report, print_summary, to_json_lines
+    from preprocess.validate.verdicts import iter_verdicts
 
     if fix:
         _require_local(places)
@@ -165,8 +165,8 @@ def shards(
     compact: bool,
 ) -> None:
     """Build a shard set, or bring it up to date: only what changed is made again."""
-    from preprocess.building.cluster import Cluster
-    from preprocess.building.job import build_shards
+    from preprocess.build.cluster import Cluster
+    from preprocess.build.job import build_shards
 
     console = Console()
     recipe = _recipe(recipe_path)
@@ -183,12 +183,12 @@ def shards(
             verify=verify,
             compact=compact,
         )
-    _tell_build(summary, place_of(out))
+    _tell_build(summary, parse_location(out))
 
 
 def _tell_build(summary: BuildSummary, where: Path | Store) -> None:
     """What a build made or would make, and what the set is now."""
-    from preprocess.building.reasons import PAST, reasons
+    from preprocess.build.explain import PAST, reasons
 
     if summary.plan.upgrade is not None:
         click.echo(f"{where}: {summary.plan.upgrade}")
@@ -220,7 +220,7 @@ def verify(ctx: click.Context, shard_set: str) -> None:
     python -m preprocess verify shards/default
     python -m preprocess verify s3://bucket/set
     """  # noqa: D301
-    from preprocess.sets.inspect import verify_set
+    from preprocess.sets.verify import verify_set
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
@@ -249,7 +249,7 @@ def show(shard_set: str, key: str | None) -> None:
     python -m preprocess show shards/default
     python -m preprocess show shards/default session_001/000004
     """  # noqa: D301
-    from preprocess.sets.inspect import describe_sample, describe_set
+    from preprocess.sets.verify import describe_sample, describe_set
 
     lines = describe_set(shard_set) if key is None else describe_sample(shard_set, key)
     for name, value in lines:
@@ -272,7 +272,7 @@ def sessions() -> None:
 @click.argument("shard_set", metavar="SHARD_SET")
 def list_of_sessions(shard_set: str) -> None:
     """Show every session of a set: its split, samples, rejected windows, size and shards."""
-    from preprocess.sets.surgery import list_sessions
+    from preprocess.sets.edit import list_sessions
 
     found = list_sessions(shard_set)
     width = max((len(s.name) for s in found), default=0)
@@ -289,7 +289,7 @@ def list_of_sessions(shard_set: str) -> None:
 @_KEEP_OLD_OPTION
 def drop(shard_set: str, names: tuple[str, ...], *, keep_old_h: float) -> None:
     """Take sessions out of a set; shards of others stay as they are."""
-    from preprocess.sets.surgery import drop_sessions
+    from preprocess.sets.edit import drop_sessions
 
     _tell(drop_sessions(shard_set, names, keep_old_s=keep_old_h * 3600), shard_set)
     click.echo(
@@ -304,7 +304,7 @@ def drop(shard_set: str, names: tuple[str, ...], *, keep_old_h: float) -> None:
 @click.argument("names", nargs=-1, required=True)
 def split(shard_set: str, out: str, names: tuple[str, ...]) -> None:
     """Make a set of some sessions of another, which stays as it is."""
-    from preprocess.sets.surgery import split_sessions
+    from preprocess.sets.edit import split_sessions
 
     _tell(split_sessions(shard_set, out, names), out)
 
@@ -314,7 +314,7 @@ def split(shard_set: str, out: str, names: tuple[str, ...]) -> None:
 @click.argument("shard_sets", metavar="SHARD_SETS...", nargs=-1, required=True)
 def merge(out: str, shard_sets: tuple[str, ...]) -> None:
     """Make one set of several of the same recipe and tokenizer; they stay as they are."""
-    from preprocess.sets.surgery import merge_sets
+    from preprocess.sets.edit import merge_sets
 
     _tell(merge_sets(out, shard_sets), out)
 
@@ -359,7 +359,7 @@ def demo_sessions(out: Path, *, num_sessions: int, duration_s: float, seed: int)
 
 def _require_local(places: Iterable[str]) -> None:
     """Repairs are made in folders, where the originals stay beside them."""
-    for place in map(place_of, places):
+    for place in map(parse_location, places):
         if isinstance(place, Store):
             raise click.UsageError(
                 f"{place}: --fix repairs sessions in folders only; copy them to this machine, "
@@ -371,7 +371,7 @@ def _open_page(path: Path | None) -> AbstractContextManager[ReportPage | None]:
     """The report page, or nothing where none is asked for: jinja2 is loaded only for a page."""
     if path is None:
         return nullcontext()
-    from preprocess.report.page import ReportPage
+    from preprocess.validate.page import ReportPage
 
     return ReportPage(path)
 

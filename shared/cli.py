@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from shared.errors import CreatureError
+from shared.errors import EngineError
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -27,7 +27,7 @@ _MENDS = {
 _MEND = "is the disk full, or the folder not yours?"
 
 
-class CreatureGroup(click.Group):
+class CommandGroup(click.Group):
     """A group of commands whose CreatureErrors become messages without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 (click's own signature)
@@ -38,14 +38,14 @@ class CreatureGroup(click.Group):
         """
         try:
             return super().invoke(ctx)
-        except CreatureError as error:
+        except EngineError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read our output has gone; click ends quietly
                 raise
             click.echo(f"Error: {error}; {_MENDS.get(error.errno or 0, _MEND)}", err=True)
-            ctx.exit(CreatureError.exit_code)
+            ctx.exit(EngineError.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted. What was finished is kept; run it again to go on.", err=True)
             ctx.exit(INTERRUPTED_EXIT_CODE)

@@ -1,13 +1,13 @@
 """The errors a user can meet; every message says what, where and how to mend.
 
-- CreatureError
+- EngineError
   - ConfigError (ValueError): a configuration or recipe file: file, key, mend; exit code 2
   - SessionError (ValueError): a recording that can't be used as it is
     - MediaError: its video or audio doesn't open or decode
   - ShardError (ValueError): a shard set that can't be read
     - FormatVersionError: written by a newer version of this software
     - CorruptError: bytes differ from their checksum, or don't decode
-      - TooManyBadSamplesError: more than the tolerated share of samples is corrupt
+      - TooManyCorruptSamplesError: more than the tolerated share of samples is corrupt
   - StorageError: a place behind a URL
   - JobError: a shard job can't go on
   - CheckpointError (ValueError), DivergedError: training
@@ -19,19 +19,19 @@ MEND_SET = "mend the set by `python -m preprocess shards --verify`"
 """What to do about a set whose bytes are not those that were written."""
 
 
-class CreatureError(Exception):
+class EngineError(Exception):
     """Base of all errors that are the input's fault and not the program's."""
 
     exit_code = 1
 
 
-class ConfigError(CreatureError, ValueError):
+class ConfigError(EngineError, ValueError):
     """A configuration or recipe can't be used; names the file, the key and the mend."""
 
     exit_code = 2
 
 
-class SessionError(CreatureError, ValueError):
+class SessionError(EngineError, ValueError):
     """A session can't be used as it is."""
 
 
@@ -39,7 +39,7 @@ class MediaError(SessionError):
     """A video or audio file doesn't open or decode."""
 
 
-class ShardError(CreatureError, ValueError):
+class ShardError(EngineError, ValueError):
     """A shard set can't be read."""
 
 
@@ -62,11 +62,11 @@ class CorruptError(ShardError):
         self.offset = offset
 
 
-class TooManyBadSamplesError(CorruptError):
+class TooManyCorruptSamplesError(CorruptError):
     """More than the tolerated share of samples is corrupt."""
 
 
-class StorageError(CreatureError):
+class StorageError(EngineError):
     """A place behind a URL can't be reached, read or written.
 
     Args:
@@ -81,13 +81,13 @@ class StorageError(CreatureError):
         self.may_pass = may_pass
 
 
-class JobError(CreatureError):
+class JobError(EngineError):
     """A shard job can't go on: the disk is full, its workers die, the scheduler is gone."""
 
 
-class CheckpointError(CreatureError, ValueError):
+class CheckpointError(EngineError, ValueError):
     """A checkpoint can't be written, read, or used with this model or data."""
 
 
-class DivergedError(CreatureError):
+class DivergedError(EngineError):
     """Training stopped because losses or gradients were not finite many steps in a row."""

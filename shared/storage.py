@@ -65,7 +65,7 @@ class StoredFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class RetryPolicy:
     """How long to try again; waits grow exponentially with full jitter (Brooker 2015, "Exponential
     Backoff And Jitter", AWS Architecture Blog), so that many processes don't come back at once.
     """
@@ -78,7 +78,7 @@ class Patience:
     """No attempt begins later; below the 10 minutes after which a silent loader is given up."""
 
 
-def retried(call: Callable[[], _T], *, patience: Patience) -> _T:
+def with_retry(call: Callable[[], _T], *, patience: RetryPolicy) -> _T:
     """The result of a call that is made again while it fails in a way that may pass.
 
     Args:
@@ -114,7 +114,7 @@ def retried(call: Callable[[], _T], *, patience: Patience) -> _T:
     raise AssertionError("unreachable")
 
 
-FIRST_PATIENCE = Patience(attempts=5)
+STARTUP_RETRY = RetryPolicy(attempts=5)
 """For the first thing that is asked of a store: what fails then is mostly a wrong address."""
 
 
@@ -129,7 +129,7 @@ def _patiently(
     def ask(self: Store, /, *args: _P.args, **options: _P.kwargs) -> _T:
         if self.patience is None:
             return method(self, *args, **options)
-        return retried(lambda: method(self, *args, **options), patience=self.patience)
+        return with_retry(lambda: method(self, *args, **options), patience=self.patience)
 
     return ask
 
@@ -144,13 +144,13 @@ class Store:
     """
 
     url: str
-    patience: Patience | None = None
+    patience: RetryPolicy | None = None
     """How long requests are tried again; None where whoever asks does that."""
 
     def __str__(self) -> str:
         return shown(self.url)
 
-    def trying(self, patience: Patience) -> Store:
+    def trying(self, patience: RetryPolicy) -> Store:
         """The same folder, asked so patiently."""
         return replace(self, patience=patience)
 
@@ -279,7 +279,7 @@ class Store:
             ) from error
 
 
-def place_of(text: Path | str) -> Path | Store:
+def parse_location(text: Path | str) -> Path | Store:
     """The local folder or the store that a user means."""
     if isinstance(text, Path):
         return text

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.sets import build_set, set_recipe, write_sessions
 from hypothesis import settings
-from tiny_sets import build_set, set_recipe, write_sessions
 
 settings.register_profile("project", deadline=None)  # machines are shared: time says nothing
 settings.load_profile("project")

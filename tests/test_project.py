@@ -12,8 +12,8 @@ from pathlib import Path
 
 import click
 import pytest
-import tiny_sets
 from click.testing import CliRunner
+from helpers import sets as tiny_sets
 from pydantic import BaseModel
 
 import preprocess

@@ -71,14 +71,3 @@ def test_the_stock_reader_of_the_readme_joins_a_shard(tiny_set, tmp_path, monkey
     names["store"].close()
     assert {"audio.wav", "text.json"} <= set().union(*names["samples"].values())
     assert names["proprio"].shape[0] >= len(names["samples"]) > 0
-
-
-def test_the_files_that_the_readme_lists_are_there():
-    listing = README.partition("## Files")[2]
-    folder, listed = "", set()
-    for line in listing.splitlines():
-        heading = re.match(r"([\w/]+)/( |$)", line)
-        folder = heading.group(1) if heading else folder
-        listed |= {f"{folder}/{name}" for name in re.findall(r"\b\w+\.(?:py|md)\b", line)}
-    missing = sorted(name for name in listed if not (ROOT / name).exists())
-    assert not missing

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from train.checkpoint import load_checkpoint
-    from train.data.dataset import RealMultiModalDataset, real_data_collate_fn
+    from train.checkpoints import load_checkpoint
     from train.data.loader import Loader, open_source
+    from train.data.session_source import RealMultiModalDataset, real_data_collate_fn
     from train.loop.trainer import Trainer
     from train.model.multimodal import MultiModalCreature
 
@@ -32,11 +32,11 @@ __all__ = [
 _MODULES: Final[Mapping[str, str]] = {
     "Loader": "train.data.loader",
     "MultiModalCreature": "train.model.multimodal",
-    "RealMultiModalDataset": "train.data.dataset",
+    "RealMultiModalDataset": "train.data.session_source",
     "Trainer": "train.loop.trainer",
-    "load_checkpoint": "train.checkpoint",
+    "load_checkpoint": "train.checkpoints",
     "open_source": "train.data.loader",
-    "real_data_collate_fn": "train.data.dataset",
+    "real_data_collate_fn": "train.data.session_source",
 }
 """Where each public name is."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from shared.cli import CreatureGroup, widen_pipes
+from shared.cli import CommandGroup, widen_pipes
 from train.config import load_train_config
 
 _CONFIG_OPTION = click.option(
@@ -29,7 +29,7 @@ _DEVICE_OPTION = click.option(
 )
 
 
-@click.group(cls=CreatureGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Train multi-modal creatures on shard sets, and let them live through sessions.
 
@@ -130,7 +130,7 @@ def selftest(
     python -m train selftest --config configs/demo.yaml
     """  # noqa: D301
     from train.run import require_paths
-    from train.studies.selftest import run_selftest
+    from train.tools.selftest import run_selftest
 
     config = load_train_config(config_path, overrides, say=_warn)
     require_paths(config, origin=config_path)
@@ -200,7 +200,7 @@ def infer(
     python -m train infer --checkpoint checkpoints/demo/model_final.pt \\
         --input data/demo/session_001 --out predictions
     """  # noqa: D301
-    from train.inference.infer import infer as infer_session
+    from train.infer.run import infer as infer_session
 
     out = out / session.resolve().name
     with click.progressbar(length=1, label=session.name) as bar:
@@ -240,7 +240,7 @@ def ablate(*, checkpoint: Path, config_path: Path | None, device: str) -> None:
     \b
     python -m train ablate --checkpoint checkpoints/demo/model_final.pt
     """  # noqa: D301
-    from train.studies.ablation import run_ablation
+    from train.tools.ablate import run_ablation
 
     data = None if config_path is None else load_train_config(config_path).data
     run_ablation(checkpoint, data=data, device=device)
@@ -259,7 +259,7 @@ def estimate(*, config_path: Path, sizes: bool, overrides: tuple[str, ...]) -> N
     python -m train estimate --config configs/training_config.yaml model.size=large
     python -m train estimate --config configs/training_config.yaml --sizes
     """  # noqa: D301
-    from train.studies.estimate import print_estimate, print_sizes
+    from train.tools.estimate import print_estimate, print_sizes
 
     config = load_train_config(config_path, overrides, say=_warn)
     (print_sizes if sizes else print_estimate)(config, origin=config_path)

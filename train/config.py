@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from shared.config import Section, apply_overrides, make_section, read_yaml
 from shared.errors import ConfigError
 from shared.recipe import STREAMS, Stream
-from shared.storage import Store, place_of, shown
+from shared.storage import Store, parse_location, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ def _as_place(value: object) -> Path | str:
     """A local path as a path; a URL stays as it is written."""
     if not isinstance(value, str | Path):
         raise ValueError(f"{value!r} is neither a folder nor a URL")
-    place = place_of(value)
+    place = parse_location(value)
     if not isinstance(place, Store):
         return place
     if shown(place.url) != place.url:
@@ -151,7 +151,7 @@ class DataConfig(Section):
         return {} if self.shards is None else {"shards": self.shards}
 
     @property
-    def whence(self) -> str:
+    def source_description(self) -> str:
         """Where samples come from, for messages."""
         return ", ".join(str(place) for place in self.sets.values()) or str(self.root_dir)
 

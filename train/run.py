@@ -15,15 +15,15 @@ import torch
 from rich.console import Console
 
 from shared.errors import ConfigError, SessionError
-from train.checkpoint import checkpoints_in, load_checkpoint
+from train.checkpoints import checkpoints_in, load_checkpoint
 from train.config import TEXT_STREAMS
-from train.data.dataset import SessionSource
-from train.data.inputs import to_model_inputs
+from train.data.device import to_model_inputs
 from train.data.loader import Loader, open_source
-from train.loop.keeping import find_latest_checkpoint, refuse_checkpoints, try_folder
+from train.data.session_source import SessionSource
+from train.loop.checkpoint_manager import find_latest_checkpoint, refuse_checkpoints, try_folder
 from train.loop.trainer import Trainer
 from train.machine import distributed
-from train.machine.runtime import choose_device, choose_dtype, explained_failures
+from train.machine.runtime import choose_device, choose_dtype, translate_errors
 from train.model.baselines import Baselines, compare
 from train.model.losses import compute_losses
 from train.model.multimodal import MultiModalCreature
@@ -74,11 +74,11 @@ def run_training(
         What happened; None where the checkpoint is at ``training.max_steps`` already.
 
     Raises:
-        CreatureError: the configuration, the data or a checkpoint can't be used.
+        EngineError: the configuration, the data or a checkpoint can't be used.
     """
     require_paths(config, origin=origin)
     device = choose_device(config.training.device)
-    with distributed.process_group(device), explained_failures():
+    with distributed.process_group(device), translate_errors():
         return _run(config, origin=origin, resume=resume, weights=weights)
 
 
@@ -141,7 +141,7 @@ def check_config(
         weights: a checkpoint whose weights are to be begun with.
 
     Raises:
-        CreatureError: something can't be used.
+        EngineError: something can't be used.
     """
     console = Console(soft_wrap=True, markup=False)
     choose_dtype(config.training.precision, choose_device(config.training.device))
@@ -225,7 +225,7 @@ def open_parts(config: TrainConfig) -> Parts:
     """Open the data and make the model that fits it.
 
     Raises:
-        CreatureError: the data can't be read, or does not fit the configuration.
+        EngineError: the data can't be read, or does not fit the configuration.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     source = open_source(config, split="train")
@@ -281,7 +281,7 @@ def _open_val(config: TrainConfig) -> tuple[Loader | None, str | None]:
     except SessionError as error:
         return None, str(error)
     if int(source.shard_sizes.sum()) == 0:
-        return None, f"{config.data.whence} has no session in its val split"
+        return None, f"{config.data.source_description} has no session in its val split"
     rank, world_size = distributed.rank(), distributed.world_size()
     return held_out(source, config, rank=rank, world_size=world_size), None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from shared.session import is_session
+from shared.session.folder import is_session
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -52,7 +52,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import soundfile
 
-from preprocess.demo.creature import (
+from preprocess.demo.avatar import (
     AUDIO_RATE_HZ,
     FINGER_RGB,
     FINGER_TONE_HZ,
@@ -70,7 +70,7 @@ from preprocess.demo.creature import (
     say,
     sound,
 )
-from preprocess.demo.eyes import (
+from preprocess.demo.cameras import (
     BALL_RADIUS_M,
     BASELINE_M,
     FOCAL_PER_WIDTH,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.errors import CreatureError
-from shared.manifest import MANIFEST_FILE, Manifest, read_manifest
-from shared.storage import FIRST_PATIENCE, Patience, Store, place_of
+from shared.errors import EngineError
+from shared.shardset.manifest import MANIFEST_FILE, Manifest, read_manifest
+from shared.storage import STARTUP_RETRY, RetryPolicy, Store, parse_location
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ class SetFiles:
         _copy(self.store, name, self.folder)
         return self.folder / name
 
-    def let_go(self) -> None:
+    def evict(self) -> None:
         """Remove the copies of all but the manifest."""
         if self.store is not None:
             for path in self.folder.iterdir():
@@ -54,15 +54,15 @@ def open_files(place: Path | str) -> Iterator[SetFiles]:
         ShardError: the manifest can't be read.
         StorageError: the store can't be reached.
     """
-    where = place_of(place)
+    where = parse_location(place)
     if not isinstance(where, Store):
         yield SetFiles(where, None, read_manifest(where))
         return
     with tempfile.TemporaryDirectory(prefix="shard-set-") as name:
         try:
-            _copy(where.trying(FIRST_PATIENCE), MANIFEST_FILE, Path(name))
-            yield SetFiles(Path(name), where.trying(Patience()), read_manifest(name))
-        except CreatureError as error:  # it knows the copies' folder, whoever reads it the set's
+            _copy(where.trying(STARTUP_RETRY), MANIFEST_FILE, Path(name))
+            yield SetFiles(Path(name), where.trying(RetryPolicy()), read_manifest(name))
+        except EngineError as error:  # it knows the copies' folder, whoever reads it the set's
             raise type(error)(str(error).replace(name, str(where))) from error
 
 

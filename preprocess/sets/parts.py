@@ -6,8 +6,8 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from preprocess.building.places import StoredSet
-from preprocess.building.plan import setting_changes
+from preprocess.build.places import RemoteShardSet
+from preprocess.build.plan import setting_changes
 from shared.errors import ShardError
 from shared.recipe import json_of
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from preprocess.building.places import SetPlace
-    from shared.manifest import Manifest
+    from preprocess.build.places import ShardSetStore
     from shared.recipe import Recipe
+    from shared.shardset.manifest import Manifest
     from shared.storage import Store
 
 _MAX_NAMES = 5
@@ -28,7 +28,7 @@ _MAX_NAMES = 5
 class Part:
     """A set, and which of its sessions are taken."""
 
-    source: SetPlace
+    source: ShardSetStore
     manifest: Manifest
     sessions: frozenset[str]
 
@@ -49,9 +49,9 @@ def require_different(parts: Sequence[Part]) -> None:
                 )
 
 
-def _home(source: SetPlace) -> Path | Store:
+def _home(source: ShardSetStore) -> Path | Store:
     """Where a set lies, whatever the path to it."""
-    return source.store if isinstance(source, StoredSet) else source.root.resolve()
+    return source.store if isinstance(source, RemoteShardSet) else source.root.resolve()
 
 
 def require_apart(parts: Sequence[Part]) -> None:
@@ -60,7 +60,7 @@ def require_apart(parts: Sequence[Part]) -> None:
     Raises:
         ShardError: names it, and how to merge the others.
     """
-    homes: dict[str, SetPlace] = {}
+    homes: dict[str, ShardSetStore] = {}
     for part in parts:
         twice = sorted(part.sessions & set(homes))
         if twice:

@@ -203,9 +203,9 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
     start_s = time.perf_counter()
     from rich.console import Console
 
-    from preprocess.building.cluster import Cluster
-    from preprocess.building.job import build_shards
-    from preprocess.building.packing import sample_bytes
+    from preprocess.build.cluster import Cluster
+    from preprocess.build.job import build_shards
+    from preprocess.build.packing import sample_bytes
     from shared.recipe import Recipe
 
     recipe = Recipe.model_validate({"split": {"val_fraction": 0}})
@@ -239,7 +239,7 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
 
 
 def _import_all(_: int) -> None:
-    import preprocess.building.build  # noqa: F401
+    import preprocess.build.task  # noqa: F401
 
     time.sleep(0.1)  # so that every worker gets one
 

@@ -60,7 +60,7 @@ def measure(given: argparse.Namespace, *, is_cold: bool, is_told: bool) -> float
     """Samples per second of an epoch, from the first batch on."""
     from train.config import TrainConfig
     from train.data.loader import Loader
-    from train.data.reader import ShardSource
+    from train.data.shard_source import ShardSource
 
     if not is_told:
         ShardSource.will_need = lambda *_: None  # type: ignore[method-assign]

@@ -25,15 +25,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as `python -m t
 import numpy as np
 import torch
 
+from shared.media.tokenizer import train_tokenizer
 from shared.recipe import Recipe, WindowShapes
-from shared.text import train_tokenizer
 from train.config import Head, as_train_config
-from train.creature import Creature
-from train.data.inputs import to_model_inputs
-from train.inference.sampling import Sampling
-from train.inference.streaming import TickStream, take_ticks
+from train.data.device import to_model_inputs
+from train.infer.sampling import Sampling
+from train.infer.stream import TickStream, take_ticks
 from train.model.baselines import Baselines
 from train.model.multimodal import MultiModalCreature
+from train.trained_model import TrainedModel
 
 TICK_MS = 100.0
 """Of 10 Hz."""
@@ -72,11 +72,11 @@ def main() -> None:
             )
 
 
-def make_creature(size: str) -> tuple[Creature, dict[str, torch.Tensor]]:
+def make_creature(size: str) -> tuple[TrainedModel, dict[str, torch.Tensor]]:
     """An untrained creature, and a window's inputs."""
     config, shapes = as_train_config({"model": {"size": size}}), WindowShapes()
     torch.manual_seed(0)
-    creature = Creature(
+    creature = TrainedModel(
         model=MultiModalCreature(config, shapes).eval(),
         recipe=Recipe(),
         tokenizer=train_tokenizer([], vocab_size=shapes.vocab_size),
@@ -102,7 +102,7 @@ def make_creature(size: str) -> tuple[Creature, dict[str, torch.Tensor]]:
 
 
 def stream_at(
-    creature: Creature, window: dict[str, torch.Tensor], position: int
+    creature: TrainedModel, window: dict[str, torch.Tensor], position: int
 ) -> tuple[TickStream, list[dict[str, torch.Tensor]]]:
     """A life of so many ticks, on a machine that is warm, and the ticks of a window."""
     shapes = creature.shapes
@@ -120,7 +120,7 @@ def stream_at(
 
 
 def measure_live(
-    creature: Creature, window: dict[str, torch.Tensor], position: int, num_ticks: int
+    creature: TrainedModel, window: dict[str, torch.Tensor], position: int, num_ticks: int
 ) -> list[float]:
     """Milliseconds of ticks that begin every 100 ms, or when the one before is done."""
     stream, ticks = stream_at(creature, window, position)
@@ -136,7 +136,7 @@ def measure_live(
 
 
 def measure(
-    creature: Creature, window: dict[str, torch.Tensor], position: int, num_ticks: int
+    creature: TrainedModel, window: dict[str, torch.Tensor], position: int, num_ticks: int
 ) -> tuple[list[float], list[float]]:
     """Milliseconds of ticks from a position on, with and without the cache."""
     stream, ticks = stream_at(creature, window, position)
@@ -152,7 +152,7 @@ def measure(
 
 
 @torch.inference_mode()
-def say_without_cache(creature: Creature, window: dict[str, torch.Tensor]) -> None:
+def say_without_cache(creature: TrainedModel, window: dict[str, torch.Tensor]) -> None:
     """What a tick costs that looks at the whole window again."""
     for head, output in creature.model(to_model_inputs(window)).items():
         last = output[:, -1]

@@ -31,8 +31,8 @@ from rich.console import Console
 from shared.recipe import WindowShapes
 from train import MultiModalCreature, Trainer
 from train.config import TrainConfig
-from train.data.inputs import to_model_inputs
-from train.loop.optimizing import make_optimizer
+from train.data.device import to_model_inputs
+from train.loop.optim import make_optimizer
 from train.model.losses import compute_losses
 
 SHAPES = WindowShapes(image_size=64)
@@ -52,7 +52,7 @@ def since(began: Times) -> Times:
     return wall_s - began[0], cpu_s - began[1]
 
 
-class Turns:
+class InterleaveSchedule:
     """A loader of endless batches in memory, between whose rounds the bare loop has its turn."""
 
     def __init__(self, batches: list[dict], bare_round, *, steps: int) -> None:
@@ -149,7 +149,9 @@ def measure(given: argparse.Namespace, folder: Path) -> list[tuple[Times, Times]
     )
     torch.set_num_threads(given.threads)
     batches = [make_batch(seed, size=given.batch) for seed in range(4)]
-    turns = Turns(batches, make_bare_round(config, batches, steps=given.steps), steps=given.steps)
+    turns = InterleaveSchedule(
+        batches, make_bare_round(config, batches, steps=given.steps), steps=given.steps
+    )
     torch.manual_seed(0)
     model = MultiModalCreature(config, SHAPES)
     Trainer(model, config, turns, device="cpu", console=Console(file=io.StringIO())).train()

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 
 from shared.clock import nearest
-from shared.codec import decode_pictures, encode_pictures
-from shared.media import read_frames, read_video_track
+from shared.media.sound import read_frames, read_video_track
 from shared.recipe import VisionRecipe
-from train.data.inputs import IMAGENET_MEAN, IMAGENET_STD, normalized_frames
+from shared.shardset.codec import decode_pictures, encode_pictures
+from train.data.device import IMAGENET_MEAN, IMAGENET_STD, normalized_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable

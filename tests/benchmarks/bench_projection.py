@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
-from open_files import reads_counted
+from helpers.open_files import reads_counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,7 +85,7 @@ def measure(shards: Path, name: str) -> dict[str, float]:
     """One epoch of a set; runs in a process of its own."""
     from train.config import Head, TrainConfig
     from train.data.loader import Loader
-    from train.data.reader import ShardSource
+    from train.data.shard_source import ShardSource
 
     heads, members = STREAMS[name]
     config = TrainConfig.model_validate(
@@ -115,7 +115,7 @@ def measure(shards: Path, name: str) -> dict[str, float]:
 
 def asked_bytes(shards: Path, members: Sequence[str]) -> int:
     """Bytes of the wanted members of all train samples."""
-    from train.data.reader import ShardSource
+    from train.data.shard_source import ShardSource
 
     source = ShardSource(shards)
     indexes = [source.shard(shard).index for shard in range(len(source.shard_sizes))]

@@ -33,18 +33,18 @@ from typing import Any
 
 from rich.console import Console
 
-from preprocess.building.cluster import Cluster
-from preprocess.building.job import build_shards
+from preprocess.build.cluster import Cluster
+from preprocess.build.job import build_shards
 from shared import storage
 from shared.recipe import Recipe, json_of, load_recipe
-from shared.storage import Patience
+from shared.storage import RetryPolicy
 from train.config import TrainConfig
 
 sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
-from faulty_server import FAULTS, FaultyServer, never
+from helpers.faulty_server import FAULTS, FaultyServer, never
 
 SHARD_BYTES = 2 * 2**20
-PATIENCE = Patience(first_wait_s=0.1, longest_wait_s=1.0)
+PATIENCE = RetryPolicy(first_wait_s=0.1, longest_wait_s=1.0)
 """Shorter waits than by default: servers on this machine are back at once."""
 
 
@@ -226,8 +226,8 @@ def read_epoch(
     keys, samples replaced.
     """
     from train.data.loader import Loader
-    from train.data.reader import ShardSource
     from train.data.remote import CacheSettings
+    from train.data.shard_source import ShardSource
 
     config = TrainConfig.model_validate(
         {"data": {"num_workers": num_workers, "shuffle_block_shards": 4}}

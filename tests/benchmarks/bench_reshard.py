@@ -162,8 +162,8 @@ def run_inside(sessions: Path, out: Path, recipe: Path) -> float:
 import time, io
 from pathlib import Path
 from rich.console import Console
-from preprocess.building.cluster import Cluster
-from preprocess.building.job import build_shards
+from preprocess.build.cluster import Cluster
+from preprocess.build.job import build_shards
 from shared.recipe import load_recipe
 recipe = load_recipe({str(recipe)!r})
 begin_s = time.perf_counter()
@@ -200,8 +200,8 @@ def digest(path: Path) -> str:
 
 def path_digest(out: Path, name: str) -> str:
     """The SHA-256 that the index of the new set holds for a column file."""
-    from shared.index import open_index
-    from shared.manifest import read_manifest
+    from shared.shardset.index import open_index
+    from shared.shardset.manifest import read_manifest
 
     for entry in read_manifest(out).shards:
         for column in open_index(out / entry.index_file).facts["columns"].values():

@@ -33,11 +33,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from train.config import TrainConfig
-from train.data.assemble import array_forms, compose_batch, fill_arrays
+from train.data.batch import array_forms, compose_batch, fill_arrays
+from train.data.batch_maker import BatchMaker, Task
 from train.data.loader import Loader
-from train.data.reader import ShardSource
-from train.data.ring import Ring
-from train.data.worker import BatchReader, Task
+from train.data.shard_source import ShardSource
+from train.data.shared_pool import SharedBatchPool
 
 ROOT = Path(__file__).resolve().parents[2]
 SESSION = ROOT / "data/bench/720p30-gop30-60s/1/session_a"
@@ -202,8 +202,8 @@ def alone_s(loader: Loader, count: int) -> float:
 def make_batches(loader: Loader, worker: int, num_processes: int, count: int, barrier) -> None:
     torch.set_num_threads(1)
     forms = array_forms(BATCH_SIZE, config=loader.config, shapes=loader.shapes)
-    ring = Ring(forms, num_recycled=1)
-    reader = BatchReader(
+    ring = SharedBatchPool(forms, num_recycled=1)
+    reader = BatchMaker(
         loader.source, loader.order, ring, config=loader.config, shapes=loader.shapes
     )
     for index in range(worker, 4 * num_processes, num_processes):

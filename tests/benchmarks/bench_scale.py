@@ -61,9 +61,9 @@ def main() -> None:
 
 def write_manifest(folder: Path, num_shards: int) -> None:
     """A manifest as the shard job writes it, of shards that are not there."""
-    from shared.manifest import Manifest, ShardEntry, commit_manifest
+    from shared.media.tokenizer import train_tokenizer
     from shared.recipe import Recipe
-    from shared.text import train_tokenizer
+    from shared.shardset.manifest import Manifest, ShardEntry, commit_manifest
 
     tokenizer = train_tokenizer(["a few words"], vocab_size=300)
     content = tokenizer.json.encode()
@@ -101,7 +101,7 @@ def measure(folder: Path) -> dict[str, float]:
     from torch.utils.data import DataLoader
 
     from train.data.order import BatchOrder, SampleOrder
-    from train.data.reader import ShardSource
+    from train.data.shard_source import ShardSource
 
     gc.collect()
     before_mib, peak_before_mib = private_mib(), peak_mib()

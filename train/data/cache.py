@@ -2,7 +2,7 @@
 
 Files are named by the checksum of what they hold, so any number of shard sets, versions of a set
 and runs can share a folder, and what has its name was whole when it got it: it is fetched under
-another name, checked and renamed, in room that :mod:`train.data.room` sets aside.
+another name, checked and renamed, in room that :mod:`train.data.cache_quota` sets aside.
 
 Nothing is flushed to the disk: after a power cut a file may hold zeros. Its index or its members'
 checksums tell, and :meth:`ShardCache.renew` fetches it again.
@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shared.errors import ConfigError, CorruptError, StorageError
-from shared.storage import Patience, Store, retried
-from train.data.room import Room, unlock
+from shared.storage import RetryPolicy, Store, with_retry
+from train.data.cache_quota import DiskQuota, unlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -86,10 +86,12 @@ class ShardCache:
         ConfigError: the folder can't be used.
     """
 
-    def __init__(self, store: Store, folder: Path, *, limit_bytes: int, patience: Patience) -> None:
+    def __init__(
+        self, store: Store, folder: Path, *, limit_bytes: int, patience: RetryPolicy
+    ) -> None:
         self.store = store
         self.folder = folder
-        self.room = Room(folder, limit_bytes)
+        self.room = DiskQuota(folder, limit_bytes)
         self._patience = patience
         self._impatience = replace(patience, attempts=min(AHEAD_ATTEMPTS, patience.attempts))
         self._renewed: set[str] = set()
@@ -102,12 +104,12 @@ class ShardCache:
                 "where you may write"
             ) from error
 
-    def open(self, file: RemoteFile, *, let_go: Callable[[], bool] | None = lambda: False) -> int:
+    def open(self, file: RemoteFile, *, evict: Callable[[], bool] | None = lambda: False) -> int:
         """A descriptor to read a file by, which keeps it in the cache as long as it is open.
 
         Args:
             file: fetched, if it is not there.
-            let_go: called where there is no room: closes something, or says that nothing is left
+            evict: called where there is no room: closes something, or says that nothing is left
                 to close. None where the file is not worth waiting for room.
 
         Raises:
@@ -120,7 +122,7 @@ class ShardCache:
             descriptor = self._open_here(file)
             try:
                 if descriptor is None:
-                    descriptor = self._fetch(file, wait=True, let_go=let_go)
+                    descriptor = self._fetch(file, wait=True, evict=evict)
             except FileNotFoundError as error:
                 if self.folder.is_dir():
                     raise
@@ -139,7 +141,7 @@ class ShardCache:
 
         Raises:
             CacheFullError: there is no room.
-            OSError, CreatureError: as of :meth:`open`.
+            OSError, EngineError: as of :meth:`open`.
         """
         descriptor = self._open_here(file)
         if descriptor is None:
@@ -147,7 +149,7 @@ class ShardCache:
         if descriptor is not None:
             os.close(descriptor)
 
-    def renew(self, file: RemoteFile, *, let_go: Callable[[], bool] = lambda: False) -> bool:
+    def renew(self, file: RemoteFile, *, evict: Callable[[], bool] = lambda: False) -> bool:
         """Fetch again a file that turned out to be damaged.
 
         Returns:
@@ -155,7 +157,7 @@ class ShardCache:
             damage in the store itself is not fetched for ever.
 
         Raises:
-            OSError, CreatureError: as of :meth:`open`.
+            OSError, EngineError: as of :meth:`open`.
         """
         if file.key in self._renewed:
             return False
@@ -165,7 +167,7 @@ class ShardCache:
             if _sha256(path) != file.sha256:
                 _log.warning("%s: differs from its checksum; fetched again", path)
                 self.room.remove(path)
-        os.close(self.open(file, let_go=let_go))
+        os.close(self.open(file, evict=evict))
         return True
 
     def path(self, file: RemoteFile) -> Path:
@@ -192,7 +194,7 @@ class ShardCache:
         file: RemoteFile,
         *,
         wait: bool,
-        let_go: Callable[[], bool] | None = None,
+        evict: Callable[[], bool] | None = None,
         since_ns: int | None = None,
     ) -> int | None:
         """As :meth:`_open_here` of a file that was fetched; None where another process did that or,
@@ -206,7 +208,7 @@ class ShardCache:
             if descriptor is not None:
                 return descriptor
             expected = file.length_bytes or 0
-            self._make_room(lock, file, expected, let_go, since_ns)
+            self._make_room(lock, file, expected, evict, since_ns)
             part = self.room.part(file.key)
             try:
                 self._download(file, part, self._patience if wait else self._impatience)
@@ -218,13 +220,13 @@ class ShardCache:
                     ) from error
                 raise
             if part.stat().st_size > expected:
-                self._make_room(lock, file, part.stat().st_size, let_go, since_ns)
+                self._make_room(lock, file, part.stat().st_size, evict, since_ns)
             descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             self.room.admit(file.key, lock)
             return descriptor
 
-    def _download(self, file: RemoteFile, part: Path, patience: Patience) -> None:
+    def _download(self, file: RemoteFile, part: Path, patience: RetryPolicy) -> None:
         """Fetch the bytes that the checksum means.
 
         The same wrong bytes twice are how the store has them. Where their length is right they are
@@ -251,7 +253,7 @@ class ShardCache:
                 raise CorruptError(f"{brief}, twice: it is damaged in the store; upload it again")
             _log.warning("%s, twice: it is damaged in the store; upload it again", brief)
 
-        retried(fetch, patience=patience)
+        with_retry(fetch, patience=patience)
 
     @contextmanager
     def _alone(self, key: str, *, wait: bool) -> Iterator[int | None]:
@@ -279,7 +281,7 @@ class ShardCache:
         lock: int,
         file: RemoteFile,
         length_bytes: int,
-        let_go: Callable[[], bool] | None,
+        evict: Callable[[], bool] | None,
         since_ns: int | None,
     ) -> None:
         """Set room aside for a download; removes what was used longest ago.
@@ -288,7 +290,7 @@ class ShardCache:
             lock: of the download.
             file: what is fetched.
             length_bytes: of it.
-            let_go: as of :meth:`open`; None does not wait for others.
+            evict: as of :meth:`open`; None does not wait for others.
             since_ns: as of :meth:`fetch_ahead`.
         """
         limit_bytes = self.room.limit_bytes
@@ -302,9 +304,9 @@ class ShardCache:
             tried_s = time.monotonic()
             if self.room.reserve(lock, length_bytes, since_ns=since_ns):
                 return
-            if let_go is None:
+            if evict is None:
                 raise CacheFullError(f"{self.folder}: no room for {file.name}")
-            if let_go():
+            if evict():
                 continue
             if time.monotonic() - begin_s > ROOM_PATIENCE_S:
                 raise ConfigError(

@@ -5,7 +5,7 @@
     Task(i, slot)           which batch, and where in the ring of shared memory (ring.py)
       -> worker i % W       a process of webdataset's WebLoader
            BatchOrder.plan  which samples: arithmetic
-           BatchReader      pread, checksum, decode into the slot; substitute corrupt ones
+           BatchMaker      pread, checksum, decode into the slot; substitute corrupt ones
       -> Loader             batches in order, views of their slots; stops when too many samples are
                             corrupt
 
@@ -24,24 +24,24 @@ import webdataset as wds
 
 from shared.errors import ConfigError
 from shared.recipe import Recipe, Split, WindowShapes, load_recipe
-from train.data.assemble import array_forms, compose_batch
-from train.data.bad_samples import BadSampleLimit
-from train.data.dataset import SessionSource
+from train.data.batch import array_forms, compose_batch
+from train.data.batch_maker import BatchMaker, Task, init_worker
+from train.data.corrupt_samples import CorruptSampleBudget
 from train.data.mixed_source import MixedSource
-from train.data.mixing import MixedOrder, whole_weights
+from train.data.mixture import MixedOrder, integer_weights
 from train.data.order import BatchOrder, SampleOrder
-from train.data.reader import ShardSource
 from train.data.remote import CacheSettings, default_cache_dir
-from train.data.ring import Ring
-from train.data.worker import BatchReader, Task, leave_stopping_to_the_trainer
-from train.machine.runtime import explained_worker_death
+from train.data.session_source import SessionSource
+from train.data.shard_source import ShardSource
+from train.data.shared_pool import SharedBatchPool
+from train.machine.runtime import translate_worker_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from shared.laps import Laps
+    from shared.timing import StageTimer
     from train.config import TrainConfig
-    from train.data.assemble import Batch
+    from train.data.batch import Batch
     from train.data.source import SampleSource
 
 _SILENT_TIMEOUT_S = 600
@@ -88,7 +88,7 @@ class Loader:
         num_epochs: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        laps: Laps | None = None,
+        laps: StageTimer | None = None,
     ) -> None:
         self.source = source
         self.config = config
@@ -98,7 +98,8 @@ class Loader:
         )
         if not source.shard_sizes.sum():
             raise ConfigError(
-                f"{config.data.whence}: there is no sample in this split to make batches of; "
+                f"{config.data.source_description}: there is no sample in this "
+                "split to make batches of; "
                 "record more sessions, or let the recipe hold out fewer (split.val_fraction, or "
                 "another split.salt), and build shards again"
             )
@@ -181,7 +182,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._has_begun = True
-        limit = BadSampleLimit(max_fraction=self.config.data.max_bad_fraction)
+        limit = CorruptSampleBudget(max_fraction=self.config.data.max_bad_fraction)
         for batch in self._batches():
             if self.world_size == 1:  # else the trainer counts those of all ranks
                 limit.count(len(batch["keys"]), batch["skipped"])
@@ -214,12 +215,12 @@ class Loader:
     def _batches(self) -> Iterator[Batch]:
         """Batches as they come from the workers, each a view of its slot."""
         data = self.config.data
-        ring = Ring(
+        ring = SharedBatchPool(
             array_forms(self.order.share_size, config=self.config, shapes=self.shapes),
             num_recycled=num_recycled_slots(self.config),
         )
         messages = wds.WebLoader(
-            BatchReader(
+            BatchMaker(
                 self.source,
                 self.order,
                 ring,
@@ -234,12 +235,12 @@ class Loader:
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_batches if data.num_workers else None,
             timeout=_SILENT_TIMEOUT_S if data.num_workers else 0,
-            worker_init_fn=leave_stopping_to_the_trainer,
+            worker_init_fn=init_worker,
         )
         # A few held-out batches are not worth locking memory: tenths of a second per GB.
         is_worth_it = self._num_epochs is None and self.config.training.device != "cpu"
         is_pinned = is_worth_it and torch.cuda.is_available()
-        with explained_worker_death():
+        with translate_worker_errors():
             for number, message in enumerate(messages):
                 if "error" in message:
                     raise message["error"]
@@ -257,7 +258,7 @@ class Loader:
                     }
                 yield compose_batch(arrays, self.config) | message["rest"]
 
-    def _tasks(self, ring: Ring) -> Iterator[Task]:
+    def _tasks(self, ring: SharedBatchPool) -> Iterator[Task]:
         """What is to be made next and where; drawn in this process when a worker gets work."""
         if self._num_epochs is None:
             indices: Iterable[int] = itertools.count(self._start)
@@ -309,7 +310,7 @@ def open_source(config: TrainConfig, *, split: Split) -> SampleSource:
         cache = CacheSettings(folder=folder, limit_bytes=round(data.cache_gb * 1e9))
         if data.mix is None:
             return ShardSource(data.sets["shards"], split=split, cache=cache)
-        weights = whole_weights([each.weight for each in data.mix])
+        weights = integer_weights([each.weight for each in data.mix])
         parts = sorted(zip(data.mix, weights, strict=True), key=lambda part: part[0].title)
         sources = {e.title: ShardSource(e.shards, split=split, cache=cache) for e, _ in parts}
         return MixedSource(sources, {each.title: weight for each, weight in parts})

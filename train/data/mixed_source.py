@@ -1,4 +1,4 @@
-"""Several shard sets as one source of samples; :mod:`train.data.mixing` says whose turn it is."""
+"""Several shard sets as one source of samples; :mod:`train.data.mixture` says whose turn it is."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.fields import Text
-    from shared.laps import Lap
     from shared.recipe import Stream
-    from train.data.reader import ShardSource
+    from shared.session.reader import Text
+    from shared.timing import OnStage
+    from train.data.shard_source import ShardSource
 
 ALIKE: Final = (
     "window.duration_s",
@@ -42,7 +42,7 @@ class MixedSource:
 
     Args:
         sources: by name, at least one.
-        weights: whole, by name; see :func:`train.data.mixing.whole_weights`.
+        weights: whole, by name; see :func:`train.data.mixture.integer_weights`.
 
     Raises:
         ConfigError: one model can't read them all.
@@ -62,15 +62,15 @@ class MixedSource:
         self.fingerprint = hashlib.sha256(json.dumps(prints).encode()).hexdigest()
         self._told: dict[int, tuple[int, list[int]]] = {}
         for k, source in enumerate(self._sources):
-            source.let_go_of_others = partial(self._let_go_of_others, k)
+            source.evict_others = partial(self._let_go_of_others, k)
 
     @property
-    def lap(self) -> Lap:
+    def lap(self) -> OnStage:
         """Told when a stage of reading is over."""
         return self._sources[0].lap
 
     @lap.setter
-    def lap(self, lap: Lap) -> None:
+    def lap(self, lap: OnStage) -> None:
         for source in self._sources:
             source.lap = lap
 
@@ -94,15 +94,15 @@ class MixedSource:
         source, shard = self._of(shard)
         return source.present(shard, row)
 
-    def will_read(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
-        """See :meth:`train.data.source.SampleSource.will_read`."""
+    def prefetch_shards(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
+        """See :meth:`train.data.source.SampleSource.prefetch_shards`."""
         wanted = np.array(list(shards), dtype=np.int64)
         owners = np.searchsorted(self._ends, wanted, side="right")
         for k, source in enumerate(self._sources):
             told = os.getpid(), (wanted[owners == k] - self._first_shards[k]).tolist()
             if self._told.get(k) != told:  # a set that changes its blocks leaves the others alone
                 self._told[k] = told
-                source.will_read(told[1], streams)
+                source.prefetch_shards(told[1], streams)
 
     def will_need(self, places: Iterable[tuple[int, int]], streams: Collection[Stream]) -> None:
         """See :meth:`train.data.source.SampleSource.will_need`."""
@@ -129,7 +129,7 @@ class MixedSource:
 
     def _let_go_of_others(self, own: int) -> bool:
         """Make room in the cache for a set: close what another one reads, if anything is open."""
-        return any(source.let_go() for k, source in enumerate(self._sources) if k != own)
+        return any(source.evict() for k, source in enumerate(self._sources) if k != own)
 
     def _name_of(self, shard: int) -> str:
         return list(self.sources)[int(np.searchsorted(self._ends, shard, side="right"))]

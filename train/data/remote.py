@@ -24,17 +24,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.columns import ColumnFile
 from shared.errors import CorruptError, ShardError, StorageError
-from shared.index import ShardIndex, parse_index
-from shared.manifest import MANIFEST_FILE, parse_manifest
-from shared.storage import FIRST_PATIENCE, Patience, Store, retried
+from shared.shardset.columns import ColumnFile
+from shared.shardset.index import ShardIndex, parse_index
+from shared.shardset.manifest import MANIFEST_FILE, parse_manifest
+from shared.storage import STARTUP_RETRY, RetryPolicy, Store, with_retry
 from train.data.cache import RemoteFile, ShardCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from shared.manifest import Manifest, ShardEntry
+    from shared.shardset.manifest import Manifest, ShardEntry
 
 AHEAD_THREADS = 4
 """Downloads ahead at a time in each process; one stream from an object store gives some 50 MB/s."""
@@ -54,7 +54,7 @@ class CacheSettings:
 
     folder: Path = field(default_factory=default_cache_dir)
     limit_bytes: int = 64 * 10**9
-    patience: Patience = field(default_factory=Patience)
+    patience: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 class RemoteFiles:
@@ -73,9 +73,9 @@ class RemoteFiles:
     def __init__(self, store: Store, settings: CacheSettings) -> None:
         self._store = store
         self._settings = settings
-        attempts = min(FIRST_PATIENCE.attempts, settings.patience.attempts)
+        attempts = min(STARTUP_RETRY.attempts, settings.patience.attempts)
         first = replace(settings.patience, attempts=attempts)
-        self.manifest, self._manifest_sha256 = retried(self._read_manifest, patience=first)
+        self.manifest, self._manifest_sha256 = with_retry(self._read_manifest, patience=first)
         self._cache = ShardCache(
             store, settings.folder, limit_bytes=settings.limit_bytes, patience=settings.patience
         )
@@ -98,7 +98,7 @@ class RemoteFiles:
             raise StorageError(str(error), may_pass=True) from error
         return manifest, hashlib.sha256(content).hexdigest()
 
-    def open_index(self, entry: ShardEntry, *, let_go: Callable[[], bool]) -> ShardIndex:
+    def open_index(self, entry: ShardEntry, *, evict: Callable[[], bool]) -> ShardIndex:
         """A shard's index.
 
         Raises:
@@ -107,14 +107,14 @@ class RemoteFiles:
         """
         file = RemoteFile(entry.index_file, entry.index_sha256)
         try:
-            return self._read_index(file, let_go)
+            return self._read_index(file, evict)
         except CorruptError:
-            if file.name in self._lost or not self._cache.renew(file, let_go=let_go):
+            if file.name in self._lost or not self._cache.renew(file, evict=evict):
                 raise
-            return self._read_index(file, let_go)
+            return self._read_index(file, evict)
 
     def open_column(
-        self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]
+        self, index: ShardIndex, column: str, *, evict: Callable[[], bool]
     ) -> ColumnFile:
         """A column's file; it stays in the cache as long as it is open.
 
@@ -125,13 +125,13 @@ class RemoteFiles:
         file = _column_file(index, column)
         return ColumnFile(
             self._cache.path(file),
-            descriptor=self._open(file, let_go),
+            descriptor=self._open(file, evict),
             origin=f"{self._store}/{file.name}",
         )
 
-    def renew_column(self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]) -> bool:
+    def refetch_column(self, index: ShardIndex, column: str, *, evict: Callable[[], bool]) -> bool:
         """Fetch a column again that turned out damaged; whether it may be good now."""
-        return self._cache.renew(_column_file(index, column), let_go=let_go)
+        return self._cache.renew(_column_file(index, column), evict=evict)
 
     def fetch_ahead(self, entries: Iterable[ShardEntry], columns: Sequence[str]) -> None:
         """Fetch shards in the background, in this order; what was asked before and has not begun
@@ -156,8 +156,8 @@ class RemoteFiles:
             if file.name not in self._lost:
                 self._cache.fetch_ahead(file, since_ns=since_ns)
 
-    def _read_index(self, file: RemoteFile, let_go: Callable[[], bool] | None) -> ShardIndex:
-        with os.fdopen(self._open(file, let_go), "rb") as opened:
+    def _read_index(self, file: RemoteFile, evict: Callable[[], bool] | None) -> ShardIndex:
+        with os.fdopen(self._open(file, evict), "rb") as opened:
             content = opened.read()
         return parse_index(content, origin=f"{self._store}/{file.name}", sha256=file.sha256)
 
@@ -166,14 +166,14 @@ class RemoteFiles:
         with os.fdopen(self._open(file, lambda: False), "rb") as opened:
             return opened.read()
 
-    def _open(self, file: RemoteFile, let_go: Callable[[], bool] | None) -> int:
+    def _open(self, file: RemoteFile, evict: Callable[[], bool] | None) -> int:
         """See :meth:`train.data.cache.ShardCache.open`; a file that the store has lost is asked for
         only once.
         """
         if file.name in self._lost:
             raise CorruptError(self._lost[file.name])
         try:
-            return self._cache.open(file, let_go=let_go)
+            return self._cache.open(file, evict=evict)
         except FileNotFoundError as error:
             self._require_same_set(file.name)
             self._lost[file.name] = f"{self._store}/{file.name}: is not there"
@@ -189,7 +189,7 @@ class RemoteFiles:
             StorageError: the manifest is another one now, or gone.
         """
         try:
-            content = retried(
+            content = with_retry(
                 lambda: self._store.read(MANIFEST_FILE), patience=self._settings.patience
             )
         except FileNotFoundError:

@@ -6,31 +6,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shared.columns import ColumnFile
-from shared.hold import read_held
-from shared.index import ShardIndex, open_index
+from shared.shardset.columns import ColumnFile
+from shared.shardset.index import ShardIndex, open_index
+from shared.shardset.locks import read_manifest_locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from shared.manifest import ShardEntry
+    from shared.shardset.manifest import ShardEntry
 
 
 class SetFiles(Protocol):
-    """Where a set's files come from. `let_go` closes a shard to make room, if one is open."""
+    """Where a set's files come from. `evict` closes a shard to make room, if one is open."""
 
-    def open_index(self, entry: ShardEntry, *, let_go: Callable[[], bool]) -> ShardIndex:
+    def open_index(self, entry: ShardEntry, *, evict: Callable[[], bool]) -> ShardIndex:
         """A shard's index."""
         ...
 
     def open_column(
-        self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]
+        self, index: ShardIndex, column: str, *, evict: Callable[[], bool]
     ) -> ColumnFile:
         """A column's file."""
         ...
 
-    def renew_column(self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]) -> bool:
+    def refetch_column(self, index: ShardIndex, column: str, *, evict: Callable[[], bool]) -> bool:
         """Get a damaged column anew; False where that does not help."""
         ...
 
@@ -44,34 +44,34 @@ class SetFiles(Protocol):
 
 
 class LocalFiles:
-    """A set in a folder, which is held while it is read; see :mod:`shared.hold`."""
+    """A set in a folder, which is held while it is read; see :mod:`shared.shardset.locks`."""
 
     def __init__(self, root: Path) -> None:
-        self.manifest, self._hold = read_held(root)
+        self.manifest, self._hold = read_manifest_locked(root)
         self.tokenizer = self.manifest.load_tokenizer()
 
-    def open_index(self, entry: ShardEntry, *, let_go: Callable[[], bool]) -> ShardIndex:
+    def open_index(self, entry: ShardEntry, *, evict: Callable[[], bool]) -> ShardIndex:
         """A shard's index."""
-        del let_go
+        del evict
         return open_index(self.manifest.root / entry.index_file, sha256=entry.index_sha256)
 
     def open_column(
-        self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]
+        self, index: ShardIndex, column: str, *, evict: Callable[[], bool]
     ) -> ColumnFile:
         """A column's file."""
-        del let_go
+        del evict
         return ColumnFile(self.manifest.root / index.facts["columns"][column]["file"])
 
-    def renew_column(self, index: ShardIndex, column: str, *, let_go: Callable[[], bool]) -> bool:
+    def refetch_column(self, index: ShardIndex, column: str, *, evict: Callable[[], bool]) -> bool:
         """Nothing helps."""
-        del index, column, let_go
+        del index, column, evict
         return False
 
     def fetch_ahead(self, entries: Sequence[ShardEntry], columns: Sequence[str]) -> None:
         """Nothing: all is here."""
 
     def close(self) -> None:
-        """Hold the set no longer."""
+        """ReaderLock the set no longer."""
         if self._hold is not None:
             self._hold.close()
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.fields import Mel, Text
-    from shared.text import TextTokenizer
+    from shared.media.tokenizer import TextTokenizer
+    from shared.session.reader import Mel, Text
 
 SENSORS = (Stream.TOUCH, Stream.PROPRIO)
 
@@ -48,7 +48,7 @@ class SampleSource(Protocol):
         """Streams that the sample has."""
         ...
 
-    def will_read(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
+    def prefetch_shards(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
         """Hear which shards, and what of them, are read from now on, in about this order."""
         ...
 

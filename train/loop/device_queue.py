@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from train.data.inputs import send, tensors_of
+from train.data.device import send, tensors_of
 
 if TYPE_CHECKING:
-    from train.loop.feed import Batch
+    from train.loop.prefetch import Batch
 
 
 class Mark(Protocol):

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.errors import ConfigError, CreatureError
+from shared.errors import ConfigError, EngineError
 from train.config import Head
 from train.loop.health import HealthWatch
-from train.loop.showing import draw_window, write_window
+from train.loop.sample_logging import render_window, write_window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from shared.recipe import Split
     from train.loop.health import Finding
-    from train.loop.showing import ShownWindow
+    from train.loop.sample_logging import LoggedWindow
 
 QUARANTINE_NAME: Final = "quarantine.jsonl"
 """Samples that had to be replaced: key, shard, row, error, and the step and split that met them."""
@@ -38,7 +38,7 @@ HEADER_EVERY: Final = 20
 
 MIN_COLUMN_WIDTH: Final = 9
 
-TERMINAL_ONLY_LEFT_OUT: Final = (
+TENSORBOARD_ONLY_PREFIXES: Final = (
     "data_wait_ms_",
     "time_to_",
     "skipped_steps",
@@ -115,7 +115,7 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         """Close the curves; what stopped the run stands among its health's findings."""
-        if isinstance(error, CreatureError):
+        if isinstance(error, EngineError):
             self._write_text("health", f"**stopped**: {error}", self._step)
         self._curves.write(lambda writer: writer.close())
 
@@ -158,11 +158,11 @@ class RunLog:
         self._tell(self._watch.observe_held_out(step, named))
 
     def write_window(
-        self, step: int, window: ShownWindow | None, reading: Mapping[str, Any]
+        self, step: int, window: LoggedWindow | None, reading: Mapping[str, Any]
     ) -> None:
-        """A held-out window, recorded and predicted; see :mod:`train.loop.showing`."""
+        """A held-out window, recorded and predicted; see :mod:`train.loop.sample_logging`."""
         if window is not None and not self._is_silent:
-            drawn = draw_window(window, reading)
+            drawn = render_window(window, reading)
             self._curves.write(lambda writer: write_window(writer, drawn, step))
 
     def write_skipped(
@@ -201,7 +201,7 @@ class RunLog:
         self._curves.write(add_all)
 
     def _write_line(self, step: int, metrics: Mapping[str, float]) -> None:
-        shown = tuple(n for n in metrics if not n.startswith(TERMINAL_ONLY_LEFT_OUT))
+        shown = tuple(n for n in metrics if not n.startswith(TENSORBOARD_ONLY_PREFIXES))
         if self._num_lines % HEADER_EVERY == 0 or shown != self._columns:
             self._columns = shown
             self.say(format_line(self._step_column("step"), {n: n for n in shown}), style="bold")

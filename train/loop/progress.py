@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from train.loop.evaluating import HeldOut
+from train.loop.evaluation import HeldOut
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import CheckpointError, ConfigError
 from shared.recipe import Recipe, WindowShapes
-from train import checkpoint
+from train import checkpoints as checkpoint
 from train.config import ModelConfig, TrainConfig
-from train.loop.optimizing import restore_optimizer
+from train.loop.optim import restore_optimizer
 from train.machine import distributed, runtime
 from train.machine.parallel import shares_of, whole
 from train.model.multimodal import dimensions
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from train.config import TrainingConfig
-    from train.data.bad_samples import BadSampleLimit
+    from train.data.corrupt_samples import CorruptSampleBudget
     from train.loop.spikes import SpikeWatch
 
 
@@ -51,7 +51,7 @@ class TrainState:
     spikes: SpikeWatch
     config: TrainConfig
     shapes: WindowShapes
-    bad_samples: BadSampleLimit
+    bad_samples: CorruptSampleBudget
     """Counts of the whole run: bad samples that were replaced, and all that were read."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Plain values that make a checkpoint usable without the data, such as the tokenizer."""
@@ -89,7 +89,7 @@ class TrainState:
             "optimizer": whole(self.optimizer.state_dict()),
             "scaler": runtime.scaler_state(self.scaler, num_ranks=distributed.world_size()),
             "spikes": self.spikes.state_dict(),
-            "schedule": schedule_of(self.config.training),
+            "schedule": schedule_dict(self.config.training),
             "rng": runtime.rng_state(),
             "rng_of_other_ranks": distributed.gather([runtime.rng_state()])[1:],
             "stream": stream,
@@ -228,7 +228,7 @@ def _making_weights(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def schedule_of(training: TrainingConfig) -> dict[str, float]:
+def schedule_dict(training: TrainingConfig) -> dict[str, float]:
     """What the learning rate follows, for a resumed run to compare with its own."""
     optimizer = training.optimizer
     return {
@@ -256,7 +256,7 @@ def require_heads(model: nn.Module, config: TrainConfig) -> None:
         )
 
 
-def shapes_of(model: nn.Module) -> WindowShapes:
+def window_shapes(model: nn.Module) -> WindowShapes:
     """The window shapes that a model was made for; the default recipe's where it does not say."""
     shapes = getattr(model, "shapes", None)
     return shapes if isinstance(shapes, WindowShapes) else WindowShapes.from_recipe(Recipe())

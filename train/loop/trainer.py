@@ -18,36 +18,36 @@ from torch import Tensor, nn
 
 from shared.errors import ConfigError
 from train.config import TrainConfig, as_train_config
-from train.creature import check_windows, reading_of
-from train.data.bad_samples import BadSampleLimit
-from train.data.inputs import to_model_inputs
-from train.loop.evaluating import measure
-from train.loop.feed import BatchFeed, one_epoch, position_in
+from train.data.corrupt_samples import CorruptSampleBudget
+from train.data.device import to_model_inputs
+from train.loop.checkpoint_manager import CheckpointManager
+from train.loop.evaluation import measure
 from train.loop.gradients import gradient_norms
 from train.loop.health import QUIET_STEPS
-from train.loop.keeping import Keeper
 from train.loop.meter import StepMeter
 from train.loop.metrics import RunLog, default_run_name
-from train.loop.optimizing import (
+from train.loop.optim import (
     clip_gradient,
     learning_rate,
     make_optimizer,
     set_learning_rate,
     step_if,
 )
+from train.loop.prefetch import BatchFeed, one_epoch, position_in
 from train.loop.progress import Progress, TrainSummary
 from train.loop.spikes import SpikeWatch
-from train.loop.state import TrainState, require_heads, schedule_of, shapes_of
+from train.loop.state import TrainState, require_heads, schedule_dict, window_shapes
 from train.machine import distributed, runtime
 from train.machine.parallel import averaging_gradients, parallelize
 from train.model.losses import added, compute_losses, loss_counts
+from train.trained_model import check_windows, checkpoint_extras
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from rich.console import Console
 
-    from train.loop.feed import Batch
+    from train.loop.prefetch import Batch
 
 
 class Trainer:
@@ -111,12 +111,12 @@ class Trainer:
             ),
             spikes=SpikeWatch(training.spike_sigma, self.device),
             config=self.config,
-            shapes=shapes_of(self.model),
-            bad_samples=BadSampleLimit(max_fraction=self.config.data.max_bad_fraction),
-            extra={**reading_of(loader), **(checkpoint_extra or {})},
+            shapes=window_shapes(self.model),
+            bad_samples=CorruptSampleBudget(max_fraction=self.config.data.max_bad_fraction),
+            extra={**checkpoint_extras(loader), **(checkpoint_extra or {})},
             run_name=run_name,
         )
-        self._keeper = Keeper(self._state, training.checkpointing)
+        self._keeper = CheckpointManager(self._state, training.checkpointing)
         self._loader, self._val_loader = loader, val_loader
         self._console = console
         self._feed: BatchFeed | None = None
@@ -137,14 +137,14 @@ class Trainer:
         Raises:
             DivergedError: losses or gradients stayed non-finite, or far above what they were.
             CheckpointError: no checkpoint can be written, or the last one could not.
-            CreatureError: the GPU's memory does not suffice, or the loader gave up.
+            EngineError: the GPU's memory does not suffice, or the loader gave up.
         """
         training, state = self.config.training, self._state
         optimizer, scaler = state.optimizer, state.scaler
         self._keeper.prepare()
         # torchrun may repeat a signal, and ends by itself whoever takes too long.
         stop = runtime.StopSignals(is_patient=distributed.world_size() > 1)
-        with stop, self._open_log() as log, runtime.explained_failures():
+        with stop, self._open_log() as log, runtime.translate_errors():
             feed = self._restore(log)
             while state.step < training.max_steps and not distributed.any_of(stop.requested):
                 set_learning_rate(optimizer, learning_rate(state.step, training))
@@ -176,7 +176,7 @@ class Trainer:
 
         Raises:
             ConfigError: the trainer has no val_loader.
-            TooManyBadSamplesError: more are bad than ``data.max_bad_fraction`` allows.
+            TooManyCorruptSamplesError: more are bad than ``data.max_bad_fraction`` allows.
         """
         if self._val_loader is None:
             raise ConfigError("there is nothing to evaluate on; give Trainer a val_loader")
@@ -243,7 +243,7 @@ class Trainer:
         resumed, self._resumed = self._resumed, None
         if resumed is not None:
             log.say(f"resuming at step {self.step} from {resumed['path']}")
-            if (schedule := schedule_of(self.config.training)) != resumed["schedule"]:
+            if (schedule := schedule_dict(self.config.training)) != resumed["schedule"]:
                 log.say(
                     f"  the schedule was {resumed['schedule']}, it is now {schedule}",
                     style="yellow",

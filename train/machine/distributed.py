@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shared.errors import ConfigError, CreatureError
+from shared.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,7 +66,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         device: of the training; any cuda device takes nccl.
 
     Raises:
-        CreatureError: another rank has ended before its time.
+        EngineError: another rank has ended before its time.
     """
     if dist.is_initialized() or _announced_world_size() == 1:
         yield
@@ -85,7 +85,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_of_a_lost_rank(error):
             raise
-        raise CreatureError(
+        raise EngineError(
             f"rank {rank()}: another rank has ended before its time; what it said stands elsewhere "
             "in this log. The last checkpoint is whole: `--resume auto` goes on from it, under "
             "torchrun's --max-restarts by itself"
@@ -197,7 +197,7 @@ def on_main(call: Callable[[], T]) -> T:
     """What `call` gives on the main rank, on all ranks.
 
     Raises:
-        CreatureError: on all ranks, what `call` raised on the main one.
+        EngineError: on all ranks, what `call` raised on the main one.
     """
     if world_size() == 1:
         return call()
@@ -205,7 +205,7 @@ def on_main(call: Callable[[], T]) -> T:
     if is_main():
         try:
             outcome[0] = call()
-        except CreatureError as error:
+        except EngineError as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=MAIN)
     if outcome[1] is not None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from shared.errors import ConfigError, CreatureError
+from shared.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     import types
@@ -215,17 +215,17 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def explained_failures() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Turn a lack of memory and the loss of a loader process into errors that say what to do.
 
     torch tells of a lost process wherever the main thread is just then.
     """
-    with explained_out_of_memory(), explained_worker_death():
+    with translate_oom(), translate_worker_errors():
         yield
 
 
 @contextlib.contextmanager
-def explained_out_of_memory(mend: str = _SMALLER_BATCHES) -> Iterator[None]:
+def translate_oom(mend: str = _SMALLER_BATCHES) -> Iterator[None]:
     """Turn torch's lack of memory, a GPU's or the host's, into an error that says what to do."""
     try:
         yield
@@ -235,15 +235,15 @@ def explained_out_of_memory(mend: str = _SMALLER_BATCHES) -> Iterator[None]:
         if not is_gpu and _HOST_ALLOCATOR not in reason:
             raise
         whose = "the GPU" if is_gpu else "the host"
-        raise CreatureError(f"{whose} ran out of memory: {reason}\n{mend}") from error
+        raise EngineError(f"{whose} ran out of memory: {reason}\n{mend}") from error
 
 
 @contextlib.contextmanager
-def explained_worker_death() -> Iterator[None]:
+def translate_worker_errors() -> Iterator[None]:
     """Turn what torch says of a lost worker into an error of ours.
 
     Raises:
-        CreatureError: a loader process died or was silent for too long.
+        EngineError: a loader process died or was silent for too long.
     """
     try:
         yield
@@ -251,7 +251,7 @@ def explained_worker_death() -> Iterator[None]:
         what = str(error).strip()
         if not what.startswith(("DataLoader worker (pid", "DataLoader timed out")):
             raise
-        raise CreatureError(
+        raise EngineError(
             f"a loader process was lost: {what.rstrip('.')}. Where it was killed, memory ran out "
             "most likely: lower data.num_workers, data.prefetch_batches or data.batch_size; where "
             "it crashed or was silent, data.num_workers: 0 shows why"

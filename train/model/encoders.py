@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from shared.errors import ConfigError
 from shared.recipe import PAD_TOKEN, STREAMS, Stream, WindowShapes
 from train.config import TEXT_STREAMS, ModelConfig
-from train.data.inputs import VISION_STREAMS
+from train.data.device import VISION_STREAMS
 from train.model.blocks import Block
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class TickEncoder(nn.Module):
         """Encode ticks [first_tick, first_tick + num_ticks).
 
         Args:
-            inputs: of :func:`train.data.inputs.to_model_inputs`, for these ticks.
+            inputs: of :func:`train.data.device.to_model_inputs`, for these ticks.
             num_ticks: how many.
             first_tick: index of the first since the window's start.
             last_frames: for each eye the frame that was newest before these ticks.

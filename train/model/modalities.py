@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shared.recipe import Stream
-from train.data.inputs import VISION_STREAMS
+from train.data.device import VISION_STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -24,12 +24,12 @@ import numpy as np
 import soundfile
 import zarr
 
-from shared.audio import decode_dmel, to_int16
 from shared.clock import wrap_angle
-from shared.errors import CreatureError
-from shared.fields import MASKED_LEVEL
+from shared.errors import EngineError
+from shared.media.mel import decode_dmel, to_int16
+from shared.media.tokenizer import EVENT_TOKEN
 from shared.recipe import PAD_TOKEN
-from shared.text import EVENT_TOKEN
+from shared.session.reader import MASKED_LEVEL
 from train.config import Head
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shared.media.tokenizer import TextTokenizer
     from shared.recipe import Recipe, WindowShapes
-    from shared.text import TextTokenizer
 
 TEXT_HEADS = (Head.INTERNAL_TEXT, Head.EXTERNAL_TEXT)
 
@@ -114,7 +114,7 @@ class PredictionWriter:
         seed: of the phases that Griffin-Lim begins with.
 
     Raises:
-        CreatureError: the sound can't be written, for example because the disk is full.
+        EngineError: the sound can't be written, for example because the disk is full.
         OSError: another file can't.
     """
 
@@ -216,14 +216,14 @@ class PredictionWriter:
         """Turn what libsndfile says of a failed write, which is no OSError, into an error of ours.
 
         Raises:
-            CreatureError: it says where, and how much room there is.
+            EngineError: it says where, and how much room there is.
         """
         try:
             yield
         # An assertion of soundfile's is what a write comes to that took only a part.
         except (soundfile.SoundFileError, AssertionError) as error:
             free_mb = shutil.disk_usage(self._out).free / 2**20
-            raise CreatureError(
+            raise EngineError(
                 f"{self._out / AUDIO_NAME}: the sound can't be written ({error} "
                 f"{free_mb:,.0f} MiB are free there); make room there, or give another --out"
             ) from error

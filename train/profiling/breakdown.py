@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Final
 
-from shared.laps import Laps, no_lap
-from train.data.inputs import tensors_of, to_device
+from shared.timing import StageTimer, no_timer
+from train.data.device import tensors_of, to_device
 from train.data.loader import Loader
 from train.data.mixed_source import MixedSource
-from train.data.reader import ShardSource
-from train.loop.feed import iterate
+from train.data.shard_source import ShardSource
+from train.loop.prefetch import iterate
 from train.machine.runtime import memory_allocated_mb
 from train.profiling.step import PHASES, PhaseTimes
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from train.config import TrainConfig
     from train.data.source import SampleSource
-    from train.loop.feed import Batch
+    from train.loop.prefetch import Batch
     from train.profiling.step import TrainingStep
 
 STAGES: Final = ("plan", "open", "fetch", "checksum", "decode", "collate")
@@ -90,9 +90,9 @@ def measure_steps(
     """Train for some steps, fewer if they take too long, and say where the time went.
 
     Raises:
-        CreatureError: the loader gave up.
+        EngineError: the loader gave up.
     """
-    laps, times, record, until_s = Laps(), PhaseTimes(device), _Record(), math.inf
+    laps, times, record, until_s = StageTimer(), PhaseTimes(device), _Record(), math.inf
     loader = Loader(source, config, laps=laps)
     batches = iterate(loader, seed=config.training.seed, position={"next_batch": 0})
     with _timed(source, laps), contextlib.closing(batches):
@@ -179,7 +179,7 @@ def ready_counts(deliveries: Sequence[Delivery], *, num_ahead: int) -> list[int]
 
 
 @contextlib.contextmanager
-def _timed(source: SampleSource, laps: Laps) -> Iterator[None]:
+def _timed(source: SampleSource, laps: StageTimer) -> Iterator[None]:
     """A shard set's own stages go to `laps`."""
     if not isinstance(source, ShardSource | MixedSource):
         yield
@@ -188,7 +188,7 @@ def _timed(source: SampleSource, laps: Laps) -> Iterator[None]:
     try:
         yield
     finally:
-        source.lap = no_lap
+        source.lap = no_timer
 
 
 def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:

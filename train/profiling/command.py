@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 
 from shared.errors import ConfigError
-from train.data.inputs import to_model_inputs
-from train.loop.optimizing import make_optimizer
+from train.data.device import to_model_inputs
+from train.loop.optim import make_optimizer
 from train.machine import runtime
 from train.profiling.advice import recommend, untested
 from train.profiling.breakdown import measure_steps
@@ -62,14 +62,14 @@ def run_profile(
     Raises:
         ConfigError: the configuration names data that is not there; or this is one of several
             ranks.
-        CreatureError: the data can't be read, or the memory does not suffice.
+        EngineError: the data can't be read, or the memory does not suffice.
     """
     require_paths(config, origin=origin)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("profile measures one process; start it without torchrun")
     console = console or Console()
     out.mkdir(parents=True, exist_ok=True)
-    with console.status("opening the data") as status, runtime.explained_failures():
+    with console.status("opening the data") as status, runtime.translate_errors():
         bench = _open_bench(config, num_steps, num_rounds, tell=status.update)
         profile = _measure(bench, out, try_compile=try_compile)
     report = as_report(profile, config, origin=origin, device=bench.device)

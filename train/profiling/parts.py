@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from train.data.inputs import tensors_of
+from train.data.device import tensors_of
 from train.loop.gradients import part_of
 from train.profiling.step import device_laps
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
-from shared.errors import CreatureError
-from train.data.inputs import to_device
+from shared.errors import EngineError
+from train.data.device import to_device
 from train.data.loader import Loader
-from train.loop.feed import BatchFeed, iterate
+from train.loop.prefetch import BatchFeed, iterate
 from train.machine import runtime
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from train.config import TrainConfig
     from train.data.source import SampleSource
-    from train.loop.feed import Batch
+    from train.loop.prefetch import Batch
     from train.profiling.step import TrainingStep
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ MIN_STEPS: Final = 2
 
 
 class CachedFeed:
-    """The same batches again and again, in place of a :class:`train.loop.feed.BatchFeed`."""
+    """The same batches again and again, in place of a :class:`train.loop.prefetch.BatchFeed`."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._batches = list(batches)
@@ -105,7 +105,7 @@ def loaded_rate(
     """Samples/s of training on the real loader.
 
     Raises:
-        CreatureError: the loader gave up.
+        EngineError: the loader gave up.
     """
     feed = BatchFeed(Loader(source, config), device, seed=config.training.seed)
     warm_up = 2 + _num_ahead(config) // config.training.accumulation_steps
@@ -116,7 +116,7 @@ def loader_rate(source: SampleSource, config: TrainConfig, *, num_batches: int) 
     """Samples/s of the loader alone: batches are let go as they come.
 
     Raises:
-        CreatureError: the loader gave up.
+        EngineError: the loader gave up.
     """
     batches = iterate(Loader(source, config), seed=0, position={"next_batch": 0})
     with contextlib.closing(batches):
@@ -149,7 +149,7 @@ def in_turns(
         run again.
 
     Raises:
-        CreatureError: the first case failed; it is the one that the others are compared with.
+        EngineError: the first case failed; it is the one that the others are compared with.
     """
     rates: dict[T, tuple[float, ...]] = dict.fromkeys(cases, ())
     problems: dict[T, Problem] = {}
@@ -160,9 +160,9 @@ def in_turns(
                 continue
             tell(name)
             try:
-                with runtime.explained_out_of_memory():
+                with runtime.translate_oom():
                     rates[name] += (cases[name](),)
-            except CreatureError as error:
+            except EngineError as error:
                 if name == first:
                     raise
                 lacks_memory = isinstance(error.__cause__, torch.OutOfMemoryError)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from shared.laps import Laps
-from train.data.inputs import to_model_inputs
-from train.loop.optimizing import clip_gradient, learning_rate, set_learning_rate, step_if
+from shared.timing import StageTimer
+from train.data.device import to_model_inputs
+from train.loop.optim import clip_gradient, learning_rate, set_learning_rate, step_if
 from train.loop.spikes import SpikeWatch
 from train.machine import runtime
 from train.model.blocks import Block
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from train.config import TrainConfig
-    from train.loop.feed import Batch
+    from train.loop.prefetch import Batch
     from train.model.multimodal import MultiModalCreature
 
     Phase = Callable[[str], AbstractContextManager[Any]]
@@ -100,15 +100,15 @@ class TrainingStep:
         return {name: torch.stack([p[name] for p in parts]).sum() for name in parts[0]}
 
 
-def device_laps(device: torch.device) -> Laps:
-    """Laps of what a device does: by its events, or where it is the CPU by the clock.
+def device_laps(device: torch.device) -> StageTimer:
+    """StageTimer of what a device does: by its events, or where it is the CPU by the clock.
 
     A GPU must be synchronized before they are taken. While it has nothing to do, an event happens
     when it is recorded, so the host's waiting counts as it does on a CPU.
     """
     if device.type != "cuda":
-        return Laps()
-    return Laps(_recorded_event, lambda start, stop: start.elapsed_time(stop) / 1e3)
+        return StageTimer()
+    return StageTimer(_recorded_event, lambda start, stop: start.elapsed_time(stop) / 1e3)
 
 
 class PhaseTimes:

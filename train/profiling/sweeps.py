@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from shared.errors import CreatureError
+from shared.errors import EngineError
 from train.profiling.figures import LoaderPoint, Value
 from train.profiling.rates import (
     CachedFeed,
@@ -68,7 +68,7 @@ def sweep_workers(bench: Bench) -> LoaderRuns:
     """Training with other numbers of loader processes, and on cached batches beside them.
 
     Raises:
-        CreatureError: the configured loader gave up, or the step does not run.
+        EngineError: the configured loader gave up, or the step does not run.
     """
     data = bench.config.data
     counts = worker_counts(data.num_workers, num_cores=len(os.sched_getaffinity(0)))
@@ -110,7 +110,7 @@ def sweep_workers(bench: Bench) -> LoaderRuns:
             )
         )
     if (failed := problems.get("cached batches")) is not None:
-        raise CreatureError(failed.text)
+        raise EngineError(failed.text)
     rounds = zip(trained["cached batches"], found[0].training_samples_per_s, strict=True)
     return LoaderRuns(
         configured=found[0], sweep=tuple(found[1:]), headspaces=tuple(c / t for c, t in rounds)
@@ -124,7 +124,7 @@ def sweep_prefetch(bench: Bench, runs: LoaderRuns) -> tuple[LoaderPoint, tuple[L
         The configured depth, and the others; without processes there is nothing to prefetch.
 
     Raises:
-        CreatureError: the loader gave up.
+        EngineError: the loader gave up.
     """
     tried = [p for p in (runs.configured, *runs.sweep) if p.problem is None]
     best = max(tried, key=lambda p: p.training_rate)

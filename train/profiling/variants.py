@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from shared.errors import ConfigError, CreatureError
-from train.data.inputs import tensors_of
+from shared.errors import ConfigError, EngineError
+from train.data.device import tensors_of
 from train.machine import runtime
 from train.profiling.figures import Value, Variant
 from train.profiling.rates import CachedFeed, cached_batches, in_turns, training_rate
@@ -41,7 +41,7 @@ def measure_variants(
         limit_bytes: what would take more memory is not tried.
 
     Raises:
-        CreatureError: the configured step does not run.
+        EngineError: the configured step does not run.
     """
     bench.tell("memory of the step")
     own_bytes = _peak_bytes(bench, AS_CONFIGURED, folder)
@@ -124,7 +124,7 @@ def _cached(bench: Bench, change: Mapping[str, Value]) -> Callable[[], float]:
         except RuntimeError as error:
             if not config.training.compile:
                 raise
-            raise CreatureError(f"torch.compile: {str(error).splitlines()[0]}") from error
+            raise EngineError(f"torch.compile: {str(error).splitlines()[0]}") from error
 
     return run
 

@@ -15,7 +15,7 @@ import simplejpeg
 import torch
 
 from train.config import TrainConfig
-from train.data.inputs import IMAGENET_MEAN, IMAGENET_STD
+from train.data.device import IMAGENET_MEAN, IMAGENET_STD
 from train.data.loader import Loader, open_source
 
 if TYPE_CHECKING:

@@ -1,0 +1,169 @@
+"""Making a new set the set: the manifest, the commit, and the sweep of what is left over."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from preprocess.build import statistics
+from preprocess.build.plan import versioned
+from preprocess.build.rejected import to_jsonl
+from shared.errors import ShardError
+from shared.shardset.layout import COLUMNS, field_schema
+from shared.shardset.manifest import (
+    MANIFEST_FILE,
+    REJECTED_FILE,
+    Manifest,
+    ShardEntry,
+    commit_manifest,
+    fingerprint_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from preprocess.build.places import ShardSetStore
+    from shared.recipe import Recipe
+
+_OWN_FILE = re.compile(
+    r"tokenizer(\.g\d+)?\.json|manifest\.g\d+\.json|(train|val)-\d{6,}(\.g\d+)?\."
+    f"(index|{'|'.join(f'{name}.{c.suffix}' for name, c in COLUMNS.items())})"
+)
+"""Names that shard sets give to files."""
+
+_OLD_MANIFEST = re.compile(r"manifest\.g\d+\.json")
+"""Names of replaced manifests; they are there as long as someone reads by them, or may."""
+
+
+def make_manifest(
+    place: ShardSetStore,
+    shards: tuple[ShardEntry, ...],
+    facts: Sequence[Mapping[str, Any]],
+    *,
+    recipe: Recipe,
+    generation: int,
+    tokenizer_file: str,
+    tokenizer_sha256: str,
+    num_sessions: int,
+    num_planned: int,
+    num_rejected: int,
+) -> Manifest:
+    """The manifest of a set.
+
+    Args:
+        place: where the set is.
+        shards: its shards, in order.
+        facts: those of the shards' indexes.
+        recipe: the recipe it is made by.
+        generation: builds that changed something.
+        tokenizer_file: name of its tokenizer.
+        tokenizer_sha256: checksum of it.
+        num_sessions: sessions, with those of which nothing is in the set.
+        num_planned: windows of them all.
+        num_rejected: windows that are not in the set.
+    """
+    parts = [
+        {"num_samples": entry.num_samples, **_flat(found["statistics"])}
+        for entry, found in zip(shards, facts, strict=True)
+        if entry.split == "train"
+    ]
+    return Manifest(
+        root=place.root,
+        recipe=recipe,
+        shards=shards,
+        generation=generation,
+        tokenizer_file=tokenizer_file,
+        tokenizer_sha256=tokenizer_sha256,
+        fields=field_schema(recipe),
+        statistics=statistics.merge(parts),
+        counts={
+            "sessions": num_sessions,
+            "windows_planned": num_planned,
+            "samples": sum(s.num_samples for s in shards),
+            "windows_rejected": num_rejected,
+        },
+        fingerprint=fingerprint_of(
+            [[s.name, s.split, s.num_samples, s.index_sha256] for s in shards], tokenizer_sha256
+        ),
+    )
+
+
+def commit(
+    manifest: Manifest,
+    place: ShardSetStore,
+    *,
+    old: Manifest | None,
+    tokenizer_json: str,
+    rejected: Iterable[Mapping[str, Any]],
+) -> None:
+    """Make the new set the set; write only what differs.
+
+    Args:
+        manifest: the new set.
+        place: where it is.
+        old: the set before.
+        tokenizer_json: the tokenizer's file.
+        rejected: lines of ``rejected.jsonl``.
+    """
+    for name, content in (
+        (manifest.tokenizer_file, tokenizer_json.encode()),
+        (REJECTED_FILE, to_jsonl(rejected)),
+    ):
+        if place.read(name) != content:
+            place.write(name, content)
+    if old is None or replace(old, root=place.root) != manifest:
+        if old is not None:
+            place.link_manifest(versioned(MANIFEST_FILE, old.generation))
+        commit_manifest(manifest, write=place.write)
+
+
+def sweep(manifest: Manifest, place: ShardSetStore, facts: Iterable[Mapping[str, Any]]) -> None:
+    """Remove what older sets and killed runs left; nothing that this program did not name, and
+    nothing of an older set that someone reads, or behind a URL may still read.
+
+    Args:
+        manifest: the set, committed.
+        place: where it is.
+        facts: those of its indexes.
+    """
+    needed = {manifest.tokenizer_file, *(entry.index_file for entry in manifest.shards)}
+    needed |= {column["file"] for found in facts for column in found["columns"].values()}
+    names = sorted(place.sizes())
+    for name in filter(_OLD_MANIFEST.fullmatch, names):
+        if place.has_readers(name):
+            needed |= {name, *_files_of(name, place, known=needed)}
+    given = manifest.recipe.text.tokenizer
+    for name in names:
+        if name in needed or not _OWN_FILE.fullmatch(name):
+            continue
+        path = manifest.root / name
+        if given is None or not (given.exists() and path.exists() and path.samefile(given)):
+            place.remove(name)
+
+
+def _files_of(name: str, place: ShardSetStore, *, known: Collection[str]) -> set[str]:
+    """Files that a replaced manifest leads to; of a damaged set those that can be told.
+
+    Args:
+        name: the manifest.
+        place: where the set is.
+        known: files that stay; what these indexes lead to is among them.
+    """
+    found = set()
+    with suppress(ShardError, ValueError, KeyError, TypeError):
+        values = json.loads(place.read(name) or b"{}")
+        found.add(values["tokenizer"]["file"])
+        for shard in values["shards"]:
+            if shard["index_file"] in known:
+                continue
+            found.add(shard["index_file"])
+            columns = place.read_index(shard["index_file"]).facts["columns"]
+            found |= {column["file"] for column in columns.values()}
+    return found
+
+
+def _flat(per_column: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in per_column.values() for name, value in part.items()}

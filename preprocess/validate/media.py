@@ -1,0 +1,205 @@
+"""Pictures and sound for the report: a few frames of each eye as JPEG, the envelope and level of
+the sound.
+
+Both read only what they show and keep no more: frames one by one from the keyframes before them,
+sound in blocks.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import soundfile
+
+from preprocess.validate.axes import PLOT_WIDTH, TimeAxis, say_time
+from shared.clock import nearest
+from shared.media.sound import read_frames, read_sound
+from shared.shardset.codec import encode_pictures
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shared.media.sound import VideoTrack
+    from shared.recipe import VisionRecipe
+
+NUM_THUMBNAILS = 10
+_LONG_S = 120.0
+_THUMBNAIL = {"size": 128, "codec": "mjpeg", "quality": 75}
+_SEEKABLE_HEADS = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
+_MATROSKA_HEAD = b"\x1aE\xdf\xa3"
+
+_BLOCK_FRAMES = 1 << 16
+_MIN_BIN_SAMPLES = 4
+_FALLBACK_RATE_HZ = 16_000
+_MIN_LEVEL_S = 0.02
+"""The level is of so many seconds at least: one period of 50 Hz."""
+
+FULL_SCALE = 32767 / 32768
+"""The largest sample of 16 bits; sound that reaches it is clipped."""
+
+FLOOR_DB = -90.0
+"""Level that stands for silence: the noise of 16 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """What the recipe shows at a place of the time axis."""
+
+    x: float
+    width: float
+    jpeg_uri: str
+    """Empty where there is nothing to show."""
+    label: str
+    state: str
+    """shown, damaged (the frame does not decode) or none (no frame near enough)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """The sound in bins: edges_s [N + 1] from its first sample on, the rest [N], full scale 1; bins
+    are never empty.
+    """
+
+    edges_s: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    level_db: NDArray[np.float64]
+    """RMS of all channels, dBFS, smoothed over at least 20 ms."""
+    is_clipped: NDArray[np.bool_]
+
+
+def read_thumbnails(
+    path: Path, track: VideoTrack, *, axis: TimeAxis, recipe: VisionRecipe
+) -> list[Thumbnail]:
+    """What the recipe shows at NUM_THUMBNAILS times spread evenly over the axis.
+
+    Raises:
+        MediaError: the file doesn't open any more.
+    """
+    width = PLOT_WIDTH / NUM_THUMBNAILS
+    times_s = axis.start_s + (np.arange(NUM_THUMBNAILS) + 0.5) / NUM_THUMBNAILS * axis.length_s
+    indices, error_s = nearest(track.times_s, times_s)
+    near = np.abs(error_s) <= recipe.tolerance_s
+    small = recipe.model_copy(update=_THUMBNAIL)
+    uris: dict[int, str] = {}
+    for wanted in _runs(path, track, np.unique(indices[near]).tolist()):
+        for index, picture in read_frames(path, track, wanted, recipe=small):
+            jpeg = encode_pictures(picture[None], recipe=small)
+            uris[index] = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+    thumbnails: list[Thumbnail] = []
+    for slot, (index, is_near) in enumerate(zip(indices.tolist(), near.tolist(), strict=True)):
+        uri = uris.get(index, "") if is_near else ""
+        state = "shown" if uri else "damaged" if is_near else "none"
+        shown_s = float(track.times_s[index] if is_near else times_s[slot])
+        label = say_time(shown_s, step_s=0.01 if axis.length_s < _LONG_S else 0.1)
+        thumbnails.append(Thumbnail(slot * width, width, uri, label, state))
+    return thumbnails
+
+
+def _runs(path: Path, track: VideoTrack, wanted: list[int]) -> Iterator[Sequence[int]]:
+    """Frames that are decoded in one go: those after the same keyframe, or all of them where a
+    file can't be entered in its middle.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head[4:] in _SEEKABLE_HEADS or head[:4] == _MATROSKA_HEAD:
+        keyframes = np.flatnonzero(track.keyframes)
+        for _, run in itertools.groupby(
+            wanted, key=lambda i: np.searchsorted(keyframes, i, "right")
+        ):
+            yield list(run)
+    elif wanted:
+        yield wanted
+
+
+def read_envelope(path: Path, *, duration_s: float, axis: TimeAxis) -> Envelope:
+    """Extremes and level of a sound file, in bins about as wide as a pixel of the axis.
+
+    Args:
+        path: the sound file.
+        duration_s: how long it is, as :func:`shared.media.sound.read_sound` has it.
+        axis: what is shown.
+
+    Raises:
+        MediaError: the file doesn't open any more.
+    """
+    blocks = _sound_blocks(path)
+    rate_hz, head = next(blocks, (1, np.zeros((0, 1), dtype=np.float32)))
+    num_bins = min(duration_s / axis.length_s * PLOT_WIDTH, duration_s * rate_hz / _MIN_BIN_SAMPLES)
+    bins = _Bins(duration_s, max(1, int(num_bins)), num_samples=round(duration_s * rate_hz))
+    for _, block in itertools.chain([(rate_hz, head)], blocks):
+        bins.add(block)
+    return bins.envelope()
+
+
+def _sound_blocks(path: Path) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(rate, samples [n, channels]) of a sound file, block by block at its own rate."""
+    has_begun = False
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            for block in file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True):
+                yield file.samplerate, block
+                has_begun = True
+    except (soundfile.SoundFileError, TypeError):
+        if not has_begun:  # what libsndfile refuses is read as the shard job reads it
+            sound = read_sound(path, rate_hz=_FALLBACK_RATE_HZ)
+            yield sound.rate_hz, sound.waveform[:, None]
+
+
+class _Bins:
+    """Extremes and energy of samples by time."""
+
+    def __init__(self, duration_s: float, num_bins: int, *, num_samples: int) -> None:
+        self._num_samples, self._first = max(1, num_samples), 0
+        self._edges_s = np.linspace(0.0, duration_s, num_bins + 1)
+        self._low = np.full(num_bins, np.inf)
+        self._high = np.full(num_bins, -np.inf)
+        self._energy = np.zeros(num_bins)
+        self._count = np.zeros(num_bins)
+
+    def add(self, block: NDArray[np.float32]) -> None:
+        """The next samples [n, channels]."""
+        if len(block) == 0:
+            return
+        # By channel: reducing along the long axis is ten times faster.
+        samples = np.ascontiguousarray(block.T)
+        samples = np.nan_to_num(samples, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        num_bins = len(self._low)
+        number = self._first + np.arange(len(block), dtype=np.int64)
+        self._first += len(block)
+        which = np.minimum(number * num_bins // self._num_samples, num_bins - 1)
+        starts = np.flatnonzero(np.diff(which, prepend=-1))
+        at = which[starts]
+        low = np.minimum.reduceat(samples, starts, axis=1).min(axis=0)
+        high = np.maximum.reduceat(samples, starts, axis=1).max(axis=0)
+        self._low[at] = np.minimum(self._low[at], low)
+        self._high[at] = np.maximum(self._high[at], high)
+        energy = np.add.reduceat(np.square(samples, dtype=np.float64), starts, axis=1)
+        self._energy[at] += energy.mean(axis=0)
+        self._count[at] += np.diff(np.append(starts, len(block)))
+
+    def envelope(self) -> Envelope:
+        """What was added; empty bins are silent."""
+        is_empty = self._count == 0
+        low, high = np.where(is_empty, 0.0, self._low), np.where(is_empty, 0.0, self._high)
+        bin_s = self._edges_s[1] - self._edges_s[0]
+        size = max(1, int(np.ceil(_MIN_LEVEL_S / max(bin_s, 1e-9))))
+        starts = np.arange(0, len(low), size)
+        energy = np.add.reduceat(self._energy, starts) / np.maximum(
+            1, np.add.reduceat(self._count, starts)
+        )
+        level_db = 10 * np.log10(np.maximum(energy, 10 ** (FLOOR_DB / 10)))
+        return Envelope(
+            edges_s=self._edges_s,
+            low=low,
+            high=high,
+            level_db=np.repeat(level_db, size)[: len(low)],
+            is_clipped=np.maximum(high, -low) >= FULL_SCALE,
+        )

@@ -1,0 +1,1 @@
+"""Decode and encode video, audio and text."""

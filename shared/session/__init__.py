@@ -1,0 +1,1 @@
+"""A session on disk: its files, clock and contents."""

@@ -1,0 +1,343 @@
+"""A window of a session as arrays: one short method per field. The only place where windows become
+arrays.
+
+Both ways in use it: the shard job encodes what it gives, and
+:class:`train.data.session_source.RealMultiModalDataset` hands it out as it is. So the two agree,
+and each
+is the other's oracle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared.clock import Window, interpolate, nearest
+from shared.disk_array import DiskArray
+from shared.media.mel import encode_dmel, to_int16
+from shared.media.sound import VideoTrack, read_frames, read_sound, read_video_track
+from shared.media.video import frames_to_restart
+from shared.recipe import Recipe, Stream
+from shared.session.alignment import align_track
+from shared.session.folder import AUDIO_FILE, VISION_FILES, read_metadata
+from shared.session.scan import read_texts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shared.media.tokenizer import TextTokenizer
+    from shared.session.folder import TextEvent
+    from shared.session.scan import SessionScan
+
+MASKED_LEVEL = 255
+"""What stands in place of a dMel level where there is no sound; no level reaches it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frames:
+    """Vision of one window."""
+
+    pictures: NDArray[np.uint8]
+    """RGB [F, H, W, 3]; where masked, the nearest picture there is."""
+    error_s: NDArray[np.float32]
+    """Presentation time minus grid time [F]; NaN where the picture is masked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensors:
+    """Touch and proprioception of one window; NaN where masked."""
+
+    timestamp: NDArray[np.float64]
+    """Grid times on the session clock [S]."""
+    proprio: NDArray[np.float32]
+    """Joint angles in rad in [-pi, pi), then velocities in rad/s [S, proprio_size]."""
+    touch: NDArray[np.float32]
+    """Touch 0..1 [S, touch_size]."""
+
+    @property
+    def valid(self) -> NDArray[np.bool_]:
+        """Where at least one of the two was recorded [S]."""
+        return has_numbers(self.proprio) | has_numbers(self.touch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mel:
+    """DMel tokens of one window."""
+
+    levels: NDArray[np.uint8]
+    """[A, channels]; MASKED_LEVEL where masked."""
+    valid: NDArray[np.bool_]
+    """[A]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStream:
+    """Tokens of one text stream in a window; each has the time its event began, on the session
+    clock.
+    """
+
+    ids: tuple[int, ...]
+    time_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Both text streams of one window and the events they come from."""
+
+    internal: TokenStream
+    external: TokenStream
+    events: tuple[TextEvent, ...]
+
+
+def has_numbers(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Rows of [N, D] without a NaN, bool [N]."""
+    return np.asarray(~np.isnan(values).any(axis=1), dtype=np.bool_)
+
+
+def cut_evenly(first: NDArray[np.int64], lead: NDArray[np.float64], num_runs: int) -> list[int]:
+    """Cuts into about equal runs, each at the window in the first quarter of its run that costs
+    least; none where it would cost as much as a run.
+
+    Args:
+        first: first frame of each window [N], at least one window.
+        lead: frames that must be decoded before it where it is the first of a run [N].
+        num_runs: at least 1.
+
+    Returns:
+        num_runs + 1 increasing numbers from 0 to N; equal ones where there is no cut.
+    """
+    count = len(first)
+    most = (first[-1] - first[0] + 1) / num_runs
+    even = [k * count // num_runs for k in range(num_runs + 1)]
+    cuts = [count]
+    for start, stop in reversed(list(pairwise(even[1:]))):
+        quarter = lead[start : start + max(1, (stop - start) // 4)]
+        best = int(quarter.argmin())
+        cuts.append(start + best if quarter[best] < most else cuts[-1])
+    return [0, *reversed(cuts)]
+
+
+class SessionReader:
+    """Reads the fields of a session's windows; each source file is opened at the first field that
+    needs it.
+
+    Args:
+        path: the session folder.
+        scan: what :func:`shared.session.scan.scan_session` found with the same recipe.
+        recipe: how streams become fields.
+        tokenizer: tokenizes text; may be None where no text is read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        scan: SessionScan,
+        *,
+        recipe: Recipe,
+        tokenizer: TextTokenizer | None = None,
+    ) -> None:
+        self.path = path
+        self.scan = scan
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self._tracks: dict[Stream, VideoTrack] = {}
+
+    def iter_frames(
+        self,
+        stream: Stream,
+        windows: Sequence[Window],
+        *,
+        among: Sequence[Window] | None = None,
+    ) -> Iterator[tuple[Window, Frames]]:
+        """Vision of windows in order of time, in one pass over the video.
+
+        Args:
+            stream: which eye.
+            windows: in order of time.
+            among: more windows, these included; the pictures have the bits of a pass over all of
+                them, even where the video is damaged, if it can be cut before the first window
+                (see :meth:`cut_frames`).
+
+        Yields:
+            Each window with its frames; a window of which no picture decodes is left out.
+
+        Raises:
+            MediaError: the video doesn't open.
+        """
+        track = self._track(stream)
+        chosen = [nearest(track.times_s, w.grid(self.recipe.vision.rate_hz)) for w in windows]
+        shown = {int(i) for index, _ in chosen for i in index}
+        if among is not None and shown:
+            begin, end = min(shown), max(shown)
+            lead = frames_to_restart(track, np.array([begin]))[0]
+            begin -= int(lead) if np.isfinite(lead) else 0
+            grids = (w.grid(self.recipe.vision.rate_hz) for w in among)
+            found = (int(i) for grid in grids for i in nearest(track.times_s, grid)[0])
+            shown |= {i for i in found if begin <= i <= end}
+        wanted = sorted(shown)
+        video = self.path / VISION_FILES[stream]
+        source = read_frames(video, track, wanted, recipe=self.recipe.vision)
+        have: dict[int, NDArray[np.uint8]] = {}
+        upcoming = next(source, None)
+        for window, (index, error_s) in zip(windows, chosen, strict=True):
+            while upcoming is not None and upcoming[0] <= index[-1]:
+                if upcoming[0] >= index[0]:
+                    have[upcoming[0]] = upcoming[1]
+                upcoming = next(source, None)
+            frames = self._assemble(have, index, error_s)
+            if frames is not None:
+                yield window, frames
+            have = {i: picture for i, picture in have.items() if i >= index[0]}
+
+    def cut_frames(self, stream: Stream, windows: Sequence[Window], num_runs: int) -> list[int]:
+        """Where to cut a pass over windows into runs that can be read apart: run k is windows
+        [cuts[k], cuts[k + 1]). Runs are about equally long; where a video can't be cut, they are
+        empty.
+
+        Raises:
+            MediaError: the video doesn't open.
+        """
+        track = self._track(stream)
+        starts_s = np.array([w.start_s for w in windows])
+        first, _ = nearest(track.times_s, starts_s)
+        return cut_evenly(first, frames_to_restart(track, first), num_runs)
+
+    def read_audio(self, window: Window) -> NDArray[np.int16]:
+        """Waveform of a window, mono int16 [rate * duration]; zeros outside the recording."""
+        start = self._first_sample(window)
+        samples = np.zeros(self.recipe.count(self.recipe.audio.rate_hz), dtype=np.int16)
+        have = self._samples[max(0, start) : max(0, start + len(samples))]
+        before = max(0, -start)
+        samples[before : before + len(have)] = have
+        return samples
+
+    def read_mel(self, window: Window) -> Mel:
+        """DMel tokens of a window."""
+        rate_hz = self.recipe.audio.rate_hz
+        levels, valid = encode_dmel(
+            self._samples,
+            self._first_sample(window),
+            self.recipe.count(self.recipe.mel.rate_hz),
+            rate_hz=rate_hz,
+            recipe=self.recipe.mel,
+        )
+        levels[~valid] = MASKED_LEVEL
+        return Mel(levels=levels, valid=valid)
+
+    def read_sensors(self, window: Window) -> Sensors:
+        """Touch and proprioception of a window on the grid."""
+        grid_s = window.grid(self.recipe.sensors.rate_hz)
+        proprio = self._on_grid(Stream.PROPRIO, grid_s, self.recipe.sensors.proprio_size // 2)
+        touch = self._on_grid(Stream.TOUCH, grid_s, 0)
+        return Sensors(timestamp=grid_s, proprio=proprio, touch=touch)
+
+    def read_text(self, window: Window) -> Text:
+        """Events that begin in a window, and their tokens.
+
+        Raises:
+            ValueError: made without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("text needs a tokenizer; give one to SessionReader")
+        events = tuple(e for e in self._events if window.start_s <= e.time_s < window.stop_s)
+        streams = {}
+        for stream in (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT):
+            tokens = [
+                (token, e.time_s)
+                for e in events
+                if e.stream is stream
+                for token in self.tokenizer.encode(e.text)
+            ]
+            streams[stream] = TokenStream(
+                ids=tuple(i for i, _ in tokens), time_s=tuple(t for _, t in tokens)
+            )
+        return Text(
+            internal=streams[Stream.INTERNAL_TEXT],
+            external=streams[Stream.EXTERNAL_TEXT],
+            events=events,
+        )
+
+    @cached_property
+    def _events(self) -> tuple[TextEvent, ...]:
+        """Text events on the session clock."""
+        offset_s = self.scan.clock_offset_s
+        return tuple(replace(e, time_s=e.time_s - offset_s) for e in read_texts(self.path))
+
+    @cached_property
+    def _samples(self) -> DiskArray[np.int16]:
+        """The session's normalized sound."""
+        sound = read_sound(self.path / AUDIO_FILE, rate_hz=self.recipe.audio.rate_hz)
+        samples: DiskArray[np.int16] = DiskArray(np.int16)
+        for block in sound.samples.iter_blocks():
+            samples.append(to_int16(block, gain=self.scan.gain))
+        return samples
+
+    def _first_sample(self, window: Window) -> int:
+        """Index into the sound of a window's first sample; negative before the sound begins."""
+        rate_hz = self.recipe.audio.rate_hz
+        start_s = self.scan.moved.get(Stream.AUDIO, 0.0)
+        return round(window.start_s * rate_hz) - round(start_s * rate_hz)
+
+    def _track(self, stream: Stream) -> VideoTrack:
+        if stream not in self._tracks:
+            track = read_video_track(self.path / VISION_FILES[stream])
+            self._tracks[stream] = align_track(track, self.scan.moved.get(stream))
+        return self._tracks[stream]
+
+    def _on_grid(
+        self, stream: Stream, grid_s: NDArray[np.float64], num_angles: int
+    ) -> NDArray[np.float32]:
+        times_s, values = self._readings[stream]
+        return interpolate(
+            times_s,
+            values,
+            grid_s,
+            max_gap_s=self.recipe.sensors.max_gap_s,
+            edge_s=0.5 / self.recipe.sensors.rate_hz,
+            num_angles=num_angles,
+        )
+
+    @cached_property
+    def _readings(self) -> dict[Stream, tuple[NDArray[np.float64], NDArray[np.float32]]]:
+        """Times on the session clock and values of each sensor stream."""
+        sensors = self.recipe.sensors
+        metadata = read_metadata(
+            self.path, touch_size=sensors.touch_size, proprio_size=sensors.proprio_size
+        )
+        readings = {}
+        for stream, values in (
+            (Stream.TOUCH, metadata.touch),
+            (Stream.PROPRIO, metadata.proprio),
+        ):
+            rows = metadata.rows_with(stream)
+            readings[stream] = (
+                metadata.times_s[rows] - self.scan.clock_offset_s,
+                values if rows.all() else values[rows],
+            )
+        return readings
+
+    def _assemble(
+        self,
+        have: dict[int, NDArray[np.uint8]],
+        index: NDArray[np.int64],
+        error_s: NDArray[np.float64],
+    ) -> Frames | None:
+        """Frames of one window from decoded pictures; what did not decode shows the nearest that
+        did.
+        """
+        usable = np.array(sorted(i for i in have if index[0] <= i <= index[-1]))
+        if len(usable) == 0:
+            return None
+        nearest_usable = usable[np.abs(usable[None, :] - index[:, None]).argmin(axis=1)]
+        is_valid = (nearest_usable == index) & (np.abs(error_s) <= self.recipe.vision.tolerance_s)
+        return Frames(
+            pictures=np.stack([have[int(i)] for i in nearest_usable]),
+            error_s=np.where(is_valid, error_s, np.nan).astype(np.float32),
+        )

@@ -1,0 +1,1 @@
+"""The shard set on disk: columns, indexes, manifest."""

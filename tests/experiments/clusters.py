@@ -1,0 +1,149 @@
+"""Real Dask clusters on this machine: one scheduler and several worker processes.
+
+    python tests/experiments/clusters.py
+
+builds the demo-like sessions of tests/experiments/build_kills.py in this process, over one and
+four local workers,
+over a scheduler's address, and over one whose workers are killed, and compares the sets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+
+import yaml
+from helpers.subprocesses import finish, launch
+
+from experiments.build_kills import Start, all_hashes, command, prepare
+from shared.recipe import Recipe, json_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_DASK = [sys.executable, "-m", "dask"]
+
+
+@contextmanager
+def _process(arguments: list[str], wanted: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process in a group of its own and what matched in its first lines; killed at the end."""
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=tempfile.gettempdir(),
+    )
+    try:
+        for line in process.stderr:
+            found = re.search(wanted, line)
+            if found:
+                break
+        else:
+            raise RuntimeError(f"{arguments} ended")
+        drain = threading.Thread(target=process.stderr.read, daemon=True)
+        drain.start()
+        yield process, found[1]
+    finally:
+        kill_group(process)
+        process.wait()
+        drain.join()
+        process.stderr.close()
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a process and all of its children."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def cluster(num_workers: int) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
+    """A scheduler's address and its workers, each with its nanny a process group."""
+    with ExitStack() as stack:
+        arguments = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+        _, address = stack.enter_context(
+            _process([*_DASK, *arguments], r"Scheduler at:\s+(tcp://\S+)")
+        )
+        workers = [
+            stack.enter_context(
+                _process(
+                    [*_DASK, "worker", address, "--nthreads", "1", "--no-dashboard"],
+                    r"Registered to:\s+(\S+)",
+                )
+            )[0]
+            for _ in range(num_workers)
+        ]
+        yield address, workers
+
+
+def build_over_cluster(
+    sessions: Path, out: Path, recipe: Recipe, *, num_workers: int, num_killed: int
+) -> None:
+    """The command over a scheduler's address; some workers are killed when shards appear."""
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(json_of(recipe)), encoding="utf-8")
+    with cluster(num_workers) as (address, workers):
+        _build(sessions, path, out, address, workers[:num_killed])
+
+
+def _build(
+    sessions: Path,
+    recipe: Path,
+    out: Path,
+    address: str,
+    victims: list[subprocess.Popen[str]],
+) -> str:
+    start = Start("cluster", sessions, recipe, None)
+    job = launch(command(start, out, "--scheduler", address), scratch=out.with_suffix(".tmp"))
+    for number, victim in enumerate(victims):
+        while job.poll() is None and len(list(out.glob("*.index"))) < number + 1:
+            time.sleep(0.01)
+        assert job.poll() is None, "the job ended before a worker was killed"
+        kill_group(victim)
+    return finish(job)
+
+
+def main() -> int:
+    """Print the table."""
+    with tempfile.TemporaryDirectory(prefix="clusters-") as folder:
+        root = Path(folder)
+        start = prepare(root)[0]
+        results = {}
+
+        def note(what: str, out: Path, begin_s: float) -> None:
+            results[what] = all_hashes(out)
+            first = next(iter(results.values()))
+            verdict = "byte-equal" if results[what] == first else "DIFFERENT"
+            length_s = time.monotonic() - begin_s
+            print(f"{what:44} {len(results[what])} files  {length_s:5.1f} s  {verdict}", flush=True)
+
+        for count in (0, 1, 4):
+            begin_s = time.monotonic()
+            out = root / f"local-{count}"
+            finish(launch(command(start, out, "--workers", str(count)), scratch=root / "scratch"))
+            note(f"--workers {count}", out, begin_s)
+        for num_killed in (0, 2):
+            with cluster(4) as (address, workers):
+                begin_s = time.monotonic()
+                out = root / f"address-{num_killed}"
+                _build(start.sessions, start.recipe, out, address, workers[:num_killed])
+            what = f"--scheduler tcp://..., 4 workers, {num_killed} of them killed"
+            note(what, out, begin_s)
+        return 0 if all(r == results["--workers 0"] for r in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

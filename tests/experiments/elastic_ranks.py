@@ -1,0 +1,199 @@
+"""The same global batches for any number of ranks and loader processes, and quick resumes.
+
+    python tests/experiments/elastic_ranks.py --shards 10000 --resumes 5
+
+First table: real processes that meet over gloo read two epochs of a tiny set; the hash is of the
+keys, bytes and weights of all global batches, and of those that follow after a resume from the
+state that one process left. Second: which samples of an epoch were read how often. Third: resumes
+at random positions in a set of many shards, each in a process of its own, from opening the set to
+the first batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+
+import torch
+from helpers import sets as tiny_sets
+from helpers.rank_program import start_ranks
+
+from shared.shardset.manifest import commit_manifest, read_manifest
+from train.data.loader import Loader, open_source
+from train.machine import distributed
+from train.tools.selftest_rank import samples_of
+
+WORLD_SIZES = (1, 2, 4)
+NUM_WORKERS = (0, 1, 2)
+POLICIES = ("pad", "drop")
+BATCH_SIZE = 4
+MAX_RESUME_S = 1.0
+
+_RESUME = """
+import json, sys, time
+import torch, train.data.loader
+from train.config import TrainConfig
+torch.set_num_threads(1)
+job = json.loads(sys.argv[1])
+config = TrainConfig.model_validate(job["config"])
+began_s = time.perf_counter()
+loader = train.data.loader.Loader(train.data.loader.open_source(config, split="train"), config)
+opened_s = time.perf_counter() - began_s
+position = int(job["share"] * loader.batches_per_epoch)
+loader.load_state_dict(loader.state_at(position))
+batch = next(iter(loader))
+assert batch["index"] == position
+print(json.dumps([position, opened_s, time.perf_counter() - began_s]))
+"""
+
+
+def config_of(shards: Path, **data: Any) -> Any:
+    """Every stream of the tiny set, in batches that 1, 2 and 4 ranks can share."""
+    return tiny_sets.make_config(shards, **{"batch_size": BATCH_SIZE, **data})
+
+
+def read(config: Any, *, first: int, num_epochs: int = 2) -> tuple[str, list[Any]]:
+    """Hash of the global batches from `first` to the end of the epochs, and their samples.
+
+    Shares are gathered from all ranks.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    source = open_source(config, split="train")
+    loader = Loader(source, config, rank=rank, world_size=world_size)
+    loader.load_state_dict(loader.state_at(first))
+    count = num_epochs * loader.batches_per_epoch - first
+    batches = [
+        (batch["index"], distributed.gather(samples_of(batch)))
+        for batch in itertools.islice(loader, count)
+    ]
+    digest = hashlib.sha256(json.dumps(batches).encode()).hexdigest()[:16]
+    return digest, batches
+
+
+def rank_main(path: Path) -> None:
+    """One rank: every policy and number of loader processes; the main one prints JSON lines."""
+    torch.set_num_threads(1)
+    job = json.loads(path.read_text())
+    with distributed.process_group(torch.device("cpu")):
+        for policy, num_workers, first in itertools.product(
+            POLICIES, NUM_WORKERS, (0, job["resume_at"])
+        ):
+            config = config_of(Path(job["shards"]), last_batch=policy, num_workers=num_workers)
+            digest, batches = read(config, first=first)
+            if distributed.is_main():
+                keys = [key for _, b in batches for key, _, counts in b if counts]
+                row = {"policy": policy, "num_workers": num_workers, "first": first}
+                print(json.dumps({**row, "digest": digest, "num": len(batches), "keys": keys}))
+
+
+def elastic_table(shards: Path, folder: Path) -> bool:
+    """Print the first two tables; whether all rows are equal and each sample was read once."""
+    path = folder / "job.json"
+    path.write_text(json.dumps({"shards": str(shards), "resume_at": 3}))
+    num_samples = int(open_source(config_of(shards), split="train").shard_sizes.sum())
+    expected: dict[tuple[str, int], str] = {}
+    is_good = True
+    counts: dict[str, collections.Counter[str]] = {}
+    print("last_batch  ranks  loader processes  from batch  batches  hash              equal")
+    for world_size in WORLD_SIZES:
+        ranks = start_ranks([str(Path(__file__).resolve()), "--rank", str(path)], world_size)
+        outputs = [process.communicate(timeout=300)[0] for process in ranks]
+        assert not any(process.returncode for process in ranks), "\n".join(outputs)
+        for line in outputs[0].splitlines():
+            row = json.loads(line)
+            case = (row["policy"], row["first"])
+            is_equal = expected.setdefault(case, row["digest"]) == row["digest"]
+            is_good &= is_equal
+            if row["first"] == 0:
+                counts[row["policy"]] = collections.Counter(row["keys"])
+            print(
+                f"{row['policy']:10}  {world_size:5}  {row['num_workers']:16}  {row['first']:10}  "
+                f"{row['num']:7}  {row['digest']}  {'yes' if is_equal else 'NO'}",
+                flush=True,
+            )
+    print("\nlast_batch  samples  read in 2 epochs: twice  once  never  more often")
+    for policy, times in counts.items():
+        spread = collections.Counter(times.values())
+        never, once, twice = num_samples - len(times), spread[1], spread[2]
+        more = len(times) - once - twice
+        print(f"{policy:10}  {num_samples:7}  {twice:23}  {once:4}  {never:5}  {more:10}")
+        left_out = 0 if policy == "pad" else num_samples % BATCH_SIZE
+        is_good &= more == 0 and sum(times.values()) == 2 * (num_samples - left_out)
+    return is_good
+
+
+def make_wide_set(shards: Path, root: Path, *, num_shards: int) -> Path:
+    """A set of many shards, each of which is a link to the files of one of a small set's."""
+    root.mkdir()
+    manifest = read_manifest(shards)
+    train = manifest.in_split("train")
+    for path in shards.iterdir():
+        if path.is_file() and path.name != "manifest.json":
+            (root / path.name).hardlink_to(path)
+    entries = []
+    for number in range(num_shards):
+        entry = train[number % len(train)]
+        name = f"train-{number + len(train):06}"
+        (root / f"{name}.index").hardlink_to(shards / entry.index_file)
+        entries.append(dataclasses.replace(entry, name=name, index_file=f"{name}.index"))
+    commit_manifest(dataclasses.replace(manifest, root=root, shards=tuple(entries)))
+    return root
+
+
+def resume_table(shards: Path, *, num_resumes: int, seed: int) -> bool:
+    """Print the third table; whether every resume was quick."""
+    chance = random.Random(seed)
+    is_quick = True
+    print("\nloader processes  at batch  set opened, s  first batch, s")
+    for num_workers, _ in itertools.product((0, 2), range(num_resumes)):
+        config = config_of(shards, num_workers=num_workers).model_dump(mode="json")
+        job = {"config": config, "share": chance.uniform(0, 3)}
+        command = [sys.executable, "-c", _RESUME, json.dumps(job)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        position, opened_s, first_s = json.loads(output)
+        is_quick &= first_s < MAX_RESUME_S
+        print(f"{num_workers:16}  {position:8}  {opened_s:13.3f}  {first_s:14.3f}", flush=True)
+    return is_quick
+
+
+def main() -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shards", type=int, default=10_000)
+    parser.add_argument("--resumes", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rank", type=Path, default=None, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.rank is not None:
+        rank_main(given.rank)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="elastic-") as name:
+        folder = Path(name)
+        shards = tiny_sets.make_set(folder)
+        is_equal = elastic_table(shards, folder)
+        began_s = time.monotonic()
+        wide = make_wide_set(shards, folder / "wide", num_shards=given.shards)
+        print(f"\n{given.shards} shards linked in {time.monotonic() - began_s:.1f} s", end="")
+        is_quick = resume_table(wide, num_resumes=given.resumes, seed=given.seed)
+    print(
+        f"\nglobal batches {'equal' if is_equal else 'NOT EQUAL'}; resumes "
+        f"{'all' if is_quick else 'NOT all'} under {MAX_RESUME_S:g} s"
+    )
+    return 0 if is_equal and is_quick else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

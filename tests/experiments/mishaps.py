@@ -1,0 +1,311 @@
+"""Does to trainings what happens to long ones, and prints what became of each.
+
+    python tests/experiments/mishaps.py
+
+Signals, a full disk and damaged checkpoints happen to ``python -m train run --resume auto`` with a
+loader process; the run that goes on must end with the weights, moments, random states and position
+of the undisturbed one, bit for bit. The disk is a small tmpfs, for which one has to be root; else
+those lines say so. Broken batches are given to a trainer in this process. Kills at random moments
+are ``training_kills.py``'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+
+import torch
+import yaml
+from helpers.checkpoints import cut_in_half, flip_a_bit, make_empty
+from helpers.subprocesses import finish
+from helpers.training import (
+    BrokenLoader,
+    EndlessLoader,
+    largest_difference,
+    make_config,
+    make_trainer,
+    with_leap,
+    with_nan,
+)
+
+from experiments.training_kills import STEPS, differences, final_state, prepare, start
+from shared.errors import CheckpointError, DivergedError
+from train.checkpoints import FINAL_NAME, check_checkpoint, checkpoints_in
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class NoSmallDiskError(Exception):
+    """A full disk can't be tried here."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was seen, and whether that is as it must be."""
+
+    seen: str
+    is_good: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a mishap may happen."""
+
+    config: Path
+    folder: Path
+    wanted: dict[str, Any]
+    """What the undisturbed run has come to."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    def go_on(self) -> tuple[str, bool]:
+        """Run to the end; the line that says where from, and whether it ends as undisturbed."""
+        output = finish(start(self.config, self.folder))
+        resumed = [line.strip() for line in output.splitlines() if "resuming at step" in line]
+        is_equal = not differences(final_state(self.folder), self.wanted)
+        where = resumed[0].split(" from ")[0] if resumed else "began anew"
+        return f"{where}: {'equal to the bit' if is_equal else 'NOT EQUAL'}", is_equal
+
+
+def press(place: Place, number: signal.Signals) -> Outcome:
+    """A signal to the whole process group while it trains."""
+    job = start(place.config, place.folder)
+    wait_for(job, place.checkpoints / "model_step_10.pt")
+    os.killpg(job.pid, number)
+    output, _ = job.communicate(timeout=60)
+    (step,) = [torch.load(p)["step"] for p in newest_first(place.checkpoints)[:1]]
+    said = f"stopped at step {step}" in output and "Traceback" not in output
+    after, is_equal = place.go_on()
+    is_good = job.returncode == 0 and said and is_equal
+    return Outcome(f"exit code {job.returncode}, saved step {step}; {after}", is_good)
+
+
+def damage(place: Place, spoil: Callable[[Path], object]) -> Outcome:
+    """The newest checkpoint isn't what was written."""
+    job = start(place.config, place.folder)
+    wait_for(job, place.checkpoints / "model_step_10.pt")
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    newest, older = newest_first(place.checkpoints)[:2]
+    spoil(newest)
+    before = torch.load(older)["step"]
+    after, is_equal = place.go_on()
+    return Outcome(after, is_equal and f"resuming at step {before}:" in after)
+
+
+def leave_partial(place: Place) -> Outcome:
+    """What a killed run was writing lies beside the whole ones."""
+    place.checkpoints.mkdir(parents=True)
+    (place.checkpoints / ".model_step_38.pt.partial").write_bytes(b"half of a checkpoint")
+    after, is_equal = place.go_on()
+    return Outcome(after, is_equal and after.startswith("began anew"))
+
+
+def fill_disk(place: Place, *, keep_last_n: int, is_freed: bool) -> Outcome:
+    """Another program takes all room from step 10 on, until a save fails or to the end."""
+    with small_disk(place.checkpoints):
+        job = start(with_key(place, "keep_last_n", keep_last_n), place.folder)
+        wait_for(job, place.checkpoints / "model_step_10.pt")
+        filler = place.checkpoints / "filler"
+        with filling(filler, is_greedy=keep_last_n == 1):
+            output = read_until(job, "couldn't be written" if is_freed else None)
+        if is_freed:
+            filler.unlink()
+        output += job.communicate()[0]
+        num_failed = output.count("couldn't be written")
+        num_left = [is_whole(path) for path in checkpoints_in(place.checkpoints)]
+        seen = (
+            f"failed saves: {num_failed}, exit code {job.returncode}, left whole: {sum(num_left)}"
+        )
+        is_good = all(num_left) and len(num_left) > 0 and "Traceback" not in output
+        if job.returncode == 0:
+            is_equal = not differences(final_state(place.folder), place.wanted)
+            seen += f"; {'equal to the bit' if is_equal else 'NOT EQUAL'}"
+            return Outcome(seen, is_good and is_equal and (num_failed > 0) == (keep_last_n == 1))
+        filler.unlink(missing_ok=True)
+        after, is_equal = place.go_on()
+        return Outcome(f"{seen}; with room {after}", is_good and is_equal and "NOT saved" in output)
+
+
+def break_batches(place: Place, how: Callable[[Any], Any]) -> Outcome:
+    """One batch is broken after 80 good ones, and then all are."""
+    config = make_config(place.folder, max_steps=80, save_interval=80, log_interval=1)
+    before = make_trainer(config, EndlessLoader())
+    before.train()
+    saved = place.checkpoints / "model_step_80.pt"
+
+    def go_on(broken: range, max_steps: int) -> Any:
+        config["training"]["max_steps"] = max_steps
+        trainer = make_trainer(config, BrokenLoader(broken, how))
+        trainer.load_checkpoint(saved)
+        return trainer
+
+    one = go_on(range(80, 81), 81)
+    summary = one.train()
+    apart = largest_difference(one, before)
+    seen = f"{summary.skipped_steps} step left out, weights differ by {apart:g}"
+    many = go_on(range(80, 1000), 1000)
+    try:
+        many.train()
+    except DivergedError as error:
+        advice = str(error).partition("in a row. ")[2]
+        is_good = summary.skipped_steps == 1 and apart == 0 and many.step == 90
+        is_good &= largest_difference(many, before) == 0 and "Reduce LR" in advice
+        return Outcome(f"{seen}; all: stopped at step {many.step}: {advice[:48]}...", is_good)
+    return Outcome(f"{seen}; all: NOT STOPPED", is_good=False)
+
+
+def keep_some(place: Place) -> Outcome:
+    """Every other step is saved, and two are kept."""
+    finish(start(with_key(place, "keep_last_n", 2), place.folder))
+    names = sorted(path.name for path in place.checkpoints.iterdir())
+    expected = [FINAL_NAME, f"model_step_{STEPS - 2}.pt", f"model_step_{STEPS}.pt"]
+    return Outcome(", ".join(names), names == expected)
+
+
+MISHAPS: dict[str, Callable[[Place], Outcome]] = {
+    "SIGTERM": partial(press, number=signal.SIGTERM),
+    "Ctrl-C": partial(press, number=signal.SIGINT),
+    "newest checkpoint cut in half": partial(damage, spoil=cut_in_half),
+    "newest checkpoint, a bit flipped": partial(damage, spoil=flip_a_bit),
+    "newest checkpoint empty": partial(damage, spoil=make_empty),
+    "a checkpoint half written": leave_partial,
+    "disk full, older ones make room": partial(fill_disk, keep_last_n=3, is_freed=False),
+    "disk full for a while": partial(fill_disk, keep_last_n=1, is_freed=True),
+    "disk full to the end": partial(fill_disk, keep_last_n=1, is_freed=False),
+    "a loss that is NaN": partial(break_batches, how=with_nan),
+    "a spike": partial(break_batches, how=with_leap),
+    "keep_last_n: 2": keep_some,
+}
+
+
+def wait_for(job: subprocess.Popen[str], path: Path) -> None:
+    """Until a file is there."""
+    while not path.exists():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.001)
+
+
+def read_until(job: subprocess.Popen[str], words: str | None) -> str:
+    """Lines of a job up to the one with the words, or all."""
+    assert job.stdout is not None
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if words is not None and words in line:
+            break
+    return "".join(lines)
+
+
+def with_key(place: Place, key: str, value: int) -> Path:
+    """The configuration with another key of its checkpointing."""
+    values = yaml.safe_load(place.config.read_text(encoding="utf-8"))
+    values["training"]["checkpointing"][key] = value
+    path = place.folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A disk of its own at a folder, of 4 MiB.
+
+    Raises:
+        NoSmallDiskError: this process may not make one.
+    """
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        raise NoSmallDiskError(done.stderr.strip())
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def filling(path: Path, *, is_greedy: bool) -> Iterator[None]:
+    """A file that takes all room of a disk; a greedy one that takes what becomes free, too."""
+    is_over = threading.Event()
+
+    def fill() -> None:
+        with path.open("wb", buffering=0) as file:
+            while True:
+                try:
+                    file.write(bytes(4096))
+                except OSError:
+                    if not is_greedy or is_over.wait(0.001):
+                        return
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Step checkpoints."""
+    steps = [path for path in checkpoints_in(folder) if path.name != FINAL_NAME]
+    return sorted(steps, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is what was written."""
+    try:
+        check_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", choices=MISHAPS, action="append", help="this one; may be repeated"
+    )
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    num_bad = 0
+    with tempfile.TemporaryDirectory(prefix="mishaps-") as folder:
+        root = Path(folder)
+        config = prepare(root)
+        finish(start(config, root / "undisturbed"))
+        wanted = final_state(root / "undisturbed")
+        print(f"runs of {STEPS} steps, saved at every other one")
+        for name in given.only or MISHAPS:
+            place = Place(config, root / str(len(list(root.iterdir()))), wanted)
+            try:
+                outcome = MISHAPS[name](place)
+            except NoSmallDiskError as error:
+                print(f"{name:33} left out: {error}")
+                continue
+            num_bad += not outcome.is_good
+            print(f"{name:33} {'' if outcome.is_good else 'BAD: '}{outcome.seen}", flush=True)
+    print(f"{num_bad} of them did not end as they must" if num_bad else "all ended as they must")
+    return 1 if num_bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

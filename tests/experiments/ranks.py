@@ -1,0 +1,200 @@
+"""Trains the same steps in one process and among ranks, and prints how far apart they are.
+
+    python tests/experiments/ranks.py                    2 and 4 ranks, a few minutes on two cores
+    python tests/experiments/ranks.py --world-sizes 2
+
+Two tables. In the first each way among ranks, gloo on the CPU, is compared with the same training
+in one process: the same keys in every global batch, and the largest differences of losses, held-out
+ones among them, and of gradient norms, of the whole model and of each part, as shares of them. In
+the second each checkpoint of the third step is loaded into each other way, and what follows is
+compared with the undisturbed process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+
+import numpy as np
+import torch
+from helpers.rank_program import train_among_ranks, train_once
+from helpers.sets import make_set
+
+STEPS, SAVED_STEP = 6, 3
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train, among ranks and alone, and how far the two may be apart."""
+
+    name: str
+    tolerance: float = TOLERANCE
+    """Of losses."""
+    norm_tolerance: float = TOLERANCE
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+WAYS = [
+    Way("float32"),
+    Way("bf16", 1e-4, 1e-2, {"precision": "bf16"}),
+    Way("fp16, scaled", 1e-5, 1e-3, {"precision": "fp16"}),
+    Way("2 micro-batches", options={"accumulation_steps": 2}),
+    Way("recomputing", options={"gradient_checkpointing": True}),
+    Way("2 loader processes", options={"num_workers": 2}),
+]
+"""Ranks add the same float32 numbers in another order; in half precision each rounds its own sums,
+to 2^-9 in bf16 and 2^-12 in fp16, gradients of weights among them."""
+
+PARALLEL = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Ranks beside one process."""
+
+    has_same_batches: bool
+    loss_deviation: float
+    norm_deviation: float
+
+    def is_good(self, way: Way) -> bool:
+        """Whether they did the same."""
+        is_near = self.loss_deviation <= way.tolerance and self.norm_deviation <= way.norm_tolerance
+        return self.has_same_batches and is_near
+
+
+def compare(ranks: list[dict[str, Any]], alone: dict[str, Any], *, first: int = 0) -> Compared:
+    """What each rank read and measured from step `first` on, beside what one process did."""
+    keys = [[key for r in ranks for key in r["keys"][i]] for i in range(len(ranks[0]["keys"]))]
+    per_step = len(alone["keys"]) // len(alone["metrics"])
+    pairs = [
+        pair
+        for result in ranks
+        for pair in [
+            *zip(result["metrics"], alone["metrics"][first:], strict=True),
+            (result["val"], alone["val"]),
+        ]
+    ]
+    return Compared(
+        keys == alone["keys"][first * per_step :],
+        _deviation(pairs, "loss_"),
+        _deviation(pairs, "grad_norm"),
+    )
+
+
+def _deviation(pairs: list[tuple[dict[str, float], dict[str, float]]], prefix: str) -> float:
+    """The largest relative difference of the metrics that begin so; NaN where one is NaN."""
+    values = [(here[n], there[n]) for here, there in pairs for n in there if n.startswith(prefix)]
+    return float(np.max([abs(h / t - 1) if h != t else 0.0 for h, t in values]))
+
+
+def compare_ways(shards: Path, root: Path, world_size: int, ways: list[Way]) -> dict[str, Compared]:
+    """Every way with DDP and with FSDP2 among ranks, by "PARALLEL WAY"."""
+    alone = {way.name: train_once(**_run(shards, root / "alone", way)) for way in ways}
+    pairs = list(itertools.product(PARALLEL, ways))
+    runs = [_run(shards, root / parallel, way, parallel=parallel) for parallel, way in pairs]
+    results = train_among_ranks(world_size, runs, root / f"ways_{world_size}")
+    return {
+        f"{parallel} {way.name}": compare(ranks, alone[way.name])
+        for (parallel, way), ranks in zip(pairs, results, strict=True)
+    }
+
+
+def compare_resumes(
+    shards: Path, root: Path, world_sizes: list[int]
+) -> dict[tuple[str, str], Compared]:
+    """Of each way's checkpoint what each way makes of it, by (from, to)."""
+    ways = [(1, "auto"), *itertools.product(world_sizes, PARALLEL)]
+    names = {way: "1 process" if way[0] == 1 else f"{way[0]} {way[1]}" for way in ways}
+    saving = {"save_interval": SAVED_STEP}
+
+    def train(world_size: int, runs: list[dict[str, Any]], where: str) -> list[list[Any]]:
+        if world_size == 1:
+            return [[train_once(**run)] for run in runs]
+        return train_among_ranks(world_size, runs, root / where)
+
+    for size, parallel in ways:
+        run = _run(
+            shards, root / "from", Way(names[size, parallel], options=saving), parallel=parallel
+        )
+        (ranks,) = train(size, [run], f"from_{size}_{parallel}")
+        if size == 1:
+            (alone,) = ranks
+    found = {}
+    for size, parallel in ways:
+        to = names[size, parallel]
+        saved = {name: root / "from" / _folder(name) / "checkpoints" for name in names.values()}
+        runs = [
+            _run(
+                shards,
+                root / "to",
+                Way(
+                    f"{name} to {to}",
+                    options={"resume": str(path / f"model_step_{SAVED_STEP}.pt")},
+                ),
+                parallel=parallel,
+            )
+            for name, path in saved.items()
+        ]
+        for name, ranks in zip(saved, train(size, runs, f"to_{size}_{parallel}"), strict=True):
+            found[name, to] = compare(ranks, alone, first=SAVED_STEP)
+    return found
+
+
+def _run(shards: Path, root: Path, way: Way, *, parallel: str = "auto") -> dict[str, Any]:
+    return {
+        "shards": str(shards),
+        "folder": str(root / _folder(way.name)),
+        "parallel": parallel,
+        "max_steps": STEPS,
+        **way.options,
+    }
+
+
+def _folder(name: str) -> str:
+    return name.replace(" ", "_").replace(",", "")
+
+
+def main() -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[2, 4])
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    is_good = True
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        root = Path(folder)
+        shards = make_set(root)
+        print(f"{STEPS} steps beside one process; {torch.__version__}")
+        print("ranks  way                      same batches  losses differ  gradient norms")
+        for size in given.world_sizes:
+            for name, found in compare_ways(shards, root, size, WAYS).items():
+                way = next(way for way in WAYS if name.endswith(way.name))
+                is_good &= found.is_good(way)
+                print(
+                    f"{size:5}  {name:23}  {'yes' if found.has_same_batches else 'NO':>12}"
+                    f"  {found.loss_deviation:13.1e}  {found.norm_deviation:14.1e}"
+                    f"{'' if found.is_good(way) else '  BAD'}",
+                    flush=True,
+                )
+        resumes = compare_resumes(shards, root, given.world_sizes)
+        columns = list(dict.fromkeys(to for _, to in resumes))
+        print(f"\ncheckpoint of step {SAVED_STEP}, gone on from in each way: losses differ by")
+        print(f"{'of':11}" + "".join(f"{to:>11}" for to in columns))
+        for name in columns:
+            cells = [resumes[name, to] for to in columns]
+            texts = [f"{c.loss_deviation:.1e}" if c.has_same_batches else "BATCHES" for c in cells]
+            print(f"{name:11}" + "".join(f"{text:>11}" for text in texts))
+        is_good &= all(found.is_good(Way("float32")) for found in resumes.values())
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Oracles, factories, fakes and fault injectors for the tests."""

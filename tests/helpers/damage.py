@@ -1,0 +1,355 @@
+"""What can be wrong with a shard set: every way in which ``faults.py`` damages one.
+
+Bytes flip, are cut off, zeroed, missing or exchanged; and whoever wrote the set means harm: names,
+sizes, numbers and media that a reader must refuse, in indexes and members with right checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import simplejpeg
+
+from helpers import sets as tiny_sets
+from shared.media.yuv import encode_h264
+from shared.shardset.codec import MAX_MEMBER_BYTES
+from shared.shardset.index import index_bytes, open_index
+
+Fault = Callable[[Path, random.Random], None]
+
+UNREAD = {"rejected.jsonl", "sessions.jsonl"}
+"""Files that no reader of samples looks at."""
+
+
+def flip_any_bit(shards: Path, rng: random.Random) -> None:
+    """One bit of the set: half of the time of any byte, half of the time of any file."""
+    files = sorted(path for path in shards.iterdir() if path.name not in UNREAD)
+    sizes = [path.stat().st_size for path in files]
+    weights = sizes if rng.random() < 0.5 else [float(size > 0) for size in sizes]
+    flip(rng.choices(files, weights)[0], rng)
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    with path.open("r+b") as file:
+        position = rng.randrange(path.stat().st_size)
+        file.seek(position)
+        value = file.read(1)[0] ^ (1 << rng.randrange(8))
+        file.seek(position)
+        file.write(bytes([value]))
+
+
+def flip_in(pattern: str) -> Fault:
+    return lambda shards, rng: flip(pick(shards, pattern, rng), rng)
+
+
+def truncate(pattern: str) -> Fault:
+    def fault(shards: Path, rng: random.Random) -> None:
+        path = pick(shards, pattern, rng)
+        with path.open("r+b") as file:
+            file.truncate(rng.randrange(path.stat().st_size))
+
+    return fault
+
+
+def remove(pattern: str) -> Fault:
+    return lambda shards, rng: pick(shards, pattern, rng).unlink()
+
+
+def swap(pattern: str) -> Fault:
+    """Two files change their names."""
+
+    def fault(shards: Path, rng: random.Random) -> None:
+        one, other = rng.sample(sorted(shards.glob(pattern)), 2)
+        between = shards / "between"
+        one.rename(between)
+        other.rename(one)
+        between.rename(other)
+
+    return fault
+
+
+def zero_page(pattern: str) -> Fault:
+    """A block that a disk lost."""
+
+    def fault(shards: Path, rng: random.Random) -> None:
+        path = pick(shards, pattern, rng)
+        content = bytearray(path.read_bytes())
+        start = rng.randrange(max(1, len(content) - 512))
+        content[start : start + 512] = bytes(len(content[start : start + 512]))
+        path.write_bytes(content)
+
+    return fault
+
+
+def pick(shards: Path, pattern: str, rng: random.Random) -> Path:
+    return rng.choice(sorted(p for p in shards.glob(pattern) if p.stat().st_size > 0))
+
+
+def hostile_member(column: str, array: str, make: Callable[[random.Random], bytes]) -> Fault:
+    """A set made by someone who means harm: every checksum up to the manifest is right."""
+
+    def fault(shards: Path, rng: random.Random) -> None:
+        content = make(rng)
+
+        def change(index: Any, path: Path, row: int) -> None:
+            index.arrays[f"{array}.offset"][row] = path.stat().st_size
+            index.arrays[f"{array}.length"][row] = len(content)
+            index.arrays[f"{array}.crc32c"][row] = google_crc32c.value(content)
+            with path.open("ab") as file:
+                file.write(content)
+
+        rewrite_index(shards, column, array, rng, change)
+
+    return fault
+
+
+def hostile_index(field: str, value: int) -> Fault:
+    """An index that points elsewhere, with the right checksum in the manifest."""
+
+    def fault(shards: Path, rng: random.Random) -> None:
+        def change(index: Any, _: Path, row: int) -> None:
+            index.arrays[f"vision_left.{field}"][row] = value
+
+        rewrite_index(shards, "vision_left", "vision_left", rng, change)
+
+    return fault
+
+
+def hostile_header(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Fault:
+    """An index whose facts and arrays were changed, with the right checksum in the manifest."""
+
+    def fault(shards: Path, rng: random.Random) -> None:
+        def change_both(index: Any, _: Path, __: int) -> None:
+            change(index.facts, index.arrays)
+
+        rewrite_index(shards, "vision_left", "vision_left", rng, change_both)
+
+    return fault
+
+
+def without(array: str) -> Fault:
+    return hostile_header(lambda _, arrays: arrays.pop(array))
+
+
+def with_array(name: str, make: Callable[[Any], Any]) -> Fault:
+    """An array of the index is what `make` makes of it."""
+    return hostile_header(lambda _, arrays: arrays.update({name: make(arrays[name])}))
+
+
+def with_facts(**values: object) -> Fault:
+    return hostile_header(lambda facts, _: facts.update(values))
+
+
+def hostile_name(shards: Path, rng: random.Random) -> None:
+    """A tar whose member is named like a file of the machine, with the right checksums."""
+    path = pick(shards, "train-*.vision_left.tar", rng)
+    content = bytearray(path.read_bytes())
+    content[:100] = b"../../../../etc/passwd".ljust(100, b"\0")
+    path.write_bytes(content)
+
+
+def hostile_file(shards: Path, _: random.Random) -> None:
+    """A manifest that names a file outside the set."""
+
+    def lead_out(values: dict[str, Any]) -> None:
+        values["shards"][0]["index_file"] = "../../../etc/passwd"
+
+    tiny_sets.edit_manifest(shards, lead_out)
+
+
+def rewrite_index(
+    shards: Path,
+    column: str,
+    array: str,
+    rng: random.Random,
+    change: Callable[[Any, Path, int], None],
+) -> None:
+    """Change a row of a random index and make all checksums right again."""
+    manifest = json.loads((shards / "manifest.json").read_text())
+    entries = [e for e in manifest["shards"] if e["split"] == "train"]
+    rng.shuffle(entries)
+    for entry in entries:
+        path = shards / entry["index_file"]
+        index = open_index(path)
+        index = replace(index, arrays={n: a.copy() for n, a in index.arrays.items()})
+        rows = index.arrays[f"{array}.length"].nonzero()[0]
+        if len(rows):
+            break
+    change(index, shards / index.facts["columns"][column]["file"], int(rng.choice(list(rows))))
+    content = index_bytes(index)
+    path.write_bytes(content)
+    entry["index_sha256"] = hashlib.sha256(content).hexdigest()
+    manifest.pop("sha256")
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+
+
+# --- what someone who means harm would put there ---------------------------------------------
+
+
+def jpeg_of_size(width: int, height: int) -> bytes:
+    """A small JPEG whose header says another size."""
+    content = bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), dtype=np.uint8)))
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(content)
+
+
+def noise_pictures(rng: random.Random) -> bytes:
+    """A member as it should be, of other pictures than were recorded."""
+    pictures = np.random.default_rng(rng.randrange(1 << 32)).integers(0, 256, (5, 32, 32, 3))
+    return b"".join(
+        simplejpeg.encode_jpeg(picture, colorsubsampling="420")
+        for picture in pictures.astype(np.uint8)
+    )
+
+
+def many_jpegs(_: random.Random) -> bytes:
+    return jpeg_of_size(32, 32) * 500
+
+
+@cache
+def large_h264(_: random.Random | None = None) -> bytes:
+    """A few bytes that say they are five pictures of 4,096 x 4,096."""
+    return encode_h264(np.zeros((5, 4096 * 3 // 2, 4096), np.uint8), qp=51, rate_hz=5)
+
+
+@cache
+def many_h264(_: random.Random | None = None) -> bytes:
+    """As many pictures as there should be, and 500 more behind the last one's delimiter."""
+    delimiter = b"\x00\x00\x00\x01\x09"
+    planes = np.zeros((505, 48, 32), np.uint8)
+    _, *parts = encode_h264(planes, qp=30, rate_hz=5).split(delimiter)
+    head = b"".join(delimiter + part for part in parts[:5])
+    return head + b"".join(part[1:] for part in parts[5:])  # each without what its delimiter says
+
+
+def deep_json(_: random.Random) -> bytes:
+    return b"[" * 1_000_000
+
+
+def long_text(_: random.Random) -> bytes:
+    stream = {"ids": [1] * 3_000_000, "time_s": [0.0] * 3_000_000}
+    return json.dumps({"internal": stream, "external": stream, "events": []}).encode()
+
+
+def foreign_tokens(_: random.Random) -> bytes:
+    stream = {"ids": [1 << 40], "time_s": [0.0]}
+    return json.dumps({"internal": stream, "external": stream, "events": []}).encode()
+
+
+def tokens_at(time_s: float) -> Fault:
+    stream = {"ids": [5], "time_s": [time_s]}
+    content = json.dumps({"internal": stream, "external": stream, "events": []}).encode()
+    return hostile_member("text", "text", lambda _: content)
+
+
+def noise(rng: random.Random) -> bytes:
+    return rng.randbytes(rng.randrange(1, 100_000))
+
+
+FAULTS: dict[str, tuple[int, Fault]] = {
+    "any single bit flipped": (0, flip_any_bit),  # as many as --flips
+    "a bit of the manifest flipped": (100, flip_in("manifest.json")),
+    "a bit of an index flipped": (100, flip_in("train-*.index")),
+    "a bit of the tokenizer flipped": (20, flip_in("tokenizer.json")),
+    "512 bytes zeroed in a column": (50, zero_page("train-*.[vatpd]*")),
+    "column truncated": (50, truncate("train-*.[vatpd]*")),
+    "index truncated": (20, truncate("train-*.index")),
+    "manifest truncated": (20, truncate("manifest.json")),
+    "column missing": (10, remove("train-*.[vatpd]*")),
+    "index missing": (5, remove("train-*.index")),
+    "manifest missing": (1, remove("manifest.json")),
+    "tokenizer missing": (1, remove("tokenizer.json")),
+    "two indexes swapped": (10, swap("train-*.index")),
+    "two text columns swapped": (10, swap("train-*.text.tar")),
+    "two picture columns swapped": (10, swap("train-*.vision_left.tar")),
+    "two sensor columns swapped": (10, swap("train-*.proprio.zarr.zip")),
+    "hostile: member named ../../etc/passwd": (5, hostile_name),
+    "hostile: manifest names ../../etc/passwd": (1, hostile_file),
+    "hostile: picture of 65,535 x 65,535": (
+        5,
+        hostile_member("vision_left", "vision_left", lambda _: jpeg_of_size(65_535, 65_535) * 5),
+    ),
+    "hostile: 500 pictures in a member": (
+        3,
+        hostile_member("vision_left", "vision_left", many_jpegs),
+    ),
+    "hostile: noise for pictures": (20, hostile_member("vision_left", "vision_left", noise)),
+    "hostile: noise for text": (20, hostile_member("text", "text", noise)),
+    "hostile: JSON a million deep": (3, hostile_member("text", "text", deep_json)),
+    "hostile: 48 MB of tokens": (2, hostile_member("text", "text", long_text)),
+    "hostile: tokens of another vocabulary": (
+        5,
+        hostile_member("text", "text", foreign_tokens),
+    ),
+    "hostile: noise for dMel": (10, hostile_member("dmel", "dmel/dmel", noise)),
+    "hostile: noise for sensors": (10, hostile_member("proprio", "proprio/proprio", noise)),
+    "hostile: member of 2**63 bytes": (3, hostile_index("length", 1 << 63)),
+    "hostile: member just below the limit": (3, hostile_index("length", MAX_MEMBER_BYTES)),
+    "hostile: member at 2**63": (3, hostile_index("offset", 1 << 63)),
+    "hostile: H.264 of 4,096 x 4,096": (
+        2,
+        hostile_member("vision_left", "vision_left", lambda _: large_h264()),
+    ),
+    "hostile: 500 pictures behind an H.264 delimiter": (
+        2,
+        hostile_member("vision_left", "vision_left", lambda _: many_h264()),
+    ),
+    "hostile: tokens at 1e308 s": (2, tokens_at(1e308)),
+    "hostile: tokens at -1e308 s": (2, tokens_at(-1e308)),
+    "hostile: tokens of the next window": (2, tokens_at(3600.0)),
+    **{
+        f"hostile: index without {name}": (1, without(name))
+        for name in ("present", "start_s", "session", "text.offset", "vision_left.error_s")
+    },
+    "hostile: index without the column text": (
+        1,
+        hostile_header(lambda facts, _: facts["columns"].pop("text")),
+    ),
+    "hostile: index without columns": (1, hostile_header(lambda facts, _: facts.pop("columns"))),
+    "hostile: index without sessions": (1, hostile_header(lambda facts, _: facts.pop("sessions"))),
+    "hostile: column without a file": (
+        1,
+        hostile_header(lambda facts, _: facts["columns"].update(text={})),
+    ),
+    "hostile: sessions that are numbers": (1, with_facts(sessions=[1] * 50)),
+    "hostile: sessions that are a string": (1, with_facts(sessions="x" * 50)),
+    **{
+        f"hostile: windows that begin at {time_s}": (
+            1,
+            with_array("start_s", lambda a, time_s=time_s: np.full_like(a, time_s)),
+        )
+        for time_s in (float("nan"), float("inf"), 1e308, -1e308)
+    },
+    "hostile: presence that is no number": (
+        1,
+        with_array("present", lambda a: np.full(len(a), np.nan, np.float32)),
+    ),
+    "hostile: every presence bit": (1, with_array("present", lambda a: np.full_like(a, 255))),
+    "hostile: windows of two dimensions": (
+        1,
+        with_array("window", lambda a: np.stack([a, a], axis=1)),
+    ),
+    "hostile: lengths that are no numbers": (
+        1,
+        with_array("text.length", lambda a: np.full(len(a), np.nan)),
+    ),
+    "hostile: time errors of fewer frames": (
+        1,
+        with_array("vision_left.error_s", lambda a: np.ascontiguousarray(a[:, :3])),
+    ),
+    "hostile: time errors of no dimension": (
+        1,
+        with_array("vision_left.error_s", lambda a: np.ascontiguousarray(a[:, 0])),
+    ),
+}
+"""Name -> how often it is tried, and what does it."""

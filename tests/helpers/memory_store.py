@@ -1,0 +1,82 @@
+"""A store in memory and a cache before it, for tests of the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from shared.storage import RetryPolicy
+from train.data.cache import RemoteFile, ShardCache
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+QUICK = RetryPolicy(attempts=4, first_wait_s=0.01, longest_wait_s=0.02)
+SIZE = 1000
+
+
+class Shelf:
+    """A store in memory; what each request finds can be changed. Requests are written to a file, so
+    that those of other processes count."""
+
+    def __init__(self, log: Path) -> None:
+        self.contents = {f"f{i}": random.Random(i).randbytes(SIZE) for i in range(20)}
+        self.log = log
+        self.on_fetch = lambda name, content, path: path.write_bytes(content)
+
+    def __str__(self) -> str:
+        return "shelf://here"
+
+    def file(self, name: str) -> RemoteFile:
+        content = self.contents[name]
+        return RemoteFile(name, hashlib.sha256(content).hexdigest(), len(content))
+
+    def fetch(self, name: str, path: Path) -> None:
+        with self.log.open("a") as file:
+            file.write(f"{name}\n")
+        if name not in self.contents:
+            raise FileNotFoundError(name)
+        self.on_fetch(name, self.contents[name], path)
+
+    def gets(self) -> Counter[str]:
+        return Counter(self.log.read_text().split()) if self.log.exists() else Counter()
+
+
+def make_cache(shelf, folder, *, num_files=10, patience=QUICK):
+    return ShardCache(shelf, folder, limit_bytes=num_files * SIZE, patience=patience)
+
+
+def read(cache, file, **options):
+    with os.fdopen(cache.open(file, **options), "rb") as opened:
+        return opened.read()
+
+
+def names_in(folder):
+    """What lies in the cache: names of files, temporary ones with a dot."""
+    names = {p.name for p in folder.iterdir()} - {".room"}
+    return {n if n.startswith(".") else n.partition(".")[2] for n in names}
+
+
+def sum_in(folder):
+    """Bytes that the cache says lie there or are set aside."""
+    return int((folder / ".room").read_text())
+
+
+def in_child(work):
+    """Run something in a forked process; its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def end_of(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,0 +1,308 @@
+"""Independent truths: slow plain-Python references, strategies, tiny shard sets."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import tarfile
+from typing import TYPE_CHECKING, Any
+
+import librosa
+import numpy as np
+from hypothesis import strategies as st
+from rich.console import Console
+
+from helpers.sessions import sensor_lines, write_lines, write_tone, write_video
+from preprocess.build import cluster as cluster_module
+from preprocess.build.cluster import Cluster
+from preprocess.build.job import BuildSummary, build_shards
+from preprocess.build.video_subtasks import TASK_S
+from shared.recipe import Recipe
+from shared.shardset.columns import ColumnFile
+from shared.shardset.index import open_index
+from shared.shardset.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from shared.recipe import MelRecipe
+    from shared.shardset.index import ShardIndex
+
+GRAIN_S = 1 / 1024
+"""Times of the strategies are multiples of this, so that float64 sums of them are exact."""
+
+SESSIONS = {"ann": 2.0, "bob": 1.6, "cat": 3.2, "dan": 1.0}
+"""Tiny sessions and their lengths in seconds."""
+
+HELD_OUT = "bob"
+"""The one of them that the tiny recipe's salt puts into val; an independent count is in
+test_plan.py."""
+
+
+# --- strategies ------------------------------------------------------------------------------
+
+
+def seconds(low: float = 0.0, high: float = 20.0) -> st.SearchStrategy[float]:
+    """Times that float64 holds exactly."""
+    grains = st.integers(math.ceil(low / GRAIN_S), math.floor(high / GRAIN_S))
+    return grains.map(lambda n: n * GRAIN_S)
+
+
+def increasing_times(min_size: int = 0, max_size: int = 12) -> st.SearchStrategy[list[float]]:
+    """Increasing times."""
+    return st.lists(seconds(), min_size=min_size, max_size=max_size, unique=True).map(sorted)
+
+
+# --- the clock, slowly -----------------------------------------------------------------------
+
+
+def slow_windows(length_s: float, duration_s: float, step_s: float) -> list[tuple[float, float]]:
+    """(start, stop) of every window that begins inside [0, length)."""
+    found = []
+    start_s = 0.0
+    while start_s < length_s:
+        found.append((start_s, start_s + duration_s))
+        start_s += step_s
+    return found
+
+
+def slow_nearest(times_s: Sequence[float], asked_s: float) -> int:
+    """Index of the nearest time; the earlier of two equally near."""
+    return min(range(len(times_s)), key=lambda i: (abs(times_s[i] - asked_s), i))
+
+
+def slow_interpolate(
+    times_s: Sequence[float],
+    values: Sequence[float],
+    asked_s: float,
+    *,
+    max_gap_s: float,
+    edge_s: float,
+    is_angle: bool = False,
+) -> float | None:
+    """One value at one time; None where nothing was recorded near enough."""
+    if not times_s or not times_s[0] - edge_s <= asked_s <= times_s[-1] + edge_s:
+        return None
+    if asked_s <= times_s[0]:
+        return values[0]
+    if asked_s >= times_s[-1]:
+        return values[-1]
+    for k in range(len(times_s) - 1):
+        if times_s[k] == asked_s:
+            return values[k]
+        if times_s[k] < asked_s < times_s[k + 1]:
+            span_s = times_s[k + 1] - times_s[k]
+            if span_s > max_gap_s:
+                return None
+            rise = values[k + 1] - values[k]
+            if is_angle:
+                rise = math.remainder(rise, 2 * math.pi)
+            return values[k] + rise * (asked_s - times_s[k]) / span_s
+    raise AssertionError("unreachable")
+
+
+def angle_distance(a_rad: float, b_rad: float) -> float:
+    """How far apart two angles are, the short way round."""
+    return abs(math.remainder(a_rad - b_rad, 2 * math.pi))
+
+
+# --- sound, slowly ---------------------------------------------------------------------------
+
+
+def slow_mel_share(
+    samples: np.ndarray, start: int, count: int, *, rate_hz: int, recipe: MelRecipe
+) -> np.ndarray:
+    """Unrounded dMel levels [count, channels] in float64: one numpy FFT per frame."""
+    hop = rate_hz // recipe.rate_hz
+    window = np.hanning(recipe.fft_size + 1)[:-1]
+    filters = librosa.filters.mel(
+        sr=rate_hz, n_fft=recipe.fft_size, n_mels=recipe.channels, dtype=np.float64
+    )
+    rows = []
+    for frame in range(count):
+        stop = start + (frame + 1) * hop
+        piece = [
+            samples[i] / 32768 if 0 <= i < len(samples) else 0.0
+            for i in range(stop - recipe.fft_size, stop)
+        ]
+        power = np.abs(np.fft.rfft(window * piece)) ** 2
+        level_db = 10 * np.log10(np.maximum(filters @ power, 1e-10))
+        rows.append((level_db - recipe.floor_db) / (recipe.ceiling_db - recipe.floor_db))
+    return np.array(rows) * (recipe.levels - 1)
+
+
+# --- tiny sessions and sets ------------------------------------------------------------------
+
+
+def tiny_recipe(**sections: Any) -> Recipe:
+    """A recipe for one-second windows of 32 pixels; sections are merged into it by key."""
+    values: dict[str, Any] = {
+        "required": [],
+        "window": {"duration_s": 1.0},
+        "vision": {"size": 32},
+        "mel": {"fft_size": 512, "channels": 16},
+        "text": {"vocab_size": 300},
+        "split": {"val_fraction": 0.25, "salt": "salt2"},
+    }
+    for key, value in sections.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return Recipe.model_validate(values)
+
+
+def write_tiny_session(folder: Path, length_s: float, *, has_right: bool = False) -> Path:
+    """A session of video, sound, sensors and text without a fault."""
+    folder.mkdir(parents=True)
+    frames_s = np.arange(round(length_s * 30)) / 30
+    write_video(folder / "vision_left.mp4", times_s=frames_s, b_frames=0)
+    if has_right:
+        write_video(folder / "vision_right.mp4", times_s=frames_s, b_frames=0)
+    write_tone(folder / "audio.wav", length_s)
+    write_lines(folder / "metadata.jsonl", sensor_lines(length_s))
+    texts = [
+        {"timestamp": 0.25, "stream": "internal", "text": f"I am {folder.name}"},
+        {"timestamp": 0.75, "stream": "external", "text": "hello, wörld"},
+    ]
+    write_lines(folder / "text.jsonl", texts)
+    return folder
+
+
+def write_tiny_sessions(root: Path) -> Path:
+    """The folder of SESSIONS."""
+    for name, length_s in SESSIONS.items():
+        write_tiny_session(root / name, length_s, has_right=name == "cat")
+    return root
+
+
+def cluster_of(num_workers: int) -> Cluster:
+    """A local Dask cluster, or this process for 0 workers; says nothing."""
+    console = Console(file=io.StringIO())
+    return Cluster(scheduler=None, num_workers=num_workers, console=console, start_s=0.0)
+
+
+class DividingCluster(Cluster):
+    """Divides shards as over a cluster, and then does all in this process."""
+
+    def is_in_process(self, *, work_s: float) -> bool:
+        del work_s
+        return False
+
+    def _submitted(self, *work: Any) -> Iterator[tuple[int | None, Any]]:
+        return cluster_module._in_turn(*work)
+
+
+def build(
+    sessions: Path | str,
+    out: Path | str,
+    recipe: Recipe | None = None,
+    *,
+    num_workers: int = 0,
+    keep_old_s: float = 0.0,
+    task_s: float = TASK_S,
+    **options: bool,
+) -> BuildSummary:
+    """build_shards in this process, or over a local Dask cluster."""
+    with cluster_of(num_workers) as cluster:
+        return build_shards(
+            sessions,
+            out,
+            recipe=recipe or tiny_recipe(),
+            cluster=cluster,
+            task_s=task_s,
+            keep_old_s=keep_old_s,
+            **options,
+        )
+
+
+def build_in_parts(
+    sessions: Path | str, out: Path | str, recipe: Recipe | None = None, *, task_s: float = 1.0
+) -> BuildSummary:
+    """build_shards in this process, divided into tasks of so many seconds of video."""
+    console = Console(file=io.StringIO())
+    with DividingCluster(scheduler=None, num_workers=1, console=console) as cluster:
+        return build_shards(
+            sessions,
+            out,
+            recipe=recipe or tiny_recipe(),
+            cluster=cluster,
+            task_s=task_s,
+            keep_old_s=0.0,
+        )
+
+
+def tar_members(path: Path) -> dict[str, bytes]:
+    """Members of a tar by stock tarfile, in order."""
+    with tarfile.open(path) as archive:
+        return {m.name: archive.extractfile(m).read() for m in archive.getmembers()}
+
+
+def jsonl(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSONL file, a line each."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, by name; the cache of scans holds times of files and is left out."""
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.iterdir())
+        if p.name != "sessions.jsonl"
+    }
+
+
+def file_identities(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and modification time of every file, by name."""
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.iterdir()}
+
+
+def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def open_indexes(out: Path) -> Iterator[tuple[str, ShardIndex]]:
+    """Name and index of every shard of a set."""
+    for entry in read_manifest(out).shards:
+        yield entry.name, open_index(out / entry.index_file, sha256=entry.index_sha256)
+
+
+def check_whole(out: Path) -> int:
+    """Checks every checksum of a set by hashlib and every member; how many members there are."""
+    num_members = 0
+    manifest = read_manifest(out)
+    manifest.load_tokenizer()
+    for entry in manifest.shards:
+        content = (out / entry.index_file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == entry.index_sha256
+        index = open_index(out / entry.index_file)
+        for name, column in index.facts["columns"].items():
+            path = out / column["file"]
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == column["sha256"]
+            assert path.stat().st_size == column["length_bytes"]
+            tables = [n.removesuffix(".offset") for n in index.arrays if n.endswith(".offset")]
+            file = ColumnFile(path)
+            for table in (t for t in tables if t.partition("/")[0] == name):
+                members = [file.read(index.members(table), r) for r in range(index.num_samples)]
+                num_members += sum(m is not None for m in members)
+            file.close()
+    return num_members
+
+
+def set_keys(out: Path) -> list[str]:
+    """Keys of all samples of a set, in order."""
+    return [index.key(r) for _, index in open_indexes(out) for r in range(index.num_samples)]
+
+
+def set_contents(out: Path) -> dict[tuple[str, str], Any]:
+    """Hashes of columns and arrays by shard and name, whatever the files are called."""
+    found: dict[tuple[str, str], Any] = {}
+    for shard, index in open_indexes(out):
+        for name, column in index.facts["columns"].items():
+            found[shard, name] = column["sha256"]
+        for name, array in index.arrays.items():
+            found[shard, name] = array.tobytes()
+        found[shard, "losses"] = json.dumps(index.facts["losses"])
+    return found

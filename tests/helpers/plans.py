@@ -1,0 +1,116 @@
+"""Scans made by hand, plans of them, and the sets that are there when a plan was carried out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import strategies as st
+
+from helpers.oracles import tiny_recipe
+from preprocess.build.plan import BuiltColumn, BuiltShard, Plan, PreviousSet, ShardTask, plan_shards
+from shared.clock import Interval
+from shared.recipe import STREAMS, Recipe, Stream
+from shared.session.scan import SessionScan, SourceFile
+from shared.shardset.layout import COLUMNS
+from shared.shardset.manifest import fingerprint_of
+
+RECIPE = tiny_recipe()
+SHA = "ab" * 32
+
+
+def scan(name: str, windows: int = 3, *, tail: float = 1.0, **changes: Any) -> SessionScan:
+    """A session of whole windows; the last has every stream to the share `tail`."""
+    shares = [1.0] * (windows - 1) + [tail]
+    values = {
+        "session": name,
+        "length_s": float(windows),
+        "clock_offset_s": 0.0,
+        "gain": 1.0,
+        "rms": 0.1,
+        "moved": {},
+        "intervals": {s: Interval(0.0, float(windows)) for s in STREAMS},
+        "absent": {},
+        "coverage": tuple((share,) * len(STREAMS) for share in shares),
+        "oddities": (),
+        "sources": {
+            file: SourceFile(length_bytes=9, sha256=f"{name} {file}")
+            for column in COLUMNS.values()
+            for file in column.sources
+        },
+    }
+    return SessionScan(**{**values, **changes})
+
+
+def scans_of(*scans: SessionScan) -> dict[str, SessionScan]:
+    return {s.session: s for s in scans}
+
+
+def with_source(old: SessionScan, file: str, sha256: str) -> SessionScan:
+    return replace(old, sources={**old.sources, file: SourceFile(length_bytes=9, sha256=sha256)})
+
+
+def finish(plan: Plan, recipe: Recipe, old: PreviousSet | None = None) -> PreviousSet:
+    """The set that is there after a plan was carried out."""
+    done = {s.name: s for s in plan.unchanged}
+    done |= {task.name: _built(task) for task in plan.tasks}
+    generation = 0 if old is None else old.generation + (0 if plan.is_empty else 1)
+    shards = tuple(done[name] for name in plan.order)
+    return PreviousSet(recipe=recipe, generation=generation, shards=shards)
+
+
+def _built(task: ShardTask) -> BuiltShard:
+    made = {
+        name: BuiltColumn(
+            file=task.file_name(f"{name}.{COLUMNS[name].suffix}"),
+            length_bytes=1,
+            sha256="",
+            fingerprint=fingerprint_of(task.bases[name]),
+            basis=task.bases[name],
+            rows=task.rows[name],
+        )
+        for name in task.due
+    }
+    return BuiltShard(
+        name=task.name,
+        split=task.split,
+        slices=task.slices,
+        index_file=task.file_name("index"),
+        columns={**task.kept, **made},
+    )
+
+
+def plan(scans: dict[str, SessionScan], recipe: Recipe = RECIPE, **given_: Any) -> Plan:
+    return plan_shards(scans, recipe, **{"tokenizer_sha256": SHA, **given_})
+
+
+def keys(shards: Any) -> list[tuple[str, int]]:
+    return [(p.session, w) for shard in shards for p in shard.slices for w in p.windows]
+
+
+NAMES = st.text("abcdefgh", min_size=1, max_size=4)
+SCANS = st.dictionaries(
+    NAMES,
+    st.tuples(
+        st.integers(1, 6),
+        st.sampled_from([0.0, 0.3, 1.0]),
+        st.sets(st.sampled_from(STREAMS), min_size=0),
+    ),
+    max_size=6,
+)
+
+
+def drawn(values: dict[str, tuple[int, float, set[Stream]]]) -> dict[str, SessionScan]:
+    scans = {}
+    for name, (windows, tail, absent) in values.items():
+        whole = scan(name, windows, tail=tail)
+        scans[name] = replace(
+            whole,
+            intervals={s: i for s, i in whole.intervals.items() if s not in absent},
+            absent=dict.fromkeys(sorted(absent), "it was not recorded"),
+            coverage=tuple(
+                tuple(0.0 if s in absent else v for s, v in zip(STREAMS, row, strict=True))
+                for row in whole.coverage
+            ),
+        )
+    return scans

@@ -1,0 +1,143 @@
+"""Tiny sessions that differ in what they lack, and shard sets of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from helpers.sessions import sensor_lines, write_lines, write_tone, write_video
+from preprocess.build.cluster import Cluster
+from preprocess.build.job import build_shards
+from shared.recipe import Recipe
+from shared.shardset.manifest import read_manifest
+from train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from train.data.shard_source import ShardSource
+
+LENGTHS_S = {"ann": 2.0, "bob": 1.6, "cat": 2.5, "dan": 1.5, "eve": 2.0}
+"""ann, bob and cat have left eyes, sound, sensors and text; cat both eyes; dan only sound and text;
+eve only sensors."""
+
+HEADS = ("internal_text", "external_text", "audio", "animation")
+TEXT_HEADS = HEADS[:2]
+
+WORDS = ("reach", "the red ball", "got it", "wait, wörld")
+
+
+def write_sessions(root: Path) -> Path:
+    """The folder of sessions."""
+    for name, length_s in LENGTHS_S.items():
+        folder = root / name
+        folder.mkdir(parents=True)
+        frames_s = np.arange(round(length_s * 30)) / 30
+        if name not in {"dan", "eve"}:
+            write_video(folder / "vision_left.mp4", times_s=frames_s, b_frames=0)
+        if name == "cat":
+            write_video(folder / "vision_right.mp4", times_s=frames_s, b_frames=0)
+        if name != "eve":
+            write_tone(folder / "audio.wav", length_s)
+            write_lines(folder / "text.jsonl", _texts(length_s))
+        if name != "dan":
+            write_lines(folder / "metadata.jsonl", sensor_lines(length_s))
+    return root
+
+
+def set_recipe(**sections: Any) -> Recipe:
+    """Windows of 1 s that overlap, about four samples per shard."""
+    values: dict[str, Any] = {
+        "required": [],
+        "window": {"duration_s": 1.0, "stride_s": 0.25},
+        "vision": {"size": 32},
+        "audio": {"rate_hz": 8000},
+        "mel": {"fft_size": 512, "channels": 16},
+        "text": {"vocab_size": 300},
+        "split": {"val_fraction": 0.25, "salt": "c"},  # holds out bob
+        "shard": {"target_bytes": 100_000},
+    }
+    for key, value in sections.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return Recipe.model_validate(values)
+
+
+def make_set(root: Path, **sections: Any) -> Path:
+    """Sessions under `root` and their shard set; returns the set."""
+    sessions = write_sessions(root / "sessions")
+    return build_set(sessions, root / "shards", set_recipe(**sections))
+
+
+def build_set(sessions: Path, out: Path, recipe: Recipe) -> Path:
+    """A shard set, built in this process."""
+    with Cluster(scheduler=None, num_workers=0, console=Console(file=io.StringIO())) as cluster:
+        build_shards(sessions, out, recipe=recipe, cluster=cluster)
+    return out
+
+
+def copy_set(shards: Path, to: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(shards, to)
+
+
+def make_config(
+    shards: Path | None = None, *, heads: tuple[str, ...] = HEADS, **data: Any
+) -> TrainConfig:
+    """A configuration of a set; only the losses of `heads` count."""
+    data = {"batch_size": 7, "num_workers": 0, "shuffle_block_shards": 2, **data}
+    return TrainConfig.model_validate(
+        {
+            "data": {"shards": shards, **data},
+            "training": {
+                "seed": 7,
+                "num_threads": 1,
+                "loss_weights": {h: float(h in heads) for h in HEADS},
+            },
+            "model": {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "vision_layers": 1},
+        }
+    )
+
+
+def places_of(source: ShardSource) -> list[tuple[int, int]]:
+    """Every (shard, row) in stored order."""
+    return [(s, r) for s, size in enumerate(source.shard_sizes) for r in range(size)]
+
+
+def index_of(root: Path, shard: str) -> Path:
+    """File of a shard's index."""
+    entries = read_manifest(root).shards
+    return root / next(e.index_file for e in entries if e.name == shard)
+
+
+def edit_manifest(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest's values; without its own checksum, as early sets have it."""
+    path = root / "manifest.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values.pop("sha256", None)
+    change(values)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    """Change one byte."""
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 0x55
+    path.write_bytes(content)
+
+
+def _texts(length_s: float) -> list[dict[str, Any]]:
+    """An event every 0.3 s, thoughts and speech in turn."""
+    return [
+        {
+            "timestamp": round(0.1 + 0.3 * i, 3),
+            "stream": ("internal", "external")[i % 2],
+            "text": WORDS[i % len(WORDS)],
+        }
+        for i in range(int((length_s - 0.1) / 0.3))
+    ]

@@ -1,0 +1,292 @@
+"""What is in a shard set: every window, each in its place, as it was recorded."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import soundfile
+import webdataset
+import zarr
+from helpers.oracles import (
+    HELD_OUT,
+    SESSIONS,
+    build,
+    check_whole,
+    jsonl,
+    open_indexes,
+    psnr_db,
+    set_keys,
+    slow_windows,
+    tar_members,
+    tiny_recipe,
+    write_tiny_sessions,
+)
+
+from shared.recipe import STREAMS, Stream
+from shared.session.reader import SessionReader
+from shared.session.scan import scan_session
+from shared.shardset.codec import decode_pictures, decode_text, decode_wav
+from shared.shardset.columns import ColumnFile, read_chunk
+from shared.shardset.index import open_index
+from shared.shardset.layout import COLUMNS, streams_of_bits
+from shared.shardset.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shared.shardset.index import ShardIndex
+
+RAW = tiny_recipe(vision={"codec": "raw"})
+TARS = ["vision_left", "vision_right", "audio", "text"]
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory) -> Path:
+    return write_tiny_sessions(tmp_path_factory.mktemp("sessions"))
+
+
+@pytest.fixture(scope="module")
+def raw_set(sessions, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("raw")
+    build(sessions, out, RAW)
+    return out
+
+
+@pytest.fixture(scope="module")
+def jpeg_set(sessions, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("jpeg")
+    build(sessions, out, tiny_recipe(vision={"codec": "mjpeg"}))
+    return out
+
+
+def member(out: Path, index: ShardIndex, column: str, part: str, row: int) -> bytes | None:
+    file = ColumnFile(out / index.facts["columns"][column]["file"])
+    try:
+        return file.read(index.members(part), row)
+    finally:
+        file.close()
+
+
+def all_keys() -> list[str]:
+    """Keys of the windows that have enough in them."""
+    found = []
+    for name, length_s in SESSIONS.items():
+        starts = [a for a, _ in slow_windows(length_s, 1.0, 1.0) if length_s - a >= 0.5]
+        found += [f"{name}/{int(a):06d}" for a in starts]
+    return found
+
+
+# --- completeness ----------------------------------------------------------------------------
+
+
+def test_every_window_is_a_sample_or_rejected(raw_set):
+    keys = [
+        index.key(row) for _, index in open_indexes(raw_set) for row in range(index.num_samples)
+    ]
+    planned = sum(len(slow_windows(s, 1.0, 1.0)) for s in SESSIONS.values())
+    lines = jsonl(raw_set / "rejected.jsonl")
+    windows = [x for x in lines if x["level"] == "window"]
+    assert sorted(keys) == all_keys()
+    assert planned == len(keys) + len(windows)
+    assert [(x["session"], x["window"]) for x in windows] == [("cat", 3)]
+    assert read_manifest(raw_set).counts == {
+        "sessions": 4,
+        "windows_planned": planned,
+        "samples": len(keys),
+        "windows_rejected": len(windows),
+    }
+
+
+def test_held_out_sessions_are_in_val_only(raw_set):
+    found = {name: index.facts["sessions"] for name, index in open_indexes(raw_set)}
+    assert found == {"train-000000": ["ann", "cat", "dan"], "val-000000": [HELD_OUT]}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("column", TARS)
+def test_stock_webdataset_counts_the_members_of_each_column(raw_set, column):
+    for name, index in open_indexes(raw_set):
+        path = str(raw_set / f"{name}.{column}.tar")
+        stock = webdataset.WebDataset(path, shardshuffle=False, empty_check=False)
+        found = [sample["__key__"] for sample in stock]
+        have = [r for r in range(index.num_samples) if index.members(column).length[r]]
+        assert found == [index.key(row) for row in have]
+        own = [key for key in all_keys() if key.split("/")[0] in index.facts["sessions"]]
+        assert found == [k for k in own if column != "vision_right" or k.startswith("cat/")]
+
+
+@pytest.mark.parametrize("column", ["proprio", "dmel"])
+def test_stock_zarr_counts_the_rows_of_each_column(raw_set, column):
+    for name, index in open_indexes(raw_set):
+        path = raw_set / f"{name}.{column}.zarr.zip"
+        with zarr.storage.ZipStore(path, mode="r") as store:
+            group = zarr.open_group(store, mode="r")
+            assert group.attrs["keys"] == [index.key(r) for r in range(index.num_samples)]
+            assert {a.shape[0] for _, a in group.arrays()} == {index.num_samples}
+
+
+def test_files_of_a_first_build_bear_the_plain_names(raw_set):
+    names = {p.name for p in raw_set.iterdir()}
+    own = {f"{s}.{c.name}.{c.suffix}" for s, _ in open_indexes(raw_set) for c in COLUMNS.values()}
+    own |= {f"{s}.index" for s, _ in open_indexes(raw_set)}
+    assert names == own | {"manifest.json", "rejected.jsonl", "sessions.jsonl", "tokenizer.json"}
+
+
+def test_times_and_presence_of_each_row_are_in_the_index(raw_set):
+    for _, index in open_indexes(raw_set):
+        arrays = index.arrays
+        np.testing.assert_array_equal(arrays["start_s"], arrays["window"].astype(float))
+        np.testing.assert_array_equal(arrays["stop_s"], arrays["start_s"] + 1)
+        for row in range(index.num_samples):
+            streams = set(STREAMS)
+            if not index.key(row).startswith("cat/"):
+                streams -= {Stream.VISION_RIGHT}
+            assert set(streams_of_bits(int(arrays["present"][row]))) == streams
+            is_tail = index.key(row) == "bob/000001"
+            assert bool(arrays["partial"][row]) == is_tail
+
+
+# --- raw == shard ----------------------------------------------------------------------------
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+def readers(sessions: Path, out: Path) -> dict[str, SessionReader]:
+    manifest = read_manifest(out)
+    tokenizer = manifest.load_tokenizer()
+    return {
+        path.name: SessionReader(
+            path,
+            scan_session(path, recipe=manifest.recipe),
+            recipe=manifest.recipe,
+            tokenizer=tokenizer,
+        )
+        for path in sessions.iterdir()
+    }
+
+
+def rows(sessions: Path, out: Path) -> Iterator[tuple]:
+    """(index, row, reader of its session, its window) of every sample."""
+    fields = readers(sessions, out)
+    assert set_keys(out), "a test that looks at every sample looks at none"
+    for _, index in open_indexes(out):
+        for row in range(index.num_samples):
+            reader = fields[index.key(row).split("/")[0]]
+            windows = reader.scan.windows(reader.recipe)
+            yield index, row, reader, windows[int(index.arrays["window"][row])]
+
+
+@pytest.mark.parametrize("codec", ["raw", "mjpeg"])
+def test_pictures_of_shards_are_those_of_the_sessions(request, sessions, codec):
+    out = request.getfixturevalue({"raw": "raw_set", "mjpeg": "jpeg_set"}[codec])
+    count = 0
+    for index, row, reader, window in rows(sessions, out):
+        for stream in (Stream.VISION_LEFT, Stream.VISION_RIGHT):
+            content = member(out, index, stream, stream, row)
+            assert (content is None) == (stream not in reader.scan.intervals)
+            if content is None:
+                continue
+            [(_, frames)] = reader.iter_frames(stream, [window])
+            found = decode_pictures(
+                content, recipe=reader.recipe.vision, out=np.zeros_like(frames.pictures)
+            )
+            if codec == "raw":
+                same(found, frames.pictures)
+            else:
+                assert psnr_db(found, frames.pictures) > 35
+            same(index.arrays[f"{stream}.error_s"][row], frames.error_s)
+            count += 1
+    assert count == len(all_keys()) + 3
+
+
+def test_sound_of_shards_is_that_of_the_sessions(sessions, raw_set):
+    for index, row, reader, window in rows(sessions, raw_set):
+        content = member(raw_set, index, "audio", "audio", row)
+        same(decode_wav(content), reader.read_audio(window))
+        assert soundfile.info(io.BytesIO(content)).samplerate == 16_000
+
+
+def test_audio_tokens_of_shards_are_those_of_the_sessions(sessions, raw_set):
+    for index, row, reader, window in rows(sessions, raw_set):
+        mel = reader.read_mel(window)
+        levels = member(raw_set, index, "dmel", "dmel/dmel", row)
+        same(read_chunk(levels, dtype="u1", shape=(50, 16)), mel.levels)
+        valid = member(raw_set, index, "dmel", "dmel/valid", row)
+        same(read_chunk(valid, dtype="bool", shape=(50,)), mel.valid)
+
+
+def test_sensors_of_shards_are_those_of_the_sessions(sessions, raw_set):
+    for index, row, reader, window in rows(sessions, raw_set):
+        sensors = reader.read_sensors(window)
+        for name, dtype in (
+            ("timestamp", "f8"),
+            ("proprio", "f4"),
+            ("touch", "f4"),
+            ("valid", "bool"),
+        ):
+            expected = getattr(sensors, name)
+            content = member(raw_set, index, "proprio", f"proprio/{name}", row)
+            same(read_chunk(content, dtype=dtype, shape=expected.shape), expected)
+
+
+def test_text_of_shards_is_that_of_the_sessions(sessions, raw_set):
+    for index, row, reader, window in rows(sessions, raw_set):
+        found = decode_text(member(raw_set, index, "text", "text", row))
+        assert found == reader.read_text(window)
+        said = [e.text for e in found.events]
+        name = index.key(row).split("/")[0]
+        expected = [f"I am {name}", "hello, wörld"] if window.index == 0 else []
+        assert said == expected
+
+
+# --- the specification and the recordings ----------------------------------------------------
+
+FORMAT_PAGE = Path(__file__).parents[4] / "docs" / "format.md"
+
+
+def code_of_page(heading: str) -> str:
+    section = FORMAT_PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
+    return section.split("```python\n")[1].split("```")[0]
+
+
+def test_the_reader_in_the_specification_reads_an_index_and_a_member(raw_set, monkeypatch):
+    monkeypatch.chdir(raw_set)
+    found: dict = {}
+    exec(code_of_page("The index"), found)
+    expected = open_index(raw_set / "train-000000.index")
+    assert found["arrays"].keys() == expected.arrays.keys()
+    for name, array in expected.arrays.items():
+        np.testing.assert_array_equal(found["arrays"][name], array)
+    assert found["wav"] == tar_members(raw_set / "train-000000.audio.tar")["ann/000000.audio.wav"]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_join_in_the_specification_joins_columns_by_key(raw_set, monkeypatch):
+    monkeypatch.chdir(raw_set)
+    found: dict = {}
+    exec(code_of_page("Joining columns with stock readers"), found)
+    joined = found["joined"]
+    assert list(joined) == [k for k in all_keys() if not k.startswith(HELD_OUT)]
+    for key, sample in joined.items():
+        pictures = np.load(io.BytesIO(sample["vision_left.npy"]))
+        assert (pictures.shape, sample["touch"].shape) == ((5, 32, 32, 3), (30, 5))
+        assert {"audio.wav", "text.json"} < set(sample), key
+
+
+@pytest.mark.slow
+def test_every_window_of_real_recordings_is_a_sample_or_rejected(real_sessions, tmp_path):
+    summary = build(real_sessions[0].parent, tmp_path / "out", tiny_recipe(vision={"size": 64}))
+    counts = summary.manifest.counts
+    assert counts["sessions"] == len(real_sessions)
+    assert counts["windows_planned"] == counts["samples"] + counts["windows_rejected"]
+    assert counts["samples"] == len(set(set_keys(tmp_path / "out")))
+    assert check_whole(tmp_path / "out") > counts["samples"]

@@ -1,0 +1,173 @@
+"""Shards from a scheduler's address: the bytes of a local build, workers dying included."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+
+import dask
+import distributed
+import pytest
+from experiments.clusters import build_over_cluster
+from helpers.oracles import (
+    DividingCluster,
+    build,
+    cluster_of,
+    file_hashes,
+    tiny_recipe,
+    write_tiny_sessions,
+)
+from helpers.subprocesses import await_true, finish, launch
+from rich.console import Console
+
+from preprocess.build.cluster import Cluster, Joint
+from preprocess.build.job import build_shards
+from shared.errors import JobError, SessionError, StorageError
+
+SMALL = tiny_recipe(shard={"target_bytes": 2**16})
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Dask's own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_killed", [0, 2])
+def test_four_workers_of_a_scheduler_give_the_bytes_of_none(tmp_path, num_killed):
+    recorded = write_tiny_sessions(tmp_path / "sessions")
+    build(recorded, tmp_path / "local", SMALL)
+    build_over_cluster(recorded, tmp_path / "cluster", SMALL, num_workers=4, num_killed=num_killed)
+    assert file_hashes(tmp_path / "cluster") == file_hashes(tmp_path / "local")
+
+
+def test_a_scheduler_that_is_not_there_is_named():
+
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "200ms"}),
+        Cluster(scheduler="tcp://127.0.0.1:1", num_workers=0, console=Console(quiet=True)) as it,
+        pytest.raises(JobError, match=r"scheduler tcp://127.0.0.1:1: no answer: .*dask scheduler"),
+    ):
+        it.map(len, ["one"], what="count")
+
+
+def test_an_error_that_another_attempt_would_repeat_ends_a_job_at_once():
+    tried = []
+
+    def fail(error: Exception) -> None:
+        tried.append(error)
+        raise error
+
+    with cluster_of(0) as cluster:
+        with pytest.raises(JobError, match="full"):
+            cluster.map(fail, [JobError("full"), JobError("later")], what="fail")
+        assert len(tried) == 1
+        with pytest.raises(SessionError, match="first"):
+            cluster.map(fail, [SessionError("first"), SessionError("second")], what="fail")
+        assert len(tried) == 3
+        with pytest.raises(StorageError):
+            cluster.map(fail, [StorageError("hiccup")], what="fail")
+
+
+SLEEPING_JOB = """
+import sys, time
+from pathlib import Path
+from rich.console import Console
+from preprocess.build.cluster import Cluster
+
+def sleep(mark):
+    Path(mark).touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    try:
+        with Cluster(scheduler=None, num_workers=2, console=Console(quiet=True)) as cluster:
+            cluster.map(sleep, sys.argv[1:], what="sleep")
+    except KeyboardInterrupt:
+        print("stopped")
+"""
+
+
+def test_workers_leave_an_interrupt_of_the_terminal_to_the_client(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SLEEPING_JOB, encoding="utf-8")
+    marks = [tmp_path / "one", tmp_path / "two"]
+    job = launch([sys.executable, script, *marks], scratch=tmp_path / "scratch")
+    await_true(lambda: all(mark.exists() for mark in marks))
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does: client and workers
+    assert finish(job) == "stopped\n"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_task_gets_the_parts_of_its_pieces_and_fails_where_one_does(
+    tmp_path, monkeypatch, num_workers
+):
+    class InThreads(distributed.LocalCluster):
+        def __init__(self, **options):
+            super().__init__(**{**options, "processes": False})
+
+    monkeypatch.setattr(distributed, "LocalCluster", InThreads)
+
+    def join(argument: str, parts: tuple[int, ...]) -> str:
+        (tmp_path / f"{argument}{len(parts)}").touch()
+        return f"{argument}{list(parts)}"
+
+    work = [Joint("a", ["1", "2"]), Joint("b"), Joint("c", ["3", "x"]), Joint("d", ["4"])]
+    with cluster_of(num_workers) as cluster:
+        assert cluster.join(join, work[:2] + work[3:], part=int, what="join") == [
+            "a[1, 2]",
+            "b[]",
+            "d[4]",
+        ]
+        with pytest.raises(SessionError, match="x is no number"):
+            cluster.join(join, work, part=number_of, what="join")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a2", "b0", "d1"]
+
+
+def number_of(text: str) -> int:
+    if not text.isdigit():
+        raise SessionError(f"{text} is no number")
+    return int(text)
+
+
+@pytest.mark.parametrize("num_deaths", [2, 3])
+def test_local_workers_that_die_while_they_start_are_started_again(monkeypatch, num_deaths):
+    begun = []
+
+    class DiesAtFirst(distributed.LocalCluster):
+        def __init__(self, **options):
+            begun.append(options)
+            if len(begun) <= num_deaths:
+                raise RuntimeError("Nanny failed to start.")
+            super().__init__(**{**options, "processes": False})
+
+    monkeypatch.setattr(distributed, "LocalCluster", DiesAtFirst)
+    with cluster_of(1) as cluster:
+        if num_deaths < 3:
+            assert cluster.map(len, ["one", "three"], what="count") == [3, 5]
+        else:
+            with pytest.raises(JobError, match=r"could not be started: .*--workers 0"):
+                cluster.map(len, ["one"], what="count")
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "task_s", "says"),
+    [
+        (3, 120.0, "1 tasks leave 2 workers idle; a smaller --task-seconds (now 120) gives more"),
+        (3, 2.0, ""),
+    ],
+)
+def test_workers_without_work_are_told_of(tmp_path, monkeypatch, num_workers, task_s, says):
+    recorded = write_tiny_sessions(tmp_path / "sessions")
+    recipe = tiny_recipe(split={"val_fraction": 0})
+    monkeypatch.setattr("preprocess.build.cluster.MIN_WORK_S", 0.0)
+    text = io.StringIO()
+    with DividingCluster(
+        scheduler=None, num_workers=num_workers, console=Console(file=text)
+    ) as cluster:
+        build_shards(recorded, tmp_path / "set", recipe=recipe, cluster=cluster, task_s=task_s)
+    told = " ".join(text.getvalue().split())
+    assert says in told
+    assert ("idle" in told) == bool(says)
+    assert cluster.num_idle(1, work_s=0.0) == num_workers - 1
+    monkeypatch.undo()
+    assert cluster.num_idle(1, work_s=59.0) == 0

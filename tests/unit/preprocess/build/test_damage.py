@@ -1,0 +1,98 @@
+"""Flipped bytes are mended by a build that verifies: only what is damaged is made again."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from helpers.breaks import BrokenOff, fail
+from helpers.oracles import build, check_whole, file_identities, set_contents, tiny_recipe
+from helpers.sets import flip_byte
+
+from preprocess.__main__ import cli
+from preprocess.build import job as job_module
+from preprocess.sets.verify import verify_set
+from shared.errors import MEND_SET
+from shared.recipe import json_of
+from shared.shardset.layout import COLUMNS
+from shared.shardset.manifest import read_manifest
+
+FILES = [f"train-000000.{name}.{column.suffix}" for name, column in COLUMNS.items()]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("place", [100, -3], ids=["front", "back"])
+def test_only_the_damaged_column_is_made_again(sessions, built, out, name, place):
+    before = file_identities(out)
+    flip_byte(out / name, place % (out / name).stat().st_size)
+    assert build(sessions, out).plan.is_empty  # sizes tell nothing
+    assert any(MEND_SET in problem for problem in verify_set(out).problems)
+    summary = build(sessions, out, verify=True)
+    column = name.split(".")[1]
+    assert [(t.name, set(t.due)) for t in summary.plan.tasks] == [("train-000000", {column})]
+    check_whole(out)
+    assert set_contents(out) == set_contents(built)
+    assert read_manifest(out).fingerprint == read_manifest(built).fingerprint  # runs can go on
+    made = {re.sub(r"\.g1\b", "", n) for n in set(file_identities(out)) - set(before)}
+    assert made == {name, "train-000000.index"}
+    assert build(sessions, out, verify=True).plan.is_empty
+
+
+def test_a_damaged_index_has_its_shard_made_again_in_its_place(sessions, tmp_path):
+    recipe, out, whole = tiny_recipe(shard={"target_bytes": 2**16}), tmp_path / "a", tmp_path / "b"
+    for place in (out, whole):
+        build(sessions, place, recipe)
+    flip_byte(out / "train-000001.index", 300)
+    summary = build(sessions, out, recipe, verify=True)
+    assert [t.name for t in summary.plan.tasks] == ["train-000001"]
+    check_whole(out)
+    assert set_contents(out) == set_contents(whole)
+    assert verify_set(out).problems == ()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "manifest.json", "rejected.jsonl"])
+def test_small_files_are_mended_too(sessions, built, out, name):
+    (out / name).write_bytes((out / name).read_bytes() or b"x")
+    flip_byte(out / name, 0)
+    build(sessions, out, verify=True)
+    check_whole(out)
+    assert verify_set(out).problems == ()
+    assert set_contents(out) == set_contents(built)
+
+
+def test_a_shard_with_a_wrong_count_in_the_manifest_is_made_again(sessions, out):
+    values = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    del values["sha256"]
+    values["shards"][0]["num_samples"] += 1
+    (out / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
+    assert any(MEND_SET in problem for problem in verify_set(out).problems)
+    build(sessions, out, verify=True)
+    assert verify_set(out).problems == ()
+
+
+def test_what_a_killed_build_left_is_checked_before_it_is_taken_over(
+    sessions, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(job_module, "commit", fail)
+        with pytest.raises(BrokenOff):
+            build(sessions, out)
+    flip_byte(out / "train-000000.audio.tar", 600)
+    build(sessions, out, verify=True)
+    check_whole(out)
+
+
+def test_a_dry_run_names_what_is_damaged(sessions, out, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(json_of(tiny_recipe())), encoding="utf-8")
+    given = ["--recipe", str(recipe), "--sessions", str(sessions), "--out", str(out)]
+    command = ["shards", *given, "--workers", "0", "--dry-run"]
+    flip_byte(out / "val-000000.proprio.zarr.zip", 600)
+    assert CliRunner().invoke(cli, command).output == f"{out} is up to date\n"
+    assert CliRunner().invoke(cli, [*command, "--verify"]).output.strip() == (
+        "would make 1 of 2 proprio columns: its bytes differ from their checksum; 2 rows made"
+    )

@@ -1,0 +1,80 @@
+"""Readers of an older set: its files stay as long as they read, and go with them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers.oracles import build, check_whole, file_hashes, set_keys, tiny_recipe
+
+from shared.shardset.index import open_index
+from shared.shardset.locks import read_manifest_locked
+from shared.shardset.manifest import Manifest, read_manifest
+from train.data.shard_source import ShardSource
+
+OTHER_TEXT = tiny_recipe(text={"vocab_size": 264})
+OTHER_SENSORS = tiny_recipe(sensors={"max_gap_s": 0.2})
+
+
+def files_of(manifest: Manifest) -> set[str]:
+    names = {manifest.tokenizer_file}
+    for entry in manifest.shards:
+        columns = open_index(manifest.root / entry.index_file).facts["columns"]
+        names |= {entry.index_file, *(c["file"] for c in columns.values())}
+    return names
+
+
+def test_files_of_a_set_that_is_read_stay_until_the_reader_goes(recorded, out):
+    source = ShardSource(out)
+    keys = [k for k in set_keys(out) if not k.startswith("bob")]
+    old = files_of(read_manifest(out))
+    build(recorded, out, OTHER_TEXT)
+    build(recorded, out, OTHER_SENSORS)
+    assert old <= {p.name for p in out.iterdir()}
+    assert [source.key(0, row) for row in range(len(keys))] == keys  # its index opens only now
+    source.close()
+    del source
+    build(recorded, out, OTHER_SENSORS)
+    rest = {p.name for p in out.iterdir()}
+    assert rest == files_of(read_manifest(out)) | {
+        "manifest.json",
+        "rejected.jsonl",
+        "sessions.jsonl",
+    }
+
+
+def test_a_set_updated_while_it_was_read_is_byte_equal_to_one_that_was_not(recorded, out, tmp_path):
+    other = Path(shutil.copytree(out, tmp_path / "other"))
+    _, hold = read_manifest_locked(out)
+    build(recorded, out, OTHER_TEXT)
+    build(recorded, other, OTHER_TEXT)
+    assert check_whole(out) == check_whole(other)
+    assert hold is not None
+    hold.close()
+    build(recorded, out, OTHER_TEXT)
+    assert file_hashes(out) == file_hashes(other)
+
+
+def test_a_killed_reader_holds_nothing(recorded, out):
+    code = f"""
+import sys
+from pathlib import Path
+from shared.shardset.locks import read_manifest_locked
+held = read_manifest_locked(Path({str(out)!r}))
+print("held", flush=True)
+sys.stdin.read()
+"""
+    reader = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with reader:
+        assert reader.stdout.readline() == b"held\n"
+        build(recorded, out, OTHER_TEXT)
+        assert (out / "manifest.g0.json").exists()
+        assert (out / "train-000000.index").exists()
+        reader.kill()
+    build(recorded, out, OTHER_TEXT)
+    assert not (out / "manifest.g0.json").exists()
+    assert not (out / "train-000000.index").exists()

@@ -1,0 +1,157 @@
+"""Builds broken off and damaged sets: the next build ends where an undisturbed one does."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from helpers.breaks import BrokenOff, fail
+from helpers.oracles import (
+    build,
+    check_whole,
+    file_hashes,
+    file_identities,
+    set_contents,
+    tiny_recipe,
+)
+
+from preprocess.build import job as job_module
+from preprocess.build import task as build_module
+from shared.errors import ShardError
+from shared.shardset.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def leftovers(out: Path) -> list[str]:
+    return [p.name for p in out.iterdir() if p.name.endswith(".tmp")]
+
+
+# --- broken off ------------------------------------------------------------------------------
+
+BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "in a tar column": lambda m: m.setattr("preprocess.build.write.encode_text", fail),
+    "in a zarr column": lambda m: m.setattr("preprocess.build.write.write_zarr_column", fail),
+    "before an index": lambda m: m.setattr(build_module, "index_bytes", fail),
+    "before the manifest": lambda m: m.setattr("preprocess.build.commit.commit_manifest", fail),
+    "before the sweep": lambda m: m.setattr(job_module, "sweep", fail),
+}
+
+
+def break_off(monkeypatch: pytest.MonkeyPatch, where: str, *args: Any) -> None:
+    with monkeypatch.context() as patched:
+        BREAKS[where](patched)
+        with pytest.raises(BrokenOff):
+            build(*args)
+
+
+@pytest.mark.parametrize("where", BREAKS)
+def test_a_first_build_broken_off_is_completed_to_the_same_bytes(
+    recorded, built, tmp_path, monkeypatch, where
+):
+    out = tmp_path / "out"
+    break_off(monkeypatch, where, recorded, out)
+    if where != "before the sweep":
+        with pytest.raises(ShardError, match="no such shard set"):
+            read_manifest(out)
+    build(recorded, out)
+    assert file_hashes(out) == file_hashes(built)
+    assert leftovers(out) == []
+
+
+@pytest.mark.parametrize("where", BREAKS)
+def test_an_update_broken_off_leaves_the_old_set_whole_and_is_completed(
+    sessions, out, tmp_path, monkeypatch, where
+):
+    undisturbed = Path(shutil.copytree(out, tmp_path / "undisturbed"))
+    recipe = tiny_recipe(text={"vocab_size": 264}, sensors={"max_gap_s": 0.2})
+    old = read_manifest(out)
+    num_members = check_whole(out)
+    break_off(monkeypatch, where, sessions, out, recipe)
+    if where != "before the sweep":
+        assert read_manifest(out) == old
+        assert check_whole(out) == num_members
+    build(sessions, undisturbed, recipe)
+    build(sessions, out, recipe)
+    assert file_hashes(out) == file_hashes(undisturbed)
+    assert leftovers(out) == []
+    check_whole(out)
+
+
+def test_shards_that_a_broken_off_build_finished_are_taken_over(recorded, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    break_off(monkeypatch, "before the manifest", recorded, out)
+    before = {n: i for n, i in file_identities(out).items() if n.startswith(("train", "val"))}
+    build(recorded, out)
+    after = file_identities(out)
+    assert {n: after[n] for n in before} == before
+
+
+def test_two_builds_broken_off_by_different_recipes_do_not_mix(recorded, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    break_off(monkeypatch, "before the manifest", recorded, out, tiny_recipe())
+    # The same sizes of files, other bytes; broken off when they are replaced and the index is not.
+    other = tiny_recipe(mel={"floor_db": -60})
+    break_off(monkeypatch, "before an index", recorded, out, other)
+    build(recorded, out, tiny_recipe())
+    check_whole(out)
+    build(recorded, tmp_path / "undisturbed", tiny_recipe())
+    assert file_hashes(out) == file_hashes(tmp_path / "undisturbed")
+
+
+def test_temporary_files_of_a_killed_build_are_removed(sessions, out):
+    (out / ".train-000000.audio.tar.123.tmp").write_bytes(b"half")
+    build(sessions, out)
+    assert leftovers(out) == []
+
+
+def test_files_of_others_in_the_folder_are_left_alone(sessions, out):
+    names = ["train-notes.md", "tokenizer-mine.json", "val-000000.txt", "train-000000.tar"]
+    for name in names:
+        (out / name).write_text("mine", encoding="utf-8")
+    (out / "train-logs").mkdir()
+    build(sessions, out, tiny_recipe(text={"vocab_size": 264}))
+    assert all((out / name).read_text(encoding="utf-8") == "mine" for name in names)
+    assert (out / "train-logs").is_dir()
+
+
+# --- damaged sets ----------------------------------------------------------------------------
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a column is gone": lambda out: (out / "train-000000.audio.tar").unlink(),
+    "a column is cut": lambda out: os.truncate(out / "val-000000.dmel.zarr.zip", 100),
+    "an index is gone": lambda out: (out / "train-000000.index").unlink(),
+    "an index is cut": lambda out: os.truncate(out / "train-000000.index", 100),
+    "the tokenizer is gone": lambda out: (out / "tokenizer.json").unlink(),
+    "the tokenizer is cut": lambda out: os.truncate(out / "tokenizer.json", 100),
+    "the manifest is cut": lambda out: os.truncate(out / "manifest.json", 100),
+    "the rejected are gone": lambda out: (out / "rejected.jsonl").unlink(),
+    "the scans are gone": lambda out: (out / "sessions.jsonl").unlink(),
+    "the scans are cut": lambda out: os.truncate(out / "sessions.jsonl", 2000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_set_is_mended_by_the_next_build(sessions, built, out, damage):
+    DAMAGES[damage](out)
+    build(sessions, out)
+    check_whole(out)
+    assert set_contents(out) == set_contents(built)
+    assert (out / "rejected.jsonl").read_bytes() == (built / "rejected.jsonl").read_bytes()
+    again = build(sessions, out)
+    assert (again.plan.is_empty, again.num_scanned) == (True, 0)
+
+
+def test_only_one_job_builds_a_set(sessions, out):
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(ShardError, match="another job is building this shard set"):
+            build(sessions, out)
+    finally:
+        os.close(descriptor)

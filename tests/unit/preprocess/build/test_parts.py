@@ -1,0 +1,345 @@
+"""Shards divided over tasks: the bytes of one pass, whatever the tasks, and nothing left over."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+import fsspec
+import numpy as np
+import pytest
+from helpers.breaks import BrokenOff, fail
+from helpers.oracles import (
+    build,
+    build_in_parts,
+    check_whole,
+    cluster_of,
+    file_hashes,
+    jsonl,
+    tiny_recipe,
+)
+from helpers.sessions import sensor_lines, write_lines, write_tone, write_video
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preprocess.__main__ import shards
+from preprocess.build import job as job_module
+from preprocess.build import task as build_module
+from preprocess.build.plan import ShardTask, Slice
+from preprocess.build.video_subtasks import TASK_S, divide
+from shared.clock import Interval
+from shared.errors import SessionError
+from shared.recipe import Stream
+from shared.session.folder import VISION_FILES
+from shared.session.reader import SessionReader
+from shared.session.scan import SessionScan
+from shared.storage import Store, parse_location
+
+WHOLE = tiny_recipe(split={"val_fraction": 0})
+"""All windows in one shard."""
+
+EYES = {
+    "constant rate": ({"b_frames": 0}, {"gop": 30}),
+    "variable rate, B-frames": ({"b_frames": 3, "gop": 8}, {"b_frames": 2, "gop": 20}),
+    "one group, open groups": (
+        {"gop": 1000},
+        {"options": {"x264-params": "open-gop=1:bframes=3"}, "gop": 9},
+    ),
+    "hevc, transport stream": (
+        {"codec": "libx265", "options": {"x265-params": "log-level=none"}, "gop": 10},
+        {"container": "mpegts"},
+    ),
+}
+
+
+def write_stereo(folder: Path, kind: str, length_s: float, *, seed: int = 0) -> Path:
+    """A session of two eyes; of an even rate, or of any times."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for name, how in zip(VISION_FILES.values(), EYES[kind], strict=True):
+        times_s = np.arange(round(length_s * 30)) / 30
+        if "variable" in kind:
+            times_s = np.cumsum(rng.uniform(0.005, 0.12, 900))
+            times_s = times_s[times_s < length_s] - times_s[0]
+        write_video(folder / name, times_s=times_s, **how)
+    write_tone(folder / "audio.wav", length_s)
+    write_lines(folder / "metadata.jsonl", sensor_lines(length_s))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stereo(tmp_path_factory) -> Path:
+    """A session of several tasks' shares and two shorter ones; read only."""
+    root = tmp_path_factory.mktemp("stereo")
+    for name, length_s in (("ann", 6.5), ("bob", 1.0), ("cat", 1.4)):
+        write_stereo(root / name, "variable rate, B-frames", length_s)
+    (root / "cat" / "vision_right.mp4").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(stereo, tmp_path_factory) -> dict[str, str]:
+    """Hashes of the set that one pass makes of them."""
+    out = tmp_path_factory.mktemp("made")
+    build(stereo, out, WHOLE)
+    return file_hashes(out)
+
+
+def leftovers(out: Path) -> list[str]:
+    return [p.name for p in out.iterdir() if p.name.startswith(".")]
+
+
+def count_calls(monkeypatch, module, name: str) -> list[object]:
+    """What a function is called with from now on."""
+    calls: list[object] = []
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a: [calls.append(a), original(*a)][1])
+    return calls
+
+
+# --- the same bytes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride_s", [None, 0.37], ids=["touching", "overlapping"])
+@pytest.mark.parametrize("kind", EYES)
+def test_parts_give_the_bytes_of_one_pass(tmp_path, monkeypatch, kind, stride_s):
+    tries = count_calls(monkeypatch, build_module, "_build_shard")
+    recipe = tiny_recipe(split={"val_fraction": 0}, window={"stride_s": stride_s})
+    for name, length_s in (("long", 5.2), ("short", 1.0)):
+        write_stereo(tmp_path / "in" / name, kind, length_s, seed=len(name))
+    build(tmp_path / "in", tmp_path / "whole", recipe)
+    build_in_parts(tmp_path / "in", tmp_path / "parts", recipe, task_s=1.0)
+    assert file_hashes(tmp_path / "parts") == file_hashes(tmp_path / "whole")
+    assert leftovers(tmp_path / "parts") == []
+    assert len(tries) == 2  # no part was given up
+
+
+def test_what_a_damaged_video_lacks_is_lost_alike(tmp_path, monkeypatch):
+    folder = write_stereo(tmp_path / "in" / "ann", "constant rate", 8.0)
+    content = bytearray((folder / "vision_left.mp4").read_bytes())
+    for place in range(len(content) // 4, len(content) // 2):
+        content[place] ^= 0x55
+    (folder / "vision_left.mp4").write_bytes(content)
+    tries = count_calls(monkeypatch, build_module, "_build_shard")
+    for build_it, out in ((build, "whole"), (build_in_parts, "parts")):
+        build_it(tmp_path / "in", tmp_path / out, WHOLE)
+    lost = [x["window"] for x in jsonl(tmp_path / "whole" / "rejected.jsonl") if "window" in x]
+    assert lost
+    assert len(tries) == 2
+    assert file_hashes(tmp_path / "parts") == file_hashes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Dask's own
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_any_number_of_workers_gives_the_bytes_of_none(stereo, made, tmp_path, num_workers):
+    build(stereo, tmp_path / "out", WHOLE, num_workers=num_workers, task_s=1.0)
+    assert file_hashes(tmp_path / "out") == made
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_a_long_session_is_cut_and_its_shard_decodes_nothing(stereo, made, tmp_path, monkeypatch):
+    pieces = count_calls(monkeypatch, job_module, "build_part")
+    lengths = []
+    original = SessionReader.iter_frames
+
+    def iter_frames(self, stream, windows, **more):
+        lengths.append(len(windows))
+        return original(self, stream, windows, **more)
+
+    monkeypatch.setattr(SessionReader, "iter_frames", iter_frames)
+    build_in_parts(stereo, tmp_path / "out", WHOLE, task_s=2.0)
+    assert file_hashes(tmp_path / "out") == made
+    assert len(pieces) == 2 * 4 + 2 + 1  # ann's 7 windows of each eye, bob and cat, bob
+    assert max(lengths) <= 3
+    assert sum(lengths) == 7 + 1 + 2 + 7 + 1  # each window once: the shard itself reads none
+
+
+def test_only_rows_that_are_not_copied_are_divided(stereo, tmp_path, monkeypatch):
+    sessions = Path(shutil.copytree(stereo, tmp_path / "in"))
+    one, other = tmp_path / "one", tmp_path / "other"
+    build(sessions, one, WHOLE)
+    shutil.copytree(one, other)
+    shutil.copy(sessions / "ann" / "vision_right.mp4", sessions / "ann" / "vision_left.mp4")
+    build(sessions, one, WHOLE)
+    pieces = count_calls(monkeypatch, job_module, "build_part")
+    build_in_parts(sessions, other, WHOLE)
+    assert file_hashes(other) == file_hashes(one)
+    assert {(p.column, *(s.session for s in p.slices)) for p, _ in pieces} == {
+        ("vision_left", "ann")
+    }
+
+
+# --- what goes wrong between a part and its shard ---------------------------------------------
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[600] ^= 1  # of a tar, in its first member
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("end", ["tar", "index"])
+@pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["damaged", "gone"])
+def test_a_part_that_can_not_be_trusted_is_made_again(
+    stereo, made, tmp_path, monkeypatch, end, damage
+):
+    out = tmp_path / "out"
+    original = job_module.build_shard
+
+    def build_shard(task, needs, parts):
+        damage(out / (parts[2].file if end == "tar" else parts[2].index_file))
+        return original(task, needs, parts)
+
+    monkeypatch.setattr(job_module, "build_shard", build_shard)
+    tries = count_calls(monkeypatch, build_module, "_build_shard")
+    build_in_parts(stereo, out, WHOLE)
+    assert len(tries) == 2
+    check_whole(out)
+    assert file_hashes(out) == made
+    assert leftovers(out) == []
+
+
+def test_a_video_that_changes_after_its_part_was_made_fails_the_job(stereo, tmp_path, monkeypatch):
+    sessions = Path(shutil.copytree(stereo, tmp_path / "in"))
+    original = job_module.build_shard
+
+    def build_shard(*args):
+        shutil.copy(sessions / "ann" / "vision_right.mp4", sessions / "ann" / "vision_left.mp4")
+        return original(*args)
+
+    monkeypatch.setattr(job_module, "build_shard", build_shard)
+    with pytest.raises(SessionError, match=r"session ann: vision_left.mp4 went away or changed"):
+        build_in_parts(sessions, tmp_path / "out", WHOLE)
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_parts_of_a_job_broken_off_go_and_the_next_ends_in_the_same_bytes(
+    stereo, made, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    found = []
+
+    def stop(task, needs, parts):
+        found.extend((out / part.file).exists() for part in parts)
+        fail()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job_module, "build_shard", stop)
+        patched.setattr("preprocess.build.places.discard", lambda _: None)  # as a kill does
+        with pytest.raises(BrokenOff):
+            build_in_parts(stereo, out, WHOLE)
+    assert found
+    assert all(found)
+    assert leftovers(out)
+    build_in_parts(stereo, out, WHOLE)
+    assert file_hashes(out) == made
+    assert leftovers(out) == []
+
+
+def test_parts_lie_beside_a_set_behind_a_url_and_leave_no_trace(
+    stereo, made, tmp_path, monkeypatch
+):
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    url, store = "memory://here/parts", parse_location("memory://here/parts")
+    assert isinstance(store, Store)
+    store.write(".0123456789ab.tmp/train-000000.vision_left.0.tar", b"of a killed job")
+    seen = []
+    original = job_module.build_shard
+
+    def build_shard(*args):
+        seen.extend(n for n in store.list_files() if n.endswith(".0.tar"))
+        return original(*args)
+
+    monkeypatch.setattr(job_module, "build_shard", build_shard)
+    build_in_parts(stereo, url, WHOLE)
+    assert len(seen) == 1
+    assert not seen[0].startswith(".0123456789ab.")
+    names = set(store.list_files())
+    assert names - {"sessions.jsonl"} == set(made)
+    assert fs.cat_file("/here/parts/manifest.json") is not None
+    store.write(".0123456789ab.tmp/train-000000.vision_left.0.tar", b"of a late worker")
+    build_in_parts(stereo, url, WHOLE)
+    assert set(store.list_files()) == names
+    fs.store.clear()
+
+
+# --- division ---------------------------------------------------------------------------------
+
+
+def scan_of(name: str, streams: tuple[Stream, ...], num_windows: int) -> SessionScan:
+    return SessionScan(
+        session=name,
+        length_s=float(num_windows),
+        clock_offset_s=0.0,
+        gain=1.0,
+        rms=0.0,
+        moved={},
+        intervals={s: Interval(0.0, float(num_windows)) for s in streams},
+        absent={},
+        coverage=(),
+        oddities=(),
+        sources={},
+    )
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    one_eyed=st.sets(st.integers(0, 7)),
+    copied=st.sets(st.integers(0, 7)),
+    task_s=st.floats(1.0, 50.0),
+)
+def test_parts_hold_each_window_that_is_to_decode_once_and_no_more_than_a_share(
+    lengths, one_eyed, copied, task_s
+):
+    both = (Stream.VISION_LEFT, Stream.VISION_RIGHT)
+    names = [f"s{i}" for i in range(len(lengths))]
+    scans = {
+        name: scan_of(name, both[:1] if i in one_eyed else both, lengths[i])
+        for i, name in enumerate(names)
+    }
+    old = tuple(name for i, name in enumerate(names) if i in copied)
+    task = ShardTask(
+        name="train-000000",
+        split="train",
+        slices=tuple(Slice(n, tuple(range(c))) for n, c in zip(names, lengths, strict=True)),
+        due={"vision_left": "new", "vision_right": "new", "audio": "new"},
+        bases={},
+        rows={},
+        kept={},
+        kept_index_file=None,
+        copied={"vision_left": dict.fromkeys(old, ("train-000000.index",))},
+        generation=0,
+    )
+    parts = divide(task, scans, tiny_recipe(), task_s=task_s)
+    wanted = {("vision_left", n): c for n, c in zip(names, lengths, strict=True) if n not in old}
+    wanted |= {("vision_right", n): lengths[i] for i, n in enumerate(names) if i not in one_eyed}
+    if sum(wanted.values()) <= task_s:
+        assert parts == ()
+        return
+    assert len({part.name for part in parts}) == len(parts)
+    runs: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for part in parts:
+        length = sum(len(piece.windows) for piece in part.slices)
+        assert part.num_runs == 1 or len(part.slices) == 1
+        assert length / part.num_runs <= task_s + 1e-9 or length == part.num_runs
+        for piece in part.slices:
+            runs.setdefault((part.column, piece.session), []).append((part.run, part.num_runs))
+    assert set(runs) == set(wanted)
+    for found in runs.values():
+        assert found == [(k, len(found)) for k in range(len(found))]
+
+
+def test_the_command_says_what_a_tasks_share_is():
+    (option,) = (p for p in shards.params if p.name == "task_s")
+    assert isinstance(option, click.Option)
+    assert option.default == TASK_S
+
+
+def test_a_task_in_this_process_is_not_divided(stereo, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "build_part", fail)
+    with cluster_of(0) as cluster:
+        job_module.build_shards(stereo, tmp_path / "out", recipe=WHOLE, cluster=cluster, task_s=1.0)
+    assert file_hashes(tmp_path / "out") == made

@@ -1,0 +1,117 @@
+"""What is wrong with a session shows at its place in the report page."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+import soundfile
+from helpers.report_pages import RECIPE, page_of, panel, row, stretches_s
+from helpers.sessions import (
+    sensor_lines,
+    tone,
+    write_lines,
+    write_tone,
+    write_video,
+)
+
+from preprocess.validate.validate import check_session
+from shared.recipe import Recipe, WindowRecipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_gaps_stand_where_they_were_put(session: Path) -> None:
+    lines = [
+        line
+        for i, line in enumerate(sensor_lines())
+        if not 20 <= i < 26 and i != 40  # 233 ms and 67 ms without a line
+    ]
+    write_lines(session / "metadata.jsonl", lines)
+    page = page_of(session)
+    for name in ("touch", "proprio", "metadata lines"):
+        (gap,) = stretches_s(page, row(page, name), "gap-error")
+        assert gap == pytest.approx((19 / 30, 26 / 30), abs=0.002)
+        (short,) = stretches_s(page, row(page, name), "gap-warning")
+        assert short == pytest.approx((39 / 30, 41 / 30), abs=0.002)
+    (behind,) = stretches_s(page, panel(page, "angles"), "gap-error")
+    assert behind == pytest.approx((19 / 30, 26 / 30), abs=0.002)
+    assert "2 gaps, longest 0.233 s" in row(page, "touch").text
+
+
+def test_what_is_masked_is_hatched(session: Path) -> None:
+    write_tone(session / "audio.wav", 1.5)
+    lines = [line for i, line in enumerate(sensor_lines()) if i >= 15 and not 30 <= i < 36]
+    write_lines(session / "metadata.jsonl", lines)
+    page = page_of(session)
+    assert stretches_s(page, row(page, "audio"), "masked") == [pytest.approx((1.5, 2.0), abs=0.002)]
+    begin, gap = stretches_s(page, row(page, "proprio"), "masked")
+    assert begin == pytest.approx((0.0, 0.5), abs=0.002)
+    assert gap == pytest.approx((29 / 30, 36 / 30), abs=0.002)
+    assert stretches_s(page, row(page, "vision_left"), "masked") == []
+
+
+def test_a_curve_is_not_drawn_across_a_gap(session: Path) -> None:
+    lines = [line for i, line in enumerate(sensor_lines()) if not 30 <= i < 36]
+    write_lines(session / "metadata.jsonl", lines)
+    path = panel(page_of(session), "touch").all("path")[0].attributes["d"]
+    pieces = [
+        [float(x) for x in re.findall(r"([\d.]+),", piece)] for piece in path.split("M") if piece
+    ]
+    assert len(pieces) == 2
+    assert pieces[0][-1] == pytest.approx(29 / 60 * 1000, abs=0.5)
+    assert pieces[1][0] == pytest.approx(36 / 60 * 1000, abs=0.5)
+
+
+def test_a_hole_in_a_video_is_marked_and_has_no_picture(session: Path) -> None:
+    times_s = [i / 30 for i in range(60) if not 15 < i < 45]
+    write_video(session / "vision_left.mp4", times_s=times_s)
+    page = page_of(session)
+    (gap,) = stretches_s(page, row(page, "vision_left"), "gap-warning")
+    assert gap == pytest.approx((0.5, 1.5), abs=0.002)
+    (masked,) = stretches_s(page, row(page, "vision_left"), "masked")
+    assert masked == pytest.approx((0.7, 1.3), abs=0.002)  # 5 frames/s: a frame holds for 0.2 s
+    empty = panel(page, "vision_left").all("rect", class_="none")
+    assert [e.number("x") // 100 for e in empty] == [4, 5]  # their middles are 0.9 and 1.1 s
+
+
+def test_frames_that_do_not_decode_are_marked(session: Path) -> None:
+    path = session / "vision_left.mp4"
+    write_video(path, gop=60, b_frames=0)
+    content = bytearray(path.read_bytes())
+    start = len(content) // 3
+    content[start : len(content) // 2] = bytes(len(content) // 2 - start)
+    path.write_bytes(bytes(content))
+    report, _ = check_session(session, recipe=RECIPE)
+    message = next(m for m in report.errors if "don't decode" in m)
+    start_s, stop_s = map(float, re.findall(r"([\d.]+)-([\d.]+) s", message)[0])
+    page = page_of(session)
+    damaged = stretches_s(page, row(page, "vision_left"), "damaged")
+    assert damaged[0] == pytest.approx((start_s, stop_s), abs=0.01)
+    assert panel(page, "vision_left").all("rect", class_="damaged")
+
+
+def test_a_broken_file_is_named_in_its_row_and_in_the_table(session: Path) -> None:
+    (session / "vision_left.mp4").write_bytes(b"")
+    page = page_of(session)
+    assert "broken: vision_left.mp4: the file is empty" in row(page, "vision_left").text
+    cells = page.all("table", id="summary")[0].all("td", class_="stream")
+    assert [cell.text for cell in cells][:2] == ["broken", "-"]
+
+
+def test_a_required_stream_that_is_missing_is_named_in_the_table(session: Path) -> None:
+    (session / "audio.wav").unlink()
+    page = page_of(session, recipe=Recipe(window=WindowRecipe(duration_s=1.0)))
+    cells = page.all("table", id="summary")[0].all("td", class_="wrong")
+    assert [cell.text for cell in cells] == ["missing"]
+
+
+def test_clipped_sound_is_marked_at_its_place(session: Path) -> None:
+    samples = tone()
+    samples[8_000:9_600] = 1.0
+    soundfile.write(session / "audio.wav", samples, 16_000, subtype="PCM_16")
+    page = page_of(session)
+    top, bottom = stretches_s(page, panel(page, "waveform"), "clipped")
+    assert top == bottom == pytest.approx((0.5, 0.6), abs=0.005)

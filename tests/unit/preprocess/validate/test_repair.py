@@ -1,0 +1,392 @@
+"""--fix: each repair does what it says, once, keeps the original, and stops at what is unclear."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.sessions import read_lines, sensor_lines, write_lines, write_tone
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import preprocess.validate.repair
+from preprocess.validate.repair import repair_session
+from preprocess.validate.validate import validate_session
+from shared.errors import SessionError
+from shared.recipe import Recipe, WindowRecipe
+
+RECIPE = Recipe(required=(), window=WindowRecipe(duration_s=1.0))
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Path:
+    """Two seconds of sound, sensors and two texts."""
+    folder = tmp_path / "session_001"
+    folder.mkdir()
+    write_tone(folder / "audio.wav")
+    write_lines(folder / "metadata.jsonl", sensor_lines())
+    put_texts(folder, [0.5, 1.5])
+    return folder
+
+
+def put_texts(folder: Path, times_s: list[float]) -> None:
+    texts = [{"timestamp": t, "stream": "external", "text": "there"} for t in times_s]
+    write_lines(folder / "text.jsonl", texts)
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return read_lines(folder / "metadata.jsonl")
+
+
+def times_of(folder: Path, file: str = "metadata.jsonl") -> list[float]:
+    return [line["timestamp"] for line in read_lines(folder / file)]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def shift(folder: Path, seconds: float) -> None:
+    lines = lines_of(folder)
+    for line in lines:
+        line["timestamp"] = round(line["timestamp"] + seconds, 6)
+    write_lines(folder / "metadata.jsonl", lines)
+
+
+def test_a_session_without_fault_is_left_alone(session: Path) -> None:
+    before = snapshot(session)
+    assert repair_session(session, recipe=RECIPE) == []
+    assert snapshot(session) == before
+
+
+def test_unreadable_lines_are_dropped_and_the_others_kept_to_the_byte(session: Path) -> None:
+    good = (session / "metadata.jsonl").read_bytes()
+    rows = good.splitlines(keepends=True)
+    scraps = [b"[]\n", b'{"timestamp": NaN}\n', b"\xff\xfe\n", b'{"timest']
+    (session / "metadata.jsonl").write_bytes(
+        b"".join([*rows[:9], *scraps[:2], *rows[9:], *scraps[2:]])
+    )
+    done = repair_session(session, recipe=RECIPE)
+    assert done[0] == "metadata.jsonl: dropped 4 lines without JSON or a timestamp"
+    assert (session / "metadata.jsonl").read_bytes() == good
+
+
+def test_a_file_of_hardly_any_lines_is_not_emptied(session: Path) -> None:
+    (session / "metadata.jsonl").write_text("glove v2\n1 2 3\n4 5 6\n" + '{"timestamp": 0}\n' * 3)
+    before = snapshot(session)
+    assert repair_session(session, recipe=RECIPE) == []
+    assert snapshot(session) == before
+
+
+def test_a_text_without_a_time_keeps_its_words(session: Path) -> None:
+    with (session / "text.jsonl").open("a") as file:
+        file.write('{"timestamp": null, "stream": "external", "text": "precious"}\n{"timest')
+    assert repair_session(session, recipe=RECIPE)[0] == ("text.jsonl: dropped 1 line without JSON")
+    assert read_lines(session / "text.jsonl")[-1]["text"] == "precious"
+
+
+def test_lines_that_changed_places_are_sorted(session: Path) -> None:
+    lines = lines_of(session)
+    shuffled = [*lines[:10], *lines[15:20], *lines[10:15], *lines[20:]]
+    write_lines(session / "metadata.jsonl", shuffled)
+    assert repair_session(session, recipe=RECIPE)[0] == "metadata.jsonl: sorted 1 line into place"
+    assert lines_of(session) == lines
+
+
+def test_a_recorder_that_started_again_is_not_sorted_into_one(session: Path) -> None:
+    write_lines(session / "metadata.jsonl", [*sensor_lines(1.5), *sensor_lines(0.4)])
+    before = snapshot(session)
+    assert repair_session(session, recipe=RECIPE) == []
+    assert snapshot(session) == before
+
+
+def test_repeated_times_are_joined_without_losing_readings_or_words(session: Path) -> None:
+    lines = lines_of(session)
+    halves = [{k: v for k, v in lines[5].items() if k != key} for key in ("touch", "proprio")]
+    halves[0]["internal_text"], halves[1]["internal_text"] = "go", "on"
+    write_lines(session / "metadata.jsonl", [*lines[:5], *halves, lines[6], lines[6], *lines[7:]])
+    done = repair_session(session, recipe=RECIPE)
+    assert done[0] == "metadata.jsonl: joined 2 repeated lines with the first"
+    lines[5] = {**lines[5], "internal_text": "go on"}
+    assert lines_of(session) == lines
+
+
+def test_a_clock_that_was_never_reset_is_rebased_with_its_texts(session: Path) -> None:
+    expected = times_of(session)
+    shift(session, 12.7)
+    put_texts(session, [13.2, 14.2])
+    done = repair_session(session, recipe=RECIPE)
+    assert done[0].startswith("metadata.jsonl, text.jsonl: subtracted 12.7 s")
+    assert times_of(session) == pytest.approx(expected, abs=1e-9)
+    assert times_of(session, "text.jsonl") == pytest.approx([0.5, 1.5], abs=1e-9)
+
+
+def test_texts_already_on_the_session_clock_are_not_moved_with_the_lines(session: Path) -> None:
+    shift(session, 12.7)
+    repair_session(session, recipe=RECIPE)
+    assert times_of(session)[0] == 0
+    assert times_of(session, "text.jsonl") == [0.5, 1.5]
+
+
+def test_a_clock_is_not_moved_where_texts_fit_neither_way(session: Path) -> None:
+    shift(session, 12.7)
+    put_texts(session, [70.0])
+    before = snapshot(session)
+    assert repair_session(session, recipe=RECIPE) == []
+    assert snapshot(session) == before
+
+
+def test_a_late_start_that_fits_the_media_is_no_clock_to_reset(session: Path) -> None:
+    write_tone(session / "audio.wav", 6.0)
+    write_lines(session / "metadata.jsonl", sensor_lines(6.0)[60:])
+    assert repair_session(session, recipe=RECIPE) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "index", "value", "limit"),
+    [("touch", 2, 1.0004, 1.0), ("touch", 0, -1e-5, 0.0), ("proprio", 9, -3.1416, -math.pi)],
+)
+def test_rounding_errors_are_clamped(
+    key: str, index: int, value: float, limit: float, session: Path
+) -> None:
+    lines = lines_of(session)
+    lines[7][key][index] = value
+    write_lines(session / "metadata.jsonl", lines)
+    done = repair_session(session, recipe=RECIPE)
+    assert done[0] == f"metadata.jsonl: clamped {key} in 1 line, off the range by rounding"
+    lines[7][key][index] = limit
+    assert lines_of(session) == lines
+
+
+@pytest.mark.parametrize(("key", "value"), [("touch", 1.7), ("proprio", 4.0)])
+def test_a_sensor_that_is_truly_out_of_range_is_not_clamped(
+    key: str, value: float, session: Path
+) -> None:
+    lines = lines_of(session)
+    lines[7][key][0] = value
+    lines[8][key][0] = {"touch": 1.0004, "proprio": 3.1418}[key]
+    write_lines(session / "metadata.jsonl", lines)
+    assert repair_session(session, recipe=RECIPE) == []
+
+
+def test_velocities_may_be_large(session: Path) -> None:
+    lines = lines_of(session)
+    lines[7]["proprio"][10] = math.pi + 1e-4
+    write_lines(session / "metadata.jsonl", lines)
+    assert repair_session(session, recipe=RECIPE) == []
+
+
+def test_a_short_gap_is_filled_on_the_line_between_its_ends_and_marked(session: Path) -> None:
+    lines = lines_of(session)
+    write_lines(session / "metadata.jsonl", [*lines[:20], *lines[22:]])
+    done = repair_session(session, recipe=RECIPE)
+    assert done[0].startswith("metadata.jsonl: filled 1 gap with 2 interpolated lines")
+    new = [line for line in lines_of(session) if line.get("interpolated")]
+    assert [line["timestamp"] for line in new] == pytest.approx([20 / 30, 21 / 30], abs=1e-5)
+    for key in ("touch", "proprio"):
+        ends = [np.array(lines[i][key]) for i in (19, 22)]
+        expected = [np.interp(k, [0, 3], [0, 1]) * (ends[1] - ends[0]) + ends[0] for k in (1, 2)]
+        np.testing.assert_allclose([line[key] for line in new], expected, atol=1e-12)
+
+
+def test_an_angle_is_filled_the_short_way_round(session: Path) -> None:
+    lines = lines_of(session)
+    lines[19]["proprio"][0], lines[21]["proprio"][0] = 3.0, -3.0
+    write_lines(session / "metadata.jsonl", [*lines[:20], *lines[21:]])
+    repair_session(session, recipe=RECIPE)
+    (new,) = [line for line in lines_of(session) if line.get("interpolated")]
+    assert abs(new["proprio"][0]) == pytest.approx(math.pi, abs=1e-9)
+
+
+def test_a_gap_over_100_ms_is_never_filled(session: Path) -> None:
+    lines = lines_of(session)
+    write_lines(session / "metadata.jsonl", [*lines[:20], *lines[23:]])
+    assert repair_session(session, recipe=RECIPE) == []
+
+
+def test_lines_after_the_end_of_the_media_are_trimmed(session: Path) -> None:
+    write_lines(session / "metadata.jsonl", sensor_lines(2.5))
+    done = repair_session(session, recipe=RECIPE)
+    assert done[0] == "metadata.jsonl: dropped 14 lines outside the media's [0, 2.000] s"
+    assert times_of(session)[-1] == 2.0
+
+
+def test_lines_before_the_media_are_trimmed(session: Path) -> None:
+    shift(session, -0.5)
+    repair_session(session, recipe=RECIPE)
+    assert times_of(session)[0] == 0.0
+
+
+def test_lines_far_beyond_the_media_or_with_words_are_not_trimmed(session: Path) -> None:
+    write_lines(session / "metadata.jsonl", sensor_lines(4.0))
+    assert repair_session(session, recipe=RECIPE) == []
+    lines = sensor_lines(2.5)
+    lines[-1]["external_text"] = "bye"
+    write_lines(session / "metadata.jsonl", lines)
+    assert repair_session(session, recipe=RECIPE) == []
+
+
+def test_nothing_is_placed_on_a_clock_whose_media_can_not_be_read(session: Path) -> None:
+    shift(session, 12.7)
+    (session / "vision_left.mp4").write_bytes(b"")
+    before = snapshot(session)
+    assert repair_session(session, recipe=RECIPE) == []
+    assert snapshot(session) == before
+
+
+def test_the_original_is_kept_and_never_overwritten(session: Path) -> None:
+    (session / "metadata.jsonl.orig").write_text("an older original\n")
+    with (session / "metadata.jsonl").open("a") as file:
+        file.write('{"timest')
+    original = (session / "metadata.jsonl").read_bytes()
+    done = repair_session(session, recipe=RECIPE)
+    assert done[-1] == "kept the original as metadata.jsonl.orig.1"
+    assert (session / "metadata.jsonl.orig").read_text() == "an older original\n"
+    assert (session / "metadata.jsonl.orig.1").read_bytes() == original
+
+
+def test_the_original_is_kept_where_there_are_no_hard_links(
+    session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    shift(session, 12.7)
+    original = (session / "metadata.jsonl").read_bytes()
+    repair_session(session, recipe=RECIPE)
+    assert (session / "metadata.jsonl.orig").read_bytes() == original
+
+
+def damage(folder: Path) -> None:
+    """Everything at once, with the clock of both files."""
+    lines = sensor_lines(2.5)
+    lines[8]["touch"][1] = 1.0001
+    lines[10:12] = [lines[11], lines[10], lines[10]]
+    del lines[31]
+    write_lines(folder / "metadata.jsonl", lines)
+    shift(folder, 12.7)
+    put_texts(folder, [13.2, 14.2])
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('{"timest')
+
+
+class _PowerCutError(BaseException):
+    """Stops the program as a power cut does: nothing cleans up."""
+
+
+def test_a_repair_stopped_anywhere_is_finished_by_the_next(
+    session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(session)
+    whole = Path(shutil.copytree(session, tmp_path / "whole"))
+    repair_session(whole, recipe=RECIPE)
+    expected = snapshot(whole)
+    real = {(os, "link"): os.link, (os, "fsync"): os.fsync, (Path, "replace"): Path.replace}
+    for stop_at in range(100):
+        folder = Path(shutil.copytree(session, tmp_path / f"cut_{stop_at}"))
+        left = stop_at
+        for (owner, name), function in real.items():
+
+            def cut(*args: Any, function: Any = function) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise _PowerCutError
+                return function(*args)
+
+            monkeypatch.setattr(owner, name, cut)
+        try:
+            repair_session(folder, recipe=RECIPE)
+        except _PowerCutError:
+            monkeypatch.undo()
+            repair_session(folder, recipe=RECIPE)
+            assert snapshot(folder) == expected, f"stopped at step {stop_at}"
+        else:
+            break
+    assert stop_at > 8
+
+
+def test_a_folder_that_can_not_be_written_is_a_clear_error(
+    session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, _content: bytes) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(preprocess.validate.repair, "_write", refuse)
+    shift(session, 12.7)
+    before = snapshot(session)
+    with pytest.raises(SessionError, match="Permission denied; make the folder writable"):
+        repair_session(session, recipe=RECIPE)
+    assert snapshot(session) == before
+
+
+def test_a_folder_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(SessionError, match="no such folder"):
+        repair_session(tmp_path / "none", recipe=RECIPE)
+
+
+def test_all_repairs_together_leave_nothing_to_warn_of(session: Path) -> None:
+    damage(session)
+    assert validate_session(session, recipe=RECIPE).status == "warnings"
+    repair_session(session, recipe=RECIPE)
+    report = validate_session(session, recipe=RECIPE)
+    assert (report.warnings, report.errors) == ((), ())
+
+
+numbers = st.one_of(
+    st.floats(-1.2, 1.2), st.sampled_from([1.0005, -0.0005, 3.1416, 4.0, 1e39, True, None])
+)
+raw_lines = st.one_of(
+    st.builds(
+        lambda step, touch, text, is_marked: {
+            "step": step,
+            **({"touch": [touch] * 5} if touch != "none" else {}),
+            **({"external_text": text} if text else {}),
+            **({"interpolated": True} if is_marked else {}),
+        },
+        st.sampled_from([0.0, 0.033, 0.034, 0.05, 0.07, 0.09, 0.101, 0.5, -0.02, -0.5, -3.0]),
+        st.one_of(numbers, st.just("none")),
+        st.sampled_from(["", "", "", "hm"]),
+        st.booleans(),
+    ),
+    st.sampled_from(["[1]", '{"timest', "", '{"timestamp": NaN}']),
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(raw_lines, max_size=25),
+    start_s=st.sampled_from([0.0, -0.5, 0.9, 1.5, 12.7, 1.7e9]),
+    sound_s=st.sampled_from([None, 0.3, 1.0, 2.0]),
+    texts=st.lists(st.sampled_from([0.5, 13.0, 99.0]), max_size=2),
+)
+def test_a_second_repair_does_nothing_and_every_original_stays(
+    tmp_path: Path, rows: list[Any], start_s: float, sound_s: float | None, texts: list[float]
+) -> None:
+    folder = tmp_path / "any"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    if sound_s is not None:
+        write_tone(folder / "audio.wav", sound_s)
+    time_s, out = start_s, []
+    for row in rows:
+        if isinstance(row, dict):
+            time_s += row.pop("step") if "step" in row else 0.0
+            row = json.dumps({"timestamp": round(time_s, 6), **row})
+        out.append(row)
+    content = "\n".join(out).encode()
+    (folder / "metadata.jsonl").write_bytes(content)
+    put_texts(folder, texts)
+    done = repair_session(folder, recipe=RECIPE)
+    after = snapshot(folder)
+    assert repair_session(folder, recipe=RECIPE) == []
+    assert snapshot(folder) == after
+    if any("metadata" in sentence for sentence in done):
+        assert after["metadata.jsonl.orig"] == content

@@ -1,0 +1,117 @@
+"""What validation says of where media begin, and of what is no file."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import soundfile
+from helpers.oracles import build, jsonl, tiny_recipe
+from helpers.sessions import sensor_lines, tone, write_lines, write_session, write_tone, write_video
+
+from preprocess.validate.figures import draw_session
+from preprocess.validate.repair import repair_session
+from preprocess.validate.validate import check_session, validate_session
+from shared.recipe import Recipe, Stream, WindowRecipe
+from shared.session.folder import SCANNED_FILES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LOOSE = Recipe(required=(), window=WindowRecipe(duration_s=1.0))
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Path:
+    return write_session(tmp_path / "sessions" / "one")
+
+
+def declare(session: Path, **start_s: object) -> None:
+    (session / "session.json").write_text(json.dumps({"start_s": start_s}))
+
+
+def test_a_start_that_only_the_container_tells_is_a_warning_until_it_is_declared(
+    session: Path,
+) -> None:
+    write_video(session / "vision_left.mp4", times_s=0.8 + np.arange(60) / 30)
+    report = validate_session(session, recipe=LOOSE)
+    (warning,) = report.warnings
+    assert warning == (
+        "vision_left.mp4: begins 0.800 s after its container's zero; placed at 0 s, for files have "
+        "no clock in common; if it was recorded so much later than the others, write "
+        '"start_s": {"vision_left": 0.800} into session.json'
+    )
+    assert report.checks["starts"] == "warnings"
+    declare(session, vision_left=0.0)
+    assert validate_session(session, recipe=LOOSE).status == "passed"
+    declare(session, vision_left=0.8)
+    report = validate_session(session, recipe=LOOSE)
+    assert report.stats["streams"]["vision_left"] == [0.8, 2.8]
+    assert report.checks["starts"] == "passed"
+    assert report.checks["durations"] == "warnings"  # what it means for the others is said
+
+
+def test_starts_that_can_not_be_used_are_an_error(session: Path) -> None:
+    declare(session, microphone=0.3)
+    report = validate_session(session, recipe=LOOSE)
+    (error,) = report.errors
+    assert error.startswith("session.json: start_s names 'microphone', which is no stream")
+    assert report.checks["starts"] == "failed"
+
+
+def test_a_late_sound_is_drawn_where_it_lies(session: Path) -> None:
+    soundfile.write(session / "audio.wav", tone(1.0), 16_000)
+    declare(session, audio=1.0)
+    _, evidence = check_session(session, recipe=LOOSE)
+    assert evidence is not None
+    figures = draw_session(session, evidence)
+    plot = next(p for p in figures.plots if p.name == "waveform")
+    first_x = float(plot.curves[0].path.removeprefix("M").replace(",", " ").split()[0])
+    assert first_x == pytest.approx(figures.axis.x(1.0), abs=0.5)
+    assert evidence.intervals[Stream.AUDIO].start_s == 1.0
+
+
+def test_a_drift_is_measured_from_where_the_sound_begins(tmp_path: Path) -> None:
+    write_video(tmp_path / "vision_left.mp4", times_s=np.arange(600) / 10)
+    write_tone(tmp_path / "audio.wav", 49.85)
+    declare(tmp_path, audio=10.0)
+    report = validate_session(tmp_path, recipe=LOOSE)
+    assert report.stats["audio"]["drift_ppm"] == {"vision_left": -3000}
+
+
+def test_repairs_know_where_media_are_placed(session: Path) -> None:
+    declare(session, vision_left=0.5, audio=0.5)
+    write_lines(session / "metadata.jsonl", sensor_lines(3.0))
+    done = repair_session(session, recipe=LOOSE)
+    assert done[0].endswith("outside the media's [0, 2.500] s")
+    declare(session, vision_left="soon")
+    write_lines(session / "metadata.jsonl", sensor_lines(3.0))
+    assert repair_session(session, recipe=LOOSE) == []
+
+
+def test_fix_is_promised_only_where_it_drops_lines(session: Path) -> None:
+    lines = sensor_lines(2.5)
+    for text, promise in ((None, "--fix drops lines"), ("bye", "--fix leaves lines")):
+        if text is not None:
+            lines[-1]["external_text"] = text
+        write_lines(session / "metadata.jsonl", lines)
+        report = validate_session(session, recipe=LOOSE)
+        assert all(promise in m for m in report.warnings), report.warnings
+        assert len(report.warnings) == 2
+    assert repair_session(session, recipe=LOOSE) == []
+
+
+@pytest.mark.parametrize("file", SCANNED_FILES)
+def test_a_pipe_in_place_of_a_file_is_passed_over_with_a_verdict(file: str, session: Path) -> None:
+    (session / file).unlink(missing_ok=True)
+    os.mkfifo(session / file)
+    report = validate_session(session, recipe=LOOSE)
+    assert any(m.startswith(f"{file}: ") for m in (*report.errors, *report.warnings))
+    out = session.parent.parent / "out"
+    build(session.parent, out, tiny_recipe())
+    if file != "session.json":  # no part of a sample
+        reasons = [line["reason"] for line in jsonl(out / "rejected.jsonl")]
+        assert any(r.startswith(file) and "no file" in r for r in reasons), reasons

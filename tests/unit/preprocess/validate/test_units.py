@@ -1,0 +1,138 @@
+"""Timestamps in milliseconds, microseconds and nanoseconds: told in words, divided where the media
+agree.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from helpers.sessions import read_lines, sensor_lines, write_lines, write_session
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preprocess.validate.repair import repair_session
+from preprocess.validate.units import MAX_STEP_S, MIN_STEP_S, UNITS, unit_of
+from preprocess.validate.validate import validate_session
+from shared.recipe import Recipe, WindowRecipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RECIPE = Recipe(required=(), window=WindowRecipe(duration_s=1.0))
+NAMES = {"milliseconds": 1_000, "microseconds": 1_000_000, "nanoseconds": 1_000_000_000}
+UNIX_S = 1_700_000_000
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Path:
+    return write_session(tmp_path / "one")
+
+
+def multiply(session: Path, file: str, factor: int, *, since_s: int = 0) -> None:
+    lines = read_lines(session / file)
+    for line in lines:
+        line["timestamp"] = since_s * factor + round(line["timestamp"] * factor)
+    write_lines(session / file, lines)
+
+
+def times_of(session: Path, file: str = "metadata.jsonl") -> list[float]:
+    return [line["timestamp"] for line in read_lines(session / file)]
+
+
+@pytest.mark.parametrize("since_s", [0, UNIX_S])
+@pytest.mark.parametrize("name", NAMES)
+def test_another_unit_is_one_error_and_one_repair(name: str, since_s: int, session: Path) -> None:
+    factor, expected_s = NAMES[name], times_of(session)
+    for file in ("metadata.jsonl", "text.jsonl"):
+        multiply(session, file, factor, since_s=since_s)
+    report = validate_session(session, recipe=RECIPE)
+    (error,) = report.errors
+    assert f"timestamps look like {name}, not seconds" in error
+    assert f"divide them by {factor}" in error
+    assert "--fix does it" in error
+    assert not [w for w in report.warnings if "never reset" not in w]
+    done = repair_session(session, recipe=RECIPE)
+    assert f"divided all timestamps by {factor}; they were {name}" in done[0]
+    tolerance_s = 1e-3 if name == "milliseconds" else 2e-6
+    np.testing.assert_allclose(times_of(session), expected_s, atol=tolerance_s)
+    np.testing.assert_allclose(times_of(session, "text.jsonl"), [0.2, 1.4], atol=tolerance_s)
+    assert validate_session(session, recipe=RECIPE).status == "passed"
+    assert repair_session(session, recipe=RECIPE) == []
+
+
+def test_texts_in_seconds_beside_lines_in_milliseconds_stay(session: Path) -> None:
+    multiply(session, "metadata.jsonl", 1000)
+    assert repair_session(session, recipe=RECIPE)[0].startswith("metadata.jsonl: divided")
+    assert times_of(session, "text.jsonl") == [0.2, 1.4]
+    assert validate_session(session, recipe=RECIPE).status == "passed"
+
+
+def test_nothing_is_divided_where_texts_fit_neither_way(session: Path) -> None:
+    multiply(session, "metadata.jsonl", 1000)
+    multiply(session, "text.jsonl", 1_000_000)
+    (error,) = validate_session(session, recipe=RECIPE).errors
+    assert "divide them by 1000;" in error
+    assert "--fix" not in error
+    assert repair_session(session, recipe=RECIPE) == []
+
+
+def test_without_media_the_unit_is_named_and_nothing_repaired(session: Path) -> None:
+    multiply(session, "metadata.jsonl", 1000)
+    for file in ("vision_left.mp4", "audio.wav"):
+        (session / file).unlink()
+    before = (session / "metadata.jsonl").read_bytes()
+    errors = validate_session(session, recipe=RECIPE).errors
+    assert any("look like milliseconds" in e and "--fix" not in e for e in errors)
+    assert repair_session(session, recipe=RECIPE) == []
+    assert (session / "metadata.jsonl").read_bytes() == before
+
+
+def test_lines_every_few_seconds_that_last_as_long_as_the_media_are_seconds(
+    session: Path,
+) -> None:
+    lines = sensor_lines(2.0)[:3]
+    for i, line in enumerate(lines):
+        line["timestamp"] = i * 0.9
+    write_lines(session / "metadata.jsonl", lines)
+    errors = validate_session(session, recipe=RECIPE).errors
+    assert errors
+    assert not any("look like" in e for e in errors)
+
+
+def test_words_alone_every_few_seconds_are_no_milliseconds(tmp_path: Path) -> None:
+    lines = [{"timestamp": 5 * i, "internal_text": "hm"} for i in range(20)]
+    write_lines(tmp_path / "metadata.jsonl", lines)
+    report = validate_session(tmp_path, recipe=RECIPE)
+    assert not any("look like" in e for e in report.errors)
+
+
+@given(step_s=st.floats(MIN_STEP_S, MAX_STEP_S), unit=st.sampled_from(UNITS))
+def test_a_step_is_of_one_unit_at_most(step_s: float, unit) -> None:
+    middle_s = math.sqrt(MIN_STEP_S * MAX_STEP_S)
+    times = np.arange(9) * (0.5 * step_s + 0.5 * middle_s)
+    assert unit_of(times) is None
+    assert unit_of(times * unit.per_s) is unit
+
+
+def test_a_text_in_a_line_outside_the_session_is_blamed_on_its_line(session: Path) -> None:
+    lines = read_lines(session / "metadata.jsonl")
+    lines.insert(3, {"timestamp": -5.0, "internal_text": "before all"})
+    write_lines(session / "metadata.jsonl", lines)
+    warnings = validate_session(session, recipe=RECIPE).warnings
+    assert any(w.startswith("metadata.jsonl line 4: a text begins at -5.000 s") for w in warnings)
+    write_lines(session / "metadata.jsonl", sensor_lines())
+    with (session / "text.jsonl").open("a") as file:
+        file.write('{"timestamp": 9, "stream": "internal", "text": "late"}\n')
+    warnings = validate_session(session, recipe=RECIPE).warnings
+    assert any(w.startswith("text.jsonl line 3: a text begins at 9.000 s") for w in warnings)
+
+
+def test_a_session_longer_than_a_day_says_what_is_left_out(session: Path) -> None:
+    with (session / "metadata.jsonl").open("a") as file:
+        file.write('{"timestamp": 1e9, "touch": [0, 0, 0, 0, 0]}\n')
+    report = validate_session(session, recipe=RECIPE)
+    assert report.stats["length_s"] == 86_400
+    assert any("what lies after 86400 s is left out" in w for w in report.warnings)

@@ -1,0 +1,315 @@
+"""Every check finds its fault, names it, and nothing in a folder stops it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import soundfile
+from helpers.sessions import (
+    read_lines,
+    sensor_lines,
+    tone,
+    write_lines,
+    write_tone,
+    write_video,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import preprocess.validate.validate
+from preprocess.validate.checks import CHECKS
+from preprocess.validate.validate import validate_session
+from shared.recipe import Recipe, WindowRecipe
+from shared.session.scan import scan_session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STRICT = Recipe(window=WindowRecipe(duration_s=1.0))
+LOOSE = Recipe(required=(), window=WindowRecipe(duration_s=1.0))
+
+
+def edit(change: Callable[[list[dict[str, Any]]], object]) -> Callable[[Path], None]:
+    """A fault that changes the metadata lines in place."""
+
+    def apply(folder: Path) -> None:
+        lines = read_lines(folder / "metadata.jsonl")
+        change(lines)
+        write_lines(folder / "metadata.jsonl", lines)
+
+    return apply
+
+
+def for_each(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """A fault in every metadata line."""
+    return edit(lambda lines: [change(line) for line in lines])
+
+
+def append(file: str, text: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        with (folder / file).open("a", encoding="utf-8") as out:
+            out.write(text)
+
+    return apply
+
+
+def sound(samples: np.ndarray, subtype: str = "PCM_16") -> Callable[[Path], None]:
+    return lambda folder: soundfile.write(folder / "audio.wav", samples, 16_000, subtype=subtype)
+
+
+def write(file: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).write_bytes(content)  # type: ignore[return-value]
+
+
+def remove(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).unlink()
+
+
+def halve(file: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content[: len(content) // 2])
+
+    return apply
+
+
+def cut_video(folder: Path) -> None:
+    write_video(folder / "vision_left.mp4", muxer={"movflags": "faststart"})
+    halve("vision_left.mp4")(folder)
+
+
+def hole_in_video(folder: Path) -> None:
+    write_video(folder / "vision_left.mp4", times_s=[i / 30 for i in range(60) if not 20 < i < 40])
+
+
+def swap(lines: list[dict[str, Any]], i: int, j: int) -> None:
+    lines[i], lines[j] = lines[j], lines[i]
+
+
+def set_in(line: dict[str, Any], key: str, index: int, value: object) -> None:
+    line[key][index] = value
+
+
+NAN_SOUND = np.where(np.arange(32_000) % 100 == 0, np.nan, tone())
+TEXT = '{"timestamp": %s, "stream": "%s", "text": "%s"}\n'
+
+# what happened: (fault, check, status, words of the message)
+FAULTS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
+    "no microphone": (remove("audio.wav"), "streams", "failed", "stream audio is missing"),
+    "empty video": (write("vision_left.mp4", b""), "files", "failed", "the file is empty"),
+    "facts cut": (write("session.json", b'{"by": '), "files", "warnings", "session.json"),
+    "line cut": (append("metadata.jsonl", '{"timest'), "lines", "warnings", "line 61: the last"),
+    "wrong file": (write("metadata.jsonl", b"a,b\n1,2\n"), "lines", "failed", "right file"),
+    "array line": (append("metadata.jsonl", "[1]\n"), "lines", "warnings", "not a JSON object"),
+    "nan time": (
+        edit(lambda lines: lines[9].update(timestamp=float("nan"))),
+        "timestamps", "warnings", "line 10: timestamp is nan",
+    ),
+    "swapped lines": (
+        edit(lambda lines: swap(lines, 20, 21)), "timestamps", "warnings", "line 22",
+    ),
+    "restarted": (
+        edit(lambda lines: lines.extend(sensor_lines(0.5))), "timestamps", "failed", "line 61",
+    ),
+    "repeated line": (
+        edit(lambda lines: lines.insert(7, lines[7])), "timestamps", "warnings", "line 9",
+    ),
+    "clock not reset": (
+        for_each(lambda line: line.update(timestamp=line["timestamp"] + 12.7)),
+        "clock", "warnings", "start at 12.7 s",
+    ),
+    "lost line": (edit(lambda lines: lines.pop(30)), "gaps", "warnings", "no line for 67 ms"),
+    "long gap": (
+        edit(lambda lines: lines.__delitem__(slice(31, 40))),
+        "gaps", "failed", "line 31 (1.000 s): no line for 0.333 s",
+    ),
+    "sensor off": (
+        edit(lambda lines: [line.pop("touch") for line in lines[20:30]]),
+        "gaps", "failed", "no touch reading",
+    ),
+    "video hole": (hole_in_video, "gaps", "warnings", "vision_left.mp4 0.67-1.33 s"),
+    "raw touch": (for_each(lambda line: set_in(line, "touch", 2, 731)), "touch", "failed", "731"),
+    "touch rounding": (
+        edit(lambda lines: set_in(lines[4], "touch", 0, 1.0004)), "touch", "warnings", "rounding",
+    ),
+    "four fingers": (
+        for_each(lambda line: line["touch"].pop()), "touch", "failed", "sensors.touch_size: 4",
+    ),
+    "unwrapped": (
+        edit(lambda lines: set_in(lines[3], "proprio", 0, 3.5)), "proprio", "warnings", "3.5 rad",
+    ),
+    "degrees": (
+        for_each(lambda line: set_in(line, "proprio", 1, 178.0)), "proprio", "failed", "degrees",
+    ),
+    "one bad value": (
+        edit(lambda lines: set_in(lines[5], "proprio", 3, None)), "proprio", "warnings", "line 6",
+    ),
+    "pressed": (
+        for_each(lambda line: set_in(line, "touch", 3, 1.0)),
+        "saturation", "warnings", "touch[3] stands at its limit 1 in 100%",
+    ),
+    "frozen": (
+        for_each(lambda line: line.update(proprio=[0.5] * 20)), "saturation", "warnings", "frozen",
+    ),
+    "muted": (sound(np.zeros(32_000)), "audio", "failed", "silent"),
+    "clipped": (sound(np.clip(4 * tone(), -1, 1)), "audio", "failed", "clipped"),
+    "integer floats": (sound(9000 * tone(), "FLOAT"), "audio", "failed", "full scale is 1"),
+    "nan sound": (sound(NAN_SOUND, "FLOAT"), "audio", "warnings", "320 samples are no finite"),
+    "sound cut": (halve("audio.wav"), "audio", "warnings", "header promises"),
+    "video cut": (cut_video, "vision", "failed", "its index promises"),
+    "short sound": (
+        lambda folder: write_tone(folder / "audio.wav", 1.5), "durations", "warnings", "0.50 s",
+    ),
+    "very short sound": (
+        lambda folder: write_tone(folder / "audio.wav", 0.8),
+        "durations", "failed", "audio.wav ends at 0.80 s",
+    ),
+    "late sensors": (
+        edit(lambda lines: lines.__delitem__(slice(0, 15))), "durations", "warnings", "0.50 s",
+    ),
+    "late text": (append("text.jsonl", TEXT % (9, "internal", "hm")), "text", "warnings", "9.000"),
+    "third stream": (
+        append("text.jsonl", TEXT % (1, "interal", "hm")), "text", "failed", "'interal'",
+    ),
+    "empty text": (append("text.jsonl", TEXT % (1, "internal", " ")), "text", "warnings", "line 3"),
+}  # fmt: skip
+
+
+def test_a_session_without_fault_passes_every_check(session: Path) -> None:
+    report = validate_session(session, recipe=STRICT)
+    assert (report.status, report.warnings, report.errors) == ("passed", (), ())
+    assert report.checks == dict.fromkeys(CHECKS, "passed")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_is_found_by_its_check_and_named(name: str, session: Path) -> None:
+    fault, check, status, words = FAULTS[name]
+    fault(session)
+    report = validate_session(session, recipe=STRICT)
+    messages = report.errors if status == "failed" else report.warnings
+    assert report.checks[check] == status, report.as_dict()
+    assert any(words in message for message in messages), messages
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_message_says_where_and_how_to_mend(name: str, session: Path) -> None:
+    FAULTS[name][0](session)
+    report = validate_session(session, recipe=STRICT)
+    places = (*(path.name for path in session.iterdir()), "session")
+    for message in (*report.errors, *report.warnings):
+        if "more like these" not in message:
+            assert message.startswith(places), message
+            assert ";" in message, message
+
+
+def test_a_broken_packet_in_the_middle_is_an_error_that_names_the_second(
+    session: Path, nasty_files: dict[str, Path]
+) -> None:
+    shutil.copyfile(nasty_files["video/corrupted.mp4"], session / "vision_left.mp4")
+    report = validate_session(session, recipe=LOOSE)
+    assert any(m.startswith("vision_left.mp4 3.00-3.10 s: 1 of 50") for m in report.errors)
+
+
+def test_a_damaged_long_video_is_found_though_only_stretches_are_decoded(
+    session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preprocess.validate.probe.STRETCH_FRAMES", 2)
+    report = validate_session(session, recipe=STRICT)
+    assert report.stats["video"]["vision_left"]["frames_checked"] == 32
+
+
+def test_a_missing_optional_stream_is_a_fact_and_no_warning(session: Path) -> None:
+    (session / "text.jsonl").unlink()
+    report = validate_session(session, recipe=STRICT)
+    assert report.status == "passed"
+    assert set(report.stats["absent"]) == {"vision_right", "internal_text", "external_text"}
+
+
+def test_a_missing_stream_fails_only_a_recipe_that_requires_it(session: Path) -> None:
+    (session / "audio.wav").unlink()
+    assert validate_session(session, recipe=STRICT).status == "failed"
+    assert validate_session(session, recipe=LOOSE).status == "passed"
+
+
+def test_streams_that_end_far_apart_fail_only_where_both_are_required(session: Path) -> None:
+    write_tone(session / "audio.wav", 0.8)
+    assert validate_session(session, recipe=STRICT).checks["durations"] == "failed"
+    assert validate_session(session, recipe=LOOSE).checks["durations"] == "warnings"
+
+
+def test_a_session_too_short_for_one_sample_is_a_warning(session: Path) -> None:
+    report = validate_session(session, recipe=Recipe(window=WindowRecipe(duration_s=8.0)))
+    assert report.checks["length"] == "warnings"
+
+
+def test_at_most_five_messages_of_a_kind_and_the_rest_counted(session: Path) -> None:
+    for_each(lambda line: set_in(line, "touch", 2, 731))(session)
+    errors = validate_session(session, recipe=STRICT).errors
+    assert len(errors) == 6
+    assert errors[-1] == "metadata.jsonl: 55 more like these"
+
+
+@pytest.mark.parametrize("first_s", [0.0, 0.4, 12.7, 1.7e9])
+def test_the_clock_is_placed_as_the_builder_places_it(first_s: float, session: Path) -> None:
+    for_each(lambda line: line.update(timestamp=line["timestamp"] + first_s))(session)
+    report = validate_session(session, recipe=STRICT)
+    scan = scan_session(session, recipe=STRICT)
+    assert report.stats["clock_offset_s"] == pytest.approx(scan.clock_offset_s, abs=1e-6)
+    assert report.stats["length_s"] == pytest.approx(scan.length_s, abs=1e-3)
+
+
+@pytest.mark.parametrize("is_made", [False, True])
+def test_a_folder_that_is_no_session_has_failed(is_made: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "nothing"
+    if is_made:
+        folder.mkdir()
+    assert validate_session(folder, recipe=LOOSE).status == "failed"
+
+
+@pytest.mark.parametrize("file", ["vision_left.mp4", "audio.wav", "metadata.jsonl", "text.jsonl"])
+def test_a_folder_in_place_of_a_file_fails_without_a_traceback(file: str, session: Path) -> None:
+    (session / file).unlink()
+    (session / file).mkdir()
+    report = validate_session(session, recipe=LOOSE)
+    assert any(message.startswith(file) for message in report.errors), report.errors
+
+
+def test_whatever_a_check_raises_becomes_a_failed_report(
+    session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by \udcff")
+
+    monkeypatch.setattr(preprocess.validate.validate, "probe_session", explode)
+    report = validate_session(session, recipe=STRICT)
+    assert report.status == "failed"
+    assert r"ZeroDivisionError: by \udcff" in report.errors[0]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    file=st.sampled_from(["metadata.jsonl", "text.jsonl", "audio.wav", "vision_left.mp4"]),
+    at=st.floats(0, 1),
+    scrap=st.one_of(
+        st.binary(max_size=40),
+        st.sampled_from([b'{"timestamp": 1e999}\n', b'{"timestamp": 1, "touch": {}}\n', b"\xff\n"]),
+        st.integers(400, 600).map(lambda n: b'{"timestamp": %s}\n' % (b"9" * n)),
+        st.just(b'{"timestamp": 1, "internal_text": "\\ud800"}\n'),
+        st.just(b"[" * 100_000 + b"\n"),
+    ),
+)
+def test_no_scrap_anywhere_in_a_file_raises(
+    whole: Path, tmp_path: Path, file: str, at: float, scrap: bytes
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "session", dirs_exist_ok=True))
+    content = (whole / file).read_bytes()
+    place = round(at * len(content))
+    (folder / file).write_bytes(content[:place] + scrap + content[place + len(scrap) :])
+    report = validate_session(folder, recipe=LOOSE)
+    assert "can't be judged" not in " ".join(report.errors)
+    json.dumps(report.as_dict(), allow_nan=False)

@@ -1,0 +1,380 @@
+"""Codecs: there and back, by independent readers, and with hostile bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import struct
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import simplejpeg
+import soundfile
+from helpers.oracles import psnr_db
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from shared.errors import CorruptError
+from shared.media.yuv import require_npy_head
+from shared.recipe import Stream, VisionRecipe
+from shared.session.folder import TextEvent
+from shared.session.reader import Text, TokenStream
+from shared.shardset.codec import (
+    decode_pictures,
+    decode_text,
+    decode_wav,
+    encode_pictures,
+    encode_text,
+    encode_wav,
+    is_stored_as_in,
+    vision_extension,
+)
+
+RAW, JPEG = VisionRecipe(codec="raw"), VisionRecipe(codec="mjpeg")
+H264, PLANES = VisionRecipe(codec="h264"), VisionRecipe(codec="yuv420")
+SIZE = 64
+
+
+def smooth(count: int = 3) -> np.ndarray:
+    """Pictures of soft colour ramps, uint8 [count, SIZE, SIZE, 3]."""
+    y, x = np.mgrid[:SIZE, :SIZE] / SIZE
+    ramps = [np.stack([x, y, (x + y + k) / 3], axis=2) for k in range(count)]
+    return (np.array(ramps) * 100 + 70).astype(np.uint8)
+
+
+def decode(member: bytes, recipe: VisionRecipe, count: int = 3) -> np.ndarray:
+    return decode_pictures(member, recipe=recipe, out=np.zeros((count, SIZE, SIZE, 3), np.uint8))
+
+
+def empty(layout: str, count: int = 3) -> np.ndarray:
+    """Memory for pictures in a layout; what it held before must not matter."""
+    picture = {"rgb": (SIZE, SIZE, 3), "yuv420": (SIZE * 3 // 2, SIZE)}[layout]
+    return np.full((count, *picture), 0xA5, np.uint8)
+
+
+def npy(header: str, content: bytes = b"") -> bytes:
+    raw = header.encode("latin1")
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(raw)) + raw + content
+
+
+@given(pictures=hnp.arrays(np.uint8, (2, 4, 4, 3)))
+def test_raw_pictures_come_back_exactly(pictures):
+    member = encode_pictures(pictures, recipe=RAW)
+    found = decode_pictures(member, recipe=RAW, out=np.zeros_like(pictures))
+    np.testing.assert_array_equal(found, pictures)
+
+
+@pytest.mark.parametrize("count", [1, 20, 1200])
+def test_raw_members_are_what_numpy_saves_and_loads(count):
+    pictures = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
+    member = encode_pictures(pictures, recipe=RAW)
+    np.testing.assert_array_equal(np.load(io.BytesIO(member), allow_pickle=False), pictures)
+    saved = io.BytesIO()
+    np.save(saved, pictures)
+    assert member == saved.getvalue()
+
+
+def test_jpeg_pictures_come_back_nearly():
+    pictures = smooth()
+    found = decode(encode_pictures(pictures, recipe=JPEG), JPEG)
+    assert psnr_db(found, pictures) > 35  # 37.6 dB found at quality 90
+
+
+def test_jpeg_members_are_an_mjpeg_stream_for_ffmpeg():
+    pictures = smooth()
+    member = encode_pictures(pictures, recipe=JPEG)
+    with av.open(io.BytesIO(member), format="mjpeg") as container:
+        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    assert len(frames) == 3
+    assert psnr_db(np.array(frames), pictures) > 33
+    assert psnr_db(np.array(frames), decode(member, JPEG)) > 38  # the same up to colour rounding
+
+
+def test_pictures_are_decoded_into_the_given_memory():
+    out = np.zeros((5, 3, SIZE, SIZE, 3), np.uint8)
+    for recipe in (RAW, JPEG):
+        member = encode_pictures(smooth(), recipe=recipe)
+        found = decode_pictures(member, recipe=recipe, out=out[2])
+        assert np.shares_memory(found, out)
+        assert psnr_db(out[2], smooth()) > 35
+
+
+def test_every_codec_has_its_extension():
+    found = [vision_extension(recipe) for recipe in (H264, JPEG, PLANES, RAW)]
+    assert found == ["h264", "mjpeg", "npy", "npy"]
+
+
+HUGE_JPEG = b"\xff\xd8\xff\xc0\x00\x11\x08\xfd\xe8\xfd\xe8\x03\x01\x22\x00\x02\x11\x01\x03\x11\x01"
+
+
+def hostile_jpegs() -> dict[str, bytes]:
+    good = encode_pictures(smooth(), recipe=JPEG)
+    grown = good.replace(struct.pack(">HH", SIZE, SIZE), struct.pack(">HH", 65_000, 65_000))
+    other = np.zeros((3, 32, 32, 3), np.uint8)
+    return {
+        "empty": b"",
+        "garbage": b"garbage",
+        "cut": good[: len(good) // 2],
+        "last picture cut": good[:-20],
+        "one picture short": encode_pictures(smooth(2), recipe=JPEG),
+        "one picture more": encode_pictures(smooth(4), recipe=JPEG),
+        "another size": encode_pictures(other, recipe=JPEG),
+        "65000 x 65000 in a whole member": grown,
+        "65000 x 65000 and nothing else": HUGE_JPEG * 3,
+        "a million seams": b"\xff\xd9\xff\xd8" * 1_000_000,
+        "4:4:4": jpegs_of("444"),
+        "4:2:2": jpegs_of("422"),
+        "grey": jpegs_of("Gray"),
+        "end cut": good[:-2],
+        "npy": encode_pictures(smooth(), recipe=RAW),
+    }
+
+
+def hostile_h264s() -> dict[str, bytes]:
+    good = encode_pictures(smooth(), recipe=H264)
+    first = good.index(b"\x00\x00\x00\x01\x09", 1)
+    second = good.index(b"\x00\x00\x00\x01\x09", first + 1)
+    other = np.zeros((3, 32, 32, 3), np.uint8)
+    return {
+        "empty": b"",
+        "garbage": b"garbage",
+        "first picture cut": good[: first // 2] + good[first:],
+        "last picture cut": good[:-8],
+        "second picture lost": good[:first] + good[second:],
+        "one picture short": encode_pictures(smooth(2), recipe=H264),
+        "one picture more": encode_pictures(smooth(4), recipe=H264),
+        "another size": encode_pictures(other, recipe=H264),
+        "no keyframe": good[first:second] * 3,
+        "nothing but delimiters": good[:6] * 3,
+        "a million delimiters": good[:6] * 1_000_000,
+        "limited range": coded(smooth(), "yuv420p"),
+        "4:2:2": coded(smooth(), "yuvj422p"),
+        "4:4:4": coded(smooth(), "yuvj444p"),
+        "grey": coded(smooth(), "gray"),
+        "16320 x 16320 in a whole member": with_size(good, 1020),
+        "mjpeg": encode_pictures(smooth(), recipe=JPEG),
+    }
+
+
+def coded(pictures: np.ndarray, pixel_format: str) -> bytes:
+    """An H.264 stream of another pixel format."""
+    context = av.CodecContext.create("libx264", "w")
+    context.width, context.height, context.pix_fmt = SIZE, SIZE, pixel_format
+    context.time_base = Fraction(1, 5)
+    context.options = {"x264-params": "bframes=0:aud=1"}
+    frames = [av.VideoFrame.from_ndarray(p).reformat(format=pixel_format) for p in pictures]
+    packets = [bytes(packet) for frame in [*frames, None] for packet in context.encode(frame)]
+    return b"".join(packets)
+
+
+def with_size(member: bytes, num_macroblocks: int) -> bytes:
+    """The stream with another sequence parameter set (ITU-T H.264, 7.3.2.1.1)."""
+
+    def golomb(value: int) -> str:
+        return f"{value + 1:b}".rjust(2 * (value + 1).bit_length() - 1, "0")
+
+    size = golomb(num_macroblocks - 1) * 2
+    bits = golomb(0) * 2 + golomb(2) + golomb(1) + "0" + size + "11000" + "1"
+    payload = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    begin = member.index(b"\x00\x00\x00\x01\x67")
+    end = member.index(b"\x00\x00\x00\x01\x68")
+    return member[:begin] + b"\x00\x00\x00\x01\x67\x4d\x00\x3e" + payload + member[end:]
+
+
+def jpegs_of(subsampling: str) -> bytes:
+    return b"".join(
+        simplejpeg.encode_jpeg(p, colorspace="RGB", colorsubsampling=subsampling) for p in smooth()
+    )
+
+
+def hostile_npys(recipe: VisionRecipe) -> dict[str, bytes]:
+    good = encode_pictures(smooth(), recipe=recipe)
+    shape = str(np.load(io.BytesIO(good)).shape)
+    objects = io.BytesIO()
+    np.save(objects, np.array([{"a": 1}] * 3, dtype=object), allow_pickle=True)
+    fortran = io.BytesIO()
+    np.save(fortran, np.asfortranarray(np.load(io.BytesIO(good))))
+    return {
+        "empty": b"",
+        "garbage": b"garbage",
+        "magic only": good[:6],
+        "header cut": good[:60],
+        "content cut": good[:-1],
+        "content longer": good + b"\x00",
+        "terabytes": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1099511627776,), }\n"),
+        "pickled objects": objects.getvalue(),
+        "fortran order": fortran.getvalue(),
+        "floats": npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n", good),
+        "nested header": npy("(" * 9000),
+        "open header": npy("{'descr': ["),
+        "version 3": good.replace(b"NUMPY\x01", b"NUMPY\x03"),
+        "mjpeg": encode_pictures(smooth(), recipe=JPEG),
+        "the other array": encode_pictures(smooth(), recipe=PLANES if recipe is RAW else RAW),
+    }
+
+
+CASES = [(JPEG, name, member) for name, member in hostile_jpegs().items()]
+CASES += [(H264, name, member) for name, member in hostile_h264s().items()]
+CASES += [(RAW, name, member) for name, member in hostile_npys(RAW).items()]
+CASES += [(PLANES, name, member) for name, member in hostile_npys(PLANES).items()]
+
+
+def peak_bytes() -> int:
+    """Most memory that this process held since the last call."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    Path("/proc/self/clear_refs").write_text("5")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+@pytest.mark.parametrize("layout", ["yuv420", "rgb"])
+@pytest.mark.parametrize(
+    ("recipe", "member"),
+    [pytest.param(r, m, id=f"{r.codec}: {name}") for r, name, m in CASES],
+)
+def test_other_bytes_than_its_pictures_are_corrupt_and_cost_no_memory(recipe, member, layout):
+    out = empty(layout)
+    peak_bytes()
+    before = peak_bytes()
+    with pytest.raises(CorruptError):
+        decode_pictures(member, recipe=recipe, out=out)
+    assert peak_bytes() - before < 8 << 20
+
+
+@pytest.mark.parametrize("layout", ["yuv420", "rgb"])
+@pytest.mark.parametrize("recipe", [JPEG, H264], ids=["mjpeg", "h264"])
+@given(data=st.data())
+def test_a_damaged_member_decodes_or_is_corrupt(recipe, layout, data):
+    member = bytearray(encode_pictures(smooth(2), recipe=recipe))
+    for _ in range(data.draw(st.integers(1, 4))):
+        member[data.draw(st.integers(0, len(member) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(CorruptError):
+        decode_pictures(bytes(member), recipe=recipe, out=empty(layout, count=2))
+
+
+@given(samples=hnp.arrays(np.int16, st.integers(0, 200)))
+def test_sound_comes_back_exactly(samples):
+    np.testing.assert_array_equal(decode_wav(encode_wav(samples, rate_hz=16_000)), samples)
+
+
+def test_wav_members_are_read_by_libsndfile_and_the_standard_library():
+    samples = np.random.default_rng(0).integers(-32768, 32768, 500).astype(np.int16)
+    member = encode_wav(samples, rate_hz=22_050)
+    found, rate_hz = soundfile.read(io.BytesIO(member), dtype="int16")
+    np.testing.assert_array_equal(found, samples)
+    with wave.open(io.BytesIO(member)) as file:
+        assert file.getparams()[:4] == (1, 2, 22_050, 500)
+        assert file.readframes(500) == samples.tobytes()
+    assert rate_hz == 22_050
+
+
+def hostile_wavs() -> dict[str, bytes]:
+    good = encode_wav(np.arange(100, dtype=np.int16), rate_hz=16_000)
+    stereo, lying = bytearray(good), bytearray(good)
+    stereo[22] = 2
+    lying[40:44] = b"\xff\xff\xff\xff"
+    return {
+        "empty": b"",
+        "header cut": good[:40],
+        "content cut": good[:-2],
+        "odd": good[:-1],
+        "longer": good + b"\x00\x00",
+        "stereo": bytes(stereo),
+        "size of 4 GiB": bytes(lying),
+        "rate of 4 GHz": good[:24] + b"\xff\xff\xff\xff" + good[28:],
+        "garbage": b"x" * 200,
+    }
+
+
+@pytest.mark.parametrize("name", hostile_wavs())
+def test_other_bytes_than_its_sound_are_corrupt(name):
+    with pytest.raises(CorruptError):
+        decode_wav(hostile_wavs()[name])
+
+
+TIMES = st.floats(-1e6, 1e6)
+IDS = st.integers(0, 2**31)
+EVENTS = st.builds(
+    TextEvent,
+    TIMES,
+    st.sampled_from([Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT]),
+    st.text(st.characters(exclude_categories=["Cs"])),
+)
+TOKENS = st.lists(st.tuples(IDS, TIMES)).map(
+    lambda pairs: TokenStream(ids=tuple(i for i, _ in pairs), time_s=tuple(t for _, t in pairs))
+)
+
+
+@given(text=st.builds(Text, internal=TOKENS, external=TOKENS, events=st.lists(EVENTS).map(tuple)))
+def test_text_comes_back_exactly_and_is_plain_json(text):
+    member = encode_text(text)
+    assert decode_text(member) == text
+    values = json.loads(member.decode())
+    assert values["internal"] == {
+        "ids": list(text.internal.ids),
+        "time_s": list(text.internal.time_s),
+    }
+    assert [e["text"] for e in values["events"]] == [e.text for e in text.events]
+
+
+def member_with(**changes: object) -> bytes:
+    stream = {"ids": [], "time_s": []}
+    return json.dumps({"internal": stream, "external": stream, "events": [], **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        b"",
+        b"garbage",
+        b"\xff\xfe\xfd",
+        b"[]",
+        b"null",
+        b"3",
+        b"[" * 200_000,
+        b'{"internal":' * 100_000,
+        member_with(internal=None),
+        member_with(internal={"ids": [1], "time_s": []}),
+        member_with(internal={"ids": [True], "time_s": [0.0]}),
+        member_with(internal={"ids": [-1], "time_s": [0.0]}),
+        member_with(internal={"ids": [1.5], "time_s": [0.0]}),
+        member_with(internal={"ids": "a", "time_s": "b"}),
+        member_with(internal={"ids": [1], "time_s": ["1"]}),
+        member_with(internal={"ids": [1], "time_s": [float("nan")]}),
+        member_with(internal={"ids": [1], "time_s": [10**400]}),
+        member_with(events={}) + b"x",
+        member_with(events=[3]),
+        member_with(events=[{"time_s": 0, "stream": "aloud", "text": ""}]),
+        member_with(events=[{"time_s": 0, "stream": [], "text": ""}]),
+        member_with(events=[{"time_s": 10**400, "stream": "internal", "text": ""}]),
+    ],
+    ids=lambda member: member[:40].decode("latin1"),
+)
+def test_other_json_than_text_is_corrupt(member):
+    with pytest.raises(CorruptError, match="no text member"):
+        decode_text(member)
+
+
+def test_the_head_of_an_npy_file_says_what_was_read_behind_it():
+    file = io.BytesIO()
+    np.save(file, np.zeros((3, 6, 4), np.uint8))
+    head = file.getvalue()[: -3 * 6 * 4]
+    require_npy_head(head, np.empty((3, 6, 4), np.uint8))
+    for shape in ((3, 4, 6), (1, 6, 4), (3, 2, 4, 3)):
+        with pytest.raises(CorruptError, match="is no npy file of pictures"):
+            require_npy_head(head, np.empty(shape, np.uint8))
+
+
+@pytest.mark.parametrize("codec", ["h264", "mjpeg", "yuv420", "raw"])
+def test_what_is_stored_as_in_a_batch_needs_no_decoding(codec):
+    recipe = VisionRecipe(size=16, codec=codec)
+    pictures = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    member = encode_pictures(pictures, recipe=recipe)
+    for shape in ((2, 24, 16), (2, 16, 16, 3)):
+        out = decode_pictures(member, recipe=recipe, out=np.empty(shape, np.uint8))
+        assert is_stored_as_in(out, recipe=recipe) == member.endswith(out.tobytes())

@@ -1,0 +1,288 @@
+"""Windows as arrays, against what was recorded."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import soundfile
+from helpers.oracles import slow_interpolate, slow_mel_share, tiny_recipe
+from helpers.sessions import brightness, sensor_lines, tone, write_lines, write_tone, write_video
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.clock import Window
+from shared.errors import MediaError
+from shared.media.tokenizer import train_tokenizer
+from shared.recipe import Stream
+from shared.session.reader import MASKED_LEVEL, SessionReader, cut_evenly
+from shared.session.scan import scan_from_json, scan_session
+
+TOKENIZER = train_tokenizer(["reach", "got it"], vocab_size=300)
+
+
+@pytest.fixture
+def session(tmp_path):
+    folder = tmp_path / "ann"
+    folder.mkdir()
+    return folder
+
+
+def fields_of(session, recipe=None, tokenizer=TOKENIZER) -> SessionReader:
+    recipe = recipe or tiny_recipe()
+    scan = scan_session(session, recipe=recipe)
+    return SessionReader(session, scan, recipe=recipe, tokenizer=tokenizer)
+
+
+def frames_of(fields: SessionReader, *starts_s: float, duration_s: float = 1.0):
+    windows = [Window(i, s, duration_s) for i, s in enumerate(starts_s)]
+    return {w.start_s: f for w, f in fields.iter_frames(Stream.VISION_LEFT, windows)}
+
+
+def greys(frames) -> list[int]:
+    return frames.pictures.mean(axis=(1, 2, 3)).round().astype(int).tolist()
+
+
+# --- vision ----------------------------------------------------------------------------------
+
+
+@given(
+    steps=st.lists(st.integers(0, 40), min_size=1, max_size=40),
+    gop=st.integers(1, 90),
+    num_runs=st.integers(1, 12),
+)
+def test_a_pass_is_cut_where_little_is_decoded_twice(steps, gop, num_runs):
+    first = np.cumsum(steps)
+    lead = np.where(first % (3 * gop) < 2 * gop, first % gop, np.inf)
+    cuts = cut_evenly(first, lead, num_runs)
+    assert (cuts[0], cuts[-1], len(cuts)) == (0, len(first), num_runs + 1)
+    assert cuts == sorted(cuts)
+    most = (first[-1] - first[0] + 1) / num_runs
+    for place in set(cuts[1:]) - {len(first)}:
+        assert lead[place] < most
+    if (lead < most).all() and num_runs <= len(first):
+        assert len(set(cuts)) == num_runs + 1  # no run is empty
+
+
+@pytest.mark.parametrize("gop", [7, 12])
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_runs_of_a_pass_show_the_bits_of_the_whole_pass(session, gop, is_damaged):
+    path = session / "vision_left.mp4"
+    write_video(path, times_s=np.arange(150) / 30, gop=gop, b_frames=2)
+    if is_damaged:
+        content = bytearray(path.read_bytes())
+        for place in range(500, len(content) // 2, 150):
+            content[place] ^= 0x10
+        path.write_bytes(content)
+    windows = [Window(i, 0.37 * i, 0.6) for i in range(12)]
+    whole = shown_in(fields_of(session), windows)
+    cuts = fields_of(session).cut_frames(Stream.VISION_LEFT, windows, 4)
+    assert len(set(cuts)) == 5
+    found = [
+        shown_in(fields_of(session), windows[start:stop], among=windows)
+        for start, stop in pairwise(cuts)
+    ]
+    assert {i: bits for run in found for i, bits in run.items()} == whole
+
+
+def shown_in(fields, windows, **more) -> dict[int, tuple[bytes, bytes]]:
+    found = fields.iter_frames(Stream.VISION_LEFT, windows, **more)
+    return {w.index: (f.pictures.tobytes(), f.error_s.tobytes()) for w, f in found}
+
+
+def test_frames_are_those_nearest_in_time_to_the_grid(session):
+    times_s = write_video(session / "vision_left.mp4", times_s=np.arange(60) / 30, b_frames=2)
+    frames = frames_of(fields_of(session), 0.5)[0.5]
+    grid_s = 0.5 + np.arange(5) / 5
+    nearest = [int(np.abs(times_s - g).argmin()) for g in grid_s]
+    np.testing.assert_allclose(greys(frames), [brightness(i) for i in nearest], atol=3)
+    np.testing.assert_allclose(frames.error_s, times_s[nearest] - grid_s, atol=1e-6)
+    assert frames.pictures.shape == (5, 32, 32, 3)
+
+
+def test_windows_that_overlap_show_the_same_frames(session):
+    write_video(session / "vision_left.mp4")
+    found = frames_of(fields_of(session), 0.0, 0.4, 0.8)
+    np.testing.assert_array_equal(found[0.0].pictures[2:], found[0.4].pictures[:3])
+    np.testing.assert_array_equal(found[0.0].pictures[4], found[0.8].pictures[0])
+
+
+def test_one_window_alone_shows_what_it_shows_among_others(session):
+    write_video(session / "vision_left.mp4", times_s=np.arange(90) / 30)
+    together = frames_of(fields_of(session), 0.0, 1.0, 2.0)
+    for start_s in (0.0, 1.0, 2.0):
+        alone = frames_of(fields_of(session), start_s)[start_s]
+        np.testing.assert_array_equal(alone.pictures, together[start_s].pictures)
+
+
+def test_frames_too_far_from_the_grid_are_masked(session):
+    times_s = [0.0, 0.2, 0.4, 1.0, 1.2]
+    write_video(session / "vision_left.mp4", times_s=times_s)
+    frames = frames_of(fields_of(session, tiny_recipe(vision={"max_error_s": 0.1})), 0.0)[0.0]
+    np.testing.assert_array_equal(np.isfinite(frames.error_s), [True, True, True, False, False])
+
+
+def test_a_missing_eye_is_a_media_error(session):
+    write_tone(session / "audio.wav")
+    with pytest.raises(MediaError, match=r"vision_left\.mp4: no such file"):
+        frames_of(fields_of(session), 0.0)
+
+
+def test_a_window_that_does_not_decode_is_left_out(session):
+    path = session / "vision_left.mp4"
+    write_video(path, times_s=np.arange(90) / 30, gop=30, b_frames=0)
+    content = bytearray(path.read_bytes())
+    place, size = content.find(b"mdat") + 4, len(content)
+    third = (size - place) // 3
+    content[place + third : place + 2 * third] = bytes(third)
+    path.write_bytes(content)
+    assert set(frames_of(fields_of(session), 0.0, 1.0, 2.0)) < {0.0, 1.0, 2.0}
+
+
+# --- sound -----------------------------------------------------------------------------------
+
+
+def test_sound_is_cut_at_the_sample_and_zero_beyond_the_recording(session):
+    write_tone(session / "audio.wav", 1.5)
+    fields = fields_of(session, tiny_recipe(audio={"loudness_dbfs": None}))
+    recorded, _ = soundfile.read(session / "audio.wav", dtype="int16")
+    np.testing.assert_array_equal(fields.read_audio(Window(0, 0.25, 1.0)), recorded[4000:20_000])
+    late = fields.read_audio(Window(1, 1.0, 1.0))
+    np.testing.assert_array_equal(late, np.pad(recorded[16_000:], (0, 8000)))
+
+
+def test_the_gain_is_that_of_the_whole_session(session):
+    loud_then_quiet = np.concatenate([tone(1.0, level=0.5), tone(1.0, level=0.05)])
+    soundfile.write(session / "audio.wav", loud_then_quiet, 16_000)
+    fields = fields_of(session)
+    rms = np.sqrt(np.mean(loud_then_quiet**2))
+    expected = loud_then_quiet * 10 ** (-23 / 20) / rms * 32768
+    found = np.concatenate([fields.read_audio(Window(i, i, 1.0)) for i in (0, 1)])
+    np.testing.assert_allclose(found, expected, atol=1.01)
+
+
+def test_mel_levels_hear_the_session_before_the_window(session):
+    rng = np.random.default_rng(0)
+    soundfile.write(session / "audio.wav", rng.normal(0, 0.1, 24_000), 16_000)
+    recipe = tiny_recipe()
+    fields = fields_of(session, recipe)
+    mel = fields.read_mel(Window(1, 1.0, 1.0))
+    samples = np.concatenate([fields.read_audio(Window(i, i, 1.0)) for i in (0, 1)])[:24_000]
+    share = slow_mel_share(samples, 16_000, 50, rate_hz=16_000, recipe=recipe.mel)[:25]
+    is_border = np.abs(share % 1 - 0.5) < 1e-3
+    expected = np.clip(np.round(share), 0, 15)
+    np.testing.assert_array_equal(mel.levels[:25][~is_border], expected[~is_border])
+    np.testing.assert_array_equal(mel.valid, [True] * 25 + [False] * 25)
+    assert (mel.levels[25:] == MASKED_LEVEL).all()
+
+
+# --- sensors ---------------------------------------------------------------------------------
+
+
+def test_sensors_are_interpolated_and_masked_in_gaps(session):
+    lines = [m for m in sensor_lines(1.0) if not 0.3 < m["timestamp"] < 0.6]
+    write_lines(session / "metadata.jsonl", lines)
+    sensors = fields_of(session).read_sensors(Window(0, 0.0, 1.0))
+    times_s = [m["timestamp"] for m in lines]
+    np.testing.assert_array_equal(sensors.timestamp, np.arange(30) / 30)
+    for t, time_s in enumerate(sensors.timestamp):
+        for name, found in (("touch", sensors.touch), ("proprio", sensors.proprio)):
+            for d in range(found.shape[1]):
+                values = [m[name][d] for m in lines]
+                expected = slow_interpolate(times_s, values, time_s, max_gap_s=0.1, edge_s=1 / 60)
+                if expected is None:
+                    assert np.isnan(found[t, d])
+                else:
+                    assert found[t, d] == pytest.approx(expected, abs=1e-5)
+    assert sensors.valid.tolist() == [not 0.31 < t < 0.59 for t in sensors.timestamp]
+
+
+def test_the_recorders_clock_is_brought_onto_the_sessions(session):
+    write_video(session / "vision_left.mp4")
+    moved = [{**m, "timestamp": m["timestamp"] + 12.7} for m in sensor_lines(2.0)]
+    write_lines(session / "metadata.jsonl", moved)
+    fields = fields_of(session)
+    assert fields.scan.clock_offset_s == pytest.approx(12.7)
+    sensors = fields.read_sensors(Window(0, 0.0, 1.0))
+    np.testing.assert_allclose(sensors.touch[0], sensor_lines(2.0)[0]["touch"], atol=1e-5)
+
+
+def test_half_of_the_proprio_values_are_angles_and_touch_has_none(session):
+    lines = [
+        {"timestamp": t, "touch": [0.0] * 5, "proprio": [p] * 20}
+        for t, p in ((0.0, 3.1), (0.1, -3.1))
+    ]
+    write_lines(session / "metadata.jsonl", lines)
+    recipe = tiny_recipe(sensors={"rate_hz": 20})
+    middle = fields_of(session, recipe).read_sensors(Window(0, 0.0, 1.0)).proprio[1]
+    assert (np.abs(middle[:10]) > 3.1).all()
+    np.testing.assert_allclose(middle[10:], 0, atol=1e-6)
+
+
+# --- text ------------------------------------------------------------------------------------
+
+
+def test_each_event_is_in_the_window_in_which_it_begins(session):
+    write_tone(session / "audio.wav", 2.0)
+    events = [
+        {"timestamp": 0.0, "stream": "internal", "text": "reach"},
+        {"timestamp": 1.0, "stream": "external", "text": "got it"},
+        {"timestamp": 0.5, "stream": "internal", "text": "reach"},
+    ]
+    write_lines(session / "text.jsonl", events)
+    fields = fields_of(session)
+    first, second = (fields.read_text(Window(i, i, 1.0)) for i in (0, 1))
+    reach = TOKENIZER.encode("reach")
+    assert first.internal.ids == (*reach, *reach)
+    assert first.internal.time_s == (0.0,) * len(reach) + (0.5,) * len(reach)
+    assert (first.external.ids, second.internal.ids) == ((), ())
+    assert TOKENIZER.decode(second.external.ids) == "got it"
+    assert [(e.time_s, e.text) for e in second.events] == [(1.0, "got it")]
+
+
+def test_text_without_a_tokenizer_says_what_is_missing(session):
+    write_lines(session / "text.jsonl", [{"timestamp": 0, "stream": "internal", "text": "a"}])
+    with pytest.raises(ValueError, match="text needs a tokenizer"):
+        fields_of(session, tokenizer=None).read_text(Window(0, 0.0, 1.0))
+
+
+# --- scans -----------------------------------------------------------------------------------
+
+
+def test_coverage_says_what_share_of_each_window_a_stream_covers(session):
+    write_tone(session / "audio.wav", 2.25)
+    write_lines(session / "metadata.jsonl", sensor_lines(1.5))
+    scan = scan_session(session, recipe=tiny_recipe())
+    streams = list(Stream)
+    audio = [row[streams.index(Stream.AUDIO)] for row in scan.coverage]
+    touch = [row[streams.index(Stream.TOUCH)] for row in scan.coverage]
+    assert audio == [1.0, 1.0, 0.25]
+    assert touch == pytest.approx([1.0, 0.5, 0.0], abs=1 / 30)
+    assert all(row[streams.index(Stream.VISION_LEFT)] == 0 for row in scan.coverage)
+
+
+def test_one_wrong_timestamp_does_not_make_a_billion_windows(session):
+    write_tone(session / "audio.wav", 2.0)
+    lines = [*sensor_lines(1.0), {"timestamp": 1e9, "touch": [0] * 5, "proprio": [0] * 20}]
+    write_lines(session / "metadata.jsonl", lines)
+    scan = scan_session(session, recipe=tiny_recipe(window={"duration_s": 600}))
+    assert scan.length_s == 24 * 3600
+    assert any("a timestamp must be wrong" in what for what in scan.oddities)
+
+
+def test_a_scan_comes_back_from_its_json(session):
+    write_tone(session / "audio.wav", 2.0)
+    (session / "metadata.jsonl").write_text("no json\n", encoding="utf-8")
+    scan = scan_session(session, recipe=tiny_recipe())
+    assert scan_from_json(scan.as_json()) == scan
+
+
+def test_the_same_session_says_the_same_wherever_it_lies(session, tmp_path):
+    (session / "audio.wav").write_bytes(b"garbage")
+    (session / "vision_left.mp4").write_bytes(b"")
+    moved = tmp_path / "elsewhere" / "ann"
+    first = scan_session(session, recipe=tiny_recipe())
+    moved.parent.mkdir()
+    session.rename(moved)
+    assert scan_session(moved, recipe=tiny_recipe()) == first

@@ -1,0 +1,258 @@
+"""The manifest: atomic, versioned, and leading nowhere out of its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import sets as tiny_sets
+
+from shared.errors import ConfigError, CorruptError, FormatVersionError, ShardError
+from shared.media.tokenizer import train_tokenizer
+from shared.recipe import Recipe
+from shared.shardset import manifest as module
+from shared.shardset.layout import field_schema
+from shared.shardset.manifest import (
+    Manifest,
+    ShardEntry,
+    commit_manifest,
+    fingerprint_of,
+    read_manifest,
+    write_durably,
+)
+
+KEYS = [
+    "recipe",
+    "shards",
+    "generation",
+    "tokenizer",
+    "fields",
+    "statistics",
+    "counts",
+    "fingerprint",
+]
+TOKENIZER = train_tokenizer(["some words"], vocab_size=300)
+
+
+def entry(name: str = "train-000000", **changes: Any) -> ShardEntry:
+    values = {
+        "name": name,
+        "split": name.partition("-")[0],
+        "num_samples": 3,
+        "length_bytes": 1000,
+        "index_file": f"{name}.index",
+        "index_sha256": "ab" * 32,
+    }
+    return ShardEntry(**{**values, **changes})
+
+
+def make_manifest(root: Path, **changes: Any) -> Manifest:
+    values: dict[str, Any] = {
+        "root": root,
+        "recipe": Recipe(),
+        "shards": (entry(), entry("train-000001", num_samples=2), entry("val-000000")),
+        "generation": 4,
+        "tokenizer_file": "tokenizer.json",
+        "tokenizer_sha256": TOKENIZER.sha256,
+        "fields": field_schema(Recipe()),
+        "statistics": {"num_samples": 5, "proprio": {"count": 1, "mean": [0.1, 1e-17]}},
+        "counts": {"samples": 8, "windows_planned": 9, "windows_rejected": 1},
+        "fingerprint": "f" * 32,
+    }
+    return Manifest(**{**values, **changes})
+
+
+def edited(root: Path, edit: Any) -> Path:
+    """A committed manifest whose JSON values are changed by `edit`."""
+    commit_manifest(make_manifest(root))
+    tiny_sets.edit_manifest(root, edit)
+    return root
+
+
+def test_a_manifest_comes_back(tmp_path):
+    commit_manifest(make_manifest(tmp_path))
+    assert read_manifest(tmp_path) == make_manifest(tmp_path)
+    assert read_manifest(str(tmp_path)) == make_manifest(tmp_path)
+
+
+def test_the_same_manifest_gives_the_same_bytes_wherever_it_lies(tmp_path):
+    contents = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        commit_manifest(make_manifest(tmp_path / name))
+        contents.append((tmp_path / name / "manifest.json").read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_a_stock_reader_finds_the_checksum_of_all_that_stands_before(tmp_path):
+    commit_manifest(make_manifest(tmp_path))
+    content = (tmp_path / "manifest.json").read_bytes()
+    *_, last = json.loads(content)
+    assert last == "sha256"
+    before, _, _ = content.rpartition(b',\n "sha256"')
+    assert json.loads(content)["sha256"] == hashlib.sha256(before).hexdigest()
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    commit_manifest(make_manifest(tmp_path))
+    path = tmp_path / "manifest.json"
+    good = path.read_bytes()
+    unfound = []
+    for bit in range(8 * len(good)):
+        content = bytearray(good)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            read_manifest(tmp_path)
+        except (CorruptError, FormatVersionError):
+            continue
+        unfound.append(bytes(content[-100:]))
+    # Where the name of the checksum is not it any more, all that it vouches for is as it was.
+    assert all(b'"sha256": "' not in tail for tail in unfound)
+    assert len(unfound) <= 8 * len("sha256")
+
+
+def test_an_edited_manifest_is_refused_until_its_checksum_is_taken_out(tmp_path):
+    commit_manifest(make_manifest(tmp_path))
+    path = tmp_path / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"generation": 4', '"generation": 5'))
+    with pytest.raises(CorruptError, match=r"differs from its own checksum.*edited by hand"):
+        read_manifest(tmp_path)
+    tiny_sets.edit_manifest(tmp_path, lambda values: None)
+    assert read_manifest(tmp_path).generation == 5
+
+
+def test_splits_are_counted_apart(tmp_path):
+    manifest = make_manifest(tmp_path)
+    assert [s.name for s in manifest.in_split("train")] == ["train-000000", "train-000001"]
+    assert (manifest.num_samples("train"), manifest.num_samples("val")) == (5, 3)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_write_that_fails_half_way_leaves_the_old_manifest(tmp_path, monkeypatch, failing):
+    commit_manifest(make_manifest(tmp_path))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        if failing == "fsync":
+            patched.setattr(module.os, "fsync", fail)
+        else:
+            patched.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="No space left"):
+            commit_manifest(make_manifest(tmp_path, generation=5))
+    assert read_manifest(tmp_path).generation == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_reader_sees_the_whole_old_file_until_the_rename(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_durably(path, b"old")
+    seen = []
+    replace = Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (seen.append(path.read_bytes()), replace(self, to))
+    )
+    write_durably(path, b"new")
+    assert (seen, path.read_bytes()) == ([b"old"], b"new")
+
+
+def test_a_missing_set_says_how_to_make_one(tmp_path):
+    with pytest.raises(ShardError, match="no such shard set; make it by `python -m preprocess"):
+        read_manifest(tmp_path / "nowhere")
+
+
+def test_a_newer_format_is_refused_with_what_to_do(tmp_path):
+    edited(tmp_path, lambda v: v.update(format_version=3))
+    with pytest.raises(FormatVersionError, match=r"version 3 is newer than 2.*update the program"):
+        read_manifest(tmp_path)
+
+
+def test_a_newer_format_is_refused_before_anything_else_is_looked_at(tmp_path):
+    values = {"format": "vr-creature-shards", "format_version": 7, "quite": "different"}
+    (tmp_path / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(FormatVersionError):
+        read_manifest(tmp_path)
+
+
+def test_an_unknown_recipe_key_is_named(tmp_path):
+    edited(tmp_path, lambda v: v["recipe"]["vision"].update(depth=3))
+    with pytest.raises(ConfigError, match=r"manifest\.json: recipe: unknown key 'vision\.depth'"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'{"format": "other"}', b"\xff\xfe", b"[" * 100_000],
+    ids=lambda c: c[:10].decode("latin1"),
+)
+def test_a_file_that_is_no_manifest_is_corrupt(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(CorruptError, match=r"manifest\.json"):
+        read_manifest(tmp_path)
+
+
+def test_a_folder_in_place_of_the_manifest_is_corrupt(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(CorruptError):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("value", ["gone", None, 3.5, [3]])
+def test_a_key_that_is_gone_or_of_another_kind_is_a_clear_error(tmp_path, key, value):
+    edited(tmp_path, lambda v: v.pop(key) if value == "gone" else v.update({key: value}))
+    with pytest.raises((CorruptError, ConfigError), match=r"manifest\.json"):
+        read_manifest(tmp_path)
+
+
+UNSAFE = ["../other.index", "/etc/passwd", "a/b.index", "..", ".", "", ".hidden", "a\x00", 3, None]
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_an_index_file_outside_the_set_is_refused(tmp_path, name):
+    edited(tmp_path, lambda v: v["shards"][1].update(index_file=name))
+    with pytest.raises(CorruptError, match="no plain file name"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_a_tokenizer_file_outside_the_set_is_refused(tmp_path, name):
+    edited(tmp_path, lambda v: v["tokenizer"].update(file=name))
+    with pytest.raises(CorruptError, match="no plain file name"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"split": "test"}, {"num_samples": -1}, {"num_samples": "3"}, {"length_bytes": 1e9}, {"x": 1}],
+)
+def test_a_shard_that_can_not_be_is_refused(tmp_path, change):
+    edited(tmp_path, lambda v: v["shards"][0].update(change))
+    with pytest.raises(CorruptError, match="is damaged"):
+        read_manifest(tmp_path)
+
+
+def test_the_tokenizer_comes_back_and_its_checksum_is_kept(tmp_path):
+    manifest = make_manifest(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(TOKENIZER.json, encoding="utf-8")
+    assert manifest.load_tokenizer().encode("some") == TOKENIZER.encode("some")
+    for content in (TOKENIZER.json.encode() + b" ", b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(CorruptError, match="checksum differs"):
+            manifest.load_tokenizer()
+    path.unlink()
+    with pytest.raises(ShardError, match="can't be read"):
+        manifest.load_tokenizer()
+
+
+def test_fingerprints_are_frozen():
+    # Every column's fingerprint is made so: another hash re-makes every set that there is.
+    expected = hashlib.sha256('[{"a":[1,2.5,"ä"],"b":null}]'.encode()).hexdigest()[:32]
+    assert fingerprint_of({"b": None, "a": (1, 2.5, "ä")}) == expected

@@ -1,0 +1,310 @@
+"""The cache of files from stores: whole or not there, within its limit, once per machine."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+from helpers.memory_store import QUICK, SIZE, Shelf, end_of, in_child, make_cache, names_in, read
+
+from shared.errors import ConfigError, CorruptError, StorageError
+from train.data import cache as cache_module
+from train.data.cache import CacheFullError, RemoteFile, ShardCache
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return Shelf(tmp_path / "gets")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+# --- fetching --------------------------------------------------------------------------------
+
+
+def test_a_file_is_fetched_once_and_then_read_from_the_folder(shelf, folder):
+    cache = make_cache(shelf, folder)
+    for _ in range(3):
+        assert read(cache, shelf.file("f1")) == shelf.contents["f1"]
+    assert read(make_cache(shelf, folder), shelf.file("f1")) == shelf.contents["f1"]
+    assert shelf.gets() == {"f1": 1}
+    assert names_in(folder) == {"f1"}
+
+
+def test_the_same_bytes_of_another_set_are_fetched_once(shelf, folder, tmp_path):
+    other = Shelf(tmp_path / "other")
+    read(make_cache(shelf, folder), shelf.file("f1"))
+    assert read(make_cache(other, folder), other.file("f1")) == shelf.contents["f1"]
+    assert other.gets() == {}
+
+
+def test_other_bytes_of_the_same_name_are_another_file(shelf, folder):
+    cache = make_cache(shelf, folder)
+    old = shelf.contents["f1"]
+    old_file = shelf.file("f1")
+    read(cache, old_file)
+    shelf.contents["f1"] = bytes(SIZE)
+    assert read(cache, shelf.file("f1")) == bytes(SIZE)
+    assert read(cache, old_file) == old
+
+
+def fails_first(num, error=None, content=None):
+    """A Shelf.on_fetch that goes wrong the first times."""
+    times = iter(range(100))
+
+    def on_fetch(_name, right, path):
+        is_bad = next(times) < num
+        if is_bad and error is not None:
+            path.write_bytes(right[:10])
+            raise error
+        path.write_bytes(content(right) if is_bad else right)
+
+    return on_fetch
+
+
+@pytest.mark.parametrize(
+    "on_fetch",
+    [
+        lambda: fails_first(3, error=StorageError("broken off", may_pass=True)),
+        lambda: fails_first(1, content=lambda right: right[:-1]),
+        lambda: fails_first(1, content=lambda right: right + b"x"),
+        lambda: fails_first(1, content=lambda right: bytes([right[0] ^ 1]) + right[1:]),
+        lambda: fails_first(1, content=lambda _: b""),
+    ],
+    ids=["error", "short", "long", "flip", "empty"],
+)
+def test_what_passes_is_tried_again_and_said_once(shelf, folder, caplog, on_fetch):
+    shelf.on_fetch = on_fetch()
+    assert read(make_cache(shelf, folder), shelf.file("f1")) == shelf.contents["f1"]
+    retries = [r for r in caplog.records if "attempt" in r.getMessage()]
+    assert len(retries) == shelf.gets()["f1"] - 1
+    assert names_in(folder) == {"f1"}
+
+
+def test_what_does_not_pass_ends_as_an_error_and_leaves_nothing(shelf, folder):
+    shelf.on_fetch = fails_first(99, error=StorageError("broken off", may_pass=True))
+    with pytest.raises(StorageError, match="broken off; given up after 4 attempts"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
+    assert shelf.gets() == {"f1": 4}
+    assert names_in(folder) == set()
+
+
+def test_what_can_not_pass_is_not_tried_again(shelf, folder):
+    shelf.on_fetch = fails_first(99, error=StorageError("not allowed"))
+    with pytest.raises(StorageError, match="not allowed"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
+    assert shelf.gets() == {"f1": 1}
+
+
+def test_a_file_that_the_store_lacks_is_not_tried_again(shelf, folder):
+    with pytest.raises(FileNotFoundError):
+        make_cache(shelf, folder).open(RemoteFile("none", "0" * 64, 1))
+    assert shelf.gets() == {"none": 1}
+    assert names_in(folder) == set()
+
+
+def test_the_same_wrong_bytes_twice_are_kept_for_their_members_checksums(shelf, folder, caplog):
+    wrong = bytes(SIZE)
+    shelf.on_fetch = lambda _name, _content, path: path.write_bytes(wrong)
+    assert read(make_cache(shelf, folder), shelf.file("f1")) == wrong
+    assert shelf.gets() == {"f1": 2}
+    assert "damaged in the store" in caplog.text
+
+
+def test_the_same_wrong_length_twice_is_corrupt(shelf, folder):
+    shelf.on_fetch = lambda _name, content, path: path.write_bytes(content[:-1])
+    with pytest.raises(CorruptError, match=r"999 bytes .* not 1000 .* damaged in the store"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
+    assert shelf.gets() == {"f1": 2}
+
+
+def test_bytes_that_are_wrong_in_ever_new_ways_are_the_lines_fault(shelf, folder):
+    shelf.on_fetch = lambda _name, content, path: path.write_bytes(os.urandom(len(content)))
+    with pytest.raises(StorageError, match="given up after 4 attempts"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
+
+
+def test_a_full_disk_is_named_with_the_keys_that_help(shelf, folder):
+    full = StorageError("x")
+    full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    shelf.on_fetch = fails_first(99, error=full)
+    with pytest.raises(StorageError, match=r"disk is full; lower data\.cache_gb, or set data\.cac"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
+
+
+@pytest.mark.parametrize("sha256", ["../../etc/passwd", "", None, "A" * 64, "0" * 63])
+def test_a_checksum_that_is_none_is_refused(sha256):
+    with pytest.raises(CorruptError, match="is no checksum"):
+        RemoteFile("f1", sha256)
+
+
+def test_a_folder_that_can_not_be_made_names_the_key(shelf, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir is .*file/cache: Not a directory"):
+        make_cache(shelf, tmp_path / "file" / "cache")
+
+
+# --- damage on the disk ----------------------------------------------------------------------
+
+
+def test_a_damaged_copy_is_fetched_again_once(shelf, folder):
+    cache, file = make_cache(shelf, folder), shelf.file("f1")
+    read(cache, file)
+    cache.path(file).write_bytes(bytes(SIZE))
+    assert cache.renew(file)
+    assert read(cache, file) == shelf.contents["f1"]
+    assert shelf.gets() == {"f1": 2}
+    assert not cache.renew(file)
+
+
+def test_what_another_process_renewed_is_not_fetched_again(shelf, folder):
+    cache, other, file = make_cache(shelf, folder), make_cache(shelf, folder), shelf.file("f1")
+    read(cache, file)
+    cache.path(file).write_bytes(bytes(SIZE))
+    assert cache.renew(file)
+    assert other.renew(file)
+    assert shelf.gets() == {"f1": 2}
+
+
+def test_a_folder_that_was_removed_is_filled_again(shelf, folder):
+    cache = make_cache(shelf, folder)
+    read(cache, shelf.file("f1"))
+    shutil.rmtree(folder)
+    assert read(cache, shelf.file("f1")) == shelf.contents["f1"]
+
+
+def test_a_folder_that_is_removed_during_a_download_is_no_missing_file(shelf, folder):
+    def remove(_name, content, path):
+        path.write_bytes(content)
+        shutil.rmtree(folder)
+
+    shelf.on_fetch = remove
+    with pytest.raises(StorageError, match="was removed while it was used"):
+        make_cache(shelf, folder).open(shelf.file("f1"))
+
+
+# --- the limit -------------------------------------------------------------------------------
+
+
+def test_what_was_used_longest_ago_goes_first(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=3)
+    for name in ("f1", "f2", "f3", "f1", "f4"):
+        read(cache, shelf.file(name))
+    assert names_in(folder) == {"f1", "f3", "f4"}
+
+
+@pytest.mark.parametrize("is_there_before", [False, True])
+def test_what_is_open_in_any_process_stays(shelf, folder, is_there_before):
+    cache = make_cache(shelf, folder, num_files=3)
+    if is_there_before:
+        for name in ("f1", "f2"):
+            read(cache, shelf.file(name))
+    own = cache.open(shelf.file("f1"))
+    ready, ready_now = os.pipe()
+
+    def hold():
+        make_cache(shelf, folder, num_files=3).open(shelf.file("f2"))
+        os.write(ready_now, b"x")
+        time.sleep(60)
+
+    child = in_child(hold)
+    os.read(ready, 1)
+    for name in ("f3", "f4", "f5", "f3"):
+        read(cache, shelf.file(name))
+    assert names_in(folder) == {"f1", "f2", "f3"}
+    os.kill(child, signal.SIGKILL)
+    end_of(child)
+    os.close(own)
+    for name in ("f4", "f5", "f6"):
+        read(cache, shelf.file(name))
+    assert names_in(folder) == {"f4", "f5", "f6"}
+
+
+def test_a_reader_lets_go_of_its_own_where_there_is_no_room(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=2)
+    held = [cache.open(shelf.file("f1")), cache.open(shelf.file("f2"))]
+
+    def evict():
+        if not held:
+            return False
+        os.close(held.pop(0))
+        return True
+
+    assert read(cache, shelf.file("f3"), evict=evict) == shelf.contents["f3"]
+    assert names_in(folder) == {"f2", "f3"}
+    os.close(held.pop())
+
+
+def test_no_room_for_long_is_an_error_that_names_the_key(shelf, folder, monkeypatch):
+    monkeypatch.setattr(cache_module, "ROOM_PATIENCE_S", 0.1)
+    cache = make_cache(shelf, folder, num_files=1)
+    held = cache.open(shelf.file("f1"))
+    with pytest.raises(ConfigError, match=r"no room for f2: .* raise data\.cache_gb"):
+        cache.open(shelf.file("f2"))
+    os.close(held)
+    assert names_in(folder) == {"f1"}
+
+
+def test_room_that_others_make_is_waited_for(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=1)
+    held = cache.open(shelf.file("f1"))
+    timer = threading.Timer(0.3, os.close, [held])
+    timer.start()
+    assert read(cache, shelf.file("f2")) == shelf.contents["f2"]
+    timer.join()
+
+
+@pytest.mark.parametrize("is_length_known", [True, False])
+def test_a_file_larger_than_the_limit_is_an_error_that_names_the_key(
+    shelf, folder, is_length_known
+):
+    cache = ShardCache(shelf, folder, limit_bytes=SIZE - 1, patience=QUICK)
+    file = shelf.file("f1")
+    if not is_length_known:
+        file = RemoteFile(file.name, file.sha256)
+    with pytest.raises(ConfigError, match=r"f1 has 1e-06 GB, data\.cache_gb allows"):
+        cache.open(file)
+    assert names_in(folder) == set()
+
+
+def test_files_of_unknown_length_keep_the_limit_too(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=2)
+    for name in ("f1", "f2", "f3"):
+        read(cache, RemoteFile(name, shelf.file(name).sha256))
+    assert names_in(folder) == {"f2", "f3"}
+
+
+def test_a_lower_limit_holds_from_the_next_start(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=5)
+    for i in range(5):
+        read(cache, shelf.file(f"f{i}"))
+    make_cache(shelf, folder, num_files=2)
+    assert names_in(folder) == {"f3", "f4"}
+
+
+def test_fetching_ahead_removes_nothing_that_was_used_since(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=3)
+    read(cache, shelf.file("f1"))
+    since_ns = time.time_ns()
+    for name in ("f2", "f3", "f4"):
+        cache.fetch_ahead(shelf.file(name), since_ns=since_ns)
+    with pytest.raises(CacheFullError):
+        cache.fetch_ahead(shelf.file("f5"), since_ns=since_ns)
+    assert names_in(folder) == {"f2", "f3", "f4"}
+
+
+def test_the_log_names_what_and_how_often(shelf, folder, caplog):
+    shelf.on_fetch = fails_first(1, error=StorageError("f1: broken off", may_pass=True))
+    with caplog.at_level(logging.WARNING):
+        read(make_cache(shelf, folder), shelf.file("f1"))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("f1: broken off; attempt 2 of 4 in 0.0")

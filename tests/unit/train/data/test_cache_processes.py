@@ -1,0 +1,169 @@
+"""The shard cache of several processes: one download for all, kills, forks, one limit."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import signal
+import time
+
+import pytest
+from helpers.memory_store import SIZE, Shelf, end_of, in_child, make_cache, names_in, read, sum_in
+
+from train.data import cache as cache_module
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return Shelf(tmp_path / "gets")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+def wait_until(true):
+    deadline_s = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+def test_many_processes_fetch_a_file_once(shelf, folder):
+    def slowly(_name, content, path):
+        time.sleep(0.2)
+        path.write_bytes(content)
+
+    shelf.on_fetch = slowly
+    children = [
+        in_child(lambda: check_read(make_cache(shelf, folder), shelf, "f1")) for _ in range(6)
+    ]
+    assert [end_of(child) for child in children] == [0] * 6
+    assert shelf.gets() == {"f1": 1}
+    assert names_in(folder) == {"f1"}
+
+
+def check_read(cache, shelf, name):
+    assert read(cache, shelf.file(name)) == shelf.contents[name]
+
+
+def test_nobody_waits_for_the_download_of_another_file(shelf, folder):
+    def stuck(name, content, path):
+        path.write_bytes(content)
+        if name == "f1":
+            time.sleep(60)
+
+    shelf.on_fetch = stuck
+    child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
+    wait_until(lambda: shelf.gets()["f1"] == 1)
+    begin_s = time.monotonic()
+    cache = make_cache(shelf, folder)
+    check_read(cache, shelf, "f2")
+    cache.fetch_ahead(shelf.file("f1"), since_ns=0)
+    assert time.monotonic() - begin_s < 10
+    assert shelf.gets() == {"f1": 1, "f2": 1}
+    os.kill(child, signal.SIGKILL)
+    end_of(child)
+
+
+@pytest.mark.parametrize("next_file", ["f1", "f2"])
+def test_a_killed_download_leaves_nothing_to_the_next_user(shelf, folder, next_file):
+    def half(_name, content, path):
+        path.write_bytes(content[: SIZE // 2])
+        time.sleep(60)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shelf, "on_fetch", half)
+        child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
+        wait_until(lambda: folder.exists() and any(".part" in n for n in names_in(folder)))
+    os.kill(child, signal.SIGKILL)
+    assert end_of(child) == -signal.SIGKILL
+    check_read(make_cache(shelf, folder), shelf, next_file)
+    assert names_in(folder) == {next_file}
+
+
+def test_the_waiting_take_over_from_a_killed_download(shelf, folder):
+    def half(_name, content, path):
+        path.write_bytes(content[: SIZE // 2])
+        time.sleep(60)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shelf, "on_fetch", half)
+        child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
+        wait_until(lambda: folder.exists() and any(".part" in n for n in names_in(folder)))
+    waiting = in_child(lambda: check_read(make_cache(shelf, folder), shelf, "f1"))
+    time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    end_of(child)
+    assert end_of(waiting) == 0
+    assert names_in(folder) == {"f1"}
+
+
+def test_a_fork_while_room_is_made_leaves_no_lock_behind(shelf, folder):
+    cache = make_cache(shelf, folder)
+    with cache.room.alone():
+        child = in_child(lambda: time.sleep(60))
+    descriptor = os.open(folder / ".room", os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+    os.kill(child, signal.SIGKILL)
+    end_of(child)
+
+
+def test_a_file_that_goes_while_it_is_opened_is_fetched_again(shelf, folder, monkeypatch):
+    cache, file = make_cache(shelf, folder), shelf.file("f1")
+    read(cache, file)
+    lock = fcntl.flock
+
+    def remove_first(descriptor, how):
+        if how == fcntl.LOCK_SH and shelf.gets()["f1"] == 1:
+            cache.path(file).unlink(missing_ok=True)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", remove_first)
+    assert read(cache, file) == shelf.contents["f1"]
+    assert shelf.gets() == {"f1": 2}
+    assert names_in(folder) == {"f1"}
+
+
+def test_processes_and_kills_never_break_the_limit_or_a_file(shelf, folder):
+    def slowly(_name, content, path):
+        for stop in (SIZE // 3, SIZE):
+            path.write_bytes(content[:stop])
+            time.sleep(0.002)
+
+    def wander(seed):
+        chance = random.Random(seed)
+        cache = make_cache(shelf, folder, num_files=6)
+        for _ in range(60):
+            check_read(cache, shelf, f"f{chance.randrange(20)}")
+
+    shelf.on_fetch = slowly
+    children = {in_child(lambda seed=seed: wander(seed)) for seed in range(4)}
+    victims = {in_child(lambda seed=seed: wander(seed)) for seed in range(4, 7)}
+    cache = make_cache(shelf, folder, num_files=6)
+    chance = random.Random(0)
+    most = 0
+    while children:
+        time.sleep(0.005)
+        with cache.room.alone():
+            held = [p for p in folder.iterdir() if not p.name.endswith((".lock", ".room"))]
+            sizes = [p.stat().st_size for p in held]
+            assert sum(sizes) <= sum_in(folder)
+        most = max(most, sum(sizes))
+        if victims and chance.random() < 0.1:
+            os.kill(victim := victims.pop(), signal.SIGKILL)
+            end_of(victim)
+        for child in list(children):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                assert status == 0
+                children.remove(child)
+    for victim in victims:
+        assert end_of(victim) == 0
+    assert 3 * SIZE <= most <= 6 * SIZE
+    make_cache(shelf, folder, num_files=6)
+    assert not any(name.startswith(".") for name in names_in(folder))
+    assert sum_in(folder) == SIZE * len(names_in(folder))

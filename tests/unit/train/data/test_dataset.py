@@ -1,0 +1,204 @@
+"""Sessions read directly: the walkthrough's way, and what real recorders give."""
+
+from __future__ import annotations
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from helpers import sets as tiny_sets
+from helpers.sets import make_config, set_recipe
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from preprocess.build.cluster import Cluster
+from preprocess.build.job import build_shards
+from shared.errors import ConfigError, CorruptError, SessionError
+from shared.recipe import Recipe
+from shared.session.folder import find_sessions
+from train import RealMultiModalDataset, real_data_collate_fn
+from train.data.device import to_model_inputs
+from train.data.loader import Loader
+from train.data.session_source import SessionSource
+from train.data.shard_source import ShardSource
+from train.model.losses import compute_losses
+from train.model.multimodal import MultiModalCreature
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_sessions):
+    return RealMultiModalDataset(root_dir=tiny_sessions, recipe=set_recipe(), config=make_config())
+
+
+@pytest.fixture(scope="module")
+def raw_shards(raw_set):
+    return ShardSource(raw_set)
+
+
+def test_the_walkthroughs_loader_gives_batches_of_four(dataset):
+    loader = DataLoader(dataset, batch_size=4, collate_fn=real_data_collate_fn)
+    batches = list(loader)
+    assert [len(b["keys"]) for b in batches] == [4] * (len(dataset) // 4)
+    keys = [key for batch in batches for key in batch["keys"]]
+    assert len(set(keys)) == len(dataset) == 36
+    for batch in batches:
+        assert batch["inputs"]["vision_left"].shape == (4, 5, 48, 32)
+
+
+def test_worker_processes_give_the_same_batches(dataset):
+    alone = list(DataLoader(dataset, batch_size=9, collate_fn=real_data_collate_fn))
+    loader = DataLoader(dataset, batch_size=9, collate_fn=real_data_collate_fn, num_workers=2)
+    for one, other in zip(loader, alone, strict=True):
+        assert one["keys"] == other["keys"]
+        for name, tensor in one["inputs"].items():
+            assert torch.equal(tensor, other["inputs"][name]), name
+
+
+def test_the_default_recipe_and_config_do(tmp_path):
+    sessions = tiny_sets.write_sessions(tmp_path / "sessions")
+    shutil.rmtree(sessions / "eve")
+    shutil.rmtree(sessions / "dan")
+    dataset = RealMultiModalDataset(root_dir=sessions)
+    assert len(dataset) == 2  # ann and cat cover half of a window of 4 s, bob does not
+    assert dataset[0]["inputs"]["vision_left"].shape == (1, 20, 336, 224)
+
+
+@pytest.mark.parametrize("pixels", ["yuv420", "rgb"])
+def test_a_batch_of_sessions_is_that_of_raw_shards(tiny_sessions, raw_shards, pixels):
+    config = make_config(pixels=pixels)
+    recipe = raw_shards.recipe
+    sessions = SessionSource(tiny_sessions, recipe=recipe, split="train")
+    batches = []
+    for source in (raw_shards, sessions):
+        loader = Loader(source, config, is_shuffled=False, num_epochs=1)
+        rows = {}
+        for batch in loader:
+            for i, key in enumerate(batch["keys"]):
+                rows[key] = {name: tensor[i] for name, tensor in batch["inputs"].items()}
+        batches.append(rows)
+    from_shards, from_sessions = batches
+    assert set(from_shards) == set(from_sessions)
+    for key, row in from_shards.items():
+        for name, tensor in row.items():
+            assert torch.equal(tensor, from_sessions[key][name]), (key, name)
+
+
+def test_indices_count_from_both_ends(dataset):
+    assert dataset[-1]["keys"] == dataset[len(dataset) - 1]["keys"]
+    with pytest.raises(IndexError, match="window 36 of 36"):
+        dataset[36]
+    with pytest.raises(IndexError):
+        dataset[-37]
+
+
+def test_splits_divide_the_sessions(tiny_sessions):
+    recipe = set_recipe()
+    sides = {
+        split: {
+            source.key(shard, 0).partition("/")[0]
+            for source in [SessionSource(tiny_sessions, recipe=recipe, split=split)]
+            for shard in range(len(source.shard_sizes))
+        }
+        for split in ("train", "val")
+    }
+    assert sides == {"train": {"ann", "cat", "dan", "eve"}, "val": {"bob"}}
+
+
+def test_another_recipe_or_session_is_another_fingerprint(tiny_sessions, tmp_path):
+    copied = shutil.copytree(tiny_sessions, tmp_path / "sessions")
+    recipe = set_recipe()
+    here = SessionSource(tiny_sessions, recipe=recipe).fingerprint
+    assert SessionSource(copied, recipe=recipe).fingerprint == here
+    other = set_recipe(sensors={"max_gap_s": 0.2})
+    assert SessionSource(tiny_sessions, recipe=other).fingerprint != here
+    shutil.rmtree(copied / "dan")
+    assert SessionSource(copied, recipe=recipe).fingerprint != here
+
+
+def test_a_file_that_went_away_is_a_corrupt_sample(tiny_sessions, tmp_path):
+    copied = shutil.copytree(tiny_sessions, tmp_path / "sessions")
+    source = SessionSource(copied, recipe=set_recipe())
+    shutil.rmtree(copied / "ann")
+    out = {
+        "vision_left": np.zeros((5, 32, 32, 3), np.uint8),
+        "vision_left_valid": np.zeros(5, bool),
+    }
+    with pytest.raises(CorruptError, match="ann/000000"):
+        source.read_into(0, 0, out, with_text=False)
+    loader = Loader(source, make_config(max_bad_fraction=1.0), num_epochs=1)
+    skipped = {skip["key"].partition("/")[0] for b in loader for skip in b["skipped"]}
+    assert skipped == {"ann"}
+
+
+def test_a_folder_without_a_usable_session_says_why(tiny_sessions, tmp_path):
+    shutil.copytree(tiny_sessions / "eve", tmp_path / "eve")
+    with pytest.raises(SessionError, match="no session can be used: eve: "):
+        SessionSource(tmp_path, recipe=Recipe())
+
+
+def test_a_tokenizer_larger_than_the_recipes_vocabulary_is_refused(tiny_sessions, tiny_set):
+    recipe = set_recipe(text={"vocab_size": 264})
+    with pytest.raises(ConfigError, match=r"set text\.vocab_size: \d+"):
+        RealMultiModalDataset(
+            root_dir=tiny_sessions, recipe=recipe, tokenizer=tiny_set / "tokenizer.json"
+        )
+
+
+# --- real recordings -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_set(real_sessions, tmp_path_factory):
+    """Every real session in a set; small pictures so that it is quick."""
+    out = tmp_path_factory.mktemp("real") / "shards"
+    recipe = Recipe.model_validate(
+        {
+            "required": [],
+            "window": {"duration_s": 2.0},
+            "vision": {"size": 32},
+            "split": {"val_fraction": 0},
+        }
+    )
+    with Cluster(scheduler=None, num_workers=0, console=Console(file=io.StringIO())) as cluster:
+        return build_shards(real_sessions[0].parent, out, recipe=recipe, cluster=cluster)
+
+
+def test_every_real_session_is_in_the_shards_or_said_to_be_not(real_set, real_sessions):
+    source = ShardSource(real_set.manifest.root)
+    keys = [source.key(*place) for place in tiny_sets.places_of(source)]
+    named = {key.partition("/")[0] for key in keys} | {r["session"] for r in real_set.rejected}
+    assert named == {path.name for path in find_sessions(real_sessions[0].parent)}
+    counts = real_set.manifest.counts
+    rows = 0
+    for path in real_set.manifest.root.glob("*.proprio.zarr.zip"):
+        with zarr.storage.ZipStore(path, mode="r") as store:
+            rows += zarr.open_group(store, mode="r")["proprio"].shape[0]
+    assert rows == len(keys)
+    rejected = sum(
+        r.get("windows", 1) for r in real_set.rejected if r["level"] in ("session", "window")
+    )
+    assert counts["windows_planned"] == len(keys) + rejected
+    assert counts["windows_planned"] > 0
+
+
+def test_every_real_sample_can_be_learned_from(real_set):
+    config = make_config(real_set.manifest.root, batch_size=8)
+    loader = Loader(ShardSource(real_set.manifest.root), config, num_epochs=1)
+    torch.manual_seed(0)
+    model = MultiModalCreature(config, loader.shapes)
+    seen = set()
+    for batch in loader:
+        assert batch["skipped"] == []
+        seen |= {key.partition("/")[0] for key in batch["keys"]}
+        model.zero_grad()
+        outputs = model(to_model_inputs(batch["inputs"]))
+        losses = compute_losses(outputs, batch["targets"], batch["weight"], config=config)
+        losses["loss_total"].backward()
+        assert all(torch.isfinite(loss) for loss in losses.values()), (batch["keys"], losses)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert gradients
+        assert all(torch.isfinite(g).all() for g in gradients)
+    assert len(seen) >= 6

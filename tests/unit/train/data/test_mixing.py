@@ -1,0 +1,209 @@
+"""Several shard sets mixed by weight, against a walk that takes one sample after the other."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from helpers.order_oracles import slow_epoch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.data.mixture import MAX_TURNS, InterleaveSchedule, MixedOrder, integer_weights
+from train.data.order import SampleOrder
+
+BLOCK_SHARDS = 2
+SEED = 5
+
+weights = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+sets = st.lists(
+    st.tuples(st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any), st.integers(1, 9)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def slow_turns(weights):
+    """Set after set, for ever: of the turns that are released, that with the earliest deadline."""
+    total, given = sum(weights), [0] * len(weights)
+    for n in itertools.count():
+        released = [k for k, m in enumerate(weights) if given[k] * total // m <= n]
+        k = min(released, key=lambda k: (-(-(given[k] + 1) * total // weights[k]), k))
+        given[k] += 1
+        yield k
+
+
+def slow_set(sizes, name):
+    """(shard, row) after (shard, row) of one set, epoch after epoch."""
+    for epoch in itertools.count():
+        yield from slow_epoch(sizes, name, SEED, epoch, BLOCK_SHARDS)
+
+
+def slow_mix(mix):
+    """(set, shard, row) of every sample of a mix of (shard sizes, weight), for ever."""
+    streams = [slow_set(sizes, f"set{k}") for k, (sizes, _) in enumerate(mix)]
+    for k in slow_turns([weight for _, weight in mix]):
+        yield (k, *next(streams[k]))
+
+
+def make_order(mix, *, batch_size=4, rank=0, world_size=1):
+    orders = {
+        f"set{k}": SampleOrder(
+            np.array(sizes), fingerprint=f"set{k}", seed=SEED, block_shards=BLOCK_SHARDS
+        )
+        for k, (sizes, _) in enumerate(mix)
+    }
+    weights = {f"set{k}": weight for k, (_, weight) in enumerate(mix)}
+    return MixedOrder(orders, weights, batch_size=batch_size, rank=rank, world_size=world_size)
+
+
+def places(plan, mix):
+    """(set, shard, row) of a batch; shards are numbered through all sets."""
+    owners = [(k, shard) for k, (sizes, _) in enumerate(mix) for shard in range(len(sizes))]
+    return [(*owners[s], r) for s, r in zip(plan.shards.tolist(), plan.rows.tolist(), strict=True)]
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given_weights", "expected"),
+    [
+        ([0.7, 0.2, 0.1], [7, 2, 1]),
+        ([2, 4], [1, 2]),
+        ([1.0], [1]),
+        ([0.5, 0.25, 0.25], [2, 1, 1]),
+        ([1e-3, 1], [1, 1000]),
+        ([1e-9, 1], [1, MAX_TURNS - 1]),  # as fine as it gets
+    ],
+)
+def test_weights_become_the_smallest_whole_numbers(given_weights, expected):
+    assert integer_weights(given_weights) == expected
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20))
+def test_whole_weights_keep_the_shares(given_weights):
+    found = integer_weights(given_weights)
+    assert min(found) >= 1
+    assert sum(found) <= MAX_TURNS
+    total = sum(Fraction(str(w)) for w in given_weights)
+    for whole, weight in zip(found, given_weights, strict=True):
+        share = Fraction(whole, sum(found)) - Fraction(str(weight)) / total
+        assert abs(share) <= Fraction(len(given_weights) + 1, MAX_TURNS)
+
+
+# --- turns -----------------------------------------------------------------------------------
+
+
+@given(weights=weights)
+def test_turns_are_those_of_the_walk(weights):
+    count = 2 * sum(weights) + 3
+    expected = list(itertools.islice(slow_turns(weights), count))
+    turns, before = InterleaveSchedule(weights), Counter()
+    found, found_places = turns.take(np.arange(count))
+    assert found.tolist() == expected
+    for n, k in enumerate(expected):
+        assert turns.given(n).tolist() == [before[s] for s in range(len(weights))]
+        assert found_places[n] == before[k]
+        before[k] += 1
+
+
+@given(weights=weights)
+def test_every_set_always_has_its_share_to_within_one(weights):
+    total = sum(weights)
+    found, _ = InterleaveSchedule(weights).take(np.arange(2 * total))
+    for k, weight in enumerate(weights):
+        given_n = np.cumsum(found == k)
+        assert np.abs(given_n * total - np.arange(1, 2 * total + 1) * weight).max() < total
+
+
+def test_turns_of_far_away_positions_are_exact():
+    turns, cycles = InterleaveSchedule([2, 1]), 10**14
+    assert turns.given(3 * cycles + 1).tolist() == [2 * cycles + 1, cycles]
+    found, found_places = turns.take(np.array([3 * cycles, 3 * cycles + 1, 3 * cycles + 2]))
+    assert sorted(zip(found, found_places, strict=True)) == [
+        (0, 2 * cycles),
+        (0, 2 * cycles + 1),
+        (1, cycles),
+    ]
+
+
+# --- batches ---------------------------------------------------------------------------------
+
+
+@given(mix=sets, batch_size=st.integers(1, 9), start=st.integers(0, 8))
+def test_batches_are_those_of_the_walk_from_any_position_on(mix, batch_size, start):
+    order = make_order(mix, batch_size=batch_size)
+    walk = list(itertools.islice(slow_mix(mix), (start + 5) * batch_size))
+    for index in range(start, start + 5):
+        expected = walk[index * batch_size : (index + 1) * batch_size]
+        plan = order.plan(index)
+        assert places(plan, mix) == expected
+        assert plan.weight.tolist() == [1.0] * batch_size
+        counts = Counter(k for k, _, _ in expected)
+        assert order.samples_of(index) == {f"set{k}": counts[k] for k in range(len(mix))}
+
+
+@given(mix=sets, per_rank=st.integers(1, 3), world_size=st.sampled_from([1, 2, 4]))
+def test_ranks_divide_a_global_batch(mix, per_rank, world_size):
+    size = 4 * per_rank
+    whole = make_order(mix, batch_size=size)
+    ranks = [
+        make_order(mix, batch_size=size, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    for index in (0, 1, 7):
+        shares = [places(rank.plan(index), mix) for rank in ranks]
+        assert {len(share) for share in shares} == {size // world_size}
+        assert list(itertools.chain(*shares)) == places(whole.plan(index), mix)
+        assert {rank.blocks_of(rank.plan(index)) for rank in ranks} == {
+            whole.blocks_of(whole.plan(index))
+        }
+
+
+@settings(max_examples=50)
+@given(mix=sets, batch_size=st.integers(1, 6), index=st.integers(0, 20))
+def test_what_is_read_was_told_before(mix, batch_size, index):
+    order = make_order(mix, batch_size=batch_size)
+    plan = order.plan(index)
+    told = set(order.shards_of(order.blocks_of(plan)))
+    firsts = np.concatenate([[0], np.cumsum([len(sizes) for sizes, _ in mix])])
+    walk = itertools.islice(slow_mix(mix), index * batch_size, (index + 1) * batch_size)
+    assert {int(firsts[k]) + shard for k, shard, _ in walk} <= told
+    # of every set something is coming, also of those that this batch has nothing of
+    assert all(told & set(range(firsts[k], firsts[k + 1])) for k in range(len(mix)))
+
+
+def test_the_block_after_a_sets_newest_is_told_too():
+    order = make_order([([1] * 6, 1)], batch_size=1)
+    in_turn = [shard for shard, _ in itertools.islice(slow_set([1] * 6, "set0"), 12)]
+    for index, expected in ((0, in_turn[:4]), (2, in_turn[2:6]), (5, in_turn[4:6])):
+        told = order.shards_of(order.blocks_of(order.plan(index)))
+        assert set(told[: len(expected)]) == set(expected)
+        assert len(told) == 4  # the next epoch's first block after the last one
+
+
+@given(mix=sets, index=st.integers(0, 9), attempt=st.integers(0, 3))
+def test_a_stand_in_is_another_sample_of_the_same_set(mix, index, attempt):
+    order = make_order(mix, batch_size=4)
+    shares = [make_order(mix, batch_size=4, rank=r, world_size=2) for r in range(2)]
+    plan = order.plan(index)
+    owners = [k for k, (sizes, _) in enumerate(mix) for _ in sizes]
+    all_sizes = [size for sizes, _ in mix for size in sizes]
+    for i, (k, _, _) in enumerate(places(plan, mix)):
+        shard, row = order.substitute(plan, i, attempt)
+        assert owners[shard] == k
+        assert row < all_sizes[shard]
+        is_alone = sum(mix[k][0]) == 1
+        assert ((shard, row) == (plan.shards[i], plan.rows[i])) == is_alone
+        share = shares[i // 2]
+        assert share.substitute(share.plan(index), i % 2, attempt) == (shard, row)
+
+
+def test_a_set_without_samples_and_ranks_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"data\.mix: set1 has no sample; take it out"):
+        make_order([([2], 1), ([0], 1)])
+    with pytest.raises(ValueError, match="3 ranks can't share a global batch of 4"):
+        make_order([([2], 1)], world_size=3)

@@ -1,0 +1,203 @@
+"""What a source of shards opens, reads, tells the kernel, and closes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import sets as tiny_sets
+from helpers.loaders import read_sample, take
+from helpers.open_files import open_files, opens_noted, reads_counted
+from helpers.oracles import open_indexes
+
+from shared.errors import CorruptError, ShardError
+from shared.shardset import index
+from shared.shardset.codec import encode_pictures
+from shared.shardset.columns import ColumnFile
+from shared.shardset.layout import member_limits
+from train.data import shard_source as reader
+from train.data.loader import Loader
+from train.data.shard_source import ShardSource
+
+
+def test_a_read_opens_only_the_columns_that_are_wanted(tiny_set, monkeypatch):
+    opened = []
+    init = ColumnFile.__init__
+
+    def note(self, path):
+        opened.append(path.name.partition(".")[2])
+        init(self, path)
+
+    monkeypatch.setattr(ColumnFile, "__init__", note)
+    source = ShardSource(tiny_set)
+    read_sample(source, (0, 0), ["audio"], with_text=False)
+    assert opened == ["dmel.zarr.zip"]
+    read_sample(source, (0, 0), [], with_text=True)
+    assert opened == ["dmel.zarr.zip", "text.tar"]
+
+
+def test_text_only_training_reads_the_text_and_nothing_else(tiny_set):
+    source = ShardSource(tiny_set)
+    indexes = [source.shard(shard).index for shard in range(len(source.shard_sizes))]
+    text_bytes = sum(int(index.members("text").length.sum()) for index in indexes)
+    config = tiny_sets.make_config(tiny_set, heads=tiny_sets.TEXT_HEADS, batch_size=5)
+    assert source.shard_sizes.sum() % 5 == 0
+    with opens_noted() as opened, reads_counted() as read:
+        loader = Loader(ShardSource(tiny_set), config)
+        assert len(take(loader, loader.batches_per_epoch)) > 3
+    own = {Path(path).name for path in opened if Path(path).parent == tiny_set}
+    columns = {name for name in own if name.startswith("train-") and not name.endswith(".index")}
+    assert columns == {index.facts["columns"]["text"]["file"] for index in indexes}
+    assert {name for name in own if name.startswith("val-")} == set()
+    column_bytes = sum(n for path, n in read.items() if Path(path).name in columns)
+    assert text_bytes <= column_bytes <= 1.1 * text_bytes
+
+
+def test_what_a_batch_reads_is_told_to_the_kernel_before(tiny_set, monkeypatch):
+    """Of files that are open, which those of a block are after its first batches."""
+    events = []
+
+    def note(name, parse_location):
+        call = getattr(os, name)
+
+        def noted(fd, *values):
+            path = Path(f"/proc/self/fd/{fd}").readlink()
+            events.append((name != "posix_fadvise", (path, *parse_location(*values))))
+            return call(fd, *values)
+
+        monkeypatch.setattr(os, name, noted)
+
+    note("posix_fadvise", lambda offset, length, advice: (offset, length))
+    note("pread", lambda length, offset: (offset, length))
+    note("preadv", lambda buffers, offset: (offset, sum(map(len, map(memoryview, buffers)))))
+    config = tiny_sets.make_config(tiny_set, batch_size=5)
+    loader = Loader(ShardSource(tiny_set), config, num_epochs=1)
+    was_told = []
+    for _ in loader:
+        told = {place for is_read, place in events if not is_read}
+        reads = [place for is_read, place in events if is_read]
+        first_read = [is_read for is_read, _ in events].index(True)
+        assert told <= set(reads)
+        assert len(told) == first_read  # all before the first read, and each once
+        was_told += [place in told for place in reads]
+        events.clear()
+    assert sum(was_told) > 0.25 * len(was_told)
+
+
+def test_few_shards_stay_open_and_what_was_closed_reads_again(tiny_set, monkeypatch):
+    monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
+    source, plenty = ShardSource(tiny_set), ShardSource(tiny_set)
+    places = tiny_sets.places_of(source)
+    before = open_files(tiny_set)
+    for place in (*places, *places[::5]):
+        ours, text = read_sample(source, place)
+        assert 0 < (open_files(tiny_set) - before).total() <= 2 * 6
+        monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 64)
+        theirs, same_text = read_sample(plenty, place)
+        plenty.close()
+        monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
+        assert text == same_text
+        for name, values in ours.items():
+            np.testing.assert_array_equal(values, theirs[name])
+
+
+def test_shards_that_are_read_in_turn_are_hashed_once(tiny_set, monkeypatch):
+    monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
+    num_hashed = []
+    original = index.hashlib.sha256
+    monkeypatch.setattr(index.hashlib, "sha256", lambda c: num_hashed.append(0) or original(c))
+    source = ShardSource(tiny_set)
+    num_shards = len(source.shard_sizes)
+    before, num_before = open_files(tiny_set), len(num_hashed)
+    source.prefetch_shards(range(num_shards), ["audio", "touch"])
+    for _ in range(3):
+        for shard in range(num_shards):
+            read_sample(source, (shard, 0), ["audio"], with_text=False)
+            assert (open_files(tiny_set) - before).total() <= 2
+    assert len(num_hashed) - num_before == num_shards > 4
+
+
+@pytest.mark.parametrize("codec", ["raw", "yuv420", "mjpeg", "h264"])
+def test_no_member_is_longer_than_its_limit(tiny_sessions, tmp_path, codec):
+    """Where the recipe decides the length, the limit is it."""
+    recipe = tiny_sets.set_recipe(vision={"codec": codec, "quality": 100, "qp": 1})
+    out = tiny_sets.build_set(tiny_sessions, tmp_path / "shards", recipe)
+    longest = Counter()
+    for _, each in open_indexes(out):
+        for table in member_limits(recipe):
+            length = int(each.members(table).length.max(initial=0))
+            longest[table] = max(longest[table], length)
+    for table, limit in member_limits(recipe).items():
+        is_exact = not table.startswith("vision") and table != "text"
+        assert longest[table] == limit if is_exact else 0 < longest[table] <= limit
+
+
+@pytest.mark.parametrize("size", [16, 32, 224])
+def test_noise_at_the_best_quality_is_far_below_the_limit(size):
+    noise = np.random.default_rng(0).integers(0, 256, (5, size, size, 3), np.uint8)
+    for codec in ("raw", "yuv420", "mjpeg", "h264"):
+        vision = {"codec": codec, "quality": 100, "qp": 1, "size": size, "rate_hz": 5}
+        recipe = tiny_sets.set_recipe(vision=vision)
+        limit = member_limits(recipe)["vision_left"]
+        assert len(encode_pictures(noise, recipe=recipe.vision)) < limit / 2
+
+
+def test_close_closes_and_a_dropped_source_leaves_nothing_open(tiny_set):
+    before = open_files(tiny_set)
+    source = ShardSource(tiny_set)
+    expected, _ = read_sample(source, (0, 0))
+    assert open_files(tiny_set) - before
+    source.close()
+    assert not open_files(tiny_set) - before
+    again, _ = read_sample(source, (0, 0))
+    np.testing.assert_array_equal(expected["audio"], again["audio"])
+    del source
+    assert not open_files(tiny_set) - before
+
+
+def test_a_source_goes_to_another_process_with_its_files_open(tiny_set):
+    source = ShardSource(tiny_set)
+    expected, _ = read_sample(source, (1, 1))
+    other = ForkingPickler.loads(ForkingPickler.dumps(source))
+    found, _ = read_sample(other, (1, 1))
+    np.testing.assert_array_equal(found["audio"], expected["audio"])
+
+
+def test_a_process_forked_while_files_are_open_disturbs_nobody(tiny_set):
+    source = ShardSource(tiny_set)
+    places = tiny_sets.places_of(source)
+    expected = [read_sample(source, place)[0]["audio"] for place in places]
+    child = os.fork()
+    if child == 0:  # reads the same descriptors at the same time, then ends without clean-up
+        same = all(
+            np.array_equal(read_sample(source, p)[0]["audio"], e)
+            for p, e in zip(places, expected, strict=True)
+        )
+        os._exit(0 if same else 1)
+    for place, values in zip(places, expected, strict=True):
+        np.testing.assert_array_equal(read_sample(source, place)[0]["audio"], values)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("suffix", ["index", "dmel.zarr.zip"])
+def test_a_missing_file_is_a_corrupt_sample(tiny_set, tmp_path, suffix):
+    shards = tiny_sets.copy_set(tiny_set, tmp_path / "set")
+    (shards / f"train-000000.{suffix}").unlink()
+    with pytest.raises(CorruptError, match=rf"train-000000\.{suffix}"):
+        read_sample(ShardSource(shards), (0, 0))
+
+
+def test_an_index_with_other_rows_than_the_manifest_says_is_refused(tiny_set, tmp_path):
+    shards = tiny_sets.copy_set(tiny_set, tmp_path / "set")
+    tiny_sets.edit_manifest(shards, lambda v: v["shards"][0].update(num_samples=5))
+    with pytest.raises(CorruptError, match="has 4 rows, manifest says 5; mend the set"):
+        ShardSource(shards).key(0, 0)
+
+
+def test_a_missing_set_says_how_to_make_it(tmp_path):
+    with pytest.raises(ShardError, match="python -m preprocess shards --out"):
+        ShardSource(tmp_path / "nothing")

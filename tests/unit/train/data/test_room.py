@@ -1,0 +1,195 @@
+"""The room of a cache: the sum that stands for a look over the folder, and what mends it."""
+
+from __future__ import annotations
+
+import os
+import random
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from helpers.memory_store import SIZE, Shelf, make_cache, names_in, read, sum_in
+
+from shared.errors import StorageError
+from train.data.cache import CacheFullError, RemoteFile
+from train.data.cache_quota import DiskQuota
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return Shelf(tmp_path / "gets")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """One entry per look over a folder from now on."""
+    seen, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: seen.append(path) or scandir(path))
+    return seen
+
+
+def fill(folder, number, *, size=0):
+    """Files that were used long ago, the first longest."""
+    folder.mkdir(exist_ok=True)
+    for i in range(number):
+        path = folder / f"{i:032x}.old{i}"
+        path.touch()
+        os.truncate(path, size)
+        os.utime(path, (i, i))
+
+
+# --- how often the folder is looked over -----------------------------------------------------
+
+
+def test_what_fits_is_fetched_without_a_look_at_the_other_files(shelf, folder, looks):
+    fill(folder, 1000)
+    cache = make_cache(shelf, folder, num_files=20)
+    assert len(looks) == 1
+    for i in range(20):
+        read(cache, shelf.file(f"f{i}"))
+    cache.fetch_ahead(shelf.file("f3"), since_ns=0)
+    assert len(looks) == 1
+    assert sum_in(folder) == 20 * SIZE
+
+
+@pytest.mark.parametrize("is_length_known", [True, False])
+def test_a_full_folder_is_looked_over_once_for_many_files(shelf, folder, looks, is_length_known):
+    fill(folder, 400, size=SIZE)
+    cache = make_cache(shelf, folder, num_files=400)
+    for i in range(20):
+        file = shelf.file(f"f{i}")
+        read(cache, file if is_length_known else RemoteFile(file.name, file.sha256))
+        assert size_of_all(folder) == sum_in(folder) <= 400 * SIZE
+    assert len(looks) == 2
+    assert names_in(folder) == {f"old{i}" for i in range(21, 400)} | {f"f{i}" for i in range(20)}
+
+
+def size_of_all(folder):
+    return sum(p.stat().st_size for p in folder.iterdir() if p.name != ".room")
+
+
+def test_never_more_goes_than_a_twentieth_of_the_limit(shelf, folder):
+    fill(folder, 40, size=SIZE)
+    read(make_cache(shelf, folder, num_files=40), shelf.file("f1"))
+    assert names_in(folder) == {f"old{i}" for i in range(3, 40)} | {"f1"}  # 38 of 40
+
+
+def test_more_goes_for_a_file_ahead_but_nothing_that_was_used_since(shelf, folder):
+    fill(folder, 40, size=SIZE)
+    cache = make_cache(shelf, folder, num_files=40)
+    cache.fetch_ahead(shelf.file("f1"), since_ns=2 * 10**9)
+    assert names_in(folder) == {f"old{i}" for i in range(2, 40)} | {"f1"}
+
+
+# --- the sum ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x" * 20, bytes(20), b"1" * 20, b"0" * 19, b"-" + b"1" * 19]
+)
+def test_a_sum_that_is_none_or_too_large_is_mended_by_a_look(shelf, folder, looks, content):
+    cache = make_cache(shelf, folder, num_files=3)
+    for name in ("f1", "f2"):
+        read(cache, shelf.file(name))
+    looks.clear()
+    (folder / ".room").write_bytes(content)
+    read(cache, shelf.file("f3"))
+    assert len(looks) == 1
+    assert (names_in(folder), sum_in(folder)) == ({"f1", "f2", "f3"}, 3 * SIZE)
+    read(cache, shelf.file("f4"))
+    assert names_in(folder) == {"f2", "f3", "f4"}
+
+
+def test_a_sum_that_is_too_small_is_mended_at_the_next_opening(shelf, folder):
+    make_cache(shelf, folder)
+    fill(folder, 7, size=SIZE)  # put there by hand
+    assert sum_in(folder) == 0
+    make_cache(shelf, folder)
+    assert sum_in(folder) == 7 * SIZE
+
+
+def test_what_was_removed_by_hand_is_room_when_room_is_short(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=3)
+    for name in ("f1", "f2", "f3"):
+        read(cache, shelf.file(name))
+    cache.path(shelf.file("f3")).unlink()
+    read(cache, shelf.file("f4"))
+    assert names_in(folder) == {"f1", "f2", "f4"}
+    assert sum_in(folder) == 3 * SIZE
+
+
+def test_room_of_failed_and_renewed_files_is_given_back(shelf, folder):
+    cache = make_cache(shelf, folder)
+    read(cache, shelf.file("f1"))
+    put, shelf.on_fetch = shelf.on_fetch, fail
+    for ask in (cache.open, lambda file: cache.fetch_ahead(file, since_ns=0)):
+        with pytest.raises(StorageError):
+            ask(shelf.file("f2"))
+        assert sum_in(folder) == SIZE
+    shelf.on_fetch = put
+    cache.path(shelf.file("f1")).write_bytes(bytes(SIZE))
+    assert cache.renew(shelf.file("f1"))
+    assert sum_in(folder) == SIZE
+
+
+def fail(_name, _content, path):
+    path.write_bytes(b"half")
+    raise StorageError("gone")
+
+
+def test_no_room_leaves_the_sum_as_it_was(shelf, folder):
+    cache = make_cache(shelf, folder, num_files=1)
+    held = cache.open(shelf.file("f1"))
+    with pytest.raises(CacheFullError):
+        cache.open(shelf.file("f2"), evict=None)
+    os.close(held)
+    assert (names_in(folder), sum_in(folder)) == ({"f1"}, SIZE)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of the cache catches it, and no clean-up is let through."""
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_kill_before_any_change_leaves_a_sum_that_is_not_too_small(
+    shelf, folder, monkeypatch, seed
+):
+    chance = random.Random(seed)
+    make_cache(shelf, folder, num_files=4)
+    cache = make_cache(shelf, folder.parent / "other", num_files=4)
+    cache.folder, cache.room = folder, DiskQuota(folder, 4 * SIZE)  # opening would mend the sum
+    for _ in range(20):
+        with monkeypatch.context() as patched:
+            die_before_change(patched, number=chance.randrange(12))
+            with suppress(Killed):
+                read(cache, shelf.file(f"f{chance.randrange(8)}"))
+        held = sum(p.stat().st_size for p in folder.iterdir() if not p.name.startswith("."))
+        aside = sum(p.stat().st_size for p in folder.glob(".*.lock"))
+        assert held + aside <= sum_in(folder)
+        assert held <= 4 * SIZE
+    make_cache(shelf, folder, num_files=4)
+    assert sum_in(folder) == SIZE * len(names_in(folder))
+
+
+def die_before_change(patched, *, number):
+    """From the n-th change of a file on, nothing of the process changes any."""
+    left = [number]
+
+    def dying(change):
+        def or_die(*given, **named):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return change(*given, **named)
+
+        return or_die
+
+    for name in ("pwrite", "ftruncate"):
+        patched.setattr(os, name, dying(getattr(os, name)))
+    for name in ("rename", "unlink"):
+        patched.setattr(Path, name, dying(getattr(Path, name)))

@@ -1,0 +1,366 @@
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import zarr
+from click.testing import CliRunner
+from helpers.trained_models import (
+    MODEL,
+    RECIPE,
+    TEXT_ONLY,
+    TOKENIZER,
+    make_checkpoint,
+    make_session,
+)
+
+from shared.config import make_section
+from shared.errors import CheckpointError, ConfigError, EngineError, SessionError
+from shared.media.tokenizer import EVENT_TOKEN, train_tokenizer
+from shared.recipe import Recipe, WindowShapes
+from train.__main__ import cli
+from train.config import Head, as_train_config
+from train.data.device import to_model_inputs
+from train.data.session_source import RealMultiModalDataset, real_data_collate_fn
+from train.infer.run import infer, open_session, place_on_clock, read_window
+from train.infer.sampling import Sampling
+from train.infer.scoring import summarize_latencies
+from train.infer.stream import TickStream
+from train.model.baselines import Baselines
+from train.model.losses import compute_losses
+from train.model.predictions import PredictionWriter, WindowPrediction, group_events
+from train.trained_model import load_trained_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def whole_windows(session, config):
+    """All windows of a session as one training batch; its tokenizer is the checkpoint's."""
+    tokenizer = session.parent / "tokenizer.json"
+    tokenizer.write_text(TOKENIZER.json)
+    dataset = RealMultiModalDataset(
+        session, recipe=make_section(Recipe, RECIPE), config=config, tokenizer=tokenizer
+    )
+    return real_data_collate_fn([dataset[i] for i in range(len(dataset))])
+
+
+def whole_window_losses(model, session):
+    batch = whole_windows(session, model.config)
+    with torch.no_grad():
+        outputs = model(to_model_inputs(batch["inputs"]))
+    losses = compute_losses(outputs, batch["targets"], batch["weight"], config=model.config)
+    return {name: float(loss) for name, loss in losses.items()}
+
+
+def whole_session_outputs(model, batch):
+    """Outputs [windows, T, ...] of one pass over all windows in a row.
+
+    Attention is plain, and sees the newest ticks only, as many as a window has.
+    """
+    num_ticks = model.shapes.num_ticks
+
+    def attend(query, key, value, *, is_causal):
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        if is_causal:
+            places = torch.arange(query.shape[2])
+            back = places[:, None] - places
+            scores = scores.masked_fill((back < 0) | (back >= num_ticks), -torch.inf)
+        return scores.softmax(-1) @ value
+
+    in_a_row = {n: x.reshape(1, -1, *x.shape[2:]) for n, x in batch["inputs"].items()}
+    with torch.no_grad(), mock.patch("train.model.blocks.F.scaled_dot_product_attention", attend):
+        outputs = model(to_model_inputs(in_a_row))
+    return {n: x.reshape(-1, num_ticks, *x.shape[2:]) for n, x in outputs.items()}
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory):
+    """One inference over two windows of all streams, and the same windows as a training batch."""
+    folder = tmp_path_factory.mktemp("walk")
+    session = make_session(folder / "s" / "walk", video=True)
+    config = as_train_config({"model": MODEL})
+    batch = whole_windows(session, config)
+    shapes = WindowShapes.from_recipe(make_section(Recipe, RECIPE))
+    baselines = Baselines.fit([batch], config=config, shapes=shapes)
+    model = make_checkpoint(folder / "k.pt", baselines=baselines.as_dict())
+    metrics = infer(folder / "k.pt", session, folder / "out")
+    return SimpleNamespace(
+        session=session,
+        out=folder / "out",
+        model=model,
+        batch=batch,
+        baselines=baselines,
+        metrics=metrics,
+    )
+
+
+def predict_window(source, row, creature):
+    batch = read_window(source, row, creature)
+    streamed = TickStream(creature, Sampling(), seed=0).run_session(batch)
+    return place_on_clock(streamed, source, row, creature)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_streaming_one_window_gives_the_losses_of_training(tmp_path):
+    model = make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "s" / "walk", length_s=4.0, video=True)
+    metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
+    assert metrics["losses"] == pytest.approx(whole_window_losses(model, session), abs=1e-4)
+
+
+def test_streaming_goes_on_over_the_borders_of_windows(walk):
+    outputs = whole_session_outputs(walk.model, walk.batch)
+    losses = compute_losses(
+        outputs, walk.batch["targets"], walk.batch["weight"], config=walk.model.config
+    )
+    expected = {name: float(loss) for name, loss in losses.items()}
+    assert walk.metrics["losses"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_streaming_text_gives_the_losses_of_densely_packed_windows(tmp_path):
+    model = make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
+    session = make_session(tmp_path / "s" / "walk")
+    metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
+    assert metrics["losses"] == pytest.approx(whole_window_losses(model, session), abs=1e-4)
+
+
+def test_stock_readers_open_what_is_written(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "walk", length_s=6.5)
+    infer(tmp_path / "k.pt", session, tmp_path / "out")
+    samples, rate_hz = soundfile.read(tmp_path / "out" / "audio.wav")
+    assert (rate_hz, len(samples)) == (8000, 6.5 * 8000)
+    assert soundfile.info(tmp_path / "out" / "audio.wav").subtype == "PCM_16"
+    assert (samples[:800] == 0).all()
+    assert np.abs(samples[800:]).max() > 0
+    poses = zarr.open_group(tmp_path / "out" / "animation.zarr", mode="r")
+    assert poses["proprio"].shape == (195, 20)
+    np.testing.assert_allclose(poses["timestamp"][:], np.arange(195) / 30)
+    np.testing.assert_array_equal(poses["valid"][:], np.arange(195) >= 3)
+    np.testing.assert_array_equal(np.isfinite(poses["proprio"][:]).all(1), poses["valid"][:])
+    assert np.abs(poses["proprio"][3:, :10]).max() <= np.pi
+    for name in ("internal_text", "external_text"):
+        events = read_lines(tmp_path / "out" / f"{name}.jsonl")
+        assert all(0.1 <= e["timestamp"] < 6.5 for e in events), name
+        assert all(set(e) == {"timestamp", "text", "tokens"} for e in events), name
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["step"], metrics["num_ticks"], metrics["session"]) == (7, 65, "walk")
+
+
+def test_what_is_written_is_what_the_model_predicts_for_the_next_tick(walk):
+    outputs = whole_session_outputs(walk.model, walk.batch)
+    expected = outputs["animation"].reshape(-1, 20).numpy()[:-3]  # the last tick is beyond the end
+    found = zarr.open_group(walk.out / "animation.zarr", mode="r")["proprio"][3:]
+    np.testing.assert_allclose(np.cos(found[:, :10]), np.cos(expected[:, :10]), atol=1e-4)
+    np.testing.assert_allclose(found[:, 10:], expected[:, 10:], atol=1e-4)
+    tokens = outputs["external_text"].argmax(-1).flatten().tolist()[:-1]
+    said = {}
+    for event in read_lines(walk.out / "external_text.jsonl"):
+        first = round(event["timestamp"] * 10) - 1
+        said |= {first + i: token for i, token in enumerate(event["tokens"])}
+    assert said == {tick: token for tick, token in enumerate(tokens) if token != 0}
+
+
+def test_the_same_seed_draws_the_same_files_and_another_one_others(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "walk", length_s=1.0)
+    written = []
+    for seed in (1, 1, 2):
+        out = tmp_path / f"out{len(written)}"
+        infer(tmp_path / "k.pt", session, out, temperature=1.0, top_k=20, top_p=0.9, seed=seed)
+        names = ("audio.wav", "internal_text.jsonl", "external_text.jsonl")
+        written.append([(out / name).read_bytes() for name in names])
+    assert written[0] == written[1]
+    assert all(one != other for one, other in zip(written[0], written[2], strict=True))
+
+
+def test_an_absent_stream_has_a_reason_instead_of_a_loss(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "walk", length_s=1.0, sound=False, text=False)
+    metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
+    absent = ("loss_audio", "loss_internal_text", "loss_external_text", "loss_total")
+    assert [metrics["losses"][name] for name in absent] == [None] * 4
+    assert metrics["losses"]["loss_animation"] > 0
+    assert set(metrics["reasons"]) == set(absent)
+    assert "audio.wav" in metrics["reasons"]["loss_audio"]
+    assert metrics["streams"]["seen"] == ["touch", "proprio"]
+
+
+def test_a_head_that_was_not_trained_writes_nothing(tmp_path):
+    make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
+    session = make_session(tmp_path / "walk")
+    metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    texts = ["external_text.jsonl", "internal_text.jsonl"]
+    assert written == [*texts[:1], "index.html", *texts[1:], "metrics.json"]
+    assert set(metrics["losses"]) == {"loss_total", "loss_internal_text", "loss_external_text"}
+
+
+def test_baselines_of_the_checkpoint_are_scored_beside_the_model(walk):
+    expected = walk.baselines.mean_losses([walk.batch])
+    assert walk.metrics["baselines"] == pytest.approx(expected, rel=1e-5)
+    rows = {f"{row['head']}/{row['baseline']}" for row in walk.metrics["comparison"]}
+    assert rows == set(expected)
+
+
+def test_latencies_are_percentiles_in_milliseconds(walk):
+    latency = walk.metrics["tick_latency_ms"]
+    assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
+    assert latency["tick"] == 100
+
+
+def test_latencies_are_summarized_as_numpy_does_and_the_first_stands_apart():
+    later = np.random.default_rng(0).exponential(60.0, size=500)
+    found = summarize_latencies([1e4, *later], tick_ms=100.0)
+    expected = {f"p{share}": np.quantile(later, share / 100) for share in (50, 95, 99)}
+    assert found == pytest.approx(
+        {**expected, "first": 1e4, "tick": 100.0, "share_in_time": np.mean(later <= 100)}
+    )
+
+
+def test_progress_is_told_after_each_window(tmp_path):
+    make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
+    session = make_session(tmp_path / "walk", length_s=5.0)
+    told = []
+    infer(tmp_path / "k.pt", session, tmp_path / "out", progress=lambda *done: told.append(done))
+    assert told == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("missing", ["recipe", "tokenizer"])
+def test_a_checkpoint_without_recipe_or_tokenizer_is_refused(tmp_path, missing):
+    make_checkpoint(tmp_path / "k.pt", **{missing: None})
+    session = make_session(tmp_path / "walk", length_s=1.0)
+    with pytest.raises(CheckpointError, match=f"lacks its {missing}.*checkpoint_extra"):
+        infer(tmp_path / "k.pt", session, tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["itself", "another", "sound"])
+def test_predictions_never_overwrite_a_recording(tmp_path, where):
+    make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "itself")
+    make_session(tmp_path / "another")
+    (tmp_path / "sound").mkdir()
+    shutil.copy(session / "audio.wav", tmp_path / "sound")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match=r"would overwrite its audio\.wav; .* --out"):
+        infer(tmp_path / "k.pt", session, tmp_path / where)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_second_life_may_be_written_over_the_first(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "session")
+    lives = [infer(tmp_path / "k.pt", session, tmp_path / "out") for _ in range(2)]
+    assert lives[0]["losses"] == lives[1]["losses"]
+
+
+def test_a_folder_that_is_no_session_is_refused(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    with pytest.raises(SessionError, match="no session; give the folder of one"):
+        infer(tmp_path / "k.pt", tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_events_begin_at_the_event_mark_and_after_silence():
+    ball, reach = TOKENIZER.encode("ball")[1:], TOKENIZER.encode("reach")[1:]
+    tokens = [EVENT_TOKEN, *ball, EVENT_TOKEN, *reach, 0, 0, *ball, 0]
+    times_s = [0.1 * (i + 1) for i in range(len(tokens))]
+    starts = [0, 1 + len(ball), 4 + len(ball) + len(reach)]
+    events = group_events(tokens, times_s, TOKENIZER)
+    assert [e["text"] for e in events] == ["ball", "reach", "ball"]
+    assert [e["timestamp"] for e in events] == [round(times_s[i], 6) for i in starts]
+    assert [e["tokens"] for e in events] == [[EVENT_TOKEN, *ball], [EVENT_TOKEN, *reach], ball]
+
+
+@pytest.mark.parametrize(("follows", "said"), [(True, ["reach"]), (False, ["re", "ach"])])
+def test_a_text_goes_on_over_a_border_only_where_no_tick_is_left_out(tmp_path, follows, said):
+    recipe = make_section(Recipe, RECIPE)
+    head = Head.INTERNAL_TEXT
+    with PredictionWriter(
+        tmp_path,
+        heads=[head],
+        num_ticks=80,
+        recipe=recipe,
+        shapes=WindowShapes.from_recipe(recipe),
+        tokenizer=train_tokenizer([], vocab_size=264),
+    ) as writer:
+        for first, text in ((38, "re"), (40, "ach")):
+            tokens = np.array(train_tokenizer([], vocab_size=264).encode(text)[1:])
+            writer.add(
+                WindowPrediction(
+                    first_tick=first,
+                    follows=follows,
+                    times_s=np.arange(first, first + len(tokens)) / 10,
+                    tokens={head: tokens},
+                    levels=None,
+                    poses=None,
+                )
+            )
+    assert [e["text"] for e in read_lines(tmp_path / "internal_text.jsonl")] == said
+
+
+def test_densely_packed_windows_do_not_follow_each_other(tmp_path):
+    make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
+    creature = load_trained_model(tmp_path / "k.pt", device=torch.device("cpu"))
+    source = open_session(make_session(tmp_path / "walk"), creature)
+    assert not any(predict_window(source, row, creature).follows for row in (0, 1))
+
+
+def test_windows_of_ticks_follow_each_other(tmp_path):
+    make_checkpoint(tmp_path / "k.pt")
+    creature = load_trained_model(tmp_path / "k.pt", device=torch.device("cpu"))
+    source = open_session(make_session(tmp_path / "walk", sound=False), creature)
+    assert [predict_window(source, row, creature).follows for row in (0, 1)] == [False, True]
+
+
+def write_nothing(out, heads):
+    recipe = make_section(Recipe, RECIPE)
+    return PredictionWriter(
+        out,
+        heads=heads,
+        num_ticks=80,
+        recipe=recipe,
+        shapes=WindowShapes.from_recipe(recipe),
+        tokenizer=TOKENIZER,
+    )
+
+
+def test_predictions_of_an_older_model_go_and_all_else_stays(tmp_path):
+    with write_nothing(tmp_path, tuple(Head)):
+        pass
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "video.zarr").mkdir()
+    with write_nothing(tmp_path, (Head.INTERNAL_TEXT,)):
+        pass
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"internal_text.jsonl", "notes.txt", "video.zarr"}
+
+
+def test_a_disk_that_takes_no_sound_is_a_clear_error(tmp_path, file_limit):
+    def write():
+        with write_nothing(tmp_path, (Head.AUDIO,)):
+            file_limit(4096)  # 8 s of silence are 128 kB
+
+    with pytest.raises(EngineError, match=r"audio\.wav: the sound can't be written .* MiB"):
+        write()
+    file_limit(None)
+
+
+@pytest.mark.parametrize("options", [["--seed", "-1"], ["--seed", "4294967296"], ["--top-p", "0"]])
+def test_a_number_out_of_range_is_refused_by_the_command(tmp_path, options):
+    paths = ["--checkpoint", str(tmp_path / "k.pt"), "--input", str(tmp_path)]
+    result = CliRunner().invoke(cli, ["infer", *paths, *options])
+    assert result.exit_code == 2
+    assert "is not in the range" in result.output
+
+
+def test_silence_is_no_event():
+    assert group_events([0, 0, 0], [0.1, 0.2, 0.3], TOKENIZER) == []

@@ -1,0 +1,159 @@
+"""The feed of a device that computes beside the host, on a clock that is this test's."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+
+import pytest
+import torch
+from helpers.emulated_device import EmulatedDevice
+
+from train.loop import prefetch as module
+from train.loop.prefetch import BatchFeed
+
+LOADER_S = 0.05
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Goes on when somebody sleeps."""
+
+    def __init__(self):
+        self.time_s = 1.0
+
+    def now_s(self):
+        return self.time_s
+
+    def sleep(self, seconds):
+        self.time_s += seconds
+
+
+class SlowLoader:
+    """Batches that take LOADER_S each; it knows which of them somebody still holds."""
+
+    def __init__(self, clock):
+        self._clock = clock
+        self._given = weakref.WeakValueDictionary()
+        self._first = 0
+
+    @property
+    def held(self):
+        return sorted(self._given)
+
+    def state_at(self, next_batch):
+        return {"next_batch": next_batch}
+
+    def load_state_dict(self, state):
+        self._first = state["next_batch"]
+
+    def __iter__(self):
+        for index in itertools.count(self._first):
+            self._clock.sleep(LOADER_S)
+            audio = torch.tensor([index])
+            self._given[index] = audio
+            yield {"inputs": {"audio": audio}, "index": index}
+
+
+class CopyingDevice(EmulatedDevice):
+    """What is on the device has memory of its own."""
+
+    def send(self, batch):
+        sent, mark = super().send(batch)
+        return copy.deepcopy(sent), mark
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module.time, "perf_counter", clock.now_s)
+    return clock
+
+
+def make_feed(clock, *, copy_s=0.0):
+    device = CopyingDevice(copy_s=copy_s, now_s=clock.now_s, sleep=clock.sleep)
+    loader = SlowLoader(clock)
+    return BatchFeed(loader, CPU, seed=0, queue=device), loader, device
+
+
+def run_steps(clock, *, count, compute_s, num_steps, copy_s=0.0):
+    """Batches of each step, and its wait for data."""
+    feed, _, device = make_feed(clock, copy_s=copy_s)
+    steps = []
+    for _ in range(num_steps):
+        steps.append([batch["index"] for batch in feed.take(count)])
+        device.launch(compute_s)
+        feed.fetch_ahead()
+    device.mark().synchronize()
+    return feed, steps, feed.take_waits_s()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(
+    "compute_s", [0.0, 0.02, 0.12, 0.5], ids=["no work", "little", "some", "much"]
+)
+def test_a_step_waits_for_what_its_batches_take_longer_than_the_step_before(
+    clock, count, compute_s
+):
+    _, _, waits_s = run_steps(clock, count=count, compute_s=compute_s, num_steps=4)
+    first, *later = waits_s
+    assert first == pytest.approx(count * LOADER_S)
+    assert later == pytest.approx([max(0.0, count * LOADER_S - compute_s)] * 3)
+
+
+def test_a_copy_that_outlasts_the_step_before_is_waited_for_by_the_device(clock):
+    _, _, waits_s = run_steps(clock, count=1, compute_s=0.08, num_steps=6, copy_s=0.1)
+    assert waits_s[3:] == pytest.approx([0.1 - 0.08] * 3)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_steps_batches_are_there_when_it_begins_and_the_position_is_of_those_taken(clock, count):
+    feed, steps, _ = run_steps(clock, count=count, compute_s=1.0, num_steps=3)
+    assert steps == [list(range(i * count, (i + 1) * count)) for i in range(3)]
+    assert feed.state() == {"next_batch": 3 * count}
+    before_s = clock.time_s
+    assert len(feed.take(count)) == count
+    assert clock.time_s == before_s  # nothing was left to fetch
+    assert feed.state() == {"next_batch": 4 * count}
+
+
+def test_a_feed_that_took_more_before_hands_out_what_is_there_first(clock):
+    feed, _, _ = make_feed(clock)
+    feed.take(3)
+    feed.fetch_ahead()
+    feed.fetch_ahead()  # twice is once
+    assert [batch["index"] for batch in feed.take(1)] == [3]
+    feed.fetch_ahead()
+    assert [batch["index"] for batch in feed.take(3)] == [4, 5, 6]
+
+
+def test_the_host_does_not_wait_for_copies_and_keeps_their_memory_until_they_are_done(clock):
+    feed, loader, _ = make_feed(clock, copy_s=0.2)
+    feed.take(2)
+    feed.fetch_ahead()
+    assert clock.time_s == pytest.approx(1 + 4 * LOADER_S)
+    assert loader.held == [0, 1, 2, 3]
+    clock.sleep(0.3)  # now 0 and 1 are copied
+    feed.take(2)
+    feed.fetch_ahead()
+    assert loader.held == [2, 3, 4, 5]
+
+
+def test_no_more_batches_are_kept_than_have_a_slot(clock):
+    feed, loader, _ = make_feed(clock, copy_s=10.0)
+    for step in range(4):
+        feed.take(2)
+        feed.fetch_ahead()
+        assert loader.held == [2 * step + i for i in range(4)]
+    assert clock.time_s == pytest.approx(1 + LOADER_S + 6 * 10.0 + LOADER_S)
+
+
+@pytest.mark.parametrize("end", [BatchFeed.close, lambda feed: None], ids=["closed", "forgotten"])
+def test_a_feed_that_ends_waits_for_copies_before_it_lets_go(clock, end):
+    feed, loader, _ = make_feed(clock, copy_s=10.0)
+    feed.take(2)
+    end(feed)
+    del feed
+    assert clock.time_s > 20.0
+    assert loader.held == []

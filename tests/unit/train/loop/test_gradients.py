@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers.training import SHAPES, make_batch, make_config, make_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from train.loop.gradients import gradient_norms, part_of
+from train.model.losses import compute_losses
+from train.model.multimodal import MultiModalCreature
+
+
+def test_each_part_has_the_root_of_the_sum_of_its_squares(tmp_path):
+    torch.manual_seed(0)
+    model, batch = MultiModalCreature(make_config(tmp_path), SHAPES), make_batch(0)
+    losses = compute_losses(
+        model(batch["inputs"]), batch["targets"], batch["weight"], config=model.config
+    )
+    losses["loss_total"].backward()
+    modules = {
+        "encoder_audio": [model.encoder.encoders["audio"]],
+        "head_external_text": [model.predictors["external_text"]],
+        "backbone": [model.blocks, model.norm],
+    }
+    norms = gradient_norms(model)
+    for part, members in modules.items():
+        gradients = [p.grad.numpy().ravel() for m in members for p in m.parameters()]
+        expected = np.linalg.norm(np.concatenate(gradients).astype(np.float64))
+        assert norms[f"grad_norm/{part}"] == pytest.approx(expected, rel=1e-5)
+    whole = [p.grad.numpy().ravel() for p in model.parameters() if p.grad is not None]
+    total = np.linalg.norm(np.concatenate(whole).astype(np.float64))
+    assert math.hypot(*norms.values()) == pytest.approx(total, rel=1e-5)
+
+
+def test_every_part_of_a_model_that_sees_everything_has_its_name():
+    with torch.device("meta"):
+        model = MultiModalCreature({})
+    senses = ("audio", "touch", "proprio", "internal_text", "external_text", "vision", "fusion")
+    heads = ("internal_text", "external_text", "audio", "animation")
+    parts = [f"encoder_{s}" for s in senses] + ["backbone"] + [f"head_{h}" for h in heads]
+    assert {part_of(name) for name, _ in model.named_parameters()} == set(parts)
+
+
+def test_the_parts_of_another_model_are_its_members():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    model(torch.ones(1, 2)).sum().backward()
+    assert set(gradient_norms(model)) == {"grad_norm/0", "grad_norm/1"}
+
+
+def test_a_model_without_gradients_has_no_norms():
+    assert gradient_norms(nn.Linear(1, 1)) == {}
+
+
+def test_tensorboard_has_the_norms_of_each_logged_step(tmp_path):
+    config = make_config(tmp_path, log_interval=1, max_steps=2, grad_clip=1e9)
+    summary = make_trainer(config).train()
+    events = EventAccumulator(str(summary.log_dir)).Reload()
+    parts = [name for name in events.Tags()["scalars"] if name.startswith("grad_norm/")]
+    for index, whole in enumerate(events.Scalars("grad_norm")):
+        values = [events.Scalars(part)[index].value for part in parts]
+        assert math.hypot(*values) == pytest.approx(whole.value, rel=1e-5)

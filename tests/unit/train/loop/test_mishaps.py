@@ -1,0 +1,30 @@
+"""What happens to long trainings; `python tests/experiments/mishaps.py` prints what became of
+each."""
+
+from __future__ import annotations
+
+import pytest
+from experiments.mishaps import MISHAPS, NoSmallDiskError, Place
+from experiments.training_kills import final_state, prepare, start
+from helpers.subprocesses import finish
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A configuration, and what its run comes to."""
+    root = tmp_path_factory.mktemp("mishaps")
+    config = prepare(root)
+    finish(start(config, root / "undisturbed"))
+    return config, final_state(root / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", MISHAPS)
+def test_a_training_survives(undisturbed, tmp_path, name):
+    config, wanted = undisturbed
+    try:
+        outcome = MISHAPS[name](Place(config, tmp_path / "run", wanted))
+    except NoSmallDiskError as error:
+        pytest.skip(f"a small disk needs root here: {error}")
+    assert outcome.is_good, outcome.seen

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import copy
+import json
+import zipfile
+
+import pytest
+import torch
+from helpers.checkpoints import cut_in_half, flip_a_bit, make_empty, make_state, names_in
+from helpers.training import make_config, make_trainer, weights_of
+
+from shared.errors import CheckpointError
+from train.checkpoints import load_checkpoint, save_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def types_in(value):
+    """The types of everything in nested containers."""
+    found = {type(value)}
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        found = found.union(*map(types_in, value))
+    return found
+
+
+def test_a_checkpoint_holds_only_tensors_and_plain_values(tmp_path):
+    extra = {"tokenizer": "{}", "recipe": {"window": {"duration_s": 4.0}}}
+    summary = make_trainer(make_config(tmp_path), checkpoint_extra=extra).train()
+    state = torch.load(summary.checkpoint)
+    plain = {"dict", "OrderedDict", "list", "tuple", "str", "int", "float", "bool", "NoneType"}
+    assert {kind.__name__ for kind in types_in(state)} <= {*plain, "Tensor"}
+
+
+def test_a_checkpoint_says_what_inference_and_resuming_need(tmp_path):
+    extra = {"tokenizer": "{}", "recipe": {"window": {"duration_s": 4.0}}}
+    summary = make_trainer(make_config(tmp_path), checkpoint_extra=extra).train()
+    state = torch.load(summary.checkpoint)
+    assert state["step"] == 6
+    assert state["extra"] == extra
+    assert state["stream"] == {"fingerprint": "tiny", "next_batch": 6}
+    assert json.loads(json.dumps(state["config"]))["training"]["optimizer"]["lr"] == 3e-3
+    assert state["shapes"]["vocab_size"] == 264
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    state = make_state(7)
+    loaded = load_checkpoint(save_checkpoint(tmp_path / "new" / "model_step_7.pt", state))
+    assert torch.equal(loaded["model"]["weight"], state["model"]["weight"])
+    assert loaded["step"] == 7
+    assert names_in(tmp_path / "new") == {"model_step_7.pt"}
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, make_empty])
+def test_a_damaged_checkpoint_is_refused_with_a_way_out(tmp_path, damage):
+    path = save_checkpoint(tmp_path / "model_step_1.pt", make_state())
+    damage(path)
+    with pytest.raises(CheckpointError, match=r"model_step_1\.pt.*damaged.*--resume auto"):
+        load_checkpoint(path)
+
+
+def test_a_missing_checkpoint_names_those_that_are_there(tmp_path):
+    save_checkpoint(tmp_path / "model_step_40.pt", make_state())
+    with pytest.raises(CheckpointError, match=r"no such checkpoint.*model_step_40\.pt"):
+        load_checkpoint(tmp_path / "model_step_50.pt")
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_names_those_in_it(tmp_path):
+    with pytest.raises(CheckpointError, match="a folder and no checkpoint; there is none in it"):
+        load_checkpoint(tmp_path)
+    save_checkpoint(tmp_path / "model_step_40.pt", make_state())
+    with pytest.raises(CheckpointError, match=r"name one of those in it: model_step_40\.pt"):
+        load_checkpoint(tmp_path)
+
+
+class Foreign:
+    """Not a plain value."""
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"state_dict": {}}, "no checkpoint of this trainer"),
+        ([1, 2], "no checkpoint of this trainer"),
+        ({**make_state(), "format_version": 99}, "format version 99"),
+        ({**make_state(), "extra": Foreign()}, "can run code"),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "model_step_1.pt")
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(tmp_path / "model_step_1.pt")
+
+
+def test_a_zip_that_is_no_checkpoint_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model_step_1.pt", "w") as archive:
+        archive.writestr("hello", "world")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_checkpoint(tmp_path / "model_step_1.pt")
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path, file_limit):
+    path = tmp_path / "model_step_1.pt"
+    path.write_bytes(b"old")
+    file_limit(4096)
+    with pytest.raises(CheckpointError, match=r"couldn't be written.*File too large.*make room"):
+        save_checkpoint(path, make_state())
+    file_limit(None)  # before pytest writes its dot, perhaps to a long file
+    assert path.read_bytes() == b"old"
+    assert names_in(tmp_path) == {path.name}
+
+
+def test_a_folder_that_is_a_file_is_a_clear_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match="couldn't be written"):
+        save_checkpoint(tmp_path / "checkpoints" / "model_step_1.pt", make_state())
+
+
+def test_an_incomplete_state_is_refused_before_anything_is_written(tmp_path):
+    state = make_state()
+    del state["shapes"]
+    with pytest.raises(CheckpointError, match="shapes"):
+        save_checkpoint(tmp_path / "model_step_1.pt", state)
+    assert names_in(tmp_path) == set()
+
+
+def test_a_checkpoint_of_another_model_names_the_keys_that_differ(tmp_path):
+    config = make_config(tmp_path)
+    make_trainer(config).train()
+    wider = copy.deepcopy(config)
+    wider["model"]["hidden_dim"] = 32
+    with pytest.raises(CheckpointError, match=r"hidden_dim 16 there, 32 here"):
+        make_trainer(wider).load_checkpoint(tmp_path / "checkpoints/model_final.pt")
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_heads", 1), ("tick_rate_hz", 5.0)])
+def test_a_checkpoint_of_another_model_with_the_same_shapes_is_refused(tmp_path, key, value):
+    config = make_config(tmp_path)
+    make_trainer(config).train()
+    other = copy.deepcopy(config)
+    other["model"][key] = value
+    trainer = make_trainer(other)
+    before = weights_of(trainer)
+    with pytest.raises(CheckpointError, match=rf"{key} .* there, {value} here"):
+        trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
+    assert torch.equal(before, weights_of(trainer))
+
+
+def test_heads_that_are_named_in_another_way_are_the_same_model(tmp_path):
+    config = make_config(tmp_path)
+    config["model"]["num_heads"] = 1
+    make_trainer(config).train()
+    del config["model"]["num_heads"]  # one per 64 of width, so one
+    trainer = make_trainer(config)
+    trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
+    assert trainer.step == 6
+
+
+def test_a_checkpoint_that_only_infers_does_not_resume(tmp_path):
+    path = save_checkpoint(tmp_path / "model_step_1.pt", make_state())
+    with pytest.raises(CheckpointError, match=r"lacks .*optimizer.*can't go on"):
+        make_trainer(make_config(tmp_path)).load_checkpoint(path)
+
+
+def test_a_resumed_run_uses_the_configurations_decay_and_not_the_checkpoints(tmp_path):
+    make_trainer(make_config(tmp_path)).train()
+    config = make_config(tmp_path, optimizer={"weight_decay": 0.5, "betas": [0.5, 0.6]})
+    trainer = make_trainer(config)
+    trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
+    groups = torch.load(trainer.save_checkpoint(tmp_path / "again.pt"))["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert [tuple(group["betas"]) for group in groups] == [(0.5, 0.6)] * 2
+
+
+def test_a_resumed_run_goes_on_in_its_old_log_folder(tmp_path):
+    first = make_trainer(make_config(tmp_path), run_name="mine").train()
+    trainer = make_trainer(make_config(tmp_path, max_steps=8), run_name=None)
+    trainer.load_checkpoint(first.checkpoint)
+    assert trainer.train().log_dir == first.log_dir == tmp_path / "runs" / "mine"

@@ -1,0 +1,182 @@
+"""Checkpoints from anyone: what is in them is not run, and takes no more memory than the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle  # noqa: TID251  (a hostile file)
+import zipfile
+
+import pytest
+import torch
+
+from shared.config import make_section
+from shared.errors import CheckpointError
+from shared.media.tokenizer import train_tokenizer
+from shared.recipe import Recipe, WindowShapes, json_of
+from train.config import as_train_config
+from train.model.multimodal import MultiModalCreature
+from train.trained_model import load_trained_model
+
+RECIPE = make_section(
+    Recipe, {"vision": {"size": 16}, "mel": {"channels": 8}, "text": {"vocab_size": 264}}
+)
+SHAPES = WindowShapes.from_recipe(RECIPE)
+CONFIG = as_train_config(
+    {"model": {"hidden_dim": 16, "num_layers": 1, "num_heads": 1, "vision_layers": 0}}
+)
+CPU = torch.device("cpu")
+
+
+class RunsCommand:
+    """Unpickled carelessly it runs a shell command."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def good_state():
+    torch.manual_seed(0)
+    return {
+        "format_version": 1,
+        "step": 7,
+        "saved_at": 0.0,
+        "model": MultiModalCreature(CONFIG, SHAPES).state_dict(),
+        "config": CONFIG.model_dump(mode="json"),
+        "shapes": dataclasses.asdict(SHAPES),
+        "extra": {
+            "recipe": json_of(RECIPE),
+            "tokenizer": train_tokenizer([], vocab_size=264).json,
+        },
+    }
+
+
+def save(path, **changes):
+    torch.save({**good_state(), **changes}, path)
+    return path
+
+
+def expect_refusal(path, words):
+    with pytest.raises(CheckpointError, match=words) as found:
+        load_trained_model(path, device=CPU)
+    assert str(path) in str(found.value)
+
+
+def test_a_good_checkpoint_gives_its_model_in_evaluation_mode(tmp_path):
+    creature = load_trained_model(save(tmp_path / "k.pt"), device=CPU)
+    expected = good_state()["model"]
+    assert all(torch.equal(w, expected[n]) for n, w in creature.model.state_dict().items())
+    assert (creature.step, creature.model.training) == (7, False)
+
+
+@pytest.mark.parametrize("place", ["model", "config", "extra", "step"])
+def test_a_checkpoint_that_would_run_a_command_is_not_opened(tmp_path, place):
+    trap = RunsCommand(f"touch {tmp_path}/caught")
+    expect_refusal(save(tmp_path / "k.pt", **{place: trap}), "can run code")
+    assert not (tmp_path / "caught").exists()
+
+
+@pytest.mark.parametrize("kind", ["pickle", "old torch"])
+def test_a_bare_pickle_that_would_run_a_command_is_not_opened(tmp_path, kind):
+    path, state = tmp_path / "k.pt", {"step": RunsCommand(f"touch {tmp_path}/caught")}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(state))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    expect_refusal(path, "no checkpoint")
+    assert not (tmp_path / "caught").exists()
+
+
+def test_a_file_that_would_grow_on_reading_is_not_opened(tmp_path):
+    whole = save(tmp_path / "whole.pt", padding=torch.zeros(30_000_000))
+    with (
+        zipfile.ZipFile(whole) as old,
+        zipfile.ZipFile(tmp_path / "k.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    assert (tmp_path / "k.pt").stat().st_size < 1_000_000
+    expect_refusal(tmp_path / "k.pt", "fill the memory")
+
+
+def expanded(tensor):
+    """A small tensor that says it is large."""
+    return tensor.flatten()[:1].expand(100_000, 100_000)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weights: {n: expanded(w) for n, w in weights.items()},
+        lambda weights: {n: w.to("meta") for n, w in weights.items()},
+        lambda weights: {n: w.to_sparse() for n, w in weights.items()},
+        lambda weights: {n: w.int() for n, w in weights.items()},
+        lambda weights: {n: w.tolist() for n, w in weights.items()},
+    ],
+    ids=["larger than the file", "meta", "sparse", "integers", "lists"],
+)
+def test_weights_that_are_no_plain_tensors_are_refused(tmp_path, make):
+    path = save(tmp_path / "k.pt", model=make(good_state()["model"]))
+    expect_refusal(path, "no plain tensors, or larger than the file")
+
+
+def with_model(**changes):
+    config = good_state()["config"]
+    return {"config": {**config, "model": {**config["model"], **changes}}}
+
+
+def with_baselines(**parts):
+    return {"extra": {**good_state()["extra"], "baselines": {"counts": {}, **parts}}}
+
+
+def with_trigrams(keys, counts):
+    return with_baselines(trigrams={"internal_text": [keys, counts]})
+
+
+def vast(value):
+    """One number that says it is many; counted with, it would fill any memory."""
+    return torch.full((1,), value).expand(10**11)
+
+
+def deep_list(length):
+    """So many times the same list of lists, whose file is small."""
+    return [[[0] * 1000] * 1000] * length
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (with_model(num_layers=10**9), "more layers than it has weights"),
+        (with_model(vision_layers=10**9), "more layers than it has weights"),
+        (with_model(hidden_dim=8 * 10**12), "don't make a creature"),
+        (with_model(hidden_dim=32), "size mismatch"),
+        ({"config": [1, 2]}, "its config is a list"),
+        ({"config": {"model": [1]}}, "don't make a creature"),
+        ({"step": "x"}, "its step is 'x'"),
+        ({"format_version": None}, "its format_version is None"),
+        ({"extra": [1]}, "its extra is a list"),
+        ({"shapes": {**dataclasses.asdict(SHAPES), "num_ticks": 10**9}}, "not those of its recipe"),
+        ({"shapes": {"ticks": 1}}, "don't make a creature"),
+        ({"extra": {**good_state()["extra"], "recipe": {"vision": {"size": "large"}}}}, "size"),
+        ({"extra": {**good_state()["extra"], "tokenizer": "{}"}}, "is no tokenizer"),
+        ({"extra": {**good_state()["extra"], "baselines": {"counts": 3}}}, "don't make"),
+        (with_baselines(counts={"internal_text": deep_list(264)}), "has no counts"),
+        (with_baselines(counts={"internal_text": [-1.0] * 264}), "negative"),
+        (with_baselines(level_pairs=torch.zeros(3)), r"levels has counts of shape \[3\]"),
+        (with_baselines(level_pairs=[1, 2]), "has no counts"),
+        (with_baselines(level_pairs=torch.zeros(8, 16, 16).to_sparse()), "no numbers"),
+        (with_trigrams(vast(0), vast(1)), "no plain int64 tensors"),
+        (with_trigrams(torch.ones(1), torch.ones(1)), "no plain int64 tensors"),
+        (with_trigrams(torch.tensor([2, 1]), torch.tensor([1, 1])), "do not rise"),
+        (with_trigrams(torch.tensor([264**3]), torch.tensor([1])), "within 264 tokens"),
+        (with_trigrams(torch.tensor([1]), torch.tensor([0])), "not theirs"),
+        (with_trigrams(torch.tensor([1, 2]), torch.tensor([1])), "not theirs"),
+        (with_baselines(trigrams={"internal_text": 3}), "don't make a creature"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_parts_that_do_not_fit_are_refused(tmp_path, changes, words):
+    expect_refusal(save(tmp_path / "k.pt", **changes), words)

@@ -1,0 +1,252 @@
+"""Sessions read directly, by the same recipe as the shards: the small-data way, and the shards'
+oracle.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from shared.errors import ConfigError, CorruptError, SessionError
+from shared.media.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from shared.media.yuv import write_rgb
+from shared.recipe import Recipe, Split, Stream, WindowShapes, json_of, load_recipe, split_of
+from shared.session.folder import find_sessions
+from shared.session.reader import SessionReader, Text
+from shared.session.scan import SessionScan, read_clocked, scan_session
+from shared.shardset.manifest import fingerprint_of
+from train.config import TEXT_STREAMS, TrainConfig, as_train_config
+from train.data.batch import assemble_batch, join_batches
+from train.data.device import VISION_STREAMS
+from train.data.source import SENSORS, write_absent, write_mel, write_numbers
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from shared.clock import Window
+
+MAX_OPEN_SESSIONS = 8
+"""Sessions whose sound and sensor lines stay in memory."""
+
+
+class SessionSource:
+    """Samples of session folders; each session is one shard of windows.
+
+    Args:
+        root_dir: a session folder or a folder of them.
+        recipe: how they are cut.
+        split: train or val sessions by the same hash as the shards; None takes all.
+        tokenizer: tokenizes text; None trains one on the train sessions, as the shard job does.
+
+    Raises:
+        SessionError: no session there, or none of which a window can be used.
+        ConfigError: the tokenizer has more tokens than the recipe allows.
+    """
+
+    def __init__(
+        self,
+        root_dir: Path | str,
+        *,
+        recipe: Recipe,
+        split: Split | None = None,
+        tokenizer: TextTokenizer | None = None,
+    ) -> None:
+        self.recipe = recipe
+        folders = find_sessions(root_dir)
+        self.tokenizer = tokenizer or _make_tokenizer(folders, recipe)
+        if self.tokenizer.vocab_size > recipe.text.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, more than the recipe's "
+                f"text.vocab_size; set text.vocab_size: {self.tokenizer.vocab_size}"
+            )
+        chosen = [f for f in folders if split is None or split_of(f.name, recipe) == split]
+        self._folders: list[Path] = []
+        self._scans: list[SessionScan] = []
+        self._windows: list[list[Window]] = []
+        self.rejected: dict[str, str] = {}
+        """Sessions and windows (SESSION/WINDOW) of this split that are no samples, and why."""
+        for folder in chosen:
+            self._add(folder)
+        if not self._folders and chosen:
+            reasons = "; ".join(f"{name}: {why}" for name, why in self.rejected.items())
+            raise SessionError(f"{root_dir}: no session can be used: {reasons}")
+        self.shard_sizes = np.array([len(w) for w in self._windows], dtype=np.int64)
+        sources = [_identity(scan) for scan in self._scans]
+        self.fingerprint = fingerprint_of(sources, json_of(recipe), self.tokenizer.sha256, split)
+        self._open: OrderedDict[int, SessionReader] = OrderedDict()
+
+    def shard_name(self, shard: int) -> str:
+        """The session's name."""
+        return self._scans[shard].session
+
+    def key(self, shard: int, row: int) -> str:
+        """SESSION/WINDOW."""
+        return f"{self._scans[shard].session}/{self._windows[shard][row].index:06d}"
+
+    def start_s(self, shard: int, row: int) -> float:
+        """When the window begins on the session clock."""
+        return self._windows[shard][row].start_s
+
+    def present(self, shard: int, row: int) -> tuple[Stream, ...]:
+        """Streams that the sample has."""
+        return self._scans[shard].present(self._windows[shard][row], self.recipe)
+
+    def fields(self, shard: int) -> SessionReader:
+        """The reader of one session."""
+        if shard not in self._open:
+            self._open[shard] = SessionReader(
+                self._folders[shard],
+                self._scans[shard],
+                recipe=self.recipe,
+                tokenizer=self.tokenizer,
+            )
+            if len(self._open) > MAX_OPEN_SESSIONS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def prefetch_shards(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
+        """Nothing: sessions are local."""
+
+    def will_need(self, places: Iterable[tuple[int, int]], streams: Collection[Stream]) -> None:
+        """Nothing: recordings are read in order."""
+
+    def read_into(
+        self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
+    ) -> Text | None:
+        """See :meth:`train.data.source.SampleSource.read_into`."""
+        try:
+            return self._read_into(shard, row, out, with_text=with_text)
+        except (SessionError, OSError) as error:  # a file that went away is as bad as a damaged one
+            raise CorruptError(f"{self.key(shard, row)}: {error}") from error
+
+    def _read_into(
+        self, shard: int, row: int, out: Mapping[str, NDArray[Any]], *, with_text: bool
+    ) -> Text | None:
+        fields, window = self.fields(shard), self._windows[shard][row]
+        present = self.present(shard, row)
+        write_absent(out, (*VISION_STREAMS, *SENSORS, Stream.AUDIO))
+        for stream in VISION_STREAMS:
+            if stream in out and stream in present:
+                for _, frames in fields.iter_frames(stream, [window]):
+                    if np.isfinite(frames.error_s).any():
+                        write_rgb(frames.pictures, out[stream])
+                        out[f"{stream}_valid"][...] = np.isfinite(frames.error_s)
+        if any(s in out and s in present for s in SENSORS):
+            sensors = fields.read_sensors(window)
+            for stream, values in (
+                (Stream.TOUCH, sensors.touch),
+                (Stream.PROPRIO, sensors.proprio),
+            ):
+                if stream in out and stream in present:
+                    write_numbers(out, stream, values)
+        if Stream.AUDIO in out and Stream.AUDIO in present:
+            write_mel(out, fields.read_mel(window))
+        if with_text and any(s in present for s in TEXT_STREAMS):
+            return fields.read_text(window)
+        return None
+
+    def _add(self, folder: Path) -> None:
+        scan = scan_session(folder, recipe=self.recipe)
+        reason = scan.session_rejection(self.recipe)
+        windows = scan.windows(self.recipe)
+        reasons = [scan.rejection(w, self.recipe) for w in windows]
+        kept = [w for w, why in zip(windows, reasons, strict=True) if why is None]
+        if reason is not None or not kept:
+            self.rejected[scan.session] = reason or "no window of it covers what is required"
+            return
+        self.rejected |= {
+            f"{scan.session}/{w.index:06d}": why
+            for w, why in zip(windows, reasons, strict=True)
+            if why is not None
+        }
+        self._folders.append(folder)
+        self._scans.append(scan)
+        self._windows.append(kept)
+
+
+def _identity(scan: SessionScan) -> list[Any]:
+    """What tells a session apart from all others."""
+    files = {name: file.sha256 for name, file in scan.sources.items()}
+    return [scan.session, files, *([dict(scan.moved)] if scan.moved else [])]
+
+
+class RealMultiModalDataset(Dataset[dict[str, Any]]):
+    """Windows of session folders as training samples.
+
+    Args:
+        root_dir: a session folder or a folder of them.
+        recipe: a recipe, its file, or None for the default one.
+        config: decides which streams are read; None reads all. A TrainConfig, or its plain values
+            as ``yaml.safe_load`` gives.
+        split: train or val sessions; None takes all.
+        tokenizer: a tokenizer.json; None trains one on the train sessions.
+
+    Raises:
+        SessionError: nothing usable there.
+        ConfigError: the recipe or the tokenizer can't be used.
+    """
+
+    def __init__(
+        self,
+        root_dir: Path | str,
+        *,
+        recipe: Recipe | Path | str | None = None,
+        config: TrainConfig | Mapping[str, Any] | None = None,
+        split: Split | None = None,
+        tokenizer: Path | str | None = None,
+    ) -> None:
+        if not isinstance(recipe, Recipe):
+            recipe = Recipe() if recipe is None else load_recipe(recipe)
+        self.config = TrainConfig() if config is None else as_train_config(config)
+        self.source = SessionSource(
+            root_dir,
+            recipe=recipe,
+            split=split,
+            tokenizer=None if tokenizer is None else load_tokenizer(Path(tokenizer)),
+        )
+        self.shapes = WindowShapes.from_recipe(recipe, tick_rate_hz=self.config.model.tick_rate_hz)
+        self._starts = np.concatenate([[0], np.cumsum(self.source.shard_sizes)])
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One window as a batch of one; :func:`real_data_collate_fn` joins several.
+
+        Raises:
+            IndexError: no such window.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        index %= len(self)
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        place = (shard, index - int(self._starts[shard]))
+        return assemble_batch(self.source, [place], config=self.config, shapes=self.shapes)
+
+
+def real_data_collate_fn(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join samples of :class:`RealMultiModalDataset` into a batch; see docs/architecture.md for its
+    form.
+    """
+    return join_batches(samples)
+
+
+def _make_tokenizer(folders: Sequence[Path], recipe: Recipe) -> TextTokenizer:
+    """The tokenizer that the shard job would make of the same sessions."""
+    if recipe.text.tokenizer is not None:
+        return load_tokenizer(recipe.text.tokenizer)
+    texts = [
+        event.text
+        for folder in folders
+        if split_of(folder.name, recipe) == "train"
+        for event in read_clocked(folder, recipe=recipe)[1]
+    ]
+    return train_tokenizer(texts, vocab_size=recipe.text.vocab_size)

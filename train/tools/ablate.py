@@ -1,0 +1,196 @@
+"""Ablation: what each head loses where the model lacks one of its senses.
+
+A trained model predicts the held-out sessions once with everything and once without each modality,
+which is then masked as in a session that never had it; targets, ticks and weights stay the same.
+Differences are paired by window, which gives their standard error.
+
+It tells what the heads need of a model that has learned to do without
+(``model.modality_dropout``); to any other, a missing sense is something that it has never met.
+"""
+
+# ruff: noqa: N803, N806  (shape letters: N windows)
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from shared.errors import ConfigError, ShardError
+from train.data.device import to_device, to_model_inputs
+from train.data.loader import Loader, open_source
+from train.machine.runtime import choose_device
+from train.model.losses import loss_sums
+from train.model.modalities import MODALITIES, without
+from train.trained_model import load_trained_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from train.config import DataConfig, TrainConfig
+    from train.model.multimodal import MultiModalCreature
+    from train.trained_model import TrainedModel
+
+NOISE: Final = 2.0
+"""A difference of more standard errors than this is no chance."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What a missing modality does to a head."""
+
+    missing: str
+    """Of :data:`train.model.modalities.MODALITIES`."""
+    head: str
+    loss: float
+    """Without the modality."""
+    difference: float
+    """Of that loss to the one with everything."""
+    error: float
+    """Standard error of the difference, over windows; infinite for a single one."""
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the loss rose by more than chance."""
+        return self.difference > NOISE * self.error
+
+
+def run_ablation(checkpoint: Path, *, data: DataConfig | None = None, device: str = "auto") -> None:
+    """Measure a checkpoint on held-out sessions and print the table.
+
+    Args:
+        checkpoint: of ``train run``.
+        data: names other data than that of the training, cut by the same recipe.
+        device: as ``training.device``.
+
+    Raises:
+        EngineError: the checkpoint or the data can't be used, or nothing is held out.
+    """
+    creature = load_trained_model(checkpoint, device=choose_device(device))
+    losses, effects = ablate(creature.model, _held_out(creature, data), device=creature.device)
+    Console(markup=False).print(
+        _table(losses, effects, title=f"{checkpoint}, step {creature.step}: held-out sessions")
+    )
+
+
+@torch.no_grad()
+def ablate(
+    model: MultiModalCreature, batches: Iterable[Mapping[str, Any]], *, device: torch.device
+) -> tuple[dict[str, float], list[Effect]]:
+    """Each head's loss with everything, and the effect of each modality that the model sees on it.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        batches: held out; as docs/architecture.md, "The batch".
+        device: where to.
+
+    Returns:
+        Losses by head, and effects by modality, then by head. A head without a valid target has
+        neither.
+    """
+    streams = set(model.config.input_streams)
+    seen = {name: each for name, each in MODALITIES.items() if streams & set(each)}
+    found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in ("", *seen)}
+    for batch in batches:
+        there = to_device(batch, device)
+        inputs = to_model_inputs(there["inputs"])
+        for name, windows in found.items():
+            outputs = model(without(inputs, seen.get(name, ())))
+            windows.append(_window_sums(outputs, there, config=model.config))
+    sums = {name: _joined(windows) for name, windows in found.items()}
+    heads = [head for head, sums_2N in sums[""].items() if sums_2N[1].sum() > 0]
+    losses = {head: float(sums[""][head][0].sum() / sums[""][head][1].sum()) for head in heads}
+    effects = [
+        _effect(sums[""][head], sums[name][head], missing=name, head=head)
+        for name in seen
+        for head in heads
+    ]
+    return losses, effects
+
+
+def _held_out(creature: TrainedModel, data: DataConfig | None) -> Loader:
+    """Held-out batches as the creature reads them."""
+    trained_on = creature.config.data
+    data = data or trained_on
+    data = data.model_copy(update={"modalities": trained_on.modalities})
+    config = creature.config.model_copy(update={"data": data})
+    source = open_source(config, split="val")
+    if int(source.shard_sizes.sum()) == 0:
+        raise ShardError(f"{data.source_description}: nothing is held out; see split in its recipe")
+    loader = Loader(source, config, is_shuffled=False, num_epochs=1)
+    if loader.shapes != creature.shapes or source.tokenizer.json != creature.tokenizer.json:
+        raise ConfigError(
+            f"{data.source_description} has another recipe or tokenizer than the checkpoint "
+            "was trained with; name the set that it was trained on, or one of the same recipe with "
+            "text.tokenizer"
+        )
+    return loader
+
+
+def _window_sums(
+    outputs: Mapping[str, Tensor], batch: Mapping[str, Any], *, config: TrainConfig
+) -> dict[str, Tensor]:
+    """Each window's weighted sum and count per head, float64 [2, B] on the CPU."""
+    windows = []
+    for row in range(len(batch["weight"])):
+        one = slice(row, row + 1)
+        sums = loss_sums(
+            {name: output[one] for name, output in outputs.items()},
+            {name: target[one] for name, target in batch["targets"].items()},
+            batch["weight"][one],
+            config=config,
+        )
+        windows.append({name: torch.stack(pair).double().cpu() for name, pair in sums.items()})
+    return {
+        name.removeprefix("loss_"): torch.stack([window[name] for window in windows], dim=1)
+        for name in windows[0]
+    }
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+
+
+def _effect(with_2N: Tensor, without_2N: Tensor, *, missing: str, head: str) -> Effect:
+    """Difference of two weighted means over the same windows; its error by linearisation.
+
+    Source: Cochran 1977, Sampling Techniques, chapter 6 (ratio estimates).
+    """
+    counts_N = with_2N[1]
+    rises_N = without_2N[0] - with_2N[0]
+    total, num_windows = counts_N.sum(), int((counts_N > 0).sum())
+    difference = rises_N.sum() / total
+    spread = (rises_N - difference * counts_N).square().sum().sqrt() / total
+    return Effect(
+        missing=missing,
+        head=head,
+        loss=float(without_2N[0].sum() / total),
+        difference=float(difference),
+        error=float(spread) * math.sqrt(num_windows / (num_windows - 1))
+        if num_windows > 1
+        else math.inf,
+    )
+
+
+def _table(losses: Mapping[str, float], effects: Sequence[Effect], *, title: str) -> Table:
+    """A row per missing modality, a column per head."""
+    caption = f"difference to that ± its standard error; * worse by more than {NOISE:g} of them"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table.show_edge = False  # or it would not fit into 80 columns
+    for name in ("missing", *losses):
+        table.add_column(name, justify="left" if name == "missing" else "right")
+    table.add_row("nothing", *(f"{loss:.4f} " for loss in losses.values()), end_section=True)
+    for missing in dict.fromkeys(effect.missing for effect in effects):
+        row = [effect for effect in effects if effect.missing == missing]
+        table.add_row(missing, *(_cell(effect) for effect in row))
+    return table
+
+
+def _cell(effect: Effect) -> str:
+    mark = "*" if effect.is_worse else " "
+    return f"{effect.difference:+.3f}±{effect.error:.3f}{mark}"
