@@ -9,7 +9,7 @@ from shared.shardset.layout import COLUMNS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from preprocess.build.plan import Changes, Plan, ShardTask
+    from preprocess.build.shards import Changes, Plan, ShardTask
 
 Verb = Literal["make", "remove", "rewrite"]
 

@@ -10,17 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from preprocess.build.checksums import find_corrupt_files
 from preprocess.build.cluster import Joint
-from preprocess.build.commit import commit, make_manifest, sweep
+from preprocess.build.commit import commit, count_windows, make_manifest, rejected_lines, sweep
 from preprocess.build.places import KEEP_OLD_S, open_set
-from preprocess.build.plan import Plan, PreviousSet, ShardTask, plan_shards, versioned
-from preprocess.build.rejected import count_windows, rejected_lines
+from preprocess.build.plan import plan_shards
+from preprocess.build.previous_set import find_corrupt_files
 from preprocess.build.scans import scan_sessions
+from preprocess.build.shards import Plan, PreviousSet, ShardTask, versioned
 from preprocess.build.sources import column_seconds, find_recordings
 from preprocess.build.task import build_shard, describe_shard, salvage_shard
 from preprocess.build.task_context import TaskContext
-from preprocess.build.video_subtasks import TASK_S, BuiltPart, Part, build_part, divide
+from preprocess.build.video_subtasks import (
+    TASK_S,
+    EncodedVideo,
+    VideoSubtask,
+    encode_subtask,
+    split_task,
+)
 from shared.errors import ConfigError, CorruptError, FormatVersionError, ShardError
 from shared.media.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from shared.recipe import Recipe, split_of
@@ -34,8 +40,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.build.cluster import Cluster
-    from preprocess.build.packing import Slice
     from preprocess.build.places import ShardSetStore
+    from preprocess.build.shards import SessionWindows
     from preprocess.build.sources import Recording
     from shared.session.scan import SessionScan
     from shared.shardset.manifest import Manifest
@@ -246,7 +252,7 @@ def _run(
 ) -> dict[str, ShardEntry]:
     """Build the shards that are to do, over a cluster in parts."""
 
-    def given(slices: Sequence[Slice], tokenizer_json: str) -> TaskContext:
+    def given(slices: Sequence[SessionWindows], tokenizer_json: str) -> TaskContext:
         names = [piece.session for piece in slices]
         return TaskContext(
             out=place,
@@ -266,7 +272,7 @@ def _run(
     is_whole = cluster.is_in_process(work_s=seconds)
     work = []
     for task in tasks:
-        parts = () if is_whole else divide(task, scans, recipe, task_s=task_s)
+        parts = () if is_whole else split_task(task, scans, recipe, task_s=task_s)
         pieces = [(part, given(part.slices, "")) for part in parts]
         work.append(Joint((task, given(task.slices, tokenizer.json)), pieces))
     num_tasks = sum(joint.num_tasks for joint in work)
@@ -279,12 +285,12 @@ def _run(
     return {entry.name: entry for entry in entries}
 
 
-def _build(work: tuple[ShardTask, TaskContext], parts: Sequence[BuiltPart]) -> ShardEntry:
+def _build(work: tuple[ShardTask, TaskContext], parts: Sequence[EncodedVideo]) -> ShardEntry:
     return build_shard(*work, parts)
 
 
-def _build_part(work: tuple[Part, TaskContext]) -> BuiltPart:
-    return build_part(*work)
+def _build_part(work: tuple[VideoSubtask, TaskContext]) -> EncodedVideo:
+    return encode_subtask(*work)
 
 
 def _manifest(

@@ -6,15 +6,17 @@ been no set.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from shared.recipe import SPLITS, Recipe, Split, split_of
+from preprocess.build.shards import PlannedShard, SessionWindows
+from shared.recipe import SPLITS, split_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from preprocess.build.plan import BuiltShard
+    from preprocess.build.shards import BuiltShard
+    from shared.recipe import Recipe
     from shared.session.scan import SessionScan
     from shared.shardset.manifest import ShardEntry
 
@@ -25,24 +27,6 @@ _BYTES_PER_PIXEL = {"h264": 0.1, "mjpeg": 0.35, "yuv420": 1.5, "raw": 3.0}
 """Bytes of a stored picture per pixel, for packing only."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Some windows of a session that lie together in a shard."""
-
-    session: str
-    windows: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class Draft:
-    """A shard while it is being planned."""
-
-    name: str
-    split: Split
-    slices: list[Slice] = field(default_factory=list)
-    old: BuiltShard | None = None
-
-
 def kept_windows(scan: SessionScan, recipe: Recipe) -> tuple[int, ...]:
     """Windows of a session that become samples."""
     if scan.session_rejection(recipe) is not None:
@@ -51,14 +35,16 @@ def kept_windows(scan: SessionScan, recipe: Recipe) -> tuple[int, ...]:
     return tuple(w.index for w in windows if scan.rejection(w, recipe) is None)
 
 
-def inherit(shards: Sequence[BuiltShard], kept: Mapping[str, tuple[int, ...]]) -> list[Draft]:
+def inherit(
+    shards: Sequence[BuiltShard], kept: Mapping[str, tuple[int, ...]]
+) -> list[PlannedShard]:
     """Old shards with the sessions that can stay where they are.
 
     Args:
         shards: the old ones.
         kept: session -> windows of it that become samples.
     """
-    homes: dict[str, list[Slice]] = {}
+    homes: dict[str, list[SessionWindows]] = {}
     for shard in shards:
         for piece in shard.slices:
             homes.setdefault(piece.session, []).append(piece)
@@ -68,12 +54,12 @@ def inherit(shards: Sequence[BuiltShard], kept: Mapping[str, tuple[int, ...]]) -
     }
     drafts = []
     for shard in shards:
-        draft = Draft(shard.name, shard.split, old=shard)
+        draft = PlannedShard(shard.name, shard.split, old=shard)
         for piece in shard.slices:
             if is_same[piece.session]:
                 draft.slices.append(piece)
             elif len(homes[piece.session]) == 1 and kept.get(piece.session):
-                draft.slices.append(Slice(piece.session, kept[piece.session]))
+                draft.slices.append(SessionWindows(piece.session, kept[piece.session]))
         drafts.append(draft)
     return drafts
 
@@ -82,8 +68,8 @@ def pack(
     sessions: Sequence[str],
     kept: Mapping[str, tuple[int, ...]],
     recipe: Recipe,
-    drafts: Sequence[Draft] = (),
-) -> list[Draft]:
+    drafts: Sequence[PlannedShard] = (),
+) -> list[PlannedShard]:
     """Sessions in order of name into new shards of about the target size; long ones are divided.
 
     Args:
@@ -93,7 +79,7 @@ def pack(
         drafts: shards that there are; numbers go on after theirs.
     """
     capacity = max(1, int(recipe.shard.target_bytes / sample_bytes(recipe)))
-    new: list[Draft] = []
+    new: list[PlannedShard] = []
     for split in SPLITS:
         numbers = [int(d.name.rpartition("-")[2]) for d in drafts if d.split == split]
         number = max(numbers, default=-1) + 1
@@ -104,17 +90,17 @@ def pack(
             windows = kept[session]
             while windows:
                 if room == 0:
-                    new.append(Draft(f"{split}-{number:06d}", split))
+                    new.append(PlannedShard(f"{split}-{number:06d}", split))
                     number, room = number + 1, capacity
                 part, windows = windows[:room], windows[room:]
-                new[-1].slices.append(Slice(session, part))
+                new[-1].slices.append(SessionWindows(session, part))
                 room -= len(part)
     return new
 
 
 def compact(
     shards: Sequence[BuiltShard], kept: Mapping[str, tuple[int, ...]], recipe: Recipe
-) -> list[Draft]:
+) -> list[PlannedShard]:
     """The shards of a fresh build; an old one that is as it would be there stays.
 
     Args:
@@ -134,7 +120,7 @@ def recover(
     shards: Iterable[BuiltShard],
     kept: Mapping[str, tuple[int, ...]],
     recipe: Recipe,
-) -> dict[str, tuple[Slice, ...]]:
+) -> dict[str, tuple[SessionWindows, ...]]:
     """What lay in shards whose index can't be read, as far as the others and the number of their
     samples tell: name -> slices. A split that does not add up is left out.
 
@@ -149,7 +135,7 @@ def recover(
         return {}
     placed = {(p.session, w) for shard in shards for p in shard.slices for w in p.windows}
     missing = [(s, w) for s, windows in kept.items() for w in windows if (s, w) not in placed]
-    found: dict[str, tuple[Slice, ...]] = {}
+    found: dict[str, tuple[SessionWindows, ...]] = {}
     for split in SPLITS:
         own = [entry for entry in entries if entry.split == split]
         rows = [row for row in missing if split_of(row[0], recipe) == split]
@@ -159,7 +145,8 @@ def recover(
             part, rows = rows[: entry.num_samples], rows[entry.num_samples :]
             names = dict.fromkeys(session for session, _ in part)
             found[entry.name] = tuple(
-                Slice(name, tuple(w for session, w in part if session == name)) for name in names
+                SessionWindows(name, tuple(w for session, w in part if session == name))
+                for name in names
             )
     return found
 

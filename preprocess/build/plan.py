@@ -9,13 +9,11 @@ copied.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build.packing import (
     PACKING_SECTIONS,
-    Draft,
-    Slice,
     compact,
     inherit,
     kept_windows,
@@ -23,146 +21,25 @@ from preprocess.build.packing import (
     recover,
 )
 from preprocess.build.previous_set import PreviousRows, is_up_to_date, row_facts, settings_of
-from shared.recipe import SPLITS, Recipe, Split, json_of
+from preprocess.build.shards import (
+    BuiltColumn,
+    BuiltShard,
+    Changes,
+    Plan,
+    PlannedShard,
+    PreviousSet,
+    SessionWindows,
+    ShardTask,
+)
+from shared.recipe import SPLITS, Recipe, json_of
 from shared.shardset.layout import COLUMNS, column_basis
-from shared.shardset.manifest import FORMAT_VERSION, ShardEntry, fingerprint_of
+from shared.shardset.manifest import FORMAT_VERSION, fingerprint_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from shared.session.scan import SessionScan
     from shared.shardset.layout import Column
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltColumn:
-    """A finished column file, as a shard's index describes it."""
-
-    file: str
-    length_bytes: int
-    sha256: str
-    fingerprint: str
-    basis: Mapping[str, Any]
-    rows: Mapping[str, str]
-    """Session -> hash of its rows and of what the column takes from it; one that is the same in
-    the new column is copied. Empty where not known: the column was made in format 1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltShard:
-    """A finished shard, as the old manifest and its index describe it."""
-
-    name: str
-    split: Split
-    slices: tuple[Slice, ...]
-    index_file: str
-    columns: Mapping[str, BuiltColumn]
-    faults: Mapping[str, str] = field(default_factory=dict)
-    """Column name -> what is wrong with its file."""
-    losses: frozenset[tuple[str, str]] = frozenset()
-    """(session, stream) of those that did not decode throughout."""
-    lacks_statistics: bool = False
-    """Its index is of a version of this program that made fewer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Changes:
-    """What is not as it was, by name of session."""
-
-    new: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-    changed: Mapping[str, str] = field(default_factory=dict)
-    """Session -> what of it, in words."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardTask:
-    """One shard to write: which columns are due and why, and which stay as they are."""
-
-    name: str
-    split: Split
-    slices: tuple[Slice, ...]
-    due: Mapping[str, str]
-    """Column name -> reason."""
-    bases: Mapping[str, Mapping[str, Any]]
-    """Column name -> what it depends on; the hash of it is its fingerprint."""
-    rows: Mapping[str, Mapping[str, str]]
-    """Column name -> session -> hash of its rows, see :class:`BuiltColumn`."""
-    kept: Mapping[str, BuiltColumn]
-    kept_index_file: str | None
-    """Describes the columns that are kept."""
-    copied: Mapping[str, Mapping[str, tuple[str, ...]]]
-    """Column name -> session whose rows are copied, encoded as they are -> indexes of the shards in
-    which they lie."""
-    generation: int
-    changes: Mapping[str, Changes] = field(default_factory=dict)
-    """Column name -> sessions that make it due, or came with what does."""
-    mended: frozenset[str] = frozenset()
-    """Columns that are due only because their files are damaged."""
-
-    @property
-    def num_samples(self) -> int:
-        """Rows of the shard."""
-        return sum(len(s.windows) for s in self.slices)
-
-    @property
-    def old_index_files(self) -> tuple[str, ...]:
-        """Indexes of all shards from which rows are copied."""
-        found = (f for of in self.copied.values() for files in of.values() for f in files)
-        return tuple(dict.fromkeys(found))
-
-    def file_name(self, suffix: str) -> str:
-        """Name of a file of this shard that never replaces one that a reader may have open."""
-        name = f"{self.name}.{suffix}"
-        return versioned(name, self.generation) if self.generation else name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Everything a build will do."""
-
-    tasks: tuple[ShardTask, ...]
-    unchanged: tuple[BuiltShard, ...]
-    dropped: tuple[str, ...]
-    """Names of old shards that go."""
-    order: tuple[str, ...]
-    """Names of all shards of the new set, in its order."""
-    dropped_changes: Changes = Changes()
-    """What became of the sessions of those."""
-    settings: tuple[str, ...] = ()
-    """``key old -> new`` of the recipe's keys, be anything made for them or not."""
-    old_version: int = FORMAT_VERSION
-    """Format of the old set; that of the new one is always the newest."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the shards of the old set are up to date."""
-        return not self.tasks and not self.dropped and self.old_version == FORMAT_VERSION
-
-    @property
-    def keeps_samples(self) -> bool:
-        """Whether every sample stays as it is, in its place."""
-        return not self.dropped and all(set(task.due) <= task.mended for task in self.tasks)
-
-    @property
-    def upgrade(self) -> str | None:
-        """What a set of an older format needs besides :meth:`reasons`."""
-        if self.old_version == FORMAT_VERSION:
-            return None
-        rest = ", columns stay" if self.keeps_samples else ""
-        return f"format {self.old_version} -> {FORMAT_VERSION}: indexes are rewritten{rest}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreviousSet:
-    """What a plan may keep."""
-
-    recipe: Recipe
-    generation: int
-    shards: tuple[BuiltShard, ...]
-    lost: tuple[ShardEntry, ...] = ()
-    """Shards whose index can't be read."""
-    format_version: int = FORMAT_VERSION
 
 
 def plan_shards(
@@ -218,12 +95,6 @@ def plan_shards(
         settings=settings,
         old_version=version,
     )
-
-
-def versioned(name: str, generation: int) -> str:
-    """``train-000000.audio.tar`` -> ``train-000000.g2.audio.tar``."""
-    stem, _, rest = name.partition(".")
-    return f"{stem}.g{generation}.{rest}"
 
 
 def recipe_changes(before: Recipe, after: Recipe) -> tuple[str, ...]:
@@ -299,7 +170,7 @@ def _drafts(
     *,
     starts_over: bool,
     compacts: bool,
-) -> list[Draft]:
+) -> list[PlannedShard]:
     """The shards that are to be, in order."""
     if starts_over:
         drafts = pack(list(kept), kept, recipe)
@@ -313,7 +184,7 @@ def _drafts(
     return sorted((d for d in drafts if d.slices), key=lambda d: (SPLITS.index(d.split), d.name))
 
 
-def _task(draft: Draft, context: _Context) -> ShardTask:
+def _task(draft: PlannedShard, context: _Context) -> ShardTask:
     """The task that brings a shard up to date."""
     scans, recipe, past = context.scans, context.recipe, context.past
     facts = {n: row_facts(draft.slices, c, scans, recipe) for n, c in COLUMNS.items()}
@@ -355,12 +226,14 @@ def _task(draft: Draft, context: _Context) -> ShardTask:
     )
 
 
-def _slices_of(draft: Draft) -> list[Slice]:
+def _slices_of(draft: PlannedShard) -> list[SessionWindows]:
     """What lies or lay in a shard."""
     return [*draft.slices, *(draft.old.slices if draft.old is not None else ())]
 
 
-def _became(slices: Iterable[Slice], context: _Context, column: Column | None = None) -> Changes:
+def _became(
+    slices: Iterable[SessionWindows], context: _Context, column: Column | None = None
+) -> Changes:
     """What became of sessions, or of what a column takes from them."""
     names = dict.fromkeys(piece.session for piece in slices)
     past = context.past

@@ -1,10 +1,12 @@
-"""What the rows of a column depend on, and which of an old set are as they would be made now."""
+"""Fingerprints of rows, and which rows of the previous set can be reused."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from shared.errors import ShardError
 from shared.session.folder import AUDIO_FILE, METADATA_FILE, SOURCE_FILES, TEXT_FILE
 from shared.shardset.layout import COLUMNS, Column, column_basis, presence_bits
 from shared.shardset.manifest import fingerprint_of
@@ -12,14 +14,18 @@ from shared.shardset.manifest import fingerprint_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from preprocess.build.packing import Slice
-    from preprocess.build.plan import BuiltColumn, BuiltShard
+    from preprocess.build.cluster import Cluster
+    from preprocess.build.places import ShardSetStore
+    from preprocess.build.shards import BuiltColumn, BuiltShard, SessionWindows
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
 
 
 def row_facts(
-    slices: Sequence[Slice], column: Column, scans: Mapping[str, SessionScan], recipe: Recipe
+    slices: Sequence[SessionWindows],
+    column: Column,
+    scans: Mapping[str, SessionScan],
+    recipe: Recipe,
 ) -> dict[str, list[Any]]:
     """Session -> its rows in a shard, and the sources and facts that a column takes from it."""
     facts = {}
@@ -77,7 +83,7 @@ class PreviousRows:
         self._scans = scans
         self._recipe = recipe
         self._tokenizer_sha256 = tokenizer_sha256
-        self._homes: dict[str, list[tuple[BuiltShard, Slice]]] = {}
+        self._homes: dict[str, list[tuple[BuiltShard, SessionWindows]]] = {}
         for shard in shards:
             known = self._with_hashes(shard)
             for piece in shard.slices:
@@ -86,7 +92,9 @@ class PreviousRows:
     def __contains__(self, session: str) -> bool:
         return session in self._homes
 
-    def find(self, piece: Slice, column: Column, basis: Mapping[str, Any]) -> tuple[str, ...]:
+    def find(
+        self, piece: SessionWindows, column: Column, basis: Mapping[str, Any]
+    ) -> tuple[str, ...]:
         """Indexes of the shards in which all rows of a slice lie as they would be made now; none
         where some do not.
 
@@ -132,14 +140,16 @@ class PreviousRows:
             files.remove(TEXT_FILE)  # the other one explains it
         return ", ".join(f for f in files if column is None or f in column.sources)
 
-    def _is_same(self, built: BuiltColumn, piece: Slice, column: Column) -> bool:
+    def _is_same(self, built: BuiltColumn, piece: SessionWindows, column: Column) -> bool:
         """Whether a session's rows in an old column have the hash that they would have now."""
         facts = self._facts([piece], column)
         if facts is None:
             return False
         return built.rows.get(piece.session) == fingerprint_of(facts[piece.session])
 
-    def _facts(self, slices: Sequence[Slice], column: Column) -> dict[str, list[Any]] | None:
+    def _facts(
+        self, slices: Sequence[SessionWindows], column: Column
+    ) -> dict[str, list[Any]] | None:
         """See :func:`row_facts`; None where a session lacks some of these windows by now."""
         for piece in slices:
             scan = self._scans.get(piece.session)
@@ -168,3 +178,48 @@ class PreviousRows:
 def _columns_of(file: str) -> set[str]:
     """Columns that take something from a file of a session."""
     return {name for name, column in COLUMNS.items() if file in column.sources}
+
+
+_HASHED_BYTES_PER_S = 200e6
+
+
+def find_corrupt_files(
+    indexes: Sequence[str], place: ShardSetStore, sizes: Mapping[str, int], cluster: Cluster
+) -> dict[str, str]:
+    """Column files whose bytes differ from the checksum in their index: file name -> what is wrong.
+
+    Args:
+        indexes: names of the indexes; what one that can't be read leads to is not looked at.
+        place: the set.
+        sizes: file name -> bytes, of all files of the set.
+        cluster: reads the files.
+    """
+    seconds = sum(sizes.values()) / _HASHED_BYTES_PER_S
+    found = cluster.map(_Check(place), indexes, what="check shards", work_s=seconds)
+    return {file: "its bytes differ from their checksum" for files in found for file in files}
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """Damaged column files of one shard; crosses processes."""
+
+    place: ShardSetStore
+
+    def __call__(self, index_file: str) -> list[str]:
+        try:
+            columns = self.place.read_index(index_file).facts["columns"].values()
+            return [c["file"] for c in columns if not self._is_whole(c["file"], c["sha256"])]
+        except (ShardError, KeyError, TypeError):
+            return []
+
+    def _is_whole(self, file: str, sha256: str) -> bool:
+        """Whether a file has this checksum; one that is not there is no damaged one."""
+        with self.place.workplace() as work:
+            try:
+                with (
+                    self.place.open_column(file, work) as column,
+                    column.path.open("rb") as content,
+                ):
+                    return hashlib.file_digest(content, "sha256").hexdigest() == sha256
+            except ShardError:
+                return True

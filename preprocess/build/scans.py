@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from preprocess.build.rejected import to_jsonl
+from preprocess.build.commit import to_jsonl
 from preprocess.build.sources import scan_seconds
 from shared.recipe import Recipe, json_of
 from shared.session.folder import SCANNED_FILES

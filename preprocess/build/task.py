@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.build import statistics
-from preprocess.build.packing import Slice
-from preprocess.build.plan import BuiltColumn, BuiltShard, ShardTask
 from preprocess.build.reuse_reader import ColumnFileCache, ShardFieldReader, stored_statistics
+from preprocess.build.shards import BuiltColumn, BuiltShard, SessionWindows, ShardTask
 from preprocess.build.task_context import iter_rows, open_sessions
-from preprocess.build.video_subtasks import read_parts, remove_parts
-from preprocess.build.write import ZARR_WRITERS, Draft, Fields, Row, row_arrays, write_tar
+from preprocess.build.video_subtasks import open_encoded, remove_encoded
+from preprocess.build.write import ZARR_WRITERS, Fields, Row, ShardBuilder, row_arrays, write_tar
 from shared.clock import Window
 from shared.errors import CorruptError, ShardError
 from shared.shardset.index import ShardIndex, index_bytes, parse_index
@@ -35,12 +34,14 @@ if TYPE_CHECKING:
 
     from preprocess.build.places import ShardSetStore
     from preprocess.build.task_context import TaskContext
-    from preprocess.build.video_subtasks import BuiltPart
+    from preprocess.build.video_subtasks import EncodedVideo
     from shared.recipe import Recipe
     from shared.session.reader import SessionReader
 
 
-def build_shard(task: ShardTask, given: TaskContext, parts: Sequence[BuiltPart] = ()) -> ShardEntry:
+def build_shard(
+    task: ShardTask, given: TaskContext, parts: Sequence[EncodedVideo] = ()
+) -> ShardEntry:
     """Write what is due of one shard.
 
     Args:
@@ -65,7 +66,7 @@ def build_shard(task: ShardTask, given: TaskContext, parts: Sequence[BuiltPart] 
             entry = _build_shard(_distrusting(task), given, ())
         else:
             raise
-    remove_parts(parts, given)
+    remove_encoded(parts, given)
     return entry
 
 
@@ -91,7 +92,7 @@ def _sources_of(task: ShardTask) -> dict[str, list[str]]:
     }
 
 
-def _build_shard(task: ShardTask, given: TaskContext, parts: Sequence[BuiltPart]) -> ShardEntry:
+def _build_shard(task: ShardTask, given: TaskContext, parts: Sequence[EncodedVideo]) -> ShardEntry:
     elsewhere: dict[str, set[str]] = {}
     for part in parts:
         for name in part.sessions:
@@ -99,8 +100,8 @@ def _build_shard(task: ShardTask, given: TaskContext, parts: Sequence[BuiltPart]
     rows = list(iter_rows(task.slices, given))
     with given.out.workplace() as work:
         with open_sessions(given, _sources_of(task), elsewhere=elsewhere) as fresh:
-            draft, presence = _write_columns(task, given, work, rows, fresh, parts)
-        return _write_index(task, given, work, draft, presence)
+            builder, presence = _write_columns(task, given, work, rows, fresh, parts)
+        return _write_index(task, given, work, builder, presence)
 
 
 def copy_shard(task: ShardTask, given: TaskContext) -> ShardEntry:
@@ -118,8 +119,8 @@ def copy_shard(task: ShardTask, given: TaskContext) -> ShardEntry:
     old = [source.read_index(file) for file in task.old_index_files]
     with given.out.workplace() as work:
         rows = list(_old_rows(task, given.recipe, old))
-        draft, presence = _write_columns(task, given, work, rows, {})
-        return _write_index(task, given, work, draft, presence)
+        builder, presence = _write_columns(task, given, work, rows, {})
+        return _write_index(task, given, work, builder, presence)
 
 
 def salvage_shard(
@@ -198,7 +199,9 @@ def describe_shard(
     return BuiltShard(
         name=entry.name,
         split=entry.split,
-        slices=tuple(Slice(session, tuple(windows)) for session, windows in facts["slices"]),
+        slices=tuple(
+            SessionWindows(session, tuple(windows)) for session, windows in facts["slices"]
+        ),
         index_file=entry.index_file,
         columns=columns,
         faults={**damaged, **cut},
@@ -213,23 +216,23 @@ def _write_columns(
     work: Path,
     rows: Sequence[Row],
     fresh: Mapping[str, SessionReader],
-    parts: Sequence[BuiltPart] = (),
-) -> tuple[Draft, NDArray[np.uint8]]:
-    """Put the columns that are due into the set; returns the draft of the index and presence bits
+    parts: Sequence[EncodedVideo] = (),
+) -> tuple[ShardBuilder, NDArray[np.uint8]]:
+    """Put the columns that are due into the set; returns the builder of the index and presence bits
     per row.
     """
-    draft = Draft(rows=list(rows))
-    presence = np.zeros(len(draft.rows), dtype=np.uint8)
+    builder = ShardBuilder(rows=list(rows))
+    presence = np.zeros(len(builder.rows), dtype=np.uint8)
     out, source = given.out, given.old or given.out
     kept = out.read_index(task.kept_index_file) if task.kept and task.kept_index_file else None
     old = {file: source.read_index(file) for file in task.old_index_files}
     for name, column in COLUMNS.items():
         mask = np.uint8(presence_bits(column.streams))
         if name in task.kept and kept is not None:
-            _keep_column(draft, name, task.kept[name], kept)
-            if name in statistics.lacking(draft.statistics):
+            _keep_column(builder, name, task.kept[name], kept)
+            if name in statistics.lacking(builder.statistics):
                 with out.open_column(task.kept[name].file, work) as column_file:
-                    draft.statistics[name] = stored_statistics(
+                    builder.statistics[name] = stored_statistics(
                         name, index=kept, column=column_file, recipe=given.recipe
                     )
             presence |= kept.arrays["present"] & mask
@@ -247,12 +250,12 @@ def _write_columns(
                     session, found=found, columns=columns, recipe=given.recipe
                 )
             made = stack.enter_context(ColumnFileCache(lambda part: out.open_column(part, work)))
-            readers.update(read_parts(parts, name, given, made))
+            readers.update(open_encoded(parts, name, given, made))
             if column.kind == "tar":
-                presence |= write_tar(draft, name, path, readers, given.recipe)
+                presence |= write_tar(builder, name, path, readers, given.recipe)
             else:
-                presence |= ZARR_WRITERS[name](draft, path, readers, given.recipe) & mask
-        draft.columns[name] = BuiltColumn(
+                presence |= ZARR_WRITERS[name](builder, path, readers, given.recipe) & mask
+        builder.columns[name] = BuiltColumn(
             file=file,
             length_bytes=path.stat().st_size,
             sha256=_sha256(path),
@@ -262,7 +265,7 @@ def _write_columns(
         )
         out.put(path, file)
         path.unlink(missing_ok=True)  # an upload leaves it
-    return draft, presence
+    return builder, presence
 
 
 def _columns(index: ShardIndex) -> dict[str, BuiltColumn]:
@@ -300,24 +303,28 @@ def _old_rows(task: ShardTask, recipe: Recipe, old: Sequence[ShardIndex]) -> Ite
         yield Row(number, key[0], window, streams, arrays["coverage"][row].tolist())
 
 
-def _keep_column(draft: Draft, name: str, built: BuiltColumn, old: ShardIndex) -> None:
+def _keep_column(builder: ShardBuilder, name: str, built: BuiltColumn, old: ShardIndex) -> None:
     """Take over a column that is up to date: its entry, its member tables, its statistics."""
-    draft.columns[name] = built
+    builder.columns[name] = built
     for array, values in old.arrays.items():
         if array.startswith((f"{name}.", f"{name}/")):
-            draft.arrays[array] = np.array(values)
+            builder.arrays[array] = np.array(values)
     if name in old.facts["statistics"]:
-        draft.statistics[name] = old.facts["statistics"][name]
+        builder.statistics[name] = old.facts["statistics"][name]
     streams = set(COLUMNS[name].streams)
-    draft.losses += [loss for loss in old.facts["losses"] if loss["stream"] in streams]
+    builder.losses += [loss for loss in old.facts["losses"] if loss["stream"] in streams]
 
 
 def _write_index(
-    task: ShardTask, given: TaskContext, work: Path, draft: Draft, presence: NDArray[np.uint8]
+    task: ShardTask,
+    given: TaskContext,
+    work: Path,
+    builder: ShardBuilder,
+    presence: NDArray[np.uint8],
 ) -> ShardEntry:
     """Put the index into the set: from here on the shard is finished."""
     sessions = [piece.session for piece in task.slices]
-    arrays = {**row_arrays(draft.rows, sessions), "present": presence, **draft.arrays}
+    arrays = {**row_arrays(builder.rows, sessions), "present": presence, **builder.arrays}
     facts = {
         "name": task.name,
         "split": task.split,
@@ -332,16 +339,16 @@ def _write_index(
                 "basis": dict(c.basis),
                 "rows": dict(c.rows),
             }
-            for name, c in draft.columns.items()
+            for name, c in builder.columns.items()
         },
-        "statistics": draft.statistics,
-        "losses": draft.losses,
+        "statistics": builder.statistics,
+        "losses": builder.losses,
     }
     content = index_bytes(ShardIndex(facts=facts, arrays=arrays))
     name = task.file_name("index")
     (work / name).write_bytes(content)
     given.out.put(work / name, name)
-    return _entry(task, len(draft.rows), hashlib.sha256(content).hexdigest(), draft.columns)
+    return _entry(task, len(builder.rows), hashlib.sha256(content).hexdigest(), builder.columns)
 
 
 def _sha256(path: Path) -> str:

@@ -15,8 +15,8 @@ from shared.session.reader import SessionReader
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence, Set
 
-    from preprocess.build.packing import Slice
     from preprocess.build.places import ShardSetStore
+    from preprocess.build.shards import SessionWindows
     from preprocess.build.sources import Recording
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
@@ -78,7 +78,7 @@ def open_sessions(
             require_unchanged(given.recordings[name], files)
 
 
-def iter_rows(slices: Sequence[Slice], given: TaskContext) -> Iterator[Row]:
+def iter_rows(slices: Sequence[SessionWindows], given: TaskContext) -> Iterator[Row]:
     """The samples of windows, as their sessions' scans describe them."""
     number = 0
     for piece in slices:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from preprocess.build.places import part_file
 from preprocess.build.reuse_reader import ColumnFileCache, ShardFieldReader
 from preprocess.build.task_context import iter_rows, open_sessions
-from preprocess.build.write import Draft, row_arrays, write_tar
+from preprocess.build.write import ShardBuilder, row_arrays, write_tar
 from shared.errors import MediaError
 from shared.session.folder import VISION_FILES
 from shared.shardset.index import ShardIndex, index_bytes
@@ -25,8 +25,7 @@ from shared.shardset.layout import COLUMNS
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from preprocess.build.packing import Slice
-    from preprocess.build.plan import ShardTask
+    from preprocess.build.shards import SessionWindows, ShardTask
     from preprocess.build.task_context import TaskContext
     from preprocess.build.write import Row
     from shared.recipe import Recipe
@@ -42,13 +41,13 @@ _STREAMS = {n: c.streams[0] for n, c in COLUMNS.items() if c.streams[0] in VISIO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class VideoSubtask:
     """Some rows of a column of a shard: whole sessions, or a run of one session's windows."""
 
     name: str
     """Unique in the set."""
     column: str
-    slices: tuple[Slice, ...]
+    slices: tuple[SessionWindows, ...]
     """As they lie in the shard."""
     run: int = 0
     num_runs: int = 1
@@ -56,7 +55,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltPart:
+class EncodedVideo:
     """A part that is there, under temporary names."""
 
     column: str
@@ -66,9 +65,9 @@ class BuiltPart:
     index_sha256: str
 
 
-def divide(
+def split_task(
     task: ShardTask, scans: Mapping[str, SessionScan], recipe: Recipe, *, task_s: float
-) -> tuple[Part, ...]:
+) -> tuple[VideoSubtask, ...]:
     """Parts of what a shard task decodes; none where it is no more than one task's share.
 
     Args:
@@ -78,10 +77,10 @@ def divide(
         task_s: seconds of video that are one task's share.
     """
     step_s = min(recipe.window.step_s, recipe.window.duration_s)
-    parts: list[Part] = []
+    parts: list[VideoSubtask] = []
     total_s = 0.0
     for column, stream in _STREAMS.items():
-        together: list[Slice] = []
+        together: list[SessionWindows] = []
         room_s = 0.0
         for piece in task.slices if column in task.due else ():
             is_copied = piece.session in task.copied.get(column, ())
@@ -91,16 +90,16 @@ def divide(
             total_s += length_s
             num_runs = min(math.ceil(length_s / task_s), len(piece.windows))
             if num_runs > 1:
-                whole = Part(name="", column=column, slices=(piece,), num_runs=num_runs)
+                whole = VideoSubtask(name="", column=column, slices=(piece,), num_runs=num_runs)
                 parts += [replace(whole, run=run) for run in range(num_runs)]
                 continue
             if together and length_s > room_s:
-                parts.append(Part(name="", column=column, slices=tuple(together)))
+                parts.append(VideoSubtask(name="", column=column, slices=tuple(together)))
                 together = []
             room_s = (room_s if together else task_s) - length_s
             together.append(piece)
         if together:
-            parts.append(Part(name="", column=column, slices=tuple(together)))
+            parts.append(VideoSubtask(name="", column=column, slices=tuple(together)))
     if total_s <= task_s:
         return ()
     return tuple(
@@ -109,7 +108,7 @@ def divide(
     )
 
 
-def build_part(part: Part, given: TaskContext) -> BuiltPart:
+def encode_subtask(part: VideoSubtask, given: TaskContext) -> EncodedVideo:
     """Decode and encode a part, and put it beside the set.
 
     Raises:
@@ -119,15 +118,15 @@ def build_part(part: Part, given: TaskContext) -> BuiltPart:
     with given.out.workplace() as work:
         path = work / "part.tar"
         with open_sessions(given, sources) as readers:
-            draft = _draft(part, given, readers)
-            write_tar(draft, part.column, path, readers, given.recipe)
+            builder = _builder(part, given, readers)
+            write_tar(builder, part.column, path, readers, given.recipe)
         file = part_file(given.out, f"{part.name}.tar")
         index_file = part_file(given.out, f"{part.name}.index")
-        content = index_bytes(_index(part, draft))
+        content = index_bytes(_index(part, builder))
         (work / "part.index").write_bytes(content)
         given.out.put(path, file)
         given.out.put(work / "part.index", index_file)
-    return BuiltPart(
+    return EncodedVideo(
         column=part.column,
         sessions=tuple(sources),
         file=file,
@@ -136,8 +135,8 @@ def build_part(part: Part, given: TaskContext) -> BuiltPart:
     )
 
 
-def read_parts(
-    parts: Sequence[BuiltPart], column: str, given: TaskContext, columns: ColumnFileCache
+def open_encoded(
+    parts: Sequence[EncodedVideo], column: str, given: TaskContext, columns: ColumnFileCache
 ) -> dict[str, ShardFieldReader]:
     """Session -> its rows of a column, of those sessions that the parts hold.
 
@@ -162,18 +161,20 @@ def read_parts(
     }
 
 
-def remove_parts(parts: Sequence[BuiltPart], given: TaskContext) -> None:
+def remove_encoded(parts: Sequence[EncodedVideo], given: TaskContext) -> None:
     """Remove parts whose shard is there."""
     for part in parts:
         given.out.remove(part.file)
         given.out.remove(part.index_file)
 
 
-def _draft(part: Part, given: TaskContext, readers: Mapping[str, SessionReader]) -> Draft:
+def _builder(
+    part: VideoSubtask, given: TaskContext, readers: Mapping[str, SessionReader]
+) -> ShardBuilder:
     """The rows of a part, and what its run's pictures are read among."""
     rows = list(iter_rows(part.slices, given))
     if part.num_runs == 1:
-        return Draft(rows=rows)
+        return ShardBuilder(rows=rows)
     stream, session = _STREAMS[part.column], part.slices[0].session
     seen = [row for row in rows if stream in row.streams]
     windows = [row.window for row in seen]
@@ -183,13 +184,13 @@ def _draft(part: Part, given: TaskContext, readers: Mapping[str, SessionReader])
         cuts = [0, *[len(seen)] * part.num_runs]  # the first run notes the losses
     mine: list[Row] = seen[cuts[part.run] : cuts[part.run + 1]] if windows else []
     numbered = [replace(row, number=number) for number, row in enumerate(mine)]
-    return Draft(rows=numbered, passes={session: windows})
+    return ShardBuilder(rows=numbered, passes={session: windows})
 
 
-def _index(part: Part, draft: Draft) -> ShardIndex:
+def _index(part: VideoSubtask, builder: ShardBuilder) -> ShardIndex:
     """What the shard needs to know of a part, as an index of it alone."""
     sessions = [piece.session for piece in part.slices]
     return ShardIndex(
-        facts={"sessions": sessions, "columns": {}, "losses": draft.losses},
-        arrays={**row_arrays(draft.rows, sessions), **draft.arrays},
+        facts={"sessions": sessions, "columns": {}, "losses": builder.losses},
+        arrays={**row_arrays(builder.rows, sessions), **builder.arrays},
     )

@@ -1,7 +1,7 @@
 """The columns of one shard: what each row's fields are, encoded and written by one function per
 column.
 
-Each writer takes the rows and one reader per session, writes its file, notes in the draft where
+Each writer takes the rows and one reader per session, writes its file, notes in the builder where
 every member lies, and returns per row which of its streams are there.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from preprocess.build.plan import BuiltColumn
+    from preprocess.build.shards import BuiltColumn
     from shared.clock import Window
     from shared.shardset.index import Members
 
@@ -54,7 +54,7 @@ class Row:
 
 
 @dataclass(slots=True)
-class Draft:
+class ShardBuilder:
     """What the columns of a shard add up to."""
 
     rows: list[Row]
@@ -97,42 +97,42 @@ def row_arrays(rows: Sequence[Row], sessions: Sequence[str]) -> dict[str, NDArra
 
 
 def write_tar(
-    draft: Draft,
+    builder: ShardBuilder,
     name: str,
     path: Path,
     readers: Mapping[str, Fields],
     recipe: Recipe,
 ) -> NDArray[np.uint8]:
     """Write a tar column; returns the presence bits of its streams per row."""
-    presence = np.zeros(len(draft.rows), dtype=np.uint8)
-    with TarColumnWriter(path, num_samples=len(draft.rows)) as writer:
-        for row, content, bits in TAR_CONTENTS[name](draft, readers, recipe):
+    presence = np.zeros(len(builder.rows), dtype=np.uint8)
+    with TarColumnWriter(path, num_samples=len(builder.rows)) as writer:
+        for row, content, bits in TAR_CONTENTS[name](builder, readers, recipe):
             writer.add(row.number, member_name(row.key, name, recipe), content)
             presence[row.number] |= bits
-        draft.add_members(name, writer.members())
+        builder.add_members(name, writer.members())
     return presence
 
 
 def _vision_contents(
-    stream: Stream, draft: Draft, readers: Mapping[str, Fields], recipe: Recipe
+    stream: Stream, builder: ShardBuilder, readers: Mapping[str, Fields], recipe: Recipe
 ) -> Iterator[tuple[Row, bytes, int]]:
     """Encoded pictures of the rows that have them; notes each frame's time error."""
-    errors = np.full((len(draft.rows), recipe.count(recipe.vision.rate_hz)), np.nan, np.float32)
-    draft.arrays[f"{stream}.error_s"] = errors
+    errors = np.full((len(builder.rows), recipe.count(recipe.vision.rate_hz)), np.nan, np.float32)
+    builder.arrays[f"{stream}.error_s"] = errors
     bits = presence_bits([stream])
     for session, reader in readers.items():
         rows = {
-            r.window.index: r for r in draft.rows if r.session == session and stream in r.streams
+            r.window.index: r for r in builder.rows if r.session == session and stream in r.streams
         }
         if isinstance(reader, ShardFieldReader):
-            draft.losses += reader.losses(stream)
+            builder.losses += reader.losses(stream)
             for row in rows.values():
                 content, errors[row.number] = reader.read_encoded(stream, row.window)
                 if content is not None:
                     yield row, content, bits
             continue
         try:
-            windows, among = [r.window for r in rows.values()], draft.passes.get(session)
+            windows, among = [r.window for r in rows.values()], builder.passes.get(session)
             for window, frames in reader.iter_frames(stream, windows, among=among):
                 row = rows.pop(window.index)
                 errors[row.number] = frames.error_s
@@ -141,49 +141,49 @@ def _vision_contents(
                 else:
                     rows[window.index] = row
         except MediaError as error:
-            _note_losses(draft, stream, rows.values(), str(error).replace(f"{reader.path}/", ""))
+            _note_losses(builder, stream, rows.values(), str(error).replace(f"{reader.path}/", ""))
             continue
-        _note_losses(draft, stream, rows.values(), "no picture of this window decodes")
+        _note_losses(builder, stream, rows.values(), "no picture of this window decodes")
 
 
 def _left_contents(
-    draft: Draft, readers: Mapping[str, Fields], recipe: Recipe
+    builder: ShardBuilder, readers: Mapping[str, Fields], recipe: Recipe
 ) -> Iterator[tuple[Row, bytes, int]]:
-    return _vision_contents(Stream.VISION_LEFT, draft, readers, recipe)
+    return _vision_contents(Stream.VISION_LEFT, builder, readers, recipe)
 
 
 def _right_contents(
-    draft: Draft, readers: Mapping[str, Fields], recipe: Recipe
+    builder: ShardBuilder, readers: Mapping[str, Fields], recipe: Recipe
 ) -> Iterator[tuple[Row, bytes, int]]:
-    return _vision_contents(Stream.VISION_RIGHT, draft, readers, recipe)
+    return _vision_contents(Stream.VISION_RIGHT, builder, readers, recipe)
 
 
 def _audio_contents(
-    draft: Draft, readers: Mapping[str, Fields], recipe: Recipe
+    builder: ShardBuilder, readers: Mapping[str, Fields], recipe: Recipe
 ) -> Iterator[tuple[Row, bytes, int]]:
     bits = presence_bits([Stream.AUDIO])
     levels_db = []
-    for row in draft.rows:
+    for row in builder.rows:
         if Stream.AUDIO in row.streams:
             samples = readers[row.session].read_audio(row.window)
             levels_db.append(statistics.level_db(samples))
             yield row, encode_wav(samples, rate_hz=recipe.audio.rate_hz), bits
-    draft.statistics["audio"] = statistics.of_sound(levels_db)
+    builder.statistics["audio"] = statistics.of_sound(levels_db)
 
 
 def _text_contents(
-    draft: Draft, readers: Mapping[str, Fields], recipe: Recipe
+    builder: ShardBuilder, readers: Mapping[str, Fields], recipe: Recipe
 ) -> Iterator[tuple[Row, bytes, int]]:
     tokens: dict[str, list[tuple[int, ...]]] = {"internal": [], "external": []}
     texts = {Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT}
-    for row in draft.rows:
+    for row in builder.rows:
         have = texts & set(row.streams)
         if have:
             text = readers[row.session].read_text(row.window)
             tokens["internal"].append(text.internal.ids)
             tokens["external"].append(text.external.ids)
             yield row, encode_text(text), presence_bits(have)
-    draft.statistics["text"] = {
+    builder.statistics["text"] = {
         f"{name}_tokens": statistics.of_tokens(ids) for name, ids in tokens.items()
     }
 
@@ -197,14 +197,14 @@ TAR_CONTENTS = {
 
 
 def _write_proprio(
-    draft: Draft, path: Path, readers: Mapping[str, Fields], recipe: Recipe
+    builder: ShardBuilder, path: Path, readers: Mapping[str, Fields], recipe: Recipe
 ) -> NDArray[np.uint8]:
     """Write the sensor column; returns the presence bits of its streams per row."""
-    windows = [readers[row.session].read_sensors(row.window) for row in draft.rows]
+    windows = [readers[row.session].read_sensors(row.window) for row in builder.rows]
     presence = np.zeros(len(windows), dtype=np.uint8)
     proprio = np.stack([w.proprio for w in windows])
     touch = np.stack([w.touch for w in windows])
-    for row in draft.rows:
+    for row in builder.rows:
         for stream, values in ((Stream.PROPRIO, proprio), (Stream.TOUCH, touch)):
             if stream in row.streams:
                 presence[row.number] |= presence_bits([stream])
@@ -238,20 +238,20 @@ def _write_proprio(
             attributes={"long_name": "proprio or touch was recorded"},
         ),
     }
-    draft.statistics["proprio"] = statistics.of_sensors(proprio, touch)
-    _write_zarr(draft, path, "proprio", arrays)
+    builder.statistics["proprio"] = statistics.of_sensors(proprio, touch)
+    _write_zarr(builder, path, "proprio", arrays)
     return presence
 
 
 def _write_dmel(
-    draft: Draft, path: Path, readers: Mapping[str, Fields], recipe: Recipe
+    builder: ShardBuilder, path: Path, readers: Mapping[str, Fields], recipe: Recipe
 ) -> NDArray[np.uint8]:
     """Write the audio tokens; returns the presence bits of its streams per row."""
-    shape = (len(draft.rows), recipe.count(recipe.mel.rate_hz))
+    shape = (len(builder.rows), recipe.count(recipe.mel.rate_hz))
     levels = np.full((*shape, recipe.mel.channels), MASKED_LEVEL, dtype=np.uint8)
     valid = np.zeros(shape, dtype=np.bool_)
-    presence = np.zeros(len(draft.rows), dtype=np.uint8)
-    for row in draft.rows:
+    presence = np.zeros(len(builder.rows), dtype=np.uint8)
+    for row in builder.rows:
         if Stream.AUDIO in row.streams:
             mel = readers[row.session].read_mel(row.window)
             levels[row.number], valid[row.number] = mel.levels, mel.valid
@@ -270,30 +270,32 @@ def _write_dmel(
             attributes={"long_name": "sound covers the frame"},
         ),
     }
-    draft.statistics["dmel"] = {
+    builder.statistics["dmel"] = {
         "dmel_levels": statistics.of_levels(levels, valid, recipe.mel.levels)
     }
-    _write_zarr(draft, path, "dmel", arrays)
+    _write_zarr(builder, path, "dmel", arrays)
     return presence
 
 
 ZARR_WRITERS = {"proprio": _write_proprio, "dmel": _write_dmel}
 
 
-def _write_zarr(draft: Draft, path: Path, column: str, arrays: Mapping[str, ZarrArray]) -> None:
-    attributes = {"keys": [row.key for row in draft.rows]}
+def _write_zarr(
+    builder: ShardBuilder, path: Path, column: str, arrays: Mapping[str, ZarrArray]
+) -> None:
+    attributes = {"keys": [row.key for row in builder.rows]}
     for name, members in write_zarr_column(path, arrays, attributes=attributes).items():
-        draft.add_members(f"{column}/{name}", members)
+        builder.add_members(f"{column}/{name}", members)
 
 
 def _note_losses(
-    draft: Draft,
+    builder: ShardBuilder,
     stream: Stream,
     rows: Iterable[Row],
     reason: str,
 ) -> None:
     """Note windows that have no picture, in order."""
-    draft.losses += [
+    builder.losses += [
         {"session": r.session, "window": r.window.index, "stream": stream, "reason": reason}
         for r in sorted(rows, key=lambda row: row.number)
     ]

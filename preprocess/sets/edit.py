@@ -17,11 +17,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from preprocess.build.commit import commit, make_manifest, sweep
-from preprocess.build.packing import Slice
+from preprocess.build.commit import commit, count_windows, make_manifest, sweep
 from preprocess.build.places import KEEP_OLD_S, open_set, open_source
-from preprocess.build.plan import ShardTask, versioned
-from preprocess.build.rejected import count_windows
+from preprocess.build.shards import SessionWindows, ShardTask, versioned
 from preprocess.build.task import copy_shard
 from preprocess.build.task_context import TaskContext
 from preprocess.sets.parts import Part, require_alike, require_apart, require_different
@@ -203,7 +201,7 @@ def _take(
     """A shard with the sessions that are taken; None where it has none of them."""
     source = part.source
     index = source.read_index(entry.index_file, sha256=entry.index_sha256)
-    slices = [Slice(session, tuple(windows)) for session, windows in index.facts["slices"]]
+    slices = [SessionWindows(session, tuple(windows)) for session, windows in index.facts["slices"]]
     taken = tuple(piece for piece in slices if piece.session in part.sessions)
     if not taken:
         return None
@@ -228,7 +226,7 @@ def _take(
 def _copy_task(
     entry: ShardEntry,
     index: ShardIndex,
-    taken: tuple[Slice, ...],
+    taken: tuple[SessionWindows, ...],
     *,
     name: str,
     generation: int,

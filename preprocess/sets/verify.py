@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preprocess.build.rejected import count_windows
+from preprocess.build.commit import count_windows
 from preprocess.sets.files import SetFiles, open_files
 from preprocess.sets.spread import describe_spread
 from shared.errors import MEND_SET, CorruptError, EngineError, ShardError

@@ -8,7 +8,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from helpers.oracles import tiny_recipe
-from preprocess.build.plan import BuiltColumn, BuiltShard, Plan, PreviousSet, ShardTask, plan_shards
+from preprocess.build.plan import plan_shards
+from preprocess.build.shards import BuiltColumn, BuiltShard, Plan, PreviousSet, ShardTask
 from shared.clock import Interval
 from shared.recipe import STREAMS, Recipe, Stream
 from shared.session.scan import SessionScan, SourceFile

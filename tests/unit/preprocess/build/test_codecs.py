@@ -18,8 +18,8 @@ from helpers.oracles import (
     write_tiny_session,
 )
 
-from preprocess.build.plan import COLUMNS
 from shared.shardset.codec import decode_pictures
+from shared.shardset.layout import COLUMNS
 from shared.shardset.manifest import read_manifest
 
 FORMAT_PAGE = Path(__file__).resolve().parents[4] / "docs" / "format.md"

@@ -14,7 +14,7 @@ from shared.shardset.layout import COLUMNS
 from shared.shardset.manifest import ShardEntry
 
 if TYPE_CHECKING:
-    from preprocess.build.plan import Plan, PreviousSet
+    from preprocess.build.shards import Plan, PreviousSet
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
 

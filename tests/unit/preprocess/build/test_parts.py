@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from preprocess.__main__ import shards
 from preprocess.build import job as job_module
 from preprocess.build import task as build_module
-from preprocess.build.plan import ShardTask, Slice
-from preprocess.build.video_subtasks import TASK_S, divide
+from preprocess.build.shards import SessionWindows, ShardTask
+from preprocess.build.video_subtasks import TASK_S, split_task
 from shared.clock import Interval
 from shared.errors import SessionError
 from shared.recipe import Stream
@@ -140,7 +140,7 @@ def test_any_number_of_workers_gives_the_bytes_of_none(stereo, made, tmp_path, n
 
 
 def test_a_long_session_is_cut_and_its_shard_decodes_nothing(stereo, made, tmp_path, monkeypatch):
-    pieces = count_calls(monkeypatch, job_module, "build_part")
+    pieces = count_calls(monkeypatch, job_module, "encode_subtask")
     lengths = []
     original = SessionReader.iter_frames
 
@@ -163,7 +163,7 @@ def test_only_rows_that_are_not_copied_are_divided(stereo, tmp_path, monkeypatch
     shutil.copytree(one, other)
     shutil.copy(sessions / "ann" / "vision_right.mp4", sessions / "ann" / "vision_left.mp4")
     build(sessions, one, WHOLE)
-    pieces = count_calls(monkeypatch, job_module, "build_part")
+    pieces = count_calls(monkeypatch, job_module, "encode_subtask")
     build_in_parts(sessions, other, WHOLE)
     assert file_hashes(other) == file_hashes(one)
     assert {(p.column, *(s.session for s in p.slices)) for p, _ in pieces} == {
@@ -304,7 +304,9 @@ def test_parts_hold_each_window_that_is_to_decode_once_and_no_more_than_a_share(
     task = ShardTask(
         name="train-000000",
         split="train",
-        slices=tuple(Slice(n, tuple(range(c))) for n, c in zip(names, lengths, strict=True)),
+        slices=tuple(
+            SessionWindows(n, tuple(range(c))) for n, c in zip(names, lengths, strict=True)
+        ),
         due={"vision_left": "new", "vision_right": "new", "audio": "new"},
         bases={},
         rows={},
@@ -313,7 +315,7 @@ def test_parts_hold_each_window_that_is_to_decode_once_and_no_more_than_a_share(
         copied={"vision_left": dict.fromkeys(old, ("train-000000.index",))},
         generation=0,
     )
-    parts = divide(task, scans, tiny_recipe(), task_s=task_s)
+    parts = split_task(task, scans, tiny_recipe(), task_s=task_s)
     wanted = {("vision_left", n): c for n, c in zip(names, lengths, strict=True) if n not in old}
     wanted |= {("vision_right", n): lengths[i] for i, n in enumerate(names) if i not in one_eyed}
     if sum(wanted.values()) <= task_s:
@@ -339,7 +341,7 @@ def test_the_command_says_what_a_tasks_share_is():
 
 
 def test_a_task_in_this_process_is_not_divided(stereo, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(job_module, "build_part", fail)
+    monkeypatch.setattr(job_module, "encode_subtask", fail)
     with cluster_of(0) as cluster:
         job_module.build_shards(stereo, tmp_path / "out", recipe=WHOLE, cluster=cluster, task_s=1.0)
     assert file_hashes(tmp_path / "out") == made

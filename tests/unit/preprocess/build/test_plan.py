@@ -12,8 +12,8 @@ from helpers.plans import RECIPE, SCANS, drawn, finish, keys, plan, scan, scans_
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preprocess.build.commit import count_windows, rejected_lines
 from preprocess.build.explain import reasons
-from preprocess.build.rejected import count_windows, rejected_lines
 from shared.clock import Interval
 from shared.recipe import STREAMS, Stream, split_of
 from shared.shardset.layout import COLUMNS

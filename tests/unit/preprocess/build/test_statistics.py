@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from preprocess.build import statistics
-from preprocess.build.exact_sum import add_exactly, exact_sums
 from preprocess.build.explain import reasons
+from preprocess.build.statistics import add_exactly, exact_sums
 from shared.shardset.index import ShardIndex, index_bytes, open_index
 from shared.shardset.manifest import read_manifest
 
