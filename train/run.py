@@ -27,13 +27,12 @@ from train.machine.runtime import choose_device, choose_dtype, translate_errors
 from train.model.baselines import Baselines, compare
 from train.model.losses import compute_losses
 from train.model.multimodal import MultiModalCreature
-from train.remarks import remarks
-from train.summary import print_summary
+from train.summary import print_summary, remarks
 
 if TYPE_CHECKING:
     from train.config import DataConfig, TrainConfig
     from train.data.source import SampleSource
-    from train.loop.progress import TrainSummary
+    from train.loop.meter import TrainSummary
 
 MAX_LEFT_OUT_LINES = 20
 """Sessions and windows named one by one that are in no batch."""
@@ -315,7 +314,7 @@ def _tell_left_out(console: Console, parts: Parts) -> None:
 
 
 def _tell_remarks(console: Console, parts: Parts, config: TrainConfig) -> None:
-    """Say once what is probably not meant, see :mod:`train.remarks`."""
+    """Say once what is probably not meant, see :mod:`train.summary`."""
     lines = remarks(
         config,
         num_samples=int(parts.loader.source.shard_sizes.sum()),

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.loop.health import LogPoint, check
-from train.loop.health_rules import RULES
+from train.loop.health import RULES, LogPoint, check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class EmulatedDevice:
-    """A :class:`train.loop.device_queue.DeviceQueue` without hardware.
+    """A :class:`train.loop.prefetch.DeviceQueue` without hardware.
 
     Args:
         copy_s: what the copies of one batch take, beside the work.

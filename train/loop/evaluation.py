@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from train.loop.prefetch import Batch
+    from train.data.batch import Batch
     from train.loop.sample_logging import LoggedWindow
     from train.loop.state import TrainState
 

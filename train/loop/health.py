@@ -1,4 +1,4 @@
-"""What is wrong with a run: the health rules over a history of its metrics.
+"""What is wrong with a run: the walkthrough's tables of metrics and advice, as pure rules.
 
 A history is the list of what was logged, oldest first. ``check`` says what is wrong at its end;
 ``HealthWatch`` keeps each finding from being repeated at every log.
@@ -6,19 +6,53 @@ A history is the list of what was logged, oldest first. ``check`` says what is w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Final
 
-from train.loop.health_rules import RULES
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 QUIET_STEPS: Final = 200
 """Every untrained model fails the loss thresholds; nothing is said about them before this step."""
 
 REPEAT_AFTER_LOGS: Final = 20
 """A finding that persists is said again after so many logs."""
+
+NO_DECREASE_STEPS: Final = 1000
+"""The walkthrough's patience with a loss that does not fall."""
+
+MIN_DECREASE: Final = 0.02
+"""A loss that has lost less than this share of itself has not decreased; batches differ by about as
+much."""
+
+PLATEAU_LOGS: Final = 4
+"""Logs that a plateau has at least."""
+
+UNEVEN_DECREASE: Final = 0.2
+"""Losses are uneven when one has not decreased while another has lost more than this share."""
+
+TREND_LOGS: Final = 12
+"""Logs that a trend of single losses is judged by: the older half against the newer."""
+
+MIN_RISE: Final = 0.05
+"""A loss that gained less than this share, or than twice its standard error, did not rise.
+
+Simulated runs of 60 logs whose losses jitter by 3 %: a flat loss beside falling ones is accused in
+5 to 8 % of them (8 logs and 0.03: 80 %); one that rises by 1 % per log is found within 12 logs in
+69 %, within 20 in 98 to 100 %.
+"""
+
+MIN_TOTAL_RISE: Final = 0.08
+"""The same of the whole loss. Of 300 simulated runs of 60 logs whose flat loss jitters by 3 % it
+accuses none; with 0.05 it was 8 %."""
+
+MIN_FALL: Final = 0.01
+"""Nor did a loss fall that lost less than this share, or than twice its standard error."""
+
+TREND_STEPS: Final = 200
+"""Steps that a trend must span, whatever the log interval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +75,24 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.problem} -> {self.advice}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One line of the walkthrough's tables.
+
+    `find` gets the history and answers with the metric and the problem in words, or None where all
+    is well.
+    """
+
+    name: str
+    metric: str
+    good: str
+    warning: str
+    advice: str
+    find: Callable[[Sequence[LogPoint]], tuple[str, str] | None]
+    quiet_at_first: bool = False
+    """Whether the rule keeps silent in the first steps, where every untrained model breaks it."""
 
 
 def check(history: Sequence[LogPoint], *, quiet_steps: int = QUIET_STEPS) -> list[Finding]:
@@ -96,3 +148,304 @@ class HealthWatch:
                 self._said_at[key] = now
                 due.append(finding)
         return due
+
+
+def _above(metric: str, limit: float) -> Callable[[Sequence[LogPoint]], tuple[str, str] | None]:
+    """A rule that the newest value, or the newest held-out one, is not above a limit."""
+
+    def find(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+        for name in (metric, f"val/{metric}"):
+            value = history[-1].metrics.get(name)
+            if value is not None and value > limit:
+                return name, f"{name} is {value:.4g}, above {limit:g}"
+        return None
+
+    return find
+
+
+def _stays_below(
+    metric: str, limit: float
+) -> Callable[[Sequence[LogPoint]], tuple[str, str] | None]:
+    """A rule that two values in a row are not below a limit; one slow window says little."""
+
+    def find(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+        values = [point.metrics.get(metric, math.inf) for point in history[-2:]]
+        if len(values) < 2 or not max(values) < limit:
+            return None
+        return metric, f"{metric} is {values[-1]:.4g}, below {limit:g}"
+
+    return find
+
+
+def _not_finite(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    metrics = history[-1].metrics
+    if _overflows(history) is not None:
+        return None
+    for metric, value in metrics.items():
+        if metric.removeprefix("val/").startswith("loss_") and math.isnan(value):
+            return metric, f"{metric} is NaN"
+    if (count := metrics.get("skipped_steps", 0.0)) > 0:
+        why = "a loss or gradient was not finite, or far above those before"
+        return "skipped_steps", f"skipped_steps is {count:.0f}: {why}"
+    return None
+
+
+def _overflows(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    """All steps since the last log overflowed float16, so that there is no loss to tell."""
+    metrics = history[-1].metrics
+    count = metrics.get("fp16_overflows", 0.0)
+    if not count or metrics.get("skipped_steps") or math.isfinite(metrics.get("loss_total", 0.0)):
+        return None
+    return "fp16_overflows", (
+        f"fp16_overflows is {count:.0f}: every step since the last log overflowed float16 and was "
+        "left out"
+    )
+
+
+def _no_decrease(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    """The newest losses of a long enough history are not below its first ones."""
+    ends = _first_and_last(history, "loss_total", is_resumed=True)
+    if ends is None or ends[1] <= ends[0] * (1 - MIN_DECREASE):
+        return None
+    return "loss_total", f"loss_total has not decreased: {ends[0]:.4g} at first, {ends[1]:.4g} now"
+
+
+def _uneven(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    """A head's loss is where it began while another one has fallen a good deal."""
+    ends = {head: _first_and_last(history, head) for head in _heads(history)}
+    falls = {head: 1 - both[1] / both[0] for head, both in ends.items() if both and both[0] > 0}
+    stuck = [head for head, fall in falls.items() if fall < MIN_DECREASE]
+    learned = [head for head, fall in falls.items() if fall > UNEVEN_DECREASE]
+    if not stuck or not learned or _one_rises(history) is not None:
+        return None
+    both = ends[stuck[0]]
+    assert both is not None
+    others = ", ".join(f"{head} fell by {falls[head]:.0%}" for head in learned)
+    return stuck[0], f"{stuck[0]} stays: {both[0]:.4g} at first, {both[1]:.4g} now, while {others}"
+
+
+def _plateau(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    """The loss fell before, and stands still over the newest 1000 steps, early in the run.
+
+    Over the newest logs where so many steps have fewer than :data:`PLATEAU_LOGS`.
+    """
+    points = _with_metric(history, "loss_total")
+    num_newest = sum(p.step > points[-1].step - NO_DECREASE_STEPS for p in points)
+    newest = points[-max(num_newest, PLATEAU_LOGS) :]
+    if len(points) <= len(newest):
+        return None
+    if _no_decrease(history) is not None or _total_rises(history) is not None:
+        return None
+    older, newer = _halves([p.metrics["loss_total"] for p in newest])
+    if fmean(newer) < fmean(older) * (1 - MIN_DECREASE / 4):
+        return None
+    # A cosine schedule that has nearly ended stands still by design.
+    rates = [p.metrics["lr"] for p in points if "lr" in p.metrics]
+    if rates and rates[-1] < 0.5 * max(rates):
+        return None
+    num_steps = max(NO_DECREASE_STEPS, newest[-1].step - newest[0].step)
+    return "loss_total", f"loss_total stays at {fmean(newer):.4g} for {num_steps} steps"
+
+
+def _one_rises(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    """One head's loss rises while another one falls, both beyond their noise, and no other rises.
+
+    The rest may stand still: a loss at its floor says nothing.
+    """
+    changes = _trends(history, _heads(history))
+    rising = [h for h, (change, noise) in changes.items() if change > max(MIN_RISE, 2 * noise)]
+    falling = [h for h, (change, noise) in changes.items() if -change > max(MIN_FALL, 2 * noise)]
+    if len(rising) != 1 or not falling:
+        return None
+    change = changes[rising[0]][0]
+    return rising[0], f"{rising[0]} rose by {change:.0%} while {', '.join(falling)} fell"
+
+
+def _total_rises(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    """The whole loss rises, beyond its noise, and not for the sake of a single head."""
+    for change, noise in _trends(history, ["loss_total"]).values():
+        if change > max(MIN_TOTAL_RISE, 2 * noise) and _one_rises(history) is None:
+            return "loss_total", f"loss_total rose by {change:.0%} within {TREND_LOGS} logs"
+    return None
+
+
+def _trends(history: Sequence[LogPoint], metrics: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Of each metric :func:`_change` over the newest logs; nothing where they are too few."""
+    points = history[-TREND_LOGS:]
+    if len(points) < TREND_LOGS or points[-1].step - points[0].step < TREND_STEPS:
+        return {}
+    curves = {m: [p.metrics.get(m, math.nan) for p in points] for m in metrics}
+    return {m: _change(curve) for m, curve in curves.items() if all(map(math.isfinite, curve))}
+
+
+def _heads(history: Sequence[LogPoint]) -> list[str]:
+    """Names of the heads' losses."""
+    return [m for m in history[-1].metrics if m.startswith("loss_") and m != "loss_total"]
+
+
+def _first_and_last(
+    history: Sequence[LogPoint], metric: str, *, is_resumed: bool = False
+) -> tuple[float, float] | None:
+    """A metric at the beginning of training and now, means of up to three logs each.
+
+    None where less than NO_DECREASE_STEPS lie between them, or where the history does not go back
+    to the beginning, as after a resume. With `is_resumed` it then begins there, and as many steps
+    must lie between as there were before: losses fall as powers of the steps, so that of a healthy
+    run hardly a 1000 late steps show it, and those that double its length do.
+    """
+    points = _with_metric(history, metric)
+    if len(points) < 2 or points[-1].step < NO_DECREASE_STEPS:
+        return None
+    first, interval = points[0].step, points[1].step - points[0].step
+    if points[-1].step - first < NO_DECREASE_STEPS * 0.9:
+        return None
+    is_late = first > max(NO_DECREASE_STEPS, interval)
+    if is_late and not (is_resumed and points[-1].step >= 2 * first):
+        return None
+    size = max(1, min(3, len(points) // 2))
+    ends = (points[:size], points[-size:])
+    return fmean(p.metrics[metric] for p in ends[0]), fmean(p.metrics[metric] for p in ends[1])
+
+
+def _change(values: Sequence[float]) -> tuple[float, float]:
+    """Relative change from the older to the newer half and its standard error, or NaN."""
+    older, newer = _halves(values)
+    base = abs(fmean(older)) or math.inf
+    noise = math.hypot(stdev(older), stdev(newer)) / math.sqrt(len(older))
+    return (fmean(newer) - fmean(older)) / base, noise / base
+
+
+def _halves(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    return values[: len(values) // 2], values[len(values) // 2 :]
+
+
+def _with_metric(history: Sequence[LogPoint], metric: str) -> list[LogPoint]:
+    return [p for p in history if math.isfinite(p.metrics.get(metric, math.nan))]
+
+
+RULES: Final[tuple[Rule, ...]] = (
+    Rule(
+        name="not finite",
+        metric="skipped_steps",
+        good="0",
+        warning="NaN or infinite",
+        advice=(
+            "Reduce LR (training.optimizer.lr), check for corrupted data (`python -m "
+            "preprocess verify SHARDS`)"
+        ),
+        find=_not_finite,
+    ),
+    Rule(
+        name="overflows",
+        metric="fp16_overflows",
+        good="0, or a few at first",
+        warning="all steps of a log",
+        advice=(
+            "Each halves the scale, at first from 65536; if it goes on set training.precision: "
+            "bf16, which needs no scale, or reduce LR (training.optimizer.lr)"
+        ),
+        find=_overflows,
+    ),
+    Rule(
+        name="no decrease",
+        metric="loss_total",
+        good="decreasing",
+        warning="no decrease after 1000 steps",
+        advice="Model/data mismatch, check shapes, learning rate and data quality",
+        find=_no_decrease,
+    ),
+    Rule(
+        name="rising",
+        metric="loss_total",
+        good="decreasing",
+        warning="increasing",
+        advice=(
+            "Reduce LR (training.optimizer.lr) and resume from a checkpoint before the rise; check "
+            "data quality"
+        ),
+        find=_total_rises,
+        quiet_at_first=True,
+    ),
+    Rule(
+        name="plateau",
+        metric="loss_total",
+        good="decreasing",
+        warning="plateaus early",
+        advice="Check learning rate, data quality",
+        find=_plateau,
+        quiet_at_first=True,
+    ),
+    Rule(
+        name="internal text",
+        metric="loss_internal_text",
+        good="< 2.0",
+        warning="> 3.0",
+        advice="Check text tokenization",
+        find=_above("loss_internal_text", 3.0),
+        quiet_at_first=True,
+    ),
+    Rule(
+        name="audio",
+        metric="loss_audio",
+        good="< 1.5",
+        warning="> 2.5",
+        advice="Check audio normalization",
+        find=_above("loss_audio", 2.5),
+        quiet_at_first=True,
+    ),
+    Rule(
+        name="one rises",
+        metric="loss_*",
+        good="all losses decrease together",
+        warning="one increases while others decrease",
+        advice="Check that modality's data, or adjust training.loss_weights",
+        find=_one_rises,
+        quiet_at_first=True,
+    ),
+    Rule(
+        name="uneven",
+        metric="loss_*",
+        good="all losses decrease together",
+        warning="one has not decreased after 1000 steps, another one has",
+        advice=(
+            "Adjust loss weights in the config: raise its training.loss_weights; or check that "
+            "modality's data"
+        ),
+        find=_uneven,
+    ),
+    Rule(
+        name="slow",
+        metric="samples_per_sec",
+        good="> 10",
+        warning="< 5",
+        advice=(
+            "`python -m train profile --config CONFIG.yaml` says what to change. Where "
+            "data_wait_fraction is high, raise data.num_workers; else the model is the bottleneck: "
+            "a smaller one, training.precision: bf16, training.compile: true"
+        ),
+        find=_stays_below("samples_per_sec", 5.0),
+    ),
+    Rule(
+        name="waiting for data",
+        metric="data_wait_fraction",
+        good="< 0.1",
+        warning="> 0.5",
+        advice=(
+            "Data loading: raise data.num_workers, for example to 4; `python -m train profile "
+            "--config CONFIG.yaml` measures how many"
+        ),
+        find=_above("data_wait_fraction", 0.5),
+    ),
+    Rule(
+        name="memory",
+        metric="memory_allocated_mb",
+        good="< 20000",
+        warning="> 22000",
+        advice=(
+            "Reduce batch size (data.batch_size) and raise training.accumulation_steps by the same "
+            "factor, or set model.gradient_checkpointing: true"
+        ),
+        find=_above("memory_allocated_mb", 22_000.0),
+    ),
+)
+"""The closed table, in order of urgency."""

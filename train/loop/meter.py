@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.errors import DivergedError
+from train.loop.evaluation import HeldOut
 from train.machine import runtime
+from train.machine.parallel import whole_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -171,3 +174,111 @@ class StepMeter:
         self._num_samples = torch.zeros_like(self._num_samples)
         self._num_steps = 0
         self.restart_clock()
+
+
+_PARTS = (
+    ("encoder.encoders.", "encoder_{}"),
+    ("encoder.frames.", "encoder_vision"),
+    ("encoder.", "encoder_fusion"),
+    ("blocks.", "backbone"),
+    ("norm.", "backbone"),
+    ("predictors.", "head_{}"),
+)
+"""Prefix of a parameter's name, and its part; {} is the next word of the name."""
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, such as encoder_audio or backbone."""
+    for prefix, part in _PARTS:
+        if name.startswith(prefix):
+            return part.format(name.removeprefix(prefix).partition(".")[0])
+    return name.partition(".")[0]
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Norm of each part's gradient as the optimizer got it, clipped; waits for the device.
+
+    All ranks call it.
+
+    Args:
+        model: after a backward pass; of its parameters those without a gradient are left out.
+
+    Returns:
+        ``grad_norm/<part>``; together, as a root of squares, the norm of the whole gradient.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            parts.setdefault(part_of(name), []).append(parameter.grad)
+    if not parts:
+        return {}
+    norms = [whole_tensor(nn.utils.get_total_norm(grads)) for grads in parts.values()]
+    values = torch.stack(norms).tolist()
+    return {f"grad_norm/{part}": value for part, value in zip(parts, values, strict=True)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSummary:
+    """What a call of ``Trainer.train`` did."""
+
+    steps: int
+    """Optimizer steps of the whole run so far."""
+    stopped_by: Literal["max_steps", "signal"]
+    """Why it returned; a signal is Ctrl-C or SIGTERM."""
+    first_losses: Mapping[str, float]
+    """Means over this call's first few steps, by metric name."""
+    last_losses: Mapping[str, float]
+    """Means of the newest log."""
+    first_val_losses: Mapping[str, float]
+    """This call's first held-out losses; empty without a val_loader."""
+    last_val_losses: Mapping[str, float]
+    """The newest held-out losses."""
+    samples_per_sec: float
+    """Of the newest log."""
+    data_wait_fraction: float
+    """Share of the time in which the device waited for data, of the newest log."""
+    skipped_samples: int
+    """Bad train samples that were replaced, in the whole run."""
+    skipped_val_samples: int
+    """Bad held-out samples that the newest losses leave out."""
+    skipped_steps: int
+    """Steps of this call that were left out: not finite, or spikes."""
+    checkpoint: Path | None
+    """The newest checkpoint of this call."""
+    log_dir: Path
+    """TensorBoard's folder of this run."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """What one call of ``train`` has come to so far."""
+
+    meter: StepMeter
+    began_s: float = field(default_factory=time.perf_counter)
+    to_first_batch_s: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    first_val: dict[str, float] = field(default_factory=dict)
+    held_out: HeldOut = field(default_factory=HeldOut)
+    skipped_steps: int = 0
+    checkpoint: Path | None = None
+
+    def summary(
+        self, *, steps: int, is_complete: bool, skipped_samples: int, log_dir: Path
+    ) -> TrainSummary:
+        """All of it, at the end."""
+        metrics = self.metrics
+        return TrainSummary(
+            steps=steps,
+            stopped_by="max_steps" if is_complete else "signal",
+            first_losses=self.meter.first_losses(),
+            last_losses={n: v for n, v in metrics.items() if n.startswith("loss_")},
+            first_val_losses=self.first_val,
+            last_val_losses=self.held_out.losses,
+            samples_per_sec=metrics.get("samples_per_sec", 0.0),
+            data_wait_fraction=metrics.get("data_wait_fraction", 0.0),
+            skipped_samples=skipped_samples,
+            skipped_val_samples=len(self.held_out.skipped),
+            skipped_steps=self.skipped_steps,
+            checkpoint=self.checkpoint,
+            log_dir=log_dir,
+        )

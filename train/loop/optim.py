@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,22 @@ from torch import Tensor, nn
 from train.machine.parallel import moment_shares, whole_tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from train.config import OptimizerConfig, TrainingConfig
+
+WINDOW_STEPS: Final = 128
+"""Newest steps that a step is compared with."""
+
+MIN_STEPS: Final = 64
+"""Nothing is a spike before so many steps are remembered."""
+
+MIN_RISES: Final = (0.25, 1.0)
+"""Nor is what rises over the (geometric) mean by less than this share of it: losses of memorised
+batches hardly vary, and clipping takes the harm out of a norm that is not even twice the mean."""
+
+MIN_VALUE: Final = 1e-12
+"""Smaller losses and norms count as this one, so that they have a logarithm."""
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -90,3 +105,58 @@ def step_if(is_good: Tensor, optimizer: torch.optim.AdamW, scaler: torch.amp.Gra
     optimizer.step()
     if scaler.is_enabled():
         scaler.update()
+
+
+class SpikeWatch:
+    """Remembers loss and gradient norm of the newest steps.
+
+    Args:
+        sigma: standard deviations of logarithms that make a spike; None: nothing is one.
+        device: of the losses.
+    """
+
+    def __init__(self, sigma: float | None, device: torch.device) -> None:
+        self._sigma = sigma
+        self._min_rise_2 = torch.tensor(MIN_RISES, device=device).log1p()
+        self._window_2N = torch.full((2, WINDOW_STEPS), math.nan, device=device)
+        self._num_judged = 0
+        self.is_loss_good = torch.ones((), dtype=torch.bool, device=device)
+        """Whether the newest loss by itself was finite and no spike; 0-dim."""
+
+    def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether a step may be taken, bool, 0-dim; and remember it.
+
+        Args:
+            loss: of the step, 0-dim.
+            grad_norm: before clipping, 0-dim.
+        """
+        values_2 = torch.stack([loss.detach().float(), grad_norm.detach().float()])
+        now_2 = values_2.clamp(min=MIN_VALUE).log()
+        limit_2 = self._limits()
+        is_finite = torch.isfinite(values_2).all()
+        kept_2 = torch.where(is_finite, torch.minimum(now_2, limit_2), math.nan)
+        self._window_2N[:, self._num_judged % WINDOW_STEPS] = kept_2
+        self._num_judged += 1
+        self.is_loss_good = torch.isfinite(values_2[0]) & (now_2[0] <= limit_2[0])
+        return is_finite & (now_2 <= limit_2).all()
+
+    def _limits(self) -> Tensor:
+        """Logarithms of the largest loss and norm that are no spikes, [2]; at first infinite."""
+        if self._sigma is None:
+            return torch.full_like(self._window_2N[:, 0], math.inf)
+        is_known = torch.isfinite(self._window_2N)
+        count_2 = is_known.sum(1)
+        mean_2 = self._window_2N.nanmean(1)
+        distances = torch.where(is_known, self._window_2N - mean_2[:, None], 0.0)
+        deviation_2 = (distances.square().sum(1) / count_2).sqrt()
+        rise_2 = torch.maximum(self._sigma * deviation_2, self._min_rise_2)
+        return torch.where(count_2 >= MIN_STEPS, mean_2 + rise_2, math.inf)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {"window": self._window_2N, "num_judged": self._num_judged}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self._window_2N = state["window"].to(self._window_2N.device)
+        self._num_judged = int(state["num_judged"])

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import train.checkpoints as checkpoint
 from shared.errors import CheckpointError, ConfigError
 from shared.recipe import Recipe, WindowShapes
-from train import checkpoints as checkpoint
 from train.config import ModelConfig, TrainConfig
 from train.loop.optim import restore_optimizer
 from train.machine import distributed, runtime
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from train.config import TrainingConfig
     from train.data.corrupt_samples import CorruptSampleBudget
-    from train.loop.spikes import SpikeWatch
+    from train.loop.optim import SpikeWatch
 
 
 RESUMED_KEYS: Final = frozenset(

@@ -22,11 +22,11 @@ from train.data.corrupt_samples import CorruptSampleBudget
 from train.data.device import to_model_inputs
 from train.loop.checkpoint_manager import CheckpointManager
 from train.loop.evaluation import measure
-from train.loop.gradients import gradient_norms
 from train.loop.health import QUIET_STEPS
-from train.loop.meter import StepMeter
+from train.loop.meter import Progress, StepMeter, TrainSummary, gradient_norms
 from train.loop.metrics import RunLog, default_run_name
 from train.loop.optim import (
+    SpikeWatch,
     clip_gradient,
     learning_rate,
     make_optimizer,
@@ -34,8 +34,6 @@ from train.loop.optim import (
     step_if,
 )
 from train.loop.prefetch import BatchFeed, one_epoch, position_in
-from train.loop.progress import Progress, TrainSummary
-from train.loop.spikes import SpikeWatch
 from train.loop.state import TrainState, require_heads, schedule_dict, window_shapes
 from train.machine import distributed, runtime
 from train.machine.parallel import averaging_gradients, parallelize
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from train.loop.prefetch import Batch
+    from train.data.batch import Batch
 
 
 class Trainer:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from train.config import TrainConfig
+    from train.data.batch import Batch
     from train.data.source import SampleSource
-    from train.loop.prefetch import Batch
     from train.profiling.step import TrainingStep
 
 STAGES: Final = ("plan", "open", "fetch", "checksum", "decode", "collate")

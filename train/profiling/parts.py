@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from train.data.device import tensors_of
-from train.loop.gradients import part_of
+from train.loop.meter import part_of
 from train.profiling.step import device_laps
 
 if TYPE_CHECKING:

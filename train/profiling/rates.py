@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from train.config import TrainConfig
+    from train.data.batch import Batch
     from train.data.source import SampleSource
-    from train.loop.prefetch import Batch
     from train.profiling.step import TrainingStep
 
 T = TypeVar("T")

@@ -10,8 +10,7 @@ import torch
 
 from shared.timing import StageTimer
 from train.data.device import to_model_inputs
-from train.loop.optim import clip_gradient, learning_rate, set_learning_rate, step_if
-from train.loop.spikes import SpikeWatch
+from train.loop.optim import SpikeWatch, clip_gradient, learning_rate, set_learning_rate, step_if
 from train.machine import runtime
 from train.model.blocks import Block
 from train.model.losses import compute_losses, loss_counts
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from train.config import TrainConfig
-    from train.loop.prefetch import Batch
+    from train.data.batch import Batch
     from train.model.multimodal import MultiModalCreature
 
     Phase = Callable[[str], AbstractContextManager[Any]]

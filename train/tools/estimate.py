@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from train.config import DataConfig, TrainConfig
-    from train.loop.prefetch import Batch
+    from train.data.batch import Batch
 
 GPU_GIB: Final = (24, 40, 80)
 """Memory of the GPUs in the table."""

@@ -27,7 +27,7 @@ from train.checkpoints import FINAL_NAME, load_checkpoint, step_name
 from train.config import ModelConfig, TrainConfig
 from train.data.loader import Loader, open_source
 from train.loop.checkpoint_manager import find_latest_checkpoint
-from train.machine.launch import RankProcesses
+from train.tools.rank_processes import RankProcesses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

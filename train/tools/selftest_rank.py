@@ -24,7 +24,7 @@ from train.model.multimodal import MultiModalCreature
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from train.loop.prefetch import Batch
+    from train.data.batch import Batch
 
 HOLD_S: Final = 600.0
 """Nobody is left waiting longer for a kill that does not come."""

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from train.loop.device_queue import CudaQueue, queue_of
+from train.loop.prefetch import CudaQueue, queue_of
 
 
 class FakeStreams:

@@ -9,7 +9,7 @@ from helpers.training import SHAPES, make_batch, make_config, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from train.loop.gradients import gradient_norms, part_of
+from train.loop.meter import gradient_norms, part_of
 from train.model.losses import compute_losses
 from train.model.multimodal import MultiModalCreature
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import DivergedError
-from train.loop.spikes import MIN_RISES, MIN_STEPS, WINDOW_STEPS, SpikeWatch
+from train.loop.optim import MIN_RISES, MIN_STEPS, WINDOW_STEPS, SpikeWatch
 
 CPU = torch.device("cpu")
 

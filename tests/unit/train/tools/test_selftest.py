@@ -12,7 +12,7 @@ from helpers.sets import make_config
 
 from shared.errors import ConfigError
 from train.__main__ import cli
-from train.machine.launch import RankProcesses
+from train.tools.rank_processes import RankProcesses
 from train.tools.selftest import MIN_STEPS, compare, plan_parts, run_selftest
 
 BROKEN = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from train.config import as_train_config
-from train.remarks import remarks
+from train.summary import remarks
 
 MIX = {"mix": [{"shards": "a"}, {"shards": "b"}]}
 
