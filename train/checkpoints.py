@@ -12,7 +12,6 @@ samples_of, extra. Model and moments are whole, however many ranks held shares o
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import pickle  # noqa: TID251  only for the name of the error that torch's safe loader raises
@@ -24,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from shared.errors import CheckpointError
+from shared.files import write_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import BinaryIO
+    from collections.abc import Mapping
 
 FORMAT_VERSION: Final = 1
 """Raised when a key changes its meaning; a newer file is refused."""
@@ -77,7 +76,8 @@ def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> Path:
     if missing := REQUIRED_KEYS - state.keys():
         raise CheckpointError(f"{path}: the state to save lacks {sorted(missing)}")
     try:
-        write_whole(path, lambda file: torch.save(dict(state), file))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda file: torch.save(dict(state), file), temporary=partial_of(path))
     # torch reports a failed write as RuntimeError ("unexpected pos ...").
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
@@ -86,26 +86,6 @@ def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> Path:
             "room there, or set training.checkpointing.save_dir to another disk"
         ) from error
     return path
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let a new file take the place of `path` when all of it lies on the disk.
-
-    Raises:
-        OSError: it couldn't be written.
-    """
-    partial = partial_of(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        fsync_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(
@@ -243,15 +223,6 @@ def step_of(path: Path) -> int:
     """The step in a file's name, -1 for the final one."""
     match = _STEP_NAME.fullmatch(path.name)
     return int(match.group(1)) if match else -1
-
-
-def fsync_folder(folder: Path) -> None:
-    """Wait until what was renamed lies on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_space(folder: Path) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from preprocess.build import statistics
 from preprocess.build.shards import versioned
 from shared.errors import ShardError
+from shared.files import fingerprint_of
 from shared.recipe import STREAMS
 from shared.shardset.layout import COLUMNS, field_schema
 from shared.shardset.manifest import (
@@ -25,7 +26,6 @@ from shared.shardset.manifest import (
     Manifest,
     ShardEntry,
     commit_manifest,
-    fingerprint_of,
 )
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ another's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -31,17 +30,16 @@ from preprocess.build.staging import (
     staging_folder,
 )
 from shared.errors import MEND_SET, CorruptError, JobError, ShardError
+from shared.files import publish_file, sha256_of_file, write_atomic
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import ShardIndex, open_index, parse_index
 from shared.shardset.locks import has_readers
 from shared.shardset.manifest import (
     MANIFEST_FILE,
     Manifest,
-    move_durably,
     parse_manifest,
     read_manifest,
     refuse_newer,
-    write_durably,
 )
 from shared.storage import STARTUP_RETRY, RetryPolicy, Store
 
@@ -98,7 +96,7 @@ class LocalShardSet:
             JobError: another job took over.
         """
         try:
-            move_durably(path, self.root / name)
+            publish_file(path, self.root / name)
         except FileNotFoundError as error:
             raise JobError(f"{self.root}: {_TAKEN_OVER}") from error
 
@@ -135,7 +133,7 @@ class LocalShardSet:
 
     def write(self, name: str, content: bytes) -> None:
         """Make or replace a small file, atomically."""
-        write_durably(self.root / name, content)
+        write_atomic(self.root / name, content)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -219,9 +217,8 @@ class RemoteShardSet:
             CorruptError: it is gone, or its checksum is another.
         """
         self._fetch(name, path)
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise CorruptError(f"{self}/{name}: checksum differs from its index; {MEND_SET}")
+        if sha256_of_file(path) != sha256:
+            raise CorruptError(f"{self}/{name}: checksum differs from its index; {MEND_SET}")
 
     def _fetch(self, name: str, path: Path) -> None:
         try:
@@ -367,7 +364,3 @@ def _remove_parts(store: Store) -> None:
     """Remove parts of shards that a job left in a store."""
     for name in filter(_PART.match, store.list_files()):
         store.remove(name)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

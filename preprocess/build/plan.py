@@ -31,9 +31,10 @@ from preprocess.build.shards import (
     SessionWindows,
     ShardTask,
 )
+from shared.files import fingerprint_of
 from shared.recipe import SPLITS, Recipe, json_of
 from shared.shardset.layout import COLUMNS, column_basis
-from shared.shardset.manifest import FORMAT_VERSION, fingerprint_of
+from shared.shardset.manifest import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import ShardError
+from shared.files import fingerprint_of, sha256_of_file
 from shared.session.folder import AUDIO_FILE, METADATA_FILE, SOURCE_FILES, TEXT_FILE
 from shared.shardset.layout import COLUMNS, Column, column_basis, presence_bits
-from shared.shardset.manifest import fingerprint_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -220,6 +219,6 @@ class _Check:
                     self.place.open_column(file, work) as column,
                     column.path.open("rb") as content,
                 ):
-                    return hashlib.file_digest(content, "sha256").hexdigest() == sha256
+                    return sha256_of_file(content) == sha256
             except ShardError:
                 return True

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.build.commit import to_jsonl
 from preprocess.build.sources import scan_seconds
+from shared.files import fingerprint_of
 from shared.recipe import Recipe, json_of
 from shared.session.folder import SCANNED_FILES
 from shared.session.scan import SessionScan, SourceFile, scan_from_json, scan_session
-from shared.shardset.manifest import SESSIONS_FILE, fingerprint_of
+from shared.shardset.manifest import SESSIONS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

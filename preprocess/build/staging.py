@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from shared.errors import JobError, ShardError
+from shared.files import sha256_of_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +70,7 @@ def staging_folder(store: Store, run: str) -> Iterator[Path]:
         store: the set.
         run: this job; empty for a dry run, which removes nothing.
     """
-    digest = hashlib.sha256(store.url.encode()).hexdigest()[:12]
+    digest = sha256_of_bytes(store.url.encode())[:12]
     base = Path(gettempdir()) / f"shard-set-{os.getuid()}-{digest}"
     own = base / (run or "dry")
     folder = own / uuid4().hex[:12]

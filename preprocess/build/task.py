@@ -7,7 +7,6 @@ test in its own process; the bytes are the same.
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,9 +21,10 @@ from preprocess.build.video_subtasks import open_encoded, remove_encoded
 from preprocess.build.write import ZARR_WRITERS, Fields, Row, ShardBuilder, row_arrays, write_tar
 from shared.clock import Window
 from shared.errors import CorruptError, ShardError
+from shared.files import fingerprint_of, sha256_of_bytes, sha256_of_file
 from shared.shardset.index import ShardIndex, index_bytes, parse_index
 from shared.shardset.layout import COLUMNS, presence_bits, streams_of_bits
-from shared.shardset.manifest import ShardEntry, fingerprint_of
+from shared.shardset.manifest import ShardEntry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -152,7 +152,7 @@ def salvage_shard(
         if column.fingerprint == wanted.get(name) and sizes.get(column.file) == column.length_bytes
     }
     if set(good) == set(wanted) and not statistics.lacking(index.facts.get("statistics", {})):
-        digest = hashlib.sha256(content).hexdigest()
+        digest = sha256_of_bytes(content)
         return _entry(task, index.num_samples, digest, good)
     if not good or not set(task.kept) <= set(good):
         out.remove(name)
@@ -258,7 +258,7 @@ def _write_columns(
         builder.columns[name] = BuiltColumn(
             file=file,
             length_bytes=path.stat().st_size,
-            sha256=_sha256(path),
+            sha256=sha256_of_file(path),
             fingerprint=fingerprint_of(task.bases[name]),
             basis=task.bases[name],
             rows=task.rows[name],
@@ -348,9 +348,4 @@ def _write_index(
     name = task.file_name("index")
     (work / name).write_bytes(content)
     given.out.put(work / name, name)
-    return _entry(task, len(builder.rows), hashlib.sha256(content).hexdigest(), builder.columns)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _entry(task, len(builder.rows), sha256_of_bytes(content), builder.columns)

@@ -8,7 +8,6 @@ those of an old shard, so that the bytes do not depend on whether, and where, a 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from preprocess.build.reuse_reader import ColumnFileCache, ShardFieldReader
 from preprocess.build.task_context import iter_rows, open_sessions
 from preprocess.build.write import ShardBuilder, row_arrays, write_tar
 from shared.errors import MediaError
+from shared.files import sha256_of_bytes
 from shared.session.folder import VISION_FILES
 from shared.shardset.index import ShardIndex, index_bytes
 from shared.shardset.layout import COLUMNS
@@ -131,7 +131,7 @@ def encode_subtask(part: VideoSubtask, given: TaskContext) -> EncodedVideo:
         sessions=tuple(sources),
         file=file,
         index_file=index_file,
-        index_sha256=hashlib.sha256(content).hexdigest(),
+        index_sha256=sha256_of_bytes(content),
     )
 
 

@@ -10,7 +10,6 @@ sessions are made again by it, for that format has no hashes of single sessions.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections import Counter
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from preprocess.build.task import copy_shard
 from preprocess.build.task_context import TaskContext
 from preprocess.sets.parts import Part, require_alike, require_apart, require_different
 from shared.errors import MEND_SET, ShardError
+from shared.files import fingerprint_of, sha256_of_bytes
 from shared.recipe import SPLITS
 from shared.shardset.index import ShardIndex, index_bytes
 from shared.shardset.layout import COLUMNS
@@ -33,7 +33,6 @@ from shared.shardset.manifest import (
     REJECTED_FILE,
     Manifest,
     ShardEntry,
-    fingerprint_of,
 )
 from shared.storage import parse_location
 
@@ -280,7 +279,7 @@ def _put_index(entry: ShardEntry, index: ShardIndex, place: ShardSetStore, file:
     with place.workplace() as work:
         (work / file).write_bytes(content)
         place.put(work / file, file)
-    return replace(entry, index_file=file, index_sha256=hashlib.sha256(content).hexdigest())
+    return replace(entry, index_file=file, index_sha256=sha256_of_bytes(content))
 
 
 def _finish(

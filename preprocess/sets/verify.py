@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from preprocess.build.commit import count_windows
 from preprocess.sets.files import SetFiles, open_files
 from preprocess.sets.spread import describe_spread
 from shared.errors import MEND_SET, CorruptError, EngineError, ShardError
+from shared.files import sha256_of_file
 from shared.recipe import SPLITS, Recipe
 from shared.shardset.codec import decode_pictures, decode_text, decode_wav
 from shared.shardset.columns import ColumnFile
@@ -177,8 +177,7 @@ def _verify_shard(
         column = index.facts["columns"][name]
         path = files.path(column["file"])
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256_of_file(path)
         except OSError as error:
             problems.append(f"{path}: can't be read: {error.strerror}; {MEND_SET}")
             continue

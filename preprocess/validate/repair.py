@@ -32,6 +32,7 @@ from preprocess.validate.line_repairs import (
     trim,
 )
 from shared.errors import MediaError, SessionError
+from shared.files import sync_folder, write_synced
 from shared.media.sound import read_sound, read_video_track
 from shared.recipe import Stream
 from shared.session.alignment import align_sound, align_track, read_starts
@@ -161,13 +162,13 @@ def _media_stop(path: Path, recipe: Recipe) -> _Media:
 def _commit(path: Path, contents: Mapping[str, bytes]) -> list[str]:
     """Write the new files, keep the old ones."""
     for file, content in contents.items():
-        _write(path / f"{file}{_PART}", content)
+        write_synced(path / f"{file}{_PART}", content)
         shutil.copymode(path / file, path / f"{file}{_PART}")
     kept = [f"kept the original as {_keep(path / file).name}" for file in contents]
     temporary = path / f"{JOURNAL_FILE}{_PART}"
-    _write(temporary, "\n".join(sorted(contents)).encode())
+    write_synced(temporary, "\n".join(sorted(contents)).encode())
     temporary.replace(path / JOURNAL_FILE)
-    _sync_folder(path)
+    sync_folder(path)
     _finish(path)
     return kept
 
@@ -187,7 +188,7 @@ def _finish(path: Path) -> list[str]:
         part = path / f"{file}{_PART}"
         if file in named and part.exists():
             part.replace(path / file)
-    _sync_folder(path)
+    sync_folder(path)
     journal.unlink()
     return ["finished a repair that was interrupted"]
 
@@ -207,23 +208,6 @@ def _keep(path: Path) -> Path:
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
-        _write(backup, path.read_bytes())
+        write_synced(backup, path.read_bytes())
         shutil.copystat(path, backup)
     return backup
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file down to the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Bring renames in a folder down to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,13 +6,13 @@ the mark that begins an event.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from shared.errors import ConfigError
+from shared.files import sha256_of_bytes
 from shared.recipe import PAD_TOKEN
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TextTokenizer:
     @property
     def sha256(self) -> str:
         """Hash of the file."""
-        return hashlib.sha256(self.json.encode()).hexdigest()
+        return sha256_of_bytes(self.json.encode())
 
     def encode(self, text: str) -> list[int]:
         """Tokens of one event: the event mark, then its bytes' pairs.

@@ -8,7 +8,6 @@ writes.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from shared.clock import Interval, Window, interpolate, nearest, plan_windows
 from shared.errors import MediaError
+from shared.files import sha256_of_file
 from shared.media.mel import Loudness, measure_loudness
 from shared.media.sound import read_sound, read_video_track
 from shared.recipe import STREAMS, Recipe, Stream
@@ -344,7 +344,7 @@ def _hash_sources(path: Path, known: Mapping[str, SourceFile]) -> dict[str, Sour
             continue
         try:
             with (path / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = sha256_of_file(file)
                 sources[name] = SourceFile(length_bytes=file.tell(), sha256=digest)
         except OSError:
             continue

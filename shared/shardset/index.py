@@ -10,7 +10,6 @@ then arrays, each at a multiple of 64 bytes. The header holds plain facts and, u
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.errors import MEND_SET, CorruptError, FormatVersionError, ShardError
+from shared.files import sha256_of_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -174,7 +174,7 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
         CorruptError: not the bytes that the manifest means, or damaged.
         FormatVersionError: written by a newer version.
     """
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+    if sha256 is not None and sha256_of_bytes(content) != sha256:
         raise CorruptError(f"{origin}: checksum differs from the manifest; {MEND_SET}")
     if len(content) < _PREFIX.size:
         raise CorruptError(f"{origin}: {len(content)} bytes are no index")

@@ -8,9 +8,7 @@ reader sees the old set or the new one.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.config import make_section
 from shared.errors import MEND_SET, ConfigError, CorruptError, FormatVersionError, ShardError
+from shared.files import sha256_of_bytes, write_atomic
 from shared.media.tokenizer import TextTokenizer, parse_tokenizer
 from shared.recipe import SPLITS, Recipe, Split, json_of
 from shared.shardset.index import require_file_name
@@ -101,7 +100,7 @@ class Manifest:
             content = path.read_bytes() if content is None else content
         except OSError as error:
             raise ShardError(f"{path}: can't be read: {error.strerror}") from error
-        if hashlib.sha256(content).hexdigest() != self.tokenizer_sha256:
+        if sha256_of_bytes(content) != self.tokenizer_sha256:
             raise CorruptError(f"{path}: checksum differs from the manifest; {MEND_SET}")
         return parse_tokenizer(content.decode(), origin=str(path))
 
@@ -168,7 +167,7 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
 def _vouches(content: bytes, sha256: object) -> bool:
     """Whether a manifest ends with the checksum of what stands before."""
     body, _, _ = content.rpartition(_CHECKSUM.partition(b"%s")[0])
-    digest = hashlib.sha256(body).hexdigest()
+    digest = sha256_of_bytes(body)
     return sha256 == digest and content == body + _CHECKSUM % digest.encode()
 
 
@@ -266,48 +265,8 @@ def commit_manifest(
         ],
     }
     body = json.dumps(values, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
-    content = body + _CHECKSUM % hashlib.sha256(body).hexdigest().encode()
+    content = body + _CHECKSUM % sha256_of_bytes(body).encode()
     if write is None:
-        write_durably(manifest.root / MANIFEST_FILE, content)
+        write_atomic(manifest.root / MANIFEST_FILE, content)
     else:
         write(MANIFEST_FILE, content)
-
-
-def fingerprint_of(*parts: Any) -> str:  # noqa: ANN401
-    """A short stable hash of plain JSON values."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def temporary_path(path: Path) -> Path:
-    """Where a file is written before it takes its name; the next build removes a killed one's."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk and give it its name."""
-    temporary = temporary_path(path)
-    try:
-        temporary.write_bytes(content)
-        move_durably(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def move_durably(temporary: Path, path: Path) -> None:
-    """Flush a finished file to disk and give it its name, so that the name never stands for half of
-    it, not even after a power cut.
-    """
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,10 +11,10 @@ from helpers.oracles import tiny_recipe
 from preprocess.build.plan import plan_shards
 from preprocess.build.shards import BuiltColumn, BuiltShard, Plan, PreviousSet, ShardTask
 from shared.clock import Interval
+from shared.files import fingerprint_of
 from shared.recipe import STREAMS, Recipe, Stream
 from shared.session.scan import SessionScan, SourceFile
 from shared.shardset.layout import COLUMNS
-from shared.shardset.manifest import fingerprint_of
 
 RECIPE = tiny_recipe()
 SHA = "ab" * 32

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shared.errors import ConfigError, CorruptError, StorageError
+from shared.files import sha256_of_file
 from shared.storage import RetryPolicy, Store, with_retry
 from train.data.cache_quota import DiskQuota, unlock
 
@@ -164,7 +164,7 @@ class ShardCache:
         self._renewed.add(file.key)
         path = self.folder / file.key
         with suppress(FileNotFoundError):
-            if _sha256(path) != file.sha256:
+            if sha256_of_file(path) != file.sha256:
                 _log.warning("%s: differs from its checksum; fetched again", path)
                 self.room.remove(path)
         os.close(self.open(file, evict=evict))
@@ -237,7 +237,7 @@ class ShardCache:
 
         def fetch() -> None:
             self.store.fetch(file.name, part)
-            digest = _sha256(part)
+            digest = sha256_of_file(part)
             if digest == file.sha256:
                 return
             length = part.stat().st_size
@@ -317,8 +317,3 @@ class ShardCache:
                 )
             # Looking over a large folder takes long, and others wait for it meanwhile.
             time.sleep(max(_POLL_S, time.monotonic() - tried_s))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

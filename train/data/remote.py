@@ -14,7 +14,6 @@ What can go wrong, and what becomes of it:
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.errors import CorruptError, ShardError, StorageError
+from shared.files import sha256_of_bytes
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import ShardIndex, parse_index
 from shared.shardset.manifest import MANIFEST_FILE, parse_manifest
@@ -96,7 +96,7 @@ class RemoteFiles:
             ) from error
         except CorruptError as error:
             raise StorageError(str(error), may_pass=True) from error
-        return manifest, hashlib.sha256(content).hexdigest()
+        return manifest, sha256_of_bytes(content)
 
     def open_index(self, entry: ShardEntry, *, evict: Callable[[], bool]) -> ShardIndex:
         """A shard's index.
@@ -194,7 +194,7 @@ class RemoteFiles:
             )
         except FileNotFoundError:
             content = b""
-        if hashlib.sha256(content).hexdigest() == self._manifest_sha256:
+        if sha256_of_bytes(content) == self._manifest_sha256:
             return
         state = "has been updated" if content else "has been removed"
         raise StorageError(

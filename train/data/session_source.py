@@ -12,13 +12,13 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from shared.errors import ConfigError, CorruptError, SessionError
+from shared.files import fingerprint_of
 from shared.media.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from shared.media.yuv import write_rgb
 from shared.recipe import Recipe, Split, Stream, WindowShapes, json_of, load_recipe, split_of
 from shared.session.folder import find_sessions
 from shared.session.reader import SessionReader, Text
 from shared.session.scan import SessionScan, read_clocked, scan_session
-from shared.shardset.manifest import fingerprint_of
 from train.config import TEXT_STREAMS, TrainConfig, as_train_config
 from train.data.batch import assemble_batch, join_batches
 from train.data.device import VISION_STREAMS

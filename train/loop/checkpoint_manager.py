@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import CheckpointError, ConfigError
+from shared.files import sync_folder, write_atomic
 from train.checkpoints import (
     FINAL_NAME,
     check_checkpoint,
     checkpoints_in,
-    fsync_folder,
     partial_of,
     read_checkpoint,
     reason_of,
     save_checkpoint,
     step_name,
     step_of,
-    write_whole,
 )
 from train.machine import distributed
 
@@ -224,10 +223,10 @@ def link_checkpoint(source: Path, path: Path) -> Path:
             partial.unlink(missing_ok=True)
             partial.hardlink_to(source)
             partial.replace(path)
-            fsync_folder(path.parent)
+            sync_folder(path.parent)
             return path
         with source.open("rb") as old:
-            write_whole(path, lambda file: shutil.copyfileobj(old, file))
+            write_atomic(path, lambda file: shutil.copyfileobj(old, file), temporary=partial)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -215,7 +215,7 @@ def test_sessions_added_under_another_bound_of_the_vocabulary_are_counted(sessio
 
 def test_files_that_did_not_change_are_not_hashed_again(sessions, out, monkeypatch):
     build(sessions, out)
-    monkeypatch.setattr("shared.session.scan.hashlib", None)
+    monkeypatch.setattr("shared.session.scan.sha256_of_file", None)
     summary = build(sessions, out, tiny_recipe(audio={"loudness_dbfs": -30.0}))
     assert summary.num_scanned == 4
     assert {c for t in summary.plan.tasks for c in t.due} == {"audio", "dmel"}

@@ -319,7 +319,7 @@ def test_a_folder_that_can_not_be_written_is_a_clear_error(
     def refuse(path: Path, _content: bytes) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(preprocess.validate.repair, "_write", refuse)
+    monkeypatch.setattr(preprocess.validate.repair, "write_synced", refuse)
     shift(session, 12.7)
     before = snapshot(session)
     with pytest.raises(SessionError, match="Permission denied; make the folder writable"):

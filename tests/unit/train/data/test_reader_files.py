@@ -108,8 +108,8 @@ def test_few_shards_stay_open_and_what_was_closed_reads_again(tiny_set, monkeypa
 def test_shards_that_are_read_in_turn_are_hashed_once(tiny_set, monkeypatch):
     monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
     num_hashed = []
-    original = index.hashlib.sha256
-    monkeypatch.setattr(index.hashlib, "sha256", lambda c: num_hashed.append(0) or original(c))
+    original = index.sha256_of_bytes
+    monkeypatch.setattr(index, "sha256_of_bytes", lambda c: num_hashed.append(0) or original(c))
     source = ShardSource(tiny_set)
     num_shards = len(source.shard_sizes)
     before, num_before = open_files(tiny_set), len(num_hashed)

@@ -1,0 +1,110 @@
+"""Durable writes, checksums and fingerprints of files.
+
+A file that other processes read is written under a temporary name in the same folder, flushed to
+disk, and renamed; then the folder is flushed. At every moment, even after a power cut, its name
+stands for the whole old content or the whole new content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from io import BufferedReader
+    from typing import BinaryIO
+
+
+def write_atomic(
+    path: Path,
+    content: bytes | Callable[[BinaryIO], object],
+    *,
+    temporary: Path | None = None,
+) -> None:
+    """Replace a file by new content, durably.
+
+    Args:
+        path: the file; its folder exists.
+        content: the new bytes, or a function that writes them to an open binary file.
+        temporary: a path in the same folder to write to first; by default
+            :func:`temporary_path`. It is removed if the write fails.
+
+    Raises:
+        OSError: the file can't be written; `path` is unchanged.
+    """
+    temporary = temporary_path(path) if temporary is None else temporary
+    try:
+        write_synced(temporary, content)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file in place and flush it to disk; for a path that nobody reads yet."""
+    with path.open("wb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            content(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish_file(temporary: Path, path: Path) -> None:
+    """Flush a finished file to disk and rename it, durably.
+
+    Raises:
+        OSError: the file can't be renamed; FileNotFoundError if `temporary` is missing.
+    """
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def temporary_path(path: Path) -> Path:
+    """Name a file while it is written; the next build removes one that a killed job left."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_bytes(content: bytes) -> str:
+    """Return the SHA-256 of bytes, in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_of_file(file: Path | BufferedReader) -> str:
+    """Read a file to its end and return its SHA-256, in hex.
+
+    Args:
+        file: a path, or a binary file that is open for reading.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_of(*values: Any) -> str:  # noqa: ANN401 (any JSON value)
+    """Return a short stable hash of plain JSON values."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return sha256_of_bytes(text.encode())[:32]
