@@ -39,6 +39,10 @@ class Section(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON values, for manifests and fingerprints."""
+        return self.model_dump(mode="json")
+
 
 T = TypeVar("T")
 SectionT = TypeVar("SectionT", bound=Section)

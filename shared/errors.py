@@ -15,8 +15,8 @@
 
 from __future__ import annotations
 
-MEND_SET = "mend the set by `python -m preprocess shards --verify`"
-"""What to do about a set whose bytes are not those that were written."""
+REBUILD_HINT = "fix: run `python -m preprocess shards --verify`"
+"""Fix for a shard set whose bytes are not those that were written."""
 
 
 class EngineError(Exception):
@@ -71,14 +71,14 @@ class StorageError(EngineError):
 
     Args:
         message: what, where, how to mend.
-        brief: only what and where; for log lines.
-        may_pass: whether the same request may go well later.
+        summary: only what and where; for log lines.
+        is_transient: whether the same request may go well later.
     """
 
-    def __init__(self, message: str, *, brief: str = "", may_pass: bool = False) -> None:
+    def __init__(self, message: str, *, summary: str = "", is_transient: bool = False) -> None:
         super().__init__(message)
-        self.brief = brief or message
-        self.may_pass = may_pass
+        self.summary = summary or message
+        self.is_transient = is_transient
 
 
 class JobError(EngineError):

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from shared.config import Section, load_section
-from shared.errors import ConfigError
 
 PAD_TOKEN = 0
 """Token of silence, the same in every tokenizer."""
@@ -214,70 +212,7 @@ def load_recipe(path: Path | str) -> Recipe:
     return load_section(Recipe, path)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WindowShapes:
-    """The sizes that a model needs to know of a recipe."""
-
-    num_ticks: int = 40
-    tick_rate_hz: float = 10.0
-    num_frames: int = 20
-    image_size: int = 224
-    num_audio_frames: int = 200
-    mel_channels: int = 80
-    mel_levels: int = 16
-    num_sensor_samples: int = 120
-    touch_size: int = 5
-    proprio_size: int = 20
-    vocab_size: int = 1024
-
-    @property
-    def audio_frames_per_tick(self) -> int:
-        """DMel frames in one tick."""
-        return self.num_audio_frames // self.num_ticks
-
-    @property
-    def sensor_samples_per_tick(self) -> int:
-        """Touch and proprio samples in one tick."""
-        return self.num_sensor_samples // self.num_ticks
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe, *, tick_rate_hz: float = 10.0) -> WindowShapes:
-        """Sizes of a recipe's windows at a tick rate.
-
-        Raises:
-            ConfigError: the tick rate does not fit the recipe's rates.
-        """
-        num_ticks = round(tick_rate_hz * recipe.window.duration_s)
-        for name, rate_hz in (
-            ("mel.rate_hz", recipe.mel.rate_hz),
-            ("sensors.rate_hz", recipe.sensors.rate_hz),
-        ):
-            if num_ticks < 1 or recipe.count(rate_hz) % num_ticks:
-                raise ConfigError(
-                    f"model.tick_rate_hz {tick_rate_hz:g} does not divide the recipe's {name} "
-                    f"{rate_hz:g}; choose one that divides both mel.rate_hz and sensors.rate_hz"
-                )
-        return cls(
-            num_ticks=num_ticks,
-            tick_rate_hz=tick_rate_hz,
-            num_frames=recipe.count(recipe.vision.rate_hz),
-            image_size=recipe.vision.size,
-            num_audio_frames=recipe.count(recipe.mel.rate_hz),
-            mel_channels=recipe.mel.channels,
-            mel_levels=recipe.mel.levels,
-            num_sensor_samples=recipe.count(recipe.sensors.rate_hz),
-            touch_size=recipe.sensors.touch_size,
-            proprio_size=recipe.sensors.proprio_size,
-            vocab_size=recipe.text.vocab_size,
-        )
-
-
-def json_of(section: Section) -> dict[str, Any]:
-    """A section as plain JSON values, for manifests and fingerprints."""
-    return section.model_dump(mode="json")
-
-
-def split_of(session: str, recipe: Recipe) -> Split:
+def assign_split(session: str, recipe: Recipe) -> Split:
     """Train or val, by a hash of the session's name: it never changes when others come or go."""
     digest = hashlib.sha256(f"{recipe.split.salt}/{session}".encode()).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64

@@ -96,16 +96,16 @@ def with_retry(call: Callable[[], _T], *, patience: RetryPolicy) -> _T:
             longest_s = min(patience.first_wait_s * 2 ** (attempt - 1), patience.longest_wait_s)
             wait_s = _chance.uniform(0, longest_s)
             passed_s = time.monotonic() - begin_s
-            if not error.may_pass:
+            if not error.is_transient:
                 raise
             if attempt >= patience.attempts or passed_s + wait_s > patience.total_s:
                 raise StorageError(
-                    f"{error.brief}; given up after {attempt} attempts in {passed_s:.0f} s; when "
+                    f"{error.summary}; given up after {attempt} attempts in {passed_s:.0f} s; when "
                     "it can be reached, run the command again (a training: with --resume auto)"
                 ) from error
             _log.warning(
                 "%s; attempt %d of %d in %.1f s",
-                error.brief,
+                error.summary,
                 attempt + 1,
                 patience.attempts,
                 wait_s,
@@ -270,12 +270,12 @@ class Store:
                 "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
             )
             reason = (str(error) or silent).splitlines()[0]
-            brief = f"{place}: {shown(reason)} ({type(error).__name__})"
+            summary = f"{place}: {shown(reason)} ({type(error).__name__})"
             raise StorageError(
-                f"{brief}; is the address right, and may you read and write there? Nothing that "
+                f"{summary}; is the address right, and may you read and write there? Nothing that "
                 "was finished is lost: run it again",
-                brief=brief,
-                may_pass=_may_pass(error),
+                summary=summary,
+                is_transient=_may_pass(error),
             ) from error
 
 

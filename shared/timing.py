@@ -46,7 +46,7 @@ class StageTimer:
         """Forget what was measured; the first stage begins."""
         self._marks = [("", self._now())]
 
-    def lap(self, stage: str) -> None:
+    def end_stage(self, stage: str) -> None:
         """The time since the last mark was this stage's."""
         self._marks.append((stage, self._now()))
 

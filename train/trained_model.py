@@ -11,9 +11,10 @@ from torch import Tensor
 from shared.config import make_section
 from shared.errors import CheckpointError, ConfigError
 from shared.media.tokenizer import TextTokenizer, parse_tokenizer
-from shared.recipe import Recipe, WindowShapes, json_of
+from shared.recipe import Recipe
 from train.checkpoints import load_checkpoint
 from train.config import TrainConfig, as_train_config
+from train.data.batch import WindowShapes
 from train.model.baselines import Baselines
 from train.model.multimodal import MultiModalCreature, dimensions
 
@@ -133,7 +134,7 @@ def checkpoint_extras(loader: object) -> dict[str, Any]:
     recipe, tokenizer = getattr(source, "recipe", None), getattr(source, "tokenizer", None)
     if not isinstance(recipe, Recipe) or not isinstance(tokenizer, TextTokenizer):
         return {}
-    return {"recipe": json_of(recipe), "tokenizer": tokenizer.json}
+    return {"recipe": recipe.as_json(), "tokenizer": tokenizer.json}
 
 
 def check_windows(loader: object, config: TrainConfig) -> None:

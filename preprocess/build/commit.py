@@ -167,7 +167,7 @@ def _files_of(name: str, place: ShardSetStore, *, known: Collection[str]) -> set
             if shard["index_file"] in known:
                 continue
             found.add(shard["index_file"])
-            columns = place.read_index(shard["index_file"]).facts["columns"]
+            columns = place.read_index(shard["index_file"]).columns
             found |= {column["file"] for column in columns.values()}
     return found
 
@@ -207,7 +207,7 @@ def to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
 
 def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]]:
     windows = scan.windows(recipe)
-    for sentence in scan.oddities:
+    for sentence in scan.issues:
         yield {"level": "lines", "session": scan.session, "reason": sentence}
     reason = scan.session_rejection(recipe)
     if reason is not None:

@@ -29,7 +29,7 @@ from preprocess.build.video_subtasks import (
 )
 from shared.errors import ConfigError, CorruptError, FormatVersionError, ShardError
 from shared.media.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
-from shared.recipe import Recipe, split_of
+from shared.recipe import Recipe, assign_split
 from shared.session.folder import METADATA_FILE, TEXT_FILE
 from shared.session.scan import read_texts
 from shared.shardset.manifest import ShardEntry
@@ -113,7 +113,7 @@ def build_shards(
         entries |= _run(tasks, recordings, scans, place, recipe, tokenizer, cluster, task_s)
         kept = {s.name: s for s in old.shards} if old is not None else {}
         shards = tuple(entries.get(name) or kept[name] for name in plan.order)
-        facts = [place.read_index(entry.index_file).facts for entry in shards]
+        facts = [place.read_index(entry.index_file).header for entry in shards]
         manifest = _manifest(
             place, recipe, shards, facts, scans, tokenizer, tokenizer_file, old, plan
         )
@@ -203,7 +203,7 @@ def _choose_tokenizer(
         except ShardError:
             tokenizer = None
     if tokenizer is None:
-        train = [r for name, r in recordings.items() if split_of(name, recipe) == "train"]
+        train = [r for name, r in recordings.items() if assign_split(name, recipe) == "train"]
         seconds = sum(column_seconds(recording, "text") for recording in train)
         texts = cluster.map(_Texts(place), train, what="read texts", work_s=seconds)
         tokenizer = train_tokenizer(

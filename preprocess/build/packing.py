@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from preprocess.build.shards import PlannedShard, SessionWindows
-from shared.recipe import SPLITS, split_of
+from shared.recipe import SPLITS, assign_split
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -85,7 +85,7 @@ def pack(
         number = max(numbers, default=-1) + 1
         room = 0
         for session in sessions:
-            if split_of(session, recipe) != split:
+            if assign_split(session, recipe) != split:
                 continue
             windows = kept[session]
             while windows:
@@ -138,7 +138,7 @@ def recover(
     found: dict[str, tuple[SessionWindows, ...]] = {}
     for split in SPLITS:
         own = [entry for entry in entries if entry.split == split]
-        rows = [row for row in missing if split_of(row[0], recipe) == split]
+        rows = [row for row in missing if assign_split(row[0], recipe) == split]
         if len(rows) != sum(entry.num_samples for entry in own):
             continue
         for entry in own:

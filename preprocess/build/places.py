@@ -29,7 +29,7 @@ from preprocess.build.staging import (
     run_folder,
     staging_folder,
 )
-from shared.errors import MEND_SET, CorruptError, JobError, ShardError
+from shared.errors import REBUILD_HINT, CorruptError, JobError, ShardError
 from shared.files import publish_file, sha256_of_file, write_atomic
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import ShardIndex, open_index, parse_index
@@ -218,7 +218,7 @@ class RemoteShardSet:
         """
         self._fetch(name, path)
         if sha256_of_file(path) != sha256:
-            raise CorruptError(f"{self}/{name}: checksum differs from its index; {MEND_SET}")
+            raise CorruptError(f"{self}/{name}: checksum differs from its index; {REBUILD_HINT}")
 
     def _fetch(self, name: str, path: Path) -> None:
         try:

@@ -32,7 +32,7 @@ from preprocess.build.shards import (
     ShardTask,
 )
 from shared.files import fingerprint_of
-from shared.recipe import SPLITS, Recipe, json_of
+from shared.recipe import SPLITS, Recipe
 from shared.shardset.layout import COLUMNS, column_basis
 from shared.shardset.manifest import FORMAT_VERSION
 
@@ -115,7 +115,7 @@ def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
 def _flat(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe with their sections, and their values."""
     flat: dict[str, Any] = {}
-    for name, value in json_of(recipe).items():
+    for name, value in recipe.as_json().items():
         is_section = isinstance(value, dict)
         flat |= {f"{name}.{k}": v for k, v in value.items()} if is_section else {name: value}
     return flat

@@ -39,7 +39,7 @@ def row_facts(
             presence_bits(set(scan.present(windows[w], recipe)) & set(column.streams))
             for w in piece.windows
         ]
-        moved = {s: scan.moved[s] for s in column.streams if s in scan.moved}
+        moved = {s: scan.start_overrides[s] for s in column.streams if s in scan.start_overrides}
         facts[piece.session] = [piece.session, piece.windows, bits, sources, offset_s, gain]
         facts[piece.session] += [moved] if moved else []  # others hash as they always did
     return facts
@@ -206,7 +206,7 @@ class _Check:
 
     def __call__(self, index_file: str) -> list[str]:
         try:
-            columns = self.place.read_index(index_file).facts["columns"].values()
+            columns = self.place.read_index(index_file).columns.values()
             return [c["file"] for c in columns if not self._is_whole(c["file"], c["sha256"])]
         except (ShardError, KeyError, TypeError):
             return []

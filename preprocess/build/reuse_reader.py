@@ -89,7 +89,7 @@ class ShardFieldReader:
         self._columns = columns
         self._rows: dict[int, tuple[ShardIndex, str, int]] = {}
         for index, file in found:
-            number = index.facts["sessions"].index(session)
+            number = index.sessions.index(session)
             for row in np.flatnonzero(index.arrays["session"] == number):
                 self._rows[int(index.arrays["window"][row])] = index, file, int(row)
 
@@ -98,7 +98,7 @@ class ShardFieldReader:
         return [
             loss
             for index, _ in self._found
-            for loss in index.facts["losses"]
+            for loss in index.decode_failures
             if loss["session"] == self.session and loss["stream"] == stream
         ]
 

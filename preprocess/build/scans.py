@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from preprocess.build.commit import to_jsonl
 from preprocess.build.sources import scan_seconds
 from shared.files import fingerprint_of
-from shared.recipe import Recipe, json_of
+from shared.recipe import Recipe
 from shared.session.folder import SCANNED_FILES
 from shared.session.scan import SessionScan, SourceFile, scan_from_json, scan_session
 from shared.shardset.manifest import SESSIONS_FILE
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from preprocess.build.cluster import Cluster
     from preprocess.build.places import ShardSetStore
     from preprocess.build.sources import Recording
+    from shared.recipe import Recipe
 
 SCAN_VERSION = 2
 """Raised when a scan of the same files would say something else."""
@@ -41,7 +42,7 @@ def scan_sessions(
         recipe: the recipe to scan by.
         cluster: runs the scans.
     """
-    sections = json_of(recipe)
+    sections = recipe.as_json()
     basis = fingerprint_of(SCAN_VERSION, {p: sections[p] for p in _SCAN_PARTS})
     cached = _parse_cache(out.read(SESSIONS_FILE) or b"")
     stamps = {name: dict(recording.stamp) for name, recording in recordings.items()}

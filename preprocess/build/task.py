@@ -23,7 +23,7 @@ from shared.clock import Window
 from shared.errors import CorruptError, ShardError
 from shared.files import fingerprint_of, sha256_of_bytes, sha256_of_file
 from shared.shardset.index import ShardIndex, index_bytes, parse_index
-from shared.shardset.layout import COLUMNS, presence_bits, streams_of_bits
+from shared.shardset.layout import COLUMNS, presence_bits, streams_from_bits
 from shared.shardset.manifest import ShardEntry
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def salvage_shard(
         for name, column in columns.items()
         if column.fingerprint == wanted.get(name) and sizes.get(column.file) == column.length_bytes
     }
-    if set(good) == set(wanted) and not statistics.lacking(index.facts.get("statistics", {})):
+    if set(good) == set(wanted) and not statistics.lacking(index.header.get("statistics", {})):
         digest = sha256_of_bytes(content)
         return _entry(task, index.num_samples, digest, good)
     if not good or not set(task.kept) <= set(good):
@@ -165,10 +165,10 @@ def salvage_shard(
 def _cut(index: ShardIndex, columns: Iterable[str]) -> ShardIndex:
     """An index of some of its columns."""
     columns = set(columns)
-    gone = tuple(f"{n}{mark}" for n in set(index.facts["columns"]) - columns for mark in "./")
-    facts = {**index.facts, "columns": {n: index.facts["columns"][n] for n in sorted(columns)}}
+    gone = tuple(f"{n}{mark}" for n in set(index.columns) - columns for mark in "./")
+    facts = {**index.header, "columns": {n: index.columns[n] for n in sorted(columns)}}
     arrays = {n: array for n, array in index.arrays.items() if not n.startswith(gone)}
-    return ShardIndex(facts=facts, arrays=arrays)
+    return ShardIndex(header=facts, arrays=arrays)
 
 
 def describe_shard(
@@ -188,7 +188,7 @@ def describe_shard(
     index = out.read_index(entry.index_file, sha256=entry.index_sha256)
     if index.num_samples != entry.num_samples:
         raise CorruptError(f"{out}/{entry.index_file}: is not of {entry.num_samples} samples")
-    facts = index.facts
+    facts = index.header
     columns = _columns(index)
     cut = {
         name: "its file is gone or cut"
@@ -245,7 +245,7 @@ def _write_columns(
                 ColumnFileCache(lambda old_file: source.open_column(old_file, work))
             )
             for session, files in task.copied.get(name, {}).items():
-                found = [(old[f], old[f].facts["columns"][name]["file"]) for f in files]
+                found = [(old[f], old[f].columns[name]["file"]) for f in files]
                 readers[session] = ShardFieldReader(
                     session, found=found, columns=columns, recipe=given.recipe
                 )
@@ -269,7 +269,7 @@ def _write_columns(
 
 
 def _columns(index: ShardIndex) -> dict[str, BuiltColumn]:
-    return {name: BuiltColumn(**values) for name, values in index.facts["columns"].items()}
+    return {name: BuiltColumn(**values) for name, values in index.columns.items()}
 
 
 def _entry(
@@ -289,7 +289,7 @@ def _old_rows(task: ShardTask, recipe: Recipe, old: Sequence[ShardIndex]) -> Ite
     """Rows of a task as old indexes describe them."""
     places = {
         (
-            index.facts["sessions"][int(index.arrays["session"][row])],
+            index.sessions[int(index.arrays["session"][row])],
             int(index.arrays["window"][row]),
         ): (index.arrays, row)
         for index in old
@@ -299,7 +299,7 @@ def _old_rows(task: ShardTask, recipe: Recipe, old: Sequence[ShardIndex]) -> Ite
     for number, key in enumerate(keys):
         arrays, row = places[key]
         window = Window(key[1], float(arrays["start_s"][row]), recipe.window.duration_s)
-        streams = streams_of_bits(int(arrays["present"][row]))
+        streams = streams_from_bits(int(arrays["present"][row]))
         yield Row(number, key[0], window, streams, arrays["coverage"][row].tolist())
 
 
@@ -309,10 +309,10 @@ def _keep_column(builder: ShardBuilder, name: str, built: BuiltColumn, old: Shar
     for array, values in old.arrays.items():
         if array.startswith((f"{name}.", f"{name}/")):
             builder.arrays[array] = np.array(values)
-    if name in old.facts["statistics"]:
-        builder.statistics[name] = old.facts["statistics"][name]
+    if name in old.header["statistics"]:
+        builder.statistics[name] = old.header["statistics"][name]
     streams = set(COLUMNS[name].streams)
-    builder.losses += [loss for loss in old.facts["losses"] if loss["stream"] in streams]
+    builder.losses += [loss for loss in old.decode_failures if loss["stream"] in streams]
 
 
 def _write_index(
@@ -344,7 +344,7 @@ def _write_index(
         "statistics": builder.statistics,
         "losses": builder.losses,
     }
-    content = index_bytes(ShardIndex(facts=facts, arrays=arrays))
+    content = index_bytes(ShardIndex(header=facts, arrays=arrays))
     name = task.file_name("index")
     (work / name).write_bytes(content)
     given.out.put(work / name, name)

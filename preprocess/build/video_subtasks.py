@@ -179,7 +179,7 @@ def _builder(
     seen = [row for row in rows if stream in row.streams]
     windows = [row.window for row in seen]
     try:
-        cuts = readers[session].cut_frames(stream, windows, part.num_runs) if windows else ()
+        cuts = readers[session].split_into_runs(stream, windows, part.num_runs) if windows else ()
     except MediaError:
         cuts = [0, *[len(seen)] * part.num_runs]  # the first run notes the losses
     mine: list[Row] = seen[cuts[part.run] : cuts[part.run + 1]] if windows else []
@@ -191,6 +191,6 @@ def _index(part: VideoSubtask, builder: ShardBuilder) -> ShardIndex:
     """What the shard needs to know of a part, as an index of it alone."""
     sessions = [piece.session for piece in part.slices]
     return ShardIndex(
-        facts={"sessions": sessions, "columns": {}, "losses": builder.losses},
+        header={"sessions": sessions, "columns": {}, "losses": builder.losses},
         arrays={**row_arrays(builder.rows, sessions), **builder.arrays},
     )

@@ -133,7 +133,7 @@ def _vision_contents(
             continue
         try:
             windows, among = [r.window for r in rows.values()], builder.passes.get(session)
-            for window, frames in reader.iter_frames(stream, windows, among=among):
+            for window, frames in reader.iter_frames(stream, windows, decode_context=among):
                 row = rows.pop(window.index)
                 errors[row.number] = frames.error_s
                 if np.isfinite(frames.error_s).any():

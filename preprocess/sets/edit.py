@@ -22,7 +22,7 @@ from preprocess.build.shards import SessionWindows, ShardTask, versioned
 from preprocess.build.task import copy_shard
 from preprocess.build.task_context import TaskContext
 from preprocess.sets.parts import Part, require_alike, require_apart, require_different
-from shared.errors import MEND_SET, ShardError
+from shared.errors import REBUILD_HINT, ShardError
 from shared.files import fingerprint_of, sha256_of_bytes
 from shared.recipe import SPLITS
 from shared.shardset.index import ShardIndex, index_bytes
@@ -80,7 +80,7 @@ def _list(source: ShardSetStore, manifest: Manifest) -> list[SetSession]:
     splits: dict[str, str] = {}
     for entry in manifest.shards:
         index = source.read_index(entry.index_file, sha256=entry.index_sha256)
-        for number, name in enumerate(index.facts["sessions"]):
+        for number, name in enumerate(index.sessions):
             rows = index.arrays["session"] == number
             samples[name] += int(rows.sum())
             lengths = (a[rows] for n, a in index.arrays.items() if n.endswith(".length"))
@@ -200,7 +200,9 @@ def _take(
     """A shard with the sessions that are taken; None where it has none of them."""
     source = part.source
     index = source.read_index(entry.index_file, sha256=entry.index_sha256)
-    slices = [SessionWindows(session, tuple(windows)) for session, windows in index.facts["slices"]]
+    slices = [
+        SessionWindows(session, tuple(windows)) for session, windows in index.header["slices"]
+    ]
     taken = tuple(piece for piece in slices if piece.session in part.sessions)
     if not taken:
         return None
@@ -234,7 +236,7 @@ def _copy_task(
     sessions = tuple(piece.session for piece in taken)
     rows: dict[str, dict[str, str]] = {}
     bases: dict[str, dict[str, Any]] = {}
-    for column, facts in index.facts["columns"].items():
+    for column, facts in index.columns.items():
         hashes = facts["rows"]
         rows[column] = {s: hashes[s] for s in sessions if s in hashes}
         bases[column] = {**facts["basis"], "rows": fingerprint_of(list(rows[column].values()))}
@@ -262,14 +264,14 @@ def _link(
     """
     columns = {}
     with place.workplace() as work:
-        for column, facts in index.facts["columns"].items():
+        for column, facts in index.columns.items():
             file = f"{name}.{column}.{COLUMNS[column].suffix}"
             source.copy(facts["file"], work / file, sha256=facts["sha256"])
             place.put(work / file, file)
             (work / file).unlink(missing_ok=True)  # an upload leaves it
             columns[column] = {**facts, "file": file}
-    facts = {**index.facts, "name": name, "columns": columns}
-    renamed = ShardIndex(facts=facts, arrays=index.arrays)
+    facts = {**index.header, "name": name, "columns": columns}
+    renamed = ShardIndex(header=facts, arrays=index.arrays)
     return _put_index(replace(entry, name=name), renamed, place, f"{name}.index")
 
 
@@ -294,7 +296,7 @@ def _finish(
     if not entries:
         raise ShardError(f"{place}: no sample would be left; remove the folder instead")
     tokenizer = like.load_tokenizer()
-    facts = [place.read_index(entry.index_file).facts for entry in entries]
+    facts = [place.read_index(entry.index_file).header for entry in entries]
     lines = _rejected_of(parts, facts)
     manifest = make_manifest(
         place,
@@ -331,10 +333,10 @@ def _read_rejected(source: ShardSetStore) -> list[dict[str, Any]]:
     try:
         content = source.read(REJECTED_FILE)
         if content is None:
-            raise ShardError(f"{path}: is not there; {MEND_SET}")
+            raise ShardError(f"{path}: is not there; {REBUILD_HINT}")
         return [json.loads(line) for line in content.decode().split("\n") if line]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ShardError(f"{path}: can't be read: {error}; {MEND_SET}") from error
+        raise ShardError(f"{path}: can't be read: {error}; {REBUILD_HINT}") from error
 
 
 def _require_known(known: Collection[str], names: Collection[str], source: ShardSetStore) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from preprocess.build.places import RemoteShardSet
 from preprocess.build.plan import setting_changes
 from shared.errors import ShardError
-from shared.recipe import json_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,7 +102,7 @@ def require_alike(parts: Sequence[Part]) -> None:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Keys of a recipe that decide what the samples of a set are."""
-    sections = {k: v for k, v in json_of(recipe).items() if k not in ("shard", "text")}
+    sections = {k: v for k, v in recipe.as_json().items() if k not in ("shard", "text")}
     required = sections.pop("required")
     flat = {f"{s}.{key}": value for s, keys in sections.items() for key, value in keys.items()}
     return {"required": required, **flat}

@@ -11,13 +11,13 @@ import numpy as np
 from preprocess.build.commit import count_windows
 from preprocess.sets.files import SetFiles, open_files
 from preprocess.sets.spread import describe_spread
-from shared.errors import MEND_SET, CorruptError, EngineError, ShardError
+from shared.errors import REBUILD_HINT, CorruptError, EngineError, ShardError
 from shared.files import sha256_of_file
 from shared.recipe import SPLITS, Recipe
 from shared.shardset.codec import decode_pictures, decode_text, decode_wav
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import MEMBER_TABLES, ShardIndex, open_index, require_complete
-from shared.shardset.layout import COLUMNS, member_limits, streams_of_bits
+from shared.shardset.layout import COLUMNS, member_limits, streams_from_bits
 from shared.shardset.manifest import (
     FORMAT_VERSION,
     REJECTED_FILE,
@@ -124,7 +124,7 @@ def describe_sample(place: Path | str, key: str) -> Iterator[tuple[str, str]]:
     with open_files(place) as files:
         entry, index, row = _find(files, key)
         arrays = index.arrays
-        present = streams_of_bits(int(arrays["present"][row]))
+        present = streams_from_bits(int(arrays["present"][row]))
         yield "sample", f"{key}, row {row} of {entry.name}"
         yield "time", f"[{arrays['start_s'][row]:g}, {arrays['stop_s'][row]:g}) s of its session"
         yield "streams", ", ".join(present) or "none"
@@ -133,7 +133,7 @@ def describe_sample(place: Path | str, key: str) -> Iterator[tuple[str, str]]:
             if name in arrays:
                 yield stream, _frame_errors(np.asarray(arrays[name][row]))
         for name, tables in MEMBER_TABLES.items():
-            file = index.facts["columns"][name]["file"]
+            file = index.columns[name]["file"]
             for table in tables:
                 members = index.members(table)
                 where = f"{int(members.length[row])} bytes at {int(members.offset[row])}"
@@ -157,13 +157,13 @@ def _verify_rows(
     if index.num_samples != entry.num_samples:
         yield (
             f"{entry.name}: its index has {index.num_samples} samples, the manifest says "
-            f"{entry.num_samples}; {MEND_SET}"
+            f"{entry.num_samples}; {REBUILD_HINT}"
         )
     for key in map(index.key, range(index.num_samples)):
         if key in keys:
             yield f"{entry.name}: key {key} stands twice in the set"
         keys.add(key)
-    for session in index.facts["sessions"]:
+    for session in index.sessions:
         if splits.setdefault(session, entry.split) != entry.split:
             yield f"{entry.name}: session {session} is in both splits: held-out data leaks"
 
@@ -174,15 +174,15 @@ def _verify_shard(
     """Check one shard's files and members; returns how many members there are."""
     num_members = 0
     for name in COLUMNS:
-        column = index.facts["columns"][name]
+        column = index.columns[name]
         path = files.path(column["file"])
         try:
             digest = sha256_of_file(path)
         except OSError as error:
-            problems.append(f"{path}: can't be read: {error.strerror}; {MEND_SET}")
+            problems.append(f"{path}: can't be read: {error.strerror}; {REBUILD_HINT}")
             continue
         if digest != column.get("sha256"):
-            problems.append(f"{path}: checksum differs from its index; {MEND_SET}")
+            problems.append(f"{path}: checksum differs from its index; {REBUILD_HINT}")
         for table in MEMBER_TABLES[name]:
             for row in range(index.num_samples):
                 try:
@@ -212,7 +212,7 @@ def _verify_counts(files: SetFiles, num_samples: int) -> Iterator[str]:
         rejected = count_windows(lines)
         planned, counted = (counts[name] for name in ("windows_planned", "samples"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        yield f"{path} or the manifest's counts can't be read: {error!r}; {MEND_SET}"
+        yield f"{path} or the manifest's counts can't be read: {error!r}; {REBUILD_HINT}"
         return
     if counted != num_samples:
         yield f"the manifest counts {counted} samples, {num_samples} are there"
@@ -234,7 +234,7 @@ def _decode(column: str, content: bytes, recipe: Recipe) -> Any:  # noqa: ANN401
 
 def _read(files: SetFiles, index: ShardIndex, table: str, row: int) -> bytes | None:
     column = table.partition("/")[0]
-    file = ColumnFile(files.path(index.facts["columns"][column]["file"]))
+    file = ColumnFile(files.path(index.columns[column]["file"]))
     limit = member_limits(files.manifest.recipe)[table]
     try:
         return file.read(index.members(table), row, max_bytes=limit)
@@ -253,7 +253,7 @@ def _find(files: SetFiles, key: str) -> tuple[ShardEntry, ShardIndex, int]:
     session = key.rpartition("/")[0]
     for entry in files.manifest.shards:
         index = _open_index(files, entry)
-        if session in index.facts["sessions"]:
+        if session in index.sessions:
             for row in range(index.num_samples):
                 if index.key(row) == key:
                     return entry, index, row

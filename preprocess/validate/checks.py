@@ -23,9 +23,15 @@ from preprocess.validate.line_checks import (
     check_touch,
 )
 from shared.clock import EPSILON_S
-from shared.media.mel import SILENCE_RMS
+from shared.media.sound import SILENCE_RMS
 from shared.recipe import Stream
-from shared.session.folder import AUDIO_FILE, FACTS_FILE, METADATA_FILE, TEXT_FILE, VISION_FILES
+from shared.session.folder import (
+    AUDIO_FILE,
+    METADATA_FILE,
+    SESSION_INFO_FILE,
+    TEXT_FILE,
+    VISION_FILES,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,7 +40,7 @@ if TYPE_CHECKING:
 
     from preprocess.validate.probe import SessionProbe
     from shared.clock import Interval
-    from shared.media.sound import VideoTrack
+    from shared.media.video import VideoTrack
 
 END_WARNING_S = 0.1
 END_ERROR_S = 1.0
@@ -57,7 +63,7 @@ def check_files(evidence: SessionProbe) -> list[Finding]:
     """Every file that is there opens."""
     findings: list[Finding] = []
     for file, why in evidence.unreadable.items():
-        is_free = file == FACTS_FILE
+        is_free = file == SESSION_INFO_FILE
         mend = "correct or delete it" if is_free else "replace it, or remove it to do without it"
         message = f"{file}: {why}" if ";" in why else f"{file}: {why}; {mend}"
         findings.append(Finding("warning" if is_free else "error", message))
@@ -109,7 +115,7 @@ def check_starts(evidence: SessionProbe) -> list[Finding]:
             f"{VISION_FILES.get(stream, AUDIO_FILE)}: begins {origin_s:.3f} s after its "
             f"container's zero; placed at {evidence.intervals[stream].start_s:g} s, for files have "
             "no clock in common; if it was recorded so much later than the others, write "
-            f'"start_s": {{"{stream}": {origin_s:.3f}}} into {FACTS_FILE}',
+            f'"start_s": {{"{stream}": {origin_s:.3f}}} into {SESSION_INFO_FILE}',
         )
         for stream, origin_s in origins_s.items()
         if stream not in evidence.starts and abs(origin_s) > END_WARNING_S
@@ -218,17 +224,17 @@ def check_drift(evidence: SessionProbe) -> list[Finding]:
 
 def check_text(evidence: SessionProbe) -> list[Finding]:
     """Text events lie inside the session, in known streams, and say something."""
-    unknown = [o for o in evidence.oddities if o.kind == "stream"]
+    unknown = [o for o in evidence.issues if o.kind == "stream"]
     findings = limited("error", (say(o, "correct the name; the text is lost") for o in unknown))
-    empty = [o for o in evidence.oddities if o.kind == "text"]
+    empty = [o for o in evidence.issues if o.kind == "text"]
     findings += limited("warning", (say(o, "it is left out; write a text there") for o in empty))
     length_s = evidence.length_s
     found = [(event, event.time_s - evidence.offset_s) for event in evidence.events]
     return findings + limited(
         "warning",
         (
-            f"{event.place}: a text begins at {t:.3f} s, outside the session [0, {length_s:.3f}) "
-            "s; correct its timestamp"
+            f"{event.source_line}: a text begins at {t:.3f} s, outside the session "
+            f"[0, {length_s:.3f}) s; correct its timestamp"
             for event, t in found
             if not -EPSILON_S <= t <= length_s + EPSILON_S
         ),

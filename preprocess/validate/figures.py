@@ -27,7 +27,7 @@ from preprocess.validate.media import FLOOR_DB, read_envelope, read_thumbnails
 from preprocess.validate.texts import ListedText, TextLanes, draw_lanes, list_texts
 from preprocess.validate.timeline import Band, Row, draw_bands, find_gaps, timeline_rows
 from shared.errors import MediaError
-from shared.media.mel import SILENCE_RMS
+from shared.media.sound import SILENCE_RMS
 from shared.recipe import Stream
 from shared.session.folder import AUDIO_FILE, METADATA_FILE, VISION_FILES
 

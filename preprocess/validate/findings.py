@@ -34,6 +34,6 @@ def limited(level: Level, messages: Iterable[str]) -> list[Finding]:
     return findings
 
 
-def say(oddity: ParseIssue, mend: str) -> str:
-    """File, line and oddity in one sentence with its mend."""
-    return f"{oddity.file} line {oddity.line}: {oddity.what}; {mend}"
+def say(issue: ParseIssue, mend: str) -> str:
+    """File, line and issue in one sentence with its mend."""
+    return f"{issue.file} line {issue.line}: {issue.what}; {mend}"

@@ -61,7 +61,7 @@ def check_timestamps(evidence: SessionProbe) -> list[Finding]:
         TEXT_FILE: "it is left out; write the second when the text begins",
     }
     findings = [*_unit(evidence), *_unread(evidence, {"timestamp"}, mends)]
-    back = [(o.line, o.back_s) for o in evidence.oddities if o.kind == "order"]
+    back = [(o.line, o.back_s) for o in evidence.issues if o.kind == "order"]
     findings += limited(
         "error",
         (
@@ -81,7 +81,7 @@ def check_timestamps(evidence: SessionProbe) -> list[Finding]:
         ),
     )
     mend = "the first line is kept; --fix joins the two"
-    twice = [o for o in evidence.oddities if o.kind == "duplicate"]
+    twice = [o for o in evidence.issues if o.kind == "duplicate"]
     return findings + limited("warning", (say(o, mend) for o in twice))
 
 
@@ -185,8 +185,8 @@ def _unread(evidence: SessionProbe, kinds: set[str], mends: Mapping[str, str]) -
     """Lines that are left out: warnings, or errors where a file lost too many."""
     findings: list[Finding] = []
     for file, mend in mends.items():
-        found = [o for o in evidence.oddities if o.file == file and o.kind in kinds]
-        bad = {o.line for o in evidence.oddities if o.file == file and o.kind in UNREAD_KINDS}
+        found = [o for o in evidence.issues if o.file == file and o.kind in kinds]
+        bad = {o.line for o in evidence.issues if o.file == file and o.kind in UNREAD_KINDS}
         num_lines = evidence.num_lines[file]
         if is_mostly_unread(len(bad), num_lines):
             share = f"{len(bad) / num_lines:.0%} of the lines are unreadable"
@@ -215,7 +215,7 @@ def _readings(evidence: SessionProbe, key: str) -> list[Finding]:
     """Readings of the wrong size, or with values that are no finite numbers."""
     findings: list[Finding] = []
     for kind, mend in (("size", "they are masked"), ("number", "it is masked; write numbers only")):
-        found = [o for o in evidence.oddities if o.kind == kind and o.what.startswith(f"{key} ")]
+        found = [o for o in evidence.issues if o.kind == kind and o.what.startswith(f"{key} ")]
         share = len(found) / max(1, evidence.num_lines[METADATA_FILE])
         level: Level = "error" if share > MAX_BAD_LINES else "warning"
         findings += limited(level, (say(o, mend) for o in found))

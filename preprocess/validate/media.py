@@ -17,7 +17,8 @@ import soundfile
 
 from preprocess.validate.axes import PLOT_WIDTH, TimeAxis, say_time
 from shared.clock import nearest
-from shared.media.sound import read_frames, read_sound
+from shared.media.sound import read_sound
+from shared.media.video import read_frames
 from shared.shardset.codec import encode_pictures
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.media.sound import VideoTrack
+    from shared.media.video import VideoTrack
     from shared.recipe import VisionRecipe
 
 NUM_THUMBNAILS = 10

@@ -17,14 +17,14 @@ import numpy as np
 from preprocess.validate.units import Unit, is_sure, text_scale, unit_of
 from shared.clock import Interval
 from shared.errors import MediaError
-from shared.media.mel import measure_loudness
-from shared.media.sound import read_frames, read_sound, read_video_track
+from shared.media.sound import measure_loudness, read_sound
+from shared.media.video import read_frames, read_video_track
 from shared.recipe import Recipe, Stream, VisionRecipe
 from shared.session.alignment import align_sound, align_streams, align_track, read_starts, span_of
 from shared.session.folder import (
     AUDIO_FILE,
-    FACTS_FILE,
     METADATA_FILE,
+    SESSION_INFO_FILE,
     TEXT_FILE,
     VISION_FILES,
     read_metadata,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.media.sound import VideoTrack
+    from shared.media.video import VideoTrack
     from shared.session.folder import Metadata, ParseIssue, TextEvent
 
 NUM_STRETCHES = 16
@@ -46,7 +46,7 @@ STRETCH_FRAMES = 60
 of so many frames, spread evenly from its first frame to its last."""
 
 UNREAD_KINDS = frozenset({"json", "long", "timestamp"})
-"""Kinds of oddities that cost the whole line."""
+"""Kinds of issues that cost the whole line."""
 
 _FINEST = 1e9
 """Nanoseconds per second: timestamps of any unit are finite numbers of seconds so."""
@@ -96,7 +96,7 @@ class SessionProbe:
     sound: AudioLevel | None
     metadata: Metadata
     events: tuple[TextEvent, ...]
-    oddities: tuple[ParseIssue, ...]
+    issues: tuple[ParseIssue, ...]
     num_lines: Mapping[str, int]
     """Lines of metadata.jsonl and text.jsonl that are not blank."""
     unreadable: Mapping[str, str]
@@ -149,7 +149,7 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
     except MediaError as error:
         _note_missing(path / AUDIO_FILE, Stream.AUDIO, error, absent, unreadable)
     lines = _read_lines(path, recipe, max((i.stop_s for i in media.values()), default=None))
-    unreadable |= {o.file: o.what for o in lines.oddities if o.line == 0}
+    unreadable |= {o.file: o.what for o in lines.issues if o.line == 0}
     unreadable |= _unreadable_facts(path)
     events = tuple(sorted((*lines.metadata.events, *lines.texts), key=lambda e: e.time_s))
     placed = align_streams(media, lines.metadata, events, recipe=recipe)
@@ -160,7 +160,7 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
         sound=sound,
         metadata=lines.metadata,
         events=events,
-        oddities=tuple(o for o in lines.oddities if o.line > 0),
+        issues=tuple(o for o in lines.issues if o.line > 0),
         num_lines=_count_lines(lines),
         unreadable=unreadable,
         starts=starts,
@@ -182,7 +182,7 @@ class _Lines:
 
     metadata: Metadata
     texts: list[TextEvent]
-    oddities: tuple[ParseIssue, ...]
+    issues: tuple[ParseIssue, ...]
     unit: Unit | None = None
     is_unit_sure: bool = False
 
@@ -200,9 +200,9 @@ def _read_lines(path: Path, recipe: Recipe, media_stop_s: float | None) -> _Line
         )
 
     metadata = read(1.0)
-    texts, text_oddities = read_text_file(path)
+    texts, text_issues = read_text_file(path)
     times = metadata.times_s
-    if sum(o.kind == "timestamp" for o in metadata.oddities) > len(times):
+    if sum(o.kind == "timestamp" for o in metadata.issues) > len(times):
         times = read(_FINEST).times_s * _FINEST  # of lines that are too large for seconds
     unit = unit_of(times)
     sure = unit is not None and is_sure(times, unit, media_stop_s)
@@ -211,14 +211,14 @@ def _read_lines(path: Path, recipe: Recipe, media_stop_s: float | None) -> _Line
         has_readings = bool(np.isfinite(divided.touch).any() or np.isfinite(divided.proprio).any())
         unit = unit if sure or (media_stop_s is None and has_readings) else None
     if unit is None:
-        return _Lines(metadata=metadata, texts=texts, oddities=(*metadata.oddities, *text_oddities))
+        return _Lines(metadata=metadata, texts=texts, issues=(*metadata.issues, *text_issues))
     raw = np.array([e.time_s for e in read_text_file(path, units_per_s=_FINEST)[0]]) * _FINEST
     scale = text_scale(raw, times, unit, media_stop_s)
-    texts, text_oddities = read_text_file(path, units_per_s=scale or 1.0)
+    texts, text_issues = read_text_file(path, units_per_s=scale or 1.0)
     return _Lines(
         metadata=divided,
         texts=texts,
-        oddities=(*divided.oddities, *text_oddities),
+        issues=(*divided.issues, *text_issues),
         unit=unit,
         is_unit_sure=sure and scale is not None,
     )
@@ -293,23 +293,23 @@ def _note_missing(
 
 def _unreadable_facts(path: Path) -> dict[str, str]:
     """{session.json: why} where it is there and no JSON object."""
-    file = path / FACTS_FILE
+    file = path / SESSION_INFO_FILE
     if not file.exists():
         return {}
     if not file.is_file():
-        return {FACTS_FILE: "is no file"}
+        return {SESSION_INFO_FILE: "is no file"}
     try:
         facts = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        return {FACTS_FILE: f"is not JSON ({str(error).splitlines()[0]})"}
-    return {} if isinstance(facts, dict) else {FACTS_FILE: "is no JSON object"}
+        return {SESSION_INFO_FILE: f"is not JSON ({str(error).splitlines()[0]})"}
+    return {} if isinstance(facts, dict) else {SESSION_INFO_FILE: "is no JSON object"}
 
 
 def _count_lines(lines: _Lines) -> dict[str, int]:
     """Lines of each file: those read, and those left out."""
     left_out = UNREAD_KINDS | {"duplicate"}
-    lost = {(o.file, o.line) for o in lines.oddities if o.kind in left_out}
-    odd_text = {o.line for o in lines.oddities if o.file == TEXT_FILE}
+    lost = {(o.file, o.line) for o in lines.issues if o.kind in left_out}
+    odd_text = {o.line for o in lines.issues if o.file == TEXT_FILE}
     num_lost = sum(file == METADATA_FILE for file, _ in lost)
     return {
         METADATA_FILE: len(lines.metadata.lines) + num_lost,

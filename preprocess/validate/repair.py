@@ -33,7 +33,8 @@ from preprocess.validate.line_repairs import (
 )
 from shared.errors import MediaError, SessionError
 from shared.files import sync_folder, write_synced
-from shared.media.sound import read_sound, read_video_track
+from shared.media.sound import read_sound
+from shared.media.video import read_video_track
 from shared.recipe import Stream
 from shared.session.alignment import align_sound, align_track, read_starts
 from shared.session.folder import AUDIO_FILE, METADATA_FILE, TEXT_FILE, VISION_FILES

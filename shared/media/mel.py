@@ -11,21 +11,15 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from numpy.typing import NDArray
 
     from shared.disk_array import DiskArray
-    from shared.recipe import AudioRecipe, MelRecipe
-
-SILENCE_RMS = 1e-3
-"""Below this RMS (full scale 1) a session counts as silent and its level is left alone."""
+    from shared.recipe import MelRecipe
 
 _ENERGY_FLOOR = 1e-10
 
@@ -36,43 +30,6 @@ _LOG_PER_MEL = math.log(6.4) / 27
 
 _GRIFFIN_LIM_ROUNDS = 32
 _INVERSION_ROUNDS = 50
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loudness:
-    """Level of a session's sound, full scale 1, and the gain that normalizes it."""
-
-    rms: float
-    peak: float
-    gain: float
-
-
-def measure_loudness(blocks: Iterable[NDArray[np.float32]], *, recipe: AudioRecipe) -> Loudness:
-    """RMS, peak and the gain to the recipe's level, lowered where the peak would pass the limit.
-
-    Args:
-        blocks: the session's waveform, float32 [n] each, full scale 1.
-        recipe: level and limit.
-    """
-    num_samples, energies, peak = 0, [0.0], 0.0
-    for block in blocks:
-        num_samples += len(block)
-        energies.append(float(np.square(block, dtype=np.float64).sum()))
-        peak = max(peak, float(np.abs(block).max(initial=0.0)))
-    rms = math.sqrt(math.fsum(energies) / max(1, num_samples))
-    gain = 1.0
-    if recipe.loudness_dbfs is not None and rms > SILENCE_RMS:
-        gain = 10 ** (recipe.loudness_dbfs / 20) / rms
-    limit = 10 ** (recipe.peak_dbfs / 20)
-    if recipe.loudness_dbfs is not None and peak * gain > limit:
-        gain = limit / peak
-    return Loudness(rms=rms, peak=peak, gain=gain)
-
-
-def to_int16(waveform: NDArray[np.float32], *, gain: float) -> NDArray[np.int16]:
-    """The waveform times the gain as 16-bit samples, as they are stored."""
-    scaled = np.round(waveform.astype(np.float64) * (gain * 32768.0))
-    return np.clip(scaled, -32768, 32767).astype(np.int16)
 
 
 def encode_dmel(

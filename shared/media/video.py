@@ -14,11 +14,14 @@ container whose packets and times can be trusted; of others all is decoded.
 
 from __future__ import annotations
 
+from array import array
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from shared.errors import MediaError
 
@@ -27,9 +30,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from av.container import InputContainer
+    from av.video.frame import VideoFrame
     from numpy.typing import NDArray
 
-    from shared.media.sound import VideoTrack
+    from shared.recipe import VisionRecipe
 
 MAX_PIXELS = 8192 * 8192
 """A larger picture is refused before it is decoded."""
@@ -51,6 +55,117 @@ _NAL_LENGTH_BYTE = {"h264": 4, "hevc": 21}
 
 _H264_IDR, _H264_LAST_SLICE = 5, 5
 _HEVC_IDR, _HEVC_LAST_SLICE = (19, 20), 31
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoTrack:
+    """What the container says of the first video track.
+
+    `times_s` float64 [N]: presentation times from the container's start, increasing; `pts` int64
+    [N]: the same in units of the track's time base; `keyframes` bool [N]; `positions` int64 [N]:
+    place of each frame's packet in the file's order; `restarts` int64 [R]: places of the packets
+    from which a decoder begins afresh, increasing; none where no seek can be trusted.
+    """
+
+    codec: str
+    width: int
+    height: int
+    times_s: NDArray[np.float64]
+    pts: NDArray[np.int64]
+    keyframes: NDArray[np.bool_]
+    positions: NDArray[np.int64]
+    restarts: NDArray[np.int64]
+    num_lost: int = 0
+    """Frames that the container's index promises and the file, cut off, does not hold."""
+    origin_s: float = 0.0
+    """What the container's clock says at its start, which counts as 0; 0 where that means nothing
+    (MPEG streams)."""
+
+    @property
+    def stop_s(self) -> float:
+        """When the last frame stops being shown: one median frame distance after it began."""
+        if len(self.times_s) == 1:
+            return float(self.times_s[0]) + 1 / 30
+        return float(self.times_s[-1] + np.median(np.diff(self.times_s)))
+
+
+def read_video_track(path: Path) -> VideoTrack:
+    """Read the frame times of a video without decoding it.
+
+    Raises:
+        MediaError: the file doesn't open, or holds no video frame.
+    """
+    with open_video(path) as (container, stream):
+        context = stream.codec_context
+        origin_s = (container.start_time or 0) / av.time_base
+        is_indexed = container.format.name in INDEXED_FORMATS
+        length_bytes = nal_length_bytes(context) if is_indexed else None
+        pts, positions, restarts = array("q"), array("q"), array("q")
+        is_key = array("b")
+        num_packets = 0
+        try:
+            # A file that ends early is kept as far as it goes.
+            for packet in container.demux(stream):
+                if packet.is_keyframe and is_restart(packet, context.name, length_bytes):
+                    restarts.append(num_packets)
+                if packet.pts is not None and not packet.is_discard:
+                    pts.append(packet.pts)
+                    positions.append(num_packets)
+                    is_key.append(packet.is_keyframe)
+                num_packets += packet.size > 0
+        except DAMAGE as error:
+            if not pts:
+                raise MediaError(f"{path}: can't be read: {error_reason(error)}") from error
+        if not pts:
+            raise MediaError(f"{path}: holds no video frame; record or copy it again")
+        order = _increasing_order(np.asarray(pts, dtype=np.int64))
+        times_pts = np.asarray(pts, dtype=np.int64)[order]
+        return VideoTrack(
+            codec=context.name,
+            width=context.width,
+            height=context.height,
+            times_s=times_pts.astype(np.float64) * float(stream.time_base or 0) - origin_s,
+            pts=times_pts,
+            keyframes=np.asarray(is_key, dtype=np.bool_)[order],
+            positions=np.asarray(positions, dtype=np.int64)[order],
+            restarts=np.asarray(restarts, dtype=np.int64),
+            num_lost=max(0, stream.frames - num_packets),
+            origin_s=container_origin_s(container),
+        )
+
+
+def read_frames(
+    path: Path, track: VideoTrack, wanted: Sequence[int], *, recipe: VisionRecipe
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Decode some frames of a video, in order of time, at the recipe's size.
+
+    What no wanted frame needs is not decoded (see :mod:`shared.media.video`). Frames that don't
+    decode
+    are left out.
+
+    Args:
+        path: the video.
+        track: what :func:`read_video_track` gave for it.
+        wanted: indices into `track.times_s`, increasing.
+        recipe: size and fit.
+
+    Yields:
+        (index into `track.times_s`, RGB uint8 [size, size, 3]).
+
+    Raises:
+        MediaError: the file doesn't open.
+    """
+    if not len(wanted):
+        return
+    index_of_pts = {int(track.pts[i]): i for i in wanted}
+    last_pts = int(track.pts[wanted[-1]])
+    reformatter = VideoReformatter()
+    for frame in decode_frames(path, track, wanted):
+        index = index_of_pts.pop(frame.pts, None)
+        if index is not None:
+            yield index, _picture(frame, reformatter, recipe)
+        if not index_of_pts or frame.pts > last_pts:
+            return
 
 
 @contextmanager
@@ -92,7 +207,7 @@ def decode_frames(path: Path, track: VideoTrack, wanted: Sequence[int]) -> Itera
 
     Args:
         path: the video.
-        track: what :func:`shared.media.sound.read_video_track` gave for it.
+        track: what :func:`read_video_track` gave for it.
         wanted: indices into `track.times_s`, increasing, at least one.
 
     Yields:
@@ -144,6 +259,12 @@ def decode_all(container: InputContainer, stream: Any) -> Iterator[Any]:  # noqa
             yield from _decoded(packet)
     except DAMAGE:
         return
+
+
+def container_origin_s(container: InputContainer) -> float:
+    """Start of a container whose clock has a zero."""
+    is_told = container.format.name in INDEXED_FORMATS
+    return (container.start_time or 0) / av.time_base if is_told else 0.0
 
 
 def nal_length_bytes(codec_context: Any) -> int | None:  # noqa: ANN401
@@ -302,3 +423,44 @@ def _lfs_hint(path: Path) -> str:
     except OSError:
         return ""
     return "; it is a Git LFS pointer, fetch the file by `git lfs pull`" if is_pointer else ""
+
+
+def _increasing_order(pts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Order that sorts by time and keeps the first of equal times."""
+    order = np.argsort(pts, kind="stable")
+    is_first = np.diff(pts[order], prepend=pts[order[0]] - 1) > 0
+    return order[is_first]
+
+
+def _picture(
+    frame: VideoFrame, reformatter: VideoReformatter, recipe: VisionRecipe
+) -> NDArray[np.uint8]:
+    """A decoded frame as RGB uint8 [size, size, 3]: scaled by area, upright, cut or padded."""
+    size = recipe.size
+    if recipe.fit == "stretch":
+        width = height = size
+    else:
+        sides = (frame.width, frame.height)
+        scale = size / (min(sides) if recipe.fit == "crop" else max(sides))
+        width, height = (max(1, round(side * scale)) for side in sides)
+    scaled = reformatter.reformat(
+        frame, width=width, height=height, format="rgb24", interpolation=Interpolation.AREA
+    )
+    picture = scaled.to_ndarray().astype(np.uint8, copy=False)
+    turns = round(frame.rotation / 90) % 4
+    if turns:
+        picture = np.rot90(picture, k=turns)
+    return np.ascontiguousarray(_square(picture, size))
+
+
+def _square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Cut the middle out, or pad with black to the middle, to [size, size, 3]."""
+    height, width = picture.shape[:2]
+    top, left = max(0, (height - size) // 2), max(0, (width - size) // 2)
+    cut = picture[top : top + size, left : left + size]
+    if cut.shape[:2] == (size, size):
+        return cut
+    padded = np.zeros((size, size, 3), dtype=np.uint8)
+    top, left = (size - cut.shape[0]) // 2, (size - cut.shape[1]) // 2
+    padded[top : top + cut.shape[0], left : left + cut.shape[1]] = cut
+    return padded

@@ -70,7 +70,7 @@ def to_yuv420(rgb: NDArray[np.uint8], *, out: NDArray[np.uint8]) -> NDArray[np.u
         channels = np.ascontiguousarray(np.moveaxis(picture, -1, 0)).astype(np.int32)
         rows = channels[:, ::2] + channels[:, 1::2]
         quads = rows[:, :, ::2] + rows[:, :, 1::2]
-        y, u, v = planes_of(planes)
+        y, u, v = split_planes(planes)
         y[...] = (_weigh(channels, _LUMA) + (1 << 15)) >> 16
         middle = (128 << 18) + (1 << 17) - 1
         u[...] = (_weigh(quads, _BLUE) + middle) >> 18
@@ -78,7 +78,7 @@ def to_yuv420(rgb: NDArray[np.uint8], *, out: NDArray[np.uint8]) -> NDArray[np.u
     return out
 
 
-def planes_of(
+def split_planes(
     planes: NDArray[np.uint8],
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
     """Views of one picture's Y [H, W], U and V [H/2, W/2] in contiguous memory [3H/2, W]."""
@@ -182,7 +182,7 @@ def encode_npy(values: NDArray[np.uint8]) -> bytes:
     return _npy_header(values.shape) + values.tobytes()
 
 
-def require_npy_head(head: bytes, out: NDArray[np.uint8]) -> None:
+def check_npy_header(head: bytes, out: NDArray[np.uint8]) -> None:
     """Check the bytes before those of an array that was read straight into `out`.
 
     Raises:
@@ -285,7 +285,7 @@ def _write_frames(frames: Iterator[VideoFrame], out: NDArray[np.uint8]) -> None:
         if count == len(out) or frame.is_corrupt:
             raise CorruptError("a picture is damaged or one too many")
         planes = out[count] if own is None else own[0]
-        for plane, wanted in zip(frame.planes, planes_of(planes), strict=True):
+        for plane, wanted in zip(frame.planes, split_planes(planes), strict=True):
             rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
             wanted[...] = rows[: wanted.shape[0], : wanted.shape[1]]
         if own is not None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from shared.clock import Interval, clock_offset
 from shared.recipe import Stream
-from shared.session.folder import FACTS_FILE, METADATA_FILE
+from shared.session.folder import METADATA_FILE, SESSION_INFO_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.media.sound import Sound, VideoTrack
+    from shared.media.sound import Sound
+    from shared.media.video import VideoTrack
     from shared.recipe import Recipe
     from shared.session.folder import Metadata, TextEvent
 
@@ -143,26 +144,26 @@ def read_starts(path: Path) -> tuple[dict[Stream, float], str | None]:
         Seconds on the session clock of the first frame or sample of each stream that it names, and
         what is wrong with it: then nothing is known of where any of the media lies.
     """
-    file = path / FACTS_FILE
+    file = path / SESSION_INFO_FILE
     try:
         raw = file.read_bytes() if file.is_file() else b""
     except OSError as error:
-        return {}, f"{FACTS_FILE}: can't be opened: {error.strerror}; make it readable"
+        return {}, f"{SESSION_INFO_FILE}: can't be opened: {error.strerror}; make it readable"
     try:
         facts = json.loads(raw or b"{}")
     except (ValueError, RecursionError):
         if f'"{_STARTS_KEY}"'.encode() in raw:
-            return {}, f"{FACTS_FILE}: holds {_STARTS_KEY} and is not JSON; correct it"
+            return {}, f"{SESSION_INFO_FILE}: holds {_STARTS_KEY} and is not JSON; correct it"
         return {}, None
     declared = facts.get(_STARTS_KEY) if isinstance(facts, dict) else None
     if declared is None:
         return {}, None
     if not isinstance(declared, dict):
-        return {}, f'{FACTS_FILE}: {_STARTS_KEY} is no object; write {{"audio": 0.35}}'
+        return {}, f'{SESSION_INFO_FILE}: {_STARTS_KEY} is no object; write {{"audio": 0.35}}'
     for name, value in declared.items():
         flaw = _start_flaw(name, value)
         if flaw is not None:
-            return {}, f"{FACTS_FILE}: {_STARTS_KEY} {flaw}"
+            return {}, f"{SESSION_INFO_FILE}: {_STARTS_KEY} {flaw}"
     return {Stream(name): float(value) for name, value in declared.items()}, None
 
 

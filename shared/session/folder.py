@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 METADATA_FILE = "metadata.jsonl"
 TEXT_FILE = "text.jsonl"
-FACTS_FILE = "session.json"
+SESSION_INFO_FILE = "session.json"
 AUDIO_FILE = "audio.wav"
 VISION_FILES = {Stream.VISION_LEFT: "vision_left.mp4", Stream.VISION_RIGHT: "vision_right.mp4"}
 
 SOURCE_FILES = (METADATA_FILE, TEXT_FILE, AUDIO_FILE, *VISION_FILES.values())
 """Files that samples are made of; others in the folder are left alone."""
 
-SCANNED_FILES = (*SOURCE_FILES, FACTS_FILE)
+SCANNED_FILES = (*SOURCE_FILES, SESSION_INFO_FILE)
 """Files that a scan reads: of the last one only ``start_s``."""
 
 MAX_LINE_BYTES = 1 << 20
@@ -78,7 +78,7 @@ class TextEvent:
     line: int = field(default=0, compare=False)
 
     @property
-    def place(self) -> str:
+    def source_line(self) -> str:
         """File and line where it stands."""
         return f"{self.file} line {self.line}"
 
@@ -96,7 +96,7 @@ class Metadata:
     proprio: NDArray[np.float32]
     lines: NDArray[np.int64]
     events: tuple[TextEvent, ...]
-    oddities: tuple[ParseIssue, ...]
+    issues: tuple[ParseIssue, ...]
 
     def rows_with(self, stream: Stream) -> NDArray[np.bool_]:
         """Which lines carry a finite value of touch or proprio, bool [N]."""
@@ -150,18 +150,18 @@ def read_metadata(
     times, lines = array("d"), array("q")
     touch, proprio = array("f"), array("f")  # an hour at 90 Hz is 40 MB so, and 300 MB in lists
     events: list[TextEvent] = []
-    oddities: list[ParseIssue] = []
-    for number, values in _iter_objects(path / METADATA_FILE, oddities):
-        time_s = _timestamp(values, METADATA_FILE, number, oddities, units_per_s)
+    issues: list[ParseIssue] = []
+    for number, values in _iter_objects(path / METADATA_FILE, issues):
+        time_s = _timestamp(values, METADATA_FILE, number, issues, units_per_s)
         if time_s is None:
             continue
         times.append(time_s)
         lines.append(number)
-        touch.extend(_numbers(values, "touch", touch_size, number, oddities))
-        proprio.extend(_numbers(values, "proprio", proprio_size, number, oddities))
-        events += _inline_texts(values, time_s, number, oddities)
+        touch.extend(_numbers(values, "touch", touch_size, number, issues))
+        proprio.extend(_numbers(values, "proprio", proprio_size, number, issues))
+        events += _inline_texts(values, time_s, number, issues)
     times_s = np.asarray(times, dtype=np.float64)
-    order = _increasing_order(times_s, lines, oddities)
+    order = _increasing_order(times_s, lines, issues)
     is_whole = len(order) == len(times) and bool((np.diff(order) == 1).all())
     chosen = slice(None) if is_whole else order  # a slice copies nothing
     return Metadata(
@@ -170,7 +170,7 @@ def read_metadata(
         proprio=np.asarray(proprio, dtype=np.float32).reshape(-1, proprio_size)[chosen],
         lines=np.asarray(lines, dtype=np.int64)[chosen],
         events=tuple(events),
-        oddities=tuple(oddities),
+        issues=tuple(issues),
     )
 
 
@@ -196,43 +196,43 @@ def read_text_file(
         units_per_s: what timestamps are divided by.
     """
     events: list[TextEvent] = []
-    oddities: list[ParseIssue] = []
-    for number, values in _iter_objects(path / TEXT_FILE, oddities):
-        time_s = _timestamp(values, TEXT_FILE, number, oddities, units_per_s)
+    issues: list[ParseIssue] = []
+    for number, values in _iter_objects(path / TEXT_FILE, issues):
+        time_s = _timestamp(values, TEXT_FILE, number, issues, units_per_s)
         stream = _TEXT_STREAMS.get(str(values.get("stream")))
         if stream is None:
             name = reprlib.repr(values.get("stream"))
             what = f"stream is {name}; expected 'internal' or 'external'"
-            oddities.append(ParseIssue(TEXT_FILE, number, "stream", what))
+            issues.append(ParseIssue(TEXT_FILE, number, "stream", what))
             continue
-        num_odd = len(oddities)
-        text = _text(values, "text", TEXT_FILE, number, oddities)
-        if text is None and len(oddities) == num_odd:
-            oddities.append(ParseIssue(TEXT_FILE, number, "text", "no text"))
+        num_odd = len(issues)
+        text = _text(values, "text", TEXT_FILE, number, issues)
+        if text is None and len(issues) == num_odd:
+            issues.append(ParseIssue(TEXT_FILE, number, "text", "no text"))
         elif text is not None and time_s is not None:
             events.append(TextEvent(time_s, stream, text, TEXT_FILE, number))
     events.sort(key=lambda event: event.time_s)
-    return events, oddities
+    return events, issues
 
 
 def _inline_texts(
-    values: dict[str, Any], time_s: float, number: int, oddities: list[ParseIssue]
+    values: dict[str, Any], time_s: float, number: int, issues: list[ParseIssue]
 ) -> Iterator[TextEvent]:
     """Texts of a metadata line."""
     for key, stream in _INLINE_TEXT_KEYS.items():
-        text = _text(values, key, METADATA_FILE, number, oddities)
+        text = _text(values, key, METADATA_FILE, number, issues)
         if text is not None:
             yield TextEvent(time_s, stream, text, METADATA_FILE, number)
 
 
 def _iter_objects(
-    path: Path, oddities: list[ParseIssue], *, marks: tuple[bytes, ...] = ()
+    path: Path, issues: list[ParseIssue], *, marks: tuple[bytes, ...] = ()
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each JSON line; anything else becomes an oddity.
+    """(line number, object) of each JSON line; anything else becomes an issue.
 
     Args:
         path: the file.
-        oddities: where those go.
+        issues: where those go.
         marks: lines without any of these bytes are passed over, unless there are none.
     """
     try:
@@ -242,7 +242,7 @@ def _iter_objects(
     except FileNotFoundError:
         return
     except OSError as error:
-        oddities.append(ParseIssue(path.name, 0, "json", f"can't be opened: {error.strerror}"))
+        issues.append(ParseIssue(path.name, 0, "json", f"can't be opened: {error.strerror}"))
         return
     with file:
         number = 0
@@ -252,13 +252,13 @@ def _iter_objects(
                 while raw and not raw.endswith(b"\n"):
                     raw = file.readline(MAX_LINE_BYTES)
                 what = f"line over {MAX_LINE_BYTES} bytes"
-                oddities.append(ParseIssue(path.name, number, "long", what))
+                issues.append(ParseIssue(path.name, number, "long", what))
                 continue
             if not raw.strip() or (marks and not any(mark in raw for mark in marks)):
                 continue
             values, what = parse_line(raw)
             if values is None:
-                oddities.append(ParseIssue(path.name, number, "json", what))
+                issues.append(ParseIssue(path.name, number, "json", what))
             else:
                 yield number, values
 
@@ -294,30 +294,30 @@ def _finite(value: object) -> float | None:
 
 
 def _timestamp(
-    values: dict[str, Any], file: str, number: int, oddities: list[ParseIssue], units_per_s: float
+    values: dict[str, Any], file: str, number: int, issues: list[ParseIssue], units_per_s: float
 ) -> float | None:
-    """The line's timestamp, or None and an oddity."""
+    """The line's timestamp, or None and an issue."""
     time_s = parse_timestamp(values, units_per_s=units_per_s)
     if time_s is None:
         what = f"timestamp is {reprlib.repr(values.get('timestamp'))}, no usable number of seconds"
-        oddities.append(ParseIssue(file, number, "timestamp", what))
+        issues.append(ParseIssue(file, number, "timestamp", what))
     return time_s
 
 
 def _text(
-    values: dict[str, Any], key: str, file: str, number: int, oddities: list[ParseIssue]
+    values: dict[str, Any], key: str, file: str, number: int, issues: list[ParseIssue]
 ) -> str | None:
-    """A text that says something, else None and, unless it is missing or empty, an oddity."""
+    """A text that says something, else None and, unless it is missing or empty, an issue."""
     text = values.get(key)
     if text is None or text == "":
         return None
     if not isinstance(text, str):
-        oddities.append(ParseIssue(file, number, "text", f"{key} is no string"))
+        issues.append(ParseIssue(file, number, "text", f"{key} is no string"))
         return None
     try:
         text.encode()
     except UnicodeEncodeError:
-        oddities.append(
+        issues.append(
             ParseIssue(file, number, "text", f"{key} holds half a character (a surrogate)")
         )
         return None
@@ -325,37 +325,37 @@ def _text(
 
 
 def _numbers(
-    values: dict[str, Any], key: str, size: int, number: int, oddities: list[ParseIssue]
+    values: dict[str, Any], key: str, size: int, number: int, issues: list[ParseIssue]
 ) -> list[float]:
-    """`size` finite numbers under a key, else all NaN and, unless the key is missing, an oddity."""
+    """`size` finite numbers under a key, else all NaN and, unless the key is missing, an issue."""
     missing = [math.nan] * size
     numbers = values.get(key)
     if numbers is None:
         return missing
     if not isinstance(numbers, list):
-        oddities.append(ParseIssue(METADATA_FILE, number, "number", f"{key} is no list"))
+        issues.append(ParseIssue(METADATA_FILE, number, "number", f"{key} is no list"))
         return missing
     if len(numbers) != size:
         what = (
             f"{key} has {len(numbers)} values, recipe wants {size}; "
             f"set sensors.{key}_size: {len(numbers)}"
         )
-        oddities.append(ParseIssue(METADATA_FILE, number, "size", what))
+        issues.append(ParseIssue(METADATA_FILE, number, "size", what))
         return missing
     finite = [v for v in map(_finite, numbers) if v is not None and abs(v) < MAX_VALUE]
     if len(finite) != size:
         what = f"{key} holds a value that is no finite number"
-        oddities.append(ParseIssue(METADATA_FILE, number, "number", what))
+        issues.append(ParseIssue(METADATA_FILE, number, "number", what))
         return missing
     return finite
 
 
 def _increasing_order(
-    times_s: NDArray[np.float64], lines: Sequence[int], oddities: list[ParseIssue]
+    times_s: NDArray[np.float64], lines: Sequence[int], issues: list[ParseIssue]
 ) -> NDArray[np.int64]:
     """Order that sorts the lines by time and keeps the first of equal times."""
     steps = np.diff(times_s)
-    oddities.extend(
+    issues.extend(
         ParseIssue(
             METADATA_FILE,
             lines[int(i) + 1],
@@ -367,7 +367,7 @@ def _increasing_order(
     )
     order = np.argsort(times_s, kind="stable")
     is_repeat = np.diff(times_s[order], prepend=-np.inf) <= 0
-    oddities.extend(
+    issues.extend(
         ParseIssue(METADATA_FILE, lines[i], "duplicate", f"timestamp {times_s[i]:g} stands twice")
         for i in order[is_repeat]
     )

@@ -18,9 +18,9 @@ import numpy as np
 
 from shared.clock import Window, interpolate, nearest
 from shared.disk_array import DiskArray
-from shared.media.mel import encode_dmel, to_int16
-from shared.media.sound import VideoTrack, read_frames, read_sound, read_video_track
-from shared.media.video import frames_to_restart
+from shared.media.mel import encode_dmel
+from shared.media.sound import read_sound, to_int16
+from shared.media.video import VideoTrack, frames_to_restart, read_frames, read_video_track
 from shared.recipe import Recipe, Stream
 from shared.session.alignment import align_track
 from shared.session.folder import AUDIO_FILE, VISION_FILES, read_metadata
@@ -64,7 +64,7 @@ class Sensors:
     @property
     def valid(self) -> NDArray[np.bool_]:
         """Where at least one of the two was recorded [S]."""
-        return has_numbers(self.proprio) | has_numbers(self.touch)
+        return rows_without_nan(self.proprio) | rows_without_nan(self.touch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +96,12 @@ class Text:
     events: tuple[TextEvent, ...]
 
 
-def has_numbers(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+def rows_without_nan(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Rows of [N, D] without a NaN, bool [N]."""
     return np.asarray(~np.isnan(values).any(axis=1), dtype=np.bool_)
 
 
-def cut_evenly(first: NDArray[np.int64], lead: NDArray[np.float64], num_runs: int) -> list[int]:
+def split_evenly(first: NDArray[np.int64], lead: NDArray[np.float64], num_runs: int) -> list[int]:
     """Cuts into about equal runs, each at the window in the first quarter of its run that costs
     least; none where it would cost as much as a run.
 
@@ -154,16 +154,16 @@ class SessionReader:
         stream: Stream,
         windows: Sequence[Window],
         *,
-        among: Sequence[Window] | None = None,
+        decode_context: Sequence[Window] | None = None,
     ) -> Iterator[tuple[Window, Frames]]:
         """Vision of windows in order of time, in one pass over the video.
 
         Args:
             stream: which eye.
             windows: in order of time.
-            among: more windows, these included; the pictures have the bits of a pass over all of
-                them, even where the video is damaged, if it can be cut before the first window
-                (see :meth:`cut_frames`).
+            decode_context: more windows, these included; the pictures have the bits of a pass
+                over all of them, even where the video is damaged, if it can be cut before
+                the first window (see :meth:`split_into_runs`).
 
         Yields:
             Each window with its frames; a window of which no picture decodes is left out.
@@ -174,11 +174,11 @@ class SessionReader:
         track = self._track(stream)
         chosen = [nearest(track.times_s, w.grid(self.recipe.vision.rate_hz)) for w in windows]
         shown = {int(i) for index, _ in chosen for i in index}
-        if among is not None and shown:
+        if decode_context is not None and shown:
             begin, end = min(shown), max(shown)
             lead = frames_to_restart(track, np.array([begin]))[0]
             begin -= int(lead) if np.isfinite(lead) else 0
-            grids = (w.grid(self.recipe.vision.rate_hz) for w in among)
+            grids = (w.grid(self.recipe.vision.rate_hz) for w in decode_context)
             found = (int(i) for grid in grids for i in nearest(track.times_s, grid)[0])
             shown |= {i for i in found if begin <= i <= end}
         wanted = sorted(shown)
@@ -196,7 +196,9 @@ class SessionReader:
                 yield window, frames
             have = {i: picture for i, picture in have.items() if i >= index[0]}
 
-    def cut_frames(self, stream: Stream, windows: Sequence[Window], num_runs: int) -> list[int]:
+    def split_into_runs(
+        self, stream: Stream, windows: Sequence[Window], num_runs: int
+    ) -> list[int]:
         """Where to cut a pass over windows into runs that can be read apart: run k is windows
         [cuts[k], cuts[k + 1]). Runs are about equally long; where a video can't be cut, they are
         empty.
@@ -207,7 +209,7 @@ class SessionReader:
         track = self._track(stream)
         starts_s = np.array([w.start_s for w in windows])
         first, _ = nearest(track.times_s, starts_s)
-        return cut_evenly(first, frames_to_restart(track, first), num_runs)
+        return split_evenly(first, frames_to_restart(track, first), num_runs)
 
     def read_audio(self, window: Window) -> NDArray[np.int16]:
         """Waveform of a window, mono int16 [rate * duration]; zeros outside the recording."""
@@ -282,13 +284,13 @@ class SessionReader:
     def _first_sample(self, window: Window) -> int:
         """Index into the sound of a window's first sample; negative before the sound begins."""
         rate_hz = self.recipe.audio.rate_hz
-        start_s = self.scan.moved.get(Stream.AUDIO, 0.0)
+        start_s = self.scan.start_overrides.get(Stream.AUDIO, 0.0)
         return round(window.start_s * rate_hz) - round(start_s * rate_hz)
 
     def _track(self, stream: Stream) -> VideoTrack:
         if stream not in self._tracks:
             track = read_video_track(self.path / VISION_FILES[stream])
-            self._tracks[stream] = align_track(track, self.scan.moved.get(stream))
+            self._tracks[stream] = align_track(track, self.scan.start_overrides.get(stream))
         return self._tracks[stream]
 
     def _on_grid(

@@ -17,8 +17,8 @@ import numpy as np
 from shared.clock import Interval, Window, interpolate, nearest, plan_windows
 from shared.errors import MediaError
 from shared.files import sha256_of_file
-from shared.media.mel import Loudness, measure_loudness
-from shared.media.sound import read_sound, read_video_track
+from shared.media.sound import Loudness, measure_loudness, read_sound
+from shared.media.video import read_video_track
 from shared.recipe import STREAMS, Recipe, Stream
 from shared.session.alignment import (
     MAX_SESSION_S,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.media.sound import VideoTrack
+    from shared.media.video import VideoTrack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +71,14 @@ class SessionScan:
     """Level of the sound before the gain, full scale 1; 0 without sound."""
     intervals: Mapping[Stream, Interval]
     """Where each stream that the session has lies."""
-    moved: Mapping[Stream, float]
+    start_overrides: Mapping[Stream, float]
     """Streams that begin elsewhere than sound at 0 and a video's frames at its container's times,
     and where: columns depend on it, as on the file."""
     absent: Mapping[Stream, str]
     """Why each other stream is missing."""
     coverage: tuple[tuple[float, ...], ...]
     """Per window, the share of it that each of STREAMS covers, 0..1."""
-    oddities: tuple[str, ...]
+    issues: tuple[str, ...]
     """What was left out of the files while reading, one sentence per kind."""
     sources: Mapping[str, SourceFile]
 
@@ -123,11 +123,11 @@ class SessionScan:
             "clock_offset_s": self.clock_offset_s,
             "gain": self.gain,
             "rms": self.rms,
-            "moved": dict(self.moved),
+            "moved": dict(self.start_overrides),
             "intervals": {s: [i.start_s, i.stop_s] for s, i in self.intervals.items()},
             "absent": dict(self.absent),
             "coverage": [list(row) for row in self.coverage],
-            "oddities": list(self.oddities),
+            "oddities": list(self.issues),
             "sources": {n: [f.length_bytes, f.sha256] for n, f in self.sources.items()},
         }
 
@@ -141,10 +141,10 @@ def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
         gain=values["gain"],
         rms=values["rms"],
         intervals={Stream(s): Interval(*pair) for s, pair in values["intervals"].items()},
-        moved={Stream(s): start_s for s, start_s in values["moved"].items()},
+        start_overrides={Stream(s): start_s for s, start_s in values["moved"].items()},
         absent={Stream(s): why for s, why in values["absent"].items()},
         coverage=tuple(tuple(row) for row in values["coverage"]),
-        oddities=tuple(values["oddities"]),
+        issues=tuple(values["oddities"]),
         sources={
             n: SourceFile(length_bytes=size, sha256=digest)
             for n, (size, digest) in values["sources"].items()
@@ -173,9 +173,9 @@ def scan_session(
         _scan_sound(path, starts, recipe, media)
     else:  # what can't be placed can't be used
         media.absent.update(dict.fromkeys(MEDIA_STREAMS, flaw))
-    metadata, events, oddities = read_clocked(path, recipe=recipe)
+    metadata, events, issues = read_clocked(path, recipe=recipe)
     placed = align_streams(media.intervals, metadata, events, recipe=recipe)
-    oddities += _left_out(placed, events)
+    issues += _left_out(placed, events)
     absent = {**media.absent, **placed.absent}
     windows = plan_windows(
         placed.length_s, duration_s=recipe.window.duration_s, step_s=recipe.window.step_s
@@ -187,10 +187,10 @@ def scan_session(
         gain=media.loudness.gain,
         rms=media.loudness.rms,
         intervals={s: placed.intervals[s] for s in STREAMS if s in placed.intervals},
-        moved=media.moved,
+        start_overrides=media.start_overrides,
         absent={s: absent[s] for s in STREAMS if s in absent},
         coverage=_coverage(windows, placed, media.tracks, recipe),
-        oddities=_sentences(oddities),
+        issues=_sentences(issues),
         sources=_hash_sources(path, known or {}),
     )
 
@@ -199,18 +199,18 @@ def read_clocked(
     path: Path, *, recipe: Recipe
 ) -> tuple[Metadata, tuple[TextEvent, ...], list[tuple[str, str]]]:
     """Metadata and all text events, still on the recorder's clock, and (kind, sentence) of each
-    oddity.
+    issue.
     """
     metadata = read_metadata(
         path, touch_size=recipe.sensors.touch_size, proprio_size=recipe.sensors.proprio_size
     )
-    events, text_oddities = read_text_file(path)
+    events, text_issues = read_text_file(path)
     merged = sorted([*metadata.events, *events], key=lambda e: e.time_s)
-    oddities = [
+    issues = [
         (f"{o.file} {o.kind}", f"{o.file} line {o.line}: {o.what}")
-        for o in (*metadata.oddities, *text_oddities)
+        for o in (*metadata.issues, *text_issues)
     ]
-    return metadata, tuple(merged), oddities
+    return metadata, tuple(merged), issues
 
 
 def read_texts(path: Path) -> tuple[TextEvent, ...]:
@@ -229,7 +229,7 @@ class _Media:
     tracks: dict[Stream, VideoTrack] = field(default_factory=dict)
     loudness: Loudness = _SILENCE
     intervals: dict[Stream, Interval] = field(default_factory=dict)
-    moved: dict[Stream, float] = field(default_factory=dict)
+    start_overrides: dict[Stream, float] = field(default_factory=dict)
     absent: dict[Stream, str] = field(default_factory=dict)
 
 
@@ -244,7 +244,7 @@ def _scan_videos(path: Path, starts: Mapping[Stream, float], media: _Media) -> N
         track = media.tracks[stream] = align_track(own, starts.get(stream))
         media.intervals[stream] = Interval(float(track.times_s[0]), track.stop_s)
         if track is not own:
-            media.moved[stream] = starts[stream]
+            media.start_overrides[stream] = starts[stream]
 
 
 def _scan_sound(path: Path, starts: Mapping[Stream, float], recipe: Recipe, media: _Media) -> None:
@@ -256,7 +256,7 @@ def _scan_sound(path: Path, starts: Mapping[Stream, float], recipe: Recipe, medi
         return
     lies = media.intervals[Stream.AUDIO] = align_sound(sound, starts.get(Stream.AUDIO))
     if lies.start_s:
-        media.moved[Stream.AUDIO] = lies.start_s
+        media.start_overrides[Stream.AUDIO] = lies.start_s
     media.loudness = measure_loudness(sound.samples.iter_blocks(), recipe=recipe.audio)
 
 
@@ -269,7 +269,7 @@ def _left_out(placed: Alignment, events: tuple[TextEvent, ...]) -> list[tuple[st
     found += [
         (
             "text outside",
-            f"{e.place}: text {e.text[:40]!r} at {e.time_s:g} s lies outside the session",
+            f"{e.source_line}: text {e.text[:40]!r} at {e.time_s:g} s lies outside the session",
         )
         for e in events
         if not 0 <= e.time_s - placed.offset_s < placed.length_s
@@ -321,11 +321,11 @@ def _is_covered(
     return np.isfinite(values[:, 0])
 
 
-def _sentences(oddities: list[tuple[str, str]]) -> tuple[str, ...]:
+def _sentences(issues: list[tuple[str, str]]) -> tuple[str, ...]:
     """One sentence per kind: the first case and how many there are."""
-    counts = Counter(kind for kind, _ in oddities)
+    counts = Counter(kind for kind, _ in issues)
     first: dict[str, str] = {}
-    for kind, sentence in oddities:
+    for kind, sentence in issues:
         first.setdefault(kind, sentence)
     return tuple(
         first[kind] + (f" (and {count - 1} more such lines)" if count > 1 else "")

@@ -102,11 +102,11 @@ def decode_pictures(
     return out
 
 
-def is_stored_as_in(out: NDArray[np.uint8], *, recipe: VisionRecipe) -> bool:
+def is_raw_layout(out: NDArray[np.uint8], *, recipe: VisionRecipe) -> bool:
     """Whether a vision member ends in the very bytes of `out`, behind an npy header.
 
     Such a member need not be decoded: its end can be read straight into `out`, and the header be
-    checked by :func:`shared.media.yuv.require_npy_head`.
+    checked by :func:`shared.media.yuv.check_npy_header`.
     """
     return {"yuv420": 3, "raw": 4}.get(recipe.codec) == out.ndim
 

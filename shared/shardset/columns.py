@@ -179,7 +179,7 @@ class ColumnFile:
         if hasattr(self, "_file"):
             self._file.close()
 
-    def will_need(self, members: Members, row: int) -> None:
+    def prefetch(self, members: Members, row: int) -> None:
         """Let the kernel read a row's member in the background; one that can't be read is not."""
         length, offset = int(members.length[row]), int(members.offset[row])
         if length > 0 and offset + length <= self._size:
@@ -192,7 +192,7 @@ class ColumnFile:
         *,
         max_bytes: int = MAX_MEMBER_BYTES,
         tail: NDArray[np.uint8] | None = None,
-        lap: OnStage = no_timer,
+        on_stage: OnStage = no_timer,
     ) -> bytes | None:
         """Bytes of a row's member, checked; None where the sample lacks it.
 
@@ -203,7 +203,7 @@ class ColumnFile:
             :func:`shared.shardset.layout.member_limits`.
             tail: contiguous; the member's last bytes are read straight into it, and only those
                 before them are returned.
-            lap: told when "fetch" and "checksum" are over.
+            on_stage: told when "fetch" and "checksum" are over.
 
         Raises:
             CorruptError: the file or the member is too short, or the bytes differ from their
@@ -225,13 +225,13 @@ class ColumnFile:
                 f"{self.origin} at {offset}: a member of {length} bytes, expected {tail.nbytes}"
             )
         head, count = self._pread(offset, length, tail)
-        lap("fetch")
+        on_stage("fetch")
         if count != length:
             raise CorruptError(f"{self.origin} at {offset}: {count} of {length} bytes are there")
         found = google_crc32c.value(head)
         if tail is not None:
             found = google_crc32c.extend(found, tail)
-        lap("checksum")
+        on_stage("checksum")
         if found != int(members.crc32c[row]):
             raise CorruptError(
                 f"{self.origin} at {offset}: checksum is {found:08x}, index says "

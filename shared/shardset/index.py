@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.errors import MEND_SET, CorruptError, FormatVersionError, ShardError
+from shared.errors import REBUILD_HINT, CorruptError, FormatVersionError, ShardError
 from shared.files import sha256_of_bytes
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Members:
 class ShardIndex:
     """A shard's index. Arrays: a row per sample."""
 
-    facts: Mapping[str, Any]
+    header: Mapping[str, Any]
     """Plain JSON: shard name, session names, columns (file, bytes, checksum, fingerprint),
     statistics."""
     arrays: Mapping[str, NDArray[Any]]
@@ -104,9 +104,27 @@ class ShardIndex:
         """Rows of the shard."""
         return len(self.arrays["window"])
 
+    @property
+    def sessions(self) -> list[str]:
+        """Names of the sessions whose windows are rows of the shard."""
+        sessions: list[str] = self.header["sessions"]
+        return sessions
+
+    @property
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """Header entry of each column: its file, size, checksum and fingerprint."""
+        columns: dict[str, dict[str, Any]] = self.header["columns"]
+        return columns
+
+    @property
+    def decode_failures(self) -> list[dict[str, Any]]:
+        """Streams of samples that did not decode: session, window, stream and reason."""
+        failures: list[dict[str, Any]] = self.header["losses"]
+        return failures
+
     def key(self, row: int) -> str:
         """SESSION/WINDOW of a row."""
-        session = self.facts["sessions"][int(self.arrays["session"][row])]
+        session = self.sessions[int(self.arrays["session"][row])]
         return f"{session}/{int(self.arrays['window'][row]):06d}"
 
     def members(self, name: str) -> Members:
@@ -129,7 +147,10 @@ def index_bytes(index: ShardIndex) -> bytes:
         layout[name] = [array.dtype.str[1:], list(array.shape), position]
         position = _aligned(position + array.nbytes)
     header = json.dumps(
-        {**index.facts, "arrays": layout}, sort_keys=True, ensure_ascii=False, separators=(",", ":")
+        {**index.header, "arrays": layout},
+        sort_keys=True,
+        ensure_ascii=False,
+        separators=(",", ":"),
     ).encode()
     start = _aligned(_PREFIX.size + len(header))
     out = bytearray(start + position)
@@ -175,7 +196,7 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
         FormatVersionError: written by a newer version.
     """
     if sha256 is not None and sha256_of_bytes(content) != sha256:
-        raise CorruptError(f"{origin}: checksum differs from the manifest; {MEND_SET}")
+        raise CorruptError(f"{origin}: checksum differs from the manifest; {REBUILD_HINT}")
     if len(content) < _PREFIX.size:
         raise CorruptError(f"{origin}: {len(content)} bytes are no index")
     magic, version, header_length = _PREFIX.unpack_from(content)
@@ -190,17 +211,17 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
         raise CorruptError(f"{origin}: its header reaches past the end of the file")
     body = np.frombuffer(content, dtype=np.uint8)[_aligned(_PREFIX.size + header_length) :]
     try:
-        facts = json.loads(content[_PREFIX.size : _PREFIX.size + header_length])
-        layout = facts.pop("arrays")
+        header = json.loads(content[_PREFIX.size : _PREFIX.size + header_length])
+        layout = header.pop("arrays")
         arrays = {name: _array(body, *entry) for name, entry in layout.items()}
-        _require_whole(facts, arrays)
+        _require_whole(header, arrays)
         if version < 2:
-            facts["columns"] = {n: {"rows": {}, **c} for n, c in facts["columns"].items()}
+            header["columns"] = {n: {"rows": {}, **c} for n, c in header["columns"].items()}
     except _DAMAGES as error:
         raise CorruptError(
-            f"{origin}: its header is damaged: {type(error).__name__}: {error}; {MEND_SET}"
+            f"{origin}: its header is damaged: {type(error).__name__}: {error}; {REBUILD_HINT}"
         ) from error
-    return ShardIndex(facts=facts, arrays=arrays)
+    return ShardIndex(header=header, arrays=arrays)
 
 
 def require_complete(index: ShardIndex, *, origin: str) -> None:
@@ -209,8 +230,8 @@ def require_complete(index: ShardIndex, *, origin: str) -> None:
     Raises:
         CorruptError: it lacks one.
     """
-    if lacking := [name for name in MEMBER_TABLES if name not in index.facts["columns"]]:
-        raise CorruptError(f"{origin}: lacks the column {', '.join(lacking)}; {MEND_SET}")
+    if lacking := [name for name in MEMBER_TABLES if name not in index.columns]:
+        raise CorruptError(f"{origin}: lacks the column {', '.join(lacking)}; {REBUILD_HINT}")
 
 
 def _array(body: NDArray[np.uint8], dtype: str, shape: list[int], offset: int) -> NDArray[Any]:
@@ -223,11 +244,11 @@ def _array(body: NDArray[np.uint8], dtype: str, shape: list[int], offset: int) -
     return body[offset : offset + size].view(f"<{dtype}").reshape(shape)
 
 
-def _require_whole(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+def _require_whole(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Raises ValueError where an array is missing or of another form, rows don't fit together, or a
     column's file lies elsewhere.
     """
-    columns = facts["columns"]
+    columns = header["columns"]
     forms = dict(_ROW_FORMS)
     for name in columns:
         forms |= _COLUMN_FORMS.get(name, {})
@@ -243,7 +264,7 @@ def _require_whole(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]])
     num_rows = {len(array) for array in arrays.values()}
     if num_rows != {len(arrays["window"])}:
         raise ValueError(f"arrays have {sorted(num_rows)} rows")
-    sessions = facts["sessions"]
+    sessions = header["sessions"]
     if not isinstance(sessions, list) or not all(isinstance(name, str) for name in sessions):
         raise ValueError("its sessions are no list of names")
     if arrays["session"].size and int(arrays["session"].max()) >= len(sessions):

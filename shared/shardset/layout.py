@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from shared.recipe import STREAMS, Recipe, Stream, json_of
+from shared.recipe import STREAMS, Recipe, Stream
 from shared.session.folder import AUDIO_FILE, METADATA_FILE, TEXT_FILE, VISION_FILES
 from shared.shardset.codec import (
     MAX_MEMBER_BYTES,
@@ -115,7 +115,7 @@ def column_basis(column: Column, recipe: Recipe, *, tokenizer_sha256: str) -> di
         "window.duration_s": recipe.window.duration_s,
         "window.step_s": recipe.window.step_s,
     }
-    sections = json_of(recipe)
+    sections = recipe.as_json()
     for part in column.parts:
         basis.update({f"{part}.{key}": value for key, value in sections[part].items()})
     for key, codec in _CODEC_KEYS.items():
@@ -154,7 +154,7 @@ def presence_bits(streams: Iterable[Stream]) -> int:
     return sum(1 << STREAMS.index(s) for s in streams)
 
 
-def streams_of_bits(bits: int) -> tuple[Stream, ...]:
+def streams_from_bits(bits: int) -> tuple[Stream, ...]:
     """Inverse of :func:`presence_bits`."""
     return tuple(s for i, s in enumerate(STREAMS) if bits >> i & 1)
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.config import make_section
-from shared.errors import MEND_SET, ConfigError, CorruptError, FormatVersionError, ShardError
+from shared.errors import REBUILD_HINT, ConfigError, CorruptError, FormatVersionError, ShardError
 from shared.files import sha256_of_bytes, write_atomic
 from shared.media.tokenizer import TextTokenizer, parse_tokenizer
-from shared.recipe import SPLITS, Recipe, Split, json_of
+from shared.recipe import SPLITS, Recipe, Split
 from shared.shardset.index import require_file_name
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Manifest:
         except OSError as error:
             raise ShardError(f"{path}: can't be read: {error.strerror}") from error
         if sha256_of_bytes(content) != self.tokenizer_sha256:
-            raise CorruptError(f"{path}: checksum differs from the manifest; {MEND_SET}")
+            raise CorruptError(f"{path}: checksum differs from the manifest; {REBUILD_HINT}")
         return parse_tokenizer(content.decode(), origin=str(path))
 
 
@@ -124,7 +124,7 @@ def read_manifest(root: Path | str) -> Manifest:
             f"{shlex.quote(str(root))} --sessions SESSIONS`"
         ) from error
     except OSError as error:
-        raise CorruptError(f"{path}: is damaged: {error}; {MEND_SET}") from error
+        raise CorruptError(f"{path}: is damaged: {error}; {REBUILD_HINT}") from error
     return parse_manifest(content, root=root, path=str(path))
 
 
@@ -143,25 +143,25 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
     try:
         values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path}: is damaged: {error}; {MEND_SET}") from error
+        raise CorruptError(f"{path}: is damaged: {error}; {REBUILD_HINT}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
         raise CorruptError(f"{path}: is no manifest of a shard set")
     version = values.get("format_version")
     if type(version) is not int or version < 1:
-        raise CorruptError(f"{path}: format_version is {version!r}; {MEND_SET}")
+        raise CorruptError(f"{path}: format_version is {version!r}; {REBUILD_HINT}")
     if version > FORMAT_VERSION:
         raise _newer(version, path)
     if "sha256" in values and not _vouches(content, values["sha256"]):  # early sets have none
         raise CorruptError(
             f"{path}: differs from its own checksum: it is damaged, or was edited by hand; "
-            f"{MEND_SET}"
+            f"{REBUILD_HINT}"
         )
     try:
         return _parse(values, root, path)
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"{path}: is damaged: {error!r}; {MEND_SET}") from error
+        raise CorruptError(f"{path}: is damaged: {error!r}; {REBUILD_HINT}") from error
 
 
 def _vouches(content: bytes, sha256: object) -> bool:
@@ -248,7 +248,7 @@ def commit_manifest(
         "generation": manifest.generation,
         "fingerprint": manifest.fingerprint,
         "counts": dict(manifest.counts),
-        "recipe": json_of(manifest.recipe),
+        "recipe": manifest.recipe.as_json(),
         "tokenizer": {"file": manifest.tokenizer_file, "sha256": manifest.tokenizer_sha256},
         "fields": manifest.fields,
         "statistics": manifest.statistics,

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from shared.media.tokenizer import train_tokenizer
-from shared.recipe import Recipe, WindowShapes
+from shared.recipe import Recipe
 from train.config import Head, as_train_config
+from train.data.batch import WindowShapes
 from train.data.device import to_model_inputs
 from train.infer.sampling import Sampling
 from train.infer.stream import TickStream, take_ticks

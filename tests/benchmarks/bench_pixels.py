@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from shared.clock import nearest
-from shared.media.sound import read_frames, read_video_track
+from shared.media.video import read_frames, read_video_track
 from shared.recipe import VisionRecipe
 from shared.shardset.codec import decode_pictures, encode_pictures
 from train.data.device import IMAGENET_MEAN, IMAGENET_STD, normalized_frames

@@ -36,7 +36,7 @@ from rich.console import Console
 from preprocess.build.cluster import Cluster
 from preprocess.build.job import build_shards
 from shared import storage
-from shared.recipe import Recipe, json_of, load_recipe
+from shared.recipe import Recipe, load_recipe
 from shared.storage import RetryPolicy
 from train.config import TrainConfig
 
@@ -104,7 +104,7 @@ def main() -> None:
 
 def build_set(sessions: Path, out: Path, recipe: Recipe) -> None:
     """The set, of small shards."""
-    values = json_of(recipe)
+    values = recipe.as_json()
     values["shard"]["target_bytes"] = SHARD_BYTES
     silent = Console(file=io.StringIO())
     with Cluster(scheduler=None, num_workers=0, console=silent) as cluster:

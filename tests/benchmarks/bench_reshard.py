@@ -204,7 +204,7 @@ def path_digest(out: Path, name: str) -> str:
     from shared.shardset.manifest import read_manifest
 
     for entry in read_manifest(out).shards:
-        for column in open_index(out / entry.index_file).facts["columns"].values():
+        for column in open_index(out / entry.index_file).columns.values():
             if column["file"] == name:
                 return str(column["sha256"])
     return "none"

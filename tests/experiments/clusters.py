@@ -27,10 +27,11 @@ import yaml
 from helpers.subprocesses import finish, launch
 
 from experiments.build_kills import Start, all_hashes, command, prepare
-from shared.recipe import Recipe, json_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from shared.recipe import Recipe
 
 _DASK = [sys.executable, "-m", "dask"]
 
@@ -94,7 +95,7 @@ def build_over_cluster(
 ) -> None:
     """The command over a scheduler's address; some workers are killed when shards appear."""
     path = out.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(json_of(recipe)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(recipe.as_json()), encoding="utf-8")
     with cluster(num_workers) as (address, workers):
         _build(sessions, path, out, address, workers[:num_killed])
 

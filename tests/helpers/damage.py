@@ -129,7 +129,7 @@ def hostile_header(change: Callable[[dict[str, Any], dict[str, Any]], object]) -
 
     def fault(shards: Path, rng: random.Random) -> None:
         def change_both(index: Any, _: Path, __: int) -> None:
-            change(index.facts, index.arrays)
+            change(index.header, index.arrays)
 
         rewrite_index(shards, "vision_left", "vision_left", rng, change_both)
 
@@ -184,7 +184,7 @@ def rewrite_index(
         rows = index.arrays[f"{array}.length"].nonzero()[0]
         if len(rows):
             break
-    change(index, shards / index.facts["columns"][column]["file"], int(rng.choice(list(rows))))
+    change(index, shards / index.columns[column]["file"], int(rng.choice(list(rows))))
     content = index_bytes(index)
     path.write_bytes(content)
     entry["index_sha256"] = hashlib.sha256(content).hexdigest()

@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import torch
 
-from shared.recipe import STREAMS, Stream, WindowShapes
+from shared.recipe import STREAMS, Stream
 from train.config import Head
+from train.data.batch import WindowShapes
 from train.model.multimodal import MultiModalCreature
 
 SHAPES = WindowShapes(

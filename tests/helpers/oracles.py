@@ -278,7 +278,7 @@ def check_whole(out: Path) -> int:
         content = (out / entry.index_file).read_bytes()
         assert hashlib.sha256(content).hexdigest() == entry.index_sha256
         index = open_index(out / entry.index_file)
-        for name, column in index.facts["columns"].items():
+        for name, column in index.columns.items():
             path = out / column["file"]
             assert hashlib.sha256(path.read_bytes()).hexdigest() == column["sha256"]
             assert path.stat().st_size == column["length_bytes"]
@@ -300,9 +300,9 @@ def set_contents(out: Path) -> dict[tuple[str, str], Any]:
     """Hashes of columns and arrays by shard and name, whatever the files are called."""
     found: dict[tuple[str, str], Any] = {}
     for shard, index in open_indexes(out):
-        for name, column in index.facts["columns"].items():
+        for name, column in index.columns.items():
             found[shard, name] = column["sha256"]
         for name, array in index.arrays.items():
             found[shard, name] = array.tobytes()
-        found[shard, "losses"] = json.dumps(index.facts["losses"])
+        found[shard, "losses"] = json.dumps(index.decode_failures)
     return found

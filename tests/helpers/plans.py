@@ -29,11 +29,11 @@ def scan(name: str, windows: int = 3, *, tail: float = 1.0, **changes: Any) -> S
         "clock_offset_s": 0.0,
         "gain": 1.0,
         "rms": 0.1,
-        "moved": {},
+        "start_overrides": {},
         "intervals": {s: Interval(0.0, float(windows)) for s in STREAMS},
         "absent": {},
         "coverage": tuple((share,) * len(STREAMS) for share in shares),
-        "oddities": (),
+        "issues": (),
         "sources": {
             file: SourceFile(length_bytes=9, sha256=f"{name} {file}")
             for column in COLUMNS.values()

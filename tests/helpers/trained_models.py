@@ -12,9 +12,10 @@ import torch
 
 from shared.config import make_section
 from shared.media.tokenizer import train_tokenizer
-from shared.recipe import Recipe, WindowShapes, json_of
+from shared.recipe import Recipe
 from train.checkpoints import save_checkpoint
 from train.config import as_train_config
+from train.data.batch import WindowShapes
 from train.model.multimodal import MultiModalCreature
 
 RECIPE = {
@@ -71,7 +72,7 @@ def make_checkpoint(path, config=None, **extra):
     model = MultiModalCreature(config, shapes).eval()
     for parameter in model.predictors.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    extra = {"recipe": json_of(recipe), "tokenizer": TOKENIZER.json, **extra}
+    extra = {"recipe": recipe.as_json(), "tokenizer": TOKENIZER.json, **extra}
     save_checkpoint(
         path,
         {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from shared.recipe import WindowShapes
+from train.data.batch import WindowShapes
 from train.loop.trainer import Trainer
 from train.model.multimodal import MultiModalCreature
 

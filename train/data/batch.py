@@ -12,12 +12,14 @@ begun and the tick is free.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from shared.recipe import PAD_TOKEN, Stream, WindowShapes
+from shared.errors import ConfigError
+from shared.recipe import PAD_TOKEN, Stream
 from train.config import HEAD_STREAM, TEXT_STREAMS, TrainConfig
 from train.data.device import VISION_STREAMS
 from train.data.source import SENSORS, SampleSource
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from shared.recipe import Recipe
     from shared.session.reader import Text, TokenStream
 
     ReadSample = Callable[[int, dict[str, NDArray[Any]]], tuple["Place", Text | None]]
@@ -45,6 +48,64 @@ _TIME_SLACK_TICKS = 1e-6
 
 _SAMPLED = (*VISION_STREAMS, Stream.AUDIO, *SENSORS)
 """Streams that a source writes itself; text comes as tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowShapes:
+    """Sizes of one window's arrays, as a model and its batches need them."""
+
+    num_ticks: int = 40
+    tick_rate_hz: float = 10.0
+    num_frames: int = 20
+    image_size: int = 224
+    num_audio_frames: int = 200
+    mel_channels: int = 80
+    mel_levels: int = 16
+    num_sensor_samples: int = 120
+    touch_size: int = 5
+    proprio_size: int = 20
+    vocab_size: int = 1024
+
+    @property
+    def audio_frames_per_tick(self) -> int:
+        """DMel frames in one tick."""
+        return self.num_audio_frames // self.num_ticks
+
+    @property
+    def sensor_samples_per_tick(self) -> int:
+        """Touch and proprio samples in one tick."""
+        return self.num_sensor_samples // self.num_ticks
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, *, tick_rate_hz: float = 10.0) -> WindowShapes:
+        """Sizes of a recipe's windows at a tick rate.
+
+        Raises:
+            ConfigError: the tick rate does not fit the recipe's rates.
+        """
+        num_ticks = round(tick_rate_hz * recipe.window.duration_s)
+        for name, rate_hz in (
+            ("mel.rate_hz", recipe.mel.rate_hz),
+            ("sensors.rate_hz", recipe.sensors.rate_hz),
+        ):
+            if num_ticks < 1 or recipe.count(rate_hz) % num_ticks:
+                raise ConfigError(
+                    f"model.tick_rate_hz {tick_rate_hz:g} does not divide the recipe's {name} "
+                    f"{rate_hz:g}; choose one that divides both mel.rate_hz and sensors.rate_hz"
+                )
+        return cls(
+            num_ticks=num_ticks,
+            tick_rate_hz=tick_rate_hz,
+            num_frames=recipe.count(recipe.vision.rate_hz),
+            image_size=recipe.vision.size,
+            num_audio_frames=recipe.count(recipe.mel.rate_hz),
+            mel_channels=recipe.mel.channels,
+            mel_levels=recipe.mel.levels,
+            num_sensor_samples=recipe.count(recipe.sensors.rate_hz),
+            touch_size=recipe.sensors.touch_size,
+            proprio_size=recipe.sensors.proprio_size,
+            vocab_size=recipe.text.vocab_size,
+        )
 
 
 class ArrayForm(NamedTuple):

@@ -17,10 +17,10 @@ from train.data.batch import Place, fill_arrays
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from shared.recipe import WindowShapes
     from shared.session.reader import Text
     from shared.timing import StageTimer
     from train.config import TrainConfig
+    from train.data.batch import WindowShapes
     from train.data.mixture import MixedOrder
     from train.data.order import BatchOrder, BatchPlan, Blocks
     from train.data.shared_pool import SharedBatchPool
@@ -60,7 +60,7 @@ class BatchMaker:
         config: TrainConfig,
         shapes: WindowShapes,
         is_measured: bool = False,
-        laps: StageTimer | None = None,
+        timer: StageTimer | None = None,
     ) -> None:
         self._source = source
         self._order = order
@@ -68,8 +68,8 @@ class BatchMaker:
         self._config = config
         self._shapes = shapes
         self._is_measured = is_measured
-        self._laps = laps
-        self._lap = no_timer if laps is None else laps.lap
+        self._timer = timer
+        self._on_stage = no_timer if timer is None else timer.end_stage
         self._blocks: Blocks = ()
 
     def __getitem__(self, task: Task) -> dict[str, Any]:
@@ -83,13 +83,13 @@ class BatchMaker:
             return {"error": error.with_traceback(None)}
 
     def _make(self, task: Task) -> dict[str, Any]:
-        if self._laps is not None:
-            self._laps.begin()
+        if self._timer is not None:
+            self._timer.begin()
         plan = self._order.plan(task.index)
-        self._lap("plan")
+        self._on_stage("plan")
         places = [(int(s), int(r)) for s, r in zip(plan.shards, plan.rows, strict=True)]
         self._tell_what_comes(plan, places)
-        self._lap("open")
+        self._on_stage("open")
         skipped: list[dict[str, Any]] = []
         arrays = self._ring.arrays(task.slot)
         weight = arrays["weight"]
@@ -107,10 +107,10 @@ class BatchMaker:
         dense, keys = fill_arrays(
             self._source, places, arrays, config=self._config, shapes=self._shapes, read=read
         )
-        self._lap("collate")
+        self._on_stage("collate")
         rest = {"keys": keys, "index": plan.index, "epoch": plan.epoch, "skipped": skipped}
-        if self._laps is not None:
-            rest["stages_s"], rest["made_s"] = self._laps.take(), time.perf_counter()
+        if self._timer is not None:
+            rest["stages_s"], rest["made_s"] = self._timer.take(), time.perf_counter()
         return {"slot": task.slot, "dense": dense, "rest": rest}
 
     def _tell_what_comes(self, plan: BatchPlan, places: list[Place]) -> None:
@@ -138,9 +138,9 @@ class BatchMaker:
         wanted = place
         for attempt in range(MAX_SUBSTITUTES):
             try:
-                self._lap("collate")
+                self._on_stage("collate")
                 text = self._source.read_into(*place, out, with_text=with_text)
-                self._lap("decode")  # of a source that has no laps of its own
+                self._on_stage("decode")  # of a source that has no timer of its own
                 return place, text
             except CorruptError as error:
                 skipped.append(self._describe(place, error))

@@ -242,16 +242,16 @@ class ShardCache:
                 return
             length = part.stat().st_size
             wanted = "" if file.length_bytes is None else f"{file.length_bytes} bytes with "
-            brief = (
+            summary = (
                 f"{self.store}/{file.name}: {length} bytes with checksum {digest[:12]}... came, "
                 f"not {wanted}{file.sha256[:12]}..."
             )
             if digest not in seen:
                 seen.add(digest)
-                raise StorageError(brief, may_pass=True)
+                raise StorageError(summary, is_transient=True)
             if file.length_bytes not in {None, length}:
-                raise CorruptError(f"{brief}, twice: it is damaged in the store; upload it again")
-            _log.warning("%s, twice: it is damaged in the store; upload it again", brief)
+                raise CorruptError(f"{summary}, twice: it is damaged in the store; upload it again")
+            _log.warning("%s, twice: it is damaged in the store; upload it again", summary)
 
         with_retry(fetch, patience=patience)
 

@@ -23,8 +23,8 @@ import torch
 import webdataset as wds
 
 from shared.errors import ConfigError
-from shared.recipe import Recipe, Split, WindowShapes, load_recipe
-from train.data.batch import array_forms, compose_batch
+from shared.recipe import Recipe, Split, load_recipe
+from train.data.batch import WindowShapes, array_forms, compose_batch
 from train.data.batch_maker import BatchMaker, Task, init_worker
 from train.data.corrupt_samples import CorruptSampleBudget
 from train.data.mixed_source import MixedSource
@@ -70,7 +70,7 @@ class Loader:
             ends.
         rank: which share of each global batch to give.
         world_size: number of shares; the global batches and the state do not depend on it.
-        laps: measure how batches are made: each then has "stages_s", the seconds of each stage,
+        timer: measure how batches are made: each then has "stages_s", the seconds of each stage,
             "made_s", when it was ready by ``time.perf_counter``, and where a GPU trains the first
             one "pin_s".
 
@@ -88,7 +88,7 @@ class Loader:
         num_epochs: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        laps: StageTimer | None = None,
+        timer: StageTimer | None = None,
     ) -> None:
         self.source = source
         self.config = config
@@ -108,7 +108,7 @@ class Loader:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self._num_epochs = num_epochs
-        self._laps = laps
+        self._timer = timer
         self._start = 0
         self._has_begun = False
 
@@ -227,7 +227,7 @@ class Loader:
                 config=self.config,
                 shapes=self.shapes,
                 is_measured=self._num_epochs is not None,
-                laps=self._laps,
+                timer=self._timer,
             ),
             sampler=self._tasks(ring),
             batch_size=None,
@@ -247,7 +247,7 @@ class Loader:
                 if number == 0 and is_pinned:
                     began_s = time.perf_counter()
                     ring.pin()
-                    if self._laps is not None:
+                    if self._timer is not None:
                         message["rest"]["pin_s"] = time.perf_counter() - began_s
                 if isinstance(self.order, MixedOrder):
                     message["rest"]["samples_of"] = self.order.samples_of(message["rest"]["index"])

@@ -65,14 +65,14 @@ class MixedSource:
             source.evict_others = partial(self._let_go_of_others, k)
 
     @property
-    def lap(self) -> OnStage:
+    def on_stage(self) -> OnStage:
         """Told when a stage of reading is over."""
-        return self._sources[0].lap
+        return self._sources[0].on_stage
 
-    @lap.setter
-    def lap(self, lap: OnStage) -> None:
+    @on_stage.setter
+    def on_stage(self, on_stage: OnStage) -> None:
         for source in self._sources:
-            source.lap = lap
+            source.on_stage = on_stage
 
     def shard_name(self, shard: int) -> str:
         """The set's name and the shard's."""

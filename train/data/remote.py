@@ -95,7 +95,7 @@ class RemoteFiles:
                 f"{MANIFEST_FILE}?"
             ) from error
         except CorruptError as error:
-            raise StorageError(str(error), may_pass=True) from error
+            raise StorageError(str(error), is_transient=True) from error
         return manifest, sha256_of_bytes(content)
 
     def open_index(self, entry: ShardEntry, *, evict: Callable[[], bool]) -> ShardIndex:
@@ -241,5 +241,5 @@ class _Ahead:
 
 
 def _column_file(index: ShardIndex, column: str) -> RemoteFile:
-    facts = index.facts["columns"][column]
-    return RemoteFile(facts["file"], facts.get("sha256"), facts.get("length_bytes"))
+    entry = index.columns[column]
+    return RemoteFile(entry["file"], str(entry.get("sha256")), entry.get("length_bytes"))

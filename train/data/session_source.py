@@ -15,12 +15,12 @@ from shared.errors import ConfigError, CorruptError, SessionError
 from shared.files import fingerprint_of
 from shared.media.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from shared.media.yuv import write_rgb
-from shared.recipe import Recipe, Split, Stream, WindowShapes, json_of, load_recipe, split_of
+from shared.recipe import Recipe, Split, Stream, assign_split, load_recipe
 from shared.session.folder import find_sessions
 from shared.session.reader import SessionReader, Text
 from shared.session.scan import SessionScan, read_clocked, scan_session
 from train.config import TEXT_STREAMS, TrainConfig, as_train_config
-from train.data.batch import assemble_batch, join_batches
+from train.data.batch import WindowShapes, assemble_batch, join_batches
 from train.data.device import VISION_STREAMS
 from train.data.source import SENSORS, write_absent, write_mel, write_numbers
 
@@ -65,7 +65,7 @@ class SessionSource:
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, more than the recipe's "
                 f"text.vocab_size; set text.vocab_size: {self.tokenizer.vocab_size}"
             )
-        chosen = [f for f in folders if split is None or split_of(f.name, recipe) == split]
+        chosen = [f for f in folders if split is None or assign_split(f.name, recipe) == split]
         self._folders: list[Path] = []
         self._scans: list[SessionScan] = []
         self._windows: list[list[Window]] = []
@@ -78,7 +78,7 @@ class SessionSource:
             raise SessionError(f"{root_dir}: no session can be used: {reasons}")
         self.shard_sizes = np.array([len(w) for w in self._windows], dtype=np.int64)
         sources = [_identity(scan) for scan in self._scans]
-        self.fingerprint = fingerprint_of(sources, json_of(recipe), self.tokenizer.sha256, split)
+        self.fingerprint = fingerprint_of(sources, recipe.as_json(), self.tokenizer.sha256, split)
         self._open: OrderedDict[int, SessionReader] = OrderedDict()
 
     def shard_name(self, shard: int) -> str:
@@ -174,7 +174,7 @@ class SessionSource:
 def _identity(scan: SessionScan) -> list[Any]:
     """What tells a session apart from all others."""
     files = {name: file.sha256 for name, file in scan.sources.items()}
-    return [scan.session, files, *([dict(scan.moved)] if scan.moved else [])]
+    return [scan.session, files, *([dict(scan.start_overrides)] if scan.start_overrides else [])]
 
 
 class RealMultiModalDataset(Dataset[dict[str, Any]]):
@@ -246,7 +246,7 @@ def _make_tokenizer(folders: Sequence[Path], recipe: Recipe) -> TextTokenizer:
     texts = [
         event.text
         for folder in folders
-        if split_of(folder.name, recipe) == "train"
+        if assign_split(folder.name, recipe) == "train"
         for event in read_clocked(folder, recipe=recipe)[1]
     ]
     return train_tokenizer(texts, vocab_size=recipe.text.vocab_size)

@@ -60,7 +60,7 @@ class LocalFiles:
     ) -> ColumnFile:
         """A column's file."""
         del evict
-        return ColumnFile(self.manifest.root / index.facts["columns"][column]["file"])
+        return ColumnFile(self.manifest.root / index.columns[column]["file"])
 
     def refetch_column(self, index: ShardIndex, column: str, *, evict: Callable[[], bool]) -> bool:
         """Nothing helps."""

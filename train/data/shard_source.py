@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from shared.clock import EPSILON_S
-from shared.errors import MEND_SET, CorruptError, ShardError
-from shared.media.yuv import require_npy_head
+from shared.errors import REBUILD_HINT, CorruptError, ShardError
+from shared.media.yuv import check_npy_header
 from shared.recipe import Split, Stream
 from shared.session.reader import Mel, Text
-from shared.shardset.codec import decode_pictures, decode_text, is_stored_as_in
+from shared.shardset.codec import decode_pictures, decode_text, is_raw_layout
 from shared.shardset.columns import ColumnFile, read_chunk
 from shared.shardset.index import ShardIndex, require_complete
-from shared.shardset.layout import member_limits, streams_of_bits
+from shared.shardset.layout import member_limits, streams_from_bits
 from shared.storage import Store, parse_location
 from shared.timing import OnStage, no_timer
 from train.config import TEXT_STREAMS
@@ -107,7 +107,7 @@ class ShardSource:
         self._limits = member_limits(self.recipe)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._num_read_in_turn = 0
-        self.lap: OnStage = no_timer
+        self.on_stage: OnStage = no_timer
         """Told when a stage of reading is over: open, fetch, checksum, decode, collate."""
         self.evict_others: Callable[[], bool] = _nothing_to_let_go
         """Closes something that other sources of this process read; whether anything was open."""
@@ -126,7 +126,7 @@ class ShardSource:
 
     def present(self, shard: int, row: int) -> tuple[Stream, ...]:
         """Streams that the sample has."""
-        return streams_of_bits(int(self.shard(shard).index.arrays["present"][row]))
+        return streams_from_bits(int(self.shard(shard).index.arrays["present"][row]))
 
     def shard(self, shard: int) -> OpenShard:
         """The shard, opened if need be.
@@ -167,20 +167,20 @@ class ShardSource:
         for shard, row in places:
             if (opened := self._open.get(shard)) is None:
                 continue
-            there = streams_of_bits(int(opened.index.arrays["present"][row]))
+            there = streams_from_bits(int(opened.index.arrays["present"][row]))
             for table in dict.fromkeys(t for s in there if s in streams for t in READ_TABLES[s]):
                 if (file := opened.files.get(_column_of(table))) is not None:
-                    file.will_need(opened.index.members(table), row)
-        self.lap("fetch")
+                    file.prefetch(opened.index.members(table), row)
+        self.on_stage("fetch")
 
     def read_into(
         self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
     ) -> Text | None:
         """See :meth:`train.data.source.SampleSource.read_into`."""
         opened = self.shard(shard)
-        self.lap("open")
+        self.on_stage("open")
         text = self._read_into(opened, row, out, with_text=with_text)
-        self.lap("collate")
+        self.on_stage("collate")
         return text
 
     def close(self) -> None:
@@ -218,7 +218,7 @@ class ShardSource:
         if index.num_samples != entry.num_samples:
             raise CorruptError(
                 f"{origin}: has {index.num_samples} rows, manifest says {entry.num_samples}; "
-                f"{MEND_SET}"
+                f"{REBUILD_HINT}"
             )
         num_frames = self.recipe.count(self.recipe.vision.rate_hz)
         for eye in VISION_STREAMS:
@@ -226,7 +226,7 @@ class ShardSource:
             if found != num_frames:
                 raise CorruptError(
                     f"{origin}: has {found} frames of {eye} in a window, the recipe says "
-                    f"{num_frames}; {MEND_SET}"
+                    f"{num_frames}; {REBUILD_HINT}"
                 )
 
     def _read_into(
@@ -244,7 +244,7 @@ class ShardSource:
                     continue
                 error_s = opened.index.arrays[f"{stream}.error_s"][row]
                 out[f"{stream}_valid"][...] = np.isfinite(error_s)
-        present = streams_of_bits(int(opened.index.arrays["present"][row]))
+        present = streams_from_bits(int(opened.index.arrays["present"][row]))
         write_absent(out, (s for s in (*SENSORS, Stream.AUDIO) if s not in present))
         for stream in SENSORS:
             if stream in out and stream in present:
@@ -266,11 +266,11 @@ class ShardSource:
     ) -> bool:
         """Write an eye's pictures; False where the sample lacks them."""
         recipe = self.recipe.vision
-        is_tail = is_stored_as_in(out, recipe=recipe)
+        is_tail = is_raw_layout(out, recipe=recipe)
 
         def decode(member: bytes) -> bool:
             if is_tail:
-                require_npy_head(member, out)
+                check_npy_header(member, out)
             else:
                 decode_pictures(member, recipe=recipe, out=out)
             return True
@@ -315,7 +315,7 @@ class ShardSource:
             origin = opened.files[_column_of(table)].origin
             what = f"{origin} at {offset}: {error}"
             raise CorruptError(what, file=file, offset=offset) from error
-        self.lap("decode")
+        self.on_stage("decode")
         return decoded
 
     def _read_member(
@@ -323,13 +323,17 @@ class ShardSource:
     ) -> bytes | None:
         """Checked bytes of a row's member; None where the sample lacks it."""
         index, evict, column = opened.index, self._let_go, _column_of(table)
-        options: dict[str, Any] = {"max_bytes": self._limits[table], "tail": tail, "lap": self.lap}
-        self.lap("collate")
+        options: dict[str, Any] = {
+            "max_bytes": self._limits[table],
+            "tail": tail,
+            "on_stage": self.on_stage,
+        }
+        self.on_stage("collate")
         for is_renewed in (False, True):
             if column not in opened.files:
                 self._make_room_for(opened)
                 opened.files[column] = self._files.open_column(index, column, evict=evict)
-                self.lap("open")
+                self.on_stage("open")
             file = opened.files[column]
             try:
                 return file.read(index.members(table), row, **options)
@@ -374,7 +378,7 @@ def _column_of(table: str) -> str:
 
 def _place_of(opened: OpenShard, table: str, row: int) -> tuple[str, int]:
     """File of a row's member, by its name in the set, and where in it that lies."""
-    file: str = opened.index.facts["columns"][_column_of(table)]["file"]
+    file: str = opened.index.columns[_column_of(table)]["file"]
     return file, int(opened.index.arrays[f"{table}.offset"][row])
 
 

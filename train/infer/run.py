@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.recipe import WindowShapes
     from shared.session.scan import SessionScan
+    from train.data.batch import WindowShapes
     from train.infer.stream import Streamed
 
 METRICS_NAME = "metrics.json"

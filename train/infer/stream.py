@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from shared.recipe import WindowShapes
+    from train.data.batch import WindowShapes
     from train.infer.sampling import Sampling
     from train.model.multimodal import Cache
     from train.trained_model import TrainedModel

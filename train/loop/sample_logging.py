@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shared.media.tokenizer import TextTokenizer
-    from shared.recipe import WindowShapes
     from train.config import TrainConfig
+    from train.data.batch import WindowShapes
 
 MAX_FRAMES = 8
 """Frames shown of each eye."""

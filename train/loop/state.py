@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import train.checkpoints as checkpoint
 from shared.errors import CheckpointError, ConfigError
-from shared.recipe import Recipe, WindowShapes
+from shared.recipe import Recipe
 from train.config import ModelConfig, TrainConfig
+from train.data.batch import WindowShapes
 from train.loop.optim import restore_optimizer
 from train.machine import distributed, runtime
 from train.machine.parallel import shares_of, whole

@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from shared.recipe import PAD_TOKEN, WindowShapes
+from shared.recipe import PAD_TOKEN
 from train.config import Head, LossWeights, ModelConfig, TrainConfig, TrainingConfig
 from train.model.losses import LossSum, loss_sums
 from train.model.ngrams import Trigrams, count_level_pairs, counts_of, level_transitions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from train.data.batch import WindowShapes
 
 UNIGRAM_STATISTICS = {
     Head.INTERNAL_TEXT: "internal_tokens",

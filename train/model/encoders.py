@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
-from shared.recipe import PAD_TOKEN, STREAMS, Stream, WindowShapes
+from shared.recipe import PAD_TOKEN, STREAMS, Stream
 from train.config import TEXT_STREAMS, ModelConfig
 from train.data.device import VISION_STREAMS
 from train.model.blocks import Block
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from train.data.batch import WindowShapes
 
 LEVEL_WIDTH = 4
 """Width of a dMel level's embedding."""

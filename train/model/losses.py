@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.recipe import PAD_TOKEN, WindowShapes
+from shared.recipe import PAD_TOKEN
 from train.config import Head, TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from train.data.batch import WindowShapes
 
 LossSum = tuple[Tensor, Tensor]
 """Weighted sum of a loss and the weighted count of what was summed, float32 and 0-dim."""

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
-from shared.recipe import Recipe, Stream, WindowShapes
+from shared.recipe import Recipe, Stream
 from train.config import Head, ModelConfig, TrainConfig, as_train_config
+from train.data.batch import WindowShapes
 from train.model.blocks import Block, KeysValues, rotations
 from train.model.encoders import Frame, TickEncoder, count_ticks
 from train.model.modalities import hide_at_random

@@ -26,7 +26,8 @@ import zarr
 
 from shared.clock import wrap_angle
 from shared.errors import EngineError
-from shared.media.mel import decode_dmel, to_int16
+from shared.media.mel import decode_dmel
+from shared.media.sound import to_int16
 from shared.media.tokenizer import EVENT_TOKEN
 from shared.recipe import PAD_TOKEN
 from shared.session.reader import MASKED_LEVEL
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.media.tokenizer import TextTokenizer
-    from shared.recipe import Recipe, WindowShapes
+    from shared.recipe import Recipe
+    from train.data.batch import WindowShapes
 
 TEXT_HEADS = (Head.INTERNAL_TEXT, Head.EXTERNAL_TEXT)
 

@@ -92,10 +92,10 @@ def measure_steps(
     Raises:
         EngineError: the loader gave up.
     """
-    laps, times, record, until_s = StageTimer(), PhaseTimes(device), _Record(), math.inf
-    loader = Loader(source, config, laps=laps)
+    timer, times, record, until_s = StageTimer(), PhaseTimes(device), _Record(), math.inf
+    loader = Loader(source, config, timer=timer)
     batches = iterate(loader, seed=config.training.seed, position={"next_batch": 0})
-    with _timed(source, laps), contextlib.closing(batches):
+    with _timed(source, timer), contextlib.closing(batches):
         for number in range(num_warm_up + num_steps):
             if number == num_warm_up:
                 record, until_s = _Record(pin_s=record.pin_s), time.perf_counter() + MAX_S
@@ -179,16 +179,16 @@ def ready_counts(deliveries: Sequence[Delivery], *, num_ahead: int) -> list[int]
 
 
 @contextlib.contextmanager
-def _timed(source: SampleSource, laps: StageTimer) -> Iterator[None]:
-    """A shard set's own stages go to `laps`."""
+def _timed(source: SampleSource, timer: StageTimer) -> Iterator[None]:
+    """A shard set's own stages go to `timer`."""
     if not isinstance(source, ShardSource | MixedSource):
         yield
         return
-    source.lap = laps.lap
+    source.on_stage = timer.end_stage
     try:
         yield
     finally:
-        source.lap = no_timer
+        source.on_stage = no_timer
 
 
 def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from train.data.device import tensors_of
 from train.loop.meter import part_of
-from train.profiling.step import device_laps
+from train.profiling.step import device_timer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -50,16 +50,16 @@ def measure_parts(
         given: what it is given; not counted.
         device: where it runs.
     """
-    laps, stack, parts = device_laps(device), [OUTSIDE], _parts_of(model)
+    timer, stack, parts = device_timer(device), [OUTSIDE], _parts_of(model)
     calls, outputs, kept = (dict.fromkeys((OUTSIDE, *parts.values()), 0) for _ in range(3))
     seen = {_memory(t): t for t in (*model.parameters(), *tensors_of(given))}
 
     def enter(module: nn.Module, _args: object) -> None:
-        laps.lap(stack[-1])
+        timer.end_stage(stack[-1])
         stack.append(parts[module])
 
     def leave(module: nn.Module, _args: object, output: object) -> None:
-        laps.lap(stack.pop())
+        timer.end_stage(stack.pop())
         calls[parts[module]] += 1
         outputs[parts[module]] += sum(t.nbytes for t in tensors_of(output))
 
@@ -70,12 +70,12 @@ def measure_parts(
         return tensor
 
     with _hooked(parts, enter, leave), torch.autograd.graph.saved_tensors_hooks(pack, _unpacked):
-        laps.begin()
+        timer.begin()
         held = forward()
-        laps.lap(OUTSIDE)
+        timer.end_stage(OUTSIDE)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = laps.take()
+    seconds = timer.take()
     del held
     sizes = _sizes(model)
     figures = [

@@ -99,7 +99,7 @@ class TrainingStep:
         return {name: torch.stack([p[name] for p in parts]).sum() for name in parts[0]}
 
 
-def device_laps(device: torch.device) -> StageTimer:
+def device_timer(device: torch.device) -> StageTimer:
     """StageTimer of what a device does: by its events, or where it is the CPU by the clock.
 
     A GPU must be synchronized before they are taken. While it has nothing to do, an event happens
@@ -119,25 +119,25 @@ class PhaseTimes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._laps = device_laps(device)
+        self._timer = device_timer(device)
         self._began_s = time.perf_counter()
 
     def begin(self) -> None:
         """The step begins; the device has nothing to do."""
         self._began_s = time.perf_counter()
-        self._laps.begin()
+        self._timer.begin()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What happens inside, and since the phase before, belongs to `name`."""
         yield
-        self._laps.lap(name)
+        self._timer.end_stage(name)
 
     def take(self) -> tuple[dict[str, float], float]:
         """Seconds by phase, and by the host's clock from the step's begin to its end."""
         runtime.synchronize(self._device)
         step_s = time.perf_counter() - self._began_s
-        return self._laps.take(), step_s
+        return self._timer.take(), step_s
 
 
 def _recorded_event() -> torch.cuda.Event:

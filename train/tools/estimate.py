@@ -33,9 +33,9 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from shared.recipe import Recipe, WindowShapes, load_recipe
+from shared.recipe import Recipe, load_recipe
 from shared.shardset.manifest import read_manifest
-from train.data.batch import array_forms, compose_batch
+from train.data.batch import WindowShapes, array_forms, compose_batch
 from train.data.device import tensors_of, to_model_inputs
 from train.machine import runtime
 from train.model.blocks import Block

@@ -11,7 +11,8 @@ from helpers.oracles import slow_mel_share
 from helpers.sessions import tone
 from threadpoolctl import threadpool_limits
 
-from shared.media.mel import decode_dmel, encode_dmel, measure_loudness, mel_filters, stft, to_int16
+from shared.media.mel import decode_dmel, encode_dmel, mel_filters, stft
+from shared.media.sound import measure_loudness, to_int16
 from shared.recipe import AudioRecipe, MelRecipe
 
 RATE_HZ = 16_000

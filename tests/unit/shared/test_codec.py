@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shared.errors import CorruptError
-from shared.media.yuv import require_npy_head
+from shared.media.yuv import check_npy_header
 from shared.recipe import Stream, VisionRecipe
 from shared.session.folder import TextEvent
 from shared.session.reader import Text, TokenStream
@@ -32,7 +32,7 @@ from shared.shardset.codec import (
     encode_pictures,
     encode_text,
     encode_wav,
-    is_stored_as_in,
+    is_raw_layout,
     vision_extension,
 )
 
@@ -364,10 +364,10 @@ def test_the_head_of_an_npy_file_says_what_was_read_behind_it():
     file = io.BytesIO()
     np.save(file, np.zeros((3, 6, 4), np.uint8))
     head = file.getvalue()[: -3 * 6 * 4]
-    require_npy_head(head, np.empty((3, 6, 4), np.uint8))
+    check_npy_header(head, np.empty((3, 6, 4), np.uint8))
     for shape in ((3, 4, 6), (1, 6, 4), (3, 2, 4, 3)):
         with pytest.raises(CorruptError, match="is no npy file of pictures"):
-            require_npy_head(head, np.empty(shape, np.uint8))
+            check_npy_header(head, np.empty(shape, np.uint8))
 
 
 @pytest.mark.parametrize("codec", ["h264", "mjpeg", "yuv420", "raw"])
@@ -377,4 +377,4 @@ def test_what_is_stored_as_in_a_batch_needs_no_decoding(codec):
     member = encode_pictures(pictures, recipe=recipe)
     for shape in ((2, 24, 16), (2, 16, 16, 3)):
         out = decode_pictures(member, recipe=recipe, out=np.empty(shape, np.uint8))
-        assert is_stored_as_in(out, recipe=recipe) == member.endswith(out.tobytes())
+        assert is_raw_layout(out, recipe=recipe) == member.endswith(out.tobytes())

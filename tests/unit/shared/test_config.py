@@ -11,7 +11,7 @@ from pydantic import Field
 
 from shared.config import Section, apply_overrides, load_section, make_section, parse_yaml
 from shared.errors import ConfigError
-from shared.recipe import Recipe, json_of
+from shared.recipe import Recipe
 
 
 class Inner(Section):
@@ -182,7 +182,7 @@ def test_a_file_that_is_no_text_or_far_too_large_is_refused(tmp_path, content):
 
 def test_a_recipe_comes_back_from_its_json():
     recipe = Recipe.model_validate({"required": ["audio"], "vision": {"size": 64}})
-    assert make_section(Recipe, json_of(recipe)) == recipe
+    assert make_section(Recipe, recipe.as_json()) == recipe
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from shared.clock import Window
 from shared.errors import MediaError
 from shared.media.tokenizer import train_tokenizer
 from shared.recipe import Stream
-from shared.session.reader import MASKED_LEVEL, SessionReader, cut_evenly
+from shared.session.reader import MASKED_LEVEL, SessionReader, split_evenly
 from shared.session.scan import scan_from_json, scan_session
 
 TOKENIZER = train_tokenizer(["reach", "got it"], vocab_size=300)
@@ -55,7 +55,7 @@ def greys(frames) -> list[int]:
 def test_a_pass_is_cut_where_little_is_decoded_twice(steps, gop, num_runs):
     first = np.cumsum(steps)
     lead = np.where(first % (3 * gop) < 2 * gop, first % gop, np.inf)
-    cuts = cut_evenly(first, lead, num_runs)
+    cuts = split_evenly(first, lead, num_runs)
     assert (cuts[0], cuts[-1], len(cuts)) == (0, len(first), num_runs + 1)
     assert cuts == sorted(cuts)
     most = (first[-1] - first[0] + 1) / num_runs
@@ -77,10 +77,10 @@ def test_runs_of_a_pass_show_the_bits_of_the_whole_pass(session, gop, is_damaged
         path.write_bytes(content)
     windows = [Window(i, 0.37 * i, 0.6) for i in range(12)]
     whole = shown_in(fields_of(session), windows)
-    cuts = fields_of(session).cut_frames(Stream.VISION_LEFT, windows, 4)
+    cuts = fields_of(session).split_into_runs(Stream.VISION_LEFT, windows, 4)
     assert len(set(cuts)) == 5
     found = [
-        shown_in(fields_of(session), windows[start:stop], among=windows)
+        shown_in(fields_of(session), windows[start:stop], decode_context=windows)
         for start, stop in pairwise(cuts)
     ]
     assert {i: bits for run in found for i, bits in run.items()} == whole
@@ -268,7 +268,7 @@ def test_one_wrong_timestamp_does_not_make_a_billion_windows(session):
     write_lines(session / "metadata.jsonl", lines)
     scan = scan_session(session, recipe=tiny_recipe(window={"duration_s": 600}))
     assert scan.length_s == 24 * 3600
-    assert any("a timestamp must be wrong" in what for what in scan.oddities)
+    assert any("a timestamp must be wrong" in what for what in scan.issues)
 
 
 def test_a_scan_comes_back_from_its_json(session):

@@ -47,7 +47,7 @@ def tiny_index(**changes: object) -> ShardIndex:
         "audio.crc32c": np.array([7, 0, 9], np.uint32),
     }
     return ShardIndex(
-        facts={**facts, **{k: v for k, v in changes.items() if k in facts}},
+        header={**facts, **{k: v for k, v in changes.items() if k in facts}},
         arrays={**arrays, **{k: v for k, v in changes.items() if k not in facts}},
     )
 
@@ -75,7 +75,7 @@ def header_of(content: bytes) -> dict:
 def test_an_index_comes_back(tmp_path):
     index = tiny_index()
     found = open_index(write_index(tmp_path, index_bytes(index)))
-    assert found.facts == index.facts
+    assert found.header == index.header
     assert found.arrays.keys() == index.arrays.keys()
     for name, array in index.arrays.items():
         np.testing.assert_array_equal(found.arrays[name], array)
@@ -98,7 +98,7 @@ def test_an_index_is_readable_by_struct_json_and_numpy(tmp_path):
 
 def test_the_order_in_which_arrays_are_given_does_not_change_the_bytes():
     index = tiny_index()
-    turned = ShardIndex(facts=index.facts, arrays=dict(reversed(index.arrays.items())))
+    turned = ShardIndex(header=index.header, arrays=dict(reversed(index.arrays.items())))
     assert index_bytes(turned) == index_bytes(index)
 
 
@@ -214,7 +214,7 @@ def test_the_tables_of_members_are_those_of_all_columns():
 def test_an_index_without_an_array_is_corrupt(tmp_path, name):
     index = tiny_index()
     arrays = {n: array for n, array in index.arrays.items() if n != name}
-    content = index_bytes(ShardIndex(facts=index.facts, arrays=arrays))
+    content = index_bytes(ShardIndex(header=index.header, arrays=arrays))
     with pytest.raises(CorruptError, match=f"lacks the array {name};"):
         open_index(write_index(tmp_path, content))
 
@@ -229,7 +229,7 @@ def test_an_array_of_another_form_is_corrupt(tmp_path, name, other):
         "width": array.reshape(3, -1)[:, [0, 0]],
     }
     content = index_bytes(tiny_index(**{name: np.ascontiguousarray(wrong[other])}))
-    with pytest.raises(CorruptError, match=f"{name} is .*; mend the set"):
+    with pytest.raises(CorruptError, match=f"{name} is .*; fix: run"):
         open_index(write_index(tmp_path, content))
 
 
@@ -250,9 +250,9 @@ def test_a_window_without_a_time_is_corrupt(tmp_path, name, value):
 
 def test_a_column_that_is_not_known_is_left_alone(tmp_path):
     """Newer software may add some without a new version of the format."""
-    more = {**tiny_index().facts["columns"], "smell": {"file": "train-000000.smell.tar"}}
+    more = {**tiny_index().columns, "smell": {"file": "train-000000.smell.tar"}}
     content = index_bytes(tiny_index(columns=more, **{"smell.offset": np.zeros(3, np.float32)}))
-    assert "smell" in open_index(write_index(tmp_path, content)).facts["columns"]
+    assert "smell" in open_index(write_index(tmp_path, content)).columns
 
 
 def test_an_index_without_a_column_is_not_complete():

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import MediaError
-from shared.media.sound import Sound, read_frames, read_sound, read_video_track
+from shared.media.sound import Sound, read_sound
+from shared.media.video import read_frames, read_video_track
 from shared.recipe import VisionRecipe
 
 if TYPE_CHECKING:

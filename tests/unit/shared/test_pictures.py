@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as hnp
 
 from shared.clock import nearest
 from shared.errors import ConfigError
-from shared.media.sound import read_frames, read_video_track
-from shared.media.yuv import planes_of, to_yuv420
+from shared.media.video import read_frames, read_video_track
+from shared.media.yuv import split_planes, to_yuv420
 from shared.recipe import VisionRecipe
 from shared.shardset.codec import decode_pictures, encode_pictures
 
@@ -68,21 +68,21 @@ def test_planes_are_those_of_the_standard_rounded(pictures):
     ],
 )
 def test_pure_colours_have_the_planes_that_every_table_of_jfif_gives(colour, expected):
-    y, u, v = planes_of(planes(np.full((1, 4, 4, 3), colour, np.uint8))[0])
+    y, u, v = split_planes(planes(np.full((1, 4, 4, 3), colour, np.uint8))[0])
     assert (set(y.flat), set(u.flat), set(v.flat)) == tuple({value} for value in expected)
 
 
 def test_planes_are_packed_as_ffmpeg_packs_them():
     values = np.random.default_rng(0).integers(0, 256, (24, 16), np.uint8)
     frame = av.VideoFrame.from_ndarray(values, format="yuvj420p")
-    for ours, theirs in zip(planes_of(values), frame.planes, strict=True):
+    for ours, theirs in zip(split_planes(values), frame.planes, strict=True):
         rows = np.frombuffer(theirs, np.uint8).reshape(-1, theirs.line_size)
         np.testing.assert_array_equal(ours, rows[: ours.shape[0], : ours.shape[1]])
 
 
 def test_memory_that_is_not_contiguous_is_refused():
     with pytest.raises(AssertionError):
-        planes_of(np.zeros((24, 32), np.uint8)[:, ::2])
+        split_planes(np.zeros((24, 32), np.uint8)[:, ::2])
 
 
 # --- codecs ----------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def read(folder: Path, content: bytes | str | None = None) -> Metadata:
 
 
 def kinds(metadata: Metadata) -> list[tuple[int, str]]:
-    return [(oddity.line, oddity.kind) for oddity in metadata.oddities]
+    return [(issue.line, issue.kind) for issue in metadata.issues]
 
 
 def test_numbers_come_through_as_float32_in_file_order(tmp_path: Path) -> None:
@@ -45,12 +45,12 @@ def test_numbers_come_through_as_float32_in_file_order(tmp_path: Path) -> None:
     for key in ("touch", "proprio"):
         expected = np.array([line[key] for line in lines], dtype=np.float32)
         np.testing.assert_array_equal(getattr(metadata, key), expected)
-    assert metadata.oddities == ()
+    assert metadata.issues == ()
 
 
-def test_a_missing_file_gives_no_lines_and_no_oddity(tmp_path: Path) -> None:
+def test_a_missing_file_gives_no_lines_and_no_issue(tmp_path: Path) -> None:
     metadata = read(tmp_path)
-    assert (len(metadata.times_s), metadata.touch.shape, metadata.oddities) == (0, (0, 5), ())
+    assert (len(metadata.times_s), metadata.touch.shape, metadata.issues) == (0, (0, 5), ())
 
 
 def test_a_folder_in_its_place_is_an_oddity_without_a_line(tmp_path: Path) -> None:
@@ -100,12 +100,12 @@ def test_a_line_with_an_odd_reading_keeps_its_time_and_other_reading(tmp_path: P
     assert metadata.rows_with(Stream.TOUCH).tolist() == [False]
 
 
-def test_windows_line_ends_a_byte_order_mark_and_blank_lines_are_no_oddities(
+def test_windows_line_ends_a_byte_order_mark_and_blank_lines_are_no_issues(
     tmp_path: Path,
 ) -> None:
     metadata = read(tmp_path, b'\xef\xbb\xbf{"timestamp": 0}\r\n\r\n \n{"timestamp": 1}')
     assert (metadata.times_s.tolist(), metadata.lines.tolist()) == ([0.0, 1.0], [1, 4])
-    assert metadata.oddities == ()
+    assert metadata.issues == ()
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -125,7 +125,7 @@ def test_lines_are_sorted_and_the_first_of_equal_times_is_kept(
 
 def test_a_step_back_says_how_far(tmp_path: Path) -> None:
     metadata = read(tmp_path, '{"timestamp": 5}\n{"timestamp": 1.5}\n')
-    assert [(oddity.line, oddity.back_s) for oddity in metadata.oddities] == [(2, 3.5)]
+    assert [(issue.line, issue.back_s) for issue in metadata.issues] == [(2, 3.5)]
 
 
 def test_words_in_metadata_lines_become_events_and_blank_ones_do_not(tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_text_events_are_sorted_by_time_and_odd_ones_named(tmp_path: Path) -> No
         '{"timestamp": 2, "stream": "internal", "text": 7}\n'
         '{"timestamp": null, "stream": "internal", "text": "x"}\n'
     )
-    events, oddities = read_text_file(tmp_path)
+    events, issues = read_text_file(tmp_path)
     assert [event.text for event in events] == ["a", "c"]
-    assert [(o.line, o.kind) for o in oddities] == [
+    assert [(o.line, o.kind) for o in issues] == [
         (3, "stream"),
         (4, "text"),
         (5, "text"),
@@ -179,6 +179,6 @@ def test_a_folder_without_sessions_is_an_error_that_names_what_a_session_is(
         find_sessions(tmp_path / "none")
 
 
-def test_every_real_session_reads_without_an_oddity(real_sessions: list[Path]) -> None:
-    odd = {path.name: (*read(path).oddities, *read_text_file(path)[1]) for path in real_sessions}
+def test_every_real_session_reads_without_an_issue(real_sessions: list[Path]) -> None:
+    odd = {path.name: (*read(path).issues, *read_text_file(path)[1]) for path in real_sessions}
     assert not any(odd.values()), odd

@@ -21,7 +21,8 @@ import zarr
 from helpers.oracles import build, file_hashes, jsonl, open_indexes, tar_members, tiny_recipe
 from helpers.sessions import write_tone
 
-from shared.media.sound import read_sound, read_video_track
+from shared.media.sound import read_sound
+from shared.media.video import read_video_track
 from shared.recipe import Stream
 from shared.session.alignment import read_starts
 from shared.session.reader import SessionReader

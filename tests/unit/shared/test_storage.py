@@ -23,14 +23,14 @@ def waits(monkeypatch):
     return slept
 
 
-def failing(num, *, may_pass=True):
+def failing(num, *, is_transient=True):
     """A call that fails so many times."""
     times = iter(range(1000))
 
     def call():
         number = next(times)
         if number < num:
-            raise StorageError(f"failure {number}", may_pass=may_pass)
+            raise StorageError(f"failure {number}", is_transient=is_transient)
         return number
 
     return call
@@ -74,7 +74,7 @@ def test_the_whole_time_is_bounded(waits):
 
 def test_what_can_not_pass_is_not_tried_again(waits):
     with pytest.raises(StorageError, match=r"failure 0$"):
-        with_retry(failing(99, may_pass=False), patience=PATIENCE)
+        with_retry(failing(99, is_transient=False), patience=PATIENCE)
     assert waits == []
 
 
@@ -97,14 +97,14 @@ def server(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "may_pass"),
+    ("fault", "is_transient"),
     [("500", True), ("503", True), ("reset", True), ("cut", True), ("403", False)],
 )
-def test_which_answers_are_worth_another_try(server, tmp_path, fault, may_pass):
+def test_which_answers_are_worth_another_try(server, tmp_path, fault, is_transient):
     server.plan = lambda _name, _before: fault
     with pytest.raises(StorageError, match=rf"{server.url}/set/x: ") as caught:
         Store(f"{server.url}/set").fetch("x", tmp_path / "x")
-    assert caught.value.may_pass is may_pass
+    assert caught.value.is_transient is is_transient
 
 
 @pytest.mark.parametrize("fault", ["stall", "silence"])
@@ -113,7 +113,7 @@ def test_silence_ends_after_the_read_timeout(server, tmp_path, monkeypatch, faul
     server.plan = lambda _name, _before: fault
     with pytest.raises(StorageError) as caught:
         Store(f"{server.url}/set").fetch("x", tmp_path / "x")
-    assert caught.value.may_pass
+    assert caught.value.is_transient
 
 
 def test_a_missing_file_is_no_failure_of_the_store(server, tmp_path):
@@ -129,13 +129,13 @@ def test_a_missing_package_is_named(monkeypatch, url, tmp_path):
     monkeypatch.setattr("fsspec.core.url_to_fs", fail)
     with pytest.raises(StorageError, match=r"run `pip install '(s3fs|aiohttp)>=") as caught:
         Store(url).fetch("x", tmp_path / "x")
-    assert not caught.value.may_pass
+    assert not caught.value.is_transient
 
 
 def test_errors_keep_what_they_know_on_their_way_from_a_worker():
     import multiprocessing.reduction
 
-    error = StorageError("all", brief="short", may_pass=True)
+    error = StorageError("all", summary="short", is_transient=True)
     send = multiprocessing.reduction.ForkingPickler
     again = send.loads(send.dumps(error))
-    assert (str(again), again.brief, again.may_pass) == ("all", "short", True)
+    assert (str(again), again.summary, again.is_transient) == ("all", "short", True)

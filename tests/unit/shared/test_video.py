@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared.media.sound import read_video_track
-from shared.media.video import decode_frames, frames_to_restart
+from shared.media.video import decode_frames, frames_to_restart, read_video_track
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,6 @@ from helpers.sets import HEADS, TEXT_HEADS, build_set, make_config, set_recipe
 from torch.utils.data import DataLoader
 
 from shared.errors import CheckpointError, ConfigError
-from shared.recipe import json_of
 from train import MultiModalCreature, RealMultiModalDataset, Trainer, real_data_collate_fn
 from train.__main__ import cli
 from train.checkpoints import load_checkpoint
@@ -230,7 +229,7 @@ def test_check_looks_at_the_model_where_the_data_is_not_there_yet(tmp_path):
 
 def test_sessions_read_directly_that_are_in_no_batch_are_named(tiny_sessions, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(json_of(set_recipe(required=["audio"]))))
+    recipe.write_text(json.dumps(set_recipe(required=["audio"]).as_json()))
     config = make_config(root_dir=tiny_sessions, recipe=recipe)
     parts = open_parts(config)
     assert [line.split(":")[0] for line in parts.left_out if "windows" not in line] == ["eve"]
@@ -243,7 +242,7 @@ def test_held_out_sessions_that_can_not_be_used_are_named(tiny_sessions, tmp_pat
     shutil.copytree(tiny_sessions, sessions)
     (sessions / "bob" / "audio.wav").unlink()
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(json_of(set_recipe(required=["audio"]))))
+    recipe.write_text(json.dumps(set_recipe(required=["audio"]).as_json()))
     parts = open_parts(make_config(root_dir=sessions, recipe=recipe))
     assert parts.val_loader is None
     assert "bob" in parts.not_held_out
@@ -272,7 +271,7 @@ def test_paths_with_brackets_and_spaces_are_printed_as_they_are_and_quoted(
     shutil.copytree(tiny_sessions / "ann", folder / "ann")
     config = make_run(None, folder)
     data = config.data.model_copy(update={"root_dir": folder / "ann", "recipe": folder / "r.yaml"})
-    (folder / "r.yaml").write_text(json.dumps(json_of(set_recipe())))
+    (folder / "r.yaml").write_text(json.dumps(set_recipe().as_json()))
     run_training(config.model_copy(update={"data": data}), origin=folder / "mine.yaml")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next ")]
     words = shlex.split(line)

@@ -13,8 +13,9 @@ import torch
 from shared.config import make_section
 from shared.errors import CheckpointError
 from shared.media.tokenizer import train_tokenizer
-from shared.recipe import Recipe, WindowShapes, json_of
+from shared.recipe import Recipe
 from train.config import as_train_config
+from train.data.batch import WindowShapes
 from train.model.multimodal import MultiModalCreature
 from train.trained_model import load_trained_model
 
@@ -48,7 +49,7 @@ def good_state():
         "config": CONFIG.model_dump(mode="json"),
         "shapes": dataclasses.asdict(SHAPES),
         "extra": {
-            "recipe": json_of(RECIPE),
+            "recipe": RECIPE.as_json(),
             "tokenizer": train_tokenizer([], vocab_size=264).json,
         },
     }

@@ -32,7 +32,7 @@ from shared.session.scan import scan_session
 from shared.shardset.codec import decode_pictures, decode_text, decode_wav
 from shared.shardset.columns import ColumnFile, read_chunk
 from shared.shardset.index import open_index
-from shared.shardset.layout import COLUMNS, streams_of_bits
+from shared.shardset.layout import COLUMNS, streams_from_bits
 from shared.shardset.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def jpeg_set(sessions, tmp_path_factory) -> Path:
 
 
 def member(out: Path, index: ShardIndex, column: str, part: str, row: int) -> bytes | None:
-    file = ColumnFile(out / index.facts["columns"][column]["file"])
+    file = ColumnFile(out / index.columns[column]["file"])
     try:
         return file.read(index.members(part), row)
     finally:
@@ -102,7 +102,7 @@ def test_every_window_is_a_sample_or_rejected(raw_set):
 
 
 def test_held_out_sessions_are_in_val_only(raw_set):
-    found = {name: index.facts["sessions"] for name, index in open_indexes(raw_set)}
+    found = {name: index.sessions for name, index in open_indexes(raw_set)}
     assert found == {"train-000000": ["ann", "cat", "dan"], "val-000000": [HELD_OUT]}
 
 
@@ -116,7 +116,7 @@ def test_stock_webdataset_counts_the_members_of_each_column(raw_set, column):
         found = [sample["__key__"] for sample in stock]
         have = [r for r in range(index.num_samples) if index.members(column).length[r]]
         assert found == [index.key(row) for row in have]
-        own = [key for key in all_keys() if key.split("/")[0] in index.facts["sessions"]]
+        own = [key for key in all_keys() if key.split("/")[0] in index.sessions]
         assert found == [k for k in own if column != "vision_right" or k.startswith("cat/")]
 
 
@@ -146,7 +146,7 @@ def test_times_and_presence_of_each_row_are_in_the_index(raw_set):
             streams = set(STREAMS)
             if not index.key(row).startswith("cat/"):
                 streams -= {Stream.VISION_RIGHT}
-            assert set(streams_of_bits(int(arrays["present"][row]))) == streams
+            assert set(streams_from_bits(int(arrays["present"][row]))) == streams
             is_tail = index.key(row) == "bob/000001"
             assert bool(arrays["partial"][row]) == is_tail
 

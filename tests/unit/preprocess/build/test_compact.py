@@ -86,8 +86,8 @@ def all_of(out: Path) -> dict[str, Any]:
     """All that a set is but names of files: members, arrays, facts, and what the manifest adds."""
     facts = {}
     for name, index in open_indexes(out):
-        columns = {n: {**c, "file": ""} for n, c in index.facts["columns"].items()}
-        facts[name] = json.dumps({**index.facts, "columns": columns}, sort_keys=True)
+        columns = {n: {**c, "file": ""} for n, c in index.columns.items()}
+        facts[name] = json.dumps({**index.header, "columns": columns}, sort_keys=True)
     manifest = read_manifest(out)
     return {
         "contents": set_contents(out),
@@ -156,7 +156,7 @@ def test_a_broken_video_is_as_in_a_fresh_build(recorded, recipe, tmp_path):
         content[begin : begin + len(content) // 3] = bytes(len(content) // 3)
         path.write_bytes(content)
         build(sessions, out, recipe)
-    losses = [loss for _, index in open_indexes(out) for loss in index.facts["losses"]]
+    losses = [loss for _, index in open_indexes(out) for loss in index.decode_failures]
     assert "fay" in {loss["session"] for loss in losses}
     build(sessions, out, recipe, compact=True)
     build(sessions, tmp_path / "fresh", recipe)
@@ -164,8 +164,8 @@ def test_a_broken_video_is_as_in_a_fresh_build(recorded, recipe, tmp_path):
 
 
 def test_of_a_damaged_old_column_the_recordings_are_read(recorded, recipe, grown, fresh):
-    index = next(i for _, i in open_indexes(grown) if "fay" in i.facts["sessions"])
-    column = index.facts["columns"]["audio"]["file"]
+    index = next(i for _, i in open_indexes(grown) if "fay" in i.sessions)
+    column = index.columns["audio"]["file"]
     flip_byte(grown / column, int(index.arrays["audio.offset"][0]) + 100)
     build(recorded, grown, recipe, compact=True)
     assert all_of(grown) == all_of(fresh)

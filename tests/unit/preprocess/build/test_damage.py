@@ -15,8 +15,7 @@ from helpers.sets import flip_byte
 from preprocess.__main__ import cli
 from preprocess.build import job as job_module
 from preprocess.sets.verify import verify_set
-from shared.errors import MEND_SET
-from shared.recipe import json_of
+from shared.errors import REBUILD_HINT
 from shared.shardset.layout import COLUMNS
 from shared.shardset.manifest import read_manifest
 
@@ -29,7 +28,7 @@ def test_only_the_damaged_column_is_made_again(sessions, built, out, name, place
     before = file_identities(out)
     flip_byte(out / name, place % (out / name).stat().st_size)
     assert build(sessions, out).plan.is_empty  # sizes tell nothing
-    assert any(MEND_SET in problem for problem in verify_set(out).problems)
+    assert any(REBUILD_HINT in problem for problem in verify_set(out).problems)
     summary = build(sessions, out, verify=True)
     column = name.split(".")[1]
     assert [(t.name, set(t.due)) for t in summary.plan.tasks] == [("train-000000", {column})]
@@ -68,7 +67,7 @@ def test_a_shard_with_a_wrong_count_in_the_manifest_is_made_again(sessions, out)
     del values["sha256"]
     values["shards"][0]["num_samples"] += 1
     (out / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
-    assert any(MEND_SET in problem for problem in verify_set(out).problems)
+    assert any(REBUILD_HINT in problem for problem in verify_set(out).problems)
     build(sessions, out, verify=True)
     assert verify_set(out).problems == ()
 
@@ -88,7 +87,7 @@ def test_what_a_killed_build_left_is_checked_before_it_is_taken_over(
 
 def test_a_dry_run_names_what_is_damaged(sessions, out, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(json_of(tiny_recipe())), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump(tiny_recipe().as_json()), encoding="utf-8")
     given = ["--recipe", str(recipe), "--sessions", str(sessions), "--out", str(out)]
     command = ["shards", *given, "--workers", "0", "--dry-run"]
     flip_byte(out / "val-000000.proprio.zarr.zip", 600)

@@ -21,7 +21,7 @@ OTHER_SENSORS = tiny_recipe(sensors={"max_gap_s": 0.2})
 def files_of(manifest: Manifest) -> set[str]:
     names = {manifest.tokenizer_file}
     for entry in manifest.shards:
-        columns = open_index(manifest.root / entry.index_file).facts["columns"]
+        columns = open_index(manifest.root / entry.index_file).columns
         names |= {entry.index_file, *(c["file"] for c in columns.values())}
     return names
 

@@ -37,11 +37,12 @@ from preprocess.build import job as job_module
 from preprocess.build import task as build_module
 from preprocess.build.places import open_set
 from shared.errors import JobError, SessionError
-from shared.recipe import Recipe, json_of
 from shared.shardset.manifest import read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from shared.recipe import Recipe
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**16})
 """Two windows a shard, so that there are several."""
@@ -64,7 +65,7 @@ def leftovers(out: Path) -> list[str]:
 def run_job(sessions: Path, out: Path, recipe: Recipe, *options: str) -> subprocess.Popen[str]:
     """The command, in a process group of its own, without Dask."""
     path = out.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(json_of(recipe)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(recipe.as_json()), encoding="utf-8")
     places = ["--sessions", str(sessions), "--out", str(out), "--recipe", str(path)]
     return subprocess.Popen(
         [sys.executable, "-m", "preprocess", "shards", *places, "--workers", "0", *options],

@@ -276,11 +276,11 @@ def scan_of(name: str, streams: tuple[Stream, ...], num_windows: int) -> Session
         clock_offset_s=0.0,
         gain=1.0,
         rms=0.0,
-        moved={},
+        start_overrides={},
         intervals={s: Interval(0.0, float(num_windows)) for s in streams},
         absent={},
         coverage=(),
-        oddities=(),
+        issues=(),
         sources={},
     )
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from preprocess.build.commit import count_windows, rejected_lines
 from preprocess.build.explain import reasons
 from shared.clock import Interval
-from shared.recipe import STREAMS, Stream, split_of
+from shared.recipe import STREAMS, Stream, assign_split
 from shared.shardset.layout import COLUMNS
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**18})
 
-TRAIN_NAMES = [n for n in "abcdefghij" if split_of(n, RECIPE) == "train"][:4]
+TRAIN_NAMES = [n for n in "abcdefghij" if assign_split(n, RECIPE) == "train"][:4]
 FOUR = scans_of(*(scan(n) for n in TRAIN_NAMES))
 OLD = finish(plan(FOUR), RECIPE)
 MANY = scans_of(*(scan(n, 5) for n in "abcdefghij"))
@@ -128,7 +128,7 @@ def test_a_stream_that_leaves_a_window_makes_its_column_due():
 
 
 def test_a_new_session_makes_a_new_shard_and_touches_no_other():
-    new = next(n for n in "klmnop" if split_of(n, RECIPE) == "train")
+    new = next(n for n in "klmnop" if assign_split(n, RECIPE) == "train")
     grown = plan({**FOUR, new: scan(new)}, old=OLD)
     assert [t.name for t in grown.tasks] == ["train-000001"]
     assert keys(grown.tasks) == [(new, 0), (new, 1), (new, 2)]
@@ -239,7 +239,7 @@ def test_sessions_never_change_sides_when_others_come(values, more):
         for task in p.tasks
         for piece in task.slices
     }
-    assert all(sides[n] == split_of(n, recipe) for n in sides)
+    assert all(sides[n] == assign_split(n, recipe) for n in sides)
     assert {s.split for s in second.unchanged} == {t.split for t in first.tasks}
 
 
@@ -256,5 +256,5 @@ def test_splits_are_the_documented_hash():
     for name in SESSIONS:
         digest = hashlib.sha256(f"salt2/{name}".encode()).digest()
         is_val = int.from_bytes(digest[:8], "big") < 0.25 * 2**64
-        assert split_of(name, RECIPE) == ("val" if is_val else "train")
+        assert assign_split(name, RECIPE) == ("val" if is_val else "train")
         assert is_val == (name == HELD_OUT)

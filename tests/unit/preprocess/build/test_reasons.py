@@ -9,9 +9,9 @@ from helpers.oracles import tiny_recipe
 from helpers.plans import RECIPE, finish, plan, scan, scans_of, with_source
 
 from preprocess.build.explain import reasons
-from shared.recipe import split_of
+from shared.recipe import assign_split
 
-NAMES = [n for n in "abcdefghijklmnop" if split_of(n, RECIPE) == "train"]
+NAMES = [n for n in "abcdefghijklmnop" if assign_split(n, RECIPE) == "train"]
 ANN, BOB, CAT = NAMES[:3]
 OLD_SCANS = scans_of(*(scan(n) for n in NAMES[:3]))
 OLD = finish(plan(OLD_SCANS), RECIPE)

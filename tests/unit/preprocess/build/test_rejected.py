@@ -11,7 +11,7 @@ from helpers.oracles import build, jsonl, open_indexes, tiny_recipe, write_tiny_
 from helpers.sessions import sensor_lines, write_lines, write_video
 
 from shared.recipe import Stream
-from shared.shardset.layout import streams_of_bits
+from shared.shardset.layout import streams_from_bits
 from shared.shardset.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def test_windows_that_do_not_decode_have_a_line_and_no_member(odd_set):
     for _, index in open_indexes(odd_set):
         for row in range(index.num_samples):
             if index.key(row).startswith("cut/"):
-                present = streams_of_bits(int(index.arrays["present"][row]))
+                present = streams_from_bits(int(index.arrays["present"][row]))
                 is_lost = index.key(row) in lost
                 assert (Stream.VISION_LEFT in present) != is_lost
                 assert (index.members("vision_left").length[row] == 0) == is_lost
@@ -126,7 +126,7 @@ def test_a_session_of_nothing_but_text_or_sensors_is_usable(tmp_path):
     build(root, tmp_path / "out", tiny_recipe(split={"val_fraction": 0.0}))
     [(_, index)] = open_indexes(tmp_path / "out")
     found = {
-        index.key(r): streams_of_bits(int(index.arrays["present"][r]))
+        index.key(r): streams_from_bits(int(index.arrays["present"][r]))
         for r in range(index.num_samples)
     }
     assert found == {

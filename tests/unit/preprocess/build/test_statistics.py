@@ -250,12 +250,12 @@ def make_early(out: Path) -> None:
     digests = []
     for entry in read_manifest(out).shards:
         index = open_index(out / entry.index_file)
-        facts = json.loads(json.dumps(index.facts))
+        facts = json.loads(json.dumps(index.header))
         del facts["statistics"]["audio"]
         for found in facts["statistics"]["proprio"].values():
             for name in found.keys() - EARLY:
                 del found[name]
-        content = index_bytes(ShardIndex(facts=facts, arrays=index.arrays))
+        content = index_bytes(ShardIndex(header=facts, arrays=index.arrays))
         (out / entry.index_file).unlink()
         (out / entry.index_file).write_bytes(content)
         digests.append(hashlib.sha256(content).hexdigest())

@@ -34,7 +34,6 @@ from preprocess.build.places import KEEP_OLD_S, RemoteShardSet
 from preprocess.build.sources import find_recordings
 from shared import storage
 from shared.errors import JobError, SessionError, ShardError, StorageError
-from shared.recipe import json_of
 from shared.shardset.manifest import read_manifest
 from shared.storage import STARTUP_RETRY, RetryPolicy, Store, parse_location, shown
 
@@ -387,7 +386,7 @@ def test_the_command_with_two_workers_from_s3_to_s3_gives_the_local_bytes(
     s3, recorded, built, tmp_path
 ):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(json_of(SMALL)), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump(SMALL.as_json()), encoding="utf-8")
     places = ["--sessions", "s3://here/sessions", "--out", "s3://here/by-command"]
     command = [sys.executable, "-m", "preprocess", "shards", *places, "--recipe", str(recipe)]
     command += ["--keep-old", "0"]
@@ -404,7 +403,7 @@ def test_the_command_with_two_workers_from_s3_to_s3_gives_the_local_bytes(
     assert "is up to date" in run()
     assert stored_hashes(s3, "here/by-command") == file_hashes(built)
     other = tiny_recipe(shard={"target_bytes": 2**16}, vision={"quality": 50})
-    recipe.write_text(yaml.safe_dump(json_of(other)), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump(other.as_json()), encoding="utf-8")
     run()
     local = Path(shutil.copytree(built, tmp_path / "local"))
     build(recorded, local, other)

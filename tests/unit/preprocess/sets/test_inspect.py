@@ -13,7 +13,7 @@ from helpers import sets as tiny_sets
 
 from preprocess.__main__ import cli
 from preprocess.sets.verify import describe_sample, describe_set, verify_set
-from shared.errors import MEND_SET, ShardError
+from shared.errors import REBUILD_HINT, ShardError
 from shared.shardset.index import ShardIndex, index_bytes, open_index
 from shared.shardset.manifest import read_manifest
 
@@ -44,10 +44,10 @@ def edit_index(root, entry_number, change):
     entry = json.loads((root / "manifest.json").read_text())["shards"][entry_number]
     path = root / entry["index_file"]
     index = open_index(path)
-    facts = json.loads(json.dumps(index.facts))
+    facts = json.loads(json.dumps(index.header))
     arrays = {name: array.copy() for name, array in index.arrays.items()}
     change(facts, arrays)
-    content = index_bytes(ShardIndex(facts=facts, arrays=arrays))
+    content = index_bytes(ShardIndex(header=facts, arrays=arrays))
     path.write_bytes(content)
 
     def vouch(values):
@@ -60,8 +60,8 @@ def shard_with_both_eyes(root):
     """Name of a shard of cat, which has every column."""
     for path in sorted(root.glob("*.index")):
         index = open_index(path)
-        if index.facts["sessions"] == ["cat"]:
-            return index.facts["name"]
+        if index.sessions == ["cat"]:
+            return index.header["name"]
     raise AssertionError("no shard of cat alone")
 
 
@@ -106,7 +106,7 @@ def test_a_flipped_byte_between_members_is_found(a_copy, column):
     name = shard_with_both_eyes(a_copy)
     path = a_copy / f"{name}.{column}"
     tiny_sets.flip_byte(path, path.stat().st_size - 3)
-    assert [f"{path}: checksum differs from its index; {MEND_SET}"] == list(
+    assert [f"{path}: checksum differs from its index; {REBUILD_HINT}"] == list(
         verify_set(a_copy).problems
     )
 
@@ -116,7 +116,7 @@ def test_a_missing_column_is_found_once(a_copy, column):
     path = a_copy / f"{shard_with_both_eyes(a_copy)}.{column}"
     path.unlink()
     assert verify_set(a_copy).problems == (
-        f"{path}: can't be read: No such file or directory; {MEND_SET}",
+        f"{path}: can't be read: No such file or directory; {REBUILD_HINT}",
     )
 
 
@@ -174,7 +174,7 @@ def test_a_list_of_the_rejected_that_can_not_be_read_is_found(a_copy, content):
         path.write_text(content)
     (problem,) = verify_set(a_copy).problems
     assert str(path) in problem
-    assert MEND_SET in problem
+    assert REBUILD_HINT in problem
 
 
 def test_a_rejected_window_that_nobody_planned_is_found(a_copy):

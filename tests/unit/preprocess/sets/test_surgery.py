@@ -71,7 +71,7 @@ def samples(out: Path) -> dict[tuple[str, str], bytes | None]:
     for _, index in open_indexes(out):
         tables = [n.removesuffix(".offset") for n in index.arrays if n.endswith(".offset")]
         for table in tables:
-            column = index.facts["columns"][table.partition("/")[0]]
+            column = index.columns[table.partition("/")[0]]
             file = ColumnFile(out / column["file"])
             for row in range(index.num_samples):
                 found[index.key(row), table] = file.read(index.members(table), row)

@@ -17,7 +17,7 @@ from helpers.sessions import (
 
 from preprocess.validate.axes import TimeAxis
 from preprocess.validate.media import read_envelope, read_thumbnails
-from shared.media.sound import read_video_track
+from shared.media.video import read_video_track
 from shared.recipe import VisionRecipe
 
 if TYPE_CHECKING:

@@ -11,9 +11,15 @@ from helpers.sets import TEXT_HEADS, make_config, places_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.recipe import Stream, WindowShapes
+from shared.recipe import Stream
 from shared.session.reader import Text, TokenStream
-from train.data.batch import assemble_batch, join_batches, pack_tokens, tokens_on_ticks
+from train.data.batch import (
+    WindowShapes,
+    assemble_batch,
+    join_batches,
+    pack_tokens,
+    tokens_on_ticks,
+)
 from train.data.shard_source import ShardSource
 
 NUM_TICKS, RATE_HZ = 12, 10

@@ -74,7 +74,7 @@ def fails_first(num, error=None, content=None):
 @pytest.mark.parametrize(
     "on_fetch",
     [
-        lambda: fails_first(3, error=StorageError("broken off", may_pass=True)),
+        lambda: fails_first(3, error=StorageError("broken off", is_transient=True)),
         lambda: fails_first(1, content=lambda right: right[:-1]),
         lambda: fails_first(1, content=lambda right: right + b"x"),
         lambda: fails_first(1, content=lambda right: bytes([right[0] ^ 1]) + right[1:]),
@@ -91,7 +91,7 @@ def test_what_passes_is_tried_again_and_said_once(shelf, folder, caplog, on_fetc
 
 
 def test_what_does_not_pass_ends_as_an_error_and_leaves_nothing(shelf, folder):
-    shelf.on_fetch = fails_first(99, error=StorageError("broken off", may_pass=True))
+    shelf.on_fetch = fails_first(99, error=StorageError("broken off", is_transient=True))
     with pytest.raises(StorageError, match="broken off; given up after 4 attempts"):
         make_cache(shelf, folder).open(shelf.file("f1"))
     assert shelf.gets() == {"f1": 4}
@@ -303,7 +303,7 @@ def test_fetching_ahead_removes_nothing_that_was_used_since(shelf, folder):
 
 
 def test_the_log_names_what_and_how_often(shelf, folder, caplog):
-    shelf.on_fetch = fails_first(1, error=StorageError("f1: broken off", may_pass=True))
+    shelf.on_fetch = fails_first(1, error=StorageError("f1: broken off", is_transient=True))
     with caplog.at_level(logging.WARNING):
         read(make_cache(shelf, folder), shelf.file("f1"))
     (record,) = caplog.records

@@ -28,7 +28,7 @@ def damage(shards, column, *, key=None, shard=0, row=1):
     name = {"dmel.zarr.zip": "dmel/dmel", "proprio.zarr.zip": "proprio/touch"}.get(column)
     members = index.members(name or column.partition(".")[0])
     assert members.length[row] > 0, "the sample lacks it"
-    path = shards / f"{index.facts['name']}.{column}"
+    path = shards / f"{index.header['name']}.{column}"
     tiny_sets.flip_byte(path, int(members.offset[row]) + int(members.length[row]) // 2)
     return source.key(shard, row)
 

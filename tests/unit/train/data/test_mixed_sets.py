@@ -171,7 +171,7 @@ def test_a_damaged_sample_is_replaced_from_its_own_set(tiny_set, away_set, tmp_p
     damaged = tiny_sets.copy_set(away_set, tmp_path / "away")
     index = ShardSource(damaged).shard(0).index
     member = int(index.members("dmel/dmel").offset[0])
-    tiny_sets.flip_byte(damaged / index.facts["columns"]["dmel"]["file"], member)
+    tiny_sets.flip_byte(damaged / index.columns["dmel"]["file"], member)
     good = take(make_loader(make_config(tiny_set, away_set)), 8)
     found = take(make_loader(make_config(tiny_set, damaged, max_bad_fraction=1.0)), 8)
     skipped = [each for batch in found for each in batch["skipped"]]

@@ -51,7 +51,7 @@ def test_text_only_training_reads_the_text_and_nothing_else(tiny_set):
         assert len(take(loader, loader.batches_per_epoch)) > 3
     own = {Path(path).name for path in opened if Path(path).parent == tiny_set}
     columns = {name for name in own if name.startswith("train-") and not name.endswith(".index")}
-    assert columns == {index.facts["columns"]["text"]["file"] for index in indexes}
+    assert columns == {index.columns["text"]["file"] for index in indexes}
     assert {name for name in own if name.startswith("val-")} == set()
     column_bytes = sum(n for path, n in read.items() if Path(path).name in columns)
     assert text_bytes <= column_bytes <= 1.1 * text_bytes
@@ -194,7 +194,7 @@ def test_a_missing_file_is_a_corrupt_sample(tiny_set, tmp_path, suffix):
 def test_an_index_with_other_rows_than_the_manifest_says_is_refused(tiny_set, tmp_path):
     shards = tiny_sets.copy_set(tiny_set, tmp_path / "set")
     tiny_sets.edit_manifest(shards, lambda v: v["shards"][0].update(num_samples=5))
-    with pytest.raises(CorruptError, match="has 4 rows, manifest says 5; mend the set"):
+    with pytest.raises(CorruptError, match="has 4 rows, manifest says 5; fix: run"):
         ShardSource(shards).key(0, 0)
 
 

@@ -133,7 +133,7 @@ def first_member(shards, column, row=0):
     source = ShardSource(shards)
     index = source.shard(0).index
     members = index.members(column)
-    return shards / index.facts["columns"][column]["file"], int(members.offset[row]) + 3
+    return shards / index.columns[column]["file"], int(members.offset[row]) + 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -23,9 +23,10 @@ from helpers.trained_models import (
 from shared.config import make_section
 from shared.errors import CheckpointError, ConfigError, EngineError, SessionError
 from shared.media.tokenizer import EVENT_TOKEN, train_tokenizer
-from shared.recipe import Recipe, WindowShapes
+from shared.recipe import Recipe
 from train.__main__ import cli
 from train.config import Head, as_train_config
+from train.data.batch import WindowShapes
 from train.data.device import to_model_inputs
 from train.data.session_source import RealMultiModalDataset, real_data_collate_fn
 from train.infer.run import infer, open_session, place_on_clock, read_window

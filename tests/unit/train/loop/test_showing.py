@@ -12,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.media.tokenizer import train_tokenizer
-from shared.recipe import Recipe, WindowShapes, json_of
+from shared.recipe import Recipe
 from train.config import Head, as_train_config
+from train.data.batch import WindowShapes
 from train.data.device import VISION_STREAMS
 from train.figures import draw_levels
 from train.loop.sample_logging import pick_window, render_window, write_window
@@ -174,7 +175,7 @@ def test_tensorboard_has_pictures_sound_and_text_of_a_window(tmp_path):
         "animation": torch.zeros(1, 40, 3, 20),
     }
     drawn = render_window(
-        show(batch, outputs, config, shapes), {**READING, "recipe": json_of(recipe)}
+        show(batch, outputs, config, shapes), {**READING, "recipe": recipe.as_json()}
     )
     with SummaryWriter(str(tmp_path)) as writer:
         write_window(writer, drawn, 7)

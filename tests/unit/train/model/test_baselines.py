@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from shared.errors import ConfigError
-from shared.recipe import WindowShapes
 from train.config import Head, as_train_config
+from train.data.batch import WindowShapes
 from train.model.baselines import Baselines, compare, constant_velocity, copy_last_pose, unigram
 
 SHAPES = WindowShapes(

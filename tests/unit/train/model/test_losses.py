@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.recipe import WindowShapes
 from train.config import Head, as_train_config
+from train.data.batch import WindowShapes
 from train.model.losses import compute_losses, loss_counts, loss_sums, mean_losses
 
 SHAPES = WindowShapes(

@@ -9,8 +9,8 @@ import torch
 from helpers.models import FAST_FRAMES, SHAPES, is_equal, make_batch, make_model
 from torch.nn import functional as F
 
-from shared.recipe import WindowShapes
 from train.config import Head
+from train.data.batch import WindowShapes
 from train.data.device import to_model_inputs
 from train.model.encoders import frames_due
 from train.model.multimodal import Cache

@@ -15,9 +15,9 @@ from helpers.training import make_config as training_config
 import shared.shardset.columns
 import train.data.shard_source
 from shared.errors import EngineError
-from shared.recipe import WindowShapes
 from shared.timing import StageTimer
 from train.config import as_train_config
+from train.data.batch import WindowShapes
 from train.data.loader import open_source
 from train.profiling.breakdown import STAGES, Delivery, measure_steps, ready_counts
 from train.profiling.rates import cached_batches, in_turns, with_changes
@@ -76,10 +76,10 @@ def test_every_phase_of_a_step_is_entered(tmp_path):
 
 def test_laps_add_up_and_belong_to_the_stage_that_ended():
     moments = iter([0.0, 1.0, 3.0, 6.0])
-    laps = StageTimer(lambda: next(moments))
+    timer = StageTimer(lambda: next(moments))
     for stage in ("read", "decode", "read"):
-        laps.lap(stage)
-    assert laps.take() == {"read": 4.0, "decode": 2.0}
+        timer.end_stage(stage)
+    assert timer.take() == {"read": 4.0, "decode": 2.0}
 
 
 # --- the loader --------------------------------------------------------------------------------

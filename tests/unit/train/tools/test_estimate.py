@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from shared.recipe import WindowShapes
 from shared.shardset.manifest import read_manifest
 from train import Loader, MultiModalCreature, open_source
 from train.__main__ import cli
 from train.config import TrainConfig, as_train_config, load_train_config
+from train.data.batch import WindowShapes
 from train.data.device import tensors_of, to_model_inputs
 from train.machine import runtime
 from train.model.losses import compute_losses
