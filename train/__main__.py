@@ -281,11 +281,8 @@ def estimate(*, config_path: Path, sizes: bool, overrides: tuple[str, ...]) -> N
     show_default=True,
     help="Steps of each measurement, unless it takes too long.",
 )
-@click.option("--try-compile", is_flag=True, help="Try training.compile, too; takes minutes.")
 @click.argument("overrides", nargs=-1)
-def profile(
-    *, config_path: Path, out: Path, steps: int, try_compile: bool, overrides: tuple[str, ...]
-) -> None:
+def profile(*, config_path: Path, out: Path, steps: int, overrides: tuple[str, ...]) -> None:
     """Measure where each second of training goes, and what would make it faster.
 
     Writes OUT/profile_report.json and a trace for Perfetto (or TensorBoard with torch-tb-profiler);
@@ -296,10 +293,10 @@ def profile(
     """  # noqa: D301
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of memory older than the profiler
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # that it begins and ends
-    from train.profiling.command import run_profile
+    from train.tools.profile import run_profile
 
     config = load_train_config(config_path, overrides, say=_warn)
-    run_profile(config, origin=config_path, out=out, num_steps=steps, try_compile=try_compile)
+    run_profile(config, origin=config_path, out=out, num_steps=steps)
 
 
 def _warn(message: str) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from train.loop.optim import make_optimizer
 from train.model.multimodal import MultiModalCreature
-from train.profiling.step import TrainingStep
+from train.tools.profile import TrainingStep
 
 CPU = torch.device("cpu")
 
@@ -15,4 +15,4 @@ def make_step(config, shapes):
     torch.manual_seed(1)
     model = MultiModalCreature(config, shapes).train()
     optimizer = make_optimizer(model, config.training.optimizer)
-    return model, optimizer, TrainingStep(model, optimizer, config, CPU)
+    return model, optimizer, TrainingStep(model, optimizer, config=config, device=CPU)
