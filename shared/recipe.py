@@ -40,6 +40,10 @@ class Stream(enum.StrEnum):
 STREAMS: tuple[Stream, ...] = tuple(Stream)
 """All streams, in the order of their presence bits."""
 
+VISION_STREAMS: tuple[Stream, ...] = (Stream.VISION_LEFT, Stream.VISION_RIGHT)
+SENSOR_STREAMS: tuple[Stream, ...] = (Stream.TOUCH, Stream.PROPRIO)
+TEXT_STREAMS: tuple[Stream, ...] = (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT)
+
 
 class WindowRecipe(Section):
     """How a session is cut."""

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from shared.config import Section, apply_overrides, make_section, read_yaml
 from shared.errors import ConfigError
-from shared.recipe import STREAMS, Stream
+from shared.recipe import STREAMS, TEXT_STREAMS, Stream
 from shared.storage import Store, parse_location, shown
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ HEAD_STREAM: Mapping[Head, Stream] = {
     Head.ANIMATION: Stream.PROPRIO,
 }
 """The stream whose next tick each head predicts."""
-
-TEXT_STREAMS = (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT)
 
 
 def _as_place(value: object) -> Path | str:

@@ -15,10 +15,10 @@ import torch
 from rich.console import Console
 
 from shared.errors import ConfigError, SessionError
+from shared.recipe import TEXT_STREAMS
 from train.checkpoints import checkpoints_in, load_checkpoint
-from train.config import TEXT_STREAMS
-from train.data.device import to_model_inputs
 from train.data.loader import Loader, open_source
+from train.data.pixels import to_model_inputs
 from train.data.session_source import SessionSource
 from train.loop.checkpoint_manager import find_latest_checkpoint, refuse_checkpoints, try_folder
 from train.loop.trainer import Trainer
@@ -31,7 +31,7 @@ from train.summary import print_summary, remarks
 
 if TYPE_CHECKING:
     from train.config import DataConfig, TrainConfig
-    from train.data.source import SampleSource
+    from train.data.batch import SampleSource
     from train.loop.meter import TrainSummary
 
 MAX_LEFT_OUT_LINES = 20

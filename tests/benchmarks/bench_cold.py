@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_cold.py --shards shards/demo
     python tests/benchmarks/bench_cold.py --shards /disk/set --workers 2 --pixels rgb --rounds 9
 
-Before a batch is read the reader tells the kernel all its members (``ShardSource.will_need``), so
-that the disk reads them at once and not one after the other. Each pass is a shuffled epoch in a
+Before a batch is read the reader tells the kernel all its members
+(``ShardSource.prefetch_samples``), so that the disk reads them at once and
+not one after the other. Each pass is a shuffled epoch in a
 fresh process, after the page cache was told to drop the set's files; both sides take turns, every
 other round backwards, and so do two with the files in the cache, where the words are for nothing.
 """
@@ -63,7 +64,7 @@ def measure(given: argparse.Namespace, *, is_cold: bool, is_told: bool) -> float
     from train.data.shard_source import ShardSource
 
     if not is_told:
-        ShardSource.will_need = lambda *_: None  # type: ignore[method-assign]
+        ShardSource.prefetch_samples = lambda *_: None  # type: ignore[method-assign]
     data = {"num_workers": given.workers, "batch_size": given.batch_size, "pixels": given.pixels}
     config = TrainConfig.model_validate({"data": data})
     files = sorted(path for path in given.shards.iterdir() if path.is_file())

@@ -29,7 +29,7 @@ from shared.media.tokenizer import train_tokenizer
 from shared.recipe import Recipe
 from train.config import Head, as_train_config
 from train.data.batch import WindowShapes
-from train.data.device import to_model_inputs
+from train.data.pixels import to_model_inputs
 from train.infer.sampling import Sampling
 from train.infer.stream import TickStream, take_ticks
 from train.model.baselines import Baselines

@@ -31,7 +31,7 @@ from rich.console import Console
 from train import MultiModalCreature, Trainer
 from train.config import TrainConfig
 from train.data.batch import WindowShapes
-from train.data.device import to_model_inputs
+from train.data.pixels import to_model_inputs
 from train.loop.optim import make_optimizer
 from train.model.losses import compute_losses
 

@@ -31,7 +31,7 @@ from shared.clock import nearest
 from shared.media.video import read_frames, read_video_track
 from shared.recipe import VisionRecipe
 from shared.shardset.codec import decode_pictures, encode_pictures
-from train.data.device import IMAGENET_MEAN, IMAGENET_STD, normalized_frames
+from train.data.pixels import IMAGENET_MEAN, IMAGENET_STD, normalized_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,25 +13,23 @@ begun and the tick is free.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from shared.errors import ConfigError
-from shared.recipe import PAD_TOKEN, Stream
-from train.config import HEAD_STREAM, TEXT_STREAMS, TrainConfig
-from train.data.device import VISION_STREAMS
-from train.data.source import SENSORS, SampleSource
+from shared.recipe import PAD_TOKEN, SENSOR_STREAMS, TEXT_STREAMS, VISION_STREAMS, Recipe, Stream
+from train.config import HEAD_STREAM, TrainConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from shared.recipe import Recipe
-    from shared.session.reader import Text, TokenStream
+    from shared.media.tokenizer import TextTokenizer
+    from shared.session.reader import Mel, Text, TokenStream
 
     ReadSample = Callable[[int, dict[str, NDArray[Any]]], tuple["Place", Text | None]]
 
@@ -46,7 +44,7 @@ Batch = dict[str, Any]
 
 _TIME_SLACK_TICKS = 1e-6
 
-_SAMPLED = (*VISION_STREAMS, Stream.AUDIO, *SENSORS)
+_SAMPLED = (*VISION_STREAMS, Stream.AUDIO, *SENSOR_STREAMS)
 """Streams that a source writes itself; text comes as tokens."""
 
 
@@ -106,6 +104,64 @@ class WindowShapes:
             proprio_size=recipe.sensors.proprio_size,
             vocab_size=recipe.text.vocab_size,
         )
+
+
+class SampleSource(Protocol):
+    """Samples by (shard, row)."""
+
+    recipe: Recipe
+    fingerprint: str
+    """Changes when any sample does."""
+    shard_sizes: NDArray[np.int64]
+    tokenizer: TextTokenizer
+
+    def shard_name(self, shard: int) -> str:
+        """What people call a shard."""
+        ...
+
+    def key(self, shard: int, row: int) -> str:
+        """SESSION/WINDOW."""
+        ...
+
+    def start_s(self, shard: int, row: int) -> float:
+        """When the window begins on the session clock."""
+        ...
+
+    def present(self, shard: int, row: int) -> tuple[Stream, ...]:
+        """Streams that the sample has."""
+        ...
+
+    def prefetch_shards(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
+        """Hear which shards, and what of them, are read from now on, in about this order."""
+        ...
+
+    def prefetch_samples(
+        self, places: Iterable[tuple[int, int]], streams: Collection[Stream]
+    ) -> None:
+        """Hear which samples, by (shard, row), and what of them, are read next."""
+        ...
+
+    def read_into(
+        self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
+    ) -> Text | None:
+        """Write a sample's fields.
+
+        Args:
+            shard: its shard.
+            row: its row there.
+            out: arrays of one sample, ``<stream>`` and ``<stream>_valid``, of the streams wanted.
+                Whatever they held before, each is written wholly: zeros and False where the sample
+                lacks the stream. After an error they hold anything.
+            with_text: whether to read the text too.
+
+        Returns:
+            The text, where it was asked for and is there.
+
+        Raises:
+            CorruptError: the bytes differ from their checksum or don't decode; of a shard, it
+                names the file and where in it they lie.
+        """
+        ...
 
 
 class ArrayForm(NamedTuple):
@@ -183,6 +239,29 @@ def fill_arrays(
     elif with_text:
         _write_text_on_ticks(source, taken, texts, arrays, shapes)
     return dense, [source.key(*place) for place in taken]
+
+
+def write_absent(out: Mapping[str, NDArray[Any]], streams: Iterable[Stream]) -> None:
+    """Write those of the wanted streams that a sample lacks: zeros, nowhere valid."""
+    for stream in streams:
+        if stream in out:
+            out[stream][...] = 0
+            out[f"{stream}_valid"][...] = False
+
+
+def write_numbers(
+    out: Mapping[str, NDArray[np.generic]], stream: Stream, values: NDArray[np.float32]
+) -> None:
+    """Write touch or proprio [S, D] with its validity; NaN becomes zero."""
+    valid = np.asarray(~np.isnan(values).any(axis=1))
+    out[stream][...] = np.where(valid[:, None], values, np.float32(0))
+    out[f"{stream}_valid"][...] = valid
+
+
+def write_mel(out: Mapping[str, NDArray[np.generic]], mel: Mel) -> None:
+    """Write dMel levels with their validity; masked levels become zero."""
+    out[Stream.AUDIO][...] = np.where(mel.valid[:, None], mel.levels, np.uint8(0))
+    out[f"{Stream.AUDIO}_valid"][...] = mel.valid
 
 
 def compose_batch(arrays: Mapping[str, NDArray[Any] | Tensor], config: TrainConfig) -> Batch:

@@ -8,26 +8,30 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import CorruptError, EngineError, TooManyCorruptSamplesError
 from shared.timing import no_timer
 from train.data.batch import Place, fill_arrays
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from numpy.typing import NDArray
 
     from shared.session.reader import Text
     from shared.timing import StageTimer
     from train.config import TrainConfig
-    from train.data.batch import WindowShapes
+    from train.data.batch import SampleSource, WindowShapes
     from train.data.mixture import MixedOrder
     from train.data.order import BatchOrder, BatchPlan, Blocks
     from train.data.shared_pool import SharedBatchPool
-    from train.data.source import SampleSource
 
 MAX_SUBSTITUTES = 16
 """So many corrupt samples after each other for one place stop the run."""
+
+MIN_SAMPLES_JUDGED: Final = 200
+"""The share of corrupt samples is judged after so many samples."""
 
 _ORPHAN_CHECK_S = 1.0
 
@@ -122,7 +126,7 @@ class BatchMaker:
         if blocks != self._blocks:
             self._blocks = blocks
             self._source.prefetch_shards(self._order.shards_of(blocks), streams)
-        self._source.will_need(places, streams)
+        self._source.prefetch_samples(places, streams)
 
     def _read(
         self,
@@ -164,6 +168,37 @@ class BatchMaker:
             "offset": error.offset,
             "error": str(error),
         }
+
+
+@dataclass(slots=True, kw_only=True)
+class CorruptSampleBudget:
+    """Counts corrupt samples against ``data.max_bad_fraction`` of those read.
+
+    A loader counts its own; where ranks share the batches the trainer counts those of all, so that
+    a run stops or goes on whatever its number of ranks.
+    """
+
+    max_fraction: float
+    num_read: int = 0
+    num_bad: int = 0
+
+    def count(self, num_read: int, skipped: Sequence[Mapping[str, Any]]) -> None:
+        """Add one batch: how many samples it has, and the corrupt ones, each with its "error".
+
+        Raises:
+            TooManyCorruptSamplesError: the share is too large.
+        """
+        self.num_read += num_read
+        self.num_bad += len(skipped)
+        if not skipped or self.num_bad <= self.max_fraction * max(
+            self.num_read, MIN_SAMPLES_JUDGED
+        ):
+            return
+        raise TooManyCorruptSamplesError(
+            f"{self.num_bad} of {self.num_read} samples are corrupt, data.max_bad_fraction allows "
+            f"{self.max_fraction:g}; run `python -m preprocess verify SHARDS`; the last: "
+            f"{skipped[-1]['error']}"
+        )
 
 
 def init_worker(_worker: int) -> None:

@@ -1,45 +1,14 @@
-"""From the loader's batch to what the model takes: copies to the device, pixels to numbers.
-
-The loader hands out the smallest form of everything (uint8 pixels, uint8 levels); what is larger
-is made here, on the training device.
-"""
+"""Copy the loader's batches to the training device."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-
-from shared.media.yuv_numba import planes_to_floats, rows_to_floats
-from shared.recipe import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-    from numpy.typing import NDArray
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Mean of R, G and B in [0, 1] (Deng et al. 2009, as torchvision gives it)."""
-
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Standard deviation of R, G and B in [0, 1]."""
-
-OF_BLUE = (0.0, -0.114 * 1.772 / 0.587, 1.772)
-"""What Cb adds to R, G and B: ITU-R BT.601 over the full range, as JFIF has it."""
-
-OF_RED = (1.402, -0.299 * 1.402 / 0.587, 0.0)
-"""What Cr adds to R, G and B."""
-
-_THREAD_BYTES = 1 << 22
-"""Less to write is not worth a thread: a millisecond."""
-
-VISION_STREAMS = (Stream.VISION_LEFT, Stream.VISION_RIGHT)
-"""The eyes, in the order of their presence bits."""
+    from collections.abc import Iterator
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:  # noqa: ANN401 (any nesting)
@@ -91,139 +60,3 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:  # noqa: ANN401 (any nesting)
     elif isinstance(batch, dict | list | tuple):
         for value in batch.values() if isinstance(batch, dict) else batch:
             yield from tensors_of(value)
-
-
-def to_model_inputs(
-    inputs: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """Turn a batch's "inputs" into the model's, on the device they are on.
-
-    Args:
-        inputs: as docs/architecture.md, "The batch".
-        dtype: of the frames that come out.
-
-    Returns:
-        The same keys. Frames, in either form, become `dtype` [B, F, 3, H, W], normalised by
-        ImageNet's mean and deviation, in the memory order of the pixels: RGB gives an NCHW view of
-        NHWC memory, planes give NCHW memory. All else is passed through.
-    """
-    frames = {
-        str(eye): normalized_frames(inputs[eye], dtype) for eye in VISION_STREAMS if eye in inputs
-    }
-    return {**inputs, **frames}
-
-
-def normalized_frames(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixels as `dtype` [B, F, 3, H, W], ((x / 255) - mean) / std of R, G and B.
-
-    Args:
-        pixels: RGB uint8 [B, F, H, W, 3], or planes uint8 [B, F, 3H/2, W] as
-            :mod:`shared.media.yuv` packs them.
-        dtype: floating; it is calculated in float32 and rounded once.
-    """
-    return _of_rgb(pixels, dtype) if pixels.ndim == 5 else _of_planes(pixels, dtype)
-
-
-def _of_rgb(rgb: Tensor, dtype: torch.dtype) -> Tensor:
-    """One multiply-add over rows of 3W numbers."""
-    scale, shift = (x.flatten().repeat(rgb.shape[3]) for x in _constants(rgb.device)[:2])
-    rows = rgb.flatten(3)
-    if _is_compiled(rgb):
-        exact = torch.empty(rows.shape, dtype=torch.float32)
-        _share_out(
-            partial(rows_to_floats, scale=scale.numpy(), shift=shift.numpy()),
-            rows.flatten(0, 2),
-            exact.flatten(0, 2),
-        )
-        out = exact.to(dtype)
-    else:
-        values = rows.float()
-        out = values if dtype == values.dtype else torch.empty_like(values, dtype=dtype)
-        torch.addcmul(shift, values, scale, out=out)
-    return out.view_as(rgb).permute(0, 1, 4, 2, 3)
-
-
-def _of_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
-    batch, num_frames, rows, width = planes.shape
-    height = rows * 2 // 3
-    flat = planes.flatten(0, 1)
-    shape = (len(flat), 3, height, width)
-    exact = torch.empty(shape, dtype=torch.float32, device=planes.device)
-    if _is_compiled(planes):
-        _share_out(partial(planes_to_floats, weights=_weights()), flat, exact)
-    else:
-        _write_colours(flat, exact, _constants(planes.device))
-    return exact.to(dtype).view(batch, num_frames, 3, height, width)
-
-
-def _is_compiled(pixels: Tensor) -> bool:
-    """Whether :mod:`shared.media.yuv_numba` has a loop for them: tensors in the CPU's memory."""
-    is_real = type(pixels) is Tensor  # none that only has a shape, as torch's fake ones
-    return is_real and pixels.device.type == "cpu" and pixels.is_contiguous()
-
-
-def _share_out(
-    write: Callable[[NDArray[np.uint8], NDArray[np.float32]], None], pixels: Tensor, out: Tensor
-) -> None:
-    """Run a loop over rows of `pixels` and `out` in as many threads as torch would use."""
-    given, made = pixels.numpy(), out.numpy()
-    num_threads = min(torch.get_num_threads(), out.nbytes // _THREAD_BYTES)
-    if num_threads <= 1:
-        write(given, made)
-        return
-    parts = [np.array_split(values, num_threads) for values in (given, made)]
-    with ThreadPoolExecutor(num_threads) as threads:
-        list(threads.map(write, *parts))  # raises what a thread raised
-
-
-def _write_colours(planes: Tensor, out: Tensor, constants: tuple[Tensor, ...]) -> None:
-    """Planes uint8 [N, 3H/2, W] as normalised colours, written into `out`, float32 [N, 3, H, W], on
-    any device.
-
-    What chroma and the mean add to each colour is calculated at a quarter of the size and enlarged;
-    luma is added, and what lies outside the RGB gamut is brought to its border.
-    """
-    scale, _, of_blue, of_red, offset = constants
-    count, _, height, width = out.shape
-    chroma = planes[:, height:].reshape(count, 2, height // 2, width // 2).float()
-    added = torch.addcmul(offset, chroma[:, :1], of_blue)
-    torch.addcmul(added, chroma[:, 1:], of_red, out=added)
-    _enlarge(added, out)
-    torch.addcmul(out, planes[:, None, :height].float(), scale, out=out)
-    for number, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
-        out[:, number].clamp_(-mean / std, (1 - mean) / std)
-
-
-def _enlarge(values: Tensor, out: Tensor) -> None:
-    """Write [N, C, h, w] as [N, C, 2h, 2w], linearly; old places are in the middle of four new."""
-    count, channels, height, width = values.shape
-    padded = functional.pad(values, (1, 1, 1, 1), mode="replicate")
-    tall = values.new_empty(count, channels, height, 2, width + 2)
-    torch.lerp(padded[:, :, 1:-1], padded[:, :, :-2], 0.25, out=tall[:, :, :, 0])
-    torch.lerp(padded[:, :, 1:-1], padded[:, :, 2:], 0.25, out=tall[:, :, :, 1])
-    wide = out.view(count, channels, height, 2, width, 2)
-    torch.lerp(tall[..., 1:-1], tall[..., :-2], 0.25, out=wide[..., 0])
-    torch.lerp(tall[..., 1:-1], tall[..., 2:], 0.25, out=wide[..., 1])
-
-
-def _weights() -> NDArray[np.float32]:
-    """:func:`_constants` and the gamut's borders as
-    :func:`shared.media.yuv_numba.planes_to_floats` takes
-    them.
-    """
-    scale, shift, of_blue, of_red, offset = (x.flatten() for x in _constants(torch.device("cpu")))
-    columns = [scale, of_blue, of_red, offset, shift, shift + 255 * scale]
-    return np.ascontiguousarray(torch.stack(columns, dim=1).numpy())
-
-
-def _constants(device: torch.device) -> tuple[Tensor, ...]:
-    """Per colour, [3, 1, 1]: the scale and shift of its normalisation; the weights of Cb and Cr by
-    JFIF (ITU-T T.871), scaled; and what a pixel of Y = Cb = Cr = 0 gives.
-    """
-    mean, std, of_blue, of_red = torch.tensor(
-        [IMAGENET_MEAN, IMAGENET_STD, OF_BLUE, OF_RED], dtype=torch.float64
-    )
-    scale, shift = 1 / (255 * std), -mean / std
-    of_blue, of_red = of_blue * scale, of_red * scale
-    values = torch.stack([scale, shift, of_blue, of_red, shift - 128 * (of_blue + of_red)])
-    return values.float().view(5, 3, 1, 1).to(device, non_blocking=True).unbind()

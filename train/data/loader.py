@@ -25,10 +25,8 @@ import webdataset as wds
 from shared.errors import ConfigError
 from shared.recipe import Recipe, Split, load_recipe
 from train.data.batch import WindowShapes, array_forms, compose_batch
-from train.data.batch_maker import BatchMaker, Task, init_worker
-from train.data.corrupt_samples import CorruptSampleBudget
-from train.data.mixed_source import MixedSource
-from train.data.mixture import MixedOrder, integer_weights
+from train.data.batch_maker import BatchMaker, CorruptSampleBudget, Task, init_worker
+from train.data.mixture import MixedOrder, MixedSource, integer_weights
 from train.data.order import BatchOrder, SampleOrder
 from train.data.remote import CacheSettings, default_cache_dir
 from train.data.session_source import SessionSource
@@ -41,8 +39,7 @@ if TYPE_CHECKING:
 
     from shared.timing import StageTimer
     from train.config import TrainConfig
-    from train.data.batch import Batch
-    from train.data.source import SampleSource
+    from train.data.batch import Batch, SampleSource
 
 _SILENT_TIMEOUT_S = 600
 
@@ -251,7 +248,7 @@ class Loader:
                         message["rest"]["pin_s"] = time.perf_counter() - began_s
                 if isinstance(self.order, MixedOrder):
                     message["rest"]["samples_of"] = self.order.samples_of(message["rest"]["index"])
-                arrays = {**ring.lend(message["slot"]), **message["dense"]}
+                arrays = {**ring.view(message["slot"]), **message["dense"]}
                 if is_pinned:
                     arrays |= {
                         n: torch.from_numpy(a).pin_memory() for n, a in message["dense"].items()
@@ -264,7 +261,7 @@ class Loader:
             indices: Iterable[int] = itertools.count(self._start)
         else:
             indices = range(self._start, self._num_epochs * self.batches_per_epoch)
-        return (Task(index, ring.take()) for index in indices)
+        return (Task(index, ring.acquire()) for index in indices)
 
 
 def num_recycled_slots(config: TrainConfig) -> int:

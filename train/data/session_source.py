@@ -15,14 +15,28 @@ from shared.errors import ConfigError, CorruptError, SessionError
 from shared.files import fingerprint_of
 from shared.media.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from shared.media.yuv import write_rgb
-from shared.recipe import Recipe, Split, Stream, assign_split, load_recipe
+from shared.recipe import (
+    SENSOR_STREAMS,
+    TEXT_STREAMS,
+    VISION_STREAMS,
+    Recipe,
+    Split,
+    Stream,
+    assign_split,
+    load_recipe,
+)
 from shared.session.folder import find_sessions
 from shared.session.reader import SessionReader, Text
 from shared.session.scan import SessionScan, read_clocked, scan_session
-from train.config import TEXT_STREAMS, TrainConfig, as_train_config
-from train.data.batch import WindowShapes, assemble_batch, join_batches
-from train.data.device import VISION_STREAMS
-from train.data.source import SENSORS, write_absent, write_mel, write_numbers
+from train.config import TrainConfig, as_train_config
+from train.data.batch import (
+    WindowShapes,
+    assemble_batch,
+    join_batches,
+    write_absent,
+    write_mel,
+    write_numbers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -114,13 +128,15 @@ class SessionSource:
     def prefetch_shards(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
         """Nothing: sessions are local."""
 
-    def will_need(self, places: Iterable[tuple[int, int]], streams: Collection[Stream]) -> None:
+    def prefetch_samples(
+        self, places: Iterable[tuple[int, int]], streams: Collection[Stream]
+    ) -> None:
         """Nothing: recordings are read in order."""
 
     def read_into(
         self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
     ) -> Text | None:
-        """See :meth:`train.data.source.SampleSource.read_into`."""
+        """See :meth:`train.data.batch.SampleSource.read_into`."""
         try:
             return self._read_into(shard, row, out, with_text=with_text)
         except (SessionError, OSError) as error:  # a file that went away is as bad as a damaged one
@@ -131,14 +147,14 @@ class SessionSource:
     ) -> Text | None:
         fields, window = self.fields(shard), self._windows[shard][row]
         present = self.present(shard, row)
-        write_absent(out, (*VISION_STREAMS, *SENSORS, Stream.AUDIO))
+        write_absent(out, (*VISION_STREAMS, *SENSOR_STREAMS, Stream.AUDIO))
         for stream in VISION_STREAMS:
             if stream in out and stream in present:
                 for _, frames in fields.iter_frames(stream, [window]):
                     if np.isfinite(frames.error_s).any():
                         write_rgb(frames.pictures, out[stream])
                         out[f"{stream}_valid"][...] = np.isfinite(frames.error_s)
-        if any(s in out and s in present for s in SENSORS):
+        if any(s in out and s in present for s in SENSOR_STREAMS):
             sensors = fields.read_sensors(window)
             for stream, values in (
                 (Stream.TOUCH, sensors.touch),

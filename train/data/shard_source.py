@@ -17,7 +17,7 @@ import numpy as np
 from shared.clock import EPSILON_S
 from shared.errors import REBUILD_HINT, CorruptError, ShardError
 from shared.media.yuv import check_npy_header
-from shared.recipe import Split, Stream
+from shared.recipe import SENSOR_STREAMS, TEXT_STREAMS, VISION_STREAMS, Split, Stream
 from shared.session.reader import Mel, Text
 from shared.shardset.codec import decode_pictures, decode_text, is_raw_layout
 from shared.shardset.columns import ColumnFile, read_chunk
@@ -25,11 +25,9 @@ from shared.shardset.index import ShardIndex, require_complete
 from shared.shardset.layout import member_limits, streams_from_bits
 from shared.storage import Store, parse_location
 from shared.timing import OnStage, no_timer
-from train.config import TEXT_STREAMS
-from train.data.device import VISION_STREAMS
+from train.data.batch import write_absent, write_mel, write_numbers
 from train.data.remote import CacheSettings, RemoteFiles
 from train.data.set_files import LocalFiles, SetFiles
-from train.data.source import SENSORS, write_absent, write_mel, write_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -47,7 +45,7 @@ T = TypeVar("T")
 
 READ_COLUMNS = {
     **{stream: str(stream) for stream in VISION_STREAMS},
-    **dict.fromkeys(SENSORS, "proprio"),
+    **dict.fromkeys(SENSOR_STREAMS, "proprio"),
     Stream.AUDIO: "dmel",
     **dict.fromkeys(TEXT_STREAMS, "text"),
 }
@@ -56,7 +54,7 @@ READ_COLUMNS = {
 
 READ_TABLES = {
     **{stream: (str(stream),) for stream in VISION_STREAMS},
-    **{stream: (f"proprio/{stream}",) for stream in SENSORS},
+    **{stream: (f"proprio/{stream}",) for stream in SENSOR_STREAMS},
     Stream.AUDIO: ("dmel/dmel", "dmel/valid"),
     **dict.fromkeys(TEXT_STREAMS, ("text",)),
 }
@@ -149,7 +147,7 @@ class ShardSource:
         return found
 
     def prefetch_shards(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
-        """See :meth:`train.data.source.SampleSource.prefetch_shards`; closes what isn't read any
+        """See :meth:`train.data.batch.SampleSource.prefetch_shards`; closes what isn't read any
         more.
         """
         wanted = list(dict.fromkeys(shards))
@@ -159,10 +157,12 @@ class ShardSource:
         columns = sorted({READ_COLUMNS[stream] for stream in streams})
         self._files.fetch_ahead([self._entries[shard] for shard in wanted], columns)
 
-    def will_need(self, places: Iterable[tuple[int, int]], streams: Collection[Stream]) -> None:
-        """See :meth:`train.data.source.SampleSource.will_need`: the disk reads them all at once.
+    def prefetch_samples(
+        self, places: Iterable[tuple[int, int]], streams: Collection[Stream]
+    ) -> None:
+        """Ask the disk for all these samples' members at once.
 
-        Only what lies in open files, which is nearly all: those of a block stay open.
+        Only open files are asked, which are nearly all: those of a block stay open.
         """
         for shard, row in places:
             if (opened := self._open.get(shard)) is None:
@@ -176,7 +176,7 @@ class ShardSource:
     def read_into(
         self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
     ) -> Text | None:
-        """See :meth:`train.data.source.SampleSource.read_into`."""
+        """See :meth:`train.data.batch.SampleSource.read_into`."""
         opened = self.shard(shard)
         self.on_stage("open")
         text = self._read_into(opened, row, out, with_text=with_text)
@@ -245,8 +245,8 @@ class ShardSource:
                 error_s = opened.index.arrays[f"{stream}.error_s"][row]
                 out[f"{stream}_valid"][...] = np.isfinite(error_s)
         present = streams_from_bits(int(opened.index.arrays["present"][row]))
-        write_absent(out, (s for s in (*SENSORS, Stream.AUDIO) if s not in present))
-        for stream in SENSORS:
+        write_absent(out, (s for s in (*SENSOR_STREAMS, Stream.AUDIO) if s not in present))
+        for stream in SENSOR_STREAMS:
             if stream in out and stream in present:
                 shape = out[stream].shape
                 values = self._read_chunk(opened, f"proprio/{stream}", row, "f4", shape)

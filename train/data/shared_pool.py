@@ -3,8 +3,8 @@
 ::
 
     main process                         loader process
-    take()  -> slot number  ---------->  arrays(slot)   decodes straight into them
-    lend()  <- slot number  <----------
+    acquire() -> slot number  ---------->  arrays(slot)   decodes straight into them
+    view()    <- slot number  <----------
       the batch's arrays; when the last array or tensor that looks into them is gone,
       the slot is free to be taken again
 
@@ -66,21 +66,21 @@ class SharedBatchPool:
             self._forms[str(name)] = (end, form)
             end += _round_up(math.prod(form.shape) * form.dtype.itemsize, _ALIGNMENT_BYTES)
         self.slot_bytes = _round_up(max(end, 1), mmap.PAGESIZE)
-        self.num_slots = max(num_recycled, _room_bytes() // self.slot_bytes)
+        self.num_slots = max(num_recycled, _reservable_bytes() // self.slot_bytes)
         """Nobody can hold more batches than fit in the machine's memory."""
-        self._warm = list(reversed(range(num_recycled)))
-        self._cold: list[int] = []
+        self._free_resident = list(reversed(range(num_recycled)))
+        self._free_released: list[int] = []
         self._num_used = num_recycled
         self._owner_pid = os.getpid()
         self._map(_make_file(self.num_slots * self.slot_bytes))
 
-    def take(self) -> int:
+    def acquire(self) -> int:
         """The number of a free slot; one whose memory is there already, if possible.
 
         Raises:
             EngineError: the batches that are held fill the machine's memory.
         """
-        for free in (self._warm, self._cold):
+        for free in (self._free_resident, self._free_released):
             try:
                 return free.pop()
             except IndexError:  # asking first is no use: other threads may free and take as well
@@ -99,7 +99,7 @@ class SharedBatchPool:
         start = slot * self.slot_bytes
         return self._cut(self._bytes[start : start + self.slot_bytes])
 
-    def lend(self, slot: int) -> dict[str, NDArray[Any]]:
+    def view(self, slot: int) -> dict[str, NDArray[Any]]:
         """The arrays of a slot that was written; it is free when the last view of them is gone."""
         lease = _BufferLease(self._bytes.ctypes.data + slot * self.slot_bytes, self.slot_bytes)
         weakref.finalize(lease, self._free, slot).atexit = False
@@ -138,10 +138,10 @@ class SharedBatchPool:
         if os.getpid() != self._owner_pid:  # a process forked while batches were held
             return
         if slot < self.num_recycled:
-            self._warm.append(slot)
+            self._free_resident.append(slot)
         else:
             self._memory.madvise(mmap.MADV_REMOVE, slot * self.slot_bytes, self.slot_bytes)
-            self._cold.append(slot)
+            self._free_released.append(slot)
 
     def _map(self, fd: int) -> None:
         self._fd = fd
@@ -192,7 +192,7 @@ def _make_file(length_bytes: int) -> int:
     return fd
 
 
-def _room_bytes() -> int:
+def _reservable_bytes() -> int:
     """Addresses to reserve: as many as there is memory, or a quarter of those that `ulimit -v`
     leaves to the process, or what `ulimit -f` lets a file have.
     """

@@ -15,11 +15,10 @@ import soundfile
 import zarr
 
 from shared.clock import Window, plan_windows, wrap_angle
-from shared.recipe import PAD_TOKEN, Stream
+from shared.recipe import PAD_TOKEN, TEXT_STREAMS, VISION_STREAMS, Stream
 from shared.session.reader import SessionReader
-from train.config import TEXT_STREAMS, Head
+from train.config import Head
 from train.data.batch import tokens_on_ticks
-from train.data.device import VISION_STREAMS
 from train.figures import draw_curve, draw_levels, jpeg_uri, place_texts, png_uri, wav_uri
 from train.model.predictions import ANIMATION_NAME, AUDIO_NAME, DMEL_NAME, TEXT_HEADS, group_events
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shared.recipe import VISION_STREAMS
 from train.config import Head
-from train.data.device import VISION_STREAMS, to_model_inputs
+from train.data.pixels import to_model_inputs
 from train.infer.sampling import choose
 from train.machine import runtime
 from train.model.encoders import frames_due

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from train.data.corrupt_samples import CorruptSampleBudget
+from train.data.batch_maker import CorruptSampleBudget
 from train.loop.sample_logging import pick_window
 from train.machine import distributed
 from train.model.losses import added, loss_sums, mean_losses

@@ -24,10 +24,10 @@ import torch
 from shared.config import make_section
 from shared.media.mel import decode_dmel
 from shared.media.tokenizer import parse_tokenizer
-from shared.recipe import PAD_TOKEN, Recipe
+from shared.recipe import PAD_TOKEN, VISION_STREAMS, Recipe
 from shared.session.reader import MASKED_LEVEL
 from train.config import HEAD_STREAM, Head
-from train.data.device import IMAGENET_MEAN, IMAGENET_STD, VISION_STREAMS, normalized_frames
+from train.data.pixels import IMAGENET_MEAN, IMAGENET_STD, normalized_frames
 from train.figures import draw_levels
 from train.model.predictions import TEXT_HEADS, group_events
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from train.config import TrainingConfig
-    from train.data.corrupt_samples import CorruptSampleBudget
+    from train.data.batch_maker import CorruptSampleBudget
     from train.loop.optim import SpikeWatch
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from shared.errors import ConfigError
 from train.config import TrainConfig, as_train_config
-from train.data.corrupt_samples import CorruptSampleBudget
-from train.data.device import to_model_inputs
+from train.data.batch_maker import CorruptSampleBudget
+from train.data.pixels import to_model_inputs
 from train.loop.checkpoint_manager import CheckpointManager
 from train.loop.evaluation import measure
 from train.loop.health import QUIET_STEPS

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
-from shared.recipe import PAD_TOKEN, STREAMS, Stream
-from train.config import TEXT_STREAMS, ModelConfig
-from train.data.device import VISION_STREAMS
+from shared.recipe import PAD_TOKEN, STREAMS, TEXT_STREAMS, VISION_STREAMS, Stream
 from train.model.blocks import Block
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from train.config import ModelConfig
     from train.data.batch import WindowShapes
 
 LEVEL_WIDTH = 4
@@ -199,7 +198,7 @@ class TickEncoder(nn.Module):
         """Encode ticks [first_tick, first_tick + num_ticks).
 
         Args:
-            inputs: of :func:`train.data.device.to_model_inputs`, for these ticks.
+            inputs: of :func:`train.data.pixels.to_model_inputs`, for these ticks.
             num_ticks: how many.
             first_tick: index of the first since the window's start.
             last_frames: for each eye the frame that was newest before these ticks.

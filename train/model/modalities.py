@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from shared.recipe import Stream
-from train.data.device import VISION_STREAMS
+from shared.recipe import VISION_STREAMS, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -119,7 +119,7 @@ class MultiModalCreature(nn.Module):
         """Predict, at each tick t, what tick t + 1 brings, from ticks <= t.
 
         Args:
-            inputs: of :func:`train.data.device.to_model_inputs`; streams may be absent.
+            inputs: of :func:`train.data.pixels.to_model_inputs`; streams may be absent.
 
         Returns:
             For each head whose loss counts:

@@ -21,8 +21,9 @@ from rich.table import Table
 from torch import Tensor
 
 from shared.errors import ConfigError, ShardError
-from train.data.device import to_device, to_model_inputs
+from train.data.device import to_device
 from train.data.loader import Loader, open_source
+from train.data.pixels import to_model_inputs
 from train.machine.runtime import choose_device
 from train.model.losses import loss_sums
 from train.model.modalities import MODALITIES, without

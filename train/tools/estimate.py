@@ -36,7 +36,8 @@ from torch.utils.flop_counter import (
 from shared.recipe import Recipe, load_recipe
 from shared.shardset.manifest import read_manifest
 from train.data.batch import WindowShapes, array_forms, compose_batch
-from train.data.device import tensors_of, to_model_inputs
+from train.data.device import tensors_of
+from train.data.pixels import to_model_inputs
 from train.machine import runtime
 from train.model.blocks import Block
 from train.model.losses import compute_losses

@@ -36,9 +36,10 @@ from torch.profiler import profile as torch_profile
 from shared.errors import ConfigError, EngineError
 from shared.files import write_atomic
 from shared.timing import StageTimer, no_timer
-from train.data.device import tensors_of, to_device, to_model_inputs
+from train.data.device import tensors_of, to_device
 from train.data.loader import Loader
-from train.data.mixed_source import MixedSource
+from train.data.mixture import MixedSource
+from train.data.pixels import to_model_inputs
 from train.data.shard_source import ShardSource
 from train.loop.optim import (
     SpikeWatch,
@@ -59,8 +60,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from train.config import TrainConfig
-    from train.data.batch import Batch
-    from train.data.source import SampleSource
+    from train.data.batch import Batch, SampleSource
     from train.model.multimodal import MultiModalCreature
 
     Phase = Callable[[str], AbstractContextManager[Any]]

@@ -26,7 +26,7 @@ from loaders import LOADERS, Entry
 from recordings import Store
 from windows import EYES, NUMBERS
 
-from train.data.device import IMAGENET_MEAN, IMAGENET_STD, to_model_inputs
+from train.data.pixels import IMAGENET_MEAN, IMAGENET_STD, to_model_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

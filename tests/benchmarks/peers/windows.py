@@ -15,8 +15,8 @@ import simplejpeg
 import torch
 
 from train.config import TrainConfig
-from train.data.device import IMAGENET_MEAN, IMAGENET_STD
 from train.data.loader import Loader, open_source
+from train.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

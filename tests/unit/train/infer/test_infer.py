@@ -27,7 +27,7 @@ from shared.recipe import Recipe
 from train.__main__ import cli
 from train.config import Head, as_train_config
 from train.data.batch import WindowShapes
-from train.data.device import to_model_inputs
+from train.data.pixels import to_model_inputs
 from train.data.session_source import RealMultiModalDataset, real_data_collate_fn
 from train.infer.run import infer, open_session, place_on_clock, read_window
 from train.infer.sampling import Sampling

@@ -12,10 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.media.tokenizer import train_tokenizer
-from shared.recipe import Recipe
+from shared.recipe import VISION_STREAMS, Recipe
 from train.config import Head, as_train_config
 from train.data.batch import WindowShapes
-from train.data.device import VISION_STREAMS
 from train.figures import draw_levels
 from train.loop.sample_logging import pick_window, render_window, write_window
 from train.model.multimodal import MultiModalCreature

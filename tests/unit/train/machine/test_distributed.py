@@ -22,7 +22,7 @@ from helpers.rank_program import train_among_ranks, train_once
 
 from shared.errors import ConfigError, TooManyCorruptSamplesError
 from train.data.batch import join_batches
-from train.data.corrupt_samples import CorruptSampleBudget
+from train.data.batch_maker import CorruptSampleBudget
 from train.data.loader import Loader
 from train.data.shard_source import ShardSource
 from train.machine import distributed

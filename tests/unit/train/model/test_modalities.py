@@ -9,7 +9,7 @@ from helpers.training import SHAPES, largest_difference, make_batch, make_config
 from torch import nn
 
 from shared.recipe import STREAMS, Stream
-from train.data.device import to_model_inputs
+from train.data.pixels import to_model_inputs
 from train.model.modalities import MODALITIES, hide_at_random, without
 from train.model.multimodal import MultiModalCreature
 

@@ -10,9 +10,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from shared.errors import ConfigError
-from shared.recipe import STREAMS, Stream
-from train.config import TEXT_STREAMS, Head
-from train.data.device import to_model_inputs
+from shared.recipe import STREAMS, TEXT_STREAMS, Stream
+from train.config import Head
+from train.data.pixels import to_model_inputs
 from train.model.blocks import Block
 from train.model.encoders import frames_due
 from train.model.losses import compute_losses

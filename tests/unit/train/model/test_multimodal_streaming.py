@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from train.config import Head
 from train.data.batch import WindowShapes
-from train.data.device import to_model_inputs
+from train.data.pixels import to_model_inputs
 from train.model.encoders import frames_due
 from train.model.multimodal import Cache
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from shared.recipe import STREAMS
 from train import Loader, MultiModalCreature, Trainer, open_source
-from train.data.device import to_model_inputs
+from train.data.pixels import to_model_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

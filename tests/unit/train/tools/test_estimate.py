@@ -17,7 +17,8 @@ from train import Loader, MultiModalCreature, open_source
 from train.__main__ import cli
 from train.config import TrainConfig, as_train_config, load_train_config
 from train.data.batch import WindowShapes
-from train.data.device import tensors_of, to_model_inputs
+from train.data.device import tensors_of
+from train.data.pixels import to_model_inputs
 from train.machine import runtime
 from train.model.losses import compute_losses
 from train.tools.estimate import STATE_BYTES, Activations, Estimate, estimate

@@ -20,8 +20,8 @@ from shared.errors import ConfigError, CorruptError, SessionError
 from shared.recipe import Recipe
 from shared.session.folder import find_sessions
 from train import RealMultiModalDataset, real_data_collate_fn
-from train.data.device import to_model_inputs
 from train.data.loader import Loader
+from train.data.pixels import to_model_inputs
 from train.data.session_source import SessionSource
 from train.data.shard_source import ShardSource
 from train.model.losses import compute_losses

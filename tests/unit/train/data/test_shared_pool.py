@@ -52,7 +52,7 @@ few_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 wor
 def test_what_is_written_to_a_slot_is_what_is_lent(forms):
     ring = SharedBatchPool({name: ArrayForm(*form) for name, form in forms.items()}, num_recycled=2)
     expected = []
-    for slot in (ring.take(), ring.take()):
+    for slot in (ring.acquire(), ring.acquire()):
         values = {}
         for name, array in ring.arrays(slot).items():
             assert (array.shape, array.dtype) == forms[name]
@@ -61,7 +61,7 @@ def test_what_is_written_to_a_slot_is_what_is_lent(forms):
             array[...] = values[name]
         expected.append((slot, values))
     for slot, values in expected:
-        lent = ring.lend(slot)
+        lent = ring.view(slot)
         assert set(lent) == set(values)
         for name, array in lent.items():
             np.testing.assert_array_equal(array, values[name])
@@ -81,18 +81,18 @@ VIEWS = {
 @pytest.mark.parametrize("look", VIEWS)
 def test_a_slot_is_free_when_the_last_look_into_it_is_gone(look):
     ring = SharedBatchPool(FORMS, num_recycled=1)
-    slot = ring.take()
-    lent = ring.lend(slot)
+    slot = ring.acquire()
+    lent = ring.view(slot)
     view = VIEWS[look](lent)
     del lent
-    assert ring.take() != slot
+    assert ring.acquire() != slot
     del view
-    assert ring.take() == slot
+    assert ring.acquire() == slot
 
 
 def test_what_is_looked_into_outlives_the_ring():
     ring = SharedBatchPool(FORMS, num_recycled=1)
-    lent = ring.lend(ring.take())
+    lent = ring.view(ring.acquire())
     lent["numbers"][...] = 7
     tensor = torch.as_tensor(lent["numbers"])
     del ring, lent
@@ -110,9 +110,9 @@ def test_memory_beyond_the_recycled_slots_is_given_back():
     for _ in range(3):
         held = []
         for number in range(7):
-            slot = ring.take()
+            slot = ring.acquire()
             ring.arrays(slot)["pixels"][...] = number
-            held.append(ring.lend(slot)["pixels"])
+            held.append(ring.view(slot)["pixels"])
         assert allocated_bytes(ring) == 7 * ring.slot_bytes
         assert [int(pixels[-1]) for pixels in held] == list(range(7))
         held.clear()
@@ -122,11 +122,11 @@ def test_memory_beyond_the_recycled_slots_is_given_back():
 def test_more_batches_than_fit_into_memory_are_refused(monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 3)
     ring = SharedBatchPool({"pixels": ArrayForm((4096,), np.dtype(np.uint8))}, num_recycled=1)
-    held = [ring.lend(ring.take()) for _ in range(3)]
+    held = [ring.view(ring.acquire()) for _ in range(3)]
     with pytest.raises(EngineError, match="3 batches of 0 MiB are held at once"):
-        ring.take()
+        ring.acquire()
     held.pop()
-    assert ring.take() == 2
+    assert ring.acquire() == 2
 
 
 def test_few_addresses_are_reserved_where_the_process_may_have_few(monkeypatch):
@@ -144,7 +144,7 @@ from train.data.shared_pool import SharedBatchPool
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, resource.RLIM_INFINITY))
 ring = SharedBatchPool(
-    {"pixels": ArrayForm((1 << 20,), np.dtype(np.uint8))}, num_recycled=int(sys.argv[1]
+    {"pixels": ArrayForm((1 << 20,), np.dtype(np.uint8))}, num_recycled=int(sys.argv[1])
 )
 print(ring.num_slots)
 """
@@ -162,14 +162,14 @@ def test_the_memory_is_no_longer_than_a_file_may_be(num_recycled, said):
 
 def test_garbage_of_a_forked_process_frees_nothing():
     ring = SharedBatchPool(FORMS, num_recycled=0)
-    slot = ring.take()
-    lent = ring.lend(slot)
+    slot = ring.acquire()
+    lent = ring.view(slot)
     lent["pixels"][...] = 5
     child = os.fork()
     if child == 0:
         lent.clear()
         gc.collect()
-        os._exit(0 if ring.take() == slot + 1 else 1)
+        os._exit(0 if ring.acquire() == slot + 1 else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert (lent["pixels"] == 5).all()
 
@@ -194,8 +194,8 @@ def test_recycled_memory_is_pinned_once_and_unpinned_while_it_is_still_there(mon
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
     ring = SharedBatchPool(FORMS, num_recycled=3)
     ring.pin()
-    slots = [ring.take() for _ in range(3)]
-    lent = ring.lend(min(slots))["pixels"]
+    slots = [ring.acquire() for _ in range(3)]
+    lent = ring.view(min(slots))["pixels"]
     lent[...] = ord("x")
     address = lent.ctypes.data
     assert cuda.calls == [("register", address, 3 * ring.slot_bytes, 0)]
@@ -247,7 +247,7 @@ def test_memory_is_pinned_where_an_endless_stream_goes_to_a_gpu(
 @pytest.fixture
 def poisoned(monkeypatch):
     """Every slot is full of 0xFF when it is taken."""
-    take = SharedBatchPool.take
+    take = SharedBatchPool.acquire
 
     def take_poisoned(self):
         slot = take(self)
@@ -255,7 +255,7 @@ def poisoned(monkeypatch):
         self._bytes[start : start + self.slot_bytes] = 0xFF
         return slot
 
-    monkeypatch.setattr(SharedBatchPool, "take", take_poisoned)
+    monkeypatch.setattr(SharedBatchPool, "acquire", take_poisoned)
 
 
 def make_loader(shards, *, num_epochs=1, **options):
@@ -309,7 +309,7 @@ def test_stale_memory_never_shows(tiny_set, poisoned, num_workers, heads):
 )
 def test_stale_memory_never_shows_in_any_choice_of_streams(tiny_set, batch_size, modalities, heads):
     with pytest.MonkeyPatch.context() as patch:
-        take = SharedBatchPool.take
+        take = SharedBatchPool.acquire
 
         def take_poisoned(ring):
             slot = take(ring)
@@ -317,7 +317,7 @@ def test_stale_memory_never_shows_in_any_choice_of_streams(tiny_set, batch_size,
                 array.view(np.uint8)[...] = 0xFF
             return slot
 
-        patch.setattr(SharedBatchPool, "take", take_poisoned)
+        patch.setattr(SharedBatchPool, "acquire", take_poisoned)
         loader = make_loader(
             tiny_set, batch_size=batch_size, modalities=sorted(modalities), heads=tuple(heads)
         )
@@ -365,8 +365,10 @@ def test_a_part_of_each_batch_can_be_kept(tiny_set, num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_plain_loop_takes_no_slot_beyond_those_recycled(tiny_set, monkeypatch, num_workers):
-    taken, take = [], SharedBatchPool.take
-    monkeypatch.setattr(SharedBatchPool, "take", lambda ring: taken.append(take(ring)) or taken[-1])
+    taken, take = [], SharedBatchPool.acquire
+    monkeypatch.setattr(
+        SharedBatchPool, "acquire", lambda ring: taken.append(take(ring)) or taken[-1]
+    )
     loader = make_loader(tiny_set, num_workers=num_workers, num_epochs=8)
     for _ in loader:
         pass

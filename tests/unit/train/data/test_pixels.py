@@ -1,3 +1,5 @@
+"""Pixels as model inputs: colors and normalization against independent formulas."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -5,8 +7,8 @@ import pytest
 import torch
 from helpers.pixel_oracles import exact_rgb
 
-from train.data import device as inputs_module
-from train.data.device import to_device, to_model_inputs
+from train.data import pixels as pixels_module
+from train.data.pixels import to_model_inputs
 
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
@@ -36,7 +38,7 @@ def test_planes_become_the_colours_of_the_standard_normalised_and_within_the_gam
 @pytest.mark.parametrize("make", [pixels, planes])
 def test_a_gpus_operators_give_the_numbers_of_the_cpus_loops(monkeypatch, make):
     of_loops = to_model_inputs({"vision_left": make()})["vision_left"]
-    monkeypatch.setattr(inputs_module, "_is_compiled", lambda pixels: False)
+    monkeypatch.setattr(pixels_module, "_is_compiled", lambda pixels: False)
     of_operators = to_model_inputs({"vision_left": make()})["vision_left"]
     torch.testing.assert_close(of_operators, of_loops, rtol=0, atol=2e-6)
     assert of_operators.stride() == of_loops.stride()
@@ -46,7 +48,7 @@ def test_a_gpus_operators_give_the_numbers_of_the_cpus_loops(monkeypatch, make):
 def test_threads_that_share_frames_out_write_them_all(monkeypatch, make):
     alone = to_model_inputs({"vision_left": make()})["vision_left"]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(inputs_module, "_THREAD_BYTES", 1)
+    monkeypatch.setattr(pixels_module, "_THREAD_BYTES", 1)
     monkeypatch.setattr(torch, "empty", lambda *shape, **kinds: torch.full(*shape, 7.0, **kinds))
     assert torch.equal(to_model_inputs({"vision_left": make()})["vision_left"], alone)
 
@@ -104,45 +106,3 @@ def test_inputs_are_not_changed(make):
     given, before = make(), make()
     to_model_inputs({"vision_left": given})
     assert torch.equal(given, before)
-
-
-def test_copies_to_a_gpu_are_done_when_the_batch_is_handed_out(monkeypatch):
-    """The loader's memory is written to again as soon as the batch is let go."""
-    events = []
-
-    class Stream:
-        def synchronize(self):
-            events.append("waited")
-
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: events.append("sent"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    to_device({"inputs": {"a": torch.ones(2), "b": torch.ones(2)}, "keys": ["s/0"]}, "cuda")
-    assert events == ["sent", "sent", "waited"]
-
-
-def test_inputs_that_are_targets_are_copied_once_and_stay_one_tensor(monkeypatch):
-    copied = []
-    to = torch.Tensor.to
-
-    def note(tensor, *args, **options):
-        copied.append(tensor.data_ptr())
-        return to(tensor, *args, **options)
-
-    monkeypatch.setattr(torch.Tensor, "to", note)
-    audio, touch = torch.ones(2), torch.ones(2)
-    batch = {"inputs": {"audio": audio, "touch": touch}, "targets": {"audio": audio}}
-    moved = to_device(batch, "meta")
-    assert copied == [audio.data_ptr(), touch.data_ptr()]
-    assert moved["targets"]["audio"] is moved["inputs"]["audio"]
-    assert moved["inputs"]["touch"] is not moved["inputs"]["audio"]
-
-
-@pytest.mark.parametrize("kind", [list, tuple])
-def test_a_batch_goes_to_the_device_with_its_nesting_and_its_names(kind):
-    batch = {"inputs": {"a": torch.ones(2)}, "more": kind([torch.ones(1), 3]), "keys": ["s/0"]}
-    moved = to_device(batch, "meta")
-    assert moved["inputs"]["a"].device.type == "meta"
-    assert isinstance(moved["more"], kind)
-    assert moved["more"][0].device.type == "meta"
-    assert moved["more"][1] == 3
-    assert moved["keys"] == ["s/0"]

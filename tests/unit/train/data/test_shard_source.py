@@ -18,7 +18,7 @@ from helpers.loaders import read_sample
 from helpers.oracles import psnr_db
 
 from shared.recipe import Stream
-from train.data.device import IMAGENET_STD, normalized_frames
+from train.data.pixels import IMAGENET_STD, normalized_frames
 from train.data.session_source import SessionSource
 from train.data.shard_source import ShardSource
 
