@@ -30,8 +30,7 @@ from shared.recipe import Recipe
 from train.config import Head, as_train_config
 from train.data.batch import WindowShapes
 from train.data.pixels import to_model_inputs
-from train.infer.sampling import Sampling
-from train.infer.stream import TickStream, take_ticks
+from train.infer.stream import Sampling, TickStream, take_ticks
 from train.model.baselines import Baselines
 from train.model.multimodal import MultiModalCreature
 from train.trained_model import TrainedModel

@@ -29,13 +29,12 @@ from train.config import Head, as_train_config
 from train.data.batch import WindowShapes
 from train.data.pixels import to_model_inputs
 from train.data.session_source import RealMultiModalDataset, real_data_collate_fn
-from train.infer.run import infer, open_session, place_on_clock, read_window
-from train.infer.sampling import Sampling
-from train.infer.scoring import summarize_latencies
-from train.infer.stream import TickStream
+from train.infer.predictions import PredictionWriter
+from train.infer.run import infer, open_session, place_on_clock, read_window, summarize_latencies
+from train.infer.stream import Sampling, TickStream
 from train.model.baselines import Baselines
 from train.model.losses import compute_losses
-from train.model.predictions import PredictionWriter, WindowPrediction, group_events
+from train.model.outputs import WindowPrediction, group_events
 from train.trained_model import load_trained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

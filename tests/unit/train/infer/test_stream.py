@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError
-from train.infer.sampling import Sampling, allowed, choose
+from train.infer.stream import Sampling, allowed, choose
 
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12)
 
