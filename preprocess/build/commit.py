@@ -220,8 +220,7 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
         return
     for stream, why in scan.absent.items():
         sources = next(c.sources for c in COLUMNS.values() if stream in c.streams)
-        is_there = "no such file" not in why and "no usable reading" not in why
-        if len(sources) == 1 and is_there:
+        if len(sources) == 1 and stream not in scan.not_recorded:
             yield {"level": "stream", "session": scan.session, "stream": stream, "reason": why}
     for window in windows:
         place = {"session": scan.session, "window": window.index}

@@ -29,8 +29,7 @@ from preprocess.build.video_subtasks import (
 from shared.errors import ConfigError, CorruptError, FormatVersionError, ShardError
 from shared.media.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from shared.recipe import Recipe, assign_split
-from shared.session.folder import METADATA_FILE, TEXT_FILE
-from shared.session.scan import read_texts
+from shared.session.folder import METADATA_FILE, TEXT_FILE, read_text_events
 from shared.shardset.manifest import ShardEntry
 from shared.shardset.store import KEEP_OLD_S, claim_shard_set
 from shared.storage import parse_location
@@ -222,7 +221,7 @@ class _Texts:
 
     def __call__(self, recording: Recording) -> list[str]:
         with recording.files(_TEXT_FILES, self.place) as folder:
-            return [event.text for event in read_texts(folder)]
+            return [event.text for event in read_text_events(folder)]
 
 
 def _salvage(

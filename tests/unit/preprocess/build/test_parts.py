@@ -279,6 +279,7 @@ def scan_of(name: str, streams: tuple[Stream, ...], num_windows: int) -> Session
         start_overrides={},
         intervals={s: Interval(0.0, float(num_windows)) for s in streams},
         absent={},
+        not_recorded=frozenset(),
         coverage=(),
         issues=(),
         sources={},
