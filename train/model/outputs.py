@@ -1,4 +1,7 @@
-"""What a model predicts, as plain values: one window's arrays, and tokens grouped into events."""
+"""Predictions of a model as plain values: the arrays of a window, and events of tokens.
+
+Letters: N ticks.
+"""
 
 from __future__ import annotations
 
@@ -22,45 +25,46 @@ TEXT_HEADS = (Head.INTERNAL_TEXT, Head.EXTERNAL_TEXT)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowPrediction:
-    """What was predicted in one window of a session, for N ticks that follow each other."""
+    """Predictions for N successive ticks of a session."""
 
     first_tick: int
-    """The first tick that was predicted, counted from the session's start."""
+    """First predicted tick, counted from the session's start."""
     follows: bool
-    """Whether it follows the last tick of the window before, so that a text may go on."""
+    """Whether it follows the last tick of the previous window, so that a text can continue."""
     times_s: NDArray[np.float64]
-    """When each predicted tick begins, [N], on the session clock."""
+    """Start of each predicted tick on the session clock, [N]."""
     tokens: Mapping[Head, NDArray[np.int64]]
     """Per text head, [N]."""
     levels: NDArray[np.uint8] | None
-    """dMel levels [N, frames per tick, channels], where the model has an audio head."""
+    """dMel levels [N, frames per tick, channels]; None without an audio head."""
     poses: NDArray[np.float32] | None
-    """Angles in rad and velocities in rad/s, [N, samples per tick, proprio_size]."""
+    """Angles in rad and velocities in rad/s, [N, samples per tick, proprio_size]; None without an
+    animation head."""
 
 
 def group_events(
     tokens: Sequence[int], times_s: Sequence[float], tokenizer: TextTokenizer
 ) -> list[dict[str, Any]]:
-    """Predicted tokens, one per tick, as events.
+    """Group predicted tokens, one per tick, into events.
 
-    An event is a run of tokens without PAD; the event mark begins a new one.
+    An event is a run of tokens without PAD; the event mark starts a new one.
 
     Args:
-        tokens: ids of ticks that follow each other.
-        times_s: when each tick begins.
-        tokenizer: decodes them.
+        tokens: ids of successive ticks.
+        times_s: start of each tick.
+        tokenizer: decodes the tokens.
 
     Returns:
-        {"timestamp": seconds, "text", "tokens": ids, with the event mark where there is one}.
+        One {"timestamp": seconds, "text", "tokens"} per event; its ids include the event mark.
     """
     events: list[dict[str, Any]] = []
-    before = PAD_TOKEN
+    previous = PAD_TOKEN
     for token, time_s in zip(tokens, times_s, strict=True):
-        if token == EVENT_TOKEN or (token != PAD_TOKEN and before == PAD_TOKEN):
+        if token == EVENT_TOKEN or (token != PAD_TOKEN and previous == PAD_TOKEN):
             events.append({"timestamp": round(time_s, 6), "text": "", "tokens": [token]})
         elif token != PAD_TOKEN:
             events[-1]["tokens"].append(token)
-        before = token
+        previous = token
     for event in events:
         event["text"] = tokenizer.decode(event["tokens"])
     return events
