@@ -1,7 +1,8 @@
-"""Measure how long each stage of some work takes; the stages add up to the whole time.
+"""Where time goes: laps between marks, which add up to the whole.
 
-Code that can be measured takes an ``on_stage`` callback and calls it with a stage's name when that
-stage ends. The default, :func:`no_timer`, does nothing.
+Code that may be measured takes a ``OnStage`` and calls it with a stage's name when the stage is
+over;
+by default it is :func:`no_timer`, which does nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 OnStage = Callable[[str], object]
-"""Callback that is called with the name of the stage that has just ended."""
+"""Told that a stage, by its name, is over."""
 
 
 def _difference(start: float, stop: float) -> float:
@@ -20,15 +21,15 @@ def _difference(start: float, stop: float) -> float:
 
 
 def no_timer(_stage: str) -> None:
-    """Measure nothing."""
+    """Nothing is measured."""
 
 
 class StageTimer:
-    """Measure the seconds of each stage; the sum over all stages is the whole time.
+    """Seconds since the last mark, by stage; the sum of all stages is the whole time.
 
     Args:
-        now: returns a moment, such as a clock's reading or an event of a GPU.
-        seconds_between: returns the seconds between two moments; called in :meth:`take`.
+        now: a moment, such as a clock's reading or an event of a GPU.
+        seconds_between: of two moments; asked in :meth:`take`.
     """
 
     def __init__(
@@ -42,15 +43,15 @@ class StageTimer:
         self.begin()
 
     def begin(self) -> None:
-        """Discard all measurements and begin the first stage."""
+        """Forget what was measured; the first stage begins."""
         self._marks = [("", self._now())]
 
     def end_stage(self, stage: str) -> None:
-        """Count the time since the last stage ended as this stage's; an :data:`OnStage`."""
+        """The time since the last mark was this stage's."""
         self._marks.append((stage, self._now()))
 
     def take(self) -> dict[str, float]:
-        """Return the seconds of each stage since :meth:`begin`, in the order of their first end."""
+        """Seconds of each stage since :meth:`begin`, in the order of their first end."""
         seconds: dict[str, float] = {}
         for (_, start), (stage, stop) in itertools.pairwise(self._marks):
             seconds[stage] = seconds.get(stage, 0.0) + self._seconds_between(start, stop)

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from shared.errors import ConfigError, SessionError
 from shared.recipe import TEXT_STREAMS
-from train.checkpoints import checkpoints_in, load_checkpoint
+from train.checkpoints import list_checkpoints, load_checkpoint
 from train.data.loader import Loader, open_source
 from train.data.pixels import to_model_inputs
 from train.data.session_source import SessionSource
-from train.loop.checkpoint_manager import find_latest_checkpoint, refuse_checkpoints, try_folder
+from train.loop.checkpoint_manager import check_writable, find_latest_checkpoint, refuse_checkpoints
 from train.loop.trainer import Trainer
 from train.machine import distributed
 from train.machine.runtime import choose_device, choose_dtype, translate_errors
@@ -144,11 +144,11 @@ def check_config(
     """
     console = Console(soft_wrap=True, markup=False)
     choose_dtype(config.training.precision, choose_device(config.training.device))
-    try_folder(config.training.checkpointing.save_dir)
+    check_writable(config.training.checkpointing.save_dir)
     checkpoint = None if resume in {None, "auto"} else load_checkpoint(resume, map_location="meta")
     console.print(f"{origin}: keys and values are good")
     save_dir = config.training.checkpointing.save_dir
-    if not _goes_on_in(save_dir, resume) and checkpoints_in(save_dir):
+    if not _goes_on_in(save_dir, resume) and list_checkpoints(save_dir):
         console.print(f"  {save_dir} has checkpoints: a run needs --resume auto, or another folder")
     streams = ", ".join(config.input_streams)
     console.print(f"  sees {streams}; predicts {', '.join(config.heads)}")

@@ -43,7 +43,7 @@ from helpers.training import (
 
 from experiments.training_kills import STEPS, differences, final_state, prepare, start
 from shared.errors import CheckpointError, DivergedError
-from train.checkpoints import FINAL_NAME, check_checkpoint, checkpoints_in
+from train.checkpoints import FINAL_NAME, check_checkpoint, list_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -125,12 +125,12 @@ def fill_disk(place: Place, *, keep_last_n: int, is_freed: bool) -> Outcome:
         wait_for(job, place.checkpoints / "model_step_10.pt")
         filler = place.checkpoints / "filler"
         with filling(filler, is_greedy=keep_last_n == 1):
-            output = read_until(job, "couldn't be written" if is_freed else None)
+            output = read_until(job, "could not be written" if is_freed else None)
         if is_freed:
             filler.unlink()
         output += job.communicate()[0]
-        num_failed = output.count("couldn't be written")
-        num_left = [is_whole(path) for path in checkpoints_in(place.checkpoints)]
+        num_failed = output.count("could not be written")
+        num_left = [is_whole(path) for path in list_checkpoints(place.checkpoints)]
         seen = (
             f"failed saves: {num_failed}, exit code {job.returncode}, left whole: {sum(num_left)}"
         )
@@ -266,7 +266,7 @@ def filling(path: Path, *, is_greedy: bool) -> Iterator[None]:
 
 def newest_first(folder: Path) -> list[Path]:
     """Step checkpoints."""
-    steps = [path for path in checkpoints_in(folder) if path.name != FINAL_NAME]
+    steps = [path for path in list_checkpoints(folder) if path.name != FINAL_NAME]
     return sorted(steps, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 

@@ -1,1 +1,1 @@
-"""Streaming inference: predictions for a recorded session, its score, and a page to look at."""
+"""A creature lives through a session, tick by tick."""

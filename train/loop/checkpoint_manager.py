@@ -1,33 +1,33 @@
-"""A run's folder of checkpoints: which are kept, which is the newest, what becomes of a full disk.
+"""Decide when a run's checkpoints are saved, which ones are kept, and what a full disk costs.
 
-Where the disk is full, step checkpoints beside the newest whole one make room for a new one; the
-last whole one is never removed, and training goes on without the new one if that does not suffice.
-The final checkpoint takes no room where its step was just saved: it is the same file.
+Saving goes one way: ``TrainState.as_dict`` makes a dict on all ranks, ``CheckpointManager.save``
+takes the dict, and the main rank writes it with ``train.checkpoints.save_checkpoint``.
+
+If the disk is full, older step checkpoints are removed to make space for a new one. The newest
+intact checkpoint is never removed: if the space does not suffice, training continues without the
+new checkpoint. The final checkpoint needs no space if its step was just saved: it is a hard link.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import shutil
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import CheckpointError, ConfigError
-from shared.files import sync_folder, write_atomic
 from train.checkpoints import (
     FINAL_NAME,
     check_checkpoint,
-    checkpoints_in,
-    partial_of,
+    link_checkpoint,
+    list_checkpoints,
     read_checkpoint,
-    reason_of,
+    root_cause,
     save_checkpoint,
+    step_in_name,
     step_name,
-    step_of,
 )
 from train.machine import distributed
 
@@ -35,122 +35,124 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from train.config import CheckpointConfig
-    from train.loop.meter import StepMeter
-    from train.loop.state import TrainState
 
 ORPHAN_AGE_S: Final = 3600.0
-"""A partial file untouched for so long belongs to a killed run."""
+"""A partial file that was not written to for this long is left over from a killed run."""
 
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class CheckpointManager:
-    """Saves a run's checkpoints and removes older ones; all ranks call it, the main one writes.
+    """Saves a run's checkpoints and prunes older ones.
+
+    All ranks call every method; only the main rank writes.
 
     Args:
-        state: what is saved.
-        config: where, and how many are kept.
+        config: the folder, and how many checkpoints to keep.
+        save_interval: steps between checkpoints.
     """
 
-    def __init__(self, state: TrainState, config: CheckpointConfig) -> None:
-        self._state = state
+    def __init__(self, config: CheckpointConfig, *, save_interval: int) -> None:
         self._config = config
+        self._save_interval = save_interval
         self.newest: Path | None = None
-        """Of those saved here; at first that which the run goes on from."""
-        self.warn: Callable[[str], None] = _say_nothing
-        """Told what a full disk cost."""
+        """The checkpoint saved last; until then, the one that the run was resumed from."""
+        self.warn: Callable[[str], object] = lambda _: None
+        """Called with a message when a save fails or a full disk costs older checkpoints."""
         self._is_due = False
 
     def prepare(self) -> None:
-        """See :func:`prepare_folder`."""
+        """Create the folder and check that it is writable; see :func:`prepare_folder`."""
         distributed.on_main(lambda: prepare_folder(self._config.save_dir))
 
-    def save_if_due(self, stream: Callable[[], Mapping[str, Any]], meter: StepMeter) -> None:
-        """After a step: :meth:`save_step` at every ``save_interval``-th; where that fails, training
-        goes on and the older ones stay.
-
-        It waits for a step that is not left out: what ruined the weights may have come just before
-        those that are, and older checkpoints must not go for that.
-        """
-        self._is_due |= self._state.step % self._state.config.training.save_interval == 0
-        if not self._is_due or meter.is_in_bad_steps():
-            return
-        self._is_due = False
-        with meter.pause():
-            try:
-                self.save_step(stream())
-            except CheckpointError as error:
-                stays = self.newest.name if self.newest is not None else "none was saved yet"
-                self.warn(f"{error}; the newest checkpoint: {stays}")
-
-    def save_step(self, stream: Mapping[str, Any], *, is_pruned: bool = True) -> None:
-        """Save the step that the state is at; then there are no more than are to be kept.
+    def is_due(self, step: int) -> bool:
+        """Return whether a checkpoint is to be saved: every ``save_interval`` steps, until it is.
 
         Args:
-            stream: position of the batches trained on.
-            is_pruned: whether older ones go.
+            step: optimizer steps done.
+        """
+        self._is_due |= step % self._save_interval == 0
+        return self._is_due
+
+    def save_or_warn(self, state: Mapping[str, Any]) -> None:
+        """Save the checkpoint that is due; if that fails, warn and keep the older ones."""
+        self._is_due = False
+        try:
+            self.save(state)
+        except CheckpointError as error:
+            newest = self.newest.name if self.newest is not None else "none was saved yet"
+            self.warn(f"{error}; the newest checkpoint: {newest}")
+
+    def save(self, state: Mapping[str, Any], *, is_pruned: bool = True) -> None:
+        """Save a step checkpoint and remove those beyond ``keep_last_n``.
+
+        Args:
+            state: made by :meth:`train.loop.state.TrainState.as_dict`.
+            is_pruned: whether older checkpoints are removed.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the file could not be written.
         """
-        self._save(self._config.save_dir / step_name(self._state.step), stream)
+        self._write(self._config.save_dir / step_name(state["step"]), state)
         if is_pruned and distributed.is_main():
             prune_checkpoints(self._config.save_dir, keep_last_n=self._config.keep_last_n)
 
     def save_last(
-        self, stream: Mapping[str, Any], *, is_complete: bool, is_pruned: bool = True
+        self, state: Mapping[str, Any], *, is_complete: bool, is_pruned: bool = True
     ) -> None:
-        """Save the end of a run, the final checkpoint or, where it was stopped, the step's.
+        """Save the end of a run: the final checkpoint, or the step's if the run was stopped.
 
         Args:
-            stream: position of the batches trained on.
-            is_complete: whether it was not stopped.
-            is_pruned: see :meth:`save_step`.
+            state: see :meth:`save`.
+            is_complete: whether the run reached its last step.
+            is_pruned: see :meth:`save`.
 
         Raises:
-            CheckpointError: it could not be written; it says what is lost.
+            CheckpointError: the file could not be written; the message says what is lost.
         """
+        step = state["step"]
         final = self._config.save_dir / FINAL_NAME
         try:
             if not is_complete:
-                self.save_step(stream, is_pruned=is_pruned)
-            elif distributed.on_main(lambda: self._link(final)):
+                self.save(state, is_pruned=is_pruned)
+            elif distributed.on_main(lambda: self._link(final, step)):
                 self.newest = final
             else:
-                self._save(final, stream)
+                self._write(final, state)
         except CheckpointError as error:
-            kept = f"the newest checkpoint is {self.newest}" if self.newest else "nothing else was"
+            newest = f"the newest checkpoint is {self.newest}" if self.newest else "nothing else is"
             raise CheckpointError(
-                f"the run ended at step {self._state.step}, which is NOT saved; {kept}. {error}; "
-                "then `--resume` it"
+                f"the run ended at step {step}, which is NOT saved; {newest}. {error}; then resume "
+                "the run with `--resume`"
             ) from error
 
-    def _save(self, path: Path, stream: Mapping[str, Any]) -> None:
+    def _write(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint on the main rank; say which older ones a full disk cost."""
         removed: list[Path] = []
-        write = partial(save_making_room, removed=removed)
         try:
-            self.newest = self._state.save(path, stream=stream, write=write)
+            self.newest = distributed.on_main(lambda: save_making_room(path, state, removed))
         finally:
             if removed:
                 names = ", ".join(each.name for each in removed)
-                self.warn(f"the disk is full: {names} made room for {path.name}")
+                self.warn(f"the disk is full: removed {names} to make room for {path.name}")
 
-    def _link(self, final: Path) -> bool:
-        """Whether the final checkpoint could be made of that of its step."""
-        if self.newest != final.with_name(step_name(self._state.step)):
+    def _link(self, final: Path, step: int) -> bool:
+        """Link the final checkpoint to its step's, if that was just saved; return whether."""
+        newest_step = final.with_name(step_name(step))
+        if self.newest != newest_step:
             return False
         try:
-            link_checkpoint(final.with_name(step_name(self._state.step)), final)
+            link_checkpoint(newest_step, final)
         except OSError:
             return False
         return True
 
 
 def prepare_folder(folder: Path | str) -> None:
-    """Make the folder of a run's checkpoints, and see that files can be written there.
+    """Create the folder of a run's checkpoints and check that it is writable.
 
     Raises:
-        CheckpointError: they can't; better said before the first step than after the last one.
+        CheckpointError: it is not; better to fail before the first step than after the last one.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -158,149 +160,133 @@ def prepare_folder(folder: Path | str) -> None:
             pass
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: no checkpoints can be written there ({reason_of(error)}); set "
-            "training.checkpointing.save_dir"
+            f"{folder}: checkpoints cannot be written there ({root_cause(error)}); fix: set "
+            "training.checkpointing.save_dir to a writable folder"
         ) from error
 
 
-def refuse_checkpoints(folder: Path) -> None:
-    """Keep a run that begins anew from overwriting and pruning another one's checkpoints.
+def check_writable(folder: Path) -> None:
+    """Check as :func:`prepare_folder` does, and remove the folders that this created.
 
     Raises:
-        ConfigError: there are some.
-    """
-    if found := checkpoints_in(folder):
-        names = ", ".join(sorted(path.name for path in found)[:3])
-        raise ConfigError(
-            f"{folder} has checkpoints of a run ({names}), which a new one would overwrite; go on "
-            "from them by `--resume auto`, set training.checkpointing.save_dir, or remove them"
-        )
-
-
-def try_folder(folder: Path) -> None:
-    """:func:`prepare_folder`, and no folder is left behind that was not there.
-
-    Raises:
-        CheckpointError: as there.
+        CheckpointError: the folder is not writable.
     """
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         prepare_folder(folder)
     finally:
-        for each in new:  # the deepest first; one that another process has filled meanwhile stays
+        # Deepest first; a folder that another process has written to meanwhile stays.
+        for each in new:
             with contextlib.suppress(OSError):
                 each.rmdir()
 
 
-def save_making_room(
-    path: Path | str, state: Mapping[str, Any], *, removed: list[Path] | None = None
-) -> Path:
-    """:func:`train.checkpoints.save_checkpoint`; where the disk is full, once more with the room of
-    older step checkpoints, which are added to `removed`.
+def refuse_checkpoints(folder: Path) -> None:
+    """Keep a new run from overwriting and pruning another run's checkpoints.
 
     Raises:
-        CheckpointError: it couldn't be written.
+        ConfigError: the folder has checkpoints.
+    """
+    if existing := list_checkpoints(folder):
+        names = ", ".join(sorted(path.name for path in existing)[:3])
+        raise ConfigError(
+            f"{folder} already holds a run's checkpoints ({names}), which a new run would "
+            "overwrite; fix: continue that run with `--resume auto`, set "
+            "training.checkpointing.save_dir to another folder, or remove them"
+        )
+
+
+def save_making_room(path: Path, state: Mapping[str, Any], removed: list[Path]) -> Path:
+    """Save a checkpoint; if the disk is full, remove older ones and try again.
+
+    Args:
+        path: the file.
+        state: see :func:`train.checkpoints.save_checkpoint`.
+        removed: the removed files are added here, even if the second attempt fails.
+
+    Raises:
+        CheckpointError: the file could not be written.
     """
     try:
         return save_checkpoint(path, state)
     except CheckpointError as error:
-        if not _is_disk_full(error) or not (room := make_room(Path(path).parent)):
+        if not _is_disk_full(error) or not (freed := make_room(path.parent)):
             raise
-    if removed is not None:
-        removed += room
+    removed += freed
     return save_checkpoint(path, state)
 
 
-def link_checkpoint(source: Path, path: Path) -> Path:
-    """Give a checkpoint a second name, which takes no room; a copy where files have only one.
-
-    Raises:
-        OSError: the source is gone, or the copy couldn't be written.
-    """
-    partial = partial_of(path)
-    try:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-            partial.hardlink_to(source)
-            partial.replace(path)
-            sync_folder(path.parent)
-            return path
-        with source.open("rb") as old:
-            write_atomic(path, lambda file: shutil.copyfileobj(old, file), temporary=partial)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-    return path
-
-
 def find_latest_checkpoint(
-    folder: Path | str, *, on_skip: Callable[[str], None] | None = None
+    folder: Path | str, *, on_skip: Callable[[str], object] = lambda _: None
 ) -> Path | None:
-    """The newest whole checkpoint of a folder by the time inside it; None where there is none.
+    """Find the newest intact checkpoint of a folder by its "saved_at".
 
     Args:
         folder: searched for model_step_N.pt and model_final.pt; may be missing.
-        on_skip: called with a message for each newer file that is damaged or foreign.
+        on_skip: called with a message for each damaged or foreign file that may be newer.
+
+    Returns:
+        The file, or None if there is none.
     """
-    dated: list[tuple[float, int, bool, Path]] = []
-    for path in checkpoints_in(Path(folder)):
+    by_age: list[tuple[float, int, bool, Path]] = []
+    for path in list_checkpoints(Path(folder)):
         try:
-            head = read_checkpoint(path, map_location="meta", mmap=True)
-            is_final = path.name == FINAL_NAME  # often the last step's file under a second name
-            dated.append((float(head["saved_at"]), int(head["step"]), is_final, path))
+            header = read_checkpoint(path, map_location="meta", mmap=True)
+            is_final = path.name == FINAL_NAME  # often a second name of the last step's file
+            by_age.append((float(header["saved_at"]), int(header["step"]), is_final, path))
         except CheckpointError as error:
-            _tell(on_skip, f"skipped: {error}")
-    for *_, path in sorted(dated, reverse=True):
+            on_skip(f"skipped: {error}")
+    # Checksums are compared from the newest file on, until one is intact: reading takes long.
+    for *_, path in sorted(by_age, reverse=True):
         try:
             check_checkpoint(path)
         except CheckpointError as error:
-            _tell(on_skip, f"skipped: {error}")
+            on_skip(f"skipped: {error}")
         else:
             return path
     return None
 
 
 def prune_checkpoints(folder: Path | str, *, keep_last_n: int) -> list[Path]:
-    """Remove all but the newest `keep_last_n` step checkpoints.
+    """Remove all but the newest `keep_last_n` step checkpoints, and partial files of killed runs.
 
-    Partial files that a killed run left behind go too. The final checkpoint and every other file
-    stay.
+    The final checkpoint and every other file stay.
 
     Returns:
-        What was removed.
+        The removed files.
     """
     folder = Path(folder)
     return _remove([*_steps_by_age(folder)[:-keep_last_n], *_orphans(folder)])
 
 
 def make_room(folder: Path) -> list[Path]:
-    """Remove all step checkpoints but the newest whole one, and what killed runs left behind.
+    """Remove all step checkpoints but the newest intact one, and partial files of killed runs.
 
     Returns:
-        What was removed; nothing where no step checkpoint is whole.
+        The removed files; [] if no step checkpoint is intact.
     """
     steps = _steps_by_age(folder)
-    kept = next((path for path in reversed(steps) if _is_whole(path)), None)
+    kept = next((path for path in reversed(steps) if _is_intact(path)), None)
     if kept is None:
         return []
     return _remove([*(path for path in steps if path != kept), *_orphans(folder)])
 
 
 def _steps_by_age(folder: Path) -> list[Path]:
-    """Step checkpoints, the oldest first.
+    """List step checkpoints, oldest first.
 
-    By age and not by step: a fresh run may share the folder with an older one that had come
-    farther.
+    The order is by age, not by step: a new run may share the folder with an older run that had
+    reached a later step.
     """
-    dated = []
-    for path in checkpoints_in(folder):
+    by_age = []
+    for path in list_checkpoints(folder):
         if path.name != FINAL_NAME:
             with contextlib.suppress(FileNotFoundError):  # another process prunes, too
-                dated.append((path.stat().st_mtime_ns, step_of(path), path))
-    return [path for *_, path in sorted(dated)]
+                by_age.append((path.stat().st_mtime_ns, step_in_name(path), path))
+    return [path for *_, path in sorted(by_age)]
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     try:
         check_checkpoint(path)
         read_checkpoint(path, map_location="meta", mmap=True)
@@ -310,7 +296,15 @@ def _is_whole(path: Path) -> bool:
 
 
 def _orphans(folder: Path) -> list[Path]:
-    return [p for p in folder.glob(".model_*.pt.partial") if _is_orphan(p)]
+    return [path for path in folder.glob(".model_*.pt.partial") if _is_orphan(path)]
+
+
+def _is_orphan(partial: Path) -> bool:
+    """Return whether a partial file is so old that its writer must have died."""
+    try:
+        return time.time() - partial.stat().st_mtime > ORPHAN_AGE_S
+    except FileNotFoundError:  # its writer has just finished
+        return False
 
 
 def _remove(paths: list[Path]) -> list[Path]:
@@ -319,27 +313,10 @@ def _remove(paths: list[Path]) -> list[Path]:
     return paths
 
 
-def _is_orphan(partial: Path) -> bool:
-    """Whether nobody has written to a partial file for so long that its writer must be gone."""
-    try:
-        return time.time() - partial.stat().st_mtime > ORPHAN_AGE_S
-    except FileNotFoundError:  # its writer has just finished
-        return False
-
-
 def _is_disk_full(error: BaseException | None) -> bool:
-    """Whether that is a cause, however deep, of what torch or the system raised."""
+    """Return whether a full disk is among the causes of an error that torch or the OS raised."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _say_nothing(_: str) -> None:
-    """Where nobody listens."""
-
-
-def _tell(listener: Callable[[str], None] | None, message: str) -> None:
-    if listener is not None:
-        listener(message)

@@ -1,18 +1,21 @@
-"""Held-out batches measured: exact losses, what was bad among the samples, and a window to show."""
+"""Measure a model on held-out batches: exact losses, corrupt samples, and one window to log."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from train.data.batch_maker import CorruptSampleBudget
+from train.data.device import to_device
 from train.loop.sample_logging import pick_window
 from train.machine import distributed
 from train.model.losses import added, loss_sums, mean_losses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    import torch
     from torch import Tensor
 
     from train.data.batch import Batch
@@ -22,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """What one pass over the held-out batches found, the same on every rank but for the window."""
+    """The result of one pass over held-out batches; the same on every rank, but for the window."""
 
     losses: Mapping[str, float] = field(default_factory=dict)
-    """loss_total and loss_<head>; empty where there was no batch."""
+    """loss_total and loss_<head>; empty if there was no batch."""
     skipped: Sequence[Mapping[str, Any]] = ()
-    """Bad samples, each once; the losses leave them out."""
+    """Corrupt samples, each once; they do not count in the losses."""
     window: LoggedWindow | None = None
-    """The first one, of this rank."""
+    """A window of this rank's first batch."""
 
 
 def measure(
@@ -39,31 +42,50 @@ def measure(
 
     Args:
         batches: on the device.
-        predict: a batch's outputs by head; draws no random number of the training's.
-        state: of the run.
+        predict: gives the model's outputs for a batch, by head; it must not draw random numbers
+            from the training's generators.
+        state: the run's configuration and window shapes.
 
     Raises:
-        TooManyCorruptSamplesError: more of all ranks' samples are bad than
-        ``data.max_bad_fraction``.
+        TooManyCorruptSamplesError: more samples, of all ranks together, are corrupt than
+            ``data.max_bad_fraction`` allows.
     """
     config, window, num_read = state.config, None, 0
     skipped: list[Mapping[str, Any]] = []
-    parts = []
+    sums_per_batch = []
     for batch in batches:
         outputs = predict(batch)
-        parts.append(loss_sums(outputs, batch["targets"], batch["weight"], config=config))
+        sums = loss_sums(outputs, batch["targets"], batch["weight"], config=config)
+        sums_per_batch.append(sums)
         num_read += len(batch["weight"])
         skipped += batch.get("skipped", ())
-        if len(parts) == 1:
+        if len(sums_per_batch) == 1:
             window = pick_window(batch, outputs, state)
-    if not parts:
+    if not sums_per_batch:
         return HeldOut()
     skipped = distributed.gather(skipped)
-    limit = CorruptSampleBudget(max_fraction=config.data.max_bad_fraction)
-    limit.count(num_read * distributed.world_size(), skipped)
-    sums = distributed.add_up(added({n: total for n, (total, _) in p.items()} for p in parts))
-    counts = distributed.add_up(added({n: count for n, (_, count) in p.items()} for p in parts))
-    losses = mean_losses({n: (sums[n], counts[n]) for n in sums}, config=config)
+    budget = CorruptSampleBudget(max_fraction=config.data.max_bad_fraction)
+    budget.count(num_read * distributed.world_size(), skipped)
+    totals = distributed.add_up(added(_column(sums, 0) for sums in sums_per_batch))
+    counts = distributed.add_up(added(_column(sums, 1) for sums in sums_per_batch))
+    losses = mean_losses({n: (totals[n], counts[n]) for n in totals}, config=config)
     return HeldOut(
         losses={name: float(loss) for name, loss in losses.items()}, skipped=skipped, window=window
     )
+
+
+def iter_one_epoch(
+    loader: Iterable[Batch], device: torch.device, *, max_batches: int
+) -> Iterator[Batch]:
+    """Iterate over at most `max_batches` batches on the device, all of the first one's epoch."""
+    epochs = set()
+    for batch in itertools.islice(loader, max_batches):
+        epochs.add(batch.get("epoch"))
+        if len(epochs) > 1:
+            return
+        yield to_device(batch, device)
+
+
+def _column(sums: Mapping[str, tuple[Tensor, Tensor]], index: int) -> dict[str, Tensor]:
+    """Select the sums (0) or the counts (1) of all losses."""
+    return {name: pair[index] for name, pair in sums.items()}

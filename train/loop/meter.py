@@ -1,4 +1,8 @@
-"""Numbers of the steps between two logs, added up on the device, so that no step waits for it."""
+"""Numbers of a run: means between two logs, gradient norms of parts, and the final summary.
+
+``StepMeter`` adds up on the device, so that no step waits for the host. ``Progress`` gathers what a
+call of ``Trainer.train`` returns as its ``TrainSummary``.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +29,28 @@ QUANTILES: Final = (50, 95, 99)
 """Percentiles of the waits for data."""
 
 MAX_BAD_STEPS: Final = 10
-"""So many steps in a row that were not finite, or spikes, stop the run."""
+"""This many skipped steps in a row (not finite, or spikes) stop the run."""
 
 FIRST_STEPS: Final = 5
-"""Steps whose mean counts as the first loss."""
+"""The mean over this many first steps is the first loss."""
+
+_MODEL_PARTS: Final = (
+    ("encoder.encoders.", "encoder_{}"),
+    ("encoder.frames.", "encoder_vision"),
+    ("encoder.", "encoder_fusion"),
+    ("blocks.", "backbone"),
+    ("norm.", "backbone"),
+    ("predictors.", "head_{}"),
+)
+"""Prefix of a parameter's name, and its part of the model; {} is the next word of the name."""
 
 
 class StepMeter:
-    """Means over the steps since the last log, added up on the device without waiting for it.
+    """Means over the steps since the last log, added up without waiting for the device.
 
-    Steps that were left out, not finite or spikes, count as skipped and enter no mean. So do
-    overflows of float16, by which its scale is found and nothing is wrong; they count apart.
+    Skipped steps, which are not finite or spikes, count as skipped and enter no mean. Overflows of
+    float16 enter no mean either, but are counted separately: they are how the loss scale is found,
+    not a fault.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,8 +80,17 @@ class StepMeter:
         num_samples: Tensor,
         is_overflow: Tensor | None = None,
     ) -> None:
-        """Add one step; all tensors are 0-dim on the device, `is_good` bool, and `is_overflow`,
-        where the loss is scaled: whether the gradient of a good loss is not finite.
+        """Add one step.
+
+        All tensors are 0-dim and on the device.
+
+        Args:
+            losses: of the step, by metric name.
+            grad_norm: before clipping.
+            is_good: bool; False for a skipped step.
+            num_samples: in the global batch.
+            is_overflow: bool; True if the loss is good and the gradient is not finite. None if the
+                loss is not scaled.
         """
         for name, value in {**losses, "grad_norm": grad_norm}.items():
             good = torch.where(is_good, value.detach().float(), 0.0)
@@ -84,19 +108,20 @@ class StepMeter:
             self._first_steps.append((self._losses, is_good))
 
     def take(self, waits_s: Sequence[float]) -> dict[str, float]:
-        """Everything since the last call, as plain numbers; waits for the device and starts anew.
+        """Return everything since the last call as plain numbers, and reset.
+
+        It waits for the device.
 
         Args:
             waits_s: how long each step waited for its data.
 
         Returns:
             The means of what was added, samples_per_sec, skipped_steps, data_wait_fraction,
-            data_wait_ms_p50, _p95 and _p99 and, where the loss is scaled, fp16_overflows. Means
-            without a single good step are NaN.
+            data_wait_ms_p50, _p95 and _p99 and, if the loss is scaled, fp16_overflows. Means are
+            NaN if no step was good.
         """
-        num_good = int(
-            self._num_good
-        )  # waits for the device, so that the clock below sees all its work
+        # This waits for the device, so that the clock below covers all of its work.
+        num_good = int(self._num_good)
         elapsed_s = max(time.perf_counter() - self._began_s - self._excluded_s, 1e-9)
         metrics = {n: float(s) / num_good if num_good else math.nan for n, s in self._sums.items()}
         metrics["samples_per_sec"] = float(self._num_samples) / elapsed_s
@@ -114,7 +139,7 @@ class StepMeter:
         return metrics
 
     def first_losses(self) -> dict[str, float]:
-        """Means of the losses of the first few steps; waits for the device."""
+        """Return the mean losses of the first few steps; it waits for the device."""
         good = [losses for losses, is_good in self._first_steps if is_good]
         return {
             name: sum(float(losses[name]) for losses in good) / len(good)
@@ -122,48 +147,48 @@ class StepMeter:
         }
 
     def is_in_bad_steps(self) -> bool:
-        """Whether the newest step was left out; waits for the device."""
+        """Return whether the newest step was skipped; it waits for the device."""
         return int(self._bad_in_a_row) > 0
 
     def check_divergence(self, step: int, *, newest: Path | None = None) -> None:
-        """Stop a run that no longer learns anything; waits for the device.
+        """Stop a run that no longer learns; it waits for the device.
 
         Args:
-            step: the newest one.
-            newest: checkpoint from before these steps, if one was saved.
+            step: the newest step.
+            newest: the newest checkpoint from before the skipped steps, if there is one.
 
         Raises:
-            DivergedError: :data:`MAX_BAD_STEPS` steps or more in a row were left out.
+            DivergedError: at least :data:`MAX_BAD_STEPS` steps in a row were skipped.
         """
         if (count := int(self._bad_in_a_row)) < MAX_BAD_STEPS:
             return
-        culprits = [name for name, loss in self._losses.items() if not torch.isfinite(loss)]
-        fault = f"{' and '.join(culprits) or 'the gradient'} was not finite"
-        if not culprits and torch.isfinite(self._grad_norm):
+        not_finite = [name for name, loss in self._losses.items() if not torch.isfinite(loss)]
+        fault = f"{' and '.join(not_finite) or 'the gradient'} was not finite"
+        if not not_finite and torch.isfinite(self._grad_norm):
             total = float(self._losses["loss_total"])
             fault = (
                 f"loss_total {total:.4g} or grad_norm {float(self._grad_norm):.4g} was far above "
                 "the steps before (training.spike_sigma)"
             )
-        go_on = "start anew: no checkpoint was saved before them"
+        restart = "start over, because no checkpoint was saved before these steps"
         if newest is not None:
-            go_on = f"resume from a checkpoint from before them (`--resume {newest}`)"
+            restart = f"resume from the checkpoint before these steps (`--resume {newest}`)"
         raise DivergedError(
-            f"step {step}: {fault} in {count} steps in a row. "
-            "Reduce LR (training.optimizer.lr), check for corrupted data (`python -m preprocess "
-            f"verify SHARDS`), and {go_on}"
+            f"step {step}: {fault} in {count} steps in a row. Reduce LR "
+            "(training.optimizer.lr), check for corrupted data (`python -m preprocess verify "
+            f"SHARDS`), and {restart}"
         )
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time inside out of the speed: it is spent on something else than training."""
-        runtime.synchronize(self._device)  # what was launched before is training
+        """Exclude the time inside from the speed, because it is not spent on training."""
+        runtime.synchronize(self._device)  # work launched before is training
         began_s = time.perf_counter()
         yield
         self._excluded_s += time.perf_counter() - began_s
 
     def restart_clock(self) -> None:
-        """Begin to measure the speed now."""
+        """Measure the speed from now on."""
         self._began_s = time.perf_counter()
         self._excluded_s = 0.0
 
@@ -176,50 +201,41 @@ class StepMeter:
         self.restart_clock()
 
 
-_PARTS = (
-    ("encoder.encoders.", "encoder_{}"),
-    ("encoder.frames.", "encoder_vision"),
-    ("encoder.", "encoder_fusion"),
-    ("blocks.", "backbone"),
-    ("norm.", "backbone"),
-    ("predictors.", "head_{}"),
-)
-"""Prefix of a parameter's name, and its part; {} is the next word of the name."""
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Return the norm of each model part's clipped gradient.
+
+    It shows where a model learns, and where no gradient arrives. It waits for the device; all ranks
+    call it.
+
+    Args:
+        model: after a backward pass; parameters without a gradient do not count.
+
+    Returns:
+        ``grad_norm/<part>``; the root of the sum of their squares is the norm of the whole
+        gradient.
+    """
+    grads_of: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            grads_of.setdefault(model_part(name), []).append(parameter.grad)
+    if not grads_of:
+        return {}
+    norms = [whole_tensor(nn.utils.get_total_norm(grads)) for grads in grads_of.values()]
+    values = torch.stack(norms).tolist()
+    return {f"grad_norm/{part}": value for part, value in zip(grads_of, values, strict=True)}
 
 
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to, such as encoder_audio or backbone."""
-    for prefix, part in _PARTS:
+def model_part(name: str) -> str:
+    """Return the model part of a parameter, such as encoder_audio or backbone, by its name."""
+    for prefix, part in _MODEL_PARTS:
         if name.startswith(prefix):
             return part.format(name.removeprefix(prefix).partition(".")[0])
     return name.partition(".")[0]
 
 
-def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """Norm of each part's gradient as the optimizer got it, clipped; waits for the device.
-
-    All ranks call it.
-
-    Args:
-        model: after a backward pass; of its parameters those without a gradient are left out.
-
-    Returns:
-        ``grad_norm/<part>``; together, as a root of squares, the norm of the whole gradient.
-    """
-    parts: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            parts.setdefault(part_of(name), []).append(parameter.grad)
-    if not parts:
-        return {}
-    norms = [whole_tensor(nn.utils.get_total_norm(grads)) for grads in parts.values()]
-    values = torch.stack(norms).tolist()
-    return {f"grad_norm/{part}": value for part, value in zip(parts, values, strict=True)}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSummary:
-    """What a call of ``Trainer.train`` did."""
+    """The result of one call of ``Trainer.train``."""
 
     steps: int
     """Optimizer steps of the whole run so far."""
@@ -234,51 +250,58 @@ class TrainSummary:
     last_val_losses: Mapping[str, float]
     """The newest held-out losses."""
     samples_per_sec: float
-    """Of the newest log."""
+    """Speed in the newest log."""
     data_wait_fraction: float
-    """Share of the time in which the device waited for data, of the newest log."""
+    """Share of the time in which the device waited for data, in the newest log."""
     skipped_samples: int
-    """Bad train samples that were replaced, in the whole run."""
+    """Corrupt training samples that were substituted, in the whole run."""
     skipped_val_samples: int
-    """Bad held-out samples that the newest losses leave out."""
+    """Corrupt held-out samples that the newest held-out losses exclude."""
     skipped_steps: int
-    """Steps of this call that were left out: not finite, or spikes."""
+    """Skipped steps of this call: not finite, or spikes."""
     checkpoint: Path | None
     """The newest checkpoint of this call."""
     log_dir: Path
-    """TensorBoard's folder of this run."""
+    """This run's TensorBoard folder."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """What one call of ``train`` has come to so far."""
+    """What one call of ``Trainer.train`` has measured so far."""
 
     meter: StepMeter
     began_s: float = field(default_factory=time.perf_counter)
     to_first_batch_s: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    first_val: dict[str, float] = field(default_factory=dict)
+    """Of the newest log."""
+    first_val_losses: Mapping[str, float] = field(default_factory=dict)
     held_out: HeldOut = field(default_factory=HeldOut)
+    """The newest evaluation."""
     skipped_steps: int = 0
-    checkpoint: Path | None = None
 
     def summary(
-        self, *, steps: int, is_complete: bool, skipped_samples: int, log_dir: Path
+        self,
+        *,
+        steps: int,
+        is_complete: bool,
+        skipped_samples: int,
+        checkpoint: Path | None,
+        log_dir: Path,
     ) -> TrainSummary:
-        """All of it, at the end."""
+        """Return the summary at the end of the call."""
         metrics = self.metrics
         return TrainSummary(
             steps=steps,
             stopped_by="max_steps" if is_complete else "signal",
             first_losses=self.meter.first_losses(),
             last_losses={n: v for n, v in metrics.items() if n.startswith("loss_")},
-            first_val_losses=self.first_val,
+            first_val_losses=self.first_val_losses,
             last_val_losses=self.held_out.losses,
             samples_per_sec=metrics.get("samples_per_sec", 0.0),
             data_wait_fraction=metrics.get("data_wait_fraction", 0.0),
             skipped_samples=skipped_samples,
             skipped_val_samples=len(self.held_out.skipped),
             skipped_steps=self.skipped_steps,
-            checkpoint=self.checkpoint,
+            checkpoint=checkpoint,
             log_dir=log_dir,
         )

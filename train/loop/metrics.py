@@ -119,7 +119,7 @@ class RunLog:
             self._write_text("health", f"**stopped**: {error}", self._step)
         self._curves.write(lambda writer: writer.close())
 
-    def say(self, message: str, *, style: str | None = None) -> None:
+    def print(self, message: str, *, style: str | None = None) -> None:
         """One message to the terminal."""
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -152,7 +152,7 @@ class RunLog:
         """Held-out metrics, named val/... in both places, and what the health rules say to them."""
         named = {f"val/{name}": value for name, value in metrics.items()}
         self._write_scalars(step, named)
-        self.say(
+        self.print(
             f"  held out at step {step}: " + "  ".join(f"{n} {_short(v)}" for n, v in named.items())
         )
         self._tell(self._watch.observe_held_out(step, named))
@@ -183,11 +183,11 @@ class RunLog:
 
     def _tell(self, findings: Sequence[Finding]) -> None:
         for finding in findings:
-            self.say(f"  health at step {finding.step}: {finding}", style="yellow")
+            self.print(f"  health at step {finding.step}: {finding}", style="yellow")
             self._write_text("health", f"**{finding.rule}**: {finding}", finding.step)
 
     def _warn(self, message: str) -> None:
-        self.say(f"  warning: {message}", style="red")
+        self.print(f"  warning: {message}", style="red")
 
     def _write_text(self, tag: str, text: str, step: int) -> None:
         self._curves.write(lambda writer: writer.add_text(tag, text, step))
@@ -204,10 +204,10 @@ class RunLog:
         shown = tuple(n for n in metrics if not n.startswith(TENSORBOARD_ONLY_PREFIXES))
         if self._num_lines % HEADER_EVERY == 0 or shown != self._columns:
             self._columns = shown
-            self.say(format_line(self._step_column("step"), {n: n for n in shown}), style="bold")
+            self.print(format_line(self._step_column("step"), {n: n for n in shown}), style="bold")
         self._num_lines += 1
         step_column = self._step_column(f"{step}/{self._max_steps}")
-        self.say(format_line(step_column, {n: _short(metrics[n]) for n in shown}))
+        self.print(format_line(step_column, {n: _short(metrics[n]) for n in shown}))
 
     def _step_column(self, text: str) -> str:
         return text.rjust(max(len("step"), 2 * len(str(self._max_steps)) + 1))

@@ -1,15 +1,17 @@
-"""Batches on the training device, those of the next step already on their way.
+"""BatchFeed: batches on the training device, with the next step's batches prefetched.
 
-On CUDA a step's batches are fetched ahead, right after the step before was launched: their copies
-run on a side stream while it computes, and nobody waits for them but the device. On the CPU nothing
-is copied and nothing fetched ahead.
-Either way the position that goes into checkpoints is that of the batches handed out, not of those
-fetched.
+::
 
-Two kinds of loader work: ours, which knows its position (``state_at``, ``load_state_dict``) and
-never ends, and any finite iterable such as a plain ``DataLoader``, which is repeated pass after
-pass. The random state that a plain loader shuffles by is a function of (seed, pass), so that a
-resumed run skips to the same place in the same order.
+    loader -> resumable -> iterate -> DeviceQueue.send -> ahead -> DeviceQueue.receive -> take
+
+On CUDA a step's batches are prefetched right after the previous step was launched: they are copied
+on a side stream while the device computes, and the host does not wait for the copies. On the CPU
+nothing is copied and nothing prefetched. Either way, the position that goes into checkpoints is the
+one behind the batches handed out, not behind those prefetched.
+
+Any iterable of batches works. A loader that knows its position (``ResumableLoader``) never ends. A
+finite iterable, such as a plain ``DataLoader``, is wrapped in a ``PlainLoader``, which repeats it
+pass after pass.
 """
 
 from __future__ import annotations
@@ -33,23 +35,23 @@ if TYPE_CHECKING:
     from train.data.batch import Batch
 
 PASS_SEED_STRIDE: Final = 1_000_003
-"""Distance of the seeds of successive passes, so that neighbouring seeds share no pass."""
+"""Difference between the seeds of successive passes, so that neighboring seeds share no pass."""
 
 
 @runtime_checkable
-class PositionedLoader(Protocol):
-    """A loader that goes on forever and can start anywhere."""
+class ResumableLoader(Protocol):
+    """A loader that never ends and can start at any batch."""
 
     def state_at(self, next_batch: int) -> dict[str, Any]:
-        """Plain values from which the loader goes on with batch `next_batch`."""
+        """Return plain values from which a loader resumes with batch `next_batch`."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; before iteration only."""
+        """Resume at a state; allowed before iteration only."""
         ...
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches, each with its "index"."""
+        """Iterate over batches, each with its "index"."""
         ...
 
 
@@ -61,7 +63,7 @@ class BatchFeed:
         device: where the batches go.
         seed: decides the order of a plain loader that shuffles.
         state: of an earlier feed; None starts at the beginning.
-        queue: of a device that computes beside the host; None: the device's, where it has one.
+        queue: of a device that computes asynchronously; None: the device's own, if it has one.
 
     Raises:
         CheckpointError: `state` is of another kind of loader.
@@ -76,30 +78,34 @@ class BatchFeed:
         state: Mapping[str, Any] | None = None,
         queue: DeviceQueue | None = None,
     ) -> None:
-        self._loader = loader
+        self._loader = resumable(loader, seed=seed)
         self._device = device
-        self._position = initial_position(loader, state)
-        self._batches = iterate(loader, seed=seed, position=self._position)
-        # Loader processes may ignore SIGTERM, which multiprocessing sends at exit and then waits
-        # for ever; it registered its own exit function before, so this one runs first.
+        next_batch = 0
+        if state is not None:
+            next_batch = check_position(self._loader, state)
+            self._loader.load_state_dict(dict(state))
+        self._state = self._loader.state_at(next_batch)
+        self._batches = iterate(self._loader, seed=seed)
+        # Loader processes may ignore SIGTERM, which multiprocessing sends at exit before it waits
+        # for them forever. It registered its own exit function earlier, so this one runs first.
         atexit.register(_close_if_alive, weakref.ref(self))
-        self._ahead: deque[tuple[Batch, dict[str, int]]] = deque()
+        self._ahead: deque[tuple[Batch, dict[str, Any]]] = deque()
         self._num_taken = 1
         self._waits_s: list[float] = []
         self._wait_s = 0.0
-        self._queue = queue or queue_of(device)
+        self._queue = queue or make_queue(device)
         self._gaps: list[tuple[Mark, Mark]] = []
         self._launched: Mark | None = None
-        # The loader's memory is written to again as soon as nobody holds a batch, and it is not
-        # torch's own, which would wait for copies by itself.
-        self._held: deque[tuple[Batch, Mark]] = deque()
-        weakref.finalize(self, _let_go, self._held, at_most=0)
+        # The loader reuses a batch's memory as soon as nobody references the batch. Unlike torch's
+        # own allocator it does not wait for copies, so batches that are being copied are kept here.
+        self._copying: deque[tuple[Batch, Mark]] = deque()
+        weakref.finalize(self, _release_copied, self._copying, at_most=0)
 
     def take(self, count: int = 1) -> list[Batch]:
-        """The next `count` batches, on the device; the beginning of a step."""
+        """Return the next `count` batches on the device; called at the beginning of a step."""
         batches = []
         for _ in range(count):
-            batch, self._position = self._ahead.popleft() if self._ahead else self._pull()
+            batch, self._state = self._ahead.popleft() if self._ahead else self._pull()
             if self._queue is not None:
                 self._queue.receive(batch)
             batches.append(batch)
@@ -111,8 +117,9 @@ class BatchFeed:
         return batches
 
     def fetch_ahead(self) -> None:
-        """Fetch as many batches as were taken last, while the device computes; call it once a
-        step's work is launched.
+        """Fetch as many batches as were taken last, while the device computes.
+
+        Call it once a step's work is launched.
         """
         if self._queue is not None and not self._ahead:
             self._launched = self._queue.mark()
@@ -120,146 +127,152 @@ class BatchFeed:
                 self._ahead.append(self._pull())
 
     def state(self) -> dict[str, Any]:
-        """Plain values from which another feed goes on behind the last batch handed out.
-
-        A loader's own ``state_at``, or "pass" and "next_batch" of a plain one.
-        """
-        if isinstance(self._loader, PositionedLoader):
-            return self._loader.state_at(self._position["next_batch"])
-        return dict(self._position)
+        """Return plain values from which another feed resumes behind the last batch handed out."""
+        return dict(self._state)
 
     def close(self) -> None:
-        """Dismiss the loader's processes; the position stays."""
+        """Stop the loader's processes; the position stays."""
         self._ahead.clear()
         self._batches.close()
-        _let_go(self._held, at_most=0)
+        _release_copied(self._copying, at_most=0)
 
     def take_waits_s(self) -> list[float]:
-        """Seconds that each step since the last call waited for its data.
+        """Return how many seconds each step since the last call waited for its data.
 
-        On CUDA: only what the device stood still for, so call it when the device has finished.
+        On CUDA only the time during which the device was idle counts, so call it when the device
+        has finished.
         """
         waits_s, self._waits_s = self._waits_s, []
         gaps, self._gaps = self._gaps, []
+        # The last gaps belong to the last waits; the first step has no gap before it.
         for index, (end, start) in enumerate(reversed(gaps), start=1):
             start.synchronize()
             waits_s[-index] = min(waits_s[-index], end.elapsed_time(start) / 1e3)
         return waits_s
 
-    def _pull(self) -> tuple[Batch, dict[str, int]]:
-        """The next batch, on the device or on its way, and the position behind it."""
-        _let_go(self._held, at_most=2 * self._num_taken - 1)  # as many have a slot, see loader.py
+    def _pull(self) -> tuple[Batch, dict[str, Any]]:
+        """Fetch the next batch, copied or being copied, and the state behind it."""
+        # So many batches have a slot in the loader's memory, see loader.py.
+        _release_copied(self._copying, at_most=2 * self._num_taken - 1)
         began_s = time.perf_counter()
-        batch, position = next(self._batches)
+        batch = next(self._batches)
         self._wait_s += time.perf_counter() - began_s
+        state = self._loader.state_at(int(batch["index"]) + 1)
         if self._queue is None:
-            return to_device(batch, self._device), position
+            return to_device(batch, self._device), state
         sent, mark = self._queue.send(batch)
-        self._held.append((batch, mark))
-        return sent, position
+        self._copying.append((batch, mark))
+        return sent, state
 
 
-def initial_position(loader: Iterable[Batch], state: Mapping[str, Any] | None) -> dict[str, int]:
-    """Bring a loader to `state` (None: its beginning) and return the position.
-
-    Raises:
-        CheckpointError: the state is of another kind of loader.
-    """
-    if state is None:
-        return {"next_batch": 0, **({} if isinstance(loader, PositionedLoader) else {"pass": 0})}
-    position = position_in(loader, state)
-    if isinstance(loader, PositionedLoader):
-        loader.load_state_dict(dict(state))
-    return position
+def resumable(loader: Iterable[Batch], *, seed: int) -> ResumableLoader:
+    """Return the loader itself if it knows its position, else a :class:`PlainLoader` around it."""
+    return loader if isinstance(loader, ResumableLoader) else PlainLoader(loader, seed=seed)
 
 
-def position_in(loader: Iterable[Batch], state: Mapping[str, Any]) -> dict[str, int]:
-    """Where in a loader a state is; the loader stays where it is.
+def check_position(loader: Iterable[Batch], state: Mapping[str, Any]) -> int:
+    """Return the index of the batch at which a loader would resume; the loader is not changed.
 
     Raises:
         CheckpointError: the state is of another kind of loader.
-        ConfigError: it is of other data or another order, where the loader can tell.
+        ConfigError: it is of other data or another order, if the loader can tell.
     """
-    if isinstance(loader, PositionedLoader) == ("pass" in state):
+    is_plain = isinstance(loader, PlainLoader) or not isinstance(loader, ResumableLoader)
+    if is_plain != ("pass" in state):
         raise CheckpointError(
-            "the checkpoint's stream position is of another kind of loader than this one (shards "
-            "and a plain DataLoader can't continue each other); give the loader that the run began "
-            "with"
+            "the checkpoint's stream position is of another kind of loader: a run on shards cannot "
+            "continue one on a plain DataLoader, nor the reverse; fix: use the kind of loader that "
+            "the run began with"
         )
-    if hasattr(loader, "position_of"):  # of ours, whose batches may have another size now
-        return {"next_batch": loader.position_of(state)}
-    names = ("next_batch",) if isinstance(loader, PositionedLoader) else ("pass", "next_batch")
-    return {name: int(state[name]) for name in names}
+    if hasattr(loader, "position_of"):  # converts positions of other batch sizes
+        return int(loader.position_of(state))
+    return int(state["next_batch"])
 
 
-def iterate(
-    loader: Iterable[Batch], *, seed: int, position: Mapping[str, int]
-) -> Generator[tuple[Batch, dict[str, int]], None, None]:
-    """Batches without end, each with the position behind it.
+def iterate(loader: ResumableLoader, *, seed: int) -> Generator[Batch, None, None]:
+    """Iterate over a loader's batches without end, apart from the run's random state.
 
-    What a plain loader draws at random while it skips to `position` is drawn by this call and not
-    by the iterator, so that the caller can put the random state of a checkpoint back in between.
+    What a plain loader draws at random while it skips to its position, it draws during this call
+    and not while iterating. So the caller can restore a checkpoint's random state in between.
 
     Raises:
         ConfigError: the loader has no batch, or its batches are not of the right form.
     """
-    if isinstance(loader, PositionedLoader):
-        return _positioned(loader, seed=seed)
-    opened = _open_pass(loader, seed=seed, number=position["pass"])
-    for _ in range(position["next_batch"]):
-        next(opened, None)
-    return _passes(loader, opened, seed=seed, position=position)
+    return loader.open() if isinstance(loader, PlainLoader) else _iterate_lazily(loader, seed=seed)
 
 
-def _positioned(
-    loader: PositionedLoader, *, seed: int
-) -> Generator[tuple[Batch, dict[str, int]], None, None]:
-    for batch in _open_pass(loader, seed=seed, number=0):
-        yield batch, {"next_batch": int(batch["index"]) + 1}
+class PlainLoader:
+    """Repeats a finite iterable of batches, and knows its position: the pass, and the batch in it.
 
+    The random state that the iterable shuffles by is a function of (seed, pass), so a resumed run
+    skips to the same batch of the same order. Batches get an "index" that counts on over passes.
 
-def _passes(
-    loader: Iterable[Batch], opened: Iterator[Batch], *, seed: int, position: Mapping[str, int]
-) -> Generator[tuple[Batch, dict[str, int]], None, None]:
-    number, start = position["pass"], position["next_batch"]
-    while True:
-        for index, batch in enumerate(opened, start=start):
-            yield batch, {"pass": number, "next_batch": index + 1}
-        number, start = number + 1, 0
-        opened = _open_pass(loader, seed=seed, number=number)
-
-
-def _open_pass(loader: Iterable[Batch], *, seed: int, number: int) -> Iterator[Batch]:
-    """One pass over a loader, opened apart from the run's random state.
-
-    torch's DataLoader draws its shuffle and its workers' seed while it opens and gives its first
-    batch; a resumed run opens it once more than the uninterrupted one.
+    Args:
+        batches: a plain ``DataLoader``, or any other iterable that can be iterated repeatedly.
+        seed: decides the order, if `batches` shuffles.
     """
-    with separate_rng(seed + PASS_SEED_STRIDE * number):
-        batches = iter(loader)
-        first = next(batches, None)
+
+    def __init__(self, batches: Iterable[Batch], *, seed: int) -> None:
+        self._source = batches
+        self._seed = seed
+        self._pass = 0
+        self._pass_start = 0  # index of the pass's first batch
+        self._next = 0
+
+    def state_at(self, next_batch: int) -> dict[str, Any]:
+        """Return the position of a batch of the current pass, or the one behind its last batch."""
+        return {"pass": self._pass, "next_batch": next_batch - self._pass_start}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume at a position; allowed before iteration only."""
+        self._pass, self._next = int(state["pass"]), int(state["next_batch"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.open()
+
+    def open(self) -> Generator[Batch, None, None]:
+        """Open the current pass, skip to the position, and iterate from there without end."""
+        batches = self._open_pass()
+        for _ in range(self._next):
+            next(batches, None)
+        return self._repeat(batches)
+
+    def _repeat(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+        index = self._next
+        while True:
+            for batch in batches:
+                yield {**batch, "index": index}
+                index += 1
+            self._pass, self._pass_start = self._pass + 1, index
+            batches = self._open_pass()
+
+    def _open_pass(self) -> Iterator[Batch]:
+        return _open_pass(self._source, seed=self._seed + PASS_SEED_STRIDE * self._pass)
+
+
+def _iterate_lazily(loader: ResumableLoader, *, seed: int) -> Generator[Batch, None, None]:
+    yield from _open_pass(loader, seed=seed)
+
+
+def _open_pass(batches: Iterable[Batch], *, seed: int) -> Iterator[Batch]:
+    """Open one pass over a loader without changing the run's random state.
+
+    torch's DataLoader draws its shuffle and its workers' seed while it opens and yields its first
+    batch. A resumed run opens it once more than the uninterrupted one.
+    """
+    with separate_rng(seed):
+        iterator = iter(batches)
+        first = next(iterator, None)
     if first is None:
-        raise ConfigError("the loader has no batch; is there any sample in its train split?")
+        raise ConfigError("the loader has no batch; fix: check that its train split has a sample")
     weight = first.get("weight")
     if weight is not None and weight.ndim != 1:
         raise ConfigError(
-            f"the loader's batches have weights {list(weight.shape)}, expected [samples]: "
-            "each window of a RealMultiModalDataset is a batch of one already; give the DataLoader "
-            "collate_fn=real_data_collate_fn, which joins them"
+            f"the loader's batches have weights of shape {list(weight.shape)}, expected [samples]: "
+            "each window of a RealMultiModalDataset already is a batch of one; fix: give the "
+            "DataLoader collate_fn=real_data_collate_fn, which joins them"
         )
-    return itertools.chain(iter([first]), batches)  # a list would be held as long as the chain
-
-
-def one_epoch(
-    loader: Iterable[Batch], device: torch.device, *, max_batches: int
-) -> Iterator[Batch]:
-    """At most `max_batches` batches on the device, all of the epoch that the first one is of."""
-    epochs = set()
-    for batch in itertools.islice(loader, max_batches):
-        epochs.add(batch.get("epoch"))
-        if len(epochs) > 1:
-            return
-        yield to_device(batch, device)
+    return itertools.chain(iter([first]), iterator)  # a list would be held as long as the chain
 
 
 def _close_if_alive(feed: weakref.ref[BatchFeed]) -> None:
@@ -267,73 +280,76 @@ def _close_if_alive(feed: weakref.ref[BatchFeed]) -> None:
         alive.close()
 
 
-def _let_go(held: deque[tuple[Batch, Mark]], *, at_most: int) -> None:
-    """Let go of batches that have been copied; wait for those that are more than `at_most`."""
-    while held and (len(held) > at_most or held[0][1].query()):
-        held[0][1].synchronize()
-        held.popleft()
+def _release_copied(copying: deque[tuple[Batch, Mark]], *, at_most: int) -> None:
+    """Release batches that are copied; wait for copies until at most `at_most` batches are left."""
+    while copying and (len(copying) > at_most or copying[0][1].query()):
+        copying[0][1].synchronize()
+        copying.popleft()
 
 
 class Mark(Protocol):
-    """A place in the work of a device."""
+    """A point in a device's queue, reached when all work launched before it is done."""
 
     def query(self) -> bool:
-        """Whether it was reached."""
+        """Return whether the mark was reached."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until it is reached."""
+        """Wait until the mark is reached."""
         ...
 
     def elapsed_time(self, later: Any, /) -> float:  # noqa: ANN401 (a mark of the same device)
-        """Milliseconds from this mark to a later one, both reached."""
+        """Return the milliseconds from this mark to a later one; both were reached."""
         ...
 
 
 class DeviceQueue(Protocol):
-    """A device's queue of work, and its way for copies."""
+    """The queue of a device that computes asynchronously, with a second queue for copies."""
 
     def mark(self) -> Mark:
-        """A mark behind all work that was launched."""
+        """Return a mark behind all work launched so far."""
         ...
 
     def send(self, batch: Batch) -> tuple[Batch, Mark]:
-        """Begin to copy a batch: what it will be on the device, and a mark behind the copies, until
-        which the given one has to stay.
+        """Begin to copy a batch to the device.
+
+        Returns:
+            The batch on the device, and a mark behind the copies; the given batch must be kept
+            until the mark is reached.
         """
         ...
 
     def receive(self, batch: Batch) -> None:
-        """Let what is launched from now on wait for a batch that was sent."""
+        """Make work that is launched from now on wait for a batch that was sent."""
         ...
 
 
 class CudaQueue:
-    """The current stream of a GPU, and a side stream for the copies."""
+    """The current stream of a GPU, and a side stream for copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def mark(self) -> torch.cuda.Event:
-        """An event in the current stream."""
+        """Record an event in the current stream."""
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def send(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
-        """Copy on the side stream."""
+        """Copy a batch on the side stream."""
         with torch.cuda.stream(self._copies):
             return send(batch, self._device), self.mark()
 
     def receive(self, batch: Batch) -> None:
-        """Tell the allocator, too, that the current stream uses what the side stream made."""
+        """Make the current stream wait for copies; tell the allocator that it uses their memory."""
         compute = torch.cuda.current_stream(self._device)
         compute.wait_stream(self._copies)
         for tensor in tensors_of(batch):
             tensor.record_stream(compute)
 
 
-def queue_of(device: torch.device) -> CudaQueue | None:
-    """The queue of a GPU; None for the CPU, which computes when it is told to."""
+def make_queue(device: torch.device) -> CudaQueue | None:
+    """Return the queue of a GPU, or None for the CPU, which computes synchronously."""
     return CudaQueue(device) if device.type == "cuda" else None

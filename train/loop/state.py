@@ -1,4 +1,4 @@
-"""Everything that a step changes, saved and loaded whole: weights, moments, scale, counters."""
+"""TrainState: everything that a step changes, saved and loaded whole."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import train.checkpoints as checkpoint
 from shared.errors import CheckpointError, ConfigError
 from shared.recipe import Recipe
+from train.checkpoints import FORMAT_VERSION, check_checkpoint, read_checkpoint
 from train.config import ModelConfig, TrainConfig
 from train.data.batch import WindowShapes
-from train.loop.optim import restore_optimizer
+from train.data.batch_maker import CorruptSampleBudget
+from train.loop.optim import SpikeWatch, make_optimizer, restore_optimizer
 from train.machine import distributed, runtime
 from train.machine.parallel import shares_of, whole
 from train.model.multimodal import dimensions
@@ -27,63 +28,74 @@ if TYPE_CHECKING:
     from torch import nn
 
     from train.config import TrainingConfig
-    from train.data.batch_maker import CorruptSampleBudget
-    from train.loop.optim import SpikeWatch
 
 
 RESUMED_KEYS: Final = frozenset(
     {"optimizer", "scaler", "schedule", "rng", "stream", "run_name", "skipped_samples"}
 )
-"""Keys of a checkpoint that inference does without, and going on from it does not."""
+"""Keys of a checkpoint that resuming needs and inference does not."""
 
 
 _NO_WEIGHTS: Final = frozenset({"dropout", "modality_dropout", "gradient_checkpointing"})
-"""Keys of the model that change no weight's shape."""
+"""Keys of the model's configuration that change no weight's shape."""
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainState:
-    """What a checkpoint holds, besides the random states and the stream's position."""
+    """The content of a checkpoint, except random states and the stream's position."""
 
     model: nn.Module
-    """Uncompiled, on its device."""
+    """Not compiled, on its device."""
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     spikes: SpikeWatch
     config: TrainConfig
     shapes: WindowShapes
-    bad_samples: CorruptSampleBudget
-    """Counts of the whole run: bad samples that were replaced, and all that were read."""
+    corrupt_samples: CorruptSampleBudget
+    """Counts of the whole run: samples read, and corrupt ones that were substituted."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Plain values that make a checkpoint usable without the data, such as the tokenizer."""
     run_name: str | None = None
-    """Folder of the run's curves, so that a resumed run goes on in it."""
+    """Folder name of the run's logs; a resumed run continues in the same folder."""
     step: int = 0
     """Optimizer steps done."""
     samples_of: Counter[str] = field(default_factory=Counter)
-    """Of a mix: samples that each set has given."""
+    """Samples read from each set of a mix, by the set's name."""
 
-    def save(
-        self,
-        path: Path | str,
-        *,
-        stream: Mapping[str, Any] | None,
-        write: Callable[[Path | str, Mapping[str, Any]], Path] = checkpoint.save_checkpoint,
-    ) -> Path:
-        """Save everything that going on from here needs; all ranks call it, the main one writes.
-
-        Whatever the ranks hold, the file has the whole model and its whole moments.
+    @classmethod
+    def initial(
+        cls, model: nn.Module, config: TrainConfig, *, device: torch.device, dtype: torch.dtype
+    ) -> TrainState:
+        """Return the state before the first step.
 
         Args:
-            path: the file.
-            stream: position of the batches trained on, from ``BatchFeed.state``.
-            write: writes a file.
-
-        Raises:
-            CheckpointError: it could not be written.
+            model: on its device and, with FSDP, sharded already.
+            config: the whole configuration.
+            device: of the losses.
+            dtype: number format of the forward pass.
         """
-        state = {
-            "format_version": checkpoint.FORMAT_VERSION,
+        training = config.training
+        return cls(
+            model=model,
+            optimizer=make_optimizer(model, training.optimizer),
+            scaler=runtime.make_scaler(device, dtype, num_ranks=distributed.world_size()),
+            spikes=SpikeWatch(training.spike_sigma, device),
+            config=config,
+            shapes=window_shapes(model),
+            corrupt_samples=CorruptSampleBudget(max_fraction=config.data.max_bad_fraction),
+        )
+
+    def as_dict(self, stream: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return everything that resuming needs, as tensors and plain containers.
+
+        All ranks call it. The model and the moments are complete on the main rank, even if ranks
+        hold shards of them.
+
+        Args:
+            stream: position behind the batches trained on, from ``BatchFeed.state``.
+        """
+        return {
+            "format_version": FORMAT_VERSION,
             "step": self.step,
             "saved_at": time.time(),
             "model": whole(self.model.state_dict()),
@@ -97,12 +109,11 @@ class TrainState:
             "config": self.config.model_dump(mode="json"),
             "shapes": dataclasses.asdict(self.shapes),
             "run_name": self.run_name,
-            "skipped_samples": self.bad_samples.num_bad,
-            "read_samples": self.bad_samples.num_read,
+            "skipped_samples": self.corrupt_samples.num_bad,
+            "read_samples": self.corrupt_samples.num_read,
             "samples_of": dict(self.samples_of),
             "extra": self.extra,
         }
-        return distributed.on_main(lambda: write(path, state))
 
     def load(
         self,
@@ -111,29 +122,31 @@ class TrainState:
         device: torch.device,
         check_stream: Callable[[Mapping[str, Any]], object],
     ) -> dict[str, Any]:
-        """Take over a checkpoint; a run name that was given stays, and that of a checkpoint in
-        another folder is left to the run that wrote it.
+        """Restore everything from a checkpoint.
+
+        A run name that is already set stays. The name in a checkpoint is taken over only if the
+        checkpoint is in this run's own folder; otherwise it belongs to the run that wrote it.
 
         Args:
             path: the file.
             device: where the weights go.
-            check_stream: raises where the position of the batches can't be gone on from.
+            check_stream: raises if the loader cannot resume at the position that it is given.
 
         Returns:
-            What is not of this object: "rng" (None for a rank that there was not), "stream" and
-            "schedule".
+            What this object does not hold: "rng" (None for a rank that the saved run did not have),
+            "stream" and "schedule".
 
         Raises:
-            CheckpointError: missing, damaged, foreign, or of another model.
+            CheckpointError: the file is missing, damaged, foreign, or of another model.
         """
         state = self._read(path, device=device)
         if missing := RESUMED_KEYS - state.keys():
             raise CheckpointError(
-                f"{path}: it lacks {', '.join(sorted(missing))}, so a training can't go on from "
-                "it; take a checkpoint that `python -m train run` wrote"
+                f"{path}: it lacks {', '.join(sorted(missing))}, so training cannot resume from "
+                "it; fix: use a checkpoint that `python -m train run` wrote"
             )
-        check_stream(state["stream"])  # before anything is taken over
-        with self._explained(path, state):
+        check_stream(state["stream"])  # before anything is changed
+        with self._explain_mismatch(path, state):
             self._load_model(state)
             restore_optimizer(self.optimizer, state["optimizer"], self.config.training.optimizer)
         ranks = distributed.world_size()
@@ -141,96 +154,98 @@ class TrainState:
         if "spikes" in state:
             self.spikes.load_state_dict(state["spikes"])
         self.step = int(state["step"])
-        self.bad_samples.num_bad = int(state["skipped_samples"])
+        self.corrupt_samples.num_bad = int(state["skipped_samples"])
+        # Older checkpoints have no count of the samples read; it follows from the steps.
         per_step = self.config.data.batch_size * self.config.training.accumulation_steps
-        self.bad_samples.num_read = int(state.get("read_samples", self.step * per_step))
+        self.corrupt_samples.num_read = int(state.get("read_samples", self.step * per_step))
         self.samples_of = Counter(state.get("samples_of", {}))
         save_dir = self.config.training.checkpointing.save_dir
-        if Path(path).resolve().parent == save_dir.resolve():  # else it is another run's
+        if Path(path).resolve().parent == save_dir.resolve():
             self.run_name = self.run_name or state["run_name"]
         rngs = dict(enumerate([state["rng"], *state.get("rng_of_other_ranks", [])]))
         rng = rngs.get(distributed.rank())
         return {"rng": rng, "stream": state["stream"], "schedule": state["schedule"]}
 
     def load_weights(self, path: Path | str, *, device: torch.device) -> bool:
-        """Take over a checkpoint's weights and nothing else.
+        """Restore a checkpoint's weights and nothing else.
 
         Returns:
-            Whether tokens mean the same there and here, as far as both tell.
+            False if both the checkpoint and this run have a tokenizer and these differ.
 
         Raises:
-            CheckpointError: missing, damaged, foreign, or of another model.
+            CheckpointError: the file is missing, damaged, foreign, or of another model.
         """
         state = self._read(path, device=device)
-        with self._explained(path, state):
+        with self._explain_mismatch(path, state):
             self._load_model(state)
-        there, here = (extra.get("tokenizer") for extra in (state.get("extra") or {}, self.extra))
-        return there is None or here is None or there == here
+        saved, own = ((extra or {}).get("tokenizer") for extra in (state.get("extra"), self.extra))
+        return saved is None or own is None or saved == own
 
     def _read(self, path: Path | str, *, device: torch.device) -> dict[str, Any]:
-        distributed.on_main(lambda: checkpoint.check_checkpoint(path))
-        # What is to be cut into shares may not fit a device; ranks of a machine share its pages.
-        is_cut = distributed.world_size() > 1 and self.config.training.parallel == "fsdp"
-        place = "cpu" if is_cut else device
-        return checkpoint.read_checkpoint(path, map_location=place, mmap=is_cut)
+        distributed.on_main(lambda: check_checkpoint(path))
+        # A model that is to be sharded may not fit a device. Mapped, the ranks of a machine share
+        # the file's pages.
+        is_sharded = distributed.world_size() > 1 and self.config.training.parallel == "fsdp"
+        target = "cpu" if is_sharded else device
+        return read_checkpoint(path, map_location=target, mmap=is_sharded)
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
         self._check_dimensions(state["config"])
         self.model.load_state_dict(shares_of(state["model"], self.model.state_dict()))
 
     @contextlib.contextmanager
-    def _explained(self, path: Path | str, state: Mapping[str, Any]) -> Iterator[None]:
+    def _explain_mismatch(self, path: Path | str, state: Mapping[str, Any]) -> Iterator[None]:
         try:
             yield
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: the checkpoint is of another model ({self._difference(state, error)}); "
-                "use the configuration that it was trained with"
+                "fix: use the configuration that it was trained with"
             ) from error
 
     def _check_dimensions(self, config: Mapping[str, Any]) -> None:
-        """Compare what makes another model of weights of the same shapes.
+        """Compare the settings that change the model but not the shapes of its weights.
 
         Raises:
-            ValueError: a number of heads or a rate of ticks differs.
+            ValueError: the number of heads or the tick rate differs.
         """
         known = {k: v for k, v in config["model"].items() if k in ModelConfig.model_fields}
-        there, here = ModelConfig.model_validate(known), self.config.model
-        for name, one, other in (
-            ("num_heads", dimensions(there)[2], dimensions(here)[2]),
-            ("tick_rate_hz", there.tick_rate_hz, here.tick_rate_hz),
+        saved, own = ModelConfig.model_validate(known), self.config.model
+        for name, saved_value, own_value in (
+            ("num_heads", dimensions(saved)[2], dimensions(own)[2]),
+            ("tick_rate_hz", saved.tick_rate_hz, own.tick_rate_hz),
         ):
-            if one != other:
-                raise ValueError(f"{name} {one} there, {other} here")
+            if saved_value != own_value:
+                raise ValueError(f"{name} {saved_value} in the checkpoint, {own_value} here")
 
     def _difference(self, state: Mapping[str, Any], error: Exception) -> str:
-        """The configuration keys that differ, or else torch's words."""
-        here = {
-            **_making_weights(self.config.model_dump(mode="json")),
+        """Name the configuration keys that differ; if none does, quote torch's message."""
+        own = {
+            **_keys_that_shape_weights(self.config.model_dump(mode="json")),
             **dataclasses.asdict(self.shapes),
         }
-        there = {**_making_weights(state["config"]), **state["shapes"]}
+        saved = {**_keys_that_shape_weights(state["config"]), **state["shapes"]}
         differing = [
-            f"{key} {there.get(key)} there, {value} here"
-            for key, value in here.items()
-            if there.get(key) != value
+            f"{key} {saved.get(key)} in the checkpoint, {value} here"
+            for key, value in own.items()
+            if saved.get(key) != value
         ]
         return "; ".join(differing) or " ".join(str(error).split())[:400]
 
 
-def _making_weights(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of a configuration that decide which weights there are, and their shapes."""
+def _keys_that_shape_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the configuration keys that decide which weights exist, and their shapes."""
     model = {k: v for k, v in config["model"].items() if k not in _NO_WEIGHTS}
     weights = config["training"].get("loss_weights", {})
     return {
         "data.modalities": config["data"].get("modalities"),
-        "losses that count:": sorted(head for head, weight in weights.items() if weight),
+        "heads with a loss weight above 0:": sorted(h for h, weight in weights.items() if weight),
         **model,
     }
 
 
 def schedule_dict(training: TrainingConfig) -> dict[str, float]:
-    """What the learning rate follows, for a resumed run to compare with its own."""
+    """Return the settings of the learning rate schedule, which a resumed run compares."""
     optimizer = training.optimizer
     return {
         "lr": optimizer.lr,
@@ -241,23 +256,23 @@ def schedule_dict(training: TrainingConfig) -> dict[str, float]:
 
 
 def require_heads(model: nn.Module, config: TrainConfig) -> None:
-    """Refuse losses of what a model does not predict.
+    """Refuse a configuration with losses of heads that the model does not have.
 
     Raises:
-        ConfigError: it names the heads and both mends.
+        ConfigError: names the heads and both ways to fix it.
     """
     own = getattr(model, "config", None)
     if not isinstance(own, TrainConfig):  # a model of the user's may predict anything
         return
-    if lacking := [head for head in config.heads if head not in own.heads]:
+    if missing := [head for head in config.heads if head not in own.heads]:
         raise ConfigError(
-            f"the configuration has losses of {', '.join(lacking)}, which the model does not "
-            "predict; make it by MultiModalCreature(config, shapes) with the same configuration, "
-            f"or set training.loss_weights.{lacking[0]}: 0"
+            f"the configuration has losses of {', '.join(missing)}, which the model does not "
+            "predict; fix: make the model by MultiModalCreature(config, shapes) with the same "
+            f"configuration, or set training.loss_weights.{missing[0]}: 0"
         )
 
 
 def window_shapes(model: nn.Module) -> WindowShapes:
-    """The window shapes that a model was made for; the default recipe's where it does not say."""
+    """Return the window shapes that a model was made for, by default the default recipe's."""
     shapes = getattr(model, "shapes", None)
     return shapes if isinstance(shapes, WindowShapes) else WindowShapes.from_recipe(Recipe())

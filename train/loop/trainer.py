@@ -1,9 +1,10 @@
-"""Trainer: a model, a configuration and a loader in; a trained model and its curves out.
+"""Trainer: train a model on a loader's batches.
 
-The loop is ``Trainer.train``. It knows tensors and steps; batches come from ``BatchFeed`` (the next
-one is already on its way), numbers go through ``StepMeter`` and ``RunLog``, files are
-``checkpoint``'s. A resumed run equals the uninterrupted one: on the CPU to the bit. Under torchrun
-each rank trains on its share of every global batch, and all numbers are those of the whole batch.
+The loop is ``Trainer.train``. It knows tensors and steps. Batches come from ``BatchFeed``, which
+prefetches the next step's; metrics go through ``StepMeter`` and ``RunLog``; files are written by
+``CheckpointManager``. A resumed run equals the uninterrupted one, on the CPU bit for bit. Under
+torchrun each rank trains on its share of every global batch, and all metrics are those of the
+global batch.
 """
 
 from __future__ import annotations
@@ -17,24 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
+from train.checkpoints import save_checkpoint
 from train.config import TrainConfig, as_train_config
-from train.data.batch_maker import CorruptSampleBudget
 from train.data.pixels import to_model_inputs
 from train.loop.checkpoint_manager import CheckpointManager
-from train.loop.evaluation import measure
+from train.loop.evaluation import HeldOut, iter_one_epoch, measure
 from train.loop.health import QUIET_STEPS
 from train.loop.meter import Progress, StepMeter, TrainSummary, gradient_norms
 from train.loop.metrics import RunLog, default_run_name
-from train.loop.optim import (
-    SpikeWatch,
-    clip_gradient,
-    learning_rate,
-    make_optimizer,
-    set_learning_rate,
-    step_if,
-)
-from train.loop.prefetch import BatchFeed, one_epoch, position_in
-from train.loop.state import TrainState, require_heads, schedule_dict, window_shapes
+from train.loop.optim import clip_gradient, learning_rate, set_learning_rate, step_if
+from train.loop.prefetch import BatchFeed, check_position
+from train.loop.state import TrainState, require_heads, schedule_dict
 from train.machine import distributed, runtime
 from train.machine.parallel import averaging_gradients, parallelize
 from train.model.losses import added, compute_losses, loss_counts
@@ -52,20 +46,20 @@ class Trainer:
     """Trains a model on a loader's batches.
 
     Args:
-        model: takes a batch's inputs, gives each head's output; moved to the device.
-        config: a TrainConfig, or the plain dict of ``yaml.safe_load``.
+        model: maps a batch's inputs to the output of each head; moved to the device.
+        config: a TrainConfig, or the plain dict that ``yaml.safe_load`` returns.
         loader: any iterable of batches (docs/architecture.md); a finite one is repeated. Under
-            torchrun: one that gives this rank its share, such as a ``Loader`` with its rank.
-        device: "auto", "cpu", "cuda", ...; "auto" defers to ``training.device``.
-        val_loader: held-out batches, at most ``training.eval_batches`` of which are measured.
-        run_name: folder below ``training.log_dir``; None: that of the run resumed in its own
-            ``save_dir``, or the time and the host.
-        console: where lines go; None: the terminal.
-        checkpoint_extra: more plain values for checkpoints, beside recipe and tokenizer.
+            torchrun it must yield this rank's share, as a ``Loader`` with its rank does.
+        device: "auto", "cpu", "cuda", ...; "auto" uses ``training.device``.
+        val_loader: held-out batches; at most ``training.eval_batches`` of them are measured.
+        run_name: folder name below ``training.log_dir``. None: the name of the run that is resumed
+            from its own ``save_dir``, else the time and the host name.
+        console: where terminal output goes; None: to the terminal.
+        checkpoint_extra: more plain values for checkpoints, besides recipe and tokenizer.
 
     Raises:
-        ConfigError: a wrong key or value, a loss of what the model does not predict, a device that
-            is not here, or a loader that does not give this rank its share.
+        ConfigError: a wrong key or value, a loss of a head that the model does not have, a device
+            that this machine does not have, or a loader that does not yield this rank's share.
     """
 
     def __init__(
@@ -82,39 +76,32 @@ class Trainer:
     ) -> None:
         self.config = as_train_config(config)
         require_heads(model, self.config)
+        for each in filter(None, (loader, val_loader)):
+            distributed.check_share(each)
+            check_windows(each, self.config)
         training = self.config.training
-        for given in filter(None, (loader, val_loader)):
-            distributed.check_share(given)
-            check_windows(given, self.config)
         self.device = distributed.own_device(
             runtime.choose_device(training.device if device == "auto" else device)
         )
         self._dtype = runtime.choose_dtype(training.precision, self.device)
-        runtime.set_up_math(
-            num_threads=runtime.choose_num_threads(
-                training.num_threads,
-                self.device,
-                num_workers=self.config.data.num_workers,
-                num_ranks=distributed.local_world_size(),
-            )
+        num_threads = runtime.choose_num_threads(
+            training.num_threads,
+            self.device,
+            num_workers=self.config.data.num_workers,
+            num_ranks=distributed.local_world_size(),
         )
+        runtime.set_up_math(num_threads=num_threads)
         self.model = model.to(self.device)
         self._parallel = parallelize(self.model, parallel=training.parallel, dtype=self._dtype)
         self._forward = torch.compile(self._parallel) if training.compile else self._parallel
-        self._state = TrainState(
-            model=self.model,
-            optimizer=make_optimizer(self.model, training.optimizer),
-            scaler=runtime.make_scaler(
-                self.device, self._dtype, num_ranks=distributed.world_size()
-            ),
-            spikes=SpikeWatch(training.spike_sigma, self.device),
-            config=self.config,
-            shapes=window_shapes(self.model),
-            bad_samples=CorruptSampleBudget(max_fraction=self.config.data.max_bad_fraction),
-            extra={**checkpoint_extras(loader), **(checkpoint_extra or {})},
-            run_name=run_name,
+        self._state = TrainState.initial(
+            self.model, self.config, device=self.device, dtype=self._dtype
         )
-        self._keeper = CheckpointManager(self._state, training.checkpointing)
+        self._state.extra = {**checkpoint_extras(loader), **(checkpoint_extra or {})}
+        self._state.run_name = run_name
+        self._checkpoints = CheckpointManager(
+            training.checkpointing, save_interval=training.save_interval
+        )
         self._loader, self._val_loader = loader, val_loader
         self._console = console
         self._feed: BatchFeed | None = None
@@ -130,17 +117,18 @@ class Trainer:
         """Train up to ``training.max_steps``, or until Ctrl-C or SIGTERM, which save and return.
 
         Returns:
-            What happened, with the first and last losses.
+            A summary with the first and last losses.
 
         Raises:
-            DivergedError: losses or gradients stayed non-finite, or far above what they were.
-            CheckpointError: no checkpoint can be written, or the last one could not.
-            EngineError: the GPU's memory does not suffice, or the loader gave up.
+            DivergedError: losses or gradients were non-finite, or far above the steps before, for
+                many steps in a row.
+            CheckpointError: the folder is not writable, or the last checkpoint was not written.
+            EngineError: memory ran out, or the loader failed.
         """
         training, state = self.config.training, self._state
         optimizer, scaler = state.optimizer, state.scaler
-        self._keeper.prepare()
-        # torchrun may repeat a signal, and ends by itself whoever takes too long.
+        self._checkpoints.prepare()
+        # torchrun may repeat a signal, and kills a rank that takes too long by itself.
         stop = runtime.StopSignals(is_patient=distributed.world_size() > 1)
         with stop, self._open_log() as log, runtime.translate_errors():
             feed = self._restore(log)
@@ -160,66 +148,62 @@ class Trainer:
                     self._log(log, feed)
                 if self._is_due(training.eval_interval):
                     self._evaluate(log)
-                self._keeper.save_if_due(feed.state, self._progress.meter)
+                if self._checkpoints.is_due(state.step):
+                    self._save(feed)
             return self._finish(log, feed)
 
     def evaluate(self) -> dict[str, float]:
-        """Losses over the held-out batches: exact means, whatever the batches' valid shares.
+        """Return the exact mean losses over the held-out batches.
 
-        At most ``training.eval_batches`` batches of one epoch are measured, without the bad samples
-        in them. The model's mode and all random states are left as they were.
+        At most ``training.eval_batches`` batches of one epoch are measured; corrupt samples do not
+        count. The model's mode and all random states are restored.
 
         Returns:
-            loss_total and loss_<head>; empty where the val_loader has no batch.
+            loss_total and loss_<head>; empty if the val_loader has no batch.
 
         Raises:
             ConfigError: the trainer has no val_loader.
-            TooManyCorruptSamplesError: more are bad than ``data.max_bad_fraction`` allows.
+            TooManyCorruptSamplesError: more samples are corrupt than ``data.max_bad_fraction``
+                allows.
         """
-        if self._val_loader is None:
-            raise ConfigError("there is nothing to evaluate on; give Trainer a val_loader")
-        was_training, num_batches = self.model.training, self.config.training.eval_batches
-        self.model.eval()
-        with torch.no_grad(), runtime.separate_rng(self.config.training.seed):
-            batches = one_epoch(self._val_loader, self.device, max_batches=num_batches)
-            self._progress.held_out = measure(batches, self._predict, self._state)
-        self.model.train(was_training)
-        return dict(self._progress.held_out.losses)
+        return dict(self._measure_held_out().losses)
 
     def save_checkpoint(self, path: Path | str) -> Path:
-        """Save everything that going on from here needs; all ranks call it, the main one writes.
+        """Save everything that resuming needs; all ranks call it, and the main one writes.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the file could not be written.
         """
-        return self._state.save(path, stream=self._feed.state() if self._feed is not None else None)
+        state = self._state.as_dict(self._feed.state() if self._feed is not None else None)
+        return distributed.on_main(lambda: save_checkpoint(path, state))
 
     def load_checkpoint(self, path: Path | str) -> None:
-        """Go on from a checkpoint; the next :meth:`train` continues behind its step.
+        """Resume from a checkpoint; the next :meth:`train` continues behind its step.
 
         Raises:
-            CheckpointError: missing, damaged, foreign, of another model or kind of loader.
-            ConfigError: it was trained on other data, or in another order.
+            CheckpointError: the file is missing, damaged, foreign, or of another model or kind of
+                loader.
+            ConfigError: the run was trained on other data, or in another order.
         """
-        check = partial(position_in, self._loader)
-        rest = self._state.load(path, device=self.device, check_stream=check)
-        self._resumed = {"path": str(path), **rest}
-        self._keeper.newest = Path(path)
+        check = partial(check_position, self._loader)
+        resumed = self._state.load(path, device=self.device, check_stream=check)
+        self._resumed = {"path": str(path), **resumed}
+        self._checkpoints.newest = Path(path)
         self._feed = None
 
     def load_weights(self, path: Path | str) -> bool:
-        """Begin with a checkpoint's weights, and else anew: other data, another schedule.
+        """Load a checkpoint's weights and nothing else, for other data or another schedule.
 
         Returns:
-            Whether its tokens mean what the loader's do, as far as both tell.
+            False if both the checkpoint and the loader have a tokenizer and these differ.
 
         Raises:
-            CheckpointError: missing, damaged, foreign, or of another model.
+            CheckpointError: the file is missing, damaged, foreign, or of another model.
         """
         return self._state.load_weights(path, device=self.device)
 
     def _open_log(self) -> RunLog:
-        """The run's folder; a resumed run goes on in its old one."""
+        """Open the run's log folder; a resumed run continues in its old one."""
         training = self.config.training
         name = self._state.run_name or default_run_name()
         self._state.run_name = distributed.on_main(lambda: name)
@@ -233,21 +217,21 @@ class Trainer:
         )
 
     def _restore(self, log: RunLog) -> BatchFeed:
-        """Bring random states and the stream to where the checkpoint was, or to the beginning."""
+        """Set random states and the stream to the checkpoint's position, or to the beginning."""
         self._progress = Progress(meter=StepMeter(self.device))
-        self._keeper.warn = log.warn
+        self._checkpoints.warn = log.warn
         self.model.train()
         seed, rank = self.config.training.seed, distributed.rank()
         resumed, self._resumed = self._resumed, None
         if resumed is not None:
-            log.say(f"resuming at step {self.step} from {resumed['path']}")
+            log.print(f"resuming at step {self.step} from {resumed['path']}")
             if (schedule := schedule_dict(self.config.training)) != resumed["schedule"]:
-                log.say(
-                    f"  the schedule was {resumed['schedule']}, it is now {schedule}",
+                log.print(
+                    f"  the schedule was {resumed['schedule']} and is now {schedule}",
                     style="yellow",
                 )
             self._feed = BatchFeed(self._loader, self.device, seed=seed, state=resumed["stream"])
-            if resumed["rng"] is None:  # there were fewer ranks
+            if resumed["rng"] is None:  # the saved run had fewer ranks
                 runtime.seed_everything(runtime.rank_seed(seed, rank=rank, step=self.step))
             else:
                 runtime.set_rng_state(resumed["rng"])
@@ -258,23 +242,24 @@ class Trainer:
         return self._feed
 
     def _take_batches(self, feed: BatchFeed, log: RunLog) -> list[Batch]:
-        """One step's micro-batches on the device; bad samples in them are written down."""
+        """Take one step's micro-batches on the device, and log the corrupt samples in them."""
         batches = feed.take(self.config.training.accumulation_steps)
-        skipped = distributed.gather([one for b in batches for one in b.get("skipped", ())])
+        skipped = distributed.gather([each for b in batches for each in b.get("skipped", ())])
         log.write_skipped(self.step, skipped, split="train")
         for batch in batches:
             self._state.samples_of.update(batch.get("samples_of", {}))
         num_read = distributed.world_size() * sum(len(batch["weight"]) for batch in batches)
-        self._state.bad_samples.count(num_read, skipped)
+        self._state.corrupt_samples.count(num_read, skipped)
         if self._progress.to_first_batch_s is None:
             self._progress.to_first_batch_s = time.perf_counter() - self._progress.began_s
-            feed.take_waits_s()  # the start is no wait of a running stream
+            feed.take_waits_s()  # waiting for the loader to start does not count
             self._progress.meter.restart_clock()
         return batches
 
     def _counts(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """What the losses of one step are divided by, over its micro-batches and all ranks; and
-        "num_samples".
+        """Count what the losses of one step are divided by, over its micro-batches and all ranks.
+
+        "num_samples" is among the counts.
         """
         config, shapes = self.config, self._state.shapes
         return distributed.add_up(
@@ -290,19 +275,19 @@ class Trainer:
     def _forward_and_backward(
         self, batches: list[Batch], counts: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Gradients and losses of one step; micro-batches and ranks weigh as in one large batch."""
+        """Compute gradients and losses of one step, weighted as in one large batch."""
         self._state.optimizer.zero_grad(set_to_none=True)
-        parts = []
+        losses_per_batch = []
         for batch in batches:
             with averaging_gradients(self._parallel, is_due=batch is batches[-1]):
                 outputs = self._predict(batch)
                 losses = compute_losses(
                     outputs, batch["targets"], batch["weight"], config=self.config, counts=counts
                 )
-                total = losses["loss_total"] * distributed.world_size()  # the average is a sum
+                total = losses["loss_total"] * distributed.world_size()  # averaging then adds up
                 self._state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
-            parts.append({name: loss.detach() for name, loss in losses.items()})
-        return distributed.add_up(added(parts))
+            losses_per_batch.append({name: loss.detach() for name, loss in losses.items()})
+        return distributed.add_up(added(losses_per_batch))
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
         inputs = to_model_inputs(batch["inputs"], dtype=self._dtype)
@@ -318,7 +303,7 @@ class Trainer:
         grad_norm: Tensor,
         is_good: Tensor,
     ) -> None:
-        """Add a step to the meter; on the CPU, where looking is free, stop a diverged run."""
+        """Add a step to the meter; on the CPU, where it costs no wait, stop a diverged run."""
         meter = self._progress.meter
         overflow = self._state.spikes.is_loss_good & ~torch.isfinite(grad_norm)
         meter.add(
@@ -329,13 +314,14 @@ class Trainer:
             is_overflow=overflow if self._state.scaler.is_enabled() else None,
         )
         if self.device.type == "cpu":
-            meter.check_divergence(self.step, newest=self._keeper.newest)
+            meter.check_divergence(self.step, newest=self._checkpoints.newest)
 
     def _is_due(self, interval: int) -> bool:
-        """Whether what is done every `interval` steps, and at the end, is to be done now."""
+        """Return whether to do now what is done every `interval` steps and at the end."""
         return self.step % interval == 0 or self.step == self.config.training.max_steps
 
     def _log(self, log: RunLog, feed: BatchFeed) -> None:
+        """Log the metrics since the last log; stop a diverged run."""
         progress = self._progress
         runtime.synchronize(self.device)
         waits_s = distributed.largest(feed.take_waits_s())  # a step waits for its slowest rank
@@ -345,7 +331,7 @@ class Trainer:
             **gradient_norms(self.model),
             "memory_allocated_mb": memory_mb,
             "lr": float(self._state.optimizer.param_groups[0]["lr"]),
-            "skipped_samples": float(self._state.bad_samples.num_bad),
+            "skipped_samples": float(self._state.corrupt_samples.num_bad),
             **{f"samples_of/{name}": float(n) for name, n in self._state.samples_of.items()},
         }
         progress.skipped_steps += int(metrics["skipped_steps"])
@@ -353,40 +339,67 @@ class Trainer:
             metrics["time_to_first_batch_s"] = progress.to_first_batch_s or 0.0
         progress.metrics = metrics
         log.write_metrics(self.step, metrics)
-        progress.meter.check_divergence(self.step, newest=self._keeper.newest)
+        progress.meter.check_divergence(self.step, newest=self._checkpoints.newest)
 
     def _evaluate(self, log: RunLog) -> None:
-        """Measure on held-out batches, where there are any."""
+        """Measure on held-out batches and log the result, if there is a val_loader."""
         if self._val_loader is None:
             return
         progress = self._progress
         with progress.meter.pause():
-            losses = self.evaluate()
-            progress.first_val = progress.first_val or losses
-            skipped = progress.held_out.skipped
-            log.write_skipped(self.step, skipped, split="val")
-            log.write_validation(self.step, {**losses, "skipped_samples": len(skipped)})
-            log.write_window(self.step, progress.held_out.window, self._state.extra)
+            held_out = progress.held_out = self._measure_held_out()
+            progress.first_val_losses = progress.first_val_losses or held_out.losses
+            log.write_skipped(self.step, held_out.skipped, split="val")
+            metrics = {**held_out.losses, "skipped_samples": len(held_out.skipped)}
+            log.write_validation(self.step, metrics)
+            log.write_window(self.step, held_out.window, self._state.extra)
+
+    def _measure_held_out(self) -> HeldOut:
+        if self._val_loader is None:
+            raise ConfigError("the trainer has no held-out batches; fix: give Trainer a val_loader")
+        was_training, num_batches = self.model.training, self.config.training.eval_batches
+        self.model.eval()
+        with torch.no_grad(), runtime.separate_rng(self.config.training.seed):
+            batches = iter_one_epoch(self._val_loader, self.device, max_batches=num_batches)
+            held_out = measure(batches, self._predict, self._state)
+        self.model.train(was_training)
+        return held_out
+
+    def _save(self, feed: BatchFeed) -> None:
+        """Save the checkpoint that is due, unless the newest step was skipped.
+
+        Then it stays due until the next good step: whatever ruined the weights may have happened
+        just before the skipped steps, and saving would prune the checkpoints from before.
+        """
+        meter = self._progress.meter
+        if meter.is_in_bad_steps():
+            return
+        with meter.pause():
+            self._checkpoints.save_or_warn(self._state.as_dict(feed.state()))
 
     def _finish(self, log: RunLog, feed: BatchFeed) -> TrainSummary:
-        """Log and save what is not yet, and say what happened."""
+        """Log the last steps, save the last checkpoint, and return the summary."""
         progress = self._progress
         is_complete = self.step >= self.config.training.max_steps
         if progress.meter.has_steps:
             self._log(log, feed)
         if is_complete:
             feed.close()
-        is_pruned = not progress.meter.is_in_bad_steps()
-        self._keeper.save_last(feed.state(), is_complete=is_complete, is_pruned=is_pruned)
-        progress.checkpoint = self._keeper.newest
+        self._checkpoints.save_last(
+            self._state.as_dict(feed.state()),
+            is_complete=is_complete,
+            is_pruned=not progress.meter.is_in_bad_steps(),
+        )
+        checkpoint = self._checkpoints.newest
         if not is_complete:
-            log.say(
-                f"stopped at step {self.step}; go on with the same command and `--resume auto`, "
-                f"or with trainer.load_checkpoint({str(progress.checkpoint)!r})"
+            log.print(
+                f"stopped at step {self.step}; resume with the same command and `--resume auto`, "
+                f"or with trainer.load_checkpoint({str(checkpoint)!r})"
             )
         return progress.summary(
             steps=self.step,
             is_complete=is_complete,
-            skipped_samples=self._state.bad_samples.num_bad,
+            skipped_samples=self._state.corrupt_samples.num_bad,
+            checkpoint=checkpoint,
             log_dir=log.folder,
         )

@@ -341,7 +341,7 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
     step_times: list[tuple[dict[str, float], float]] = []
     batch_times: list[dict[str, Any]] = []
     loader = Loader(bench.source, config, timer=stages)
-    batches = iterate(loader, seed=config.training.seed, position={"next_batch": 0})
+    batches = iterate(loader, seed=config.training.seed)
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -351,7 +351,7 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
     def receive() -> Batch:
         with phase("data_wait"):
             requested_s = time.perf_counter()
-            batch, _ = next(batches)
+            batch = next(batches)
             received_s = time.perf_counter()
         batch_times.append(_batch_times(batch, requested_s=requested_s, received_s=received_s))
         with phase("copy"):
@@ -564,9 +564,9 @@ def cached_batches(source: SampleSource, config: TrainConfig, device: torch.devi
     """Copy the first step's batches to the device, in memory of their own."""
     data = config.data.model_copy(update={"num_workers": 0, "last_batch": "pad"})
     loader = Loader(source, config.model_copy(update={"data": data}))
-    with contextlib.closing(iterate(loader, seed=0, position={"next_batch": 0})) as batches:
+    with contextlib.closing(iterate(loader, seed=0)) as batches:
         first = itertools.islice(batches, config.training.accumulation_steps)
-        return [to_device(_cloned(batch), device) for batch, _ in first]
+        return [to_device(_cloned(batch), device) for batch in first]
 
 
 def _loader_rate(bench: Bench, num_workers: int) -> float:

@@ -1,3 +1,5 @@
+"""Checkpoint files: what they hold, and which files are refused."""
+
 from __future__ import annotations
 
 import copy
@@ -67,10 +69,10 @@ def test_a_missing_checkpoint_names_those_that_are_there(tmp_path):
 
 
 def test_a_folder_in_the_place_of_a_checkpoint_names_those_in_it(tmp_path):
-    with pytest.raises(CheckpointError, match="a folder and no checkpoint; there is none in it"):
+    with pytest.raises(CheckpointError, match=r"a folder, not.*this folder has none"):
         load_checkpoint(tmp_path)
     save_checkpoint(tmp_path / "model_step_40.pt", make_state())
-    with pytest.raises(CheckpointError, match=r"name one of those in it: model_step_40\.pt"):
+    with pytest.raises(CheckpointError, match=r"name one of its files: model_step_40\.pt"):
         load_checkpoint(tmp_path)
 
 
@@ -81,8 +83,8 @@ class Foreign:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"state_dict": {}}, "no checkpoint of this trainer"),
-        ([1, 2], "no checkpoint of this trainer"),
+        ({"state_dict": {}}, "not a checkpoint of this trainer"),
+        ([1, 2], "not a checkpoint of this trainer"),
         ({**make_state(), "format_version": 99}, "format version 99"),
         ({**make_state(), "extra": Foreign()}, "can run code"),
     ],
@@ -96,7 +98,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, content, words):
 def test_a_zip_that_is_no_checkpoint_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "model_step_1.pt", "w") as archive:
         archive.writestr("hello", "world")
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
         load_checkpoint(tmp_path / "model_step_1.pt")
 
 
@@ -104,7 +106,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path, file_limit):
     path = tmp_path / "model_step_1.pt"
     path.write_bytes(b"old")
     file_limit(4096)
-    with pytest.raises(CheckpointError, match=r"couldn't be written.*File too large.*make room"):
+    with pytest.raises(CheckpointError, match=r"not be written.*File too large.*free disk space"):
         save_checkpoint(path, make_state())
     file_limit(None)  # before pytest writes its dot, perhaps to a long file
     assert path.read_bytes() == b"old"
@@ -113,7 +115,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path, file_limit):
 
 def test_a_folder_that_is_a_file_is_a_clear_error(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(CheckpointError, match="couldn't be written"):
+    with pytest.raises(CheckpointError, match="could not be written"):
         save_checkpoint(tmp_path / "checkpoints" / "model_step_1.pt", make_state())
 
 
@@ -130,7 +132,7 @@ def test_a_checkpoint_of_another_model_names_the_keys_that_differ(tmp_path):
     make_trainer(config).train()
     wider = copy.deepcopy(config)
     wider["model"]["hidden_dim"] = 32
-    with pytest.raises(CheckpointError, match=r"hidden_dim 16 there, 32 here"):
+    with pytest.raises(CheckpointError, match=r"hidden_dim 16 in the checkpoint, 32 here"):
         make_trainer(wider).load_checkpoint(tmp_path / "checkpoints/model_final.pt")
 
 
@@ -142,7 +144,7 @@ def test_a_checkpoint_of_another_model_with_the_same_shapes_is_refused(tmp_path,
     other["model"][key] = value
     trainer = make_trainer(other)
     before = weights_of(trainer)
-    with pytest.raises(CheckpointError, match=rf"{key} .* there, {value} here"):
+    with pytest.raises(CheckpointError, match=rf"{key} .* in the checkpoint, {value} here"):
         trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
     assert torch.equal(before, weights_of(trainer))
 
@@ -159,7 +161,7 @@ def test_heads_that_are_named_in_another_way_are_the_same_model(tmp_path):
 
 def test_a_checkpoint_that_only_infers_does_not_resume(tmp_path):
     path = save_checkpoint(tmp_path / "model_step_1.pt", make_state())
-    with pytest.raises(CheckpointError, match=r"lacks .*optimizer.*can't go on"):
+    with pytest.raises(CheckpointError, match=r"lacks .*optimizer.*cannot resume"):
         make_trainer(make_config(tmp_path)).load_checkpoint(path)
 
 

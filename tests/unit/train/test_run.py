@@ -96,7 +96,7 @@ def test_going_on_in_another_folder_does_not_overwrite_what_is_there(tiny_set, t
     one = run_training(make_run(tiny_set, tmp_path / "a"), origin=tmp_path / "mine.yaml")
     run_training(make_run(tiny_set, tmp_path / "b"), origin=tmp_path / "mine.yaml")
     longer = make_run(tiny_set, tmp_path / "b", max_steps=5)
-    with pytest.raises(ConfigError, match="checkpoints of a run"):
+    with pytest.raises(ConfigError, match="holds a run's checkpoints"):
         run_training(longer, origin=tmp_path / "mine.yaml", resume=str(one.checkpoint))
     elsewhere = make_run(tiny_set, tmp_path / "c", max_steps=5)
     resumed = run_training(elsewhere, origin=tmp_path / "mine.yaml", resume=str(one.checkpoint))
@@ -195,7 +195,7 @@ def test_check_refuses_a_precision_that_the_gpu_lacks(config, tmp_path, monkeypa
 
 def test_check_refuses_a_folder_that_takes_no_checkpoints(config, tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(CheckpointError, match="no checkpoints can be written there"):
+    with pytest.raises(CheckpointError, match="checkpoints cannot be written there"):
         check(config, tmp_path)
 
 
@@ -306,7 +306,7 @@ def test_what_a_trainer_made_of_a_plain_loader_can_infer(tiny_sessions, tmp_path
 
 def test_a_folder_that_takes_no_checkpoints_is_refused_before_the_first_step(config, tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(CheckpointError, match="no checkpoints can be written there"):
+    with pytest.raises(CheckpointError, match="checkpoints cannot be written there"):
         run_training(config, origin=tmp_path / "mine.yaml")
     assert not (tmp_path / "runs").exists()
 

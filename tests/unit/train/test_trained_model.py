@@ -87,7 +87,7 @@ def test_a_bare_pickle_that_would_run_a_command_is_not_opened(tmp_path, kind):
         path.write_bytes(pickle.dumps(state))
     else:
         torch.save(state, path, _use_new_zipfile_serialization=False)
-    expect_refusal(path, "no checkpoint")
+    expect_refusal(path, "not a checkpoint")
     assert not (tmp_path / "caught").exists()
 
 

@@ -16,13 +16,12 @@ from helpers.training import BrokenLoader, EndlessLoader, make_config, make_trai
 from rich.console import Console
 
 from shared.errors import CheckpointError, DivergedError
-from train.checkpoints import load_checkpoint, save_checkpoint
-from train.loop import checkpoint_manager as keeping
+from train.checkpoints import link_checkpoint, load_checkpoint, save_checkpoint
 from train.loop.checkpoint_manager import (
+    check_writable,
     find_latest_checkpoint,
-    link_checkpoint,
+    make_room,
     prune_checkpoints,
-    try_folder,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,12 +61,12 @@ def test_a_folder_without_checkpoints_has_no_latest(tmp_path):
 
 def test_trying_a_folder_leaves_nothing_behind_that_was_not_there(tmp_path):
     (tmp_path / "old").mkdir()
-    try_folder(tmp_path / "old" / "new" / "newer")
-    try_folder(tmp_path / "old")
+    check_writable(tmp_path / "old" / "new" / "newer")
+    check_writable(tmp_path / "old")
     assert [*tmp_path.rglob("*")] == [tmp_path / "old"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="no checkpoints can be written there"):
-        try_folder(tmp_path / "file" / "new")
+    with pytest.raises(CheckpointError, match="checkpoints cannot be written there"):
+        check_writable(tmp_path / "file" / "new")
 
 
 def test_pruning_keeps_the_newest_and_whatever_is_no_step_checkpoint(tmp_path):
@@ -117,7 +116,7 @@ def test_a_full_disk_costs_a_warning_and_the_older_checkpoint_stays(tmp_path, fi
     printed = capsys.readouterr().out
     assert saved == {"model_step_3.pt", "model_step_9.pt", "model_final.pt"}
     assert summary.steps == 9
-    assert "model_step_6.pt: the checkpoint couldn't be written" in printed
+    assert "model_step_6.pt: the checkpoint could not be written" in printed
     assert printed.count("TensorBoard misses some curves") == 1
 
 
@@ -157,8 +156,8 @@ def train_on(folder, *, loader=None, **training):
 def test_on_a_full_disk_older_checkpoints_make_room_for_newer_ones(tmp_path, small_disk):
     small_disk(2)  # and the third is written before the first is pruned
     printed = train_on(tmp_path, max_steps=8)
-    assert printed.count("the disk is full: model_step_2.pt made room") == 1
-    assert "made room" in text_of(tmp_path / "runs" / "tiny", "health")
+    assert printed.count("the disk is full: removed model_step_2.pt to make room") == 1
+    assert "to make room" in text_of(tmp_path / "runs" / "tiny", "health")
     folder = tmp_path / "checkpoints"
     assert names_in(folder) == {"model_step_6.pt", "model_step_8.pt", "model_final.pt"}
     assert load_checkpoint(folder / "model_final.pt")["step"] == 8
@@ -195,7 +194,7 @@ def test_a_save_that_fails_when_a_signal_stops_the_run_is_an_error(tmp_path, sma
 def test_no_checkpoint_is_saved_or_pruned_while_steps_are_left_out(tmp_path):
     """What ruined the weights may have come just before; the next good step is saved."""
     broken = BrokenLoader({3, *range(6, 99)}, with_nan)
-    with pytest.raises(DivergedError, match=r"from before them \(`--resume .*model_step_6\.pt"):
+    with pytest.raises(DivergedError, match=r"before these steps \(`--resume .*model_step_6\.pt"):
         train_on(tmp_path, loader=broken, save_interval=1, max_steps=99)
     assert names_in(tmp_path / "checkpoints") == {"model_step_5.pt", "model_step_6.pt"}
 
@@ -213,14 +212,14 @@ def test_room_is_made_of_all_but_the_newest_whole_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "model_final.pt", make_state(9))
     for step in (3, 4):
         flip_a_bit(tmp_path / f"model_step_{step}.pt")
-    keeping.make_room(tmp_path)
+    make_room(tmp_path)
     assert names_in(tmp_path) == {"model_step_2.pt", "model_final.pt"}
 
 
 def test_where_none_is_whole_nothing_is_removed(tmp_path):
     for step in (1, 2):
         (tmp_path / f"model_step_{step}.pt").write_bytes(b"torn")
-    assert keeping.make_room(tmp_path) == []
+    assert make_room(tmp_path) == []
     assert len(names_in(tmp_path)) == 2
 
 

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from train.loop.prefetch import CudaQueue, queue_of
+from train.loop.prefetch import CudaQueue, make_queue
 
 
 class FakeStreams:
@@ -72,4 +72,4 @@ def test_the_compute_stream_waits_for_copies_and_the_allocator_knows_of_it(strea
 
 
 def test_a_cpu_has_no_queue():
-    assert queue_of(torch.device("cpu")) is None
+    assert make_queue(torch.device("cpu")) is None

@@ -9,7 +9,7 @@ from helpers.training import SHAPES, make_batch, make_config, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from train.loop.meter import gradient_norms, part_of
+from train.loop.meter import gradient_norms, model_part
 from train.model.losses import compute_losses
 from train.model.multimodal import MultiModalCreature
 
@@ -36,13 +36,13 @@ def test_each_part_has_the_root_of_the_sum_of_its_squares(tmp_path):
     assert math.hypot(*norms.values()) == pytest.approx(total, rel=1e-5)
 
 
-def test_every_part_of_a_model_that_sees_everything_has_its_name():
+def test_every_model_part_a_model_that_sees_everything_has_its_name():
     with torch.device("meta"):
         model = MultiModalCreature({})
     senses = ("audio", "touch", "proprio", "internal_text", "external_text", "vision", "fusion")
     heads = ("internal_text", "external_text", "audio", "animation")
     parts = [f"encoder_{s}" for s in senses] + ["backbone"] + [f"head_{h}" for h in heads]
-    assert {part_of(name) for name, _ in model.named_parameters()} == set(parts)
+    assert {model_part(name) for name, _ in model.named_parameters()} == set(parts)
 
 
 def test_the_parts_of_another_model_are_its_members():
