@@ -1,4 +1,4 @@
-# Every target sets up what it needs and leaves alone what is up to date. `make help` lists them.
+# Every target sets up what it needs and skips what is up to date. `make help` lists the targets.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup shards demo train test test-slow lint types layers bench-peers clean
@@ -21,37 +21,37 @@ $(VENV)/.installed: pyproject.toml
 		--editable '.[preprocess,train,dev]'
 	touch $@
 
-setup: $(VENV)/.installed  ## make the virtual environment and install everything into it
+setup: $(VENV)/.installed  ## create the virtual environment and install everything
 
-shards: setup  ## build SESSIONS into shards by RECIPE (only what changed); VERIFY=1 mends, COMPACT=1 re-packs
+shards: setup  ## build shards in OUT from SESSIONS with RECIPE (only what changed); VERIFY=1 rebuilds damaged columns, COMPACT=1 repacks
 	$(PY) -m preprocess shards --recipe $(RECIPE) --sessions $(SESSIONS) --out $(OUT) \
 		$(if $(VERIFY),--verify) $(if $(COMPACT),--compact)
 
-demo: setup  ## make the demo sessions and their shard set
+demo: setup  ## generate the demo sessions and build their shards
 	$(PY) -m preprocess demo-sessions data/demo
 	$(PY) -m preprocess shards --recipe configs/demo_recipe.yaml --sessions data/demo --out shards/demo
 
-train: setup $(if $(filter demo.yaml,$(notdir $(CONFIG))),demo)  ## train as CONFIG says, or go on where it stopped
+train: setup $(if $(filter demo.yaml,$(notdir $(CONFIG))),demo)  ## train with CONFIG; resume if a checkpoint exists
 	$(PY) -m train run --config $(CONFIG) --resume auto
 
 test: setup lint types layers  ## lint, types, layers and the fast tests
 	$(PY) -m pytest
 
-test-slow: setup  ## the slow tests
+test-slow: setup  ## run the slow tests
 	$(PY) -m pytest -m slow
 
-lint: setup  ## ruff: rules and format
+lint: setup  ## check rules and format with ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-types: setup  ## mypy, strict
+types: setup  ## check types with mypy (strict)
 	$(PY) -m mypy
 
-layers: setup  ## who may import whom
+layers: setup  ## check which package may import which
 	$(VENV)/bin/lint-imports
 
-bench-peers: setup  ## our loader beside other projects': a venv of their own, 20 minutes; into data/bench
+bench-peers: setup  ## compare the loader with those of other projects (20 minutes; creates data/bench)
 	$(PY) tests/benchmarks/peers/run.py
 
-clean:  ## remove the demo's sessions, shards, checkpoints and logs; keeps yours and the environment
+clean:  ## remove the demo's sessions, shards, checkpoints and logs
 	rm -rf data/demo shards/demo checkpoints/demo runs/demo

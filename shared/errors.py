@@ -1,15 +1,16 @@
-"""The errors a user can meet; every message says what, where and how to mend.
+"""Errors that a user can meet; each message says what is wrong, where, and how to fix it.
 
 - EngineError
-  - ConfigError (ValueError): a configuration or recipe file: file, key, mend; exit code 2
-  - SessionError (ValueError): a recording that can't be used as it is
+  - ConfigError (ValueError): a configuration or recipe file: file, key, fix; exit code 2
+  - SessionError (ValueError): a recording can't be used as it is
     - MediaError: its video or audio doesn't open or decode
-  - ShardError (ValueError): a shard set that can't be read
-    - FormatVersionError: written by a newer version of this software
+      - MissingMediaError: its video or audio file doesn't exist
+  - ShardError (ValueError): a shard set can't be read
+    - FormatVersionError: a newer version of this software wrote it
     - CorruptError: bytes differ from their checksum, or don't decode
       - TooManyCorruptSamplesError: more than the tolerated share of samples is corrupt
-  - StorageError: a place behind a URL
-  - JobError: a shard job can't go on
+  - StorageError: a folder or file behind a URL can't be reached, read or written
+  - JobError: a shard job can't continue
   - CheckpointError (ValueError), DivergedError: training
 """
 
@@ -20,13 +21,13 @@ REBUILD_HINT = "fix: run `python -m preprocess shards --verify`"
 
 
 class EngineError(Exception):
-    """Base of all errors that are the input's fault and not the program's."""
+    """Base of all errors that the input or the machine causes, not a bug in the program."""
 
     exit_code = 1
 
 
 class ConfigError(EngineError, ValueError):
-    """A configuration or recipe can't be used; names the file, the key and the mend."""
+    """A configuration or recipe can't be used; the message names file, key and fix."""
 
     exit_code = 2
 
@@ -39,21 +40,25 @@ class MediaError(SessionError):
     """A video or audio file doesn't open or decode."""
 
 
+class MissingMediaError(MediaError):
+    """A video or audio file doesn't exist."""
+
+
 class ShardError(EngineError, ValueError):
     """A shard set can't be read."""
 
 
 class FormatVersionError(ShardError):
-    """The shard set was written in a format newer than this software reads."""
+    """A shard set has a newer format than this software reads."""
 
 
 class CorruptError(ShardError):
     """Bytes differ from their checksum, or don't decode.
 
     Args:
-        message: what, where, how to mend.
-        file: the file of the shard set, where that is known.
-        offset: where in it the bad member lies; None where all of the file is meant.
+        message: what is wrong, where, and how to fix it.
+        file: the file of the shard set, if it is known.
+        offset: offset of the corrupt member in that file; None means the whole file.
     """
 
     def __init__(self, message: str, *, file: str | None = None, offset: int | None = None) -> None:
@@ -67,12 +72,12 @@ class TooManyCorruptSamplesError(CorruptError):
 
 
 class StorageError(EngineError):
-    """A place behind a URL can't be reached, read or written.
+    """A folder or file behind a URL can't be reached, read or written.
 
     Args:
-        message: what, where, how to mend.
-        summary: only what and where; for log lines.
-        is_transient: whether the same request may go well later.
+        message: what is wrong, where, and how to fix it.
+        summary: only what and where, for log lines; by default the message.
+        is_transient: whether the same request may succeed later.
     """
 
     def __init__(self, message: str, *, summary: str = "", is_transient: bool = False) -> None:
@@ -82,7 +87,7 @@ class StorageError(EngineError):
 
 
 class JobError(EngineError):
-    """A shard job can't go on: the disk is full, its workers die, the scheduler is gone."""
+    """A shard job can't continue: the disk is full, workers die, or the scheduler is gone."""
 
 
 class CheckpointError(EngineError, ValueError):
@@ -90,4 +95,4 @@ class CheckpointError(EngineError, ValueError):
 
 
 class DivergedError(EngineError):
-    """Training stopped because losses or gradients were not finite many steps in a row."""
+    """Training stopped because losses or gradients were not finite for many steps in a row."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from io import BufferedReader
+    from io import BufferedReader, FileIO
     from typing import BinaryIO
 
 
@@ -89,7 +89,7 @@ def sha256_of_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def sha256_of_file(file: Path | BufferedReader) -> str:
+def sha256_of_file(file: Path | BufferedReader | FileIO) -> str:
     """Read a file to its end and return its SHA-256, in hex.
 
     Args:

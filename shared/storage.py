@@ -150,7 +150,7 @@ class Store:
     def __str__(self) -> str:
         return shown(self.url)
 
-    def trying(self, patience: RetryPolicy) -> Store:
+    def with_policy(self, patience: RetryPolicy) -> Store:
         """The same folder, asked so patiently."""
         return replace(self, patience=patience)
 

@@ -1,8 +1,7 @@
-"""Where time goes: laps between marks, which add up to the whole.
+"""Measure how long each stage of some work takes; the stages add up to the whole time.
 
-Code that may be measured takes a ``OnStage`` and calls it with a stage's name when the stage is
-over;
-by default it is :func:`no_timer`, which does nothing.
+Code that can be measured takes an ``on_stage`` callback and calls it with a stage's name when that
+stage ends. The default, :func:`no_timer`, does nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 OnStage = Callable[[str], object]
-"""Told that a stage, by its name, is over."""
+"""Callback that is called with the name of the stage that has just ended."""
 
 
 def _difference(start: float, stop: float) -> float:
@@ -21,15 +20,15 @@ def _difference(start: float, stop: float) -> float:
 
 
 def no_timer(_stage: str) -> None:
-    """Nothing is measured."""
+    """Measure nothing."""
 
 
 class StageTimer:
-    """Seconds since the last mark, by stage; the sum of all stages is the whole time.
+    """Measure the seconds of each stage; the sum over all stages is the whole time.
 
     Args:
-        now: a moment, such as a clock's reading or an event of a GPU.
-        seconds_between: of two moments; asked in :meth:`take`.
+        now: returns a moment, such as a clock's reading or an event of a GPU.
+        seconds_between: returns the seconds between two moments; called in :meth:`take`.
     """
 
     def __init__(
@@ -43,15 +42,15 @@ class StageTimer:
         self.begin()
 
     def begin(self) -> None:
-        """Forget what was measured; the first stage begins."""
+        """Discard all measurements and begin the first stage."""
         self._marks = [("", self._now())]
 
     def end_stage(self, stage: str) -> None:
-        """The time since the last mark was this stage's."""
+        """Count the time since the last stage ended as this stage's; an :data:`OnStage`."""
         self._marks.append((stage, self._now()))
 
     def take(self) -> dict[str, float]:
-        """Seconds of each stage since :meth:`begin`, in the order of their first end."""
+        """Return the seconds of each stage since :meth:`begin`, in the order of their first end."""
         seconds: dict[str, float] = {}
         for (_, start), (stage, stop) in itertools.pairwise(self._marks):
             seconds[stage] = seconds.get(stage, 0.0) + self._seconds_between(start, stop)

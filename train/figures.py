@@ -124,7 +124,7 @@ def place_texts(
     """Give each text event its place and a lane in which it overlaps no other.
 
     Args:
-        events: of :func:`train.model.predictions.group_events`, in order of time.
+        events: of :func:`train.model.outputs.group_events`, in order of time.
         pixels_per_s: scale of time.
         tick_s: how long a token takes; 0 where tokens are no ticks.
     """

@@ -31,9 +31,9 @@ from shared.shardset.manifest import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-    from preprocess.build.places import ShardSetStore
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
+    from shared.shardset.store import ShardSetStore
 
 _OWN_FILE = re.compile(
     r"tokenizer(\.g\d+)?\.json|manifest\.g\d+\.json|(train|val)-\d{6,}(\.g\d+)?\."
@@ -123,7 +123,7 @@ def commit(
             place.write(name, content)
     if old is None or replace(old, root=place.root) != manifest:
         if old is not None:
-            place.link_manifest(versioned(MANIFEST_FILE, old.generation))
+            place.retain_manifest(versioned(MANIFEST_FILE, old.generation))
         commit_manifest(manifest, write=place.write)
 
 
@@ -138,7 +138,7 @@ def sweep(manifest: Manifest, place: ShardSetStore, facts: Iterable[Mapping[str,
     """
     needed = {manifest.tokenizer_file, *(entry.index_file for entry in manifest.shards)}
     needed |= {column["file"] for found in facts for column in found["columns"].values()}
-    names = sorted(place.sizes())
+    names = sorted(place.list_sizes())
     for name in filter(_OLD_MANIFEST.fullmatch, names):
         if place.has_readers(name):
             needed |= {name, *_files_of(name, place, known=needed)}
@@ -220,8 +220,7 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
         return
     for stream, why in scan.absent.items():
         sources = next(c.sources for c in COLUMNS.values() if stream in c.streams)
-        is_there = "no such file" not in why and "no usable reading" not in why
-        if len(sources) == 1 and is_there:
+        if len(sources) == 1 and stream not in scan.not_recorded:
             yield {"level": "stream", "session": scan.session, "stream": stream, "reason": why}
     for window in windows:
         place = {"session": scan.session, "window": window.index}

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.build.cluster import Joint
 from preprocess.build.commit import commit, count_windows, make_manifest, rejected_lines, sweep
-from preprocess.build.places import KEEP_OLD_S, open_set
 from preprocess.build.plan import plan_shards
 from preprocess.build.previous_set import find_corrupt_files
 from preprocess.build.scans import scan_sessions
@@ -30,9 +29,9 @@ from preprocess.build.video_subtasks import (
 from shared.errors import ConfigError, CorruptError, FormatVersionError, ShardError
 from shared.media.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from shared.recipe import Recipe, assign_split
-from shared.session.folder import METADATA_FILE, TEXT_FILE
-from shared.session.scan import read_texts
+from shared.session.folder import METADATA_FILE, TEXT_FILE, read_text_events
 from shared.shardset.manifest import ShardEntry
+from shared.shardset.store import KEEP_OLD_S, claim_shard_set
 from shared.storage import parse_location
 
 if TYPE_CHECKING:
@@ -40,11 +39,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.build.cluster import Cluster
-    from preprocess.build.places import ShardSetStore
     from preprocess.build.shards import SessionWindows
     from preprocess.build.sources import Recording
     from shared.session.scan import SessionScan
     from shared.shardset.manifest import Manifest
+    from shared.shardset.store import ShardSetStore
 
 _TEXT_FILES = (METADATA_FILE, TEXT_FILE)
 
@@ -83,7 +82,7 @@ def build_shards(
         cluster: runs scans and shard tasks.
         dry_run: only plan; what it leaves is the cache of scans.
         task_s: about how many seconds of video one task decodes; changes no byte of the set.
-        keep_old_s: see :func:`preprocess.build.places.open_set`.
+        keep_old_s: see :func:`shared.shardset.store.claim_shard_set`.
         verify: check every byte of the old set's columns, and make again what is damaged.
         compact: pack the samples as a fresh build does.
 
@@ -95,8 +94,8 @@ def build_shards(
         StorageError: what is behind a URL can't be read or written.
     """
     recordings = find_recordings(sessions)
-    with open_set(parse_location(out), dry_run=dry_run, keep_old_s=keep_old_s) as place:
-        sizes = place.sizes()
+    with claim_shard_set(parse_location(out), dry_run=dry_run, keep_old_s=keep_old_s) as place:
+        sizes = place.list_sizes()
         old = _read_old(place)
         scans, num_scanned = scan_sessions(recordings, place, recipe, cluster)
         tokenizer, tokenizer_file = _choose_tokenizer(recordings, recipe, old, cluster, place)
@@ -222,7 +221,7 @@ class _Texts:
 
     def __call__(self, recording: Recording) -> list[str]:
         with recording.files(_TEXT_FILES, self.place) as folder:
-            return [event.text for event in read_texts(folder)]
+            return [event.text for event in read_text_events(folder)]
 
 
 def _salvage(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import ShardError
-from shared.files import fingerprint_of, sha256_of_file
+from shared.files import fingerprint_of
 from shared.session.folder import AUDIO_FILE, METADATA_FILE, SOURCE_FILES, TEXT_FILE
 from shared.shardset.layout import COLUMNS, Column, column_basis, presence_bits
 
@@ -14,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from preprocess.build.cluster import Cluster
-    from preprocess.build.places import ShardSetStore
     from preprocess.build.shards import BuiltColumn, BuiltShard, SessionWindows
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
+    from shared.shardset.store import ShardSetStore
 
 
 def row_facts(
@@ -213,12 +214,8 @@ class _Check:
 
     def _is_whole(self, file: str, sha256: str) -> bool:
         """Whether a file has this checksum; one that is not there is no damaged one."""
-        with self.place.workplace() as work:
-            try:
-                with (
-                    self.place.open_column(file, work) as column,
-                    column.path.open("rb") as content,
-                ):
-                    return sha256_of_file(content) == sha256
-            except ShardError:
-                return True
+        try:
+            with closing(self.place.open_column(file)) as column:
+                return column.sha256() == sha256
+        except ShardError:
+            return True

@@ -5,7 +5,7 @@ not decoded and encoded again; and statistics of columns that stay as they are.
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,9 +38,9 @@ class ColumnFileCache(AbstractContextManager["ColumnFileCache"]):
         open_file: opens one by its name.
     """
 
-    def __init__(self, open_file: Callable[[str], AbstractContextManager[ColumnFile]]) -> None:
+    def __init__(self, open_file: Callable[[str], ColumnFile]) -> None:
         self._open_file = open_file
-        self._open: OrderedDict[str, tuple[ColumnFile, ExitStack]] = OrderedDict()
+        self._open: OrderedDict[str, ColumnFile] = OrderedDict()
 
     def __exit__(self, *exc: object) -> None:
         while self._open:
@@ -51,14 +51,12 @@ class ColumnFileCache(AbstractContextManager["ColumnFileCache"]):
         if name not in self._open:
             if len(self._open) == MAX_OPEN:
                 self._close_oldest()
-            stack = ExitStack()
-            self._open[name] = stack.enter_context(self._open_file(name)), stack
+            self._open[name] = self._open_file(name)
         self._open.move_to_end(name)
-        return self._open[name][0]
+        return self._open[name]
 
     def _close_oldest(self) -> None:
-        _, (_, stack) = self._open.popitem(last=False)
-        stack.close()
+        self._open.popitem(last=False)[1].close()
 
 
 class ShardFieldReader:
@@ -146,7 +144,7 @@ class ShardFieldReader:
         index, column, row = self._place(window)
         content = column.read(index.members(name), row)
         if content is None:
-            raise CorruptError(f"{column.path}: lacks {self.session}/{window.index:06d}")
+            raise CorruptError(f"{column.origin}: lacks {self.session}/{window.index:06d}")
         return content
 
     def _place(self, window: Window) -> tuple[ShardIndex, ColumnFile, int]:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from preprocess.build.cluster import Cluster
-    from preprocess.build.places import ShardSetStore
     from preprocess.build.sources import Recording
     from shared.recipe import Recipe
+    from shared.shardset.store import ShardSetStore
 
 SCAN_VERSION = 2
 """Raised when a scan of the same files would say something else."""

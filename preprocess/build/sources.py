@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from preprocess.build.places import ShardSetStore
+    from shared.shardset.store import ShardSetStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class LocalRecording:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredRecording:
+class RemoteRecording:
     """A session behind a URL."""
 
     name: str
@@ -64,7 +64,7 @@ class StoredRecording:
         """A folder called as the session, with these of its files that there are; it lies in a
         workplace of the set, so that the next job finds what a killed one left.
         """
-        with place.workplace() as work:
+        with place.staging_dir() as work:
             yield self.copy_to(work, names)
 
     def copy_to(self, work: Path, names: Iterable[str]) -> Path:
@@ -82,7 +82,7 @@ class StoredRecording:
         return [n for n in names if _stored_stamp(self.store.find(n)) != self.stamp.get(n)]
 
 
-Recording = LocalRecording | StoredRecording
+Recording = LocalRecording | RemoteRecording
 
 _BYTES_PER_S = {
     "vision_left": 0.5e6,
@@ -122,10 +122,10 @@ def find_recordings(place: Path | str) -> dict[str, Recording]:
     where = parse_location(place)
     found: dict[str, Recording] = {}
     if isinstance(where, Store):
-        for name, files in _group(where.trying(STARTUP_RETRY)).items():
+        for name, files in _group(where.with_policy(STARTUP_RETRY)).items():
             url = where.url if files.is_root else f"{where.url}/{name}"
             store = Store(url, RetryPolicy())
-            found[name] = StoredRecording(name=name, store=store, stamp=files.stamp)
+            found[name] = RemoteRecording(name=name, store=store, stamp=files.stamp)
     else:
         for path in find_sessions(where):
             folder = path.absolute()

@@ -7,7 +7,7 @@ test in its own process; the bytes are the same.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from preprocess.build.places import ShardSetStore
     from preprocess.build.task_context import TaskContext
     from preprocess.build.video_subtasks import EncodedVideo
     from shared.recipe import Recipe
     from shared.session.reader import SessionReader
+    from shared.shardset.store import ShardSetStore
 
 
 def build_shard(
@@ -98,7 +98,7 @@ def _build_shard(task: ShardTask, given: TaskContext, parts: Sequence[EncodedVid
         for name in part.sessions:
             elsewhere.setdefault(name, set()).update(COLUMNS[part.column].sources)
     rows = list(iter_rows(task.slices, given))
-    with given.out.workplace() as work:
+    with given.out.staging_dir() as work:
         with open_sessions(given, _sources_of(task), elsewhere=elsewhere) as fresh:
             builder, presence = _write_columns(task, given, work, rows, fresh, parts)
         return _write_index(task, given, work, builder, presence)
@@ -117,7 +117,7 @@ def copy_shard(task: ShardTask, given: TaskContext) -> ShardEntry:
     """
     source = given.old or given.out
     old = [source.read_index(file) for file in task.old_index_files]
-    with given.out.workplace() as work:
+    with given.out.staging_dir() as work:
         rows = list(_old_rows(task, given.recipe, old))
         builder, presence = _write_columns(task, given, work, rows, {})
         return _write_index(task, given, work, builder, presence)
@@ -231,7 +231,7 @@ def _write_columns(
         if name in task.kept and kept is not None:
             _keep_column(builder, name, task.kept[name], kept)
             if name in statistics.lacking(builder.statistics):
-                with out.open_column(task.kept[name].file, work) as column_file:
+                with closing(out.open_column(task.kept[name].file)) as column_file:
                     builder.statistics[name] = stored_statistics(
                         name, index=kept, column=column_file, recipe=given.recipe
                     )
@@ -241,15 +241,13 @@ def _write_columns(
         path = work / file
         with ExitStack() as stack:
             readers: dict[str, Fields] = {**fresh}
-            columns = stack.enter_context(
-                ColumnFileCache(lambda old_file: source.open_column(old_file, work))
-            )
+            columns = stack.enter_context(ColumnFileCache(source.open_column))
             for session, files in task.copied.get(name, {}).items():
                 found = [(old[f], old[f].columns[name]["file"]) for f in files]
                 readers[session] = ShardFieldReader(
                     session, found=found, columns=columns, recipe=given.recipe
                 )
-            made = stack.enter_context(ColumnFileCache(lambda part: out.open_column(part, work)))
+            made = stack.enter_context(ColumnFileCache(out.open_column))
             readers.update(open_encoded(parts, name, given, made))
             if column.kind == "tar":
                 presence |= write_tar(builder, name, path, readers, given.recipe)

@@ -15,11 +15,11 @@ from shared.session.reader import SessionReader
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence, Set
 
-    from preprocess.build.places import ShardSetStore
     from preprocess.build.shards import SessionWindows
     from preprocess.build.sources import Recording
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
+    from shared.shardset.store import ShardSetStore
 
 _NONE: Mapping[str, Set[str]] = MappingProxyType({})
 

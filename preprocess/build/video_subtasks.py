@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from preprocess.build.places import part_file
 from preprocess.build.reuse_reader import ColumnFileCache, ShardFieldReader
 from preprocess.build.task_context import iter_rows, open_sessions
 from preprocess.build.write import ShardBuilder, row_arrays, write_tar
@@ -21,6 +20,7 @@ from shared.files import sha256_of_bytes
 from shared.session.folder import VISION_FILES
 from shared.shardset.index import ShardIndex, index_bytes
 from shared.shardset.layout import COLUMNS
+from shared.shardset.store import job_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -115,13 +115,13 @@ def encode_subtask(part: VideoSubtask, given: TaskContext) -> EncodedVideo:
         SessionError, JobError, OSError: see :func:`preprocess.build.task.build_shard`.
     """
     sources = {piece.session: COLUMNS[part.column].sources for piece in part.slices}
-    with given.out.workplace() as work:
+    with given.out.staging_dir() as work:
         path = work / "part.tar"
         with open_sessions(given, sources) as readers:
             builder = _builder(part, given, readers)
             write_tar(builder, part.column, path, readers, given.recipe)
-        file = part_file(given.out, f"{part.name}.tar")
-        index_file = part_file(given.out, f"{part.name}.index")
+        file = job_file(given.out, f"{part.name}.tar")
+        index_file = job_file(given.out, f"{part.name}.index")
         content = index_bytes(_index(part, builder))
         (work / "part.index").write_bytes(content)
         given.out.put(path, file)

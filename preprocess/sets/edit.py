@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build.commit import commit, count_windows, make_manifest, sweep
-from preprocess.build.places import KEEP_OLD_S, open_set, open_source
 from preprocess.build.shards import SessionWindows, ShardTask, versioned
 from preprocess.build.task import copy_shard
 from preprocess.build.task_context import TaskContext
@@ -34,13 +33,14 @@ from shared.shardset.manifest import (
     Manifest,
     ShardEntry,
 )
+from shared.shardset.store import KEEP_OLD_S, claim_shard_set, open_shard_set
 from shared.storage import parse_location
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
-    from preprocess.build.places import ShardSetStore
+    from shared.shardset.store import ShardSetStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ def list_sessions(where: Path | str) -> list[SetSession]:
         ShardError: the set can't be read.
         StorageError: the store can't be reached.
     """
-    with open_source(parse_location(where)) as source:
+    with open_shard_set(parse_location(where)) as source:
         return _list(source, source.read_manifest())
 
 
@@ -108,16 +108,16 @@ def drop_sessions(
     Args:
         where: the set's folder, or its URL.
         names: the sessions.
-        keep_old_s: see :func:`preprocess.build.places.open_set`.
+        keep_old_s: see :func:`shared.shardset.store.claim_shard_set`.
 
     Raises:
         ShardError: no such set or session, none would be left, or another job builds the set.
         JobError: the disk is full.
         StorageError: the store can't be read or written.
     """
-    with open_source(parse_location(where)) as source:
+    with open_shard_set(parse_location(where)) as source:
         source.read_manifest()  # whoever opens a set to write makes its folder
-    with open_set(parse_location(where), keep_old_s=keep_old_s) as place:
+    with claim_shard_set(parse_location(where), keep_old_s=keep_old_s) as place:
         manifest = place.read_manifest()
         known = {s.name for s in _list(place, manifest)}
         _require_known(known, names, place)
@@ -143,7 +143,7 @@ def split_sessions(where: Path | str, out: Path | str, names: Collection[str]) -
         JobError: the disk is full.
         StorageError: a store can't be read or written.
     """
-    with open_source(parse_location(where)) as source:
+    with open_shard_set(parse_location(where)) as source:
         manifest = source.read_manifest()
         _require_known({s.name for s in _list(source, manifest)}, names, source)
         return _assemble(out, [Part(source, manifest, frozenset(names))])
@@ -165,7 +165,7 @@ def merge_sets(out: Path | str, sets: Sequence[Path | str]) -> Manifest:
     with ExitStack() as stack:
         parts = []
         for where in sets:
-            source = stack.enter_context(open_source(parse_location(where)))
+            source = stack.enter_context(open_shard_set(parse_location(where)))
             manifest = source.read_manifest()
             names = frozenset(s.name for s in _list(source, manifest))
             parts.append(Part(source, manifest, names))
@@ -177,10 +177,10 @@ def merge_sets(out: Path | str, sets: Sequence[Path | str]) -> Manifest:
 
 def _assemble(out: Path | str, parts: Sequence[Part]) -> Manifest:
     """A new set of parts of others."""
-    with open_source(parse_location(out)) as there:
+    with open_shard_set(parse_location(out)) as there:
         if there.read(MANIFEST_FILE) is not None:
             raise ShardError(f"{there}: is a shard set already; name a new folder")
-    with open_set(parse_location(out)) as place:
+    with claim_shard_set(parse_location(out)) as place:
         entries: list[ShardEntry] = []
         numbers = dict.fromkeys(SPLITS, 0)
         for part in parts:
@@ -263,10 +263,10 @@ def _link(
         CorruptError: a column came from a store as other bytes than its index says.
     """
     columns = {}
-    with place.workplace() as work:
+    with place.staging_dir() as work:
         for column, facts in index.columns.items():
             file = f"{name}.{column}.{COLUMNS[column].suffix}"
-            source.copy(facts["file"], work / file, sha256=facts["sha256"])
+            source.copy_to(facts["file"], work / file, sha256=facts["sha256"])
             place.put(work / file, file)
             (work / file).unlink(missing_ok=True)  # an upload leaves it
             columns[column] = {**facts, "file": file}
@@ -278,7 +278,7 @@ def _link(
 def _put_index(entry: ShardEntry, index: ShardIndex, place: ShardSetStore, file: str) -> ShardEntry:
     """Write an index, in the newest format."""
     content = index_bytes(index)
-    with place.workplace() as work:
+    with place.staging_dir() as work:
         (work / file).write_bytes(content)
         place.put(work / file, file)
     return replace(entry, index_file=file, index_sha256=sha256_of_bytes(content))

@@ -60,8 +60,8 @@ def open_files(place: Path | str) -> Iterator[SetFiles]:
         return
     with tempfile.TemporaryDirectory(prefix="shard-set-") as name:
         try:
-            _copy(where.trying(STARTUP_RETRY), MANIFEST_FILE, Path(name))
-            yield SetFiles(Path(name), where.trying(RetryPolicy()), read_manifest(name))
+            _copy(where.with_policy(STARTUP_RETRY), MANIFEST_FILE, Path(name))
+            yield SetFiles(Path(name), where.with_policy(RetryPolicy()), read_manifest(name))
         except EngineError as error:  # it knows the copies' folder, whoever reads it the set's
             raise type(error)(str(error).replace(name, str(where))) from error
 

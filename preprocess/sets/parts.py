@@ -6,17 +6,17 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from preprocess.build.places import RemoteShardSet
 from preprocess.build.plan import setting_changes
 from shared.errors import ShardError
+from shared.shardset.store import RemoteShardSet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from preprocess.build.places import ShardSetStore
     from shared.recipe import Recipe
     from shared.shardset.manifest import Manifest
+    from shared.shardset.store import ShardSetStore
     from shared.storage import Store
 
 _MAX_NAMES = 5

@@ -36,4 +36,4 @@ def limited(level: Level, messages: Iterable[str]) -> list[Finding]:
 
 def say(issue: ParseIssue, mend: str) -> str:
     """File, line and issue in one sentence with its mend."""
-    return f"{issue.file} line {issue.line}: {issue.what}; {mend}"
+    return f"{issue.file} line {issue.line}: {issue.message}; {mend}"

@@ -215,7 +215,7 @@ def _readings(evidence: SessionProbe, key: str) -> list[Finding]:
     """Readings of the wrong size, or with values that are no finite numbers."""
     findings: list[Finding] = []
     for kind, mend in (("size", "they are masked"), ("number", "it is masked; write numbers only")):
-        found = [o for o in evidence.issues if o.kind == kind and o.what.startswith(f"{key} ")]
+        found = [o for o in evidence.issues if o.kind == kind and o.key == key]
         share = len(found) / max(1, evidence.num_lines[METADATA_FILE])
         level: Level = "error" if share > MAX_BAD_LINES else "warning"
         findings += limited(level, (say(o, mend) for o in found))

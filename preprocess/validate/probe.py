@@ -149,7 +149,7 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
     except MediaError as error:
         _note_missing(path / AUDIO_FILE, Stream.AUDIO, error, absent, unreadable)
     lines = _read_lines(path, recipe, max((i.stop_s for i in media.values()), default=None))
-    unreadable |= {o.file: o.what for o in lines.issues if o.line == 0}
+    unreadable |= {o.file: o.message for o in lines.issues if o.line == 0}
     unreadable |= _unreadable_facts(path)
     events = tuple(sorted((*lines.metadata.events, *lines.texts), key=lambda e: e.time_s))
     placed = align_streams(media, lines.metadata, events, recipe=recipe)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preprocess.build.sources import StoredRecording, find_recordings
+from preprocess.build.sources import RemoteRecording, find_recordings
 from preprocess.validate.one_file import judge, require_media, session_of
 from preprocess.validate.repair import repair_session
 from preprocess.validate.validate import Report, failed_report
@@ -79,6 +79,6 @@ def _iter_sessions(places: Iterable[str]) -> Iterator[Path | Report]:
 
 def _iter_copies(store: Store) -> Iterator[Path]:
     for recording in find_recordings(store.url).values():
-        assert isinstance(recording, StoredRecording)
+        assert isinstance(recording, RemoteRecording)
         with tempfile.TemporaryDirectory(prefix="session-") as work:
             yield recording.copy_to(Path(work), SCANNED_FILES)

@@ -23,7 +23,7 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from shared.errors import MediaError
+from shared.errors import MediaError, MissingMediaError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -310,11 +310,11 @@ def require_bytes(path: Path) -> None:
         MediaError: it isn't.
     """
     if not path.exists():
-        raise MediaError(f"{path}: no such file")
+        raise MissingMediaError(f"{path}: no such file")
     if not path.is_file():
-        raise MediaError(f"{path}: is no file; put the recording there")
+        raise MediaError(f"{path}: not a regular file; fix: put the recording there")
     if path.stat().st_size == 0:
-        raise MediaError(f"{path}: the file is empty; record or copy it again")
+        raise MediaError(f"{path}: the file is empty; fix: record or copy it again")
 
 
 def error_reason(error: Exception) -> str:

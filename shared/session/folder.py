@@ -1,9 +1,7 @@
-"""A session folder as it was recorded: which files there are, metadata lines and text events, with
-what is odd in them.
+"""Files of a session folder: which ones exist, and the lines and texts in them.
 
-Reading never stops at a bad line: it is left out, counted and reported as a :class:`ParseIssue`.
-Whoever reads says what became of them (validation prints them, the shard job writes them to
-``rejected.jsonl``).
+Reading never stops at a bad line. A bad line is skipped, and a :class:`ParseIssue` describes it.
+Validation prints the issues; the shard job writes them to ``rejected.jsonl``.
 """
 
 from __future__ import annotations
@@ -15,12 +13,12 @@ import reprlib
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from shared.errors import SessionError
-from shared.recipe import Stream
+from shared.recipe import Recipe, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,37 +32,43 @@ AUDIO_FILE = "audio.wav"
 VISION_FILES = {Stream.VISION_LEFT: "vision_left.mp4", Stream.VISION_RIGHT: "vision_right.mp4"}
 
 SOURCE_FILES = (METADATA_FILE, TEXT_FILE, AUDIO_FILE, *VISION_FILES.values())
-"""Files that samples are made of; others in the folder are left alone."""
+"""Files that samples are made of; other files in the folder are ignored."""
 
 SCANNED_FILES = (*SOURCE_FILES, SESSION_INFO_FILE)
-"""Files that a scan reads: of the last one only ``start_s``."""
+"""Files that a scan reads; of the last one, only ``start_s``."""
 
 MAX_LINE_BYTES = 1 << 20
-"""A longer line of metadata is no metadata."""
+"""Longer lines are skipped."""
 
 MAX_TIME_S = 1e12
-"""Larger timestamps are no seconds (nanoseconds since 1970, say)."""
+"""Larger timestamps can't be seconds; they may be nanoseconds since 1970."""
 
 MAX_VALUE = 3e38
-"""Larger sensor readings don't fit float32."""
+"""Larger sensor values don't fit float32."""
 
 _TEXT_STREAMS = {"internal": Stream.INTERNAL_TEXT, "external": Stream.EXTERNAL_TEXT}
 _INLINE_TEXT_KEYS = {"internal_text": Stream.INTERNAL_TEXT, "external_text": Stream.EXTERNAL_TEXT}
 _INLINE_TEXT_MARKS = (b"_text", b"\\u", b"\0")
-"""A line has one of these bytes if it has one of the keys: plain, escaped, or in UTF-16 or 32."""
+"""A line that has one of the keys contains one of these: plain, escaped, or in UTF-16 or 32."""
+
+IssueKind = Literal[
+    "json", "timestamp", "order", "duplicate", "size", "number", "stream", "text", "long"
+]
 
 
 @dataclass(frozen=True, slots=True)
 class ParseIssue:
-    """Something in a file that could not be taken as it stands."""
+    """Something in a file that can't be used as it is."""
 
     file: str
     line: int
-    kind: str
-    """A short fixed word: json, timestamp, order, duplicate, size, number, stream, text, long."""
-    what: str
+    """1-based; 0 means the whole file."""
+    kind: IssueKind
+    message: str
+    key: str = ""
+    """JSON key whose value is at fault; empty if the whole line is."""
     back_s: float = 0.0
-    """Seconds by which a timestamp out of order is before the line above."""
+    """For ``order``: seconds by which the timestamp is earlier than the one before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +83,13 @@ class TextEvent:
 
     @property
     def source_line(self) -> str:
-        """File and line where it stands."""
+        """File and line of the event, for messages."""
         return f"{self.file} line {self.line}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metadata:
-    """Sensor lines, sorted by time without duplicates; what a line lacks is NaN.
+    """Sensor lines, sorted by time, without duplicates; missing values are NaN.
 
     Shapes: times_s float64 [N], touch float32 [N, touch_size], proprio float32 [N, proprio_size],
         line int64 [N] (1-based line numbers of the file).
@@ -99,41 +103,80 @@ class Metadata:
     issues: tuple[ParseIssue, ...]
 
     def rows_with(self, stream: Stream) -> NDArray[np.bool_]:
-        """Which lines carry a finite value of touch or proprio, bool [N]."""
+        """Select the lines that have a finite reading of touch or proprio, bool [N]."""
         values = self.touch if stream is Stream.TOUCH else self.proprio
         return np.asarray(np.isfinite(values).all(axis=1), dtype=np.bool_)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Line:
+    """A line that holds a JSON object."""
+
+    file: str
+    number: int
+    values: dict[str, Any]
+
+    def issue(self, kind: IssueKind, message: str, *, key: str = "") -> ParseIssue:
+        return ParseIssue(self.file, self.number, kind, message, key)
+
+
 def find_sessions(root: Path | str) -> list[Path]:
-    """Session folders below `root` (or `root` itself), sorted by name.
+    """List the session folders below `root` (or `root` itself), sorted by name.
 
     A session folder holds at least one of the source files.
 
     Raises:
-        SessionError: no such folder, or no session in it.
+        SessionError: the folder doesn't exist or holds no session.
     """
     root = Path(root)
     if root.name in ("", ".."):
-        root = root.resolve()  # a session's name is its folder's
+        root = root.resolve()  # a session is named after its folder
     if not root.is_dir():
-        raise SessionError(f"{root}: no such folder; give a session folder or a folder of them")
+        raise SessionError(
+            f"{root}: no such folder; fix: give a session folder or a folder of session folders"
+        )
     if is_session(root):
         return [root]
-    found = sorted(
+    sessions = sorted(
         (p for p in root.iterdir() if not p.name.startswith(".") and is_session(p)),
         key=lambda p: p.name,
     )
-    if not found:
+    if not sessions:
         raise SessionError(
             f"{root}: no session in it; a session is a folder with at least one of "
             f"{', '.join(SOURCE_FILES)}"
         )
-    return found
+    return sessions
 
 
 def is_session(path: Path) -> bool:
-    """Whether a folder holds at least one source file."""
+    """Check whether a folder holds at least one source file."""
     return any((path / name).exists() for name in SOURCE_FILES)
+
+
+def read_timed_lines(
+    path: Path, *, recipe: Recipe
+) -> tuple[Metadata, tuple[TextEvent, ...], tuple[ParseIssue, ...]]:
+    """Read everything of a session that has timestamps, still on the recorder's clock.
+
+    Args:
+        path: the session folder.
+        recipe: decides how many values a reading must have.
+
+    Returns:
+        The sensor lines, the text events of both files sorted by time, and what was skipped.
+    """
+    metadata = read_metadata(
+        path, touch_size=recipe.sensors.touch_size, proprio_size=recipe.sensors.proprio_size
+    )
+    events, issues = read_text_file(path)
+    return metadata, _sorted_events([*metadata.events, *events]), (*metadata.issues, *issues)
+
+
+def read_text_events(path: Path) -> tuple[TextEvent, ...]:
+    """Read the same events as :func:`read_timed_lines`, without parsing the sensor lines."""
+    events, _ = read_text_file(path)
+    return _sorted_events([*_read_inline_texts(path), *events])
 
 
 def read_metadata(
@@ -143,47 +186,36 @@ def read_metadata(
 
     Args:
         path: the session folder.
-        touch_size: values that a touch reading must have.
-        proprio_size: values that a proprio reading must have.
-        units_per_s: what timestamps are divided by.
+        touch_size: number of values in a touch reading.
+        proprio_size: number of values in a proprio reading.
+        units_per_s: divides the timestamps.
     """
-    times, lines = array("d"), array("q")
-    touch, proprio = array("f"), array("f")  # an hour at 90 Hz is 40 MB so, and 300 MB in lists
+    # Arrays hold an hour at 90 Hz in 40 MB; lists take 300 MB.
+    times, numbers = array("d"), array("q")
+    touch, proprio = array("f"), array("f")
     events: list[TextEvent] = []
     issues: list[ParseIssue] = []
-    for number, values in _iter_objects(path / METADATA_FILE, issues):
-        time_s = _timestamp(values, METADATA_FILE, number, issues, units_per_s)
+    for line in _iter_lines(path / METADATA_FILE, issues):
+        time_s = _timestamp(line, issues, units_per_s=units_per_s)
         if time_s is None:
             continue
         times.append(time_s)
-        lines.append(number)
-        touch.extend(_numbers(values, "touch", touch_size, number, issues))
-        proprio.extend(_numbers(values, "proprio", proprio_size, number, issues))
-        events += _inline_texts(values, time_s, number, issues)
+        numbers.append(line.number)
+        touch.extend(_reading(line, "touch", issues, size=touch_size))
+        proprio.extend(_reading(line, "proprio", issues, size=proprio_size))
+        events += _inline_texts(line, time_s, issues)
     times_s = np.asarray(times, dtype=np.float64)
-    order = _increasing_order(times_s, lines, issues)
-    is_whole = len(order) == len(times) and bool((np.diff(order) == 1).all())
-    chosen = slice(None) if is_whole else order  # a slice copies nothing
+    order = _increasing_order(times_s, numbers, issues)
+    is_in_order = len(order) == len(times) and bool((np.diff(order) == 1).all())
+    kept = slice(None) if is_in_order else order  # a slice copies nothing
     return Metadata(
-        times_s=times_s[chosen],
-        touch=np.asarray(touch, dtype=np.float32).reshape(-1, touch_size)[chosen],
-        proprio=np.asarray(proprio, dtype=np.float32).reshape(-1, proprio_size)[chosen],
-        lines=np.asarray(lines, dtype=np.int64)[chosen],
+        times_s=times_s[kept],
+        touch=np.asarray(touch, dtype=np.float32).reshape(-1, touch_size)[kept],
+        proprio=np.asarray(proprio, dtype=np.float32).reshape(-1, proprio_size)[kept],
+        lines=np.asarray(numbers, dtype=np.int64)[kept],
         events=tuple(events),
         issues=tuple(issues),
     )
-
-
-def read_inline_texts(path: Path) -> list[TextEvent]:
-    """Texts of ``metadata.jsonl`` in order of the file, as :func:`read_metadata` finds them; lines
-    that hold none are not parsed.
-    """
-    events: list[TextEvent] = []
-    for number, values in _iter_objects(path / METADATA_FILE, [], marks=_INLINE_TEXT_MARKS):
-        time_s = parse_timestamp(values)
-        if time_s is not None:
-            events += _inline_texts(values, time_s, number, [])
-    return events
 
 
 def read_text_file(
@@ -193,51 +225,76 @@ def read_text_file(
 
     Args:
         path: the session folder.
-        units_per_s: what timestamps are divided by.
+        units_per_s: divides the timestamps.
     """
     events: list[TextEvent] = []
     issues: list[ParseIssue] = []
-    for number, values in _iter_objects(path / TEXT_FILE, issues):
-        time_s = _timestamp(values, TEXT_FILE, number, issues, units_per_s)
-        stream = _TEXT_STREAMS.get(str(values.get("stream")))
+    for line in _iter_lines(path / TEXT_FILE, issues):
+        time_s = _timestamp(line, issues, units_per_s=units_per_s)
+        stream = _TEXT_STREAMS.get(str(line.values.get("stream")))
         if stream is None:
-            name = reprlib.repr(values.get("stream"))
-            what = f"stream is {name}; expected 'internal' or 'external'"
-            issues.append(ParseIssue(TEXT_FILE, number, "stream", what))
+            name = reprlib.repr(line.values.get("stream"))
+            message = f"stream is {name}; expected 'internal' or 'external'"
+            issues.append(line.issue("stream", message, key="stream"))
             continue
-        num_odd = len(issues)
-        text = _text(values, "text", TEXT_FILE, number, issues)
-        if text is None and len(issues) == num_odd:
-            issues.append(ParseIssue(TEXT_FILE, number, "text", "no text"))
+        num_issues = len(issues)
+        text = _text(line, "text", issues)
+        if text is None and len(issues) == num_issues:
+            issues.append(line.issue("text", "no text", key="text"))
         elif text is not None and time_s is not None:
-            events.append(TextEvent(time_s, stream, text, TEXT_FILE, number))
-    events.sort(key=lambda event: event.time_s)
-    return events, issues
+            events.append(TextEvent(time_s, stream, text, line.file, line.number))
+    return list(_sorted_events(events)), issues
 
 
-def _inline_texts(
-    values: dict[str, Any], time_s: float, number: int, issues: list[ParseIssue]
-) -> Iterator[TextEvent]:
-    """Texts of a metadata line."""
-    for key, stream in _INLINE_TEXT_KEYS.items():
-        text = _text(values, key, METADATA_FILE, number, issues)
-        if text is not None:
-            yield TextEvent(time_s, stream, text, METADATA_FILE, number)
+def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
+    """Parse a line into its JSON object, or None and the reason why it has none."""
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError):
+        is_cut = not raw.endswith(b"\n")
+        return None, "the last line is cut off" if is_cut else "not JSON"
+    return (values, "") if isinstance(values, dict) else (None, "not a JSON object")
 
 
-def _iter_objects(
+def parse_timestamp(values: dict[str, Any], *, units_per_s: float = 1.0) -> float | None:
+    """Return the timestamp of a line in seconds, or None if it isn't a usable number."""
+    value = values.get("timestamp")
+    time = None if isinstance(value, bool) else _finite(value)
+    if time is None or abs(time / units_per_s) >= MAX_TIME_S:
+        return None
+    return time / units_per_s
+
+
+def _sorted_events(events: list[TextEvent]) -> tuple[TextEvent, ...]:
+    return tuple(sorted(events, key=lambda event: event.time_s))
+
+
+def _read_inline_texts(path: Path) -> list[TextEvent]:
+    """Read the texts of ``metadata.jsonl`` in order of the file, parsing only lines that hold one.
+
+    The events are the ones that :func:`read_metadata` returns.
+    """
+    events: list[TextEvent] = []
+    for line in _iter_lines(path / METADATA_FILE, [], marks=_INLINE_TEXT_MARKS):
+        time_s = parse_timestamp(line.values)
+        if time_s is not None:
+            events += _inline_texts(line, time_s, [])
+    return events
+
+
+def _iter_lines(
     path: Path, issues: list[ParseIssue], *, marks: tuple[bytes, ...] = ()
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each JSON line; anything else becomes an issue.
+) -> Iterator[_Line]:
+    """Yield each line that holds a JSON object; other lines become issues.
 
     Args:
-        path: the file.
-        issues: where those go.
-        marks: lines without any of these bytes are passed over, unless there are none.
+        path: the file; a missing file has no lines.
+        issues: list that the issues are appended to.
+        marks: if there are any, lines without one of these bytes are skipped.
     """
     try:
         if path.exists() and not path.is_file():
-            raise IsADirectoryError(errno.EISDIR, "it is no file")
+            raise IsADirectoryError(errno.EISDIR, "not a regular file")
         file = path.open("rb")
     except FileNotFoundError:
         return
@@ -251,39 +308,79 @@ def _iter_objects(
             if len(raw) > MAX_LINE_BYTES:
                 while raw and not raw.endswith(b"\n"):
                     raw = file.readline(MAX_LINE_BYTES)
-                what = f"line over {MAX_LINE_BYTES} bytes"
-                issues.append(ParseIssue(path.name, number, "long", what))
+                message = f"line over {MAX_LINE_BYTES} bytes"
+                issues.append(ParseIssue(path.name, number, "long", message))
                 continue
             if not raw.strip() or (marks and not any(mark in raw for mark in marks)):
                 continue
-            values, what = parse_line(raw)
+            values, message = parse_line(raw)
             if values is None:
-                issues.append(ParseIssue(path.name, number, "json", what))
+                issues.append(ParseIssue(path.name, number, "json", message))
             else:
-                yield number, values
+                yield _Line(file=path.name, number=number, values=values)
 
 
-def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
-    """The JSON object of a line, or None and what is wrong with it."""
-    try:
-        values = json.loads(raw)
-    except (ValueError, RecursionError):
-        is_cut = not raw.endswith(b"\n")
-        return None, "the last line is cut off" if is_cut else "not JSON"
-    return (values, "") if isinstance(values, dict) else (None, "not a JSON object")
+def _timestamp(line: _Line, issues: list[ParseIssue], *, units_per_s: float) -> float | None:
+    """Return the line's timestamp, or None and an issue."""
+    time_s = parse_timestamp(line.values, units_per_s=units_per_s)
+    if time_s is None:
+        value = reprlib.repr(line.values.get("timestamp"))
+        message = f"timestamp is {value}, not a usable number of seconds"
+        issues.append(line.issue("timestamp", message, key="timestamp"))
+    return time_s
 
 
-def parse_timestamp(values: dict[str, Any], *, units_per_s: float = 1.0) -> float | None:
-    """The timestamp of a line in seconds, or None where it isn't a usable number."""
-    value = values.get("timestamp")
-    time = None if isinstance(value, bool) else _finite(value)
-    if time is None or abs(time / units_per_s) >= MAX_TIME_S:
+def _inline_texts(line: _Line, time_s: float, issues: list[ParseIssue]) -> Iterator[TextEvent]:
+    """Yield the texts of a metadata line."""
+    for key, stream in _INLINE_TEXT_KEYS.items():
+        text = _text(line, key, issues)
+        if text is not None:
+            yield TextEvent(time_s, stream, text, line.file, line.number)
+
+
+def _text(line: _Line, key: str, issues: list[ParseIssue]) -> str | None:
+    """Return a text that isn't blank; a value that can't be a text becomes an issue."""
+    text = line.values.get(key)
+    if text is None or text == "":
         return None
-    return time / units_per_s
+    if not isinstance(text, str):
+        issues.append(line.issue("text", f"{key} is not a string", key=key))
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        message = f"{key} contains half a character (a surrogate)"
+        issues.append(line.issue("text", message, key=key))
+        return None
+    return text if text.strip() else None
+
+
+def _reading(line: _Line, key: str, issues: list[ParseIssue], *, size: int) -> list[float]:
+    """Return `size` finite numbers, or NaNs; a reading of another form becomes an issue."""
+    missing = [math.nan] * size
+    numbers = line.values.get(key)
+    if numbers is None:
+        return missing
+    if not isinstance(numbers, list):
+        issues.append(line.issue("number", f"{key} is not a list", key=key))
+        return missing
+    if len(numbers) != size:
+        message = (
+            f"{key} has {len(numbers)} values, the recipe wants {size}; "
+            f"fix: set sensors.{key}_size: {len(numbers)}"
+        )
+        issues.append(line.issue("size", message, key=key))
+        return missing
+    finite = [v for v in map(_finite, numbers) if v is not None and abs(v) < MAX_VALUE]
+    if len(finite) != size:
+        message = f"{key} contains a value that is not a finite number"
+        issues.append(line.issue("number", message, key=key))
+        return missing
+    return finite
 
 
 def _finite(value: object) -> float | None:
-    """A JSON number as a finite float, else None."""
+    """Return a JSON number as a finite float, else None."""
     if not isinstance(value, (int, float)):
         return None
     try:
@@ -293,67 +390,10 @@ def _finite(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _timestamp(
-    values: dict[str, Any], file: str, number: int, issues: list[ParseIssue], units_per_s: float
-) -> float | None:
-    """The line's timestamp, or None and an issue."""
-    time_s = parse_timestamp(values, units_per_s=units_per_s)
-    if time_s is None:
-        what = f"timestamp is {reprlib.repr(values.get('timestamp'))}, no usable number of seconds"
-        issues.append(ParseIssue(file, number, "timestamp", what))
-    return time_s
-
-
-def _text(
-    values: dict[str, Any], key: str, file: str, number: int, issues: list[ParseIssue]
-) -> str | None:
-    """A text that says something, else None and, unless it is missing or empty, an issue."""
-    text = values.get(key)
-    if text is None or text == "":
-        return None
-    if not isinstance(text, str):
-        issues.append(ParseIssue(file, number, "text", f"{key} is no string"))
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        issues.append(
-            ParseIssue(file, number, "text", f"{key} holds half a character (a surrogate)")
-        )
-        return None
-    return text if text.strip() else None
-
-
-def _numbers(
-    values: dict[str, Any], key: str, size: int, number: int, issues: list[ParseIssue]
-) -> list[float]:
-    """`size` finite numbers under a key, else all NaN and, unless the key is missing, an issue."""
-    missing = [math.nan] * size
-    numbers = values.get(key)
-    if numbers is None:
-        return missing
-    if not isinstance(numbers, list):
-        issues.append(ParseIssue(METADATA_FILE, number, "number", f"{key} is no list"))
-        return missing
-    if len(numbers) != size:
-        what = (
-            f"{key} has {len(numbers)} values, recipe wants {size}; "
-            f"set sensors.{key}_size: {len(numbers)}"
-        )
-        issues.append(ParseIssue(METADATA_FILE, number, "size", what))
-        return missing
-    finite = [v for v in map(_finite, numbers) if v is not None and abs(v) < MAX_VALUE]
-    if len(finite) != size:
-        what = f"{key} holds a value that is no finite number"
-        issues.append(ParseIssue(METADATA_FILE, number, "number", what))
-        return missing
-    return finite
-
-
 def _increasing_order(
     times_s: NDArray[np.float64], lines: Sequence[int], issues: list[ParseIssue]
 ) -> NDArray[np.int64]:
-    """Order that sorts the lines by time and keeps the first of equal times."""
+    """Sort the lines by time and keep the first of equal times; return their indices."""
     steps = np.diff(times_s)
     issues.extend(
         ParseIssue(
@@ -361,6 +401,7 @@ def _increasing_order(
             lines[int(i) + 1],
             "order",
             f"timestamp {times_s[i + 1]:g} is before the line above",
+            key="timestamp",
             back_s=float(-steps[i]),
         )
         for i in np.flatnonzero(steps < 0)
@@ -368,7 +409,13 @@ def _increasing_order(
     order = np.argsort(times_s, kind="stable")
     is_repeat = np.diff(times_s[order], prepend=-np.inf) <= 0
     issues.extend(
-        ParseIssue(METADATA_FILE, lines[i], "duplicate", f"timestamp {times_s[i]:g} stands twice")
+        ParseIssue(
+            METADATA_FILE,
+            lines[i],
+            "duplicate",
+            f"timestamp {times_s[i]:g} occurs twice",
+            key="timestamp",
+        )
         for i in order[is_repeat]
     )
     return order[~is_repeat]

@@ -23,8 +23,7 @@ from shared.media.sound import read_sound, to_int16
 from shared.media.video import VideoTrack, frames_to_restart, read_frames, read_video_track
 from shared.recipe import Recipe, Stream
 from shared.session.alignment import align_track
-from shared.session.folder import AUDIO_FILE, VISION_FILES, read_metadata
-from shared.session.scan import read_texts
+from shared.session.folder import AUDIO_FILE, VISION_FILES, read_metadata, read_text_events
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -270,7 +269,7 @@ class SessionReader:
     def _events(self) -> tuple[TextEvent, ...]:
         """Text events on the session clock."""
         offset_s = self.scan.clock_offset_s
-        return tuple(replace(e, time_s=e.time_s - offset_s) for e in read_texts(self.path))
+        return tuple(replace(e, time_s=e.time_s - offset_s) for e in read_text_events(self.path))
 
     @cached_property
     def _samples(self) -> DiskArray[np.int16]:

@@ -1,9 +1,8 @@
-"""A session looked over once: its clock, where each stream lies on it, and how well each window is
-covered.
+"""Scan a session once: its clock, the interval of each stream, and the coverage of each window.
 
-A :class:`SessionScan` is plain values. It decides which windows become samples, so that sessions
-read directly and shards agree on them, and a shard task opens only the files of the columns that it
-writes.
+A :class:`SessionScan` holds plain values. It decides which windows become samples, so that sessions
+read directly and shards agree on them. A shard task therefore opens only the files of the columns
+that it writes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.clock import Interval, Window, interpolate, nearest, plan_windows
-from shared.errors import MediaError
+from shared.errors import MediaError, MissingMediaError
 from shared.files import sha256_of_file
 from shared.media.sound import Loudness, measure_loudness, read_sound
 from shared.media.video import read_video_track
@@ -29,16 +28,7 @@ from shared.session.alignment import (
     align_track,
     read_starts,
 )
-from shared.session.folder import (
-    AUDIO_FILE,
-    SOURCE_FILES,
-    VISION_FILES,
-    Metadata,
-    TextEvent,
-    read_inline_texts,
-    read_metadata,
-    read_text_file,
-)
+from shared.session.folder import AUDIO_FILE, SOURCE_FILES, VISION_FILES, read_timed_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,11 +37,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.media.video import VideoTrack
+    from shared.session.folder import TextEvent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
-    """Identity of a file that samples are made of."""
+    """Size and checksum of a file that samples are made of."""
 
     length_bytes: int
     sha256: str
@@ -59,7 +50,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionScan:
-    """What the shard job needs to know of a session; all times on the session clock."""
+    """What the shard job needs to know about a session; all times on the session clock."""
 
     session: str
     length_s: float
@@ -68,55 +59,60 @@ class SessionScan:
     gain: float
     """Factor that normalizes the session's loudness."""
     rms: float
-    """Level of the sound before the gain, full scale 1; 0 without sound."""
+    """Level of the audio before the gain, full scale 1; 0 without audio."""
     intervals: Mapping[Stream, Interval]
-    """Where each stream that the session has lies."""
+    """Interval of each stream that the session has."""
     start_overrides: Mapping[Stream, float]
-    """Streams that begin elsewhere than sound at 0 and a video's frames at its container's times,
-    and where: columns depend on it, as on the file."""
+    """Start of each media stream that begins elsewhere than by default.
+
+    By default audio begins at 0 and a video at its container's times. Columns depend on these
+    starts as they depend on the source files.
+    """
     absent: Mapping[Stream, str]
     """Why each other stream is missing."""
+    not_recorded: frozenset[Stream]
+    """Missing streams that nothing was recorded of: no file, no reading, no event."""
     coverage: tuple[tuple[float, ...], ...]
     """Per window, the share of it that each of STREAMS covers, 0..1."""
     issues: tuple[str, ...]
-    """What was left out of the files while reading, one sentence per kind."""
+    """What was skipped while reading the files, one sentence per kind."""
     sources: Mapping[str, SourceFile]
 
     def windows(self, recipe: Recipe) -> list[Window]:
-        """Every window planned for this session."""
+        """List every window planned for this session."""
         window = recipe.window
         return plan_windows(self.length_s, duration_s=window.duration_s, step_s=window.step_s)
 
     def present(self, window: Window, recipe: Recipe) -> tuple[Stream, ...]:
-        """Streams that cover enough of a window."""
+        """List the streams that cover enough of a window."""
         shares = zip(STREAMS, self.coverage[window.index], strict=True)
         return tuple(s for s, share in shares if share > 0 and share >= recipe.window.min_coverage)
 
     def rejection(self, window: Window, recipe: Recipe) -> str | None:
-        """Why a window does not become a sample; None where it does."""
+        """Explain why a window does not become a sample; None if it does."""
         present = self.present(window, recipe)
         missing = [s for s in recipe.required if s not in present]
         if not missing:
-            return None if present else self._thin(window, recipe, tuple(self.intervals))
-        return self._thin(window, recipe, tuple(missing))
+            return None if present else self._low_coverage(window, recipe, tuple(self.intervals))
+        return self._low_coverage(window, recipe, tuple(missing))
 
-    def _thin(self, window: Window, recipe: Recipe, streams: tuple[Stream, ...]) -> str:
+    def _low_coverage(self, window: Window, recipe: Recipe, streams: tuple[Stream, ...]) -> str:
         shares = self.coverage[window.index]
-        parts = [f"{s} covers {shares[STREAMS.index(s)]:.0%}" for s in streams] or ["nothing here"]
+        causes = [f"{s} covers {shares[STREAMS.index(s)]:.0%}" for s in streams] or ["nothing here"]
         return (
-            f"{', '.join(parts)} of [{window.start_s:g}, {window.stop_s:g}) s; "
+            f"{', '.join(causes)} of [{window.start_s:g}, {window.stop_s:g}) s; "
             f"window.min_coverage asks for {recipe.window.min_coverage:.0%}"
         )
 
     def session_rejection(self, recipe: Recipe) -> str | None:
-        """Why no window of the session can become a sample; None where some can."""
+        """Explain why no window of the session can become a sample; None if some can."""
         missing = [s for s in recipe.required if s not in self.intervals]
         if missing:
             return "; ".join(f"required stream {s}: {self.absent[s]}" for s in missing)
         return None if self.intervals else "no stream of it can be read"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values; :func:`scan_from_json` reads them back."""
+        """Return plain JSON values, which :func:`scan_from_json` reads back."""
         return {
             "session": self.session,
             "length_s": self.length_s,
@@ -126,6 +122,7 @@ class SessionScan:
             "moved": dict(self.start_overrides),
             "intervals": {s: [i.start_s, i.stop_s] for s, i in self.intervals.items()},
             "absent": dict(self.absent),
+            "not_recorded": sorted(self.not_recorded),
             "coverage": [list(row) for row in self.coverage],
             "oddities": list(self.issues),
             "sources": {n: [f.length_bytes, f.sha256] for n, f in self.sources.items()},
@@ -133,7 +130,7 @@ class SessionScan:
 
 
 def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
-    """A scan from the values of :meth:`SessionScan.as_json`."""
+    """Restore a scan from the values of :meth:`SessionScan.as_json`."""
     return SessionScan(
         session=values["session"],
         length_s=values["length_s"],
@@ -142,7 +139,8 @@ def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
         rms=values["rms"],
         intervals={Stream(s): Interval(*pair) for s, pair in values["intervals"].items()},
         start_overrides={Stream(s): start_s for s, start_s in values["moved"].items()},
-        absent={Stream(s): why for s, why in values["absent"].items()},
+        absent={Stream(s): reason for s, reason in values["absent"].items()},
+        not_recorded=frozenset(map(Stream, values["not_recorded"])),
         coverage=tuple(tuple(row) for row in values["coverage"]),
         issues=tuple(values["oddities"]),
         sources={
@@ -155,68 +153,45 @@ def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
 def scan_session(
     path: Path, *, recipe: Recipe, known: Mapping[str, SourceFile] | None = None
 ) -> SessionScan:
-    """Look a session over: read every source file once, decode the sound, leave the video
-    undecoded.
+    """Scan a session: read every source file once and decode the audio, but no video.
 
-    Whatever can't be read makes its stream absent, with the reason; nothing raises but a vanished
-    folder.
+    A stream that can't be read is absent, with the reason. Only a folder that disappears meanwhile
+    raises an error.
 
     Args:
         path: the session folder.
         recipe: how streams become fields.
-        known: source files whose identity is known to be still the same; they are not hashed again.
+        known: source files that are known to be unchanged; they are not hashed again.
     """
     media = _Media()
-    starts, flaw = read_starts(path)
-    if flaw is None:
+    starts, start_error = read_starts(path)
+    if start_error is None:
         _scan_videos(path, starts, media)
         _scan_sound(path, starts, recipe, media)
-    else:  # what can't be placed can't be used
-        media.absent.update(dict.fromkeys(MEDIA_STREAMS, flaw))
-    metadata, events, issues = read_clocked(path, recipe=recipe)
-    placed = align_streams(media.intervals, metadata, events, recipe=recipe)
-    issues += _left_out(placed, events)
-    absent = {**media.absent, **placed.absent}
+    else:  # media without a position on the clock can't be used
+        media.absent.update(dict.fromkeys(MEDIA_STREAMS, start_error))
+    metadata, events, issues = read_timed_lines(path, recipe=recipe)
+    alignment = align_streams(media.intervals, metadata, events, recipe=recipe)
+    sentences = [(f"{i.file} {i.kind}", f"{i.file} line {i.line}: {i.message}") for i in issues]
+    sentences += _outside_session(alignment, events)
+    absent = {**media.absent, **alignment.absent}
     windows = plan_windows(
-        placed.length_s, duration_s=recipe.window.duration_s, step_s=recipe.window.step_s
+        alignment.length_s, duration_s=recipe.window.duration_s, step_s=recipe.window.step_s
     )
     return SessionScan(
         session=path.name,
-        length_s=placed.length_s,
-        clock_offset_s=placed.offset_s,
+        length_s=alignment.length_s,
+        clock_offset_s=alignment.offset_s,
         gain=media.loudness.gain,
         rms=media.loudness.rms,
-        intervals={s: placed.intervals[s] for s in STREAMS if s in placed.intervals},
+        intervals={s: alignment.intervals[s] for s in STREAMS if s in alignment.intervals},
         start_overrides=media.start_overrides,
         absent={s: absent[s] for s in STREAMS if s in absent},
-        coverage=_coverage(windows, placed, media.tracks, recipe),
-        issues=_sentences(issues),
+        not_recorded=frozenset({*media.not_recorded, *alignment.absent}),
+        coverage=_coverage(windows, alignment, media.tracks, recipe),
+        issues=_first_of_each_kind(sentences),
         sources=_hash_sources(path, known or {}),
     )
-
-
-def read_clocked(
-    path: Path, *, recipe: Recipe
-) -> tuple[Metadata, tuple[TextEvent, ...], list[tuple[str, str]]]:
-    """Metadata and all text events, still on the recorder's clock, and (kind, sentence) of each
-    issue.
-    """
-    metadata = read_metadata(
-        path, touch_size=recipe.sensors.touch_size, proprio_size=recipe.sensors.proprio_size
-    )
-    events, text_issues = read_text_file(path)
-    merged = sorted([*metadata.events, *events], key=lambda e: e.time_s)
-    issues = [
-        (f"{o.file} {o.kind}", f"{o.file} line {o.line}: {o.what}")
-        for o in (*metadata.issues, *text_issues)
-    ]
-    return metadata, tuple(merged), issues
-
-
-def read_texts(path: Path) -> tuple[TextEvent, ...]:
-    """The events of :func:`read_clocked`, without reading the sensors."""
-    events, _ = read_text_file(path)
-    return tuple(sorted([*read_inline_texts(path), *events], key=lambda e: e.time_s))
 
 
 _SILENCE = Loudness(rms=0.0, peak=0.0, gain=1.0)
@@ -224,93 +199,109 @@ _SILENCE = Loudness(rms=0.0, peak=0.0, gain=1.0)
 
 @dataclass(slots=True)
 class _Media:
-    """What is found of video and sound."""
+    """What the scan has found of video and audio so far."""
 
     tracks: dict[Stream, VideoTrack] = field(default_factory=dict)
     loudness: Loudness = _SILENCE
     intervals: dict[Stream, Interval] = field(default_factory=dict)
     start_overrides: dict[Stream, float] = field(default_factory=dict)
     absent: dict[Stream, str] = field(default_factory=dict)
+    not_recorded: set[Stream] = field(default_factory=set)
+
+    def add_absent(self, stream: Stream, error: MediaError, path: Path) -> None:
+        """Record why a stream is missing.
+
+        The reason leaves out the folder, so that it does not depend on where the session is stored.
+        """
+        self.absent[stream] = str(error).replace(f"{path}/", "")
+        if isinstance(error, MissingMediaError):
+            self.not_recorded.add(stream)
 
 
 def _scan_videos(path: Path, starts: Mapping[Stream, float], media: _Media) -> None:
-    """Frame times of the eyes that there are."""
+    """Read the frame times of each video."""
     for stream, file in VISION_FILES.items():
         try:
-            own = read_video_track(path / file)
+            recorded = read_video_track(path / file)
         except MediaError as error:
-            media.absent[stream] = _without_path(error, path)
+            media.add_absent(stream, error, path)
             continue
-        track = media.tracks[stream] = align_track(own, starts.get(stream))
+        track = media.tracks[stream] = align_track(recorded, starts.get(stream))
         media.intervals[stream] = Interval(float(track.times_s[0]), track.stop_s)
-        if track is not own:
+        if track is not recorded:
             media.start_overrides[stream] = starts[stream]
 
 
 def _scan_sound(path: Path, starts: Mapping[Stream, float], recipe: Recipe, media: _Media) -> None:
-    """Place and level of the sound; a gain of 1 where there is none."""
+    """Measure the interval and the level of the audio."""
     try:
         sound = read_sound(path / AUDIO_FILE, rate_hz=recipe.audio.rate_hz)
     except MediaError as error:
-        media.absent[Stream.AUDIO] = _without_path(error, path)
+        media.add_absent(Stream.AUDIO, error, path)
         return
-    lies = media.intervals[Stream.AUDIO] = align_sound(sound, starts.get(Stream.AUDIO))
-    if lies.start_s:
-        media.start_overrides[Stream.AUDIO] = lies.start_s
+    interval = media.intervals[Stream.AUDIO] = align_sound(sound, starts.get(Stream.AUDIO))
+    if interval.start_s:
+        media.start_overrides[Stream.AUDIO] = interval.start_s
     media.loudness = measure_loudness(sound.samples.iter_blocks(), recipe=recipe.audio)
 
 
-def _left_out(placed: Alignment, events: tuple[TextEvent, ...]) -> list[tuple[str, str]]:
-    """(kind, sentence) of each text outside the session, and of a session that is too long."""
-    found = []
-    if placed.stop_s > MAX_SESSION_S:
-        what = f"streams reach to {placed.stop_s:g} s; what lies after {MAX_SESSION_S:g} s is left"
-        found.append(("length", f"{what} out, a timestamp must be wrong"))
-    found += [
+def _outside_session(alignment: Alignment, events: tuple[TextEvent, ...]) -> list[tuple[str, str]]:
+    """List (kind, sentence) of each text outside the session, and of a session that is too long."""
+    sentences = []
+    if alignment.stop_s > MAX_SESSION_S:
+        sentence = (
+            f"streams reach to {alignment.stop_s:g} s; everything after {MAX_SESSION_S:g} s is "
+            "left out, a timestamp must be wrong"
+        )
+        sentences.append(("length", sentence))
+    sentences += [
         (
             "text outside",
-            f"{e.source_line}: text {e.text[:40]!r} at {e.time_s:g} s lies outside the session",
+            f"{e.source_line}: text {e.text[:40]!r} at {e.time_s:g} s is outside the session",
         )
         for e in events
-        if not 0 <= e.time_s - placed.offset_s < placed.length_s
+        if not 0 <= e.time_s - alignment.offset_s < alignment.length_s
     ]
-    return found
+    return sentences
 
 
 def _coverage(
     windows: list[Window],
-    placed: Alignment,
+    alignment: Alignment,
     tracks: Mapping[Stream, VideoTrack],
     recipe: Recipe,
 ) -> tuple[tuple[float, ...], ...]:
-    """Per window, the share of it that each of STREAMS covers."""
+    """Compute, per window, the share of it that each of STREAMS covers."""
     shares = np.zeros((len(windows), len(STREAMS)))
     for column, stream in enumerate(STREAMS):
-        if stream not in placed.intervals or not windows:
+        if stream not in alignment.intervals or not windows:
             continue
         if stream in tracks:
+            # Video: grid times that have a frame near enough.
             grid_s = _grids(windows, recipe.vision.rate_hz)
             _, error_s = nearest(tracks[stream].times_s, grid_s)
             shares[:, column] = (np.abs(error_s) <= recipe.vision.tolerance_s).mean(axis=1)
-        elif stream in placed.readings:
+        elif stream in alignment.readings:
+            # Sensors: grid times that get a value by interpolation.
             grid_s = _grids(windows, recipe.sensors.rate_hz)
-            covered = _is_covered(placed.readings[stream], grid_s.ravel(), recipe)
+            covered = _is_covered(alignment.readings[stream], grid_s.ravel(), recipe)
             shares[:, column] = covered.reshape(grid_s.shape).mean(axis=1)
         else:
-            overlaps_s = [placed.intervals[stream].overlap_s(w.interval) for w in windows]
+            # Audio and texts: overlap with the stream's interval.
+            overlaps_s = [alignment.intervals[stream].overlap_s(w.interval) for w in windows]
             shares[:, column] = np.array(overlaps_s) / recipe.window.duration_s
     return tuple(tuple(round(float(share), 4) for share in row) for row in shares)
 
 
 def _grids(windows: list[Window], rate_hz: float) -> NDArray[np.float64]:
-    """Grid times of every window [W, T]."""
+    """Return the grid times of every window [W, T]."""
     return np.stack([w.grid(rate_hz) for w in windows])
 
 
 def _is_covered(
     times_s: NDArray[np.float64], grid_s: NDArray[np.float64], recipe: Recipe
 ) -> NDArray[np.bool_]:
-    """Grid points that get a value from readings at `times_s`."""
+    """Mark the grid times that get a value from readings at `times_s`."""
     values = interpolate(
         times_s,
         np.ones((len(times_s), 1), dtype=np.float32),
@@ -321,11 +312,11 @@ def _is_covered(
     return np.isfinite(values[:, 0])
 
 
-def _sentences(issues: list[tuple[str, str]]) -> tuple[str, ...]:
-    """One sentence per kind: the first case and how many there are."""
-    counts = Counter(kind for kind, _ in issues)
+def _first_of_each_kind(sentences: list[tuple[str, str]]) -> tuple[str, ...]:
+    """Keep the first sentence of each kind, with the number of the others."""
+    counts = Counter(kind for kind, _ in sentences)
     first: dict[str, str] = {}
-    for kind, sentence in issues:
+    for kind, sentence in sentences:
         first.setdefault(kind, sentence)
     return tuple(
         first[kind] + (f" (and {count - 1} more such lines)" if count > 1 else "")
@@ -334,13 +325,13 @@ def _sentences(issues: list[tuple[str, str]]) -> tuple[str, ...]:
 
 
 def _hash_sources(path: Path, known: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
-    """Size and SHA-256 of every source file that is there."""
+    """Return the size and SHA-256 of every source file that exists."""
     sources: dict[str, SourceFile] = {}
     for name in SOURCE_FILES:
         if name in known:
             sources[name] = known[name]
             continue
-        if not (path / name).is_file():  # a pipe would be read for ever
+        if not (path / name).is_file():  # reading a pipe would never end
             continue
         try:
             with (path / name).open("rb") as file:
@@ -349,8 +340,3 @@ def _hash_sources(path: Path, known: Mapping[str, SourceFile]) -> dict[str, Sour
         except OSError:
             continue
     return sources
-
-
-def _without_path(error: MediaError, path: Path) -> str:
-    """The message without the folder, so that the same session says the same wherever it lies."""
-    return str(error).replace(f"{path}/", "")

@@ -15,12 +15,13 @@ import os
 import tarfile
 import zipfile
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import google_crc32c
 import numpy as np
 
 from shared.errors import CorruptError, ShardError
+from shared.files import sha256_of_file
 from shared.shardset.codec import MAX_MEMBER_BYTES
 from shared.shardset.index import Members
 from shared.timing import OnStage, no_timer
@@ -162,7 +163,7 @@ class ColumnFile:
         self.path = path
         self.origin = str(path) if origin is None else origin
         try:
-            self._file: IO[bytes] = (
+            self._file: io.FileIO = (
                 path.open("rb", buffering=0)
                 if descriptor is None
                 else os.fdopen(descriptor, "rb", buffering=0)
@@ -178,6 +179,11 @@ class ColumnFile:
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the whole file; unlike other methods, moves the file position."""
+        self._file.seek(0)
+        return sha256_of_file(self._file)
 
     def prefetch(self, members: Members, row: int) -> None:
         """Let the kernel read a row's member in the background; one that can't be read is not."""

@@ -1,33 +1,36 @@
-"""Holding a shard set while reading it: whoever holds one keeps its files from being removed by a
-later build.
+"""Locks on a local shard set: of processes that read it, and of the one job that writes it.
 
-A reader locks (shared) the manifest that it read. A build links the old manifest to
-``manifest.gN.json`` before it commits the new one, so that the lock can still be asked after; files
-of old manifests that someone holds are left for the next build to remove. Locks go with their
-process, however it ends. Where the file system has no locks, nothing is held.
+A reader holds a shared lock on the manifest that it read. Before a build commits a new manifest, it
+links the old one to ``manifest.gN.json``, so that the readers' locks stay visible. Files that a
+locked old manifest names stay until a later build finds them unlocked. Locks end with their
+process, however it ends. On file systems without locks, nothing is protected.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import ShardError
 from shared.shardset.manifest import MANIFEST_FILE, Manifest, read_manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
 class ReaderLock:
-    """A manifest that is being read; ends with :meth:`close`, or with the object.
+    """A shared lock on a manifest; ends with :meth:`close`, or with the object.
+
+    A pickled copy holds no lock: the first process outlives the others.
 
     Args:
         path: the manifest.
 
     Raises:
-        OSError: there is none.
+        OSError: there is no such file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,18 +40,21 @@ class ReaderLock:
         except OSError:
             return  # the file system has no locks
 
-    def is_of(self, path: Path) -> bool:
-        """Whether the file at a path is still the one that is held."""
+    def is_current(self, path: Path) -> bool:
+        """Return whether the file at a path is still the locked one."""
         try:
             return os.path.samestat(os.fstat(self._descriptor), path.stat())
         except OSError:
             return False
 
     def close(self) -> None:
-        """ReaderLock no longer."""
+        """Release the lock."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_descriptor": -1}
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", -1) >= 0:
@@ -56,7 +62,7 @@ class ReaderLock:
 
 
 def read_manifest_locked(root: Path) -> tuple[Manifest, ReaderLock | None]:
-    """The manifest of a shard set as it is now, and the hold on it; None where nothing can be held.
+    """Read a set's manifest and lock it; the lock is None if there is no file to lock.
 
     Raises:
         ShardError: see :func:`shared.shardset.manifest.read_manifest`.
@@ -64,22 +70,22 @@ def read_manifest_locked(root: Path) -> tuple[Manifest, ReaderLock | None]:
     path = root / MANIFEST_FILE
     while True:
         try:
-            hold = ReaderLock(path)
+            lock = ReaderLock(path)
         except OSError:
             return read_manifest(root), None
         try:
             manifest = read_manifest(root)
         except ShardError:
-            hold.close()
+            lock.close()
             raise
-        if hold.is_of(path):
-            return manifest, hold
-        hold.close()
+        if lock.is_current(path):
+            return manifest, lock
+        lock.close()  # a build replaced the manifest in between
 
 
 def has_readers(path: Path) -> bool:
-    """Whether someone reads by this manifest."""
-    with path.open("rb+") as file:  # NFS locks exclusively only what is open for writing
+    """Return whether another process holds a reader lock on a manifest."""
+    with path.open("rb+") as file:  # NFS grants exclusive locks only on files open for writing
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -87,3 +93,23 @@ def has_readers(path: Path) -> bool:
         except OSError:
             return False
     return False
+
+
+@contextmanager
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Let only one job write a set; the lock ends with the process, however it ends.
+
+    Raises:
+        ShardError: another job holds the lock.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ShardError(
+                f"{folder}: another job is building this shard set; fix: wait for it"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

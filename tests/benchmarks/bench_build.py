@@ -251,7 +251,7 @@ class Sampler:
         ("scan: checksums of sources", {"_hash_sources"}),
         ("scan: frame times", {"_scan_videos"}),
         ("scan: sound", {"_scan_sound"}),
-        ("scan: metadata", {"read_clocked"}),
+        ("scan: metadata", {"read_timed_lines"}),
         ("scan: the rest", {"scan_session"}),
         ("tokenizer", {"_choose_tokenizer"}),
         ("vision: scale and convert", {"_picture", "reformat"}),

@@ -30,8 +30,7 @@ from shared.recipe import Recipe
 from train.config import Head, as_train_config
 from train.data.batch import WindowShapes
 from train.data.pixels import to_model_inputs
-from train.infer.sampling import Sampling
-from train.infer.stream import TickStream, take_ticks
+from train.infer.stream import Sampling, TickStream, take_ticks
 from train.model.baselines import Baselines
 from train.model.multimodal import MultiModalCreature
 from train.trained_model import TrainedModel
@@ -109,14 +108,15 @@ def stream_at(
     shapes = creature.shapes
     stream = TickStream(creature, Sampling(), seed=0)
     ticks = [
-        take_ticks(window, tick, 1, shapes.num_ticks, shapes) for tick in range(shapes.num_ticks)
+        take_ticks(window, first=tick, count=1, num_ticks=shapes.num_ticks, shapes=shapes)
+        for tick in range(shapes.num_ticks)
     ]
     for tick in ticks:
-        stream.perceive(tick)
+        stream.step(tick)
     if position:
         stream._cache = dataclasses.replace(stream._cache, num_ticks=position)
     else:
-        stream.forget()
+        stream.reset()
     return stream, ticks
 
 
@@ -130,7 +130,7 @@ def measure_live(
     for index in range(num_ticks):
         time.sleep(max(0.0, due_s - time.perf_counter()))
         began_s = time.perf_counter()
-        stream.perceive(ticks[index % len(ticks)])
+        stream.step(ticks[index % len(ticks)])
         latencies_ms.append((time.perf_counter() - began_s) * 1e3)
         due_s = max(due_s + TICK_MS / 1e3, time.perf_counter())
     return latencies_ms
@@ -144,7 +144,7 @@ def measure(
     cached, uncached = [], []
     for index in range(num_ticks):
         began_s = time.perf_counter()
-        stream.perceive(ticks[index % len(ticks)])
+        stream.step(ticks[index % len(ticks)])
         cached.append((time.perf_counter() - began_s) * 1e3)
         began_s = time.perf_counter()
         say_without_cache(creature, window)

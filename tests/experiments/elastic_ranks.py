@@ -34,7 +34,7 @@ from helpers.rank_program import start_ranks
 from shared.shardset.manifest import commit_manifest, read_manifest
 from train.data.loader import Loader, open_source
 from train.machine import distributed
-from train.tools.selftest_rank import samples_of
+from train.tools.selftest import samples_of
 
 WORLD_SIZES = (1, 2, 4)
 NUM_WORKERS = (0, 1, 2)

@@ -32,6 +32,7 @@ def scan(name: str, windows: int = 3, *, tail: float = 1.0, **changes: Any) -> S
         "start_overrides": {},
         "intervals": {s: Interval(0.0, float(windows)) for s in STREAMS},
         "absent": {},
+        "not_recorded": frozenset(),
         "coverage": tuple((share,) * len(STREAMS) for share in shares),
         "issues": (),
         "sources": {

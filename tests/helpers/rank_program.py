@@ -28,7 +28,7 @@ from train.loop.metrics import RunLog
 from train.loop.trainer import Trainer
 from train.machine import distributed
 from train.model.multimodal import MultiModalCreature
-from train.tools.rank_processes import free_port, rank_environment
+from train.tools.selftest import free_port, rank_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

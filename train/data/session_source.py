@@ -25,9 +25,9 @@ from shared.recipe import (
     assign_split,
     load_recipe,
 )
-from shared.session.folder import find_sessions
+from shared.session.folder import find_sessions, read_timed_lines
 from shared.session.reader import SessionReader, Text
-from shared.session.scan import SessionScan, read_clocked, scan_session
+from shared.session.scan import SessionScan, scan_session
 from train.config import TrainConfig, as_train_config
 from train.data.batch import (
     WindowShapes,
@@ -263,6 +263,6 @@ def _make_tokenizer(folders: Sequence[Path], recipe: Recipe) -> TextTokenizer:
         event.text
         for folder in folders
         if assign_split(folder.name, recipe) == "train"
-        for event in read_clocked(folder, recipe=recipe)[1]
+        for event in read_timed_lines(folder, recipe=recipe)[1]
     ]
     return train_tokenizer(texts, vocab_size=recipe.text.vocab_size)

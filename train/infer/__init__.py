@@ -1,1 +1,1 @@
-"""A creature lives through a session, tick by tick."""
+"""Streaming inference: predictions for a recorded session, its score, and a page to look at."""

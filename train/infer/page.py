@@ -46,7 +46,7 @@ def write_page(
     """Write ``index.html`` beside the predictions that lie in `out`.
 
     Args:
-        out: folder that :class:`train.model.predictions.PredictionWriter` has filled.
+        out: folder that :class:`train.infer.predictions.PredictionWriter` has filled.
         fields: the session, by the creature's recipe.
         metrics: of :func:`train.infer.run.infer`.
         creature: who predicted.

@@ -1,7 +1,7 @@
 """Panels of the predictions' page: what was recorded and what was predicted of each modality.
 
 Recorded is what the session's files hold, by the creature's recipe; predicted is what
-:class:`train.model.predictions.PredictionWriter` wrote.
+:class:`train.infer.predictions.PredictionWriter` wrote.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from shared.session.reader import SessionReader
 from train.config import Head
 from train.data.batch import tokens_on_ticks
 from train.figures import draw_curve, draw_levels, jpeg_uri, place_texts, png_uri, wav_uri
-from train.model.predictions import ANIMATION_NAME, AUDIO_NAME, DMEL_NAME, TEXT_HEADS, group_events
+from train.infer.predictions import ANIMATION_NAME, AUDIO_NAME, DMEL_NAME
+from train.model.outputs import TEXT_HEADS, group_events
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -1,18 +1,18 @@
-"""A trained creature perceives a recorded session and predicts, tick by tick, what comes next.
+"""Stream a recorded session through a trained model and write what it predicts, tick by tick.
 
 ::
 
-    checkpoint -> load_trained_model        model, recipe, tokenizer, baselines
-    session    -> SessionSource        windows that touch, by the checkpoint's recipe
+    checkpoint -> load_trained_model   model, recipe, tokenizer, baselines
+    session    -> SessionSource        touching windows, cut by the checkpoint's recipe
                -> TickStream           forward_step per tick, with a key-value cache
-               -> PredictionWriter     text, sound, poses        (train.model.predictions)
+               -> PredictionWriter     text, sound, poses        (train.infer.predictions)
                -> Score                losses, baselines, latency -> metrics.json
-               -> write_page           all of it beside what was recorded -> index.html
+               -> write_page           predictions beside the recording -> index.html
 
-The creature lives on over the borders of windows: the last tick of one predicts the first one of
-the next. Its memory is emptied where windows of the session are left out between, and between
-windows of densely packed text, which don't follow each other. Everything that was recorded is
-perceived: no stream is required, and one that covers little of a window is masked and not left out.
+The cache crosses the borders of windows: the last tick of one window predicts the first tick of the
+next. It is reset where windows of the session are left out in between, and between windows of
+densely packed text, which do not follow each other. No stream is required. A stream that covers
+little of a window is masked, and the window is kept.
 """
 
 from __future__ import annotations
@@ -23,35 +23,32 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from shared.clock import Window
 from shared.errors import ConfigError, SessionError
 from shared.recipe import Stream
 from shared.session.folder import SOURCE_FILES, is_session
-from train.config import Head, TrainConfig
+from train.config import HEAD_STREAM, Head, TrainConfig
 from train.data.batch import assemble_batch
 from train.data.device import to_device
 from train.data.session_source import SessionSource
 from train.infer.page import write_page
-from train.infer.sampling import Sampling
-from train.infer.scoring import Score
-from train.infer.stream import TickStream, take_ticks
+from train.infer.predictions import AUDIO_NAME, DMEL_NAME, PredictionWriter
+from train.infer.stream import Sampling, TickStream, take_ticks
 from train.machine import runtime
+from train.model.baselines import compare
 from train.model.encoders import count_ticks
-from train.model.predictions import (
-    AUDIO_NAME,
-    DMEL_NAME,
-    TEXT_HEADS,
-    PredictionWriter,
-    WindowPrediction,
-)
+from train.model.losses import loss_sums, mean_losses
+from train.model.outputs import TEXT_HEADS, WindowPrediction
 from train.trained_model import TrainedModel, load_trained_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from shared.session.scan import SessionScan
     from train.data.batch import WindowShapes
@@ -60,6 +57,7 @@ if TYPE_CHECKING:
 METRICS_NAME = "metrics.json"
 
 _EPSILON_TICKS = 1e-6
+"""Rounding error that a session's duration may have, in ticks."""
 
 
 def infer(
@@ -78,186 +76,191 @@ def infer(
 
     Args:
         checkpoint: of a training run on shards or sessions.
-        session: a session folder; any streams will do.
-        out: folder for the predictions, see :mod:`train.model.predictions`, ``metrics.json`` and
+        session: a session folder with at least one stream.
+        out: folder for the predictions (see :mod:`train.infer.predictions`), ``metrics.json`` and
             ``index.html``.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        temperature: of tokens and dMel levels; 0 takes the most likely ones.
-        top_k: see :class:`train.infer.sampling.Sampling`.
-        top_p: see :class:`train.infer.sampling.Sampling`.
-        seed: of everything that is drawn.
-        progress: called with the windows done and their number.
+        temperature: for tokens and dMel levels; 0 chooses the most likely value.
+        top_k: see :class:`train.infer.stream.Sampling`.
+        top_p: see :class:`train.infer.stream.Sampling`.
+        seed: of every random choice.
+        progress: called with the number of finished windows and of all windows.
 
     Returns:
-        What ``metrics.json`` holds: "losses" in nats per token and per dMel value, and of poses
-        as in :func:`train.model.losses.compute_losses`; null, with an entry in "reasons", where the
-        session has nothing to compare with.
+        The content of ``metrics.json``: among others "losses", in nats per token and per dMel
+        value, and for poses as in :func:`train.model.losses.compute_losses`. A loss is None, with
+        an entry in "reasons", if the session has nothing to compare with.
 
     Raises:
-        CheckpointError: no checkpoint, or one without recipe and tokenizer.
-        SessionError: no session, or nothing in it can be read.
-        ConfigError: a sampling value out of its range, a device that is not here, or a session
-            where the predictions are to be written.
+        CheckpointError: the file is not a checkpoint, or has no recipe or tokenizer.
+        SessionError: the folder is not a session, or nothing in it can be read.
+        ConfigError: a sampling value is out of range, the device does not exist, or `out` holds a
+            session.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     _refuse_recordings(out, session)
     with runtime.translate_oom("Free memory there, or give --device cpu"):
-        creature = load_trained_model(checkpoint, device=runtime.choose_device(device))
-        source = open_session(session, creature)
-        score = run_session(
-            source,
-            creature,
-            TickStream(creature, sampling, seed=seed),
-            out=out,
-            seed=seed,
-            progress=progress,
-        )
+        trained = load_trained_model(checkpoint, device=runtime.choose_device(device))
+        source = open_session(session, trained)
+        stream = TickStream(trained, sampling, seed=seed)
+        score = run_session(source, trained, stream, out=out, seed=seed, progress=progress)
     metrics = {
         "checkpoint": str(checkpoint),
-        **describe_run(source, creature, score),
+        **describe_run(source, trained, score),
         "sampling": {**dataclasses.asdict(sampling), "seed": seed},
         **score.as_json(source.fields(0).scan),
     }
     text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (out / METRICS_NAME).write_text(text, encoding="utf-8")
-    write_page(out, source.fields(0), metrics, creature=creature)
+    write_page(out, source.fields(0), metrics, creature=trained)
     return metrics
 
 
 def _refuse_recordings(out: Path, session: Path) -> None:
-    """Predictions have names that recordings have, too: audio.wav.
+    """Refuse a folder in which predictions would overwrite a recording.
 
     Raises:
-        ConfigError: a session lies where they are to be written.
+        ConfigError: `out` is a session; recordings and predictions share the name audio.wav.
     """
-    # Sound of our own lies beside the dMel levels that it was made of.
-    theirs = [n for n in SOURCE_FILES if n != AUDIO_NAME or not (out / DMEL_NAME).exists()]
-    if any((out / name).exists() for name in theirs) or out.resolve() == session.resolve():
+    # An audio.wav beside the dMel levels that it was decoded from is an earlier prediction.
+    recorded = [n for n in SOURCE_FILES if n != AUDIO_NAME or not (out / DMEL_NAME).exists()]
+    if any((out / name).exists() for name in recorded) or out.resolve() == session.resolve():
         raise ConfigError(
-            f"{out}: a session lies there, and predictions would overwrite its {AUDIO_NAME}; "
-            "write them elsewhere by --out"
+            f"{out} holds a session, and predictions would overwrite its {AUDIO_NAME}; fix: write "
+            "them to another folder by --out"
         )
 
 
-def describe_run(source: SessionSource, creature: TrainedModel, score: Score) -> dict[str, Any]:
-    """Who lived through what."""
+def describe_run(source: SessionSource, trained: TrainedModel, score: Score) -> dict[str, Any]:
+    """Describe the session, its streams, and the step and device of the model."""
     scan = source.fields(0).scan
     return {
-        "step": creature.step,
+        "step": trained.step,
         "session": scan.session,
         "duration_s": scan.length_s,
         "num_windows": int(source.shard_sizes[0]),
         "num_ticks": len(score.latencies_ms),
-        "device": str(creature.device),
-        "streams": describe_streams(scan, creature.config),
+        "device": str(trained.device),
+        "streams": describe_streams(scan, trained.config),
+    }
+
+
+def describe_streams(scan: SessionScan, config: TrainConfig) -> dict[str, Any]:
+    """List the session's streams that the model reads, those that it ignores, and absent ones."""
+    return {
+        "seen": [str(s) for s in scan.intervals if s in config.input_streams],
+        "unseen": [str(s) for s in scan.intervals if s not in config.input_streams],
+        "absent": {str(s): reason for s, reason in scan.absent.items()},
     }
 
 
 def run_session(
     source: SessionSource,
-    creature: TrainedModel,
+    trained: TrainedModel,
     stream: TickStream,
     *,
     out: Path,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """Give a creature all windows of a session and write what it predicts; see :func:`infer`."""
-    score, num_windows = Score(creature), int(source.shard_sizes[0])
-    is_dense = creature.config.is_text_only
+    """Stream all windows of a session and write the predictions; see :func:`infer`."""
+    score, num_windows = Score(trained), int(source.shard_sizes[0])
+    is_dense = trained.config.is_text_only
     with PredictionWriter(
         out,
-        heads=creature.config.heads,
-        num_ticks=ticks_until(source.fields(0).scan.length_s, creature.shapes),
-        recipe=creature.recipe,
-        shapes=creature.shapes,
-        tokenizer=creature.tokenizer,
+        heads=trained.config.heads,
+        num_ticks=ticks_until(source.fields(0).scan.length_s, trained.shapes),
+        recipe=trained.recipe,
+        shapes=trained.shapes,
+        tokenizer=trained.tokenizer,
         seed=seed,
     ) as writer:
         for row in range(num_windows):
-            batch = read_window(source, row, creature)
-            if not follows(source, row, creature):
-                stream.forget()
-            # A dense window's number of tokens is its own; all of it was seen in training.
-            streamed = stream.run_session(batch, context=batch["num_ticks"] if is_dense else None)
+            batch = read_window(source, row, trained)
+            if not follows(source, row, trained):
+                stream.reset()
+            # A dense window has its own number of tokens; training saw all of them at once.
+            streamed = stream.run_window(batch, context=batch["num_ticks"] if is_dense else None)
             score.add(streamed, batch)
-            writer.add(place_on_clock(streamed, source, row, creature))
+            writer.add(locate_window(streamed, source, row, trained))
             if progress is not None:
                 progress(row + 1, num_windows)
     return score
 
 
-def open_session(path: Path, creature: TrainedModel) -> SessionSource:
-    """A session as one shard of windows that touch; every stream may be missing.
+def open_session(path: Path, trained: TrainedModel) -> SessionSource:
+    """Open a session as one shard of touching windows; any stream may be missing.
 
     Raises:
-        SessionError: no session, or nothing in it can be read.
+        SessionError: the folder is not a session, or nothing in it can be read.
     """
     if not is_session(path):
         raise SessionError(
-            f"{path}: no session; give the folder of one, with at least one of "
+            f"{path} is not a session; fix: give a folder with at least one of "
             f"{', '.join(SOURCE_FILES)}"
         )
     window = {"stride_s": None, "min_coverage": 0.0}
-    recipe = creature.recipe.model_copy(
-        update={"required": (), "window": creature.recipe.window.model_copy(update=window)}
+    recipe = trained.recipe.model_copy(
+        update={"required": (), "window": trained.recipe.window.model_copy(update=window)}
     )
-    return SessionSource(path, recipe=recipe, tokenizer=creature.tokenizer)
+    return SessionSource(path, recipe=recipe, tokenizer=trained.tokenizer)
 
 
 def ticks_until(length_s: float, shapes: WindowShapes) -> int:
-    """Number of ticks that begin before `length_s`."""
+    """Count the ticks that begin before `length_s`."""
     return math.ceil(length_s * shapes.tick_rate_hz - _EPSILON_TICKS)
 
 
-def read_window(source: SessionSource, row: int, creature: TrainedModel) -> dict[str, Any]:
-    """A window as a batch of one on the model's device; it ends where the session ends.
+def read_window(source: SessionSource, row: int, trained: TrainedModel) -> dict[str, Any]:
+    """Read a window as a batch of one on the model's device, cut at the session's end.
 
     Returns:
-        As docs/architecture.md, "The batch", and "num_ticks", that it spans.
+        As docs/architecture.md, "The batch", with "num_ticks": the ticks of the window.
     """
-    shapes = creature.shapes
-    batch = assemble_batch(source, [(0, row)], config=creature.config, shapes=shapes)
-    if creature.config.is_text_only:
+    shapes = trained.shapes
+    batch = assemble_batch(source, [(0, row)], config=trained.config, shapes=shapes)
+    if trained.config.is_text_only:
         batch["num_ticks"] = count_ticks(batch["inputs"], shapes)
     else:
         first = round(source.start_s(0, row) * shapes.tick_rate_hz)
         count = min(shapes.num_ticks, ticks_until(source.fields(0).scan.length_s, shapes) - first)
         batch["num_ticks"] = count
         for group in ("inputs", "targets"):
-            batch[group] = take_ticks(batch[group], 0, count, shapes.num_ticks, shapes)
-    moved: dict[str, Any] = to_device(batch, creature.device)
+            batch[group] = take_ticks(
+                batch[group], first=0, count=count, num_ticks=shapes.num_ticks, shapes=shapes
+            )
+    moved: dict[str, Any] = to_device(batch, trained.device)
     return moved
 
 
-def follows(source: SessionSource, row: int, creature: TrainedModel) -> bool:
-    """Whether a window's first tick comes right after the last one of the window before."""
-    if row == 0 or creature.config.is_text_only:
+def follows(source: SessionSource, row: int, trained: TrainedModel) -> bool:
+    """Whether a window's first tick comes right after the last tick of the previous window."""
+    if row == 0 or trained.config.is_text_only:
         return False
     gap_s = source.start_s(0, row) - source.start_s(0, row - 1)
-    return gap_s < 1.5 * creature.recipe.window.duration_s
+    return gap_s < 1.5 * trained.recipe.window.duration_s
 
 
-def place_on_clock(
-    streamed: Streamed, source: SessionSource, row: int, creature: TrainedModel
+def locate_window(
+    streamed: Streamed, source: SessionSource, row: int, trained: TrainedModel
 ) -> WindowPrediction:
-    """Say which ticks of the session were predicted; those beyond its end are left out.
+    """Place a window's predictions on the session clock, without ticks beyond the session's end.
 
-    Densely packed text has no ticks: a predicted token takes the time of the recorded one that it
-    stands for.
+    Densely packed text has no ticks: a predicted token gets the time of the recorded token that it
+    is compared with.
     """
-    rate_hz, start_s = creature.shapes.tick_rate_hz, source.start_s(0, row)
+    rate_hz, start_s = trained.shapes.tick_rate_hz, source.start_s(0, row)
     first = round(start_s * rate_hz) + 1
-    if creature.config.is_text_only:
-        times_s = _token_times(source, row, creature)[1:]
+    if trained.config.is_text_only:
+        times_s = _token_times(source, row, trained)[1:]
     else:
-        stop = ticks_until(source.fields(0).scan.length_s, creature.shapes)
+        stop = ticks_until(source.fields(0).scan.length_s, trained.shapes)
         times_s = np.arange(first, min(first + len(streamed.latencies_ms), stop)) / rate_hz
     kept = {Head(head): values[: len(times_s)] for head, values in streamed.chosen.items()}
     levels = kept.get(Head.AUDIO)
     return WindowPrediction(
         first_tick=first,
-        follows=follows(source, row, creature),
+        follows=follows(source, row, trained),
         times_s=times_s,
         tokens={head: values for head, values in kept.items() if head in TEXT_HEADS},
         levels=None if levels is None else levels.astype(np.uint8),
@@ -265,23 +268,98 @@ def place_on_clock(
     )
 
 
-def describe_streams(scan: SessionScan, config: TrainConfig) -> dict[str, Any]:
-    """Streams of the session: which the model saw, which it doesn't look at, which are missing."""
-    return {
-        "seen": [str(s) for s in scan.intervals if s in config.input_streams],
-        "unseen": [str(s) for s in scan.intervals if s not in config.input_streams],
-        "absent": {str(s): why for s, why in scan.absent.items()},
-    }
-
-
-def _token_times(source: SessionSource, row: int, creature: TrainedModel) -> NDArray[np.float64]:
-    """Times of a window's densely packed tokens, which are in order of time."""
+def _token_times(source: SessionSource, row: int, trained: TrainedModel) -> NDArray[np.float64]:
+    """Times of a window's densely packed tokens, in order."""
     start_s = source.start_s(0, row)
-    window = Window(row, start_s, creature.recipe.window.duration_s)
+    window = Window(row, start_s, trained.recipe.window.duration_s)
     text = source.fields(0).read_text(window)
-    streams = {*creature.config.input_streams, *creature.config.target_streams}
+    streams = {*trained.config.input_streams, *trained.config.target_streams}
     times_s = [
         *(text.internal.time_s if Stream.INTERNAL_TEXT in streams else ()),
         *(text.external.time_s if Stream.EXTERNAL_TEXT in streams else ()),
     ]
     return np.sort(np.array(times_s, dtype=np.float64))
+
+
+class Score:
+    """Losses of a model and of its baselines over the windows of a session, and tick latencies."""
+
+    def __init__(self, trained: TrainedModel) -> None:
+        self.latencies_ms: list[float] = []
+        """Per tick, from its inputs to the chosen values."""
+        self._trained = trained
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, streamed: Streamed, batch: Mapping[str, Any]) -> None:
+        """Add a window."""
+        self.latencies_ms += streamed.latencies_ms
+        targets, weight = batch["targets"], batch["weight"]
+        sums = loss_sums(streamed.outputs, targets, weight, config=self._trained.config)
+        for name, pair in {**sums, **self._trained.baselines.losses(batch)}.items():
+            total = torch.stack([each.double().cpu() for each in pair])
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def as_json(self, scan: SessionScan) -> dict[str, Any]:
+        """Format as plain values: losses, reasons, baselines, comparison, tick_latency_ms.
+
+        Args:
+            scan: has the reasons for absent streams.
+        """
+        means = {name: _mean(total) for name, total in self._sums.items()}
+        config = self._trained.config
+        losses = {f"loss_{head}": means[f"loss_{head}"] for head in config.heads}
+        baselines = {name: loss for name, loss in means.items() if name not in losses}
+        reasons = {
+            f"loss_{head}": self._reason(head, scan)
+            for head in config.heads
+            if losses[f"loss_{head}"] is None
+        }
+        loss_total = None
+        if reasons:
+            reasons["loss_total"] = f"its sum needs {', '.join(reasons)}"
+        else:
+            sums = {name: (self._sums[name][0], self._sums[name][1]) for name in losses}
+            loss_total = float(mean_losses(sums, config=config)["loss_total"])
+        tick_ms = 1e3 / self._trained.shapes.tick_rate_hz
+        return {
+            "losses": {"loss_total": loss_total, **losses},
+            "reasons": reasons,
+            "baselines": baselines,
+            "comparison": [dataclasses.asdict(row) for row in compare(losses, baselines)],
+            "tick_latency_ms": summarize_latencies(self.latencies_ms, tick_ms=tick_ms),
+        }
+
+    def _reason(self, head: Head, scan: SessionScan) -> str:
+        """Why a head has no loss."""
+        if self._sums[f"loss_{head}"][1] > 0:
+            return "the model's predictions are not finite"
+        stream = HEAD_STREAM[head]
+        return scan.absent.get(stream, f"no tick with {stream} follows another tick")
+
+
+def summarize_latencies(latencies_ms: list[float], *, tick_ms: float) -> dict[str, float]:
+    """Summarize tick latencies for use in real time.
+
+    Args:
+        latencies_ms: of all ticks.
+        tick_ms: duration of a tick; a model that takes longer falls behind.
+
+    Returns:
+        "p50", "p95", "p99" of all ticks but the first, which includes warm-up; "first", that of the
+        first tick; "tick", the duration of a tick; "share_in_time", the share of ticks that took no
+        longer.
+    """
+    later = np.array(latencies_ms[1:] or latencies_ms)
+    percentiles = {f"p{share}": float(np.percentile(later, share)) for share in (50, 95, 99)}
+    return {
+        **percentiles,
+        "first": latencies_ms[0],
+        "tick": tick_ms,
+        "share_in_time": float((later <= tick_ms).mean()),
+    }
+
+
+def _mean(total: Tensor) -> float | None:
+    """Sum over count; None if nothing was counted, or the model gave no finite number."""
+    mean = float(total[0] / total[1]) if total[1] > 0 else math.nan
+    return mean if math.isfinite(mean) else None

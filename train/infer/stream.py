@@ -1,8 +1,10 @@
-"""A creature lives: its model gets one tick after the other and remembers the newest ones.
+"""Streaming inference, one tick at a time, with a bounded key-value cache.
 
-Memory and the cost of a tick are constant, however long the life: every layer keeps the keys and
-values of as many ticks as a window of training has. A tick gets what was recorded (teacher
+Memory and the cost of a tick are constant, however long the stream: every layer keeps the keys and
+values of as many ticks as a training window has. Each tick gets what was recorded (teacher
 forcing), never what was predicted.
+
+Letters: T ticks.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shared.errors import ConfigError
 from shared.recipe import VISION_STREAMS
 from train.config import Head
 from train.data.pixels import to_model_inputs
-from train.infer.sampling import choose
 from train.machine import runtime
 from train.model.encoders import frames_due
 
@@ -27,57 +29,89 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from train.data.batch import WindowShapes
-    from train.infer.sampling import Sampling
     from train.model.multimodal import Cache
     from train.trained_model import TrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a value is chosen from logits.
+
+    Raises:
+        ConfigError: a number is out of range, or would have no effect.
+    """
+
+    temperature: float = 0.0
+    """0 chooses the most likely value; 1 draws by the model's probabilities; less than 1 favors
+    likely values."""
+    top_k: int | None = None
+    """Draw only among this many most likely values (Fan et al. 2018, arXiv:1805.04833)."""
+    top_p: float | None = None
+    """Draw only among the fewest values that together have this probability (Holtzman et al. 2020,
+    arXiv:1904.09751)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature is {self.temperature}; fix: give a number >= 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}; fix: give a number >= 1, or leave it out")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"top_p is {self.top_p}; fix: give a share in (0, 1], or leave it out"
+            )
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise ConfigError(
+                "top_k and top_p limit random draws, and temperature 0 draws nothing; fix: "
+                "set --temperature 1 (temperature=1.0), or leave them out"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Streamed:
-    """What a model said to a window's ticks, T of them."""
+    """Outputs of a model for the T ticks of a window."""
 
     outputs: Mapping[str, Tensor]
-    """As :meth:`MultiModalCreature.forward` gives for a whole window, [1, T, ...]."""
+    """Per head [1, T, ...], as :meth:`MultiModalCreature.forward` returns for a whole window."""
     chosen: Mapping[str, NDArray[Any]]
-    """Per head, [T, ...]: tokens, dMel levels, and poses as they are."""
+    """Per head [T, ...]: chosen tokens and dMel levels; poses unchanged."""
     latencies_ms: list[float]
-    """Of each tick, from its inputs to its choices."""
+    """Per tick, from its inputs to the chosen values."""
 
 
 class TickStream:
-    """One life of a creature.
+    """A model with the state of one stream: its key-value cache and random generator.
 
     Args:
-        creature: who lives.
+        trained: the model and its configuration.
         sampling: how tokens and dMel levels are chosen.
-        seed: of everything that is drawn.
+        seed: of every random choice.
     """
 
-    def __init__(self, creature: TrainedModel, sampling: Sampling, *, seed: int) -> None:
-        self._creature = creature
+    def __init__(self, trained: TrainedModel, sampling: Sampling, *, seed: int) -> None:
+        self._trained = trained
         self._sampling = sampling
         self._generator = torch.Generator().manual_seed(seed)
-        self._dtype = runtime.choose_dtype(creature.config.training.precision, creature.device)
+        self._dtype = runtime.choose_dtype(trained.config.training.precision, trained.device)
         self._cache: Cache | None = None
 
-    def forget(self) -> None:
-        """Let the next tick be the first one."""
+    def reset(self) -> None:
+        """Empty the cache; the next tick is the first of a stream."""
         self._cache = None
 
-    def perceive(
+    def step(
         self, inputs: Mapping[str, Tensor], *, context: int | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Live through one tick.
+        """Predict from one more tick.
 
         Args:
             inputs: of the tick, as in a batch of one, on the model's device.
             context: see :meth:`MultiModalCreature.forward_step`.
 
         Returns:
-            The model's outputs [1, 1, ...], and what was chosen from them, on the CPU.
+            The model's outputs [1, 1, ...], and the chosen values on the CPU.
         """
-        with torch.inference_mode(), runtime.autocast(self._creature.device, self._dtype):
-            output, self._cache = self._creature.model.forward_step(
+        with torch.inference_mode(), runtime.autocast(self._trained.device, self._dtype):
+            output, self._cache = self._trained.model.forward_step(
                 to_model_inputs(inputs, dtype=self._dtype),
                 self._cache,
                 num_ticks=1,
@@ -91,44 +125,77 @@ class TickStream:
             }
         return output, chosen
 
-    def run_session(self, batch: Mapping[str, Any], *, context: int | None = None) -> Streamed:
-        """Live through a window's ticks, after those of the window before unless it was forgotten.
+    def run_window(self, batch: Mapping[str, Any], *, context: int | None = None) -> Streamed:
+        """Stream the ticks of a window, after those of the previous window unless it was reset.
 
         Args:
-            batch: of :func:`train.infer.run.read_window`; only its inputs are looked at.
+            batch: as :func:`train.infer.run.read_window` returns; only its inputs are read.
             context: see :meth:`MultiModalCreature.forward_step`.
         """
         inputs, num_ticks = batch["inputs"], batch["num_ticks"]
-        device, shapes = self._creature.device, self._creature.shapes
-        said: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        device, shapes = self._trained.device, self._trained.shapes
+        steps: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         latencies_ms = []
-        # One autocast around all ticks casts the weights once and not at each.
+        # One autocast around all ticks casts the weights once, instead of once per tick.
         with torch.inference_mode(), runtime.autocast(device, self._dtype):
             for tick in range(num_ticks):
-                began_s = time.perf_counter()
-                seen = take_ticks(inputs, tick, 1, num_ticks, shapes)
-                said.append(self.perceive(seen, context=context))
-                latencies_ms.append((time.perf_counter() - began_s) * 1e3)
-        heads = [str(head) for head in self._creature.config.heads]
+                started_s = time.perf_counter()
+                one = take_ticks(inputs, first=tick, count=1, num_ticks=num_ticks, shapes=shapes)
+                steps.append(self.step(one, context=context))
+                latencies_ms.append((time.perf_counter() - started_s) * 1e3)
+        heads = [str(head) for head in self._trained.config.heads]
         return Streamed(
-            outputs={head: torch.cat([o[head] for o, _ in said], dim=1) for head in heads},
+            outputs={head: torch.cat([o[head] for o, _ in steps], dim=1) for head in heads},
             chosen={
-                head: torch.cat([c[head] for _, c in said], dim=1)[0].numpy() for head in heads
+                head: torch.cat([c[head] for _, c in steps], dim=1)[0].numpy() for head in heads
             },
             latencies_ms=latencies_ms,
         )
 
 
 def take_ticks(
-    tensors: Mapping[str, Tensor], first: int, count: int, num_ticks: int, shapes: WindowShapes
+    tensors: Mapping[str, Tensor], *, first: int, count: int, num_ticks: int, shapes: WindowShapes
 ) -> dict[str, Tensor]:
-    """Ticks [first, first + count) of a batch's inputs or targets, which have `num_ticks`."""
+    """Slice ticks [first, first + count) from a batch's inputs or targets of `num_ticks` ticks."""
     due = frames_due(shapes, first_tick=first, num_ticks=count)
-    taken = {}
+    sliced = {}
     for name, tensor in tensors.items():
         if name.removesuffix("_valid") in VISION_STREAMS:
-            taken[name] = tensor[:, due.start : due.stop]
+            sliced[name] = tensor[:, due.start : due.stop]
         else:
             per_tick = tensor.shape[1] // num_ticks
-            taken[name] = tensor[:, first * per_tick : (first + count) * per_tick]
-    return taken
+            sliced[name] = tensor[:, first * per_tick : (first + count) * per_tick]
+    return sliced
+
+
+def choose(logits: Tensor, sampling: Sampling, *, generator: torch.Generator) -> Tensor:
+    """Choose a value from each row of logits.
+
+    Args:
+        logits: [..., values], on any device.
+        sampling: how to choose.
+        generator: on the CPU, so that all devices draw the same values; unused at temperature 0.
+
+    Returns:
+        int64 [...], on the CPU.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1).cpu()
+    allowed = mask_unlikely(logits.float().cpu() / sampling.temperature, sampling)
+    probabilities = allowed.flatten(0, -2).softmax(-1)
+    chosen = torch.multinomial(probabilities, 1, generator=generator)
+    return chosen.view(logits.shape[:-1])
+
+
+def mask_unlikely(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Set logits that top-k and top-p exclude to -inf; the most likely value always stays."""
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        shares = ordered.softmax(-1)
+        # Exclude a value if more likely values have the whole share already.
+        is_excluded = shares.cumsum(-1) - shares >= sampling.top_p
+        logits = ordered.masked_fill(is_excluded, -torch.inf).gather(-1, order.argsort(-1))
+    return logits

@@ -29,7 +29,7 @@ from shared.session.reader import MASKED_LEVEL
 from train.config import HEAD_STREAM, Head
 from train.data.pixels import IMAGENET_MEAN, IMAGENET_STD, normalized_frames
 from train.figures import draw_levels
-from train.model.predictions import TEXT_HEADS, group_events
+from train.model.outputs import TEXT_HEADS, group_events
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

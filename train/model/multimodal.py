@@ -23,8 +23,7 @@ from shared.recipe import Recipe, Stream
 from train.config import Head, ModelConfig, TrainConfig, as_train_config
 from train.data.batch import WindowShapes
 from train.model.blocks import Block, KeysValues, rotations
-from train.model.encoders import Frame, TickEncoder, count_ticks
-from train.model.modalities import hide_at_random
+from train.model.encoders import Frame, TickEncoder, count_ticks, hide_at_random
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

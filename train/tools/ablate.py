@@ -25,8 +25,8 @@ from train.data.device import to_device
 from train.data.loader import Loader, open_source
 from train.data.pixels import to_model_inputs
 from train.machine.runtime import choose_device
+from train.model.encoders import MODALITIES, without
 from train.model.losses import loss_sums
-from train.model.modalities import MODALITIES, without
 from train.trained_model import load_trained_model
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Effect:
     """What a missing modality does to a head."""
 
     missing: str
-    """Of :data:`train.model.modalities.MODALITIES`."""
+    """Of :data:`train.model.encoders.MODALITIES`."""
     head: str
     loss: float
     """Without the modality."""

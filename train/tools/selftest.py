@@ -11,30 +11,40 @@ so that it takes minutes. The runs begin shortly before the end of an epoch and 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from rich.console import Console
 
 from shared.errors import ConfigError, EngineError
 from train.checkpoints import FINAL_NAME, load_checkpoint, step_name
 from train.config import ModelConfig, TrainConfig
 from train.data.loader import Loader, open_source
 from train.loop.checkpoint_manager import find_latest_checkpoint
-from train.tools.rank_processes import RankProcesses
+from train.loop.trainer import Trainer
+from train.machine import distributed
+from train.model.multimodal import MultiModalCreature
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from train.tools.selftest_rank import Sample
+    from train.data.batch import Batch
 
-PROGRAM: Final = (sys.executable, "-m", "train.tools.selftest_rank")
+
+PROGRAM: Final = (sys.executable, "-m", "train.tools.selftest")
 """Starts one rank of a part; its argument is a job file."""
 
 SAVE_INTERVAL: Final = 3
@@ -50,6 +60,17 @@ MAX_PROCESSES: Final = 8
 MAX_WEIGHT_DIFFERENCE: Final = 0.05
 """Of the way that the weights went. Another order of float32 sums made less than 0.0001; a step
 taken twice or never, or moments lost, far more."""
+
+END_TIMEOUT_S: Final = 60.0
+"""When one rank is killed, the others must have ended after so long."""
+
+POLL_S: Final = 0.005
+
+HOLD_S: Final = 600.0
+"""Nobody is left waiting longer for a kill that does not come."""
+
+Sample = tuple[str, int, bool]
+"""Key, CRC-32 of what it gives the model, and whether it counts (False: padding)."""
 
 _GUARD_BATCHES: Final = 2
 """A part waits to be killed so many batches after its moment."""
@@ -351,3 +372,179 @@ def _describe(part: Part, outcome: Outcome, problem: str | None, number: int) ->
         f"processes, {end}: {len(outcome.batches)} batches, the first after "
         f"{outcome.to_first_batch_s:.2f} s: {problem or 'same'}"
     )
+
+
+class RankProcesses:
+    """The same program as each of some ranks, without torchrun to look after them.
+
+    A context manager: none is left behind. Each is the first of a process group of its own, and
+    what it says goes to ``output_<rank>.txt``.
+
+    Args:
+        command: the program.
+        world_size: how many.
+        out: an existing folder for what they say.
+    """
+
+    def __init__(self, command: Sequence[str], world_size: int, out: Path) -> None:
+        self._out = out
+        port = free_port()
+        self._processes = []
+        for rank in range(world_size):
+            with (out / f"output_{rank}.txt").open("wb") as output:
+                self._processes.append(
+                    subprocess.Popen(  # noqa: S603 (our own program)
+                        command,
+                        env={**os.environ, **rank_environment(rank, world_size, port)},
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+
+    def __enter__(self) -> RankProcesses:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def wait_until(self, is_so: Callable[[], bool]) -> str | None:
+        """Until something is so; a message where a rank ended before."""
+        while not is_so():
+            if any(process.poll() is not None for process in self._processes):
+                return f"it ended by itself: {self._last_words()}"
+            time.sleep(POLL_S)
+        return None
+
+    def wait_for_success(self) -> str | None:
+        """Until all have ended; a message where one did not end well."""
+        codes = [process.wait() for process in self._processes]
+        return None if not any(codes) else f"exit codes {codes}: {self._last_words()}"
+
+    def kill(self, *, only_one: bool) -> str | None:
+        """Kill all, or the last rank; a message where the others do not end then."""
+        if not only_one:
+            self.__exit__()
+            return None
+        os.killpg(self._processes[-1].pid, signal.SIGKILL)
+        deadline_s = time.monotonic() + END_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            if all(process.poll() is not None for process in self._processes):
+                return None
+            time.sleep(POLL_S)
+        return f"{END_TIMEOUT_S:.0f} s after a rank was killed the others still run"
+
+    def _last_words(self) -> str:
+        outputs = [path.read_text(errors="replace") for path in self._out.glob("output_*.txt")]
+        return " | ".join(text.strip()[-400:] for text in outputs if text.strip())
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank."""
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class RecordedLoader:
+    """A loader that writes down what it gives, before the trainer gets it.
+
+    Args:
+        loader: the real one.
+        path: a line of JSON per batch.
+        hold_after: so many batches later it waits to be killed.
+    """
+
+    def __init__(self, loader: Loader, path: Path, *, hold_after: int) -> None:
+        self.source, self.rank, self.world_size = loader.source, loader.rank, loader.world_size
+        self._loader = loader
+        self._path = path
+        self._hold_after = hold_after
+
+    def state_at(self, next_batch: int) -> dict[str, Any]:
+        """See :class:`train.data.loader.Loader`."""
+        return self._loader.state_at(next_batch)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :class:`train.data.loader.Loader`."""
+        self._loader.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[Batch]:
+        began_s = time.perf_counter()
+        with self._path.open("w", encoding="utf-8") as file:
+            for number, batch in enumerate(self._loader):
+                if number == self._hold_after:
+                    _hold()
+                after_s = time.perf_counter() - began_s
+                file.write(json.dumps({"after_s": after_s, "samples": samples_of(batch)}) + "\n")
+                file.flush()
+                yield batch
+
+
+def _hold() -> None:
+    """Wait to be killed; or to find, as in a step, that another rank is gone."""
+    deadline_s = time.monotonic() + HOLD_S
+    while time.monotonic() < deadline_s:
+        distributed.any_of(False)
+        time.sleep(0.02)
+
+
+def samples_of(batch: Batch) -> list[Sample]:
+    """What each row of a batch is; padding of dense text, which depends on the rank, is left
+    out.
+    """
+    checksums = [0] * len(batch["keys"])
+    for name, tensor in sorted(batch["inputs"].items()):
+        if name.endswith("_valid"):
+            continue
+        valid = batch["inputs"][f"{name}_valid"]
+        for row, checksum in enumerate(checksums):
+            content = tensor[row][valid[row]].numpy().tobytes()
+            checksums[row] = zlib.crc32(content, checksum)
+    counts = (weight > 0 for weight in batch["weight"].tolist())
+    return list(zip(batch["keys"], checksums, counts, strict=True))
+
+
+def train_part(job: Mapping[str, Any]) -> None:
+    """One rank of one part."""
+    config, out = TrainConfig.model_validate(job["config"]), Path(job["out"])
+    with distributed.process_group(torch.device("cpu")):
+        rank, world_size = distributed.rank(), distributed.world_size()
+        source = open_source(config, split="train")
+        loader = Loader(source, config, rank=rank, world_size=world_size)
+        path = out / f"record_{rank}.jsonl"
+        recorded = RecordedLoader(loader, path, hold_after=job["hold_after"])
+        torch.manual_seed(config.training.seed)
+        model = MultiModalCreature(config, loader.shapes)
+        trainer = Trainer(model, config, recorded, run_name="selftest", console=Console(quiet=True))
+        if job["resume"] is None:
+            recorded.load_state_dict(recorded.state_at(job["start"]))
+        else:
+            trainer.load_checkpoint(job["resume"])
+        trainer.train()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """A rank of a part, as :data:`PROGRAM` starts it."""
+    train_part(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

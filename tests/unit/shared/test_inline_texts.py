@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.recipe import Recipe
-from shared.session.scan import read_clocked, read_texts
+from shared.session.folder import read_text_events, read_timed_lines
 
 KEYS = st.sampled_from(["internal_text", "external_text", "note", "text"])
 LINES = st.fixed_dictionaries(
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 def expected(folder):
-    return read_clocked(folder, recipe=Recipe())[1]
+    return read_timed_lines(folder, recipe=Recipe())[1]
 
 
 @given(
@@ -41,7 +41,7 @@ def test_texts_without_sensors_are_those_with_them(folder, lines, encoding, more
     (folder / "metadata.jsonl").write_bytes(content.encode(encoding, "surrogatepass"))
     said = [{"timestamp": t, "stream": "internal", "text": text} for t, text in more]
     (folder / "text.jsonl").write_text("".join(json.dumps(x) + "\n" for x in said))
-    assert read_texts(folder) == expected(folder)
+    assert read_text_events(folder) == expected(folder)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_odd_lines_give_the_same_texts(folder, line):
     (folder / "metadata.jsonl").write_bytes(
         b'{"timestamp": 0, "external_text": "first"}\n' + line + b"\n"
     )
-    assert read_texts(folder) == expected(folder)
+    assert read_text_events(folder) == expected(folder)
     assert expected(folder)
 
 
 def test_a_session_without_files_has_no_text(tmp_path):
-    assert read_texts(tmp_path) == ()
+    assert read_text_events(tmp_path) == ()

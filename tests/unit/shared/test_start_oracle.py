@@ -267,17 +267,17 @@ def test_a_videos_own_container_start_is_told_and_counts_as_zero(tmp_path: Path)
 # --- session.json --------------------------------------------------------------------------------
 
 BAD_STARTS = {
-    '{"start_s": {"microphone": 1}}': "names 'microphone', which is no stream; streams are "
+    '{"start_s": {"microphone": 1}}': "names 'microphone', which is not a stream; fix: use one of "
     "vision_left, vision_right, audio",
     '{"start_s": {"touch": 1}}': "touch, which has timestamps of its own",
-    '{"start_s": {"audio": NaN}}': "of audio is nan; write seconds",
-    '{"start_s": {"audio": Infinity}}': "of audio is inf; write seconds",
-    '{"start_s": {"audio": 1e9}}': "of audio is 1000000000.0; write seconds",
-    '{"start_s": {"audio": "0.35"}}': "of audio is 0.35; write seconds",
-    '{"start_s": {"audio": true}}': "of audio is True; write seconds",
-    '{"start_s": {"audio": null}}': "of audio is None; write seconds",
-    '{"start_s": 0.35}': 'start_s is no object; write {"audio": 0.35}',
-    '{"start_s": {"audio": 0.35': "holds start_s and is not JSON",
+    '{"start_s": {"audio": NaN}}': "of audio is nan; fix: write seconds",
+    '{"start_s": {"audio": Infinity}}': "of audio is inf; fix: write seconds",
+    '{"start_s": {"audio": 1e9}}': "of audio is 1000000000.0; fix: write seconds",
+    '{"start_s": {"audio": "0.35"}}': "of audio is 0.35; fix: write seconds",
+    '{"start_s": {"audio": true}}': "of audio is True; fix: write seconds",
+    '{"start_s": {"audio": null}}': "of audio is None; fix: write seconds",
+    '{"start_s": 0.35}': 'start_s is not an object; fix: write {"audio": 0.35}',
+    '{"start_s": {"audio": 0.35': "contains start_s but is not JSON",
 }
 
 

@@ -35,9 +35,9 @@ from helpers.subprocesses import await_true
 
 from preprocess.build import job as job_module
 from preprocess.build import task as build_module
-from preprocess.build.places import open_set
 from shared.errors import JobError, SessionError
 from shared.shardset.manifest import read_manifest
+from shared.shardset.store import claim_shard_set
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,13 +150,13 @@ def test_random_kills_of_jobs_clients_and_workers_leave_no_trace(tmp_path):
 
 
 def test_what_a_job_left_running_can_put_nothing_once_the_job_is_over(tmp_path):
-    with open_set(tmp_path / "out") as place:
-        task = place.workplace()
+    with claim_shard_set(tmp_path / "out") as place:
+        task = place.staging_dir()
         folder = task.__enter__()
         (folder / "train-000000.index").write_bytes(b"late")
     with pytest.raises(JobError, match="another job has taken over"):
         place.put(folder / "train-000000.index", "train-000000.index")
-    with pytest.raises(JobError, match="another job has taken over"), place.workplace():
+    with pytest.raises(JobError, match="another job has taken over"), place.staging_dir():
         pass
     assert list((tmp_path / "out").iterdir()) == []
 

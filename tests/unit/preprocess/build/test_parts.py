@@ -227,7 +227,7 @@ def test_parts_of_a_job_broken_off_go_and_the_next_ends_in_the_same_bytes(
 
     with monkeypatch.context() as patched:
         patched.setattr(job_module, "build_shard", stop)
-        patched.setattr("preprocess.build.places.discard", lambda _: None)  # as a kill does
+        patched.setattr("shared.shardset.store.discard", lambda _: None)  # as a kill does
         with pytest.raises(BrokenOff):
             build_in_parts(stereo, out, WHOLE)
     assert found
@@ -279,6 +279,7 @@ def scan_of(name: str, streams: tuple[Stream, ...], num_windows: int) -> Session
         start_overrides={},
         intervals={s: Interval(0.0, float(num_windows)) for s in streams},
         absent={},
+        not_recorded=frozenset(),
         coverage=(),
         issues=(),
         sources={},

@@ -96,7 +96,7 @@ def test_windows_that_do_not_decode_have_a_line_and_no_member(odd_set):
 def test_a_text_outside_the_session_has_a_line(odd_set):
     [line] = lines_of(odd_set, "outside")
     assert line["level"] == "lines"
-    assert line["reason"] == "text.jsonl line 1: text 'too late' at 99 s lies outside the session"
+    assert line["reason"] == "text.jsonl line 1: text 'too late' at 99 s is outside the session"
 
 
 def test_a_sound_file_that_can_not_be_read_has_a_line(odd_set):

@@ -28,13 +28,13 @@ from helpers.sessions import write_tone
 from helpers.stores import SECRET, fail_at_first, s3_server, stored_hashes, upload
 
 from preprocess.build import job as job_module
-from preprocess.build import places
 from preprocess.build.job import build_shards
-from preprocess.build.places import KEEP_OLD_S, RemoteShardSet
 from preprocess.build.sources import find_recordings
 from shared import storage
 from shared.errors import JobError, SessionError, ShardError, StorageError
+from shared.shardset import store as store_module
 from shared.shardset.manifest import read_manifest
+from shared.shardset.store import KEEP_OLD_S, RemoteShardSet
 from shared.storage import STARTUP_RETRY, RetryPolicy, Store, parse_location, shown
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**16})
@@ -175,7 +175,7 @@ def test_nothing_stays_in_the_temporary_folder(memory, tmp_path, monkeypatch):
 
 def test_what_a_killed_job_left_in_the_temporary_folder_goes(memory, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    task = RemoteShardSet(Store("memory://here/set"), "killed", tmp_path).workplace()
+    task = RemoteShardSet(Store("memory://here/set"), "killed", tmp_path).staging_dir()
     folder = task.__enter__()
     (folder / "train-000000.audio.tar").write_bytes(b"half")
     build("memory://here/sessions", "memory://here/set", SMALL)
@@ -237,10 +237,10 @@ def test_files_of_a_replaced_set_stay_for_its_readers_for_a_day(
     names = set(stored_hashes(memory, "/here/set"))
     old = {n: h for n, h in file_hashes(built).items() if n.startswith(("train", "val", "tok"))}
     assert old.items() <= stored_hashes(memory, "/here/set").items()
-    monkeypatch.setattr(places.time, "time", lambda: now_s + day_s - 60)
+    monkeypatch.setattr(store_module.time, "time", lambda: now_s + day_s - 60)
     build("memory://here/sessions", url, OTHER_TEXT, keep_old_s=KEEP_OLD_S)
     assert set(stored_hashes(memory, "/here/set")) == names
-    monkeypatch.setattr(places.time, "time", lambda: now_s + day_s + 1)
+    monkeypatch.setattr(store_module.time, "time", lambda: now_s + day_s + 1)
     build("memory://here/sessions", url, OTHER_TEXT, keep_old_s=KEEP_OLD_S)
     local = Path(shutil.copytree(built, tmp_path / "local"))
     build(recorded, local, OTHER_TEXT)

@@ -58,7 +58,7 @@ def test_starts_that_can_not_be_used_are_an_error(session: Path) -> None:
     declare(session, microphone=0.3)
     report = validate_session(session, recipe=LOOSE)
     (error,) = report.errors
-    assert error.startswith("session.json: start_s names 'microphone', which is no stream")
+    assert error.startswith("session.json: start_s names 'microphone', which is not a stream")
     assert report.checks["starts"] == "failed"
 
 
@@ -114,4 +114,4 @@ def test_a_pipe_in_place_of_a_file_is_passed_over_with_a_verdict(file: str, sess
     build(session.parent, out, tiny_recipe())
     if file != "session.json":  # no part of a sample
         reasons = [line["reason"] for line in jsonl(out / "rejected.jsonl")]
-        assert any(r.startswith(file) and "no file" in r for r in reasons), reasons
+        assert any(r.startswith(file) and "not a regular file" in r for r in reasons), reasons

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.model.ngrams import Trigrams, count_level_pairs, level_transitions
+from train.model.baselines import Trigrams, count_level_pairs, level_transitions
 
 VOCAB = 6
 

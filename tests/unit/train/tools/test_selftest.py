@@ -12,12 +12,11 @@ from helpers.sets import make_config
 
 from shared.errors import ConfigError
 from train.__main__ import cli
-from train.tools.rank_processes import RankProcesses
-from train.tools.selftest import MIN_STEPS, compare, plan_parts, run_selftest
+from train.tools.selftest import MIN_STEPS, RankProcesses, compare, plan_parts, run_selftest
 
 BROKEN = """
 import sys
-import train.tools.selftest_rank as ranks
+import train.tools.selftest as ranks
 
 class Late(ranks.Loader):
     '''Its resume is off by one.'''
@@ -32,7 +31,7 @@ ranks.main(sys.argv[1:])
 
 FORGETFUL = """
 import sys
-import train.tools.selftest_rank as ranks
+import train.tools.selftest as ranks
 
 class Forgetful(ranks.Trainer):
     '''Its resume leaves out the optimizer's moments.'''

@@ -10,7 +10,7 @@ from torch import nn
 
 from shared.recipe import STREAMS, Stream
 from train.data.pixels import to_model_inputs
-from train.model.modalities import MODALITIES, hide_at_random, without
+from train.model.encoders import MODALITIES, hide_at_random, without
 from train.model.multimodal import MultiModalCreature
 
 pytestmark = pytest.mark.usefixtures("one_thread")

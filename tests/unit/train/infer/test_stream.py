@@ -1,3 +1,5 @@
+"""Sampling from logits, against plain numpy."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -7,13 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError
-from train.infer.sampling import Sampling, allowed, choose
+from train.infer.stream import Sampling, choose, mask_unlikely
 
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12)
 
 
 def probabilities(logits, *, temperature, top_k=None, top_p=None):
-    """What values are drawn with, in plain numpy; None where rounding decides what is left out."""
+    """Probabilities of the values, in plain numpy; None if rounding decides which are excluded."""
     scaled = np.array(logits, dtype=np.float64) / temperature
     if top_k is not None:
         kth = np.sort(scaled)[::-1][min(top_k, len(scaled)) - 1]
@@ -23,12 +25,12 @@ def probabilities(logits, *, temperature, top_k=None, top_p=None):
     if top_p is not None and top_p < 1:
         order = sorted(range(len(shares)), key=lambda i: (-scaled[i], i))  # shares tie by rounding
         before = 0.0
-        for place in order:
+        for index in order:
             if abs(before - top_p) < 1e-5:
                 return None
             kept = before < top_p
-            before += shares[place]
-            shares[place] *= kept
+            before += shares[index]
+            shares[index] *= kept
         shares /= shares.sum()
     return shares
 
@@ -43,12 +45,12 @@ def test_temperature_top_k_and_top_p_are_those_of_plain_numpy(logits, temperatur
     expected = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     assume(expected is not None)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    kept = allowed(torch.tensor(logits) / temperature, sampling)
+    kept = mask_unlikely(torch.tensor(logits) / temperature, sampling)
     np.testing.assert_allclose(kept.softmax(-1).numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}], ids=str)
-def test_what_would_do_nothing_at_temperature_0_is_refused(options):
+def test_options_without_effect_at_temperature_0_are_refused(options):
     with pytest.raises(ConfigError, match="set --temperature 1"):
         Sampling(**options)
 
@@ -58,15 +60,15 @@ def test_what_would_do_nothing_at_temperature_0_is_refused(options):
     [{"temperature": 0.5}, {"temperature": 1.0, "top_k": 3}, {"temperature": 2.0, "top_p": 0.7}],
     ids=str,
 )
-def test_values_are_drawn_as_often_as_their_probability_says(options):
+def test_values_are_drawn_with_their_probabilities(options):
     logits = np.log([0.1, 0.5, 0.15, 0.25])
     rows = torch.from_numpy(logits).expand(20_000, -1)
     drawn = choose(rows, Sampling(**options), generator=torch.Generator().manual_seed(0))
-    found = np.bincount(drawn.numpy(), minlength=4) / 20_000
-    np.testing.assert_allclose(found, probabilities(logits, **options), atol=0.015)
+    shares = np.bincount(drawn.numpy(), minlength=4) / 20_000
+    np.testing.assert_allclose(shares, probabilities(logits, **options), atol=0.015)
 
 
-def test_without_temperature_the_likeliest_value_is_taken_and_nothing_is_drawn():
+def test_without_temperature_the_most_likely_value_is_chosen_and_nothing_is_drawn():
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     logits = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(1))

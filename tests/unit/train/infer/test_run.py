@@ -1,3 +1,5 @@
+"""``train infer``: predictions against the model itself, written files, metrics and messages."""
+
 from __future__ import annotations
 
 import json
@@ -21,21 +23,17 @@ from helpers.trained_models import (
 )
 
 from shared.config import make_section
-from shared.errors import CheckpointError, ConfigError, EngineError, SessionError
-from shared.media.tokenizer import EVENT_TOKEN, train_tokenizer
+from shared.errors import CheckpointError, ConfigError, SessionError
 from shared.recipe import Recipe
 from train.__main__ import cli
-from train.config import Head, as_train_config
+from train.config import as_train_config
 from train.data.batch import WindowShapes
 from train.data.pixels import to_model_inputs
 from train.data.session_source import RealMultiModalDataset, real_data_collate_fn
-from train.infer.run import infer, open_session, place_on_clock, read_window
-from train.infer.sampling import Sampling
-from train.infer.scoring import summarize_latencies
-from train.infer.stream import TickStream
+from train.infer.run import infer, locate_window, open_session, read_window, summarize_latencies
+from train.infer.stream import Sampling, TickStream
 from train.model.baselines import Baselines
 from train.model.losses import compute_losses
-from train.model.predictions import PredictionWriter, WindowPrediction, group_events
 from train.trained_model import load_trained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,15 +60,15 @@ def whole_window_losses(model, session):
 def whole_session_outputs(model, batch):
     """Outputs [windows, T, ...] of one pass over all windows in a row.
 
-    Attention is plain, and sees the newest ticks only, as many as a window has.
+    Attention is written out, and limited to as many ticks as a window has.
     """
     num_ticks = model.shapes.num_ticks
 
     def attend(query, key, value, *, is_causal):
         scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
         if is_causal:
-            places = torch.arange(query.shape[2])
-            back = places[:, None] - places
+            positions = torch.arange(query.shape[2])
+            back = positions[:, None] - positions
             scores = scores.masked_fill((back < 0) | (back >= num_ticks), -torch.inf)
         return scores.softmax(-1) @ value
 
@@ -101,10 +99,10 @@ def walk(tmp_path_factory):
     )
 
 
-def predict_window(source, row, creature):
-    batch = read_window(source, row, creature)
-    streamed = TickStream(creature, Sampling(), seed=0).run_session(batch)
-    return place_on_clock(streamed, source, row, creature)
+def predict_window(source, row, trained):
+    batch = read_window(source, row, trained)
+    streamed = TickStream(trained, Sampling(), seed=0).run_window(batch)
+    return locate_window(streamed, source, row, trained)
 
 
 def read_lines(path):
@@ -118,7 +116,7 @@ def test_streaming_one_window_gives_the_losses_of_training(tmp_path):
     assert metrics["losses"] == pytest.approx(whole_window_losses(model, session), abs=1e-4)
 
 
-def test_streaming_goes_on_over_the_borders_of_windows(walk):
+def test_streaming_continues_over_the_borders_of_windows(walk):
     outputs = whole_session_outputs(walk.model, walk.batch)
     losses = compute_losses(
         outputs, walk.batch["targets"], walk.batch["weight"], config=walk.model.config
@@ -157,21 +155,21 @@ def test_stock_readers_open_what_is_written(tmp_path):
     assert (metrics["step"], metrics["num_ticks"], metrics["session"]) == (7, 65, "walk")
 
 
-def test_what_is_written_is_what_the_model_predicts_for_the_next_tick(walk):
+def test_written_values_are_predictions_for_the_next_tick(walk):
     outputs = whole_session_outputs(walk.model, walk.batch)
     expected = outputs["animation"].reshape(-1, 20).numpy()[:-3]  # the last tick is beyond the end
-    found = zarr.open_group(walk.out / "animation.zarr", mode="r")["proprio"][3:]
-    np.testing.assert_allclose(np.cos(found[:, :10]), np.cos(expected[:, :10]), atol=1e-4)
-    np.testing.assert_allclose(found[:, 10:], expected[:, 10:], atol=1e-4)
+    poses = zarr.open_group(walk.out / "animation.zarr", mode="r")["proprio"][3:]
+    np.testing.assert_allclose(np.cos(poses[:, :10]), np.cos(expected[:, :10]), atol=1e-4)
+    np.testing.assert_allclose(poses[:, 10:], expected[:, 10:], atol=1e-4)
     tokens = outputs["external_text"].argmax(-1).flatten().tolist()[:-1]
-    said = {}
+    written = {}
     for event in read_lines(walk.out / "external_text.jsonl"):
         first = round(event["timestamp"] * 10) - 1
-        said |= {first + i: token for i, token in enumerate(event["tokens"])}
-    assert said == {tick: token for tick, token in enumerate(tokens) if token != 0}
+        written |= {first + i: token for i, token in enumerate(event["tokens"])}
+    assert written == {tick: token for tick, token in enumerate(tokens) if token != 0}
 
 
-def test_the_same_seed_draws_the_same_files_and_another_one_others(tmp_path):
+def test_the_same_seed_draws_the_same_files_and_another_seed_draws_others(tmp_path):
     make_checkpoint(tmp_path / "k.pt")
     session = make_session(tmp_path / "walk", length_s=1.0)
     written = []
@@ -196,7 +194,7 @@ def test_an_absent_stream_has_a_reason_instead_of_a_loss(tmp_path):
     assert metrics["streams"]["seen"] == ["touch", "proprio"]
 
 
-def test_a_head_that_was_not_trained_writes_nothing(tmp_path):
+def test_an_untrained_head_writes_nothing(tmp_path):
     make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
     session = make_session(tmp_path / "walk")
     metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
@@ -219,21 +217,21 @@ def test_latencies_are_percentiles_in_milliseconds(walk):
     assert latency["tick"] == 100
 
 
-def test_latencies_are_summarized_as_numpy_does_and_the_first_stands_apart():
+def test_latencies_are_summarized_as_numpy_does_without_the_first():
     later = np.random.default_rng(0).exponential(60.0, size=500)
-    found = summarize_latencies([1e4, *later], tick_ms=100.0)
+    summary = summarize_latencies([1e4, *later], tick_ms=100.0)
     expected = {f"p{share}": np.quantile(later, share / 100) for share in (50, 95, 99)}
-    assert found == pytest.approx(
+    assert summary == pytest.approx(
         {**expected, "first": 1e4, "tick": 100.0, "share_in_time": np.mean(later <= 100)}
     )
 
 
-def test_progress_is_told_after_each_window(tmp_path):
+def test_progress_is_reported_after_each_window(tmp_path):
     make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
     session = make_session(tmp_path / "walk", length_s=5.0)
-    told = []
-    infer(tmp_path / "k.pt", session, tmp_path / "out", progress=lambda *done: told.append(done))
-    assert told == [(1, 2), (2, 2)]
+    calls = []
+    infer(tmp_path / "k.pt", session, tmp_path / "out", progress=lambda *done: calls.append(done))
+    assert calls == [(1, 2), (2, 2)]
 
 
 @pytest.mark.parametrize("missing", ["recipe", "tokenizer"])
@@ -257,111 +255,36 @@ def test_predictions_never_overwrite_a_recording(tmp_path, where):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_a_second_life_may_be_written_over_the_first(tmp_path):
+def test_predictions_can_overwrite_earlier_predictions(tmp_path):
     make_checkpoint(tmp_path / "k.pt")
     session = make_session(tmp_path / "session")
-    lives = [infer(tmp_path / "k.pt", session, tmp_path / "out") for _ in range(2)]
-    assert lives[0]["losses"] == lives[1]["losses"]
+    metrics = [infer(tmp_path / "k.pt", session, tmp_path / "out") for _ in range(2)]
+    assert metrics[0]["losses"] == metrics[1]["losses"]
 
 
 def test_a_folder_that_is_no_session_is_refused(tmp_path):
     make_checkpoint(tmp_path / "k.pt")
-    with pytest.raises(SessionError, match="no session; give the folder of one"):
-        infer(tmp_path / "k.pt", tmp_path / "nowhere", tmp_path / "out")
-
-
-def test_events_begin_at_the_event_mark_and_after_silence():
-    ball, reach = TOKENIZER.encode("ball")[1:], TOKENIZER.encode("reach")[1:]
-    tokens = [EVENT_TOKEN, *ball, EVENT_TOKEN, *reach, 0, 0, *ball, 0]
-    times_s = [0.1 * (i + 1) for i in range(len(tokens))]
-    starts = [0, 1 + len(ball), 4 + len(ball) + len(reach)]
-    events = group_events(tokens, times_s, TOKENIZER)
-    assert [e["text"] for e in events] == ["ball", "reach", "ball"]
-    assert [e["timestamp"] for e in events] == [round(times_s[i], 6) for i in starts]
-    assert [e["tokens"] for e in events] == [[EVENT_TOKEN, *ball], [EVENT_TOKEN, *reach], ball]
-
-
-@pytest.mark.parametrize(("follows", "said"), [(True, ["reach"]), (False, ["re", "ach"])])
-def test_a_text_goes_on_over_a_border_only_where_no_tick_is_left_out(tmp_path, follows, said):
-    recipe = make_section(Recipe, RECIPE)
-    head = Head.INTERNAL_TEXT
-    with PredictionWriter(
-        tmp_path,
-        heads=[head],
-        num_ticks=80,
-        recipe=recipe,
-        shapes=WindowShapes.from_recipe(recipe),
-        tokenizer=train_tokenizer([], vocab_size=264),
-    ) as writer:
-        for first, text in ((38, "re"), (40, "ach")):
-            tokens = np.array(train_tokenizer([], vocab_size=264).encode(text)[1:])
-            writer.add(
-                WindowPrediction(
-                    first_tick=first,
-                    follows=follows,
-                    times_s=np.arange(first, first + len(tokens)) / 10,
-                    tokens={head: tokens},
-                    levels=None,
-                    poses=None,
-                )
-            )
-    assert [e["text"] for e in read_lines(tmp_path / "internal_text.jsonl")] == said
+    with pytest.raises(SessionError, match="is not a session; fix: give a folder"):
+        infer(tmp_path / "k.pt", tmp_path / "missing", tmp_path / "out")
 
 
 def test_densely_packed_windows_do_not_follow_each_other(tmp_path):
     make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
-    creature = load_trained_model(tmp_path / "k.pt", device=torch.device("cpu"))
-    source = open_session(make_session(tmp_path / "walk"), creature)
-    assert not any(predict_window(source, row, creature).follows for row in (0, 1))
+    trained = load_trained_model(tmp_path / "k.pt", device=torch.device("cpu"))
+    source = open_session(make_session(tmp_path / "walk"), trained)
+    assert not any(predict_window(source, row, trained).follows for row in (0, 1))
 
 
 def test_windows_of_ticks_follow_each_other(tmp_path):
     make_checkpoint(tmp_path / "k.pt")
-    creature = load_trained_model(tmp_path / "k.pt", device=torch.device("cpu"))
-    source = open_session(make_session(tmp_path / "walk", sound=False), creature)
-    assert [predict_window(source, row, creature).follows for row in (0, 1)] == [False, True]
-
-
-def write_nothing(out, heads):
-    recipe = make_section(Recipe, RECIPE)
-    return PredictionWriter(
-        out,
-        heads=heads,
-        num_ticks=80,
-        recipe=recipe,
-        shapes=WindowShapes.from_recipe(recipe),
-        tokenizer=TOKENIZER,
-    )
-
-
-def test_predictions_of_an_older_model_go_and_all_else_stays(tmp_path):
-    with write_nothing(tmp_path, tuple(Head)):
-        pass
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "video.zarr").mkdir()
-    with write_nothing(tmp_path, (Head.INTERNAL_TEXT,)):
-        pass
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"internal_text.jsonl", "notes.txt", "video.zarr"}
-
-
-def test_a_disk_that_takes_no_sound_is_a_clear_error(tmp_path, file_limit):
-    def write():
-        with write_nothing(tmp_path, (Head.AUDIO,)):
-            file_limit(4096)  # 8 s of silence are 128 kB
-
-    with pytest.raises(EngineError, match=r"audio\.wav: the sound can't be written .* MiB"):
-        write()
-    file_limit(None)
+    trained = load_trained_model(tmp_path / "k.pt", device=torch.device("cpu"))
+    source = open_session(make_session(tmp_path / "walk", sound=False), trained)
+    assert [predict_window(source, row, trained).follows for row in (0, 1)] == [False, True]
 
 
 @pytest.mark.parametrize("options", [["--seed", "-1"], ["--seed", "4294967296"], ["--top-p", "0"]])
-def test_a_number_out_of_range_is_refused_by_the_command(tmp_path, options):
+def test_the_command_refuses_a_number_out_of_range(tmp_path, options):
     paths = ["--checkpoint", str(tmp_path / "k.pt"), "--input", str(tmp_path)]
     result = CliRunner().invoke(cli, ["infer", *paths, *options])
     assert result.exit_code == 2
     assert "is not in the range" in result.output
-
-
-def test_silence_is_no_event():
-    assert group_events([0, 0, 0], [0.1, 0.2, 0.3], TOKENIZER) == []

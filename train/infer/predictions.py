@@ -1,15 +1,15 @@
-"""What a creature predicted, as files that stock readers open.
+"""Write what a model predicted, as files that stock readers open.
 
 ::
 
     internal_text.jsonl, external_text.jsonl   {"timestamp", "text", "tokens"}, a line per event
     audio.wav                                  16-bit mono, at the recipe's rate and loudness
     dmel.zarr                                  Zarr v3 group: timestamp, dmel (255: not predicted);
-                                               what audio.wav is decoded from
+                                               audio.wav is decoded from it
     animation.zarr                             Zarr v3 group: timestamp, proprio, valid
 
-All of them lie on the session clock, at the time of the tick that was predicted. Nothing predicts
-the session's first tick: it is silent, and its poses are NaN and not valid.
+All times are on the session clock: the time of the predicted tick. Nothing predicts the session's
+first tick, so it is silent, and its poses are NaN and not valid.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -28,13 +27,13 @@ from shared.clock import wrap_angle
 from shared.errors import EngineError
 from shared.media.mel import decode_dmel
 from shared.media.sound import to_int16
-from shared.media.tokenizer import EVENT_TOKEN
 from shared.recipe import PAD_TOKEN
 from shared.session.reader import MASKED_LEVEL
 from train.config import Head
+from train.model.outputs import TEXT_HEADS, group_events
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -42,82 +41,35 @@ if TYPE_CHECKING:
     from shared.media.tokenizer import TextTokenizer
     from shared.recipe import Recipe
     from train.data.batch import WindowShapes
-
-TEXT_HEADS = (Head.INTERNAL_TEXT, Head.EXTERNAL_TEXT)
+    from train.model.outputs import WindowPrediction
 
 ANIMATION_NAME = "animation.zarr"
 AUDIO_NAME = "audio.wav"
 DMEL_NAME = "dmel.zarr"
 
 NAMES = (*(f"{head}.jsonl" for head in TEXT_HEADS), AUDIO_NAME, DMEL_NAME, ANIMATION_NAME)
-"""All that can be in a folder of predictions."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WindowPrediction:
-    """What was predicted in one window of a session, for N ticks that follow each other."""
-
-    first_tick: int
-    """The first tick that was predicted, counted from the session's start."""
-    follows: bool
-    """Whether it follows the last tick of the window before, so that a text may go on."""
-    times_s: NDArray[np.float64]
-    """When each predicted tick begins, [N], on the session clock."""
-    tokens: Mapping[Head, NDArray[np.int64]]
-    """Per text head, [N]."""
-    levels: NDArray[np.uint8] | None
-    """dMel levels [N, frames per tick, channels], where the model has an audio head."""
-    poses: NDArray[np.float32] | None
-    """Angles in rad and velocities in rad/s, [N, samples per tick, proprio_size]."""
-
-
-def group_events(
-    tokens: Sequence[int], times_s: Sequence[float], tokenizer: TextTokenizer
-) -> list[dict[str, Any]]:
-    """Predicted tokens, one per tick, as events.
-
-    An event is a run of tokens without PAD; the event mark begins a new one.
-
-    Args:
-        tokens: ids of ticks that follow each other.
-        times_s: when each tick begins.
-        tokenizer: decodes them.
-
-    Returns:
-        {"timestamp": seconds, "text", "tokens": ids, with the event mark where there is one}.
-    """
-    events: list[dict[str, Any]] = []
-    before = PAD_TOKEN
-    for token, time_s in zip(tokens, times_s, strict=True):
-        if token == EVENT_TOKEN or (token != PAD_TOKEN and before == PAD_TOKEN):
-            events.append({"timestamp": round(time_s, 6), "text": "", "tokens": [token]})
-        elif token != PAD_TOKEN:
-            events[-1]["tokens"].append(token)
-        before = token
-    for event in events:
-        event["text"] = tokenizer.decode(event["tokens"])
-    return events
+"""All files that a folder of predictions can have."""
 
 
 class PredictionWriter:
-    """Writes the predictions of a session window by window; use with ``with``.
+    """Write the predictions of a session window by window; a context manager.
 
-    Sound is decoded per window, so that memory is constant; its phase may jump between windows.
-    What is kept to the end are the predicted tokens, one number per tick.
+    Sound is decoded per window, so that memory is constant; its phase can jump between windows.
+    Only the predicted tokens, one number per tick, are kept until the end.
 
     Args:
-        out: folder for the files; made where it is missing. Older predictions in it go first, also
-            of heads that this model lacks; all else in it stays.
-        heads: what the model predicts; nothing is written for others.
-        num_ticks: of the session.
+        out: folder for the files, created if missing. Older predictions in it are deleted first,
+            also those of heads that this model lacks; other files stay.
+        heads: the heads of the model; nothing is written for others.
+        num_ticks: ticks of the session.
         recipe: how the model's fields are made.
         shapes: sizes of a window.
         tokenizer: decodes tokens.
-        seed: of the phases that Griffin-Lim begins with.
+        seed: of the phases that Griffin-Lim starts with.
 
     Raises:
         EngineError: the sound can't be written, for example because the disk is full.
-        OSError: another file can't.
+        OSError: another file can't be written.
     """
 
     def __init__(
@@ -149,19 +101,19 @@ class PredictionWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._sound is not None and kind is not None:
-            with contextlib.suppress(soundfile.SoundFileError):  # what came before says more
+            with contextlib.suppress(soundfile.SoundFileError):  # the first error says more
                 self._sound.close()
         elif self._sound is not None:
-            with self._explained_sound():
+            with self._translate_sound_errors():
                 self._fill_with_silence(self._sound, until_tick=self._num_ticks)
                 self._sound.close()
         if kind is None:
             self._write_events()
 
     def add(self, window: WindowPrediction) -> None:
-        """Write a window's predictions; windows come in order of time."""
+        """Write a window's predictions; windows must come in order of time."""
         if len(window.times_s) == 0:
             return
         silence = [] if window.follows else [PAD_TOKEN]
@@ -175,7 +127,7 @@ class PredictionWriter:
                 recipe=self._recipe.mel,
                 seed=self._seed,
             )
-            with self._explained_sound():
+            with self._translate_sound_errors():
                 self._fill_with_silence(self._sound, until_tick=window.first_tick)
                 self._sound.write(to_int16(waveform, gain=1.0))
         if self._levels is not None and window.levels is not None:
@@ -186,7 +138,7 @@ class PredictionWriter:
             self._write_poses(self._poses, window.first_tick, window.poses)
 
     def _write_poses(self, group: zarr.Group, first_tick: int, poses: NDArray[np.float32]) -> None:
-        """Put poses [N, samples per tick, P] in their place, the angles wrapped."""
+        """Write poses [N, samples per tick, P] at their time, with wrapped angles."""
         poses = poses.reshape(-1, poses.shape[-1])
         angles, velocities = np.split(poses.astype(np.float64), 2, axis=1)
         start = first_tick * self._shapes.sensor_samples_per_tick
@@ -201,33 +153,33 @@ class PredictionWriter:
             (self._out / f"{head}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def _fill_with_silence(self, sound: soundfile.SoundFile, *, until_tick: int) -> None:
-        """Write zeros from where the sound stands up to the begin of a tick."""
+        """Write zeros from the end of the sound to the start of a tick."""
         hop = self._recipe.audio.rate_hz // self._recipe.mel.rate_hz
         stop = until_tick * self._shapes.audio_frames_per_tick * hop
         sound.write(np.zeros(max(0, stop - sound.tell()), dtype=np.int16))
 
     def _open_sound(self) -> soundfile.SoundFile:
         rate_hz = self._recipe.audio.rate_hz
-        with self._explained_sound():
+        with self._translate_sound_errors():
             return soundfile.SoundFile(
                 self._out / AUDIO_NAME, "w", samplerate=rate_hz, channels=1, subtype="PCM_16"
             )
 
     @contextlib.contextmanager
-    def _explained_sound(self) -> Iterator[None]:
-        """Turn what libsndfile says of a failed write, which is no OSError, into an error of ours.
+    def _translate_sound_errors(self) -> Iterator[None]:
+        """Translate errors of libsndfile, which are not OSErrors.
 
         Raises:
-            EngineError: it says where, and how much room there is.
+            EngineError: names the file and the free space of its disk.
         """
         try:
             yield
-        # An assertion of soundfile's is what a write comes to that took only a part.
+        # soundfile asserts that a write took all samples.
         except (soundfile.SoundFileError, AssertionError) as error:
             free_mb = shutil.disk_usage(self._out).free / 2**20
             raise EngineError(
                 f"{self._out / AUDIO_NAME}: the sound can't be written ({error} "
-                f"{free_mb:,.0f} MiB are free there); make room there, or give another --out"
+                f"{free_mb:,.0f} MiB are free); fix: free disk space, or give another --out"
             ) from error
 
     def _open_dmel(self) -> zarr.Group:
@@ -249,7 +201,7 @@ class PredictionWriter:
         return group
 
     def _open_animation(self) -> zarr.Group:
-        """Arrays of all samples, none of them valid yet."""
+        """Create the arrays of all samples, none of them valid yet."""
         shapes, chunk = self._shapes, self._shapes.num_sensor_samples
         group = self._open_group(ANIMATION_NAME, rate_hz=self._recipe.sensors.rate_hz, chunk=chunk)
         (count,) = _array_of(group, "timestamp").shape
@@ -273,7 +225,7 @@ class PredictionWriter:
         return group
 
     def _open_group(self, name: str, *, rate_hz: float, chunk: int) -> zarr.Group:
-        """A Zarr group with the session's timestamps at a rate; `chunk` of them are a window."""
+        """Create a Zarr group with the session's timestamps at a rate, `chunk` per window."""
         count = self._num_ticks * chunk // self._shapes.num_ticks
         group = zarr.open_group(self._out / name, mode="w", zarr_format=3)
         group.attrs["rate_hz"] = rate_hz
@@ -290,7 +242,7 @@ class PredictionWriter:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder, where there is one."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,0 +1,100 @@
+"""Staging directories of jobs that write a shard set, and clear errors for full disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from shared.errors import JobError
+from shared.files import sha256_of_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shared.storage import Store
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn disk-full errors into a message that names the disk.
+
+    Raises:
+        JobError: the disk, the quota or the allowed file size was used up.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        free_bytes = shutil.disk_usage(folder).free if folder.exists() else 0
+        raise JobError(
+            f"{folder}: {(error.strerror or 'the disk is full').lower()} (disk {_mount(folder)}, "
+            f"{free_bytes / 2**20:.0f} MiB free); fix: free some space and run it again; finished "
+            "work is kept"
+        ) from error
+
+
+def _mount(path: Path) -> Path:
+    """Return the mount point of the disk that holds a path."""
+    return next((p for p in (path, *path.parents) if p.is_mount()), path)
+
+
+def job_folder(root: Path, run: str) -> Path:
+    """Return the folder in a local set that holds a job's staging directories."""
+    return root / f".{run}.tmp"
+
+
+@contextmanager
+def staging_folder(store: Store, run: str) -> Iterator[Path]:
+    """Make a temporary folder on this machine, and remove those of killed jobs on the same set.
+
+    Args:
+        store: the set.
+        run: ID of this job; empty for reading and for dry runs, which remove nothing.
+    """
+    if not run:
+        with TemporaryDirectory(prefix="shard-set-") as scratch:
+            yield Path(scratch)
+        return
+    digest = sha256_of_bytes(store.url.encode())[:12]
+    base = Path(gettempdir()) / f"shard-set-{os.getuid()}-{digest}"
+    own = base / run
+    folder = own / uuid4().hex[:12]
+    base.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(parents=True)
+    for other in base.iterdir():
+        if other != own:
+            shutil.rmtree(other, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # other tasks still use these folders
+            own.rmdir()
+            base.rmdir()
+
+
+def remove_leftover(leftover: Path) -> None:
+    """Remove a temporary file or folder that a killed job left."""
+    if leftover.is_dir():
+        discard(leftover)
+    else:
+        leftover.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a job's folder; renamed first, so that a process that still uses it fails at once."""
+    renamed = folder.with_name(f".gone-{uuid4().hex[:12]}.tmp")
+    try:
+        folder.rename(renamed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(renamed, ignore_errors=True)
