@@ -134,7 +134,7 @@ def selftest(
 
     config = load_train_config(config_path, overrides, say=_warn)
     require_paths(config, origin=config_path)
-    if not run_selftest(config, num_kills=kills, num_steps=steps, seed=seed, say=click.echo):
+    if not run_selftest(config, num_kills=kills, num_steps=steps, seed=seed, log=click.echo):
         ctx.exit(1)
 
 

@@ -1,12 +1,16 @@
-"""``train selftest``: a killed run goes on as if nothing had been; proved on the user's own data.
+"""``train selftest``: compare a killed and resumed run with an undisturbed one, on the user's data.
 
-One run is left alone: one process, no loader processes. Another one is killed (SIGKILL) at random
-steps and resumed from its newest checkpoint by other numbers of ranks and of loader processes. It
-must have trained on the same samples in the same order, to the byte, and come to the same weights.
+The undisturbed run has one process and no loader processes. The other run is killed (SIGKILL) at
+random steps and resumed from its newest checkpoint with other numbers of ranks and loader
+processes. It must train on the same samples in the same order, to the byte, and reach the same
+weights.
 
-All of it is the real thing: the user's data and configuration, the loader, the trainer and its
-checkpoints, in processes as torchrun starts them. Only the model is the smallest one, on the CPU,
-so that it takes minutes. The runs begin shortly before the end of an epoch and cross it.
+Data, configuration, loader, trainer and checkpoints are the real ones, in processes as torchrun
+starts them. Only the model is the smallest one, on the CPU, so that the test takes minutes. The
+runs start shortly before the end of an epoch and cross it.
+
+One rank of a launch is started as ``python -m train.tools.selftest JOB.json``, in torchrun's
+environment.
 """
 
 from __future__ import annotations
@@ -43,54 +47,58 @@ if TYPE_CHECKING:
 
     from train.data.batch import Batch
 
-
 PROGRAM: Final = (sys.executable, "-m", "train.tools.selftest")
-"""Starts one rank of a part; its argument is a job file."""
+"""Starts one rank of a launch; its argument is a job file."""
 
 SAVE_INTERVAL: Final = 3
-"""Steps between checkpoints of the self test."""
+"""Steps between checkpoints."""
 
 MIN_STEPS: Final = SAVE_INTERVAL + 1
-"""Each part trains so many steps at least, so that each leaves a checkpoint of its own."""
+"""Fewest steps of a launch, so that each writes a checkpoint of its own."""
 
 MAX_WORLD_SIZE: Final = 4
+"""Most ranks of a launch."""
+
 MAX_PROCESSES: Final = 8
-"""Ranks, and ranks with their loader processes, of a part."""
+"""Most ranks and loader processes of a launch."""
 
 MAX_WEIGHT_DIFFERENCE: Final = 0.05
-"""Of the way that the weights went. Another order of float32 sums made less than 0.0001; a step
-taken twice or never, or moments lost, far more."""
+"""Allowed difference of the final weights, as a share of the distance that training moved them.
 
-END_TIMEOUT_S: Final = 60.0
-"""When one rank is killed, the others must have ended after so long."""
+Another order of float32 sums makes less than 0.0001; a step taken twice or never, or lost moments,
+far more.
+"""
+
+KILL_TIMEOUT_S: Final = 60.0
+"""After one rank is killed, the others must end within this time."""
+
+HOLD_S: Final = 600.0
+"""A rank that waits for its kill gives up after this time."""
 
 POLL_S: Final = 0.005
 
-HOLD_S: Final = 600.0
-"""Nobody is left waiting longer for a kill that does not come."""
+_GUARD_BATCHES: Final = 2
+"""A launch waits for its kill this many batches after the planned one."""
 
 Sample = tuple[str, int, bool]
-"""Key, CRC-32 of what it gives the model, and whether it counts (False: padding)."""
-
-_GUARD_BATCHES: Final = 2
-"""A part waits to be killed so many batches after its moment."""
+"""Key of a sample, CRC-32 of its valid inputs, and whether it counts (False for padding)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One life of a run."""
+class Launch:
+    """One start of the ranks of a run, up to a kill or to the end of training."""
 
     world_size: int
     num_workers: int
     kill_after: int | None
-    """Batches of the whole run after which it is killed; None: it may end."""
-    is_one_killed: bool = False
-    """Whether only the last rank is killed; the others must end by themselves."""
+    """Batches of the whole run after which it is killed; None trains to the end."""
+    kills_one_rank: bool = False
+    """Whether only the last rank is killed; the others must then end by themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a part read."""
+    """What a launch read."""
 
     first_step: int
     batches: Sequence[Sequence[Sample]]
@@ -106,162 +114,185 @@ def run_selftest(
     num_steps: int = 40,
     seed: int = 0,
     program: Sequence[str] = PROGRAM,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> bool:
-    """Compare a run that is killed with one that is not.
+    """Compare a run that is killed and resumed with one that is not.
 
     Args:
         config: the user's; only its model, device and intervals are replaced.
         num_kills: how often the run is killed and resumed.
-        num_steps: of both runs.
-        seed: decides moments, ranks and loader processes.
-        program: starts a rank, given a job file.
-        say: takes a line for each part.
+        num_steps: steps of both runs.
+        seed: decides kills, ranks and loader processes.
+        program: starts one rank, given a job file.
+        log: receives one line per launch.
 
     Returns:
-        Whether all is the same.
+        Whether samples and weights are the same.
 
     Raises:
         EngineError: the configuration or the data can't be used, or the undisturbed run failed.
     """
     batches_per_step = config.training.accumulation_steps
-    parts = plan_parts(
+    launches = plan_launches(
         num_kills=num_kills,
         num_steps=num_steps,
         batches_per_step=batches_per_step,
         batch_size=config.data.batch_size,
         seed=seed,
     )
-    loader = Loader(open_source(config, split="train"), config)  # says at once what is wrong
-    start = max(0, loader.batches_per_epoch - num_steps * batches_per_step // 2)
-    say(
+    # Errors of the data are raised here, before any process starts.
+    loader = Loader(open_source(config, split="train"), config)
+    first_batch = max(0, loader.batches_per_epoch - num_steps * batches_per_step // 2)
+    log(
         f"{num_steps} steps of {batches_per_step} x {config.data.batch_size} samples, from batch "
-        f"{start} on; an epoch has {loader.batches_per_epoch}"
+        f"{first_batch} on; an epoch has {loader.batches_per_epoch}"
     )
     with tempfile.TemporaryDirectory(prefix="selftest-") as name:
-        alone, killed = (
-            _Run(Path(name) / kind, config, num_steps, start, program)
+        undisturbed, killed = (
+            _Run(
+                Path(name) / kind,
+                config=config,
+                num_steps=num_steps,
+                first_batch=first_batch,
+                program=program,
+            )
             for kind in ("undisturbed", "killed")
         )
-        whole = alone.live(Part(world_size=1, num_workers=0, kill_after=None), 0, seed=seed)
+        whole = undisturbed.start(Launch(world_size=1, num_workers=0, kill_after=None), 0)
         if whole.problem is not None:
             raise EngineError(f"the undisturbed run failed: {whole.problem}")
-        say(f"undisturbed: 1 rank, 0 loader processes: {len(whole.batches)} batches")
-        is_same = _live_again(killed, parts, whole.batches, seed=seed, say=say)
-        is_same = is_same and _has_same_weights(killed, alone, say)
-    say("PASS: the killed run is the undisturbed one" if is_same else "FAIL: see above")
+        log(f"undisturbed: 1 rank, 0 loader processes: {len(whole.batches)} batches")
+        is_same = _reads_same_batches(killed, launches, whole.batches, seed=seed, log=log)
+        is_same = is_same and _has_same_weights(killed, undisturbed, log)
+    log("PASS: the killed run equals the undisturbed one" if is_same else "FAIL: see above")
     return is_same
 
 
-def plan_parts(
+def plan_launches(
     *, num_kills: int, num_steps: int, batches_per_step: int, batch_size: int, seed: int
-) -> list[Part]:
-    """Lives of a run that is killed `num_kills` times, each unlike the one before.
+) -> list[Launch]:
+    """Plan the launches of a run that is killed `num_kills` times.
+
+    Each launch has another number of ranks and of loader processes than the previous one.
 
     Raises:
-        ConfigError: too few steps for so many kills.
+        ConfigError: there are too few steps for so many kills.
     """
-    least = (num_kills + 1) * MIN_STEPS
-    if num_steps < least:
-        raise ConfigError(f"{num_kills} kills need at least {least} steps; set --steps {least}")
-    chance = random.Random(seed)  # noqa: S311 (no secret)
-    extra = sorted(chance.randint(0, num_steps - least) for _ in range(num_kills))
-    ways = [
+    min_steps = (num_kills + 1) * MIN_STEPS
+    if num_steps < min_steps:
+        raise ConfigError(
+            f"{num_kills} kills need at least {min_steps} steps; fix: set --steps {min_steps}"
+        )
+    rng = random.Random(seed)  # noqa: S311 (not a secret)
+    extra_steps = sorted(rng.randint(0, num_steps - min_steps) for _ in range(num_kills))
+    layouts = [
         (world_size, num_workers)
         for world_size in range(1, MAX_WORLD_SIZE + 1)
         for num_workers in range(3)
         if batch_size % world_size == 0 and world_size * (1 + num_workers) <= MAX_PROCESSES
     ]
-    world_sizes = {world_size for world_size, _ in ways}
-    parts: list[Part] = []
+    has_one_world_size = len({world_size for world_size, _ in layouts}) == 1
+    launches: list[Launch] = []
     world_size, num_workers = 1, 0
     for number in range(num_kills + 1):
-        other = [
+        others = [
             (w, n)
-            for w, n in ways
-            if n != num_workers and (w != world_size or len(world_sizes) == 1)
+            for w, n in layouts
+            if n != num_workers and (w != world_size or has_one_world_size)
         ]
-        world_size, num_workers = chance.choice(other)
+        world_size, num_workers = rng.choice(others)
         kill_after = None
         if number < num_kills:
-            step = (number + 1) * MIN_STEPS + extra[number]
-            kill_after = step * batches_per_step - chance.randrange(batches_per_step)
-        parts.append(
-            Part(
+            step = (number + 1) * MIN_STEPS + extra_steps[number]
+            kill_after = step * batches_per_step - rng.randrange(batches_per_step)
+        launches.append(
+            Launch(
                 world_size=world_size,
                 num_workers=num_workers,
                 kill_after=kill_after,
-                is_one_killed=world_size > 1 and number % 2 == 1,
+                kills_one_rank=world_size > 1 and number % 2 == 1,
             )
         )
-    return parts
+    return launches
 
 
 def compare(
     batches: Sequence[Sequence[Sample]], expected: Sequence[Sequence[Sample]], *, first: int
 ) -> str | None:
-    """What differs first between a part's batches and those from `first` on; None: nothing."""
+    """Describe the first difference of a launch's batches from the expected ones; None if equal.
+
+    Args:
+        batches: of the launch.
+        expected: of the whole run.
+        first: index of the launch's first batch in the run.
+    """
     for number, batch in enumerate(batches, start=first):
         if number >= len(expected):
             return f"batch {number} is one too many"
         if batch != expected[number]:
             pairs = zip(batch, expected[number], strict=False)
-            place = next((i for i, (one, other) in enumerate(pairs) if one != other), 0)
-            found, wanted = batch[place : place + 1], expected[number][place : place + 1]
-            return f"batch {number}, sample {place} is {found}, it should be {wanted}"
+            row = next((i for i, (one, other) in enumerate(pairs) if one != other), 0)
+            sample, expected_sample = batch[row : row + 1], expected[number][row : row + 1]
+            return f"batch {number}, sample {row} is {sample}; expected {expected_sample}"
     return None
 
 
 class _Run:
-    """A run of several lives, with its checkpoints and what it read in a folder."""
+    """A run of one or more launches, with its checkpoints and records in a folder."""
 
     def __init__(
-        self, folder: Path, config: TrainConfig, num_steps: int, start: int, program: Sequence[str]
+        self,
+        folder: Path,
+        *,
+        config: TrainConfig,
+        num_steps: int,
+        first_batch: int,
+        program: Sequence[str],
     ) -> None:
         self.folder = folder
         self._config = _smallest(config, folder, num_steps)
         self.batches_per_step = config.training.accumulation_steps
         self._num_batches = num_steps * self.batches_per_step
-        self._start = start
+        self._first_batch = first_batch
         self._program = program
         folder.mkdir()
 
     @property
     def checkpoints(self) -> Path:
-        """Where its checkpoints are."""
+        """Folder of its checkpoints."""
         return self._config.training.checkpointing.save_dir
 
-    def live(self, part: Part, number: int, *, seed: int) -> Outcome:
-        """One part: from the newest checkpoint to its kill or to the end."""
+    def start(self, launch: Launch, number: int, *, seed: int = 0) -> Outcome:
+        """Train from the newest checkpoint to the launch's kill or to the end."""
         resume = find_latest_checkpoint(self.checkpoints)
         first_step = 0 if resume is None else int(load_checkpoint(resume, "meta")["step"])
-        done = first_step * self.batches_per_step
-        out = self.folder / f"part_{number}"
+        num_before = first_step * self.batches_per_step
+        out = self.folder / f"launch_{number}"
         out.mkdir()
         hold_after = self._num_batches
-        if part.kill_after is not None:
-            hold_after = min(part.kill_after + _GUARD_BATCHES, self._num_batches - 1) - done
-        data = self._config.data.model_copy(update={"num_workers": part.num_workers})
-        config = self._config.model_copy(update={"data": data})
+        if launch.kill_after is not None:
+            last = min(launch.kill_after + _GUARD_BATCHES, self._num_batches - 1)
+            hold_after = last - num_before
+        data = self._config.data.model_copy(update={"num_workers": launch.num_workers})
         job = {
-            "config": config.model_dump(mode="json"),
+            "config": self._config.model_copy(update={"data": data}).model_dump(mode="json"),
             "resume": None if resume is None else str(resume),
-            "start": self._start,
+            "first_batch": self._first_batch,
             "hold_after": hold_after,
             "out": str(out),
         }
         path = out / "job.json"
         path.write_text(json.dumps(job), encoding="utf-8")
-        with RankProcesses([*self._program, str(path)], part.world_size, out) as ranks:
-            if part.kill_after is None:
+        with RankProcesses([*self._program, str(path)], launch.world_size, out) as ranks:
+            if launch.kill_after is None:
                 problem = ranks.wait_for_success()
             else:
-                chance = random.Random(f"{seed}/{number}")  # noqa: S311
-                num_batches = part.kill_after - done
+                num_batches = launch.kill_after - num_before
                 problem = ranks.wait_until(lambda: _num_recorded(out) >= num_batches)
-                time.sleep(chance.uniform(0, 0.1))
-                problem = problem or ranks.kill(only_one=part.is_one_killed)
-        batches, to_first_batch_s = _read_records(out, part.world_size)
+                # Kill at a random moment within the step.
+                time.sleep(random.Random(f"{seed}/{number}").uniform(0, 0.1))  # noqa: S311
+                problem = problem or ranks.kill(only_one=launch.kills_one_rank)
+        batches, to_first_batch_s = _read_records(out, launch.world_size)
         return Outcome(
             first_step=first_step,
             batches=batches,
@@ -271,7 +302,8 @@ class _Run:
 
 
 def _smallest(config: TrainConfig, folder: Path, num_steps: int) -> TrainConfig:
-    """The user's data and batches with the smallest model, on the CPU, in a folder."""
+    """Combine the user's data and batches with the smallest model, on the CPU, in a folder."""
+    checkpointing = {"save_dir": folder / "checkpoints", "keep_last_n": num_steps}
     training = config.training.model_copy(
         update={
             "max_steps": num_steps,
@@ -283,9 +315,7 @@ def _smallest(config: TrainConfig, folder: Path, num_steps: int) -> TrainConfig:
             "eval_interval": num_steps + 1,
             "save_interval": SAVE_INTERVAL,
             "log_dir": folder / "runs",
-            "checkpointing": config.training.checkpointing.model_copy(
-                update={"save_dir": folder / "checkpoints", "keep_last_n": num_steps}
-            ),
+            "checkpointing": config.training.checkpointing.model_copy(update=checkpointing),
         }
     )
     model = ModelConfig(
@@ -300,90 +330,91 @@ def _smallest(config: TrainConfig, folder: Path, num_steps: int) -> TrainConfig:
 
 
 def _num_recorded(out: Path) -> int:
-    """Batches that the main rank has taken."""
+    """Count the batches that the main rank took."""
     path = out / "record_0.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _read_records(out: Path, world_size: int) -> tuple[list[list[Sample]], float]:
-    """Global batches that all ranks took, and the longest wait for the first one, in seconds."""
+    """Read the global batches that all ranks took, and the longest wait for the first, in s."""
     shares, waits_s = [], [0.0]
     for rank in range(world_size):
         path = out / f"record_{rank}.jsonl"
+        # A kill can tear the last line; complete lines end with a newline.
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        values = [json.loads(line) for line in lines]  # what follows the last newline is torn
+        values = [json.loads(line) for line in lines]
         shares.append([[tuple(sample) for sample in value["samples"]] for value in values])
         waits_s += [value["after_s"] for value in values[:1]]
     batches = [[s for share in group for s in share] for group in zip(*shares, strict=False)]
     return batches, max(waits_s)
 
 
-def _live_again(
+def _reads_same_batches(
     run: _Run,
-    parts: Sequence[Part],
+    launches: Sequence[Launch],
     expected: Sequence[Sequence[Sample]],
     *,
     seed: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> bool:
-    """All parts of a run that is killed; whether it read what is expected, all of it."""
+    """Run all launches; whether together they read exactly the expected batches."""
     is_same, num_read = True, 0
-    for number, part in enumerate(parts):
-        outcome = run.live(part, number, seed=seed)
+    for number, launch in enumerate(launches):
+        outcome = run.start(launch, number, seed=seed)
         first = outcome.first_step * run.batches_per_step
         problem = outcome.problem or compare(outcome.batches, expected, first=first)
         if problem is None and first > num_read:
             problem = f"batches {num_read} to {first - 1} were never read"
         num_read = first + len(outcome.batches)
-        if problem is None and number == len(parts) - 1 and num_read < len(expected):
+        if problem is None and number == len(launches) - 1 and num_read < len(expected):
             problem = f"it ended after batch {num_read - 1}"
-        say(_describe(part, outcome, problem, number))
+        log(_describe(launch, outcome, problem, number))
         is_same = is_same and problem is None
         if outcome.problem is not None:
             break
     return is_same
 
 
-def _has_same_weights(killed: _Run, alone: _Run, say: Callable[[str], None]) -> bool:
-    """Whether the last weights are apart by no more than rounding, of the way that they went."""
-    first, expected, found = (
+def _has_same_weights(killed: _Run, undisturbed: _Run, log: Callable[[str], None]) -> bool:
+    """Whether the final weights differ by no more than rounding; see MAX_WEIGHT_DIFFERENCE."""
+    first, expected, actual = (
         torch.cat([tensor.flatten().double() for tensor in load_checkpoint(path)["model"].values()])
         for path in (
-            alone.checkpoints / step_name(SAVE_INTERVAL),
-            alone.checkpoints / FINAL_NAME,
+            undisturbed.checkpoints / step_name(SAVE_INTERVAL),
+            undisturbed.checkpoints / FINAL_NAME,
             killed.checkpoints / FINAL_NAME,
         )
     )
-    share = float((found - expected).norm() / (expected - first).norm())
+    share = float((actual - expected).norm() / (expected - first).norm())
     is_same = share <= MAX_WEIGHT_DIFFERENCE
     verdict = "same" if is_same else f"more than {MAX_WEIGHT_DIFFERENCE:.0%} is not rounding"
-    say(f"weights at the end: apart by {share:.2%} of the way that they went: {verdict}")
+    log(f"final weights differ by {share:.2%} of the distance that training moved them: {verdict}")
     return is_same
 
 
-def _describe(part: Part, outcome: Outcome, problem: str | None, number: int) -> str:
-    ranks = f"{part.world_size} rank{'s' * (part.world_size > 1)}"
+def _describe(launch: Launch, outcome: Outcome, problem: str | None, number: int) -> str:
+    ranks = f"{launch.world_size} rank{'s' * (launch.world_size > 1)}"
     end = "to the end"
-    if part.kill_after is not None:
-        victim = "its last rank" if part.is_one_killed else "all"
-        end = f"{victim} killed after batch {part.kill_after}"
+    if launch.kill_after is not None:
+        victim = "last rank" if launch.kills_one_rank else "all"
+        end = f"{victim} killed after batch {launch.kill_after}"
     return (
-        f"part {number + 1}: from step {outcome.first_step}, {ranks} x {part.num_workers} loader "
-        f"processes, {end}: {len(outcome.batches)} batches, the first after "
+        f"launch {number + 1}: from step {outcome.first_step}, {ranks} x {launch.num_workers} "
+        f"loader processes, {end}: {len(outcome.batches)} batches, the first after "
         f"{outcome.to_first_batch_s:.2f} s: {problem or 'same'}"
     )
 
 
 class RankProcesses:
-    """The same program as each of some ranks, without torchrun to look after them.
+    """Processes of all ranks of one program, without torchrun and its restarts.
 
-    A context manager: none is left behind. Each is the first of a process group of its own, and
-    what it says goes to ``output_<rank>.txt``.
+    A context manager: no process outlives it. Each rank leads a process group of its own and writes
+    its output to ``output_<rank>.txt``.
 
     Args:
         command: the program.
-        world_size: how many.
-        out: an existing folder for what they say.
+        world_size: number of ranks.
+        out: an existing folder for the outputs.
     """
 
     def __init__(self, command: Sequence[str], world_size: int, out: Path) -> None:
@@ -411,39 +442,39 @@ class RankProcesses:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def wait_until(self, is_so: Callable[[], bool]) -> str | None:
-        """Until something is so; a message where a rank ended before."""
-        while not is_so():
+    def wait_until(self, is_true: Callable[[], bool]) -> str | None:
+        """Wait until a condition is true; return a message if a rank ends before."""
+        while not is_true():
             if any(process.poll() is not None for process in self._processes):
-                return f"it ended by itself: {self._last_words()}"
+                return f"a rank ended by itself: {self._output_tails()}"
             time.sleep(POLL_S)
         return None
 
     def wait_for_success(self) -> str | None:
-        """Until all have ended; a message where one did not end well."""
+        """Wait until all ranks have ended; return a message if one failed."""
         codes = [process.wait() for process in self._processes]
-        return None if not any(codes) else f"exit codes {codes}: {self._last_words()}"
+        return None if not any(codes) else f"exit codes {codes}: {self._output_tails()}"
 
     def kill(self, *, only_one: bool) -> str | None:
-        """Kill all, or the last rank; a message where the others do not end then."""
+        """Kill all ranks, or only the last; return a message if the others do not end then."""
         if not only_one:
             self.__exit__()
             return None
         os.killpg(self._processes[-1].pid, signal.SIGKILL)
-        deadline_s = time.monotonic() + END_TIMEOUT_S
+        deadline_s = time.monotonic() + KILL_TIMEOUT_S
         while time.monotonic() < deadline_s:
             if all(process.poll() is not None for process in self._processes):
                 return None
             time.sleep(POLL_S)
-        return f"{END_TIMEOUT_S:.0f} s after a rank was killed the others still run"
+        return f"{KILL_TIMEOUT_S:.0f} s after one rank was killed, other ranks still run"
 
-    def _last_words(self) -> str:
+    def _output_tails(self) -> str:
         outputs = [path.read_text(errors="replace") for path in self._out.glob("output_*.txt")]
         return " | ".join(text.strip()[-400:] for text in outputs if text.strip())
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank."""
+    """Make the environment variables that torchrun sets for a rank."""
     values = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -457,19 +488,19 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Find a port of this machine that no process listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 class RecordedLoader:
-    """A loader that writes down what it gives, before the trainer gets it.
+    """A loader that records each batch before the trainer gets it.
 
     Args:
         loader: the real one.
-        path: a line of JSON per batch.
-        hold_after: so many batches later it waits to be killed.
+        path: of the record, one line of JSON per batch.
+        hold_after: after this many batches it waits for a kill.
     """
 
     def __init__(self, loader: Loader, path: Path, *, hold_after: int) -> None:
@@ -487,19 +518,19 @@ class RecordedLoader:
         self._loader.load_state_dict(state)
 
     def __iter__(self) -> Iterator[Batch]:
-        began_s = time.perf_counter()
+        started_s = time.perf_counter()
         with self._path.open("w", encoding="utf-8") as file:
             for number, batch in enumerate(self._loader):
                 if number == self._hold_after:
                     _hold()
-                after_s = time.perf_counter() - began_s
+                after_s = time.perf_counter() - started_s
                 file.write(json.dumps({"after_s": after_s, "samples": samples_of(batch)}) + "\n")
                 file.flush()
                 yield batch
 
 
 def _hold() -> None:
-    """Wait to be killed; or to find, as in a step, that another rank is gone."""
+    """Wait for a kill; raise, as a training step does, if another rank is gone."""
     deadline_s = time.monotonic() + HOLD_S
     while time.monotonic() < deadline_s:
         distributed.any_of(False)
@@ -507,8 +538,9 @@ def _hold() -> None:
 
 
 def samples_of(batch: Batch) -> list[Sample]:
-    """What each row of a batch is; padding of dense text, which depends on the rank, is left
-    out.
+    """Identify each row of a batch.
+
+    The padding of dense text depends on the rank, so only valid inputs count.
     """
     checksums = [0] * len(batch["keys"])
     for name, tensor in sorted(batch["inputs"].items()):
@@ -522,8 +554,8 @@ def samples_of(batch: Batch) -> list[Sample]:
     return list(zip(batch["keys"], checksums, counts, strict=True))
 
 
-def train_part(job: Mapping[str, Any]) -> None:
-    """One rank of one part."""
+def train_rank(job: Mapping[str, Any]) -> None:
+    """Train one rank of a launch."""
     config, out = TrainConfig.model_validate(job["config"]), Path(job["out"])
     with distributed.process_group(torch.device("cpu")):
         rank, world_size = distributed.rank(), distributed.world_size()
@@ -535,15 +567,15 @@ def train_part(job: Mapping[str, Any]) -> None:
         model = MultiModalCreature(config, loader.shapes)
         trainer = Trainer(model, config, recorded, run_name="selftest", console=Console(quiet=True))
         if job["resume"] is None:
-            recorded.load_state_dict(recorded.state_at(job["start"]))
+            recorded.load_state_dict(recorded.state_at(job["first_batch"]))
         else:
             trainer.load_checkpoint(job["resume"])
         trainer.train()
 
 
 def main(arguments: Sequence[str]) -> None:
-    """A rank of a part, as :data:`PROGRAM` starts it."""
-    train_part(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
+    """Train one rank of a launch, as :data:`PROGRAM` starts it."""
+    train_rank(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
