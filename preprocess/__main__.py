@@ -89,7 +89,7 @@ def validate(
     python -m preprocess validate eye.mp4 microphone.wav
     """  # noqa: D301
     from preprocess.validate.console import has_failed, print_report, print_summary, to_json_lines
-    from preprocess.validate.verdicts import iter_verdicts
+    from preprocess.validate.report import check_sessions
 
     if fix:
         _require_local(places)
@@ -97,14 +97,14 @@ def validate(
     console = Console(stderr=as_json)
     reports = []
     with _open_page(page_path) as page:
-        for verdict in iter_verdicts(places, recipe=recipe, fix=fix):
-            for sentence in verdict.repairs:
-                console.print(f"{verdict.folder.name}: {sentence}", highlight=False, markup=False)
-            reports.append(verdict.report)
+        for checked in check_sessions(places, recipe=recipe, fix=fix):
+            for repair in checked.repairs:
+                console.print(f"{checked.folder.name}: {repair}", highlight=False, markup=False)
+            reports.append(checked.report)
             if page is not None:
-                page.add(verdict.folder, verdict.report, verdict.evidence)
+                page.add(checked)
             if not summary and not as_json:
-                print_report(console, verdict.report)
+                print_report(console, checked.report)
     if as_json:
         for line in to_json_lines(reports):
             click.echo(line)

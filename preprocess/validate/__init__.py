@@ -1,1 +1,1 @@
-"""What is wrong with a session, and mending what has one right repair."""
+"""Check recorded sessions, report their faults, and repair those with one right repair."""

@@ -1,34 +1,30 @@
-"""Reports for people and machines."""
+"""Print validation reports as text, as a table, and as JSON lines."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
+
+from preprocess.validate.report import describe_totals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from rich.console import Console
 
-    from preprocess.validate.validate import Report, Status
+    from preprocess.validate.report import ValidationReport
 
 _STYLES = {"passed": "green", "warnings": "yellow", "failed": "bold red"}
-_TOTALS: dict[Status, str] = {
-    "passed": "passed",
-    "warnings": "with warnings",
-    "failed": "failed",
-}
 _NO_MESSAGE = "-"
 
 
-def print_report(console: Console, report: Report) -> None:
-    """One session: its verdict, what it holds, and every message."""
-    head = Text(f"{report.session}: ").append(report.status, style=_STYLES[report.status])
-    console.print(head.append(f"  {_holds(report)}"), soft_wrap=True)
+def print_report(console: Console, report: ValidationReport) -> None:
+    """Print one session: its status, length, streams, and every message."""
+    title = Text(f"{report.session}: ").append(report.status, style=_STYLES[report.status])
+    console.print(title.append(f"  {_content(report)}"), soft_wrap=True)
     for style, label, messages in (
         (_STYLES["failed"], "error", report.errors),
         (_STYLES["warnings"], "warning", report.warnings),
@@ -38,8 +34,8 @@ def print_report(console: Console, report: Report) -> None:
             console.print(line, soft_wrap=True)
 
 
-def print_summary(console: Console, reports: Sequence[Report]) -> None:
-    """All sessions: one table, then totals."""
+def print_summary(console: Console, reports: Sequence[ValidationReport]) -> None:
+    """Print all sessions: one table, then totals."""
     table = Table(box=None, pad_edge=False)
     for column in ("session", "status", "length", "streams", "first message"):
         table.add_column(column, justify="right" if column == "length" else "left")
@@ -53,28 +49,24 @@ def print_summary(console: Console, reports: Sequence[Report]) -> None:
             Text(messages[0]),
         )
     console.print(table)
-    counts = Counter(report.status for report in reports)
     total_s = sum(report.stats.get("length_s", 0.0) for report in reports)
-    totals = [f"{counts[status]} {word}" for status, word in _TOTALS.items() if counts[status]]
-    sessions = "1 session" if len(reports) == 1 else f"{len(reports)} sessions"
-    console.print(
-        Text(f"{sessions}, {_length(total_s)}: {', '.join(totals) or 'nothing to judge'}")
-    )
+    statuses = [report.status for report in reports]
+    console.print(Text(describe_totals(statuses, _length(total_s))))
 
 
-def to_json_lines(reports: Iterable[Report]) -> Iterator[str]:
-    """Each report as one line of JSON, without the line's end."""
+def to_json_lines(reports: Iterable[ValidationReport]) -> Iterator[str]:
+    """Yield each report as one line of JSON, without a line break."""
     for report in reports:
         yield json.dumps(report.as_dict(), ensure_ascii=False, allow_nan=False)
 
 
-def has_failed(reports: Iterable[Report], *, strict: bool) -> bool:
-    """Whether any session failed; with `strict`, warnings are failures."""
+def has_failed(reports: Iterable[ValidationReport], *, strict: bool) -> bool:
+    """Return whether any session failed; with `strict`, warnings count as failures."""
     return any(report.has_failed(strict=strict) for report in reports)
 
 
-def _holds(report: Report) -> str:
-    """Length and streams of a session in a few words."""
+def _content(report: ValidationReport) -> str:
+    """Format length and streams of a session."""
     streams = report.stats.get("streams")
     if not streams:
         return ""
@@ -82,7 +74,7 @@ def _holds(report: Report) -> str:
 
 
 def _length(length_s: float | None) -> str:
-    """Seconds as people say them."""
+    """Format a length, from two minutes on with minutes and hours."""
     if length_s is None:
         return _NO_MESSAGE
     if length_s < 120:

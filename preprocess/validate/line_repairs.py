@@ -1,9 +1,12 @@
-"""Repairs of metadata and text lines that have one right outcome, as pure functions of lines.
+"""Repair metadata and text lines, as pure functions of lines.
 
-Each takes the lines of a file and gives them back repaired, with a sentence that says what was
-done, or None where there was nothing to do. Applied in the order in which they stand here, a second
-application does nothing: no repair makes work for one before it, and each is measured on what no
-repair after it changes (gaps are filled by the median step of recorded lines alone).
+Each function makes one kind of repair that has exactly one right outcome. It takes the lines of a
+file and returns the repaired lines with a sentence that says what was done, or None if there was
+nothing to do.
+
+Applied in the order of this module, a second pass changes nothing: no repair creates work for one
+before it, and each measures only what no later repair changes (gaps are filled by the median step
+of recorded lines alone).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from preprocess.validate.line_checks import (
     ROUNDING,
     is_mostly_unread,
 )
-from preprocess.validate.units import is_sure, raw_time, text_scale, unit_of
+from preprocess.validate.probe import confirms_unit, guess_unit, raw_timestamp, text_divisor
 from shared.clock import EPSILON_S, clock_offset, wrap_angle
 from shared.session.folder import (
     MAX_LINE_BYTES,
@@ -41,16 +44,16 @@ if TYPE_CHECKING:
     from shared.recipe import SensorRecipe
 
 MIN_GAP_STEPS = 1.8
-"""A gap shorter than so many median steps lost no line; recorders' steps vary."""
+"""A gap of fewer median steps lost no line; the steps of recorders vary."""
 
 TEXT_TOLERANCE_S = 1.0
-"""Texts may lie so far outside the lines and still be on the same clock."""
+"""Texts this far outside the lines can still be on the same clock."""
 
 DECIMALS = 9
-"""Of moved timestamps: finer than recorders write, coarser than what subtraction leaves."""
+"""Of shifted timestamps: finer than recorders write, coarser than rounding errors."""
 
 INTERPOLATED = "interpolated"
-"""Key that marks a line as filled in."""
+"""Key that marks a line that fills a gap."""
 
 _TEXT_KEYS = ("internal_text", "external_text")
 
@@ -61,12 +64,12 @@ class Line:
 
     values: dict[str, Any]
     raw: bytes | None
-    """The bytes it was read from; None where a repair changed it."""
+    """The bytes it was read from; None if a repair changed it."""
     time_s: float | None
-    """Its timestamp; None where it has no usable one."""
+    """Its timestamp; None if it has no usable one."""
 
     def encoded(self) -> bytes:
-        """The line as it is written; an unchanged one to the byte."""
+        """Return the bytes to write; those of an unchanged line are the same."""
         if self.raw is not None:
             return self.raw.rstrip(b"\r\n") + b"\n"
         return json.dumps(self.values, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
@@ -76,7 +79,7 @@ Repaired = tuple[list[Line], str | None]
 
 
 def parse_lines(content: bytes) -> tuple[list[Line], int]:
-    """The lines of a file that are JSON objects, and how many others it has, blank ones aside."""
+    """Return the lines that are JSON objects, and the number of other lines that are not blank."""
     lines: list[Line] = []
     num_bad = 0
     for raw in content.split(b"\n"):
@@ -93,43 +96,46 @@ def parse_lines(content: bytes) -> tuple[list[Line], int]:
 def divide(
     lines: list[Line], texts: list[Line], media_stop_s: float | None
 ) -> tuple[list[Line], list[Line], str | None]:
-    """Lines and texts whose timestamps are seconds, where they are milliseconds, microseconds or
-    nanoseconds and the media say so too; texts that are seconds already stay.
+    """Convert timestamps in milliseconds, microseconds or nanoseconds to seconds.
+
+    Nothing is divided unless the media confirm the unit. Texts that are seconds already stay.
     """
     times = _raw_times(lines)
-    unit = unit_of(times)
-    if unit is None or not is_sure(times, unit, media_stop_s):
+    unit = guess_unit(times)
+    if unit is None or not confirms_unit(times, unit, media_stop_s):
         return lines, texts, None
-    scale = text_scale(_raw_times(texts), times, unit, media_stop_s)
-    if scale is None:
+    divisor = text_divisor(_raw_times(texts), times=times, unit=unit, media_stop_s=media_stop_s)
+    if divisor is None:
         return lines, texts, None
-    files = METADATA_FILE if scale == 1 else f"{METADATA_FILE}, {TEXT_FILE}"
-    done = f"{files}: divided all timestamps by {unit.per_s:.0f}; they were {unit.name}"
+    files = METADATA_FILE if divisor == 1 else f"{METADATA_FILE}, {TEXT_FILE}"
+    sentence = f"{files}: divided all timestamps by {unit.per_s:.0f}; they were {unit.name}"
     divided = [_divided(line, unit.per_s) for line in lines]
-    return divided, [_divided(t, scale) if scale > 1 else t for t in texts], done
+    return divided, [_divided(t, divisor) if divisor > 1 else t for t in texts], sentence
 
 
 def drop_unreadable(lines: list[Line], num_bad: int, *, file: str) -> Repaired:
-    """Without lines that can't be read; a file of hardly any others is left as it is.
+    """Drop lines that cannot be read; a file with hardly any other lines is not changed.
 
-    A text without a time stays: its words are worth a look.
+    A text without a timestamp stays, so that its words are not lost.
     """
     kept = [line for line in lines if line.time_s is not None or file == TEXT_FILE]
     num_dropped = num_bad + len(lines) - len(kept)
     if not num_dropped or is_mostly_unread(num_dropped, len(lines) + num_bad):
         return lines, None
-    what = "without JSON" if file == TEXT_FILE else "without JSON or a timestamp"
-    return kept, f"{file}: dropped {_count(num_dropped, 'line')} {what}"
+    fault = "without JSON" if file == TEXT_FILE else "without JSON or a timestamp"
+    return kept, f"{file}: dropped {_count(num_dropped, 'line')} {fault}"
 
 
 def is_sortable(lines: Sequence[Line]) -> bool:
-    """Whether the lines have timestamps, and those out of order can have changed places."""
+    """Return whether all lines have timestamps and none is more than MAX_STEP_BACK_S late."""
     times_s = np.array([math.nan if line.time_s is None else line.time_s for line in lines])
-    return len(lines) > 0 and not np.isnan(times_s).any() and _is_close(times_s)
+    if len(lines) == 0 or np.isnan(times_s).any():
+        return False
+    return bool((np.diff(times_s) >= -MAX_STEP_BACK_S).all())
 
 
 def sort_lines(lines: list[Line]) -> Repaired:
-    """Sorted by time; lines of equal times keep their order."""
+    """Sort lines by time; lines with equal times keep their order."""
     num_back = int((np.diff(_times(lines)) < 0).sum())
     if not num_back:
         return lines, None
@@ -138,7 +144,7 @@ def sort_lines(lines: list[Line]) -> Repaired:
 
 
 def join_repeats(lines: list[Line]) -> Repaired:
-    """One line for each time: the first, with what it lacks from the others, and all texts."""
+    """Join lines with equal times: the first line, completed from the others, and all texts."""
     joined: list[Line] = []
     for line in lines:
         if joined and joined[-1].time_s == line.time_s:
@@ -156,9 +162,9 @@ def join_repeats(lines: list[Line]) -> Repaired:
 def rebase(
     lines: list[Line], texts: list[Line], media_stop_s: float | None
 ) -> tuple[list[Line], list[Line], str | None]:
-    """Lines and texts with timestamps that begin at zero, where the clock was never reset.
+    """Shift timestamps to start at zero if the recorder's clock was never reset.
 
-    Texts that lie on the session clock already stay. Where they fit neither way nothing is moved.
+    Texts that are on the session clock already stay. If they fit neither clock, nothing is shifted.
     """
     offset_s = _offset(lines, media_stop_s)
     if not offset_s:
@@ -169,18 +175,20 @@ def rebase(
     def fits(times_s: np.ndarray[Any, Any]) -> bool:
         return bool(((times_s >= -TEXT_TOLERANCE_S) & (times_s <= stop_s)).all())
 
-    moved_texts, files = texts, METADATA_FILE
+    shifted, files = texts, METADATA_FILE
     if len(text_times_s) and fits(text_times_s - offset_s):
-        moved_texts, files = [_moved(t, offset_s) for t in texts], f"{METADATA_FILE}, {TEXT_FILE}"
+        shifted, files = [_shifted(t, offset_s) for t in texts], f"{METADATA_FILE}, {TEXT_FILE}"
     elif not fits(text_times_s):
         return lines, texts, None
-    done = f"{files}: subtracted {offset_s:g} s from all timestamps; the clock was never reset"
-    return [_moved(line, offset_s) for line in lines], moved_texts, done
+    sentence = f"{files}: subtracted {offset_s:g} s from all timestamps; the clock was never reset"
+    return [_shifted(line, offset_s) for line in lines], shifted, sentence
 
 
 def trim(lines: list[Line], media_stop_s: float | None) -> Repaired:
-    """Without lines before the media begin or after they end, where these are 0.1 to 1 s; more is
-    another fault. Lines with text stay, and so all lines between them and the media.
+    """Drop lines before the start or after the end of the media.
+
+    Only 0.1 to 1 s of lines are dropped; more is another fault. If one of them contains text,
+    nothing is dropped.
     """
     if media_stop_s is None:
         return lines, None
@@ -193,54 +201,58 @@ def trim(lines: list[Line], media_stop_s: float | None) -> Repaired:
     outside = (*lines[:first], *lines[stop:])
     if not outside or stop - first < 2 or any(_has_text(line) for line in outside):
         return lines, None
-    # Neither a clock that was not moved, nor one that would seem to need it afterwards.
+    # Skip a clock that was not shifted, and one that would look unshifted afterwards.
     if any(_offset(some, media_stop_s) for some in (lines, lines[first:stop])):
         return lines, None
-    done = f"{METADATA_FILE}: dropped {_count(len(outside), 'line')} outside the media's "
-    return lines[first:stop], done + f"[0, {media_stop_s:.3f}] s"
+    sentence = f"{METADATA_FILE}: dropped {_count(len(outside), 'line')} outside the media's "
+    return lines[first:stop], sentence + f"[0, {media_stop_s:.3f}] s"
 
 
 def clamp(lines: list[Line], *, sensors: SensorRecipe) -> Repaired:
-    """With touch in [0, 1] and angles in [-pi, pi], for each sensor all of whose readings are
-    inside but for rounding.
+    """Clamp touch to [0, 1] and angles to [-pi, pi].
+
+    Only columns in which every reading is inside, or outside by rounding, are clamped.
     """
-    repaired, num_touched = _clamped(
-        lines, "touch", sensors.touch_size, sensors.touch_size, (0.0, 1.0)
+    touch_size, num_angles = sensors.touch_size, sensors.proprio_size // 2
+    repaired, num_touch = _clamp_key(
+        lines, "touch", size=touch_size, num_checked=touch_size, limits=(0.0, 1.0)
     )
-    num_angles = sensors.proprio_size // 2
-    limits = (-math.pi, math.pi)
-    repaired, num_turned = _clamped(repaired, "proprio", 2 * num_angles, num_angles, limits)
-    counts = [("touch", num_touched), ("proprio", num_turned)]
-    parts = [f"{key} in {_count(number, 'line')}" for key, number in counts if number]
-    if not parts:
+    repaired, num_proprio = _clamp_key(
+        repaired, "proprio", size=2 * num_angles, num_checked=num_angles, limits=(-math.pi, math.pi)
+    )
+    counts = [("touch", num_touch), ("proprio", num_proprio)]
+    changes = [f"{key} in {_count(number, 'line')}" for key, number in counts if number]
+    if not changes:
         return lines, None
-    return repaired, f"{METADATA_FILE}: clamped {' and '.join(parts)}, off the range by rounding"
+    return repaired, f"{METADATA_FILE}: clamped {' and '.join(changes)}, outside by rounding"
 
 
-def _clamped(
-    lines: list[Line], key: str, size: int, num_checked: int, limits: tuple[float, float]
+def _clamp_key(
+    lines: list[Line], key: str, *, size: int, num_checked: int, limits: tuple[float, float]
 ) -> tuple[list[Line], int]:
-    """Lines with the first `num_checked` values under a key clamped, and how many changed."""
+    """Clamp the first `num_checked` values under a key; return the number of changed lines."""
     low, high = limits
     rows = [i for i, line in enumerate(lines) if _reading(line, key, size) is not None]
     values = np.array([lines[i].values[key] for i in rows], dtype=np.float64)
     checked = values.reshape(len(rows), size)[:, :num_checked]
-    over = np.maximum(checked - high, low - checked)
-    is_mended = (over > 0) & (over.max(axis=0, initial=0.0) <= ROUNDING)
+    excess = np.maximum(checked - high, low - checked)
+    is_clamped = (excess > 0) & (excess.max(axis=0, initial=0.0) <= ROUNDING)
     repaired = list(lines)
-    changed = np.flatnonzero(is_mended.any(axis=1))
+    changed = np.flatnonzero(is_clamped.any(axis=1))
     for row in changed:
         line = lines[rows[row]]
         reading = list(line.values[key])
-        for column in np.flatnonzero(is_mended[row]):
+        for column in np.flatnonzero(is_clamped[row]):
             reading[column] = min(max(reading[column], low), high)
         repaired[rows[row]] = replace(line, values={**line.values, key: reading}, raw=None)
     return repaired, len(changed)
 
 
 def fill_gaps(lines: list[Line], *, sensors: SensorRecipe) -> Repaired:
-    """With marked, interpolated lines where single lines were lost: in gaps of 35 to 100 ms and
-    at least two median steps, between lines that both hold readings.
+    """Fill gaps in which single lines were lost with interpolated, marked lines.
+
+    A gap is filled if it takes 35 to 100 ms and at least two median steps, and if the lines on
+    both sides contain readings.
     """
     recorded = [line for line in lines if not line.values.get(INTERPOLATED)]
     if len(recorded) < 3:
@@ -252,19 +264,22 @@ def fill_gaps(lines: list[Line], *, sensors: SensorRecipe) -> Repaired:
     for before, after in itertools.pairwise(lines):
         gap_s = float(after.time_s or 0.0) - float(before.time_s or 0.0)
         if max(GAP_WARNING_S, MIN_GAP_STEPS * step_s) <= gap_s <= limit_s:
-            between = _between(before, after, round(gap_s / step_s) - 1, sensors)
-            num_gaps += bool(between)
-            filled += between
+            new = _interpolate(before, after, round(gap_s / step_s) - 1, sensors)
+            num_gaps += bool(new)
+            filled += new
         filled.append(after)
     num_new = len(filled) - len(lines)
     if not num_new:
         return lines, None
-    done = f"filled {_count(num_gaps, 'gap')} with {_count(num_new, 'interpolated line')}"
-    return filled, f'{METADATA_FILE}: {done}, marked "{INTERPOLATED}": true'
+    sentence = f"filled {_count(num_gaps, 'gap')} with {_count(num_new, 'interpolated line')}"
+    return filled, f'{METADATA_FILE}: {sentence}, marked "{INTERPOLATED}": true'
 
 
-def _between(before: Line, after: Line, count: int, sensors: SensorRecipe) -> list[Line]:
-    """`count` lines evenly between two, angles the short way round; none without readings."""
+def _interpolate(before: Line, after: Line, count: int, sensors: SensorRecipe) -> list[Line]:
+    """Return `count` lines evenly between two; none if no sensor has readings in both.
+
+    Angles are interpolated along the shorter arc.
+    """
     ends: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]] = {}
     for key, size, num_angles in (
         ("touch", sensors.touch_size, 0),
@@ -300,24 +315,20 @@ def _offset(lines: Sequence[Line], media_stop_s: float | None) -> float:
     return clock_offset(float(times_s[0]), float(times_s[-1]), media_stop_s)
 
 
-def _is_close(times_s: np.ndarray[Any, Any]) -> bool:
-    return bool((np.diff(times_s) >= -MAX_STEP_BACK_S).all())
-
-
 def _raw_times(lines: Sequence[Line]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    times = (raw_time(line.values) for line in lines)
+    times = (raw_timestamp(line.values) for line in lines)
     return np.array([time for time in times if time is not None], dtype=np.float64)
 
 
 def _divided(line: Line, units_per_s: float) -> Line:
-    time = raw_time(line.values)
+    time = raw_timestamp(line.values)
     if time is None:
         return line
     time_s = round(time / units_per_s, DECIMALS)
     return replace(line, values={**line.values, "timestamp": time_s}, raw=None, time_s=time_s)
 
 
-def _moved(line: Line, offset_s: float) -> Line:
+def _shifted(line: Line, offset_s: float) -> Line:
     if line.time_s is None:
         return line
     time_s = round(line.time_s - offset_s, DECIMALS)
@@ -325,7 +336,7 @@ def _moved(line: Line, offset_s: float) -> Line:
 
 
 def _merge(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What the first line lacks from the other; texts of both."""
+    """Complete the first line from the other one, and join their texts."""
     merged = {**other, **{k: v for k, v in first.items() if v is not None or k not in other}}
     for key in _TEXT_KEYS:
         both = [v.get(key) for v in (first, other)]
@@ -340,7 +351,7 @@ def _has_text(line: Line) -> bool:
 
 
 def _reading(line: Line, key: str, size: int) -> list[float] | None:
-    """A reading of the right size whose values are all finite numbers."""
+    """Return a reading of the right size with finite numbers only, else None."""
     values = line.values.get(key)
     if not isinstance(values, list) or len(values) != size:
         return None

@@ -1,13 +1,11 @@
-"""Pictures and sound for the report: a few frames of each eye as JPEG, the envelope and level of
-the sound.
+"""Read pictures and sound for the report: thumbnails of a video, envelope and level of the sound.
 
-Both read only what they show and keep no more: frames one by one from the keyframes before them,
-sound in blocks.
+Only what the report shows is kept: frames are decoded one by one from the keyframes before them,
+sound is read in blocks.
 """
 
 from __future__ import annotations
 
-import base64
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,11 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import soundfile
 
-from preprocess.validate.axes import PLOT_WIDTH, TimeAxis, say_time
 from shared.clock import nearest
 from shared.media.sound import read_sound
 from shared.media.video import read_frames
-from shared.shardset.codec import encode_pictures
+from shared.page import format_time, jpeg_uri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,35 +25,36 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.media.video import VideoTrack
+    from shared.page import TimeAxis
     from shared.recipe import VisionRecipe
 
 NUM_THUMBNAILS = 10
 _LONG_S = 120.0
-_THUMBNAIL = {"size": 128, "codec": "mjpeg", "quality": 75}
-_SEEKABLE_HEADS = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
-_MATROSKA_HEAD = b"\x1aE\xdf\xa3"
+_THUMBNAIL_SIZE = 128
+_SEEKABLE_TYPES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
+_MATROSKA_START = b"\x1aE\xdf\xa3"
 
 _BLOCK_FRAMES = 1 << 16
 _MIN_BIN_SAMPLES = 4
 _FALLBACK_RATE_HZ = 16_000
 _MIN_LEVEL_S = 0.02
-"""The level is of so many seconds at least: one period of 50 Hz."""
+"""The level is measured over at least this time: one period of 50 Hz."""
 
 FULL_SCALE = 32767 / 32768
 """The largest sample of 16 bits; sound that reaches it is clipped."""
 
 FLOOR_DB = -90.0
-"""Level that stands for silence: the noise of 16 bits."""
+"""Level of silence: the noise of 16 bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thumbnail:
-    """What the recipe shows at a place of the time axis."""
+    """The frame that the recipe selects at a time."""
 
     x: float
     width: float
     jpeg_uri: str
-    """Empty where there is nothing to show."""
+    """Empty if there is no frame."""
     label: str
     state: str
     """shown, damaged (the frame does not decode) or none (no frame near enough)."""
@@ -64,8 +62,9 @@ class Thumbnail:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
-    """The sound in bins: edges_s [N + 1] from its first sample on, the rest [N], full scale 1; bins
-    are never empty.
+    """The sound in bins.
+
+    Shapes: edges_s [N + 1] from the first sample on, the others [N], N > 0. Full scale is 1.
     """
 
     edges_s: NDArray[np.float64]
@@ -79,38 +78,38 @@ class Envelope:
 def read_thumbnails(
     path: Path, track: VideoTrack, *, axis: TimeAxis, recipe: VisionRecipe
 ) -> list[Thumbnail]:
-    """What the recipe shows at NUM_THUMBNAILS times spread evenly over the axis.
+    """Read the frames that the recipe selects at NUM_THUMBNAILS times spread over the axis.
 
     Raises:
-        MediaError: the file doesn't open any more.
+        MediaError: the file does not open any more.
     """
-    width = PLOT_WIDTH / NUM_THUMBNAILS
+    width = axis.width / NUM_THUMBNAILS
     times_s = axis.start_s + (np.arange(NUM_THUMBNAILS) + 0.5) / NUM_THUMBNAILS * axis.length_s
     indices, error_s = nearest(track.times_s, times_s)
     near = np.abs(error_s) <= recipe.tolerance_s
-    small = recipe.model_copy(update=_THUMBNAIL)
+    small = recipe.model_copy(update={"size": _THUMBNAIL_SIZE})
     uris: dict[int, str] = {}
     for wanted in _runs(path, track, np.unique(indices[near]).tolist()):
         for index, picture in read_frames(path, track, wanted, recipe=small):
-            jpeg = encode_pictures(picture[None], recipe=small)
-            uris[index] = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+            uris[index] = jpeg_uri(picture)
     thumbnails: list[Thumbnail] = []
     for slot, (index, is_near) in enumerate(zip(indices.tolist(), near.tolist(), strict=True)):
         uri = uris.get(index, "") if is_near else ""
         state = "shown" if uri else "damaged" if is_near else "none"
-        shown_s = float(track.times_s[index] if is_near else times_s[slot])
-        label = say_time(shown_s, step_s=0.01 if axis.length_s < _LONG_S else 0.1)
+        time_s = float(track.times_s[index] if is_near else times_s[slot])
+        label = format_time(time_s, step_s=0.01 if axis.length_s < _LONG_S else 0.1)
         thumbnails.append(Thumbnail(slot * width, width, uri, label, state))
     return thumbnails
 
 
 def _runs(path: Path, track: VideoTrack, wanted: list[int]) -> Iterator[Sequence[int]]:
-    """Frames that are decoded in one go: those after the same keyframe, or all of them where a
-    file can't be entered in its middle.
+    """Group frames that are decoded in one pass.
+
+    These are the frames after the same keyframe, or all of them if the file is not seekable.
     """
     with path.open("rb") as file:
-        head = file.read(8)
-    if head[4:] in _SEEKABLE_HEADS or head[:4] == _MATROSKA_HEAD:
+        start = file.read(8)
+    if start[4:] in _SEEKABLE_TYPES or start[:4] == _MATROSKA_START:
         keyframes = np.flatnonzero(track.keyframes)
         for _, run in itertools.groupby(
             wanted, key=lambda i: np.searchsorted(keyframes, i, "right")
@@ -121,27 +120,27 @@ def _runs(path: Path, track: VideoTrack, wanted: list[int]) -> Iterator[Sequence
 
 
 def read_envelope(path: Path, *, duration_s: float, axis: TimeAxis) -> Envelope:
-    """Extremes and level of a sound file, in bins about as wide as a pixel of the axis.
+    """Measure extremes and level of a sound file, in bins about as wide as a unit of the axis.
 
     Args:
         path: the sound file.
-        duration_s: how long it is, as :func:`shared.media.sound.read_sound` has it.
-        axis: what is shown.
+        duration_s: its duration, as :func:`shared.media.sound.read_sound` returns it.
+        axis: the time axis of the figure.
 
     Raises:
-        MediaError: the file doesn't open any more.
+        MediaError: the file does not open any more.
     """
     blocks = _sound_blocks(path)
-    rate_hz, head = next(blocks, (1, np.zeros((0, 1), dtype=np.float32)))
-    num_bins = min(duration_s / axis.length_s * PLOT_WIDTH, duration_s * rate_hz / _MIN_BIN_SAMPLES)
+    rate_hz, first = next(blocks, (1, np.zeros((0, 1), dtype=np.float32)))
+    num_bins = min(duration_s / axis.length_s * axis.width, duration_s * rate_hz / _MIN_BIN_SAMPLES)
     bins = _Bins(duration_s, max(1, int(num_bins)), num_samples=round(duration_s * rate_hz))
-    for _, block in itertools.chain([(rate_hz, head)], blocks):
+    for _, block in itertools.chain([(rate_hz, first)], blocks):
         bins.add(block)
     return bins.envelope()
 
 
 def _sound_blocks(path: Path) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """(rate, samples [n, channels]) of a sound file, block by block at its own rate."""
+    """Yield (rate, samples [n, channels]) of a sound file, block by block at its own rate."""
     has_begun = False
     try:
         with soundfile.SoundFile(str(path)) as file:
@@ -149,13 +148,13 @@ def _sound_blocks(path: Path) -> Iterator[tuple[int, NDArray[np.float32]]]:
                 yield file.samplerate, block
                 has_begun = True
     except (soundfile.SoundFileError, TypeError):
-        if not has_begun:  # what libsndfile refuses is read as the shard job reads it
+        if not has_begun:  # a file that libsndfile refuses is read as the shard job reads it
             sound = read_sound(path, rate_hz=_FALLBACK_RATE_HZ)
             yield sound.rate_hz, sound.waveform[:, None]
 
 
 class _Bins:
-    """Extremes and energy of samples by time."""
+    """Collect extremes and energy of samples by time."""
 
     def __init__(self, duration_s: float, num_bins: int, *, num_samples: int) -> None:
         self._num_samples, self._first = max(1, num_samples), 0
@@ -166,7 +165,7 @@ class _Bins:
         self._count = np.zeros(num_bins)
 
     def add(self, block: NDArray[np.float32]) -> None:
-        """The next samples [n, channels]."""
+        """Add the next samples [n, channels]."""
         if len(block) == 0:
             return
         # By channel: reducing along the long axis is ten times faster.
@@ -175,9 +174,9 @@ class _Bins:
         num_bins = len(self._low)
         number = self._first + np.arange(len(block), dtype=np.int64)
         self._first += len(block)
-        which = np.minimum(number * num_bins // self._num_samples, num_bins - 1)
-        starts = np.flatnonzero(np.diff(which, prepend=-1))
-        at = which[starts]
+        bins = np.minimum(number * num_bins // self._num_samples, num_bins - 1)
+        starts = np.flatnonzero(np.diff(bins, prepend=-1))
+        at = bins[starts]
         low = np.minimum.reduceat(samples, starts, axis=1).min(axis=0)
         high = np.maximum.reduceat(samples, starts, axis=1).max(axis=0)
         self._low[at] = np.minimum(self._low[at], low)
@@ -187,7 +186,7 @@ class _Bins:
         self._count[at] += np.diff(np.append(starts, len(block)))
 
     def envelope(self) -> Envelope:
-        """What was added; empty bins are silent."""
+        """Return the envelope of the added samples; empty bins are silent."""
         is_empty = self._count == 0
         low, high = np.where(is_empty, 0.0, self._low), np.where(is_empty, 0.0, self._high)
         bin_s = self._edges_s[1] - self._edges_s[0]

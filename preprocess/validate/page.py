@@ -1,8 +1,8 @@
-"""The report as one HTML page (``preprocess validate --report FILE.html``).
+"""Write the validation report as one HTML page (``preprocess validate --report FILE.html``).
 
-Everything is inside the file: styles, SVG, pictures as data URIs; it needs no network and no
-script. Every session is rendered when it is judged and kept on disk until all are, so that memory
-does not grow with their number. The page appears under its name only when it is whole.
+The file contains its styles, SVG, and pictures; it needs no network and no script. Each session is
+rendered when it is checked and kept on disk until the page is complete, so that memory does not
+grow with the number of sessions. The page appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from preprocess.validate.axes import PLOT_WIDTH, say_time
-from preprocess.validate.figures import draw_session
+from preprocess.validate.panels import draw_session
+from preprocess.validate.report import describe_totals
+from shared.page import PLOT_WIDTH, format_time, page_environment
 from shared.recipe import STREAMS
 
 if TYPE_CHECKING:
@@ -26,12 +24,11 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from preprocess.validate.figures import Figures
-    from preprocess.validate.probe import SessionProbe
-    from preprocess.validate.validate import Report
+    from preprocess.validate.panels import SessionPanels
+    from preprocess.validate.report import CheckedSession, Status, ValidationReport
 
 LEFT_MARGIN = 132
-"""DiskQuota for labels left of what has a time, in SVG units."""
+"""Room for labels left of the time axis, in SVG units."""
 
 RIGHT_MARGIN = 158
 
@@ -40,24 +37,24 @@ _SILENT_DBFS = -120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SummaryRow:
-    """A session in the table on top."""
+    """A session in the table at the top of the page."""
 
     anchor: str
     session: str
-    status: str
+    status: Status
     length: str
     cells: list[tuple[str, str]]
-    """Per stream of STREAMS: a class (full, part, none, wrong) and a word."""
+    """CSS class (full, part, none, wrong) and text for each stream of STREAMS."""
     num_errors: int
     num_warnings: int
     message: str
 
 
 class ReportPage:
-    """A page that sessions are added to; written when the ``with`` block ends well.
+    """A page that sessions are added to; written when the ``with`` block ends without an error.
 
     Args:
-        path: the file; its folder is made where it is missing.
+        path: the file; its folder is created if needed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,20 +62,14 @@ class ReportPage:
         self._rows: list[SummaryRow] = []
         self._length_s = 0.0
         self._lengths_bytes: list[int] = []
-        self._environment = Environment(
-            loader=PackageLoader("preprocess.validate", package_path=""),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        self._environment = page_environment("preprocess.validate")
         self._sections: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        """Make the folder, so that a wrong path shows at once.
+        """Create the folder, so that a wrong path fails at once.
 
         Raises:
-            OSError: the folder can't be made or written.
+            OSError: the folder cannot be created or written.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._sections = tempfile.TemporaryFile(dir=self._path.parent)
@@ -93,99 +84,90 @@ class ReportPage:
         """Write the page, unless an error ends the block.
 
         Raises:
-            OSError: it can't be written.
+            OSError: the page cannot be written.
         """
         assert self._sections is not None
         with self._sections:
             if kind is None:
                 self._write(self._sections)
 
-    def add(self, folder: Path, report: Report, evidence: SessionProbe | None) -> None:
+    def add(self, checked: CheckedSession) -> None:
         """Add a session.
-
-        Args:
-            folder: the session folder.
-            report: the verdict.
-            evidence: what was read of it; None where that was not possible.
 
         Raises:
             OSError: the disk is full.
         """
         assert self._sections is not None
-        figures, problem = None, ""
-        if evidence is not None:
+        report = checked.report
+        panels, problem = None, ""
+        if checked.probe is not None:
             try:
-                figures = draw_session(folder, evidence)
-            except Exception as failure:  # a border as in validate: the verdict is still shown
-                problem = f"its pictures can't be drawn: {type(failure).__name__}: {failure}"
+                panels = draw_session(checked.folder, checked.probe)
+            except Exception as error:  # a border as in check_session: the report is still shown
+                problem = f"its panels cannot be drawn: {type(error).__name__}: {error}"
         anchor = f"session-{len(self._rows) + 1}"
         html = self._environment.get_template("section.html.j2").render(
             anchor=anchor,
             report=report,
-            facts=_facts(report),
-            figures=figures,
+            properties=_describe_session(report),
+            panels=panels,
             problem=problem,
             left=LEFT_MARGIN,
-            width=PLOT_WIDTH,
-            total_width=LEFT_MARGIN + PLOT_WIDTH + RIGHT_MARGIN,
+            width=int(PLOT_WIDTH),
+            total_width=int(LEFT_MARGIN + PLOT_WIDTH + RIGHT_MARGIN),
         )
         self._lengths_bytes.append(self._sections.write(html.encode("utf-8", "backslashreplace")))
-        self._rows.append(_summary_row(anchor, report, figures))
+        self._rows.append(_summary_row(anchor, report, panels))
         self._length_s += report.stats.get("length_s", 0.0)
 
     def _write(self, sections: IO[bytes]) -> None:
-        """Put the page together, the sections one by one."""
+        """Write the page, one section after the other."""
         sections.seek(0)
         template = self._environment.get_template("page.html.j2")
         stream = template.stream(
             rows=self._rows,
-            totals=self._totals(),
+            totals=describe_totals(
+                [row.status for row in self._rows], format_time(self._length_s, step_s=0.1)
+            ),
             streams=[stream.value for stream in STREAMS],
             sections=self._read_sections(sections),
         )
-        part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
         try:
-            with part.open("wb") as file:
+            with temporary.open("wb") as file:
                 stream.dump(file, encoding="utf-8", errors="backslashreplace")
-            part.replace(self._path)
+            temporary.replace(self._path)
         finally:
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def _read_sections(self, sections: IO[bytes]) -> Iterator[str]:
         for length_bytes in self._lengths_bytes:
             yield sections.read(length_bytes).decode()
 
-    def _totals(self) -> str:
-        counts = Counter(row.status for row in self._rows)
-        words = {"failed": "failed", "warnings": "with warnings", "passed": "passed"}
-        found = [f"{counts[status]} {word}" for status, word in words.items() if counts[status]]
-        number = "1 session" if len(self._rows) == 1 else f"{len(self._rows)} sessions"
-        length = say_time(self._length_s, step_s=0.1)
-        return f"{number}, {length}: {', '.join(found) or 'nothing to judge'}"
 
-
-def _summary_row(anchor: str, report: Report, figures: Figures | None) -> SummaryRow:
-    """A session's row of the table on top."""
-    rows = {row.name: row for row in figures.rows} if figures else {}
+def _summary_row(anchor: str, report: ValidationReport, panels: SessionPanels | None) -> SummaryRow:
+    """Return a session's row of the table at the top."""
+    timelines = {timeline.name: timeline for timeline in panels.timelines} if panels else {}
     cells: list[tuple[str, str]] = []
     for stream in STREAMS:
-        row = rows.get(stream.value)
-        if row is None:
+        timeline = timelines.get(stream.value)
+        if timeline is None:
             cells.append(("none", "?"))
-        elif row.state == "absent":
+        elif timeline.state == "absent":
             cells.append(("none", "-"))
-        elif row.state != "recorded":
-            cells.append(("wrong", row.state))
+        elif timeline.state != "recorded":
+            cells.append(("wrong", timeline.state))
         else:
-            is_full = row.share > 0.995 and not row.flaws
-            cells.append(("full" if is_full else "part", f"{math.floor(row.share * 100 + 0.5)}%"))
+            is_full = timeline.share > 0.995 and not timeline.flaws
+            percent = math.floor(timeline.share * 100 + 0.5)
+            cells.append(("full" if is_full else "part", f"{percent}%"))
     messages = (*report.errors, *report.warnings, "")
     length_s = report.stats.get("length_s")
     return SummaryRow(
         anchor=anchor,
         session=report.session,
         status=report.status,
-        length="-" if length_s is None else say_time(length_s, step_s=0.1),
+        length="-" if length_s is None else format_time(length_s, step_s=0.1),
         cells=cells,
         num_errors=len(report.errors),
         num_warnings=len(report.warnings),
@@ -193,33 +175,33 @@ def _summary_row(anchor: str, report: Report, figures: Figures | None) -> Summar
     )
 
 
-def _facts(report: Report) -> list[tuple[str, str]]:
-    """What a session is made of, as (word, value)."""
+def _describe_session(report: ValidationReport) -> list[tuple[str, str]]:
+    """Return the properties of a session as (name, value)."""
     stats = report.stats
     if "length_s" not in stats:
         return []
-    facts = [("length", say_time(stats["length_s"]))]
+    properties = [("length", format_time(stats["length_s"]))]
     if stats["clock_offset_s"]:
-        facts.append(("clock offset", f"{stats['clock_offset_s']:.3f} s"))
+        properties.append(("clock offset", f"{stats['clock_offset_s']:.3f} s"))
     for name, video in stats["video"].items():
         size = f"{video['codec']} {video['width']}x{video['height']}, {video['frames']} frames"
         start_s, stop_s = stats["streams"][name]
         rate = f", {video['frames'] / (stop_s - start_s):.1f} fps" if stop_s > start_s else ""
-        facts.append((name, size + rate))
+        properties.append((name, size + rate))
     if "audio" in stats:
         audio = stats["audio"]
-        levels = f"RMS {_say_db(audio['rms'])}, peak {_say_db(audio['peak'])}"
-        facts.append(("audio", f"{levels}, {audio['clipped_samples']} samples clipped"))
-    facts += [(file, f"{count} lines") for file, count in stats["lines"].items() if count]
+        levels = f"RMS {_format_level(audio['rms'])}, peak {_format_level(audio['peak'])}"
+        properties.append(("audio", f"{levels}, {audio['clipped_samples']} samples clipped"))
+    properties += [(file, f"{count} lines") for file, count in stats["lines"].items() if count]
     if "gaps" in stats:
         gaps = stats["gaps"]
         median_s = gaps["median_s"]
         rate = f"{1 / median_s:.1f} Hz, " if median_s > 0 else ""
-        facts.append(("lines apart", f"{rate}longest gap {gaps['longest_s']:.3f} s"))
-    return facts
+        properties.append(("line rate", f"{rate}longest gap {gaps['longest_s']:.3f} s"))
+    return properties
 
 
-def _say_db(level: float) -> str:
-    """A level of full scale 1 in dBFS."""
+def _format_level(level: float) -> str:
+    """Format a level of full scale 1 in dBFS."""
     level_db = 20 * math.log10(level) if level > 0 else _SILENT_DBFS
     return f"{level_db:.1f} dBFS" if level_db > _SILENT_DBFS else "silent"

@@ -1,12 +1,12 @@
-"""Repairs a session in place (``preprocess validate --fix``): what has one right repair, and
-nothing else.
+"""Repair a session in place (``preprocess validate --fix``).
 
-Reads metadata and text lines, applies :mod:`preprocess.validate.line_repairs` in order, writes
-the files that changed. Media are never touched. The originals stay beside them as ``*.orig``.
+Only faults with exactly one right repair are repaired: metadata and text lines are read, the
+functions of :mod:`preprocess.validate.line_repairs` are applied in order, and the files that
+changed are written. Media files are never changed. The original files are kept as ``*.orig``.
 
-Both files change together or not at all, wherever the machine stops: the new files are written
-whole under temporary names, then a journal that names them is, and only then are they renamed over
-the old ones; the next run finishes what a journal names.
+Both files change together or not at all, at whatever moment the machine stops. First the new files
+are written under temporary names, then a journal that names them; only then they are renamed over
+the old ones. The next run finishes the renames of a journal that it finds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import filecmp
 import itertools
 import os
 import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from preprocess.validate.line_repairs import (
@@ -47,106 +46,107 @@ if TYPE_CHECKING:
 
 JOURNAL_FILE = ".repair"
 _FILES = (METADATA_FILE, TEXT_FILE)
-_PART = ".repairing"
+_TEMPORARY = ".repairing"
+"""Suffix of files that are not complete yet."""
 
 
 def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
-    """Repair what has one right repair in a session folder.
+    """Repair a session folder.
 
     Args:
         path: the session folder.
         recipe: sizes of readings, and the longest gap that is interpolated.
 
     Returns:
-        What was done, one sentence each; [] where nothing was, as on every second run.
+        One sentence for each repair; [] if there was nothing to repair, as on every second run.
 
     Raises:
-        SessionError: the folder is no folder, or can't be read or written; nothing has changed, or
+        SessionError: not a folder, or it cannot be read or written. Nothing has changed then, or
             the next run finishes the change.
     """
     if not path.is_dir():
         raise SessionError(f"{path}: no such folder; give the folder of a session")
     try:
-        done = _finish(path)
-        contents, sentences = _plan(path, recipe=recipe)
+        finished = _finish_journal(path)
+        contents, repairs = _plan_repairs(path, recipe=recipe)
         if contents:
-            sentences += _commit(path, contents)
-        return done + sentences
+            repairs += _commit(path, contents)
+        return finished + repairs
     except OSError as error:
-        why = error.strerror or str(error)
-        mend = "make the folder writable, or repair a copy of it"
-        raise SessionError(f"{path}: can't be repaired: {why}; {mend}") from error
+        reason = error.strerror or str(error)
+        fix = "make the folder writable, or repair a copy of it"
+        raise SessionError(f"{path}: cannot be repaired: {reason}; {fix}") from error
 
 
-def _plan(path: Path, *, recipe: Recipe) -> tuple[dict[str, bytes], list[str]]:
-    """New contents of the files that change, and what is done to them."""
-    found = {f: parse_lines((path / f).read_bytes()) for f in _FILES if (path / f).is_file()}
-    media = _media_stop(path, recipe)
-    sentences: list[str] = []
+def _plan_repairs(path: Path, *, recipe: Recipe) -> tuple[dict[str, bytes], list[str]]:
+    """Return the new content of each file that changes, and a sentence for each repair."""
+    parsed = {f: parse_lines((path / f).read_bytes()) for f in _FILES if (path / f).is_file()}
+    is_media_known, media_stop_s = _find_media_stop(path, recipe)
+    repairs: list[str] = []
     repaired: dict[str, list[Line]] = {}
     changed: set[str] = set()
-    as_read = {file: lines for file, (lines, _) in found.items()}
-    for file, lines in _in_seconds(as_read, media.stop_s, sentences).items():
-        num_bad = found[file][1]
-        kept, done = drop_unreadable(lines, num_bad, file=file)
-        if done:
-            sentences.append(done)
+    as_read = {file: lines for file, (lines, _) in parsed.items()}
+    for file, lines in _convert_to_seconds(as_read, media_stop_s, repairs).items():
+        num_bad = parsed[file][1]
+        kept, sentence = drop_unreadable(lines, num_bad, file=file)
+        if sentence:
+            repairs.append(sentence)
             changed.add(file)
-        if done or not num_bad:  # else it is hardly this file at all: hands off
+        # Bad lines that are not dropped mean that this is probably another kind of file.
+        if sentence or not num_bad:
             repaired[file] = kept
-    has_all = repaired.keys() == found.keys()
+    has_all = repaired.keys() == parsed.keys()
     if has_all and is_sortable(repaired.get(METADATA_FILE, [])):
-        sentences += _repair_lines(repaired, media, recipe)
-    changed |= {file for file, lines in repaired.items() if lines != found[file][0]}
-    return {f: b"".join(line.encoded() for line in repaired[f]) for f in changed}, sentences
+        repairs += _repair_lines(
+            repaired, is_media_known=is_media_known, media_stop_s=media_stop_s, recipe=recipe
+        )
+    changed |= {file for file, lines in repaired.items() if lines != parsed[file][0]}
+    return {f: b"".join(line.encoded() for line in repaired[f]) for f in changed}, repairs
 
 
-def _in_seconds(
-    lines: dict[str, list[Line]], media_stop_s: float | None, sentences: list[str]
+def _convert_to_seconds(
+    lines: dict[str, list[Line]], media_stop_s: float | None, repairs: list[str]
 ) -> dict[str, list[Line]]:
-    """The lines of both files, their timestamps divided where these are no seconds."""
+    """Return the lines of both files with timestamps in seconds."""
     if METADATA_FILE not in lines:
         return lines
     metadata, texts = lines[METADATA_FILE], lines.get(TEXT_FILE, [])
-    metadata, texts, done = divide(metadata, texts, media_stop_s)
-    if done:
-        sentences.append(done)
+    metadata, texts, sentence = divide(metadata, texts, media_stop_s)
+    if sentence:
+        repairs.append(sentence)
     divided = {METADATA_FILE: metadata, TEXT_FILE: texts}
     return {file: divided[file] for file in lines}
 
 
-def _repair_lines(repaired: dict[str, list[Line]], media: _Media, recipe: Recipe) -> list[str]:
-    """Apply every repair that needs lines with times, in place of the lists in `repaired`."""
+def _repair_lines(
+    repaired: dict[str, list[Line]],
+    *,
+    is_media_known: bool,
+    media_stop_s: float | None,
+    recipe: Recipe,
+) -> list[str]:
+    """Apply every repair that needs lines with times; replaces the lists in `repaired`."""
     lines, texts = repaired[METADATA_FILE], repaired.get(TEXT_FILE, [])
     lines, sorted_ = sort_lines(lines)
     lines, joined = join_repeats(lines)
     rebased = trimmed = None
-    if media.is_known:
-        lines, texts, rebased = rebase(lines, texts, media.stop_s)
-        lines, trimmed = trim(lines, media.stop_s)
+    if is_media_known:
+        lines, texts, rebased = rebase(lines, texts, media_stop_s)
+        lines, trimmed = trim(lines, media_stop_s)
     lines, clamped = clamp(lines, sensors=recipe.sensors)
     lines, filled = fill_gaps(lines, sensors=recipe.sensors)
     repaired[METADATA_FILE] = lines
     if TEXT_FILE in repaired:
         repaired[TEXT_FILE] = texts
-    return [done for done in (sorted_, joined, rebased, trimmed, clamped, filled) if done]
+    return [repair for repair in (sorted_, joined, rebased, trimmed, clamped, filled) if repair]
 
 
-@dataclass(frozen=True, slots=True)
-class _Media:
-    """When the last of the media ends."""
-
-    is_known: bool
-    """Whether all of them can be read, and placed."""
-    stop_s: float | None
-    """None without media."""
-
-
-def _media_stop(path: Path, recipe: Recipe) -> _Media:
+def _find_media_stop(path: Path, recipe: Recipe) -> tuple[bool, float | None]:
+    """Return whether all media can be read and placed, and when the last one ends, if any."""
     stops_s: list[float] = []
-    starts, flaw = read_starts(path)
-    if flaw is not None:
-        return _Media(False, None)
+    starts, start_error = read_starts(path)
+    if start_error is not None:
+        return False, None
     try:
         for stream, file in VISION_FILES.items():
             if (path / file).exists():
@@ -156,47 +156,47 @@ def _media_stop(path: Path, recipe: Recipe) -> _Media:
             sound = read_sound(path / AUDIO_FILE, rate_hz=recipe.audio.rate_hz)
             stops_s.append(align_sound(sound, starts.get(Stream.AUDIO)).stop_s)
     except MediaError:
-        return _Media(False, None)
-    return _Media(True, max(stops_s, default=None))
+        return False, None
+    return True, max(stops_s, default=None)
 
 
 def _commit(path: Path, contents: Mapping[str, bytes]) -> list[str]:
-    """Write the new files, keep the old ones."""
+    """Write the new files and keep the old ones."""
     for file, content in contents.items():
-        write_synced(path / f"{file}{_PART}", content)
-        shutil.copymode(path / file, path / f"{file}{_PART}")
-    kept = [f"kept the original as {_keep(path / file).name}" for file in contents]
-    temporary = path / f"{JOURNAL_FILE}{_PART}"
-    write_synced(temporary, "\n".join(sorted(contents)).encode())
-    temporary.replace(path / JOURNAL_FILE)
+        temporary = path / f"{file}{_TEMPORARY}"
+        write_synced(temporary, content)
+        shutil.copymode(path / file, temporary)
+    backups = [f"kept the original as {_back_up(path / file).name}" for file in contents]
+    journal = path / f"{JOURNAL_FILE}{_TEMPORARY}"
+    write_synced(journal, "\n".join(sorted(contents)).encode())
+    journal.replace(path / JOURNAL_FILE)
     sync_folder(path)
-    _finish(path)
-    return kept
+    _finish_journal(path)
+    return backups
 
 
-def _finish(path: Path) -> list[str]:
-    """Put the new files that a journal names in place; without a journal, remove what a stopped
-    repair left.
-    """
-    parts = [path / f"{file}{_PART}" for file in (*_FILES, JOURNAL_FILE)]
+def _finish_journal(path: Path) -> list[str]:
+    """Rename the files that a journal names; without one, delete what a stopped repair left."""
+    temporary_files = [path / f"{file}{_TEMPORARY}" for file in (*_FILES, JOURNAL_FILE)]
     journal = path / JOURNAL_FILE
     if not journal.exists():
-        for part in parts:
-            part.unlink(missing_ok=True)
+        for temporary in temporary_files:
+            temporary.unlink(missing_ok=True)
         return []
     named = journal.read_text(encoding="utf-8").split()
     for file in _FILES:
-        part = path / f"{file}{_PART}"
-        if file in named and part.exists():
-            part.replace(path / file)
+        temporary = path / f"{file}{_TEMPORARY}"
+        if file in named and temporary.exists():
+            temporary.replace(path / file)
     sync_folder(path)
     journal.unlink()
     return ["finished a repair that was interrupted"]
 
 
-def _keep(path: Path) -> Path:
-    """Keep a file's bytes under the first free name of ``*.orig``, ``*.orig.1``, ...; a file that
-    holds them already is enough.
+def _back_up(path: Path) -> Path:
+    """Keep a file's bytes under the first free name of ``*.orig``, ``*.orig.1``, ...
+
+    A file of these names that has the same bytes already is returned instead.
     """
     for number in itertools.count():
         backup = path.with_name(f"{path.name}.orig" + (f".{number}" if number else ""))

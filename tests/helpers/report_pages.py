@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
 from preprocess.validate.page import ReportPage
-from preprocess.validate.validate import check_session
+from preprocess.validate.report import check_session
 from shared.recipe import Recipe, WindowRecipe
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def page_of(*folders: Path, recipe: Recipe = RECIPE) -> Element:
     path = folders[0].parent / "page" / "report.html"
     with ReportPage(path) as page:
         for folder in folders:
-            page.add(folder, *check_session(folder, recipe=recipe))
+            page.add(check_session(folder, recipe=recipe))
     return parse(path)
 
 

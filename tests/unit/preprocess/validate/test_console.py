@@ -1,4 +1,4 @@
-"""Verdicts as tables and lines of JSON."""
+"""Reports as tables and lines of JSON."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from preprocess.validate.console import has_failed, print_report, print_summary, to_json_lines
-from preprocess.validate.validate import Report
+from preprocess.validate.report import ValidationReport
 from shared.recipe import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def _shown(show: Callable[[Console], None]) -> str:
+def _printed(show: Callable[[Console], None]) -> str:
     out = io.StringIO()
     show(Console(file=out, width=200))
     return out.getvalue()
 
 
-def _report(name: str, *, errors: tuple[str, ...] = (), warnings: tuple[str, ...] = ()) -> Report:
+def _report(
+    name: str, *, errors: tuple[str, ...] = (), warnings: tuple[str, ...] = ()
+) -> ValidationReport:
     stats = {"length_s": 61.0, "streams": {Stream.AUDIO.value: [0, 61]}}
-    return Report(session=name, errors=errors, warnings=warnings, stats=stats)
+    return ValidationReport(session=name, errors=errors, warnings=warnings, stats=stats)
 
 
 REPORTS = [
     _report("s1"),
-    _report("s2", warnings=("touch[3] is off [0, 1]; mend",)),
-    _report("s3", errors=("audio.wav: [red]broken[/red]; mend",)),
+    _report("s2", warnings=("touch[3] is off [0, 1]; fix",)),
+    _report("s3", errors=("audio.wav: [red]broken[/red]; fix",)),
 ]
 
 
 def test_the_summary_is_one_table_and_totals() -> None:
-    text = _shown(lambda console: print_summary(console, REPORTS))
+    text = _printed(lambda console: print_summary(console, REPORTS))
     assert [line.split()[:2] for line in text.splitlines()[1:4]] == [
         ["s1", "passed"],
         ["s2", "warnings"],
@@ -45,7 +47,7 @@ def test_the_summary_is_one_table_and_totals() -> None:
 
 
 def test_brackets_in_messages_are_printed_as_they_are() -> None:
-    text = _shown(lambda console: [print_report(console, r) for r in REPORTS] and None)
+    text = _printed(lambda console: [print_report(console, r) for r in REPORTS] and None)
     assert "touch[3] is off [0, 1]" in text
     assert "[red]broken[/red]" in text
 

@@ -15,9 +15,9 @@ from helpers.sessions import (
     write_video,
 )
 
-from preprocess.validate.axes import TimeAxis
 from preprocess.validate.media import read_envelope, read_thumbnails
 from shared.media.video import read_video_track
+from shared.page import TimeAxis
 from shared.recipe import VisionRecipe
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def test_thumbnails_are_the_same_whether_a_file_is_sought_in_or_read_through(
         for name in ("a.mp4", "b.mp4")
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("preprocess.validate.media._SEEKABLE_HEADS", ())
+        patch.setattr("preprocess.validate.media._SEEKABLE_TYPES", ())
         through = read_thumbnails(
             tmp_path / "b.mp4",
             read_video_track(tmp_path / "b.mp4"),

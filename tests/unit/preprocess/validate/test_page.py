@@ -1,4 +1,4 @@
-"""The report page, read back with the standard library's parser: whole, bounded, escaped, true."""
+"""The report page, read with the standard library's parser: complete, bounded, escaped, true."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers.sessions import (
 import preprocess.validate.page
 from preprocess.__main__ import cli
 from preprocess.validate.page import ReportPage
-from preprocess.validate.validate import check_session
+from preprocess.validate.report import check_session
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 NASTY_NAMES = {"video": "vision_left.mp4", "audio": "audio.wav", "other": "metadata.jsonl"}
@@ -33,11 +33,11 @@ def test_every_session_has_a_row_that_links_to_its_section(whole: Path, tmp_path
     assert links == sections == [(f"#session-{i + 1}", f.name) for i, f in enumerate(folders)]
 
 
-def test_verdicts_stand_in_the_words_of_validate(session: Path) -> None:
+def test_messages_are_those_of_validate(session: Path) -> None:
     lines = read_lines(session / "metadata.jsonl")
     lines[9]["touch"][1] = 3.0
     write_lines(session / "metadata.jsonl", lines[:20] + lines[22:])
-    report, _ = check_session(session, recipe=RECIPE)
+    report = check_session(session, recipe=RECIPE).report
     assert report.errors
     assert report.warnings
     expected = [f"error{m}" for m in report.errors] + [f"warning{m}" for m in report.warnings]
@@ -66,7 +66,7 @@ def test_every_stream_has_its_row_and_every_reading_its_panel(session: Path) -> 
     assert len(rows) == 8
 
 
-def test_hostile_texts_and_names_stay_words(whole: Path, tmp_path: Path) -> None:
+def test_hostile_texts_and_names_are_escaped(whole: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "<script>alert(1)<b onload=x>&amp;"))
     texts = [
         {"timestamp": t, "stream": s, "text": HOSTILE}
@@ -95,12 +95,12 @@ def test_a_page_asks_for_nothing_from_outside(session: Path) -> None:
     assert re.findall(r"url\(([^)]*)\)|@import", page.all("style")[0].text) == ["#hatch"]
 
 
-def test_a_session_that_can_not_be_judged_has_its_section(tmp_path: Path) -> None:
+def test_a_session_that_cannot_be_checked_has_its_section(tmp_path: Path) -> None:
     page = page_of(tmp_path / "nowhere")
     assert "no such folder" in messages(page)[0]
 
 
-def test_a_session_that_can_not_be_drawn_keeps_its_verdict(
+def test_a_session_that_cannot_be_drawn_keeps_its_report(
     session: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def explode(*_: object) -> None:
@@ -108,17 +108,17 @@ def test_a_session_that_can_not_be_drawn_keeps_its_verdict(
 
     monkeypatch.setattr(preprocess.validate.page, "draw_session", explode)
     assert messages(page_of(session)) == [
-        "passednothing to say against it",
-        "reportits pictures can't be drawn: RuntimeError: boom",
+        "passedno errors, no warnings",
+        "reportits panels cannot be drawn: RuntimeError: boom",
     ]
 
 
-def test_files_that_vanish_after_the_verdict_leave_a_note(session: Path, tmp_path: Path) -> None:
-    report, evidence = check_session(session, recipe=RECIPE)
+def test_files_that_vanish_after_the_checks_leave_a_note(session: Path, tmp_path: Path) -> None:
+    checked = check_session(session, recipe=RECIPE)
     (session / "audio.wav").unlink()
     (session / "vision_left.mp4").unlink()
     with ReportPage(tmp_path / "page.html") as page:
-        page.add(session, report, evidence)
+        page.add(checked)
     text = parse(tmp_path / "page.html").text
     assert "audio.wav: no waveform" in text
     assert "vision_left.mp4: no thumbnails" in text
@@ -134,7 +134,7 @@ def test_files_that_vanish_after_the_verdict_leave_a_note(session: Path, tmp_pat
         [{"timestamp": i * 0.2, "proprio": [float(i)] * 20} for i in range(50)],
     ],
 )
-def test_odd_lines_are_drawn(lines: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_unusual_lines_are_drawn(lines: list[dict[str, Any]], tmp_path: Path) -> None:
     folder = tmp_path / "session"
     folder.mkdir()
     write_lines(folder / "metadata.jsonl", lines)
@@ -155,20 +155,20 @@ def test_every_nasty_file_has_its_section(nasty_files: dict[str, Path], tmp_path
     assert not any(m.startswith("report") for m in messages(page))
     assert not page.all("div", class_="note")
     for section, folder in zip(page.all("section"), folders, strict=True):
-        report, _ = check_session(folder, recipe=RECIPE)
+        report = check_session(folder, recipe=RECIPE).report
         assert len(section.all("li", class_="error")) == len(report.errors)
 
 
 def test_every_real_session_is_drawn_whole(real_sessions: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     with ReportPage(path) as page:
-        reports = [check_session(folder, recipe=RECIPE) for folder in real_sessions]
-        for folder, (report, evidence) in zip(real_sessions, reports, strict=True):
-            page.add(folder, report, evidence)
+        sessions = [check_session(folder, recipe=RECIPE) for folder in real_sessions]
+        for checked in sessions:
+            page.add(checked)
     parsed = parse(path)
-    for section, (report, _) in zip(parsed.all("section"), reports, strict=True):
+    for section, checked in zip(parsed.all("section"), sessions, strict=True):
         panels = {e.attributes.get("data-panel") for e in section.all("svg")} - {None}
-        streams = report.stats["streams"]
+        streams = checked.report.stats["streams"]
         assert ("waveform" in panels) == ("audio" in streams)
         assert ("angles" in panels) == ("proprio" in streams)
         assert len(section.all("image")) == 10 * ("vision_left" in streams)

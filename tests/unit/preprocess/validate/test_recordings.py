@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from preprocess.validate.validate import validate_session
+from preprocess.validate.report import check_session
 from shared.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ NASTY = {
     "audio/waveformatex-16bit-44100Hz-mono-extra.wav": ("warnings", "silent"),
     "audio/zero_bytes.wav": ("failed", "the file is empty"),
     "other/vmg30_pen_17.txt": ("failed", "right file"),
-    "other/zero_bytes_stream.raw": ("failed", "holds nothing"),
+    "other/zero_bytes_stream.raw": ("failed", "contains nothing"),
     "video/av1_no_duration.mkv": ("passed", ""),
     "video/corrupted.mp4": ("failed", "3.00-3.10 s"),
     "video/hevc_10bit.mp4": ("warnings", "too short"),
@@ -60,7 +60,7 @@ def test_every_nasty_file_gets_its_verdict(
 ) -> None:
     status, word = NASTY[name]
     shutil.copyfile(nasty_files[name], tmp_path / NASTY_NAMES[name.split("/")[0]])
-    report = validate_session(tmp_path, recipe=Recipe(required=()))
+    report = check_session(tmp_path, recipe=Recipe(required=())).report
     messages = (*report.errors, *report.warnings)
     assert report.status == status, messages
     assert any(word in message for message in messages) or messages == () == tuple(word), messages
@@ -82,5 +82,5 @@ REAL_STATUS = {
 
 def test_every_real_session_validates_where_nothing_is_required(real_sessions: list[Path]) -> None:
     recipe = Recipe(required=())
-    found = {path.name: validate_session(path, recipe=recipe).status for path in real_sessions}
+    found = {path.name: check_session(path, recipe=recipe).report.status for path in real_sessions}
     assert found == REAL_STATUS

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import preprocess.validate.repair
 from preprocess.validate.repair import repair_session
-from preprocess.validate.validate import validate_session
+from preprocess.validate.report import check_session
 from shared.errors import SessionError
 from shared.recipe import Recipe, WindowRecipe
 
@@ -159,7 +159,7 @@ def test_rounding_errors_are_clamped(
     lines[7][key][index] = value
     write_lines(session / "metadata.jsonl", lines)
     done = repair_session(session, recipe=RECIPE)
-    assert done[0] == f"metadata.jsonl: clamped {key} in 1 line, off the range by rounding"
+    assert done[0] == f"metadata.jsonl: clamped {key} in 1 line, outside by rounding"
     lines[7][key][index] = limit
     assert lines_of(session) == lines
 
@@ -334,9 +334,9 @@ def test_a_folder_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_all_repairs_together_leave_nothing_to_warn_of(session: Path) -> None:
     damage(session)
-    assert validate_session(session, recipe=RECIPE).status == "warnings"
+    assert check_session(session, recipe=RECIPE).report.status == "warnings"
     repair_session(session, recipe=RECIPE)
-    report = validate_session(session, recipe=RECIPE)
+    report = check_session(session, recipe=RECIPE).report
     assert (report.warnings, report.errors) == ((), ())
 
 

@@ -12,9 +12,9 @@ import soundfile
 from helpers.oracles import build, jsonl, tiny_recipe
 from helpers.sessions import sensor_lines, tone, write_lines, write_session, write_tone, write_video
 
-from preprocess.validate.figures import draw_session
+from preprocess.validate.panels import draw_session
 from preprocess.validate.repair import repair_session
-from preprocess.validate.validate import check_session, validate_session
+from preprocess.validate.report import check_session
 from shared.recipe import Recipe, Stream, WindowRecipe
 from shared.session.folder import SCANNED_FILES
 
@@ -37,18 +37,18 @@ def test_a_start_that_only_the_container_tells_is_a_warning_until_it_is_declared
     session: Path,
 ) -> None:
     write_video(session / "vision_left.mp4", times_s=0.8 + np.arange(60) / 30)
-    report = validate_session(session, recipe=LOOSE)
+    report = check_session(session, recipe=LOOSE).report
     (warning,) = report.warnings
     assert warning == (
-        "vision_left.mp4: begins 0.800 s after its container's zero; placed at 0 s, for files have "
-        "no clock in common; if it was recorded so much later than the others, write "
+        "vision_left.mp4: starts 0.800 s after its container's zero; placed at 0 s, as files share "
+        "no clock; if it was recorded that much later than the others, write "
         '"start_s": {"vision_left": 0.800} into session.json'
     )
     assert report.checks["starts"] == "warnings"
     declare(session, vision_left=0.0)
-    assert validate_session(session, recipe=LOOSE).status == "passed"
+    assert check_session(session, recipe=LOOSE).report.status == "passed"
     declare(session, vision_left=0.8)
-    report = validate_session(session, recipe=LOOSE)
+    report = check_session(session, recipe=LOOSE).report
     assert report.stats["streams"]["vision_left"] == [0.8, 2.8]
     assert report.checks["starts"] == "passed"
     assert report.checks["durations"] == "warnings"  # what it means for the others is said
@@ -56,7 +56,7 @@ def test_a_start_that_only_the_container_tells_is_a_warning_until_it_is_declared
 
 def test_starts_that_can_not_be_used_are_an_error(session: Path) -> None:
     declare(session, microphone=0.3)
-    report = validate_session(session, recipe=LOOSE)
+    report = check_session(session, recipe=LOOSE).report
     (error,) = report.errors
     assert error.startswith("session.json: start_s names 'microphone', which is not a stream")
     assert report.checks["starts"] == "failed"
@@ -65,20 +65,20 @@ def test_starts_that_can_not_be_used_are_an_error(session: Path) -> None:
 def test_a_late_sound_is_drawn_where_it_lies(session: Path) -> None:
     soundfile.write(session / "audio.wav", tone(1.0), 16_000)
     declare(session, audio=1.0)
-    _, evidence = check_session(session, recipe=LOOSE)
-    assert evidence is not None
-    figures = draw_session(session, evidence)
-    plot = next(p for p in figures.plots if p.name == "waveform")
+    probe = check_session(session, recipe=LOOSE).probe
+    assert probe is not None
+    panels = draw_session(session, probe)
+    plot = next(p for p in panels.plots if p.name == "waveform")
     first_x = float(plot.curves[0].path.removeprefix("M").replace(",", " ").split()[0])
-    assert first_x == pytest.approx(figures.axis.x(1.0), abs=0.5)
-    assert evidence.intervals[Stream.AUDIO].start_s == 1.0
+    assert first_x == pytest.approx(panels.axis.x(1.0), abs=0.5)
+    assert probe.intervals[Stream.AUDIO].start_s == 1.0
 
 
 def test_a_drift_is_measured_from_where_the_sound_begins(tmp_path: Path) -> None:
     write_video(tmp_path / "vision_left.mp4", times_s=np.arange(600) / 10)
     write_tone(tmp_path / "audio.wav", 49.85)
     declare(tmp_path, audio=10.0)
-    report = validate_session(tmp_path, recipe=LOOSE)
+    report = check_session(tmp_path, recipe=LOOSE).report
     assert report.stats["audio"]["drift_ppm"] == {"vision_left": -3000}
 
 
@@ -94,11 +94,11 @@ def test_repairs_know_where_media_are_placed(session: Path) -> None:
 
 def test_fix_is_promised_only_where_it_drops_lines(session: Path) -> None:
     lines = sensor_lines(2.5)
-    for text, promise in ((None, "--fix drops lines"), ("bye", "--fix leaves lines")):
+    for text, promise in ((None, "--fix drops lines"), ("bye", "--fix keeps lines")):
         if text is not None:
             lines[-1]["external_text"] = text
         write_lines(session / "metadata.jsonl", lines)
-        report = validate_session(session, recipe=LOOSE)
+        report = check_session(session, recipe=LOOSE).report
         assert all(promise in m for m in report.warnings), report.warnings
         assert len(report.warnings) == 2
     assert repair_session(session, recipe=LOOSE) == []
@@ -108,7 +108,7 @@ def test_fix_is_promised_only_where_it_drops_lines(session: Path) -> None:
 def test_a_pipe_in_place_of_a_file_is_passed_over_with_a_verdict(file: str, session: Path) -> None:
     (session / file).unlink(missing_ok=True)
     os.mkfifo(session / file)
-    report = validate_session(session, recipe=LOOSE)
+    report = check_session(session, recipe=LOOSE).report
     assert any(m.startswith(f"{file}: ") for m in (*report.errors, *report.warnings))
     out = session.parent.parent / "out"
     build(session.parent, out, tiny_recipe())

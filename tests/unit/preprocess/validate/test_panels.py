@@ -1,7 +1,8 @@
-"""What is wrong with a session shows at its place in the report page."""
+"""The panels of the report: flaws of a session and texts at their times."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from helpers.sessions import (
     write_video,
 )
 
-from preprocess.validate.validate import check_session
+from preprocess.validate.report import check_session
 from shared.recipe import Recipe, WindowRecipe
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def test_frames_that_do_not_decode_are_marked(session: Path) -> None:
     start = len(content) // 3
     content[start : len(content) // 2] = bytes(len(content) // 2 - start)
     path.write_bytes(bytes(content))
-    report, _ = check_session(session, recipe=RECIPE)
+    report = check_session(session, recipe=RECIPE).report
     message = next(m for m in report.errors if "don't decode" in m)
     start_s, stop_s = map(float, re.findall(r"([\d.]+)-([\d.]+) s", message)[0])
     page = page_of(session)
@@ -115,3 +116,35 @@ def test_clipped_sound_is_marked_at_its_place(session: Path) -> None:
     page = page_of(session)
     top, bottom = stretches_s(page, panel(page, "waveform"), "clipped")
     assert top == bottom == pytest.approx((0.5, 0.6), abs=0.005)
+
+
+def test_text_events_are_marks_at_their_times_with_their_words(session: Path) -> None:
+    page = page_of(session)
+    lane = panel(page, "external_text")
+    (mark,) = lane.all("rect", data_mark="event")
+    assert mark.number("x") + mark.number("width") / 2 == pytest.approx(1.4 / 2.0 * 1000, abs=0.1)
+    assert "got it" in lane.text
+    cells = [[c.text for c in r.all("td")] for r in page.all("table", class_="texts")[0].all("tr")]
+    assert cells[1:] == [
+        ["0.20 s", "internal_text", "reach"],
+        ["1.40 s", "external_text", "got it"],
+    ]
+
+
+def test_labels_of_texts_that_crowd_do_not_overlap(session: Path) -> None:
+    texts = [
+        {"timestamp": i * 0.05, "stream": "internal", "text": f"a thought of number {i}"}
+        for i in range(30)
+    ]
+    write_lines(session / "text.jsonl", texts)
+    lane = panel(page_of(session), "internal_text")
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for label in lane.all("text", class_="words"):
+        x, width = label.number("x"), 6.7 * len(label.text)
+        is_end = label.attributes["text-anchor"] == "end"
+        span = (x - width, x) if is_end else (x, x + width)
+        spans.setdefault(label.attributes["y"], []).append(span)
+    for row_spans in spans.values():
+        ordered = sorted(row_spans)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ordered))
+    assert len(lane.all("rect", data_mark="event")) == 30

@@ -21,14 +21,15 @@ from helpers.sessions import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import preprocess.validate.validate
-from preprocess.validate.checks import CHECKS
-from preprocess.validate.validate import validate_session
+import preprocess.validate.report
+from preprocess.validate.report import CHECKS, check_session
 from shared.recipe import Recipe, WindowRecipe
 from shared.session.scan import scan_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from preprocess.validate.report import ValidationReport
 
 STRICT = Recipe(window=WindowRecipe(duration_s=1.0))
 LOOSE = Recipe(required=(), window=WindowRecipe(duration_s=1.0))
@@ -151,7 +152,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     ),
     "pressed": (
         for_each(lambda line: set_in(line, "touch", 3, 1.0)),
-        "saturation", "warnings", "touch[3] stands at its limit 1 in 100%",
+        "saturation", "warnings", "touch[3] is at its limit 1 in 100%",
     ),
     "frozen": (
         for_each(lambda line: line.update(proprio=[0.5] * 20)), "saturation", "warnings", "frozen",
@@ -159,7 +160,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "muted": (sound(np.zeros(32_000)), "audio", "failed", "silent"),
     "clipped": (sound(np.clip(4 * tone(), -1, 1)), "audio", "failed", "clipped"),
     "integer floats": (sound(9000 * tone(), "FLOAT"), "audio", "failed", "full scale is 1"),
-    "nan sound": (sound(NAN_SOUND, "FLOAT"), "audio", "warnings", "320 samples are no finite"),
+    "nan sound": (sound(NAN_SOUND, "FLOAT"), "audio", "warnings", "320 samples are not finite"),
     "sound cut": (halve("audio.wav"), "audio", "warnings", "header promises"),
     "video cut": (cut_video, "vision", "failed", "its index promises"),
     "short sound": (
@@ -181,7 +182,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
 
 
 def test_a_session_without_fault_passes_every_check(session: Path) -> None:
-    report = validate_session(session, recipe=STRICT)
+    report = check_session(session, recipe=STRICT).report
     assert (report.status, report.warnings, report.errors) == ("passed", (), ())
     assert report.checks == dict.fromkeys(CHECKS, "passed")
 
@@ -190,20 +191,20 @@ def test_a_session_without_fault_passes_every_check(session: Path) -> None:
 def test_each_fault_is_found_by_its_check_and_named(name: str, session: Path) -> None:
     fault, check, status, words = FAULTS[name]
     fault(session)
-    report = validate_session(session, recipe=STRICT)
+    report = check_session(session, recipe=STRICT).report
     messages = report.errors if status == "failed" else report.warnings
     assert report.checks[check] == status, report.as_dict()
     assert any(words in message for message in messages), messages
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_every_message_says_where_and_how_to_mend(name: str, session: Path) -> None:
+def test_every_message_says_where_and_how_to_fix(name: str, session: Path) -> None:
     FAULTS[name][0](session)
-    report = validate_session(session, recipe=STRICT)
-    places = (*(path.name for path in session.iterdir()), "session")
+    report = check_session(session, recipe=STRICT).report
+    starts = (*(path.name for path in session.iterdir()), "session")
     for message in (*report.errors, *report.warnings):
         if "more like these" not in message:
-            assert message.startswith(places), message
+            assert message.startswith(starts), message
             assert ";" in message, message
 
 
@@ -211,7 +212,7 @@ def test_a_broken_packet_in_the_middle_is_an_error_that_names_the_second(
     session: Path, nasty_files: dict[str, Path]
 ) -> None:
     shutil.copyfile(nasty_files["video/corrupted.mp4"], session / "vision_left.mp4")
-    report = validate_session(session, recipe=LOOSE)
+    report = check_session(session, recipe=LOOSE).report
     assert any(m.startswith("vision_left.mp4 3.00-3.10 s: 1 of 50") for m in report.errors)
 
 
@@ -219,37 +220,51 @@ def test_a_damaged_long_video_is_found_though_only_stretches_are_decoded(
     session: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("preprocess.validate.probe.STRETCH_FRAMES", 2)
-    report = validate_session(session, recipe=STRICT)
+    report = check_session(session, recipe=STRICT).report
     assert report.stats["video"]["vision_left"]["frames_checked"] == 32
+
+
+def test_steps_of_exactly_100_ms_are_short_gaps_in_findings_and_statistics(session: Path) -> None:
+    """20 lines at 10 Hz: 19 steps of 0.1 s in a session of 2 s, so 95 % of it."""
+    lines = sensor_lines()[:20]
+    for i, line in enumerate(lines):
+        line["timestamp"] = i * 0.1  # rounding makes 8 of the 19 steps longer than 0.1
+    write_lines(session / "metadata.jsonl", lines)
+    report = check_session(session, recipe=STRICT).report
+    assert report.stats["gaps"]["share_35_to_100_ms"] == pytest.approx(0.95)
+    assert report.stats["gaps"]["share_over_100_ms"] == 0
+    (warning,) = [m for m in report.warnings if "no line for" in m]
+    assert "the longest of 19 gaps of 35-100 ms, 95.0% of the session" in warning
+    assert report.checks["gaps"] == "warnings"
 
 
 def test_a_missing_optional_stream_is_a_fact_and_no_warning(session: Path) -> None:
     (session / "text.jsonl").unlink()
-    report = validate_session(session, recipe=STRICT)
+    report = check_session(session, recipe=STRICT).report
     assert report.status == "passed"
     assert set(report.stats["absent"]) == {"vision_right", "internal_text", "external_text"}
 
 
 def test_a_missing_stream_fails_only_a_recipe_that_requires_it(session: Path) -> None:
     (session / "audio.wav").unlink()
-    assert validate_session(session, recipe=STRICT).status == "failed"
-    assert validate_session(session, recipe=LOOSE).status == "passed"
+    assert check_session(session, recipe=STRICT).report.status == "failed"
+    assert check_session(session, recipe=LOOSE).report.status == "passed"
 
 
 def test_streams_that_end_far_apart_fail_only_where_both_are_required(session: Path) -> None:
     write_tone(session / "audio.wav", 0.8)
-    assert validate_session(session, recipe=STRICT).checks["durations"] == "failed"
-    assert validate_session(session, recipe=LOOSE).checks["durations"] == "warnings"
+    assert check_session(session, recipe=STRICT).report.checks["durations"] == "failed"
+    assert check_session(session, recipe=LOOSE).report.checks["durations"] == "warnings"
 
 
 def test_a_session_too_short_for_one_sample_is_a_warning(session: Path) -> None:
-    report = validate_session(session, recipe=Recipe(window=WindowRecipe(duration_s=8.0)))
+    report = check_session(session, recipe=Recipe(window=WindowRecipe(duration_s=8.0))).report
     assert report.checks["length"] == "warnings"
 
 
 def test_at_most_five_messages_of_a_kind_and_the_rest_counted(session: Path) -> None:
     for_each(lambda line: set_in(line, "touch", 2, 731))(session)
-    errors = validate_session(session, recipe=STRICT).errors
+    errors = check_session(session, recipe=STRICT).report.errors
     assert len(errors) == 6
     assert errors[-1] == "metadata.jsonl: 55 more like these"
 
@@ -257,7 +272,7 @@ def test_at_most_five_messages_of_a_kind_and_the_rest_counted(session: Path) -> 
 @pytest.mark.parametrize("first_s", [0.0, 0.4, 12.7, 1.7e9])
 def test_the_clock_is_placed_as_the_builder_places_it(first_s: float, session: Path) -> None:
     for_each(lambda line: line.update(timestamp=line["timestamp"] + first_s))(session)
-    report = validate_session(session, recipe=STRICT)
+    report = check_session(session, recipe=STRICT).report
     scan = scan_session(session, recipe=STRICT)
     assert report.stats["clock_offset_s"] == pytest.approx(scan.clock_offset_s, abs=1e-6)
     assert report.stats["length_s"] == pytest.approx(scan.length_s, abs=1e-3)
@@ -268,14 +283,14 @@ def test_a_folder_that_is_no_session_has_failed(is_made: bool, tmp_path: Path) -
     folder = tmp_path / "nothing"
     if is_made:
         folder.mkdir()
-    assert validate_session(folder, recipe=LOOSE).status == "failed"
+    assert check_session(folder, recipe=LOOSE).report.status == "failed"
 
 
 @pytest.mark.parametrize("file", ["vision_left.mp4", "audio.wav", "metadata.jsonl", "text.jsonl"])
 def test_a_folder_in_place_of_a_file_fails_without_a_traceback(file: str, session: Path) -> None:
     (session / file).unlink()
     (session / file).mkdir()
-    report = validate_session(session, recipe=LOOSE)
+    report = check_session(session, recipe=LOOSE).report
     assert any(message.startswith(file) for message in report.errors), report.errors
 
 
@@ -285,8 +300,8 @@ def test_whatever_a_check_raises_becomes_a_failed_report(
     def explode(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by \udcff")
 
-    monkeypatch.setattr(preprocess.validate.validate, "probe_session", explode)
-    report = validate_session(session, recipe=STRICT)
+    monkeypatch.setattr(preprocess.validate.report, "probe_session", explode)
+    report = check_session(session, recipe=STRICT).report
     assert report.status == "failed"
     assert r"ZeroDivisionError: by \udcff" in report.errors[0]
 
@@ -310,6 +325,51 @@ def test_no_scrap_anywhere_in_a_file_raises(
     content = (whole / file).read_bytes()
     place = round(at * len(content))
     (folder / file).write_bytes(content[:place] + scrap + content[place + len(scrap) :])
-    report = validate_session(folder, recipe=LOOSE)
-    assert "can't be judged" not in " ".join(report.errors)
+    report = check_session(folder, recipe=LOOSE).report
+    assert "cannot be checked" not in " ".join(report.errors)
     json.dumps(report.as_dict(), allow_nan=False)
+
+
+def check_drift_of(folder: Path, *, video_s: float, sound_s: float) -> ValidationReport:
+    folder.mkdir()
+    write_video(folder / "vision_left.mp4", times_s=np.arange(round(video_s * 10)) / 10)
+    write_tone(folder / "audio.wav", sound_s)
+    write_lines(folder / "metadata.jsonl", sensor_lines(video_s))
+    return check_session(folder, recipe=Recipe()).report
+
+
+def drift_messages(report: ValidationReport) -> list[str]:
+    return [m for m in report.warnings if "ppm" in m]
+
+
+@pytest.mark.parametrize(
+    ("sound_s", "ppm", "pace", "tempo"),
+    [(59.82, 3000, "slow", "atempo=0.997000"), (60.15, 2500, "fast", "atempo=1.002500")],
+)
+def test_a_drift_is_measured_and_reported_with_a_fix(
+    sound_s: float, ppm: int, pace: str, tempo: str, tmp_path: Path
+) -> None:
+    report = check_drift_of(tmp_path / "s", video_s=60, sound_s=sound_s)
+    (message,) = drift_messages(report)
+    assert f"{sound_s:.2f} s of sound beside 60.00 s of vision_left.mp4" in message
+    assert f"{ppm} ppm {pace}" in message
+    assert tempo in message
+    assert report.checks["drift"] == "warnings"
+
+
+@pytest.mark.parametrize(
+    ("video_s", "sound_s", "expected"),
+    [
+        (20.0, 20.05, {"vision_left": 2500}),  # half a frame: measured, not worth a word
+        (20.0, 20.0, {"vision_left": 0}),
+        (5.0, 5.02, {}),  # too short to tell
+        (20.0, 15.0, {}),  # one was cut off
+    ],
+)
+def test_a_difference_that_is_not_drift_gives_no_warning(
+    video_s: float, sound_s: float, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    report = check_drift_of(tmp_path / "s", video_s=video_s, sound_s=sound_s)
+    assert report.stats["audio"]["drift_ppm"] == expected
+    assert report.checks["drift"] == "passed"
+    assert drift_messages(report) == []

@@ -13,9 +13,9 @@ from helpers.sessions import read_lines, sensor_lines, write_lines, write_sessio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preprocess.validate.probe import MAX_STEP_S, MIN_STEP_S, UNITS, guess_unit
 from preprocess.validate.repair import repair_session
-from preprocess.validate.units import MAX_STEP_S, MIN_STEP_S, UNITS, unit_of
-from preprocess.validate.validate import validate_session
+from preprocess.validate.report import check_session
 from shared.recipe import Recipe, WindowRecipe
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def test_another_unit_is_one_error_and_one_repair(name: str, since_s: int, sessi
     factor, expected_s = NAMES[name], times_of(session)
     for file in ("metadata.jsonl", "text.jsonl"):
         multiply(session, file, factor, since_s=since_s)
-    report = validate_session(session, recipe=RECIPE)
+    report = check_session(session, recipe=RECIPE).report
     (error,) = report.errors
     assert f"timestamps look like {name}, not seconds" in error
     assert f"divide them by {factor}" in error
@@ -59,7 +59,7 @@ def test_another_unit_is_one_error_and_one_repair(name: str, since_s: int, sessi
     tolerance_s = 1e-3 if name == "milliseconds" else 2e-6
     np.testing.assert_allclose(times_of(session), expected_s, atol=tolerance_s)
     np.testing.assert_allclose(times_of(session, "text.jsonl"), [0.2, 1.4], atol=tolerance_s)
-    assert validate_session(session, recipe=RECIPE).status == "passed"
+    assert check_session(session, recipe=RECIPE).report.status == "passed"
     assert repair_session(session, recipe=RECIPE) == []
 
 
@@ -67,13 +67,13 @@ def test_texts_in_seconds_beside_lines_in_milliseconds_stay(session: Path) -> No
     multiply(session, "metadata.jsonl", 1000)
     assert repair_session(session, recipe=RECIPE)[0].startswith("metadata.jsonl: divided")
     assert times_of(session, "text.jsonl") == [0.2, 1.4]
-    assert validate_session(session, recipe=RECIPE).status == "passed"
+    assert check_session(session, recipe=RECIPE).report.status == "passed"
 
 
 def test_nothing_is_divided_where_texts_fit_neither_way(session: Path) -> None:
     multiply(session, "metadata.jsonl", 1000)
     multiply(session, "text.jsonl", 1_000_000)
-    (error,) = validate_session(session, recipe=RECIPE).errors
+    (error,) = check_session(session, recipe=RECIPE).report.errors
     assert "divide them by 1000;" in error
     assert "--fix" not in error
     assert repair_session(session, recipe=RECIPE) == []
@@ -84,7 +84,7 @@ def test_without_media_the_unit_is_named_and_nothing_repaired(session: Path) -> 
     for file in ("vision_left.mp4", "audio.wav"):
         (session / file).unlink()
     before = (session / "metadata.jsonl").read_bytes()
-    errors = validate_session(session, recipe=RECIPE).errors
+    errors = check_session(session, recipe=RECIPE).report.errors
     assert any("look like milliseconds" in e and "--fix" not in e for e in errors)
     assert repair_session(session, recipe=RECIPE) == []
     assert (session / "metadata.jsonl").read_bytes() == before
@@ -97,7 +97,7 @@ def test_lines_every_few_seconds_that_last_as_long_as_the_media_are_seconds(
     for i, line in enumerate(lines):
         line["timestamp"] = i * 0.9
     write_lines(session / "metadata.jsonl", lines)
-    errors = validate_session(session, recipe=RECIPE).errors
+    errors = check_session(session, recipe=RECIPE).report.errors
     assert errors
     assert not any("look like" in e for e in errors)
 
@@ -105,7 +105,7 @@ def test_lines_every_few_seconds_that_last_as_long_as_the_media_are_seconds(
 def test_words_alone_every_few_seconds_are_no_milliseconds(tmp_path: Path) -> None:
     lines = [{"timestamp": 5 * i, "internal_text": "hm"} for i in range(20)]
     write_lines(tmp_path / "metadata.jsonl", lines)
-    report = validate_session(tmp_path, recipe=RECIPE)
+    report = check_session(tmp_path, recipe=RECIPE).report
     assert not any("look like" in e for e in report.errors)
 
 
@@ -113,26 +113,26 @@ def test_words_alone_every_few_seconds_are_no_milliseconds(tmp_path: Path) -> No
 def test_a_step_is_of_one_unit_at_most(step_s: float, unit) -> None:
     middle_s = math.sqrt(MIN_STEP_S * MAX_STEP_S)
     times = np.arange(9) * (0.5 * step_s + 0.5 * middle_s)
-    assert unit_of(times) is None
-    assert unit_of(times * unit.per_s) is unit
+    assert guess_unit(times) is None
+    assert guess_unit(times * unit.per_s) is unit
 
 
 def test_a_text_in_a_line_outside_the_session_is_blamed_on_its_line(session: Path) -> None:
     lines = read_lines(session / "metadata.jsonl")
     lines.insert(3, {"timestamp": -5.0, "internal_text": "before all"})
     write_lines(session / "metadata.jsonl", lines)
-    warnings = validate_session(session, recipe=RECIPE).warnings
-    assert any(w.startswith("metadata.jsonl line 4: a text begins at -5.000 s") for w in warnings)
+    warnings = check_session(session, recipe=RECIPE).report.warnings
+    assert any(w.startswith("metadata.jsonl line 4: a text starts at -5.000 s") for w in warnings)
     write_lines(session / "metadata.jsonl", sensor_lines())
     with (session / "text.jsonl").open("a") as file:
         file.write('{"timestamp": 9, "stream": "internal", "text": "late"}\n')
-    warnings = validate_session(session, recipe=RECIPE).warnings
-    assert any(w.startswith("text.jsonl line 3: a text begins at 9.000 s") for w in warnings)
+    warnings = check_session(session, recipe=RECIPE).report.warnings
+    assert any(w.startswith("text.jsonl line 3: a text starts at 9.000 s") for w in warnings)
 
 
 def test_a_session_longer_than_a_day_says_what_is_left_out(session: Path) -> None:
     with (session / "metadata.jsonl").open("a") as file:
         file.write('{"timestamp": 1e9, "touch": [0, 0, 0, 0, 0]}\n')
-    report = validate_session(session, recipe=RECIPE)
+    report = check_session(session, recipe=RECIPE).report
     assert report.stats["length_s"] == 86_400
-    assert any("what lies after 86400 s is left out" in w for w in report.warnings)
+    assert any("everything after 86400 s is left out" in w for w in report.warnings)
