@@ -1,4 +1,4 @@
-"""Durable writes, checksums and fingerprints of files.
+"""Durable writes, checksums and fingerprints of files, and long arrays on disk.
 
 A file that other processes read is written under a temporary name in the same folder, flushed to
 disk, and renamed; then the folder is flushed. At every moment, even after a power cut, its name
@@ -11,13 +11,24 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
+import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from io import BufferedReader, FileIO
     from typing import BinaryIO
+
+    from numpy.typing import DTypeLike, NDArray
+
+ScalarT = TypeVar("ScalarT", bound=np.generic)
+
+BLOCK_BYTES = 1 << 20
+"""Bytes of a block of :meth:`DiskArray.iter_blocks`."""
 
 
 def write_atomic(
@@ -108,3 +119,70 @@ def fingerprint_of(*values: Any) -> str:  # noqa: ANN401 (any JSON value)
     """Return a short stable hash of plain JSON values."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return sha256_of_bytes(text.encode())[:32]
+
+
+class DiskArray(Generic[ScalarT]):
+    """Numbers [N] in an unnamed temporary file, so that memory does not grow with their count.
+
+    The file is in $TMPDIR and disappears with the array, however the process ends. Each access maps
+    only what it needs and copies it: a mapping of the whole file would count as the process's
+    memory. Forked processes can read the same array; pickling copies the numbers.
+
+    Args:
+        dtype: type of the numbers.
+    """
+
+    def __init__(self, dtype: DTypeLike) -> None:
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self._length = 0
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+
+    @classmethod
+    def of(cls, values: NDArray[ScalarT]) -> DiskArray[ScalarT]:
+        """Copy values [N] to disk."""
+        array = cls(values.dtype)
+        array.append(values)
+        return array
+
+    def append(self, values: NDArray[ScalarT]) -> None:
+        """Write values [n] after the present ones.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if len(values) == 0:
+            return
+        start, self._length = self._length, self._length + len(values)
+        size = self.dtype.itemsize
+        try:
+            # Writing to a mapped hole of a full disk would kill the process by SIGBUS.
+            os.posix_fallocate(self._file.fileno(), start * size, len(values) * size)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            error.add_note(f"{folder} has no room for decoded audio; fix: set TMPDIR")
+            raise
+        self._map(start, self._length, "r+")[:] = values
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, key: slice) -> NDArray[ScalarT]:
+        """Return a copy of the numbers [start, stop)."""
+        start, stop, step = key.indices(self._length)
+        if step != 1:
+            raise ValueError("a disk array is read forwards, without steps")
+        return np.array(self._map(start, stop, "r")) if stop > start else np.empty(0, self.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DiskArray.of, (self[:],)
+
+    def iter_blocks(self) -> Iterator[NDArray[ScalarT]]:
+        """Yield the numbers, BLOCK_BYTES at a time."""
+        step = BLOCK_BYTES // self.dtype.itemsize
+        for start in range(0, self._length, step):
+            yield self[start : start + step]
+
+    def _map(self, start: int, stop: int, mode: Literal["r", "r+"]) -> NDArray[ScalarT]:
+        offset = start * self.dtype.itemsize
+        return np.memmap(self._file, self.dtype, mode, offset=offset, shape=(stop - start,))

@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from shared.disk_array import DiskArray
+    from shared.files import DiskArray
     from shared.recipe import MelRecipe
 
 _ENERGY_FLOOR = 1e-10

@@ -18,8 +18,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from shared.disk_array import DiskArray
 from shared.errors import MediaError
+from shared.files import DiskArray
 from shared.media.video import container_origin_s, decode_all, require_bytes
 
 if TYPE_CHECKING:

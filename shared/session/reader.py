@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.clock import Window, interpolate, nearest
-from shared.disk_array import DiskArray
+from shared.files import DiskArray
 from shared.media.mel import encode_dmel
 from shared.media.sound import read_sound, to_int16
 from shared.media.video import VideoTrack, frames_to_restart, read_frames, read_video_track

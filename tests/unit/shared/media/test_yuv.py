@@ -160,7 +160,7 @@ def test_an_h264_member_is_one_gop_without_pictures_out_of_order():
 
 def test_an_h264_member_has_the_same_bytes_in_every_process():
     code = (
-        "import sys, numpy as np; from test_pictures import CODECS, encode_pictures, moving;"
+        "import sys, numpy as np; from test_yuv import CODECS, encode_pictures, moving;"
         "sys.stdout.buffer.write(encode_pictures(moving(), recipe=CODECS['h264']))"
     )
     paths = [p for p in sys.path if p]

@@ -1,0 +1,55 @@
+"""Scan a session: coverage of windows, and reasons for what is missing."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.oracles import tiny_recipe
+from helpers.sessions import sensor_lines, write_lines, write_tone
+
+from shared.recipe import Stream
+from shared.session.scan import scan_from_json, scan_session
+
+
+@pytest.fixture
+def session(tmp_path):
+    folder = tmp_path / "ann"
+    folder.mkdir()
+    return folder
+
+
+def test_coverage_says_what_share_of_each_window_a_stream_covers(session):
+    write_tone(session / "audio.wav", 2.25)
+    write_lines(session / "metadata.jsonl", sensor_lines(1.5))
+    scan = scan_session(session, recipe=tiny_recipe())
+    streams = list(Stream)
+    audio = [row[streams.index(Stream.AUDIO)] for row in scan.coverage]
+    touch = [row[streams.index(Stream.TOUCH)] for row in scan.coverage]
+    assert audio == [1.0, 1.0, 0.25]
+    assert touch == pytest.approx([1.0, 0.5, 0.0], abs=1 / 30)
+    assert all(row[streams.index(Stream.VISION_LEFT)] == 0 for row in scan.coverage)
+
+
+def test_one_wrong_timestamp_does_not_make_a_billion_windows(session):
+    write_tone(session / "audio.wav", 2.0)
+    lines = [*sensor_lines(1.0), {"timestamp": 1e9, "touch": [0] * 5, "proprio": [0] * 20}]
+    write_lines(session / "metadata.jsonl", lines)
+    scan = scan_session(session, recipe=tiny_recipe(window={"duration_s": 600}))
+    assert scan.length_s == 24 * 3600
+    assert any("a timestamp must be wrong" in what for what in scan.issues)
+
+
+def test_a_scan_comes_back_from_its_json(session):
+    write_tone(session / "audio.wav", 2.0)
+    (session / "metadata.jsonl").write_text("no json\n", encoding="utf-8")
+    scan = scan_session(session, recipe=tiny_recipe())
+    assert scan_from_json(scan.as_json()) == scan
+
+
+def test_the_same_session_says_the_same_wherever_it_lies(session, tmp_path):
+    (session / "audio.wav").write_bytes(b"garbage")
+    (session / "vision_left.mp4").write_bytes(b"")
+    moved = tmp_path / "elsewhere" / "ann"
+    first = scan_session(session, recipe=tiny_recipe())
+    moved.parent.mkdir()
+    session.rename(moved)
+    assert scan_session(moved, recipe=tiny_recipe()) == first
