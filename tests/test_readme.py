@@ -1,7 +1,8 @@
-"""What README.md tells to type exists and runs."""
+"""The commands in README.md run, and the documents name files, names and links that exist."""
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +19,14 @@ from train.config import TrainConfig
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLIS = {"preprocess": preprocess_cli, "train": train_cli}
+PACKAGES = ("shared", "preprocess", "train")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
+]
 
 
 def blocks(language):
@@ -71,3 +80,94 @@ def test_the_stock_reader_of_the_readme_joins_a_shard(tiny_set, tmp_path, monkey
     names["store"].close()
     assert {"audio.wav", "text.json"} <= set().union(*names["samples"].values())
     assert names["proprio"].shape[0] >= len(names["samples"]) > 0
+
+
+# --- the map of the code -----------------------------------------------------------------------
+
+
+def section(title):
+    return ARCHITECTURE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def source_tree():
+    """The files that the source tree of docs/architecture.md lists."""
+    folders, files = [], set()
+    for line in section("Source tree").split("```")[1].strip("\n").splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], name.rstrip("/")]
+        if not name.endswith("/"):
+            files.add("/".join(folders))
+    return files
+
+
+def test_the_source_tree_lists_every_module_and_nothing_else():
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    listed = source_tree()
+    assert {name for name in listed if name.endswith(".py")} == modules
+    assert [name for name in sorted(listed) if not (ROOT / name).is_file()] == []
+
+
+def defines(path, name):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return re.search(rf"^ *(def|class) {name}\b|^{name}\b[^=\n]*= ", text, flags=re.MULTILINE)
+
+
+def test_where_do_i_find_names_files_and_the_names_in_them():
+    rows = [line.split(" | ") for line in section("Where do I find").splitlines() if ".py`" in line]
+    assert len(rows) > 15
+    for question, files, names in rows:
+        paths = re.findall(r"`([\w/]+\.py)`", files)
+        for name in re.findall(r"`(\w+)`", names):
+            assert any(defines(path, name) for path in paths), (question, name)
+
+
+def test_the_vocabulary_of_the_architecture_page_is_a_table_without_repeats():
+    words = re.findall(r"^\| ([\w ,]+) \| ", section("Vocabulary"), flags=re.MULTILINE)
+    assert len(words) == len(set(words)) > 20
+
+
+# --- paths, names and links ----------------------------------------------------------------------
+
+
+def prose(page):
+    """A page, without what the changelog says of old names."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.sub(r"^  \| .*\n", "", text, flags=re.MULTILINE) if page == "CHANGELOG.md" else text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_of_the_repository_that_a_page_names_exists(page):
+    top = "|".join((*PACKAGES, "tests", "configs", "docs"))
+    paths = set(re.findall(rf"(?<![\w/.])(?:{top})/[\w/]+\.(?:py|yaml|md)\b", prose(page)))
+    assert [path for path in sorted(paths) if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_dotted_name_of_ours_that_a_page_mentions_can_be_imported(page):
+    for name in set(re.findall(rf"`((?:{'|'.join(PACKAGES)})(?:\.\w+)+)`", prose(page))):
+        assert pkgutil.resolve_name(name) is not None
+
+
+def anchors(page):
+    titles = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve().relative_to(ROOT) if path else Path(page)
+        assert (ROOT / target).exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_leads_to_the_map_of_the_code():
+    assert "docs/architecture.md#where-do-i-find" in README
+    assert len(README.splitlines()) <= 150
