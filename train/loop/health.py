@@ -1,7 +1,11 @@
-"""What is wrong with a run: the walkthrough's tables of metrics and advice, as pure rules.
+"""Health rules: find what is wrong with a run in the history of its metrics.
 
-A history is the list of what was logged, oldest first. ``check`` says what is wrong at its end;
-``HealthWatch`` keeps each finding from being repeated at every log.
+The rules, their thresholds and their advice are the tables of the training walkthrough. A history
+is the list of log points, oldest first. Each rule is a pure function of it. ``check`` applies all
+of them at the history's end; ``HealthWatch`` keeps a finding from being repeated at every log.
+
+``tests/experiments/health_rules.py`` measures on simulated runs how soon each rule finds a sick run
+and how often it accuses a healthy one.
 """
 
 from __future__ import annotations
@@ -14,50 +18,55 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    Problem = tuple[str, str] | None
+    """The metric and a sentence about it; None if all is well."""
+
 QUIET_STEPS: Final = 200
-"""Every untrained model fails the loss thresholds; nothing is said about them before this step."""
+"""Before this step, rules that every untrained model breaks are not applied."""
 
 REPEAT_AFTER_LOGS: Final = 20
-"""A finding that persists is said again after so many logs."""
+"""A finding that persists is reported again after this many logs."""
 
 NO_DECREASE_STEPS: Final = 1000
-"""The walkthrough's patience with a loss that does not fall."""
+"""The walkthrough's limit: steps within which a loss must decrease."""
 
 MIN_DECREASE: Final = 0.02
-"""A loss that has lost less than this share of itself has not decreased; batches differ by about as
-much."""
+"""Least relative decrease that counts; batches differ by about as much."""
 
 PLATEAU_LOGS: Final = 4
-"""Logs that a plateau has at least."""
+"""Least number of logs in a plateau."""
 
 UNEVEN_DECREASE: Final = 0.2
-"""Losses are uneven when one has not decreased while another has lost more than this share."""
+"""Losses are uneven if one has not decreased while another one has by more than this share."""
 
 TREND_LOGS: Final = 12
-"""Logs that a trend of single losses is judged by: the older half against the newer."""
+"""Number of newest logs that a trend is judged by: the older half against the newer half."""
 
 MIN_RISE: Final = 0.05
-"""A loss that gained less than this share, or than twice its standard error, did not rise.
+"""Least relative rise of a head's loss that counts; it must exceed twice its standard error, too.
 
 Simulated runs of 60 logs whose losses jitter by 3 %: a flat loss beside falling ones is accused in
-5 to 8 % of them (8 logs and 0.03: 80 %); one that rises by 1 % per log is found within 12 logs in
-69 %, within 20 in 98 to 100 %.
+5 to 8 % of them (with 8 logs and 0.03: in 80 %). A loss that rises by 1 % per log is found within
+12 logs in 69 % of them, within 20 logs in 98 to 100 %.
 """
 
 MIN_TOTAL_RISE: Final = 0.08
-"""The same of the whole loss. Of 300 simulated runs of 60 logs whose flat loss jitters by 3 % it
-accuses none; with 0.05 it was 8 %."""
+"""Least relative rise of the total loss that counts.
+
+Of 300 simulated runs of 60 logs whose flat loss jitters by 3 %, none is accused; with 0.05 it was
+8 %.
+"""
 
 MIN_FALL: Final = 0.01
-"""Nor did a loss fall that lost less than this share, or than twice its standard error."""
+"""Least relative fall of a head's loss that counts; it must exceed twice its standard error."""
 
 TREND_STEPS: Final = 200
-"""Steps that a trend must span, whatever the log interval."""
+"""Least number of steps that a trend spans, whatever the log interval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogPoint:
-    """What one log line said."""
+    """The metrics of one log line."""
 
     step: int
     metrics: Mapping[str, float]
@@ -65,7 +74,7 @@ class LogPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """Something that is wrong, with the walkthrough's advice."""
+    """A problem that a rule found, with the walkthrough's advice."""
 
     rule: str
     metric: str
@@ -79,28 +88,25 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One line of the walkthrough's tables.
-
-    `find` gets the history and answers with the metric and the problem in words, or None where all
-    is well.
-    """
+    """One line of the walkthrough's tables: a metric's good range, its warning, and what to do."""
 
     name: str
     metric: str
     good: str
     warning: str
     advice: str
-    find: Callable[[Sequence[LogPoint]], tuple[str, str] | None]
+    find: Callable[[Sequence[LogPoint]], Problem]
+    """Looks for the problem at the end of a history."""
     quiet_at_first: bool = False
-    """Whether the rule keeps silent in the first steps, where every untrained model breaks it."""
+    """Whether the rule is skipped in the first steps, where every untrained model breaks it."""
 
 
 def check(history: Sequence[LogPoint], *, quiet_steps: int = QUIET_STEPS) -> list[Finding]:
-    """All findings at the end of a history, in the order of the table.
+    """Return all findings at the end of a history, in the order of the table.
 
     Args:
         history: log points, oldest first.
-        quiet_steps: rules that every untrained model breaks are silent before this step.
+        quiet_steps: rules that every untrained model breaks are skipped before this step.
     """
     if not history:
         return []
@@ -109,11 +115,14 @@ def check(history: Sequence[LogPoint], *, quiet_steps: int = QUIET_STEPS) -> lis
     for rule in RULES:
         if rule.quiet_at_first and step < quiet_steps:
             continue
-        if (found := rule.find(history)) is not None:
-            metric, problem = found
+        if (problem := rule.find(history)) is not None:
             findings.append(
                 Finding(
-                    rule=rule.name, metric=metric, step=step, problem=problem, advice=rule.advice
+                    rule=rule.name,
+                    metric=problem[0],
+                    step=step,
+                    problem=problem[1],
+                    advice=rule.advice,
                 )
             )
     return findings
@@ -121,39 +130,43 @@ def check(history: Sequence[LogPoint], *, quiet_steps: int = QUIET_STEPS) -> lis
 
 @dataclass(slots=True, kw_only=True)
 class HealthWatch:
-    """Gathers the history and says each finding once in `repeat_after_logs` logs."""
+    """Collects the history, and reports each finding once in `repeat_after_logs` logs."""
 
     quiet_steps: int = QUIET_STEPS
     repeat_after_logs: int = REPEAT_AFTER_LOGS
     history: list[LogPoint] = field(default_factory=list)
-    _said_at: dict[tuple[str, str], int] = field(default_factory=dict)
+    _reported_at: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
-        """Add a log point; returns the findings that are due to be said."""
+        """Add a log point; return the findings to report."""
         self.history.append(LogPoint(step=step, metrics=dict(metrics)))
         return self._due(check(self.history, quiet_steps=self.quiet_steps))
 
     def observe_held_out(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
-        """What is due to be said of held-out metrics, named ``val/...``: their ranges only."""
+        """Return the findings to report about held-out metrics, named ``val/...``.
+
+        They enter no history, so only the rules about ranges apply.
+        """
         point = LogPoint(step=step, metrics=metrics)
         return self._due(check([point], quiet_steps=self.quiet_steps))
 
     def _due(self, findings: Sequence[Finding]) -> list[Finding]:
-        """Those that were not said within the last logs."""
-        now = len(self.history)
+        """Select the findings that were not reported within the last logs."""
+        num_logs = len(self.history)
         due = []
         for finding in findings:
             key = (finding.rule, finding.metric)
-            if now - self._said_at.get(key, -self.repeat_after_logs) >= self.repeat_after_logs:
-                self._said_at[key] = now
+            last = self._reported_at.get(key, -self.repeat_after_logs)
+            if num_logs - last >= self.repeat_after_logs:
+                self._reported_at[key] = num_logs
                 due.append(finding)
         return due
 
 
-def _above(metric: str, limit: float) -> Callable[[Sequence[LogPoint]], tuple[str, str] | None]:
-    """A rule that the newest value, or the newest held-out one, is not above a limit."""
+def _above(metric: str, limit: float) -> Callable[[Sequence[LogPoint]], Problem]:
+    """Make a rule: the newest value, held-out or not, is not above a limit."""
 
-    def find(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    def find(history: Sequence[LogPoint]) -> Problem:
         for name in (metric, f"val/{metric}"):
             value = history[-1].metrics.get(name)
             if value is not None and value > limit:
@@ -163,12 +176,10 @@ def _above(metric: str, limit: float) -> Callable[[Sequence[LogPoint]], tuple[st
     return find
 
 
-def _stays_below(
-    metric: str, limit: float
-) -> Callable[[Sequence[LogPoint]], tuple[str, str] | None]:
-    """A rule that two values in a row are not below a limit; one slow window says little."""
+def _stays_below(metric: str, limit: float) -> Callable[[Sequence[LogPoint]], Problem]:
+    """Make a rule: no two successive values are below a limit; one low value proves little."""
 
-    def find(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+    def find(history: Sequence[LogPoint]) -> Problem:
         values = [point.metrics.get(metric, math.inf) for point in history[-2:]]
         if len(values) < 2 or not max(values) < limit:
             return None
@@ -177,7 +188,8 @@ def _stays_below(
     return find
 
 
-def _not_finite(history: Sequence[LogPoint]) -> tuple[str, str] | None:
+def _not_finite(history: Sequence[LogPoint]) -> Problem:
+    """Find a loss that is NaN, or skipped steps."""
     metrics = history[-1].metrics
     if _overflows(history) is not None:
         return None
@@ -185,33 +197,33 @@ def _not_finite(history: Sequence[LogPoint]) -> tuple[str, str] | None:
         if metric.removeprefix("val/").startswith("loss_") and math.isnan(value):
             return metric, f"{metric} is NaN"
     if (count := metrics.get("skipped_steps", 0.0)) > 0:
-        why = "a loss or gradient was not finite, or far above those before"
-        return "skipped_steps", f"skipped_steps is {count:.0f}: {why}"
+        reason = "a loss or gradient was not finite, or far above the steps before"
+        return "skipped_steps", f"skipped_steps is {count:.0f}: {reason}"
     return None
 
 
-def _overflows(history: Sequence[LogPoint]) -> tuple[str, str] | None:
-    """All steps since the last log overflowed float16, so that there is no loss to tell."""
+def _overflows(history: Sequence[LogPoint]) -> Problem:
+    """Find that all steps since the last log overflowed float16, so that no loss is known."""
     metrics = history[-1].metrics
     count = metrics.get("fp16_overflows", 0.0)
     if not count or metrics.get("skipped_steps") or math.isfinite(metrics.get("loss_total", 0.0)):
         return None
     return "fp16_overflows", (
         f"fp16_overflows is {count:.0f}: every step since the last log overflowed float16 and was "
-        "left out"
+        "skipped"
     )
 
 
-def _no_decrease(history: Sequence[LogPoint]) -> tuple[str, str] | None:
-    """The newest losses of a long enough history are not below its first ones."""
+def _no_decrease(history: Sequence[LogPoint]) -> Problem:
+    """Find that the newest losses of a long enough history are not below its first ones."""
     ends = _first_and_last(history, "loss_total", is_resumed=True)
     if ends is None or ends[1] <= ends[0] * (1 - MIN_DECREASE):
         return None
     return "loss_total", f"loss_total has not decreased: {ends[0]:.4g} at first, {ends[1]:.4g} now"
 
 
-def _uneven(history: Sequence[LogPoint]) -> tuple[str, str] | None:
-    """A head's loss is where it began while another one has fallen a good deal."""
+def _uneven(history: Sequence[LogPoint]) -> Problem:
+    """Find a head's loss that is where it began, while another one has fallen clearly."""
     ends = {head: _first_and_last(history, head) for head in _heads(history)}
     falls = {head: 1 - both[1] / both[0] for head, both in ends.items() if both and both[0] > 0}
     stuck = [head for head, fall in falls.items() if fall < MIN_DECREASE]
@@ -221,13 +233,15 @@ def _uneven(history: Sequence[LogPoint]) -> tuple[str, str] | None:
     both = ends[stuck[0]]
     assert both is not None
     others = ", ".join(f"{head} fell by {falls[head]:.0%}" for head in learned)
-    return stuck[0], f"{stuck[0]} stays: {both[0]:.4g} at first, {both[1]:.4g} now, while {others}"
+    return stuck[0], (
+        f"{stuck[0]} does not decrease: {both[0]:.4g} at first, {both[1]:.4g} now, while {others}"
+    )
 
 
-def _plateau(history: Sequence[LogPoint]) -> tuple[str, str] | None:
-    """The loss fell before, and stands still over the newest 1000 steps, early in the run.
+def _plateau(history: Sequence[LogPoint]) -> Problem:
+    """Find a loss that fell before and is constant over the newest 1000 steps, early in the run.
 
-    Over the newest logs where so many steps have fewer than :data:`PLATEAU_LOGS`.
+    If those steps have fewer than :data:`PLATEAU_LOGS` logs, that many newest logs are judged.
     """
     points = _with_metric(history, "loss_total")
     num_newest = sum(p.step > points[-1].step - NO_DECREASE_STEPS for p in points)
@@ -239,7 +253,7 @@ def _plateau(history: Sequence[LogPoint]) -> tuple[str, str] | None:
     older, newer = _halves([p.metrics["loss_total"] for p in newest])
     if fmean(newer) < fmean(older) * (1 - MIN_DECREASE / 4):
         return None
-    # A cosine schedule that has nearly ended stands still by design.
+    # A loss is constant by design when the cosine schedule has nearly ended.
     rates = [p.metrics["lr"] for p in points if "lr" in p.metrics]
     if rates and rates[-1] < 0.5 * max(rates):
         return None
@@ -247,10 +261,10 @@ def _plateau(history: Sequence[LogPoint]) -> tuple[str, str] | None:
     return "loss_total", f"loss_total stays at {fmean(newer):.4g} for {num_steps} steps"
 
 
-def _one_rises(history: Sequence[LogPoint]) -> tuple[str, str] | None:
-    """One head's loss rises while another one falls, both beyond their noise, and no other rises.
+def _one_rises(history: Sequence[LogPoint]) -> Problem:
+    """Find a single head's loss that rises while another one falls, both beyond their noise.
 
-    The rest may stand still: a loss at its floor says nothing.
+    The others may be constant: a loss at its floor proves nothing.
     """
     changes = _trends(history, _heads(history))
     rising = [h for h, (change, noise) in changes.items() if change > max(MIN_RISE, 2 * noise)]
@@ -261,8 +275,8 @@ def _one_rises(history: Sequence[LogPoint]) -> tuple[str, str] | None:
     return rising[0], f"{rising[0]} rose by {change:.0%} while {', '.join(falling)} fell"
 
 
-def _total_rises(history: Sequence[LogPoint]) -> tuple[str, str] | None:
-    """The whole loss rises, beyond its noise, and not for the sake of a single head."""
+def _total_rises(history: Sequence[LogPoint]) -> Problem:
+    """Find a total loss that rises beyond its noise, and not because of a single head."""
     for change, noise in _trends(history, ["loss_total"]).values():
         if change > max(MIN_TOTAL_RISE, 2 * noise) and _one_rises(history) is None:
             return "loss_total", f"loss_total rose by {change:.0%} within {TREND_LOGS} logs"
@@ -270,7 +284,7 @@ def _total_rises(history: Sequence[LogPoint]) -> tuple[str, str] | None:
 
 
 def _trends(history: Sequence[LogPoint], metrics: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Of each metric :func:`_change` over the newest logs; nothing where they are too few."""
+    """Return each metric's :func:`_change` over the newest logs; {} if these are too few."""
     points = history[-TREND_LOGS:]
     if len(points) < TREND_LOGS or points[-1].step - points[0].step < TREND_STEPS:
         return {}
@@ -279,19 +293,21 @@ def _trends(history: Sequence[LogPoint], metrics: Sequence[str]) -> dict[str, tu
 
 
 def _heads(history: Sequence[LogPoint]) -> list[str]:
-    """Names of the heads' losses."""
+    """Return the names of the heads' losses."""
     return [m for m in history[-1].metrics if m.startswith("loss_") and m != "loss_total"]
 
 
 def _first_and_last(
     history: Sequence[LogPoint], metric: str, *, is_resumed: bool = False
 ) -> tuple[float, float] | None:
-    """A metric at the beginning of training and now, means of up to three logs each.
+    """Return a metric at the beginning of training and now, means of up to three logs each.
 
-    None where less than NO_DECREASE_STEPS lie between them, or where the history does not go back
-    to the beginning, as after a resume. With `is_resumed` it then begins there, and as many steps
-    must lie between as there were before: losses fall as powers of the steps, so that of a healthy
-    run hardly a 1000 late steps show it, and those that double its length do.
+    None if fewer than NO_DECREASE_STEPS are between them, or if the history does not reach back to
+    the beginning, as after a resume.
+
+    With `is_resumed`, a history that begins late is used if its steps double the run's length.
+    Losses fall as powers of the steps: 1000 late steps of a healthy run hardly show a decrease,
+    doubling its length does.
     """
     points = _with_metric(history, metric)
     if len(points) < 2 or points[-1].step < NO_DECREASE_STEPS:
@@ -308,7 +324,7 @@ def _first_and_last(
 
 
 def _change(values: Sequence[float]) -> tuple[float, float]:
-    """Relative change from the older to the newer half and its standard error, or NaN."""
+    """Return the relative change from the older to the newer half, and its standard error."""
     older, newer = _halves(values)
     base = abs(fmean(older)) or math.inf
     noise = math.hypot(stdev(older), stdev(newer)) / math.sqrt(len(older))
@@ -341,8 +357,8 @@ RULES: Final[tuple[Rule, ...]] = (
         good="0, or a few at first",
         warning="all steps of a log",
         advice=(
-            "Each halves the scale, at first from 65536; if it goes on set training.precision: "
-            "bf16, which needs no scale, or reduce LR (training.optimizer.lr)"
+            "Each overflow halves the loss scale, which starts at 65536. If they continue, set "
+            "training.precision: bf16, which needs no scale, or reduce LR (training.optimizer.lr)"
         ),
         find=_overflows,
     ),
@@ -419,9 +435,9 @@ RULES: Final[tuple[Rule, ...]] = (
         good="> 10",
         warning="< 5",
         advice=(
-            "`python -m train profile --config CONFIG.yaml` says what to change. Where "
-            "data_wait_fraction is high, raise data.num_workers; else the model is the bottleneck: "
-            "a smaller one, training.precision: bf16, training.compile: true"
+            "`python -m train profile --config CONFIG.yaml` says what to change. If "
+            "data_wait_fraction is high, raise data.num_workers; otherwise the model is the "
+            "bottleneck: use a smaller one, training.precision: bf16 or training.compile: true"
         ),
         find=_stays_below("samples_per_sec", 5.0),
     ),
@@ -448,4 +464,4 @@ RULES: Final[tuple[Rule, ...]] = (
         find=_above("memory_allocated_mb", 22_000.0),
     ),
 )
-"""The closed table, in order of urgency."""
+"""All rules, in order of urgency."""

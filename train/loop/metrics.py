@@ -1,7 +1,7 @@
-"""What a run tells: the same names in the terminal and in TensorBoard, and a list of bad samples.
+"""RunLog: a run's metrics in the terminal and in TensorBoard, and its corrupt samples in a file.
 
-``RunLog`` writes what the ``StepMeter`` says to the terminal (one line per log), to TensorBoard
-(``log_dir/<run name>``) and, for samples that had to be replaced, to ``quarantine.jsonl`` there.
+Metrics have the same names everywhere. The terminal gets one line per log; TensorBoard's files are
+in ``log_dir/<run name>``, beside ``quarantine.jsonl`` with the corrupt samples.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from train.loop.sample_logging import LoggedWindow
 
 QUARANTINE_NAME: Final = "quarantine.jsonl"
-"""Samples that had to be replaced: key, shard, row, error, and the step and split that met them."""
+"""Substituted corrupt samples: key, shard, row, error, and the step and split that read them."""
 
 HEADER_EVERY: Final = 20
-"""Log lines between two repetitions of the column names."""
+"""Number of log lines between two headers with the column names."""
 
 MIN_COLUMN_WIDTH: Final = 9
 
@@ -46,10 +46,10 @@ TENSORBOARD_ONLY_PREFIXES: Final = (
     "grad_norm/",
     "samples_of/",
 )
-"""Metrics that a terminal line has no room for; TensorBoard has them."""
+"""Prefixes of metrics that are not in the terminal line, because it would be too long."""
 
 MIX_CHART: Final = "samples of each set"
-"""The chart that only a mix of sets has curves for."""
+"""Title of the chart that has curves only if several sets are mixed."""
 
 CHARTS: Final = {
     "losses": {
@@ -65,22 +65,23 @@ CHARTS: Final = {
         "grad_norm": ["Multiline", ["^grad_norm$"]],
         "lr": ["Multiline", ["^lr$"]],
         MIX_CHART: ["Multiline", ["^samples_of/"]],
-        "left out": ["Multiline", ["^skipped_steps$", "^fp16_overflows$", "^skipped_samples$"]],
+        "skipped": ["Multiline", ["^skipped_steps$", "^fp16_overflows$", "^skipped_samples$"]],
     },
 }
-"""TensorBoard's tab "custom scalars": which curves share a chart."""
+"""Curves that share a chart in TensorBoard's tab "custom scalars", by category and title."""
 
 
 class RunLog:
     """Writes to the terminal, TensorBoard and the quarantine file; a context manager.
 
     Args:
-        folder: of this run; made where it is missing, continued where it is not.
-        first_step: the step that the run starts or resumes at; what TensorBoard had from later
-            steps is hidden.
-        max_steps: of the whole run, for the terminal.
-        quiet_steps: health rules that every untrained model breaks are silent before this step.
-        is_silent: nothing is written anywhere, as on all ranks but the main one.
+        folder: of this run; created if it is missing, continued if it exists.
+        first_step: the step that the run starts or resumes at; TensorBoard hides points that an
+            earlier attempt logged for later steps.
+        max_steps: of the whole run, shown in the terminal.
+        quiet_steps: health rules that every untrained model breaks are skipped before this step.
+        console: where terminal output goes; None: to the terminal.
+        is_silent: whether nothing is written at all, as on all ranks but the main one.
     """
 
     def __init__(
@@ -114,22 +115,22 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the curves; what stopped the run stands among its health's findings."""
+        """Close TensorBoard's files; log the error that stopped the run, under "health"."""
         if isinstance(error, EngineError):
             self._write_text("health", f"**stopped**: {error}", self._step)
         self._curves.write(lambda writer: writer.close())
 
     def print(self, message: str, *, style: str | None = None) -> None:
-        """One message to the terminal."""
+        """Print a message to the terminal."""
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        """What went wrong beside the training: in the terminal, and among its health's findings."""
+        """Report a problem that does not stop training, in the terminal and under "health"."""
         self._warn(message)
         self._write_text("health", f"**warning**: {message}", self._step)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """The configuration, into TensorBoard's text tab, and which curves belong together."""
+        """Write the configuration to TensorBoard's text tab, and define its charts."""
         text = f"```\n{json.dumps(config, indent=2)}\n```"
         self._curves.write(lambda writer: writer.add_text("config", text))
         is_mix = config["data"]["mix"] is not None
@@ -140,48 +141,54 @@ class RunLog:
         self._curves.write(lambda writer: writer.add_custom_scalars(charts))
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
-        """One log line, the same numbers in TensorBoard, and what the health rules say to them."""
+        """Write one log line, the same metrics to TensorBoard, and what the health rules find."""
         self._step = step
         self._write_scalars(step, metrics)
         self._write_line(step, metrics)
         findings = self._watch.observe(step, metrics)
-        self._tell(findings)
+        self._report(findings)
         return findings
 
     def write_validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Held-out metrics, named val/... in both places, and what the health rules say to them."""
+        """Write held-out metrics as val/..., and what the health rules find in them."""
         named = {f"val/{name}": value for name, value in metrics.items()}
         self._write_scalars(step, named)
         self.print(
             f"  held out at step {step}: " + "  ".join(f"{n} {_short(v)}" for n, v in named.items())
         )
-        self._tell(self._watch.observe_held_out(step, named))
+        self._report(self._watch.observe_held_out(step, named))
 
     def write_window(
-        self, step: int, window: LoggedWindow | None, reading: Mapping[str, Any]
+        self, step: int, window: LoggedWindow | None, extra: Mapping[str, Any]
     ) -> None:
-        """A held-out window, recorded and predicted; see :mod:`train.loop.sample_logging`."""
+        """Write a held-out window as recorded and as predicted.
+
+        Args:
+            step: optimizer steps done.
+            window: see :mod:`train.loop.sample_logging`.
+            extra: the checkpoint's "recipe" and "tokenizer", if it has them.
+        """
         if window is not None and not self._is_silent:
-            drawn = render_window(window, reading)
-            self._curves.write(lambda writer: write_window(writer, drawn, step))
+            rendered = render_window(window, extra)
+            self._curves.write(lambda writer: write_window(writer, rendered, step))
 
     def write_skipped(
         self, step: int, skipped: Sequence[Mapping[str, Any]], *, split: Split
     ) -> None:
-        """Bad samples that were replaced: to the quarantine file and TensorBoard's text."""
+        """Write substituted corrupt samples to the quarantine file and TensorBoard's text tab."""
         if not skipped or self._is_silent:
             return
         entries = [
-            json.dumps({"step": step, "split": split, **one}, default=str) for one in skipped
+            json.dumps({"step": step, "split": split, **each}, default=str) for each in skipped
         ]
         try:
             with (self.folder / QUARANTINE_NAME).open("a", encoding="utf-8") as file:
                 file.writelines(f"{entry}\n" for entry in entries)
         except OSError as error:
-            self._warn(f"{error}; bad samples are not in the list: {'; '.join(entries)}")
+            self._warn(f"{error}; these corrupt samples are missing there: {'; '.join(entries)}")
         self._write_text("skipped_samples", "\n\n".join(f"`{entry}`" for entry in entries), step)
 
-    def _tell(self, findings: Sequence[Finding]) -> None:
+    def _report(self, findings: Sequence[Finding]) -> None:
         for finding in findings:
             self.print(f"  health at step {finding.step}: {finding}", style="yellow")
             self._write_text("health", f"**{finding.rule}**: {finding}", finding.step)
@@ -201,23 +208,23 @@ class RunLog:
         self._curves.write(add_all)
 
     def _write_line(self, step: int, metrics: Mapping[str, float]) -> None:
-        shown = tuple(n for n in metrics if not n.startswith(TENSORBOARD_ONLY_PREFIXES))
-        if self._num_lines % HEADER_EVERY == 0 or shown != self._columns:
-            self._columns = shown
-            self.print(format_line(self._step_column("step"), {n: n for n in shown}), style="bold")
+        names = tuple(n for n in metrics if not n.startswith(TENSORBOARD_ONLY_PREFIXES))
+        if self._num_lines % HEADER_EVERY == 0 or names != self._columns:
+            self._columns = names
+            self.print(format_line(self._step_column("step"), {n: n for n in names}), style="bold")
         self._num_lines += 1
         step_column = self._step_column(f"{step}/{self._max_steps}")
-        self.print(format_line(step_column, {n: _short(metrics[n]) for n in shown}))
+        self.print(format_line(step_column, {n: _short(metrics[n]) for n in names}))
 
     def _step_column(self, text: str) -> str:
         return text.rjust(max(len("step"), 2 * len(str(self._max_steps)) + 1))
 
 
 class _Curves:
-    """TensorBoard's writer; a disk that fills up while training silences it and stops nothing.
+    """TensorBoard's writer; a disk that fills up stops the curves, but not the training.
 
     Raises:
-        ConfigError: it can't write to begin with.
+        ConfigError: the folder is not writable.
     """
 
     def __init__(
@@ -239,11 +246,12 @@ class _Curves:
             self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
         except OSError as error:
             raise ConfigError(
-                f"{folder}: no logs can be written there ({error}); set training.log_dir"
+                f"{folder}: logs cannot be written there ({error}); fix: set training.log_dir to a "
+                "writable folder"
             ) from error
 
     def write(self, call: Callable[[Any], None]) -> None:
-        """Do something with the writer; one that failed is replaced at the next call."""
+        """Call a function with the writer; after a failure, the next call opens a new writer."""
         if self._is_silent:
             return
         try:
@@ -253,26 +261,26 @@ class _Curves:
         except OSError as error:
             self._writer = None  # its thread is dead
             if not self._is_failing:
-                self._on_failure(f"{error}; TensorBoard misses some curves, training goes on")
+                self._on_failure(f"{error}; TensorBoard misses some curves, training continues")
             self._is_failing = True
         else:
             self._is_failing = False
 
 
 def format_line(first: str, columns: Mapping[str, str]) -> str:
-    """One aligned line: each text right-aligned under its column's name."""
+    """Return one line with each text right-aligned under its column's name."""
     cells = [text.rjust(max(len(name), MIN_COLUMN_WIDTH)) for name, text in columns.items()]
     return "  ".join([first, *cells])
 
 
 def default_run_name() -> str:
-    """A folder name from the time and this host's name, such as 20260131-174502-lab-3."""
+    """Return a folder name of time and host name, such as 20260131-174502-lab-3."""
     host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname().split(".")[0]).strip("-")
     return "-".join(filter(None, [time.strftime("%Y%m%d-%H%M%S"), host]))
 
 
 def _short(value: float) -> str:
-    """Four significant digits, without an exponent where that is readable."""
+    """Format four significant digits, without an exponent if that is readable."""
     if not math.isfinite(value):
         return str(value)
     if value and abs(value) < 1e-3:
