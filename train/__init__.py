@@ -1,7 +1,7 @@
-"""Trainer: streams shard sets, trains a MultiModalCreature, infers.
+"""Train a MultiModalCreature on streamed shard sets, and run inference with it.
 
-Names are imported when they are first used (PEP 562), so that ``python -m train`` complains about a
-wrong configuration, or is interrupted, without waiting seconds for torch.
+Public names are imported when they are first used (PEP 562). So ``python -m train`` reports a wrong
+configuration, and reacts to Ctrl-C, without waiting seconds for torch.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _MODULES: Final[Mapping[str, str]] = {
     "open_source": "train.data.loader",
     "real_data_collate_fn": "train.data.session_source",
 }
-"""Where each public name is."""
+"""Module of each public name."""
 
-# Large tensors of the CPU on pages of 2 MiB: to touch fresh memory in small pages takes longer than
-# the arithmetic on it (pixels to floats: 17 ms per sample, 10 with large pages). torch looks at its
-# first allocation.
+# Put large CPU tensors on pages of 2 MiB. Touching new memory in small pages takes longer than the
+# arithmetic on it (pixels to floats: 17 ms per sample, 10 ms with large pages). torch reads the
+# variable at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 (any of the public names)
     """Import a public name at its first use.
 
     Raises:
-        AttributeError: it is none.
+        AttributeError: there is no such name.
     """
     if name not in _MODULES:
         raise AttributeError(f"module 'train' has no attribute {name!r}")

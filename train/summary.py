@@ -1,6 +1,4 @@
-"""What came of a run: losses before and after, against predictors that know nothing, and the
-commands that come next.
-"""
+"""Text around training: warnings before the first step, a summary after the last one."""
 
 from __future__ import annotations
 
@@ -22,75 +20,68 @@ if TYPE_CHECKING:
     from train.model.baselines import Comparison
 
 
-def remarks(
-    config: TrainConfig, *, num_samples: int, not_held_out: str | None = None, num_ranks: int = 1
+def startup_warnings(
+    config: TrainConfig, *, num_samples: int, no_val_reason: str | None = None, num_ranks: int = 1
 ) -> Iterator[str]:
-    """Lines for people, each with its mend.
+    """Yield warnings about settings that are probably mistakes, or slow to start.
 
     Args:
         config: the whole configuration.
-        num_samples: of the train split.
-        not_held_out: why no session is held out; None where some are.
-        num_ranks: processes that train together.
+        num_samples: size of the train split.
+        no_val_reason: why no session is held out; None if some are.
+        num_ranks: number of processes that train together.
     """
     data, training = config.data, config.training
-    if not_held_out is not None:
+    if no_val_reason is not None:
         yield (
-            f"nothing is held out: {not_held_out}; losses are of trained samples only, and say "
-            "nothing of new ones. Record more sessions, or raise split.val_fraction in the recipe "
-            "(and build the shards again)"
+            f"nothing is held out: {no_val_reason}; losses are of training samples only and do not "
+            "show how the model does on new ones; fix: record more sessions, or raise "
+            "split.val_fraction in the recipe (and build the shards again)"
         )
     if data.batch_size > num_samples and data.mix is None:
         yield (
-            f"data.batch_size is {data.batch_size}, and there are {num_samples} train samples: "
-            f"the rest of each batch is padding of weight 0, at the cost of samples; set "
-            f"data.batch_size: {num_samples} or less"
+            f"data.batch_size is {data.batch_size}, but there are {num_samples} train samples: the "
+            "rest of each batch is padding of weight 0, which costs as much time as samples; fix: "
+            f"set data.batch_size to {num_samples} or less"
         )
     if training.parallel != "auto" and num_ranks == 1:
         yield (
-            f"training.parallel is {training.parallel}, and this is one process: it changes "
-            "nothing; start several by `torchrun --nproc-per-node=N -m train run ...`, or leave it "
-            "auto"
+            f"training.parallel is {training.parallel}, but this is one process, so it has no "
+            "effect; fix: start several processes by `torchrun --nproc-per-node=N -m train run "
+            "...`, or set it to auto"
         )
     if training.compile:
         yield "training.compile: the first step compiles the model, which takes minutes"
 
 
 def print_summary(
-    console: Console,
-    config: TrainConfig,
     summary: TrainSummary,
-    before: Mapping[str, float],
-    rows: Sequence[Comparison],
     *,
+    config: TrainConfig,
+    first_val_losses: Mapping[str, float],
+    comparisons: Sequence[Comparison],
     origin: Path,
     session: str,
+    console: Console,
 ) -> None:
-    """Print what happened in a run.
+    """Print losses before and after a run, its speed, and the commands that come next.
 
     Args:
-        console: where to.
-        config: the run's.
         summary: of the trainer.
-        before: held-out losses before the first step; empty where nothing is held out.
-        rows: the trained losses beside the baselines'.
+        config: of the run.
+        first_val_losses: held-out losses before the first step; empty if nothing is held out.
+        comparisons: the model's losses beside the baselines'.
         origin: the configuration's file, for the commands.
-        session: name of one to look at.
+        session: name of a session to run inference on.
+        console: where to print.
     """
-    table = Table(title=f"{summary.steps} steps", title_justify="left")
-    for title in ("loss", "train start", "train end", "held-out start", "held-out end"):
-        table.add_column(title, justify="left" if title == "loss" else "right")
-    names = summary.last_losses or summary.last_val_losses
-    for name in names:
-        columns = (summary.first_losses, summary.last_losses, before, summary.last_val_losses)
-        table.add_row(name, *(f"{c[name]:.4f}" if name in c else "-" for c in columns))
-    console.print(table)
-    if rows:
-        console.print(_comparison_table(rows))
+    console.print(_loss_table(summary, first_val_losses), soft_wrap=False)
+    if comparisons:
+        console.print(_comparison_table(comparisons), soft_wrap=False)
     console.print(
         f"{summary.samples_per_sec:.1f} samples/s, data_wait_fraction "
         f"{summary.data_wait_fraction:.3f}; skipped: {summary.skipped_steps} steps, "
-        f"{summary.skipped_samples} samples, {summary.skipped_val_samples} held-out ones"
+        f"{summary.skipped_samples} train samples, {summary.skipped_val_samples} held-out samples"
     )
     console.print(f"checkpoint   {summary.checkpoint}", soft_wrap=True)
     console.print(
@@ -102,22 +93,35 @@ def print_summary(
     if summary.stopped_by == "signal":
         words = ["--config", str(origin), "--resume", "auto"]
         command = shlex.join(["python", "-m", "train", "run", *words])
-        console.print(f"to go on     {command}, with the same key=value if any", soft_wrap=True)
+        console.print(f"to resume    {command}, with the same key=value if any", soft_wrap=True)
 
 
 def _folder_of(session: str, config: TrainConfig) -> Path:
-    """Where a session lies; ``data.root_dir`` may be the session itself."""
+    """Return the folder of a session; ``data.root_dir`` may be the session itself."""
     root = config.data.root_dir or Path("data/sessions")
     return root if is_session(root) else root / session
 
 
-def _comparison_table(rows: Sequence[Comparison]) -> Table:
-    table = Table(
-        title="held-out sessions, against predictors that know nothing", title_justify="left"
+def _loss_table(summary: TrainSummary, first_val_losses: Mapping[str, float]) -> Table:
+    table = Table(title=f"{summary.steps} steps", title_justify="left")
+    for title in ("loss", "train start", "train end", "held-out start", "held-out end"):
+        table.add_column(title, justify="left" if title == "loss" else "right")
+    columns = (
+        summary.first_losses,
+        summary.last_losses,
+        first_val_losses,
+        summary.last_val_losses,
     )
+    for name in summary.last_losses or summary.last_val_losses:
+        table.add_row(name, *(f"{c[name]:.4f}" if name in c else "-" for c in columns))
+    return table
+
+
+def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    table = Table(title="held-out sessions, compared with baselines", title_justify="left")
     for title in ("head", "loss", "baseline", "its loss", "better"):
         table.add_column(title, justify="right" if "loss" in title else "left")
-    for row in rows:
+    for row in comparisons:
         table.add_row(
             row.head,
             f"{row.loss:.4f}",

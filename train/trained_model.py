@@ -1,4 +1,4 @@
-"""A trained creature as a checkpoint keeps it: the model and what it needs to read a session."""
+"""TrainedModel: a checkpoint's model, with the recipe and tokenizer that it reads sessions by."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedModel:
-    """All of a checkpoint that inference needs."""
+    """Everything of a checkpoint that inference needs."""
 
     model: MultiModalCreature
     """In evaluation mode, on its device."""
     recipe: Recipe
-    """Of training."""
+    """The recipe that it was trained with."""
     tokenizer: TextTokenizer
     baselines: Baselines
     step: int
@@ -43,31 +43,31 @@ class TrainedModel:
 
     @property
     def shapes(self) -> WindowShapes:
-        """Sizes of a window."""
+        """Sizes of the model's windows."""
         return self.model.shapes
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's weights."""
         return next(self.model.parameters()).device
 
 
 def load_trained_model(path: Path, *, device: torch.device) -> TrainedModel:
-    """Read a checkpoint for inference; it may come from anyone.
+    """Read a checkpoint for inference, from an untrusted source if need be.
 
-    Nothing in it is run, and it takes no more memory than its file is long: weights that are
-    larger, or a configuration of more layers than there are weights for, are refused.
+    No code in it is run, and it needs no more memory than its file is long: larger weights, or a
+    configuration of more layers than there are weights for, are refused.
 
     Raises:
-        CheckpointError: missing, damaged, foreign, or without recipe and tokenizer.
+        CheckpointError: the file is missing, damaged, foreign, or without recipe or tokenizer.
     """
     state = load_checkpoint(path)
     extra = state.get("extra") or {}
     if missing := {"recipe", "tokenizer"} - extra.keys():
         raise CheckpointError(
-            f"{path}: the checkpoint lacks its {' and '.join(sorted(missing))}, so a session can't "
-            "be read as it was for training; train by `python -m train run`, or give "
-            "Trainer(checkpoint_extra=...) both"
+            f"{path}: the checkpoint lacks its {' and '.join(sorted(missing))}, so sessions cannot "
+            "be read as for training; fix: train by `python -m train run`, or pass both in "
+            "Trainer(checkpoint_extra=...)"
         )
     weights = _check_weights(path, state["model"])
     try:
@@ -75,18 +75,18 @@ def load_trained_model(path: Path, *, device: torch.device) -> TrainedModel:
         tokenizer = parse_tokenizer(extra["tokenizer"], origin="tokenizer")
         shapes = WindowShapes(**state["shapes"])
         if shapes != WindowShapes.from_recipe(recipe, tick_rate_hz=config.model.tick_rate_hz):
-            raise ConfigError("its window shapes are not those of its recipe")
+            raise ConfigError("its window shapes do not match its recipe")
         baselines = _baselines_of(extra, config, shapes)
         if dimensions(config.model)[1] + config.model.vision_layers > len(weights):
             raise ConfigError("its configuration has more layers than it has weights")
-        with torch.device("meta"):  # no time is lost on initial weights
+        with torch.device("meta"):  # initial weights would take time
             model = MultiModalCreature(config, shapes)
         model.load_state_dict(weights, assign=True)
-    # A foreign file can hold anything anywhere; these are what wrong values come to.
+    # A file from elsewhere can hold anything; wrong values raise any of these errors.
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: its parts don't make a creature: {str(error)[:400]}; take a checkpoint that "
-            "`python -m train run` wrote"
+            f"{path}: its content does not make a model: {str(error)[:400]}; fix: use a checkpoint "
+            "that `python -m train run` wrote"
         ) from error
     return TrainedModel(
         model=model.to(device).eval(),
@@ -98,10 +98,10 @@ def load_trained_model(path: Path, *, device: torch.device) -> TrainedModel:
 
 
 def _check_weights(path: Path, weights: object) -> dict[str, Tensor]:
-    """Weights as plain tensors that together are no larger than the file.
+    """Return the weights if they are plain tensors that together are no larger than the file.
 
     Raises:
-        CheckpointError: they are something else.
+        CheckpointError: they are not.
     """
     tensors = list(weights.values()) if isinstance(weights, dict) else [None]
     is_plain = all(
@@ -113,22 +113,23 @@ def _check_weights(path: Path, weights: object) -> dict[str, Tensor]:
     )
     if not is_plain or sum(t.nbytes for t in tensors if t is not None) > path.stat().st_size:
         raise CheckpointError(
-            f"{path}: its weights are no plain tensors, or larger than the file itself; take a "
+            f"{path}: its weights are not plain tensors, or larger than the file; fix: use a "
             "checkpoint that `python -m train run` wrote"
         )
     return cast(dict[str, Tensor], weights)
 
 
 def checkpoint_extras(loader: object) -> dict[str, Any]:
-    """Recipe and tokenizer of a loader's source as plain values: what inference needs to read
-    sessions as training did.
+    """Return recipe and tokenizer of a loader's source as plain values.
+
+    Inference needs them to read sessions as training did.
 
     Args:
         loader: a :class:`train.data.loader.Loader`, or a plain DataLoader over a
             :class:`train.data.session_source.RealMultiModalDataset` (or a Subset of one).
 
     Returns:
-        "recipe" and "tokenizer"; nothing where the loader has no such source.
+        "recipe" and "tokenizer"; empty if the loader has no such source.
     """
     source = getattr(_innermost(loader), "source", None)
     recipe, tokenizer = getattr(source, "recipe", None), getattr(source, "tokenizer", None)
@@ -138,36 +139,39 @@ def checkpoint_extras(loader: object) -> dict[str, Any]:
 
 
 def check_windows(loader: object, config: TrainConfig) -> None:
-    """Refuse a loader whose windows are laid out for another configuration.
+    """Refuse a loader whose windows are made for another configuration.
 
     Raises:
-        ConfigError: its text is packed densely and the configuration's is not, or the other way
-            round; or its ticks have another rate.
+        ConfigError: one of the two packs text densely and the other does not, or their tick rates
+            differ.
     """
-    own = getattr(_innermost(loader), "config", None)
-    if not isinstance(own, TrainConfig):
+    loader_config = getattr(_innermost(loader), "config", None)
+    if not isinstance(loader_config, TrainConfig):
         return
-    there, here = (
+    loader_windows, own_windows = (
         f"{'text alone, densely packed' if c.is_text_only else 'ticks'} at "
         f"{c.model.tick_rate_hz:g} Hz"
-        for c in (own, config)
+        for c in (loader_config, config)
     )
-    if there != here:
+    if loader_windows != own_windows:
         raise ConfigError(
-            f"the loader's dataset gives {there}, the trainer's configuration asks for {here}; "
-            "make it by RealMultiModalDataset(..., config=config)"
+            f"the loader's dataset yields {loader_windows}, but the trainer's configuration needs "
+            f"{own_windows}; fix: make the dataset by RealMultiModalDataset(..., config=config)"
         )
 
 
 def _innermost(loader: Any) -> object:  # noqa: ANN401 (whatever wraps a dataset)
-    """A loader of ours, or the dataset at the bottom of another one."""
+    """Unwrap DataLoaders and Subsets down to a Loader of this package, or to the dataset."""
     while not hasattr(loader, "source") and hasattr(loader, "dataset"):
         loader = loader.dataset
     return loader
 
 
 def _baselines_of(extra: Mapping[str, Any], config: TrainConfig, shapes: WindowShapes) -> Baselines:
-    """Fitted on the train split, or else from its statistics, or else only those without counts."""
+    """Return the baselines of a checkpoint.
+
+    Those fitted on the train split, else those from its statistics, else those without counts.
+    """
     if "baselines" in extra:
         return Baselines.from_dict(extra["baselines"], config=config, shapes=shapes)
     return Baselines.from_statistics(extra.get("statistics", {}), config=config, shapes=shapes)

@@ -52,7 +52,7 @@ from train.loop.optim import (
 from train.loop.prefetch import BatchFeed, iterate
 from train.machine import runtime
 from train.model.losses import added, compute_losses, loss_counts
-from train.run import open_parts, require_paths
+from train.run import require_paths, set_up_run
 from train.tools.advice import Measurements, Recommendation, WorkerRate, recommend, suggest
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def run_profile(
 def _open_bench(config: TrainConfig, num_steps: int, *, log: Callable[[str], object]) -> Bench:
     """Open the data and make a model with fresh weights on its device."""
     device = runtime.choose_device(config.training.device)
-    parts = open_parts(config)
+    parts = set_up_run(config)
     _set_threads(config, device)
     model = parts.model.to(device).train()
     optimizer = make_optimizer(model, config.training.optimizer)

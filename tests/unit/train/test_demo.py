@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from train.config import load_train_config
-from train.run import held_out, open_parts
+from train.run import held_out_loader, set_up_run
 from train.tools.ablate import ablate
 from train.trained_model import load_trained_model
 
@@ -74,10 +74,10 @@ def measured(trained):
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(trained)
         config = load_train_config(Path("configs/demo.yaml"))
-        parts = open_parts(config)
+        setup = set_up_run(config)
         cpu = torch.device("cpu")
         creature = load_trained_model(Path("checkpoints/demo/model_final.pt"), device=cpu)
-        batches = list(held_out(parts.val_loader.source, config))
+        batches = list(held_out_loader(setup.val_loader.source, config))
         losses, effects = ablate(creature.model, batches, device=cpu)
         baselines = creature.baselines.mean_losses(batches)
     return losses, {(e.missing, e.head): e for e in effects}, baselines

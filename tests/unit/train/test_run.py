@@ -26,10 +26,10 @@ from train.run import (
     baseline_losses,
     check_config,
     fit_baselines,
-    held_out,
-    open_parts,
+    held_out_loader,
     require_paths,
     run_training,
+    set_up_run,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -134,8 +134,8 @@ def test_resume_auto_begins_where_there_is_nothing_yet(config, tmp_path):
 
 
 def test_held_out_sessions_are_measured_in_stored_order(config):
-    parts = open_parts(config)
-    keys = [key for batch in parts.val_loader for key in batch["keys"]]
+    setup = set_up_run(config)
+    keys = [key for batch in setup.val_loader for key in batch["keys"]]
     assert {key.partition("/")[0] for key in keys} == {"bob"}
 
 
@@ -147,16 +147,16 @@ def test_baselines_are_judged_on_the_evaluated_samples_and_read_targets_only(
     config = make_config(tiny_set, heads=heads, modalities=modalities, batch_size=2)
     training = config.training.model_copy(update={"eval_batches": 2})
     config = config.model_copy(update={"training": training})
-    parts, opened = open_parts(config), []
+    setup, opened = set_up_run(config), []
 
     def open_recorded(*arguments):
-        opened.append(list(held_out(*arguments)))
+        opened.append(list(held_out_loader(*arguments)))
         return opened[-1]
 
-    baselines = fit_baselines(config, parts.loader.source)
-    expected = baselines.mean_losses(itertools.islice(parts.val_loader, 2))
-    monkeypatch.setattr("train.run.held_out", open_recorded)
-    assert baseline_losses(baselines, parts.val_loader, config) == pytest.approx(expected)
+    baselines = fit_baselines(config, setup.loader.source)
+    expected = baselines.mean_losses(itertools.islice(setup.val_loader, 2))
+    monkeypatch.setattr("train.run.held_out_loader", open_recorded)
+    assert baseline_losses(baselines, setup.val_loader, config) == pytest.approx(expected)
     assert len(opened[0]) > 2
     assert not any(name.startswith(("vision", "audio")) for name in opened[0][0]["inputs"])
 
@@ -169,7 +169,7 @@ def test_check_reads_a_batch_and_trains_nothing(tiny_set, tmp_path):
     )
     result = CliRunner().invoke(cli, ["run", "--config", str(path), "--check"])
     assert result.exit_code == 0, result.output
-    for text in ("keys and values are good", "vision_left", "one forward and backward: loss_"):
+    for text in ("keys and values are valid", "vision_left", "one forward and backward: loss_"):
         assert text in result.output
     assert not (tmp_path / "c").exists()
     assert not (tmp_path / "r").exists()
@@ -205,7 +205,7 @@ def test_check_looks_at_the_checkpoint_that_is_to_be_gone_on_from(tiny_set, tmp_
     before = final.read_bytes()
     config = make_run(tiny_set, tmp_path, max_steps=5)
     check(config, tmp_path, resume=str(final))
-    assert "can be gone on from, at step 3" in capsys.readouterr().out
+    assert "can resume from it, at step 3" in capsys.readouterr().out
     assert final.read_bytes() == before
     check(config, tmp_path, resume="auto")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
@@ -224,17 +224,17 @@ def test_check_looks_at_the_model_where_the_data_is_not_there_yet(tmp_path):
     result = CliRunner().invoke(cli, ["run", "--config", str(path), "--check"])
     assert result.exit_code == 0, result.output
     assert "parameters" in result.output
-    assert "later is not there yet" in result.output
+    assert "later does not exist yet" in result.output
 
 
 def test_sessions_read_directly_that_are_in_no_batch_are_named(tiny_sessions, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(set_recipe(required=["audio"]).as_json()))
     config = make_config(root_dir=tiny_sessions, recipe=recipe)
-    parts = open_parts(config)
-    assert [line.split(":")[0] for line in parts.left_out if "windows" not in line] == ["eve"]
+    setup = set_up_run(config)
+    assert [line.split(":")[0] for line in setup.rejected if "windows" not in line] == ["eve"]
     check_config(config, origin=tmp_path / "mine.yaml")
-    assert "left out: eve: required stream audio" in capsys.readouterr().out
+    assert "rejected: eve: required stream audio" in capsys.readouterr().out
 
 
 def test_held_out_sessions_that_can_not_be_used_are_named(tiny_sessions, tmp_path):
@@ -243,9 +243,9 @@ def test_held_out_sessions_that_can_not_be_used_are_named(tiny_sessions, tmp_pat
     (sessions / "bob" / "audio.wav").unlink()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(set_recipe(required=["audio"]).as_json()))
-    parts = open_parts(make_config(root_dir=sessions, recipe=recipe))
-    assert parts.val_loader is None
-    assert "bob" in parts.not_held_out
+    setup = set_up_run(make_config(root_dir=sessions, recipe=recipe))
+    assert setup.val_loader is None
+    assert "bob" in setup.no_val_reason
 
 
 def test_a_set_without_held_out_sessions_is_remarked_on_once(tiny_sessions, tmp_path, capsys):
@@ -261,7 +261,7 @@ def test_a_set_without_train_sessions_names_its_place_and_the_mend(tiny_sessions
     recipe = set_recipe(split={"val_fraction": 0.999999})
     shards = build_set(tiny_sessions, tmp_path / "set", recipe)
     with pytest.raises(ConfigError, match=rf"{shards}: there is no sample .*split\.val_fraction"):
-        open_parts(make_run(shards, tmp_path))
+        set_up_run(make_run(shards, tmp_path))
 
 
 def test_paths_with_brackets_and_spaces_are_printed_as_they_are_and_quoted(
@@ -287,8 +287,8 @@ def test_windows_that_are_no_samples_are_named(tiny_sessions, tmp_path):
     loose = set_recipe(required=[], window={"min_coverage": 0.0})
     every = RealMultiModalDataset(tiny_sessions, recipe=loose).source
     planned = {every.key(s, r) for s, n in enumerate(every.shard_sizes) for r in range(n)}
-    left_out = {key for key in planned - names if key.partition("/")[0] not in source.rejected}
-    assert left_out == {name for name in source.rejected if "/" in name}
+    rejected = {key for key in planned - names if key.partition("/")[0] not in source.rejected}
+    assert rejected == {name for name in source.rejected if "/" in name}
 
 
 def test_what_a_trainer_made_of_a_plain_loader_can_infer(tiny_sessions, tmp_path, monkeypatch):
@@ -326,24 +326,24 @@ def test_a_missing_set_is_made_of_the_sessions_that_the_configuration_names(tmp_
     assert words[words.index("--out") + 1] == str(tmp_path / "set")
     assert words[words.index("--sessions") + 1] == str(tmp_path / "my sessions")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="make it by `make demo`"):
+    with pytest.raises(ConfigError, match="build it by `make demo`"):
         require_paths(load_train_config(ROOT / "configs/demo.yaml"), origin=Path("demo.yaml"))
 
 
 @pytest.mark.parametrize(
-    ("override", "mend"),
+    ("override", "fix"),
     [
         ("data.shards=no/such/set", "preprocess shards --out no/such/set"),
-        ("data.root_dir=no/such/folder", "where the session folders lie"),
+        ("data.root_dir=no/such/folder", "that holds the session folders"),
     ],
 )
-def test_data_that_is_not_there_is_named_with_its_file_key_and_mend(tmp_path, override, mend):
+def test_missing_data_is_named_with_its_file_key_and_fix(tmp_path, override, fix):
     file = tmp_path / "mine.yaml"
     file.write_text("training: {max_steps: 1}\n")
     result = CliRunner().invoke(cli, ["run", "--config", str(file), override])
     assert result.exit_code == 2
     message = result.output.strip()
     key, _, path = override.partition("=")
-    assert message.startswith(f"Error: {file}: key '{key}' is {path}: not there; ")
-    assert mend in message
+    assert message.startswith(f"Error: {file}: key '{key}' is {path}: does not exist; ")
+    assert fix in message
     assert "\n" not in message

@@ -121,7 +121,7 @@ def expanded(tensor):
 )
 def test_weights_that_are_no_plain_tensors_are_refused(tmp_path, make):
     path = save(tmp_path / "k.pt", model=make(good_state()["model"]))
-    expect_refusal(path, "no plain tensors, or larger than the file")
+    expect_refusal(path, "not plain tensors, or larger than the file")
 
 
 def with_model(**changes):
@@ -152,18 +152,18 @@ def deep_list(length):
     [
         (with_model(num_layers=10**9), "more layers than it has weights"),
         (with_model(vision_layers=10**9), "more layers than it has weights"),
-        (with_model(hidden_dim=8 * 10**12), "don't make a creature"),
+        (with_model(hidden_dim=8 * 10**12), "does not make a model"),
         (with_model(hidden_dim=32), "size mismatch"),
         ({"config": [1, 2]}, "its config is a list"),
-        ({"config": {"model": [1]}}, "don't make a creature"),
+        ({"config": {"model": [1]}}, "does not make a model"),
         ({"step": "x"}, "its step is 'x'"),
         ({"format_version": None}, "its format_version is None"),
         ({"extra": [1]}, "its extra is a list"),
-        ({"shapes": {**dataclasses.asdict(SHAPES), "num_ticks": 10**9}}, "not those of its recipe"),
-        ({"shapes": {"ticks": 1}}, "don't make a creature"),
+        ({"shapes": {**dataclasses.asdict(SHAPES), "num_ticks": 10**9}}, "do not match its recipe"),
+        ({"shapes": {"ticks": 1}}, "does not make a model"),
         ({"extra": {**good_state()["extra"], "recipe": {"vision": {"size": "large"}}}}, "size"),
         ({"extra": {**good_state()["extra"], "tokenizer": "{}"}}, "is no tokenizer"),
-        ({"extra": {**good_state()["extra"], "baselines": {"counts": 3}}}, "don't make"),
+        ({"extra": {**good_state()["extra"], "baselines": {"counts": 3}}}, "does not make"),
         (with_baselines(counts={"internal_text": deep_list(264)}), "has no counts"),
         (with_baselines(counts={"internal_text": [-1.0] * 264}), "negative"),
         (with_baselines(level_pairs=torch.zeros(3)), r"levels has counts of shape \[3\]"),
@@ -175,9 +175,9 @@ def deep_list(length):
         (with_trigrams(torch.tensor([264**3]), torch.tensor([1])), "within 264 tokens"),
         (with_trigrams(torch.tensor([1]), torch.tensor([0])), "not theirs"),
         (with_trigrams(torch.tensor([1, 2]), torch.tensor([1])), "not theirs"),
-        (with_baselines(trigrams={"internal_text": 3}), "don't make a creature"),
+        (with_baselines(trigrams={"internal_text": 3}), "does not make a model"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_parts_that_do_not_fit_are_refused(tmp_path, changes, words):
+def test_content_that_does_not_make_a_model_is_refused(tmp_path, changes, words):
     expect_refusal(save(tmp_path / "k.pt", **changes), words)
