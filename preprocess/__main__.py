@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from shared.cli import CommandGroup, widen_pipes
 from shared.recipe import Recipe, load_recipe
-from shared.storage import Store, parse_location, shown
+from shared.storage import Store, parse_location, redact_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -231,7 +231,7 @@ def verify(ctx: click.Context, shard_set: str) -> None:
     for problem in verdict.problems:
         click.echo(problem, err=True)
     click.echo(
-        f"{shown(shard_set)}: {verdict.num_samples} samples in {verdict.num_shards} shards, "
+        f"{redact_url(shard_set)}: {verdict.num_samples} samples in {verdict.num_shards} shards, "
         f"{verdict.num_members} members, {verdict.length_bytes / 2**20:.1f} MiB: "
         + (f"{len(verdict.problems)} problems" if verdict.problems else "all good")
     )
@@ -322,7 +322,7 @@ def merge(out: str, shard_sets: tuple[str, ...]) -> None:
 def _tell(manifest: Manifest, place: str) -> None:
     counts = manifest.counts
     click.echo(
-        f"{shown(place)}: {counts['sessions']} sessions, {counts['samples']} samples "
+        f"{redact_url(place)}: {counts['sessions']} sessions, {counts['samples']} samples "
         f"({manifest.num_samples('val')} held out) in {len(manifest.shards)} shards"
     )
 

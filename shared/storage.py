@@ -1,20 +1,17 @@
-"""Files behind an fsspec URL such as ``s3://bucket/shards/x``: the few things that a program needs
-of an object store.
+"""Files behind an fsspec URL such as ``s3://bucket/shards/x``.
 
-Local folders are never read or written through here. An upload is atomic: readers see the old
-object or the new one. Addresses and keys of a store come from fsspec's and the store's own
+Local folders are never read or written through this module. An upload is atomic: readers see the
+old object or the new one. Addresses and keys of a store come from fsspec's and the store's own
 environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``FSSPEC_S3_ANON=true``, ``HTTPS_PROXY``,
-``~/.netrc`` ...) and stand in no file and no message.
+``~/.netrc`` ...). They appear in no file and no message.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import random
 import re
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -29,29 +26,42 @@ from shared.errors import StorageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tenacity import RetryCallState
+
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0
-"""Of http and https: so long without one byte is a failure. aiohttp has a limit for the whole
-answer, 5 minutes, which large files on slow lines would not meet."""
+"""Longest time without one byte over http and https. aiohttp's own limit is 5 minutes for the whole
+response, which large files on slow connections would not meet."""
 
 _opened: dict[int, Any] = {}
-"""File systems that this process or the one it was forked from opened; never let go. fsspec makes
-new ones after a fork, and the old ones, when they went, would take their connections out of the
-epoll instance that the parent still uses: it would hear nothing of them any more."""
+"""File systems that this process, or the one it was forked from, opened; never released. fsspec
+makes new ones after a fork. If the old ones were garbage collected, they would remove their
+connections from the epoll instance that the parent process still uses, and the parent would miss
+its responses."""
 
 _log = logging.getLogger(__name__)
-_chance = random.SystemRandom()
+_random = random.SystemRandom()
+"""Independent of the global generator, whose state training saves and restores."""
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _USER = re.compile(r"(?<=://)[^/@]*@")
-_FACTS = ("ETag", "etag", "md5", "checksum", "generation", "mtime", "LastModified", "created")
-"""What file systems of fsspec call that which changes when an object's content does, best first."""
-_FOR_GOOD = (PermissionError, ValueError, TypeError, ImportError, NotImplementedError)
-_FOR_GOOD_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
-"""Errors that trying again does not mend; botocore's by name, for it may not be there."""
-_PASSING_STATUS = {408, 425, 429}
-"""HTTP statuses below 500 that pass: request timeout, too early, too many requests."""
+_VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "md5",
+    "checksum",
+    "generation",
+    "mtime",
+    "LastModified",
+    "created",
+)
+"""Keys of fsspec's file info whose value changes when an object's content does, best first."""
+_PERMANENT = (PermissionError, ValueError, TypeError, ImportError, NotImplementedError)
+_PERMANENT_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
+"""Errors that a retry can't fix; botocore's by name, because botocore may not be installed."""
+_TRANSIENT_STATUS = {408, 425, 429}
+"""HTTP statuses below 500 worth a retry: request timeout, too early, too many requests."""
 _PACKAGES = {"s3": "s3fs>=2025.1", "http": "aiohttp>=3.9", "https": "aiohttp>=3.9"}
 
 
@@ -61,158 +71,175 @@ class StoredFile:
 
     length_bytes: int
     tag: str
-    """Differs when the content does: a checksum, else a time."""
+    """Changes with the content: a checksum if the store has one, else a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How long to try again; waits grow exponentially with full jitter (Brooker 2015, "Exponential
-    Backoff And Jitter", AWS Architecture Blog), so that many processes don't come back at once.
+    """How often and how long a request is retried.
+
+    Waits grow exponentially with full jitter (Brooker 2015, "Exponential Backoff And Jitter", AWS
+    Architecture Blog), so that many processes don't retry at the same moment.
     """
 
     attempts: int = 10
     first_wait_s: float = 0.5
-    """The longest first wait; each later one may be twice as long."""
+    """Upper bound of the first wait; the bound doubles with each attempt."""
     longest_wait_s: float = 30.0
     total_s: float = 240.0
-    """No attempt begins later; below the 10 minutes after which a silent loader is given up."""
+    """No attempt begins later. Shorter than the 10 minutes after which the loader counts as hung.
+    """
 
 
-def with_retry(call: Callable[[], _T], *, patience: RetryPolicy) -> _T:
-    """The result of a call that is made again while it fails in a way that may pass.
+STARTUP_RETRY = RetryPolicy(attempts=5)
+"""For the first request to a store, which mostly fails because of a wrong address."""
+
+
+def with_retry(call: Callable[[], _T], *, retry: RetryPolicy) -> _T:
+    """Call a function, and again while it fails with a transient StorageError.
 
     Args:
-        call: asks a store.
-        patience: how often and how long.
+        call: sends a request to a store.
+        retry: how often and how long.
 
     Raises:
         StorageError: the last one.
     """
-    begin_s = time.monotonic()
-    for attempt in itertools.count(1):
-        try:
-            return call()
-        except StorageError as error:
-            longest_s = min(patience.first_wait_s * 2 ** (attempt - 1), patience.longest_wait_s)
-            wait_s = _chance.uniform(0, longest_s)
-            passed_s = time.monotonic() - begin_s
-            if not error.is_transient:
-                raise
-            if attempt >= patience.attempts or passed_s + wait_s > patience.total_s:
-                raise StorageError(
-                    f"{error.summary}; given up after {attempt} attempts in {passed_s:.0f} s; when "
-                    "it can be reached, run the command again (a training: with --resume auto)"
-                ) from error
-            _log.warning(
-                "%s; attempt %d of %d in %.1f s",
-                error.summary,
-                attempt + 1,
-                patience.attempts,
-                wait_s,
-            )
-        time.sleep(wait_s)
-    raise AssertionError("unreachable")
+    import tenacity  # takes 40 ms to import
+
+    def wait_s(state: RetryCallState) -> float:
+        bound_s = retry.first_wait_s * 2 ** (state.attempt_number - 1)
+        return _random.uniform(0, min(bound_s, retry.longest_wait_s))
+
+    def log_retry(state: RetryCallState) -> None:
+        _log.warning(
+            "%s; attempt %d of %d in %.1f s",
+            _error_of(state).summary,
+            state.attempt_number + 1,
+            retry.attempts,
+            state.upcoming_sleep,
+        )
+
+    def give_up(state: RetryCallState) -> _T:
+        error = _error_of(state)
+        raise StorageError(
+            f"{error.summary}; given up after {state.attempt_number} attempts in "
+            f"{state.seconds_since_start:.0f} s; fix: run the command again when the store can be "
+            "reached (a training: with --resume auto)"
+        ) from error
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(
+            lambda error: isinstance(error, StorageError) and error.is_transient
+        ),
+        wait=wait_s,
+        stop=tenacity.stop_after_attempt(retry.attempts)
+        | tenacity.stop_before_delay(retry.total_s),
+        before_sleep=log_retry,
+        retry_error_callback=give_up,
+    )
+    return retrying(call)
 
 
-STARTUP_RETRY = RetryPolicy(attempts=5)
-"""For the first thing that is asked of a store: what fails then is mostly a wrong address."""
+def _error_of(state: RetryCallState) -> StorageError:
+    """Return the error of a failed attempt."""
+    error = state.outcome.exception() if state.outcome else None
+    assert isinstance(error, StorageError)
+    return error
 
 
-def _patiently(
+def _retried(
     method: Callable[Concatenate[Store, _P], _T],
 ) -> Callable[Concatenate[Store, _P], _T]:
-    """A request that is made again while it fails, as far as the store's patience goes; none does
-    other things when it is made twice.
-    """
+    """Retry a request as the store's policy says; all requests are idempotent."""
 
     @wraps(method)
-    def ask(self: Store, /, *args: _P.args, **options: _P.kwargs) -> _T:
-        if self.patience is None:
+    def request(self: Store, /, *args: _P.args, **options: _P.kwargs) -> _T:
+        if self.retry is None:
             return method(self, *args, **options)
-        return with_retry(lambda: method(self, *args, **options), patience=self.patience)
+        return with_retry(lambda: method(self, *args, **options), retry=self.retry)
 
-    return ask
+    return request
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A folder behind a URL; plain values, so that it crosses processes.
+    """A folder behind a URL; a plain value that can be sent to other processes.
 
     Raises (all methods):
-        StorageError: the store refuses or can't be reached; FileNotFoundError where there is no
-            such object.
+        StorageError: the store refuses the request or can't be reached.
+        FileNotFoundError: there is no such object.
     """
 
     url: str
-    patience: RetryPolicy | None = None
-    """How long requests are tried again; None where whoever asks does that."""
+    retry: RetryPolicy | None = None
+    """None if the caller retries."""
 
     def __str__(self) -> str:
-        return shown(self.url)
+        return redact_url(self.url)
 
-    def with_policy(self, patience: RetryPolicy) -> Store:
-        """The same folder, asked so patiently."""
-        return replace(self, patience=patience)
+    def with_policy(self, retry: RetryPolicy) -> Store:
+        """Return the same folder with another retry policy."""
+        return replace(self, retry=retry)
 
-    @_patiently
+    @_retried
     def list_files(self) -> dict[str, StoredFile]:
-        """Everything below the folder, by its path from there; {} where there is nothing."""
-        with self._named():
+        """List everything below the folder, by relative path; {} if there is nothing."""
+        with self._errors():
             fs, root = self._open()
             try:
-                found = fs.find(root, detail=True)
+                files = fs.find(root, detail=True)
             except FileNotFoundError:
                 return {}
             prefix = root.rstrip("/") + "/"
             return {
-                path[len(prefix) :]: StoredFile(int(facts["size"] or 0), _tag(facts))
-                for path, facts in found.items()
+                path[len(prefix) :]: _stored_file(info)
+                for path, info in files.items()
                 if path.startswith(prefix)
             }
 
-    @_patiently
-    def find(self, name: str) -> StoredFile | None:
-        """One file as it is now; None where there is none."""
-        with self._named(name):
+    @_retried
+    def stat(self, name: str) -> StoredFile | None:
+        """Look up one file as it is now; None if it does not exist."""
+        with self._errors(name):
             fs, root = self._open()
             try:
-                facts = fs.info(f"{root}/{name}")
+                return _stored_file(fs.info(f"{root}/{name}"))
             except FileNotFoundError:
                 return None
-            return StoredFile(int(facts["size"] or 0), _tag(facts))
 
-    @_patiently
+    @_retried
     def read(self, name: str) -> bytes:
-        """All bytes of a file."""
-        with self._named(name):
+        """Read a whole file."""
+        with self._errors(name):
             fs, root = self._open()
             return bytes(fs.cat_file(f"{root}/{name}"))
 
-    @_patiently
+    @_retried
     def write(self, name: str, content: bytes) -> None:
-        """Make a file of these bytes, or replace it."""
-        with self._named(name, is_new=True):
+        """Create or replace a file."""
+        with self._errors(name, is_new=True):
             fs, root = self._open()
             fs.pipe_file(f"{root}/{name}", content)
 
-    @_patiently
-    def fetch(self, name: str, path: Path) -> None:
+    @_retried
+    def download(self, name: str, path: Path) -> None:
         """Copy a file to the local disk."""
-        with self._named(name):
+        with self._errors(name):
             fs, root = self._open()
             fs.get_file(f"{root}/{name}", str(path))
 
-    @_patiently
-    def put(self, path: Path, name: str) -> None:
+    @_retried
+    def upload(self, path: Path, name: str) -> None:
         """Copy a local file into the store."""
-        with self._named(name, is_new=True):
+        with self._errors(name, is_new=True):
             fs, root = self._open()
             fs.put_file(str(path), f"{root}/{name}")
 
-    @_patiently
+    @_retried
     def remove(self, name: str) -> None:
-        """Remove a file; does nothing where there is none."""
-        with self._named(name):
+        """Remove a file if it exists."""
+        with self._errors(name):
             fs, root = self._open()
             try:
                 fs.rm_file(f"{root}/{name}")
@@ -220,67 +247,67 @@ class Store:
                 return
 
     def _open(self) -> tuple[Any, str]:
-        """The file system and the folder's path in it."""
+        """Return the file system and the folder's path in it."""
         import fsspec
 
-        # Listings that are kept know nothing of what other processes put there.
+        # A cached listing would miss what other processes write.
         fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **self._options())
         _opened[id(fs)] = fs
         return fs, root.rstrip("/")
 
     def _options(self) -> dict[str, Any]:
-        """What the file system needs to be told; s3fs has timeouts of its own (5 s, 15 s)."""
+        """Return options of the file system; s3fs has timeouts of its own (5 s, 15 s)."""
         protocol = self.url.partition("://")[0]
         if protocol not in {"http", "https"}:
             return {}
         import aiohttp
         import fsspec
 
-        given = fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})
+        user_options = fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S
         )
-        # Proxies and ~/.netrc, which aiohttp otherwise ignores.
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True, **given}}
+        # trust_env: use proxies and ~/.netrc, which aiohttp otherwise ignores.
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True, **user_options}}
 
     @contextmanager
-    def _named(self, name: str = "", *, is_new: bool = False) -> Iterator[None]:
-        """Says of whatever goes wrong in the store's library where it did.
+    def _errors(self, name: str = "", *, is_new: bool = False) -> Iterator[None]:
+        """Turn any error of the store's library into a StorageError that names the URL.
 
         Args:
-            name: the file, where it is one.
-            is_new: it is being made, so that what is missing is the place.
+            name: the file; empty for the folder.
+            is_new: the file is being created, so a missing path is the folder's or bucket's.
         """
-        place = shown(f"{self.url}/{name}" if name else self.url)
+        url = redact_url(f"{self.url}/{name}" if name else self.url)
         try:
             yield
         except FileNotFoundError as error:
             if not is_new:
                 raise
-            raise StorageError(f"{place}: no such bucket or folder; make it first") from error
+            raise StorageError(f"{url}: no such bucket or folder; fix: create it first") from error
         except ImportError as error:
             protocol = self.url.partition("://")[0]
             package = _PACKAGES.get(protocol)
-            mend = f"; run `pip install '{package}'`" if package else ""
+            fix = f"; fix: run `pip install '{package}'`" if package else ""
             raise StorageError(
-                f"{place}: {protocol}:// needs a package that is not installed: {error}{mend}"
+                f"{url}: {protocol}:// needs a package that is not installed: {error}{fix}"
             ) from error
-        except Exception as error:  # every store's library has exceptions of its own
+        except Exception as error:  # every store's library has its own exceptions
             silent = (
-                "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+                "no response in time" if isinstance(error, TimeoutError) else type(error).__name__
             )
             reason = (str(error) or silent).splitlines()[0]
-            summary = f"{place}: {shown(reason)} ({type(error).__name__})"
+            summary = f"{url}: {redact_url(reason)} ({type(error).__name__})"
             raise StorageError(
-                f"{summary}; is the address right, and may you read and write there? Nothing that "
-                "was finished is lost: run it again",
+                f"{summary}; fix: check the address and your read and write permissions, then run "
+                "it again; finished work is kept",
                 summary=summary,
-                is_transient=_may_pass(error),
+                is_transient=_is_transient(error),
             ) from error
 
 
 def parse_location(text: Path | str) -> Path | Store:
-    """The local folder or the store that a user means."""
+    """Parse a local folder or a URL."""
     if isinstance(text, Path):
         return text
     if text.startswith("file://"):
@@ -288,23 +315,25 @@ def parse_location(text: Path | str) -> Path | Store:
     return Store(text.rstrip("/")) if _URL.match(text) else Path(text)
 
 
-def shown(url: str) -> str:
-    """A URL as it may be printed: without a user name and password."""
-    return _USER.sub("", url)
+def redact_url(text: str) -> str:
+    """Remove user names and passwords from the URLs in a text."""
+    return _USER.sub("", text)
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may go well later."""
+def _is_transient(error: Exception) -> bool:
+    """Return whether the same request may succeed later."""
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
-        return status in _PASSING_STATUS
-    is_full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
-    named = type(error).__name__ in _FOR_GOOD_NAMES
-    return not (is_full or named or isinstance(error, _FOR_GOOD))
+        return status in _TRANSIENT_STATUS
+    is_disk_full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    is_permanent = isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES
+    return not (is_disk_full or is_permanent)
 
 
-def _tag(facts: dict[str, Any]) -> str:
-    value = next((facts[name] for name in _FACTS if facts.get(name) is not None), "")
-    # Some file systems say a time as a date in one place and as seconds in another.
-    seconds = value.timestamp() if isinstance(value, datetime) else value
-    return f"{seconds:.6f}" if isinstance(seconds, float) else str(seconds)
+def _stored_file(info: dict[str, Any]) -> StoredFile:
+    """Make a StoredFile of fsspec's file info."""
+    version = next((info[key] for key in _VERSION_KEYS if info.get(key) is not None), "")
+    # Some file systems give a time as a date in one call and as seconds in another.
+    seconds = version.timestamp() if isinstance(version, datetime) else version
+    tag = f"{seconds:.6f}" if isinstance(seconds, float) else str(seconds)
+    return StoredFile(int(info["size"] or 0), tag)

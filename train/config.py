@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from shared.config import Section, apply_overrides, make_section, read_yaml
 from shared.errors import ConfigError
 from shared.recipe import STREAMS, TEXT_STREAMS, Stream
-from shared.storage import Store, parse_location, shown
+from shared.storage import Store, parse_location, redact_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ def _as_place(value: object) -> Path | str:
     place = parse_location(value)
     if not isinstance(place, Store):
         return place
-    if shown(place.url) != place.url:
+    if redact_url(place.url) != place.url:
         raise ValueError(
             f"{place}: checkpoints and logs hold the configuration, so no password may stand in "
             "it; put it into ~/.netrc or the environment"

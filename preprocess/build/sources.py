@@ -74,12 +74,12 @@ class RemoteRecording:
         for name in names:
             if name in self.stamp:
                 with suppress(FileNotFoundError):  # :meth:`changed` says so
-                    self.store.fetch(name, folder / name)
+                    self.store.download(name, folder / name)
         return folder
 
     def changed(self, names: Iterable[str]) -> list[str]:
         """Those of its files that are not as they were."""
-        return [n for n in names if _stored_stamp(self.store.find(n)) != self.stamp.get(n)]
+        return [n for n in names if _stored_stamp(self.store.stat(n)) != self.stamp.get(n)]
 
 
 Recording = LocalRecording | RemoteRecording

@@ -70,4 +70,4 @@ def _copy(store: Store | None, name: str, folder: Path) -> None:
     path = folder / name
     if store is not None and not path.exists():
         with suppress(FileNotFoundError):
-            store.fetch(name, path)
+            store.download(name, path)

@@ -313,7 +313,7 @@ class RemoteShardSet:
     def put(self, path: Path, name: str) -> None:
         """Upload a finished file from a staging directory into the set."""
         self._require_claim()
-        self.store.put(path, name)
+        self.store.upload(path, name)
 
     def write(self, name: str, content: bytes) -> None:
         """Create or replace a small file, atomically."""
@@ -342,7 +342,7 @@ class RemoteShardSet:
 
     def _download(self, name: str, path: Path) -> None:
         try:
-            self.store.fetch(name, path)
+            self.store.download(name, path)
         except FileNotFoundError as error:
             raise CorruptError(f"{self}/{name}: no longer exists") from error
 

@@ -225,8 +225,8 @@ def read_epoch(
     """One epoch of a rank: samples after the first batch, seconds to it and after it, hash of the
     keys, samples replaced.
     """
+    from train.data.cached_set import CacheSettings
     from train.data.loader import Loader
-    from train.data.remote import CacheSettings
     from train.data.shard_source import ShardSource
 
     config = TrainConfig.model_validate(
@@ -234,7 +234,7 @@ def read_epoch(
     )
     began_s = time.perf_counter()
     with redirect_stdout(io.StringIO()):
-        source = ShardSource(place, cache=CacheSettings(folder=cache, patience=PATIENCE))
+        source = ShardSource(place, cache=CacheSettings(folder=cache, retry=PATIENCE))
         loader = Loader(source, config, num_epochs=1, rank=rank, world_size=num_ranks)
         keys, num_skipped = [], 0
         first_s, num_first = 0.0, 0

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from shared.storage import RetryPolicy
-from train.data.cache import RemoteFile, ShardCache
+from train.data.cache import CachedFile, ShardCache
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,11 +31,11 @@ class Shelf:
     def __str__(self) -> str:
         return "shelf://here"
 
-    def file(self, name: str) -> RemoteFile:
+    def file(self, name: str) -> CachedFile:
         content = self.contents[name]
-        return RemoteFile(name, hashlib.sha256(content).hexdigest(), len(content))
+        return CachedFile(name, hashlib.sha256(content).hexdigest(), len(content))
 
-    def fetch(self, name: str, path: Path) -> None:
+    def download(self, name: str, path: Path) -> None:
         with self.log.open("a") as file:
             file.write(f"{name}\n")
         if name not in self.contents:
@@ -46,8 +46,8 @@ class Shelf:
         return Counter(self.log.read_text().split()) if self.log.exists() else Counter()
 
 
-def make_cache(shelf, folder, *, num_files=10, patience=QUICK):
-    return ShardCache(shelf, folder, limit_bytes=num_files * SIZE, patience=patience)
+def make_cache(shelf, folder, *, num_files=10, retry=QUICK):
+    return ShardCache(shelf, folder, limit_bytes=num_files * SIZE, retry=retry)
 
 
 def read(cache, file, **options):

@@ -88,5 +88,5 @@ def fail_at_first(monkeypatch: pytest.MonkeyPatch, fs: Any, num_failures: int) -
 
     for name in REQUESTS:
         monkeypatch.setattr(type(fs), name, failing(name, getattr(type(fs), name)))
-    monkeypatch.setattr(storage._chance, "uniform", lambda low, high: low)
+    monkeypatch.setattr(storage._random, "uniform", lambda low, high: low)
     return failures

@@ -1,11 +1,11 @@
-"""A size-limited folder of files that come from stores, shared by all processes of a machine.
+"""A size-limited folder of files downloaded from stores, shared by all processes of a machine.
 
-Files are named by the checksum of what they hold, so any number of shard sets, versions of a set
-and runs can share a folder, and what has its name was whole when it got it: it is fetched under
-another name, checked and renamed, in room that :mod:`train.data.cache_quota` sets aside.
+A cached file is named by its checksum, so any number of shard sets, versions of a set and runs can
+share a folder. A file is downloaded under another name, checked and then renamed, within the limit
+that :mod:`train.data.cache_quota` keeps. So a file that has its name was complete when it got it.
 
-Nothing is flushed to the disk: after a power cut a file may hold zeros. Its index or its members'
-checksums tell, and :meth:`ShardCache.renew` fetches it again.
+Nothing is flushed to disk: after a power cut a file may hold zeros. The checksum of the index or of
+its members detects that, and :meth:`ShardCache.refetch` downloads it again.
 """
 
 from __future__ import annotations
@@ -29,97 +29,100 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-ROOM_PATIENCE_S = 60.0
-"""So long a reader waits for others to let go of files before it gives up."""
+SPACE_TIMEOUT_S = 60.0
+"""How long a reader waits for other readers to close files in a full cache."""
 
-AHEAD_ATTEMPTS = 3
-"""A file that is fetched ahead is tried so often; whoever needs it then tries on."""
+PREFETCH_ATTEMPTS = 3
+"""Attempts to prefetch a file; a reader that needs it continues to retry."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _POLL_S = 0.2
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """A file of a shard set as its manifest or index names it.
+class CachedFile:
+    """A file of a shard set, as its manifest or index names it.
 
     Raises:
-        CorruptError: no checksum or no length.
+        CorruptError: the checksum or the length is invalid.
     """
 
     name: str
-    sha256: str
+    sha256: str | None
     length_bytes: int | None = None
-    """None where nobody says: a manifest doesn't of indexes."""
+    """None if unknown: a manifest has no lengths of indexes."""
 
     def __post_init__(self) -> None:
-        # It becomes a file name: a hostile set must not lead out of the folder.
+        # The checksum becomes a file name: a hostile set must not lead out of the folder.
         if not _SHA256.fullmatch(str(self.sha256)):
-            raise CorruptError(f"{self.name}: {self.sha256!r} is no checksum; rebuild the set")
+            raise CorruptError(
+                f"{self.name}: {self.sha256!r} is not a checksum; fix: rebuild the set"
+            )
         length = self.length_bytes
         if length is not None and (type(length) is not int or length < 0):
-            raise CorruptError(f"{self.name}: {length!r} is no length; rebuild the set")
+            raise CorruptError(f"{self.name}: {length!r} is not a length; fix: rebuild the set")
 
     @property
     def key(self) -> str:
-        """Its name in a cache: short enough for every file system, and telling."""
-        return f"{self.sha256[:32]}.{self.name[-150:]}"
+        """File name in a cache: readable, and short enough for every file system."""
+        return f"{str(self.sha256)[:32]}.{self.name[-150:]}"
 
 
 class CacheFullError(StorageError):
-    """There is no room, and nothing that may be removed."""
+    """The cache is full of files that may not be evicted."""
 
 
 class ShardCache:
-    """Files of one store in a folder of this machine; safe to send to another process.
+    """Files of one store in a folder of this machine; can be sent to another process.
 
     Args:
-        store: where they come from.
-        folder: on a local disk; made where there is none.
-        limit_bytes: what may lie there, downloads included, whichever process or run they are of.
-        patience: with the store.
+        store: where the files come from.
+        folder: on a local disk; created if missing.
+        limit_bytes: of all files and downloads, whichever process or run they belong to.
+        retry: for requests to the store.
 
     Raises:
         ConfigError: the folder can't be used.
     """
 
-    def __init__(
-        self, store: Store, folder: Path, *, limit_bytes: int, patience: RetryPolicy
-    ) -> None:
+    def __init__(self, store: Store, folder: Path, *, limit_bytes: int, retry: RetryPolicy) -> None:
         self.store = store
         self.folder = folder
-        self.room = DiskQuota(folder, limit_bytes)
-        self._patience = patience
-        self._impatience = replace(patience, attempts=min(AHEAD_ATTEMPTS, patience.attempts))
-        self._renewed: set[str] = set()
+        self.quota = DiskQuota(folder, limit_bytes)
+        self._retry = retry
+        self._prefetch_retry = replace(retry, attempts=min(PREFETCH_ATTEMPTS, retry.attempts))
+        self._refetched: set[str] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.room.look_over()
+            self.quota.rescan()
         except OSError as error:
             raise ConfigError(
-                f"data.cache_dir is {folder}: {error.strerror}; set it to a folder on a local disk "
-                "where you may write"
+                f"data.cache_dir is {folder}: {error.strerror}; fix: set it to a folder on a local "
+                "disk where you may write"
             ) from error
 
-    def open(self, file: RemoteFile, *, evict: Callable[[], bool] | None = lambda: False) -> int:
-        """A descriptor to read a file by, which keeps it in the cache as long as it is open.
+    def open(self, file: CachedFile, *, evict: Callable[[], bool] | None = lambda: False) -> int:
+        """Open a file, and download it first if need be; it stays cached as long as it is open.
 
         Args:
-            file: fetched, if it is not there.
-            evict: called where there is no room: closes something, or says that nothing is left
-                to close. None where the file is not worth waiting for room.
+            file: the file.
+            evict: called while the cache is full: closes an open file, and returns whether there
+                was one. None if the file is not worth waiting for space.
+
+        Returns:
+            A file descriptor, open for reading.
 
         Raises:
             FileNotFoundError: the store has no such file.
-            CorruptError: the store's has another length.
-            StorageError: it can't be reached.
-            ConfigError: the cache is too small for it, or for all that its users read at a time.
+            CorruptError: the store's file has another length.
+            StorageError: the store can't be reached.
+            ConfigError: the cache is too small for the file, or for all that is read at a time.
         """
         while True:
-            descriptor = self._open_here(file)
+            descriptor = self._open_cached(file)
             try:
                 if descriptor is None:
                     descriptor = self._fetch(file, wait=True, evict=evict)
@@ -127,61 +130,61 @@ class ShardCache:
                 if self.folder.is_dir():
                     raise
                 raise StorageError(
-                    f"{self.folder}: was removed while it was used; run the command again"
+                    f"{self.folder}: was removed while it was used; fix: run the command again"
                 ) from error
             if descriptor is not None:
                 return descriptor
 
-    def fetch_ahead(self, file: RemoteFile, *, since_ns: int) -> None:
-        """Fetch a file, unless it is there or someone is at it; it counts as used now.
+    def prefetch(self, file: CachedFile, *, since_ns: int) -> None:
+        """Download a file unless it is cached or being downloaded, and mark it as used now.
 
         Args:
-            file: which.
-            since_ns: what was used at this time (of the clock) or later is not removed for it.
+            file: the file.
+            since_ns: files used at this wall-clock time or later are not evicted for it.
 
         Raises:
-            CacheFullError: there is no room.
-            OSError, EngineError: as of :meth:`open`.
+            CacheFullError: there is no space.
+            OSError, EngineError: see :meth:`open`.
         """
-        descriptor = self._open_here(file)
+        descriptor = self._open_cached(file)
         if descriptor is None:
             descriptor = self._fetch(file, wait=False, since_ns=since_ns)
         if descriptor is not None:
             os.close(descriptor)
 
-    def renew(self, file: RemoteFile, *, evict: Callable[[], bool] = lambda: False) -> bool:
-        """Fetch again a file that turned out to be damaged.
+    def refetch(self, file: CachedFile, *, evict: Callable[[], bool] = lambda: False) -> bool:
+        """Download a damaged file again.
 
         Returns:
-            Whether it may be good now; False where this process asked for that before, so that
-            damage in the store itself is not fetched for ever.
+            Whether it may be good now. False if this process has refetched it before, so that a
+            file that is damaged in the store is not downloaded forever.
 
         Raises:
-            OSError, EngineError: as of :meth:`open`.
+            OSError, EngineError: see :meth:`open`.
         """
-        if file.key in self._renewed:
+        if file.key in self._refetched:
             return False
-        self._renewed.add(file.key)
-        path = self.folder / file.key
+        self._refetched.add(file.key)
+        path = self.path(file)
         with suppress(FileNotFoundError):
             if sha256_of_file(path) != file.sha256:
-                _log.warning("%s: differs from its checksum; fetched again", path)
-                self.room.remove(path)
+                _log.warning("%s: differs from its checksum; downloading it again", path)
+                self.quota.remove(path)
         os.close(self.open(file, evict=evict))
         return True
 
-    def path(self, file: RemoteFile) -> Path:
-        """Where a file lies, when it is there."""
+    def path(self, file: CachedFile) -> Path:
+        """Return the path of a file in the cache, whether it exists or not."""
         return self.folder / file.key
 
-    def _open_here(self, file: RemoteFile) -> int | None:
-        """A descriptor with a shared lock, where the file is there; marks it as used now."""
+    def _open_cached(self, file: CachedFile) -> int | None:
+        """Open a cached file with a shared lock and mark it as used now; None if not cached."""
         try:
-            descriptor = os.open(self.folder / file.key, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if not os.fstat(descriptor).st_nlink:  # removed between the two calls
+        if not os.fstat(descriptor).st_nlink:  # evicted between the two calls
             os.close(descriptor)
             return None
         now_ns = time.time_ns()
@@ -191,129 +194,138 @@ class ShardCache:
 
     def _fetch(
         self,
-        file: RemoteFile,
+        file: CachedFile,
         *,
         wait: bool,
         evict: Callable[[], bool] | None = None,
         since_ns: int | None = None,
     ) -> int | None:
-        """As :meth:`_open_here` of a file that was fetched; None where another process did that or,
-        without `wait`, is at it.
+        """Download a file and open it as :meth:`_open_cached` does.
+
+        Returns:
+            None if another process downloaded it or, without `wait`, is downloading it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)  # whoever tidies up may have removed it
-        with self._alone(file.key, wait=wait) as lock:
+        self.folder.mkdir(parents=True, exist_ok=True)  # a user may have removed it
+        with self._download_lock(file.key, wait=wait) as lock:
             if lock is None:
                 return None
-            descriptor = self._open_here(file)  # another was faster
+            descriptor = self._open_cached(file)  # another process may have been faster
             if descriptor is not None:
                 return descriptor
-            expected = file.length_bytes or 0
-            self._make_room(lock, file, expected, evict, since_ns)
-            part = self.room.part(file.key)
+            expected_bytes = file.length_bytes or 0
+            self._reserve(
+                file, lock=lock, length_bytes=expected_bytes, evict=evict, since_ns=since_ns
+            )
+            partial = self.quota.partial_path(file.key)
             try:
-                self._download(file, part, self._patience if wait else self._impatience)
+                self._download(file, partial, self._retry if wait else self._prefetch_retry)
             except StorageError as error:
-                if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno in _DISK_FULL:
                     raise StorageError(
-                        f"{self.folder}: the disk is full; lower data.cache_gb, or set "
+                        f"{self.folder}: the disk is full; fix: lower data.cache_gb, or set "
                         "data.cache_dir to a folder on another disk"
                     ) from error
                 raise
-            if part.stat().st_size > expected:
-                self._make_room(lock, file, part.stat().st_size, evict, since_ns)
-            descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+            size = partial.stat().st_size
+            if size > expected_bytes:
+                self._reserve(file, lock=lock, length_bytes=size, evict=evict, since_ns=since_ns)
+            descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            self.room.admit(file.key, lock)
+            self.quota.commit_download(file.key, lock)
             return descriptor
 
-    def _download(self, file: RemoteFile, part: Path, patience: RetryPolicy) -> None:
-        """Fetch the bytes that the checksum means.
+    def _download(self, file: CachedFile, partial: Path, retry: RetryPolicy) -> None:
+        """Download a file until its bytes match the checksum.
 
-        The same wrong bytes twice are how the store has them. Where their length is right they are
-        taken all the same: every member has a checksum of its own, so that only those samples are
-        lost that are really damaged, as in a local set.
+        The same wrong bytes twice mean that the store holds them. If their length is right they
+        are accepted: every member has a checksum of its own, so only samples whose members are
+        damaged are lost, as in a local set.
         """
         seen: set[str] = set()
 
-        def fetch() -> None:
-            self.store.fetch(file.name, part)
-            digest = sha256_of_file(part)
+        def download() -> None:
+            self.store.download(file.name, partial)
+            digest = sha256_of_file(partial)
             if digest == file.sha256:
                 return
-            length = part.stat().st_size
-            wanted = "" if file.length_bytes is None else f"{file.length_bytes} bytes with "
+            length = partial.stat().st_size
+            expected = "" if file.length_bytes is None else f"{file.length_bytes} bytes with "
             summary = (
-                f"{self.store}/{file.name}: {length} bytes with checksum {digest[:12]}... came, "
-                f"not {wanted}{file.sha256[:12]}..."
+                f"{self.store}/{file.name}: received {length} bytes with checksum "
+                f"{digest[:12]}..., not {expected}{str(file.sha256)[:12]}..."
             )
             if digest not in seen:
                 seen.add(digest)
                 raise StorageError(summary, is_transient=True)
+            damage = f"{summary}, twice: it is damaged in the store; fix: upload it again"
             if file.length_bytes not in {None, length}:
-                raise CorruptError(f"{summary}, twice: it is damaged in the store; upload it again")
-            _log.warning("%s, twice: it is damaged in the store; upload it again", summary)
+                raise CorruptError(damage)
+            _log.warning("%s", damage)
 
-        with_retry(fetch, patience=patience)
+        with_retry(download, retry=retry)
 
     @contextmanager
-    def _alone(self, key: str, *, wait: bool) -> Iterator[int | None]:
-        """The lock of a download; None where someone else has it or has just finished. In the end
-        the lock and what has come under it are gone.
+    def _download_lock(self, key: str, *, wait: bool) -> Iterator[int | None]:
+        """Lock a download; at the end, remove the lock file and what was not committed.
+
+        Yields None if another process holds the lock or has just finished the download.
         """
-        with self.room.alone():  # whoever looks the folder over tries all locks, and is no download
-            descriptor, is_mine = self.room.try_lock(key)
+        # A rescan tries all locks; without this, it would look like a running download.
+        with self.quota.exclusive():
+            descriptor, is_locked = self.quota.try_lock(key)
         try:
-            if not is_mine and wait:
+            if not is_locked and wait:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                is_mine = os.fstat(descriptor).st_nlink > 0
-            if not is_mine:
+                is_locked = os.fstat(descriptor).st_nlink > 0
+            if not is_locked:
                 yield None
                 return
             try:
                 yield descriptor
             finally:
-                self.room.leave(key, descriptor)
+                self.quota.end_download(key, descriptor)
         finally:
             unlock(descriptor)
 
-    def _make_room(
+    def _reserve(
         self,
+        file: CachedFile,
+        *,
         lock: int,
-        file: RemoteFile,
         length_bytes: int,
         evict: Callable[[], bool] | None,
         since_ns: int | None,
     ) -> None:
-        """Set room aside for a download; removes what was used longest ago.
+        """Reserve space for a download; evict the least recently used files.
 
         Args:
-            lock: of the download.
-            file: what is fetched.
-            length_bytes: of it.
-            evict: as of :meth:`open`; None does not wait for others.
-            since_ns: as of :meth:`fetch_ahead`.
+            file: the file.
+            lock: descriptor of the download's lock file.
+            length_bytes: size of the file.
+            evict: see :meth:`open`; None does not wait for other readers.
+            since_ns: see :meth:`prefetch`.
         """
-        limit_bytes = self.room.limit_bytes
+        limit_bytes = self.quota.limit_bytes
         if length_bytes > limit_bytes:
             raise ConfigError(
                 f"{self.store}/{file.name} has {length_bytes / 1e9:.3g} GB, data.cache_gb allows "
-                f"{limit_bytes / 1e9:.3g} for the whole cache; raise it"
+                f"{limit_bytes / 1e9:.3g} for the whole cache; fix: raise data.cache_gb"
             )
         begin_s = time.monotonic()
         while True:
-            tried_s = time.monotonic()
-            if self.room.reserve(lock, length_bytes, since_ns=since_ns):
+            attempt_s = time.monotonic()
+            if self.quota.reserve(lock, length_bytes=length_bytes, since_ns=since_ns):
                 return
             if evict is None:
-                raise CacheFullError(f"{self.folder}: no room for {file.name}")
+                raise CacheFullError(f"{self.folder}: no space for {file.name}")
             if evict():
                 continue
-            if time.monotonic() - begin_s > ROOM_PATIENCE_S:
+            if time.monotonic() - begin_s > SPACE_TIMEOUT_S:
                 raise ConfigError(
-                    f"{self.folder}: no room for {file.name}: all that lies there is being read or "
-                    f"fetched; raise data.cache_gb ({limit_bytes / 1e9:.3g}) to the size of "
-                    "two blocks of data.shuffle_block_shards shards for each run that uses it (and "
-                    "each set of a mix), or lower data.shuffle_block_shards"
+                    f"{self.folder}: no space for {file.name}: all files in it are being read or "
+                    f"downloaded; fix: raise data.cache_gb ({limit_bytes / 1e9:.3g}) to the size "
+                    "of two blocks of data.shuffle_block_shards shards for each run that uses it "
+                    "(and each set of a mix), or lower data.shuffle_block_shards"
                 )
-            # Looking over a large folder takes long, and others wait for it meanwhile.
-            time.sleep(max(_POLL_S, time.monotonic() - tried_s))
+            # A scan of a large folder takes long and blocks others, so wait as long as it took.
+            time.sleep(max(_POLL_S, time.monotonic() - attempt_s))

@@ -26,9 +26,9 @@ from shared.errors import ConfigError
 from shared.recipe import Recipe, Split, load_recipe
 from train.data.batch import WindowShapes, array_forms, compose_batch
 from train.data.batch_maker import BatchMaker, CorruptSampleBudget, Task, init_worker
+from train.data.cached_set import CacheSettings, default_cache_dir
 from train.data.mixture import MixedOrder, MixedSource, integer_weights
 from train.data.order import BatchOrder, SampleOrder
-from train.data.remote import CacheSettings, default_cache_dir
 from train.data.session_source import SessionSource
 from train.data.shard_source import ShardSource
 from train.data.shared_pool import SharedBatchPool

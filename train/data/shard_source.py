@@ -3,7 +3,7 @@
 Index and column files are opened at their first use and the least recently used are closed. Every
 member is checked against its CRC32C before it is decoded. Whatever is wrong with one is a
 CorruptError that names the file and where in it the member lies. Where the set lies behind a URL,
-the files are copies in this machine's cache (:mod:`train.data.remote`).
+the files are copies in this machine's cache (:mod:`train.data.cached_set`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from shared.shardset.codec import decode_pictures, decode_text, is_raw_layout
 from shared.shardset.columns import ColumnFile, read_chunk
 from shared.shardset.index import ShardIndex, require_complete
 from shared.shardset.layout import member_limits, streams_from_bits
+from shared.shardset.locks import ReaderLock, read_manifest_locked
+from shared.shardset.store import LocalShardSet
 from shared.storage import Store, parse_location
 from shared.timing import OnStage, no_timer
 from train.data.batch import write_absent, write_mel, write_numbers
-from train.data.remote import CacheSettings, RemoteFiles
-from train.data.set_files import LocalFiles, SetFiles
+from train.data.cached_set import CachedShardSet, CacheSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -84,20 +85,23 @@ class ShardSource:
 
     Raises:
         ShardError: no such set, or no sample in that split.
-        StorageError, ConfigError: see :class:`train.data.remote.RemoteFiles`.
+        StorageError, ConfigError: see :class:`train.data.cached_set.CachedShardSet`.
     """
 
     def __init__(
         self, root: Path | str, *, split: Split = "train", cache: CacheSettings | None = None
     ) -> None:
-        place = parse_location(root)
-        files = (
-            RemoteFiles(place, cache or CacheSettings())
-            if isinstance(place, Store)
-            else LocalFiles(place)
-        )
-        self._files: SetFiles = files
-        self.manifest, self.tokenizer = files.manifest, files.tokenizer
+        location = parse_location(root)
+        self._store: LocalShardSet | CachedShardSet
+        self._lock: ReaderLock | None = None
+        if isinstance(location, Store):
+            settings = cache or CacheSettings()
+            self._store = CachedShardSet(location, settings, evict=self._evict_any)
+            self.manifest, self.tokenizer = self._store.manifest, self._store.tokenizer
+        else:
+            self._store = LocalShardSet(location)
+            self.manifest, self._lock = read_manifest_locked(location)
+            self.tokenizer = self.manifest.load_tokenizer()
         self.recipe = self.manifest.recipe
         self.fingerprint = f"{self.manifest.fingerprint}/{split}"
         self._entries = self.manifest.in_split(split)
@@ -107,7 +111,7 @@ class ShardSource:
         self._num_read_in_turn = 0
         self.on_stage: OnStage = no_timer
         """Told when a stage of reading is over: open, fetch, checksum, decode, collate."""
-        self.evict_others: Callable[[], bool] = _nothing_to_let_go
+        self.evict_others: Callable[[], bool] = _nothing_open
         """Closes something that other sources of this process read; whether anything was open."""
 
     def shard_name(self, shard: int) -> str:
@@ -136,7 +140,7 @@ class ShardSource:
         if found is None:
             entry = self._entries[shard]
             try:
-                index = self._files.open_index(entry, evict=lambda: self._let_go(num_kept=0))
+                index = self._store.read_index(entry.index_file, sha256=entry.index_sha256)
                 self._require_fitting(index, entry)
             except ShardError as error:  # a missing file is as bad as a damaged one
                 raise CorruptError(str(error), file=entry.index_file) from error
@@ -154,8 +158,9 @@ class ShardSource:
         for shard in self._open.keys() - set(wanted):
             self._open.pop(shard).close()
         self._num_read_in_turn = len(wanted)
-        columns = sorted({READ_COLUMNS[stream] for stream in streams})
-        self._files.fetch_ahead([self._entries[shard] for shard in wanted], columns)
+        if isinstance(self._store, CachedShardSet):
+            columns = sorted({READ_COLUMNS[stream] for stream in streams})
+            self._store.prefetch([self._entries[shard] for shard in wanted], columns)
 
     def prefetch_samples(
         self, places: Iterable[tuple[int, int]], streams: Collection[Stream]
@@ -187,7 +192,10 @@ class ShardSource:
         """Close all files and hold the set no longer; the next read opens its files again."""
         while self._open:
             self._open.popitem()[1].close()
-        self._files.close()
+        if self._lock is not None:
+            self._lock.close()
+        if isinstance(self._store, CachedShardSet):
+            self._store.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the open files: another process opens its own."""
@@ -207,9 +215,12 @@ class ShardSource:
             each.close()
         return bool(opened)
 
-    def _let_go(self, *, num_kept: int = 1) -> bool:
-        """:meth:`evict`, or else what others read."""
-        return self.evict(num_kept=num_kept) or self.evict_others()
+    def _evict_any(self) -> bool:
+        """Close files of this source, or else of others; return whether any were open.
+
+        The newest shard's index stays: its caller still reads it.
+        """
+        return self.evict(num_kept=1) or self.evict_others()
 
     def _require_fitting(self, index: ShardIndex, entry: ShardEntry) -> None:
         """Raises CorruptError where an index is not of this set's columns, rows and frames."""
@@ -322,7 +333,7 @@ class ShardSource:
         self, opened: OpenShard, table: str, row: int, *, tail: NDArray[np.uint8] | None
     ) -> bytes | None:
         """Checked bytes of a row's member; None where the sample lacks it."""
-        index, evict, column = opened.index, self._let_go, _column_of(table)
+        index, column = opened.index, _column_of(table)
         options: dict[str, Any] = {
             "max_bytes": self._limits[table],
             "tail": tail,
@@ -332,17 +343,28 @@ class ShardSource:
         for is_renewed in (False, True):
             if column not in opened.files:
                 self._make_room_for(opened)
-                opened.files[column] = self._files.open_column(index, column, evict=evict)
+                opened.files[column] = self._open_column(index, column)
                 self.on_stage("open")
             file = opened.files[column]
             try:
                 return file.read(index.members(table), row, **options)
             except CorruptError:
-                if is_renewed or not self._files.refetch_column(index, column, evict=evict):
+                if is_renewed or not self._refetch(index, column):
                     raise
             if column in opened.files:
                 opened.files.pop(column).close()
         raise AssertionError("unreachable")
+
+    def _open_column(self, index: ShardIndex, column: str) -> ColumnFile:
+        header = index.columns[column]
+        sha256, length_bytes = header.get("sha256"), header.get("length_bytes")
+        return self._store.open_column(header["file"], sha256=sha256, length_bytes=length_bytes)
+
+    def _refetch(self, index: ShardIndex, column: str) -> bool:
+        """Download a damaged column again; return whether it may be good now."""
+        if not isinstance(self._store, CachedShardSet):
+            return False
+        return self._store.refetch_column(index, column)
 
     def _make_room_for(self, opened: OpenShard) -> None:
         """Close the columns of other shards, longest unused first, where too many are open."""
@@ -382,5 +404,5 @@ def _place_of(opened: OpenShard, table: str, row: int) -> tuple[str, int]:
     return file, int(opened.index.arrays[f"{table}.offset"][row])
 
 
-def _nothing_to_let_go() -> bool:
+def _nothing_open() -> bool:
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 from helpers.faulty_server import FaultyServer
@@ -11,15 +12,15 @@ from shared import storage
 from shared.errors import StorageError
 from shared.storage import RetryPolicy, Store, with_retry
 
-PATIENCE = RetryPolicy(attempts=6, first_wait_s=1.0, longest_wait_s=5.0)
+RETRY = RetryPolicy(attempts=6, first_wait_s=1.0, longest_wait_s=5.0)
 
 
 @pytest.fixture
 def waits(monkeypatch):
     """What would have been slept; time goes on by that alone."""
     slept = []
-    monkeypatch.setattr(storage.time, "sleep", slept.append)
-    monkeypatch.setattr(storage.time, "monotonic", lambda: 100.0 + sum(slept))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0 + sum(slept))
     return slept
 
 
@@ -37,50 +38,50 @@ def failing(num, *, is_transient=True):
 
 
 def test_what_passes_is_tried_until_it_has(waits):
-    assert with_retry(failing(5), patience=PATIENCE) == 5
+    assert with_retry(failing(5), retry=RETRY) == 5
     assert len(waits) == 5
 
 
 def test_waits_are_anywhere_below_a_bound_that_doubles_up_to_the_longest(monkeypatch, waits):
     bounds = []
-    monkeypatch.setattr(storage._chance, "uniform", lambda low, high: bounds.append(high) or low)
+    monkeypatch.setattr(storage._random, "uniform", lambda low, high: bounds.append(high) or low)
     with pytest.raises(StorageError):
-        with_retry(failing(99), patience=PATIENCE)
+        with_retry(failing(99), retry=RETRY)
     assert bounds == [1.0, 2.0, 4.0, 5.0, 5.0, 5.0]
 
 
 def test_full_jitter_spreads_the_waits(monkeypatch):
     waits = []
-    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     for _ in range(200):
-        with_retry(failing(1), patience=PATIENCE)
+        with_retry(failing(1), retry=RETRY)
     assert 0 <= min(waits) < 0.1
     assert 0.9 < max(waits) <= 1
 
 
 def test_the_number_of_attempts_is_bounded(waits):
     with pytest.raises(StorageError, match="failure 5; given up after 6 attempts in") as caught:
-        with_retry(failing(99), patience=PATIENCE)
+        with_retry(failing(99), retry=RETRY)
     assert "--resume auto" in str(caught.value)
     assert len(waits) == 5
 
 
 def test_the_whole_time_is_bounded(waits):
-    patience = RetryPolicy(attempts=10**6, first_wait_s=1.0, longest_wait_s=8.0, total_s=60.0)
+    retry = RetryPolicy(attempts=10**6, first_wait_s=1.0, longest_wait_s=8.0, total_s=60.0)
     with pytest.raises(StorageError, match="given up after"):
-        with_retry(failing(10**6), patience=patience)
+        with_retry(failing(10**6), retry=retry)
     assert 50 < sum(waits) <= 60
 
 
 def test_what_can_not_pass_is_not_tried_again(waits):
     with pytest.raises(StorageError, match=r"failure 0$"):
-        with_retry(failing(99, is_transient=False), patience=PATIENCE)
+        with_retry(failing(99, is_transient=False), retry=RETRY)
     assert waits == []
 
 
 def test_each_retry_is_said_once(waits, caplog):
     with caplog.at_level(logging.WARNING):
-        with_retry(failing(2), patience=PATIENCE)
+        with_retry(failing(2), retry=RETRY)
     said = [r.getMessage() for r in caplog.records]
     assert [s.partition(" in ")[0] for s in said] == [
         "failure 0; attempt 2 of 6",
@@ -103,7 +104,7 @@ def server(tmp_path):
 def test_which_answers_are_worth_another_try(server, tmp_path, fault, is_transient):
     server.plan = lambda _name, _before: fault
     with pytest.raises(StorageError, match=rf"{server.url}/set/x: ") as caught:
-        Store(f"{server.url}/set").fetch("x", tmp_path / "x")
+        Store(f"{server.url}/set").download("x", tmp_path / "x")
     assert caught.value.is_transient is is_transient
 
 
@@ -112,13 +113,13 @@ def test_silence_ends_after_the_read_timeout(server, tmp_path, monkeypatch, faul
     monkeypatch.setattr(storage, "READ_TIMEOUT_S", 0.2)
     server.plan = lambda _name, _before: fault
     with pytest.raises(StorageError) as caught:
-        Store(f"{server.url}/set").fetch("x", tmp_path / "x")
+        Store(f"{server.url}/set").download("x", tmp_path / "x")
     assert caught.value.is_transient
 
 
 def test_a_missing_file_is_no_failure_of_the_store(server, tmp_path):
     with pytest.raises(FileNotFoundError):
-        Store(f"{server.url}/set").fetch("y", tmp_path / "y")
+        Store(f"{server.url}/set").download("y", tmp_path / "y")
 
 
 @pytest.mark.parametrize("url", ["s3://b/x", "https://host/x"])
@@ -128,7 +129,7 @@ def test_a_missing_package_is_named(monkeypatch, url, tmp_path):
 
     monkeypatch.setattr("fsspec.core.url_to_fs", fail)
     with pytest.raises(StorageError, match=r"run `pip install '(s3fs|aiohttp)>=") as caught:
-        Store(url).fetch("x", tmp_path / "x")
+        Store(url).download("x", tmp_path / "x")
     assert not caught.value.is_transient
 
 

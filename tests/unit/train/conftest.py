@@ -13,7 +13,7 @@ from helpers.faulty_server import FaultyServer
 from helpers.remote_sets import QUICK, SECRET
 
 from shared import storage
-from train.data.remote import CacheSettings
+from train.data.cached_set import CacheSettings
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def server(shards):
 @pytest.fixture
 def settings(tmp_path):
     """An empty cache for what it serves."""
-    return CacheSettings(folder=tmp_path / "cache", patience=QUICK)
+    return CacheSettings(folder=tmp_path / "cache", retry=QUICK)
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,11 @@ from helpers.stores import SECRET, fail_at_first, s3_server, stored_hashes, uplo
 from preprocess.build import job as job_module
 from preprocess.build.job import build_shards
 from preprocess.build.sources import find_recordings
-from shared import storage
 from shared.errors import JobError, SessionError, ShardError, StorageError
 from shared.shardset import store as store_module
 from shared.shardset.manifest import read_manifest
 from shared.shardset.store import KEEP_OLD_S, RemoteShardSet
-from shared.storage import STARTUP_RETRY, RetryPolicy, Store, parse_location, shown
+from shared.storage import STARTUP_RETRY, RetryPolicy, Store, parse_location, redact_url
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**16})
 OTHER_TEXT = tiny_recipe(shard={"target_bytes": 2**16}, text={"vocab_size": 264})
@@ -104,22 +103,24 @@ def test_an_update_behind_a_url_ends_as_a_local_one(
     build(recorded, local, OTHER_TEXT)
     url = f"{store}://here/updated"
     build(f"{store}://here/sessions", url, SMALL)
-    fetched, put = [], []
-    fetch, upload = Store.fetch, Store.put
-    monkeypatch.setattr(Store, "fetch", lambda s, n, p: (fetched.append(n), fetch(s, n, p)))
-    monkeypatch.setattr(Store, "put", lambda s, p, n: (put.append(n), upload(s, p, n)))
+    downloaded, uploaded = [], []
+    download, put = Store.download, Store.upload
+    monkeypatch.setattr(
+        Store, "download", lambda s, n, p: (downloaded.append(n), download(s, n, p))
+    )
+    monkeypatch.setattr(Store, "upload", lambda s, p, n: (uploaded.append(n), put(s, p, n)))
     summary = build(f"{store}://here/sessions", url, OTHER_TEXT)
     assert stored_hashes(fs, "here/updated") == file_hashes(local)
     assert summary.num_scanned == 0
-    assert set(fetched) == {"metadata.jsonl", "text.jsonl"}
-    assert {name.split(".", 2)[2] for name in put} == {"text.tar", "index"}
+    assert set(downloaded) == {"metadata.jsonl", "text.jsonl"}
+    assert {name.split(".", 2)[2] for name in uploaded} == {"text.tar", "index"}
 
 
 def test_when_nothing_changed_nothing_is_fetched_or_written(memory, monkeypatch):
     build("memory://here/sessions", "memory://here/set", SMALL)
     before = {path: facts["created"] for path, facts in memory.find("/here", detail=True).items()}
-    monkeypatch.setattr(Store, "fetch", fail)
-    monkeypatch.setattr(Store, "put", fail)
+    monkeypatch.setattr(Store, "download", fail)
+    monkeypatch.setattr(Store, "upload", fail)
     summary = build("memory://here/sessions", "memory://here/set", SMALL)
     assert summary.plan.is_empty
     after = {path: facts["created"] for path, facts in memory.find("/here", detail=True).items()}
@@ -202,7 +203,7 @@ def test_a_store_that_is_gone_in_the_midst_ends_a_job_at_its_first_task(
         tried.append(path)
         raise ConnectionResetError("the line broke")
 
-    monkeypatch.setattr(storage.time, "sleep", lambda wait_s: None)
+    monkeypatch.setattr(time, "sleep", lambda wait_s: None)
     monkeypatch.setattr(type(memory), "put_file", put_file)
     with pytest.raises(StorageError, match=r"memory://here/set/\S+: the line broke .*given up"):
         build("memory://here/sessions", "memory://here/set", SMALL)
@@ -217,7 +218,7 @@ def test_an_address_where_nothing_answers_is_given_up_soon(memory, monkeypatch):
         tried.append(path)
         raise ConnectionRefusedError("nobody there")
 
-    monkeypatch.setattr(storage.time, "sleep", lambda wait_s: None)
+    monkeypatch.setattr(time, "sleep", lambda wait_s: None)
     monkeypatch.setattr(type(memory), "find", fail)
     with pytest.raises(StorageError, match="nobody there"):
         find_recordings("memory://here/sessions")
@@ -367,7 +368,7 @@ def test_an_index_that_is_no_more_is_a_clear_error(memory, tmp_path):
 
 
 def test_user_names_and_passwords_of_urls_are_not_shown():
-    assert shown("ftp://me:word@host/x") == "ftp://host/x"
+    assert redact_url("ftp://me:word@host/x") == "ftp://host/x"
     assert str(Store("ftp://me:word@host/x")) == "ftp://host/x"
 
 

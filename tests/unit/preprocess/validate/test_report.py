@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -15,7 +16,6 @@ from helpers.stores import fail_at_first, s3_server, upload
 
 from preprocess.__main__ import cli
 from preprocess.validate.report import check_sessions
-from shared import storage
 from shared.recipe import Recipe
 from shared.storage import STARTUP_RETRY
 
@@ -118,7 +118,7 @@ def test_sessions_behind_s3_are_checked_as_in_folders(sessions: Path) -> None:
 def test_the_sessions_beside_a_broken_store_are_checked(
     sessions: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage.time, "sleep", lambda wait_s: None)
+    monkeypatch.setattr(time, "sleep", lambda wait_s: None)
     with monkeypatch.context() as patched:
         fail_at_first(patched, memory, STARTUP_RETRY.attempts)
         reports = reports_of("memory://here/sessions", sessions / "good")

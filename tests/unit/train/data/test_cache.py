@@ -15,7 +15,7 @@ from helpers.memory_store import QUICK, SIZE, Shelf, end_of, in_child, make_cach
 
 from shared.errors import ConfigError, CorruptError, StorageError
 from train.data import cache as cache_module
-from train.data.cache import CacheFullError, RemoteFile, ShardCache
+from train.data.cache import CachedFile, CacheFullError, ShardCache
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_what_can_not_pass_is_not_tried_again(shelf, folder):
 
 def test_a_file_that_the_store_lacks_is_not_tried_again(shelf, folder):
     with pytest.raises(FileNotFoundError):
-        make_cache(shelf, folder).open(RemoteFile("none", "0" * 64, 1))
+        make_cache(shelf, folder).open(CachedFile("none", "0" * 64, 1))
     assert shelf.gets() == {"none": 1}
     assert names_in(folder) == set()
 
@@ -137,14 +137,14 @@ def test_a_full_disk_is_named_with_the_keys_that_help(shelf, folder):
     full = StorageError("x")
     full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     shelf.on_fetch = fails_first(99, error=full)
-    with pytest.raises(StorageError, match=r"disk is full; lower data\.cache_gb, or set data\.cac"):
+    with pytest.raises(StorageError, match=r"disk is full; fix: lower data\.cache_gb, or set"):
         make_cache(shelf, folder).open(shelf.file("f1"))
 
 
 @pytest.mark.parametrize("sha256", ["../../etc/passwd", "", None, "A" * 64, "0" * 63])
 def test_a_checksum_that_is_none_is_refused(sha256):
-    with pytest.raises(CorruptError, match="is no checksum"):
-        RemoteFile("f1", sha256)
+    with pytest.raises(CorruptError, match="is not a checksum"):
+        CachedFile("f1", sha256)
 
 
 def test_a_folder_that_can_not_be_made_names_the_key(shelf, tmp_path):
@@ -160,18 +160,18 @@ def test_a_damaged_copy_is_fetched_again_once(shelf, folder):
     cache, file = make_cache(shelf, folder), shelf.file("f1")
     read(cache, file)
     cache.path(file).write_bytes(bytes(SIZE))
-    assert cache.renew(file)
+    assert cache.refetch(file)
     assert read(cache, file) == shelf.contents["f1"]
     assert shelf.gets() == {"f1": 2}
-    assert not cache.renew(file)
+    assert not cache.refetch(file)
 
 
 def test_what_another_process_renewed_is_not_fetched_again(shelf, folder):
     cache, other, file = make_cache(shelf, folder), make_cache(shelf, folder), shelf.file("f1")
     read(cache, file)
     cache.path(file).write_bytes(bytes(SIZE))
-    assert cache.renew(file)
-    assert other.renew(file)
+    assert cache.refetch(file)
+    assert other.refetch(file)
     assert shelf.gets() == {"f1": 2}
 
 
@@ -245,10 +245,10 @@ def test_a_reader_lets_go_of_its_own_where_there_is_no_room(shelf, folder):
 
 
 def test_no_room_for_long_is_an_error_that_names_the_key(shelf, folder, monkeypatch):
-    monkeypatch.setattr(cache_module, "ROOM_PATIENCE_S", 0.1)
+    monkeypatch.setattr(cache_module, "SPACE_TIMEOUT_S", 0.1)
     cache = make_cache(shelf, folder, num_files=1)
     held = cache.open(shelf.file("f1"))
-    with pytest.raises(ConfigError, match=r"no room for f2: .* raise data\.cache_gb"):
+    with pytest.raises(ConfigError, match=r"no space for f2: .* raise data\.cache_gb"):
         cache.open(shelf.file("f2"))
     os.close(held)
     assert names_in(folder) == {"f1"}
@@ -267,10 +267,10 @@ def test_room_that_others_make_is_waited_for(shelf, folder):
 def test_a_file_larger_than_the_limit_is_an_error_that_names_the_key(
     shelf, folder, is_length_known
 ):
-    cache = ShardCache(shelf, folder, limit_bytes=SIZE - 1, patience=QUICK)
+    cache = ShardCache(shelf, folder, limit_bytes=SIZE - 1, retry=QUICK)
     file = shelf.file("f1")
     if not is_length_known:
-        file = RemoteFile(file.name, file.sha256)
+        file = CachedFile(file.name, file.sha256)
     with pytest.raises(ConfigError, match=r"f1 has 1e-06 GB, data\.cache_gb allows"):
         cache.open(file)
     assert names_in(folder) == set()
@@ -279,7 +279,7 @@ def test_a_file_larger_than_the_limit_is_an_error_that_names_the_key(
 def test_files_of_unknown_length_keep_the_limit_too(shelf, folder):
     cache = make_cache(shelf, folder, num_files=2)
     for name in ("f1", "f2", "f3"):
-        read(cache, RemoteFile(name, shelf.file(name).sha256))
+        read(cache, CachedFile(name, shelf.file(name).sha256))
     assert names_in(folder) == {"f2", "f3"}
 
 
@@ -296,9 +296,9 @@ def test_fetching_ahead_removes_nothing_that_was_used_since(shelf, folder):
     read(cache, shelf.file("f1"))
     since_ns = time.time_ns()
     for name in ("f2", "f3", "f4"):
-        cache.fetch_ahead(shelf.file(name), since_ns=since_ns)
+        cache.prefetch(shelf.file(name), since_ns=since_ns)
     with pytest.raises(CacheFullError):
-        cache.fetch_ahead(shelf.file("f5"), since_ns=since_ns)
+        cache.prefetch(shelf.file("f5"), since_ns=since_ns)
     assert names_in(folder) == {"f2", "f3", "f4"}
 
 

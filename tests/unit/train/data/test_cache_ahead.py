@@ -11,7 +11,7 @@ import pytest
 
 from shared.storage import RetryPolicy, Store
 from train.data import cache_quota as room
-from train.data.cache import RemoteFile, ShardCache
+from train.data.cache import CachedFile, ShardCache
 
 CONTENT = b"what a shard holds"
 
@@ -21,17 +21,17 @@ def stored():
     """A store with one file, and the file."""
     store = fsspec.filesystem("memory")
     store.pipe_file("/ahead/file", CONTENT)
-    yield Store("memory://ahead"), RemoteFile("file", hashlib.sha256(CONTENT).hexdigest())
+    yield Store("memory://ahead"), CachedFile("file", hashlib.sha256(CONTENT).hexdigest())
     store.rm("/ahead", recursive=True)
 
 
 def test_who_makes_room_is_not_taken_for_a_download(stored, tmp_path, monkeypatch):
     store, file = stored
-    shelf = ShardCache(store, tmp_path / "cache", limit_bytes=100, patience=RetryPolicy())
+    shelf = ShardCache(store, tmp_path / "cache", limit_bytes=100, retry=RetryPolicy())
     tidying = []
 
     def tidy():
-        shelf.room.look_over()
+        shelf.quota.rescan()
 
     def open_and_be_interrupted(path, *options, **named):
         descriptor = os.open(path, *options, **named)
@@ -42,7 +42,7 @@ def test_who_makes_room_is_not_taken_for_a_download(stored, tmp_path, monkeypatc
         return descriptor
 
     monkeypatch.setattr(room, "os", _With(os, open=open_and_be_interrupted))
-    shelf.fetch_ahead(file, since_ns=0)
+    shelf.prefetch(file, since_ns=0)
     tidying[0].join()
     assert shelf.path(file).read_bytes() == CONTENT
     assert [path.name for path in shelf.folder.iterdir() if "lock" in path.name] == []

@@ -61,7 +61,7 @@ def test_nobody_waits_for_the_download_of_another_file(shelf, folder):
     begin_s = time.monotonic()
     cache = make_cache(shelf, folder)
     check_read(cache, shelf, "f2")
-    cache.fetch_ahead(shelf.file("f1"), since_ns=0)
+    cache.prefetch(shelf.file("f1"), since_ns=0)
     assert time.monotonic() - begin_s < 10
     assert shelf.gets() == {"f1": 1, "f2": 1}
     os.kill(child, signal.SIGKILL)
@@ -103,7 +103,7 @@ def test_the_waiting_take_over_from_a_killed_download(shelf, folder):
 
 def test_a_fork_while_room_is_made_leaves_no_lock_behind(shelf, folder):
     cache = make_cache(shelf, folder)
-    with cache.room.alone():
+    with cache.quota.exclusive():
         child = in_child(lambda: time.sleep(60))
     descriptor = os.open(folder / ".room", os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,7 +148,7 @@ def test_processes_and_kills_never_break_the_limit_or_a_file(shelf, folder):
     most = 0
     while children:
         time.sleep(0.005)
-        with cache.room.alone():
+        with cache.quota.exclusive():
             held = [p for p in folder.iterdir() if not p.name.endswith((".lock", ".room"))]
             sizes = [p.stat().st_size for p in held]
             assert sum(sizes) <= sum_in(folder)

@@ -11,7 +11,7 @@ import pytest
 from helpers.memory_store import SIZE, Shelf, make_cache, names_in, read, sum_in
 
 from shared.errors import StorageError
-from train.data.cache import CacheFullError, RemoteFile
+from train.data.cache import CachedFile, CacheFullError
 from train.data.cache_quota import DiskQuota
 
 
@@ -52,7 +52,7 @@ def test_what_fits_is_fetched_without_a_look_at_the_other_files(shelf, folder, l
     assert len(looks) == 1
     for i in range(20):
         read(cache, shelf.file(f"f{i}"))
-    cache.fetch_ahead(shelf.file("f3"), since_ns=0)
+    cache.prefetch(shelf.file("f3"), since_ns=0)
     assert len(looks) == 1
     assert sum_in(folder) == 20 * SIZE
 
@@ -63,7 +63,7 @@ def test_a_full_folder_is_looked_over_once_for_many_files(shelf, folder, looks, 
     cache = make_cache(shelf, folder, num_files=400)
     for i in range(20):
         file = shelf.file(f"f{i}")
-        read(cache, file if is_length_known else RemoteFile(file.name, file.sha256))
+        read(cache, file if is_length_known else CachedFile(file.name, file.sha256))
         assert size_of_all(folder) == sum_in(folder) <= 400 * SIZE
     assert len(looks) == 2
     assert names_in(folder) == {f"old{i}" for i in range(21, 400)} | {f"f{i}" for i in range(20)}
@@ -82,7 +82,7 @@ def test_never_more_goes_than_a_twentieth_of_the_limit(shelf, folder):
 def test_more_goes_for_a_file_ahead_but_nothing_that_was_used_since(shelf, folder):
     fill(folder, 40, size=SIZE)
     cache = make_cache(shelf, folder, num_files=40)
-    cache.fetch_ahead(shelf.file("f1"), since_ns=2 * 10**9)
+    cache.prefetch(shelf.file("f1"), since_ns=2 * 10**9)
     assert names_in(folder) == {f"old{i}" for i in range(2, 40)} | {"f1"}
 
 
@@ -127,13 +127,13 @@ def test_room_of_failed_and_renewed_files_is_given_back(shelf, folder):
     cache = make_cache(shelf, folder)
     read(cache, shelf.file("f1"))
     put, shelf.on_fetch = shelf.on_fetch, fail
-    for ask in (cache.open, lambda file: cache.fetch_ahead(file, since_ns=0)):
+    for ask in (cache.open, lambda file: cache.prefetch(file, since_ns=0)):
         with pytest.raises(StorageError):
             ask(shelf.file("f2"))
         assert sum_in(folder) == SIZE
     shelf.on_fetch = put
     cache.path(shelf.file("f1")).write_bytes(bytes(SIZE))
-    assert cache.renew(shelf.file("f1"))
+    assert cache.refetch(shelf.file("f1"))
     assert sum_in(folder) == SIZE
 
 
@@ -162,7 +162,7 @@ def test_a_kill_before_any_change_leaves_a_sum_that_is_not_too_small(
     chance = random.Random(seed)
     make_cache(shelf, folder, num_files=4)
     cache = make_cache(shelf, folder.parent / "other", num_files=4)
-    cache.folder, cache.room = folder, DiskQuota(folder, 4 * SIZE)  # opening would mend the sum
+    cache.folder, cache.quota = folder, DiskQuota(folder, 4 * SIZE)  # opening would mend the sum
     for _ in range(20):
         with monkeypatch.context() as patched:
             die_before_change(patched, number=chance.randrange(12))

@@ -34,8 +34,8 @@ from shared.errors import ConfigError
 from shared.shardset.manifest import MANIFEST_FILE, read_manifest
 from train.__main__ import cli
 from train.data import cache
+from train.data.cached_set import CacheSettings, default_cache_dir
 from train.data.loader import Loader
-from train.data.remote import CacheSettings, default_cache_dir
 from train.data.shard_source import ShardSource
 
 pytestmark = [
@@ -75,8 +75,8 @@ _READ = """
 import json, sys
 from pathlib import Path
 from helpers.remote_sets import QUICK, make_loader
-from train.data.remote import CacheSettings
-settings = CacheSettings(folder=Path(sys.argv[2]), patience=QUICK)
+from train.data.cached_set import CacheSettings
+settings = CacheSettings(folder=Path(sys.argv[2]), retry=QUICK)
 if __name__ == "__main__":
     loader = make_loader(sys.argv[1], settings, num_workers=2)
     print(json.dumps([batch["keys"] for batch in loader]))
@@ -116,7 +116,8 @@ def test_a_second_run_fetches_only_the_manifest(server, settings):
 def test_the_next_block_is_fetched_while_the_present_one_is_read(
     server, shards, settings, monkeypatch, caplog
 ):
-    caplog.set_level(logging.DEBUG, logger="train.data.remote")  # says what was given up, and why
+    # If a prefetch fails, the log says why.
+    caplog.set_level(logging.DEBUG, logger="train.data.cached_set")
     # What is fetched ahead is given up after three answers that are late, on a busy machine too.
     monkeypatch.setattr(storage, "READ_TIMEOUT_S", 30.0)
     loader = make_loader(url_of(server), settings, batch_size=1)
@@ -154,7 +155,7 @@ def test_workers_that_fetch_leave_the_parents_connections_alone(
         request.getfixturevalue("s3")
     place = "s3://trained/set" if store == "s3" else url_of(server)
     for number in range(3):
-        empty = CacheSettings(folder=settings.folder / str(number), patience=QUICK)
+        empty = CacheSettings(folder=settings.folder / str(number), retry=QUICK)
         read_all(make_loader(place, empty, num_workers=2))
     # asyncio is left out: it speaks of what the garbage of earlier tests had not closed.
     ours = ("shared", "train", "fsspec", "s3fs", "aiobotocore", "botocore", "aiohttp")
@@ -181,13 +182,13 @@ def test_a_cache_smaller_than_the_set_keeps_its_limit(server, shards, settings, 
     block = [sum(sizes[n] for n in sizes if n.startswith(entries[i].name)) for i in order]
     limit = max(sum(block[i : i + 4]) for i in range(len(block) - 3))
     assert limit < 0.8 * sum(block)
-    small = CacheSettings(folder=settings.folder, limit_bytes=limit, patience=QUICK)
+    small = CacheSettings(folder=settings.folder, limit_bytes=limit, retry=QUICK)
     remote = make_loader(url_of(server), small, num_workers=num_workers)
     most = 0
     batches = []
     for batch in remote:
         batches += copies([batch])
-        with remote.source._files._cache.room.alone():
+        with remote.source._store._cache.quota.exclusive():
             held = [p for p in settings.folder.iterdir() if not p.name.endswith((".lock", ".room"))]
             most = max(most, sum(size_of(p) for p in held))
     assert_same(batches, read_all(loader))
@@ -205,7 +206,7 @@ def test_a_cache_smaller_than_a_shard_still_gives_every_sample(server, shards, s
     sizes = [(shards / name).stat().st_size for name in data_files(shards, suffixes=USED)]
     indexes = [(shards / name).stat().st_size for name in data_files(shards, suffixes=[".index"])]
     limit = max(sizes) + max(indexes)
-    small = CacheSettings(folder=settings.folder, limit_bytes=limit, patience=QUICK)
+    small = CacheSettings(folder=settings.folder, limit_bytes=limit, retry=QUICK)
     found = read_all(make_loader(url_of(server), small))
     assert_same(found, read_all(make_loader(shards)))
 
@@ -213,9 +214,9 @@ def test_a_cache_smaller_than_a_shard_still_gives_every_sample(server, shards, s
 def test_a_cache_smaller_than_a_file_ends_the_run_by_a_clear_error(
     server, shards, settings, monkeypatch
 ):
-    monkeypatch.setattr(cache, "ROOM_PATIENCE_S", 0.1)
+    monkeypatch.setattr(cache, "SPACE_TIMEOUT_S", 0.1)
     limit = max((shards / name).stat().st_size for name in data_files(shards, suffixes=USED)) - 1
-    small = CacheSettings(folder=settings.folder, limit_bytes=limit, patience=QUICK)
+    small = CacheSettings(folder=settings.folder, limit_bytes=limit, retry=QUICK)
     with pytest.raises(ConfigError, match=r"data\.cache_gb"):
         read_all(make_loader(url_of(server), small))
 
