@@ -1,25 +1,25 @@
-"""What a configuration will take, before there is data or a GPU: parameters, memory, FLOPs, bytes.
+"""Estimate what a configuration takes, without data or a GPU: parameters, memory, FLOPs, bytes.
 
-The model and its batches are made of fake tensors, which have shapes and no memory, so that 1B
-parameters are looked at on any machine. One forward and one backward pass then run as in training:
+The model and its batches are fake tensors, which have shapes and no memory, so that any machine can
+look at 1B parameters. One forward and one backward pass then run as in training.
 
-- FLOPs: of matrix products and attention, as torch.utils.flop_counter counts them; two for each
-  multiply-add, and the whole square for causal attention;
-- activations: what autograd keeps for the backward pass (its saved tensors), each memory once,
-  without the parameters. For 1 and for 2 samples, which gives the part that grows with the batch.
-  Gradient checkpointing keeps only the input of a layer, of the backbone and of the frames, and one
-  layer's activations at a time when they are computed again;
-- weights, gradients and AdamW's two moments: 4 bytes each per parameter.
+- FLOPs: matrix products and attention, as torch.utils.flop_counter counts them: two per
+  multiply-add, and the whole square for causal attention.
+- Activations: what autograd saves for the backward pass, each memory once, without the parameters.
+  Measured for 1 and for 2 samples, which gives the share that grows with the batch. Gradient
+  checkpointing saves only the input of each layer, of the backbone and of the frame encoder, and
+  has one layer's activations at a time when they are recomputed.
+- Weights, gradients and AdamW's two moments: 4 bytes each per parameter.
 
-On a GPU all of that is there at once when the backward pass begins, but for the gradients, which
-come as activations go; they are counted whole, a little too much.
+A GPU holds all of these when the backward pass starts, except the gradients, which appear as
+activations are freed. They are counted in full, so the estimate is slightly high.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -46,22 +46,20 @@ from train.model.multimodal import SIZES, MultiModalCreature
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from train.config import DataConfig, TrainConfig
+    from train.config import TrainConfig
     from train.data.batch import Batch
 
 GPU_GIB: Final = (24, 40, 80)
 """Memory of the GPUs in the table."""
 
 USABLE: Final = 0.9
-"""Share of a GPU's memory that is left to training by CUDA's context, the libraries' workspaces and
-the allocator's gaps."""
+"""Share of a GPU's memory that training can use; CUDA's context, workspaces of libraries and gaps
+of the allocator take the remainder."""
 
 STATE_BYTES: Final = 16
-"""Per parameter: float32 weight, gradient, and AdamW's two moments."""
+"""Bytes per parameter: float32 weight, gradient, and AdamW's two moments."""
 
-_WAYS: Final = ("without gradient checkpointing", "with gradient checkpointing")
-
-_GIB = 2**30
+_MODES: Final = ("without gradient checkpointing", "with gradient checkpointing")
 
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "auto": torch.bfloat16,  # as on every GPU since Ampere
@@ -70,33 +68,29 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "fp32": torch.float32,
 }
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Activations:
-    """Bytes kept for the backward pass: ``fixed_bytes + batch size * sample_bytes``."""
-
-    fixed_bytes: int
-    """Weights in half precision, and what else does not grow with the batch."""
-    sample_bytes: int
-
-    def of(self, batch_size: int) -> int:
-        """Bytes of a batch."""
-        return self.fixed_bytes + batch_size * self.sample_bytes
+_ATTENTION_FLOPS: Final = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda *shapes, **_: sdpa_flop_count(*shapes[:3])  # type: ignore[no-untyped-call]
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])  # type: ignore[no-untyped-call]
+    ),
+}
+"""The CPU's attention kernels, which torch's flop counter does not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What training by a configuration takes."""
+    """What training takes, with or without gradient checkpointing."""
 
     num_parameters: Mapping[str, int]
-    """By part of the model."""
-    activations: Activations
-    checkpointed: Activations
-    """With gradient checkpointing."""
+    """By submodule of the model."""
+    fixed_bytes: int
+    """Activations that do not grow with the batch, such as weights in half precision."""
+    sample_bytes: int
+    """Activations per sample."""
     sample_flops: int
-    """Forward and backward."""
-    checkpointed_sample_flops: int
-    """With the layers' second forward pass."""
+    """Forward, backward and recomputation."""
     batch_bytes: int
     """Sent to the device per batch."""
 
@@ -105,19 +99,24 @@ class Estimate:
         """Weights, gradients and moments."""
         return STATE_BYTES * sum(self.num_parameters.values())
 
-    def flops(self, *, is_checkpointing: bool) -> int:
-        """Of a sample, forward and backward."""
-        return self.checkpointed_sample_flops if is_checkpointing else self.sample_flops
+    def activation_bytes(self, batch_size: int) -> int:
+        """Activations of a batch."""
+        return self.fixed_bytes + batch_size * self.sample_bytes
 
-    def largest_batch(self, memory_bytes: float, *, is_checkpointing: bool) -> int:
-        """Samples of the largest batch that fits; 0 where none does."""
-        kept = self.checkpointed if is_checkpointing else self.activations
-        free = USABLE * memory_bytes - self.state_bytes - kept.fixed_bytes
-        return max(0, int(free // kept.sample_bytes))
+    def memory_bytes(self, batch_size: int) -> int:
+        """State and activations."""
+        return self.state_bytes + self.activation_bytes(batch_size)
+
+    def largest_batch(self, memory_bytes: float) -> int:
+        """Samples of the largest batch that fits; 0 if none does."""
+        free = USABLE * memory_bytes - self.memory_bytes(0)
+        return max(0, int(free // self.sample_bytes))
 
 
-def estimate(config: TrainConfig, shapes: WindowShapes, *, dtype: torch.dtype) -> Estimate:
-    """What training takes on one device.
+def estimate(
+    config: TrainConfig, shapes: WindowShapes, *, dtype: torch.dtype
+) -> tuple[Estimate, Estimate]:
+    """Estimate what training takes on one device, without and with gradient checkpointing.
 
     Args:
         config: the whole configuration.
@@ -125,227 +124,200 @@ def estimate(config: TrainConfig, shapes: WindowShapes, *, dtype: torch.dtype) -
         dtype: of the forward pass.
 
     Raises:
-        ConfigError: no model can be made of it.
+        ConfigError: the configuration describes no model.
     """
     with FakeTensorMode():
         model = MultiModalCreature(config, shapes).train()
-        one, two = (_kept(model, _blank_batch(n, config, shapes), dtype=dtype) for n in (1, 2))
-        flops = {
-            is_on: _count_flops(model, _blank_batch(1, config, shapes), is_checkpointing=is_on)
-            for is_on in (False, True)
-        }
+        blank_batches = [_blank_batch(size, config, shapes) for size in (1, 2)]
+        saved = [_saved_bytes(model, batch, dtype=dtype) for batch in blank_batches]
+        flops = [_count_flops(model, blank_batches[0], is_checkpointing=m) for m in (False, True)]
         batch = _blank_batch(config.data.batch_size, config, shapes)
-    return Estimate(
-        num_parameters={
-            name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
-        },
-        activations=_line(one.total, two.total),
-        checkpointed=_line(one.checkpointed, two.checkpointed),
-        sample_flops=flops[False],
-        checkpointed_sample_flops=flops[True],
-        batch_bytes=sum(tensor.nbytes for tensor in tensors_of(batch)),
+    without, with_checkpointing = (
+        Estimate(
+            num_parameters={
+                name: sum(p.numel() for p in module.parameters())
+                for name, module in model.named_children()
+            },
+            # The line through the bytes of 1 and of 2 samples.
+            fixed_bytes=2 * one - two,
+            sample_bytes=two - one,
+            sample_flops=sample_flops,
+            batch_bytes=sum(tensor.nbytes for tensor in tensors_of(batch)),
+        )
+        for (one, two), sample_flops in zip(zip(*saved, strict=True), flops, strict=True)
     )
+    return without, with_checkpointing
 
 
 def print_estimate(config: TrainConfig, *, origin: Path) -> None:
-    """The estimate of a configuration, as tables for people.
+    """Print the estimate of a configuration.
 
     Args:
-        config: the whole configuration; where its shard set is not there, ``data.recipe`` or else
-            the default recipe says how large windows are.
+        config: the whole configuration. If its shard set does not exist, ``data.recipe`` or else
+            the default recipe decides the sizes of windows.
         origin: its file, for the title.
 
     Raises:
-        EngineError: no model can be made of it, or its recipe or shard set can't be read.
+        EngineError: the configuration describes no model, or its recipe or shard set can't be read.
     """
     dtype = _DTYPES[config.training.precision]
-    recipe, whose = _recipe_of(config.data)
-    shapes = WindowShapes.from_recipe(recipe, tick_rate_hz=config.model.tick_rate_hz)
-    found = estimate(config, shapes, dtype=dtype)
-    console = Console(soft_wrap=True, markup=False)
-    batch_size, steps = config.data.batch_size, config.training.accumulation_steps
+    shapes, shapes_origin = _window_shapes(config)
+    modes = estimate(config, shapes, dtype=dtype)
     is_on = config.model.is_checkpointing
-    flops, others = (found.flops(is_checkpointing=on) for on in (is_on, not is_on))
-    parts = ", ".join(f"{name} {n / 1e6:.1f} M" for name, n in found.num_parameters.items())
+    configured, other = modes[is_on], modes[not is_on]
+    batch_size, steps = config.data.batch_size, config.training.accumulation_steps
+    modules = ", ".join(f"{name} {n / 1e6:.1f} M" for name, n in configured.num_parameters.items())
+    console = Console(soft_wrap=True, markup=False)
     console.print(
         f"{origin}: an estimate for one GPU, forward in {str(dtype).removeprefix('torch.')}, "
-        f"windows by {whose}\n"
-        f"parameters   {sum(found.num_parameters.values()) / 1e6:.1f} M: {parts}\n"
-        f"FLOPs        {flops / 1e9:.1f} G per sample, forward and backward, {_WAYS[is_on]}; "
-        f"{flops * batch_size * steps / 1e12:.2f} T per step of {batch_size} x {steps} samples; "
-        f"{_WAYS[not is_on]} {others / 1e9:.1f} G per sample\n"
-        f"over the bus {found.batch_bytes / 2**20:.1f} MiB per batch of {batch_size}"
+        f"windows by {shapes_origin}\n"
+        f"parameters   {sum(configured.num_parameters.values()) / 1e6:.1f} M: {modules}\n"
+        f"FLOPs        {configured.sample_flops / 1e9:.1f} G per sample, forward and backward, "
+        f"{_MODES[is_on]}; {_step_tflops(configured, config):.2f} T per step of "
+        f"{batch_size} x {steps} samples; {_MODES[not is_on]} {other.sample_flops / 1e9:.1f} G per "
+        f"sample\n"
+        f"over the bus {configured.batch_bytes / 2**20:.1f} MiB per batch of {batch_size}"
     )
-    console.print(_memory_table(found, batch_size, is_checkpointing=is_on))
-    console.print(_gpu_table(found, is_checkpointing=is_on))
+    memory = _table(
+        f"memory with a batch of {batch_size}, GiB",
+        ("", "weights", "gradients", "moments", "activations", "sum"),
+    )
+    largest = _table(
+        f"largest batch that fits (estimate; {1 - USABLE:.0%} of the memory kept free)",
+        ("", *(f"{gib} GB" for gib in GPU_GIB)),
+    )
+    for number, (mode, each) in enumerate(zip(_MODES, modes, strict=True)):
+        name = mode + ", as configured" * (number == is_on)
+        share = each.state_bytes // 4
+        sizes = (share, share, 2 * share, each.activation_bytes(batch_size))
+        memory.add_row(name, *(_gib(size) for size in (*sizes, each.memory_bytes(batch_size))))
+        batches = (each.largest_batch(gib * 2**30) for gib in GPU_GIB)
+        largest.add_row(name, *(str(size or "none") for size in batches))
+    console.print(memory)
+    console.print(largest)
 
 
 def print_sizes(config: TrainConfig, *, origin: Path) -> None:
-    """A line for each ``model.size``, with all else as in a configuration.
+    """Print one line per ``model.size``, with all other settings as configured.
 
     Args:
-        config: the whole configuration; its own size of the model does not count.
+        config: the whole configuration; its own model size is ignored.
         origin: its file, for the title.
 
     Raises:
         EngineError: as :func:`print_estimate`.
     """
-    dtype = _DTYPES[config.training.precision]
-    recipe, whose = _recipe_of(config.data)
-    shapes = WindowShapes.from_recipe(recipe, tick_rate_hz=config.model.tick_rate_hz)
+    shapes, shapes_origin = _window_shapes(config)
     batch_size, steps = config.data.batch_size, config.training.accumulation_steps
-    table = Table(
-        title=f"{origin}: an estimate, steps of {batch_size} x {steps} samples, windows by {whose}",
-        title_justify="left",
+    table = _table(
+        f"{origin}: an estimate, steps of {batch_size} x {steps} samples, windows by "
+        f"{shapes_origin}",
+        ("size", "parameters, M", "memory, GiB", "recomputing, GiB", "TFLOPs per step"),
     )
-    columns = ("size", "parameters, M", "memory, GiB", "recomputing, GiB", "TFLOPs per step")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "size" else "right")
     for size in SIZES:
-        sized = of_size(config, size)
-        found, is_on = estimate(sized, shapes, dtype=dtype), sized.model.is_checkpointing
-        sizes = [
-            f"{(found.state_bytes + kept.of(batch_size)) / _GIB:.2f}"
-            for kept in (found.activations, found.checkpointed)
-        ]
+        unset = {"size": size, "hidden_dim": None, "num_layers": None, "num_heads": None}
+        sized = config.model_copy(update={"model": config.model.model_copy(update=unset)})
+        modes = estimate(sized, shapes, dtype=_DTYPES[config.training.precision])
+        is_on = sized.model.is_checkpointing
+        sizes = [_gib(each.memory_bytes(batch_size)) for each in modes]
         sizes[is_on] = f"* {sizes[is_on]}"
-        table.add_row(
-            size,
-            f"{sum(found.num_parameters.values()) / 1e6:.1f}",
-            *sizes,
-            f"{found.flops(is_checkpointing=is_on) * batch_size * steps / 1e12:.2f}",
-        )
+        millions = sum(modes[is_on].num_parameters.values()) / 1e6
+        table.add_row(size, f"{millions:.1f}", *sizes, f"{_step_tflops(modes[is_on], config):.2f}")
     console = Console(soft_wrap=True, markup=False)
     console.print(table)
     console.print("recomputing: with gradient checkpointing; * as configured, as the FLOPs are")
 
 
-def of_size(config: TrainConfig, size: str) -> TrainConfig:
-    """The configuration with a model of another size."""
-    named = {"size": size, "hidden_dim": None, "num_layers": None, "num_heads": None}
-    return config.model_copy(update={"model": config.model.model_copy(update=named)})
-
-
-def _recipe_of(data: DataConfig) -> tuple[Recipe, str]:
-    """What is known of the data, and from where."""
-    for place in data.sets.values():
-        if isinstance(place, Path) and place.exists():
-            return read_manifest(place).recipe, str(place)
+def _window_shapes(config: TrainConfig) -> tuple[WindowShapes, str]:
+    """Sizes of windows, and the shard set or recipe that they come from."""
+    data = config.data
+    recipe, origin = Recipe(), "the default recipe"
     if data.recipe is not None:
-        return load_recipe(data.recipe), str(data.recipe)
-    return Recipe(), "the default recipe"
+        recipe, origin = load_recipe(data.recipe), str(data.recipe)
+    for location in data.sets.values():
+        if isinstance(location, Path) and location.exists():
+            recipe, origin = read_manifest(location).recipe, str(location)
+            break
+    return WindowShapes.from_recipe(recipe, tick_rate_hz=config.model.tick_rate_hz), origin
 
 
-def _ways(*, is_checkpointing: bool) -> list[str]:
-    """Without and with gradient checkpointing; it says which is configured."""
-    mark = ", as configured"
-    return [way + mark * (is_on == is_checkpointing) for is_on, way in enumerate(_WAYS)]
+def _step_tflops(each: Estimate, config: TrainConfig) -> float:
+    """TFLOPs of an optimizer step."""
+    num_samples = config.data.batch_size * config.training.accumulation_steps
+    return each.sample_flops * num_samples / 1e12
 
 
-def _memory_table(found: Estimate, batch_size: int, *, is_checkpointing: bool) -> Table:
-    table = Table(title=f"memory with a batch of {batch_size}, GiB", title_justify="left")
-    columns = ("", "weights", "gradients", "moments", "activations", "sum")
-    for name in columns:
-        table.add_column(name, justify="right" if name else "left")
-    weights = sum(found.num_parameters.values()) * 4
-    ways = _ways(is_checkpointing=is_checkpointing)
-    for name, kept in zip(ways, (found.activations, found.checkpointed), strict=True):
-        sizes = (weights, weights, 2 * weights, kept.of(batch_size))
-        table.add_row(name, *(f"{size / _GIB:.2f}" for size in (*sizes, sum(sizes))))
-    return table
-
-
-def _gpu_table(found: Estimate, *, is_checkpointing: bool) -> Table:
-    title = f"largest batch that fits (estimate; {1 - USABLE:.0%} of the memory kept free)"
+def _table(title: str, columns: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("GPU")
-    for name in _ways(is_checkpointing=is_checkpointing):
-        table.add_column(name, justify="right")
-    for gib in GPU_GIB:
-        sizes = (found.largest_batch(gib * _GIB, is_checkpointing=on) for on in (False, True))
-        table.add_row(f"{gib} GB", *(str(size) if size else "none" for size in sizes))
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
     return table
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kept:
-    """Bytes that one forward pass keeps."""
-
-    outside: int
-    """Of layers."""
-    inside: tuple[int, ...]
-    """Of each layer's pass."""
-    inputs: tuple[int, ...]
-    """What each layer's pass is given."""
-
-    @property
-    def total(self) -> int:
-        return self.outside + sum(self.inside)
-
-    @property
-    def checkpointed(self) -> int:
-        """With inputs only, while the largest layer is computed again."""
-        return self.outside + sum(self.inputs) + max(self.inside, default=0)
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f}"
 
 
-def _kept(model: MultiModalCreature, batch: Batch, *, dtype: torch.dtype) -> _Kept:
-    """What autograd saves in one forward pass, each memory once, without weights and the batch."""
+def _saved_bytes(model: MultiModalCreature, batch: Batch, *, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that autograd saves in one forward pass, without and with gradient checkpointing."""
     seen = {t.untyped_storage()._cdata: t for t in (*model.parameters(), *tensors_of(batch))}
-    kept, inputs = [0], [0]  # the first is what lies outside
-    place = 0
+    # Entry 0 is what is saved outside of layers; the following ones are the passes of layers.
+    saved, inputs = [0], [0]
+    current = 0
 
     def enter(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonlocal place
-        place = len(kept)
-        kept.append(0)
+        nonlocal current
+        current = len(saved)
+        saved.append(0)
         inputs.append(args[0].nbytes)
 
     def leave(*_: object) -> None:
-        nonlocal place
-        place = 0
+        nonlocal current
+        current = 0
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
-            seen[storage._cdata] = tensor  # held, so that no other memory gets its number
-            kept[place] += storage.nbytes()
+            seen[storage._cdata] = tensor  # keeps the storage alive, so that its id stays unique
+            saved[current] += storage.nbytes()
         return tensor
 
     hooks = [
         hook
-        for block in _blocks(model, is_checkpointing=False)
+        for block in _set_checkpointing(model, is_on=False)
         for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
     ]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         _loss(model, batch, dtype=dtype)
     for hook in hooks:
         hook.remove()
-    return _Kept(outside=kept[0], inside=tuple(kept[1:]), inputs=tuple(inputs[1:]))
+    # Checkpointing saves the inputs of layers, and recomputes the largest layer at some point.
+    return sum(saved), saved[0] + sum(inputs) + max(saved[1:], default=0)
 
 
 def _count_flops(model: MultiModalCreature, batch: Batch, *, is_checkpointing: bool) -> int:
     """FLOPs of a forward and a backward pass."""
-    _blocks(model, is_checkpointing=is_checkpointing)
+    _set_checkpointing(model, is_on=is_checkpointing)
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
         _loss(model, batch, dtype=torch.float32).backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
     return int(counter.get_total_flops())
 
 
-def _blocks(model: MultiModalCreature, *, is_checkpointing: bool) -> list[Block]:
-    """All layers, switched to whether they compute again."""
+def _set_checkpointing(model: MultiModalCreature, *, is_on: bool) -> list[Block]:
+    """Switch gradient checkpointing of all layers; return the layers."""
     blocks = [block for block in model.modules() if isinstance(block, Block)]
     for block in blocks:
-        block.is_checkpointing = is_checkpointing
+        block.is_checkpointing = is_on
     return blocks
 
 
 def _loss(model: MultiModalCreature, batch: Batch, *, dtype: torch.dtype) -> Tensor:
-    """The forward pass of a training step."""
+    """Run the forward pass of a training step."""
     inputs = to_model_inputs(batch["inputs"], dtype=dtype)
     with runtime.autocast(torch.device("cpu"), dtype):
         outputs = model(inputs)
-    # Cross-entropy takes the bytes of levels as they are, but its fake kernel wants int64.
+    # Cross-entropy accepts levels in bytes, but its fake kernel needs int64.
     targets = {
         name: target.long() if target.dtype == torch.uint8 else target
         for name, target in batch["targets"].items()
@@ -354,47 +326,13 @@ def _loss(model: MultiModalCreature, batch: Batch, *, dtype: torch.dtype) -> Ten
 
 
 def _blank_batch(size: int, config: TrainConfig, shapes: WindowShapes) -> Batch:
-    """A batch as the loader makes it; densely packed text has a window's ticks as its length."""
-    forms = array_forms(size, config=config, shapes=shapes)
+    """Make a batch in the loader's form; dense text is as long as a window has ticks."""
     arrays = {
-        name: torch.empty(form.shape, dtype=_torch_dtype(form.dtype))
-        for name, form in forms.items()
+        name: torch.empty(form.shape, dtype=torch.from_numpy(np.empty(0, form.dtype)).dtype)
+        for name, form in array_forms(size, config=config, shapes=shapes).items()
     }
     if config.is_text_only:
         for stream in {*config.input_streams, *config.target_streams}:
             arrays[stream] = torch.empty(size, shapes.num_ticks, dtype=torch.int64)
             arrays[f"{stream}_valid"] = torch.empty(size, shapes.num_ticks, dtype=torch.bool)
     return compose_batch(arrays, config)
-
-
-def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, dtype)).dtype
-
-
-def _line(one: int, two: int) -> Activations:
-    """The line through the bytes of 1 and of 2 samples."""
-    return Activations(fixed_bytes=2 * one - two, sample_bytes=two - one)
-
-
-def _attention_flops(
-    query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
-) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-def _attention_backward_flops(
-    grad: torch.Size,
-    query: torch.Size,
-    key: torch.Size,
-    value: torch.Size,
-    *_: object,
-    **__: object,
-) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
-
-
-_ATTENTION_FLOPS: Final = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-"""The flop counter knows only the kernels of GPUs."""

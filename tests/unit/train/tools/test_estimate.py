@@ -21,7 +21,7 @@ from train.data.device import tensors_of
 from train.data.pixels import to_model_inputs
 from train.machine import runtime
 from train.model.losses import compute_losses
-from train.tools.estimate import STATE_BYTES, Activations, Estimate, estimate
+from train.tools.estimate import STATE_BYTES, Estimate, estimate
 
 MODEL = {"hidden_dim": 64, "num_layers": 3, "num_heads": 2}
 
@@ -69,8 +69,8 @@ def test_activations_are_what_autograd_saves_in_a_real_pass(real, dtype):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward(model, batch, dtype)
     assert loss.requires_grad
-    found = estimate(config, shapes, dtype=dtype)
-    assert found.activations.of(7) == pytest.approx(num_bytes, rel=0.02)
+    without, _ = estimate(config, shapes, dtype=dtype)
+    assert without.activation_bytes(7) == pytest.approx(num_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize("is_checkpointing", [False, True])
@@ -78,20 +78,20 @@ def test_memory_after_a_forward_pass_is_what_the_profiler_sees_allocated(real, i
     config, shapes, batch = real
     config = with_model(config, gradient_checkpointing=is_checkpointing)
     model = MultiModalCreature(config, shapes).train()
-    forward(model, batch, torch.float32).backward()  # what is made once is made
+    forward(model, batch, torch.float32).backward()  # allocates what is allocated only once
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = forward(model, batch, torch.float32)
     allocated = sum(event.self_cpu_memory_usage for event in profiler.events())
     assert loss.requires_grad
-    found = estimate(config, shapes, dtype=torch.float32)
-    expected = found.activations.of(7)
+    without, checkpointed = estimate(config, shapes, dtype=torch.float32)
+    expected = without.activation_bytes(7)
     if is_checkpointing:
-        # That one layer is computed again, the largest, one of an eye's, is still to come.
-        deeper = estimate(with_model(config, vision_layers=2), shapes, dtype=torch.float32)
-        layer = (deeper.activations.of(7) - found.activations.of(7)) / 2
-        expected = found.checkpointed.of(7) - layer
+        # The forward pass has not yet recomputed the largest layer, one of the frame encoder's.
+        deeper, _ = estimate(with_model(config, vision_layers=2), shapes, dtype=torch.float32)
+        layer = (deeper.activation_bytes(7) - without.activation_bytes(7)) / 2
+        expected = checkpointed.activation_bytes(7) - layer
     assert allocated == pytest.approx(expected, rel=0.02)
-    assert found.checkpointed.of(7) < 0.8 * found.activations.of(7)
+    assert checkpointed.activation_bytes(7) < 0.8 * without.activation_bytes(7)
 
 
 def test_flops_are_those_of_the_products_by_hand():
@@ -107,28 +107,28 @@ def test_flops_are_those_of_the_products_by_hand():
     forward_flops = 2 * ticks * (linears + attention)
     # Backward: two products for each linear; for attention the scores again, and four.
     backward_flops = 2 * ticks * (2 * linears + 2.5 * attention)
-    # Nothing needs the last product of a layer again.
-    again = 2 * ticks * (linears - 2 * width * vocab - layers * inner * width + attention)
-    found = estimate(config, WindowShapes(vocab_size=vocab), dtype=torch.float32)
-    assert found.sample_flops == forward_flops + backward_flops
-    assert found.checkpointed_sample_flops == forward_flops + backward_flops + again
+    # The last product of a layer is not recomputed.
+    recomputed = 2 * ticks * (linears - 2 * width * vocab - layers * inner * width + attention)
+    without, checkpointed = estimate(config, WindowShapes(vocab_size=vocab), dtype=torch.float32)
+    assert without.sample_flops == forward_flops + backward_flops
+    assert checkpointed.sample_flops == forward_flops + backward_flops + recomputed
 
 
 def test_bytes_over_the_bus_are_those_of_a_real_batch(real):
     config, shapes, batch = real
-    found = estimate(config, shapes, dtype=torch.float32)
-    assert found.batch_bytes == sum(tensor.nbytes for tensor in tensors_of(batch))
+    without, _ = estimate(config, shapes, dtype=torch.float32)
+    assert without.batch_bytes == sum(tensor.nbytes for tensor in tensors_of(batch))
 
 
 @pytest.mark.parametrize(("size", "millions"), [("tiny", 10), ("large", 1000)])
 def test_any_size_is_estimated_without_its_memory(size, millions):
     config = as_train_config({"model": {"size": size}})
     before_mb = runtime.memory_allocated_mb(torch.device("cpu"))
-    found = estimate(config, WindowShapes(), dtype=torch.bfloat16)
+    without, _ = estimate(config, WindowShapes(), dtype=torch.bfloat16)
     assert runtime.memory_allocated_mb(torch.device("cpu")) - before_mb < 200
-    count = sum(found.num_parameters.values())
+    count = sum(without.num_parameters.values())
     assert count / 1e6 == pytest.approx(millions, rel=0.1)
-    assert found.state_bytes == STATE_BYTES * count
+    assert without.state_bytes == STATE_BYTES * count
     with torch.device("meta"):
         model = MultiModalCreature(config)
     assert count == sum(p.numel() for p in model.parameters())
@@ -141,21 +141,19 @@ def test_any_size_is_estimated_without_its_memory(size, millions):
     memory=st.integers(10**9, 10**11),
 )
 def test_the_largest_batch_fits_and_one_more_does_not(fixed, per_sample, count, memory):
-    kept = Activations(fixed_bytes=fixed, sample_bytes=per_sample)
-    found = Estimate(
+    one = Estimate(
         num_parameters={"all": count},
-        activations=kept,
-        checkpointed=Activations(fixed_bytes=0, sample_bytes=10 * per_sample),
+        fixed_bytes=fixed,
+        sample_bytes=per_sample,
         sample_flops=0,
-        checkpointed_sample_flops=0,
         batch_bytes=0,
     )
-    size = found.largest_batch(memory, is_checkpointing=False)
-    assert size == 0 or found.state_bytes + kept.of(size) <= 0.9 * memory
-    assert found.state_bytes + kept.of(size + 1) > 0.9 * memory
+    size = one.largest_batch(memory)
+    assert size == 0 or 16 * count + fixed + size * per_sample <= 0.9 * memory
+    assert 16 * count + fixed + (size + 1) * per_sample > 0.9 * memory
 
 
-def test_the_command_says_whose_windows_and_that_it_is_an_estimate(tiny_set, tmp_path):
+def test_the_command_prints_an_estimate_and_the_origin_of_the_windows(tiny_set, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(f"data: {{shards: {tiny_set}}}\nmodel: {{hidden_dim: 16, num_layers: 1}}\n")
     result = CliRunner().invoke(cli, ["estimate", "--config", str(path)])
@@ -169,9 +167,7 @@ def test_the_command_says_whose_windows_and_that_it_is_an_estimate(tiny_set, tmp
 
 
 @pytest.mark.parametrize("is_on", [False, True])
-def test_what_is_configured_of_gradient_checkpointing_is_marked_and_counted(
-    tiny_set, tmp_path, is_on
-):
+def test_the_configured_checkpointing_is_marked_and_counted(tiny_set, tmp_path, is_on):
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"data: {{shards: {tiny_set}, batch_size: 4}}\n"
@@ -179,15 +175,15 @@ def test_what_is_configured_of_gradient_checkpointing_is_marked_and_counted(
     )
     runner = CliRunner(env={"COLUMNS": "120"})
     output = runner.invoke(cli, ["estimate", "--config", str(path)]).output
-    way = "with gradient checkpointing" if is_on else "without gradient checkpointing"
+    mode = "with gradient checkpointing" if is_on else "without gradient checkpointing"
     config = load_train_config(path)
     shapes = WindowShapes.from_recipe(read_manifest(tiny_set).recipe)
-    found = estimate(config, shapes, dtype=torch.bfloat16)
-    kept = found.checkpointed if is_on else found.activations
-    flops = found.checkpointed_sample_flops if is_on else found.sample_flops
-    assert f"FLOPs        {flops / 1e9:.1f} G per sample, forward and backward, {way};" in output
-    (row,) = (line for line in output.splitlines() if f"│ {way}, as configured" in line)
-    assert f"{(found.state_bytes + kept.of(4)) / 2**30:.2f}" in row
+    each = estimate(config, shapes, dtype=torch.bfloat16)[is_on]
+    flops = f"{each.sample_flops / 1e9:.1f} G"
+    assert f"FLOPs        {flops} per sample, forward and backward, {mode};" in output
+    memory, largest = (line for line in output.splitlines() if f"│ {mode}, as configured" in line)
+    assert f"{each.memory_bytes(4) / 2**30:.2f}" in memory
+    assert str(each.largest_batch(24 * 2**30)) in largest
     assert output.count("as configured") == 2
 
 
@@ -203,10 +199,9 @@ def test_the_table_of_sizes_has_the_estimate_of_each(tiny_set, tmp_path, monkeyp
     (row,) = (line for line in result.output.splitlines() if "tiny " in line)
     config = as_train_config({"data": {"shards": tiny_set}, "model": {"size": "tiny"}})
     shapes = WindowShapes.from_recipe(read_manifest(tiny_set).recipe)
-    found = estimate(config, shapes, dtype=torch.bfloat16)
-    size_gib = (found.state_bytes + found.activations.of(4)) / 2**30
-    smaller_gib = (found.state_bytes + found.checkpointed.of(4)) / 2**30
+    without, checkpointed = estimate(config, shapes, dtype=torch.bfloat16)
+    gib, smaller_gib = (each.memory_bytes(4) / 2**30 for each in (without, checkpointed))
     cells = [cell.strip() for cell in row.strip("│").split("│")]
-    assert cells[1] == f"{sum(found.num_parameters.values()) / 1e6:.1f}"
-    assert cells[2:4] == [f"* {size_gib:.2f}", f"{smaller_gib:.2f}"]
-    assert cells[4] == f"{found.sample_flops * 8 / 1e12:.2f}"
+    assert cells[1] == f"{sum(without.num_parameters.values()) / 1e6:.1f}"
+    assert cells[2:4] == [f"* {gib:.2f}", f"{smaller_gib:.2f}"]
+    assert cells[4] == f"{without.sample_flops * 8 / 1e12:.2f}"
