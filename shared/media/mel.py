@@ -1,10 +1,10 @@
-"""Sound of a session: one loudness for all of it, and dMel tokens.
+"""Encode audio as dMel tokens, and decode them.
 
 dMel (Bai et al. 2024, arXiv:2407.15835): log-mel energies in dB, each channel rounded to one of a
-few levels. Training free, and decodable by Griffin-Lim. The mel filters and the STFT are those of
-librosa 0.11 to the bit; they are written out here because importing librosa takes a second or two,
-which every process of a shard job would pay. Each analysis window ends where its frame ends, so
-that no frame hears what comes after it.
+few levels. It needs no training and can be decoded by Griffin-Lim. The mel filters and the STFT
+equal those of librosa 0.11 to the bit. They are written out here because importing librosa takes a
+second or two, which every process of a shard job would pay. Each analysis window ends where its
+frame ends, so that no frame depends on later samples.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ENERGY_FLOOR = 1e-10
 _HZ_PER_MEL = 200.0 / 3
 _MEL_BREAK_HZ = 1000.0
 _LOG_PER_MEL = math.log(6.4) / 27
-"""Slaney's scale: linear below the break, 27 mels for a factor of 6.4 above it."""
+"""Slaney's mel scale: linear below the break, 27 mels for a factor of 6.4 above it."""
 
 _GRIFFIN_LIM_ROUNDS = 32
 _INVERSION_ROUNDS = 50
@@ -40,26 +40,26 @@ def encode_dmel(
     rate_hz: int,
     recipe: MelRecipe,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """DMel tokens of `count` frames that begin at sample `start` of a session's sound.
+    """Compute the dMel tokens of `count` frames that begin at sample `start` of a session.
 
     Args:
-        samples: the whole session, int16 [N].
+        samples: audio of the whole session, int16 [N].
         start: first sample of the first frame.
         count: number of frames.
         rate_hz: sample rate.
         recipe: frame rate, channels, levels.
 
     Returns:
-        Levels uint8 [count, channels] and, bool [count], whether the sound covers the whole frame.
-        Frames it does not cover have level 0.
+        Levels uint8 [count, channels], and whether the audio covers each whole frame, bool [count].
+        Frames that it does not cover have level 0.
     """
     hop = rate_hz // recipe.rate_hz
     context = recipe.fft_size - hop
     padded = np.zeros(context + count * hop, dtype=np.float32)
     first, last = start - context, start + count * hop
-    have = samples[max(0, first) : max(0, min(last, len(samples)))]
+    covered = samples[max(0, first) : max(0, min(last, len(samples)))]
     offset = max(0, first) - first
-    padded[offset : offset + len(have)] = have.astype(np.float32) / 32768.0
+    padded[offset : offset + len(covered)] = covered.astype(np.float32) / 32768.0
     bands = _mel_bands(rate_hz, recipe.fft_size, recipe.channels)
     energy = _mel_energy(np.square(np.abs(stft(padded, fft_size=recipe.fft_size, hop=hop))), bands)
     level_db = 10.0 * np.log10(np.maximum(energy.T, _ENERGY_FLOOR))
@@ -74,8 +74,10 @@ def encode_dmel(
 def decode_dmel(
     levels: NDArray[np.uint8], *, rate_hz: int, recipe: MelRecipe, seed: int = 0
 ) -> NDArray[np.float32]:
-    """Sound whose dMel tokens are about `levels` [frames, channels], by Griffin-Lim; float32 [N],
-    full scale 1.
+    """Reconstruct audio whose dMel tokens are about `levels` [frames, channels], by Griffin-Lim.
+
+    Returns:
+        float32 [N], full scale 1.
     """
     import librosa
 
@@ -100,8 +102,9 @@ def decode_dmel(
 
 
 def stft(waveform: NDArray[np.float32], *, fft_size: int, hop: int) -> NDArray[np.complex64]:
-    """Spectra of frames under a Hann window, the first at the first sample, complex64 [bins, A];
-    ``librosa.stft(..., center=False)``.
+    """Compute spectra of frames under a Hann window, complex64 [bins, A].
+
+    The first frame begins at the first sample, as in ``librosa.stft(..., center=False)``.
     """
     frames = np.lib.stride_tricks.sliding_window_view(waveform, fft_size)[::hop]
     angle = np.linspace(-np.pi, np.pi, fft_size + 1)[:-1]
@@ -111,18 +114,19 @@ def stft(waveform: NDArray[np.float32], *, fft_size: int, hop: int) -> NDArray[n
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(*, rate_hz: int, fft_size: int, channels: int) -> NDArray[np.float32]:
-    """Triangular filters of Slaney's mel scale, each of area 1, from 0 Hz to half the rate,
-    float32 [channels, bins]; ``librosa.filters.mel``.
+    """Build triangular filters of Slaney's mel scale, float32 [channels, bins].
+
+    Each has area 1; together they span 0 Hz to half the rate, as in ``librosa.filters.mel``.
 
     Source: Slaney, Auditory Toolbox, Interval Technical Report 1998-010.
     """
     last = _mel_of_hz(rate_hz / 2)
     edges_hz = _hz_of_mel(np.linspace(0.0, last, channels + 2))
     widths_hz = np.diff(edges_hz)
-    away_hz = np.subtract.outer(edges_hz, np.fft.rfftfreq(fft_size, 1.0 / rate_hz))
+    distance_hz = np.subtract.outer(edges_hz, np.fft.rfftfreq(fft_size, 1.0 / rate_hz))
     filters = np.zeros((channels, fft_size // 2 + 1), dtype=np.float32)
     for i in range(channels):
-        rising, falling = -away_hz[i] / widths_hz[i], away_hz[i + 2] / widths_hz[i + 1]
+        rising, falling = -distance_hz[i] / widths_hz[i], distance_hz[i + 2] / widths_hz[i + 1]
         filters[i] = np.maximum(0, np.minimum(rising, falling))
     filters *= (2.0 / (edges_hz[2:] - edges_hz[:-2]))[:, None]
     filters.flags.writeable = False
@@ -130,12 +134,12 @@ def mel_filters(*, rate_hz: int, fft_size: int, channels: int) -> NDArray[np.flo
 
 
 def _power_of_mel(energy: NDArray[np.float32], filters: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A power spectrum [bins, A] whose mel energies are about `energy` [channels, A], nowhere
-    negative.
+    """Find a non-negative power spectrum [bins, A] with mel energies near `energy` [channels, A].
 
-    Multiplicative updates (Lee & Seung 2001, "Algorithms for non-negative matrix factorization").
-    On real recordings 50 rounds come 2 to 7 times closer, in levels, than librosa's mel_to_stft,
-    and take 0.1 to 0.5 s per window where that takes up to 8 s.
+    Uses multiplicative updates (Lee & Seung 2001, "Algorithms for non-negative matrix
+    factorization").
+    On real recordings, 50 rounds come 2 to 7 times closer, in levels, than librosa's mel_to_stft.
+    They take 0.1 to 0.5 s per window; mel_to_stft takes up to 8 s.
     """
     wanted = filters.T @ energy
     gram = filters.T @ filters
@@ -146,7 +150,7 @@ def _power_of_mel(energy: NDArray[np.float32], filters: NDArray[np.float32]) -> 
 
 
 def _mel_of_hz(frequency_hz: float) -> float:
-    """Linear up to 1 kHz, then logarithmic."""
+    """Convert Hz to mel: linear up to 1 kHz, then logarithmic."""
     if frequency_hz < _MEL_BREAK_HZ:
         return frequency_hz / _HZ_PER_MEL
     return _MEL_BREAK_HZ / _HZ_PER_MEL + math.log(frequency_hz / _MEL_BREAK_HZ) / _LOG_PER_MEL
@@ -161,10 +165,10 @@ def _hz_of_mel(mels: NDArray[np.float64]) -> NDArray[np.float64]:
 def _mel_energy(
     power: NDArray[np.float32], bands: tuple[tuple[int, NDArray[np.float32]], ...]
 ) -> NDArray[np.float32]:
-    """Energy per mel channel [channels, A] of a power spectrum [bins, A].
+    """Sum the energy of each mel channel [channels, A] of a power spectrum [bins, A].
 
-    Not by a matrix product: BLAS adds in another order with another number of threads, and 1 of 100
-    results then differs in its last bit (measured), so that shards would depend on the machine.
+    A matrix product would not do: with another number of threads BLAS adds in another order, 1 of
+    100 results differs in its last bit (measured), and shards would depend on the machine.
     """
     energy = np.zeros((len(bands), power.shape[1]), dtype=np.float32)
     for row, (first, weights) in zip(energy, bands, strict=True):
@@ -176,8 +180,9 @@ def _mel_energy(
 def _mel_bands(
     rate_hz: int, fft_size: int, channels: int
 ) -> tuple[tuple[int, NDArray[np.float32]], ...]:
-    """Mel filters: per channel its first bin and the weights from there on; narrow channels of a
-    short window hold no bin, they are silent.
+    """Return each mel filter as its first bin and the weights from that bin on.
+
+    Narrow channels of a short window contain no bin; they are silent.
     """
     filters = mel_filters(rate_hz=rate_hz, fft_size=fft_size, channels=channels)
     bands = []

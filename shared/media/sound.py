@@ -1,9 +1,7 @@
-"""Video and sound files by PyAV and libsndfile: frames at given times, sound as mono float32.
+"""Read audio files as mono float32, measure their loudness, and convert them to 16 bits.
 
-Frames are found by presentation time. The times come from the container's packets, without
-decoding; packets that an edit list hides are left out. Zero is the container's own start, as
-players take it: streams of one file keep their distance, while a file's first timestamp says
-nothing of other files (MPEG transport streams begin at 1.4 s, others where a clock happened to be).
+libsndfile reads audio files; ffmpeg's demuxer (PyAV) reads those that libsndfile refuses, and the
+audio of video containers.
 """
 
 from __future__ import annotations
@@ -33,47 +31,47 @@ if TYPE_CHECKING:
     from shared.recipe import AudioRecipe
 
 MAX_RATE_HZ = 768_000
-"""A larger sample rate is no sound."""
+"""Largest sample rate; a header that claims more is damaged."""
 
 SILENCE_RMS = 1e-3
-"""Below this RMS (full scale 1) a session counts as silent and its level is left alone."""
+"""Below this RMS (full scale 1) a session counts as silent, and its level is not changed."""
 
 _MAX_SAMPLE = np.float32(2**32)
-"""A larger sample is no number of any scale that recorders write."""
+"""Largest plausible sample; no recorder's scale reaches it."""
 
 _FULL_SCALE = np.float32(32767 / 32768)
-"""The largest sample of 16 bits."""
+"""Largest sample of 16 bits."""
 
 _PAIRWISE_CHANNELS = 8
-"""From so many numbers on, NumPy adds them in another order."""
+"""From this many numbers on, NumPy adds them in another order."""
 
 _BLOCK_FRAMES = 1 << 16
-"""Sound is read and resampled in blocks of this many frames, so that memory does not grow with
+"""Audio is read and resampled in blocks of this many frames, so that memory does not grow with
 length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sound:
-    """A decoded sound file: mono float32 [N] at `rate_hz`, full scale 1, with what the file was.
+    """Decoded audio, mono float32 [N] at `rate_hz`, full scale 1, and properties of its file.
 
-    The samples lie in a file, so that memory does not grow with the sound's length.
+    The samples are on disk, so that memory does not grow with the length.
     """
 
     samples: DiskArray[np.float32]
     start_s: float
-    """When the first sample sounds, from the container's start; 0 in files of nothing but sound."""
+    """Time of the first sample from the container's start; 0 if the file has only audio."""
     origin_s: float
-    """As in :class:`VideoTrack`."""
+    """Reading of the container's clock at its start; see :class:`shared.media.video.VideoTrack`."""
     rate_hz: int
     source_rate_hz: int
     source_channels: int
     source_format: str
     num_bad: int
-    """Samples that were no finite number, or one beyond any scale; they are zero now."""
+    """Samples that were not finite or implausibly large; they are zero now."""
     peak: float
     """Largest absolute sample of any channel before mixing."""
     num_clipped: int
-    """Samples of any channel at full scale or over it, before mixing."""
+    """Samples of any channel at or above full scale, before mixing."""
 
     @property
     def duration_s(self) -> float:
@@ -88,7 +86,7 @@ class Sound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loudness:
-    """Level of a session's sound, full scale 1, and the gain that normalizes it."""
+    """Level of a session's audio, full scale 1, and the gain that normalizes it."""
 
     rms: float
     peak: float
@@ -96,21 +94,25 @@ class Loudness:
 
 
 def read_sound(path: Path, *, rate_hz: int) -> Sound:
-    """Read a sound file as mono at a sample rate; channels are averaged, resampling is soxr's HQ.
+    """Read an audio file as mono: average the channels, resample with soxr's HQ.
+
+    Args:
+        path: the file.
+        rate_hz: sample rate of the result.
 
     Raises:
-        MediaError: the file doesn't open, or holds no sound.
+        MediaError: the file doesn't open or contains no audio.
     """
     require_bytes(path)
     try:
         with soundfile.SoundFile(str(path)) as file:
             return _mono(
                 file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True),
-                path,
-                file.samplerate,
-                file.channels,
-                file.subtype,
-                rate_hz,
+                path=path,
+                source_rate_hz=file.samplerate,
+                channels=file.channels,
+                source_format=file.subtype,
+                rate_hz=rate_hz,
             )
     except (soundfile.SoundFileError, TypeError) as sndfile_error:
         # libsndfile is strict with damaged headers; ffmpeg's demuxer reads many of them.
@@ -118,11 +120,13 @@ def read_sound(path: Path, *, rate_hz: int) -> Sound:
             return _read_sound_by_av(path, rate_hz)
         except (av.FFmpegError, ValueError) as error:
             reason = str(sndfile_error).split(": ")[-1].rstrip(".")
-            raise MediaError(f"{path}: is no sound file that can be read: {reason}") from error
+            raise MediaError(f"{path}: not a readable audio file: {reason}") from error
 
 
 def measure_loudness(blocks: Iterable[NDArray[np.float32]], *, recipe: AudioRecipe) -> Loudness:
-    """RMS, peak and the gain to the recipe's level, lowered where the peak would pass the limit.
+    """Measure RMS and peak, and compute the gain to the recipe's level.
+
+    The gain is lower if the peak would exceed the recipe's limit.
 
     Args:
         blocks: the session's waveform, float32 [n] each, full scale 1.
@@ -144,7 +148,7 @@ def measure_loudness(blocks: Iterable[NDArray[np.float32]], *, recipe: AudioReci
 
 
 def to_int16(waveform: NDArray[np.float32], *, gain: float) -> NDArray[np.int16]:
-    """The waveform times the gain as 16-bit samples, as they are stored."""
+    """Multiply a waveform by a gain and round it to 16-bit samples, as they are stored."""
     scaled = np.round(waveform.astype(np.float64) * (gain * 32768.0))
     return np.clip(scaled, -32768, 32767).astype(np.int16)
 
@@ -152,9 +156,9 @@ def to_int16(waveform: NDArray[np.float32], *, gain: float) -> NDArray[np.int16]
 def _read_sound_by_av(path: Path, rate_hz: int) -> Sound:
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = next(iter(container.streams.audio), None)
-        context: Any = stream and stream.codec_context  # None where no decoder is known
+        context: Any = stream and stream.codec_context  # None if no decoder is known
         if context is None:
-            raise MediaError(f"{path}: holds no sound; record or copy it again")
+            raise MediaError(f"{path}: contains no audio; fix: record or copy it again")
         source_rate_hz, channels = context.sample_rate, context.channels
         resampler = av.AudioResampler(format="fltp")
         frames = decode_all(container, stream)
@@ -165,40 +169,50 @@ def _read_sound_by_av(path: Path, rate_hz: int) -> Sound:
                 for plain in resampler.resample(frame):
                     yield plain.to_ndarray().T.astype(np.float32, copy=False)
 
-        sound = _mono(blocks(), path, source_rate_hz, channels, context.name, rate_hz)
+        sound = _mono(
+            blocks(),
+            path=path,
+            source_rate_hz=source_rate_hz,
+            channels=channels,
+            source_format=context.name,
+            rate_hz=rate_hz,
+        )
         start_s = 0.0 if first is None else _start_beside_video(container, first)
         return replace(sound, start_s=start_s, origin_s=container_origin_s(container))
 
 
 def _start_beside_video(container: InputContainer, first: AudioFrame) -> float:
-    """When the first decoded sound begins, from the container's start; that is itself where there
-    is nothing else. The decoder has taken the encoder's delay off the samples and off this time.
+    """Return when the first decoded audio begins, from the container's start.
+
+    A container without video starts with its audio. The decoder has already removed the encoder's
+    delay from the samples and from this time.
     """
     if first.time is None or not container.streams.video:
         return 0.0
-    # To the microsecond, as the container's start is told.
+    # Rounded to the microsecond, the precision of the container's start.
     return max(0.0, round(first.time - (container.start_time or 0) / av.time_base, 6))
 
 
 def _mono(
     blocks: Iterator[NDArray[np.float32]],
+    *,
     path: Path,
     source_rate_hz: int,
     channels: int,
     source_format: str,
     rate_hz: int,
 ) -> Sound:
-    """Mix, mend and resample blocks [n, channels] of a sound file."""
+    """Mix blocks [n, channels] of a file to mono, zero bad samples, and resample."""
     if not 0 < source_rate_hz <= MAX_RATE_HZ:
         raise MediaError(
-            f"{path}: says it has {source_rate_hz} samples per second; its header is damaged"
+            f"{path}: claims {source_rate_hz} samples per second; its header is damaged"
         )
     resampler = soxr.ResampleStream(source_rate_hz, rate_hz, 1, dtype="float32", quality="HQ")
     samples: DiskArray[np.float32] = DiskArray(np.float32)
     peak, num_bad, num_clipped = 0.0, 0, 0
     for block in blocks:
         level = np.abs(block)
-        if not level.max(initial=0.0) <= _MAX_SAMPLE:
+        if not level.max(initial=0.0) <= _MAX_SAMPLE:  # also true for NaN
             is_bad = ~(level <= _MAX_SAMPLE)
             num_bad += int(is_bad.sum())
             block = np.where(is_bad, np.float32(0), block)
@@ -210,7 +224,7 @@ def _mono(
     if source_rate_hz != rate_hz:
         samples.append(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
     if len(samples) == 0:
-        raise MediaError(f"{path}: holds no sound; record or copy it again")
+        raise MediaError(f"{path}: contains no audio; fix: record or copy it again")
     return Sound(
         samples=samples,
         start_s=0.0,
@@ -226,7 +240,7 @@ def _mono(
 
 
 def _mean_of_channels(block: NDArray[np.float32]) -> NDArray[np.float32]:
-    """``block.mean(axis=1)`` to the bit; adding whole columns is ten times faster."""
+    """Compute ``block.mean(axis=1)`` to the bit; adding whole columns is ten times faster."""
     channels = block.shape[1]
     if channels >= _PAIRWISE_CHANNELS:
         return np.asarray(block.mean(axis=1, dtype=np.float32))

@@ -1,7 +1,7 @@
-"""Text as tokens: a byte-level BPE of a closed form, so that any text round-trips.
+"""Tokenize text with a byte-level BPE of a fixed form, so that any text round-trips.
 
-The tokenizer is Hugging Face's `tokenizers` library. Token 0 is always PAD (silence) and 1 always
-the mark that begins an event.
+The tokenizer is Hugging Face's `tokenizers` library. Token 0 is always PAD (silence); token 1
+always marks the start of an event.
 """
 
 from __future__ import annotations
@@ -26,38 +26,37 @@ EVENT_TEXT = "<event>"
 
 @dataclass(frozen=True, slots=True)
 class TextTokenizer:
-    """A byte-level BPE; `json` is the whole of it, as ``tokenizer.json`` holds it."""
+    """A byte-level BPE; `json` is its complete ``tokenizer.json``."""
 
     json: str
     vocab_size: int
-    """Ids are below it."""
+    """Every id is smaller."""
     _inner: Tokenizer
 
     @property
     def sha256(self) -> str:
-        """Hash of the file."""
+        """SHA-256 of the file, in hex."""
         return sha256_of_bytes(self.json.encode())
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of one event: the event mark, then its bytes' pairs.
+        """Tokenize one event: the event mark, then the tokens of its text.
 
-        A text that spells a special token (``<pad>``) is text, never that token.
+        A text that spells a special token (``<pad>``) is encoded as text, never as that token.
         """
         return [EVENT_TOKEN, *self._inner.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of tokens; PAD and event marks give nothing."""
+        """Decode tokens to text; PAD and event marks are skipped."""
         kept = [i for i in ids if i not in (PAD_TOKEN, EVENT_TOKEN) and 0 <= i < self.vocab_size]
         return str(self._inner.decode(kept, skip_special_tokens=False))
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
-    """Train a byte-level BPE; the order of the texts doesn't matter, the same set gives the same
-    tokenizer.
+    """Train a byte-level BPE; the same texts give the same tokenizer in any order.
 
     Args:
-        texts: what to learn from; may be empty, then every byte is a token.
-        vocab_size: upper bound of the number of tokens.
+        texts: texts to learn from; if there are none, every byte is a token.
+        vocab_size: largest number of tokens.
     """
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -73,19 +72,19 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
 
 
 def parse_tokenizer(json: str, *, origin: str) -> TextTokenizer:
-    """A tokenizer from the text of its file.
+    """Parse the text of a tokenizer.json.
 
     Raises:
-        ConfigError: no tokenizer, or one whose first tokens aren't PAD and the event mark.
+        ConfigError: it is not a tokenizer, or its first tokens aren't PAD and the event mark.
     """
     try:
         inner = Tokenizer.from_str(json)
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"{origin}: is no tokenizer.json: {error}") from error
+        raise ConfigError(f"{origin}: not a tokenizer.json: {error}") from error
     if inner.token_to_id(PAD_TEXT) != PAD_TOKEN or inner.token_to_id(EVENT_TEXT) != EVENT_TOKEN:
         raise ConfigError(
             f"{origin}: token 0 must be {PAD_TEXT} and token 1 {EVENT_TEXT}; "
-            "train it with these special tokens first, or leave text.tokenizer out"
+            "fix: train it with these special tokens first, or leave text.tokenizer out"
         )
     inner.encode_special_tokens = True
     inner.no_truncation()
@@ -97,9 +96,9 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     """Read a tokenizer.json.
 
     Raises:
-        ConfigError: no such file, or no tokenizer in it.
+        ConfigError: the file doesn't exist or is not a tokenizer.
     """
     try:
         return parse_tokenizer(path.read_text(encoding="utf-8"), origin=str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: no tokenizer can be read there: {error}") from error
+        raise ConfigError(f"{path}: can't be read as a tokenizer: {error}") from error

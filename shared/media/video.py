@@ -1,15 +1,20 @@
-"""A video file opened, and as few of its packets decoded as the wanted frames need.
+"""Read video files: frame times without decoding, and wanted frames with as little as possible.
 
-Left out, without changing a bit of any wanted frame:
+Frames are found by presentation time. The times come from the container's packets, without
+decoding; packets that an edit list hides are left out. Time 0 is the container's own start, as in
+players: streams of one file keep their distance, while a file's first timestamp is unrelated to
+those of other files (MPEG transport streams begin at 1.4 s, others at whatever the clock said).
 
-- what lies before the last keyframe before the first wanted frame, by a seek;
-- what lies between a wanted frame and the restart before the next one, in the file's order: at a
-  restart, an IDR picture of H.264 or HEVC, the decoder begins afresh;
+Decoding skips what no wanted frame needs, without changing a bit of any wanted frame:
+
+- packets before the last keyframe before the first wanted frame, by a seek;
+- packets between a wanted frame and the restart before the next one, in the file's order. At a
+  restart, an IDR picture of H.264 or HEVC, nothing refers to earlier pictures;
 - pictures of H.264 that no other picture refers to (``nal_ref_idc`` 0, most B-frames), unless they
   are wanted. HEVC has no such mark: its non-reference pictures may serve a higher sub-layer.
 
 The last two halve the decoding of a usual recording kept at 5 of 30 frames a second. They need a
-container whose packets and times can be trusted; of others all is decoded.
+container whose packets and times can be trusted; other files are decoded completely.
 """
 
 from __future__ import annotations
@@ -38,20 +43,21 @@ if TYPE_CHECKING:
 MAX_PIXELS = 8192 * 8192
 """A larger picture is refused before it is decoded."""
 
-DAMAGE = (av.FFmpegError, IndexError)
-"""What PyAV raises while it reads packets: the second where damage makes a track appear midway."""
+INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+"""Containers in which a seek ends at the requested keyframe, and whose clock begins at 0."""
+
+_READ_ERRORS = (av.FFmpegError, IndexError)
+"""Errors that PyAV raises while it reads packets; IndexError if damage makes a track appear
+midway."""
 
 _OPEN_OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,h264,hevc,ivf,ogg,flv,mjpeg",
 }
-"""No playlists that name other files or hosts, no text that ffmpeg would take for a picture."""
-
-INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-"""Containers in which a seek ends at the keyframe asked for, and whose clock begins at 0."""
+"""Refuse playlists that name other files or hosts, and text that ffmpeg would draw as a picture."""
 
 _NAL_LENGTH_BYTE = {"h264": 4, "hevc": 21}
-"""Where avcC and hvcC (ISO/IEC 14496-15) say how long the lengths of NAL units are."""
+"""Byte of avcC and hvcC (ISO/IEC 14496-15) that holds the size of NAL unit lengths."""
 
 _H264_IDR, _H264_LAST_SLICE = 5, 5
 _HEVC_IDR, _HEVC_LAST_SLICE = (19, 20), 31
@@ -59,12 +65,13 @@ _HEVC_IDR, _HEVC_LAST_SLICE = (19, 20), 31
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoTrack:
-    """What the container says of the first video track.
+    """Frame times and packet order of the first video track, as its container has them.
 
     `times_s` float64 [N]: presentation times from the container's start, increasing; `pts` int64
     [N]: the same in units of the track's time base; `keyframes` bool [N]; `positions` int64 [N]:
-    place of each frame's packet in the file's order; `restarts` int64 [R]: places of the packets
-    from which a decoder begins afresh, increasing; none where no seek can be trusted.
+    index of each frame's packet in the file's order; `restarts` int64 [R]: indices of the packets
+    at which a decoder can start without earlier ones, increasing; none where no seek can be
+    trusted.
     """
 
     codec: str
@@ -76,14 +83,14 @@ class VideoTrack:
     positions: NDArray[np.int64]
     restarts: NDArray[np.int64]
     num_lost: int = 0
-    """Frames that the container's index promises and the file, cut off, does not hold."""
+    """Frames that the container's index promises but a truncated file does not contain."""
     origin_s: float = 0.0
-    """What the container's clock says at its start, which counts as 0; 0 where that means nothing
+    """Reading of the container's clock at its start, which counts as 0; 0 where it means nothing
     (MPEG streams)."""
 
     @property
     def stop_s(self) -> float:
-        """When the last frame stops being shown: one median frame distance after it began."""
+        """End of the last frame: one median frame distance after it began."""
         if len(self.times_s) == 1:
             return float(self.times_s[0]) + 1 / 30
         return float(self.times_s[-1] + np.median(np.diff(self.times_s)))
@@ -93,7 +100,7 @@ def read_video_track(path: Path) -> VideoTrack:
     """Read the frame times of a video without decoding it.
 
     Raises:
-        MediaError: the file doesn't open, or holds no video frame.
+        MediaError: the file doesn't open or contains no video frame.
     """
     with open_video(path) as (container, stream):
         context = stream.codec_context
@@ -104,7 +111,7 @@ def read_video_track(path: Path) -> VideoTrack:
         is_key = array("b")
         num_packets = 0
         try:
-            # A file that ends early is kept as far as it goes.
+            # The packets before damage or a cut are kept.
             for packet in container.demux(stream):
                 if packet.is_keyframe and is_restart(packet, context.name, length_bytes):
                     restarts.append(num_packets)
@@ -113,19 +120,19 @@ def read_video_track(path: Path) -> VideoTrack:
                     positions.append(num_packets)
                     is_key.append(packet.is_keyframe)
                 num_packets += packet.size > 0
-        except DAMAGE as error:
+        except _READ_ERRORS as error:
             if not pts:
                 raise MediaError(f"{path}: can't be read: {error_reason(error)}") from error
         if not pts:
-            raise MediaError(f"{path}: holds no video frame; record or copy it again")
+            raise MediaError(f"{path}: contains no video frame; fix: record or copy it again")
         order = _increasing_order(np.asarray(pts, dtype=np.int64))
-        times_pts = np.asarray(pts, dtype=np.int64)[order]
+        sorted_pts = np.asarray(pts, dtype=np.int64)[order]
         return VideoTrack(
             codec=context.name,
             width=context.width,
             height=context.height,
-            times_s=times_pts.astype(np.float64) * float(stream.time_base or 0) - origin_s,
-            pts=times_pts,
+            times_s=sorted_pts.astype(np.float64) * float(stream.time_base or 0) - origin_s,
+            pts=sorted_pts,
             keyframes=np.asarray(is_key, dtype=np.bool_)[order],
             positions=np.asarray(positions, dtype=np.int64)[order],
             restarts=np.asarray(restarts, dtype=np.int64),
@@ -139,13 +146,11 @@ def read_frames(
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Decode some frames of a video, in order of time, at the recipe's size.
 
-    What no wanted frame needs is not decoded (see :mod:`shared.media.video`). Frames that don't
-    decode
-    are left out.
+    Packets that no wanted frame needs are skipped. Frames that don't decode are left out.
 
     Args:
         path: the video.
-        track: what :func:`read_video_track` gave for it.
+        track: result of :func:`read_video_track` for it.
         wanted: indices into `track.times_s`, increasing.
         recipe: size and fit.
 
@@ -170,52 +175,50 @@ def read_frames(
 
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
-    """The container and its first video track, after checks that need no decoding.
+    """Open a container and its first video track, after checks that need no decoding.
 
     Raises:
-        MediaError: the file doesn't open, or holds no video that can be decoded.
+        MediaError: the file doesn't open or contains no video that can be decoded.
     """
     require_bytes(path)
     try:
         container = av.open(str(path), metadata_errors="ignore", options=_OPEN_OPTIONS)
     except (av.FFmpegError, ValueError) as error:
-        hint = _lfs_hint(path)
-        what = f"{path}: is no video that can be read: {error_reason(error)}{hint}"
-        raise MediaError(what) from error
+        reason = f"{error_reason(error)}{_lfs_hint(path)}"
+        raise MediaError(f"{path}: not a readable video: {reason}") from error
     with container:
         if not container.streams.video:
-            raise MediaError(f"{path}: holds no video track")
+            raise MediaError(f"{path}: contains no video track")
         stream = container.streams.video[0]
-        context: Any = (
-            stream.codec_context
-        )  # None where no decoder is known, whatever its type says
+        context: Any = stream.codec_context  # None if no decoder is known, despite its type
         if context is None or context.width == 0:
-            raise MediaError(f"{path}: its codec is unknown; re-encode it as h264")
+            raise MediaError(f"{path}: its codec is unknown; fix: re-encode it as h264")
         stream.thread_type = "NONE"  # one process per core is faster than threads within one
         if context.width * context.height > MAX_PIXELS:
             size = f"{context.width}x{context.height}"
-            raise MediaError(f"{path}: pictures of {size} are too large; re-encode it smaller")
+            raise MediaError(f"{path}: pictures of {size} are too large; fix: re-encode it smaller")
         yield container, stream
 
 
 def decode_frames(path: Path, track: VideoTrack, wanted: Sequence[int]) -> Iterator[Any]:
-    """Frames of a video in order of time: the wanted ones that decode, and some others.
+    """Decode frames in order of time: the wanted ones that decode, and some others.
 
-    Starts at the keyframe before the first wanted frame where the container's index can be trusted,
-    else at the file's first frame: after a seek, MPEG streams and AVI lose frames or give them
-    other frames' times.
+    Decoding starts at the keyframe before the first wanted frame if the container's index can be
+    trusted. Otherwise it starts at the file's first frame: after a seek, MPEG streams and AVI lose
+    frames or give them the times of other frames.
 
     Args:
         path: the video.
-        track: what :func:`read_video_track` gave for it.
+        track: result of :func:`read_video_track` for it.
         wanted: indices into `track.times_s`, increasing, at least one.
 
     Yields:
         av.VideoFrame with a presentation time.
     """
     first = wanted[0]
-    before = np.flatnonzero(track.keyframes[: first + 1])
-    keyframe = int(before[-1]) if len(before) else 0
+    keyframes_before = np.flatnonzero(track.keyframes[: first + 1])
+    keyframe = int(keyframes_before[-1]) if len(keyframes_before) else 0
+    # Try from the keyframe; if the seek went wrong, decode from the beginning.
     for start in (keyframe, 0):
         with open_video(path) as (container, stream):
             is_indexed = container.format.name in INDEXED_FORMATS
@@ -235,11 +238,13 @@ def decode_frames(path: Path, track: VideoTrack, wanted: Sequence[int]) -> Itera
 
 
 def frames_to_restart(track: VideoTrack, frames: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How many frames lie between each frame and the restart at which :func:`decode_frames` would
-    begin for it; infinite where there is none, so that it may begin elsewhere and decode otherwise.
+    """Count the frames between each frame and the restart where :func:`decode_frames` begins.
+
+    The count is infinite where no restart precedes a frame. Decoding may then begin elsewhere and
+    give other pictures.
 
     Args:
-        track: of the video.
+        track: track of the video.
         frames: indices into `track.times_s` [N].
     """
     keys = np.flatnonzero(track.keyframes)
@@ -253,44 +258,43 @@ def frames_to_restart(track: VideoTrack, frames: NDArray[np.int64]) -> NDArray[n
 
 
 def decode_all(container: InputContainer, stream: Any) -> Iterator[Any]:  # noqa: ANN401
-    """Every frame of a track; packets that don't decode are passed over."""
+    """Decode every frame of a track; packets that don't decode are skipped."""
     try:
         for packet in container.demux(stream):
             yield from _decoded(packet)
-    except DAMAGE:
+    except _READ_ERRORS:
         return
 
 
 def container_origin_s(container: InputContainer) -> float:
-    """Start of a container whose clock has a zero."""
-    is_told = container.format.name in INDEXED_FORMATS
-    return (container.start_time or 0) / av.time_base if is_told else 0.0
+    """Return the start of a container whose clock has a meaningful zero, else 0."""
+    is_indexed = container.format.name in INDEXED_FORMATS
+    return (container.start_time or 0) / av.time_base if is_indexed else 0.0
 
 
 def nal_length_bytes(codec_context: Any) -> int | None:  # noqa: ANN401
-    """How many bytes say how long a NAL unit is, in packets of this track; None if they have none
-    such.
-    """
-    place = _NAL_LENGTH_BYTE.get(codec_context.name)
+    """Return the size of the length field before each NAL unit; None if the track has none."""
+    index = _NAL_LENGTH_BYTE.get(codec_context.name)
     header = codec_context.extradata
-    if place is None or header is None or len(header) <= place or header[0] != 1:
+    if index is None or header is None or len(header) <= index or header[0] != 1:
         return None
-    return int(header[place] & 3) + 1
+    return int(header[index] & 3) + 1
 
 
 def is_restart(packet: Any, codec: str, length_bytes: int | None) -> bool:  # noqa: ANN401
-    """Whether a packet holds an IDR picture: nothing after it refers to anything before it.
+    """Check whether a packet is an IDR picture: nothing after it refers to anything before it.
 
     Args:
         packet: an av.Packet.
         codec: h264 or hevc.
-        length_bytes: what :func:`nal_length_bytes` says of its track; None is no restart.
+        length_bytes: result of :func:`nal_length_bytes` for its track; None means no restart.
 
     Source: ITU-T H.264, 7.4.1.2.4, and H.265, 7.4.2.2.
     """
     if length_bytes is None:
         return False
     view = memoryview(packet)
+    # The first NAL unit that is a slice decides; parameter sets before it are skipped.
     while len(view) > length_bytes:
         size = int.from_bytes(view[:length_bytes], "big")
         head = view[length_bytes]
@@ -304,10 +308,11 @@ def is_restart(packet: Any, codec: str, length_bytes: int | None) -> bool:  # no
 
 
 def require_bytes(path: Path) -> None:
-    """Refuses what is no file with bytes in it.
+    """Check that a path is a regular file that is not empty.
 
     Raises:
-        MediaError: it isn't.
+        MissingMediaError: it doesn't exist.
+        MediaError: it isn't such a file.
     """
     if not path.exists():
         raise MissingMediaError(f"{path}: no such file")
@@ -318,7 +323,7 @@ def require_bytes(path: Path) -> None:
 
 
 def error_reason(error: Exception) -> str:
-    """A library's reason in one line."""
+    """Return a library's reason in one line."""
     return str(getattr(error, "strerror", None) or error).splitlines()[0]
 
 
@@ -330,8 +335,9 @@ def _decode_needed(
     *,
     has_sought: bool,
 ) -> Iterator[Any]:
-    """Frames of the packets that the wanted frames need, from where the container stands; none
-    where it stands at a packet that the track does not know.
+    """Decode the packets that the wanted frames need, from the container's current position.
+
+    Yields nothing if the container is at a packet that the track does not have.
     """
     context = stream.codec_context
     wanted_pts = {int(track.pts[i]) for i in wanted}
@@ -344,6 +350,7 @@ def _decode_needed(
         for packet in container.demux(stream):
             if packet.size:
                 if position is None:
+                    # After a seek, the first packet says where the container is.
                     position = _position(track, packet)
                     if position is None:
                         return
@@ -355,8 +362,8 @@ def _decode_needed(
                 if not needed[position - 1]:
                     continue
                 if position - 1 in restarts and not is_fresh:
-                    # What damage left in the decoder must not show in pictures that another task,
-                    # which begins here, has without it.
+                    # Damage left in the decoder must not show in pictures that another task, which
+                    # begins here, decodes without it.
                     yield from _drained(context)
                     context.flush_buffers()
                 is_fresh = False
@@ -364,26 +371,29 @@ def _decode_needed(
                 is_wanted = packet.pts is None or packet.pts in wanted_pts
                 context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
             yield from _decoded(packet)
-    except DAMAGE:
+    except _READ_ERRORS:
         return
 
 
 def _position(track: VideoTrack, packet: Any) -> int | None:  # noqa: ANN401
-    """Place in the file's order of a packet."""
+    """Return the index of a packet in the file's order; None if the track does not have it."""
     if packet.pts is None:
         return None
     index = int(np.searchsorted(track.pts, packet.pts))
-    is_found = index < len(track.pts) and int(track.pts[index]) == packet.pts
-    return int(track.positions[index]) if is_found else None
+    is_known = index < len(track.pts) and int(track.pts[index]) == packet.pts
+    return int(track.positions[index]) if is_known else None
 
 
 def _needed_packets(track: VideoTrack, wanted: Sequence[int], start: int) -> NDArray[np.bool_]:
-    """Which packets, in the file's order up to the last needed one, the wanted frames need: from
-    the last restart before each, or `start` where there is none, to itself.
+    """Mark the packets that the wanted frames need, in the file's order up to the last needed one.
+
+    A frame needs the packets from the last restart before it to its own, or from `start` if there
+    is no restart after `start`.
     """
     stops = track.positions[np.asarray(wanted)] + 1
     restarts = np.concatenate([[start], track.restarts[track.restarts > start]])
     begins = restarts[np.searchsorted(restarts, stops - 1, side="right") - 1]
+    # Count the frames that need each packet: +1 where a frame's run begins, -1 where it stops.
     steps = np.zeros(int(stops.max()) + 1, dtype=np.int64)
     np.add.at(steps, np.minimum(begins, stops), 1)
     np.add.at(steps, stops, -1)
@@ -391,7 +401,7 @@ def _needed_packets(track: VideoTrack, wanted: Sequence[int], start: int) -> NDA
 
 
 def _decoded(packet: Any) -> list[Any]:  # noqa: ANN401
-    """Frames that a packet completes; none where it doesn't decode."""
+    """Return the frames that a packet completes; none if it doesn't decode."""
     try:
         return list(packet.decode())
     except av.FFmpegError:
@@ -399,7 +409,7 @@ def _decoded(packet: Any) -> list[Any]:  # noqa: ANN401
 
 
 def _drained(context: Any) -> list[Any]:  # noqa: ANN401
-    """Frames that the decoder holds back, at what is its end."""
+    """End the decoder's stream and return the frames that it still holds."""
     try:
         return list(context.decode(None))
     except av.FFmpegError:
@@ -407,7 +417,7 @@ def _drained(context: Any) -> list[Any]:  # noqa: ANN401
 
 
 def _seek(container: InputContainer, stream: Any, pts: int) -> bool:  # noqa: ANN401
-    """Go to a keyframe, if the container can."""
+    """Seek to a keyframe; return whether the container can."""
     try:
         container.seek(pts, stream=stream)
     except av.FFmpegError:
@@ -416,17 +426,19 @@ def _seek(container: InputContainer, stream: Any, pts: int) -> bool:  # noqa: AN
 
 
 def _lfs_hint(path: Path) -> str:
-    """Says so when a Git LFS pointer stands where a file should be."""
+    """Return a hint if the file is a Git LFS pointer, else an empty string."""
     try:
         with path.open("rb") as file:
             is_pointer = file.read(40).startswith(b"version https://git-lfs")
     except OSError:
         return ""
-    return "; it is a Git LFS pointer, fetch the file by `git lfs pull`" if is_pointer else ""
+    return (
+        "; it is a Git LFS pointer; fix: fetch the file with `git lfs pull`" if is_pointer else ""
+    )
 
 
 def _increasing_order(pts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Order that sorts by time and keeps the first of equal times."""
+    """Sort by time and keep the first of equal times; return the indices."""
     order = np.argsort(pts, kind="stable")
     is_first = np.diff(pts[order], prepend=pts[order[0]] - 1) > 0
     return order[is_first]
@@ -435,7 +447,7 @@ def _increasing_order(pts: NDArray[np.int64]) -> NDArray[np.int64]:
 def _picture(
     frame: VideoFrame, reformatter: VideoReformatter, recipe: VisionRecipe
 ) -> NDArray[np.uint8]:
-    """A decoded frame as RGB uint8 [size, size, 3]: scaled by area, upright, cut or padded."""
+    """Convert a frame to RGB uint8 [size, size, 3]: scaled by area, upright, cropped or padded."""
     size = recipe.size
     if recipe.fit == "stretch":
         width = height = size
@@ -447,20 +459,20 @@ def _picture(
         frame, width=width, height=height, format="rgb24", interpolation=Interpolation.AREA
     )
     picture = scaled.to_ndarray().astype(np.uint8, copy=False)
-    turns = round(frame.rotation / 90) % 4
-    if turns:
-        picture = np.rot90(picture, k=turns)
+    quarter_turns = round(frame.rotation / 90) % 4
+    if quarter_turns:
+        picture = np.rot90(picture, k=quarter_turns)
     return np.ascontiguousarray(_square(picture, size))
 
 
 def _square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Cut the middle out, or pad with black to the middle, to [size, size, 3]."""
+    """Crop the middle, or pad with black around the middle, to [size, size, 3]."""
     height, width = picture.shape[:2]
     top, left = max(0, (height - size) // 2), max(0, (width - size) // 2)
-    cut = picture[top : top + size, left : left + size]
-    if cut.shape[:2] == (size, size):
-        return cut
+    cropped = picture[top : top + size, left : left + size]
+    if cropped.shape[:2] == (size, size):
+        return cropped
     padded = np.zeros((size, size, 3), dtype=np.uint8)
-    top, left = (size - cut.shape[0]) // 2, (size - cut.shape[1]) // 2
-    padded[top : top + cut.shape[0], left : left + cut.shape[1]] = cut
+    top, left = (size - cropped.shape[0]) // 2, (size - cropped.shape[1]) // 2
+    padded[top : top + cropped.shape[0], left : left + cropped.shape[1]] = cropped
     return padded

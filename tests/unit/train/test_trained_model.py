@@ -162,7 +162,7 @@ def deep_list(length):
         ({"shapes": {**dataclasses.asdict(SHAPES), "num_ticks": 10**9}}, "do not match its recipe"),
         ({"shapes": {"ticks": 1}}, "does not make a model"),
         ({"extra": {**good_state()["extra"], "recipe": {"vision": {"size": "large"}}}}, "size"),
-        ({"extra": {**good_state()["extra"], "tokenizer": "{}"}}, "is no tokenizer"),
+        ({"extra": {**good_state()["extra"], "tokenizer": "{}"}}, "not a tokenizer"),
         ({"extra": {**good_state()["extra"], "baselines": {"counts": 3}}}, "does not make"),
         (with_baselines(counts={"internal_text": deep_list(264)}), "has no counts"),
         (with_baselines(counts={"internal_text": [-1.0] * 264}), "negative"),

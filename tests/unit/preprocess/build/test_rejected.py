@@ -102,7 +102,7 @@ def test_a_text_outside_the_session_has_a_line(odd_set):
 def test_a_sound_file_that_can_not_be_read_has_a_line(odd_set):
     [line] = lines_of(odd_set, "deaf")
     assert (line["level"], line["stream"]) == ("stream", "audio")
-    assert line["reason"].startswith("audio.wav: is no sound file that can be read")
+    assert line["reason"].startswith("audio.wav: not a readable audio file")
 
 
 def test_what_is_planned_is_what_is_there_and_what_is_not(odd_set):

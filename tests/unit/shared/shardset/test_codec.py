@@ -404,7 +404,7 @@ def test_the_head_of_an_npy_file_says_what_was_read_behind_it():
     head = file.getvalue()[: -3 * 6 * 4]
     check_npy_header(head, np.empty((3, 6, 4), np.uint8))
     for shape in ((3, 4, 6), (1, 6, 4), (3, 2, 4, 3)):
-        with pytest.raises(CorruptError, match="is no npy file of pictures"):
+        with pytest.raises(CorruptError, match="not an npy file of pictures"):
             check_npy_header(head, np.empty(shape, np.uint8))
 
 
