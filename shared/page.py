@@ -216,6 +216,21 @@ def thin_curve(
     return list(zip(np.split(thin_times, cuts), np.split(thin_values, cuts), strict=True))
 
 
+def sampled_curves(
+    values: NDArray[np.float64], *, rate_hz: float, axis: TimeAxis, max_jump: float = math.inf
+) -> list[Curve]:
+    """Split values [N] at a regular rate at their missing values (NaN); see :func:`thin_curve`."""
+    rows = np.flatnonzero(np.isfinite(values))
+    return thin_curve(
+        rows / rate_hz,
+        values[rows],
+        axis=axis,
+        num_columns=int(axis.width),
+        max_step_s=1.5 / rate_hz,
+        max_jump=max_jump,
+    )
+
+
 def curve_path(curves: Iterable[Curve], *, axis: TimeAxis, values: ValueAxis) -> str:
     """Return the `d` of an SVG path that draws curves."""
     commands: list[str] = []

@@ -5,29 +5,29 @@ const find = (id) => document.getElementById(id);
 const timeline = find("timeline"), cursors = document.querySelectorAll(".cursor");
 const slider = find("slider"), play = find("play"), clock = find("clock");
 const sounds = [...document.querySelectorAll("audio")];
-const canvases = [...document.querySelectorAll("canvas.eye")];
-const pictures = values.eyes.map(() => new Map());
+const canvases = [...document.querySelectorAll("canvas.video")];
+const pictures = values.videos.map(() => new Map());
 const stop = values.durationS;
 let now = 0, isPlaying = false, sound = sounds[0] || null, startedAt = 0;
 
-function picture(eye, index) {
-  if (!pictures[eye].has(index)) {
+function picture(video, index) {
+  if (!pictures[video].has(index)) {
     const image = new Image();
-    image.onload = () => { if (frameAt(eye) === index) drawEye(eye); };
-    image.src = values.eyes[eye][index];
-    pictures[eye].set(index, image);
+    image.onload = () => { if (frameAt(video) === index) drawFrame(video); };
+    image.src = values.videos[video][index];
+    pictures[video].set(index, image);
   }
-  return pictures[eye].get(index);
+  return pictures[video].get(index);
 }
 
-function frameAt(eye) {
-  return Math.min(Math.floor(now * values.frameRateHz + 1e-6), values.eyes[eye].length - 1);
+function frameAt(video) {
+  return Math.min(Math.floor(now * values.frameRateHz + 1e-6), values.videos[video].length - 1);
 }
 
-function drawEye(eye) {
-  const canvas = canvases[eye], context = canvas.getContext("2d");
-  const index = frameAt(eye);
-  const url = index < 0 ? null : values.eyes[eye][index];
+function drawFrame(video) {
+  const canvas = canvases[video], context = canvas.getContext("2d");
+  const index = frameAt(video);
+  const url = index < 0 ? null : values.videos[video][index];
   if (url === null) {
     context.fillStyle = "#808080";
     context.fillRect(0, 0, canvas.width, canvas.height);
@@ -35,9 +35,9 @@ function drawEye(eye) {
     context.fillText("no frame", 10, 20);
     return;
   }
-  const image = picture(eye, index);
+  const image = picture(video, index);
   if (image.complete) context.drawImage(image, 0, 0, canvas.width, canvas.height);
-  if (isPlaying && index + 3 < values.eyes[eye].length && values.eyes[eye][index + 3]) picture(eye, index + 3);
+  if (isPlaying && index + 3 < values.videos[video].length && values.videos[video][index + 3]) picture(video, index + 3);
 }
 
 function drawTexts() {
@@ -52,7 +52,7 @@ function drawTexts() {
 }
 
 function draw() {
-  canvases.forEach((_, eye) => drawEye(eye));
+  canvases.forEach((_, video) => drawFrame(video));
   drawTexts();
   cursors.forEach((cursor) => { cursor.style.transform = `translateX(${now * values.pixelsPerS}px)`; });
   slider.value = now;
@@ -93,9 +93,9 @@ function pause() {
 
 function step() {
   if (!isPlaying) return;
-  const isHeard = sound && !sound.paused;
-  now = isHeard ? sound.currentTime : performance.now() / 1000 - startedAt;
-  if (!isHeard) startedAt = performance.now() / 1000 - now;
+  const isAudible = sound && !sound.paused;
+  now = isAudible ? sound.currentTime : performance.now() / 1000 - startedAt;
+  if (!isAudible) startedAt = performance.now() / 1000 - now;
   if (now >= stop || (sound && sound.ended)) { now = Math.min(now, stop); pause(); return; }
   draw();
   follow();

@@ -112,7 +112,7 @@ def infer(
     }
     text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (out / METRICS_NAME).write_text(text, encoding="utf-8")
-    write_page(out, source.fields(0), metrics, creature=trained)
+    write_page(out, source.fields(0), metrics, trained=trained)
     return metrics
 
 

@@ -60,7 +60,7 @@ def measure(
         num_read += len(batch["weight"])
         skipped += batch.get("skipped", ())
         if len(sums_per_batch) == 1:
-            window = pick_window(batch, outputs, state)
+            window = pick_window(batch, outputs, config=config, shapes=state.shapes)
     if not sums_per_batch:
         return HeldOut()
     skipped = distributed.gather(skipped)

@@ -1,22 +1,21 @@
-"""One held-out window in TensorBoard: what was recorded beside what the model predicts.
+"""Log one held-out window to TensorBoard: recorded beside predicted.
 
 ::
 
-    batch, outputs -> pick_window    the window of the first held-out batch in which most is said
-                   -> render_window    pictures, sounds and a text, pure
-                   -> write_window   to TensorBoard, under held_out/
+    batch, outputs -> pick_window     the window of the first held-out batch with the most text
+                   -> render_window   pictures, sounds and a text, pure
+                   -> write_window    to TensorBoard, under held_out/
 
-It is the same window at every evaluation. Nothing is drawn at random and the model is not touched.
-On one core it costs an evaluation about 0.5 s and 0.4 MB of the event file, half of the time for
-turning two times 4 s of dMel into sound; the first one 3 s more, for importing librosa and
-matplotlib.
+Every evaluation logs the same window. Nothing is drawn at random, and the model does not change.
+On one core it adds about 0.5 s to an evaluation and 0.4 MB to the event file. Half of the time
+turns two times 4 s of dMel into sound; the first evaluation takes 3 s more, to import librosa.
 """
 
 from __future__ import annotations
 
 import html
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,11 +23,11 @@ import torch
 from shared.config import make_section
 from shared.media.mel import decode_dmel
 from shared.media.tokenizer import parse_tokenizer
+from shared.page import TimeAxis, ValueAxis, draw_spectrogram, sampled_curves
 from shared.recipe import PAD_TOKEN, VISION_STREAMS, Recipe
 from shared.session.reader import MASKED_LEVEL
 from train.config import HEAD_STREAM, Head
 from train.data.pixels import IMAGENET_MEAN, IMAGENET_STD, normalized_frames
-from train.figures import draw_levels
 from train.model.outputs import TEXT_HEADS, group_events
 
 if TYPE_CHECKING:
@@ -42,56 +41,56 @@ if TYPE_CHECKING:
     from train.data.batch import WindowShapes
 
 MAX_FRAMES = 8
-"""Frames shown of each eye."""
+"""Frames logged of each video."""
 
 MAX_FRAME_SIZE = 112
-"""Larger frames are shown at every second, third, ... pixel."""
+"""Of larger frames every second, third, ... pixel is logged."""
 
 LEVEL_PIXELS = 3
 """Height and width of a dMel level."""
 
 JOINT_COLUMNS = 2
+JOINT_WIDTH, JOINT_HEIGHT = 240, 70
+"""Size of a joint's panel; its curves have margins for the labels."""
+
+OVERSAMPLING = 2
+"""Curves are drawn this much larger, then reduced, for smooth edges."""
+
+RECORDED_COLOR, PREDICTED_COLOR = "#9aa6b6", "#d4570a"
 
 Pair = tuple["NDArray[Any]", "NDArray[Any]"]
-"""Recorded and predicted, on the same places."""
-
-
-class Sizes(Protocol):
-    """What a run is made of."""
-
-    config: TrainConfig
-    shapes: WindowShapes
+"""Recorded and predicted values at the same positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedWindow:
-    """What was recorded and predicted in one window of T ticks, on the CPU.
+    """Recorded and predicted values of one window of T ticks, on the CPU.
 
-    Nothing predicts the first tick; there the predicted values are masked: PAD, MASKED_LEVEL, NaN.
+    The first tick is never predicted: its predicted values are masked (PAD, MASKED_LEVEL, NaN).
     """
 
     key: str
     """SESSION/WINDOW."""
     tick_rate_hz: float | None
-    """None where the window is densely packed text, whose places are no times."""
+    """None if the window is densely packed text, whose positions are not times."""
     frames: Mapping[str, NDArray[np.uint8]]
-    """Per eye that the model sees RGB [F, H, W, 3]; grey where masked."""
+    """Per video input of the model RGB [F, H, W, 3]; gray if masked."""
     tokens: Mapping[Head, Pair]
-    """Per text head int64 [T]."""
+    """Per text head, int64 [T]."""
     levels: Pair | None
-    """DMel uint8 [A, channels]; MASKED_LEVEL where masked."""
+    """dMel levels uint8 [A, channels]; MASKED_LEVEL if masked."""
     poses: Pair | None
-    """Angles and velocities float32 [S, P]; NaN where masked."""
+    """Angles and velocities float32 [S, P]; NaN if masked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
-    """A window as TensorBoard takes it, by tag."""
+class RenderedWindow:
+    """A window in TensorBoard's formats, by tag."""
 
     pictures: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     """RGB [H, W, 3]."""
     sounds: dict[str, tuple[NDArray[np.float32], int]] = field(default_factory=dict)
-    """Full scale 1, and the rate in Hz."""
+    """Samples of full scale 1, and their rate in Hz."""
     text: str = ""
     """Markdown."""
 
@@ -99,38 +98,40 @@ class Drawn:
 def pick_window(
     batch: Mapping[str, Any],
     outputs: Mapping[str, Tensor],
-    sizes: Sizes,
+    *,
+    config: TrainConfig,
+    shapes: WindowShapes,
 ) -> LoggedWindow:
-    """The window of a batch in which most is said, or else the first one.
+    """Return the window of a batch with the most text tokens; the first one if there are none.
 
     Args:
         batch: docs/architecture.md, "The batch".
         outputs: of the model for it.
-        sizes: heads and sizes of the window, as :class:`train.loop.state.TrainState` has them.
+        config: heads of the model.
+        shapes: sizes of the window.
     """
-    config, shapes = sizes.config, sizes.shapes
     targets = batch["targets"]
-    num_said = torch.zeros(len(batch["weight"]))
+    num_tokens = torch.zeros(len(batch["weight"]))
     for head in TEXT_HEADS:
         if head in config.heads:
-            spoken = (targets[head] != PAD_TOKEN) & targets[f"{head}_valid"]
-            num_said += spoken.sum(1).cpu() * (batch["weight"].cpu() > 0)
-    row = int(num_said.argmax())
-    one = {
+            is_token = (targets[head] != PAD_TOKEN) & targets[f"{head}_valid"]
+            num_tokens += is_token.sum(1).cpu() * (batch["weight"].cpu() > 0)
+    row = int(num_tokens.argmax())
+    window = {
         group: {n: t[row : row + 1] for n, t in tensors.items()}
         for group, tensors in (("inputs", batch["inputs"]), ("targets", targets), ("out", outputs))
     }
     pairs = {
-        head: _pair(head, one["out"][head], one["targets"], per_tick=_per_tick(head, shapes))
+        head: _pair(head, window["out"][head], window["targets"], per_tick=_per_tick(head, shapes))
         for head in config.heads
     }
     return LoggedWindow(
         key=str(batch["keys"][row]),
         tick_rate_hz=None if config.is_text_only else shapes.tick_rate_hz,
         frames={
-            str(eye): _frames(one["inputs"][eye], one["inputs"][f"{eye}_valid"])
-            for eye in VISION_STREAMS
-            if eye in one["inputs"]
+            str(stream): _frames(window["inputs"][stream], window["inputs"][f"{stream}_valid"])
+            for stream in VISION_STREAMS
+            if stream in window["inputs"]
         },
         tokens={head: pair for head, pair in pairs.items() if head in TEXT_HEADS},
         levels=pairs.get(Head.AUDIO),
@@ -138,49 +139,48 @@ def pick_window(
     )
 
 
-def render_window(window: LoggedWindow, reading: Mapping[str, Any]) -> Drawn:
-    """Pictures, sounds and a text.
+def render_window(window: LoggedWindow, extras: Mapping[str, Any]) -> RenderedWindow:
+    """Render a window as pictures, sounds and a text.
 
     Args:
-        window: what to show.
-        reading: "recipe" and "tokenizer" as :func:`train.trained_model.checkpoint_extras` gives
-        them. Without
-            the first there are no sounds, without the second tokens are shown as numbers.
+        window: the window.
+        extras: "recipe" and "tokenizer" of :func:`train.trained_model.checkpoint_extras`. Without
+            a recipe there are no sounds; without a tokenizer tokens are written as numbers.
     """
     recipe = tokenizer = None
-    if "recipe" in reading:
-        recipe = make_section(Recipe, reading["recipe"], origin="recipe")
-    if "tokenizer" in reading:
-        tokenizer = parse_tokenizer(reading["tokenizer"], origin="tokenizer")
-    drawn = Drawn(text=_describe_texts(window, tokenizer))
+    if "recipe" in extras:
+        recipe = make_section(Recipe, extras["recipe"], origin="recipe")
+    if "tokenizer" in extras:
+        tokenizer = parse_tokenizer(extras["tokenizer"], origin="tokenizer")
+    rendered = RenderedWindow(text=_describe_texts(window, tokenizer))
     if window.frames:
-        drawn.pictures["frames_recorded"] = _tile_frames(window.frames)
+        rendered.pictures["frames_recorded"] = _tile_frames(window.frames)
     for index, name in enumerate(("recorded", "predicted")):
         if window.levels is None:
             break
         levels = window.levels[index]
         num_levels = MASKED_LEVEL if recipe is None else recipe.mel.levels
-        picture = draw_levels(levels, num_levels=num_levels)
-        drawn.pictures[f"spectrogram_{name}"] = picture.repeat(LEVEL_PIXELS, 0).repeat(
+        picture = draw_spectrogram(levels, num_levels=num_levels)
+        rendered.pictures[f"spectrogram_{name}"] = picture.repeat(LEVEL_PIXELS, 0).repeat(
             LEVEL_PIXELS, 1
         )
         if recipe is not None:
-            heard = np.where(levels == MASKED_LEVEL, np.uint8(0), levels)
+            audible = np.where(levels == MASKED_LEVEL, np.uint8(0), levels)
             rate_hz = recipe.audio.rate_hz
-            wave = decode_dmel(heard, rate_hz=rate_hz, recipe=recipe.mel)
-            drawn.sounds[f"sound_{name}"] = (wave, rate_hz)
+            wave = decode_dmel(audible, rate_hz=rate_hz, recipe=recipe.mel)
+            rendered.sounds[f"sound_{name}"] = (wave, rate_hz)
     if window.poses is not None:
-        drawn.pictures["joints"] = _draw_joints(*window.poses)
-    return drawn
+        rendered.pictures["joints"] = _draw_joints(*window.poses)
+    return rendered
 
 
-def write_window(writer: Any, drawn: Drawn, step: int) -> None:  # noqa: ANN401 (no types)
-    """Put a window under ``held_out/`` of TensorBoard's images, audio and text."""
-    for tag, picture in drawn.pictures.items():
+def write_window(writer: Any, rendered: RenderedWindow, step: int) -> None:  # noqa: ANN401 (no types)
+    """Write a window to TensorBoard's images, audio and text, under ``held_out/``."""
+    for tag, picture in rendered.pictures.items():
         writer.add_image(f"held_out/{tag}", picture, step, dataformats="HWC")
-    for tag, (wave, rate_hz) in drawn.sounds.items():
+    for tag, (wave, rate_hz) in rendered.sounds.items():
         writer.add_audio(f"held_out/{tag}", torch.from_numpy(wave)[None], step, rate_hz)
-    writer.add_text("held_out/texts", drawn.text, step)
+    writer.add_text("held_out/texts", rendered.text, step)
     writer.flush()
 
 
@@ -191,8 +191,9 @@ def _per_tick(head: Head, shapes: WindowShapes) -> int:
 
 
 def _pair(head: Head, output: Tensor, targets: Mapping[str, Tensor], *, per_tick: int) -> Pair:
-    """Recorded and predicted values of one window, [places, ...]; predictions of tick t + 1 stand
-    at tick t + 1.
+    """Return recorded and predicted values of one window, [positions, ...].
+
+    The model's output at tick t predicts tick t + 1 and is returned at tick t + 1.
     """
     masked = {Head.AUDIO: float(MASKED_LEVEL), Head.ANIMATION: np.nan}.get(head, float(PAD_TOKEN))
     dtype = {Head.AUDIO: np.uint8, Head.ANIMATION: np.float32}.get(head, np.int64)
@@ -205,84 +206,94 @@ def _pair(head: Head, output: Tensor, targets: Mapping[str, Tensor], *, per_tick
 
 
 def _frames(pixels: Tensor, valid: Tensor) -> NDArray[np.uint8]:
-    """Some frames of one window, of either form, as small RGB [F, H, W, 3]."""
+    """Return some frames of a window, RGB or yuv420, as small RGB [F, H, W, 3]."""
     chosen = torch.linspace(0, pixels.shape[1] - 1, min(MAX_FRAMES, pixels.shape[1])).round().int()
     index = chosen.to(pixels.device)
     frames = normalized_frames(pixels.index_select(1, index), torch.float32)[0].cpu()
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
     stride = -(-frames.shape[-1] // MAX_FRAME_SIZE)
     rgb = ((frames * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-    shown: NDArray[np.uint8] = rgb[:, ::stride, ::stride].contiguous().numpy()
-    shown[~valid[0].cpu().numpy()[chosen.numpy()]] = 128
-    return shown
+    small: NDArray[np.uint8] = rgb[:, ::stride, ::stride].contiguous().numpy()
+    small[~valid[0].cpu().numpy()[chosen.numpy()]] = 128
+    return small
 
 
 def _tile_frames(frames: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Frames in a row per eye, the left one above."""
+    """Tile frames: one row per video, the left one on top."""
     return np.concatenate([np.concatenate([*row], axis=1) for row in frames.values()], axis=0)
 
 
 def _draw_joints(
     recorded: NDArray[np.float32], predicted: NDArray[np.float32]
 ) -> NDArray[np.uint8]:
-    """Each joint's angle over the window, recorded wide and grey, predicted thin and orange."""
-    # Without pyplot there is no state outside this figure; it takes 0.5 s to import.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    """Draw each joint's angle over the window: recorded wide and gray, predicted thin and orange.
 
-    num_joints = recorded.shape[1] // 2
+    Args:
+        recorded: angles, then velocities, [S, P].
+        predicted: the same.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    num_samples, num_joints = len(recorded), recorded.shape[1] // 2
     num_rows = -(-num_joints // JOINT_COLUMNS)
-    height = 0.9 * num_rows + 0.4
-    figure = Figure(figsize=(6, height), dpi=80)
-    # A layout engine would take most of the time.
-    figure.subplots_adjust(
-        left=0.07, right=0.99, bottom=0.1 / height, top=1 - 0.5 / height, hspace=0.4, wspace=0.2
-    )
-    canvas = FigureCanvasAgg(figure)
+    size = (JOINT_COLUMNS * JOINT_WIDTH, 20 + num_rows * JOINT_HEIGHT)
+    picture = Image.new("RGB", (size[0] * OVERSAMPLING, size[1] * OVERSAMPLING), "white")
+    pen = ImageDraw.Draw(picture)
+    labels = [(4, 2, "recorded, in rad over the window", RECORDED_COLOR)]
+    labels.append((size[0] // 2, 2, "predicted", PREDICTED_COLOR))
+    axis = TimeAxis(0.0, num_samples, width=(JOINT_WIDTH - 46) * OVERSAMPLING)
     for joint in range(num_joints):
-        axes = figure.add_subplot(num_rows, JOINT_COLUMNS, joint + 1)
-        axes.plot(recorded[:, joint], color="#9aa6b6", linewidth=4)
-        axes.plot(predicted[:, joint], color="#d4570a", linewidth=1.2)
-        axes.set_title(f"joint {joint}", fontsize=8, pad=2)
-        axes.set_xticks([])  # ticks are most of a figure's cost
-        axes.yaxis.set_major_locator(MaxNLocator(2))
-        axes.tick_params(labelsize=7)
-    figure.legend(
-        figure.axes[0].lines,
-        ["recorded, in rad over the window", "predicted"],
-        ncols=2,
-        fontsize=8,
-        loc="upper left",
-    )
-    canvas.draw()  # type: ignore[no-untyped-call]
-    rgba = np.asarray(canvas.buffer_rgba(), dtype=np.uint8)  # type: ignore[no-untyped-call]
-    return rgba[..., :3].copy()
+        row, column = divmod(joint, JOINT_COLUMNS)
+        left, top = column * JOINT_WIDTH + 38, row * JOINT_HEIGHT + 36
+        pair = np.stack([recorded[:, joint], predicted[:, joint]]).astype(np.float64)
+        finite = pair[np.isfinite(pair)]
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+        margin = 0.05 * (high - low) or 0.1
+        height = JOINT_HEIGHT - 22
+        values = ValueAxis(low - margin, high + margin, height * OVERSAMPLING)
+        for curve, color, width in zip(
+            pair, (RECORDED_COLOR, PREDICTED_COLOR), (4, 1), strict=True
+        ):
+            for times, angles in sampled_curves(curve, rate_hz=1.0, axis=axis, max_jump=np.pi):
+                xs = axis.xs(times) + left * OVERSAMPLING
+                ys = values.ys(angles) + top * OVERSAMPLING
+                points = [*zip(xs.tolist(), ys.tolist(), strict=True)]
+                pen.line(points, fill=color, width=width * OVERSAMPLING, joint="curve")
+        labels.append((left, top - 14, f"joint {joint}", "black"))
+        labels += [(left - 36, top - 4, f"{values.high:.2f}", "gray")]
+        labels += [(left - 36, top + height - 8, f"{values.low:.2f}", "gray")]
+    picture = picture.reduce(OVERSAMPLING)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=10)
+    for x, y, text, color in labels:
+        pen.text((x, y), text, fill=color, font=font)
+    return np.array(picture)
 
 
 def _describe_texts(window: LoggedWindow, tokenizer: TextTokenizer | None) -> str:
-    """A Markdown table: per text head what was said, and what was predicted."""
+    """Return a Markdown table: per text head the recorded and the predicted text."""
     lines = [f"window {html.escape(window.key)}", ""]
     if window.tokens:
         lines += ["| | recorded | predicted | tokens right |", "|---|---|---|---|"]
     for head, (recorded, predicted) in window.tokens.items():
-        # The first tick is never predicted, so it counts neither way.
-        spoken = recorded[1:] != PAD_TOKEN
-        right = int((spoken & (recorded == predicted)[1:]).sum())
+        # The first tick is never predicted, so it is not counted.
+        is_token = recorded[1:] != PAD_TOKEN
+        num_right = int((is_token & (recorded == predicted)[1:]).sum())
         cells = [
-            _say(tokens.tolist(), tokenizer, window.tick_rate_hz)
+            _format_events(tokens.tolist(), tokenizer, window.tick_rate_hz)
             for tokens in (recorded, predicted)
         ]
         name = HEAD_STREAM[head].replace("_", " ")
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {right} of {int(spoken.sum())} |")
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {num_right} of {int(is_token.sum())} |")
     return "\n".join(lines)
 
 
-def _say(tokens: Sequence[int], tokenizer: TextTokenizer | None, rate_hz: float | None) -> str:
-    """Events with their times, in one cell of a table."""
+def _format_events(
+    tokens: Sequence[int], tokenizer: TextTokenizer | None, rate_hz: float | None
+) -> str:
+    """Format events with their times for one cell of a table."""
     if tokenizer is None:
         return " ".join(str(token) for token in tokens if token != PAD_TOKEN)
-    times_s = [place / (rate_hz or 1.0) for place in range(len(tokens))]
+    times_s = [index / (rate_hz or 1.0) for index in range(len(tokens))]
     events = group_events(tokens, times_s, tokenizer)
     return "<br>".join(
         (f"{event['timestamp']:.1f} s: " if rate_hz else "") + _escape(event["text"])
@@ -291,6 +302,6 @@ def _say(tokens: Sequence[int], tokenizer: TextTokenizer | None, rate_hz: float 
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown and HTML leave as it is."""
+    """Escape a text for Markdown and HTML."""
     escaped = html.escape(text.replace("\n", " "))
     return "".join(f"&#{ord(c)};" if c in r"\`*_{}[]()#+!|~" else c for c in escaped)

@@ -20,7 +20,6 @@ from helpers.trained_models import MODEL, TEXT_ONLY, make_checkpoint, make_sessi
 from PIL import Image
 
 from shared.clock import Window
-from train.figures import draw_curve, place_texts
 from train.infer.page import PAGE_NAME
 from train.infer.run import infer, open_session
 from train.trained_model import load_trained_model
@@ -67,11 +66,11 @@ def unpack(uri):
     return kind, base64.b64decode(data, validate=True)
 
 
-def live(folder, session, config=None):
-    """Infer, and read the page."""
+def infer_page(folder, session, config=None):
+    """Run inference and read its page."""
     make_checkpoint(folder / "k.pt", config)
     metrics = infer(folder / "k.pt", session, folder / "out")
-    creature = load_trained_model(folder / "k.pt", device=torch.device("cpu"))
+    trained = load_trained_model(folder / "k.pt", device=torch.device("cpu"))
     html = (folder / "out" / PAGE_NAME).read_text()
     page = Page(html)
     (values,) = page.all("script", id="values")
@@ -81,109 +80,107 @@ def live(folder, session, config=None):
         values=json.loads(values.text),
         out=folder / "out",
         metrics=metrics,
-        fields=open_session(session, creature).fields(0),
+        reader=open_session(session, trained).fields(0),
     )
 
 
 @pytest.fixture(scope="module")
-def life(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("life")
-    return live(folder, make_session(folder / "<b>walk", video=True, events=EVENTS))
+def inferred(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inferred")
+    return infer_page(folder, make_session(folder / "<b>walk", video=True, events=EVENTS))
 
 
-def test_the_page_needs_nothing_from_outside(life):
+def test_the_page_needs_nothing_from_outside(inferred):
     links = [
         value
-        for element in life.page.elements
+        for element in inferred.page.elements
         for name, value in element.attributes.items()
         if name in ("src", "href", "srcset", "poster", "action")
     ]
     assert len(links) == 4  # two sounds, two spectrograms
     assert all(link.startswith("data:") for link in links)
-    assert "url(" not in life.html
-    assert "@import" not in life.html
+    assert "url(" not in inferred.html
+    assert "@import" not in inferred.html
 
 
-def test_the_page_runs_its_own_script_only(life):
-    (policy,) = life.page.all("meta", **{"http-equiv": "Content-Security-Policy"})
-    data, script = life.page.all("script")
+def test_the_page_runs_its_own_script_only(inferred):
+    (policy,) = inferred.page.all("meta", **{"http-equiv": "Content-Security-Policy"})
+    data, script = inferred.page.all("script")
     digest = base64.b64encode(hashlib.sha256(script.text.encode()).digest()).decode()
     assert data.attributes["type"] == "application/json"
     assert "default-src 'none'" in policy.attributes["content"]
     assert f"script-src 'sha256-{digest}'" in policy.attributes["content"]
 
 
-def test_what_a_session_says_is_text_and_never_markup(life):
-    assert all(image.attributes["src"].startswith("data:") for image in life.page.all("img"))
-    assert any(TRAP in element.text for element in life.page.all("text"))
-    assert life.page.all("h1")
-    assert not life.page.all("b", text="walk")
-    assert "<b>walk" not in life.html
+def test_texts_of_a_session_are_escaped(inferred):
+    assert all(image.attributes["src"].startswith("data:") for image in inferred.page.all("img"))
+    assert any(TRAP in element.text for element in inferred.page.all("text"))
+    assert inferred.page.all("h1")
+    assert not inferred.page.all("b", text="walk")
+    assert "<b>walk" not in inferred.html
 
 
-def test_sounds_are_those_recorded_and_predicted(life):
-    recorded, predicted = (e.attributes["src"] for e in life.page.all("audio"))
+def test_sounds_are_those_recorded_and_predicted(inferred):
+    recorded, predicted = (e.attributes["src"] for e in inferred.page.all("audio"))
     kind, data = unpack(recorded)
     samples, rate_hz = soundfile.read(io.BytesIO(data), dtype="int16")
-    halves = [life.fields.read_audio(Window(i, 4.0 * i, 4.0)) for i in range(2)]
+    halves = [inferred.reader.read_audio(Window(i, 4.0 * i, 4.0)) for i in range(2)]
     assert (kind, rate_hz) == ("data:audio/wav", 8000)
     np.testing.assert_array_equal(samples, np.concatenate(halves))
     samples, _ = soundfile.read(io.BytesIO(unpack(predicted)[1]), dtype="int16")
-    expected, _ = soundfile.read(life.out / "audio.wav", dtype="int16")
+    expected, _ = soundfile.read(inferred.out / "audio.wav", dtype="int16")
     np.testing.assert_array_equal(samples, expected)
 
 
-def test_spectrograms_have_a_colour_per_level(life):
-    predicted = life.page.all("img")[1].attributes["src"]
+def test_spectrograms_have_one_color_per_level(inferred):
+    predicted = inferred.page.all("img")[1].attributes["src"]
     picture = np.asarray(Image.open(io.BytesIO(unpack(predicted)[1])))
-    levels = zarr.open_group(life.out / "dmel.zarr", mode="r")["dmel"][:]
+    levels = zarr.open_group(inferred.out / "dmel.zarr", mode="r")["dmel"][:]
     assert picture.shape == (8, 400, 3)
     assert (picture[:, :5] == 128).all()
-    colours = {}
-    for level, colour in zip(
-        levels[5:].T[::-1].ravel(), picture[:, 5:].reshape(-1, 3), strict=True
-    ):
-        colours.setdefault(int(level), set()).add(tuple(int(c) for c in colour))
-    assert all(len(found) == 1 for found in colours.values())
-    assert len({colour for found in colours.values() for colour in found}) == len(colours)
+    colors = {}
+    for level, color in zip(levels[5:].T[::-1].ravel(), picture[:, 5:].reshape(-1, 3), strict=True):
+        colors.setdefault(int(level), set()).add(tuple(int(c) for c in color))
+    assert all(len(found) == 1 for found in colors.values())
+    assert len({color for found in colors.values() for color in found}) == len(colors)
 
 
 def test_frames_are_those_of_the_video_on_the_clock(tmp_path):
     session = make_session(tmp_path / "walk", length_s=2.0, video=True, sound=False)
-    life = live(tmp_path, session, {"data": {"modalities": ["touch"]}, "model": MODEL})
-    (eye,) = life.values["eyes"]
-    assert len(eye) == 20
-    ((_, frames),) = life.fields.iter_frames("vision_left", [Window(0, 0.0, 2.0)])
-    shown = [simplejpeg.decode_jpeg(unpack(uri)[1]) for uri in eye]
+    inferred = infer_page(tmp_path, session, {"data": {"modalities": ["touch"]}, "model": MODEL})
+    (video,) = inferred.values["videos"]
+    assert len(video) == 20
+    ((_, frames),) = inferred.reader.iter_frames("vision_left", [Window(0, 0.0, 2.0)])
+    shown = [simplejpeg.decode_jpeg(unpack(uri)[1]) for uri in video]
     assert shown[0].shape == (160, 160, 3)
     for index in range(10):
         small = shown[2 * index].reshape(16, 10, 16, 10, 3).mean(axis=(1, 3))
         differences = np.abs(frames.pictures - small).mean(axis=(1, 2, 3))
         assert differences.argmin() == index
-    assert "the model does not see it" in life.html
+    assert "not an input of the model" in inferred.html
 
 
-def test_each_joint_has_its_recorded_and_its_predicted_curve(life):
-    paths = life.page.all("path")
+def test_each_joint_has_its_recorded_and_its_predicted_curve(inferred):
+    paths = inferred.page.all("path")
     assert [p.attributes["class"] for p in paths] == ["curve recorded", "curve predicted"] * 20
-    scale = life.values["pixelsPerS"]
+    scale = inferred.values["pixelsPerS"]
     recorded = points(paths[6].attributes["d"])
     times_s = np.arange(240) / 30
     np.testing.assert_allclose(recorded[:, 0], times_s * scale, atol=0.06)
-    high, low = (float(e.text) for e in life.page.all("text", class_="range")[6:8])
+    high, low = (float(e.text) for e in inferred.page.all("text", class_="range")[6:8])
     angles = high - recorded[:, 1] / 46 * (high - low)
     np.testing.assert_allclose(angles, np.sin(times_s + 3), atol=0.02)
     assert len(points(paths[7].attributes["d"])) == 237  # nothing predicts the first tick
 
 
 def points(path):
-    return np.array([[float(x) for x in p.split()] for p in re.split("[ML]", path) if p])
+    return np.array([[float(x) for x in p.split(",")] for p in re.split("[M ]|h0", path) if p])
 
 
-def test_ticks_tell_right_wrong_missed_and_invented_tokens(life):
-    scale = life.values["pixelsPerS"]
+def test_ticks_are_marked_right_wrong_missed_or_invented(inferred):
+    scale = inferred.values["pixelsPerS"]
     recorded = {"internal_text": {}, "external_text": {}}
-    tokenizer = life.fields.tokenizer
+    tokenizer = inferred.reader.tokenizer
     for time_s, stream, text in EVENTS:
         for place, token in enumerate(tokenizer.encode(text)):
             tick = round(time_s * 10) + place
@@ -192,7 +189,7 @@ def test_ticks_tell_right_wrong_missed_and_invented_tokens(life):
     expected = []
     for stream, said in recorded.items():
         predicted = {}
-        for line in (life.out / f"{stream}.jsonl").read_text().splitlines():
+        for line in (inferred.out / f"{stream}.jsonl").read_text().splitlines():
             event = json.loads(line)
             first = round(event["timestamp"] * 10)
             predicted |= {first + i: token for i, token in enumerate(event["tokens"])}
@@ -203,62 +200,62 @@ def test_ticks_tell_right_wrong_missed_and_invented_tokens(life):
             expected.append((f"tick {kind}", round(tick * scale / 10, 1)))
     found = [
         (e.attributes["class"], float(e.attributes["x"]))
-        for e in life.page.all("rect")
+        for e in inferred.page.all("rect")
         if e.attributes["class"].startswith("tick")
     ]
     assert found == expected
 
 
-def test_losses_and_latency_stand_on_the_page(life):
-    cells = [e.text for e in life.page.all("td")]
-    for name, loss in life.metrics["losses"].items():
+def test_losses_and_latency_are_on_the_page(inferred):
+    cells = [e.text for e in inferred.page.all("td")]
+    for name, loss in inferred.metrics["losses"].items():
         assert cells[cells.index(name) + 1] == f"{loss:.4f}"
-    assert f"p99 {life.metrics['tick_latency_ms']['p99']:.1f} ms of 100 ms" in life.html
+    assert f"p99 {inferred.metrics['tick_latency_ms']['p99']:.1f} ms of 100 ms" in inferred.html
 
 
-def test_of_a_long_session_the_first_minute_is_shown(tmp_path):
+def test_the_page_of_a_long_session_shows_its_first_minute(tmp_path):
     config = {
         "training": {"loss_weights": {"internal_text": 0, "external_text": 0}},
         "model": MODEL,
     }
     session = make_session(tmp_path / "walk", length_s=62.0, text=False)
-    life = live(tmp_path, session, config)
-    assert life.values["durationS"] == 60
-    assert "Shown is the first 60 s" in life.html
-    for element in life.page.all("audio"):
+    inferred = infer_page(tmp_path, session, config)
+    assert inferred.values["durationS"] == 60
+    assert "This page shows the first 60 s" in inferred.html
+    for element in inferred.page.all("audio"):
         assert soundfile.info(io.BytesIO(unpack(element.attributes["src"])[1])).duration == 60
-    last = points(life.page.all("path")[1].attributes["d"])[-1]
-    assert last[0] < 60 * life.values["pixelsPerS"]
+    last = points(inferred.page.all("path")[1].attributes["d"])[-1]
+    assert last[0] < 60 * inferred.values["pixelsPerS"]
 
 
-@pytest.mark.parametrize("kind", ["nothing but poses", "dense text", "no head for what it hears"])
-def test_sessions_and_models_that_lack_much_have_a_page(tmp_path, kind):
-    has_sound = kind == "no head for what it hears"
+@pytest.mark.parametrize("kind", ["nothing but poses", "dense text", "no audio head"])
+def test_sessions_and_models_with_few_streams_have_a_page(tmp_path, kind):
+    has_sound = kind == "no audio head"
     session = make_session(
         tmp_path / "walk", length_s=1.0, sound=has_sound, text=kind == "dense text"
     )
     config = {
         "nothing but poses": None,
         "dense text": TEXT_ONLY,
-        "no head for what it hears": {
+        "no audio head": {
             "training": {"loss_weights": {"audio": 0, "internal_text": 0}},
             "model": MODEL,
         },
     }[kind]
-    life = live(tmp_path, session, config)
-    assert life.values["durationS"] == 1
-    assert len(life.page.all("audio")) == (0 if kind == "dense text" else 1)
+    inferred = infer_page(tmp_path, session, config)
+    assert inferred.values["durationS"] == 1
+    assert len(inferred.page.all("audio")) == (0 if kind == "dense text" else 1)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_in_a_browser_one_clock_moves_everything(life, tmp_path):
-    dom = run_browser(f"file://{life.out / PAGE_NAME}#t=4.25", tmp_path)
+def test_in_a_browser_one_clock_moves_everything(inferred, tmp_path):
+    dom = run_browser(f"file://{inferred.out / PAGE_NAME}#t=4.25", tmp_path)
     page = Page(re.sub("(?s)<script.*?</script>", "", dom))
     (clock,) = page.all("span", id="clock")
     (cursor,) = page.all("div", class_="cursor")
     assert clock.text == "4.25 s"
-    place = 4.25 * life.values["pixelsPerS"]
+    place = 4.25 * inferred.values["pixelsPerS"]
     moved = float(re.search(r"translateX\(([\d.]+)px\)", cursor.attributes["style"])[1])
     assert moved == pytest.approx(place, rel=1e-4)
     (said,) = page.all("bdi", id="text-1-0")
@@ -277,22 +274,3 @@ def run_browser(url, folder):
         check=True,
     )
     return done.stdout
-
-
-def test_texts_that_would_overlap_lie_in_different_lanes():
-    events = [
-        {"timestamp": 0.0, "text": "a long text indeed", "tokens": [1, 2]},
-        {"timestamp": 0.5, "text": "b", "tokens": [3]},
-        {"timestamp": 1.0, "text": "c", "tokens": [4]},
-        {"timestamp": 9.0, "text": "d", "tokens": [5]},
-    ]
-    marks = place_texts(events, pixels_per_s=60, tick_s=0.1)
-    assert [mark.lane for mark in marks] == [0, 1, 1, 0]
-    assert [mark.x for mark in marks] == [0, 30, 60, 540]
-    assert marks[0].width == 12
-
-
-def test_a_curve_has_gaps_where_nothing_is_and_where_an_angle_passes_pi():
-    values = np.array([3.0, 3.1, -3.1, np.nan, -3.0, -2.9])
-    path = draw_curve(np.arange(6.0), values, pixels_per_s=10, low=-3.2, high=3.2, height=64)
-    assert path == "M0.0 2.0L10.0 1.0M20.0 63.0M40.0 62.0L50.0 61.0"

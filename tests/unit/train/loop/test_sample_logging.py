@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 from types import SimpleNamespace
 
@@ -12,15 +13,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.media.tokenizer import train_tokenizer
+from shared.page import draw_spectrogram
 from shared.recipe import VISION_STREAMS, Recipe
 from train.config import Head, as_train_config
 from train.data.batch import WindowShapes
-from train.figures import draw_levels
 from train.loop.sample_logging import pick_window, render_window, write_window
 from train.model.multimodal import MultiModalCreature
 
 TOKENIZER = train_tokenizer(["reach | high"], vocab_size=264)
-READING = {"tokenizer": TOKENIZER.json}
+EXTRAS = {"tokenizer": TOKENIZER.json}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,8 +34,8 @@ def predict(batch, config, shapes=SHAPES):
         return model(batch["inputs"])
 
 
-def show(batch, outputs, config, shapes=SHAPES):
-    return pick_window(batch, outputs, SimpleNamespace(config=config, shapes=shapes))
+def pick(batch, outputs, config, shapes=SHAPES):
+    return pick_window(batch, outputs, config=config, shapes=shapes)
 
 
 @pytest.fixture
@@ -42,27 +43,27 @@ def example(tmp_path):
     config = as_train_config(make_config(tmp_path))
     batch = make_batch(0, size=3)
     for head in ("internal_text", "external_text"):
-        batch["targets"][head][:2] = 0  # most is said in row 2
+        batch["targets"][head][:2] = 0  # row 2 has the most text
     outputs = predict(batch, config)
     return SimpleNamespace(
-        batch=batch, outputs=outputs, config=config, window=show(batch, outputs, config)
+        batch=batch, outputs=outputs, config=config, window=pick(batch, outputs, config)
     )
 
 
-def test_the_window_in_which_most_is_said_is_shown(example):
+def test_the_window_with_the_most_text_is_logged(example):
     recorded, _ = example.window.levels
     valid = example.batch["targets"]["audio_valid"][2].numpy()
     expected = np.where(valid[:, None], example.batch["targets"]["audio"][2].numpy(), 255)
     np.testing.assert_array_equal(recorded, expected)
 
 
-def test_a_padding_row_is_not_shown(example):
+def test_a_padding_row_is_not_logged(example):
     example.batch["weight"][2] = 0
-    shown = show(example.batch, example.outputs, example.config)
-    assert not shown.tokens[Head.INTERNAL_TEXT][0].any()
+    window = pick(example.batch, example.outputs, example.config)
+    assert not window.tokens[Head.INTERNAL_TEXT][0].any()
 
 
-def test_a_prediction_stands_at_the_tick_that_it_is_of(example):
+def test_a_prediction_is_at_the_tick_that_it_predicts(example):
     pairs = {
         Head.INTERNAL_TEXT: (example.window.tokens[Head.INTERNAL_TEXT], 1, 0),
         Head.AUDIO: (example.window.levels, 5, 255),
@@ -78,7 +79,7 @@ def test_a_prediction_stands_at_the_tick_that_it_is_of(example):
         np.testing.assert_array_equal(first, np.full_like(first, masked))
 
 
-def test_the_text_says_what_was_recorded_and_predicted_and_how_many_tokens_are_right():
+def test_the_text_has_recorded_and_predicted_text_and_the_number_of_right_tokens():
     tokens = TOKENIZER.encode("reach | high")
     recorded = np.array([0, *tokens, 0])
     predicted = recorded.copy()
@@ -91,29 +92,42 @@ def test_the_text_says_what_was_recorded_and_predicted_and_how_many_tokens_are_r
         levels=None,
         poses=None,
     )
-    row = render_window(window, READING).text.splitlines()[-1]
+    row = render_window(window, EXTRAS).text.splitlines()[-1]
     assert row.startswith("| external text | 0.1 s: reach &#124; high |")
     assert row.endswith(f"| {len(tokens) - 1} of {len(tokens)} |")
-    assert "a&lt;b&gt;" in render_window(window, READING).text
+    assert "a&lt;b&gt;" in render_window(window, EXTRAS).text
 
 
-def test_spectrograms_are_grey_where_nothing_is_predicted(example):
-    pictures = render_window(example.window, READING).pictures
+def test_spectrograms_are_gray_where_nothing_is_predicted(example):
+    pictures = render_window(example.window, EXTRAS).pictures
     recorded = pictures["spectrogram_recorded"]
     assert recorded.shape == (3 * SHAPES.mel_channels, 3 * SHAPES.num_audio_frames, 3)
     assert (pictures["spectrogram_predicted"][:, :15] == 128).all()
 
 
-def test_low_pitches_lie_below_and_loud_levels_are_bright():
+def test_low_pitches_are_at_the_bottom_and_loud_levels_are_bright():
     levels = np.zeros((4, 3), dtype=np.uint8)
     levels[1, 0] = 15
-    brightness = draw_levels(levels, num_levels=16).sum(-1)
+    brightness = draw_spectrogram(levels, num_levels=16).sum(-1)
     assert brightness.shape == (3, 4)
     assert np.unravel_index(brightness.argmax(), (3, 4)) == (2, 1)
 
 
+def test_a_joint_has_a_gray_recorded_and_an_orange_predicted_curve(example):
+    recorded = np.zeros((60, 2), np.float32)
+    predicted = np.ones((60, 2), np.float32)
+    predicted[:30] = np.nan  # the first half of the window is not predicted
+    window = dataclasses.replace(example.window, poses=(recorded, predicted))
+    panel = render_window(window, EXTRAS).pictures["joints"].astype(int)[32:]
+    gray = np.argwhere(np.abs(panel - (0x9A, 0xA6, 0xB6)).sum(-1) < 20)
+    orange = np.argwhere(np.abs(panel - (0xD4, 0x57, 0x0A)).sum(-1) < 60)
+    assert gray[:, 0].min() > orange[:, 0].max()
+    assert np.ptp(gray[:, 1]) > 1.8 * np.ptp(orange[:, 1])
+    assert gray[:, 1].max() == pytest.approx(orange[:, 1].max(), abs=2)
+
+
 @pytest.mark.parametrize("pixels", ["rgb", "yuv420"])
-def test_frames_are_shown_as_they_were_recorded_grey_where_masked(tmp_path, pixels):
+def test_frames_are_logged_as_recorded_and_gray_if_masked(tmp_path, pixels):
     config = as_train_config({"model": {"hidden_dim": 16, "num_layers": 1, "vision_layers": 0}})
     batch, expected = make_batch(0, size=1), []
     for number, eye in enumerate(VISION_STREAMS):
@@ -121,8 +135,8 @@ def test_frames_are_shown_as_they_were_recorded_grey_where_masked(tmp_path, pixe
         batch["inputs"][eye] = flat_frames(grey, pixels)
         batch["inputs"][f"{eye}_valid"] = torch.tensor([[True, number == 0]])
         expected.append([grey[0], grey[1] if number == 0 else 128])
-    window = show(batch, predict_nothing(config), config)
-    picture = render_window(window, READING).pictures["frames_recorded"]
+    window = pick(batch, predict_nothing(config), config)
+    picture = render_window(window, EXTRAS).pictures["frames_recorded"]
     assert picture.shape == (64, 64, 3)
     tiles = picture.reshape(2, 32, 2, 32, 3).astype(int)
     np.testing.assert_allclose(tiles.mean(axis=(1, 3, 4)), expected, atol=1)
@@ -173,11 +187,11 @@ def test_tensorboard_has_pictures_sound_and_text_of_a_window(tmp_path):
         "audio": torch.zeros(1, 40, 5, 80, 16),
         "animation": torch.zeros(1, 40, 3, 20),
     }
-    drawn = render_window(
-        show(batch, outputs, config, shapes), {**READING, "recipe": recipe.as_json()}
+    rendered = render_window(
+        pick(batch, outputs, config, shapes), {**EXTRAS, "recipe": recipe.as_json()}
     )
     with SummaryWriter(str(tmp_path)) as writer:
-        write_window(writer, drawn, 7)
+        write_window(writer, rendered, 7)
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "audio": 0}).Reload()
     names = {"spectrogram_recorded", "spectrogram_predicted", "joints"}
     assert set(events.Tags()["images"]) == {f"held_out/{name}" for name in names}
@@ -185,12 +199,12 @@ def test_tensorboard_has_pictures_sound_and_text_of_a_window(tmp_path):
     assert events.Tags()["tensors"] == ["held_out/texts/text_summary"]
     (picture,) = events.Images("held_out/spectrogram_recorded")
     shown = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
-    np.testing.assert_array_equal(shown, drawn.pictures["spectrogram_recorded"])
+    np.testing.assert_array_equal(shown, rendered.pictures["spectrogram_recorded"])
     (sound,) = events.Audio("held_out/sound_recorded")
     assert (sound.sample_rate, sound.length_frames, picture.step) == (16_000, 64_000, 7)
 
 
-def test_showing_a_window_changes_nothing_in_the_training(tmp_path):
+def test_logging_a_window_does_not_change_the_training(tmp_path):
     weights = []
     for interval in (1, 1000):
         config = make_config(tmp_path / str(interval), eval_interval=interval, max_steps=3)
@@ -202,7 +216,7 @@ def test_showing_a_window_changes_nothing_in_the_training(tmp_path):
     assert np.array_equal(weights[0][2], weights[1][2])
 
 
-def test_every_evaluation_shows_the_same_window(tmp_path):
+def test_every_evaluation_logs_the_same_window(tmp_path):
     config = make_config(tmp_path, eval_interval=2)
     summary = make_trainer(config, val_loader=[make_batch(9), make_batch(10)]).train()
     events = EventAccumulator(str(summary.log_dir), size_guidance={"tensors": 0}).Reload()
