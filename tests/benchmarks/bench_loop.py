@@ -52,7 +52,7 @@ def since(began: Times) -> Times:
     return wall_s - began[0], cpu_s - began[1]
 
 
-class InterleaveSchedule:
+class AlternatingLoader:
     """A loader of endless batches in memory, between whose rounds the bare loop has its turn."""
 
     def __init__(self, batches: list[dict], bare_round, *, steps: int) -> None:
@@ -149,7 +149,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[tuple[Times, Times]
     )
     torch.set_num_threads(given.threads)
     batches = [make_batch(seed, size=given.batch) for seed in range(4)]
-    turns = InterleaveSchedule(
+    turns = AlternatingLoader(
         batches, make_bare_round(config, batches, steps=given.steps), steps=given.steps
     )
     torch.manual_seed(0)

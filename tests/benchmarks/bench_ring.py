@@ -33,7 +33,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from train.config import TrainConfig
-from train.data.batch import array_forms, compose_batch, fill_arrays
+from train.data.batch import array_forms, assemble_batch
 from train.data.batch_maker import BatchMaker, Task
 from train.data.loader import Loader
 from train.data.shard_source import ShardSource
@@ -137,18 +137,14 @@ class Ordinary:
     def __getitem__(self, index: int) -> dict:
         loader = self._loader
         plan = loader.order.plan(index)
-        forms = array_forms(len(plan.rows), config=loader.config, shapes=loader.shapes)
-        arrays = {name: np.empty(*form) for name, form in forms.items()}
-        arrays["weight"][...] = plan.weight
-        _, keys = fill_arrays(
+        batch = assemble_batch(
             loader.source,
             list(zip(plan.shards.tolist(), plan.rows.tolist(), strict=True)),
-            arrays,
             config=loader.config,
             shapes=loader.shapes,
         )
-        rest = {"keys": keys, "index": index, "epoch": plan.epoch, "skipped": []}
-        return compose_batch(arrays, loader.config) | rest
+        batch["weight"] = torch.from_numpy(plan.weight)
+        return {**batch, "index": index, "epoch": plan.epoch, "skipped": []}
 
 
 def ordinary_s(loader: Loader, count: int) -> float:

@@ -100,7 +100,7 @@ def measure(folder: Path) -> dict[str, float]:
     import numpy as np
     from torch.utils.data import DataLoader
 
-    from train.data.order import BatchOrder, SampleOrder
+    from train.data.order import EpochOrder, SampleOrder
     from train.data.shard_source import ShardSource
 
     gc.collect()
@@ -110,7 +110,7 @@ def measure(folder: Path) -> dict[str, float]:
     samples = SampleOrder(
         source.shard_sizes, fingerprint=source.fingerprint, seed=0, block_shards=16
     )
-    order = BatchOrder(samples, batch_size=BATCH_SIZE, last_batch="pad")
+    order = EpochOrder(samples, batch_size=BATCH_SIZE, last_batch="pad")
     open_s = time.perf_counter() - began_s
     peak = peak_mib() - peak_before_mib
     gc.collect()

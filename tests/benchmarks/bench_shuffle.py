@@ -21,7 +21,7 @@ import argparse
 import numpy as np
 
 from shared.recipe import Recipe
-from train.data.order import BatchOrder, SampleOrder
+from train.data.order import EpochOrder, SampleOrder
 
 WINDOW_S = 4
 BYTES_PER_SAMPLE = 800_000
@@ -66,7 +66,7 @@ def main() -> None:
 
 def epoch(order: SampleOrder, number: int, rows: int) -> np.ndarray:
     """Stored number of the sample at each place of an epoch."""
-    batches = BatchOrder(order, batch_size=4096, last_batch="pad")
+    batches = EpochOrder(order, batch_size=4096, last_batch="pad")
     parts = []
     for i in range(batches.batches_per_epoch):
         plan = batches.plan(number * batches.batches_per_epoch + i)

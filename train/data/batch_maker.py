@@ -1,4 +1,14 @@
-"""What a loader process does: makes batches in the ring, and ends when the trainer does."""
+"""Make batches in a loader process, substituting corrupt samples, and exit with the trainer.
+
+::
+
+    Task(index, slot)
+      -> BatchOrder.plan              which samples
+      -> SampleSource.prefetch_*      the source may fetch them and the next block
+      -> SampleSource.read_into       each sample into the slot; if corrupt, a substitute
+      -> write_text                   tokens on ticks, or packed densely
+      -> MadeBatch                    what crosses to the trainer: everything but the slot's arrays
+"""
 
 from __future__ import annotations
 
@@ -11,29 +21,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import CorruptError, EngineError, TooManyCorruptSamplesError
+from shared.recipe import TEXT_STREAMS
 from shared.timing import no_timer
-from train.data.batch import Place, fill_arrays
+from train.data.batch import ReadSample, iter_sample_views, streams_to_read, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from shared.session.reader import Text
     from shared.timing import StageTimer
     from train.config import TrainConfig
-    from train.data.batch import SampleSource, WindowShapes
-    from train.data.mixture import MixedOrder
+    from train.data.batch import SampleLocation, SampleSource, WindowShapes
     from train.data.order import BatchOrder, BatchPlan, Blocks
     from train.data.shared_pool import SharedBatchPool
 
-MAX_SUBSTITUTES = 16
-"""So many corrupt samples after each other for one place stop the run."""
+MAX_ATTEMPTS: Final = 16
+"""A corrupt sample and this many minus one corrupt substitutes stop the run."""
 
 MIN_SAMPLES_JUDGED: Final = 200
-"""The share of corrupt samples is judged after so many samples."""
+"""The share of corrupt samples is judged as if at least this many had been read."""
 
-_ORPHAN_CHECK_S = 1.0
+_PARENT_CHECK_S = 1.0
+"""How often a loader process checks that the trainer is alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +51,44 @@ class Task:
     """Work for a loader process."""
 
     index: int
-    """Number of the global batch."""
+    """Index of the global batch."""
     slot: int
-    """Of the ring, free until the batch is made."""
+    """Slot of the pool, which nobody else uses until the batch is made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeBatch:
+    """A finished batch, as it crosses to the trainer; its arrays are in its slot."""
+
+    slot: int
+    packed_text: dict[str, NDArray[Any]]
+    """Arrays whose length depends on the text, so that no slot can hold them."""
+    extras: dict[str, Any]
+    """"keys", "index", "epoch", "skipped"; if timed, "stages_s" and "made_s"."""
 
 
 class BatchMaker:
-    """Makes batches in the ring; only what is small is returned.
+    """Makes batches in the slots of a pool; a map-style dataset of :class:`Task`.
 
-    A corrupt sample is told ("skipped") and replaced by another one. In a stream that trains that
-    one counts like any other; in one that measures (`is_measured`) no sample may count twice, so
-    it has weight 0, and only the corrupt sample itself is told, not those that could not stand in
-    for it: each of them is met in its own place.
+    A corrupt sample is reported under "skipped" and substituted by another one. For training the
+    substitute has weight 1. For evaluation (`is_measured`) it has weight 0, so that no sample
+    counts twice, and corrupt substitutes are not reported: each is reported at its own position.
+
+    Args:
+        source: the samples.
+        order: which samples a batch holds.
+        pool: where batches are made.
+        config: says which streams are read.
+        shapes: sizes of a window.
+        is_measured: whether the batches measure a model instead of training it.
+        timer: measures the stages of each batch.
     """
 
     def __init__(
         self,
         source: SampleSource,
-        order: BatchOrder | MixedOrder,
-        ring: SharedBatchPool,
+        order: BatchOrder,
+        pool: SharedBatchPool,
         *,
         config: TrainConfig,
         shapes: WindowShapes,
@@ -68,102 +97,123 @@ class BatchMaker:
     ) -> None:
         self._source = source
         self._order = order
-        self._ring = ring
+        self._pool = pool
         self._config = config
         self._shapes = shapes
+        self._streams = streams_to_read(config)
+        self._with_text = any(stream in TEXT_STREAMS for stream in self._streams)
         self._is_measured = is_measured
         self._timer = timer
         self._on_stage = no_timer if timer is None else timer.end_stage
         self._blocks: Blocks = ()
 
-    def __getitem__(self, task: Task) -> dict[str, Any]:
-        """Read, decode and collate a batch into its slot; "error" says why it can't be."""
-        try:
-            return self._make(task)
-        except EngineError as error:  # torch would wrap it in a worker's traceback
-            # Other libraries' errors behind it may not cross: what can't be pickled is lost and
-            # never waited for, and some (tblib, which distributed brings) pickle the whole chain.
-            error.__cause__ = error.__context__ = None
-            return {"error": error.with_traceback(None)}
+    def __getitem__(self, task: Task) -> MadeBatch | EngineError:
+        """Make a batch, as torch's DataLoader requests it; return an error instead of raising it.
 
-    def _make(self, task: Task) -> dict[str, Any]:
+        torch would wrap a raised error in a worker's traceback.
+        """
+        try:
+            return self.make(task)
+        except EngineError as error:
+            # Causes from other libraries must not cross: an error that can't be pickled is lost
+            # and the trainer waits forever, and some libraries (tblib, which distributed brings)
+            # pickle the whole chain.
+            error.__cause__ = error.__context__ = None
+            return error.with_traceback(None)
+
+    def make(self, task: Task) -> MadeBatch:
+        """Read, decode and collate a batch into its slot.
+
+        Raises:
+            TooManyCorruptSamplesError: a sample and all its substitutes are corrupt.
+            EngineError: the source can't be read.
+        """
         if self._timer is not None:
             self._timer.begin()
         plan = self._order.plan(task.index)
         self._on_stage("plan")
-        places = [(int(s), int(r)) for s, r in zip(plan.shards, plan.rows, strict=True)]
-        self._tell_what_comes(plan, places)
+        locations = list(zip(plan.shards.tolist(), plan.rows.tolist(), strict=True))
+        self._prefetch(plan, locations)
         self._on_stage("open")
-        skipped: list[dict[str, Any]] = []
-        arrays = self._ring.arrays(task.slot)
-        weight = arrays["weight"]
-        weight[...] = plan.weight
-
-        def read(i: int, out: dict[str, NDArray[Any]]) -> tuple[Place, Text | None]:
-            corrupt: list[dict[str, Any]] = []
-            found = self._read(plan, i, places[i], out, corrupt)
-            if plan.weight[i]:  # padding is told where it is a sample
-                skipped.extend(corrupt[:1] if self._is_measured else corrupt)
-            if corrupt and self._is_measured:
-                weight[i] = 0
-            return found
-
-        dense, keys = fill_arrays(
-            self._source, places, arrays, config=self._config, shapes=self._shapes, read=read
+        arrays = self._pool.arrays(task.slot)
+        samples, skipped = self._read_samples(plan, locations, arrays)
+        packed_text = write_text(
+            samples, arrays, source=self._source, config=self._config, shapes=self._shapes
         )
+        keys = [self._source.key(*sample.location) for sample in samples]
         self._on_stage("collate")
-        rest = {"keys": keys, "index": plan.index, "epoch": plan.epoch, "skipped": skipped}
+        extras = {"keys": keys, "index": plan.index, "epoch": plan.epoch, "skipped": skipped}
         if self._timer is not None:
-            rest["stages_s"], rest["made_s"] = self._timer.take(), time.perf_counter()
-        return {"slot": task.slot, "dense": dense, "rest": rest}
+            extras["stages_s"], extras["made_s"] = self._timer.take(), time.perf_counter()
+        return MadeBatch(slot=task.slot, packed_text=packed_text, extras=extras)
 
-    def _tell_what_comes(self, plan: BatchPlan, places: list[Place]) -> None:
-        """A batch's samples, and at the begin of each block: the source may fetch it and the next
-        one.
-        """
-        blocks = self._order.blocks_of(plan)
-        streams = {*self._config.input_streams, *self._config.target_streams}
+    def _prefetch(self, plan: BatchPlan, locations: Sequence[SampleLocation]) -> None:
+        """Prefetch a batch's samples and, when a block starts, that block and the next one."""
+        blocks = self._order.find_blocks(plan)
         if blocks != self._blocks:
             self._blocks = blocks
-            self._source.prefetch_shards(self._order.shards_of(blocks), streams)
-        self._source.prefetch_samples(places, streams)
+            self._source.prefetch_shards(self._order.list_shards(blocks), self._streams)
+        self._source.prefetch_samples(locations, self._streams)
 
-    def _read(
+    def _read_samples(
         self,
         plan: BatchPlan,
-        i: int,
-        place: Place,
-        out: dict[str, NDArray[Any]],
-        skipped: list[dict[str, Any]],
-    ) -> tuple[Place, Text | None]:
-        """Read one sample; while it is corrupt, the one that stands in for it."""
-        streams = (*self._config.input_streams, *self._config.target_streams)
-        with_text = any(s.endswith("_text") for s in streams)
-        wanted = place
-        for attempt in range(MAX_SUBSTITUTES):
+        locations: Sequence[SampleLocation],
+        arrays: Mapping[str, NDArray[Any]],
+    ) -> tuple[list[ReadSample], list[dict[str, Any]]]:
+        """Read all samples of a batch into its arrays and write their weights.
+
+        Returns:
+            The samples that were read in the end, and the corrupt ones to report.
+        """
+        weight = arrays["weight"]
+        weight[...] = plan.weight
+        samples: list[ReadSample] = []
+        skipped: list[dict[str, Any]] = []
+        for i, out in enumerate(iter_sample_views(arrays)):
+            sample, corrupt = self._read_or_substitute(plan, i, locations[i], out)
+            samples.append(sample)
+            if plan.weight[i]:  # padding is reported at the position where it is a sample
+                skipped += corrupt[:1] if self._is_measured else corrupt
+            if corrupt and self._is_measured:
+                weight[i] = 0
+        return samples, skipped
+
+    def _read_or_substitute(
+        self, plan: BatchPlan, i: int, location: SampleLocation, out: dict[str, NDArray[Any]]
+    ) -> tuple[ReadSample, list[dict[str, Any]]]:
+        """Read sample `i` of a batch or, as long as it is corrupt, a substitute for it.
+
+        Returns:
+            The sample that was read, and a description of each corrupt one before it.
+        """
+        corrupt: list[dict[str, Any]] = []
+        current = location
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 self._on_stage("collate")
-                text = self._source.read_into(*place, out, with_text=with_text)
-                self._on_stage("decode")  # of a source that has no timer of its own
-                return place, text
+                text = self._source.read_into(*current, out, with_text=self._with_text)
+                self._on_stage("decode")  # of a source that times no stages itself
+                return ReadSample(current, text), corrupt
             except CorruptError as error:
-                skipped.append(self._describe(place, error))
-                place = self._order.substitute(plan, i, attempt)
+                corrupt.append(self._describe(current, error))
+                current = self._order.substitute(plan, i, attempt)
         raise TooManyCorruptSamplesError(
-            f"sample {wanted} and {MAX_SUBSTITUTES - 1} others in its place are corrupt; "
-            f"the last: {skipped[-1]['error']}; run `python -m preprocess verify SHARDS`"
+            f"sample {location} and {MAX_ATTEMPTS - 1} substitutes for it are corrupt; the last: "
+            f"{corrupt[-1]['error']}; fix: find the damaged files by `python -m preprocess verify "
+            "SHARDS` and rebuild them"
         )
 
-    def _describe(self, place: Place, error: CorruptError) -> dict[str, Any]:
-        """A corrupt sample for the log; its key where the index can still be read."""
+    def _describe(self, location: SampleLocation, error: CorruptError) -> dict[str, Any]:
+        """Describe a corrupt sample for the log; its key is "?" if its index is corrupt too."""
         try:
-            key = self._source.key(*place)
+            key = self._source.key(*location)
         except CorruptError:
             key = "?"
         return {
             "key": key,
-            "shard": self._source.shard_name(place[0]),
-            "row": place[1],
+            "shard": self._source.shard_name(location[0]),
+            "row": location[1],
             "file": error.file,
             "offset": error.offset,
             "error": str(error),
@@ -172,40 +222,40 @@ class BatchMaker:
 
 @dataclass(slots=True, kw_only=True)
 class CorruptSampleBudget:
-    """Counts corrupt samples against ``data.max_bad_fraction`` of those read.
+    """Counts corrupt samples against ``data.max_bad_fraction`` of the samples read.
 
-    A loader counts its own; where ranks share the batches the trainer counts those of all, so that
-    a run stops or goes on whatever its number of ranks.
+    A loader counts its own. When ranks share the batches, the trainer counts those of all ranks,
+    so that a run stops at the same step for any number of ranks.
     """
 
     max_fraction: float
     num_read: int = 0
-    num_bad: int = 0
+    num_corrupt: int = 0
 
     def count(self, num_read: int, skipped: Sequence[Mapping[str, Any]]) -> None:
-        """Add one batch: how many samples it has, and the corrupt ones, each with its "error".
+        """Add one batch: its number of samples, and the corrupt ones, each with its "error".
 
         Raises:
             TooManyCorruptSamplesError: the share is too large.
         """
         self.num_read += num_read
-        self.num_bad += len(skipped)
-        if not skipped or self.num_bad <= self.max_fraction * max(
-            self.num_read, MIN_SAMPLES_JUDGED
-        ):
+        self.num_corrupt += len(skipped)
+        num_allowed = self.max_fraction * max(self.num_read, MIN_SAMPLES_JUDGED)
+        if not skipped or self.num_corrupt <= num_allowed:
             return
         raise TooManyCorruptSamplesError(
-            f"{self.num_bad} of {self.num_read} samples are corrupt, data.max_bad_fraction allows "
-            f"{self.max_fraction:g}; run `python -m preprocess verify SHARDS`; the last: "
-            f"{skipped[-1]['error']}"
+            f"{self.num_corrupt} of {self.num_read} samples are corrupt, data.max_bad_fraction "
+            f"allows {self.max_fraction:g}; the last: {skipped[-1]['error']}; fix: find the "
+            "damaged files by `python -m preprocess verify SHARDS` and rebuild them, or raise "
+            "data.max_bad_fraction"
         )
 
 
-def init_worker(_worker: int) -> None:
-    """Ignore what a terminal or a scheduler sends to the whole process group.
+def init_worker(_worker_id: int) -> None:
+    """Ignore signals that a terminal or scheduler sends to the whole process group.
 
-    The trainer still needs its batch to finish the step and save; then it dismisses the workers, at
-    the latest by a SIGTERM of its own. They notice by themselves when it is gone.
+    The trainer still needs its batch to finish the step and save. After that it stops the workers,
+    at the latest by a SIGTERM of its own. They detect by themselves when it is gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -213,10 +263,10 @@ def init_worker(_worker: int) -> None:
 
 
 def _exit_with_parent(parent_pid: int) -> None:
-    """End this process when the trainer says so or is gone, whatever else waits for it then."""
-    trainer = multiprocessing.parent_process()  # the parent, or beyond it where a server forks
+    """End this process, whatever it waits for, once the trainer sends SIGTERM or is gone."""
+    trainer = multiprocessing.parent_process()  # not the parent itself if a server forks workers
     while trainer is not None and trainer.is_alive() and os.getppid() == parent_pid:
-        said = signal.sigtimedwait([signal.SIGTERM], _ORPHAN_CHECK_S)
-        if said is not None and said.si_pid == trainer.pid:
+        received = signal.sigtimedwait([signal.SIGTERM], _PARENT_CHECK_S)
+        if received is not None and received.si_pid == trainer.pid:
             break
     os._exit(0)

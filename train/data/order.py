@@ -1,16 +1,21 @@
-"""The order of samples: arithmetic, no state. (fingerprint, seed, epoch, position) -> (shard, row).
+"""The order of samples as arithmetic: (fingerprint, seed, epoch, position) -> (shard, row).
 
-Shards are permuted, taken in blocks, and the samples of a block are permuted among themselves. So
-any number of workers or ranks sees the same global batches, resuming costs nothing, and reads stay
-near each other. Permutations sort hashes (splitmix64: Steele et al. 2014), so that they stay the
-same with every version of every library.
+::
+
+    SampleOrder   an epoch: shards are permuted, and samples are permuted within blocks of shards
+      -> EpochOrder   global batches, epoch after epoch (a mix of sets: train.data.mixture)
+      -> BatchPlan    one global batch, or one rank's share of it
+
+There is no state. Any number of workers or ranks therefore sees the same global batches, resuming
+costs nothing, and successive reads stay close to each other. Permutations sort hashes (splitmix64:
+Steele et al. 2014), so that they do not change with the version of any library.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,8 +26,19 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
-Blocks = tuple[tuple[int, int, int, int], ...]
-"""What a batch has samples of: number of the set, epoch, first and last block there."""
+
+class BlockRange(NamedTuple):
+    """Neighboring blocks of one set in one epoch, [first, last]."""
+
+    set_index: int
+    """Index of the set in a mix, else 0."""
+    epoch: int
+    first: int
+    last: int
+
+
+Blocks = tuple[BlockRange, ...]
+"""The blocks that hold a batch's samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +46,86 @@ class BatchPlan:
     """Which samples make one global batch, or one rank's share of it."""
 
     index: int
-    """Number of the global batch since the training began."""
+    """Index of the global batch since the training began."""
     epoch: int
     positions: NDArray[np.int64]
-    """Places of the samples in the epoch; those past its end are padding. Of a mix, in the stream.
-    """
+    """Positions of the samples in the epoch; those past its end are padding. For a mix, positions
+    in its endless stream."""
     shards: NDArray[np.int64]
     rows: NDArray[np.int64]
     weight: NDArray[np.float32]
-    """1, or 0 where a sample only fills up the epoch's last batch."""
+    """1, or 0 for samples that only pad the epoch's last batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderSettings:
+    """Everything besides the data that decides which samples a batch holds."""
+
+    seed: int
+    block_shards: int
+    """Shards whose samples are shuffled together."""
+    batch_size: int
+    """Samples of a global batch."""
+    last_batch: Literal["pad", "drop"]
+    """Pad an epoch's incomplete last batch with samples of weight 0, or leave it out."""
+    is_shuffled: bool = True
+    is_endless: bool = True
+    rank: int = 0
+    """Which share of each global batch to give."""
+    world_size: int = 1
+    """Number of shares; divides the batch size."""
+
+
+class BatchOrder(Protocol):
+    """Global batches as a function of their index."""
+
+    share_size: int
+    """Samples of a rank's share of a batch."""
+    batches_per_epoch: int
+    state_keys: tuple[str, ...]
+    """Keys of the ``data`` section that decide which samples a batch of a given index holds."""
+
+    def plan(self, index: int) -> BatchPlan:
+        """Return global batch `index`, or this rank's share of it."""
+        ...
+
+    def rescale_index(self, index: int, *, batch_size: int) -> int | None:
+        """Return the index of the batch that starts where batch `index` of another size starts.
+
+        None if no batch starts there.
+        """
+        ...
+
+    def samples_per_set(self, index: int) -> dict[str, int]:
+        """Return how many samples of global batch `index` come from each set of a mix, else {}."""
+        ...
+
+    def find_blocks(self, plan: BatchPlan) -> Blocks:
+        """Return the blocks that hold a batch's samples."""
+        ...
+
+    def list_shards(self, blocks: Blocks) -> list[int]:
+        """Return the shards of these blocks and of the block that follows, in reading order."""
+        ...
+
+    def substitute(self, plan: BatchPlan, i: int, attempt: int) -> tuple[int, int]:
+        """Return shard and row of the sample that replaces corrupt sample `i` of a batch.
+
+        It is the same on every rank and worker. `attempt` is 0, then 1 if that one is corrupt too,
+        and so on.
+        """
+        ...
 
 
 class SampleOrder:
-    """Order of a split in every epoch.
+    """The order of a set's samples in every epoch.
 
     Args:
         shard_sizes: samples per shard, int64 [num_shards].
         fingerprint: of the dataset; another one gives another order.
         seed: of the run.
-        block_shards: shards whose samples are mixed with each other.
-        is_shuffled: False gives the stored order, in every epoch.
+        block_shards: shards whose samples are shuffled together.
+        is_shuffled: False gives the stored order in every epoch.
     """
 
     def __init__(
@@ -74,74 +150,79 @@ class SampleOrder:
     def locate(
         self, epoch: int, positions: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard and row of positions 0..num_samples-1 of an epoch, each of the positions' shape."""
-        if epoch != self._epoch:
-            self._enter(epoch)
+        """Return shard and row of positions in [0, num_samples), each of the positions' shape."""
+        self._enter_epoch(epoch)
         shards, rows = np.empty_like(positions), np.empty_like(positions)
         blocks = np.searchsorted(self._block_starts, positions, side="right") - 1
         for block in np.unique(blocks):
-            here = blocks == block
-            block_shards, block_rows = self._block(epoch, int(block))
-            offsets = positions[here] - self._block_starts[block]
-            shards[here], rows[here] = block_shards[offsets], block_rows[offsets]
+            in_block = blocks == block
+            block_shards, block_rows = self._locate_block(epoch, int(block))
+            offsets = positions[in_block] - self._block_starts[block]
+            shards[in_block], rows[in_block] = block_shards[offsets], block_rows[offsets]
         return shards, rows
 
-    def blocks_of(self, epoch: int, positions: NDArray[np.int64]) -> tuple[int, int]:
-        """First and last block among positions; those past the epoch's end count as its last."""
-        if epoch != self._epoch:
-            self._enter(epoch)
+    def locate_one(self, epoch: int, position: int) -> tuple[int, int]:
+        """Return shard and row of one position."""
+        shards, rows = self.locate(epoch, np.array([position]))
+        return int(shards[0]), int(rows[0])
+
+    def block_range(self, epoch: int, positions: NDArray[np.int64]) -> tuple[int, int]:
+        """Return the first and last block among positions.
+
+        Positions past the epoch's end count as its last one.
+        """
+        self._enter_epoch(epoch)
         ends = np.minimum([positions.min(), positions.max()], self.num_samples - 1)
         first, last = np.searchsorted(self._block_starts, ends, side="right") - 1
         return int(first), int(last)
 
-    def shards_of(self, epoch: int, first: int, last: int) -> NDArray[np.int64]:
-        """Shards of blocks [first, last] in turn; past an epoch's end come the next one's."""
-        if epoch != self._epoch:
-            self._enter(epoch)
-        num_ahead = last + 1 - len(self._block_starts)
+    def shards_in_blocks(self, epoch: int, first: int, last: int) -> NDArray[np.int64]:
+        """Return the shards of blocks [first, last] in order.
+
+        Blocks past the epoch's end are the first ones of the next epoch.
+        """
+        self._enter_epoch(epoch)
+        num_beyond = last + 1 - len(self._block_starts)
         start, stop = first * self._block_shards, (last + 1) * self._block_shards
         shards = self._shards[start:stop]
-        if num_ahead > 0:
-            after = self._permuted(epoch + 1)[: num_ahead * self._block_shards]
-            shards = np.concatenate([shards, after])
+        if num_beyond > 0:
+            beyond = self._permute_shards(epoch + 1)[: num_beyond * self._block_shards]
+            shards = np.concatenate([shards, beyond])
         return shards
 
-    def locate_one(self, epoch: int, position: int) -> tuple[int, int]:
-        """Shard and row of one position."""
-        shards, rows = self.locate(epoch, np.array([position]))
-        return int(shards[0]), int(rows[0])
-
     def substitute(self, epoch: int, position: int, attempt: int) -> int:
-        """The position of another sample that stands in for a corrupt one, the same on every rank
-        and worker.
+        """Return the position of another sample that replaces a corrupt one.
+
+        It is the same on every rank and worker.
 
         Args:
-            epoch: the epoch.
-            position: of the corrupt sample; may be past the epoch's end, where padding is.
-            attempt: 0, then 1 where that one is corrupt too, and so on.
+            epoch: the epoch of both.
+            position: of the corrupt sample; past the epoch's end for padding.
+            attempt: 0, then 1 if that one is corrupt too, and so on.
         """
         chance = int(self._hashes(f"{epoch}/substitute/{position}", attempt + 1)[attempt])
         return (position + 1 + chance % max(1, self.num_samples - 1)) % self.num_samples
 
-    def _enter(self, epoch: int) -> None:
-        """Permute the shards of an epoch: O(shards), once per epoch."""
-        order = self._permuted(epoch)
-        sizes = self.shard_sizes[order]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+    def _enter_epoch(self, epoch: int) -> None:
+        """Permute the shards of an epoch, unless it is the current one: O(shards)."""
+        if epoch == self._epoch:
+            return
+        order = self._permute_shards(epoch)
+        starts = np.concatenate([[0], np.cumsum(self.shard_sizes[order])])
         self._shards = order
         self._block_starts = starts[: -1 : self._block_shards]
         self._blocks.clear()
         self._epoch = epoch
 
-    def _permuted(self, epoch: int) -> NDArray[np.int64]:
-        """Shards in the order of an epoch."""
+    def _permute_shards(self, epoch: int) -> NDArray[np.int64]:
+        """Return all shards in the order of an epoch."""
         count = len(self.shard_sizes)
         if not self._is_shuffled:
             return np.arange(count)
         return np.argsort(self._hashes(f"{epoch}/shards", count), kind="stable")
 
-    def _block(self, epoch: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard and row of each place of a block; kept while it is in use."""
+    def _locate_block(self, epoch: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return shard and row of every position of a block; cached while it is in use."""
         key = (epoch, block)
         if key not in self._blocks:
             first = block * self._block_shards
@@ -153,14 +234,14 @@ class SampleOrder:
                 hashes = self._hashes(f"{epoch}/block/{block}", len(shards))
                 order = np.argsort(hashes, kind="stable")
                 shards, rows = shards[order], rows[order]
-            while len(self._blocks) >= 2:  # a batch touches at most a few neighbouring blocks
+            while len(self._blocks) >= 2:  # a batch touches at most a few neighboring blocks
                 self._blocks.pop(next(iter(self._blocks)))
             self._blocks[key] = (shards, rows)
         return self._blocks[key]
 
-    def _hashes(self, what: str, count: int) -> NDArray[np.uint64]:
-        """`count` 64-bit hashes that depend on the dataset, the seed and `what`."""
-        digest = hashlib.sha256(f"{self._basis}/{what}".encode()).digest()
+    def _hashes(self, purpose: str, count: int) -> NDArray[np.uint64]:
+        """Return `count` 64-bit hashes that depend on the dataset, the seed and `purpose`."""
+        digest = hashlib.sha256(f"{self._basis}/{purpose}".encode()).digest()
         start = np.uint64(int.from_bytes(digest[:8], "little"))
         with np.errstate(over="ignore"):
             state = start + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64)
@@ -169,19 +250,21 @@ class SampleOrder:
             return state ^ (state >> np.uint64(31))
 
 
-class BatchOrder:
-    """Global batches over the epochs of a :class:`SampleOrder`.
+class EpochOrder:
+    """Global batches over the epochs of a :class:`SampleOrder`; none spans two epochs.
 
     Args:
         order: the samples.
         batch_size: samples of a global batch.
-        last_batch: an epoch's incomplete last batch is filled up with weight 0, or left out.
+        last_batch: pad an epoch's incomplete last batch with weight 0, or leave it out.
         rank: which share of each global batch to give.
         world_size: number of shares; divides the batch size.
 
     Raises:
         ValueError: no batch can be made.
     """
+
+    state_keys: tuple[str, ...] = ("last_batch", "shuffle_block_shards")
 
     def __init__(
         self,
@@ -193,23 +276,22 @@ class BatchOrder:
         world_size: int = 1,
     ) -> None:
         if order.num_samples == 0:
-            raise ValueError("there is no sample to make batches of")
-        if batch_size % world_size:
-            raise ValueError(indivisible(batch_size, world_size))
+            raise ValueError("no samples to make batches of; fix: name a set that has some")
+        require_divisible(batch_size, world_size=world_size)
         self.order = order
         self.batch_size = batch_size
         self.share_size = batch_size // world_size
         self._last_batch = last_batch
-        self.batches_per_epoch = self._batches_of(batch_size)
+        self.batches_per_epoch = self._count_batches(batch_size)
         if self.batches_per_epoch == 0:
             raise ValueError(
-                f"{order.num_samples} samples do not fill one batch of {batch_size}; "
-                "lower data.batch_size or set data.last_batch: pad"
+                f"{order.num_samples} samples do not fill one batch of {batch_size}; fix: lower "
+                "data.batch_size or set data.last_batch to pad"
             )
         self._share = slice(rank * self.share_size, (rank + 1) * self.share_size)
 
     def plan(self, index: int) -> BatchPlan:
-        """Global batch number `index`, or this rank's share of it."""
+        """Return global batch `index`, or this rank's share of it."""
         epoch, batch = divmod(index, self.batches_per_epoch)
         positions = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)[self._share]
         num_samples = self.order.num_samples
@@ -217,48 +299,85 @@ class BatchOrder:
         shards, rows = self.order.locate(epoch, positions % num_samples)
         return BatchPlan(index, epoch, positions, shards, rows, weight)
 
-    def number_of(self, number: int, *, batch_size: int) -> int | None:
-        """Number of the batch that begins where batch `number` of another size would; None where
-        none does.
-        """
-        if (per_epoch := self._batches_of(batch_size)) == 0:
+    def rescale_index(self, index: int, *, batch_size: int) -> int | None:
+        """See :meth:`BatchOrder.rescale_index`."""
+        if (per_epoch := self._count_batches(batch_size)) == 0:
             return None
-        epoch, batch = divmod(number, per_epoch)
-        batch, rest = divmod(batch * batch_size, self.batch_size)
-        return None if rest else epoch * self.batches_per_epoch + batch
+        epoch, batch = divmod(index, per_epoch)
+        batch, remainder = divmod(batch * batch_size, self.batch_size)
+        return None if remainder else epoch * self.batches_per_epoch + batch
 
-    def _batches_of(self, batch_size: int) -> int:
-        """Batches of an epoch."""
-        full, rest = divmod(self.order.num_samples, batch_size)
-        return full + (1 if rest and self._last_batch == "pad" else 0)
+    def samples_per_set(self, _index: int) -> dict[str, int]:
+        """Return {}: this is no mix."""
+        return {}
 
-    def blocks_of(self, plan: BatchPlan) -> Blocks:
-        """Where a batch is."""
-        return ((0, plan.epoch, *self.order.blocks_of(plan.epoch, plan.positions)),)
+    def find_blocks(self, plan: BatchPlan) -> Blocks:
+        """See :meth:`BatchOrder.find_blocks`."""
+        return (BlockRange(0, plan.epoch, *self.order.block_range(plan.epoch, plan.positions)),)
 
-    def shards_of(self, blocks: Blocks) -> list[int]:
-        """Shards of such blocks in turn, and of the block that follows."""
+    def list_shards(self, blocks: Blocks) -> list[int]:
+        """See :meth:`BatchOrder.list_shards`."""
         ((_, epoch, first, last),) = blocks
-        return [int(shard) for shard in self.order.shards_of(epoch, first, last + 1)]
+        shards = self.order.shards_in_blocks(epoch, first, last + 1)
+        return [int(shard) for shard in shards]
 
     def substitute(self, plan: BatchPlan, i: int, attempt: int) -> tuple[int, int]:
-        """Shard and row of what stands in for sample `i` of a batch; see
-        :meth:`SampleOrder.substitute`.
-        """
+        """See :meth:`BatchOrder.substitute`."""
         position = self.order.substitute(plan.epoch, int(plan.positions[i]), attempt)
         return self.order.locate_one(plan.epoch, position)
 
+    def _count_batches(self, batch_size: int) -> int:
+        """Return the number of batches of an epoch."""
+        full, remainder = divmod(self.order.num_samples, batch_size)
+        return full + (1 if remainder and self._last_batch == "pad" else 0)
 
-def indivisible(batch_size: int, world_size: int) -> str:
-    """What fits, nearest first: numbers of ranks for the batch, or a batch for the ranks."""
-    fitting = sorted(
+
+def make_sample_order(
+    shard_sizes: NDArray[np.int64], *, fingerprint: str, settings: OrderSettings
+) -> SampleOrder:
+    """Make the order of a set's samples."""
+    return SampleOrder(
+        shard_sizes,
+        fingerprint=fingerprint,
+        seed=settings.seed,
+        block_shards=settings.block_shards,
+        is_shuffled=settings.is_shuffled,
+    )
+
+
+def make_epoch_order(
+    shard_sizes: NDArray[np.int64], *, fingerprint: str, settings: OrderSettings
+) -> EpochOrder:
+    """Make the order of a set's batches.
+
+    Raises:
+        ValueError: no batch can be made.
+    """
+    return EpochOrder(
+        make_sample_order(shard_sizes, fingerprint=fingerprint, settings=settings),
+        batch_size=settings.batch_size,
+        last_batch=settings.last_batch,
+        rank=settings.rank,
+        world_size=settings.world_size,
+    )
+
+
+def require_divisible(batch_size: int, *, world_size: int) -> None:
+    """Check that ranks can share a global batch equally.
+
+    Raises:
+        ValueError: they can't; it names the nearest numbers of ranks and batch sizes that fit.
+    """
+    if batch_size % world_size == 0:
+        return
+    divisors = sorted(
         (n for n in range(1, batch_size + 1) if batch_size % n == 0),
         key=lambda n: (abs(n - world_size), n),
     )
     below = batch_size // world_size * world_size
     sizes = [str(n) for n in (below, below + world_size) if n]
-    return (
-        f"{world_size} ranks can't share a global batch of {batch_size} equally; start "
-        f"{' or '.join(map(str, sorted(fitting[:2])))} ranks (torchrun --nproc-per-node), or set "
-        f"data.batch_size: {' or '.join(sizes)}"
+    raise ValueError(
+        f"{world_size} ranks can't share a global batch of {batch_size} equally; fix: start "
+        f"{' or '.join(map(str, sorted(divisors[:2])))} ranks (torchrun --nproc-per-node), or set "
+        f"data.batch_size to {' or '.join(sizes)}"
     )

@@ -1,5 +1,6 @@
-"""Sessions read directly, by the same recipe as the shards: the small-data way, and the shards'
-oracle.
+"""Sessions read directly, by the same recipe as the shards.
+
+It suits small data, and tests compare the shards with it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from shared.recipe import (
 from shared.session.folder import find_sessions, read_timed_lines
 from shared.session.reader import SessionReader, Text
 from shared.session.scan import SessionScan, scan_session
+from shared.timing import no_timer
 from train.config import TrainConfig, as_train_config
 from train.data.batch import (
     WindowShapes,
@@ -37,6 +39,7 @@ from train.data.batch import (
     write_mel,
     write_numbers,
 )
+from train.data.order import make_epoch_order
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -44,22 +47,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.clock import Window
+    from shared.timing import OnStage
+    from train.data.batch import SampleLocation
+    from train.data.order import BatchOrder, OrderSettings
 
 MAX_OPEN_SESSIONS = 8
-"""Sessions whose sound and sensor lines stay in memory."""
+"""Sessions whose audio and sensor readings stay in memory."""
 
 
 class SessionSource:
-    """Samples of session folders; each session is one shard of windows.
+    """Samples of session folders; each session is one shard, its windows are the rows.
 
     Args:
         root_dir: a session folder or a folder of them.
-        recipe: how they are cut.
-        split: train or val sessions by the same hash as the shards; None takes all.
+        recipe: how streams become fields.
+        split: train or val sessions, by the same hash as the shards; None takes all.
         tokenizer: tokenizes text; None trains one on the train sessions, as the shard job does.
 
     Raises:
-        SessionError: no session there, or none of which a window can be used.
+        SessionError: there is no session, or none has a usable window.
         ConfigError: the tokenizer has more tokens than the recipe allows.
     """
 
@@ -77,42 +83,53 @@ class SessionSource:
         if self.tokenizer.vocab_size > recipe.text.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, more than the recipe's "
-                f"text.vocab_size; set text.vocab_size: {self.tokenizer.vocab_size}"
+                f"text.vocab_size {recipe.text.vocab_size}; fix: set text.vocab_size: "
+                f"{self.tokenizer.vocab_size}"
             )
         chosen = [f for f in folders if split is None or assign_split(f.name, recipe) == split]
         self._folders: list[Path] = []
         self._scans: list[SessionScan] = []
         self._windows: list[list[Window]] = []
         self.rejected: dict[str, str] = {}
-        """Sessions and windows (SESSION/WINDOW) of this split that are no samples, and why."""
+        """Sessions and windows (SESSION/WINDOW) of this split without samples, and the reasons."""
         for folder in chosen:
-            self._add(folder)
+            self._add_session(folder)
         if not self._folders and chosen:
-            reasons = "; ".join(f"{name}: {why}" for name, why in self.rejected.items())
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.rejected.items())
             raise SessionError(f"{root_dir}: no session can be used: {reasons}")
         self.shard_sizes = np.array([len(w) for w in self._windows], dtype=np.int64)
-        sources = [_identity(scan) for scan in self._scans]
-        self.fingerprint = fingerprint_of(sources, recipe.as_json(), self.tokenizer.sha256, split)
+        sessions = [_session_identity(scan) for scan in self._scans]
+        self.fingerprint = fingerprint_of(sessions, recipe.as_json(), self.tokenizer.sha256, split)
         self._open: OrderedDict[int, SessionReader] = OrderedDict()
+        self.on_stage: OnStage = no_timer
+        """Never called: a session has no stages that could be told apart."""
+
+    def identity(self) -> dict[str, Any]:
+        """See :meth:`train.data.batch.SampleSource.identity`."""
+        return {"fingerprint": self.fingerprint}
+
+    def batch_order(self, settings: OrderSettings) -> BatchOrder:
+        """See :meth:`train.data.batch.SampleSource.batch_order`."""
+        return make_epoch_order(self.shard_sizes, fingerprint=self.fingerprint, settings=settings)
 
     def shard_name(self, shard: int) -> str:
-        """The session's name."""
+        """Return the session's name."""
         return self._scans[shard].session
 
     def key(self, shard: int, row: int) -> str:
-        """SESSION/WINDOW."""
+        """Return SESSION/WINDOW."""
         return f"{self._scans[shard].session}/{self._windows[shard][row].index:06d}"
 
     def start_s(self, shard: int, row: int) -> float:
-        """When the window begins on the session clock."""
+        """Return when the window starts on the session clock."""
         return self._windows[shard][row].start_s
 
     def present(self, shard: int, row: int) -> tuple[Stream, ...]:
-        """Streams that the sample has."""
+        """Return the streams that the sample has."""
         return self._scans[shard].present(self._windows[shard][row], self.recipe)
 
-    def fields(self, shard: int) -> SessionReader:
-        """The reader of one session."""
+    def reader(self, shard: int) -> SessionReader:
+        """Return the reader of one session; open it if necessary."""
         if shard not in self._open:
             self._open[shard] = SessionReader(
                 self._folders[shard],
@@ -126,36 +143,37 @@ class SessionSource:
         return self._open[shard]
 
     def prefetch_shards(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
-        """Nothing: sessions are local."""
+        """Do nothing: sessions are local."""
 
     def prefetch_samples(
-        self, places: Iterable[tuple[int, int]], streams: Collection[Stream]
+        self, locations: Iterable[SampleLocation], streams: Collection[Stream]
     ) -> None:
-        """Nothing: recordings are read in order."""
+        """Do nothing: recordings are read in order."""
 
     def read_into(
-        self, shard: int, row: int, out: Mapping[str, NDArray[np.generic]], *, with_text: bool
+        self, shard: int, row: int, out: Mapping[str, NDArray[Any]], *, with_text: bool
     ) -> Text | None:
         """See :meth:`train.data.batch.SampleSource.read_into`."""
         try:
-            return self._read_into(shard, row, out, with_text=with_text)
-        except (SessionError, OSError) as error:  # a file that went away is as bad as a damaged one
+            return self._read_fields(shard, row, out, with_text=with_text)
+        except (SessionError, OSError) as error:  # a missing file counts as a damaged one
             raise CorruptError(f"{self.key(shard, row)}: {error}") from error
 
-    def _read_into(
+    def _read_fields(
         self, shard: int, row: int, out: Mapping[str, NDArray[Any]], *, with_text: bool
     ) -> Text | None:
-        fields, window = self.fields(shard), self._windows[shard][row]
+        """Do what :meth:`read_into` does; raise what the session's reader raises."""
+        reader, window = self.reader(shard), self._windows[shard][row]
         present = self.present(shard, row)
         write_absent(out, (*VISION_STREAMS, *SENSOR_STREAMS, Stream.AUDIO))
         for stream in VISION_STREAMS:
             if stream in out and stream in present:
-                for _, frames in fields.iter_frames(stream, [window]):
+                for _, frames in reader.iter_frames(stream, [window]):
                     if np.isfinite(frames.error_s).any():
                         write_rgb(frames.pictures, out[stream])
                         out[f"{stream}_valid"][...] = np.isfinite(frames.error_s)
         if any(s in out and s in present for s in SENSOR_STREAMS):
-            sensors = fields.read_sensors(window)
+            sensors = reader.read_sensors(window)
             for stream, values in (
                 (Stream.TOUCH, sensors.touch),
                 (Stream.PROPRIO, sensors.proprio),
@@ -163,32 +181,35 @@ class SessionSource:
                 if stream in out and stream in present:
                     write_numbers(out, stream, values)
         if Stream.AUDIO in out and Stream.AUDIO in present:
-            write_mel(out, fields.read_mel(window))
+            write_mel(out, reader.read_mel(window))
         if with_text and any(s in present for s in TEXT_STREAMS):
-            return fields.read_text(window)
+            return reader.read_text(window)
         return None
 
-    def _add(self, folder: Path) -> None:
+    def _add_session(self, folder: Path) -> None:
+        """Add a session's usable windows; note why the others are rejected."""
         scan = scan_session(folder, recipe=self.recipe)
-        reason = scan.session_rejection(self.recipe)
+        session_reason = scan.session_rejection(self.recipe)
         windows = scan.windows(self.recipe)
-        reasons = [scan.rejection(w, self.recipe) for w in windows]
-        kept = [w for w, why in zip(windows, reasons, strict=True) if why is None]
-        if reason is not None or not kept:
-            self.rejected[scan.session] = reason or "no window of it covers what is required"
+        reasons = [scan.rejection(window, self.recipe) for window in windows]
+        kept = [w for w, reason in zip(windows, reasons, strict=True) if reason is None]
+        if session_reason is not None or not kept:
+            self.rejected[scan.session] = (
+                session_reason or "no window covers enough of the required streams"
+            )
             return
         self.rejected |= {
-            f"{scan.session}/{w.index:06d}": why
-            for w, why in zip(windows, reasons, strict=True)
-            if why is not None
+            f"{scan.session}/{w.index:06d}": reason
+            for w, reason in zip(windows, reasons, strict=True)
+            if reason is not None
         }
         self._folders.append(folder)
         self._scans.append(scan)
         self._windows.append(kept)
 
 
-def _identity(scan: SessionScan) -> list[Any]:
-    """What tells a session apart from all others."""
+def _session_identity(scan: SessionScan) -> list[Any]:
+    """Return what tells a session from all others."""
     files = {name: file.sha256 for name, file in scan.sources.items()}
     return [scan.session, files, *([dict(scan.start_overrides)] if scan.start_overrides else [])]
 
@@ -200,12 +221,12 @@ class RealMultiModalDataset(Dataset[dict[str, Any]]):
         root_dir: a session folder or a folder of them.
         recipe: a recipe, its file, or None for the default one.
         config: decides which streams are read; None reads all. A TrainConfig, or its plain values
-            as ``yaml.safe_load`` gives.
+            as ``yaml.safe_load`` returns them.
         split: train or val sessions; None takes all.
         tokenizer: a tokenizer.json; None trains one on the train sessions.
 
     Raises:
-        SessionError: nothing usable there.
+        SessionError: no session can be used.
         ConfigError: the recipe or the tokenizer can't be used.
     """
 
@@ -231,32 +252,30 @@ class RealMultiModalDataset(Dataset[dict[str, Any]]):
         self._starts = np.concatenate([[0], np.cumsum(self.source.shard_sizes)])
 
     def __len__(self) -> int:
-        """Number of windows."""
+        """Return the number of windows."""
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One window as a batch of one; :func:`real_data_collate_fn` joins several.
+        """Return one window as a batch of one; :func:`real_data_collate_fn` joins several.
 
         Raises:
             IndexError: no such window.
         """
         if not -len(self) <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
+            raise IndexError(f"window {index} of {len(self)} does not exist")
         index %= len(self)
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        place = (shard, index - int(self._starts[shard]))
-        return assemble_batch(self.source, [place], config=self.config, shapes=self.shapes)
+        location = (shard, index - int(self._starts[shard]))
+        return assemble_batch(self.source, [location], config=self.config, shapes=self.shapes)
 
 
 def real_data_collate_fn(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join samples of :class:`RealMultiModalDataset` into a batch; see docs/architecture.md for its
-    form.
-    """
+    """Join samples of :class:`RealMultiModalDataset` into one batch."""
     return join_batches(samples)
 
 
 def _make_tokenizer(folders: Sequence[Path], recipe: Recipe) -> TextTokenizer:
-    """The tokenizer that the shard job would make of the same sessions."""
+    """Return the tokenizer that the shard job would train on the same sessions."""
     if recipe.text.tokenizer is not None:
         return load_tokenizer(recipe.text.tokenizer)
     texts = [

@@ -29,6 +29,7 @@ from shared.storage import Store, parse_location
 from shared.timing import OnStage, no_timer
 from train.data.batch import write_absent, write_mel, write_numbers
 from train.data.cached_set import CachedShardSet, CacheSettings
+from train.data.order import make_epoch_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.shardset.manifest import ShardEntry
+    from train.data.order import BatchOrder, OrderSettings
 
 MAX_OPEN_SHARDS = 64
 """Shards kept open at once, a few file descriptors each: four blocks of the default shuffle. Where
@@ -113,6 +115,14 @@ class ShardSource:
         """Told when a stage of reading is over: open, fetch, checksum, decode, collate."""
         self.evict_others: Callable[[], bool] = _nothing_open
         """Closes something that other sources of this process read; whether anything was open."""
+
+    def identity(self) -> dict[str, Any]:
+        """See :meth:`train.data.batch.SampleSource.identity`."""
+        return {"fingerprint": self.fingerprint}
+
+    def batch_order(self, settings: OrderSettings) -> BatchOrder:
+        """See :meth:`train.data.batch.SampleSource.batch_order`."""
+        return make_epoch_order(self.shard_sizes, fingerprint=self.fingerprint, settings=settings)
 
     def shard_name(self, shard: int) -> str:
         """As in the manifest, such as train-000003."""

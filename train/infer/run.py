@@ -108,11 +108,11 @@ def infer(
         "checkpoint": str(checkpoint),
         **describe_run(source, trained, score),
         "sampling": {**dataclasses.asdict(sampling), "seed": seed},
-        **score.as_json(source.fields(0).scan),
+        **score.as_json(source.reader(0).scan),
     }
     text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (out / METRICS_NAME).write_text(text, encoding="utf-8")
-    write_page(out, source.fields(0), metrics, trained=trained)
+    write_page(out, source.reader(0), metrics, trained=trained)
     return metrics
 
 
@@ -133,7 +133,7 @@ def _refuse_recordings(out: Path, session: Path) -> None:
 
 def describe_run(source: SessionSource, trained: TrainedModel, score: Score) -> dict[str, Any]:
     """Describe the session, its streams, and the step and device of the model."""
-    scan = source.fields(0).scan
+    scan = source.reader(0).scan
     return {
         "step": trained.step,
         "session": scan.session,
@@ -169,7 +169,7 @@ def run_session(
     with PredictionWriter(
         out,
         heads=trained.config.heads,
-        num_ticks=ticks_until(source.fields(0).scan.length_s, trained.shapes),
+        num_ticks=ticks_until(source.reader(0).scan.length_s, trained.shapes),
         recipe=trained.recipe,
         shapes=trained.shapes,
         tokenizer=trained.tokenizer,
@@ -223,7 +223,7 @@ def read_window(source: SessionSource, row: int, trained: TrainedModel) -> dict[
         batch["num_ticks"] = count_ticks(batch["inputs"], shapes)
     else:
         first = round(source.start_s(0, row) * shapes.tick_rate_hz)
-        count = min(shapes.num_ticks, ticks_until(source.fields(0).scan.length_s, shapes) - first)
+        count = min(shapes.num_ticks, ticks_until(source.reader(0).scan.length_s, shapes) - first)
         batch["num_ticks"] = count
         for group in ("inputs", "targets"):
             batch[group] = take_ticks(
@@ -254,7 +254,7 @@ def locate_window(
     if trained.config.is_text_only:
         times_s = _token_times(source, row, trained)[1:]
     else:
-        stop = ticks_until(source.fields(0).scan.length_s, trained.shapes)
+        stop = ticks_until(source.reader(0).scan.length_s, trained.shapes)
         times_s = np.arange(first, min(first + len(streamed.latencies_ms), stop)) / rate_hz
     kept = {Head(head): values[: len(times_s)] for head, values in streamed.chosen.items()}
     levels = kept.get(Head.AUDIO)
@@ -272,7 +272,7 @@ def _token_times(source: SessionSource, row: int, trained: TrainedModel) -> NDAr
     """Times of a window's densely packed tokens, in order."""
     start_s = source.start_s(0, row)
     window = Window(row, start_s, trained.recipe.window.duration_s)
-    text = source.fields(0).read_text(window)
+    text = source.reader(0).read_text(window)
     streams = {*trained.config.input_streams, *trained.config.target_streams}
     times_s = [
         *(text.internal.time_s if Stream.INTERNAL_TEXT in streams else ()),

@@ -109,7 +109,7 @@ class TrainState:
             "config": self.config.model_dump(mode="json"),
             "shapes": dataclasses.asdict(self.shapes),
             "run_name": self.run_name,
-            "skipped_samples": self.corrupt_samples.num_bad,
+            "skipped_samples": self.corrupt_samples.num_corrupt,
             "read_samples": self.corrupt_samples.num_read,
             "samples_of": dict(self.samples_of),
             "extra": self.extra,
@@ -154,7 +154,7 @@ class TrainState:
         if "spikes" in state:
             self.spikes.load_state_dict(state["spikes"])
         self.step = int(state["step"])
-        self.corrupt_samples.num_bad = int(state["skipped_samples"])
+        self.corrupt_samples.num_corrupt = int(state["skipped_samples"])
         # Older checkpoints have no count of the samples read; it follows from the steps.
         per_step = self.config.data.batch_size * self.config.training.accumulation_steps
         self.corrupt_samples.num_read = int(state.get("read_samples", self.step * per_step))

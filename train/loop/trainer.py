@@ -331,7 +331,7 @@ class Trainer:
             **gradient_norms(self.model),
             "memory_allocated_mb": memory_mb,
             "lr": float(self._state.optimizer.param_groups[0]["lr"]),
-            "skipped_samples": float(self._state.corrupt_samples.num_bad),
+            "skipped_samples": float(self._state.corrupt_samples.num_corrupt),
             **{f"samples_of/{name}": float(n) for name, n in self._state.samples_of.items()},
         }
         progress.skipped_steps += int(metrics["skipped_steps"])
@@ -399,7 +399,7 @@ class Trainer:
         return progress.summary(
             steps=self.step,
             is_complete=is_complete,
-            skipped_samples=self._state.corrupt_samples.num_bad,
+            skipped_samples=self._state.corrupt_samples.num_corrupt,
             checkpoint=checkpoint,
             log_dir=log.folder,
         )

@@ -38,9 +38,7 @@ from shared.files import write_atomic
 from shared.timing import StageTimer, no_timer
 from train.data.device import tensors_of, to_device
 from train.data.loader import Loader
-from train.data.mixture import MixedSource
 from train.data.pixels import to_model_inputs
-from train.data.shard_source import ShardSource
 from train.loop.optim import (
     SpikeWatch,
     clip_gradient,
@@ -435,10 +433,7 @@ def _device_timer(device: torch.device) -> StageTimer:
 
 @contextlib.contextmanager
 def _timed(source: SampleSource, stages: StageTimer) -> Iterator[None]:
-    """Let a shard set report its own stages to a timer."""
-    if not isinstance(source, ShardSource | MixedSource):
-        yield
-        return
+    """Let a source report its own stages to a timer."""
     source.on_stage = stages.end_stage
     try:
         yield

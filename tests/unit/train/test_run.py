@@ -260,7 +260,9 @@ def test_a_set_without_held_out_sessions_is_remarked_on_once(tiny_sessions, tmp_
 def test_a_set_without_train_sessions_names_its_place_and_the_mend(tiny_sessions, tmp_path):
     recipe = set_recipe(split={"val_fraction": 0.999999})
     shards = build_set(tiny_sessions, tmp_path / "set", recipe)
-    with pytest.raises(ConfigError, match=rf"{shards}: there is no sample .*split\.val_fraction"):
+    with pytest.raises(
+        ConfigError, match=rf"{shards}: this split has no samples.*split\.val_fraction"
+    ):
         set_up_run(make_run(shards, tmp_path))
 
 

@@ -132,14 +132,14 @@ def source(tiny_set):
     return ShardSource(tiny_set)
 
 
-def make_batch(source, places, **options):
+def make_batch(source, locations, **options):
     config = make_config(**options)
     return assemble_batch(
-        source, places, config=config, shapes=WindowShapes.from_recipe(source.recipe)
+        source, locations, config=config, shapes=WindowShapes.from_recipe(source.recipe)
     )
 
 
-def parse_location(source, session):
+def locate(source, session):
     return next(p for p in places_of(source) if source.key(*p).startswith(session))
 
 
@@ -168,8 +168,8 @@ def test_a_batch_has_the_documented_form(source, pixels, picture):
 
 
 def test_text_of_a_batch_lies_on_the_ticks_of_its_window(source):
-    place = parse_location(source, "cat/000001")  # [0.25, 1.25) s; events at 0.1, 0.4, 0.7, 1.0 s
-    batch = make_batch(source, [place])
+    location = locate(source, "cat/000001")  # [0.25, 1.25) s; events at 0.1, 0.4, 0.7, 1.0 s
+    batch = make_batch(source, [location])
     encode = source.tokenizer.encode
     thoughts, speech = [0] * 10, [0] * 10
     for tick, text, ticks in ((1, "the red ball", speech), (4, "got it", thoughts)):
@@ -193,7 +193,7 @@ def test_text_of_a_batch_lies_on_the_ticks_of_its_window(source):
     ],
 )
 def test_a_stream_that_is_lacking_is_zeros_and_invalid(source, session, lacks):
-    batch = make_batch(source, [parse_location(source, session)])
+    batch = make_batch(source, [locate(source, session)])
     for stream in lacks:
         assert not batch["inputs"][f"{stream}_valid"].any()
         assert not batch["inputs"][stream].any()
@@ -218,9 +218,9 @@ def test_only_the_heads_that_count_have_targets(source):
 
 @pytest.mark.parametrize("heads", [TEXT_HEADS, ("animation", "audio", "internal_text")])
 def test_joined_batches_equal_one_made_at_once(source, heads):
-    places = places_of(source)[::4]
-    whole = make_batch(source, places, heads=heads)
-    joined = join_batches([make_batch(source, [place], heads=heads) for place in places])
+    locations = places_of(source)[::4]
+    whole = make_batch(source, locations, heads=heads)
+    joined = join_batches([make_batch(source, [location], heads=heads) for location in locations])
     assert joined["keys"] == whole["keys"]
     for group in ("inputs", "targets"):
         assert set(joined[group]) == set(whole[group])
@@ -229,6 +229,6 @@ def test_joined_batches_equal_one_made_at_once(source, heads):
 
 
 def test_joined_targets_share_the_memory_of_the_inputs(source):
-    joined = join_batches([make_batch(source, [place]) for place in places_of(source)[:2]])
+    joined = join_batches([make_batch(source, [location]) for location in places_of(source)[:2]])
     assert joined["targets"]["animation"].data_ptr() == joined["inputs"]["proprio"].data_ptr()
     assert joined["targets"]["audio_valid"].data_ptr() == joined["inputs"]["audio_valid"].data_ptr()

@@ -14,7 +14,7 @@ from helpers.loaders import assert_same, make_loader, take
 
 from shared.errors import CorruptError, TooManyCorruptSamplesError
 from shared.recipe import Stream
-from train.data.batch_maker import MAX_SUBSTITUTES
+from train.data.batch_maker import MAX_ATTEMPTS
 from train.data.loader import Loader, open_source
 from train.data.shard_source import ShardSource
 
@@ -100,8 +100,8 @@ def by_key(batches):
 def padding_of(shards):
     """Keys of the rows that fill up the epoch's last batch, of those with touch."""
     source = ShardSource(shards)
-    places = tiny_sets.places_of(source)
-    felt = {source.key(*p) for p in places if Stream.TOUCH in source.present(*p)}
+    locations = tiny_sets.places_of(source)
+    felt = {source.key(*p) for p in locations if Stream.TOUCH in source.present(*p)}
     last = list(make_loader(shards, num_epochs=1))[-1]
     rows = zip(last["keys"], last["weight"], strict=True)
     return [key for key, weight in rows if not weight and key in felt]
@@ -136,8 +136,8 @@ def test_a_finite_pass_counts_each_good_sample_once_and_tells_each_bad_one_once(
 ):
     """Half of the samples are bad, so that substitutes are, too."""
     source = ShardSource(a_copy)
-    places = [p for p in tiny_sets.places_of(source) if not source.key(*p).startswith("dan")]
-    bad = {damage(a_copy, "proprio.zarr.zip", shard=s, row=r) for s, r in places[::2]}
+    locations = [p for p in tiny_sets.places_of(source) if not source.key(*p).startswith("dan")]
+    bad = {damage(a_copy, "proprio.zarr.zip", shard=s, row=r) for s, r in locations[::2]}
     loader = make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0, num_workers=num_workers)
     found = list(loader)
     assert sorted(skip["key"] for skip in skipped_of(found)) == sorted(bad)
@@ -190,9 +190,7 @@ def test_a_set_of_which_nothing_can_be_read_says_so(a_copy, num_workers):
     with pytest.raises(TooManyCorruptSamplesError) as found:
         take(loader, 1)
     message = str(found.value)
-    assert (
-        f"{MAX_SUBSTITUTES - 1} others in its place are corrupt" in message or "allows" in message
-    )
+    assert f"{MAX_ATTEMPTS - 1} substitutes for it are corrupt" in message or "allows" in message
     assert "Traceback" not in message
 
 

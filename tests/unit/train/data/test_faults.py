@@ -76,8 +76,8 @@ def test_a_replaced_sample_without_its_place_is_judged_unnamed(sets, tmp_path, m
     damage.hostile_member("text", "text", damage.noise)(copy, random.Random(0))
     assert reference.judge(copy)[0] == "detected"
 
-    def describe(self, place, error):
-        return {**original(self, place, error), "error": "a picture does not decode"}
+    def describe(self, location, error):
+        return {**original(self, location, error), "error": "a picture does not decode"}
 
     original = BatchMaker._describe
     monkeypatch.setattr(BatchMaker, "_describe", describe)

@@ -88,7 +88,7 @@ def test_a_loaded_state_goes_on_as_if_nothing_had_been(tiny_set, position, num_w
 )
 def test_a_state_of_another_order_is_refused(tiny_set, key, value):
     loader = make_loader(tiny_set)
-    with pytest.raises(ConfigError, match=f"has {key} {value!r}, this one"):
+    with pytest.raises(ConfigError, match=f"has {key} {value!r}, this run has"):
         loader.load_state_dict({**loader.state_at(3), key: value})
 
 
@@ -115,19 +115,23 @@ def test_a_feed_that_has_taken_nothing_yet_is_where_its_larger_batches_were(tiny
 @pytest.mark.parametrize("batch_size", [4, 0, -7, None, "7", 1 << 70, True])
 def test_a_state_where_no_batch_begins_is_refused(tiny_set, batch_size):
     loader = make_loader(tiny_set)
-    with pytest.raises(ConfigError, match=r"where none of 7 begins; set data\.batch_size"):
+    with pytest.raises(
+        ConfigError, match=r"where no batch of size 7 starts; fix: set data\.batch_size"
+    ):
         loader.load_state_dict({**loader.state_at(3), "batch_size": batch_size})
 
 
 @pytest.mark.parametrize("next_batch", [None, -1, 1.0, "3", True, 1 << 70])
 def test_a_state_without_a_position_is_refused(tiny_set, next_batch):
     loader = make_loader(tiny_set)
-    with pytest.raises(ConfigError, match=f"has next_batch {next_batch!r}, which is no position"):
+    with pytest.raises(
+        ConfigError, match=f"resumes at next_batch {next_batch!r}, which is not a batch"
+    ):
         loader.load_state_dict({**loader.state_at(3), "next_batch": next_batch})
 
 
 def test_an_empty_state_is_refused(tiny_set):
-    with pytest.raises(ConfigError, match="has next_batch None"):
+    with pytest.raises(ConfigError, match="resumes at next_batch None"):
         make_loader(tiny_set).load_state_dict({})
 
 

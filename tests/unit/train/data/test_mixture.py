@@ -60,7 +60,7 @@ def make_order(mix, *, batch_size=4, rank=0, world_size=1):
     return MixedOrder(orders, weights, batch_size=batch_size, rank=rank, world_size=world_size)
 
 
-def places(plan, mix):
+def locations(plan, mix):
     """(set, shard, row) of a batch; shards are numbered through all sets."""
     owners = [(k, shard) for k, (sizes, _) in enumerate(mix) for shard in range(len(sizes))]
     return [(*owners[s], r) for s, r in zip(plan.shards.tolist(), plan.rows.tolist(), strict=True)]
@@ -102,29 +102,29 @@ def test_whole_weights_keep_the_shares(given_weights):
 def test_turns_are_those_of_the_walk(weights):
     count = 2 * sum(weights) + 3
     expected = list(itertools.islice(slow_turns(weights), count))
-    turns, before = InterleaveSchedule(weights), Counter()
-    found, found_places = turns.take(np.arange(count))
-    assert found.tolist() == expected
+    schedule, before = InterleaveSchedule(weights), Counter()
+    sets, set_positions = schedule.locate(np.arange(count))
+    assert sets.tolist() == expected
     for n, k in enumerate(expected):
-        assert turns.given(n).tolist() == [before[s] for s in range(len(weights))]
-        assert found_places[n] == before[k]
+        assert schedule.samples_before(n).tolist() == [before[s] for s in range(len(weights))]
+        assert set_positions[n] == before[k]
         before[k] += 1
 
 
 @given(weights=weights)
 def test_every_set_always_has_its_share_to_within_one(weights):
     total = sum(weights)
-    found, _ = InterleaveSchedule(weights).take(np.arange(2 * total))
+    sets, _ = InterleaveSchedule(weights).locate(np.arange(2 * total))
     for k, weight in enumerate(weights):
-        given_n = np.cumsum(found == k)
-        assert np.abs(given_n * total - np.arange(1, 2 * total + 1) * weight).max() < total
+        taken = np.cumsum(sets == k)
+        assert np.abs(taken * total - np.arange(1, 2 * total + 1) * weight).max() < total
 
 
 def test_turns_of_far_away_positions_are_exact():
-    turns, cycles = InterleaveSchedule([2, 1]), 10**14
-    assert turns.given(3 * cycles + 1).tolist() == [2 * cycles + 1, cycles]
-    found, found_places = turns.take(np.array([3 * cycles, 3 * cycles + 1, 3 * cycles + 2]))
-    assert sorted(zip(found, found_places, strict=True)) == [
+    schedule, cycles = InterleaveSchedule([2, 1]), 10**14
+    assert schedule.samples_before(3 * cycles + 1).tolist() == [2 * cycles + 1, cycles]
+    sets, set_positions = schedule.locate(np.array([3 * cycles, 3 * cycles + 1, 3 * cycles + 2]))
+    assert sorted(zip(sets, set_positions, strict=True)) == [
         (0, 2 * cycles),
         (0, 2 * cycles + 1),
         (1, cycles),
@@ -141,10 +141,10 @@ def test_batches_are_those_of_the_walk_from_any_position_on(mix, batch_size, sta
     for index in range(start, start + 5):
         expected = walk[index * batch_size : (index + 1) * batch_size]
         plan = order.plan(index)
-        assert places(plan, mix) == expected
+        assert locations(plan, mix) == expected
         assert plan.weight.tolist() == [1.0] * batch_size
         counts = Counter(k for k, _, _ in expected)
-        assert order.samples_of(index) == {f"set{k}": counts[k] for k in range(len(mix))}
+        assert order.samples_per_set(index) == {f"set{k}": counts[k] for k in range(len(mix))}
 
 
 @given(mix=sets, per_rank=st.integers(1, 3), world_size=st.sampled_from([1, 2, 4]))
@@ -155,11 +155,11 @@ def test_ranks_divide_a_global_batch(mix, per_rank, world_size):
         make_order(mix, batch_size=size, rank=r, world_size=world_size) for r in range(world_size)
     ]
     for index in (0, 1, 7):
-        shares = [places(rank.plan(index), mix) for rank in ranks]
+        shares = [locations(rank.plan(index), mix) for rank in ranks]
         assert {len(share) for share in shares} == {size // world_size}
-        assert list(itertools.chain(*shares)) == places(whole.plan(index), mix)
-        assert {rank.blocks_of(rank.plan(index)) for rank in ranks} == {
-            whole.blocks_of(whole.plan(index))
+        assert list(itertools.chain(*shares)) == locations(whole.plan(index), mix)
+        assert {rank.find_blocks(rank.plan(index)) for rank in ranks} == {
+            whole.find_blocks(whole.plan(index))
         }
 
 
@@ -168,7 +168,7 @@ def test_ranks_divide_a_global_batch(mix, per_rank, world_size):
 def test_what_is_read_was_told_before(mix, batch_size, index):
     order = make_order(mix, batch_size=batch_size)
     plan = order.plan(index)
-    told = set(order.shards_of(order.blocks_of(plan)))
+    told = set(order.list_shards(order.find_blocks(plan)))
     firsts = np.concatenate([[0], np.cumsum([len(sizes) for sizes, _ in mix])])
     walk = itertools.islice(slow_mix(mix), index * batch_size, (index + 1) * batch_size)
     assert {int(firsts[k]) + shard for k, shard, _ in walk} <= told
@@ -180,7 +180,7 @@ def test_the_block_after_a_sets_newest_is_told_too():
     order = make_order([([1] * 6, 1)], batch_size=1)
     in_turn = [shard for shard, _ in itertools.islice(slow_set([1] * 6, "set0"), 12)]
     for index, expected in ((0, in_turn[:4]), (2, in_turn[2:6]), (5, in_turn[4:6])):
-        told = order.shards_of(order.blocks_of(order.plan(index)))
+        told = order.list_shards(order.find_blocks(order.plan(index)))
         assert set(told[: len(expected)]) == set(expected)
         assert len(told) == 4  # the next epoch's first block after the last one
 
@@ -192,7 +192,7 @@ def test_a_stand_in_is_another_sample_of_the_same_set(mix, index, attempt):
     plan = order.plan(index)
     owners = [k for k, (sizes, _) in enumerate(mix) for _ in sizes]
     all_sizes = [size for sizes, _ in mix for size in sizes]
-    for i, (k, _, _) in enumerate(places(plan, mix)):
+    for i, (k, _, _) in enumerate(locations(plan, mix)):
         shard, row = order.substitute(plan, i, attempt)
         assert owners[shard] == k
         assert row < all_sizes[shard]
@@ -203,7 +203,7 @@ def test_a_stand_in_is_another_sample_of_the_same_set(mix, index, attempt):
 
 
 def test_a_set_without_samples_and_ranks_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match=r"data\.mix: set1 has no sample; take it out"):
+    with pytest.raises(ValueError, match=r"data\.mix: set1 has no samples; fix: remove it"):
         make_order([([2], 1), ([0], 1)])
     with pytest.raises(ValueError, match="3 ranks can't share a global batch of 4"):
         make_order([([2], 1)], world_size=3)

@@ -45,8 +45,8 @@ def away_set(tiny_set, tmp_path_factory):
 
 
 def make_config(home, away, *, weights=WEIGHTS, heads=tiny_sets.HEADS, **data):
-    places = {"home": home, "away": away}
-    mix = [{"shards": places[n], "weight": w, "name": n} for n, w in weights.items()]
+    locations = {"home": home, "away": away}
+    mix = [{"shards": locations[n], "weight": w, "name": n} for n, w in weights.items()]
     return tiny_sets.make_config(heads=heads, mix=mix, **data)
 
 
@@ -79,9 +79,9 @@ def test_samples_are_those_that_each_set_has(tiny_set, away_set, num_workers):
     config = make_config(tiny_set, away_set, num_workers=num_workers)
     sources = {"home": ShardSource(tiny_set), "away": ShardSource(away_set)}
     by_key = {
-        (name, source.key(*place)): place
+        (name, source.key(*location)): location
         for name, source in sources.items()
-        for place in tiny_sets.places_of(source)
+        for location in tiny_sets.places_of(source)
     }
     loader = make_loader(config)
     seen = Counter()
@@ -104,8 +104,8 @@ def test_samples_are_those_that_each_set_has(tiny_set, away_set, num_workers):
 def test_each_set_gives_each_of_its_samples_once_per_epoch_of_its_own(tiny_set, away_set):
     loader = make_loader(make_config(tiny_set, away_set, heads=tiny_sets.TEXT_HEADS))
     keys = [key for batch in take(loader, 30) for key in batch["keys"]]
-    for place, names in ((tiny_set, {"ann", "cat", "dan", "eve"}), (away_set, {"fay", "gus"})):
-        source = ShardSource(place)
+    for location, names in ((tiny_set, {"ann", "cat", "dan", "eve"}), (away_set, {"fay", "gus"})):
+        source = ShardSource(location)
         own = sorted(source.key(*each) for each in tiny_sets.places_of(source))
         stream = [key for key in keys if key.partition("/")[0] in names]
         epochs = [stream[i : i + len(own)] for i in range(0, len(stream), len(own))]
@@ -148,14 +148,14 @@ def test_a_state_of_another_mix_is_refused(tiny_set, away_set):
     state = make_loader(make_config(tiny_set, away_set)).state_at(3)
     other = make_loader(make_config(tiny_set, away_set, weights={"home": 1, "away": 1}))
     with pytest.raises(
-        ConfigError, match=r"has mix \{'away': 1, 'home': 2\}, this one \{'away': 1"
+        ConfigError, match=r"has mix \{'away': 1, 'home': 2\}, this run has \{'away': 1"
     ):
         other.load_state_dict(state)
     swapped = make_loader(make_config(away_set, tiny_set))
     with pytest.raises(ConfigError, match=r"other data \(sets \{'away': "):
         swapped.load_state_dict(state)
     alone = tiny_sets.make_config(tiny_set)
-    with pytest.raises(ConfigError, match="this one None"):
+    with pytest.raises(ConfigError, match="this run has None"):
         Loader(ShardSource(tiny_set), alone).load_state_dict(state)
 
 
@@ -201,8 +201,8 @@ def test_a_set_is_told_only_of_its_own_blocks(tiny_set, away_set, monkeypatch):
 
     monkeypatch.setattr(ShardSource, "prefetch_shards", note)
     take(make_loader(make_config(tiny_set, away_set, shuffle_block_shards=1, batch_size=2)), 40)
-    for place in (tiny_set, away_set):
-        own = [shards for root, shards in told if root == str(place)]
+    for location in (tiny_set, away_set):
+        own = [shards for root, shards in told if root == str(location)]
         assert len(own) > 2
         assert all(one != other for one, other in itertools.pairwise(own))
 
@@ -229,7 +229,7 @@ def test_sets_that_one_model_can_not_read_are_refused(tiny_set, tmp_path):
     shutil.rmtree(tmp_path / "coarse")
     other = tiny_sets.make_set(tmp_path / "coarse", text={"vocab_size": 300}, split={"salt": "d"})
     with pytest.raises(
-        ConfigError, match=r"home has another tokenizer than away; build it again with"
+        ConfigError, match=r"home has another tokenizer than away; fix: rebuild it with"
     ):
         open_source(make_config(tiny_set, other), split="train")
 

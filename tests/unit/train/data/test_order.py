@@ -10,7 +10,7 @@ from helpers.order_oracles import slow_epoch, slow_hashes, slow_permutation
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from train.data.order import BatchOrder, SampleOrder
+from train.data.order import EpochOrder, SampleOrder
 
 
 def make_order(sizes, *, fingerprint="f", seed=0, block_shards=2, is_shuffled=True):
@@ -24,7 +24,7 @@ def make_order(sizes, *, fingerprint="f", seed=0, block_shards=2, is_shuffled=Tr
 
 
 def make_batches(sizes, *, batch_size=4, last_batch="pad", rank=0, world_size=1, **options):
-    return BatchOrder(
+    return EpochOrder(
         make_order(sizes, **options),
         batch_size=batch_size,
         last_batch=last_batch,
@@ -33,18 +33,18 @@ def make_batches(sizes, *, batch_size=4, last_batch="pad", rank=0, world_size=1,
     )
 
 
-def places(plan, *, real_only=True):
+def locations(plan, *, real_only=True):
     is_wanted = plan.weight > 0 if real_only else np.ones(len(plan.weight), bool)
     return list(zip(plan.shards[is_wanted].tolist(), plan.rows[is_wanted].tolist(), strict=True))
 
 
-def epoch_places(batches, epoch, **options):
+def epoch_locations(batches, epoch, **options):
     first = epoch * batches.batches_per_epoch
     plans = [batches.plan(first + i) for i in range(batches.batches_per_epoch)]
-    return [place for plan in plans for place in places(plan, **options)]
+    return [location for plan in plans for location in locations(plan, **options)]
 
 
-def all_places(sizes):
+def all_locations(sizes):
     return [(s, r) for s, size in enumerate(sizes) for r in range(size)]
 
 
@@ -65,7 +65,7 @@ def test_the_order_is_the_slow_references(sizes, block_shards, epoch, seed):
 @given(sizes=shard_sizes, block_shards=blocks, batch_size=batch_sizes, epoch=epochs)
 def test_an_epoch_holds_every_sample_once(sizes, block_shards, batch_size, epoch):
     batches = make_batches(sizes, block_shards=block_shards, batch_size=batch_size)
-    assert sorted(epoch_places(batches, epoch)) == all_places(sizes)
+    assert sorted(epoch_locations(batches, epoch)) == all_locations(sizes)
 
 
 @given(sizes=shard_sizes, batch_size=batch_sizes)
@@ -81,20 +81,20 @@ def test_padding_fills_only_the_last_batch_up(sizes, batch_size):
 @given(sizes=shard_sizes, batch_size=batch_sizes)
 def test_padding_is_made_of_samples_that_exist(sizes, batch_size):
     batches = make_batches(sizes, batch_size=batch_size)
-    assert set(epoch_places(batches, 0, real_only=False)) == set(all_places(sizes))
+    assert set(epoch_locations(batches, 0, real_only=False)) == set(all_locations(sizes))
 
 
 @given(sizes=shard_sizes, batch_size=batch_sizes, epoch=epochs)
 def test_drop_leaves_out_only_the_incomplete_batch(sizes, batch_size, epoch):
     if sum(sizes) < batch_size:
-        with pytest.raises(ValueError, match="last_batch: pad"):
+        with pytest.raises(ValueError, match="last_batch to pad"):
             make_batches(sizes, batch_size=batch_size, last_batch="drop")
         return
     dropping = make_batches(sizes, batch_size=batch_size, last_batch="drop")
     padding = make_batches(sizes, batch_size=batch_size)
     num_kept = sum(sizes) // batch_size * batch_size
-    kept = epoch_places(dropping, epoch, real_only=False)
-    assert kept == epoch_places(padding, epoch)[:num_kept]
+    kept = epoch_locations(dropping, epoch, real_only=False)
+    assert kept == epoch_locations(padding, epoch)[:num_kept]
 
 
 @given(sizes=shard_sizes, per_rank=st.integers(1, 4), world=st.sampled_from([1, 2, 4]))
@@ -124,23 +124,23 @@ def test_smaller_batches_begin_where_larger_ones_would(
     assume(last_batch == "pad" or sum(sizes) >= factor * batch_size)
     large = make_batches(sizes, batch_size=factor * batch_size, last_batch=last_batch)
     small = make_batches(sizes, batch_size=batch_size, last_batch=last_batch)
-    here = small.number_of(number, batch_size=factor * batch_size)
+    index = small.rescale_index(number, batch_size=factor * batch_size)
     first = large.plan(number)
-    assert small.plan(here).epoch == first.epoch
-    assert small.plan(here).positions[0] == first.positions[0]
-    assert large.number_of(here, batch_size=batch_size) == number
+    assert small.plan(index).epoch == first.epoch
+    assert small.plan(index).positions[0] == first.positions[0]
+    assert large.rescale_index(index, batch_size=batch_size) == number
 
 
 @given(sizes=shard_sizes, one=batch_sizes, other=batch_sizes, number=st.integers(0, 30))
 def test_batches_of_any_other_size_begin_at_the_same_sample_or_nowhere(sizes, one, other, number):
-    there, here = make_batches(sizes, batch_size=one), make_batches(sizes, batch_size=other)
-    found = here.number_of(number, batch_size=one)
+    old, new = make_batches(sizes, batch_size=one), make_batches(sizes, batch_size=other)
+    index = new.rescale_index(number, batch_size=one)
     begins = {
         (plan.epoch, int(plan.positions[0])): plan.index
-        for plan in map(here.plan, range((number // there.batches_per_epoch + 1) * sum(sizes)))
+        for plan in map(new.plan, range((number // old.batches_per_epoch + 1) * sum(sizes)))
     }
-    plan = there.plan(number)
-    assert found == begins.get((plan.epoch, int(plan.positions[0])))
+    plan = old.plan(number)
+    assert index == begins.get((plan.epoch, int(plan.positions[0])))
 
 
 @given(sizes=shard_sizes, batch_size=batch_sizes, index=st.integers(0, 40))
@@ -149,7 +149,7 @@ def test_a_plan_needs_no_history(sizes, batch_size, index):
     for i in range(index):
         walked.plan(i)
     fresh = make_batches(sizes, batch_size=batch_size).plan(index)
-    assert places(walked.plan(index), real_only=False) == places(fresh, real_only=False)
+    assert locations(walked.plan(index), real_only=False) == locations(fresh, real_only=False)
     assert fresh.epoch == index // walked.batches_per_epoch
 
 
@@ -158,7 +158,7 @@ def test_plans_asked_for_in_any_order_are_the_same(sizes, jumps):
     batches = make_batches(sizes, batch_size=3)
     for index in jumps:
         expected = make_batches(sizes, batch_size=3).plan(index)
-        assert places(batches.plan(index)) == places(expected)
+        assert locations(batches.plan(index)) == locations(expected)
 
 
 @given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=9), block_shards=blocks)
@@ -177,21 +177,21 @@ def test_samples_of_a_block_come_from_its_shards_only(sizes, block_shards):
 @pytest.mark.parametrize("change", [{"seed": 1}, {"fingerprint": "g"}, {"block_shards": 3}])
 def test_another_seed_fingerprint_or_block_gives_another_order(change):
     sizes = [5] * 8
-    here, there = (epoch_places(make_batches(sizes, **o), 0) for o in ({}, change))
-    assert here != there
-    assert sorted(here) == sorted(there)
+    one, other = (epoch_locations(make_batches(sizes, **o), 0) for o in ({}, change))
+    assert one != other
+    assert sorted(one) == sorted(other)
 
 
 def test_epochs_differ():
     batches = make_batches([5] * 8)
-    orders = {tuple(epoch_places(batches, epoch)) for epoch in range(5)}
+    orders = {tuple(epoch_locations(batches, epoch)) for epoch in range(5)}
     assert len(orders) == 5
 
 
 def test_without_shuffling_the_stored_order_comes_in_every_epoch():
     batches = make_batches([3, 0, 4, 1], is_shuffled=False)
     for epoch in range(3):
-        assert epoch_places(batches, epoch) == all_places([3, 0, 4, 1])
+        assert epoch_locations(batches, epoch) == all_locations([3, 0, 4, 1])
 
 
 def test_frozen_order():
@@ -201,7 +201,7 @@ def test_frozen_order():
     batches = make_batches([3, 5, 4], fingerprint="frozen", seed=42, batch_size=6)
     plan = batches.plan(3)
     assert plan.epoch == 1
-    found = [s * 10 + r for s, r in epoch_places(batches, 1)]
+    found = [s * 10 + r for s, r in epoch_locations(batches, 1)]
     assert found == [21, 11, 13, 10, 12, 22, 14, 23, 20, 1, 0, 2]
 
 
@@ -266,15 +266,19 @@ def test_no_sample_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "world_size", "mend"),
+    ("batch_size", "world_size", "fix"),
     [
-        (4, 3, "start 2 or 4 ranks (torchrun --nproc-per-node), or set data.batch_size: 3 or 6"),
-        (12, 5, "start 4 or 6 ranks (torchrun --nproc-per-node), or set data.batch_size: 10 or 15"),
-        (2, 8, "start 1 or 2 ranks (torchrun --nproc-per-node), or set data.batch_size: 8"),
+        (4, 3, "start 2 or 4 ranks (torchrun --nproc-per-node), or set data.batch_size to 3 or 6"),
+        (
+            12,
+            5,
+            "start 4 or 6 ranks (torchrun --nproc-per-node), or set data.batch_size to 10 or 15",
+        ),
+        (2, 8, "start 1 or 2 ranks (torchrun --nproc-per-node), or set data.batch_size to 8"),
     ],
 )
-def test_ranks_that_do_not_divide_the_batch_are_told_which_do(batch_size, world_size, mend):
-    with pytest.raises(ValueError, match=re.escape(mend)):
+def test_ranks_that_do_not_divide_the_batch_get_numbers_that_do(batch_size, world_size, fix):
+    with pytest.raises(ValueError, match=re.escape(fix)):
         make_batches([50], batch_size=batch_size, world_size=world_size)
 
 
@@ -285,23 +289,23 @@ def test_ranks_that_do_not_divide_the_batch_are_told_which_do(batch_size, world_
 @given(
     sizes=st.lists(st.integers(0, 5), min_size=1, max_size=12).filter(any),
     block_shards=st.integers(1, 4),
-    place=st.floats(0, 1),
+    fraction=st.floats(0, 1),
     length=st.integers(1, 6),
     is_shuffled=st.booleans(),
 )
 def test_the_shards_of_the_next_block_hold_every_sample_up_to_its_end(
-    sizes, block_shards, place, length, is_shuffled
+    sizes, block_shards, fraction, length, is_shuffled
 ):
     order = make_order(sizes, block_shards=block_shards, is_shuffled=is_shuffled)
-    first = int(place * (sum(sizes) - 1))
+    first = int(fraction * (sum(sizes) - 1))
     positions = np.arange(first, first + length)
-    first_block, last_block = order.blocks_of(1, positions)
-    known = set(order.shards_of(1, first_block, last_block + 1).tolist())
+    first_block, last_block = order.block_range(1, positions)
+    known = set(order.shards_in_blocks(1, first_block, last_block + 1).tolist())
     in_epoch = positions[positions < sum(sizes)]
     read, _ = order.locate(1, in_epoch)
     assert set(read.tolist()) <= known
     rest = np.arange(in_epoch[-1], sum(sizes))
-    in_block = [p for p in rest if order.blocks_of(1, np.array([p]))[0] <= last_block + 1]
+    in_block = [p for p in rest if order.block_range(1, np.array([p]))[0] <= last_block + 1]
     assert set(order.locate(1, np.array(in_block))[0].tolist()) <= known
 
 
@@ -309,11 +313,11 @@ def test_after_the_last_block_comes_the_next_epochs_first():
     sizes, options = [3, 1, 2, 4, 2], {"block_shards": 2}
     order = make_order(sizes, **options)
     num_samples = sum(sizes)
-    first, last = order.blocks_of(0, np.array([num_samples - 1, num_samples + 3]))
+    first, last = order.block_range(0, np.array([num_samples - 1, num_samples + 3]))
     assert (first, last) == (2, 2)
     epochs = [[s for s, _ in slow_epoch(sizes, "f", 0, e, 2)] for e in (0, 1)]
     in_turn = [list(dict.fromkeys(shards)) for shards in epochs]
-    assert order.shards_of(0, 2, 3).tolist() == [
+    assert order.shards_in_blocks(0, 2, 3).tolist() == [
         in_turn[0][-1],
         *slow_permutation("f/0/1/shards", list(range(5)))[:2],
     ]
@@ -321,4 +325,4 @@ def test_after_the_last_block_comes_the_next_epochs_first():
 
 def test_a_set_of_one_block_knows_all_its_shards():
     order = make_order([2, 2], block_shards=9)
-    assert sorted(order.shards_of(0, 0, 1).tolist()) == [0, 0, 1, 1]
+    assert sorted(order.shards_in_blocks(0, 0, 1).tolist()) == [0, 0, 1, 1]

@@ -27,7 +27,7 @@ VISION = ("vision_left", "vision_right")
 
 
 def by_key(source):
-    return {source.key(*place): place for place in tiny_sets.places_of(source)}
+    return {source.key(*location): location for location in tiny_sets.places_of(source)}
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def test_sessions_train_the_tokenizer_that_the_shards_hold(raw_pair):
 )
 def test_raw_shards_equal_sessions_to_the_bit(raw_pair, field, pixels):
     shards, sessions = raw_pair
-    places = by_key(sessions)
+    locations = by_key(sessions)
     num_valid = 0
-    for key, place in by_key(shards).items():
-        ours, _ = read_sample(shards, place, [field], with_text=False, pixels=pixels)
-        theirs, _ = read_sample(sessions, places[key], [field], with_text=False, pixels=pixels)
+    for key, location in by_key(shards).items():
+        ours, _ = read_sample(shards, location, [field], with_text=False, pixels=pixels)
+        theirs, _ = read_sample(sessions, locations[key], [field], with_text=False, pixels=pixels)
         np.testing.assert_array_equal(ours[field], theirs[field], err_msg=key)
         np.testing.assert_array_equal(ours[f"{field}_valid"], theirs[f"{field}_valid"], key)
         num_valid += ours[f"{field}_valid"].sum()
@@ -66,12 +66,12 @@ def test_raw_shards_equal_sessions_to_the_bit(raw_pair, field, pixels):
 
 def test_text_and_times_of_shards_equal_the_sessions(raw_pair):
     shards, sessions = raw_pair
-    places = by_key(sessions)
-    for key, place in by_key(shards).items():
-        assert shards.start_s(*place) == sessions.start_s(*places[key])
-        assert shards.present(*place) == sessions.present(*places[key])
-        text = read_sample(shards, place, [])[1]
-        assert text == read_sample(sessions, places[key], [])[1]
+    locations = by_key(sessions)
+    for key, location in by_key(shards).items():
+        assert shards.start_s(*location) == sessions.start_s(*locations[key])
+        assert shards.present(*location) == sessions.present(*locations[key])
+        text = read_sample(shards, location, [])[1]
+        assert text == read_sample(sessions, locations[key], [])[1]
 
 
 LEAST_PSNR_DB = {"mjpeg": 30, "h264": 30, "yuv420": np.inf}
@@ -90,12 +90,12 @@ def codec_pair(request, tiny_sessions, tmp_path_factory):
 @pytest.mark.parametrize("pixels", ["yuv420", "rgb"])
 def test_pictures_of_shards_are_those_of_sessions_up_to_the_codecs_loss(codec_pair, pixels):
     shards, sessions = codec_pair
-    places = by_key(sessions)
+    locations = by_key(sessions)
     least_db = LEAST_PSNR_DB[shards.recipe.vision.codec] if pixels == "yuv420" else 30
-    for key, place in by_key(shards).items():
+    for key, location in by_key(shards).items():
         ours, theirs = (
             read_sample(s, p, VISION, with_text=False, pixels=pixels)[0]
-            for s, p in ((shards, place), (sessions, places[key]))
+            for s, p in ((shards, location), (sessions, locations[key]))
         )
         for eye in VISION:
             assert psnr_db(ours[eye], theirs[eye]) >= least_db, (key, eye)
@@ -106,11 +106,11 @@ def test_both_forms_of_pixels_are_the_same_to_the_model(codec_pair):
     """Up to rounding to 8 bits, which libjpeg does on the way as well."""
     shards, _ = codec_pair
     limit = 5 if shards.recipe.vision.codec == "mjpeg" else 0.75
-    for place in tiny_sets.places_of(shards):
+    for location in tiny_sets.places_of(shards):
         of_planes, of_rgb = (
             normalized_frames(
                 torch.from_numpy(
-                    read_sample(shards, place, VISION[:1], with_text=False, pixels=form)[0][
+                    read_sample(shards, location, VISION[:1], with_text=False, pixels=form)[0][
                         VISION[0]
                     ]
                 )[None],
@@ -118,15 +118,15 @@ def test_both_forms_of_pixels_are_the_same_to_the_model(codec_pair):
             )
             for form in ("yuv420", "rgb")
         )
-        if VISION[0] in shards.present(*place):
+        if VISION[0] in shards.present(*location):
             assert (of_planes - of_rgb).abs().max() * 255 * max(IMAGENET_STD) < limit
 
 
 def test_a_stream_that_a_sample_lacks_is_written_as_zero_and_invalid(raw_pair):
     shards, _ = raw_pair
-    for place in tiny_sets.places_of(shards):
-        sample, text = read_sample(shards, place)
-        present = shards.present(*place)
+    for location in tiny_sets.places_of(shards):
+        sample, text = read_sample(shards, location)
+        present = shards.present(*location)
         for stream in (*VISION, *NUMBERS):
             if stream not in present:
                 assert not sample[stream].any()

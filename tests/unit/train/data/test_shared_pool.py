@@ -274,14 +274,12 @@ def assert_same(one, other):
 def assert_right(loader, batches, *, oracle=None):
     """Compare batches with samples read one by one into memory of their own."""
     source = oracle or loader.source
-    parse_location = {source.key(*place): place for place in tiny_sets.places_of(source)}
+    locations = {source.key(*location): location for location in tiny_sets.places_of(source)}
     num_rows = 0
     for number, batch in enumerate(batches):
         assert batch["index"] == number
         alone = [
-            assemble_batch(
-                source, [parse_location[key]], config=loader.config, shapes=loader.shapes
-            )
+            assemble_batch(source, [locations[key]], config=loader.config, shapes=loader.shapes)
             for key in batch["keys"]
         ]
         assert_same(batch, join_batches(alone))

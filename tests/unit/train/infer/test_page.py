@@ -80,7 +80,7 @@ def infer_page(folder, session, config=None):
         values=json.loads(values.text),
         out=folder / "out",
         metrics=metrics,
-        reader=open_session(session, trained).fields(0),
+        reader=open_session(session, trained).reader(0),
     )
 
 

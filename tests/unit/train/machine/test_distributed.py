@@ -89,7 +89,7 @@ def test_a_state_is_of_no_rank_and_no_world_size(tiny_set):
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(tiny_set):
-    with pytest.raises(ConfigError, match=r"start 2 or 4 ranks .*data\.batch_size: 3 or 6"):
+    with pytest.raises(ConfigError, match=r"start 2 or 4 ranks .*data\.batch_size to 3 or 6"):
         share(tiny_set, 0, 3)
 
 
@@ -113,7 +113,7 @@ def test_corrupt_samples_are_judged_by_their_share_of_all_that_were_read():
         TooManyCorruptSamplesError, match=r"3 of 24 samples are corrupt.*shard 3: torn"
     ):
         limit.count(8, bad)
-    CorruptSampleBudget(max_fraction=0.01, num_read=1000, num_bad=9).count(8, bad)
+    CorruptSampleBudget(max_fraction=0.01, num_read=1000, num_corrupt=9).count(8, bad)
 
 
 def test_a_restarted_attempt_finds_nothing_of_the_earlier_ones():
