@@ -190,8 +190,6 @@ def _tell_build(summary: BuildSummary, where: Path | Store) -> None:
     """What a build made or would make, and what the set is now."""
     from preprocess.build.explain import PAST, reasons
 
-    if summary.plan.upgrade is not None:
-        click.echo(f"{where}: {summary.plan.upgrade}")
     lines = reasons(summary.plan)
     for verb, what in lines:
         click.echo(f"{PAST[verb] if summary.manifest else f'would {verb}'} {what}")

@@ -6,7 +6,7 @@
     - MediaError: its video or audio doesn't open or decode
       - MissingMediaError: its video or audio file doesn't exist
   - ShardError (ValueError): a shard set can't be read
-    - FormatVersionError: a newer version of this software wrote it
+    - FormatVersionError: this software does not read its format version
     - CorruptError: bytes differ from their checksum, or don't decode
       - TooManyCorruptSamplesError: more than the tolerated share of samples is corrupt
   - StorageError: a folder or file behind a URL can't be reached, read or written
@@ -49,7 +49,7 @@ class ShardError(EngineError, ValueError):
 
 
 class FormatVersionError(ShardError):
-    """A shard set has a newer format than this software reads."""
+    """A shard set has a format version that this software does not read."""
 
 
 class CorruptError(ShardError):

@@ -1,5 +1,6 @@
-"""Runs independent functions over a Dask cluster, or in this process. The only module that knows
-Dask.
+"""Run independent functions on a Dask cluster, or in this process.
+
+The only module that knows Dask.
 """
 
 from __future__ import annotations
@@ -29,45 +30,44 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RETRIES = 2
-"""How often a failed task is tried again: network folders hiccup. Dask itself moves the tasks of a
-worker that died."""
+"""How often a failed task is retried, because network folders fail now and then. Dask itself moves
+the tasks of a worker that died."""
 
 START_S = 2.0
-"""How long a local cluster takes to start."""
+"""Seconds that a local cluster takes to start."""
 
 MIN_WORK_S = 60.0
-"""Nobody minds idle workers in shorter work."""
+"""Shorter jobs get no warning about idle workers (seconds)."""
 
 STARTS = 3
-"""How often local workers are started before they are given up."""
+"""How often starting local workers is attempted."""
 
 ArgT = TypeVar("ArgT")
-PieceT = TypeVar("PieceT")
-PartT = TypeVar("PartT")
+SubT = TypeVar("SubT")
 ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True)
-class Joint(Generic[ArgT, PieceT]):
-    """A task and the pieces of it that are tasks before it."""
+class TaskWithSubtasks(Generic[ArgT, SubT]):
+    """The argument of a task, and the arguments of the subtasks that run before it."""
 
     argument: ArgT
-    pieces: Sequence[PieceT] = ()
+    subtasks: Sequence[SubT] = ()
 
     @property
-    def num_tasks(self) -> int:
+    def num_parallel(self) -> int:
         """How many workers it can keep busy."""
-        return max(1, len(self.pieces))
+        return max(1, len(self.subtasks))
 
 
 class Cluster:
-    """Runs functions over a Dask cluster that is started at the first use.
+    """Runs functions on a Dask cluster that is started at the first use.
 
     Args:
         scheduler: address of a running scheduler; None starts a local cluster.
         num_workers: processes of a local cluster; 0 runs in this process, without Dask.
-        console: where progress and the dashboard's address go.
-        start_s: how long a local cluster takes to start; shorter work is done in this process.
+        console: shows progress and the dashboard's address.
+        start_s: seconds that a local cluster takes to start; shorter work runs in this process.
     """
 
     def __init__(
@@ -91,23 +91,23 @@ class Cluster:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def num_idle(self, num_tasks: int, *, work_s: float) -> int:
-        """Workers of a local cluster that so many tasks leave without work, where it would count.
+    def num_idle(self, num_parallel: int, *, work_s: float) -> int:
+        """Count the workers of a local cluster that get no work; 0 for short work.
 
         Args:
-            num_tasks: how many.
-            work_s: about how long one process would take for all.
+            num_parallel: workers that the work can keep busy.
+            work_s: estimated seconds of the work in one process.
         """
         is_short = self._scheduler is not None or work_s < MIN_WORK_S
-        return 0 if is_short else max(0, self._num_workers - num_tasks)
+        return 0 if is_short else max(0, self._num_workers - num_parallel)
 
     def is_in_process(self, *, work_s: float) -> bool:
-        """Whether so much work is done in this process, one task after another."""
+        """Whether work of so long runs in this process, one task after the other."""
         is_small = self._num_workers == 0 or (self._client is None and work_s < self._start_s)
         return self._scheduler is None and is_small
 
-    def say(self, message: str) -> None:
-        """One line to the terminal."""
+    def log(self, message: str) -> None:
+        """Print one line to the terminal."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def map(
@@ -115,103 +115,87 @@ class Cluster:
         function: Callable[[ArgT], ResultT],
         arguments: Sequence[ArgT],
         *,
-        what: str,
+        label: str,
         work_s: float = math.inf,
     ) -> list[ResultT]:
-        """Results in the order of the arguments, with a progress bar.
+        """Call a function with each argument; return the results in order.
 
         Args:
-            function: what to do.
-            arguments: with what.
-            what: the same in words.
-            work_s: about how long one process would take for all.
+            function: the function; it crosses processes.
+            arguments: its arguments.
+            label: text of the progress bar.
+            work_s: estimated seconds of the work in one process.
 
         Raises:
-            JobError, StorageError: the job can't go on; at once, the other tasks are given up.
+            JobError, StorageError: the job can't continue; at once, without the other tasks.
             Exception: the first failure, after the other tasks have ended.
         """
-        work: list[Joint[ArgT, Any]] = [Joint(argument) for argument in arguments]
-        return self.join(_Alone(function), work, part=_Alone(function), what=what, work_s=work_s)
+        tasks: list[TaskWithSubtasks[ArgT, Any]] = [TaskWithSubtasks(a) for a in arguments]
+        return self.run(function, tasks, subtask=function, label=label, work_s=work_s)
 
-    def join(
+    def run(
         self,
-        function: Callable[[ArgT, Sequence[PartT]], ResultT],
-        work: Sequence[Joint[ArgT, PieceT]],
+        function: Callable[..., ResultT],
+        tasks: Sequence[TaskWithSubtasks[ArgT, SubT]],
         *,
-        part: Callable[[PieceT], PartT],
-        what: str,
+        subtask: Callable[[SubT], Any],
+        label: str,
         work_s: float = math.inf,
     ) -> list[ResultT]:
-        """Results in order, with a progress bar that counts pieces too.
+        """Run tasks after their subtasks; return the results of the tasks in order.
 
         Args:
-            function: what to do with an argument and the parts that were made of its pieces.
-            work: arguments and pieces.
-            part: what to do with a piece.
-            what: the same in words.
-            work_s: about how long one process would take for all.
+            function: called with the argument of a task and the results of its subtasks.
+            tasks: the arguments of tasks and subtasks.
+            subtask: called with the argument of a subtask.
+            label: text of the progress bar, which counts tasks and subtasks.
+            work_s: estimated seconds of the work in one process.
 
         Raises:
-            JobError, Exception: see :meth:`map`; where a piece fails, so does its task.
+            JobError, StorageError, Exception: see :meth:`map`. A task whose subtask fails fails
+                likewise and does not run.
         """
-        if not work:
+        if not tasks:
             return []
+        iterate = _run_in_process if self.is_in_process(work_s=work_s) else self._run_on_cluster
         results: dict[int, ResultT] = {}
-        with self._progress() as progress:
-            num_pieces = sum(len(joint.pieces) for joint in work)
-            bar = progress.add_task(what, total=len(work) + num_pieces)
-            attempts = _Attempt(function), _Attempt(part)
-            for index, result in self._completed(*attempts, work, work_s):
-                if index is not None:
-                    results[index] = result
-                progress.advance(bar)
-        return [results[i] for i in range(len(work))]
-
-    def _completed(
-        self, function: _Attempt, part: _Attempt, work: Sequence[Joint[Any, Any]], work_s: float
-    ) -> Iterator[tuple[int | None, Any]]:
-        """Number and result of every task as they end; None and result of every piece."""
-        is_here = self.is_in_process(work_s=work_s)
         failure: Exception | None = None
-        for index, outcome in (_in_turn if is_here else self._submitted)(function, part, work):
-            if isinstance(outcome, (JobError, StorageError)):
-                raise outcome
-            if not isinstance(outcome, Exception):
-                yield index, outcome
-            elif failure is None:
-                failure = outcome
+        with self._progress() as progress:
+            bar = progress.add_task(label, total=sum(1 + len(task.subtasks) for task in tasks))
+            for index, outcome in iterate(function, subtask, tasks):
+                if isinstance(outcome, (JobError, StorageError)):
+                    raise outcome
+                if isinstance(outcome, Exception):
+                    failure = failure or outcome
+                    continue
+                if index is not None:
+                    results[index] = outcome
+                progress.advance(bar)
         if failure is not None:
             raise failure
+        return [results[index] for index in range(len(tasks))]
 
-    def _submitted(
-        self, function: _Attempt, part: _Attempt, work: Sequence[Joint[Any, Any]]
+    def _run_on_cluster(
+        self,
+        function: Callable[..., Any],
+        subtask: Callable[..., Any],
+        tasks: Sequence[TaskWithSubtasks[Any, Any]],
     ) -> Iterator[tuple[int | None, Any]]:
-        """Like :func:`_in_turn`, over the cluster."""
+        """See :func:`_run_in_process`. A task is a future that depends on its subtasks' futures."""
         from distributed import as_completed
 
-        submit = partial(self._connect().submit, pure=False, retries=RETRIES)
-        parts: list[list[Any]] = [[None] * len(joint.pieces) for joint in work]
-        missing = [len(joint.pieces) for joint in work]
-        running: dict[Any, tuple[int, int | None]] = {}
-        for index, joint in enumerate(work):
-            for number, piece in enumerate(joint.pieces):
-                running[submit(part, piece)] = index, number
-            if not joint.pieces:
-                running[submit(function, joint.argument, ())] = index, None
-        ended = as_completed(list(running))
-        for future in ended:
-            task, place = running.pop(future)
-            outcome = _outcome(future)
-            yield task if place is None else None, outcome
-            if place is None or isinstance(outcome, Exception):
-                continue
-            parts[task][place] = outcome
-            missing[task] -= 1
-            if not missing[task]:
-                # Before pieces of later tasks, so that few parts lie about.
-                joined = submit(function, work[task].argument, tuple(parts[task]), priority=1)
-                running[joined] = task, None
-                ended.add(joined)
+        submit = partial(self._connect().submit, _attempt, pure=False, retries=RETRIES)
+        running: dict[Any, int | None] = {}
+        for index, task in enumerate(tasks):
+            subtasks = [submit(subtask, argument) for argument in task.subtasks]
+            running.update(dict.fromkeys(subtasks))
+            # Before subtasks of later tasks, so that few of their files exist at a time.
+            priority = 1 if subtasks else 0
+            running[submit(function, task.argument, *subtasks, priority=priority)] = index
+            del subtasks
+        # A finished future is released at once: if its worker died later, Dask would repeat it.
+        for future in as_completed(list(running)):
+            yield running.pop(future), _outcome(future)
 
     def _connect(self) -> Any:  # noqa: ANN401
         if self._client is None:
@@ -221,10 +205,10 @@ class Cluster:
         return self._client
 
     def _start_local(self) -> Any:  # noqa: ANN401
-        """A local cluster; started again where a worker dies before it has said that it is there.
+        """Start a local cluster; retry if a worker dies while it starts.
 
         Raises:
-            JobError: workers die whenever they start.
+            JobError: workers die at every start.
         """
         from distributed import LocalCluster
 
@@ -235,13 +219,14 @@ class Cluster:
                         n_workers=self._num_workers,
                         threads_per_worker=1,  # decoders scale by processes
                         dashboard_address="127.0.0.1:0",
-                        silence_logs=60,  # what goes wrong is told by the job
+                        silence_logs=60,  # the job reports failures itself
                     )
             except RuntimeError as error:
                 if attempt + 1 == STARTS:
                     raise JobError(
                         f"{self._num_workers} local workers could not be started: "
-                        f"{error.__cause__ or error}; use fewer (--workers), or none (--workers 0)"
+                        f"{error.__cause__ or error}; fix: use fewer (--workers), or none "
+                        "(--workers 0)"
                     ) from error
             else:
                 return self._stack.enter_context(local)
@@ -259,63 +244,54 @@ class Cluster:
         return Progress(*columns, console=self._console, transient=not self._console.is_terminal)
 
 
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """A function that returns its error where another attempt would end in the same one."""
+def _attempt(function: Callable[..., Any], argument: Any, *subtask_results: Any) -> Any:  # noqa: ANN401
+    """Call a function; return, and do not raise, an error that a retry would repeat.
 
-    function: Callable[..., Any]
-
-    def __call__(self, *arguments: Any) -> Any:  # noqa: ANN401
-        try:
-            return self.function(*arguments)
-        except (JobError, SessionError, StorageError) as error:  # stores were asked patiently
-            return error
-
-
-@dataclass(frozen=True, slots=True)
-class _Alone(Generic[ArgT, ResultT]):
-    """A function of an argument, for tasks without pieces."""
-
-    function: Callable[[ArgT], ResultT]
-
-    def __call__(self, argument: ArgT, parts: Sequence[Any] = ()) -> ResultT:
-        del parts
-        return self.function(argument)
+    A failed subtask is such an error. Requests to stores have been retried already.
+    """
+    for result in subtask_results:
+        if isinstance(result, Exception):
+            return result
+    try:
+        return function(argument, *subtask_results)
+    except (JobError, SessionError, StorageError) as error:
+        return error
 
 
-def _in_turn(
-    function: _Attempt, part: _Attempt, work: Sequence[Joint[Any, Any]]
+def _run_in_process(
+    function: Callable[..., Any],
+    subtask: Callable[..., Any],
+    tasks: Sequence[TaskWithSubtasks[Any, Any]],
 ) -> Iterator[tuple[int | None, Any]]:
-    """Number and result or failure of every task; None and those of its pieces before."""
-    for index, joint in enumerate(work):
-        made = []
-        for piece in joint.pieces:
-            made.append(part(piece))
-            yield None, made[-1]
-        if not any(isinstance(outcome, Exception) for outcome in made):
-            yield index, function(joint.argument, tuple(made))
+    """Yield (index, result or error) of each task, and (None, result or error) of each subtask."""
+    for index, task in enumerate(tasks):
+        results = []
+        for argument in task.subtasks:
+            results.append(_attempt(subtask, argument))
+            yield None, results[-1]
+        yield index, _attempt(function, task.argument, *results)
 
 
 def _outcome(future: Any) -> Any:  # noqa: ANN401
-    """Result or failure of a task that has ended."""
+    """Result or error of a future that has ended."""
     from distributed import KilledWorker
 
     error = future.exception()
     if isinstance(error, KilledWorker):
         return JobError(
-            "a task was given up because every worker that tried it died; do they run out of "
-            "memory? Use fewer workers or a smaller shard.target_bytes, and run it again: what was "
-            "finished is kept"
+            "a task was given up because every worker that tried it died, perhaps out of memory; "
+            "fix: use fewer workers or a smaller shard.target_bytes, and run it again: finished "
+            "shards are kept"
         )
     return error if error is not None else future.result()
 
 
 @contextmanager
 def ignore_sigint() -> Iterator[None]:
-    """Threads and processes that are started here never see a Ctrl-C: they inherit the mask.
+    """Block Ctrl-C in threads and processes that are started here: they inherit the mask.
 
-    A terminal interrupts all processes of a job at once. The client alone answers, and dismisses
-    its workers, which otherwise die with a traceback each.
+    A terminal interrupts all processes of a job at once. The client alone answers and stops its
+    workers, which would otherwise die with a traceback each.
     """
     resource_tracker.ensure_running()  # it unblocks SIGINT
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -326,10 +302,10 @@ def ignore_sigint() -> Iterator[None]:
 
 
 def _client(address: Any) -> Any:  # noqa: ANN401
-    """A client of a scheduler.
+    """Connect to a scheduler.
 
     Raises:
-        JobError: nothing answers there.
+        JobError: the scheduler does not answer.
     """
     from distributed import Client
 
@@ -338,6 +314,6 @@ def _client(address: Any) -> Any:  # noqa: ANN401
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise JobError(
-            f"scheduler {address}: no answer: {reason}; start one by `dask scheduler` and give its "
-            "address as tcp://HOST:PORT"
+            f"scheduler {address}: no answer: {reason}; fix: start one by `dask scheduler` and "
+            "give its address as tcp://HOST:PORT"
         ) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build import statistics
@@ -31,6 +31,7 @@ from shared.shardset.manifest import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+    from shared.media.tokenizer import TextTokenizer
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
     from shared.shardset.store import ShardSetStore
@@ -42,166 +43,172 @@ _OWN_FILE = re.compile(
 """Names that shard sets give to files."""
 
 _OLD_MANIFEST = re.compile(r"manifest\.g\d+\.json")
-"""Names of replaced manifests; they are there as long as someone reads by them, or may."""
+"""Names of replaced manifests; each exists as long as someone reads, or may read, that set."""
 
 
-def make_manifest(
-    place: ShardSetStore,
-    shards: tuple[ShardEntry, ...],
-    facts: Sequence[Mapping[str, Any]],
-    *,
-    recipe: Recipe,
-    generation: int,
-    tokenizer_file: str,
-    tokenizer_sha256: str,
-    num_sessions: int,
-    num_planned: int,
-    num_rejected: int,
-) -> Manifest:
-    """The manifest of a set.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSet:
+    """A set whose shards are finished, ready to commit."""
 
-    Args:
-        place: where the set is.
-        shards: its shards, in order.
-        facts: those of the shards' indexes.
-        recipe: the recipe it is made by.
-        generation: builds that changed something.
-        tokenizer_file: name of its tokenizer.
-        tokenizer_sha256: checksum of it.
-        num_sessions: sessions, with those of which nothing is in the set.
-        num_planned: windows of them all.
-        num_rejected: windows that are not in the set.
-    """
-    parts = [
-        {"num_samples": entry.num_samples, **_flat(found["statistics"])}
-        for entry, found in zip(shards, facts, strict=True)
+    store: ShardSetStore
+    recipe: Recipe
+    shards: tuple[ShardEntry, ...]
+    """In order."""
+    headers: Sequence[Mapping[str, Any]]
+    """The header of each shard's index."""
+    generation: int
+    """Builds that changed something."""
+    tokenizer: TextTokenizer
+    tokenizer_file: str
+    num_sessions: int
+    """Sessions, including sessions without a sample."""
+    rejected: Sequence[Mapping[str, Any]]
+    """Lines of ``rejected.jsonl``."""
+    previous: Manifest | None
+    """The manifest that is replaced."""
+    fingerprint: str | None = None
+    """The fingerprint of the previous set if the samples are the same, so that runs that read it
+    can resume; None computes it from the shards."""
+
+
+def commit_set(new: NewSet) -> Manifest:
+    """Make the new set the set, and delete what it no longer references."""
+    manifest = make_manifest(new)
+    commit(new, manifest)
+    sweep(new, manifest)
+    return manifest
+
+
+def make_manifest(new: NewSet) -> Manifest:
+    """Make the manifest of a set."""
+    counted = [
+        {"num_samples": entry.num_samples, **_flatten(header["statistics"])}
+        for entry, header in zip(new.shards, new.headers, strict=True)
         if entry.split == "train"
     ]
+    num_samples = sum(entry.num_samples for entry in new.shards)
+    num_rejected = count_windows(new.rejected)
     return Manifest(
-        root=place.root,
-        recipe=recipe,
-        shards=shards,
-        generation=generation,
-        tokenizer_file=tokenizer_file,
-        tokenizer_sha256=tokenizer_sha256,
-        fields=field_schema(recipe),
-        statistics=statistics.merge(parts),
+        root=new.store.root,
+        recipe=new.recipe,
+        shards=new.shards,
+        generation=new.generation,
+        tokenizer_file=new.tokenizer_file,
+        tokenizer_sha256=new.tokenizer.sha256,
+        fields=field_schema(new.recipe),
+        statistics=statistics.merge(counted),
         counts={
-            "sessions": num_sessions,
-            "windows_planned": num_planned,
-            "samples": sum(s.num_samples for s in shards),
+            "sessions": new.num_sessions,
+            "windows_planned": num_samples + num_rejected,
+            "samples": num_samples,
             "windows_rejected": num_rejected,
         },
-        fingerprint=fingerprint_of(
-            [[s.name, s.split, s.num_samples, s.index_sha256] for s in shards], tokenizer_sha256
+        fingerprint=new.fingerprint
+        or fingerprint_of(
+            [[s.name, s.split, s.num_samples, s.index_sha256] for s in new.shards],
+            new.tokenizer.sha256,
         ),
     )
 
 
-def commit(
-    manifest: Manifest,
-    place: ShardSetStore,
-    *,
-    old: Manifest | None,
-    tokenizer_json: str,
-    rejected: Iterable[Mapping[str, Any]],
-) -> None:
-    """Make the new set the set; write only what differs.
-
-    Args:
-        manifest: the new set.
-        place: where it is.
-        old: the set before.
-        tokenizer_json: the tokenizer's file.
-        rejected: lines of ``rejected.jsonl``.
-    """
+def commit(new: NewSet, manifest: Manifest) -> None:
+    """Write the small files of a set that changed; the manifest last."""
+    store, previous = new.store, new.previous
     for name, content in (
-        (manifest.tokenizer_file, tokenizer_json.encode()),
-        (REJECTED_FILE, to_jsonl(rejected)),
+        (new.tokenizer_file, new.tokenizer.json.encode()),
+        (REJECTED_FILE, to_jsonl(new.rejected)),
     ):
-        if place.read(name) != content:
-            place.write(name, content)
-    if old is None or replace(old, root=place.root) != manifest:
-        if old is not None:
-            place.retain_manifest(versioned(MANIFEST_FILE, old.generation))
-        commit_manifest(manifest, write=place.write)
+        if store.read(name) != content:
+            store.write(name, content)
+    if previous is None or replace(previous, root=store.root) != manifest:
+        if previous is not None:
+            store.retain_manifest(versioned(MANIFEST_FILE, previous.generation))
+        commit_manifest(manifest, write=store.write)
 
 
-def sweep(manifest: Manifest, place: ShardSetStore, facts: Iterable[Mapping[str, Any]]) -> None:
-    """Remove what older sets and killed runs left; nothing that this program did not name, and
-    nothing of an older set that someone reads, or behind a URL may still read.
+def sweep(new: NewSet, manifest: Manifest) -> None:
+    """Delete files of earlier sets and of killed jobs.
 
-    Args:
-        manifest: the set, committed.
-        place: where it is.
-        facts: those of its indexes.
+    Files with names that this program does not give stay. Files of a replaced set stay while
+    someone reads them, or in an object store may still read them.
     """
+    store = new.store
     needed = {manifest.tokenizer_file, *(entry.index_file for entry in manifest.shards)}
-    needed |= {column["file"] for found in facts for column in found["columns"].values()}
-    names = sorted(place.list_sizes())
+    needed |= {column["file"] for header in new.headers for column in header["columns"].values()}
+    names = sorted(store.list_sizes())
     for name in filter(_OLD_MANIFEST.fullmatch, names):
-        if place.has_readers(name):
-            needed |= {name, *_files_of(name, place, known=needed)}
-    given = manifest.recipe.text.tokenizer
+        if store.has_readers(name):
+            needed |= {name, *_files_of(name, store, known=needed)}
+    tokenizer = manifest.recipe.text.tokenizer
     for name in names:
         if name in needed or not _OWN_FILE.fullmatch(name):
             continue
+        # The recipe's tokenizer may be a file in the folder of the set.
         path = manifest.root / name
-        if given is None or not (given.exists() and path.exists() and path.samefile(given)):
-            place.remove(name)
+        is_input = (
+            tokenizer is not None
+            and tokenizer.exists()
+            and path.exists()
+            and path.samefile(tokenizer)
+        )
+        if not is_input:
+            store.remove(name)
 
 
-def _files_of(name: str, place: ShardSetStore, *, known: Collection[str]) -> set[str]:
-    """Files that a replaced manifest leads to; of a damaged set those that can be told.
+def _files_of(name: str, store: ShardSetStore, *, known: Collection[str]) -> set[str]:
+    """List the files that a replaced manifest references; of a damaged set as far as possible.
 
     Args:
         name: the manifest.
-        place: where the set is.
-        known: files that stay; what these indexes lead to is among them.
+        store: the set.
+        known: files that stay; the columns of these indexes are among them.
     """
-    found = set()
+    files = set()
     with suppress(ShardError, ValueError, KeyError, TypeError):
-        values = json.loads(place.read(name) or b"{}")
-        found.add(values["tokenizer"]["file"])
+        values = json.loads(store.read(name) or b"{}")
+        files.add(values["tokenizer"]["file"])
         for shard in values["shards"]:
             if shard["index_file"] in known:
                 continue
-            found.add(shard["index_file"])
-            columns = place.read_index(shard["index_file"]).columns
-            found |= {column["file"] for column in columns.values()}
-    return found
+            files.add(shard["index_file"])
+            columns = store.read_index(shard["index_file"]).columns
+            files |= {column["file"] for column in columns.values()}
+    return files
 
 
-def _flat(per_column: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _flatten(per_column: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: value for part in per_column.values() for name, value in part.items()}
 
 
+# --- rejected.jsonl --------------------------------------------------------------------------
+
+
 def rejected_lines(
-    scans: Mapping[str, SessionScan], recipe: Recipe, losses: Iterable[Mapping[str, Any]]
+    scans: Mapping[str, SessionScan], recipe: Recipe, failures: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Every line, in order of session name.
+    """List what the set lacks, in order of session name, then what does not decode.
 
     Args:
         scans: every session.
         recipe: the recipe of the set.
-        losses: streams of samples that turned out not to decode, from the shards' indexes.
+        failures: the decode failures of the shards' indexes.
     """
     lines: list[dict[str, Any]] = []
     for name in sorted(scans):
         lines += _session_lines(scans[name], recipe)
-    lines += [{"level": "stream", **loss} for loss in losses]
+    lines += [{"level": "stream", **failure} for failure in failures]
     return lines
 
 
 def count_windows(lines: Iterable[Mapping[str, Any]]) -> int:
-    """Windows that the lines reject."""
+    """Count the windows that the lines reject."""
     return sum(
         {"session": line.get("windows", 0), "window": 1}.get(line["level"], 0) for line in lines
     )
 
 
 def to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
-    """The file's bytes."""
+    """Format lines of JSON."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
@@ -223,14 +230,14 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
         if len(sources) == 1 and stream not in scan.not_recorded:
             yield {"level": "stream", "session": scan.session, "stream": stream, "reason": why}
     for window in windows:
-        place = {"session": scan.session, "window": window.index}
+        key = {"session": scan.session, "window": window.index}
         reason = scan.rejection(window, recipe)
         if reason is not None:
             times = {"start_s": window.start_s, "stop_s": window.stop_s}
-            yield {"level": "window", **place, **times, "reason": reason}
+            yield {"level": "window", **key, **times, "reason": reason}
             continue
         present = scan.present(window, recipe)
         for stream, share in zip(STREAMS, scan.coverage[window.index], strict=True):
             if share > 0 and stream not in present:
                 why = f"covers {share:.0%} of the window, less than window.min_coverage"
-                yield {"level": "stream", **place, "stream": stream, "reason": why}
+                yield {"level": "stream", **key, "stream": stream, "reason": why}

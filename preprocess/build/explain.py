@@ -1,107 +1,111 @@
-"""What a build makes, and why, in words: one line per reason."""
+"""Explain in words what a build writes, and why: one line per reason."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from preprocess.build.shards import Cause, FromShards
 from shared.shardset.layout import COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from preprocess.build.shards import Changes, Plan, ShardTask
+    from preprocess.build.shards import Changes, Plan, Reason, ShardTask
 
 Verb = Literal["make", "remove", "rewrite"]
 
 PAST: dict[Verb, str] = {"make": "made", "remove": "removed", "rewrite": "rewrote"}
-"""The verbs when it is done."""
+"""Past tense of each verb, for a build that is finished."""
 
 _NUM_EXAMPLES = 3
-"""How many names of sessions a line has."""
+"""Session names per line."""
 
-_SAID_BY_CHANGES = {"new", "its sessions changed"}
-"""Causes that say nothing more than the names of the sessions."""
+_EXPLAINED_BY_NAMES = {Cause.NEW, Cause.SESSIONS_CHANGED}
+"""Causes that add nothing to the names of the sessions."""
 
 
 def reasons(plan: Plan) -> list[tuple[Verb, str]]:
-    """What is made, removed or only rewritten, such as ``make``, ``3 of 9 dmel columns: mel.levels
-    16 -> 32; 120 rows made``.
+    """List what is made, removed or only rewritten.
+
+    An example is ``make``, ``3 of 9 dmel columns: mel.levels 16 -> 32; 120 rows made``.
     """
-    total = len(plan.order)
-    lines: list[tuple[Verb, str]] = [("make", line) for line in _made(plan.tasks, total)]
-    num_bare = sum(not task.due for task in plan.tasks)
-    if num_bare and plan.upgrade is None:
-        lines.append(
-            (
-                "rewrite",
-                f"{num_bare} of {total} indexes: they lack hashes or statistics of their sessions",
-            )
-        )
+    lines: list[tuple[Verb, str]] = [("make", line) for line in _made(plan)]
     if plan.dropped:
-        whose = "its" if len(plan.dropped) == 1 else "their"
-        why = _names(plan.dropped_changes) or f"{whose} sessions lie in others"
-        lines.append(("remove", f"{_counted(len(plan.dropped), 'shard')}: {why}"))
-    causes = {part for task in plan.tasks for why in task.due.values() for part in why.split("; ")}
-    if rest := [change for change in plan.settings if change not in causes]:
-        lines.append(("rewrite", f"the manifest: {'; '.join(rest)}"))
+        owner = "its" if len(plan.dropped) == 1 else "their"
+        why = _names(plan.dropped_changes) or f"other shards hold {owner} sessions"
+        lines.append(("remove", f"{_plural(len(plan.dropped), 'shard')}: {why}"))
+    explained = {
+        setting
+        for task in plan.tasks
+        for column in task.columns.values()
+        for setting in column.reason.settings
+    }
+    if others := [setting for setting in plan.settings if setting not in explained]:
+        lines.append(("rewrite", f"the manifest: {'; '.join(others)}"))
     return lines
 
 
-def _made(tasks: Sequence[ShardTask], total: int) -> list[str]:
-    """Columns that share a reason stand in one line."""
+def _made(plan: Plan) -> list[str]:
+    """One line for all columns that share a reason."""
+    written = [column for task in plan.tasks for column in task.columns.values()]
     columns_of: dict[tuple[int, str], list[str]] = {}
-    for cause in dict.fromkeys(why for task in tasks for why in task.due.values()):
-        for column in COLUMNS:
-            own = [task for task in tasks if task.due.get(column) == cause]
-            if own:
-                line = (len(own), _why(cause, column, own))
-                columns_of.setdefault(line, []).append(column)
+    for reason in dict.fromkeys(column.reason for column in written):
+        for name in COLUMNS:
+            tasks = [
+                t for t in plan.tasks if name in t.columns and t.columns[name].reason == reason
+            ]
+            if tasks:
+                line = (len(tasks), _why(reason, name, tasks))
+                columns_of.setdefault(line, []).append(name)
     return [
-        f"{num} of {total} "
-        + ("shards" if len(columns) == len(COLUMNS) else f"{', '.join(columns)} columns")
+        f"{num} of {len(plan.order)} "
+        + ("shards" if len(names) == len(COLUMNS) else f"{', '.join(names)} columns")
         + f": {why}"
-        for (num, why), columns in columns_of.items()
+        for (num, why), names in columns_of.items()
     ]
 
 
-def _why(cause: str, column: str, tasks: Sequence[ShardTask]) -> str:
-    """The cause, the sessions' names, and how many rows are copied and made."""
-    names = _names(*(task.changes[column] for task in tasks if column in task.changes))
-    copied = sum(_num_copied(task, column) for task in tasks)
-    made = sum(task.num_samples for task in tasks) - copied
-    rows = f"{_counted(copied, 'row')} copied, {made} made" if copied else ""
-    parts = [
-        "" if names and cause in _SAID_BY_CHANGES else cause,
-        names,
-        rows or f"{_counted(made, 'row')} made",
-    ]
-    return "; ".join(part for part in parts if part)
+def _reason_of(task: ShardTask, column: str) -> Reason | None:
+    return task.columns[column].reason if column in task.columns else None
+
+
+def _why(reason: Reason, column: str, tasks: Sequence[ShardTask]) -> str:
+    """The reason, the names of the sessions, and how many rows are copied and made."""
+    names = _names(*(task.columns[column].changes for task in tasks))
+    num_copied = sum(_num_copied(task, column) for task in tasks)
+    num_made = sum(task.num_samples for task in tasks) - num_copied
+    is_explained = bool(names) and not reason.settings and reason.cause in _EXPLAINED_BY_NAMES
+    rows = f"{_plural(num_made, 'row')} made"
+    if num_copied:
+        rows = f"{_plural(num_copied, 'row')} copied, {num_made} made"
+    return "; ".join(text for text in ("" if is_explained else str(reason), names, rows) if text)
 
 
 def _num_copied(task: ShardTask, column: str) -> int:
-    copied = task.copied.get(column, {})
-    return sum(len(piece.windows) for piece in task.slices if piece.session in copied)
+    sources = task.columns[column].sources
+    copied = (own for own in task.sessions if isinstance(sources[own.session], FromShards))
+    return sum(len(own.windows) for own in copied)
 
 
 def _names(*changes: Changes) -> str:
     """``new: eve; removed: bob; changed: cat (audio.wav)``."""
-    changed: Mapping[str, str] = {s: what for c in changes for s, what in c.changed.items()}
+    changed: Mapping[str, str] = {s: change for c in changes for s, change in c.changed.items()}
     groups = {
         "new": {name for c in changes for name in c.new},
         "removed": {name for c in changes for name in c.removed},
-        "changed": {f"{name} ({what})" for name, what in changed.items()},
+        "changed": {f"{name} ({change})" for name, change in changed.items()},
     }
-    return "; ".join(f"{group}: {_some(names)}" for group, names in groups.items() if names)
+    return "; ".join(f"{group}: {_examples(names)}" for group, names in groups.items() if names)
 
 
-def _some(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+def _examples(names: Iterable[str]) -> str:
+    """The first names, and the number of the others."""
     ordered = sorted(names)
-    rest = len(ordered) - _NUM_EXAMPLES
-    if rest <= 0:
+    num_others = len(ordered) - _NUM_EXAMPLES
+    if num_others <= 0:
         return ", ".join(ordered)
-    return f"{', '.join(ordered[:_NUM_EXAMPLES])} and {rest} more"
+    return f"{', '.join(ordered[:_NUM_EXAMPLES])} and {num_others} more"
 
 
-def _counted(count: int, noun: str) -> str:
+def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

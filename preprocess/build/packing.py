@@ -1,7 +1,7 @@
-"""Which windows lie in which shard.
+"""Decide which shard holds which windows.
 
-Sessions keep the shards they are in, new ones fill new shards; or all are packed as if there had
-been no set.
+Sessions stay in the shards that hold them, and new sessions fill new shards; or everything is
+packed as if there were no previous set.
 """
 
 from __future__ import annotations
@@ -20,139 +20,142 @@ if TYPE_CHECKING:
     from shared.session.scan import SessionScan
     from shared.shardset.manifest import ShardEntry
 
+    Samples = Mapping[str, tuple[int, ...]]
+    """Session -> its windows that become samples."""
+
 PACKING_SECTIONS = ("window", "split", "shard")
-"""Sections of a recipe that decide which sample lies in which shard."""
+"""Sections of a recipe that decide which sample is in which shard."""
 
 _BYTES_PER_PIXEL = {"h264": 0.1, "mjpeg": 0.35, "yuv420": 1.5, "raw": 3.0}
 """Bytes of a stored picture per pixel, for packing only."""
 
 
-def kept_windows(scan: SessionScan, recipe: Recipe) -> tuple[int, ...]:
-    """Windows of a session that become samples."""
+def sample_windows(scan: SessionScan, recipe: Recipe) -> tuple[int, ...]:
+    """List the windows of a session that become samples."""
     if scan.session_rejection(recipe) is not None:
         return ()
     windows = scan.windows(recipe)
     return tuple(w.index for w in windows if scan.rejection(w, recipe) is None)
 
 
-def inherit(
-    shards: Sequence[BuiltShard], kept: Mapping[str, tuple[int, ...]]
-) -> list[PlannedShard]:
-    """Old shards with the sessions that can stay where they are.
+def inherit(shards: Sequence[BuiltShard], samples: Samples) -> list[PlannedShard]:
+    """Keep the previous shards, with the sessions that can stay in them.
+
+    A session whose windows changed stays only if one shard holds all of it.
 
     Args:
-        shards: the old ones.
-        kept: session -> windows of it that become samples.
+        shards: the previous shards.
+        samples: session -> its windows that become samples.
     """
-    homes: dict[str, list[SessionWindows]] = {}
+    stored: dict[str, list[SessionWindows]] = {}
     for shard in shards:
-        for piece in shard.slices:
-            homes.setdefault(piece.session, []).append(piece)
+        for own in shard.sessions:
+            stored.setdefault(own.session, []).append(own)
     is_same = {
-        name: tuple(w for p in pieces for w in p.windows) == kept.get(name, ())
-        for name, pieces in homes.items()
+        name: tuple(w for own in runs for w in own.windows) == samples.get(name, ())
+        for name, runs in stored.items()
     }
-    drafts = []
+    planned = []
     for shard in shards:
-        draft = PlannedShard(shard.name, shard.split, old=shard)
-        for piece in shard.slices:
-            if is_same[piece.session]:
-                draft.slices.append(piece)
-            elif len(homes[piece.session]) == 1 and kept.get(piece.session):
-                draft.slices.append(SessionWindows(piece.session, kept[piece.session]))
-        drafts.append(draft)
-    return drafts
+        new = PlannedShard(shard.name, shard.split, previous=shard)
+        for own in shard.sessions:
+            if is_same[own.session]:
+                new.sessions.append(own)
+            elif len(stored[own.session]) == 1 and samples.get(own.session):
+                new.sessions.append(SessionWindows(own.session, samples[own.session]))
+        planned.append(new)
+    return planned
 
 
 def pack(
     sessions: Sequence[str],
-    kept: Mapping[str, tuple[int, ...]],
+    samples: Samples,
     recipe: Recipe,
-    drafts: Sequence[PlannedShard] = (),
+    planned: Sequence[PlannedShard] = (),
 ) -> list[PlannedShard]:
-    """Sessions in order of name into new shards of about the target size; long ones are divided.
+    """Pack sessions into new shards of about the target size; split long sessions over shards.
 
     Args:
-        sessions: which.
-        kept: session -> windows of it that become samples.
-        recipe: splits, and how large a shard may be.
-        drafts: shards that there are; numbers go on after theirs.
+        sessions: the sessions to pack, in order of name.
+        samples: session -> its windows that become samples.
+        recipe: the splits and the target size.
+        planned: shards that are planned already; new shards are numbered after them.
     """
     capacity = max(1, int(recipe.shard.target_bytes / sample_bytes(recipe)))
     new: list[PlannedShard] = []
     for split in SPLITS:
-        numbers = [int(d.name.rpartition("-")[2]) for d in drafts if d.split == split]
+        numbers = [int(s.name.rpartition("-")[2]) for s in planned if s.split == split]
         number = max(numbers, default=-1) + 1
-        room = 0
+        num_free = 0
         for session in sessions:
             if assign_split(session, recipe) != split:
                 continue
-            windows = kept[session]
+            windows = samples[session]
+            # Fill the last shard, then open new ones until the session is stored.
             while windows:
-                if room == 0:
+                if num_free == 0:
                     new.append(PlannedShard(f"{split}-{number:06d}", split))
-                    number, room = number + 1, capacity
-                part, windows = windows[:room], windows[room:]
-                new[-1].slices.append(SessionWindows(session, part))
-                room -= len(part)
+                    number, num_free = number + 1, capacity
+                stored, windows = windows[:num_free], windows[num_free:]
+                new[-1].sessions.append(SessionWindows(session, stored))
+                num_free -= len(stored)
     return new
 
 
-def compact(
-    shards: Sequence[BuiltShard], kept: Mapping[str, tuple[int, ...]], recipe: Recipe
-) -> list[PlannedShard]:
-    """The shards of a fresh build; an old one that is as it would be there stays.
+def compact(shards: Sequence[BuiltShard], samples: Samples, recipe: Recipe) -> list[PlannedShard]:
+    """Pack as a fresh build would; keep previous shards that come out the same.
 
     Args:
-        shards: the old ones.
-        kept: session -> windows of it that become samples.
-        recipe: splits, and how large a shard may be.
+        shards: the previous shards.
+        samples: session -> its windows that become samples.
+        recipe: the splits and the target size.
     """
-    olds = {(shard.name, shard.slices): shard for shard in shards}
+    previous = {(shard.name, shard.sessions): shard for shard in shards}
     return [
-        replace(draft, old=olds.get((draft.name, tuple(draft.slices))))
-        for draft in pack(list(kept), kept, recipe)
+        replace(new, previous=previous.get((new.name, tuple(new.sessions))))
+        for new in pack(list(samples), samples, recipe)
     ]
 
 
 def recover(
     lost: Iterable[ShardEntry],
     shards: Iterable[BuiltShard],
-    kept: Mapping[str, tuple[int, ...]],
+    samples: Samples,
     recipe: Recipe,
 ) -> dict[str, tuple[SessionWindows, ...]]:
-    """What lay in shards whose index can't be read, as far as the others and the number of their
-    samples tell: name -> slices. A split that does not add up is left out.
+    """Find out what shards with an unreadable index held: shard name -> windows by session.
+
+    The windows that no other shard holds must be theirs. A split in which the numbers of samples
+    do not add up is left out.
 
     Args:
-        lost: their lines in the manifest.
+        lost: the manifest's entries of these shards.
         shards: the other shards.
-        kept: session -> windows of it that become samples.
-        recipe: splits.
+        samples: session -> its windows that become samples.
+        recipe: the splits.
     """
     entries = sorted(lost, key=lambda entry: entry.name)
     if not entries:
         return {}
-    placed = {(p.session, w) for shard in shards for p in shard.slices for w in p.windows}
-    missing = [(s, w) for s, windows in kept.items() for w in windows if (s, w) not in placed]
-    found: dict[str, tuple[SessionWindows, ...]] = {}
+    stored = {(own.session, w) for shard in shards for own in shard.sessions for w in own.windows}
+    missing = [(s, w) for s, windows in samples.items() for w in windows if (s, w) not in stored]
+    recovered: dict[str, tuple[SessionWindows, ...]] = {}
     for split in SPLITS:
-        own = [entry for entry in entries if entry.split == split]
+        lost_here = [entry for entry in entries if entry.split == split]
         rows = [row for row in missing if assign_split(row[0], recipe) == split]
-        if len(rows) != sum(entry.num_samples for entry in own):
+        if len(rows) != sum(entry.num_samples for entry in lost_here):
             continue
-        for entry in own:
-            part, rows = rows[: entry.num_samples], rows[entry.num_samples :]
-            names = dict.fromkeys(session for session, _ in part)
-            found[entry.name] = tuple(
-                SessionWindows(name, tuple(w for session, w in part if session == name))
-                for name in names
-            )
-    return found
+        for entry in lost_here:
+            own, rows = rows[: entry.num_samples], rows[entry.num_samples :]
+            windows: dict[str, list[int]] = {}
+            for session, window in own:
+                windows.setdefault(session, []).append(window)
+            recovered[entry.name] = tuple(SessionWindows(n, tuple(w)) for n, w in windows.items())
+    return recovered
 
 
 def sample_bytes(recipe: Recipe) -> float:
-    """About how many bytes a sample takes, both eyes and sound included."""
+    """Estimate the bytes of a sample with both videos and sound."""
     frames = recipe.count(recipe.vision.rate_hz)
     picture = recipe.vision.size**2 * _BYTES_PER_PIXEL[recipe.vision.codec]
     sound = 2 * recipe.count(recipe.audio.rate_hz)

@@ -1,44 +1,49 @@
-"""What has to be built: pure arithmetic on scans, the recipe and what the old manifest says.
+"""Plan a build from scans, the recipe and the previous set. Pure: reads and writes nothing.
 
-Sessions keep the shards they are in. New sessions make new shards; a changed one is re-made in its
-place, a removed one leaves its shard. A column of a shard is due when its fingerprint differs; the
-others are not even opened. A changed window, split or packing recipe starts over, and so does who
-asks for the packing of a fresh build; rows that lie in any old shard as they would be made now are
-copied.
+Sessions keep the shards that hold them. New sessions make new shards; a changed session is rebuilt
+in its shard, a removed session leaves its shard. A column of a shard is written only if its
+fingerprint changed; the other columns are not even opened. Changing the window, split or shard
+section (or `--compact`) repacks everything; rows that would come out identical are copied.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build.packing import (
     PACKING_SECTIONS,
     compact,
     inherit,
-    kept_windows,
     pack,
     recover,
+    sample_windows,
 )
-from preprocess.build.previous_set import PreviousRows, is_up_to_date, row_facts, settings_of
+from preprocess.build.previous_set import PreviousRows, recipe_part, row_hash
 from preprocess.build.shards import (
-    BuiltColumn,
     BuiltShard,
+    Cause,
     Changes,
+    ColumnTask,
     Plan,
-    PlannedShard,
-    PreviousSet,
-    SessionWindows,
+    Reason,
     ShardTask,
 )
 from shared.files import fingerprint_of
-from shared.recipe import SPLITS, Recipe
+from shared.recipe import SPLITS
 from shared.shardset.layout import COLUMNS, column_basis
-from shared.shardset.manifest import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from preprocess.build.packing import Samples
+    from preprocess.build.shards import (
+        BuiltColumn,
+        PlannedShard,
+        PreviousSet,
+        SessionWindows,
+    )
+    from shared.recipe import Recipe
     from shared.session.scan import SessionScan
     from shared.shardset.layout import Column
 
@@ -48,7 +53,7 @@ def plan_shards(
     recipe: Recipe,
     *,
     tokenizer_sha256: str,
-    old: PreviousSet | None = None,
+    previous: PreviousSet | None = None,
     compacts: bool = False,
 ) -> Plan:
     """Plan a build.
@@ -56,64 +61,72 @@ def plan_shards(
     Args:
         scans: every session, by name.
         recipe: the recipe to build by.
-        tokenizer_sha256: hash of the tokenizer that text will be encoded with.
-        old: the set that is there, if any.
-        compacts: pack as a fresh build does, whatever lies where.
+        tokenizer_sha256: hash of the tokenizer that encodes the text.
+        previous: the set to update, if any.
+        compacts: pack as a fresh build would, whatever the previous shards hold.
     """
-    kept = {name: kept_windows(scan, recipe) for name, scan in sorted(scans.items())}
-    settings = () if old is None else recipe_changes(old.recipe, recipe)
-    repacked = [s for s in settings if s.partition(".")[0] in PACKING_SECTIONS]
-    shards = () if old is None else _with_lost(old, kept, recipe)
-    drafts = _drafts(shards, kept, recipe, starts_over=bool(repacked), compacts=compacts)
-    past = PreviousRows(shards, scans, recipe, tokenizer_sha256=tokenizer_sha256)
+    samples = {name: sample_windows(scan, recipe) for name, scan in sorted(scans.items())}
+    settings = () if previous is None else recipe_changes(previous.recipe, recipe)
+    repacking = tuple(s for s in settings if s.partition(".")[0] in PACKING_SECTIONS)
+    shards = () if previous is None else _with_recovered(previous, samples, recipe)
+    if repacking:
+        planned = pack(list(samples), samples, recipe)
+    elif compacts:
+        planned = compact(shards, samples, recipe)
+    else:
+        planned = _update(shards, samples, recipe)
+    planned.sort(key=_order)
     context = _Context(
         scans=scans,
         recipe=recipe,
         tokenizer_sha256=tokenizer_sha256,
-        kept=kept,
-        past=past,
+        samples=samples,
+        rows=PreviousRows(shards, scans, recipe),
         settings=settings,
-        why_new="; ".join(repacked) or ("packed anew" if compacts and shards else "new"),
-        generation=0 if old is None else old.generation + 1,
+        reason_if_new=Reason(
+            Cause.REPACKED if compacts and shards else Cause.NEW, settings=repacking
+        ),
+        generation=0 if previous is None else previous.generation + 1,
     )
-    version = FORMAT_VERSION if old is None else old.format_version
     tasks, unchanged = [], []
-    for draft in drafts:
-        task = _task(draft, context)
-        if draft.old is None or version < FORMAT_VERSION or _changes(task, draft.old):
+    for shard in planned:
+        task = _plan_shard(shard, context)
+        if shard.previous is None or task.columns:
             tasks.append(task)
         else:
-            unchanged.append(draft.old)
-    names = {d.name for d in drafts}
-    dropped = {s.name: s.slices for s in shards if s.name not in names}
-    dropped |= {e.name: () for e in (old.lost if old else ()) if e.name not in {*dropped, *names}}
+            unchanged.append(shard.previous)
+    names = {shard.name for shard in planned}
+    dropped = {s.name: s.sessions for s in shards if s.name not in names}
+    for entry in () if previous is None else previous.lost:
+        if entry.name not in names:
+            dropped.setdefault(entry.name, ())
+    dropped_sessions = [own for sessions in dropped.values() for own in sessions]
     return Plan(
         tasks=tuple(tasks),
         unchanged=tuple(unchanged),
         dropped=tuple(dropped),
-        dropped_changes=_became([p for slices in dropped.values() for p in slices], context),
-        order=tuple(d.name for d in drafts),
+        dropped_changes=_diff_sessions(dropped_sessions, context),
+        order=tuple(shard.name for shard in planned),
         settings=settings,
-        old_version=version,
     )
 
 
 def recipe_changes(before: Recipe, after: Recipe) -> tuple[str, ...]:
-    """``section.key old -> new`` of each key of a recipe whose value is another one."""
-    return tuple(setting_changes(_flat(before), _flat(after)))
+    """Describe each changed key of a recipe as ``section.key old -> new``."""
+    return setting_changes(_flatten(before), _flatten(after))
 
 
-def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """``key old -> new`` of each key whose value is another one."""
-    return [
-        f"{key} {_short(before.get(key))} -> {_short(value)}"
+def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
+    """Describe each changed setting as ``key old -> new``."""
+    return tuple(
+        f"{key} {_short_repr(before.get(key))} -> {_short_repr(value)}"
         for key, value in after.items()
         if before.get(key) != value
-    ]
+    )
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe with their sections, and their values."""
+def _flatten(recipe: Recipe) -> dict[str, Any]:
+    """Keys of a recipe with their sections, and their values."""
     flat: dict[str, Any] = {}
     for name, value in recipe.as_json().items():
         is_section = isinstance(value, dict)
@@ -121,8 +134,8 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
     return flat
 
 
-def _short(value: Any) -> str:  # noqa: ANN401
-    """A value in few letters; of a hash the first ones."""
+def _short_repr(value: Any) -> str:  # noqa: ANN401
+    """A value in few letters; the first twelve letters of a hash."""
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
     return str(value) if len(str(value)) < 64 else f"{str(value)[:12]}..."
@@ -130,139 +143,124 @@ def _short(value: Any) -> str:  # noqa: ANN401
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Context:
-    """What the plan of every shard goes by."""
+    """What the plan of every shard depends on."""
 
     scans: Mapping[str, SessionScan]
     recipe: Recipe
     tokenizer_sha256: str
-    kept: Mapping[str, tuple[int, ...]]
-    past: PreviousRows
+    samples: Samples
+    rows: PreviousRows
     settings: tuple[str, ...]
-    why_new: str
+    reason_if_new: Reason
     generation: int
 
 
-def _with_lost(
-    old: PreviousSet, kept: Mapping[str, tuple[int, ...]], recipe: Recipe
+def _order(shard: BuiltShard | PlannedShard) -> tuple[int, str]:
+    """Shards of the train split first, each split in order of name."""
+    return SPLITS.index(shard.split), shard.name
+
+
+def _with_recovered(
+    previous: PreviousSet, samples: Samples, recipe: Recipe
 ) -> tuple[BuiltShard, ...]:
-    """The old shards, in order, with those whose index can't be read as far as one can tell what
-    lay in them.
-    """
-    found = recover(old.lost, old.shards, kept, recipe)
+    """Previous shards in order, with shards whose index is lost as far as they can be recovered."""
+    recovered = recover(previous.lost, previous.shards, samples, recipe)
     lost = [
         BuiltShard(
             name=entry.name,
             split=entry.split,
-            slices=found[entry.name],
+            sessions=recovered[entry.name],
             index_file=entry.index_file,
             columns={},
-            faults=dict.fromkeys(COLUMNS, "its index is gone or damaged"),
+            faults=dict.fromkeys(COLUMNS, Cause.INDEX_LOST),
         )
-        for entry in old.lost
-        if entry.name in found
+        for entry in previous.lost
+        if entry.name in recovered
     ]
-    return tuple(sorted([*old.shards, *lost], key=lambda s: (SPLITS.index(s.split), s.name)))
+    return tuple(sorted([*previous.shards, *lost], key=_order))
 
 
-def _drafts(
-    shards: tuple[BuiltShard, ...],
-    kept: Mapping[str, tuple[int, ...]],
-    recipe: Recipe,
-    *,
-    starts_over: bool,
-    compacts: bool,
-) -> list[PlannedShard]:
-    """The shards that are to be, in order."""
-    if starts_over:
-        drafts = pack(list(kept), kept, recipe)
-    elif compacts:
-        drafts = compact(shards, kept, recipe)
-    else:
-        drafts = inherit(shards, kept)
-        placed = {piece.session for draft in drafts for piece in draft.slices}
-        fresh = [name for name, windows in kept.items() if windows and name not in placed]
-        drafts += pack(fresh, kept, recipe, drafts)
-    return sorted((d for d in drafts if d.slices), key=lambda d: (SPLITS.index(d.split), d.name))
+def _update(shards: tuple[BuiltShard, ...], samples: Samples, recipe: Recipe) -> list[PlannedShard]:
+    """Previous shards with the sessions that stay in them, then shards of the other sessions."""
+    inherited = inherit(shards, samples)
+    stored = {own.session for shard in inherited for own in shard.sessions}
+    others = [name for name, windows in samples.items() if windows and name not in stored]
+    planned = inherited + pack(others, samples, recipe, inherited)
+    return [shard for shard in planned if shard.sessions]
 
 
-def _task(draft: PlannedShard, context: _Context) -> ShardTask:
-    """The task that brings a shard up to date."""
-    scans, recipe, past = context.scans, context.recipe, context.past
-    facts = {n: row_facts(draft.slices, c, scans, recipe) for n, c in COLUMNS.items()}
-    rows = {n: {s: fingerprint_of(f) for s, f in of.items()} for n, of in facts.items()}
-    old = draft.old
-    due: dict[str, str] = {}
-    bases: dict[str, dict[str, Any]] = {}
+def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
+    """Plan the task that brings a shard up to date."""
+    columns: dict[str, ColumnTask] = {}
     kept: dict[str, BuiltColumn] = {}
-    copied: dict[str, dict[str, tuple[str, ...]]] = {}
-    mended = set()
+    previous = shard.previous
     for name, column in COLUMNS.items():
-        settings = column_basis(column, recipe, tokenizer_sha256=context.tokenizer_sha256)
-        basis = {**settings, "rows": fingerprint_of(list(rows[name].values()))}
-        bases[name] = basis
-        built = old.columns.get(name) if old is not None else None
-        fault = old.faults.get(name) if old is not None else None
-        if built is not None and is_up_to_date(built, basis, facts[name]):
-            if fault is None:
-                fingerprint = fingerprint_of(basis)
-                kept[name] = replace(built, fingerprint=fingerprint, basis=basis, rows=rows[name])
-                continue
-            mended.add(name)
-        due[name] = fault or (_reason(built, basis, context) if old else context.why_new)
-        found = {piece.session: past.find(piece, column, basis) for piece in draft.slices}
-        copied[name] = {session: files for session, files in found.items() if files}
+        rows = {
+            own.session: row_hash(own, column, context.scans[own.session], context.recipe)
+            for own in shard.sessions
+        }
+        settings = column_basis(column, context.recipe, tokenizer_sha256=context.tokenizer_sha256)
+        basis = {**settings, "rows": fingerprint_of(list(rows.values()))}
+        built = None if previous is None else previous.columns.get(name)
+        fault = None if previous is None else previous.faults.get(name)
+        is_same = built is not None and built.fingerprint == fingerprint_of(basis)
+        if built is not None and is_same and fault is None:
+            kept[name] = built
+            continue
+        if fault is not None:
+            reason = Reason(fault)
+        elif previous is None:
+            reason = context.reason_if_new
+        else:
+            reason = _reason(built, basis, context)
+        columns[name] = ColumnTask(
+            reason=reason,
+            basis=basis,
+            rows=rows,
+            sources={own.session: context.rows.find(own, column, basis) for own in shard.sessions},
+            changes=_diff_sessions(
+                [*shard.sessions, *(previous.sessions if previous else ())], context, column
+            ),
+            is_repair=is_same,
+        )
     return ShardTask(
-        name=draft.name,
-        split=draft.split,
-        slices=tuple(draft.slices),
-        due=due,
-        bases=bases,
-        rows=rows,
+        name=shard.name,
+        split=shard.split,
+        sessions=tuple(shard.sessions),
+        columns=columns,
         kept=kept,
-        kept_index_file=old.index_file if old is not None else None,
-        copied=copied,
+        kept_index_file=previous.index_file if previous and kept else None,
         generation=context.generation,
-        changes={name: _became(_slices_of(draft), context, COLUMNS[name]) for name in due},
-        mended=frozenset(mended),
     )
 
 
-def _slices_of(draft: PlannedShard) -> list[SessionWindows]:
-    """What lies or lay in a shard."""
-    return [*draft.slices, *(draft.old.slices if draft.old is not None else ())]
+def _reason(built: BuiltColumn | None, basis: Mapping[str, Any], context: _Context) -> Reason:
+    """Explain why a column of a previous shard is written although its file is fine."""
+    if built is None:
+        return Reason(Cause.FILE_MISSING)
+    before, after = recipe_part(built.basis), recipe_part(basis)
+    has_new_tokenizer = before.pop("tokenizer_sha256", None) != after.pop("tokenizer_sha256", None)
+    changes = setting_changes(before, after)
+    if has_new_tokenizer:
+        changes += tuple(s for s in context.settings if s.startswith("text.")) or (
+            "another tokenizer",
+        )
+    return Reason(Cause.SETTINGS_CHANGED if changes else Cause.SESSIONS_CHANGED, settings=changes)
 
 
-def _became(
-    slices: Iterable[SessionWindows], context: _Context, column: Column | None = None
+def _diff_sessions(
+    sessions: Iterable[SessionWindows], context: _Context, column: Column | None = None
 ) -> Changes:
-    """What became of sessions, or of what a column takes from them."""
-    names = dict.fromkeys(piece.session for piece in slices)
-    past = context.past
-    changes = {
-        name: past.change(name, context.kept[name], column)
+    """List which sessions are new, removed or changed (for one column, if given)."""
+    names = dict.fromkeys(own.session for own in sessions)
+    rows = context.rows
+    changed = {
+        name: rows.diff_session(name, context.samples[name], column)
         for name in names
-        if name in past and name in context.scans
+        if name in rows and name in context.scans
     }
     return Changes(
-        new=tuple(name for name in names if name not in past),
+        new=tuple(name for name in names if name not in rows),
         removed=tuple(name for name in names if name not in context.scans),
-        changed={name: what for name, what in changes.items() if what},
+        changed={name: change for name, change in changed.items() if change},
     )
-
-
-def _changes(task: ShardTask, old: BuiltShard) -> bool:
-    """Whether a task makes anything of a shard new, if only its index."""
-    is_changed = bool(task.due) or task.slices != old.slices or task.kept != old.columns
-    return is_changed or old.lacks_statistics
-
-
-def _reason(built: BuiltColumn | None, basis: Mapping[str, Any], context: _Context) -> str:
-    """Why a column is due, in words."""
-    if built is None:
-        return "its file is gone or cut"
-    changes = setting_changes(built.basis, settings_of(basis))
-    if any(change.startswith("tokenizer_sha256 ") for change in changes):
-        texts = [change for change in context.settings if change.startswith("text.")]
-        changes = [c for c in changes if not c.startswith("tokenizer_sha256 ")]
-        changes += texts or ["another tokenizer"]
-    return "; ".join(changes) or "its sessions changed"

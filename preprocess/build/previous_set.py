@@ -1,221 +1,246 @@
-"""Fingerprints of rows, and which rows of the previous set can be reused."""
+"""The shard set that a build updates: what its shards hold, and which rows can be reused.
+
+A row is reused if everything that it depends on is the same as now: the session's windows and files
+(hashed per session and column) and the recipe's settings of the column.
+"""
 
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import ShardError
+from preprocess.build.shards import (
+    BuiltShard,
+    Cause,
+    FromSession,
+    FromShards,
+    PreviousSet,
+    SessionWindows,
+    built_columns,
+)
+from preprocess.build.sources import HASHED_BYTES_PER_S
+from shared.errors import CorruptError, FormatVersionError, ShardError
 from shared.files import fingerprint_of
 from shared.session.folder import AUDIO_FILE, METADATA_FILE, SOURCE_FILES, TEXT_FILE
-from shared.shardset.layout import COLUMNS, Column, column_basis, presence_bits
+from shared.shardset.layout import COLUMNS, Column, presence_bits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from preprocess.build.cluster import Cluster
-    from preprocess.build.shards import BuiltColumn, BuiltShard, SessionWindows
+    from preprocess.build.shards import BuiltColumn
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
+    from shared.shardset.manifest import Manifest, ShardEntry
     from shared.shardset.store import ShardSetStore
 
 
-def row_facts(
-    slices: Sequence[SessionWindows],
-    column: Column,
-    scans: Mapping[str, SessionScan],
-    recipe: Recipe,
-) -> dict[str, list[Any]]:
-    """Session -> its rows in a shard, and the sources and facts that a column takes from it."""
-    facts = {}
-    for piece in slices:
-        scan = scans[piece.session]
-        sources = {n: scan.sources[n].sha256 for n in column.sources if n in scan.sources}
-        offset_s = scan.clock_offset_s if METADATA_FILE in column.sources else 0.0
-        gain = scan.gain if AUDIO_FILE in column.sources else 1.0
-        # Text lies over the whole session, so that another stream's new length can move it.
-        windows = scan.windows(recipe)
-        bits = [
-            presence_bits(set(scan.present(windows[w], recipe)) & set(column.streams))
-            for w in piece.windows
-        ]
-        moved = {s: scan.start_overrides[s] for s in column.streams if s in scan.start_overrides}
-        facts[piece.session] = [piece.session, piece.windows, bits, sources, offset_s, gain]
-        facts[piece.session] += [moved] if moved else []  # others hash as they always did
-    return facts
+def describe_set(
+    manifest: Manifest,
+    store: ShardSetStore,
+    sizes: Mapping[str, int],
+    *,
+    corrupt: Collection[str] = (),
+) -> PreviousSet:
+    """Describe a finished set for the plan; shards with an unreadable index are listed as lost.
+
+    Args:
+        manifest: the set's manifest.
+        store: the set's files.
+        sizes: file name -> bytes, of all files of the set.
+        corrupt: column files of the right size whose bytes differ from their checksum.
+
+    Raises:
+        FormatVersionError: an index has a version that this program does not read.
+    """
+    shards, lost = [], []
+    for entry in manifest.shards:
+        try:
+            shards.append(_describe_shard(entry, store, sizes, corrupt))
+        except FormatVersionError:
+            raise
+        except (ShardError, KeyError, TypeError):
+            lost.append(entry)
+    return PreviousSet(
+        recipe=manifest.recipe,
+        generation=manifest.generation,
+        shards=tuple(shards),
+        lost=tuple(lost),
+    )
 
 
-def settings_of(basis: Mapping[str, Any]) -> dict[str, Any]:
-    """What a column depends on besides its rows."""
+def _describe_shard(
+    entry: ShardEntry, store: ShardSetStore, sizes: Mapping[str, int], corrupt: Collection[str]
+) -> BuiltShard:
+    index = store.read_index(entry.index_file, sha256=entry.index_sha256)
+    if index.num_samples != entry.num_samples:
+        raise CorruptError(
+            f"{store}/{entry.index_file}: has {index.num_samples} samples, the manifest says "
+            f"{entry.num_samples}"
+        )
+    header, columns = index.header, built_columns(index)
+    faults = {}
+    for name, column in columns.items():
+        if sizes.get(column.file) != column.length_bytes:
+            faults[name] = Cause.FILE_MISSING
+        elif column.file in corrupt:
+            faults[name] = Cause.FILE_CORRUPT
+    return BuiltShard(
+        name=entry.name,
+        split=entry.split,
+        sessions=tuple(SessionWindows(name, tuple(windows)) for name, windows in header["slices"]),
+        index_file=entry.index_file,
+        columns=columns,
+        faults=faults,
+        decode_failures=frozenset((f["session"], f["stream"]) for f in header["losses"]),
+    )
+
+
+def find_corrupt_files(
+    indexes: Sequence[str], store: ShardSetStore, sizes: Mapping[str, int], cluster: Cluster
+) -> set[str]:
+    """Find column files whose bytes differ from the checksum in their index.
+
+    Args:
+        indexes: names of the indexes; an unreadable index is skipped.
+        store: the set's files.
+        sizes: file name -> bytes, of all files of the set.
+        cluster: reads the files.
+    """
+    seconds = sum(sizes.values()) / HASHED_BYTES_PER_S
+    find = partial(_corrupt_columns, store=store)
+    corrupt = cluster.map(find, indexes, label="check shards", work_s=seconds)
+    return {file for files in corrupt for file in files}
+
+
+def _corrupt_columns(index_file: str, *, store: ShardSetStore) -> list[str]:
+    """Find the corrupt column files of one shard."""
+    try:
+        columns = store.read_index(index_file).columns.values()
+        return [c["file"] for c in columns if _is_corrupt(c["file"], c["sha256"], store)]
+    except (ShardError, KeyError, TypeError):
+        return []
+
+
+def _is_corrupt(file: str, sha256: str, store: ShardSetStore) -> bool:
+    """Whether a file has another checksum; a missing file is not corrupt."""
+    try:
+        with closing(store.open_column(file)) as column:
+            return column.sha256() != sha256
+    except ShardError:
+        return False
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+def row_hash(own: SessionWindows, column: Column, scan: SessionScan, recipe: Recipe) -> str:
+    """Hash everything that the rows of a session depend on in a column, besides the recipe.
+
+    Args:
+        own: the windows of the session that the shard holds.
+        column: the column.
+        scan: the session as it is now.
+        recipe: decides which streams are present in a window.
+    """
+    sources = {n: scan.sources[n].sha256 for n in column.sources if n in scan.sources}
+    offset_s = scan.clock_offset_s if METADATA_FILE in column.sources else 0.0
+    gain = scan.gain if AUDIO_FILE in column.sources else 1.0
+    # Text covers the whole session, so the length of another stream can change its presence.
+    windows = scan.windows(recipe)
+    bits = [
+        presence_bits(set(scan.present(windows[w], recipe)) & set(column.streams))
+        for w in own.windows
+    ]
+    inputs = [own.session, own.windows, bits, sources, offset_s, gain]
+    # Only sessions with declared starts hash them: the hashes of the others stay the same.
+    starts = {s: scan.start_overrides[s] for s in column.streams if s in scan.start_overrides}
+    return fingerprint_of([*inputs, starts] if starts else inputs)
+
+
+def recipe_part(basis: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a column depends on besides its rows."""
     return {key: value for key, value in basis.items() if key != "rows"}
 
 
-def is_up_to_date(
-    built: BuiltColumn, basis: Mapping[str, Any], facts: Mapping[str, list[Any]]
-) -> bool:
-    """Whether a column is what it would be if it were made now."""
-    if built.fingerprint == fingerprint_of(basis):
-        return True
-    # Format 1 hashed the facts of all sessions at once.
-    in_format_1 = {**basis, "rows": fingerprint_of(list(facts.values()))}
-    return not built.rows and built.fingerprint == fingerprint_of(in_format_1)
-
-
 class PreviousRows:
-    """The rows of an old set beside the sessions as they are now.
+    """Rows of the previous set, compared with the sessions as they are now.
 
     Args:
-        shards: the old set's.
+        shards: the shards of the previous set.
         scans: every session, by name.
         recipe: the recipe to build by.
-        tokenizer_sha256: hash of the tokenizer that text will be encoded with.
     """
 
     def __init__(
-        self,
-        shards: Iterable[BuiltShard],
-        scans: Mapping[str, SessionScan],
-        recipe: Recipe,
-        *,
-        tokenizer_sha256: str,
+        self, shards: Iterable[BuiltShard], scans: Mapping[str, SessionScan], recipe: Recipe
     ) -> None:
         self._scans = scans
         self._recipe = recipe
-        self._tokenizer_sha256 = tokenizer_sha256
-        self._homes: dict[str, list[tuple[BuiltShard, SessionWindows]]] = {}
+        self._stored: dict[str, list[tuple[BuiltShard, SessionWindows]]] = {}
         for shard in shards:
-            known = self._with_hashes(shard)
-            for piece in shard.slices:
-                self._homes.setdefault(piece.session, []).append((known, piece))
+            for own in shard.sessions:
+                self._stored.setdefault(own.session, []).append((shard, own))
 
     def __contains__(self, session: str) -> bool:
-        return session in self._homes
+        return session in self._stored
 
     def find(
-        self, piece: SessionWindows, column: Column, basis: Mapping[str, Any]
-    ) -> tuple[str, ...]:
-        """Indexes of the shards in which all rows of a slice lie as they would be made now; none
-        where some do not.
+        self, own: SessionWindows, column: Column, basis: Mapping[str, Any]
+    ) -> FromShards | FromSession:
+        """Find previous shards that hold all rows as they would be made now, or the recording.
 
         Args:
-            piece: the slice.
-            column: of which column.
-            basis: what the column depends on.
+            own: the windows to find.
+            column: the column of the rows.
+            basis: what the column depends on now.
         """
-        missing, files = set(piece.windows), []
-        for shard, lain in self._homes.get(piece.session, ()):
+        missing, files = set(own.windows), []
+        for shard, stored in self._stored.get(own.session, ()):
             built = shard.columns.get(column.name)
-            if built is None or column.name in shard.faults or missing.isdisjoint(lain.windows):
+            if built is None or column.name in shard.faults or missing.isdisjoint(stored.windows):
                 continue
-            # What else of a broken video decodes depends on where decoding begins.
-            if lain != piece and (piece.session, column.name) in shard.losses:
+            # Which windows of a broken video decode depends on where decoding begins.
+            if stored != own and (own.session, column.name) in shard.decode_failures:
                 continue
-            if settings_of(built.basis) == settings_of(basis) and self._is_same(
-                built, lain, column
-            ):
+            has_same_settings = recipe_part(built.basis) == recipe_part(basis)
+            if has_same_settings and self._is_same(built, stored, column):
                 files.append(shard.index_file)
-                missing -= set(lain.windows)
-        return () if missing else tuple(files)
+                missing -= set(stored.windows)
+        return FromSession() if missing else FromShards(tuple(files))
 
-    def change(self, session: str, windows: Sequence[int], column: Column | None) -> str:
-        """What of a session, or of what a column takes from it, is not as it was, in words; empty
-        for nothing.
+    def diff_session(self, session: str, windows: Sequence[int], column: Column | None) -> str:
+        """Describe what changed in a session, or in what a column takes from it; empty for nothing.
 
-        Only hashes of the old rows are known: which file it is, the columns that changed tell.
+        Only hashes of the previous rows are known. The columns whose hash changed show which files
+        changed.
         """
-        homes = self._homes[session]
-        before = [w for _, piece in homes for w in piece.windows]
+        runs = self._stored[session]
+        before = [w for _, stored in runs for w in stored.windows]
         if before != list(windows):
-            is_as_many = len(before) == len(windows)
-            return "other windows" if is_as_many else f"{len(before)} -> {len(windows)} windows"
+            has_as_many = len(before) == len(windows)
+            return "other windows" if has_as_many else f"{len(before)} -> {len(windows)} windows"
         changed = {
             name
-            for shard, piece in homes
+            for shard, stored in runs
             for name, built in shard.columns.items()
-            if built.rows and not self._is_same(built, piece, COLUMNS[name])
+            if not self._is_same(built, stored, COLUMNS[name])
         }
         files = [f for f in SOURCE_FILES if _columns_of(f) and _columns_of(f) <= changed]
         if METADATA_FILE in files and TEXT_FILE in files:
-            files.remove(TEXT_FILE)  # the other one explains it
+            files.remove(TEXT_FILE)  # a changed metadata.jsonl explains the text column
         return ", ".join(f for f in files if column is None or f in column.sources)
 
-    def _is_same(self, built: BuiltColumn, piece: SessionWindows, column: Column) -> bool:
-        """Whether a session's rows in an old column have the hash that they would have now."""
-        facts = self._facts([piece], column)
-        if facts is None:
+    def _is_same(self, built: BuiltColumn, stored: SessionWindows, column: Column) -> bool:
+        """Whether the rows of a session have the hash that they would have now."""
+        scan = self._scans.get(stored.session)
+        if scan is None or max(stored.windows) >= len(scan.coverage):
             return False
-        return built.rows.get(piece.session) == fingerprint_of(facts[piece.session])
-
-    def _facts(
-        self, slices: Sequence[SessionWindows], column: Column
-    ) -> dict[str, list[Any]] | None:
-        """See :func:`row_facts`; None where a session lacks some of these windows by now."""
-        for piece in slices:
-            scan = self._scans.get(piece.session)
-            if scan is None or max(piece.windows) >= len(scan.coverage):
-                return None
-        return row_facts(slices, column, self._scans, self._recipe)
-
-    def _with_hashes(self, shard: BuiltShard) -> BuiltShard:
-        """A shard that knows the hashes of its sessions also where its columns have none."""
-        columns = dict(shard.columns)
-        for name, built in shard.columns.items():
-            facts = None if built.rows else self._facts(shard.slices, COLUMNS[name])
-            if facts is None:
-                continue
-            settings = column_basis(
-                COLUMNS[name], self._recipe, tokenizer_sha256=self._tokenizer_sha256
-            )
-            rows = {session: fingerprint_of(of) for session, of in facts.items()}
-            if is_up_to_date(
-                built, {**settings, "rows": fingerprint_of(list(rows.values()))}, facts
-            ):
-                columns[name] = replace(built, rows=rows)
-        return replace(shard, columns=columns)
+        now = row_hash(stored, column, scan, self._recipe)
+        return built.rows.get(stored.session) == now
 
 
 def _columns_of(file: str) -> set[str]:
     """Columns that take something from a file of a session."""
     return {name for name, column in COLUMNS.items() if file in column.sources}
-
-
-_HASHED_BYTES_PER_S = 200e6
-
-
-def find_corrupt_files(
-    indexes: Sequence[str], place: ShardSetStore, sizes: Mapping[str, int], cluster: Cluster
-) -> dict[str, str]:
-    """Column files whose bytes differ from the checksum in their index: file name -> what is wrong.
-
-    Args:
-        indexes: names of the indexes; what one that can't be read leads to is not looked at.
-        place: the set.
-        sizes: file name -> bytes, of all files of the set.
-        cluster: reads the files.
-    """
-    seconds = sum(sizes.values()) / _HASHED_BYTES_PER_S
-    found = cluster.map(_Check(place), indexes, what="check shards", work_s=seconds)
-    return {file: "its bytes differ from their checksum" for files in found for file in files}
-
-
-@dataclass(frozen=True, slots=True)
-class _Check:
-    """Damaged column files of one shard; crosses processes."""
-
-    place: ShardSetStore
-
-    def __call__(self, index_file: str) -> list[str]:
-        try:
-            columns = self.place.read_index(index_file).columns.values()
-            return [c["file"] for c in columns if not self._is_whole(c["file"], c["sha256"])]
-        except (ShardError, KeyError, TypeError):
-            return []
-
-    def _is_whole(self, file: str, sha256: str) -> bool:
-        """Whether a file has this checksum; one that is not there is no damaged one."""
-        try:
-            with closing(self.place.open_column(file)) as column:
-                return column.sha256() == sha256
-        except ShardError:
-            return True

@@ -54,7 +54,7 @@ def scan_sessions(
     due = [name for name in recordings if name not in scans]
     work = [(recordings[name], _unchanged(cached.get(name), stamps[name])) for name in due]
     seconds = sum(scan_seconds(recording) for recording, _ in work)
-    found = cluster.map(_Scan(recipe, out), work, what="scan sessions", work_s=seconds)
+    found = cluster.map(_Scan(recipe, out), work, label="scan sessions", work_s=seconds)
     scans.update(zip(due, found, strict=True))
     scans = {name: scans[name] for name in sorted(scans)}
     if due or set(cached) != set(scans):

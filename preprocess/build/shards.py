@@ -1,168 +1,267 @@
-"""Values of a build: windows of sessions, shards that exist, shards to write, the plan."""
+"""Values of a build: rows, shards that exist, shards to write, and the plan.
+
+Every other module of the builder stands on these. They are plain values: they cross processes, and
+tests make them by hand.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from shared.shardset.manifest import FORMAT_VERSION, ShardEntry
+from shared.files import fingerprint_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from shared.recipe import Recipe, Split
+    from shared.clock import Window
+    from shared.recipe import Recipe, Split, Stream
+    from shared.shardset.index import ShardIndex
+    from shared.shardset.manifest import ShardEntry
 
 
 @dataclass(frozen=True, slots=True)
 class SessionWindows:
-    """Some windows of a session that lie together in a shard."""
+    """Windows of one session that one shard holds."""
 
     session: str
     windows: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample of a shard."""
+
+    number: int
+    """Its position in the shard."""
+    session: str
+    window: Window
+    present: tuple[Stream, ...]
+    """Streams that cover enough of the window."""
+    coverage: Sequence[float]
+    """Share of the window that each of STREAMS covers."""
+
+    @property
+    def key(self) -> str:
+        """SESSION/WINDOW."""
+        return f"{self.session}/{self.window.index:06d}"
+
+
+# --- shards that exist -----------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltColumn:
-    """A finished column file, as a shard's index describes it."""
+    """A finished column file, as the index of its shard describes it."""
 
     file: str
     length_bytes: int
     sha256: str
     fingerprint: str
     basis: Mapping[str, Any]
+    """What the column depends on; its hash is the fingerprint."""
     rows: Mapping[str, str]
-    """Session -> hash of its rows and of what the column takes from it; one that is the same in
-    the new column is copied. Empty where not known: the column was made in format 1."""
+    """Session -> hash of its rows and of what the column takes from the session. Rows whose hash
+    is the same in a new column are copied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltShard:
-    """A finished shard, as the old manifest and its index describe it."""
+    """A finished shard, as the previous manifest and its index describe it."""
 
     name: str
     split: Split
-    slices: tuple[SessionWindows, ...]
+    sessions: tuple[SessionWindows, ...]
     index_file: str
     columns: Mapping[str, BuiltColumn]
-    faults: Mapping[str, str] = field(default_factory=dict)
+    faults: Mapping[str, Cause] = field(default_factory=dict)
     """Column name -> what is wrong with its file."""
-    losses: frozenset[tuple[str, str]] = frozenset()
-    """(session, stream) of those that did not decode throughout."""
-    lacks_statistics: bool = False
-    """Its index is of a version of this program that made fewer."""
-
-
-@dataclass(slots=True)
-class PlannedShard:
-    """A shard while it is being planned."""
-
-    name: str
-    split: Split
-    slices: list[SessionWindows] = field(default_factory=list)
-    old: BuiltShard | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Changes:
-    """What is not as it was, by name of session."""
-
-    new: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-    changed: Mapping[str, str] = field(default_factory=dict)
-    """Session -> what of it, in words."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardTask:
-    """One shard to write: which columns are due and why, and which stay as they are."""
-
-    name: str
-    split: Split
-    slices: tuple[SessionWindows, ...]
-    due: Mapping[str, str]
-    """Column name -> reason."""
-    bases: Mapping[str, Mapping[str, Any]]
-    """Column name -> what it depends on; the hash of it is its fingerprint."""
-    rows: Mapping[str, Mapping[str, str]]
-    """Column name -> session -> hash of its rows, see :class:`BuiltColumn`."""
-    kept: Mapping[str, BuiltColumn]
-    kept_index_file: str | None
-    """Describes the columns that are kept."""
-    copied: Mapping[str, Mapping[str, tuple[str, ...]]]
-    """Column name -> session whose rows are copied, encoded as they are -> indexes of the shards in
-    which they lie."""
-    generation: int
-    changes: Mapping[str, Changes] = field(default_factory=dict)
-    """Column name -> sessions that make it due, or came with what does."""
-    mended: frozenset[str] = frozenset()
-    """Columns that are due only because their files are damaged."""
-
-    @property
-    def num_samples(self) -> int:
-        """Rows of the shard."""
-        return sum(len(s.windows) for s in self.slices)
-
-    @property
-    def old_index_files(self) -> tuple[str, ...]:
-        """Indexes of all shards from which rows are copied."""
-        found = (f for of in self.copied.values() for files in of.values() for f in files)
-        return tuple(dict.fromkeys(found))
-
-    def file_name(self, suffix: str) -> str:
-        """Name of a file of this shard that never replaces one that a reader may have open."""
-        name = f"{self.name}.{suffix}"
-        return versioned(name, self.generation) if self.generation else name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Everything a build will do."""
-
-    tasks: tuple[ShardTask, ...]
-    unchanged: tuple[BuiltShard, ...]
-    dropped: tuple[str, ...]
-    """Names of old shards that go."""
-    order: tuple[str, ...]
-    """Names of all shards of the new set, in its order."""
-    dropped_changes: Changes = Changes()
-    """What became of the sessions of those."""
-    settings: tuple[str, ...] = ()
-    """``key old -> new`` of the recipe's keys, be anything made for them or not."""
-    old_version: int = FORMAT_VERSION
-    """Format of the old set; that of the new one is always the newest."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the shards of the old set are up to date."""
-        return not self.tasks and not self.dropped and self.old_version == FORMAT_VERSION
-
-    @property
-    def keeps_samples(self) -> bool:
-        """Whether every sample stays as it is, in its place."""
-        return not self.dropped and all(set(task.due) <= task.mended for task in self.tasks)
-
-    @property
-    def upgrade(self) -> str | None:
-        """What a set of an older format needs besides :meth:`reasons`."""
-        if self.old_version == FORMAT_VERSION:
-            return None
-        rest = ", columns stay" if self.keeps_samples else ""
-        return f"format {self.old_version} -> {FORMAT_VERSION}: indexes are rewritten{rest}"
+    decode_failures: frozenset[tuple[str, str]] = frozenset()
+    """(session, stream) pairs in which at least one window did not decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreviousSet:
-    """What a plan may keep."""
+    """The shard set that a build updates."""
 
     recipe: Recipe
     generation: int
     shards: tuple[BuiltShard, ...]
     lost: tuple[ShardEntry, ...] = ()
-    """Shards whose index can't be read."""
-    format_version: int = FORMAT_VERSION
+    """Shards whose index cannot be read."""
+
+
+def built_columns(index: ShardIndex) -> dict[str, BuiltColumn]:
+    """Columns of a shard by name, from its index."""
+    return {name: BuiltColumn(**values) for name, values in index.columns.items()}
+
+
+# --- shards to write -------------------------------------------------------------------------
+
+
+class Cause(StrEnum):
+    """Why a column is written; the values are for people."""
+
+    NEW = "new"
+    REPACKED = "repacked"
+    SETTINGS_CHANGED = "its settings changed"
+    SESSIONS_CHANGED = "its sessions changed"
+    SESSIONS_DROPPED = "some of its sessions are dropped"
+    FILE_MISSING = "its file is missing or truncated"
+    FILE_CORRUPT = "its bytes differ from their checksum"
+    INDEX_LOST = "its index is missing or corrupt"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a column is written, and which changed settings of the recipe say so."""
+
+    cause: Cause
+    settings: tuple[str, ...] = ()
+    """``key old -> new`` of each setting that changed."""
+
+    def __str__(self) -> str:
+        return "; ".join(self.settings) or self.cause.value
+
+
+@dataclass(frozen=True, slots=True)
+class FromSession:
+    """Rows are decoded from the session's recording and encoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class FromShards:
+    """Rows are copied from shards of the previous set."""
+
+    index_files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FromSubtasks:
+    """Rows are copied from the files of subtasks that encode them first."""
+
+    names: tuple[str, ...]
+
+
+RowSource = FromSession | FromShards | FromSubtasks
+"""Where the rows of one session in one column come from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """Sessions that differ from those of the previous set."""
+
+    new: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    changed: Mapping[str, str] = field(default_factory=dict)
+    """Session -> what changed, for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnTask:
+    """A column to write: why, what it depends on, and where its rows come from."""
+
+    reason: Reason
+    basis: Mapping[str, Any]
+    """See :class:`BuiltColumn`."""
+    rows: Mapping[str, str]
+    """See :class:`BuiltColumn`."""
+    sources: Mapping[str, RowSource]
+    """Session -> where its rows come from; sessions in the order of the shard."""
+    changes: Changes = Changes()
+    """Sessions that cause the write, or that changed besides."""
+    is_repair: bool = False
+    """Whether only the file is damaged: the samples stay as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardTask:
+    """One shard to write: the columns to write, and the columns to keep."""
+
+    name: str
+    split: Split
+    sessions: tuple[SessionWindows, ...]
+    columns: Mapping[str, ColumnTask]
+    kept: Mapping[str, BuiltColumn]
+    kept_index_file: str | None
+    """Index of the previous set that describes the kept columns."""
+    generation: int
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of the shard."""
+        return sum(len(own.windows) for own in self.sessions)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprint that each column of the finished shard has."""
+        kept = {name: column.fingerprint for name, column in self.kept.items()}
+        return kept | {name: fingerprint_of(c.basis) for name, c in self.columns.items()}
+
+    @property
+    def copied_index_files(self) -> tuple[str, ...]:
+        """Indexes of the previous shards from which rows are copied."""
+        sources = (s for column in self.columns.values() for s in column.sources.values())
+        files = (f for s in sources if isinstance(s, FromShards) for f in s.index_files)
+        return tuple(dict.fromkeys(files))
+
+    def without(self, kind: type[FromShards | FromSubtasks]) -> ShardTask:
+        """The same task, with the sessions' recordings in place of one kind of source."""
+        columns = {}
+        for name, column in self.columns.items():
+            sources = {
+                session: FromSession() if isinstance(source, kind) else source
+                for session, source in column.sources.items()
+            }
+            columns[name] = replace(column, sources=sources)
+        return replace(self, columns=columns)
+
+    def file_name(self, suffix: str) -> str:
+        """Name of a file of this shard; it never replaces a file that a reader may have open."""
+        name = f"{self.name}.{suffix}"
+        return versioned(name, self.generation) if self.generation else name
+
+
+@dataclass(slots=True)
+class PlannedShard:
+    """A shard while the plan is being made."""
+
+    name: str
+    split: Split
+    sessions: list[SessionWindows] = field(default_factory=list)
+    previous: BuiltShard | None = None
+    """The shard of the previous set that has its name and place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that a build will do."""
+
+    tasks: tuple[ShardTask, ...]
+    unchanged: tuple[BuiltShard, ...]
+    dropped: tuple[str, ...]
+    """Names of previous shards that are removed."""
+    order: tuple[str, ...]
+    """Names of all shards of the new set, in its order."""
+    dropped_changes: Changes = Changes()
+    """What happened to the sessions of the dropped shards."""
+    settings: tuple[str, ...] = ()
+    """``key old -> new`` of each changed recipe key, including keys that cause no rebuild."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the shards of the previous set are up to date."""
+        return not self.tasks and not self.dropped
+
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether every sample stays the same and in its place."""
+        columns = (column for task in self.tasks for column in task.columns.values())
+        return not self.dropped and all(column.is_repair for column in columns)
 
 
 def versioned(name: str, generation: int) -> str:
-    """``train-000000.audio.tar`` -> ``train-000000.g2.audio.tar``."""
-    stem, _, rest = name.partition(".")
-    return f"{stem}.g{generation}.{rest}"
+    """Insert a generation: ``train-000000.audio.tar`` -> ``train-000000.g2.audio.tar``."""
+    stem, _, suffix = name.partition(".")
+    return f"{stem}.g{generation}.{suffix}"

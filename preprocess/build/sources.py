@@ -95,7 +95,7 @@ _BYTES_PER_S = {
 """About how many bytes of its sources one process makes into a column per second."""
 
 _SCAN_BYTES_PER_S = {METADATA_FILE: 10e6, AUDIO_FILE: 20e6}
-_HASHED_BYTES_PER_S = 200e6
+HASHED_BYTES_PER_S = 200e6
 
 
 def column_seconds(recording: Recording, column: str) -> float:
@@ -107,7 +107,7 @@ def column_seconds(recording: Recording, column: str) -> float:
 def scan_seconds(recording: Recording) -> float:
     """About how long one process takes to look a session over."""
     return sum(
-        float(stamp[0]) / _SCAN_BYTES_PER_S.get(name, _HASHED_BYTES_PER_S)
+        float(stamp[0]) / _SCAN_BYTES_PER_S.get(name, HASHED_BYTES_PER_S)
         for name, stamp in recording.stamp.items()
     )
 

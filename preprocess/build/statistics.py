@@ -1,4 +1,4 @@
-"""Statistics of a shard's columns that merge exactly: counts and exact sums, never means.
+"""Statistics of columns that merge exactly: counts and exact sums, never means.
 
 Any packing of the same samples into shards, any number of workers, and an update as well as a fresh
 build give the same manifest.
@@ -10,6 +10,7 @@ is written as C writes floats in base 16: ``0x2b3c4p-31`` is 0x2b3c4 * 2**-31.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -17,17 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shared.shardset.codec import decode_wav
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from shared.recipe import Recipe
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Equal bins over [low, high], and one on each side for what lies beyond.
+    """Equal bins over [low, high], and one bin on each side for values beyond.
 
-    They never depend on the values, so that histograms of shards add up.
+    The bins never depend on the values, so histograms of shards can be added.
     """
 
     low: float
@@ -35,37 +40,90 @@ class Axis:
     num_bins: int
 
     def count(self, values: NDArray[np.floating[Any]]) -> list[int]:
-        """Values per bin: below low, the bins, above high; the last bin holds high itself."""
+        """Count values per bin: below low, the bins, above high; the last bin includes high."""
         steps = np.arange(self.num_bins + 1) / self.num_bins
         edges = self.low + (self.high - self.low) * steps
         edges[-1] = np.nextafter(self.high, np.inf)
-        places = np.searchsorted(edges, values.astype(np.float64), side="right")
-        return [int(n) for n in np.bincount(places, minlength=self.num_bins + 2)]
+        bins = np.searchsorted(edges, values.astype(np.float64), side="right")
+        return [int(n) for n in np.bincount(bins, minlength=self.num_bins + 2)]
 
 
 _PI = float(np.float32(math.pi))
-"""The largest angle that is stored: above pi itself."""
+"""The largest angle that is stored; slightly above pi."""
 
 TOUCH = Axis(0.0, 1.0, 50)
 ANGLE = Axis(-_PI, _PI, 36)
 """rad."""
 VELOCITY = Axis(-20.0, 20.0, 40)
-"""rad/s; three turns a second, more than a wrist does."""
+"""rad/s; three turns a second, faster than a wrist."""
 LEVEL = Axis(-100.0, 0.0, 50)
 """dBFS."""
 
 FULL_SCALE = 2**15
 
-COLUMNS = frozenset({"audio", "proprio"})
-"""Columns whose statistics can be made anew from their members."""
-
 _NUMBERS = ("proprio", "touch", "audio_level")
+
+# --- columns of a shard ----------------------------------------------------------------------
+
+
+class NoCounter:
+    """Counts nothing, for columns without statistics."""
+
+    result: dict[str, Any] | None = None
+
+    def add(self, content: bytes) -> None:
+        """Take a member's bytes."""
+
+
+class SoundCounter(NoCounter):
+    """Counts the levels of sound members."""
+
+    def __init__(self) -> None:
+        self._levels_db: list[float] = []
+
+    def add(self, content: bytes) -> None:
+        """Take a member's bytes."""
+        self._levels_db.append(level_db(decode_wav(content)))
+
+    @property
+    def result(self) -> dict[str, Any]:  # type: ignore[override]
+        """Statistics of the members so far."""
+        return of_sound(self._levels_db)
+
+
+class TokenCounter(NoCounter):
+    """Counts the tokens of text members."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, list[list[int]]] = {"internal": [], "external": []}
+
+    def add(self, content: bytes) -> None:
+        """Take a member's bytes."""
+        text = json.loads(content)
+        for name, ids in self._ids.items():
+            ids.append(text[name]["ids"])
+
+    @property
+    def result(self) -> dict[str, Any]:  # type: ignore[override]
+        """Statistics of the members so far."""
+        return {f"{name}_tokens": of_tokens(ids) for name, ids in self._ids.items()}
+
+
+TAR_COUNTERS: dict[str, type[NoCounter]] = {"audio": SoundCounter, "text": TokenCounter}
+"""Tar columns with statistics, and what counts their members."""
+
+
+def of_arrays(column: str, arrays: Mapping[str, NDArray[Any]], recipe: Recipe) -> dict[str, Any]:
+    """Compute the statistics of a Zarr column from its arrays, with a row per sample."""
+    if column == "proprio":
+        return of_sensors(arrays["proprio"], arrays["touch"])
+    return {"dmel_levels": of_levels(arrays["dmel"], arrays["valid"], recipe.mel.levels)}
 
 
 def of_sensors(
     proprio: NDArray[np.float32], touch: NDArray[np.float32]
 ) -> dict[str, dict[str, Any]]:
-    """Of the proprio column: [..., angles then velocities] and [..., fingers]."""
+    """Compute the statistics of [..., angles then velocities] and [..., fingers]."""
     num_angles = proprio.shape[-1] // 2
     num_velocities = proprio.shape[-1] - num_angles
     return {
@@ -75,13 +133,13 @@ def of_sensors(
 
 
 def of_sound(levels_db: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Of the audio column: the levels of its windows."""
+    """Compute the statistics of the levels of windows."""
     levels = np.array(levels_db, dtype=np.float32).reshape(-1, 1)
     return {"audio_level": of_numbers(levels, [LEVEL])}
 
 
 def level_db(samples: NDArray[np.int16]) -> float:
-    """RMS of a window in dB of full scale; -100 where it is less, as of silence."""
+    """Compute the RMS of a window in dB of full scale, at least -100 (silence)."""
     wide = samples.astype(np.int64)
     energy = int(np.dot(wide, wide))
     if energy == 0:
@@ -90,12 +148,11 @@ def level_db(samples: NDArray[np.int16]) -> float:
 
 
 def of_numbers(values: NDArray[np.float32], axes: Sequence[Axis]) -> dict[str, Any]:
-    """Count, sums, sums of squares, min, max and histogram of each column of [..., D]; rows with
-    NaN don't count.
+    """Compute count, sums, sums of squares, min, max and histogram of each column of [..., D].
 
     Args:
-        values: the rows.
-        axes: a column's bins, for each.
+        values: the rows; rows with NaN are skipped.
+        axes: the bins of each column.
     """
     rows = values.reshape(-1, values.shape[-1])
     rows = rows[np.isfinite(rows).all(axis=1)]
@@ -105,11 +162,12 @@ def of_numbers(values: NDArray[np.float32], axes: Sequence[Axis]) -> dict[str, A
     wide = rows.astype(np.float64)
     return {
         "count": len(rows),
-        "sum": wide.sum(axis=0).tolist(),  # for builders that know no exact ones
+        "sum": wide.sum(axis=0).tolist(),  # part of the format; the exact sums are read
         "sum_squares": np.square(wide).sum(axis=0).tolist(),
         "exact_sum": sums,
         "exact_sum_squares": sums_of_squares,
-        "min": (rows.min(axis=0) + 0.0).tolist(),  # 0.0: no -0.0, which would hang on the order
+        # Adding 0.0 turns -0.0 into 0.0, whose choice would depend on the order of values.
+        "min": (rows.min(axis=0) + 0.0).tolist(),
         "max": (rows.max(axis=0) + 0.0).tolist(),
         "range": [[axis.low, axis.high] for axis in axes],
         "histogram": [axis.count(column) for axis, column in zip(axes, rows.T, strict=True)],
@@ -119,90 +177,70 @@ def of_numbers(values: NDArray[np.float32], axes: Sequence[Axis]) -> dict[str, A
 def of_levels(
     levels: NDArray[np.uint8], valid: NDArray[np.bool_], num_levels: int
 ) -> list[list[int]]:
-    """How often each dMel level stands in each channel, [channels][levels]."""
+    """Count each dMel level in each channel: [channels][levels]."""
     rows = levels[valid]
     return [np.bincount(channel, minlength=num_levels).tolist() for channel in rows.T]
 
 
 def of_tokens(streams: Iterable[Sequence[int]]) -> list[int]:
-    """How often each token stands in a text stream, up to the largest that does."""
+    """Count each token of a text stream, up to the largest token that occurs."""
     ids = np.fromiter((i for ids in streams for i in ids), dtype=np.int64)
     return [int(n) for n in np.bincount(ids)]
 
 
-def lacking(found: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
-    """Columns whose statistics an early version of this program left out or rounded.
-
-    Args:
-        found: a shard's statistics, per column.
-    """
-    sensors = found.get("proprio", {})
-    numbers = {
-        "audio": [found.get("audio", {}).get("audio_level")],
-        "proprio": [sensors.get("proprio"), sensors.get("touch")],
-    }
-    return frozenset(name for name, parts in numbers.items() if not all(map(_is_exact, parts)))
+# --- sets ------------------------------------------------------------------------------------
 
 
-def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Statistics of several shards as those of one set, with mean and std of the numbers.
-
-    Of shards that early versions of this program made, what they left out is left out.
-    """
-    merged: dict[str, Any] = {"num_samples": sum(p["num_samples"] for p in parts)}
+def merge(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merge the statistics of shards into those of a set, with mean and std of the numbers."""
+    merged: dict[str, Any] = {"num_samples": sum(shard["num_samples"] for shard in shards)}
     for name in _NUMBERS:
-        if all(name in p for p in parts):
-            merged[name] = _merge_numbers([p[name] for p in parts if p[name]["count"]])
-    levels = [np.asarray(p["dmel_levels"], dtype=np.int64) for p in parts]
+        merged[name] = _merge_numbers([shard[name] for shard in shards if shard[name]["count"]])
+    levels = [np.asarray(shard["dmel_levels"], dtype=np.int64) for shard in shards]
     merged["dmel_levels"] = np.sum(levels, axis=0).tolist() if levels else []
     for name in ("internal_tokens", "external_tokens"):
-        columns = zip_longest(*(p[name] for p in parts), fillvalue=0)
+        columns = zip_longest(*(shard[name] for shard in shards), fillvalue=0)
         merged[name] = [sum(column) for column in columns]
     return merged
 
 
-def _is_exact(part: Mapping[str, Any] | None) -> bool:
-    return part is not None and (part["count"] == 0 or "histogram" in part)
-
-
-def _merge_numbers(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    count = sum(p["count"] for p in parts)
+def _merge_numbers(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    count = sum(shard["count"] for shard in shards)
     if count == 0:
         return {"count": 0}
-    totals = _totals(parts, "sum")
-    squares = _totals(parts, "sum_squares")
-    merged = {
+
+    def columns(name: str) -> Iterable[tuple[Any, ...]]:
+        """The values of each column in all shards."""
+        return zip(*(shard[name] for shard in shards), strict=True)
+
+    totals = [add_exactly(column) for column in columns("exact_sum")]
+    squares = [add_exactly(column) for column in columns("exact_sum_squares")]
+    return {
         "count": count,
         "mean": [mean_of(total, count) for total in totals],
         "std": [std_of(t, s, count) for t, s in zip(totals, squares, strict=True)],
-        "min": [min(column) for column in zip(*(p["min"] for p in parts), strict=True)],
-        "max": [max(column) for column in zip(*(p["max"] for p in parts), strict=True)],
+        "min": [min(column) for column in columns("min")],
+        "max": [max(column) for column in columns("max")],
+        "range": shards[0]["range"],
+        "histogram": [
+            [sum(counts) for counts in zip(*histograms, strict=True)]
+            for histograms in columns("histogram")
+        ],
     }
-    if all(map(_is_exact, parts)):
-        merged["range"] = parts[0]["range"]
-        merged["histogram"] = [
-            [sum(counts) for counts in zip(*columns, strict=True)]
-            for columns in zip(*(p["histogram"] for p in parts), strict=True)
-        ]
-    return merged
 
 
-def _totals(parts: Sequence[Mapping[str, Any]], name: str) -> list[int]:
-    """Sums over all parts of each value; of early ones from floats."""
-    sums = [p.get(f"exact_{name}", p[name]) for p in parts]
-    return [add_exactly(column) for column in zip(*sums, strict=True)]
-
+# --- exact sums ------------------------------------------------------------------------------
 
 SCALE_BITS = 1074
-"""Sums are counted in units of 2**-1074, the smallest float64: every sum, and every float, is a
-whole number of them."""
+"""Sums are counted in units of 2**-1074, the smallest float64: every sum is a whole number of
+them."""
 
 _DIGITS = 24
 """Bits of a float32's significand."""
 
 
 def exact_sums(values: NDArray[np.float32]) -> tuple[list[str], list[str]]:
-    """Sums, and sums of squares, of each column of finite [N, D]; N below 2**29."""
+    """Compute sums and sums of squares of each column of finite [N, D]; N below 2**29."""
     fractions, exponents = np.frexp(values.astype(np.float64))
     whole = np.ldexp(fractions, _DIGITS)
     squares = np.square(whole)
@@ -211,52 +249,46 @@ def exact_sums(values: NDArray[np.float32]) -> tuple[list[str], list[str]]:
     lowest = int(exponents.min(initial=0))
     sums, sums_of_squares = [], []
     for column in range(values.shape[1]):
-        places = exponents[:, column] - lowest
+        shifts = exponents[:, column] - lowest
         base = lowest - _DIGITS
-        sums.append(_hex(_total(places, whole[:, column], step=1), base))
+        sums.append(_to_hex(_shifted_sum(shifts, whole[:, column], step=1), base))
         # A square has 48 bits; bincount adds in float64, which holds 2**29 numbers of 24.
-        high = _total(places, upper[:, column], step=2)
-        low = _total(places, lower[:, column], step=2)
-        sums_of_squares.append(_hex((high << _DIGITS) + low, 2 * base))
+        high = _shifted_sum(shifts, upper[:, column], step=2)
+        low = _shifted_sum(shifts, lower[:, column], step=2)
+        sums_of_squares.append(_to_hex((high << _DIGITS) + low, 2 * base))
     return sums, sums_of_squares
 
 
-def add_exactly(sums: Iterable[str | float]) -> int:
-    """The sum of sums, in units of 2**-SCALE_BITS.
-
-    Args:
-        sums: as :func:`exact_sums` writes them; or floats, which early sets have.
-    """
-    return sum(map(_parse, sums))
+def add_exactly(sums: Iterable[str]) -> int:
+    """Add sums that :func:`exact_sums` wrote; the result is in units of 2**-SCALE_BITS."""
+    return sum(map(_from_hex, sums))
 
 
 def mean_of(total: int, count: int) -> float:
-    """The mean, correctly rounded, of `count` values whose sum is `total`."""
+    """Compute the correctly rounded mean of `count` values whose sum is `total`."""
     return total / (count << SCALE_BITS)
 
 
 def std_of(total: int, total_of_squares: int, count: int) -> float:
-    """The population's standard deviation: nothing cancels, however far from zero values lie."""
+    """Compute the population's standard deviation; nothing cancels, however large the mean."""
     deviations = (count * total_of_squares << SCALE_BITS) - total * total
-    # Below zero only where early sets rounded their sums.
-    return math.sqrt(max(0, deviations) / (count * count << 2 * SCALE_BITS))
+    return math.sqrt(deviations / (count * count << 2 * SCALE_BITS))
 
 
-def _total(places: NDArray[np.signedinteger], whole: NDArray[np.float64], *, step: int) -> int:
-    """The sum of whole * 2**(step * places), for places from 0."""
-    found: Sequence[float] = np.bincount(places, weights=whole).tolist()
-    return sum(int(part) << step * place for place, part in enumerate(found))
+def _shifted_sum(
+    shifts: NDArray[np.signedinteger], whole: NDArray[np.float64], *, step: int
+) -> int:
+    """The sum of whole * 2**(step * shifts), for shifts from 0."""
+    totals: Sequence[float] = np.bincount(shifts, weights=whole).tolist()
+    return sum(int(total) << step * shift for shift, total in enumerate(totals))
 
 
-def _hex(total: int, exponent: int) -> str:
+def _to_hex(total: int, exponent: int) -> str:
     """The number total * 2**exponent, in lowest terms."""
     zeros = (total & -total).bit_length() - 1 if total else 0
     return f"{total >> zeros:#x}p{exponent + zeros if total else 0}"
 
 
-def _parse(text: str | float) -> int:
-    if isinstance(text, str):
-        digits, _, exponent = text.partition("p")
-        return int(digits, 16) << (int(exponent) + SCALE_BITS)
-    numerator, denominator = float(text).as_integer_ratio()
-    return numerator * ((1 << SCALE_BITS) // denominator)
+def _from_hex(text: str) -> int:
+    digits, _, exponent = text.partition("p")
+    return int(digits, 16) << (int(exponent) + SCALE_BITS)

@@ -1,24 +1,29 @@
-"""One task, one shard: write the columns that are due and the index in a workplace, and put each
-into the set when it is finished. Pictures may come from parts that other tasks have made.
+"""Write one shard: the columns that changed, then the index.
 
-:func:`build_shard` is an ordinary function of plain values. The Dask job calls it in its workers, a
+Each file is written in a staging directory and moved into the set when it is finished.
+:func:`build_shard` is an ordinary function of plain values: the Dask job calls it in its workers, a
 test in its own process; the bytes are the same.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.build import statistics
-from preprocess.build.reuse_reader import ColumnFileCache, ShardFieldReader, stored_statistics
-from preprocess.build.shards import BuiltColumn, BuiltShard, SessionWindows, ShardTask
+from preprocess.build.reuse_reader import ColumnFileCache, ShardReader
+from preprocess.build.shards import (
+    BuiltColumn,
+    FromSession,
+    FromShards,
+    FromSubtasks,
+    Row,
+    built_columns,
+)
 from preprocess.build.task_context import iter_rows, open_sessions
-from preprocess.build.video_subtasks import open_encoded, remove_encoded
-from preprocess.build.write import ZARR_WRITERS, Fields, Row, ShardBuilder, row_arrays, write_tar
+from preprocess.build.video_subtasks import remove_encoded
+from preprocess.build.write import SessionEncoder, ShardBuilder, row_arrays, write_column
 from shared.clock import Window
 from shared.errors import CorruptError, ShardError
 from shared.files import fingerprint_of, sha256_of_bytes, sha256_of_file
@@ -30,304 +35,286 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
+    from preprocess.build.shards import RowSource, ShardTask
     from preprocess.build.task_context import TaskContext
     from preprocess.build.video_subtasks import EncodedVideo
+    from preprocess.build.write import EncodedRow, RowReader
     from shared.recipe import Recipe
     from shared.session.reader import SessionReader
+    from shared.shardset.layout import Column
     from shared.shardset.store import ShardSetStore
 
 
 def build_shard(
-    task: ShardTask, given: TaskContext, parts: Sequence[EncodedVideo] = ()
+    task: ShardTask, context: TaskContext, encoded: Sequence[EncodedVideo] = ()
 ) -> ShardEntry:
-    """Write what is due of one shard.
+    """Write a shard.
+
+    If the file of a subtask is missing or corrupt, the recording is read instead; likewise if a
+    shard of the previous set is corrupt.
 
     Args:
         task: the shard.
-        given: what it is made of.
-        parts: what other tasks have made of it; taken over, and removed at the end.
+        context: the set, the recipe and the sessions.
+        encoded: the results of the task's subtasks; their files are removed at the end.
 
     Returns:
-        The shard's line in the manifest.
+        The shard's entry in the manifest.
 
     Raises:
-        SessionError: a session's folder or file went away or changed since it was scanned.
+        SessionError: a session's folder or file is missing or changed since it was scanned.
         JobError: the disk is full, or another job took over the set.
         OSError: the folder can't be written.
     """
     try:
-        entry = _build_shard(task, given, parts)
+        entry = _build_shard(task, context, encoded)
     except ShardError as error:
-        if parts:  # one of them is damaged or gone
-            entry = build_shard(task, given)
-        elif isinstance(error, CorruptError) and (any(task.copied.values()) or task.kept):
-            entry = _build_shard(_distrusting(task), given, ())
+        if encoded:
+            entry = build_shard(task.without(FromSubtasks), context)
+        elif isinstance(error, CorruptError) and task.copied_index_files:
+            entry = _build_shard(task.without(FromShards), context, ())
         else:
             raise
-    remove_encoded(parts, given)
+    remove_encoded(encoded, context)
     return entry
 
 
-def _distrusting(task: ShardTask) -> ShardTask:
-    """A task that reads no member of an old column."""
-    unread = {name: column for name, column in task.kept.items() if name not in statistics.COLUMNS}
-    due = {name: "its file is damaged" for name in task.kept if name not in unread}
-    return replace(task, copied={}, kept=unread, due={**task.due, **due})
+def _build_shard(
+    task: ShardTask, context: TaskContext, encoded: Sequence[EncodedVideo]
+) -> ShardEntry:
+    builder = ShardBuilder(rows=list(iter_rows(task.sessions, context)))
+    with context.out.staging_dir() as work:
+        sources, encoded_files = _session_files(task)
+        with open_sessions(context, sources, elsewhere=encoded_files) as recordings:
+            readers = _RowReaders(context.out, recordings, {video.name: video for video in encoded})
+            _write_columns(task, context, work, builder, readers)
+        return _write_index(task, context, work, builder)
 
 
-def _sources_of(task: ShardTask) -> dict[str, list[str]]:
-    """Session -> the files of it that a task reads: none of columns that are kept or copied."""
-    return {
-        session: sorted(
-            {
-                source
-                for name in task.due
-                if session not in task.copied.get(name, {})
-                for source in COLUMNS[name].sources
-            }
-        )
-        for session in dict.fromkeys(piece.session for piece in task.slices)
-    }
-
-
-def _build_shard(task: ShardTask, given: TaskContext, parts: Sequence[EncodedVideo]) -> ShardEntry:
-    elsewhere: dict[str, set[str]] = {}
-    for part in parts:
-        for name in part.sessions:
-            elsewhere.setdefault(name, set()).update(COLUMNS[part.column].sources)
-    rows = list(iter_rows(task.slices, given))
-    with given.out.staging_dir() as work:
-        with open_sessions(given, _sources_of(task), elsewhere=elsewhere) as fresh:
-            builder, presence = _write_columns(task, given, work, rows, fresh, parts)
-        return _write_index(task, given, work, builder, presence)
-
-
-def copy_shard(task: ShardTask, given: TaskContext) -> ShardEntry:
-    """Write a shard of rows of old ones, without any recording.
+def copy_shard(task: ShardTask, context: TaskContext) -> ShardEntry:
+    """Write a shard of copied rows, without any recording.
 
     Args:
-        task: all of its columns are due, all of its sessions copied.
-        given: needs no recordings, no scans and no tokenizer.
+        task: writes every column, and copies every session.
+        context: needs no recordings, no scans and no tokenizer.
 
     Raises:
-        CorruptError: an old shard is damaged.
+        CorruptError: a previous shard is corrupt.
         JobError: the disk is full, or another job took over the set.
     """
-    source = given.old or given.out
-    old = [source.read_index(file) for file in task.old_index_files]
-    with given.out.staging_dir() as work:
-        rows = list(_old_rows(task, given.recipe, old))
-        builder, presence = _write_columns(task, given, work, rows, {})
-        return _write_index(task, given, work, builder, presence)
+    source = context.old or context.out
+    indexes = [source.read_index(file) for file in task.copied_index_files]
+    builder = ShardBuilder(rows=list(_stored_rows(task, context.recipe, indexes)))
+    with context.out.staging_dir() as work:
+        _write_columns(task, context, work, builder, _RowReaders(source))
+        return _write_index(task, context, work, builder)
 
 
 def salvage_shard(
-    task: ShardTask, out: ShardSetStore, sizes: Mapping[str, int]
+    task: ShardTask, store: ShardSetStore, sizes: Mapping[str, int]
 ) -> ShardEntry | ShardTask:
-    """What a killed job left of a shard: its entry where it was finished, else what is still to do.
+    """Take over what a killed job finished of a shard.
 
-    The index that is there vouches for its columns. Those that do not fit are about to be replaced,
-    so that it is cut down to the others first.
+    The index that exists describes its columns. Columns that are not wanted are about to be
+    replaced, so they are removed from the index first.
 
     Args:
-        task: what the shard is to be.
-        out: the set.
+        task: the shard that is wanted.
+        store: the set.
         sizes: file name -> bytes, of all files of the set.
+
+    Returns:
+        The entry of the shard if it is finished, else what is still to do.
     """
-    name = task.file_name("index")
-    content = out.read(name) if name in sizes else None
+    file = task.file_name("index")
+    content = store.read(file) if file in sizes else None
     if content is None:
         return task
     try:
-        index = parse_index(content, origin=f"{out}/{name}")
-        columns = _columns(index)
+        index = parse_index(content, origin=f"{store}/{file}")
+        columns = built_columns(index)
     except (ShardError, KeyError, TypeError):
         columns = {}
-    wanted = {name: fingerprint_of(basis) for name, basis in task.bases.items()}
-    good = {
+    wanted = task.fingerprints
+    finished = {
         name: column
         for name, column in columns.items()
         if column.fingerprint == wanted.get(name) and sizes.get(column.file) == column.length_bytes
     }
-    if set(good) == set(wanted) and not statistics.lacking(index.header.get("statistics", {})):
-        digest = sha256_of_bytes(content)
-        return _entry(task, index.num_samples, digest, good)
-    if not good or not set(task.kept) <= set(good):
-        out.remove(name)
+    if set(finished) == set(wanted):
+        return _entry(task, content, finished)
+    if not finished or not set(task.kept) <= set(finished):
+        store.remove(file)
         return task
-    out.write(name, index_bytes(_cut(index, good)))
-    due = {name: reason for name, reason in task.due.items() if name not in good}
-    return replace(task, due=due, kept=good, kept_index_file=name)
+    store.write(file, index_bytes(_select_columns(index, finished)))
+    todo = {name: column for name, column in task.columns.items() if name not in finished}
+    return replace(task, columns=todo, kept=finished, kept_index_file=file)
 
 
-def _cut(index: ShardIndex, columns: Iterable[str]) -> ShardIndex:
-    """An index of some of its columns."""
-    columns = set(columns)
-    gone = tuple(f"{n}{mark}" for n in set(index.columns) - columns for mark in "./")
-    facts = {**index.header, "columns": {n: index.columns[n] for n in sorted(columns)}}
-    arrays = {n: array for n, array in index.arrays.items() if not n.startswith(gone)}
-    return ShardIndex(header=facts, arrays=arrays)
+def _select_columns(index: ShardIndex, names: Iterable[str]) -> ShardIndex:
+    """An index with some of its columns."""
+    kept = set(names)
+    removed = tuple(f"{name}{mark}" for name in set(index.columns) - kept for mark in "./")
+    columns = {name: index.columns[name] for name in sorted(kept)}
+    arrays = {name: a for name, a in index.arrays.items() if not name.startswith(removed)}
+    return ShardIndex(header={**index.header, "columns": columns}, arrays=arrays)
 
 
-def describe_shard(
-    entry: ShardEntry, out: ShardSetStore, sizes: Mapping[str, int], damage: Mapping[str, str]
-) -> BuiltShard:
-    """A finished shard as the next plan takes it.
+def _session_files(task: ShardTask) -> tuple[dict[str, list[str]], dict[str, set[str]]]:
+    """Session -> its files that the shard is made of, and those of them that subtasks read.
 
-    Args:
-        entry: its line in the manifest.
-        out: the set.
-        sizes: file name -> bytes, of all files of the set.
-        damage: file name -> what is wrong with it, of those of the right size.
-
-    Raises:
-        CorruptError: its index is damaged or not the one that the manifest means.
+    Files of kept and copied rows are not read.
     """
-    index = out.read_index(entry.index_file, sha256=entry.index_sha256)
-    if index.num_samples != entry.num_samples:
-        raise CorruptError(f"{out}/{entry.index_file}: is not of {entry.num_samples} samples")
-    facts = index.header
-    columns = _columns(index)
-    cut = {
-        name: "its file is gone or cut"
-        for name, column in columns.items()
-        if sizes.get(column.file) != column.length_bytes
-    }
-    damaged = {n: damage[c.file] for n, c in columns.items() if c.file in damage}
-    return BuiltShard(
-        name=entry.name,
-        split=entry.split,
-        slices=tuple(
-            SessionWindows(session, tuple(windows)) for session, windows in facts["slices"]
-        ),
-        index_file=entry.index_file,
-        columns=columns,
-        faults={**damaged, **cut},
-        losses=frozenset((loss["session"], loss["stream"]) for loss in facts["losses"]),
-        lacks_statistics=bool(statistics.lacking(facts["statistics"])),
-    )
+    files: dict[str, list[str]] = {}
+    encoded: dict[str, set[str]] = {}
+    for session in dict.fromkeys(own.session for own in task.sessions):
+        used = set()
+        for name, column in task.columns.items():
+            source = column.sources[session]
+            if not isinstance(source, FromShards):
+                used |= set(COLUMNS[name].sources)
+            if isinstance(source, FromSubtasks):
+                encoded.setdefault(session, set()).update(COLUMNS[name].sources)
+        files[session] = sorted(used)
+    return files, encoded
+
+
+# --- columns ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _RowReaders:
+    """Opens the reader that a row source names."""
+
+    store: ShardSetStore
+    """Holds the shards that rows are copied from, and the files of subtasks."""
+    recordings: Mapping[str, SessionReader] = field(default_factory=dict)
+    encoded: Mapping[str, EncodedVideo] = field(default_factory=dict)
+    indexes: dict[str, ShardIndex] = field(default_factory=dict)
+    """Indexes that have been read, by file name."""
+
+    def open(
+        self, session: str, source: RowSource, column: Column, files: ColumnFileCache
+    ) -> RowReader:
+        """Open the reader of a session's rows in a column.
+
+        Raises:
+            ShardError: an index of a previous shard or of a subtask is missing or corrupt.
+        """
+        if isinstance(source, FromSession):
+            return SessionEncoder(self.recordings[session])
+        shards = []
+        if isinstance(source, FromShards):
+            for file in source.index_files:
+                index = self._read_index(file)
+                shards.append((index, index.columns[column.name]["file"]))
+        else:
+            for name in source.names:
+                video = self.encoded[name]
+                index = self._read_index(video.index_file, sha256=video.index_sha256)
+                shards.append((index, video.file))
+        return ShardReader(session, shards=shards, files=files)
+
+    def _read_index(self, file: str, *, sha256: str | None = None) -> ShardIndex:
+        if file not in self.indexes:
+            self.indexes[file] = self.store.read_index(file, sha256=sha256)
+        return self.indexes[file]
 
 
 def _write_columns(
     task: ShardTask,
-    given: TaskContext,
+    context: TaskContext,
     work: Path,
-    rows: Sequence[Row],
-    fresh: Mapping[str, SessionReader],
-    parts: Sequence[EncodedVideo] = (),
-) -> tuple[ShardBuilder, NDArray[np.uint8]]:
-    """Put the columns that are due into the set; returns the builder of the index and presence bits
-    per row.
-    """
-    builder = ShardBuilder(rows=list(rows))
-    presence = np.zeros(len(builder.rows), dtype=np.uint8)
-    out, source = given.out, given.old or given.out
-    kept = out.read_index(task.kept_index_file) if task.kept and task.kept_index_file else None
-    old = {file: source.read_index(file) for file in task.old_index_files}
+    builder: ShardBuilder,
+    readers: _RowReaders,
+) -> None:
+    """Keep or write every column, and put the written files into the set."""
+    kept = context.out.read_index(task.kept_index_file) if task.kept_index_file else None
     for name, column in COLUMNS.items():
-        mask = np.uint8(presence_bits(column.streams))
-        if name in task.kept and kept is not None:
-            _keep_column(builder, name, task.kept[name], kept)
-            if name in statistics.lacking(builder.statistics):
-                with closing(out.open_column(task.kept[name].file)) as column_file:
-                    builder.statistics[name] = stored_statistics(
-                        name, index=kept, column=column_file, recipe=given.recipe
-                    )
-            presence |= kept.arrays["present"] & mask
+        if kept is not None and name in task.kept:
+            _keep_column(builder, column, task.kept[name], kept)
             continue
+        todo = task.columns[name]
         file = task.file_name(f"{name}.{column.suffix}")
         path = work / file
-        with ExitStack() as stack:
-            readers: dict[str, Fields] = {**fresh}
-            columns = stack.enter_context(ColumnFileCache(source.open_column))
-            for session, files in task.copied.get(name, {}).items():
-                found = [(old[f], old[f].columns[name]["file"]) for f in files]
-                readers[session] = ShardFieldReader(
-                    session, found=found, columns=columns, recipe=given.recipe
-                )
-            made = stack.enter_context(ColumnFileCache(out.open_column))
-            readers.update(open_encoded(parts, name, given, made))
-            if column.kind == "tar":
-                presence |= write_tar(builder, name, path, readers, given.recipe)
-            else:
-                presence |= ZARR_WRITERS[name](builder, path, readers, given.recipe) & mask
+        with ColumnFileCache(readers.store.open_column) as files:
+            encoded = _iter_encoded(column, todo.sources, builder, readers, files)
+            write_column(builder, column, path, encoded, context.recipe)
         builder.columns[name] = BuiltColumn(
             file=file,
             length_bytes=path.stat().st_size,
             sha256=sha256_of_file(path),
-            fingerprint=fingerprint_of(task.bases[name]),
-            basis=task.bases[name],
-            rows=task.rows[name],
+            fingerprint=fingerprint_of(todo.basis),
+            basis=todo.basis,
+            rows=todo.rows,
         )
-        out.put(path, file)
+        context.out.put(path, file)
         path.unlink(missing_ok=True)  # an upload leaves it
-    return builder, presence
 
 
-def _columns(index: ShardIndex) -> dict[str, BuiltColumn]:
-    return {name: BuiltColumn(**values) for name, values in index.columns.items()}
+def _iter_encoded(
+    column: Column,
+    sources: Mapping[str, RowSource],
+    builder: ShardBuilder,
+    readers: _RowReaders,
+    files: ColumnFileCache,
+) -> Iterator[EncodedRow]:
+    """Rows of a column from the source that the plan names for each session."""
+    rows = builder.rows_of(column)
+    for session, source in sources.items():
+        reader = readers.open(session, source, column, files)
+        yield from reader.iter_rows(column, rows.get(session, []), builder.decode_failures)
 
 
-def _entry(
-    task: ShardTask, num_samples: int, sha256: str, columns: Mapping[str, BuiltColumn]
-) -> ShardEntry:
-    return ShardEntry(
-        name=task.name,
-        split=task.split,
-        num_samples=num_samples,
-        length_bytes=sum(c.length_bytes for c in columns.values()),
-        index_file=task.file_name("index"),
-        index_sha256=sha256,
-    )
-
-
-def _old_rows(task: ShardTask, recipe: Recipe, old: Sequence[ShardIndex]) -> Iterator[Row]:
-    """Rows of a task as old indexes describe them."""
-    places = {
-        (
-            index.sessions[int(index.arrays["session"][row])],
-            int(index.arrays["window"][row]),
-        ): (index.arrays, row)
-        for index in old
-        for row in range(index.num_samples)
-    }
-    keys = [(piece.session, index) for piece in task.slices for index in piece.windows]
-    for number, key in enumerate(keys):
-        arrays, row = places[key]
-        window = Window(key[1], float(arrays["start_s"][row]), recipe.window.duration_s)
-        streams = streams_from_bits(int(arrays["present"][row]))
-        yield Row(number, key[0], window, streams, arrays["coverage"][row].tolist())
-
-
-def _keep_column(builder: ShardBuilder, name: str, built: BuiltColumn, old: ShardIndex) -> None:
-    """Take over a column that is up to date: its entry, its member tables, its statistics."""
+def _keep_column(
+    builder: ShardBuilder, column: Column, built: BuiltColumn, index: ShardIndex
+) -> None:
+    """Take over a column that is up to date: its entry, member tables, statistics and failures."""
+    name = column.name
     builder.columns[name] = built
-    for array, values in old.arrays.items():
+    for array, values in index.arrays.items():
         if array.startswith((f"{name}.", f"{name}/")):
             builder.arrays[array] = np.array(values)
-    if name in old.header["statistics"]:
-        builder.statistics[name] = old.header["statistics"][name]
-    streams = set(COLUMNS[name].streams)
-    builder.losses += [loss for loss in old.decode_failures if loss["stream"] in streams]
+    if name in index.header["statistics"]:
+        builder.statistics[name] = index.header["statistics"][name]
+    builder.decode_failures += [
+        failure for failure in index.decode_failures if failure["stream"] in column.streams
+    ]
+    builder.presence |= index.arrays["present"] & np.uint8(presence_bits(column.streams))
+
+
+# --- index -----------------------------------------------------------------------------------
+
+
+def _stored_rows(task: ShardTask, recipe: Recipe, indexes: Sequence[ShardIndex]) -> Iterator[Row]:
+    """Rows of a task as previous indexes describe them."""
+    stored = {
+        (index.sessions[int(index.arrays["session"][row])], int(index.arrays["window"][row])): (
+            index.arrays,
+            row,
+        )
+        for index in indexes
+        for row in range(index.num_samples)
+    }
+    keys = [(own.session, window) for own in task.sessions for window in own.windows]
+    for number, (session, index) in enumerate(keys):
+        arrays, row = stored[session, index]
+        window = Window(index, float(arrays["start_s"][row]), recipe.window.duration_s)
+        present = streams_from_bits(int(arrays["present"][row]))
+        yield Row(number, session, window, present, arrays["coverage"][row].tolist())
 
 
 def _write_index(
-    task: ShardTask,
-    given: TaskContext,
-    work: Path,
-    builder: ShardBuilder,
-    presence: NDArray[np.uint8],
+    task: ShardTask, context: TaskContext, work: Path, builder: ShardBuilder
 ) -> ShardEntry:
     """Put the index into the set: from here on the shard is finished."""
-    sessions = [piece.session for piece in task.slices]
-    arrays = {**row_arrays(builder.rows, sessions), "present": presence, **builder.arrays}
-    facts = {
+    sessions = [own.session for own in task.sessions]
+    arrays = {**row_arrays(builder.rows, sessions), "present": builder.presence, **builder.arrays}
+    header = {
         "name": task.name,
         "split": task.split,
         "sessions": sessions,
-        "slices": [[piece.session, list(piece.windows)] for piece in task.slices],
+        "slices": [[own.session, list(own.windows)] for own in task.sessions],
         "columns": {
             name: {
                 "file": c.file,
@@ -340,10 +327,22 @@ def _write_index(
             for name, c in builder.columns.items()
         },
         "statistics": builder.statistics,
-        "losses": builder.losses,
+        "losses": builder.decode_failures,
     }
-    content = index_bytes(ShardIndex(header=facts, arrays=arrays))
+    content = index_bytes(ShardIndex(header=header, arrays=arrays))
     name = task.file_name("index")
     (work / name).write_bytes(content)
-    given.out.put(work / name, name)
-    return _entry(task, len(builder.rows), sha256_of_bytes(content), builder.columns)
+    context.out.put(work / name, name)
+    return _entry(task, content, builder.columns)
+
+
+def _entry(task: ShardTask, index: bytes, columns: Mapping[str, BuiltColumn]) -> ShardEntry:
+    """The manifest's entry of a shard with this index file."""
+    return ShardEntry(
+        name=task.name,
+        split=task.split,
+        num_samples=task.num_samples,
+        length_bytes=sum(c.length_bytes for c in columns.values()),
+        index_file=task.file_name("index"),
+        index_sha256=sha256_of_bytes(index),
+    )

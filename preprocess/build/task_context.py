@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from preprocess.build.shards import Row
 from preprocess.build.sources import require_unchanged
-from preprocess.build.write import Row
 from shared.media.tokenizer import parse_tokenizer
 from shared.session.reader import SessionReader
 

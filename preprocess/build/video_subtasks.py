@@ -1,9 +1,9 @@
-"""Parts of a shard: runs of its pictures that tasks of their own decode and encode.
+"""Split the video of a shard into subtasks, which decode and encode it in parallel.
 
-Nine tenths of a build go into pictures, so only their columns are divided: each eye, the sessions
-of a shard, and a long session at keyframes. A part is a small shard of one column, under a
-temporary name where the set is written. The shard's own task copies its members as it would copy
-those of an old shard, so that the bytes do not depend on whether, and where, a column was divided.
+Nine tenths of a build are video, so only video columns are split: each camera, the sessions of a
+shard, and a long session at keyframes. A subtask writes a small shard of one column under a
+temporary name. The shard's own task copies its members as it copies members of a previous shard, so
+the bytes do not depend on whether and where a column was split.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from preprocess.build.reuse_reader import ColumnFileCache, ShardFieldReader
+from preprocess.build.shards import FromSession, FromSubtasks
 from preprocess.build.task_context import iter_rows, open_sessions
-from preprocess.build.write import ShardBuilder, row_arrays, write_tar
+from preprocess.build.write import SessionEncoder, ShardBuilder, row_arrays, write_column
 from shared.errors import MediaError
 from shared.files import sha256_of_bytes
 from shared.session.folder import VISION_FILES
@@ -23,43 +23,44 @@ from shared.shardset.layout import COLUMNS
 from shared.shardset.store import job_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from preprocess.build.shards import SessionWindows, ShardTask
+    from preprocess.build.shards import Row, SessionWindows, ShardTask
     from preprocess.build.task_context import TaskContext
-    from preprocess.build.write import Row
+    from preprocess.build.write import EncodedRow
+    from shared.clock import Window
     from shared.recipe import Recipe
     from shared.session.reader import SessionReader
     from shared.session.scan import SessionScan
 
 TASK_S = 120.0
-"""About how many seconds of video one task decodes: some ten seconds of work at 720p. To read the
-frame times of a file of half an hour costs a task half a second."""
+"""Seconds of video that one task decodes: about ten seconds of work at 720p. Reading the frame
+times of a file of half an hour costs each task half a second."""
 
 _STREAMS = {n: c.streams[0] for n, c in COLUMNS.items() if c.streams[0] in VISION_FILES}
-"""Columns that are divided, and their streams."""
+"""Columns that are split, and their streams."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoSubtask:
-    """Some rows of a column of a shard: whole sessions, or a run of one session's windows."""
+    """Rows of one video column of a shard: whole sessions, or a run of one session's windows."""
 
     name: str
     """Unique in the set."""
     column: str
-    slices: tuple[SessionWindows, ...]
-    """As they lie in the shard."""
+    sessions: tuple[SessionWindows, ...]
     run: int = 0
+    """Which run this is."""
     num_runs: int = 1
-    """Into how many runs the only slice is divided, and which of them this is."""
+    """Runs that the only session is split into."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedVideo:
-    """A part that is there, under temporary names."""
+    """The result of a subtask, stored under temporary names."""
 
-    column: str
-    sessions: tuple[str, ...]
+    name: str
+    """Name of the subtask."""
     file: str
     index_file: str
     index_sha256: str
@@ -67,130 +68,153 @@ class EncodedVideo:
 
 def split_task(
     task: ShardTask, scans: Mapping[str, SessionScan], recipe: Recipe, *, task_s: float
-) -> tuple[VideoSubtask, ...]:
-    """Parts of what a shard task decodes; none where it is no more than one task's share.
+) -> tuple[ShardTask, tuple[VideoSubtask, ...]]:
+    """Split the video that a task decodes into subtasks; leave a task of at most `task_s` whole.
 
     Args:
         task: the shard.
-        scans: at least its sessions.
+        scans: at least the sessions of the shard.
         recipe: the recipe to build by.
-        task_s: seconds of video that are one task's share.
+        task_s: seconds of video per subtask.
+
+    Returns:
+        The task, with the subtasks as sources of their rows, and the subtasks.
     """
     step_s = min(recipe.window.step_s, recipe.window.duration_s)
-    parts: list[VideoSubtask] = []
+    subtasks: list[VideoSubtask] = []
     total_s = 0.0
     for column, stream in _STREAMS.items():
-        together: list[SessionWindows] = []
-        room_s = 0.0
-        for piece in task.slices if column in task.due else ():
-            is_copied = piece.session in task.copied.get(column, ())
-            if is_copied or stream not in scans[piece.session].intervals:
-                continue
-            length_s = len(piece.windows) * step_s
-            total_s += length_s
-            num_runs = min(math.ceil(length_s / task_s), len(piece.windows))
-            if num_runs > 1:
-                whole = VideoSubtask(name="", column=column, slices=(piece,), num_runs=num_runs)
-                parts += [replace(whole, run=run) for run in range(num_runs)]
-                continue
-            if together and length_s > room_s:
-                parts.append(VideoSubtask(name="", column=column, slices=tuple(together)))
-                together = []
-            room_s = (room_s if together else task_s) - length_s
-            together.append(piece)
-        if together:
-            parts.append(VideoSubtask(name="", column=column, slices=tuple(together)))
+        decoded = [
+            own
+            for own in task.sessions
+            if column in task.columns
+            and isinstance(task.columns[column].sources[own.session], FromSession)
+            and stream in scans[own.session].intervals
+        ]
+        subtasks += _split_column(column, decoded, step_s=step_s, task_s=task_s)
+        total_s += sum(len(own.windows) * step_s for own in decoded)
     if total_s <= task_s:
-        return ()
-    return tuple(
-        replace(part, name=f"{task.name}.{part.column}.{number}")
-        for number, part in enumerate(parts)
+        return task, ()
+    named = tuple(
+        replace(subtask, name=f"{task.name}.{subtask.column}.{number}")
+        for number, subtask in enumerate(subtasks)
     )
+    return _with_subtasks(task, named), named
 
 
-def encode_subtask(part: VideoSubtask, given: TaskContext) -> EncodedVideo:
-    """Decode and encode a part, and put it beside the set.
+def _split_column(
+    column: str, sessions: Iterable[SessionWindows], *, step_s: float, task_s: float
+) -> list[VideoSubtask]:
+    """Split long sessions into runs, and group consecutive short ones; without names."""
+    subtasks: list[VideoSubtask] = []
+    group: list[SessionWindows] = []
+    free_s = 0.0
+    for own in sessions:
+        length_s = len(own.windows) * step_s
+        num_runs = min(math.ceil(length_s / task_s), len(own.windows))
+        if num_runs > 1:
+            whole = VideoSubtask(name="", column=column, sessions=(own,), num_runs=num_runs)
+            subtasks += [replace(whole, run=run) for run in range(num_runs)]
+            continue
+        if group and length_s > free_s:
+            subtasks.append(VideoSubtask(name="", column=column, sessions=tuple(group)))
+            group = []
+        free_s = (free_s if group else task_s) - length_s
+        group.append(own)
+    if group:
+        subtasks.append(VideoSubtask(name="", column=column, sessions=tuple(group)))
+    return subtasks
+
+
+def _with_subtasks(task: ShardTask, subtasks: Iterable[VideoSubtask]) -> ShardTask:
+    """A task whose rows come from subtasks where these encode them."""
+    names: dict[tuple[str, str], tuple[str, ...]] = {}
+    for subtask in subtasks:
+        for own in subtask.sessions:
+            key = subtask.column, own.session
+            names[key] = (*names.get(key, ()), subtask.name)
+    columns = dict(task.columns)
+    for (name, session), files in names.items():
+        sources = {**columns[name].sources, session: FromSubtasks(files)}
+        columns[name] = replace(columns[name], sources=sources)
+    return replace(task, columns=columns)
+
+
+def encode_video(subtask: VideoSubtask, context: TaskContext) -> EncodedVideo:
+    """Decode and encode the rows of a subtask, and put them beside the set.
 
     Raises:
         SessionError, JobError, OSError: see :func:`preprocess.build.task.build_shard`.
     """
-    sources = {piece.session: COLUMNS[part.column].sources for piece in part.slices}
-    with given.out.staging_dir() as work:
-        path = work / "part.tar"
-        with open_sessions(given, sources) as readers:
-            builder = _builder(part, given, readers)
-            write_tar(builder, part.column, path, readers, given.recipe)
-        file = job_file(given.out, f"{part.name}.tar")
-        index_file = job_file(given.out, f"{part.name}.index")
-        content = index_bytes(_index(part, builder))
-        (work / "part.index").write_bytes(content)
-        given.out.put(path, file)
-        given.out.put(work / "part.index", index_file)
+    column = COLUMNS[subtask.column]
+    sources = {own.session: column.sources for own in subtask.sessions}
+    with context.out.staging_dir() as work:
+        path = work / "subtask.tar"
+        with open_sessions(context, sources) as readers:
+            rows, decode_context = _select_rows(subtask, context, readers)
+            builder = ShardBuilder(rows=rows)
+            encoded = _iter_encoded(subtask, builder, readers, decode_context)
+            write_column(builder, column, path, encoded, context.recipe)
+        file = job_file(context.out, f"{subtask.name}.tar")
+        index_file = job_file(context.out, f"{subtask.name}.index")
+        content = index_bytes(_index(subtask, builder))
+        (work / "subtask.index").write_bytes(content)
+        context.out.put(path, file)
+        context.out.put(work / "subtask.index", index_file)
     return EncodedVideo(
-        column=part.column,
-        sessions=tuple(sources),
+        name=subtask.name,
         file=file,
         index_file=index_file,
         index_sha256=sha256_of_bytes(content),
     )
 
 
-def open_encoded(
-    parts: Sequence[EncodedVideo], column: str, given: TaskContext, columns: ColumnFileCache
-) -> dict[str, ShardFieldReader]:
-    """Session -> its rows of a column, of those sessions that the parts hold.
-
-    Args:
-        parts: of any columns.
-        column: which.
-        given: where they lie.
-        columns: opens their files.
-
-    Raises:
-        ShardError: a part is damaged or not there any more.
-    """
-    found: dict[str, list[tuple[ShardIndex, str]]] = {}
-    for part in parts:
-        if part.column == column:
-            index = given.out.read_index(part.index_file, sha256=part.index_sha256)
-            for session in part.sessions:
-                found.setdefault(session, []).append((index, part.file))
-    return {
-        session: ShardFieldReader(session, found=of, columns=columns, recipe=given.recipe)
-        for session, of in found.items()
-    }
+def remove_encoded(encoded: Iterable[EncodedVideo], context: TaskContext) -> None:
+    """Remove the files of subtasks whose shard is finished."""
+    for video in encoded:
+        context.out.remove(video.file)
+        context.out.remove(video.index_file)
 
 
-def remove_encoded(parts: Sequence[EncodedVideo], given: TaskContext) -> None:
-    """Remove parts whose shard is there."""
-    for part in parts:
-        given.out.remove(part.file)
-        given.out.remove(part.index_file)
-
-
-def _builder(
-    part: VideoSubtask, given: TaskContext, readers: Mapping[str, SessionReader]
-) -> ShardBuilder:
-    """The rows of a part, and what its run's pictures are read among."""
-    rows = list(iter_rows(part.slices, given))
-    if part.num_runs == 1:
-        return ShardBuilder(rows=rows)
-    stream, session = _STREAMS[part.column], part.slices[0].session
-    seen = [row for row in rows if stream in row.streams]
-    windows = [row.window for row in seen]
+def _select_rows(
+    subtask: VideoSubtask, context: TaskContext, readers: Mapping[str, SessionReader]
+) -> tuple[list[Row], list[Window] | None]:
+    """Rows of a subtask, and the windows of the pass over the video if it is one run of several."""
+    rows = list(iter_rows(subtask.sessions, context))
+    if subtask.num_runs == 1:
+        return rows, None
+    stream = _STREAMS[subtask.column]
+    rows = [row for row in rows if stream in row.present]
+    windows = [row.window for row in rows]
+    if not rows:
+        return [], windows
+    reader = readers[subtask.sessions[0].session]
     try:
-        cuts = readers[session].split_into_runs(stream, windows, part.num_runs) if windows else ()
+        cuts = reader.split_into_runs(stream, windows, subtask.num_runs)
     except MediaError:
-        cuts = [0, *[len(seen)] * part.num_runs]  # the first run notes the losses
-    mine: list[Row] = seen[cuts[part.run] : cuts[part.run + 1]] if windows else []
-    numbered = [replace(row, number=number) for number, row in enumerate(mine)]
-    return ShardBuilder(rows=numbered, passes={session: windows})
+        # The video does not open: the first run reports every window.
+        cuts = [0, *[len(rows)] * subtask.num_runs]
+    own = rows[cuts[subtask.run] : cuts[subtask.run + 1]]
+    return [replace(row, number=number) for number, row in enumerate(own)], windows
 
 
-def _index(part: VideoSubtask, builder: ShardBuilder) -> ShardIndex:
-    """What the shard needs to know of a part, as an index of it alone."""
-    sessions = [piece.session for piece in part.slices]
-    return ShardIndex(
-        header={"sessions": sessions, "columns": {}, "losses": builder.losses},
-        arrays={**row_arrays(builder.rows, sessions), **builder.arrays},
-    )
+def _iter_encoded(
+    subtask: VideoSubtask,
+    builder: ShardBuilder,
+    readers: Mapping[str, SessionReader],
+    decode_context: list[Window] | None,
+) -> Iterator[EncodedRow]:
+    column = COLUMNS[subtask.column]
+    rows = builder.rows_of(column)
+    for own in subtask.sessions:
+        encoder = SessionEncoder(readers[own.session], decode_context=decode_context)
+        own_rows = rows.get(own.session, [])
+        yield from encoder.iter_rows(column, own_rows, builder.decode_failures)
+
+
+def _index(subtask: VideoSubtask, builder: ShardBuilder) -> ShardIndex:
+    """The index of a subtask's file, with what the shard needs to know."""
+    sessions = [own.session for own in subtask.sessions]
+    arrays = {**row_arrays(builder.rows, sessions), "present": builder.presence, **builder.arrays}
+    header = {"sessions": sessions, "columns": {}, "losses": builder.decode_failures}
+    return ShardIndex(header=header, arrays=arrays)

@@ -1,25 +1,27 @@
-"""The columns of one shard: what each row's fields are, encoded and written by one function per
-column.
+"""Write the columns of a shard from encoded rows, and encode rows of sessions.
 
-Each writer takes the rows and one reader per session, writes its file, notes in the builder where
-every member lies, and returns per row which of its streams are there.
+A reader yields the rows of one session in one column as encoded members: :class:`SessionEncoder`
+decodes and encodes a recording, :class:`preprocess.build.reuse_reader.ShardReader` copies the bytes
+of finished files. :func:`write_column` takes the rows of all readers one after the other. It notes
+where every member is stored and counts the statistics from the members, so that encoded and copied
+rows are treated alike.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from preprocess.build import statistics
-from preprocess.build.reuse_reader import ShardFieldReader
 from shared.errors import MediaError
 from shared.recipe import STREAMS, Recipe, Stream
-from shared.session.reader import MASKED_LEVEL, SessionReader
+from shared.session.folder import VISION_FILES
+from shared.session.reader import MASKED_LEVEL
 from shared.shardset.codec import encode_pictures, encode_text, encode_wav
-from shared.shardset.columns import TarColumnWriter, ZarrArray, write_zarr_column
-from shared.shardset.layout import member_name, presence_bits
+from shared.shardset.columns import TarColumnWriter, ZarrArray, read_chunk, write_zarr_column
+from shared.shardset.layout import COLUMNS, Column, member_name, presence_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,53 +29,70 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from preprocess.build.shards import BuiltColumn
+    from preprocess.build.shards import BuiltColumn, Row
     from shared.clock import Window
+    from shared.session.reader import SessionReader
     from shared.shardset.index import Members
 
+DecodeFailure = dict[str, Any]
+"""A window whose stream is recorded but does not decode: session, window, stream and reason."""
 
-Fields = SessionReader | ShardFieldReader
-"""A session's fields, from its files or from the shard in which they were before."""
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """One row of a column as it is stored."""
+
+    row: Row
+    members: Mapping[str, bytes]
+    """Member table (see :data:`shared.shardset.index.MEMBER_TABLES`) -> bytes; empty where no
+    picture of the window decodes."""
+    error_s: NDArray[np.float32] | None = None
+    """Time error of each picture, of a video column; see :class:`shared.session.reader.Frames`."""
 
 
-@dataclass(slots=True)
-class Row:
-    """One sample to write."""
+class RowReader(Protocol):
+    """Reads the rows of one session."""
 
-    number: int
-    session: str
-    window: Window
-    streams: tuple[Stream, ...]
-    coverage: Sequence[float]
-    """Share of the window that each of STREAMS covers."""
-
-    @property
-    def key(self) -> str:
-        """SESSION/WINDOW."""
-        return f"{self.session}/{self.window.index:06d}"
+    def iter_rows(
+        self, column: Column, rows: Sequence[Row], failures: list[DecodeFailure]
+    ) -> Iterator[EncodedRow]:
+        """Yield rows of a column in order; append to `failures` what does not decode."""
+        ...
 
 
 @dataclass(slots=True)
 class ShardBuilder:
-    """What the columns of a shard add up to."""
+    """Collects what the index of a shard says of its columns."""
 
     rows: list[Row]
-    passes: Mapping[str, Sequence[Window]] = field(default_factory=dict)
-    """Session -> the windows with which its pictures are read, where the rows are only some."""
+    presence: NDArray[np.uint8] = field(init=False)
+    """Bits of the streams that are stored, per row."""
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     columns: dict[str, BuiltColumn] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
-    losses: list[dict[str, Any]] = field(default_factory=list)
+    decode_failures: list[DecodeFailure] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.presence = np.zeros(len(self.rows), dtype=np.uint8)
 
     def add_members(self, name: str, members: Members) -> None:
-        """Note where a column's members or an array's chunks lie."""
+        """Note where the members of a column or the chunks of an array are stored."""
         self.arrays[f"{name}.offset"] = members.offset
         self.arrays[f"{name}.length"] = members.length
         self.arrays[f"{name}.crc32c"] = members.crc32c
 
+    def rows_of(self, column: Column) -> dict[str, list[Row]]:
+        """Session -> its rows that a column stores."""
+        rows: dict[str, list[Row]] = {}
+        for row in self.rows:
+            # Sensor columns store the times of every row.
+            if column.name == "proprio" or not set(column.streams).isdisjoint(row.present):
+                rows.setdefault(row.session, []).append(row)
+        return rows
+
 
 def row_arrays(rows: Sequence[Row], sessions: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """What an index says of every row; which streams a row has ("present") is none as yet.
+    """Make the arrays that an index has for its rows, all but "present".
 
     Args:
         rows: the rows.
@@ -90,212 +109,215 @@ def row_arrays(rows: Sequence[Row], sessions: Sequence[str]) -> dict[str, NDArra
         "window": np.array([row.window.index for row in rows], dtype=np.uint32),
         "start_s": np.array([row.window.start_s for row in rows], dtype=np.float64),
         "stop_s": np.array([row.window.stop_s for row in rows], dtype=np.float64),
-        "present": np.zeros(len(rows), dtype=np.uint8),
         "partial": np.array(partial, dtype=np.uint8),
         "coverage": coverage.reshape(len(rows), len(STREAMS)),
     }
 
 
-def write_tar(
-    builder: ShardBuilder,
-    name: str,
-    path: Path,
-    readers: Mapping[str, Fields],
-    recipe: Recipe,
-) -> NDArray[np.uint8]:
-    """Write a tar column; returns the presence bits of its streams per row."""
-    presence = np.zeros(len(builder.rows), dtype=np.uint8)
+# --- columns ---------------------------------------------------------------------------------
+
+
+def write_column(
+    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow], recipe: Recipe
+) -> None:
+    """Write a column file.
+
+    Args:
+        builder: takes the member tables, presence bits and statistics.
+        column: the column.
+        path: the file to write.
+        encoded: the rows that the column stores, in order.
+        recipe: the recipe of the set.
+    """
+    write = _write_tar if column.kind == "tar" else _write_zarr
+    write(builder, column, path, encoded, recipe)
+
+
+def _write_tar(
+    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow], recipe: Recipe
+) -> None:
+    name = column.name
+    counter = statistics.TAR_COUNTERS.get(name, statistics.NoCounter)()
+    if column.streams[0] in VISION_FILES:
+        shape = (len(builder.rows), recipe.count(recipe.vision.rate_hz))
+        builder.arrays[f"{name}.error_s"] = np.full(shape, np.nan, np.float32)
     with TarColumnWriter(path, num_samples=len(builder.rows)) as writer:
-        for row, content, bits in TAR_CONTENTS[name](builder, readers, recipe):
-            writer.add(row.number, member_name(row.key, name, recipe), content)
-            presence[row.number] |= bits
+        for item in encoded:
+            row = item.row
+            if item.error_s is not None:
+                builder.arrays[f"{name}.error_s"][row.number] = item.error_s
+            if item.members:
+                content = item.members[name]
+                writer.add(row.number, member_name(row.key, name, recipe), content)
+                counter.add(content)
+                _mark_present(builder, column, row)
         builder.add_members(name, writer.members())
-    return presence
+    if counter.result is not None:
+        builder.statistics[name] = counter.result
 
 
-def _vision_contents(
-    stream: Stream, builder: ShardBuilder, readers: Mapping[str, Fields], recipe: Recipe
-) -> Iterator[tuple[Row, bytes, int]]:
-    """Encoded pictures of the rows that have them; notes each frame's time error."""
-    errors = np.full((len(builder.rows), recipe.count(recipe.vision.rate_hz)), np.nan, np.float32)
-    builder.arrays[f"{stream}.error_s"] = errors
-    bits = presence_bits([stream])
-    for session, reader in readers.items():
-        rows = {
-            r.window.index: r for r in builder.rows if r.session == session and stream in r.streams
-        }
-        if isinstance(reader, ShardFieldReader):
-            builder.losses += reader.losses(stream)
-            for row in rows.values():
-                content, errors[row.number] = reader.read_encoded(stream, row.window)
-                if content is not None:
-                    yield row, content, bits
-            continue
-        try:
-            windows, among = [r.window for r in rows.values()], builder.passes.get(session)
-            for window, frames in reader.iter_frames(stream, windows, decode_context=among):
-                row = rows.pop(window.index)
-                errors[row.number] = frames.error_s
-                if np.isfinite(frames.error_s).any():
-                    yield row, encode_pictures(frames.pictures, recipe=recipe.vision), bits
-                else:
-                    rows[window.index] = row
-        except MediaError as error:
-            _note_losses(builder, stream, rows.values(), str(error).replace(f"{reader.path}/", ""))
-            continue
-        _note_losses(builder, stream, rows.values(), "no picture of this window decodes")
+def _write_zarr(
+    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow], recipe: Recipe
+) -> None:
+    arrays = _ZARR_ARRAYS[column.name](len(builder.rows), recipe)
+    for item in encoded:
+        for table, content in item.members.items():
+            values = arrays[table.partition("/")[2]].values
+            values[item.row.number] = read_chunk(
+                content, dtype=values.dtype.name, shape=values.shape[1:]
+            )
+        _mark_present(builder, column, item.row)
+    attributes = {"keys": [row.key for row in builder.rows]}
+    for name, members in write_zarr_column(path, arrays, attributes=attributes).items():
+        builder.add_members(f"{column.name}/{name}", members)
+    stored = {name: array.values for name, array in arrays.items()}
+    builder.statistics[column.name] = statistics.of_arrays(column.name, stored, recipe)
 
 
-def _left_contents(
-    builder: ShardBuilder, readers: Mapping[str, Fields], recipe: Recipe
-) -> Iterator[tuple[Row, bytes, int]]:
-    return _vision_contents(Stream.VISION_LEFT, builder, readers, recipe)
+def _mark_present(builder: ShardBuilder, column: Column, row: Row) -> None:
+    """Note that a row stores those streams of a column that it has."""
+    builder.presence[row.number] |= presence_bits(set(column.streams) & set(row.present))
 
 
-def _right_contents(
-    builder: ShardBuilder, readers: Mapping[str, Fields], recipe: Recipe
-) -> Iterator[tuple[Row, bytes, int]]:
-    return _vision_contents(Stream.VISION_RIGHT, builder, readers, recipe)
-
-
-def _audio_contents(
-    builder: ShardBuilder, readers: Mapping[str, Fields], recipe: Recipe
-) -> Iterator[tuple[Row, bytes, int]]:
-    bits = presence_bits([Stream.AUDIO])
-    levels_db = []
-    for row in builder.rows:
-        if Stream.AUDIO in row.streams:
-            samples = readers[row.session].read_audio(row.window)
-            levels_db.append(statistics.level_db(samples))
-            yield row, encode_wav(samples, rate_hz=recipe.audio.rate_hz), bits
-    builder.statistics["audio"] = statistics.of_sound(levels_db)
-
-
-def _text_contents(
-    builder: ShardBuilder, readers: Mapping[str, Fields], recipe: Recipe
-) -> Iterator[tuple[Row, bytes, int]]:
-    tokens: dict[str, list[tuple[int, ...]]] = {"internal": [], "external": []}
-    texts = {Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT}
-    for row in builder.rows:
-        have = texts & set(row.streams)
-        if have:
-            text = readers[row.session].read_text(row.window)
-            tokens["internal"].append(text.internal.ids)
-            tokens["external"].append(text.external.ids)
-            yield row, encode_text(text), presence_bits(have)
-    builder.statistics["text"] = {
-        f"{name}_tokens": statistics.of_tokens(ids) for name, ids in tokens.items()
-    }
-
-
-TAR_CONTENTS = {
-    "vision_left": _left_contents,
-    "vision_right": _right_contents,
-    "audio": _audio_contents,
-    "text": _text_contents,
-}
-
-
-def _write_proprio(
-    builder: ShardBuilder, path: Path, readers: Mapping[str, Fields], recipe: Recipe
-) -> NDArray[np.uint8]:
-    """Write the sensor column; returns the presence bits of its streams per row."""
-    windows = [readers[row.session].read_sensors(row.window) for row in builder.rows]
-    presence = np.zeros(len(windows), dtype=np.uint8)
-    proprio = np.stack([w.proprio for w in windows])
-    touch = np.stack([w.touch for w in windows])
-    for row in builder.rows:
-        for stream, values in ((Stream.PROPRIO, proprio), (Stream.TOUCH, touch)):
-            if stream in row.streams:
-                presence[row.number] |= presence_bits([stream])
-            else:
-                values[row.number] = np.nan
-    valid = np.isfinite(proprio).all(axis=2)
-    valid |= np.isfinite(touch).all(axis=2)
-    arrays = {
+def _proprio_arrays(num_rows: int, recipe: Recipe) -> dict[str, ZarrArray]:
+    """Arrays of the sensor column, all values missing."""
+    shape = (num_rows, recipe.count(recipe.sensors.rate_hz))
+    return {
         "timestamp": ZarrArray(
-            values=np.stack([w.timestamp for w in windows]),
+            values=np.full(shape, np.nan, np.float64),
             dimensions=("sample", "time"),
             fill_value="NaN",
             attributes={"units": "s", "long_name": "seconds since session start"},
         ),
         "proprio": ZarrArray(
-            values=proprio,
+            values=np.full((*shape, recipe.sensors.proprio_size), np.nan, np.float32),
             dimensions=("sample", "time", "joint"),
             fill_value="NaN",
             attributes={"units": "rad (first half), rad s-1 (second half)"},
         ),
         "touch": ZarrArray(
-            values=touch,
+            values=np.full((*shape, recipe.sensors.touch_size), np.nan, np.float32),
             dimensions=("sample", "time", "finger"),
             fill_value="NaN",
             attributes={"units": "1", "valid_range": [0.0, 1.0]},
         ),
         "valid": ZarrArray(
-            values=np.asarray(valid),
+            values=np.zeros(shape, np.bool_),
             dimensions=("sample", "time"),
             fill_value=False,
             attributes={"long_name": "proprio or touch was recorded"},
         ),
     }
-    builder.statistics["proprio"] = statistics.of_sensors(proprio, touch)
-    _write_zarr(builder, path, "proprio", arrays)
-    return presence
 
 
-def _write_dmel(
-    builder: ShardBuilder, path: Path, readers: Mapping[str, Fields], recipe: Recipe
-) -> NDArray[np.uint8]:
-    """Write the audio tokens; returns the presence bits of its streams per row."""
-    shape = (len(builder.rows), recipe.count(recipe.mel.rate_hz))
-    levels = np.full((*shape, recipe.mel.channels), MASKED_LEVEL, dtype=np.uint8)
-    valid = np.zeros(shape, dtype=np.bool_)
-    presence = np.zeros(len(builder.rows), dtype=np.uint8)
-    for row in builder.rows:
-        if Stream.AUDIO in row.streams:
-            mel = readers[row.session].read_mel(row.window)
-            levels[row.number], valid[row.number] = mel.levels, mel.valid
-            presence[row.number] |= presence_bits([Stream.AUDIO])
-    arrays = {
+def _dmel_arrays(num_rows: int, recipe: Recipe) -> dict[str, ZarrArray]:
+    """Arrays of the audio tokens, all values masked."""
+    shape = (num_rows, recipe.count(recipe.mel.rate_hz))
+    return {
         "dmel": ZarrArray(
-            values=levels,
+            values=np.full((*shape, recipe.mel.channels), MASKED_LEVEL, np.uint8),
             dimensions=("sample", "frame", "channel"),
             fill_value=MASKED_LEVEL,
             attributes={"long_name": "dMel level", "missing_value": MASKED_LEVEL},
         ),
         "valid": ZarrArray(
-            values=valid,
+            values=np.zeros(shape, np.bool_),
             dimensions=("sample", "frame"),
             fill_value=False,
             attributes={"long_name": "sound covers the frame"},
         ),
     }
-    builder.statistics["dmel"] = {
-        "dmel_levels": statistics.of_levels(levels, valid, recipe.mel.levels)
+
+
+_ZARR_ARRAYS = {"proprio": _proprio_arrays, "dmel": _dmel_arrays}
+
+
+# --- sessions --------------------------------------------------------------------------------
+
+
+class SessionEncoder:
+    """Reads the rows of a session from its recording and encodes them.
+
+    Args:
+        reader: reads the recording.
+        decode_context: windows that the pass over a video covers, if the rows are only some of
+            them; the pictures get the bits of a pass over all of these windows.
+    """
+
+    def __init__(
+        self, reader: SessionReader, *, decode_context: Sequence[Window] | None = None
+    ) -> None:
+        self._reader = reader
+        self._decode_context = decode_context
+
+    def iter_rows(
+        self, column: Column, rows: Sequence[Row], failures: list[DecodeFailure]
+    ) -> Iterator[EncodedRow]:
+        """See :class:`RowReader`."""
+        if column.streams[0] in VISION_FILES:
+            yield from self._iter_video(column.streams[0], rows, failures)
+            return
+        encode = _ENCODERS[column.name]
+        for row in rows:
+            yield EncodedRow(row, encode(self._reader, row))
+
+    def _iter_video(
+        self, stream: Stream, rows: Sequence[Row], failures: list[DecodeFailure]
+    ) -> Iterator[EncodedRow]:
+        """Rows with encoded pictures; rows without a picture that decodes become failures."""
+        reader, missing = self._reader, {row.window.index: row for row in rows}
+        reason = "no picture of this window decodes"
+        frames_of = reader.iter_frames(
+            stream, [row.window for row in rows], decode_context=self._decode_context
+        )
+        try:
+            for window, frames in frames_of if rows else ():
+                if not np.isfinite(frames.error_s).any():
+                    continue
+                content = encode_pictures(frames.pictures, recipe=reader.recipe.vision)
+                row = missing.pop(window.index)
+                yield EncodedRow(row, {COLUMNS[stream].name: content}, frames.error_s)
+        except MediaError as error:
+            reason = str(error).replace(f"{reader.path}/", "")
+        failures += [
+            {"session": row.session, "window": row.window.index, "stream": stream, "reason": reason}
+            for row in missing.values()
+        ]
+
+
+def _encode_audio(reader: SessionReader, row: Row) -> dict[str, bytes]:
+    samples = reader.read_audio(row.window)
+    return {"audio": encode_wav(samples, rate_hz=reader.recipe.audio.rate_hz)}
+
+
+def _encode_text(reader: SessionReader, row: Row) -> dict[str, bytes]:
+    return {"text": encode_text(reader.read_text(row.window))}
+
+
+def _encode_proprio(reader: SessionReader, row: Row) -> dict[str, bytes]:
+    """Chunks of the sensors; a stream that the row lacks is NaN."""
+    sensors = reader.read_sensors(row.window)
+    proprio, touch = (
+        values if stream in row.present else np.full_like(values, np.nan)
+        for stream, values in ((Stream.PROPRIO, sensors.proprio), (Stream.TOUCH, sensors.touch))
+    )
+    valid = np.isfinite(proprio).all(axis=1) | np.isfinite(touch).all(axis=1)
+    return {
+        "proprio/timestamp": sensors.timestamp.tobytes(),
+        "proprio/proprio": proprio.tobytes(),
+        "proprio/touch": touch.tobytes(),
+        "proprio/valid": valid.tobytes(),
     }
-    _write_zarr(builder, path, "dmel", arrays)
-    return presence
 
 
-ZARR_WRITERS = {"proprio": _write_proprio, "dmel": _write_dmel}
+def _encode_dmel(reader: SessionReader, row: Row) -> dict[str, bytes]:
+    mel = reader.read_mel(row.window)
+    return {"dmel/dmel": mel.levels.tobytes(), "dmel/valid": mel.valid.tobytes()}
 
 
-def _write_zarr(
-    builder: ShardBuilder, path: Path, column: str, arrays: Mapping[str, ZarrArray]
-) -> None:
-    attributes = {"keys": [row.key for row in builder.rows]}
-    for name, members in write_zarr_column(path, arrays, attributes=attributes).items():
-        builder.add_members(f"{column}/{name}", members)
-
-
-def _note_losses(
-    builder: ShardBuilder,
-    stream: Stream,
-    rows: Iterable[Row],
-    reason: str,
-) -> None:
-    """Note windows that have no picture, in order."""
-    builder.losses += [
-        {"session": r.session, "window": r.window.index, "stream": stream, "reason": reason}
-        for r in sorted(rows, key=lambda row: row.number)
-    ]
+_ENCODERS = {
+    "audio": _encode_audio,
+    "text": _encode_text,
+    "proprio": _encode_proprio,
+    "dmel": _encode_dmel,
+}

@@ -3,8 +3,7 @@ decoding. Members are copied as they are, or whole files linked; what lies behin
 through a temporary folder, a column of one shard at a time.
 
 What is left of a set is what a build of the remaining sessions would keep: their fingerprints stay,
-so that the next build has nothing to do for them. Only shards of format 1 that lose some of their
-sessions are made again by it, for that format has no hashes of single sessions.
+so that the next build has nothing to do for them.
 """
 
 from __future__ import annotations
@@ -16,8 +15,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from preprocess.build.commit import commit, count_windows, make_manifest, sweep
-from preprocess.build.shards import SessionWindows, ShardTask, versioned
+from preprocess.build.commit import NewSet, commit_set, count_windows
+from preprocess.build.shards import (
+    Cause,
+    ColumnTask,
+    FromShards,
+    Reason,
+    SessionWindows,
+    ShardTask,
+)
 from preprocess.build.task import copy_shard
 from preprocess.build.task_context import TaskContext
 from preprocess.sets.parts import Part, require_alike, require_apart, require_different
@@ -27,7 +33,6 @@ from shared.recipe import SPLITS
 from shared.shardset.index import ShardIndex, index_bytes
 from shared.shardset.layout import COLUMNS
 from shared.shardset.manifest import (
-    FORMAT_VERSION,
     MANIFEST_FILE,
     REJECTED_FILE,
     Manifest,
@@ -219,9 +224,7 @@ def _take(
         return copy_shard(task, given)
     if source is not place:
         return _link(entry, index, place, source, name=name)
-    if part.manifest.format_version == FORMAT_VERSION:
-        return entry
-    return _put_index(entry, index, place, versioned(f"{name}.index", generation))
+    return entry
 
 
 def _copy_task(
@@ -234,22 +237,22 @@ def _copy_task(
 ) -> ShardTask:
     """The task that copies some sessions of a shard."""
     sessions = tuple(piece.session for piece in taken)
-    rows: dict[str, dict[str, str]] = {}
-    bases: dict[str, dict[str, Any]] = {}
-    for column, facts in index.columns.items():
-        hashes = facts["rows"]
-        rows[column] = {s: hashes[s] for s in sessions if s in hashes}
-        bases[column] = {**facts["basis"], "rows": fingerprint_of(list(rows[column].values()))}
+    columns = {}
+    for column, entry_of_column in index.columns.items():
+        rows = {session: entry_of_column["rows"][session] for session in sessions}
+        columns[column] = ColumnTask(
+            reason=Reason(Cause.SESSIONS_DROPPED),
+            basis={**entry_of_column["basis"], "rows": fingerprint_of(list(rows.values()))},
+            rows=rows,
+            sources=dict.fromkeys(sessions, FromShards((entry.index_file,))),
+        )
     return ShardTask(
         name=name,
         split=entry.split,
-        slices=taken,
-        due=dict.fromkeys(COLUMNS, "some of its sessions go"),
-        bases=bases,
-        rows=rows,
+        sessions=taken,
+        columns=columns,
         kept={},
         kept_index_file=None,
-        copied=dict.fromkeys(COLUMNS, dict.fromkeys(sessions, (entry.index_file,))),
         generation=generation,
     )
 
@@ -298,21 +301,20 @@ def _finish(
     tokenizer = like.load_tokenizer()
     facts = [place.read_index(entry.index_file).header for entry in entries]
     lines = _rejected_of(parts, facts)
-    manifest = make_manifest(
-        place,
-        tuple(entries),
-        facts,
-        recipe=like.recipe,
-        generation=0 if old is None else old.generation + 1,
-        tokenizer_file="tokenizer.json" if old is None else old.tokenizer_file,
-        tokenizer_sha256=tokenizer.sha256,
-        num_sessions=sum(len(part.sessions) for part in parts),
-        num_planned=sum(entry.num_samples for entry in entries) + count_windows(lines),
-        num_rejected=count_windows(lines),
+    return commit_set(
+        NewSet(
+            store=place,
+            recipe=like.recipe,
+            shards=tuple(entries),
+            headers=facts,
+            generation=0 if old is None else old.generation + 1,
+            tokenizer=tokenizer,
+            tokenizer_file="tokenizer.json" if old is None else old.tokenizer_file,
+            num_sessions=sum(len(part.sessions) for part in parts),
+            rejected=lines,
+            previous=old,
+        )
     )
-    commit(manifest, place, old=old, tokenizer_json=tokenizer.json, rejected=lines)
-    sweep(manifest, place, facts)
-    return manifest
 
 
 def _rejected_of(parts: Sequence[Part], facts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -94,9 +94,7 @@ def describe_set(place: Path | str) -> Iterator[tuple[str, str]]:
         manifest = files.manifest
     recipe = manifest.recipe
     yield "place", str(files)
-    is_newest = manifest.format_version == FORMAT_VERSION
-    mend = "" if is_newest else f"; `preprocess shards` upgrades it to {FORMAT_VERSION}"
-    yield "format", f"{manifest.format_version}{mend}"
+    yield "format", str(FORMAT_VERSION)
     yield "fingerprint", f"{manifest.fingerprint} (generation {manifest.generation})"
     for split in SPLITS:
         entries = manifest.in_split(split)

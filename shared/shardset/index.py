@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"VRCINDEX"
 INDEX_VERSION = 2
-"""Version 1 lacks the columns' `rows`."""
+"""The only version that is read; manifests of its format name only such indexes."""
 
 _ALIGNMENT = 64
 _PREFIX = struct.Struct("<8sII")
@@ -193,7 +193,7 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
 
     Raises:
         CorruptError: not the bytes that the manifest means, or damaged.
-        FormatVersionError: written by a newer version.
+        FormatVersionError: written in another format version.
     """
     if sha256 is not None and sha256_of_bytes(content) != sha256:
         raise CorruptError(f"{origin}: checksum differs from the manifest; {REBUILD_HINT}")
@@ -202,10 +202,12 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
     magic, version, header_length = _PREFIX.unpack_from(content)
     if magic != MAGIC:
         raise CorruptError(f"{origin}: is no shard index")
-    if version > INDEX_VERSION:
+    if version != INDEX_VERSION:
+        relation = "newer" if version > INDEX_VERSION else "older"
         raise FormatVersionError(
-            f"{origin}: index version {version} is newer than {INDEX_VERSION}, the newest that "
-            "this program reads; update it"
+            f"{origin}: index version {version} is {relation} than {INDEX_VERSION}, the only one "
+            "that this program reads; fix: "
+            + ("update the program" if version > INDEX_VERSION else "build the set again")
         )
     if header_length > min(_MAX_HEADER_BYTES, len(content) - _PREFIX.size):
         raise CorruptError(f"{origin}: its header reaches past the end of the file")
@@ -215,8 +217,6 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
         layout = header.pop("arrays")
         arrays = {name: _array(body, *entry) for name, entry in layout.items()}
         _require_whole(header, arrays)
-        if version < 2:
-            header["columns"] = {n: {"rows": {}, **c} for n, c in header["columns"].items()}
     except _DAMAGES as error:
         raise CorruptError(
             f"{origin}: its header is damaged: {type(error).__name__}: {error}; {REBUILD_HINT}"

@@ -30,7 +30,7 @@ REJECTED_FILE = "rejected.jsonl"
 SESSIONS_FILE = "sessions.jsonl"
 FORMAT_NAME = "vr-creature-shards"
 FORMAT_VERSION = 2
-"""Version 1 has indexes of version 1, whose columns lack `rows`."""
+"""The only version that is read; version 1 was never released."""
 
 _HEAD = re.compile(
     rb'\s*\{\s*"format"\s*:\s*"vr-creature-shards"\s*,\s*"format_version"\s*:\s*(\d+)'
@@ -75,8 +75,6 @@ class Manifest:
     """Windows planned, and what became of them."""
     fingerprint: str
     """Hash of everything that decides the samples."""
-    format_version: int = FORMAT_VERSION
-    """Of the set's files; a set that is written is of the newest."""
 
     def in_split(self, split: Split) -> tuple[ShardEntry, ...]:
         """Shards of a split, in order."""
@@ -110,7 +108,7 @@ def read_manifest(root: Path | str) -> Manifest:
 
     Raises:
         ShardError: no such set.
-        FormatVersionError: written in a newer format.
+        FormatVersionError: written in another format version.
         CorruptError: the manifest is damaged, or names files outside the set's folder.
         ConfigError: its recipe has keys or values that this software doesn't know.
     """
@@ -139,7 +137,7 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
     Raises:
         FormatVersionError, CorruptError, ConfigError: see :func:`read_manifest`.
     """
-    refuse_newer(content, path=path)
+    require_format(content, path=path)
     try:
         values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
@@ -149,8 +147,8 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
     version = values.get("format_version")
     if type(version) is not int or version < 1:
         raise CorruptError(f"{path}: format_version is {version!r}; {REBUILD_HINT}")
-    if version > FORMAT_VERSION:
-        raise _newer(version, path)
+    if version != FORMAT_VERSION:
+        raise _other_version(version, path)
     if "sha256" in values and not _vouches(content, values["sha256"]):  # early sets have none
         raise CorruptError(
             f"{path}: differs from its own checksum: it is damaged, or was edited by hand; "
@@ -183,29 +181,34 @@ def _parse(values: Mapping[str, Any], root: Path, path: str) -> Manifest:
         statistics=dict(values["statistics"]),
         counts=dict(values["counts"]),
         fingerprint=_text(values["fingerprint"]),
-        format_version=values["format_version"],
     )
 
 
-def refuse_newer(content: bytes, *, path: str) -> None:
-    """Refuse a manifest by its first bytes where its format is a newer one.
+def require_format(content: bytes, *, path: str) -> None:
+    """Refuse a manifest of another format version by its first bytes.
 
     Args:
         content: its file, or the first hundred bytes.
-        path: where it comes from, for the message.
+        path: where the content comes from, for the message.
 
     Raises:
-        FormatVersionError: written by a newer version of this program.
+        FormatVersionError: this program does not read the version.
     """
     head = _HEAD.match(content)
-    if head is not None and int(head[1]) > FORMAT_VERSION:
-        raise _newer(int(head[1]), path)
+    if head is not None and int(head[1]) != FORMAT_VERSION:
+        raise _other_version(int(head[1]), path)
 
 
-def _newer(version: int, path: str) -> FormatVersionError:
+def _other_version(version: int, path: str) -> FormatVersionError:
+    if version > FORMAT_VERSION:
+        return FormatVersionError(
+            f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that "
+            "this program reads; fix: update the program"
+        )
     return FormatVersionError(
-        f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that this "
-        "program reads; update the program"
+        f"{path}: format version {version} is older than {FORMAT_VERSION}, the oldest that this "
+        "program reads; fix: remove the folder of the set or choose another one, and build the "
+        "set from its sessions by `python -m preprocess shards`"
     )
 
 

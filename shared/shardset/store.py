@@ -34,7 +34,7 @@ from shared.shardset.manifest import (
     Manifest,
     parse_manifest,
     read_manifest,
-    refuse_newer,
+    require_format,
 )
 from shared.shardset.staging import (
     discard,
@@ -385,7 +385,7 @@ def claim_shard_set(
 
     Raises:
         ShardError: another job on this machine, or on one that shares the folder, builds the set.
-        FormatVersionError: the set has a newer format; nothing was changed.
+        FormatVersionError: the set has another format version; nothing was changed.
     """
     run = uuid4().hex[:12]
     if isinstance(location, Path):
@@ -394,7 +394,7 @@ def claim_shard_set(
         return
     with suppress(FileNotFoundError):
         head = location.with_policy(STARTUP_RETRY).read(MANIFEST_FILE)
-        refuse_newer(head, path=f"{location}/{MANIFEST_FILE}")
+        require_format(head, path=f"{location}/{MANIFEST_FILE}")
     run = "" if dry_run else run
     with staging_folder(location, run) as scratch:
         remote = RemoteShardSet(location.with_policy(RetryPolicy()), run, scratch, keep_old_s)
@@ -408,7 +408,7 @@ def claim_shard_set(
 @contextmanager
 def _claim_folder(root: Path, run: str) -> Iterator[LocalShardSet]:
     with suppress(FileNotFoundError, NotADirectoryError), (root / MANIFEST_FILE).open("rb") as file:
-        refuse_newer(file.read(_HEAD_BYTES), path=str(root / MANIFEST_FILE))
+        require_format(file.read(_HEAD_BYTES), path=str(root / MANIFEST_FILE))
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(root):

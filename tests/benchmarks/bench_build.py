@@ -217,7 +217,7 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
         console = Console(file=io.StringIO())
         num_workers = 0 if workers == 1 else workers
         with Cluster(scheduler=None, num_workers=num_workers, console=console) as cluster:
-            cluster.map(_import_all, list(range(4 * max(1, num_workers))), what="start")
+            cluster.map(_import_all, list(range(4 * max(1, num_workers))), label="start")
             import_s, before_s = time.perf_counter() - start_s, own_cpu_s()
             sampler = Sampler() if has_profile else None
             start_s = time.perf_counter()

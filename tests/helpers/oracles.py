@@ -183,14 +183,14 @@ def cluster_of(num_workers: int) -> Cluster:
 
 
 class DividingCluster(Cluster):
-    """Divides shards as over a cluster, and then does all in this process."""
+    """Splits shards as for a cluster, and then runs everything in this process."""
 
     def is_in_process(self, *, work_s: float) -> bool:
         del work_s
         return False
 
-    def _submitted(self, *work: Any) -> Iterator[tuple[int | None, Any]]:
-        return cluster_module._in_turn(*work)
+    def _run_on_cluster(self, *work: Any) -> Iterator[tuple[int | None, Any]]:
+        return cluster_module._run_in_process(*work)
 
 
 def build(

@@ -52,11 +52,11 @@ def with_source(old: SessionScan, file: str, sha256: str) -> SessionScan:
     return replace(old, sources={**old.sources, file: SourceFile(length_bytes=9, sha256=sha256)})
 
 
-def finish(plan: Plan, recipe: Recipe, old: PreviousSet | None = None) -> PreviousSet:
+def finish(plan: Plan, recipe: Recipe, previous: PreviousSet | None = None) -> PreviousSet:
     """The set that is there after a plan was carried out."""
     done = {s.name: s for s in plan.unchanged}
     done |= {task.name: _built(task) for task in plan.tasks}
-    generation = 0 if old is None else old.generation + (0 if plan.is_empty else 1)
+    generation = 0 if previous is None else previous.generation + (0 if plan.is_empty else 1)
     shards = tuple(done[name] for name in plan.order)
     return PreviousSet(recipe=recipe, generation=generation, shards=shards)
 
@@ -67,27 +67,27 @@ def _built(task: ShardTask) -> BuiltShard:
             file=task.file_name(f"{name}.{COLUMNS[name].suffix}"),
             length_bytes=1,
             sha256="",
-            fingerprint=fingerprint_of(task.bases[name]),
-            basis=task.bases[name],
-            rows=task.rows[name],
+            fingerprint=fingerprint_of(column.basis),
+            basis=column.basis,
+            rows=column.rows,
         )
-        for name in task.due
+        for name, column in task.columns.items()
     }
     return BuiltShard(
         name=task.name,
         split=task.split,
-        slices=task.slices,
+        sessions=task.sessions,
         index_file=task.file_name("index"),
         columns={**task.kept, **made},
     )
 
 
-def plan(scans: dict[str, SessionScan], recipe: Recipe = RECIPE, **given_: Any) -> Plan:
-    return plan_shards(scans, recipe, **{"tokenizer_sha256": SHA, **given_})
+def plan(scans: dict[str, SessionScan], recipe: Recipe = RECIPE, **options: Any) -> Plan:
+    return plan_shards(scans, recipe, **{"tokenizer_sha256": SHA, **options})
 
 
 def keys(shards: Any) -> list[tuple[str, int]]:
-    return [(p.session, w) for shard in shards for p in shard.slices for w in p.windows]
+    return [(p.session, w) for shard in shards for p in shard.sessions for w in p.windows]
 
 
 NAMES = st.text("abcdefgh", min_size=1, max_size=4)

@@ -22,7 +22,7 @@ from helpers.oracles import (
 from helpers.subprocesses import await_true, finish, launch
 from rich.console import Console
 
-from preprocess.build.cluster import Cluster, Joint
+from preprocess.build.cluster import Cluster, TaskWithSubtasks
 from preprocess.build.job import build_shards
 from shared.errors import JobError, SessionError, StorageError
 
@@ -47,7 +47,7 @@ def test_a_scheduler_that_is_not_there_is_named():
         Cluster(scheduler="tcp://127.0.0.1:1", num_workers=0, console=Console(quiet=True)) as it,
         pytest.raises(JobError, match=r"scheduler tcp://127.0.0.1:1: no answer: .*dask scheduler"),
     ):
-        it.map(len, ["one"], what="count")
+        it.map(len, ["one"], label="count")
 
 
 def test_an_error_that_another_attempt_would_repeat_ends_a_job_at_once():
@@ -59,13 +59,13 @@ def test_an_error_that_another_attempt_would_repeat_ends_a_job_at_once():
 
     with cluster_of(0) as cluster:
         with pytest.raises(JobError, match="full"):
-            cluster.map(fail, [JobError("full"), JobError("later")], what="fail")
+            cluster.map(fail, [JobError("full"), JobError("later")], label="fail")
         assert len(tried) == 1
         with pytest.raises(SessionError, match="first"):
-            cluster.map(fail, [SessionError("first"), SessionError("second")], what="fail")
+            cluster.map(fail, [SessionError("first"), SessionError("second")], label="fail")
         assert len(tried) == 3
         with pytest.raises(StorageError):
-            cluster.map(fail, [StorageError("hiccup")], what="fail")
+            cluster.map(fail, [StorageError("hiccup")], label="fail")
 
 
 SLEEPING_JOB = """
@@ -81,7 +81,7 @@ def sleep(mark):
 if __name__ == "__main__":
     try:
         with Cluster(scheduler=None, num_workers=2, console=Console(quiet=True)) as cluster:
-            cluster.map(sleep, sys.argv[1:], what="sleep")
+            cluster.map(sleep, sys.argv[1:], label="sleep")
     except KeyboardInterrupt:
         print("stopped")
 """
@@ -98,7 +98,7 @@ def test_workers_leave_an_interrupt_of_the_terminal_to_the_client(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_task_gets_the_parts_of_its_pieces_and_fails_where_one_does(
+def test_a_task_gets_the_results_of_its_subtasks_and_fails_with_them(
     tmp_path, monkeypatch, num_workers
 ):
     class InThreads(distributed.LocalCluster):
@@ -107,19 +107,20 @@ def test_a_task_gets_the_parts_of_its_pieces_and_fails_where_one_does(
 
     monkeypatch.setattr(distributed, "LocalCluster", InThreads)
 
-    def join(argument: str, parts: tuple[int, ...]) -> str:
+    def join(argument: str, *parts: int) -> str:
         (tmp_path / f"{argument}{len(parts)}").touch()
         return f"{argument}{list(parts)}"
 
-    work = [Joint("a", ["1", "2"]), Joint("b"), Joint("c", ["3", "x"]), Joint("d", ["4"])]
+    subtasks = {"a": ["1", "2"], "b": [], "c": ["3", "x"], "d": ["4"]}
+    work = [TaskWithSubtasks(name, each) for name, each in subtasks.items()]
     with cluster_of(num_workers) as cluster:
-        assert cluster.join(join, work[:2] + work[3:], part=int, what="join") == [
+        assert cluster.run(join, work[:2] + work[3:], subtask=int, label="join") == [
             "a[1, 2]",
             "b[]",
             "d[4]",
         ]
         with pytest.raises(SessionError, match="x is no number"):
-            cluster.join(join, work, part=number_of, what="join")
+            cluster.run(join, work, subtask=number_of, label="join")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a2", "b0", "d1"]
 
 
@@ -143,10 +144,10 @@ def test_local_workers_that_die_while_they_start_are_started_again(monkeypatch, 
     monkeypatch.setattr(distributed, "LocalCluster", DiesAtFirst)
     with cluster_of(1) as cluster:
         if num_deaths < 3:
-            assert cluster.map(len, ["one", "three"], what="count") == [3, 5]
+            assert cluster.map(len, ["one", "three"], label="count") == [3, 5]
         else:
             with pytest.raises(JobError, match=r"could not be started: .*--workers 0"):
-                cluster.map(len, ["one"], what="count")
+                cluster.map(len, ["one"], label="count")
 
 
 @pytest.mark.parametrize(

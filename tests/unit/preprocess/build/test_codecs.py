@@ -104,7 +104,7 @@ def test_another_codec_rewrites_only_vision(sessions, sets, tmp_path, before, af
     out = tmp_path / "set"
     build(sessions, out, recipe_of(before))
     summary = build(sessions, out, recipe_of(after))
-    assert {name for task in summary.plan.tasks for name in task.due} == VISION
+    assert {name for task in summary.plan.tasks for name in task.columns} == VISION
     assert all(set(task.kept) == set(COLUMNS) - VISION for task in summary.plan.tasks)
     assert set_contents(out) == set_contents(sets[after])
 
@@ -116,7 +116,7 @@ def test_the_quantizer_matters_to_h264_alone(sessions, tmp_path, codec, changed)
     build(sessions, tmp_path / "set", recipe_of(codec))
     recipe = tiny_recipe(vision={"codec": codec, "qp": 30})
     summary = build(sessions, tmp_path / "set", recipe)
-    assert {name for task in summary.plan.tasks for name in task.due} == changed
+    assert {name for task in summary.plan.tasks for name in task.columns} == changed
 
 
 @pytest.mark.parametrize("codec", ["h264", "yuv420"])

@@ -22,7 +22,6 @@ from helpers.oracles import (
 )
 from helpers.sets import flip_byte
 
-from preprocess.build import job as job_module
 from preprocess.build import reuse_reader as stored
 from preprocess.build import task as build_module
 from shared.media.tokenizer import train_tokenizer
@@ -101,7 +100,7 @@ def all_of(out: Path) -> dict[str, Any]:
 def test_a_grown_set_becomes_a_fresh_one_and_no_recording_is_read(recorded, recipe, grown, fresh):
     assert len(read_manifest(grown).shards) > len(read_manifest(fresh).shards)
     summary = build(recorded, grown, recipe, compact=True)
-    assert any(len(task.old_index_files) > 1 for task in summary.plan.tasks)
+    assert any(len(task.copied_index_files) > 1 for task in summary.plan.tasks)
     assert all_of(grown) == all_of(fresh)
     check_whole(grown)
 
@@ -191,10 +190,10 @@ def test_two_dask_workers_give_the_bytes_of_none(recorded, recipe, grown, tmp_pa
 # --- broken off ------------------------------------------------------------------------------
 
 BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "in a tar column": lambda m: m.setattr("preprocess.build.write.encode_text", fail),
+    "in a tar column": lambda m: m.setattr("preprocess.build.write.TarColumnWriter", fail),
     "before an index": lambda m: m.setattr(build_module, "index_bytes", fail),
     "before the manifest": lambda m: m.setattr("preprocess.build.commit.commit_manifest", fail),
-    "before the sweep": lambda m: m.setattr(job_module, "sweep", fail),
+    "before the sweep": lambda m: m.setattr("preprocess.build.commit.sweep", fail),
 }
 
 

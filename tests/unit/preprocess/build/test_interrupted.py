@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from helpers.breaks import BrokenOff, fail
+from helpers.frozen_sets import FROZEN, RECIPE
+from helpers.frozen_sets import SESSIONS as FROZEN_SESSIONS
 from helpers.oracles import (
     build,
     check_whole,
@@ -19,7 +25,6 @@ from helpers.oracles import (
     tiny_recipe,
 )
 
-from preprocess.build import job as job_module
 from preprocess.build import task as build_module
 from shared.errors import ShardError
 from shared.shardset.manifest import read_manifest
@@ -39,7 +44,7 @@ BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "in a zarr column": lambda m: m.setattr("preprocess.build.write.write_zarr_column", fail),
     "before an index": lambda m: m.setattr(build_module, "index_bytes", fail),
     "before the manifest": lambda m: m.setattr("preprocess.build.commit.commit_manifest", fail),
-    "before the sweep": lambda m: m.setattr(job_module, "sweep", fail),
+    "before the sweep": lambda m: m.setattr("preprocess.build.commit.sweep", fail),
 }
 
 
@@ -118,6 +123,68 @@ def test_files_of_others_in_the_folder_are_left_alone(sessions, out):
     build(sessions, out, tiny_recipe(text={"vocab_size": 264}))
     assert all((out / name).read_text(encoding="utf-8") == "mine" for name in names)
     assert (out / "train-logs").is_dir()
+
+
+# --- killed before every change of a file ----------------------------------------------------
+
+OTHER_TEXT = RECIPE.model_copy(update={"text": RECIPE.text.model_copy(update={"vocab_size": 264})})
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from helpers.frozen_sets import SESSIONS
+from helpers.oracles import build
+from test_interrupted_recipe import RECIPE
+
+out, left = Path(sys.argv[1]), [int(sys.argv[2])]
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+def die_before_a_change(event, arguments):
+    is_change = event in {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"}
+    is_new = event == "open" and (arguments[2] or 0) & WRITES and str(out) in str(arguments[0])
+    if is_change or is_new:
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(9)
+
+sys.addaudithook(die_before_a_change)
+build(SESSIONS, out, RECIPE)
+os._exit(0)
+"""
+"""An update that dies before its n-th change of a folder or file."""
+
+
+@pytest.mark.slow
+def test_an_update_killed_before_any_change_of_a_file_leaves_one_of_the_two_sets(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    build(FROZEN_SESSIONS, old, RECIPE)
+    shutil.copytree(old, new)
+    build(FROZEN_SESSIONS, new, OTHER_TEXT)
+    (tmp_path / "test_interrupted_recipe.py").write_text(
+        "from shared.recipe import Recipe\n"
+        f"RECIPE = Recipe.model_validate({OTHER_TEXT.as_json()!r})\n"
+    )
+    paths = os.pathsep.join([str(FROZEN.parent), str(FROZEN.parents[1]), str(tmp_path)])
+    num_members, generations, code = check_whole(old), [], 9
+    for number in itertools.count():
+        out = Path(shutil.copytree(old, tmp_path / f"out{number}"))
+        code = subprocess.run(
+            [sys.executable, "-c", KILLED, str(out), str(number)],
+            env={**os.environ, "PYTHONPATH": paths},
+        ).returncode
+        manifest = read_manifest(out)
+        generations.append(manifest.generation)
+        expected = read_manifest(new if manifest.generation else old)
+        assert manifest == replace(expected, root=out)
+        assert check_whole(out) == num_members
+        build(FROZEN_SESSIONS, out, OTHER_TEXT)
+        assert file_hashes(out) == file_hashes(new)
+        if code == 0:
+            break
+        assert code == 9
+    assert generations == sorted(generations)
+    assert generations.count(0) > 10
+    assert generations.count(1) > 3
 
 
 # --- damaged sets ----------------------------------------------------------------------------

@@ -55,10 +55,10 @@ def test_a_worker_that_dies_costs_a_retry_and_a_failure_reaches_the_caller(tmp_p
     dies_once = f"import os, pathlib; p = pathlib.Path({str(mark)!r}); p.exists() or die(p)"
     dies_once = f"def die(p): p.touch(); os._exit(1)\n{dies_once}"
     with cluster_of(2) as cluster:
-        assert cluster.map(exec, ["pass", dies_once, "pass"], what="run") == [None] * 3
+        assert cluster.map(exec, ["pass", dies_once, "pass"], label="run") == [None] * 3
         assert mark.exists()
         with pytest.raises(ValueError, match="invalid literal"):
-            cluster.map(int, ["1", "x", "2"], what="read")
+            cluster.map(int, ["1", "x", "2"], label="read")
 
 
 def test_the_same_sessions_elsewhere_give_the_same_bytes(sessions, built, tmp_path):
@@ -84,7 +84,7 @@ def test_a_changed_tokenizer_makes_only_text_again(sessions, out):
     before = file_identities(out)
     summary = build(sessions, out, OTHER_TEXT)
     after = file_identities(out)
-    assert {c for t in summary.plan.tasks for c in t.due} == {"text"}
+    assert {c for t in summary.plan.tasks for c in t.columns} == {"text"}
     kept = {n for n in before if re.search(r"\.(vision|audio|proprio|dmel)", n)}
     assert len(kept) == 2 * 5
     assert {n: after[n] for n in kept} == {n: before[n] for n in kept}
@@ -104,9 +104,9 @@ def test_a_raised_code_version_makes_only_its_column_again(sessions, out, monkey
     raised = replace(COLUMNS[name], code_version=COLUMNS[name].code_version + 1)
     monkeypatch.setitem(COLUMNS, name, raised)
     summary = build(sessions, out)
-    assert {tuple(t.due.items()) for t in summary.plan.tasks} == {
-        ((name, f"code_version {number} -> {number + 1}"),)
-    }
+    assert [{n: str(c.reason) for n, c in t.columns.items()} for t in summary.plan.tasks] == [
+        {name: f"code_version {number} -> {number + 1}"}
+    ] * 2
     after = file_identities(out)
     made = {
         f"{shard}.g1.{end}"
@@ -169,7 +169,7 @@ def test_a_changed_file_makes_only_its_columns_again(sessions, out, tmp_path):
     write_tone(sessions / "ann" / "audio.wav", 2.0, level=0.1)
     summary = build(sessions, out)
     assert summary.num_scanned == 1
-    assert [(t.name, set(t.due)) for t in summary.plan.tasks] == [
+    assert [(t.name, set(t.columns)) for t in summary.plan.tasks] == [
         ("train-000000", {"audio", "dmel"})
     ]
     build(sessions, tmp_path / "fresh")
@@ -218,7 +218,7 @@ def test_files_that_did_not_change_are_not_hashed_again(sessions, out, monkeypat
     monkeypatch.setattr("shared.session.scan.sha256_of_file", None)
     summary = build(sessions, out, tiny_recipe(audio={"loudness_dbfs": -30.0}))
     assert summary.num_scanned == 4
-    assert {c for t in summary.plan.tasks for c in t.due} == {"audio", "dmel"}
+    assert {c for t in summary.plan.tasks for c in t.columns} == {"audio", "dmel"}
 
 
 # --- names and tokenizers --------------------------------------------------------------------

@@ -206,7 +206,7 @@ def test_a_disk_that_is_full_at_any_write_is_a_clear_error(recorded, tmp_path, m
         patched.setattr(
             "preprocess.build.write.encode_text", lambda *_, **__: (_ for _ in ()).throw(full)
         )
-        with pytest.raises(JobError, match=r"no space left on device \(disk .*make room"):
+        with pytest.raises(JobError, match=r"no space left on device \(disk .*free some space"):
             build(recorded, out, SMALL)
     assert leftovers(out) == []
     build(recorded, out, SMALL)
@@ -232,18 +232,18 @@ def test_a_session_that_changes_under_a_job_fails_it_and_a_rerun_completes(
     sessions, tmp_path, monkeypatch, change, moment
 ):
     out = tmp_path / "out"
-    original = build_module.write_tar
+    original = build_module.write_column
 
-    def write_tar(draft, name, *args):
-        is_cat = any(row.session == "cat" for row in draft.rows)
+    def write_column(builder, *args):
+        is_cat = any(row.session == "cat" for row in builder.rows)
         if (sessions / "cat" / "text.jsonl").exists() and (moment[0] == "b" or is_cat):
             (sessions / "cat" / "text.jsonl").unlink()
             CHANGES[change](sessions / "cat")
-        return original(draft, name, *args)
+        return original(builder, *args)
 
     recipe = tiny_recipe(shard={"target_bytes": 2**16}, required=["vision_left"])
     with monkeypatch.context() as patched:
-        patched.setattr(build_module, "write_tar", write_tar)
+        patched.setattr(build_module, "write_column", write_column)
         with pytest.raises(SessionError, match=r"session cat: .* went away or changed .*again"):
             build(sessions, out, recipe)
     # Of the other sessions' shards only the text is made again: cat's words made the tokenizer too.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from preprocess.build.commit import count_windows, rejected_lines
 from preprocess.build.explain import reasons
+from preprocess.build.shards import Cause, Plan, ShardTask
 from shared.clock import Interval
 from shared.recipe import STREAMS, Stream, assign_split
 from shared.shardset.layout import COLUMNS
@@ -27,16 +28,25 @@ MANY = scans_of(*(scan(n, 5) for n in "abcdefghij"))
 MANY_OLD = finish(plan(MANY, SMALL), SMALL)
 
 
+def reasons_of(task: ShardTask) -> dict[str, str]:
+    """Column name -> why it is written."""
+    return {name: str(column.reason) for name, column in task.columns.items()}
+
+
+def all_reasons(plan: Plan) -> set[str]:
+    return {reason for task in plan.tasks for reason in reasons_of(task).values()}
+
+
 def test_the_same_input_gives_the_same_plan():
     backwards = dict(reversed(MANY.items()))
     assert plan(MANY, SMALL) == plan(backwards, SMALL)
-    assert plan(MANY, SMALL, old=MANY_OLD) == plan(backwards, SMALL, old=MANY_OLD)
+    assert plan(MANY, SMALL, previous=MANY_OLD) == plan(backwards, SMALL, previous=MANY_OLD)
 
 
 def test_a_first_plan_makes_every_column_of_every_shard():
     first = plan(MANY, SMALL)
     assert [t.name for t in first.tasks] == list(first.order)
-    assert all(t.due == dict.fromkeys(COLUMNS, "new") for t in first.tasks)
+    assert all(reasons_of(t) == dict.fromkeys(COLUMNS, "new") for t in first.tasks)
     assert [t.file_name("index") for t in first.tasks] == [f"{n}.index" for n in first.order]
 
 
@@ -50,7 +60,7 @@ def test_shards_are_numbered_from_zero_in_each_split():
 
 
 def test_when_nothing_changed_nothing_is_planned():
-    again = plan(MANY, SMALL, old=MANY_OLD)
+    again = plan(MANY, SMALL, previous=MANY_OLD)
     assert again.is_empty
     assert again.unchanged == MANY_OLD.shards
     assert reasons(again) == []
@@ -68,11 +78,9 @@ def test_when_nothing_changed_nothing_is_planned():
     ],
 )
 def test_one_recipe_key_makes_only_its_columns_due(section, columns, reason):
-    changed = plan(FOUR, tiny_recipe(**section), old=OLD)
-    assert [set(t.due) for t in changed.tasks] == ([columns] if columns else [])
-    assert {why for t in changed.tasks for why in t.due.values()} == (
-        {reason} if columns else set()
-    )
+    changed = plan(FOUR, tiny_recipe(**section), previous=OLD)
+    assert [set(t.columns) for t in changed.tasks] == ([columns] if columns else [])
+    assert all_reasons(changed) == ({reason} if columns else set())
     for task in changed.tasks:
         assert set(task.kept) == set(COLUMNS) - columns
         assert task.file_name("audio.tar") == "train-000000.g1.audio.tar"
@@ -83,8 +91,8 @@ def test_one_recipe_key_makes_only_its_columns_due(section, columns, reason):
     [({}, "another tokenizer"), ({"vocab_size": 400}, "text.vocab_size 300 -> 400")],
 )
 def test_another_tokenizer_makes_only_text_due(text, reason):
-    changed = plan(FOUR, tiny_recipe(text=text), old=OLD, tokenizer_sha256="cd" * 32)
-    assert [t.due for t in changed.tasks] == [{"text": reason}]
+    changed = plan(FOUR, tiny_recipe(text=text), previous=OLD, tokenizer_sha256="cd" * 32)
+    assert [reasons_of(t) for t in changed.tasks] == [{"text": reason}]
 
 
 @pytest.mark.parametrize(
@@ -99,9 +107,9 @@ def test_another_tokenizer_makes_only_text_due(text, reason):
 )
 def test_one_changed_file_makes_only_its_columns_due(file, columns):
     name = TRAIN_NAMES[0]
-    changed = plan({**FOUR, name: with_source(FOUR[name], file, "other")}, old=OLD)
-    assert [set(t.due) for t in changed.tasks] == [columns]
-    assert {why for t in changed.tasks for why in t.due.values()} == {"its sessions changed"}
+    changed = plan({**FOUR, name: with_source(FOUR[name], file, "other")}, previous=OLD)
+    assert [set(t.columns) for t in changed.tasks] == [columns]
+    assert all_reasons(changed) == {"its sessions changed"}
 
 
 @pytest.mark.parametrize(
@@ -112,10 +120,10 @@ def test_one_changed_file_makes_only_its_columns_due(file, columns):
         ({"rms": 0.2}, set()),
     ],
 )
-def test_facts_of_the_whole_session_count_where_a_column_takes_them(change, columns):
+def test_a_changed_gain_or_clock_rebuilds_the_columns_that_use_it(change, columns):
     name = TRAIN_NAMES[0]
-    changed = plan({**FOUR, name: replace(FOUR[name], **change)}, old=OLD)
-    assert [set(t.due) for t in changed.tasks] == ([columns] if columns else [])
+    changed = plan({**FOUR, name: replace(FOUR[name], **change)}, previous=OLD)
+    assert [set(t.columns) for t in changed.tasks] == ([columns] if columns else [])
 
 
 def test_a_stream_that_leaves_a_window_makes_its_column_due():
@@ -123,46 +131,46 @@ def test_a_stream_that_leaves_a_window_makes_its_column_due():
     name, at = TRAIN_NAMES[0], STREAMS.index(Stream.INTERNAL_TEXT)
     last = tuple(0.25 if i == at else 1.0 for i in range(len(STREAMS)))
     shorter = replace(FOUR[name], coverage=(*FOUR[name].coverage[:-1], last))
-    changed = plan({**FOUR, name: shorter}, old=OLD)
-    assert [set(t.due) for t in changed.tasks] == [{"text"}]
+    changed = plan({**FOUR, name: shorter}, previous=OLD)
+    assert [set(t.columns) for t in changed.tasks] == [{"text"}]
 
 
 def test_a_new_session_makes_a_new_shard_and_touches_no_other():
     new = next(n for n in "klmnop" if assign_split(n, RECIPE) == "train")
-    grown = plan({**FOUR, new: scan(new)}, old=OLD)
+    grown = plan({**FOUR, new: scan(new)}, previous=OLD)
     assert [t.name for t in grown.tasks] == ["train-000001"]
     assert keys(grown.tasks) == [(new, 0), (new, 1), (new, 2)]
     assert grown.unchanged == OLD.shards
 
 
 def test_a_removed_session_touches_only_its_own_shards():
-    gone = MANY_OLD.shards[1].slices[0].session
+    gone = MANY_OLD.shards[1].sessions[0].session
     rest = {n: s for n, s in MANY.items() if n != gone}
-    less = plan(rest, SMALL, old=MANY_OLD)
-    own = {s.name for s in MANY_OLD.shards if gone in {p.session for p in s.slices}}
+    less = plan(rest, SMALL, previous=MANY_OLD)
+    own = {s.name for s in MANY_OLD.shards if gone in {p.session for p in s.sessions}}
     assert {t.name for t in less.tasks} | set(less.dropped) == own
-    assert gone not in {p.session for t in less.tasks for p in t.slices}
+    assert gone not in {p.session for t in less.tasks for p in t.sessions}
     assert not any(s.name in own for s in less.unchanged)
 
 
 def test_a_shard_whose_sessions_are_all_gone_is_dropped():
-    less = plan({}, old=OLD)
+    less = plan({}, previous=OLD)
     assert (less.dropped, less.tasks, less.order) == (("train-000000",), (), ())
     assert not less.is_empty
 
 
 def test_a_changed_session_is_made_again_in_its_place():
-    session = MANY_OLD.shards[0].slices[0].session
+    session = MANY_OLD.shards[0].sessions[0].session
     changed = {**MANY, session: with_source(MANY[session], "audio.wav", "other")}
-    again = plan(changed, SMALL, old=MANY_OLD)
-    own = {s.name for s in MANY_OLD.shards if session in {p.session for p in s.slices}}
+    again = plan(changed, SMALL, previous=MANY_OLD)
+    own = {s.name for s in MANY_OLD.shards if session in {p.session for p in s.sessions}}
     assert {t.name for t in again.tasks} == own
     assert again.order == tuple(s.name for s in MANY_OLD.shards)
 
 
 def test_a_session_that_grew_keeps_every_window_once():
     name = TRAIN_NAMES[1]
-    grown = plan({**FOUR, name: scan(name, 7)}, old=OLD)
+    grown = plan({**FOUR, name: scan(name, 7)}, previous=OLD)
     assert sorted(k for k in keys(grown.tasks) if k[0] == name) == [(name, w) for w in range(7)]
 
 
@@ -175,19 +183,19 @@ def test_a_session_that_grew_keeps_every_window_once():
     ],
 )
 def test_another_packing_starts_over_and_says_why(section, reason):
-    over = plan(FOUR, tiny_recipe(**section), old=OLD)
-    assert all(set(t.due) == set(COLUMNS) for t in over.tasks)
-    assert {why for t in over.tasks for why in t.due.values()} == {reason}
+    over = plan(FOUR, tiny_recipe(**section), previous=OLD)
+    assert all(set(t.columns) == set(COLUMNS) for t in over.tasks)
+    assert all_reasons(over) == {reason}
     assert all(".g1." in t.file_name("index") for t in over.tasks)  # readers keep the old ones
 
 
 def test_a_damaged_column_is_due_and_the_samples_stay():
-    damaged = replace(OLD, shards=(replace(OLD.shards[0], faults={"audio": "it is cut"}),))
-    again = plan(FOUR, old=damaged)
-    assert [t.due for t in again.tasks] == [{"audio": "it is cut"}]
-    assert not any(t.copied["audio"] for t in again.tasks)
+    damaged = replace(OLD, shards=(replace(OLD.shards[0], faults={"audio": Cause.FILE_MISSING}),))
+    again = plan(FOUR, previous=damaged)
+    assert [reasons_of(t) for t in again.tasks] == [{"audio": "its file is missing or truncated"}]
+    assert again.tasks[0].copied_index_files == ()
     assert again.keeps_samples
-    louder = plan(FOUR, tiny_recipe(audio={"loudness_dbfs": -30.0}), old=damaged)
+    louder = plan(FOUR, tiny_recipe(audio={"loudness_dbfs": -30.0}), previous=damaged)
     assert not louder.keeps_samples
 
 
@@ -231,13 +239,13 @@ def test_sessions_never_change_sides_when_others_come(values, more):
     recipe = tiny_recipe(shard={"target_bytes": 2**18})
     first = plan(drawn(values), recipe)
     scans = {**drawn(more), **drawn(values)}
-    second = plan(scans, recipe, old=finish(first, recipe))
+    second = plan(scans, recipe, previous=finish(first, recipe))
     assert second.unchanged == finish(first, recipe).shards
     sides = {
         piece.session: task.split
         for p in (first, second)
         for task in p.tasks
-        for piece in task.slices
+        for piece in task.sessions
     }
     assert all(sides[n] == assign_split(n, recipe) for n in sides)
     assert {s.split for s in second.unchanged} == {t.split for t in first.tasks}
@@ -247,7 +255,7 @@ def test_sessions_never_change_sides_when_others_come(values, more):
 def test_an_update_places_the_windows_that_a_first_build_does(values, later):
     recipe = tiny_recipe(shard={"target_bytes": 2**18})
     old = finish(plan(drawn(values), recipe), recipe)
-    update = plan(drawn(later), recipe, old=old)
+    update = plan(drawn(later), recipe, previous=old)
     fresh = plan(drawn(later), recipe)
     assert sorted(keys(finish(update, recipe, old).shards)) == sorted(keys(fresh.tasks))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -14,16 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import zarr
-from helpers.oracles import build, file_identities, set_contents, tar_members, tiny_recipe
-from helpers.sets import edit_manifest, flip_byte
+from helpers.oracles import build, tar_members, tiny_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from preprocess.build import statistics
-from preprocess.build.explain import reasons
 from preprocess.build.statistics import add_exactly, exact_sums
-from shared.shardset.index import ShardIndex, index_bytes, open_index
 from shared.shardset.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -90,7 +86,8 @@ def part(values: np.ndarray, tokens: list[int], levels: np.ndarray) -> dict[str,
 
 def merged(parts: list[np.ndarray], *, axes: list[statistics.Axis]) -> dict[str, Any]:
     """Merged numbers of some shards' values."""
-    rest = {"num_samples": 0, "touch": {"count": 0}, "dmel_levels": [[0]]}
+    none = {"count": 0}
+    rest = {"num_samples": 0, "touch": none, "audio_level": none, "dmel_levels": [[0]]}
     rest |= {"internal_tokens": [], "external_tokens": []}
     found = [{**rest, "proprio": statistics.of_numbers(p, axes)} for p in parts]
     return statistics.merge(found)["proprio"]
@@ -238,77 +235,3 @@ def test_an_update_gives_the_statistics_of_a_set_made_anew(recorded, built, tmp_
     one, other = read_manifest(out), read_manifest(tmp_path / "fresh")
     assert len(one.shards) > len(other.shards)
     assert one.statistics == other.statistics
-
-
-# --- sets of early versions ------------------------------------------------------------------
-
-EARLY = ("count", "sum", "sum_squares", "min", "max")
-
-
-def make_early(out: Path) -> None:
-    """A set's indexes as this program wrote them before it counted all that it counts now."""
-    digests = []
-    for entry in read_manifest(out).shards:
-        index = open_index(out / entry.index_file)
-        facts = json.loads(json.dumps(index.header))
-        del facts["statistics"]["audio"]
-        for found in facts["statistics"]["proprio"].values():
-            for name in found.keys() - EARLY:
-                del found[name]
-        content = index_bytes(ShardIndex(header=facts, arrays=index.arrays))
-        (out / entry.index_file).unlink()
-        (out / entry.index_file).write_bytes(content)
-        digests.append(hashlib.sha256(content).hexdigest())
-
-    def vouch(values: dict[str, Any]) -> None:
-        for shard, digest in zip(values["shards"], digests, strict=True):
-            shard["index_sha256"] = digest
-
-    edit_manifest(out, vouch)
-
-
-def test_the_next_build_counts_what_an_early_version_did_not(sessions, built, out):
-    make_early(out)
-    fingerprint, before = read_manifest(out).fingerprint, file_identities(out)
-    summary = build(sessions, out)
-    assert reasons(summary.plan) == [
-        ("rewrite", "2 of 2 indexes: they lack hashes or statistics of their sessions")
-    ]
-    manifest, after = read_manifest(out), file_identities(out)
-    assert manifest.statistics == read_manifest(built).statistics
-    assert manifest.fingerprint == fingerprint  # runs can go on
-    columns = {name for name in before if name.endswith((".tar", ".zip"))}
-    assert {n: after[n] for n in columns} == {n: before[n] for n in columns}
-    assert build(sessions, out).plan.is_empty
-
-
-def test_a_damaged_column_that_is_to_be_counted_is_made_again(sessions, built, out):
-    make_early(out)
-    shard = open_index(out / "train-000000.index")
-    flip_byte(out / "train-000000.audio.tar", int(shard.members("audio").offset[1]) + 50)
-    build(sessions, out)
-    assert read_manifest(out).statistics == read_manifest(built).statistics
-    assert set_contents(out) == set_contents(built)
-    assert build(sessions, out).plan.is_empty
-
-
-def test_what_an_early_version_left_of_an_upgrade_is_finished(sessions, built, out):
-    make_early(out)
-    for entry in read_manifest(out).shards:  # as if it had been killed before the manifest
-        content = (out / entry.index_file).read_bytes()
-        (out / f"{entry.name}.g1.index").write_bytes(content)
-    build(sessions, out)
-    assert read_manifest(out).statistics == read_manifest(built).statistics
-
-
-def test_shards_of_early_versions_merge_by_their_rounded_sums():
-    values = np.random.default_rng(0).normal(0, 1, (50, 1, 3)).astype(np.float32)
-    new = statistics.of_numbers(values[:20], AXES)
-    early = {name: statistics.of_numbers(values[20:], AXES)[name] for name in EARLY}
-    rest = {"num_samples": 0, "touch": {"count": 0}, "dmel_levels": [[0]]}
-    rest |= {"internal_tokens": [], "external_tokens": []}
-    found = statistics.merge([{**rest, "proprio": new}, {**rest, "proprio": early}])
-    assert found["proprio"].keys() == {"count", "mean", "std", "min", "max"}
-    np.testing.assert_allclose(found["proprio"]["mean"], values.mean(axis=(0, 1)), atol=1e-6)
-    np.testing.assert_allclose(found["proprio"]["std"], values.std(axis=(0, 1)), atol=1e-6)
-    assert "audio_level" not in found

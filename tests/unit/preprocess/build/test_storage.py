@@ -75,7 +75,7 @@ def test_session_json_behind_a_url_places_streams_and_makes_no_session(memory, r
     memory.pipe_file(f"/here/sessions/{name}/session.json", b'{"start_s": {"audio": 0.25}}')
     after = build("memory://here/sessions", "memory://here/set", SMALL)
     assert (after.num_scanned, before.num_scanned) == (1, before.num_sessions)
-    assert {c for task in after.plan.tasks for c in task.due} == {"audio", "dmel"}
+    assert {c for task in after.plan.tasks for c in task.columns} == {"audio", "dmel"}
 
 
 # --- the same bytes --------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_a_changed_file_behind_a_url_is_seen(memory, recorded, tmp_path):
     memory.pipe_file("/here/sessions/ann/audio.wav", (tmp_path / "audio.wav").read_bytes())
     summary = build("memory://here/sessions", "memory://here/set", SMALL)
     assert summary.num_scanned == 1
-    assert {c for t in summary.plan.tasks for c in t.due} == {"audio", "dmel"}
+    assert {c for t in summary.plan.tasks for c in t.columns} == {"audio", "dmel"}
 
 
 def test_a_set_behind_a_url_is_mended_and_packed_as_a_local_one(memory, recorded, tmp_path):
@@ -154,7 +154,7 @@ def test_a_set_behind_a_url_is_mended_and_packed_as_a_local_one(memory, recorded
         summary = build("memory://here/sessions", "memory://here/set", SMALL, **options)
         build(tmp_path / "sessions", tmp_path / "set", SMALL, compact="compact" in options)
         if "verify" in options:
-            assert {t.name: set(t.due) for t in summary.plan.tasks}["train-000000"] == {"audio"}
+            assert {t.name: set(t.columns) for t in summary.plan.tasks}["train-000000"] == {"audio"}
     assert {n: h for n, h in stored_hashes(memory, "/here/set").items() if "zip" in n} == {
         n: h for n, h in file_hashes(tmp_path / "set").items() if "zip" in n
     }

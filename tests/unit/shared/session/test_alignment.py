@@ -21,6 +21,7 @@ import zarr
 from helpers.oracles import build, file_hashes, jsonl, open_indexes, tar_members, tiny_recipe
 from helpers.sessions import write_tone
 
+from preprocess.build.shards import FromShards
 from shared.media.sound import read_sound
 from shared.media.video import read_video_track
 from shared.recipe import Stream
@@ -318,8 +319,9 @@ def test_another_start_makes_the_columns_of_that_stream_again_and_no_others(
     assert file_hashes(tmp_path / "out") == before
     declare(tmp_path / "in" / "one", audio=0.4)
     (task,) = build(tmp_path / "in", tmp_path / "out", RECIPE).plan.tasks
-    assert set(task.due) == {"audio", "dmel"}
-    assert set(task.copied["audio"]) == {"two"}
+    assert set(task.columns) == {"audio", "dmel"}
+    sources = task.columns["audio"].sources
+    assert {n for n, source in sources.items() if isinstance(source, FromShards)} == {"two"}
     build(tmp_path / "in", tmp_path / "fresh", RECIPE)
     contents = [sorted(file_hashes(tmp_path / out).values()) for out in ("out", "fresh")]
     columns = [{h for h in hashes if h not in before.values()} for hashes in contents]

@@ -141,7 +141,7 @@ def test_a_foreign_file_is_no_index(tmp_path):
 def test_a_newer_index_is_refused_with_what_to_do(tmp_path):
     content = bytearray(index_bytes(tiny_index()))
     content[8] = 3
-    with pytest.raises(FormatVersionError, match=r"version 3 is newer than 2.*update it"):
+    with pytest.raises(FormatVersionError, match=r"version 3 is newer than 2.*update the program"):
         open_index(write_index(tmp_path, bytes(content)))
 
 

@@ -23,6 +23,7 @@ from helpers.oracles import (
 from helpers.sessions import write_lines, write_tone, write_video
 
 from preprocess.build import job as job_module
+from preprocess.build.shards import FromShards
 from shared.session.reader import SessionReader
 from shared.shardset.index import open_index
 
@@ -70,8 +71,8 @@ def without_copies(monkeypatch) -> None:
     plan = job_module.plan_shards
 
     def plan_shards(*args, **options):
-        found = plan(*args, **options)
-        return replace(found, tasks=tuple(replace(t, copied={}) for t in found.tasks))
+        whole = plan(*args, **options)
+        return replace(whole, tasks=tuple(task.without(FromShards) for task in whole.tasks))
 
     monkeypatch.setattr(job_module, "plan_shards", plan_shards)
 
@@ -86,7 +87,7 @@ def test_copied_rows_are_the_bytes_of_rows_made_anew(
     shutil.copytree(copied, anew)
     CHANGES[change](sessions)
     summary = build(sessions, copied, recipe)
-    assert any(names for t in summary.plan.tasks for names in t.copied.values())
+    assert any(task.copied_index_files for task in summary.plan.tasks)
     with monkeypatch.context() as patched:
         without_copies(patched)
         build(sessions, anew, recipe)

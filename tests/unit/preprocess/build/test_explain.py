@@ -18,7 +18,9 @@ OLD = finish(plan(OLD_SCANS), RECIPE)
 
 
 def lines_of(scans=OLD_SCANS, recipe=RECIPE, **options) -> list[str]:
-    return [f"{verb} {what}" for verb, what in reasons(plan(scans, recipe, old=OLD, **options))]
+    return [
+        f"{verb} {what}" for verb, what in reasons(plan(scans, recipe, previous=OLD, **options))
+    ]
 
 
 def test_a_first_build_names_some_sessions():
@@ -112,8 +114,8 @@ def test_another_packing_copies_the_rows():
 def test_shards_whose_sessions_moved_say_so():
     new = NAMES[3]
     grown = {**OLD_SCANS, new: scan(new)}
-    old = finish(plan(grown, old=OLD), RECIPE, OLD)
-    assert reasons(plan(grown, old=old, compacts=True)) == [
-        ("make", "1 of 1 shards: packed anew; 12 rows copied, 0 made"),
-        ("remove", "1 shard: its sessions lie in others"),
+    old = finish(plan(grown, previous=OLD), RECIPE, OLD)
+    assert reasons(plan(grown, previous=old, compacts=True)) == [
+        ("make", "1 of 1 shards: repacked; 12 rows copied, 0 made"),
+        ("remove", "1 shard: other shards hold its sessions"),
     ]

@@ -26,7 +26,16 @@ from hypothesis import strategies as st
 from preprocess.__main__ import shards
 from preprocess.build import job as job_module
 from preprocess.build import task as build_module
-from preprocess.build.shards import SessionWindows, ShardTask
+from preprocess.build.shards import (
+    Cause,
+    ColumnTask,
+    FromSession,
+    FromShards,
+    FromSubtasks,
+    Reason,
+    SessionWindows,
+    ShardTask,
+)
 from preprocess.build.video_subtasks import TASK_S, split_task
 from shared.clock import Interval
 from shared.errors import SessionError
@@ -140,7 +149,7 @@ def test_any_number_of_workers_gives_the_bytes_of_none(stereo, made, tmp_path, n
 
 
 def test_a_long_session_is_cut_and_its_shard_decodes_nothing(stereo, made, tmp_path, monkeypatch):
-    pieces = count_calls(monkeypatch, job_module, "encode_subtask")
+    pieces = count_calls(monkeypatch, job_module, "encode_video")
     lengths = []
     original = SessionReader.iter_frames
 
@@ -163,10 +172,10 @@ def test_only_rows_that_are_not_copied_are_divided(stereo, tmp_path, monkeypatch
     shutil.copytree(one, other)
     shutil.copy(sessions / "ann" / "vision_right.mp4", sessions / "ann" / "vision_left.mp4")
     build(sessions, one, WHOLE)
-    pieces = count_calls(monkeypatch, job_module, "encode_subtask")
+    pieces = count_calls(monkeypatch, job_module, "encode_video")
     build_in_parts(sessions, other, WHOLE)
     assert file_hashes(other) == file_hashes(one)
-    assert {(p.column, *(s.session for s in p.slices)) for p, _ in pieces} == {
+    assert {(s.column, *(own.session for own in s.sessions)) for s, _ in pieces} == {
         ("vision_left", "ann")
     }
 
@@ -301,38 +310,64 @@ def test_parts_hold_each_window_that_is_to_decode_once_and_no_more_than_a_share(
         name: scan_of(name, both[:1] if i in one_eyed else both, lengths[i])
         for i, name in enumerate(names)
     }
-    old = tuple(name for i, name in enumerate(names) if i in copied)
-    task = ShardTask(
-        name="train-000000",
-        split="train",
-        slices=tuple(
-            SessionWindows(n, tuple(range(c))) for n, c in zip(names, lengths, strict=True)
-        ),
-        due={"vision_left": "new", "vision_right": "new", "audio": "new"},
-        bases={},
-        rows={},
-        kept={},
-        kept_index_file=None,
-        copied={"vision_left": dict.fromkeys(old, ("train-000000.index",))},
-        generation=0,
-    )
-    parts = split_task(task, scans, tiny_recipe(), task_s=task_s)
-    wanted = {("vision_left", n): c for n, c in zip(names, lengths, strict=True) if n not in old}
+    copied = tuple(name for i, name in enumerate(names) if i in copied)
+    task = task_of(names, lengths, copied=copied)
+    split, subtasks = split_task(task, scans, tiny_recipe(), task_s=task_s)
+    wanted = {("vision_left", n): c for n, c in zip(names, lengths, strict=True) if n not in copied}
     wanted |= {("vision_right", n): lengths[i] for i, n in enumerate(names) if i not in one_eyed}
     if sum(wanted.values()) <= task_s:
-        assert parts == ()
+        assert (split, subtasks) == (task, ())
         return
-    assert len({part.name for part in parts}) == len(parts)
+    assert len({subtask.name for subtask in subtasks}) == len(subtasks)
     runs: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for part in parts:
-        length = sum(len(piece.windows) for piece in part.slices)
-        assert part.num_runs == 1 or len(part.slices) == 1
-        assert length / part.num_runs <= task_s + 1e-9 or length == part.num_runs
-        for piece in part.slices:
-            runs.setdefault((part.column, piece.session), []).append((part.run, part.num_runs))
+    encoded: dict[tuple[str, str], list[str]] = {}
+    for subtask in subtasks:
+        length = sum(len(own.windows) for own in subtask.sessions)
+        assert subtask.num_runs == 1 or len(subtask.sessions) == 1
+        assert length / subtask.num_runs <= task_s + 1e-9 or length == subtask.num_runs
+        for own in subtask.sessions:
+            key = subtask.column, own.session
+            runs.setdefault(key, []).append((subtask.run, subtask.num_runs))
+            encoded.setdefault(key, []).append(subtask.name)
     assert set(runs) == set(wanted)
-    for found in runs.values():
-        assert found == [(k, len(found)) for k in range(len(found))]
+    for run in runs.values():
+        assert run == [(k, len(run)) for k in range(len(run))]
+    sources = {
+        (name, session): list(source.names)
+        for name, column in split.columns.items()
+        for session, source in column.sources.items()
+        if isinstance(source, FromSubtasks)
+    }
+    assert sources == encoded
+
+
+def task_of(names: list[str], lengths: list[int], *, copied: tuple[str, ...]) -> ShardTask:
+    """A task of both videos and the sound; the left video of some sessions is copied."""
+    columns = {
+        name: ColumnTask(
+            reason=Reason(Cause.NEW),
+            basis={},
+            rows={},
+            sources={
+                n: FromShards(("train-000000.index",))
+                if name == "vision_left" and n in copied
+                else FromSession()
+                for n in names
+            },
+        )
+        for name in ("vision_left", "vision_right", "audio")
+    }
+    return ShardTask(
+        name="train-000000",
+        split="train",
+        sessions=tuple(
+            SessionWindows(n, tuple(range(c))) for n, c in zip(names, lengths, strict=True)
+        ),
+        columns=columns,
+        kept={},
+        kept_index_file=None,
+        generation=0,
+    )
 
 
 def test_the_command_says_what_a_tasks_share_is():
@@ -342,7 +377,7 @@ def test_the_command_says_what_a_tasks_share_is():
 
 
 def test_a_task_in_this_process_is_not_divided(stereo, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(job_module, "encode_subtask", fail)
+    monkeypatch.setattr(job_module, "encode_video", fail)
     with cluster_of(0) as cluster:
         job_module.build_shards(stereo, tmp_path / "out", recipe=WHOLE, cluster=cluster, task_s=1.0)
     assert file_hashes(tmp_path / "out") == made

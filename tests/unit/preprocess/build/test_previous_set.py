@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
@@ -9,11 +10,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from helpers.breaks import BrokenOff, fail
+from helpers.frozen_sets import RECIPE, SESSIONS, header_of
 from helpers.oracles import build, check_whole, file_identities, set_contents, tiny_recipe
 from helpers.sets import flip_byte
 
 from preprocess.__main__ import cli
-from preprocess.build import job as job_module
 from preprocess.sets.verify import verify_set
 from shared.errors import REBUILD_HINT
 from shared.shardset.layout import COLUMNS
@@ -31,7 +32,7 @@ def test_only_the_damaged_column_is_made_again(sessions, built, out, name, place
     assert any(REBUILD_HINT in problem for problem in verify_set(out).problems)
     summary = build(sessions, out, verify=True)
     column = name.split(".")[1]
-    assert [(t.name, set(t.due)) for t in summary.plan.tasks] == [("train-000000", {column})]
+    assert [(t.name, set(t.columns)) for t in summary.plan.tasks] == [("train-000000", {column})]
     check_whole(out)
     assert set_contents(out) == set_contents(built)
     assert read_manifest(out).fingerprint == read_manifest(built).fingerprint  # runs can go on
@@ -77,7 +78,7 @@ def test_what_a_killed_build_left_is_checked_before_it_is_taken_over(
 ):
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(job_module, "commit", fail)
+        patched.setattr("preprocess.build.commit.commit", fail)
         with pytest.raises(BrokenOff):
             build(sessions, out)
     flip_byte(out / "train-000000.audio.tar", 600)
@@ -95,3 +96,19 @@ def test_a_dry_run_names_what_is_damaged(sessions, out, tmp_path):
     assert CliRunner().invoke(cli, [*command, "--verify"]).output.strip() == (
         "would make 1 of 2 proprio columns: its bytes differ from their checksum; 2 rows made"
     )
+
+
+def test_hashes_of_rows_are_those_of_the_specification(tmp_path):
+    def hash_of(values: object) -> str:
+        text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    build(SESSIONS, tmp_path / "out", RECIPE)
+    lines = (SESSIONS / "eve" / "metadata.jsonl").read_bytes()
+    sources = {"metadata.jsonl": hashlib.sha256(lines).hexdigest()}
+    row = ["eve", [0], [0b11000], sources, 0.0, 1.0]  # touch and proprio
+    _, header = header_of(tmp_path / "out" / "train-000001.index")
+    column = header["columns"]["proprio"]
+    assert column["rows"] == {"eve": hash_of([row])}
+    assert column["basis"]["rows"] == hash_of([[hash_of([row])]])
+    assert column["fingerprint"] == hash_of([column["basis"]])
