@@ -1,45 +1,49 @@
-"""The demo world: sessions of a small creature, made from a seed; every sense tells something.
+"""Make sessions of a small demo world from a seed.
 
-A creature with ten joints reaches for a ball that bounces in a room. One round goes like this;
-times are relative to the contact, and contacts lie on a lattice of ticks, 1.5 or 1.8 s apart:
+A creature with ten joints reaches for a ball that bounces in a room. Every stream carries
+information that another stream needs, so that a model learns something from each. One round goes
+like this; times are relative to the contact, and contacts are on a grid of ticks, 1.5 or 1.8 s
+apart:
 
 =======  =========================================================================================
--0.9 s   the ball hits the far wall, takes the colour of the next finger and lights the room with
+-0.9 s   the ball hits the far wall, takes the color of the next finger, and lights the room with
          it; the wall knocks, low or high
 -0.6 s   internal text: "reach low index" (verb, level, finger)
--0.5 s   the arm sets out, a minimum-jerk path (Flash & Hogan 1985) to where the ball will be
-0 s      contact: the finger's touch rises, its tone begins, the ball turns pale
-+0.2 s   the finger lets go, the ball flies off; external text: "hits index ball" or "taps ..."
+-0.5 s   the arm starts on a minimum-jerk path (Flash & Hogan 1985) to the coming contact
+0 s      contact: the finger's touch rises, its tone starts, the ball turns pale
++0.2 s   the finger releases the ball, which flies off; external text: "hits index ball" or
+         "taps ..."
 +0.6 s   the arm is back at rest
 =======  =========================================================================================
 
-Dice are thrown per contact; what they show is first told in one stream only:
+Each contact has random draws. At first, each draw shows in one stream only:
 
 =======================  ====================================  ===================================
-what is drawn            told first by                         heads that need it
+draw                     shows first in                        heads that need it
 =======================  ====================================  ===================================
-finger, 1 of 5           vision: the ball's colour             internal text (third word), then
+finger, 1 of 5           vision: the ball's color              internal text (third word), then
                                                                audio (pitch), animation (curl)
-place of the contact     vision: the ball's flight             animation (yaw, pitch, elbow)
+position of the contact  vision: the ball's flight             animation (yaw, pitch, elbow)
 level, low or high       audio: the wall's knock               internal text (second word),
                                                                animation (wrist roll)
-verb, reach or swing     internal text: a whim, not foretold   animation (shoulder roll)
+verb, reach or swing     internal text: not predictable        animation (shoulder roll)
 force, taps or hits      touch: how far it rises               external text (first word), audio
                                                                (a hit ball is back at the wall
-                                                               0.3 s sooner, so is the knock)
+                                                               0.3 s sooner, and so is the knock)
 =======================  ====================================  ===================================
 
-When things happen is told more than once: knock and colour come 0.3 s before the intention, the
-intention 0.6 s before the contact with its tone, touch and tone 0.2 s before the report. What has
-begun goes on by itself: tones fade, sentences end and joints move as their own stream foretells,
-so each head needs its own stream too. A tone's loudness does not tell the force, and the finger
-holds the ball for 0.2 s, so that its flight can't tell it until the report's first word is due.
+The time of events shows in several streams: knock and color come 0.3 s before the intention, the
+intention 0.6 s before the contact with its tone, touch and tone 0.2 s before the report. Each head
+needs its own stream too, because an event that has started continues predictably: tones fade,
+sentences end, and joints move. The loudness of a tone does not reveal the force. The finger holds
+the ball for 0.2 s, so its flight does not reveal the force before the report's first word is due.
 
-The joints' motors whir the louder the faster they turn, so that audio follows proprio. Behind it
-hums the mains: hum and whir are partials of 50 Hz, broad, never silent, and yet the hum is the same
-in every 20 ms, so that what can be learned of the sound is what happens and not noise.
+The motors of the joints are louder the faster they turn, so that audio follows proprio. Behind
+them is a mains hum. Hum and motors are partials of 50 Hz: broadband, never silent, and the hum is
+the same in every 20 ms. So a model can learn events from the sound, not noise.
 
-Each session draws from ``SeedSequence([seed, number])``: it does not depend on how many are made.
+Each session draws from ``SeedSequence([seed, number])`` and does not depend on the number of
+sessions.
 """
 
 from __future__ import annotations
@@ -63,11 +67,11 @@ from preprocess.demo.avatar import (
     WALL_LEAD_S,
     Contact,
     fly_ball,
+    list_texts,
     move_joints,
     plan_contacts,
     pose_scene,
     press_touch,
-    say,
     sound,
 )
 from preprocess.demo.cameras import (
@@ -75,11 +79,18 @@ from preprocess.demo.cameras import (
     BASELINE_M,
     FOCAL_PER_WIDTH,
     Scene,
-    make_eye,
+    make_camera,
     render_frames,
     write_video,
 )
 from shared.errors import ConfigError, SessionError
+from shared.session.folder import (
+    AUDIO_FILE,
+    METADATA_FILE,
+    SESSION_INFO_FILE,
+    TEXT_FILE,
+    VISION_FILES,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -91,15 +102,14 @@ if TYPE_CHECKING:
 
 GENERATOR = "preprocess.demo.world"
 GENERATOR_VERSION = 1
-"""Raise when the same parameters give other bytes: sessions of older versions are then remade."""
+"""Increase when the same parameters give other bytes, so that older sessions are rebuilt."""
 
-FILES = ("metadata.jsonl", "vision_left.mp4", "vision_right.mp4", "audio.wav", "text.jsonl")
-FACTS = "session.json"
+FILES = (METADATA_FILE, *VISION_FILES.values(), AUDIO_FILE, TEXT_FILE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoParameters:
-    """What decides the bytes of a session, beside its number."""
+    """Everything that determines the bytes of a session, beside its number."""
 
     seed: int
     duration_s: float
@@ -107,17 +117,17 @@ class DemoParameters:
     rate_hz: float
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a value that no session can be made of."""
-        for name, is_right, wanted in (
+        """Raise ConfigError for a value out of range."""
+        for name, is_valid, expected in (
             ("seed", self.seed >= 0, "0 or more"),
             ("duration_s", 1 <= self.duration_s <= 3600, "1 to 3600 seconds"),
             ("image_size", 16 <= self.image_size <= 1024, "16 to 1024 pixels"),
-            ("image_size", self.image_size % 2 == 0, "even, as h264 wants"),
+            ("image_size", self.image_size % 2 == 0, "even, as H.264 requires"),
             ("rate_hz", 5 <= self.rate_hz <= 240, "5 to 240 frames per second"),
         ):
-            if not is_right:
+            if not is_valid:
                 raise ConfigError(
-                    f"demo sessions: {name} is {getattr(self, name)}; it must be {wanted}"
+                    f"demo sessions: {name} is {getattr(self, name)}; fix: set it to {expected}"
                 )
 
 
@@ -131,16 +141,16 @@ def write_demo_sessions(
     rate_hz: float = 30.0,
     progress: Callable[[str], None] | None = None,
 ) -> list[Path]:
-    """Write `session_001`... below `out`; the same arguments give the same bytes.
+    """Write the folders `session_001`, ...; the same arguments give the same bytes.
 
-    A session that is already there, complete and made by the same parameters is left alone; any
-    other one of this generator is remade. Each is written in a hidden folder beside its place and
-    renamed, so that a killed run leaves no half session under a session's name.
+    A complete session with the same parameters is skipped; any other session of this generator is
+    rebuilt. Each session is written in a hidden folder beside the final one and then renamed, so
+    that a killed run leaves no incomplete session.
 
     Args:
-        out: folder, made if missing.
-        num_sessions: how many; sessions beyond that number are left alone.
-        duration_s: length of each in seconds, rounded to whole frames.
+        out: folder of the sessions, created if missing.
+        num_sessions: number of sessions; sessions with higher numbers are not touched.
+        duration_s: length of each session, rounded to whole frames.
         seed: 0 or more.
         image_size: height and width of the videos in pixels, even.
         rate_hz: frames per second of the videos, and lines per second of metadata.jsonl.
@@ -151,51 +161,53 @@ def write_demo_sessions(
 
     Raises:
         ConfigError: an argument out of range.
-        SessionError: a folder of that name exists and was not made by this generator.
+        SessionError: a folder of that name exists and was not written by this generator.
     """
     if num_sessions < 1:
-        raise ConfigError(f"demo sessions: num_sessions is {num_sessions}; it must be 1 or more")
+        raise ConfigError(
+            f"demo sessions: num_sessions is {num_sessions}; fix: set it to 1 or more"
+        )
     parameters = DemoParameters(
         seed=seed, duration_s=float(duration_s), image_size=image_size, rate_hz=float(rate_hz)
     )
     out.mkdir(parents=True, exist_ok=True)
     folders = [out / f"session_{number:03d}" for number in range(1, num_sessions + 1)]
     for number, folder in enumerate(folders, start=1):
-        is_made = not _is_complete(folder, number, parameters)
-        if is_made:
+        is_due = not _is_complete(folder, number, parameters)
+        if is_due:
             _replace_session(folder, number, parameters)
         if progress is not None:
-            state = "made" if is_made else "already there"
+            state = "written" if is_due else "exists already"
             progress(f"{folder.name}: {state} ({number} of {num_sessions})")
     return folders
 
 
 def _is_complete(folder: Path, number: int, parameters: DemoParameters) -> bool:
-    """Whether the folder holds this very session, all files at full length.
+    """Return whether a folder contains this session, with all files at full length.
 
     Raises:
-        SessionError: the folder holds something that this generator did not make.
+        SessionError: the folder contains something that this generator did not write.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        is_ours = isinstance(facts, dict) and facts.get("generator") == GENERATOR
+        info = json.loads((folder / SESSION_INFO_FILE).read_text(encoding="utf-8"))
+        is_ours = isinstance(info, dict) and info.get("generator") == GENERATOR
     except (OSError, ValueError):
         is_ours = False
     if not is_ours:
         raise SessionError(
-            f"{folder}: exists, and its {FACTS} does not say that demo-sessions made it; "
-            "move it away or choose another folder, it is not overwritten"
+            f"{folder}: exists and is not overwritten, because its {SESSION_INFO_FILE} does not "
+            "name demo-sessions as its source; fix: move it away or choose another folder"
         )
-    wanted = _identity(number, parameters)
-    return {key: facts.get(key) for key in wanted} == wanted and facts.get("bytes") == {
+    expected = _identity(number, parameters)
+    return {key: info.get(key) for key in expected} == expected and info.get("bytes") == {
         name: (folder / name).stat().st_size for name in FILES if (folder / name).is_file()
     }
 
 
 def _identity(number: int, parameters: DemoParameters) -> dict[str, Any]:
-    """The facts that decide a session's bytes."""
+    """Return the values that determine a session's bytes."""
     return {
         "generator": GENERATOR,
         "generator_version": GENERATOR_VERSION,
@@ -205,7 +217,7 @@ def _identity(number: int, parameters: DemoParameters) -> dict[str, Any]:
 
 
 def _replace_session(folder: Path, number: int, parameters: DemoParameters) -> None:
-    """Write the session in a hidden folder beside its place, then put it there."""
+    """Write the session in a hidden folder beside the final one, then rename it."""
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -217,8 +229,8 @@ def _replace_session(folder: Path, number: int, parameters: DemoParameters) -> N
 
 
 def _write_session(folder: Path, number: int, parameters: DemoParameters) -> None:
-    """Make all files of one session; session.json last, for it tells the others' lengths."""
-    # One stream of random numbers per purpose: more noise never changes the story.
+    """Write all files of one session; session.json last, as it has the sizes of the others."""
+    # One random generator per purpose, so that a change of one does not change the others.
     plan_rng, sway_rng, sound_rng, paint_rng = (
         np.random.default_rng(child)
         for child in np.random.SeedSequence([parameters.seed, number]).spawn(4)
@@ -230,10 +242,10 @@ def _write_session(folder: Path, number: int, parameters: DemoParameters) -> Non
     angles, velocities = move_joints(contacts, times_s, sway_rng=sway_rng)
     touch = press_touch(contacts, times_s)
     _write_lines(
-        folder / "metadata.jsonl",
+        folder / METADATA_FILE,
         [
-            {"timestamp": time_s, "touch": touched, "proprio": pose}
-            for time_s, touched, pose in zip(
+            {"timestamp": time_s, "touch": reading, "proprio": pose}
+            for time_s, reading, pose in zip(
                 times_s.round(6).tolist(),
                 touch.round(4).tolist(),
                 np.concatenate([angles, velocities], axis=1).round(6).tolist(),
@@ -241,27 +253,27 @@ def _write_session(folder: Path, number: int, parameters: DemoParameters) -> Non
             )
         ],
     )
-    _write_lines(folder / "text.jsonl", say(contacts, duration_s=duration_s))
+    _write_lines(folder / TEXT_FILE, list_texts(contacts, duration_s=duration_s))
     wave = sound(contacts, times_s, velocities, duration_s=duration_s, rng=sound_rng)
     pcm = (wave * 32767).round().clip(-32768, 32767).astype(np.int16)
-    soundfile.write(folder / "audio.wav", pcm, AUDIO_RATE_HZ, subtype="PCM_16")
+    soundfile.write(folder / AUDIO_FILE, pcm, AUDIO_RATE_HZ, subtype="PCM_16")
     scene = pose_scene(angles, *fly_ball(contacts, times_s))
     _write_vision(folder, scene, parameters, paint_rng)
-    facts = _identity(number, parameters) | _describe(contacts, duration_s, parameters)
-    facts["bytes"] = {name: (folder / name).stat().st_size for name in FILES}
-    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    info = _identity(number, parameters) | _describe(contacts, duration_s, parameters)
+    info["bytes"] = {name: (folder / name).stat().st_size for name in FILES}
+    (folder / SESSION_INFO_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_vision(
     folder: Path, scene: Scene, parameters: DemoParameters, rng: np.random.Generator
 ) -> None:
-    """Both eyes' videos, in a room whose paint is drawn per session."""
+    """Write the videos of both cameras, in a room with colors drawn per session."""
     paint = np.array([0.42, 0.5, 0.46, 0.48])[:, None] * rng.uniform(0.9, 1.1, size=(4, 3))
-    for name, side in (("vision_left.mp4", -1), ("vision_right.mp4", 1)):
-        eye = make_eye(side * BASELINE_M / 2, size=parameters.image_size, paint=paint)
+    for name, side in zip(VISION_FILES.values(), (-1, 1), strict=True):
+        camera = make_camera(side * BASELINE_M / 2, size=parameters.image_size, paint=paint)
         write_video(
             folder / name,
-            render_frames(eye, scene),
+            render_frames(camera, scene),
             size=parameters.image_size,
             rate_hz=parameters.rate_hz,
         )
@@ -270,7 +282,7 @@ def _write_vision(
 def _describe(
     contacts: Sequence[Contact], duration_s: float, parameters: DemoParameters
 ) -> dict[str, Any]:
-    """What really happened, for tests and for people: metres, seconds, pixels."""
+    """Return the ground truth of a session, in meters, seconds and pixels."""
     return {
         "source": "made by `python -m preprocess demo-sessions`, no recording",
         "duration_s": duration_s,

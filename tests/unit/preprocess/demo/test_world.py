@@ -1,4 +1,4 @@
-"""Demo sessions against what physics, numpy and stock readers say of their files."""
+"""Demo sessions against physics, numpy and stock readers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def facts(folder):
+def info(folder):
     return json.loads((folder / "session.json").read_text())
 
 
@@ -70,20 +70,20 @@ def read_bytes(folder):
 
 
 def loudest_hz(wave, start_s, length_s):
-    piece = wave[round(start_s * 16_000) : round((start_s + length_s) * 16_000)]
-    spectrum = np.abs(np.fft.rfft(piece * np.hanning(len(piece)), n=1 << 15))
+    clip = wave[round(start_s * 16_000) : round((start_s + length_s) * 16_000)]
+    spectrum = np.abs(np.fft.rfft(clip * np.hanning(len(clip)), n=1 << 15))
     return float(np.fft.rfftfreq(1 << 15, 1 / 16_000)[spectrum.argmax()])
 
 
-def column_of(image, colour):
-    near = np.linalg.norm(image.astype(float) - 255 * np.array(colour), axis=-1) < 60
-    assert near.sum() > 20, "the ball is not to be seen"
+def column_of(image, color):
+    near = np.linalg.norm(image.astype(float) - 255 * np.array(color), axis=-1) < 60
+    assert near.sum() > 20, "the ball is not visible"
     return float(np.nonzero(near)[1].mean())
 
 
-def disparity_px(videos, time_s, colour):
+def disparity_px(videos, time_s, color):
     frame = round(time_s * 30)
-    left, right = (column_of(videos[s][frame], colour) for s in ("left", "right"))
+    left, right = (column_of(videos[s][frame], color) for s in ("left", "right"))
     return left - right
 
 
@@ -91,7 +91,7 @@ def test_a_session_has_the_files_of_the_session_layout(folder):
     assert {path.name for path in folder.iterdir()} == FILES
 
 
-def test_all_streams_decode_and_last_equally_long(folder, metadata, wave):
+def test_all_streams_decode_and_have_the_same_length(folder, metadata, wave):
     lasts = {"metadata": metadata["timestamp"][-1] + 1 / 30, "audio": len(wave) / 16_000}
     for side in ("left", "right"):
         with av.open(str(folder / f"vision_{side}.mp4")) as container:
@@ -102,7 +102,7 @@ def test_all_streams_decode_and_last_equally_long(folder, metadata, wave):
     assert max(abs(last - DURATION_S) for last in lasts.values()) < 0.1, lasts
 
 
-def test_frames_are_shown_at_the_timestamps_of_metadata(folder, metadata):
+def test_frames_have_the_timestamps_of_the_metadata(folder, metadata):
     with av.open(str(folder / "vision_right.mp4")) as container:
         times_s = [frame.time for frame in container.decode(video=0)]
     np.testing.assert_allclose(times_s, metadata["timestamp"], atol=1e-5)
@@ -124,7 +124,7 @@ def test_sensors_stay_in_their_ranges(metadata):
     assert np.abs(metadata["proprio"][:, :10]).max() <= np.pi
 
 
-def test_the_same_seed_gives_the_same_bytes_however_many_sessions(tmp_path):
+def test_the_same_seed_gives_the_same_bytes_for_any_number_of_sessions(tmp_path):
     one = write_demo_sessions(tmp_path / "one", num_sessions=1, seed=5, **SMALL)
     two = write_demo_sessions(tmp_path / "two", num_sessions=2, seed=5, **SMALL)
     assert read_bytes(one[0]) == read_bytes(two[0])
@@ -143,14 +143,14 @@ def test_a_second_run_leaves_complete_sessions_alone(tmp_path):
         return {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*"))}
 
     write_demo_sessions(tmp_path, num_sessions=1, **SMALL)
-    before, said = stamps(), []
-    write_demo_sessions(tmp_path, num_sessions=1, progress=said.append, **SMALL)
+    before, lines = stamps(), []
+    write_demo_sessions(tmp_path, num_sessions=1, progress=lines.append, **SMALL)
     assert stamps() == before
-    assert said == ["session_001: already there (1 of 1)"]
+    assert lines == ["session_001: exists already (1 of 1)"]
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"session.json"}))
-def test_a_session_with_a_shortened_file_is_remade(tmp_path, name):
+def test_a_session_with_a_shortened_file_is_rebuilt(tmp_path, name):
     (folder,) = write_demo_sessions(tmp_path, num_sessions=1, **SMALL)
     whole = read_bytes(folder)
     (folder / name).write_bytes(whole[name][:-10])
@@ -158,14 +158,14 @@ def test_a_session_with_a_shortened_file_is_remade(tmp_path, name):
     assert read_bytes(folder) == whole
 
 
-def test_other_parameters_remake_a_session(tmp_path):
+def test_other_parameters_rebuild_a_session(tmp_path):
     (folder,) = write_demo_sessions(tmp_path, num_sessions=1, seed=1, **SMALL)
     before = read_bytes(folder)
     write_demo_sessions(tmp_path, num_sessions=1, seed=2, **SMALL)
     assert read_bytes(folder)["text.jsonl"] != before["text.jsonl"]
 
 
-def test_a_killed_run_leaves_no_half_session_and_goes_on(tmp_path, monkeypatch):
+def test_a_killed_run_leaves_no_incomplete_session_and_resumes(tmp_path, monkeypatch):
     whole = write_demo_sessions(tmp_path / "whole", num_sessions=2, **SMALL)
     write_video, calls = preprocess.demo.world.write_video, itertools.count(1)
 
@@ -184,13 +184,13 @@ def test_a_killed_run_leaves_no_half_session_and_goes_on(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["session_001", "session_002"]
 
 
-@pytest.mark.parametrize("facts", [None, "{}", '{"source": "a recording"}', "{", "[]"])
-def test_a_folder_that_someone_else_made_is_refused_and_not_touched(tmp_path, facts):
+@pytest.mark.parametrize("info", [None, "{}", '{"source": "a recording"}', "{", "[]"])
+def test_a_folder_of_another_source_is_refused_and_not_changed(tmp_path, info):
     recording = tmp_path / "session_001"
     recording.mkdir()
     (recording / "metadata.jsonl").write_text('{"timestamp": 0}\n')
-    if facts is not None:
-        (recording / "session.json").write_text(facts)
+    if info is not None:
+        (recording / "session.json").write_text(info)
     before = read_bytes(recording)
     with pytest.raises(SessionError, match=r"session_001.*move it away"):
         write_demo_sessions(tmp_path, num_sessions=1, **SMALL)
@@ -224,10 +224,10 @@ def test_velocities_are_the_derivatives_of_the_angles(tmp_path):
     np.testing.assert_allclose(pose[1:-1, 10:], slopes[1:-1], atol=0.03)
 
 
-def test_touch_rises_on_the_named_finger_at_the_contact(facts, metadata):
-    names = [finger["name"] for finger in facts["fingers"]]
-    assert len(facts["contacts"]) >= 4
-    for contact in facts["contacts"]:
+def test_touch_rises_on_the_named_finger_at_the_contact(info, metadata):
+    names = [finger["name"] for finger in info["fingers"]]
+    assert len(info["contacts"]) >= 4
+    for contact in info["contacts"]:
         before = metadata["timestamp"] < contact["time_s"]
         first = int(before.sum())
         expected = np.zeros(5)
@@ -236,44 +236,44 @@ def test_touch_rises_on_the_named_finger_at_the_contact(facts, metadata):
         np.testing.assert_array_equal(metadata["touch"][first - 1], np.zeros(5))
 
 
-def test_the_force_is_felt_before_it_is_told(folder, facts):
+def test_the_force_shows_in_touch_before_the_text(folder, info):
     texts = {e["timestamp"]: e["text"] for e in read_lines(folder / "text.jsonl")}
-    for contact in facts["contacts"]:
+    for contact in info["contacts"]:
         text = texts.get(round(contact["time_s"] + 0.2, 6), "")
         assert (contact["pressure"] > 0.65) == (text.split(" ")[0] == "hits") or not text
 
 
-def test_the_tone_at_a_contact_has_the_pitch_of_its_finger(facts, wave):
-    pitches = {finger["name"]: finger["tone_hz"] for finger in facts["fingers"]}
-    for contact in facts["contacts"]:
+def test_the_tone_at_a_contact_has_the_pitch_of_its_finger(info, wave):
+    pitches = {finger["name"]: finger["tone_hz"] for finger in info["fingers"]}
+    for contact in info["contacts"]:
         if contact["time_s"] + 0.15 < DURATION_S:
-            heard_hz = loudest_hz(wave, contact["time_s"], 0.15)
-            assert heard_hz == pytest.approx(pitches[contact["finger"]], abs=6)
+            measured_hz = loudest_hz(wave, contact["time_s"], 0.15)
+            assert measured_hz == pytest.approx(pitches[contact["finger"]], abs=6)
 
 
-def test_the_tone_begins_exactly_at_the_contact(facts, wave):
-    for contact in facts["contacts"]:
+def test_the_tone_starts_exactly_at_the_contact(info, wave):
+    for contact in info["contacts"]:
         start = round(contact["time_s"] * 16_000)
         before, after = wave[start - 80 : start], wave[start + 16 : start + 96]
         assert np.std(after) > 3 * np.std(before)
 
 
-def test_the_knock_tells_the_level_of_the_coming_thought(folder, facts, wave):
+def test_the_knock_reveals_the_level_of_the_next_internal_text(folder, info, wave):
     texts = {e["timestamp"]: e["text"] for e in read_lines(folder / "text.jsonl")}
-    heard = 0
-    for contact in facts["contacts"]:
+    num_checked = 0
+    for contact in info["contacts"]:
         text = texts.get(round(contact["time_s"] - 0.6, 6))
         if text and contact["wall_time_s"] >= 0:
             is_high = loudest_hz(wave, contact["wall_time_s"], 0.06) > 1000
             assert text.split(" ")[1] == ("high" if is_high else "low")
-            heard += 1
-    assert heard >= 3
+            num_checked += 1
+    assert num_checked >= 3
 
 
-def test_a_thought_precedes_and_a_word_follows_each_contact(folder, facts):
+def test_internal_text_precedes_and_external_text_follows_each_contact(folder, info):
     events = read_lines(folder / "text.jsonl")
     assert [e["timestamp"] for e in events] == sorted(e["timestamp"] for e in events)
-    for contact in facts["contacts"]:
+    for contact in info["contacts"]:
         for stream, low_s, high_s in (("internal", -0.65, -0.3), ("external", 0.15, 0.3)):
             if not 0 < contact["time_s"] + low_s < contact["time_s"] + high_s < DURATION_S:
                 continue
@@ -286,7 +286,7 @@ def test_a_thought_precedes_and_a_word_follows_each_contact(folder, facts):
             assert contact["finger"] in texts[0].split(" ")
 
 
-def test_sentences_of_a_stream_keep_their_distance_and_are_short(folder):
+def test_texts_of_a_stream_are_apart_and_short(folder):
     for stream in ("internal", "external"):
         events = [e for e in read_lines(folder / "text.jsonl") if e["stream"] == stream]
         times_s = [e["timestamp"] for e in events]
@@ -295,38 +295,36 @@ def test_sentences_of_a_stream_keep_their_distance_and_are_short(folder):
         assert all(0 <= time_s < DURATION_S for time_s in times_s)
 
 
-def test_the_ball_lies_farther_right_for_the_left_eye_by_focal_times_baseline_over_depth(
-    facts, videos
-):
-    eyes = facts["eyes"]
-    colours = {finger["name"]: finger["ball_rgb"] for finger in facts["fingers"]}
-    seen = 0
-    for contact in facts["contacts"]:
+def test_the_disparity_of_the_ball_is_focal_length_times_baseline_over_depth(info, videos):
+    eyes = info["eyes"]
+    colors = {finger["name"]: finger["ball_rgb"] for finger in info["fingers"]}
+    num_checked = 0
+    for contact in info["contacts"]:
         if contact["wall_time_s"] < 0 or contact["time_s"] + 0.2 > DURATION_S:
             continue
         scale = eyes["focal_px"] * eyes["baseline_m"]
-        far = disparity_px(videos, contact["wall_time_s"] + 0.02, colours[contact["finger"]])
+        far = disparity_px(videos, contact["wall_time_s"] + 0.02, colors[contact["finger"]])
         near = disparity_px(videos, contact["time_s"] + 0.1, (0.75, 0.75, 0.75))
         assert far == pytest.approx(scale / contact["wall_m"][1], abs=0.5)
         assert near == pytest.approx(scale / contact["ball_m"][1], abs=1.0)
-        seen += 1
-    assert seen >= 3
+        num_checked += 1
+    assert num_checked >= 3
 
 
-def test_the_picture_tells_the_finger_before_the_thought_does(facts, videos):
-    colours = np.array([finger["ball_rgb"] for finger in facts["fingers"]])
-    names = [finger["name"] for finger in facts["fingers"]]
+def test_the_picture_reveals_the_finger_before_the_internal_text(info, videos):
+    colors = np.array([finger["ball_rgb"] for finger in info["fingers"]])
+    names = [finger["name"] for finger in info["fingers"]]
     mean_rgb = videos["left"].mean(axis=(0, 1, 2))
-    for contact in facts["contacts"]:
+    for contact in info["contacts"]:
         if contact["wall_time_s"] < 0:
             continue
         frame = round((contact["time_s"] - 0.65) * 30)
         tint = videos["left"][frame].mean(axis=(0, 1)) / mean_rgb
-        cosine = (colours - 0.4) @ (tint - tint.mean()) / np.linalg.norm(colours - 0.4, axis=1)
+        cosine = (colors - 0.4) @ (tint - tint.mean()) / np.linalg.norm(colors - 0.4, axis=1)
         assert names[int(cosine.argmax())] == contact["finger"]
 
 
-def test_the_finger_meets_the_ball(facts, metadata):
+def test_the_finger_touches_the_ball(info, metadata):
     def turn(axis, angle):
         c, s = np.cos(angle), np.sin(angle)
         i, j = ((1, 2), (2, 0), (0, 1))[axis]
@@ -334,8 +332,8 @@ def test_the_finger_meets_the_ball(facts, metadata):
         matrix[i, i], matrix[i, j], matrix[j, i], matrix[j, j] = c, -s, s, c
         return matrix
 
-    arm = facts["arm"]
-    for contact in facts["contacts"]:
+    arm = info["arm"]
+    for contact in info["contacts"]:
         if contact["time_s"] + 0.1 > DURATION_S - 1 / 30:
             continue
         pose = metadata["proprio"][round((contact["time_s"] + 0.1) * 30)]
@@ -346,4 +344,4 @@ def test_the_finger_meets_the_ball(facts, metadata):
             arm["upper_arm_m"] * forward + turn(0, elbow) @ (arm["forearm_m"] * forward)
         )
         gap_m = np.linalg.norm(tip_m - contact["ball_m"])
-        assert gap_m == pytest.approx(facts["eyes"]["ball_radius_m"], abs=0.002)
+        assert gap_m == pytest.approx(info["eyes"]["ball_radius_m"], abs=0.002)
