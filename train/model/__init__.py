@@ -1,1 +1,1 @@
-"""The creature, what it is measured by, and the trivial predictors beside it."""
+"""The model, its losses, and the baselines that it is compared with."""

@@ -1,7 +1,7 @@
 """Pre-norm transformer blocks: attention with rotary positions, and a gated perceptron.
 
-Sources: pre-norm, Xiong et al. 2020 (arXiv:2002.04745); rotary positions, Su et al. 2021
-(arXiv:2104.09864); SwiGLU, Shazeer 2020 (arXiv:2002.05202). Linears without biases.
+Linear maps have no biases. Sources: pre-norm, Xiong et al. 2020 (arXiv:2002.04745); rotary
+positions, Su et al. 2021 (arXiv:2104.09864); SwiGLU, Shazeer 2020 (arXiv:2002.05202).
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 ROTARY_BASE = 10_000.0
-"""Longest wavelength of the rotary positions over 2 pi, in ticks."""
+"""Longest wavelength of the rotary positions, divided by 2 pi, in ticks."""
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one layer, each [batch, heads, ticks, head_dim]."""
 
 
 def rotations(num_positions: int, *, first: int, head_dim: int, device: torch.device) -> Tensor:
-    """Cosines and sines for positions [first, first + num_positions).
+    """Compute cosines and sines for positions [first, first + num_positions).
 
     Returns:
         float32 [2, num_positions, head_dim / 2].
     """
-    # In float32 an angle of a stream's tick 36000, an hour, would be wrong by up to 0.002.
-    places = torch.arange(first, first + num_positions, device=device, dtype=torch.float64)
+    # In float32 the angle of tick 36000, after an hour, would be wrong by up to 0.002.
+    positions = torch.arange(first, first + num_positions, device=device, dtype=torch.float64)
     powers = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
-    angles = torch.outer(places, ROTARY_BASE**-powers)
+    angles = torch.outer(positions, ROTARY_BASE**-powers)
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
@@ -38,7 +38,7 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention over [batch, places, width]; causal with rotary positions, or neither."""
+    """Self-attention over [batch, positions, width]; causal with rotary positions, or neither."""
 
     def __init__(self, width: int, *, num_heads: int, is_causal: bool) -> None:
         super().__init__()
@@ -55,43 +55,43 @@ class Attention(nn.Module):
         *,
         context: int | None = None,
     ) -> tuple[Tensor, KeysValues]:
-        """Attend to all places, or to those not after one's own.
+        """Attend to all positions, or if causal to those up to one's own.
 
         Args:
-            x: [batch, places, width].
-            rotation: of :func:`rotations`, for these places.
-            past: keys and values of the places before these.
-            context: attend to at most so many places, one's own among them; None means to all.
+            x: [batch, positions, width].
+            rotation: of :func:`rotations`, for these positions.
+            past: keys and values of the positions before these.
+            context: the number of positions to attend to, including one's own; None means all.
 
         Returns:
-            [batch, places, width], and the keys and values that the next place can see: these and
-            the past's before them, at most `context - 1`.
+            [batch, positions, width], and the keys and values for the next position: the newest of
+            `past` and of these, at most `context - 1`.
         """
-        batch, places, width = x.shape
-        heads = self.qkv(x).view(batch, places, 3, self.num_heads, width // self.num_heads)
-        turned, (value,) = heads.permute(2, 0, 3, 1, 4).split([2, 1])
-        query, key = turned if rotation is None else _rotate(turned, rotation)
+        batch, count, width = x.shape
+        heads = self.qkv(x).view(batch, count, 3, self.num_heads, width // self.num_heads)
+        query_key, (value,) = heads.permute(2, 0, 3, 1, 4).split([2, 1])
+        query, key = query_key if rotation is None else _rotate(query_key, rotation)
         if past is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(past, (key, value), strict=True))
         total = key.shape[2]
-        if past is None and (context is None or places <= context):
+        if past is None and (context is None or count <= context):
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
-        elif places == 1 and (context is None or total <= context):
+        elif count == 1 and (context is None or total <= context):
             mixed = F.scaled_dot_product_attention(query, key, value)  # all of the past is visible
         else:
-            # is_causal aligns the mask to the first key; here it belongs to the last one.
-            visible = torch.ones(places, total, dtype=torch.bool, device=x.device)
-            visible = visible.tril(total - places)
+            # is_causal aligns the mask with the first key; here it must align with the last one.
+            visible = torch.ones(count, total, dtype=torch.bool, device=x.device)
+            visible = visible.tril(total - count)
             if context is not None:
-                visible = visible.triu(total - places - context + 1)
+                visible = visible.triu(total - count - context + 1)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
         if context is not None and total >= context:
             key, value = key[:, :, total - context + 1 :], value[:, :, total - context + 1 :]
-        return self.out(mixed.transpose(1, 2).reshape(batch, places, width)), (key, value)
+        return self.out(mixed.transpose(1, 2).reshape(batch, count, width)), (key, value)
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU perceptron; 8/3 x width inside, so that it costs what a plain one of 4 x costs."""
+    """SwiGLU perceptron of inner width 8/3 x width, which costs as much as a plain one of 4 x."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class GatedMLP(nn.Module):
         self.out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to [..., width]."""
+        """Map [..., width] to [..., width]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.out(F.silu(gate) * up)  # type: ignore[no-any-return]
 
@@ -108,8 +108,8 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    With `is_checkpointing` it keeps only its input for the backward pass and computes the rest
-    again (Chen et al. 2016, arXiv:1604.06174).
+    With `is_checkpointing` it saves only its input for the backward pass, and recomputes its
+    activations (Chen et al. 2016, arXiv:1604.06174).
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Block(nn.Module):
         *,
         context: int | None = None,
     ) -> tuple[Tensor, KeysValues]:
-        """As :meth:`Attention.forward`."""
+        """Apply the layer; arguments and results as in :meth:`Attention.forward`."""
         if self.is_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(  # type: ignore[no-any-return]
                 self._layer,

@@ -1,10 +1,11 @@
-"""Encoders: everything that the model sees of a tick becomes one vector.
+"""Encode the inputs of a tick, from all streams, as one vector.
 
-Each stream has its encoder; its vector is normalised, so that no stream drowns another, and gets
-the stream's modality embedding. A stream that is missing in a tick gives a learned null instead.
-The tick's vector is the sum over all seven streams. An encoder reads only its own tick (vision:
-the newest frame), and nothing depends on what lies under an invalid place: values are overwritten
-before they are used, and the validity itself is a feature.
+Each stream has its encoder. Its vector is normalized, so that no stream dominates, and gets the
+stream's modality embedding. A stream that is missing in a tick contributes a learned null vector
+instead. The tick's vector is the sum over all seven streams.
+
+An encoder reads only its own tick; for video that is the newest frame. Values at invalid positions
+have no effect: they are overwritten before use, and the validity itself is a feature.
 
 Letters: B batch, T ticks, D width, F frames, N = B * F, A dMel frames, S samples, C values of one,
 P patches of a frame, V width inside the frame encoder.
@@ -31,23 +32,26 @@ LEVEL_WIDTH = 4
 """Width of a dMel level's embedding."""
 
 MAX_FRAME_WIDTH = 384
-"""Widest frame encoder (a ViT-S): a 224-pixel frame has 196 patches where a tick has one place, so
-that a wider one would cost more than the backbone."""
+"""Widest frame encoder (a ViT-S).
 
-_MEND = "make the model of the data's sizes: MultiModalCreature(config, dataset.shapes)"
+A 224-pixel frame has 196 patches per position of the backbone, so that a wider encoder would cost
+more than the backbone.
+"""
+
+_FIX_SHAPES = "make the model for the data's sizes: MultiModalCreature(config, dataset.shapes)"
 
 MODALITIES: Final[Mapping[str, tuple[Stream, ...]]] = {
     "vision": VISION_STREAMS,
     **{str(stream): (stream,) for stream in Stream if stream not in VISION_STREAMS},
 }
-"""The streams of each; both eyes are one."""
+"""Streams of each input modality; both cameras are one modality."""
 
 Frame = tuple[Tensor, Tensor]
 """A frame's embedding [B, D] and whether it is valid, bool [B]."""
 
 
 class SamplesEncoder(nn.Module):
-    """A tick's samples [num_per_tick, C] and their validity, by one linear map."""
+    """Encode a tick's samples [num_per_tick, C] and their validity by one linear map."""
 
     def __init__(self, num_per_tick: int, num_values: int, width: int) -> None:
         super().__init__()
@@ -55,7 +59,7 @@ class SamplesEncoder(nn.Module):
         self.linear = nn.Linear(num_per_tick * (num_values + 1), width)
 
     def forward(self, x_BSC: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed finite values.
+        """Embed finite values [B, S, C] with validity [B, S].
 
         Returns:
             [B, T, D], and bool [B, T]: whether any sample of the tick is valid.
@@ -68,7 +72,7 @@ class SamplesEncoder(nn.Module):
 
 
 class TouchEncoder(SamplesEncoder):
-    """Touch samples, as they are."""
+    """Encode touch samples, unchanged."""
 
     def forward(self, touch_BSC: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Embed float [B, S, C]; see :class:`SamplesEncoder`."""
@@ -76,7 +80,7 @@ class TouchEncoder(SamplesEncoder):
 
 
 class ProprioEncoder(SamplesEncoder):
-    """Poses: sine and cosine of the angles, so that -pi and pi are one place, and velocities."""
+    """Encode poses: sine and cosine of the angles, so that -pi equals pi, and velocities."""
 
     def __init__(self, num_per_tick: int, num_values: int, width: int) -> None:
         super().__init__(num_per_tick, num_values // 2 * 3, width)
@@ -89,7 +93,7 @@ class ProprioEncoder(SamplesEncoder):
 
 
 class AudioEncoder(SamplesEncoder):
-    """dMel frames: each channel's level is embedded, then all of a tick go through one linear map.
+    """Encode dMel frames: embed each channel's level, then map all of a tick linearly.
 
     Source: Bai et al. 2024, "dMel: Speech Tokenization made Simple" (arXiv:2407.15835), section 2.
     """
@@ -105,7 +109,7 @@ class AudioEncoder(SamplesEncoder):
 
 
 class TextEncoder(nn.Module):
-    """One token per tick; PAD, silence, has its vector too. Each text stream has its own table."""
+    """Embed one token per tick, PAD (silence) included; each text stream has its own table."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
@@ -117,21 +121,23 @@ class TextEncoder(nn.Module):
 
 
 class FrameEncoder(nn.Module):
-    """A small ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): a frame's patches, pooled by mean.
+    """Encode frames by a small ViT (Dosovitskiy et al. 2020, arXiv:2010.11929), pooled by mean.
 
-    Both eyes go through the same weights; only the map to the width of the model is each eye's
-    own, since a sum of equally mapped eyes could not tell left from right.
+    All cameras share the weights, except the projection to the model's width: a sum of equally
+    projected frames could not distinguish left from right.
+
+    `places` (the position embedding) and `eyes` (the projections) are names in checkpoints.
     """
 
     def __init__(
-        self, config: ModelConfig, shapes: WindowShapes, eyes: Sequence[Stream], width: int
+        self, config: ModelConfig, shapes: WindowShapes, cameras: Sequence[Stream], width: int
     ) -> None:
         super().__init__()
         self.patch_size = config.patch_size
         if shapes.image_size % self.patch_size:
             raise ConfigError(
                 f"model.patch_size {self.patch_size} does not divide the recipe's vision.size "
-                f"{shapes.image_size}; choose a patch size that does, such as 16"
+                f"{shapes.image_size}; fix: set a patch size that does, such as 16"
             )
         inner = min(MAX_FRAME_WIDTH, width, max(64, width // 16 * 8))
         num_heads = next(n for n in range(max(1, inner // 64), 0, -1) if inner % n == 0)
@@ -148,26 +154,27 @@ class FrameEncoder(nn.Module):
             for _ in range(config.vision_layers)
         )
         self.norm = nn.LayerNorm(inner, bias=False)
-        self.eyes = nn.ModuleDict({eye: nn.Linear(inner, width) for eye in eyes})
+        self.eyes = nn.ModuleDict({camera: nn.Linear(inner, width) for camera in cameras})
 
-    def forward(self, frames_BFCHW: Tensor, eye: Stream) -> Tensor:
-        """Embed one eye's normalised frames [B, F, 3, H, W] as [B, F, D]."""
+    def forward(self, frames_BFCHW: Tensor, camera: Stream) -> Tensor:
+        """Embed one camera's normalized frames [B, F, 3, H, W] as [B, F, D]."""
         batch, num_frames, channels, height, _ = frames_BFCHW.shape
         side, size = height // self.patch_size, self.patch_size
-        # A linear map of unfolded patches is the patch convolution, and faster on a CPU.
+        # A linear map of unfolded patches equals the patch convolution and is faster on a CPU.
         grid = frames_BFCHW.reshape(batch * num_frames, channels, side, size, side, size)
         patches = grid.permute(0, 2, 4, 3, 5, 1).reshape(batch * num_frames, side * side, -1)
         x_NPV = self.patches(patches) + self.places
         for block in self.blocks:
             x_NPV, _ = block(x_NPV)
-        x_ND: Tensor = self.eyes[eye](self.norm(x_NPV).mean(dim=1))
+        x_ND: Tensor = self.eyes[camera](self.norm(x_NPV).mean(dim=1))
         return x_ND.view(batch, num_frames, -1)
 
 
 class TickEncoder(nn.Module):
-    """All streams of a tick, fused into one vector.
+    """Fuse all streams of a tick into one vector.
 
-    Has encoders only for `streams`; every other stream, and any that a batch lacks, is the null.
+    Only `streams` have encoders. Other streams, and those that a batch lacks, give their null
+    vectors.
     """
 
     def __init__(
@@ -187,8 +194,8 @@ class TickEncoder(nn.Module):
             Stream.EXTERNAL_TEXT: lambda: TextEncoder(shapes.vocab_size, width),
         }
         self.encoders = nn.ModuleDict({s: makers[s]() for s in streams if s in makers})
-        eyes = [s for s in streams if s in VISION_STREAMS]
-        self.frames = FrameEncoder(config, shapes, eyes, width) if eyes else None
+        cameras = [s for s in streams if s in VISION_STREAMS]
+        self.frames = FrameEncoder(config, shapes, cameras, width) if cameras else None
         self.norms = nn.ModuleDict({s: nn.LayerNorm(width, bias=False) for s in streams})
         self.modality = nn.Parameter(torch.empty(len(STREAMS), width))
         self.null = nn.Parameter(torch.empty(len(STREAMS), width))
@@ -205,44 +212,53 @@ class TickEncoder(nn.Module):
 
         Args:
             inputs: of :func:`train.data.pixels.to_model_inputs`, for these ticks.
-            num_ticks: how many.
-            first_tick: index of the first since the window's start.
-            last_frames: for each eye the frame that was newest before these ticks.
+            num_ticks: number of ticks.
+            first_tick: index of the first one since the stream's start.
+            last_frames: per camera, the newest frame before these ticks.
 
         Returns:
-            [B, T, D], and for each eye the newest frame.
+            [B, T, D], and per camera the newest frame.
         """
         batch = len(next(iter(inputs.values())))
         x_BTD = self.null.new_zeros(batch, num_ticks, self.null.shape[1])
         newest: dict[Stream, Frame] = {}
         for index, stream in enumerate(STREAMS):
             null_D = self.null[index]
-            seen: tuple[Tensor, Tensor] | None = None
+            # The stream's vectors [B, T, D] and their validity [B, T]; None if it is missing.
+            encoded: tuple[Tensor, Tensor] | None = None
             if stream in VISION_STREAMS and stream in self.streams:
-                before = (last_frames or {}).get(stream)
-                seen, newest[stream] = self._see(inputs, stream, first_tick, num_ticks, before)
+                encoded, newest[stream] = self._encode_frames(
+                    inputs,
+                    stream,
+                    first_tick=first_tick,
+                    num_ticks=num_ticks,
+                    before=(last_frames or {}).get(stream),
+                )
             elif stream in self.streams and stream in inputs:
-                seen = self.encoders[stream](inputs[stream], inputs[f"{stream}_valid"])
-            if seen is None:
+                encoded = self.encoders[stream](inputs[stream], inputs[f"{stream}_valid"])
+            if encoded is None:
                 x_BTD = x_BTD + null_D
             else:
-                seen_BTD = self.norms[stream](seen[0].to(null_D.dtype)) + self.modality[index]
-                x_BTD = x_BTD + torch.where(seen[1][..., None], seen_BTD, null_D)
+                stream_BTD = self.norms[stream](encoded[0].to(null_D.dtype)) + self.modality[index]
+                x_BTD = x_BTD + torch.where(encoded[1][..., None], stream_BTD, null_D)
         return x_BTD, newest
 
-    def _see(
+    def _encode_frames(
         self,
         inputs: Mapping[str, Tensor],
-        eye: Stream,
+        camera: Stream,
+        *,
         first_tick: int,
         num_ticks: int,
         before: Frame | None,
     ) -> tuple[Frame, Frame]:
-        """The newest frame at each tick, [B, T, D] and bool [B, T]; and the newest of all."""
+        """Encode each tick's newest frame, [B, T, D] and bool [B, T]; also return the last one."""
         due = frames_due(self.shapes, first_tick=first_tick, num_ticks=num_ticks)
+        # Index of each tick's newest frame among the due ones.
         ticks = torch.arange(first_tick, first_tick + num_ticks, device=self.null.device)
         index_T = ticks * self.shapes.num_frames // self.shapes.num_ticks - due.start
-        frames_BFD, valid_BF = self._embed(inputs, eye, due, index_T)
+        frames_BFD, valid_BF = self._embed(inputs, camera, due, index_T)
+        # With at most one frame per tick, ticks share frames; else `_embed` chose one per tick.
         if self.shapes.num_frames <= self.shapes.num_ticks:
             if before is not None:
                 frames_BFD = torch.cat([before[0][:, None].to(frames_BFD.dtype), frames_BFD], dim=1)
@@ -253,24 +269,24 @@ class TickEncoder(nn.Module):
         return (frames_BFD, valid_BF), (frames_BFD[:, -1], valid_BF[:, -1])
 
     def _embed(
-        self, inputs: Mapping[str, Tensor], eye: Stream, due: range, index_T: Tensor
+        self, inputs: Mapping[str, Tensor], camera: Stream, due: range, index_T: Tensor
     ) -> Frame:
-        """The due frames' embeddings [B, F, D], or with more frames than ticks one per tick."""
-        if eye not in inputs or not due:
+        """Embed the due frames as [B, F, D]; with more frames than ticks, one per tick."""
+        if camera not in inputs or not due:
             batch = len(next(iter(inputs.values())))
             num_frames = len(due if self.shapes.num_frames <= self.shapes.num_ticks else index_T)
             zeros = self.null.new_zeros(batch, num_frames, self.null.shape[1])
             return zeros, torch.zeros_like(zeros[..., 0], dtype=torch.bool)
-        frames_BFCHW, valid_BF = inputs[eye], inputs[f"{eye}_valid"]
+        frames_BFCHW, valid_BF = inputs[camera], inputs[f"{camera}_valid"]
         if frames_BFCHW.shape[-1] != self.shapes.image_size:
             raise ConfigError(
-                f"{eye} has frames of {frames_BFCHW.shape[-1]} pixels, the model is made for "
-                f"{self.shapes.image_size}; {_MEND}"
+                f"{camera} has frames of {frames_BFCHW.shape[-1]} pixels, the model is made for "
+                f"{self.shapes.image_size}; fix: {_FIX_SHAPES}"
             )
         if frames_BFCHW.shape[1] < len(due):
             raise ConfigError(
-                f"{eye} has {frames_BFCHW.shape[1]} frames, its ticks need {len(due)} "
-                f"({due.start} to {due.stop - 1}); {_MEND}"
+                f"{camera} has {frames_BFCHW.shape[1]} frames, its ticks need {len(due)} "
+                f"({due.start} to {due.stop - 1}); fix: {_FIX_SHAPES}"
             )
         if self.shapes.num_frames > self.shapes.num_ticks:
             frames_BFCHW = frames_BFCHW.index_select(1, index_T)
@@ -278,13 +294,13 @@ class TickEncoder(nn.Module):
         else:
             frames_BFCHW, valid_BF = frames_BFCHW[:, : len(due)], valid_BF[:, : len(due)]
         assert self.frames is not None
-        return self.frames(frames_BFCHW, eye), valid_BF
+        return self.frames(frames_BFCHW, camera), valid_BF
 
 
 def frames_due(shapes: WindowShapes, *, first_tick: int, num_ticks: int) -> range:
-    """Indices of the frames that become visible in ticks [first_tick, first_tick + num_ticks).
+    """Indices of the frames that are first used in ticks [first_tick, first_tick + num_ticks).
 
-    Frame k has the grid time k / fps; a tick sees the newest frame not after its start.
+    Frame k has the grid time k / fps; a tick uses the newest frame not after its start.
     """
     newest = (first_tick + num_ticks - 1) * shapes.num_frames // shapes.num_ticks
     before = (first_tick - 1) * shapes.num_frames // shapes.num_ticks if first_tick else -1
@@ -292,11 +308,11 @@ def frames_due(shapes: WindowShapes, *, first_tick: int, num_ticks: int) -> rang
 
 
 def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
-    """Number of ticks that inputs span; where there is nothing but vision, by its frames.
+    """Count the ticks that inputs span, by their frames if all streams are video.
 
     Raises:
-        ConfigError: no stream at all, streams that span different numbers of ticks, or windows that
-            were not joined into a batch.
+        ConfigError: there is no stream, streams span different numbers of ticks, or windows were
+            not joined into a batch.
     """
     per_tick = {
         Stream.AUDIO: shapes.audio_frames_per_tick,
@@ -308,7 +324,7 @@ def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
         if inputs[stream].ndim != (2 if stream in TEXT_STREAMS else 3):
             raise ConfigError(
                 f"{stream} has the shape {list(inputs[stream].shape)}, a dimension too many or too "
-                "few; give the DataLoader collate_fn=real_data_collate_fn, which joins windows"
+                "few; fix: give the DataLoader collate_fn=real_data_collate_fn, which joins windows"
             )
     spans = {s: (inputs[s].shape[1], n) for s, n in per_tick.items() if s in inputs}
     if not spans:
@@ -317,39 +333,39 @@ def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
             for s in VISION_STREAMS
             if s in inputs
         }
-    places, per = next(iter(spans.values()), (0, 1))
-    count = places // per
-    # Whole numbers only: torch.compile makes a constant of a quotient, and compiles each anew.
-    if not spans or any(places != count * per for places, per in spans.values()):
-        found = ", ".join(f"{s} {places / per:g}" for s, (places, per) in spans.items())
+    length, per = next(iter(spans.values()), (0, 1))
+    count = length // per
+    # Integers only: torch.compile makes a constant of a quotient, and recompiles for each.
+    if not spans or any(length != count * per for length, per in spans.values()):
+        actual = ", ".join(f"{s} {length / per:g}" for s, (length, per) in spans.items())
         raise ConfigError(
-            f"the inputs' streams must span one whole number of ticks; found "
-            f"{found or 'no stream'}; {_MEND}"
+            f"the inputs' streams must span the same whole number of ticks, but span "
+            f"{actual or 'none: there is no stream'}; fix: {_FIX_SHAPES}"
         )
     return count
 
 
 def without(inputs: Mapping[str, Tensor], streams: Iterable[Stream]) -> dict[str, Tensor]:
-    """A batch's inputs with streams masked, as in sessions that lack them.
+    """Mask streams of a batch's inputs, as in sessions that lack them.
 
-    The tensors given stay as they are, and what lies under the masks says nothing to a model.
+    `inputs` are unchanged. Masked values stay in the result; a model ignores them.
     """
     masks = [name for stream in streams if (name := f"{stream}_valid") in inputs]
     return {**inputs, **{name: torch.zeros_like(inputs[name]) for name in masks}}
 
 
 def hide_at_random(inputs: Mapping[str, Tensor], *, share: float) -> dict[str, Tensor]:
-    """A batch's inputs with each modality masked in some samples, at random and each by itself.
+    """Mask each modality of a batch's inputs in random samples, independently of the others.
 
     Args:
-        inputs: stay as they are.
+        inputs: unchanged.
         share: probability, in [0, 1).
     """
     hidden = dict(inputs)
     for streams in MODALITIES.values():
         masks = {name: inputs[name] for s in streams if (name := f"{s}_valid") in inputs}
         if masks:
-            some = next(iter(masks.values()))
-            is_kept = torch.rand(len(some), device=some.device) >= share
+            first = next(iter(masks.values()))
+            is_kept = torch.rand(len(first), device=first.device) >= share
             hidden |= {name: mask & is_kept[:, None] for name, mask in masks.items()}
     return hidden

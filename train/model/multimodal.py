@@ -1,10 +1,10 @@
-"""MultiModalCreature: what happened up to tick t, in all streams, tells what comes in tick t + 1.
+"""MultiModalCreature: predict tick t + 1 of the targets from all inputs up to tick t.
 
 encode_ticks (a vector per tick) -> backbone (a causal transformer over ticks) -> heads, in
-parallel. :meth:`MultiModalCreature.forward` runs whole windows for training;
-:meth:`MultiModalCreature.forward_step` runs a few new ticks after those in a :class:`Cache`, at the
-same cost however many they were, and within a window gives the same numbers. The streams follow
-each other as in Moshi's inner monologue (Défossez et al. 2024, arXiv:2410.00037).
+parallel. :meth:`MultiModalCreature.forward` runs whole windows for training.
+:meth:`MultiModalCreature.forward_step` runs a few new ticks after those in a :class:`Cache`; its
+cost does not depend on the number of earlier ticks, and within a window it gives the same numbers.
+Streams run in parallel as in Moshi's inner monologue (Défossez et al. 2024, arXiv:2410.00037).
 
 Letters: B batch, T ticks, D width, S samples of a stream, P size of a pose.
 """
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SIZES = {"tiny": (256, 8), "small": (768, 12), "medium": (1280, 24), "large": (2048, 20)}
-"""Width and depth of model.size; about 10M, 100M, 500M and 1B parameters with all streams."""
+"""Width and depth by model.size; about 10M, 100M, 500M and 1B parameters with all streams."""
 
 DEFAULT_SIZE = (512, 6)
-"""Width and depth where neither model.size nor they are given."""
+"""Width and depth if the configuration sets neither model.size nor them."""
 
 HEAD_WIDTH = 64
-"""Width per attention head where model.num_heads is not given."""
+"""Width per attention head if the configuration does not set model.num_heads."""
 
 INIT_STD = 0.02
 """Standard deviation of initial weights (as GPT-2)."""
@@ -43,17 +43,17 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """What a stream of ticks leaves for the next ones. Made by :meth:`forward_step`.
+    """State of a stream of ticks, made by :meth:`MultiModalCreature.forward_step`.
 
-    Its size stays the same however long the stream is, and with it the cost of a tick.
+    Its size, and with it the cost of a tick, does not grow with the stream.
     """
 
     num_ticks: int
-    """Ticks so far; the next one's position."""
+    """Ticks so far, which is the position of the next one."""
     keys_values: tuple[KeysValues, ...]
-    """Per layer, each [B, heads, T, D / heads], of the newest ticks that the next one can see."""
+    """Per layer, each [B, heads, T, D / heads], of the ticks that the next one attends to."""
     frames: Mapping[Stream, Frame]
-    """Each eye's newest frame."""
+    """Newest frame per camera."""
     last_pose: Tensor
     """Last valid pose, float32 [B, P]; zeros before the first one."""
 
@@ -61,22 +61,22 @@ class Cache:
 class MultiModalCreature(nn.Module):
     """A causal multi-stream transformer over ticks.
 
-    Owns encoders for the streams that the configuration reads, and heads whose loss counts; so
-    text-only training carries no vision. The index of a tick says nothing: positions are rotary,
-    any number of ticks will do.
+    It has encoders only for the streams that the configuration reads, and only heads whose loss
+    weight is not 0, so that text-only training has no frame encoder. Positions are rotary: absolute
+    indices of ticks have no effect, and windows can have any number of ticks.
     """
 
     def __init__(
         self, config: TrainConfig | Mapping[str, Any], shapes: WindowShapes | None = None
     ) -> None:
-        """Build it, with initial weights from torch's random generator (seed it before).
+        """Build the model, with initial weights from torch's random generator (seed it before).
 
         Args:
-            config: the training configuration, or its plain values as ``yaml.safe_load`` gives.
+            config: the training configuration, or its plain values as from ``yaml.safe_load``.
             shapes: sizes of the windows; None means those of the default recipe.
 
         Raises:
-            ConfigError: a wrong configuration, or sizes that don't divide.
+            ConfigError: the configuration is wrong, or sizes do not divide.
         """
         super().__init__()
         self.config = as_train_config(config)
@@ -108,28 +108,28 @@ class MultiModalCreature(nn.Module):
             levels = shapes.audio_frames_per_tick * shapes.mel_channels * shapes.mel_levels
             return self.width, levels
         if head is Head.ANIMATION:
-            # The last velocities go to the head directly: the coming angles are nearly linear in
-            # them, and a linear map of the tick's vector would have to carry them through.
+            # The last velocities go directly to the head: the next angles are nearly linear in
+            # them, and the tick's vector would have to carry them through the backbone.
             pose_size = shapes.proprio_size
             return self.width + pose_size // 2, shapes.sensor_samples_per_tick * pose_size
         return self.width, shapes.vocab_size
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Predict, at each tick t, what tick t + 1 brings, from ticks <= t.
+        """Predict tick t + 1 at each tick t, from ticks <= t.
 
         Args:
             inputs: of :func:`train.data.pixels.to_model_inputs`; streams may be absent.
 
         Returns:
-            For each head whose loss counts:
+            For each head whose loss weight is not 0:
             internal_text, external_text: logits [B, T, vocab];
             audio: logits [B, T, frames per tick, mel channels, mel levels];
             animation: float32 [B, T, samples per tick, P], poses: angles in rad (not wrapped) and
-            velocities in rad/s. They are a residual to standing still, that is the last valid
-            angles (0 where there is none yet) and velocities of 0; the first residual is 0.
+            velocities in rad/s. The head predicts a residual to standing still, which is the last
+            valid angles (0 before the first) and velocities of 0; its initial residual is 0.
 
         Raises:
-            ConfigError: inputs that are not of the model's window shapes.
+            ConfigError: the inputs do not have the model's window shapes.
         """
         if self.training and self.modality_dropout:
             inputs = hide_at_random(inputs, share=self.modality_dropout)
@@ -146,24 +146,23 @@ class MultiModalCreature(nn.Module):
     ) -> tuple[dict[str, Tensor], Cache]:
         """Predict from one or more new ticks after those in `cache`.
 
-        Equals :meth:`forward` up to `context` ticks. After them each layer sees the newest
-        `context` ticks, of which the oldest still know what they saw before; so a prediction
-        draws on more than that, while the cost of a tick stays the same.
+        Equals :meth:`forward` up to `context` ticks. After that, each layer attends to the newest
+        `context` ticks, whose keys and values depend on earlier ticks. So a prediction uses more
+        than `context` ticks, while the cost of a tick stays the same.
 
         Args:
-            inputs: of the new ticks; of vision the frames of
-                :func:`train.model.encoders.frames_due`, which may be none (the last frame stays in
-                sight).
+            inputs: of the new ticks. Video has the frames of
+                :func:`train.model.encoders.frames_due`, possibly none; then the last frame is used.
             cache: of the ticks before; None for the first ones. It is not changed.
-            num_ticks: how many are new, needed only where inputs have nothing but vision.
-            context: ticks that a layer sees, the new one among them; the same in all calls. None
-                means as many as a window has, the most that training has shown it.
+            num_ticks: number of new ticks, needed only if all inputs are video.
+            context: ticks that a layer attends to, including the new one; the same in all calls.
+                None means as many as a window has, the most that the model was trained on.
 
         Returns:
             The outputs for the new ticks, and the cache with them.
 
         Raises:
-            ConfigError: inputs that are not of the model's window shapes.
+            ConfigError: the inputs do not have the model's window shapes.
         """
         num_ticks = count_ticks(inputs, self.shapes) if num_ticks is None else num_ticks
         context = self.shapes.num_ticks if context is None else context
@@ -190,23 +189,23 @@ class MultiModalCreature(nn.Module):
         )
 
     def encode_ticks(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Each tick by itself as a vector [B, T, D]."""
+        """Encode each tick, independently of the others, as a vector [B, T, D]."""
         x_BTD, _ = self.encoder(inputs, num_ticks=count_ticks(inputs, self.shapes))
         return x_BTD  # type: ignore[no-any-return]
 
     def backbone(self, x_BTD: Tensor) -> Tensor:
-        """Each tick in the light of those before it, [B, T, D]."""
+        """Apply the causal transformer to the ticks' vectors [B, T, D]."""
         rotation = self._rotations(x_BTD, 0)
         for block in self.blocks:
             x_BTD, _ = block(x_BTD, rotation)
         return self.norm(x_BTD)  # type: ignore[no-any-return]
 
     def heads(self, x_BTD: Tensor, pose_BTP: Tensor) -> dict[str, Tensor]:
-        """Outputs of all heads, see :meth:`forward`.
+        """Compute the outputs of all heads; see :meth:`forward`.
 
         Args:
-            x_BTD: of :meth:`backbone`.
-            pose_BTP: of :meth:`last_poses`.
+            x_BTD: from :meth:`backbone`.
+            pose_BTP: from :meth:`last_poses`.
         """
         shapes = self.shapes
         outputs = {}
@@ -232,23 +231,24 @@ class MultiModalCreature(nn.Module):
         *,
         num_ticks: int | None = None,
     ) -> Tensor:
-        """The last valid pose at or before the end of each tick, float32 [B, T, P].
+        """Find the last valid pose at or before the end of each tick, float32 [B, T, P].
 
         Args:
             inputs: of these ticks.
             before_BP: the last pose before them; None means zeros.
-            num_ticks: how many; None counts them.
+            num_ticks: number of ticks; None counts them.
         """
         num_ticks = count_ticks(inputs, self.shapes) if num_ticks is None else num_ticks
         if before_BP is None:
-            some = next(iter(inputs.values()))
-            before_BP = torch.zeros(len(some), self.shapes.proprio_size, device=some.device)
+            first = next(iter(inputs.values()))
+            before_BP = torch.zeros(len(first), self.shapes.proprio_size, device=first.device)
         if Stream.PROPRIO not in self.config.input_streams or Stream.PROPRIO not in inputs:
             return before_BP[:, None].expand(-1, num_ticks, -1)
         valid_BS = inputs[f"{Stream.PROPRIO}_valid"]
         poses_BSP = torch.cat([before_BP[:, None], inputs[Stream.PROPRIO].float()], dim=1)
-        places_S = torch.arange(1, valid_BS.shape[1] + 1, device=valid_BS.device)
-        last_BS = torch.where(valid_BS, places_S, 0).cummax(dim=1).values
+        # Index of the last valid pose up to each sample; 0 is the pose before these ticks.
+        index_S = torch.arange(1, valid_BS.shape[1] + 1, device=valid_BS.device)
+        last_BS = torch.where(valid_BS, index_S, 0).cummax(dim=1).values
         per_tick = self.shapes.sensor_samples_per_tick
         last_BT1 = last_BS[:, per_tick - 1 :: per_tick, None]
         return poses_BSP.gather(1, last_BT1.expand(-1, -1, poses_BSP.shape[2]))
@@ -258,10 +258,10 @@ class MultiModalCreature(nn.Module):
 
 
 def dimensions(model: ModelConfig) -> tuple[int, int, int]:
-    """Width, depth and number of heads of the backbone.
+    """Width, depth and number of attention heads of the backbone.
 
     Raises:
-        ConfigError: the number of heads does not divide the width into even parts.
+        ConfigError: the width per head is not an even number.
     """
     width, depth = SIZES[model.size] if model.size else DEFAULT_SIZE
     width, depth = model.hidden_dim or width, model.num_layers or depth
@@ -271,16 +271,18 @@ def dimensions(model: ModelConfig) -> tuple[int, int, int]:
         nearest = min(fitting, key=lambda n: abs(n - num_heads))
         raise ConfigError(
             f"model.hidden_dim {width} over {num_heads} attention heads gives no even width per "
-            f"head; set `model.num_heads: {nearest}`, or a hidden_dim that {2 * num_heads} divides"
+            f"head; fix: set `model.num_heads: {nearest}`, or a hidden_dim that {2 * num_heads} "
+            "divides"
         )
     return width, depth, num_heads
 
 
 def init_weights(model: MultiModalCreature) -> None:
-    """Initial weights from torch's random generator; the animation head begins as standing still.
+    """Initialize all weights from torch's random generator.
 
-    What the layers add to the sum is scaled by their number (Radford et al. 2019, GPT-2), and the
-    streams' vectors so that all together have about unit size.
+    The animation head starts at zero, which predicts standing still. Outputs of the layers are
+    scaled by the number of layers (Radford et al. 2019, GPT-2), and the streams' vectors so that
+    their sum has about unit size.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or name == f"predictors.{Head.ANIMATION}.weight":
@@ -290,7 +292,7 @@ def init_weights(model: MultiModalCreature) -> None:
         elif "norm" in name:
             nn.init.ones_(parameter)
         elif name.endswith("levels.weight"):
-            nn.init.normal_(parameter)  # or the validity beside it would drown the sound
+            nn.init.normal_(parameter)  # smaller, the validity feature would dominate the levels
         elif name.endswith("out.weight"):
             is_vision = name.startswith("encoder.frames.")
             depth = model.config.model.vision_layers if is_vision else len(model.blocks)

@@ -1,14 +1,14 @@
-"""Ablation: what each head loses where the model lacks one of its senses.
+"""Measure how much each head's loss rises without each input modality.
 
-A trained model predicts the held-out sessions once with everything and once without each modality,
-which is then masked as in a session that never had it; targets, ticks and weights stay the same.
-Differences are paired by window, which gives their standard error.
+A trained model predicts the held-out sessions once with all modalities, and once without each of
+them. The missing one is masked, as in a session that does not have it; targets, ticks and weights
+stay the same. Differences are paired by window, which gives their standard error.
 
-It tells what the heads need of a model that has learned to do without
-(``model.modality_dropout``); to any other, a missing sense is something that it has never met.
+The result shows what the heads need if the model was trained with ``model.modality_dropout``. Any
+other model has never seen an input without the modality.
 """
 
-# ruff: noqa: N803, N806  (shape letters: N windows)
+# ruff: noqa: N803, N806  (shape letters: N windows, B windows of a batch)
 from __future__ import annotations
 
 import math
@@ -38,26 +38,26 @@ if TYPE_CHECKING:
     from train.trained_model import TrainedModel
 
 NOISE: Final = 2.0
-"""A difference of more standard errors than this is no chance."""
+"""A difference of more standard errors than this counts as real."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
-    """What a missing modality does to a head."""
+    """Effect of a missing modality on a head."""
 
     missing: str
-    """Of :data:`train.model.encoders.MODALITIES`."""
+    """A name in :data:`train.model.encoders.MODALITIES`."""
     head: str
     loss: float
     """Without the modality."""
     difference: float
-    """Of that loss to the one with everything."""
+    """That loss minus the one with all modalities."""
     error: float
-    """Standard error of the difference, over windows; infinite for a single one."""
+    """Standard error of the difference over windows; infinite for a single window."""
 
     @property
     def is_worse(self) -> bool:
-        """Whether the loss rose by more than chance."""
+        """Whether the loss rose by more than noise."""
         return self.difference > NOISE * self.error
 
 
@@ -66,16 +66,16 @@ def run_ablation(checkpoint: Path, *, data: DataConfig | None = None, device: st
 
     Args:
         checkpoint: of ``train run``.
-        data: names other data than that of the training, cut by the same recipe.
+        data: names other data, cut by the same recipe; None uses the training's data.
         device: as ``training.device``.
 
     Raises:
         EngineError: the checkpoint or the data can't be used, or nothing is held out.
     """
-    creature = load_trained_model(checkpoint, device=choose_device(device))
-    losses, effects = ablate(creature.model, _held_out(creature, data), device=creature.device)
+    trained = load_trained_model(checkpoint, device=choose_device(device))
+    losses, effects = ablate(trained.model, _held_out(trained, data), device=trained.device)
     Console(markup=False).print(
-        _table(losses, effects, title=f"{checkpoint}, step {creature.step}: held-out sessions")
+        _table(losses, effects, title=f"{checkpoint}, step {trained.step}: held-out sessions")
     )
 
 
@@ -83,52 +83,58 @@ def run_ablation(checkpoint: Path, *, data: DataConfig | None = None, device: st
 def ablate(
     model: MultiModalCreature, batches: Iterable[Mapping[str, Any]], *, device: torch.device
 ) -> tuple[dict[str, float], list[Effect]]:
-    """Each head's loss with everything, and the effect of each modality that the model sees on it.
+    """Measure each head's loss with all modalities, and the effect of each input modality on it.
 
     Args:
         model: in evaluation mode, on `device`.
-        batches: held out; as docs/architecture.md, "The batch".
-        device: where to.
+        batches: held-out batches, as docs/architecture.md, "The batch".
+        device: of the model.
 
     Returns:
-        Losses by head, and effects by modality, then by head. A head without a valid target has
-        neither.
+        Losses by head, and effects by modality, then by head. A head without a valid target is left
+        out.
     """
     streams = set(model.config.input_streams)
-    seen = {name: each for name, each in MODALITIES.items() if streams & set(each)}
-    found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in ("", *seen)}
+    modalities = {name: each for name, each in MODALITIES.items() if streams & set(each)}
+    # By missing modality; "" is the pass with all of them.
+    windows_by_missing: dict[str, list[dict[str, Tensor]]] = {n: [] for n in ("", *modalities)}
     for batch in batches:
-        there = to_device(batch, device)
-        inputs = to_model_inputs(there["inputs"])
-        for name, windows in found.items():
-            outputs = model(without(inputs, seen.get(name, ())))
-            windows.append(_window_sums(outputs, there, config=model.config))
-    sums = {name: _joined(windows) for name, windows in found.items()}
+        moved = to_device(batch, device)
+        inputs = to_model_inputs(moved["inputs"])
+        for name, windows in windows_by_missing.items():
+            outputs = model(without(inputs, modalities.get(name, ())))
+            windows.append(_window_sums(outputs, moved, config=model.config))
+    sums = {
+        missing: {name: torch.cat([each[name] for each in windows], dim=1) for name in windows[0]}
+        for missing, windows in windows_by_missing.items()
+    }
     heads = [head for head, sums_2N in sums[""].items() if sums_2N[1].sum() > 0]
     losses = {head: float(sums[""][head][0].sum() / sums[""][head][1].sum()) for head in heads}
     effects = [
         _effect(sums[""][head], sums[name][head], missing=name, head=head)
-        for name in seen
+        for name in modalities
         for head in heads
     ]
     return losses, effects
 
 
-def _held_out(creature: TrainedModel, data: DataConfig | None) -> Loader:
-    """Held-out batches as the creature reads them."""
-    trained_on = creature.config.data
-    data = data or trained_on
-    data = data.model_copy(update={"modalities": trained_on.modalities})
-    config = creature.config.model_copy(update={"data": data})
+def _held_out(trained: TrainedModel, data: DataConfig | None) -> Loader:
+    """Load held-out batches with the model's modalities."""
+    training_data = trained.config.data
+    data = data or training_data
+    data = data.model_copy(update={"modalities": training_data.modalities})
+    config = trained.config.model_copy(update={"data": data})
     source = open_source(config, split="val")
     if int(source.shard_sizes.sum()) == 0:
-        raise ShardError(f"{data.source_description}: nothing is held out; see split in its recipe")
+        raise ShardError(
+            f"{data.source_description}: no session is held out; fix: set split in its recipe"
+        )
     loader = Loader(source, config, is_shuffled=False, num_epochs=1)
-    if loader.shapes != creature.shapes or source.tokenizer.json != creature.tokenizer.json:
+    if loader.shapes != trained.shapes or source.tokenizer.json != trained.tokenizer.json:
         raise ConfigError(
-            f"{data.source_description} has another recipe or tokenizer than the checkpoint "
-            "was trained with; name the set that it was trained on, or one of the same recipe with "
-            "text.tokenizer"
+            f"{data.source_description} has another recipe or tokenizer than the checkpoint's "
+            "training data; fix: name the set that it was trained on, or a set of the same recipe "
+            "built with text.tokenizer"
         )
     return loader
 
@@ -136,7 +142,7 @@ def _held_out(creature: TrainedModel, data: DataConfig | None) -> Loader:
 def _window_sums(
     outputs: Mapping[str, Tensor], batch: Mapping[str, Any], *, config: TrainConfig
 ) -> dict[str, Tensor]:
-    """Each window's weighted sum and count per head, float64 [2, B] on the CPU."""
+    """Weighted sum and count of each window per head, float64 [2, B] on the CPU."""
     windows = []
     for row in range(len(batch["weight"])):
         one = slice(row, row + 1)
@@ -153,12 +159,8 @@ def _window_sums(
     }
 
 
-def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
-
-
 def _effect(with_2N: Tensor, without_2N: Tensor, *, missing: str, head: str) -> Effect:
-    """Difference of two weighted means over the same windows; its error by linearisation.
+    """Difference of two weighted means over the same windows, and its error by linearization.
 
     Source: Cochran 1977, Sampling Techniques, chapter 6 (ratio estimates).
     """
@@ -179,7 +181,7 @@ def _effect(with_2N: Tensor, without_2N: Tensor, *, missing: str, head: str) -> 
 
 
 def _table(losses: Mapping[str, float], effects: Sequence[Effect], *, title: str) -> Table:
-    """A row per missing modality, a column per head."""
+    """Make a table with a row per missing modality and a column per head."""
     caption = f"difference to that ± its standard error; * worse by more than {NOISE:g} of them"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     table.show_edge = False  # or it would not fit into 80 columns

@@ -1,4 +1,4 @@
-"""What heads lose without a modality, on models of which it is known."""
+"""Effects of missing modalities, on models whose effects are known."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ CONFIG = as_train_config(
 )
 
 
-class Reporter(nn.Module):
-    """Says the true next word as surely as it is touched; moves by chance."""
+class TouchModel(nn.Module):
+    """Predicts the true next token if touch is valid; predicts random poses."""
 
     config = CONFIG
 
@@ -41,8 +41,8 @@ class Reporter(nn.Module):
         return {"external_text": logits.float(), "animation": torch.randn(size)}
 
 
-def reported(batches):
-    model = Reporter()
+def measure(batches):
+    model = TouchModel()
 
     def feed():
         for batch in batches:
@@ -54,7 +54,7 @@ def reported(batches):
 
 
 def make_window(seed):
-    """A window in which every tick is touched and has a word, so that all windows count alike."""
+    """A window in which every tick has touch and a token, so that all windows have equal counts."""
     batch = make_batch(seed, size=1)
     for group in ("inputs", "targets"):
         batch[group] = {
@@ -65,8 +65,8 @@ def make_window(seed):
     return batch
 
 
-def test_only_the_head_that_a_modality_tells_something_gets_worse():
-    _, effects = reported([make_batch(seed, size=3) for seed in range(4)])
+def test_only_the_head_that_uses_a_modality_gets_worse():
+    _, effects = measure([make_batch(seed, size=3) for seed in range(4)])
     assert effects["touch", "external_text"].is_worse
     others = {key: e for key, e in effects.items() if key != ("touch", "external_text")}
     assert set(others) == {
@@ -78,31 +78,31 @@ def test_only_the_head_that_a_modality_tells_something_gets_worse():
 
 
 def test_a_difference_is_that_of_the_two_losses():
-    losses, effects = reported([make_window(seed) for seed in range(3)])
-    touched = math.log(math.exp(3) + SHAPES.vocab_size - 1) - 3
-    assert losses["external_text"] == pytest.approx(touched, rel=1e-6)
+    losses, effects = measure([make_window(seed) for seed in range(3)])
+    with_touch = math.log(math.exp(3) + SHAPES.vocab_size - 1) - 3
+    assert losses["external_text"] == pytest.approx(with_touch, rel=1e-6)
     effect = effects["touch", "external_text"]
     assert effect.loss == pytest.approx(math.log(SHAPES.vocab_size), rel=1e-6)
-    assert effect.difference == pytest.approx(effect.loss - touched, rel=1e-6)
+    assert effect.difference == pytest.approx(effect.loss - with_touch, rel=1e-6)
 
 
-def test_the_error_is_that_of_a_mean_of_windows_that_count_alike():
+def test_the_error_is_that_of_a_mean_of_equally_weighted_windows():
     windows = [make_window(seed) for seed in range(5)]
     for number, window in enumerate(windows):
         window["inputs"]["touch_valid"][:, : number * 3] = False  # differs by `number` ticks' touch
-    _, effects = reported(windows)
-    alone = [reported([window])[1]["touch", "external_text"] for window in windows]
-    differences = [effect.difference for effect in alone]
-    found = effects["touch", "external_text"]
-    assert found.difference == pytest.approx(np.mean(differences))
-    assert found.error == pytest.approx(np.std(differences, ddof=1) / math.sqrt(5))
-    assert all(effect.error == math.inf and not effect.is_worse for effect in alone)
+    _, effects = measure(windows)
+    alone = [measure([window])[1]["touch", "external_text"] for window in windows]
+    differences = [each.difference for each in alone]
+    effect = effects["touch", "external_text"]
+    assert effect.difference == pytest.approx(np.mean(differences))
+    assert effect.error == pytest.approx(np.std(differences, ddof=1) / math.sqrt(5))
+    assert all(each.error == math.inf and not each.is_worse for each in alone)
 
 
 def test_batches_of_any_size_give_the_same_numbers():
     windows = [make_batch(seed, size=1) for seed in range(4)]
-    one_by_one, _ = reported(windows)
-    at_once, _ = reported([join(windows)])
+    one_by_one, _ = measure(windows)
+    at_once, _ = measure([join(windows)])
     assert at_once["external_text"] == pytest.approx(one_by_one["external_text"], rel=1e-6)
 
 
@@ -129,9 +129,7 @@ def test_the_command_prints_a_row_per_modality(checkpoint):
     assert rows["vision"].count("±") == 4
 
 
-def test_other_data_is_named_by_a_configuration_and_must_have_the_same_tokenizer(
-    checkpoint, raw_set, tiny_sessions, tmp_path
-):
+def test_other_data_must_have_the_same_tokenizer(checkpoint, raw_set, tiny_sessions, tmp_path):
     other = build_set(
         tiny_sessions, tmp_path / "other", set_recipe(text={"vocab_size": 280}, vision={"size": 32})
     )
