@@ -1,1 +1,1 @@
-"""Finished shard sets: look into them, and move their sessions about."""
+"""Commands on finished shard sets: verify and describe them, and edit their sessions."""

@@ -1,21 +1,24 @@
-"""Sessions of finished shard sets: list, drop, split and merge them, without recordings and without
-decoding. Members are copied as they are, or whole files linked; what lies behind a URL passes
-through a temporary folder, a column of one shard at a time.
+"""List, drop, split and merge the sessions of finished shard sets, without recordings.
 
-What is left of a set is what a build of the remaining sessions would keep: their fingerprints stay,
-so that the next build has nothing to do for them.
+Nothing is decoded. Members are copied as they are, and whole files are linked if possible. Files
+behind a URL pass through a temporary folder, a column of one shard at a time.
+
+The result is what a build of the remaining sessions would keep: their fingerprints stay, so the
+next build has nothing to do for them.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build.commit import NewSet, commit_set, count_windows
+from preprocess.build.plan import setting_changes
 from preprocess.build.shards import (
     Cause,
     ColumnTask,
@@ -26,7 +29,6 @@ from preprocess.build.shards import (
 )
 from preprocess.build.task import copy_shard
 from preprocess.build.task_context import TaskContext
-from preprocess.sets.parts import Part, require_alike, require_apart, require_different
 from shared.errors import REBUILD_HINT, ShardError
 from shared.files import fingerprint_of, sha256_of_bytes
 from shared.recipe import SPLITS
@@ -38,14 +40,19 @@ from shared.shardset.manifest import (
     Manifest,
     ShardEntry,
 )
-from shared.shardset.store import KEEP_OLD_S, claim_shard_set, open_shard_set
+from shared.shardset.store import KEEP_OLD_S, RemoteShardSet, claim_shard_set, open_shard_set
 from shared.storage import parse_location
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
+    from shared.recipe import Recipe
     from shared.shardset.store import ShardSetStore
+    from shared.storage import Store
+
+_MAX_NAMES = 5
+"""How many session names a message lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,34 +64,118 @@ class SetSession:
     num_samples: int
     num_rejected: int
     length_bytes: int
-    """Of its members."""
+    """Size of its members."""
     shards: tuple[str, ...]
 
 
-def list_sessions(where: Path | str) -> list[SetSession]:
-    """Every session of a set, by name; those of which nothing is in it have no shards.
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """A shard set, and the sessions of it that go into the result."""
+
+    store: ShardSetStore
+    manifest: Manifest
+    sessions: frozenset[str]
+
+
+def list_sessions(location: Path | str) -> list[SetSession]:
+    """List every session of a set by name; sessions without samples have no shards.
 
     Args:
-        where: the set's folder, or its URL.
+        location: the set's folder, or its URL.
 
     Raises:
         ShardError: the set can't be read.
         StorageError: the store can't be reached.
     """
-    with open_shard_set(parse_location(where)) as source:
-        return _list(source, source.read_manifest())
+    with open_shard_set(parse_location(location)) as store:
+        return _list(store, store.read_manifest())
 
 
-def _list(source: ShardSetStore, manifest: Manifest) -> list[SetSession]:
+def drop_sessions(
+    location: Path | str, names: Collection[str], *, keep_old_s: float = KEEP_OLD_S
+) -> Manifest:
+    """Remove sessions from a set; rewrites only the shards that hold them.
+
+    Args:
+        location: the set's folder, or its URL.
+        names: the sessions.
+        keep_old_s: see :func:`shared.shardset.store.claim_shard_set`.
+
+    Raises:
+        ShardError: no such set or session, no sample would be left, or another job builds the set.
+        JobError: the disk is full.
+        StorageError: the store can't be read or written.
+    """
+    with open_shard_set(parse_location(location)) as existing:
+        existing.read_manifest()  # fails before the claim creates a folder
+    with claim_shard_set(parse_location(location), keep_old_s=keep_old_s) as store:
+        manifest = store.read_manifest()
+        known = {s.name for s in _list(store, manifest)}
+        _require_known(known, names, store)
+        kept = _Selection(store, manifest, frozenset(known) - set(names))
+        generation = manifest.generation + 1
+        entries = [
+            _copy_selected(kept, entry, store, name=entry.name, generation=generation)
+            for entry in manifest.shards
+        ]
+        return _commit(store, [kept], [e for e in entries if e is not None], old=manifest)
+
+
+def split_sessions(location: Path | str, out: Path | str, names: Collection[str]) -> Manifest:
+    """Make a new set of some sessions of another, which stays as it is.
+
+    Args:
+        location: the set's folder, or its URL.
+        out: the new set's folder, or its URL.
+        names: the sessions.
+
+    Raises:
+        ShardError: no such set or session, or there is already a set at `out`.
+        JobError: the disk is full.
+        StorageError: a store can't be read or written.
+    """
+    with open_shard_set(parse_location(location)) as store:
+        manifest = store.read_manifest()
+        _require_known({s.name for s in _list(store, manifest)}, names, store)
+        return _assemble(out, [_Selection(store, manifest, frozenset(names))])
+
+
+def merge_sets(out: Path | str, locations: Sequence[Path | str]) -> Manifest:
+    """Make one new set of several, which stay as they are; links files if possible.
+
+    Args:
+        out: the new set's folder, or its URL.
+        locations: folders or URLs of the sets.
+
+    Raises:
+        ShardError: no such set, two are the same one, their recipes or tokenizers differ, a session
+            is in two of them, or there is already a set at `out`.
+        JobError: the disk is full.
+        StorageError: a store can't be read or written.
+    """
+    with ExitStack() as stack:
+        selections = []
+        for location in locations:
+            store = stack.enter_context(open_shard_set(parse_location(location)))
+            manifest = store.read_manifest()
+            names = frozenset(s.name for s in _list(store, manifest))
+            selections.append(_Selection(store, manifest, names))
+        _require_different_sets(selections)
+        _require_same_settings(selections)
+        _require_disjoint_sessions(selections)
+        return _assemble(out, selections)
+
+
+def _list(store: ShardSetStore, manifest: Manifest) -> list[SetSession]:
     rejected: Counter[str] = Counter()
-    for line in _read_rejected(source):
+    for line in _read_rejected(store):
         rejected[line["session"]] += count_windows([line])
     samples: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     shards: dict[str, list[str]] = {}
     splits: dict[str, str] = {}
     for entry in manifest.shards:
-        index = source.read_index(entry.index_file, sha256=entry.index_sha256)
+        index = store.read_index(entry.index_file, sha256=entry.index_sha256)
         for number, name in enumerate(index.sessions):
             rows = index.arrays["session"] == number
             samples[name] += int(rows.sum())
@@ -105,151 +196,159 @@ def _list(source: ShardSetStore, manifest: Manifest) -> list[SetSession]:
     ]
 
 
-def drop_sessions(
-    where: Path | str, names: Collection[str], *, keep_old_s: float = KEEP_OLD_S
-) -> Manifest:
-    """Take sessions out of a set; only their shards are written again.
-
-    Args:
-        where: the set's folder, or its URL.
-        names: the sessions.
-        keep_old_s: see :func:`shared.shardset.store.claim_shard_set`.
-
-    Raises:
-        ShardError: no such set or session, none would be left, or another job builds the set.
-        JobError: the disk is full.
-        StorageError: the store can't be read or written.
-    """
-    with open_shard_set(parse_location(where)) as source:
-        source.read_manifest()  # whoever opens a set to write makes its folder
-    with claim_shard_set(parse_location(where), keep_old_s=keep_old_s) as place:
-        manifest = place.read_manifest()
-        known = {s.name for s in _list(place, manifest)}
-        _require_known(known, names, place)
-        rest = Part(place, manifest, frozenset(known) - set(names))
-        generation = manifest.generation + 1
-        found = [
-            _take(rest, entry, place, name=entry.name, generation=generation)
-            for entry in manifest.shards
-        ]
-        return _finish(place, [rest], [e for e in found if e is not None], old=manifest)
+def _read_rejected(store: ShardSetStore) -> list[dict[str, Any]]:
+    """Read the lines of a set's ``rejected.jsonl``."""
+    path = f"{store}/{REJECTED_FILE}"
+    try:
+        content = store.read(REJECTED_FILE)
+        if content is None:
+            raise ShardError(f"{path}: does not exist; {REBUILD_HINT}")
+        return [json.loads(line) for line in content.decode().split("\n") if line]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ShardError(f"{path}: can't be read: {error}; {REBUILD_HINT}") from error
 
 
-def split_sessions(where: Path | str, out: Path | str, names: Collection[str]) -> Manifest:
-    """Make a set of some sessions of another, which stays as it is.
-
-    Args:
-        where: the set's folder, or its URL.
-        out: the new set's folder, or its URL.
-        names: the sessions.
-
-    Raises:
-        ShardError: no such set or session, or there is a set already at `out`.
-        JobError: the disk is full.
-        StorageError: a store can't be read or written.
-    """
-    with open_shard_set(parse_location(where)) as source:
-        manifest = source.read_manifest()
-        _require_known({s.name for s in _list(source, manifest)}, names, source)
-        return _assemble(out, [Part(source, manifest, frozenset(names))])
+def _require_known(known: Collection[str], names: Collection[str], store: ShardSetStore) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "fix: see `sessions list`"
+            raise ShardError(f"{store}: no session {name!r} in this set; {hint}")
 
 
-def merge_sets(out: Path | str, sets: Sequence[Path | str]) -> Manifest:
-    """Make one set of several, which stay as they are; their files are linked where that can be.
-
-    Args:
-        out: the new set's folder, or its URL.
-        sets: the others' folders or URLs.
-
-    Raises:
-        ShardError: no such set, two are the same one, their recipes or tokenizers differ, a session
-            is in two of them, or there is a set already at `out`.
-        JobError: the disk is full.
-        StorageError: a store can't be read or written.
-    """
-    with ExitStack() as stack:
-        parts = []
-        for where in sets:
-            source = stack.enter_context(open_shard_set(parse_location(where)))
-            manifest = source.read_manifest()
-            names = frozenset(s.name for s in _list(source, manifest))
-            parts.append(Part(source, manifest, names))
-        require_different(parts)
-        require_alike(parts)
-        require_apart(parts)
-        return _assemble(out, parts)
+def _require_different_sets(selections: Sequence[_Selection]) -> None:
+    """Refuse the same set twice, even under two names."""
+    for number, selection in enumerate(selections):
+        for other in selections[:number]:
+            is_same = selection.manifest.fingerprint == other.manifest.fingerprint
+            if is_same or _real_location(selection.store) == _real_location(other.store):
+                raise ShardError(
+                    f"{other.store} and {selection.store} are the same set (fingerprint "
+                    f"{selection.manifest.fingerprint}); fix: name it once"
+                )
 
 
-def _assemble(out: Path | str, parts: Sequence[Part]) -> Manifest:
-    """A new set of parts of others."""
-    with open_shard_set(parse_location(out)) as there:
-        if there.read(MANIFEST_FILE) is not None:
-            raise ShardError(f"{there}: is a shard set already; name a new folder")
-    with claim_shard_set(parse_location(out)) as place:
+def _real_location(store: ShardSetStore) -> Path | Store:
+    """Return a set's location, independent of the path that was used."""
+    return store.store if isinstance(store, RemoteShardSet) else store.root.resolve()
+
+
+def _require_disjoint_sessions(selections: Sequence[_Selection]) -> None:
+    """Refuse a session that is in two sets; the message says how to merge the others."""
+    owners: dict[str, ShardSetStore] = {}
+    for selection in selections:
+        shared_names = sorted(selection.sessions & set(owners))
+        if shared_names:
+            name, own_names = shared_names[0], sorted(selection.sessions - set(owners))
+            listed = " ".join(map(shlex.quote, own_names[:_MAX_NAMES]))
+            fix = (
+                f"merge only its other sessions: python -m preprocess sessions split "
+                f"{selection.store} NEW_SET {listed}{' ...' if len(own_names) > _MAX_NAMES else ''}"
+                if own_names
+                else f"leave out {selection.store}: all its sessions are in the sets before it"
+            )
+            more = f" (and {len(shared_names) - 1} more)" if len(shared_names) > 1 else ""
+            raise ShardError(
+                f"session {name}{more} is in {owners[name]} and in {selection.store}; fix: {fix}"
+            )
+        owners |= dict.fromkeys(selection.sessions, selection.store)
+
+
+def _require_same_settings(selections: Sequence[_Selection]) -> None:
+    """Refuse sets whose recipes or tokenizers differ."""
+    first = selections[0]
+    for other in selections[1:]:
+        changes = setting_changes(
+            _sample_settings(first.manifest.recipe), _sample_settings(other.manifest.recipe)
+        )
+        if changes:
+            raise ShardError(
+                f"{first.store} and {other.store} are built by different recipes: "
+                f"{'; '.join(changes)}; fix: build both by one recipe"
+            )
+        if first.manifest.tokenizer_sha256 != other.manifest.tokenizer_sha256:
+            raise ShardError(
+                f"{first.store} and {other.store} have different tokenizers; fix: build the second "
+                f"with text.tokenizer: {first.store}/{first.manifest.tokenizer_file}"
+            )
+
+
+def _sample_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the keys of a recipe that decide what the samples of a set are."""
+    sections = {k: v for k, v in recipe.as_json().items() if k not in ("shard", "text")}
+    required = sections.pop("required")
+    flat = {f"{s}.{key}": value for s, keys in sections.items() for key, value in keys.items()}
+    return {"required": required, **flat}
+
+
+def _assemble(out: Path | str, selections: Sequence[_Selection]) -> Manifest:
+    """Make a new set of the selected sessions of others."""
+    with open_shard_set(parse_location(out)) as existing:
+        if existing.read(MANIFEST_FILE) is not None:
+            raise ShardError(f"{existing}: is a shard set already; fix: name a new folder")
+    with claim_shard_set(parse_location(out)) as store:
         entries: list[ShardEntry] = []
         numbers = dict.fromkeys(SPLITS, 0)
-        for part in parts:
-            for entry in part.manifest.shards:
+        for selection in selections:
+            for entry in selection.manifest.shards:
                 name = f"{entry.split}-{numbers[entry.split]:06d}"
-                made = _take(part, entry, place, name=name, generation=0)
-                if made is not None:
-                    entries.append(made)
+                copy = _copy_selected(selection, entry, store, name=name, generation=0)
+                if copy is not None:
+                    entries.append(copy)
                     numbers[entry.split] += 1
         entries.sort(key=lambda e: (SPLITS.index(e.split), e.name))
-        return _finish(place, parts, entries, old=None)
+        return _commit(store, selections, entries, old=None)
 
 
-def _take(
-    part: Part, entry: ShardEntry, place: ShardSetStore, *, name: str, generation: int
+def _copy_selected(
+    selection: _Selection, entry: ShardEntry, out: ShardSetStore, *, name: str, generation: int
 ) -> ShardEntry | None:
-    """A shard with the sessions that are taken; None where it has none of them."""
-    source = part.source
+    """Write a shard with the selected sessions of another; None if it has none of them."""
+    source = selection.store
     index = source.read_index(entry.index_file, sha256=entry.index_sha256)
-    slices = [
-        SessionWindows(session, tuple(windows)) for session, windows in index.header["slices"]
-    ]
-    taken = tuple(piece for piece in slices if piece.session in part.sessions)
-    if not taken:
+    sessions = [SessionWindows(name, tuple(windows)) for name, windows in index.header["slices"]]
+    selected = tuple(s for s in sessions if s.session in selection.sessions)
+    if not selected:
         return None
-    if len(taken) < len(slices):
-        task = _copy_task(entry, index, taken, name=name, generation=generation)
-        given = TaskContext(
-            out=place,
-            recipe=part.manifest.recipe,
+    if len(selected) < len(sessions):
+        context = TaskContext(
+            out=out,
+            recipe=selection.manifest.recipe,
             tokenizer_json="",
             recordings={},
             scans={},
             old=source,
         )
-        return copy_shard(task, given)
-    if source is not place:
-        return _link(entry, index, place, source, name=name)
+        task = _copy_task(entry, index, selected, name=name, generation=generation)
+        return copy_shard(task, context)
+    if source is not out:
+        return _link_shard(entry, index, out, source, name=name)
     return entry
 
 
 def _copy_task(
     entry: ShardEntry,
     index: ShardIndex,
-    taken: tuple[SessionWindows, ...],
+    selected: tuple[SessionWindows, ...],
     *,
     name: str,
     generation: int,
 ) -> ShardTask:
-    """The task that copies some sessions of a shard."""
-    sessions = tuple(piece.session for piece in taken)
+    """Make the task that copies some sessions of a shard."""
+    sessions = tuple(s.session for s in selected)
     columns = {}
-    for column, entry_of_column in index.columns.items():
-        rows = {session: entry_of_column["rows"][session] for session in sessions}
+    for column, header in index.columns.items():
+        rows = {session: header["rows"][session] for session in sessions}
         columns[column] = ColumnTask(
             reason=Reason(Cause.SESSIONS_DROPPED),
-            basis={**entry_of_column["basis"], "rows": fingerprint_of(list(rows.values()))},
+            basis={**header["basis"], "rows": fingerprint_of(list(rows.values()))},
             rows=rows,
             sources=dict.fromkeys(sessions, FromShards((entry.index_file,))),
         )
     return ShardTask(
         name=name,
         split=entry.split,
-        sessions=taken,
+        sessions=selected,
         columns=columns,
         kept={},
         kept_index_file=None,
@@ -257,93 +356,78 @@ def _copy_task(
     )
 
 
-def _link(
-    entry: ShardEntry, index: ShardIndex, place: ShardSetStore, source: ShardSetStore, *, name: str
+def _link_shard(
+    entry: ShardEntry, index: ShardIndex, out: ShardSetStore, source: ShardSetStore, *, name: str
 ) -> ShardEntry:
-    """A whole shard of another set under a new name; its columns are linked, or else copied.
+    """Put a whole shard of another set under a new name; links its columns, or copies them.
 
     Raises:
-        CorruptError: a column came from a store as other bytes than its index says.
+        CorruptError: a downloaded column differs from the checksum in its index.
     """
     columns = {}
-    with place.staging_dir() as work:
-        for column, facts in index.columns.items():
+    with out.staging_dir() as work:
+        for column, header in index.columns.items():
             file = f"{name}.{column}.{COLUMNS[column].suffix}"
-            source.copy_to(facts["file"], work / file, sha256=facts["sha256"])
-            place.put(work / file, file)
+            source.copy_to(header["file"], work / file, sha256=header["sha256"])
+            out.put(work / file, file)
             (work / file).unlink(missing_ok=True)  # an upload leaves it
-            columns[column] = {**facts, "file": file}
-    facts = {**index.header, "name": name, "columns": columns}
-    renamed = ShardIndex(header=facts, arrays=index.arrays)
-    return _put_index(replace(entry, name=name), renamed, place, f"{name}.index")
+            columns[column] = {**header, "file": file}
+    renamed = ShardIndex(
+        header={**index.header, "name": name, "columns": columns}, arrays=index.arrays
+    )
+    return _write_index(replace(entry, name=name), renamed, out, f"{name}.index")
 
 
-def _put_index(entry: ShardEntry, index: ShardIndex, place: ShardSetStore, file: str) -> ShardEntry:
-    """Write an index, in the newest format."""
+def _write_index(entry: ShardEntry, index: ShardIndex, out: ShardSetStore, file: str) -> ShardEntry:
+    """Write an index in the newest format."""
     content = index_bytes(index)
-    with place.staging_dir() as work:
+    with out.staging_dir() as work:
         (work / file).write_bytes(content)
-        place.put(work / file, file)
+        out.put(work / file, file)
     return replace(entry, index_file=file, index_sha256=sha256_of_bytes(content))
 
 
-def _finish(
-    place: ShardSetStore,
-    parts: Sequence[Part],
+def _commit(
+    out: ShardSetStore,
+    selections: Sequence[_Selection],
     entries: Sequence[ShardEntry],
     *,
     old: Manifest | None,
 ) -> Manifest:
     """Commit the set of these shards."""
-    like = parts[0].manifest
+    first = selections[0].manifest
     if not entries:
-        raise ShardError(f"{place}: no sample would be left; remove the folder instead")
-    tokenizer = like.load_tokenizer()
-    facts = [place.read_index(entry.index_file).header for entry in entries]
-    lines = _rejected_of(parts, facts)
+        raise ShardError(f"{out}: no sample would be left; fix: remove the folder instead")
+    tokenizer = first.load_tokenizer()
+    headers = [out.read_index(entry.index_file).header for entry in entries]
+    lines = _rejected_lines(selections, headers)
     return commit_set(
         NewSet(
-            store=place,
-            recipe=like.recipe,
+            store=out,
+            recipe=first.recipe,
             shards=tuple(entries),
-            headers=facts,
+            headers=headers,
             generation=0 if old is None else old.generation + 1,
             tokenizer=tokenizer,
             tokenizer_file="tokenizer.json" if old is None else old.tokenizer_file,
-            num_sessions=sum(len(part.sessions) for part in parts),
+            num_sessions=sum(len(s.sessions) for s in selections),
             rejected=lines,
             previous=old,
         )
     )
 
 
-def _rejected_of(parts: Sequence[Part], facts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of ``rejected.jsonl``: of the sessions that are taken by name, then the losses."""
-    losses = [{"level": "stream", **loss} for found in facts for loss in found["losses"]]
+def _rejected_lines(
+    selections: Sequence[_Selection], headers: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the lines of ``rejected.jsonl``: by session name, then decode failures."""
+    failures = [
+        {"level": "stream", **failure} for header in headers for failure in header["losses"]
+    ]
     lines = [
         line
-        for part in parts
-        for line in _read_rejected(part.source)
-        if line["session"] in part.sessions and line not in losses
+        for selection in selections
+        for line in _read_rejected(selection.store)
+        if line["session"] in selection.sessions and line not in failures
     ]
-    return sorted(lines, key=lambda line: str(line["session"])) + losses
-
-
-def _read_rejected(source: ShardSetStore) -> list[dict[str, Any]]:
-    """Lines of a set's ``rejected.jsonl``."""
-    path = f"{source}/{REJECTED_FILE}"
-    try:
-        content = source.read(REJECTED_FILE)
-        if content is None:
-            raise ShardError(f"{path}: is not there; {REBUILD_HINT}")
-        return [json.loads(line) for line in content.decode().split("\n") if line]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ShardError(f"{path}: can't be read: {error}; {REBUILD_HINT}") from error
-
-
-def _require_known(known: Collection[str], names: Collection[str], source: ShardSetStore) -> None:
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see `sessions list`"
-            raise ShardError(f"{source}: no session {name!r} in this set; {hint}")
+    return sorted(lines, key=lambda line: str(line["session"])) + failures

@@ -84,23 +84,28 @@ class Manifest:
         """Samples of a split."""
         return sum(s.num_samples for s in self.shards if s.split == split)
 
-    def load_tokenizer(self, content: bytes | None = None) -> TextTokenizer:
-        """The set's tokenizer.
+    def load_tokenizer(
+        self, content: bytes | None = None, *, origin: str | None = None
+    ) -> TextTokenizer:
+        """Load the set's tokenizer.
 
         Args:
-            content: of its file, where that does not lie in `root`.
+            content: bytes of its file; by default the file is read from `root`.
+            origin: where the bytes come from, for messages; by default the path in `root`.
 
         Raises:
-            CorruptError: the file is not the one that the manifest means.
+            ShardError: the file can't be read.
+            CorruptError: it is not the file that the manifest names.
         """
         path = self.root / self.tokenizer_file
+        origin = origin or str(path)
         try:
             content = path.read_bytes() if content is None else content
         except OSError as error:
-            raise ShardError(f"{path}: can't be read: {error.strerror}") from error
+            raise ShardError(f"{origin}: can't be read: {error.strerror}") from error
         if sha256_of_bytes(content) != self.tokenizer_sha256:
-            raise CorruptError(f"{path}: checksum differs from the manifest; {REBUILD_HINT}")
-        return parse_tokenizer(content.decode(), origin=str(path))
+            raise CorruptError(f"{origin}: checksum differs from the manifest; {REBUILD_HINT}")
+        return parse_tokenizer(content.decode(), origin=origin)
 
 
 def read_manifest(root: Path | str) -> Manifest:

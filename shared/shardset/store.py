@@ -344,7 +344,8 @@ class RemoteShardSet:
         try:
             self.store.download(name, path)
         except FileNotFoundError as error:
-            raise CorruptError(f"{self}/{name}: no longer exists") from error
+            message = f"{self}/{name}: can't be opened: No such file or directory"
+            raise CorruptError(message) from error
 
     def _require_claim(self) -> None:
         if self.run and self.read(_CLAIM_FILE) != self.run.encode():
@@ -353,7 +354,10 @@ class RemoteShardSet:
 
 def no_such_set(store: Store) -> str:
     """Return the error message for a URL without a manifest."""
-    return f"{store}: no such shard set; fix: give the URL of the folder that has {MANIFEST_FILE}"
+    return (
+        f"{store}: no such shard set; fix: give the URL of the folder that has {MANIFEST_FILE}, or "
+        f"build it by `python -m preprocess shards --out {store} --sessions SESSIONS`"
+    )
 
 
 def job_file(store: ShardSetStore, name: str) -> str:

@@ -88,7 +88,9 @@ class CachedShardSet:
         )
         self._missing: dict[str, str] = {}
         self._downloads = _BackgroundJobs()
-        self.tokenizer = self.manifest.load_tokenizer(self._read_tokenizer())
+        self.tokenizer = self.manifest.load_tokenizer(
+            self._read_tokenizer(), origin=f"{store}/{self.manifest.tokenizer_file}"
+        )
 
     def _read_manifest(self) -> tuple[Manifest, str]:
         """Read the manifest and its checksum; one that can't be parsed is retried.

@@ -116,7 +116,7 @@ def test_a_missing_column_is_found_once(a_copy, column):
     path = a_copy / f"{shard_with_both_eyes(a_copy)}.{column}"
     path.unlink()
     assert verify_set(a_copy).problems == (
-        f"{path}: can't be read: No such file or directory; {REBUILD_HINT}",
+        f"{path}: can't be opened: No such file or directory; {REBUILD_HINT}",
     )
 
 
@@ -135,7 +135,7 @@ def test_a_bad_index_is_found(a_copy, how):
         tiny_sets.flip_byte(path, 200)
     problems = verify_set(a_copy).problems
     assert str(path) in problems[0]
-    assert any("samples, 32 are there" in p for p in problems)
+    assert any("samples, but the set has 32" in p for p in problems)
 
 
 def test_a_flipped_byte_in_the_tokenizer_is_found(a_copy):
@@ -155,7 +155,10 @@ def test_a_wrong_count_of_a_shard_is_found(a_copy):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("samples", "the manifest counts 37 samples, 36 are there"), ("windows_planned", "planned")],
+    [
+        ("samples", "the manifest counts 37 samples, but the set has 36"),
+        ("windows_planned", "planned"),
+    ],
 )
 def test_a_wrong_count_of_the_set_is_found(a_copy, name, says):
     def change(values):
@@ -201,7 +204,7 @@ def test_a_key_that_stands_twice_is_found(a_copy):
 
     edit_index(a_copy, 0, change)
     problems = verify_set(a_copy).problems
-    assert sum("stands twice in the set" in p for p in problems) == 1
+    assert sum("occurs twice in the set" in p for p in problems) == 1
 
 
 # --- show ------------------------------------------------------------------------------------
@@ -280,7 +283,9 @@ def test_show_says_what_a_sample_lacks(whole_set):
 def test_an_unknown_key_is_answered_with_an_example(whole_set, key):
     with pytest.raises(ShardError) as found:
         list(describe_sample(whole_set, key))
-    assert f"no sample {key!r}; keys are SESSION/WINDOW such as ann/000000" in str(found.value)
+    assert f"no sample {key!r}; fix: use a key SESSION/WINDOW such as ann/000000" in str(
+        found.value
+    )
 
 
 def test_the_commands_exit_0_when_all_is_well_and_1_when_not(a_copy):
