@@ -1,5 +1,6 @@
-"""How a media field becomes the bytes of a tar member, and back: a closed table, nothing else is
-ever decoded.
+"""Encode media fields as the bytes of tar members, and decode them.
+
+The codecs are a closed table; nothing else is decoded.
 
 =========  ==========================================================  ==========================
 extension  bytes                                                       error of a round trip
@@ -12,7 +13,7 @@ wav        RIFF, mono, 16 bit                                          none
 json       UTF-8 JSON of :class:`shared.session.reader.Text`                   none
 =========  ==========================================================  ==========================
 
-How pictures become planes, and planes bytes, is in :mod:`shared.media.yuv`.
+:mod:`shared.media.yuv` converts pictures to planes, and planes to bytes.
 """
 
 from __future__ import annotations
@@ -45,28 +46,28 @@ if TYPE_CHECKING:
     from shared.recipe import VisionRecipe
 
 MAX_MEMBER_BYTES = 1 << 30
-"""A larger member of any field is refused unread; see
+"""A larger member of any field is refused without reading it; see
 :func:`shared.shardset.layout.member_limits`."""
 
 MAX_TEXT_BYTES = 16 << 20
-"""A larger text member is refused undecoded: JSON takes many times its size in memory."""
+"""A larger text member is refused without decoding it: parsed JSON takes many times its size."""
 
 _WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 WAV_HEADER_BYTES = _WAV_HEADER.size
 _MAX_WAV_RATE_HZ = 1 << 31
-"""From here on its bytes per second don't fit the header."""
+"""From this rate on, the bytes per second don't fit the header."""
 
 _STREAM_OF_NAME = {"internal": Stream.INTERNAL_TEXT, "external": Stream.EXTERNAL_TEXT}
 _NAME_OF_STREAM = {stream: name for name, stream in _STREAM_OF_NAME.items()}
 
 
 def vision_extension(recipe: VisionRecipe) -> str:
-    """File name extension of vision members."""
+    """Return the file name extension of vision members."""
     return {"h264": "h264", "mjpeg": "mjpeg", "yuv420": "npy", "raw": "npy"}[recipe.codec]
 
 
 def encode_pictures(pictures: NDArray[np.uint8], *, recipe: VisionRecipe) -> bytes:
-    """RGB pictures uint8 [F, H, W, 3] as the recipe's codec."""
+    """Encode RGB pictures uint8 [F, H, W, 3] with the recipe's codec."""
     if recipe.codec == "raw":
         return encode_npy(pictures)
     if recipe.codec == "mjpeg":
@@ -84,13 +85,13 @@ def decode_pictures(
     """Decode a vision member into `out` and return it.
 
     Args:
-        member: its bytes.
-        recipe: names the codec.
+        member: bytes of the member.
+        recipe: selects the codec.
         out: uint8 [F, 3H/2, W] for planes or [F, H, W, 3] for RGB, contiguous; see
-            :mod:`shared.media.yuv`. Where the codec stores the other layout, it is converted.
+            :mod:`shared.media.yuv`. If the codec stores the other layout, it is converted.
 
     Raises:
-        CorruptError: other bytes than pictures of `out`'s number and size.
+        CorruptError: the bytes are not pictures of `out`'s number and size.
     """
     decode = {
         "h264": decode_h264,
@@ -103,36 +104,36 @@ def decode_pictures(
 
 
 def is_raw_layout(out: NDArray[np.uint8], *, recipe: VisionRecipe) -> bool:
-    """Whether a vision member ends in the very bytes of `out`, behind an npy header.
+    """Check whether a vision member is an npy header followed by the bytes of `out`.
 
-    Such a member need not be decoded: its end can be read straight into `out`, and the header be
-    checked by :func:`shared.media.yuv.check_npy_header`.
+    Such a member needs no decoding: its end can be read directly into `out`, and
+    :func:`shared.media.yuv.check_npy_header` checks the header.
     """
     return {"yuv420": 3, "raw": 4}.get(recipe.codec) == out.ndim
 
 
 def encode_wav(samples: NDArray[np.int16], *, rate_hz: int) -> bytes:
-    """Mono int16 samples as a RIFF file."""
+    """Encode mono int16 samples as a RIFF file."""
     return _wav_header(samples.nbytes, rate_hz) + samples.astype("<i2", copy=False).tobytes()
 
 
 def decode_wav(member: bytes) -> NDArray[np.int16]:
-    """Samples of :func:`encode_wav`, int16 [N], a read-only view of `member`.
+    """Decode the bytes of :func:`encode_wav` to int16 [N], a read-only view of `member`.
 
     Raises:
-        CorruptError: other bytes.
+        CorruptError: the bytes have another form.
     """
     if len(member) < _WAV_HEADER.size or len(member) % 2:
-        raise CorruptError(f"{len(member)} bytes are no 16-bit wav file")
+        raise CorruptError(f"{len(member)} bytes are not a 16-bit wav file")
     rate_hz = _WAV_HEADER.unpack_from(member)[7]
     size = len(member) - _WAV_HEADER.size
     if rate_hz >= _MAX_WAV_RATE_HZ or not member.startswith(_wav_header(size, rate_hz)):
-        raise CorruptError("is no wav file as this format writes them")
+        raise CorruptError("not a wav file as this format writes it")
     return np.frombuffer(member, dtype="<i2", offset=_WAV_HEADER.size)
 
 
 def encode_text(text: Text) -> bytes:
-    """Tokens, their times and the events as JSON."""
+    """Encode tokens, their times and the events as JSON."""
     values = {
         "internal": {"ids": text.internal.ids, "time_s": text.internal.time_s},
         "external": {"ids": text.external.ids, "time_s": text.external.time_s},
@@ -145,13 +146,13 @@ def encode_text(text: Text) -> bytes:
 
 
 def decode_text(member: bytes) -> Text:
-    """Inverse of :func:`encode_text`.
+    """Decode the bytes of :func:`encode_text`.
 
     Raises:
-        CorruptError: other bytes, or too many.
+        CorruptError: the bytes have another form, or are too many.
     """
     if len(member) > MAX_TEXT_BYTES:
-        raise CorruptError(f"{len(member)} bytes of text are more than {MAX_TEXT_BYTES}")
+        raise CorruptError(f"{len(member)} bytes of text exceed the limit of {MAX_TEXT_BYTES}")
     try:
         values: dict[str, Any] = json.loads(member)
         streams = {}
@@ -165,7 +166,7 @@ def decode_text(member: bytes) -> Text:
             for e in values["events"]
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise CorruptError(f"is no text member: {type(error).__name__}: {error}") from error
+        raise CorruptError(f"not a text member: {type(error).__name__}: {error}") from error
     return Text(internal=streams["internal"], external=streams["external"], events=events)
 
 
@@ -176,7 +177,7 @@ def _wav_header(size: int, rate_hz: int) -> bytes:
 
 
 def _seconds(value: object) -> float:
-    """A finite JSON number."""
+    """Return a finite JSON number of seconds."""
     if type(value) not in (int, float) or not math.isfinite(number := float(value)):  # type: ignore[arg-type]
-        raise ValueError(f"{value!r} is no time")
+        raise ValueError(f"{value!r} is not a time")
     return number

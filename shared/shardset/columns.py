@@ -1,9 +1,10 @@
-"""A shard's columns: deterministic tar files for media, Zarr v3 files for numbers.
+"""Write and read a shard's columns: tar files for media, Zarr v3 files for numbers.
 
 A tar column is a legal WebDataset by itself: one member ``SESSION/WINDOW.<field>.<extension>`` per
 sample that has the field, in row order, with fixed owner, mode and time. A Zarr column is a zip
-(stored, not deflated) of one Zarr v3 group whose arrays have a row per sample and one chunk per
-row. Both writers report where every member or chunk lies, so that a reader needs one ``pread``.
+(stored, not deflated) of one Zarr v3 group. Its arrays have one row per sample and one chunk per
+row. The same input gives the same bytes. Both writers return the offset of every member or chunk,
+so that a reader needs one ``pread``.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ _MODE = 0o644
 
 
 class MemberTable:
-    """Collects offset, length and CRC32C of a column's members, a row per sample.
+    """Collects offset, length and CRC32C of a column's members, one row per sample.
 
     Args:
-        num_samples: rows; those never recorded stay of length 0, which means absent.
+        num_samples: number of rows; a row that is never recorded keeps length 0, which means
+            absent.
     """
 
     def __init__(self, num_samples: int) -> None:
@@ -51,22 +53,22 @@ class MemberTable:
         self._crc32c = np.zeros(num_samples, dtype=np.uint32)
 
     def record(self, row: int, *, offset: int, content: bytes) -> None:
-        """Note where the bytes of a row lie."""
+        """Record the offset, length and checksum of a row's bytes."""
         self._offset[row] = offset
         self._length[row] = len(content)
         self._crc32c[row] = google_crc32c.value(content)
 
     def members(self) -> Members:
-        """The finished table."""
+        """Return the finished table."""
         return Members(offset=self._offset, length=self._length, crc32c=self._crc32c)
 
 
 class TarColumnWriter:
-    """Writes one tar column; use with ``with``.
+    """Writes one tar column; a context manager.
 
     Args:
-        path: where to; overwritten.
-        num_samples: rows of the shard.
+        path: file to write; it is overwritten.
+        num_samples: number of rows of the shard.
     """
 
     def __init__(self, path: Path, *, num_samples: int) -> None:
@@ -88,9 +90,9 @@ class TarColumnWriter:
         """Append a member.
 
         Args:
-            row: its sample's row.
+            row: row of its sample.
             name: member name, ``KEY.<field>.<extension>``.
-            content: its bytes.
+            content: bytes of the member.
         """
         member = tarfile.TarInfo(name)
         member.size = len(content)
@@ -100,18 +102,18 @@ class TarColumnWriter:
         self._table.record(row, offset=self._tar.offset - padded, content=content)
 
     def members(self) -> Members:
-        """Where the members lie."""
+        """Return offset, length and checksum of each member."""
         return self._table.members()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZarrArray:
-    """One array of a Zarr column: values with a row per sample, and what they mean."""
+    """One array of a Zarr column: values with one row per sample, and their metadata."""
 
     values: NDArray[Any]
     dimensions: tuple[str, ...]
     fill_value: float | int | bool | str
-    """As Zarr v3 writes it in JSON; "NaN" for floats."""
+    """Fill value in the JSON form of Zarr v3; "NaN" for floats."""
     attributes: Mapping[str, Any]
 
 
@@ -120,12 +122,11 @@ def write_zarr_column(
 ) -> dict[str, Members]:
     """Write arrays with equal numbers of rows as a Zarr v3 group in a zip; one chunk per row.
 
-    The specification is https://zarr-specs.readthedocs.io/en/latest/v3/core/; written here and not
-    by a library so that the bytes are the same with every version of it and the place of every
-    chunk is known.
+    This code follows https://zarr-specs.readthedocs.io/en/latest/v3/core/ itself. With a library,
+    the bytes would change with its version, and the offsets of the chunks would be unknown.
 
     Returns:
-        Per array, where its row chunks lie.
+        Per array, offset, length and checksum of each row's chunk.
     """
     group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
     tables: dict[str, Members] = {}
@@ -135,26 +136,27 @@ def write_zarr_column(
             _add_to_zip(archive, f"{name}/zarr.json", _json(_array_metadata(array)))
         for name, array in arrays.items():
             table = MemberTable(len(array.values))
-            rest = "/".join("0" for _ in array.values.shape[1:])
+            inner = "/".join("0" for _ in array.values.shape[1:])
             for row, chunk in enumerate(array.values):
                 content = np.ascontiguousarray(chunk).tobytes()
-                offset = _add_to_zip(archive, f"{name}/c/{row}/{rest}".rstrip("/"), content)
+                offset = _add_to_zip(archive, f"{name}/c/{row}/{inner}".rstrip("/"), content)
                 table.record(row, offset=offset, content=content)
             tables[name] = table.members()
     return tables
 
 
 class ColumnFile:
-    """A column opened for reading single members by ``pread``; safe to share between threads and
-    with forked processes: nothing moves a file position.
+    """Opens a column for reading single members by ``pread``.
+
+    Threads and forked processes can share it, because nothing moves a file position.
 
     Args:
         path: the file.
-        descriptor: it is open already, and this one closes it.
-        origin: what messages call it; by default its path.
+        descriptor: file descriptor if the file is already open; this object then closes it.
+        origin: name of the file in messages; by default its path.
 
     Raises:
-        ShardError: no such file.
+        ShardError: the file can't be opened.
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class ColumnFile:
         return sha256_of_file(self._file)
 
     def prefetch(self, members: Members, row: int) -> None:
-        """Let the kernel read a row's member in the background; one that can't be read is not."""
+        """Ask the kernel to prefetch a row's member; an out-of-range member is ignored."""
         length, offset = int(members.length[row]), int(members.offset[row])
         if length > 0 and offset + length <= self._size:
             os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
@@ -200,16 +202,16 @@ class ColumnFile:
         tail: NDArray[np.uint8] | None = None,
         on_stage: OnStage = no_timer,
     ) -> bytes | None:
-        """Bytes of a row's member, checked; None where the sample lacks it.
+        """Read the bytes of a row's member and check them; None if the sample has no member.
 
         Args:
-            members: where the column's members lie.
-            row: which one.
-            max_bytes: a longer member is refused unread; see
-            :func:`shared.shardset.layout.member_limits`.
-            tail: contiguous; the member's last bytes are read straight into it, and only those
-                before them are returned.
-            on_stage: told when "fetch" and "checksum" are over.
+            members: offsets, lengths and checksums of the column's members.
+            row: row of the sample.
+            max_bytes: a longer member is refused without reading it; see
+                :func:`shared.shardset.layout.member_limits`.
+            tail: contiguous array; the member's last bytes are read directly into it, and only the
+                bytes before them are returned.
+            on_stage: called when "fetch" and "checksum" end.
 
         Raises:
             CorruptError: the file or the member is too short, or the bytes differ from their
@@ -220,7 +222,7 @@ class ColumnFile:
             return None
         if length > max_bytes:
             raise CorruptError(
-                f"{self.origin} at {offset}: a member of {length} bytes, at most {max_bytes} can be"
+                f"{self.origin} at {offset}: a member of {length} bytes; the limit is {max_bytes}"
             )
         if offset + length > self._size:
             raise CorruptError(
@@ -233,20 +235,20 @@ class ColumnFile:
         head, count = self._pread(offset, length, tail)
         on_stage("fetch")
         if count != length:
-            raise CorruptError(f"{self.origin} at {offset}: {count} of {length} bytes are there")
-        found = google_crc32c.value(head)
+            raise CorruptError(f"{self.origin} at {offset}: only {count} of {length} bytes exist")
+        crc32c = google_crc32c.value(head)
         if tail is not None:
-            found = google_crc32c.extend(found, tail)
+            crc32c = google_crc32c.extend(crc32c, tail)
         on_stage("checksum")
-        if found != int(members.crc32c[row]):
+        if crc32c != int(members.crc32c[row]):
             raise CorruptError(
-                f"{self.origin} at {offset}: checksum is {found:08x}, index says "
-                f"{int(members.crc32c[row]):08x}; run `python -m preprocess verify`"
+                f"{self.origin} at {offset}: checksum is {crc32c:08x}, index says "
+                f"{int(members.crc32c[row]):08x}; fix: run `python -m preprocess verify`"
             )
         return head
 
     def _pread(self, offset: int, length: int, tail: NDArray[np.uint8] | None) -> tuple[bytes, int]:
-        """The bytes that do not go into `tail`, and how many were read in all."""
+        """Read a member; return the bytes before `tail` and the number of all bytes read."""
         try:
             if tail is None:
                 content = os.pread(self._file.fileno(), length, offset)
@@ -261,10 +263,10 @@ class ColumnFile:
 
 
 def read_chunk(content: bytes, *, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """A Zarr row chunk as an array.
+    """Convert the bytes of a Zarr row chunk to an array.
 
     Raises:
-        CorruptError: another number of bytes.
+        CorruptError: the number of bytes is wrong.
     """
     kind = np.dtype(dtype).newbyteorder("<")
     if len(content) != math.prod(shape) * kind.itemsize:
@@ -273,9 +275,7 @@ def read_chunk(content: bytes, *, dtype: str, shape: tuple[int, ...]) -> NDArray
 
 
 def _array_metadata(array: ZarrArray) -> dict[str, Any]:
-    """Zarr v3 array metadata: regular grid of one row per chunk, little-endian bytes, no
-    compression.
-    """
+    """Return Zarr v3 array metadata: one row per chunk, little-endian bytes, no compression."""
     values = array.values
     is_single_byte = values.dtype.itemsize == 1
     codec: dict[str, Any] = {"name": "bytes"}
@@ -299,7 +299,7 @@ def _array_metadata(array: ZarrArray) -> dict[str, Any]:
 
 
 def _add_to_zip(archive: zipfile.ZipFile, name: str, content: bytes) -> int:
-    """Append a stored entry with fixed time and mode; returns where its content begins."""
+    """Append a stored entry with fixed time and mode; return the offset of its content."""
     entry = zipfile.ZipInfo(name, date_time=_ZIP_TIME)
     entry.external_attr = _MODE << 16
     entry.create_system = 3

@@ -1,11 +1,11 @@
-"""The index of a shard: what its samples are and where their bytes lie, in one small file.
+"""Write and read the index of a shard: its samples and the offsets of their bytes.
 
-It is read into memory: its bytes are all hashed anyway, and where a file that is mapped gets cut
-off, its readers end by SIGBUS.
+The index is read into memory, not mapped: all of its bytes are hashed anyway, and a mapped file
+that is truncated kills its readers with SIGBUS.
 
 Layout, little-endian: 8 bytes magic, uint32 version, uint32 header length, header (UTF-8 JSON),
-then arrays, each at a multiple of 64 bytes. The header holds plain facts and, under "arrays", name
--> [dtype, shape, offset]. docs/format.md is the specification.
+then arrays, each at a multiple of 64 bytes. Under "arrays", the header maps each name to
+[dtype, shape, offset]. docs/format.md is the specification.
 """
 
 from __future__ import annotations
@@ -44,11 +44,10 @@ MEMBER_TABLES = {
     "proprio": ("proprio/timestamp", "proprio/proprio", "proprio/touch", "proprio/valid"),
     "dmel": ("dmel/dmel", "dmel/valid"),
 }
-"""Of each column, where its members lie: one table of a tar column, one per array of a Zarr column.
-"""
+"""Member tables of each column: one of a tar column, one per array of a Zarr column."""
 
 _Form = tuple[str, tuple[int | None, ...]]
-"""Dtype of an array, and the shape of one row; None is a width that the recipe decides."""
+"""Dtype of an array and the shape of one row; None is a width that the recipe decides."""
 
 _MEMBER_FORMS: dict[str, _Form] = {"offset": ("u8", ()), "length": ("u8", ()), "crc32c": ("u4", ())}
 
@@ -70,18 +69,18 @@ _COLUMN_FORMS: dict[str, dict[str, _Form]] = {
     }
     for column, tables in MEMBER_TABLES.items()
 }
-"""Arrays of each column that an index has."""
+"""Arrays that an index has for each of its columns."""
 _MAX_HEADER_BYTES = 64 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
-_DAMAGES = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
-"""What reading damaged JSON values can raise."""
+_PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+"""Errors that reading damaged JSON values can raise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Members:
-    """Where one tar column's members or one Zarr array's row chunks lie, a row per sample.
+    """Positions of one tar column's members or one Zarr array's chunks, one row per sample.
 
-    offset uint64 [N], length uint64 [N] (0 where the sample lacks it), crc32c uint32 [N] of the
+    offset uint64 [N], length uint64 [N] (0 if the sample has no member), crc32c uint32 [N] of the
     bytes.
     """
 
@@ -92,16 +91,15 @@ class Members:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardIndex:
-    """A shard's index. Arrays: a row per sample."""
+    """A shard's index; its arrays have one row per sample."""
 
     header: Mapping[str, Any]
-    """Plain JSON: shard name, session names, columns (file, bytes, checksum, fingerprint),
-    statistics."""
+    """Plain JSON: shard name, sessions, columns (file, size, checksum, fingerprint), statistics."""
     arrays: Mapping[str, NDArray[Any]]
 
     @property
     def num_samples(self) -> int:
-        """Rows of the shard."""
+        """Number of rows of the shard."""
         return len(self.arrays["window"])
 
     @property
@@ -123,12 +121,12 @@ class ShardIndex:
         return failures
 
     def key(self, row: int) -> str:
-        """SESSION/WINDOW of a row."""
+        """Return the key of a row, SESSION/WINDOW."""
         session = self.sessions[int(self.arrays["session"][row])]
         return f"{session}/{int(self.arrays['window'][row]):06d}"
 
     def members(self, name: str) -> Members:
-        """Where the members of a column or the chunks of an array (``proprio/touch``) lie."""
+        """Return the positions of a table's members, such as ``audio`` or ``proprio/touch``."""
         return Members(
             offset=self.arrays[f"{name}.offset"],
             length=self.arrays[f"{name}.length"],
@@ -137,10 +135,11 @@ class ShardIndex:
 
 
 def index_bytes(index: ShardIndex) -> bytes:
-    """The file of an index; the same index gives the same bytes."""
+    """Encode an index; the same index gives the same bytes."""
     layout: dict[str, list[Any]] = {}
     names = sorted(index.arrays)
-    # The header's length depends on the offsets it holds; offsets count from the arrays' own start.
+    # The header contains the offsets, so its own length must not change them: they count from the
+    # first array.
     position = 0
     for name in names:
         array = index.arrays[name]
@@ -158,8 +157,8 @@ def index_bytes(index: ShardIndex) -> bytes:
     out[_PREFIX.size : _PREFIX.size + len(header)] = header
     for name in names:
         array = index.arrays[name]
-        begin = start + layout[name][2]
-        out[begin : begin + array.nbytes] = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        offset = start + layout[name][2]
+        out[offset : offset + array.nbytes] = array.astype(array.dtype.newbyteorder("<")).tobytes()
     return bytes(out)
 
 
@@ -171,7 +170,7 @@ def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
         sha256: see :func:`parse_index`.
 
     Raises:
-        ShardError: no such file.
+        ShardError: the file doesn't exist.
         CorruptError, FormatVersionError: see :func:`parse_index`.
     """
     try:
@@ -184,24 +183,24 @@ def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
 
 
 def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> ShardIndex:
-    """An index from its bytes; its arrays are read-only views of them.
+    """Parse the bytes of an index; its arrays are read-only views of them.
 
     Args:
-        content: the file's bytes.
-        origin: where they come from, for messages.
-        sha256: checksum from the manifest; checked when given.
+        content: bytes of the file.
+        origin: name of the file, for messages.
+        sha256: checksum from the manifest, to be checked.
 
     Raises:
-        CorruptError: not the bytes that the manifest means, or damaged.
-        FormatVersionError: written in another format version.
+        CorruptError: the bytes differ from the checksum or are damaged.
+        FormatVersionError: the index has another version.
     """
     if sha256 is not None and sha256_of_bytes(content) != sha256:
         raise CorruptError(f"{origin}: checksum differs from the manifest; {REBUILD_HINT}")
     if len(content) < _PREFIX.size:
-        raise CorruptError(f"{origin}: {len(content)} bytes are no index")
+        raise CorruptError(f"{origin}: {len(content)} bytes are not an index")
     magic, version, header_length = _PREFIX.unpack_from(content)
     if magic != MAGIC:
-        raise CorruptError(f"{origin}: is no shard index")
+        raise CorruptError(f"{origin}: not a shard index")
     if version != INDEX_VERSION:
         relation = "newer" if version > INDEX_VERSION else "older"
         raise FormatVersionError(
@@ -210,14 +209,14 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
             + ("update the program" if version > INDEX_VERSION else "build the set again")
         )
     if header_length > min(_MAX_HEADER_BYTES, len(content) - _PREFIX.size):
-        raise CorruptError(f"{origin}: its header reaches past the end of the file")
+        raise CorruptError(f"{origin}: its header extends beyond the end of the file")
     body = np.frombuffer(content, dtype=np.uint8)[_aligned(_PREFIX.size + header_length) :]
     try:
         header = json.loads(content[_PREFIX.size : _PREFIX.size + header_length])
         layout = header.pop("arrays")
         arrays = {name: _array(body, *entry) for name, entry in layout.items()}
         _require_whole(header, arrays)
-    except _DAMAGES as error:
+    except _PARSE_ERRORS as error:
         raise CorruptError(
             f"{origin}: its header is damaged: {type(error).__name__}: {error}; {REBUILD_HINT}"
         ) from error
@@ -225,30 +224,34 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
 
 
 def require_complete(index: ShardIndex, *, origin: str) -> None:
-    """Check that an index has every column; those of a set that is finished do.
+    """Check that an index has every column, as the indexes of a finished set do.
 
     Raises:
-        CorruptError: it lacks one.
+        CorruptError: a column is missing.
     """
-    if lacking := [name for name in MEMBER_TABLES if name not in index.columns]:
-        raise CorruptError(f"{origin}: lacks the column {', '.join(lacking)}; {REBUILD_HINT}")
+    if missing := [name for name in MEMBER_TABLES if name not in index.columns]:
+        raise CorruptError(f"{origin}: lacks the column {', '.join(missing)}; {REBUILD_HINT}")
 
 
 def _array(body: NDArray[np.uint8], dtype: str, shape: list[int], offset: int) -> NDArray[Any]:
-    """A view of one array; `offset` counts from the begin of `body`."""
+    """Return a view of one array at an offset in `body`."""
     if dtype not in _DTYPES or any(type(n) is not int or n < 0 for n in (*shape, offset)):
         raise ValueError(f"an array of {dtype!r} {shape} at {offset}")
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if offset + size > len(body):
-        raise ValueError("an array reaches past the end of the file")
+        raise ValueError("an array extends beyond the end of the file")
     return body[offset : offset + size].view(f"<{dtype}").reshape(shape)
 
 
 def _require_whole(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Raises ValueError where an array is missing or of another form, rows don't fit together, or a
-    column's file lies elsewhere.
+    """Check that header and arrays are complete and agree.
+
+    Raises:
+        ValueError: an array is missing or has another form, numbers of rows differ, a row has no
+            session or time, or a column's file name is a path.
     """
     columns = header["columns"]
+    # Every required array has its dtype and shape.
     forms = dict(_ROW_FORMS)
     for name in columns:
         forms |= _COLUMN_FORMS.get(name, {})
@@ -256,34 +259,36 @@ def _require_whole(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
         if name not in arrays:
             raise ValueError(f"lacks the array {name}")
         array = arrays[name]
-        is_as_wide = len(array.shape) == 1 + len(row_shape) and all(
-            width in (None, found) for width, found in zip(row_shape, array.shape[1:], strict=True)
+        has_shape = len(array.shape) == 1 + len(row_shape) and all(
+            wanted in (None, width)
+            for wanted, width in zip(row_shape, array.shape[1:], strict=True)
         )
-        if array.dtype.str[1:] != dtype or not is_as_wide:
+        if array.dtype.str[1:] != dtype or not has_shape:
             raise ValueError(f"{name} is {array.dtype.str[1:]} {list(array.shape)}")
+    # All arrays have the same rows, and every row has a session and a finite time.
     num_rows = {len(array) for array in arrays.values()}
     if num_rows != {len(arrays["window"])}:
         raise ValueError(f"arrays have {sorted(num_rows)} rows")
     sessions = header["sessions"]
     if not isinstance(sessions, list) or not all(isinstance(name, str) for name in sessions):
-        raise ValueError("its sessions are no list of names")
+        raise ValueError("its sessions are not a list of names")
     if arrays["session"].size and int(arrays["session"].max()) >= len(sessions):
-        raise ValueError("a row is of no session")
+        raise ValueError("a row refers to a session that doesn't exist")
     if not (np.isfinite(arrays["start_s"]).all() and np.isfinite(arrays["stop_s"]).all()):
-        raise ValueError("a window has no finite time")
+        raise ValueError("a window's time is not finite")
     for column in columns.values():
         require_file_name(column["file"])
 
 
 def require_file_name(name: object) -> str:
-    """The name, if it is a plain file name that leads nowhere else.
+    """Return a name if it is a plain file name, which can't leave its folder.
 
     Raises:
-        ValueError: it is a path, hidden or no name at all.
+        ValueError: it is a path, hidden, or not a name.
     """
     is_plain = isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None
     if not is_plain:
-        raise ValueError(f"{name!r} is no plain file name")
+        raise ValueError(f"{name!r} is not a plain file name")
     return str(name)
 
 

@@ -1,8 +1,8 @@
-"""Which column holds what: the closed table that the builder writes by and readers read by.
+"""Columns of a shard set and their contents: the closed table for builders and readers.
 
-A column's fingerprint says what its bytes depend on: the rows, the source files of their sessions,
-the part of the recipe that makes it, and the version of the code that does. It is re-made when its
-fingerprint changes, and only then.
+A column's fingerprint covers what its bytes depend on: the rows, the source files of their
+sessions, the recipe's sections for it, and the version of the code that makes it. The column is
+rebuilt only when its fingerprint changes.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """One field, or a few that change together, of all samples of a shard."""
+    """One field, or a few fields that change together, of all samples of a shard."""
 
     name: str
     kind: Literal["tar", "zarr"]
     streams: tuple[Stream, ...]
     sources: tuple[str, ...]
     """Session files that it is made of."""
-    parts: tuple[str, ...]
+    recipe_sections: tuple[str, ...]
     """Sections of the recipe that it depends on."""
     code_version: int = 1
-    """Raised when the code that makes it gives other bytes for the same input."""
+    """Must be raised when the code gives other bytes for the same input."""
 
     @property
     def suffix(self) -> str:
-        """File name ending."""
+        """Suffix of the file name."""
         return {"tar": "tar", "zarr": "zarr.zip"}[self.kind]
 
 
@@ -51,42 +51,42 @@ COLUMNS: dict[str, Column] = {
             kind="tar",
             streams=(Stream.VISION_LEFT,),
             sources=(VISION_FILES[Stream.VISION_LEFT],),
-            parts=("vision",),
+            recipe_sections=("vision",),
         ),
         Column(
             name="vision_right",
             kind="tar",
             streams=(Stream.VISION_RIGHT,),
             sources=(VISION_FILES[Stream.VISION_RIGHT],),
-            parts=("vision",),
+            recipe_sections=("vision",),
         ),
         Column(
             name="audio",
             kind="tar",
             streams=(Stream.AUDIO,),
             sources=(AUDIO_FILE,),
-            parts=("audio",),
+            recipe_sections=("audio",),
         ),
         Column(
             name="text",
             kind="tar",
             streams=(Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT),
             sources=(METADATA_FILE, TEXT_FILE),
-            parts=(),  # text depends on the recipe through the tokenizer's hash
+            recipe_sections=(),  # the tokenizer's hash stands for the recipe
         ),
         Column(
             name="proprio",
             kind="zarr",
             streams=(Stream.PROPRIO, Stream.TOUCH),
             sources=(METADATA_FILE,),
-            parts=("sensors",),
+            recipe_sections=("sensors",),
         ),
         Column(
             name="dmel",
             kind="zarr",
             streams=(Stream.AUDIO,),
             sources=(AUDIO_FILE,),
-            parts=("audio", "mel"),
+            recipe_sections=("audio", "mel"),
         ),
     )
 }
@@ -95,29 +95,29 @@ COLUMNS: dict[str, Column] = {
 
 _MAX_PIXEL_BYTES = 8
 _MAX_PICTURE_HEAD_BYTES = 64 << 10
-"""No codec needs half as much: of 224 pixels, raw takes 3 bytes each, and noise at the best quality
-2.0 by JPEG and 2.5 by x264."""
+"""Twice the need of any codec: at 224 pixels, raw takes 3 bytes per pixel; noise at the best
+quality takes 2.0 in JPEG and 2.5 in x264."""
 
 _CODEC_KEYS = {"vision.qp": "h264"}
-"""Keys of a recipe that say nothing where the codec is another one."""
+"""Recipe keys that have an effect only with this codec."""
 
 
 def member_name(key: str, column: str, recipe: Recipe) -> str:
-    """Name of a sample's member in a tar column, such as ``session_001/000004.audio.wav``."""
+    """Return a sample's member name in a tar column, such as ``session_001/000004.audio.wav``."""
     extension = {"audio": "wav", "text": "json"}.get(column) or vision_extension(recipe.vision)
     return f"{key}.{column}.{extension}"
 
 
 def column_basis(column: Column, recipe: Recipe, *, tokenizer_sha256: str) -> dict[str, Any]:
-    """What a column depends on besides its rows and their sources, as flat JSON values."""
+    """Return what a column depends on besides its rows and sources, as flat JSON values."""
     basis: dict[str, Any] = {
         "code_version": column.code_version,
         "window.duration_s": recipe.window.duration_s,
         "window.step_s": recipe.window.step_s,
     }
     sections = recipe.as_json()
-    for part in column.parts:
-        basis.update({f"{part}.{key}": value for key, value in sections[part].items()})
+    for section in column.recipe_sections:
+        basis.update({f"{section}.{key}": value for key, value in sections[section].items()})
     for key, codec in _CODEC_KEYS.items():
         if recipe.vision.codec != codec:
             basis.pop(key, None)
@@ -127,9 +127,10 @@ def column_basis(column: Column, recipe: Recipe, *, tokenizer_sha256: str) -> di
 
 
 def member_limits(recipe: Recipe) -> dict[str, int]:
-    """Most bytes of a member, per table of :data:`shared.shardset.index.MEMBER_TABLES`.
+    """Return the largest size of a member, per table of ``shared.shardset.index.MEMBER_TABLES``.
 
-    Exact where the recipe decides the length; for pictures far more than any codec needs.
+    The limit is exact if the recipe decides the length. For pictures it is far above the need of
+    any codec.
     """
     frames, size = recipe.count(recipe.vision.rate_hz), recipe.vision.size
     mel, sensors = recipe.count(recipe.mel.rate_hz), recipe.count(recipe.sensors.rate_hz)
@@ -150,39 +151,40 @@ def member_limits(recipe: Recipe) -> dict[str, int]:
 
 
 def presence_bits(streams: Iterable[Stream]) -> int:
-    """Streams as the bits of an index's presence byte."""
+    """Encode streams as the bits of an index's presence byte."""
     return sum(1 << STREAMS.index(s) for s in streams)
 
 
 def streams_from_bits(bits: int) -> tuple[Stream, ...]:
-    """Inverse of :func:`presence_bits`."""
+    """Decode the bits of :func:`presence_bits`."""
     return tuple(s for i, s in enumerate(STREAMS) if bits >> i & 1)
 
 
 def field_schema(recipe: Recipe) -> dict[str, Any]:
-    """Per field: its column, dtype, shape of one sample, unit and codec, for the manifest."""
+    """Describe each field for the manifest: column, dtype, shape of one sample, unit, codec."""
     frames, size = recipe.count(recipe.vision.rate_hz), recipe.vision.size
     mel, sensors = recipe.count(recipe.mel.rate_hz), recipe.count(recipe.sensors.rate_hz)
 
-    def field(column: str, dtype: str, shape: list[int], unit: str, codec: str) -> dict[str, Any]:
+    def field(
+        column: str, dtype: str, shape: list[int], *, unit: str, codec: str = "zarr"
+    ) -> dict[str, Any]:
         return {"column": column, "dtype": dtype, "shape": shape, "unit": unit, "codec": codec}
 
     vision = vision_extension(recipe.vision)
     shape, unit = [frames, size, size, 3], "sRGB 0..255"
     if recipe.vision.codec == "yuv420":
         shape, unit = [frames, size * 3 // 2, size], "JFIF Y, Cb, Cr 0..255 as I420"
+    samples = [recipe.count(recipe.audio.rate_hz)]
+    proprio, touch = [sensors, recipe.sensors.proprio_size], [sensors, recipe.sensors.touch_size]
+    text_unit = "token ids and seconds on the session clock"
     return {
-        "vision_left": field("vision_left", "uint8", shape, unit, vision),
-        "vision_right": field("vision_right", "uint8", shape, unit, vision),
-        "audio": field(
-            "audio", "int16", [recipe.count(recipe.audio.rate_hz)], "1/32768 of full scale", "wav"
-        ),
-        "text": field("text", "json", [], "token ids and seconds on the session clock", "json"),
-        "timestamp": field("proprio", "float64", [sensors], "s on the session clock", "zarr"),
-        "proprio": field(
-            "proprio", "float32", [sensors, recipe.sensors.proprio_size], "rad, rad/s", "zarr"
-        ),
-        "touch": field("proprio", "float32", [sensors, recipe.sensors.touch_size], "0..1", "zarr"),
-        "valid": field("proprio", "bool", [sensors], "true where recorded", "zarr"),
-        "dmel": field("dmel", "uint8", [mel, recipe.mel.channels], "level, 255 masked", "zarr"),
+        "vision_left": field("vision_left", "uint8", shape, unit=unit, codec=vision),
+        "vision_right": field("vision_right", "uint8", shape, unit=unit, codec=vision),
+        "audio": field("audio", "int16", samples, unit="1/32768 of full scale", codec="wav"),
+        "text": field("text", "json", [], unit=text_unit, codec="json"),
+        "timestamp": field("proprio", "float64", [sensors], unit="s on the session clock"),
+        "proprio": field("proprio", "float32", proprio, unit="rad, rad/s"),
+        "touch": field("proprio", "float32", touch, unit="0..1"),
+        "valid": field("proprio", "bool", [sensors], unit="true where recorded"),
+        "dmel": field("dmel", "uint8", [mel, recipe.mel.channels], unit="level, 255 masked"),
     }

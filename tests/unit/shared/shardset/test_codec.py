@@ -394,7 +394,7 @@ def member_with(**changes: object) -> bytes:
     ids=lambda member: member[:40].decode("latin1"),
 )
 def test_other_json_than_text_is_corrupt(member):
-    with pytest.raises(CorruptError, match="no text member"):
+    with pytest.raises(CorruptError, match="not a text member"):
         decode_text(member)
 
 

@@ -167,7 +167,8 @@ def test_a_member_that_is_too_long_is_refused_unread(tar, monkeypatch):
     longest = int(members.length[row])
     assert file.read(members, row, max_bytes=longest) == CONTENTS[row]
     monkeypatch.setattr(os, "pread", None)
-    with pytest.raises(CorruptError, match=f"a member of {longest} bytes, at most {longest - 1}"):
+    message = f"a member of {longest} bytes; the limit is {longest - 1}"
+    with pytest.raises(CorruptError, match=message):
         file.read(members, row, max_bytes=longest - 1)
     file.close()
 

@@ -78,7 +78,7 @@ def test_a_member_that_does_not_decode_is_named_with_its_place(a_copy):
     skip = skipped_of(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))[0]
     assert skip["file"] == f"{skip['shard']}.text.tar"
     assert skip["offset"] + 2 == (a_copy / skip["file"]).stat().st_size
-    assert f"{skip['file']} at {skip['offset']}: is no text member" in skip["error"]
+    assert f"{skip['file']} at {skip['offset']}: not a text member" in skip["error"]
 
 
 def test_a_shard_of_a_mix_is_named_with_its_set(a_copy, tiny_set):
