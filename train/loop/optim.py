@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from train.machine.parallel import moment_shares, whole_tensor
+from train.machine.parallel import shard_moments, whole_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,7 +68,7 @@ def restore_optimizer(
         ValueError: the state is of other parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.load_state_dict({**state, "state": moment_shares(state["state"], parameters)})
+    optimizer.load_state_dict({**state, "state": shard_moments(state["state"], parameters)})
     for group in optimizer.param_groups:
         group["betas"], group["eps"] = config.betas, config.eps
         group["weight_decay"] = config.weight_decay if group["weight_decay"] else 0.0

@@ -18,7 +18,7 @@ from train.data.batch import WindowShapes
 from train.data.batch_maker import CorruptSampleBudget
 from train.loop.optim import SpikeWatch, make_optimizer, restore_optimizer
 from train.machine import distributed, runtime
-from train.machine.parallel import shares_of, whole
+from train.machine.parallel import shard_like, whole
 from train.model.multimodal import dimensions
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class TrainState:
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
         self._check_dimensions(state["config"])
-        self.model.load_state_dict(shares_of(state["model"], self.model.state_dict()))
+        self.model.load_state_dict(shard_like(state["model"], self.model.state_dict()))
 
     @contextlib.contextmanager
     def _explain_mismatch(self, path: Path | str, state: Mapping[str, Any]) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """Ranks: the processes that ``torchrun`` starts, each with its share of every global batch.
 
-A process that was not started by torchrun is alone: each function here then gives back what it got.
-Numbers of the device go over nccl (gloo on the CPU), plain values of the host always over gloo, so
-that agreeing on them never waits for a device. How the model itself is spread: ``parallel.py``.
+In a process that torchrun did not start, each function here returns its input unchanged. Tensors on
+the device are exchanged by nccl (by gloo on the CPU), plain values of the host always by gloo, so
+that exchanging them never waits for a device. How the model is distributed: ``parallel.py``.
 """
 
 from __future__ import annotations
@@ -28,106 +28,107 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAIN: Final = 0
-"""The rank that writes: to the terminal, to TensorBoard, to disk."""
+"""The rank that writes to the terminal, to TensorBoard and to disk."""
 
-_POLL_S: Final = 0.02
+_HANDSHAKE_POLL_S: Final = 0.02
 
-_PARTING_S: Final = 5.0
-"""Longer than any thread needs to let go of a tensor."""
+_RELEASE_TIMEOUT_S: Final = 5.0
+"""Longer than any thread needs to release a tensor."""
 
-_PARTING_POLL_S: Final = 0.001
+_RELEASE_POLL_S: Final = 0.001
 
 
 def rank() -> int:
-    """Number of this process, 0 where it is alone."""
+    """Return the rank of this process, 0 if it is the only one."""
     return dist.get_rank() if dist.is_initialized() else MAIN
 
 
 def world_size() -> int:
-    """Number of processes that train together, 1 where this one is alone."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this rank writes."""
+    """Return whether this is the rank that writes."""
     return rank() == MAIN
 
 
 def local_world_size() -> int:
-    """Processes of this training on this machine, among which its cores are divided."""
+    """Return the number of ranks on this machine, which share its cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Meet the other ranks of torchrun's environment, and part from them at the end.
+    """Join the other ranks of torchrun's environment, and leave them at the end.
 
     Args:
-        device: of the training; any cuda device takes nccl.
+        device: of the training; any cuda device uses nccl.
 
     Raises:
-        EngineError: another rank has ended before its time.
+        EngineError: another rank ended early.
     """
     if dist.is_initialized() or _announced_world_size() == 1:
         yield
         return
     own_device(device)
-    store, number, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    store, own_rank, num_ranks = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=fresh_store(store, number, count),
-        rank=number,
-        world_size=count,
+        store=fresh_store(store, own_rank, num_ranks),
+        rank=own_rank,
+        world_size=num_ranks,
     )
     try:
         yield
         _wait_for_all()
     except RuntimeError as error:
-        if not _is_of_a_lost_rank(error):
+        if not _is_lost_rank(error):
             raise
         raise EngineError(
-            f"rank {rank()}: another rank has ended before its time; what it said stands elsewhere "
-            "in this log. The last checkpoint is whole: `--resume auto` goes on from it, under "
-            "torchrun's --max-restarts by itself"
+            f"rank {rank()}: another rank ended early; its own error is elsewhere in this log. The "
+            "last checkpoint is intact; fix: resume from it by `--resume auto`, which torchrun's "
+            "--max-restarts does by itself"
         ) from error
-    # Not after an error: with collectives in flight nccl would wait for ranks that do not come.
+    # Not after an error: with collectives in flight, nccl would wait for ranks that are gone.
     dist.destroy_process_group()
 
 
-def fresh_store(store: Store, number: int, count: int) -> Store:
-    """A part of torchrun's store into which no earlier attempt has written.
+def fresh_store(store: Store, rank: int, num_ranks: int) -> Store:
+    """Return a view of torchrun's store that no earlier attempt has written to.
 
-    torchrun keeps its store when it restarts ranks (seen in torch 2.13); whoever finds the address
-    of a dead rank there fails. Its count of restarts would tell attempts apart, but differs between
-    machines. So each rank draws a word; the main one calls the words that it finds, again and
-    again, until all have heard their own; the first word, its own, is the name of the part.
+    torchrun keeps its store when it restarts ranks (seen in torch 2.13), and a rank that finds the
+    address of a dead rank there fails. The number of restarts would tell attempts apart, but
+    differs between machines. So each rank publishes a random id. Rank 0 rebroadcasts all ids until
+    every rank has acknowledged its own. Then rank 0's id becomes the prefix of the view's keys.
 
     Args:
-        store: of all attempts.
-        number: of this rank.
-        count: of ranks.
+        store: shared by all attempts.
+        rank: of this process.
+        num_ranks: that take part in this attempt.
     """
-    word = uuid.uuid4().hex
-    store.set(f"here/{number}", word)
-    if number == MAIN:
-        heard = [f"{word}/heard/{other}" for other in range(1, count)]
+    own_id = uuid.uuid4().hex
+    store.set(f"id/{rank}", own_id)
+    if rank == MAIN:
+        acknowledgements = [f"{own_id}/acknowledged/{other}" for other in range(1, num_ranks)]
         while True:
-            words = [store.get(f"here/{other}").decode() for other in range(count)]
-            store.set("call", " ".join(words))
-            if store.check(heard):
-                return dist.PrefixStore(word, store)  # type: ignore[attr-defined]
-            time.sleep(_POLL_S)
-    while word not in (words := store.get("call").decode().split()):
-        time.sleep(_POLL_S)
-    store.set(f"{words[0]}/heard/{number}", "")
-    return dist.PrefixStore(words[0], store)  # type: ignore[attr-defined]
+            # A rank of a dead attempt may have left an old id; it is read again until it is new.
+            ids = [store.get(f"id/{other}").decode() for other in range(num_ranks)]
+            store.set("ids", " ".join(ids))
+            if store.check(acknowledgements):
+                return dist.PrefixStore(own_id, store)  # type: ignore[attr-defined]
+            time.sleep(_HANDSHAKE_POLL_S)
+    while own_id not in (ids := store.get("ids").decode().split()):
+        time.sleep(_HANDSHAKE_POLL_S)
+    store.set(f"{ids[0]}/acknowledged/{rank}", "")
+    return dist.PrefixStore(ids[0], store)  # type: ignore[attr-defined]
 
 
 def own_device(device: torch.device) -> torch.device:
-    """This rank's device: of several GPUs the one with its number on this machine.
+    """Return this rank's device: with several GPUs, the one of its local rank.
 
     Raises:
-        ConfigError: more ranks than GPUs, or one GPU named for all ranks.
+        ConfigError: there are more ranks than GPUs, or one GPU is named for all ranks.
     """
     announced = _announced_world_size()
     if device.type != "cuda" or announced == 1:
@@ -135,48 +136,48 @@ def own_device(device: torch.device) -> torch.device:
     local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if ":" in str(device) and device.index != local_rank:
         raise ConfigError(
-            f"training.device {device} names one GPU for all {announced} ranks; leave it cuda or "
-            "auto, each rank then takes its own"
+            f"training.device {device} names one GPU for all {announced} ranks; fix: set it to "
+            "cuda or auto, so that each rank uses its own GPU"
         )
     if local_rank >= num_gpus:
         raise ConfigError(
-            f"rank {local_rank} of this machine has no GPU, there are {num_gpus}; start torchrun "
-            f"with --nproc-per-node={num_gpus}, or set training.device: cpu"
+            f"local rank {local_rank} has no GPU, because this machine has {num_gpus}; fix: start "
+            f"torchrun with --nproc-per-node={num_gpus}, or set training.device: cpu"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def check_share(loader: object) -> None:
-    """Refuse a loader that does not give this rank its own share of each global batch.
+    """Refuse a loader that does not yield this rank's share of each global batch.
 
     Raises:
-        ConfigError: it says which loader does.
+        ConfigError: says which loader does.
     """
     announced = _announced_world_size()
     if announced > 1 and not dist.is_initialized():
         raise ConfigError(
-            f"torchrun started {announced} processes and none waits for the others; put all of it "
-            "into `with train.machine.distributed.process_group(device):`, or start it without "
-            "torchrun"
+            f"torchrun started {announced} processes, but they did not join each other; fix: run "
+            "everything inside `with train.machine.distributed.process_group(device):`, or start "
+            "the program without torchrun"
         )
     share = (getattr(loader, "rank", MAIN), getattr(loader, "world_size", 1))
     if share != (rank(), world_size()):
         raise ConfigError(
-            f"the loader gives share {share[0]} of {share[1]} to rank {rank()} of {world_size()}, "
-            "so that ranks would train on the same samples or miss some; use "
+            f"the loader yields share {share[0]} of {share[1]} to rank {rank()} of {world_size()}, "
+            "so ranks would train on the same samples or miss some; fix: use "
             "train.Loader(source, config, rank=train.machine.distributed.rank(), "
             "world_size=train.machine.distributed.world_size())"
         )
 
 
 def any_of(flag: bool) -> bool:
-    """Whether `flag` is true on any rank; the same answer on all."""
+    """Return on all ranks whether `flag` is true on any."""
     return bool(largest([float(flag)])[0])
 
 
 def largest(numbers: Sequence[float]) -> list[float]:
-    """The largest of each number over the ranks, which give equally many."""
+    """Return each number's maximum over the ranks, which must pass equally many."""
     if world_size() == 1 or not numbers:
         return list(numbers)
     tensor = torch.tensor(numbers, dtype=torch.float64)
@@ -185,8 +186,8 @@ def largest(numbers: Sequence[float]) -> list[float]:
 
 
 def gather(items: Sequence[T]) -> list[T]:
-    """The items of all ranks one after another, on all ranks."""
-    if world_size() == 1 or not any_of(bool(items)):  # mostly there are none: one cheap exchange
+    """Return the items of all ranks, in the order of ranks, on all ranks."""
+    if world_size() == 1 or not any_of(bool(items)):  # mostly empty, which one cheap exchange tells
         return list(items)
     shares: list[Any] = [None] * world_size()
     dist.all_gather_object(shares, list(items))
@@ -194,10 +195,10 @@ def gather(items: Sequence[T]) -> list[T]:
 
 
 def on_main(call: Callable[[], T]) -> T:
-    """What `call` gives on the main rank, on all ranks.
+    """Call a function on the main rank, and return its result on all ranks.
 
     Raises:
-        EngineError: on all ranks, what `call` raised on the main one.
+        EngineError: on all ranks, the error that `call` raised on the main one.
     """
     if world_size() == 1:
         return call()
@@ -214,34 +215,34 @@ def on_main(call: Callable[[], T]) -> T:
 
 
 def add_up(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over the ranks of 0-dim tensors on the device, in float64; the host does not wait."""
+    """Add up 0-dim device tensors over the ranks, in float64, without making the host wait."""
     if world_size() == 1 or not tensors:
         return dict(tensors)
     total = torch.stack([tensor.detach().double() for tensor in tensors.values()])
     dist.all_reduce(total)
     sums = zip(tensors.items(), total.unbind(), strict=True)
-    return {name: one.to(tensor.dtype) for (name, tensor), one in sums}
+    return {name: value.to(tensor.dtype) for (name, tensor), value in sums}
 
 
 def _wait_for_all() -> None:
-    """Wait for the other ranks, and for the thread of gloo's that did the exchange.
+    """Wait for the other ranks, and for the gloo thread that did the exchange.
 
-    Its last act, for which it needs the interpreter, is to let go of the tensor. An interpreter
-    that ends meanwhile takes the process down with SIGABRT, after all is done (seen in torch 2.13,
-    in one of ten short trainings).
+    The thread's last act is to release the tensor, for which it needs the interpreter. If the
+    interpreter exits at that moment, the process dies of SIGABRT although all work is done (seen in
+    torch 2.13, in one of ten short trainings).
     """
     tensor = torch.zeros(1)
     num_references = sys.getrefcount(tensor)
     dist.all_reduce(tensor)
-    deadline_s = time.monotonic() + _PARTING_S
+    deadline_s = time.monotonic() + _RELEASE_TIMEOUT_S
     while sys.getrefcount(tensor) > num_references and time.monotonic() < deadline_s:
-        time.sleep(_PARTING_POLL_S)
+        time.sleep(_RELEASE_POLL_S)
 
 
 def _announced_world_size() -> int:
-    """How many processes torchrun says it has started."""
+    """Return the number of processes that torchrun started, by its environment variable."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _is_of_a_lost_rank(error: RuntimeError) -> bool:
+def _is_lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -1,9 +1,9 @@
-"""One model on many ranks: copies whose gradients are averaged (DDP), or shards of it (FSDP2).
+"""One model on many ranks: copies with averaged gradients (DDP), or shards of it (FSDP2).
 
-FSDP2 is ``fully_shard`` (Zhao et al. 2023, arXiv:2304.11277): a rank holds its share of parameters,
-gradients and moments, and gathers a layer's while it computes. State dicts are made whole before
-they are saved and cut again when they are loaded, so that a checkpoint says nothing of the ranks.
-Where the process is alone, each function gives back what it got.
+FSDP2 is ``fully_shard`` (Zhao et al. 2023, arXiv:2304.11277): a rank holds its shard of parameters,
+gradients and moments, and gathers a layer's parameters while it computes. State dicts are gathered
+before they are saved and sharded again after they are loaded, so a checkpoint does not depend on
+the number of ranks. In a single process each function returns its input unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from train.machine.distributed import MAIN, is_main, world_size
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-# torch.distributed.fsdp and .tensor are imported where they are used: that takes 0.7 s.
+# torch.distributed.fsdp and .tensor are imported where they are used, because that takes 0.7 s.
 
 
 def parallelize(
@@ -31,16 +31,16 @@ def parallelize(
     parallel: Literal["auto", "ddp", "fsdp"],
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """What runs the model so that backward passes average gradients over the ranks.
+    """Prepare a model so that its backward passes average gradients over the ranks.
 
-    With "fsdp" members of a ``ModuleList`` are layers, and their parts are gathered one at a time;
-    all else is gathered once. Parts of linear maps alone are gathered as autocast would cast them,
-    half as large, and freed when they are through: casts of gathered float32 weights would stay
-    until the backward pass, the whole model on every rank.
+    With "fsdp", members of a ``ModuleList`` are layers. Their submodules are gathered one at a
+    time; all other parameters are gathered together. A submodule that consists of linear maps is
+    gathered in autocast's dtype, half as large, and freed after use. Otherwise autocast's copies of
+    the gathered float32 weights would stay until the backward pass: the whole model on every rank.
 
     Args:
-        model: on its device; with "fsdp" its parameters become shards of themselves, in place.
-        parallel: how; "auto" is "ddp". Of no meaning where the process is alone.
+        model: on its device; with "fsdp" its parameters are replaced by shards, in place.
+        parallel: "auto" means "ddp"; without effect in a single process.
         dtype: of autocast in the forward pass.
 
     Returns:
@@ -55,7 +55,7 @@ def parallelize(
 
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, src=MAIN)
-    # Nothing writes into what a layer returned.
+    # The warning is about writing into a layer's output, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
     half = MixedPrecisionPolicy(
@@ -64,25 +64,25 @@ def parallelize(
         cast_forward_inputs=False,
     )
     for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
-        for part in [part for layer in layers for part in layer.children()]:
-            if _is_cast_by_autocast(part):
-                fully_shard(part, mesh=mesh, mp_policy=half)
+        for submodule in [child for layer in layers for child in layer.children()]:
+            if _is_cast_by_autocast(submodule):
+                fully_shard(submodule, mesh=mesh, mp_policy=half)
     fully_shard(model, mesh=mesh)
     return model
 
 
 def _is_cast_by_autocast(module: nn.Module) -> bool:
-    """Whether all of a module's parameters are those of linear maps."""
+    """Return whether all of a module's parameters belong to linear maps."""
     own = {id(p) for m in module.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
     return bool(own) and own == {id(p) for p in module.parameters()}
 
 
 @contextlib.contextmanager
 def averaging_gradients(parallel_model: nn.Module, *, is_due: bool) -> Iterator[None]:
-    """Around a forward and a backward pass.
+    """Average gradients over the ranks in the backward pass inside, if it is due.
 
-    With DDP gradients add up on each rank while it is not due. FSDP2 exchanges them each time,
-    because a rank has no room for whole ones.
+    With DDP, gradients accumulate on each rank until averaging is due. FSDP2 exchanges them every
+    time, because a rank has no memory for whole gradients.
     """
     if isinstance(parallel_model, DistributedDataParallel) and not is_due:
         with parallel_model.no_sync():
@@ -92,11 +92,11 @@ def averaging_gradients(parallel_model: nn.Module, *, is_due: bool) -> Iterator[
 
 
 def whole(state: Any) -> Any:  # noqa: ANN401 (any nesting)
-    """A state dict with whole tensors in the place of shards; all ranks call it.
+    """Gather the shards in a state dict; all ranks call it.
 
     Returns:
-        Shards become whole on the main rank, in the host's memory, and None on the others; all else
-        is as it was.
+        The state dict, with whole tensors in host memory on the main rank, and None on the others,
+        in the place of shards. Everything else is unchanged.
     """
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
@@ -109,32 +109,32 @@ def whole(state: Any) -> Any:  # noqa: ANN401 (any nesting)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The same number or tensor on all ranks, on the device; all ranks call it."""
+    """Gather a tensor on all ranks, on the device; all ranks call it."""
     return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def shares_of(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors cut into this rank's shares, as those of the same name in `like` are cut.
+def shard_like(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shard whole tensors as the tensors of the same name in `like` are sharded.
 
-    A tensor of another shape is left whole, for whoever loads it to refuse. All ranks call it.
+    All ranks call it. A tensor of another shape stays whole, so that loading it fails.
     """
-    return {name: _share_of(value, like.get(name)) for name, value in values.items()}
+    return {name: _shard_like(value, like.get(name)) for name, value in values.items()}
 
 
-def moment_shares(
+def shard_moments(
     state: Mapping[int, Mapping[str, Tensor]], parameters: Sequence[Tensor]
 ) -> dict[int, dict[str, Tensor]]:
-    """An optimizer's moments cut as its parameters are; see :func:`shares_of`."""
+    """Shard an optimizer's moments as its parameters are sharded."""
     return {
         index: {
-            name: _share_of(value, parameters[index] if index < len(parameters) else None)
+            name: _shard_like(value, parameters[index] if index < len(parameters) else None)
             for name, value in moments.items()
         }
         for index, moments in state.items()
     }
 
 
-def _share_of(value: Tensor, like: Tensor | None) -> Tensor:
+def _shard_like(value: Tensor, like: Tensor | None) -> Tensor:
     if like is None or not _is_sharded(like) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -230,7 +230,7 @@ def test_windows_laid_out_for_another_configuration_are_refused(tmp_path):
     loader = EndlessLoader()
     loader.config = as_train_config({})
     loader.source = None
-    with pytest.raises(ConfigError, match=r"gives ticks at .*Dataset\(.*config=config"):
+    with pytest.raises(ConfigError, match=r"yields ticks at .*Dataset\(.*config=config"):
         make_trainer(config, loader)
     loader.config = as_train_config(config)
     make_trainer(config, loader)

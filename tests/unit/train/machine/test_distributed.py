@@ -94,7 +94,7 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(tiny_set):
 
 
 def test_a_trainer_refuses_a_loader_of_another_share(tiny_set):
-    with pytest.raises(ConfigError, match=r"gives share 1 of 2 to rank 0 of 1"):
+    with pytest.raises(ConfigError, match=r"yields share 1 of 2 to rank 0 of 1"):
         distributed.check_share(share(tiny_set, 1, 2))
 
 
@@ -119,7 +119,7 @@ def test_corrupt_samples_are_judged_by_their_share_of_all_that_were_read():
 def test_a_restarted_attempt_finds_nothing_of_the_earlier_ones():
     """Ranks that come in any order, or die before they have met, on a store that stays."""
     store, chance = dist.HashStore(), random.Random(0)
-    store.set("here/1", "dead before it met anybody")
+    store.set("id/1", "of a rank that died before it met the others")
     names = []
     for _ in range(20):
         delays_s = [chance.uniform(0, 0.05) for _ in range(3)]

@@ -16,7 +16,7 @@ from train.machine import runtime
 
 def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r'sees no CUDA GPU here; use device="auto" or "cpu"'):
+    with pytest.raises(ConfigError, match=r'sees no CUDA GPU; fix: use device="auto" or "cpu"'):
         runtime.choose_device("cuda")
 
 
@@ -38,7 +38,7 @@ def test_an_unknown_device_is_a_clear_error():
 
 @pytest.mark.parametrize("name", ["mps", "meta", "xpu:0"])
 def test_a_device_that_nothing_here_runs_on_is_a_clear_error(name):
-    with pytest.raises(ConfigError, match=f"'{name}' can't be trained or run on; use \"auto\""):
+    with pytest.raises(ConfigError, match=f"'{name}' is not supported; fix: use \"auto\""):
         runtime.choose_device(name)
 
 
