@@ -1,4 +1,4 @@
-"""``python -m train``: from a shard set to a trained creature."""
+"""``python -m train``: the commands that train a model on shard sets and run it."""
 
 from __future__ import annotations
 
@@ -16,46 +16,55 @@ _CONFIG_OPTION = click.option(
     "config_path",
     type=click.Path(path_type=Path),
     required=True,
-    help="A training configuration, such as configs/training_config.yaml.",
+    help="Training configuration, such as configs/training_config.yaml.",
 )
 _CHECKPOINT_OPTION = click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
     required=True,
-    help="A model_final.pt or model_step_N.pt.",
+    help="Checkpoint file: model_final.pt or model_step_N.pt.",
 )
 _DEVICE_OPTION = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto (a GPU if there is one), cpu, cuda or cuda:N.",
 )
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
-    """Train multi-modal creatures on shard sets, and let them live through sessions.
+    """Train a multimodal model on shard sets, and run it on recorded sessions.
 
     \b
-    The road:  run -> tensorboard --logdir=runs/ -> infer
+    Workflow:  run -> tensorboard --logdir=runs/ -> infer
     Try it:    make train CONFIG=configs/demo.yaml
     """  # noqa: D301 (click wants the character, not its name)
-    # Before torch is imported. OpenMP's threads otherwise burn a core that another process needs
-    # while they wait. On two busy cores training's 10 samples/s became 20, and 2 where they spin
-    # for long; of a life's ticks the slowest in a hundred took 30 ms instead of 530.
+    # This must be set before torch is imported. Otherwise OpenMP's threads spin while they wait, on
+    # a core that another process needs. On two busy cores it doubled training from 10 to
+    # 20 samples/s (2 with long spinning). In inference the slowest tick of a hundred took 30 ms
+    # instead of 530.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @cli.command()
 @_CONFIG_OPTION
-@click.option("--resume", default=None, help="auto: the newest checkpoint; or a checkpoint file.")
+@click.option(
+    "--resume",
+    default=None,
+    help="Checkpoint file to continue from; auto: the newest intact checkpoint of the run's "
+    "save_dir, if there is one.",
+)
 @click.option(
     "--weights",
     type=click.Path(path_type=Path),
     default=None,
-    help="Begin a new run with a checkpoint's weights: other data, another schedule.",
+    help="Checkpoint whose weights a new run starts with, for other data or another schedule.",
 )
 @click.option(
     "--check",
     is_flag=True,
-    help="Check the configuration and one step on one batch; train nothing.",
+    help="Check the configuration, the data and one pass over one batch, without training.",
 )
 @click.argument("overrides", nargs=-1)
 def run(
@@ -66,9 +75,11 @@ def run(
     check: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Train as a configuration file says.
+    """Train a model as a configuration file says.
 
-    OVERRIDES are key=value pairs laid over the file, such as training.max_steps=200.
+    Metrics go to TensorBoard, checkpoints to training.checkpointing.save_dir. Ctrl-C saves a
+    checkpoint and stops. OVERRIDES are key=value pairs that replace keys of the file, such as
+    training.max_steps=200. All keys are explained in train/config.py.
 
     \b
     python -m train run --config configs/demo.yaml --check
@@ -76,10 +87,10 @@ def run(
     """  # noqa: D301
     from train.run import check_config, run_training
 
-    config = load_train_config(config_path, overrides, say=_warn)
+    config = load_train_config(config_path, overrides, warn=_warn)
     if weights is not None and resume not in {None, "auto"}:
         raise click.UsageError(
-            "--weights begins a run and --resume FILE goes on with one; give one"
+            "--weights starts a new run, but --resume FILE continues one; fix: give one of them"
         )
     if check:
         check_config(config, origin=config_path, resume=resume, weights=weights)
@@ -94,21 +105,21 @@ def run(
     type=click.IntRange(min=1),
     default=2,
     show_default=True,
-    help="How often the run is killed and resumed.",
+    help="Number of times the run is killed and resumed.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
     default=40,
     show_default=True,
-    help="Steps of the whole run.",
+    help="Optimizer steps of the whole run.",
 )
 @click.option(
     "--seed",
     type=int,
     default=0,
     show_default=True,
-    help="Decides when it is killed, and the numbers of ranks and processes it goes on with.",
+    help="Decides when the run is killed, and with how many ranks and loader processes it resumes.",
 )
 @click.argument("overrides", nargs=-1)
 @click.pass_context
@@ -121,10 +132,10 @@ def selftest(
     seed: int,
     overrides: tuple[str, ...],
 ) -> None:
-    """Check on your data that a run that is killed and resumed is the one that was left alone.
+    """Check on your data that a killed and resumed run equals an uninterrupted one.
 
-    Kills (SIGKILL) at random steps, resumes by other numbers of ranks and loader processes, and
-    compares the samples, their bytes and the weights. The model is a tiny one, on the CPU.
+    Kills the run (SIGKILL) at random steps, resumes it with other numbers of ranks and loader
+    processes, and compares the samples, their bytes and the weights. Uses a tiny model on the CPU.
 
     \b
     python -m train selftest --config configs/demo.yaml
@@ -132,7 +143,7 @@ def selftest(
     from train.run import require_paths
     from train.tools.selftest import run_selftest
 
-    config = load_train_config(config_path, overrides, say=_warn)
+    config = load_train_config(config_path, overrides, warn=_warn)
     require_paths(config, origin=config_path)
     if not run_selftest(config, num_kills=kills, num_steps=steps, seed=seed, log=click.echo):
         ctx.exit(1)
@@ -145,14 +156,14 @@ def selftest(
     "session",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder of one session; any streams will do.",
+    help="Folder of one session; it may have any of the streams.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("predictions"),
     show_default=True,
-    help="Folder in which a folder of the session's name is made.",
+    help="Output folder; the session gets a folder of its name in it.",
 )
 @_DEVICE_OPTION
 @click.option(
@@ -160,26 +171,27 @@ def selftest(
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="0 takes the likeliest tokens and levels of sound; 1 draws them as the model says.",
+    help="0 picks the most likely tokens and sound levels; 1 samples them from the model's "
+    "probabilities.",
 )
 @click.option(
     "--top-k",
     type=click.IntRange(min=1),
     default=None,
-    help="Draw among so many of the likeliest only.",
+    help="Sample among this many most likely values only.",
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=None,
-    help="Draw among the fewest that together have this probability only.",
+    help="Sample among the fewest values whose probabilities sum up to this (nucleus sampling).",
 )
 @click.option(
     "--seed",
     type=click.IntRange(min=0, max=2**32 - 1),
     default=0,
     show_default=True,
-    help="Of all that is drawn.",
+    help="Seed of the sampling.",
 )
 def infer(
     *,
@@ -192,9 +204,9 @@ def infer(
     top_p: float | None,
     seed: int,
 ) -> None:
-    """Let a creature live through a session tick by tick and write what it predicts.
+    """Run a trained model through a session, tick by tick, and write its predictions.
 
-    Below OUT it makes a folder of the session's name; open its index.html in a browser.
+    They are written to OUT/SESSION; open the index.html there in a browser.
 
     \b
     python -m train infer --checkpoint checkpoints/demo/model_final.pt \\
@@ -205,7 +217,7 @@ def infer(
     out = out / session.resolve().name
     with click.progressbar(length=1, label=session.name) as bar:
 
-        def tell(done: int, total: int) -> None:
+        def update(done: int, total: int) -> None:
             bar.length = total
             bar.update(done - bar.pos)
 
@@ -218,10 +230,10 @@ def infer(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            progress=tell,
+            progress=update,
         )
     click.echo(json.dumps(metrics, indent=1))
-    click.echo(f"written to {out}; look at {out / 'index.html'}")
+    click.echo(f"written to {out}; open {out / 'index.html'}")
 
 
 @cli.command()
@@ -231,11 +243,11 @@ def infer(
     "config_path",
     type=click.Path(path_type=Path),
     default=None,
-    help="Names the data, where that of the training is not wanted.",
+    help="Configuration that names the data; by default the checkpoint's own.",
 )
 @_DEVICE_OPTION
 def ablate(*, checkpoint: Path, config_path: Path | None, device: str) -> None:
-    """Measure on held-out sessions what each head loses without each modality.
+    """Measure on held-out sessions how much each head's loss rises without each modality.
 
     \b
     python -m train ablate --checkpoint checkpoints/demo/model_final.pt
@@ -248,12 +260,12 @@ def ablate(*, checkpoint: Path, config_path: Path | None, device: str) -> None:
 
 @cli.command()
 @_CONFIG_OPTION
-@click.option("--sizes", is_flag=True, help="A line for each model.size, instead.")
+@click.option("--sizes", is_flag=True, help="Print one line for each model.size instead.")
 @click.argument("overrides", nargs=-1)
 def estimate(*, config_path: Path, sizes: bool, overrides: tuple[str, ...]) -> None:
     """Estimate parameters, memory, FLOPs and the largest batches, without data or a GPU.
 
-    OVERRIDES are key=value pairs laid over the file.
+    OVERRIDES are key=value pairs that replace keys of the file.
 
     \b
     python -m train estimate --config configs/training_config.yaml model.size=large
@@ -261,7 +273,7 @@ def estimate(*, config_path: Path, sizes: bool, overrides: tuple[str, ...]) -> N
     """  # noqa: D301
     from train.tools.estimate import print_estimate, print_sizes
 
-    config = load_train_config(config_path, overrides, say=_warn)
+    config = load_train_config(config_path, overrides, warn=_warn)
     (print_sizes if sizes else print_estimate)(config, origin=config_path)
 
 
@@ -272,30 +284,31 @@ def estimate(*, config_path: Path, sizes: bool, overrides: tuple[str, ...]) -> N
     type=click.Path(path_type=Path),
     default=Path("profiler_output"),
     show_default=True,
-    help="Folder of the report and the trace.",
+    help="Output folder of the report and the trace.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(min=2),
     default=20,
     show_default=True,
-    help="Steps of each measurement, unless it takes too long.",
+    help="Steps per measurement; fewer if they take too long.",
 )
 @click.argument("overrides", nargs=-1)
 def profile(*, config_path: Path, out: Path, steps: int, overrides: tuple[str, ...]) -> None:
-    """Measure where each second of training goes, and what would make it faster.
+    """Measure where training spends its time, and advise what makes it faster.
 
-    Writes OUT/profile_report.json and a trace for Perfetto (or TensorBoard with torch-tb-profiler);
-    trains nothing that is kept. OVERRIDES are key=value pairs laid over the file.
+    Writes OUT/profile_report.json and a trace for Perfetto (or TensorBoard with torch-tb-profiler).
+    No weights are kept. OVERRIDES are key=value pairs that replace keys of the file.
 
     \b
     python -m train profile --config configs/demo.yaml
     """  # noqa: D301
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of memory older than the profiler
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # that it begins and ends
+    # Hide messages about memory that is older than the profiler, and about its start and end.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from train.tools.profile import run_profile
 
-    config = load_train_config(config_path, overrides, say=_warn)
+    config = load_train_config(config_path, overrides, warn=_warn)
     run_profile(config, origin=config_path, out=out, num_steps=steps)
 
 

@@ -1,5 +1,7 @@
-"""The training configuration: one frozen class per YAML section; see
-``configs/training_config.yaml``.
+"""The training configuration: one frozen class per YAML section.
+
+The string below each key says its meaning, unit, range and why it has this default. An example file
+is ``configs/training_config.yaml``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Head(enum.StrEnum):
-    """What the model predicts; each has its loss, ``loss_<head>``."""
+    """The model's prediction heads; each has its loss, ``loss_<head>``."""
 
     INTERNAL_TEXT = "internal_text"
     EXTERNAL_TEXT = "external_text"
@@ -40,105 +42,111 @@ HEAD_STREAM: Mapping[Head, Stream] = {
 """The stream whose next tick each head predicts."""
 
 
-def _as_place(value: object) -> Path | str:
-    """A local path as a path; a URL stays as it is written."""
+def _parse_folder_or_url(value: object) -> Path | str:
+    """Return a local folder as a path, and a URL as it is written."""
     if not isinstance(value, str | Path):
         raise ValueError(f"{value!r} is neither a folder nor a URL")
-    place = parse_location(value)
-    if not isinstance(place, Store):
-        return place
-    if redact_url(place.url) != place.url:
+    location = parse_location(value)
+    if not isinstance(location, Store):
+        return location
+    if redact_url(location.url) != location.url:
         raise ValueError(
-            f"{place}: checkpoints and logs hold the configuration, so no password may stand in "
-            "it; put it into ~/.netrc or the environment"
+            f"{location} has a password in it, which would be written to checkpoints and logs; "
+            "fix: put it into ~/.netrc or the environment"
         )
-    return place.url
+    return location.url
 
 
-Place = Annotated[Path | str, BeforeValidator(_as_place)]
+FolderOrUrl = Annotated[Path | str, BeforeValidator(_parse_folder_or_url)]
 """A folder, or the URL of one."""
 
 
 class MixedSet(Section):
     """One shard set of a mix."""
 
-    shards: Place
+    shards: FolderOrUrl
     """A shard set, as `data.shards`."""
     weight: float = Field(1.0, gt=0)
-    """Its share of the samples is this, of the sum of all weights."""
+    """Weight of the set, above 0. Its share of the samples is its weight divided by the sum of all
+    weights, so equal defaults mean equal shares."""
     name: str | None = Field(None, pattern=r"^[\w.-]+$")
-    """In TensorBoard and in checkpoints; null means the last part of `shards`."""
+    """Name in TensorBoard and in checkpoints: letters, digits, `_`, `.` and `-`. null means the
+    last component of `shards`."""
 
     @property
     def title(self) -> str:
-        """Its name; "" where nothing gives one."""
-        place = str(self.shards)
-        path = urlsplit(place).path if "://" in place else place
+        """The set's name; "" if neither `name` nor `shards` gives one."""
+        location = str(self.shards)
+        path = urlsplit(location).path if "://" in location else location
         return self.name or re.sub(r"[^\w.-]", "-", path.rstrip("/").rpartition("/")[2])
 
 
 class DataConfig(Section):
     """Where samples come from and how they are batched."""
 
-    shards: Place | None = None
-    """A shard set made by `python -m preprocess shards`; the fast way. A folder, or a URL such as
-    s3://bucket/set or https://host/set (anything that fsspec opens), which is read through a cache
-    on this machine."""
+    shards: FolderOrUrl | None = None
+    """A shard set that `python -m preprocess shards` built; the fast way to read data. A folder, or
+    a URL such as s3://bucket/set or https://host/set (anything that fsspec opens). A URL is read
+    through a cache on this machine."""
     mix: tuple[MixedSet, ...] | None = None
-    """Instead of `shards`: several shard sets, of which each batch has samples by weight. Each set
-    goes through epochs of its own, so a small set with a large weight is seen more often; held-out
+    """Several shard sets instead of `shards`. Each batch has samples of them by weight. Each set
+    has its own epochs, so a small set with a large weight is repeated more often. The held-out
     sessions are those of all sets."""
     cache_dir: Path | None = None
-    """Folder for copies of sets behind URLs, shared by every run of this machine; on a local disk.
+    """Folder for copies of sets behind URLs; use a local disk. All runs on this machine share it.
     null means vr-creature/shards under $XDG_CACHE_HOME or ~/.cache."""
     cache_gb: float = Field(64, gt=0)
-    """So many gigabytes (10^9 bytes) of copies are kept; what was used longest ago goes first. A
-    run needs room for two blocks (of each set of a mix): 17 GB with 32 shards of 256 MiB. A set
-    that fits wholly, 100 hours or so here, is fetched only once."""
+    """Largest size of the cache in gigabytes (10^9 bytes); copies used longest ago are evicted
+    first. A run needs space for two shuffle blocks of each set: 17 GB with 32 shards of 256 MiB. A
+    set that fits completely is downloaded only once; the default holds about 100 hours."""
     root_dir: Path | None = None
-    """A folder of session folders. Without `shards` and `mix` they are read directly, the
-    small-data way."""
+    """Folder of session folders. Without `shards` and `mix`, sessions are read directly, which is
+    slower and suits small data. With shards, it is only named in messages and commands."""
     recipe: Path | None = None
-    """With root_dir: the recipe that cuts the sessions; null means the default recipe."""
+    """The recipe that divides sessions of `root_dir` into samples; null means the default recipe.
+    Shards contain their recipe."""
     batch_size: int = Field(8, ge=1)
-    """Samples per global batch, which the ranks of torchrun share equally. A run may go on with a
-    divisor of it, and with accumulation_steps as much larger."""
+    """Samples per global batch; torchrun's ranks share it equally. A run can be resumed with a
+    divisor of this batch size if accumulation_steps grows by the same factor."""
     modalities: tuple[Stream, ...] | None = Field(None, min_length=1)
-    """Streams that the model sees; null means all of them, or only text where only text is trained.
-    """
+    """Streams that are the model's inputs. null means all streams, or only the trained text streams
+    if nothing but text is trained."""
     pixels: Literal["yuv420", "rgb"] = "yuv420"
-    """Form of the frames in a batch: planes, half the bytes, which become RGB on the training
-    device; or RGB. The numbers that the model sees differ by rounding at most, but for shards of
-    `vision.codec: raw`, whose RGB becomes planes. Where the training device is a CPU, rgb costs it
-    0.2 ms less per frame of 224 pixels."""
+    """Form of frames in a batch. yuv420: planes, which take half the bytes of RGB and are converted
+    on the training device. rgb: RGB, converted by the loader; on a training device that is a CPU it
+    saves 0.2 ms per frame of 224 pixels. The model's inputs differ by rounding only, except for
+    shards with `vision.codec: raw`, whose RGB frames yuv420 converts to planes and back."""
     num_workers: int = Field(2, ge=0)
-    """Loader processes; 0 reads in the training process. Never changes which samples are in a
-    batch."""
+    """Number of loader processes; 0 reads in the training process. It never changes which samples
+    are in a batch. `python -m train profile` measures a good value."""
     prefetch_batches: int = Field(2, ge=1)
-    """Batches each loader process keeps ready."""
+    """Batches that each loader process prepares in advance."""
     shuffle_block_shards: int = Field(32, ge=1)
-    """Shards whose samples are mixed with each other; more mixes better, fewer keep fewer files
-    open and, of remote sets, fetch less ahead. 32 shards of 256 MiB and sessions of 10 minutes give
-    0.85 of the sessions that a full permutation puts into a batch of 32 (16: 0.72, 64: 0.92), by
-    tests/benchmarks/bench_shuffle.py."""
+    """Number of shards whose samples are shuffled together. More shards shuffle better; fewer keep
+    fewer files open and, for remote sets, need less space and prefetching. With 32 shards of
+    256 MiB and sessions of 10 minutes, a batch of 32 has 0.85 of the sessions that a full shuffle
+    gives it (16 shards: 0.72, 64: 0.92), by tests/benchmarks/bench_shuffle.py."""
     last_batch: Literal["pad", "drop"] = "pad"
-    """What becomes of an epoch's incomplete last batch: filled up with samples of weight 0, or left
-    out. A mix has no such batch: its sets begin anew within batches."""
+    """An epoch's incomplete last batch is padded with samples of weight 0, or dropped. A mix has no
+    such batch, because its sets restart within batches."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """More corrupt samples than this share of those read stop the run."""
+    """Largest share of corrupt samples among those read; more stop the run. Corrupt samples are
+    substituted by other samples, and reported."""
 
     @model_validator(mode="after")
-    def _one_way_to_name_sets(self) -> DataConfig:
+    def _check_sets(self) -> DataConfig:
         if self.mix is not None:
             if self.shards is not None:
-                raise ValueError("data.shards and data.mix both name shard sets; leave one out")
+                raise ValueError(
+                    "data.shards and data.mix both name shard sets; fix: remove one of them"
+                )
             if not self.mix:
-                raise ValueError("data.mix names no set; leave it out, or name one")
+                raise ValueError("data.mix names no set; fix: remove it, or name a set")
             titles = [each.title for each in self.mix]
             for title in titles:
                 if not title or titles.count(title) > 1:
                     fault = f"two sets called {title!r}" if title else "a set without a name"
-                    raise ValueError(f"data.mix has {fault}; give each a name of its own")
+                    raise ValueError(f"data.mix has {fault}; fix: give each set a name of its own")
         return self
 
     @property
@@ -150,8 +158,8 @@ class DataConfig(Section):
 
     @property
     def source_description(self) -> str:
-        """Where samples come from, for messages."""
-        return ", ".join(str(place) for place in self.sets.values()) or str(self.root_dir)
+        """The folders and URLs that samples come from, for messages."""
+        return ", ".join(str(location) for location in self.sets.values()) or str(self.root_dir)
 
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -161,85 +169,92 @@ class OptimizerConfig(Section):
     """AdamW (Loshchilov & Hutter 2019)."""
 
     lr: float = Field(3e-4, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate, above 0."""
     betas: tuple[_Decay, _Decay] = (0.9, 0.95)
-    """Decay of the running means of the gradient and of its square."""
+    """Decay rates of the running means of the gradient and of its square, in [0, 1). Language
+    models are usually trained with these."""
     eps: float = Field(1e-8, gt=0)
-    """Keeps the division by the root of the running mean of squares finite."""
+    """Added to the root of the mean square, so that the division by it stays finite."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled decay, on matrices only."""
+    """Decoupled weight decay; it applies to matrices, not to biases, norms or scales."""
     warmup_steps: int = Field(100, ge=0)
-    """Steps over which the learning rate rises from 0."""
+    """Steps in which the learning rate rises linearly from 0 to `lr`."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """Share of the peak at which the cosine ends."""
+    """Share of `lr` at which the cosine schedule ends, at `max_steps`."""
 
 
 class CheckpointConfig(Section):
-    """Where checkpoints go and how many are kept."""
+    """Where checkpoints are saved and how many are kept."""
 
     save_dir: Path = Path("checkpoints")
-    """Folder of model_step_N.pt and model_final.pt."""
+    """Folder of model_step_N.pt and model_final.pt. A new run refuses to start in a folder that
+    holds another run's checkpoints."""
     keep_last_n: int = Field(3, ge=1)
-    """Older step checkpoints are removed."""
+    """Number of newest step checkpoints that are kept; older ones are removed."""
 
 
 class LossWeights(Section):
-    """Share of each loss in loss_total; 0 switches the head off and, where nothing else needs it,
-    its stream.
+    """Weight of each head's loss in loss_total.
+
+    0 switches the head off and, if nothing else needs its stream, the stream is not read.
     """
 
     internal_text: float = Field(1.0, ge=0)
-    """Weight of the thought loss."""
+    """Weight of the internal text (thoughts)."""
     external_text: float = Field(1.0, ge=0)
-    """Weight of the speech loss."""
+    """Weight of the external text (speech)."""
     audio: float = Field(1.0, ge=0)
-    """Weight of the sound loss."""
+    """Weight of the audio."""
     animation: float = Field(1.0, ge=0)
-    """Weight of the movement loss."""
+    """Weight of the body movement."""
 
     @model_validator(mode="after")
-    def _something_is_learned(self) -> LossWeights:
+    def _check_not_all_zero(self) -> LossWeights:
         if not any(getattr(self, head) for head in Head):
-            raise ValueError("all loss weights are 0; nothing would be learned, set one above 0")
+            raise ValueError(
+                "all loss weights are 0, so nothing would be learned; fix: set one above 0"
+            )
         return self
 
 
 class TrainingConfig(Section):
-    """The optimizer loop."""
+    """The training loop."""
 
     max_steps: int = Field(100_000, ge=1)
     """Optimizer steps of the whole run."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides initial weights, dropout and the order of samples."""
     device: str = "auto"
-    """auto takes cuda where there is one, else cpu."""
+    """auto, cpu, cuda or cuda:N; auto is cuda if there is a GPU, else cpu."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Under torchrun: ddp holds the whole model on every rank, fsdp (FSDP2) a share of it, for
-    models that do not fit one GPU; auto is ddp. Never changes the numbers beyond rounding."""
+    """How torchrun's ranks share the model. ddp: each rank holds the whole model. fsdp (FSDP2):
+    each holds a shard, for models that do not fit one GPU. auto is ddp. It changes results by
+    rounding only."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Numbers of the forward pass; auto takes bf16 on a GPU that has it, else fp32."""
+    """Number format of the forward pass; auto is bf16 on a GPU that has it, else fp32."""
     compile: bool = False
-    """Compile the model by torch.compile; slower start, faster steps."""
+    """Whether to compile the model by torch.compile: the start takes minutes, steps are faster."""
     num_threads: int | None = Field(None, ge=1)
-    """CPU threads of the trainer; null takes the cores that the loader processes leave over."""
+    """CPU threads of the trainer; null uses the cores that loader processes and other ranks do not
+    need."""
     accumulation_steps: int = Field(1, ge=1)
-    """Micro-batches of batch_size per optimizer step."""
+    """Number of micro-batches of batch_size samples per optimizer step."""
     grad_clip: float = Field(1.0, gt=0)
-    """Largest norm of the whole gradient."""
+    """Largest norm of the whole gradient; a larger gradient is scaled down to it."""
     spike_sigma: float | None = Field(6.0, gt=0)
-    """A step whose loss or gradient norm is, in logarithms, so many standard deviations above those
-    of the newest 128 steps, the loss at least a quarter above their mean and the norm twice it, is
-    left out; null takes every finite step."""
+    """Steps whose loss or gradient norm is a spike are skipped. A spike's logarithm exceeds the
+    mean of the newest 128 steps by more than this many standard deviations; besides, a loss exceeds
+    their mean by a quarter, a norm is twice theirs. null skips no finite step."""
     log_interval: int = Field(100, ge=1)
     """Steps between log lines."""
     eval_interval: int = Field(1000, ge=1)
-    """Steps between measurements on held-out sessions."""
+    """Steps between evaluations on held-out sessions."""
     eval_batches: int = Field(20, ge=1)
-    """At most so many held-out batches per measurement."""
+    """Largest number of held-out batches per evaluation."""
     save_interval: int = Field(1000, ge=1)
     """Steps between checkpoints."""
     log_dir: Path = Path("runs")
-    """TensorBoard logs; one folder per run below it."""
+    """Folder of TensorBoard logs; each run has a folder in it."""
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpointing: CheckpointConfig = CheckpointConfig()
     loss_weights: LossWeights = LossWeights()
@@ -249,44 +264,45 @@ class ModelConfig(Section):
     """Size of the MultiModalCreature."""
 
     size: Literal["tiny", "small", "medium", "large"] | None = None
-    """About 10M, 100M, 500M or 1B parameters; sets hidden_dim, num_layers and num_heads. One of
-    them beside it changes that one; on the command line it takes the place of those in the file."""
+    """About 10M, 100M, 500M or 1B parameters. It sets hidden_dim, num_layers and num_heads; one of
+    these beside it overrides that one. On the command line it replaces those in the file."""
     hidden_dim: int | None = Field(None, ge=16, multiple_of=8)
-    """Width; 512 where neither it nor size is given."""
+    """Width of the model, a multiple of 8; 512 if neither it nor size is set."""
     num_layers: int | None = Field(None, ge=1)
-    """Depth of the backbone; 6 where neither it nor size is given."""
+    """Number of layers of the backbone; 6 if neither it nor size is set."""
     num_heads: int | None = Field(None, ge=1)
-    """Attention heads; null means one per 64 of width."""
+    """Number of attention heads; null means one per 64 of width."""
     vision_layers: int = Field(2, ge=0)
-    """Depth of the frame encoder."""
+    """Number of layers of the frame encoder."""
     patch_size: int = Field(16, ge=2)
-    """Side of a frame patch in pixels; divides the recipe's vision.size."""
+    """Side of a frame's patches in pixels; must divide the recipe's vision.size."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of activations dropped while training."""
+    """Share of activations dropped in training, in [0, 1)."""
     modality_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of samples from which a modality (both eyes are one) is hidden while training, each by
-    itself; so the model knows sessions that lack it, which takes more steps. Text alone has none.
-    """
+    """Share of samples from which a modality is hidden in training, in [0, 1); each modality
+    independently, both cameras as one. The model then learns to work without it, which takes more
+    steps. It does not apply if text is the only input."""
     tick_rate_hz: float = Field(10.0, gt=0)
-    """Time steps per second; divides the recipe's mel.rate_hz and sensors.rate_hz."""
+    """Model time steps per second; must divide the recipe's mel.rate_hz and sensors.rate_hz."""
     pad_weight: float = Field(0.1, ge=0, le=1)
-    """Weight of a silent tick in the text losses, where a token's is 1."""
+    """Weight of a silent tick in the text losses, where a token has weight 1. Most ticks are
+    silent, and would otherwise outweigh the tokens."""
     gradient_checkpointing: bool | None = None
-    """Recompute the activations of all layers, of backbone and frames, in the backward pass to save
-    memory; null means only for size large."""
+    """Whether to recompute the activations of all layers, of backbone and frame encoder, in the
+    backward pass, which saves memory and costs time. null means only for size large."""
 
     @model_validator(mode="after")
-    def _size_says_something(self) -> ModelConfig:
+    def _check_size(self) -> ModelConfig:
         if self.size is not None and self.hidden_dim is not None and self.num_layers is not None:
             raise ValueError(
-                f"model.size {self.size} says nothing beside hidden_dim {self.hidden_dim} and "
-                f"num_layers {self.num_layers}; leave out either size, or one of them"
+                f"model.size {self.size} has no effect beside hidden_dim {self.hidden_dim} and "
+                f"num_layers {self.num_layers}; fix: remove size, or one of the two"
             )
         return self
 
     @property
     def is_checkpointing(self) -> bool:
-        """Whether layers compute their activations again."""
+        """Whether layers recompute their activations in the backward pass."""
         if self.gradient_checkpointing is None:
             return self.size == "large"
         return self.gradient_checkpointing
@@ -301,17 +317,17 @@ class TrainConfig(Section):
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        """Heads whose loss counts."""
+        """Heads whose loss weight is above 0."""
         return tuple(h for h in Head if getattr(self.training.loss_weights, h) > 0)
 
     @property
     def target_streams(self) -> tuple[Stream, ...]:
-        """Streams that the active heads are compared with."""
+        """Streams that the active heads predict."""
         return tuple(HEAD_STREAM[h] for h in self.heads)
 
     @property
     def input_streams(self) -> tuple[Stream, ...]:
-        """Streams that the model sees."""
+        """Streams that are the model's inputs."""
         if self.data.modalities is not None:
             return tuple(s for s in STREAMS if s in self.data.modalities)
         if set(self.target_streams) <= set(TEXT_STREAMS):
@@ -320,58 +336,58 @@ class TrainConfig(Section):
 
     @property
     def is_text_only(self) -> bool:
-        """Whether nothing but text is read, so that batches are packed densely."""
+        """Whether only text is read, so that batches are packed densely."""
         return {*self.input_streams, *self.target_streams} <= set(TEXT_STREAMS)
 
 
 def load_train_config(
-    path: Path, overrides: Sequence[str] = (), *, say: Callable[[str], object] | None = None
+    path: Path, overrides: Sequence[str] = (), *, warn: Callable[[str], object] = lambda _: None
 ) -> TrainConfig:
-    """Read a file with ``key.sub=value`` overrides on top, where the size of the model that is
-    named last counts.
+    """Read a configuration file and apply ``key.sub=value`` overrides.
+
+    Overrides of the model's size replace the file's other keys about its size.
 
     Args:
         path: the file.
-        overrides: laid over it.
-        say: told which of the file's keys do not count any more.
+        overrides: applied on top of it.
+        warn: called with a message for each key of the file that has no effect any more.
 
     Raises:
-        ConfigError: the file or an override can't be used.
+        ConfigError: the file or an override cannot be used.
     """
-    values, given = read_yaml(path), apply_overrides({}, overrides)
+    values, override_values = read_yaml(path), apply_overrides({}, overrides)
     model = values.get("model")
     if isinstance(model, dict):
-        over = _superseded(model, given.get("model"))
-        values["model"] = {key: value for key, value in model.items() if key not in over}
-        for key in over:
-            if say is not None:
-                say(f"{path}: model.{key} {model[key]} gives way to the command line's size")
+        superseded = _superseded_keys(model, override_values.get("model"))
+        values["model"] = {key: value for key, value in model.items() if key not in superseded}
+        for key in superseded:
+            warn(f"{path}: model.{key} {model[key]} is replaced by the size on the command line")
     values = apply_overrides(values, overrides)
     return make_section(TrainConfig, values, origin=str(path), overrides=overrides)
 
 
-def _superseded(model: Mapping[str, Any], given: object) -> list[str]:
-    """Keys of a file's model that say what those given on the command line say anew."""
-    given = given if isinstance(given, dict) else {}
-    over: tuple[str, ...] = ()
-    if given.get("size") is not None:
-        over = ("hidden_dim", "num_layers", "num_heads")
-    elif given.get("hidden_dim") is not None and given.get("num_layers") is not None:
-        over = ("size",)
-    return [key for key in over if model.get(key) is not None and key not in given]
+def _superseded_keys(model: Mapping[str, Any], override: object) -> list[str]:
+    """Return the size keys of a file's model section that overrides of the size replace."""
+    override = override if isinstance(override, dict) else {}
+    keys: tuple[str, ...] = ()
+    if override.get("size") is not None:
+        keys = ("hidden_dim", "num_layers", "num_heads")
+    elif override.get("hidden_dim") is not None and override.get("num_layers") is not None:
+        keys = ("size",)
+    return [key for key in keys if model.get(key) is not None and key not in override]
 
 
 def as_train_config(config: object) -> TrainConfig:
-    """A validated configuration, from one or from plain values as ``yaml.safe_load`` gives them.
+    """Validate a configuration, given as a TrainConfig or as the dict of ``yaml.safe_load``.
 
     Raises:
-        ConfigError: it is neither of them, or has a wrong key or value.
+        ConfigError: it is neither, or has a wrong key or value.
     """
     if isinstance(config, TrainConfig):
         return config
     if not isinstance(config, Mapping):
         raise ConfigError(
-            f"the configuration is {str(config)[:80]!r}, a {type(config).__name__}; give a "
+            f"the configuration is {str(config)[:80]!r}, a {type(config).__name__}; fix: give a "
             "TrainConfig or a dict, such as yaml.safe_load(open(FILE)) returns"
         )
     return make_section(TrainConfig, config)

@@ -19,7 +19,7 @@ def size_of(folder, model, *overrides):
     """Width and depth, and what was said."""
     path, said = folder / "mine.yaml", []
     path.write_text(f"model: {model}\n")
-    config = load_train_config(path, overrides, say=said.append)
+    config = load_train_config(path, overrides, warn=said.append)
     return dimensions(config.model)[:2], said
 
 
@@ -46,9 +46,9 @@ def test_the_size_that_is_named_last_counts_and_what_does_not_is_said(
 
 
 def test_a_size_that_says_nothing_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"size tiny says nothing beside hidden_dim 64 and num_l"):
+    with pytest.raises(ConfigError, match=r"tiny has no effect beside hidden_dim 64 and num_l"):
         size_of(tmp_path, "{size: tiny, hidden_dim: 64, num_layers: 1}")
-    with pytest.raises(ConfigError, match="says nothing"):
+    with pytest.raises(ConfigError, match="has no effect"):
         size_of(tmp_path, "{}", "model.size=tiny", "model.hidden_dim=64", "model.num_layers=1")
 
 
@@ -56,7 +56,7 @@ def test_a_section_at_odds_with_an_override_names_both_file_and_override(tmp_pat
     overrides = ["model.size=tiny", "model.hidden_dim=64", "model.num_layers=1"]
     with pytest.raises(ConfigError) as caught:
         size_of(tmp_path, "{dropout: 0.1}", *overrides)
-    says = f"{tmp_path / 'mine.yaml'} with {' '.join(overrides)}: model: model.size tiny says"
+    says = f"{tmp_path / 'mine.yaml'} with {' '.join(overrides)}: model: model.size tiny has"
     assert str(caught.value).startswith(says)
 
 

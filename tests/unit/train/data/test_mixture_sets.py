@@ -238,8 +238,11 @@ def test_sets_that_one_model_can_not_read_are_refused(tiny_set, tmp_path):
     ("data", "complaint"),
     [
         ({"shards": "a", "mix": [{"shards": "b"}]}, "data.shards and data.mix both name"),
-        ({"mix": [{"shards": "x/a"}, {"shards": "y/a"}]}, "two sets called 'a'; give each a name"),
-        ({"mix": [{"shards": "/"}]}, "a set without a name; give each"),
+        (
+            {"mix": [{"shards": "x/a"}, {"shards": "y/a"}]},
+            "two sets called 'a'; fix: give",
+        ),
+        ({"mix": [{"shards": "/"}]}, "a set without a name; fix: give"),
         ({"mix": [{"shards": "a", "weight": 0}]}, "greater than 0"),
         ({"mix": [{"shards": "a", "weight": float("inf")}]}, "finite"),
         ({"mix": []}, "names no set"),
@@ -267,7 +270,10 @@ def test_a_set_that_is_not_there_is_named(tiny_set, tmp_path):
     )
     result = CliRunner().invoke(cli, ["run", "--config", str(path)])
     assert result.exit_code == 2
-    assert f"'data.mix[1].shards' is {tmp_path}/none: not there; make it by" in result.output
+    assert (
+        f"'data.mix[1].shards' is {tmp_path}/none: does not exist; fix: build it by"
+        in result.output
+    )
 
 
 # --- training --------------------------------------------------------------------------------
