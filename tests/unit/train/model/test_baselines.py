@@ -1,15 +1,29 @@
+"""Baselines against loops and dictionaries, fitted and stored."""
+
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shared.errors import ConfigError
 from train.config import Head, as_train_config
 from train.data.batch import WindowShapes
-from train.model.baselines import Baselines, compare, constant_velocity, copy_last_pose, unigram
+from train.model.baselines import (
+    Baselines,
+    Trigrams,
+    compare,
+    constant_velocity,
+    copy_last_pose,
+    count_level_pairs,
+    level_transitions,
+    unigram,
+)
 
 SHAPES = WindowShapes(
     num_ticks=6,
@@ -101,32 +115,32 @@ def pose_oracle(predict):
         for sample in range(3, 18):
             if not valid[b, sample]:
                 continue
-            seen = [s for s in range(sample // 3 * 3) if valid[b, s]]
-            last = poses[b, seen[-1]] if seen else np.zeros(4)
-            error = predict(last, (sample - seen[-1]) / 30 if seen else 0.0) - poses[b, sample]
-            far = np.abs(error[2:])
-            smooth = np.where(far < 1, far**2 / 2, far - 0.5)
+            known = [s for s in range(sample // 3 * 3) if valid[b, s]]
+            last = poses[b, known[-1]] if known else np.zeros(4)
+            error = predict(last, (sample - known[-1]) / 30 if known else 0.0) - poses[b, sample]
+            size = np.abs(error[2:])
+            smooth = np.where(size < 1, size**2 / 2, size - 0.5)
             errors.append((1 - np.cos(error[:2])).mean() + smooth.mean())
             shares.append(weight[b])
     return np.average(errors, weights=shares)
 
 
-def test_copying_the_last_pose_scores_as_a_loop_over_samples_does(fitted):
+def test_copy_last_pose_equals_a_loop_over_samples(fitted):
     expected = pose_oracle(lambda last, elapsed_s: last)
-    found = mean(fitted.losses(HELD_OUT), "animation/copy_last_pose")
-    assert found == pytest.approx(expected, rel=1e-5)
+    loss = mean(fitted.losses(HELD_OUT), "animation/copy_last_pose")
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_constant_velocity_scores_as_a_loop_over_samples_does(fitted):
+def test_constant_velocity_equals_a_loop_over_samples(fitted):
     expected = pose_oracle(
         lambda last, elapsed_s: np.concatenate([last[:2] + last[2:] * elapsed_s, last[2:]])
     )
-    found = mean(fitted.losses(HELD_OUT), "animation/constant_velocity")
-    assert found == pytest.approx(expected, rel=1e-5)
+    loss = mean(fitted.losses(HELD_OUT), "animation/constant_velocity")
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("head", ["internal_text", "external_text"])
-def test_the_text_unigram_scores_as_a_loop_over_ticks_does(fitted, head):
+def test_the_text_unigram_equals_a_loop_over_ticks(fitted, head):
     counts = token_counts(head)
     counts[0] *= PAD_WEIGHT
     total = count = 0.0
@@ -137,11 +151,11 @@ def test_the_text_unigram_scores_as_a_loop_over_ticks_does(fitted, head):
                 share = HELD_OUT["weight"][b] * (PAD_WEIGHT if token == 0 else 1.0)
                 total -= share * math.log((counts[token] + 1) / (sum(counts) + 7))
                 count += share
-    found = mean(fitted.losses(HELD_OUT), f"{head}/unigram")
-    assert found == pytest.approx(total / count, rel=1e-5)
+    loss = mean(fitted.losses(HELD_OUT), f"{head}/unigram")
+    assert loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_the_audio_unigram_scores_as_a_loop_over_frames_and_channels_does(fitted):
+def test_the_audio_unigram_equals_a_loop_over_frames_and_channels(fitted):
     counts = level_counts()
     total = count = 0.0
     for b in range(5):
@@ -152,11 +166,11 @@ def test_the_audio_unigram_scores_as_a_loop_over_frames_and_channels_does(fitted
                     share = (counts[channel, level] + 1) / (counts[channel].sum() + 4)
                     total -= HELD_OUT["weight"][b] * math.log(share)
                     count += HELD_OUT["weight"][b]
-    found = mean(fitted.losses(HELD_OUT), "audio/unigram")
-    assert found == pytest.approx(total / count, rel=1e-5)
+    loss = mean(fitted.losses(HELD_OUT), "audio/unigram")
+    assert loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_the_audio_bigram_scores_as_a_loop_over_frames_and_channels_does(fitted):
+def test_the_audio_bigram_equals_a_loop_over_frames_and_channels(fitted):
     pairs = pair_counts()
     alone = (level_counts() + 1) / (level_counts() + 1).sum(1, keepdims=True)
     total = count = 0.0
@@ -193,7 +207,7 @@ def test_the_trigram_is_scored_on_the_tokens_and_weights_of_the_heads_loss(fitte
     )
 
 
-def test_no_other_unigram_has_a_lower_loss_on_what_it_was_fitted_to():
+def test_no_other_unigram_has_a_lower_loss_on_the_fitted_counts():
     rng = np.random.default_rng(0)
     counts = torch.from_numpy(rng.integers(1, 10_000, 7).astype("f8"))
     shares = counts.numpy() * np.array([PAD_WEIGHT, *[1.0] * 6])
@@ -202,7 +216,7 @@ def test_no_other_unigram_has_a_lower_loss_on_what_it_was_fitted_to():
     assert (-(others * shares).sum(1) >= -(best * shares).sum()).all()
 
 
-def test_baselines_know_nothing_of_the_tick_that_they_predict():
+def test_baselines_do_not_depend_on_the_tick_that_they_predict():
     poses, valid = torch.randn(1, 18, 4), torch.ones(1, 18, dtype=torch.bool)
     changed = poses.clone()
     changed[:, 9:] = torch.nan
@@ -213,7 +227,7 @@ def test_baselines_know_nothing_of_the_tick_that_they_predict():
         assert torch.equal(predict(poses)[:, :3], predict(changed)[:, :3])
 
 
-def test_uniform_motion_is_free_for_constant_velocity():
+def test_constant_velocity_predicts_uniform_motion_exactly():
     time_s = np.arange(18) / 30
     velocity = np.array([0.5, -0.25])
     poses = np.concatenate([time_s[:, None] * velocity, np.tile(velocity, (18, 1))], axis=1)
@@ -229,7 +243,7 @@ def test_uniform_motion_is_free_for_constant_velocity():
     assert mean(losses, "animation/constant_velocity") < 1e-6
 
 
-def test_fitting_on_batches_is_fitting_on_their_rows_one_by_one(fitted):
+def test_fitting_on_batches_equals_fitting_on_single_rows(fitted):
     rows = [
         {
             "targets": {k: v[b : b + 1] for k, v in batch["targets"].items()},
@@ -262,7 +276,7 @@ def test_baselines_survive_torchs_safe_loader(fitted, tmp_path):
     assert read.mean_losses([HELD_OUT]) == fitted.mean_losses([HELD_OUT])
 
 
-def test_an_older_checkpoints_lists_have_no_sequence_models(fitted):
+def test_lists_of_an_older_checkpoint_have_no_sequence_models(fitted):
     lists = {"counts": {head: c.tolist() for head, c in fitted.as_dict()["counts"].items()}}
     read = Baselines.from_dict(lists, config=CONFIG, shapes=SHAPES)
     losses = fitted.mean_losses([HELD_OUT])
@@ -276,7 +290,7 @@ def test_counts_of_another_model_are_refused(fitted):
         Baselines.from_dict(fitted.as_dict(), config=CONFIG, shapes=other)
 
 
-def test_a_manifests_statistics_fill_the_ticks_without_a_token_with_silence():
+def test_from_statistics_counts_ticks_without_a_token_as_silence():
     statistics = {
         "num_samples": 10,
         "dmel_levels": [[1, 2, 3, 4]] * 3,
@@ -284,20 +298,20 @@ def test_a_manifests_statistics_fill_the_ticks_without_a_token_with_silence():
         "external_tokens": [],
     }
     counts = Baselines.from_statistics(statistics, config=CONFIG, shapes=SHAPES).counts
-    assert {head: found.tolist() for head, found in counts.items()} == {
+    assert {head: each.tolist() for head, each in counts.items()} == {
         "internal_text": [49.0, 5.0, 6.0, 0.0, 0.0, 0.0, 0.0],
         "audio": [[1.0, 2.0, 3.0, 4.0]] * 3,
     }
 
 
-def test_heads_that_are_off_have_no_baseline():
+def test_disabled_heads_have_no_baseline():
     config = as_train_config({"training": {"loss_weights": {"animation": 0, "audio": 0}}})
     losses = Baselines.fit(TRAIN, config=config, shapes=SHAPES).losses(HELD_OUT)
     names = ("unigram", "trigram")
     assert set(losses) == {f"{h}_text/{name}" for h in ("internal", "external") for name in names}
 
 
-def test_the_table_says_which_heads_beat_which_baseline():
+def test_compare_shows_which_heads_beat_which_baseline():
     rows = compare(
         {"loss_total": 9.0, "loss_audio": 1.0, "loss_animation": 0.3, "loss_internal_text": None},
         {
@@ -311,3 +325,141 @@ def test_the_table_says_which_heads_beat_which_baseline():
         ("audio", "unigram", True),
         ("animation", "copy_last_pose", False),
     ]
+
+
+VOCAB = 6
+
+
+def make_tokens(seed, *, size=4, ticks=9):
+    """Tokens of which the first two are frequent, with garbage under the masks."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.choice(VOCAB, (size, ticks), p=[0.5, 0.2, 0.1, 0.1, 0.06, 0.04])
+    valid = rng.random((size, ticks)) < 0.8
+    tokens[~valid] = 77
+    weight = rng.choice([0.0, 1.0], size, p=[0.3, 0.7])
+    return tokens, valid, weight
+
+
+def as_tensors(case):
+    return tuple(torch.from_numpy(array) for array in case)
+
+
+def fit_trigrams(seeds):
+    trigrams = Trigrams.none(VOCAB)
+    for seed in seeds:
+        trigrams = trigrams.with_more(*as_tensors(make_tokens(seed)))
+    return trigrams
+
+
+def context_at(tokens, valid, b, t):
+    """The tokens at ticks t - 1 and t; silence if there is none."""
+    return tuple(int(tokens[b, s]) if s >= 0 and valid[b, s] else 0 for s in (t - 1, t))
+
+
+def trigram_counts(seeds):
+    """Counter of (first, second, third)."""
+    counts = Counter()
+    for seed in seeds:
+        tokens, valid, weight = make_tokens(seed)
+        for b in range(len(tokens)):
+            for t in range(1, tokens.shape[1]):
+                if weight[b] and valid[b, t]:
+                    counts[(*context_at(tokens, valid, b, t - 1), int(tokens[b, t]))] += 1
+    return counts
+
+
+def kneser_ney(counts):
+    """Probability as a function of (context, token), after Chen & Goodman 1999."""
+    tables = {3: counts}
+    tables[2] = Counter(gram[1:] for gram in tables[3])
+    tables[1] = Counter(gram[1:] for gram in tables[2])
+
+    def prob(context, token):
+        order = len(context) + 1
+        table = tables[order]
+        ones, twos = (sum(n == k for n in table.values()) for k in (1, 2))
+        discount = ones / (ones + 2 * twos) if ones and twos else 0.5
+        lower = prob(context[1:], token) if context else 1 / VOCAB
+        followers = {gram[-1]: n for gram, n in table.items() if gram[:-1] == context}
+        total = sum(followers.values())
+        if not total:
+            return lower
+        kept = discount * len(followers) / total
+        return max(followers.get(token, 0) - discount, 0) / total + kept * lower
+
+    return prob
+
+
+@pytest.mark.parametrize("seeds", [(0,), (1, 2, 3), range(40)], ids=len)
+@pytest.mark.parametrize("pad_weight", [0.1, 1.0])
+def test_the_trigram_equals_kneser_ney_by_dictionaries(seeds, pad_weight):
+    prob = kneser_ney(trigram_counts(seeds))
+    tokens, valid, _ = make_tokens(1000)
+    log_probs = fit_trigrams(seeds).log_probs(*as_tensors((tokens, valid)), pad_weight=pad_weight)
+    for b in range(len(tokens)):
+        for t in range(tokens.shape[1]):
+            context = context_at(tokens, valid, b, t)
+            shares = np.array([prob(context, token) for token in range(VOCAB)])
+            assert shares.sum() == pytest.approx(1, rel=1e-9)
+            shares[0] *= pad_weight
+            np.testing.assert_allclose(log_probs[b, t].exp(), shares / shares.sum(), rtol=1e-5)
+
+
+@settings(max_examples=30)
+@given(
+    seeds=st.lists(st.integers(0, 99), max_size=3), pad_weight=st.sampled_from([0.0, 1e-3, 0.1, 1])
+)
+def test_every_distribution_is_proper_and_positive(seeds, pad_weight):
+    tokens, valid, _ = as_tensors(make_tokens(1000))
+    log_probs = fit_trigrams(seeds).log_probs(tokens, valid, pad_weight=pad_weight)
+    assert torch.isfinite(log_probs).all()
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(tokens.shape))
+
+
+def test_each_trigram_is_stored_once_in_any_vocabulary():
+    tokens = torch.tensor([[199_999, 199_998, 199_997] * 30])
+    everything = (tokens, torch.ones_like(tokens, dtype=torch.bool), torch.ones(1))
+    trigrams = Trigrams.none(200_000).with_more(*everything).with_more(*everything)
+    assert len(trigrams.keys) == 4  # three of the cycle, and the first after silence
+    assert trigrams.counts.sum() == 2 * 89
+    assert trigrams.log_probs(tokens[:, :2], everything[1][:, :2], pad_weight=0.1).argmax(
+        -1
+    ).tolist() == [[199_998, 199_997]]
+
+
+def test_the_scaled_probability_of_silence_has_the_lowest_loss():
+    """Scaled by its weight, the distribution is the best one under a loss with that weight."""
+    tokens = torch.from_numpy(np.random.default_rng(0).choice(3, (1, 4000), p=[0.6, 0.3, 0.1]))
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    trigrams = Trigrams.none(3).with_more(tokens, valid, torch.ones(1))
+    weights = torch.where(tokens[:, 1:] == 0, 0.1, 1.0)
+
+    def loss(pad_weight):
+        log_probs = trigrams.log_probs(tokens, valid, pad_weight=pad_weight)[:, :-1]
+        return float((-log_probs.gather(2, tokens[:, 1:, None])[..., 0] * weights).sum())
+
+    assert loss(0.1) < min(loss(0.05), loss(0.2), loss(1.0))
+
+
+def test_level_pairs_equal_a_loop_over_frames():
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 4, (3, 12, 2), "u1")
+    valid = rng.random((3, 12)) < 0.7
+    levels[~valid] = 77
+    weight = np.array([1.0, 0.0, 0.5])
+    expected = np.zeros((2, 4, 4))
+    for b in range(3):
+        for frame in range(3, 12):
+            for channel in range(2):
+                if valid[b, frame - 1] and valid[b, frame]:
+                    pair = levels[b, frame - 1, channel], levels[b, frame, channel]
+                    expected[channel][pair] += weight[b]
+    pairs = count_level_pairs(*as_tensors((levels, valid, weight)), first=3, num_levels=4)
+    np.testing.assert_allclose(pairs, expected)
+
+
+def test_a_level_without_counts_is_followed_by_the_channels_own_distribution():
+    pairs = torch.tensor([[[3.0, 1.0], [0.0, 0.0]]], dtype=torch.float64)
+    own = torch.tensor([[0.75, 0.25]]).log()
+    expected = [[[3.75 / 5, 1.25 / 5], [0.75, 0.25]]]
+    np.testing.assert_allclose(level_transitions(pairs, own), expected, rtol=1e-6)
