@@ -122,7 +122,7 @@ def test_the_next_block_is_fetched_while_the_present_one_is_read(
     monkeypatch.setattr(storage, "READ_TIMEOUT_S", 30.0)
     loader = make_loader(url_of(server), settings, batch_size=1)
     next(iter(loader))
-    present_and_next = loader.order.order.shards_of(0, 0, 1)
+    present_and_next = loader.order.order.shards_in_blocks(0, 0, 1)
     entries = read_manifest(shards).in_split("train")
     assert len(present_and_next) == 4 < len(entries)
     expected = {
@@ -178,7 +178,7 @@ def test_a_cache_smaller_than_the_set_keeps_its_limit(server, shards, settings, 
     loader = make_loader(shards)
     sizes = {p.name: p.stat().st_size for p in shards.iterdir()}
     entries = read_manifest(shards).in_split("train")
-    order = loader.order.order.shards_of(0, 0, 99)[: len(entries)]
+    order = loader.order.order.shards_in_blocks(0, 0, 99)[: len(entries)]
     block = [sum(sizes[n] for n in sizes if n.startswith(entries[i].name)) for i in order]
     limit = max(sum(block[i : i + 4]) for i in range(len(block) - 3))
     assert limit < 0.8 * sum(block)
