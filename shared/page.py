@@ -59,7 +59,7 @@ MIN_BAND_WIDTH = 2.0
 """A shorter stretch is drawn this wide to stay visible."""
 
 MANY_BANDS = 100
-"""From this number on a band is at least one unit wide only; wider ones would fill the axis."""
+"""With this many bands the least width is one unit; wider bands would fill the axis."""
 
 _STEPS_S = (
     *(m * 10.0**e for e in range(-4, 1) for m in (1, 2, 5)),
@@ -239,19 +239,6 @@ def curve_path(curves: Iterable[Curve], *, axis: TimeAxis, values: ValueAxis) ->
         commands.append("M" + " ".join(f"{x:.5g},{y:.4g}" for x, y in points))
         if len(times_s) == 1:
             commands.append("h0")
-    return "".join(commands)
-
-
-def step_path(xs: NDArray[np.float64], ys: NDArray[np.float64]) -> str:
-    """Return the path of a staircase: `ys` [N] between the edges `xs` [N + 1]; NaN is a hole."""
-    commands: list[str] = []
-    is_open = False
-    for left, right, y in zip(xs[:-1].tolist(), xs[1:].tolist(), ys.tolist(), strict=True):
-        if math.isnan(y):
-            is_open = False
-            continue
-        commands.append(f"V{y:.4g}H{right:.5g}" if is_open else f"M{left:.5g},{y:.4g}H{right:.5g}")
-        is_open = True
     return "".join(commands)
 
 

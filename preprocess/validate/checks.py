@@ -85,7 +85,7 @@ def check_files(probe: SessionProbe) -> list[Finding]:
         is_optional = file == SESSION_INFO_FILE
         fix = "correct or delete it" if is_optional else "replace it, or remove it to do without it"
         # Some reasons end with a fix of their own.
-        message = f"{file}: {reason}" if ";" in reason else f"{file}: {reason}; {fix}"
+        message = f"{file}: {reason}" if ";" in reason else f"{file}: {reason}; fix: {fix}"
         findings.append(Finding("warning" if is_optional else "error", message))
     return findings
 
@@ -93,13 +93,13 @@ def check_files(probe: SessionProbe) -> list[Finding]:
 def check_streams(probe: SessionProbe) -> list[Finding]:
     """Check that every required stream is present, and at least one stream."""
     if not probe.intervals:
-        message = "contains nothing that can be read as a stream; record it again or remove it"
+        message = "contains nothing that can be read as a stream; fix: record it again or remove it"
         return [Finding("error", f"session: {message}")]
     return [
         Finding(
             "error",
             f"session: required stream {stream} is missing ({probe.absent[stream]}); "
-            f"record it, or remove {stream} from `required` in the recipe",
+            f"fix: record it, or remove {stream} from `required` in the recipe",
         )
         for stream in probe.recipe.required
         if stream not in probe.intervals
@@ -111,12 +111,12 @@ def check_clock(probe: SessionProbe) -> list[Finding]:
     offset_s, has_lines = probe.offset_s, probe.lines_interval is not None
     if not offset_s or not (has_lines or file_intervals(probe)):
         return []
-    file, fix = METADATA_FILE, "--fix writes the shifted timestamps"
+    file, fix = METADATA_FILE, "write the shifted timestamps with --fix"
     if not has_lines:
         file, fix = TEXT_FILE, "correct them if the first text does not start at 0 s"
     message = (
         f"the clock was never reset: timestamps start at {offset_s:g} s; this offset is subtracted "
-        f"when they are read; {fix}"
+        f"when they are read; fix: {fix}"
     )
     return [Finding("warning", f"{file}: {message}")]
 
@@ -134,7 +134,7 @@ def check_starts(probe: SessionProbe) -> list[Finding]:
             "warning",
             f"{VISION_FILES.get(stream, AUDIO_FILE)}: starts {origin_s:.3f} s after its "
             f"container's zero; placed at {probe.intervals[stream].start_s:g} s, as files share "
-            "no clock; if it was recorded that much later than the others, write "
+            "no clock; fix: if it was recorded that much later than the others, write "
             f'"start_s": {{"{stream}": {origin_s:.3f}}} into {SESSION_INFO_FILE}',
         )
         for stream, origin_s in origins_s.items()
@@ -156,30 +156,33 @@ def check_audio(probe: SessionProbe) -> list[Finding]:
         report(
             "warning",
             f"the header promises {audio.missing_bytes} bytes more than the file has: the "
-            f"recording was cut off at {audio.duration_s:.2f} s; copy it again if the original is "
-            "longer",
+            f"recording was cut off at {audio.duration_s:.2f} s; fix: copy it again if the "
+            "original is longer",
         )
     if audio.num_bad:
         report(
             "warning",
-            f"{audio.num_bad} samples are not finite numbers and are read as 0; export it again",
+            f"{audio.num_bad} samples are not finite numbers and are read as 0; "
+            "fix: export it again",
         )
     if audio.rms <= SILENCE_RMS:
         is_required = Stream.AUDIO in probe.recipe.required
         report(
             "error" if is_required else "warning",
-            f"silent (RMS {audio.rms:.5f}, needs over {SILENCE_RMS:g}); check the microphone",
+            f"silent (RMS {audio.rms:.5f}, needs over {SILENCE_RMS:g}); fix: check the microphone",
         )
     share = audio.num_clipped / max(1, audio.num_samples)
     if audio.peak > FLOAT_SCALE_PEAK:
         report(
             "error",
-            f"samples reach {audio.peak:g}, full scale is 1; divide them by the recorder's scale",
+            f"samples reach {audio.peak:g}, full scale is 1; fix: divide them by the recorder's "
+            "scale",
         )
     elif audio.num_clipped >= MIN_CLIPPED:
         report(
             "error" if share > MAX_CLIPPED_SHARE else "warning",
-            f"clipped: {audio.num_clipped} samples ({share:.3%}) at full scale; record quieter",
+            f"clipped: {audio.num_clipped} samples ({share:.3%}) at full scale; "
+            "fix: record quieter",
         )
     return findings
 
@@ -193,7 +196,8 @@ def check_vision(probe: SessionProbe) -> list[Finding]:
             "error",
             (
                 f"{file} {start_s:.2f}-{stop_s:.2f} s: {count} of {video.num_checked} frames "
-                "tried don't decode: damaged; copy it again from the recorder, or cut that part"
+                "tried don't decode: damaged; fix: copy it again from the recorder, or cut that "
+                "part"
                 for start_s, stop_s, count in zip(*video.damaged_stretches(), strict=True)
             ),
             file=file,
@@ -201,7 +205,7 @@ def check_vision(probe: SessionProbe) -> list[Finding]:
         if track.num_lost:
             message = (
                 f"cut off at {track.stop_s:.2f} s: its index promises {track.num_lost} frames "
-                "more; copy it again from the recorder"
+                "more; fix: copy it again from the recorder"
             )
             findings.append(Finding("error", f"{file}: {message}"))
     return findings
@@ -227,7 +231,7 @@ def check_durations(probe: SessionProbe) -> list[Finding]:
                 )
             )
         if interval.start_s > END_WARNING_S:
-            advice = "it is masked before that; start the recorders together"
+            advice = "it is masked before that; fix: start the recorders together"
             findings.append(
                 Finding("warning", f"{file} starts at {interval.start_s:.2f} s; {advice}")
             )
@@ -247,7 +251,7 @@ def check_drift(probe: SessionProbe) -> list[Finding]:
         message = (
             f"{sound_s:.2f} s of sound beside {video_s:.2f} s of {VISION_FILES[stream]}: if they "
             f"were recorded together from start to stop, the sound's clock runs {abs(ppm):.0f} ppm "
-            f"{pace}, {abs(sound_s - video_s):.2f} s by the end; stretch it to the video "
+            f"{pace}, {abs(sound_s - video_s):.2f} s by the end; fix: stretch it to the video "
             f"(`ffmpeg -i in.wav -af atempo={1 + ppm / 1e6:.6f} out.wav`), or cut the longer one "
             "if it was stopped later"
         )
@@ -258,9 +262,9 @@ def check_drift(probe: SessionProbe) -> list[Finding]:
 def check_text(probe: SessionProbe) -> list[Finding]:
     """Check that text events are inside the session, in known streams, and not empty."""
     unknown = [issue for issue in probe.issues if issue.kind == "stream"]
-    findings = issue_findings("error", unknown, "correct the name; the text is skipped")
+    findings = issue_findings("error", unknown, "the text is skipped; fix: correct the name")
     empty = [issue for issue in probe.issues if issue.kind == "text"]
-    findings += issue_findings("warning", empty, "it is skipped; write a text in its place")
+    findings += issue_findings("warning", empty, "it is skipped; fix: write a text in its place")
     length_s = probe.length_s
     outside = [
         (event, time_s)
@@ -272,7 +276,7 @@ def check_text(probe: SessionProbe) -> list[Finding]:
         "warning",
         (
             f"{event.source_line}: a text starts at {time_s:.3f} s, outside the session "
-            f"[0, {length_s:.3f}) s; correct its timestamp"
+            f"[0, {length_s:.3f}) s; fix: correct its timestamp"
             for event, time_s in outside
         ),
         file=outside[0][0].file if outside else TEXT_FILE,
@@ -284,7 +288,7 @@ def check_length(probe: SessionProbe) -> list[Finding]:
     if probe.stop_s > probe.length_s:
         message = (
             f"lasts {probe.stop_s:g} s: everything after {probe.length_s:g} s is left out; "
-            "a timestamp is probably wrong, correct it"
+            "a timestamp is probably wrong; fix: correct it"
         )
         return [Finding("warning", f"session: {message}")]
     window = probe.recipe.window
@@ -293,7 +297,7 @@ def check_length(probe: SessionProbe) -> list[Finding]:
         return []
     message = (
         f"lasts {probe.length_s:.2f} s: too short for a sample of {window.duration_s:g} s, "
-        f"{window.min_coverage:.0%} of which must be covered; shorten window.duration_s"
+        f"{window.min_coverage:.0%} of which must be covered; fix: shorten window.duration_s"
     )
     return [Finding("warning", f"session: {message}")]
 
@@ -347,5 +351,7 @@ def _advise_on_end(probe: SessionProbe, apart_s: float, *, longest: str) -> str:
     if not END_WARNING_S < probe.metadata.times_s[-1] - media_stop_s <= END_ERROR_S:
         return "the rest is masked"
     if any(e.time_s > media_stop_s for e in probe.metadata.events):
-        return "the rest is masked; --fix keeps lines after the end of all media that contain text"
-    return "the rest is masked; --fix drops lines after the end of all media"
+        return (
+            "the rest is masked; --fix keeps lines after the end of all media, as they contain text"
+        )
+    return "the rest is masked; fix: --fix drops lines after the end of all media"

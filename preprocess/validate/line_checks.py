@@ -66,15 +66,15 @@ def find_video_gaps(times_s: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 def check_lines(probe: SessionProbe) -> list[Finding]:
     """Check that every line is a JSON object."""
-    fix = "the line is skipped; --fix drops it"
+    fix = "the line is skipped; fix: drop it with --fix"
     return _unread_findings(probe, {"json", "long"}, {METADATA_FILE: fix, TEXT_FILE: fix})
 
 
 def check_timestamps(probe: SessionProbe) -> list[Finding]:
     """Check that every line has a finite timestamp, later than that of the line before."""
     fixes = {
-        METADATA_FILE: "the line is skipped; --fix drops it",
-        TEXT_FILE: "the line is skipped; write the second at which the text starts",
+        METADATA_FILE: "the line is skipped; fix: drop it with --fix",
+        TEXT_FILE: "the line is skipped; fix: write the second at which the text starts",
     }
     findings = [*_unit_findings(probe), *_unread_findings(probe, {"timestamp"}, fixes)]
     steps_back = [(i.line, i.back_s) for i in probe.issues if i.kind == "order"]
@@ -82,7 +82,7 @@ def check_timestamps(probe: SessionProbe) -> list[Finding]:
         "error",
         (
             f"{METADATA_FILE} line {line}: timestamp goes back by {step_s:.3f} s: it is wrong, "
-            "or the recorder was restarted; correct the line, or split the session at this line"
+            "or the recorder was restarted; fix: correct it, or split the session at this line"
             for line, step_s in steps_back
             if step_s > MAX_STEP_BACK_S
         ),
@@ -92,14 +92,14 @@ def check_timestamps(probe: SessionProbe) -> list[Finding]:
         "warning",
         (
             f"{METADATA_FILE} line {line}: timestamp goes back by {step_s:.3f} s; lines are sorted "
-            "when read; --fix sorts the file"
+            "when read; fix: sort the file with --fix"
             for line, step_s in steps_back
             if step_s <= MAX_STEP_BACK_S
         ),
         file=METADATA_FILE,
     )
     duplicates = [issue for issue in probe.issues if issue.kind == "duplicate"]
-    fix = "the first line is kept; --fix joins the two"
+    fix = "the first line is kept; fix: join the two with --fix"
     return findings + issue_findings("warning", duplicates, fix)
 
 
@@ -118,7 +118,7 @@ def check_gaps(probe: SessionProbe) -> list[Finding]:
             (
                 f"{file} {times_s[i]:.2f}-{times_s[i + 1]:.2f} s: no frame for "
                 f"{times_s[i + 1] - times_s[i]:.3f} s; frames that are too far away are masked; "
-                "record at a steadier frame rate"
+                "fix: record at a steadier frame rate"
                 for i in np.flatnonzero(find_video_gaps(times_s))
             ),
             file=file,
@@ -136,7 +136,7 @@ def check_touch(probe: SessionProbe) -> list[Finding]:
         "error",
         (
             f"{probe.locate_row(int(i))}: touch is {values[i, farthest[i]]:g}, outside [0, 1]; "
-            "divide raw readings by their full scale before recording"
+            "fix: divide raw readings by their full scale before recording"
             for i in np.flatnonzero(excess > ROUNDING)
         ),
         file=METADATA_FILE,
@@ -144,7 +144,8 @@ def check_touch(probe: SessionProbe) -> list[Finding]:
     return findings + limit_findings(
         "warning",
         (
-            f"{probe.locate_row(int(i))}: touch is outside [0, 1] by rounding; --fix clamps it"
+            f"{probe.locate_row(int(i))}: touch is outside [0, 1] by rounding; "
+            "fix: clamp it with --fix"
             for i in np.flatnonzero((excess > 0) & (excess <= ROUNDING))
         ),
         file=METADATA_FILE,
@@ -161,7 +162,7 @@ def check_proprio(probe: SessionProbe) -> list[Finding]:
         "error",
         (
             f"{probe.locate_row(int(i))}: an angle of {largest[i]:g} rad looks like degrees; "
-            "multiply angles and velocities by pi / 180 before recording"
+            "fix: multiply angles and velocities by pi / 180 before recording"
             for i in np.flatnonzero(largest > DEGREES_RAD)
         ),
         file=METADATA_FILE,
@@ -170,7 +171,7 @@ def check_proprio(probe: SessionProbe) -> list[Finding]:
     if len(beyond):
         row = int(beyond[0])
         is_rounding = np.nanmax(largest) <= math.pi + ROUNDING
-        fix = "--fix clamps it" if is_rounding else "nothing to do if rotations are unwrapped"
+        fix = "fix: clamp it with --fix" if is_rounding else "fine if rotations are unwrapped"
         message = (
             f"angle of {largest[row]:g} rad, outside [-pi, pi], as in {len(beyond)} of "
             f"{len(largest)} lines; angles are wrapped when read; {fix}"
@@ -195,13 +196,13 @@ def check_saturation(probe: SessionProbe) -> list[Finding]:
             "warning",
             (
                 f"{METADATA_FILE}: {name}[{i}] is at its limit {limit} in {shares[i]:.0%} of "
-                "its readings: saturated or stuck; check the sensor's range and cable"
+                "its readings: saturated or stuck; fix: check the sensor's range and cable"
                 for i in np.flatnonzero(shares > SATURATED_SHARE)
             ),
             file=METADATA_FILE,
         )
     if len(angles) > 1 and angles.any() and not np.ptp(angles, axis=0).any():
-        message = "no angle changes in the whole session: frozen tracking; check that it was on"
+        message = "no angle changes in the whole session: frozen tracking; fix: check that it is on"
         findings.append(Finding("warning", f"{METADATA_FILE}: {message}"))
     return findings
 
@@ -225,7 +226,7 @@ def _unread_findings(
         num_lines = probe.num_lines[file]
         if is_mostly_unread(len(unread), num_lines):
             share = f"{len(unread) / num_lines:.0%} of the lines are unreadable"
-            advice = f"{share}: check that this is the right file"
+            advice = f"{share}; fix: check that this is the right file"
             findings += issue_findings("error", issues, advice)
         else:
             findings += issue_findings("warning", issues, fix)
@@ -238,18 +239,22 @@ def _unit_findings(probe: SessionProbe) -> list[Finding]:
     if unit is None:
         return []
     step = float(np.median(np.diff(times_s))) * unit.per_s
-    fix = f"divide them by {unit.per_s:.0f}"
+    message = (
+        f"timestamps look like {unit.name}, not seconds: a line every {step:g}; all other messages "
+        f"about times assume divided timestamps; fix: divide them by {unit.per_s:.0f}"
+    )
     if probe.is_unit_confirmed:
-        fix += ", then they last as long as the media; --fix does it"
-    message = f"timestamps look like {unit.name}, not seconds: a line every {step:g}; {fix}"
-    message += "; all other messages about times assume the divided timestamps"
+        message += ", then they last as long as the media (--fix does it)"
     return [Finding("error", f"{METADATA_FILE}: {message}")]
 
 
 def _reading_findings(probe: SessionProbe, stream: Stream) -> list[Finding]:
     """Report readings of the wrong size, or with values that are not finite numbers."""
     findings: list[Finding] = []
-    for kind, fix in (("size", "they are masked"), ("number", "it is masked; write numbers only")):
+    for kind, fix in (
+        ("size", "they are masked"),
+        ("number", "it is masked; fix: write numbers only"),
+    ):
         issues = [i for i in probe.issues if i.kind == kind and i.key == stream]
         share = len(issues) / max(1, probe.num_lines[METADATA_FILE])
         level: Level = "error" if share > MAX_BAD_LINES else "warning"
@@ -272,14 +277,15 @@ def _line_gap_findings(probe: SessionProbe, rows: NDArray[np.int64], *, noun: st
         message = (
             f"{probe.locate_row(int(rows[row]))}: no {noun} for {steps_s[row] * 1e3:.0f} ms after "
             f"it, the longest of {is_short.sum()} gaps of 35-100 ms, {short_share} of "
-            "the session; values in between are interpolated; --fix fills in single lost lines"
+            "the session; values in between are interpolated; fix: fill in single lost lines with "
+            "--fix"
         )
         findings.append(Finding("warning", message))
     return findings + limit_findings(
         "error",
         (
             f"{probe.locate_row(int(rows[row]))}: no {noun} for {steps_s[row]:.3f} s after it "
-            f"(gaps over 100 ms are {long_share} of the session); masked; record again if it "
+            f"(gaps over 100 ms are {long_share} of the session); masked; fix: record again if it "
             "matters"
             for row in np.flatnonzero(is_long)
         ),

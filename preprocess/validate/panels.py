@@ -29,7 +29,6 @@ from shared.page import (
     format_time,
     printable_line,
     round_up,
-    step_path,
     thin_curve,
 )
 from shared.recipe import Stream
@@ -185,11 +184,12 @@ def _draw_sound(path: Path, probe: SessionProbe, axis: TimeAxis, notes: list[str
     except (MediaError, OSError) as error:
         notes.append(f"{AUDIO_FILE}: no waveform: {error}")
         return []
-    xs = np.array([axis.x(audio.interval.start_s + t) for t in envelope.edges_s])
-    return [_draw_waveform(envelope, xs), _draw_level(envelope, xs)]
+    start_s = audio.interval.start_s
+    return [_draw_waveform(envelope, start_s, axis), _draw_level(envelope, start_s, axis)]
 
 
-def _draw_waveform(envelope: Envelope, xs: NDArray[np.float64]) -> Plot:
+def _draw_waveform(envelope: Envelope, start_s: float, axis: TimeAxis) -> Plot:
+    xs = axis.xs(envelope.edges_s + start_s)
     peak = max(float(envelope.high.max()), -float(envelope.low.min()))
     limit = 1.0 if 0.5 < peak <= 1.0 else round_up(peak)
     values = ValueAxis(-limit, limit, _PLOT_HEIGHT)
@@ -209,15 +209,16 @@ def _draw_waveform(envelope: Envelope, xs: NDArray[np.float64]) -> Plot:
     )
 
 
-def _draw_level(envelope: Envelope, xs: NDArray[np.float64]) -> Plot:
+def _draw_level(envelope: Envelope, start_s: float, axis: TimeAxis) -> Plot:
     top_db = max(0.0, 10 * math.ceil(float(envelope.level_db.max()) / 10))
     values = ValueAxis(FLOOR_DB, top_db, _PLOT_HEIGHT)
     silence_db = 20 * math.log10(SILENCE_RMS)
+    levels = (envelope.edges_s[:-1] + envelope.edges_s[1:]) / 2 + start_s, envelope.level_db
     return Plot(
         name="level",
         title="audio level, dBFS (RMS)",
         y_ticks=[Tick(values.y(v), f"{v}") for v in range(-90, int(top_db) + 1, 30)],
-        curves=[PlotCurve(step_path(xs, values.ys(envelope.level_db)), 0, "")],
+        curves=[PlotCurve(curve_path([levels], axis=axis, values=values), 0, "")],
         limits=[Tick(values.y(silence_db), "silent below")],
     )
 

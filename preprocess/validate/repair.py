@@ -65,7 +65,7 @@ def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
             the next run finishes the change.
     """
     if not path.is_dir():
-        raise SessionError(f"{path}: no such folder; give the folder of a session")
+        raise SessionError(f"{path}: no such folder; fix: give the folder of a session")
     try:
         finished = _finish_journal(path)
         contents, repairs = _plan_repairs(path, recipe=recipe)
@@ -75,7 +75,7 @@ def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
     except OSError as error:
         reason = error.strerror or str(error)
         fix = "make the folder writable, or repair a copy of it"
-        raise SessionError(f"{path}: cannot be repaired: {reason}; {fix}") from error
+        raise SessionError(f"{path}: cannot be repaired: {reason}; fix: {fix}") from error
 
 
 def _plan_repairs(path: Path, *, recipe: Recipe) -> tuple[dict[str, bytes], list[str]]:

@@ -185,9 +185,11 @@ def check_session(
     name = path.name or path.resolve().name
     try:
         if not path.is_dir():
-            raise SessionError(f"{path}: no such folder; give the folder of a session")
+            raise SessionError(f"{path}: no such folder; fix: give the folder of a session")
         if not is_session(path):
-            raise SessionError(f"{path}: not a session; {METADATA_FILE} or a recording is missing")
+            raise SessionError(
+                f"{path}: not a session; fix: put {METADATA_FILE} or a recording into it"
+            )
         probe = probe_session(path, recipe=recipe)
         findings = {key: check(probe) for key, check in CHECKS.items() if key in checks}
         report = _make_report(name, findings, _collect_stats(probe))
@@ -195,7 +197,9 @@ def check_session(
     except SessionError as error:
         return _failed(path, name, str(error))
     except Exception as error:  # a border: whatever this session raises, the next one is checked
-        message = f"{path}: cannot be checked: {type(error).__name__}: {error}; look at its files"
+        message = (
+            f"{path}: cannot be checked: {type(error).__name__}: {error}; fix: look at its files"
+        )
         return _failed(path, name, message)
 
 
@@ -219,7 +223,7 @@ def _iter_sources(locations: Iterable[str]) -> Iterator[Path | CheckedSession]:
                 yield from find_sessions(location)
             elif location.suffix in {".json", ".jsonl"}:
                 raise SessionError(
-                    f"{location}: not a video or sound; give the folder of its session"
+                    f"{location}: not a video or sound; fix: give the folder of its session"
                 )
             else:
                 yield location

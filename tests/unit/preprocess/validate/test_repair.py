@@ -322,7 +322,7 @@ def test_a_folder_that_can_not_be_written_is_a_clear_error(
     monkeypatch.setattr(preprocess.validate.repair, "write_synced", refuse)
     shift(session, 12.7)
     before = snapshot(session)
-    with pytest.raises(SessionError, match="Permission denied; make the folder writable"):
+    with pytest.raises(SessionError, match="Permission denied; fix: make the folder writable"):
         repair_session(session, recipe=RECIPE)
     assert snapshot(session) == before
 

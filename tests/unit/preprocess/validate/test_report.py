@@ -184,5 +184,5 @@ def test_the_metadata_file_of_a_session_alone_fails(tmp_path: Path) -> None:
     (checked,) = check_sessions([lines], recipe=Recipe(), fix=False)
     assert checked.report.status == "failed"
     assert checked.report.errors == (
-        f"{lines}: not a video or sound; give the folder of its session",
+        f"{lines}: not a video or sound; fix: give the folder of its session",
     )

@@ -41,7 +41,7 @@ def test_a_start_that_only_the_container_tells_is_a_warning_until_it_is_declared
     (warning,) = report.warnings
     assert warning == (
         "vision_left.mp4: starts 0.800 s after its container's zero; placed at 0 s, as files share "
-        "no clock; if it was recorded that much later than the others, write "
+        "no clock; fix: if it was recorded that much later than the others, write "
         '"start_s": {"vision_left": 0.800} into session.json'
     )
     assert report.checks["starts"] == "warnings"
