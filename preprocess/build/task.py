@@ -82,12 +82,12 @@ def build_shard(
 def _build_shard(
     task: ShardTask, context: TaskContext, encoded: Sequence[EncodedVideo]
 ) -> ShardEntry:
-    builder = ShardBuilder(rows=list(iter_rows(task.sessions, context)))
+    builder = ShardBuilder(rows=list(iter_rows(task.sessions, context)), recipe=context.recipe)
     with context.out.staging_dir() as work:
         sources, encoded_files = _session_files(task)
         with open_sessions(context, sources, elsewhere=encoded_files) as recordings:
             readers = _RowReaders(context.out, recordings, {video.name: video for video in encoded})
-            _write_columns(task, context, work, builder, readers)
+            _write_columns(task, context=context, work=work, builder=builder, readers=readers)
         return _write_index(task, context, work, builder)
 
 
@@ -104,9 +104,11 @@ def copy_shard(task: ShardTask, context: TaskContext) -> ShardEntry:
     """
     source = context.old or context.out
     indexes = [source.read_index(file) for file in task.copied_index_files]
-    builder = ShardBuilder(rows=list(_stored_rows(task, context.recipe, indexes)))
+    rows = list(_stored_rows(task, context.recipe, indexes))
+    builder = ShardBuilder(rows=rows, recipe=context.recipe)
     with context.out.staging_dir() as work:
-        _write_columns(task, context, work, builder, _RowReaders(source))
+        readers = _RowReaders(source)
+        _write_columns(task, context=context, work=work, builder=builder, readers=readers)
         return _write_index(task, context, work, builder)
 
 
@@ -184,7 +186,7 @@ def _session_files(task: ShardTask) -> tuple[dict[str, list[str]], dict[str, set
 
 @dataclass(frozen=True, slots=True)
 class _RowReaders:
-    """Opens the reader that a row source names."""
+    """Reads rows from the sources that a plan names."""
 
     store: ShardSetStore
     """Holds the shards that rows are copied from, and the files of subtasks."""
@@ -193,27 +195,33 @@ class _RowReaders:
     indexes: dict[str, ShardIndex] = field(default_factory=dict)
     """Indexes that have been read, by file name."""
 
-    def open(
-        self, session: str, source: RowSource, column: Column, files: ColumnFileCache
-    ) -> RowReader:
-        """Open the reader of a session's rows in a column.
+    def iter_rows(
+        self, column: Column, sources: Mapping[str, RowSource], builder: ShardBuilder
+    ) -> Iterator[EncodedRow]:
+        """Yield the rows of a column, session by session, each from the source that is planned.
 
         Raises:
-            ShardError: an index of a previous shard or of a subtask is missing or corrupt.
+            ShardError: a file of a previous shard or of a subtask is missing or corrupt.
         """
-        if isinstance(source, FromSession):
-            return SessionEncoder(self.recordings[session])
-        shards = []
+        rows = builder.rows_of(column)
+        with ColumnFileCache(self.store.open_column) as files:
+            for session, source in sources.items():
+                if isinstance(source, FromSession):
+                    reader: RowReader = SessionEncoder(self.recordings[session])
+                else:
+                    shards = self._find_files(source, column)
+                    reader = ShardReader(session, shards=shards, files=files)
+                yield from reader.iter_rows(column, rows.get(session, []), builder.decode_failures)
+
+    def _find_files(
+        self, source: FromShards | FromSubtasks, column: Column
+    ) -> list[tuple[ShardIndex, str]]:
+        """Index and column file of each shard or subtask."""
         if isinstance(source, FromShards):
-            for file in source.index_files:
-                index = self._read_index(file)
-                shards.append((index, index.columns[column.name]["file"]))
-        else:
-            for name in source.names:
-                video = self.encoded[name]
-                index = self._read_index(video.index_file, sha256=video.index_sha256)
-                shards.append((index, video.file))
-        return ShardReader(session, shards=shards, files=files)
+            indexes = [self._read_index(file) for file in source.index_files]
+            return [(index, index.columns[column.name]["file"]) for index in indexes]
+        videos = [self.encoded[name] for name in source.names]
+        return [(self._read_index(v.index_file, sha256=v.index_sha256), v.file) for v in videos]
 
     def _read_index(self, file: str, *, sha256: str | None = None) -> ShardIndex:
         if file not in self.indexes:
@@ -223,6 +231,7 @@ class _RowReaders:
 
 def _write_columns(
     task: ShardTask,
+    *,
     context: TaskContext,
     work: Path,
     builder: ShardBuilder,
@@ -237,9 +246,8 @@ def _write_columns(
         todo = task.columns[name]
         file = task.file_name(f"{name}.{column.suffix}")
         path = work / file
-        with ColumnFileCache(readers.store.open_column) as files:
-            encoded = _iter_encoded(column, todo.sources, builder, readers, files)
-            write_column(builder, column, path, encoded, context.recipe)
+        encoded = readers.iter_rows(column, todo.sources, builder)
+        write_column(builder, column, path, encoded)
         builder.columns[name] = BuiltColumn(
             file=file,
             length_bytes=path.stat().st_size,
@@ -250,20 +258,6 @@ def _write_columns(
         )
         context.out.put(path, file)
         path.unlink(missing_ok=True)  # an upload leaves it
-
-
-def _iter_encoded(
-    column: Column,
-    sources: Mapping[str, RowSource],
-    builder: ShardBuilder,
-    readers: _RowReaders,
-    files: ColumnFileCache,
-) -> Iterator[EncodedRow]:
-    """Rows of a column from the source that the plan names for each session."""
-    rows = builder.rows_of(column)
-    for session, source in sources.items():
-        reader = readers.open(session, source, column, files)
-        yield from reader.iter_rows(column, rows.get(session, []), builder.decode_failures)
 
 
 def _keep_column(

@@ -152,9 +152,9 @@ def encode_video(subtask: VideoSubtask, context: TaskContext) -> EncodedVideo:
         path = work / "subtask.tar"
         with open_sessions(context, sources) as readers:
             rows, decode_context = _select_rows(subtask, context, readers)
-            builder = ShardBuilder(rows=rows)
+            builder = ShardBuilder(rows=rows, recipe=context.recipe)
             encoded = _iter_encoded(subtask, builder, readers, decode_context)
-            write_column(builder, column, path, encoded, context.recipe)
+            write_column(builder, column, path, encoded)
         file = job_file(context.out, f"{subtask.name}.tar")
         index_file = job_file(context.out, f"{subtask.name}.index")
         content = index_bytes(_index(subtask, builder))

@@ -65,6 +65,7 @@ class ShardBuilder:
     """Collects what the index of a shard says of its columns."""
 
     rows: list[Row]
+    recipe: Recipe
     presence: NDArray[np.uint8] = field(init=False)
     """Bits of the streams that are stored, per row."""
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
@@ -118,7 +119,7 @@ def row_arrays(rows: Sequence[Row], sessions: Sequence[str]) -> dict[str, NDArra
 
 
 def write_column(
-    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow], recipe: Recipe
+    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
 ) -> None:
     """Write a column file.
 
@@ -127,16 +128,15 @@ def write_column(
         column: the column.
         path: the file to write.
         encoded: the rows that the column stores, in order.
-        recipe: the recipe of the set.
     """
     write = _write_tar if column.kind == "tar" else _write_zarr
-    write(builder, column, path, encoded, recipe)
+    write(builder, column, path, encoded)
 
 
 def _write_tar(
-    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow], recipe: Recipe
+    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
 ) -> None:
-    name = column.name
+    name, recipe = column.name, builder.recipe
     counter = statistics.TAR_COUNTERS.get(name, statistics.NoCounter)()
     if column.streams[0] in VISION_FILES:
         shape = (len(builder.rows), recipe.count(recipe.vision.rate_hz))
@@ -157,9 +157,9 @@ def _write_tar(
 
 
 def _write_zarr(
-    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow], recipe: Recipe
+    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
 ) -> None:
-    arrays = _ZARR_ARRAYS[column.name](len(builder.rows), recipe)
+    arrays = _ZARR_ARRAYS[column.name](len(builder.rows), builder.recipe)
     for item in encoded:
         for table, content in item.members.items():
             values = arrays[table.partition("/")[2]].values
@@ -171,7 +171,7 @@ def _write_zarr(
     for name, members in write_zarr_column(path, arrays, attributes=attributes).items():
         builder.add_members(f"{column.name}/{name}", members)
     stored = {name: array.values for name, array in arrays.items()}
-    builder.statistics[column.name] = statistics.of_arrays(column.name, stored, recipe)
+    builder.statistics[column.name] = statistics.of_arrays(column.name, stored, builder.recipe)
 
 
 def _mark_present(builder: ShardBuilder, column: Column, row: Row) -> None:

@@ -91,24 +91,32 @@ def cluster(num_workers: int) -> Iterator[tuple[str, list[subprocess.Popen[str]]
 
 
 def build_over_cluster(
-    sessions: Path, out: Path, recipe: Recipe, *, num_workers: int, num_killed: int
+    sessions: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    num_workers: int,
+    num_killed: int,
+    task_s: float = 8.0,
 ) -> None:
     """The command over a scheduler's address; some workers are killed when shards appear."""
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe.as_json()), encoding="utf-8")
     with cluster(num_workers) as (address, workers):
-        _build(sessions, path, out, address, workers[:num_killed])
+        start = Start("cluster", sessions, path, None)
+        _build(start, out, address, workers[:num_killed], task_s=task_s)
 
 
 def _build(
-    sessions: Path,
-    recipe: Path,
+    start: Start,
     out: Path,
     address: str,
     victims: list[subprocess.Popen[str]],
+    *,
+    task_s: float = 8.0,
 ) -> str:
-    start = Start("cluster", sessions, recipe, None)
-    job = launch(command(start, out, "--scheduler", address), scratch=out.with_suffix(".tmp"))
+    options = ["--scheduler", address, "--task-seconds", str(task_s)]
+    job = launch(command(start, out, *options), scratch=out.with_suffix(".tmp"))
     for number, victim in enumerate(victims):
         while job.poll() is None and len(list(out.glob("*.index"))) < number + 1:
             time.sleep(0.01)
@@ -140,7 +148,7 @@ def main() -> int:
             with cluster(4) as (address, workers):
                 begin_s = time.monotonic()
                 out = root / f"address-{num_killed}"
-                _build(start.sessions, start.recipe, out, address, workers[:num_killed])
+                _build(start, out, address, workers[:num_killed])
             what = f"--scheduler tcp://..., 4 workers, {num_killed} of them killed"
             note(what, out, begin_s)
         return 0 if all(r == results["--workers 0"] for r in results.values()) else 1

@@ -32,12 +32,39 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Dask's own
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_killed", [0, 2])
-def test_four_workers_of_a_scheduler_give_the_bytes_of_none(tmp_path, num_killed):
+@pytest.mark.parametrize(
+    ("num_killed", "task_s"), [(0, 8.0), (2, 8.0), (2, 1.0)], ids=["none", "tasks", "subtasks"]
+)
+def test_four_workers_of_a_scheduler_give_the_bytes_of_none(tmp_path, num_killed, task_s):
     recorded = write_tiny_sessions(tmp_path / "sessions")
     build(recorded, tmp_path / "local", SMALL)
-    build_over_cluster(recorded, tmp_path / "cluster", SMALL, num_workers=4, num_killed=num_killed)
+    build_over_cluster(
+        recorded,
+        tmp_path / "cluster",
+        SMALL,
+        num_workers=4,
+        num_killed=num_killed,
+        task_s=task_s,
+    )
     assert file_hashes(tmp_path / "cluster") == file_hashes(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_subtasks_are_repeated_if_a_worker_dies_with_their_results(tmp_path):
+    mark = tmp_path / "died"
+
+    def join(name: str, *results: int) -> str:
+        if name == "b" and not mark.exists():
+            mark.touch()
+            os._exit(1)
+        return f"{name}{list(results)}"
+
+    names = ["a", "b", "c"]
+    with cluster_of(2) as cluster:
+        work = [TaskWithSubtasks(name, ["1", "2", "3"]) for name in names]
+        results = cluster.run(join, work, subtask=int, label="join")
+    assert mark.exists()
+    assert results == [f"{name}[1, 2, 3]" for name in names]
 
 
 def test_a_scheduler_that_is_not_there_is_named():
