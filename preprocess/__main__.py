@@ -1,4 +1,4 @@
-"""``python -m preprocess``: from recorded sessions to shard sets."""
+"""Command line ``python -m preprocess``: turn recorded sessions into shard sets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RECIPE_OPTION = click.option(
     "recipe_path",
     type=click.Path(path_type=Path),
     default=None,
-    help="Recipe file; without it the default recipe (see configs/recipe.yaml).",
+    help="Recipe file; the default recipe if omitted (see configs/recipe.yaml).",
 )
 _KEEP_OLD_OPTION = click.option(
     "--keep-old",
@@ -38,7 +38,7 @@ _KEEP_OLD_OPTION = click.option(
     metavar="HOURS",
     default=24,
     show_default=True,
-    help="Behind a URL, how long files of the replaced set stay for its readers.",
+    help="How long files of a replaced set behind a URL are kept for its readers.",
 )
 
 
@@ -47,29 +47,31 @@ def cli() -> None:
     """Turn recorded VR sessions into shard sets for training.
 
     \b
-    The road:  validate -> shards -> verify, show -> python -m train run
-    Try it:    python -m preprocess demo-sessions data/demo
+    Steps:   validate -> shards -> verify, show -> python -m train run
+    Try it:  python -m preprocess demo-sessions data/demo
     """  # noqa: D301 (click wants the character, not its name)
 
 
 @cli.command()
-@click.argument("places", metavar="SESSIONS...", nargs=-1, required=True)
-@click.option("--fix", is_flag=True, help="Repair what has one right repair; keeps *.orig.")
-@click.option("--strict", is_flag=True, help="Warnings count as failures.")
-@click.option("--summary", is_flag=True, help="One table and totals instead of full reports.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON report per line, for machines.")
+@click.argument("locations", metavar="SESSIONS...", nargs=-1, required=True)
+@click.option(
+    "--fix", is_flag=True, help="Repair what has exactly one correct repair; keeps *.orig."
+)
+@click.option("--strict", is_flag=True, help="Treat warnings as failures.")
+@click.option("--summary", is_flag=True, help="Print one table and totals instead of full reports.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON report per line.")
 @click.option(
     "--report",
     "page_path",
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
-    help="Also write one HTML page with timelines, curves and pictures of every session.",
+    help="Also write an HTML page with timelines, curves and pictures of every session.",
 )
 @_RECIPE_OPTION
 @click.pass_context
 def validate(
     ctx: click.Context,
-    places: tuple[str, ...],
+    locations: tuple[str, ...],
     *,
     fix: bool,
     strict: bool,
@@ -78,26 +80,27 @@ def validate(
     page_path: Path | None,
     recipe_path: Path | None,
 ) -> None:
-    """Check session folders, folders or URLs of them, or single videos and sounds; exit code 1 when
-    one failed.
+    """Check sessions, or single video and sound files; exit with code 1 if a check fails.
+
+    SESSIONS are session folders, folders of session folders, or URLs of them.
 
     \b
     python -m preprocess validate data/sessions --summary
     python -m preprocess validate s3://bucket/sessions --summary
     python -m preprocess validate data/sessions/session_001 --fix
     python -m preprocess validate data/sessions --report out.html
-    python -m preprocess validate eye.mp4 microphone.wav
+    python -m preprocess validate camera.mp4 microphone.wav
     """  # noqa: D301
     from preprocess.validate.console import has_failed, print_report, print_summary, to_json_lines
     from preprocess.validate.report import check_sessions
 
     if fix:
-        _require_local(places)
+        _require_local(locations)
     recipe = _recipe(recipe_path)
     console = Console(stderr=as_json)
     reports = []
     with _open_page(page_path) as page:
-        for checked in check_sessions(places, recipe=recipe, fix=fix):
+        for checked in check_sessions(locations, recipe=recipe, fix=fix):
             for repair in checked.repairs:
                 console.print(f"{checked.folder.name}: {repair}", highlight=False, markup=False)
             reports.append(checked.report)
@@ -132,7 +135,7 @@ def validate(
     "--workers",
     type=click.IntRange(min=0),
     default=None,
-    help="Local processes; without it one per core; 0: all in this process, without Dask.",
+    help="Local worker processes; one per core if omitted; 0 runs in this process, without Dask.",
 )
 @click.option("--scheduler", default=None, help="Address of a running Dask scheduler.")
 @click.option(
@@ -141,15 +144,17 @@ def validate(
     type=click.FloatRange(min=1),
     default=120.0,
     show_default=True,
-    help="Video of one task; longer sessions are divided over several. Changes no byte.",
+    help="Seconds of video per task; longer sessions are split. Changes no byte of the set.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be made, and why; make nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would be written, and why; write nothing."
+)
 @_KEEP_OLD_OPTION
 @click.option(
-    "--verify", is_flag=True, help="First check every byte of the set; make again what is damaged."
+    "--verify", is_flag=True, help="Check every byte of the set first, and rebuild what is corrupt."
 )
 @click.option(
-    "--compact", is_flag=True, help="Pack as a fresh build does; what lies in the set is copied."
+    "--compact", is_flag=True, help="Pack as a fresh build would; rows of the set are copied."
 )
 def shards(
     *,
@@ -164,7 +169,7 @@ def shards(
     verify: bool,
     compact: bool,
 ) -> None:
-    """Build a shard set, or bring it up to date: only what changed is made again."""
+    """Build a shard set, or update it: only what changed is rebuilt."""
     from preprocess.build.cluster import Cluster
     from preprocess.build.job import build_shards
 
@@ -183,36 +188,36 @@ def shards(
             verify=verify,
             compact=compact,
         )
-    _tell_build(summary, parse_location(out))
+    _print_build(summary, parse_location(out))
 
 
-def _tell_build(summary: BuildSummary, where: Path | Store) -> None:
-    """What a build made or would make, and what the set is now."""
+def _print_build(summary: BuildSummary, location: Path | Store) -> None:
+    """Print what a build wrote or would write, and the state of the set."""
     from preprocess.build.explain import PAST, reasons
 
     lines = reasons(summary.plan)
-    for verb, what in lines:
-        click.echo(f"{PAST[verb] if summary.manifest else f'would {verb}'} {what}")
+    for verb, line in lines:
+        click.echo(f"{PAST[verb] if summary.manifest else f'would {verb}'} {line}")
     if summary.manifest is None:
         if summary.plan.is_empty and not lines:
-            click.echo(f"{where} is up to date")
+            click.echo(f"{location} is up to date")
         return
     counts = summary.manifest.counts
     state = "is up to date" if summary.plan.is_empty and not lines else "is ready"
     click.echo(
-        f"{where} {state}: {counts['sessions']} sessions, {counts['windows_planned']} windows = "
+        f"{location} {state}: {counts['sessions']} sessions, {counts['windows_planned']} windows = "
         f"{counts['samples']} samples ({summary.manifest.num_samples('val')} held out) + "
         f"{counts['windows_rejected']} rejected"
     )
     if summary.rejected:
-        click.echo(f"what is not in it, and why: {where}/rejected.jsonl")
+        click.echo(f"what the set lacks, and why: {location}/rejected.jsonl")
 
 
 @cli.command()
 @click.argument("shard_set", metavar="SHARD_SET")
 @click.pass_context
 def verify(ctx: click.Context, shard_set: str) -> None:
-    """Check every byte of a shard set (a folder or a URL); exit code 1 when something is wrong.
+    """Check every byte of a shard set (a folder or a URL); exit with code 1 on any problem.
 
     \b
     python -m preprocess verify shards/default
@@ -269,12 +274,12 @@ def sessions() -> None:
 @sessions.command("list")
 @click.argument("shard_set", metavar="SHARD_SET")
 def list_of_sessions(shard_set: str) -> None:
-    """Show every session of a set: its split, samples, rejected windows, size and shards."""
+    """List the sessions of a set with split, samples, rejected windows, size and shards."""
     from preprocess.sets.edit import list_sessions
 
-    found = list_sessions(shard_set)
-    width = max((len(s.name) for s in found), default=0)
-    for s in found:
+    listed = list_sessions(shard_set)
+    width = max((len(s.name) for s in listed), default=0)
+    for s in listed:
         click.echo(
             f"{s.name:{width}}  {s.split:5}  {s.num_samples:6} samples  {s.num_rejected:5} rejected"
             f"  {s.length_bytes / 2**20:9.1f} MiB  {', '.join(s.shards)}"
@@ -286,13 +291,13 @@ def list_of_sessions(shard_set: str) -> None:
 @click.argument("names", nargs=-1, required=True)
 @_KEEP_OLD_OPTION
 def drop(shard_set: str, names: tuple[str, ...], *, keep_old_h: float) -> None:
-    """Take sessions out of a set; shards of others stay as they are."""
+    """Remove sessions from a set; shards without them stay unchanged."""
     from preprocess.sets.edit import drop_sessions
 
-    _tell(drop_sessions(shard_set, names, keep_old_s=keep_old_h * 3600), shard_set)
+    _print_manifest(drop_sessions(shard_set, names, keep_old_s=keep_old_h * 3600), shard_set)
     click.echo(
-        f"the next `make shards` into it brings {', '.join(dict.fromkeys(names))} back if still "
-        "recorded below its --sessions: move those folders away first"
+        f"the next `make shards` into it brings {', '.join(dict.fromkeys(names))} back if the "
+        "folders are still below its --sessions; fix: move them away first"
     )
 
 
@@ -301,26 +306,26 @@ def drop(shard_set: str, names: tuple[str, ...], *, keep_old_h: float) -> None:
 @click.argument("out")
 @click.argument("names", nargs=-1, required=True)
 def split(shard_set: str, out: str, names: tuple[str, ...]) -> None:
-    """Make a set of some sessions of another, which stays as it is."""
+    """Make a set of some sessions of another set, which stays unchanged."""
     from preprocess.sets.edit import split_sessions
 
-    _tell(split_sessions(shard_set, out, names), out)
+    _print_manifest(split_sessions(shard_set, out, names), out)
 
 
 @sessions.command()
 @click.argument("out")
 @click.argument("shard_sets", metavar="SHARD_SETS...", nargs=-1, required=True)
 def merge(out: str, shard_sets: tuple[str, ...]) -> None:
-    """Make one set of several of the same recipe and tokenizer; they stay as they are."""
+    """Make one set of several with the same recipe and tokenizer; these stay unchanged."""
     from preprocess.sets.edit import merge_sets
 
-    _tell(merge_sets(out, shard_sets), out)
+    _print_manifest(merge_sets(out, shard_sets), out)
 
 
-def _tell(manifest: Manifest, place: str) -> None:
+def _print_manifest(manifest: Manifest, location: str) -> None:
     counts = manifest.counts
     click.echo(
-        f"{redact_url(place)}: {counts['sessions']} sessions, {counts['samples']} samples "
+        f"{redact_url(location)}: {counts['sessions']} sessions, {counts['samples']} samples "
         f"({manifest.num_samples('val')} held out) in {len(manifest.shards)} shards"
     )
 
@@ -340,33 +345,33 @@ def _tell(manifest: Manifest, place: str) -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 def demo_sessions(out: Path, *, num_sessions: int, duration_s: float, seed: int) -> None:
-    """Make sessions of a small world in which every sense tells something; does nothing twice."""
+    """Make sessions of a small simulated world; existing sessions are kept."""
     from preprocess.demo.world import write_demo_sessions
 
     made: list[str] = []
 
-    def tell(name: str) -> None:
+    def log(name: str) -> None:
         made.append(name)
         click.echo(name)
 
     write_demo_sessions(
-        out, num_sessions=num_sessions, duration_s=duration_s, seed=seed, progress=tell
+        out, num_sessions=num_sessions, duration_s=duration_s, seed=seed, progress=log
     )
-    click.echo(f"{out}: {num_sessions} demo sessions" + ("" if made else ", all there already"))
+    click.echo(f"{out}: {num_sessions} demo sessions" + ("" if made else ", all of which existed"))
 
 
-def _require_local(places: Iterable[str]) -> None:
-    """Repairs are made in folders, where the originals stay beside them."""
-    for place in map(parse_location, places):
-        if isinstance(place, Store):
+def _require_local(locations: Iterable[str]) -> None:
+    """Refuse URLs: repairs keep the originals beside the files, in folders."""
+    for location in map(parse_location, locations):
+        if isinstance(location, Store):
             raise click.UsageError(
-                f"{place}: --fix repairs sessions in folders only; copy them to this machine, "
-                "repair them there and put them back"
+                f"{location}: --fix repairs sessions in folders only; fix: copy them to this "
+                "machine, repair them and copy them back"
             )
 
 
 def _open_page(path: Path | None) -> AbstractContextManager[ReportPage | None]:
-    """The report page, or nothing where none is asked for: jinja2 is loaded only for a page."""
+    """Open the report page, if one is wanted; jinja2 is loaded only then."""
     if path is None:
         return nullcontext()
     from preprocess.validate.page import ReportPage
@@ -379,7 +384,7 @@ def _recipe(path: Path | None) -> Recipe:
 
 
 if __name__ == "__main__":
-    # A scheduler's SIGTERM stops a job as Ctrl-C does: workers dismissed, workplaces cleared.
+    # SIGTERM stops a job as Ctrl-C does: workers are stopped, staging directories removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     widen_pipes()
     cli(prog_name="python -m preprocess")
