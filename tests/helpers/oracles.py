@@ -216,7 +216,7 @@ def build(
         )
 
 
-def build_in_parts(
+def build_with_subtasks(
     sessions: Path | str, out: Path | str, recipe: Recipe | None = None, *, task_s: float = 1.0
 ) -> BuildSummary:
     """build_shards in this process, divided into tasks of so many seconds of video."""

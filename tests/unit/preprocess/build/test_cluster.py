@@ -184,7 +184,7 @@ def test_local_workers_that_die_while_they_start_are_started_again(monkeypatch, 
         (3, 2.0, ""),
     ],
 )
-def test_workers_without_work_are_told_of(tmp_path, monkeypatch, num_workers, task_s, says):
+def test_idle_workers_are_reported(tmp_path, monkeypatch, num_workers, task_s, says):
     recorded = write_tiny_sessions(tmp_path / "sessions")
     recipe = tiny_recipe(split={"val_fraction": 0})
     monkeypatch.setattr("preprocess.build.cluster.MIN_WORK_S", 0.0)
@@ -193,9 +193,9 @@ def test_workers_without_work_are_told_of(tmp_path, monkeypatch, num_workers, ta
         scheduler=None, num_workers=num_workers, console=Console(file=text)
     ) as cluster:
         build_shards(recorded, tmp_path / "set", recipe=recipe, cluster=cluster, task_s=task_s)
-    told = " ".join(text.getvalue().split())
-    assert says in told
-    assert ("idle" in told) == bool(says)
+    output = " ".join(text.getvalue().split())
+    assert says in output
+    assert ("idle" in output) == bool(says)
     assert cluster.num_idle(1, work_s=0.0) == num_workers - 1
     monkeypatch.undo()
     assert cluster.num_idle(1, work_s=59.0) == 0

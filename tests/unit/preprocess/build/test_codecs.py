@@ -50,7 +50,7 @@ def sets(sessions, tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-def eyes(out: Path) -> dict[str, bytes]:
+def videos(out: Path) -> dict[str, bytes]:
     """Members of the left eye, by name."""
     tars = sorted(out.glob("*.vision_left.tar"))
     return {name: content for tar in tars for name, content in tar_members(tar).items()}
@@ -61,7 +61,7 @@ def test_members_have_the_codecs_name_and_the_manifest_says_what_they_hold(sets,
     field = read_manifest(sets[codec]).fields["vision_left"]
     assert field["codec"] == EXTENSIONS[codec]
     assert field["shape"] == ([5, 48, 32] if codec == "yuv420" else [5, 32, 32, 3])
-    assert list(eyes(sets[codec])) == [
+    assert list(videos(sets[codec])) == [
         f"{key}.vision_left.{EXTENSIONS[codec]}" for key in set_keys(sets[codec])
     ]
     check_whole(sets[codec])
@@ -69,7 +69,7 @@ def test_members_have_the_codecs_name_and_the_manifest_says_what_they_hold(sets,
 
 @pytest.mark.parametrize("codec", ["h264", "mjpeg"])
 def test_ffmpeg_reads_the_members_of_a_set(sets, codec):
-    for member in eyes(sets[codec]).values():
+    for member in videos(sets[codec]).values():
         with av.open(io.BytesIO(member), format=codec) as container:
             stock = np.array([frame.to_ndarray() for frame in container.decode(video=0)])
         ours = decode_pictures(member, recipe=recipe_of(codec).vision, out=np.zeros_like(stock))
@@ -79,7 +79,7 @@ def test_ffmpeg_reads_the_members_of_a_set(sets, codec):
 
 @pytest.mark.parametrize("codec", ["yuv420", "raw"])
 def test_numpy_reads_the_members_of_a_set(sets, codec):
-    for member in eyes(sets[codec]).values():
+    for member in videos(sets[codec]).values():
         stock = np.load(io.BytesIO(member))
         ours = decode_pictures(member, recipe=recipe_of(codec).vision, out=np.zeros_like(stock))
         np.testing.assert_array_equal(ours, stock)
@@ -125,8 +125,8 @@ def test_a_new_session_leaves_the_bytes_of_the_others(sessions, tmp_path, codec)
     few = tmp_path / "sessions"
     write_tiny_session(few / "ann", 2.0)
     build(few, tmp_path / "set", recipe_of(codec))
-    before = eyes(tmp_path / "set")
+    before = videos(tmp_path / "set")
     write_tiny_session(few / "cat", 2.0, has_right=True)
     build(few, tmp_path / "set", recipe_of(codec))
-    assert eyes(tmp_path / "set").items() >= before.items()
+    assert videos(tmp_path / "set").items() >= before.items()
     assert set_keys(tmp_path / "set") == [f"{s}/00000{i}" for s in ("ann", "cat") for i in (0, 1)]

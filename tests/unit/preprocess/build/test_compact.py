@@ -82,15 +82,15 @@ def no_recordings(monkeypatch) -> None:
 
 
 def all_of(out: Path) -> dict[str, Any]:
-    """All that a set is but names of files: members, arrays, facts, and what the manifest adds."""
-    facts = {}
+    """Everything of a set but file names: members, arrays, headers, and the manifest."""
+    headers = {}
     for name, index in open_indexes(out):
         columns = {n: {**c, "file": ""} for n, c in index.columns.items()}
-        facts[name] = json.dumps({**index.header, "columns": columns}, sort_keys=True)
+        headers[name] = json.dumps({**index.header, "columns": columns}, sort_keys=True)
     manifest = read_manifest(out)
     return {
         "contents": set_contents(out),
-        "facts": facts,
+        "headers": headers,
         "manifest": (manifest.statistics, manifest.counts, manifest.recipe, manifest.fields),
         "rejected": (out / "rejected.jsonl").read_bytes(),
     }
@@ -105,7 +105,7 @@ def test_a_grown_set_becomes_a_fresh_one_and_no_recording_is_read(recorded, reci
     check_whole(grown)
 
 
-def test_a_set_without_its_first_session_is_packed_anew(recorded, recipe, fresh, tmp_path, request):
+def test_a_set_without_its_first_session_is_repacked(recorded, recipe, fresh, tmp_path, request):
     out, rest = tmp_path / "out", tmp_path / "rest"
     shutil.copytree(fresh, out)
     shutil.copytree(recorded, rest, ignore=shutil.ignore_patterns("ann"))

@@ -89,7 +89,7 @@ def test_recipe_keys_are_named_with_both_values():
     ]
 
 
-def test_keys_that_make_nothing_but_the_manifest_new_are_told():
+def test_keys_that_change_only_the_manifest_are_reported():
     assert lines_of(recipe=tiny_recipe(required=["audio", "touch"])) == [
         "rewrite the manifest: required [] -> [audio, touch]"
     ]

@@ -204,7 +204,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_set_is_mended_by_the_next_build(sessions, built, out, damage):
+def test_the_next_build_repairs_a_damaged_set(sessions, built, out, damage):
     DAMAGES[damage](out)
     build(sessions, out)
     check_whole(out)

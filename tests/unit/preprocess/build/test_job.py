@@ -177,7 +177,7 @@ def test_a_changed_file_makes_only_its_columns_again(sessions, out, tmp_path):
 
 
 def test_a_shorter_video_moves_the_end_of_the_text_with_it(tmp_path):
-    # 2.6 s of video: the text lies over 60% of the third window; 2.4 s: over 40%, too little.
+    # 2.6 s of video: the text covers 60% of the third window; 2.4 s: 40%, too little.
     root, out = tmp_path / "sessions", tmp_path / "out"
     for length_s in (2.6, 2.4):
         shutil.rmtree(root, ignore_errors=True)

@@ -105,7 +105,7 @@ def test_a_job_killed_while_it_writes_is_completed_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_job_told_to_stop_says_so_and_leaves_nothing_temporary(recorded, tmp_path, stop):
+def test_a_job_that_is_stopped_says_so_and_leaves_no_temporary_file(recorded, tmp_path, stop):
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     job = run_job(recorded, out, SMALL)
     await_true(lambda: out.exists() and any(p.suffix == ".tmp" for p in out.iterdir()))

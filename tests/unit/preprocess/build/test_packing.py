@@ -1,4 +1,4 @@
-"""Which windows lie in which shard, and which rows are copied, from scans made by hand."""
+"""Which shard holds which windows, and which rows are copied, from scans made by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_when_sessions_came_too_lost_windows_are_placed_once():
     assert sorted(keys([*again.tasks, *again.unchanged])) == sorted(keys(plan(more, SMALL).tasks))
 
 
-# --- rows that lie in the old set ------------------------------------------------------------
+# --- rows of the previous set ----------------------------------------------------------------
 
 
 def sources_of(plan: Plan, column: str) -> set[str]:

@@ -127,7 +127,7 @@ def test_a_changed_gain_or_clock_rebuilds_the_columns_that_use_it(change, column
 
 
 def test_a_stream_that_leaves_a_window_makes_its_column_due():
-    # Text lies over the whole session: a shorter video can end it, with the same text.jsonl.
+    # Text covers the whole session: a shorter video can end it, with the same text.jsonl.
     name, at = TRAIN_NAMES[0], STREAMS.index(Stream.INTERNAL_TEXT)
     last = tuple(0.25 if i == at else 1.0 for i in range(len(STREAMS)))
     shorter = replace(FOUR[name], coverage=(*FOUR[name].coverage[:-1], last))

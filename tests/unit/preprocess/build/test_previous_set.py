@@ -1,4 +1,4 @@
-"""Flipped bytes are mended by a build that verifies: only what is damaged is made again."""
+"""A build that verifies repairs flipped bytes: only what is corrupt is rebuilt."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_damaged_index_has_its_shard_made_again_in_its_place(sessions, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "manifest.json", "rejected.jsonl"])
-def test_small_files_are_mended_too(sessions, built, out, name):
+def test_small_files_are_repaired_too(sessions, built, out, name):
     (out / name).write_bytes((out / name).read_bytes() or b"x")
     flip_byte(out / name, 0)
     build(sessions, out, verify=True)

@@ -1,6 +1,4 @@
-"""Rows that did not change are copied from the old columns: the same bytes as made anew, and no
-recording is opened for them.
-"""
+"""Unchanged rows are copied from previous shards: the same bytes, and no recording is opened."""
 
 from __future__ import annotations
 
@@ -79,19 +77,19 @@ def without_copies(monkeypatch) -> None:
 
 @pytest.mark.parametrize("recipe", [RAW, H264], ids=["raw", "h264"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_copied_rows_are_the_bytes_of_rows_made_anew(
+def test_copied_rows_have_the_bytes_of_decoded_rows(
     sessions, tmp_path, monkeypatch, change, recipe
 ):
-    copied, anew = tmp_path / "copied", tmp_path / "anew"
+    copied, decoded = tmp_path / "copied", tmp_path / "decoded"
     build(sessions, copied, recipe)
-    shutil.copytree(copied, anew)
+    shutil.copytree(copied, decoded)
     CHANGES[change](sessions)
     summary = build(sessions, copied, recipe)
     assert any(task.copied_index_files for task in summary.plan.tasks)
     with monkeypatch.context() as patched:
         without_copies(patched)
-        build(sessions, anew, recipe)
-    assert file_hashes(copied) == file_hashes(anew)
+        build(sessions, decoded, recipe)
+    assert file_hashes(copied) == file_hashes(decoded)
     check_whole(copied)
 
 
@@ -117,9 +115,9 @@ def test_losses_of_copied_rows_stay(sessions, tmp_path):
 
 
 def test_a_damaged_old_column_is_not_copied_from(sessions, tmp_path, monkeypatch):
-    out, anew = tmp_path / "out", tmp_path / "anew"
+    out, decoded = tmp_path / "out", tmp_path / "decoded"
     build(sessions, out, H264)
-    shutil.copytree(out, anew)
+    shutil.copytree(out, decoded)
     index = open_index(out / "train-000000.index")
     row = [index.key(r) for r in range(index.num_samples)].index("dan/000000")
     path = out / "train-000000.vision_left.tar"
@@ -131,5 +129,5 @@ def test_a_damaged_old_column_is_not_copied_from(sessions, tmp_path, monkeypatch
     check_whole(out)
     with monkeypatch.context() as patched:
         without_copies(patched)
-        build(sessions, anew, H264)
-    assert file_hashes(out) == file_hashes(anew)
+        build(sessions, decoded, H264)
+    assert file_hashes(out) == file_hashes(decoded)

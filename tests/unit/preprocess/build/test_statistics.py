@@ -223,7 +223,7 @@ def test_other_shards_and_workers_give_the_same_statistics(built, recorded, tmp_
     assert one.statistics == other.statistics
 
 
-def test_an_update_gives_the_statistics_of_a_set_made_anew(recorded, built, tmp_path):
+def test_an_update_gives_the_statistics_of_a_fresh_build(recorded, built, tmp_path):
     tokenizer = built / read_manifest(built).tokenizer_file
     recipe = tiny_recipe(text={"tokenizer": str(tokenizer)})
     sessions, out = tmp_path / "sessions", tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Shards divided over tasks: the bytes of one pass, whatever the tasks, and nothing left over."""
+"""Video split into subtasks: the bytes of one pass, whatever the split, and no leftover files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from helpers.breaks import BrokenOff, fail
 from helpers.oracles import (
     build,
-    build_in_parts,
+    build_with_subtasks,
     check_whole,
     cluster_of,
     file_hashes,
@@ -48,7 +48,7 @@ from shared.storage import Store, parse_location
 WHOLE = tiny_recipe(split={"val_fraction": 0})
 """All windows in one shard."""
 
-EYES = {
+VIDEOS = {
     "constant rate": ({"b_frames": 0}, {"gop": 30}),
     "variable rate, B-frames": ({"b_frames": 3, "gop": 8}, {"b_frames": 2, "gop": 20}),
     "one group, open groups": (
@@ -63,10 +63,10 @@ EYES = {
 
 
 def write_stereo(folder: Path, kind: str, length_s: float, *, seed: int = 0) -> Path:
-    """A session of two eyes; of an even rate, or of any times."""
+    """A session with two videos, at a constant rate or at any times."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    for name, how in zip(VISION_FILES.values(), EYES[kind], strict=True):
+    for name, how in zip(VISION_FILES.values(), VIDEOS[kind], strict=True):
         times_s = np.arange(round(length_s * 30)) / 30
         if "variable" in kind:
             times_s = np.cumsum(rng.uniform(0.005, 0.12, 900))
@@ -79,7 +79,7 @@ def write_stereo(folder: Path, kind: str, length_s: float, *, seed: int = 0) -> 
 
 @pytest.fixture(scope="module")
 def stereo(tmp_path_factory) -> Path:
-    """A session of several tasks' shares and two shorter ones; read only."""
+    """A session of several subtasks and two shorter ones; read only."""
     root = tmp_path_factory.mktemp("stereo")
     for name, length_s in (("ann", 6.5), ("bob", 1.0), ("cat", 1.4)):
         write_stereo(root / name, "variable rate, B-frames", length_s)
@@ -100,7 +100,7 @@ def leftovers(out: Path) -> list[str]:
 
 
 def count_calls(monkeypatch, module, name: str) -> list[object]:
-    """What a function is called with from now on."""
+    """Arguments of the calls of a function from now on."""
     calls: list[object] = []
     original = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *a: [calls.append(a), original(*a)][1])
@@ -111,32 +111,32 @@ def count_calls(monkeypatch, module, name: str) -> list[object]:
 
 
 @pytest.mark.parametrize("stride_s", [None, 0.37], ids=["touching", "overlapping"])
-@pytest.mark.parametrize("kind", EYES)
-def test_parts_give_the_bytes_of_one_pass(tmp_path, monkeypatch, kind, stride_s):
+@pytest.mark.parametrize("kind", VIDEOS)
+def test_subtasks_give_the_bytes_of_one_pass(tmp_path, monkeypatch, kind, stride_s):
     tries = count_calls(monkeypatch, build_module, "_build_shard")
     recipe = tiny_recipe(split={"val_fraction": 0}, window={"stride_s": stride_s})
     for name, length_s in (("long", 5.2), ("short", 1.0)):
         write_stereo(tmp_path / "in" / name, kind, length_s, seed=len(name))
     build(tmp_path / "in", tmp_path / "whole", recipe)
-    build_in_parts(tmp_path / "in", tmp_path / "parts", recipe, task_s=1.0)
-    assert file_hashes(tmp_path / "parts") == file_hashes(tmp_path / "whole")
-    assert leftovers(tmp_path / "parts") == []
-    assert len(tries) == 2  # no part was given up
+    build_with_subtasks(tmp_path / "in", tmp_path / "split", recipe, task_s=1.0)
+    assert file_hashes(tmp_path / "split") == file_hashes(tmp_path / "whole")
+    assert leftovers(tmp_path / "split") == []
+    assert len(tries) == 2  # no subtask was given up
 
 
-def test_what_a_damaged_video_lacks_is_lost_alike(tmp_path, monkeypatch):
+def test_subtasks_report_the_same_decode_failures_of_a_damaged_video(tmp_path, monkeypatch):
     folder = write_stereo(tmp_path / "in" / "ann", "constant rate", 8.0)
     content = bytearray((folder / "vision_left.mp4").read_bytes())
-    for place in range(len(content) // 4, len(content) // 2):
-        content[place] ^= 0x55
+    for offset in range(len(content) // 4, len(content) // 2):
+        content[offset] ^= 0x55
     (folder / "vision_left.mp4").write_bytes(content)
     tries = count_calls(monkeypatch, build_module, "_build_shard")
-    for build_it, out in ((build, "whole"), (build_in_parts, "parts")):
+    for build_it, out in ((build, "whole"), (build_with_subtasks, "split")):
         build_it(tmp_path / "in", tmp_path / out, WHOLE)
     lost = [x["window"] for x in jsonl(tmp_path / "whole" / "rejected.jsonl") if "window" in x]
     assert lost
     assert len(tries) == 2
-    assert file_hashes(tmp_path / "parts") == file_hashes(tmp_path / "whole")
+    assert file_hashes(tmp_path / "split") == file_hashes(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -148,8 +148,8 @@ def test_any_number_of_workers_gives_the_bytes_of_none(stereo, made, tmp_path, n
     assert leftovers(tmp_path / "out") == []
 
 
-def test_a_long_session_is_cut_and_its_shard_decodes_nothing(stereo, made, tmp_path, monkeypatch):
-    pieces = count_calls(monkeypatch, job_module, "encode_video")
+def test_the_task_of_a_split_session_decodes_nothing(stereo, made, tmp_path, monkeypatch):
+    calls = count_calls(monkeypatch, job_module, "encode_video")
     lengths = []
     original = SessionReader.iter_frames
 
@@ -158,29 +158,29 @@ def test_a_long_session_is_cut_and_its_shard_decodes_nothing(stereo, made, tmp_p
         return original(self, stream, windows, **more)
 
     monkeypatch.setattr(SessionReader, "iter_frames", iter_frames)
-    build_in_parts(stereo, tmp_path / "out", WHOLE, task_s=2.0)
+    build_with_subtasks(stereo, tmp_path / "out", WHOLE, task_s=2.0)
     assert file_hashes(tmp_path / "out") == made
-    assert len(pieces) == 2 * 4 + 2 + 1  # ann's 7 windows of each eye, bob and cat, bob
+    assert len(calls) == 2 * 4 + 2 + 1  # ann's 7 windows of each video, bob and cat, bob
     assert max(lengths) <= 3
     assert sum(lengths) == 7 + 1 + 2 + 7 + 1  # each window once: the shard itself reads none
 
 
-def test_only_rows_that_are_not_copied_are_divided(stereo, tmp_path, monkeypatch):
+def test_only_rows_that_are_not_copied_are_split(stereo, tmp_path, monkeypatch):
     sessions = Path(shutil.copytree(stereo, tmp_path / "in"))
     one, other = tmp_path / "one", tmp_path / "other"
     build(sessions, one, WHOLE)
     shutil.copytree(one, other)
     shutil.copy(sessions / "ann" / "vision_right.mp4", sessions / "ann" / "vision_left.mp4")
     build(sessions, one, WHOLE)
-    pieces = count_calls(monkeypatch, job_module, "encode_video")
-    build_in_parts(sessions, other, WHOLE)
+    calls = count_calls(monkeypatch, job_module, "encode_video")
+    build_with_subtasks(sessions, other, WHOLE)
     assert file_hashes(other) == file_hashes(one)
-    assert {(s.column, *(own.session for own in s.sessions)) for s, _ in pieces} == {
+    assert {(s.column, *(own.session for own in s.sessions)) for s, _ in calls} == {
         ("vision_left", "ann")
     }
 
 
-# --- what goes wrong between a part and its shard ---------------------------------------------
+# --- failures between a subtask and its shard ------------------------------------------------
 
 
 def flip(path: Path) -> None:
@@ -191,26 +191,26 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("end", ["tar", "index"])
 @pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["damaged", "gone"])
-def test_a_part_that_can_not_be_trusted_is_made_again(
+def test_a_corrupt_or_missing_subtask_file_is_replaced_by_decoding(
     stereo, made, tmp_path, monkeypatch, end, damage
 ):
     out = tmp_path / "out"
     original = job_module.build_shard
 
-    def build_shard(task, needs, parts):
-        damage(out / (parts[2].file if end == "tar" else parts[2].index_file))
-        return original(task, needs, parts)
+    def build_shard(task, context, encoded):
+        damage(out / (encoded[2].file if end == "tar" else encoded[2].index_file))
+        return original(task, context, encoded)
 
     monkeypatch.setattr(job_module, "build_shard", build_shard)
     tries = count_calls(monkeypatch, build_module, "_build_shard")
-    build_in_parts(stereo, out, WHOLE)
+    build_with_subtasks(stereo, out, WHOLE)
     assert len(tries) == 2
     check_whole(out)
     assert file_hashes(out) == made
     assert leftovers(out) == []
 
 
-def test_a_video_that_changes_after_its_part_was_made_fails_the_job(stereo, tmp_path, monkeypatch):
+def test_a_video_that_changes_after_its_subtask_fails_the_job(stereo, tmp_path, monkeypatch):
     sessions = Path(shutil.copytree(stereo, tmp_path / "in"))
     original = job_module.build_shard
 
@@ -220,39 +220,37 @@ def test_a_video_that_changes_after_its_part_was_made_fails_the_job(stereo, tmp_
 
     monkeypatch.setattr(job_module, "build_shard", build_shard)
     with pytest.raises(SessionError, match=r"session ann: vision_left.mp4 went away or changed"):
-        build_in_parts(sessions, tmp_path / "out", WHOLE)
+        build_with_subtasks(sessions, tmp_path / "out", WHOLE)
     assert leftovers(tmp_path / "out") == []
 
 
-def test_parts_of_a_job_broken_off_go_and_the_next_ends_in_the_same_bytes(
+def test_subtask_files_of_an_interrupted_job_are_removed_by_the_next(
     stereo, made, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"
-    found = []
+    exist = []
 
-    def stop(task, needs, parts):
-        found.extend((out / part.file).exists() for part in parts)
+    def stop(task, context, encoded):
+        exist.extend((out / video.file).exists() for video in encoded)
         fail()
 
     with monkeypatch.context() as patched:
         patched.setattr(job_module, "build_shard", stop)
         patched.setattr("shared.shardset.store.discard", lambda _: None)  # as a kill does
         with pytest.raises(BrokenOff):
-            build_in_parts(stereo, out, WHOLE)
-    assert found
-    assert all(found)
+            build_with_subtasks(stereo, out, WHOLE)
+    assert exist
+    assert all(exist)
     assert leftovers(out)
-    build_in_parts(stereo, out, WHOLE)
+    build_with_subtasks(stereo, out, WHOLE)
     assert file_hashes(out) == made
     assert leftovers(out) == []
 
 
-def test_parts_lie_beside_a_set_behind_a_url_and_leave_no_trace(
-    stereo, made, tmp_path, monkeypatch
-):
+def test_subtask_files_behind_a_url_leave_no_trace(stereo, made, tmp_path, monkeypatch):
     fs = fsspec.filesystem("memory")
     fs.store.clear()
-    url, store = "memory://here/parts", parse_location("memory://here/parts")
+    url, store = "memory://here/split", parse_location("memory://here/split")
     assert isinstance(store, Store)
     store.write(".0123456789ab.tmp/train-000000.vision_left.0.tar", b"of a killed job")
     seen = []
@@ -263,19 +261,19 @@ def test_parts_lie_beside_a_set_behind_a_url_and_leave_no_trace(
         return original(*args)
 
     monkeypatch.setattr(job_module, "build_shard", build_shard)
-    build_in_parts(stereo, url, WHOLE)
+    build_with_subtasks(stereo, url, WHOLE)
     assert len(seen) == 1
     assert not seen[0].startswith(".0123456789ab.")
     names = set(store.list_files())
     assert names - {"sessions.jsonl"} == set(made)
-    assert fs.cat_file("/here/parts/manifest.json") is not None
+    assert fs.cat_file("/here/split/manifest.json") is not None
     store.write(".0123456789ab.tmp/train-000000.vision_left.0.tar", b"of a late worker")
-    build_in_parts(stereo, url, WHOLE)
+    build_with_subtasks(stereo, url, WHOLE)
     assert set(store.list_files()) == names
     fs.store.clear()
 
 
-# --- division ---------------------------------------------------------------------------------
+# --- splitting --------------------------------------------------------------------------------
 
 
 def scan_of(name: str, streams: tuple[Stream, ...], num_windows: int) -> SessionScan:
@@ -297,24 +295,24 @@ def scan_of(name: str, streams: tuple[Stream, ...], num_windows: int) -> Session
 
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
-    one_eyed=st.sets(st.integers(0, 7)),
+    left_only=st.sets(st.integers(0, 7)),
     copied=st.sets(st.integers(0, 7)),
     task_s=st.floats(1.0, 50.0),
 )
-def test_parts_hold_each_window_that_is_to_decode_once_and_no_more_than_a_share(
-    lengths, one_eyed, copied, task_s
+def test_subtasks_decode_each_window_once_and_are_no_longer_than_task_s(
+    lengths, left_only, copied, task_s
 ):
     both = (Stream.VISION_LEFT, Stream.VISION_RIGHT)
     names = [f"s{i}" for i in range(len(lengths))]
     scans = {
-        name: scan_of(name, both[:1] if i in one_eyed else both, lengths[i])
+        name: scan_of(name, both[:1] if i in left_only else both, lengths[i])
         for i, name in enumerate(names)
     }
     copied = tuple(name for i, name in enumerate(names) if i in copied)
     task = task_of(names, lengths, copied=copied)
     split, subtasks = split_task(task, scans, tiny_recipe(), task_s=task_s)
     wanted = {("vision_left", n): c for n, c in zip(names, lengths, strict=True) if n not in copied}
-    wanted |= {("vision_right", n): lengths[i] for i, n in enumerate(names) if i not in one_eyed}
+    wanted |= {("vision_right", n): lengths[i] for i, n in enumerate(names) if i not in left_only}
     if sum(wanted.values()) <= task_s:
         assert (split, subtasks) == (task, ())
         return
@@ -370,13 +368,13 @@ def task_of(names: list[str], lengths: list[int], *, copied: tuple[str, ...]) ->
     )
 
 
-def test_the_command_says_what_a_tasks_share_is():
+def test_the_default_of_task_seconds_is_the_constant():
     (option,) = (p for p in shards.params if p.name == "task_s")
     assert isinstance(option, click.Option)
     assert option.default == TASK_S
 
 
-def test_a_task_in_this_process_is_not_divided(stereo, made, tmp_path, monkeypatch):
+def test_a_task_in_this_process_is_not_split(stereo, made, tmp_path, monkeypatch):
     monkeypatch.setattr(job_module, "encode_video", fail)
     with cluster_of(0) as cluster:
         job_module.build_shards(stereo, tmp_path / "out", recipe=WHOLE, cluster=cluster, task_s=1.0)
