@@ -1,18 +1,19 @@
-"""Scans of all sessions, with a cache, ``sessions.jsonl``, that may be deleted at any time.
+"""Scan all sessions, with a cache of the scans.
 
-A session whose files have the same size and time is not read again.
+The cache is the set's ``sessions.jsonl``; it may be deleted at any time. A session whose files have
+the same size and time is not read again.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build.commit import to_jsonl
 from preprocess.build.sources import scan_seconds
 from shared.files import fingerprint_of
-from shared.recipe import Recipe
 from shared.session.folder import SCANNED_FILES
 from shared.session.scan import SessionScan, SourceFile, scan_from_json, scan_session
 from shared.shardset.manifest import SESSIONS_FILE
@@ -26,57 +27,58 @@ if TYPE_CHECKING:
     from shared.shardset.store import ShardSetStore
 
 SCAN_VERSION = 2
-"""Raised when a scan of the same files would say something else."""
+"""Raised when a scan of the same files would give another result."""
 
-_SCAN_PARTS = ("window", "vision", "audio", "sensors")
+_SCAN_SECTIONS = ("window", "vision", "audio", "sensors")
+"""Sections of a recipe that a scan depends on."""
 
 
 def scan_sessions(
-    recordings: Mapping[str, Recording], out: ShardSetStore, recipe: Recipe, cluster: Cluster
+    recordings: Mapping[str, Recording], store: ShardSetStore, recipe: Recipe, cluster: Cluster
 ) -> tuple[dict[str, SessionScan], int]:
-    """A scan of every session, by name, and how many had to be read.
+    """Scan every session that changed, and update the cache.
 
     Args:
         recordings: every session, by name.
-        out: the shard set, where the cache is.
+        store: the shard set, which holds the cache.
         recipe: the recipe to scan by.
         cluster: runs the scans.
+
+    Returns:
+        The scan of every session, by name, and how many sessions were read.
     """
     sections = recipe.as_json()
-    basis = fingerprint_of(SCAN_VERSION, {p: sections[p] for p in _SCAN_PARTS})
-    cached = _parse_cache(out.read(SESSIONS_FILE) or b"")
+    basis = fingerprint_of(SCAN_VERSION, {name: sections[name] for name in _SCAN_SECTIONS})
+    cached = _parse_cache(store.read(SESSIONS_FILE) or b"")
     stamps = {name: dict(recording.stamp) for name, recording in recordings.items()}
     scans = {
         name: cached[name].scan
         for name in recordings
         if name in cached and (cached[name].basis, cached[name].stamp) == (basis, stamps[name])
     }
-    due = [name for name in recordings if name not in scans]
-    work = [(recordings[name], _unchanged(cached.get(name), stamps[name])) for name in due]
+    changed = [name for name in recordings if name not in scans]
+    work = [(recordings[name], _unchanged(cached.get(name), stamps[name])) for name in changed]
     seconds = sum(scan_seconds(recording) for recording, _ in work)
-    found = cluster.map(_Scan(recipe, out), work, label="scan sessions", work_s=seconds)
-    scans.update(zip(due, found, strict=True))
+    scan = partial(_scan, recipe=recipe, store=store)
+    new = cluster.map(scan, work, label="scan sessions", work_s=seconds)
+    scans.update(zip(changed, new, strict=True))
     scans = {name: scans[name] for name in sorted(scans)}
-    if due or set(cached) != set(scans):
+    if changed or set(cached) != set(scans):
         lines = [
             {"basis": basis, "stamp": stamps[name], "scan": scan.as_json()}
             for name, scan in scans.items()
         ]
-        out.write(SESSIONS_FILE, to_jsonl(lines))
-    return scans, len(due)
+        store.write(SESSIONS_FILE, to_jsonl(lines))
+    return scans, len(changed)
 
 
-@dataclass(frozen=True, slots=True)
-class _Scan:
-    """scan_session with the recipe filled in; crosses processes."""
-
-    recipe: Recipe
-    place: ShardSetStore
-
-    def __call__(self, work: tuple[Recording, Mapping[str, SourceFile]]) -> SessionScan:
-        recording, known = work
-        with recording.files(SCANNED_FILES, self.place) as folder:
-            return scan_session(folder, recipe=self.recipe, known=known)
+def _scan(
+    work: tuple[Recording, Mapping[str, SourceFile]], *, recipe: Recipe, store: ShardSetStore
+) -> SessionScan:
+    """Scan a session whose unchanged files are known."""
+    recording, known = work
+    with recording.files(SCANNED_FILES, store) as folder:
+        return scan_session(folder, recipe=recipe, known=known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +86,13 @@ class _Cached:
     """A line of the cache."""
 
     basis: str
-    """Of the scan: its version and the recipe's sections."""
+    """Hash of the scan's version and the recipe's sections."""
     stamp: Mapping[str, Any]
     scan: SessionScan
 
 
 def _parse_cache(content: bytes) -> dict[str, _Cached]:
-    """Scans of an earlier run, by session; a cache, so that whatever can't be read is scanned
-    again.
-    """
+    """Parse the scans of an earlier run, by session; skip lines that can't be read."""
     cached = {}
     for line in content.split(b"\n"):
         try:
@@ -105,7 +105,7 @@ def _parse_cache(content: bytes) -> dict[str, _Cached]:
 
 
 def _unchanged(cached: _Cached | None, stamp: Mapping[str, Any]) -> dict[str, SourceFile]:
-    """Source files that are as they were: what they are needs no hashing."""
+    """Return the identity of unchanged source files, which need no hashing."""
     if cached is None:
         return {}
     sources = cached.scan.sources

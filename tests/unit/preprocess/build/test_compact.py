@@ -24,6 +24,7 @@ from helpers.sets import flip_byte
 
 from preprocess.build import reuse_reader as stored
 from preprocess.build import task as build_module
+from preprocess.build import write
 from shared.media.tokenizer import train_tokenizer
 from shared.session.reader import SessionReader
 from shared.shardset.manifest import read_manifest
@@ -76,9 +77,11 @@ def grown(grown_set, tmp_path) -> Path:
 
 @pytest.fixture
 def no_recordings(monkeypatch) -> None:
-    """Whoever looks into a recording fails."""
+    """Reading a recording, or encoding a row, fails."""
     for method in READERS:
         monkeypatch.setattr(SessionReader, method, lambda *_: pytest.fail("a recording is read"))
+    for encode in ("encode_pictures", "encode_text", "encode_wav"):
+        monkeypatch.setattr(write, encode, lambda *_, **__: pytest.fail("a row is encoded"))
 
 
 def all_of(out: Path) -> dict[str, Any]:
