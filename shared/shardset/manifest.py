@@ -1,9 +1,9 @@
-"""The manifest of a shard set: its root and its one commit point.
+"""The manifest of a shard set: its root and its commit point.
 
-``manifest.json`` names every shard's index with its checksum; an index names its columns with
-theirs, and its last line is the checksum of its own other lines. So the manifest covers every byte
-of the set, and it stays small: 100,000 shards are one line each. It is written last, atomically; a
-reader sees the old set or the new one.
+``manifest.json`` names every shard's index with its checksum, and an index names its columns with
+theirs. The manifest's last line is the checksum of its other lines. So it covers every byte of the
+set. It stays small: 100,000 shards are one line each. It is written last, atomically, so a reader
+sees the old set or the new one.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.config import make_section
-from shared.errors import REBUILD_HINT, ConfigError, CorruptError, FormatVersionError, ShardError
+from shared.errors import REBUILD_HINT, CorruptError, FormatVersionError, ShardError
 from shared.files import sha256_of_bytes, write_atomic
 from shared.media.tokenizer import TextTokenizer, parse_tokenizer
-from shared.recipe import SPLITS, Recipe, Split
+from shared.recipe import Recipe, Split
 from shared.shardset.index import require_file_name
 
 if TYPE_CHECKING:
@@ -35,24 +37,33 @@ FORMAT_VERSION = 2
 _HEAD = re.compile(
     rb'\s*\{\s*"format"\s*:\s*"vr-creature-shards"\s*,\s*"format_version"\s*:\s*(\d+)'
 )
-"""How a manifest of every version begins."""
+"""How a manifest of any version begins."""
 
 _CHECKSUM = b',\n "sha256": "%s"\n}\n'
-"""How a manifest ends: the checksum of the bytes before."""
+"""How a manifest ends: with the checksum of the bytes before."""
+
+_Count = Annotated[int, Field(strict=True, ge=0)]
+_FileName = Annotated[str, BeforeValidator(require_file_name)]
+_Text = Annotated[str, Field(strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardEntry:
     """One shard in the manifest."""
 
-    name: str
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: _FileName
     """Such as train-000003."""
     split: Split
-    num_samples: int
-    length_bytes: int
+    num_samples: _Count
+    length_bytes: _Count
     """Size of all its columns."""
-    index_file: str
-    index_sha256: str
+    index_file: _FileName
+    index_sha256: _Text
+
+
+_SHARDS = TypeAdapter(tuple[ShardEntry, ...])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,25 +74,25 @@ class Manifest:
     recipe: Recipe
     shards: tuple[ShardEntry, ...]
     generation: int
-    """Counts the builds that changed something; names files that replace older ones."""
+    """Number of builds that changed something; part of the names of files that replace others."""
     tokenizer_file: str
     tokenizer_sha256: str
     fields: Mapping[str, Any]
-    """Schema: per field its column, dtype, shape, unit and codec."""
+    """Schema: field -> column, dtype, shape, unit and codec."""
     statistics: Mapping[str, Any]
-    """Of the train split: mean, std, min, max and histogram of numbers and of the sound's level;
-    counts of dMel levels and tokens."""
+    """Statistics of the train split: mean, std, min, max and histogram of numeric fields and of the
+    sound level, counts of dMel levels and tokens."""
     counts: Mapping[str, int]
-    """Windows planned, and what became of them."""
+    """Numbers of sessions, and of planned, stored and rejected windows."""
     fingerprint: str
-    """Hash of everything that decides the samples."""
+    """Hash of everything that the samples depend on."""
 
     def in_split(self, split: Split) -> tuple[ShardEntry, ...]:
-        """Shards of a split, in order."""
+        """Return the shards of a split, in order."""
         return tuple(s for s in self.shards if s.split == split)
 
     def num_samples(self, split: Split) -> int:
-        """Samples of a split."""
+        """Count the samples of a split."""
         return sum(s.num_samples for s in self.shards if s.split == split)
 
     def load_tokenizer(
@@ -112,10 +123,10 @@ def read_manifest(root: Path | str) -> Manifest:
     """Read the manifest of a shard set.
 
     Raises:
-        ShardError: no such set.
-        FormatVersionError: written in another format version.
-        CorruptError: the manifest is damaged, or names files outside the set's folder.
-        ConfigError: its recipe has keys or values that this software doesn't know.
+        ShardError: there is no such set.
+        FormatVersionError: the manifest has another format version.
+        CorruptError: it is damaged, or names files outside the set's folder.
+        ConfigError: its recipe has unknown keys or values.
     """
     root = Path(root)
     path = root / MANIFEST_FILE
@@ -123,7 +134,7 @@ def read_manifest(root: Path | str) -> Manifest:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ShardError(
-            f"{path}: no such shard set; make it by `python -m preprocess shards --out "
+            f"{path}: no such shard set; fix: build it by `python -m preprocess shards --out "
             f"{shlex.quote(str(root))} --sessions SESSIONS`"
         ) from error
     except OSError as error:
@@ -132,11 +143,11 @@ def read_manifest(root: Path | str) -> Manifest:
 
 
 def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
-    """A manifest from its file's bytes.
+    """Parse a manifest.
 
     Args:
-        content: the bytes.
-        root: where the set's files lie, or copies of them.
+        content: bytes of its file.
+        root: folder of the set's files, or of copies of them.
         path: where the bytes come from, for messages.
 
     Raises:
@@ -148,56 +159,71 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: is damaged: {error}; {REBUILD_HINT}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
-        raise CorruptError(f"{path}: is no manifest of a shard set")
+        raise CorruptError(f"{path}: is not the manifest of a shard set")
     version = values.get("format_version")
     if type(version) is not int or version < 1:
         raise CorruptError(f"{path}: format_version is {version!r}; {REBUILD_HINT}")
     if version != FORMAT_VERSION:
         raise _other_version(version, path)
-    if "sha256" in values and not _vouches(content, values["sha256"]):  # early sets have none
+    if "sha256" in values and not _is_checksum(values["sha256"], content):  # optional
         raise CorruptError(
             f"{path}: differs from its own checksum: it is damaged, or was edited by hand; "
             f"{REBUILD_HINT}"
         )
     try:
-        return _parse(values, root, path)
-    except ConfigError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"{path}: is damaged: {error!r}; {REBUILD_HINT}") from error
+        fields = _Fields.model_validate(values)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = ".".join(map(str, detail["loc"]))
+        raise CorruptError(f"{path}: is damaged: {key}: {detail['msg']}; {REBUILD_HINT}") from error
+    return Manifest(
+        root=root,
+        recipe=make_section(Recipe, fields.recipe, origin=f"{path}: recipe"),
+        shards=fields.shards,
+        generation=fields.generation,
+        tokenizer_file=fields.tokenizer.file,
+        tokenizer_sha256=fields.tokenizer.sha256,
+        fields=fields.fields,
+        statistics=fields.statistics,
+        counts=fields.counts,
+        fingerprint=fields.fingerprint,
+    )
 
 
-def _vouches(content: bytes, sha256: object) -> bool:
-    """Whether a manifest ends with the checksum of what stands before."""
+class _Tokenizer(BaseModel):
+    file: _FileName
+    sha256: _Text
+
+
+class _Fields(BaseModel):
+    """Values of a manifest file, without its recipe's meaning."""
+
+    recipe: dict[str, Any]
+    shards: tuple[ShardEntry, ...]
+    generation: _Count
+    tokenizer: _Tokenizer
+    fields: dict[str, Any]
+    statistics: dict[str, Any]
+    counts: dict[str, Any]
+    fingerprint: _Text
+
+
+def _is_checksum(sha256: object, content: bytes) -> bool:
+    """Return whether a manifest ends with the checksum of all bytes before."""
     body, _, _ = content.rpartition(_CHECKSUM.partition(b"%s")[0])
     digest = sha256_of_bytes(body)
     return sha256 == digest and content == body + _CHECKSUM % digest.encode()
-
-
-def _parse(values: Mapping[str, Any], root: Path, path: str) -> Manifest:
-    return Manifest(
-        root=root,
-        recipe=make_section(Recipe, values["recipe"], origin=f"{path}: recipe"),
-        shards=tuple(_parse_shard(entry) for entry in values["shards"]),
-        generation=_natural(values["generation"]),
-        tokenizer_file=require_file_name(values["tokenizer"]["file"]),
-        tokenizer_sha256=_text(values["tokenizer"]["sha256"]),
-        fields=dict(values["fields"]),
-        statistics=dict(values["statistics"]),
-        counts=dict(values["counts"]),
-        fingerprint=_text(values["fingerprint"]),
-    )
 
 
 def require_format(content: bytes, *, path: str) -> None:
     """Refuse a manifest of another format version by its first bytes.
 
     Args:
-        content: its file, or the first hundred bytes.
-        path: where the content comes from, for the message.
+        content: bytes of its file, at least the first hundred.
+        path: where the bytes come from, for the message.
 
     Raises:
-        FormatVersionError: this program does not read the version.
+        FormatVersionError: this program does not read that version.
     """
     head = _HEAD.match(content)
     if head is not None and int(head[1]) != FORMAT_VERSION:
@@ -217,38 +243,14 @@ def _other_version(version: int, path: str) -> FormatVersionError:
     )
 
 
-def _parse_shard(values: Mapping[str, Any]) -> ShardEntry:
-    entry = ShardEntry(**values)
-    if entry.split not in SPLITS:
-        raise ValueError(f"shard {entry.name!r} is in the unknown split {entry.split!r}")
-    require_file_name(entry.name)
-    require_file_name(entry.index_file)
-    _text(entry.index_sha256)
-    _natural(entry.num_samples)
-    _natural(entry.length_bytes)
-    return entry
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no text")
-    return value
-
-
-def _natural(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no count")
-    return value
-
-
 def commit_manifest(
     manifest: Manifest, *, write: Callable[[str, bytes], None] | None = None
 ) -> None:
-    """Write the manifest and make it durable; from here on readers see the new set.
+    """Write the manifest durably; from now on readers see the new set.
 
     Args:
         manifest: the new set.
-        write: writes a file of the set, atomically; without it, into the folder `manifest.root`.
+        write: writes a file of the set atomically; by default into the folder `manifest.root`.
     """
     values = {
         "format": FORMAT_NAME,
@@ -260,17 +262,7 @@ def commit_manifest(
         "tokenizer": {"file": manifest.tokenizer_file, "sha256": manifest.tokenizer_sha256},
         "fields": manifest.fields,
         "statistics": manifest.statistics,
-        "shards": [
-            {
-                "name": s.name,
-                "split": s.split,
-                "num_samples": s.num_samples,
-                "length_bytes": s.length_bytes,
-                "index_file": s.index_file,
-                "index_sha256": s.index_sha256,
-            }
-            for s in manifest.shards
-        ],
+        "shards": _SHARDS.dump_python(manifest.shards),
     }
     body = json.dumps(values, indent=1, ensure_ascii=False).removesuffix("\n}").encode()
     content = body + _CHECKSUM % sha256_of_bytes(body).encode()

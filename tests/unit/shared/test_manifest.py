@@ -149,7 +149,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_manifest(tmp_path, monkeypat
 
 
 def test_a_missing_set_says_how_to_make_one(tmp_path):
-    with pytest.raises(ShardError, match="no such shard set; make it by `python -m preprocess"):
+    with pytest.raises(ShardError, match="no such shard set; fix: build it by `python -m"):
         read_manifest(tmp_path / "nowhere")
 
 
