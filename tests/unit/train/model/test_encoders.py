@@ -1,4 +1,4 @@
-"""Senses that are missing, by will or by chance."""
+"""Modalities that are missing, by choice or at random."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def masks(*, batch=4000):
-    """Masks of all streams with one place invalid in each sample."""
+    """Masks of all streams with one invalid position per sample."""
     valid = torch.ones(batch, 3, dtype=torch.bool)
     valid[:, 1] = False
     return {f"{stream}_valid": valid.clone() for stream in STREAMS}
 
 
-def test_every_stream_is_of_one_modality():
+def test_every_stream_belongs_to_one_modality():
     assert sorted(s for streams in MODALITIES.values() for s in streams) == sorted(STREAMS)
 
 
-def test_a_missing_stream_is_nowhere_valid_and_the_batch_stays_as_it_is():
+def test_without_masks_a_stream_and_leaves_the_batch_unchanged():
     inputs = masks()
     hidden = without(inputs, MODALITIES["vision"])
     for stream in STREAMS:
@@ -36,16 +36,16 @@ def test_a_missing_stream_is_nowhere_valid_and_the_batch_stays_as_it_is():
         assert int(inputs[f"{stream}_valid"].sum()) == 8000
 
 
-def test_each_modality_is_hidden_in_that_share_of_the_samples_whole_and_by_itself():
+def test_each_modality_is_hidden_as_a_whole_independently_in_the_given_share():
     torch.manual_seed(0)
     inputs = masks()
     hidden = hide_at_random(inputs, share=0.25)
     assert all(torch.equal(inputs[name], mask) for name, mask in masks().items())
     gone = {}
     for name, streams in MODALITIES.items():
-        seen = [hidden[f"{stream}_valid"].numpy() for stream in streams]
-        gone[name] = ~seen[0].any(1)
-        for mask in seen:  # both eyes go together, and nothing becomes valid
+        stream_masks = [hidden[f"{stream}_valid"].numpy() for stream in streams]
+        gone[name] = ~stream_masks[0].any(1)
+        for mask in stream_masks:  # both cameras are hidden together; no position becomes valid
             np.testing.assert_array_equal(
                 mask, np.array([True, False, True]) & ~gone[name][:, None]
             )
@@ -55,7 +55,7 @@ def test_each_modality_is_hidden_in_that_share_of_the_samples_whole_and_by_itsel
     assert np.abs(correlations).max() < 0.06
 
 
-def test_a_model_is_trained_without_what_is_hidden_and_evaluated_with_everything(tmp_path):
+def test_modalities_are_hidden_in_training_and_not_in_evaluation(tmp_path):
     config = make_config(tmp_path)
     config["model"] |= {"dropout": 0.0, "modality_dropout": 1 - 1e-9}
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_a_model_is_trained_without_what_is_hidden_and_evaluated_with_everything
         assert not torch.equal(everything[head], nothing[head])
 
 
-def test_a_run_that_hides_modalities_draws_from_the_seed(tmp_path):
+def test_hidden_modalities_depend_only_on_the_seed(tmp_path):
     trainers = []
     for name in ("a", "b"):
         config = make_config(tmp_path / name)

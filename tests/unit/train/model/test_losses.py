@@ -1,3 +1,5 @@
+"""Losses against plain loops, masks, weights and accumulated gradients."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -86,9 +88,9 @@ def audio_oracle(outputs, targets, weight):
     for b in range(len(weight)):
         for frame in range(per_tick, SHAPES.num_audio_frames):
             if targets["audio_valid"][b, frame]:
-                tick, place = divmod(frame, per_tick)
+                tick, index = divmod(frame, per_tick)
                 for channel in range(SHAPES.mel_channels):
-                    logits = outputs["audio"][b, tick - 1, place, channel]
+                    logits = outputs["audio"][b, tick - 1, index, channel]
                     total += weight[b] * nats(logits, targets["audio"][b, frame, channel])
                     count += weight[b]
     return total / count
@@ -100,8 +102,8 @@ def animation_oracle(outputs, targets, weight):
     for b in range(len(weight)):
         for sample in range(per_tick, SHAPES.num_sensor_samples):
             if targets["animation_valid"][b, sample]:
-                tick, place = divmod(sample, per_tick)
-                pose = outputs["animation"][b, tick - 1, place].astype("f8")
+                tick, index = divmod(sample, per_tick)
+                pose = outputs["animation"][b, tick - 1, index].astype("f8")
                 error = pose - targets["animation"][b, sample]
                 angles.append((1 - np.cos(error[:10])).mean())
                 far = np.abs(error[10:])
@@ -126,7 +128,7 @@ def oracle(case):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_losses_are_what_plain_loops_give(seed):
+def test_losses_equal_plain_loops(seed):
     case = make_case(seed=seed)
     losses = {key: loss.item() for key, loss in compute_losses(*case, config=CONFIG).items()}
     assert losses == pytest.approx(oracle(case), rel=1e-5)
@@ -139,7 +141,7 @@ def test_equal_logits_cost_the_logarithm_of_the_number_of_levels():
     assert loss.item() == pytest.approx(np.log(16), rel=1e-6)
 
 
-def test_the_first_tick_is_no_target_and_the_last_prediction_is_compared_with_nothing():
+def test_the_first_tick_is_no_target_and_the_last_prediction_has_none():
     outputs, targets, weight = make_case()
     before = compute_losses(outputs, targets, weight, config=CONFIG)
     for head in Head:
@@ -151,7 +153,7 @@ def test_the_first_tick_is_no_target_and_the_last_prediction_is_compared_with_no
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_what_lies_under_the_masks_changes_nothing():
+def test_masked_values_change_nothing():
     outputs, targets, weight = make_case()
     before = compute_losses(outputs, targets, weight, config=CONFIG)
     for head in Head:
@@ -169,10 +171,10 @@ def test_a_row_of_weight_zero_changes_nothing():
         torch.testing.assert_close(padded[key], without[key])
 
 
-@pytest.mark.parametrize("what", ["nothing is valid", "all rows are padding"])
-def test_without_a_target_losses_are_zero_and_gradients_finite(what):
-    outputs, targets, weight = make_case(valid_share=0 if what == "nothing is valid" else 0.7)
-    weight = weight * 0 if what == "all rows are padding" else weight
+@pytest.mark.parametrize("case", ["nothing is valid", "all rows are padding"])
+def test_without_a_target_losses_are_zero_and_gradients_finite(case):
+    outputs, targets, weight = make_case(valid_share=0 if case == "nothing is valid" else 0.7)
+    weight = weight * 0 if case == "all rows are padding" else weight
     for output in outputs.values():
         output.requires_grad_()
     losses = compute_losses(outputs, targets, weight, config=CONFIG)
@@ -267,7 +269,7 @@ def test_a_window_of_one_tick_has_nothing_to_predict():
     assert compute_losses(outputs, targets, torch.ones(2), config=config)["loss_total"].item() == 0
 
 
-def test_ticks_that_fill_up_shorter_texts_change_nothing():
+def test_padding_of_shorter_texts_changes_nothing():
     config = as_train_config({"training": {"loss_weights": {"audio": 0, "animation": 0}}})
     outputs, targets, weight = make_case()
     texts = ("internal_text", "external_text")
@@ -285,7 +287,7 @@ def test_ticks_that_fill_up_shorter_texts_change_nothing():
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
-def test_gradients_know_nothing_of_what_lies_under_the_masks(garbage):
+def test_gradients_do_not_depend_on_masked_values(garbage):
     case = make_case()
     grads = []
     for filling in (0.0, garbage):

@@ -1,3 +1,5 @@
+"""The model: causality, masks, sizes, messages and gradients."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -41,7 +43,7 @@ def run(model, inputs):
 
 
 def perturbed_after(inputs, stream, tick, shapes=SHAPES):
-    """Inputs with other values, and other validity, in all places of `stream` after a tick."""
+    """Inputs with other values and other validity of `stream` at all positions after a tick."""
     changed = {key: value.clone() for key, value in inputs.items()}
     value, valid = changed[stream], changed[f"{stream}_valid"]
     if stream in (Stream.VISION_LEFT, Stream.VISION_RIGHT):
@@ -54,7 +56,7 @@ def perturbed_after(inputs, stream, tick, shapes=SHAPES):
 
 
 def test_densely_packed_text_of_any_length_is_compiled_once_or_twice():
-    """The second time with a length that may vary."""
+    """The second compilation has a variable length."""
     model, counter = MultiModalCreature(TEXT_ONLY, SHAPES), CompileCounter()
     compiled = torch.compile(model, backend=counter)
     for length in (20, 23, 31, 17, 40, 28):
@@ -66,7 +68,7 @@ def test_densely_packed_text_of_any_length_is_compiled_once_or_twice():
 
 @pytest.mark.parametrize("shapes", [SHAPES, FAST_FRAMES], ids=["slow_frames", "fast_frames"])
 @pytest.mark.parametrize("stream", STREAMS)
-def test_no_head_sees_the_future(stream, shapes):
+def test_no_head_depends_on_the_future(stream, shapes):
     model, inputs = make_model(shapes=shapes), make_batch(shapes)
     before = run(model, inputs)
     for tick in (0, 3, 6):
@@ -75,10 +77,10 @@ def test_no_head_sees_the_future(stream, shapes):
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_every_head_sees_the_present_and_the_past_of_every_stream(stream):
+def test_every_head_depends_on_the_present_and_the_past_of_every_stream(stream):
     model, inputs = make_model(), make_batch()
     before = run(model, inputs)
-    # Ticks 4.. differ; with frames every second tick, 4 is where a new one comes.
+    # Ticks from 4 on differ; with a frame every second tick, tick 4 has a new one.
     after = run(model, perturbed_after(inputs, stream, 3))
     for head in Head:
         assert not torch.equal(before[head][:, 4], after[head][:, 4]), head
@@ -86,7 +88,7 @@ def test_every_head_sees_the_present_and_the_past_of_every_stream(stream):
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_without_the_causal_mask_the_future_would_be_seen(stream, monkeypatch):
+def test_without_the_causal_mask_heads_would_depend_on_the_future(stream, monkeypatch):
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda q, k, v, is_causal: attention(q, k, v)
@@ -97,7 +99,7 @@ def test_without_the_causal_mask_the_future_would_be_seen(stream, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_an_absent_stream_is_the_same_as_one_that_is_nowhere_valid(stream):
+def test_an_absent_stream_equals_a_fully_invalid_one(stream):
     model, masked = make_model(), make_batch()
     masked[f"{stream}_valid"] = torch.zeros_like(masked[f"{stream}_valid"])
     absent = {k: v for k, v in masked.items() if k not in (stream, f"{stream}_valid")}
@@ -105,7 +107,7 @@ def test_an_absent_stream_is_the_same_as_one_that_is_nowhere_valid(stream):
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_a_stream_has_its_own_null_that_counts_only_where_it_is_missing(stream):
+def test_each_stream_has_its_own_null_used_only_where_it_is_missing(stream):
     model, present = make_model(), make_batch()
     present[f"{stream}_valid"] = torch.ones_like(present[f"{stream}_valid"])
     missing = present | {f"{stream}_valid": torch.zeros_like(present[f"{stream}_valid"])}
@@ -118,7 +120,7 @@ def test_a_stream_has_its_own_null_that_counts_only_where_it_is_missing(stream):
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_what_lies_under_an_invalid_place_changes_nothing(stream):
+def test_values_at_invalid_positions_change_nothing(stream):
     model, zeros = make_model(), make_batch()
     garbage = dict(zeros)
     value, valid = zeros[stream], zeros[f"{stream}_valid"]
@@ -131,7 +133,7 @@ def test_what_lies_under_an_invalid_place_changes_nothing(stream):
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_garbage_under_invalid_places_gives_finite_gradients(stream):
+def test_garbage_at_invalid_positions_gives_finite_gradients(stream):
     model, inputs = make_model().train(), make_batch()
     inputs[f"{stream}_valid"][:] = False
     if inputs[stream].is_floating_point():
@@ -143,7 +145,7 @@ def test_garbage_under_invalid_places_gives_finite_gradients(stream):
     assert not bad
 
 
-def test_swapping_the_eyes_is_seen():
+def test_swapping_the_cameras_changes_the_output():
     model, inputs = make_model(), make_batch()
     inputs["vision_right_valid"] = inputs["vision_left_valid"]
     left, right = inputs["vision_left"], inputs["vision_right"]
@@ -154,8 +156,8 @@ def test_swapping_the_eyes_is_seen():
 def test_standing_still_is_the_first_prediction():
     model, inputs = make_model(is_random=False), make_batch()
     proprio, valid = inputs["proprio"].numpy(), inputs["proprio_valid"].numpy()
-    valid[0, :7] = False  # nothing known before tick 2
-    valid[1, 9:15] = False  # ticks 3 and 4 carry tick 2's pose on
+    valid[0, :7] = False  # no pose before tick 2
+    valid[1, 9:15] = False  # ticks 3 and 4 repeat the pose of tick 2
     expected = np.zeros((2, 8, 3, 20), "f4")
     for row in range(2):
         for tick in range(8):
@@ -165,13 +167,13 @@ def test_standing_still_is_the_first_prediction():
     np.testing.assert_array_equal(run(model, inputs)["animation"].numpy(), expected)
 
 
-def test_without_proprio_the_animation_begins_at_zero():
+def test_without_proprio_the_animation_starts_at_zero():
     config = {"data": {"modalities": ["audio"]}, "model": MODEL}
     outputs = run(make_model(config, is_random=False), make_batch())
     assert not outputs["animation"].any()
 
 
-def test_text_only_training_is_a_language_model_without_senses():
+def test_text_only_training_is_a_language_model_without_other_encoders():
     model = make_model(TEXT_ONLY)
     assert {*model.encoder.encoders} == {"internal_text", "external_text"}
     assert model.encoder.frames is None
@@ -179,7 +181,7 @@ def test_text_only_training_is_a_language_model_without_senses():
 
 
 @pytest.mark.parametrize("num_ticks", [1, 5, 300])
-def test_text_only_windows_may_have_any_length(num_ticks):
+def test_text_only_windows_can_have_any_length(num_ticks):
     shapes = dataclasses.replace(SHAPES, num_ticks=num_ticks)
     inputs = make_batch(shapes, streams=TEXT_STREAMS)
     assert run(make_model(TEXT_ONLY), inputs)["internal_text"].shape == (2, num_ticks, 300)
@@ -198,7 +200,7 @@ def test_a_model_of_one_stream_builds_and_runs(stream):
     assert sum(1 for _ in model.encoder.encoders) + (model.encoder.frames is not None) == 1
 
 
-def test_a_head_of_weight_zero_is_not_there():
+def test_a_head_of_weight_zero_does_not_exist():
     config = {"training": {"loss_weights": {"audio": 0}}, "model": MODEL}
     heads = {"internal_text", "external_text", "animation"}
     assert {*run(make_model(config), make_batch())} == heads
@@ -224,7 +226,7 @@ def test_sizes_have_about_the_promised_number_of_parameters(size, millions):
     ],
     ids=str,
 )
-def test_dimensions_come_from_size_and_by_hand(model, expected):
+def test_dimensions_come_from_size_or_single_keys(model, expected):
     with torch.device("meta"):
         built = MultiModalCreature({"model": model})
     num_heads = built.blocks[0].attention.num_heads
@@ -234,7 +236,7 @@ def test_dimensions_come_from_size_and_by_hand(model, expected):
 @pytest.mark.parametrize(
     "model", [{"hidden_dim": 64, "num_heads": 5}, {"hidden_dim": 200}], ids=str
 )
-def test_heads_that_do_not_divide_the_width_are_refused_with_a_mend(model):
+def test_heads_that_do_not_divide_the_width_are_refused_with_a_fix(model):
     with pytest.raises(ConfigError, match=r"model\.hidden_dim .* set `model\.num_heads: \d+`"):
         MultiModalCreature({"model": model})
 
@@ -271,14 +273,14 @@ def test_gradient_checkpointing_changes_no_gradient():
     for is_on in (False, True):
         model = make_model({"model": {**MODEL, "gradient_checkpointing": is_on}}).train()
         blocks = [block for block in model.modules() if isinstance(block, Block)]
-        assert len(blocks) > len(model.blocks)  # the frames' too
+        assert len(blocks) > len(model.blocks)  # includes those of the frame encoder
         assert all(block.is_checkpointing is is_on for block in blocks)
         losses_of(model, make_batch())["loss_total"].backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
-def test_only_large_models_checkpoint_by_themselves():
+def test_only_large_models_checkpoint_by_default():
     with torch.device("meta"):
         large = MultiModalCreature({"model": {"size": "large"}})
         medium = MultiModalCreature({"model": {"size": "medium"}})

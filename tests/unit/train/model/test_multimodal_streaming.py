@@ -1,4 +1,4 @@
-"""The model tick by tick: equal to the whole window, over any length, frames when due."""
+"""The model tick by tick: equal to the whole window, at any length, with frames when due."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_streaming_tick_by_tick_equals_the_whole_window(shapes, steps):
 
 
 @pytest.mark.parametrize("steps", [[1] * 24, [5, 3, 16], [24]], ids=str)
-def test_streaming_beyond_the_context_sees_a_sliding_window(steps, monkeypatch):
+def test_streaming_beyond_the_context_attends_to_a_sliding_window(steps, monkeypatch):
     shapes = dataclasses.replace(
         SHAPES, num_ticks=24, num_frames=12, num_audio_frames=120, num_sensor_samples=72
     )
@@ -62,9 +62,9 @@ def attend_to_the_newest_seven(query, key, value, *, is_causal=False, attn_mask=
     assert attn_mask is None
     scores = torch.einsum("bhqd,bhkd->bhqk", query, key) / query.shape[-1] ** 0.5
     if is_causal:
-        for place in range(query.shape[2]):
-            scores[:, :, place, place + 1 :] = -torch.inf
-            scores[:, :, place, : max(0, place - 6)] = -torch.inf
+        for index in range(query.shape[2]):
+            scores[:, :, index, index + 1 :] = -torch.inf
+            scores[:, :, index, : max(0, index - 6)] = -torch.inf
     return scores.softmax(-1) @ value
 
 
@@ -77,7 +77,7 @@ def test_a_stream_of_any_length_keeps_a_window_of_keys():
     assert {x.shape for pair in cache.keys_values for x in pair} == {(2, 2, 7, 16)}
 
 
-def test_a_tick_after_ten_hours_is_predicted_as_one_at_the_start():
+def test_a_tick_after_ten_hours_is_predicted_like_one_at_the_start():
     model, inputs = make_model(), to_model_inputs(make_batch())
     nothing = torch.zeros(2, 2, 0, 16)
     late = Cache(
@@ -99,12 +99,12 @@ def slice_ticks(inputs, shapes, first, count):
     part = {}
     for key, value in inputs.items():
         per_tick = value.shape[1] // shapes.num_ticks
-        places = slice(first * per_tick, (first + count) * per_tick)
-        part[key] = value[:, slice(due.start, due.stop) if key.startswith("vision") else places]
+        positions = slice(first * per_tick, (first + count) * per_tick)
+        part[key] = value[:, slice(due.start, due.stop) if key.startswith("vision") else positions]
     return part
 
 
-def test_a_step_without_a_due_frame_may_leave_vision_out():
+def test_a_step_without_a_due_frame_can_omit_vision():
     model, inputs = make_model(), to_model_inputs(make_batch())
     with torch.no_grad():
         _, cache = model.forward_step(slice_ticks(inputs, SHAPES, 0, 1))
@@ -121,5 +121,5 @@ def test_due_frames_are_those_whose_grid_time_has_come(rates):
     shapes = WindowShapes(num_ticks=4 * tick_rate, num_frames=4 * fps)
     for first, count in [(0, 1), (0, 7), (1, 1), (5, 3), (9, 12)]:
         newest = [k for k in range(400) if k * tick_rate <= (first + count - 1) * fps]
-        seen = [k for k in newest if first and k * tick_rate <= (first - 1) * fps]
-        assert [*frames_due(shapes, first_tick=first, num_ticks=count)] == newest[len(seen) :]
+        earlier = [k for k in newest if first and k * tick_rate <= (first - 1) * fps]
+        assert [*frames_due(shapes, first_tick=first, num_ticks=count)] == newest[len(earlier) :]

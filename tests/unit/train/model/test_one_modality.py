@@ -1,4 +1,4 @@
-"""Any one input and any one output, by configuration alone."""
+"""Any single input and any single output, by configuration alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_run(shards, folder, stream, head):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("stream", STREAMS)
-def test_a_run_of_one_input_and_one_output_reads_trains_and_is_measured(
+def test_a_run_of_one_input_and_one_output_reads_trains_and_evaluates(
     tiny_set, tmp_path, stream, head
 ):
     config = make_run(tiny_set, tmp_path, stream, head)
@@ -59,7 +59,7 @@ def test_the_one_output_depends_on_the_one_input(tiny_set, tmp_path, stream, hea
     batches = Loader(source, config, is_shuffled=False, num_epochs=1)
     batch = next(b for b in batches if b["inputs"][f"{stream}_valid"].any())
     model = MultiModalCreature(config, batches.shapes)
-    torch.nn.init.normal_(model.predictors[head].weight)  # animation begins as standing still
+    torch.nn.init.normal_(model.predictors[head].weight)  # the animation head starts at zero
     inputs = to_model_inputs(batch["inputs"])
     hidden = {**inputs, f"{stream}_valid": torch.zeros_like(inputs[f"{stream}_valid"])}
     assert not torch.equal(model(inputs)[head], model(hidden)[head])
