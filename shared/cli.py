@@ -1,6 +1,4 @@
-"""What both command lines share: errors of ours end in one clear message and their exit code, no
-traceback.
-"""
+"""Command groups of both programs: an error ends in one clear message and its exit code."""
 
 from __future__ import annotations
 
@@ -16,25 +14,27 @@ from shared.errors import EngineError
 INTERRUPTED_EXIT_CODE = 130
 
 PIPE_COLUMNS = 120
-"""Width of what goes into a file or pipe, where COLUMNS does not say one: tables need it."""
+"""Width of tables that go to a file or pipe, if COLUMNS does not set one."""
 
-_IN_THE_WAY = "a file stands where a folder has to be; name another place, or move the file away"
-_MENDS = {
-    errno.EEXIST: _IN_THE_WAY,
-    errno.ENOTDIR: _IN_THE_WAY,
-    errno.EISDIR: "a folder stands where a file has to be; name another place",
+_FILE_IN_THE_WAY = (
+    "a file is where a folder must be; fix: choose another path, or move the file away"
+)
+_FIXES = {
+    errno.EEXIST: _FILE_IN_THE_WAY,
+    errno.ENOTDIR: _FILE_IN_THE_WAY,
+    errno.EISDIR: "a folder is where a file must be; fix: choose another path",
 }
-_MEND = "is the disk full, or the folder not yours?"
+_DEFAULT_FIX = "fix: check that the disk is not full and that you may write to the folder"
 
 
 class CommandGroup(click.Group):
-    """A group of commands whose CreatureErrors become messages without a traceback."""
+    """A group of commands that prints an :class:`EngineError` as a message, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 (click's own signature)
         """Run the command.
 
         Raises:
-            click.exceptions.Exit: with the error's code, after its message.
+            click.exceptions.Exit: with the error's exit code, after its message.
         """
         try:
             return super().invoke(ctx)
@@ -42,16 +42,18 @@ class CommandGroup(click.Group):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # whoever read our output has gone; click ends quietly
+            if error.errno == errno.EPIPE:  # the reader of our output has gone: exit quietly
                 raise
-            click.echo(f"Error: {error}; {_MENDS.get(error.errno or 0, _MEND)}", err=True)
+            click.echo(f"Error: {error}; {_FIXES.get(error.errno or 0, _DEFAULT_FIX)}", err=True)
             ctx.exit(EngineError.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted. What was finished is kept; run it again to go on.", err=True)
+            click.echo(
+                "Interrupted. Finished work is kept; run the command again to continue.", err=True
+            )
             ctx.exit(INTERRUPTED_EXIT_CODE)
 
 
 def widen_pipes() -> None:
-    """Let tables be :data:`PIPE_COLUMNS` wide where no terminal says how wide it is."""
+    """Set tables to :data:`PIPE_COLUMNS` if no terminal gives a width."""
     if not (sys.stdout.isatty() or sys.stderr.isatty()):
         os.environ.setdefault("COLUMNS", str(PIPE_COLUMNS))

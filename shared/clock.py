@@ -1,7 +1,7 @@
-"""Arithmetic on the session clock: windows, grids, nearest frames, interpolation. All times in
-seconds.
+"""Compute with times on the session clock: windows, grids, nearest frames, interpolation.
 
-Intervals are half-open, [start, stop). Everything here is a pure function of plain values.
+All times are in seconds, and intervals are half-open, [start, stop). Everything here is a pure
+function of plain values.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 EPSILON_S = 1e-6
-"""Times closer than this are the same: recorders write microseconds."""
+"""Times closer than this count as equal: recorders write microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A stretch [start_s, stop_s) of the clock."""
+    """An interval [start_s, stop_s) of the clock."""
 
     start_s: float
     stop_s: float
@@ -32,13 +32,13 @@ class Interval:
         return max(0.0, self.stop_s - self.start_s)
 
     def overlap_s(self, other: Interval) -> float:
-        """Seconds that both cover."""
+        """Return the seconds that both cover."""
         return max(0.0, min(self.stop_s, other.stop_s) - max(self.start_s, other.start_s))
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One cut of a session: [start_s, start_s + duration_s)."""
+    """One window of a session: [start_s, start_s + duration_s)."""
 
     index: int
     start_s: float
@@ -46,7 +46,7 @@ class Window:
 
     @property
     def stop_s(self) -> float:
-        """End of the window, not part of it."""
+        """End of the window, exclusive."""
         return self.start_s + self.duration_s
 
     @property
@@ -55,14 +55,12 @@ class Window:
         return Interval(self.start_s, self.stop_s)
 
     def grid(self, rate_hz: float) -> NDArray[np.float64]:
-        """Times start, start + 1/rate, ... inside the window, float64 [round(rate * duration)]."""
+        """Return times start, start + 1/rate, ... in the window, float64 [rate * duration]."""
         return self.start_s + np.arange(round(rate_hz * self.duration_s)) / rate_hz
 
 
 def plan_windows(length_s: float, *, duration_s: float, step_s: float) -> list[Window]:
-    """Every window that begins inside a session of `length_s`; the last ones may reach past its
-    end.
-    """
+    """List every window that begins inside a session; the last ones may extend beyond its end."""
     count = max(0, math.ceil((length_s - EPSILON_S) / step_s))
     return [Window(i, i * step_s, duration_s) for i in range(count)]
 
@@ -70,14 +68,14 @@ def plan_windows(length_s: float, *, duration_s: float, step_s: float) -> list[W
 def nearest(
     times_s: NDArray[np.float64], grid_s: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The recorded time nearest to each grid time; the earlier one of two equally near.
+    """Find the recorded time nearest to each grid time; of two equally near, the earlier one.
 
     Args:
         times_s: recorded times, increasing, at least one.
-        grid_s: times asked for.
+        grid_s: requested times.
 
     Returns:
-        Index into `times_s` and recorded minus asked time, both of the grid's shape.
+        Index into `times_s`, and recorded minus requested time; both have the grid's shape.
     """
     right = np.clip(np.searchsorted(times_s, grid_s), 0, len(times_s) - 1)
     left = np.maximum(right - 1, 0)
@@ -95,17 +93,16 @@ def interpolate(
     edge_s: float = EPSILON_S,
     num_angles: int = 0,
 ) -> NDArray[np.float32]:
-    """Linear interpolation onto a grid that invents nothing: outside the recording and inside its
-    gaps it is NaN.
+    """Interpolate linearly onto a grid; outside the recording and inside its gaps, give NaN.
 
     Args:
         times_s: [N] recorded times, increasing.
         values: [N, D] recorded values, finite.
-        grid_s: [T] times asked for.
-        max_gap_s: neighbours farther apart than this leave the grid points between them NaN.
+        grid_s: [T] requested times.
+        max_gap_s: grid points between neighbors farther apart than this are NaN.
         edge_s: grid points at most this far outside the recording take its first or last value.
-        num_angles: the first so many columns are angles in rad; they go the short way round and
-            come out in [-pi, pi), as near as float32 has it.
+        num_angles: number of leading columns that are angles in rad; they take the shorter way
+            around and end in [-pi, pi), up to float32 precision.
 
     Returns:
         [T, D] float32.
@@ -113,12 +110,14 @@ def interpolate(
     result = np.full((len(grid_s), values.shape[1]), np.nan, dtype=np.float32)
     if len(times_s) == 0:
         return result
+    # The two recorded times around each grid time, and where between them it is.
     right = np.clip(np.searchsorted(times_s, grid_s, side="left"), 1, max(1, len(times_s) - 1))
     left = right - 1
     right = np.minimum(right, len(times_s) - 1)
     span = times_s[right] - times_s[left]
     share = np.divide(grid_s - times_s[left], span, out=np.zeros_like(grid_s), where=span > 0)
     share = np.clip(share, 0.0, 1.0)
+    # A grid time is valid in a short enough gap, on a recorded time, or just outside the recording.
     is_inside = (grid_s >= times_s[0] - edge_s) & (grid_s <= times_s[-1] + edge_s)
     is_at_edge = (grid_s <= times_s[0]) | (grid_s >= times_s[-1])
     is_on_sample = (np.abs(grid_s - times_s[left]) <= EPSILON_S) | (
@@ -135,7 +134,7 @@ def interpolate(
 
 
 def wrap_angle(angle_rad: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The same angles in [-pi, pi); those already there are left to the bit."""
+    """Wrap angles to [-pi, pi); angles already in that range are unchanged to the bit."""
     is_out = (angle_rad < -np.pi) | (angle_rad >= np.pi)
     wrapped = np.mod(angle_rad + np.pi, 2 * np.pi) - np.pi
     return np.where(is_out, wrapped, angle_rad)
@@ -144,23 +143,23 @@ def wrap_angle(angle_rad: NDArray[np.float64]) -> NDArray[np.float64]:
 def clock_offset(
     first_s: float, last_s: float, media_stop_s: float | None, *, tolerance_s: float = 1.0
 ) -> float:
-    """Seconds to subtract from a recorder's timestamps to bring them onto the session clock.
+    """Return the seconds to subtract from a recorder's timestamps to get session times.
 
-    Timestamps that start late are taken as they are when they fit the media (a sensor that woke up
-    late); they are moved to start at zero when they then end together with the media and otherwise
-    don't (a clock that was never reset), or when there is no media to compare with.
+    Timestamps that start late are kept if they fit the media (the sensor started late). They are
+    shifted to start at zero if only then they end together with the media (the clock was never
+    reset), or if there is no media to compare with.
 
     Args:
         first_s: first timestamp.
         last_s: last timestamp.
-        media_stop_s: end of video and audio on the session clock, None where there is neither.
-        tolerance_s: starts within this of zero are never moved.
+        media_stop_s: end of video and audio on the session clock; None if there is neither.
+        tolerance_s: timestamps that start within this of zero are never shifted.
     """
     if abs(first_s) <= tolerance_s:
         return 0.0
     if media_stop_s is None:
         return first_s
-    mismatch_as_is_s = abs(last_s - media_stop_s)
-    mismatch_moved_s = abs((last_s - first_s) - media_stop_s)
+    mismatch_kept_s = abs(last_s - media_stop_s)
+    mismatch_shifted_s = abs((last_s - first_s) - media_stop_s)
     is_apart = first_s >= media_stop_s or last_s <= 0
-    return first_s if is_apart or mismatch_moved_s + EPSILON_S < mismatch_as_is_s else 0.0
+    return first_s if is_apart or mismatch_shifted_s + EPSILON_S < mismatch_kept_s else 0.0

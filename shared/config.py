@@ -1,7 +1,7 @@
-"""Configuration: frozen, validated objects from YAML files that people write by hand.
+"""Load configuration: frozen, validated objects from hand-written YAML files.
 
-defaults < file < ``key=value``. Leading tabs are accepted, an unknown key names the nearest known
-one, and every complaint is one line that says which file, which key and how to mend it.
+Precedence: defaults < file < ``key=value``. Leading tabs are accepted. Every error is one line that
+names the file, the key and the fix; for an unknown key it suggests the nearest known one.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 TAB_WIDTH = 4
-"""Spaces that a leading tab stands for."""
+"""Number of spaces that replace a leading tab."""
 
 MAX_CONFIG_BYTES = 1 << 20
-"""A larger file is no configuration."""
+"""A larger file is not a configuration."""
 
-_YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError)
-"""What parsing raises; ValueError for dates such as 2001-99-99, the last for deep nesting."""
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+"""Errors of parsing; ValueError for dates such as 2001-99-99, the last for deep nesting."""
 
 
 class Section(BaseModel):
-    """Base of every part of a configuration: frozen, closed to unknown keys, numbers finite."""
+    """Base of every section of a configuration: frozen, no unknown keys, finite numbers."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -44,47 +44,46 @@ class Section(BaseModel):
         return self.model_dump(mode="json")
 
 
-T = TypeVar("T")
 SectionT = TypeVar("SectionT", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key that stands twice, of which PyYAML silently keeps the last."""
+    """Safe YAML loader that refuses duplicate keys; PyYAML silently keeps the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 (stubs err)
-        """Read one mapping, as it is written: before anchors are merged into it.
+        """Read one mapping as it is written, before anchors are merged into it.
 
         Raises:
-            yaml.MarkedYAMLError: two of its keys are the same.
+            yaml.MarkedYAMLError: a key occurs twice.
         """
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in lines:
                 raise yaml.MarkedYAMLError(
-                    problem=f"key {key.value!r} stands in line {lines[key.value]} already",
+                    problem=f"key {key.value!r} is already in line {lines[key.value]}",
                     problem_mark=key.start_mark,
-                    note="make one of the two, else only the last would count",
+                    note="fix: keep one of the two; otherwise only the last would count",
                 )
             lines[key.value] = key.start_mark.line + 1
         return node
 
 
 def parse_yaml(text: str, *, origin: str) -> dict[str, Any]:
-    """Parse YAML whose lines may begin with tabs into a mapping (empty text gives an empty one).
+    """Parse YAML into a mapping; lines may begin with tabs, and empty text gives an empty mapping.
 
     Raises:
-        ConfigError: not YAML, or not a mapping at the top.
+        ConfigError: it is not YAML, or not a mapping at the top.
     """
     spaced = re.sub(r"(?m)^[ \t]+", lambda m: m.group().replace("\t", " " * TAB_WIDTH), text)
     try:
         values = _load(spaced)
-    except _YAML_FAULTS as error:
+    except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        mend = getattr(error, "note", None) or "check the indentation there"
-        raise ConfigError(f"{origin}{line}: not valid YAML: {problem}; {mend}") from error
+        fix = getattr(error, "note", None) or "fix: check the indentation there"
+        raise ConfigError(f"{origin}{line}: not valid YAML: {problem}; {fix}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -93,7 +92,7 @@ def parse_yaml(text: str, *, origin: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
-    """Read a YAML file as :func:`parse_yaml` does.
+    """Read a YAML file with :func:`parse_yaml`.
 
     Raises:
         ConfigError: the file is missing, too large, not text or not YAML.
@@ -102,7 +101,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(
-                f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is no configuration file"
+                f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is not a configuration file"
             )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -132,29 +131,30 @@ def make_section(
     """Validate plain values into a section.
 
     Args:
-        kind: the section.
-        values: of its keys.
-        origin: where they come from, for messages.
-        overrides: what of them :func:`apply_overrides` laid over it, to be named instead.
+        kind: class of the section.
+        values: values of its keys.
+        origin: name of the file they come from, for messages.
+        overrides: overrides that :func:`apply_overrides` has applied; messages name an override
+            instead of the file if it set the value.
 
     Raises:
-        ConfigError: all complaints, one per line.
+        ConfigError: all errors, one per line.
     """
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
         lines = [
-            f"{_blamed(origin, detail['loc'], overrides)}: {_complaint(kind, detail)}"
-            for detail in _causes(error.errors())
+            f"{_origin_of(detail['loc'], origin, overrides)}: {_describe(kind, detail)}"
+            for detail in _root_errors(error.errors())
         ]
         raise ConfigError("\n".join(lines)) from error
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Lay ``key.sub=value`` strings over nested values; each value is parsed as YAML.
+    """Apply ``key.sub=value`` strings to nested values; each value is parsed as YAML.
 
     Raises:
-        ConfigError: an override without ``=``, or one that reaches into a value that has no keys.
+        ConfigError: an override has no ``=``, or its key is below a value that has no keys.
     """
     merged = dict(values)
     for override in overrides:
@@ -171,13 +171,13 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             node = node[key]
         try:
             node[last] = _load(text)
-        except _YAML_FAULTS as error:
+        except _YAML_ERRORS as error:
             raise ConfigError(f"{override!r}: the value is not valid YAML") from error
     return merged
 
 
 def _load(text: str) -> Any:  # noqa: ANN401 (any YAML)
-    """Plain values of a YAML text."""
+    """Parse YAML text into plain values."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
@@ -185,94 +185,88 @@ def _load(text: str) -> Any:  # noqa: ANN401 (any YAML)
         loader.dispose()
 
 
-def _causes(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
-    """Errors without those that only follow: a list whose items are refused counts as empty."""
-    places = [detail["loc"] for detail in details]
+def _root_errors(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Drop errors that only follow from others: a list with refused items also counts as empty."""
+    locations = [detail["loc"] for detail in details]
     return [
         detail
-        for detail, place in zip(details, places, strict=True)
+        for detail, location in zip(details, locations, strict=True)
         if detail["type"] != "too_short"
-        or not any(len(p) > len(place) and p[: len(place)] == place for p in places)
+        or not any(len(x) > len(location) and x[: len(location)] == location for x in locations)
     ]
 
 
-def _blamed(origin: str, location: Sequence[str | int], overrides: Sequence[str]) -> str:
-    """Whose the value at a location is: an override's, or the file's; of a section whose keys are
-    at odds, the file's with the overrides in it.
+def _origin_of(location: Sequence[str | int], origin: str, overrides: Sequence[str]) -> str:
+    """Name the source of a value: the override that set it, or the file.
+
+    If an error concerns a whole section, name the file and the overrides inside that section.
     """
-    place = [str(part) for part in location]
-    within = []
-    for override in reversed(overrides):  # the last one counts
+    path = [str(key) for key in location]
+    inside = []
+    for override in reversed(overrides):  # the last one wins
         keys = override.partition("=")[0].split(".")
-        if keys == place[: len(keys)]:
+        if keys == path[: len(keys)]:
             return f"command line: {override}"
-        if keys[: len(place)] == place:
-            within.append(override)
-    return f"{origin} with {' '.join(reversed(within))}" if within else origin
+        if keys[: len(path)] == path:
+            inside.append(override)
+    return f"{origin} with {' '.join(reversed(inside))}" if inside else origin
 
 
-def _complaint(kind: type[BaseModel], detail: ErrorDetails) -> str:
-    """One line for one pydantic error: key, what is wrong, mend."""
-    location = [str(part) for part in detail["loc"]]
+def _describe(kind: type[BaseModel], detail: ErrorDetails) -> str:
+    """Describe one pydantic error in one line: key, what is wrong, fix."""
+    location = [str(key) for key in detail["loc"]]
     key = ".".join(location)
     match detail["type"]:
         case "extra_forbidden":
             known = _keys_at(kind, location[:-1])
             near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-            mend = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
-            return f"unknown key {key!r}; {mend}"
+            fix = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+            return f"unknown key {key!r}; {fix}"
         case "missing":
-            return f"key {key!r} is missing; add it"
+            return f"key {key!r} is missing; fix: add it"
         case "value_error":
             return f"{key + ': ' if key else ''}{str(detail['msg']).removeprefix('Value error, ')}"
         case "model_type" | "model_attributes_type":
             known = _keys_at(kind, location)
             return f"key {key!r} is {detail['input']!r}; expected keys below it: {', '.join(known)}"
         case "tuple_type":
-            return f"key {key!r} is {detail['input']!r}; expected a list{_example(kind, location)}"
+            enums = [t for t in _types_at(kind, location) if issubclass(t, enum.StrEnum)]
+            words = [str(member) for members in enums for member in members][:2]
+            example = f", such as [{', '.join(words)}]" if words else " in square brackets"
+            return f"key {key!r} is {detail['input']!r}; expected a list{example}"
         case _:
             expected = str(detail["msg"])[:1].lower() + str(detail["msg"])[1:]
             return f"key {key!r} is {detail['input']!r}; {expected}"
 
 
 def _keys_at(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """Known keys of the section at a path below `kind`."""
-    section: type[BaseModel] = kind
-    for part in (p for p in location if not p.isdecimal()):  # a number is a place in a list
-        found = _held(section, part, BaseModel)
-        if not found:
-            return []
-        section = found[0]
-    return sorted(section.model_fields)
+    """List the known keys of the section at a location below `kind`."""
+    sections = (t for t in _types_at(kind, location) if issubclass(t, BaseModel))
+    section = next(sections, None)
+    return [] if section is None else sorted(section.model_fields)
 
 
-def _example(kind: type[BaseModel], location: Sequence[str]) -> str:
-    """How a list of a field's words is written, where it takes only certain ones."""
-    section = kind
-    for part in location[:-1]:
-        section = next(iter(_held(section, part, BaseModel)), section)
-    words = [str(word) for each in _held(section, location[-1], enum.StrEnum) for word in each]
-    return f", such as [{', '.join(words[:2])}]" if words else " in square brackets"
+def _types_at(kind: type[BaseModel], location: Sequence[str]) -> list[type[Any]]:
+    """List the classes that the value at a location below `kind` may have."""
+    types: list[type[Any]] = [kind]
+    for key in (k for k in location if not k.isdecimal()):  # numbers are indices of lists
+        fields = [t.model_fields.get(key) for t in types if issubclass(t, BaseModel)]
+        types = [t for field in fields if field for t in _types_in(field.annotation)]
+    return types
 
 
-def _held(section: type[BaseModel], key: str, base: type[T]) -> list[type[T]]:
-    """Classes below `base` that a section's field may hold."""
-    field = section.model_fields.get(key)
-    return [] if field is None else _classes_in(field.annotation, base)
-
-
-def _classes_in(annotation: Any, base: type[T]) -> list[type[T]]:  # noqa: ANN401 (any annotation)
-    """Classes below `base`, however deep in lists and unions."""
-    if isinstance(annotation, type) and issubclass(annotation, base):
+def _types_in(annotation: Any) -> list[type[Any]]:  # noqa: ANN401 (any annotation)
+    """List the classes in an annotation, at any depth of lists and unions."""
+    if isinstance(annotation, type):
         return [annotation]
-    return [found for part in get_args(annotation) for found in _classes_in(part, base)]
+    return [t for argument in get_args(annotation) for t in _types_in(argument)]
 
 
 def _nearest_file(path: Path) -> str:
-    """A hint at a file beside the missing one whose name is near."""
+    """Suggest a file with a similar name in the same folder."""
     try:
         names = [p.name for p in path.parent.iterdir() if p.suffix in {".yaml", ".yml"}]
     except OSError:
         return f"; there is no folder {path.parent} either"
     near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else "; configs/ holds examples"
+    return f"; did you mean {path.parent / near[0]}?" if near else "; configs/ has examples"

@@ -59,7 +59,7 @@ def write_atomic(
 
 
 def write_synced(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file in place and flush it to disk; for a path that nobody reads yet."""
+    """Write a file in place and flush it to disk; for a path that no process reads yet."""
     with path.open("wb") as file:
         if isinstance(content, bytes):
             file.write(content)

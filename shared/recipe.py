@@ -1,8 +1,8 @@
-"""The recipe: how the streams of a session become the fields of a sample.
+"""Define the recipe: how the streams of a session become the fields of a sample.
 
 A recipe is a YAML file (``configs/recipe.yaml``) and this tree of frozen, validated objects. Each
-field of a sample depends on a part of it, so that a changed key re-makes only the columns it
-touches.
+field depends on some sections only, so that a changed key rebuilds only the columns that depend on
+it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PAD_TOKEN = 0
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
-"""Sessions to learn from, and sessions held out."""
+"""Sessions to train on, and held-out sessions."""
 
 
 class Stream(enum.StrEnum):
-    """The timed signals a session can have."""
+    """The timed signals that a session can have."""
 
     VISION_LEFT = "vision_left"
     VISION_RIGHT = "vision_right"
@@ -46,19 +46,19 @@ TEXT_STREAMS: tuple[Stream, ...] = (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT)
 
 
 class WindowRecipe(Section):
-    """How a session is cut."""
+    """How a session is split into windows."""
 
     duration_s: float = Field(4.0, gt=0, le=600)
     """Length of a window in seconds."""
     stride_s: float | None = Field(None, gt=0)
-    """Distance of window starts in seconds; null means the duration, windows that touch."""
+    """Distance between window starts in seconds; null means the duration, so that windows touch."""
     min_coverage: float = Field(0.5, ge=0, le=1)
-    """Smallest share of a window that a stream must cover to count as present in it; what is not
-    covered is masked."""
+    """Share of a window that a stream must cover to count as present in it. The parts that it does
+    not cover are masked."""
 
     @property
     def step_s(self) -> float:
-        """Distance of window starts in seconds."""
+        """Distance between window starts in seconds."""
         return self.duration_s if self.stride_s is None else self.stride_s
 
 
@@ -66,46 +66,45 @@ class VisionRecipe(Section):
     """How video becomes frames."""
 
     rate_hz: float = Field(5.0, gt=0, le=120)
-    """Frames per second kept, nearest by presentation time."""
+    """Frames per second that are kept, the nearest ones by presentation time."""
     size: int = Field(224, ge=16, le=1024, multiple_of=16)
     """Height and width in pixels."""
     fit: Literal["crop", "stretch", "pad"] = "crop"
-    """How another aspect ratio becomes square: cut the longer side, squeeze it, or add black bars.
-    """
+    """How another aspect ratio becomes square: crop or squeeze the longer side, or pad with black
+    bars."""
     codec: Literal["h264", "mjpeg", "yuv420", "raw"] = "h264"
     """How frames are stored: as an H.264 stream per window, JPEG pictures, planes, or RGB.
 
-    On real footage of 224 pixels, in bytes per frame, PSNR, and ms of one core to a batch's planes
+    On real footage of 224 pixels, in bytes per frame, PSNR, and ms of one core to decode to planes
     and to RGB: h264 4,500, 38.1 dB, 0.18, 0.45; mjpeg 13,200, 38.5 dB, 0.20, 0.18; yuv420 75,264,
-    44.9 dB, 0.007, 0.31; raw 150,528, exact, 0.19, 0.015. Among those that compress, h264 is the
-    cheapest to decode to planes (`data.pixels: yuv420`), if narrowly, and by far the smallest; it
-    costs 1 ms per frame to build. To RGB mjpeg is the cheapest. Where disk and network give 75 kB
-    per frame as fast as the GPU takes them, yuv420 needs almost no CPU.
+    44.9 dB, 0.007, 0.31; raw 150,528, exact, 0.19, 0.015. Of the compressing codecs, h264 is by far
+    the smallest and narrowly the cheapest to decode to planes (`data.pixels: yuv420`); it costs
+    1 ms per frame to build. mjpeg is the cheapest to decode to RGB. yuv420 needs almost no CPU, if
+    disk and network deliver 75 kB per frame as fast as the GPU consumes them.
     tests/benchmarks/bench_pixels.py measures it."""
     quality: int = Field(90, ge=1, le=100)
     """mjpeg: JPEG quality."""
     qp: int = Field(22, ge=1, le=51)
-    """h264: constant quantizer; 6 more halve the precision. 22 has the PSNR of JPEG at quality 90.
-    """
+    """h264: constant quantizer; plus 6 halves the precision. 22 has the PSNR of JPEG quality 90."""
     max_error_s: float | None = Field(None, gt=0)
-    """A frame farther than this from its grid time is masked; null means one grid step (1 /
-    rate_hz)."""
+    """Frames farther than this from their grid time are masked; null means one step, which is
+    1 / rate_hz."""
 
     @property
     def tolerance_s(self) -> float:
-        """Largest distance in seconds between a grid time and the frame shown for it."""
+        """Largest distance in seconds between a grid time and its frame."""
         return 1.0 / self.rate_hz if self.max_error_s is None else self.max_error_s
 
 
 class AudioRecipe(Section):
-    """How sound becomes a waveform."""
+    """How audio becomes a waveform."""
 
     rate_hz: int = Field(16_000, ge=4_000, le=96_000)
-    """Sample rate; mono."""
+    """Sample rate of the mono waveform."""
     loudness_dbfs: float | None = Field(-23.0, ge=-60, le=0)
-    """RMS level each session is brought to, peaks limited; null leaves the level alone."""
+    """RMS level to which each session is normalized, with limited peaks; null keeps its level."""
     peak_dbfs: float = Field(-1.0, ge=-60, le=0)
-    """No sample is louder than this after the gain."""
+    """Largest level of any sample after the gain."""
 
 
 class MelRecipe(Section):
@@ -114,25 +113,25 @@ class MelRecipe(Section):
     rate_hz: int = Field(50, ge=1, le=1000)
     """Frames per second; must divide the audio rate."""
     fft_size: int = Field(1024, ge=64, le=16_384)
-    """Samples under each analysis window, which ends where its frame ends, so no frame hears the
-    future."""
+    """Samples in each analysis window. The window ends where its frame ends, so that no frame
+    depends on later samples."""
     channels: int = Field(80, ge=4, le=256)
-    """Mel channels."""
+    """Number of mel channels."""
     levels: int = Field(16, ge=2, le=255)
-    """Levels per channel; 255 stands for "masked"."""
+    """Levels per channel; the value 255 means masked."""
     floor_db: float = -70.0
-    """Mel energy in dB of the lowest level's centre; all below is that level."""
+    """Mel energy in dB at the center of the lowest level; lower energies get that level."""
     ceiling_db: float = 30.0
-    """Mel energy in dB of the highest level's centre; all above is that level."""
+    """Mel energy in dB at the center of the highest level; higher energies get that level."""
 
 
 class SensorRecipe(Section):
     """How touch and proprioception become samples on a grid."""
 
     rate_hz: float = Field(30.0, gt=0, le=1000)
-    """Grid rate."""
+    """Samples per second on the grid."""
     max_gap_s: float = Field(0.1, gt=0)
-    """Grid points inside a longer gap of the recording are masked, not interpolated."""
+    """Grid points inside a longer gap of the recording are masked instead of interpolated."""
     touch_size: int = Field(5, ge=1, le=256)
     """Number of touch values, each in [0, 1]."""
     proprio_size: int = Field(20, ge=2, le=512, multiple_of=2)
@@ -143,34 +142,32 @@ class TextRecipe(Section):
     """How text becomes tokens."""
 
     vocab_size: int = Field(1024, ge=264, le=200_000)
-    """Largest vocabulary of the byte-level BPE trained on the train sessions."""
+    """Largest vocabulary of the byte-level BPE, which is trained on the train sessions."""
     tokenizer: Path | None = None
-    """A tokenizer.json to use instead of training one."""
+    """Path of a tokenizer.json to use instead of training one."""
 
 
 class SplitRecipe(Section):
     """Which sessions are held out."""
 
     val_fraction: float = Field(0.1, ge=0, lt=1)
-    """Share of sessions held out, chosen by a hash of their names: a session never changes sides.
-    """
+    """Share of held-out sessions. A hash of the name decides, so a session never changes sides."""
     salt: str = ""
-    """Changes the choice."""
+    """Text that is hashed with the names; another salt holds out other sessions."""
 
 
 class ShardRecipe(Section):
-    """How samples are packed."""
+    """How samples are packed into shards."""
 
     target_bytes: int = Field(256 * 2**20, ge=2**16)
-    """About this many bytes of media and numbers per shard."""
+    """Approximate bytes of media and numbers per shard."""
 
 
 class Recipe(Section):
     """Everything that decides the bytes of a shard set."""
 
     required: tuple[Stream, ...] = (Stream.VISION_LEFT, Stream.AUDIO, Stream.PROPRIO)
-    """Streams without which a session is rejected; [] takes any session with at least one stream.
-    """
+    """Streams that a session must have; [] accepts any session with at least one stream."""
     window: WindowRecipe = WindowRecipe()
     vision: VisionRecipe = VisionRecipe()
     audio: AudioRecipe = AudioRecipe()
@@ -192,7 +189,7 @@ class Recipe(Section):
             if abs(count - round(count)) > 1e-9 or round(count) < 1:
                 raise ValueError(
                     f"{name} {rate_hz:g} x window.duration_s {self.window.duration_s:g} "
-                    f"is {count:g}, not a whole number of samples; change one of the two"
+                    f"is {count:g}, not a whole number of samples; fix: change one of the two"
                 )
         if self.audio.rate_hz % self.mel.rate_hz:
             raise ValueError(
@@ -203,7 +200,7 @@ class Recipe(Section):
         return self
 
     def count(self, rate_hz: float) -> int:
-        """Number of samples of a signal of `rate_hz` in one window."""
+        """Return the number of samples in one window of a signal of `rate_hz`."""
         return round(rate_hz * self.window.duration_s)
 
 
@@ -211,13 +208,13 @@ def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        ConfigError: no such file, not YAML, or a wrong key or value; exit code 2.
+        ConfigError: the file is missing or not YAML, or has a wrong key or value; exit code 2.
     """
     return load_section(Recipe, path)
 
 
 def assign_split(session: str, recipe: Recipe) -> Split:
-    """Train or val, by a hash of the session's name: it never changes when others come or go."""
+    """Assign a session to train or val by a hash of its name, independently of other sessions."""
     digest = hashlib.sha256(f"{recipe.split.salt}/{session}".encode()).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
     return "val" if share < recipe.split.val_fraction else "train"

@@ -255,7 +255,7 @@ def test_a_wrong_configuration_ends_in_one_clear_message(tmp_path, fault):
     ("name", "says"),
     [
         ("demmo.yaml", "did you mean configs/demo.yaml?"),
-        ("quite_another_thing.yaml", "configs/ holds examples"),
+        ("quite_another_thing.yaml", "configs/ has examples"),
     ],
 )
 def test_a_missing_configuration_is_said(monkeypatch, name, says):
@@ -342,11 +342,11 @@ def test_a_folder_that_can_not_be_written_ends_in_one_clear_message(tmp_path):
     given = ["--sessions", f"{tmp_path}/sessions", "--out", f"{tmp_path}/file/out"]
     result = CliRunner().invoke(preprocess_cli, ["shards", "--workers", "0", *given])
     assert result.exit_code == 1
-    assert "a file stands where a folder has to be; name another place" in complaint(result)
+    assert "a file is where a folder must be; fix: choose another path" in complaint(result)
     given = ["--sessions", f"{tmp_path}/sessions", "--out", f"{tmp_path}/file"]
     result = CliRunner().invoke(preprocess_cli, ["shards", "--workers", "0", *given])
     assert result.exit_code == 1
-    assert f"'{tmp_path}/file'; a file stands where a folder has to be" in complaint(result)
+    assert f"'{tmp_path}/file'; a file is where a folder must be" in complaint(result)
     result = CliRunner().invoke(preprocess_cli, ["sessions", "list", f"{tmp_path}/file"])
     assert f"{tmp_path}/file/manifest.json: no such shard set" in complaint(result)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.clock import Interval, clock_offset
-from shared.recipe import Stream
+from shared.recipe import SENSOR_STREAMS, TEXT_STREAMS, VISION_STREAMS, Stream
 from shared.session.folder import METADATA_FILE, SESSION_INFO_FILE
 
 if TYPE_CHECKING:
@@ -35,12 +35,10 @@ TEXT_TAIL_S = 1.0
 MAX_SESSION_S = 24 * 3600.0
 """Everything later is ignored: one wrong timestamp must not create a billion windows."""
 
-MEDIA_STREAMS = (Stream.VISION_LEFT, Stream.VISION_RIGHT, Stream.AUDIO)
+MEDIA_STREAMS = (*VISION_STREAMS, Stream.AUDIO)
 """Streams without timestamps on the recorder's clock; ``start_s`` can say when they begin."""
 
 _STARTS_KEY = "start_s"
-_SENSORS = (Stream.TOUCH, Stream.PROPRIO)
-_TEXTS = (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +80,7 @@ def align_streams(
     media_stop_s = max((i.stop_s for i in media.values()), default=None)
     offset_s = recorder_offset(metadata, events, media_stop_s)
     times_s = metadata.times_s - offset_s
-    readings = {stream: times_s[metadata.rows_with(stream)] for stream in _SENSORS}
+    readings = {stream: times_s[metadata.rows_with(stream)] for stream in SENSOR_STREAMS}
     for stream, reading_times_s in readings.items():
         span = span_of(reading_times_s, recipe=recipe)
         if span is None:
@@ -93,7 +91,7 @@ def align_streams(
     if not stops_s and events:
         stops_s = [events[-1].time_s - offset_s + TEXT_TAIL_S]
     stop_s = max(0.0, *stops_s) if stops_s else 0.0
-    for stream in _TEXTS:
+    for stream in TEXT_STREAMS:
         if any(e.stream is stream for e in events):  # silence is part of a text stream
             intervals[stream] = Interval(0.0, min(stop_s, MAX_SESSION_S))
         else:
@@ -177,7 +175,7 @@ def read_starts(path: Path) -> tuple[dict[Stream, float], str | None]:
 
 def _start_error(name: str, value: Any) -> str | None:  # noqa: ANN401 (any JSON)
     """Explain what is wrong with one declared start; None if nothing is."""
-    if name in {*_SENSORS, *_TEXTS}:
+    if name in {*SENSOR_STREAMS, *TEXT_STREAMS}:
         return f"names {name}, which has timestamps of its own; fix: correct those"
     if name not in MEDIA_STREAMS:
         known = ", ".join(MEDIA_STREAMS)

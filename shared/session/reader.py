@@ -1,10 +1,8 @@
-"""A window of a session as arrays: one short method per field. The only place where windows become
-arrays.
+"""Read a window of a session as arrays, with one short method per field.
 
-Both ways in use it: the shard job encodes what it gives, and
-:class:`train.data.session_source.RealMultiModalDataset` hands it out as it is. So the two agree,
-and each
-is the other's oracle.
+This is the only code that turns windows into arrays. The shard job encodes the arrays, and
+:class:`train.data.session_source.RealMultiModalDataset` returns them unchanged. So the two agree,
+and tests compare one with the other.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from shared.session.scan import SessionScan
 
 MASKED_LEVEL = 255
-"""What stands in place of a dMel level where there is no sound; no level reaches it."""
+"""Value of dMel levels where there is no audio; real levels are smaller."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +42,9 @@ class Frames:
     """Vision of one window."""
 
     pictures: NDArray[np.uint8]
-    """RGB [F, H, W, 3]; where masked, the nearest picture there is."""
+    """RGB [F, H, W, 3]; a masked picture is a copy of the nearest decoded one."""
     error_s: NDArray[np.float32]
-    """Presentation time minus grid time [F]; NaN where the picture is masked."""
+    """Presentation time minus grid time [F]; NaN for masked pictures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +60,7 @@ class Sensors:
 
     @property
     def valid(self) -> NDArray[np.bool_]:
-        """Where at least one of the two was recorded [S]."""
+        """Whether at least one of the two was recorded [S]."""
         return rows_without_nan(self.proprio) | rows_without_nan(self.touch)
 
 
@@ -73,22 +71,21 @@ class Mel:
     levels: NDArray[np.uint8]
     """[A, channels]; MASKED_LEVEL where masked."""
     valid: NDArray[np.bool_]
-    """[A]"""
+    """Whether the audio covers the whole frame [A]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStream:
-    """Tokens of one text stream in a window; each has the time its event began, on the session
-    clock.
-    """
+    """Tokens of one text stream in a window."""
 
     ids: tuple[int, ...]
     time_s: tuple[float, ...]
+    """Per token, when its event began, on the session clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """Both text streams of one window and the events they come from."""
+    """Both text streams of one window, and the events that they come from."""
 
     internal: TokenStream
     external: TokenStream
@@ -96,42 +93,44 @@ class Text:
 
 
 def rows_without_nan(values: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Rows of [N, D] without a NaN, bool [N]."""
+    """Mark the rows of [N, D] that have no NaN, bool [N]."""
     return np.asarray(~np.isnan(values).any(axis=1), dtype=np.bool_)
 
 
 def split_evenly(first: NDArray[np.int64], lead: NDArray[np.float64], num_runs: int) -> list[int]:
-    """Cuts into about equal runs, each at the window in the first quarter of its run that costs
-    least; none where it would cost as much as a run.
+    """Split windows into runs of about equal length, where little must be decoded twice.
+
+    Each run starts at the window in its first quarter that costs least. A start that would cost as
+    much as a whole run is left out.
 
     Args:
         first: first frame of each window [N], at least one window.
-        lead: frames that must be decoded before it where it is the first of a run [N].
-        num_runs: at least 1.
+        lead: frames that must be decoded before each window if a run starts there [N].
+        num_runs: number of runs, at least 1.
 
     Returns:
-        num_runs + 1 increasing numbers from 0 to N; equal ones where there is no cut.
+        num_runs + 1 increasing numbers from 0 to N; run k is windows [cuts[k], cuts[k + 1]). Runs
+        that are left out are empty.
     """
     count = len(first)
-    most = (first[-1] - first[0] + 1) / num_runs
+    run_length = (first[-1] - first[0] + 1) / num_runs
     even = [k * count // num_runs for k in range(num_runs + 1)]
     cuts = [count]
     for start, stop in reversed(list(pairwise(even[1:]))):
         quarter = lead[start : start + max(1, (stop - start) // 4)]
         best = int(quarter.argmin())
-        cuts.append(start + best if quarter[best] < most else cuts[-1])
+        cuts.append(start + best if quarter[best] < run_length else cuts[-1])
     return [0, *reversed(cuts)]
 
 
 class SessionReader:
-    """Reads the fields of a session's windows; each source file is opened at the first field that
-    needs it.
+    """Reads the fields of a session's windows; a source file is opened when a field needs it.
 
     Args:
         path: the session folder.
-        scan: what :func:`shared.session.scan.scan_session` found with the same recipe.
+        scan: result of :func:`shared.session.scan.scan_session` with the same recipe.
         recipe: how streams become fields.
-        tokenizer: tokenizes text; may be None where no text is read.
+        tokenizer: tokenizes text; may be None if no text is read.
     """
 
     def __init__(
@@ -155,14 +154,14 @@ class SessionReader:
         *,
         decode_context: Sequence[Window] | None = None,
     ) -> Iterator[tuple[Window, Frames]]:
-        """Vision of windows in order of time, in one pass over the video.
+        """Read the vision of windows in order of time, in one pass over the video.
 
         Args:
-            stream: which eye.
-            windows: in order of time.
-            decode_context: more windows, these included; the pictures have the bits of a pass
-                over all of them, even where the video is damaged, if it can be cut before
-                the first window (see :meth:`split_into_runs`).
+            stream: a vision stream.
+            windows: windows in order of time.
+            decode_context: a superset of the windows. The pictures then have the bits of a pass
+                over all of these, even if the video is damaged, provided that a run of
+                :meth:`split_into_runs` can start at the first window.
 
         Yields:
             Each window with its frames; a window of which no picture decodes is left out.
@@ -171,36 +170,39 @@ class SessionReader:
             MediaError: the video doesn't open.
         """
         track = self._track(stream)
-        chosen = [nearest(track.times_s, w.grid(self.recipe.vision.rate_hz)) for w in windows]
-        shown = {int(i) for index, _ in chosen for i in index}
-        if decode_context is not None and shown:
-            begin, end = min(shown), max(shown)
-            lead = frames_to_restart(track, np.array([begin]))[0]
-            begin -= int(lead) if np.isfinite(lead) else 0
-            grids = (w.grid(self.recipe.vision.rate_hz) for w in decode_context)
-            found = (int(i) for grid in grids for i in nearest(track.times_s, grid)[0])
-            shown |= {i for i in found if begin <= i <= end}
-        wanted = sorted(shown)
+        rate_hz = self.recipe.vision.rate_hz
+        chosen = [nearest(track.times_s, w.grid(rate_hz)) for w in windows]
+        wanted = {int(i) for index, _ in chosen for i in index}
+        if decode_context is not None and wanted:
+            # Decode also what the pass over all windows would, from the restart before the first.
+            start, stop = min(wanted), max(wanted)
+            lead = frames_to_restart(track, np.array([start]))[0]
+            start -= int(lead) if np.isfinite(lead) else 0
+            for window in decode_context:
+                index, _ = nearest(track.times_s, window.grid(rate_hz))
+                wanted |= {int(i) for i in index if start <= i <= stop}
         video = self.path / VISION_FILES[stream]
-        source = read_frames(video, track, wanted, recipe=self.recipe.vision)
-        have: dict[int, NDArray[np.uint8]] = {}
+        source = read_frames(video, track, sorted(wanted), recipe=self.recipe.vision)
+        decoded: dict[int, NDArray[np.uint8]] = {}
         upcoming = next(source, None)
         for window, (index, error_s) in zip(windows, chosen, strict=True):
+            # Hold exactly the frames from this window's first to its last.
             while upcoming is not None and upcoming[0] <= index[-1]:
                 if upcoming[0] >= index[0]:
-                    have[upcoming[0]] = upcoming[1]
+                    decoded[upcoming[0]] = upcoming[1]
                 upcoming = next(source, None)
-            frames = self._assemble(have, index, error_s)
+            frames = self._assemble(decoded, index, error_s)
             if frames is not None:
                 yield window, frames
-            have = {i: picture for i, picture in have.items() if i >= index[0]}
+            decoded = {i: picture for i, picture in decoded.items() if i >= index[0]}
 
     def split_into_runs(
         self, stream: Stream, windows: Sequence[Window], num_runs: int
     ) -> list[int]:
-        """Where to cut a pass over windows into runs that can be read apart: run k is windows
-        [cuts[k], cuts[k + 1]). Runs are about equally long; where a video can't be cut, they are
-        empty.
+        """Split a pass over windows into runs that can be decoded independently.
+
+        Returns:
+            The cuts of :func:`split_evenly`.
 
         Raises:
             MediaError: the video doesn't open.
@@ -211,16 +213,16 @@ class SessionReader:
         return split_evenly(first, frames_to_restart(track, first), num_runs)
 
     def read_audio(self, window: Window) -> NDArray[np.int16]:
-        """Waveform of a window, mono int16 [rate * duration]; zeros outside the recording."""
+        """Read the waveform of a window, mono int16 [rate * duration]; 0 outside the recording."""
         start = self._first_sample(window)
         samples = np.zeros(self.recipe.count(self.recipe.audio.rate_hz), dtype=np.int16)
-        have = self._samples[max(0, start) : max(0, start + len(samples))]
-        before = max(0, -start)
-        samples[before : before + len(have)] = have
+        recorded = self._samples[max(0, start) : max(0, start + len(samples))]
+        offset = max(0, -start)
+        samples[offset : offset + len(recorded)] = recorded
         return samples
 
     def read_mel(self, window: Window) -> Mel:
-        """DMel tokens of a window."""
+        """Read the dMel tokens of a window."""
         rate_hz = self.recipe.audio.rate_hz
         levels, valid = encode_dmel(
             self._samples,
@@ -233,20 +235,20 @@ class SessionReader:
         return Mel(levels=levels, valid=valid)
 
     def read_sensors(self, window: Window) -> Sensors:
-        """Touch and proprioception of a window on the grid."""
+        """Read touch and proprioception of a window on the grid."""
         grid_s = window.grid(self.recipe.sensors.rate_hz)
         proprio = self._on_grid(Stream.PROPRIO, grid_s, self.recipe.sensors.proprio_size // 2)
         touch = self._on_grid(Stream.TOUCH, grid_s, 0)
         return Sensors(timestamp=grid_s, proprio=proprio, touch=touch)
 
     def read_text(self, window: Window) -> Text:
-        """Events that begin in a window, and their tokens.
+        """Read the events that begin in a window, and their tokens.
 
         Raises:
-            ValueError: made without a tokenizer.
+            ValueError: the reader has no tokenizer.
         """
         if self.tokenizer is None:
-            raise ValueError("text needs a tokenizer; give one to SessionReader")
+            raise ValueError("text needs a tokenizer; fix: give one to SessionReader")
         events = tuple(e for e in self._events if window.start_s <= e.time_s < window.stop_s)
         streams = {}
         for stream in (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT):
@@ -267,13 +269,13 @@ class SessionReader:
 
     @cached_property
     def _events(self) -> tuple[TextEvent, ...]:
-        """Text events on the session clock."""
+        """All text events, on the session clock."""
         offset_s = self.scan.clock_offset_s
         return tuple(replace(e, time_s=e.time_s - offset_s) for e in read_text_events(self.path))
 
     @cached_property
     def _samples(self) -> DiskArray[np.int16]:
-        """The session's normalized sound."""
+        """The session's normalized audio."""
         sound = read_sound(self.path / AUDIO_FILE, rate_hz=self.recipe.audio.rate_hz)
         samples: DiskArray[np.int16] = DiskArray(np.int16)
         for block in sound.samples.iter_blocks():
@@ -281,7 +283,7 @@ class SessionReader:
         return samples
 
     def _first_sample(self, window: Window) -> int:
-        """Index into the sound of a window's first sample; negative before the sound begins."""
+        """Return the index of a window's first sample in the audio; negative before it begins."""
         rate_hz = self.recipe.audio.rate_hz
         start_s = self.scan.start_overrides.get(Stream.AUDIO, 0.0)
         return round(window.start_s * rate_hz) - round(start_s * rate_hz)
@@ -326,19 +328,17 @@ class SessionReader:
 
     def _assemble(
         self,
-        have: dict[int, NDArray[np.uint8]],
+        decoded: dict[int, NDArray[np.uint8]],
         index: NDArray[np.int64],
         error_s: NDArray[np.float64],
     ) -> Frames | None:
-        """Frames of one window from decoded pictures; what did not decode shows the nearest that
-        did.
-        """
-        usable = np.array(sorted(i for i in have if index[0] <= i <= index[-1]))
+        """Build the frames of one window; the nearest picture replaces one that did not decode."""
+        usable = np.array(sorted(i for i in decoded if index[0] <= i <= index[-1]))
         if len(usable) == 0:
             return None
         nearest_usable = usable[np.abs(usable[None, :] - index[:, None]).argmin(axis=1)]
         is_valid = (nearest_usable == index) & (np.abs(error_s) <= self.recipe.vision.tolerance_s)
         return Frames(
-            pictures=np.stack([have[int(i)] for i in nearest_usable]),
+            pictures=np.stack([decoded[int(i)] for i in nearest_usable]),
             error_s=np.where(is_valid, error_s, np.nan).astype(np.float32),
         )

@@ -68,12 +68,12 @@ def test_no_yaml_tag_runs_code():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: 1\nb:\n  x: 1\na: 2\n", "f line 4: .*key 'a' stands in line 1 already"),
-        ("b:\n  x: 1\n  y: 2\n  x: 3\n", "f line 4: .*key 'x' stands in line 2 already"),
-        ("- {x: 1, x: 2}\n", "f line 1: .*key 'x' stands in line 1 already"),
+        ("a: 1\nb:\n  x: 1\na: 2\n", "f line 4: .*key 'a' is already in line 1"),
+        ("b:\n  x: 1\n  y: 2\n  x: 3\n", "f line 4: .*key 'x' is already in line 2"),
+        ("- {x: 1, x: 2}\n", "f line 1: .*key 'x' is already in line 1"),
     ],
 )
-def test_a_key_that_stands_twice_is_refused_with_both_lines(text, words):
+def test_a_duplicate_key_is_refused_with_both_lines(text, words):
     with pytest.raises(ConfigError, match=words):
         parse_yaml(text, origin="f")
 
@@ -107,7 +107,7 @@ def test_an_unknown_key_like_no_other_names_all():
 
 def test_a_missing_key_and_a_wrong_value_are_named_each_in_a_line():
     lines = complaint({"vision": {"rate_hz": -1}, "sizes": [1, "x"]}).splitlines()
-    assert lines[0] == "my.yaml: key 'name' is missing; add it"
+    assert lines[0] == "my.yaml: key 'name' is missing; fix: add it"
     assert lines[1].startswith("my.yaml: key 'vision.rate_hz' is -1; input should be greater")
     assert lines[2].startswith("my.yaml: key 'sizes.1' is 'x'; input should be a valid integer")
 

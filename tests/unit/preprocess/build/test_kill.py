@@ -112,7 +112,7 @@ def test_a_job_that_is_stopped_says_so_and_leaves_no_temporary_file(recorded, tm
     job.send_signal(stop)
     _, stderr = job.communicate()
     assert job.returncode == 130
-    assert stderr == "Interrupted. What was finished is kept; run it again to go on.\n"
+    assert stderr == "Interrupted. Finished work is kept; run the command again to continue.\n"
     assert leftovers(out) == []
     build(recorded, out, SMALL)
     build(recorded, undisturbed, SMALL)
