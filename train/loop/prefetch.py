@@ -96,7 +96,7 @@ class BatchFeed:
         self._queue = queue or make_queue(device)
         self._gaps: list[tuple[Mark, Mark]] = []
         self._launched: Mark | None = None
-        # The loader reuses a batch's memory as soon as nobody references the batch. Unlike torch's
+        # The loader reuses a batch's memory as soon as the batch is unreferenced. Unlike torch's
         # own allocator it does not wait for copies, so batches that are being copied are kept here.
         self._copying: deque[tuple[Batch, Mark]] = deque()
         weakref.finalize(self, _release_copied, self._copying, at_most=0)
@@ -152,7 +152,7 @@ class BatchFeed:
 
     def _pull(self) -> tuple[Batch, dict[str, Any]]:
         """Fetch the next batch, copied or being copied, and the state behind it."""
-        # So many batches have a slot in the loader's memory, see loader.py.
+        # The loader's memory has slots for this many batches, see loader.py.
         _release_copied(self._copying, at_most=2 * self._num_taken - 1)
         began_s = time.perf_counter()
         batch = next(self._batches)

@@ -35,7 +35,7 @@ def test_a_checkpoint_holds_only_tensors_and_plain_values(tmp_path):
     assert {kind.__name__ for kind in types_in(state)} <= {*plain, "Tensor"}
 
 
-def test_a_checkpoint_says_what_inference_and_resuming_need(tmp_path):
+def test_a_checkpoint_holds_what_inference_and_resuming_need(tmp_path):
     extra = {"tokenizer": "{}", "recipe": {"window": {"duration_s": 4.0}}}
     summary = make_trainer(make_config(tmp_path), checkpoint_extra=extra).train()
     state = torch.load(summary.checkpoint)
@@ -46,7 +46,7 @@ def test_a_checkpoint_says_what_inference_and_resuming_need(tmp_path):
     assert state["shapes"]["vocab_size"] == 264
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_a_saved_state_is_loaded_unchanged(tmp_path):
     state = make_state(7)
     loaded = load_checkpoint(save_checkpoint(tmp_path / "new" / "model_step_7.pt", state))
     assert torch.equal(loaded["model"]["weight"], state["model"]["weight"])
@@ -55,7 +55,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, make_empty])
-def test_a_damaged_checkpoint_is_refused_with_a_way_out(tmp_path, damage):
+def test_a_damaged_checkpoint_is_refused_with_the_fix(tmp_path, damage):
     path = save_checkpoint(tmp_path / "model_step_1.pt", make_state())
     damage(path)
     with pytest.raises(CheckpointError, match=r"model_step_1\.pt.*damaged.*--resume auto"):
@@ -68,7 +68,7 @@ def test_a_missing_checkpoint_names_those_that_are_there(tmp_path):
         load_checkpoint(tmp_path / "model_step_50.pt")
 
 
-def test_a_folder_in_the_place_of_a_checkpoint_names_those_in_it(tmp_path):
+def test_a_folder_instead_of_a_checkpoint_names_those_in_it(tmp_path):
     with pytest.raises(CheckpointError, match=r"a folder, not.*this folder has none"):
         load_checkpoint(tmp_path)
     save_checkpoint(tmp_path / "model_step_40.pt", make_state())
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_model_with_the_same_shapes_is_refused(tmp_path,
     assert torch.equal(before, weights_of(trainer))
 
 
-def test_heads_that_are_named_in_another_way_are_the_same_model(tmp_path):
+def test_attention_heads_left_to_the_default_are_the_same_model(tmp_path):
     config = make_config(tmp_path)
     config["model"]["num_heads"] = 1
     make_trainer(config).train()
@@ -159,7 +159,7 @@ def test_heads_that_are_named_in_another_way_are_the_same_model(tmp_path):
     assert trainer.step == 6
 
 
-def test_a_checkpoint_that_only_infers_does_not_resume(tmp_path):
+def test_a_checkpoint_for_inference_only_does_not_resume(tmp_path):
     path = save_checkpoint(tmp_path / "model_step_1.pt", make_state())
     with pytest.raises(CheckpointError, match=r"lacks .*optimizer.*cannot resume"):
         make_trainer(make_config(tmp_path)).load_checkpoint(path)
@@ -175,7 +175,7 @@ def test_a_resumed_run_uses_the_configurations_decay_and_not_the_checkpoints(tmp
     assert [tuple(group["betas"]) for group in groups] == [(0.5, 0.6)] * 2
 
 
-def test_a_resumed_run_goes_on_in_its_old_log_folder(tmp_path):
+def test_a_resumed_run_continues_in_its_old_log_folder(tmp_path):
     first = make_trainer(make_config(tmp_path), run_name="mine").train()
     trainer = make_trainer(make_config(tmp_path, max_steps=8), run_name=None)
     trainer.load_checkpoint(first.checkpoint)

@@ -1,4 +1,4 @@
-"""Which layer of a configuration names the size of the model."""
+"""The training configuration: which layer decides the size of the model, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[3]
 
 
 def size_of(folder, model, *overrides):
-    """Width and depth, and what was said."""
-    path, said = folder / "mine.yaml", []
+    """Return width and depth, and the warnings."""
+    path, warnings = folder / "mine.yaml", []
     path.write_text(f"model: {model}\n")
-    config = load_train_config(path, overrides, warn=said.append)
-    return dimensions(config.model)[:2], said
+    config = load_train_config(path, overrides, warn=warnings.append)
+    return dimensions(config.model)[:2], warnings
 
 
 @pytest.mark.parametrize(
@@ -37,15 +37,15 @@ def size_of(folder, model, *overrides):
         ("", ["size=tiny"], (256, 8), []),
     ],
 )
-def test_the_size_that_is_named_last_counts_and_what_does_not_is_said(
+def test_an_override_of_the_size_wins_and_replaced_keys_are_named(
     tmp_path, model, overrides, expected, keys
 ):
-    found, said = size_of(tmp_path, model, *(f"model.{override}" for override in overrides))
+    found, warnings = size_of(tmp_path, model, *(f"model.{override}" for override in overrides))
     assert found == expected
-    assert [line.split("model.")[1].split()[0] for line in said] == keys
+    assert [line.split("model.")[1].split()[0] for line in warnings] == keys
 
 
-def test_a_size_that_says_nothing_is_refused(tmp_path):
+def test_a_size_without_effect_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"tiny has no effect beside hidden_dim 64 and num_l"):
         size_of(tmp_path, "{size: tiny, hidden_dim: 64, num_layers: 1}")
     with pytest.raises(ConfigError, match="has no effect"):
@@ -61,12 +61,12 @@ def test_a_section_at_odds_with_an_override_names_both_file_and_override(tmp_pat
 
 
 @pytest.mark.parametrize("config", [None, "configs/demo.yaml", ["training"]])
-def test_what_is_no_configuration_is_refused_with_what_is_one(config):
+def test_a_value_that_is_no_configuration_is_refused_with_the_fix(config):
     with pytest.raises(ConfigError, match=r"give a TrainConfig or a dict"):
         as_train_config(config)
 
 
-def test_what_a_checkpoint_keeps_of_a_configuration_is_valid_again(tmp_path):
+def test_a_checkpoints_configuration_is_valid_again(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {hidden_dim: 512, num_layers: 6}\n")
     config = load_train_config(tmp_path / "mine.yaml", ["model.size=tiny"])
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config

@@ -54,7 +54,7 @@ def make_run(shards, folder, *, max_steps=3):
     return config.model_copy(update={"training": training})
 
 
-def test_a_run_trains_and_says_what_came_of_it(config, tmp_path, capsys):
+def test_a_run_trains_and_prints_a_summary(config, tmp_path, capsys):
     summary = run_training(config, origin=tmp_path / "mine.yaml")
     assert summary.steps == 3
     out = capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_a_finished_run_says_so_and_trains_no_more(config, tmp_path, capsys):
     assert "trained to step 3 already, nothing to do" in capsys.readouterr().out
 
 
-def test_more_steps_go_on_from_the_checkpoint(tiny_set, tmp_path):
+def test_more_steps_resume_from_the_checkpoint(tiny_set, tmp_path):
     run_training(make_run(tiny_set, tmp_path), origin=tmp_path / "mine.yaml")
     longer = make_run(tiny_set, tmp_path, max_steps=5)
     assert run_training(longer, origin=tmp_path / "mine.yaml", resume="auto").steps == 5
@@ -92,7 +92,7 @@ def test_a_new_run_does_not_overwrite_another_ones_checkpoints(config, tmp_path)
     assert {p: p.read_bytes() for p in (tmp_path / "checkpoints").iterdir()} == before
 
 
-def test_going_on_in_another_folder_does_not_overwrite_what_is_there(tiny_set, tmp_path):
+def test_resuming_in_another_folder_does_not_overwrite_its_checkpoints(tiny_set, tmp_path):
     one = run_training(make_run(tiny_set, tmp_path / "a"), origin=tmp_path / "mine.yaml")
     run_training(make_run(tiny_set, tmp_path / "b"), origin=tmp_path / "mine.yaml")
     longer = make_run(tiny_set, tmp_path / "b", max_steps=5)
@@ -103,14 +103,14 @@ def test_going_on_in_another_folder_does_not_overwrite_what_is_there(tiny_set, t
     assert resumed.steps == 5
 
 
-def test_weights_and_a_checkpoint_to_go_on_from_are_not_asked_for_together(tmp_path):
+def test_weights_and_a_checkpoint_to_resume_from_exclude_each_other(tmp_path):
     words = ["run", "--config", "configs/demo.yaml", "--resume", "a.pt", "--weights", "b.pt"]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 2
     assert "give one" in done.output
 
 
-def test_a_new_run_may_begin_with_the_weights_of_one_on_other_data(tiny_set, raw_set, tmp_path):
+def test_a_new_run_may_start_with_the_weights_of_one_on_other_data(tiny_set, raw_set, tmp_path):
     first = run_training(make_run(tiny_set, tmp_path / "a"), origin=tmp_path / "mine.yaml")
     other = make_run(raw_set, tmp_path / "b", max_steps=1)
     with pytest.raises(ConfigError, match=r"other data.*--weights"):
@@ -129,7 +129,7 @@ def test_a_new_run_may_begin_with_the_weights_of_one_on_other_data(tiny_set, raw
         torch.testing.assert_close(new["model"][name], weight, atol=1e-9, rtol=0)
 
 
-def test_resume_auto_begins_where_there_is_nothing_yet(config, tmp_path):
+def test_resume_auto_starts_at_step_0_without_checkpoints(config, tmp_path):
     assert run_training(config, origin=tmp_path / "mine.yaml", resume="auto").steps == 3
 
 
@@ -193,13 +193,13 @@ def test_check_refuses_a_precision_that_the_gpu_lacks(config, tmp_path, monkeypa
         check(config.model_copy(update={"training": training}), tmp_path)
 
 
-def test_check_refuses_a_folder_that_takes_no_checkpoints(config, tmp_path):
+def test_check_refuses_a_folder_that_is_not_writable(config, tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match="checkpoints cannot be written there"):
         check(config, tmp_path)
 
 
-def test_check_looks_at_the_checkpoint_that_is_to_be_gone_on_from(tiny_set, tmp_path, capsys):
+def test_check_loads_the_checkpoint_to_resume_from(tiny_set, tmp_path, capsys):
     run_training(make_run(tiny_set, tmp_path), origin=tmp_path / "mine.yaml")
     final = tmp_path / "checkpoints" / "model_final.pt"
     before = final.read_bytes()
@@ -218,7 +218,7 @@ def test_check_looks_at_the_checkpoint_that_is_to_be_gone_on_from(tiny_set, tmp_
         check(config.model_copy(update={"training": seeded}), tmp_path, resume=str(final))
 
 
-def test_check_looks_at_the_model_where_the_data_is_not_there_yet(tmp_path):
+def test_check_makes_the_model_if_the_data_does_not_exist_yet(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(f"data: {{shards: {tmp_path}/later}}\nmodel: {{hidden_dim: 16}}\n")
     result = CliRunner().invoke(cli, ["run", "--config", str(path), "--check"])
@@ -227,7 +227,7 @@ def test_check_looks_at_the_model_where_the_data_is_not_there_yet(tmp_path):
     assert "later does not exist yet" in result.output
 
 
-def test_sessions_read_directly_that_are_in_no_batch_are_named(tiny_sessions, tmp_path, capsys):
+def test_rejected_sessions_read_directly_are_named(tiny_sessions, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(set_recipe(required=["audio"]).as_json()))
     config = make_config(root_dir=tiny_sessions, recipe=recipe)
@@ -237,7 +237,7 @@ def test_sessions_read_directly_that_are_in_no_batch_are_named(tiny_sessions, tm
     assert "rejected: eve: required stream audio" in capsys.readouterr().out
 
 
-def test_held_out_sessions_that_can_not_be_used_are_named(tiny_sessions, tmp_path):
+def test_rejected_held_out_sessions_are_named(tiny_sessions, tmp_path):
     sessions = tmp_path / "sessions"
     shutil.copytree(tiny_sessions, sessions)
     (sessions / "bob" / "audio.wav").unlink()
@@ -248,7 +248,7 @@ def test_held_out_sessions_that_can_not_be_used_are_named(tiny_sessions, tmp_pat
     assert "bob" in setup.no_val_reason
 
 
-def test_a_set_without_held_out_sessions_is_remarked_on_once(tiny_sessions, tmp_path, capsys):
+def test_a_set_without_held_out_sessions_gets_one_warning(tiny_sessions, tmp_path, capsys):
     shards = build_set(tiny_sessions, tmp_path / "set", set_recipe(split={"val_fraction": 0}))
     summary = run_training(make_run(shards, tmp_path), origin=tmp_path / "mine.yaml")
     assert summary.last_val_losses == {}
@@ -257,7 +257,7 @@ def test_a_set_without_held_out_sessions_is_remarked_on_once(tiny_sessions, tmp_
     assert f"{shards} has no session in its val split" in out
 
 
-def test_a_set_without_train_sessions_names_its_place_and_the_mend(tiny_sessions, tmp_path):
+def test_a_set_without_train_sessions_names_its_path_and_the_fix(tiny_sessions, tmp_path):
     recipe = set_recipe(split={"val_fraction": 0.999999})
     shards = build_set(tiny_sessions, tmp_path / "set", recipe)
     with pytest.raises(
@@ -281,7 +281,7 @@ def test_paths_with_brackets_and_spaces_are_printed_as_they_are_and_quoted(
     assert words[words.index("--input") + 1] == str(folder / "ann")
 
 
-def test_windows_that_are_no_samples_are_named(tiny_sessions, tmp_path):
+def test_rejected_windows_are_named(tiny_sessions, tmp_path):
     recipe = set_recipe(required=["vision_left", "proprio", "audio"], window={"min_coverage": 1.0})
     source = RealMultiModalDataset(tiny_sessions, recipe=recipe).source
     names = {source.key(s, r) for s, n in enumerate(source.shard_sizes) for r in range(n)}
@@ -293,7 +293,7 @@ def test_windows_that_are_no_samples_are_named(tiny_sessions, tmp_path):
     assert rejected == {name for name in source.rejected if "/" in name}
 
 
-def test_what_a_trainer_made_of_a_plain_loader_can_infer(tiny_sessions, tmp_path, monkeypatch):
+def test_a_model_trained_on_a_plain_loader_can_infer(tiny_sessions, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dataset = RealMultiModalDataset(tiny_sessions, recipe=set_recipe())
     loader = DataLoader(dataset, batch_size=4, collate_fn=real_data_collate_fn)
@@ -306,20 +306,20 @@ def test_what_a_trainer_made_of_a_plain_loader_can_infer(tiny_sessions, tmp_path
     assert metrics["losses"]["loss_audio"] > 0
 
 
-def test_a_folder_that_takes_no_checkpoints_is_refused_before_the_first_step(config, tmp_path):
+def test_a_folder_that_is_not_writable_is_refused_before_the_first_step(config, tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match="checkpoints cannot be written there"):
         run_training(config, origin=tmp_path / "mine.yaml")
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_command_does_not_wait_for_torch_to_complain_about_a_configuration():
+def test_the_command_does_not_import_torch_before_it_reads_the_configuration():
     script = "import sys, train.__main__; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr
 
 
-def test_a_missing_set_is_made_of_the_sessions_that_the_configuration_names(tmp_path, monkeypatch):
+def test_the_fix_for_a_missing_set_names_the_configurations_sessions(tmp_path, monkeypatch):
     config = make_config(tmp_path / "set", root_dir=tmp_path / "my sessions")
     with pytest.raises(ConfigError) as caught:
         require_paths(config, origin=tmp_path / "mine.yaml")

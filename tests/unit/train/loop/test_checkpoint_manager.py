@@ -1,4 +1,4 @@
-"""A run's folder of checkpoints: the newest, the ones that are kept, and a full disk."""
+"""Which checkpoints are saved and kept, which one is the newest, and a full disk."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_latest_is_the_one_saved_last_whatever_its_step_or_file_time(tmp_pat
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, make_empty])
-def test_the_latest_is_whole_and_a_damaged_one_is_named(tmp_path, damage):
+def test_the_latest_is_intact_and_a_damaged_one_is_named(tmp_path, damage):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path / f"model_step_{step}.pt", make_state(step))
     damage(tmp_path / "model_step_3.pt")
@@ -59,7 +59,7 @@ def test_a_folder_without_checkpoints_has_no_latest(tmp_path):
     assert find_latest_checkpoint(tmp_path / "missing") is None
 
 
-def test_trying_a_folder_leaves_nothing_behind_that_was_not_there(tmp_path):
+def test_checking_a_folder_leaves_no_new_folder_behind(tmp_path):
     (tmp_path / "old").mkdir()
     check_writable(tmp_path / "old" / "new" / "newer")
     check_writable(tmp_path / "old")
@@ -69,7 +69,7 @@ def test_trying_a_folder_leaves_nothing_behind_that_was_not_there(tmp_path):
         check_writable(tmp_path / "file" / "new")
 
 
-def test_pruning_keeps_the_newest_and_whatever_is_no_step_checkpoint(tmp_path):
+def test_pruning_keeps_the_newest_and_all_files_that_are_no_step_checkpoints(tmp_path):
     oldest_first = [
         "notes.txt",
         "model_best.pt",
@@ -87,7 +87,7 @@ def test_pruning_keeps_the_newest_and_whatever_is_no_step_checkpoint(tmp_path):
     assert names_in(tmp_path) == {*oldest_first} - {"model_step_900.pt"}
 
 
-def test_pruning_removes_only_partial_files_that_nobody_writes_any_more(tmp_path):
+def test_pruning_removes_only_partial_files_of_killed_runs(tmp_path):
     old, new = (tmp_path / f".model_step_{n}.pt.partial" for n in (1, 2))
     for path in (old, new):
         path.write_bytes(b"")
@@ -122,7 +122,7 @@ def test_a_full_disk_costs_a_warning_and_the_older_checkpoint_stays(tmp_path, fi
 
 @pytest.fixture
 def small_disk(tmp_path, monkeypatch):
-    """A function after which checkpoints have room for so many of theirs, and torch's error."""
+    """A function that limits the disk to a number of checkpoints, with torch's error."""
     folder, save = tmp_path / "checkpoints", torch.save
 
     def limit(num_checkpoints):
@@ -145,7 +145,7 @@ def small_disk(tmp_path, monkeypatch):
 
 
 def train_on(folder, *, loader=None, **training):
-    """A run that saves at every other step; returns its console."""
+    """Run a training that saves at every other step; return its output."""
     screen = io.StringIO()
     options = {"save_interval": 2, "checkpointing": {"keep_last_n": 2}, **training}
     console = Console(file=screen, soft_wrap=True)
@@ -163,13 +163,13 @@ def test_on_a_full_disk_older_checkpoints_make_room_for_newer_ones(tmp_path, sma
     assert load_checkpoint(folder / "model_final.pt")["step"] == 8
 
 
-def test_the_final_checkpoint_too_takes_the_room_of_older_ones(tmp_path, small_disk):
+def test_older_checkpoints_make_room_for_the_final_one_too(tmp_path, small_disk):
     small_disk(2)
     train_on(tmp_path, max_steps=7)
     assert names_in(tmp_path / "checkpoints") == {"model_step_6.pt", "model_final.pt"}
 
 
-def test_the_last_whole_checkpoint_never_makes_room_and_a_lost_end_is_an_error(
+def test_the_last_intact_checkpoint_is_never_removed_and_a_lost_end_is_an_error(
     tmp_path, small_disk
 ):
     small_disk(1)
@@ -191,8 +191,8 @@ def test_a_save_that_fails_when_a_signal_stops_the_run_is_an_error(tmp_path, sma
     assert found.value.exit_code != 0
 
 
-def test_no_checkpoint_is_saved_or_pruned_while_steps_are_left_out(tmp_path):
-    """What ruined the weights may have come just before; the next good step is saved."""
+def test_no_checkpoint_is_saved_or_pruned_while_steps_are_skipped(tmp_path):
+    """Whatever ruined the weights may have happened just before; the next good step is saved."""
     broken = BrokenLoader({3, *range(6, 99)}, with_nan)
     with pytest.raises(DivergedError, match=r"before these steps \(`--resume .*model_step_6\.pt"):
         train_on(tmp_path, loader=broken, save_interval=1, max_steps=99)
@@ -205,7 +205,7 @@ def test_a_checkpoint_that_is_due_at_a_bad_step_is_saved_at_the_next_good_one(tm
     assert names_in(tmp_path / "checkpoints") == {"model_step_5.pt", "model_final.pt"}
 
 
-def test_room_is_made_of_all_but_the_newest_whole_checkpoint(tmp_path):
+def test_making_room_keeps_the_newest_intact_checkpoint(tmp_path):
     for step in (4, 1, 2, 3):
         save_checkpoint(tmp_path / f"model_step_{step}.pt", make_state(step))
         os.utime(tmp_path / f"model_step_{step}.pt", (step, step))
@@ -216,7 +216,7 @@ def test_room_is_made_of_all_but_the_newest_whole_checkpoint(tmp_path):
     assert names_in(tmp_path) == {"model_step_2.pt", "model_final.pt"}
 
 
-def test_where_none_is_whole_nothing_is_removed(tmp_path):
+def test_making_room_removes_nothing_if_none_is_intact(tmp_path):
     for step in (1, 2):
         (tmp_path / f"model_step_{step}.pt").write_bytes(b"torn")
     assert make_room(tmp_path) == []
@@ -230,7 +230,7 @@ def test_the_final_checkpoint_is_the_file_of_the_last_step(tmp_path):
     assert find_latest_checkpoint(folder) == folder / "model_final.pt"
 
 
-def test_it_is_a_copy_where_a_file_has_only_one_name(tmp_path, monkeypatch):
+def test_the_final_checkpoint_is_a_copy_without_hard_links(tmp_path, monkeypatch):
     def refuse(path, target):
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -242,7 +242,7 @@ def test_it_is_a_copy_where_a_file_has_only_one_name(tmp_path, monkeypatch):
     assert names_in(tmp_path) == {source.name, final.name}
 
 
-def test_pruning_survives_a_partial_file_that_is_gone_when_it_is_looked_at(tmp_path):
+def test_pruning_survives_a_partial_file_that_vanishes(tmp_path):
     (tmp_path / ".model_step_9.pt.partial").symlink_to(tmp_path / "gone")
     assert prune_checkpoints(tmp_path, keep_last_n=1) == []
 
@@ -262,7 +262,7 @@ def test_pruning_survives_a_partial_file_that_is_gone_when_it_is_looked_at(tmp_p
     ],
     ids=str,
 )
-def test_a_file_with_odd_values_is_refused_and_does_not_hide_the_others(tmp_path, odd):
+def test_a_file_with_wrong_values_is_refused_and_does_not_hide_the_others(tmp_path, odd):
     whole = save_checkpoint(tmp_path / "model_step_1.pt", make_state(1))
     torch.save({**make_state(2), **odd}, tmp_path / "model_step_2.pt")
     messages = []

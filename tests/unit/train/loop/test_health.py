@@ -1,4 +1,4 @@
-"""Rules of health: what they find in curves, what they leave alone, what they say."""
+"""Health rules: what they find in curves, what they ignore, and what they report."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_rule_has_its_curves_here():
 
 
 @pytest.mark.parametrize("rule", BROKEN)
-def test_each_rule_speaks_with_the_walkthroughs_advice(rule):
+def test_each_rule_gives_the_walkthroughs_advice(rule):
     metrics, advice = BROKEN[rule]
     (finding,) = check(curve(**metrics))
     assert finding.rule == rule
@@ -74,7 +74,7 @@ def test_each_rule_speaks_with_the_walkthroughs_advice(rule):
 
 
 @pytest.mark.parametrize("rule", BROKEN)
-def test_each_rule_is_seen_in_the_terminal_and_in_tensorboard(tmp_path, rule):
+def test_each_rule_reports_in_the_terminal_and_in_tensorboard(tmp_path, rule):
     metrics, advice = BROKEN[rule]
     screen = io.StringIO()
     console = Console(file=screen, width=400)
@@ -85,7 +85,7 @@ def test_each_rule_is_seen_in_the_terminal_and_in_tensorboard(tmp_path, rule):
     assert advice in text_of(tmp_path, "health")
 
 
-def test_steps_that_were_left_out_are_a_finding():
+def test_skipped_steps_are_a_finding():
     (finding,) = check(curve(skipped_steps=[0.0, 0.0, 2.0]))
     assert "check for corrupted data" in finding.advice
 
@@ -120,7 +120,7 @@ def test_a_resumed_run_is_not_blamed_for_what_it_learned_before(metrics):
         {"skipped_steps": [0.0] * 3, "fp16_overflows": [0.0, 2.0, 1.0]},
     ],
 )
-def test_healthy_curves_are_left_alone(metrics):
+def test_healthy_curves_have_no_finding(metrics):
     assert check(curve(**metrics)) == []
 
 
@@ -139,7 +139,7 @@ def test_a_rising_loss_is_found_in_noise_and_a_flat_one_seldom_accused():
     assert share_found("one rises", flat) < 0.1
 
 
-def test_two_rising_heads_are_no_matter_of_one():
+def test_two_rising_heads_are_not_reported_as_one():
     rising = FALLING[::-1]
     findings = check(
         curve(loss_animation=rising, loss_audio=rising / 8, loss_external_text=FALLING)
@@ -159,7 +159,7 @@ def test_a_head_at_its_floor_hides_no_rising_one():
     assert share_found("one rises", still, num_runs=50) < 0.1
 
 
-def test_a_whole_loss_that_rises_after_a_fall_is_said_to_rise_and_not_to_stay():
+def test_a_total_loss_that_rises_after_a_fall_is_reported_as_rising():
     curves = {"loss_total": np.array([9.0, 7, 5, 3, 2, *np.linspace(2, 4, 25)])}
     assert share_found("rising", curves, num_runs=50) > 0.9
     history = curve(**curves)
@@ -168,7 +168,7 @@ def test_a_whole_loss_that_rises_after_a_fall_is_said_to_rise_and_not_to_stay():
 
 
 @pytest.mark.parametrize("total", [np.full(60, 5.0), 9 * np.arange(1, 61.0) ** -0.3])
-def test_a_whole_loss_that_stands_still_or_falls_is_seldom_said_to_rise(total):
+def test_a_total_loss_that_is_constant_or_falls_is_seldom_reported_as_rising(total):
     assert share_found("rising", {"loss_total": total}, num_runs=50) < 0.1
 
 
@@ -183,7 +183,7 @@ def resumed(at, losses):
     return [LogPoint(step=at + 100 * i, metrics={"loss_total": x}) for i, x in enumerate(losses, 1)]
 
 
-def test_a_resumed_run_that_learns_nothing_is_told_when_its_steps_have_doubled():
+def test_a_resumed_run_that_learns_nothing_is_found_when_its_steps_have_doubled():
     rules = [
         {finding.rule for finding in check(resumed(3000, np.full(length, 5.0)))}
         for length in (9, 29, 32)
@@ -227,7 +227,7 @@ def test_held_out_losses_leave_the_trends_of_the_others_alone(tmp_path):
     assert "loss_audio rose by" in screen.getvalue()
 
 
-def test_overflows_of_scaled_losses_are_counted_apart_and_no_finding(tmp_path):
+def test_overflows_of_scaled_losses_are_counted_separately_and_are_no_finding(tmp_path):
     screen = io.StringIO()
     config = make_config(tmp_path, precision="fp16", max_steps=9, log_interval=9)
     trainer = make_trainer(config, console=Console(file=screen, width=400))
@@ -293,7 +293,7 @@ def test_the_table_has_the_walkthroughs_limits():
     } <= limits
 
 
-def test_a_finding_is_said_in_the_terminal_and_in_tensorboard(tmp_path):
+def test_a_finding_is_reported_in_the_terminal_and_in_tensorboard(tmp_path):
     screen = io.StringIO()
     batches = [make_batch(0), with_nan(make_batch(1))]
     trainer = make_trainer(make_config(tmp_path), batches, console=Console(file=screen))

@@ -1,11 +1,11 @@
+"""The run log: terminal, TensorBoard and the quarantine file."""
+
 from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import resource
-import time
 
 import numpy as np
 import pytest
@@ -22,9 +22,7 @@ from shared.errors import (
     EngineError,
     TooManyCorruptSamplesError,
 )
-from train.loop.meter import StepMeter
 from train.loop.metrics import QUARANTINE_NAME, default_run_name
-from train.machine import runtime
 
 LOSSES = {
     "loss_total",
@@ -78,7 +76,7 @@ def test_every_chart_of_tensorboards_custom_scalars_has_curves(tmp_path):
     assert empty == []
 
 
-def test_the_terminal_says_the_same_names_and_numbers_as_tensorboard(tmp_path):
+def test_the_terminal_shows_the_same_names_and_numbers_as_tensorboard(tmp_path):
     screen = io.StringIO()
     summary = make_trainer(make_config(tmp_path), console=Console(file=screen)).train()
     header, *lines = screen.getvalue().splitlines()
@@ -96,7 +94,7 @@ def test_the_terminal_has_one_aligned_line_per_log(tmp_path):
     assert {len(line) for line in lines} == {len(header)}
 
 
-def test_held_out_losses_stand_in_the_terminal_too(tmp_path):
+def test_held_out_losses_are_in_the_terminal_too(tmp_path):
     screen = io.StringIO()
     config = make_config(tmp_path, eval_interval=3)
     make_trainer(config, val_loader=[make_batch(0)], console=Console(file=screen)).train()
@@ -124,7 +122,7 @@ def test_a_run_from_another_ones_checkpoint_leaves_its_curves_alone(tmp_path):
     assert values_of(first.log_dir, "loss_total") == before
 
 
-def test_a_position_that_is_refused_opens_no_log(tmp_path):
+def test_a_refused_position_opens_no_log(tmp_path):
     first = make_trainer(make_config(tmp_path)).train()
     before = sorted(first.log_dir.iterdir())
     trainer = make_trainer(make_config(tmp_path, max_steps=8), [make_batch(0)], run_name=None)
@@ -143,7 +141,7 @@ def test_logged_losses_are_means_since_the_last_log(tmp_path):
     assert third.last_losses["loss_audio"] == pytest.approx(means[-1], rel=1e-6)
 
 
-def test_bad_samples_are_counted_and_quarantined(tmp_path):
+def test_corrupt_samples_are_counted_and_quarantined(tmp_path):
     loader = EndlessLoader(skipped={1: [SKIPPED], 4: [SKIPPED, SKIPPED]})
     config = make_config(tmp_path)
     config["data"]["max_bad_fraction"] = 1
@@ -156,14 +154,14 @@ def test_bad_samples_are_counted_and_quarantined(tmp_path):
     assert values_of(summary.log_dir, "skipped_samples") == [1, 1, 3]
 
 
-def test_bad_samples_are_named_in_tensorboard(tmp_path):
+def test_corrupt_samples_are_named_in_tensorboard(tmp_path):
     loader = EndlessLoader(skipped={1: [SKIPPED]})
     summary = make_trainer(make_config(tmp_path), loader).train()
     text = text_of(summary.log_dir, "skipped_samples")
     assert all(str(value) in text for value in SKIPPED.values())
 
 
-def test_bad_held_out_samples_are_counted_and_quarantined_at_each_evaluation(tmp_path):
+def test_corrupt_held_out_samples_are_counted_and_quarantined_at_each_evaluation(tmp_path):
     held_out = [{**make_batch(i), "skipped": [SKIPPED] * i} for i in range(3)]
     config = make_config(tmp_path, eval_interval=4)
     config["data"]["max_bad_fraction"] = 1
@@ -176,7 +174,7 @@ def test_bad_held_out_samples_are_counted_and_quarantined_at_each_evaluation(tmp
     assert (summary.skipped_val_samples, summary.skipped_samples) == (3, 0)
 
 
-def test_too_many_bad_held_out_samples_stop_the_run(tmp_path):
+def test_too_many_corrupt_held_out_samples_stop_the_run(tmp_path):
     held_out = [{**make_batch(0), "skipped": [SKIPPED] * 3}]  # more than 1 % of 200
     with pytest.raises(
         TooManyCorruptSamplesError, match=r"3 of 2 samples are corrupt.*crc differs"
@@ -184,71 +182,12 @@ def test_too_many_bad_held_out_samples_stop_the_run(tmp_path):
         make_trainer(make_config(tmp_path), val_loader=held_out).evaluate()
 
 
-def test_the_count_of_bad_samples_survives_a_resume(tmp_path):
+def test_the_count_of_corrupt_samples_survives_a_resume(tmp_path):
     loader = EndlessLoader(skipped={1: [SKIPPED]})
     first = make_trainer(make_config(tmp_path), loader).train()
     trainer = make_trainer(make_config(tmp_path, max_steps=8))
     trainer.load_checkpoint(first.checkpoint)
     assert trainer.train().skipped_samples == 1
-
-
-def add_step(meter, *, loss=1.0, num_samples=1.0, is_good=True):
-    loss = torch.tensor(loss)
-    meter.add(
-        {"loss_total": loss},
-        grad_norm=loss,
-        is_good=torch.tensor(is_good),
-        num_samples=torch.tensor(num_samples),
-    )
-
-
-def test_the_speed_counts_samples_and_not_padding():
-    meter = StepMeter(torch.device("cpu"))
-    began_s = time.perf_counter()
-    for _ in range(4):
-        add_step(meter, num_samples=2.0)
-    time.sleep(0.2)
-    speed = meter.take([])["samples_per_sec"]
-    assert speed == pytest.approx(8 / (time.perf_counter() - began_s), rel=0.1)
-
-
-def test_steps_that_a_device_still_works_on_when_a_pause_begins_are_no_pause(monkeypatch):
-    monkeypatch.setattr(runtime, "synchronize", lambda _: time.sleep(0.2))
-    meter = StepMeter(torch.device("cpu"))
-    add_step(meter)
-    with meter.pause():
-        pass
-    assert meter.take([0.0])["samples_per_sec"] < 1 / 0.2
-
-
-def test_pauses_do_not_slow_the_speed_down():
-    meter = StepMeter(torch.device("cpu"))
-    add_step(meter)
-    time.sleep(0.02)
-    with meter.pause():
-        time.sleep(0.4)
-    assert 1 / 0.2 < meter.take([])["samples_per_sec"] <= 1 / 0.02
-
-
-def test_bad_steps_enter_no_mean():
-    meter = StepMeter(torch.device("cpu"))
-    add_step(meter, loss=1.0)
-    add_step(meter, loss=math.nan, is_good=False)
-    add_step(meter, loss=3.0)
-    metrics = meter.take([])
-    assert (metrics["loss_total"], metrics["skipped_steps"]) == (2.0, 1.0)
-    assert meter.first_losses() == {"loss_total": 2.0}
-
-
-def test_waits_are_reported_as_share_and_percentiles():
-    meter = StepMeter(torch.device("cpu"))
-    waits_s = np.random.default_rng(0).exponential(0.001, size=100)
-    time.sleep(0.2)
-    metrics = meter.take(list(waits_s))
-    for quantile in (50, 95, 99):
-        expected = 1e3 * np.quantile(waits_s, quantile / 100)
-        assert metrics[f"data_wait_ms_p{quantile}"] == pytest.approx(expected)
-    assert 0 < metrics["data_wait_fraction"] <= waits_s.sum() / 0.2
 
 
 def test_a_log_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
@@ -258,7 +197,7 @@ def test_a_log_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_curves_go_on_once_a_full_disk_has_room_again(tmp_path):
+def test_curves_continue_once_a_full_disk_has_space_again(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limits = {3: 64, 6: soft}
 
@@ -280,7 +219,7 @@ def test_a_run_name_is_a_safe_folder_name(monkeypatch):
     assert all(c.isascii() and (c.isalnum() or c == "-") for c in name)
 
 
-def test_what_stopped_a_run_stands_in_tensorboard_with_its_mend(tmp_path):
+def test_the_error_that_stopped_a_run_is_in_tensorboard(tmp_path):
     batches = [with_nan(make_batch(index)) for index in range(12)]
     trainer = make_trainer(make_config(tmp_path, max_steps=30), batches)
     with pytest.raises(DivergedError):
@@ -291,7 +230,7 @@ def test_what_stopped_a_run_stands_in_tensorboard_with_its_mend(tmp_path):
     assert "steps in a row" in text
 
 
-def test_lack_of_gpu_memory_stands_in_tensorboard_with_its_mend(tmp_path, monkeypatch):
+def test_an_out_of_memory_error_is_in_tensorboard_with_its_fix(tmp_path, monkeypatch):
     def run_out(*_):
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 

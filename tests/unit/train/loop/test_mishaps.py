@@ -1,5 +1,4 @@
-"""What happens to long trainings; `python tests/experiments/mishaps.py` prints what became of
-each."""
+"""Faults of long runs; `python tests/experiments/mishaps.py` prints the outcome of each."""
 
 from __future__ import annotations
 

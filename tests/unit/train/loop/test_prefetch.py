@@ -1,7 +1,8 @@
-"""The feed of a device that computes beside the host, on a clock that is this test's."""
+"""The batch feed: what it waits for, its positions, plain loaders, and a GPU's queue."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import weakref
@@ -11,14 +12,14 @@ import torch
 from helpers.emulated_device import EmulatedDevice
 
 from train.loop import prefetch as module
-from train.loop.prefetch import BatchFeed
+from train.loop.prefetch import BatchFeed, CudaQueue, PlainLoader, make_queue
 
 LOADER_S = 0.05
 CPU = torch.device("cpu")
 
 
 class Clock:
-    """Goes on when somebody sleeps."""
+    """A clock that only sleeping advances."""
 
     def __init__(self):
         self.time_s = 1.0
@@ -31,7 +32,7 @@ class Clock:
 
 
 class SlowLoader:
-    """Batches that take LOADER_S each; it knows which of them somebody still holds."""
+    """Batches that take LOADER_S each; it knows which of them are still referenced."""
 
     def __init__(self, clock):
         self._clock = clock
@@ -57,7 +58,7 @@ class SlowLoader:
 
 
 class CopyingDevice(EmulatedDevice):
-    """What is on the device has memory of its own."""
+    """A device with memory of its own."""
 
     def send(self, batch):
         sent, mark = super().send(batch)
@@ -150,10 +151,93 @@ def test_no_more_batches_are_kept_than_have_a_slot(clock):
 
 
 @pytest.mark.parametrize("end", [BatchFeed.close, lambda feed: None], ids=["closed", "forgotten"])
-def test_a_feed_that_ends_waits_for_copies_before_it_lets_go(clock, end):
+def test_a_feed_that_ends_waits_for_copies_before_it_releases_batches(clock, end):
     feed, loader, _ = make_feed(clock, copy_s=10.0)
     feed.take(2)
     end(feed)
     del feed
     assert clock.time_s > 20.0
     assert loader.held == []
+
+
+@pytest.mark.parametrize("start", [0, 2, 3, 7])
+def test_a_plain_loader_resumes_behind_every_batch_of_every_pass(start):
+    loader = PlainLoader([{"name": name} for name in "abc"], seed=0)
+    batches = loader.open()
+    states = [loader.state_at(0)]
+    names = []
+    for _ in range(9):
+        batch = next(batches)
+        names.append(batch["name"])
+        states.append(loader.state_at(batch["index"] + 1))
+    assert names == list("abcabcabc")
+    resumed = PlainLoader([{"name": name} for name in "abc"], seed=0)
+    resumed.load_state_dict(states[start])
+    assert resumed.state_at(states[start]["next_batch"]) == states[start]
+    rest = list(itertools.islice(resumed.open(), 9 - start))
+    assert [batch["name"] for batch in rest] == names[start:]
+
+
+class FakeStreams:
+    """Records in which stream something is done."""
+
+    def __init__(self):
+        self.calls = []
+        self.current = "compute"
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def note(self, what):
+        self.calls.append((self.current, what))
+
+    def wait_stream(self, stream):
+        self.note(f"waits for {stream}")
+
+    def Event(self, *, enable_timing):  # noqa: N802
+        assert enable_timing
+        streams = self
+
+        class Recorded:
+            def record(self):
+                streams.note("event")
+
+        return Recorded()
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    streams = FakeStreams()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "copies")
+    monkeypatch.setattr(torch.cuda, "stream", streams.stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams)
+    monkeypatch.setattr(torch.cuda, "Event", streams.Event)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, used_by: streams.note(tensor.item())
+    )
+    return streams
+
+
+def test_copies_and_the_mark_behind_them_are_on_the_side_stream(streams, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: streams.note("copy"))
+    CudaQueue("cuda").send({"inputs": {"a": torch.ones(2), "b": torch.ones(2)}, "keys": ["s/0"]})
+    assert streams.calls == [("copies", "copy"), ("copies", "copy"), ("copies", "event")]
+
+
+def test_the_compute_stream_waits_for_copies_and_the_allocator_knows_of_it(streams):
+    queue = CudaQueue("cuda")
+    queue.mark()
+    queue.receive({"inputs": {"a": torch.tensor(1), "b": torch.tensor(2)}})
+    assert streams.calls == [
+        ("compute", "event"),
+        ("compute", "waits for copies"),
+        ("compute", 1),
+        ("compute", 2),
+    ]
+
+
+def test_a_cpu_has_no_queue():
+    assert make_queue(torch.device("cpu")) is None

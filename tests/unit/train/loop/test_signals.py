@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, number):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     screen = io.StringIO()
     loader = EndlessLoader(on_batch=lambda index: index == 2 and signal.raise_signal(number))

@@ -1,3 +1,5 @@
+"""The trainer: resuming, skipped steps, precision, evaluation, and the walkthrough."""
+
 from __future__ import annotations
 
 import random
@@ -59,7 +61,7 @@ def plain_loader(*, is_shuffled=False, is_noisy=False, num_workers=0):
 
 
 def train_in_two_parts(folder, make_loader, *, first, total, **training):
-    """New objects that go on from the checkpoint that a run of `total` steps left at `first`."""
+    """Resume a run of `total` steps from its checkpoint at step `first`, with new objects."""
     config = make_config(folder, max_steps=total, save_interval=first, **training)
     make_trainer(config, make_loader()).train()
     second = make_trainer(config, make_loader())
@@ -90,7 +92,7 @@ def test_a_run_on_a_plain_shuffled_dataloader_resumes_to_the_bit(tmp_path, first
     assert largest_difference(whole, resumed) == 0.0
 
 
-def test_bad_samples_before_and_after_a_resume_count_together(tmp_path):
+def test_corrupt_samples_before_and_after_a_resume_count_together(tmp_path):
     loader = EndlessLoader(skipped={i: [{"error": f"torn {i}"}] for i in (0, 1, 4)})
     config = make_config(tmp_path, max_steps=3)
     config["data"]["max_bad_fraction"] = 0.0125  # three of the first 200 samples are too many
@@ -113,7 +115,7 @@ def test_training_changes_the_weights_and_dropout_draws_from_the_seed(tmp_path):
     assert largest_difference(one, other) > 0.0
 
 
-def test_a_trainer_goes_on_where_it_stopped_when_train_is_called_again(tmp_path):
+def test_a_stopped_trainer_continues_when_train_is_called_again(tmp_path):
     def stop_once(index):
         if index == 2 and not stopped:
             stopped.append(index)
@@ -128,7 +130,7 @@ def test_a_trainer_goes_on_where_it_stopped_when_train_is_called_again(tmp_path)
     assert largest_difference(whole, trainer) == 0.0
 
 
-def test_a_plain_dataloader_is_repeated_and_shuffled_anew_in_each_pass():
+def test_a_plain_dataloader_is_repeated_and_reshuffled_in_each_pass():
     feed = BatchFeed(plain_loader(is_shuffled=True), CPU, seed=0)
     passes = [[key for batch in feed.take(4) for key in batch["keys"]] for _ in range(3)]
     assert [sorted(p) for p in passes] == [sorted(f"s/{i}" for i in range(7))] * 3
@@ -224,7 +226,7 @@ def test_evaluation_changes_nothing_in_the_training(tmp_path):
     assert summary.last_val_losses["loss_total"] < summary.first_val_losses["loss_total"]
 
 
-def test_windows_laid_out_for_another_configuration_are_refused(tmp_path):
+def test_a_dataset_made_for_another_configuration_is_refused(tmp_path):
     text_only = {"loss_weights": {"audio": 0.0, "animation": 0.0}}
     config = {**make_config(tmp_path, **text_only), "data": {}}
     loader = EndlessLoader()
@@ -241,7 +243,7 @@ def test_an_empty_loader_is_a_clear_error(tmp_path):
         make_trainer(make_config(tmp_path), []).train()
 
 
-def test_windows_that_were_not_joined_name_the_collate_fn(tmp_path):
+def test_uncollated_windows_are_refused_with_the_name_of_the_collate_fn(tmp_path):
     batch = make_batch(0)
     nested = {
         **batch,
@@ -258,7 +260,7 @@ def test_a_loss_of_what_the_model_does_not_predict_is_refused(tmp_path):
         Trainer(model, make_config(tmp_path), [make_batch(0)], device="cpu")
 
 
-def test_a_position_of_another_kind_of_loader_is_refused_and_nothing_taken_over(tmp_path):
+def test_a_position_of_another_kind_of_loader_is_refused_and_changes_nothing(tmp_path):
     make_trainer(make_config(tmp_path)).train()
     trainer = make_trainer(make_config(tmp_path, max_steps=8), [make_batch(0)])
     before = weights_of(trainer)
@@ -286,7 +288,7 @@ model:
 """
 
 
-def test_the_walkthroughs_steps_work_as_they_stand(tmp_path, monkeypatch):
+def test_the_walkthroughs_steps_work_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = {**yaml.safe_load(WALKTHROUGH), "data": make_config(tmp_path)["data"]}
     loader = plain_loader()
@@ -300,8 +302,8 @@ def test_the_walkthroughs_steps_work_as_they_stand(tmp_path, monkeypatch):
     assert len(list(Path("runs").iterdir())) == 1
 
 
-def test_the_loop_looks_at_no_tensor_between_logs(tmp_path, monkeypatch):
-    """On a device each look makes the host wait; the divergence check looks on the CPU only."""
+def test_the_loop_reads_no_tensor_between_logs(tmp_path, monkeypatch):
+    """On a device each read makes the host wait; the divergence check reads on the CPU only."""
     looks = []
     trainer = make_trainer(make_config(tmp_path, max_steps=5, log_interval=5))
     monkeypatch.setattr("train.loop.meter.StepMeter.check_divergence", lambda *_, **__: None)

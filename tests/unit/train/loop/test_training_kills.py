@@ -1,5 +1,4 @@
-"""Killed trainings go on as if nothing had happened; `python
-tests/experiments/training_kills.py` does many."""
+"""Killed runs resume to the same bits; `tests/experiments/training_kills.py` tries many kills."""
 
 from __future__ import annotations
 
