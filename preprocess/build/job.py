@@ -17,9 +17,8 @@ from preprocess.build.plan import plan_shards
 from preprocess.build.previous_set import describe_set, find_corrupt_files
 from preprocess.build.scans import scan_sessions
 from preprocess.build.shards import FromShards, ShardTask, versioned
-from preprocess.build.sources import column_seconds, find_recordings
+from preprocess.build.sources import TaskContext, column_seconds, find_recordings
 from preprocess.build.task import build_shard, salvage_shard
-from preprocess.build.task_context import TaskContext
 from preprocess.build.video_subtasks import TASK_S, encode_video, split_task
 from shared.errors import ConfigError, CorruptError, ShardError
 from shared.media.tokenizer import load_tokenizer, train_tokenizer

@@ -1,17 +1,20 @@
-"""Where recorded sessions lie: folders of this machine's file system, or behind a URL.
+"""Recorded sessions as the tasks of a build read them: local folders, or behind a URL.
 
-A recording knows the size and time of its files as they were when the job looked. A task asks for
-the files that it needs; those behind a URL are copied into a temporary folder for as long as it
-works.
+A recording remembers the size and version of its files from when the job listed them. A task opens
+the files that it needs. Files behind a URL are downloaded to a staging directory for as long as the
+task runs. After reading, the task checks that the files are still the same.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
+from preprocess.build.shards import Row
 from shared.errors import SessionError
+from shared.media.tokenizer import parse_tokenizer
 from shared.session.folder import (
     AUDIO_FILE,
     METADATA_FILE,
@@ -19,70 +22,200 @@ from shared.session.folder import (
     SOURCE_FILES,
     find_sessions,
 )
+from shared.session.reader import SessionReader
 from shared.shardset.layout import COLUMNS
 from shared.storage import STARTUP_RETRY, RetryPolicy, Store, StoredFile, parse_location
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
     from pathlib import Path
 
+    from preprocess.build.shards import SessionWindows
+    from shared.recipe import Recipe
+    from shared.session.scan import SessionScan
     from shared.shardset.store import ShardSetStore
+
+_NO_FILES: Mapping[str, Set[str]] = MappingProxyType({})
+
+
+class Recording(Protocol):
+    """A recorded session; a plain value that can be sent to other processes."""
+
+    @property
+    def name(self) -> str:
+        """Session name."""
+        ...
+
+    @property
+    def stamp(self) -> Mapping[str, list[Any]]:
+        """Scanned file -> its size, and its modification time in ns or its tag."""
+        ...
+
+    def files(self, names: Iterable[str], staging: ShardSetStore) -> AbstractContextManager[Path]:
+        """Provide a folder, named like the session, with at least those of these files that exist.
+
+        Args:
+            names: file names.
+            staging: set in whose staging directory remote files are stored, so that the next job
+                removes what a killed one left.
+        """
+        ...
+
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Return those of these files that differ from the stamp."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalRecording:
-    """A session folder."""
+    """A session folder; see :class:`Recording`."""
 
     name: str
     folder: Path
     stamp: Mapping[str, list[Any]]
-    """File that a scan reads -> size and modification time in ns."""
 
-    @contextmanager
-    def files(self, names: Iterable[str], place: ShardSetStore) -> Iterator[Path]:
-        """A folder called as the session, with at least these of its files that there are."""
-        del names, place
-        yield self.folder
+    def files(self, names: Iterable[str], staging: ShardSetStore) -> AbstractContextManager[Path]:
+        """Provide the session folder itself."""
+        return nullcontext(self.folder)
 
     def changed(self, names: Iterable[str]) -> list[str]:
-        """Those of its files that are not as they were."""
-        now = _stamp(self.folder)
+        """Return those of these files that differ from the stamp."""
+        now = _stamp_of_folder(self.folder)
         return [n for n in names if now.get(n) != self.stamp.get(n)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteRecording:
-    """A session behind a URL."""
+    """A session behind a URL; see :class:`Recording`."""
 
     name: str
     store: Store
     stamp: Mapping[str, list[Any]]
-    """File that a scan reads -> size and tag."""
 
     @contextmanager
-    def files(self, names: Iterable[str], place: ShardSetStore) -> Iterator[Path]:
-        """A folder called as the session, with these of its files that there are; it lies in a
-        workplace of the set, so that the next job finds what a killed one left.
-        """
-        with place.staging_dir() as work:
-            yield self.copy_to(work, names)
+    def files(self, names: Iterable[str], staging: ShardSetStore) -> Iterator[Path]:
+        """Download the files to a staging directory."""
+        with staging.staging_dir() as work:
+            yield self.download_to(work, names)
 
-    def copy_to(self, work: Path, names: Iterable[str]) -> Path:
-        """Copy those of these files that there are into a new folder called as the session."""
+    def download_to(self, work: Path, names: Iterable[str]) -> Path:
+        """Download those of these files that exist into a new folder named like the session."""
         folder = work / self.name
         folder.mkdir()
         for name in names:
             if name in self.stamp:
-                with suppress(FileNotFoundError):  # :meth:`changed` says so
+                with suppress(FileNotFoundError):  # changed() reports it
                     self.store.download(name, folder / name)
         return folder
 
     def changed(self, names: Iterable[str]) -> list[str]:
-        """Those of its files that are not as they were."""
-        return [n for n in names if _stored_stamp(self.store.stat(n)) != self.stamp.get(n)]
+        """Return those of these files that differ from the stamp."""
+        return [n for n in names if _stamp_of_object(self.store.stat(n)) != self.stamp.get(n)]
 
 
-Recording = LocalRecording | RemoteRecording
+def find_recordings(location: Path | str) -> dict[str, Recording]:
+    """Find the sessions below a folder or URL, or at it; returns them by name.
+
+    Raises:
+        SessionError: the location does not exist, has no session, or has one whose name can't be
+            part of keys.
+        StorageError: the store behind the URL can't be read.
+    """
+    parsed = parse_location(location)
+    recordings: dict[str, Recording] = {}
+    if isinstance(parsed, Store):
+        for recording in _list_store(parsed.with_policy(STARTUP_RETRY)):
+            recordings[recording.name] = recording
+    else:
+        for path in find_sessions(parsed):
+            folder = path.absolute()
+            recordings[path.name] = LocalRecording(
+                name=path.name, folder=folder, stamp=_stamp_of_folder(folder)
+            )
+    for name in recordings:
+        _require_printable(name)
+    return recordings
+
+
+def require_unchanged(recording: Recording, names: Iterable[str]) -> None:
+    """Refuse to continue if files of a session changed since the job listed them.
+
+    Raises:
+        SessionError: files changed or no longer exist.
+    """
+    changed = recording.changed(sorted(set(names)))
+    if changed:
+        raise SessionError(
+            f"session {recording.name}: {', '.join(changed)} changed or was removed while the job "
+            "was running; fix: run it again; finished work is kept"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskContext:
+    """Everything that a task needs besides the task itself."""
+
+    out: ShardSetStore
+    recipe: Recipe
+    tokenizer_json: str
+    """Empty if no text is read."""
+    recordings: Mapping[str, Recording]
+    """The task's sessions, by name."""
+    scans: Mapping[str, SessionScan]
+    old: ShardSetStore | None = None
+    """The set that holds the task's old shard; None if it is `out`."""
+
+
+@contextmanager
+def open_sessions(
+    context: TaskContext,
+    sources: Mapping[str, Sequence[str]],
+    *,
+    elsewhere: Mapping[str, Set[str]] = _NO_FILES,
+) -> Iterator[dict[str, SessionReader]]:
+    """Open a reader per session.
+
+    Args:
+        context: has the sessions.
+        sources: session -> its files on which the output depends.
+        elsewhere: session -> those of the files that other tasks have read.
+
+    Raises:
+        SessionError: a file changed or was removed since it was scanned.
+    """
+    content = context.tokenizer_json
+    tokenizer = parse_tokenizer(content, origin="the shard set's tokenizer") if content else None
+    with ExitStack() as stack:
+        try:
+            readers = {}
+            for name, files in sources.items():
+                needed = [f for f in files if f not in elsewhere.get(name, ())]
+                path = stack.enter_context(context.recordings[name].files(needed, context.out))
+                readers[name] = SessionReader(
+                    path, context.scans[name], recipe=context.recipe, tokenizer=tokenizer
+                )
+            yield readers
+        except Exception:
+            # If a session was removed or changed, report that instead of the reader's error.
+            for name, files in sources.items():
+                require_unchanged(context.recordings[name], files)
+            raise
+        for name, files in sources.items():
+            require_unchanged(context.recordings[name], files)
+
+
+def iter_rows(sessions: Sequence[SessionWindows], context: TaskContext) -> Iterator[Row]:
+    """Iterate over the rows of windows, as their sessions' scans describe them."""
+    number = 0
+    for session in sessions:
+        scan = context.scans[session.session]
+        windows = scan.windows(context.recipe)
+        for index in session.windows:
+            window = windows[index]
+            present = scan.present(window, context.recipe)
+            yield Row(number, session.session, window, present, scan.coverage[index])
+            number += 1
+
 
 _BYTES_PER_S = {
     "vision_left": 0.5e6,
@@ -92,103 +225,63 @@ _BYTES_PER_S = {
     "proprio": 10e6,
     "dmel": 10e6,
 }
-"""About how many bytes of its sources one process makes into a column per second."""
+"""Column -> bytes of its source files that one process converts per second, roughly."""
 
 _SCAN_BYTES_PER_S = {METADATA_FILE: 10e6, AUDIO_FILE: 20e6}
 HASHED_BYTES_PER_S = 200e6
+"""Bytes that one process reads and hashes per second, roughly."""
 
 
 def column_seconds(recording: Recording, column: str) -> float:
-    """About how long one process takes to make a column of a session."""
+    """Estimate how long one process takes to build a column of a session."""
     sizes = (recording.stamp[n][0] for n in COLUMNS[column].sources if n in recording.stamp)
     return float(sum(sizes)) / _BYTES_PER_S[column]
 
 
 def scan_seconds(recording: Recording) -> float:
-    """About how long one process takes to look a session over."""
+    """Estimate how long one process takes to scan a session."""
     return sum(
         float(stamp[0]) / _SCAN_BYTES_PER_S.get(name, HASHED_BYTES_PER_S)
         for name, stamp in recording.stamp.items()
     )
 
 
-def find_recordings(place: Path | str) -> dict[str, Recording]:
-    """Sessions below a folder or URL (or it itself), by name.
-
-    Raises:
-        SessionError: no such place, no session in it, or one whose name can't stand in keys.
-        StorageError: the store behind the URL can't be read.
-    """
-    where = parse_location(place)
-    found: dict[str, Recording] = {}
-    if isinstance(where, Store):
-        for name, files in _group(where.with_policy(STARTUP_RETRY)).items():
-            url = where.url if files.is_root else f"{where.url}/{name}"
-            store = Store(url, RetryPolicy())
-            found[name] = RemoteRecording(name=name, store=store, stamp=files.stamp)
-    else:
-        for path in find_sessions(where):
-            folder = path.absolute()
-            found[path.name] = LocalRecording(name=path.name, folder=folder, stamp=_stamp(folder))
-    for name in found:
-        _require_name(name)
-    return found
-
-
-def require_unchanged(recording: Recording, names: Iterable[str]) -> None:
-    """Raises SessionError where files of a session went away or changed since the job looked."""
-    changed = recording.changed(sorted(set(names)))
-    if changed:
-        raise SessionError(
-            f"session {recording.name}: {', '.join(changed)} went away or changed while the job "
-            "was running; run it again: what was finished is kept"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """Files of one session behind a URL."""
-
-    is_root: bool
-    stamp: dict[str, list[Any]]
-
-
-def _group(store: Store) -> dict[str, _Files]:
-    """Sessions of a store, sorted by name."""
-    sessions: dict[str, _Files] = {}
-    own: dict[str, list[Any]] = {}
+def _list_store(store: Store) -> list[RemoteRecording]:
+    """List the sessions of a store, sorted by name."""
+    stamps: dict[str, dict[str, list[Any]]] = {}
     for path, file in sorted(store.list_files().items()):
         folder, _, name = path.rpartition("/")
-        if name not in SCANNED_FILES or "/" in folder or folder.startswith("."):
-            continue
-        if folder:
-            sessions.setdefault(folder, _Files(False, {})).stamp[name] = [
-                file.length_bytes,
-                file.tag,
-            ]
-        else:
-            own[name] = [file.length_bytes, file.tag]
-    sessions = {n: f for n, f in sessions.items() if not f.stamp.keys().isdisjoint(SOURCE_FILES)}
-    if not own.keys().isdisjoint(SOURCE_FILES):
-        return {store.url.rpartition("/")[2]: _Files(True, own)}
-    if not sessions:
+        if name in SCANNED_FILES and "/" not in folder and not folder.startswith("."):
+            stamps.setdefault(folder, {})[name] = [file.length_bytes, file.tag]
+    stamps = {f: s for f, s in stamps.items() if not s.keys().isdisjoint(SOURCE_FILES)}
+    if not stamps:
         raise SessionError(
             f"{store}: no session in it; a session is a folder with at least one of "
             f"{', '.join(SOURCE_FILES)}"
         )
-    return dict(sorted(sessions.items()))
+    patient = store.with_policy(RetryPolicy())
+    if "" in stamps:  # the folder itself is a session
+        name = store.url.rpartition("/")[2]
+        return [RemoteRecording(name=name, store=patient, stamp=stamps[""])]
+    return [
+        RemoteRecording(
+            name=name, store=Store(f"{store.url}/{name}", patient.retry), stamp=stamps[name]
+        )
+        for name in sorted(stamps)
+    ]
 
 
-def _require_name(name: str) -> None:
-    """Refuses session names that can't stand in keys: tar readers and JSON must take them."""
+def _require_printable(name: str) -> None:
+    """Refuse session names that tar readers or JSON can't take as part of keys."""
     if not name.isprintable():
         raise SessionError(
-            f"session folder {name!r}: its name holds control characters or is no UTF-8; rename it"
+            f"session folder {name!r}: its name has control characters or is not UTF-8; fix: "
+            "rename it"
         )
 
 
-def _stamp(folder: Path) -> dict[str, list[Any]]:
-    """Size and modification time of each file that a scan reads."""
+def _stamp_of_folder(folder: Path) -> dict[str, list[Any]]:
+    """Return size and modification time in ns of each scanned file."""
     stamp: dict[str, list[Any]] = {}
     for name in SCANNED_FILES:
         try:
@@ -199,5 +292,5 @@ def _stamp(folder: Path) -> dict[str, list[Any]]:
     return stamp
 
 
-def _stored_stamp(file: StoredFile | None) -> list[Any] | None:
+def _stamp_of_object(file: StoredFile | None) -> list[Any] | None:
     return None if file is None else [file.length_bytes, file.tag]

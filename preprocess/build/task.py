@@ -21,7 +21,7 @@ from preprocess.build.shards import (
     Row,
     built_columns,
 )
-from preprocess.build.task_context import iter_rows, open_sessions
+from preprocess.build.sources import iter_rows, open_sessions
 from preprocess.build.video_subtasks import remove_encoded
 from preprocess.build.write import SessionEncoder, ShardBuilder, row_arrays, write_column
 from shared.clock import Window
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.build.shards import RowSource, ShardTask
-    from preprocess.build.task_context import TaskContext
+    from preprocess.build.sources import TaskContext
     from preprocess.build.video_subtasks import EncodedVideo
     from preprocess.build.write import EncodedRow, RowReader
     from shared.recipe import Recipe

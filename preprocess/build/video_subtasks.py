@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from preprocess.build.shards import FromSession, FromSubtasks
-from preprocess.build.task_context import iter_rows, open_sessions
+from preprocess.build.sources import iter_rows, open_sessions
 from preprocess.build.write import SessionEncoder, ShardBuilder, row_arrays, write_column
 from shared.errors import MediaError
 from shared.files import sha256_of_bytes
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from preprocess.build.shards import Row, SessionWindows, ShardTask
-    from preprocess.build.task_context import TaskContext
+    from preprocess.build.sources import TaskContext
     from preprocess.build.write import EncodedRow
     from shared.clock import Window
     from shared.recipe import Recipe

@@ -27,8 +27,8 @@ from preprocess.build.shards import (
     SessionWindows,
     ShardTask,
 )
+from preprocess.build.sources import TaskContext
 from preprocess.build.task import copy_shard
-from preprocess.build.task_context import TaskContext
 from shared.errors import REBUILD_HINT, ShardError
 from shared.files import fingerprint_of, sha256_of_bytes
 from shared.recipe import SPLITS

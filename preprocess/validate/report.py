@@ -236,7 +236,7 @@ def _iter_copies(store: Store) -> Iterator[Path]:
     for recording in find_recordings(store.url).values():
         assert isinstance(recording, RemoteRecording)
         with tempfile.TemporaryDirectory(prefix="session-") as folder:
-            yield recording.copy_to(Path(folder), SCANNED_FILES)
+            yield recording.download_to(Path(folder), SCANNED_FILES)
 
 
 @contextmanager

@@ -219,7 +219,7 @@ def memcpy_s(num_bytes: int, repeats: int = 9) -> tuple[float, float]:
         target[...] = source
         warm.append(time.perf_counter() - begin_s)
         begin_s = time.perf_counter()
-        source.copy_to()
+        source.copy()
         new.append(time.perf_counter() - begin_s)
     return statistics.median(warm), statistics.median(new)
 

@@ -244,7 +244,7 @@ def test_a_session_that_changes_under_a_job_fails_it_and_a_rerun_completes(
     recipe = tiny_recipe(shard={"target_bytes": 2**16}, required=["vision_left"])
     with monkeypatch.context() as patched:
         patched.setattr(build_module, "write_column", write_column)
-        with pytest.raises(SessionError, match=r"session cat: .* went away or changed .*again"):
+        with pytest.raises(SessionError, match=r"session cat: .* changed or was removed .*again"):
             build(sessions, out, recipe)
     # Of the other sessions' shards only the text is made again: cat's words made the tokenizer too.
     kept = {n: i for n, i in file_identities(out).items() if OF_OTHERS.fullmatch(n)}

@@ -219,7 +219,7 @@ def test_a_video_that_changes_after_its_subtask_fails_the_job(stereo, tmp_path, 
         return original(*args)
 
     monkeypatch.setattr(job_module, "build_shard", build_shard)
-    with pytest.raises(SessionError, match=r"session ann: vision_left.mp4 went away or changed"):
+    with pytest.raises(SessionError, match=r"session ann: vision_left.mp4 changed or was removed"):
         build_with_subtasks(sessions, tmp_path / "out", WHOLE)
     assert leftovers(tmp_path / "out") == []
 

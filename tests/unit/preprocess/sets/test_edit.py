@@ -172,7 +172,7 @@ def test_nothing_is_decoded(whole, tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         pytest.fail("a recording is opened, or a picture decoded or encoded")
 
-    monkeypatch.setattr("preprocess.build.task_context.SessionReader", fail)
+    monkeypatch.setattr("preprocess.build.sources.SessionReader", fail)
     monkeypatch.setattr("preprocess.build.write.encode_pictures", fail)
     drop_sessions(whole, ["cat"])
     split_sessions(whole, tmp_path / "few", ["ann"])
