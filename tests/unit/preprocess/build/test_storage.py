@@ -314,7 +314,7 @@ def test_a_session_deleted_from_a_store_under_a_job_fails_it_and_a_rerun_complet
 
     with monkeypatch.context() as patched:
         patched.setattr(job_module, "plan_shards", plan_shards)
-        with pytest.raises(SessionError, match=r"session cat: .* went away"):
+        with pytest.raises(SessionError, match=r"session cat: .* was removed"):
             build("memory://here/sessions", "memory://here/set", SMALL)
     summary = build("memory://here/sessions", "memory://here/set", SMALL)
     assert summary.manifest.counts["sessions"] == 3
