@@ -238,7 +238,7 @@ def test_steps_of_exactly_100_ms_are_short_gaps_in_findings_and_statistics(sessi
     assert report.checks["gaps"] == "warnings"
 
 
-def test_a_missing_optional_stream_is_a_fact_and_no_warning(session: Path) -> None:
+def test_a_missing_optional_stream_is_listed_without_a_warning(session: Path) -> None:
     (session / "text.jsonl").unlink()
     report = check_session(session, recipe=STRICT).report
     assert report.status == "passed"
@@ -262,7 +262,7 @@ def test_a_session_too_short_for_one_sample_is_a_warning(session: Path) -> None:
     assert report.checks["length"] == "warnings"
 
 
-def test_at_most_five_messages_of_a_kind_and_the_rest_counted(session: Path) -> None:
+def test_more_than_five_messages_of_a_kind_are_counted(session: Path) -> None:
     for_each(lambda line: set_in(line, "touch", 2, 731))(session)
     errors = check_session(session, recipe=STRICT).report.errors
     assert len(errors) == 6
@@ -270,7 +270,7 @@ def test_at_most_five_messages_of_a_kind_and_the_rest_counted(session: Path) -> 
 
 
 @pytest.mark.parametrize("first_s", [0.0, 0.4, 12.7, 1.7e9])
-def test_the_clock_is_placed_as_the_builder_places_it(first_s: float, session: Path) -> None:
+def test_the_clock_offset_is_that_of_the_builder(first_s: float, session: Path) -> None:
     for_each(lambda line: line.update(timestamp=line["timestamp"] + first_s))(session)
     report = check_session(session, recipe=STRICT).report
     scan = scan_session(session, recipe=STRICT)
@@ -279,7 +279,7 @@ def test_the_clock_is_placed_as_the_builder_places_it(first_s: float, session: P
 
 
 @pytest.mark.parametrize("is_made", [False, True])
-def test_a_folder_that_is_no_session_has_failed(is_made: bool, tmp_path: Path) -> None:
+def test_a_folder_without_a_session_fails(is_made: bool, tmp_path: Path) -> None:
     folder = tmp_path / "nothing"
     if is_made:
         folder.mkdir()
@@ -294,7 +294,7 @@ def test_a_folder_in_place_of_a_file_fails_without_a_traceback(file: str, sessio
     assert any(message.startswith(file) for message in report.errors), report.errors
 
 
-def test_whatever_a_check_raises_becomes_a_failed_report(
+def test_any_exception_becomes_a_failed_report(
     session: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def explode(*_: object, **__: object) -> None:
@@ -318,7 +318,7 @@ def test_whatever_a_check_raises_becomes_a_failed_report(
         st.just(b"[" * 100_000 + b"\n"),
     ),
 )
-def test_no_scrap_anywhere_in_a_file_raises(
+def test_no_corruption_of_a_file_raises(
     whole: Path, tmp_path: Path, file: str, at: float, scrap: bytes
 ) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "session", dirs_exist_ok=True))

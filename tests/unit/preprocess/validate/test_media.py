@@ -52,7 +52,7 @@ def test_the_envelope_is_that_of_every_channel_and_the_level_its_rms(tmp_path: P
     assert not envelope.is_clipped.any()
 
 
-def test_thumbnails_are_the_same_whether_a_file_is_sought_in_or_read_through(
+def test_thumbnails_are_the_same_with_and_without_seeking(
     tmp_path: Path,
 ) -> None:
     times_s = write_video(tmp_path / "a.mp4", times_s=np.arange(90) / 30, gop=10)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_gaps_stand_where_they_were_put(session: Path) -> None:
+def test_gaps_are_drawn_at_their_times(session: Path) -> None:
     lines = [
         line
         for i, line in enumerate(sensor_lines())
@@ -66,7 +66,7 @@ def test_a_curve_is_not_drawn_across_a_gap(session: Path) -> None:
     assert pieces[1][0] == pytest.approx(36 / 60 * 1000, abs=0.5)
 
 
-def test_a_hole_in_a_video_is_marked_and_has_no_picture(session: Path) -> None:
+def test_a_gap_in_a_video_is_marked_and_has_no_thumbnail(session: Path) -> None:
     times_s = [i / 30 for i in range(60) if not 15 < i < 45]
     write_video(session / "vision_left.mp4", times_s=times_s)
     page = page_of(session)
@@ -109,7 +109,7 @@ def test_a_required_stream_that_is_missing_is_named_in_the_table(session: Path) 
     assert [cell.text for cell in cells] == ["missing"]
 
 
-def test_clipped_sound_is_marked_at_its_place(session: Path) -> None:
+def test_clipped_sound_is_marked_at_its_time(session: Path) -> None:
     samples = tone()
     samples[8_000:9_600] = 1.0
     soundfile.write(session / "audio.wav", samples, 16_000, subtype="PCM_16")
@@ -118,7 +118,7 @@ def test_clipped_sound_is_marked_at_its_place(session: Path) -> None:
     assert top == bottom == pytest.approx((0.5, 0.6), abs=0.005)
 
 
-def test_text_events_are_marks_at_their_times_with_their_words(session: Path) -> None:
+def test_text_events_are_marked_at_their_times_with_their_text(session: Path) -> None:
     page = page_of(session)
     lane = panel(page, "external_text")
     (mark,) = lane.all("rect", data_mark="event")
@@ -131,7 +131,7 @@ def test_text_events_are_marks_at_their_times_with_their_words(session: Path) ->
     ]
 
 
-def test_labels_of_texts_that_crowd_do_not_overlap(session: Path) -> None:
+def test_labels_of_crowded_texts_do_not_overlap(session: Path) -> None:
     texts = [
         {"timestamp": i * 0.05, "stream": "internal", "text": f"a thought of number {i}"}
         for i in range(30)

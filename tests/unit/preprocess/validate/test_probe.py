@@ -1,6 +1,4 @@
-"""Timestamps in milliseconds, microseconds and nanoseconds: told in words, divided where the media
-agree.
-"""
+"""Timestamps in milliseconds, microseconds and nanoseconds are recognized and repaired."""
 
 from __future__ import annotations
 
@@ -70,7 +68,7 @@ def test_texts_in_seconds_beside_lines_in_milliseconds_stay(session: Path) -> No
     assert check_session(session, recipe=RECIPE).report.status == "passed"
 
 
-def test_nothing_is_divided_where_texts_fit_neither_way(session: Path) -> None:
+def test_nothing_is_divided_if_texts_fit_neither_way(session: Path) -> None:
     multiply(session, "metadata.jsonl", 1000)
     multiply(session, "text.jsonl", 1_000_000)
     (error,) = check_session(session, recipe=RECIPE).report.errors
@@ -102,7 +100,7 @@ def test_lines_every_few_seconds_that_last_as_long_as_the_media_are_seconds(
     assert not any("look like" in e for e in errors)
 
 
-def test_words_alone_every_few_seconds_are_no_milliseconds(tmp_path: Path) -> None:
+def test_texts_every_few_seconds_are_not_read_as_milliseconds(tmp_path: Path) -> None:
     lines = [{"timestamp": 5 * i, "internal_text": "hm"} for i in range(20)]
     write_lines(tmp_path / "metadata.jsonl", lines)
     report = check_session(tmp_path, recipe=RECIPE).report
@@ -110,14 +108,14 @@ def test_words_alone_every_few_seconds_are_no_milliseconds(tmp_path: Path) -> No
 
 
 @given(step_s=st.floats(MIN_STEP_S, MAX_STEP_S), unit=st.sampled_from(UNITS))
-def test_a_step_is_of_one_unit_at_most(step_s: float, unit) -> None:
+def test_a_step_fits_at_most_one_unit(step_s: float, unit) -> None:
     middle_s = math.sqrt(MIN_STEP_S * MAX_STEP_S)
     times = np.arange(9) * (0.5 * step_s + 0.5 * middle_s)
     assert guess_unit(times) is None
     assert guess_unit(times * unit.per_s) is unit
 
 
-def test_a_text_in_a_line_outside_the_session_is_blamed_on_its_line(session: Path) -> None:
+def test_a_text_outside_the_session_is_reported_with_its_line(session: Path) -> None:
     lines = read_lines(session / "metadata.jsonl")
     lines.insert(3, {"timestamp": -5.0, "internal_text": "before all"})
     write_lines(session / "metadata.jsonl", lines)
@@ -130,7 +128,7 @@ def test_a_text_in_a_line_outside_the_session_is_blamed_on_its_line(session: Pat
     assert any(w.startswith("text.jsonl line 3: a text starts at 9.000 s") for w in warnings)
 
 
-def test_a_session_longer_than_a_day_says_what_is_left_out(session: Path) -> None:
+def test_a_session_longer_than_a_day_reports_the_ignored_part(session: Path) -> None:
     with (session / "metadata.jsonl").open("a") as file:
         file.write('{"timestamp": 1e9, "touch": [0, 0, 0, 0, 0]}\n')
     report = check_session(session, recipe=RECIPE).report

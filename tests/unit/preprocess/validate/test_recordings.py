@@ -1,4 +1,4 @@
-"""Verdicts on real recordings, with and without flaws."""
+"""The status of real recordings, with and without flaws."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ NASTY_NAMES = {"audio": "audio.wav", "video": "vision_left.mp4", "other": "metad
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_every_nasty_file_gets_its_verdict(
+def test_every_nasty_file_gets_its_status(
     name: str, nasty_files: dict[str, Path], tmp_path: Path
 ) -> None:
     status, word = NASTY[name]

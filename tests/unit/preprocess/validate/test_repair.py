@@ -1,4 +1,4 @@
-"""--fix: each repair does what it says, once, keeps the original, and stops at what is unclear."""
+"""--fix: each repair works once, keeps the original, and changes nothing that is ambiguous."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def shift(folder: Path, seconds: float) -> None:
     write_lines(folder / "metadata.jsonl", lines)
 
 
-def test_a_session_without_fault_is_left_alone(session: Path) -> None:
+def test_a_session_without_fault_is_not_changed(session: Path) -> None:
     before = snapshot(session)
     assert repair_session(session, recipe=RECIPE) == []
     assert snapshot(session) == before
@@ -77,21 +77,21 @@ def test_unreadable_lines_are_dropped_and_the_others_kept_to_the_byte(session: P
     assert (session / "metadata.jsonl").read_bytes() == good
 
 
-def test_a_file_of_hardly_any_lines_is_not_emptied(session: Path) -> None:
+def test_a_file_of_mostly_bad_lines_is_not_changed(session: Path) -> None:
     (session / "metadata.jsonl").write_text("glove v2\n1 2 3\n4 5 6\n" + '{"timestamp": 0}\n' * 3)
     before = snapshot(session)
     assert repair_session(session, recipe=RECIPE) == []
     assert snapshot(session) == before
 
 
-def test_a_text_without_a_time_keeps_its_words(session: Path) -> None:
+def test_a_text_without_a_time_is_kept(session: Path) -> None:
     with (session / "text.jsonl").open("a") as file:
         file.write('{"timestamp": null, "stream": "external", "text": "precious"}\n{"timest')
     assert repair_session(session, recipe=RECIPE)[0] == ("text.jsonl: dropped 1 line without JSON")
     assert read_lines(session / "text.jsonl")[-1]["text"] == "precious"
 
 
-def test_lines_that_changed_places_are_sorted(session: Path) -> None:
+def test_swapped_lines_are_sorted(session: Path) -> None:
     lines = lines_of(session)
     shuffled = [*lines[:10], *lines[15:20], *lines[10:15], *lines[20:]]
     write_lines(session / "metadata.jsonl", shuffled)
@@ -99,14 +99,14 @@ def test_lines_that_changed_places_are_sorted(session: Path) -> None:
     assert lines_of(session) == lines
 
 
-def test_a_recorder_that_started_again_is_not_sorted_into_one(session: Path) -> None:
+def test_lines_of_a_restarted_recorder_are_not_sorted(session: Path) -> None:
     write_lines(session / "metadata.jsonl", [*sensor_lines(1.5), *sensor_lines(0.4)])
     before = snapshot(session)
     assert repair_session(session, recipe=RECIPE) == []
     assert snapshot(session) == before
 
 
-def test_repeated_times_are_joined_without_losing_readings_or_words(session: Path) -> None:
+def test_repeated_times_are_joined_without_losing_readings_or_texts(session: Path) -> None:
     lines = lines_of(session)
     halves = [{k: v for k, v in lines[5].items() if k != key} for key in ("touch", "proprio")]
     halves[0]["internal_text"], halves[1]["internal_text"] = "go", "on"
@@ -127,14 +127,14 @@ def test_a_clock_that_was_never_reset_is_rebased_with_its_texts(session: Path) -
     assert times_of(session, "text.jsonl") == pytest.approx([0.5, 1.5], abs=1e-9)
 
 
-def test_texts_already_on_the_session_clock_are_not_moved_with_the_lines(session: Path) -> None:
+def test_texts_on_the_session_clock_are_not_shifted_with_the_lines(session: Path) -> None:
     shift(session, 12.7)
     repair_session(session, recipe=RECIPE)
     assert times_of(session)[0] == 0
     assert times_of(session, "text.jsonl") == [0.5, 1.5]
 
 
-def test_a_clock_is_not_moved_where_texts_fit_neither_way(session: Path) -> None:
+def test_a_clock_is_not_shifted_if_texts_fit_neither_way(session: Path) -> None:
     shift(session, 12.7)
     put_texts(session, [70.0])
     before = snapshot(session)
@@ -142,7 +142,7 @@ def test_a_clock_is_not_moved_where_texts_fit_neither_way(session: Path) -> None
     assert snapshot(session) == before
 
 
-def test_a_late_start_that_fits_the_media_is_no_clock_to_reset(session: Path) -> None:
+def test_a_late_start_that_fits_the_media_is_not_shifted(session: Path) -> None:
     write_tone(session / "audio.wav", 6.0)
     write_lines(session / "metadata.jsonl", sensor_lines(6.0)[60:])
     assert repair_session(session, recipe=RECIPE) == []
@@ -165,7 +165,7 @@ def test_rounding_errors_are_clamped(
 
 
 @pytest.mark.parametrize(("key", "value"), [("touch", 1.7), ("proprio", 4.0)])
-def test_a_sensor_that_is_truly_out_of_range_is_not_clamped(
+def test_a_sensor_out_of_range_by_more_than_rounding_is_not_clamped(
     key: str, value: float, session: Path
 ) -> None:
     lines = lines_of(session)
@@ -182,7 +182,7 @@ def test_velocities_may_be_large(session: Path) -> None:
     assert repair_session(session, recipe=RECIPE) == []
 
 
-def test_a_short_gap_is_filled_on_the_line_between_its_ends_and_marked(session: Path) -> None:
+def test_a_short_gap_is_filled_by_interpolation_and_marked(session: Path) -> None:
     lines = lines_of(session)
     write_lines(session / "metadata.jsonl", [*lines[:20], *lines[22:]])
     done = repair_session(session, recipe=RECIPE)
@@ -195,7 +195,7 @@ def test_a_short_gap_is_filled_on_the_line_between_its_ends_and_marked(session: 
         np.testing.assert_allclose([line[key] for line in new], expected, atol=1e-12)
 
 
-def test_an_angle_is_filled_the_short_way_round(session: Path) -> None:
+def test_an_angle_is_interpolated_along_the_shorter_arc(session: Path) -> None:
     lines = lines_of(session)
     lines[19]["proprio"][0], lines[21]["proprio"][0] = 3.0, -3.0
     write_lines(session / "metadata.jsonl", [*lines[:20], *lines[21:]])
@@ -223,7 +223,7 @@ def test_lines_before_the_media_are_trimmed(session: Path) -> None:
     assert times_of(session)[0] == 0.0
 
 
-def test_lines_far_beyond_the_media_or_with_words_are_not_trimmed(session: Path) -> None:
+def test_lines_far_beyond_the_media_or_with_texts_are_not_trimmed(session: Path) -> None:
     write_lines(session / "metadata.jsonl", sensor_lines(4.0))
     assert repair_session(session, recipe=RECIPE) == []
     lines = sensor_lines(2.5)
@@ -232,7 +232,7 @@ def test_lines_far_beyond_the_media_or_with_words_are_not_trimmed(session: Path)
     assert repair_session(session, recipe=RECIPE) == []
 
 
-def test_nothing_is_placed_on_a_clock_whose_media_can_not_be_read(session: Path) -> None:
+def test_nothing_is_shifted_or_trimmed_if_media_cannot_be_read(session: Path) -> None:
     shift(session, 12.7)
     (session / "vision_left.mp4").write_bytes(b"")
     before = snapshot(session)
@@ -251,7 +251,7 @@ def test_the_original_is_kept_and_never_overwritten(session: Path) -> None:
     assert (session / "metadata.jsonl.orig.1").read_bytes() == original
 
 
-def test_the_original_is_kept_where_there_are_no_hard_links(
+def test_the_original_is_kept_without_hard_links(
     session: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -281,7 +281,7 @@ class _PowerCutError(BaseException):
     """Stops the program as a power cut does: nothing cleans up."""
 
 
-def test_a_repair_stopped_anywhere_is_finished_by_the_next(
+def test_a_repair_interrupted_anywhere_is_finished_by_the_next(
     session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damage(session)
@@ -313,7 +313,7 @@ def test_a_repair_stopped_anywhere_is_finished_by_the_next(
     assert stop_at > 8
 
 
-def test_a_folder_that_can_not_be_written_is_a_clear_error(
+def test_a_read_only_folder_is_a_clear_error(
     session: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, _content: bytes) -> None:
@@ -327,12 +327,12 @@ def test_a_folder_that_can_not_be_written_is_a_clear_error(
     assert snapshot(session) == before
 
 
-def test_a_folder_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_missing_folder_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(SessionError, match="no such folder"):
         repair_session(tmp_path / "none", recipe=RECIPE)
 
 
-def test_all_repairs_together_leave_nothing_to_warn_of(session: Path) -> None:
+def test_all_repairs_together_leave_no_warning(session: Path) -> None:
     damage(session)
     assert check_session(session, recipe=RECIPE).report.status == "warnings"
     repair_session(session, recipe=RECIPE)

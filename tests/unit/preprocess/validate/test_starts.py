@@ -1,4 +1,4 @@
-"""What validation says of where media begin, and of what is no file."""
+"""Validation of the start times of media, and of folders and pipes in place of files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def declare(session: Path, **start_s: object) -> None:
     (session / "session.json").write_text(json.dumps({"start_s": start_s}))
 
 
-def test_a_start_that_only_the_container_tells_is_a_warning_until_it_is_declared(
+def test_a_start_known_only_from_the_container_is_a_warning_until_it_is_declared(
     session: Path,
 ) -> None:
     write_video(session / "vision_left.mp4", times_s=0.8 + np.arange(60) / 30)
@@ -54,7 +54,7 @@ def test_a_start_that_only_the_container_tells_is_a_warning_until_it_is_declared
     assert report.checks["durations"] == "warnings"  # what it means for the others is said
 
 
-def test_starts_that_can_not_be_used_are_an_error(session: Path) -> None:
+def test_starts_that_cannot_be_used_are_an_error(session: Path) -> None:
     declare(session, microphone=0.3)
     report = check_session(session, recipe=LOOSE).report
     (error,) = report.errors
@@ -62,7 +62,7 @@ def test_starts_that_can_not_be_used_are_an_error(session: Path) -> None:
     assert report.checks["starts"] == "failed"
 
 
-def test_a_late_sound_is_drawn_where_it_lies(session: Path) -> None:
+def test_a_late_sound_is_drawn_at_its_start(session: Path) -> None:
     soundfile.write(session / "audio.wav", tone(1.0), 16_000)
     declare(session, audio=1.0)
     probe = check_session(session, recipe=LOOSE).probe
@@ -82,7 +82,7 @@ def test_a_drift_is_measured_from_where_the_sound_begins(tmp_path: Path) -> None
     assert report.stats["audio"]["drift_ppm"] == {"vision_left": -3000}
 
 
-def test_repairs_know_where_media_are_placed(session: Path) -> None:
+def test_repairs_use_the_declared_starts(session: Path) -> None:
     declare(session, vision_left=0.5, audio=0.5)
     write_lines(session / "metadata.jsonl", sensor_lines(3.0))
     done = repair_session(session, recipe=LOOSE)
@@ -105,7 +105,7 @@ def test_fix_is_promised_only_where_it_drops_lines(session: Path) -> None:
 
 
 @pytest.mark.parametrize("file", SCANNED_FILES)
-def test_a_pipe_in_place_of_a_file_is_passed_over_with_a_verdict(file: str, session: Path) -> None:
+def test_a_pipe_in_place_of_a_file_is_skipped_and_reported(file: str, session: Path) -> None:
     (session / file).unlink(missing_ok=True)
     os.mkfifo(session / file)
     report = check_session(session, recipe=LOOSE).report

@@ -171,6 +171,9 @@ def test_each_joint_has_its_recorded_and_its_predicted_curve(inferred):
     angles = high - recorded[:, 1] / 46 * (high - low)
     np.testing.assert_allclose(angles, np.sin(times_s + 3), atol=0.02)
     assert len(points(paths[7].attributes["d"])) == 237  # nothing predicts the first tick
+    velocity = paths[21].attributes["d"]  # changes by more than pi, but does not wrap
+    assert len(points(velocity)) == 237
+    assert velocity.count("M") == 1
 
 
 def points(path):
