@@ -1,6 +1,6 @@
 """The demo as `make train CONFIG=configs/demo.yaml` trains it: what it learns, and from what.
 
-Bounds lie well on the safe side of docs/training.md's figures.
+The bounds leave a wide margin to the figures in docs/training.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GOALS = {"internal_text": 2.0, "external_text": 2.0, "audio": 1.5}
 """The walkthrough's good losses."""
 
 TIES = [
-    ("vision", "internal_text"),  # the ball's colour names the finger
+    ("vision", "internal_text"),  # the ball's color tells the finger
     ("vision", "animation"),
     ("audio", "internal_text"),  # the knock tells the level
     ("audio", "animation"),
@@ -33,7 +33,7 @@ TIES = [
     ("proprio", "animation"),
     ("internal_text", "animation"),  # the verb
 ]
-"""What preprocess/demo/world.py says is told, as it is measured clearly: rises of 0.007 to 0.3."""
+"""Effects that preprocess/demo/world.py builds in; measured rises are 0.007 to 0.3."""
 
 UNTIED = [
     ("vision", "external_text"),
@@ -45,15 +45,16 @@ UNTIED = [
     ("external_text", "audio"),
     ("external_text", "animation"),
 ]
-"""What tells nothing. Effects beyond two standard errors exist, below 0.01 nats."""
+"""Pairs without a built-in effect. Some exceed two standard errors, but are below 0.01 nats."""
 
 MAX_UNTIED = 0.02
-"""Nats; about a seventh of the smallest rise of a head without the sense that it needs most."""
+"""Largest effect of such a pair in nats; the smallest rise of a head without the modality that it
+needs most is about seven times as large."""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folder in which the demo was made and trained, minutes."""
+    """Build and train the demo, which takes minutes; return its folder."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "configs").symlink_to(ROOT / "configs")
     data = ["--sessions", "data/demo", "--out", "shards/demo"]
@@ -70,7 +71,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(trained):
-    """Losses, effects by (missing, head), and losses of the baselines, on all held-out windows."""
+    """Return losses, effects by (missing, head) and baseline losses on all held-out windows."""
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(trained)
         config = load_train_config(Path("configs/demo.yaml"))
@@ -84,7 +85,7 @@ def measured(trained):
 
 
 @pytest.mark.slow
-def test_the_demos_creature_reaches_the_goals_and_beats_all_baselines(measured):
+def test_the_demos_model_reaches_the_goals_and_beats_all_baselines(measured):
     losses, _, baselines = measured
     assert {head: loss for head, loss in losses.items() if loss >= GOALS.get(head, 1e9)} == {}
     assert {name.partition("/")[2] for name in baselines} >= {
@@ -98,7 +99,7 @@ def test_the_demos_creature_reaches_the_goals_and_beats_all_baselines(measured):
 
 
 @pytest.mark.slow
-def test_the_demos_heads_need_the_senses_that_the_world_ties_them_to(measured):
+def test_the_demos_heads_need_the_modalities_that_the_world_ties_them_to(measured):
     _, effects, _ = measured
     weak = {tie: effects[tie] for tie in TIES if effects[tie].difference <= 3 * effects[tie].error}
     assert weak == {}

@@ -1,4 +1,4 @@
-"""Checkpoints from anyone: what is in them is not run, and takes no more memory than the file."""
+"""Checkpoints from untrusted sources run no code, and need no more memory than their file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 class RunsCommand:
-    """Unpickled carelessly it runs a shell command."""
+    """Runs a shell command if it is unpickled without care."""
 
     def __init__(self, command):
         self.command = command
@@ -66,7 +66,7 @@ def expect_refusal(path, words):
     assert str(path) in str(found.value)
 
 
-def test_a_good_checkpoint_gives_its_model_in_evaluation_mode(tmp_path):
+def test_a_valid_checkpoint_yields_its_model_in_evaluation_mode(tmp_path):
     creature = load_trained_model(save(tmp_path / "k.pt"), device=CPU)
     expected = good_state()["model"]
     assert all(torch.equal(w, expected[n]) for n, w in creature.model.state_dict().items())
@@ -91,7 +91,7 @@ def test_a_bare_pickle_that_would_run_a_command_is_not_opened(tmp_path, kind):
     assert not (tmp_path / "caught").exists()
 
 
-def test_a_file_that_would_grow_on_reading_is_not_opened(tmp_path):
+def test_a_compressed_file_is_not_opened(tmp_path):
     whole = save(tmp_path / "whole.pt", padding=torch.zeros(30_000_000))
     with (
         zipfile.ZipFile(whole) as old,
@@ -104,7 +104,7 @@ def test_a_file_that_would_grow_on_reading_is_not_opened(tmp_path):
 
 
 def expanded(tensor):
-    """A small tensor that says it is large."""
+    """Return a small tensor that claims to be large."""
     return tensor.flatten()[:1].expand(100_000, 100_000)
 
 
@@ -119,7 +119,7 @@ def expanded(tensor):
     ],
     ids=["larger than the file", "meta", "sparse", "integers", "lists"],
 )
-def test_weights_that_are_no_plain_tensors_are_refused(tmp_path, make):
+def test_weights_that_are_not_plain_tensors_are_refused(tmp_path, make):
     path = save(tmp_path / "k.pt", model=make(good_state()["model"]))
     expect_refusal(path, "not plain tensors, or larger than the file")
 
@@ -138,12 +138,12 @@ def with_trigrams(keys, counts):
 
 
 def vast(value):
-    """One number that says it is many; counted with, it would fill any memory."""
+    """Return one number that claims to be many; using it would fill any memory."""
     return torch.full((1,), value).expand(10**11)
 
 
 def deep_list(length):
-    """So many times the same list of lists, whose file is small."""
+    """Return a deeply nested list of the same list, whose file is small."""
     return [[[0] * 1000] * 1000] * length
 
 

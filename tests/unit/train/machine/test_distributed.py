@@ -1,4 +1,4 @@
-"""Trainings among ranks against the same training in one process.
+"""Training on several ranks, compared with the same training in one process.
 
 Losses, gradient norms and weights agree to a relative 1e-5: ranks add the same float32 numbers in
 another order.
@@ -43,7 +43,7 @@ def share(shards, rank, world_size, *, split="train", num_epochs=None, **options
 
 
 def joined(loaders, count):
-    """The first global batches, put together from the shares of all ranks."""
+    """Join the shares of all ranks to the first global batches."""
     batches = [list(itertools.islice(loader, count)) for loader in loaders]
     return [
         {
@@ -83,7 +83,7 @@ def test_a_corrupt_sample_has_the_same_substitute_whatever_the_rank(tiny_set, tm
     assert_same(joined([share(shards, rank, 2, **options) for rank in range(2)], 8), whole)
 
 
-def test_a_state_is_of_no_rank_and_no_world_size(tiny_set):
+def test_a_loaders_state_depends_on_no_rank_and_no_world_size(tiny_set):
     states = [share(tiny_set, rank, size).state_at(3) for rank, size in [(0, 1), (1, 2), (3, 4)]]
     assert states == states[:1] * 3
 
@@ -98,13 +98,13 @@ def test_a_trainer_refuses_a_loader_of_another_share(tiny_set):
         distributed.check_share(share(tiny_set, 1, 2))
 
 
-def test_processes_of_torchrun_that_do_not_meet_are_refused(tiny_set, monkeypatch):
+def test_processes_of_torchrun_without_a_process_group_are_refused(tiny_set, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"with train\.machine\.distributed\.process_group"):
         distributed.check_share(share(tiny_set, 0, 2))
 
 
-def test_corrupt_samples_are_judged_by_their_share_of_all_that_were_read():
+def test_corrupt_samples_are_limited_by_their_share_of_all_samples_read():
     limit = CorruptSampleBudget(max_fraction=0.01)
     bad = [{"error": "shard 3: torn"}]
     for _ in range(2):
@@ -116,8 +116,8 @@ def test_corrupt_samples_are_judged_by_their_share_of_all_that_were_read():
     CorruptSampleBudget(max_fraction=0.01, num_read=1000, num_corrupt=9).count(8, bad)
 
 
-def test_a_restarted_attempt_finds_nothing_of_the_earlier_ones():
-    """Ranks that come in any order, or die before they have met, on a store that stays."""
+def test_a_restarted_attempt_sees_no_keys_of_earlier_attempts():
+    """Ranks join a persistent store in any order, or die before they have joined."""
     store, chance = dist.HashStore(), random.Random(0)
     store.set("id/1", "of a rank that died before it met the others")
     names = []
@@ -140,12 +140,12 @@ def test_a_restarted_attempt_finds_nothing_of_the_earlier_ones():
 
 
 def keys_of(ranks):
-    """Keys of the global batches, in order."""
+    """Return the keys of the global batches, in order."""
     return [[key for r in ranks for key in r["keys"][i]] for i in range(len(ranks[0]["keys"]))]
 
 
 def assert_same_numbers(ranks, alone):
-    """Every rank measured what the one process did."""
+    """Check that every rank measured the same as the one process."""
     for result in ranks:
         assert len(result["metrics"]) == len(alone["metrics"])
         for here, there in zip(result["metrics"], alone["metrics"], strict=True):
@@ -157,7 +157,7 @@ def assert_same_numbers(ranks, alone):
 
 
 def assert_same_checkpoint(path, other):
-    """Weights and moments, whole, in the same places."""
+    """Check that two checkpoints have equal weights and moments under the same keys."""
     one, two = torch.load(path), torch.load(other)
     assert one["model"].keys() == two["model"].keys()
     for name, tensor in two["model"].items():
@@ -184,7 +184,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def pair(tiny_set, tmp_path_factory):
-    """Folder, results of one process by name, and results of two ranks by name."""
+    """Yield the folder, and by name the results of one process and those of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
 
     def runs(where, kinds):
@@ -227,7 +227,7 @@ def test_two_ranks_train_on_the_same_batches_with_the_same_losses(pair, name, re
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_a_checkpoint_of_two_ranks_is_that_of_one_process(pair, name):
+def test_a_checkpoint_of_two_ranks_equals_that_of_one_process(pair, name):
     folder, _, _ = pair
     for file in ("model_step_2.pt", "model_final.pt"):
         saved = folder / "two" / name / "checkpoints" / file
@@ -235,14 +235,14 @@ def test_a_checkpoint_of_two_ranks_is_that_of_one_process(pair, name):
 
 
 @pytest.mark.parametrize("name", ["resumed ddp", "resumed fsdp"])
-def test_two_ranks_go_on_from_the_checkpoint_of_one_process(pair, name):
+def test_two_ranks_resume_from_the_checkpoint_of_one_process(pair, name):
     _, alone, two = pair
     assert keys_of(two[name]) == alone["alone"]["keys"][2:]
     assert_same_numbers(two[name], {**alone["alone"], "metrics": alone["alone"]["metrics"][2:]})
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_one_process_goes_on_from_the_checkpoint_of_two_ranks(pair, tiny_set, tmp_path, name):
+def test_one_process_resumes_from_the_checkpoint_of_two_ranks(pair, tiny_set, tmp_path, name):
     folder, alone, _ = pair
     start = folder / "two" / name / "checkpoints" / "model_step_2.pt"
     result = train_once(shards=str(tiny_set), folder=str(tmp_path), resume=str(start))
@@ -264,7 +264,7 @@ def test_samples_of_all_ranks_are_counted(pair):
         assert result["num_samples"] == alone["alone"]["num_samples"]
 
 
-def test_corrupt_samples_of_all_ranks_are_counted_and_written_down(pair):
+def test_corrupt_samples_of_all_ranks_are_counted_and_logged(pair):
     folder, alone, two = pair
     skipped = alone["corrupt"]["metrics"][-1]["skipped_samples"]
     assert skipped > 0
@@ -285,7 +285,7 @@ def test_corrupt_samples_of_all_ranks_are_counted_and_written_down(pair):
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("last_batch", ["pad", "drop"])
-def test_any_world_and_any_workers_train_on_the_same_batches(
+def test_any_number_of_ranks_and_workers_trains_on_the_same_batches(
     tiny_set, tmp_path, world_size, last_batch
 ):
     options = {"shards": str(tiny_set), "max_steps": 8, "last_batch": last_batch}
@@ -303,7 +303,7 @@ def test_any_world_and_any_workers_train_on_the_same_batches(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_train_in_every_way_as_one_process_does(tiny_set, tmp_path, world_size):
+def test_ranks_train_as_one_process_does_in_every_mode(tiny_set, tmp_path, world_size):
     """In fp16 the scale must be that of one process: 65536 times the ranks overflows here."""
     ways = {f"{parallel} {way.name}": way for way in WAYS for parallel in PARALLEL}
     found = compare_ways(tiny_set, tmp_path, world_size, WAYS)
@@ -311,8 +311,8 @@ def test_ranks_train_in_every_way_as_one_process_does(tiny_set, tmp_path, world_
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_any_way_to_any_other(tiny_set, tmp_path):
-    """One process, DDP and FSDP of 2 and 4 in turn, two steps each, against one process."""
+def test_a_run_resumes_from_any_mode_in_any_other(tiny_set, tmp_path):
+    """Alternate one process, DDP and FSDP on 2 and 4 ranks; compare with one process."""
     ways = [(1, "auto"), (2, "ddp"), (4, "fsdp"), (4, "ddp"), (2, "fsdp"), (1, "auto")]
     total = 2 * len(ways)
     options = {"shards": str(tiny_set), "max_steps": total, "save_interval": 2}
@@ -340,7 +340,7 @@ def test_a_run_goes_on_from_any_way_to_any_other(tiny_set, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_dropout_of_each_rank_goes_on_where_it_was(tiny_set, tmp_path, parallel):
+def test_dropout_of_each_rank_continues_where_it_stopped(tiny_set, tmp_path, parallel):
     options = {"shards": str(tiny_set), "parallel": parallel, "dropout": 0.3, "save_interval": 3}
     whole = {"folder": str(tmp_path / "whole"), "max_steps": 6, **options}
     start = str(tmp_path / "whole/checkpoints/model_step_3.pt")

@@ -1,4 +1,4 @@
-"""What FSDP2 gathers, and when; that it trains as one process does is test_distributed.py's."""
+"""What FSDP2 gathers, and when; test_distributed.py compares its training with one process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ with distributed.process_group(torch.device("cpu")):
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What two ranks saw in a forward and a backward pass under autocast in bf16."""
+    """Return what two ranks observed in a forward and backward pass under bf16 autocast."""
     script = tmp_path_factory.mktemp("parallel") / "script.py"
     script.write_text(SCRIPT)
     ranks = start_ranks(["-W", "error", str(script)], 2)
@@ -85,5 +85,5 @@ def test_no_weights_of_layers_are_kept_for_the_backward_pass(seen):
     assert [rank["kept"] for rank in seen] == [0, 0]
 
 
-def test_gradients_are_float32_shares_also_before_the_last_micro_batch(seen):
+def test_gradients_are_float32_shards_also_before_the_last_micro_batch(seen):
     assert [rank["grads"] for rank in seen] == [["DTensor torch.float32"]] * 2

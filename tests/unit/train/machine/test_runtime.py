@@ -21,8 +21,8 @@ def test_cuda_without_a_gpu_is_a_clear_error(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "current"), [("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
-def test_the_gpu_that_is_named_is_the_current_one(monkeypatch, name, current):
-    """Events and locked memory belong to the current GPU, whatever tensors are on."""
+def test_the_named_gpu_becomes_the_current_one(monkeypatch, name, current):
+    """Events and pinned memory belong to the current GPU, wherever tensors are."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -37,7 +37,7 @@ def test_an_unknown_device_is_a_clear_error():
 
 
 @pytest.mark.parametrize("name", ["mps", "meta", "xpu:0"])
-def test_a_device_that_nothing_here_runs_on_is_a_clear_error(name):
+def test_an_unsupported_device_is_a_clear_error(name):
     with pytest.raises(ConfigError, match=f"'{name}' is not supported; fix: use \"auto\""):
         runtime.choose_device(name)
 
@@ -50,26 +50,26 @@ def test_out_of_memory_is_explained():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
-@pytest.mark.parametrize(("num_there", "num_here"), [(1, 4), (4, 1), (2, 2)])
-def test_a_scale_goes_on_whatever_the_number_of_ranks(num_there, num_here):
-    """The loss times the ranks times the scale is the same everywhere."""
+@pytest.mark.parametrize(("num_before", "num_after"), [(1, 4), (4, 1), (2, 2)])
+def test_a_loss_scale_is_restored_for_any_number_of_ranks(num_before, num_after):
+    """Loss times ranks times scale is the same for any number of ranks."""
 
     def scaled(scaler, num_ranks):
         return float(scaler.scale(torch.tensor(3.0) * num_ranks))
 
-    there, here = (
+    before, after = (
         runtime.make_scaler(torch.device("cpu"), torch.float16, num_ranks=n)
-        for n in (num_there, num_here)
+        for n in (num_before, num_after)
     )
-    assert scaled(there, num_there) == scaled(here, num_here) == 3 * 65536
-    there.update(there.get_scale() / 8)
+    assert scaled(before, num_before) == scaled(after, num_after) == 3 * 65536
+    before.update(before.get_scale() / 8)
     runtime.set_scaler_state(
-        here, runtime.scaler_state(there, num_ranks=num_there), num_ranks=num_here
+        after, runtime.scaler_state(before, num_ranks=num_before), num_ranks=num_after
     )
-    assert scaled(here, num_here) == 3 * 8192
+    assert scaled(after, num_after) == 3 * 8192
 
 
-def test_where_nothing_is_scaled_no_state_is_saved_or_asked_for():
+def test_without_loss_scaling_no_state_is_saved_or_needed():
     plain, half = (
         runtime.make_scaler(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.float16)
     )
@@ -90,7 +90,7 @@ def test_out_of_memory_on_the_host_is_explained_and_other_errors_are_not():
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 
-def test_random_states_come_back_whole():
+def test_all_random_states_are_restored():
     runtime.seed_everything(5)
     state = runtime.rng_state()
     expected = [torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist()]
@@ -98,7 +98,7 @@ def test_random_states_come_back_whole():
     assert [torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist()] == expected
 
 
-def test_what_is_drawn_apart_leaves_the_random_state_alone():
+def test_a_separate_rng_leaves_the_random_state_unchanged():
     runtime.seed_everything(5)
     expected = torch.rand(3)
     runtime.seed_everything(5)
@@ -111,7 +111,7 @@ def test_what_is_drawn_apart_leaves_the_random_state_alone():
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages"
 )
 @pytest.mark.parametrize(("setting", "is_huge"), [(None, True), ("0", False)])
-def test_large_tensors_ask_for_large_pages_unless_the_user_says_no(setting, is_huge):
+def test_large_tensors_use_large_pages_unless_the_user_disables_them(setting, is_huge):
     program = (
         "import train, torch; x = torch.ones(32 << 20); place = x.data_ptr()\n"
         "for line in open('/proc/self/smaps'):\n"

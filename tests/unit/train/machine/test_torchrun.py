@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def long_run(tiny_set, tmp_path):
-    """File of a configuration of many short steps, and where its checkpoints go."""
+    """Return a configuration file of many short steps, and the folder of its checkpoints."""
 
     def make(name, **options):
         folder = tmp_path / name
@@ -32,7 +32,7 @@ def long_run(tiny_set, tmp_path):
 
 
 def wait_for(path, processes=(), *, timeout_s=120):
-    """Until a file is there; fails when a process has ended before."""
+    """Wait until a file exists; fail if a process ends before."""
     deadline_s = time.monotonic() + timeout_s
     while not path.exists():
         ended = [p for p in processes if p.poll() is not None]
@@ -50,7 +50,7 @@ def rank_of(process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_torchrun_restarts_after_a_death_and_goes_on_from_the_last_checkpoint(long_run, parallel):
+def test_torchrun_restarts_after_a_death_and_resumes_from_the_last_checkpoint(long_run, parallel):
     options = {"parallel": parallel, "max_steps": 300, "save_interval": 25}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     undisturbed, expected = long_run("undisturbed", **options)
