@@ -165,7 +165,7 @@ def test_wrapping_keeps_the_angle_and_comes_out_in_range(angle_rad):
         (2.0, 9.0, 8.0, 0.0),  # either way 1 s off: as it is
     ],
 )
-def test_timestamps_are_moved_only_where_that_fits_the_media(
+def test_timestamps_are_shifted_only_if_that_fits_the_media(
     first_s, last_s, media_stop_s, expected
 ):
     assert clock_offset(first_s, last_s, media_stop_s) == expected

@@ -19,7 +19,7 @@ class Inner(Section):
     codec: str = "mjpeg"
 
 
-class Colour(enum.StrEnum):
+class Color(enum.StrEnum):
     RED = "red"
     BLUE = "blue"
     GREEN = "green"
@@ -29,7 +29,7 @@ class Outer(Section):
     name: str
     vision: Inner = Inner()
     sizes: tuple[int, ...] = ()
-    colours: tuple[Colour, ...] | None = Field(None, min_length=1)
+    colors: tuple[Color, ...] | None = Field(None, min_length=1)
     kind: Literal["a", "b"] = "a"
 
 
@@ -50,7 +50,7 @@ def test_an_empty_file_is_all_defaults(text):
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "just words", "3"])
-def test_other_yaml_than_a_mapping_is_refused(text):
+def test_yaml_that_is_not_a_mapping_is_refused(text):
     with pytest.raises(ConfigError, match=r"^f: expected `key: value` lines"):
         parse_yaml(text, origin="f")
 
@@ -78,7 +78,7 @@ def test_a_duplicate_key_is_refused_with_both_lines(text, words):
         parse_yaml(text, origin="f")
 
 
-def test_keys_that_a_merge_brings_may_be_set_anew():
+def test_keys_of_a_yaml_merge_can_be_overridden():
     text = "base: &base {x: 1, y: 2}\nmore: &more {<<: *base, x: 3}\nmost: {<<: *more, y: 4}\n"
     assert parse_yaml(text, origin="f") == yaml.safe_load(text)
 
@@ -100,12 +100,12 @@ def test_an_unknown_key_names_the_nearest_known_one():
     assert message == "my.yaml: unknown key 'vision.rate_hzz'; did you mean 'rate_hz'?"
 
 
-def test_an_unknown_key_like_no_other_names_all():
+def test_an_unknown_key_without_a_near_one_lists_all():
     message = complaint({"name": "x", "vision": {"qqqqqq": 3}})
     assert message == "my.yaml: unknown key 'vision.qqqqqq'; known keys here: codec, rate_hz"
 
 
-def test_a_missing_key_and_a_wrong_value_are_named_each_in_a_line():
+def test_a_missing_key_and_a_wrong_value_get_a_line_each():
     lines = complaint({"vision": {"rate_hz": -1}, "sizes": [1, "x"]}).splitlines()
     assert lines[0] == "my.yaml: key 'name' is missing; fix: add it"
     assert lines[1].startswith("my.yaml: key 'vision.rate_hz' is -1; input should be greater")
@@ -118,21 +118,21 @@ def test_a_value_where_a_section_belongs_names_the_keys_below():
 
 
 def test_a_word_where_a_list_belongs_shows_how_a_list_is_written():
-    message = complaint({"name": "x", "colours": "red"})
-    assert message == "my.yaml: key 'colours' is 'red'; expected a list, such as [red, blue]"
+    message = complaint({"name": "x", "colors": "red"})
+    assert message == "my.yaml: key 'colors' is 'red'; expected a list, such as [red, blue]"
 
 
 def test_a_list_whose_items_are_wrong_is_not_called_empty_too():
-    (line,) = complaint({"name": "x", "colours": ["redd"]}).splitlines()
-    assert "'colours.0' is 'redd'" in line
-    (line,) = complaint({"name": "x", "colours": []}).splitlines()
-    assert "'colours' is []" in line
+    (line,) = complaint({"name": "x", "colors": ["redd"]}).splitlines()
+    assert "'colors.0' is 'redd'" in line
+    (line,) = complaint({"name": "x", "colors": []}).splitlines()
+    assert "'colors' is []" in line
 
 
-def test_what_an_override_says_is_blamed_on_it_and_all_else_on_the_file(tmp_path):
+def test_errors_name_the_override_that_caused_them_or_else_the_file(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("name: 3\nvision: {codec: raw}\n")
-    overrides = ["vision.rate_hz=-1", "kind=c", "colours=[redd]", "vision.codec=x"]
+    overrides = ["vision.rate_hz=-1", "kind=c", "colors=[redd]", "vision.codec=x"]
     with pytest.raises(ConfigError) as caught:
         load_section(Outer, path, overrides)
     origins = [line.partition(": key")[0] for line in str(caught.value).splitlines()]
@@ -144,7 +144,7 @@ def test_sections_are_frozen():
         Inner().codec = "raw"
 
 
-def test_overrides_lie_over_the_file_and_leave_it_alone():
+def test_overrides_replace_values_of_the_file_in_a_copy():
     values = {"name": "x", "vision": {"rate_hz": 5}}
     merged = apply_overrides(values, ["vision.rate_hz=7", "vision.codec=raw", "sizes=[1, 2]"])
     expected = {"name": "x", "vision": {"rate_hz": 7, "codec": "raw"}, "sizes": [1, 2]}
@@ -161,7 +161,7 @@ def test_overrides_lie_over_the_file_and_leave_it_alone():
         ("name=[1", "not valid YAML"),
     ],
 )
-def test_an_override_that_can_not_be_is_refused(override, message):
+def test_an_impossible_override_is_refused(override, message):
     with pytest.raises(ConfigError, match=message):
         apply_overrides({"name": "x"}, [override])
 
@@ -173,27 +173,8 @@ def test_a_missing_file_names_the_nearest_one(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: 1\n" * 300_000])
-def test_a_file_that_is_no_text_or_far_too_large_is_refused(tmp_path, content):
+def test_a_binary_or_far_too_large_file_is_refused(tmp_path, content):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"recipe\.yaml"):
         load_section(Recipe, path)
-
-
-def test_a_recipe_comes_back_from_its_json():
-    recipe = Recipe.model_validate({"required": ["audio"], "vision": {"size": 64}})
-    assert make_section(Recipe, recipe.as_json()) == recipe
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"window": {"duration_s": 0.3}}, "vision.rate_hz 5 x window.duration_s 0.3 is 1.5"),
-        ({"mel": {"rate_hz": 33}}, "mel.rate_hz 33 does not divide audio.rate_hz 16000"),
-        ({"mel": {"floor_db": 40}}, "ceiling_db must be above mel.floor_db"),
-        ({"mel": {"levels": 256}}, "less than or equal to 255"),  # 255 means masked
-        ({"required": ["sight"]}, "'required.0' is 'sight'"),
-    ],
-)
-def test_a_recipe_that_can_not_be_says_why(values, message):
-    assert message in complaint(values, Recipe)

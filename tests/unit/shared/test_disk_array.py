@@ -58,7 +58,7 @@ def test_a_forked_process_reads_the_same_numbers():
     assert array[10:11].tolist() == [10]
 
 
-def test_its_file_has_no_name_and_goes_with_it(tmp_path, monkeypatch):
+def test_its_unnamed_file_is_closed_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     array = DiskArray.of(np.zeros(1000))
     assert list(tmp_path.iterdir()) == []

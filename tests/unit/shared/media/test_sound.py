@@ -1,9 +1,8 @@
-"""Sound and frames against slow, plain readers: soundfile, wave, soxr on the whole file, and PyAV
-decoding from the first frame on.
-"""
+"""Audio against slow, plain readers: soundfile, wave, and soxr on the whole file."""
 
 from __future__ import annotations
 
+import math
 import wave
 from typing import TYPE_CHECKING
 
@@ -14,9 +13,9 @@ import soxr
 from helpers.sessions import tone
 
 from shared.errors import MediaError
-from shared.media.sound import Sound, read_sound
+from shared.media.sound import Sound, measure_loudness, read_sound, to_int16
 from shared.media.video import read_video_track
-from shared.recipe import VisionRecipe
+from shared.recipe import AudioRecipe, VisionRecipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,7 +108,7 @@ def test_odd_but_legal_wav_files_are_read_as_soundfile_reads_them(
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF", b"\0" * 5000, b"version https://git-lfs"])
-def test_what_is_no_sound_is_a_media_error(content: bytes, tmp_path: Path) -> None:
+def test_a_file_without_audio_is_a_media_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(content)
     with pytest.raises(MediaError, match=r"a\.wav"):
         read_sound(tmp_path / "a.wav", rate_hz=RATE_HZ)
@@ -126,3 +125,47 @@ def test_sound_of_a_video_file_is_read_too(nasty_files: dict[str, Path]) -> None
     sound: Sound = read_sound(nasty_files["video/sound_5.1.mp4"], rate_hz=RATE_HZ)
     assert sound.source_channels == 6
     assert sound.duration_s == pytest.approx(5.3, abs=0.1)
+
+
+# --- loudness ---
+
+
+@pytest.mark.parametrize("level", [0.01, 0.1, 0.5])
+def test_loudness_is_brought_to_the_level_of_the_recipe(level):
+    waveform = tone(1.0, level=level).astype(np.float32)
+    loudness = measure_loudness([waveform], recipe=AudioRecipe())
+    assert loudness.rms == pytest.approx(level / math.sqrt(2), rel=1e-3)
+    brought = waveform * loudness.gain
+    assert 20 * np.log10(np.sqrt(np.mean(brought**2))) == pytest.approx(-23, abs=0.01)
+
+
+def test_loudness_in_blocks_is_that_of_the_whole():
+    waveform = tone(3.0, level=0.2).astype(np.float32)
+    whole = measure_loudness([waveform], recipe=AudioRecipe())
+    parts = measure_loudness(np.array_split(waveform, 7), recipe=AudioRecipe())
+    assert parts.gain == pytest.approx(whole.gain, rel=1e-12)
+    assert parts.peak == whole.peak
+
+
+def test_the_gain_stops_where_the_peak_meets_the_limit():
+    waveform = np.zeros(16_000, dtype=np.float32)
+    waveform[::1000] = 0.5  # RMS -36 dBFS, peaks -6 dBFS
+    loudness = measure_loudness([waveform], recipe=AudioRecipe())
+    assert np.abs(waveform * loudness.gain).max() == pytest.approx(10 ** (-1 / 20), rel=1e-6)
+
+
+@pytest.mark.parametrize("waveform", [np.zeros(0, np.float32), np.full(100, 1e-4, np.float32)])
+def test_the_level_of_silence_is_unchanged(waveform):
+    assert measure_loudness([waveform], recipe=AudioRecipe()).gain == 1.0
+
+
+def test_without_a_loudness_in_the_recipe_the_level_is_unchanged():
+    waveform = np.ones(100, np.float32)
+    assert measure_loudness([waveform], recipe=AudioRecipe(loudness_dbfs=None)).gain == 1.0
+
+
+def test_stored_samples_are_rounded_and_clipped():
+    waveform = np.array([0, 0.5, -1, 1, 3, -3, 1.4 / 32768, 1.6 / 32768], dtype=np.float32)
+    expected = [0, 16384, -32768, 32767, 32767, -32768, 1, 2]
+    assert to_int16(waveform, gain=1.0).tolist() == expected
+    assert to_int16(waveform, gain=0.5)[2] == -16384

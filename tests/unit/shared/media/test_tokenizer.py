@@ -102,14 +102,14 @@ def test_a_tokenizer_with_other_first_tokens_is_refused(special):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "no json", '{"model": 3}', "[" * 10_000])
-def test_what_is_no_tokenizer_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path, text):
     path = tmp_path / "mine.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"mine\.json"):
         load_tokenizer(path)
 
 
-def test_bytes_that_are_no_text_and_missing_files_are_refused(tmp_path):
+def test_binary_and_missing_files_are_refused(tmp_path):
     path = tmp_path / "mine.json"
     for content in (None, b"\xff\xfe\x00"):
         if content is not None:

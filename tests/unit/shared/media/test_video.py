@@ -113,7 +113,7 @@ def test_frames_that_follow_a_hidden_keyframe_have_the_same_bits(tmp_path: Path)
         ("only keyframes", [5, 50], 4),
     ],
 )
-def test_what_no_wanted_frame_needs_is_not_decoded(
+def test_packets_that_no_wanted_frame_needs_are_not_decoded(
     name: str,
     wanted: list[int],
     most: int,
@@ -141,7 +141,7 @@ def test_damage_does_not_reach_past_the_next_restart(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-def test_the_way_to_a_restart_is_that_to_the_keyframe_where_decoding_begins(
+def test_frames_to_a_restart_are_those_to_the_keyframe_where_decoding_begins(
     name: str, videos: dict[str, tuple[Path, dict[int, bytes]]]
 ) -> None:
     track = read_video_track(videos[name][0])

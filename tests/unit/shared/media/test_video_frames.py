@@ -1,6 +1,4 @@
-"""Sound and frames against slow, plain readers: soundfile, wave, soxr on the whole file, and PyAV
-decoding from the first frame on.
-"""
+"""Frame times and frames against PyAV that decodes from the first frame on."""
 
 from __future__ import annotations
 
@@ -98,7 +96,7 @@ def test_frame_times_are_those_recorded_from_the_first_frame_on(
 @pytest.mark.parametrize("name", VIDEOS)
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(wanted=st.sets(st.integers(0, 57), min_size=1, max_size=4).map(sorted))
-def test_any_frames_asked_for_are_those_of_decoding_everything(
+def test_wanted_frames_are_those_of_decoding_everything(
     name: str, wanted: list[int], videos: dict[str, tuple[Path, np.ndarray]]
 ) -> None:
     path, _ = videos[name]
@@ -119,7 +117,7 @@ def test_each_frame_shows_what_was_recorded_at_its_time(
     np.testing.assert_allclose(levels, [brightness(i) for i in range(60)], atol=6)
 
 
-def test_frames_before_an_edit_list_begins_are_not_there(tmp_path: Path) -> None:
+def test_frames_before_an_edit_list_begins_are_left_out(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", times_s=np.arange(-10, 50) / 30, b_frames=0)
     track = read_video_track(tmp_path / "a.mp4")
     assert (len(track.pts), track.times_s[0]) == (50, 0.0)
@@ -227,13 +225,13 @@ def test_a_video_cut_short_says_how_many_frames_its_index_promised(tmp_path: Pat
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     ],
 )
-def test_playlists_and_text_are_no_videos(content: bytes, tmp_path: Path) -> None:
+def test_playlists_and_text_are_refused_as_videos(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(content)
     with pytest.raises(MediaError):
         read_video_track(tmp_path / "a.mp4")
 
 
-def test_a_pointer_of_git_lfs_is_named(nasty_files: dict[str, Path]) -> None:
+def test_a_git_lfs_pointer_is_reported_as_one(nasty_files: dict[str, Path]) -> None:
     with pytest.raises(MediaError, match="git lfs pull"):
         read_video_track(nasty_files["video/lfs_pointer.mp4"])
 

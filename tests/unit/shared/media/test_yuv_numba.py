@@ -58,12 +58,12 @@ def test_rows_are_scaled_and_shifted(shape, seed):
     np.testing.assert_allclose(out, rows.astype(np.float64) * scale + shift, atol=1e-4)
 
 
-def test_other_memory_than_contiguous_is_refused():
+def test_memory_that_is_not_contiguous_is_refused():
     with pytest.raises(TypeError):
         planes_to_rgb(np.zeros((1, 6, 8), np.uint8)[:, :, ::2], np.zeros((1, 4, 4, 3), np.uint8))
 
 
-def test_a_machine_where_nothing_can_be_kept_compiles_anew(monkeypatch):
+def test_without_a_writable_cache_the_loops_are_still_compiled(monkeypatch):
     import numba
 
     def njit(*given, cache=False, **options):

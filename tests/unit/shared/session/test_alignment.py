@@ -1,8 +1,8 @@
-"""Sound and pictures that began apart lie together in the shards: clicks and flashes at the same
-known times, with the starts that containers and ``session.json`` give.
+"""Streams that began apart are aligned in the shards: clicks and flashes at the same known times,
+with the starts that containers and ``session.json`` give.
 
-Events are in ticks of 40 ms of the world's clock. What stock readers find in a shard set, and what
-the direct path gives, is asked in which ticks pictures are white and dMel begins to sound.
+Events are in ticks of 40 ms of the world's clock. In what stock readers find in a shard set, and in
+what the direct path gives, the tests look for the ticks with white pictures and rising dMel levels.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def test_a_container_of_nothing_but_sound_begins_with_it(tmp_path: Path) -> None
     assert (sound.start_s, round(sound.origin_s, 2)) == (0.0, 0.91)  # less the encoder's delay
 
 
-def test_a_videos_own_container_start_is_told_and_counts_as_zero(tmp_path: Path) -> None:
+def test_a_videos_own_container_start_is_reported_and_counts_as_zero(tmp_path: Path) -> None:
     mux(tmp_path / "a.mp4", video_from=0, video_at_s=0.8)
     track = read_video_track(tmp_path / "a.mp4")
     assert (track.times_s[0], track.origin_s) == (0.0, 0.8)
@@ -283,9 +283,7 @@ BAD_STARTS = {
 
 
 @pytest.mark.parametrize("facts", BAD_STARTS)
-def test_starts_that_can_not_be_meant_leave_the_media_out_with_the_reason(
-    facts: str, tmp_path: Path
-) -> None:
+def test_impossible_starts_leave_the_media_out_with_the_reason(facts: str, tmp_path: Path) -> None:
     session = tmp_path / "in" / "one"
     session.mkdir(parents=True)
     write_tone(session / "audio.wav")
@@ -298,12 +296,12 @@ def test_starts_that_can_not_be_meant_leave_the_media_out_with_the_reason(
 
 
 @pytest.mark.parametrize("facts", ["", "{}", "[1]", '{"by": ', '{"start_s": null}', "\0"])
-def test_free_facts_place_nothing(facts: str, tmp_path: Path) -> None:
+def test_session_info_without_starts_shifts_nothing(facts: str, tmp_path: Path) -> None:
     (tmp_path / "session.json").write_text(facts)
     assert read_starts(tmp_path) == ({}, None)
 
 
-def test_another_start_makes_the_columns_of_that_stream_again_and_no_others(
+def test_another_start_rebuilds_the_columns_of_that_stream_and_no_others(
     tmp_path: Path,
 ) -> None:
     for name in ("one", "two"):
@@ -315,7 +313,7 @@ def test_another_start_makes_the_columns_of_that_stream_again_and_no_others(
     declare(tmp_path / "in" / "one")
     assert build(tmp_path / "in", tmp_path / "out", RECIPE).plan.is_empty
     declare(tmp_path / "in" / "one", vision_left=0.0, audio=0.0)
-    assert build(tmp_path / "in", tmp_path / "out", RECIPE).plan.is_empty  # there they lie
+    assert build(tmp_path / "in", tmp_path / "out", RECIPE).plan.is_empty  # as before
     assert file_hashes(tmp_path / "out") == before
     declare(tmp_path / "in" / "one", audio=0.4)
     (task,) = build(tmp_path / "in", tmp_path / "out", RECIPE).plan.tasks
@@ -328,7 +326,7 @@ def test_another_start_makes_the_columns_of_that_stream_again_and_no_others(
     assert len(columns[0] & columns[1]) >= 2  # the two columns are those of a fresh build
 
 
-def test_a_start_is_part_of_what_tells_sessions_read_directly_apart(tmp_path: Path) -> None:
+def test_a_start_is_part_of_the_fingerprint_of_sessions_read_directly(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     write_tone(tmp_path / "one" / "audio.wav")
     found = []
@@ -338,7 +336,7 @@ def test_a_start_is_part_of_what_tells_sessions_read_directly_apart(tmp_path: Pa
     assert found[0] != found[1]
 
 
-def test_what_is_rejected_says_that_a_start_is_wrong(tmp_path: Path) -> None:
+def test_a_wrong_start_is_the_reason_of_the_rejection(tmp_path: Path) -> None:
     for name in ("bad", "good"):
         (tmp_path / "in" / name).mkdir(parents=True)
         write_tone(tmp_path / "in" / name / "audio.wav")

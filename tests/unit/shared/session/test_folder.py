@@ -1,4 +1,4 @@
-"""Reading metadata and text lines: whatever stands in them, the good lines come through."""
+"""Files of a session folder: bad lines are reported, and all others are read."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_a_missing_file_gives_no_lines_and_no_issue(tmp_path: Path) -> None:
     assert (len(metadata.times_s), metadata.touch.shape, metadata.issues) == (0, (0, 5), ())
 
 
-def test_a_folder_in_its_place_is_an_oddity_without_a_line(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_the_file_is_an_issue_without_a_line(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").mkdir()
     assert kinds(read(tmp_path)) == [(0, "json")]
 
 
-ODD_LINES = {
+BAD_LINES = {
     "cut": (b'{"timestamp": 0.1, "tou', "json"),
     "array": (b"[1, 2]", "json"),
     "number": (b"12", "json"),
@@ -85,16 +85,30 @@ ODD_LINES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ODD_LINES)
-def test_an_odd_line_is_named_and_its_neighbours_are_read(name: str, tmp_path: Path) -> None:
-    raw, kind = ODD_LINES[name]
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_reported_and_its_neighbors_are_read(name: str, tmp_path: Path) -> None:
+    raw, kind = BAD_LINES[name]
     metadata = read(tmp_path, b'{"timestamp": 0}\n' + raw + b'\n{"timestamp": 2}\n')
     assert kinds(metadata) == [(2, kind)]
     assert set(metadata.lines) >= {1, 3}
     assert not metadata.events
 
 
-def test_a_line_with_an_odd_reading_keeps_its_time_and_other_reading(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"timestamp": 1, "proprio": [0]}', "proprio"),
+        ('{"timestamp": 1, "touch": "x"}', "touch"),
+        ('{"timestamp": 1, "external_text": 3}', "external_text"),
+        ('{"timestamp": "x"}', "timestamp"),
+        ("[]", ""),
+    ],
+)
+def test_an_issue_names_the_key_at_fault(line: str, key: str, tmp_path: Path) -> None:
+    assert [issue.key for issue in read(tmp_path, line).issues] == [key]
+
+
+def test_a_line_with_a_bad_reading_keeps_its_time_and_other_reading(tmp_path: Path) -> None:
     line = {"timestamp": 1.5, "touch": [0.5], "proprio": [0.25] * 20}
     metadata = read(tmp_path, json.dumps(line))
     assert metadata.times_s.tolist() == [1.5]
@@ -143,7 +157,7 @@ def test_words_in_metadata_lines_become_events_and_blank_ones_do_not(tmp_path: P
     ]
 
 
-def test_text_events_are_sorted_by_time_and_odd_ones_named(tmp_path: Path) -> None:
+def test_text_events_are_sorted_by_time_and_bad_ones_reported(tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text(
         '{"timestamp": 3, "stream": "external", "text": "c"}\n'
         '{"timestamp": 1, "stream": "internal", "text": "a"}\n'
@@ -231,7 +245,7 @@ def test_texts_without_sensors_are_those_with_them(folder, lines, encoding, more
         b'["internal_text"]',
     ],
 )
-def test_odd_lines_give_the_same_texts(folder, line):
+def test_bad_lines_give_the_same_texts(folder, line):
     (folder / "metadata.jsonl").write_bytes(
         b'{"timestamp": 0, "external_text": "first"}\n' + line + b"\n"
     )

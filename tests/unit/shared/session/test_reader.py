@@ -52,7 +52,7 @@ def greys(frames) -> list[int]:
     gop=st.integers(1, 90),
     num_runs=st.integers(1, 12),
 )
-def test_a_pass_is_cut_where_little_is_decoded_twice(steps, gop, num_runs):
+def test_runs_start_where_little_is_decoded_twice(steps, gop, num_runs):
     first = np.cumsum(steps)
     lead = np.where(first % (3 * gop) < 2 * gop, first % gop, np.inf)
     cuts = split_evenly(first, lead, num_runs)
@@ -108,7 +108,7 @@ def test_windows_that_overlap_show_the_same_frames(session):
     np.testing.assert_array_equal(found[0.0].pictures[4], found[0.8].pictures[0])
 
 
-def test_one_window_alone_shows_what_it_shows_among_others(session):
+def test_a_window_read_alone_has_the_frames_of_a_longer_pass(session):
     write_video(session / "vision_left.mp4", times_s=np.arange(90) / 30)
     together = frames_of(fields_of(session), 0.0, 1.0, 2.0)
     for start_s in (0.0, 1.0, 2.0):
@@ -123,7 +123,7 @@ def test_frames_too_far_from_the_grid_are_masked(session):
     np.testing.assert_array_equal(np.isfinite(frames.error_s), [True, True, True, False, False])
 
 
-def test_a_missing_eye_is_a_media_error(session):
+def test_a_missing_video_is_a_media_error(session):
     write_tone(session / "audio.wav")
     with pytest.raises(MediaError, match=r"vision_left\.mp4: no such file"):
         frames_of(fields_of(session), 0.0)
@@ -162,7 +162,7 @@ def test_the_gain_is_that_of_the_whole_session(session):
     np.testing.assert_allclose(found, expected, atol=1.01)
 
 
-def test_mel_levels_hear_the_session_before_the_window(session):
+def test_mel_levels_depend_on_the_session_before_the_window(session):
     rng = np.random.default_rng(0)
     soundfile.write(session / "audio.wav", rng.normal(0, 0.1, 24_000), 16_000)
     recipe = tiny_recipe()

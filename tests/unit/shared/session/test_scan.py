@@ -45,7 +45,7 @@ def test_a_scan_comes_back_from_its_json(session):
     assert scan_from_json(scan.as_json()) == scan
 
 
-def test_the_same_session_says_the_same_wherever_it_lies(session, tmp_path):
+def test_a_scan_does_not_depend_on_the_folder_of_the_session(session, tmp_path):
     (session / "audio.wav").write_bytes(b"garbage")
     (session / "vision_left.mp4").write_bytes(b"")
     moved = tmp_path / "elsewhere" / "ann"
@@ -53,3 +53,17 @@ def test_the_same_session_says_the_same_wherever_it_lies(session, tmp_path):
     moved.parent.mkdir()
     session.rename(moved)
     assert scan_session(moved, recipe=tiny_recipe()) == first
+
+
+def test_only_streams_without_any_recording_are_not_recorded(session):
+    (session / "vision_left.mp4").write_bytes(b"not a video")
+    write_lines(session / "metadata.jsonl", [{"timestamp": 0, "touch": [0.5] * 5}])
+    scan = scan_session(session, recipe=tiny_recipe())
+    assert set(scan.absent) - scan.not_recorded == {Stream.VISION_LEFT}
+    assert set(Stream) - set(scan.absent) == {Stream.TOUCH}
+
+
+def test_with_wrong_starts_media_are_absent_but_not_called_unrecorded(session):
+    (session / "session.json").write_text('{"start_s": 3}')
+    scan = scan_session(session, recipe=tiny_recipe())
+    assert Stream.AUDIO in set(scan.absent) - scan.not_recorded

@@ -330,7 +330,7 @@ def hostile_wavs() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", hostile_wavs())
-def test_other_bytes_than_its_sound_are_corrupt(name):
+def test_bytes_of_another_form_than_wav_are_corrupt(name):
     with pytest.raises(CorruptError):
         decode_wav(hostile_wavs()[name])
 
@@ -393,12 +393,12 @@ def member_with(**changes: object) -> bytes:
     ],
     ids=lambda member: member[:40].decode("latin1"),
 )
-def test_other_json_than_text_is_corrupt(member):
+def test_json_of_another_form_than_text_is_corrupt(member):
     with pytest.raises(CorruptError, match="not a text member"):
         decode_text(member)
 
 
-def test_the_head_of_an_npy_file_says_what_was_read_behind_it():
+def test_the_header_of_an_npy_file_is_checked_against_the_array():
     file = io.BytesIO()
     np.save(file, np.zeros((3, 6, 4), np.uint8))
     head = file.getvalue()[: -3 * 6 * 4]
@@ -409,7 +409,7 @@ def test_the_head_of_an_npy_file_says_what_was_read_behind_it():
 
 
 @pytest.mark.parametrize("codec", ["h264", "mjpeg", "yuv420", "raw"])
-def test_what_is_stored_as_in_a_batch_needs_no_decoding(codec):
+def test_a_member_in_the_layout_of_a_batch_needs_no_decoding(codec):
     recipe = VisionRecipe(size=16, codec=codec)
     pictures = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), np.uint8)
     member = encode_pictures(pictures, recipe=recipe)

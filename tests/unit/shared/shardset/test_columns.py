@@ -83,7 +83,7 @@ def test_offsets_point_exactly_at_the_content(tar):
         assert members.offset.tolist() == [m.offset_data for m in archive]
 
 
-def test_a_tar_says_nothing_of_who_wrote_it_and_when(tar):
+def test_a_tar_records_neither_owner_nor_time(tar):
     with tarfile.open(tar[0]) as archive:
         for member in archive:
             found = (member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode)
@@ -130,7 +130,7 @@ def test_any_flipped_bit_of_a_member_is_corrupt(tar):
                 file.close()
 
 
-def test_the_end_of_a_member_is_read_straight_into_an_array(tar):
+def test_the_end_of_a_member_is_read_directly_into_an_array(tar):
     path, members = tar
     file = ColumnFile(path)
     for row, content in enumerate(CONTENTS):
@@ -146,7 +146,7 @@ def test_the_end_of_a_member_is_read_straight_into_an_array(tar):
 
 @given(offset=st.integers(0, 2**64 - 1), length=st.integers(1, 2**64 - 1))
 @in_one_folder
-def test_a_wrong_place_is_corrupt_whatever_it_is(tmp_path, offset, length):
+def test_a_wrong_offset_or_length_is_corrupt(tmp_path, offset, length):
     path = tmp_path / "a.tar"
     path.write_bytes(b"x" * 100)
     members = Members(
@@ -173,7 +173,7 @@ def test_a_member_that_is_too_long_is_refused_unread(tar, monkeypatch):
     file.close()
 
 
-def test_a_cut_column_is_corrupt(tar):
+def test_a_truncated_column_is_corrupt(tar):
     path, members = tar
     path.write_bytes(path.read_bytes()[: int(members.offset[4]) + 10])
     file = ColumnFile(path)
@@ -282,7 +282,7 @@ VALUES = hnp.arrays(
 
 @given(values=VALUES)
 @in_one_folder
-def test_every_chunk_in_its_place_is_stock_zarrs_row(tmp_path, values):
+def test_every_chunk_is_the_row_that_stock_zarr_reads(tmp_path, values):
     path = tmp_path / "any.zarr.zip"
     fill: float | bool | str = "NaN" if values.dtype.kind == "f" else values.dtype.type(0).item()
     array = ZarrArray(

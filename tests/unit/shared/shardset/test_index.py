@@ -15,15 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import CorruptError, FormatVersionError, ShardError
-from shared.recipe import Recipe
 from shared.shardset.index import (
-    MEMBER_TABLES,
     ShardIndex,
     index_bytes,
     open_index,
     require_complete,
 )
-from shared.shardset.layout import COLUMNS, member_limits
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -102,7 +99,7 @@ def test_the_order_in_which_arrays_are_given_does_not_change_the_bytes():
     assert index_bytes(turned) == index_bytes(index)
 
 
-def test_a_cut_index_is_corrupt_wherever_it_is_cut(tmp_path):
+def test_a_truncated_index_is_corrupt_at_any_length(tmp_path):
     content = index_bytes(tiny_index())
     for length in [*range(0, 700, 13), len(content) - 64 - 12]:
         with pytest.raises(CorruptError):
@@ -133,7 +130,7 @@ def test_any_flipped_bit_differs_from_the_manifests_checksum(tmp_path):
             open_index(write_index(tmp_path, bytes(bad)), sha256=sha256)
 
 
-def test_a_foreign_file_is_no_index(tmp_path):
+def test_a_file_of_another_kind_is_not_an_index(tmp_path):
     with pytest.raises(CorruptError, match="not a shard index"):
         open_index(write_index(tmp_path, b"PK\x03\x04" * 100))
 
@@ -168,7 +165,7 @@ def test_a_missing_index_is_a_shard_error(tmp_path):
         None,
     ],
 )
-def test_an_array_that_can_not_be_is_corrupt(tmp_path, entry):
+def test_an_impossible_array_is_corrupt(tmp_path, entry):
     content = index_bytes(tiny_index())
     header = header_of(content)
     header["arrays"]["window"] = entry
@@ -182,7 +179,7 @@ def test_an_array_that_can_not_be_is_corrupt(tmp_path, entry):
     [b"", b"[]", b"null", b"{}", b'{"arrays": 3}', b'{"arrays": {}}', b"[" * 100_000, b"\xff"],
     ids=lambda header: header[:12].decode("latin1"),
 )
-def test_a_header_that_is_none_is_corrupt(tmp_path, header):
+def test_a_broken_header_is_corrupt(tmp_path, header):
     content = with_header(index_bytes(tiny_index()), header)
     with pytest.raises(CorruptError, match="header is damaged"):
         open_index(write_index(tmp_path, content))
@@ -197,17 +194,12 @@ def test_a_column_file_outside_the_set_is_refused(tmp_path, name):
         open_index(write_index(tmp_path, content))
 
 
-def test_an_index_that_is_cut_off_while_it_is_open_stays_whole(tmp_path):
+def test_an_open_index_survives_the_truncation_of_its_file(tmp_path):
     path = write_index(tmp_path, index_bytes(tiny_index()))
     index = open_index(path)
     assert str(path) not in Path("/proc/self/maps").read_text(), "the next line would be a SIGBUS"
     os.truncate(path, 0)
     assert index.key(2) == "bøb/1000000"
-
-
-def test_the_tables_of_members_are_those_of_all_columns():
-    assert list(MEMBER_TABLES) == list(COLUMNS)
-    assert {t for tables in MEMBER_TABLES.values() for t in tables} == set(member_limits(Recipe()))
 
 
 @pytest.mark.parametrize("name", sorted(tiny_index().arrays))
@@ -234,7 +226,7 @@ def test_an_array_of_another_form_is_corrupt(tmp_path, name, other):
 
 
 @pytest.mark.parametrize("sessions", [["ann", 1], "ab", {"ann": 1, "bob": 2}, None])
-def test_sessions_that_are_no_names_are_corrupt(tmp_path, sessions):
+def test_sessions_that_are_not_names_are_corrupt(tmp_path, sessions):
     content = index_bytes(tiny_index(sessions=sessions))
     with pytest.raises(CorruptError, match="not a list of names"):
         open_index(write_index(tmp_path, content))
@@ -248,7 +240,7 @@ def test_a_window_without_a_time_is_corrupt(tmp_path, name, value):
         open_index(write_index(tmp_path, content))
 
 
-def test_a_column_that_is_not_known_is_left_alone(tmp_path):
+def test_an_unknown_column_is_ignored(tmp_path):
     """Newer software may add some without a new version of the format."""
     more = {**tiny_index().columns, "smell": {"file": "train-000000.smell.tar"}}
     content = index_bytes(tiny_index(columns=more, **{"smell.offset": np.zeros(3, np.float32)}))
@@ -260,7 +252,7 @@ def test_an_index_without_a_column_is_not_complete():
         require_complete(tiny_index(), origin="a.index")
 
 
-def test_a_row_of_no_session_is_corrupt(tmp_path):
+def test_a_row_without_a_session_is_corrupt(tmp_path):
     content = index_bytes(tiny_index(session=np.array([0, 1, 2], np.uint32)))
     with pytest.raises(CorruptError, match="a session that doesn't exist"):
         open_index(write_index(tmp_path, content))
