@@ -362,7 +362,7 @@ def pack_tokens(text: Text, streams: Sequence[Stream] = TEXT_STREAMS) -> dict[St
 
 
 def write_absent(out: Mapping[str, NDArray[Any]], streams: Iterable[Stream]) -> None:
-    """Write streams that a sample lacks, if they are read: zeros, nowhere valid."""
+    """Write streams that a sample lacks, if they are read: zeros, all invalid."""
     for stream in streams:
         if stream in out:
             out[stream][...] = 0

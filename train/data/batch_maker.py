@@ -53,7 +53,7 @@ class Task:
     index: int
     """Index of the global batch."""
     slot: int
-    """Slot of the pool, which nobody else uses until the batch is made."""
+    """Slot of the pool that no other task uses until the batch is made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:  # noqa: ANN401 (any nesting)
-    """A batch with every tensor on `device`; one that is in it twice, as streams that are inputs
-    and targets, is copied once and stays one.
+    """Copy every tensor of a batch to a device and wait for the copies.
 
-    From pinned memory all copies are queued on the current stream at once, then waited for: the
-    loader's memory is written to again as soon as nobody holds the batch, and it is not torch's
-    own, which would wait for copies by itself.
+    A tensor that occurs twice, as in streams that are inputs and targets, is copied once and stays
+    one tensor. Copies from pinned memory are all queued on the current stream before the wait. The
+    wait is necessary: the loader recycles the memory as soon as the batch is released, and torch
+    does not track copies from memory that it did not allocate.
 
     Args:
-        batch: tensors in any nesting of dicts, lists and tuples; all else is left as it is.
+        batch: tensors in any nesting of dicts, lists and tuples; other values are kept.
         device: where to.
     """
     moved = send(batch, device)
@@ -30,31 +30,32 @@ def to_device(batch: Any, device: torch.device | str) -> Any:  # noqa: ANN401 (a
 
 
 def send(batch: Any, device: torch.device | str) -> Any:  # noqa: ANN401 (any nesting)
-    """As :func:`to_device`, without waiting for what comes from pinned memory: whoever sends it
-    keeps the batch until the current stream has done the copies.
+    """Do what :func:`to_device` does, without waiting for copies from pinned memory.
+
+    The caller keeps the batch until the current stream has finished the copies.
     """
-    return _sent(batch, device, {})
+    return _send(batch, device, {})
 
 
-def _sent(
+def _send(
     batch: Any,  # noqa: ANN401 (any nesting)
     device: torch.device | str,
     moved: dict[int, Tensor],
 ) -> Any:  # noqa: ANN401
-    """As :func:`send`; `moved` has what went before, by id of the tensor."""
+    """Do what :func:`send` does; `moved` has the tensors so far, by id of the original."""
     if isinstance(batch, Tensor):
         if id(batch) not in moved:
             moved[id(batch)] = batch.to(device, non_blocking=batch.is_pinned())
         return moved[id(batch)]
     if isinstance(batch, dict):
-        return {key: _sent(value, device, moved) for key, value in batch.items()}
+        return {key: _send(value, device, moved) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)([_sent(value, device, moved) for value in batch])
+        return type(batch)([_send(value, device, moved) for value in batch])
     return batch
 
 
 def tensors_of(batch: Any) -> Iterator[Tensor]:  # noqa: ANN401 (any nesting)
-    """All tensors in any nesting of dicts, lists and tuples."""
+    """Yield all tensors in any nesting of dicts, lists and tuples."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, dict | list | tuple):

@@ -1,7 +1,7 @@
-"""From the loader's batch to what the model takes: copies to the device, pixels to numbers.
+"""Turn uint8 pixels into normalized frames, on the training device.
 
-The loader hands out the smallest form of everything (uint8 pixels, uint8 levels); what is larger
-is made here, on the training device.
+The loader hands out pixels in their smallest form, as RGB or as the planes of yuv420. The float
+frames that the model takes are larger, so that they are made where they are used.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Standard deviation of R, G and B in [0, 1]."""
 
-OF_BLUE = (0.0, -0.114 * 1.772 / 0.587, 1.772)
-"""What Cb adds to R, G and B: ITU-R BT.601 over the full range, as JFIF has it."""
+CB_WEIGHTS = (0.0, -0.114 * 1.772 / 0.587, 1.772)
+"""What Cb adds to R, G and B: ITU-R BT.601 over the full range, as in JFIF."""
 
-OF_RED = (1.402, -0.299 * 1.402 / 0.587, 0.0)
+CR_WEIGHTS = (1.402, -0.299 * 1.402 / 0.587, 0.0)
 """What Cr adds to R, G and B."""
 
 _THREAD_BYTES = 1 << 22
-"""Less to write is not worth a thread: a millisecond."""
+"""Output bytes that are worth a thread: they take about a millisecond."""
 
 
 def to_model_inputs(
@@ -45,38 +45,36 @@ def to_model_inputs(
     """Turn a batch's "inputs" into the model's, on the device they are on.
 
     Args:
-        inputs: as docs/architecture.md, "The batch".
-        dtype: of the frames that come out.
+        inputs: see docs/architecture.md, "The batch".
+        dtype: of the frames that are returned.
 
     Returns:
-        The same keys. Frames, in either form, become `dtype` [B, F, 3, H, W], normalised by
-        ImageNet's mean and deviation, in the memory order of the pixels: RGB gives an NCHW view of
-        NHWC memory, planes give NCHW memory. All else is passed through.
+        The same keys. Frames in either form become `dtype` [B, F, 3, H, W], normalized by
+        ImageNet's mean and standard deviation, in the memory order of the pixels: RGB gives an NCHW
+        view of NHWC memory, planes give NCHW memory. Other inputs are passed through.
     """
-    frames = {
-        str(eye): normalized_frames(inputs[eye], dtype) for eye in VISION_STREAMS if eye in inputs
-    }
+    frames = {str(s): normalized_frames(inputs[s], dtype) for s in VISION_STREAMS if s in inputs}
     return {**inputs, **frames}
 
 
 def normalized_frames(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixels as `dtype` [B, F, 3, H, W], ((x / 255) - mean) / std of R, G and B.
+    """Return pixels as `dtype` [B, F, 3, H, W]: ((x / 255) - mean) / std of R, G and B.
 
     Args:
         pixels: RGB uint8 [B, F, H, W, 3], or planes uint8 [B, F, 3H/2, W] as
             :mod:`shared.media.yuv` packs them.
-        dtype: floating; it is calculated in float32 and rounded once.
+        dtype: floating point; values are computed in float32 and rounded once.
     """
-    return _of_rgb(pixels, dtype) if pixels.ndim == 5 else _of_planes(pixels, dtype)
+    return _normalize_rgb(pixels, dtype) if pixels.ndim == 5 else _normalize_planes(pixels, dtype)
 
 
-def _of_rgb(rgb: Tensor, dtype: torch.dtype) -> Tensor:
-    """One multiply-add over rows of 3W numbers."""
+def _normalize_rgb(rgb: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalize RGB by one multiply-add over rows of 3W numbers."""
     scale, shift = (x.flatten().repeat(rgb.shape[3]) for x in _constants(rgb.device)[:2])
     rows = rgb.flatten(3)
     if _is_compiled(rgb):
         exact = torch.empty(rows.shape, dtype=torch.float32)
-        _share_out(
+        _run_in_threads(
             partial(rows_to_floats, scale=scale.numpy(), shift=shift.numpy()),
             rows.flatten(0, 2),
             exact.flatten(0, 2),
@@ -89,59 +87,62 @@ def _of_rgb(rgb: Tensor, dtype: torch.dtype) -> Tensor:
     return out.view_as(rgb).permute(0, 1, 4, 2, 3)
 
 
-def _of_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
+def _normalize_planes(planes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert planes to RGB and normalize them in one pass."""
     batch, num_frames, rows, width = planes.shape
     height = rows * 2 // 3
     flat = planes.flatten(0, 1)
     shape = (len(flat), 3, height, width)
     exact = torch.empty(shape, dtype=torch.float32, device=planes.device)
     if _is_compiled(planes):
-        _share_out(partial(planes_to_floats, weights=_weights()), flat, exact)
+        _run_in_threads(partial(planes_to_floats, weights=_weights()), flat, exact)
     else:
-        _write_colours(flat, exact, _constants(planes.device))
+        _write_colors(flat, exact, _constants(planes.device))
     return exact.to(dtype).view(batch, num_frames, 3, height, width)
 
 
 def _is_compiled(pixels: Tensor) -> bool:
-    """Whether :mod:`shared.media.yuv_numba` has a loop for them: tensors in the CPU's memory."""
-    is_real = type(pixels) is Tensor  # none that only has a shape, as torch's fake ones
+    """Return whether a compiled loop can read them: tensors in the CPU's memory."""
+    is_real = type(pixels) is Tensor  # torch's fake tensors have a shape only
     return is_real and pixels.device.type == "cpu" and pixels.is_contiguous()
 
 
-def _share_out(
+def _run_in_threads(
     write: Callable[[NDArray[np.uint8], NDArray[np.float32]], None], pixels: Tensor, out: Tensor
 ) -> None:
     """Run a loop over rows of `pixels` and `out` in as many threads as torch would use."""
-    given, made = pixels.numpy(), out.numpy()
+    source, target = pixels.numpy(), out.numpy()
     num_threads = min(torch.get_num_threads(), out.nbytes // _THREAD_BYTES)
     if num_threads <= 1:
-        write(given, made)
+        write(source, target)
         return
-    parts = [np.array_split(values, num_threads) for values in (given, made)]
+    chunks = [np.array_split(values, num_threads) for values in (source, target)]
     with ThreadPoolExecutor(num_threads) as threads:
-        list(threads.map(write, *parts))  # raises what a thread raised
+        list(threads.map(write, *chunks))  # raises what a thread raised
 
 
-def _write_colours(planes: Tensor, out: Tensor, constants: tuple[Tensor, ...]) -> None:
-    """Planes uint8 [N, 3H/2, W] as normalised colours, written into `out`, float32 [N, 3, H, W], on
-    any device.
+def _write_colors(planes: Tensor, out: Tensor, constants: tuple[Tensor, ...]) -> None:
+    """Write planes uint8 [N, 3H/2, W] as normalized colors, float32 [N, 3, H, W], on any device.
 
-    What chroma and the mean add to each colour is calculated at a quarter of the size and enlarged;
-    luma is added, and what lies outside the RGB gamut is brought to its border.
+    What chroma and the mean add to each color is computed at a quarter of the pixels and upsampled.
+    Then luma is added, and values outside the RGB gamut are clamped to it.
     """
-    scale, _, of_blue, of_red, offset = constants
+    scale, _, cb_weights, cr_weights, offset = constants
     count, _, height, width = out.shape
     chroma = planes[:, height:].reshape(count, 2, height // 2, width // 2).float()
-    added = torch.addcmul(offset, chroma[:, :1], of_blue)
-    torch.addcmul(added, chroma[:, 1:], of_red, out=added)
-    _enlarge(added, out)
+    added = torch.addcmul(offset, chroma[:, :1], cb_weights)
+    torch.addcmul(added, chroma[:, 1:], cr_weights, out=added)
+    _upsample(added, out)
     torch.addcmul(out, planes[:, None, :height].float(), scale, out=out)
     for number, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
         out[:, number].clamp_(-mean / std, (1 - mean) / std)
 
 
-def _enlarge(values: Tensor, out: Tensor) -> None:
-    """Write [N, C, h, w] as [N, C, 2h, 2w], linearly; old places are in the middle of four new."""
+def _upsample(values: Tensor, out: Tensor) -> None:
+    """Write [N, C, h, w] as [N, C, 2h, 2w] by bilinear interpolation.
+
+    Each old sample is at the center of four new ones.
+    """
     count, channels, height, width = values.shape
     padded = functional.pad(values, (1, 1, 1, 1), mode="replicate")
     tall = values.new_empty(count, channels, height, 2, width + 2)
@@ -153,23 +154,22 @@ def _enlarge(values: Tensor, out: Tensor) -> None:
 
 
 def _weights() -> NDArray[np.float32]:
-    """:func:`_constants` and the gamut's borders as
-    :func:`shared.media.yuv_numba.planes_to_floats` takes
-    them.
-    """
-    scale, shift, of_blue, of_red, offset = (x.flatten() for x in _constants(torch.device("cpu")))
-    columns = [scale, of_blue, of_red, offset, shift, shift + 255 * scale]
+    """Return the constants and gamut limits that the compiled loop over planes takes."""
+    scale, shift, cb, cr, offset = (x.flatten() for x in _constants(torch.device("cpu")))
+    columns = [scale, cb, cr, offset, shift, shift + 255 * scale]
     return np.ascontiguousarray(torch.stack(columns, dim=1).numpy())
 
 
 def _constants(device: torch.device) -> tuple[Tensor, ...]:
-    """Per colour, [3, 1, 1]: the scale and shift of its normalisation; the weights of Cb and Cr by
-    JFIF (ITU-T T.871), scaled; and what a pixel of Y = Cb = Cr = 0 gives.
+    """Return constants per color, each [3, 1, 1].
+
+    They are the scale and shift of its normalization, the scaled weights of Cb and Cr by JFIF
+    (ITU-T T.871), and the value of a pixel with Y = Cb = Cr = 0.
     """
-    mean, std, of_blue, of_red = torch.tensor(
-        [IMAGENET_MEAN, IMAGENET_STD, OF_BLUE, OF_RED], dtype=torch.float64
+    mean, std, cb, cr = torch.tensor(
+        [IMAGENET_MEAN, IMAGENET_STD, CB_WEIGHTS, CR_WEIGHTS], dtype=torch.float64
     )
     scale, shift = 1 / (255 * std), -mean / std
-    of_blue, of_red = of_blue * scale, of_red * scale
-    values = torch.stack([scale, shift, of_blue, of_red, shift - 128 * (of_blue + of_red)])
+    cb, cr = cb * scale, cr * scale
+    values = torch.stack([scale, shift, cb, cr, shift - 128 * (cb + cr)])
     return values.float().view(5, 3, 1, 1).to(device, non_blocking=True).unbind()

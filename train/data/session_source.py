@@ -102,7 +102,7 @@ class SessionSource:
         self.fingerprint = fingerprint_of(sessions, recipe.as_json(), self.tokenizer.sha256, split)
         self._open: OrderedDict[int, SessionReader] = OrderedDict()
         self.on_stage: OnStage = no_timer
-        """Never called: a session has no stages that could be told apart."""
+        """Never called: reading a session has no separate stages."""
 
     def identity(self) -> dict[str, Any]:
         """See :meth:`train.data.batch.SampleSource.identity`."""

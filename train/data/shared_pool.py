@@ -1,23 +1,22 @@
-"""Memory that batches are made in and that is used again: slots shared with the loader processes.
+"""Recycled memory for batches: a pool of slots that the loader processes share.
 
 ::
 
-    main process                         loader process
+    main process                           loader process
     acquire() -> slot number  ---------->  arrays(slot)   decodes straight into them
-    view()    <- slot number  <----------
-      the batch's arrays; when the last array or tensor that looks into them is gone,
-      the slot is free to be taken again
+    view(slot)  <- slot number  <--------
+      the batch's arrays; when the last array or tensor that views them is gone, the slot is free
 
-Only numbers cross. Whether a slot is free is known to the main process alone, which gives it to a
-loader process together with the work: nobody waits for a slot, so nothing can lock up, and no slot
-is written to that somebody still looks into. New memory costs a page fault per 4 KiB, several times
-the price of writing to it; that is paid once per slot, not once per batch.
+Only numbers cross between processes. The main process alone knows which slots are free, and it
+sends a slot along with the work. No process waits for a slot, so nothing can deadlock, and no slot
+is overwritten while a view of it exists. New memory costs a page fault per 4 KiB, several times the
+cost of writing to it; a slot pays that once, not for every batch.
 
-The memory is a file without a name (memfd_create): no limit of /dev/shm counts, other processes get
-it whether they are forked or spawned, and it is gone with the last of them, however they end. Its
-pages are there when they are first written. The first `num_recycled` slots keep theirs; where the
-consumer holds more batches than that, further slots are used, and their pages go back to the system
-with the batch.
+The memory is an unnamed file (memfd_create). The limit of /dev/shm does not apply, forked and
+spawned processes both get it, and it disappears with the last of them, however they end. Pages are
+allocated when they are first written. The first `num_recycled` slots keep their pages. If the
+consumer holds more batches than that, further slots are used, and their pages are released with the
+batch.
 """
 
 from __future__ import annotations
@@ -43,19 +42,20 @@ if TYPE_CHECKING:
     from train.data.batch import ArrayForm
 
 _ALIGNMENT_BYTES = 64
-"""Arrays begin at a cache line; slots begin at a page."""
+"""Arrays start at a cache line, slots at a page."""
 
 
 class SharedBatchPool:
-    """Slots, each for the arrays of one batch.
+    """A pool of slots, each for the arrays of one batch.
 
     Args:
         forms: the arrays of a batch.
-        num_recycled: slots whose memory is kept: as many as are in work or held at any time.
+        num_recycled: slots that keep their memory: as many as are being made or held at any time.
 
     Attributes:
         slot_bytes: memory of one slot.
-        num_recycled: as given.
+        num_recycled: see above.
+        num_slots: the most batches that can be held; they would fill the machine's memory.
     """
 
     def __init__(self, forms: Mapping[str, ArrayForm], *, num_recycled: int) -> None:
@@ -67,7 +67,6 @@ class SharedBatchPool:
             end += _round_up(math.prod(form.shape) * form.dtype.itemsize, _ALIGNMENT_BYTES)
         self.slot_bytes = _round_up(max(end, 1), mmap.PAGESIZE)
         self.num_slots = max(num_recycled, _reservable_bytes() // self.slot_bytes)
-        """Nobody can hold more batches than fit in the machine's memory."""
         self._free_resident = list(reversed(range(num_recycled)))
         self._free_released: list[int] = []
         self._num_used = num_recycled
@@ -75,7 +74,7 @@ class SharedBatchPool:
         self._map(_make_file(self.num_slots * self.slot_bytes))
 
     def acquire(self) -> int:
-        """The number of a free slot; one whose memory is there already, if possible.
+        """Return the number of a free slot, if possible one whose memory is resident.
 
         Raises:
             EngineError: the batches that are held fill the machine's memory.
@@ -83,33 +82,32 @@ class SharedBatchPool:
         for free in (self._free_resident, self._free_released):
             try:
                 return free.pop()
-            except IndexError:  # asking first is no use: other threads may free and take as well
+            except IndexError:  # checking first would race with other threads
                 continue
         if self._num_used == self.num_slots:
             raise EngineError(
                 f"{self.num_slots} batches of {self.slot_bytes >> 20} MiB are held at once, as "
-                "much as this machine's memory (or a quarter of `ulimit -v`, or `ulimit -f`); let "
-                "go of batches that are done, copy what you keep of them"
+                "much as this machine's memory (or a quarter of `ulimit -v`, or `ulimit -f`); fix: "
+                "drop references to finished batches and copy the tensors that you keep"
             )
         self._num_used += 1
         return self._num_used - 1
 
     def arrays(self, slot: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a slot that was taken, to be written; they hold anything."""
+        """Return the arrays of an acquired slot for writing; their content is undefined."""
         start = slot * self.slot_bytes
-        return self._cut(self._bytes[start : start + self.slot_bytes])
+        return self._arrays_in(self._bytes[start : start + self.slot_bytes])
 
     def view(self, slot: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a slot that was written; it is free when the last view of them is gone."""
+        """Return the arrays of a written slot, which is free when the last view of them is gone."""
         lease = _BufferLease(self._bytes.ctypes.data + slot * self.slot_bytes, self.slot_bytes)
         weakref.finalize(lease, self._free, slot).atexit = False
-        return self._cut(np.asarray(lease))
+        return self._arrays_in(np.asarray(lease))
 
     def pin(self) -> None:
-        """Lock the recycled slots into memory, so that a GPU can copy from them by itself.
+        """Lock the recycled slots into memory, so that a GPU can copy from them asynchronously.
 
-        To be called once the loader processes have been started: what is locked need not be there
-        in a forked process.
+        Call it after the loader processes have started: a forked process may lack pinned pages.
 
         Raises:
             EngineError: the driver refuses.
@@ -120,12 +118,13 @@ class SharedBatchPool:
         if error:
             raise EngineError(
                 f"CUDA can't lock the loader's {length >> 20} MiB of memory (cudaHostRegister: "
-                f"error {error}); lower data.num_workers, data.prefetch_batches or data.batch_size"
+                f"error {error}); fix: lower data.num_workers, data.prefetch_batches or "
+                "data.batch_size"
             )
         weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a spawned process, which gets the same memory; it only writes what others took."""
+        """Return the state for a spawned process, which maps the same memory."""
         state = {k: v for k, v in self.__dict__.items() if k not in ("_memory", "_bytes")}
         return {**state, "_fd": DupFd(self._fd)}
 
@@ -135,7 +134,8 @@ class SharedBatchPool:
         self._map(fd)
 
     def _free(self, slot: int) -> None:
-        if os.getpid() != self._owner_pid:  # a process forked while batches were held
+        """Return a slot to the pool, and its pages to the system if it is not recycled."""
+        if os.getpid() != self._owner_pid:  # this process was forked while batches were held
             return
         if slot < self.num_recycled:
             self._free_resident.append(slot)
@@ -144,13 +144,14 @@ class SharedBatchPool:
             self._free_released.append(slot)
 
     def _map(self, fd: int) -> None:
+        """Map the whole file into this process."""
         self._fd = fd
         weakref.finalize(self, os.close, fd).atexit = False
         self._memory = mmap.mmap(fd, self.num_slots * self.slot_bytes)
         self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
 
-    def _cut(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Memory of one slot as its arrays."""
+    def _arrays_in(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Return the arrays in one slot's memory."""
         return {
             name: np.ndarray(form.shape, form.dtype, memory, offset)
             for name, (offset, form) in self._forms.items()
@@ -160,8 +161,8 @@ class SharedBatchPool:
 class _BufferLease:
     """One use of a slot: the object that all arrays and tensors of one batch keep alive.
 
-    A view of the whole memory would not do: NumPy lets a view of a view hold only the first. The
-    memory itself outlives it by the finalizer, which holds the ring.
+    A view of the whole memory would not do: in NumPy a view of a view refers to the original
+    array only. The finalizer refers to the pool, so that the memory outlives the lease.
     """
 
     def __init__(self, address: int, length_bytes: int) -> None:
@@ -174,10 +175,10 @@ class _BufferLease:
 
 
 def _make_file(length_bytes: int) -> int:
-    """A file without a name, of zeros; its descriptor.
+    """Create an unnamed file of zeros and return its descriptor.
 
     Raises:
-        EngineError: it may not be as long.
+        EngineError: a file may not be this long.
     """
     fd = os.memfd_create("batches")
     try:
@@ -186,15 +187,17 @@ def _make_file(length_bytes: int) -> int:
         os.close(fd)
         raise EngineError(
             f"the loader's batches need {length_bytes >> 20} MiB of shared memory: "
-            f"{error.strerror}; raise `ulimit -f`, or lower data.num_workers, "
+            f"{error.strerror}; fix: raise `ulimit -f`, or lower data.num_workers, "
             "data.prefetch_batches or data.batch_size"
         ) from error
     return fd
 
 
 def _reservable_bytes() -> int:
-    """Addresses to reserve: as many as there is memory, or a quarter of those that `ulimit -v`
-    leaves to the process, or what `ulimit -f` lets a file have.
+    """Return how much address space to reserve.
+
+    That is the machine's memory, at most a quarter of what `ulimit -v` allows the process and all
+    that `ulimit -f` allows a file.
     """
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
     shares = {resource.RLIMIT_AS: 4, resource.RLIMIT_FSIZE: 1}
@@ -204,4 +207,5 @@ def _reservable_bytes() -> int:
 
 
 def _round_up(length: int, step: int) -> int:
+    """Return the smallest multiple of `step` that is at least `length`."""
     return -(-length // step) * step

@@ -53,7 +53,7 @@ def slow_ticks(times, ids):
 
 
 @given(speech=spoken(), start=st.integers(0, 40_000))
-def test_tokens_lie_on_ticks_as_the_slow_reference_says(speech, start):
+def test_tokens_on_ticks_equal_the_slow_reference(speech, start):
     start_s = start / 4
     found = tokens_on_ticks(
         token_stream(*speech, start_s),
@@ -75,7 +75,7 @@ def test_no_token_is_seen_before_its_event_begins(speech):
             assert times[token - 1] / 100 < (tick + 1) / RATE_HZ
 
 
-def test_a_token_that_begins_with_a_tick_lies_on_it():
+def test_a_token_that_starts_with_a_tick_is_on_it():
     times_s = [k / 10 for k in range(NUM_TICKS)]  # 0.3 * 10 is not 3 to a float
     tokens = TokenStream(ids=tuple(range(1, NUM_TICKS + 1)), time_s=tuple(times_s))
     ticks = tokens_on_ticks(tokens, start_s=0.0, num_ticks=NUM_TICKS, tick_rate_hz=RATE_HZ)
@@ -86,7 +86,7 @@ def test_a_token_that_begins_with_a_tick_lies_on_it():
     ("time_s", "start_s"),
     [(1e308, 0.0), (1e308, -1e308), (-1e308, 0.0), (-1e308, 1e308), (1e300, 5.0)],
 )
-def test_a_time_beyond_all_windows_is_before_or_behind_this_one(time_s, start_s):
+def test_an_extreme_time_is_before_or_after_the_window(time_s, start_s):
     tokens = TokenStream(ids=(5,), time_s=(time_s,))
     ticks = tokens_on_ticks(tokens, start_s=start_s, num_ticks=NUM_TICKS, tick_rate_hz=RATE_HZ)
     assert ticks.tolist() == [5 if time_s < start_s else 0] + [0] * (NUM_TICKS - 1)
@@ -167,7 +167,7 @@ def test_a_batch_has_the_documented_form(source, pixels, picture):
     assert torch.equal(batch["weight"], torch.ones(3))
 
 
-def test_text_of_a_batch_lies_on_the_ticks_of_its_window(source):
+def test_text_of_a_batch_is_on_the_ticks_of_its_window(source):
     location = locate(source, "cat/000001")  # [0.25, 1.25) s; events at 0.1, 0.4, 0.7, 1.0 s
     batch = make_batch(source, [location])
     encode = source.tokenizer.encode
@@ -192,7 +192,7 @@ def test_text_of_a_batch_lies_on_the_ticks_of_its_window(source):
         ("eve/000000", ("vision_left", "audio", "internal_text", "external_text")),
     ],
 )
-def test_a_stream_that_is_lacking_is_zeros_and_invalid(source, session, lacks):
+def test_a_missing_stream_is_zeros_and_invalid(source, session, lacks):
     batch = make_batch(source, [locate(source, session)])
     for stream in lacks:
         assert not batch["inputs"][f"{stream}_valid"].any()
@@ -210,7 +210,7 @@ def test_numbers_have_no_nan_where_masked(source):
     assert int(batch["inputs"]["audio"].max()) < 16
 
 
-def test_only_the_heads_that_count_have_targets(source):
+def test_only_configured_heads_have_targets(source):
     batch = make_batch(source, places_of(source)[:1], heads=("audio",), modalities=["touch"])
     assert set(batch["inputs"]) == {"touch", "touch_valid"}
     assert set(batch["targets"]) == {"audio", "audio_valid"}

@@ -1,4 +1,4 @@
-"""Bad data in a loader: the sample is replaced, counted and named, alike for any workers."""
+"""Corrupt samples are substituted, counted and reported, alike for any number of workers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_flipped_byte_costs_its_sample_only(tiny_set, a_copy, column):
                 assert torch.equal(mine["inputs"]["audio"][i], whole["inputs"]["audio"][i])
 
 
-def test_a_skipped_sample_is_named_with_its_place_and_fault(a_copy):
+def test_a_skipped_sample_is_reported_with_its_file_offset_and_error(a_copy):
     key = damage(a_copy, "dmel.zarr.zip", shard=2, row=3)
     batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
     skip = skipped_of(batches)[0]
@@ -72,8 +72,8 @@ def test_a_skipped_sample_is_named_with_its_place_and_fault(a_copy):
         assert skip["offset"] == entry.header_offset + len(entry.FileHeader())
 
 
-def test_a_member_that_does_not_decode_is_named_with_its_place(a_copy):
-    """Its checksums are right, so that only the decoder can tell."""
+def test_a_member_that_does_not_decode_is_reported_with_its_offset(a_copy):
+    """The checksums are right, so that only the decoder detects it."""
     hostile_member("text", "text", lambda _: b"{}")(a_copy, random.Random(0))
     skip = skipped_of(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))[0]
     assert skip["file"] == f"{skip['shard']}.text.tar"
@@ -81,7 +81,7 @@ def test_a_member_that_does_not_decode_is_named_with_its_place(a_copy):
     assert f"{skip['file']} at {skip['offset']}: not a text member" in skip["error"]
 
 
-def test_a_shard_of_a_mix_is_named_with_its_set(a_copy, tiny_set):
+def test_a_shard_of_a_mix_is_reported_with_its_set(a_copy, tiny_set):
     damage(a_copy, "text.tar", shard=2)
     mix = [{"shards": str(a_copy), "name": "a"}, {"shards": str(tiny_set), "name": "b"}]
     config = tiny_sets.make_config(mix=mix, max_bad_fraction=1.0)
@@ -108,7 +108,9 @@ def padding_of(shards):
 
 
 @pytest.mark.parametrize("num_epochs", [None, 1])
-def test_padding_that_is_corrupt_is_told_once_where_it_is_a_sample(tiny_set, a_copy, num_epochs):
+def test_corrupt_padding_is_reported_once_at_the_position_where_it_is_a_sample(
+    tiny_set, a_copy, num_epochs
+):
     padded = padding_of(tiny_set)[0]
     damage(a_copy, "proprio.zarr.zip", key=padded)
     loader = make_loader(a_copy, num_epochs=num_epochs, max_bad_fraction=1.0)
@@ -131,10 +133,10 @@ def test_a_substitute_is_whole_and_counts_as_one_in_training(tiny_set, a_copy):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_finite_pass_counts_each_good_sample_once_and_tells_each_bad_one_once(
+def test_a_finite_pass_counts_each_good_sample_once_and_reports_each_corrupt_one_once(
     tiny_set, a_copy, num_workers
 ):
-    """Half of the samples are bad, so that substitutes are, too."""
+    """Half of the samples are corrupt, so that some substitutes are, too."""
     source = ShardSource(a_copy)
     locations = [p for p in tiny_sets.places_of(source) if not source.key(*p).startswith("dan")]
     bad = {damage(a_copy, "proprio.zarr.zip", shard=s, row=r) for s, r in locations[::2]}
@@ -147,7 +149,7 @@ def test_a_finite_pass_counts_each_good_sample_once_and_tells_each_bad_one_once(
 
 
 @pytest.mark.parametrize("fault", ["byte", "column", "index"])
-def test_bad_data_is_replaced_alike_for_any_number_of_workers(a_copy, fault):
+def test_substitutes_are_the_same_for_any_number_of_workers(a_copy, fault):
     if fault == "byte":
         damage(a_copy, "text.tar")
     else:
@@ -171,7 +173,7 @@ def test_a_missing_file_costs_the_samples_of_its_shard(a_copy, suffix):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_too_many_bad_samples_stop_the_run_with_one_plain_message(a_copy, num_workers):
+def test_too_many_corrupt_samples_stop_the_run_with_one_plain_message(a_copy, num_workers):
     damage(a_copy, "dmel.zarr.zip")
     loader = make_loader(a_copy, num_workers=num_workers)  # 1 of 30: more than 2 of 200
     with pytest.raises(TooManyCorruptSamplesError, match="max_bad_fraction allows 0") as found:
@@ -183,7 +185,7 @@ def test_too_many_bad_samples_stop_the_run_with_one_plain_message(a_copy, num_wo
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_set_of_which_nothing_can_be_read_says_so(a_copy, num_workers):
+def test_a_set_without_readable_samples_is_a_clear_error(a_copy, num_workers):
     for path in a_copy.glob("*.dmel.zarr.zip"):
         path.write_bytes(b"")
     loader = make_loader(a_copy, heads=("audio",), modalities=["audio"], num_workers=num_workers)
@@ -194,14 +196,14 @@ def test_a_set_of_which_nothing_can_be_read_says_so(a_copy, num_workers):
     assert "Traceback" not in message
 
 
-def test_a_sample_that_lacks_the_damaged_column_is_no_bad_sample(a_copy):
+def test_a_sample_that_lacks_the_damaged_column_is_not_corrupt(a_copy):
     for path in a_copy.glob("*.vision_right.tar"):
         path.write_bytes(b"")
     batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
     assert {skip["key"].partition("/")[0] for skip in skipped_of(batches)} == {"cat"}
 
 
-def test_what_only_the_disk_knows_is_a_bad_sample_too(tiny_set, monkeypatch):
+def test_a_read_error_of_the_disk_is_a_corrupt_sample(tiny_set, monkeypatch):
     def fail(*_):
         raise OSError(5, "Input/output error")
 

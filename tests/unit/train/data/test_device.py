@@ -9,7 +9,7 @@ from train.data.device import to_device
 
 
 def test_copies_to_a_gpu_are_done_when_the_batch_is_handed_out(monkeypatch):
-    """The loader's memory is written to again as soon as the batch is let go."""
+    """The loader recycles the memory as soon as the batch is released."""
     events = []
 
     class Stream:

@@ -1,6 +1,6 @@
-"""Whatever is damaged in a shard set, no wrong sample is trained on; `python
-tests/experiments/faults.py` tries
-more often.
+"""Damage of any kind in a shard set never gives a wrong sample.
+
+`python tests/experiments/faults.py` tries more often.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ OF_PICTURES = (
     "any single bit flipped",
     *(n for n in damage.FAULTS if "icture" in n or "H.264" in n),
 )
-"""What a codec can make a difference to."""
+"""Faults whose outcome may depend on the codec."""
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """By codec, a set and what it gives undamaged."""
+    """Return by codec a set and the samples that it gives undamaged."""
     found = {}
     for codec in ("mjpeg", "h264"):
         shards = tiny_sets.make_set(tmp_path_factory.mktemp(codec), vision={"codec": codec})
@@ -55,7 +55,7 @@ def test_no_damage_gives_a_wrong_sample_or_a_traceback(sets, codec, name):
         ("hostile: noise for pictures", "detected"),
     ],
 )
-def test_loader_processes_judge_damage_as_one_process_does(sets, name, outcome):
+def test_damage_has_the_same_outcome_in_loader_processes(sets, name, outcome):
     fault = damage.FAULTS[name][1]
     alone, others = (
         faults.try_fault(fault, *sets["h264"], name, num_workers=count) for count in (0, 2)
@@ -69,8 +69,8 @@ def test_an_undamaged_set_is_judged_unread(sets):
     assert reference.judge(shards) == ("unread", "")
 
 
-def test_a_replaced_sample_without_its_place_is_judged_unnamed(sets, tmp_path, monkeypatch):
-    """The judge itself."""
+def test_a_substituted_sample_without_its_offset_is_judged_unnamed(sets, tmp_path, monkeypatch):
+    """Test the judge itself."""
     shards, reference = sets["mjpeg"]
     copy = tiny_sets.copy_set(shards, tmp_path / "set")
     damage.hostile_member("text", "text", damage.noise)(copy, random.Random(0))
@@ -85,7 +85,7 @@ def test_a_replaced_sample_without_its_place_is_judged_unnamed(sets, tmp_path, m
 
 
 def test_another_sample_under_a_key_is_judged_silent(sets, tmp_path):
-    """The judge itself: a set whose pictures differ while every checksum is right."""
+    """Test the judge itself, on a set whose frames differ while every checksum is right."""
     shards, reference = sets["mjpeg"]
     content = damage.noise_pictures(random.Random(0))
     copy = tiny_sets.copy_set(shards, tmp_path / "set")

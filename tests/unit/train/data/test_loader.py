@@ -1,4 +1,4 @@
-"""The stream of batches: the same for any number of workers, from any position, past bad data."""
+"""The stream of batches: the same for any number of workers and from any position."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_epoch_holds_every_key_once_with_weight(tiny_set):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("position", [0, 1, 4, 6, 9])
-def test_a_loaded_state_goes_on_as_if_nothing_had_been(tiny_set, position, num_workers):
+def test_a_loaded_state_resumes_with_the_same_batches(tiny_set, position, num_workers):
     loader = make_loader(tiny_set)
     assert 4 < loader.batches_per_epoch < 9  # so that positions lie on both sides of the border
     expected = take(loader, 11)[position:]
@@ -93,7 +93,7 @@ def test_a_state_of_another_order_is_refused(tiny_set, key, value):
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(2, 0), (3, 1), (6, 0)])
-def test_smaller_batches_go_on_with_the_samples_of_larger_ones(tiny_set, batch_size, num_workers):
+def test_smaller_batches_resume_with_the_samples_of_larger_ones(tiny_set, batch_size, num_workers):
     larger = make_loader(tiny_set, batch_size=6)
     position = larger.batches_per_epoch + 2  # within the second epoch
     expected = [key for b in take(larger, position + 3)[position:] for key in b["keys"]]
@@ -103,7 +103,7 @@ def test_smaller_batches_go_on_with_the_samples_of_larger_ones(tiny_set, batch_s
     assert found == expected
 
 
-def test_a_feed_that_has_taken_nothing_yet_is_where_its_larger_batches_were(tiny_set):
+def test_a_feed_resumes_at_the_position_of_larger_batches(tiny_set):
     state = make_loader(tiny_set, batch_size=6).state_at(3)
     feed = BatchFeed(make_loader(tiny_set, batch_size=3), torch.device("cpu"), seed=0, state=state)
     assert feed.state()["next_batch"] == 6
@@ -148,7 +148,7 @@ def test_a_state_is_refused_once_reading_has_begun(tiny_set):
         loader.load_state_dict(loader.state_at(0))
 
 
-def test_every_iteration_begins_where_the_loader_was_told_to(tiny_set):
+def test_every_iteration_starts_at_the_loaded_state(tiny_set):
     loader = make_loader(tiny_set)
     loader.load_state_dict(loader.state_at(3))
     first = take(loader, 2)
@@ -181,12 +181,12 @@ def test_a_split_without_samples_is_refused(tiny_set):
         Loader(source, make_config(tiny_set))
 
 
-def test_a_batch_that_can_not_be_filled_is_refused(tiny_set):
+def test_a_batch_that_cannot_be_filled_is_refused(tiny_set):
     with pytest.raises(ConfigError, match=r"lower data\.batch_size"):
         make_loader(tiny_set, batch_size=1000, last_batch="drop")
 
 
-def test_no_data_named_is_refused():
+def test_a_config_without_data_is_refused():
     with pytest.raises(ConfigError, match=r"set data\.shards"):
         open_source(make_config(), split="train")
 
@@ -195,7 +195,7 @@ def test_no_data_named_is_refused():
 
 
 def bytes_read(monkeypatch, loader, count=3):
-    """Bytes of each column that the next batches read."""
+    """Count the bytes of each column that the next batches read."""
     read = {}
     original = ColumnFile.read
 
@@ -216,7 +216,7 @@ def test_text_only_reads_no_other_byte(tiny_set, monkeypatch):
     assert set(read) == {"text.tar"}
 
 
-def test_text_only_works_where_no_other_column_is_there(tiny_set, tmp_path):
+def test_text_only_works_without_the_other_columns(tiny_set, tmp_path):
     shards = tiny_sets.copy_set(tiny_set, tmp_path / "set")
     for path in (*shards.glob("*.zarr.zip"), *shards.glob("*.vision*"), *shards.glob("*.audio.*")):
         path.unlink()
@@ -230,13 +230,13 @@ def test_modalities_without_vision_read_none(tiny_set, monkeypatch):
     assert set(bytes_read(monkeypatch, loader)) == {"proprio.zarr.zip"}
 
 
-def test_one_eye_reads_one_eye(tiny_set, monkeypatch):
+def test_one_camera_reads_one_camera(tiny_set, monkeypatch):
     loader = make_loader(tiny_set, modalities=["vision_left"], heads=("audio",))
     assert set(bytes_read(monkeypatch, loader)) == {"vision_left.tar", "dmel.zarr.zip"}
 
 
 def slow_dense(path_of_text, streams):
-    """Tokens of a text member in order of time, thoughts first where both begin at once."""
+    """Return a text member's tokens by time; at equal times internal text comes first."""
     values = json.loads(path_of_text)
     events = []
     for stream in ("internal", "external"):

@@ -27,23 +27,23 @@ sets = st.lists(
 
 
 def slow_turns(weights):
-    """Set after set, for ever: of the turns that are released, that with the earliest deadline."""
-    total, given = sum(weights), [0] * len(weights)
+    """Yield the set of each turn: of the released turns, the one with the earliest deadline."""
+    total, taken = sum(weights), [0] * len(weights)
     for n in itertools.count():
-        released = [k for k, m in enumerate(weights) if given[k] * total // m <= n]
-        k = min(released, key=lambda k: (-(-(given[k] + 1) * total // weights[k]), k))
-        given[k] += 1
+        released = [k for k, m in enumerate(weights) if taken[k] * total // m <= n]
+        k = min(released, key=lambda k: (-(-(taken[k] + 1) * total // weights[k]), k))
+        taken[k] += 1
         yield k
 
 
 def slow_set(sizes, name):
-    """(shard, row) after (shard, row) of one set, epoch after epoch."""
+    """Yield (shard, row) of every sample of one set, epoch after epoch."""
     for epoch in itertools.count():
         yield from slow_epoch(sizes, name, SEED, epoch, BLOCK_SHARDS)
 
 
 def slow_mix(mix):
-    """(set, shard, row) of every sample of a mix of (shard sizes, weight), for ever."""
+    """Yield (set, shard, row) of the samples of a mix of (shard sizes, weight), without end."""
     streams = [slow_set(sizes, f"set{k}") for k, (sizes, _) in enumerate(mix)]
     for k in slow_turns([weight for _, weight in mix]):
         yield (k, *next(streams[k]))
@@ -61,7 +61,7 @@ def make_order(mix, *, batch_size=4, rank=0, world_size=1):
 
 
 def locations(plan, mix):
-    """(set, shard, row) of a batch; shards are numbered through all sets."""
+    """Return (set, shard, row) of a batch, whose shards are numbered across all sets."""
     owners = [(k, shard) for k, (sizes, _) in enumerate(mix) for shard in range(len(sizes))]
     return [(*owners[s], r) for s, r in zip(plan.shards.tolist(), plan.rows.tolist(), strict=True)]
 
@@ -80,12 +80,12 @@ def locations(plan, mix):
         ([1e-9, 1], [1, MAX_TURNS - 1]),  # as fine as it gets
     ],
 )
-def test_weights_become_the_smallest_whole_numbers(given_weights, expected):
+def test_weights_become_the_smallest_integers(given_weights, expected):
     assert integer_weights(given_weights) == expected
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20))
-def test_whole_weights_keep_the_shares(given_weights):
+def test_integer_weights_keep_the_shares(given_weights):
     found = integer_weights(given_weights)
     assert min(found) >= 1
     assert sum(found) <= MAX_TURNS
@@ -99,7 +99,7 @@ def test_whole_weights_keep_the_shares(given_weights):
 
 
 @given(weights=weights)
-def test_turns_are_those_of_the_walk(weights):
+def test_turns_equal_the_slow_reference(weights):
     count = 2 * sum(weights) + 3
     expected = list(itertools.islice(slow_turns(weights), count))
     schedule, before = InterleaveSchedule(weights), Counter()
@@ -112,7 +112,7 @@ def test_turns_are_those_of_the_walk(weights):
 
 
 @given(weights=weights)
-def test_every_set_always_has_its_share_to_within_one(weights):
+def test_every_set_has_its_share_to_within_one_sample_at_any_time(weights):
     total = sum(weights)
     sets, _ = InterleaveSchedule(weights).locate(np.arange(2 * total))
     for k, weight in enumerate(weights):
@@ -135,7 +135,7 @@ def test_turns_of_far_away_positions_are_exact():
 
 
 @given(mix=sets, batch_size=st.integers(1, 9), start=st.integers(0, 8))
-def test_batches_are_those_of_the_walk_from_any_position_on(mix, batch_size, start):
+def test_batches_equal_the_slow_reference_from_any_position(mix, batch_size, start):
     order = make_order(mix, batch_size=batch_size)
     walk = list(itertools.islice(slow_mix(mix), (start + 5) * batch_size))
     for index in range(start, start + 5):
@@ -165,28 +165,28 @@ def test_ranks_divide_a_global_batch(mix, per_rank, world_size):
 
 @settings(max_examples=50)
 @given(mix=sets, batch_size=st.integers(1, 6), index=st.integers(0, 20))
-def test_what_is_read_was_told_before(mix, batch_size, index):
+def test_the_shards_of_a_batch_are_listed_before_it_is_read(mix, batch_size, index):
     order = make_order(mix, batch_size=batch_size)
     plan = order.plan(index)
-    told = set(order.list_shards(order.find_blocks(plan)))
+    listed = set(order.list_shards(order.find_blocks(plan)))
     firsts = np.concatenate([[0], np.cumsum([len(sizes) for sizes, _ in mix])])
     walk = itertools.islice(slow_mix(mix), index * batch_size, (index + 1) * batch_size)
-    assert {int(firsts[k]) + shard for k, shard, _ in walk} <= told
+    assert {int(firsts[k]) + shard for k, shard, _ in walk} <= listed
     # of every set something is coming, also of those that this batch has nothing of
-    assert all(told & set(range(firsts[k], firsts[k + 1])) for k in range(len(mix)))
+    assert all(listed & set(range(firsts[k], firsts[k + 1])) for k in range(len(mix)))
 
 
-def test_the_block_after_a_sets_newest_is_told_too():
+def test_the_block_after_a_sets_newest_is_listed_too():
     order = make_order([([1] * 6, 1)], batch_size=1)
     in_turn = [shard for shard, _ in itertools.islice(slow_set([1] * 6, "set0"), 12)]
     for index, expected in ((0, in_turn[:4]), (2, in_turn[2:6]), (5, in_turn[4:6])):
-        told = order.list_shards(order.find_blocks(order.plan(index)))
-        assert set(told[: len(expected)]) == set(expected)
-        assert len(told) == 4  # the next epoch's first block after the last one
+        listed = order.list_shards(order.find_blocks(order.plan(index)))
+        assert set(listed[: len(expected)]) == set(expected)
+        assert len(listed) == 4  # the next epoch's first block after the last one
 
 
 @given(mix=sets, index=st.integers(0, 9), attempt=st.integers(0, 3))
-def test_a_stand_in_is_another_sample_of_the_same_set(mix, index, attempt):
+def test_a_substitute_is_another_sample_of_the_same_set(mix, index, attempt):
     order = make_order(mix, batch_size=4)
     shares = [make_order(mix, batch_size=4, rank=r, world_size=2) for r in range(2)]
     plan = order.plan(index)

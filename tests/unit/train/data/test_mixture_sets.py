@@ -1,4 +1,4 @@
-"""Mixed shard sets as the trainer meets them: files, workers, resuming, damage, TensorBoard."""
+"""Mixed shard sets in training: files, workers, resuming, damage, TensorBoard."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WEIGHTS = {"home": 2, "away": 1}
 
 @pytest.fixture(scope="module")
 def away_set(tiny_set, tmp_path_factory):
-    """Other sessions (fay, gus), JPEG pictures, the same tokenizer."""
+    """Build a set of other sessions (fay, gus) with JPEG frames and the same tokenizer."""
     root = tmp_path_factory.mktemp("mixed")
     sessions = tiny_sets.write_sessions(root / "sessions")
     for old, new in {"ann": "fay", "cat": "gus", "bob": "bob"}.items():
@@ -56,15 +56,15 @@ def make_loader(config, *, rank=0, world_size=1):
 
 
 def take(loader, count):
-    """Copies: a batch's memory is used again."""
+    """Copy the next batches, whose memory is recycled."""
     return [
         {**b, "inputs": {n: t.clone() for n, t in b["inputs"].items()}}
         for b in itertools.islice(loader, count)
     ]
 
 
-def facts(batches):
-    """What two streams must agree in."""
+def content(batches):
+    """Return what two streams must agree in."""
     return [
         (b["index"], b["keys"], b["samples_of"], {n: t.tolist() for n, t in b["inputs"].items()})
         for b in batches
@@ -129,9 +129,9 @@ def test_held_out_sessions_are_those_of_all_sets_once(tiny_set, away_set):
 
 def test_workers_ranks_and_resuming_change_nothing(tiny_set, away_set):
     config = make_config(tiny_set, away_set, batch_size=4)
-    expected = facts(take(make_loader(config), 9))
+    expected = content(take(make_loader(config), 9))
     with_workers = make_config(tiny_set, away_set, batch_size=4, num_workers=2)
-    assert facts(take(make_loader(with_workers), 9)) == expected
+    assert content(take(make_loader(with_workers), 9)) == expected
 
     ranks = [take(make_loader(config, rank=r, world_size=2), 9) for r in range(2)]
     assert [a["keys"] + b["keys"] for a, b in zip(*ranks, strict=True)] == [
@@ -141,7 +141,7 @@ def test_workers_ranks_and_resuming_change_nothing(tiny_set, away_set):
 
     resumed = make_loader(with_workers)
     resumed.load_state_dict(json.loads(json.dumps(make_loader(config).state_at(4))))
-    assert facts(take(resumed, 5)) == expected[4:]
+    assert content(take(resumed, 5)) == expected[4:]
 
 
 def test_a_state_of_another_mix_is_refused(tiny_set, away_set):
@@ -159,12 +159,12 @@ def test_a_state_of_another_mix_is_refused(tiny_set, away_set):
         Loader(ShardSource(tiny_set), alone).load_state_dict(state)
 
 
-def test_the_same_shares_in_other_words_are_the_same_mix(tiny_set, away_set):
+def test_equal_shares_written_differently_are_the_same_mix(tiny_set, away_set):
     loader = make_loader(make_config(tiny_set, away_set))
     weights = {"away": 0.25, "home": 0.5}
     same = make_loader(make_config(tiny_set, away_set, weights=weights, last_batch="drop"))
     same.load_state_dict(loader.state_at(3))
-    assert facts(take(same, 2)) == facts(take(loader, 5))[3:]
+    assert content(take(same, 2)) == content(take(loader, 5))[3:]
 
 
 def test_a_damaged_sample_is_replaced_from_its_own_set(tiny_set, away_set, tmp_path):
@@ -188,26 +188,26 @@ def test_a_damaged_sample_is_replaced_from_its_own_set(tiny_set, away_set, tmp_p
     assert all(key.partition("/")[0] in {"fay", "gus"} for pair in changed for key in pair)
 
 
-# --- what is opened and told -----------------------------------------------------------------
+# --- what is opened and prefetched ---------------------------------------------------------
 
 
-def test_a_set_is_told_only_of_its_own_blocks(tiny_set, away_set, monkeypatch):
-    told = []
+def test_a_set_prefetches_only_its_own_blocks_and_each_once(tiny_set, away_set, monkeypatch):
+    prefetched = []
     original = ShardSource.prefetch_shards
 
     def note(self, shards, streams):
-        told.append((str(self.manifest.root), list(shards)))
+        prefetched.append((str(self.manifest.root), list(shards)))
         original(self, shards, streams)
 
     monkeypatch.setattr(ShardSource, "prefetch_shards", note)
     take(make_loader(make_config(tiny_set, away_set, shuffle_block_shards=1, batch_size=2)), 40)
     for location in (tiny_set, away_set):
-        own = [shards for root, shards in told if root == str(location)]
+        own = [shards for root, shards in prefetched if root == str(location)]
         assert len(own) > 2
         assert all(one != other for one, other in itertools.pairwise(own))
 
 
-def test_a_set_without_room_in_the_cache_closes_what_the_others_read(tiny_set, away_set):
+def test_a_set_that_needs_cache_space_closes_files_of_the_others(tiny_set, away_set):
     source = open_source(make_config(tiny_set, away_set), split="train")
     home, away = source.sources["home"], source.sources["away"]
     home.shard(0), home.shard(1), away.shard(0)
@@ -222,7 +222,7 @@ def test_a_set_without_room_in_the_cache_closes_what_the_others_read(tiny_set, a
 # --- configuration ---------------------------------------------------------------------------
 
 
-def test_sets_that_one_model_can_not_read_are_refused(tiny_set, tmp_path):
+def test_sets_that_one_model_cannot_read_are_refused(tiny_set, tmp_path):
     coarse = tiny_sets.make_set(tmp_path / "coarse", mel={"channels": 8})
     with pytest.raises(ConfigError, match=r"away has mel .* in its recipe, home .*build one"):
         open_source(make_config(tiny_set, coarse), split="train")
@@ -250,7 +250,7 @@ def test_sets_that_one_model_can_not_read_are_refused(tiny_set, tmp_path):
         ({"mix": [{"shards": "a", "name": "a/b"}]}, "match pattern"),
     ],
 )
-def test_mixes_that_mean_nothing_are_refused(data, complaint):
+def test_invalid_mixes_are_refused(data, complaint):
     with pytest.raises(ConfigError, match=re.escape(complaint)) as caught:
         make_section(TrainConfig, {"data": data})
     assert len(str(caught.value).splitlines()) == 1
@@ -263,7 +263,7 @@ def test_a_signature_in_a_url_is_no_part_of_a_sets_name():
     assert part.title == "my-set"
 
 
-def test_a_set_that_is_not_there_is_named(tiny_set, tmp_path):
+def test_a_missing_set_is_named(tiny_set, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"data: {{mix: [{{shards: {tiny_set}, name: home}}, {{shards: {tmp_path}/none}}]}}"

@@ -1,4 +1,4 @@
-"""Sessions read directly: the walkthrough's way, and what real recorders give."""
+"""Sessions read directly: the walkthrough's calls, and real recordings."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_another_recipe_or_session_is_another_fingerprint(tiny_sessions, tmp_pat
     assert SessionSource(copied, recipe=recipe).fingerprint != here
 
 
-def test_a_file_that_went_away_is_a_corrupt_sample(tiny_sessions, tmp_path):
+def test_a_deleted_file_is_a_corrupt_sample(tiny_sessions, tmp_path):
     copied = shutil.copytree(tiny_sessions, tmp_path / "sessions")
     source = SessionSource(copied, recipe=set_recipe())
     shutil.rmtree(copied / "ann")
@@ -152,7 +152,7 @@ def test_a_tokenizer_larger_than_the_recipes_vocabulary_is_refused(tiny_sessions
 
 @pytest.fixture(scope="module")
 def real_set(real_sessions, tmp_path_factory):
-    """Every real session in a set; small pictures so that it is quick."""
+    """Build a set of every real session, with small frames so that it is quick."""
     out = tmp_path_factory.mktemp("real") / "shards"
     recipe = Recipe.model_validate(
         {
@@ -166,7 +166,7 @@ def real_set(real_sessions, tmp_path_factory):
         return build_shards(real_sessions[0].parent, out, recipe=recipe, cluster=cluster)
 
 
-def test_every_real_session_is_in_the_shards_or_said_to_be_not(real_set, real_sessions):
+def test_every_real_session_is_in_the_shards_or_rejected(real_set, real_sessions):
     source = ShardSource(real_set.manifest.root)
     keys = [source.key(*location) for location in tiny_sets.places_of(source)]
     named = {key.partition("/")[0] for key in keys} | {r["session"] for r in real_set.rejected}
@@ -184,7 +184,7 @@ def test_every_real_session_is_in_the_shards_or_said_to_be_not(real_set, real_se
     assert counts["windows_planned"] > 0
 
 
-def test_every_real_sample_can_be_learned_from(real_set):
+def test_every_real_sample_gives_finite_losses_and_gradients(real_set):
     config = make_config(real_set.manifest.root, batch_size=8)
     loader = Loader(ShardSource(real_set.manifest.root), config, num_epochs=1)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Shards against sessions read directly, and against readers that are not ours."""
+"""Shards compared with sessions read directly, and with stock readers."""
 
 from __future__ import annotations
 

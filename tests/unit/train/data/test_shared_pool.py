@@ -1,4 +1,4 @@
-"""Batches in recycled shared memory: never overwritten while in use; nothing stays behind."""
+"""Batches in recycled shared memory: never overwritten while in use, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -49,91 +49,91 @@ few_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 wor
         max_size=5,
     )
 )
-def test_what_is_written_to_a_slot_is_what_is_lent(forms):
-    ring = SharedBatchPool({name: ArrayForm(*form) for name, form in forms.items()}, num_recycled=2)
+def test_a_view_of_a_slot_shows_what_was_written_to_it(forms):
+    pool = SharedBatchPool({name: ArrayForm(*form) for name, form in forms.items()}, num_recycled=2)
     expected = []
-    for slot in (ring.acquire(), ring.acquire()):
+    for slot in (pool.acquire(), pool.acquire()):
         values = {}
-        for name, array in ring.arrays(slot).items():
+        for name, array in pool.arrays(slot).items():
             assert (array.shape, array.dtype) == forms[name]
             assert array.ctypes.data % 64 == 0
             values[name] = np.random.default_rng(slot).integers(0, 2, array.shape)
             array[...] = values[name]
         expected.append((slot, values))
     for slot, values in expected:
-        lent = ring.view(slot)
-        assert set(lent) == set(values)
-        for name, array in lent.items():
+        arrays = pool.view(slot)
+        assert set(arrays) == set(values)
+        for name, array in arrays.items():
             np.testing.assert_array_equal(array, values[name])
 
 
 VIEWS = {
-    "array": lambda lent: lent["pixels"],
-    "view of a view": lambda lent: lent["pixels"][1:][..., ::2].T,
-    "tensor": lambda lent: torch.as_tensor(lent["numbers"]),
-    "view of a tensor": lambda lent: torch.as_tensor(lent["numbers"]).view(torch.uint8)[1, 3:],
-    "detached tensor": lambda lent: torch.as_tensor(lent["numbers"]).detach(),
-    "storage": lambda lent: torch.as_tensor(lent["numbers"]).untyped_storage(),
-    "memoryview": lambda lent: memoryview(lent["valid"]),
+    "array": lambda arrays: arrays["pixels"],
+    "view of a view": lambda arrays: arrays["pixels"][1:][..., ::2].T,
+    "tensor": lambda arrays: torch.as_tensor(arrays["numbers"]),
+    "view of a tensor": lambda arrays: torch.as_tensor(arrays["numbers"]).view(torch.uint8)[1, 3:],
+    "detached tensor": lambda arrays: torch.as_tensor(arrays["numbers"]).detach(),
+    "storage": lambda arrays: torch.as_tensor(arrays["numbers"]).untyped_storage(),
+    "memoryview": lambda arrays: memoryview(arrays["valid"]),
 }
 
 
 @pytest.mark.parametrize("look", VIEWS)
-def test_a_slot_is_free_when_the_last_look_into_it_is_gone(look):
-    ring = SharedBatchPool(FORMS, num_recycled=1)
-    slot = ring.acquire()
-    lent = ring.view(slot)
-    view = VIEWS[look](lent)
-    del lent
-    assert ring.acquire() != slot
+def test_a_slot_is_free_when_the_last_view_of_it_is_gone(look):
+    pool = SharedBatchPool(FORMS, num_recycled=1)
+    slot = pool.acquire()
+    arrays = pool.view(slot)
+    view = VIEWS[look](arrays)
+    del arrays
+    assert pool.acquire() != slot
     del view
-    assert ring.acquire() == slot
+    assert pool.acquire() == slot
 
 
-def test_what_is_looked_into_outlives_the_ring():
-    ring = SharedBatchPool(FORMS, num_recycled=1)
-    lent = ring.view(ring.acquire())
-    lent["numbers"][...] = 7
-    tensor = torch.as_tensor(lent["numbers"])
-    del ring, lent
+def test_a_view_outlives_the_pool():
+    pool = SharedBatchPool(FORMS, num_recycled=1)
+    arrays = pool.view(pool.acquire())
+    arrays["numbers"][...] = 7
+    tensor = torch.as_tensor(arrays["numbers"])
+    del pool, arrays
     assert bool((tensor == 7).all())
 
 
-def allocated_bytes(ring):
-    return os.fstat(ring._fd).st_blocks * 512
+def allocated_bytes(pool):
+    return os.fstat(pool._fd).st_blocks * 512
 
 
-def test_memory_beyond_the_recycled_slots_is_given_back():
+def test_memory_beyond_the_recycled_slots_is_released():
     forms = {"pixels": ArrayForm((100_000,), np.dtype(np.uint8))}
-    ring = SharedBatchPool(forms, num_recycled=2)
-    assert allocated_bytes(ring) == 0
+    pool = SharedBatchPool(forms, num_recycled=2)
+    assert allocated_bytes(pool) == 0
     for _ in range(3):
         held = []
         for number in range(7):
-            slot = ring.acquire()
-            ring.arrays(slot)["pixels"][...] = number
-            held.append(ring.view(slot)["pixels"])
-        assert allocated_bytes(ring) == 7 * ring.slot_bytes
+            slot = pool.acquire()
+            pool.arrays(slot)["pixels"][...] = number
+            held.append(pool.view(slot)["pixels"])
+        assert allocated_bytes(pool) == 7 * pool.slot_bytes
         assert [int(pixels[-1]) for pixels in held] == list(range(7))
         held.clear()
-        assert allocated_bytes(ring) == 2 * ring.slot_bytes
+        assert allocated_bytes(pool) == 2 * pool.slot_bytes
 
 
 def test_more_batches_than_fit_into_memory_are_refused(monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 3)
-    ring = SharedBatchPool({"pixels": ArrayForm((4096,), np.dtype(np.uint8))}, num_recycled=1)
-    held = [ring.view(ring.acquire()) for _ in range(3)]
+    pool = SharedBatchPool({"pixels": ArrayForm((4096,), np.dtype(np.uint8))}, num_recycled=1)
+    held = [pool.view(pool.acquire()) for _ in range(3)]
     with pytest.raises(EngineError, match="3 batches of 0 MiB are held at once"):
-        ring.acquire()
+        pool.acquire()
     held.pop()
-    assert ring.acquire() == 2
+    assert pool.acquire() == 2
 
 
 def test_few_addresses_are_reserved_where_the_process_may_have_few(monkeypatch):
     limits = {resource.RLIMIT_AS: 64 << 20, resource.RLIMIT_FSIZE: resource.RLIM_INFINITY}
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], limits[which]))
-    ring = SharedBatchPool({"pixels": ArrayForm((1 << 20,), np.dtype(np.uint8))}, num_recycled=1)
-    assert ring.num_slots * ring.slot_bytes == 16 << 20
+    pool = SharedBatchPool({"pixels": ArrayForm((1 << 20,), np.dtype(np.uint8))}, num_recycled=1)
+    assert pool.num_slots * pool.slot_bytes == 16 << 20
 
 
 SHORT_FILES = """
@@ -143,16 +143,19 @@ from train.data.batch import ArrayForm
 from train.data.shared_pool import SharedBatchPool
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, resource.RLIM_INFINITY))
-ring = SharedBatchPool(
+pool = SharedBatchPool(
     {"pixels": ArrayForm((1 << 20,), np.dtype(np.uint8))}, num_recycled=int(sys.argv[1])
 )
-print(ring.num_slots)
+print(pool.num_slots)
 """
 
 
 @pytest.mark.parametrize(
     ("num_recycled", "said"),
-    [(3, "8\n"), (9, "batches need 9 MiB of shared memory: File too large; raise `ulimit -f`")],
+    [
+        (3, "8\n"),
+        (9, "batches need 9 MiB of shared memory: File too large; fix: raise `ulimit -f`"),
+    ],
 )
 def test_the_memory_is_no_longer_than_a_file_may_be(num_recycled, said):
     command = [sys.executable, "-c", SHORT_FILES, str(num_recycled)]
@@ -160,18 +163,18 @@ def test_the_memory_is_no_longer_than_a_file_may_be(num_recycled, said):
     assert said in done.stdout + done.stderr
 
 
-def test_garbage_of_a_forked_process_frees_nothing():
-    ring = SharedBatchPool(FORMS, num_recycled=0)
-    slot = ring.acquire()
-    lent = ring.view(slot)
-    lent["pixels"][...] = 5
+def test_garbage_collection_in_a_forked_process_frees_no_slot():
+    pool = SharedBatchPool(FORMS, num_recycled=0)
+    slot = pool.acquire()
+    arrays = pool.view(slot)
+    arrays["pixels"][...] = 5
     child = os.fork()
     if child == 0:
-        lent.clear()
+        arrays.clear()
         gc.collect()
-        os._exit(0 if ring.acquire() == slot + 1 else 1)
+        os._exit(0 if pool.acquire() == slot + 1 else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert (lent["pixels"] == 5).all()
+    assert (arrays["pixels"] == 5).all()
 
 
 class FakeCuda:
@@ -189,25 +192,27 @@ class FakeCuda:
         self.calls.append(("unregister", address, bytes((ctypes.c_char * 2).from_address(address))))
 
 
-def test_recycled_memory_is_pinned_once_and_unpinned_while_it_is_still_there(monkeypatch):
+def test_recycled_memory_is_pinned_once_and_unpinned_before_it_is_unmapped(monkeypatch):
     cuda = FakeCuda()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
-    ring = SharedBatchPool(FORMS, num_recycled=3)
-    ring.pin()
-    slots = [ring.acquire() for _ in range(3)]
-    lent = ring.view(min(slots))["pixels"]
-    lent[...] = ord("x")
-    address = lent.ctypes.data
-    assert cuda.calls == [("register", address, 3 * ring.slot_bytes, 0)]
-    del ring
+    pool = SharedBatchPool(FORMS, num_recycled=3)
+    pool.pin()
+    slots = [pool.acquire() for _ in range(3)]
+    arrays = pool.view(min(slots))["pixels"]
+    arrays[...] = ord("x")
+    address = arrays.ctypes.data
+    assert cuda.calls == [("register", address, 3 * pool.slot_bytes, 0)]
+    del pool
     assert len(cuda.calls) == 1  # a batch is still held
-    del lent
+    del arrays
     assert cuda.calls[1:] == [("unregister", address, b"xx")]
 
 
-def test_memory_that_can_not_be_pinned_is_a_clear_error(monkeypatch):
+def test_memory_that_cannot_be_pinned_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: FakeCuda(error=2))
-    with pytest.raises(EngineError, match=r"cudaHostRegister: error 2\); lower data.num_workers"):
+    with pytest.raises(
+        EngineError, match=r"cudaHostRegister: error 2\); fix: lower data.num_workers"
+    ):
         SharedBatchPool(FORMS, num_recycled=3).pin()
 
 
@@ -221,7 +226,7 @@ def test_memory_that_can_not_be_pinned_is_a_clear_error(monkeypatch):
         ("cuda", HEADS, 1, 0),  # a few held-out batches are not worth it
     ],
 )
-def test_memory_is_pinned_where_an_endless_stream_goes_to_a_gpu(
+def test_memory_is_pinned_if_an_endless_stream_goes_to_a_gpu(
     tiny_set, monkeypatch, device, heads, num_epochs, pinned
 ):
     cuda, dense = FakeCuda(), []
@@ -246,16 +251,16 @@ def test_memory_is_pinned_where_an_endless_stream_goes_to_a_gpu(
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Every slot is full of 0xFF when it is taken."""
-    take = SharedBatchPool.acquire
+    """Fill every slot with 0xFF when it is acquired."""
+    acquire = SharedBatchPool.acquire
 
-    def take_poisoned(self):
-        slot = take(self)
+    def acquire_poisoned(self):
+        slot = acquire(self)
         start = slot * self.slot_bytes
         self._bytes[start : start + self.slot_bytes] = 0xFF
         return slot
 
-    monkeypatch.setattr(SharedBatchPool, "acquire", take_poisoned)
+    monkeypatch.setattr(SharedBatchPool, "acquire", acquire_poisoned)
 
 
 def make_loader(shards, *, num_epochs=1, **options):
@@ -307,15 +312,15 @@ def test_stale_memory_never_shows(tiny_set, poisoned, num_workers, heads):
 )
 def test_stale_memory_never_shows_in_any_choice_of_streams(tiny_set, batch_size, modalities, heads):
     with pytest.MonkeyPatch.context() as patch:
-        take = SharedBatchPool.acquire
+        acquire = SharedBatchPool.acquire
 
-        def take_poisoned(ring):
-            slot = take(ring)
-            for array in ring.arrays(slot).values():
+        def acquire_poisoned(pool):
+            slot = acquire(pool)
+            for array in pool.arrays(slot).values():
                 array.view(np.uint8)[...] = 0xFF
             return slot
 
-        patch.setattr(SharedBatchPool, "acquire", take_poisoned)
+        patch.setattr(SharedBatchPool, "acquire", acquire_poisoned)
         loader = make_loader(
             tiny_set, batch_size=batch_size, modalities=sorted(modalities), heads=tuple(heads)
         )
@@ -323,7 +328,7 @@ def test_stale_memory_never_shows_in_any_choice_of_streams(tiny_set, batch_size,
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_substitute_covers_what_the_corrupt_sample_left(
+def test_a_substitute_overwrites_what_the_corrupt_sample_left(
     tiny_set, tmp_path, poisoned, num_workers
 ):
     shards = tiny_sets.copy_set(tiny_set, tmp_path / "set")
@@ -365,7 +370,7 @@ def test_a_part_of_each_batch_can_be_kept(tiny_set, num_workers):
 def test_a_plain_loop_takes_no_slot_beyond_those_recycled(tiny_set, monkeypatch, num_workers):
     taken, take = [], SharedBatchPool.acquire
     monkeypatch.setattr(
-        SharedBatchPool, "acquire", lambda ring: taken.append(take(ring)) or taken[-1]
+        SharedBatchPool, "acquire", lambda pool: taken.append(take(pool)) or taken[-1]
     )
     loader = make_loader(tiny_set, num_workers=num_workers, num_epochs=8)
     for _ in loader:
@@ -383,23 +388,24 @@ def test_iterators_of_one_loader_do_not_disturb_each_other(tiny_set, num_workers
     assert_right(loader, [one for one, _ in pairs])
 
 
-RING_FILES = ("pipe:", "socket:", "/memfd:")
+POOL_FILES = ("pipe:", "socket:", "/memfd:")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_iterators_dropped_half_way_leave_nothing_open(tiny_set, num_workers):
     loader = make_loader(tiny_set, num_workers=num_workers)
-    before, mapped = open_files(RING_FILES), mapped_rings()
+    before, mapped = open_files(POOL_FILES), mapped_pools()
     for count in (1, 2, 3, 1):
         assert_right(loader, list(itertools.islice(loader, count)))
     assert not multiprocessing.active_children()
-    assert not open_files(RING_FILES) - before  # nothing new
-    assert not mapped_rings() - mapped
+    assert not open_files(POOL_FILES) - before  # nothing new
+    assert not mapped_pools() - mapped
 
 
-def mapped_rings():
-    """Inodes of the rings in this process. Errors of earlier tests may hold some, and let go of
-    them at any time: what counts is that none is new.
+def mapped_pools():
+    """Return the inodes of the pools that this process maps.
+
+    Errors of earlier tests may hold some and release them at any time, so only new ones count.
     """
     lines = Path("/proc/self/maps").read_text(encoding="ascii").splitlines()
     return {line.split()[4] for line in lines if "memfd:batches" in line}

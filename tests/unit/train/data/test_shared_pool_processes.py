@@ -1,4 +1,4 @@
-"""Rings whose processes end otherwise: killed workers, a killed trainer, other ways to start."""
+"""The pool with killed workers, a killed trainer, and other ways to start processes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def trainer(tiny_set, tmp_path):
-    """Starts a process that holds batches of two workers; its files lie in a folder of its own."""
+    """Start a process that holds batches of two workers, with a folder of its own for its files."""
     started = []
 
     def start(method="fork", what="all"):
