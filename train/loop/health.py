@@ -73,7 +73,7 @@ class LogPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class HealthFinding:
     """A problem that a rule found, with the walkthrough's advice."""
 
     rule: str
@@ -101,7 +101,7 @@ class Rule:
     """Whether the rule is skipped in the first steps, where every untrained model breaks it."""
 
 
-def check(history: Sequence[LogPoint], *, quiet_steps: int = QUIET_STEPS) -> list[Finding]:
+def check(history: Sequence[LogPoint], *, quiet_steps: int = QUIET_STEPS) -> list[HealthFinding]:
     """Return all findings at the end of a history, in the order of the table.
 
     Args:
@@ -117,7 +117,7 @@ def check(history: Sequence[LogPoint], *, quiet_steps: int = QUIET_STEPS) -> lis
             continue
         if (problem := rule.find(history)) is not None:
             findings.append(
-                Finding(
+                HealthFinding(
                     rule=rule.name,
                     metric=problem[0],
                     step=step,
@@ -137,12 +137,12 @@ class HealthWatch:
     history: list[LogPoint] = field(default_factory=list)
     _reported_at: dict[tuple[str, str], int] = field(default_factory=dict)
 
-    def observe(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
+    def observe(self, step: int, metrics: Mapping[str, float]) -> list[HealthFinding]:
         """Add a log point; return the findings to report."""
         self.history.append(LogPoint(step=step, metrics=dict(metrics)))
         return self._due(check(self.history, quiet_steps=self.quiet_steps))
 
-    def observe_held_out(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
+    def observe_held_out(self, step: int, metrics: Mapping[str, float]) -> list[HealthFinding]:
         """Return the findings to report about held-out metrics, named ``val/...``.
 
         They enter no history, so only the rules about ranges apply.
@@ -150,7 +150,7 @@ class HealthWatch:
         point = LogPoint(step=step, metrics=metrics)
         return self._due(check([point], quiet_steps=self.quiet_steps))
 
-    def _due(self, findings: Sequence[Finding]) -> list[Finding]:
+    def _due(self, findings: Sequence[HealthFinding]) -> list[HealthFinding]:
         """Select the findings that were not reported within the last logs."""
         num_logs = len(self.history)
         due = []

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from shared.recipe import Split
-    from train.loop.health import Finding
+    from train.loop.health import HealthFinding
     from train.loop.sample_logging import LoggedWindow
 
 QUARANTINE_NAME: Final = "quarantine.jsonl"
@@ -140,7 +140,7 @@ class RunLog:
         }
         self._curves.write(lambda writer: writer.add_custom_scalars(charts))
 
-    def write_metrics(self, step: int, metrics: Mapping[str, float]) -> list[Finding]:
+    def write_metrics(self, step: int, metrics: Mapping[str, float]) -> list[HealthFinding]:
         """Write one log line, the same metrics to TensorBoard, and what the health rules find."""
         self._step = step
         self._write_scalars(step, metrics)
@@ -188,7 +188,7 @@ class RunLog:
             self._warn(f"{error}; these corrupt samples are missing there: {'; '.join(entries)}")
         self._write_text("skipped_samples", "\n\n".join(f"`{entry}`" for entry in entries), step)
 
-    def _report(self, findings: Sequence[Finding]) -> None:
+    def _report(self, findings: Sequence[HealthFinding]) -> None:
         for finding in findings:
             self.print(f"  health at step {finding.step}: {finding}", style="yellow")
             self._write_text("health", f"**{finding.rule}**: {finding}", finding.step)
