@@ -1,0 +1,66 @@
+"""Recordings and finished shards give the same encoded rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from helpers.oracles import open_indexes, tiny_recipe
+
+from preprocess.build.reuse_reader import ColumnFileCache, ShardReader
+from preprocess.build.shards import Row
+from preprocess.build.write import EncodedRow, SessionEncoder, ShardBuilder
+from shared.session.reader import SessionReader
+from shared.session.scan import scan_session
+from shared.shardset.columns import ColumnFile
+from shared.shardset.layout import COLUMNS
+from shared.shardset.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from preprocess.build.write import RowReader
+
+RECIPE = tiny_recipe()
+
+
+def rows_of(reader: SessionReader) -> list[Row]:
+    """Every window of a session that is a sample."""
+    scan = reader.scan
+    windows = [w for w in scan.windows(RECIPE) if scan.rejection(w, RECIPE) is None]
+    return [
+        Row(number, scan.session, window, scan.present(window, RECIPE), scan.coverage[window.index])
+        for number, window in enumerate(windows)
+    ]
+
+
+def read(reader: RowReader, column: str, rows: list[Row]) -> list[EncodedRow]:
+    stored = ShardBuilder(rows=rows, recipe=RECIPE).rows_of(COLUMNS[column])
+    failures: list[dict[str, object]] = []
+    encoded = list(reader.iter_rows(COLUMNS[column], stored.get(rows[0].session, []), failures))
+    assert failures == []
+    return encoded
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_recording_and_its_shard_give_the_same_members(recorded: Path, built: Path, column: str):
+    tokenizer = read_manifest(built).load_tokenizer()
+    num_rows = 0
+    for _, index in open_indexes(built):
+        for session in index.sessions:
+            folder = recorded / session
+            scan = scan_session(folder, recipe=RECIPE)
+            reader = SessionReader(folder, scan, recipe=RECIPE, tokenizer=tokenizer)
+            rows = rows_of(reader)
+            fresh = read(SessionEncoder(reader), column, rows)
+            with ColumnFileCache(lambda name: ColumnFile(built / name)) as files:
+                shards = [(index, index.columns[column]["file"])]
+                copied = read(ShardReader(session, shards=shards, files=files), column, rows)
+            assert [item.members for item in copied] == [item.members for item in fresh]
+            for one, other in zip(copied, fresh, strict=True):
+                assert (one.error_s is None) == (other.error_s is None)
+                if one.error_s is not None:
+                    np.testing.assert_array_equal(one.error_s, other.error_s)
+            num_rows += len(fresh)
+    assert num_rows > 0
