@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from torch import Tensor
+
     from train.config import TrainConfig
     from train.data.batch import Batch, SampleSource
     from train.model.multimodal import MultiModalCreature
@@ -336,10 +338,10 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
     """
     config, device = bench.config, bench.device
     timer, stages = _device_timer(device), StageTimer()
-    step_times: list[tuple[dict[str, float], float]] = []
-    batch_times: list[dict[str, Any]] = []
-    loader = Loader(bench.source, config, timer=stages)
-    batches = iterate(loader, seed=config.training.seed)
+    step_times: list[dict[str, float]] = []
+    batch_times: list[dict[str, float]] = []
+    tensors: list[Tensor] = []
+    batches = iterate(Loader(bench.source, config, timer=stages), seed=config.training.seed)
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -351,7 +353,10 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
             requested_s = time.perf_counter()
             batch = next(batches)
             received_s = time.perf_counter()
-        batch_times.append(_batch_times(batch, requested_s=requested_s, received_s=received_s))
+        made_s, stages_s = batch["made_s"], batch["stages_s"]
+        transfer = {"send": received_s - max(made_s, requested_s), "pin": batch.get("pin_s", 0.0)}
+        batch_times.append({**stages_s, **transfer, "waited": float(made_s > requested_s)})
+        tensors[:] = tensors_of(batch)
         with phase("copy"):
             return to_device(batch, device)  # type: ignore[no-any-return]
 
@@ -366,52 +371,32 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
             timer.begin()
             micro_batches = [receive() for _ in range(config.training.accumulation_steps)]
             bench.step.run(micro_batches, phase=phase)
+            timer.end_stage(PHASES[-1])  # includes the time to free the step's tensors
             runtime.synchronize(device)
             step_s = time.perf_counter() - started_s
-            step_times.append((timer.take(), step_s))
-    first_batch = num_warm_up * config.training.accumulation_steps
-    return _mean_times(
-        step_times[num_warm_up:],
-        batch_times[first_batch:],
-        memory_mb=runtime.memory_allocated_mb(device),
-        pin_s=max(each["pin_s"] for each in batch_times),
-    )
-
-
-def _mean_times(
-    steps: Sequence[tuple[Mapping[str, float], float]],
-    batches: Sequence[Mapping[str, Any]],
-    *,
-    memory_mb: float,
-    pin_s: float,
-) -> StepTimes:
+            step_times.append({**timer.take(), "step": step_s})
+    pin_s = max(row["pin"] for row in batch_times)
+    step_times = step_times[num_warm_up:]
+    batch_times = batch_times[num_warm_up * config.training.accumulation_steps :]
+    stages_s = {name: _mean(batch_times, name) for name in STAGES}
     return StepTimes(
-        num_steps=len(steps),
-        step_s=fmean(step_s for _, step_s in steps),
-        phases_s={name: fmean(p.get(name, 0.0) for p, _ in steps) for name in PHASES},
-        memory_mb=memory_mb,
-        stages_s={name: fmean(b["stages_s"].get(name, 0.0) for b in batches) for name in STAGES},
-        make_s=fmean(sum(b["stages_s"].values()) for b in batches),
-        send_s=fmean(b["send_s"] for b in batches),
-        waited_fraction=fmean(b["has_waited"] for b in batches),
-        batch_bytes=batches[-1]["batch_bytes"],
-        is_pinned=batches[-1]["is_pinned"],
+        num_steps=len(step_times),
+        step_s=_mean(step_times, "step"),
+        phases_s={name: _mean(step_times, name) for name in PHASES},
+        memory_mb=runtime.memory_allocated_mb(device),
+        stages_s=stages_s,
+        make_s=sum(stages_s.values()),
+        send_s=_mean(batch_times, "send"),
+        waited_fraction=_mean(batch_times, "waited"),
+        # Targets are views of inputs: each memory counts once.
+        batch_bytes=sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()),
+        is_pinned=all(tensor.is_pinned() for tensor in tensors),
         pin_s=pin_s,
     )
 
 
-def _batch_times(batch: Batch, *, requested_s: float, received_s: float) -> dict[str, Any]:
-    """Describe how one batch of a measured loader was made."""
-    tensors = list(tensors_of(batch))
-    return {
-        "stages_s": batch["stages_s"],
-        "send_s": received_s - max(batch["made_s"], requested_s),
-        "has_waited": batch["made_s"] > requested_s,
-        # Targets are views of inputs: each memory counts once.
-        "batch_bytes": sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()),
-        "is_pinned": all(tensor.is_pinned() for tensor in tensors),
-        "pin_s": batch.get("pin_s", 0.0),
-    }
+def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    return fmean(row.get(name, 0.0) for row in rows)
 
 
 def _device_timer(device: torch.device) -> StageTimer:
