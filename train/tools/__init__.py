@@ -1,1 +1,1 @@
-"""What one asks of a configuration or a checkpoint, outside of training."""
+"""Commands about a configuration or a checkpoint: profile, estimate, ablate and selftest."""

@@ -176,7 +176,7 @@ def plan_launches(
     Each launch has another number of ranks and of loader processes than the previous one.
 
     Raises:
-        ConfigError: there are too few steps for so many kills.
+        ConfigError: there are too few steps for that many kills.
     """
     min_steps = (num_kills + 1) * MIN_STEPS
     if num_steps < min_steps:
