@@ -66,8 +66,8 @@ def measure(
     skipped = distributed.gather(skipped)
     budget = CorruptSampleBudget(max_fraction=config.data.max_bad_fraction)
     budget.count(num_read * distributed.world_size(), skipped)
-    totals = distributed.add_up(added(_column(sums, 0) for sums in sums_per_batch))
-    counts = distributed.add_up(added(_column(sums, 1) for sums in sums_per_batch))
+    totals = distributed.sum_over_ranks(added(_column(sums, 0) for sums in sums_per_batch))
+    counts = distributed.sum_over_ranks(added(_column(sums, 1) for sums in sums_per_batch))
     losses = mean_losses({n: (totals[n], counts[n]) for n in totals}, config=config)
     return HeldOut(
         losses={name: float(loss) for name, loss in losses.items()}, skipped=skipped, window=window

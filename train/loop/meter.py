@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shared.errors import DivergedError
 from train.loop.evaluation import HeldOut
 from train.machine import runtime
-from train.machine.parallel import whole_tensor
+from train.machine.parallel import gather_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -220,7 +220,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
             grads_of.setdefault(model_part(name), []).append(parameter.grad)
     if not grads_of:
         return {}
-    norms = [whole_tensor(nn.utils.get_total_norm(grads)) for grads in grads_of.values()]
+    norms = [gather_tensor(nn.utils.get_total_norm(grads)) for grads in grads_of.values()]
     values = torch.stack(norms).tolist()
     return {f"grad_norm/{part}": value for part, value in zip(grads_of, values, strict=True)}
 
@@ -271,7 +271,7 @@ class Progress:
 
     meter: StepMeter
     began_s: float = field(default_factory=time.perf_counter)
-    to_first_batch_s: float | None = None
+    time_to_first_batch_s: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the newest log."""
     first_val_losses: Mapping[str, float] = field(default_factory=dict)

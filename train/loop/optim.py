@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from train.machine.parallel import shard_moments, whole_tensor
+from train.machine.parallel import gather_tensor, shard_moments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -105,7 +105,7 @@ def clip_gradient(
     """
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    return whole_tensor(nn.utils.clip_grad_norm_(trained, max_norm))
+    return gather_tensor(nn.utils.clip_grad_norm_(trained, max_norm))
 
 
 def step_if(is_good: Tensor, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler) -> None:

@@ -18,7 +18,7 @@ from train.data.batch import WindowShapes
 from train.data.batch_maker import CorruptSampleBudget
 from train.loop.optim import SpikeWatch, make_optimizer, restore_optimizer
 from train.machine import distributed, runtime
-from train.machine.parallel import shard_like, whole
+from train.machine.parallel import gather_state, shard_like
 from train.model.multimodal import dimensions
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ class TrainState:
             "format_version": FORMAT_VERSION,
             "step": self.step,
             "saved_at": time.time(),
-            "model": whole(self.model.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
+            "model": gather_state(self.model.state_dict()),
+            "optimizer": gather_state(self.optimizer.state_dict()),
             "scaler": runtime.scaler_state(self.scaler, num_ranks=distributed.world_size()),
             "spikes": self.spikes.state_dict(),
             "schedule": schedule_dict(self.config.training),

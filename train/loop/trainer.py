@@ -30,7 +30,7 @@ from train.loop.optim import clip_gradient, learning_rate, set_learning_rate, st
 from train.loop.prefetch import BatchFeed, check_position
 from train.loop.state import TrainState, require_heads, schedule_dict
 from train.machine import distributed, runtime
-from train.machine.parallel import averaging_gradients, parallelize
+from train.machine.parallel import average_gradients, parallelize
 from train.model.losses import added, compute_losses, loss_counts
 from train.trained_model import check_windows, checkpoint_extras
 
@@ -132,7 +132,7 @@ class Trainer:
         stop = runtime.StopSignals(is_patient=distributed.world_size() > 1)
         with stop, self._open_log() as log, runtime.translate_errors():
             feed = self._restore(log)
-            while state.step < training.max_steps and not distributed.any_of(stop.requested):
+            while state.step < training.max_steps and not distributed.any_rank(stop.requested):
                 set_learning_rate(optimizer, learning_rate(state.step, training))
                 batches = self._take_batches(feed, log)
                 counts = self._counts(batches)
@@ -142,7 +142,7 @@ class Trainer:
                 step_if(is_good, optimizer, scaler)
                 feed.fetch_ahead()
                 state.step += 1
-                self._measure(losses, counts, grad_norm=grad_norm, is_good=is_good)
+                self._update_meter(losses, counts, grad_norm=grad_norm, is_good=is_good)
 
                 if self._is_due(training.log_interval):
                     self._log(log, feed)
@@ -250,8 +250,8 @@ class Trainer:
             self._state.samples_of.update(batch.get("samples_of", {}))
         num_read = distributed.world_size() * sum(len(batch["weight"]) for batch in batches)
         self._state.corrupt_samples.count(num_read, skipped)
-        if self._progress.to_first_batch_s is None:
-            self._progress.to_first_batch_s = time.perf_counter() - self._progress.began_s
+        if self._progress.time_to_first_batch_s is None:
+            self._progress.time_to_first_batch_s = time.perf_counter() - self._progress.began_s
             feed.take_waits_s()  # waiting for the loader to start does not count
             self._progress.meter.restart_clock()
         return batches
@@ -262,7 +262,7 @@ class Trainer:
         "num_samples" is among the counts.
         """
         config, shapes = self.config, self._state.shapes
-        return distributed.add_up(
+        return distributed.sum_over_ranks(
             added(
                 {
                     **loss_counts(batch["targets"], batch["weight"], config=config, shapes=shapes),
@@ -279,7 +279,7 @@ class Trainer:
         self._state.optimizer.zero_grad(set_to_none=True)
         losses_per_batch = []
         for batch in batches:
-            with averaging_gradients(self._parallel, is_due=batch is batches[-1]):
+            with average_gradients(self._parallel, is_due=batch is batches[-1]):
                 outputs = self._predict(batch)
                 losses = compute_losses(
                     outputs, batch["targets"], batch["weight"], config=self.config, counts=counts
@@ -287,7 +287,7 @@ class Trainer:
                 total = losses["loss_total"] * distributed.world_size()  # averaging then adds up
                 self._state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
             losses_per_batch.append({name: loss.detach() for name, loss in losses.items()})
-        return distributed.add_up(added(losses_per_batch))
+        return distributed.sum_over_ranks(added(losses_per_batch))
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
         inputs = to_model_inputs(batch["inputs"], dtype=self._dtype)
@@ -295,7 +295,7 @@ class Trainer:
             outputs: dict[str, Tensor] = self._forward(inputs)
         return outputs
 
-    def _measure(
+    def _update_meter(
         self,
         losses: dict[str, Tensor],
         counts: Mapping[str, Tensor],
@@ -324,8 +324,9 @@ class Trainer:
         """Log the metrics since the last log; stop a diverged run."""
         progress = self._progress
         runtime.synchronize(self.device)
-        waits_s = distributed.largest(feed.take_waits_s())  # a step waits for its slowest rank
-        (memory_mb,) = distributed.largest([runtime.memory_allocated_mb(self.device)])
+        # A step waits for its slowest rank.
+        waits_s = distributed.max_over_ranks(feed.take_waits_s())
+        (memory_mb,) = distributed.max_over_ranks([runtime.memory_allocated_mb(self.device)])
         metrics = {
             **progress.meter.take(waits_s),
             **gradient_norms(self.model),
@@ -336,7 +337,7 @@ class Trainer:
         }
         progress.skipped_steps += int(metrics["skipped_steps"])
         if not progress.metrics:
-            metrics["time_to_first_batch_s"] = progress.to_first_batch_s or 0.0
+            metrics["time_to_first_batch_s"] = progress.time_to_first_batch_s or 0.0
         progress.metrics = metrics
         log.write_metrics(self.step, metrics)
         progress.meter.check_divergence(self.step, newest=self._checkpoints.newest)

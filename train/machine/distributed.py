@@ -171,12 +171,12 @@ def check_share(loader: object) -> None:
         )
 
 
-def any_of(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Return on all ranks whether `flag` is true on any."""
-    return bool(largest([float(flag)])[0])
+    return bool(max_over_ranks([float(flag)])[0])
 
 
-def largest(numbers: Sequence[float]) -> list[float]:
+def max_over_ranks(numbers: Sequence[float]) -> list[float]:
     """Return each number's maximum over the ranks, which must pass equally many."""
     if world_size() == 1 or not numbers:
         return list(numbers)
@@ -187,7 +187,8 @@ def largest(numbers: Sequence[float]) -> list[float]:
 
 def gather(items: Sequence[T]) -> list[T]:
     """Return the items of all ranks, in the order of ranks, on all ranks."""
-    if world_size() == 1 or not any_of(bool(items)):  # mostly empty, which one cheap exchange tells
+    # On most calls no rank has an item, and one cheap exchange shows that.
+    if world_size() == 1 or not any_rank(bool(items)):
         return list(items)
     shares: list[Any] = [None] * world_size()
     dist.all_gather_object(shares, list(items))
@@ -214,7 +215,7 @@ def on_main(call: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[no-any-return]
 
 
-def add_up(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def sum_over_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add up 0-dim device tensors over the ranks, in float64, without making the host wait."""
     if world_size() == 1 or not tensors:
         return dict(tensors)

@@ -78,7 +78,7 @@ def _is_cast_by_autocast(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def averaging_gradients(parallel_model: nn.Module, *, is_due: bool) -> Iterator[None]:
+def average_gradients(parallel_model: nn.Module, *, is_due: bool) -> Iterator[None]:
     """Average gradients over the ranks in the backward pass inside, if it is due.
 
     With DDP, gradients accumulate on each rank until averaging is due. FSDP2 exchanges them every
@@ -91,7 +91,7 @@ def averaging_gradients(parallel_model: nn.Module, *, is_due: bool) -> Iterator[
         yield
 
 
-def whole(state: Any) -> Any:  # noqa: ANN401 (any nesting)
+def gather_state(state: Any) -> Any:  # noqa: ANN401 (any nesting)
     """Gather the shards in a state dict; all ranks call it.
 
     Returns:
@@ -99,16 +99,16 @@ def whole(state: Any) -> Any:  # noqa: ANN401 (any nesting)
         in the place of shards. Everything else is unchanged.
     """
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: gather_state(value) for key, value in state.items()}
     if isinstance(state, list):
-        return [whole(value) for value in state]
+        return [gather_state(value) for value in state]
     if not _is_sharded(state):
         return state
     tensor = state.full_tensor()
     return tensor.cpu() if is_main() else None
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def gather_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor on all ranks, on the device; all ranks call it."""
     return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 

@@ -533,7 +533,7 @@ def _hold() -> None:
     """Wait for a kill; raise, as a training step does, if another rank is gone."""
     deadline_s = time.monotonic() + HOLD_S
     while time.monotonic() < deadline_s:
-        distributed.any_of(False)
+        distributed.any_rank(False)
         time.sleep(0.02)
 
 

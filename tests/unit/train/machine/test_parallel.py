@@ -12,7 +12,7 @@ import json, sys, torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from train.machine import distributed
-from train.machine.parallel import averaging_gradients, parallelize
+from train.machine.parallel import average_gradients, parallelize
 from train.model.blocks import Block, rotations
 
 class Layers(nn.Module):
@@ -50,7 +50,7 @@ with distributed.process_group(torch.device("cpu")):
 
     x = torch.randn(2, 4, 8)
     for is_due in (False, True):
-        with averaging_gradients(fsdp, is_due=is_due):
+        with average_gradients(fsdp, is_due=is_due):
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = fsdp(x).square().mean()
