@@ -1,4 +1,4 @@
-"""What both command lines share."""
+"""Behavior that both command lines share."""
 
 from __future__ import annotations
 

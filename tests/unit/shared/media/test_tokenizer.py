@@ -1,4 +1,4 @@
-"""The tokenizer: any text comes back, special tokens keep their places."""
+"""The tokenizer: any text comes back, and special tokens keep their ids."""
 
 from __future__ import annotations
 

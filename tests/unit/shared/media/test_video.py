@@ -35,7 +35,7 @@ VIDEOS = {
 
 
 def write_moving(path: Path, codec: str, options: dict[str, str], *, first: int = 0) -> None:
-    """Noise that drifts, so that every picture differs from what others predict of it."""
+    """Write drifting noise, so that no picture is what others predict."""
     rng = np.random.default_rng(0)
     field = rng.integers(0, 256, (HEIGHT + NUM_FRAMES, WIDTH + NUM_FRAMES, 3), dtype=np.uint8)
     with av.open(str(path), "w", format="matroska" if path.suffix == ".mkv" else "mp4") as output:

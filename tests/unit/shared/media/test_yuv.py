@@ -38,7 +38,7 @@ def decode(member: bytes, codec: str, layout: str, like: np.ndarray) -> np.ndarr
 
 
 def moving(count: int = 6, size: int = 64) -> np.ndarray:
-    """A coloured disc that moves over a ramp, uint8 [count, size, size, 3]."""
+    """A colored disc that moves over a ramp, uint8 [count, size, size, 3]."""
     y, x = np.mgrid[:size, :size] / size
     pictures = []
     for k in range(count):
@@ -58,7 +58,7 @@ def test_planes_are_those_of_the_standard_rounded(pictures):
 
 
 @pytest.mark.parametrize(
-    ("colour", "expected"),
+    ("color", "expected"),
     [
         ((0, 0, 0), (0, 128, 128)),
         ((255, 255, 255), (255, 128, 128)),
@@ -67,8 +67,8 @@ def test_planes_are_those_of_the_standard_rounded(pictures):
         ((0, 0, 255), (29, 255, 107)),
     ],
 )
-def test_pure_colours_have_the_planes_that_every_table_of_jfif_gives(colour, expected):
-    y, u, v = split_planes(planes(np.full((1, 4, 4, 3), colour, np.uint8))[0])
+def test_pure_colors_have_the_planes_that_every_table_of_jfif_gives(color, expected):
+    y, u, v = split_planes(planes(np.full((1, 4, 4, 3), color, np.uint8))[0])
     assert (set(y.flat), set(u.flat), set(v.flat)) == tuple({value} for value in expected)
 
 
@@ -197,7 +197,7 @@ def test_a_smaller_quantizer_is_nearer_to_the_picture():
 
 @pytest.fixture(scope="module")
 def footage(real_sessions) -> list[np.ndarray]:
-    """The first two seconds of each real session that has a left eye, as the recipe has them."""
+    """The first two seconds of each real session with a left camera, as the recipe decodes them."""
     found = []
     for video in (v for s in real_sessions if (v := s / "vision_left.mp4").exists()):
         track = read_video_track(video)
@@ -208,12 +208,12 @@ def footage(real_sessions) -> list[np.ndarray]:
 
 
 def mean_psnr_db(codec: str, footage: list[np.ndarray]) -> float:
-    """Of the planes' exact colours against the pictures, over sessions."""
+    """PSNR of the planes' exact colors against the pictures, over sessions."""
     found = []
     for pictures in footage:
         member = encode_pictures(pictures, recipe=CODECS[codec])
-        colours = exact_rgb(decode(member, codec, "yuv420", pictures))
-        error = np.mean((colours - pictures) ** 2)
+        colors = exact_rgb(decode(member, codec, "yuv420", pictures))
+        error = np.mean((colors - pictures) ** 2)
         found.append(10 * np.log10(255**2 / error))
     return float(np.mean(found))
 
@@ -222,7 +222,7 @@ def test_h264_at_its_default_is_as_good_as_jpeg_at_quality_90_on_real_footage(fo
     assert mean_psnr_db("h264", footage) == pytest.approx(mean_psnr_db("mjpeg", footage), abs=0.5)
 
 
-def test_colours_of_planes_are_as_near_to_real_footage_as_those_of_libjpeg(footage):
+def test_colors_of_planes_are_as_near_to_real_footage_as_those_of_libjpeg(footage):
     found = []
     for pictures in footage:
         member = encode_pictures(pictures, recipe=CODECS["mjpeg"])

@@ -8,7 +8,7 @@ from helpers.pixel_oracles import exact_rgb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.media import yuv_numba as colours
+from shared.media import yuv_numba
 from shared.media.yuv_numba import planes_to_floats, planes_to_rgb, rows_to_floats
 
 SIZES = st.tuples(st.integers(0, 3), st.integers(1, 6).map(lambda n: 4 * n), st.integers(1, 9))
@@ -72,12 +72,12 @@ def test_without_a_writable_cache_the_loops_are_still_compiled(monkeypatch):
         return lambda function: function
 
     monkeypatch.setattr(numba, "njit", njit)
-    colours._compiled.cache_clear()
+    yuv_numba._compiled.cache_clear()
     try:
         out = np.empty((1, 4, 4, 3), np.uint8)
         planes = planes_of_size(1, 4, 2, seed=0)
         with np.errstate(over="ignore"):
             planes_to_rgb(planes, out)
     finally:
-        colours._compiled.cache_clear()
+        yuv_numba._compiled.cache_clear()
     assert np.abs(out - exact_rgb(planes)).max() < 0.5 + 1e-3

@@ -55,7 +55,7 @@ RECIPE = tiny_recipe(
 
 
 def world_sound(start_s: float) -> np.ndarray:
-    """The world's sound from a time on: a click of 10 ms in the middle of each event's tick."""
+    """Return the world's audio from a time on: 10 ms clicks in the middle of each event's tick."""
     rng = np.random.default_rng(0)
     sound = rng.uniform(-1e-4, 1e-4, LENGTH_S * RATE_HZ).astype(np.float32)
     for tick in EVENTS:
@@ -74,7 +74,7 @@ def mux(
     codec: str = "aac",
     container: str = "mp4",
 ) -> None:
-    """What was to be seen from a tick on, and heard from a time on, at times of the container."""
+    """Write pictures from a tick on, and audio from a time on, at times of the container."""
     with av.open(str(path), "w", format=container) as output:
         streams: list[tuple[Any, list[Any]]] = []
         if video_from is not None:
@@ -84,8 +84,8 @@ def mux(
             stream.codec_context.time_base = Fraction(1, 1000)
             frames = []
             for tick in range(video_from, LENGTH_S * TICKS_PER_S):
-                grey = np.full((32, 32, 3), 255 if tick in EVENTS else 0, np.uint8)
-                frames.append(av.VideoFrame.from_ndarray(grey, format="rgb24"))
+                gray = np.full((32, 32, 3), 255 if tick in EVENTS else 0, np.uint8)
+                frames.append(av.VideoFrame.from_ndarray(gray, format="rgb24"))
                 frames[-1].pts = round(1000 * (video_at_s + (tick - video_from) * TICK_S))
                 frames[-1].time_base = Fraction(1, 1000)
             streams.append((stream, frames))
@@ -110,7 +110,7 @@ def declare(session: Path, **start_s: float) -> None:
 
 
 def in_one_container(session: Path, codec: str, container: str) -> None:
-    """Both streams in one file, the sound 0.936 s later, under both names."""
+    """Write both streams into one file, the audio 0.936 s later, under both names."""
     mux(
         session / "vision_left.mp4",
         video_from=0,
@@ -123,27 +123,27 @@ def in_one_container(session: Path, codec: str, container: str) -> None:
 
 
 def late_video_in_one_container(session: Path) -> None:
-    """Both streams in one file, the video 0.8 s later by an empty edit."""
+    """Write both streams into one file, the video 0.8 s later by an empty edit."""
     mux(session / "vision_left.mp4", video_from=20, video_at_s=0.8, sound_from_s=0.0)
     shutil.copy(session / "vision_left.mp4", session / "audio.wav")
 
 
 def late_wav(session: Path) -> None:
-    """A plain WAV that began 0.35 s after the video."""
+    """Write a plain WAV that began 0.35 s after the video."""
     mux(session / "vision_left.mp4", video_from=0)
     soundfile.write(session / "audio.wav", world_sound(0.35), RATE_HZ, subtype="FLOAT")
     declare(session, audio=0.35)
 
 
 def early_wav(session: Path) -> None:
-    """A video that began 0.8 s after a plain WAV, on whose clock the session is."""
+    """Write a video that began 0.8 s after a plain WAV, whose clock the session uses."""
     mux(session / "vision_left.mp4", video_from=20)
     soundfile.write(session / "audio.wav", world_sound(0.0), RATE_HZ, subtype="FLOAT")
     declare(session, vision_left=0.8)
 
 
 def sound_before_the_clock(session: Path) -> None:
-    """A WAV that began 0.48 s before the clock: the session has the video's clock, from tick 12."""
+    """Write a WAV that began 0.48 s before the video; the session has its clock, from tick 12."""
     mux(session / "vision_left.mp4", video_from=12, video_at_s=3.0)
     soundfile.write(session / "audio.wav", world_sound(0.0), RATE_HZ, subtype="FLOAT")
     declare(session, audio=-0.48)
@@ -158,25 +158,25 @@ RECORDINGS = {
     "video declared late": (early_wav, 0),
     "wav declared before the clock": (sound_before_the_clock, 12),
 }
-"""What writes a session, and the tick of the world at which its clock is zero."""
+"""Functions that write a session, and the world's tick at which its clock is zero."""
 
 
 # --- what is stored ------------------------------------------------------------------------------
 
 
 def flashes(pictures: dict[int, np.ndarray]) -> list[int]:
-    """Ticks of white pictures; a picture per tick."""
+    """List the ticks with white pictures."""
     return sorted(tick for tick, picture in pictures.items() if picture.mean() > 128)
 
 
 def clicks(levels: dict[int, np.ndarray]) -> list[int]:
-    """Ticks in which dMel begins to sound."""
+    """List the ticks in which the dMel levels rise."""
     means = {tick: level.mean() for tick, level in levels.items()}
     return sorted(t for t, mean in means.items() if mean - means.get(t - 1, mean) > MIN_RISE)
 
 
 def stored(out: Path) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """Valid pictures and dMel levels of a set by tick of its session, by stock readers."""
+    """Read valid pictures and dMel levels of a set by tick of its session, with stock readers."""
     pictures, levels = {}, {}
     for shard, index in open_indexes(out):
         members = tar_members(out / f"{shard}.vision_left.tar")

@@ -40,7 +40,7 @@ def frames_of(fields: SessionReader, *starts_s: float, duration_s: float = 1.0):
     return {w.start_s: f for w, f in fields.iter_frames(Stream.VISION_LEFT, windows)}
 
 
-def greys(frames) -> list[int]:
+def grays(frames) -> list[int]:
     return frames.pictures.mean(axis=(1, 2, 3)).round().astype(int).tolist()
 
 
@@ -96,7 +96,7 @@ def test_frames_are_those_nearest_in_time_to_the_grid(session):
     frames = frames_of(fields_of(session), 0.5)[0.5]
     grid_s = 0.5 + np.arange(5) / 5
     nearest = [int(np.abs(times_s - g).argmin()) for g in grid_s]
-    np.testing.assert_allclose(greys(frames), [brightness(i) for i in nearest], atol=3)
+    np.testing.assert_allclose(grays(frames), [brightness(i) for i in nearest], atol=3)
     np.testing.assert_allclose(frames.error_s, times_s[nearest] - grid_s, atol=1e-6)
     assert frames.pictures.shape == (5, 32, 32, 3)
 

@@ -1,8 +1,8 @@
-"""Every stored frame is the nearest by presentation time: videos whose frames say their own time.
+"""Every stored frame is the nearest by presentation time, in videos whose frames show their time.
 
 Each frame shows 16 blocks, black or white: the bits of its time in milliseconds. Shards are built
-from the videos by the real job and decoded by stock readers (tarfile, PyAV); what a stored frame
-says of itself is compared with the nearest of the times that were encoded, found in plain Python.
+from the videos by the real job and decoded by stock readers (tarfile, PyAV); the time that a
+stored frame shows is compared with the nearest encoded time, found in plain Python.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ STEP_S = 0.2
 
 
 def draw_time(time_ms: int) -> np.ndarray:
-    """A time as a picture, RGB uint8."""
+    """Draw a time as a picture, RGB uint8."""
     bits = [(time_ms >> i) & 1 for i in range(BLOCKS * BLOCKS)]
     blocks = np.array(bits, dtype=np.uint8).reshape(BLOCKS, BLOCKS) * 255
     return np.repeat(np.kron(blocks, np.ones((SIDE, SIDE), np.uint8))[:, :, None], 3, axis=2)
 
 
 def read_time_ms(picture: np.ndarray) -> int:
-    """The time that a picture shows, whatever its size; it must be clear."""
+    """Read the time that a picture of any size shows; its blocks must be distinct."""
     side = picture.shape[0] // BLOCKS
     middle = slice(side // 4, side - side // 4)
     blocks = picture.mean(axis=2).reshape(BLOCKS, side, BLOCKS, side)[:, middle, :, middle]
@@ -61,7 +61,7 @@ def write_clock_video(
     container: str = "mp4",
     muxer: dict[str, str] | None = None,
 ) -> None:
-    """Frames at given times, each of which shows its own; negative ones show 65536 more."""
+    """Write frames that show their own times; negative times show 65536 more."""
     base = Fraction(1, 1000 * TICKS_PER_MS)
     name = "x264-params" if codec == "libx264" else "x265-params"
     options = {"crf": "20", name: params}
@@ -78,8 +78,9 @@ def write_clock_video(
 
 
 def cut_by_edit_list(path: Path, start_ms: int) -> None:
-    """Begin a video in the middle of a group without encoding it again, as editors do: what comes
-    before is still in the file, and hidden.
+    """Start a video in the middle of a group without re-encoding it, as editors do.
+
+    The frames before the start are still in the file, but hidden.
     """
     content = io.BytesIO(path.read_bytes())
     with av.open(content) as source, av.open(str(path), "w", format="mp4") as output:
@@ -95,7 +96,7 @@ def cut_by_edit_list(path: Path, start_ms: int) -> None:
 
 
 def turn_by_flag(path: Path) -> None:
-    """Say in the track header that players must turn the picture a quarter clockwise."""
+    """Set the flag in the track header that turns the picture a quarter clockwise."""
     content = bytearray(path.read_bytes())
     place = content.index(b"tkhd") + 4 + 40  # ISO/IEC 14496-12, 8.3.2, version 0
     one = 1 << 16
@@ -115,7 +116,7 @@ def at_random(seed: int, low_ms: int = 4, high_ms: int = 120, seconds: float = 6
 
 @dataclass(frozen=True)
 class Video:
-    """How a video is made and what of it is to be seen."""
+    """How a video is made, and which of its frames are visible."""
 
     times_ms: list[int]
     how: dict[str, Any] = field(default_factory=dict)
@@ -173,37 +174,37 @@ VIDEOS = {
 
 
 def clock_recipe(codec: str = "mjpeg") -> Recipe:
-    """One-second windows at 5 frames a second, one sample in each shard."""
+    """Return a recipe of one-second windows at 5 frames a second, one sample per shard."""
     vision = {"size": 32, "fit": "stretch", "codec": codec, "rate_hz": 1 / STEP_S}
     return tiny_recipe(vision=vision, shard={"target_bytes": 2**16}, window={"min_coverage": 0.01})
 
 
 def decode_member(name: str, content: bytes) -> list[np.ndarray]:
-    """Pictures of a vision member by NumPy or PyAV."""
+    """Decode a vision member with NumPy or PyAV."""
     if name.endswith(".npy"):
         return list(np.load(io.BytesIO(content)))
     with av.open(io.BytesIO(content), format="mjpeg") as container:
         return [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
 
 
-def stored_frames(out: Path, eye: str = "left") -> Iterator[tuple[float, np.ndarray, float]]:
-    """(grid time, picture, error_s of the index) of every frame of a set."""
+def stored_frames(out: Path, side: str = "left") -> Iterator[tuple[float, np.ndarray, float]]:
+    """Yield (grid time, picture, error_s of the index) of every frame of a set."""
     for shard, index in open_indexes(out):
-        for name, content in tar_members(out / f"{shard}.vision_{eye}.tar").items():
+        for name, content in tar_members(out / f"{shard}.vision_{side}.tar").items():
             pictures = decode_member(name, content)
             (row,) = (r for r in range(index.num_samples) if name.startswith(index.key(r)))
             start_s = float(index.arrays["start_s"][row])
-            errors_s = index.arrays[f"vision_{eye}.error_s"][row]
+            errors_s = index.arrays[f"vision_{side}.error_s"][row]
             assert len(pictures) == len(errors_s) == 5
             for i, (picture, error_s) in enumerate(zip(pictures, errors_s, strict=True)):
                 yield start_s + i * STEP_S, picture, float(error_s)
 
 
-def check_frames(out: Path, video: Video, eye: str = "left") -> tuple[int, int]:
-    """ReaderLock every stored frame against the list of times; how many are shown and masked."""
+def check_frames(out: Path, video: Video, side: str = "left") -> tuple[int, int]:
+    """Compare every stored frame with the list of times; count shown and masked frames."""
     times_s = [(t - video.shown_ms[0]) / 1000 for t in video.shown_ms]
     shown = masked = 0
-    for grid_s, picture, error_s in stored_frames(out, eye):
+    for grid_s, picture, error_s in stored_frames(out, side):
         best_s = times_s[slow_nearest(times_s, grid_s)] - grid_s
         if np.isnan(error_s):
             assert abs(best_s) > STEP_S - 1e-6, f"masked at {grid_s:g} s"
@@ -247,14 +248,14 @@ def test_raw_frames_are_the_nearest_too(tmp_path: Path) -> None:
     assert check_frames(tmp_path / "out", VIDEOS["variable rate"])[0] > 25
 
 
-def test_two_eyes_of_other_rates_and_groups_are_each_nearest(tmp_path: Path) -> None:
-    eyes = {"left": VIDEOS["rate of a headset"], "right": VIDEOS["variable rate, open groups"]}
+def test_two_cameras_of_other_rates_and_groups_are_each_nearest(tmp_path: Path) -> None:
+    videos = {"left": VIDEOS["rate of a headset"], "right": VIDEOS["variable rate, open groups"]}
     (tmp_path / "in" / "one").mkdir(parents=True)
-    for eye, video in eyes.items():
-        video.write(tmp_path / "in" / "one" / f"vision_{eye}.mp4")
+    for side, video in videos.items():
+        video.write(tmp_path / "in" / "one" / f"vision_{side}.mp4")
     build(tmp_path / "in", tmp_path / "out", clock_recipe())
-    for eye, video in eyes.items():
-        assert check_frames(tmp_path / "out", video, eye)[0] >= 15
+    for side, video in videos.items():
+        assert check_frames(tmp_path / "out", video, side)[0] >= 15
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,4 +1,4 @@
-"""Codecs: there and back, by independent readers, and with hostile bytes."""
+"""Codecs: round trips, independent readers, and hostile bytes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SIZE = 64
 
 
 def smooth(count: int = 3) -> np.ndarray:
-    """Pictures of soft colour ramps, uint8 [count, SIZE, SIZE, 3]."""
+    """Pictures of soft color ramps, uint8 [count, SIZE, SIZE, 3]."""
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE
     ramps = [np.stack([x, y, (x + y + k) / 3], axis=2) for k in range(count)]
     return (np.array(ramps) * 100 + 70).astype(np.uint8)
@@ -95,7 +95,7 @@ def test_jpeg_members_are_an_mjpeg_stream_for_ffmpeg():
         frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
     assert len(frames) == 3
     assert psnr_db(np.array(frames), pictures) > 33
-    assert psnr_db(np.array(frames), decode(member, JPEG)) > 38  # the same up to colour rounding
+    assert psnr_db(np.array(frames), decode(member, JPEG)) > 38  # the same up to color rounding
 
 
 def test_pictures_are_decoded_into_the_given_memory():
@@ -132,7 +132,7 @@ def hostile_jpegs() -> dict[str, bytes]:
         "a million seams": b"\xff\xd9\xff\xd8" * 1_000_000,
         "4:4:4": jpegs_of("444"),
         "4:2:2": jpegs_of("422"),
-        "grey": jpegs_of("Gray"),
+        "gray": jpegs_of("Gray"),
         "end cut": good[:-2],
         "npy": encode_pictures(smooth(), recipe=RAW),
     }
@@ -158,7 +158,7 @@ def hostile_h264s() -> dict[str, bytes]:
         "limited range": coded(smooth(), "yuv420p"),
         "4:2:2": coded(smooth(), "yuvj422p"),
         "4:4:4": coded(smooth(), "yuvj444p"),
-        "grey": coded(smooth(), "gray"),
+        "gray": coded(smooth(), "gray"),
         "16320 x 16320 in a whole member": with_size(good, 1020),
         "mjpeg": encode_pictures(smooth(), recipe=JPEG),
     }

@@ -1,4 +1,4 @@
-"""Tar and Zarr columns and the index, by stock readers, and with damaged bytes."""
+"""Tar and Zarr columns, read by stock readers, and with damaged bytes."""
 
 from __future__ import annotations
 

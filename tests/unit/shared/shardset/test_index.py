@@ -1,4 +1,4 @@
-"""The index of a shard: there and back, by struct and json alone, and damaged in every way."""
+"""The index of a shard: round trips, readers of plain struct and json, and every kind of damage."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_index(folder: Path, content: bytes) -> Path:
 
 
 def with_header(content: bytes, header: bytes) -> bytes:
-    """The index with another header, its arrays moved as the layout asks."""
+    """Return an index with another header; its arrays move to the offsets of the layout."""
     _, version, length = struct.unpack_from("<8sII", content)
     body = content[-(-(16 + length) // 64) * 64 :]
     start = -(-(16 + len(header)) // 64) * 64
