@@ -37,12 +37,12 @@ def failing(num, *, is_transient=True):
     return call
 
 
-def test_what_passes_is_tried_until_it_has(waits):
+def test_a_transient_error_is_retried_until_it_passes(waits):
     assert with_retry(failing(5), retry=RETRY) == 5
     assert len(waits) == 5
 
 
-def test_waits_are_anywhere_below_a_bound_that_doubles_up_to_the_longest(monkeypatch, waits):
+def test_the_bound_of_the_waits_doubles_up_to_the_longest(monkeypatch, waits):
     bounds = []
     monkeypatch.setattr(storage._random, "uniform", lambda low, high: bounds.append(high) or low)
     with pytest.raises(StorageError):
@@ -66,20 +66,20 @@ def test_the_number_of_attempts_is_bounded(waits):
     assert len(waits) == 5
 
 
-def test_the_whole_time_is_bounded(waits):
+def test_the_total_time_is_bounded(waits):
     retry = RetryPolicy(attempts=10**6, first_wait_s=1.0, longest_wait_s=8.0, total_s=60.0)
     with pytest.raises(StorageError, match="given up after"):
         with_retry(failing(10**6), retry=retry)
     assert 50 < sum(waits) <= 60
 
 
-def test_what_can_not_pass_is_not_tried_again(waits):
+def test_a_permanent_error_is_not_retried(waits):
     with pytest.raises(StorageError, match=r"failure 0$"):
         with_retry(failing(99, is_transient=False), retry=RETRY)
     assert waits == []
 
 
-def test_each_retry_is_said_once(waits, caplog):
+def test_each_retry_is_logged_once(waits, caplog):
     with caplog.at_level(logging.WARNING):
         with_retry(failing(2), retry=RETRY)
     said = [r.getMessage() for r in caplog.records]
@@ -101,7 +101,7 @@ def server(tmp_path):
     ("fault", "is_transient"),
     [("500", True), ("503", True), ("reset", True), ("cut", True), ("403", False)],
 )
-def test_which_answers_are_worth_another_try(server, tmp_path, fault, is_transient):
+def test_which_responses_are_transient(server, tmp_path, fault, is_transient):
     server.plan = lambda _name, _before: fault
     with pytest.raises(StorageError, match=rf"{server.url}/set/x: ") as caught:
         Store(f"{server.url}/set").download("x", tmp_path / "x")
@@ -109,7 +109,7 @@ def test_which_answers_are_worth_another_try(server, tmp_path, fault, is_transie
 
 
 @pytest.mark.parametrize("fault", ["stall", "silence"])
-def test_silence_ends_after_the_read_timeout(server, tmp_path, monkeypatch, fault):
+def test_a_silent_server_times_out(server, tmp_path, monkeypatch, fault):
     monkeypatch.setattr(storage, "READ_TIMEOUT_S", 0.2)
     server.plan = lambda _name, _before: fault
     with pytest.raises(StorageError) as caught:
@@ -117,7 +117,7 @@ def test_silence_ends_after_the_read_timeout(server, tmp_path, monkeypatch, faul
     assert caught.value.is_transient
 
 
-def test_a_missing_file_is_no_failure_of_the_store(server, tmp_path):
+def test_a_missing_file_is_not_a_storage_error(server, tmp_path):
     with pytest.raises(FileNotFoundError):
         Store(f"{server.url}/set").download("y", tmp_path / "y")
 
@@ -133,7 +133,7 @@ def test_a_missing_package_is_named(monkeypatch, url, tmp_path):
     assert not caught.value.is_transient
 
 
-def test_errors_keep_what_they_know_on_their_way_from_a_worker():
+def test_a_pickled_error_keeps_its_fields():
     import multiprocessing.reduction
 
     error = StorageError("all", summary="short", is_transient=True)

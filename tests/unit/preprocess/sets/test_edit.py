@@ -103,9 +103,7 @@ NAMES = {*SESSIONS, "eve"}
 
 
 @pytest.mark.parametrize("dropped", [{"cat"}, {"bob"}, {"ann", "eve"}], ids=["cat", "bob", "two"])
-def test_a_set_without_some_sessions_is_that_of_the_others(
-    whole, recorded, recipe, tmp_path, dropped
-):
+def test_dropping_sessions_equals_building_the_others(whole, recorded, recipe, tmp_path, dropped):
     drop_sessions(whole, dropped)
     rest = only(recorded, tmp_path / "rest", NAMES - dropped)
     build(rest, tmp_path / "built", recipe)
@@ -113,7 +111,7 @@ def test_a_set_without_some_sessions_is_that_of_the_others(
     assert read_manifest(whole).generation == 1
 
 
-def test_shards_without_a_dropped_session_stay_as_they_are(whole):
+def test_shards_without_a_dropped_session_stay_unchanged(whole):
     mine = {s.name: set(s.shards) for s in list_sessions(whole)}
     before = file_identities(whole)
     drop_sessions(whole, ["cat"])
@@ -123,7 +121,7 @@ def test_shards_without_a_dropped_session_stay_as_they_are(whole):
     assert {n: after[n] for n in kept} == {n: before[n] for n in kept}
 
 
-def test_after_a_drop_a_build_of_the_rest_has_nothing_to_do(whole, recorded, recipe, tmp_path):
+def test_a_build_after_a_drop_has_nothing_to_do(whole, recorded, recipe, tmp_path):
     drop_sessions(whole, ["cat"])
     before = file_hashes(whole)
     rest = only(recorded, tmp_path / "rest", NAMES - {"cat"})
@@ -138,7 +136,7 @@ def test_a_dropped_session_comes_back_by_a_build(whole, recorded, recipe):
     assert set(set_keys(whole)) == keys
 
 
-def test_a_split_set_is_a_build_of_its_sessions(whole, recorded, recipe, tmp_path):
+def test_splitting_sessions_equals_building_them(whole, recorded, recipe, tmp_path):
     before = file_hashes(whole)
     split_sessions(whole, tmp_path / "few", ["cat", "eve", "bob"])
     assert file_hashes(whole) == before
@@ -148,7 +146,7 @@ def test_a_split_set_is_a_build_of_its_sessions(whole, recorded, recipe, tmp_pat
     assert build(rest, tmp_path / "few", recipe).plan.is_empty
 
 
-def test_merged_sets_are_a_build_of_all_sessions(whole, recorded, recipe, tmp_path):
+def test_merging_sets_equals_building_all_sessions(whole, recorded, recipe, tmp_path):
     names = {"ann", "cat"}
     build(only(recorded, tmp_path / "a", names), tmp_path / "one", recipe)
     build(only(recorded, tmp_path / "b", NAMES - names), tmp_path / "two", recipe)
@@ -160,7 +158,7 @@ def test_merged_sets_are_a_build_of_all_sessions(whole, recorded, recipe, tmp_pa
     assert build(recorded, tmp_path / "all", recipe).plan.is_empty
 
 
-def test_split_and_merged_again_is_the_same_set(whole, tmp_path):
+def test_splitting_and_merging_gives_the_same_set(whole, tmp_path):
     split_sessions(whole, tmp_path / "one", ["cat", "dan"])
     split_sessions(whole, tmp_path / "two", ["ann", "bob", "eve"])
     merge_sets(tmp_path / "all", [tmp_path / "one", tmp_path / "two"])
@@ -187,7 +185,7 @@ def test_a_reader_of_the_set_keeps_its_files_through_a_drop(whole):
     hold.close()
 
 
-def test_wrong_names_and_sets_that_do_not_fit_are_named(whole, recorded, recipe, tmp_path):
+def test_unknown_sessions_and_incompatible_sets_are_named(whole, recorded, recipe, tmp_path):
     before = file_hashes(whole)
     with pytest.raises(ShardError, match="no session 'cast' in this set; did you mean 'cat'"):
         drop_sessions(whole, ["cast"])
@@ -206,7 +204,7 @@ def test_wrong_names_and_sets_that_do_not_fit_are_named(whole, recorded, recipe,
     assert not (tmp_path / "all").exists()
 
 
-def test_a_set_is_not_merged_with_itself_whatever_it_is_called(whole, tmp_path, monkeypatch):
+def test_a_set_is_not_merged_with_itself_under_another_name(whole, tmp_path, monkeypatch):
     before = file_hashes(whole)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(whole)
@@ -220,7 +218,7 @@ def test_a_set_is_not_merged_with_itself_whatever_it_is_called(whole, tmp_path, 
     assert file_hashes(whole) == before
 
 
-def test_what_only_the_second_set_has_is_split_off_as_the_message_says(whole, tmp_path):
+def test_the_fix_for_overlapping_sets_works(whole, tmp_path):
     split_sessions(whole, tmp_path / "one", ["ann", "bob", "cat"])
     split_sessions(whole, tmp_path / "two", ["bob", "cat", "dan", "eve"])
     with pytest.raises(

@@ -61,7 +61,7 @@ def run(*arguments: object) -> str:
 
 
 @pytest.mark.parametrize("store", ["memory", "s3"])
-def test_the_commands_on_urls_end_as_those_on_folders(request, built, local, tmp_path, store):
+def test_the_commands_do_the_same_on_urls_and_folders(request, built, local, tmp_path, store):
     fs = request.getfixturevalue(store)
     url = f"{store}://here"
     upload(built, fs, "here/set")
@@ -79,13 +79,13 @@ def test_the_commands_on_urls_end_as_those_on_folders(request, built, local, tmp
     assert file_hashes(tmp_path / "from-store") == file_hashes(tmp_path / "all")
 
 
-def test_a_reader_of_a_stored_set_keeps_its_files_through_a_drop(memory, built):
+def test_a_reader_of_a_remote_set_keeps_its_files_through_a_drop(memory, built):
     before = {n: h for n, h in file_hashes(built).items() if n.startswith(("train", "val", "tok"))}
     drop_sessions("memory://here/set", ["cat"])
     assert before.items() <= stored_hashes(memory, "/here/set").items()
 
 
-def test_requests_that_fail_for_a_while_change_nothing(memory, built, local, monkeypatch):
+def test_transient_failures_change_nothing(memory, built, local, monkeypatch):
     drop_sessions(local, ["cat"])
     with monkeypatch.context() as patched:
         fail_at_first(patched, memory, 4)
@@ -94,7 +94,7 @@ def test_requests_that_fail_for_a_while_change_nothing(memory, built, local, mon
 
 
 @pytest.mark.parametrize("place", ["nowhere", "memory://nowhere/set", "s3://here/nowhere"])
-def test_nothing_is_made_where_no_set_is(request, memory, built, tmp_path, monkeypatch, place):
+def test_a_missing_set_is_not_created(request, memory, built, tmp_path, monkeypatch, place):
     s3 = request.getfixturevalue("s3") if place.startswith("s3") else None
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -113,7 +113,7 @@ def test_nothing_is_made_where_no_set_is(request, memory, built, tmp_path, monke
     assert s3 is None or s3.find("here/nowhere") == []
 
 
-def test_wrong_names_and_taken_places_leave_a_store_as_it_is(memory):
+def test_unknown_sessions_and_existing_sets_leave_a_store_unchanged(memory):
     before = stored_hashes(memory, "/")
     with pytest.raises(ShardError, match=r"memory://here/set: no session 'cast' .* 'cat'"):
         drop_sessions("memory://here/set", ["cast"])
@@ -124,7 +124,7 @@ def test_wrong_names_and_taken_places_leave_a_store_as_it_is(memory):
     assert stored_hashes(memory, "/") == before
 
 
-def test_a_column_that_is_damaged_in_the_store_is_not_taken_over(memory, built):
+def test_a_column_that_is_damaged_in_the_store_is_not_copied(memory, built):
     name = next(p.name for p in sorted(built.iterdir()) if p.name.endswith(".audio.tar"))
     content = bytearray(memory.cat_file(f"/here/set/{name}"))
     content[600] ^= 1

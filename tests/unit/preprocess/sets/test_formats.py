@@ -70,7 +70,7 @@ def test_another_format_is_refused_before_the_set_is_read(out, command, version,
 
 
 @pytest.mark.parametrize(("version", "relation"), [(1, "older"), (3, "newer")])
-def test_an_index_of_another_version_is_not_taken_for_a_corrupt_one(out, version, relation):
+def test_an_index_of_another_version_is_not_reported_as_corrupt(out, version, relation):
     path = out / read_manifest(out).shards[0].index_file
     content = bytearray(path.read_bytes())
     content[8] = version

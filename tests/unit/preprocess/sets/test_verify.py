@@ -170,7 +170,7 @@ def test_a_wrong_count_of_the_set_is_found(a_copy, name, says):
 
 
 @pytest.mark.parametrize("content", [None, "[1]\n", "{}\n", "not json\n", '{"level": []}\n'])
-def test_a_list_of_the_rejected_that_can_not_be_read_is_found(a_copy, content):
+def test_an_unreadable_list_of_rejected_windows_is_found(a_copy, content):
     path = a_copy / "rejected.jsonl"
     path.unlink()
     if content is not None:
@@ -180,7 +180,7 @@ def test_a_list_of_the_rejected_that_can_not_be_read_is_found(a_copy, content):
     assert REBUILD_HINT in problem
 
 
-def test_a_rejected_window_that_nobody_planned_is_found(a_copy):
+def test_an_unplanned_rejected_window_is_found(a_copy):
     with (a_copy / "rejected.jsonl").open("a") as file:
         file.write('{"level": "session", "session": "zed", "windows": 3}\n')
     (problem,) = verify_set(a_copy).problems
@@ -198,7 +198,7 @@ def test_a_session_in_both_splits_is_found(a_copy):
     assert all("session ann is in both splits: held-out data leaks" in p for p in problems)
 
 
-def test_a_key_that_stands_twice_is_found(a_copy):
+def test_a_duplicate_key_is_found(a_copy):
     def change(facts, arrays):
         arrays["window"][1] = arrays["window"][0]
 
@@ -210,7 +210,7 @@ def test_a_key_that_stands_twice_is_found(a_copy):
 # --- show ------------------------------------------------------------------------------------
 
 
-def test_show_says_what_a_set_holds(whole_set):
+def test_show_describes_a_set(whole_set):
     lines = dict(describe_set(whole_set))
     assert lines["train"].startswith("30 samples in ")
     assert lines["val"].startswith("6 samples in ")
@@ -219,7 +219,7 @@ def test_show_says_what_a_set_holds(whole_set):
     assert lines["proprio"] == "float32 30x20, rad, rad/s, zarr"
 
 
-def test_show_draws_how_values_are_spread(whole_set):
+def test_show_draws_the_distribution_of_values(whole_set):
     lines = dict(describe_set(whole_set))
     angles = np.concatenate([values[:, :10] for values in finite_proprio(whole_set)])
     counts, _ = np.histogram(angles, 36, (-math.pi, math.pi))
@@ -243,7 +243,7 @@ def finite_proprio(root):
         yield values[np.isfinite(values).all(axis=1)].astype(np.float64)
 
 
-def test_show_says_nothing_of_what_an_early_version_did_not_count(a_copy):
+def test_show_skips_statistics_that_early_sets_lack(a_copy):
     def forget(values):
         del values["statistics"]["audio_level"]
         del values["statistics"]["touch"]["histogram"]
@@ -254,7 +254,7 @@ def test_show_says_nothing_of_what_an_early_version_did_not_count(a_copy):
     assert not {"dB of windows", "touch values"} & set(names)
 
 
-def test_show_says_what_a_sample_is(whole_set):
+def test_show_describes_a_sample(whole_set):
     lines = list(describe_sample(whole_set, "cat/000003"))
     facts = dict(lines)
     assert facts["sample"].startswith("cat/000003, row ")
@@ -273,14 +273,14 @@ def test_show_says_what_a_sample_is(whole_set):
     assert said == ["   1.00 s  wait, wörld", "   1.30 s  reach", "   1.60 s  the red ball"]
 
 
-def test_show_says_what_a_sample_lacks(whole_set):
+def test_show_describes_a_sample_with_few_streams(whole_set):
     facts = dict(describe_sample(whole_set, "eve/000000"))
     assert facts["streams"] == "touch, proprio"
     assert facts["vision_left"].startswith("0 bytes")
 
 
 @pytest.mark.parametrize("key", ["cat/999999", "nobody/000000", "cat", ""])
-def test_an_unknown_key_is_answered_with_an_example(whole_set, key):
+def test_the_error_for_an_unknown_key_has_an_example(whole_set, key):
     with pytest.raises(ShardError) as found:
         list(describe_sample(whole_set, key))
     assert f"no sample {key!r}; fix: use a key SESSION/WINDOW such as ann/000000" in str(
@@ -288,7 +288,7 @@ def test_an_unknown_key_is_answered_with_an_example(whole_set, key):
     )
 
 
-def test_the_commands_exit_0_when_all_is_well_and_1_when_not(a_copy):
+def test_verify_exits_with_1_if_there_are_problems(a_copy):
     runner = CliRunner()
     good = runner.invoke(cli, ["verify", str(a_copy)])
     assert (good.exit_code, "all good" in good.output) == (0, True)

@@ -33,7 +33,7 @@ def upload(tiny_set, tmp_path, monkeypatch):
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_a_stored_set_is_judged_as_a_local_one(tiny_set, upload):
+def test_a_remote_set_is_verified_and_described_like_a_local_one(tiny_set, upload):
     upload(tiny_set)
     assert verify_set(URL) == verify_set(tiny_set)
     local, stored = dict(describe_set(tiny_set)), dict(describe_set(URL))
@@ -44,7 +44,7 @@ def test_a_stored_set_is_judged_as_a_local_one(tiny_set, upload):
     assert list(describe_sample(URL, key)) == list(describe_sample(tiny_set, key))
 
 
-def test_what_is_damaged_or_missing_is_named_by_its_place_in_the_store(tiny_set, tmp_path, upload):
+def test_damaged_and_missing_files_are_named_by_url(tiny_set, tmp_path, upload):
     damaged = tiny_sets.copy_set(tiny_set, tmp_path / "set")
     (tar, other, *_) = sorted(damaged.glob("train-*.text.tar"))
     tiny_sets.flip_byte(tar, 600)
@@ -56,7 +56,7 @@ def test_what_is_damaged_or_missing_is_named_by_its_place_in_the_store(tiny_set,
     assert stored == tuple(problem.replace(str(damaged), URL) for problem in local)
 
 
-def test_only_a_shard_at_a_time_is_copied(tiny_set, tmp_path, upload):
+def test_downloaded_columns_are_removed_after_use(tiny_set, tmp_path, upload):
     upload(tiny_set)
     told = []
 
@@ -68,7 +68,7 @@ def test_only_a_shard_at_a_time_is_copied(tiny_set, tmp_path, upload):
     assert told == [(n, count, ["manifest.json", "tokenizer.json"]) for n in range(1, count + 1)]
 
 
-def test_what_is_not_there_is_named(tiny_set, upload):
+def test_missing_sets_and_samples_are_named(tiny_set, upload):
     upload(tiny_set)
     with pytest.raises(ShardError, match=r"memory://sets/other: no such shard set"):
         verify_set("memory://sets/other")

@@ -31,7 +31,7 @@ def folder(tmp_path):
 # --- fetching --------------------------------------------------------------------------------
 
 
-def test_a_file_is_fetched_once_and_then_read_from_the_folder(shelf, folder):
+def test_a_file_is_downloaded_once_and_then_read_from_the_cache(shelf, folder):
     cache = make_cache(shelf, folder)
     for _ in range(3):
         assert read(cache, shelf.file("f1")) == shelf.contents["f1"]
@@ -40,14 +40,14 @@ def test_a_file_is_fetched_once_and_then_read_from_the_folder(shelf, folder):
     assert names_in(folder) == {"f1"}
 
 
-def test_the_same_bytes_of_another_set_are_fetched_once(shelf, folder, tmp_path):
+def test_the_same_bytes_of_two_sets_are_downloaded_once(shelf, folder, tmp_path):
     other = Shelf(tmp_path / "other")
     read(make_cache(shelf, folder), shelf.file("f1"))
     assert read(make_cache(other, folder), other.file("f1")) == shelf.contents["f1"]
     assert other.gets() == {}
 
 
-def test_other_bytes_of_the_same_name_are_another_file(shelf, folder):
+def test_other_bytes_under_the_same_name_are_another_file(shelf, folder):
     cache = make_cache(shelf, folder)
     old = shelf.contents["f1"]
     old_file = shelf.file("f1")
@@ -82,7 +82,7 @@ def fails_first(num, error=None, content=None):
     ],
     ids=["error", "short", "long", "flip", "empty"],
 )
-def test_what_passes_is_tried_again_and_said_once(shelf, folder, caplog, on_fetch):
+def test_a_transient_failure_is_retried_and_logged_once(shelf, folder, caplog, on_fetch):
     shelf.on_fetch = on_fetch()
     assert read(make_cache(shelf, folder), shelf.file("f1")) == shelf.contents["f1"]
     retries = [r for r in caplog.records if "attempt" in r.getMessage()]
@@ -90,7 +90,7 @@ def test_what_passes_is_tried_again_and_said_once(shelf, folder, caplog, on_fetc
     assert names_in(folder) == {"f1"}
 
 
-def test_what_does_not_pass_ends_as_an_error_and_leaves_nothing(shelf, folder):
+def test_a_lasting_failure_is_an_error_and_leaves_no_file(shelf, folder):
     shelf.on_fetch = fails_first(99, error=StorageError("broken off", is_transient=True))
     with pytest.raises(StorageError, match="broken off; given up after 4 attempts"):
         make_cache(shelf, folder).open(shelf.file("f1"))
@@ -98,21 +98,21 @@ def test_what_does_not_pass_ends_as_an_error_and_leaves_nothing(shelf, folder):
     assert names_in(folder) == set()
 
 
-def test_what_can_not_pass_is_not_tried_again(shelf, folder):
+def test_a_permanent_error_is_not_retried(shelf, folder):
     shelf.on_fetch = fails_first(99, error=StorageError("not allowed"))
     with pytest.raises(StorageError, match="not allowed"):
         make_cache(shelf, folder).open(shelf.file("f1"))
     assert shelf.gets() == {"f1": 1}
 
 
-def test_a_file_that_the_store_lacks_is_not_tried_again(shelf, folder):
+def test_a_missing_file_is_not_retried(shelf, folder):
     with pytest.raises(FileNotFoundError):
         make_cache(shelf, folder).open(CachedFile("none", "0" * 64, 1))
     assert shelf.gets() == {"none": 1}
     assert names_in(folder) == set()
 
 
-def test_the_same_wrong_bytes_twice_are_kept_for_their_members_checksums(shelf, folder, caplog):
+def test_the_same_wrong_bytes_twice_are_kept(shelf, folder, caplog):
     wrong = bytes(SIZE)
     shelf.on_fetch = lambda _name, _content, path: path.write_bytes(wrong)
     assert read(make_cache(shelf, folder), shelf.file("f1")) == wrong
@@ -127,13 +127,13 @@ def test_the_same_wrong_length_twice_is_corrupt(shelf, folder):
     assert shelf.gets() == {"f1": 2}
 
 
-def test_bytes_that_are_wrong_in_ever_new_ways_are_the_lines_fault(shelf, folder):
+def test_different_wrong_bytes_each_time_are_a_storage_error(shelf, folder):
     shelf.on_fetch = lambda _name, content, path: path.write_bytes(os.urandom(len(content)))
     with pytest.raises(StorageError, match="given up after 4 attempts"):
         make_cache(shelf, folder).open(shelf.file("f1"))
 
 
-def test_a_full_disk_is_named_with_the_keys_that_help(shelf, folder):
+def test_a_full_disk_is_named_with_the_keys_that_fix_it(shelf, folder):
     full = StorageError("x")
     full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     shelf.on_fetch = fails_first(99, error=full)
@@ -142,12 +142,12 @@ def test_a_full_disk_is_named_with_the_keys_that_help(shelf, folder):
 
 
 @pytest.mark.parametrize("sha256", ["../../etc/passwd", "", None, "A" * 64, "0" * 63])
-def test_a_checksum_that_is_none_is_refused(sha256):
+def test_an_invalid_checksum_is_refused(sha256):
     with pytest.raises(CorruptError, match="is not a checksum"):
         CachedFile("f1", sha256)
 
 
-def test_a_folder_that_can_not_be_made_names_the_key(shelf, tmp_path):
+def test_a_folder_that_can_not_be_created_names_the_key(shelf, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"data\.cache_dir is .*file/cache: Not a directory"):
         make_cache(shelf, tmp_path / "file" / "cache")
@@ -156,7 +156,7 @@ def test_a_folder_that_can_not_be_made_names_the_key(shelf, tmp_path):
 # --- damage on the disk ----------------------------------------------------------------------
 
 
-def test_a_damaged_copy_is_fetched_again_once(shelf, folder):
+def test_a_damaged_file_is_refetched_once(shelf, folder):
     cache, file = make_cache(shelf, folder), shelf.file("f1")
     read(cache, file)
     cache.path(file).write_bytes(bytes(SIZE))
@@ -166,7 +166,7 @@ def test_a_damaged_copy_is_fetched_again_once(shelf, folder):
     assert not cache.refetch(file)
 
 
-def test_what_another_process_renewed_is_not_fetched_again(shelf, folder):
+def test_a_file_that_another_process_refetched_is_not_downloaded_again(shelf, folder):
     cache, other, file = make_cache(shelf, folder), make_cache(shelf, folder), shelf.file("f1")
     read(cache, file)
     cache.path(file).write_bytes(bytes(SIZE))
@@ -182,7 +182,7 @@ def test_a_folder_that_was_removed_is_filled_again(shelf, folder):
     assert read(cache, shelf.file("f1")) == shelf.contents["f1"]
 
 
-def test_a_folder_that_is_removed_during_a_download_is_no_missing_file(shelf, folder):
+def test_a_folder_removed_during_a_download_is_not_a_missing_file(shelf, folder):
     def remove(_name, content, path):
         path.write_bytes(content)
         shutil.rmtree(folder)
@@ -195,7 +195,7 @@ def test_a_folder_that_is_removed_during_a_download_is_no_missing_file(shelf, fo
 # --- the limit -------------------------------------------------------------------------------
 
 
-def test_what_was_used_longest_ago_goes_first(shelf, folder):
+def test_the_least_recently_used_file_is_evicted_first(shelf, folder):
     cache = make_cache(shelf, folder, num_files=3)
     for name in ("f1", "f2", "f3", "f1", "f4"):
         read(cache, shelf.file(name))
@@ -203,7 +203,7 @@ def test_what_was_used_longest_ago_goes_first(shelf, folder):
 
 
 @pytest.mark.parametrize("is_there_before", [False, True])
-def test_what_is_open_in_any_process_stays(shelf, folder, is_there_before):
+def test_a_file_that_any_process_has_open_is_not_evicted(shelf, folder, is_there_before):
     cache = make_cache(shelf, folder, num_files=3)
     if is_there_before:
         for name in ("f1", "f2"):
@@ -229,7 +229,7 @@ def test_what_is_open_in_any_process_stays(shelf, folder, is_there_before):
     assert names_in(folder) == {"f4", "f5", "f6"}
 
 
-def test_a_reader_lets_go_of_its_own_where_there_is_no_room(shelf, folder):
+def test_a_reader_evicts_its_own_files_from_a_full_cache(shelf, folder):
     cache = make_cache(shelf, folder, num_files=2)
     held = [cache.open(shelf.file("f1")), cache.open(shelf.file("f2"))]
 
@@ -244,7 +244,7 @@ def test_a_reader_lets_go_of_its_own_where_there_is_no_room(shelf, folder):
     os.close(held.pop())
 
 
-def test_no_room_for_long_is_an_error_that_names_the_key(shelf, folder, monkeypatch):
+def test_a_cache_that_stays_full_is_an_error_that_names_the_key(shelf, folder, monkeypatch):
     monkeypatch.setattr(cache_module, "SPACE_TIMEOUT_S", 0.1)
     cache = make_cache(shelf, folder, num_files=1)
     held = cache.open(shelf.file("f1"))
@@ -254,7 +254,7 @@ def test_no_room_for_long_is_an_error_that_names_the_key(shelf, folder, monkeypa
     assert names_in(folder) == {"f1"}
 
 
-def test_room_that_others_make_is_waited_for(shelf, folder):
+def test_a_reader_waits_for_others_to_close_files(shelf, folder):
     cache = make_cache(shelf, folder, num_files=1)
     held = cache.open(shelf.file("f1"))
     timer = threading.Timer(0.3, os.close, [held])
@@ -291,7 +291,7 @@ def test_a_lower_limit_holds_from_the_next_start(shelf, folder):
     assert names_in(folder) == {"f3", "f4"}
 
 
-def test_fetching_ahead_removes_nothing_that_was_used_since(shelf, folder):
+def test_a_prefetch_evicts_nothing_that_was_used_since(shelf, folder):
     cache = make_cache(shelf, folder, num_files=3)
     read(cache, shelf.file("f1"))
     since_ns = time.time_ns()
@@ -302,7 +302,7 @@ def test_fetching_ahead_removes_nothing_that_was_used_since(shelf, folder):
     assert names_in(folder) == {"f2", "f3", "f4"}
 
 
-def test_the_log_names_what_and_how_often(shelf, folder, caplog):
+def test_the_log_names_the_file_and_the_attempt(shelf, folder, caplog):
     shelf.on_fetch = fails_first(1, error=StorageError("f1: broken off", is_transient=True))
     with caplog.at_level(logging.WARNING):
         read(make_cache(shelf, folder), shelf.file("f1"))

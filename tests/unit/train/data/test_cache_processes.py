@@ -6,12 +6,14 @@ import fcntl
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
 from helpers.memory_store import SIZE, Shelf, end_of, in_child, make_cache, names_in, read, sum_in
 
 from train.data import cache as cache_module
+from train.data import cache_quota
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def wait_until(true):
         time.sleep(0.005)
 
 
-def test_many_processes_fetch_a_file_once(shelf, folder):
+def test_many_processes_download_a_file_once(shelf, folder):
     def slowly(_name, content, path):
         time.sleep(0.2)
         path.write_bytes(content)
@@ -49,7 +51,7 @@ def check_read(cache, shelf, name):
     assert read(cache, shelf.file(name)) == shelf.contents[name]
 
 
-def test_nobody_waits_for_the_download_of_another_file(shelf, folder):
+def test_downloads_do_not_wait_for_each_other(shelf, folder):
     def stuck(name, content, path):
         path.write_bytes(content)
         if name == "f1":
@@ -69,7 +71,7 @@ def test_nobody_waits_for_the_download_of_another_file(shelf, folder):
 
 
 @pytest.mark.parametrize("next_file", ["f1", "f2"])
-def test_a_killed_download_leaves_nothing_to_the_next_user(shelf, folder, next_file):
+def test_the_next_user_removes_a_killed_download(shelf, folder, next_file):
     def half(_name, content, path):
         path.write_bytes(content[: SIZE // 2])
         time.sleep(60)
@@ -84,7 +86,7 @@ def test_a_killed_download_leaves_nothing_to_the_next_user(shelf, folder, next_f
     assert names_in(folder) == {next_file}
 
 
-def test_the_waiting_take_over_from_a_killed_download(shelf, folder):
+def test_a_waiting_process_takes_over_from_a_killed_download(shelf, folder):
     def half(_name, content, path):
         path.write_bytes(content[: SIZE // 2])
         time.sleep(60)
@@ -101,7 +103,7 @@ def test_the_waiting_take_over_from_a_killed_download(shelf, folder):
     assert names_in(folder) == {"f1"}
 
 
-def test_a_fork_while_room_is_made_leaves_no_lock_behind(shelf, folder):
+def test_a_fork_during_a_change_leaves_no_lock_behind(shelf, folder):
     cache = make_cache(shelf, folder)
     with cache.quota.exclusive():
         child = in_child(lambda: time.sleep(60))
@@ -112,7 +114,7 @@ def test_a_fork_while_room_is_made_leaves_no_lock_behind(shelf, folder):
     end_of(child)
 
 
-def test_a_file_that_goes_while_it_is_opened_is_fetched_again(shelf, folder, monkeypatch):
+def test_a_file_evicted_while_it_is_opened_is_downloaded_again(shelf, folder, monkeypatch):
     cache, file = make_cache(shelf, folder), shelf.file("f1")
     read(cache, file)
     lock = fcntl.flock
@@ -167,3 +169,33 @@ def test_processes_and_kills_never_break_the_limit_or_a_file(shelf, folder):
     make_cache(shelf, folder, num_files=6)
     assert not any(name.startswith(".") for name in names_in(folder))
     assert sum_in(folder) == SIZE * len(names_in(folder))
+
+
+def test_a_rescan_does_not_look_like_a_running_download(shelf, folder, monkeypatch):
+    cache, file = make_cache(shelf, folder), shelf.file("f1")
+    rescans = []
+
+    def open_during_a_rescan(path, *options, **named):
+        descriptor = os.open(path, *options, **named)
+        if str(path).endswith(".lock") and not rescans:
+            rescans.append(threading.Thread(target=cache.quota.rescan))
+            rescans[0].start()
+            rescans[0].join(timeout=0.5)  # it ends, or waits until the lock is ours
+        return descriptor
+
+    monkeypatch.setattr(cache_quota, "os", _With(os, open=open_during_a_rescan))
+    cache.prefetch(file, since_ns=0)
+    rescans[0].join()
+    assert cache.path(file).read_bytes() == shelf.contents["f1"]
+    assert names_in(folder) == {"f1"}
+
+
+class _With:
+    """A module with some functions replaced."""
+
+    def __init__(self, module, **functions):
+        self._module = module
+        self.__dict__.update(functions)
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)

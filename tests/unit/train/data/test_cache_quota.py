@@ -46,7 +46,7 @@ def fill(folder, number, *, size=0):
 # --- how often the folder is looked over -----------------------------------------------------
 
 
-def test_what_fits_is_fetched_without_a_look_at_the_other_files(shelf, folder, looks):
+def test_a_file_that_fits_is_downloaded_without_a_scan(shelf, folder, looks):
     fill(folder, 1000)
     cache = make_cache(shelf, folder, num_files=20)
     assert len(looks) == 1
@@ -58,7 +58,7 @@ def test_what_fits_is_fetched_without_a_look_at_the_other_files(shelf, folder, l
 
 
 @pytest.mark.parametrize("is_length_known", [True, False])
-def test_a_full_folder_is_looked_over_once_for_many_files(shelf, folder, looks, is_length_known):
+def test_a_full_folder_is_scanned_once_for_many_files(shelf, folder, looks, is_length_known):
     fill(folder, 400, size=SIZE)
     cache = make_cache(shelf, folder, num_files=400)
     for i in range(20):
@@ -73,13 +73,13 @@ def size_of_all(folder):
     return sum(p.stat().st_size for p in folder.iterdir() if p.name != ".room")
 
 
-def test_never_more_goes_than_a_twentieth_of_the_limit(shelf, folder):
+def test_an_eviction_stops_at_its_share_of_the_limit(shelf, folder):
     fill(folder, 40, size=SIZE)
     read(make_cache(shelf, folder, num_files=40), shelf.file("f1"))
     assert names_in(folder) == {f"old{i}" for i in range(3, 40)} | {"f1"}  # 38 of 40
 
 
-def test_more_goes_for_a_file_ahead_but_nothing_that_was_used_since(shelf, folder):
+def test_a_prefetch_evicts_more_but_nothing_that_was_used_since(shelf, folder):
     fill(folder, 40, size=SIZE)
     cache = make_cache(shelf, folder, num_files=40)
     cache.prefetch(shelf.file("f1"), since_ns=2 * 10**9)
@@ -92,7 +92,7 @@ def test_more_goes_for_a_file_ahead_but_nothing_that_was_used_since(shelf, folde
 @pytest.mark.parametrize(
     "content", [b"", b"x" * 20, bytes(20), b"1" * 20, b"0" * 19, b"-" + b"1" * 19]
 )
-def test_a_sum_that_is_none_or_too_large_is_mended_by_a_look(shelf, folder, looks, content):
+def test_an_unreadable_or_too_large_sum_is_corrected_by_a_scan(shelf, folder, looks, content):
     cache = make_cache(shelf, folder, num_files=3)
     for name in ("f1", "f2"):
         read(cache, shelf.file(name))
@@ -105,7 +105,7 @@ def test_a_sum_that_is_none_or_too_large_is_mended_by_a_look(shelf, folder, look
     assert names_in(folder) == {"f2", "f3", "f4"}
 
 
-def test_a_sum_that_is_too_small_is_mended_at_the_next_opening(shelf, folder):
+def test_a_sum_that_is_too_small_is_corrected_when_the_cache_is_opened(shelf, folder):
     make_cache(shelf, folder)
     fill(folder, 7, size=SIZE)  # put there by hand
     assert sum_in(folder) == 0
@@ -113,7 +113,7 @@ def test_a_sum_that_is_too_small_is_mended_at_the_next_opening(shelf, folder):
     assert sum_in(folder) == 7 * SIZE
 
 
-def test_what_was_removed_by_hand_is_room_when_room_is_short(shelf, folder):
+def test_space_of_files_removed_by_hand_is_used_when_it_is_needed(shelf, folder):
     cache = make_cache(shelf, folder, num_files=3)
     for name in ("f1", "f2", "f3"):
         read(cache, shelf.file(name))
@@ -123,7 +123,7 @@ def test_what_was_removed_by_hand_is_room_when_room_is_short(shelf, folder):
     assert sum_in(folder) == 3 * SIZE
 
 
-def test_room_of_failed_and_renewed_files_is_given_back(shelf, folder):
+def test_space_of_failed_and_refetched_files_is_released(shelf, folder):
     cache = make_cache(shelf, folder)
     read(cache, shelf.file("f1"))
     put, shelf.on_fetch = shelf.on_fetch, fail
@@ -142,7 +142,7 @@ def fail(_name, _content, path):
     raise StorageError("gone")
 
 
-def test_no_room_leaves_the_sum_as_it_was(shelf, folder):
+def test_a_failed_reservation_leaves_the_sum_unchanged(shelf, folder):
     cache = make_cache(shelf, folder, num_files=1)
     held = cache.open(shelf.file("f1"))
     with pytest.raises(CacheFullError):
@@ -156,9 +156,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_kill_before_any_change_leaves_a_sum_that_is_not_too_small(
-    shelf, folder, monkeypatch, seed
-):
+def test_a_kill_at_any_point_never_leaves_too_small_a_sum(shelf, folder, monkeypatch, seed):
     chance = random.Random(seed)
     make_cache(shelf, folder, num_files=4)
     cache = make_cache(shelf, folder.parent / "other", num_files=4)

@@ -83,7 +83,7 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_with_two_workers_each_fetch_every_file_once(server, shards, settings):
+def test_two_processes_with_two_workers_each_download_every_file_once(server, shards, settings):
     command = [sys.executable, "-c", _READ, url_of(server), str(settings.folder)]
     tests = str(Path(remote_sets.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"}
@@ -99,21 +99,21 @@ def test_two_processes_with_two_workers_each_fetch_every_file_once(server, shard
     assert set(server.gets.values()) == {1}
 
 
-def test_text_only_training_fetches_only_text(server, shards, settings):
+def test_text_only_training_downloads_only_text(server, shards, settings):
     loader = make_loader(url_of(server), settings, heads=TEXT_HEADS, num_workers=2)
     assert_same(read_all(loader), read_all(make_loader(shards, heads=TEXT_HEADS)))
     wanted = data_files(shards, suffixes=(".index", "text.tar"))
     assert wanted >= set(server.gets) - {MANIFEST_FILE, "tokenizer.json"}
 
 
-def test_a_second_run_fetches_only_the_manifest(server, settings):
+def test_a_second_run_downloads_only_the_manifest(server, settings):
     read_all(make_loader(url_of(server), settings))
     server.gets.clear()
     read_all(make_loader(url_of(server), settings))
     assert server.gets == {MANIFEST_FILE: 1}
 
 
-def test_the_next_block_is_fetched_while_the_present_one_is_read(
+def test_the_next_block_is_prefetched_while_the_current_one_is_read(
     server, shards, settings, monkeypatch, caplog
 ):
     # If a prefetch fails, the log says why.
@@ -138,7 +138,7 @@ def test_the_next_block_is_fetched_while_the_present_one_is_read(
     assert set(server.gets) == expected
 
 
-def test_workers_forked_while_files_are_fetched_ahead_read_on(server, shards, settings):
+def test_workers_forked_during_a_prefetch_continue_to_read(server, shards, settings):
     source = ShardSource(url_of(server), cache=settings)
     config = make_config(shards, batch_size=1)
     next(iter(Loader(source, config, num_epochs=1)))
@@ -147,7 +147,7 @@ def test_workers_forked_while_files_are_fetched_ahead_read_on(server, shards, se
 
 
 @pytest.mark.parametrize("store", ["http", "s3"])
-def test_workers_that_fetch_leave_the_parents_connections_alone(
+def test_downloads_in_workers_leave_the_parents_connections_alone(
     request, server, settings, store, monkeypatch, caplog
 ):
     monkeypatch.setattr(storage, "READ_TIMEOUT_S", 5.0)
@@ -224,7 +224,7 @@ def test_a_cache_smaller_than_a_file_ends_the_run_by_a_clear_error(
 # --- the configuration and the command -------------------------------------------------------
 
 
-def test_the_cache_lies_where_the_users_caches_lie(monkeypatch):
+def test_the_default_cache_is_in_the_users_cache_folder(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert default_cache_dir() == Path("/somewhere/vr-creature/shards")
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -261,7 +261,7 @@ def test_the_command_checks_a_configuration_of_a_set_behind_a_url(
     assert "one forward and backward" in result.output
 
 
-def test_the_command_says_where_no_set_is(server, tmp_path, settings):
+def test_the_command_names_a_missing_set(server, tmp_path, settings):
     config = make_config(f"{server.url}/none", cache_dir=settings.folder).model_dump(mode="json")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")

@@ -35,7 +35,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(("fault", "num_workers"), [*((f, 0) for f in FAULTS), ("mixed", 2)])
-def test_faults_that_pass_change_no_batch(server, shards, settings, fault, num_workers):
+def test_transient_faults_change_no_batch(server, shards, settings, fault, num_workers):
     if fault == "mixed":
         server.plan = first_time
     else:
@@ -51,7 +51,7 @@ def test_faults_that_pass_change_no_batch(server, shards, settings, fault, num_w
 
 
 @pytest.mark.parametrize("fault", ["stall", "reset", "503", "cut", "flip"])
-def test_faults_between_here_and_s3_change_no_batch(s3, tiny_set, settings, fault):
+def test_transient_faults_of_s3_change_no_batch(s3, tiny_set, settings, fault):
     s3.gets.clear()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
@@ -67,7 +67,7 @@ def test_faults_between_here_and_s3_change_no_batch(s3, tiny_set, settings, faul
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_store_that_is_gone_ends_the_run_and_replaces_nothing(
+def test_an_unreachable_store_ends_the_run_without_substitutes(
     server, settings, num_workers, caplog
 ):
     loader = make_loader(url_of(server), settings, num_workers=num_workers)
@@ -76,7 +76,7 @@ def test_a_store_that_is_gone_ends_the_run_and_replaces_nothing(
         read_all(loader)
 
 
-def test_an_error_whose_cause_can_not_be_sent_comes_out_of_a_loader_process(tiny_set, monkeypatch):
+def test_an_error_with_an_unpicklable_cause_leaves_a_loader_process(tiny_set, monkeypatch):
     """Once tblib is in the process, as distributed brings it, errors are pickled with causes."""
     tblib.pickling_support.install()
 
@@ -88,7 +88,7 @@ def test_an_error_whose_cause_can_not_be_sent_comes_out_of_a_loader_process(tiny
         read_all(make_loader(tiny_set, num_workers=1))
 
 
-def test_a_store_that_refuses_is_not_asked_again(server, settings):
+def test_a_refused_request_is_not_retried(server, settings):
     loader = make_loader(url_of(server), settings)
     server.plan = lambda _name, _before: "403"
     with pytest.raises(StorageError, match="403"):
@@ -96,7 +96,7 @@ def test_a_store_that_refuses_is_not_asked_again(server, settings):
     assert all(count <= 2 for count in server.gets.values())  # ahead, and when it was needed
 
 
-def test_a_wrong_address_is_said_at_once(server, settings):
+def test_a_wrong_address_is_reported_at_once(server, settings):
     with pytest.raises(ShardError, match=rf"{server.url}/nothing: no such shard set"):
         ShardSource(f"{server.url}/nothing", cache=settings)
     assert server.gets[MANIFEST_FILE] == 1
@@ -107,7 +107,7 @@ def test_a_host_without_a_server_is_an_error_after_a_few_attempts(settings):
         ShardSource("http://127.0.0.1:9/set", cache=settings)
 
 
-def test_passwords_are_in_no_message(server, settings, caplog):
+def test_no_message_has_passwords(server, settings, caplog):
     url = f"http://someone:{SECRET}@{url_of(server).removeprefix('http://')}"
     loader = make_loader(url_of(server), settings)
     loader.source = ShardSource(url, cache=settings)
@@ -120,7 +120,7 @@ def test_passwords_are_in_no_message(server, settings, caplog):
 
 def test_a_configuration_holds_no_password():
     values = {"data": {"shards": f"https://me:{SECRET}@host/set"}}
-    with pytest.raises(ConfigError, match=r"data\.shards: https://host/set: .* no pass") as caught:
+    with pytest.raises(ConfigError, match=r"data\.shards: https://host/set has a password") as caught:
         as_train_config(values)
     assert SECRET not in str(caught.value)
 
@@ -137,7 +137,7 @@ def first_member(shards, column, row=0):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_damage_in_the_store_costs_the_samples_that_it_costs_a_local_set(
+def test_damage_in_the_store_loses_the_same_samples_as_in_a_local_set(
     server, shards, settings, num_workers
 ):
     flip_byte(*first_member(shards, "text"))
@@ -150,7 +150,7 @@ def test_damage_in_the_store_costs_the_samples_that_it_costs_a_local_set(
     assert_same(found, local)
 
 
-def test_a_shard_that_the_store_has_lost_is_substituted_as_a_local_one(server, shards, settings):
+def test_a_missing_remote_shard_is_substituted_like_a_local_one(server, shards, settings):
     (shards / "train-000000.dmel.zarr.zip").unlink()
     options = {"max_bad_fraction": 1.0}
     local = read_all(make_loader(shards, **options))
@@ -159,7 +159,7 @@ def test_a_shard_that_the_store_has_lost_is_substituted_as_a_local_one(server, s
     assert server.gets["train-000000.dmel.zarr.zip"] <= 3  # ahead, with its block, when needed
 
 
-def test_a_damaged_index_in_the_store_is_substituted_as_a_local_one(server, shards, settings):
+def test_a_damaged_remote_index_is_substituted_like_a_local_one(server, shards, settings):
     flip_byte(shards / "train-000000.index", 200)
     options = {"max_bad_fraction": 1.0}
     local = read_all(make_loader(shards, **options))
@@ -178,9 +178,7 @@ def test_a_damaged_index_in_the_store_is_substituted_as_a_local_one(server, shar
         ("index", "empty"),
     ],
 )
-def test_damage_on_the_disk_of_the_cache_is_seen_and_fetched_again(
-    server, shards, settings, suffix, damage
-):
+def test_damage_in_the_cache_is_detected_and_refetched(server, shards, settings, suffix, damage):
     expected = read_all(make_loader(url_of(server), settings))
     for path in settings.folder.glob(f"*.{suffix}"):
         content = path.read_bytes()
@@ -195,7 +193,7 @@ def test_damage_on_the_disk_of_the_cache_is_seen_and_fetched_again(
     assert again <= data_files(shards, suffixes=[suffix]) & set(before)
 
 
-def test_a_set_that_was_updated_meanwhile_ends_the_run(server, shards, settings):
+def test_a_set_updated_during_a_run_ends_it(server, shards, settings):
     loader = make_loader(url_of(server), settings)
     for path in shards.glob("*.index"):
         path.rename(path.with_suffix(".g1.index"))
@@ -205,14 +203,14 @@ def test_a_set_that_was_updated_meanwhile_ends_the_run(server, shards, settings)
         read_all(loader)
 
 
-def test_a_set_that_was_removed_meanwhile_ends_the_run(server, shards, settings):
+def test_a_set_removed_during_a_run_ends_it(server, shards, settings):
     loader = make_loader(url_of(server), settings)
     shutil.rmtree(shards)
     with pytest.raises(StorageError, match="has been removed since this run read its manifest"):
         read_all(loader)
 
 
-def test_a_tokenizer_that_is_not_the_manifests_is_refused(server, shards, settings):
+def test_a_tokenizer_that_the_manifest_does_not_name_is_refused(server, shards, settings):
     flip_byte(shards / "tokenizer.json", 5)
     with pytest.raises(CorruptError, match=r"tokenizer.json: checksum differs"):
         ShardSource(url_of(server), cache=settings)

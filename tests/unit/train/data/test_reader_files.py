@@ -57,7 +57,7 @@ def test_text_only_training_reads_the_text_and_nothing_else(tiny_set):
     assert text_bytes <= column_bytes <= 1.1 * text_bytes
 
 
-def test_what_a_batch_reads_is_told_to_the_kernel_before(tiny_set, monkeypatch):
+def test_members_of_a_batch_are_prefetched_by_the_kernel(tiny_set, monkeypatch):
     """Of files that are open, which those of a block are after its first batches."""
     events = []
 
@@ -88,7 +88,7 @@ def test_what_a_batch_reads_is_told_to_the_kernel_before(tiny_set, monkeypatch):
     assert sum(was_told) > 0.25 * len(was_told)
 
 
-def test_few_shards_stay_open_and_what_was_closed_reads_again(tiny_set, monkeypatch):
+def test_few_shards_stay_open_and_closed_ones_can_be_read_again(tiny_set, monkeypatch):
     monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
     source, plenty = ShardSource(tiny_set), ShardSource(tiny_set)
     places = tiny_sets.places_of(source)
@@ -167,7 +167,7 @@ def test_a_source_goes_to_another_process_with_its_files_open(tiny_set):
     np.testing.assert_array_equal(found["audio"], expected["audio"])
 
 
-def test_a_process_forked_while_files_are_open_disturbs_nobody(tiny_set):
+def test_a_fork_while_files_are_open_disturbs_no_reader(tiny_set):
     source = ShardSource(tiny_set)
     places = tiny_sets.places_of(source)
     expected = [read_sample(source, place)[0]["audio"] for place in places]
@@ -198,6 +198,6 @@ def test_an_index_with_other_rows_than_the_manifest_says_is_refused(tiny_set, tm
         ShardSource(shards).key(0, 0)
 
 
-def test_a_missing_set_says_how_to_make_it(tmp_path):
+def test_the_error_for_a_missing_set_says_how_to_build_it(tmp_path):
     with pytest.raises(ShardError, match="python -m preprocess shards --out"):
         ShardSource(tmp_path / "nothing")

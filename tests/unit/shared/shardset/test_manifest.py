@@ -70,13 +70,13 @@ def edited(root: Path, edit: Any) -> Path:
     return root
 
 
-def test_a_manifest_comes_back(tmp_path):
+def test_a_manifest_round_trips(tmp_path):
     commit_manifest(make_manifest(tmp_path))
     assert read_manifest(tmp_path) == make_manifest(tmp_path)
     assert read_manifest(str(tmp_path)) == make_manifest(tmp_path)
 
 
-def test_the_same_manifest_gives_the_same_bytes_wherever_it_lies(tmp_path):
+def test_the_bytes_of_a_manifest_do_not_depend_on_its_folder(tmp_path):
     contents = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -85,7 +85,7 @@ def test_the_same_manifest_gives_the_same_bytes_wherever_it_lies(tmp_path):
     assert contents[0] == contents[1]
 
 
-def test_a_stock_reader_finds_the_checksum_of_all_that_stands_before(tmp_path):
+def test_a_json_reader_finds_the_checksum_of_all_bytes_before(tmp_path):
     commit_manifest(make_manifest(tmp_path))
     content = (tmp_path / "manifest.json").read_bytes()
     *_, last = json.loads(content)
@@ -113,7 +113,7 @@ def test_every_flipped_bit_is_found(tmp_path):
     assert len(unfound) <= 8 * len("sha256")
 
 
-def test_an_edited_manifest_is_refused_until_its_checksum_is_taken_out(tmp_path):
+def test_an_edited_manifest_is_refused_until_its_checksum_is_removed(tmp_path):
     commit_manifest(make_manifest(tmp_path))
     path = tmp_path / "manifest.json"
     text = path.read_text()
@@ -124,7 +124,7 @@ def test_an_edited_manifest_is_refused_until_its_checksum_is_taken_out(tmp_path)
     assert read_manifest(tmp_path).generation == 5
 
 
-def test_splits_are_counted_apart(tmp_path):
+def test_splits_are_counted_separately(tmp_path):
     manifest = make_manifest(tmp_path)
     assert [s.name for s in manifest.in_split("train")] == ["train-000000", "train-000001"]
     assert (manifest.num_samples("train"), manifest.num_samples("val")) == (5, 3)
@@ -159,7 +159,7 @@ def test_a_newer_format_is_refused_with_what_to_do(tmp_path):
         read_manifest(tmp_path)
 
 
-def test_a_newer_format_is_refused_before_anything_else_is_looked_at(tmp_path):
+def test_a_newer_format_is_refused_before_other_keys_are_read(tmp_path):
     values = {"format": "vr-creature-shards", "format_version": 7, "quite": "different"}
     (tmp_path / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(FormatVersionError):
@@ -177,7 +177,7 @@ def test_an_unknown_recipe_key_is_named(tmp_path):
     [b"", b"{", b"[]", b"null", b'{"format": "other"}', b"\xff\xfe", b"[" * 100_000],
     ids=lambda c: c[:10].decode("latin1"),
 )
-def test_a_file_that_is_no_manifest_is_corrupt(tmp_path, content):
+def test_a_file_that_is_not_a_manifest_is_corrupt(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(CorruptError, match=r"manifest\.json"):
         read_manifest(tmp_path)
@@ -191,7 +191,7 @@ def test_a_folder_in_place_of_the_manifest_is_corrupt(tmp_path):
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("value", ["gone", None, 3.5, [3]])
-def test_a_key_that_is_gone_or_of_another_kind_is_a_clear_error(tmp_path, key, value):
+def test_a_missing_key_or_another_type_is_a_clear_error(tmp_path, key, value):
     edited(tmp_path, lambda v: v.pop(key) if value == "gone" else v.update({key: value}))
     with pytest.raises((CorruptError, ConfigError), match=r"manifest\.json"):
         read_manifest(tmp_path)
@@ -218,13 +218,13 @@ def test_a_tokenizer_file_outside_the_set_is_refused(tmp_path, name):
     "change",
     [{"split": "test"}, {"num_samples": -1}, {"num_samples": "3"}, {"length_bytes": 1e9}, {"x": 1}],
 )
-def test_a_shard_that_can_not_be_is_refused(tmp_path, change):
+def test_an_impossible_shard_entry_is_refused(tmp_path, change):
     edited(tmp_path, lambda v: v["shards"][0].update(change))
     with pytest.raises(CorruptError, match="is damaged"):
         read_manifest(tmp_path)
 
 
-def test_the_tokenizer_comes_back_and_its_checksum_is_kept(tmp_path):
+def test_the_tokenizer_is_loaded_and_checked(tmp_path):
     manifest = make_manifest(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(TOKENIZER.json, encoding="utf-8")

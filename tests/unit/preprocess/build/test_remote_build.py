@@ -67,7 +67,7 @@ def s3(recorded):
         yield fs
 
 
-def test_session_json_behind_a_url_places_streams_and_makes_no_session(memory, recorded) -> None:
+def test_a_remote_session_json_gives_stream_starts_but_is_not_a_session(memory, recorded) -> None:
     name = next(iter(find_recordings(recorded)))
     memory.pipe_file("/here/sessions/no session/session.json", b'{"start_s": {"audio": 1}}')
     before = build("memory://here/sessions", "memory://here/set", SMALL)
@@ -82,7 +82,7 @@ def test_session_json_behind_a_url_places_streams_and_makes_no_session(memory, r
 
 
 @pytest.mark.parametrize("store", ["memory", "s3"])
-def test_sessions_and_sets_behind_urls_give_the_bytes_of_local_ones(
+def test_remote_sessions_and_sets_give_the_bytes_of_local_ones(
     request, recorded, built, tmp_path, store
 ):
     fs = request.getfixturevalue(store)
@@ -95,7 +95,7 @@ def test_sessions_and_sets_behind_urls_give_the_bytes_of_local_ones(
 
 
 @pytest.mark.parametrize("store", ["memory", pytest.param("s3", marks=pytest.mark.slow)])
-def test_an_update_behind_a_url_ends_as_a_local_one(
+def test_a_remote_update_gives_the_bytes_of_a_local_one(
     request, recorded, built, tmp_path, store, monkeypatch
 ):
     fs = request.getfixturevalue(store)
@@ -116,7 +116,7 @@ def test_an_update_behind_a_url_ends_as_a_local_one(
     assert {name.split(".", 2)[2] for name in uploaded} == {"text.tar", "index"}
 
 
-def test_when_nothing_changed_nothing_is_fetched_or_written(memory, monkeypatch):
+def test_a_build_without_changes_downloads_and_writes_nothing(memory, monkeypatch):
     build("memory://here/sessions", "memory://here/set", SMALL)
     before = {path: facts["created"] for path, facts in memory.find("/here", detail=True).items()}
     monkeypatch.setattr(Store, "download", fail)
@@ -127,7 +127,7 @@ def test_when_nothing_changed_nothing_is_fetched_or_written(memory, monkeypatch)
     assert after == before
 
 
-def test_a_changed_file_behind_a_url_is_seen(memory, recorded, tmp_path):
+def test_a_changed_remote_file_is_detected(memory, recorded, tmp_path):
     build("memory://here/sessions", "memory://here/set", SMALL)
     write_tone(tmp_path / "audio.wav", 2.0, level=0.1)
     memory.pipe_file("/here/sessions/ann/audio.wav", (tmp_path / "audio.wav").read_bytes())
@@ -136,7 +136,7 @@ def test_a_changed_file_behind_a_url_is_seen(memory, recorded, tmp_path):
     assert {c for t in summary.plan.tasks for c in t.columns} == {"audio", "dmel"}
 
 
-def test_a_set_behind_a_url_is_mended_and_packed_as_a_local_one(memory, recorded, tmp_path):
+def test_a_remote_set_is_repaired_and_packed_like_a_local_one(memory, recorded, tmp_path):
     ann = Path(shutil.copytree(recorded / "ann", tmp_path / "ann"))
     shutil.copytree(recorded, tmp_path / "sessions", ignore=shutil.ignore_patterns("ann"))
     memory.rm("/here/sessions/ann", recursive=True)
@@ -162,7 +162,7 @@ def test_a_set_behind_a_url_is_mended_and_packed_as_a_local_one(memory, recorded
     check_whole(tmp_path / "copy")
 
 
-def test_one_session_behind_a_url_is_a_set_of_one_session(memory):
+def test_the_url_of_one_session_is_a_set_of_one_session(memory):
     assert list(find_recordings("memory://here/sessions/ann/")) == ["ann"]
     summary = build("memory://here/sessions/ann", "memory://here/one", SMALL)
     assert summary.manifest.counts["samples"] == 2
@@ -174,7 +174,7 @@ def test_nothing_stays_in_the_temporary_folder(memory, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_job_left_in_the_temporary_folder_goes(memory, tmp_path, monkeypatch):
+def test_temporary_folders_of_killed_jobs_are_removed(memory, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     task = RemoteShardSet(Store("memory://here/set"), "killed", tmp_path).staging_dir()
     folder = task.__enter__()
@@ -186,7 +186,7 @@ def test_what_a_killed_job_left_in_the_temporary_folder_goes(memory, tmp_path, m
 # --- a line that fails ---------------------------------------------------------------------------
 
 
-def test_requests_that_fail_for_a_while_change_nothing(memory, built, monkeypatch):
+def test_transient_failures_change_nothing(memory, built, monkeypatch):
     failures = fail_at_first(monkeypatch, memory, 4)
     build("memory://here/sessions", "memory://here/set", SMALL)
     assert {"find", "cat_file", "get_file", "put_file", "rm_file"} <= set(failures)
@@ -194,9 +194,7 @@ def test_requests_that_fail_for_a_while_change_nothing(memory, built, monkeypatc
     assert stored_hashes(memory, "/here/set") == file_hashes(built)
 
 
-def test_a_store_that_is_gone_in_the_midst_ends_a_job_at_its_first_task(
-    memory, tmp_path, monkeypatch
-):
+def test_a_store_that_disappears_ends_a_job_at_its_first_task(memory, tmp_path, monkeypatch):
     tried = []
 
     def put_file(self, path, *args, **options):
@@ -211,7 +209,7 @@ def test_a_store_that_is_gone_in_the_midst_ends_a_job_at_its_first_task(
     assert not memory.exists("/here/set/.run.tmp")
 
 
-def test_an_address_where_nothing_answers_is_given_up_soon(memory, monkeypatch):
+def test_an_unreachable_address_fails_soon(memory, monkeypatch):
     tried = []
 
     def fail(self, path, *args, **options):
@@ -248,7 +246,7 @@ def test_files_of_a_replaced_set_stay_for_its_readers_for_a_day(
     assert stored_hashes(memory, "/here/set") == file_hashes(local)
 
 
-def test_what_a_killed_update_left_goes_though_the_old_set_stays(memory, built, monkeypatch):
+def test_leftovers_of_a_killed_update_are_removed_but_not_the_old_set(memory, built, monkeypatch):
     url = "memory://here/set"
     build("memory://here/sessions", url, SMALL)
     with monkeypatch.context() as patched:
@@ -261,7 +259,7 @@ def test_what_a_killed_update_left_goes_though_the_old_set_stays(memory, built, 
     assert set(after) - set(file_hashes(built)) == {"manifest.g0.json"}
 
 
-def test_a_damaged_copy_of_a_replaced_manifest_keeps_nothing(memory):
+def test_a_damaged_retained_manifest_retains_no_files(memory):
     build("memory://here/sessions", "memory://here/set", SMALL)
     before = stored_hashes(memory, "/here/set")
     for number, scrap in enumerate([b"", b"scrap", b"[]", b"{}", b'{"replaced_s": "x"}', b"\xff"]):
@@ -276,7 +274,7 @@ def test_a_damaged_copy_of_a_replaced_manifest_keeps_nothing(memory):
 @pytest.mark.parametrize(
     "where", ["preprocess.build.task.index_bytes", "preprocess.build.commit.commit_manifest"]
 )
-def test_a_build_behind_a_url_broken_off_is_completed_to_the_same_bytes(
+def test_an_interrupted_remote_build_is_completed_to_the_same_bytes(
     memory, built, monkeypatch, where
 ):
     with monkeypatch.context() as patched:
@@ -289,7 +287,7 @@ def test_a_build_behind_a_url_broken_off_is_completed_to_the_same_bytes(
     assert stored_hashes(memory, "/here/set") == file_hashes(built)
 
 
-def test_a_job_that_another_took_over_puts_nothing_more(memory, monkeypatch):
+def test_a_job_that_another_took_over_puts_no_more_files(memory, monkeypatch):
     plan = job_module.plan_shards
 
     def plan_shards(*args, **options):
@@ -303,9 +301,7 @@ def test_a_job_that_another_took_over_puts_nothing_more(memory, monkeypatch):
     assert rest == {".run.tmp", "sessions.jsonl"}
 
 
-def test_a_session_deleted_from_a_store_under_a_job_fails_it_and_a_rerun_completes(
-    memory, monkeypatch
-):
+def test_a_remote_session_deleted_during_a_job_fails_it_and_a_rerun_completes(memory, monkeypatch):
     plan = job_module.plan_shards
 
     def plan_shards(*args, **options):
@@ -320,7 +316,7 @@ def test_a_session_deleted_from_a_store_under_a_job_fails_it_and_a_rerun_complet
     assert summary.manifest.counts["sessions"] == 3
 
 
-def test_damaged_indexes_behind_a_url_are_made_again(memory, built, tmp_path):
+def test_damaged_remote_indexes_are_rebuilt(memory, built, tmp_path):
     build("memory://here/sessions", "memory://here/set", SMALL)
     memory.pipe_file("/here/set/train-000000.index", b"scrap")
     memory.rm_file("/here/set/val-000000.index")
@@ -330,7 +326,7 @@ def test_damaged_indexes_behind_a_url_are_made_again(memory, built, tmp_path):
     assert sorted(set_keys(tmp_path / "copy")) == sorted(set_keys(built))
 
 
-def test_a_dry_run_behind_a_url_makes_nothing_but_the_cache_of_scans(memory):
+def test_a_remote_dry_run_writes_only_the_cache_of_scans(memory):
     with cluster_of(0) as cluster:
         build_shards(
             "memory://here/sessions",
@@ -345,13 +341,13 @@ def test_a_dry_run_behind_a_url_makes_nothing_but_the_cache_of_scans(memory):
 # --- errors ----------------------------------------------------------------------------------
 
 
-def test_a_place_without_sessions_is_named(memory):
+def test_a_url_without_sessions_is_named(memory):
     with pytest.raises(SessionError, match="memory://nowhere: no session in it"):
         build("memory://nowhere", "memory://here/set", SMALL)
 
 
 @pytest.mark.parametrize("url", ["s3://nobodys-bucket/x", "nonsense://x/y"])
-def test_a_store_that_is_not_there_is_an_error_of_one_line(s3, recorded, url):
+def test_a_missing_store_is_an_error_of_one_line(s3, recorded, url):
     with pytest.raises((StorageError, SessionError)) as caught:
         build(recorded, url, SMALL)
     assert url.partition("/x")[0] in str(caught.value)
@@ -359,7 +355,7 @@ def test_a_store_that_is_not_there_is_an_error_of_one_line(s3, recorded, url):
     assert SECRET not in str(caught.value)
 
 
-def test_an_index_that_is_no_more_is_a_clear_error(memory, tmp_path):
+def test_a_missing_remote_index_is_a_clear_error(memory, tmp_path):
     place = RemoteShardSet(Store("memory://here/none"), "", tmp_path)
     with pytest.raises(ShardError, match="no such index"):
         place.read_index("train-000000.index")
@@ -367,12 +363,12 @@ def test_an_index_that_is_no_more_is_a_clear_error(memory, tmp_path):
         place.read_manifest()
 
 
-def test_user_names_and_passwords_of_urls_are_not_shown():
+def test_user_names_and_passwords_of_urls_are_redacted():
     assert redact_url("ftp://me:word@host/x") == "ftp://host/x"
     assert str(Store("ftp://me:word@host/x")) == "ftp://host/x"
 
 
-def test_places_are_paths_or_stores(tmp_path):
+def test_locations_are_paths_or_stores(tmp_path):
     assert parse_location("data/x") == Path("data/x")
     assert parse_location("file:///data/a%20b") == Path("/data/a b")
     assert parse_location(tmp_path) == tmp_path

@@ -1,4 +1,4 @@
-"""Readers of an older set: its files stay as long as they read, and go with them."""
+"""Reader locks: files of a replaced set stay as long as a process reads them."""
 
 from __future__ import annotations
 
@@ -26,51 +26,51 @@ def files_of(manifest: Manifest) -> set[str]:
     return names
 
 
-def test_files_of_a_set_that_is_read_stay_until_the_reader_goes(recorded, out):
+def test_files_of_a_locked_set_stay_until_the_reader_ends(recorded, out):
     source = ShardSource(out)
     keys = [k for k in set_keys(out) if not k.startswith("bob")]
     old = files_of(read_manifest(out))
     build(recorded, out, OTHER_TEXT)
     build(recorded, out, OTHER_SENSORS)
     assert old <= {p.name for p in out.iterdir()}
-    assert [source.key(0, row) for row in range(len(keys))] == keys  # its index opens only now
+    assert [source.key(0, row) for row in range(len(keys))] == keys  # opens its index only now
     source.close()
     del source
     build(recorded, out, OTHER_SENSORS)
-    rest = {p.name for p in out.iterdir()}
-    assert rest == files_of(read_manifest(out)) | {
+    names = {p.name for p in out.iterdir()}
+    assert names == files_of(read_manifest(out)) | {
         "manifest.json",
         "rejected.jsonl",
         "sessions.jsonl",
     }
 
 
-def test_a_set_updated_while_it_was_read_is_byte_equal_to_one_that_was_not(recorded, out, tmp_path):
+def test_a_set_updated_under_a_reader_has_the_bytes_of_one_without(recorded, out, tmp_path):
     other = Path(shutil.copytree(out, tmp_path / "other"))
-    _, hold = read_manifest_locked(out)
+    _, lock = read_manifest_locked(out)
     build(recorded, out, OTHER_TEXT)
     build(recorded, other, OTHER_TEXT)
     assert check_whole(out) == check_whole(other)
-    assert hold is not None
-    hold.close()
+    assert lock is not None
+    lock.close()
     build(recorded, out, OTHER_TEXT)
     assert file_hashes(out) == file_hashes(other)
 
 
-def test_a_killed_reader_holds_nothing(recorded, out):
+def test_a_killed_reader_holds_no_lock(recorded, out):
     code = f"""
 import sys
 from pathlib import Path
 from shared.shardset.locks import read_manifest_locked
-held = read_manifest_locked(Path({str(out)!r}))
-print("held", flush=True)
+lock = read_manifest_locked(Path({str(out)!r}))
+print("locked", flush=True)
 sys.stdin.read()
 """
     reader = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     with reader:
-        assert reader.stdout.readline() == b"held\n"
+        assert reader.stdout.readline() == b"locked\n"
         build(recorded, out, OTHER_TEXT)
         assert (out / "manifest.g0.json").exists()
         assert (out / "train-000000.index").exists()
