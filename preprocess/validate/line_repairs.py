@@ -127,7 +127,7 @@ def drop_unreadable(lines: list[Line], num_bad: int, *, file: str) -> Repaired:
 
 
 def is_sortable(lines: Sequence[Line]) -> bool:
-    """Return whether all lines have timestamps and none is more than MAX_STEP_BACK_S late."""
+    """Return whether all lines have timestamps that go back by at most MAX_STEP_BACK_S."""
     times_s = np.array([math.nan if line.time_s is None else line.time_s for line in lines])
     if len(lines) == 0 or np.isnan(times_s).any():
         return False
