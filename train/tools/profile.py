@@ -217,13 +217,13 @@ def run_profile(
 def _open_bench(config: TrainConfig, num_steps: int, *, log: Callable[[str], object]) -> Bench:
     """Open the data and make a model with fresh weights on its device."""
     device = runtime.choose_device(config.training.device)
-    parts = set_up_run(config)
+    run = set_up_run(config)
     _set_threads(config, device)
-    model = parts.model.to(device).train()
+    model = run.model.to(device).train()
     optimizer = make_optimizer(model, config.training.optimizer)
     return Bench(
         step=TrainingStep(model, optimizer, config=config, device=device),
-        source=parts.loader.source,
+        source=run.loader.source,
         config=config,
         device=device,
         num_steps=num_steps,
@@ -510,7 +510,8 @@ def sweep_workers(
                 continue
             bench.log(f"training with {num_workers} loader processes, round {number + 1}")
             try:
-                rates[num_workers].append(_loader_rate(bench, num_workers))
+                with runtime.translate_oom():
+                    rates[num_workers].append(_loader_rate(bench, num_workers))
             except EngineError as error:
                 if num_workers == configured:
                     raise
