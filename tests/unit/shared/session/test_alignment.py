@@ -143,7 +143,7 @@ def early_wav(session: Path) -> None:
 
 
 def sound_before_the_clock(session: Path) -> None:
-    """Write a WAV that began 0.48 s before the video; the session has its clock, from tick 12."""
+    """Write a WAV that began 0.48 s before the video, which starts the clock at tick 12."""
     mux(session / "vision_left.mp4", video_from=12, video_at_s=3.0)
     soundfile.write(session / "audio.wav", world_sound(0.0), RATE_HZ, subtype="FLOAT")
     declare(session, audio=-0.48)
