@@ -198,15 +198,15 @@ def alone_s(loader: Loader, count: int) -> float:
 def make_batches(loader: Loader, worker: int, num_processes: int, count: int, barrier) -> None:
     torch.set_num_threads(1)
     forms = array_forms(BATCH_SIZE, config=loader.config, shapes=loader.shapes)
-    ring = SharedBatchPool(forms, num_recycled=1)
-    reader = BatchMaker(
-        loader.source, loader.order, ring, config=loader.config, shapes=loader.shapes
+    pool = SharedBatchPool(forms, num_recycled=1)
+    maker = BatchMaker(
+        loader.source, loader.order, pool, config=loader.config, shapes=loader.shapes
     )
     for index in range(worker, 4 * num_processes, num_processes):
-        reader[Task(index, 0)]
+        maker.make(Task(index, 0))
     barrier.wait()
     for index in range(4 * num_processes + worker, 4 * num_processes + count, num_processes):
-        reader[Task(index, 0)]
+        maker.make(Task(index, 0))
     barrier.wait()
 
 

@@ -1,1 +1,1 @@
-"""From shard sets to batches on the training device."""
+"""Turn shard sets and sessions into batches on the training device."""

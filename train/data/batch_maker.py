@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from train.data.shared_pool import SharedBatchPool
 
 MAX_ATTEMPTS: Final = 16
-"""A corrupt sample and this many minus one corrupt substitutes stop the run."""
+"""The run stops when this many samples in a row are corrupt: one and its substitutes."""
 
 MIN_SAMPLES_JUDGED: Final = 200
 """The share of corrupt samples is judged as if at least this many had been read."""
