@@ -100,17 +100,15 @@ def measure(folder: Path) -> dict[str, float]:
     import numpy as np
     from torch.utils.data import DataLoader
 
-    from train.data.order import EpochOrder, SampleOrder
+    from train.data.order import OrderSettings
     from train.data.shard_source import ShardSource
 
     gc.collect()
     before_mib, peak_before_mib = private_mib(), peak_mib()
     began_s = time.perf_counter()
     source = ShardSource(folder, split="train")
-    samples = SampleOrder(
-        source.shard_sizes, fingerprint=source.fingerprint, seed=0, block_shards=16
-    )
-    order = EpochOrder(samples, batch_size=BATCH_SIZE, last_batch="pad")
+    settings = OrderSettings(seed=0, block_shards=16, batch_size=BATCH_SIZE)
+    order = source.batch_order(settings)
     open_s = time.perf_counter() - began_s
     peak = peak_mib() - peak_before_mib
     gc.collect()

@@ -21,7 +21,7 @@ import argparse
 import numpy as np
 
 from shared.recipe import Recipe
-from train.data.order import EpochOrder, SampleOrder
+from train.data.order import EpochOrder, OrderSettings, SampleOrder
 
 WINDOW_S = 4
 BYTES_PER_SAMPLE = 800_000
@@ -48,10 +48,10 @@ def main() -> None:
     full = [rng.permutation(len(session_of)) for _ in range(2)]
     base = measures(full, session_of, given.batch_size)
     for block in [*given.blocks, given.shards]:
-        order = SampleOrder(
-            np.full(given.shards, rows), fingerprint="bench", seed=0, block_shards=block
-        )
-        found = measures([epoch(order, e, rows) for e in (0, 1)], session_of, given.batch_size)
+        settings = OrderSettings(seed=0, block_shards=block, batch_size=4096)
+        samples = SampleOrder(np.full(given.shards, rows), fingerprint="bench", settings=settings)
+        batches = EpochOrder(samples, settings)
+        found = measures([epoch(batches, e, rows) for e in (0, 1)], session_of, given.batch_size)
         print(
             f"{block:5}  {found['sessions'] / base['sessions']:8.2f}  "
             f"{found['repeats'] / base['repeats']:7.2f}  "
@@ -64,15 +64,14 @@ def main() -> None:
     )
 
 
-def epoch(order: SampleOrder, number: int, rows: int) -> np.ndarray:
-    """Stored number of the sample at each place of an epoch."""
-    batches = EpochOrder(order, batch_size=4096, last_batch="pad")
+def epoch(batches: EpochOrder, number: int, rows: int) -> np.ndarray:
+    """Return the stored number of the sample at each position of an epoch."""
     parts = []
     for i in range(batches.batches_per_epoch):
         plan = batches.plan(number * batches.batches_per_epoch + i)
         parts.append((plan.shards * rows + plan.rows)[plan.weight > 0])
     stored = np.concatenate(parts)
-    assert np.array_equal(np.sort(stored), np.arange(order.num_samples))
+    assert np.array_equal(np.sort(stored), np.arange(batches.order.num_samples))
     return stored
 
 

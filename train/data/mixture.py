@@ -26,14 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from shared.errors import ConfigError, CorruptError
-from train.data.order import (
-    BatchPlan,
-    BlockRange,
-    SampleOrder,
-    make_epoch_order,
-    make_sample_order,
-    require_divisible,
-)
+from train.data.order import BatchPlan, BlockRange, EpochOrder, SampleOrder
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -116,22 +109,13 @@ class MixedSource:
             ValueError: no batch can be made.
         """
         if not (settings.is_shuffled and settings.is_endless):
-            return make_epoch_order(
-                self.shard_sizes, fingerprint=self.fingerprint, settings=settings
-            )
+            order = SampleOrder(self.shard_sizes, fingerprint=self.fingerprint, settings=settings)
+            return EpochOrder(order, settings)
         orders = {
-            name: make_sample_order(
-                source.shard_sizes, fingerprint=source.fingerprint, settings=settings
-            )
-            for name, source in self.sources.items()
+            name: SampleOrder(s.shard_sizes, fingerprint=s.fingerprint, settings=settings)
+            for name, s in self.sources.items()
         }
-        return MixedOrder(
-            orders,
-            self.weights,
-            batch_size=settings.batch_size,
-            rank=settings.rank,
-            world_size=settings.world_size,
-        )
+        return MixedOrder(orders, self.weights, settings)
 
     def shard_name(self, shard: int) -> str:
         """Return SET/SHARD."""
@@ -240,9 +224,7 @@ class MixedOrder:
     Args:
         orders: of each set, by name; their shards are numbered consecutively.
         weights: integers by name.
-        batch_size: samples of a global batch.
-        rank: which share of each global batch to give.
-        world_size: number of shares; divides the batch size.
+        settings: size and share of a batch.
 
     Raises:
         ValueError: no batch can be made.
@@ -254,25 +236,21 @@ class MixedOrder:
         self,
         orders: Mapping[str, SampleOrder],
         weights: Mapping[str, int],
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
+        settings: OrderSettings,
     ) -> None:
         for name, order in orders.items():
             if order.num_samples == 0:
                 raise ValueError(f"data.mix: {name} has no samples; fix: remove it from the mix")
-        require_divisible(batch_size, world_size=world_size)
         self._names = list(orders)
         self._orders = list(orders.values())
         self._schedule = InterleaveSchedule([weights[name] for name in orders])
         num_shards = [len(order.shard_sizes) for order in self._orders]
         self._first_shards = np.concatenate([[0], np.cumsum(num_shards)[:-1]])
-        self.batch_size = batch_size
-        self.share_size = batch_size // world_size
+        self.batch_size = settings.batch_size
+        self._share = settings.share()
+        self.share_size = self._share.stop - self._share.start
         num_samples = sum(order.num_samples for order in self._orders)
-        self.batches_per_epoch = math.ceil(num_samples / batch_size)
-        self._share = slice(rank * self.share_size, (rank + 1) * self.share_size)
+        self.batches_per_epoch = math.ceil(num_samples / self.batch_size)
 
     def plan(self, index: int) -> BatchPlan:
         """Return global batch `index`, or this rank's share of it."""

@@ -66,14 +66,39 @@ class OrderSettings:
     """Shards whose samples are shuffled together."""
     batch_size: int
     """Samples of a global batch."""
-    last_batch: Literal["pad", "drop"]
+    last_batch: Literal["pad", "drop"] = "pad"
     """Pad an epoch's incomplete last batch with samples of weight 0, or leave it out."""
     is_shuffled: bool = True
+    """False gives the stored order in every epoch."""
     is_endless: bool = True
+    """Whether the order serves a stream without end; only such a stream interleaves a mix."""
     rank: int = 0
     """Which share of each global batch to give."""
     world_size: int = 1
     """Number of shares; divides the batch size."""
+
+    def share(self) -> slice:
+        """Return which samples of a global batch this rank gives.
+
+        Raises:
+            ValueError: the ranks can't share a batch equally; it names the nearest numbers of
+                ranks and batch sizes that fit.
+        """
+        batch_size, world_size = self.batch_size, self.world_size
+        if batch_size % world_size == 0:
+            size = batch_size // world_size
+            return slice(self.rank * size, (self.rank + 1) * size)
+        divisors = sorted(
+            (n for n in range(1, batch_size + 1) if batch_size % n == 0),
+            key=lambda n: (abs(n - world_size), n),
+        )
+        below = batch_size // world_size * world_size
+        sizes = [str(n) for n in (below, below + world_size) if n]
+        raise ValueError(
+            f"{world_size} ranks can't share a global batch of {batch_size} equally; fix: start "
+            f"{' or '.join(map(str, sorted(divisors[:2])))} ranks (torchrun --nproc-per-node), or "
+            f"set data.batch_size to {' or '.join(sizes)}"
+        )
 
 
 class BatchOrder(Protocol):
@@ -123,25 +148,17 @@ class SampleOrder:
     Args:
         shard_sizes: samples per shard, int64 [num_shards].
         fingerprint: of the dataset; another one gives another order.
-        seed: of the run.
-        block_shards: shards whose samples are shuffled together.
-        is_shuffled: False gives the stored order in every epoch.
+        settings: seed, size of blocks, and whether to shuffle.
     """
 
     def __init__(
-        self,
-        shard_sizes: NDArray[np.int64],
-        *,
-        fingerprint: str,
-        seed: int,
-        block_shards: int,
-        is_shuffled: bool = True,
+        self, shard_sizes: NDArray[np.int64], *, fingerprint: str, settings: OrderSettings
     ) -> None:
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
-        self._basis = f"{fingerprint}/{seed}"
-        self._block_shards = block_shards
-        self._is_shuffled = is_shuffled
+        self._basis = f"{fingerprint}/{settings.seed}"
+        self._block_shards = settings.block_shards
+        self._is_shuffled = settings.is_shuffled
         self._epoch = -1
         self._shards = np.zeros(0, dtype=np.int64)
         self._block_starts = np.zeros(1, dtype=np.int64)
@@ -255,10 +272,7 @@ class EpochOrder:
 
     Args:
         order: the samples.
-        batch_size: samples of a global batch.
-        last_batch: pad an epoch's incomplete last batch with weight 0, or leave it out.
-        rank: which share of each global batch to give.
-        world_size: number of shares; divides the batch size.
+        settings: size and share of a batch, and what to do about an incomplete one.
 
     Raises:
         ValueError: no batch can be made.
@@ -266,29 +280,20 @@ class EpochOrder:
 
     state_keys: tuple[str, ...] = ("last_batch", "shuffle_block_shards")
 
-    def __init__(
-        self,
-        order: SampleOrder,
-        *,
-        batch_size: int,
-        last_batch: Literal["pad", "drop"],
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
+    def __init__(self, order: SampleOrder, settings: OrderSettings) -> None:
         if order.num_samples == 0:
             raise ValueError("no samples to make batches of; fix: name a set that has some")
-        require_divisible(batch_size, world_size=world_size)
         self.order = order
-        self.batch_size = batch_size
-        self.share_size = batch_size // world_size
-        self._last_batch = last_batch
-        self.batches_per_epoch = self._count_batches(batch_size)
+        self.batch_size = settings.batch_size
+        self._share = settings.share()
+        self.share_size = self._share.stop - self._share.start
+        self._last_batch = settings.last_batch
+        self.batches_per_epoch = self._count_batches(self.batch_size)
         if self.batches_per_epoch == 0:
             raise ValueError(
-                f"{order.num_samples} samples do not fill one batch of {batch_size}; fix: lower "
-                "data.batch_size or set data.last_batch to pad"
+                f"{order.num_samples} samples do not fill one batch of {self.batch_size}; fix: "
+                "lower data.batch_size or set data.last_batch to pad"
             )
-        self._share = slice(rank * self.share_size, (rank + 1) * self.share_size)
 
     def plan(self, index: int) -> BatchPlan:
         """Return global batch `index`, or this rank's share of it."""
@@ -330,54 +335,3 @@ class EpochOrder:
         """Return the number of batches of an epoch."""
         full, remainder = divmod(self.order.num_samples, batch_size)
         return full + (1 if remainder and self._last_batch == "pad" else 0)
-
-
-def make_sample_order(
-    shard_sizes: NDArray[np.int64], *, fingerprint: str, settings: OrderSettings
-) -> SampleOrder:
-    """Make the order of a set's samples."""
-    return SampleOrder(
-        shard_sizes,
-        fingerprint=fingerprint,
-        seed=settings.seed,
-        block_shards=settings.block_shards,
-        is_shuffled=settings.is_shuffled,
-    )
-
-
-def make_epoch_order(
-    shard_sizes: NDArray[np.int64], *, fingerprint: str, settings: OrderSettings
-) -> EpochOrder:
-    """Make the order of a set's batches.
-
-    Raises:
-        ValueError: no batch can be made.
-    """
-    return EpochOrder(
-        make_sample_order(shard_sizes, fingerprint=fingerprint, settings=settings),
-        batch_size=settings.batch_size,
-        last_batch=settings.last_batch,
-        rank=settings.rank,
-        world_size=settings.world_size,
-    )
-
-
-def require_divisible(batch_size: int, *, world_size: int) -> None:
-    """Check that ranks can share a global batch equally.
-
-    Raises:
-        ValueError: they can't; it names the nearest numbers of ranks and batch sizes that fit.
-    """
-    if batch_size % world_size == 0:
-        return
-    divisors = sorted(
-        (n for n in range(1, batch_size + 1) if batch_size % n == 0),
-        key=lambda n: (abs(n - world_size), n),
-    )
-    below = batch_size // world_size * world_size
-    sizes = [str(n) for n in (below, below + world_size) if n]
-    raise ValueError(
-        f"{world_size} ranks can't share a global batch of {batch_size} equally; fix: start "
-        f"{' or '.join(map(str, sorted(divisors[:2])))} ranks (torchrun --nproc-per-node), or set "
-        f"data.batch_size to {' or '.join(sizes)}"
-    )

@@ -39,7 +39,7 @@ from train.data.batch import (
     write_mel,
     write_numbers,
 )
-from train.data.order import make_epoch_order
+from train.data.order import EpochOrder, SampleOrder
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -110,7 +110,8 @@ class SessionSource:
 
     def batch_order(self, settings: OrderSettings) -> BatchOrder:
         """See :meth:`train.data.batch.SampleSource.batch_order`."""
-        return make_epoch_order(self.shard_sizes, fingerprint=self.fingerprint, settings=settings)
+        order = SampleOrder(self.shard_sizes, fingerprint=self.fingerprint, settings=settings)
+        return EpochOrder(order, settings)
 
     def shard_name(self, shard: int) -> str:
         """Return the session's name."""

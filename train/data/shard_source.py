@@ -34,7 +34,7 @@ from shared.storage import Store, parse_location
 from shared.timing import OnStage, no_timer
 from train.data.batch import write_absent, write_mel, write_numbers
 from train.data.cached_set import CachedShardSet, CacheSettings
-from train.data.order import make_epoch_order
+from train.data.order import EpochOrder, SampleOrder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -135,7 +135,8 @@ class ShardSource:
 
     def batch_order(self, settings: OrderSettings) -> BatchOrder:
         """See :meth:`train.data.batch.SampleSource.batch_order`."""
-        return make_epoch_order(self.shard_sizes, fingerprint=self.fingerprint, settings=settings)
+        order = SampleOrder(self.shard_sizes, fingerprint=self.fingerprint, settings=settings)
+        return EpochOrder(order, settings)
 
     def shard_name(self, shard: int) -> str:
         """Return a shard's name in the manifest, such as train-000003."""

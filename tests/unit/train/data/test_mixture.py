@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.mixture import MAX_TURNS, InterleaveSchedule, MixedOrder, integer_weights
-from train.data.order import SampleOrder
+from train.data.order import OrderSettings, SampleOrder
 
 BLOCK_SHARDS = 2
 SEED = 5
@@ -50,14 +50,19 @@ def slow_mix(mix):
 
 
 def make_order(mix, *, batch_size=4, rank=0, world_size=1):
+    settings = OrderSettings(
+        seed=SEED,
+        block_shards=BLOCK_SHARDS,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
     orders = {
-        f"set{k}": SampleOrder(
-            np.array(sizes), fingerprint=f"set{k}", seed=SEED, block_shards=BLOCK_SHARDS
-        )
+        f"set{k}": SampleOrder(np.array(sizes), fingerprint=f"set{k}", settings=settings)
         for k, (sizes, _) in enumerate(mix)
     }
     weights = {f"set{k}": weight for k, (_, weight) in enumerate(mix)}
-    return MixedOrder(orders, weights, batch_size=batch_size, rank=rank, world_size=world_size)
+    return MixedOrder(orders, weights, settings)
 
 
 def locations(plan, mix):

@@ -10,26 +10,28 @@ from helpers.order_oracles import slow_epoch, slow_hashes, slow_permutation
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from train.data.order import EpochOrder, SampleOrder
+from train.data.order import EpochOrder, OrderSettings, SampleOrder
+
+
+def make_settings(**settings):
+    defaults = {"seed": 0, "block_shards": 2, "batch_size": 4, "last_batch": "pad"}
+    return OrderSettings(**defaults | settings)
 
 
 def make_order(sizes, *, fingerprint="f", seed=0, block_shards=2, is_shuffled=True):
     return SampleOrder(
         np.array(sizes, dtype=np.int64),
         fingerprint=fingerprint,
-        seed=seed,
-        block_shards=block_shards,
-        is_shuffled=is_shuffled,
+        settings=make_settings(seed=seed, block_shards=block_shards, is_shuffled=is_shuffled),
     )
 
 
 def make_batches(sizes, *, batch_size=4, last_batch="pad", rank=0, world_size=1, **options):
     return EpochOrder(
         make_order(sizes, **options),
-        batch_size=batch_size,
-        last_batch=last_batch,
-        rank=rank,
-        world_size=world_size,
+        make_settings(
+            batch_size=batch_size, last_batch=last_batch, rank=rank, world_size=world_size
+        ),
     )
 
 
