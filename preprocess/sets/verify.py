@@ -137,7 +137,7 @@ class _Verifier:
 
     def _verify_column(self, entry: ShardEntry, index: ShardIndex, column: str) -> None:
         """Verify the checksum of a column's file, and that every member is whole and decodes."""
-        header = index.columns[column]
+        header, recipe = index.columns[column], self.manifest.recipe
         try:
             file = self.store.open_column(header["file"])
         except ShardError as error:
@@ -151,10 +151,10 @@ class _Verifier:
             for table in MEMBER_TABLES[column]:
                 for row in range(index.num_samples):
                     try:
-                        content = _read_member(file, index, table, row, self.manifest.recipe)
+                        content = _read_member(file, index, table=table, row=row, recipe=recipe)
                         if content is not None:
                             self.num_members += 1
-                            _decode(column, content, self.manifest.recipe)
+                            _decode(column, content, recipe)
                     except ShardError as error:
                         self.problems.append(f"{entry.name} {index.key(row)}: {error}")
 
@@ -230,7 +230,7 @@ def describe_sample(location: Path | str, key: str) -> Iterator[tuple[str, str]]
                 span = f"{int(members.length[row])} bytes at {int(members.offset[row])}"
                 yield table, f"{span} of {index.columns[column]['file']}"
         with closing(store.open_column(index.columns["text"]["file"])) as file:
-            text = _read_member(file, index, "text", row, manifest.recipe)
+            text = _read_member(file, index, table="text", row=row, recipe=manifest.recipe)
         for event in decode_text(text).events if text is not None else ():
             yield event.stream, f"{event.time_s:7.2f} s  {event.text}"
 
@@ -249,7 +249,7 @@ def _read_index(store: ShardSetStore, entry: ShardEntry) -> ShardIndex:
 
 
 def _read_member(
-    file: ColumnFile, index: ShardIndex, table: str, row: int, recipe: Recipe
+    file: ColumnFile, index: ShardIndex, *, table: str, row: int, recipe: Recipe
 ) -> bytes | None:
     return file.read(index.members(table), row, max_bytes=member_limits(recipe)[table])
 

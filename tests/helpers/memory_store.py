@@ -1,4 +1,4 @@
-"""A store in memory and a cache before it, for tests of the cache."""
+"""A store in memory with a cache, for tests of the cache."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ QUICK = RetryPolicy(attempts=4, first_wait_s=0.01, longest_wait_s=0.02)
 SIZE = 1000
 
 
-class Shelf:
-    """A store in memory; what each request finds can be changed. Requests are written to a file, so
-    that those of other processes count."""
+class MemoryStore:
+    """A store in memory whose responses can be changed.
+
+    Requests are logged to a file, so that those of other processes count.
+    """
 
     def __init__(self, log: Path) -> None:
         self.contents = {f"f{i}": random.Random(i).randbytes(SIZE) for i in range(20)}
@@ -29,7 +31,7 @@ class Shelf:
         self.on_fetch = lambda name, content, path: path.write_bytes(content)
 
     def __str__(self) -> str:
-        return "shelf://here"
+        return "memory://here"
 
     def file(self, name: str) -> CachedFile:
         content = self.contents[name]
@@ -46,8 +48,8 @@ class Shelf:
         return Counter(self.log.read_text().split()) if self.log.exists() else Counter()
 
 
-def make_cache(shelf, folder, *, num_files=10, retry=QUICK):
-    return ShardCache(shelf, folder, limit_bytes=num_files * SIZE, retry=retry)
+def make_cache(store, folder, *, num_files=10, retry=QUICK):
+    return ShardCache(store, folder, limit_bytes=num_files * SIZE, retry=retry)
 
 
 def read(cache, file, **options):
@@ -56,18 +58,18 @@ def read(cache, file, **options):
 
 
 def names_in(folder):
-    """What lies in the cache: names of files, temporary ones with a dot."""
+    """Names of the cached files; those of temporary files begin with a dot."""
     names = {p.name for p in folder.iterdir()} - {".room"}
     return {n if n.startswith(".") else n.partition(".")[2] for n in names}
 
 
 def sum_in(folder):
-    """Bytes that the cache says lie there or are set aside."""
+    """Bytes that the cache counts as used or reserved."""
     return int((folder / ".room").read_text())
 
 
 def in_child(work):
-    """Run something in a forked process; its pid."""
+    """Run a function in a forked process; return its pid."""
     pid = os.fork()
     if pid == 0:
         try:

@@ -1,4 +1,4 @@
-"""Trying again: how often, how long, what for, and what is said."""
+"""Retries: how often, how long, for which errors, and what is logged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RETRY = RetryPolicy(attempts=6, first_wait_s=1.0, longest_wait_s=5.0)
 
 @pytest.fixture
 def waits(monkeypatch):
-    """What would have been slept; time goes on by that alone."""
+    """Waits that were requested; the clock advances only by them."""
     slept = []
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(time, "monotonic", lambda: 100.0 + sum(slept))
@@ -25,7 +25,7 @@ def waits(monkeypatch):
 
 
 def failing(num, *, is_transient=True):
-    """A call that fails so many times."""
+    """Make a call that fails `num` times."""
     times = iter(range(1000))
 
     def call():

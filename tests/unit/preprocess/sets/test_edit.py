@@ -1,5 +1,6 @@
-"""Sessions listed, dropped, split and merged: the samples of a build of the same sessions, and
-nothing is decoded.
+"""Listed, dropped, split and merged sessions: the samples of a build of the same sessions.
+
+Nothing is decoded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Surgery on sets behind URLs: the bytes of the same surgery in folders, and nothing made where no
-set is.
-"""
+"""Edits of sets behind URLs give the bytes of the same edits in folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verify finds what is wrong with a set; show says what is in it."""
+"""verify finds the problems of a set; show describes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verify and show of sets behind URLs: the words that they have for the same set in a folder."""
+"""verify and show give the same results for a set behind a URL as for one in a folder."""
 
 from __future__ import annotations
 

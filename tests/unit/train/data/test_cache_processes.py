@@ -1,4 +1,4 @@
-"""The shard cache of several processes: one download for all, kills, forks, one limit."""
+"""A cache that several processes share: one download for all, kills, forks, one limit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ import threading
 import time
 
 import pytest
-from helpers.memory_store import SIZE, Shelf, end_of, in_child, make_cache, names_in, read, sum_in
+from helpers.memory_store import (
+    SIZE,
+    MemoryStore,
+    end_of,
+    in_child,
+    make_cache,
+    names_in,
+    read,
+    sum_in,
+)
 
 from train.data import cache as cache_module
 from train.data import cache_quota
 
 
 @pytest.fixture
-def shelf(tmp_path):
-    return Shelf(tmp_path / "gets")
+def store(tmp_path):
+    return MemoryStore(tmp_path / "gets")
 
 
 @pytest.fixture
@@ -33,69 +42,69 @@ def wait_until(true):
         time.sleep(0.005)
 
 
-def test_many_processes_download_a_file_once(shelf, folder):
+def test_many_processes_download_a_file_once(store, folder):
     def slowly(_name, content, path):
         time.sleep(0.2)
         path.write_bytes(content)
 
-    shelf.on_fetch = slowly
+    store.on_fetch = slowly
     children = [
-        in_child(lambda: check_read(make_cache(shelf, folder), shelf, "f1")) for _ in range(6)
+        in_child(lambda: check_read(make_cache(store, folder), store, "f1")) for _ in range(6)
     ]
     assert [end_of(child) for child in children] == [0] * 6
-    assert shelf.gets() == {"f1": 1}
+    assert store.gets() == {"f1": 1}
     assert names_in(folder) == {"f1"}
 
 
-def check_read(cache, shelf, name):
-    assert read(cache, shelf.file(name)) == shelf.contents[name]
+def check_read(cache, store, name):
+    assert read(cache, store.file(name)) == store.contents[name]
 
 
-def test_downloads_do_not_wait_for_each_other(shelf, folder):
+def test_downloads_do_not_wait_for_each_other(store, folder):
     def stuck(name, content, path):
         path.write_bytes(content)
         if name == "f1":
             time.sleep(60)
 
-    shelf.on_fetch = stuck
-    child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
-    wait_until(lambda: shelf.gets()["f1"] == 1)
+    store.on_fetch = stuck
+    child = in_child(lambda: make_cache(store, folder).open(store.file("f1")))
+    wait_until(lambda: store.gets()["f1"] == 1)
     begin_s = time.monotonic()
-    cache = make_cache(shelf, folder)
-    check_read(cache, shelf, "f2")
-    cache.prefetch(shelf.file("f1"), since_ns=0)
+    cache = make_cache(store, folder)
+    check_read(cache, store, "f2")
+    cache.prefetch(store.file("f1"), since_ns=0)
     assert time.monotonic() - begin_s < 10
-    assert shelf.gets() == {"f1": 1, "f2": 1}
+    assert store.gets() == {"f1": 1, "f2": 1}
     os.kill(child, signal.SIGKILL)
     end_of(child)
 
 
 @pytest.mark.parametrize("next_file", ["f1", "f2"])
-def test_the_next_user_removes_a_killed_download(shelf, folder, next_file):
+def test_the_next_user_removes_a_killed_download(store, folder, next_file):
     def half(_name, content, path):
         path.write_bytes(content[: SIZE // 2])
         time.sleep(60)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(shelf, "on_fetch", half)
-        child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
+        patched.setattr(store, "on_fetch", half)
+        child = in_child(lambda: make_cache(store, folder).open(store.file("f1")))
         wait_until(lambda: folder.exists() and any(".part" in n for n in names_in(folder)))
     os.kill(child, signal.SIGKILL)
     assert end_of(child) == -signal.SIGKILL
-    check_read(make_cache(shelf, folder), shelf, next_file)
+    check_read(make_cache(store, folder), store, next_file)
     assert names_in(folder) == {next_file}
 
 
-def test_a_waiting_process_takes_over_from_a_killed_download(shelf, folder):
+def test_a_waiting_process_takes_over_from_a_killed_download(store, folder):
     def half(_name, content, path):
         path.write_bytes(content[: SIZE // 2])
         time.sleep(60)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(shelf, "on_fetch", half)
-        child = in_child(lambda: make_cache(shelf, folder).open(shelf.file("f1")))
+        patched.setattr(store, "on_fetch", half)
+        child = in_child(lambda: make_cache(store, folder).open(store.file("f1")))
         wait_until(lambda: folder.exists() and any(".part" in n for n in names_in(folder)))
-    waiting = in_child(lambda: check_read(make_cache(shelf, folder), shelf, "f1"))
+    waiting = in_child(lambda: check_read(make_cache(store, folder), store, "f1"))
     time.sleep(0.1)
     os.kill(child, signal.SIGKILL)
     end_of(child)
@@ -103,8 +112,8 @@ def test_a_waiting_process_takes_over_from_a_killed_download(shelf, folder):
     assert names_in(folder) == {"f1"}
 
 
-def test_a_fork_during_a_change_leaves_no_lock_behind(shelf, folder):
-    cache = make_cache(shelf, folder)
+def test_a_fork_during_a_change_leaves_no_lock_behind(store, folder):
+    cache = make_cache(store, folder)
     with cache.quota.exclusive():
         child = in_child(lambda: time.sleep(60))
     descriptor = os.open(folder / ".room", os.O_RDWR)
@@ -114,23 +123,23 @@ def test_a_fork_during_a_change_leaves_no_lock_behind(shelf, folder):
     end_of(child)
 
 
-def test_a_file_evicted_while_it_is_opened_is_downloaded_again(shelf, folder, monkeypatch):
-    cache, file = make_cache(shelf, folder), shelf.file("f1")
+def test_a_file_evicted_while_it_is_opened_is_downloaded_again(store, folder, monkeypatch):
+    cache, file = make_cache(store, folder), store.file("f1")
     read(cache, file)
     lock = fcntl.flock
 
     def remove_first(descriptor, how):
-        if how == fcntl.LOCK_SH and shelf.gets()["f1"] == 1:
+        if how == fcntl.LOCK_SH and store.gets()["f1"] == 1:
             cache.path(file).unlink(missing_ok=True)
         lock(descriptor, how)
 
     monkeypatch.setattr(cache_module.fcntl, "flock", remove_first)
-    assert read(cache, file) == shelf.contents["f1"]
-    assert shelf.gets() == {"f1": 2}
+    assert read(cache, file) == store.contents["f1"]
+    assert store.gets() == {"f1": 2}
     assert names_in(folder) == {"f1"}
 
 
-def test_processes_and_kills_never_break_the_limit_or_a_file(shelf, folder):
+def test_processes_and_kills_never_break_the_limit_or_a_file(store, folder):
     def slowly(_name, content, path):
         for stop in (SIZE // 3, SIZE):
             path.write_bytes(content[:stop])
@@ -138,14 +147,14 @@ def test_processes_and_kills_never_break_the_limit_or_a_file(shelf, folder):
 
     def wander(seed):
         chance = random.Random(seed)
-        cache = make_cache(shelf, folder, num_files=6)
+        cache = make_cache(store, folder, num_files=6)
         for _ in range(60):
-            check_read(cache, shelf, f"f{chance.randrange(20)}")
+            check_read(cache, store, f"f{chance.randrange(20)}")
 
-    shelf.on_fetch = slowly
+    store.on_fetch = slowly
     children = {in_child(lambda seed=seed: wander(seed)) for seed in range(4)}
     victims = {in_child(lambda seed=seed: wander(seed)) for seed in range(4, 7)}
-    cache = make_cache(shelf, folder, num_files=6)
+    cache = make_cache(store, folder, num_files=6)
     chance = random.Random(0)
     most = 0
     while children:
@@ -166,13 +175,13 @@ def test_processes_and_kills_never_break_the_limit_or_a_file(shelf, folder):
     for victim in victims:
         assert end_of(victim) == 0
     assert 3 * SIZE <= most <= 6 * SIZE
-    make_cache(shelf, folder, num_files=6)
+    make_cache(store, folder, num_files=6)
     assert not any(name.startswith(".") for name in names_in(folder))
     assert sum_in(folder) == SIZE * len(names_in(folder))
 
 
-def test_a_rescan_does_not_look_like_a_running_download(shelf, folder, monkeypatch):
-    cache, file = make_cache(shelf, folder), shelf.file("f1")
+def test_a_rescan_does_not_look_like_a_running_download(store, folder, monkeypatch):
+    cache, file = make_cache(store, folder), store.file("f1")
     rescans = []
 
     def open_during_a_rescan(path, *options, **named):
@@ -186,7 +195,7 @@ def test_a_rescan_does_not_look_like_a_running_download(shelf, folder, monkeypat
     monkeypatch.setattr(cache_quota, "os", _With(os, open=open_during_a_rescan))
     cache.prefetch(file, since_ns=0)
     rescans[0].join()
-    assert cache.path(file).read_bytes() == shelf.contents["f1"]
+    assert cache.path(file).read_bytes() == store.contents["f1"]
     assert names_in(folder) == {"f1"}
 
 

@@ -1,5 +1,6 @@
-"""Shard sets behind URLs: the batches of the local set, whatever the line does; each file fetched
-once per machine; only the columns that are read.
+"""Shard sets behind URLs give the batches of the local set.
+
+Each file is downloaded once per machine, and only columns that are read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shard sets behind a line that fails, damaged in store or cache, or changed meanwhile."""
+"""Remote shard sets with failing transfers, damage in store or cache, or changes during a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source of shards opens, reads, tells the kernel, and closes."""
+"""Which files a shard source opens, reads, prefetches and closes."""
 
 from __future__ import annotations
 
