@@ -15,9 +15,13 @@ from preprocess.build.cluster import TaskWithSubtasks
 from preprocess.build.commit import NewSet, commit_set, rejected_lines
 from preprocess.build.plan import plan_shards
 from preprocess.build.previous_set import describe_set, find_corrupt_files
-from preprocess.build.scans import scan_sessions
 from preprocess.build.shards import FromShards, ShardTask, versioned
-from preprocess.build.sources import TaskContext, column_seconds, find_recordings
+from preprocess.build.sources import (
+    TaskContext,
+    column_seconds,
+    find_recordings,
+    scan_sessions,
+)
 from preprocess.build.task import build_shard, salvage_shard
 from preprocess.build.video_subtasks import TASK_S, encode_video, split_task
 from shared.errors import ConfigError, CorruptError, ShardError

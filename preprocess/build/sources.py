@@ -1,4 +1,7 @@
-"""Recorded sessions as the tasks of a build read them: local folders, or behind a URL.
+"""Recorded sessions, in local folders or behind a URL: find them, scan them, open them for a task.
+
+The scans of a set are cached in its ``sessions.jsonl``, which may be deleted at any time. A session
+whose files have the same size and time is not scanned again.
 
 A recording remembers the size and version of its files from when the job listed them. A task opens
 the files that it needs. Files behind a URL are downloaded to a staging directory for as long as the
@@ -7,13 +10,17 @@ task runs. After reading, the task checks that the files are still the same.
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from preprocess.build.commit import to_jsonl
 from preprocess.build.shards import Row
 from shared.errors import SessionError
+from shared.files import fingerprint_of
 from shared.media.tokenizer import parse_tokenizer
 from shared.session.folder import (
     AUDIO_FILE,
@@ -23,16 +30,18 @@ from shared.session.folder import (
     find_sessions,
 )
 from shared.session.reader import SessionReader
+from shared.session.scan import SessionScan, SourceFile, scan_from_json, scan_session
 from shared.shardset.layout import COLUMNS
+from shared.shardset.manifest import SESSIONS_FILE
 from shared.storage import STARTUP_RETRY, RetryPolicy, Store, StoredFile, parse_location
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
     from pathlib import Path
 
+    from preprocess.build.cluster import Cluster
     from preprocess.build.shards import SessionWindows
     from shared.recipe import Recipe
-    from shared.session.scan import SessionScan
     from shared.shardset.store import ShardSetStore
 
 _NO_FILES: Mapping[str, Set[str]] = MappingProxyType({})
@@ -151,6 +160,178 @@ def require_unchanged(recording: Recording, names: Iterable[str]) -> None:
         )
 
 
+def _list_store(store: Store) -> list[RemoteRecording]:
+    """List the sessions of a store, sorted by name."""
+    stamps: dict[str, dict[str, list[Any]]] = {}
+    for path, file in sorted(store.list_files().items()):
+        folder, _, name = path.rpartition("/")
+        if name in SCANNED_FILES and "/" not in folder and not folder.startswith("."):
+            stamps.setdefault(folder, {})[name] = [file.length_bytes, file.tag]
+    stamps = {f: s for f, s in stamps.items() if not s.keys().isdisjoint(SOURCE_FILES)}
+    if not stamps:
+        raise SessionError(
+            f"{store}: no session in it; a session is a folder with at least one of "
+            f"{', '.join(SOURCE_FILES)}"
+        )
+    patient = store.with_policy(RetryPolicy())
+    if "" in stamps:  # the folder itself is a session
+        name = store.url.rpartition("/")[2]
+        return [RemoteRecording(name=name, store=patient, stamp=stamps[""])]
+    return [
+        RemoteRecording(
+            name=name, store=Store(f"{store.url}/{name}", patient.retry), stamp=stamps[name]
+        )
+        for name in sorted(stamps)
+    ]
+
+
+def _require_printable(name: str) -> None:
+    """Refuse session names that tar readers or JSON can't take as part of keys."""
+    if not name.isprintable():
+        raise SessionError(
+            f"session folder {name!r}: its name has control characters or is not UTF-8; fix: "
+            "rename it"
+        )
+
+
+def _stamp_of_folder(folder: Path) -> dict[str, list[Any]]:
+    """Return size and modification time in ns of each scanned file."""
+    stamp: dict[str, list[Any]] = {}
+    for name in SCANNED_FILES:
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            continue
+        stamp[name] = [status.st_size, status.st_mtime_ns]
+    return stamp
+
+
+def _stamp_of_object(file: StoredFile | None) -> list[Any] | None:
+    return None if file is None else [file.length_bytes, file.tag]
+
+
+# --- time ------------------------------------------------------------------------------------
+
+_BYTES_PER_S = {
+    "vision_left": 0.5e6,
+    "vision_right": 0.5e6,
+    "audio": 20e6,
+    "text": 100e6,
+    "proprio": 10e6,
+    "dmel": 10e6,
+}
+"""Column -> bytes of its source files that one process converts per second, roughly."""
+
+_SCAN_BYTES_PER_S = {METADATA_FILE: 10e6, AUDIO_FILE: 20e6}
+HASHED_BYTES_PER_S = 200e6
+"""Bytes that one process reads and hashes per second, roughly."""
+
+
+def column_seconds(recording: Recording, column: str) -> float:
+    """Estimate how long one process takes to build a column of a session."""
+    sizes = (recording.stamp[n][0] for n in COLUMNS[column].sources if n in recording.stamp)
+    return float(sum(sizes)) / _BYTES_PER_S[column]
+
+
+def scan_seconds(recording: Recording) -> float:
+    """Estimate how long one process takes to scan a session."""
+    return sum(
+        float(stamp[0]) / _SCAN_BYTES_PER_S.get(name, HASHED_BYTES_PER_S)
+        for name, stamp in recording.stamp.items()
+    )
+
+
+# --- scans -----------------------------------------------------------------------------------
+
+SCAN_VERSION = 2
+"""Raised when a scan of the same files would give another result."""
+
+_SCAN_SECTIONS = ("window", "vision", "audio", "sensors")
+"""Sections of a recipe that a scan depends on."""
+
+
+def scan_sessions(
+    recordings: Mapping[str, Recording], store: ShardSetStore, recipe: Recipe, cluster: Cluster
+) -> tuple[dict[str, SessionScan], int]:
+    """Scan every session that changed, and update the cache.
+
+    Args:
+        recordings: every session, by name.
+        store: the shard set, which holds the cache.
+        recipe: the recipe to scan by.
+        cluster: runs the scans.
+
+    Returns:
+        The scan of every session, by name, and how many sessions were read.
+    """
+    sections = recipe.as_json()
+    basis = fingerprint_of(SCAN_VERSION, {name: sections[name] for name in _SCAN_SECTIONS})
+    cached = _parse_cache(store.read(SESSIONS_FILE) or b"")
+    stamps = {name: dict(recording.stamp) for name, recording in recordings.items()}
+    scans = {
+        name: cached[name].scan
+        for name in recordings
+        if name in cached and (cached[name].basis, cached[name].stamp) == (basis, stamps[name])
+    }
+    changed = [name for name in recordings if name not in scans]
+    work = [(recordings[name], _unchanged(cached.get(name), stamps[name])) for name in changed]
+    seconds = sum(scan_seconds(recording) for recording, _ in work)
+    scan = partial(_scan, recipe=recipe, store=store)
+    new = cluster.map(scan, work, label="scan sessions", work_s=seconds)
+    scans.update(zip(changed, new, strict=True))
+    scans = {name: scans[name] for name in sorted(scans)}
+    if changed or set(cached) != set(scans):
+        lines = [
+            {"basis": basis, "stamp": stamps[name], "scan": scan.as_json()}
+            for name, scan in scans.items()
+        ]
+        store.write(SESSIONS_FILE, to_jsonl(lines))
+    return scans, len(changed)
+
+
+def _scan(
+    work: tuple[Recording, Mapping[str, SourceFile]], *, recipe: Recipe, store: ShardSetStore
+) -> SessionScan:
+    """Scan a session whose unchanged files are known."""
+    recording, known = work
+    with recording.files(SCANNED_FILES, store) as folder:
+        return scan_session(folder, recipe=recipe, known=known)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    """A line of the cache."""
+
+    basis: str
+    """Hash of the scan's version and the recipe's sections."""
+    stamp: Mapping[str, Any]
+    scan: SessionScan
+
+
+def _parse_cache(content: bytes) -> dict[str, _Cached]:
+    """Parse the scans of an earlier run, by session; skip lines that can't be read."""
+    cached = {}
+    for line in content.split(b"\n"):
+        try:
+            values = json.loads(line)
+            scan = scan_from_json(values["scan"])
+            cached[scan.session] = _Cached(values["basis"], dict(values["stamp"]), scan)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return cached
+
+
+def _unchanged(cached: _Cached | None, stamp: Mapping[str, Any]) -> dict[str, SourceFile]:
+    """Return the identity of unchanged source files, which need no hashing."""
+    if cached is None:
+        return {}
+    sources = cached.scan.sources
+    return {n: f for n, f in sources.items() if n in stamp and cached.stamp.get(n) == stamp[n]}
+
+
+# --- tasks -----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskContext:
     """Everything that a task needs besides the task itself."""
@@ -215,82 +396,3 @@ def iter_rows(sessions: Sequence[SessionWindows], context: TaskContext) -> Itera
             present = scan.present(window, context.recipe)
             yield Row(number, session.session, window, present, scan.coverage[index])
             number += 1
-
-
-_BYTES_PER_S = {
-    "vision_left": 0.5e6,
-    "vision_right": 0.5e6,
-    "audio": 20e6,
-    "text": 100e6,
-    "proprio": 10e6,
-    "dmel": 10e6,
-}
-"""Column -> bytes of its source files that one process converts per second, roughly."""
-
-_SCAN_BYTES_PER_S = {METADATA_FILE: 10e6, AUDIO_FILE: 20e6}
-HASHED_BYTES_PER_S = 200e6
-"""Bytes that one process reads and hashes per second, roughly."""
-
-
-def column_seconds(recording: Recording, column: str) -> float:
-    """Estimate how long one process takes to build a column of a session."""
-    sizes = (recording.stamp[n][0] for n in COLUMNS[column].sources if n in recording.stamp)
-    return float(sum(sizes)) / _BYTES_PER_S[column]
-
-
-def scan_seconds(recording: Recording) -> float:
-    """Estimate how long one process takes to scan a session."""
-    return sum(
-        float(stamp[0]) / _SCAN_BYTES_PER_S.get(name, HASHED_BYTES_PER_S)
-        for name, stamp in recording.stamp.items()
-    )
-
-
-def _list_store(store: Store) -> list[RemoteRecording]:
-    """List the sessions of a store, sorted by name."""
-    stamps: dict[str, dict[str, list[Any]]] = {}
-    for path, file in sorted(store.list_files().items()):
-        folder, _, name = path.rpartition("/")
-        if name in SCANNED_FILES and "/" not in folder and not folder.startswith("."):
-            stamps.setdefault(folder, {})[name] = [file.length_bytes, file.tag]
-    stamps = {f: s for f, s in stamps.items() if not s.keys().isdisjoint(SOURCE_FILES)}
-    if not stamps:
-        raise SessionError(
-            f"{store}: no session in it; a session is a folder with at least one of "
-            f"{', '.join(SOURCE_FILES)}"
-        )
-    patient = store.with_policy(RetryPolicy())
-    if "" in stamps:  # the folder itself is a session
-        name = store.url.rpartition("/")[2]
-        return [RemoteRecording(name=name, store=patient, stamp=stamps[""])]
-    return [
-        RemoteRecording(
-            name=name, store=Store(f"{store.url}/{name}", patient.retry), stamp=stamps[name]
-        )
-        for name in sorted(stamps)
-    ]
-
-
-def _require_printable(name: str) -> None:
-    """Refuse session names that tar readers or JSON can't take as part of keys."""
-    if not name.isprintable():
-        raise SessionError(
-            f"session folder {name!r}: its name has control characters or is not UTF-8; fix: "
-            "rename it"
-        )
-
-
-def _stamp_of_folder(folder: Path) -> dict[str, list[Any]]:
-    """Return size and modification time in ns of each scanned file."""
-    stamp: dict[str, list[Any]] = {}
-    for name in SCANNED_FILES:
-        try:
-            status = (folder / name).stat()
-        except OSError:
-            continue
-        stamp[name] = [status.st_size, status.st_mtime_ns]
-    return stamp
-
-
-def _stamp_of_object(file: StoredFile | None) -> list[Any] | None:
-    return None if file is None else [file.length_bytes, file.tag]
