@@ -47,26 +47,26 @@ def _mount(path: Path) -> Path:
     return next((p for p in (path, *path.parents) if p.is_mount()), path)
 
 
-def job_folder(root: Path, run: str) -> Path:
+def job_folder(root: Path, job_id: str) -> Path:
     """Return the folder in a local set that holds a job's staging directories."""
-    return root / f".{run}.tmp"
+    return root / f".{job_id}.tmp"
 
 
 @contextmanager
-def staging_folder(store: Store, run: str) -> Iterator[Path]:
+def staging_folder(store: Store, job_id: str) -> Iterator[Path]:
     """Make a temporary folder on this machine, and remove those of killed jobs on the same set.
 
     Args:
         store: the set.
-        run: ID of this job; empty for reading and for dry runs, which remove nothing.
+        job_id: of this job; empty for reading and for dry runs, which remove nothing.
     """
-    if not run:
+    if not job_id:
         with TemporaryDirectory(prefix="shard-set-") as scratch:
             yield Path(scratch)
         return
     digest = sha256_of_bytes(store.url.encode())[:12]
     base = Path(gettempdir()) / f"shard-set-{os.getuid()}-{digest}"
-    own = base / run
+    own = base / job_id
     folder = own / uuid4().hex[:12]
     base.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(parents=True)

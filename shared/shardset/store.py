@@ -94,7 +94,7 @@ class ShardSetStore(ShardSetReader, Protocol):
         ...
 
     @property
-    def run(self) -> str:
+    def job_id(self) -> str:
         """ID of the job that claimed the set; empty for reading."""
         ...
 
@@ -163,7 +163,7 @@ class LocalShardSet:
     """A shard set in a folder; see :class:`ShardSetStore`."""
 
     root: Path
-    run: str = ""
+    job_id: str = ""
 
     def __str__(self) -> str:
         return str(self.root)
@@ -204,7 +204,7 @@ class LocalShardSet:
     @contextmanager
     def staging_dir(self) -> Iterator[Path]:
         """Make a directory on the set's disk for one task and remove it at the end."""
-        folder = job_folder(self.root, self.run) / uuid4().hex[:12]
+        folder = job_folder(self.root, self.job_id) / uuid4().hex[:12]
         try:
             folder.mkdir()
         except FileNotFoundError as error:
@@ -250,7 +250,7 @@ class RemoteShardSet:
     """A shard set behind a URL; see :class:`ShardSetStore`."""
 
     store: Store
-    run: str
+    job_id: str
     """ID of the job that claimed the set; empty for reading and for dry runs."""
     root: Path
     """Local folder for copies of the manifest and the tokenizer."""
@@ -307,7 +307,7 @@ class RemoteShardSet:
     @contextmanager
     def staging_dir(self) -> Iterator[Path]:
         """Make a temporary directory for one task and remove it at the end."""
-        with staging_folder(self.store, self.run) as folder, disk_errors(folder):
+        with staging_folder(self.store, self.job_id) as folder, disk_errors(folder):
             yield folder
 
     def put(self, path: Path, name: str) -> None:
@@ -348,7 +348,7 @@ class RemoteShardSet:
             raise CorruptError(message) from error
 
     def _require_claim(self) -> None:
-        if self.run and self.read(_CLAIM_FILE) != self.run.encode():
+        if self.job_id and self.read(_CLAIM_FILE) != self.job_id.encode():
             raise JobError(f"{self}: {_TAKEN_OVER}")
 
 
@@ -362,7 +362,7 @@ def no_such_set(store: Store) -> str:
 
 def job_file(store: ShardSetStore, name: str) -> str:
     """Name a file in a set that exists only as long as the job."""
-    return f".{store.run}.tmp/{name}"
+    return f".{store.job_id}.tmp/{name}"
 
 
 @contextmanager
@@ -391,26 +391,26 @@ def claim_shard_set(
         ShardError: another job on this machine, or on one that shares the folder, builds the set.
         FormatVersionError: the set has another format version; nothing was changed.
     """
-    run = uuid4().hex[:12]
+    job_id = uuid4().hex[:12]
     if isinstance(location, Path):
-        with _claim_folder(location.absolute(), run) as local:
+        with _claim_folder(location.absolute(), job_id) as local:
             yield local
         return
     with suppress(FileNotFoundError):
         head = location.with_policy(STARTUP_RETRY).read(MANIFEST_FILE)
         require_format(head, path=f"{location}/{MANIFEST_FILE}")
-    run = "" if dry_run else run
-    with staging_folder(location, run) as scratch:
-        remote = RemoteShardSet(location.with_policy(RetryPolicy()), run, scratch, keep_old_s)
+    job_id = "" if dry_run else job_id
+    with staging_folder(location, job_id) as scratch:
+        remote = RemoteShardSet(location.with_policy(RetryPolicy()), job_id, scratch, keep_old_s)
         if dry_run:
             yield remote
             return
-        with _claim_store(location.with_policy(STARTUP_RETRY), run):
+        with _claim_store(location.with_policy(STARTUP_RETRY), job_id):
             yield remote
 
 
 @contextmanager
-def _claim_folder(root: Path, run: str) -> Iterator[LocalShardSet]:
+def _claim_folder(root: Path, job_id: str) -> Iterator[LocalShardSet]:
     with suppress(FileNotFoundError, NotADirectoryError), (root / MANIFEST_FILE).open("rb") as file:
         require_format(file.read(_HEAD_BYTES), path=str(root / MANIFEST_FILE))
     with disk_errors(root):
@@ -418,28 +418,28 @@ def _claim_folder(root: Path, run: str) -> Iterator[LocalShardSet]:
         with exclusive_lock(root):
             for leftover in root.glob(".*.tmp"):
                 remove_leftover(leftover)
-            folder = job_folder(root, run)
+            folder = job_folder(root, job_id)
             folder.mkdir()
             try:
-                yield LocalShardSet(root, run)
+                yield LocalShardSet(root, job_id)
             finally:
                 discard(folder)
 
 
 @contextmanager
-def _claim_store(store: Store, run: str) -> Iterator[None]:
+def _claim_store(store: Store, job_id: str) -> Iterator[None]:
     """Write the claim file, and remove it and the job's own files at the end.
 
     The store has a short retry policy: if it became unreachable during the job, the job has
     already waited for it.
     """
-    store.write(_CLAIM_FILE, run.encode())
+    store.write(_CLAIM_FILE, job_id.encode())
     _remove_job_files(store)
     try:
         yield
     finally:
         with suppress(FileNotFoundError):
-            if store.read(_CLAIM_FILE) == run.encode():
+            if store.read(_CLAIM_FILE) == job_id.encode():
                 store.remove(_CLAIM_FILE)
                 _remove_job_files(store)
 
