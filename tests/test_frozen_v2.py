@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from helpers.event_files import read_events
+from helpers.training import read_events
 
 from preprocess.__main__ import cli as preprocess_cli
 from train import Loader, load_checkpoint, open_source

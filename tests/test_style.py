@@ -1,4 +1,4 @@
-"""Rules of style that ruff and import-linter do not check: words, import circles, long functions."""
+"""Check the rules of style that ruff and import-linter do not: words, circles, lengths."""
 
 from __future__ import annotations
 

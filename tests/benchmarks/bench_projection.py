@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
-from helpers.open_files import reads_counted
+from helpers.processes import reads_counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,7 +6,7 @@
 A whole run of the Trainer, with its own metrics, on a model that computes nothing: so the cores are
 the loader's, as they are where a GPU computes. On the "host" the step sleeps, and its batches are
 fetched when it has woken up, as a CPU trains. The "device" is emulated
-(tests/helpers/emulated_device.py):
+(tests/helpers/fakes.py):
 it computes beside the host, which fetches the next step's batches meanwhile, by the code that feeds
 a GPU, and may be one step ahead of it; what counts as waiting is, as on a GPU, the time in which it
 stood still for data. Last come the smallest step times that keep `data_wait_fraction` under 1 %, by
@@ -30,7 +30,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
-from helpers.emulated_device import EmulatedDevice
+from helpers.fakes import EmulatedDevice
 
 from train import Trainer
 from train.config import TrainConfig

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 
 import psutil
 from helpers.oracles import check_whole
+from helpers.processes import finish, launch
 from helpers.sessions import write_lines
-from helpers.subprocesses import finish, launch
 
 from preprocess.demo.world import write_demo_sessions
 from shared.shardset.locks import read_manifest_locked

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 
 import yaml
-from helpers.subprocesses import finish, launch
+from helpers.processes import finish, launch
 
 from experiments.build_kills import Start, all_hashes, command, prepare
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 
 import torch
 from helpers import sets as tiny_sets
-from helpers.damage import FAULTS
+from helpers.faults import FAULTS
 
 from shared.errors import EngineError
 from train.data.loader import Loader
@@ -41,7 +41,7 @@ from train.data.shard_source import ShardSource
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from helpers.damage import Fault
+    from helpers.faults import Fault
 
 Outcome = str
 

@@ -29,13 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 
 import torch
 import yaml
-from helpers.checkpoints import cut_in_half, flip_a_bit, make_empty
-from helpers.subprocesses import finish
+from helpers.processes import finish
 from helpers.training import (
     BrokenLoader,
     EndlessLoader,
+    cut_in_half,
+    flip_a_bit,
     largest_difference,
     make_config,
+    make_empty,
     make_trainer,
     with_leap,
     with_nan,

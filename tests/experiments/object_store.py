@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 
-from helpers.subprocesses import finish, launch
+from helpers.processes import finish, launch
 
 from experiments.build_kills import all_hashes, command, prepare
 

@@ -30,8 +30,8 @@ import numpy as np
 import psutil
 import torch
 import yaml
+from helpers.processes import finish, launch
 from helpers.sets import make_config, make_set
-from helpers.subprocesses import finish, launch
 
 from train.checkpoints import FINAL_NAME, check_checkpoint
 

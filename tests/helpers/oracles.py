@@ -306,3 +306,76 @@ def set_contents(out: Path) -> dict[tuple[str, str], Any]:
             found[shard, name] = array.tobytes()
         found[shard, "losses"] = json.dumps(index.decode_failures)
     return found
+
+
+MASK = 2**64 - 1
+
+
+def slow_hashes(text, count):
+    """splitmix64 as its paper has it, on Python's whole numbers."""
+    state = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    found = []
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) & MASK
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+        found.append(z ^ (z >> 31))
+    return found
+
+
+def slow_permutation(text, values):
+    hashes = slow_hashes(text, len(values))
+    return [value for _, value in sorted(zip(hashes, values, strict=True), key=lambda p: p[0])]
+
+
+def slow_epoch(sizes, fingerprint, seed, epoch, block_shards):
+    """Every (shard, row): shards permuted, taken in blocks, samples permuted inside a block."""
+    basis = f"{fingerprint}/{seed}/{epoch}"
+    shards = slow_permutation(f"{basis}/shards", list(range(len(sizes))))
+    order = []
+    for block, first in enumerate(range(0, len(shards), block_shards)):
+        members = shards[first : first + block_shards]
+        samples = [(s, r) for s in members for r in range(sizes[s])]
+        order += slow_permutation(f"{basis}/block/{block}", samples)
+    return order
+
+
+def exact_planes(rgb: np.ndarray) -> np.ndarray:
+    """Unrounded I420 planes float64 [F, 3H/2, W] of RGB [F, H, W, 3]."""
+    red, green, blue = np.moveaxis(rgb.astype(np.float64), -1, 0)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    packed = []
+    for chroma in ((blue - luma) / 1.772 + 128, (red - luma) / 1.402 + 128):
+        count, height, width = chroma.shape
+        quads = chroma.reshape(count, height // 2, 2, width // 2, 2).mean(axis=(2, 4))
+        packed.append(quads.reshape(count, height // 4, width))
+    return np.concatenate([luma, *packed], axis=1)
+
+
+def exact_rgb(planes: np.ndarray) -> np.ndarray:
+    """Unrounded RGB float64 [F, H, W, 3] of I420 planes [F, 3H/2, W]; chroma lies in the middle of
+    its four pixels and is interpolated linearly.
+    """
+    count, rows, width = planes.shape
+    height = rows * 2 // 3
+    luma = planes[:, :height].astype(np.float64)
+    chroma = planes[:, height:].reshape(count, 2, height // 2, width // 2).astype(np.float64) - 128
+    blue, red = np.moveaxis(_doubled(_doubled(chroma, 2), 3), 1, 0)
+    colours = [
+        luma + 1.402 * red,
+        luma - (0.114 * 1.772 * blue + 0.299 * 1.402 * red) / 0.587,
+        luma + 1.772 * blue,
+    ]
+    return np.stack(colours, axis=-1).clip(0, 255)
+
+
+def _doubled(values: np.ndarray, axis: int) -> np.ndarray:
+    """Twice as many values along an axis, at a quarter to each side of the old ones."""
+    count = values.shape[axis]
+    places = (np.arange(2 * count) - 0.5) / 2
+    before = np.floor(places).astype(int)
+    share = (places - before).reshape([-1 if a == axis else 1 for a in range(values.ndim)])
+    low = np.take(values, before.clip(0, count - 1), axis)
+    high = np.take(values, (before + 1).clip(0, count - 1), axis)
+    return low + share * (high - low)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import io
+import time
 
 import numpy as np
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.data.batch import WindowShapes
+from train.loop.optim import make_optimizer
 from train.loop.trainer import Trainer
 from train.model.multimodal import MultiModalCreature
+from train.tools.profile import TrainingStep
 
 SHAPES = WindowShapes(
     num_ticks=4,
@@ -152,3 +156,59 @@ def weights_of(trainer):
 def largest_difference(one, other):
     """Largest absolute difference of two trainers' weights."""
     return float((weights_of(one) - weights_of(other)).abs().max())
+
+
+CPU = torch.device("cpu")
+
+
+def make_step(config, shapes):
+    torch.manual_seed(1)
+    model = MultiModalCreature(config, shapes).train()
+    optimizer = make_optimizer(model, config.training.optimizer)
+    return model, optimizer, TrainingStep(model, optimizer, config=config, device=CPU)
+
+
+class BrokenOff(Exception):  # noqa: N818
+    """Stands for a kill."""
+
+
+def fail(*_: object, **__: object) -> None:
+    raise BrokenOff
+
+
+def make_state(step=1, *, saved_at=None):
+    model = {"weight": torch.arange(5000, dtype=torch.float32)}
+    saved_at = time.time() if saved_at is None else saved_at
+    rest = {"format_version": 1, "config": {}, "shapes": {}}
+    return {**rest, "step": step, "saved_at": saved_at, "model": model}
+
+
+def flip_a_bit(path):
+    """Change one bit in the middle of the file, where the weights are."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def make_empty(path):
+    path.write_bytes(b"")
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def read_events(folder):
+    """TensorBoard's own reader."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def text_of(folder, tag):
+    events = read_events(folder).Tensors(f"{tag}/text_summary")
+    return " ".join(event.tensor_proto.string_val[0].decode() for event in events)

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.open_files import open_files
+from helpers.processes import open_files
 from hypothesis import given
 from hypothesis import strategies as st
 

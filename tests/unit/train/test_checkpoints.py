@@ -8,8 +8,16 @@ import zipfile
 
 import pytest
 import torch
-from helpers.checkpoints import cut_in_half, flip_a_bit, make_empty, make_state, names_in
-from helpers.training import make_config, make_trainer, weights_of
+from helpers.training import (
+    cut_in_half,
+    flip_a_bit,
+    make_config,
+    make_empty,
+    make_state,
+    make_trainer,
+    names_in,
+    weights_of,
+)
 
 from shared.errors import CheckpointError
 from train.checkpoints import load_checkpoint, save_checkpoint

@@ -19,7 +19,7 @@ from helpers.oracles import (
     tiny_recipe,
     write_tiny_sessions,
 )
-from helpers.subprocesses import await_true, finish, launch
+from helpers.processes import await_true, finish, launch
 from rich.console import Console
 
 from preprocess.build.cluster import Cluster, TaskWithSubtasks

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from helpers.breaks import BrokenOff, fail
 from helpers.oracles import (
     build,
     check_whole,
@@ -21,6 +20,7 @@ from helpers.oracles import (
     write_tiny_sessions,
 )
 from helpers.sets import flip_byte
+from helpers.training import BrokenOff, fail
 
 from preprocess.build import reuse_reader as stored
 from preprocess.build import task as build_module

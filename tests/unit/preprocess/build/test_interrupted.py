@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from helpers.breaks import BrokenOff, fail
 from helpers.frozen_sets import FROZEN, RECIPE
 from helpers.frozen_sets import SESSIONS as FROZEN_SESSIONS
 from helpers.oracles import (
@@ -24,6 +23,7 @@ from helpers.oracles import (
     set_contents,
     tiny_recipe,
 )
+from helpers.training import BrokenOff, fail
 
 from preprocess.build import task as build_module
 from shared.errors import ShardError

@@ -31,7 +31,7 @@ from helpers.oracles import (
     set_keys,
     tiny_recipe,
 )
-from helpers.subprocesses import await_true
+from helpers.processes import await_true
 
 from preprocess.build import job as job_module
 from preprocess.build import task as build_module

@@ -9,10 +9,10 @@ import re
 import pytest
 import yaml
 from click.testing import CliRunner
-from helpers.breaks import BrokenOff, fail
 from helpers.frozen_sets import RECIPE, SESSIONS, header_of
 from helpers.oracles import build, check_whole, file_identities, set_contents, tiny_recipe
 from helpers.sets import flip_byte
+from helpers.training import BrokenOff, fail
 
 from preprocess.__main__ import cli
 from preprocess.sets.verify import verify_set

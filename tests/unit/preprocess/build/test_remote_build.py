@@ -15,7 +15,6 @@ from pathlib import Path
 import fsspec
 import pytest
 import yaml
-from helpers.breaks import BrokenOff, fail
 from helpers.oracles import (
     build,
     check_whole,
@@ -26,6 +25,7 @@ from helpers.oracles import (
 )
 from helpers.sessions import write_tone
 from helpers.stores import SECRET, fail_at_first, s3_server, stored_hashes, upload
+from helpers.training import BrokenOff, fail
 
 from preprocess.build import job as job_module
 from preprocess.build.job import build_shards

@@ -9,7 +9,6 @@ import click
 import fsspec
 import numpy as np
 import pytest
-from helpers.breaks import BrokenOff, fail
 from helpers.oracles import (
     build,
     build_with_subtasks,
@@ -20,6 +19,7 @@ from helpers.oracles import (
     tiny_recipe,
 )
 from helpers.sessions import sensor_lines, write_lines, write_tone, write_video
+from helpers.training import BrokenOff, fail
 from hypothesis import given
 from hypothesis import strategies as st
 

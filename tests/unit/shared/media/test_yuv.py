@@ -10,8 +10,7 @@ import av
 import numpy as np
 import pytest
 from av.video.frame import PictureType
-from helpers.oracles import psnr_db
-from helpers.pixel_oracles import exact_planes, exact_rgb
+from helpers.oracles import exact_planes, exact_rgb, psnr_db
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.pixel_oracles import exact_rgb
+from helpers.oracles import exact_rgb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

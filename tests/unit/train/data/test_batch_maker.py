@@ -9,8 +9,8 @@ import zipfile
 import pytest
 import torch
 from helpers import sets as tiny_sets
-from helpers.damage import hostile_member
-from helpers.loaders import assert_same, make_loader, take
+from helpers.faults import hostile_member
+from helpers.sets import assert_same, make_loader, take
 
 from shared.errors import CorruptError, TooManyCorruptSamplesError
 from shared.recipe import Stream

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from helpers.memory_store import (
+from helpers.fakes import (
     QUICK,
     SIZE,
     MemoryStore,

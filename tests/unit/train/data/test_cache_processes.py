@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from helpers.memory_store import (
+from helpers.fakes import (
     SIZE,
     MemoryStore,
     end_of,

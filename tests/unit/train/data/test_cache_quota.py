@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from helpers.memory_store import SIZE, MemoryStore, make_cache, names_in, read, sum_in
+from helpers.fakes import SIZE, MemoryStore, make_cache, names_in, read, sum_in
 
 from shared.errors import StorageError
 from train.data.cache import CachedFile, CacheFullError

@@ -9,7 +9,7 @@ import random
 
 import pytest
 from experiments import faults
-from helpers import damage
+from helpers import faults as damage
 from helpers import sets as tiny_sets
 
 from train.data.batch_maker import BatchMaker

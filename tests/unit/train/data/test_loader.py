@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import sets as tiny_sets
-from helpers.loaders import assert_same, make_loader, take
-from helpers.sets import TEXT_HEADS, make_config
+from helpers.sets import TEXT_HEADS, assert_same, make_config, make_loader, take
 
 from shared.errors import ConfigError
 from shared.shardset.columns import ColumnFile

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from helpers.order_oracles import slow_epoch
+from helpers.oracles import slow_epoch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers.order_oracles import slow_epoch, slow_hashes, slow_permutation
+from helpers.oracles import slow_epoch, slow_hashes, slow_permutation
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 

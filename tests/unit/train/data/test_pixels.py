@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.pixel_oracles import exact_rgb
+from helpers.oracles import exact_rgb
 
 from train.data import pixels as pixels_module
 from train.data.pixels import to_model_inputs

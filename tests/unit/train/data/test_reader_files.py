@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import sets as tiny_sets
-from helpers.loaders import read_sample, take
-from helpers.open_files import open_files, opens_noted, reads_counted
 from helpers.oracles import open_indexes
+from helpers.processes import open_files, opens_noted, reads_counted
+from helpers.sets import read_sample, take
 
 from shared.errors import CorruptError, ShardError
 from shared.shardset import index

@@ -14,8 +14,8 @@ import webdataset as wds
 import xarray
 import zarr
 from helpers import sets as tiny_sets
-from helpers.loaders import read_sample
 from helpers.oracles import psnr_db
+from helpers.sets import read_sample
 
 from shared.recipe import Stream
 from train.data.pixels import IMAGENET_STD, normalized_frames

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import sets as tiny_sets
-from helpers.open_files import open_files
+from helpers.processes import open_files
 from helpers.sets import HEADS, TEXT_HEADS, make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st

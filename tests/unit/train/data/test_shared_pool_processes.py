@@ -16,7 +16,7 @@ import psutil
 import pytest
 from helpers import sets as tiny_sets
 from helpers import training as tiny_training
-from helpers.loaders import make_loader
+from helpers.sets import make_loader
 from helpers.training import EndlessLoader, make_trainer
 
 from shared.errors import EngineError

@@ -10,9 +10,19 @@ import time
 
 import pytest
 import torch
-from helpers.checkpoints import cut_in_half, flip_a_bit, make_empty, make_state, names_in
-from helpers.event_files import text_of
-from helpers.training import BrokenLoader, EndlessLoader, make_config, make_trainer, with_nan
+from helpers.training import (
+    BrokenLoader,
+    EndlessLoader,
+    cut_in_half,
+    flip_a_bit,
+    make_config,
+    make_empty,
+    make_state,
+    make_trainer,
+    names_in,
+    text_of,
+    with_nan,
+)
 from rich.console import Console
 
 from shared.errors import CheckpointError, DivergedError

@@ -8,8 +8,7 @@ import math
 import numpy as np
 import pytest
 from experiments.health_rules import CASES, MAX_ACCUSED, MIN_FOUND, share_found
-from helpers.event_files import read_events, text_of
-from helpers.training import make_batch, make_config, make_trainer, with_nan
+from helpers.training import make_batch, make_config, make_trainer, read_events, text_of, with_nan
 from rich.console import Console
 
 from train.loop import health

@@ -10,8 +10,15 @@ import resource
 import numpy as np
 import pytest
 import torch
-from helpers.event_files import read_events, text_of
-from helpers.training import EndlessLoader, make_batch, make_config, make_trainer, with_nan
+from helpers.training import (
+    EndlessLoader,
+    make_batch,
+    make_config,
+    make_trainer,
+    read_events,
+    text_of,
+    with_nan,
+)
 from rich.console import Console
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.summary.writer import event_file_writer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from experiments.mishaps import MISHAPS, NoSmallDiskError, Place
 from experiments.training_kills import final_state, prepare, start
-from helpers.subprocesses import finish
+from helpers.processes import finish
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from helpers.emulated_device import EmulatedDevice
+from helpers.fakes import EmulatedDevice
 
 from train.loop import prefetch as module
 from train.loop.prefetch import BatchFeed, CudaQueue, PlainLoader, make_queue

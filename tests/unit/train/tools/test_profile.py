@@ -18,8 +18,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from helpers.sets import make_config, set_recipe
-from helpers.steps import CPU, make_step
-from helpers.training import SHAPES, EndlessLoader, make_batch, make_trainer
+from helpers.training import CPU, SHAPES, EndlessLoader, make_batch, make_step, make_trainer
 from helpers.training import make_config as training_config
 from rich.console import Console
 

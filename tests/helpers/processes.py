@@ -1,14 +1,47 @@
-"""What this process holds open, opens and reads, by name.
+"""Child processes, and the files that a process opens."""
 
-A mere count would not do: sockets of earlier tests go when they are collected,
-at any moment.
-"""
+from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+def launch(arguments: Sequence[str | Path], *, scratch: Path) -> subprocess.Popen[str]:
+    """A job in a process group of its own; its temporary files lie in `scratch`."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        arguments,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(job: subprocess.Popen[str]) -> str:
+    """Waits for a job that must end well; what it printed."""
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    return output
+
+
+def await_true(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
+    """Waits until a condition holds."""
+    stop_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < stop_s, "waited in vain"
+        time.sleep(0.005)
 
 
 def open_files(start: str | Path | tuple[str, ...]) -> Counter[str]:
