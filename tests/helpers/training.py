@@ -12,10 +12,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.data.batch import WindowShapes
-from train.loop.optim import make_optimizer
 from train.loop.trainer import Trainer
 from train.model.multimodal import MultiModalCreature
-from train.tools.profile import TrainingStep
 
 SHAPES = WindowShapes(
     num_ticks=4,
@@ -159,13 +157,6 @@ def largest_difference(one, other):
 
 
 CPU = torch.device("cpu")
-
-
-def make_step(config, shapes):
-    torch.manual_seed(1)
-    model = MultiModalCreature(config, shapes).train()
-    optimizer = make_optimizer(model, config.training.optimizer)
-    return model, optimizer, TrainingStep(model, optimizer, config=config, device=CPU)
 
 
 class BrokenOff(Exception):  # noqa: N818

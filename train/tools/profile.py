@@ -16,7 +16,6 @@ import contextlib
 import gzip
 import itertools
 import json
-import math
 import os
 import platform
 import time
@@ -32,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, record_function, schedule
 from torch.profiler import profile as torch_profile
+from torch.utils._pytree import tree_map_only
 
 from shared.errors import ConfigError, EngineError
 from shared.files import write_atomic
@@ -51,13 +51,11 @@ from train.loop.prefetch import BatchFeed, iterate
 from train.machine import runtime
 from train.model.losses import added, compute_losses, loss_counts
 from train.run import require_paths, set_up_run
-from train.tools.advice import Measurements, Recommendation, WorkerRate, recommend, suggest
+from train.tools.advice import Measurements, as_arguments, recommend, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
-
-    from torch import Tensor
 
     from train.config import TrainConfig
     from train.data.batch import Batch, SampleSource
@@ -99,10 +97,7 @@ MIN_STEPS: Final = 2
 """Every run has at least this many steps, whatever time they take."""
 
 NUM_OPERATORS: Final = 20
-"""Operators in the report."""
-
-_PRINTED_OPERATORS: Final = 10
-_PACKAGES: Final = ("torch", "numpy", "webdataset", "av")
+"""Operators in the report; the first half of them is printed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +106,7 @@ class StepTimes:
 
     num_steps: int
     step_s: float
-    """On the host's clock."""
+    """Sum of the phases."""
     phases_s: Mapping[str, float]
     memory_mb: float
     """Peak GPU memory in MiB; without a GPU, the resident memory of this process."""
@@ -123,36 +118,8 @@ class StepTimes:
     waited_fraction: float
     """Share of batches that were unfinished when they were requested."""
     batch_bytes: int
-    is_pinned: bool
     pin_s: float
     """Time to pin the shared memory, once before the first batch, if there is a GPU."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OperatorUse:
-    """Time and memory of one operator, per step."""
-
-    operator: str
-    num_calls: float
-    self_s: float
-    """Without the operators that it calls; on a GPU, the time of its kernels."""
-    self_fraction: float
-    """Share of all operators."""
-    host_s: float
-    """On the host, with the operators that it calls."""
-    self_memory_bytes: float
-    """Allocated minus freed on the device, without the operators that it calls."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
-    """Everything that was measured, and the recommendations that follow."""
-
-    steps: StepTimes
-    operators: Sequence[OperatorUse]
-    measured: Measurements
-    recommendations: Sequence[Recommendation]
-    suggestions: Sequence[Recommendation]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +144,7 @@ def run_profile(
     num_steps: int = 20,
     num_rounds: int = NUM_ROUNDS,
     console: Console | None = None,
-) -> Profile:
+) -> dict[str, Any]:
     """Measure a training step and its loader; write a report and a trace into a folder.
 
     Args:
@@ -202,16 +169,16 @@ def run_profile(
     out.mkdir(parents=True, exist_ok=True)
     with console.status("opening the data") as status, runtime.translate_errors():
         bench = _open_bench(config, num_steps, log=status.update)
-        profile = _measure(bench, out, num_rounds=num_rounds)
-    report = as_report(profile, config, origin=origin, device=bench.device)
+        report = {**_describe_run(bench, origin), **_measure(bench, out, num_rounds=num_rounds)}
     write_atomic(out / REPORT_NAME, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    print_profile(profile, console)
-    for line in (
-        f"report  {out / REPORT_NAME}",
+    print_report(report, console)
+    console.print(
+        f"report  {out / REPORT_NAME}\n"
         f"trace   {out / TRACE_NAME}: drop it on https://ui.perfetto.dev",
-    ):
-        console.print(line, soft_wrap=True, markup=False)
-    return profile
+        soft_wrap=True,
+        markup=False,
+    )
+    return report
 
 
 def _open_bench(config: TrainConfig, num_steps: int, *, log: Callable[[str], object]) -> Bench:
@@ -219,10 +186,8 @@ def _open_bench(config: TrainConfig, num_steps: int, *, log: Callable[[str], obj
     device = runtime.choose_device(config.training.device)
     run = set_up_run(config)
     _set_threads(config, device)
-    model = run.model.to(device).train()
-    optimizer = make_optimizer(model, config.training.optimizer)
     return Bench(
-        step=TrainingStep(model, optimizer, config=config, device=device),
+        step=TrainingStep(run.model.to(device).train(), config, device),
         source=run.loader.source,
         config=config,
         device=device,
@@ -231,39 +196,82 @@ def _open_bench(config: TrainConfig, num_steps: int, *, log: Callable[[str], obj
     )
 
 
-def _measure(bench: Bench, out: Path, *, num_rounds: int) -> Profile:
-    """Run all measurements, one after the other."""
+def _describe_run(bench: Bench, origin: Path) -> dict[str, Any]:
+    """Describe the machine, the software and the configuration that are measured."""
+    machine: dict[str, Any] = {
+        "device": str(bench.device),
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": _host_memory_bytes(),
+        "load_1_min": os.getloadavg()[0],
+    }
+    if bench.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(bench.device)
+        machine |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
+    packages = ("torch", "numpy", "webdataset", "av")
+    return {
+        "machine": machine,
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in packages}},
+        "config_file": str(origin),
+        "config": bench.config.model_dump(mode="json"),
+    }
+
+
+def _measure(bench: Bench, out: Path, *, num_rounds: int) -> dict[str, Any]:
+    """Run all measurements, one after the other; return their sections of the report."""
     config, device = bench.config, bench.device
     bench.log("phases of a step")
     steps = measure_steps(bench)
     bench.log("operators")
     operators = trace_steps(bench, out / TRACE_NAME)
-    configured, sweep, cached_rates = sweep_workers(bench, num_rounds=num_rounds)
+    rates, problems, cached_rates = sweep_workers(bench, num_rounds=num_rounds)
     measured = Measurements(
-        configured=configured,
-        sweep=sweep,
-        cached_samples_per_s=cached_rates,
+        num_workers=config.data.num_workers,
+        rates=rates,
+        cached_rates=cached_rates,
         decode_fraction=steps.stages_s["decode"] / steps.make_s,
         memory_bytes=steps.memory_mb * runtime.BYTES_PER_MB,
         memory_limit_bytes=_memory_limit_bytes(device),
         could_use_bf16=bench.step.dtype == torch.float32
         and runtime.choose_dtype("auto", device) == torch.bfloat16,
     )
-    return Profile(
-        steps=steps,
-        operators=operators,
-        measured=measured,
-        recommendations=recommend(measured),
-        suggestions=suggest(measured, config),
-    )
+    points = {
+        n: {"num_workers": n, "training_samples_per_s": rounds, "problem": problems.get(n)}
+        for n, rounds in rates.items()
+    }
+    recommendations = recommend(measured)
+    samples = config.data.batch_size * config.training.accumulation_steps
+    return {
+        "step": {
+            **asdict(steps),
+            "samples_per_step": samples,
+            "samples_per_s": samples / steps.step_s,
+            "operators": operators,
+            "trace": TRACE_NAME,
+        },
+        "loader": {
+            "headspace": measured.headspace,
+            "headspaces": measured.headspaces,
+            "cached_samples_per_s": cached_rates,
+            "configured": points.pop(config.data.num_workers),
+            "workers": list(points.values()),
+        },
+        "memory_limit_bytes": measured.memory_limit_bytes,
+        "verdict": "can be made faster" if recommendations else ALREADY_GOOD,
+        "recommendations": [asdict(each) for each in recommendations],
+        "untested": [asdict(each) for each in suggest(measured, config)],
+    }
 
 
-def _memory_limit_bytes(device: torch.device) -> float:
-    """Memory that training can use: the rest of the GPU's, or all of the host's."""
+def _memory_limit_bytes(device: torch.device) -> int:
+    """Return the memory that training can use: the rest of the GPU's, or all of the host's."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return float(free + torch.cuda.memory_reserved(device))
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return _host_memory_bytes()
+
+
+def _host_memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class TrainingStep:
@@ -271,23 +279,17 @@ class TrainingStep:
 
     Args:
         model: on its device, in training mode.
-        optimizer: holds the model's weights.
-        config: the whole configuration; decides precision and compilation.
+        config: the whole configuration.
         device: holds model and batches.
     """
 
     def __init__(
-        self,
-        model: MultiModalCreature,
-        optimizer: torch.optim.AdamW,
-        *,
-        config: TrainConfig,
-        device: torch.device,
+        self, model: MultiModalCreature, config: TrainConfig, device: torch.device
     ) -> None:
         training = config.training
-        self._shapes = model.shapes
-        self._optimizer, self._config, self._device = optimizer, config, device
+        self._config, self._shapes, self._device = config, model.shapes, device
         self.dtype = runtime.choose_dtype(training.precision, device)
+        self._optimizer = make_optimizer(model, training.optimizer)
         self._scaler = runtime.make_scaler(device, self.dtype)
         self._spikes = SpikeWatch(training.spike_sigma, device)
         self._forward = torch.compile(model) if training.compile else model
@@ -336,12 +338,11 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
     Raises:
         EngineError: the loader gave up.
     """
-    config, device = bench.config, bench.device
+    config, device, source = bench.config, bench.device, bench.source
     timer, stages = _device_timer(device), StageTimer()
-    step_times: list[dict[str, float]] = []
-    batch_times: list[dict[str, float]] = []
-    tensors: list[Tensor] = []
-    batches = iterate(Loader(bench.source, config, timer=stages), seed=config.training.seed)
+    steps: list[dict[str, float]] = []
+    received: list[dict[str, float]] = []
+    batches = iterate(Loader(source, config, timer=stages), seed=config.training.seed)
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -353,50 +354,63 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
             requested_s = time.perf_counter()
             batch = next(batches)
             received_s = time.perf_counter()
-        made_s, stages_s = batch["made_s"], batch["stages_s"]
-        transfer = {"send": received_s - max(made_s, requested_s), "pin": batch.get("pin_s", 0.0)}
-        batch_times.append({**stages_s, **transfer, "waited": float(made_s > requested_s)})
-        tensors[:] = tensors_of(batch)
+        made_s = batch["made_s"]
+        # Targets are views of inputs: each memory counts once.
+        sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(batch)}
+        row = {
+            "send": received_s - max(made_s, requested_s),
+            "waited": made_s > requested_s,
+            "pin": batch.get("pin_s", 0.0),
+            "bytes": sum(sizes.values()),
+        }
+        received.append({**batch["stages_s"], **row})
         with phase("copy"):
             return to_device(batch, device)  # type: ignore[no-any-return]
 
-    deadline_s = math.inf
-    with _timed(bench.source, stages), contextlib.closing(batches):
-        for number in range(num_warm_up + bench.num_steps):
-            if number == num_warm_up:
-                deadline_s = time.perf_counter() + MAX_STEPS_S
-            if number >= num_warm_up + MIN_STEPS and time.perf_counter() > deadline_s:
-                break
-            started_s = time.perf_counter()
-            timer.begin()
-            micro_batches = [receive() for _ in range(config.training.accumulation_steps)]
-            bench.step.run(micro_batches, phase=phase)
-            timer.end_stage(PHASES[-1])  # includes the time to free the step's tensors
-            runtime.synchronize(device)
-            step_s = time.perf_counter() - started_s
-            step_times.append({**timer.take(), "step": step_s})
-    pin_s = max(row["pin"] for row in batch_times)
-    step_times = step_times[num_warm_up:]
-    batch_times = batch_times[num_warm_up * config.training.accumulation_steps :]
-    stages_s = {name: _mean(batch_times, name) for name in STAGES}
+    def run_step() -> None:
+        timer.begin()
+        bench.step.run([receive() for _ in range(config.training.accumulation_steps)], phase=phase)
+        timer.end_stage(PHASES[-1])  # includes the time to free the step's tensors
+        runtime.synchronize(device)
+        steps.append(timer.take())
+
+    source.on_stage = stages.end_stage
+    try:
+        with contextlib.closing(batches):
+            _repeat(run_step, num_warm_up, max_s=MAX_STEPS_S)
+            pin_s = max(row["pin"] for row in received)
+            steps.clear()
+            received.clear()
+            _repeat(run_step, bench.num_steps, max_s=MAX_STEPS_S)
+    finally:
+        source.on_stage = no_timer
+    stages_s = {name: _mean(received, name) for name in STAGES}
     return StepTimes(
-        num_steps=len(step_times),
-        step_s=_mean(step_times, "step"),
-        phases_s={name: _mean(step_times, name) for name in PHASES},
+        num_steps=len(steps),
+        step_s=fmean(sum(row.values()) for row in steps),
+        phases_s={name: _mean(steps, name) for name in PHASES},
         memory_mb=runtime.memory_allocated_mb(device),
         stages_s=stages_s,
         make_s=sum(stages_s.values()),
-        send_s=_mean(batch_times, "send"),
-        waited_fraction=_mean(batch_times, "waited"),
-        # Targets are views of inputs: each memory counts once.
-        batch_bytes=sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()),
-        is_pinned=all(tensor.is_pinned() for tensor in tensors),
+        send_s=_mean(received, "send"),
+        waited_fraction=_mean(received, "waited"),
+        batch_bytes=int(received[-1]["bytes"]),
         pin_s=pin_s,
     )
 
 
 def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
     return fmean(row.get(name, 0.0) for row in rows)
+
+
+def _repeat(run: Callable[[], object], count: int, *, max_s: float) -> int:
+    """Run at most `count` times while there is time; return how often."""
+    deadline_s = time.perf_counter() + max_s
+    for number in range(count):
+        if number >= MIN_STEPS and time.perf_counter() > deadline_s:
+            return number
+        run()
+    return count
 
 
 def _device_timer(device: torch.device) -> StageTimer:
@@ -416,17 +430,7 @@ def _device_timer(device: torch.device) -> StageTimer:
     return StageTimer(record, lambda start, stop: start.elapsed_time(stop) / 1e3)
 
 
-@contextlib.contextmanager
-def _timed(source: SampleSource, stages: StageTimer) -> Iterator[None]:
-    """Let a source report its own stages to a timer."""
-    source.on_stage = stages.end_stage
-    try:
-        yield
-    finally:
-        source.on_stage = no_timer
-
-
-def trace_steps(bench: Bench, path: Path, *, num_steps: int = NUM_TRACED) -> list[OperatorUse]:
+def trace_steps(bench: Bench, path: Path) -> list[dict[str, Any]]:
     """Run steps under torch.profiler and write their trace.
 
     The trace is a Chrome trace. Perfetto (https://ui.perfetto.dev) opens it, and TensorBoard with
@@ -435,65 +439,56 @@ def trace_steps(bench: Bench, path: Path, *, num_steps: int = NUM_TRACED) -> lis
     Args:
         bench: the step and its data.
         path: of the trace, ``*.pt.trace.json.gz``.
-        num_steps: steps in the trace.
 
     Returns:
-        The :data:`NUM_OPERATORS` operators that take longest.
+        The :data:`NUM_OPERATORS` operators that take longest; figures are per step. "self_s" and
+        "self_memory_bytes" are without the operators that it calls: on a GPU the time of its
+        kernels, and allocated minus freed memory. "self_fraction" is the share of all operators.
     """
     device = bench.device
+    is_cuda = device.type == "cuda"
     batches = cached_batches(bench.source, bench.config, device)
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
     with TemporaryDirectory(dir=path.parent) as name:
         trace = Path(name) / "trace.json"
         with torch_profile(
-            activities=activities,
-            schedule=schedule(wait=0, warmup=1, active=num_steps, repeat=1),
+            activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * is_cuda],
+            schedule=schedule(wait=0, warmup=1, active=NUM_TRACED, repeat=1),
             on_trace_ready=lambda done: done.export_chrome_trace(str(trace)),
             profile_memory=True,
         ) as profiler:
-            for _ in range(1 + num_steps):
+            for _ in range(1 + NUM_TRACED):
                 bench.step.run(batches, phase=record_function)
                 runtime.synchronize(device)
                 profiler.step()
         write_atomic(path, gzip.compress(trace.read_bytes()))
-    return _operators(profiler.key_averages(), num_steps=num_steps, device=device)
-
-
-def _operators(averages: Any, *, num_steps: int, device: torch.device) -> list[OperatorUse]:  # noqa: ANN401 (torch's list)
-    """Pick the operators that take longest."""
-    kind = "device" if device.type == "cuda" else "cpu"
-
-    def self_us(average: object) -> float:
-        return float(getattr(average, f"self_{kind}_time_total"))
-
+    kind = "device" if is_cuda else "cpu"
     # Kernels are listed beside the operators that launch them, which have their times as well.
-    operators = [a for a in averages if a.device_type.name == "CPU" and not a.is_user_annotation]
-    total_us = sum(self_us(a) for a in operators) or 1.0
-    return [
-        OperatorUse(
-            operator=a.key,
-            num_calls=a.count / num_steps,
-            self_s=self_us(a) / num_steps / 1e6,
-            self_fraction=self_us(a) / total_us,
-            host_s=float(a.cpu_time_total) / num_steps / 1e6,
-            self_memory_bytes=float(getattr(a, f"self_{kind}_memory_usage")) / num_steps,
-        )
-        for a in sorted(operators, key=self_us, reverse=True)[:NUM_OPERATORS]
+    operators: list[dict[str, Any]] = [
+        {
+            "operator": average.key,
+            "num_calls": average.count / NUM_TRACED,
+            "self_s": getattr(average, f"self_{kind}_time_total") / NUM_TRACED / 1e6,
+            "self_memory_bytes": getattr(average, f"self_{kind}_memory_usage") / NUM_TRACED,
+        }
+        for average in profiler.key_averages()
+        if average.device_type.name == "CPU" and not average.is_user_annotation
     ]
+    total_s = sum(row["self_s"] for row in operators) or 1.0
+    operators.sort(key=lambda row: row["self_s"], reverse=True)
+    return [{**row, "self_fraction": row["self_s"] / total_s} for row in operators[:NUM_OPERATORS]]
 
 
 def sweep_workers(
     bench: Bench, *, num_rounds: int
-) -> tuple[WorkerRate, tuple[WorkerRate, ...], tuple[float, ...]]:
+) -> tuple[dict[int, list[float]], dict[int, str], list[float]]:
     """Measure training with other numbers of loader processes, and on cached batches.
 
     Machines drift. So every setting runs once per round, and rates are compared within a round.
     Every other round runs backward.
 
     Returns:
-        The configured number of processes, the other ones, and the rates on cached batches.
+        The rates of the rounds by number of processes; why there are none, for numbers that failed;
+        and the rates on cached batches. All rates are in samples/s.
 
     Raises:
         EngineError: the loader gave up with the configured number of processes.
@@ -516,20 +511,12 @@ def sweep_workers(
                 if num_workers == configured:
                     raise
                 problems[num_workers] = str(error).splitlines()[0]
+                rates[num_workers] = []
         bench.log(f"training on cached batches, round {number + 1}")
         cached_rates.append(
             _training_rate(bench, bench.config, lambda: bench.step.run(batches), num_warm_up=2)
         )
-    points = {
-        n: WorkerRate(
-            num_workers=n,
-            training_samples_per_s=() if n in problems else tuple(rates[n]),
-            problem=problems.get(n),
-        )
-        for n in counts
-    }
-    others = tuple(point for n, point in points.items() if n != configured)
-    return points[configured], others, tuple(cached_rates)
+    return rates, problems, cached_rates
 
 
 def worker_counts(configured: int, *, num_cores: int) -> list[int]:
@@ -547,7 +534,9 @@ def cached_batches(source: SampleSource, config: TrainConfig, device: torch.devi
     loader = Loader(source, config.model_copy(update={"data": data}))
     with contextlib.closing(iterate(loader, seed=0)) as batches:
         first = itertools.islice(batches, config.training.accumulation_steps)
-        return [to_device(_cloned(batch), device) for batch in first]
+        return [
+            to_device(tree_map_only(torch.Tensor, torch.clone, batch), device) for batch in first
+        ]
 
 
 def _loader_rate(bench: Bench, num_workers: int) -> float:
@@ -570,17 +559,13 @@ def _training_rate(
     bench: Bench, config: TrainConfig, train_step: Callable[[], object], *, num_warm_up: int
 ) -> float:
     """Samples/s of some steps after a warm-up, with the threads that a training would have."""
-    threads = torch.get_num_threads()
     _set_threads(config, bench.device)
-    try:
-        _repeat(train_step, num_warm_up)
-        runtime.synchronize(bench.device)
-        started_s = time.perf_counter()
-        num_steps = _repeat(train_step, bench.num_steps)
-        runtime.synchronize(bench.device)
-        seconds = time.perf_counter() - started_s
-    finally:
-        torch.set_num_threads(threads)
+    _repeat(train_step, num_warm_up, max_s=MAX_RUN_S)
+    runtime.synchronize(bench.device)
+    started_s = time.perf_counter()
+    num_steps = _repeat(train_step, bench.num_steps, max_s=MAX_RUN_S)
+    runtime.synchronize(bench.device)
+    seconds = time.perf_counter() - started_s
     return num_steps * config.data.batch_size * config.training.accumulation_steps / seconds
 
 
@@ -592,147 +577,76 @@ def _set_threads(config: TrainConfig, device: torch.device) -> None:
     runtime.set_up_math(num_threads=threads)
 
 
-def _repeat(run: Callable[[], object], count: int) -> int:
-    """Run at most `count` times while there is time; return how often."""
-    deadline_s = time.perf_counter() + MAX_RUN_S
-    for number in range(count):
-        if number >= MIN_STEPS and time.perf_counter() > deadline_s:
-            return number
-        run()
-    return count
-
-
-def _cloned(value: Any) -> Any:  # noqa: ANN401 (any nesting)
-    """Copy tensors out of the loader's memory."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _cloned(each) for key, each in value.items()}
-    return value
-
-
-def as_report(
-    profile: Profile, config: TrainConfig, *, origin: Path, device: torch.device
-) -> dict[str, Any]:
-    """Format a profile as plain values, with units in the names."""
-    steps, measured = profile.steps, profile.measured
-    samples = config.data.batch_size * config.training.accumulation_steps
-    return {
-        "machine": describe_machine(device),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in _PACKAGES},
-        "config_file": str(origin),
-        "config": config.model_dump(mode="json"),
-        "step": {
-            **asdict(steps),
-            "samples_per_step": samples,
-            "samples_per_s": samples / steps.step_s,
-            "operators": [asdict(operator) for operator in profile.operators],
-            "trace": TRACE_NAME,
-        },
-        "loader": {
-            "headspace": measured.headspace,
-            "headspaces": list(measured.headspaces),
-            "cached_samples_per_s": list(measured.cached_samples_per_s),
-            "configured": asdict(measured.configured),
-            "workers": [asdict(point) for point in measured.sweep],
-        },
-        "memory_limit_bytes": measured.memory_limit_bytes,
-        "verdict": "can be made faster" if profile.recommendations else ALREADY_GOOD,
-        "recommendations": [_as_plain(each) for each in profile.recommendations],
-        "untested": [_as_plain(each) for each in profile.suggestions],
-    }
-
-
-def _as_plain(each: Recommendation) -> dict[str, Any]:
-    values = asdict(each)
-    return {"what": values.pop("name"), **values}
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Describe the machine that was measured on."""
-    machine: dict[str, Any] = {
-        "device": str(device),
-        "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "load_1_min": os.getloadavg()[0],
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
-    return machine
-
-
-def print_profile(profile: Profile, console: Console) -> None:
+def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Print tables, and each recommendation as a line with what to add to the command."""
-    steps, measured = profile.steps, profile.measured
+    step, loader = report["step"], report["loader"]
+    phases_s, stages_s = step["phases_s"], step["stages_s"]
     _print_table(
         console,
-        f"a step: {steps.step_s * 1e3:.1f} ms, mean of {steps.num_steps}; "
-        f"memory {steps.memory_mb:.0f} MiB",
+        f"a step: {step['step_s'] * 1e3:.1f} ms, mean of {step['num_steps']}; "
+        f"memory {step['memory_mb']:.0f} MiB",
         ("phase", "ms", "share"),
-        rows=[(n, _ms(s), f"{s / steps.step_s:.1%}") for n, s in steps.phases_s.items()],
+        rows=[(name, s * 1e3, f"{s / step['step_s']:.1%}") for name, s in phases_s.items()],
     )
     _print_table(
         console,
         "operators, per step",
         ("operator", "ms", "share", "calls", "memory MiB"),
         rows=[
-            (o.operator, _ms(o.self_s), f"{o.self_fraction:.1%}", f"{o.num_calls:.0f}", _mib(o))
-            for o in profile.operators[:_PRINTED_OPERATORS]
+            (
+                row["operator"],
+                row["self_s"] * 1e3,
+                f"{row['self_fraction']:.1%}",
+                f"{row['num_calls']:.0f}",
+                row["self_memory_bytes"] / 2**20,
+            )
+            for row in step["operators"][: NUM_OPERATORS // 2]
         ],
     )
     _print_table(
         console,
-        f"a batch of {steps.batch_bytes / 2**20:.2f} MiB; {steps.waited_fraction:.0%} of batches "
-        "were not ready when requested",
+        f"a batch of {step['batch_bytes'] / 2**20:.2f} MiB; {step['waited_fraction']:.0%} of "
+        "batches were not ready when requested",
         ("stage of the loader", "ms"),
         rows=[
-            *((name, _ms(seconds)) for name, seconds in steps.stages_s.items()),
-            ("all, in one process", _ms(steps.make_s)),
-            ("send", _ms(steps.send_s)),
-            ("pin, once", _ms(steps.pin_s)),
-            (f"copy, {'' if steps.is_pinned else 'not '}pinned", _ms(steps.phases_s["copy"])),
+            *((name, seconds * 1e3) for name, seconds in stages_s.items()),
+            ("all, in one process", step["make_s"] * 1e3),
+            ("send", step["send_s"] * 1e3),
+            ("pin, once", step["pin_s"] * 1e3),
+            ("copy", phases_s["copy"] * 1e3),
         ],
     )
     _print_table(
         console,
-        f"training by loader; headspace {measured.headspace:.2f}x (cached batches: "
-        f"{median(measured.cached_samples_per_s):.4g} samples/s)",
+        f"training by loader; headspace {loader['headspace']:.2f}x (cached batches: "
+        f"{median(loader['cached_samples_per_s']):.4g} samples/s)",
         ("num_workers", "samples/s", ""),
-        rows=[_worker_row(measured.configured, note="configured")]
-        + [_worker_row(point, note=point.problem or "") for point in measured.sweep],
+        rows=[_worker_row({**loader["configured"], "problem": "configured"})]
+        + [_worker_row(point) for point in loader["workers"]],
     )
-    if not profile.recommendations:
+    if not report["recommendations"]:
         console.print(ALREADY_GOOD)
-    lines = [("add", each) for each in profile.recommendations]
-    lines += [("untested:", each) for each in profile.suggestions]
-    for lead, each in lines:
-        line = f"{lead} {each.as_arguments()}   {each.expected_gain}: {each.why}"
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    for lead, changes in (("add", "recommendations"), ("untested:", "untested")):
+        for each in report[changes]:
+            arguments = as_arguments(each["change"])
+            line = f"{lead} {arguments}   {each['expected_gain']}: {each['why']}"
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _print_table(
-    console: Console, title: str, columns: Sequence[str], *, rows: Sequence[Sequence[str]]
+    console: Console, title: str, columns: Sequence[str], *, rows: Sequence[Sequence[str | float]]
 ) -> None:
+    """Print a table; numbers get two decimals."""
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number and name else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(cell if isinstance(cell, str) else f"{cell:.2f}" for cell in row))
     console.print(table)
 
 
-def _worker_row(point: WorkerRate, *, note: str) -> tuple[str, str, str]:
-    """Median rate, and the lowest to the highest round."""
-    rates = point.training_samples_per_s
-    rate = f"{point.rate:.1f} ({min(rates):.1f}-{max(rates):.1f})" if rates else "-"
-    return str(point.num_workers), rate, note
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f}"
-
-
-def _mib(operator: OperatorUse) -> str:
-    return f"{operator.self_memory_bytes / 2**20:.2f}"
+def _worker_row(point: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Format the median rate, and the lowest to the highest round."""
+    rates = point["training_samples_per_s"]
+    rate = f"{median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f})" if rates else "-"
+    return str(point["num_workers"]), rate, point["problem"] or ""

@@ -5,16 +5,12 @@ from __future__ import annotations
 import pytest
 
 from train.config import as_train_config
-from train.tools.advice import Measurements, Recommendation, WorkerRate, recommend, suggest
+from train.tools.advice import Measurements, as_arguments, recommend, suggest
 
 GIB = 2**30
 
 
-def rate(workers, *rounds):
-    return WorkerRate(num_workers=workers, training_samples_per_s=rounds)
-
-
-def make(configured, *, cached=(100.0, 100.0, 100.0), sweep=(), **values):
+def make(num_workers, rates, *, cached=(100.0, 100.0, 100.0), **values):
     values = {
         "decode_fraction": 0.0,
         "memory_bytes": 1 * GIB,
@@ -22,9 +18,7 @@ def make(configured, *, cached=(100.0, 100.0, 100.0), sweep=(), **values):
         "could_use_bf16": False,
         **values,
     }
-    return Measurements(
-        configured=configured, sweep=tuple(sweep), cached_samples_per_s=cached, **values
-    )
+    return Measurements(num_workers=num_workers, rates=rates, cached_rates=cached, **values)
 
 
 def config(**data):
@@ -37,40 +31,45 @@ def suggestions(measured, settings=None):
     return [change for change in changes if "training.compile" not in change]
 
 
-STEP_BOUND = rate(2, 100.0, 100.0, 100.0)
-LOADER_BOUND = rate(1, 50.0, 50.0, 50.0)
+def step_bound(others=(), **values):
+    return make(2, {2: (100.0, 100.0, 100.0), **dict(others)}, **values)
+
+
+def loader_bound(others=(), **values):
+    return make(1, {1: (50.0, 50.0, 50.0), **dict(others)}, **values)
+
 
 CASES = {
     "a loader that limits gets the processes that were faster: 90 / 50": (
-        make(LOADER_BOUND, sweep=[rate(2, 90.0, 90.0, 90.0)]),
+        loader_bound({2: (90.0, 90.0, 90.0)}),
         [({"data.num_workers": 2}, "1.80x samples/s")],
     ),
     "of settings that are nearly equal the one with fewer processes is chosen": (
-        make(LOADER_BOUND, sweep=[rate(2, 98.0, 98.0, 98.0), rate(4, 99.0, 99.0, 99.0)]),
+        loader_bound({2: (98.0, 98.0, 98.0), 4: (99.0, 99.0, 99.0)}),
         [({"data.num_workers": 2}, "1.96x samples/s")],
     ),
     "more processes are chosen if they are clearly better": (
-        make(LOADER_BOUND, sweep=[rate(2, 70.0, 70.0, 70.0), rate(4, 99.0, 99.0, 99.0)]),
+        loader_bound({2: (70.0, 70.0, 70.0), 4: (99.0, 99.0, 99.0)}),
         [({"data.num_workers": 4}, "1.98x samples/s")],
     ),
     "fewer processes are recommended as well: 120 / 100": (
-        make(STEP_BOUND, sweep=[rate(0, 120.0, 120.0, 120.0)]),
+        step_bound({0: (120.0, 120.0, 120.0)}),
         [({"data.num_workers": 0}, "1.20x samples/s")],
     ),
     "nothing if the step limits": (
-        make(STEP_BOUND, sweep=[rate(1, 100.0, 101.0, 99.0), rate(4, 101.0, 100.0, 102.0)]),
+        step_bound({1: (100.0, 101.0, 99.0), 4: (101.0, 100.0, 102.0)}),
         [],
     ),
     "nothing if one round says otherwise": (
-        make(LOADER_BOUND, sweep=[rate(2, 90.0, 90.0, 49.0)]),
+        loader_bound({2: (90.0, 90.0, 49.0)}),
         [],
     ),
     "nothing for a gain within the noise": (
-        make(STEP_BOUND, sweep=[rate(4, 105.0, 105.0, 105.0)]),
+        step_bound({4: (105.0, 105.0, 105.0)}),
         [],
     ),
     "nothing for a setting that failed": (
-        make(LOADER_BOUND, sweep=[WorkerRate(num_workers=2, problem="a process was lost")]),
+        loader_bound({2: ()}),
         [],
     ),
 }
@@ -82,7 +81,7 @@ def test_recommendations_follow_from_the_measurements(measured, expected):
 
 
 def test_the_reason_quotes_the_figures_that_it_follows_from():
-    (only,) = recommend(make(LOADER_BOUND, sweep=[rate(2, 90.0, 90.0, 90.0)]))
+    (only,) = recommend(loader_bound({2: (90.0, 90.0, 90.0)}))
     assert all(figure in only.why for figure in ("50", "90", "100"))
 
 
@@ -94,25 +93,24 @@ def test_the_reason_quotes_the_figures_that_it_follows_from():
         ({"a.b": 1, "c.d": "bf16"}, "a.b=1 c.d=bf16"),
     ],
 )
-def test_a_recommendation_is_formatted_as_arguments_of_the_command(change, line):
-    recommendation = Recommendation(name="it", change=change, why="", expected_gain="")
-    assert recommendation.as_arguments() == line
+def test_a_change_is_formatted_as_arguments_of_the_command(change, line):
+    assert as_arguments(change) == line
 
 
 def test_headspace_is_the_median_ratio_of_the_rounds():
-    measured = make(rate(1, 50.0, 80.0, 100.0), cached=(100.0, 100.0, 100.0))
-    assert measured.headspaces == (2.0, 1.25, 1.0)
+    measured = make(1, {1: (50.0, 80.0, 100.0)}, cached=(100.0, 100.0, 100.0))
+    assert measured.headspaces == [2.0, 1.25, 1.0]
     assert measured.headspace == 1.25
 
 
 def test_compiling_is_suggested_unless_it_is_on():
-    assert [r.name for r in suggest(make(STEP_BOUND), config())] == ["compile"]
+    assert [r.what for r in suggest(step_bound(), config())] == ["compile"]
     compiled = as_train_config({"training": {"compile": True}})
-    assert suggest(make(STEP_BOUND), compiled) == []
+    assert suggest(step_bound(), compiled) == []
 
 
 def test_shards_are_suggested_if_decoding_sessions_limits():
-    measured = make(LOADER_BOUND, decode_fraction=0.75)
+    measured = loader_bound(decode_fraction=0.75)
     sessions = as_train_config({"data": {"root_dir": "data/sessions"}})
     assert suggestions(measured, sessions) == [{"data.shards": "shards/default"}]
     advice = suggest(measured, sessions)[0]
@@ -121,22 +119,22 @@ def test_shards_are_suggested_if_decoding_sessions_limits():
 
 
 def test_a_codec_that_decodes_faster_is_suggested_if_decoding_shards_limits():
-    measured = make(LOADER_BOUND, decode_fraction=0.8)
+    measured = loader_bound(decode_fraction=0.8)
     assert suggestions(measured) == [{"vision.codec": "yuv420"}]
     assert "5.0x" in suggest(measured, config())[0].expected_gain  # 1 / (1 - 0.8)
-    assert suggestions(make(STEP_BOUND, decode_fraction=0.8)) == []
+    assert suggestions(step_bound(decode_fraction=0.8)) == []
 
 
 def test_bf16_is_suggested_if_the_step_limits_and_the_gpu_has_it():
-    assert suggestions(make(STEP_BOUND, could_use_bf16=True)) == [{"training.precision": "bf16"}]
-    assert suggestions(make(LOADER_BOUND, could_use_bf16=True)) == []
+    assert suggestions(step_bound(could_use_bf16=True)) == [{"training.precision": "bf16"}]
+    assert suggestions(loader_bound(could_use_bf16=True)) == []
 
 
 def test_gradient_checkpointing_is_suggested_if_a_step_nearly_fills_the_memory():
-    full = make(STEP_BOUND, memory_bytes=9 * GIB)
+    full = step_bound(memory_bytes=9 * GIB)
     assert suggestions(full) == [{"model.gradient_checkpointing": True}]
     assert "9 GiB of 10 GiB" in suggest(full, config())[0].why
-    assert suggestions(make(STEP_BOUND, memory_bytes=8 * GIB)) == []
+    assert suggestions(step_bound(memory_bytes=8 * GIB)) == []
 
 
 @pytest.mark.parametrize(
@@ -147,4 +145,4 @@ def test_with_checkpointing_on_smaller_micro_batches_are_suggested(batch_size, e
     settings = as_train_config(
         {"data": {"batch_size": batch_size}, "model": {"gradient_checkpointing": True}}
     )
-    assert suggestions(make(STEP_BOUND, memory_bytes=9 * GIB), settings) == expected
+    assert suggestions(step_bound(memory_bytes=9 * GIB), settings) == expected
