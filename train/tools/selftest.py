@@ -28,7 +28,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, Self
 
 import torch
 from rich.console import Console
@@ -43,7 +43,7 @@ from train.machine import distributed
 from train.model.multimodal import MultiModalCreature
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from train.data.batch import Batch
 
@@ -57,8 +57,6 @@ MIN_STEPS: Final = SAVE_INTERVAL + 1
 """Fewest steps of a launch, so that each writes a checkpoint of its own."""
 
 MAX_WORLD_SIZE: Final = 4
-"""Most ranks of a launch."""
-
 MAX_PROCESSES: Final = 8
 """Most ranks and loader processes of a launch."""
 
@@ -69,13 +67,10 @@ Another order of float32 sums makes less than 0.0001; a step taken twice or neve
 far more.
 """
 
-KILL_TIMEOUT_S: Final = 60.0
-"""After one rank is killed, the others must end within this time."""
-
 HOLD_S: Final = 600.0
-"""A rank that waits for its kill gives up after this time."""
+"""A rank waits for its kill for this time, and then trains on."""
 
-POLL_S: Final = 0.005
+POLL_S: Final = 0.01
 
 _GUARD_BATCHES: Final = 2
 """A launch waits for its kill this many batches after the planned one."""
@@ -83,28 +78,24 @@ _GUARD_BATCHES: Final = 2
 Sample = tuple[str, int, bool]
 """Key of a sample, CRC-32 of its valid inputs, and whether it counts (False for padding)."""
 
+Batches = list[list[Sample]]
+"""Global batches, in order."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """One start of the ranks of a run, up to a kill or to the end of training."""
 
     world_size: int
     num_workers: int
-    kill_after: int | None
+    kill_after: int | None = None
     """Batches of the whole run after which it is killed; None trains to the end."""
-    kills_one_rank: bool = False
-    """Whether only the last rank is killed; the others must then end by themselves."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a launch read."""
-
-    first_step: int
-    batches: Sequence[Sequence[Sample]]
-    """Global batches, in order."""
-    to_first_batch_s: float
-    problem: str | None = None
+    def __str__(self) -> str:
+        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        has_kill = self.kill_after is not None
+        end = f"killed after batch {self.kill_after}" if has_kill else "to the end"
+        return f"{ranks} x {self.num_workers} loader processes, {end}"
 
 
 def run_selftest(
@@ -116,7 +107,7 @@ def run_selftest(
     program: Sequence[str] = PROGRAM,
     log: Callable[[str], None] = print,
 ) -> bool:
-    """Compare a run that is killed and resumed with one that is not.
+    """Compare a run that is killed and resumed with one that is not; whether they are the same.
 
     Args:
         config: the user's; only its model, device and intervals are replaced.
@@ -126,43 +117,40 @@ def run_selftest(
         program: starts one rank, given a job file.
         log: receives one line per launch.
 
-    Returns:
-        Whether samples and weights are the same.
-
     Raises:
         EngineError: the configuration or the data can't be used, or the undisturbed run failed.
     """
     batches_per_step = config.training.accumulation_steps
+    batch_size = config.data.batch_size
     launches = plan_launches(
         num_kills=num_kills,
         num_steps=num_steps,
         batches_per_step=batches_per_step,
-        batch_size=config.data.batch_size,
+        batch_size=batch_size,
         seed=seed,
     )
     # Errors of the data are raised here, before any process starts.
     loader = Loader(open_source(config, split="train"), config)
     first_batch = max(0, loader.batches_per_epoch - num_steps * batches_per_step // 2)
     log(
-        f"{num_steps} steps of {batches_per_step} x {config.data.batch_size} samples, from batch "
-        f"{first_batch} on; an epoch has {loader.batches_per_epoch}"
+        f"{num_steps} steps of {batches_per_step} x {batch_size} samples, from batch {first_batch} "
+        f"on; an epoch has {loader.batches_per_epoch}"
     )
     with tempfile.TemporaryDirectory(prefix="selftest-") as name:
         undisturbed, killed = (
             _Run(
-                Path(name) / kind,
-                config=config,
-                num_steps=num_steps,
+                folder=Path(name) / kind,
+                config=_smallest(config, Path(name) / kind, num_steps),
                 first_batch=first_batch,
                 program=program,
             )
             for kind in ("undisturbed", "killed")
         )
-        whole = undisturbed.start(Launch(world_size=1, num_workers=0, kill_after=None), 0)
-        if whole.problem is not None:
-            raise EngineError(f"the undisturbed run failed: {whole.problem}")
-        log(f"undisturbed: 1 rank, 0 loader processes: {len(whole.batches)} batches")
-        is_same = _reads_same_batches(killed, launches, whole.batches, seed=seed, log=log)
+        _, expected, problem = undisturbed.start(Launch(1, 0), 0)
+        if problem is not None:
+            raise EngineError(f"the undisturbed run failed: {problem}")
+        log(f"undisturbed: 1 rank, 0 loader processes: {len(expected)} batches")
+        is_same = _reads_same_batches(killed, launches, expected, log=log)
         is_same = is_same and _has_same_weights(killed, undisturbed, log)
     log("PASS: the killed run equals the undisturbed one" if is_same else "FAIL: see above")
     return is_same
@@ -192,37 +180,27 @@ def plan_launches(
         if batch_size % world_size == 0 and world_size * (1 + num_workers) <= MAX_PROCESSES
     ]
     has_one_world_size = len({world_size for world_size, _ in layouts}) == 1
-    launches: list[Launch] = []
-    world_size, num_workers = 1, 0
+    launches = [Launch(1, 0)]  # the undisturbed run, from which the first launch differs
     for number in range(num_kills + 1):
+        last = launches[-1]
         others = [
             (w, n)
             for w, n in layouts
-            if n != num_workers and (w != world_size or has_one_world_size)
+            if n != last.num_workers and (w != last.world_size or has_one_world_size)
         ]
-        world_size, num_workers = rng.choice(others)
-        kill_after = None
+        layout, kill_after = rng.choice(others), None
         if number < num_kills:
             step = (number + 1) * MIN_STEPS + extra_steps[number]
             kill_after = step * batches_per_step - rng.randrange(batches_per_step)
-        launches.append(
-            Launch(
-                world_size=world_size,
-                num_workers=num_workers,
-                kill_after=kill_after,
-                kills_one_rank=world_size > 1 and number % 2 == 1,
-            )
-        )
-    return launches
+        launches.append(Launch(*layout, kill_after))
+    return launches[1:]
 
 
-def compare(
-    batches: Sequence[Sequence[Sample]], expected: Sequence[Sequence[Sample]], *, first: int
-) -> str | None:
-    """Describe the first difference of a launch's batches from the expected ones; None if equal.
+def compare(batches: Batches, expected: Batches, *, first: int) -> str | None:
+    """Describe the first difference from the expected batches of the whole run; None if equal.
 
     Args:
-        batches: of the launch.
+        batches: of a launch.
         expected: of the whole run.
         first: index of the launch's first batch in the run.
     """
@@ -237,68 +215,50 @@ def compare(
     return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
     """A run of one or more launches, with its checkpoints and records in a folder."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        config: TrainConfig,
-        num_steps: int,
-        first_batch: int,
-        program: Sequence[str],
-    ) -> None:
-        self.folder = folder
-        self._config = _smallest(config, folder, num_steps)
-        self.batches_per_step = config.training.accumulation_steps
-        self._num_batches = num_steps * self.batches_per_step
-        self._first_batch = first_batch
-        self._program = program
-        folder.mkdir()
+    folder: Path
+    config: TrainConfig
+    first_batch: int
+    program: Sequence[str]
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of its checkpoints."""
-        return self._config.training.checkpointing.save_dir
+    def start(self, launch: Launch, number: int) -> tuple[int, Batches, str | None]:
+        """Train from the newest checkpoint to the launch's kill or to the end.
 
-    def start(self, launch: Launch, number: int, *, seed: int = 0) -> Outcome:
-        """Train from the newest checkpoint to the launch's kill or to the end."""
-        resume = find_latest_checkpoint(self.checkpoints)
+        Returns:
+            Index of its first batch, its global batches, and what went wrong.
+        """
+        training = self.config.training
+        resume = find_latest_checkpoint(training.checkpointing.save_dir)
         first_step = 0 if resume is None else int(load_checkpoint(resume, "meta")["step"])
-        num_before = first_step * self.batches_per_step
-        out = self.folder / f"launch_{number}"
-        out.mkdir()
-        hold_after = self._num_batches
+        first = first_step * training.accumulation_steps
+        num_batches = training.max_steps * training.accumulation_steps
+        hold_after = num_batches
         if launch.kill_after is not None:
-            last = min(launch.kill_after + _GUARD_BATCHES, self._num_batches - 1)
-            hold_after = last - num_before
-        data = self._config.data.model_copy(update={"num_workers": launch.num_workers})
+            hold_after = min(launch.kill_after + _GUARD_BATCHES, num_batches - 1) - first
+        data = self.config.data.model_copy(update={"num_workers": launch.num_workers})
         job = {
-            "config": self._config.model_copy(update={"data": data}).model_dump(mode="json"),
+            "config": self.config.model_copy(update={"data": data}).model_dump(mode="json"),
             "resume": None if resume is None else str(resume),
-            "first_batch": self._first_batch,
+            "first_batch": self.first_batch,
             "hold_after": hold_after,
-            "out": str(out),
         }
+        out = self.folder / f"launch_{number}"
+        out.mkdir(parents=True)
         path = out / "job.json"
         path.write_text(json.dumps(job), encoding="utf-8")
-        with RankProcesses([*self._program, str(path)], launch.world_size, out) as ranks:
+        with RankProcesses([*self.program, str(path)], launch.world_size, out) as ranks:
             if launch.kill_after is None:
                 problem = ranks.wait_for_success()
             else:
-                num_batches = launch.kill_after - num_before
-                problem = ranks.wait_until(lambda: _num_recorded(out) >= num_batches)
-                # Kill at a random moment within the step.
-                time.sleep(random.Random(f"{seed}/{number}").uniform(0, 0.1))  # noqa: S311
-                problem = problem or ranks.kill(only_one=launch.kills_one_rank)
-        batches, to_first_batch_s = _read_records(out, launch.world_size)
-        return Outcome(
-            first_step=first_step,
-            batches=batches,
-            to_first_batch_s=to_first_batch_s,
-            problem=problem,
-        )
+                num_before_kill = launch.kill_after - first
+                problem = ranks.wait_until(lambda: len(_read_record(out, 0)) >= num_before_kill)
+                time.sleep(random.uniform(0, 0.1))  # noqa: S311 (any moment within the step)
+        shares = [_read_record(out, rank) for rank in range(launch.world_size)]
+        batches = [[s for share in group for s in share] for group in zip(*shares, strict=False)]
+        return first, batches, problem
 
 
 def _smallest(config: TrainConfig, folder: Path, num_steps: int) -> TrainConfig:
@@ -329,48 +289,33 @@ def _smallest(config: TrainConfig, folder: Path, num_steps: int) -> TrainConfig:
     return config.model_copy(update={"training": training, "model": model})
 
 
-def _num_recorded(out: Path) -> int:
-    """Count the batches that the main rank took."""
-    path = out / "record_0.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _read_records(out: Path, world_size: int) -> tuple[list[list[Sample]], float]:
-    """Read the global batches that all ranks took, and the longest wait for the first, in s."""
-    shares, waits_s = [], [0.0]
-    for rank in range(world_size):
-        path = out / f"record_{rank}.jsonl"
-        # A kill can tear the last line; complete lines end with a newline.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        values = [json.loads(line) for line in lines]
-        shares.append([[tuple(sample) for sample in value["samples"]] for value in values])
-        waits_s += [value["after_s"] for value in values[:1]]
-    batches = [[s for share in group for s in share] for group in zip(*shares, strict=False)]
-    return batches, max(waits_s)
+def _read_record(out: Path, rank: int) -> list[list[Sample]]:
+    """Read a rank's share of each batch that it took."""
+    path = out / f"record_{rank}.jsonl"
+    # A kill can tear the last line; complete lines end with a newline.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [[tuple(sample) for sample in json.loads(line)] for line in lines]
 
 
 def _reads_same_batches(
-    run: _Run,
-    launches: Sequence[Launch],
-    expected: Sequence[Sequence[Sample]],
-    *,
-    seed: int,
-    log: Callable[[str], None],
+    run: _Run, launches: Sequence[Launch], expected: Batches, *, log: Callable[[str], None]
 ) -> bool:
     """Run all launches; whether together they read exactly the expected batches."""
     is_same, num_read = True, 0
     for number, launch in enumerate(launches):
-        outcome = run.start(launch, number, seed=seed)
-        first = outcome.first_step * run.batches_per_step
-        problem = outcome.problem or compare(outcome.batches, expected, first=first)
+        first, batches, failure = run.start(launch, number)
+        problem = failure or compare(batches, expected, first=first)
         if problem is None and first > num_read:
             problem = f"batches {num_read} to {first - 1} were never read"
-        num_read = first + len(outcome.batches)
+        num_read = first + len(batches)
         if problem is None and number == len(launches) - 1 and num_read < len(expected):
             problem = f"it ended after batch {num_read - 1}"
-        log(_describe(launch, outcome, problem, number))
+        log(
+            f"launch {number + 1}: from step {first // run.config.training.accumulation_steps}, "
+            f"{launch}: {len(batches)} batches: {problem or 'same'}"
+        )
         is_same = is_same and problem is None
-        if outcome.problem is not None:
+        if failure is not None:
             break
     return is_same
 
@@ -378,11 +323,11 @@ def _reads_same_batches(
 def _has_same_weights(killed: _Run, undisturbed: _Run, log: Callable[[str], None]) -> bool:
     """Whether the final weights differ by no more than rounding; see MAX_WEIGHT_DIFFERENCE."""
     first, expected, actual = (
-        torch.cat([tensor.flatten().double() for tensor in load_checkpoint(path)["model"].values()])
+        torch.cat([t.flatten().double() for t in load_checkpoint(path)["model"].values()])
         for path in (
-            undisturbed.checkpoints / step_name(SAVE_INTERVAL),
-            undisturbed.checkpoints / FINAL_NAME,
-            killed.checkpoints / FINAL_NAME,
+            undisturbed.config.training.checkpointing.save_dir / step_name(SAVE_INTERVAL),
+            undisturbed.config.training.checkpointing.save_dir / FINAL_NAME,
+            killed.config.training.checkpointing.save_dir / FINAL_NAME,
         )
     )
     share = float((actual - expected).norm() / (expected - first).norm())
@@ -392,29 +337,11 @@ def _has_same_weights(killed: _Run, undisturbed: _Run, log: Callable[[str], None
     return is_same
 
 
-def _describe(launch: Launch, outcome: Outcome, problem: str | None, number: int) -> str:
-    ranks = f"{launch.world_size} rank{'s' * (launch.world_size > 1)}"
-    end = "to the end"
-    if launch.kill_after is not None:
-        victim = "last rank" if launch.kills_one_rank else "all"
-        end = f"{victim} killed after batch {launch.kill_after}"
-    return (
-        f"launch {number + 1}: from step {outcome.first_step}, {ranks} x {launch.num_workers} "
-        f"loader processes, {end}: {len(outcome.batches)} batches, the first after "
-        f"{outcome.to_first_batch_s:.2f} s: {problem or 'same'}"
-    )
-
-
 class RankProcesses:
     """Processes of all ranks of one program, without torchrun and its restarts.
 
     A context manager: no process outlives it. Each rank leads a process group of its own and writes
-    its output to ``output_<rank>.txt``.
-
-    Args:
-        command: the program.
-        world_size: number of ranks.
-        out: an existing folder for the outputs.
+    its output to ``output_<rank>.txt`` in the folder `out`.
     """
 
     def __init__(self, command: Sequence[str], world_size: int, out: Path) -> None:
@@ -423,17 +350,16 @@ class RankProcesses:
         self._processes = []
         for rank in range(world_size):
             with (out / f"output_{rank}.txt").open("wb") as output:
-                self._processes.append(
-                    subprocess.Popen(  # noqa: S603 (our own program)
-                        command,
-                        env={**os.environ, **rank_environment(rank, world_size, port)},
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
+                process = subprocess.Popen(  # noqa: S603 (our own program)
+                    command,
+                    env={**os.environ, **rank_environment(rank, world_size, port)},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
+            self._processes.append(process)
 
-    def __enter__(self) -> RankProcesses:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -455,19 +381,6 @@ class RankProcesses:
         codes = [process.wait() for process in self._processes]
         return None if not any(codes) else f"exit codes {codes}: {self._output_tails()}"
 
-    def kill(self, *, only_one: bool) -> str | None:
-        """Kill all ranks, or only the last; return a message if the others do not end then."""
-        if not only_one:
-            self.__exit__()
-            return None
-        os.killpg(self._processes[-1].pid, signal.SIGKILL)
-        deadline_s = time.monotonic() + KILL_TIMEOUT_S
-        while time.monotonic() < deadline_s:
-            if all(process.poll() is not None for process in self._processes):
-                return None
-            time.sleep(POLL_S)
-        return f"{KILL_TIMEOUT_S:.0f} s after one rank was killed, other ranks still run"
-
     def _output_tails(self) -> str:
         outputs = [path.read_text(errors="replace") for path in self._out.glob("output_*.txt")]
         return " | ".join(text.strip()[-400:] for text in outputs if text.strip())
@@ -475,16 +388,13 @@ class RankProcesses:
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """Make the environment variables that torchrun sets for a rank."""
-    values = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "LOCAL_WORLD_SIZE": world_size,
+    return {
+        **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size)),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": 1,
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
     }
-    return {name: str(value) for name, value in values.items()}
 
 
 def free_port() -> int:
@@ -494,47 +404,21 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-class RecordedLoader:
-    """A loader that records each batch before the trainer gets it.
+class RecordedLoader(Loader):
+    """A loader that records each batch before the trainer gets it, one line of JSON per batch."""
 
-    Args:
-        loader: the real one.
-        path: of the record, one line of JSON per batch.
-        hold_after: after this many batches it waits for a kill.
-    """
-
-    def __init__(self, loader: Loader, path: Path, *, hold_after: int) -> None:
-        self.source, self.rank, self.world_size = loader.source, loader.rank, loader.world_size
-        self._loader = loader
-        self._path = path
-        self._hold_after = hold_after
-
-    def state_at(self, next_batch: int) -> dict[str, Any]:
-        """See :class:`train.data.loader.Loader`."""
-        return self._loader.state_at(next_batch)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :class:`train.data.loader.Loader`."""
-        self._loader.load_state_dict(state)
+    def record(self, path: Path, *, hold_after: int) -> None:
+        """Record to a file; after `hold_after` batches, wait for a kill."""
+        self._path, self._hold_after = path, hold_after
 
     def __iter__(self) -> Iterator[Batch]:
-        started_s = time.perf_counter()
         with self._path.open("w", encoding="utf-8") as file:
-            for number, batch in enumerate(self._loader):
+            for number, batch in enumerate(super().__iter__()):
                 if number == self._hold_after:
-                    _hold()
-                after_s = time.perf_counter() - started_s
-                file.write(json.dumps({"after_s": after_s, "samples": samples_of(batch)}) + "\n")
+                    time.sleep(HOLD_S)
+                file.write(json.dumps(samples_of(batch)) + "\n")
                 file.flush()
                 yield batch
-
-
-def _hold() -> None:
-    """Wait for a kill; raise, as a training step does, if another rank is gone."""
-    deadline_s = time.monotonic() + HOLD_S
-    while time.monotonic() < deadline_s:
-        distributed.any_rank(False)
-        time.sleep(0.02)
 
 
 def samples_of(batch: Batch) -> list[Sample]:
@@ -554,28 +438,24 @@ def samples_of(batch: Batch) -> list[Sample]:
     return list(zip(batch["keys"], checksums, counts, strict=True))
 
 
-def train_rank(job: Mapping[str, Any]) -> None:
-    """Train one rank of a launch."""
-    config, out = TrainConfig.model_validate(job["config"]), Path(job["out"])
+def main(arguments: Sequence[str]) -> None:
+    """Train one rank of a launch, as :data:`PROGRAM` starts it."""
+    path = Path(arguments[0])
+    job = json.loads(path.read_text(encoding="utf-8"))
+    config = TrainConfig.model_validate(job["config"])
     with distributed.process_group(torch.device("cpu")):
         rank, world_size = distributed.rank(), distributed.world_size()
         source = open_source(config, split="train")
-        loader = Loader(source, config, rank=rank, world_size=world_size)
-        path = out / f"record_{rank}.jsonl"
-        recorded = RecordedLoader(loader, path, hold_after=job["hold_after"])
+        loader = RecordedLoader(source, config, rank=rank, world_size=world_size)
+        loader.record(path.with_name(f"record_{rank}.jsonl"), hold_after=job["hold_after"])
         torch.manual_seed(config.training.seed)
         model = MultiModalCreature(config, loader.shapes)
-        trainer = Trainer(model, config, recorded, run_name="selftest", console=Console(quiet=True))
+        trainer = Trainer(model, config, loader, run_name="selftest", console=Console(quiet=True))
         if job["resume"] is None:
-            recorded.load_state_dict(recorded.state_at(job["first_batch"]))
+            loader.load_state_dict(loader.state_at(job["first_batch"]))
         else:
             trainer.load_checkpoint(job["resume"])
         trainer.train()
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Train one rank of a launch, as :data:`PROGRAM` starts it."""
-    train_rank(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

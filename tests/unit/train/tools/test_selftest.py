@@ -18,14 +18,14 @@ BROKEN = """
 import sys
 import train.tools.selftest as ranks
 
-class Late(ranks.Loader):
+class Late(ranks.RecordedLoader):
     '''Its resume is off by one.'''
 
     def load_state_dict(self, state):
         later = int({is_broken} and state["next_batch"] != 0)
         super().load_state_dict({{**state, "next_batch": state["next_batch"] + later}})
 
-ranks.Loader = Late
+ranks.RecordedLoader = Late
 ranks.main(sys.argv[1:])
 """
 
