@@ -63,7 +63,7 @@ class Measurements:
 class Recommendation:
     """One change of the configuration, its reason and its gain."""
 
-    what: str
+    name: str
     change: Mapping[str, int | str | bool]
     why: str
     expected_gain: str = "not measured"

@@ -51,7 +51,7 @@ from train.loop.prefetch import BatchFeed, iterate
 from train.machine import runtime
 from train.model.losses import added, compute_losses, loss_counts
 from train.run import require_paths, set_up_run
-from train.tools.advice import Measurements, as_arguments, recommend, suggest
+from train.tools.advice import Measurements, Recommendation, as_arguments, recommend, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -258,9 +258,14 @@ def _measure(bench: Bench, out: Path, *, num_rounds: int) -> dict[str, Any]:
         },
         "memory_limit_bytes": measured.memory_limit_bytes,
         "verdict": "can be made faster" if recommendations else ALREADY_GOOD,
-        "recommendations": [asdict(each) for each in recommendations],
-        "untested": [asdict(each) for each in suggest(measured, config)],
+        "recommendations": [_as_plain(each) for each in recommendations],
+        "untested": [_as_plain(each) for each in suggest(measured, config)],
     }
+
+
+def _as_plain(recommendation: Recommendation) -> dict[str, Any]:
+    values = asdict(recommendation)
+    return {"what": values.pop("name"), **values}
 
 
 def _memory_limit_bytes(device: torch.device) -> int:

@@ -104,7 +104,7 @@ def test_headspace_is_the_median_ratio_of_the_rounds():
 
 
 def test_compiling_is_suggested_unless_it_is_on():
-    assert [r.what for r in suggest(step_bound(), config())] == ["compile"]
+    assert [r.name for r in suggest(step_bound(), config())] == ["compile"]
     compiled = as_train_config({"training": {"compile": True}})
     assert suggest(step_bound(), compiled) == []
 
