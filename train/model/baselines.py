@@ -71,31 +71,22 @@ class Comparison:
 def compare(
     model_losses: Mapping[str, float | None], baseline_losses: Mapping[str, float | None]
 ) -> list[Comparison]:
-    """Compare each baseline with the loss of its head.
+    """Compare each baseline with its head; skip pairs of which one is missing or not finite.
 
     Args:
         model_losses: ``loss_<head>``, as from ``Trainer.evaluate``; other names are ignored.
         baseline_losses: ``<head>/<baseline>``, as from :meth:`Baselines.mean_losses`.
-
-    Returns:
-        In the order of `baseline_losses`, without pairs of which one is missing or not finite.
     """
     rows = []
-    for name, baseline_loss in baseline_losses.items():
+    for name, other in baseline_losses.items():
         head, _, baseline = name.partition("/")
         loss = model_losses.get(f"loss_{head}")
-        if loss is None or baseline_loss is None:
+        if loss is None or other is None or not math.isfinite(loss + other):
             continue
-        if math.isfinite(loss) and math.isfinite(baseline_loss):
-            rows.append(
-                Comparison(
-                    head=head,
-                    loss=loss,
-                    baseline=baseline,
-                    baseline_loss=baseline_loss,
-                    is_better=loss < baseline_loss,
-                )
-            )
+        row = Comparison(
+            head=head, loss=loss, baseline=baseline, baseline_loss=other, is_better=loss < other
+        )
+        rows.append(row)
     return rows
 
 
@@ -127,8 +118,8 @@ class Baselines:
             shapes: sizes of the windows.
         """
         counts = _no_counts(config, shapes)
+        pairs = _no_pairs(counts)
         trigrams = {head: Trigrams.none(shapes.vocab_size) for head in counts if head != Head.AUDIO}
-        pairs = _no_pairs(config, shapes)
         for batch in batches:
             weight_B = torch.as_tensor(batch["weight"]).cpu()
             for head in counts:
@@ -136,9 +127,8 @@ class Baselines:
                 valid = torch.as_tensor(batch["targets"][f"{head}_valid"]).cpu()
                 # No head predicts a window's first tick, so it is not counted either.
                 first = shapes.audio_frames_per_tick if head == Head.AUDIO else 1
-                counts[head] += _count(
-                    target[:, first:], valid[:, first:], weight_B, counts[head].shape
-                )
+                shape = counts[head].shape
+                counts[head] += _count(target[:, first:], valid[:, first:], weight_B, shape)
                 if head in trigrams:
                     trigrams[head] = trigrams[head].with_more(target, valid, weight_B)
                 elif pairs is not None:
@@ -202,7 +192,7 @@ class Baselines:
             for head, stored in values.get("trigrams", {}).items()
             if head in expected and head != Head.AUDIO
         }
-        pairs, no_pairs = None, _no_pairs(config, shapes)
+        pairs, no_pairs = None, _no_pairs(expected)
         if no_pairs is not None and (stored := values.get("level_pairs")) is not None:
             pairs = _check_counts(stored, no_pairs.shape, name="the bigram of audio levels")
         return cls(
@@ -210,14 +200,12 @@ class Baselines:
         )
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, LossSum]:
-        """Compute each baseline's loss on a batch, as ``<head>/<baseline>``.
+        """Compute each baseline's loss on a batch: ``<head>/<baseline>`` to weighted sum and count.
+
+        Those of several batches can be added, as those of :func:`train.model.losses.loss_sums`.
 
         Args:
             batch: its "targets" and "weight", tensors or numpy arrays.
-
-        Returns:
-            Weighted sum and weighted count, as :func:`train.model.losses.loss_sums` gives for the
-            model. Those of several batches can be added.
         """
         targets = {name: torch.as_tensor(value) for name, value in batch["targets"].items()}
         weight_B = torch.as_tensor(batch["weight"])
@@ -305,12 +293,7 @@ def unigram(counts: Tensor, *, pad_weight: float | None = None) -> Tensor:
 
 
 def copy_last_pose(poses_BSP: Tensor, valid_BS: Tensor, *, per_tick: int) -> Tensor:
-    """Repeat the last valid pose, angles and velocities, for the whole next tick.
-
-    Args:
-        poses_BSP: float [B, S, P], unshifted.
-        valid_BS: bool [B, S].
-        per_tick: samples per tick.
+    """Repeat the last valid pose, angles and velocities, for all samples of the next tick.
 
     Returns:
         [B, T, per_tick, P], float32; zeros before the first valid pose.
@@ -322,13 +305,7 @@ def copy_last_pose(poses_BSP: Tensor, valid_BS: Tensor, *, per_tick: int) -> Ten
 def constant_velocity(
     poses_BSP: Tensor, valid_BS: Tensor, *, per_tick: int, rate_hz: float
 ) -> Tensor:
-    """Extrapolate the last valid pose: its velocities move its angles.
-
-    Args:
-        poses_BSP: float [B, S, P], unshifted: angles in rad, then velocities in rad/s.
-        valid_BS: bool [B, S].
-        per_tick: samples per tick.
-        rate_hz: samples per second.
+    """Extrapolate the last valid pose: its velocities (rad/s) move its angles (rad).
 
     Returns:
         [B, T, per_tick, P], float32; the angles are not wrapped.
@@ -386,20 +363,18 @@ class Trigrams:
             ConfigError: they are not plain tensors that fit each other and the vocabulary. An
                 expanded tensor, which is larger than its memory, could exhaust the host's memory.
         """
-        is_plain = all(
-            isinstance(t, Tensor)
-            and (t.dtype, t.layout, t.device.type) == (torch.int64, torch.strided, "cpu")
-            and t.dim() == 1
+        tensors = [each for each in (keys, counts) if isinstance(each, Tensor)]
+        if len(tensors) < 2 or not all(
+            (t.dtype, t.layout, t.device.type, t.dim()) == (torch.int64, torch.strided, "cpu", 1)
             and t.is_contiguous()
-            for t in (keys, counts)
-        )
-        if not is_plain or not isinstance(keys, Tensor) or not isinstance(counts, Tensor):
+            for t in tensors
+        ):
             raise ConfigError(f"a trigram's keys and counts are not plain int64 tensors; {_REFIT}")
+        keys, counts = tensors
+        is_increasing = bool((keys[1:] > keys[:-1]).all())
+        is_in_range = bool(((keys >= 0) & (keys < vocab_size**ORDER)).all())
         fits = len(keys) == len(counts) and bool((counts > 0).all())
-        if fits and len(keys):
-            is_increasing = bool((keys[1:] > keys[:-1]).all())
-            fits = is_increasing and int(keys[0]) >= 0 and int(keys[-1]) < vocab_size**ORDER
-        if not fits:
+        if not (is_increasing and is_in_range and fits):
             raise ConfigError(
                 f"a trigram's keys do not increase within {vocab_size} tokens, or do not fit its "
                 f"counts; {_REFIT}"
@@ -419,11 +394,8 @@ class Trigrams:
     def log_probs(self, tokens_BT: Tensor, valid_BT: Tensor, *, pad_weight: float) -> Tensor:
         """Log-probabilities of the next tick's token, float32 [B, T, V].
 
-        Args:
-            tokens_BT: int64, unshifted.
-            valid_BT: bool.
-            pad_weight: weight of silence in the loss. Silence's probability is scaled by it, and
-                all are normalized again: if the probabilities are true, that has the lowest loss.
+        Silence's probability is scaled by its weight in the loss, and all are normalized again: if
+        the probabilities are true, that has the lowest loss.
         """
         contexts_BT = self._contexts(tokens_BT, valid_BT)
         contexts_U, index_BT = torch.unique(contexts_BT, return_inverse=True)
@@ -480,24 +452,13 @@ def count_level_pairs(
 ) -> Tensor:
     """Count how often a channel's level followed another in the next frame, float64 [C, L, L].
 
-    Args:
-        levels_BAC: integers; any values where invalid.
-        valid_BA: bool; a pair counts if both frames are valid.
-        weight_B: float.
-        first: the first frame that counts as a following one.
-        num_levels: L.
+    A pair counts if both frames are valid, and the second one is `first` or later.
     """
-    is_pair_BA = (valid_BA[:, first:] & valid_BA[:, first - 1 : -1])[..., None]
     before, after = levels_BAC[:, first - 1 : -1].long(), levels_BAC[:, first:].long()
-    num_channels = levels_BAC.shape[-1]
-    index = (torch.arange(num_channels) * num_levels + before) * num_levels + after
-    weights = (is_pair_BA * weight_B.double()[:, None, None]).expand_as(index)
-    counts = torch.bincount(
-        index.masked_fill(~is_pair_BA, 0).flatten(),
-        weights=weights.flatten(),
-        minlength=num_channels * num_levels**2,
-    )
-    return counts.view(num_channels, num_levels, num_levels)
+    valid = valid_BA[:, first:] & valid_BA[:, first - 1 : -1]
+    shape = torch.Size([levels_BAC.shape[-1], num_levels**2])
+    counts = _count(before * num_levels + after, valid, weight_B, shape)
+    return counts.view(-1, num_levels, num_levels)
 
 
 def level_transitions(pairs_CLL: Tensor, log_probs_CL: Tensor) -> Tensor:
@@ -515,50 +476,39 @@ def _count(values: Tensor, valid: Tensor, weight_B: Tensor, shape: torch.Size) -
     Returns:
         float64 of `shape`, [values] or [C, values].
     """
-    weights = (valid * weight_B[:, None]).double()
-    values = values.reshape(*valid.shape, -1).long()
-    values = values.masked_fill(~valid[..., None], 0)
-    num_channels, num_values = values.shape[-1], shape[-1]
-    index = values + torch.arange(num_channels) * num_values
-    counts = torch.bincount(
-        index.flatten(),
-        weights=weights[..., None].expand_as(index).flatten(),
-        minlength=num_channels * num_values,
-    )
-    return counts.view(shape)
+    weights = (valid * weight_B[:, None]).double()[..., None]
+    values = values.reshape(*valid.shape, -1).long().masked_fill(~valid[..., None], 0)
+    index = values + torch.arange(values.shape[-1]) * shape[-1]
+    flat_weights = weights.expand_as(index).flatten()
+    return torch.bincount(index.flatten(), flat_weights, minlength=shape.numel()).view(shape)
 
 
 def _no_counts(config: TrainConfig, shapes: WindowShapes) -> dict[str, Tensor]:
     """Make zero counts of each head with a unigram."""
-    sizes = {
-        Head.INTERNAL_TEXT: (shapes.vocab_size,),
-        Head.EXTERNAL_TEXT: (shapes.vocab_size,),
-        Head.AUDIO: (shapes.mel_channels, shapes.mel_levels),
+    levels, tokens = (shapes.mel_channels, shapes.mel_levels), (shapes.vocab_size,)
+    return {
+        str(head): torch.zeros(levels if head is Head.AUDIO else tokens, dtype=torch.float64)
+        for head in config.heads
+        if head in UNIGRAM_STATISTICS
     }
-    heads = [head for head in config.heads if head in sizes]
-    return {str(head): torch.zeros(sizes[head], dtype=torch.float64) for head in heads}
 
 
-def _no_pairs(config: TrainConfig, shapes: WindowShapes) -> Tensor | None:
+def _no_pairs(counts: Mapping[str, Tensor]) -> Tensor | None:
     """Make zero counts of successive levels."""
-    if Head.AUDIO not in config.heads:
+    if Head.AUDIO not in counts:
         return None
-    sizes = (shapes.mel_channels, shapes.mel_levels, shapes.mel_levels)
-    return torch.zeros(sizes, dtype=torch.float64)
+    num_channels, num_levels = counts[Head.AUDIO].shape
+    return torch.zeros(num_channels, num_levels, num_levels, dtype=torch.float64)
 
 
 def _check_counts(stored: object, size: torch.Size, *, name: str) -> Tensor:
     """Check counts from a file, a tensor or (in old files) lists of numbers; return float64.
 
-    Args:
-        stored: any value.
-        size: the expected size, checked before any memory is allocated.
-        name: of the counts, for messages.
-
     Raises:
         ConfigError: the value has no counts, or counts of another size.
     """
     rows: list[Any] = stored if isinstance(stored, list) and len(size) > 1 else [stored]
+    # Memory is allocated only for rows of numbers that have one length.
     is_listed = all(
         isinstance(row, list) and all(isinstance(each, int | float) for each in row) for row in rows
     )
