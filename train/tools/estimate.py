@@ -24,14 +24,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from shared.recipe import Recipe, load_recipe
 from shared.shardset.manifest import read_manifest
@@ -53,20 +49,12 @@ GPU_GIB: Final = (24, 40, 80)
 """Memory of the GPUs in the table."""
 
 USABLE: Final = 0.9
-"""Share of a GPU's memory that training can use; CUDA's context, workspaces of libraries and gaps
-of the allocator take the remainder."""
+"""Usable share of a GPU's memory; CUDA's context, workspaces and gaps take the remainder."""
 
 STATE_BYTES: Final = 16
 """Bytes per parameter: float32 weight, gradient, and AdamW's two moments."""
 
 _MODES: Final = ("without gradient checkpointing", "with gradient checkpointing")
-
-_DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "auto": torch.bfloat16,  # as on every GPU since Ampere
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
 
 _ATTENTION_FLOPS: Final = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -128,10 +116,10 @@ def estimate(
     """
     with FakeTensorMode():
         model = MultiModalCreature(config, shapes).train()
-        blank_batches = [_blank_batch(size, config, shapes) for size in (1, 2)]
-        saved = [_saved_bytes(model, batch, dtype=dtype) for batch in blank_batches]
-        flops = [_count_flops(model, blank_batches[0], is_checkpointing=m) for m in (False, True)]
-        batch = _blank_batch(config.data.batch_size, config, shapes)
+        sizes = (1, 2, config.data.batch_size)
+        one, two, batch = (_blank_batch(size, config, shapes) for size in sizes)
+        saved = zip(*(_saved_bytes(model, b, dtype=dtype) for b in (one, two)), strict=True)
+        flops = [_count_flops(model, one, is_checkpointing=is_on) for is_on in (False, True)]
     without, with_checkpointing = (
         Estimate(
             num_parameters={
@@ -139,12 +127,12 @@ def estimate(
                 for name, module in model.named_children()
             },
             # The line through the bytes of 1 and of 2 samples.
-            fixed_bytes=2 * one - two,
-            sample_bytes=two - one,
+            fixed_bytes=2 * bytes_1 - bytes_2,
+            sample_bytes=bytes_2 - bytes_1,
             sample_flops=sample_flops,
             batch_bytes=sum(tensor.nbytes for tensor in tensors_of(batch)),
         )
-        for (one, two), sample_flops in zip(zip(*saved, strict=True), flops, strict=True)
+        for (bytes_1, bytes_2), sample_flops in zip(saved, flops, strict=True)
     )
     return without, with_checkpointing
 
@@ -152,15 +140,13 @@ def estimate(
 def print_estimate(config: TrainConfig, *, origin: Path) -> None:
     """Print the estimate of a configuration.
 
-    Args:
-        config: the whole configuration. If its shard set does not exist, ``data.recipe`` or else
-            the default recipe decides the sizes of windows.
-        origin: its file, for the title.
+    If its shard set does not exist, ``data.recipe`` or else the default recipe decides the sizes of
+    windows. `origin` is the configuration's file, for the title.
 
     Raises:
         EngineError: the configuration describes no model, or its recipe or shard set can't be read.
     """
-    dtype = _DTYPES[config.training.precision]
+    dtype = _dtype(config)
     shapes, shapes_origin = _window_shapes(config)
     modes = estimate(config, shapes, dtype=dtype)
     is_on = config.model.is_checkpointing
@@ -173,7 +159,7 @@ def print_estimate(config: TrainConfig, *, origin: Path) -> None:
         f"windows by {shapes_origin}\n"
         f"parameters   {sum(configured.num_parameters.values()) / 1e6:.1f} M: {modules}\n"
         f"FLOPs        {configured.sample_flops / 1e9:.1f} G per sample, forward and backward, "
-        f"{_MODES[is_on]}; {_step_tflops(configured, config):.2f} T per step of "
+        f"{_MODES[is_on]}; {configured.sample_flops * batch_size * steps / 1e12:.2f} T per step of "
         f"{batch_size} x {steps} samples; {_MODES[not is_on]} {other.sample_flops / 1e9:.1f} G per "
         f"sample\n"
         f"over the bus {configured.batch_bytes / 2**20:.1f} MiB per batch of {batch_size}"
@@ -189,8 +175,8 @@ def print_estimate(config: TrainConfig, *, origin: Path) -> None:
     for number, (mode, each) in enumerate(zip(_MODES, modes, strict=True)):
         name = mode + ", as configured" * (number == is_on)
         share = each.state_bytes // 4
-        sizes = (share, share, 2 * share, each.activation_bytes(batch_size))
-        memory.add_row(name, *(_gib(size) for size in (*sizes, each.memory_bytes(batch_size))))
+        activations, total = each.activation_bytes(batch_size), each.memory_bytes(batch_size)
+        memory.add_row(name, *map(_gib, (share, share, 2 * share, activations, total)))
         batches = (each.largest_batch(gib * 2**30) for gib in GPU_GIB)
         largest.add_row(name, *(str(size or "none") for size in batches))
     console.print(memory)
@@ -199,10 +185,6 @@ def print_estimate(config: TrainConfig, *, origin: Path) -> None:
 
 def print_sizes(config: TrainConfig, *, origin: Path) -> None:
     """Print one line per ``model.size``, with all other settings as configured.
-
-    Args:
-        config: the whole configuration; its own model size is ignored.
-        origin: its file, for the title.
 
     Raises:
         EngineError: as :func:`print_estimate`.
@@ -217,41 +199,40 @@ def print_sizes(config: TrainConfig, *, origin: Path) -> None:
     for size in SIZES:
         unset = {"size": size, "hidden_dim": None, "num_layers": None, "num_heads": None}
         sized = config.model_copy(update={"model": config.model.model_copy(update=unset)})
-        modes = estimate(sized, shapes, dtype=_DTYPES[config.training.precision])
+        modes = estimate(sized, shapes, dtype=_dtype(config))
         is_on = sized.model.is_checkpointing
         sizes = [_gib(each.memory_bytes(batch_size)) for each in modes]
         sizes[is_on] = f"* {sizes[is_on]}"
         millions = sum(modes[is_on].num_parameters.values()) / 1e6
-        table.add_row(size, f"{millions:.1f}", *sizes, f"{_step_tflops(modes[is_on], config):.2f}")
+        tflops = modes[is_on].sample_flops * batch_size * steps / 1e12
+        table.add_row(size, f"{millions:.1f}", *sizes, f"{tflops:.2f}")
     console = Console(soft_wrap=True, markup=False)
     console.print(table)
     console.print("recomputing: with gradient checkpointing; * as configured, as the FLOPs are")
 
 
+def _dtype(config: TrainConfig) -> torch.dtype:
+    """Return the forward pass's dtype; "auto" is bfloat16, as on every GPU since Ampere."""
+    dtypes = {"fp16": torch.float16, "fp32": torch.float32}
+    return dtypes.get(config.training.precision, torch.bfloat16)
+
+
 def _window_shapes(config: TrainConfig) -> tuple[WindowShapes, str]:
-    """Sizes of windows, and the shard set or recipe that they come from."""
-    data = config.data
+    """Return the sizes of windows, and the shard set or recipe that they come from."""
     recipe, origin = Recipe(), "the default recipe"
-    if data.recipe is not None:
-        recipe, origin = load_recipe(data.recipe), str(data.recipe)
-    for location in data.sets.values():
+    if config.data.recipe is not None:
+        recipe, origin = load_recipe(config.data.recipe), str(config.data.recipe)
+    for location in config.data.sets.values():
         if isinstance(location, Path) and location.exists():
             recipe, origin = read_manifest(location).recipe, str(location)
             break
     return WindowShapes.from_recipe(recipe, tick_rate_hz=config.model.tick_rate_hz), origin
 
 
-def _step_tflops(each: Estimate, config: TrainConfig) -> float:
-    """TFLOPs of an optimizer step."""
-    num_samples = config.data.batch_size * config.training.accumulation_steps
-    return each.sample_flops * num_samples / 1e12
-
-
 def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
-    return table
+    first, *others = columns
+    numbers = (Column(name, justify="right") for name in others)
+    return Table(first, *numbers, title=title, title_justify="left")
 
 
 def _gib(size_bytes: int) -> str:
@@ -259,7 +240,7 @@ def _gib(size_bytes: int) -> str:
 
 
 def _saved_bytes(model: MultiModalCreature, batch: Batch, *, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that autograd saves in one forward pass, without and with gradient checkpointing."""
+    """Count the bytes that one forward pass saves, without and with gradient checkpointing."""
     seen = {t.untyped_storage()._cdata: t for t in (*model.parameters(), *tensors_of(batch))}
     # Entry 0 is what is saved outside of layers; the following ones are the passes of layers.
     saved, inputs = [0], [0]
@@ -296,7 +277,7 @@ def _saved_bytes(model: MultiModalCreature, batch: Batch, *, dtype: torch.dtype)
 
 
 def _count_flops(model: MultiModalCreature, batch: Batch, *, is_checkpointing: bool) -> int:
-    """FLOPs of a forward and a backward pass."""
+    """Count the FLOPs of a forward and a backward pass."""
     _set_checkpointing(model, is_on=is_checkpointing)
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
         _loss(model, batch, dtype=torch.float32).backward()  # type: ignore[no-untyped-call]
