@@ -10,6 +10,8 @@ RECIPE   ?= configs/recipe.yaml
 SESSIONS ?= data/sessions
 OUT      ?= shards/default
 CONFIG   ?= configs/training_config.yaml
+# Processes of `make test`: two more than cores, because many tests wait for other processes.
+WORKERS  ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 2)
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -34,8 +36,8 @@ demo: setup  ## generate the demo sessions and build their shards
 train: setup $(if $(filter demo.yaml,$(notdir $(CONFIG))),demo)  ## train with CONFIG; resume if a checkpoint exists
 	$(PY) -m train run --config $(CONFIG) --resume auto
 
-test: setup lint types layers  ## lint, types, layers and the fast tests
-	$(PY) -m pytest
+test: setup lint types layers  ## lint, types, layers and the fast tests, WORKERS at once
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
 test-slow: setup  ## run the slow tests
 	$(PY) -m pytest -m slow

@@ -58,7 +58,7 @@ def run(*arguments: object) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("store", ["memory", "s3"])
+@pytest.mark.parametrize("store", ["memory", pytest.param("s3", marks=pytest.mark.slow)])
 def test_the_commands_do_the_same_on_urls_and_folders(request, built, local, tmp_path, store):
     fs = request.getfixturevalue(store)
     url = f"{store}://here"

@@ -19,6 +19,7 @@ from shared.shardset.manifest import (
     Manifest,
     ShardEntry,
     commit_manifest,
+    parse_manifest,
     read_manifest,
 )
 
@@ -96,19 +97,17 @@ def test_a_json_reader_finds_the_checksum_of_all_bytes_before(tmp_path):
 
 def test_every_flipped_bit_is_found(tmp_path):
     commit_manifest(make_manifest(tmp_path))
-    path = tmp_path / "manifest.json"
-    good = path.read_bytes()
+    good = (tmp_path / "manifest.json").read_bytes()
     unfound = []
     for bit in range(8 * len(good)):
         content = bytearray(good)
         content[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(content)
         try:
-            read_manifest(tmp_path)
+            parse_manifest(bytes(content), root=tmp_path, path="manifest.json")
         except (CorruptError, FormatVersionError):
             continue
         unfound.append(bytes(content[-100:]))
-    # Where the name of the checksum is not it any more, all that it vouches for is as it was.
+    # A flip in the key "sha256" hides the checksum, but every byte that it covers is unchanged.
     assert all(b'"sha256": "' not in tail for tail in unfound)
     assert len(unfound) <= 8 * len("sha256")
 

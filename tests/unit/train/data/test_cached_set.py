@@ -84,6 +84,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_two_workers_each_download_every_file_once(server, shards, settings):
     command = [sys.executable, "-c", _READ, url_of(server), str(settings.folder)]
     tests = str(Path(remote_sets.__file__).parents[1])
@@ -147,7 +148,7 @@ def test_workers_forked_during_a_prefetch_continue_to_read(server, shards, setti
     assert_same(read_all(workers), read_all(make_loader(shards)))
 
 
-@pytest.mark.parametrize("store", ["http", "s3"])
+@pytest.mark.parametrize("store", ["http", pytest.param("s3", marks=pytest.mark.slow)])
 def test_downloads_in_workers_leave_the_parents_connections_alone(
     request, server, settings, store, monkeypatch, caplog
 ):

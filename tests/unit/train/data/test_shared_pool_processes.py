@@ -110,7 +110,7 @@ def wait_until(is_so, *, timeout_s=20):
     assert is_so()
 
 
-@pytest.mark.parametrize("what", ["all", "text"])
+@pytest.mark.parametrize("what", ["all", pytest.param("text", marks=pytest.mark.slow)])
 def test_a_killed_trainer_leaves_no_process_and_no_file(trainer, what):
     shm = set(os.listdir("/dev/shm"))  # noqa: PTH208
     process, scratch = trainer(what=what)

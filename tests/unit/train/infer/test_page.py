@@ -216,6 +216,7 @@ def test_losses_and_latency_are_on_the_page(inferred):
     assert f"p99 {inferred.metrics['tick_latency_ms']['p99']:.1f} ms of 100 ms" in inferred.html
 
 
+@pytest.mark.slow
 def test_the_page_of_a_long_session_shows_its_first_minute(tmp_path):
     config = {
         "training": {"loss_weights": {"internal_text": 0, "external_text": 0}},

@@ -101,7 +101,7 @@ trainer.train()
 """
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_process_ends_even_if_loader_processes_ignore_sigterm(tmp_path, fails):
     tests = str(Path(tiny_training.__file__).parents[1])
     script = STUBBORN.format(tests=tests, folder=str(tmp_path), fails=fails)

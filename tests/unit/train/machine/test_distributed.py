@@ -30,7 +30,8 @@ from train.machine import distributed
 TOLERANCE = 1e-5
 TEXT_ONLY = {"loss_weights": {"audio": 0.0, "animation": 0.0}}
 few_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-pytestmark = pytest.mark.usefixtures("one_thread")
+# One process of pytest-xdist runs them all: the fixture `pair` takes most of the time.
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("distributed")]
 
 
 # --- the loader's shares ---------------------------------------------------------------------

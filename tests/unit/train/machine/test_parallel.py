@@ -7,6 +7,8 @@ import json
 import pytest
 from helpers.rank_program import start_ranks
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import json, sys, torch
 from torch import nn

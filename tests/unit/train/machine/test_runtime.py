@@ -110,7 +110,9 @@ def test_a_separate_rng_leaves_the_random_state_unchanged():
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages"
 )
-@pytest.mark.parametrize(("setting", "is_huge"), [(None, True), ("0", False)])
+@pytest.mark.parametrize(
+    ("setting", "is_huge"), [(None, True), pytest.param("0", False, marks=pytest.mark.slow)]
+)
 def test_large_tensors_use_large_pages_unless_the_user_disables_them(setting, is_huge):
     program = (
         "import train, torch; x = torch.ones(32 << 20); place = x.data_ptr()\n"
