@@ -41,6 +41,8 @@ HEAD_STREAM: Mapping[Head, Stream] = {
 }
 """The stream whose next tick each head predicts."""
 
+TEXT_HEADS = (Head.INTERNAL_TEXT, Head.EXTERNAL_TEXT)
+
 
 def _parse_folder_or_url(value: object) -> Path | str:
     """Return a local folder as a path, and a URL as it is written."""

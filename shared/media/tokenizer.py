@@ -7,7 +7,7 @@ always marks the start of an event.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -16,7 +16,7 @@ from shared.files import sha256_of_bytes
 from shared.recipe import PAD_TOKEN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 PAD_TEXT = "<pad>"
@@ -102,3 +102,31 @@ def load_tokenizer(path: Path) -> TextTokenizer:
         return parse_tokenizer(path.read_text(encoding="utf-8"), origin=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read as a tokenizer: {error}") from error
+
+
+def group_events(
+    tokens: Sequence[int], times_s: Sequence[float], tokenizer: TextTokenizer
+) -> list[dict[str, Any]]:
+    """Group predicted tokens, one per tick, into events.
+
+    An event is a run of tokens without PAD; the event mark starts a new one.
+
+    Args:
+        tokens: ids of successive ticks.
+        times_s: start of each tick.
+        tokenizer: decodes the tokens.
+
+    Returns:
+        One {"timestamp": seconds, "text", "tokens"} per event; its ids include the event mark.
+    """
+    events: list[dict[str, Any]] = []
+    previous = PAD_TOKEN
+    for token, time_s in zip(tokens, times_s, strict=True):
+        if token == EVENT_TOKEN or (token != PAD_TOKEN and previous == PAD_TOKEN):
+            events.append({"timestamp": round(time_s, 6), "text": "", "tokens": [token]})
+        elif token != PAD_TOKEN:
+            events[-1]["tokens"].append(token)
+        previous = token
+    for event in events:
+        event["text"] = tokenizer.decode(event["tokens"])
+    return events

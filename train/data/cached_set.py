@@ -235,7 +235,7 @@ class _BackgroundJobs:
                 threading.Thread(target=self._work, name="prefetch-shards", daemon=True).start()
 
     def __reduce__(self) -> tuple[type[_BackgroundJobs], tuple[()]]:
-        """Another process starts without jobs."""
+        """Let another process start without jobs."""
         return _BackgroundJobs, ()
 
     def _work(self) -> None:

@@ -22,6 +22,7 @@ import soundfile
 import zarr
 
 from shared.clock import Window, plan_windows, wrap_angle
+from shared.media.tokenizer import group_events
 from shared.page import (
     TimeAxis,
     TimedText,
@@ -38,10 +39,9 @@ from shared.page import (
 )
 from shared.recipe import PAD_TOKEN, TEXT_STREAMS, VISION_STREAMS, Stream
 from shared.session.reader import SessionReader
-from train.config import HEAD_STREAM, Head
+from train.config import HEAD_STREAM, TEXT_HEADS, Head
 from train.data.batch import tokens_on_ticks
 from train.infer.predictions import ANIMATION_NAME, AUDIO_NAME, DMEL_NAME
-from train.model.outputs import TEXT_HEADS, group_events
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -27,13 +28,13 @@ from shared.clock import wrap_angle
 from shared.errors import EngineError
 from shared.media.mel import decode_dmel
 from shared.media.sound import to_int16
+from shared.media.tokenizer import group_events
 from shared.recipe import PAD_TOKEN
 from shared.session.reader import MASKED_LEVEL
-from train.config import Head
-from train.model.outputs import TEXT_HEADS, group_events
+from train.config import TEXT_HEADS, Head
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from shared.media.tokenizer import TextTokenizer
     from shared.recipe import Recipe
     from train.data.batch import WindowShapes
-    from train.model.outputs import WindowPrediction
 
 ANIMATION_NAME = "animation.zarr"
 AUDIO_NAME = "audio.wav"
@@ -51,8 +51,27 @@ NAMES = (*(f"{head}.jsonl" for head in TEXT_HEADS), AUDIO_NAME, DMEL_NAME, ANIMA
 """All files that a folder of predictions can have."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowPrediction:
+    """Predictions for N successive ticks of a session."""
+
+    first_tick: int
+    """First predicted tick, counted from the session's start."""
+    follows: bool
+    """Whether it follows the last tick of the previous window, so that a text can continue."""
+    times_s: NDArray[np.float64]
+    """Start of each predicted tick on the session clock, [N]."""
+    tokens: Mapping[Head, NDArray[np.int64]]
+    """Per text head, [N]."""
+    levels: NDArray[np.uint8] | None
+    """dMel levels [N, frames per tick, channels]; None without an audio head."""
+    poses: NDArray[np.float32] | None
+    """Angles in rad and velocities in rad/s, [N, samples per tick, proprio_size]; None without an
+    animation head."""
+
+
 class PredictionWriter:
-    """Write the predictions of a session window by window; a context manager.
+    """Writes the predictions of a session window by window; a context manager.
 
     Sound is decoded per window, so that memory is constant; its phase can jump between windows.
     Only the predicted tokens, one number per tick, are kept until the end.

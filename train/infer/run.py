@@ -29,18 +29,17 @@ from shared.clock import Window
 from shared.errors import ConfigError, SessionError
 from shared.recipe import Stream
 from shared.session.folder import SOURCE_FILES, is_session
-from train.config import HEAD_STREAM, Head, TrainConfig
+from train.config import HEAD_STREAM, TEXT_HEADS, Head, TrainConfig
 from train.data.batch import assemble_batch
 from train.data.device import to_device
 from train.data.session_source import SessionSource
 from train.infer.page import write_page
-from train.infer.predictions import AUDIO_NAME, DMEL_NAME, PredictionWriter
+from train.infer.predictions import AUDIO_NAME, DMEL_NAME, PredictionWriter, WindowPrediction
 from train.infer.stream import Sampling, TickStream, take_ticks
 from train.machine import runtime
 from train.model.baselines import compare
 from train.model.encoders import count_ticks
 from train.model.losses import loss_sums, mean_losses
-from train.model.outputs import TEXT_HEADS, WindowPrediction
 from train.trained_model import TrainedModel, load_trained_model
 
 if TYPE_CHECKING:
@@ -234,7 +233,7 @@ def read_window(source: SessionSource, row: int, trained: TrainedModel) -> dict[
 
 
 def follows(source: SessionSource, row: int, trained: TrainedModel) -> bool:
-    """Whether a window's first tick comes right after the last tick of the previous window."""
+    """Return whether a window's first tick comes right after the previous window's last tick."""
     if row == 0 or trained.config.is_text_only:
         return False
     gap_s = source.start_s(0, row) - source.start_s(0, row - 1)
@@ -269,7 +268,7 @@ def locate_window(
 
 
 def _token_times(source: SessionSource, row: int, trained: TrainedModel) -> NDArray[np.float64]:
-    """Times of a window's densely packed tokens, in order."""
+    """Return the times of a window's densely packed tokens, in order."""
     start_s = source.start_s(0, row)
     window = Window(row, start_s, trained.recipe.window.duration_s)
     text = source.reader(0).read_text(window)
@@ -330,7 +329,7 @@ class Score:
         }
 
     def _reason(self, head: Head, scan: SessionScan) -> str:
-        """Why a head has no loss."""
+        """Say why a head has no loss."""
         if self._sums[f"loss_{head}"][1] > 0:
             return "the model's predictions are not finite"
         stream = HEAD_STREAM[head]
@@ -360,6 +359,6 @@ def summarize_latencies(latencies_ms: list[float], *, tick_ms: float) -> dict[st
 
 
 def _mean(total: Tensor) -> float | None:
-    """Sum over count; None if nothing was counted, or the model gave no finite number."""
+    """Divide a sum by its count; None if nothing was counted, or the sum is not finite."""
     mean = float(total[0] / total[1]) if total[1] > 0 else math.nan
     return mean if math.isfinite(mean) else None

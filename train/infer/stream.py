@@ -140,8 +140,10 @@ class TickStream:
         with torch.inference_mode(), runtime.autocast(device, self._dtype):
             for tick in range(num_ticks):
                 started_s = time.perf_counter()
-                one = take_ticks(inputs, first=tick, count=1, num_ticks=num_ticks, shapes=shapes)
-                steps.append(self.step(one, context=context))
+                tick_inputs = take_ticks(
+                    inputs, first=tick, count=1, num_ticks=num_ticks, shapes=shapes
+                )
+                steps.append(self.step(tick_inputs, context=context))
                 latencies_ms.append((time.perf_counter() - started_s) * 1e3)
         heads = [str(head) for head in self._trained.config.heads]
         return Streamed(

@@ -22,13 +22,12 @@ import torch
 
 from shared.config import make_section
 from shared.media.mel import decode_dmel
-from shared.media.tokenizer import parse_tokenizer
+from shared.media.tokenizer import group_events, parse_tokenizer
 from shared.page import TimeAxis, ValueAxis, draw_spectrogram, sampled_curves
 from shared.recipe import PAD_TOKEN, VISION_STREAMS, Recipe
 from shared.session.reader import MASKED_LEVEL
-from train.config import HEAD_STREAM, Head
+from train.config import HEAD_STREAM, TEXT_HEADS, Head
 from train.data.pixels import IMAGENET_MEAN, IMAGENET_STD, normalized_frames
-from train.model.outputs import TEXT_HEADS, group_events
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

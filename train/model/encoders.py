@@ -298,7 +298,7 @@ class TickEncoder(nn.Module):
 
 
 def frames_due(shapes: WindowShapes, *, first_tick: int, num_ticks: int) -> range:
-    """Indices of the frames that are first used in ticks [first_tick, first_tick + num_ticks).
+    """List the frames that are first used in ticks [first_tick, first_tick + num_ticks).
 
     Frame k has the grid time k / fps; a tick uses the newest frame not after its start.
     """

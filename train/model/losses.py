@@ -127,19 +127,19 @@ def _next_tick(x: Tensor, per_tick: int) -> Tensor:
 
 
 def _next_weights(valid_BS: Tensor, weight_B: Tensor, per_tick: int) -> Tensor:
-    """Weight of each position of the next tick, float32 [B, S]."""
+    """Return the weight of each position of the next tick, float32 [B, S]."""
     return _next_tick(valid_BS, per_tick) * weight_B.float()[:, None]
 
 
 def _next_targets(x_BSC: Tensor, valid_BS: Tensor, per_tick: int) -> Tensor:
-    """Values of the next tick, 0 where invalid."""
+    """Return the values of the next tick, 0 where invalid."""
     return _next_tick(x_BSC.masked_fill(~valid_BS[..., None], 0), per_tick)
 
 
 def _text_weights(
     tokens_BT: Tensor, valid_BT: Tensor, weight_B: Tensor, pad_weight: float
 ) -> Tensor:
-    """Weight of the next tick's token: 1, or `pad_weight` for silence, float32 [B, T]."""
+    """Weigh the next tick's token by 1, or by `pad_weight` if silent, float32 [B, T]."""
     shares_BT = torch.where(_next_tick(tokens_BT, 1) == PAD_TOKEN, pad_weight, 1.0)
     return shares_BT * _next_weights(valid_BT, weight_B, 1)
 
@@ -147,7 +147,7 @@ def _text_weights(
 def _text_sum(
     logits_BTV: Tensor, tokens_BT: Tensor, valid_BT: Tensor, weights_BT: Tensor
 ) -> LossSum:
-    """Cross-entropy of the next tick's token; `weights_BT` are those of :func:`_text_weights`."""
+    """Sum the cross-entropy of the next tick's token, weighted by :func:`_text_weights`."""
     next_BT = _next_tick(tokens_BT.masked_fill(~valid_BT, PAD_TOKEN), 1)
     nats = F.cross_entropy(logits_BTV.float().flatten(0, 1), next_BT.flatten(), reduction="none")
     return (nats * weights_BT.flatten()).sum(), weights_BT.sum()
@@ -156,7 +156,7 @@ def _text_sum(
 def _audio_sum(
     logits_BTACL: Tensor, levels_BAC: Tensor, valid_BA: Tensor, weight_B: Tensor
 ) -> LossSum:
-    """Cross-entropy of each dMel value of the next tick."""
+    """Sum the cross-entropy of each dMel value of the next tick."""
     _, _, per_tick, channels, _ = logits_BTACL.shape
     weights_BA = _next_weights(valid_BA, weight_B, per_tick)
     next_BAC = _next_targets(levels_BAC, valid_BA, per_tick)
@@ -168,7 +168,7 @@ def _audio_sum(
 def _animation_sum(
     poses_BTSP: Tensor, targets_BSP: Tensor, valid_BS: Tensor, weight_B: Tensor
 ) -> LossSum:
-    """Errors of the next tick's angles (1 - cos) and velocities (smooth L1)."""
+    """Sum the errors of the next tick's angles (1 - cos) and velocities (smooth L1)."""
     per_tick = poses_BTSP.shape[2]
     weights_BS = _next_weights(valid_BS, weight_B, per_tick)
     next_BSP = _next_targets(targets_BSP.float(), valid_BS, per_tick)

@@ -258,7 +258,7 @@ class MultiModalCreature(nn.Module):
 
 
 def dimensions(model: ModelConfig) -> tuple[int, int, int]:
-    """Width, depth and number of attention heads of the backbone.
+    """Return width, depth and number of attention heads of the backbone.
 
     Raises:
         ConfigError: the width per head is not an even number.

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from shared.errors import ConfigError
-from shared.media.tokenizer import EVENT_TOKEN, load_tokenizer, parse_tokenizer, train_tokenizer
+from shared.media.tokenizer import (
+    EVENT_TOKEN,
+    group_events,
+    load_tokenizer,
+    parse_tokenizer,
+    train_tokenizer,
+)
 from shared.recipe import PAD_TOKEN
 
 CORPUS = ("the cat sat on the mat", "the dog sat on the log", "wörld ☃", "I reach for the cup")
@@ -147,3 +153,18 @@ def test_truncation_padding_and_extra_marks_of_a_given_tokenizer_are_off(tmp_pat
     path.write_text(json.dumps(values), encoding="utf-8")
     text = "the cat sat on the mat"
     assert load_tokenizer(path).encode(text) == TOKENIZER.encode(text)
+
+
+def test_events_start_at_the_event_mark_and_after_silence():
+    cat, dog = TOKENIZER.encode("cat")[1:], TOKENIZER.encode("dog")[1:]
+    tokens = [EVENT_TOKEN, *cat, EVENT_TOKEN, *dog, 0, 0, *cat, 0]
+    times_s = [0.1 * (i + 1) for i in range(len(tokens))]
+    starts = [0, 1 + len(cat), 4 + len(cat) + len(dog)]
+    events = group_events(tokens, times_s, TOKENIZER)
+    assert [e["text"] for e in events] == ["cat", "dog", "cat"]
+    assert [e["timestamp"] for e in events] == [round(times_s[i], 6) for i in starts]
+    assert [e["tokens"] for e in events] == [[EVENT_TOKEN, *cat], [EVENT_TOKEN, *dog], cat]
+
+
+def test_silence_is_no_event():
+    assert group_events([0, 0, 0], [0.1, 0.2, 0.3], TOKENIZER) == []

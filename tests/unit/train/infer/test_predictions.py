@@ -15,7 +15,6 @@ from shared.recipe import Recipe
 from train.config import Head
 from train.data.batch import WindowShapes
 from train.infer.predictions import PredictionWriter
-from train.model.outputs import WindowPrediction
 
 
 def read_lines(path):
