@@ -65,46 +65,46 @@ def main() -> None:
     parser.add_argument("--cores", default="0,1", help="the two cores to pin to")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
     parser.add_argument("--job", nargs=4, help=argparse.SUPPRESS)  # see start_job
-    given = parser.parse_args()
-    if given.job:
-        sessions, seconds, workers, has_profile = given.job
+    args = parser.parse_args()
+    if args.job:
+        sessions, seconds, workers, has_profile = args.job
         result = run_job(Path(sessions), int(seconds), int(workers), has_profile == "1")
         click.echo(json.dumps(result))
-    elif given.memory:
-        measure_memory(given)
+    elif args.memory:
+        measure_memory(args)
     else:
-        measure_speed(given)
+        measure_speed(args)
 
 
 # --- speed ----------------------------------------------------------------------------------
 
 
-def measure_speed(given: argparse.Namespace) -> None:
-    cores = given.cores.split(",")
+def measure_speed(args: argparse.Namespace) -> None:
+    cores = args.cores.split(",")
     click.echo(
         f"{os.uname().machine}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
-        f"{ffmpeg_version()}; {given.seconds} s stereo sessions, {given.rounds} rounds"
+        f"{ffmpeg_version()}; {args.seconds} s stereo sessions, {args.rounds} rounds"
     )
-    folders = {name: make_sessions(CASES[name], given.seconds, given.film) for name in given.cases}
+    folders = {name: make_sessions(CASES[name], args.seconds, args.film) for name in args.cases}
     runs: dict[tuple[str, int, str], list[dict[str, float]]] = {}
-    for number in range(given.rounds):
+    for number in range(args.rounds):
         for name, folder in folders.items():
-            for workers in given.workers:
+            for workers in args.workers:
                 pinned = ",".join(cores[:workers])
                 sides = {
                     "ffmpeg all": partial(run_ffmpeg, folder, pinned, f"scale={SIZE}:{SIZE}"),
                     "ffmpeg kept": partial(
                         run_ffmpeg, folder, pinned, f"fps=5,scale={SIZE}:{SIZE}"
                     ),
-                    "job": partial(start_job, folder, given.seconds, workers, pinned),
+                    "job": partial(start_job, folder, args.seconds, workers, pinned),
                 }
                 for side, run in sides.items():
                     runs.setdefault((name, workers, side), []).append(run())
             click.echo(f"round {number + 1}, {name}: done", err=True)
-    table(runs, frames=2 * RATE_HZ * given.seconds)
+    table(runs, frames=2 * RATE_HZ * args.seconds)
     click.echo("\nwhere the job's time goes, one core (shares of its processor time)")
     for name, folder in folders.items():
-        result = start_job(folder, given.seconds, 1, cores[0], profile=True)
+        result = start_job(folder, args.seconds, 1, cores[0], profile=True)
         parts = ", ".join(f"{part} {share:.1%}" for part, share in result["parts"].items())
         click.echo(
             f"{name}: {parts}; besides it {result['import_s']:.1f} s of start-up and imports"
@@ -293,13 +293,13 @@ class Sampler:
 # --- memory ---------------------------------------------------------------------------------
 
 
-def measure_memory(given: argparse.Namespace) -> None:
+def measure_memory(args: argparse.Namespace) -> None:
     """By the command itself with its default recipe: this process alone, and each of two Dask
     workers.
     """
     click.echo("minutes  workers  wall s  peak MiB of the command, then of its largest child")
     for minutes in (1, 30):
-        folder = make_sessions(MEMORY_CASE, 60 * minutes, given.film)
+        folder = make_sessions(MEMORY_CASE, 60 * minutes, args.film)
         for workers in (0, 2):
             with tempfile.TemporaryDirectory(dir=folder) as out:
                 result = run_command(folder / "1", Path(out), workers)

@@ -35,18 +35,18 @@ def main() -> None:
     parser.add_argument("--pixels", choices=["yuv420", "rgb"], default="yuv420")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.measure is not None:
-        is_cold, is_told = SIDES[given.measure]
-        print(json.dumps(measure(given, is_cold=is_cold, is_told=is_told)))
+    args = parser.parse_args()
+    if args.measure is not None:
+        is_cold, is_told = SIDES[args.measure]
+        print(json.dumps(measure(args, is_cold=is_cold, is_told=is_told)))
         return
     rates: dict[tuple[bool, bool], list[float]] = {side: [] for side in SIDES}
-    for number in range(given.rounds):
+    for number in range(args.rounds):
         for index in range(len(SIDES))[:: -1 if number % 2 else 1]:
             command = [sys.executable, *sys.argv, "--measure", str(index)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             rates[SIDES[index]].append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{given.shards}, {given.workers} workers, {given.rounds} rounds; samples/s")
+    print(f"{args.shards}, {args.workers} workers, {args.rounds} rounds; samples/s")
     for is_cold in (True, False):
         plain, told = rates[is_cold, False], rates[is_cold, True]
         ratios = [t / p for p, t in zip(plain, told, strict=True)]
@@ -57,7 +57,7 @@ def main() -> None:
         )
 
 
-def measure(given: argparse.Namespace, *, is_cold: bool, is_told: bool) -> float:
+def measure(args: argparse.Namespace, *, is_cold: bool, is_told: bool) -> float:
     """Samples per second of an epoch, from the first batch on."""
     from train.config import TrainConfig
     from train.data.loader import Loader
@@ -65,16 +65,16 @@ def measure(given: argparse.Namespace, *, is_cold: bool, is_told: bool) -> float
 
     if not is_told:
         ShardSource.prefetch_samples = lambda *_: None  # type: ignore[method-assign]
-    data = {"num_workers": given.workers, "batch_size": given.batch_size, "pixels": given.pixels}
+    data = {"num_workers": args.workers, "batch_size": args.batch_size, "pixels": args.pixels}
     config = TrainConfig.model_validate({"data": data})
-    files = sorted(path for path in given.shards.iterdir() if path.is_file())
+    files = sorted(path for path in args.shards.iterdir() if path.is_file())
     if is_cold:
         drop_cache(files)
     else:
         for path in files:
             path.read_bytes()
     num_samples, began_s = 0.0, 0.0
-    for batch in Loader(ShardSource(given.shards), config, num_epochs=1):
+    for batch in Loader(ShardSource(args.shards), config, num_epochs=1):
         if not began_s:
             began_s = time.perf_counter()
         else:

@@ -132,25 +132,25 @@ def make_bare_round(config: TrainConfig, batches: list[dict], *, steps: int):
     return bare_round
 
 
-def measure(given: argparse.Namespace, folder: Path) -> list[tuple[Times, Times]]:
+def measure(args: argparse.Namespace, folder: Path) -> list[tuple[Times, Times]]:
     """Seconds of the trainer and of the bare loop, for each round but the first."""
     config = TrainConfig.model_validate(
         {
             "training": {
-                "max_steps": given.steps * (given.rounds + 1) + 1,
-                "log_interval": given.steps,
+                "max_steps": args.steps * (args.rounds + 1) + 1,
+                "log_interval": args.steps,
                 "save_interval": 10**9,
-                "num_threads": given.threads,
+                "num_threads": args.threads,
                 "log_dir": folder / "runs",
                 "checkpointing": {"save_dir": folder / "checkpoints"},
             },
-            "model": {"hidden_dim": given.hidden, "num_layers": given.layers},
+            "model": {"hidden_dim": args.hidden, "num_layers": args.layers},
         }
     )
-    torch.set_num_threads(given.threads)
-    batches = [make_batch(seed, size=given.batch) for seed in range(4)]
+    torch.set_num_threads(args.threads)
+    batches = [make_batch(seed, size=args.batch) for seed in range(4)]
     turns = AlternatingLoader(
-        batches, make_bare_round(config, batches, steps=given.steps), steps=given.steps
+        batches, make_bare_round(config, batches, steps=args.steps), steps=args.steps
     )
     torch.manual_seed(0)
     model = MultiModalCreature(config, SHAPES)
@@ -167,17 +167,17 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loop-") as folder:
-        pairs = measure(given, Path(folder))
+        pairs = measure(args, Path(folder))
     print(
-        f"hidden {given.hidden}, {given.layers} layers, batch {given.batch}, {given.threads} "
-        f"threads; {len(pairs)} rounds of {given.steps} steps, a log line each"
+        f"hidden {args.hidden}, {args.layers} layers, batch {args.batch}, {args.threads} "
+        f"threads; {len(pairs)} rounds of {args.steps} steps, a log line each"
     )
     for kind, name in enumerate(("clock", "processor")):
         ratios = sorted(trainer[kind] / bare[kind] for trainer, bare in pairs)
         steps_ms = [
-            statistics.median(each[kind] for each in loop) / given.steps * 1e3
+            statistics.median(each[kind] for each in loop) / args.steps * 1e3
             for loop in zip(*pairs, strict=True)
         ]
         print(

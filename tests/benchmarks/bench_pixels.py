@@ -51,18 +51,18 @@ def main() -> None:
     parser.add_argument("--qp", type=int, nargs="+", default=[DEFAULT.qp])
     parser.add_argument("--quality", type=int, nargs="+", default=[DEFAULT.quality])
     parser.add_argument("--threads", type=int, default=2, help="of torch")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    windows = footage(given.windows)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    windows = footage(args.windows)
     if not windows:
         sys.exit(f"{SESSIONS}: no session with a left eye; put real recordings there")
     recipes = {"raw": VisionRecipe(codec="raw"), "yuv420": VisionRecipe(codec="yuv420")}
-    for quality in sorted({90, *given.quality}):
+    for quality in sorted({90, *args.quality}):
         recipes[f"mjpeg q{quality}"] = VisionRecipe(codec="mjpeg", quality=quality)
-    for qp in given.qp:
+    for qp in args.qp:
         recipes[f"h264 qp{qp}"] = VisionRecipe(codec="h264", qp=qp)
     members = {n: [encode_pictures(w, recipe=r) for w in windows] for n, r in recipes.items()}
-    times_ms = measure(recipes, members, windows, rounds=given.rounds)
+    times_ms = measure(recipes, members, windows, rounds=args.rounds)
     show(recipes, members, windows, times_ms)
 
 

@@ -54,14 +54,14 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, default=Path("shards/demo"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", choices=STREAMS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.measure:
-        print(json.dumps(measure(given.shards, given.measure)))
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.shards, args.measure)))
         return
     results: dict[str, list[dict[str, float]]] = {name: [] for name in STREAMS}
-    for _ in range(given.rounds):
+    for _ in range(args.rounds):
         for name, found in results.items():
-            command = [sys.executable, __file__, "--shards", str(given.shards), "--measure", name]
+            command = [sys.executable, __file__, "--shards", str(args.shards), "--measure", name]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     print(

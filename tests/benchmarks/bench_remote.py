@@ -91,14 +91,14 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=Path("configs/demo_recipe.yaml"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-remote-") as folder, ExitStack() as stack:
         root = Path(folder)
-        build_set(given.sessions, root / "set", load_recipe(given.recipe))
+        build_set(args.sessions, root / "set", load_recipe(args.recipe))
         places, servers = serve(root, stack)
         results = {row.name: Found() for row in ROWS}
-        for _ in range(given.rounds):
-            run_round(places, servers, results, root, given.workers)
+        for _ in range(args.rounds):
+            run_round(places, servers, results, root, args.workers)
     print_table(results)
 
 

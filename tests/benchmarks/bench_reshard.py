@@ -47,29 +47,29 @@ def main() -> None:
     parser.add_argument("--session", type=Path, help="by default a minute of 720p stereo is made")
     parser.add_argument("--film", type=Path, default=FILM)
     parser.add_argument("--rounds", type=int, default=3, help="of each update; the best counts")
-    given = parser.parse_args()
-    if given.session is None:
-        given.session = make_sessions(CASE, MINUTE_S, given.film) / "1" / "session_a"
-    with tempfile.TemporaryDirectory(dir=given.session.parents[1], prefix="reshard-") as folder:
-        measure(Path(folder), given)
+    args = parser.parse_args()
+    if args.session is None:
+        args.session = make_sessions(CASE, MINUTE_S, args.film) / "1" / "session_a"
+    with tempfile.TemporaryDirectory(dir=args.session.parents[1], prefix="reshard-") as folder:
+        measure(Path(folder), args)
 
 
-def measure(root: Path, given: argparse.Namespace) -> None:
-    sessions = link_sessions(root / "sessions", given.session, NUM_SESSIONS)
+def measure(root: Path, args: argparse.Namespace) -> None:
+    sessions = link_sessions(root / "sessions", args.session, NUM_SESSIONS)
     recipe = write_recipe(root / "recipe.yaml")
     full_set = root / "full"
-    full = run(sessions, full_set, recipe, given.workers)
+    full = run(sessions, full_set, recipe, args.workers)
     size = sum(p.stat().st_size for p in full_set.iterdir())
     print(
         f"{os.uname().machine}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
-        f"--workers {given.workers}; {NUM_SESSIONS} sessions like {given.session}; "
+        f"--workers {args.workers}; {NUM_SESSIONS} sessions like {args.session}; "
         f"set of {size / 2**20:.0f} MiB in {len(list(full_set.glob('*.index')))} shards"
     )
     python_s = min(timed([sys.executable, "-c", "pass"]).wall_s for _ in range(3))
     print(f"full build: {full.wall_s:.2f} s; starting Python alone: {python_s:.2f} s\n")
     print("change                      command s  of full  columns made again / kept the same")
-    more = link_sessions(root / "more", given.session, NUM_SESSIONS + 1)
-    less = link_sessions(root / "less", given.session, NUM_SESSIONS - 1)
+    more = link_sessions(root / "more", args.session, NUM_SESSIONS + 1)
+    less = link_sessions(root / "less", args.session, NUM_SESSIONS - 1)
     cases = {
         "nothing": (sessions, recipe),
         "text: vocab_size": (sessions, write_recipe(root / "t.yaml", text={"vocab_size": 280})),
@@ -84,9 +84,9 @@ def measure(root: Path, given: argparse.Namespace) -> None:
     details = []
     for name, (folder, by) in cases.items():
         runs = []
-        for _ in range(given.rounds):
+        for _ in range(args.rounds):
             out = copy_set(full_set, root / "out")
-            runs.append(run(folder, out, by, given.workers))
+            runs.append(run(folder, out, by, args.workers))
         made, kept, same = compare(full_set, out)
         best = min(r.wall_s for r in runs)
         print(
@@ -99,7 +99,7 @@ def measure(root: Path, given: argparse.Namespace) -> None:
             inside = run_inside(folder, copy_set(full_set, root / "out"), by)
             print(f"{'  build_shards() alone':26} {inside:9.2f}")
         out = copy_set(full_set, root / "out")
-        details.append((name, trace(folder, out, by, given.workers)))
+        details.append((name, trace(folder, out, by, args.workers)))
     print("\nopened under strace (all processes), by what is in the file")
     for name, (read, written, io) in details:
         print(f"{name}: {io}")

@@ -52,20 +52,20 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=40, help="of each side in each round")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--session", type=Path, default=SESSION)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     print(
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}; "
-        f"{given.rounds} rounds of {given.batches} batches of {BATCH_SIZE}; ms per batch: medians"
+        f"{args.rounds} rounds of {args.batches} batches of {BATCH_SIZE}; ms per batch: medians"
     )
     print(
         "codec   pixels   MB  workers   ring ms  samples/s  ordinary ms  samples/s  "
         "ratio (rounds)         alone ms  transport ms  memcpy ms warm, new"
     )
     for codec, pixels in CASES:
-        shards = make_set(codec, given.session)
-        for num_workers in given.workers:
-            measure(shards, (codec, pixels), num_workers, given.rounds, given.batches)
+        shards = make_set(codec, args.session)
+        for num_workers in args.workers:
+            measure(shards, (codec, pixels), num_workers, args.rounds, args.batches)
 
 
 def make_set(codec: str, session: Path) -> Path:

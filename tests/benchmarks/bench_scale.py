@@ -36,15 +36,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", nargs="+", type=int, default=[100, 1000, 10_000, 100_000])
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.measure:
-        print(json.dumps(measure(given.measure)))
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure)))
         return
     print(
         " shards     samples  manifest MiB  open s  open adds MiB  (peak)  process MiB  "
         "first batch ms  batch p50 us  new epoch ms  loader process adds MiB"
     )
-    for num_shards in given.shards:
+    for num_shards in args.shards:
         with tempfile.TemporaryDirectory() as folder:
             write_manifest(Path(folder), num_shards)
             command = [sys.executable, __file__, "--measure", folder]

@@ -34,24 +34,24 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="length of a session")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--blocks", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
-    given = parser.parse_args()
+    args = parser.parse_args()
     shard_bytes = Recipe().shard.target_bytes
     rows = shard_bytes // BYTES_PER_SAMPLE
-    windows = max(1, round(given.minutes * 60 / WINDOW_S))
-    session_of = np.arange(given.shards * rows) // windows
+    windows = max(1, round(args.minutes * 60 / WINDOW_S))
+    session_of = np.arange(args.shards * rows) // windows
     print(
-        f"{given.shards} shards of {rows} samples, sessions of {windows} samples "
-        f"({windows / rows:.1f} shards each), batches of {given.batch_size}"
+        f"{args.shards} shards of {rows} samples, sessions of {windows} samples "
+        f"({windows / rows:.1f} shards each), batches of {args.batch_size}"
     )
     print("block  sessions  repeats  distance  new order   open")
     rng = np.random.default_rng(0)
     full = [rng.permutation(len(session_of)) for _ in range(2)]
-    base = measures(full, session_of, given.batch_size)
-    for block in [*given.blocks, given.shards]:
+    base = measures(full, session_of, args.batch_size)
+    for block in [*args.blocks, args.shards]:
         settings = OrderSettings(seed=0, block_shards=block, batch_size=4096)
-        samples = SampleOrder(np.full(given.shards, rows), fingerprint="bench", settings=settings)
+        samples = SampleOrder(np.full(args.shards, rows), fingerprint="bench", settings=settings)
         batches = EpochOrder(samples, settings)
-        found = measures([epoch(batches, e, rows) for e in (0, 1)], session_of, given.batch_size)
+        found = measures([epoch(batches, e, rows) for e in (0, 1)], session_of, args.batch_size)
         print(
             f"{block:5}  {found['sessions'] / base['sessions']:8.2f}  "
             f"{found['repeats'] / base['repeats']:7.2f}  "

@@ -77,13 +77,13 @@ def main() -> None:
     parser.add_argument("--pixels")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--step-ms", nargs="+", type=float, default=[20, 50, 100])
-    given = parser.parse_args()
-    print(f"{given.shards}, batches of {given.batch_size}, {given.steps} steps")
+    args = parser.parse_args()
+    print(f"{args.shards}, batches of {args.batch_size}, {args.steps} steps")
     print("workers  where   step ms  data_wait_fraction  wait p50 ms   p95    p99   first batch s")
-    for workers in given.workers:
+    for workers in args.workers:
         for where in WHERE:
-            measure = functools.partial(run, given, workers=workers, where=where)
-            for step_ms in given.step_ms:
+            measure = functools.partial(run, args, workers=workers, where=where)
+            for step_ms in args.step_ms:
                 print(row(workers, where, step_ms / 1e3, measure(step_ms / 1e3)), flush=True)
             shortest_s = smallest_step_s(measure)
             if shortest_s is None:
@@ -116,7 +116,7 @@ def smallest_step_s(measure: Callable[[float], dict[str, float]]) -> float | Non
     return high
 
 
-def run(given: argparse.Namespace, step_s: float, *, workers: int, where: str) -> dict[str, float]:
+def run(args: argparse.Namespace, step_s: float, *, workers: int, where: str) -> dict[str, float]:
     """The last metrics of a short run, and the first batch's time.
 
     Raises:
@@ -138,14 +138,14 @@ def run(given: argparse.Namespace, step_s: float, *, workers: int, where: str) -
         config = TrainConfig.model_validate(
             {
                 "data": {
-                    "shards": given.shards,
-                    "batch_size": given.batch_size,
+                    "shards": args.shards,
+                    "batch_size": args.batch_size,
                     "num_workers": workers,
-                    **({"pixels": given.pixels} if given.pixels else {}),
+                    **({"pixels": args.pixels} if args.pixels else {}),
                 },
                 "training": {
-                    "max_steps": 2 * given.steps,
-                    "log_interval": given.steps,
+                    "max_steps": 2 * args.steps,
+                    "log_interval": args.steps,
                     "save_interval": 10**9,
                     "eval_interval": 10**9,
                     "log_dir": f"{folder}/runs",

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 
 import psutil
-from helpers.oracles import check_whole
+from helpers.oracles import check_set
 from helpers.processes import finish, launch
 from helpers.sessions import write_lines
 
@@ -124,7 +124,7 @@ def undisturbed(start: Start, root: Path) -> tuple[dict[str, str], float]:
     begin_s = time.monotonic()
     finish(launch(command(start, out, "--workers", "0"), scratch=root / "scratch"))
     length_s = time.monotonic() - begin_s
-    check_whole(out)
+    check_set(out)
     return all_hashes(out), length_s
 
 
@@ -219,7 +219,7 @@ def _state(start: Start, out: Path, wanted: dict[str, str], trial: Trial) -> str
         if start.old is not None:
             trial.problems.append("the old set is gone")
         return f"no set yet, {num_indexes} shards finished"
-    check_whole(out)
+    check_set(out)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest == wanted["manifest.json"]:
         return "new set"
@@ -257,7 +257,7 @@ class _Reader:
         while not self._stop.is_set():
             try:
                 _, hold = read_manifest_locked(self._out)
-                check_whole(self._out)
+                check_set(self._out)
                 self._trial.num_reads += 1
                 if hold is not None:
                     hold.close()
@@ -271,9 +271,9 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="killing-") as folder:
-        trials = run_trials(Path(folder), given.kills, given.seed)
+        trials = run_trials(Path(folder), args.kills, args.seed)
     bad = [t for t in trials if t.problems]
     reads = sum(t.num_reads for t in trials)
     print(

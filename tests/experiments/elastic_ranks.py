@@ -176,18 +176,18 @@ def main() -> int:
     parser.add_argument("--resumes", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", type=Path, default=None, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.rank is not None:
-        rank_main(given.rank)
+    args = parser.parse_args()
+    if args.rank is not None:
+        rank_main(args.rank)
         return 0
     with tempfile.TemporaryDirectory(prefix="elastic-") as name:
         folder = Path(name)
         shards = tiny_sets.make_set(folder)
         is_equal = elastic_table(shards, folder)
         began_s = time.monotonic()
-        wide = make_wide_set(shards, folder / "wide", num_shards=given.shards)
-        print(f"\n{given.shards} shards linked in {time.monotonic() - began_s:.1f} s", end="")
-        is_quick = resume_table(wide, num_resumes=given.resumes, seed=given.seed)
+        wide = make_wide_set(shards, folder / "wide", num_shards=args.shards)
+        print(f"\n{args.shards} shards linked in {time.monotonic() - began_s:.1f} s", end="")
+        is_quick = resume_table(wide, num_resumes=args.resumes, seed=args.seed)
     print(
         f"\nglobal batches {'equal' if is_equal else 'NOT EQUAL'}; resumes "
         f"{'all' if is_quick else 'NOT all'} under {MAX_RESUME_S:g} s"

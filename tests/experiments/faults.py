@@ -135,24 +135,24 @@ def main() -> int:
     parser.add_argument("--codec", default="mjpeg", help="vision.codec of the set")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     parser.add_argument("--only", default="", help="faults whose name has this in it")
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
-        shards = tiny_sets.make_set(Path(folder), vision={"codec": given.codec})
+        shards = tiny_sets.make_set(Path(folder), vision={"codec": args.codec})
         reference = Reference(shards)
         print(f"{'fault':46} tries  detected  unread  silent  unnamed  crashed   for example")
         for name, (count, fault) in FAULTS.items():
-            if given.only not in name:
+            if args.only not in name:
                 continue
-            count = count or given.flips
+            count = count or args.flips
             results = [
                 try_fault(
                     fault,
                     shards,
                     reference,
-                    f"{given.seed}/{name}/{i}",
-                    num_workers=given.workers,
+                    f"{args.seed}/{name}/{i}",
+                    num_workers=args.workers,
                 )
                 for i in range(count)
             ]

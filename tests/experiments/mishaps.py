@@ -39,8 +39,8 @@ from helpers.training import (
     make_config,
     make_empty,
     make_trainer,
-    with_leap,
     with_nan,
+    with_spike,
 )
 
 from experiments.training_kills import STEPS, differences, final_state, prepare, start
@@ -193,7 +193,7 @@ MISHAPS: dict[str, Callable[[Place], Outcome]] = {
     "disk full for a while": partial(fill_disk, keep_last_n=1, is_freed=True),
     "disk full to the end": partial(fill_disk, keep_last_n=1, is_freed=False),
     "a loss that is NaN": partial(break_batches, how=with_nan),
-    "a spike": partial(break_batches, how=with_leap),
+    "a spike": partial(break_batches, how=with_spike),
     "keep_last_n: 2": keep_some,
 }
 
@@ -287,7 +287,7 @@ def main() -> int:
     parser.add_argument(
         "--only", choices=MISHAPS, action="append", help="this one; may be repeated"
     )
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     num_bad = 0
     with tempfile.TemporaryDirectory(prefix="mishaps-") as folder:
@@ -296,7 +296,7 @@ def main() -> int:
         finish(start(config, root / "undisturbed"))
         wanted = final_state(root / "undisturbed")
         print(f"runs of {STEPS} steps, saved at every other one")
-        for name in given.only or MISHAPS:
+        for name in args.only or MISHAPS:
             place = Place(config, root / str(len(list(root.iterdir()))), wanted)
             try:
                 outcome = MISHAPS[name](place)

@@ -80,14 +80,14 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--way", choices=WAYS, action="append", help="only this one")
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="curves-") as folder:
         plain = train(PLAIN, Path(folder) / "plain")
         print(f"float32, batches of 8: loss {plain[0]:.4f} at step 1, {plain[-1]:.4f} at {STEPS}")
         print("way            last loss  largest deviation  tolerance")
         is_good = True
-        for name in given.way or WAYS:
+        for name in args.way or WAYS:
             if name == "compile" and find_compiler() is None:
                 print(f"{name:13}  left out: no C++ compiler here")
                 continue

@@ -166,7 +166,7 @@ def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[2, 4])
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     is_good = True
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -174,7 +174,7 @@ def main() -> int:
         shards = make_set(root)
         print(f"{STEPS} steps beside one process; {torch.__version__}")
         print("ranks  way                      same batches  losses differ  gradient norms")
-        for size in given.world_sizes:
+        for size in args.world_sizes:
             for name, found in compare_ways(shards, root, size, WAYS).items():
                 way = next(way for way in WAYS if name.endswith(way.name))
                 is_good &= found.is_good(way)
@@ -184,7 +184,7 @@ def main() -> int:
                     f"{'' if found.is_good(way) else '  BAD'}",
                     flush=True,
                 )
-        resumes = compare_resumes(shards, root, given.world_sizes)
+        resumes = compare_resumes(shards, root, args.world_sizes)
         columns = list(dict.fromkeys(to for _, to in resumes))
         print(f"\ncheckpoint of step {SAVED_STEP}, gone on from in each way: losses differ by")
         print(f"{'of':11}" + "".join(f"{to:>11}" for to in columns))

@@ -196,9 +196,9 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="training-kills-") as folder:
-        trials = run_trials(Path(folder), given.kills, given.seed)
+        trials = run_trials(Path(folder), args.kills, args.seed)
     bad = [trial for trial in trials if trial.problems]
     print(f"{len(trials)} kills: {len(trials) - len(bad)} resumes equal to the bit, {len(bad)} not")
     return 1 if bad else 0

@@ -128,7 +128,7 @@ def sum_in(folder):
     return int((folder / ".room").read_text())
 
 
-def in_child(work):
+def run_in_fork(work):
     """Run a function in a forked process; return its pid."""
     pid = os.fork()
     if pid == 0:
@@ -140,5 +140,5 @@ def in_child(work):
     return pid
 
 
-def end_of(pid):
+def exit_code_of(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

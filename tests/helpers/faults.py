@@ -145,7 +145,7 @@ def with_array(name: str, make: Callable[[Any], Any]) -> Fault:
     return hostile_header(lambda _, arrays: arrays.update({name: make(arrays[name])}))
 
 
-def with_facts(**values: object) -> Fault:
+def with_header_values(**values: object) -> Fault:
     return hostile_header(lambda facts, _: facts.update(values))
 
 
@@ -321,8 +321,8 @@ FAULTS: dict[str, tuple[int, Fault]] = {
         1,
         hostile_header(lambda facts, _: facts["columns"].update(text={})),
     ),
-    "hostile: sessions that are numbers": (1, with_facts(sessions=[1] * 50)),
-    "hostile: sessions that are a string": (1, with_facts(sessions="x" * 50)),
+    "hostile: sessions that are numbers": (1, with_header_values(sessions=[1] * 50)),
+    "hostile: sessions that are a string": (1, with_header_values(sessions="x" * 50)),
     **{
         f"hostile: windows that begin at {time_s}": (
             1,

@@ -269,7 +269,7 @@ def open_indexes(out: Path) -> Iterator[tuple[str, ShardIndex]]:
         yield entry.name, open_index(out / entry.index_file, sha256=entry.index_sha256)
 
 
-def check_whole(out: Path) -> int:
+def check_set(out: Path) -> int:
     """Checks every checksum of a set by hashlib and every member; how many members there are."""
     num_members = 0
     manifest = read_manifest(out)

@@ -58,7 +58,7 @@ def open_files(start: str | Path | tuple[str, ...]) -> Counter[str]:
 
 
 @contextlib.contextmanager
-def opens_noted():
+def record_opened_files():
     """Every file that is opened inside, by whatever call of Python, once."""
     opened: set[str] = set()
     is_over = False
@@ -75,7 +75,7 @@ def opens_noted():
 
 
 @contextlib.contextmanager
-def reads_counted():
+def count_read_bytes():
     """Bytes that are read inside at given offsets, by name of the file."""
     read: Counter[str] = Counter()
     pread, preadv = os.pread, os.preadv

@@ -83,7 +83,7 @@ def parse(path: Path) -> Element:
     return parser.root
 
 
-def page_of(*folders: Path, recipe: Recipe = RECIPE) -> Element:
+def render_page(*folders: Path, recipe: Recipe = RECIPE) -> Element:
     """The page of some sessions, beside the first of them."""
     path = folders[0].parent / "page" / "report.html"
     with ReportPage(path) as page:
@@ -102,7 +102,7 @@ def row(page: Element, name: str) -> Element:
     return found
 
 
-def stretches_s(page: Element, where: Element, kind: str) -> list[tuple[float, float]]:
+def bands_s(page: Element, where: Element, kind: str) -> list[tuple[float, float]]:
     """(start, stop) in seconds of the bands of a kind, by the scale that the page states."""
     timeline = panel(page, "timeline")
     start_s, stop_s = timeline.number("data-start-s"), timeline.number("data-stop-s")

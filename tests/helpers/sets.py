@@ -107,7 +107,7 @@ def make_config(
     )
 
 
-def places_of(source: ShardSource) -> list[tuple[int, int]]:
+def sample_locations(source: ShardSource) -> list[tuple[int, int]]:
     """Every (shard, row) in stored order."""
     return [(s, r) for s, size in enumerate(source.shard_sizes) for r in range(size)]
 

@@ -117,7 +117,7 @@ class EndlessLoader:
             index += 1
 
 
-def with_leap(batch):
+def with_spike(batch):
     """A batch whose poses move a thousand times too fast, so that its loss is a spike."""
     broken = copy.deepcopy(batch)
     broken["targets"]["animation"] *= 1e3
@@ -159,12 +159,12 @@ def largest_difference(one, other):
 CPU = torch.device("cpu")
 
 
-class BrokenOff(Exception):  # noqa: N818
+class SimulatedKillError(Exception):
     """Stands for a kill."""
 
 
 def fail(*_: object, **__: object) -> None:
-    raise BrokenOff
+    raise SimulatedKillError
 
 
 def make_state(step=1, *, saved_at=None):

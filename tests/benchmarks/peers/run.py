@@ -56,17 +56,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted({r.loader for r in ROWS}))
     parser.add_argument("--tables", nargs="+", choices=("rgb", "model"), default=["rgb", "model"])
     parser.add_argument("--smoke", action="store_true", help="one short round on few windows")
-    given = parser.parse_args()
-    if given.smoke:
-        given.rounds, given.seconds = 1, 0.3
-    store = prepare(seconds=24 if given.smoke else 100)
-    rows = [r for r in ROWS if r.table in given.tables]
-    rows = [r for r in rows if given.only is None or r.loader in given.only]
+    args = parser.parse_args()
+    if args.smoke:
+        args.rounds, args.seconds = 1, 0.3
+    store = prepare(seconds=24 if args.smoke else 100)
+    rows = [r for r in ROWS if r.table in args.tables]
+    rows = [r for r in rows if args.only is None or r.loader in args.only]
     print(machine())
-    results = measure(
-        rows, store, rounds=given.rounds, workers=given.workers, seconds=given.seconds
-    )
-    out = ROOT / "data" / "bench" / ("peers-smoke.csv" if given.smoke else "peers.csv")
+    results = measure(rows, store, rounds=args.rounds, workers=args.workers, seconds=args.seconds)
+    out = ROOT / "data" / "bench" / ("peers-smoke.csv" if args.smoke else "peers.csv")
     lines = write_csv(out, rows, results, store)
     print_tables(lines)
     print(f"{LEROBOT}\n{machine()}")

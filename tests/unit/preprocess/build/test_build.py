@@ -15,7 +15,7 @@ from helpers.oracles import (
     HELD_OUT,
     SESSIONS,
     build,
-    check_whole,
+    check_set,
     jsonl,
     open_indexes,
     psnr_db,
@@ -289,4 +289,4 @@ def test_every_window_of_real_recordings_is_a_sample_or_rejected(real_sessions, 
     assert counts["sessions"] == len(real_sessions)
     assert counts["windows_planned"] == counts["samples"] + counts["windows_rejected"]
     assert counts["samples"] == len(set(set_keys(tmp_path / "out")))
-    assert check_whole(tmp_path / "out") > counts["samples"]
+    assert check_set(tmp_path / "out") > counts["samples"]

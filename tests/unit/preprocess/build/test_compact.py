@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from helpers.oracles import (
     build,
-    check_whole,
+    check_set,
     file_hashes,
     file_identities,
     open_indexes,
@@ -20,7 +20,7 @@ from helpers.oracles import (
     write_tiny_sessions,
 )
 from helpers.sets import flip_byte
-from helpers.training import BrokenOff, fail
+from helpers.training import SimulatedKillError, fail
 
 from preprocess.build import reuse_reader as stored
 from preprocess.build import task as build_module
@@ -105,7 +105,7 @@ def test_a_grown_set_becomes_a_fresh_one_and_no_recording_is_read(recorded, reci
     summary = build(recorded, grown, recipe, compact=True)
     assert any(len(task.copied_index_files) > 1 for task in summary.plan.tasks)
     assert all_of(grown) == all_of(fresh)
-    check_whole(grown)
+    check_set(grown)
 
 
 def test_a_set_without_its_first_session_is_repacked(recorded, recipe, fresh, tmp_path, request):
@@ -171,7 +171,7 @@ def test_of_a_damaged_old_column_the_recordings_are_read(recorded, recipe, grown
     flip_byte(grown / column, int(index.arrays["audio.offset"][0]) + 100)
     build(recorded, grown, recipe, compact=True)
     assert all_of(grown) == all_of(fresh)
-    check_whole(grown)
+    check_set(grown)
 
 
 @pytest.mark.usefixtures("no_recordings")
@@ -208,11 +208,11 @@ def test_a_compaction_broken_off_leaves_the_old_set_and_is_completed(
     old = read_manifest(grown)
     with monkeypatch.context() as patched:
         BREAKS[where](patched)
-        with pytest.raises(BrokenOff):
+        with pytest.raises(SimulatedKillError):
             build(recorded, grown, recipe, compact=True)
     if where != "before the sweep":
         assert read_manifest(grown) == old
-    check_whole(grown)
+    check_set(grown)
     build(recorded, grown, recipe, compact=True)
     build(recorded, undisturbed, recipe, compact=True)
     assert file_hashes(grown) == file_hashes(undisturbed)
@@ -224,8 +224,8 @@ def test_after_a_broken_off_compaction_a_plain_build_keeps_the_old_packing(
     before = all_of(grown)
     with monkeypatch.context() as patched:
         BREAKS["before the manifest"](patched)
-        with pytest.raises(BrokenOff):
+        with pytest.raises(SimulatedKillError):
             build(recorded, grown, recipe, compact=True)
     build(recorded, grown, recipe)
     assert all_of(grown) == before
-    check_whole(grown)
+    check_set(grown)

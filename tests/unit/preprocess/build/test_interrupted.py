@@ -17,13 +17,13 @@ from helpers.frozen_sets import FROZEN, RECIPE
 from helpers.frozen_sets import SESSIONS as FROZEN_SESSIONS
 from helpers.oracles import (
     build,
-    check_whole,
+    check_set,
     file_hashes,
     file_identities,
     set_contents,
     tiny_recipe,
 )
-from helpers.training import BrokenOff, fail
+from helpers.training import SimulatedKillError, fail
 
 from preprocess.build import task as build_module
 from shared.errors import ShardError
@@ -51,7 +51,7 @@ BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 def break_off(monkeypatch: pytest.MonkeyPatch, where: str, *args: Any) -> None:
     with monkeypatch.context() as patched:
         BREAKS[where](patched)
-        with pytest.raises(BrokenOff):
+        with pytest.raises(SimulatedKillError):
             build(*args)
 
 
@@ -76,16 +76,16 @@ def test_an_update_broken_off_leaves_the_old_set_whole_and_is_completed(
     undisturbed = Path(shutil.copytree(out, tmp_path / "undisturbed"))
     recipe = tiny_recipe(text={"vocab_size": 264}, sensors={"max_gap_s": 0.2})
     old = read_manifest(out)
-    num_members = check_whole(out)
+    num_members = check_set(out)
     break_off(monkeypatch, where, sessions, out, recipe)
     if where != "before the sweep":
         assert read_manifest(out) == old
-        assert check_whole(out) == num_members
+        assert check_set(out) == num_members
     build(sessions, undisturbed, recipe)
     build(sessions, out, recipe)
     assert file_hashes(out) == file_hashes(undisturbed)
     assert leftovers(out) == []
-    check_whole(out)
+    check_set(out)
 
 
 def test_shards_that_a_broken_off_build_finished_are_taken_over(recorded, tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_two_builds_broken_off_by_different_recipes_do_not_mix(recorded, tmp_pat
     other = tiny_recipe(mel={"floor_db": -60})
     break_off(monkeypatch, "before an index", recorded, out, other)
     build(recorded, out, tiny_recipe())
-    check_whole(out)
+    check_set(out)
     build(recorded, tmp_path / "undisturbed", tiny_recipe())
     assert file_hashes(out) == file_hashes(tmp_path / "undisturbed")
 
@@ -165,7 +165,7 @@ def test_an_update_killed_before_any_change_of_a_file_leaves_one_of_the_two_sets
         f"RECIPE = Recipe.model_validate({OTHER_TEXT.as_json()!r})\n"
     )
     paths = os.pathsep.join([str(FROZEN.parent), str(FROZEN.parents[1]), str(tmp_path)])
-    num_members, generations, code = check_whole(old), [], 9
+    num_members, generations, code = check_set(old), [], 9
     for number in itertools.count():
         out = Path(shutil.copytree(old, tmp_path / f"out{number}"))
         code = subprocess.run(
@@ -176,7 +176,7 @@ def test_an_update_killed_before_any_change_of_a_file_leaves_one_of_the_two_sets
         generations.append(manifest.generation)
         expected = read_manifest(new if manifest.generation else old)
         assert manifest == replace(expected, root=out)
-        assert check_whole(out) == num_members
+        assert check_set(out) == num_members
         build(FROZEN_SESSIONS, out, OTHER_TEXT)
         assert file_hashes(out) == file_hashes(new)
         if code == 0:
@@ -207,7 +207,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_the_next_build_repairs_a_damaged_set(sessions, built, out, damage):
     DAMAGES[damage](out)
     build(sessions, out)
-    check_whole(out)
+    check_set(out)
     assert set_contents(out) == set_contents(built)
     assert (out / "rejected.jsonl").read_bytes() == (built / "rejected.jsonl").read_bytes()
     again = build(sessions, out)

@@ -23,7 +23,7 @@ import yaml
 from experiments.build_kills import run_trials
 from helpers.oracles import (
     build,
-    check_whole,
+    check_set,
     file_hashes,
     file_identities,
     jsonl,
@@ -98,7 +98,7 @@ def test_a_job_killed_while_it_writes_is_completed_to_the_same_bytes(
     assert job.returncode == -signal.SIGKILL
     if has_old:
         assert read_manifest(out) == replace(read_manifest(built), root=out)
-        check_whole(out)
+        check_set(out)
     build(recorded, out, OTHER)
     assert file_hashes(out) == file_hashes(undisturbed)
     assert leftovers(out) == []
@@ -136,7 +136,7 @@ def test_a_compaction_killed_while_it_writes_is_completed_to_the_same_bytes(
     job.communicate()
     assert job.returncode == -signal.SIGKILL
     assert read_manifest(out) == old
-    check_whole(out)
+    check_set(out)
     build(recorded, out, SMALL, compact=True)
     assert file_hashes(out) == file_hashes(undisturbed)
     assert leftovers(out) == []
@@ -191,7 +191,7 @@ def test_a_full_disk_is_named_in_one_line_and_the_old_set_stays(recorded, built,
         assert "no space left" in stderr
         assert stderr.count("\n") == 1
         assert read_manifest(out) == before
-        check_whole(out)
+        check_set(out)
         assert leftovers(out) == []
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         build(recorded, out, OTHER)
@@ -210,7 +210,7 @@ def test_a_disk_that_is_full_at_any_write_is_a_clear_error(recorded, tmp_path, m
             build(recorded, out, SMALL)
     assert leftovers(out) == []
     build(recorded, out, SMALL)
-    check_whole(out)
+    check_set(out)
 
 
 # --- sessions that go or change --------------------------------------------------------------

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from helpers.frozen_sets import RECIPE, SESSIONS, header_of
-from helpers.oracles import build, check_whole, file_identities, set_contents, tiny_recipe
+from helpers.oracles import build, check_set, file_identities, set_contents, tiny_recipe
 from helpers.sets import flip_byte
-from helpers.training import BrokenOff, fail
+from helpers.training import SimulatedKillError, fail
 
 from preprocess.__main__ import cli
 from preprocess.sets.verify import verify_set
@@ -33,7 +33,7 @@ def test_only_the_damaged_column_is_made_again(sessions, built, out, name, place
     summary = build(sessions, out, verify=True)
     column = name.split(".")[1]
     assert [(t.name, set(t.columns)) for t in summary.plan.tasks] == [("train-000000", {column})]
-    check_whole(out)
+    check_set(out)
     assert set_contents(out) == set_contents(built)
     assert read_manifest(out).fingerprint == read_manifest(built).fingerprint  # runs can go on
     made = {re.sub(r"\.g1\b", "", n) for n in set(file_identities(out)) - set(before)}
@@ -48,7 +48,7 @@ def test_a_damaged_index_has_its_shard_made_again_in_its_place(sessions, tmp_pat
     flip_byte(out / "train-000001.index", 300)
     summary = build(sessions, out, recipe, verify=True)
     assert [t.name for t in summary.plan.tasks] == ["train-000001"]
-    check_whole(out)
+    check_set(out)
     assert set_contents(out) == set_contents(whole)
     assert verify_set(out).problems == ()
 
@@ -58,7 +58,7 @@ def test_small_files_are_repaired_too(sessions, built, out, name):
     (out / name).write_bytes((out / name).read_bytes() or b"x")
     flip_byte(out / name, 0)
     build(sessions, out, verify=True)
-    check_whole(out)
+    check_set(out)
     assert verify_set(out).problems == ()
     assert set_contents(out) == set_contents(built)
 
@@ -79,11 +79,11 @@ def test_what_a_killed_build_left_is_checked_before_it_is_taken_over(
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
         patched.setattr("preprocess.build.commit.commit", fail)
-        with pytest.raises(BrokenOff):
+        with pytest.raises(SimulatedKillError):
             build(sessions, out)
     flip_byte(out / "train-000000.audio.tar", 600)
     build(sessions, out, verify=True)
-    check_whole(out)
+    check_set(out)
 
 
 def test_a_dry_run_names_what_is_damaged(sessions, out, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from helpers.oracles import (
     build,
-    check_whole,
+    check_set,
     cluster_of,
     file_hashes,
     set_keys,
@@ -25,7 +25,7 @@ from helpers.oracles import (
 )
 from helpers.sessions import write_tone
 from helpers.stores import SECRET, fail_at_first, s3_server, stored_hashes, upload
-from helpers.training import BrokenOff, fail
+from helpers.training import SimulatedKillError, fail
 
 from preprocess.build import job as job_module
 from preprocess.build.job import build_shards
@@ -159,7 +159,7 @@ def test_a_remote_set_is_repaired_and_packed_like_a_local_one(memory, recorded, 
         n: h for n, h in file_hashes(tmp_path / "set").items() if "zip" in n
     }
     memory.get("/here/set", str(tmp_path / "copy"), recursive=True)
-    check_whole(tmp_path / "copy")
+    check_set(tmp_path / "copy")
 
 
 def test_the_url_of_one_session_is_a_set_of_one_session(memory):
@@ -251,7 +251,7 @@ def test_leftovers_of_a_killed_update_are_removed_but_not_the_old_set(memory, bu
     build("memory://here/sessions", url, SMALL)
     with monkeypatch.context() as patched:
         patched.setattr("preprocess.build.commit.commit_manifest", fail)
-        with pytest.raises(BrokenOff):
+        with pytest.raises(SimulatedKillError):
             build("memory://here/sessions", url, OTHER_TEXT, keep_old_s=KEEP_OLD_S)
     assert any(".g1." in name for name in stored_hashes(memory, "/here/set"))
     build("memory://here/sessions", url, SMALL, keep_old_s=KEEP_OLD_S)
@@ -279,7 +279,7 @@ def test_an_interrupted_remote_build_is_completed_to_the_same_bytes(
 ):
     with monkeypatch.context() as patched:
         patched.setattr(where, fail)
-        with pytest.raises(BrokenOff):
+        with pytest.raises(SimulatedKillError):
             build("memory://here/sessions", "memory://here/set", SMALL)
     assert not memory.exists("/here/set/manifest.json")
     memory.pipe_file("/here/set/.run.tmp", b"of a killed job")
@@ -322,7 +322,7 @@ def test_damaged_remote_indexes_are_rebuilt(memory, built, tmp_path):
     memory.rm_file("/here/set/val-000000.index")
     build("memory://here/sessions", "memory://here/set", SMALL)
     memory.get("/here/set", str(tmp_path / "copy"), recursive=True)
-    check_whole(tmp_path / "copy")
+    check_set(tmp_path / "copy")
     assert sorted(set_keys(tmp_path / "copy")) == sorted(set_keys(built))
 
 

@@ -12,14 +12,14 @@ import pytest
 from helpers.oracles import (
     build,
     build_with_subtasks,
-    check_whole,
+    check_set,
     cluster_of,
     file_hashes,
     jsonl,
     tiny_recipe,
 )
 from helpers.sessions import sensor_lines, write_lines, write_tone, write_video
-from helpers.training import BrokenOff, fail
+from helpers.training import SimulatedKillError, fail
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -205,7 +205,7 @@ def test_a_corrupt_or_missing_subtask_file_is_replaced_by_decoding(
     tries = count_calls(monkeypatch, build_module, "_build_shard")
     build_with_subtasks(stereo, out, WHOLE)
     assert len(tries) == 2
-    check_whole(out)
+    check_set(out)
     assert file_hashes(out) == made
     assert leftovers(out) == []
 
@@ -237,7 +237,7 @@ def test_subtask_files_of_an_interrupted_job_are_removed_by_the_next(
     with monkeypatch.context() as patched:
         patched.setattr(job_module, "build_shard", stop)
         patched.setattr("shared.shardset.store.discard", lambda _: None)  # as a kill does
-        with pytest.raises(BrokenOff):
+        with pytest.raises(SimulatedKillError):
             build_with_subtasks(stereo, out, WHOLE)
     assert exist
     assert all(exist)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import soundfile
-from helpers.report_pages import page_of, panel
+from helpers.report_pages import panel, render_page
 from helpers.sessions import (
     write_video,
 )
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def test_thumbnails_are_jpegs_of_the_frames_at_their_times(session: Path) -> None:
-    pictures = panel(page_of(session), "vision_left").all("image")
+    pictures = panel(render_page(session), "vision_left").all("image")
     greys = []
     for picture in pictures:
         head, _, content = picture.attributes["href"].partition(",")

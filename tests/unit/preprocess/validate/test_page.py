@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers.report_pages import RECIPE, messages, page_of, panel, parse
+from helpers.report_pages import RECIPE, messages, panel, parse, render_page
 from helpers.sessions import (
     read_lines,
     write_lines,
@@ -27,7 +27,7 @@ NASTY_NAMES = {"video": "vision_left.mp4", "audio": "audio.wav", "other": "metad
 
 def test_every_session_has_a_row_that_links_to_its_section(whole: Path, tmp_path: Path) -> None:
     folders = [Path(shutil.copytree(whole, tmp_path / name)) for name in ("ann", "bob", "cat")]
-    page = page_of(*folders)
+    page = render_page(*folders)
     links = [(e.attributes["href"], e.text) for e in page.all("table", id="summary")[0].all("a")]
     sections = [("#" + e.attributes["id"], e.all("h2")[0].text) for e in page.all("section")]
     assert links == sections == [(f"#session-{i + 1}", f.name) for i, f in enumerate(folders)]
@@ -41,12 +41,12 @@ def test_messages_are_those_of_validate(session: Path) -> None:
     assert report.errors
     assert report.warnings
     expected = [f"error{m}" for m in report.errors] + [f"warning{m}" for m in report.warnings]
-    assert messages(page_of(session)) == expected
+    assert messages(render_page(session)) == expected
 
 
 def test_every_stream_has_its_row_and_every_reading_its_panel(session: Path) -> None:
     shutil.copyfile(session / "vision_left.mp4", session / "vision_right.mp4")
-    page = page_of(session)
+    page = render_page(session)
     panels = [e.attributes["data-panel"] for e in page.all("svg") if "data-panel" in e.attributes]
     assert panels == [
         "timeline",
@@ -74,7 +74,7 @@ def test_hostile_texts_and_names_are_escaped(whole: Path, tmp_path: Path) -> Non
     ]
     texts.append({"timestamp": 1.0, "stream": "<svg onload=alert(3)>", "text": "x"})
     write_lines(folder / "text.jsonl", texts)
-    page = page_of(folder)
+    page = render_page(folder)
     assert page.all("script") == page.all("img") == page.all("b", onload="x") == []
     assert not [e for e in page.walk() for name in e.attributes if name.startswith("on")]
     assert page.all("h2")[0].text == folder.name
@@ -82,7 +82,7 @@ def test_hostile_texts_and_names_are_escaped(whole: Path, tmp_path: Path) -> Non
 
 
 def test_a_page_asks_for_nothing_from_outside(session: Path) -> None:
-    page = page_of(session)
+    page = render_page(session)
     links = [
         value
         for e in page.walk()
@@ -96,7 +96,7 @@ def test_a_page_asks_for_nothing_from_outside(session: Path) -> None:
 
 
 def test_a_session_that_cannot_be_checked_has_its_section(tmp_path: Path) -> None:
-    page = page_of(tmp_path / "nowhere")
+    page = render_page(tmp_path / "nowhere")
     assert "no such folder" in messages(page)[0]
 
 
@@ -107,7 +107,7 @@ def test_a_session_that_cannot_be_drawn_keeps_its_report(
         raise RuntimeError("boom")
 
     monkeypatch.setattr(preprocess.validate.page, "draw_session", explode)
-    assert messages(page_of(session)) == [
+    assert messages(render_page(session)) == [
         "passedno errors, no warnings",
         "reportits panels cannot be drawn: RuntimeError: boom",
     ]
@@ -138,7 +138,7 @@ def test_unusual_lines_are_drawn(lines: list[dict[str, Any]], tmp_path: Path) ->
     folder = tmp_path / "session"
     folder.mkdir()
     write_lines(folder / "metadata.jsonl", lines)
-    page = page_of(folder)
+    page = render_page(folder)
     assert not any(m.startswith("report") for m in messages(page))
     numbers = [v for e in page.walk() for k, v in e.attributes.items() if k in ("x", "y", "d")]
     assert not [n for n in numbers if re.search("nan|inf", n)]
@@ -150,7 +150,7 @@ def test_every_nasty_file_has_its_section(nasty_files: dict[str, Path], tmp_path
         folders.append(tmp_path / name.replace("/", "_"))
         folders[-1].mkdir()
         shutil.copyfile(path, folders[-1] / NASTY_NAMES[name.split("/")[0]])
-    page = page_of(*folders)
+    page = render_page(*folders)
     assert [e.all("h2")[0].text for e in page.all("section")] == [f.name for f in folders]
     assert not any(m.startswith("report") for m in messages(page))
     assert not page.all("div", class_="note")
@@ -196,7 +196,7 @@ def test_a_section_of_a_crowded_long_session_stays_small(tmp_path: Path) -> None
         for i in range(2500)
     ]
     write_lines(folder / "text.jsonl", texts)
-    page_of(folder)
+    render_page(folder)
     assert (tmp_path / "page" / "report.html").stat().st_size < 2e6
 
 

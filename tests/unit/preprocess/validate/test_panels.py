@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import soundfile
-from helpers.report_pages import RECIPE, page_of, panel, row, stretches_s
+from helpers.report_pages import RECIPE, bands_s, panel, render_page, row
 from helpers.sessions import (
     sensor_lines,
     tone,
@@ -31,13 +31,13 @@ def test_gaps_are_drawn_at_their_times(session: Path) -> None:
         if not 20 <= i < 26 and i != 40  # 233 ms and 67 ms without a line
     ]
     write_lines(session / "metadata.jsonl", lines)
-    page = page_of(session)
+    page = render_page(session)
     for name in ("touch", "proprio", "metadata lines"):
-        (gap,) = stretches_s(page, row(page, name), "gap-error")
+        (gap,) = bands_s(page, row(page, name), "gap-error")
         assert gap == pytest.approx((19 / 30, 26 / 30), abs=0.002)
-        (short,) = stretches_s(page, row(page, name), "gap-warning")
+        (short,) = bands_s(page, row(page, name), "gap-warning")
         assert short == pytest.approx((39 / 30, 41 / 30), abs=0.002)
-    (behind,) = stretches_s(page, panel(page, "angles"), "gap-error")
+    (behind,) = bands_s(page, panel(page, "angles"), "gap-error")
     assert behind == pytest.approx((19 / 30, 26 / 30), abs=0.002)
     assert "2 gaps, longest 0.233 s" in row(page, "touch").text
 
@@ -46,18 +46,18 @@ def test_what_is_masked_is_hatched(session: Path) -> None:
     write_tone(session / "audio.wav", 1.5)
     lines = [line for i, line in enumerate(sensor_lines()) if i >= 15 and not 30 <= i < 36]
     write_lines(session / "metadata.jsonl", lines)
-    page = page_of(session)
-    assert stretches_s(page, row(page, "audio"), "masked") == [pytest.approx((1.5, 2.0), abs=0.002)]
-    begin, gap = stretches_s(page, row(page, "proprio"), "masked")
+    page = render_page(session)
+    assert bands_s(page, row(page, "audio"), "masked") == [pytest.approx((1.5, 2.0), abs=0.002)]
+    begin, gap = bands_s(page, row(page, "proprio"), "masked")
     assert begin == pytest.approx((0.0, 0.5), abs=0.002)
     assert gap == pytest.approx((29 / 30, 36 / 30), abs=0.002)
-    assert stretches_s(page, row(page, "vision_left"), "masked") == []
+    assert bands_s(page, row(page, "vision_left"), "masked") == []
 
 
 def test_a_curve_is_not_drawn_across_a_gap(session: Path) -> None:
     lines = [line for i, line in enumerate(sensor_lines()) if not 30 <= i < 36]
     write_lines(session / "metadata.jsonl", lines)
-    path = panel(page_of(session), "touch").all("path")[0].attributes["d"]
+    path = panel(render_page(session), "touch").all("path")[0].attributes["d"]
     pieces = [
         [float(x) for x in re.findall(r"([\d.]+),", piece)] for piece in path.split("M") if piece
     ]
@@ -69,10 +69,10 @@ def test_a_curve_is_not_drawn_across_a_gap(session: Path) -> None:
 def test_a_gap_in_a_video_is_marked_and_has_no_thumbnail(session: Path) -> None:
     times_s = [i / 30 for i in range(60) if not 15 < i < 45]
     write_video(session / "vision_left.mp4", times_s=times_s)
-    page = page_of(session)
-    (gap,) = stretches_s(page, row(page, "vision_left"), "gap-warning")
+    page = render_page(session)
+    (gap,) = bands_s(page, row(page, "vision_left"), "gap-warning")
     assert gap == pytest.approx((0.5, 1.5), abs=0.002)
-    (masked,) = stretches_s(page, row(page, "vision_left"), "masked")
+    (masked,) = bands_s(page, row(page, "vision_left"), "masked")
     assert masked == pytest.approx((0.7, 1.3), abs=0.002)  # 5 frames/s: a frame holds for 0.2 s
     empty = panel(page, "vision_left").all("rect", class_="none")
     assert [e.number("x") // 100 for e in empty] == [4, 5]  # their middles are 0.9 and 1.1 s
@@ -88,15 +88,15 @@ def test_frames_that_do_not_decode_are_marked(session: Path) -> None:
     report = check_session(session, recipe=RECIPE).report
     message = next(m for m in report.errors if "don't decode" in m)
     start_s, stop_s = map(float, re.findall(r"([\d.]+)-([\d.]+) s", message)[0])
-    page = page_of(session)
-    damaged = stretches_s(page, row(page, "vision_left"), "damaged")
+    page = render_page(session)
+    damaged = bands_s(page, row(page, "vision_left"), "damaged")
     assert damaged[0] == pytest.approx((start_s, stop_s), abs=0.01)
     assert panel(page, "vision_left").all("rect", class_="damaged")
 
 
 def test_a_broken_file_is_named_in_its_row_and_in_the_table(session: Path) -> None:
     (session / "vision_left.mp4").write_bytes(b"")
-    page = page_of(session)
+    page = render_page(session)
     assert "broken: vision_left.mp4: the file is empty" in row(page, "vision_left").text
     cells = page.all("table", id="summary")[0].all("td", class_="stream")
     assert [cell.text for cell in cells][:2] == ["broken", "-"]
@@ -104,7 +104,7 @@ def test_a_broken_file_is_named_in_its_row_and_in_the_table(session: Path) -> No
 
 def test_a_required_stream_that_is_missing_is_named_in_the_table(session: Path) -> None:
     (session / "audio.wav").unlink()
-    page = page_of(session, recipe=Recipe(window=WindowRecipe(duration_s=1.0)))
+    page = render_page(session, recipe=Recipe(window=WindowRecipe(duration_s=1.0)))
     cells = page.all("table", id="summary")[0].all("td", class_="wrong")
     assert [cell.text for cell in cells] == ["missing"]
 
@@ -113,13 +113,13 @@ def test_clipped_sound_is_marked_at_its_time(session: Path) -> None:
     samples = tone()
     samples[8_000:9_600] = 1.0
     soundfile.write(session / "audio.wav", samples, 16_000, subtype="PCM_16")
-    page = page_of(session)
-    top, bottom = stretches_s(page, panel(page, "waveform"), "clipped")
+    page = render_page(session)
+    top, bottom = bands_s(page, panel(page, "waveform"), "clipped")
     assert top == bottom == pytest.approx((0.5, 0.6), abs=0.005)
 
 
 def test_text_events_are_marked_at_their_times_with_their_text(session: Path) -> None:
-    page = page_of(session)
+    page = render_page(session)
     lane = panel(page, "external_text")
     (mark,) = lane.all("rect", data_mark="event")
     assert mark.number("x") + mark.number("width") / 2 == pytest.approx(1.4 / 2.0 * 1000, abs=0.1)
@@ -137,7 +137,7 @@ def test_labels_of_crowded_texts_do_not_overlap(session: Path) -> None:
         for i in range(30)
     ]
     write_lines(session / "text.jsonl", texts)
-    lane = panel(page_of(session), "internal_text")
+    lane = panel(render_page(session), "internal_text")
     spans: dict[str, list[tuple[float, float]]] = {}
     for label in lane.all("text", class_="words"):
         x, width = label.number("x"), 6.7 * len(label.text)

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from helpers.sets import TEXT_HEADS, make_config, places_of
+from helpers.sets import TEXT_HEADS, make_config, sample_locations
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -140,12 +140,12 @@ def make_batch(source, locations, **options):
 
 
 def locate(source, session):
-    return next(p for p in places_of(source) if source.key(*p).startswith(session))
+    return next(p for p in sample_locations(source) if source.key(*p).startswith(session))
 
 
 @pytest.mark.parametrize(("pixels", "picture"), [("yuv420", (48, 32)), ("rgb", (32, 32, 3))])
 def test_a_batch_has_the_documented_form(source, pixels, picture):
-    batch = make_batch(source, places_of(source)[:3], pixels=pixels)
+    batch = make_batch(source, sample_locations(source)[:3], pixels=pixels)
     forms = {name: (tuple(t.shape), t.dtype) for name, t in batch["inputs"].items()}
     frames, mel, sensors, ticks = 5, 50, 30, 10
     expected = {
@@ -200,7 +200,7 @@ def test_a_missing_stream_is_zeros_and_invalid(source, session, lacks):
 
 
 def test_numbers_have_no_nan_where_masked(source):
-    batch = make_batch(source, places_of(source))
+    batch = make_batch(source, sample_locations(source))
     valid = batch["inputs"]["touch_valid"]
     assert not valid.all()
     assert valid.any()
@@ -211,14 +211,14 @@ def test_numbers_have_no_nan_where_masked(source):
 
 
 def test_only_configured_heads_have_targets(source):
-    batch = make_batch(source, places_of(source)[:1], heads=("audio",), modalities=["touch"])
+    batch = make_batch(source, sample_locations(source)[:1], heads=("audio",), modalities=["touch"])
     assert set(batch["inputs"]) == {"touch", "touch_valid"}
     assert set(batch["targets"]) == {"audio", "audio_valid"}
 
 
 @pytest.mark.parametrize("heads", [TEXT_HEADS, ("animation", "audio", "internal_text")])
 def test_joined_batches_equal_one_made_at_once(source, heads):
-    locations = places_of(source)[::4]
+    locations = sample_locations(source)[::4]
     whole = make_batch(source, locations, heads=heads)
     joined = join_batches([make_batch(source, [location], heads=heads) for location in locations])
     assert joined["keys"] == whole["keys"]
@@ -229,6 +229,8 @@ def test_joined_batches_equal_one_made_at_once(source, heads):
 
 
 def test_joined_targets_share_the_memory_of_the_inputs(source):
-    joined = join_batches([make_batch(source, [location]) for location in places_of(source)[:2]])
+    joined = join_batches(
+        [make_batch(source, [location]) for location in sample_locations(source)[:2]]
+    )
     assert joined["targets"]["animation"].data_ptr() == joined["inputs"]["proprio"].data_ptr()
     assert joined["targets"]["audio_valid"].data_ptr() == joined["inputs"]["audio_valid"].data_ptr()

@@ -23,7 +23,7 @@ def damage(shards, column, *, key=None, shard=0, row=1):
     """Flip one byte inside a sample's member; returns its key."""
     source = ShardSource(shards)
     if key is not None:
-        shard, row = next(p for p in tiny_sets.places_of(source) if source.key(*p) == key)
+        shard, row = next(p for p in tiny_sets.sample_locations(source) if source.key(*p) == key)
     index = source.shard(shard).index
     name = {"dmel.zarr.zip": "dmel/dmel", "proprio.zarr.zip": "proprio/touch"}.get(column)
     members = index.members(name or column.partition(".")[0])
@@ -100,7 +100,7 @@ def by_key(batches):
 def padding_of(shards):
     """Keys of the rows that fill up the epoch's last batch, of those with touch."""
     source = ShardSource(shards)
-    locations = tiny_sets.places_of(source)
+    locations = tiny_sets.sample_locations(source)
     felt = {source.key(*p) for p in locations if Stream.TOUCH in source.present(*p)}
     last = list(make_loader(shards, num_epochs=1))[-1]
     rows = zip(last["keys"], last["weight"], strict=True)
@@ -138,12 +138,14 @@ def test_a_finite_pass_counts_each_good_sample_once_and_reports_each_corrupt_one
 ):
     """Half of the samples are corrupt, so that some substitutes are, too."""
     source = ShardSource(a_copy)
-    locations = [p for p in tiny_sets.places_of(source) if not source.key(*p).startswith("dan")]
+    locations = [
+        p for p in tiny_sets.sample_locations(source) if not source.key(*p).startswith("dan")
+    ]
     bad = {damage(a_copy, "proprio.zarr.zip", shard=s, row=r) for s, r in locations[::2]}
     loader = make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0, num_workers=num_workers)
     found = list(loader)
     assert sorted(skip["key"] for skip in skipped_of(found)) == sorted(bad)
-    all_keys = {source.key(*p) for p in tiny_sets.places_of(source)}
+    all_keys = {source.key(*p) for p in tiny_sets.sample_locations(source)}
     _, keys = by_key(found)
     assert sorted(keys) == sorted(all_keys - bad)
 

@@ -15,11 +15,11 @@ from helpers.fakes import (
     QUICK,
     SIZE,
     MemoryStore,
-    end_of,
-    in_child,
+    exit_code_of,
     make_cache,
     names_in,
     read,
+    run_in_fork,
 )
 
 from shared.errors import ConfigError, CorruptError, StorageError
@@ -225,13 +225,13 @@ def test_a_file_that_any_process_has_open_is_not_evicted(store, folder, is_there
         os.write(ready_now, b"x")
         time.sleep(60)
 
-    child = in_child(hold)
+    child = run_in_fork(hold)
     os.read(ready, 1)
     for name in ("f3", "f4", "f5", "f3"):
         read(cache, store.file(name))
     assert names_in(folder) == {"f1", "f2", "f3"}
     os.kill(child, signal.SIGKILL)
-    end_of(child)
+    exit_code_of(child)
     os.close(own)
     for name in ("f4", "f5", "f6"):
         read(cache, store.file(name))

@@ -13,11 +13,11 @@ import pytest
 from helpers.fakes import (
     SIZE,
     MemoryStore,
-    end_of,
-    in_child,
+    exit_code_of,
     make_cache,
     names_in,
     read,
+    run_in_fork,
     sum_in,
 )
 
@@ -49,9 +49,9 @@ def test_many_processes_download_a_file_once(store, folder):
 
     store.on_fetch = slowly
     children = [
-        in_child(lambda: check_read(make_cache(store, folder), store, "f1")) for _ in range(6)
+        run_in_fork(lambda: check_read(make_cache(store, folder), store, "f1")) for _ in range(6)
     ]
-    assert [end_of(child) for child in children] == [0] * 6
+    assert [exit_code_of(child) for child in children] == [0] * 6
     assert store.gets() == {"f1": 1}
     assert names_in(folder) == {"f1"}
 
@@ -67,7 +67,7 @@ def test_downloads_do_not_wait_for_each_other(store, folder):
             time.sleep(60)
 
     store.on_fetch = stuck
-    child = in_child(lambda: make_cache(store, folder).open(store.file("f1")))
+    child = run_in_fork(lambda: make_cache(store, folder).open(store.file("f1")))
     wait_until(lambda: store.gets()["f1"] == 1)
     begin_s = time.monotonic()
     cache = make_cache(store, folder)
@@ -76,7 +76,7 @@ def test_downloads_do_not_wait_for_each_other(store, folder):
     assert time.monotonic() - begin_s < 10
     assert store.gets() == {"f1": 1, "f2": 1}
     os.kill(child, signal.SIGKILL)
-    end_of(child)
+    exit_code_of(child)
 
 
 @pytest.mark.parametrize("next_file", ["f1", "f2"])
@@ -87,10 +87,10 @@ def test_the_next_user_removes_a_killed_download(store, folder, next_file):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(store, "on_fetch", half)
-        child = in_child(lambda: make_cache(store, folder).open(store.file("f1")))
+        child = run_in_fork(lambda: make_cache(store, folder).open(store.file("f1")))
         wait_until(lambda: folder.exists() and any(".part" in n for n in names_in(folder)))
     os.kill(child, signal.SIGKILL)
-    assert end_of(child) == -signal.SIGKILL
+    assert exit_code_of(child) == -signal.SIGKILL
     check_read(make_cache(store, folder), store, next_file)
     assert names_in(folder) == {next_file}
 
@@ -102,25 +102,25 @@ def test_a_waiting_process_takes_over_from_a_killed_download(store, folder):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(store, "on_fetch", half)
-        child = in_child(lambda: make_cache(store, folder).open(store.file("f1")))
+        child = run_in_fork(lambda: make_cache(store, folder).open(store.file("f1")))
         wait_until(lambda: folder.exists() and any(".part" in n for n in names_in(folder)))
-    waiting = in_child(lambda: check_read(make_cache(store, folder), store, "f1"))
+    waiting = run_in_fork(lambda: check_read(make_cache(store, folder), store, "f1"))
     time.sleep(0.1)
     os.kill(child, signal.SIGKILL)
-    end_of(child)
-    assert end_of(waiting) == 0
+    exit_code_of(child)
+    assert exit_code_of(waiting) == 0
     assert names_in(folder) == {"f1"}
 
 
 def test_a_fork_during_a_change_leaves_no_lock_behind(store, folder):
     cache = make_cache(store, folder)
     with cache.quota.exclusive():
-        child = in_child(lambda: time.sleep(60))
+        child = run_in_fork(lambda: time.sleep(60))
     descriptor = os.open(folder / ".room", os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(descriptor)
     os.kill(child, signal.SIGKILL)
-    end_of(child)
+    exit_code_of(child)
 
 
 def test_a_file_evicted_while_it_is_opened_is_downloaded_again(store, folder, monkeypatch):
@@ -152,8 +152,8 @@ def test_processes_and_kills_never_break_the_limit_or_a_file(store, folder):
             check_read(cache, store, f"f{chance.randrange(20)}")
 
     store.on_fetch = slowly
-    children = {in_child(lambda seed=seed: wander(seed)) for seed in range(4)}
-    victims = {in_child(lambda seed=seed: wander(seed)) for seed in range(4, 7)}
+    children = {run_in_fork(lambda seed=seed: wander(seed)) for seed in range(4)}
+    victims = {run_in_fork(lambda seed=seed: wander(seed)) for seed in range(4, 7)}
     cache = make_cache(store, folder, num_files=6)
     chance = random.Random(0)
     most = 0
@@ -166,14 +166,14 @@ def test_processes_and_kills_never_break_the_limit_or_a_file(store, folder):
         most = max(most, sum(sizes))
         if victims and chance.random() < 0.1:
             os.kill(victim := victims.pop(), signal.SIGKILL)
-            end_of(victim)
+            exit_code_of(victim)
         for child in list(children):
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 assert status == 0
                 children.remove(child)
     for victim in victims:
-        assert end_of(victim) == 0
+        assert exit_code_of(victim) == 0
     assert 3 * SIZE <= most <= 6 * SIZE
     make_cache(store, folder, num_files=6)
     assert not any(name.startswith(".") for name in names_in(folder))

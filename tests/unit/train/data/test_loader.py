@@ -59,7 +59,7 @@ def test_an_epoch_holds_every_key_once_with_weight(tiny_set):
     for epoch in (0, 1):
         rows = [zip(b["keys"], b["weight"], strict=True) for b in batches if b["epoch"] == epoch]
         keys = [key for batch in rows for key, weight in batch if weight]
-        assert sorted(keys) == sorted(source.key(*p) for p in tiny_sets.places_of(source))
+        assert sorted(keys) == sorted(source.key(*p) for p in tiny_sets.sample_locations(source))
     assert any((batch["weight"] == 0).any() for batch in batches)
 
 

@@ -81,7 +81,7 @@ def test_samples_are_those_that_each_set_has(tiny_set, away_set, num_workers):
     by_key = {
         (name, source.key(*location)): location
         for name, source in sources.items()
-        for location in tiny_sets.places_of(source)
+        for location in tiny_sets.sample_locations(source)
     }
     loader = make_loader(config)
     seen = Counter()
@@ -106,7 +106,7 @@ def test_each_set_gives_each_of_its_samples_once_per_epoch_of_its_own(tiny_set, 
     keys = [key for batch in take(loader, 30) for key in batch["keys"]]
     for location, names in ((tiny_set, {"ann", "cat", "dan", "eve"}), (away_set, {"fay", "gus"})):
         source = ShardSource(location)
-        own = sorted(source.key(*each) for each in tiny_sets.places_of(source))
+        own = sorted(source.key(*each) for each in tiny_sets.sample_locations(source))
         stream = [key for key in keys if key.partition("/")[0] in names]
         epochs = [stream[i : i + len(own)] for i in range(0, len(stream), len(own))]
         assert len(epochs) > 2
@@ -121,7 +121,7 @@ def test_held_out_sessions_are_those_of_all_sets_once(tiny_set, away_set):
     loader = Loader(source, config, is_shuffled=False, num_epochs=1)
     found = [k for b in loader for k, w in zip(b["keys"], b["weight"], strict=True) if w]
     sources = [ShardSource(each, split="val") for each in (tiny_set, away_set)]
-    assert found == [s.key(*p) for s in sources for p in tiny_sets.places_of(s)]
+    assert found == [s.key(*p) for s in sources for p in tiny_sets.sample_locations(s)]
 
 
 # --- the same stream, however it is read -----------------------------------------------------

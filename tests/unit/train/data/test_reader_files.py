@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import sets as tiny_sets
 from helpers.oracles import open_indexes
-from helpers.processes import open_files, opens_noted, reads_counted
+from helpers.processes import count_read_bytes, open_files, record_opened_files
 from helpers.sets import read_sample, take
 
 from shared.errors import CorruptError, ShardError
@@ -46,7 +46,7 @@ def test_text_only_training_reads_the_text_and_nothing_else(tiny_set):
     text_bytes = sum(int(index.members("text").length.sum()) for index in indexes)
     config = tiny_sets.make_config(tiny_set, heads=tiny_sets.TEXT_HEADS, batch_size=5)
     assert source.shard_sizes.sum() % 5 == 0
-    with opens_noted() as opened, reads_counted() as read:
+    with record_opened_files() as opened, count_read_bytes() as read:
         loader = Loader(ShardSource(tiny_set), config)
         assert len(take(loader, loader.batches_per_epoch)) > 3
     own = {Path(path).name for path in opened if Path(path).parent == tiny_set}
@@ -91,7 +91,7 @@ def test_members_of_a_batch_are_prefetched_by_the_kernel(tiny_set, monkeypatch):
 def test_few_shards_stay_open_and_closed_ones_can_be_read_again(tiny_set, monkeypatch):
     monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
     source, plenty = ShardSource(tiny_set), ShardSource(tiny_set)
-    places = tiny_sets.places_of(source)
+    places = tiny_sets.sample_locations(source)
     before = open_files(tiny_set)
     for place in (*places, *places[::5]):
         ours, text = read_sample(source, place)
@@ -169,7 +169,7 @@ def test_a_source_goes_to_another_process_with_its_files_open(tiny_set):
 
 def test_a_fork_while_files_are_open_disturbs_no_reader(tiny_set):
     source = ShardSource(tiny_set)
-    places = tiny_sets.places_of(source)
+    places = tiny_sets.sample_locations(source)
     expected = [read_sample(source, place)[0]["audio"] for place in places]
     child = os.fork()
     if child == 0:  # reads the same descriptors at the same time, then ends without clean-up

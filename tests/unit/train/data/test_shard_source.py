@@ -27,7 +27,7 @@ VISION = ("vision_left", "vision_right")
 
 
 def by_key(source):
-    return {source.key(*location): location for location in tiny_sets.places_of(source)}
+    return {source.key(*location): location for location in tiny_sets.sample_locations(source)}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_both_forms_of_pixels_are_the_same_to_the_model(codec_pair):
     """Up to rounding to 8 bits, which libjpeg does on the way as well."""
     shards, _ = codec_pair
     limit = 5 if shards.recipe.vision.codec == "mjpeg" else 0.75
-    for location in tiny_sets.places_of(shards):
+    for location in tiny_sets.sample_locations(shards):
         of_planes, of_rgb = (
             normalized_frames(
                 torch.from_numpy(
@@ -124,7 +124,7 @@ def test_both_forms_of_pixels_are_the_same_to_the_model(codec_pair):
 
 def test_a_stream_that_a_sample_lacks_is_written_as_zero_and_invalid(raw_pair):
     shards, _ = raw_pair
-    for location in tiny_sets.places_of(shards):
+    for location in tiny_sets.sample_locations(shards):
         sample, text = read_sample(shards, location)
         present = shards.present(*location)
         for stream in (*VISION, *NUMBERS):

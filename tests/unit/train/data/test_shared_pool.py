@@ -279,7 +279,7 @@ def assert_same(one, other):
 def assert_right(loader, batches, *, oracle=None):
     """Compare batches with samples read one by one into memory of their own."""
     source = oracle or loader.source
-    locations = {source.key(*location): location for location in tiny_sets.places_of(source)}
+    locations = {source.key(*location): location for location in tiny_sets.sample_locations(source)}
     num_rows = 0
     for number, batch in enumerate(batches):
         assert batch["index"] == number

@@ -14,7 +14,7 @@ from shared.media.tokenizer import train_tokenizer
 from shared.recipe import Recipe
 from train.config import Head
 from train.data.batch import WindowShapes
-from train.infer.predictions import PredictionWriter
+from train.infer.predictions import PredictionWriter, WindowPrediction
 
 
 def read_lines(path):

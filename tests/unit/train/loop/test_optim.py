@@ -13,7 +13,7 @@ from helpers.training import (
     make_config,
     make_trainer,
     weights_of,
-    with_leap,
+    with_spike,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -166,11 +166,11 @@ def test_a_level_that_moved_a_little_is_accepted_and_one_far_away_is_not():
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_spike_changes_no_weight_and_is_counted(tmp_path, precision):
     config = make_config(tmp_path, max_steps=80, log_interval=80, precision=precision)
-    trainer = make_trainer(config, BrokenLoader({80}, with_leap))
+    trainer = make_trainer(config, BrokenLoader({80}, with_spike))
     trainer.train()
     before = weights_of(trainer)
     longer = make_config(tmp_path, max_steps=81, log_interval=1, precision=precision)
-    resumed = make_trainer(longer, BrokenLoader({80}, with_leap))
+    resumed = make_trainer(longer, BrokenLoader({80}, with_spike))
     resumed.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
     assert resumed.train().skipped_steps == 1
     assert torch.equal(weights_of(resumed), before)
@@ -178,9 +178,9 @@ def test_a_spike_changes_no_weight_and_is_counted(tmp_path, precision):
 
 def test_a_resumed_run_skips_the_same_spikes(tmp_path):
     config = make_config(tmp_path, max_steps=75, save_interval=70)
-    whole = make_trainer(config, BrokenLoader({72}, with_leap))
+    whole = make_trainer(config, BrokenLoader({72}, with_spike))
     assert whole.train().skipped_steps == 1
-    resumed = make_trainer(config, BrokenLoader({72}, with_leap))
+    resumed = make_trainer(config, BrokenLoader({72}, with_spike))
     resumed.load_checkpoint(tmp_path / "checkpoints/model_step_70.pt")
     assert resumed.train().skipped_steps == 1
     assert largest_difference(whole, resumed) == 0.0
@@ -188,7 +188,7 @@ def test_a_resumed_run_skips_the_same_spikes(tmp_path):
 
 def test_ten_spikes_in_a_row_stop_the_run_with_the_walkthroughs_advice(tmp_path):
     trainer = make_trainer(
-        make_config(tmp_path, max_steps=99), BrokenLoader(range(70, 99), with_leap)
+        make_config(tmp_path, max_steps=99), BrokenLoader(range(70, 99), with_spike)
     )
     with pytest.raises(
         DivergedError, match=r"far above.*spike_sigma.*10 steps in a row.*Reduce LR.*corrupted data"
