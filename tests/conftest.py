@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: real recordings where they are, tiny shard sets built once."""
+"""Fixtures of many tests: real recordings, if available, and tiny shard sets, built once."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from helpers.sets import build_set, set_recipe, write_sessions
 from hypothesis import settings
 
-settings.register_profile("project", deadline=None)  # machines are shared: time says nothing
+settings.register_profile("project", deadline=None)  # machines are shared, so durations vary
 settings.load_profile("project")
 
 RECORDINGS = Path(__file__).resolve().parents[2] / "shared"
 
 
 def _recordings(name: str) -> Path:
-    """A folder of recordings; without it a skip, or a failure where REQUIRE_SESSIONS=1."""
+    """Return a folder of recordings; if it is missing, skip, or fail if REQUIRE_SESSIONS=1."""
     folder = RECORDINGS / name
     if not folder.is_dir():
         reason = f"no real recordings: {folder} is missing"
@@ -28,13 +28,13 @@ def _recordings(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def real_sessions() -> list[Path]:
-    """Folders of real recorded sessions; read only."""
+    """Return the folders of real recorded sessions; read only."""
     return sorted(path for path in _recordings("sessions").iterdir() if path.is_dir())
 
 
 @pytest.fixture(scope="session")
 def nasty_files() -> dict[str, Path]:
-    """Real or published files with a flaw, by their path such as ``audio/zero_bytes.wav``."""
+    """Return flawed real files by their path, such as ``audio/zero_bytes.wav``."""
     folder = _recordings("nasty")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
     return {path.relative_to(folder).as_posix(): path for path in files}
@@ -42,18 +42,18 @@ def nasty_files() -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def tiny_sessions(tmp_path_factory):
-    """Folder of the sessions of tiny_sets."""
+    """Write the sessions of helpers.sets; return their folder."""
     return write_sessions(tmp_path_factory.mktemp("tiny") / "sessions")
 
 
 @pytest.fixture(scope="session")
 def tiny_set(tiny_sessions):
-    """Their shard set; read only."""
+    """Build the shard set of tiny_sessions; read only."""
     return build_set(tiny_sessions, tiny_sessions.parent / "shards", set_recipe())
 
 
 @pytest.fixture(scope="session")
 def raw_set(tiny_sessions):
-    """Their shard set with vision kept to the bit; read only."""
+    """Build the shard set of tiny_sessions with lossless frames; read only."""
     recipe = set_recipe(vision={"codec": "raw"})
     return build_set(tiny_sessions, tiny_sessions.parent / "raw", recipe)

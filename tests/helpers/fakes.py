@@ -21,9 +21,9 @@ class EmulatedDevice:
     """A :class:`train.loop.prefetch.DeviceQueue` without hardware.
 
     Args:
-        copy_s: what the copies of one batch take, beside the work.
-        now_s: the clock.
-        sleep: lets it go on by so many seconds.
+        copy_s: duration of the copies of one batch, in parallel with the work.
+        now_s: reads the clock.
+        sleep: advances the clock by a number of seconds.
     """
 
     def __init__(
@@ -38,40 +38,40 @@ class EmulatedDevice:
         self._done_s = self._copied_s = 0.0
 
     def launch(self, seconds: float) -> None:
-        """Work that takes so long, behind all that was launched before."""
+        """Launch work of a duration, behind all work launched before."""
         self._done_s = max(self.now_s(), self._done_s) + seconds
 
     def mark(self) -> EmulatedMark:
-        """Behind all work that was launched."""
+        """Return a mark behind all work launched so far."""
         return EmulatedMark(self, max(self.now_s(), self._done_s))
 
     def send(self, batch: dict[str, Any]) -> tuple[dict[str, Any], EmulatedMark]:
-        """The batch itself; the mark is where copies would be done."""
+        """Return the batch itself, and a mark at the time when copies would be done."""
         self._copied_s = max(self.now_s(), self._copied_s) + self._copy_s
         return batch, EmulatedMark(self, self._copied_s)
 
     def receive(self, batch: dict[str, Any]) -> None:
-        """What is launched from now on waits for all copies."""
+        """Make work that is launched from now on wait for all copies."""
         self._done_s = max(self._done_s, self._copied_s)
 
 
 class EmulatedMark:
-    """A moment that the device reaches."""
+    """A time that the device reaches."""
 
     def __init__(self, device: EmulatedDevice, time_s: float) -> None:
         self._device, self._time_s = device, time_s
 
     def query(self) -> bool:
-        """Whether it is past."""
+        """Return whether the time is past."""
         return self._device.now_s() >= self._time_s
 
     def synchronize(self) -> None:
-        """Sleep until then."""
+        """Sleep until the time."""
         if (left_s := self._time_s - self._device.now_s()) > 0:
             self._device.sleep(left_s)
 
     def elapsed_time(self, later: EmulatedMark, /) -> float:
-        """Milliseconds from here to there."""
+        """Return the milliseconds from this mark to a later one."""
         return 1e3 * (later._time_s - self._time_s)
 
 
@@ -118,13 +118,13 @@ def read(cache, file, **options):
 
 
 def names_in(folder):
-    """Names of the cached files; those of temporary files begin with a dot."""
+    """Return the names of cached files; names of temporary files begin with a dot."""
     names = {p.name for p in folder.iterdir()} - {".room"}
     return {n if n.startswith(".") else n.partition(".")[2] for n in names}
 
 
 def sum_in(folder):
-    """Bytes that the cache counts as used or reserved."""
+    """Return the bytes that the cache counts as used or reserved."""
     return int((folder / ".room").read_text())
 
 

@@ -1,7 +1,7 @@
-"""What can be wrong with a shard set: every way in which ``faults.py`` damages one.
+"""Damage a shard set in every way that ``tests/experiments/faults.py`` tries.
 
-Bytes flip, are cut off, zeroed, missing or exchanged; and whoever wrote the set means harm: names,
-sizes, numbers and media that a reader must refuse, in indexes and members with right checksums.
+Bits flip; bytes are cut off, zeroed, missing or exchanged. Hostile sets have names, sizes, numbers
+and media that a reader must refuse, in indexes and members with correct checksums.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from shared.shardset.index import index_bytes, open_index
 Fault = Callable[[Path, random.Random], None]
 
 UNREAD = {"rejected.jsonl", "sessions.jsonl"}
-"""Files that no reader of samples looks at."""
+"""Files that no reader of samples opens."""
 
 
 def flip_any_bit(shards: Path, rng: random.Random) -> None:
-    """One bit of the set: half of the time of any byte, half of the time of any file."""
+    """Flip one bit: half of the time in a random byte of the set, else in a random file."""
     files = sorted(path for path in shards.iterdir() if path.name not in UNREAD)
     sizes = [path.stat().st_size for path in files]
     weights = sizes if rng.random() < 0.5 else [float(size > 0) for size in sizes]
@@ -65,20 +65,20 @@ def remove(pattern: str) -> Fault:
 
 
 def swap(pattern: str) -> Fault:
-    """Two files change their names."""
+    """Exchange the names of two files."""
 
     def fault(shards: Path, rng: random.Random) -> None:
-        one, other = rng.sample(sorted(shards.glob(pattern)), 2)
+        first, second = rng.sample(sorted(shards.glob(pattern)), 2)
         between = shards / "between"
-        one.rename(between)
-        other.rename(one)
-        between.rename(other)
+        first.rename(between)
+        second.rename(first)
+        between.rename(second)
 
     return fault
 
 
 def zero_page(pattern: str) -> Fault:
-    """A block that a disk lost."""
+    """Zero a block of 512 bytes, as if the disk had lost it."""
 
     def fault(shards: Path, rng: random.Random) -> None:
         path = pick(shards, pattern, rng)
@@ -95,7 +95,7 @@ def pick(shards: Path, pattern: str, rng: random.Random) -> Path:
 
 
 def hostile_member(column: str, array: str, make: Callable[[random.Random], bytes]) -> Fault:
-    """A set made by someone who means harm: every checksum up to the manifest is right."""
+    """Replace a member by a hostile one, with correct checksums up to the manifest."""
 
     def fault(shards: Path, rng: random.Random) -> None:
         content = make(rng)
@@ -113,7 +113,7 @@ def hostile_member(column: str, array: str, make: Callable[[random.Random], byte
 
 
 def hostile_index(field: str, value: int) -> Fault:
-    """An index that points elsewhere, with the right checksum in the manifest."""
+    """Make an index point elsewhere, with the correct checksum in the manifest."""
 
     def fault(shards: Path, rng: random.Random) -> None:
         def change(index: Any, _: Path, row: int) -> None:
@@ -125,7 +125,7 @@ def hostile_index(field: str, value: int) -> Fault:
 
 
 def hostile_header(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Fault:
-    """An index whose facts and arrays were changed, with the right checksum in the manifest."""
+    """Change an index's header and arrays, with the correct checksum in the manifest."""
 
     def fault(shards: Path, rng: random.Random) -> None:
         def change_both(index: Any, _: Path, __: int) -> None:
@@ -141,16 +141,16 @@ def without(array: str) -> Fault:
 
 
 def with_array(name: str, make: Callable[[Any], Any]) -> Fault:
-    """An array of the index is what `make` makes of it."""
+    """Replace an array of the index by the result of `make`."""
     return hostile_header(lambda _, arrays: arrays.update({name: make(arrays[name])}))
 
 
 def with_header_values(**values: object) -> Fault:
-    return hostile_header(lambda facts, _: facts.update(values))
+    return hostile_header(lambda header, _: header.update(values))
 
 
 def hostile_name(shards: Path, rng: random.Random) -> None:
-    """A tar whose member is named like a file of the machine, with the right checksums."""
+    """Name a tar's member like a system file, with correct checksums."""
     path = pick(shards, "train-*.vision_left.tar", rng)
     content = bytearray(path.read_bytes())
     content[:100] = b"../../../../etc/passwd".ljust(100, b"\0")
@@ -158,7 +158,7 @@ def hostile_name(shards: Path, rng: random.Random) -> None:
 
 
 def hostile_file(shards: Path, _: random.Random) -> None:
-    """A manifest that names a file outside the set."""
+    """Make the manifest name a file outside the set."""
 
     def lead_out(values: dict[str, Any]) -> None:
         values["shards"][0]["index_file"] = "../../../etc/passwd"
@@ -173,7 +173,7 @@ def rewrite_index(
     rng: random.Random,
     change: Callable[[Any, Path, int], None],
 ) -> None:
-    """Change a row of a random index and make all checksums right again."""
+    """Change a row of a random index, and correct all checksums."""
     manifest = json.loads((shards / "manifest.json").read_text())
     entries = [e for e in manifest["shards"] if e["split"] == "train"]
     rng.shuffle(entries)
@@ -192,11 +192,11 @@ def rewrite_index(
     (shards / "manifest.json").write_text(json.dumps(manifest))
 
 
-# --- what someone who means harm would put there ---------------------------------------------
+# --- contents of hostile members -------------------------------------------------------------
 
 
 def jpeg_of_size(width: int, height: int) -> bytes:
-    """A small JPEG whose header says another size."""
+    """Return a small JPEG whose header states another size."""
     content = bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), dtype=np.uint8)))
     frame = content.index(b"\xff\xc0")
     content[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
@@ -204,7 +204,7 @@ def jpeg_of_size(width: int, height: int) -> bytes:
 
 
 def noise_pictures(rng: random.Random) -> bytes:
-    """A member as it should be, of other pictures than were recorded."""
+    """Return a valid member of random pictures."""
     pictures = np.random.default_rng(rng.randrange(1 << 32)).integers(0, 256, (5, 32, 32, 3))
     return b"".join(
         simplejpeg.encode_jpeg(picture, colorsubsampling="420")
@@ -218,18 +218,18 @@ def many_jpegs(_: random.Random) -> bytes:
 
 @cache
 def large_h264(_: random.Random | None = None) -> bytes:
-    """A few bytes that say they are five pictures of 4,096 x 4,096."""
+    """Return a few bytes that claim to be five pictures of 4,096 x 4,096."""
     return encode_h264(np.zeros((5, 4096 * 3 // 2, 4096), np.uint8), qp=51, rate_hz=5)
 
 
 @cache
 def many_h264(_: random.Random | None = None) -> bytes:
-    """As many pictures as there should be, and 500 more behind the last one's delimiter."""
+    """Return the expected number of pictures, and 500 more behind the last delimiter."""
     delimiter = b"\x00\x00\x00\x01\x09"
     planes = np.zeros((505, 48, 32), np.uint8)
     _, *parts = encode_h264(planes, qp=30, rate_hz=5).split(delimiter)
     head = b"".join(delimiter + part for part in parts[:5])
-    return head + b"".join(part[1:] for part in parts[5:])  # each without what its delimiter says
+    return head + b"".join(part[1:] for part in parts[5:])  # each without its delimiter's payload
 
 
 def deep_json(_: random.Random) -> bytes:
@@ -257,7 +257,7 @@ def noise(rng: random.Random) -> bytes:
 
 
 FAULTS: dict[str, tuple[int, Fault]] = {
-    "any single bit flipped": (0, flip_any_bit),  # as many as --flips
+    "any single bit flipped": (0, flip_any_bit),  # 0 means --flips
     "a bit of the manifest flipped": (100, flip_in("manifest.json")),
     "a bit of an index flipped": (100, flip_in("train-*.index")),
     "a bit of the tokenizer flipped": (20, flip_in("tokenizer.json")),
@@ -313,13 +313,16 @@ FAULTS: dict[str, tuple[int, Fault]] = {
     },
     "hostile: index without the column text": (
         1,
-        hostile_header(lambda facts, _: facts["columns"].pop("text")),
+        hostile_header(lambda header, _: header["columns"].pop("text")),
     ),
-    "hostile: index without columns": (1, hostile_header(lambda facts, _: facts.pop("columns"))),
-    "hostile: index without sessions": (1, hostile_header(lambda facts, _: facts.pop("sessions"))),
+    "hostile: index without columns": (1, hostile_header(lambda header, _: header.pop("columns"))),
+    "hostile: index without sessions": (
+        1,
+        hostile_header(lambda header, _: header.pop("sessions")),
+    ),
     "hostile: column without a file": (
         1,
-        hostile_header(lambda facts, _: facts["columns"].update(text={})),
+        hostile_header(lambda header, _: header["columns"].update(text={})),
     ),
     "hostile: sessions that are numbers": (1, with_header_values(sessions=[1] * 50)),
     "hostile: sessions that are a string": (1, with_header_values(sessions="x" * 50)),
@@ -330,7 +333,7 @@ FAULTS: dict[str, tuple[int, Fault]] = {
         )
         for time_s in (float("nan"), float("inf"), 1e308, -1e308)
     },
-    "hostile: presence that is no number": (
+    "hostile: presence that is not a number": (
         1,
         with_array("present", lambda a: np.full(len(a), np.nan, np.float32)),
     ),
@@ -339,7 +342,7 @@ FAULTS: dict[str, tuple[int, Fault]] = {
         1,
         with_array("window", lambda a: np.stack([a, a], axis=1)),
     ),
-    "hostile: lengths that are no numbers": (
+    "hostile: lengths that are not numbers": (
         1,
         with_array("text.length", lambda a: np.full(len(a), np.nan)),
     ),
@@ -352,4 +355,4 @@ FAULTS: dict[str, tuple[int, Fault]] = {
         with_array("vision_left.error_s", lambda a: np.ascontiguousarray(a[:, 0])),
     ),
 }
-"""Name -> how often it is tried, and what does it."""
+"""Number of trials and the function of each fault, by name."""

@@ -1,6 +1,4 @@
-"""An HTTP server that fails as a plan says, in front of a folder or of another server, and counts
-what it was asked for.
-"""
+"""Serve a folder, or proxy another server, over HTTP; fail by a plan, and count requests."""
 
 from __future__ import annotations
 
@@ -18,30 +16,30 @@ if TYPE_CHECKING:
 
 Fault = Literal["stall", "silence", "reset", "500", "503", "403", "404", "cut", "short", "flip"]
 """stall: half of the bytes, then none; silence: not even a header; reset: by TCP after half;
-cut: closed before the announced length; short: half of the bytes as if that were all;
+cut: closed before the announced length; short: half of the bytes, announced as the whole;
 flip: one bit is wrong."""
 
 FAULTS: tuple[Fault, ...] = ("stall", "silence", "reset", "500", "503", "cut", "short", "flip")
-"""Those that pass when asked again."""
+"""Faults after which a second request can succeed."""
 
 
 def never(name: str, before: int) -> None:
-    """All is well."""
+    """Plan no fault."""
 
 
 def first_time(name: str, before: int) -> Fault | None:
-    """The first GET of every file fails, each in its way."""
+    """Plan a fault for the first GET of every file; the kind depends on the name."""
     kind = sum(name.encode()) % len(FAULTS)
     return FAULTS[kind] if before == 0 else None
 
 
 class FaultyServer:
-    """Use with ``with``; `url` is its address.
+    """An HTTP server that fails by a plan; a context manager. `url` is its address.
 
     Args:
-        folder: what it serves, or
-        upstream: host and port of the server that it stands in front of.
-        plan: file name and how many times it was asked for before -> what goes wrong.
+        folder: serves its files, unless `upstream` is set.
+        upstream: host and port of a server to proxy.
+        plan: maps a file name and the number of earlier GETs to a fault.
     """
 
     def __init__(
@@ -55,7 +53,7 @@ class FaultyServer:
         self.folder = folder
         self.upstream = upstream
         self.gets: Counter[str] = Counter()
-        """GETs of each file, by its name."""
+        """Number of GETs by file name."""
         self.num_bytes = 0
         self.is_over = threading.Event()
         self._lock = threading.Lock()
@@ -92,7 +90,7 @@ class _Server(ThreadingHTTPServer):
     owner: FaultyServer
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that go away are no news."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -117,30 +115,30 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, headers, content)
 
     def log_message(self, *args: object) -> None:
-        """Silent."""
+        """Log nothing."""
 
     def _content(self) -> tuple[int, dict[str, str], bytes]:
         owner = self.server.owner
         if owner.upstream is not None:
-            return self._ask(*owner.upstream)
+            return self._forward(*owner.upstream)
         assert owner.folder is not None
         try:
             return 200, {}, (owner.folder / self.path.lstrip("/")).read_bytes()
         except OSError:
             return 404, {}, b""
 
-    def _ask(self, host: str, port: int) -> tuple[int, dict[str, str], bytes]:
+    def _forward(self, host: str, port: int) -> tuple[int, dict[str, str], bytes]:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         connection = http.client.HTTPConnection(host, port)
         connection.request(self.command, self.path, body, dict(self.headers))
-        answer = connection.getresponse()
-        content = answer.read()
+        response = connection.getresponse()
+        content = response.read()
         dropped = {"content-length", "transfer-encoding", "connection", "date", "server"}
-        headers = {k: v for k, v in answer.getheaders() if k.lower() not in dropped}
+        headers = {k: v for k, v in response.getheaders() if k.lower() not in dropped}
         if self.command == "HEAD":
-            headers["Content-Length"] = answer.getheader("Content-Length", "0")
+            headers["Content-Length"] = response.getheader("Content-Length", "0")
         connection.close()
-        return answer.status, headers, content
+        return response.status, headers, content
 
     def _send(
         self, status: int, headers: dict[str, str], content: bytes, fault: Fault | None = None

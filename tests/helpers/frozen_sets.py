@@ -15,7 +15,7 @@ RECIPE = load_recipe(FROZEN / "recipe.yaml")
 
 
 def header_of(path: Path) -> tuple[int, dict[str, Any]]:
-    """Version and header of an index, by struct and json."""
+    """Return the version and header of an index, read by struct and json."""
     content = path.read_bytes()
     magic, number, length = struct.unpack_from("<8sII", content)
     assert magic == b"VRCINDEX"

@@ -26,7 +26,7 @@ MODEL = {"hidden_dim": 32, "num_layers": 2, "num_heads": 2}
 
 
 def make_model(config=None, shapes=SHAPES, *, is_random=True):
-    """A model in eval mode; `is_random` gives the animation head, which begins at 0, weights."""
+    """Make a model in eval mode; `is_random` gives the animation head weights other than 0."""
     torch.manual_seed(0)
     model = MultiModalCreature(config or {"model": MODEL}, shapes).eval()
     if is_random and Head.ANIMATION in model.predictors:
@@ -35,7 +35,7 @@ def make_model(config=None, shapes=SHAPES, *, is_random=True):
 
 
 def make_batch(shapes=SHAPES, *, batch=2, seed=0, streams=STREAMS):
-    """Inputs as the loader gives them, about 1 in 5 places invalid."""
+    """Make inputs as the loader does, with about 1 in 5 positions invalid."""
     rng = np.random.default_rng(seed)
     size, samples = shapes.image_size, shapes.num_sensor_samples
     values = {

@@ -1,4 +1,4 @@
-"""Independent truths: slow plain-Python references, strategies, tiny shard sets."""
+"""Independent references in slow plain Python, hypothesis strategies, and tiny shard sets."""
 
 from __future__ import annotations
 
@@ -38,21 +38,20 @@ SESSIONS = {"ann": 2.0, "bob": 1.6, "cat": 3.2, "dan": 1.0}
 """Tiny sessions and their lengths in seconds."""
 
 HELD_OUT = "bob"
-"""The one of them that the tiny recipe's salt puts into val; an independent count is in
-test_plan.py."""
+"""The session that the tiny recipe's salt puts into val; test_plan.py checks it independently."""
 
 
 # --- strategies ------------------------------------------------------------------------------
 
 
 def seconds(low: float = 0.0, high: float = 20.0) -> st.SearchStrategy[float]:
-    """Times that float64 holds exactly."""
+    """Draw times that float64 holds exactly."""
     grains = st.integers(math.ceil(low / GRAIN_S), math.floor(high / GRAIN_S))
     return grains.map(lambda n: n * GRAIN_S)
 
 
 def increasing_times(min_size: int = 0, max_size: int = 12) -> st.SearchStrategy[list[float]]:
-    """Increasing times."""
+    """Draw increasing times."""
     return st.lists(seconds(), min_size=min_size, max_size=max_size, unique=True).map(sorted)
 
 
@@ -60,17 +59,17 @@ def increasing_times(min_size: int = 0, max_size: int = 12) -> st.SearchStrategy
 
 
 def slow_windows(length_s: float, duration_s: float, step_s: float) -> list[tuple[float, float]]:
-    """(start, stop) of every window that begins inside [0, length)."""
-    found = []
+    """Return (start, stop) of every window that begins inside [0, length)."""
+    windows = []
     start_s = 0.0
     while start_s < length_s:
-        found.append((start_s, start_s + duration_s))
+        windows.append((start_s, start_s + duration_s))
         start_s += step_s
-    return found
+    return windows
 
 
 def slow_nearest(times_s: Sequence[float], asked_s: float) -> int:
-    """Index of the nearest time; the earlier of two equally near."""
+    """Return the index of the nearest time; the earlier of two equally near."""
     return min(range(len(times_s)), key=lambda i: (abs(times_s[i] - asked_s), i))
 
 
@@ -83,7 +82,7 @@ def slow_interpolate(
     edge_s: float,
     is_angle: bool = False,
 ) -> float | None:
-    """One value at one time; None where nothing was recorded near enough."""
+    """Return one value at one time; None if nothing was recorded near enough."""
     if not times_s or not times_s[0] - edge_s <= asked_s <= times_s[-1] + edge_s:
         return None
     if asked_s <= times_s[0]:
@@ -105,7 +104,7 @@ def slow_interpolate(
 
 
 def angle_distance(a_rad: float, b_rad: float) -> float:
-    """How far apart two angles are, the short way round."""
+    """Return the distance of two angles along the shorter arc."""
     return abs(math.remainder(a_rad - b_rad, 2 * math.pi))
 
 
@@ -115,7 +114,7 @@ def angle_distance(a_rad: float, b_rad: float) -> float:
 def slow_mel_share(
     samples: np.ndarray, start: int, count: int, *, rate_hz: int, recipe: MelRecipe
 ) -> np.ndarray:
-    """Unrounded dMel levels [count, channels] in float64: one numpy FFT per frame."""
+    """Compute unrounded dMel levels [count, channels] in float64 by one numpy FFT per frame."""
     hop = rate_hz // recipe.rate_hz
     window = np.hanning(recipe.fft_size + 1)[:-1]
     filters = librosa.filters.mel(
@@ -124,11 +123,11 @@ def slow_mel_share(
     rows = []
     for frame in range(count):
         stop = start + (frame + 1) * hop
-        piece = [
+        frame_samples = [
             samples[i] / 32768 if 0 <= i < len(samples) else 0.0
             for i in range(stop - recipe.fft_size, stop)
         ]
-        power = np.abs(np.fft.rfft(window * piece)) ** 2
+        power = np.abs(np.fft.rfft(window * frame_samples)) ** 2
         level_db = 10 * np.log10(np.maximum(filters @ power, 1e-10))
         rows.append((level_db - recipe.floor_db) / (recipe.ceiling_db - recipe.floor_db))
     return np.array(rows) * (recipe.levels - 1)
@@ -138,7 +137,7 @@ def slow_mel_share(
 
 
 def tiny_recipe(**sections: Any) -> Recipe:
-    """A recipe for one-second windows of 32 pixels; sections are merged into it by key."""
+    """Make a recipe of one-second windows of 32 pixels; merge sections into it by key."""
     values: dict[str, Any] = {
         "required": [],
         "window": {"duration_s": 1.0},
@@ -153,7 +152,7 @@ def tiny_recipe(**sections: Any) -> Recipe:
 
 
 def write_tiny_session(folder: Path, length_s: float, *, has_right: bool = False) -> Path:
-    """A session of video, sound, sensors and text without a fault."""
+    """Write a flawless session of video, sound, sensors and text."""
     folder.mkdir(parents=True)
     frames_s = np.arange(round(length_s * 30)) / 30
     write_video(folder / "vision_left.mp4", times_s=frames_s, b_frames=0)
@@ -170,20 +169,20 @@ def write_tiny_session(folder: Path, length_s: float, *, has_right: bool = False
 
 
 def write_tiny_sessions(root: Path) -> Path:
-    """The folder of SESSIONS."""
+    """Write the folder of SESSIONS."""
     for name, length_s in SESSIONS.items():
         write_tiny_session(root / name, length_s, has_right=name == "cat")
     return root
 
 
 def cluster_of(num_workers: int) -> Cluster:
-    """A local Dask cluster, or this process for 0 workers; says nothing."""
+    """Make a silent local Dask cluster, or one of this process for 0 workers."""
     console = Console(file=io.StringIO())
     return Cluster(scheduler=None, num_workers=num_workers, console=console, start_s=0.0)
 
 
 class DividingCluster(Cluster):
-    """Splits shards as for a cluster, and then runs everything in this process."""
+    """Divides shards as for a cluster, but runs everything in this process."""
 
     def is_in_process(self, *, work_s: float) -> bool:
         del work_s
@@ -203,7 +202,7 @@ def build(
     task_s: float = TASK_S,
     **options: bool,
 ) -> BuildSummary:
-    """build_shards in this process, or over a local Dask cluster."""
+    """Run build_shards in this process, or over a local Dask cluster."""
     with cluster_of(num_workers) as cluster:
         return build_shards(
             sessions,
@@ -219,7 +218,7 @@ def build(
 def build_with_subtasks(
     sessions: Path | str, out: Path | str, recipe: Recipe | None = None, *, task_s: float = 1.0
 ) -> BuildSummary:
-    """build_shards in this process, divided into tasks of so many seconds of video."""
+    """Run build_shards in this process, divided into tasks of `task_s` seconds of video."""
     console = Console(file=io.StringIO())
     with DividingCluster(scheduler=None, num_workers=1, console=console) as cluster:
         return build_shards(
@@ -233,18 +232,18 @@ def build_with_subtasks(
 
 
 def tar_members(path: Path) -> dict[str, bytes]:
-    """Members of a tar by stock tarfile, in order."""
+    """Read the members of a tar by stock tarfile, in order."""
     with tarfile.open(path) as archive:
         return {m.name: archive.extractfile(m).read() for m in archive.getmembers()}
 
 
 def jsonl(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file, a line each."""
+    """Read the objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file, by name; the cache of scans holds times of files and is left out."""
+    """Hash every file by SHA-256, except the cache of scans, which holds times of files."""
     return {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.iterdir())
@@ -253,24 +252,24 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def file_identities(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and modification time of every file, by name."""
+    """Return inode and modification time of every file, by name."""
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.iterdir()}
 
 
 def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures."""
+    """Compute the peak signal-to-noise ratio of two uint8 pictures."""
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def open_indexes(out: Path) -> Iterator[tuple[str, ShardIndex]]:
-    """Name and index of every shard of a set."""
+    """Yield name and index of every shard of a set."""
     for entry in read_manifest(out).shards:
         yield entry.name, open_index(out / entry.index_file, sha256=entry.index_sha256)
 
 
 def check_set(out: Path) -> int:
-    """Checks every checksum of a set by hashlib and every member; how many members there are."""
+    """Check every checksum of a set by hashlib, and every member; return the member count."""
     num_members = 0
     manifest = read_manifest(out)
     manifest.load_tokenizer()
@@ -292,36 +291,36 @@ def check_set(out: Path) -> int:
 
 
 def set_keys(out: Path) -> list[str]:
-    """Keys of all samples of a set, in order."""
+    """Return the keys of all samples of a set, in order."""
     return [index.key(r) for _, index in open_indexes(out) for r in range(index.num_samples)]
 
 
 def set_contents(out: Path) -> dict[tuple[str, str], Any]:
-    """Hashes of columns and arrays by shard and name, whatever the files are called."""
-    found: dict[tuple[str, str], Any] = {}
+    """Return columns' hashes and index arrays by shard and name, independent of file names."""
+    contents: dict[tuple[str, str], Any] = {}
     for shard, index in open_indexes(out):
         for name, column in index.columns.items():
-            found[shard, name] = column["sha256"]
+            contents[shard, name] = column["sha256"]
         for name, array in index.arrays.items():
-            found[shard, name] = array.tobytes()
-        found[shard, "losses"] = json.dumps(index.decode_failures)
-    return found
+            contents[shard, name] = array.tobytes()
+        contents[shard, "losses"] = json.dumps(index.decode_failures)
+    return contents
 
 
 MASK = 2**64 - 1
 
 
 def slow_hashes(text, count):
-    """splitmix64 as its paper has it, on Python's whole numbers."""
+    """Compute splitmix64 as in its paper, on Python integers."""
     state = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-    found = []
+    hashes = []
     for _ in range(count):
         state = (state + 0x9E3779B97F4A7C15) & MASK
         z = state
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-        found.append(z ^ (z >> 31))
-    return found
+        hashes.append(z ^ (z >> 31))
+    return hashes
 
 
 def slow_permutation(text, values):
@@ -330,7 +329,7 @@ def slow_permutation(text, values):
 
 
 def slow_epoch(sizes, fingerprint, seed, epoch, block_shards):
-    """Every (shard, row): shards permuted, taken in blocks, samples permuted inside a block."""
+    """Return every (shard, row): permute shards, then samples inside blocks of shards."""
     basis = f"{fingerprint}/{seed}/{epoch}"
     shards = slow_permutation(f"{basis}/shards", list(range(len(sizes))))
     order = []
@@ -342,7 +341,7 @@ def slow_epoch(sizes, fingerprint, seed, epoch, block_shards):
 
 
 def exact_planes(rgb: np.ndarray) -> np.ndarray:
-    """Unrounded I420 planes float64 [F, 3H/2, W] of RGB [F, H, W, 3]."""
+    """Convert RGB [F, H, W, 3] to unrounded I420 planes, float64 [F, 3H/2, W]."""
     red, green, blue = np.moveaxis(rgb.astype(np.float64), -1, 0)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     packed = []
@@ -354,28 +353,29 @@ def exact_planes(rgb: np.ndarray) -> np.ndarray:
 
 
 def exact_rgb(planes: np.ndarray) -> np.ndarray:
-    """Unrounded RGB float64 [F, H, W, 3] of I420 planes [F, 3H/2, W]; chroma lies in the middle of
-    its four pixels and is interpolated linearly.
+    """Convert I420 planes [F, 3H/2, W] to unrounded RGB, float64 [F, H, W, 3].
+
+    Chroma is at the center of its four pixels and is interpolated linearly.
     """
     count, rows, width = planes.shape
     height = rows * 2 // 3
     luma = planes[:, :height].astype(np.float64)
     chroma = planes[:, height:].reshape(count, 2, height // 2, width // 2).astype(np.float64) - 128
     blue, red = np.moveaxis(_doubled(_doubled(chroma, 2), 3), 1, 0)
-    colours = [
+    colors = [
         luma + 1.402 * red,
         luma - (0.114 * 1.772 * blue + 0.299 * 1.402 * red) / 0.587,
         luma + 1.772 * blue,
     ]
-    return np.stack(colours, axis=-1).clip(0, 255)
+    return np.stack(colors, axis=-1).clip(0, 255)
 
 
 def _doubled(values: np.ndarray, axis: int) -> np.ndarray:
-    """Twice as many values along an axis, at a quarter to each side of the old ones."""
+    """Upsample by 2 along an axis; new values are a quarter to each side of the old ones."""
     count = values.shape[axis]
-    places = (np.arange(2 * count) - 0.5) / 2
-    before = np.floor(places).astype(int)
-    share = (places - before).reshape([-1 if a == axis else 1 for a in range(values.ndim)])
+    positions = (np.arange(2 * count) - 0.5) / 2
+    before = np.floor(positions).astype(int)
+    share = (positions - before).reshape([-1 if a == axis else 1 for a in range(values.ndim)])
     low = np.take(values, before.clip(0, count - 1), axis)
     high = np.take(values, (before + 1).clip(0, count - 1), axis)
     return low + share * (high - low)

@@ -1,4 +1,4 @@
-"""Scans made by hand, plans of them, and the sets that are there when a plan was carried out."""
+"""Make scans by hand, plans of them, and the sets that carrying out a plan gives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHA = "ab" * 32
 
 
 def scan(name: str, windows: int = 3, *, tail: float = 1.0, **changes: Any) -> SessionScan:
-    """A session of whole windows; the last has every stream to the share `tail`."""
+    """Make the scan of a session of windows; the last one covers the share `tail`."""
     shares = [1.0] * (windows - 1) + [tail]
     values = {
         "session": name,
@@ -53,7 +53,7 @@ def with_source(old: SessionScan, file: str, sha256: str) -> SessionScan:
 
 
 def finish(plan: Plan, recipe: Recipe, previous: PreviousSet | None = None) -> PreviousSet:
-    """The set that is there after a plan was carried out."""
+    """Return the set that carrying out a plan gives."""
     done = {s.name: s for s in plan.unchanged}
     done |= {task.name: _built(task) for task in plan.tasks}
     generation = 0 if previous is None else previous.generation + (0 if plan.is_empty else 1)

@@ -1,4 +1,4 @@
-"""Child processes, and the files that a process opens."""
+"""Start child processes; record which files a process opens and reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def launch(arguments: Sequence[str | Path], *, scratch: Path) -> subprocess.Popen[str]:
-    """A job in a process group of its own; its temporary files lie in `scratch`."""
+    """Start a job in its own process group, with its temporary files in `scratch`."""
     scratch.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -30,36 +30,37 @@ def launch(arguments: Sequence[str | Path], *, scratch: Path) -> subprocess.Pope
 
 
 def finish(job: subprocess.Popen[str]) -> str:
-    """Waits for a job that must end well; what it printed."""
+    """Wait for a job that must succeed; return its output."""
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     return output
 
 
 def await_true(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
-    """Waits until a condition holds."""
+    """Wait until a condition holds."""
     stop_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < stop_s, "waited in vain"
+        assert time.monotonic() < stop_s, f"the condition did not hold within {timeout_s} s"
         time.sleep(0.005)
 
 
 def open_files(start: str | Path | tuple[str, ...]) -> Counter[str]:
-    """How often each file, pipe or memory of such a name is open.
+    """Count how often this process has each file, pipe or memory open.
 
-    start: a folder, or what a name may start with ("pipe:", "/memfd:").
+    Args:
+        start: a folder, or prefixes of names ("pipe:", "/memfd:").
     """
     starts = start if isinstance(start, tuple) else str(start)
     names = []
     for fd in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the one that lists them
+        with contextlib.suppress(OSError):  # the descriptor of this listing
             names.append(os.readlink(fd))  # noqa: PTH115 (not all are paths)
     return Counter(name for name in names if name.startswith(starts))
 
 
 @contextlib.contextmanager
 def record_opened_files():
-    """Every file that is opened inside, by whatever call of Python, once."""
+    """Record the name of every file that Python opens inside."""
     opened: set[str] = set()
     is_over = False
 
@@ -67,7 +68,7 @@ def record_opened_files():
         if event == "open" and not is_over and isinstance(values[0], str | os.PathLike):
             opened.add(os.fspath(values[0]))
 
-    sys.addaudithook(note)  # for the life of the process
+    sys.addaudithook(note)  # it cannot be removed
     try:
         yield opened
     finally:
@@ -76,7 +77,7 @@ def record_opened_files():
 
 @contextlib.contextmanager
 def count_read_bytes():
-    """Bytes that are read inside at given offsets, by name of the file."""
+    """Count the bytes that pread and preadv read inside, by file name."""
     read: Counter[str] = Counter()
     pread, preadv = os.pread, os.preadv
 

@@ -1,4 +1,4 @@
-"""Trainings of a tiny creature on a tiny set, in one process or among ranks, and what they did.
+"""Train a tiny model on a tiny set, in one process or on several ranks, and record the results.
 
     python tests/helpers/rank_program.py RUNS.json OUT     as torchrun starts it
 
@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class RecordedLoader:
-    """A loader that remembers which keys with weight it gave, batch by batch."""
+    """A loader that records the keys of samples with weight, batch by batch."""
 
     def __init__(self, loader: Loader, *, signal_at: int | None = None) -> None:
         self._loader = loader
@@ -60,7 +60,7 @@ class RecordedLoader:
 
 
 def tiny_config(shards: str, folder: str, **options: Any) -> TrainConfig:
-    """A run's configuration; `options` are the keys of the sections, which do not collide."""
+    """Make a run's configuration; `options` are keys of any section, which do not collide."""
     data = {"shards": shards, "batch_size": 4, "num_workers": 0, "shuffle_block_shards": 2}
     training: dict[str, Any] = {
         "max_steps": 4,
@@ -90,18 +90,18 @@ def train_once(
     signal_at: tuple[int, int] = (-1, -1),
     **options: Any,
 ) -> dict[str, Any]:
-    """Train as this rank and say what it read and what all measured.
+    """Train as this rank; return what it read and what all ranks measured.
 
     Args:
         shards: the set.
         folder: for checkpoints and logs.
-        resume: a checkpoint to go on from.
-        signal_at: rank and batch that a SIGTERM comes with.
+        resume: a checkpoint to resume from.
+        signal_at: rank and batch index at which SIGTERM is raised.
         options: configuration keys.
 
     Returns:
-        "keys" of each batch that this rank took, "metrics" and "num_samples" of each step, "val"
-        losses at the end, "steps" done and what ended it, "stopped_by".
+        "keys" of each batch of this rank, "metrics" and "num_samples" of each step, "val" losses
+        at the end, "steps" done, and "stopped_by".
     """
     config = tiny_config(shards, folder, **options)
     rank, world_size = distributed.rank(), distributed.world_size()
@@ -138,7 +138,7 @@ def train_once(
 
 @contextlib.contextmanager
 def recorded(kind: type, name: str) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Calls of a method: object, arguments, keyword arguments."""
+    """Record the calls of a method: object, arguments, keyword arguments."""
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     method = getattr(kind, name)
 
@@ -154,7 +154,7 @@ def recorded(kind: type, name: str) -> Iterator[list[tuple[Any, tuple[Any, ...],
 
 
 def start_ranks(command: Sequence[str], world_size: int) -> list[subprocess.Popen[str]]:
-    """The same program as each of `world_size` ranks, without torchrun to look after them."""
+    """Start a program as each of `world_size` ranks, without torchrun."""
     port = free_port()
     return [
         subprocess.Popen(
@@ -172,7 +172,7 @@ def start_ranks(command: Sequence[str], world_size: int) -> list[subprocess.Pope
 def train_among_ranks(
     world_size: int, runs: list[dict[str, Any]], folder: Path
 ) -> list[list[dict[str, Any]]]:
-    """Trainings one after another among ranks; results by run, then by rank."""
+    """Train several runs in turn on ranks; return results by run, then by rank."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(runs))
     program = ["-W", "error", str(HERE / "rank_program.py"), str(folder / "runs.json"), str(folder)]
@@ -185,7 +185,7 @@ def train_among_ranks(
 
 
 def main() -> None:
-    """One rank of :func:`train_among_ranks`."""
+    """Run one rank of :func:`train_among_ranks`."""
     torch.set_num_threads(1)
     runs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     with distributed.process_group(torch.device("cpu")):

@@ -1,4 +1,4 @@
-"""Shard sets behind URLs, their loaders, and batches compared."""
+"""Load shard sets behind URLs, and compare batches."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ def url_of(server):
     return f"{server.url}/set"
 
 
-def make_loader(place, settings=None, *, num_epochs=1, **options):
+def make_loader(location, settings=None, *, num_epochs=1, **options):
     return Loader(
-        ShardSource(place, cache=settings), make_config(place, **options), num_epochs=num_epochs
+        ShardSource(location, cache=settings),
+        make_config(location, **options),
+        num_epochs=num_epochs,
     )
 
 
 def assert_same(batches, others):
     assert len(batches) == len(others)
-    for one, other in zip(batches, others, strict=True):
+    for batch, other in zip(batches, others, strict=True):
         for name in ("keys", "index", "epoch"):
-            assert one[name] == other[name]
-        assert [s["key"] for s in one["skipped"]] == [s["key"] for s in other["skipped"]]
+            assert batch[name] == other[name]
+        assert [s["key"] for s in batch["skipped"]] == [s["key"] for s in other["skipped"]]
         for group in ("inputs", "targets"):
-            for name, tensor in one[group].items():
+            for name, tensor in batch[group].items():
                 assert torch.equal(tensor, other[group][name]), name
 
 
 def copies(batches):
-    """Batches that outlive the loader's memory."""
+    """Copy batches, so that they outlive the loader's memory."""
     return [
         {
             **batch,
@@ -51,7 +53,7 @@ def read_all(loader):
 
 
 def data_files(shards, *, split="train", suffixes=("",)):
-    """Names of indexes and columns of a split."""
+    """Return the names of a split's indexes and columns."""
     names = [e.name for e in read_manifest(shards).in_split(split)]
     return {
         p.name

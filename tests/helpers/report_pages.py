@@ -1,4 +1,4 @@
-"""Report pages of tests, parsed by the standard library."""
+"""Render report pages, and parse them by the standard library."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Element:
                 yield from child.walk()
 
     def all(self, tag: str, **wanted: str) -> list[Element]:
-        """Elements of a tag whose attributes hold the wanted words (class_ for class)."""
+        """Return elements of a tag whose attributes contain words (class_ for class)."""
         return [
             e
             for e in self.walk()
@@ -84,7 +84,7 @@ def parse(path: Path) -> Element:
 
 
 def render_page(*folders: Path, recipe: Recipe = RECIPE) -> Element:
-    """The page of some sessions, beside the first of them."""
+    """Render and parse the page of some sessions, in a folder beside the first one."""
     path = folders[0].parent / "page" / "report.html"
     with ReportPage(path) as page:
         for folder in folders:
@@ -93,17 +93,18 @@ def render_page(*folders: Path, recipe: Recipe = RECIPE) -> Element:
 
 
 def panel(page: Element, name: str) -> Element:
-    (found,) = page.all("svg", data_panel=name)
-    return found
+    (element,) = page.all("svg", data_panel=name)
+    return element
 
 
 def row(page: Element, name: str) -> Element:
-    (found,) = [e for e in panel(page, "timeline").all("g") if e.attributes.get("data-row") == name]
-    return found
+    groups = panel(page, "timeline").all("g")
+    (element,) = [e for e in groups if e.attributes.get("data-row") == name]
+    return element
 
 
-def bands_s(page: Element, where: Element, kind: str) -> list[tuple[float, float]]:
-    """(start, stop) in seconds of the bands of a kind, by the scale that the page states."""
+def bands_s(page: Element, parent: Element, kind: str) -> list[tuple[float, float]]:
+    """Return (start, stop) in seconds of the bands of a kind, by the page's own scale."""
     timeline = panel(page, "timeline")
     start_s, stop_s = timeline.number("data-start-s"), timeline.number("data-stop-s")
     unit_s = (stop_s - start_s) / 1000
@@ -112,7 +113,7 @@ def bands_s(page: Element, where: Element, kind: str) -> list[tuple[float, float
             start_s + band.number("x") * unit_s,
             start_s + (band.number("x") + band.number("width")) * unit_s,
         )
-        for band in where.all("rect", class_=kind)
+        for band in parent.all("rect", class_=kind)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Tiny sessions and media for tests: a few seconds, a few kilobytes."""
+"""Write tiny sessions and media: a few seconds, a few kilobytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 64, 48
 
 
 def brightness(index: int) -> int:
-    """Grey level of a tiny video's frame: tells neighbours apart after lossy coding."""
+    """Return a frame's gray level, which tells neighbors apart after lossy coding."""
     return 30 + (index * 37) % 200
 
 
@@ -34,7 +34,7 @@ def write_video(
     b_frames: int = 2,
     ticks_per_s: int = 90_000,
 ) -> np.ndarray:
-    """Grey frames at given times (2 s of 30 Hz); returns the times as stored."""
+    """Write gray frames at times (2 s of 30 Hz); return the times as stored."""
     times_s = np.arange(60) / 30 if times_s is None else np.asarray(times_s)
     pts = np.round(times_s * ticks_per_s).astype(int)
     base = Fraction(1, ticks_per_s)
@@ -44,8 +44,8 @@ def write_video(
         stream.time_base = stream.codec_context.time_base = base
         stream.gop_size, stream.codec_context.max_b_frames = gop, b_frames
         for i, when in enumerate(pts):
-            grey = np.full((HEIGHT, WIDTH, 3), brightness(i), dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            gray = np.full((HEIGHT, WIDTH, 3), brightness(i), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(gray, format="rgb24")
             frame.pts, frame.time_base = int(when), base
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
@@ -53,17 +53,17 @@ def write_video(
 
 
 def tone(duration_s: float = 2.0, *, rate_hz: int = 16_000, level: float = 0.3) -> np.ndarray:
-    """A tone, float64 [N]."""
+    """Return a tone, float64 [N]."""
     return level * np.sin(2 * np.pi * 440 * np.arange(round(duration_s * rate_hz)) / rate_hz)
 
 
 def write_tone(path: Path, duration_s: float = 2.0, *, level: float = 0.3) -> None:
-    """A tone as 16-bit, 16 kHz mono."""
+    """Write a tone as 16-bit, 16 kHz mono."""
     soundfile.write(path, tone(duration_s, level=level), 16_000, subtype="PCM_16")
 
 
 def sensor_lines(duration_s: float = 2.0, *, rate_hz: float = 30.0) -> list[dict[str, Any]]:
-    """Metadata lines of a creature that moves and touches smoothly."""
+    """Return metadata lines of smooth touch and movement."""
     lines = []
     for i in range(round(duration_s * rate_hz)):
         time_s = i / rate_hz
@@ -77,17 +77,17 @@ def sensor_lines(duration_s: float = 2.0, *, rate_hz: float = 30.0) -> list[dict
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Lines of JSON."""
+    """Write lines of JSON."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of JSON."""
+    """Read lines of JSON."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_session(folder: Path) -> Path:
-    """A whole session without a fault: 2 s of video, sound, sensors and two texts."""
+    """Write a flawless session: 2 s of video, sound, sensors and two texts."""
     folder.mkdir(parents=True)
     write_video(folder / "vision_left.mp4")
     write_tone(folder / "audio.wav")

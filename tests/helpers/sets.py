@@ -1,4 +1,4 @@
-"""Tiny sessions that differ in what they lack, and shard sets of them."""
+"""Write tiny sessions that lack different streams, build shard sets of them, and read these."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 LENGTHS_S = {"ann": 2.0, "bob": 1.6, "cat": 2.5, "dan": 1.5, "eve": 2.0}
-"""ann, bob and cat have left eyes, sound, sensors and text; cat both eyes; dan only sound and text;
-eve only sensors."""
+"""ann, bob and cat have left video, sound, sensors and text; cat has right video, too; dan has only
+sound and text; eve has only sensors."""
 
 HEADS = ("internal_text", "external_text", "audio", "animation")
 TEXT_HEADS = HEADS[:2]
@@ -37,7 +37,7 @@ WORDS = ("reach", "the red ball", "got it", "wait, wörld")
 
 
 def write_sessions(root: Path) -> Path:
-    """The folder of sessions."""
+    """Write the folder of sessions."""
     for name, length_s in LENGTHS_S.items():
         folder = root / name
         folder.mkdir(parents=True)
@@ -55,7 +55,7 @@ def write_sessions(root: Path) -> Path:
 
 
 def set_recipe(**sections: Any) -> Recipe:
-    """Windows of 1 s that overlap, about four samples per shard."""
+    """Make a recipe of overlapping windows of 1 s, about four samples per shard."""
     values: dict[str, Any] = {
         "required": [],
         "window": {"duration_s": 1.0, "stride_s": 0.25},
@@ -72,27 +72,27 @@ def set_recipe(**sections: Any) -> Recipe:
 
 
 def make_set(root: Path, **sections: Any) -> Path:
-    """Sessions under `root` and their shard set; returns the set."""
+    """Write sessions under `root` and build their shard set; return the set."""
     sessions = write_sessions(root / "sessions")
     return build_set(sessions, root / "shards", set_recipe(**sections))
 
 
 def build_set(sessions: Path, out: Path, recipe: Recipe) -> Path:
-    """A shard set, built in this process."""
+    """Build a shard set in this process."""
     with Cluster(scheduler=None, num_workers=0, console=Console(file=io.StringIO())) as cluster:
         build_shards(sessions, out, recipe=recipe, cluster=cluster)
     return out
 
 
 def copy_set(shards: Path, to: Path) -> Path:
-    """A copy to damage."""
+    """Copy a set, for example to damage the copy."""
     return shutil.copytree(shards, to)
 
 
 def make_config(
     shards: Path | None = None, *, heads: tuple[str, ...] = HEADS, **data: Any
 ) -> TrainConfig:
-    """A configuration of a set; only the losses of `heads` count."""
+    """Make a configuration of a set, with losses of `heads` only."""
     data = {"batch_size": 7, "num_workers": 0, "shuffle_block_shards": 2, **data}
     return TrainConfig.model_validate(
         {
@@ -108,18 +108,18 @@ def make_config(
 
 
 def sample_locations(source: ShardSource) -> list[tuple[int, int]]:
-    """Every (shard, row) in stored order."""
+    """Return every (shard, row) in stored order."""
     return [(s, r) for s, size in enumerate(source.shard_sizes) for r in range(size)]
 
 
 def index_of(root: Path, shard: str) -> Path:
-    """File of a shard's index."""
+    """Return the file of a shard's index."""
     entries = read_manifest(root).shards
     return root / next(e.index_file for e in entries if e.name == shard)
 
 
 def edit_manifest(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest's values; without its own checksum, as early sets have it."""
+    """Change a manifest's values; remove its own checksum, which early sets lack, too."""
     path = root / "manifest.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     values.pop("sha256", None)
@@ -135,7 +135,7 @@ def flip_byte(path: Path, offset: int) -> None:
 
 
 def _texts(length_s: float) -> list[dict[str, Any]]:
-    """An event every 0.3 s, thoughts and speech in turn."""
+    """Return an event every 0.3 s, alternating thoughts and speech."""
     return [
         {
             "timestamp": round(0.1 + 0.3 * i, 3),
@@ -147,7 +147,7 @@ def _texts(length_s: float) -> list[dict[str, Any]]:
 
 
 SAMPLED = ("vision_left", "vision_right", "audio", "touch", "proprio")
-"""Streams that a source writes itself; text it returns."""
+"""Streams that a source writes into arrays; it returns text."""
 
 
 def make_loader(shards, *, num_epochs=None, is_shuffled=True, split="train", **options):
@@ -162,20 +162,20 @@ def take(loader, count):
 
 def assert_same(batches, others):
     assert len(batches) == len(others)
-    for one, other in zip(batches, others, strict=True):
-        assert set(one) == set(other)
+    for batch, other in zip(batches, others, strict=True):
+        assert set(batch) == set(other)
         for name in ("keys", "index", "epoch", "skipped"):
-            assert one[name] == other[name]
+            assert batch[name] == other[name]
         for group in ("inputs", "targets"):
-            assert set(one[group]) == set(other[group])
-            for name, tensor in one[group].items():
+            assert set(batch[group]) == set(other[group])
+            for name, tensor in batch[group].items():
                 assert tensor.dtype == other[group][name].dtype
                 assert torch.equal(tensor, other[group][name]), name
-        assert torch.equal(one["weight"], other["weight"])
+        assert torch.equal(batch["weight"], other["weight"])
 
 
-def read_sample(source, place, streams=SAMPLED, *, with_text=True, pixels="yuv420"):
-    """A sample's arrays as the loader has them, and its text."""
+def read_sample(source, location, streams=SAMPLED, *, with_text=True, pixels="yuv420"):
+    """Return a sample's arrays, as the loader has them, and its text."""
     size = source.recipe.vision.size
     picture = {"yuv420": (size * 3 // 2, size), "rgb": (size, size, 3)}[pixels]
     shapes = {
@@ -187,7 +187,7 @@ def read_sample(source, place, streams=SAMPLED, *, with_text=True, pixels="yuv42
     out = {}
     for stream in streams:
         shape, dtype = shapes[stream]
-        out[stream] = np.full(shape, 0xA5, dtype)  # what was there before must not matter
+        out[stream] = np.full(shape, 0xA5, dtype)  # old content must not matter
         out[f"{stream}_valid"] = np.ones(shape[0], bool)
-    text = source.read_into(*place, out, with_text=with_text)
+    text = source.read_into(*location, out, with_text=with_text)
     return out, text

@@ -1,4 +1,4 @@
-"""Stores behind URLs to test against: moto's S3 on this machine, and one that fails for a while."""
+"""Stores behind URLs: moto's S3 server on this machine, and requests that fail at first."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 SECRET = "do-not-print-me"
 
 REQUESTS = ("find", "info", "cat_file", "pipe_file", "get_file", "put_file", "rm_file")
-"""What shared.storage asks of a file system."""
+"""Methods of a file system that shared.storage calls."""
 
 
 @contextmanager
 def s3_server() -> Iterator[Any]:
-    """fsspec's file system of moto's server with an empty bucket `here`."""
+    """Run moto's server with an empty bucket `here`; yield fsspec's file system of it."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -42,9 +42,9 @@ def s3_server() -> Iterator[Any]:
         }.items():
             patched.setenv(name, value)
         reset = Request(f"http://{host}:{port}/moto-api/reset", method="POST")
-        urlopen(reset).close()  # all servers of a process have one memory
+        urlopen(reset).close()  # all servers of a process share their memory
         file_systems = fsspec.get_filesystem_class("s3")
-        file_systems.clear_instance_cache()  # those of another server's address
+        file_systems.clear_instance_cache()  # they may have another server's address
         fs = fsspec.filesystem("s3")
         fs.mkdir("here")
         yield fs
@@ -58,7 +58,7 @@ def upload(folder: Path, fs: Any, root: str) -> None:
 
 
 def stored_hashes(fs: Any, root: str) -> dict[str, str]:
-    """SHA-256 of every file, by name, as oracles.file_hashes."""
+    """Hash every file as oracles.file_hashes does."""
     fs.invalidate_cache()
     names = {path: path.rpartition("/")[2] for path in fs.find(root)}
     return {
@@ -69,22 +69,24 @@ def stored_hashes(fs: Any, root: str) -> dict[str, str]:
 
 
 def fail_at_first(monkeypatch: pytest.MonkeyPatch, fs: Any, num_failures: int) -> Counter[str]:
-    """Every request about every file fails so often before it goes well, and nobody waits; counts
-    the failures by request.
+    """Let every request about every file fail `num_failures` times, and retry without waiting.
+
+    Returns:
+        The number of failures so far, by request.
     """
     seen: Counter[tuple[str, str]] = Counter()
     failures: Counter[str] = Counter()
 
     def failing(name: str, request: Any) -> Any:
-        def ask(self: Any, *args: Any, **options: Any) -> Any:
+        def call(self: Any, *args: Any, **options: Any) -> Any:
             key = name, str(args)
             seen[key] += 1
             if seen[key] <= num_failures:
                 failures[name] += 1
-                raise ConnectionResetError("the line broke")
+                raise ConnectionResetError("the connection broke")
             return request(self, *args, **options)
 
-        return ask
+        return call
 
     for name in REQUESTS:
         monkeypatch.setattr(type(fs), name, failing(name, getattr(type(fs), name)))

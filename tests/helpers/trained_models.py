@@ -1,4 +1,4 @@
-"""Sessions of all streams and checkpoints of untrained models, small enough for tests."""
+"""Make small sessions of all streams, and checkpoints of untrained models."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def make_session(folder, *, length_s=8.0, sound=True, video=False, text=True, ev
 
 
 def make_checkpoint(path, config=None, **extra):
-    """An untrained model whose animation head says something."""
+    """Save and return an untrained model whose heads all have random weights."""
     config = as_train_config(config or {"model": MODEL})
     recipe = make_section(Recipe, RECIPE)
     shapes = WindowShapes.from_recipe(recipe)

@@ -1,4 +1,4 @@
-"""A training run small enough for tests: a creature of a few thousand weights on random batches."""
+"""Train a model of a few thousand weights on random batches; break and read its checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES = WindowShapes(
 
 
 def make_config(folder, **training):
-    """Plain values as yaml.safe_load gives them; `lr: 3e-4` is a string to YAML 1.1."""
+    """Return plain values as yaml.safe_load does; in YAML 1.1 `lr: 3e-4` is a string."""
     optimizer = {"lr": "3e-3", "warmup_steps": 2, **training.pop("optimizer", {})}
     checkpointing = {"save_dir": str(folder / "checkpoints"), **training.pop("checkpointing", {})}
     return {
@@ -48,7 +48,7 @@ def make_config(folder, **training):
 
 
 def make_batch(seed, *, size=2):
-    """One batch with about 1 in 4 places invalid, so that no two batches count alike."""
+    """Make a batch with about 1 in 4 positions invalid, so that batches have different counts."""
     rng = np.random.default_rng(seed)
     audio = (size, SHAPES.num_audio_frames, SHAPES.mel_channels)
     sensors = (size, SHAPES.num_sensor_samples)
@@ -70,7 +70,7 @@ def make_batch(seed, *, size=2):
 
 
 def join(batches):
-    """Several batches as one large one."""
+    """Join several batches to a large one."""
     return {
         "inputs": {n: torch.cat([b["inputs"][n] for b in batches]) for n in batches[0]["inputs"]},
         "targets": {
@@ -82,7 +82,7 @@ def join(batches):
 
 
 def with_nan(batch):
-    """A batch whose loss is not finite."""
+    """Copy a batch, so that its loss is not finite."""
     broken = copy.deepcopy(batch)
     broken["inputs"]["touch"][:] = torch.nan
     broken["inputs"]["touch_valid"][:] = True
@@ -90,7 +90,7 @@ def with_nan(batch):
 
 
 class EndlessLoader:
-    """Batches without end that can start anywhere, as train.data.loader.Loader promises."""
+    """An endless, resumable stream of batches, like train.data.loader.Loader."""
 
     def __init__(self, *, skipped=None, on_batch=None):
         self._next = 0
@@ -104,7 +104,7 @@ class EndlessLoader:
         self._next = state["next_batch"]
 
     def __iter__(self):
-        torch.empty((), dtype=torch.int64).random_()  # as torch's DataLoader does when it opens
+        torch.empty((), dtype=torch.int64).random_()  # as torch's DataLoader does when it starts
         index = self._next
         while True:
             self._on_batch(index)
@@ -118,14 +118,14 @@ class EndlessLoader:
 
 
 def with_spike(batch):
-    """A batch whose poses move a thousand times too fast, so that its loss is a spike."""
+    """Copy a batch with poses a thousand times too large, so that its loss is a spike."""
     broken = copy.deepcopy(batch)
     broken["targets"]["animation"] *= 1e3
     return broken
 
 
 class BrokenLoader(EndlessLoader):
-    """Some batches are broken."""
+    """An EndlessLoader that breaks the batches of some indices by a function."""
 
     def __init__(self, broken, how):
         super().__init__()
@@ -137,7 +137,7 @@ class BrokenLoader(EndlessLoader):
 
 
 def make_trainer(config, loader=None, **options):
-    """A trainer of a fresh model, the same every time, that is silent unless given a console."""
+    """Make a trainer of a new model with fixed weights; it is silent without a console."""
     torch.manual_seed(1)
     model = MultiModalCreature(config, SHAPES)
     options.setdefault("console", Console(file=io.StringIO()))
@@ -147,20 +147,20 @@ def make_trainer(config, loader=None, **options):
 
 
 def weights_of(trainer):
-    """All weights in one vector."""
+    """Return all weights as one vector."""
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-def largest_difference(one, other):
-    """Largest absolute difference of two trainers' weights."""
-    return float((weights_of(one) - weights_of(other)).abs().max())
+def largest_difference(trainer, other):
+    """Return the largest absolute difference of two trainers' weights."""
+    return float((weights_of(trainer) - weights_of(other)).abs().max())
 
 
 CPU = torch.device("cpu")
 
 
 class SimulatedKillError(Exception):
-    """Stands for a kill."""
+    """Raised where a test simulates a kill."""
 
 
 def fail(*_: object, **__: object) -> None:
@@ -170,8 +170,8 @@ def fail(*_: object, **__: object) -> None:
 def make_state(step=1, *, saved_at=None):
     model = {"weight": torch.arange(5000, dtype=torch.float32)}
     saved_at = time.time() if saved_at is None else saved_at
-    rest = {"format_version": 1, "config": {}, "shapes": {}}
-    return {**rest, "step": step, "saved_at": saved_at, "model": model}
+    constants = {"format_version": 1, "config": {}, "shapes": {}}
+    return {**constants, "step": step, "saved_at": saved_at, "model": model}
 
 
 def flip_a_bit(path):
@@ -194,7 +194,7 @@ def names_in(folder):
 
 
 def read_events(folder):
-    """TensorBoard's own reader."""
+    """Read event files by TensorBoard's own reader."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     return events

@@ -1,4 +1,4 @@
-"""Fixtures of several tests of training."""
+"""Fixtures of the tests of train."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.data.cached_set import CacheSettings
 
 @pytest.fixture
 def one_thread():
-    """torch on one thread: the same sums every time, and no waiting for busy cores."""
+    """Run torch on one thread: sums are reproducible, and no thread waits for busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,7 +27,7 @@ def one_thread():
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Reads over the network give up soon, and pass no proxy."""
+    """Let network reads time out soon, and use no proxy."""
     monkeypatch.setattr(storage, "READ_TIMEOUT_S", 0.5)
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -35,26 +35,26 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def shards(tiny_set, tmp_path):
-    """A set to serve and to change."""
+    """Copy the tiny set, to serve and change it."""
     return tiny_sets.copy_set(tiny_set, tmp_path / "set")
 
 
 @pytest.fixture
 def server(shards):
-    """A server of that set, with faults to choose."""
+    """Serve the copy of the set, with faults by a plan."""
     with FaultyServer(shards.parent) as running:
         yield running
 
 
 @pytest.fixture
 def settings(tmp_path):
-    """An empty cache for what it serves."""
+    """Return settings of an empty cache."""
     return CacheSettings(folder=tmp_path / "cache", retry=QUICK)
 
 
 @pytest.fixture(scope="module")
 def s3(tiny_set):
-    """moto's server with the set in s3://trained/set, behind a server that counts; that one."""
+    """Serve the set as s3://trained/set by moto; yield the counting proxy in front of it."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -69,18 +69,18 @@ def s3(tiny_set):
         patched.setenv("AWS_DEFAULT_REGION", "us-east-1")
         host, port = moto.get_host_and_port()
         fs = fsspec.filesystem("s3", endpoint_url=f"http://{host}:{port}")
-        fs.makedirs("trained", exist_ok=True)  # moto keeps the bucket of the module before
+        fs.makedirs("trained", exist_ok=True)  # moto keeps the bucket of the previous module
         for path in tiny_set.iterdir():
             fs.pipe_file(f"trained/set/{path.name}", path.read_bytes())
         patched.setenv("AWS_ENDPOINT_URL", counting.url)
-        type(fs).clear_instance_cache()  # other tests' file systems know other servers
+        type(fs).clear_instance_cache()  # cached file systems have other servers' addresses
         yield counting
     moto.stop()
 
 
 @pytest.fixture
 def file_limit():
-    """A function that lets no file grow over so many bytes (as on a full disk), or any (None)."""
+    """Yield a function that limits the size of files, as a full disk does; None removes it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def set_limit(limit_bytes):
