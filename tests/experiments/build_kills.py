@@ -1,12 +1,12 @@
-"""Kills shard jobs at random moments and compares what a rerun makes with an undisturbed build.
+"""Kill shard jobs at random moments, and compare the rerun with an undisturbed build.
 
     python tests/experiments/build_kills.py --kills 50
 
 Each trial starts ``python -m preprocess shards`` with two local workers, from nothing or from an
 older set that needs every kind of change, and kills (SIGKILL) the whole process group, the client
-alone, or one Dask worker. After a killed job or client the set must be the old one, whole, or the
-new one; a rerun must end with the bytes of the undisturbed build in every file, without temporary
-files and without processes that go on.
+alone, or one Dask worker. After a killed job or client the set must be the complete old one or the
+new one. A rerun must end with the bytes of the undisturbed build in every file, and leave no
+temporary files and no processes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ shard: {{target_bytes: 2097152}}
 
 @dataclass(frozen=True)
 class Start:
-    """Where a build begins: the sessions and recipe to build by, and the set that is there."""
+    """Input of a build: sessions, recipe, and the previous set, if any."""
 
     name: str
     sessions: Path
@@ -64,7 +64,7 @@ class Start:
 
 @dataclass
 class Trial:
-    """One kill and what became of it."""
+    """One kill and its result."""
 
     start: str
     target: str
@@ -75,14 +75,14 @@ class Trial:
 
 
 def command(start: Start, out: Path, *more: str) -> list[str]:
-    """The job's command line."""
-    places = ["--sessions", str(start.sessions), "--out", str(out), "--recipe", str(start.recipe)]
-    places += ["--task-seconds", "8"]  # so that shards are divided, and sessions of 20 s too
-    return [sys.executable, "-m", "preprocess", "shards", *places, *(more or ("--workers", "2"))]
+    """Return the job's command line."""
+    options = ["--sessions", str(start.sessions), "--out", str(out), "--recipe", str(start.recipe)]
+    options += ["--task-seconds", "8"]  # divides shards, and sessions of 20 s, too
+    return [sys.executable, "-m", "preprocess", "shards", *options, *(more or ("--workers", "2"))]
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    """Dask's worker processes below a process."""
+    """List Dask's worker processes below a process."""
     try:
         children = psutil.Process(pid).children(recursive=True)
         return [p for p in children if "multiprocessing.spawn" in " ".join(p.cmdline())]
@@ -91,7 +91,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
 
 
 def all_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder, the builder's cache too."""
+    """Hash every file of a folder by SHA-256, the builder's cache, too."""
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*"))
@@ -100,13 +100,13 @@ def all_hashes(folder: Path) -> dict[str, str]:
 
 
 def prepare(root: Path) -> list[Start]:
-    """Sessions, and the two places where builds begin."""
+    """Write sessions and build the previous set; return the inputs of both kinds of builds."""
     new, old = root / "new", root / "old"
     write_demo_sessions(new, num_sessions=12, duration_s=20.0, seed=3, image_size=128)
     shutil.copytree(new, old)
-    shutil.rmtree(old / "session_011")  # the update finds one session more,
-    shutil.rmtree(new / "session_004")  # one less,
-    texts = [{"timestamp": 1.0, "stream": "external", "text": "something else was said"}]
+    shutil.rmtree(old / "session_011")  # the update has one new session,
+    shutil.rmtree(new / "session_004")  # one removed,
+    texts = [{"timestamp": 1.0, "stream": "external", "text": "another text"}]
     write_lines(new / "session_007" / "text.jsonl", texts)  # and one changed
     values = {"floor_db": -80, "max_gap_s": 0.1, "vocab_size": 300}
     for name, changes in (("old", {}), ("new", {"floor_db": -70, "vocab_size": 290})):
@@ -118,7 +118,7 @@ def prepare(root: Path) -> list[Start]:
 
 
 def undisturbed(start: Start, root: Path) -> tuple[dict[str, str], float]:
-    """Hashes of the set that an undisturbed build in one process makes, and how long it takes."""
+    """Build undisturbed in one process; return the set's hashes and the duration in seconds."""
     out = root / f"undisturbed-{start.name}"
     _lay_out(start, out)
     begin_s = time.monotonic()
@@ -131,7 +131,7 @@ def undisturbed(start: Start, root: Path) -> tuple[dict[str, str], float]:
 def run_trial(
     start: Start, target: str, num_files: int, moment_s: float, wanted: dict[str, str], root: Path
 ) -> Trial:
-    """Kill one job, so many seconds after it has put that many files (workers: and is there)."""
+    """Kill one job `moment_s` after it has written `num_files`, and check what is left."""
     trial = Trial(start.name, target, f"{num_files:2} files + {moment_s:4.2f} s")
     out, scratch = root / "trial", root / "trial-scratch"
     shutil.rmtree(out, ignore_errors=True)
@@ -169,7 +169,7 @@ class _Moment:
     after_s: float
 
     def wait(self, job: subprocess.Popen[str], target: str) -> None:
-        """Returns at the moment, or when the job has ended."""
+        """Return at the moment, or when the job has ended."""
         num_old = len(list(self.out.glob("[!.]*"))) if self.out.exists() else 0
         while job.poll() is None and (
             len(list(self.out.glob("[!.]*"))) < num_old + self.num_files
@@ -197,13 +197,13 @@ def _kill(job: subprocess.Popen[str], target: str, moment: _Moment, trial: Trial
 
 
 def _wait_for_end_of(out: Path, trial: Trial) -> None:
-    """Waits until no process of the job is left; workers of a killed client end by themselves."""
+    """Wait until no process of the job is left; a killed client's workers end by themselves."""
     deadline_s = time.monotonic() + 20
     while time.monotonic() < deadline_s:
         if not [p for p in psutil.process_iter(["environ"]) if _is_of(p, out)]:
             return
         time.sleep(0.05)
-    trial.problems.append("workers of a killed client go on")
+    trial.problems.append("workers of a killed client still run")
 
 
 def _is_of(process: psutil.Process, out: Path) -> bool:
@@ -212,7 +212,7 @@ def _is_of(process: psutil.Process, out: Path) -> bool:
 
 
 def _state(start: Start, out: Path, wanted: dict[str, str], trial: Trial) -> str:
-    """What readers see after a kill: nothing, the old set or the new one."""
+    """Describe what readers see after a kill: nothing, the old set or the new one."""
     path = out / "manifest.json"
     num_indexes = len(list(out.glob("*.index"))) if out.exists() else 0
     if not path.exists():
@@ -230,14 +230,14 @@ def _state(start: Start, out: Path, wanted: dict[str, str], trial: Trial) -> str
 
 
 def _compare(out: Path, wanted: dict[str, str], trial: Trial) -> None:
-    found = all_hashes(out)
-    different = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+    hashes = all_hashes(out)
+    different = sorted(n for n in {*hashes, *wanted} if hashes.get(n) != wanted.get(n))
     if different:
         trial.problems.append(f"not byte-equal: {different[:5]} and {len(different)} in all")
 
 
 class _Reader:
-    """Reads the whole set over and over while a job runs, each time as a program that holds it."""
+    """Reads the whole set repeatedly while a job runs, each time with a reader lock."""
 
     def __init__(self, out: Path, trial: Trial, *, is_on: bool) -> None:
         self._out, self._trial, self._is_on = out, trial, is_on
@@ -256,12 +256,12 @@ class _Reader:
     def _read(self) -> None:
         while not self._stop.is_set():
             try:
-                _, hold = read_manifest_locked(self._out)
+                _, lock = read_manifest_locked(self._out)
                 check_set(self._out)
                 self._trial.num_reads += 1
-                if hold is not None:
-                    hold.close()
-            except Exception as error:  # whatever a reader meets is the finding
+                if lock is not None:
+                    lock.close()
+            except Exception as error:  # any error of a reader is a problem
                 self._trial.problems.append(f"a reader failed: {error!r}")
                 return
 
@@ -277,14 +277,14 @@ def main() -> int:
     bad = [t for t in trials if t.problems]
     reads = sum(t.num_reads for t in trials)
     print(
-        f"{len(trials)} kills: {len(trials) - len(bad)} byte-equal without a file or process left "
-        f"over, {len(bad)} not; {reads} full reads of sets while jobs ran"
+        f"{len(trials)} kills: {len(trials) - len(bad)} byte-equal with no file or process left, "
+        f"{len(bad)} not; {reads} full reads of sets while jobs ran"
     )
     return 1 if bad else 0
 
 
 def run_trials(root: Path, num_kills: int, seed: int) -> list[Trial]:
-    """Kill that many jobs, as a seed says, and print a line for each."""
+    """Kill `num_kills` jobs at moments drawn by a seed, and print a line for each."""
     chance = random.Random(seed)
     starts = prepare(root)
     wanted = {s.name: undisturbed(s, root) for s in starts}
@@ -296,7 +296,7 @@ def run_trials(root: Path, num_kills: int, seed: int) -> list[Trial]:
         start, target = starts[number % 2], TARGETS[number // 2 % 3]
         files, length_s = wanted[start.name]
         while True:
-            # Half of the moments are anywhere, half in the midst of writing.
+            # Half of the moments are at any time, half while files are written.
             if chance.random() < 0.5:
                 num_files, moment_s = 0, chance.uniform(0, length_s)
             else:
@@ -305,7 +305,7 @@ def run_trials(root: Path, num_kills: int, seed: int) -> list[Trial]:
             if trial.state != "had ended" or trial.problems:
                 break
         trials.append(trial)
-        result = "; ".join(trial.problems) or "byte-equal, 0 left over"
+        result = "; ".join(trial.problems) or "byte-equal, nothing left"
         print(
             f"{number + 1:4}  {start.name:6}  {target:6}  {trial.moment}  {trial.num_reads:5}  "
             f"{trial.state}: {result}",

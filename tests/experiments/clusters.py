@@ -1,10 +1,9 @@
-"""Real Dask clusters on this machine: one scheduler and several worker processes.
+"""Build on real Dask clusters of this machine, and compare the sets.
 
     python tests/experiments/clusters.py
 
-builds the demo-like sessions of tests/experiments/build_kills.py in this process, over one and
-four local workers,
-over a scheduler's address, and over one whose workers are killed, and compares the sets.
+Builds the sessions of tests/experiments/build_kills.py in this process, on one and four local
+workers, by a scheduler's address, and by one whose workers are killed.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ _DASK = [sys.executable, "-m", "dask"]
 
 
 @contextmanager
-def _process(arguments: list[str], wanted: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process in a group of its own and what matched in its first lines; killed at the end."""
+def _process(arguments: list[str], pattern: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a process in its own group; yield it and the match in its output."""
     process = subprocess.Popen(
         arguments,
         stdout=subprocess.DEVNULL,
@@ -49,14 +48,14 @@ def _process(arguments: list[str], wanted: str) -> Iterator[tuple[subprocess.Pop
     )
     try:
         for line in process.stderr:
-            found = re.search(wanted, line)
-            if found:
+            match = re.search(pattern, line)
+            if match:
                 break
         else:
             raise RuntimeError(f"{arguments} ended")
         drain = threading.Thread(target=process.stderr.read, daemon=True)
         drain.start()
-        yield process, found[1]
+        yield process, match[1]
     finally:
         kill_group(process)
         process.wait()
@@ -65,14 +64,14 @@ def _process(arguments: list[str], wanted: str) -> Iterator[tuple[subprocess.Pop
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to a process and all of its children."""
+    """Send SIGKILL to a process and all of its children."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
 def cluster(num_workers: int) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
-    """A scheduler's address and its workers, each with its nanny a process group."""
+    """Start a cluster; yield its scheduler's address and its workers, a process group each."""
     with ExitStack() as stack:
         arguments = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
         _, address = stack.enter_context(
@@ -99,7 +98,7 @@ def build_over_cluster(
     num_killed: int,
     task_s: float = 8.0,
 ) -> None:
-    """The command over a scheduler's address; some workers are killed when shards appear."""
+    """Build by a scheduler's address; kill some workers when shards appear."""
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe.as_json()), encoding="utf-8")
     with cluster(num_workers) as (address, workers):
@@ -132,25 +131,27 @@ def main() -> int:
         start = prepare(root)[0]
         results = {}
 
-        def note(what: str, out: Path, begin_s: float) -> None:
-            results[what] = all_hashes(out)
+        def report(title: str, out: Path, begin_s: float) -> None:
+            results[title] = all_hashes(out)
             first = next(iter(results.values()))
-            verdict = "byte-equal" if results[what] == first else "DIFFERENT"
+            verdict = "byte-equal" if results[title] == first else "DIFFERENT"
             length_s = time.monotonic() - begin_s
-            print(f"{what:44} {len(results[what])} files  {length_s:5.1f} s  {verdict}", flush=True)
+            print(
+                f"{title:44} {len(results[title])} files  {length_s:5.1f} s  {verdict}", flush=True
+            )
 
         for count in (0, 1, 4):
             begin_s = time.monotonic()
             out = root / f"local-{count}"
             finish(launch(command(start, out, "--workers", str(count)), scratch=root / "scratch"))
-            note(f"--workers {count}", out, begin_s)
+            report(f"--workers {count}", out, begin_s)
         for num_killed in (0, 2):
             with cluster(4) as (address, workers):
                 begin_s = time.monotonic()
                 out = root / f"address-{num_killed}"
                 _build(start, out, address, workers[:num_killed])
-            what = f"--scheduler tcp://..., 4 workers, {num_killed} of them killed"
-            note(what, out, begin_s)
+            title = f"--scheduler tcp://..., 4 workers, {num_killed} of them killed"
+            report(title, out, begin_s)
         return 0 if all(r == results["--workers 0"] for r in results.values()) else 1
 
 

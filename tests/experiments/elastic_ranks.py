@@ -1,12 +1,11 @@
-"""The same global batches for any number of ranks and loader processes, and quick resumes.
+"""Show that global batches depend on no number of ranks or loader processes, and time resumes.
 
     python tests/experiments/elastic_ranks.py --shards 10000 --resumes 5
 
-First table: real processes that meet over gloo read two epochs of a tiny set; the hash is of the
-keys, bytes and weights of all global batches, and of those that follow after a resume from the
-state that one process left. Second: which samples of an epoch were read how often. Third: resumes
-at random positions in a set of many shards, each in a process of its own, from opening the set to
-the first batch.
+First table: real processes, connected by gloo, read two epochs of a tiny set. The hash covers the
+keys, bytes and weights of all global batches, and of those after a resume from one process's state.
+Second: how often each sample of an epoch was read. Third: resumes at random positions in a set of
+many shards, each in its own process, timed from opening the set to the first batch.
 """
 
 from __future__ import annotations
@@ -61,12 +60,12 @@ print(json.dumps([position, opened_s, time.perf_counter() - began_s]))
 
 
 def config_of(shards: Path, **data: Any) -> Any:
-    """Every stream of the tiny set, in batches that 1, 2 and 4 ranks can share."""
+    """Make a configuration of all streams, with batches that 1, 2 and 4 ranks can share."""
     return tiny_sets.make_config(shards, **{"batch_size": BATCH_SIZE, **data})
 
 
 def read(config: Any, *, first: int, num_epochs: int = 2) -> tuple[str, list[Any]]:
-    """Hash of the global batches from `first` to the end of the epochs, and their samples.
+    """Hash the global batches from `first` to the end of the epochs; also return their samples.
 
     Shares are gathered from all ranks.
     """
@@ -84,7 +83,7 @@ def read(config: Any, *, first: int, num_epochs: int = 2) -> tuple[str, list[Any
 
 
 def rank_main(path: Path) -> None:
-    """One rank: every policy and number of loader processes; the main one prints JSON lines."""
+    """Run one rank with every policy and number of loader processes; the main one prints JSON."""
     torch.set_num_threads(1)
     job = json.loads(path.read_text())
     with distributed.process_group(torch.device("cpu")):
@@ -100,7 +99,7 @@ def rank_main(path: Path) -> None:
 
 
 def elastic_table(shards: Path, folder: Path) -> bool:
-    """Print the first two tables; whether all rows are equal and each sample was read once."""
+    """Print the first two tables; return whether rows are equal and samples were read once."""
     path = folder / "job.json"
     path.write_text(json.dumps({"shards": str(shards), "resume_at": 3}))
     num_samples = int(open_source(config_of(shards), split="train").shard_sizes.sum())
@@ -130,13 +129,13 @@ def elastic_table(shards: Path, folder: Path) -> bool:
         never, once, twice = num_samples - len(times), spread[1], spread[2]
         more = len(times) - once - twice
         print(f"{policy:10}  {num_samples:7}  {twice:23}  {once:4}  {never:5}  {more:10}")
-        left_out = 0 if policy == "pad" else num_samples % BATCH_SIZE
-        is_good &= more == 0 and sum(times.values()) == 2 * (num_samples - left_out)
+        num_dropped = 0 if policy == "pad" else num_samples % BATCH_SIZE
+        is_good &= more == 0 and sum(times.values()) == 2 * (num_samples - num_dropped)
     return is_good
 
 
 def make_wide_set(shards: Path, root: Path, *, num_shards: int) -> Path:
-    """A set of many shards, each of which is a link to the files of one of a small set's."""
+    """Make a set of many shards by hard links to a small set's files."""
     root.mkdir()
     manifest = read_manifest(shards)
     train = manifest.in_split("train")
@@ -154,7 +153,7 @@ def make_wide_set(shards: Path, root: Path, *, num_shards: int) -> Path:
 
 
 def resume_table(shards: Path, *, num_resumes: int, seed: int) -> bool:
-    """Print the third table; whether every resume was quick."""
+    """Print the third table; return whether every resume was quick."""
     chance = random.Random(seed)
     is_quick = True
     print("\nloader processes  at batch  set opened, s  first batch, s")

@@ -1,18 +1,18 @@
-"""Damages a shard set in every way and looks at what training from it sees.
+"""Damage a shard set in every way, and check what training reads from it.
 
     python tests/experiments/faults.py --flips 1000 --codec h264 --workers 2
 
-Each trial damages one thing in a fresh copy of a tiny set, reads a whole epoch, every stream, and
-compares each sample with the undamaged set's by its key. A trial is
+Each trial damages one thing in a fresh copy of a tiny set, reads all streams of an epoch, and
+compares each sample with the undamaged set's sample of the same key. A trial is
 
-    detected   samples were named, with their file and place in it, and replaced; or reading stopped
-               with one clear message
-    unread     nothing was said, and every sample is right: nobody reads those bytes
-    silent     nothing was said, and a sample is wrong, missing or twice (must be 0)
-    unnamed    samples were replaced, and not said where the damage is (must be 0)
-    crashed    something else than a clear message came out (must be 0)
+    detected   samples were reported, with file and offset, and substituted; or reading stopped with
+               one clear message
+    unread     nothing was reported, and every sample is right: no reader uses those bytes
+    silent     nothing was reported, and a sample is wrong, missing or twice (must be 0)
+    unnamed    samples were substituted, but the damage was not located (must be 0)
+    crashed    another exception than a clear message was raised (must be 0)
 
-Whatever happens, the batches must keep their number and their shapes.
+In every case the number of batches and their shapes must stay the same.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BAD_OUTCOMES = ("crashed", "silent", "unnamed")
 
 
 class Reference:
-    """What an undamaged set gives."""
+    """The samples of an undamaged set."""
 
     def __init__(self, shards: Path) -> None:
         batches = list(epoch(shards))
@@ -58,12 +58,12 @@ class Reference:
         self.files = {path.name for path in shards.iterdir()}
 
     def judge(self, shards: Path, *, num_workers: int = 0) -> tuple[Outcome, str]:
-        """Read a damaged set: the outcome, and what was said."""
+        """Read a damaged set; return the outcome and the message."""
         try:
             batches = list(epoch(shards, num_workers=num_workers))
         except EngineError as error:
             return "detected", str(error)
-        except Exception as error:  # what else comes out is what this looks for
+        except Exception as error:  # any other exception is a crash
             return "crashed", f"{type(error).__name__}: {error}"
         skipped = [skip for batch in batches for skip in batch["skipped"]]
         if [window_shapes(batch) for batch in batches] != self.shapes:
@@ -82,20 +82,21 @@ class Reference:
         return "unread", ""
 
     def is_named(self, skip: dict[str, Any]) -> bool:
-        """Whether a replaced sample is told with its shard, a file of that and the place in it, and
-        its error says so too; of an index or a file that is not there all is bad.
+        """Return whether a substituted sample is reported with shard, file and offset.
+
+        Its error must name them, too. For an index, only the file is named.
         """
         file, offset = skip["file"], skip["offset"]
         if file not in self.files or not file.startswith(f"{skip['shard']}."):
             return False
         if file.endswith(".index"):
             return f"{file}: " in skip["error"] and offset is None
-        places = (f"{file} at {offset}: ", f"{file}: can't be opened: ")
-        return type(offset) is int and any(place in skip["error"] for place in places)
+        prefixes = (f"{file} at {offset}: ", f"{file}: can't be opened: ")
+        return type(offset) is int and any(prefix in skip["error"] for prefix in prefixes)
 
 
 def epoch(shards: Path, *, num_workers: int = 0) -> Iterator[dict[str, Any]]:
-    """All batches of one shuffled epoch; however many samples are bad."""
+    """Yield all batches of one shuffled epoch, for any number of corrupt samples."""
     source = ShardSource(shards)
     config = tiny_sets.make_config(shards, max_bad_fraction=1.0, num_workers=num_workers)
     for batch in Loader(source, config, num_epochs=1):
@@ -120,12 +121,12 @@ def is_same(row: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
 def try_fault(
     fault: Fault, shards: Path, reference: Reference, seed: str, *, num_workers: int = 0
 ) -> tuple[Outcome, str]:
-    """Damage a copy and read it."""
+    """Damage a copy, read it, and return the outcome and the message."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(shards, Path(folder) / "set"))
         fault(copy, random.Random(seed))
-        outcome, said = reference.judge(copy, num_workers=num_workers)
-        return outcome, said.replace(f"{folder}/", "")
+        outcome, message = reference.judge(copy, num_workers=num_workers)
+        return outcome, message.replace(f"{folder}/", "")
 
 
 def main() -> int:
@@ -134,14 +135,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--codec", default="mjpeg", help="vision.codec of the set")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
-    parser.add_argument("--only", default="", help="faults whose name has this in it")
+    parser.add_argument("--only", default="", help="only faults whose name contains this")
     args = parser.parse_args()
     torch.set_num_threads(1)
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         shards = tiny_sets.make_set(Path(folder), vision={"codec": args.codec})
         reference = Reference(shards)
-        print(f"{'fault':46} tries  detected  unread  silent  unnamed  crashed   for example")
+        print(f"{'fault':46} tries  detected  unread  silent  unnamed  crashed   example")
         for name, (count, fault) in FAULTS.items():
             if args.only not in name:
                 continue
@@ -158,11 +159,11 @@ def main() -> int:
             ]
             outcomes = Counter(outcome for outcome, _ in results)
             worst = (*BAD_OUTCOMES, "detected", "unread")
-            said = next(text for kind in worst for o, text in results if o == kind)
+            example = next(text for kind in worst for o, text in results if o == kind)
             print(
                 f"{name:46} {count:5}  {outcomes['detected']:8}  {outcomes['unread']:6}  "
                 f"{outcomes['silent']:6}  {outcomes['unnamed']:7}  {outcomes['crashed']:7}   "
-                f"{said[:90]}"
+                f"{example[:90]}"
             )
             for outcome, text in results:
                 if outcome in BAD_OUTCOMES:

@@ -1,11 +1,11 @@
-"""Simulates sick runs and healthy ones that look alike, and prints what the health rules say.
+"""Simulate sick runs and similar healthy ones, and print what the health rules find.
 
     python tests/experiments/health_rules.py               200 runs of each, a minute
     python tests/experiments/health_rules.py --runs 1000
 
 A run logs every 100 steps; every value of a curve jitters by 3 % (plateaus by 1 %), independently.
-A sick run is found when its rule speaks at one of its logs, a healthy one is accused when that rule
-does. "After" is the median number of logs from the sickness to the finding.
+A sick run is found if its rule has a finding at one of its logs; a healthy run is accused if that
+rule has one. "After" is the median number of logs from the start of the sickness to the finding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Curves = dict[str, "NDArray[np.float64]"]
 LOG_INTERVAL = 100
 LOGS = np.arange(1, 61.0)
 FALLING = 9 * LOGS**-0.3
-"""A power of the steps, as losses of healthy runs are."""
+"""A power of the steps, like losses of healthy runs."""
 FLAT = np.full(60, 5.0)
 NAN = np.where(LOGS == 30, np.nan, FALLING)
 LATE = np.maximum(LOGS - 20, 0)
@@ -39,7 +39,7 @@ MIN_FOUND, MAX_ACCUSED = 0.9, 0.1
 
 @dataclass(frozen=True)
 class Case:
-    """Curves that a rule must find, from a log on, and some that it must leave alone."""
+    """Curves that a rule must find from log `begins` on, and curves that it must not accuse."""
 
     sick: Curves
     begins: int
@@ -93,11 +93,11 @@ CASES = {
         {"memory_allocated_mb": np.full(60, 19_500.0)},
     ),
 }
-"""By rule."""
+"""A case for each rule, by name."""
 
 
 def history_of(curves: Mapping[str, NDArray[np.float64]]) -> list[LogPoint]:
-    """One log per LOG_INTERVAL steps."""
+    """Make a history with one log per LOG_INTERVAL steps."""
     rows = zip(*curves.values(), strict=True)
     return [
         LogPoint(step=LOG_INTERVAL * i, metrics=dict(zip(curves, map(float, row), strict=True)))
@@ -108,16 +108,16 @@ def history_of(curves: Mapping[str, NDArray[np.float64]]) -> list[LogPoint]:
 def simulate(
     curves: Mapping[str, NDArray[np.float64]], *, num_runs: int, noise: float
 ) -> Iterator[list[LogPoint]]:
-    """Runs whose values jitter."""
+    """Yield the histories of runs whose values jitter."""
     for seed in range(num_runs):
         rng = np.random.default_rng(10_000 + seed)
         yield history_of({n: c * (1 + noise * rng.normal(size=len(c))) for n, c in curves.items()})
 
 
 def first_finding(rule: str, history: list[LogPoint]) -> int | None:
-    """Number of the first log at which the rule speaks, from 1; None where it never does."""
+    """Return the number of the first log, from 1, at which a rule has a finding, or None."""
     for end in range(1, len(history) + 1):
-        if any(found.rule == rule for found in check(history[:end], quiet_steps=0)):
+        if any(finding.rule == rule for finding in check(history[:end], quiet_steps=0)):
             return end
     return None
 
@@ -129,7 +129,7 @@ def share_found(
     num_runs: int = 100,
     noise: float = 0.03,
 ) -> float:
-    """Share of runs in which the rule speaks."""
+    """Return the share of runs in which a rule has a finding."""
     runs = simulate(curves, num_runs=num_runs, noise=noise)
     return float(np.mean([first_finding(rule, history) is not None for history in runs]))
 

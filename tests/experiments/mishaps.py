@@ -1,12 +1,12 @@
-"""Does to trainings what happens to long ones, and prints what became of each.
+"""Inflict the mishaps of long trainings on short ones, and print the results.
 
     python tests/experiments/mishaps.py
 
 Signals, a full disk and damaged checkpoints happen to ``python -m train run --resume auto`` with a
-loader process; the run that goes on must end with the weights, moments, random states and position
-of the undisturbed one, bit for bit. The disk is a small tmpfs, for which one has to be root; else
-those lines say so. Broken batches are given to a trainer in this process. Kills at random moments
-are ``training_kills.py``'s.
+loader process. The resumed run must end with the weights, moments, random states and position of
+the undisturbed one, bit for bit. The disk is a small tmpfs, which only root can mount; otherwise
+those lines say so. Broken batches are given to a trainer in this process. ``training_kills.py``
+tests kills at random moments.
 """
 
 from __future__ import annotations
@@ -52,137 +52,145 @@ if TYPE_CHECKING:
 
 
 class NoSmallDiskError(Exception):
-    """A full disk can't be tried here."""
+    """This process may not mount a small disk."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was seen, and whether that is as it must be."""
+    """A description of what happened, and whether it is correct."""
 
-    seen: str
+    description: str
     is_good: bool
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a mishap may happen."""
+class Run:
+    """A run that a mishap can happen to."""
 
     config: Path
     folder: Path
     wanted: dict[str, Any]
-    """What the undisturbed run has come to."""
+    """Final state of the undisturbed run."""
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
-    def go_on(self) -> tuple[str, bool]:
-        """Run to the end; the line that says where from, and whether it ends as undisturbed."""
+    def resume(self) -> tuple[str, bool]:
+        """Resume to the end; return a description, and whether it ends like the undisturbed run."""
         output = finish(start(self.config, self.folder))
         resumed = [line.strip() for line in output.splitlines() if "resuming at step" in line]
         is_equal = not differences(final_state(self.folder), self.wanted)
-        where = resumed[0].split(" from ")[0] if resumed else "began anew"
-        return f"{where}: {'equal to the bit' if is_equal else 'NOT EQUAL'}", is_equal
+        origin = resumed[0].split(" from ")[0] if resumed else "started over"
+        return f"{origin}: {'equal to the bit' if is_equal else 'NOT EQUAL'}", is_equal
 
 
-def press(place: Place, number: signal.Signals) -> Outcome:
-    """A signal to the whole process group while it trains."""
-    job = start(place.config, place.folder)
-    wait_for(job, place.checkpoints / "model_step_10.pt")
+def press(run: Run, number: signal.Signals) -> Outcome:
+    """Send a signal to the whole process group while it trains."""
+    job = start(run.config, run.folder)
+    wait_for(job, run.checkpoints / "model_step_10.pt")
     os.killpg(job.pid, number)
     output, _ = job.communicate(timeout=60)
-    (step,) = [torch.load(p)["step"] for p in newest_first(place.checkpoints)[:1]]
-    said = f"stopped at step {step}" in output and "Traceback" not in output
-    after, is_equal = place.go_on()
-    is_good = job.returncode == 0 and said and is_equal
+    (step,) = [torch.load(p)["step"] for p in newest_first(run.checkpoints)[:1]]
+    is_reported = f"stopped at step {step}" in output and "Traceback" not in output
+    after, is_equal = run.resume()
+    is_good = job.returncode == 0 and is_reported and is_equal
     return Outcome(f"exit code {job.returncode}, saved step {step}; {after}", is_good)
 
 
-def damage(place: Place, spoil: Callable[[Path], object]) -> Outcome:
-    """The newest checkpoint isn't what was written."""
-    job = start(place.config, place.folder)
-    wait_for(job, place.checkpoints / "model_step_10.pt")
+def damage(run: Run, spoil: Callable[[Path], object]) -> Outcome:
+    """Damage the newest checkpoint of a killed run."""
+    job = start(run.config, run.folder)
+    wait_for(job, run.checkpoints / "model_step_10.pt")
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
-    newest, older = newest_first(place.checkpoints)[:2]
+    newest, older = newest_first(run.checkpoints)[:2]
     spoil(newest)
     before = torch.load(older)["step"]
-    after, is_equal = place.go_on()
+    after, is_equal = run.resume()
     return Outcome(after, is_equal and f"resuming at step {before}:" in after)
 
 
-def leave_partial(place: Place) -> Outcome:
-    """What a killed run was writing lies beside the whole ones."""
-    place.checkpoints.mkdir(parents=True)
-    (place.checkpoints / ".model_step_38.pt.partial").write_bytes(b"half of a checkpoint")
-    after, is_equal = place.go_on()
-    return Outcome(after, is_equal and after.startswith("began anew"))
+def leave_partial(run: Run) -> Outcome:
+    """Leave the partial checkpoint of a killed run in the folder."""
+    run.checkpoints.mkdir(parents=True)
+    (run.checkpoints / ".model_step_38.pt.partial").write_bytes(b"half of a checkpoint")
+    after, is_equal = run.resume()
+    return Outcome(after, is_equal and after.startswith("started over"))
 
 
-def fill_disk(place: Place, *, keep_last_n: int, is_freed: bool) -> Outcome:
-    """Another program takes all room from step 10 on, until a save fails or to the end."""
-    with small_disk(place.checkpoints):
-        job = start(with_key(place, "keep_last_n", keep_last_n), place.folder)
-        wait_for(job, place.checkpoints / "model_step_10.pt")
-        filler = place.checkpoints / "filler"
+def fill_disk(run: Run, *, keep_last_n: int, is_freed: bool) -> Outcome:
+    """Fill the disk by another program from step 10, until a save fails or to the end."""
+    with small_disk(run.checkpoints):
+        job = start(with_key(run, "keep_last_n", keep_last_n), run.folder)
+        wait_for(job, run.checkpoints / "model_step_10.pt")
+        filler = run.checkpoints / "filler"
         with filling(filler, is_greedy=keep_last_n == 1):
             output = read_until(job, "could not be written" if is_freed else None)
         if is_freed:
             filler.unlink()
         output += job.communicate()[0]
         num_failed = output.count("could not be written")
-        num_left = [is_whole(path) for path in list_checkpoints(place.checkpoints)]
-        seen = (
-            f"failed saves: {num_failed}, exit code {job.returncode}, left whole: {sum(num_left)}"
+        num_left = [is_intact(path) for path in list_checkpoints(run.checkpoints)]
+        num_intact = sum(num_left)
+        description = (
+            f"failed saves: {num_failed}, exit code {job.returncode}, intact: {num_intact}"
         )
         is_good = all(num_left) and len(num_left) > 0 and "Traceback" not in output
         if job.returncode == 0:
-            is_equal = not differences(final_state(place.folder), place.wanted)
-            seen += f"; {'equal to the bit' if is_equal else 'NOT EQUAL'}"
-            return Outcome(seen, is_good and is_equal and (num_failed > 0) == (keep_last_n == 1))
+            is_equal = not differences(final_state(run.folder), run.wanted)
+            description += f"; {'equal to the bit' if is_equal else 'NOT EQUAL'}"
+            return Outcome(
+                description, is_good and is_equal and (num_failed > 0) == (keep_last_n == 1)
+            )
         filler.unlink(missing_ok=True)
-        after, is_equal = place.go_on()
-        return Outcome(f"{seen}; with room {after}", is_good and is_equal and "NOT saved" in output)
+        after, is_equal = run.resume()
+        return Outcome(
+            f"{description}; with free space {after}",
+            is_good and is_equal and "NOT saved" in output,
+        )
 
 
-def break_batches(place: Place, how: Callable[[Any], Any]) -> Outcome:
-    """One batch is broken after 80 good ones, and then all are."""
-    config = make_config(place.folder, max_steps=80, save_interval=80, log_interval=1)
+def break_batches(run: Run, how: Callable[[Any], Any]) -> Outcome:
+    """Break one batch after 80 good ones, and in another run all batches after these."""
+    config = make_config(run.folder, max_steps=80, save_interval=80, log_interval=1)
     before = make_trainer(config, EndlessLoader())
     before.train()
-    saved = place.checkpoints / "model_step_80.pt"
+    saved = run.checkpoints / "model_step_80.pt"
 
-    def go_on(broken: range, max_steps: int) -> Any:
+    def resume(broken: range, max_steps: int) -> Any:
         config["training"]["max_steps"] = max_steps
         trainer = make_trainer(config, BrokenLoader(broken, how))
         trainer.load_checkpoint(saved)
         return trainer
 
-    one = go_on(range(80, 81), 81)
+    one = resume(range(80, 81), 81)
     summary = one.train()
     apart = largest_difference(one, before)
-    seen = f"{summary.skipped_steps} step left out, weights differ by {apart:g}"
-    many = go_on(range(80, 1000), 1000)
+    description = f"{summary.skipped_steps} step skipped, weights differ by {apart:g}"
+    many = resume(range(80, 1000), 1000)
     try:
         many.train()
     except DivergedError as error:
         advice = str(error).partition("in a row. ")[2]
         is_good = summary.skipped_steps == 1 and apart == 0 and many.step == 90
         is_good &= largest_difference(many, before) == 0 and "Reduce LR" in advice
-        return Outcome(f"{seen}; all: stopped at step {many.step}: {advice[:48]}...", is_good)
-    return Outcome(f"{seen}; all: NOT STOPPED", is_good=False)
+        return Outcome(
+            f"{description}; all: stopped at step {many.step}: {advice[:48]}...", is_good
+        )
+    return Outcome(f"{description}; all: NOT STOPPED", is_good=False)
 
 
-def keep_some(place: Place) -> Outcome:
+def keep_some(run: Run) -> Outcome:
     """Every other step is saved, and two are kept."""
-    finish(start(with_key(place, "keep_last_n", 2), place.folder))
-    names = sorted(path.name for path in place.checkpoints.iterdir())
+    finish(start(with_key(run, "keep_last_n", 2), run.folder))
+    names = sorted(path.name for path in run.checkpoints.iterdir())
     expected = [FINAL_NAME, f"model_step_{STEPS - 2}.pt", f"model_step_{STEPS}.pt"]
     return Outcome(", ".join(names), names == expected)
 
 
-MISHAPS: dict[str, Callable[[Place], Outcome]] = {
+MISHAPS: dict[str, Callable[[Run], Outcome]] = {
     "SIGTERM": partial(press, number=signal.SIGTERM),
     "Ctrl-C": partial(press, number=signal.SIGINT),
     "newest checkpoint cut in half": partial(damage, spoil=cut_in_half),
@@ -199,14 +207,14 @@ MISHAPS: dict[str, Callable[[Place], Outcome]] = {
 
 
 def wait_for(job: subprocess.Popen[str], path: Path) -> None:
-    """Until a file is there."""
+    """Wait until a file exists."""
     while not path.exists():
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.001)
 
 
 def read_until(job: subprocess.Popen[str], words: str | None) -> str:
-    """Lines of a job up to the one with the words, or all."""
+    """Read lines of a job up to the one with the words, or all."""
     assert job.stdout is not None
     lines = []
     for line in job.stdout:
@@ -216,21 +224,21 @@ def read_until(job: subprocess.Popen[str], words: str | None) -> str:
     return "".join(lines)
 
 
-def with_key(place: Place, key: str, value: int) -> Path:
-    """The configuration with another key of its checkpointing."""
-    values = yaml.safe_load(place.config.read_text(encoding="utf-8"))
+def with_key(run: Run, key: str, value: int) -> Path:
+    """Write a configuration with another value of a checkpointing key."""
+    values = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     values["training"]["checkpointing"][key] = value
-    path = place.folder.with_suffix(".yaml")
+    path = run.folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """A disk of its own at a folder, of 4 MiB.
+    """Mount a disk of 4 MiB at a folder.
 
     Raises:
-        NoSmallDiskError: this process may not make one.
+        NoSmallDiskError: this process may not mount one.
     """
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
@@ -245,7 +253,7 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def filling(path: Path, *, is_greedy: bool) -> Iterator[None]:
-    """A file that takes all room of a disk; a greedy one that takes what becomes free, too."""
+    """Fill a disk by a file; if greedy, take space that becomes free, too."""
     is_over = threading.Event()
 
     def fill() -> None:
@@ -267,13 +275,13 @@ def filling(path: Path, *, is_greedy: bool) -> Iterator[None]:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Step checkpoints."""
+    """List step checkpoints, newest first."""
     steps = [path for path in list_checkpoints(folder) if path.name != FINAL_NAME]
     return sorted(steps, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is what was written."""
+def is_intact(path: Path) -> bool:
+    """Return whether a checkpoint is undamaged."""
     try:
         check_checkpoint(path)
     except CheckpointError:
@@ -285,7 +293,7 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", choices=MISHAPS, action="append", help="this one; may be repeated"
+        "--only", choices=MISHAPS, action="append", help="only this one; can be repeated"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -297,15 +305,17 @@ def main() -> int:
         wanted = final_state(root / "undisturbed")
         print(f"runs of {STEPS} steps, saved at every other one")
         for name in args.only or MISHAPS:
-            place = Place(config, root / str(len(list(root.iterdir()))), wanted)
+            run = Run(config, root / str(len(list(root.iterdir()))), wanted)
             try:
-                outcome = MISHAPS[name](place)
+                outcome = MISHAPS[name](run)
             except NoSmallDiskError as error:
-                print(f"{name:33} left out: {error}")
+                print(f"{name:33} skipped: {error}")
                 continue
             num_bad += not outcome.is_good
-            print(f"{name:33} {'' if outcome.is_good else 'BAD: '}{outcome.seen}", flush=True)
-    print(f"{num_bad} of them did not end as they must" if num_bad else "all ended as they must")
+            print(
+                f"{name:33} {'' if outcome.is_good else 'BAD: '}{outcome.description}", flush=True
+            )
+    print(f"{num_bad} did not end correctly" if num_bad else "all ended correctly")
     return 1 if num_bad else 0
 
 

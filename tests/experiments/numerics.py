@@ -1,10 +1,10 @@
-"""Trains the same 20 steps in every way there is and prints how far the curves are apart.
+"""Train the same 20 steps in several ways, and print how much their losses differ.
 
     python tests/experiments/numerics.py
 
 Each way differs from plain float32 steps on batches of 8 in one key of the configuration, or in two
-micro-batches of 4. The model is small and has no dropout; what is compared is the logged total loss
-of each step, so a difference anywhere in forward, backward or optimizer shows in the steps after.
+micro-batches of 4. The model is small and has no dropout. The logged total loss of each step is
+compared, so a difference in forward, backward or optimizer shows in the steps after it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FAST = {"lr": 1e-2}
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train, and how far its losses may be from float32's, as a share of them."""
+    """One way to train, and the largest relative difference of its losses from float32's."""
 
     tolerance: float
     training: dict[str, Any] = field(default_factory=dict)
@@ -46,18 +46,18 @@ WAYS = {
     "compile": Way(1e-5, {"compile": True}),
 }
 """Weights, sums and losses stay float32; products are rounded to 2^-9 in bf16 and 2^-12 in fp16,
-and the order of a sum changes the 24th bit. Twenty steps let that grow."""
+and the order of a sum changes the 24th bit. These differences grow over 20 steps."""
 
 PLAIN = Way(0.0)
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that torch.compile needs on a CPU."""
+    """Find the C++ compiler that torch.compile needs on a CPU."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))), None)
 
 
 def train(way: Way, folder: Path) -> np.ndarray:
-    """Total loss of each step."""
+    """Train, and return the total loss of each step."""
     config = make_config(folder, max_steps=STEPS, log_interval=1, optimizer=FAST, **way.training)
     config["model"] |= {"hidden_dim": 32, "num_layers": 3, "dropout": 0.0, **way.model}
     halves = [make_batch(seed, size=4) for seed in range(10)]
@@ -72,14 +72,16 @@ def train(way: Way, folder: Path) -> np.ndarray:
 
 
 def deviation(curve: np.ndarray, plain: np.ndarray) -> float:
-    """Largest difference of two curves, as a share of the plain one's loss."""
+    """Return the largest relative difference of a curve from the plain one."""
     return float(np.max(np.abs(curve - plain) / plain))
 
 
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--way", choices=WAYS, action="append", help="only this one")
+    parser.add_argument(
+        "--way", choices=WAYS, action="append", help="only this way; can be repeated"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="curves-") as folder:
@@ -89,12 +91,12 @@ def main() -> int:
         is_good = True
         for name in args.way or WAYS:
             if name == "compile" and find_compiler() is None:
-                print(f"{name:13}  left out: no C++ compiler here")
+                print(f"{name:13}  skipped: no C++ compiler on this machine")
                 continue
             curve = train(WAYS[name], Path(folder) / name.replace(" ", ""))
-            apart, tolerance = deviation(curve, plain), WAYS[name].tolerance
-            is_good &= apart <= tolerance
-            print(f"{name:13}  {curve[-1]:9.4f}  {apart:17.2e}  {tolerance:9.0e}", flush=True)
+            difference, tolerance = deviation(curve, plain), WAYS[name].tolerance
+            is_good &= difference <= tolerance
+            print(f"{name:13}  {curve[-1]:9.4f}  {difference:17.2e}  {tolerance:9.0e}", flush=True)
     return 0 if is_good else 1
 
 

@@ -1,11 +1,10 @@
-"""The shard job from and to S3, against moto's server on this machine.
+"""Run the shard job from and to S3, on moto's server on this machine, and compare the sets.
 
     python tests/experiments/object_store.py
 
-builds the demo-like sessions of tests/experiments/build_kills.py from and to folders and `s3://`
-in all four ways,
-updates a set behind `s3://` (with a job killed in the midst, too), and compares every file with the
-local one.
+Builds the sessions of tests/experiments/build_kills.py from and to folders and `s3://` in all four
+combinations, updates a set behind `s3://`, also by a job that is killed, and compares every file
+with the local one.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ SECRET = "not-to-be-printed"
 
 @contextmanager
 def s3_server() -> Iterator[Any]:
-    """moto's server with an empty bucket `here`; a boto3 client. Sets the environment for it."""
+    """Run moto's server with an empty bucket `here`; set the environment, yield a boto3 client."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -63,7 +62,7 @@ def upload(client: Any, folder: Path, prefix: str) -> None:
 
 
 def stored_hashes(client: Any, prefix: str) -> dict[str, str]:
-    """SHA-256 of every object below a prefix."""
+    """Hash every object below a prefix by SHA-256."""
     return {
         key[len(prefix) + 1 :]: hashlib.sha256(
             client.get_object(Bucket="here", Key=key)["Body"].read()
@@ -84,6 +83,7 @@ def main() -> int:
 
 
 def compare(root: Path, client: Any) -> int:
+    """Print the rows; return the exit code."""
     first, update = prepare(root)
     outputs: list[str] = []
     num_bad = 0
@@ -96,27 +96,27 @@ def compare(root: Path, client: Any) -> int:
         outputs.append(finish(job))
         return time.monotonic() - begin_s
 
-    def note(what: str, found: dict[str, str], wanted: dict[str, str], length_s: float) -> None:
+    def report(title: str, hashes: dict[str, str], wanted: dict[str, str], length_s: float) -> None:
         # The builder's cache holds times and tags of files, which differ between stores.
-        names = {*found, *wanted} - {"sessions.jsonl"}
-        bad = sorted(n for n in names if found.get(n) != wanted.get(n))
+        names = {*hashes, *wanted} - {"sessions.jsonl"}
+        bad = sorted(n for n in names if hashes.get(n) != wanted.get(n))
         nonlocal num_bad
         num_bad += len(bad)
         verdict = f"DIFFERENT: {bad[:3]}" if bad else "byte-equal"
-        print(f"{what:44} {len(names)} files  {length_s:5.1f} s  {verdict}", flush=True)
+        print(f"{title:44} {len(names)} files  {length_s:5.1f} s  {verdict}", flush=True)
 
     upload(client, first.sessions, "sessions")
     length_s = build(first.sessions, root / "local")
     wanted = all_hashes(root / "local")
-    note("folder -> folder", wanted, wanted, length_s)
+    report("folder -> folder", wanted, wanted, length_s)
     length_s = build("s3://here/sessions", root / "from-s3")
-    note("s3:// -> folder", all_hashes(root / "from-s3"), wanted, length_s)
+    report("s3:// -> folder", all_hashes(root / "from-s3"), wanted, length_s)
     length_s = build(first.sessions, "s3://here/to")
-    note("folder -> s3://", stored_hashes(client, "to"), wanted, length_s)
+    report("folder -> s3://", stored_hashes(client, "to"), wanted, length_s)
     length_s = build("s3://here/sessions", "s3://here/both")
-    note("s3:// -> s3://", stored_hashes(client, "both"), wanted, length_s)
+    report("s3:// -> s3://", stored_hashes(client, "both"), wanted, length_s)
     length_s = build("s3://here/sessions", "s3://here/both")
-    note("the same again: nothing changed", stored_hashes(client, "both"), wanted, length_s)
+    report("the same again: nothing changed", stored_hashes(client, "both"), wanted, length_s)
 
     shutil.copytree(update.old, root / "updated")
     build(first.sessions, root / "updated")
@@ -131,10 +131,10 @@ def compare(root: Path, client: Any) -> int:
     readable = stored_hashes(client, "updated")
     old = all_hashes(update.old)
     is_whole = all(readable.get(n) == h for n, h in old.items() if n != "sessions.jsonl")
-    state = "whole" if is_whole else "BROKEN"
-    print(f"update of a set behind s3:// killed in the midst: old set {state}", flush=True)
+    state = "intact" if is_whole else "BROKEN"
+    print(f"update of a set behind s3:// killed: old set {state}", flush=True)
     length_s = build("s3://here/sessions", "s3://here/updated")
-    note("rerun of it", stored_hashes(client, "updated"), wanted, length_s)
+    report("rerun of it", stored_hashes(client, "updated"), wanted, length_s)
     leaks = sum(SECRET in output for output in outputs)
     left = [p for p in (root / "scratch").rglob("*") if p.is_file() and "dask-" not in str(p)]
     print(f"outputs that hold the secret key: {leaks}; temporary files left: {len(left)}")

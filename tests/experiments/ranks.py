@@ -1,13 +1,13 @@
-"""Trains the same steps in one process and among ranks, and prints how far apart they are.
+"""Train the same steps in one process and on several ranks, and print the differences.
 
     python tests/experiments/ranks.py                    2 and 4 ranks, a few minutes on two cores
     python tests/experiments/ranks.py --world-sizes 2
 
-Two tables. In the first each way among ranks, gloo on the CPU, is compared with the same training
-in one process: the same keys in every global batch, and the largest differences of losses, held-out
-ones among them, and of gradient norms, of the whole model and of each part, as shares of them. In
-the second each checkpoint of the third step is loaded into each other way, and what follows is
-compared with the undisturbed process.
+The first table compares each way on ranks (gloo on the CPU) with the same training in one process:
+whether every global batch has the same keys, and the largest relative differences of losses, also
+held-out ones, and of gradient norms of the whole model and of its parts. For the second table, each
+way resumes the third step's checkpoint of each way; the steps after it are compared with the
+undisturbed process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train, among ranks and alone, and how far the two may be apart."""
+    """One way to train, and the largest relative differences of ranks from one process."""
 
     name: str
     tolerance: float = TOLERANCE
@@ -50,28 +50,28 @@ WAYS = [
     Way("recomputing", options={"gradient_checkpointing": True}),
     Way("2 loader processes", options={"num_workers": 2}),
 ]
-"""Ranks add the same float32 numbers in another order; in half precision each rounds its own sums,
-to 2^-9 in bf16 and 2^-12 in fp16, gradients of weights among them."""
+"""Ranks add the same float32 numbers in another order. In half precision each rank rounds its own
+sums, also those of weight gradients, to 2^-9 in bf16 and 2^-12 in fp16."""
 
 PARALLEL = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Ranks beside one process."""
+    """Differences of ranks from one process."""
 
     has_same_batches: bool
     loss_deviation: float
     norm_deviation: float
 
     def is_good(self, way: Way) -> bool:
-        """Whether they did the same."""
+        """Return whether they are within the way's tolerances."""
         is_near = self.loss_deviation <= way.tolerance and self.norm_deviation <= way.norm_tolerance
         return self.has_same_batches and is_near
 
 
 def compare(ranks: list[dict[str, Any]], alone: dict[str, Any], *, first: int = 0) -> Compared:
-    """What each rank read and measured from step `first` on, beside what one process did."""
+    """Compare what ranks read and measured from step `first` on with one process."""
     keys = [[key for r in ranks for key in r["keys"][i]] for i in range(len(ranks[0]["keys"]))]
     per_step = len(alone["keys"]) // len(alone["metrics"])
     pairs = [
@@ -90,13 +90,13 @@ def compare(ranks: list[dict[str, Any]], alone: dict[str, Any], *, first: int = 
 
 
 def _deviation(pairs: list[tuple[dict[str, float], dict[str, float]]], prefix: str) -> float:
-    """The largest relative difference of the metrics that begin so; NaN where one is NaN."""
-    values = [(here[n], there[n]) for here, there in pairs for n in there if n.startswith(prefix)]
-    return float(np.max([abs(h / t - 1) if h != t else 0.0 for h, t in values]))
+    """Return the largest relative difference of metrics with a prefix; NaN if one is NaN."""
+    values = [(own[n], other[n]) for own, other in pairs for n in other if n.startswith(prefix)]
+    return float(np.max([abs(a / b - 1) if a != b else 0.0 for a, b in values]))
 
 
 def compare_ways(shards: Path, root: Path, world_size: int, ways: list[Way]) -> dict[str, Compared]:
-    """Every way with DDP and with FSDP2 among ranks, by "PARALLEL WAY"."""
+    """Compare every way on ranks, with DDP and with FSDP2; by "PARALLEL WAY"."""
     alone = {way.name: train_once(**_run(shards, root / "alone", way)) for way in ways}
     pairs = list(itertools.product(PARALLEL, ways))
     runs = [_run(shards, root / parallel, way, parallel=parallel) for parallel, way in pairs]
@@ -110,15 +110,15 @@ def compare_ways(shards: Path, root: Path, world_size: int, ways: list[Way]) -> 
 def compare_resumes(
     shards: Path, root: Path, world_sizes: list[int]
 ) -> dict[tuple[str, str], Compared]:
-    """Of each way's checkpoint what each way makes of it, by (from, to)."""
+    """Resume each way's checkpoint in each way, and compare; by (from, to)."""
     ways = [(1, "auto"), *itertools.product(world_sizes, PARALLEL)]
     names = {way: "1 process" if way[0] == 1 else f"{way[0]} {way[1]}" for way in ways}
     saving = {"save_interval": SAVED_STEP}
 
-    def train(world_size: int, runs: list[dict[str, Any]], where: str) -> list[list[Any]]:
+    def train(world_size: int, runs: list[dict[str, Any]], folder: str) -> list[list[Any]]:
         if world_size == 1:
             return [[train_once(**run)] for run in runs]
-        return train_among_ranks(world_size, runs, root / where)
+        return train_among_ranks(world_size, runs, root / folder)
 
     for size, parallel in ways:
         run = _run(
@@ -127,7 +127,7 @@ def compare_resumes(
         (ranks,) = train(size, [run], f"from_{size}_{parallel}")
         if size == 1:
             (alone,) = ranks
-    found = {}
+    compared = {}
     for size, parallel in ways:
         to = names[size, parallel]
         saved = {name: root / "from" / _folder(name) / "checkpoints" for name in names.values()}
@@ -144,8 +144,8 @@ def compare_resumes(
             for name, path in saved.items()
         ]
         for name, ranks in zip(saved, train(size, runs, f"to_{size}_{parallel}"), strict=True):
-            found[name, to] = compare(ranks, alone, first=SAVED_STEP)
-    return found
+            compared[name, to] = compare(ranks, alone, first=SAVED_STEP)
+    return compared
 
 
 def _run(shards: Path, root: Path, way: Way, *, parallel: str = "auto") -> dict[str, Any]:
@@ -172,27 +172,27 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         root = Path(folder)
         shards = make_set(root)
-        print(f"{STEPS} steps beside one process; {torch.__version__}")
+        print(f"{STEPS} steps, compared with one process; {torch.__version__}")
         print("ranks  way                      same batches  losses differ  gradient norms")
         for size in args.world_sizes:
-            for name, found in compare_ways(shards, root, size, WAYS).items():
+            for name, compared in compare_ways(shards, root, size, WAYS).items():
                 way = next(way for way in WAYS if name.endswith(way.name))
-                is_good &= found.is_good(way)
+                is_good &= compared.is_good(way)
                 print(
-                    f"{size:5}  {name:23}  {'yes' if found.has_same_batches else 'NO':>12}"
-                    f"  {found.loss_deviation:13.1e}  {found.norm_deviation:14.1e}"
-                    f"{'' if found.is_good(way) else '  BAD'}",
+                    f"{size:5}  {name:23}  {'yes' if compared.has_same_batches else 'NO':>12}"
+                    f"  {compared.loss_deviation:13.1e}  {compared.norm_deviation:14.1e}"
+                    f"{'' if compared.is_good(way) else '  BAD'}",
                     flush=True,
                 )
         resumes = compare_resumes(shards, root, args.world_sizes)
         columns = list(dict.fromkeys(to for _, to in resumes))
-        print(f"\ncheckpoint of step {SAVED_STEP}, gone on from in each way: losses differ by")
+        print(f"\ncheckpoint of step {SAVED_STEP}, resumed in each way: losses differ by")
         print(f"{'of':11}" + "".join(f"{to:>11}" for to in columns))
         for name in columns:
             cells = [resumes[name, to] for to in columns]
             texts = [f"{c.loss_deviation:.1e}" if c.has_same_batches else "BATCHES" for c in cells]
             print(f"{name:11}" + "".join(f"{text:>11}" for text in texts))
-        is_good &= all(found.is_good(Way("float32")) for found in resumes.values())
+        is_good &= all(compared.is_good(Way("float32")) for compared in resumes.values())
     return 0 if is_good else 1
 
 

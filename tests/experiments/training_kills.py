@@ -1,13 +1,12 @@
-"""Kills trainings at random moments and compares what `--resume auto` makes with an undisturbed
-run.
+"""Kill trainings at random moments, and compare `--resume auto` with an undisturbed run.
 
     python tests/experiments/training_kills.py --kills 30
 
 Each trial starts ``python -m train run --resume auto`` with a loader process and kills (SIGKILL)
 the whole process group, or the trainer alone: half of the times anywhere in the training, half
-while a checkpoint is being written. Whatever checkpoints lie there then must be whole; the same
-command must end with the weights, moments, random states and stream position of the undisturbed
-run, bit for bit; and no process may go on.
+while a checkpoint is being written. All checkpoints that are left must be intact. The same command
+must end with the weights, moments, random states and stream position of the undisturbed run, bit
+for bit, and no process may be left.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ if TYPE_CHECKING:
 STEPS, SAVE_INTERVAL = 40, 2
 TARGETS = ("group", "trainer")
 OWN_TO_A_RUN = ("saved_at", "run_name", "config")
-"""Keys of a checkpoint that two runs differ in: the time, and names of folders."""
+"""Keys of a checkpoint that differ between two runs: the time, and names of folders."""
 
 
 @dataclass
 class Trial:
-    """One kill and what came of it."""
+    """One kill and its result."""
 
     target: str
     moment: str
@@ -55,7 +54,7 @@ class Trial:
 
 
 def prepare(root: Path) -> Path:
-    """A tiny set, and a configuration in which everything that draws at random does."""
+    """Build a tiny set; write a configuration that uses every source of random numbers."""
     config = make_config(make_set(root), num_workers=1)
     values = config.model_dump(mode="json")
     values["model"] |= {"dropout": 0.1, "modality_dropout": 0.2}
@@ -72,45 +71,45 @@ def prepare(root: Path) -> Path:
 
 
 def start(config: Path, folder: Path) -> subprocess.Popen[str]:
-    """A training that goes on where it can; its temporary files lie in `folder`/tmp."""
-    places = [
+    """Start a training that resumes if it can; its temporary files are in `folder`/tmp."""
+    overrides = [
         f"training.checkpointing.save_dir={folder / 'checkpoints'}",
         f"training.log_dir={folder / 'runs'}",
     ]
     command = [sys.executable, "-m", "train", "run", "--config", config, "--resume", "auto"]
-    return launch([*command, *places], scratch=folder / "tmp")
+    return launch([*command, *overrides], scratch=folder / "tmp")
 
 
 def final_state(folder: Path) -> dict[str, Any]:
-    """What the run has come to."""
+    """Read the final state of a run, without what is its own."""
     state = torch.load(folder / "checkpoints" / FINAL_NAME)
     return {key: value for key, value in state.items() if key not in OWN_TO_A_RUN}
 
 
-def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """Places where two nested states are not equal to the bit."""
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        pairs = [(f"{where}/{key}", one[key], other[key]) for key in one]
-    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        if len(one) != len(other):
-            return [where]
-        pairs = [(f"{where}/{i}", *pair) for i, pair in enumerate(zip(one, other, strict=True))]
-    elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+def differences(state: Any, other: Any, path: str = "") -> list[str]:
+    """List the paths at which two nested states are not equal bit for bit."""
+    if isinstance(state, dict) and isinstance(other, dict) and state.keys() == other.keys():
+        pairs = [(f"{path}/{key}", state[key], other[key]) for key in state]
+    elif isinstance(state, list | tuple) and isinstance(other, list | tuple):
+        if len(state) != len(other):
+            return [path]
+        pairs = [(f"{path}/{i}", *pair) for i, pair in enumerate(zip(state, other, strict=True))]
+    elif isinstance(state, torch.Tensor) and isinstance(other, torch.Tensor):
         bits = [
             t.contiguous().view(torch.uint8).numpy() if t.dim() else t.numpy().tobytes()
-            for t in (one, other)
+            for t in (state, other)
         ]
-        is_equal = one.dtype == other.dtype and np.array_equal(*bits)
-        return [] if is_equal else [where]
+        is_equal = state.dtype == other.dtype and np.array_equal(*bits)
+        return [] if is_equal else [path]
     else:
-        return [] if one == other else [where]
-    return [place for name, a, b in pairs for place in differences(a, b, name)]
+        return [] if state == other else [path]
+    return [each for name, a, b in pairs for each in differences(a, b, name)]
 
 
 def run_trial(
     config: Path, target: str, folder: Path, wanted: dict[str, Any], chance: random.Random
 ) -> Trial:
-    """Kill one training at a random moment and go on."""
+    """Kill one training at a random moment, resume it, and compare."""
     num_saved = chance.randrange(0, STEPS // SAVE_INTERVAL)
     is_saving = chance.random() < 0.5
     after_s = chance.uniform(0, 0.02 if is_saving else 0.3)
@@ -130,7 +129,7 @@ def run_trial(
     _check_left(folder, trial)
     output = finish(start(config, folder))
     resumed = [line for line in output.splitlines() if "resuming at step" in line]
-    trial.resumed_from = resumed[0].split(" from ")[0] if resumed else "began anew"
+    trial.resumed_from = resumed[0].split(" from ")[0] if resumed else "started over"
     different = differences(final_state(folder), wanted)
     if different:
         trial.problems.append(f"not equal: {different[:4]} and {len(different)} in all")
@@ -140,17 +139,17 @@ def run_trial(
 def _wait_for(
     job: subprocess.Popen[str], checkpoints: Path, num_saved: int, *, is_saving: bool
 ) -> None:
-    """Returns when so many checkpoints were made and, with `is_saving`, the next one is begun."""
+    """Wait for `num_saved` checkpoints and, if `is_saving`, for the start of the next one."""
     while job.poll() is None:
         steps = [int(p.stem.rpartition("_")[2]) for p in checkpoints.glob("model_step_*.pt")]
-        is_there = max(steps, default=0) >= num_saved * SAVE_INTERVAL and checkpoints.is_dir()
-        if is_there and (not is_saving or any(checkpoints.glob(".*.partial"))):
+        is_saved = max(steps, default=0) >= num_saved * SAVE_INTERVAL and checkpoints.is_dir()
+        if is_saved and (not is_saving or any(checkpoints.glob(".*.partial"))):
             return
         time.sleep(0.0005)
 
 
 def _check_left(folder: Path, trial: Trial) -> None:
-    """Every checkpoint with its true name is whole, and no process goes on."""
+    """Check that complete checkpoints are intact, and that no process is left."""
     for path in (folder / "checkpoints").glob("model_*.pt"):
         try:
             check_checkpoint(path)
@@ -159,7 +158,7 @@ def _check_left(folder: Path, trial: Trial) -> None:
     deadline_s = time.monotonic() + 20
     while any(_is_of(process, folder) for process in psutil.process_iter(["environ"])):
         if time.monotonic() > deadline_s:
-            trial.problems.append("a loader process goes on")
+            trial.problems.append("a loader process still runs")
             return
         time.sleep(0.05)
 
@@ -169,7 +168,7 @@ def _is_of(process: psutil.Process, folder: Path) -> bool:
 
 
 def run_trials(root: Path, num_kills: int, seed: int) -> list[Trial]:
-    """Kill that many trainings, as a seed says, and print a line for each."""
+    """Kill `num_kills` trainings at moments drawn by a seed, and print a line for each."""
     chance = random.Random(seed)
     config = prepare(root)
     began_s = time.monotonic()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from experiments.mishaps import MISHAPS, NoSmallDiskError, Place
+from experiments.mishaps import MISHAPS, NoSmallDiskError, Run
 from experiments.training_kills import final_state, prepare, start
 from helpers.processes import finish
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A configuration, and what its run comes to."""
+    """Run an undisturbed training; return its configuration and final state."""
     root = tmp_path_factory.mktemp("mishaps")
     config = prepare(root)
     finish(start(config, root / "undisturbed"))
@@ -23,7 +23,7 @@ def undisturbed(tmp_path_factory):
 def test_a_training_survives(undisturbed, tmp_path, name):
     config, wanted = undisturbed
     try:
-        outcome = MISHAPS[name](Place(config, tmp_path / "run", wanted))
+        outcome = MISHAPS[name](Run(config, tmp_path / "run", wanted))
     except NoSmallDiskError as error:
         pytest.skip(f"a small disk needs root here: {error}")
-    assert outcome.is_good, outcome.seen
+    assert outcome.is_good, outcome.description
