@@ -1,4 +1,4 @@
-"""The form of a batch, and the sources that fill it; see docs/architecture.md, "The batch".
+"""The form of a batch, and the sources that fill it; see docs/batch.md.
 
 ::
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from train.data.order import BatchOrder, OrderSettings
 
 Batch = dict[str, Any]
-"""A batch, as docs/architecture.md describes it."""
+"""A batch, as docs/batch.md describes it."""
 
 SampleLocation = tuple[int, int]
 """(shard, row) of a sample."""

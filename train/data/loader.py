@@ -55,7 +55,7 @@ _STATE_KEYS = ("mix", "sets", "fingerprint", "seed", "last_batch", "shuffle_bloc
 class Loader:
     """Batches of a source in the order of a seed, from any position.
 
-    Iterating yields the batches of ``docs/architecture.md`` with "index", "epoch" and "skipped";
+    Iterating yields the batches of ``docs/batch.md`` with "index", "epoch" and "skipped";
     for a mix also "samples_of": how many samples of the global batch come from each set. The
     training loader never ends; one with `num_epochs` does. Every iteration starts over at the
     loader's start: its first batch, or the loaded state. The substitute of a corrupt sample has

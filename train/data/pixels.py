@@ -45,7 +45,7 @@ def to_model_inputs(
     """Turn a batch's "inputs" into the model's, on the device they are on.
 
     Args:
-        inputs: see docs/architecture.md, "The batch".
+        inputs: see docs/batch.md.
         dtype: of the frames that are returned.
 
     Returns:

@@ -214,7 +214,7 @@ def read_window(source: SessionSource, row: int, trained: TrainedModel) -> dict[
     """Read a window as a batch of one on the model's device, cut at the session's end.
 
     Returns:
-        As docs/architecture.md, "The batch", with "num_ticks": the ticks of the window.
+        As docs/batch.md, with "num_ticks": the ticks of the window.
     """
     shapes = trained.shapes
     batch = assemble_batch(source, [(0, row)], config=trained.config, shapes=shapes)

@@ -104,7 +104,7 @@ def pick_window(
     """Return the window of a batch with the most text tokens; the first one if there are none.
 
     Args:
-        batch: docs/architecture.md, "The batch".
+        batch: docs/batch.md.
         outputs: of the model for it.
         config: heads of the model.
         shapes: sizes of the window.

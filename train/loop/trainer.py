@@ -48,7 +48,7 @@ class Trainer:
     Args:
         model: maps a batch's inputs to the output of each head; moved to the device.
         config: a TrainConfig, or the plain dict that ``yaml.safe_load`` returns.
-        loader: any iterable of batches (docs/architecture.md); a finite one is repeated. Under
+        loader: any iterable of batches (docs/batch.md); a finite one is repeated. Under
             torchrun it must yield this rank's share, as a ``Loader`` with its rank does.
         device: "auto", "cpu", "cuda", ...; "auto" uses ``training.device``.
         val_loader: held-out batches; at most ``training.eval_batches`` of them are measured.

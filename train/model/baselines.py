@@ -113,7 +113,7 @@ class Baselines:
         """Count the targets of training batches.
 
         Args:
-            batches: as docs/architecture.md, "The batch"; finite, with each sample once.
+            batches: as docs/batch.md; finite, with each sample once.
             config: has the heads.
             shapes: sizes of the windows.
         """

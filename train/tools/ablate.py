@@ -87,7 +87,7 @@ def ablate(
 
     Args:
         model: in evaluation mode, on `device`.
-        batches: held-out batches, as docs/architecture.md, "The batch".
+        batches: held-out batches, as docs/batch.md.
         device: of the model.
 
     Returns:
