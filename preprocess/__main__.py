@@ -228,17 +228,17 @@ def verify(ctx: click.Context, shard_set: str) -> None:
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("shards")
-        verdict = verify_set(
+        result = verify_set(
             shard_set, progress=lambda done, total: bars.update(bar, completed=done, total=total)
         )
-    for problem in verdict.problems:
+    for problem in result.problems:
         click.echo(problem, err=True)
     click.echo(
-        f"{redact_url(shard_set)}: {verdict.num_samples} samples in {verdict.num_shards} shards, "
-        f"{verdict.num_members} members, {verdict.length_bytes / 2**20:.1f} MiB: "
-        + (f"{len(verdict.problems)} problems" if verdict.problems else "all good")
+        f"{redact_url(shard_set)}: {result.num_samples} samples in {result.num_shards} shards, "
+        f"{result.num_members} members, {result.length_bytes / 2**20:.1f} MiB: "
+        + (f"{len(result.problems)} problems" if result.problems else "all good")
     )
-    if verdict.problems:
+    if result.problems:
         ctx.exit(1)
 
 

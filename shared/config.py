@@ -101,7 +101,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(
-                f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is not a configuration file"
+                f"{path}: larger than {MAX_CONFIG_BYTES} bytes; fix: give a configuration file"
             )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -193,10 +193,14 @@ class Recipe(Section):
                 )
         if self.audio.rate_hz % self.mel.rate_hz:
             raise ValueError(
-                f"mel.rate_hz {self.mel.rate_hz} does not divide audio.rate_hz {self.audio.rate_hz}"
+                f"mel.rate_hz {self.mel.rate_hz} does not divide audio.rate_hz "
+                f"{self.audio.rate_hz}; fix: change one of the two"
             )
         if self.mel.ceiling_db <= self.mel.floor_db:
-            raise ValueError("mel.ceiling_db must be above mel.floor_db")
+            raise ValueError(
+                f"mel.ceiling_db {self.mel.ceiling_db:g} is not above mel.floor_db "
+                f"{self.mel.floor_db:g}; fix: raise the ceiling or lower the floor"
+            )
         return self
 
     def count(self, rate_hz: float) -> int:

@@ -102,7 +102,7 @@ class Cluster:
         return 0 if is_short else max(0, self._num_workers - num_parallel)
 
     def is_in_process(self, *, work_s: float) -> bool:
-        """Whether work of so long runs in this process, one task after the other."""
+        """Return whether work of this length runs in this process, one task after the other."""
         is_small = self._num_workers == 0 or (self._client is None and work_s < self._start_s)
         return self._scheduler is None and is_small
 
@@ -273,7 +273,7 @@ def _run_in_process(
 
 
 def _outcome(future: Any) -> Any:  # noqa: ANN401
-    """Result or error of a future that has ended."""
+    """Return the result or the error of a future that has ended."""
     from distributed import KilledWorker
 
     error = future.exception()

@@ -112,7 +112,7 @@ def make_manifest(new: NewSet) -> Manifest:
 
 
 def commit(new: NewSet, manifest: Manifest) -> None:
-    """Write the small files of a set that changed; the manifest last."""
+    """Write those small files of a set that changed; the manifest last."""
     store, previous = new.store, new.previous
     for name, content in (
         (new.tokenizer_file, new.tokenizer.json.encode()),
@@ -177,7 +177,8 @@ def _files_of(name: str, store: ShardSetStore, *, known: Collection[str]) -> set
 
 
 def _flatten(per_column: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: value for part in per_column.values() for name, value in part.items()}
+    """Join the statistics of all columns of a shard."""
+    return {name: value for column in per_column.values() for name, value in column.items()}
 
 
 # --- rejected.jsonl --------------------------------------------------------------------------
@@ -214,6 +215,7 @@ def to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
 
 def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]]:
     windows = scan.windows(recipe)
+    # What was skipped in files, or why none of the windows is a sample.
     for sentence in scan.issues:
         yield {"level": "lines", "session": scan.session, "reason": sentence}
     reason = scan.session_rejection(recipe)
@@ -225,10 +227,10 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
             "reason": reason,
         }
         return
-    for stream, why in scan.absent.items():
+    for stream, reason in scan.absent.items():
         sources = next(c.sources for c in COLUMNS.values() if stream in c.streams)
         if len(sources) == 1 and stream not in scan.not_recorded:
-            yield {"level": "stream", "session": scan.session, "stream": stream, "reason": why}
+            yield {"level": "stream", "session": scan.session, "stream": stream, "reason": reason}
     for window in windows:
         key = {"session": scan.session, "window": window.index}
         reason = scan.rejection(window, recipe)
@@ -239,5 +241,5 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
         present = scan.present(window, recipe)
         for stream, share in zip(STREAMS, scan.coverage[window.index], strict=True):
             if share > 0 and stream not in present:
-                why = f"covers {share:.0%} of the window, less than window.min_coverage"
-                yield {"level": "stream", **key, "stream": stream, "reason": why}
+                reason = f"covers {share:.0%} of the window, less than window.min_coverage"
+                yield {"level": "stream", **key, "stream": stream, "reason": reason}

@@ -32,8 +32,8 @@ def reasons(plan: Plan) -> list[tuple[Verb, str]]:
     lines: list[tuple[Verb, str]] = [("make", line) for line in _made(plan)]
     if plan.dropped:
         owner = "its" if len(plan.dropped) == 1 else "their"
-        why = _names(plan.dropped_changes) or f"other shards hold {owner} sessions"
-        lines.append(("remove", f"{_plural(len(plan.dropped), 'shard')}: {why}"))
+        changes = _names(plan.dropped_changes) or f"other shards hold {owner} sessions"
+        lines.append(("remove", f"{_plural(len(plan.dropped), 'shard')}: {changes}"))
     explained = {
         setting
         for task in plan.tasks
@@ -46,7 +46,7 @@ def reasons(plan: Plan) -> list[tuple[Verb, str]]:
 
 
 def _made(plan: Plan) -> list[str]:
-    """One line for all columns that share a reason."""
+    """List one line for all columns that share a reason."""
     written = [column for task in plan.tasks for column in task.columns.values()]
     columns_of: dict[tuple[int, str], list[str]] = {}
     for reason in dict.fromkeys(column.reason for column in written):
@@ -55,22 +55,18 @@ def _made(plan: Plan) -> list[str]:
                 t for t in plan.tasks if name in t.columns and t.columns[name].reason == reason
             ]
             if tasks:
-                line = (len(tasks), _why(reason, name, tasks))
+                line = (len(tasks), _explain(reason, name, tasks))
                 columns_of.setdefault(line, []).append(name)
     return [
         f"{num} of {len(plan.order)} "
         + ("shards" if len(names) == len(COLUMNS) else f"{', '.join(names)} columns")
-        + f": {why}"
-        for (num, why), names in columns_of.items()
+        + f": {explanation}"
+        for (num, explanation), names in columns_of.items()
     ]
 
 
-def _reason_of(task: ShardTask, column: str) -> Reason | None:
-    return task.columns[column].reason if column in task.columns else None
-
-
-def _why(reason: Reason, column: str, tasks: Sequence[ShardTask]) -> str:
-    """The reason, the names of the sessions, and how many rows are copied and made."""
+def _explain(reason: Reason, column: str, tasks: Sequence[ShardTask]) -> str:
+    """Format the reason, the names of the sessions, and how many rows are copied and made."""
     names = _names(*(task.columns[column].changes for task in tasks))
     num_copied = sum(_num_copied(task, column) for task in tasks)
     num_made = sum(task.num_samples for task in tasks) - num_copied
@@ -88,7 +84,7 @@ def _num_copied(task: ShardTask, column: str) -> int:
 
 
 def _names(*changes: Changes) -> str:
-    """``new: eve; removed: bob; changed: cat (audio.wav)``."""
+    """Format changes, such as ``new: eve; removed: bob; changed: cat (audio.wav)``."""
     changed: Mapping[str, str] = {s: change for c in changes for s, change in c.changed.items()}
     groups = {
         "new": {name for c in changes for name in c.new},
@@ -99,7 +95,7 @@ def _names(*changes: Changes) -> str:
 
 
 def _examples(names: Iterable[str]) -> str:
-    """The first names, and the number of the others."""
+    """List the first names, and the number of the others."""
     ordered = sorted(names)
     num_others = len(ordered) - _NUM_EXAMPLES
     if num_others <= 0:

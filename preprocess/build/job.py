@@ -109,7 +109,7 @@ def build_shards(
     verify: bool = False,
     compact: bool = False,
 ) -> BuildSummary:
-    """Bring the shard set `out` up to date with the sessions and the recipe.
+    """Update the shard set `out` to the sessions and the recipe.
 
     Args:
         sessions: a folder of sessions, or its URL.
@@ -173,7 +173,7 @@ def build_shards(
 
 
 def _read_previous(store: ShardSetStore) -> Manifest | None:
-    """The manifest of the set; None if there is none or it is damaged."""
+    """Read the manifest of the set; None if there is none or it is damaged."""
     try:
         return store.read_manifest()
     except CorruptError:
@@ -197,6 +197,7 @@ def _choose_tokenizer(
     Returns:
         The tokenizer and its file name in the set.
     """
+    # The recipe's tokenizer, the previous one if the same texts trained it, or a new one.
     tokenizer: TextTokenizer | None = None
     if recipe.text.tokenizer is not None:
         tokenizer = load_tokenizer(recipe.text.tokenizer)
@@ -222,6 +223,7 @@ def _choose_tokenizer(
         tokenizer = train_tokenizer(
             [text for session in texts for text in session], vocab_size=recipe.text.vocab_size
         )
+    # Another tokenizer gets another file name, as readers of the previous set need the old one.
     if previous is None or tokenizer.sha256 == previous.tokenizer_sha256:
         return tokenizer, "tokenizer.json" if previous is None else previous.tokenizer_file
     return tokenizer, versioned("tokenizer.json", previous.generation + 1)
@@ -280,7 +282,7 @@ def _write_shards(build: Build, tasks: Sequence[ShardTask]) -> dict[str, ShardEn
 
 
 def _context(build: Build, sessions: Sequence[SessionWindows], tokenizer_json: str) -> TaskContext:
-    """What a task over some sessions needs."""
+    """Collect what a task over some sessions needs."""
     names = [own.session for own in sessions]
     return TaskContext(
         out=build.store,
@@ -300,7 +302,7 @@ def _encode_video(argument: tuple[VideoSubtask, TaskContext]) -> EncodedVideo:
 
 
 def _new_set(build: Build, finished: Mapping[str, ShardEntry]) -> NewSet:
-    """The set of the finished and the unchanged shards."""
+    """Describe the set of the finished and the unchanged shards."""
     previous, plan, tokenizer = build.previous, build.plan, build.tokenizer
     kept = {} if previous is None else {entry.name: entry for entry in previous.shards}
     shards = tuple(finished.get(name) or kept[name] for name in plan.order)

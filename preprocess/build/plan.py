@@ -65,6 +65,7 @@ def plan_shards(
         previous: the set to update, if any.
         compacts: pack as a fresh build would, whatever the previous shards hold.
     """
+    # Decide which shard holds which windows.
     samples = {name: sample_windows(scan, recipe) for name, scan in sorted(scans.items())}
     settings = () if previous is None else recipe_changes(previous.recipe, recipe)
     repacking = tuple(s for s in settings if s.partition(".")[0] in PACKING_SECTIONS)
@@ -88,6 +89,7 @@ def plan_shards(
         ),
         generation=0 if previous is None else previous.generation + 1,
     )
+    # Decide which columns of each shard are written.
     tasks, unchanged = [], []
     for shard in planned:
         task = _plan_shard(shard, context)
@@ -95,6 +97,7 @@ def plan_shards(
             tasks.append(task)
         else:
             unchanged.append(shard.previous)
+    # Previous shards that the new set does not have, readable or not.
     names = {shard.name for shard in planned}
     dropped = {s.name: s.sessions for s in shards if s.name not in names}
     for entry in () if previous is None else previous.lost:
@@ -126,7 +129,7 @@ def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tupl
 
 
 def _flatten(recipe: Recipe) -> dict[str, Any]:
-    """Keys of a recipe with their sections, and their values."""
+    """Flatten a recipe to ``section.key`` -> value."""
     flat: dict[str, Any] = {}
     for name, value in recipe.as_json().items():
         is_section = isinstance(value, dict)
@@ -135,7 +138,7 @@ def _flatten(recipe: Recipe) -> dict[str, Any]:
 
 
 def _short_repr(value: Any) -> str:  # noqa: ANN401
-    """A value in few letters; the first twelve letters of a hash."""
+    """Format a value in few letters: a hash by its first twelve."""
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
     return str(value) if len(str(value)) < 64 else f"{str(value)[:12]}..."
@@ -156,14 +159,14 @@ class _Context:
 
 
 def _order(shard: BuiltShard | PlannedShard) -> tuple[int, str]:
-    """Shards of the train split first, each split in order of name."""
+    """Order shards: the train split first, each split by name."""
     return SPLITS.index(shard.split), shard.name
 
 
 def _with_recovered(
     previous: PreviousSet, samples: Samples, recipe: Recipe
 ) -> tuple[BuiltShard, ...]:
-    """Previous shards in order, with shards whose index is lost as far as they can be recovered."""
+    """List the previous shards in order, and those of lost indexes that can be recovered."""
     recovered = recover(previous.lost, previous.shards, samples, recipe)
     lost = [
         BuiltShard(
@@ -181,7 +184,7 @@ def _with_recovered(
 
 
 def _update(shards: tuple[BuiltShard, ...], samples: Samples, recipe: Recipe) -> list[PlannedShard]:
-    """Previous shards with the sessions that stay in them, then shards of the other sessions."""
+    """Keep previous shards with the sessions that stay in them; pack the other sessions."""
     inherited = inherit(shards, samples)
     stored = {own.session for shard in inherited for own in shard.sessions}
     others = [name for name, windows in samples.items() if windows and name not in stored]
@@ -201,6 +204,7 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
         }
         settings = column_basis(column, context.recipe, tokenizer_sha256=context.tokenizer_sha256)
         basis = {**settings, "rows": fingerprint_of(list(rows.values()))}
+        # Keep the file if it has the same fingerprint and is whole.
         built = None if previous is None else previous.columns.get(name)
         fault = None if previous is None else previous.faults.get(name)
         is_same = built is not None and built.fingerprint == fingerprint_of(basis)

@@ -124,7 +124,7 @@ def _corrupt_columns(index_file: str, *, store: ShardSetStore) -> list[str]:
 
 
 def _is_corrupt(file: str, sha256: str, store: ShardSetStore) -> bool:
-    """Whether a file has another checksum; a missing file is not corrupt."""
+    """Return whether a file has another checksum; a missing file is not corrupt."""
     try:
         with closing(store.open_column(file)) as column:
             return column.sha256() != sha256
@@ -233,7 +233,7 @@ class PreviousRows:
         return ", ".join(f for f in files if column is None or f in column.sources)
 
     def _is_same(self, built: BuiltColumn, stored: SessionWindows, column: Column) -> bool:
-        """Whether the rows of a session have the hash that they would have now."""
+        """Return whether the rows of a session have the hash that they would have now."""
         scan = self._scans.get(stored.session)
         if scan is None or max(stored.windows) >= len(scan.coverage):
             return False
@@ -242,5 +242,5 @@ class PreviousRows:
 
 
 def _columns_of(file: str) -> set[str]:
-    """Columns that take something from a file of a session."""
+    """List the columns that take something from a file of a session."""
     return {name for name, column in COLUMNS.items() if file in column.sources}

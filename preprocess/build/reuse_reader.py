@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.build.write import DecodeFailure, EncodedRow
-from shared.errors import CorruptError
+from shared.errors import REBUILD_HINT, CorruptError
 from shared.shardset.index import MEMBER_TABLES
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class ShardReader:
                 stored[int(index.arrays["window"][position])] = index, file, position
         for row in rows:
             if row.window.index not in stored:
-                raise CorruptError(f"no previous index has {row.key}")
+                raise CorruptError(f"no previous index has {row.key}; {REBUILD_HINT}")
             index, file, position = stored[row.window.index]
             column_file = self._files.open(file)
             members = {}
@@ -101,5 +101,5 @@ class ShardReader:
                     members[table] = content
             errors = index.arrays.get(f"{column.name}.error_s")
             if errors is None and len(members) < len(MEMBER_TABLES[column.name]):
-                raise CorruptError(f"{column_file.path}: lacks {row.key}")
+                raise CorruptError(f"{column_file.origin}: lacks {row.key}; {REBUILD_HINT}")
             yield EncodedRow(row, members, None if errors is None else errors[position])

@@ -93,7 +93,7 @@ class PreviousSet:
 
 
 def built_columns(index: ShardIndex) -> dict[str, BuiltColumn]:
-    """Columns of a shard by name, from its index."""
+    """Read the columns of a shard from its index, by name."""
     return {name: BuiltColumn(**values) for name, values in index.columns.items()}
 
 
@@ -207,7 +207,7 @@ class ShardTask:
         return tuple(dict.fromkeys(files))
 
     def without(self, kind: type[FromShards | FromSubtasks]) -> ShardTask:
-        """The same task, with the sessions' recordings in place of one kind of source."""
+        """Return the task with the sessions' recordings in place of one kind of source."""
         columns = {}
         for name, column in self.columns.items():
             sources = {
@@ -218,7 +218,7 @@ class ShardTask:
         return replace(self, columns=columns)
 
     def file_name(self, suffix: str) -> str:
-        """Name of a file of this shard; it never replaces a file that a reader may have open."""
+        """Name a file of this shard; it never replaces a file that a reader may have open."""
         name = f"{self.name}.{suffix}"
         return versioned(name, self.generation) if self.generation else name
 

@@ -170,8 +170,8 @@ def _list_store(store: Store) -> list[RemoteRecording]:
     stamps = {f: s for f, s in stamps.items() if not s.keys().isdisjoint(SOURCE_FILES)}
     if not stamps:
         raise SessionError(
-            f"{store}: no session in it; a session is a folder with at least one of "
-            f"{', '.join(SOURCE_FILES)}"
+            f"{store}: no session in it; fix: give the URL of session folders, each with at least "
+            f"one of {', '.join(SOURCE_FILES)}"
         )
     patient = store.with_policy(RetryPolicy())
     if "" in stamps:  # the folder itself is a session
@@ -223,6 +223,8 @@ _BYTES_PER_S = {
 """Column -> bytes of its source files that one process converts per second, roughly."""
 
 _SCAN_BYTES_PER_S = {METADATA_FILE: 10e6, AUDIO_FILE: 20e6}
+"""Files that a scan does more with than hashing: bytes that one process scans per second."""
+
 HASHED_BYTES_PER_S = 200e6
 """Bytes that one process reads and hashes per second, roughly."""
 

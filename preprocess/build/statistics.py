@@ -210,7 +210,7 @@ def _merge_numbers(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {"count": 0}
 
     def columns(name: str) -> Iterable[tuple[Any, ...]]:
-        """The values of each column in all shards."""
+        """Group the values of all shards by column."""
         return zip(*(shard[name] for shard in shards), strict=True)
 
     totals = [add_exactly(column) for column in columns("exact_sum")]
@@ -278,13 +278,13 @@ def std_of(total: int, total_of_squares: int, count: int) -> float:
 def _shifted_sum(
     shifts: NDArray[np.signedinteger], whole: NDArray[np.float64], *, step: int
 ) -> int:
-    """The sum of whole * 2**(step * shifts), for shifts from 0."""
+    """Add whole * 2**(step * shifts), for shifts from 0."""
     totals: Sequence[float] = np.bincount(shifts, weights=whole).tolist()
     return sum(int(total) << step * shift for shift, total in enumerate(totals))
 
 
 def _to_hex(total: int, exponent: int) -> str:
-    """The number total * 2**exponent, in lowest terms."""
+    """Format the number total * 2**exponent, in lowest terms."""
     zeros = (total & -total).bit_length() - 1 if total else 0
     return f"{total >> zeros:#x}p{exponent + zeros if total else 0}"
 

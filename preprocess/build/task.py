@@ -154,7 +154,7 @@ def salvage_shard(
 
 
 def _select_columns(index: ShardIndex, names: Iterable[str]) -> ShardIndex:
-    """An index with some of its columns."""
+    """Keep some columns of an index."""
     kept = set(names)
     removed = tuple(f"{name}{mark}" for name in set(index.columns) - kept for mark in "./")
     columns = {name: index.columns[name] for name in sorted(kept)}
@@ -163,7 +163,7 @@ def _select_columns(index: ShardIndex, names: Iterable[str]) -> ShardIndex:
 
 
 def _session_files(task: ShardTask) -> tuple[dict[str, list[str]], dict[str, set[str]]]:
-    """Session -> its files that the shard is made of, and those of them that subtasks read.
+    """List, per session, the files that the shard is made of, and those that subtasks read.
 
     Files of kept and copied rows are not read.
     """
@@ -216,7 +216,7 @@ class _RowReaders:
     def _find_files(
         self, source: FromShards | FromSubtasks, column: Column
     ) -> list[tuple[ShardIndex, str]]:
-        """Index and column file of each shard or subtask."""
+        """List index and column file of each shard or subtask."""
         if isinstance(source, FromShards):
             indexes = [self._read_index(file) for file in source.index_files]
             return [(index, index.columns[column.name]["file"]) for index in indexes]
@@ -281,7 +281,7 @@ def _keep_column(
 
 
 def _stored_rows(task: ShardTask, recipe: Recipe, indexes: Sequence[ShardIndex]) -> Iterator[Row]:
-    """Rows of a task as previous indexes describe them."""
+    """Yield the rows of a task as previous indexes describe them."""
     stored = {
         (index.sessions[int(index.arrays["session"][row])], int(index.arrays["window"][row])): (
             index.arrays,
@@ -331,7 +331,7 @@ def _write_index(
 
 
 def _entry(task: ShardTask, index: bytes, columns: Mapping[str, BuiltColumn]) -> ShardEntry:
-    """The manifest's entry of a shard with this index file."""
+    """Make the manifest's entry of a shard with this index file."""
     return ShardEntry(
         name=task.name,
         split=task.split,

@@ -127,7 +127,7 @@ def _split_column(
 
 
 def _with_subtasks(task: ShardTask, subtasks: Iterable[VideoSubtask]) -> ShardTask:
-    """A task whose rows come from subtasks where these encode them."""
+    """Make subtasks the source of the rows that they encode."""
     names: dict[tuple[str, str], tuple[str, ...]] = {}
     for subtask in subtasks:
         for own in subtask.sessions:
@@ -179,7 +179,7 @@ def remove_encoded(encoded: Iterable[EncodedVideo], context: TaskContext) -> Non
 def _select_rows(
     subtask: VideoSubtask, context: TaskContext, readers: Mapping[str, SessionReader]
 ) -> tuple[list[Row], list[Window] | None]:
-    """Rows of a subtask, and the windows of the pass over the video if it is one run of several."""
+    """Select a subtask's rows, and the windows of the whole pass if it is one run of several."""
     rows = list(iter_rows(subtask.sessions, context))
     if subtask.num_runs == 1:
         return rows, None
@@ -213,7 +213,7 @@ def _iter_encoded(
 
 
 def _index(subtask: VideoSubtask, builder: ShardBuilder) -> ShardIndex:
-    """The index of a subtask's file, with what the shard needs to know."""
+    """Make the index of a subtask's file, with what the shard needs to know."""
     sessions = [own.session for own in subtask.sessions]
     arrays = {**row_arrays(builder.rows, sessions), "present": builder.presence, **builder.arrays}
     header = {"sessions": sessions, "columns": {}, "losses": builder.decode_failures}

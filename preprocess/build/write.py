@@ -83,7 +83,7 @@ class ShardBuilder:
         self.arrays[f"{name}.crc32c"] = members.crc32c
 
     def rows_of(self, column: Column) -> dict[str, list[Row]]:
-        """Session -> its rows that a column stores."""
+        """List the rows that a column stores, by session."""
         rows: dict[str, list[Row]] = {}
         for row in self.rows:
             # Sensor columns store the times of every row.
@@ -180,7 +180,7 @@ def _mark_present(builder: ShardBuilder, column: Column, row: Row) -> None:
 
 
 def _proprio_arrays(num_rows: int, recipe: Recipe) -> dict[str, ZarrArray]:
-    """Arrays of the sensor column, all values missing."""
+    """Make the arrays of the sensor column, all values missing."""
     shape = (num_rows, recipe.count(recipe.sensors.rate_hz))
     return {
         "timestamp": ZarrArray(
@@ -211,7 +211,7 @@ def _proprio_arrays(num_rows: int, recipe: Recipe) -> dict[str, ZarrArray]:
 
 
 def _dmel_arrays(num_rows: int, recipe: Recipe) -> dict[str, ZarrArray]:
-    """Arrays of the audio tokens, all values masked."""
+    """Make the arrays of the audio tokens, all values masked."""
     shape = (num_rows, recipe.count(recipe.mel.rate_hz))
     return {
         "dmel": ZarrArray(
@@ -264,7 +264,7 @@ class SessionEncoder:
     def _iter_video(
         self, stream: Stream, rows: Sequence[Row], failures: list[DecodeFailure]
     ) -> Iterator[EncodedRow]:
-        """Rows with encoded pictures; rows without a picture that decodes become failures."""
+        """Yield rows with encoded pictures; rows of which no picture decodes become failures."""
         reader, missing = self._reader, {row.window.index: row for row in rows}
         reason = "no picture of this window decodes"
         frames_of = reader.iter_frames(
@@ -295,7 +295,7 @@ def _encode_text(reader: SessionReader, row: Row) -> dict[str, bytes]:
 
 
 def _encode_proprio(reader: SessionReader, row: Row) -> dict[str, bytes]:
-    """Chunks of the sensors; a stream that the row lacks is NaN."""
+    """Encode the sensors; a stream that the row lacks is NaN."""
     sensors = reader.read_sensors(row.window)
     proprio, touch = (
         values if stream in row.present else np.full_like(values, np.nan)

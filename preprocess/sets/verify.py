@@ -102,18 +102,18 @@ class _Verifier:
     def verify_tokenizer(self) -> None:
         """Verify that the tokenizer is the one that the manifest names."""
         name = self.manifest.tokenizer_file
+        origin = f"{self.store}/{name}"
         try:
-            self.manifest.load_tokenizer(self.store.read(name), origin=f"{self.store}/{name}")
+            self.manifest.load_tokenizer(self.store.read(name), origin=origin)
         except EngineError as error:
             self.problems.append(str(error))
+        except OSError as error:
+            self.problems.append(f"{origin}: can't be read: {error.strerror}; {REBUILD_HINT}")
 
     def verify_counts(self) -> None:
         """Verify that the manifest's counts, the samples and ``rejected.jsonl`` agree."""
-        path, counts, num_samples = (
-            f"{self.store}/{REJECTED_FILE}",
-            self.manifest.counts,
-            len(self.keys),
-        )
+        path = f"{self.store}/{REJECTED_FILE}"
+        counts, num_samples = self.manifest.counts, len(self.keys)
         try:
             content = self.store.read(REJECTED_FILE)
             if content is None:
@@ -141,10 +141,17 @@ class _Verifier:
         try:
             file = self.store.open_column(header["file"])
         except ShardError as error:
-            self.problems.append(f"{error}; {REBUILD_HINT}")
+            self.problems.append(str(error))
             return
         with closing(file):
-            if file.sha256() != header.get("sha256"):
+            try:
+                sha256 = file.sha256()
+            except OSError as error:
+                self.problems.append(
+                    f"{file.origin}: can't be read: {error.strerror}; {REBUILD_HINT}"
+                )
+                return
+            if sha256 != header.get("sha256"):
                 self.problems.append(
                     f"{file.origin}: checksum differs from its index; {REBUILD_HINT}"
                 )

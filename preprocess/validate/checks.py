@@ -80,14 +80,10 @@ def issue_findings(level: Level, issues: Sequence[ParseIssue], fix: str) -> list
 
 def check_files(probe: SessionProbe) -> list[Finding]:
     """Check that every file that exists can be read."""
-    findings: list[Finding] = []
-    for file, reason in probe.unreadable.items():
-        is_optional = file == SESSION_INFO_FILE
-        fix = "correct or delete it" if is_optional else "replace it, or remove it to do without it"
-        # Some reasons end with a fix of their own.
-        message = f"{file}: {reason}" if ";" in reason else f"{file}: {reason}; fix: {fix}"
-        findings.append(Finding("warning" if is_optional else "error", message))
-    return findings
+    return [
+        Finding("warning" if file == SESSION_INFO_FILE else "error", f"{file}: {reason}")
+        for file, reason in probe.unreadable.items()
+    ]
 
 
 def check_streams(probe: SessionProbe) -> list[Finding]:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.clock import Interval
-from shared.errors import MediaError
+from shared.errors import MediaError, MissingMediaError
 from shared.media.sound import measure_loudness, read_sound
-from shared.media.video import read_frames, read_video_track
+from shared.media.video import REPLACE_FIX, read_frames, read_video_track
 from shared.recipe import Recipe, Stream, VisionRecipe
 from shared.session.alignment import align_sound, align_streams, align_track, read_starts, span_of
 from shared.session.folder import (
@@ -139,7 +139,7 @@ class SessionProbe:
     num_lines: Mapping[str, int]
     """Lines of metadata.jsonl and text.jsonl that are not blank."""
     unreadable: Mapping[str, str]
-    """File name and reason of each file that exists and cannot be read."""
+    """File name -> reason and fix, of each file that exists and cannot be read."""
     starts: Mapping[Stream, float]
     """Start of each media file according to ``session.json``."""
     start_error: str | None
@@ -174,6 +174,7 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
     Raises:
         OSError: the file system refuses to open a folder or file.
     """
+    # Media that cannot be read are absent streams; reading goes on.
     failures: dict[Stream, MediaError] = {}
     videos: dict[Stream, VideoProbe] = {}
     starts, start_error = read_starts(path)
@@ -193,9 +194,12 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
     }
     if audio is not None:
         media[Stream.AUDIO] = audio.interval
+    # The length of the media tells the unit of the timestamps in the lines.
     lines = _read_lines(path, recipe, max((i.stop_s for i in media.values()), default=None))
     absent, unreadable = _explain_failures(path, failures)
-    unreadable |= {issue.file: issue.message for issue in lines.issues if issue.line == 0}
+    unreadable |= {
+        issue.file: f"{issue.message}; {REPLACE_FIX}" for issue in lines.issues if issue.line == 0
+    }
     unreadable |= _check_session_file(path / SESSION_INFO_FILE)
     events = tuple(sorted((*lines.metadata.events, *lines.texts), key=lambda e: e.time_s))
     alignment = align_streams(media, lines.metadata, events, recipe=recipe)
@@ -384,29 +388,34 @@ def _missing_wav_bytes(path: Path) -> int:
 def _explain_failures(
     path: Path, failures: Mapping[Stream, MediaError]
 ) -> tuple[dict[Stream, str], dict[str, str]]:
-    """Return why streams are absent, and why files that exist cannot be read."""
+    """Return why streams are absent; and why files that exist cannot be read, with the fix."""
     absent: dict[Stream, str] = {}
     unreadable: dict[str, str] = {}
     for stream, error in failures.items():
         file = path / VISION_FILES.get(stream, AUDIO_FILE)
         reason = str(error).removeprefix(f"{file}: ")
         absent[stream] = f"{file.name}: {reason}"
-        if file.exists() or file.is_symlink():
+        if not isinstance(error, MissingMediaError):
             unreadable[file.name] = reason
+        elif file.is_symlink():
+            unreadable[file.name] = f"links to a missing file; {REPLACE_FIX}"
     return absent, unreadable
 
 
 def _check_session_file(path: Path) -> dict[str, str]:
-    """Return {session.json: reason} if it exists and is not a JSON object."""
+    """Return {session.json: reason and fix} if it exists and is not a JSON object."""
     if not path.exists():
         return {}
+    reason = "not a JSON object"
     if not path.is_file():
-        return {path.name: "not a file"}
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        return {path.name: f"not JSON ({str(error).splitlines()[0]})"}
-    return {} if isinstance(content, dict) else {path.name: "not a JSON object"}
+        reason = "not a file"
+    else:
+        try:
+            if isinstance(json.loads(path.read_bytes()), dict):
+                return {}
+        except (OSError, ValueError, RecursionError) as error:
+            reason = f"not JSON ({str(error).splitlines()[0]})"
+    return {path.name: f"{reason}; fix: correct or delete it"}
 
 
 def _count_lines(lines: _Lines) -> dict[str, int]:

@@ -18,7 +18,7 @@ import soxr
 
 from shared.errors import MediaError
 from shared.files import DiskArray
-from shared.media.video import container_origin_s, decode_all, require_bytes
+from shared.media.video import REPLACE_FIX, container_origin_s, decode_all, require_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -120,7 +120,9 @@ def read_sound(path: Path, *, rate_hz: int) -> Sound:
             return _read_sound_by_av(path, rate_hz)
         except (av.FFmpegError, ValueError) as error:
             reason = str(sndfile_error).split(": ")[-1].rstrip(".")
-            raise MediaError(f"{path}: not a readable audio file: {reason}") from error
+            raise MediaError(
+                f"{path}: not a readable audio file: {reason}; {REPLACE_FIX}"
+            ) from error
 
 
 def measure_loudness(blocks: Iterable[NDArray[np.float32]], *, recipe: AudioRecipe) -> Loudness:
@@ -205,7 +207,8 @@ def _mono(
     """Mix blocks [n, channels] of a file to mono, zero bad samples, and resample."""
     if not 0 < source_rate_hz <= MAX_RATE_HZ:
         raise MediaError(
-            f"{path}: claims {source_rate_hz} samples per second; its header is damaged"
+            f"{path}: claims {source_rate_hz} samples per second, its header is damaged; "
+            f"{REPLACE_FIX}"
         )
     resampler = soxr.ResampleStream(source_rate_hz, rate_hz, 1, dtype="float32", quality="HQ")
     samples: DiskArray[np.float32] = DiskArray(np.float32)

@@ -101,7 +101,10 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     try:
         return parse_tokenizer(path.read_text(encoding="utf-8"), origin=str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read as a tokenizer: {error}") from error
+        raise ConfigError(
+            f"{path}: can't be read as a tokenizer: {error}; fix: correct text.tokenizer, or leave "
+            "it out"
+        ) from error
 
 
 def group_events(

@@ -56,6 +56,9 @@ _OPEN_OPTIONS = {
 }
 """Refuse playlists that name other files or hosts, and text that ffmpeg would draw as a picture."""
 
+REPLACE_FIX = "fix: replace it, or remove it to do without it"
+"""Fix for a file of a session that can't be read."""
+
 _NAL_LENGTH_BYTE = {"h264": 4, "hevc": 21}
 """Byte of avcC and hvcC (ISO/IEC 14496-15) that holds the size of NAL unit lengths."""
 
@@ -122,7 +125,9 @@ def read_video_track(path: Path) -> VideoTrack:
                 num_packets += packet.size > 0
         except _READ_ERRORS as error:
             if not pts:
-                raise MediaError(f"{path}: can't be read: {error_reason(error)}") from error
+                raise MediaError(
+                    f"{path}: can't be read: {error_reason(error)}; {REPLACE_FIX}"
+                ) from error
         if not pts:
             raise MediaError(f"{path}: contains no video frame; fix: record or copy it again")
         order = _increasing_order(np.asarray(pts, dtype=np.int64))
@@ -184,11 +189,11 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
     try:
         container = av.open(str(path), metadata_errors="ignore", options=_OPEN_OPTIONS)
     except (av.FFmpegError, ValueError) as error:
-        reason = f"{error_reason(error)}{_lfs_hint(path)}"
+        reason = f"{error_reason(error)}; {_open_fix(path)}"
         raise MediaError(f"{path}: not a readable video: {reason}") from error
     with container:
         if not container.streams.video:
-            raise MediaError(f"{path}: contains no video track")
+            raise MediaError(f"{path}: contains no video track; {REPLACE_FIX}")
         stream = container.streams.video[0]
         context: Any = stream.codec_context  # None if no decoder is known, despite its type
         if context is None or context.width == 0:
@@ -425,16 +430,16 @@ def _seek(container: InputContainer, stream: Any, pts: int) -> bool:  # noqa: AN
     return True
 
 
-def _lfs_hint(path: Path) -> str:
-    """Return a hint if the file is a Git LFS pointer, else an empty string."""
+def _open_fix(path: Path) -> str:
+    """Return the fix for a file that does not open; a Git LFS pointer has one of its own."""
     try:
         with path.open("rb") as file:
             is_pointer = file.read(40).startswith(b"version https://git-lfs")
     except OSError:
-        return ""
-    return (
-        "; it is a Git LFS pointer; fix: fetch the file with `git lfs pull`" if is_pointer else ""
-    )
+        is_pointer = False
+    if is_pointer:
+        return "it is a Git LFS pointer; fix: fetch the file with `git lfs pull`"
+    return REPLACE_FIX
 
 
 def _increasing_order(pts: NDArray[np.int64]) -> NDArray[np.int64]:

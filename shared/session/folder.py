@@ -143,8 +143,8 @@ def find_sessions(root: Path | str) -> list[Path]:
     )
     if not sessions:
         raise SessionError(
-            f"{root}: no session in it; a session is a folder with at least one of "
-            f"{', '.join(SOURCE_FILES)}"
+            f"{root}: no session in it; fix: give a folder of session folders, each with at least "
+            f"one of {', '.join(SOURCE_FILES)}"
         )
     return sessions
 

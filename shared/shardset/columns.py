@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import google_crc32c
 import numpy as np
 
-from shared.errors import CorruptError, ShardError
+from shared.errors import REBUILD_HINT, CorruptError, ShardError
 from shared.files import sha256_of_file
 from shared.shardset.codec import MAX_MEMBER_BYTES
 from shared.shardset.index import Members
@@ -172,7 +172,9 @@ class ColumnFile:
             )
             self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
-            raise ShardError(f"{self.origin}: can't be opened: {error.strerror}") from error
+            raise ShardError(
+                f"{self.origin}: can't be opened: {error.strerror}; {REBUILD_HINT}"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -220,6 +222,7 @@ class ColumnFile:
         length, offset = int(members.length[row]), int(members.offset[row])
         if length == 0:
             return None
+        # Refuse impossible lengths before memory is allocated.
         if length > max_bytes:
             raise CorruptError(
                 f"{self.origin} at {offset}: a member of {length} bytes; the limit is {max_bytes}"

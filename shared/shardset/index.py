@@ -176,9 +176,9 @@ def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise ShardError(f"{path}: no such index; is the shard set complete?") from error
+        raise ShardError(f"{path}: no such index; {REBUILD_HINT}") from error
     except OSError as error:
-        raise CorruptError(f"{path}: can't be read: {error}") from error
+        raise CorruptError(f"{path}: can't be read: {error}; {REBUILD_HINT}") from error
     return parse_index(content, origin=str(path), sha256=sha256)
 
 
@@ -197,10 +197,10 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
     if sha256 is not None and sha256_of_bytes(content) != sha256:
         raise CorruptError(f"{origin}: checksum differs from the manifest; {REBUILD_HINT}")
     if len(content) < _PREFIX.size:
-        raise CorruptError(f"{origin}: {len(content)} bytes are not an index")
+        raise CorruptError(f"{origin}: {len(content)} bytes are not an index; {REBUILD_HINT}")
     magic, version, header_length = _PREFIX.unpack_from(content)
     if magic != MAGIC:
-        raise CorruptError(f"{origin}: not a shard index")
+        raise CorruptError(f"{origin}: not a shard index; {REBUILD_HINT}")
     if version != INDEX_VERSION:
         relation = "newer" if version > INDEX_VERSION else "older"
         raise FormatVersionError(
@@ -209,7 +209,9 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
             + ("update the program" if version > INDEX_VERSION else "build the set again")
         )
     if header_length > min(_MAX_HEADER_BYTES, len(content) - _PREFIX.size):
-        raise CorruptError(f"{origin}: its header extends beyond the end of the file")
+        raise CorruptError(
+            f"{origin}: its header extends beyond the end of the file; {REBUILD_HINT}"
+        )
     body = np.frombuffer(content, dtype=np.uint8)[_aligned(_PREFIX.size + header_length) :]
     try:
         header = json.loads(content[_PREFIX.size : _PREFIX.size + header_length])

@@ -113,7 +113,9 @@ class Manifest:
         try:
             content = path.read_bytes() if content is None else content
         except OSError as error:
-            raise ShardError(f"{origin}: can't be read: {error.strerror}") from error
+            raise ShardError(
+                f"{origin}: can't be read: {error.strerror}; {REBUILD_HINT}"
+            ) from error
         if sha256_of_bytes(content) != self.tokenizer_sha256:
             raise CorruptError(f"{origin}: checksum differs from the manifest; {REBUILD_HINT}")
         return parse_tokenizer(content.decode(), origin=origin)
@@ -159,7 +161,9 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: is damaged: {error}; {REBUILD_HINT}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
-        raise CorruptError(f"{path}: is not the manifest of a shard set")
+        raise CorruptError(
+            f"{path}: is not the manifest of a shard set; fix: give the folder of a shard set"
+        )
     version = values.get("format_version")
     if type(version) is not int or version < 1:
         raise CorruptError(f"{path}: format_version is {version!r}; {REBUILD_HINT}")
@@ -175,7 +179,8 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         key = ".".join(map(str, detail["loc"]))
-        raise CorruptError(f"{path}: is damaged: {key}: {detail['msg']}; {REBUILD_HINT}") from error
+        reason = detail["msg"].removeprefix("Value error, ")
+        raise CorruptError(f"{path}: is damaged: {key}: {reason}; {REBUILD_HINT}") from error
     return Manifest(
         root=root,
         recipe=make_section(Recipe, fields.recipe, origin=f"{path}: recipe"),

@@ -53,7 +53,10 @@ KEEP_OLD_S = 24 * 3600.0
 """How long files of a replaced set stay behind a URL, for processes that still read it."""
 
 _CLAIM_FILE = ".run.tmp"
-_TAKEN_OVER = "another job has taken over this shard set, or this machine does not see its folder"
+_TAKEN_OVER = (
+    "another job has taken over this shard set, or this machine does not see its folder; fix: run "
+    "one job at a time, on machines that share the folder"
+)
 _JOB_FILE = re.compile(r"\.[0-9a-f]{12}\.tmp/")
 """How names of a job's own files in a store begin; see :func:`job_file`."""
 
@@ -275,7 +278,7 @@ class RemoteShardSet:
         """Read one index."""
         content = self.read(name)
         if content is None:
-            raise ShardError(f"{self}/{name}: no such index; is the shard set complete?")
+            raise ShardError(f"{self}/{name}: no such index; {REBUILD_HINT}")
         return parse_index(content, origin=f"{self}/{name}", sha256=sha256)
 
     def open_column(
@@ -344,8 +347,9 @@ class RemoteShardSet:
         try:
             self.store.download(name, path)
         except FileNotFoundError as error:
-            message = f"{self}/{name}: can't be opened: No such file or directory"
-            raise CorruptError(message) from error
+            raise CorruptError(
+                f"{self}/{name}: can't be opened: No such file or directory; {REBUILD_HINT}"
+            ) from error
 
     def _require_claim(self) -> None:
         if self.job_id and self.read(_CLAIM_FILE) != self.job_id.encode():

@@ -22,7 +22,7 @@ def test_a_recipe_comes_back_from_its_json():
     [
         ({"window": {"duration_s": 0.3}}, "vision.rate_hz 5 x window.duration_s 0.3 is 1.5"),
         ({"mel": {"rate_hz": 33}}, "mel.rate_hz 33 does not divide audio.rate_hz 16000"),
-        ({"mel": {"floor_db": 40}}, "ceiling_db must be above mel.floor_db"),
+        ({"mel": {"floor_db": 40}}, "ceiling_db 30 is not above mel.floor_db 40"),
         ({"mel": {"levels": 256}}, "less than or equal to 255"),  # 255 means masked
         ({"required": ["sight"]}, "'required.0' is 'sight'"),
     ],

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 import fsspec
 import pytest
 
-from shared.errors import CorruptError, JobError, ShardError
+from shared.errors import REBUILD_HINT, CorruptError, JobError, ShardError
 from shared.shardset.locks import read_manifest_locked
 from shared.shardset.manifest import MANIFEST_FILE
 from shared.shardset.store import claim_shard_set, job_file, open_shard_set
@@ -66,11 +66,11 @@ def test_an_open_column_needs_no_temporary_files(location, tmp_path):
 
 def test_missing_columns_and_indexes_are_named_alike(location):
     with claimed(location) as store:
-        missing = f"{store}/missing: can't be opened: No such file or directory"
+        missing = f"{store}/missing: can't be opened: No such file or directory; {REBUILD_HINT}"
         with pytest.raises(ShardError) as caught:
             store.open_column("missing")
         assert str(caught.value) == missing
-        with pytest.raises(ShardError, match="missing: no such index; is the shard set complete"):
+        with pytest.raises(ShardError, match="missing: no such index"):
             store.read_index("missing")
 
 
