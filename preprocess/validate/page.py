@@ -8,13 +8,13 @@ grow with the number of sessions. The page appears under its name only when it i
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 from preprocess.validate.panels import draw_session
 from preprocess.validate.report import describe_totals
+from shared.files import write_atomic
 from shared.page import PLOT_WIDTH, format_time, page_environment
 from shared.recipe import STREAMS
 
@@ -132,13 +132,10 @@ class ReportPage:
             streams=[stream.value for stream in STREAMS],
             sections=self._read_sections(sections),
         )
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
-        try:
-            with temporary.open("wb") as file:
-                stream.dump(file, encoding="utf-8", errors="backslashreplace")
-            temporary.replace(self._path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomic(
+            self._path,
+            lambda file: stream.dump(file, encoding="utf-8", errors="backslashreplace"),
+        )
 
     def _read_sections(self, sections: IO[bytes]) -> Iterator[str]:
         for length_bytes in self._lengths_bytes:

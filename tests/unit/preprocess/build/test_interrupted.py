@@ -1,4 +1,4 @@
-"""Builds broken off and damaged sets: the next build ends where an undisturbed one does."""
+"""Interrupted builds and damaged sets: the next build ends with the bytes of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from helpers.oracles import (
 )
 from helpers.training import SimulatedKillError, fail
 
-from preprocess.build import task as build_module
+from preprocess.build import task as task_module
 from shared.errors import ShardError
 from shared.shardset.manifest import read_manifest
 
@@ -42,7 +42,7 @@ def leftovers(out: Path) -> list[str]:
 BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "in a tar column": lambda m: m.setattr("preprocess.build.write.encode_text", fail),
     "in a zarr column": lambda m: m.setattr("preprocess.build.write.write_zarr_column", fail),
-    "before an index": lambda m: m.setattr(build_module, "index_bytes", fail),
+    "before an index": lambda m: m.setattr(task_module, "index_bytes", fail),
     "before the manifest": lambda m: m.setattr("preprocess.build.commit.commit_manifest", fail),
     "before the sweep": lambda m: m.setattr("preprocess.build.commit.sweep", fail),
 }
@@ -56,7 +56,7 @@ def break_off(monkeypatch: pytest.MonkeyPatch, where: str, *args: Any) -> None:
 
 
 @pytest.mark.parametrize("where", BREAKS)
-def test_a_first_build_broken_off_is_completed_to_the_same_bytes(
+def test_an_interrupted_first_build_is_completed_to_the_same_bytes(
     recorded, built, tmp_path, monkeypatch, where
 ):
     out = tmp_path / "out"
@@ -70,7 +70,7 @@ def test_a_first_build_broken_off_is_completed_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("where", BREAKS)
-def test_an_update_broken_off_leaves_the_old_set_whole_and_is_completed(
+def test_an_interrupted_update_leaves_the_previous_set_whole_and_is_completed(
     sessions, out, tmp_path, monkeypatch, where
 ):
     undisturbed = Path(shutil.copytree(out, tmp_path / "undisturbed"))
@@ -88,7 +88,7 @@ def test_an_update_broken_off_leaves_the_old_set_whole_and_is_completed(
     check_set(out)
 
 
-def test_shards_that_a_broken_off_build_finished_are_taken_over(recorded, tmp_path, monkeypatch):
+def test_finished_shards_of_an_interrupted_build_are_taken_over(recorded, tmp_path, monkeypatch):
     out = tmp_path / "out"
     break_off(monkeypatch, "before the manifest", recorded, out)
     before = {n: i for n, i in file_identities(out).items() if n.startswith(("train", "val"))}
@@ -97,7 +97,7 @@ def test_shards_that_a_broken_off_build_finished_are_taken_over(recorded, tmp_pa
     assert {n: after[n] for n in before} == before
 
 
-def test_two_builds_broken_off_by_different_recipes_do_not_mix(recorded, tmp_path, monkeypatch):
+def test_two_interrupted_builds_with_different_recipes_do_not_mix(recorded, tmp_path, monkeypatch):
     out = tmp_path / "out"
     break_off(monkeypatch, "before the manifest", recorded, out, tiny_recipe())
     # The same sizes of files, other bytes; broken off when they are replaced and the index is not.
@@ -115,7 +115,7 @@ def test_temporary_files_of_a_killed_build_are_removed(sessions, out):
     assert leftovers(out) == []
 
 
-def test_files_of_others_in_the_folder_are_left_alone(sessions, out):
+def test_other_files_in_the_folder_stay(sessions, out):
     names = ["train-notes.md", "tokenizer-mine.json", "val-000000.txt", "train-000000.tar"]
     for name in names:
         (out / name).write_text("mine", encoding="utf-8")

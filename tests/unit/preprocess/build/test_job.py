@@ -69,7 +69,7 @@ def test_the_same_sessions_elsewhere_give_the_same_bytes(sessions, built, tmp_pa
 # --- updates ---------------------------------------------------------------------------------
 
 
-def test_when_nothing_changed_nothing_is_scanned_or_written(sessions, tmp_path):
+def test_without_changes_nothing_is_scanned_or_written(sessions, tmp_path):
     out = tmp_path / "out"
     first = build(sessions, out)
     before = file_identities(out)
@@ -80,7 +80,7 @@ def test_when_nothing_changed_nothing_is_scanned_or_written(sessions, tmp_path):
     assert second.manifest == first.manifest
 
 
-def test_a_changed_tokenizer_makes_only_text_again(sessions, out):
+def test_a_changed_tokenizer_rebuilds_only_text(sessions, out):
     before = file_identities(out)
     summary = build(sessions, out, OTHER_TEXT)
     after = file_identities(out)
@@ -98,7 +98,7 @@ def test_a_changed_tokenizer_makes_only_text_again(sessions, out):
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_a_raised_code_version_makes_only_its_column_again(sessions, out, monkeypatch, name):
+def test_a_raised_code_version_rebuilds_only_its_column(sessions, out, monkeypatch, name):
     before, contents = file_identities(out), set_contents(out)
     number = column_basis(COLUMNS[name], tiny_recipe(), tokenizer_sha256="")["code_version"]
     raised = replace(COLUMNS[name], code_version=COLUMNS[name].code_version + 1)
@@ -120,7 +120,7 @@ def test_a_raised_code_version_makes_only_its_column_again(sessions, out, monkey
     assert set_contents(out) == contents
 
 
-def test_an_update_holds_what_a_first_build_holds(sessions, out, tmp_path):
+def test_an_update_has_the_samples_of_a_first_build(sessions, out, tmp_path):
     build(sessions, out, OTHER_SENSORS)
     build(sessions, out, OTHER_TEXT)
     build(sessions, tmp_path / "fresh", OTHER_TEXT)
@@ -147,7 +147,7 @@ def test_a_new_session_makes_a_new_shard(sessions, out):
     check_set(out)
 
 
-def test_a_removed_session_is_gone(sessions, out):
+def test_a_removed_session_leaves_the_set(sessions, out):
     val_before = file_identities(out)["val-000000.index"]
     shutil.rmtree(sessions / "cat")
     build(sessions, out)
@@ -158,14 +158,14 @@ def test_a_removed_session_is_gone(sessions, out):
     check_set(out)
 
 
-def test_when_the_last_session_of_a_shard_goes_its_files_go(sessions, out):
+def test_files_of_a_shard_without_sessions_are_removed(sessions, out):
     shutil.rmtree(sessions / "bob")
     build(sessions, out)
     assert [s.name for s in read_manifest(out).shards] == ["train-000000"]
     assert not list(out.glob("val-*"))
 
 
-def test_a_changed_file_makes_only_its_columns_again(sessions, out, tmp_path):
+def test_a_changed_file_rebuilds_only_its_columns(sessions, out, tmp_path):
     write_tone(sessions / "ann" / "audio.wav", 2.0, level=0.1)
     summary = build(sessions, out)
     assert summary.num_scanned == 1
@@ -233,7 +233,7 @@ def test_one_session_folder_is_a_set_of_one_session(sessions, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["日本 ☃", "a.b", "x" * 200, "with space", "-dash", "100%"])
-def test_unusual_session_names_stand_in_keys_as_they_are(tmp_path, name):
+def test_unusual_session_names_are_part_of_keys_unchanged(tmp_path, name):
     write_tiny_session(tmp_path / "sessions" / name, 1.0)
     build(tmp_path / "sessions", tmp_path / "out")
     assert set_keys(tmp_path / "out") == [f"{name}/000000"]
@@ -241,14 +241,14 @@ def test_unusual_session_names_stand_in_keys_as_they_are(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [b"new\nline", b"no utf-8 \xff", "sep\u2028arator".encode()])
-def test_names_that_can_not_stand_in_keys_are_refused(tmp_path, name):
+def test_names_that_cannot_be_part_of_keys_are_refused(tmp_path, name):
     folder = write_tiny_session(tmp_path / "sessions" / "plain", 1.0)
     folder.rename(folder.with_name(os.fsdecode(name)))
     with pytest.raises(SessionError, match="rename it"):
         build(tmp_path / "sessions", tmp_path / "out")
 
 
-def test_a_given_tokenizer_is_used_and_kept_in_the_set(sessions, tmp_path):
+def test_the_tokenizer_of_the_recipe_is_used_and_stored(sessions, tmp_path):
     mine = train_tokenizer(["quite other words"], vocab_size=270)
     path = tmp_path / "mine.json"
     path.write_text(mine.json, encoding="utf-8")
@@ -256,7 +256,7 @@ def test_a_given_tokenizer_is_used_and_kept_in_the_set(sessions, tmp_path):
     assert read_manifest(tmp_path / "out").load_tokenizer().json == mine.json
 
 
-def test_a_given_tokenizer_with_more_tokens_than_the_recipe_is_refused(sessions, tmp_path):
+def test_a_tokenizer_with_more_tokens_than_the_recipe_allows_is_refused(sessions, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(train_tokenizer(["many words"], vocab_size=270).json, encoding="utf-8")
     recipe = tiny_recipe(text={"tokenizer": str(path), "vocab_size": 264})
@@ -264,7 +264,7 @@ def test_a_given_tokenizer_with_more_tokens_than_the_recipe_is_refused(sessions,
         build(sessions, tmp_path / "out", recipe)
 
 
-def test_the_tokenizer_stays_when_sessions_come(sessions, out):
+def test_the_tokenizer_stays_when_sessions_are_added(sessions, out):
     before = (out / "tokenizer.json").read_bytes()
     folder = write_tiny_session(sessions / "eve", 1.0)
     said = [{"timestamp": 0.1, "stream": "internal", "text": "new words " * 20}]
@@ -281,7 +281,7 @@ def test_no_text_of_held_out_sessions_trains_the_tokenizer(sessions, out, tmp_pa
     assert (tmp_path / "fresh" / "tokenizer.json").read_bytes() == before
 
 
-def test_a_dry_run_makes_nothing_but_the_cache_of_scans(sessions, tmp_path):
+def test_a_dry_run_writes_nothing_but_the_cache_of_scans(sessions, tmp_path):
     out = tmp_path / "out"
     with cluster_of(0) as cluster:
         summary = job_module.build_shards(

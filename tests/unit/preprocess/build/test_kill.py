@@ -34,7 +34,7 @@ from helpers.oracles import (
 from helpers.processes import await_true
 
 from preprocess.build import job as job_module
-from preprocess.build import task as build_module
+from preprocess.build import task as task_module
 from shared.errors import JobError, SessionError
 from shared.shardset.manifest import read_manifest
 from shared.shardset.store import claim_shard_set
@@ -105,7 +105,7 @@ def test_a_job_killed_while_it_writes_is_completed_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_job_that_is_stopped_says_so_and_leaves_no_temporary_file(recorded, tmp_path, stop):
+def test_a_stopped_job_reports_it_and_leaves_no_temporary_file(recorded, tmp_path, stop):
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     job = run_job(recorded, out, SMALL)
     await_true(lambda: out.exists() and any(p.suffix == ".tmp" for p in out.iterdir()))
@@ -149,7 +149,7 @@ def test_random_kills_of_jobs_clients_and_workers_leave_no_trace(tmp_path):
     assert [problem for t in trials for problem in t.problems] == []
 
 
-def test_what_a_job_left_running_can_put_nothing_once_the_job_is_over(tmp_path):
+def test_a_process_that_outlives_its_job_puts_no_files(tmp_path):
     with claim_shard_set(tmp_path / "out") as place:
         task = place.staging_dir()
         folder = task.__enter__()
@@ -232,7 +232,7 @@ def test_a_session_that_changes_under_a_job_fails_it_and_a_rerun_completes(
     sessions, tmp_path, monkeypatch, change, moment
 ):
     out = tmp_path / "out"
-    original = build_module.write_column
+    original = task_module.write_column
 
     def write_column(builder, *args):
         is_cat = any(row.session == "cat" for row in builder.rows)
@@ -243,7 +243,7 @@ def test_a_session_that_changes_under_a_job_fails_it_and_a_rerun_completes(
 
     recipe = tiny_recipe(shard={"target_bytes": 2**16}, required=["vision_left"])
     with monkeypatch.context() as patched:
-        patched.setattr(build_module, "write_column", write_column)
+        patched.setattr(task_module, "write_column", write_column)
         with pytest.raises(SessionError, match=r"session cat: .* changed or was removed .*again"):
             build(sessions, out, recipe)
     # Of the other sessions' shards only the text is made again: cat's words made the tokenizer too.

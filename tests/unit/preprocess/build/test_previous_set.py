@@ -25,7 +25,7 @@ FILES = [f"train-000000.{name}.{column.suffix}" for name, column in COLUMNS.item
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("place", [100, -3], ids=["front", "back"])
-def test_only_the_damaged_column_is_made_again(sessions, built, out, name, place):
+def test_only_the_damaged_column_is_rebuilt(sessions, built, out, name, place):
     before = file_identities(out)
     flip_byte(out / name, place % (out / name).stat().st_size)
     assert build(sessions, out).plan.is_empty  # sizes tell nothing
@@ -41,7 +41,7 @@ def test_only_the_damaged_column_is_made_again(sessions, built, out, name, place
     assert build(sessions, out, verify=True).plan.is_empty
 
 
-def test_a_damaged_index_has_its_shard_made_again_in_its_place(sessions, tmp_path):
+def test_a_shard_with_a_damaged_index_is_rebuilt_in_its_place(sessions, tmp_path):
     recipe, out, whole = tiny_recipe(shard={"target_bytes": 2**16}), tmp_path / "a", tmp_path / "b"
     for place in (out, whole):
         build(sessions, place, recipe)
@@ -63,7 +63,7 @@ def test_small_files_are_repaired_too(sessions, built, out, name):
     assert set_contents(out) == set_contents(built)
 
 
-def test_a_shard_with_a_wrong_count_in_the_manifest_is_made_again(sessions, out):
+def test_a_shard_with_a_wrong_count_in_the_manifest_is_rebuilt(sessions, out):
     values = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     del values["sha256"]
     values["shards"][0]["num_samples"] += 1
@@ -73,7 +73,7 @@ def test_a_shard_with_a_wrong_count_in_the_manifest_is_made_again(sessions, out)
     assert verify_set(out).problems == ()
 
 
-def test_what_a_killed_build_left_is_checked_before_it_is_taken_over(
+def test_files_of_a_killed_build_are_checked_before_they_are_taken_over(
     sessions, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"

@@ -130,7 +130,7 @@ def test_stock_zarr_counts_the_rows_of_each_column(raw_set, column):
             assert {a.shape[0] for _, a in group.arrays()} == {index.num_samples}
 
 
-def test_files_of_a_first_build_bear_the_plain_names(raw_set):
+def test_files_of_a_first_build_have_names_without_a_generation(raw_set):
     names = {p.name for p in raw_set.iterdir()}
     own = {f"{s}.{c.name}.{c.suffix}" for s, _ in open_indexes(raw_set) for c in COLUMNS.values()}
     own |= {f"{s}.index" for s, _ in open_indexes(raw_set)}
