@@ -193,9 +193,9 @@ def shards(
 
 def _print_build(summary: BuildSummary, location: Path | Store) -> None:
     """Print what a build wrote or would write, and the state of the set."""
-    from preprocess.build.explain import PAST, reasons
+    from preprocess.build.explain import PAST, explain_plan
 
-    lines = reasons(summary.plan)
+    lines = explain_plan(summary.plan)
     for verb, line in lines:
         click.echo(f"{PAST[verb] if summary.manifest else f'would {verb}'} {line}")
     if summary.manifest is None:

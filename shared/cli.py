@@ -16,12 +16,12 @@ INTERRUPTED_EXIT_CODE = 130
 PIPE_COLUMNS = 120
 """Width of tables that go to a file or pipe, if COLUMNS does not set one."""
 
-_FILE_IN_THE_WAY = (
+_EXPECTED_FOLDER = (
     "a file is where a folder must be; fix: choose another path, or move the file away"
 )
 _FIXES = {
-    errno.EEXIST: _FILE_IN_THE_WAY,
-    errno.ENOTDIR: _FILE_IN_THE_WAY,
+    errno.EEXIST: _EXPECTED_FOLDER,
+    errno.ENOTDIR: _EXPECTED_FOLDER,
     errno.EISDIR: "a folder is where a file must be; fix: choose another path",
 }
 _DEFAULT_FIX = "fix: check that the disk is not full and that you may write to the folder"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build import statistics
-from preprocess.build.shards import versioned
+from preprocess.build.plan_types import add_generation
 from shared.errors import ShardError
 from shared.files import fingerprint_of
 from shared.recipe import STREAMS
@@ -74,8 +74,8 @@ class NewSet:
 def commit_set(new: NewSet) -> Manifest:
     """Make the new set the set, and delete what it no longer references."""
     manifest = make_manifest(new)
-    commit(new, manifest)
-    sweep(new, manifest)
+    write_set_files(new, manifest)
+    delete_unreferenced(new, manifest)
     return manifest
 
 
@@ -111,7 +111,7 @@ def make_manifest(new: NewSet) -> Manifest:
     )
 
 
-def commit(new: NewSet, manifest: Manifest) -> None:
+def write_set_files(new: NewSet, manifest: Manifest) -> None:
     """Write those small files of a set that changed; the manifest last."""
     store, previous = new.store, new.previous
     for name, content in (
@@ -122,11 +122,11 @@ def commit(new: NewSet, manifest: Manifest) -> None:
             store.write(name, content)
     if previous is None or replace(previous, root=store.root) != manifest:
         if previous is not None:
-            store.retain_manifest(versioned(MANIFEST_FILE, previous.generation))
+            store.retain_manifest(add_generation(MANIFEST_FILE, previous.generation))
         commit_manifest(manifest, write=store.write)
 
 
-def sweep(new: NewSet, manifest: Manifest) -> None:
+def delete_unreferenced(new: NewSet, manifest: Manifest) -> None:
     """Delete files of earlier sets and of killed jobs.
 
     Files with names that this program does not give stay. Files of a replaced set stay while

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from preprocess.build.shards import Cause, FromShards
+from preprocess.build.plan_types import Cause, FromShards
 from shared.shardset.layout import COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from preprocess.build.shards import Changes, Plan, Reason, ShardTask
+    from preprocess.build.plan_types import Changes, Plan, Reason, ShardTask
 
 Verb = Literal["make", "remove", "rewrite"]
 
@@ -24,12 +24,12 @@ _EXPLAINED_BY_NAMES = {Cause.NEW, Cause.SESSIONS_CHANGED}
 """Causes that add nothing to the names of the sessions."""
 
 
-def reasons(plan: Plan) -> list[tuple[Verb, str]]:
+def explain_plan(plan: Plan) -> list[tuple[Verb, str]]:
     """List what is made, removed or only rewritten.
 
     An example is ``make``, ``3 of 9 dmel columns: mel.levels 16 -> 32; 120 rows made``.
     """
-    lines: list[tuple[Verb, str]] = [("make", line) for line in _made(plan)]
+    lines: list[tuple[Verb, str]] = [("make", line) for line in _explain_columns(plan)]
     if plan.dropped:
         owner = "its" if len(plan.dropped) == 1 else "their"
         changes = _names(plan.dropped_changes) or f"other shards hold {owner} sessions"
@@ -45,7 +45,7 @@ def reasons(plan: Plan) -> list[tuple[Verb, str]]:
     return lines
 
 
-def _made(plan: Plan) -> list[str]:
+def _explain_columns(plan: Plan) -> list[str]:
     """List one line for all columns that share a reason."""
     written = [column for task in plan.tasks for column in task.columns.values()]
     columns_of: dict[tuple[int, str], list[str]] = {}
@@ -79,8 +79,12 @@ def _explain(reason: Reason, column: str, tasks: Sequence[ShardTask]) -> str:
 
 def _num_copied(task: ShardTask, column: str) -> int:
     sources = task.columns[column].sources
-    copied = (own for own in task.sessions if isinstance(sources[own.session], FromShards))
-    return sum(len(own.windows) for own in copied)
+    copied = (
+        session_windows
+        for session_windows in task.sessions
+        if isinstance(sources[session_windows.session], FromShards)
+    )
+    return sum(len(session_windows.windows) for session_windows in copied)
 
 
 def _names(*changes: Changes) -> str:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from preprocess.build.cluster import TaskWithSubtasks
 from preprocess.build.commit import NewSet, commit_set, rejected_lines
 from preprocess.build.plan import plan_shards
-from preprocess.build.previous_set import describe_set, find_corrupt_files
-from preprocess.build.shards import FromShards, ShardTask, versioned
+from preprocess.build.plan_types import FromShards, ShardTask, add_generation
+from preprocess.build.previous_set import find_corrupt_files, read_previous_set
 from preprocess.build.sources import (
     TaskContext,
     column_seconds,
     find_recordings,
     scan_sessions,
 )
-from preprocess.build.task import build_shard, salvage_shard
+from preprocess.build.task import build_shard, resume_shard
 from preprocess.build.video_subtasks import TASK_S, encode_video, split_task
 from shared.errors import ConfigError, CorruptError, ShardError
 from shared.media.tokenizer import load_tokenizer, train_tokenizer
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.build.cluster import Cluster
-    from preprocess.build.shards import Plan, SessionWindows
+    from preprocess.build.plan_types import Plan, SessionWindows
     from preprocess.build.sources import Recording
     from preprocess.build.video_subtasks import EncodedVideo, VideoSubtask
     from shared.media.tokenizer import TextTokenizer
@@ -142,7 +142,7 @@ def build_shards(
         if previous is not None:
             indexes = [entry.index_file for entry in previous.shards] if verify else []
             corrupt = find_corrupt_files(indexes, store, sizes, cluster)
-            described = describe_set(previous, store, sizes, corrupt=corrupt)
+            described = read_previous_set(previous, store, sizes, corrupt=corrupt)
         build = Build(
             store=store,
             sizes=sizes,
@@ -226,12 +226,12 @@ def _choose_tokenizer(
     # Another tokenizer gets another file name, as readers of the previous set need the old one.
     if previous is None or tokenizer.sha256 == previous.tokenizer_sha256:
         return tokenizer, "tokenizer.json" if previous is None else previous.tokenizer_file
-    return tokenizer, versioned("tokenizer.json", previous.generation + 1)
+    return tokenizer, add_generation("tokenizer.json", previous.generation + 1)
 
 
 def _read_texts(recording: Recording, *, store: ShardSetStore) -> list[str]:
     """Read the texts of a session in order of time."""
-    with recording.files(_TEXT_FILES, store) as folder:
+    with recording.open_files(_TEXT_FILES, store) as folder:
         return [event.text for event in read_text_events(folder)]
 
 
@@ -245,7 +245,7 @@ def _salvage(build: Build) -> tuple[dict[str, ShardEntry], list[ShardTask]]:
         indexes = [file for task in tasks if (file := task.file_name("index")) in sizes]
         corrupt = find_corrupt_files(indexes, build.store, sizes, build.cluster)
         sizes = {name: size for name, size in sizes.items() if name not in corrupt}
-    salvaged = [salvage_shard(task, build.store, sizes) for task in tasks]
+    salvaged = [resume_shard(task, build.store, sizes) for task in tasks]
     entries = {entry.name: entry for entry in salvaged if isinstance(entry, ShardEntry)}
     return entries, [task for task in salvaged if isinstance(task, ShardTask)]
 
@@ -283,7 +283,7 @@ def _write_shards(build: Build, tasks: Sequence[ShardTask]) -> dict[str, ShardEn
 
 def _context(build: Build, sessions: Sequence[SessionWindows], tokenizer_json: str) -> TaskContext:
     """Collect what a task over some sessions needs."""
-    names = [own.session for own in sessions]
+    names = [session_windows.session for session_windows in sessions]
     return TaskContext(
         out=build.store,
         recipe=build.recipe,

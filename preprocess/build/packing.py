@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from preprocess.build.shards import PlannedShard, SessionWindows
+from preprocess.build.plan_types import PlannedShard, SessionWindows
 from shared.recipe import SPLITS, assign_split
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from preprocess.build.shards import BuiltShard
+    from preprocess.build.plan_types import BuiltShard
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
     from shared.shardset.manifest import ShardEntry
@@ -38,7 +38,7 @@ def sample_windows(scan: SessionScan, recipe: Recipe) -> tuple[int, ...]:
     return tuple(w.index for w in windows if scan.rejection(w, recipe) is None)
 
 
-def inherit(shards: Sequence[BuiltShard], samples: Samples) -> list[PlannedShard]:
+def keep_previous_shards(shards: Sequence[BuiltShard], samples: Samples) -> list[PlannedShard]:
     """Keep the previous shards, with the sessions that can stay in them.
 
     A session whose windows changed stays only if one shard holds all of it.
@@ -49,20 +49,23 @@ def inherit(shards: Sequence[BuiltShard], samples: Samples) -> list[PlannedShard
     """
     stored: dict[str, list[SessionWindows]] = {}
     for shard in shards:
-        for own in shard.sessions:
-            stored.setdefault(own.session, []).append(own)
+        for session_windows in shard.sessions:
+            stored.setdefault(session_windows.session, []).append(session_windows)
     is_same = {
-        name: tuple(w for own in runs for w in own.windows) == samples.get(name, ())
+        name: tuple(w for session_windows in runs for w in session_windows.windows)
+        == samples.get(name, ())
         for name, runs in stored.items()
     }
     planned = []
     for shard in shards:
         new = PlannedShard(shard.name, shard.split, previous=shard)
-        for own in shard.sessions:
-            if is_same[own.session]:
-                new.sessions.append(own)
-            elif len(stored[own.session]) == 1 and samples.get(own.session):
-                new.sessions.append(SessionWindows(own.session, samples[own.session]))
+        for session_windows in shard.sessions:
+            if is_same[session_windows.session]:
+                new.sessions.append(session_windows)
+            elif len(stored[session_windows.session]) == 1 and samples.get(session_windows.session):
+                new.sessions.append(
+                    SessionWindows(session_windows.session, samples[session_windows.session])
+                )
         planned.append(new)
     return planned
 
@@ -102,7 +105,7 @@ def pack(
     return new
 
 
-def compact(shards: Sequence[BuiltShard], samples: Samples, recipe: Recipe) -> list[PlannedShard]:
+def repack(shards: Sequence[BuiltShard], samples: Samples, recipe: Recipe) -> list[PlannedShard]:
     """Pack as a fresh build would; keep previous shards that come out the same.
 
     Args:
@@ -117,7 +120,7 @@ def compact(shards: Sequence[BuiltShard], samples: Samples, recipe: Recipe) -> l
     ]
 
 
-def recover(
+def recover_lost_shards(
     lost: Iterable[ShardEntry],
     shards: Iterable[BuiltShard],
     samples: Samples,
@@ -137,7 +140,12 @@ def recover(
     entries = sorted(lost, key=lambda entry: entry.name)
     if not entries:
         return {}
-    stored = {(own.session, w) for shard in shards for own in shard.sessions for w in own.windows}
+    stored = {
+        (session_windows.session, w)
+        for shard in shards
+        for session_windows in shard.sessions
+        for w in session_windows.windows
+    }
     missing = [(s, w) for s, windows in samples.items() for w in windows if (s, w) not in stored]
     recovered: dict[str, tuple[SessionWindows, ...]] = {}
     for split in SPLITS:
@@ -146,9 +154,9 @@ def recover(
         if len(rows) != sum(entry.num_samples for entry in lost_here):
             continue
         for entry in lost_here:
-            own, rows = rows[: entry.num_samples], rows[entry.num_samples :]
+            shard_rows, rows = rows[: entry.num_samples], rows[entry.num_samples :]
             windows: dict[str, list[int]] = {}
-            for session, window in own:
+            for session, window in shard_rows:
                 windows.setdefault(session, []).append(window)
             recovered[entry.name] = tuple(SessionWindows(n, tuple(w)) for n, w in windows.items())
     return recovered

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.build.packing import (
     PACKING_SECTIONS,
-    compact,
-    inherit,
+    keep_previous_shards,
     pack,
-    recover,
+    recover_lost_shards,
+    repack,
     sample_windows,
 )
-from preprocess.build.previous_set import PreviousRows, recipe_part, row_hash
-from preprocess.build.shards import (
+from preprocess.build.plan_types import (
     BuiltShard,
     Cause,
     Changes,
@@ -29,6 +28,7 @@ from preprocess.build.shards import (
     Reason,
     ShardTask,
 )
+from preprocess.build.previous_set import PreviousRows, recipe_part, row_hash
 from shared.files import fingerprint_of
 from shared.recipe import SPLITS
 from shared.shardset.layout import COLUMNS, column_basis
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from preprocess.build.packing import Samples
-    from preprocess.build.shards import (
+    from preprocess.build.plan_types import (
         BuiltColumn,
         PlannedShard,
         PreviousSet,
@@ -73,7 +73,7 @@ def plan_shards(
     if repacking:
         planned = pack(list(samples), samples, recipe)
     elif compacts:
-        planned = compact(shards, samples, recipe)
+        planned = repack(shards, samples, recipe)
     else:
         planned = _update(shards, samples, recipe)
     planned.sort(key=_order)
@@ -103,7 +103,9 @@ def plan_shards(
     for entry in () if previous is None else previous.lost:
         if entry.name not in names:
             dropped.setdefault(entry.name, ())
-    dropped_sessions = [own for sessions in dropped.values() for own in sessions]
+    dropped_sessions = [
+        session_windows for sessions in dropped.values() for session_windows in sessions
+    ]
     return Plan(
         tasks=tuple(tasks),
         unchanged=tuple(unchanged),
@@ -167,7 +169,7 @@ def _with_recovered(
     previous: PreviousSet, samples: Samples, recipe: Recipe
 ) -> tuple[BuiltShard, ...]:
     """List the previous shards in order, and those of lost indexes that can be recovered."""
-    recovered = recover(previous.lost, previous.shards, samples, recipe)
+    recovered = recover_lost_shards(previous.lost, previous.shards, samples, recipe)
     lost = [
         BuiltShard(
             name=entry.name,
@@ -185,8 +187,8 @@ def _with_recovered(
 
 def _update(shards: tuple[BuiltShard, ...], samples: Samples, recipe: Recipe) -> list[PlannedShard]:
     """Keep previous shards with the sessions that stay in them; pack the other sessions."""
-    inherited = inherit(shards, samples)
-    stored = {own.session for shard in inherited for own in shard.sessions}
+    inherited = keep_previous_shards(shards, samples)
+    stored = {session_windows.session for shard in inherited for session_windows in shard.sessions}
     others = [name for name, windows in samples.items() if windows and name not in stored]
     planned = inherited + pack(others, samples, recipe, inherited)
     return [shard for shard in planned if shard.sessions]
@@ -199,8 +201,10 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
     previous = shard.previous
     for name, column in COLUMNS.items():
         rows = {
-            own.session: row_hash(own, column, context.scans[own.session], context.recipe)
-            for own in shard.sessions
+            session_windows.session: row_hash(
+                session_windows, column, context.scans[session_windows.session], context.recipe
+            )
+            for session_windows in shard.sessions
         }
         settings = column_basis(column, context.recipe, tokenizer_sha256=context.tokenizer_sha256)
         basis = {**settings, "rows": fingerprint_of(list(rows.values()))}
@@ -221,7 +225,10 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
             reason=reason,
             basis=basis,
             rows=rows,
-            sources={own.session: context.rows.find(own, column, basis) for own in shard.sessions},
+            sources={
+                session_windows.session: context.rows.choose_source(session_windows, column, basis)
+                for session_windows in shard.sessions
+            },
             changes=_diff_sessions(
                 [*shard.sessions, *(previous.sessions if previous else ())], context, column
             ),
@@ -256,10 +263,10 @@ def _diff_sessions(
     sessions: Iterable[SessionWindows], context: _Context, column: Column | None = None
 ) -> Changes:
     """List which sessions are new, removed or changed (for one column, if given)."""
-    names = dict.fromkeys(own.session for own in sessions)
+    names = dict.fromkeys(session_windows.session for session_windows in sessions)
     rows = context.rows
     changed = {
-        name: rows.diff_session(name, context.samples[name], column)
+        name: rows.describe_session_changes(name, context.samples[name], column)
         for name in names
         if name in rows and name in context.scans
     }

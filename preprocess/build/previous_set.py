@@ -10,7 +10,7 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from preprocess.build.shards import (
+from preprocess.build.plan_types import (
     BuiltShard,
     Cause,
     FromSession,
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from preprocess.build.cluster import Cluster
-    from preprocess.build.shards import BuiltColumn
+    from preprocess.build.plan_types import BuiltColumn
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
     from shared.shardset.manifest import Manifest, ShardEntry
     from shared.shardset.store import ShardSetStore
 
 
-def describe_set(
+def read_previous_set(
     manifest: Manifest,
     store: ShardSetStore,
     sizes: Mapping[str, int],
@@ -135,11 +135,13 @@ def _is_corrupt(file: str, sha256: str, store: ShardSetStore) -> bool:
 # --- rows ------------------------------------------------------------------------------------
 
 
-def row_hash(own: SessionWindows, column: Column, scan: SessionScan, recipe: Recipe) -> str:
+def row_hash(
+    session_windows: SessionWindows, column: Column, scan: SessionScan, recipe: Recipe
+) -> str:
     """Hash everything that the rows of a session depend on in a column, besides the recipe.
 
     Args:
-        own: the windows of the session that the shard holds.
+        session_windows: the windows of the session that the shard holds.
         column: the column.
         scan: the session as it is now.
         recipe: decides which streams are present in a window.
@@ -151,9 +153,9 @@ def row_hash(own: SessionWindows, column: Column, scan: SessionScan, recipe: Rec
     windows = scan.windows(recipe)
     bits = [
         presence_bits(set(scan.present(windows[w], recipe)) & set(column.streams))
-        for w in own.windows
+        for w in session_windows.windows
     ]
-    inputs = [own.session, own.windows, bits, sources, offset_s, gain]
+    inputs = [session_windows.session, session_windows.windows, bits, sources, offset_s, gain]
     # Only sessions with declared starts hash them: the hashes of the others stay the same.
     starts = {s: scan.start_overrides[s] for s in column.streams if s in scan.start_overrides}
     return fingerprint_of([*inputs, starts] if starts else inputs)
@@ -180,29 +182,34 @@ class PreviousRows:
         self._recipe = recipe
         self._stored: dict[str, list[tuple[BuiltShard, SessionWindows]]] = {}
         for shard in shards:
-            for own in shard.sessions:
-                self._stored.setdefault(own.session, []).append((shard, own))
+            for session_windows in shard.sessions:
+                self._stored.setdefault(session_windows.session, []).append(
+                    (shard, session_windows)
+                )
 
     def __contains__(self, session: str) -> bool:
         return session in self._stored
 
-    def find(
-        self, own: SessionWindows, column: Column, basis: Mapping[str, Any]
+    def choose_source(
+        self, session_windows: SessionWindows, column: Column, basis: Mapping[str, Any]
     ) -> FromShards | FromSession:
         """Find previous shards that hold all rows as they would be made now, or the recording.
 
         Args:
-            own: the windows to find.
+            session_windows: the windows to find.
             column: the column of the rows.
             basis: what the column depends on now.
         """
-        missing, files = set(own.windows), []
-        for shard, stored in self._stored.get(own.session, ()):
+        missing, files = set(session_windows.windows), []
+        for shard, stored in self._stored.get(session_windows.session, ()):
             built = shard.columns.get(column.name)
             if built is None or column.name in shard.faults or missing.isdisjoint(stored.windows):
                 continue
             # Which windows of a broken video decode depends on where decoding begins.
-            if stored != own and (own.session, column.name) in shard.decode_failures:
+            if (
+                stored != session_windows
+                and (session_windows.session, column.name) in shard.decode_failures
+            ):
                 continue
             has_same_settings = recipe_part(built.basis) == recipe_part(basis)
             if has_same_settings and self._is_same(built, stored, column):
@@ -210,7 +217,9 @@ class PreviousRows:
                 missing -= set(stored.windows)
         return FromSession() if missing else FromShards(tuple(files))
 
-    def diff_session(self, session: str, windows: Sequence[int], column: Column | None) -> str:
+    def describe_session_changes(
+        self, session: str, windows: Sequence[int], column: Column | None
+    ) -> str:
         """Describe what changed in a session, or in what a column takes from it; empty for nothing.
 
         Only hashes of the previous rows are known. The columns whose hash changed show which files

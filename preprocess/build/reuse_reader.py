@@ -15,7 +15,7 @@ from shared.shardset.index import MEMBER_TABLES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from preprocess.build.shards import Row
+    from preprocess.build.plan_types import Row
     from shared.shardset.columns import ColumnFile
     from shared.shardset.index import ShardIndex
     from shared.shardset.layout import Column

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from preprocess.build.commit import to_jsonl
-from preprocess.build.shards import Row
+from preprocess.build.plan_types import Row
 from shared.errors import SessionError
 from shared.files import fingerprint_of
 from shared.media.tokenizer import parse_tokenizer
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.build.cluster import Cluster
-    from preprocess.build.shards import SessionWindows
+    from preprocess.build.plan_types import SessionWindows
     from shared.recipe import Recipe
     from shared.shardset.store import ShardSetStore
 
@@ -60,7 +60,9 @@ class Recording(Protocol):
         """Scanned file -> its size, and its modification time in ns or its tag."""
         ...
 
-    def files(self, names: Iterable[str], staging: ShardSetStore) -> AbstractContextManager[Path]:
+    def open_files(
+        self, names: Iterable[str], staging: ShardSetStore
+    ) -> AbstractContextManager[Path]:
         """Provide a folder, named like the session, with at least those of these files that exist.
 
         Args:
@@ -70,7 +72,7 @@ class Recording(Protocol):
         """
         ...
 
-    def changed(self, names: Iterable[str]) -> list[str]:
+    def changed_files(self, names: Iterable[str]) -> list[str]:
         """Return those of these files that differ from the stamp."""
         ...
 
@@ -83,11 +85,13 @@ class LocalRecording:
     folder: Path
     stamp: Mapping[str, list[Any]]
 
-    def files(self, names: Iterable[str], staging: ShardSetStore) -> AbstractContextManager[Path]:
+    def open_files(
+        self, names: Iterable[str], staging: ShardSetStore
+    ) -> AbstractContextManager[Path]:
         """Provide the session folder itself."""
         return nullcontext(self.folder)
 
-    def changed(self, names: Iterable[str]) -> list[str]:
+    def changed_files(self, names: Iterable[str]) -> list[str]:
         """Return those of these files that differ from the stamp."""
         now = _stamp_of_folder(self.folder)
         return [n for n in names if now.get(n) != self.stamp.get(n)]
@@ -102,7 +106,7 @@ class RemoteRecording:
     stamp: Mapping[str, list[Any]]
 
     @contextmanager
-    def files(self, names: Iterable[str], staging: ShardSetStore) -> Iterator[Path]:
+    def open_files(self, names: Iterable[str], staging: ShardSetStore) -> Iterator[Path]:
         """Download the files to a staging directory."""
         with staging.staging_dir() as work:
             yield self.download_to(work, names)
@@ -113,11 +117,11 @@ class RemoteRecording:
         folder.mkdir()
         for name in names:
             if name in self.stamp:
-                with suppress(FileNotFoundError):  # changed() reports it
+                with suppress(FileNotFoundError):  # changed_files() reports it
                     self.store.download(name, folder / name)
         return folder
 
-    def changed(self, names: Iterable[str]) -> list[str]:
+    def changed_files(self, names: Iterable[str]) -> list[str]:
         """Return those of these files that differ from the stamp."""
         return [n for n in names if _stamp_of_object(self.store.stat(n)) != self.stamp.get(n)]
 
@@ -152,7 +156,7 @@ def require_unchanged(recording: Recording, names: Iterable[str]) -> None:
     Raises:
         SessionError: files changed or no longer exist.
     """
-    changed = recording.changed(sorted(set(names)))
+    changed = recording.changed_files(sorted(set(names)))
     if changed:
         raise SessionError(
             f"session {recording.name}: {', '.join(changed)} changed or was removed while the job "
@@ -173,13 +177,13 @@ def _list_store(store: Store) -> list[RemoteRecording]:
             f"{store}: no session in it; fix: give the URL of session folders, each with at least "
             f"one of {', '.join(SOURCE_FILES)}"
         )
-    patient = store.with_policy(RetryPolicy())
+    retrying_store = store.with_policy(RetryPolicy())
     if "" in stamps:  # the folder itself is a session
         name = store.url.rpartition("/")[2]
-        return [RemoteRecording(name=name, store=patient, stamp=stamps[""])]
+        return [RemoteRecording(name=name, store=retrying_store, stamp=stamps[""])]
     return [
         RemoteRecording(
-            name=name, store=Store(f"{store.url}/{name}", patient.retry), stamp=stamps[name]
+            name=name, store=Store(f"{store.url}/{name}", retrying_store.retry), stamp=stamps[name]
         )
         for name in sorted(stamps)
     ]
@@ -296,7 +300,7 @@ def _scan(
 ) -> SessionScan:
     """Scan a session whose unchanged files are known."""
     recording, known = work
-    with recording.files(SCANNED_FILES, store) as folder:
+    with recording.open_files(SCANNED_FILES, store) as folder:
         return scan_session(folder, recipe=recipe, known=known)
 
 
@@ -373,7 +377,7 @@ def open_sessions(
             readers = {}
             for name, files in sources.items():
                 needed = [f for f in files if f not in elsewhere.get(name, ())]
-                path = stack.enter_context(context.recordings[name].files(needed, context.out))
+                path = stack.enter_context(context.recordings[name].open_files(needed, context.out))
                 readers[name] = SessionReader(
                     path, context.scans[name], recipe=context.recipe, tokenizer=tokenizer
                 )

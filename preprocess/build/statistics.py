@@ -88,7 +88,7 @@ class SoundCounter(NoCounter):
     @property
     def result(self) -> dict[str, Any]:  # type: ignore[override]
         """Statistics of the members so far."""
-        return of_sound(self._levels_db)
+        return sound_statistics(self._levels_db)
 
 
 class TokenCounter(NoCounter):
@@ -113,11 +113,13 @@ TAR_COUNTERS: dict[str, type[NoCounter]] = {"audio": SoundCounter, "text": Token
 """Tar columns with statistics, and what counts their members."""
 
 
-def of_arrays(column: str, arrays: Mapping[str, NDArray[Any]], recipe: Recipe) -> dict[str, Any]:
+def array_statistics(
+    column: str, arrays: Mapping[str, NDArray[Any]], recipe: Recipe
+) -> dict[str, Any]:
     """Compute the statistics of a Zarr column from its arrays, with a row per sample."""
     if column == "proprio":
         return of_sensors(arrays["proprio"], arrays["touch"])
-    return {"dmel_levels": of_levels(arrays["dmel"], arrays["valid"], recipe.mel.levels)}
+    return {"dmel_levels": level_statistics(arrays["dmel"], arrays["valid"], recipe.mel.levels)}
 
 
 def of_sensors(
@@ -132,7 +134,7 @@ def of_sensors(
     }
 
 
-def of_sound(levels_db: Sequence[float]) -> dict[str, dict[str, Any]]:
+def sound_statistics(levels_db: Sequence[float]) -> dict[str, dict[str, Any]]:
     """Compute the statistics of the levels of windows."""
     levels = np.array(levels_db, dtype=np.float32).reshape(-1, 1)
     return {"audio_level": of_numbers(levels, [LEVEL])}
@@ -174,7 +176,7 @@ def of_numbers(values: NDArray[np.float32], axes: Sequence[Axis]) -> dict[str, A
     }
 
 
-def of_levels(
+def level_statistics(
     levels: NDArray[np.uint8], valid: NDArray[np.bool_], num_levels: int
 ) -> list[list[int]]:
     """Count each dMel level in each channel: [channels][levels]."""

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.build.reuse_reader import ColumnFileCache, ShardReader
-from preprocess.build.shards import (
+from preprocess.build.plan_types import (
     BuiltColumn,
     FromSession,
     FromShards,
@@ -21,9 +20,10 @@ from preprocess.build.shards import (
     Row,
     built_columns,
 )
+from preprocess.build.reuse_reader import ColumnFileCache, ShardReader
 from preprocess.build.sources import iter_rows, open_sessions
 from preprocess.build.video_subtasks import remove_encoded
-from preprocess.build.write import SessionEncoder, ShardBuilder, row_arrays, write_column
+from preprocess.build.write import IndexBuilder, SessionEncoder, row_arrays, write_column
 from shared.clock import Window
 from shared.errors import CorruptError, ShardError
 from shared.files import fingerprint_of, sha256_of_bytes, sha256_of_file
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from preprocess.build.shards import RowSource, ShardTask
+    from preprocess.build.plan_types import RowSource, ShardTask
     from preprocess.build.sources import TaskContext
     from preprocess.build.video_subtasks import EncodedVideo
     from preprocess.build.write import EncodedRow, RowReader
@@ -82,7 +82,7 @@ def build_shard(
 def _build_shard(
     task: ShardTask, context: TaskContext, encoded: Sequence[EncodedVideo]
 ) -> ShardEntry:
-    builder = ShardBuilder(rows=list(iter_rows(task.sessions, context)), recipe=context.recipe)
+    builder = IndexBuilder(rows=list(iter_rows(task.sessions, context)), recipe=context.recipe)
     with context.out.staging_dir() as work:
         sources, encoded_files = _session_files(task)
         with open_sessions(context, sources, elsewhere=encoded_files) as recordings:
@@ -105,14 +105,14 @@ def copy_shard(task: ShardTask, context: TaskContext) -> ShardEntry:
     source = context.old or context.out
     indexes = [source.read_index(file) for file in task.copied_index_files]
     rows = list(_stored_rows(task, context.recipe, indexes))
-    builder = ShardBuilder(rows=rows, recipe=context.recipe)
+    builder = IndexBuilder(rows=rows, recipe=context.recipe)
     with context.out.staging_dir() as work:
         readers = _RowReaders(source)
         _write_columns(task, context=context, work=work, builder=builder, readers=readers)
         return _write_index(task, context, work, builder)
 
 
-def salvage_shard(
+def resume_shard(
     task: ShardTask, store: ShardSetStore, sizes: Mapping[str, int]
 ) -> ShardEntry | ShardTask:
     """Take over what a killed job finished of a shard.
@@ -169,7 +169,7 @@ def _session_files(task: ShardTask) -> tuple[dict[str, list[str]], dict[str, set
     """
     files: dict[str, list[str]] = {}
     encoded: dict[str, set[str]] = {}
-    for session in dict.fromkeys(own.session for own in task.sessions):
+    for session in dict.fromkeys(session_windows.session for session_windows in task.sessions):
         used = set()
         for name, column in task.columns.items():
             source = column.sources[session]
@@ -196,7 +196,7 @@ class _RowReaders:
     """Indexes that have been read, by file name."""
 
     def iter_rows(
-        self, column: Column, sources: Mapping[str, RowSource], builder: ShardBuilder
+        self, column: Column, sources: Mapping[str, RowSource], builder: IndexBuilder
     ) -> Iterator[EncodedRow]:
         """Yield the rows of a column, session by session, each from the source that is planned.
 
@@ -234,7 +234,7 @@ def _write_columns(
     *,
     context: TaskContext,
     work: Path,
-    builder: ShardBuilder,
+    builder: IndexBuilder,
     readers: _RowReaders,
 ) -> None:
     """Keep or write every column, and put the written files into the set."""
@@ -261,7 +261,7 @@ def _write_columns(
 
 
 def _keep_column(
-    builder: ShardBuilder, column: Column, built: BuiltColumn, index: ShardIndex
+    builder: IndexBuilder, column: Column, built: BuiltColumn, index: ShardIndex
 ) -> None:
     """Take over a column that is up to date: its entry, member tables, statistics and failures."""
     name = column.name
@@ -290,7 +290,11 @@ def _stored_rows(task: ShardTask, recipe: Recipe, indexes: Sequence[ShardIndex])
         for index in indexes
         for row in range(index.num_samples)
     }
-    keys = [(own.session, window) for own in task.sessions for window in own.windows]
+    keys = [
+        (session_windows.session, window)
+        for session_windows in task.sessions
+        for window in session_windows.windows
+    ]
     for number, (session, index) in enumerate(keys):
         arrays, row = stored[session, index]
         window = Window(index, float(arrays["start_s"][row]), recipe.window.duration_s)
@@ -299,16 +303,19 @@ def _stored_rows(task: ShardTask, recipe: Recipe, indexes: Sequence[ShardIndex])
 
 
 def _write_index(
-    task: ShardTask, context: TaskContext, work: Path, builder: ShardBuilder
+    task: ShardTask, context: TaskContext, work: Path, builder: IndexBuilder
 ) -> ShardEntry:
     """Put the index into the set: from here on the shard is finished."""
-    sessions = [own.session for own in task.sessions]
+    sessions = [session_windows.session for session_windows in task.sessions]
     arrays = {**row_arrays(builder.rows, sessions), "present": builder.presence, **builder.arrays}
     header = {
         "name": task.name,
         "split": task.split,
         "sessions": sessions,
-        "slices": [[own.session, list(own.windows)] for own in task.sessions],
+        "slices": [
+            [session_windows.session, list(session_windows.windows)]
+            for session_windows in task.sessions
+        ],
         "columns": {
             name: {
                 "file": c.file,

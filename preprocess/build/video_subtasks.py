@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from preprocess.build.shards import FromSession, FromSubtasks
+from preprocess.build.plan_types import FromSession, FromSubtasks
 from preprocess.build.sources import iter_rows, open_sessions
-from preprocess.build.write import SessionEncoder, ShardBuilder, row_arrays, write_column
+from preprocess.build.write import IndexBuilder, SessionEncoder, row_arrays, write_column
 from shared.errors import MediaError
 from shared.files import sha256_of_bytes
 from shared.session.folder import VISION_FILES
@@ -25,7 +25,7 @@ from shared.shardset.store import job_file
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from preprocess.build.shards import Row, SessionWindows, ShardTask
+    from preprocess.build.plan_types import Row, SessionWindows, ShardTask
     from preprocess.build.sources import TaskContext
     from preprocess.build.write import EncodedRow
     from shared.clock import Window
@@ -85,14 +85,14 @@ def split_task(
     total_s = 0.0
     for column, stream in _STREAMS.items():
         decoded = [
-            own
-            for own in task.sessions
+            session_windows
+            for session_windows in task.sessions
             if column in task.columns
-            and isinstance(task.columns[column].sources[own.session], FromSession)
-            and stream in scans[own.session].intervals
+            and isinstance(task.columns[column].sources[session_windows.session], FromSession)
+            and stream in scans[session_windows.session].intervals
         ]
         subtasks += _split_column(column, decoded, step_s=step_s, task_s=task_s)
-        total_s += sum(len(own.windows) * step_s for own in decoded)
+        total_s += sum(len(session_windows.windows) * step_s for session_windows in decoded)
     if total_s <= task_s:
         return task, ()
     named = tuple(
@@ -109,18 +109,20 @@ def _split_column(
     subtasks: list[VideoSubtask] = []
     group: list[SessionWindows] = []
     free_s = 0.0
-    for own in sessions:
-        length_s = len(own.windows) * step_s
-        num_runs = min(math.ceil(length_s / task_s), len(own.windows))
+    for session_windows in sessions:
+        length_s = len(session_windows.windows) * step_s
+        num_runs = min(math.ceil(length_s / task_s), len(session_windows.windows))
         if num_runs > 1:
-            whole = VideoSubtask(name="", column=column, sessions=(own,), num_runs=num_runs)
+            whole = VideoSubtask(
+                name="", column=column, sessions=(session_windows,), num_runs=num_runs
+            )
             subtasks += [replace(whole, run=run) for run in range(num_runs)]
             continue
         if group and length_s > free_s:
             subtasks.append(VideoSubtask(name="", column=column, sessions=tuple(group)))
             group = []
         free_s = (free_s if group else task_s) - length_s
-        group.append(own)
+        group.append(session_windows)
     if group:
         subtasks.append(VideoSubtask(name="", column=column, sessions=tuple(group)))
     return subtasks
@@ -130,8 +132,8 @@ def _with_subtasks(task: ShardTask, subtasks: Iterable[VideoSubtask]) -> ShardTa
     """Make subtasks the source of the rows that they encode."""
     names: dict[tuple[str, str], tuple[str, ...]] = {}
     for subtask in subtasks:
-        for own in subtask.sessions:
-            key = subtask.column, own.session
+        for session_windows in subtask.sessions:
+            key = subtask.column, session_windows.session
             names[key] = (*names.get(key, ()), subtask.name)
     columns = dict(task.columns)
     for (name, session), files in names.items():
@@ -147,12 +149,12 @@ def encode_video(subtask: VideoSubtask, context: TaskContext) -> EncodedVideo:
         SessionError, JobError, OSError: see :func:`preprocess.build.task.build_shard`.
     """
     column = COLUMNS[subtask.column]
-    sources = {own.session: column.sources for own in subtask.sessions}
+    sources = {session_windows.session: column.sources for session_windows in subtask.sessions}
     with context.out.staging_dir() as work:
         path = work / "subtask.tar"
         with open_sessions(context, sources) as readers:
             rows, decode_context = _select_rows(subtask, context, readers)
-            builder = ShardBuilder(rows=rows, recipe=context.recipe)
+            builder = IndexBuilder(rows=rows, recipe=context.recipe)
             encoded = _iter_encoded(subtask, builder, readers, decode_context)
             write_column(builder, column, path, encoded)
         file = job_file(context.out, f"{subtask.name}.tar")
@@ -194,27 +196,27 @@ def _select_rows(
     except MediaError:
         # The video does not open: the first run reports every window.
         cuts = [0, *[len(rows)] * subtask.num_runs]
-    own = rows[cuts[subtask.run] : cuts[subtask.run + 1]]
-    return [replace(row, number=number) for number, row in enumerate(own)], windows
+    run_rows = rows[cuts[subtask.run] : cuts[subtask.run + 1]]
+    return [replace(row, number=number) for number, row in enumerate(run_rows)], windows
 
 
 def _iter_encoded(
     subtask: VideoSubtask,
-    builder: ShardBuilder,
+    builder: IndexBuilder,
     readers: Mapping[str, SessionReader],
     decode_context: list[Window] | None,
 ) -> Iterator[EncodedRow]:
     column = COLUMNS[subtask.column]
     rows = builder.rows_of(column)
-    for own in subtask.sessions:
-        encoder = SessionEncoder(readers[own.session], decode_context=decode_context)
-        own_rows = rows.get(own.session, [])
-        yield from encoder.iter_rows(column, own_rows, builder.decode_failures)
+    for session_windows in subtask.sessions:
+        encoder = SessionEncoder(readers[session_windows.session], decode_context=decode_context)
+        session_rows = rows.get(session_windows.session, [])
+        yield from encoder.iter_rows(column, session_rows, builder.decode_failures)
 
 
-def _index(subtask: VideoSubtask, builder: ShardBuilder) -> ShardIndex:
+def _index(subtask: VideoSubtask, builder: IndexBuilder) -> ShardIndex:
     """Make the index of a subtask's file, with what the shard needs to know."""
-    sessions = [own.session for own in subtask.sessions]
+    sessions = [session_windows.session for session_windows in subtask.sessions]
     arrays = {**row_arrays(builder.rows, sessions), "present": builder.presence, **builder.arrays}
     header = {"sessions": sessions, "columns": {}, "losses": builder.decode_failures}
     return ShardIndex(header=header, arrays=arrays)

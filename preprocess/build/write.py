@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from preprocess.build.shards import BuiltColumn, Row
+    from preprocess.build.plan_types import BuiltColumn, Row
     from shared.clock import Window
     from shared.session.reader import SessionReader
     from shared.shardset.index import Members
@@ -61,7 +61,7 @@ class RowReader(Protocol):
 
 
 @dataclass(slots=True)
-class ShardBuilder:
+class IndexBuilder:
     """Collects what the index of a shard says of its columns."""
 
     rows: list[Row]
@@ -119,7 +119,7 @@ def row_arrays(rows: Sequence[Row], sessions: Sequence[str]) -> dict[str, NDArra
 
 
 def write_column(
-    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
+    builder: IndexBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
 ) -> None:
     """Write a column file.
 
@@ -134,7 +134,7 @@ def write_column(
 
 
 def _write_tar(
-    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
+    builder: IndexBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
 ) -> None:
     name, recipe = column.name, builder.recipe
     counter = statistics.TAR_COUNTERS.get(name, statistics.NoCounter)()
@@ -157,7 +157,7 @@ def _write_tar(
 
 
 def _write_zarr(
-    builder: ShardBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
+    builder: IndexBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
 ) -> None:
     arrays = _ZARR_ARRAYS[column.name](len(builder.rows), builder.recipe)
     for item in encoded:
@@ -171,10 +171,12 @@ def _write_zarr(
     for name, members in write_zarr_column(path, arrays, attributes=attributes).items():
         builder.add_members(f"{column.name}/{name}", members)
     stored = {name: array.values for name, array in arrays.items()}
-    builder.statistics[column.name] = statistics.of_arrays(column.name, stored, builder.recipe)
+    builder.statistics[column.name] = statistics.array_statistics(
+        column.name, stored, builder.recipe
+    )
 
 
-def _mark_present(builder: ShardBuilder, column: Column, row: Row) -> None:
+def _mark_present(builder: IndexBuilder, column: Column, row: Row) -> None:
     """Note that a row stores those streams of a column that it has."""
     builder.presence[row.number] |= presence_bits(set(column.streams) & set(row.present))
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.build.commit import NewSet, commit_set, count_windows
 from preprocess.build.plan import setting_changes
-from preprocess.build.shards import (
+from preprocess.build.plan_types import (
     Cause,
     ColumnTask,
     FromShards,

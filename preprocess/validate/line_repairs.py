@@ -93,7 +93,7 @@ def parse_lines(content: bytes) -> tuple[list[Line], int]:
     return lines, num_bad
 
 
-def divide(
+def convert_units(
     lines: list[Line], texts: list[Line], media_stop_s: float | None
 ) -> tuple[list[Line], list[Line], str | None]:
     """Convert timestamps in milliseconds, microseconds or nanoseconds to seconds.
@@ -159,7 +159,7 @@ def join_repeats(lines: list[Line]) -> Repaired:
     return joined, f"{METADATA_FILE}: joined {_count(num_repeats, 'repeated line')} with the first"
 
 
-def rebase(
+def shift_to_zero(
     lines: list[Line], texts: list[Line], media_stop_s: float | None
 ) -> tuple[list[Line], list[Line], str | None]:
     """Shift timestamps to start at zero if the recorder's clock was never reset.
@@ -184,7 +184,7 @@ def rebase(
     return [_shifted(line, offset_s) for line in lines], shifted, sentence
 
 
-def trim(lines: list[Line], media_stop_s: float | None) -> Repaired:
+def drop_outside_media(lines: list[Line], media_stop_s: float | None) -> Repaired:
     """Drop lines before the start or after the end of the media.
 
     Only 0.1 to 1 s of lines are dropped; more is another fault. If one of them contains text,

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING
 from preprocess.validate.line_repairs import (
     Line,
     clamp,
-    divide,
+    convert_units,
+    drop_outside_media,
     drop_unreadable,
     fill_gaps,
     is_sortable,
     join_repeats,
     parse_lines,
-    rebase,
+    shift_to_zero,
     sort_lines,
-    trim,
 )
 from shared.errors import MediaError, SessionError
 from shared.files import sync_folder, write_synced
@@ -111,7 +111,7 @@ def _convert_to_seconds(
     if METADATA_FILE not in lines:
         return lines
     metadata, texts = lines[METADATA_FILE], lines.get(TEXT_FILE, [])
-    metadata, texts, sentence = divide(metadata, texts, media_stop_s)
+    metadata, texts, sentence = convert_units(metadata, texts, media_stop_s)
     if sentence:
         repairs.append(sentence)
     divided = {METADATA_FILE: metadata, TEXT_FILE: texts}
@@ -131,8 +131,8 @@ def _repair_lines(
     lines, joined = join_repeats(lines)
     rebased = trimmed = None
     if is_media_known:
-        lines, texts, rebased = rebase(lines, texts, media_stop_s)
-        lines, trimmed = trim(lines, media_stop_s)
+        lines, texts, rebased = shift_to_zero(lines, texts, media_stop_s)
+        lines, trimmed = drop_outside_media(lines, media_stop_s)
     lines, clamped = clamp(lines, sensors=recipe.sensors)
     lines, filled = fill_gaps(lines, sensors=recipe.sensors)
     repaired[METADATA_FILE] = lines

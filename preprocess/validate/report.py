@@ -160,7 +160,7 @@ def check_sessions(
             is_repaired = fix and source.is_dir()
             repairs = tuple(repair_session(source, recipe=recipe)) if is_repaired else ()
         except SessionError as error:
-            yield _failed(source, source.name, str(error))
+            yield _make_failed_report(source, source.name, str(error))
             continue
         if source.is_file():
             with _session_of_file(source) as folder:
@@ -195,12 +195,12 @@ def check_session(
         report = _make_report(name, findings, _collect_stats(probe))
         return CheckedSession(folder=path, report=report, probe=probe)
     except SessionError as error:
-        return _failed(path, name, str(error))
+        return _make_failed_report(path, name, str(error))
     except Exception as error:  # a border: whatever this session raises, the next one is checked
         message = (
             f"{path}: cannot be checked: {type(error).__name__}: {error}; fix: look at its files"
         )
-        return _failed(path, name, message)
+        return _make_failed_report(path, name, message)
 
 
 def describe_totals(statuses: Sequence[Status], length: str) -> str:
@@ -228,7 +228,7 @@ def _iter_sources(locations: Iterable[str]) -> Iterator[Path | CheckedSession]:
             else:
                 yield location
         except (SessionError, StorageError) as error:
-            yield _failed(Path(str(location)), str(location), str(error))
+            yield _make_failed_report(Path(str(location)), str(location), str(error))
 
 
 def _iter_copies(store: Store) -> Iterator[Path]:
@@ -268,7 +268,7 @@ def _name_in_session(path: Path) -> str:
     return AUDIO_FILE if is_sound else VISION_FILES[Stream.VISION_LEFT]
 
 
-def _failed(folder: Path, session: str, error: str) -> CheckedSession:
+def _make_failed_report(folder: Path, session: str, error: str) -> CheckedSession:
     """Return a failed report for a session or location that cannot be checked."""
     report = ValidationReport(session=_printable(session), errors=(_printable(error),))
     return CheckedSession(folder=folder, report=report)

@@ -98,7 +98,10 @@ def draw_timelines(probe: SessionProbe, axis: TimeAxis) -> list[StreamTimeline]:
 def line_gaps(times_s: NDArray[np.float64]) -> list[Stretches]:
     """Return the gaps between lines or readings: short ones, then long ones."""
     is_short, is_long = find_line_gaps(times_s)
-    return [_steps("gap-warning", times_s, is_short), _steps("gap-error", times_s, is_long)]
+    return [
+        _select_intervals("gap-warning", times_s, is_short),
+        _select_intervals("gap-error", times_s, is_long),
+    ]
 
 
 def _absent_stream(stream: Stream, probe: SessionProbe) -> StreamTimeline:
@@ -124,14 +127,14 @@ def _draw_stream(stream: Stream, probe: SessionProbe, axis: TimeAxis) -> StreamT
         tolerance_s = probe.recipe.vision.tolerance_s
         starts_s, stops_s = times_s - tolerance_s, times_s + tolerance_s
         damaged = Stretches("damaged", *video.damaged_stretches()[:2])
-        flaws = [_steps("gap-warning", times_s, find_video_gaps(times_s)), damaged]
+        flaws = [_select_intervals("gap-warning", times_s, find_video_gaps(times_s)), damaged]
     elif stream in (Stream.TOUCH, Stream.PROPRIO):
         times_s = probe.reading_times_s(stream)
         is_masked = np.diff(times_s) > probe.recipe.sensors.max_gap_s + EPSILON_S
         starts_s = times_s[np.append(True, is_masked)]
         stops_s = np.append(times_s[:-1][is_masked], interval.stop_s)
         flaws = line_gaps(times_s)
-    flaws.append(_masked(starts_s, stops_s, probe.length_s))
+    flaws.append(_find_masked(starts_s, stops_s, probe.length_s))
     return _draw_interval(
         interval, name=stream.value, flaws=flaws, axis=axis, length_s=probe.length_s
     )
@@ -166,12 +169,14 @@ def _describe_flaws(flaws: list[Stretches]) -> str:
     return ", ".join(counts)
 
 
-def _steps(kind: str, times_s: NDArray[np.float64], is_chosen: NDArray[np.bool_]) -> Stretches:
+def _select_intervals(
+    kind: str, times_s: NDArray[np.float64], is_chosen: NDArray[np.bool_]
+) -> Stretches:
     """Return the chosen ones [N - 1] of the steps between times [N]."""
     return Stretches(kind, times_s[:-1][is_chosen], times_s[1:][is_chosen])
 
 
-def _masked(
+def _find_masked(
     starts_s: NDArray[np.float64], stops_s: NDArray[np.float64], length_s: float
 ) -> Stretches:
     """Return the parts of a session that stretches [N], both ends increasing, do not cover."""

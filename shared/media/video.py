@@ -173,7 +173,7 @@ def read_frames(
     for frame in decode_frames(path, track, wanted):
         index = index_of_pts.pop(frame.pts, None)
         if index is not None:
-            yield index, _picture(frame, reformatter, recipe)
+            yield index, _convert_frame(frame, reformatter, recipe)
         if not index_of_pts or frame.pts > last_pts:
             return
 
@@ -266,7 +266,7 @@ def decode_all(container: InputContainer, stream: Any) -> Iterator[Any]:  # noqa
     """Decode every frame of a track; packets that don't decode are skipped."""
     try:
         for packet in container.demux(stream):
-            yield from _decoded(packet)
+            yield from _decode_packet(packet)
     except _READ_ERRORS:
         return
 
@@ -361,7 +361,7 @@ def _decode_needed(
                         return
                     needed = _needed_packets(track, wanted, position)
                 if position >= len(needed):
-                    yield from _drained(context)
+                    yield from _drain_decoder(context)
                     return
                 position += 1
                 if not needed[position - 1]:
@@ -369,13 +369,13 @@ def _decode_needed(
                 if position - 1 in restarts and not is_fresh:
                     # Damage left in the decoder must not show in pictures that another task, which
                     # begins here, decodes without it.
-                    yield from _drained(context)
+                    yield from _drain_decoder(context)
                     context.flush_buffers()
                 is_fresh = False
             if can_skip:
                 is_wanted = packet.pts is None or packet.pts in wanted_pts
                 context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
-            yield from _decoded(packet)
+            yield from _decode_packet(packet)
     except _READ_ERRORS:
         return
 
@@ -405,7 +405,7 @@ def _needed_packets(track: VideoTrack, wanted: Sequence[int], start: int) -> NDA
     return np.asarray(np.cumsum(steps)[:-1] > 0)
 
 
-def _decoded(packet: Any) -> list[Any]:  # noqa: ANN401
+def _decode_packet(packet: Any) -> list[Any]:  # noqa: ANN401
     """Return the frames that a packet completes; none if it doesn't decode."""
     try:
         return list(packet.decode())
@@ -413,7 +413,7 @@ def _decoded(packet: Any) -> list[Any]:  # noqa: ANN401
         return []
 
 
-def _drained(context: Any) -> list[Any]:  # noqa: ANN401
+def _drain_decoder(context: Any) -> list[Any]:  # noqa: ANN401
     """End the decoder's stream and return the frames that it still holds."""
     try:
         return list(context.decode(None))
@@ -449,7 +449,7 @@ def _increasing_order(pts: NDArray[np.int64]) -> NDArray[np.int64]:
     return order[is_first]
 
 
-def _picture(
+def _convert_frame(
     frame: VideoFrame, reformatter: VideoReformatter, recipe: VisionRecipe
 ) -> NDArray[np.uint8]:
     """Convert a frame to RGB uint8 [size, size, 3]: scaled by area, upright, cropped or padded."""

@@ -268,7 +268,7 @@ class RemoteShardSet:
         try:
             content = self.store.with_policy(STARTUP_RETRY).read(MANIFEST_FILE)
         except FileNotFoundError as error:
-            raise ShardError(no_such_set(self.store)) from error
+            raise ShardError(no_such_set_message(self.store)) from error
         manifest = parse_manifest(content, root=self.root, path=f"{self}/{MANIFEST_FILE}")
         (self.root / MANIFEST_FILE).write_bytes(content)
         (self.root / manifest.tokenizer_file).write_bytes(self.read(manifest.tokenizer_file) or b"")
@@ -356,7 +356,7 @@ class RemoteShardSet:
             raise JobError(f"{self}: {_TAKEN_OVER}")
 
 
-def no_such_set(store: Store) -> str:
+def no_such_set_message(store: Store) -> str:
     """Return the error message for a URL without a manifest."""
     return (
         f"{store}: no such shard set; fix: give the URL of the folder that has {MANIFEST_FILE}, or "

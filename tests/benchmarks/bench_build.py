@@ -254,7 +254,7 @@ class Sampler:
         ("scan: metadata", {"read_timed_lines"}),
         ("scan: the rest", {"scan_session"}),
         ("tokenizer", {"_choose_tokenizer"}),
-        ("vision: scale and convert", {"_picture", "reformat"}),
+        ("vision: scale and convert", {"_convert_frame", "reformat"}),
         ("vision: encode", {"encode_pictures"}),
         ("vision: frame times", {"_track"}),
         ("vision: decode", {"read_frames"}),

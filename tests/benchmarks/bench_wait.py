@@ -35,8 +35,8 @@ from helpers.fakes import EmulatedDevice
 from train import Trainer
 from train.config import TrainConfig
 from train.data.loader import Loader, open_source
-from train.loop.metrics import RunLog
 from train.loop.prefetch import BatchFeed
+from train.loop.run_log import RunLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable

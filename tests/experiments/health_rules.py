@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.loop.health import RULES, LogPoint, check
+from train.loop.health import RULES, LogPoint, apply_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -117,7 +117,7 @@ def simulate(
 def first_finding(rule: str, history: list[LogPoint]) -> int | None:
     """Return the number of the first log, from 1, at which a rule has a finding, or None."""
     for end in range(1, len(history) + 1):
-        if any(finding.rule == rule for finding in check(history[:end], quiet_steps=0)):
+        if any(finding.rule == rule for finding in apply_rules(history[:end], quiet_steps=0)):
             return end
     return None
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers.oracles import tiny_recipe
 from preprocess.build.plan import plan_shards
-from preprocess.build.shards import BuiltColumn, BuiltShard, Plan, PreviousSet, ShardTask
+from preprocess.build.plan_types import BuiltColumn, BuiltShard, Plan, PreviousSet, ShardTask
 from shared.clock import Interval
 from shared.files import fingerprint_of
 from shared.recipe import STREAMS, Recipe, Stream

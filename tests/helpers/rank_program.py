@@ -24,7 +24,7 @@ from rich.console import Console
 from train.config import TrainConfig
 from train.data.loader import Loader, open_source
 from train.loop.meter import StepMeter
-from train.loop.metrics import RunLog
+from train.loop.run_log import RunLog
 from train.loop.trainer import Trainer
 from train.machine import distributed
 from train.model.multimodal import MultiModalCreature

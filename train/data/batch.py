@@ -345,18 +345,18 @@ def tokens_on_ticks(
 
 def pack_tokens(text: Text, streams: Sequence[Stream] = TEXT_STREAMS) -> dict[Stream, list[int]]:
     """Put the tokens of streams one after another by time; the other streams have PAD there."""
-    spoken = [
+    tokens = [
         (time_s, number, stream, token)
-        for number, (stream, tokens) in enumerate(
+        for number, (stream, text_tokens) in enumerate(
             zip(TEXT_STREAMS, (text.internal, text.external), strict=True)
         )
-        for time_s, token in zip(tokens.time_s, tokens.ids, strict=True)
+        for time_s, token in zip(text_tokens.time_s, text_tokens.ids, strict=True)
         if stream in streams
     ]
     # By event time, then by stream, so that an event's tokens stay together; the sort is stable.
-    spoken.sort(key=lambda item: item[:2])
+    tokens.sort(key=lambda item: item[:2])
     return {
-        stream: [token if speaker is stream else PAD_TOKEN for _, _, speaker, token in spoken]
+        stream: [token if own_stream is stream else PAD_TOKEN for _, _, own_stream, token in tokens]
         for stream in streams
     }
 

@@ -29,7 +29,7 @@ from shared.files import sha256_of_bytes
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import ShardIndex, parse_index
 from shared.shardset.manifest import MANIFEST_FILE, parse_manifest
-from shared.shardset.store import no_such_set
+from shared.shardset.store import no_such_set_message
 from shared.storage import STARTUP_RETRY, RetryPolicy, Store, with_retry
 from train.data.cache import CachedFile, ShardCache
 
@@ -102,7 +102,7 @@ class CachedShardSet:
             content = self._store.read(MANIFEST_FILE)
             manifest = parse_manifest(content, root=self._settings.folder, path=path)
         except FileNotFoundError as error:
-            raise ShardError(no_such_set(self._store)) from error
+            raise ShardError(no_such_set_message(self._store)) from error
         except CorruptError as error:
             raise StorageError(str(error), is_transient=True) from error
         return manifest, sha256_of_bytes(content)

@@ -139,15 +139,15 @@ class Loader:
         """Start where another loader stopped; call it before the first batch is taken.
 
         Raises:
-            ConfigError: iteration has begun, or see :meth:`position_of`.
+            ConfigError: iteration has begun, or see :meth:`resume_index`.
         """
         if self._has_begun:
             raise ConfigError(
                 "the loader has begun to read; fix: load its state before the first batch"
             )
-        self._start = self.position_of(state)
+        self._start = self.resume_index(state)
 
-    def position_of(self, state: Mapping[str, Any]) -> int:
+    def resume_index(self, state: Mapping[str, Any]) -> int:
         """Return the index of the global batch that starts where another loader stopped.
 
         The other loader's batches may have been larger or smaller.

@@ -313,7 +313,7 @@ class MixedOrder:
         (k,), (set_position,) = self._schedule.locate(plan.positions[i : i + 1])
         order = self._orders[k]
         epoch, position = divmod(int(set_position), order.num_samples)
-        shard, row = order.locate_one(epoch, order.substitute(epoch, position, attempt))
+        shard, row = order.locate_one(epoch, order.substitute_position(epoch, position, attempt))
         return shard + int(self._first_shards[k]), row
 
     def _bounds(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

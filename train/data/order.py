@@ -207,7 +207,7 @@ class SampleOrder:
             shards = np.concatenate([shards, beyond])
         return shards
 
-    def substitute(self, epoch: int, position: int, attempt: int) -> int:
+    def substitute_position(self, epoch: int, position: int, attempt: int) -> int:
         """Return the position of another sample that replaces a corrupt one.
 
         It is the same on every rank and worker.
@@ -328,7 +328,7 @@ class EpochOrder:
 
     def substitute(self, plan: BatchPlan, i: int, attempt: int) -> tuple[int, int]:
         """See :meth:`BatchOrder.substitute`."""
-        position = self.order.substitute(plan.epoch, int(plan.positions[i]), attempt)
+        position = self.order.substitute_position(plan.epoch, int(plan.positions[i]), attempt)
         return self.order.locate_one(plan.epoch, position)
 
     def _count_batches(self, batch_size: int) -> int:

@@ -176,7 +176,7 @@ def run_session(
     ) as writer:
         for row in range(num_windows):
             batch = read_window(source, row, trained)
-            if not follows(source, row, trained):
+            if not is_contiguous(source, row, trained):
                 stream.reset()
             # A dense window has its own number of tokens; training saw all of them at once.
             streamed = stream.run_window(batch, context=batch["num_ticks"] if is_dense else None)
@@ -232,7 +232,7 @@ def read_window(source: SessionSource, row: int, trained: TrainedModel) -> dict[
     return moved
 
 
-def follows(source: SessionSource, row: int, trained: TrainedModel) -> bool:
+def is_contiguous(source: SessionSource, row: int, trained: TrainedModel) -> bool:
     """Return whether a window's first tick comes right after the previous window's last tick."""
     if row == 0 or trained.config.is_text_only:
         return False
@@ -259,7 +259,7 @@ def locate_window(
     levels = kept.get(Head.AUDIO)
     return WindowPrediction(
         first_tick=first,
-        follows=follows(source, row, trained),
+        follows=is_contiguous(source, row, trained),
         times_s=times_s,
         tokens={head: values for head, values in kept.items() if head in TEXT_HEADS},
         levels=None if levels is None else levels.astype(np.uint8),

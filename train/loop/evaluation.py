@@ -10,7 +10,7 @@ from train.data.batch_maker import CorruptSampleBudget
 from train.data.device import to_device
 from train.loop.sample_logging import pick_window
 from train.machine import distributed
-from train.model.losses import added, loss_sums, mean_losses
+from train.model.losses import loss_sums, mean_losses, sum_by_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ class HeldOut:
     """A window of this rank's first batch."""
 
 
-def measure(
+def evaluate(
     batches: Iterable[Batch], predict: Callable[[Batch], dict[str, Tensor]], state: TrainState
 ) -> HeldOut:
     """Run a model over this rank's share of the held-out batches.
@@ -66,8 +66,8 @@ def measure(
     skipped = distributed.gather(skipped)
     budget = CorruptSampleBudget(max_fraction=config.data.max_bad_fraction)
     budget.count(num_read * distributed.world_size(), skipped)
-    totals = distributed.sum_over_ranks(added(_column(sums, 0) for sums in sums_per_batch))
-    counts = distributed.sum_over_ranks(added(_column(sums, 1) for sums in sums_per_batch))
+    totals = distributed.sum_over_ranks(sum_by_name(_select(sums, 0) for sums in sums_per_batch))
+    counts = distributed.sum_over_ranks(sum_by_name(_select(sums, 1) for sums in sums_per_batch))
     losses = mean_losses({n: (totals[n], counts[n]) for n in totals}, config=config)
     return HeldOut(
         losses={name: float(loss) for name, loss in losses.items()}, skipped=skipped, window=window
@@ -86,6 +86,6 @@ def iter_one_epoch(
         yield to_device(batch, device)
 
 
-def _column(sums: Mapping[str, tuple[Tensor, Tensor]], index: int) -> dict[str, Tensor]:
+def _select(sums: Mapping[str, tuple[Tensor, Tensor]], index: int) -> dict[str, Tensor]:
     """Select the sums (0) or the counts (1) of all losses."""
     return {name: pair[index] for name, pair in sums.items()}

@@ -101,7 +101,9 @@ class Rule:
     """Whether the rule is skipped in the first steps, where every untrained model breaks it."""
 
 
-def check(history: Sequence[LogPoint], *, quiet_steps: int = QUIET_STEPS) -> list[HealthFinding]:
+def apply_rules(
+    history: Sequence[LogPoint], *, quiet_steps: int = QUIET_STEPS
+) -> list[HealthFinding]:
     """Return all findings at the end of a history, in the order of the table.
 
     Args:
@@ -140,7 +142,7 @@ class HealthWatch:
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[HealthFinding]:
         """Add a log point; return the findings to report."""
         self.history.append(LogPoint(step=step, metrics=dict(metrics)))
-        return self._due(check(self.history, quiet_steps=self.quiet_steps))
+        return self._due(apply_rules(self.history, quiet_steps=self.quiet_steps))
 
     def observe_held_out(self, step: int, metrics: Mapping[str, float]) -> list[HealthFinding]:
         """Return the findings to report about held-out metrics, named ``val/...``.
@@ -148,7 +150,7 @@ class HealthWatch:
         They enter no history, so only the rules about ranges apply.
         """
         point = LogPoint(step=step, metrics=metrics)
-        return self._due(check([point], quiet_steps=self.quiet_steps))
+        return self._due(apply_rules([point], quiet_steps=self.quiet_steps))
 
     def _due(self, findings: Sequence[HealthFinding]) -> list[HealthFinding]:
         """Select the findings that were not reported within the last logs."""

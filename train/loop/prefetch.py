@@ -2,7 +2,8 @@
 
 ::
 
-    loader -> resumable -> iterate -> DeviceQueue.send -> ahead -> DeviceQueue.receive -> take
+    loader -> as_resumable -> iter_endless -> DeviceQueue.send -> ahead
+        -> DeviceQueue.receive -> take
 
 On CUDA a step's batches are prefetched right after the previous step was launched: they are copied
 on a side stream while the device computes, and the host does not wait for the copies. On the CPU
@@ -78,14 +79,14 @@ class BatchFeed:
         state: Mapping[str, Any] | None = None,
         queue: DeviceQueue | None = None,
     ) -> None:
-        self._loader = resumable(loader, seed=seed)
+        self._loader = as_resumable(loader, seed=seed)
         self._device = device
         next_batch = 0
         if state is not None:
-            next_batch = check_position(self._loader, state)
+            next_batch = resume_index(self._loader, state)
             self._loader.load_state_dict(dict(state))
         self._state = self._loader.state_at(next_batch)
-        self._batches = iterate(self._loader, seed=seed)
+        self._batches = iter_endless(self._loader, seed=seed)
         # Loader processes may ignore SIGTERM, which multiprocessing sends at exit before it waits
         # for them forever. It registered its own exit function earlier, so this one runs first.
         atexit.register(_close_if_alive, weakref.ref(self))
@@ -165,12 +166,12 @@ class BatchFeed:
         return sent, state
 
 
-def resumable(loader: Iterable[Batch], *, seed: int) -> ResumableLoader:
+def as_resumable(loader: Iterable[Batch], *, seed: int) -> ResumableLoader:
     """Return the loader itself if it knows its position, else a :class:`PlainLoader` around it."""
     return loader if isinstance(loader, ResumableLoader) else PlainLoader(loader, seed=seed)
 
 
-def check_position(loader: Iterable[Batch], state: Mapping[str, Any]) -> int:
+def resume_index(loader: Iterable[Batch], state: Mapping[str, Any]) -> int:
     """Return the index of the batch at which a loader would resume; the loader is not changed.
 
     Raises:
@@ -184,12 +185,12 @@ def check_position(loader: Iterable[Batch], state: Mapping[str, Any]) -> int:
             "continue one on a plain DataLoader, nor the reverse; fix: use the kind of loader that "
             "the run began with"
         )
-    if hasattr(loader, "position_of"):  # converts positions of other batch sizes
-        return int(loader.position_of(state))
+    if hasattr(loader, "resume_index"):  # converts positions of other batch sizes
+        return int(loader.resume_index(state))
     return int(state["next_batch"])
 
 
-def iterate(loader: ResumableLoader, *, seed: int) -> Generator[Batch, None, None]:
+def iter_endless(loader: ResumableLoader, *, seed: int) -> Generator[Batch, None, None]:
     """Iterate over a loader's batches without end, apart from the run's random state.
 
     What a plain loader draws at random while it skips to its position, it draws during this call

@@ -22,16 +22,16 @@ from train.checkpoints import save_checkpoint
 from train.config import TrainConfig, as_train_config
 from train.data.pixels import to_model_inputs
 from train.loop.checkpoint_manager import CheckpointManager
-from train.loop.evaluation import HeldOut, iter_one_epoch, measure
+from train.loop.evaluation import HeldOut, evaluate, iter_one_epoch
 from train.loop.health import QUIET_STEPS
 from train.loop.meter import Progress, StepMeter, TrainSummary, gradient_norms
-from train.loop.metrics import RunLog, default_run_name
 from train.loop.optim import clip_gradient, learning_rate, set_learning_rate, step_if
-from train.loop.prefetch import BatchFeed, check_position
+from train.loop.prefetch import BatchFeed, resume_index
+from train.loop.run_log import RunLog, default_run_name
 from train.loop.state import TrainState, require_heads, schedule_dict
 from train.machine import distributed, runtime
 from train.machine.parallel import average_gradients, parallelize
-from train.model.losses import added, compute_losses, loss_counts
+from train.model.losses import compute_losses, loss_counts, sum_by_name
 from train.trained_model import check_windows, checkpoint_extras
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Trainer:
         optimizer, scaler = state.optimizer, state.scaler
         self._checkpoints.prepare()
         # torchrun may repeat a signal, and kills a rank that takes too long by itself.
-        stop = runtime.StopSignals(is_patient=distributed.world_size() > 1)
+        stop = runtime.StopSignals(ignores_repeats=distributed.world_size() > 1)
         with stop, self._open_log() as log, runtime.translate_errors():
             feed = self._restore(log)
             while state.step < training.max_steps and not distributed.any_rank(stop.requested):
@@ -185,7 +185,7 @@ class Trainer:
                 loader.
             ConfigError: the run was trained on other data, or in another order.
         """
-        check = partial(check_position, self._loader)
+        check = partial(resume_index, self._loader)
         resumed = self._state.load(path, device=self.device, check_stream=check)
         self._resumed = {"path": str(path), **resumed}
         self._checkpoints.newest = Path(path)
@@ -263,7 +263,7 @@ class Trainer:
         """
         config, shapes = self.config, self._state.shapes
         return distributed.sum_over_ranks(
-            added(
+            sum_by_name(
                 {
                     **loss_counts(batch["targets"], batch["weight"], config=config, shapes=shapes),
                     "num_samples": batch["weight"].sum(),
@@ -287,7 +287,7 @@ class Trainer:
                 total = losses["loss_total"] * distributed.world_size()  # averaging then adds up
                 self._state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
             losses_per_batch.append({name: loss.detach() for name, loss in losses.items()})
-        return distributed.sum_over_ranks(added(losses_per_batch))
+        return distributed.sum_over_ranks(sum_by_name(losses_per_batch))
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
         inputs = to_model_inputs(batch["inputs"], dtype=self._dtype)
@@ -362,7 +362,7 @@ class Trainer:
         self.model.eval()
         with torch.no_grad(), runtime.separate_rng(self.config.training.seed):
             batches = iter_one_epoch(self._val_loader, self.device, max_batches=num_batches)
-            held_out = measure(batches, self._predict, self._state)
+            held_out = evaluate(batches, self._predict, self._state)
         self.model.train(was_training)
         return held_out
 

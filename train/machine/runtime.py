@@ -266,11 +266,11 @@ class StopSignals:
     A context manager. Handlers are installed in the main thread only, and restored at the end.
 
     Args:
-        is_patient: whether further signals are ignored, too.
+        ignores_repeats: whether further signals are ignored, too.
     """
 
-    def __init__(self, *, is_patient: bool = False) -> None:
-        self._is_patient = is_patient
+    def __init__(self, *, ignores_repeats: bool = False) -> None:
+        self._ignores_repeats = ignores_repeats
         self.requested = False
         """Whether a signal asked to stop."""
         self._previous: dict[signal.Signals, Any] = {}
@@ -293,7 +293,7 @@ class StopSignals:
             return
         is_first, self.requested = not self.requested, True
         hint = b""
-        if not self._is_patient:
+        if not self._ignores_repeats:
             signal.signal(number, self._previous[signal.Signals(number)])
             hint = b"; press again to stop at once"
         if is_first:

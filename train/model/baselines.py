@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from train.data.batch import WindowShapes
 
-ORDER: Final = 3
+NGRAM_ORDER: Final = 3
 """Order of the token model: two tokens predict the third."""
 
 DEFAULT_DISCOUNT: Final = 0.5
@@ -372,7 +372,7 @@ class Trigrams:
             raise ConfigError(f"a trigram's keys and counts are not plain int64 tensors; {_REFIT}")
         keys, counts = tensors
         is_increasing = bool((keys[1:] > keys[:-1]).all())
-        is_in_range = bool(((keys >= 0) & (keys < vocab_size**ORDER)).all())
+        is_in_range = bool(((keys >= 0) & (keys < vocab_size**NGRAM_ORDER)).all())
         fits = len(keys) == len(counts) and bool((counts > 0).all())
         if not (is_increasing and is_in_range and fits):
             raise ConfigError(
@@ -399,7 +399,7 @@ class Trigrams:
         """
         contexts_BT = self._contexts(tokens_BT, valid_BT)
         contexts_U, index_BT = torch.unique(contexts_BT, return_inverse=True)
-        probs_UV = self._probs(contexts_U, ORDER)
+        probs_UV = self._probs(contexts_U, NGRAM_ORDER)
         probs_UV[:, PAD_TOKEN] *= max(pad_weight, MIN_PAD_WEIGHT)
         return (probs_UV / probs_UV.sum(1, keepdim=True)).log()[index_BT]
 
@@ -411,8 +411,8 @@ class Trigrams:
     @cached_property
     def _orders(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and counts of each order; lower ones count the different preceding tokens."""
-        orders = {ORDER: (self.keys, self.counts)}
-        for order in range(ORDER - 1, 0, -1):
+        orders = {NGRAM_ORDER: (self.keys, self.counts)}
+        for order in range(NGRAM_ORDER - 1, 0, -1):
             longer, _ = orders[order + 1]
             orders[order] = torch.unique(longer % self.vocab_size**order, return_counts=True)
         return orders

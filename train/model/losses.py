@@ -69,7 +69,7 @@ def mean_losses(sums: Mapping[str, LossSum], *, config: TrainConfig) -> dict[str
     return {"loss_total": torch.stack(shares).sum(), **losses}
 
 
-def added(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def sum_by_name(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Add tensors of the same name, such as losses or counts of micro-batches."""
     total: dict[str, Tensor] = {}
     for batch in batches:

@@ -47,9 +47,9 @@ from train.loop.optim import (
     set_learning_rate,
     step_if,
 )
-from train.loop.prefetch import BatchFeed, iterate
+from train.loop.prefetch import BatchFeed, iter_endless
 from train.machine import runtime
-from train.model.losses import added, compute_losses, loss_counts
+from train.model.losses import compute_losses, loss_counts, sum_by_name
 from train.run import require_paths, set_up_run
 from train.tools.advice import Measurements, Recommendation, as_arguments, recommend, suggest
 
@@ -309,7 +309,7 @@ class TrainingStep:
         """
         config, optimizer = self._config, self._optimizer
         with phase("losses"):
-            counts = added(
+            counts = sum_by_name(
                 loss_counts(b["targets"], b["weight"], config=config, shapes=self._shapes)
                 for b in batches
             )
@@ -347,7 +347,7 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
     timer, stages = _device_timer(device), StageTimer()
     steps: list[dict[str, float]] = []
     received: list[dict[str, float]] = []
-    batches = iterate(Loader(source, config, timer=stages), seed=config.training.seed)
+    batches = iter_endless(Loader(source, config, timer=stages), seed=config.training.seed)
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -537,7 +537,7 @@ def cached_batches(source: SampleSource, config: TrainConfig, device: torch.devi
     """Copy the first step's batches to the device, in memory of their own."""
     data = config.data.model_copy(update={"num_workers": 0, "last_batch": "pad"})
     loader = Loader(source, config.model_copy(update={"data": data}))
-    with contextlib.closing(iterate(loader, seed=0)) as batches:
+    with contextlib.closing(iter_endless(loader, seed=0)) as batches:
         first = itertools.islice(batches, config.training.accumulation_steps)
         return [
             to_device(tree_map_only(torch.Tensor, torch.clone, batch), device) for batch in first

@@ -196,7 +196,7 @@ BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "in a tar column": lambda m: m.setattr("preprocess.build.write.TarColumnWriter", fail),
     "before an index": lambda m: m.setattr(build_module, "index_bytes", fail),
     "before the manifest": lambda m: m.setattr("preprocess.build.commit.commit_manifest", fail),
-    "before the sweep": lambda m: m.setattr("preprocess.build.commit.sweep", fail),
+    "before the sweep": lambda m: m.setattr("preprocess.build.commit.delete_unreferenced", fail),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 from helpers.oracles import tiny_recipe
 from helpers.plans import RECIPE, finish, plan, scan, scans_of, with_source
 
-from preprocess.build.explain import reasons
+from preprocess.build.explain import explain_plan
 from shared.recipe import assign_split
 
 NAMES = [n for n in "abcdefghijklmnop" if assign_split(n, RECIPE) == "train"]
@@ -19,13 +19,14 @@ OLD = finish(plan(OLD_SCANS), RECIPE)
 
 def lines_of(scans=OLD_SCANS, recipe=RECIPE, **options) -> list[str]:
     return [
-        f"{verb} {what}" for verb, what in reasons(plan(scans, recipe, previous=OLD, **options))
+        f"{verb} {what}"
+        for verb, what in explain_plan(plan(scans, recipe, previous=OLD, **options))
     ]
 
 
 def test_a_first_build_names_some_sessions():
     first = plan(scans_of(*(scan(n) for n in NAMES[:5])))
-    assert reasons(first) == [
+    assert explain_plan(first) == [
         ("make", f"1 of 1 shards: new: {', '.join(NAMES[:3])} and 2 more; 15 rows made")
     ]
 
@@ -115,7 +116,7 @@ def test_shards_whose_sessions_moved_say_so():
     new = NAMES[3]
     grown = {**OLD_SCANS, new: scan(new)}
     old = finish(plan(grown, previous=OLD), RECIPE, OLD)
-    assert reasons(plan(grown, previous=old, compacts=True)) == [
+    assert explain_plan(plan(grown, previous=old, compacts=True)) == [
         ("make", "1 of 1 shards: repacked; 12 rows copied, 0 made"),
         ("remove", "1 shard: other shards hold its sessions"),
     ]

@@ -44,7 +44,7 @@ BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "in a zarr column": lambda m: m.setattr("preprocess.build.write.write_zarr_column", fail),
     "before an index": lambda m: m.setattr(task_module, "index_bytes", fail),
     "before the manifest": lambda m: m.setattr("preprocess.build.commit.commit_manifest", fail),
-    "before the sweep": lambda m: m.setattr("preprocess.build.commit.sweep", fail),
+    "before the sweep": lambda m: m.setattr("preprocess.build.commit.delete_unreferenced", fail),
 }
 
 

@@ -10,12 +10,12 @@ from helpers.oracles import tiny_recipe
 from helpers.plans import SCANS, drawn, finish, keys, plan, scan, scans_of, with_source
 from hypothesis import given
 
-from preprocess.build.shards import FromShards
+from preprocess.build.plan_types import FromShards
 from shared.shardset.layout import COLUMNS
 from shared.shardset.manifest import ShardEntry
 
 if TYPE_CHECKING:
-    from preprocess.build.shards import Plan, PreviousSet
+    from preprocess.build.plan_types import Plan, PreviousSet
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess.build.commit import count_windows, rejected_lines
-from preprocess.build.explain import reasons
-from preprocess.build.shards import Cause, Plan, ShardTask
+from preprocess.build.explain import explain_plan
+from preprocess.build.plan_types import Cause, Plan, ShardTask
 from shared.clock import Interval
 from shared.recipe import STREAMS, Stream, assign_split
 from shared.shardset.layout import COLUMNS
@@ -62,7 +62,7 @@ def test_when_nothing_changed_nothing_is_planned():
     again = plan(MANY, SMALL, previous=MANY_OLD)
     assert again.is_empty
     assert again.unchanged == MANY_OLD.shards
-    assert reasons(again) == []
+    assert explain_plan(again) == []
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_files_of_a_killed_build_are_checked_before_they_are_taken_over(
 ):
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("preprocess.build.commit.commit", fail)
+        patched.setattr("preprocess.build.commit.write_set_files", fail)
         with pytest.raises(SimulatedKillError):
             build(sessions, out)
     flip_byte(out / "train-000000.audio.tar", 600)

@@ -21,7 +21,7 @@ from helpers.oracles import (
 from helpers.sessions import write_lines, write_tone, write_video
 
 from preprocess.build import job as job_module
-from preprocess.build.shards import FromShards
+from preprocess.build.plan_types import FromShards
 from shared.session.reader import SessionReader
 from shared.shardset.index import open_index
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from preprocess.__main__ import shards
 from preprocess.build import job as job_module
 from preprocess.build import task as build_module
-from preprocess.build.shards import (
+from preprocess.build.plan_types import (
     Cause,
     ColumnTask,
     FromSession,
@@ -175,9 +175,9 @@ def test_only_rows_that_are_not_copied_are_split(stereo, tmp_path, monkeypatch):
     calls = count_calls(monkeypatch, job_module, "encode_video")
     build_with_subtasks(sessions, other, WHOLE)
     assert file_hashes(other) == file_hashes(one)
-    assert {(s.column, *(own.session for own in s.sessions)) for s, _ in calls} == {
-        ("vision_left", "ann")
-    }
+    assert {
+        (s.column, *(session_windows.session for session_windows in s.sessions)) for s, _ in calls
+    } == {("vision_left", "ann")}
 
 
 # --- failures between a subtask and its shard ------------------------------------------------
@@ -320,11 +320,11 @@ def test_subtasks_decode_each_window_once_and_are_no_longer_than_task_s(
     runs: dict[tuple[str, str], list[tuple[int, int]]] = {}
     encoded: dict[tuple[str, str], list[str]] = {}
     for subtask in subtasks:
-        length = sum(len(own.windows) for own in subtask.sessions)
+        length = sum(len(session_windows.windows) for session_windows in subtask.sessions)
         assert subtask.num_runs == 1 or len(subtask.sessions) == 1
         assert length / subtask.num_runs <= task_s + 1e-9 or length == subtask.num_runs
-        for own in subtask.sessions:
-            key = subtask.column, own.session
+        for session_windows in subtask.sessions:
+            key = subtask.column, session_windows.session
             runs.setdefault(key, []).append((subtask.run, subtask.num_runs))
             encoded.setdefault(key, []).append(subtask.name)
     assert set(runs) == set(wanted)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from helpers.oracles import open_indexes, tiny_recipe
 
+from preprocess.build.plan_types import Row
 from preprocess.build.reuse_reader import ColumnFileCache, ShardReader
-from preprocess.build.shards import Row
-from preprocess.build.write import EncodedRow, SessionEncoder, ShardBuilder
+from preprocess.build.write import EncodedRow, IndexBuilder, SessionEncoder
 from shared.session.reader import SessionReader
 from shared.session.scan import scan_session
 from shared.shardset.columns import ColumnFile
@@ -36,7 +36,7 @@ def rows_of(reader: SessionReader) -> list[Row]:
 
 
 def read(reader: RowReader, column: str, rows: list[Row]) -> list[EncodedRow]:
-    stored = ShardBuilder(rows=rows, recipe=RECIPE).rows_of(COLUMNS[column])
+    stored = IndexBuilder(rows=rows, recipe=RECIPE).rows_of(COLUMNS[column])
     failures: list[dict[str, object]] = []
     encoded = list(reader.iter_rows(COLUMNS[column], stored.get(rows[0].session, []), failures))
     assert failures == []

@@ -21,7 +21,7 @@ import zarr
 from helpers.oracles import build, file_hashes, jsonl, open_indexes, tar_members, tiny_recipe
 from helpers.sessions import write_tone
 
-from preprocess.build.shards import FromShards
+from preprocess.build.plan_types import FromShards
 from shared.media.sound import read_sound
 from shared.media.video import read_video_track
 from shared.recipe import Stream

@@ -215,7 +215,7 @@ def test_frozen_order():
 )
 def test_a_substitute_is_another_position_and_always_the_same(sizes, epoch, position, attempt):
     order = make_order(sizes)
-    found = order.substitute(epoch, position, attempt)
+    found = order.substitute_position(epoch, position, attempt)
     hashes = slow_hashes(f"f/0/{epoch}/substitute/{position}", attempt + 1)
     others = [p % sum(sizes) for p in range(position + 1, position + sum(sizes))]
     assert position % sum(sizes) not in others
@@ -224,7 +224,7 @@ def test_a_substitute_is_another_position_and_always_the_same(sizes, epoch, posi
 
 def test_substitutes_are_spread_over_the_epoch():
     order = make_order([50, 50])
-    found = [order.substitute(0, position, 0) for position in range(4000)]
+    found = [order.substitute_position(0, position, 0) for position in range(4000)]
     counts = np.bincount(found, minlength=100)
     # 40 +- 6.3 each; five standard deviations
     assert counts.min() > 8

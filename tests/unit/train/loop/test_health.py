@@ -12,8 +12,8 @@ from helpers.training import make_batch, make_config, make_trainer, read_events,
 from rich.console import Console
 
 from train.loop import health
-from train.loop.health import HealthWatch, LogPoint, check
-from train.loop.metrics import RunLog
+from train.loop.health import HealthWatch, LogPoint, apply_rules
+from train.loop.run_log import RunLog
 
 FALLING = np.geomspace(8.0, 1.0, 12)
 FLAT = np.full(12, 5.0)
@@ -66,7 +66,7 @@ def test_every_rule_has_its_curves_here():
 @pytest.mark.parametrize("rule", BROKEN)
 def test_each_rule_gives_the_walkthroughs_advice(rule):
     metrics, advice = BROKEN[rule]
-    (finding,) = check(curve(**metrics))
+    (finding,) = apply_rules(curve(**metrics))
     assert finding.rule == rule
     assert advice in finding.advice
     assert finding.metric in str(finding)
@@ -85,7 +85,7 @@ def test_each_rule_reports_in_the_terminal_and_in_tensorboard(tmp_path, rule):
 
 
 def test_skipped_steps_are_a_finding():
-    (finding,) = check(curve(skipped_steps=[0.0, 0.0, 2.0]))
+    (finding,) = apply_rules(curve(skipped_steps=[0.0, 0.0, 2.0]))
     assert "check for corrupted data" in finding.advice
 
 
@@ -97,8 +97,8 @@ def test_skipped_steps_are_a_finding():
 def test_a_resumed_run_is_not_blamed_for_what_it_learned_before(metrics):
     early = curve(**metrics)
     late = [LogPoint(step=p.step + 50_000, metrics=p.metrics) for p in early]
-    assert check(early)
-    assert {finding.rule for finding in check(late)} <= {"plateau"}
+    assert apply_rules(early)
+    assert {finding.rule for finding in apply_rules(late)} <= {"plateau"}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_resumed_run_is_not_blamed_for_what_it_learned_before(metrics):
     ],
 )
 def test_healthy_curves_have_no_finding(metrics):
-    assert check(curve(**metrics)) == []
+    assert apply_rules(curve(**metrics)) == []
 
 
 @pytest.mark.parametrize("rule", CASES)
@@ -140,7 +140,7 @@ def test_a_rising_loss_is_found_in_noise_and_a_flat_one_seldom_accused():
 
 def test_two_rising_heads_are_not_reported_as_one():
     rising = FALLING[::-1]
-    findings = check(
+    findings = apply_rules(
         curve(loss_animation=rising, loss_audio=rising / 8, loss_external_text=FALLING)
     )
     assert [finding.rule for finding in findings] == ["uneven"]
@@ -162,7 +162,7 @@ def test_a_total_loss_that_rises_after_a_fall_is_reported_as_rising():
     curves = {"loss_total": np.array([9.0, 7, 5, 3, 2, *np.linspace(2, 4, 25)])}
     assert share_found("rising", curves, num_runs=50) > 0.9
     history = curve(**curves)
-    late = {f.rule for end in range(18, 31) for f in check(history[:end])}
+    late = {f.rule for end in range(18, 31) for f in apply_rules(history[:end])}
     assert late == {"rising"}
 
 
@@ -173,7 +173,7 @@ def test_a_total_loss_that_is_constant_or_falls_is_seldom_reported_as_rising(tot
 
 def test_a_rising_head_that_lifts_the_sum_is_named_alone():
     one = {"loss_audio": np.linspace(1, 4, 15), "loss_animation": np.linspace(1.2, 0.5, 15)}
-    findings = check(curve(**one, loss_total=one["loss_audio"] + one["loss_animation"]))
+    findings = apply_rules(curve(**one, loss_total=one["loss_audio"] + one["loss_animation"]))
     assert [f.rule for f in findings if f.rule != "audio"] == ["one rises", "no decrease"][::-1]
 
 
@@ -184,7 +184,7 @@ def resumed(at, losses):
 
 def test_a_resumed_run_that_learns_nothing_is_found_when_its_steps_have_doubled():
     rules = [
-        {finding.rule for finding in check(resumed(3000, np.full(length, 5.0)))}
+        {finding.rule for finding in apply_rules(resumed(3000, np.full(length, 5.0)))}
         for length in (9, 29, 32)
     ]
     assert rules == [set(), {"plateau"}, {"no decrease"}]
@@ -196,7 +196,7 @@ def test_a_resumed_run_that_falls_as_a_power_of_its_steps_is_healthy(at):
     losses = 9 * (steps / 100.0) ** -0.1
     rng = np.random.default_rng(at)
     history = resumed(at, losses * (1 + 0.003 * rng.normal(size=len(losses))))
-    found = {f.rule for end in range(1, len(history), 7) for f in check(history[:end])}
+    found = {f.rule for end in range(1, len(history), 7) for f in apply_rules(history[:end])}
     assert "no decrease" not in found
 
 
@@ -262,7 +262,7 @@ def test_a_plateau_is_found_whatever_the_log_interval(interval):
     history = [
         LogPoint(step=interval * i, metrics={"loss_total": x}) for i, x in enumerate(losses, 1)
     ]
-    (finding,) = check(history)
+    (finding,) = apply_rules(history)
     assert finding.rule == "plateau"
     assert f"for {max(1000, 3 * interval)} steps" in finding.problem
 
@@ -271,9 +271,9 @@ def test_thresholds_that_every_untrained_model_breaks_are_silent_at_first():
     metrics = {"loss_internal_text": 7.0, "loss_audio": 2.77}
     early = [LogPoint(step=step, metrics=metrics) for step in (50, 199)]
     late = [*early, LogPoint(step=200, metrics=metrics)]
-    assert check(early) == []
-    assert {finding.metric for finding in check(late)} == set(metrics)
-    assert check(late, quiet_steps=1000) == []
+    assert apply_rules(early) == []
+    assert {finding.metric for finding in apply_rules(late)} == set(metrics)
+    assert apply_rules(late, quiet_steps=1000) == []
 
 
 def test_a_lasting_finding_is_repeated_only_now_and_then():

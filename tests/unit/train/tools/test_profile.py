@@ -161,12 +161,12 @@ def test_a_batch_is_waited_for_if_it_is_made_after_it_is_requested(
     bench = bench_of(make_config(tiny_set))
     (batch,) = cached_batches(bench.source, bench.config, CPU)
 
-    def iterate(loader, *, seed):
+    def iter_endless(loader, *, seed):
         while True:
             made_s = 0.0 if was_ready else time.perf_counter()
             yield {**batch, "stages_s": {}, "made_s": made_s}
 
-    monkeypatch.setattr(train.tools.profile, "iterate", iterate)
+    monkeypatch.setattr(train.tools.profile, "iter_endless", iter_endless)
     assert measure_steps(bench, num_warm_up=1).waited_fraction == (not was_ready)
 
 

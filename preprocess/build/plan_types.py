@@ -191,7 +191,7 @@ class ShardTask:
     @property
     def num_samples(self) -> int:
         """Rows of the shard."""
-        return sum(len(own.windows) for own in self.sessions)
+        return sum(len(session_windows.windows) for session_windows in self.sessions)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -220,7 +220,7 @@ class ShardTask:
     def file_name(self, suffix: str) -> str:
         """Name a file of this shard; it never replaces a file that a reader may have open."""
         name = f"{self.name}.{suffix}"
-        return versioned(name, self.generation) if self.generation else name
+        return add_generation(name, self.generation) if self.generation else name
 
 
 @dataclass(slots=True)
@@ -261,7 +261,7 @@ class Plan:
         return not self.dropped and all(column.is_repair for column in columns)
 
 
-def versioned(name: str, generation: int) -> str:
+def add_generation(name: str, generation: int) -> str:
     """Insert a generation: ``train-000000.audio.tar`` -> ``train-000000.g2.audio.tar``."""
     stem, _, suffix = name.partition(".")
     return f"{stem}.g{generation}.{suffix}"

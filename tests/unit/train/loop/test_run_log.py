@@ -30,7 +30,7 @@ from shared.errors import (
     EngineError,
     TooManyCorruptSamplesError,
 )
-from train.loop.metrics import QUARANTINE_NAME, default_run_name
+from train.loop.run_log import QUARANTINE_NAME, default_run_name
 
 LOSSES = {
     "loss_total",
