@@ -16,6 +16,7 @@ from preprocess.__main__ import cli as preprocess_cli
 from shared.config import make_section
 from train.__main__ import cli as train_cli
 from train.config import TrainConfig
+from train.loop.health import RULES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -131,6 +132,17 @@ def test_where_do_i_find_names_files_and_the_names_in_them():
 def test_the_vocabulary_of_the_architecture_page_is_a_table_without_repeats():
     words = re.findall(r"^\| ([\w ,]+) \| ", section("Vocabulary"), flags=re.MULTILINE)
     assert len(words) == len(set(words)) > 20
+
+
+# --- the table of health rules -----------------------------------------------------------------
+
+
+def test_the_health_rules_of_the_training_page_are_those_of_the_code():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    head = "| rule | metric | good range | warns about | action |\n"
+    table = text.split(head)[1].split("\n\n")[0]
+    rows = [tuple(line.strip("| ").split(" | ")) for line in table.splitlines()[1:]]
+    assert rows == [(r.name, f"`{r.metric}`", r.good, r.warning, r.advice) for r in RULES]
 
 
 # --- paths, names and links ----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Health rules: find what is wrong with a run in the history of its metrics.
 
-The rules, their thresholds and their advice are the tables of the training walkthrough. A history
-is the list of log points, oldest first. Each rule is a pure function of it. ``check`` applies all
+docs/training.md lists the rules with their ranges, meaning and advice. A history is the list of
+log points, oldest first. Each rule is a pure function of it. ``check`` applies all
 of them at the history's end; ``HealthWatch`` keeps a finding from being repeated at every log.
 
 ``tests/experiments/health_rules.py`` measures on simulated runs how soon each rule finds a sick run
@@ -28,7 +28,7 @@ REPEAT_AFTER_LOGS: Final = 20
 """A finding that persists is reported again after this many logs."""
 
 NO_DECREASE_STEPS: Final = 1000
-"""The walkthrough's limit: steps within which a loss must decrease."""
+"""Steps within which a loss must decrease."""
 
 MIN_DECREASE: Final = 0.02
 """Least relative decrease that counts; batches differ by about as much."""
@@ -74,7 +74,7 @@ class LogPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthFinding:
-    """A problem that a rule found, with the walkthrough's advice."""
+    """A problem that a rule found, with its advice."""
 
     rule: str
     metric: str
@@ -88,7 +88,7 @@ class HealthFinding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One line of the walkthrough's tables: a metric's good range, its warning, and what to do."""
+    """A metric's good range, its warning, and what to do; a row of the table in the docs."""
 
     name: str
     metric: str
