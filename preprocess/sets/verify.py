@@ -308,7 +308,7 @@ def _describe_statistics(statistics: Mapping[str, Any]) -> Iterator[tuple[str, s
     """Describe the distributions of the train split; values of one range form a group."""
     for name, group_names in _GROUP_NAMES.items():
         values = statistics.get(name, {})
-        if not values.get("count") or "histogram" not in values:  # early sets have no histogram
+        if not values.get("count") or "histogram" not in values:
             continue
         groups = groupby(range(len(values["mean"])), key=lambda i: values["range"][i])
         for group_name, (limits, indexes) in zip(group_names, groups, strict=False):

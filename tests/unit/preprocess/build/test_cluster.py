@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import time
 
 import dask
 import distributed
@@ -124,16 +125,39 @@ def test_workers_leave_an_interrupt_of_the_terminal_to_the_client(tmp_path):
     assert finish(job) == "stopped\n"
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_task_gets_the_results_of_its_subtasks_and_fails_with_them(
-    tmp_path, monkeypatch, num_workers
-):
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Workers are threads of this process, which start at once."""
+
     class InThreads(distributed.LocalCluster):
         def __init__(self, **options):
             super().__init__(**{**options, "processes": False})
 
     monkeypatch.setattr(distributed, "LocalCluster", InThreads)
 
+
+def test_an_error_of_the_job_does_not_wait_for_running_tasks(tmp_path, in_threads):
+    started, ended = tmp_path / "started", tmp_path / "ended"
+
+    def work(name: str) -> None:
+        if name == "full":
+            await_true(started.exists)
+            raise JobError("full")
+        started.touch()
+        await_true(ended.exists)
+
+    start_s = time.monotonic()
+    with cluster_of(2) as cluster:
+        with pytest.raises(JobError, match="full"):
+            cluster.map(work, ["running", "full"], label="work")
+        assert time.monotonic() - start_s < 30  # the running task would take 60 s
+        ended.touch()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_task_gets_the_results_of_its_subtasks_and_fails_with_them(
+    tmp_path, in_threads, num_workers
+):
     def join(argument: str, *parts: int) -> str:
         (tmp_path / f"{argument}{len(parts)}").touch()
         return f"{argument}{list(parts)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 
@@ -14,6 +15,7 @@ from helpers import sets as tiny_sets
 from preprocess.__main__ import cli
 from preprocess.sets.verify import describe_sample, describe_set, verify_set
 from shared.errors import REBUILD_HINT, ShardError
+from shared.shardset.columns import ColumnFile
 from shared.shardset.index import ShardIndex, index_bytes, open_index
 from shared.shardset.manifest import read_manifest
 
@@ -142,6 +144,25 @@ def test_a_flipped_byte_in_the_tokenizer_is_found(a_copy):
     tiny_sets.flip_byte(a_copy / "tokenizer.json", 50)
     (problem,) = verify_set(a_copy).problems
     assert "tokenizer.json: checksum differs" in problem
+
+
+def test_files_that_the_disk_does_not_give_are_problems_like_others(a_copy, monkeypatch):
+    path = a_copy / f"{shard_with_both_eyes(a_copy)}.audio.tar"
+    read_sha256 = ColumnFile.sha256
+
+    def fail(file):
+        if file.path == path:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_sha256(file)
+
+    monkeypatch.setattr(ColumnFile, "sha256", fail)
+    tokenizer = a_copy / "tokenizer.json"
+    tokenizer.unlink()
+    tokenizer.mkdir()
+    assert verify_set(a_copy).problems == (
+        f"{path}: can't be read: Input/output error; {REBUILD_HINT}",
+        f"{tokenizer}: can't be read: Is a directory; {REBUILD_HINT}",
+    )
 
 
 def test_a_wrong_count_of_a_shard_is_found(a_copy):
