@@ -147,7 +147,9 @@ def validate(
     help="Seconds of video per task; longer sessions are split. Changes no byte of the set.",
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Print what would be written, and why; write nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Print what would be written, and why; write only the cache of scans.",
 )
 @_KEEP_OLD_OPTION
 @click.option(
@@ -361,7 +363,7 @@ def demo_sessions(out: Path, *, num_sessions: int, duration_s: float, seed: int)
 
 
 def _require_local(locations: Iterable[str]) -> None:
-    """Refuse URLs: repairs keep the originals beside the files, in folders."""
+    """Refuse URLs: repairs keep the originals next to the files, in folders."""
     for location in map(parse_location, locations):
         if isinstance(location, Store):
             raise click.UsageError(

@@ -59,16 +59,16 @@ class Window:
         return self.start_s + np.arange(round(rate_hz * self.duration_s)) / rate_hz
 
 
-def plan_windows(length_s: float, *, duration_s: float, step_s: float) -> list[Window]:
+def plan_windows(duration_s: float, *, window_s: float, stride_s: float) -> list[Window]:
     """List every window that begins inside a session; the last ones may extend beyond its end."""
-    count = max(0, math.ceil((length_s - EPSILON_S) / step_s))
-    return [Window(i, i * step_s, duration_s) for i in range(count)]
+    count = max(0, math.ceil((duration_s - EPSILON_S) / stride_s))
+    return [Window(i, i * stride_s, window_s) for i in range(count)]
 
 
 def nearest(
     times_s: NDArray[np.float64], grid_s: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Find the recorded time nearest to each grid time; of two equally near, the earlier one.
+    """Find the recorded time nearest to each grid time; ties go to the earlier.
 
     Args:
         times_s: recorded times, increasing, at least one.

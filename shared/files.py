@@ -160,7 +160,7 @@ class DiskArray(Generic[ScalarT]):
             os.posix_fallocate(self._file.fileno(), start * size, len(values) * size)
         except OSError as error:
             folder = tempfile.gettempdir()
-            error.add_note(f"{folder} has no room for decoded audio; fix: set TMPDIR")
+            error.add_note(f"no space left in {folder} for decoded audio; fix: set TMPDIR")
             raise
         self._map(start, self._length, "r+")[:] = values
 

@@ -61,7 +61,7 @@ MIN_BAND_WIDTH = 2.0
 MANY_BANDS = 100
 """With this many bands the least width is one unit; wider bands would fill the axis."""
 
-_STEPS_S = (
+_TICK_INTERVALS_S = (
     *(m * 10.0**e for e in range(-4, 1) for m in (1, 2, 5)),
     *(10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, 21_600.0, 86_400.0),
 )
@@ -108,27 +108,27 @@ class TimeAxis:
             object.__setattr__(self, "stop_s", self.start_s + _MIN_VIEW_S)
 
     @property
-    def length_s(self) -> float:
+    def duration_s(self) -> float:
         """Seconds shown."""
         return self.stop_s - self.start_s
 
     def x(self, time_s: float) -> float:
         """Return the position of a time, kept inside the figure."""
-        share = (time_s - self.start_s) / self.length_s
+        share = (time_s - self.start_s) / self.duration_s
         return round(min(1.0, max(0.0, share)) * self.width, 2)
 
     def xs(self, times_s: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the positions of times, kept inside the figure."""
-        share = (times_s - self.start_s) / self.length_s
+        share = (times_s - self.start_s) / self.duration_s
         return np.asarray(np.clip(share, 0.0, 1.0) * self.width, dtype=np.float64)
 
     def ticks(self) -> list[Tick]:
         """Return round times, about TICK_DISTANCE apart."""
-        least_s = self.length_s * TICK_DISTANCE / self.width
-        step_s = next((s for s in _STEPS_S if s >= least_s * 0.99), round_up(least_s))
-        first, last = math.ceil(self.start_s / step_s), math.floor(self.stop_s / step_s)
-        times_s = [index * step_s for index in range(first, last + 1)]
-        return [Tick(self.x(t), format_time(t, step_s=step_s)) for t in times_s]
+        least_s = self.duration_s * TICK_DISTANCE / self.width
+        interval_s = next((s for s in _TICK_INTERVALS_S if s >= least_s * 0.99), round_up(least_s))
+        first, last = math.ceil(self.start_s / interval_s), math.floor(self.stop_s / interval_s)
+        times_s = [index * interval_s for index in range(first, last + 1)]
+        return [Tick(self.x(t), format_time(t, resolution_s=interval_s)) for t in times_s]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +165,9 @@ def round_up(value: float) -> float:
     return next(m * power for m in (1.0, 2.0, 5.0, 10.0) if m * power >= value * (1 - 1e-9))
 
 
-def format_time(time_s: float, *, step_s: float = 0.01) -> str:
-    """Format a time, rounded to a step: seconds, and m:ss or h:mm:ss from two minutes on."""
-    digits = max(0, -math.floor(math.log10(step_s) + 1e-9))
+def format_time(time_s: float, *, resolution_s: float = 0.01) -> str:
+    """Format a time, rounded to a resolution: seconds, and m:ss or h:mm:ss from two minutes on."""
+    digits = max(0, -math.floor(math.log10(resolution_s) + 1e-9))
     if abs(time_s) < _CLOCK_FROM_S:
         return f"{time_s:.{digits}f} s"
     minutes, seconds = divmod(round(abs(time_s), digits), 60)
@@ -183,7 +183,7 @@ def thin_curve(
     *,
     axis: TimeAxis,
     num_columns: int,
-    max_step_s: float,
+    max_interval_s: float,
     max_jump: float = math.inf,
 ) -> list[Curve]:
     """Split a curve at gaps and keep the extremes of each column of the figure.
@@ -193,14 +193,14 @@ def thin_curve(
         values: [N] finite.
         axis: the time axis of the figure.
         num_columns: columns of the figure; each keeps its smallest and its largest value.
-        max_step_s: longest step that is joined by a line, if it is wider than a column.
+        max_interval_s: longest interval that is joined by a line, if it is wider than a column.
         max_jump: a step in value of at least this much is not joined, as of a wrapped angle.
     """
     if len(times_s) == 0:
         return []
-    column = np.floor((times_s - axis.start_s) / axis.length_s * num_columns)
+    column = np.floor((times_s - axis.start_s) / axis.duration_s * num_columns)
     # Gaps narrower than a column stay joined: as curves of their own their number has no bound.
-    is_break = np.diff(times_s) > max(max_step_s + EPSILON_S, axis.length_s / num_columns)
+    is_break = np.diff(times_s) > max(max_interval_s + EPSILON_S, axis.duration_s / num_columns)
     is_break |= np.abs(np.diff(values)) >= max_jump
     # A group is the readings of one column of one curve; it becomes one or two points.
     starts = np.flatnonzero(np.concatenate([[True], is_break | (np.diff(column) != 0)]))
@@ -226,7 +226,7 @@ def sampled_curves(
         values[rows],
         axis=axis,
         num_columns=int(axis.width),
-        max_step_s=1.5 / rate_hz,
+        max_interval_s=1.5 / rate_hz,
         max_jump=max_jump,
     )
 
@@ -295,7 +295,9 @@ def draw_bands(
         width = float(stop_xs[last] - xs[first])
         middle = xs[first] + width / 2
         width = max(MIN_BAND_WIDTH if len(firsts) < MANY_BANDS else 1.0, width)
-        times = " to ".join(format_time(t, step_s=1e-3) for t in (starts_s[first], stops_s[last]))
+        times = " to ".join(
+            format_time(t, resolution_s=1e-3) for t in (starts_s[first], stops_s[last])
+        )
         longest_s = float((stops_s - starts_s)[first : last + 1].max())
         note = f"{word}, {longest_s:.3f} s"
         if last > first:
@@ -324,7 +326,7 @@ class TextMark:
     text: TimedText
     x: float
     width: float
-    """Of the time that the text takes."""
+    """Width of the time that the text takes."""
     lane: int
     """Row of the label, 0 on top; -1 if no lane has room for it."""
     anchor: Literal["start", "end"]

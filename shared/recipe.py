@@ -57,7 +57,7 @@ class WindowRecipe(Section):
     not cover are masked."""
 
     @property
-    def step_s(self) -> float:
+    def effective_stride_s(self) -> float:
         """Distance between window starts in seconds."""
         return self.duration_s if self.stride_s is None else self.stride_s
 

@@ -24,11 +24,11 @@ def no_timer(_stage: str) -> None:
 
 
 class StageTimer:
-    """Measure the seconds of each stage; the sum over all stages is the whole time.
+    """Measure the seconds of each stage; they add up to the whole time.
 
     Args:
-        now: returns a moment, such as a clock's reading or an event of a GPU.
-        seconds_between: returns the seconds between two moments; called in :meth:`take`.
+        now: returns a point in time, such as a clock's reading or an event of a GPU.
+        seconds_between: returns the seconds between two points in time; called in :meth:`take`.
     """
 
     def __init__(

@@ -228,7 +228,7 @@ def check_checkpoint(path: Path | str) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """Describe the innermost OSError behind an error in one line."""
+    """Describe the innermost OSError that caused an error in one line."""
     cause: BaseException = error
     while cause.__context__ is not None and isinstance(cause.__context__, OSError):
         cause = cause.__context__

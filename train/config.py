@@ -267,7 +267,7 @@ class ModelConfig(Section):
 
     size: Literal["tiny", "small", "medium", "large"] | None = None
     """About 10M, 100M, 500M or 1B parameters. It sets hidden_dim, num_layers and num_heads; one of
-    these beside it overrides that one. On the command line it replaces those in the file."""
+    these next to it overrides that one. On the command line it replaces those in the file."""
     hidden_dim: int | None = Field(None, ge=16, multiple_of=8)
     """Width of the model, a multiple of 8; 512 if neither it nor size is set."""
     num_layers: int | None = Field(None, ge=1)
@@ -297,8 +297,8 @@ class ModelConfig(Section):
     def _check_size(self) -> ModelConfig:
         if self.size is not None and self.hidden_dim is not None and self.num_layers is not None:
             raise ValueError(
-                f"model.size {self.size} has no effect beside hidden_dim {self.hidden_dim} and "
-                f"num_layers {self.num_layers}; fix: remove size, or one of the two"
+                f"model.size {self.size} has no effect together with hidden_dim {self.hidden_dim} "
+                f"and num_layers {self.num_layers}; fix: remove size, or one of the two"
             )
         return self
 

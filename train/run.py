@@ -127,7 +127,7 @@ def _run(
 def check_config(
     config: TrainConfig, *, origin: Path, resume: str | None = None, weights: Path | None = None
 ) -> None:
-    """Check a configuration without training, and leave no file behind.
+    """Check a configuration without training, and write no file.
 
     Checks the machine and all sizes. If the data exists, runs one forward and one backward pass on
     one batch.

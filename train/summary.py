@@ -70,7 +70,7 @@ def print_summary(
         summary: of the trainer.
         config: of the run.
         first_val_losses: held-out losses before the first step; empty if nothing is held out.
-        comparisons: the model's losses beside the baselines'.
+        comparisons: the model's losses compared with the baselines'.
         origin: the configuration's file, for the commands.
         session: name of a session to run inference on.
         console: where to print.

@@ -1,6 +1,6 @@
 """Run independent functions on a Dask cluster, or in this process.
 
-The only module that knows Dask.
+No other module imports Dask.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RETRIES = 2
-"""How often a failed task is retried, because network folders fail now and then. Dask itself moves
-the tasks of a worker that died."""
+"""How often a failed task is retried, because network file systems fail intermittently. Dask itself
+moves the tasks of a worker that died."""
 
 START_S = 2.0
 """Seconds that a local cluster takes to start."""
@@ -102,7 +102,7 @@ class Cluster:
         return 0 if is_short else max(0, self._num_workers - num_parallel)
 
     def is_in_process(self, *, work_s: float) -> bool:
-        """Return whether work of this length runs in this process, one task after the other."""
+        """Return whether work of this duration runs serially in this process."""
         is_small = self._num_workers == 0 or (self._client is None and work_s < self._start_s)
         return self._scheduler is None and is_small
 

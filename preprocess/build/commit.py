@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from shared.session.scan import SessionScan
     from shared.shardset.store import ShardSetStore
 
-_OWN_FILE = re.compile(
+_SET_FILE = re.compile(
     r"tokenizer(\.g\d+)?\.json|manifest\.g\d+\.json|(train|val)-\d{6,}(\.g\d+)?\."
     f"(index|{'|'.join(f'{name}.{c.suffix}' for name, c in COLUMNS.items())})"
 )
-"""Names that shard sets give to files."""
+"""File names that this program gives to the files of a set."""
 
 _OLD_MANIFEST = re.compile(r"manifest\.g\d+\.json")
-"""Names of replaced manifests; each exists as long as someone reads, or may read, that set."""
+"""File names of replaced manifests. Each is kept until no reader can use its set any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class NewSet:
     store: ShardSetStore
     recipe: Recipe
     shards: tuple[ShardEntry, ...]
-    """In order."""
+    """Shards, in the order of the set."""
     headers: Sequence[Mapping[str, Any]]
     """The header of each shard's index."""
     generation: int
@@ -72,7 +72,7 @@ class NewSet:
 
 
 def commit_set(new: NewSet) -> Manifest:
-    """Make the new set the set, and delete what it no longer references."""
+    """Publish the new set, and delete files that it no longer references."""
     manifest = make_manifest(new)
     write_set_files(new, manifest)
     delete_unreferenced(new, manifest)
@@ -141,7 +141,7 @@ def delete_unreferenced(new: NewSet, manifest: Manifest) -> None:
             needed |= {name, *_files_of(name, store, known=needed)}
     tokenizer = manifest.recipe.text.tokenizer
     for name in names:
-        if name in needed or not _OWN_FILE.fullmatch(name):
+        if name in needed or not _SET_FILE.fullmatch(name):
             continue
         # The recipe's tokenizer may be a file in the folder of the set.
         path = manifest.root / name

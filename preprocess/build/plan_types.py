@@ -1,7 +1,7 @@
 """Values of a build: rows, shards that exist, shards to write, and the plan.
 
-Every other module of the builder stands on these. They are plain values: they cross processes, and
-tests make them by hand.
+All other build modules import this one. The values are plain: they cross processes, and tests make
+them by hand.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def built_columns(index: ShardIndex) -> dict[str, BuiltColumn]:
 
 
 class Cause(StrEnum):
-    """Why a column is written; the values are for people."""
+    """Why a column is written; the values are display text."""
 
     NEW = "new"
     REPACKED = "repacked"
@@ -155,7 +155,7 @@ class Changes:
     new: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     changed: Mapping[str, str] = field(default_factory=dict)
-    """Session -> what changed, for people."""
+    """Session -> what changed, as display text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -146,7 +146,7 @@ def row_hash(
         scan: the session as it is now.
         recipe: decides which streams are present in a window.
     """
-    sources = {n: scan.sources[n].sha256 for n in column.sources if n in scan.sources}
+    sources = {n: scan.source_files[n].sha256 for n in column.sources if n in scan.source_files}
     offset_s = scan.clock_offset_s if METADATA_FILE in column.sources else 0.0
     gain = scan.gain if AUDIO_FILE in column.sources else 1.0
     # Text covers the whole session, so the length of another stream can change its presence.

@@ -249,8 +249,8 @@ def scan_seconds(recording: Recording) -> float:
 
 # --- scans -----------------------------------------------------------------------------------
 
-SCAN_VERSION = 2
-"""Raised when a scan of the same files would give another result."""
+SCAN_VERSION = 3
+"""Raised when a scan of the same files would give another result or has other keys."""
 
 _SCAN_SECTIONS = ("window", "vision", "audio", "sensors")
 """Sections of a recipe that a scan depends on."""
@@ -331,7 +331,7 @@ def _unchanged(cached: _Cached | None, stamp: Mapping[str, Any]) -> dict[str, So
     """Return the identity of unchanged source files, which need no hashing."""
     if cached is None:
         return {}
-    sources = cached.scan.sources
+    sources = cached.scan.source_files
     return {n: f for n, f in sources.items() if n in stamp and cached.stamp.get(n) == stamp[n]}
 
 

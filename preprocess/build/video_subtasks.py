@@ -80,7 +80,7 @@ def split_task(
     Returns:
         The task, with the subtasks as sources of their rows, and the subtasks.
     """
-    step_s = min(recipe.window.step_s, recipe.window.duration_s)
+    stride_s = min(recipe.window.effective_stride_s, recipe.window.duration_s)
     subtasks: list[VideoSubtask] = []
     total_s = 0.0
     for column, stream in _STREAMS.items():
@@ -91,8 +91,8 @@ def split_task(
             and isinstance(task.columns[column].sources[session_windows.session], FromSession)
             and stream in scans[session_windows.session].intervals
         ]
-        subtasks += _split_column(column, decoded, step_s=step_s, task_s=task_s)
-        total_s += sum(len(session_windows.windows) * step_s for session_windows in decoded)
+        subtasks += _split_column(column, decoded, stride_s=stride_s, task_s=task_s)
+        total_s += sum(len(session_windows.windows) * stride_s for session_windows in decoded)
     if total_s <= task_s:
         return task, ()
     named = tuple(
@@ -103,25 +103,25 @@ def split_task(
 
 
 def _split_column(
-    column: str, sessions: Iterable[SessionWindows], *, step_s: float, task_s: float
+    column: str, sessions: Iterable[SessionWindows], *, stride_s: float, task_s: float
 ) -> list[VideoSubtask]:
     """Split long sessions into runs, and group consecutive short ones; without names."""
     subtasks: list[VideoSubtask] = []
     group: list[SessionWindows] = []
     free_s = 0.0
     for session_windows in sessions:
-        length_s = len(session_windows.windows) * step_s
-        num_runs = min(math.ceil(length_s / task_s), len(session_windows.windows))
+        duration_s = len(session_windows.windows) * stride_s
+        num_runs = min(math.ceil(duration_s / task_s), len(session_windows.windows))
         if num_runs > 1:
             whole = VideoSubtask(
                 name="", column=column, sessions=(session_windows,), num_runs=num_runs
             )
             subtasks += [replace(whole, run=run) for run in range(num_runs)]
             continue
-        if group and length_s > free_s:
+        if group and duration_s > free_s:
             subtasks.append(VideoSubtask(name="", column=column, sessions=tuple(group)))
             group = []
-        free_s = (free_s if group else task_s) - length_s
+        free_s = (free_s if group else task_s) - duration_s
         group.append(session_windows)
     if group:
         subtasks.append(VideoSubtask(name="", column=column, sessions=tuple(group)))
@@ -143,7 +143,7 @@ def _with_subtasks(task: ShardTask, subtasks: Iterable[VideoSubtask]) -> ShardTa
 
 
 def encode_video(subtask: VideoSubtask, context: TaskContext) -> EncodedVideo:
-    """Decode and encode the rows of a subtask, and put them beside the set.
+    """Decode and encode the rows of a subtask, and put them next to the set.
 
     Raises:
         SessionError, JobError, OSError: see :func:`preprocess.build.task.build_shard`.

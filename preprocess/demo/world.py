@@ -109,7 +109,7 @@ FILES = (METADATA_FILE, *VISION_FILES.values(), AUDIO_FILE, TEXT_FILE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoParameters:
-    """Everything that determines the bytes of a session, beside its number."""
+    """Everything that determines the bytes of a session, except its number."""
 
     seed: int
     duration_s: float
@@ -144,7 +144,7 @@ def write_demo_sessions(
     """Write the folders `session_001`, ...; the same arguments give the same bytes.
 
     A complete session with the same parameters is skipped; any other session of this generator is
-    rebuilt. Each session is written in a hidden folder beside the final one and then renamed, so
+    rebuilt. Each session is written in a hidden folder next to the final one and then renamed, so
     that a killed run leaves no incomplete session.
 
     Args:
@@ -217,7 +217,7 @@ def _identity(number: int, parameters: DemoParameters) -> dict[str, Any]:
 
 
 def _replace_session(folder: Path, number: int, parameters: DemoParameters) -> None:
-    """Write the session in a hidden folder beside the final one, then rename it."""
+    """Write the session in a hidden folder next to the final one, then rename it."""
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)

@@ -205,7 +205,7 @@ def describe_set(location: Path | str) -> Iterator[tuple[str, str]]:
     planned, rejected = counts["windows_planned"], counts["windows_rejected"]
     windows = f"{planned} planned = {counts['samples']} samples + {rejected} rejected"
     yield "windows", f"{windows} (see {REJECTED_FILE})"
-    yield "window", f"{recipe.window.duration_s:g} s, every {recipe.window.step_s:g} s"
+    yield "window", f"{recipe.window.duration_s:g} s, every {recipe.window.effective_stride_s:g} s"
     for name, schema in manifest.fields.items():
         shape = "x".join(str(n) for n in schema["shape"]) or "variable"
         yield name, f"{schema['dtype']} {shape}, {schema['unit']}, {schema['codec']}"

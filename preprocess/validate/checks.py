@@ -151,7 +151,7 @@ def check_audio(probe: SessionProbe) -> list[Finding]:
     if audio.missing_bytes:
         report(
             "warning",
-            f"the header promises {audio.missing_bytes} bytes more than the file has: the "
+            f"the header declares {audio.missing_bytes} bytes more than the file has: the "
             f"recording was cut off at {audio.duration_s:.2f} s; fix: copy it again if the "
             "original is longer",
         )
@@ -200,7 +200,7 @@ def check_vision(probe: SessionProbe) -> list[Finding]:
         )
         if track.num_lost:
             message = (
-                f"cut off at {track.stop_s:.2f} s: its index promises {track.num_lost} frames "
+                f"cut off at {track.stop_s:.2f} s: its index lists {track.num_lost} frames "
                 "more; fix: copy it again from the recorder"
             )
             findings.append(Finding("error", f"{file}: {message}"))
@@ -245,7 +245,7 @@ def check_drift(probe: SessionProbe) -> list[Finding]:
             continue
         pace = "slow" if ppm < 0 else "fast"
         message = (
-            f"{sound_s:.2f} s of sound beside {video_s:.2f} s of {VISION_FILES[stream]}: if they "
+            f"{sound_s:.2f} s of sound and {video_s:.2f} s of {VISION_FILES[stream]}: if they "
             f"were recorded together from start to stop, the sound's clock runs {abs(ppm):.0f} ppm "
             f"{pace}, {abs(sound_s - video_s):.2f} s by the end; fix: stretch it to the video "
             f"(`ffmpeg -i in.wav -af atempo={1 + ppm / 1e6:.6f} out.wav`), or cut the longer one "
@@ -261,18 +261,18 @@ def check_text(probe: SessionProbe) -> list[Finding]:
     findings = issue_findings("error", unknown, "the text is skipped; fix: correct the name")
     empty = [issue for issue in probe.issues if issue.kind == "text"]
     findings += issue_findings("warning", empty, "it is skipped; fix: write a text in its place")
-    length_s = probe.length_s
+    duration_s = probe.duration_s
     outside = [
         (event, time_s)
         for event in probe.events
         for time_s in [event.time_s - probe.offset_s]
-        if not -EPSILON_S <= time_s <= length_s + EPSILON_S
+        if not -EPSILON_S <= time_s <= duration_s + EPSILON_S
     ]
     return findings + limit_findings(
         "warning",
         (
             f"{event.source_line}: a text starts at {time_s:.3f} s, outside the session "
-            f"[0, {length_s:.3f}) s; fix: correct its timestamp"
+            f"[0, {duration_s:.3f}) s; fix: correct its timestamp"
             for event, time_s in outside
         ),
         file=outside[0][0].file if outside else TEXT_FILE,
@@ -281,18 +281,18 @@ def check_text(probe: SessionProbe) -> list[Finding]:
 
 def check_length(probe: SessionProbe) -> list[Finding]:
     """Check that the session is long enough for a sample, and not longer than a session can be."""
-    if probe.stop_s > probe.length_s:
+    if probe.stop_s > probe.duration_s:
         message = (
-            f"lasts {probe.stop_s:g} s: everything after {probe.length_s:g} s is left out; "
+            f"lasts {probe.stop_s:g} s: everything after {probe.duration_s:g} s is left out; "
             "a timestamp is probably wrong; fix: correct it"
         )
         return [Finding("warning", f"session: {message}")]
     window = probe.recipe.window
     least_s = window.min_coverage * window.duration_s
-    if not probe.intervals or probe.length_s >= least_s:
+    if not probe.intervals or probe.duration_s >= least_s:
         return []
     message = (
-        f"lasts {probe.length_s:.2f} s: too short for a sample of {window.duration_s:g} s, "
+        f"lasts {probe.duration_s:.2f} s: too short for a sample of {window.duration_s:g} s, "
         f"{window.min_coverage:.0%} of which must be covered; fix: shorten window.duration_s"
     )
     return [Finding("warning", f"session: {message}")]
@@ -311,7 +311,7 @@ def file_intervals(probe: SessionProbe) -> dict[str, Interval]:
 def clock_drifts_ppm(probe: SessionProbe) -> dict[Stream, float]:
     """Return how much longer the sound is than each video, in parts per million of the video.
 
-    Only videos are listed for which drift is a possible cause, and measurable beside the duration
+    Only videos are listed for which drift is a possible cause, and measurable for the duration
     of a frame.
     """
     drifts: dict[Stream, float] = {}

@@ -73,13 +73,13 @@ def _content(report: ValidationReport) -> str:
     return f"{_length(report.stats['length_s'])}, {', '.join(streams)}"
 
 
-def _length(length_s: float | None) -> str:
+def _length(duration_s: float | None) -> str:
     """Format a length, from two minutes on with minutes and hours."""
-    if length_s is None:
+    if duration_s is None:
         return _NO_MESSAGE
-    if length_s < 120:
-        return f"{length_s:.1f} s"
-    minutes, seconds = divmod(round(length_s), 60)
+    if duration_s < 120:
+        return f"{duration_s:.1f} s"
+    minutes, seconds = divmod(round(duration_s), 60)
     return (
         f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} h"
         if minutes >= 60

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 GAP_WARNING_S = 0.035
 GAP_ERROR_S = 0.1
 
-VIDEO_GAP_STEPS = 3
+VIDEO_GAP_INTERVALS = 3
 """A gap in a video is longer than GAP_ERROR_S and than this many median frame distances."""
 
 MAX_BAD_LINES = 0.1
 """Share of lines that may be unreadable before the whole file counts as damaged."""
 
-MAX_STEP_BACK_S = 1.0
-"""Lines out of order by at most this much are sorted; a longer step back is another fault."""
+MAX_BACK_S = 1.0
+"""Lines out of order by at most this much are sorted; a longer jump back is another fault."""
 
 ROUNDING = 1e-3
 """Touch and angles outside their range by less are rounding errors."""
@@ -48,20 +48,20 @@ SATURATED_SHARE = 0.2
 
 
 def find_line_gaps(times_s: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which steps [N - 1] between lines at times [N] are short gaps, and which are long.
+    """Return which intervals [N - 1] between lines at times [N] are short gaps, and which are long.
 
     Short gaps (35 to 100 ms) are warnings, long ones (over 100 ms) errors.
     """
-    steps_s = np.diff(times_s)
-    is_long = steps_s > GAP_ERROR_S + EPSILON_S
-    return (steps_s >= GAP_WARNING_S) & ~is_long, is_long
+    intervals_s = np.diff(times_s)
+    is_long = intervals_s > GAP_ERROR_S + EPSILON_S
+    return (intervals_s >= GAP_WARNING_S) & ~is_long, is_long
 
 
 def find_video_gaps(times_s: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which steps [N - 1] between frames at times [N] are gaps."""
-    steps_s = np.diff(times_s)
-    median_s = float(np.median(steps_s)) if len(steps_s) else 0.0
-    return np.asarray(steps_s > max(GAP_ERROR_S + EPSILON_S, VIDEO_GAP_STEPS * median_s))
+    """Return which intervals [N - 1] between frames at times [N] are gaps."""
+    intervals_s = np.diff(times_s)
+    median_s = float(np.median(intervals_s)) if len(intervals_s) else 0.0
+    return np.asarray(intervals_s > max(GAP_ERROR_S + EPSILON_S, VIDEO_GAP_INTERVALS * median_s))
 
 
 def check_lines(probe: SessionProbe) -> list[Finding]:
@@ -77,24 +77,24 @@ def check_timestamps(probe: SessionProbe) -> list[Finding]:
         TEXT_FILE: "the line is skipped; fix: write the second at which the text starts",
     }
     findings = [*_unit_findings(probe), *_unread_findings(probe, {"timestamp"}, fixes)]
-    steps_back = [(i.line, i.back_s) for i in probe.issues if i.kind == "order"]
+    backward = [(i.line, i.back_s) for i in probe.issues if i.kind == "order"]
     findings += limit_findings(
         "error",
         (
-            f"{METADATA_FILE} line {line}: timestamp goes back by {step_s:.3f} s: it is wrong, "
+            f"{METADATA_FILE} line {line}: timestamp goes back by {back_s:.3f} s: it is wrong, "
             "or the recorder was restarted; fix: correct it, or split the session at this line"
-            for line, step_s in steps_back
-            if step_s > MAX_STEP_BACK_S
+            for line, back_s in backward
+            if back_s > MAX_BACK_S
         ),
         file=METADATA_FILE,
     )
     findings += limit_findings(
         "warning",
         (
-            f"{METADATA_FILE} line {line}: timestamp goes back by {step_s:.3f} s; lines are sorted "
+            f"{METADATA_FILE} line {line}: timestamp goes back by {back_s:.3f} s; lines are sorted "
             "when read; fix: sort the file with --fix"
-            for line, step_s in steps_back
-            if step_s <= MAX_STEP_BACK_S
+            for line, back_s in backward
+            if back_s <= MAX_BACK_S
         ),
         file=METADATA_FILE,
     )
@@ -238,10 +238,10 @@ def _unit_findings(probe: SessionProbe) -> list[Finding]:
     unit, times_s = probe.unit, probe.metadata.times_s
     if unit is None:
         return []
-    step = float(np.median(np.diff(times_s))) * unit.per_s
+    interval = float(np.median(np.diff(times_s))) * unit.per_s
     message = (
-        f"timestamps look like {unit.name}, not seconds: a line every {step:g}; all other messages "
-        f"about times assume divided timestamps; fix: divide them by {unit.per_s:.0f}"
+        f"timestamps look like {unit.name}, not seconds: a line every {interval:g}; all other "
+        f"messages about times assume divided timestamps; fix: divide them by {unit.per_s:.0f}"
     )
     if probe.is_unit_confirmed:
         message += ", then they last as long as the media (--fix does it)"
@@ -265,18 +265,19 @@ def _reading_findings(probe: SessionProbe, stream: Stream) -> list[Finding]:
 def _line_gap_findings(probe: SessionProbe, rows: NDArray[np.int64], *, noun: str) -> list[Finding]:
     """Report gaps between metadata lines: one message for all short ones, one for each long."""
     times_s = probe.metadata.times_s[rows]
-    steps_s = np.diff(times_s)
+    intervals_s = np.diff(times_s)
     is_short, is_long = find_line_gaps(times_s)
-    length_s = max(probe.length_s, EPSILON_S)
+    duration_s = max(probe.duration_s, EPSILON_S)
     short_share, long_share = (
-        f"{min(1.0, float(steps_s[is_gap].sum()) / length_s):.1%}" for is_gap in (is_short, is_long)
+        f"{min(1.0, float(intervals_s[is_gap].sum()) / duration_s):.1%}"
+        for is_gap in (is_short, is_long)
     )
     findings: list[Finding] = []
     if is_short.any():
-        row = int(np.argmax(np.where(is_short, steps_s, 0)))
+        row = int(np.argmax(np.where(is_short, intervals_s, 0)))
         message = (
-            f"{probe.locate_row(int(rows[row]))}: no {noun} for {steps_s[row] * 1e3:.0f} ms after "
-            f"it, the longest of {is_short.sum()} gaps of 35-100 ms, {short_share} of "
+            f"{probe.locate_row(int(rows[row]))}: no {noun} for {intervals_s[row] * 1e3:.0f} ms "
+            f"after it, the longest of {is_short.sum()} gaps of 35-100 ms, {short_share} of "
             "the session; values in between are interpolated; fix: fill in single lost lines with "
             "--fix"
         )
@@ -284,7 +285,7 @@ def _line_gap_findings(probe: SessionProbe, rows: NDArray[np.int64], *, noun: st
     return findings + limit_findings(
         "error",
         (
-            f"{probe.locate_row(int(rows[row]))}: no {noun} for {steps_s[row]:.3f} s after it "
+            f"{probe.locate_row(int(rows[row]))}: no {noun} for {intervals_s[row]:.3f} s after it "
             f"(gaps over 100 ms are {long_share} of the session); masked; fix: record again if it "
             "matters"
             for row in np.flatnonzero(is_long)

@@ -5,8 +5,8 @@ file and returns the repaired lines with a sentence that says what was done, or 
 nothing to do.
 
 Applied in the order of this module, a second pass changes nothing: no repair creates work for one
-before it, and each measures only what no later repair changes (gaps are filled by the median step
-of recorded lines alone).
+before it, and each measures only what no later repair changes (gaps are filled by the median
+interval of recorded lines alone).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from preprocess.validate.checks import END_ERROR_S, END_WARNING_S
 from preprocess.validate.line_checks import (
     GAP_ERROR_S,
     GAP_WARNING_S,
-    MAX_STEP_BACK_S,
+    MAX_BACK_S,
     ROUNDING,
     is_mostly_unread,
 )
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
     from shared.recipe import SensorRecipe
 
-MIN_GAP_STEPS = 1.8
-"""A gap of fewer median steps lost no line; the steps of recorders vary."""
+MIN_GAP_INTERVALS = 1.8
+"""A gap of fewer median intervals lost no line; the intervals of recorders vary."""
 
 TEXT_TOLERANCE_S = 1.0
 """Texts this far outside the lines can still be on the same clock."""
@@ -127,11 +127,11 @@ def drop_unreadable(lines: list[Line], num_bad: int, *, file: str) -> Repaired:
 
 
 def is_sortable(lines: Sequence[Line]) -> bool:
-    """Return whether all lines have timestamps that go back by at most MAX_STEP_BACK_S."""
+    """Return whether all lines have timestamps that go back by at most MAX_BACK_S."""
     times_s = np.array([math.nan if line.time_s is None else line.time_s for line in lines])
     if len(lines) == 0 or np.isnan(times_s).any():
         return False
-    return bool((np.diff(times_s) >= -MAX_STEP_BACK_S).all())
+    return bool((np.diff(times_s) >= -MAX_BACK_S).all())
 
 
 def sort_lines(lines: list[Line]) -> Repaired:
@@ -251,20 +251,20 @@ def _clamp_key(
 def fill_gaps(lines: list[Line], *, sensors: SensorRecipe) -> Repaired:
     """Fill gaps in which single lines were lost with interpolated, marked lines.
 
-    A gap is filled if it takes 35 to 100 ms and at least two median steps, and if the lines on
+    A gap is filled if it takes 35 to 100 ms and at least two median intervals, and if the lines on
     both sides contain readings.
     """
     recorded = [line for line in lines if not line.values.get(INTERPOLATED)]
     if len(recorded) < 3:
         return lines, None
-    step_s = float(np.median(np.diff(_times(recorded))))
+    interval_s = float(np.median(np.diff(_times(recorded))))
     limit_s = min(GAP_ERROR_S, sensors.max_gap_s) + EPSILON_S
     filled: list[Line] = [lines[0]]
     num_gaps = 0
     for before, after in itertools.pairwise(lines):
         gap_s = float(after.time_s or 0.0) - float(before.time_s or 0.0)
-        if max(GAP_WARNING_S, MIN_GAP_STEPS * step_s) <= gap_s <= limit_s:
-            new = _interpolate(before, after, round(gap_s / step_s) - 1, sensors)
+        if max(GAP_WARNING_S, MIN_GAP_INTERVALS * interval_s) <= gap_s <= limit_s:
+            new = _interpolate(before, after, round(gap_s / interval_s) - 1, sensors)
             num_gaps += bool(new)
             filled += new
         filled.append(after)

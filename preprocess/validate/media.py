@@ -84,25 +84,25 @@ def read_thumbnails(
         MediaError: the file does not open any more.
     """
     width = axis.width / NUM_THUMBNAILS
-    times_s = axis.start_s + (np.arange(NUM_THUMBNAILS) + 0.5) / NUM_THUMBNAILS * axis.length_s
+    times_s = axis.start_s + (np.arange(NUM_THUMBNAILS) + 0.5) / NUM_THUMBNAILS * axis.duration_s
     indices, error_s = nearest(track.times_s, times_s)
     near = np.abs(error_s) <= recipe.tolerance_s
     small = recipe.model_copy(update={"size": _THUMBNAIL_SIZE})
     uris: dict[int, str] = {}
-    for wanted in _runs(path, track, np.unique(indices[near]).tolist()):
-        for index, picture in read_frames(path, track, wanted, recipe=small):
+    for requested in _runs(path, track, np.unique(indices[near]).tolist()):
+        for index, picture in read_frames(path, track, requested, recipe=small):
             uris[index] = jpeg_uri(picture)
     thumbnails: list[Thumbnail] = []
     for slot, (index, is_near) in enumerate(zip(indices.tolist(), near.tolist(), strict=True)):
         uri = uris.get(index, "") if is_near else ""
         state = "shown" if uri else "damaged" if is_near else "none"
         time_s = float(track.times_s[index] if is_near else times_s[slot])
-        label = format_time(time_s, step_s=0.01 if axis.length_s < _LONG_S else 0.1)
+        label = format_time(time_s, resolution_s=0.01 if axis.duration_s < _LONG_S else 0.1)
         thumbnails.append(Thumbnail(slot * width, width, uri, label, state))
     return thumbnails
 
 
-def _runs(path: Path, track: VideoTrack, wanted: list[int]) -> Iterator[Sequence[int]]:
+def _runs(path: Path, track: VideoTrack, requested: list[int]) -> Iterator[Sequence[int]]:
     """Group frames that are decoded in one pass.
 
     These are the frames after the same keyframe, or all of them if the file is not seekable.
@@ -112,11 +112,11 @@ def _runs(path: Path, track: VideoTrack, wanted: list[int]) -> Iterator[Sequence
     if start[4:] in _SEEKABLE_TYPES or start[:4] == _MATROSKA_START:
         keyframes = np.flatnonzero(track.keyframes)
         for _, run in itertools.groupby(
-            wanted, key=lambda i: np.searchsorted(keyframes, i, "right")
+            requested, key=lambda i: np.searchsorted(keyframes, i, "right")
         ):
             yield list(run)
-    elif wanted:
-        yield wanted
+    elif requested:
+        yield requested
 
 
 def read_envelope(path: Path, *, duration_s: float, axis: TimeAxis) -> Envelope:
@@ -132,7 +132,9 @@ def read_envelope(path: Path, *, duration_s: float, axis: TimeAxis) -> Envelope:
     """
     blocks = _sound_blocks(path)
     rate_hz, first = next(blocks, (1, np.zeros((0, 1), dtype=np.float32)))
-    num_bins = min(duration_s / axis.length_s * axis.width, duration_s * rate_hz / _MIN_BIN_SAMPLES)
+    num_bins = min(
+        duration_s / axis.duration_s * axis.width, duration_s * rate_hz / _MIN_BIN_SAMPLES
+    )
     bins = _Bins(duration_s, max(1, int(num_bins)), num_samples=round(duration_s * rate_hz))
     for _, block in itertools.chain([(rate_hz, first)], blocks):
         bins.add(block)

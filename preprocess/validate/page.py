@@ -60,7 +60,7 @@ class ReportPage:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._rows: list[SummaryRow] = []
-        self._length_s = 0.0
+        self._duration_s = 0.0
         self._lengths_bytes: list[int] = []
         self._environment = page_environment("preprocess.validate")
         self._sections: IO[bytes] | None = None
@@ -103,7 +103,7 @@ class ReportPage:
         if checked.probe is not None:
             try:
                 panels = draw_session(checked.folder, checked.probe)
-            except Exception as error:  # a border as in check_session: the report is still shown
+            except Exception as error:  # Boundary, as in check_session: the report is still shown.
                 problem = f"its panels cannot be drawn: {type(error).__name__}: {error}"
         anchor = f"session-{len(self._rows) + 1}"
         html = self._environment.get_template("section.html.j2").render(
@@ -118,7 +118,7 @@ class ReportPage:
         )
         self._lengths_bytes.append(self._sections.write(html.encode("utf-8", "backslashreplace")))
         self._rows.append(_summary_row(anchor, report, panels))
-        self._length_s += report.stats.get("length_s", 0.0)
+        self._duration_s += report.stats.get("length_s", 0.0)
 
     def _write(self, sections: IO[bytes]) -> None:
         """Write the page, one section after the other."""
@@ -127,7 +127,7 @@ class ReportPage:
         stream = template.stream(
             rows=self._rows,
             totals=describe_totals(
-                [row.status for row in self._rows], format_time(self._length_s, step_s=0.1)
+                [row.status for row in self._rows], format_time(self._duration_s, resolution_s=0.1)
             ),
             streams=[stream.value for stream in STREAMS],
             sections=self._read_sections(sections),
@@ -159,12 +159,12 @@ def _summary_row(anchor: str, report: ValidationReport, panels: SessionPanels | 
             percent = math.floor(timeline.share * 100 + 0.5)
             cells.append(("full" if is_full else "part", f"{percent}%"))
     messages = (*report.errors, *report.warnings, "")
-    length_s = report.stats.get("length_s")
+    duration_s = report.stats.get("length_s")
     return SummaryRow(
         anchor=anchor,
         session=report.session,
         status=report.status,
-        length="-" if length_s is None else format_time(length_s, step_s=0.1),
+        length="-" if duration_s is None else format_time(duration_s, resolution_s=0.1),
         cells=cells,
         num_errors=len(report.errors),
         num_warnings=len(report.warnings),

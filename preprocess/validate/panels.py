@@ -82,7 +82,7 @@ class Plot:
     limits: list[Tick] = field(default_factory=list)
     """Dashed lines at values that the curves should not pass."""
     bands: list[Band] = field(default_factory=list)
-    """Gaps, behind the curves."""
+    """Gaps, drawn below the curves."""
     alarms: list[Band] = field(default_factory=list)
     """Clipping, in front of them."""
     height: float = _PLOT_HEIGHT
@@ -143,7 +143,7 @@ def draw_session(path: Path, probe: SessionProbe) -> SessionPanels:
         intervals.append(probe.lines_interval)
     axis = TimeAxis(
         min([0.0, *(i.start_s for i in intervals)]),
-        max(probe.length_s, probe.lines_interval.stop_s if probe.lines_interval else 0.0),
+        max(probe.duration_s, probe.lines_interval.stop_s if probe.lines_interval else 0.0),
     )
     notes: list[str] = []
     listed = probe.events[:_MAX_LISTED]
@@ -283,7 +283,7 @@ def _draw_readings(
     curves = []
     for i in range(num_curves):
         thinned = thin_curve(
-            times_s, readings[:, i], axis=axis, num_columns=num_columns, max_step_s=max_gap_s
+            times_s, readings[:, i], axis=axis, num_columns=num_columns, max_interval_s=max_gap_s
         )
         path = curve_path(thinned, axis=axis, values=values)
         curves.append(PlotCurve(path, i % _NUM_COLORS, f"{first_label + i}"))
@@ -343,4 +343,4 @@ def _list_text(event: TextEvent, probe: SessionProbe) -> ListedText:
 
 
 def _is_outside(event: TextEvent, probe: SessionProbe) -> bool:
-    return not 0 <= event.time_s - probe.offset_s <= probe.length_s
+    return not 0 <= event.time_s - probe.offset_s <= probe.duration_s

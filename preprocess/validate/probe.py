@@ -6,7 +6,7 @@ video. The checks (:mod:`preprocess.validate.checks`, :mod:`preprocess.validate.
 nothing; they judge the :class:`SessionProbe`.
 
 Timestamps in milliseconds, microseconds or nanoseconds are recognized here. Recorders write lines
-5 to 500 times per second, so the median step gives the unit. The media confirm it: the divided
+5 to 500 times per second, so the median interval gives the unit. The media confirm it: the divided
 timestamps must span their length. Without media, readings in the lines confirm it.
 """
 
@@ -53,8 +53,8 @@ STRETCH_FRAMES frames are decoded, spread evenly from the first frame to the las
 UNREAD_KINDS = frozenset({"json", "long", "timestamp"})
 """Kinds of parse issues for which the whole line is skipped."""
 
-MIN_STEP_S, MAX_STEP_S = 0.002, 0.2
-"""Range of a recorder's median step: narrow enough that no step fits two units."""
+MIN_INTERVAL_S, MAX_INTERVAL_S = 0.002, 0.2
+"""Range of a recorder's median interval: narrow enough that no interval fits two units."""
 
 MIN_TIMED_LINES = 3
 """With fewer lines the unit of their timestamps is not guessed."""
@@ -154,9 +154,9 @@ class SessionProbe:
     """From the first metadata line to the last."""
     offset_s: float
     """Session clock = recorder's clock - `offset_s`."""
-    length_s: float
+    duration_s: float
     stop_s: float
-    """End of the last stream; greater than `length_s` if it is too late for a session."""
+    """End of the last stream; greater than `duration_s` if it is too late for a session."""
 
     def locate_row(self, row: int) -> str:
         """Return file, line and second of a metadata row."""
@@ -221,7 +221,7 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
         absent={s: absent[s] for s in Stream if s in absent},
         lines_interval=span_of(lines.metadata.times_s - alignment.offset_s, recipe=recipe),
         offset_s=alignment.offset_s,
-        length_s=alignment.length_s,
+        duration_s=alignment.duration_s,
         stop_s=alignment.stop_s,
     )
 
@@ -230,8 +230,8 @@ def guess_unit(times: NDArray[np.float64]) -> Unit | None:
     """Guess the unit of timestamps in file order; None for seconds or if nothing fits."""
     if len(times) < MIN_TIMED_LINES:
         return None
-    step = float(np.median(np.diff(times)))
-    return next((u for u in UNITS if MIN_STEP_S <= step / u.per_s <= MAX_STEP_S), None)
+    interval = float(np.median(np.diff(times)))
+    return next((u for u in UNITS if MIN_INTERVAL_S <= interval / u.per_s <= MAX_INTERVAL_S), None)
 
 
 def confirms_unit(times: NDArray[np.float64], unit: Unit, media_stop_s: float | None) -> bool:
@@ -340,9 +340,9 @@ def _probe_video(path: Path, start_s: float | None) -> VideoProbe:
         starts = np.linspace(0, num_frames - STRETCH_FRAMES, NUM_STRETCHES).astype(int)
         stretches = [range(start, start + STRETCH_FRAMES) for start in starts]
     undecoded: list[int] = []
-    for wanted in stretches:
-        decoded = {index for index, _ in read_frames(path, track, wanted, recipe=_TINY)}
-        undecoded += [index for index in wanted if index not in decoded]
+    for requested in stretches:
+        decoded = {index for index, _ in read_frames(path, track, requested, recipe=_TINY)}
+        undecoded += [index for index in requested if index not in decoded]
     return VideoProbe(
         track=track,
         num_checked=sum(map(len, stretches)),

@@ -107,7 +107,7 @@ class ValidationReport:
     warnings: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
     stats: Mapping[str, Any] = field(default_factory=dict)
-    """Plain JSON values: length_s, clock_offset_s, streams, absent, and more where it applies."""
+    """Plain JSON values: duration_s, clock_offset_s, streams, absent, and more where it applies."""
 
     @property
     def status(self) -> Status:
@@ -196,7 +196,7 @@ def check_session(
         return CheckedSession(folder=path, report=report, probe=probe)
     except SessionError as error:
         return _make_failed_report(path, name, str(error))
-    except Exception as error:  # a border: whatever this session raises, the next one is checked
+    except Exception as error:  # Boundary: any exception fails only this session.
         message = (
             f"{path}: cannot be checked: {type(error).__name__}: {error}; fix: look at its files"
         )
@@ -298,7 +298,7 @@ def _worst_status(findings: list[Finding]) -> Status:
 def _collect_stats(probe: SessionProbe) -> dict[str, Any]:
     """Return measurements of a session as plain JSON values."""
     stats: dict[str, Any] = {
-        "length_s": round(probe.length_s, 3),
+        "length_s": round(probe.duration_s, 3),
         "clock_offset_s": round(probe.offset_s, 6),
         "streams": {
             stream.value: [round(interval.start_s, 3), round(interval.stop_s, 3)]
@@ -319,15 +319,15 @@ def _collect_stats(probe: SessionProbe) -> dict[str, Any]:
             for stream, video in probe.videos.items()
         },
     }
-    steps_s = np.diff(probe.metadata.times_s)
-    if len(steps_s):
+    intervals_s = np.diff(probe.metadata.times_s)
+    if len(intervals_s):
         is_short, is_long = find_line_gaps(probe.metadata.times_s)
-        length_s = max(probe.length_s, 1e-9)
+        duration_s = max(probe.duration_s, 1e-9)
         stats["gaps"] = {
-            "median_s": round(float(np.median(steps_s)), 6),
-            "longest_s": round(float(steps_s.max()), 6),
-            "share_35_to_100_ms": round(float(steps_s[is_short].sum()) / length_s, 4),
-            "share_over_100_ms": round(float(steps_s[is_long].sum()) / length_s, 4),
+            "median_s": round(float(np.median(intervals_s)), 6),
+            "longest_s": round(float(intervals_s.max()), 6),
+            "share_35_to_100_ms": round(float(intervals_s[is_short].sum()) / duration_s, 4),
+            "share_over_100_ms": round(float(intervals_s[is_long].sum()) / duration_s, 4),
         }
     if probe.audio is not None:
         stats["audio"] = {

@@ -44,7 +44,7 @@ class Stretches:
     stops_s: NDArray[np.float64]
 
     @property
-    def lengths_s(self) -> NDArray[np.float64]:
+    def durations_s(self) -> NDArray[np.float64]:
         """Duration of each stretch."""
         return self.stops_s - self.starts_s
 
@@ -89,7 +89,7 @@ def draw_timelines(probe: SessionProbe, axis: TimeAxis) -> list[StreamTimeline]:
                 name="metadata lines",
                 flaws=gaps,
                 axis=axis,
-                length_s=probe.length_s,
+                duration_s=probe.duration_s,
             )
         )
     return timelines
@@ -134,31 +134,31 @@ def _draw_stream(stream: Stream, probe: SessionProbe, axis: TimeAxis) -> StreamT
         starts_s = times_s[np.append(True, is_masked)]
         stops_s = np.append(times_s[:-1][is_masked], interval.stop_s)
         flaws = line_gaps(times_s)
-    flaws.append(_find_masked(starts_s, stops_s, probe.length_s))
+    flaws.append(_find_masked(starts_s, stops_s, probe.duration_s))
     return _draw_interval(
-        interval, name=stream.value, flaws=flaws, axis=axis, length_s=probe.length_s
+        interval, name=stream.value, flaws=flaws, axis=axis, duration_s=probe.duration_s
     )
 
 
 def _draw_interval(
-    interval: Interval, *, name: str, flaws: list[Stretches], axis: TimeAxis, length_s: float
+    interval: Interval, *, name: str, flaws: list[Stretches], axis: TimeAxis, duration_s: float
 ) -> StreamTimeline:
     """Draw a recorded interval with its flaws on top."""
     recorded = Stretches("recorded", np.array([interval.start_s]), np.array([interval.stop_s]))
-    masked_s = sum(float(f.lengths_s.sum()) for f in flaws if f.kind == "masked")
+    masked_s = sum(float(f.durations_s.sum()) for f in flaws if f.kind == "masked")
     return StreamTimeline(
         name=name,
         bands=[band for stretches in (recorded, *flaws) for band in stretches.bands(axis)],
         note=f"{format_time(interval.start_s)} to {format_time(interval.stop_s)}",
         flaws=_describe_flaws(flaws),
-        share=max(0.0, 1 - masked_s / length_s) if length_s > 0 else 0.0,
+        share=max(0.0, 1 - masked_s / duration_s) if duration_s > 0 else 0.0,
     )
 
 
 def _describe_flaws(flaws: list[Stretches]) -> str:
     """Count gaps and damaged stretches."""
-    lengths_s = [f.lengths_s for f in flaws if f.kind.startswith("gap")]
-    gaps_s = np.concatenate([np.zeros(0), *lengths_s])
+    durations_s = [f.durations_s for f in flaws if f.kind.startswith("gap")]
+    gaps_s = np.concatenate([np.zeros(0), *durations_s])
     counts: list[str] = []
     if len(gaps_s):
         noun = "gap" if len(gaps_s) == 1 else "gaps, longest"
@@ -172,15 +172,15 @@ def _describe_flaws(flaws: list[Stretches]) -> str:
 def _select_intervals(
     kind: str, times_s: NDArray[np.float64], is_chosen: NDArray[np.bool_]
 ) -> Stretches:
-    """Return the chosen ones [N - 1] of the steps between times [N]."""
+    """Return the chosen ones [N - 1] of the intervals between times [N]."""
     return Stretches(kind, times_s[:-1][is_chosen], times_s[1:][is_chosen])
 
 
 def _find_masked(
-    starts_s: NDArray[np.float64], stops_s: NDArray[np.float64], length_s: float
+    starts_s: NDArray[np.float64], stops_s: NDArray[np.float64], duration_s: float
 ) -> Stretches:
     """Return the parts of a session that stretches [N], both ends increasing, do not cover."""
-    left_s = np.clip(np.append(0.0, stops_s), 0.0, length_s)
-    right_s = np.clip(np.append(starts_s, length_s), 0.0, length_s)
+    left_s = np.clip(np.append(0.0, stops_s), 0.0, duration_s)
+    right_s = np.clip(np.append(starts_s, duration_s), 0.0, duration_s)
     is_masked = right_s - left_s > EPSILON_S
     return Stretches("masked", left_s[is_masked], right_s[is_masked])

@@ -1,17 +1,17 @@
-"""Read video files: frame times without decoding, and wanted frames with as little as possible.
+"""Read video files: frame times without decoding, and requested frames with as little as possible.
 
 Frames are found by presentation time. The times come from the container's packets, without
 decoding; packets that an edit list hides are left out. Time 0 is the container's own start, as in
 players: streams of one file keep their distance, while a file's first timestamp is unrelated to
 those of other files (MPEG transport streams begin at 1.4 s, others at whatever the clock said).
 
-Decoding skips what no wanted frame needs, without changing a bit of any wanted frame:
+Decoding skips what no requested frame needs, without changing a bit of any requested frame:
 
-- packets before the last keyframe before the first wanted frame, by a seek;
-- packets between a wanted frame and the restart before the next one, in the file's order. At a
+- packets before the last keyframe before the first requested frame, by a seek;
+- packets between a requested frame and the restart before the next one, in the file's order. At a
   restart, an IDR picture of H.264 or HEVC, nothing refers to earlier pictures;
 - pictures of H.264 that no other picture refers to (``nal_ref_idc`` 0, most B-frames), unless they
-  are wanted. HEVC has no such mark: its non-reference pictures may serve a higher sub-layer.
+  are requested. HEVC has no such mark: its non-reference pictures may serve a higher sub-layer.
 
 The last two halve the decoding of a usual recording kept at 5 of 30 frames a second. They need a
 container whose packets and times can be trusted; other files are decoded completely.
@@ -86,7 +86,7 @@ class VideoTrack:
     positions: NDArray[np.int64]
     restarts: NDArray[np.int64]
     num_lost: int = 0
-    """Frames that the container's index promises but a truncated file does not contain."""
+    """Frames that the container's index lists but a truncated file does not contain."""
     origin_s: float = 0.0
     """Reading of the container's clock at its start, which counts as 0; 0 where it means nothing
     (MPEG streams)."""
@@ -147,16 +147,16 @@ def read_video_track(path: Path) -> VideoTrack:
 
 
 def read_frames(
-    path: Path, track: VideoTrack, wanted: Sequence[int], *, recipe: VisionRecipe
+    path: Path, track: VideoTrack, requested: Sequence[int], *, recipe: VisionRecipe
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Decode some frames of a video, in order of time, at the recipe's size.
 
-    Packets that no wanted frame needs are skipped. Frames that don't decode are left out.
+    Packets that no requested frame needs are skipped. Frames that don't decode are left out.
 
     Args:
         path: the video.
         track: result of :func:`read_video_track` for it.
-        wanted: indices into `track.times_s`, increasing.
+        requested: indices into `track.times_s`, increasing.
         recipe: size and fit.
 
     Yields:
@@ -165,12 +165,12 @@ def read_frames(
     Raises:
         MediaError: the file doesn't open.
     """
-    if not len(wanted):
+    if not len(requested):
         return
-    index_of_pts = {int(track.pts[i]): i for i in wanted}
-    last_pts = int(track.pts[wanted[-1]])
+    index_of_pts = {int(track.pts[i]): i for i in requested}
+    last_pts = int(track.pts[requested[-1]])
     reformatter = VideoReformatter()
-    for frame in decode_frames(path, track, wanted):
+    for frame in decode_frames(path, track, requested):
         index = index_of_pts.pop(frame.pts, None)
         if index is not None:
             yield index, _convert_frame(frame, reformatter, recipe)
@@ -205,22 +205,22 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
         yield container, stream
 
 
-def decode_frames(path: Path, track: VideoTrack, wanted: Sequence[int]) -> Iterator[Any]:
-    """Decode frames in order of time: the wanted ones that decode, and some others.
+def decode_frames(path: Path, track: VideoTrack, requested: Sequence[int]) -> Iterator[Any]:
+    """Decode frames in order of time: the requested ones that decode, and some others.
 
-    Decoding starts at the keyframe before the first wanted frame if the container's index can be
+    Decoding starts at the keyframe before the first requested frame if the container's index can be
     trusted. Otherwise it starts at the file's first frame: after a seek, MPEG streams and AVI lose
     frames or give them the times of other frames.
 
     Args:
         path: the video.
         track: result of :func:`read_video_track` for it.
-        wanted: indices into `track.times_s`, increasing, at least one.
+        requested: indices into `track.times_s`, increasing, at least one.
 
     Yields:
         av.VideoFrame with a presentation time.
     """
-    first = wanted[0]
+    first = requested[0]
     keyframes_before = np.flatnonzero(track.keyframes[: first + 1])
     keyframe = int(keyframes_before[-1]) if len(keyframes_before) else 0
     # Try from the keyframe; if the seek went wrong, decode from the beginning.
@@ -230,7 +230,7 @@ def decode_frames(path: Path, track: VideoTrack, wanted: Sequence[int]) -> Itera
             if start > 0 and not (is_indexed and _seek(container, stream, int(track.pts[start]))):
                 continue
             source = (
-                _decode_needed(container, stream, track, wanted, has_sought=start > 0)
+                _decode_needed(container, stream, track, requested, has_sought=start > 0)
                 if is_indexed
                 else decode_all(container, stream)
             )
@@ -336,19 +336,19 @@ def _decode_needed(
     container: InputContainer,
     stream: Any,  # noqa: ANN401
     track: VideoTrack,
-    wanted: Sequence[int],
+    requested: Sequence[int],
     *,
     has_sought: bool,
 ) -> Iterator[Any]:
-    """Decode the packets that the wanted frames need, from the container's current position.
+    """Decode the packets that the requested frames need, from the container's current position.
 
     Yields nothing if the container is at a packet that the track does not have.
     """
     context = stream.codec_context
-    wanted_pts = {int(track.pts[i]) for i in wanted}
+    wanted_pts = {int(track.pts[i]) for i in requested}
     can_skip = context.name == "h264"
     position = None if has_sought else 0
-    needed = _needed_packets(track, wanted, 0)
+    needed = _needed_packets(track, requested, 0)
     restarts = set(track.restarts.tolist())
     is_fresh = True
     try:
@@ -359,7 +359,7 @@ def _decode_needed(
                     position = _position(track, packet)
                     if position is None:
                         return
-                    needed = _needed_packets(track, wanted, position)
+                    needed = _needed_packets(track, requested, position)
                 if position >= len(needed):
                     yield from _drain_decoder(context)
                     return
@@ -389,13 +389,13 @@ def _position(track: VideoTrack, packet: Any) -> int | None:  # noqa: ANN401
     return int(track.positions[index]) if is_known else None
 
 
-def _needed_packets(track: VideoTrack, wanted: Sequence[int], start: int) -> NDArray[np.bool_]:
-    """Mark the packets that the wanted frames need, in the file's order up to the last needed one.
+def _needed_packets(track: VideoTrack, requested: Sequence[int], start: int) -> NDArray[np.bool_]:
+    """Mark the packets that requested frames need, in the file's order up to the last needed one.
 
     A frame needs the packets from the last restart before it to its own, or from `start` if there
     is no restart after `start`.
     """
-    stops = track.positions[np.asarray(wanted)] + 1
+    stops = track.positions[np.asarray(requested)] + 1
     restarts = np.concatenate([[start], track.restarts[track.restarts > start]])
     begins = restarts[np.searchsorted(restarts, stops - 1, side="right") - 1]
     # Count the frames that need each packet: +1 where a frame's run begins, -1 where it stops.

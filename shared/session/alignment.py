@@ -56,7 +56,7 @@ class Alignment:
     """Times of each sensor's readings."""
 
     @property
-    def length_s(self) -> float:
+    def duration_s(self) -> float:
         """Seconds from the clock's zero to the end of the session."""
         return min(self.stop_s, MAX_SESSION_S)
 
@@ -116,13 +116,13 @@ def recorder_offset(
 
 
 def span_of(times_s: NDArray[np.float64], *, recipe: Recipe) -> Interval | None:
-    """Return the interval from the first reading to one median step after the last one."""
+    """Return the interval from the first reading to one median interval after the last one."""
     if len(times_s) == 0:
         return None
-    step_s = 1 / recipe.sensors.rate_hz
+    interval_s = 1 / recipe.sensors.rate_hz
     if len(times_s) > 1:
-        step_s = float(np.median(np.diff(times_s)))
-    return Interval(float(times_s[0]), float(times_s[-1]) + step_s)
+        interval_s = float(np.median(np.diff(times_s)))
+    return Interval(float(times_s[0]), float(times_s[-1]) + interval_s)
 
 
 def align_track(track: VideoTrack, start_s: float | None) -> VideoTrack:

@@ -100,8 +100,8 @@ def rows_without_nan(values: NDArray[np.float32]) -> NDArray[np.bool_]:
 def split_evenly(first: NDArray[np.int64], lead: NDArray[np.float64], num_runs: int) -> list[int]:
     """Split windows into runs of about equal length, where little must be decoded twice.
 
-    Each run starts at the window in its first quarter that costs least. A start that would cost as
-    much as a whole run is left out.
+    Each run starts at the cheapest window of its first quarter. A run is left out if decoding the
+    frames before it would cost as much as the run itself.
 
     Args:
         first: first frame of each window [N], at least one window.
@@ -172,17 +172,17 @@ class SessionReader:
         track = self._track(stream)
         rate_hz = self.recipe.vision.rate_hz
         chosen = [nearest(track.times_s, w.grid(rate_hz)) for w in windows]
-        wanted = {int(i) for index, _ in chosen for i in index}
-        if decode_context is not None and wanted:
-            # Decode also what the pass over all windows would, from the restart before the first.
-            start, stop = min(wanted), max(wanted)
+        requested = {int(i) for index, _ in chosen for i in index}
+        if decode_context is not None and requested:
+            # Also decode the frames that a full pass would decode, from the restart on.
+            start, stop = min(requested), max(requested)
             lead = frames_to_restart(track, np.array([start]))[0]
             start -= int(lead) if np.isfinite(lead) else 0
             for window in decode_context:
                 index, _ = nearest(track.times_s, window.grid(rate_hz))
-                wanted |= {int(i) for i in index if start <= i <= stop}
+                requested |= {int(i) for i in index if start <= i <= stop}
         video = self.path / VISION_FILES[stream]
-        source = read_frames(video, track, sorted(wanted), recipe=self.recipe.vision)
+        source = read_frames(video, track, sorted(requested), recipe=self.recipe.vision)
         decoded: dict[int, NDArray[np.uint8]] = {}
         upcoming = next(source, None)
         for window, (index, error_s) in zip(windows, chosen, strict=True):

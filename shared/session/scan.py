@@ -53,7 +53,7 @@ class SessionScan:
     """What the shard job needs to know about a session; all times on the session clock."""
 
     session: str
-    length_s: float
+    duration_s: float
     clock_offset_s: float
     """Subtracted from the recorder's timestamps."""
     gain: float
@@ -76,12 +76,14 @@ class SessionScan:
     """Per window, the share of it that each of STREAMS covers, 0..1."""
     issues: tuple[str, ...]
     """What was skipped while reading the files, one sentence per kind."""
-    sources: Mapping[str, SourceFile]
+    source_files: Mapping[str, SourceFile]
 
     def windows(self, recipe: Recipe) -> list[Window]:
         """List every window planned for this session."""
         window = recipe.window
-        return plan_windows(self.length_s, duration_s=window.duration_s, step_s=window.step_s)
+        return plan_windows(
+            self.duration_s, window_s=window.duration_s, stride_s=window.effective_stride_s
+        )
 
     def present(self, window: Window, recipe: Recipe) -> tuple[Stream, ...]:
         """List the streams that cover enough of a window."""
@@ -115,17 +117,17 @@ class SessionScan:
         """Return plain JSON values, which :func:`scan_from_json` reads back."""
         return {
             "session": self.session,
-            "length_s": self.length_s,
+            "duration_s": self.duration_s,
             "clock_offset_s": self.clock_offset_s,
             "gain": self.gain,
             "rms": self.rms,
-            "moved": dict(self.start_overrides),
+            "start_overrides": dict(self.start_overrides),
             "intervals": {s: [i.start_s, i.stop_s] for s, i in self.intervals.items()},
             "absent": dict(self.absent),
             "not_recorded": sorted(self.not_recorded),
             "coverage": [list(row) for row in self.coverage],
-            "oddities": list(self.issues),
-            "sources": {n: [f.length_bytes, f.sha256] for n, f in self.sources.items()},
+            "issues": list(self.issues),
+            "sources": {n: [f.length_bytes, f.sha256] for n, f in self.source_files.items()},
         }
 
 
@@ -133,17 +135,17 @@ def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
     """Restore a scan from the values of :meth:`SessionScan.as_json`."""
     return SessionScan(
         session=values["session"],
-        length_s=values["length_s"],
+        duration_s=values["duration_s"],
         clock_offset_s=values["clock_offset_s"],
         gain=values["gain"],
         rms=values["rms"],
         intervals={Stream(s): Interval(*pair) for s, pair in values["intervals"].items()},
-        start_overrides={Stream(s): start_s for s, start_s in values["moved"].items()},
+        start_overrides={Stream(s): start_s for s, start_s in values["start_overrides"].items()},
         absent={Stream(s): reason for s, reason in values["absent"].items()},
         not_recorded=frozenset(map(Stream, values["not_recorded"])),
         coverage=tuple(tuple(row) for row in values["coverage"]),
-        issues=tuple(values["oddities"]),
-        sources={
+        issues=tuple(values["issues"]),
+        source_files={
             n: SourceFile(length_bytes=size, sha256=digest)
             for n, (size, digest) in values["sources"].items()
         },
@@ -176,11 +178,13 @@ def scan_session(
     sentences += _outside_session(alignment, events)
     absent = {**media.absent, **alignment.absent}
     windows = plan_windows(
-        alignment.length_s, duration_s=recipe.window.duration_s, step_s=recipe.window.step_s
+        alignment.duration_s,
+        window_s=recipe.window.duration_s,
+        stride_s=recipe.window.effective_stride_s,
     )
     return SessionScan(
         session=path.name,
-        length_s=alignment.length_s,
+        duration_s=alignment.duration_s,
         clock_offset_s=alignment.offset_s,
         gain=media.loudness.gain,
         rms=media.loudness.rms,
@@ -190,7 +194,7 @@ def scan_session(
         not_recorded=frozenset({*media.not_recorded, *alignment.absent}),
         coverage=_coverage(windows, alignment, media.tracks, recipe),
         issues=_first_of_each_kind(sentences),
-        sources=_hash_sources(path, known or {}),
+        source_files=_hash_source_files(path, known or {}),
     )
 
 
@@ -260,7 +264,7 @@ def _outside_session(alignment: Alignment, events: tuple[TextEvent, ...]) -> lis
             f"{e.source_line}: text {e.text[:40]!r} at {e.time_s:g} s is outside the session",
         )
         for e in events
-        if not 0 <= e.time_s - alignment.offset_s < alignment.length_s
+        if not 0 <= e.time_s - alignment.offset_s < alignment.duration_s
     ]
     return sentences
 
@@ -324,7 +328,7 @@ def _first_of_each_kind(sentences: list[tuple[str, str]]) -> tuple[str, ...]:
     )
 
 
-def _hash_sources(path: Path, known: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
+def _hash_source_files(path: Path, known: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
     """Return the size and SHA-256 of every source file that exists."""
     sources: dict[str, SourceFile] = {}
     for name in SOURCE_FILES:

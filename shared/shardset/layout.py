@@ -113,7 +113,7 @@ def column_basis(column: Column, recipe: Recipe, *, tokenizer_sha256: str) -> di
     basis: dict[str, Any] = {
         "code_version": column.code_version,
         "window.duration_s": recipe.window.duration_s,
-        "window.step_s": recipe.window.step_s,
+        "window.step_s": recipe.window.effective_stride_s,
     }
     sections = recipe.as_json()
     for section in column.recipe_sections:

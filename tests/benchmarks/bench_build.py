@@ -209,7 +209,9 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
     from shared.recipe import Recipe
 
     recipe = Recipe.model_validate({"split": {"val_fraction": 0}})
-    windows = int(seconds / recipe.window.step_s)  # a shard per session: each worker gets one
+    windows = int(
+        seconds / recipe.window.effective_stride_s
+    )  # a shard per session: each worker gets one
     shard = recipe.shard.model_copy(update={"target_bytes": round(windows * sample_bytes(recipe))})
     recipe = recipe.model_copy(update={"shard": shard})
     out = Path(tempfile.mkdtemp(dir=sessions.parent, prefix="out."))

@@ -58,13 +58,13 @@ def increasing_times(min_size: int = 0, max_size: int = 12) -> st.SearchStrategy
 # --- the clock, slowly -----------------------------------------------------------------------
 
 
-def slow_windows(length_s: float, duration_s: float, step_s: float) -> list[tuple[float, float]]:
-    """Return (start, stop) of every window that begins inside [0, length)."""
+def slow_windows(duration_s: float, window_s: float, stride_s: float) -> list[tuple[float, float]]:
+    """Return (start, stop) of every window that begins inside [0, duration)."""
     windows = []
     start_s = 0.0
-    while start_s < length_s:
-        windows.append((start_s, start_s + duration_s))
-        start_s += step_s
+    while start_s < duration_s:
+        windows.append((start_s, start_s + window_s))
+        start_s += stride_s
     return windows
 
 
@@ -151,15 +151,15 @@ def tiny_recipe(**sections: Any) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def write_tiny_session(folder: Path, length_s: float, *, has_right: bool = False) -> Path:
+def write_tiny_session(folder: Path, duration_s: float, *, has_right: bool = False) -> Path:
     """Write a flawless session of video, sound, sensors and text."""
     folder.mkdir(parents=True)
-    frames_s = np.arange(round(length_s * 30)) / 30
+    frames_s = np.arange(round(duration_s * 30)) / 30
     write_video(folder / "vision_left.mp4", times_s=frames_s, b_frames=0)
     if has_right:
         write_video(folder / "vision_right.mp4", times_s=frames_s, b_frames=0)
-    write_tone(folder / "audio.wav", length_s)
-    write_lines(folder / "metadata.jsonl", sensor_lines(length_s))
+    write_tone(folder / "audio.wav", duration_s)
+    write_lines(folder / "metadata.jsonl", sensor_lines(duration_s))
     texts = [
         {"timestamp": 0.25, "stream": "internal", "text": f"I am {folder.name}"},
         {"timestamp": 0.75, "stream": "external", "text": "hello, wörld"},
@@ -170,8 +170,8 @@ def write_tiny_session(folder: Path, length_s: float, *, has_right: bool = False
 
 def write_tiny_sessions(root: Path) -> Path:
     """Write the folder of SESSIONS."""
-    for name, length_s in SESSIONS.items():
-        write_tiny_session(root / name, length_s, has_right=name == "cat")
+    for name, duration_s in SESSIONS.items():
+        write_tiny_session(root / name, duration_s, has_right=name == "cat")
     return root
 
 

@@ -25,7 +25,7 @@ def scan(name: str, windows: int = 3, *, tail: float = 1.0, **changes: Any) -> S
     shares = [1.0] * (windows - 1) + [tail]
     values = {
         "session": name,
-        "length_s": float(windows),
+        "duration_s": float(windows),
         "clock_offset_s": 0.0,
         "gain": 1.0,
         "rms": 0.1,
@@ -35,7 +35,7 @@ def scan(name: str, windows: int = 3, *, tail: float = 1.0, **changes: Any) -> S
         "not_recorded": frozenset(),
         "coverage": tuple((share,) * len(STREAMS) for share in shares),
         "issues": (),
-        "sources": {
+        "source_files": {
             file: SourceFile(length_bytes=9, sha256=f"{name} {file}")
             for column in COLUMNS.values()
             for file in column.sources
@@ -49,7 +49,9 @@ def scans_of(*scans: SessionScan) -> dict[str, SessionScan]:
 
 
 def with_source(old: SessionScan, file: str, sha256: str) -> SessionScan:
-    return replace(old, sources={**old.sources, file: SourceFile(length_bytes=9, sha256=sha256)})
+    return replace(
+        old, source_files={**old.source_files, file: SourceFile(length_bytes=9, sha256=sha256)}
+    )
 
 
 def finish(plan: Plan, recipe: Recipe, previous: PreviousSet | None = None) -> PreviousSet:

@@ -38,19 +38,19 @@ WORDS = ("reach", "the red ball", "got it", "wait, wörld")
 
 def write_sessions(root: Path) -> Path:
     """Write the folder of sessions."""
-    for name, length_s in LENGTHS_S.items():
+    for name, duration_s in LENGTHS_S.items():
         folder = root / name
         folder.mkdir(parents=True)
-        frames_s = np.arange(round(length_s * 30)) / 30
+        frames_s = np.arange(round(duration_s * 30)) / 30
         if name not in {"dan", "eve"}:
             write_video(folder / "vision_left.mp4", times_s=frames_s, b_frames=0)
         if name == "cat":
             write_video(folder / "vision_right.mp4", times_s=frames_s, b_frames=0)
         if name != "eve":
-            write_tone(folder / "audio.wav", length_s)
-            write_lines(folder / "text.jsonl", _texts(length_s))
+            write_tone(folder / "audio.wav", duration_s)
+            write_lines(folder / "text.jsonl", _texts(duration_s))
         if name != "dan":
-            write_lines(folder / "metadata.jsonl", sensor_lines(length_s))
+            write_lines(folder / "metadata.jsonl", sensor_lines(duration_s))
     return root
 
 
@@ -134,7 +134,7 @@ def flip_byte(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
-def _texts(length_s: float) -> list[dict[str, Any]]:
+def _texts(duration_s: float) -> list[dict[str, Any]]:
     """Return an event every 0.3 s, alternating thoughts and speech."""
     return [
         {
@@ -142,7 +142,7 @@ def _texts(length_s: float) -> list[dict[str, Any]]:
             "stream": ("internal", "external")[i % 2],
             "text": WORDS[i % len(WORDS)],
         }
-        for i in range(int((length_s - 0.1) / 0.3))
+        for i in range(int((duration_s - 0.1) / 0.3))
     ]
 
 

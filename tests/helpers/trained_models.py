@@ -31,11 +31,11 @@ TOKENIZER = train_tokenizer(["reach for the ball", "ball"], vocab_size=264)
 EVENTS = [(0.5, "internal", "reach"), (1.0, "external", "ball"), (4.2, "external", "the ball")]
 
 
-def make_session(folder, *, length_s=8.0, sound=True, video=False, text=True, events=EVENTS):
+def make_session(folder, *, duration_s=8.0, sound=True, video=False, text=True, events=EVENTS):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(3)
     with (folder / "metadata.jsonl").open("w") as file:
-        for time_s in np.arange(round(length_s * 30)) / 30:
+        for time_s in np.arange(round(duration_s * 30)) / 30:
             angles = np.sin(time_s + np.arange(10))
             velocities = np.cos(time_s + np.arange(10))
             line = {
@@ -48,14 +48,14 @@ def make_session(folder, *, length_s=8.0, sound=True, video=False, text=True, ev
         lines = [json.dumps({"timestamp": t, "stream": s, "text": w}) for t, s, w in events]
         (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
     if sound:
-        samples = 0.1 * rng.normal(size=round(length_s * 8000))
+        samples = 0.1 * rng.normal(size=round(duration_s * 8000))
         soundfile.write(folder / "audio.wav", samples, 8000)
     if video:
         with av.open(folder / "vision_left.mp4", "w") as container:
             stream = container.add_stream("mpeg4", rate=5)
             stream.width = stream.height = 32
             stream.pix_fmt = "yuv420p"
-            for _ in range(round(length_s * 5)):
+            for _ in range(round(duration_s * 5)):
                 picture = rng.integers(0, 256, (32, 32, 3), dtype="u1")
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 container.mux(stream.encode(frame))

@@ -309,7 +309,7 @@ def assemble_batch(
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
-    """Join several batches; pad packed text to the longest with masked silence."""
+    """Join several batches; pad packed text to the longest with PAD, marked invalid."""
     joined: Batch = {}
     for group in ("inputs", "targets"):
         names = batches[0][group]

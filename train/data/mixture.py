@@ -300,7 +300,7 @@ class MixedOrder:
         return tuple(blocks)
 
     def list_shards(self, blocks: Blocks) -> list[int]:
-        """Return the shards of these blocks, and of the block that follows in each set."""
+        """Return the shards of these blocks, and of the next block in each set."""
         numbers: list[int] = []
         for i, (k, epoch, first, last) in enumerate(blocks):
             is_newest = i + 1 == len(blocks) or blocks[i + 1].set_index != k

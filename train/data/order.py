@@ -130,7 +130,7 @@ class BatchOrder(Protocol):
         ...
 
     def list_shards(self, blocks: Blocks) -> list[int]:
-        """Return the shards of these blocks and of the block that follows, in reading order."""
+        """Return the shards of these blocks and of the next block, in reading order."""
         ...
 
     def substitute(self, plan: BatchPlan, i: int, attempt: int) -> tuple[int, int]:

@@ -211,7 +211,7 @@ class SessionSource:
 
 def _session_identity(scan: SessionScan) -> list[Any]:
     """Return what tells a session from all others."""
-    files = {name: file.sha256 for name, file in scan.sources.items()}
+    files = {name: file.sha256 for name, file in scan.source_files.items()}
     return [scan.session, files, *([dict(scan.start_overrides)] if scan.start_overrides else [])]
 
 

@@ -1,4 +1,4 @@
-"""Write predictions as one HTML page: recorded beside predicted, on one clock.
+"""Write predictions as one HTML page: recorded compared with predicted, on one clock.
 
 The file contains its styles, script, pictures and sound; it needs no network. It shows the
 session's first minute (:data:`PAGE_S`), about 10 MB for two videos and sound, however long the
@@ -93,8 +93,8 @@ class PageSource:
     @property
     def windows(self) -> list[Window]:
         """Adjacent windows that cover the page."""
-        step_s = self.trained.recipe.window.duration_s
-        return plan_windows(self.duration_s, duration_s=step_s, step_s=step_s)
+        window_s = self.trained.recipe.window.duration_s
+        return plan_windows(self.duration_s, window_s=window_s, stride_s=window_s)
 
     def is_recorded(self, stream: Stream) -> bool:
         """Return whether a stream was recorded."""
@@ -149,8 +149,8 @@ def write_page(
         trained: the model that predicted.
     """
     tick_s = 1 / trained.shapes.tick_rate_hz
-    length_s = math.ceil(reader.scan.length_s / tick_s - 1e-6) * tick_s
-    source = PageSource(out=out, reader=reader, trained=trained, duration_s=min(length_s, PAGE_S))
+    duration_s = math.ceil(reader.scan.duration_s / tick_s - 1e-6) * tick_s
+    source = PageSource(out=out, reader=reader, trained=trained, duration_s=min(duration_s, PAGE_S))
     environment = page_environment("train.infer")
     environment.globals["count_lanes"] = count_lanes
     assert environment.loader is not None
@@ -161,7 +161,7 @@ def write_page(
         script=script,
         script_hash=f"sha256-{digest}",
         metrics=metrics,
-        length_s=reader.scan.length_s,
+        duration_s=reader.scan.duration_s,
         axis=source.axis,
         tick_width=round(source.axis.width / source.duration_s * tick_s - 1, 1),
         curve_height=CURVE_HEIGHT,

@@ -7,7 +7,7 @@
                -> TickStream           forward_step per tick, with a key-value cache
                -> PredictionWriter     text, sound, poses        (train.infer.predictions)
                -> Score                losses, baselines, latency -> metrics.json
-               -> write_page           predictions beside the recording -> index.html
+               -> write_page           predictions next to the recording -> index.html
 
 The cache crosses the borders of windows: the last tick of one window predicts the first tick of the
 next. It is reset where windows of the session are left out in between, and between windows of
@@ -121,7 +121,7 @@ def _refuse_recordings(out: Path, session: Path) -> None:
     Raises:
         ConfigError: `out` is a session; recordings and predictions share the name audio.wav.
     """
-    # An audio.wav beside the dMel levels that it was decoded from is an earlier prediction.
+    # An audio.wav next to the dMel levels that it was decoded from is an earlier prediction.
     recorded = [n for n in SOURCE_FILES if n != AUDIO_NAME or not (out / DMEL_NAME).exists()]
     if any((out / name).exists() for name in recorded) or out.resolve() == session.resolve():
         raise ConfigError(
@@ -136,7 +136,7 @@ def describe_run(source: SessionSource, trained: TrainedModel, score: Score) -> 
     return {
         "step": trained.step,
         "session": scan.session,
-        "duration_s": scan.length_s,
+        "duration_s": scan.duration_s,
         "num_windows": int(source.shard_sizes[0]),
         "num_ticks": len(score.latencies_ms),
         "device": str(trained.device),
@@ -168,7 +168,7 @@ def run_session(
     with PredictionWriter(
         out,
         heads=trained.config.heads,
-        num_ticks=ticks_until(source.reader(0).scan.length_s, trained.shapes),
+        num_ticks=ticks_until(source.reader(0).scan.duration_s, trained.shapes),
         recipe=trained.recipe,
         shapes=trained.shapes,
         tokenizer=trained.tokenizer,
@@ -205,9 +205,9 @@ def open_session(path: Path, trained: TrainedModel) -> SessionSource:
     return SessionSource(path, recipe=recipe, tokenizer=trained.tokenizer)
 
 
-def ticks_until(length_s: float, shapes: WindowShapes) -> int:
-    """Count the ticks that begin before `length_s`."""
-    return math.ceil(length_s * shapes.tick_rate_hz - _EPSILON_TICKS)
+def ticks_until(duration_s: float, shapes: WindowShapes) -> int:
+    """Count the ticks that begin before `duration_s`."""
+    return math.ceil(duration_s * shapes.tick_rate_hz - _EPSILON_TICKS)
 
 
 def read_window(source: SessionSource, row: int, trained: TrainedModel) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def read_window(source: SessionSource, row: int, trained: TrainedModel) -> dict[
         batch["num_ticks"] = count_ticks(batch["inputs"], shapes)
     else:
         first = round(source.start_s(0, row) * shapes.tick_rate_hz)
-        count = min(shapes.num_ticks, ticks_until(source.reader(0).scan.length_s, shapes) - first)
+        count = min(shapes.num_ticks, ticks_until(source.reader(0).scan.duration_s, shapes) - first)
         batch["num_ticks"] = count
         for group in ("inputs", "targets"):
             batch[group] = take_ticks(
@@ -253,7 +253,7 @@ def locate_window(
     if trained.config.is_text_only:
         times_s = _token_times(source, row, trained)[1:]
     else:
-        stop = ticks_until(source.reader(0).scan.length_s, trained.shapes)
+        stop = ticks_until(source.reader(0).scan.duration_s, trained.shapes)
         times_s = np.arange(first, min(first + len(streamed.latencies_ms), stop)) / rate_hz
     kept = {Head(head): values[: len(times_s)] for head, values in streamed.chosen.items()}
     levels = kept.get(Head.AUDIO)
@@ -341,7 +341,7 @@ def summarize_latencies(latencies_ms: list[float], *, tick_ms: float) -> dict[st
 
     Args:
         latencies_ms: of all ticks.
-        tick_ms: duration of a tick; a model that takes longer falls behind.
+        tick_ms: duration of a tick; a slower model cannot keep up.
 
     Returns:
         "p50", "p95", "p99" of all ticks but the first, which includes warm-up; "first", that of the

@@ -1,4 +1,4 @@
-"""Decide when a run's checkpoints are saved, which ones are kept, and what a full disk costs.
+"""CheckpointManager: save a run's checkpoints, keep the newest, and survive a full disk.
 
 Saving goes one way: ``TrainState.as_dict`` makes a dict on all ranks, ``CheckpointManager.save``
 takes the dict, and the main rank writes it with ``train.checkpoints.save_checkpoint``.

@@ -1,11 +1,11 @@
 """Health rules: find what is wrong with a run in the history of its metrics.
 
 docs/training.md lists the rules with their ranges, meaning and advice. A history is the list of
-log points, oldest first. Each rule is a pure function of it. ``check`` applies all
-of them at the history's end; ``HealthWatch`` keeps a finding from being repeated at every log.
+log points, oldest first. Each rule is a pure function of it. ``apply_rules`` applies all of them
+at the history's end; ``HealthWatch`` keeps a finding from being repeated at every log.
 
-``tests/experiments/health_rules.py`` measures on simulated runs how soon each rule finds a sick run
-and how often it accuses a healthy one.
+``tests/experiments/health_rules.py`` measures each rule's detection delay and false alarm rate on
+simulated runs.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ TREND_LOGS: Final = 12
 MIN_RISE: Final = 0.05
 """Least relative rise of a head's loss that counts; it must exceed twice its standard error, too.
 
-Simulated runs of 60 logs whose losses jitter by 3 %: a flat loss beside falling ones is accused in
-5 to 8 % of them (with 8 logs and 0.03: in 80 %). A loss that rises by 1 % per log is found within
-12 logs in 69 % of them, within 20 logs in 98 to 100 %.
+Simulated runs of 60 logs whose losses jitter by 3 %: a flat loss next to falling ones is reported
+in 5 to 8 % of them (with 8 logs and 0.03: in 80 %). A loss that rises by 1 % per log is found
+within 12 logs in 69 % of them, within 20 logs in 98 to 100 %.
 """
 
 MIN_TOTAL_RISE: Final = 0.08
 """Least relative rise of the total loss that counts.
 
-Of 300 simulated runs of 60 logs whose flat loss jitters by 3 %, none is accused; with 0.05 it was
-8 %.
+Of 300 simulated runs of 60 logs whose flat loss jitters by 3 %, none raises a false alarm; with
+0.05, 8 % did.
 """
 
 MIN_FALL: Final = 0.01

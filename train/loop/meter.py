@@ -85,7 +85,7 @@ class StepMeter:
         All tensors are 0-dim and on the device.
 
         Args:
-            losses: of the step, by metric name.
+            losses: metric name -> loss of the step.
             grad_norm: before clipping.
             is_good: bool; False for a skipped step.
             num_samples: in the global batch.
@@ -273,7 +273,7 @@ class Progress:
     began_s: float = field(default_factory=time.perf_counter)
     time_to_first_batch_s: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the newest log."""
+    """Metrics of the newest log."""
     first_val_losses: Mapping[str, float] = field(default_factory=dict)
     held_out: HeldOut = field(default_factory=HeldOut)
     """The newest evaluation."""

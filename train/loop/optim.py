@@ -6,8 +6,8 @@ undo days of training. A spike exceeds the newest steps in two ways: its logarit
 
 This is the rule of OLMo-core's SkipStepOptimizer, except for the logarithm. Gradient norms have
 long tails: of the demo's healthy steps one in 600 is 7 deviations above the mean, but none is more
-than 4 in logarithms. A spike enters the memory as the limit that it exceeded. So a level that rose
-a little is accepted after a few steps, and one that is far away is not.
+than 4 in logarithms. A spike enters the memory as the limit that it exceeded. So a small lasting
+rise is accepted after a few steps, and a large one is not.
 
 Everything is computed on the device without waiting for the host. The memory is part of
 checkpoints, so a resumed run skips the same steps.

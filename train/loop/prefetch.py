@@ -8,7 +8,7 @@
 On CUDA a step's batches are prefetched right after the previous step was launched: they are copied
 on a side stream while the device computes, and the host does not wait for the copies. On the CPU
 nothing is copied and nothing prefetched. Either way, the position that goes into checkpoints is the
-one behind the batches handed out, not behind those prefetched.
+one after the batches handed out, not after those prefetched.
 
 Any iterable of batches works. A loader that knows its position (``ResumableLoader``) never ends. A
 finite iterable, such as a plain ``DataLoader``, is wrapped in a ``PlainLoader``, which repeats it
@@ -128,7 +128,7 @@ class BatchFeed:
                 self._ahead.append(self._pull())
 
     def state(self) -> dict[str, Any]:
-        """Return plain values from which another feed resumes behind the last batch handed out."""
+        """Return plain values from which another feed resumes after the last batch handed out."""
         return dict(self._state)
 
     def close(self) -> None:
@@ -152,7 +152,7 @@ class BatchFeed:
         return waits_s
 
     def _pull(self) -> tuple[Batch, dict[str, Any]]:
-        """Fetch the next batch, copied or being copied, and the state behind it."""
+        """Fetch the next batch, copied or being copied, and the state after it."""
         # The loader's memory has slots for this many batches, see loader.py.
         _release_copied(self._copying, at_most=2 * self._num_taken - 1)
         began_s = time.perf_counter()
@@ -221,7 +221,7 @@ class PlainLoader:
         self._next = 0
 
     def state_at(self, next_batch: int) -> dict[str, Any]:
-        """Return the position of a batch of the current pass, or the one behind its last batch."""
+        """Return the position of a batch of the current pass, or the one after its last batch."""
         return {"pass": self._pass, "next_batch": next_batch - self._pass_start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -308,14 +308,14 @@ class DeviceQueue(Protocol):
     """The queue of a device that computes asynchronously, with a second queue for copies."""
 
     def mark(self) -> Mark:
-        """Return a mark behind all work launched so far."""
+        """Return a mark after all work launched so far."""
         ...
 
     def send(self, batch: Batch) -> tuple[Batch, Mark]:
         """Begin to copy a batch to the device.
 
         Returns:
-            The batch on the device, and a mark behind the copies; the given batch must be kept
+            The batch on the device, and a mark after the copies; the given batch must be kept
             until the mark is reached.
         """
         ...

@@ -1,7 +1,7 @@
 """RunLog: a run's metrics in the terminal and in TensorBoard, and its corrupt samples in a file.
 
 Metrics have the same names everywhere. The terminal gets one line per log; TensorBoard's files are
-in ``log_dir/<run name>``, beside ``quarantine.jsonl`` with the corrupt samples.
+in ``log_dir/<run name>``, next to ``quarantine.jsonl`` with the corrupt samples.
 """
 
 from __future__ import annotations

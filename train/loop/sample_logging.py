@@ -1,4 +1,4 @@
-"""Log one held-out window to TensorBoard: recorded beside predicted.
+"""Log one held-out window to TensorBoard: recorded compared with predicted.
 
 ::
 
@@ -43,7 +43,7 @@ MAX_FRAMES = 8
 """Frames logged of each video."""
 
 MAX_FRAME_SIZE = 112
-"""Of larger frames every second, third, ... pixel is logged."""
+"""Larger frames are logged with every second, third, ... pixel only."""
 
 LEVEL_PIXELS = 3
 """Height and width of a dMel level."""

@@ -92,7 +92,7 @@ class TrainState:
         hold shards of them.
 
         Args:
-            stream: position behind the batches trained on, from ``BatchFeed.state``.
+            stream: position after the batches trained on, from ``BatchFeed.state``.
         """
         return {
             "format_version": FORMAT_VERSION,

@@ -178,7 +178,7 @@ class Trainer:
         return distributed.on_main(lambda: save_checkpoint(path, state))
 
     def load_checkpoint(self, path: Path | str) -> None:
-        """Resume from a checkpoint; the next :meth:`train` continues behind its step.
+        """Resume from a checkpoint; the next :meth:`train` continues after its step.
 
         Raises:
             CheckpointError: the file is missing, damaged, foreign, or of another model or kind of
@@ -284,7 +284,9 @@ class Trainer:
                 losses = compute_losses(
                     outputs, batch["targets"], batch["weight"], config=self.config, counts=counts
                 )
-                total = losses["loss_total"] * distributed.world_size()  # averaging then adds up
+                total = (
+                    losses["loss_total"] * distributed.world_size()
+                )  # undoes the averaging of gradients over ranks
                 self._state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
             losses_per_batch.append({name: loss.detach() for name, loss in losses.items()})
         return distributed.sum_over_ranks(sum_by_name(losses_per_batch))
@@ -317,7 +319,7 @@ class Trainer:
             meter.check_divergence(self.step, newest=self._checkpoints.newest)
 
     def _is_due(self, interval: int) -> bool:
-        """Return whether to do now what is done every `interval` steps and at the end."""
+        """Return whether this step is a multiple of `interval` or the last one."""
         return self.step % interval == 0 or self.step == self.config.training.max_steps
 
     def _log(self, log: RunLog, feed: BatchFeed) -> None:

@@ -1,1 +1,1 @@
-"""Devices, threads, ranks and processes: what a run stands on."""
+"""Devices, threads and ranks."""

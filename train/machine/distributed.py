@@ -99,13 +99,16 @@ def fresh_store(store: Store, rank: int, num_ranks: int) -> Store:
 
     torchrun keeps its store when it restarts ranks (seen in torch 2.13), and a rank that finds the
     address of a dead rank there fails. The number of restarts would tell attempts apart, but
-    differs between machines. So each rank publishes a random id. Rank 0 rebroadcasts all ids until
-    every rank has acknowledged its own. Then rank 0's id becomes the prefix of the view's keys.
+    differs between machines. So the ranks agree on a random prefix of the view's keys:
+
+    1. Each rank publishes a random id.
+    2. Rank 0 rebroadcasts all ids until every rank has acknowledged its own.
+    3. Rank 0's id becomes the prefix.
 
     Args:
         store: shared by all attempts.
-        rank: of this process.
-        num_ranks: that take part in this attempt.
+        rank: rank of this process.
+        num_ranks: number of ranks in this attempt.
     """
     own_id = uuid.uuid4().hex
     store.set(f"id/{rank}", own_id)

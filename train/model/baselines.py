@@ -57,7 +57,7 @@ _REFIT: Final = "fix: fit it again by Baselines.fit"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The loss of a head beside that of one of its baselines."""
+    """The loss of a head compared with that of one of its baselines."""
 
     head: str
     loss: float

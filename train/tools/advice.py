@@ -20,7 +20,7 @@ MIN_GAIN: Final = 1.1
 """Smaller speedups are not recommended: short runs differ by some percent."""
 
 NEARLY_BEST: Final = 0.97
-"""Of all settings within this share of the best rate, the one with fewest processes is chosen."""
+"""The setting with the fewest processes within this share of the best rate is chosen."""
 
 HIGH_MEMORY: Final = 0.85
 """Above this share of the device's memory, settings that save memory are suggested."""

@@ -72,7 +72,7 @@ class Estimate:
     """What training takes, with or without gradient checkpointing."""
 
     num_parameters: Mapping[str, int]
-    """By submodule of the model."""
+    """Submodule of the model -> its number of parameters."""
     fixed_bytes: int
     """Activations that do not grow with the batch, such as weights in half precision."""
     sample_bytes: int

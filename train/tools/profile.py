@@ -467,7 +467,7 @@ def trace_steps(bench: Bench, path: Path) -> list[dict[str, Any]]:
                 profiler.step()
         write_atomic(path, gzip.compress(trace.read_bytes()))
     kind = "device" if is_cuda else "cpu"
-    # Kernels are listed beside the operators that launch them, which have their times as well.
+    # Kernels are listed next to the operators that launch them, which have their times as well.
     operators: list[dict[str, Any]] = [
         {
             "operator": average.key,

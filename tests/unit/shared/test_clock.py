@@ -31,16 +31,16 @@ ANGLES = st.floats(-3.1415, 3.1415).map(lambda a: float(np.float32(a)))
 READINGS = st.floats(-1000, 1000, width=32)
 
 
-@given(length_s=seconds(), duration_s=seconds(0.25, 6), step_s=seconds(0.125, 6))
-def test_windows_are_those_that_begin_inside_the_session(length_s, duration_s, step_s):
-    windows = plan_windows(length_s, duration_s=duration_s, step_s=step_s)
-    assert [(w.start_s, w.stop_s) for w in windows] == slow_windows(length_s, duration_s, step_s)
+@given(duration_s=seconds(), window_s=seconds(0.25, 6), stride_s=seconds(0.125, 6))
+def test_windows_are_those_that_begin_inside_the_session(duration_s, window_s, stride_s):
+    windows = plan_windows(duration_s, window_s=window_s, stride_s=stride_s)
+    assert [(w.start_s, w.stop_s) for w in windows] == slow_windows(duration_s, window_s, stride_s)
     assert [w.index for w in windows] == list(range(len(windows)))
 
 
 def test_no_window_begins_in_the_last_microsecond():
-    assert len(plan_windows(8.0 + 5e-7, duration_s=4, step_s=4)) == 2
-    assert plan_windows(5e-7, duration_s=4, step_s=4) == []
+    assert len(plan_windows(8.0 + 5e-7, window_s=4, stride_s=4)) == 2
+    assert plan_windows(5e-7, window_s=4, stride_s=4) == []
 
 
 @pytest.mark.parametrize(("rate_hz", "duration_s"), [(5, 4.0), (30, 4.0), (50, 1.0), (3, 1 / 3)])
@@ -171,10 +171,10 @@ def test_timestamps_are_shifted_only_if_that_fits_the_media(
     assert clock_offset(first_s, last_s, media_stop_s) == expected
 
 
-@given(first_s=seconds(-20, 20), length_s=seconds(0, 20), stop_s=st.none() | seconds(0.5, 20))
-def test_an_offset_never_makes_the_fit_to_the_media_worse(first_s, length_s, stop_s):
-    last_s = first_s + length_s
+@given(first_s=seconds(-20, 20), duration_s=seconds(0, 20), stop_s=st.none() | seconds(0.5, 20))
+def test_an_offset_never_makes_the_fit_to_the_media_worse(first_s, duration_s, stop_s):
+    last_s = first_s + duration_s
     offset_s = clock_offset(first_s, last_s, stop_s)
     assert offset_s in (0.0, first_s)
     if offset_s and stop_s is not None and first_s < stop_s and last_s > 0:
-        assert abs(length_s - stop_s) < abs(last_s - stop_s)
+        assert abs(duration_s - stop_s) < abs(last_s - stop_s)

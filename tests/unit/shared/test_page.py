@@ -25,12 +25,14 @@ from shared.page import (
 def test_thinning_keeps_the_extremes_of_every_column(values: list[float], columns: int) -> None:
     times_s = np.arange(len(values)) / 10
     axis = TimeAxis(0.0, len(values) / 10)
-    curves = thin_curve(times_s, np.array(values), axis=axis, num_columns=columns, max_step_s=0.11)
+    curves = thin_curve(
+        times_s, np.array(values), axis=axis, num_columns=columns, max_interval_s=0.11
+    )
     ((thin_times, thin_values),) = curves
     assert len(thin_times) <= 2 * columns
     assert (np.diff(thin_times) >= 0).all()
-    column = np.floor(times_s / axis.length_s * columns)
-    thin_column = np.floor(thin_times / axis.length_s * columns)
+    column = np.floor(times_s / axis.duration_s * columns)
+    thin_column = np.floor(thin_times / axis.duration_s * columns)
     for c in np.unique(column):
         at, thin_at = np.array(values)[column == c], thin_values[thin_column == c]
         assert (at.min(), at.max()) == (thin_at.min(), thin_at.max())
@@ -39,14 +41,14 @@ def test_thinning_keeps_the_extremes_of_every_column(values: list[float], column
 def test_a_curve_of_one_reading_is_one_point() -> None:
     axis = TimeAxis(0.0, 1.0)
     (curve,) = thin_curve(
-        np.array([0.5]), np.array([2.0]), axis=axis, num_columns=9, max_step_s=0.1
+        np.array([0.5]), np.array([2.0]), axis=axis, num_columns=9, max_interval_s=0.1
     )
     assert [array.tolist() for array in curve] == [[0.5], [2.0]]
 
 
 @given(st.floats(-10, 1e6), st.floats(1e-6, 1e9))
-def test_an_axis_has_a_handful_of_ticks_inside_it(start_s: float, length_s: float) -> None:
-    ticks = TimeAxis(start_s, start_s + length_s).ticks()
+def test_an_axis_has_a_handful_of_ticks_inside_it(start_s: float, duration_s: float) -> None:
+    ticks = TimeAxis(start_s, start_s + duration_s).ticks()
     assert len(ticks) <= 13
     assert all(0 <= tick.position <= PLOT_WIDTH for tick in ticks)
 
@@ -57,7 +59,7 @@ def test_a_value_axis_has_a_handful_of_ticks(low: float, length: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("time_s", "step_s", "words"),
+    ("time_s", "resolution_s", "words"),
     [
         (1.5, 0.01, "1.50 s"),
         (-0.25, 0.01, "-0.25 s"),
@@ -69,8 +71,8 @@ def test_a_value_axis_has_a_handful_of_ticks(low: float, length: float) -> None:
         (179.999, 0.01, "3:00.00"),
     ],
 )
-def test_times_are_formatted_for_people(time_s: float, step_s: float, words: str) -> None:
-    assert format_time(time_s, step_s=step_s) == words
+def test_times_are_formatted_for_people(time_s: float, resolution_s: float, words: str) -> None:
+    assert format_time(time_s, resolution_s=resolution_s) == words
 
 
 @given(st.floats(1e-12, 1e12))
@@ -115,6 +117,8 @@ def test_a_curve_has_gaps_at_missing_values_and_where_an_angle_wraps() -> None:
     times_s = np.array([0.0, 1.0, 2.0, 4.0, 5.0])  # the reading at 3 s is missing
     values = np.array([3.0, 3.1, -3.1, -3.0, -2.9])
     axis = TimeAxis(0.0, 10.0, width=100.0)
-    curves = thin_curve(times_s, values, axis=axis, num_columns=100, max_step_s=1.5, max_jump=np.pi)
+    curves = thin_curve(
+        times_s, values, axis=axis, num_columns=100, max_interval_s=1.5, max_jump=np.pi
+    )
     path = curve_path(curves, axis=axis, values=ValueAxis(-3.2, 3.2, 64.0))
     assert path == "M0,2 10,1M20,63h0M40,62 50,61"

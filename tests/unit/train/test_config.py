@@ -46,7 +46,9 @@ def test_an_override_of_the_size_wins_and_replaced_keys_are_named(
 
 
 def test_a_size_without_effect_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"tiny has no effect beside hidden_dim 64 and num_l"):
+    with pytest.raises(
+        ConfigError, match=r"tiny has no effect together with hidden_dim 64 and num_l"
+    ):
         size_of(tmp_path, "{size: tiny, hidden_dim: 64, num_layers: 1}")
     with pytest.raises(ConfigError, match="has no effect"):
         size_of(tmp_path, "{}", "model.size=tiny", "model.hidden_dim=64", "model.num_layers=1")

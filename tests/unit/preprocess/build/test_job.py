@@ -179,9 +179,9 @@ def test_a_changed_file_rebuilds_only_its_columns(sessions, out, tmp_path):
 def test_a_shorter_video_moves_the_end_of_the_text_with_it(tmp_path):
     # 2.6 s of video: the text covers 60% of the third window; 2.4 s: 40%, too little.
     root, out = tmp_path / "sessions", tmp_path / "out"
-    for length_s in (2.6, 2.4):
+    for duration_s in (2.6, 2.4):
         shutil.rmtree(root, ignore_errors=True)
-        folder = write_tiny_session(root / "ann", length_s)
+        folder = write_tiny_session(root / "ann", duration_s)
         write_tone(folder / "audio.wav", 2.0)
         (folder / "metadata.jsonl").unlink()
         build(root, out)

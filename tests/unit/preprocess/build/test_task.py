@@ -74,8 +74,8 @@ def member(out: Path, index: ShardIndex, column: str, part: str, row: int) -> by
 def all_keys() -> list[str]:
     """Keys of the windows that have enough in them."""
     found = []
-    for name, length_s in SESSIONS.items():
-        starts = [a for a, _ in slow_windows(length_s, 1.0, 1.0) if length_s - a >= 0.5]
+    for name, duration_s in SESSIONS.items():
+        starts = [a for a, _ in slow_windows(duration_s, 1.0, 1.0) if duration_s - a >= 0.5]
         found += [f"{name}/{int(a):06d}" for a in starts]
     return found
 

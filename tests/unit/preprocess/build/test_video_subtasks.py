@@ -62,18 +62,18 @@ VIDEOS = {
 }
 
 
-def write_stereo(folder: Path, kind: str, length_s: float, *, seed: int = 0) -> Path:
+def write_stereo(folder: Path, kind: str, duration_s: float, *, seed: int = 0) -> Path:
     """A session with two videos, at a constant rate or at any times."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for name, how in zip(VISION_FILES.values(), VIDEOS[kind], strict=True):
-        times_s = np.arange(round(length_s * 30)) / 30
+        times_s = np.arange(round(duration_s * 30)) / 30
         if "variable" in kind:
             times_s = np.cumsum(rng.uniform(0.005, 0.12, 900))
-            times_s = times_s[times_s < length_s] - times_s[0]
+            times_s = times_s[times_s < duration_s] - times_s[0]
         write_video(folder / name, times_s=times_s, **how)
-    write_tone(folder / "audio.wav", length_s)
-    write_lines(folder / "metadata.jsonl", sensor_lines(length_s))
+    write_tone(folder / "audio.wav", duration_s)
+    write_lines(folder / "metadata.jsonl", sensor_lines(duration_s))
     return folder
 
 
@@ -81,8 +81,8 @@ def write_stereo(folder: Path, kind: str, length_s: float, *, seed: int = 0) -> 
 def stereo(tmp_path_factory) -> Path:
     """A session of several subtasks and two shorter ones; read only."""
     root = tmp_path_factory.mktemp("stereo")
-    for name, length_s in (("ann", 6.5), ("bob", 1.0), ("cat", 1.4)):
-        write_stereo(root / name, "variable rate, B-frames", length_s)
+    for name, duration_s in (("ann", 6.5), ("bob", 1.0), ("cat", 1.4)):
+        write_stereo(root / name, "variable rate, B-frames", duration_s)
     (root / "cat" / "vision_right.mp4").unlink()
     return root
 
@@ -115,8 +115,8 @@ def count_calls(monkeypatch, module, name: str) -> list[object]:
 def test_subtasks_give_the_bytes_of_one_pass(tmp_path, monkeypatch, kind, stride_s):
     tries = count_calls(monkeypatch, build_module, "_build_shard")
     recipe = tiny_recipe(split={"val_fraction": 0}, window={"stride_s": stride_s})
-    for name, length_s in (("long", 5.2), ("short", 1.0)):
-        write_stereo(tmp_path / "in" / name, kind, length_s, seed=len(name))
+    for name, duration_s in (("long", 5.2), ("short", 1.0)):
+        write_stereo(tmp_path / "in" / name, kind, duration_s, seed=len(name))
     build(tmp_path / "in", tmp_path / "whole", recipe)
     build_with_subtasks(tmp_path / "in", tmp_path / "split", recipe, task_s=1.0)
     assert file_hashes(tmp_path / "split") == file_hashes(tmp_path / "whole")
@@ -279,7 +279,7 @@ def test_subtask_files_behind_a_url_leave_no_trace(stereo, made, tmp_path, monke
 def scan_of(name: str, streams: tuple[Stream, ...], num_windows: int) -> SessionScan:
     return SessionScan(
         session=name,
-        length_s=float(num_windows),
+        duration_s=float(num_windows),
         clock_offset_s=0.0,
         gain=1.0,
         rms=0.0,
@@ -289,7 +289,7 @@ def scan_of(name: str, streams: tuple[Stream, ...], num_windows: int) -> Session
         not_recorded=frozenset(),
         coverage=(),
         issues=(),
-        sources={},
+        source_files={},
     )
 
 

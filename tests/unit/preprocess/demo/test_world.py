@@ -69,8 +69,8 @@ def read_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def loudest_hz(wave, start_s, length_s):
-    clip = wave[round(start_s * 16_000) : round((start_s + length_s) * 16_000)]
+def loudest_hz(wave, start_s, duration_s):
+    clip = wave[round(start_s * 16_000) : round((start_s + duration_s) * 16_000)]
     spectrum = np.abs(np.fft.rfft(clip * np.hanning(len(clip)), n=1 << 15))
     return float(np.fft.rfftfreq(1 << 15, 1 / 16_000)[spectrum.argmax()])
 

@@ -161,8 +161,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "clipped": (sound(np.clip(4 * tone(), -1, 1)), "audio", "failed", "clipped"),
     "integer floats": (sound(9000 * tone(), "FLOAT"), "audio", "failed", "full scale is 1"),
     "nan sound": (sound(NAN_SOUND, "FLOAT"), "audio", "warnings", "320 samples are not finite"),
-    "sound cut": (halve("audio.wav"), "audio", "warnings", "header promises"),
-    "video cut": (cut_video, "vision", "failed", "its index promises"),
+    "sound cut": (halve("audio.wav"), "audio", "warnings", "header declares"),
+    "video cut": (cut_video, "vision", "failed", "its index lists"),
     "short sound": (
         lambda folder: write_tone(folder / "audio.wav", 1.5), "durations", "warnings", "0.50 s",
     ),
@@ -275,7 +275,7 @@ def test_the_clock_offset_is_that_of_the_builder(first_s: float, session: Path) 
     report = check_session(session, recipe=STRICT).report
     scan = scan_session(session, recipe=STRICT)
     assert report.stats["clock_offset_s"] == pytest.approx(scan.clock_offset_s, abs=1e-6)
-    assert report.stats["length_s"] == pytest.approx(scan.length_s, abs=1e-3)
+    assert report.stats["length_s"] == pytest.approx(scan.duration_s, abs=1e-3)
 
 
 @pytest.mark.parametrize("is_made", [False, True])
@@ -351,7 +351,7 @@ def test_a_drift_is_measured_and_reported_with_a_fix(
 ) -> None:
     report = check_drift_of(tmp_path / "s", video_s=60, sound_s=sound_s)
     (message,) = drift_messages(report)
-    assert f"{sound_s:.2f} s of sound beside 60.00 s of vision_left.mp4" in message
+    assert f"{sound_s:.2f} s of sound and 60.00 s of vision_left.mp4" in message
     assert f"{ppm} ppm {pace}" in message
     assert tempo in message
     assert report.checks["drift"] == "warnings"

@@ -11,7 +11,7 @@ from helpers.sessions import read_lines, sensor_lines, write_lines, write_sessio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.validate.probe import MAX_STEP_S, MIN_STEP_S, UNITS, guess_unit
+from preprocess.validate.probe import MAX_INTERVAL_S, MIN_INTERVAL_S, UNITS, guess_unit
 from preprocess.validate.repair import repair_session
 from preprocess.validate.report import check_session
 from shared.recipe import Recipe, WindowRecipe
@@ -107,10 +107,10 @@ def test_texts_every_few_seconds_are_not_read_as_milliseconds(tmp_path: Path) ->
     assert not any("look like" in e for e in report.errors)
 
 
-@given(step_s=st.floats(MIN_STEP_S, MAX_STEP_S), unit=st.sampled_from(UNITS))
-def test_a_step_fits_at_most_one_unit(step_s: float, unit) -> None:
-    middle_s = math.sqrt(MIN_STEP_S * MAX_STEP_S)
-    times = np.arange(9) * (0.5 * step_s + 0.5 * middle_s)
+@given(interval_s=st.floats(MIN_INTERVAL_S, MAX_INTERVAL_S), unit=st.sampled_from(UNITS))
+def test_an_interval_fits_at_most_one_unit(interval_s: float, unit) -> None:
+    middle_s = math.sqrt(MIN_INTERVAL_S * MAX_INTERVAL_S)
+    times = np.arange(9) * (0.5 * interval_s + 0.5 * middle_s)
     assert guess_unit(times) is None
     assert guess_unit(times * unit.per_s) is unit
 

@@ -33,7 +33,7 @@ NASTY = {
     "audio/speech_clipped_slightly.wav": ("warnings", "clipped: 24 samples"),
     "audio/test-1234Hz-le-1ch-10S-20bit-extra.wav": ("warnings", "too short"),
     "audio/test-44100Hz-2ch-32bit-float-le.wav": ("warnings", "too short"),
-    "audio/test-44100Hz-le-1ch-4bytes-early-eof.wav": ("warnings", "header promises"),
+    "audio/test-44100Hz-le-1ch-4bytes-early-eof.wav": ("warnings", "header declares"),
     "audio/test-44100Hz-le-1ch-4bytes-incomplete-chunk.wav": (
         "failed",
         "not a readable audio file",

@@ -47,7 +47,7 @@ FILE_REPORTS = {
         "failed",
         "not a readable audio file",
     ),
-    "audio/test-44100Hz-le-1ch-4bytes-early-eof.wav": ("warnings", "header promises 16696 bytes"),
+    "audio/test-44100Hz-le-1ch-4bytes-early-eof.wav": ("warnings", "header declares 16696 bytes"),
     "audio/jfk_cut_half_header_unchanged.wav": ("warnings", "cut off at 5.50 s"),
     "audio/speech_clipped_slightly.wav": ("warnings", "24 samples"),
     "audio/waveformatex-16bit-44100Hz-mono-extra.wav": ("warnings", "silent"),

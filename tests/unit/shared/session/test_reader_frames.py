@@ -225,9 +225,9 @@ def test_every_stored_frame_is_the_nearest_by_presentation_time(name: str, tmp_p
     video.write(tmp_path / "in" / "one" / "vision_left.mp4")
     build(tmp_path / "in", tmp_path / "out", clock_recipe())
     shown, masked = check_frames(tmp_path / "out", video)
-    length_s = (video.shown_ms[-1] - video.shown_ms[0]) / 1000
+    duration_s = (video.shown_ms[-1] - video.shown_ms[0]) / 1000
     lost = 5 if name == "a hole" else 0  # a window of nothing is no sample
-    assert shown + masked + lost >= int(length_s / STEP_S)
+    assert shown + masked + lost >= int(duration_s / STEP_S)
     assert masked <= 5  # after the end, or at the edges of the hole
 
 

@@ -34,7 +34,7 @@ def test_one_wrong_timestamp_does_not_make_a_billion_windows(session):
     lines = [*sensor_lines(1.0), {"timestamp": 1e9, "touch": [0] * 5, "proprio": [0] * 20}]
     write_lines(session / "metadata.jsonl", lines)
     scan = scan_session(session, recipe=tiny_recipe(window={"duration_s": 600}))
-    assert scan.length_s == 24 * 3600
+    assert scan.duration_s == 24 * 3600
     assert any("a timestamp must be wrong" in what for what in scan.issues)
 
 

@@ -146,7 +146,7 @@ def test_spectrograms_have_one_color_per_level(inferred):
 
 
 def test_frames_are_those_of_the_video_on_the_clock(tmp_path):
-    session = make_session(tmp_path / "walk", length_s=2.0, video=True, sound=False)
+    session = make_session(tmp_path / "walk", duration_s=2.0, video=True, sound=False)
     inferred = infer_page(tmp_path, session, {"data": {"modalities": ["touch"]}, "model": MODEL})
     (video,) = inferred.values["videos"]
     assert len(video) == 20
@@ -222,7 +222,7 @@ def test_the_page_of_a_long_session_shows_its_first_minute(tmp_path):
         "training": {"loss_weights": {"internal_text": 0, "external_text": 0}},
         "model": MODEL,
     }
-    session = make_session(tmp_path / "walk", length_s=62.0, text=False)
+    session = make_session(tmp_path / "walk", duration_s=62.0, text=False)
     inferred = infer_page(tmp_path, session, config)
     assert inferred.values["durationS"] == 60
     assert "This page shows the first 60 s" in inferred.html
@@ -236,7 +236,7 @@ def test_the_page_of_a_long_session_shows_its_first_minute(tmp_path):
 def test_sessions_and_models_with_few_streams_have_a_page(tmp_path, kind):
     has_sound = kind == "no audio head"
     session = make_session(
-        tmp_path / "walk", length_s=1.0, sound=has_sound, text=kind == "dense text"
+        tmp_path / "walk", duration_s=1.0, sound=has_sound, text=kind == "dense text"
     )
     config = {
         "nothing but poses": None,

@@ -111,7 +111,7 @@ def read_lines(path):
 
 def test_streaming_one_window_gives_the_losses_of_training(tmp_path):
     model = make_checkpoint(tmp_path / "k.pt")
-    session = make_session(tmp_path / "s" / "walk", length_s=4.0, video=True)
+    session = make_session(tmp_path / "s" / "walk", duration_s=4.0, video=True)
     metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
     assert metrics["losses"] == pytest.approx(whole_window_losses(model, session), abs=1e-4)
 
@@ -134,7 +134,7 @@ def test_streaming_text_gives_the_losses_of_densely_packed_windows(tmp_path):
 
 def test_stock_readers_open_what_is_written(tmp_path):
     make_checkpoint(tmp_path / "k.pt")
-    session = make_session(tmp_path / "walk", length_s=6.5)
+    session = make_session(tmp_path / "walk", duration_s=6.5)
     infer(tmp_path / "k.pt", session, tmp_path / "out")
     samples, rate_hz = soundfile.read(tmp_path / "out" / "audio.wav")
     assert (rate_hz, len(samples)) == (8000, 6.5 * 8000)
@@ -171,7 +171,7 @@ def test_written_values_are_predictions_for_the_next_tick(walk):
 
 def test_the_same_seed_draws_the_same_files_and_another_seed_draws_others(tmp_path):
     make_checkpoint(tmp_path / "k.pt")
-    session = make_session(tmp_path / "walk", length_s=1.0)
+    session = make_session(tmp_path / "walk", duration_s=1.0)
     written = []
     for seed in (1, 1, 2):
         out = tmp_path / f"out{len(written)}"
@@ -184,7 +184,7 @@ def test_the_same_seed_draws_the_same_files_and_another_seed_draws_others(tmp_pa
 
 def test_an_absent_stream_has_a_reason_instead_of_a_loss(tmp_path):
     make_checkpoint(tmp_path / "k.pt")
-    session = make_session(tmp_path / "walk", length_s=1.0, sound=False, text=False)
+    session = make_session(tmp_path / "walk", duration_s=1.0, sound=False, text=False)
     metrics = infer(tmp_path / "k.pt", session, tmp_path / "out")
     absent = ("loss_audio", "loss_internal_text", "loss_external_text", "loss_total")
     assert [metrics["losses"][name] for name in absent] == [None] * 4
@@ -228,7 +228,7 @@ def test_latencies_are_summarized_as_numpy_does_without_the_first():
 
 def test_progress_is_reported_after_each_window(tmp_path):
     make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
-    session = make_session(tmp_path / "walk", length_s=5.0)
+    session = make_session(tmp_path / "walk", duration_s=5.0)
     calls = []
     infer(tmp_path / "k.pt", session, tmp_path / "out", progress=lambda *done: calls.append(done))
     assert calls == [(1, 2), (2, 2)]
@@ -237,7 +237,7 @@ def test_progress_is_reported_after_each_window(tmp_path):
 @pytest.mark.parametrize("missing", ["recipe", "tokenizer"])
 def test_a_checkpoint_without_recipe_or_tokenizer_is_refused(tmp_path, missing):
     make_checkpoint(tmp_path / "k.pt", **{missing: None})
-    session = make_session(tmp_path / "walk", length_s=1.0)
+    session = make_session(tmp_path / "walk", duration_s=1.0)
     with pytest.raises(CheckpointError, match=f"lacks its {missing}.*checkpoint_extra"):
         infer(tmp_path / "k.pt", session, tmp_path / "out")
 
