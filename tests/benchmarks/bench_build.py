@@ -1,17 +1,18 @@
-"""How fast the whole shard job is, beside the ffmpeg command line alone; and its memory.
+"""Measure the speed of the shard job beside plain ffmpeg commands, and its memory.
 
     python tests/benchmarks/bench_build.py                  four cases, 5 interleaved rounds
     python tests/benchmarks/bench_build.py --cases 720p30-gop250 --rounds 3
     python tests/benchmarks/bench_build.py --memory         peak memory, 1 and 30 minutes
 
-Each round runs, one after another on the same cores: (a) ffmpeg decodes all frames of both eyes and
-scales them to the recipe's size; (b) the same, scaling only the frames kept (5 of 30 per second);
-(c) our job from session folder to committed shard set: scan, checksums, both eyes, sound, dMel,
-sensors, text, Zarr, tar. One core: the eyes one after the other, the job in one process. Two cores:
-an ffmpeg per eye, and a Dask cluster of two workers that has been started before. Sessions are made
-once, under data/bench: real film from a headset (`--film`), panned, with grain, as a recorder would
-encode it (x264 veryfast, up to 3 B-frames in a row, or none). The job's clock starts when Python
-and its workers have imported everything, which is printed beside it; ffmpeg's starts with ffmpeg.
+Each round runs, one after another on the same cores: (a) ffmpeg decodes all frames of both videos
+and scales them to the recipe's size; (b) the same, scaling only the frames kept (5 of 30 per
+second); (c) our job from session folder to committed shard set: scan, checksums, both videos,
+sound, dMel, sensors, text, Zarr, tar. One core: the videos in sequence, the job in one process. Two
+cores: an ffmpeg per video, and a Dask cluster of two workers that was started before. Sessions
+are made once, under data/bench: real film from a headset (`--film`), panned, with grain, as a
+recorder would encode it (x264 veryfast, up to 3 B-frames in a row, or none). The job's clock starts
+when Python and its workers have imported everything, whose time is printed beside it; ffmpeg's
+clock starts with ffmpeg.
 
 `--memory` runs the command with its default recipe, in one process and with two Dask workers.
 """
@@ -137,7 +138,7 @@ def table(runs: dict[tuple[str, int, str], list[dict[str, float]]], *, frames: i
 
 
 def run_ffmpeg(folder: Path, cores: str, video_filter: str) -> dict[str, float]:
-    """Both eyes: at once on two cores, one after the other on one."""
+    """Decode both videos: in parallel on two cores, in sequence on one."""
     eyes = [folder / "1" / "session_a" / f"vision_{eye}.mp4" for eye in ("left", "right")]
     numbers = cores.split(",")
     before, start_s = children_cpu_s(), time.perf_counter()
@@ -176,7 +177,7 @@ def run_ffmpeg(folder: Path, cores: str, video_filter: str) -> dict[str, float]:
 def start_job(
     folder: Path, seconds: int, workers: int, cores: str, *, profile: bool = False
 ) -> dict[str, Any]:
-    """The job in a process of its own."""
+    """Start the job in its own process."""
     command = [
         "taskset",
         "-c",
@@ -247,7 +248,7 @@ def _import_all(_: int) -> None:
 
 
 class Sampler:
-    """Shares of processor time by what the program was at: a clock signal looks at the stack."""
+    """Samples the stack by a clock signal, for shares of processor time by activity."""
 
     PLACES = (
         ("scan: checksums of sources", {"_hash_sources"}),
@@ -296,9 +297,7 @@ class Sampler:
 
 
 def measure_memory(args: argparse.Namespace) -> None:
-    """By the command itself with its default recipe: this process alone, and each of two Dask
-    workers.
-    """
+    """Measure the command with its default recipe: in one process, and each of two workers."""
     click.echo("minutes  workers  wall s  peak MiB of the command, then of its largest child")
     for minutes in (1, 30):
         folder = make_sessions(MEMORY_CASE, 60 * minutes, args.film)
@@ -312,7 +311,7 @@ def measure_memory(args: argparse.Namespace) -> None:
 
 
 def run_command(sessions: Path, out: Path, workers: int) -> dict[str, float]:
-    """The shards command in a process that then asks for its own and its children's peaks."""
+    """Run the shards command in a process that then reports its own and its children's peaks."""
     program = (
         "import json, resource, sys, time\n"
         "from preprocess.__main__ import cli\n"

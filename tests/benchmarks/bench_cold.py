@@ -1,13 +1,13 @@
-"""Loading from a disk whose files are not in the page cache, with and without words to the kernel.
+"""Measure loading from a cold page cache, with and without prefetching of samples.
 
     python tests/benchmarks/bench_cold.py --shards shards/demo
     python tests/benchmarks/bench_cold.py --shards /disk/set --workers 2 --pixels rgb --rounds 9
 
-Before a batch is read the reader tells the kernel all its members
-(``ShardSource.prefetch_samples``), so that the disk reads them at once and
-not one after the other. Each pass is a shuffled epoch in a
-fresh process, after the page cache was told to drop the set's files; both sides take turns, every
-other round backwards, and so do two with the files in the cache, where the words are for nothing.
+Before a batch is read, the source asks the kernel for all its members
+(``ShardSource.prefetch_samples``), so that the disk reads them in parallel. Each pass is a shuffled
+epoch in a new process, after the set's files were dropped from the page cache. Both sides
+alternate, in reverse order every other round. Two more sides read files that are in the cache,
+where prefetching has no use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path += [str(Path(__file__).resolve().parents[n]) for n in (0, 2)]
 from bench_projection import drop_cache
 
-SIDES = [(is_cold, is_told) for is_cold in (True, False) for is_told in (False, True)]
+SIDES = [(is_cold, has_prefetch) for is_cold in (True, False) for has_prefetch in (False, True)]
 
 
 def main() -> None:
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:
-        is_cold, is_told = SIDES[args.measure]
-        print(json.dumps(measure(args, is_cold=is_cold, is_told=is_told)))
+        is_cold, has_prefetch = SIDES[args.measure]
+        print(json.dumps(measure(args, is_cold=is_cold, has_prefetch=has_prefetch)))
         return
     rates: dict[tuple[bool, bool], list[float]] = {side: [] for side in SIDES}
     for number in range(args.rounds):
@@ -48,22 +48,22 @@ def main() -> None:
             rates[SIDES[index]].append(json.loads(done.stdout.splitlines()[-1]))
     print(f"{args.shards}, {args.workers} workers, {args.rounds} rounds; samples/s")
     for is_cold in (True, False):
-        plain, told = rates[is_cold, False], rates[is_cold, True]
-        ratios = [t / p for p, t in zip(plain, told, strict=True)]
+        plain, prefetched = rates[is_cold, False], rates[is_cold, True]
+        ratios = [t / p for p, t in zip(plain, prefetched, strict=True)]
         print(
-            f"{'cold' if is_cold else 'warm'}: as asked for {statistics.median(plain):.1f}, told "
-            f"before {statistics.median(told):.1f}; ratio {statistics.median(ratios):.2f} "
+            f"{'cold' if is_cold else 'warm'}: without prefetching {statistics.median(plain):.1f}, "
+            f"with {statistics.median(prefetched):.1f}; ratio {statistics.median(ratios):.2f} "
             f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 
-def measure(args: argparse.Namespace, *, is_cold: bool, is_told: bool) -> float:
-    """Samples per second of an epoch, from the first batch on."""
+def measure(args: argparse.Namespace, *, is_cold: bool, has_prefetch: bool) -> float:
+    """Return samples per second of an epoch, from the first batch on."""
     from train.config import TrainConfig
     from train.data.loader import Loader
     from train.data.shard_source import ShardSource
 
-    if not is_told:
+    if not has_prefetch:
         ShardSource.prefetch_samples = lambda *_: None  # type: ignore[method-assign]
     data = {"num_workers": args.workers, "batch_size": args.batch_size, "pixels": args.pixels}
     config = TrainConfig.model_validate({"data": data})

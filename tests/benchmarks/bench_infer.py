@@ -1,14 +1,14 @@
-"""Latency of a tick on the CPU, with the key-value cache and without it, early and late in a life.
+"""Measure a tick's latency on the CPU, with and without the key-value cache, early and late.
 
     python tests/benchmarks/bench_infer.py                       tiny and small, all cores
     python tests/benchmarks/bench_infer.py --sizes tiny --ticks 20 --threads 1
 
-"Live" is a creature alone: a tick every 100 ms, p50, p99 and the share that is done before the next
-one. A tick is what ``train infer`` does for it: pixels to numbers, the model, the likeliest values
-of all heads; two eyes of 224 pixels at 5 frames/s, sound, touch, posture and both texts, of the
-default recipe. Without the cache the same is said from a forward pass over the newest 40 ticks,
-which a window has; for the ratio both sides take turns, tick by tick. Late positions are set and
-not lived through: the cost could only depend on what the cache holds.
+"Live" is a stream in real time, a tick every 100 ms: p50, p99, and the share of ticks that end
+before the next one. A tick does what ``train infer`` does for it: normalize pixels, run the model,
+choose the most likely values of all heads. Inputs are those of the default recipe: two videos of
+224 pixels at 5 frames/s, sound, touch, proprio and both texts. Without the cache, a forward pass
+over the newest 40 ticks (a window) gives the same values; for the ratio both sides alternate at
+every tick. Late positions are set, not reached: the cost can only depend on the cache's content.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def main() -> None:
         f"{'in turns':>9} {'uncached':>9} {'ratio':>6}"
     )
     for size in options.sizes:
-        creature, window = make_creature(size)
-        millions = sum(p.numel() for p in creature.model.parameters()) / 1e6
+        trained, window = make_trained(size)
+        millions = sum(p.numel() for p in trained.model.parameters()) / 1e6
         for position in POSITIONS:
-            live = measure_live(creature, window, position, options.live_ticks)
-            cached, uncached = measure(creature, window, position, options.ticks)
+            live = measure_live(trained, window, position, options.live_ticks)
+            cached, uncached = measure(trained, window, position, options.ticks)
             ratios = [u / c for c, u in zip(cached, uncached, strict=True)]
             print(
                 f"{size:6} {millions:5.0f} {position:8} {np.median(live):9.1f} "
@@ -72,11 +72,11 @@ def main() -> None:
             )
 
 
-def make_creature(size: str) -> tuple[TrainedModel, dict[str, torch.Tensor]]:
-    """An untrained creature, and a window's inputs."""
+def make_trained(size: str) -> tuple[TrainedModel, dict[str, torch.Tensor]]:
+    """Make an untrained model, and a window's inputs."""
     config, shapes = as_train_config({"model": {"size": size}}), WindowShapes()
     torch.manual_seed(0)
-    creature = TrainedModel(
+    trained = TrainedModel(
         model=MultiModalCreature(config, shapes).eval(),
         recipe=Recipe(),
         tokenizer=train_tokenizer([], vocab_size=shapes.vocab_size),
@@ -98,15 +98,15 @@ def make_creature(size: str) -> tuple[TrainedModel, dict[str, torch.Tensor]]:
     for name, value in values.items():
         window[name] = torch.from_numpy(value)
         window[f"{name}_valid"] = torch.ones(value.shape[:2], dtype=torch.bool)
-    return creature, window
+    return trained, window
 
 
 def stream_at(
-    creature: TrainedModel, window: dict[str, torch.Tensor], position: int
+    trained: TrainedModel, window: dict[str, torch.Tensor], position: int
 ) -> tuple[TickStream, list[dict[str, torch.Tensor]]]:
-    """A life of so many ticks, on a machine that is warm, and the ticks of a window."""
-    shapes = creature.shapes
-    stream = TickStream(creature, Sampling(), seed=0)
+    """Return a warm stream at a position, and the ticks of a window."""
+    shapes = trained.shapes
+    stream = TickStream(trained, Sampling(), seed=0)
     ticks = [
         take_ticks(window, first=tick, count=1, num_ticks=shapes.num_ticks, shapes=shapes)
         for tick in range(shapes.num_ticks)
@@ -121,10 +121,10 @@ def stream_at(
 
 
 def measure_live(
-    creature: TrainedModel, window: dict[str, torch.Tensor], position: int, num_ticks: int
+    trained: TrainedModel, window: dict[str, torch.Tensor], position: int, num_ticks: int
 ) -> list[float]:
-    """Milliseconds of ticks that begin every 100 ms, or when the one before is done."""
-    stream, ticks = stream_at(creature, window, position)
+    """Return milliseconds of ticks that begin every 100 ms, or when the previous one ends."""
+    stream, ticks = stream_at(trained, window, position)
     latencies_ms = []
     due_s = time.perf_counter()
     for index in range(num_ticks):
@@ -137,25 +137,25 @@ def measure_live(
 
 
 def measure(
-    creature: TrainedModel, window: dict[str, torch.Tensor], position: int, num_ticks: int
+    trained: TrainedModel, window: dict[str, torch.Tensor], position: int, num_ticks: int
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds of ticks from a position on, with and without the cache."""
-    stream, ticks = stream_at(creature, window, position)
+    """Return milliseconds of ticks from a position on, with and without the cache."""
+    stream, ticks = stream_at(trained, window, position)
     cached, uncached = [], []
     for index in range(num_ticks):
         began_s = time.perf_counter()
         stream.step(ticks[index % len(ticks)])
         cached.append((time.perf_counter() - began_s) * 1e3)
         began_s = time.perf_counter()
-        say_without_cache(creature, window)
+        predict_without_cache(trained, window)
         uncached.append((time.perf_counter() - began_s) * 1e3)
     return cached, uncached
 
 
 @torch.inference_mode()
-def say_without_cache(creature: TrainedModel, window: dict[str, torch.Tensor]) -> None:
-    """What a tick costs that looks at the whole window again."""
-    for head, output in creature.model(to_model_inputs(window)).items():
+def predict_without_cache(trained: TrainedModel, window: dict[str, torch.Tensor]) -> None:
+    """Predict a tick by a forward pass over the whole window."""
+    for head, output in trained.model(to_model_inputs(window)).items():
         last = output[:, -1]
         _ = last if head == Head.ANIMATION else last.argmax(-1)
 

@@ -1,19 +1,19 @@
-"""What the trainer's loop adds to the work itself.
+"""Measure what the trainer's loop adds to the work of a step.
 
     python tests/benchmarks/bench_loop.py [--rounds 12]
 
-A Trainer and a bare loop train equal models on the same batches, which lie in memory. A step of
-both is: pixels to numbers, forward, losses, backward, clip, fused AdamW step, gradients set to
-None. The bare loop does nothing else, and lets go of outputs and losses before it clips, as the
-trainer does on leaving the functions that made them. The trainer also counts valid targets, weighs
-micro-batches and ranks, judges spikes, sets the learning rate, adds up metrics and looks at the
-signals. They take turns within one process: whenever the trainer asks for the first batch of a
-round, the bare loop does its round first, and that time is taken out of the trainer's. So both see
-the same machine. A trainer's round lasts from the moment it gets the first batch to the moment it
-asks for the next round's, with logs and TensorBoard in between; the start, the first round,
-evaluation and checkpoints are left out. The median of the rounds' ratios is the result, and the
-goal is at most 1.03. The ratio of the processor time of all threads says the same where other
-programs disturb the clock.
+A Trainer and a bare loop train equal models on the same batches in memory. A step of both is:
+normalize pixels, forward, losses, backward, clip, fused AdamW step, set gradients to None. The bare
+loop does nothing else. It releases outputs and losses before it clips, as the trainer does when it
+leaves the functions that made them. The trainer also counts valid targets, weighs micro-batches and
+ranks, judges spikes, sets the learning rate, adds up metrics and checks for signals.
+
+They alternate in one process: when the trainer requests the first batch of a round, the bare loop
+runs its round first, and that time is subtracted from the trainer's. A trainer's round lasts from
+receiving its first batch to requesting the next round's, with logs and TensorBoard in between. The
+start, the first round, evaluation and checkpoints are excluded. The result is the median of the
+rounds' ratios; the goal is at most 1.03. The ratio of the processor time of all threads is less
+disturbed by other programs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def since(began: Times) -> Times:
 
 
 class AlternatingLoader:
-    """A loader of endless batches in memory, between whose rounds the bare loop has its turn."""
+    """An endless loader of batches in memory, which runs the bare loop between rounds."""
 
     def __init__(self, batches: list[dict], bare_round, *, steps: int) -> None:
         self.pairs: list[tuple[Times, Times]] = []
@@ -79,7 +79,7 @@ class AlternatingLoader:
 
 
 def make_batch(seed: int, *, size: int) -> dict:
-    """Random numbers in the form of a batch, everything valid."""
+    """Make a batch of random numbers, all valid."""
     draw = torch.Generator().manual_seed(seed)
 
     def integers(high: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -110,7 +110,7 @@ def make_batch(seed: int, *, size: int) -> dict:
 
 
 def make_bare_round(config: TrainConfig, batches: list[dict], *, steps: int):
-    """A function that does `steps` plain steps and says how long they took."""
+    """Return a function that does `steps` plain steps and returns their duration."""
     torch.manual_seed(0)
     model = MultiModalCreature(config, SHAPES)
     parameters = list(model.parameters())
@@ -133,7 +133,7 @@ def make_bare_round(config: TrainConfig, batches: list[dict], *, steps: int):
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[tuple[Times, Times]]:
-    """Seconds of the trainer and of the bare loop, for each round but the first."""
+    """Return seconds of the trainer and of the bare loop, for each round but the first."""
     config = TrainConfig.model_validate(
         {
             "training": {

@@ -1,17 +1,17 @@
-"""What a stored frame costs by codec, on real footage: bytes, PSNR, and time on its way to a model.
+"""Measure a stored frame by codec, on real footage: bytes, PSNR, and time to the model's input.
 
     python tests/benchmarks/bench_pixels.py                  7 interleaved rounds
     GOMP_SPINCOUNT=1000 python tests/benchmarks/bench_pixels.py        on busy cores, as train does
     python tests/benchmarks/bench_pixels.py --rounds 3 --windows 1
     python tests/benchmarks/bench_pixels.py --qp 20 22 24 --quality 80 90 95
 
-The footage is the left eye of each real session, in windows of 4 s at the default recipe's size
-and rate. PSNR is against these scaled pictures, the mean over windows: of the colours that planes
+The footage is the left video of each real session, in windows of 4 s at the default recipe's size
+and rate. PSNR is against these scaled pictures, the mean over windows: of the colors that planes
 become on the device, and of RGB as decoded on the CPU. Encoding and decoding are timed by the
 thread's CPU clock, as one loader process would do it; "device" is normalized float32 from a batch
 of planes or RGB, by the wall clock. Each round times every codec once; medians. "to model" is the
-way of the default configuration, planes and device, and beside it what share that is of the way
-through JPEG at quality 90 and RGB.
+total of the default configuration, planes and device, and its share of the total of JPEG at
+quality 90 and RGB.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def footage(limit: int) -> list[np.ndarray]:
-    """Windows of real pictures, uint8 [NUM_FRAMES, 224, 224, 3]."""
+    """Return windows of real pictures, uint8 [NUM_FRAMES, 224, 224, 3]."""
     windows = []
     for video in sorted(SESSIONS.glob("*/vision_left.mp4")):
         track = read_video_track(video)
@@ -135,7 +135,7 @@ def memory(layout: str) -> np.ndarray:
 
 
 def batch_of(members: list[bytes], recipe: VisionRecipe, layout: str) -> torch.Tensor:
-    """A batch of eight windows at most."""
+    """Make a batch of at most eight windows."""
     decoded = [decode_pictures(m, recipe=recipe, out=memory(layout)) for m in members[:8]]
     return torch.from_numpy(np.array(decoded))
 

@@ -1,13 +1,13 @@
-"""What is read when only some streams are wanted: bytes by the process's own counters, and speed.
+"""Measure bytes read and speed when only some streams are read.
 
     python tests/benchmarks/bench_projection.py --shards shards/demo
 
-Each row is one epoch in a fresh process with `num_workers: 0`. "asked" is the sum of the members'
-bytes of the wanted fields, from the indexes; "columns" what was read of the columns' files (by
-pread) and its ratio to that; "index" the bytes of the indexes, and the ratio of both to what was
-asked; "device" what really came from the disk (read_bytes of /proc/self/io) after the page cache
-was told to drop the set's files, with the kernel's reading ahead; "-" where it drops nothing. Rows
-are interleaved over the rounds; rates are medians.
+Each row is one epoch in a new process with `num_workers: 0`. "asked" is the sum of the members'
+bytes of the wanted fields, from the indexes. "columns" is what was read of the column files (by
+pread), and its ratio to "asked". "index" is the bytes of the indexes, and the ratio of both to
+"asked". "device" is what the disk delivered (read_bytes of /proc/self/io), including the kernel's
+readahead, after the set's files were dropped from the page cache; "-" if they could not be dropped.
+Rows are interleaved over the rounds; rates are medians.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
-from helpers.processes import reads_counted
+from helpers.processes import count_read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def measure(shards: Path, name: str) -> dict[str, float]:
-    """One epoch of a set; runs in a process of its own."""
+    """Read one epoch of a set, in its own process."""
     from train.config import Head, TrainConfig
     from train.data.loader import Loader
     from train.data.shard_source import ShardSource
@@ -99,7 +99,7 @@ def measure(shards: Path, name: str) -> dict[str, float]:
     list(Loader(ShardSource(shards, split="val"), config, num_epochs=1))  # imports and first calls
     drop_cache(files)
     source, before = ShardSource(shards), counters()
-    with reads_counted() as read:
+    with count_read_bytes() as read:
         list(Loader(source, config, num_epochs=1))
     after = counters()
     began_s = time.perf_counter()
@@ -114,7 +114,7 @@ def measure(shards: Path, name: str) -> dict[str, float]:
 
 
 def asked_bytes(shards: Path, members: Sequence[str]) -> int:
-    """Bytes of the wanted members of all train samples."""
+    """Return the bytes of the wanted members of all train samples."""
     from train.data.shard_source import ShardSource
 
     source = ShardSource(shards)
@@ -123,7 +123,7 @@ def asked_bytes(shards: Path, members: Sequence[str]) -> int:
 
 
 def drop_cache(paths: Sequence[Path]) -> None:
-    """Let the page cache forget files, so that reading them asks the disk."""
+    """Drop files from the page cache, so that the disk reads them again."""
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -131,7 +131,7 @@ def drop_cache(paths: Sequence[Path]) -> None:
 
 
 def counters() -> dict[str, int]:
-    """This process's input and output, in bytes."""
+    """Return this process's input and output in bytes."""
     lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     return {key: int(value) for key, _, value in (line.partition(":") for line in lines)}
 

@@ -1,15 +1,15 @@
-"""A shard set behind URLs beside the same set in a folder: cold, warm, and over a line that fails.
+"""Compare a shard set behind URLs with the same set in a folder: cold, warm, and with faults.
 
     python tests/benchmarks/bench_remote.py [--sessions data/demo] [--rounds 3] [--workers 2]
 
-builds a set of many small shards from sessions, serves it on this machine by HTTP and by moto's S3
+Builds a set of many small shards from sessions, serves it on this machine by HTTP and by moto's S3
 server (whose own speed is part of the figures), and reads epochs. Each row: seconds from opening
 the set to the first batch; samples per second from there on (medians of the rounds, whose rows are
-interleaved), and the same against the local row of its round;
-megabytes fetched; GETs per index or column file that was fetched (least, most); retries that were
-needed; samples replaced; and whether the keys are those of the local set. "faults" fails the first
-GET of every third file, in eight ways in turn. "2 ranks" are two processes with workers each and
-one cache; its rate is of both together.
+interleaved), and the same against the local row of its round; megabytes fetched; GETs per index or
+column file that was fetched (least, most); retries that were needed; samples substituted; and
+whether the keys are those of the local set. "faults" fails the first GET of every third file, in
+eight ways in turn. "2 ranks" are two processes with workers each and one cache; its rate is of both
+together.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PATIENCE = RetryPolicy(first_wait_s=0.1, longest_wait_s=1.0)
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of run."""
+    """One kind of run, a row of the table."""
 
     name: str
     store: str
@@ -74,7 +74,7 @@ ROWS = (
 
 @dataclass
 class Found:
-    """What came of a kind of run, round by round."""
+    """Results of a kind of run, by round."""
 
     first_s: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def build_set(sessions: Path, out: Path, recipe: Recipe) -> None:
-    """The set, of small shards."""
+    """Build the set of small shards."""
     values = recipe.as_json()
     values["shard"]["target_bytes"] = SHARD_BYTES
     silent = Console(file=io.StringIO())
@@ -115,7 +115,7 @@ def build_set(sessions: Path, out: Path, recipe: Recipe) -> None:
 
 
 def serve(root: Path, stack: ExitStack) -> tuple[dict[str, str], dict[str, FaultyServer]]:
-    """Where the set lies now, and the servers that count."""
+    """Serve the set; yield its locations and the counting servers."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -147,7 +147,7 @@ def serve(root: Path, stack: ExitStack) -> tuple[dict[str, str], dict[str, Fault
 
 
 def faulty(name: str, before: int) -> Any:
-    """The first GET of every third file fails."""
+    """Plan a fault for the first GET of every third file."""
     number = int(hashlib.sha256(name.encode()).hexdigest(), 16)
     is_data = name.startswith("train")
     return FAULTS[number // 3 % len(FAULTS)] if is_data and number % 3 == before == 0 else None
@@ -160,7 +160,7 @@ def run_round(
     root: Path,
     num_workers: int,
 ) -> None:
-    """Every row once."""
+    """Run every row once."""
     local_rate, local_keys = 0.0, ""
     for row in ROWS:
         found = results[row.name]

@@ -1,10 +1,10 @@
-"""What bringing a shard set up to date costs, as shares of the full build.
+"""Measure updates of a shard set, as shares of the full build.
 
     python tests/benchmarks/bench_reshard.py [--workers 2] [--session FOLDER]
 
 Builds 20 sessions (21 for the last but one case), each the same recording under another name with
 texts of its own, then runs the command again after each kind of change, always from a copy of the
-full set, and once more under strace: which columns are made again, which files are opened at all,
+full set, and once more under strace: which columns are rebuilt, which files are opened,
 whether the others are the same files (inode, time, SHA-256), and how many bytes are read and
 written.
 """
@@ -35,7 +35,7 @@ COLUMN = re.compile(r"(?:train|val)-\d+(?:\.g\d+)?\.(\w+)(?:\.|$)")
 
 @dataclass(frozen=True)
 class Run:
-    """A command and what it left."""
+    """A command and its result."""
 
     wall_s: float
     output: str
@@ -108,7 +108,7 @@ def measure(root: Path, args: argparse.Namespace) -> None:
 
 
 def link_sessions(root: Path, session: Path, count: int) -> Path:
-    """Hard links to one recording under many names, with other texts."""
+    """Link one recording under many names, with texts of their own."""
     for number in range(1, count + 1):
         folder = root / f"session_{number:03}"
         folder.mkdir(parents=True)
@@ -132,7 +132,7 @@ def write_recipe(path: Path, **sections: dict[str, object]) -> Path:
 
 
 def copy_set(full: Path, out: Path) -> Path:
-    """Hard links: files of a set are never changed in place."""
+    """Copy a set by hard links; its files are never changed in place."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(full, out, copy_function=os.link)
     return out
@@ -157,7 +157,7 @@ def timed(arguments: list[str]) -> Run:
 
 
 def run_inside(sessions: Path, out: Path, recipe: Path) -> float:
-    """Seconds that build_shards takes in a process that has everything imported."""
+    """Return seconds of build_shards in a process that has imported everything."""
     code = f"""
 import time, io
 from pathlib import Path
@@ -175,7 +175,7 @@ print(time.perf_counter() - begin_s)
 
 
 def compare(full: Path, out: Path) -> tuple[Counter[str], int, bool]:
-    """Columns made again, column files kept, and whether these are the same files and bytes."""
+    """Return rebuilt columns, kept column files, and whether these are the same files and bytes."""
     made: Counter[str] = Counter()
     kept, same = 0, True
     before = {p.name: p for p in full.iterdir()}
@@ -199,7 +199,7 @@ def digest(path: Path) -> str:
 
 
 def path_digest(out: Path, name: str) -> str:
-    """The SHA-256 that the index of the new set holds for a column file."""
+    """Return the SHA-256 of a column file by the index of the new set."""
     from shared.shardset.index import open_index
     from shared.shardset.manifest import read_manifest
 
@@ -213,7 +213,7 @@ def path_digest(out: Path, name: str) -> str:
 def trace(
     sessions: Path, out: Path, recipe: Path, workers: int
 ) -> tuple[Counter[str], Counter[str], str]:
-    """Files opened to read and to write, by kind, and bytes read and written through them."""
+    """Return files opened for reading and writing, by kind, and bytes read and written."""
     if shutil.which("strace") is None:
         return Counter(), Counter(), "no strace here"
     logs = out.with_suffix(".strace")
@@ -247,7 +247,7 @@ def trace(
 
 
 def kind_of(path: str, sessions: Path, out: Path) -> str | None:
-    """What is in a file of the sessions or of the set; None for files elsewhere and folders."""
+    """Return the kind of a file of the sessions or the set; None for other paths."""
     name = path.rpartition("/")[2]
     if path.startswith(f"{sessions}/") and "." in name:
         return f"sessions' {name}"

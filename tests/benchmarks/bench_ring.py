@@ -1,18 +1,18 @@
-"""What bringing batches from the loader processes to the trainer costs, on top of making them.
+"""Measure the transport of batches from the loader processes to the trainer.
 
     python tests/benchmarks/bench_ring.py [--rounds 5] [--batches 40] [--workers 0 1 2]
 
-Batches of 8 windows with 2 eyes x 20 frames of 224 x 224. Three sides take turns within each round,
+Batches of 8 windows with 2 videos x 20 frames of 224 x 224. Three sides alternate in each round,
 with the same samples and the same decoders:
 
 - ring: :class:`train.data.loader.Loader`; decodes into recycled shared memory.
-- ordinary: torch's DataLoader with batches assembled in its processes, as everybody does; tensors
-  cross in shared memory that is new each time.
+- ordinary: torch's DataLoader with batches assembled in its processes, as usual; tensors cross in
+  new shared memory each time.
 - alone: as many processes make the same batches into one buffer each and send nothing. No transport
   can be faster.
 
-The trainer looks at one byte of each page of a batch, as a copy would. Beside them: a memcpy of the
-batch's bytes to memory that is warm and to memory that is new, in this process.
+The trainer reads one byte of each page of a batch, as a copy would. For comparison: a memcpy of the
+batch's bytes to warm and to new memory, in this process.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def make_batches(loader: Loader, worker: int, num_processes: int, count: int, ba
 
 
 def memcpy_s(num_bytes: int, repeats: int = 9) -> tuple[float, float]:
-    """Seconds to copy so many bytes to warm and to new memory."""
+    """Return seconds to copy `num_bytes` bytes to warm and to new memory."""
     source, target = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
     warm, new = [], []
     for _ in range(repeats):

@@ -1,5 +1,6 @@
-"""Sessions to measure with: film from a headset as a recorder would encode it, sound, metadata and
-text. Made once, under data/bench.
+"""Make sessions to measure with, once, under data/bench.
+
+They have film from a headset as a recorder would encode it, sound, metadata and text.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Case:
 
 
 def make_sessions(case: Case, seconds: int, film: Path) -> Path:
-    """A folder with `1` and `2`, which hold as many equal sessions; made once."""
+    """Make a folder of the folders `1` and `2`, with one and two equal sessions."""
     folder = CACHE / f"{case.name}-{seconds}s"
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -52,7 +53,7 @@ def make_sessions(case: Case, seconds: int, film: Path) -> Path:
 
 
 def make_video(path: Path, case: Case, seconds: int, film: Path, shift: int) -> None:
-    """A minute of film, cut or repeated to the length."""
+    """Make a video of the length from a minute of film, cut or repeated."""
     minute = CACHE / "film" / f"{case.name}.{path.name}"
     if not minute.exists():
         minute.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def make_video(path: Path, case: Case, seconds: int, film: Path, shift: int) -> 
 
 
 def encode_film(path: Path, case: Case, film: Path, shift: int) -> None:
-    """A minute of film there and back again, panned over, with grain."""
+    """Encode a minute of film, forward and backward, panned, with grain."""
     if film.exists():
         source = ["-i", str(film)]
         begin = (
@@ -127,7 +128,7 @@ def encode_film(path: Path, case: Case, film: Path, shift: int) -> None:
 
 
 def make_sound(path: Path, seconds: int) -> None:
-    """48 kHz stereo: tones that come and go in noise."""
+    """Make 48 kHz stereo of tones that come and go in noise."""
     import numpy as np  # here, so that a job's start-up is measured without it
     import soundfile
 
@@ -141,7 +142,7 @@ def make_sound(path: Path, seconds: int) -> None:
 
 
 def make_lines(session: Path, seconds: int) -> None:
-    """Metadata at 90 Hz and a text every 2 s."""
+    """Make metadata at 90 Hz and a text every 2 s."""
     with (session / "metadata.jsonl").open("w") as file:
         for i in range(seconds * METADATA_RATE_HZ):
             time_s = i / METADATA_RATE_HZ

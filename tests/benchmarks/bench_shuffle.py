@@ -1,16 +1,16 @@
-"""How well the block shuffle mixes, beside a full random permutation; as a function of the block.
+"""Compare the block shuffle with a full random permutation, by size of the block.
 
     python tests/benchmarks/bench_shuffle.py
     python tests/benchmarks/bench_shuffle.py --minutes 2 --batch-size 64
 
-The set is arithmetic, no file: shards of the default size, filled with sessions one after another,
-as the shard job does. Per `data.shuffle_block_shards`, over two epochs:
+The set is computed, without files: shards of the default size, filled with sessions in sequence, as
+the shard job does. Per `data.shuffle_block_shards`, over two epochs:
 
     sessions    distinct sessions in a batch, as a share of a full permutation's
     repeats     chance that two samples of a batch are of the same session, full permutation = 1
-    distance    how far apart in the epoch two neighbouring windows of a session come (median), as a
+    distance    distance in the epoch of two neighboring windows of a session (median), as a
                 share of a full permutation's
-    new order   rank correlation of a sample's places in two epochs (0: knows nothing of the last)
+    new order   rank correlation of a sample's positions in two epochs (0: independent)
     open        shards that are being read at a time, and bytes to fetch before a block can begin
 """
 
@@ -25,7 +25,7 @@ from train.data.order import EpochOrder, OrderSettings, SampleOrder
 
 WINDOW_S = 4
 BYTES_PER_SAMPLE = 800_000
-"""Both eyes at 224 pixels as JPEG, sound, sensors."""
+"""Both videos at 224 pixels as JPEG, sound, sensors."""
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def epoch(batches: EpochOrder, number: int, rows: int) -> np.ndarray:
 
 
 def measures(epochs: list[np.ndarray], session_of: np.ndarray, batch_size: int) -> dict[str, float]:
-    """Of the order of two epochs, int [N] each."""
+    """Return the measures of the order of two epochs, int [N] each."""
     stored = epochs[0]
     sessions = session_of[stored[: len(stored) // batch_size * batch_size]].reshape(-1, batch_size)
     ordered = np.sort(sessions, axis=1)
@@ -93,7 +93,7 @@ def measures(epochs: list[np.ndarray], session_of: np.ndarray, batch_size: int) 
 
 
 def same_pairs(sessions: np.ndarray) -> float:
-    """Share of a batch's pairs that are of one session."""
+    """Return the share of a batch's pairs that are of one session."""
     counts = np.unique(sessions, return_counts=True)[1]
     size = len(sessions)
     return float((counts * (counts - 1)).sum() / (size * (size - 1)))

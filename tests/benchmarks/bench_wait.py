@@ -1,16 +1,15 @@
-"""How much of a step the device waits for data, where the step's time on the device is given.
+"""Measure how long a device waits for data, for given durations of a step on it.
 
     python tests/benchmarks/bench_wait.py --shards shards/demo
     python tests/benchmarks/bench_wait.py --shards data/bench/peers/ours --workers 1 2
 
-A whole run of the Trainer, with its own metrics, on a model that computes nothing: so the cores are
-the loader's, as they are where a GPU computes. On the "host" the step sleeps, and its batches are
-fetched when it has woken up, as a CPU trains. The "device" is emulated
-(tests/helpers/fakes.py):
-it computes beside the host, which fetches the next step's batches meanwhile, by the code that feeds
-a GPU, and may be one step ahead of it; what counts as waiting is, as on a GPU, the time in which it
-stood still for data. Last come the smallest step times that keep `data_wait_fraction` under 1 %, by
-bisection up to 1 s. Copies to the device take no time here.
+Each row is a complete run of the Trainer, with its own metrics, on a model that computes nothing.
+So the loader has all cores, as it has when a GPU computes. On the "host", the step sleeps, and its
+batches are fetched after it, as when a CPU trains. The "device" is emulated
+(tests/helpers/fakes.py): it computes in parallel with the host, which meanwhile fetches the next
+step's batches by the code for GPUs and can be one step ahead. As on a GPU, only time in which the
+device is idle for data counts as waiting. The last rows are the smallest step times that keep
+`data_wait_fraction` under 1 %, by bisection up to 1 s. Copies to the device take no time here.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ WHERE = ("host", "device")
 
 
 class Sleeper(nn.Module):
-    """Predicts that the pose stays, after as long as a device would take, or as its work."""
+    """A model that predicts the last pose; a step takes a fixed time on the host or the device."""
 
     def __init__(self, step_s: float, num_ticks: int, device: EmulatedDevice | None) -> None:
         super().__init__()
@@ -103,7 +102,7 @@ def row(workers: int, where: str, step_s: float, metrics: dict[str, float]) -> s
 
 
 def smallest_step_s(measure: Callable[[float], dict[str, float]]) -> float | None:
-    """To about 5 %: the shortest step with data_wait_fraction below the goal; None: too long."""
+    """Find the shortest step with data_wait_fraction below the goal, to 5 %; None if above 1 s."""
     low, high = SMALLEST_STEP_S, 0.02
     while measure(high)["data_wait_fraction"] > GOAL:
         if high == LARGEST_STEP_S:
@@ -117,10 +116,10 @@ def smallest_step_s(measure: Callable[[float], dict[str, float]]) -> float | Non
 
 
 def run(args: argparse.Namespace, step_s: float, *, workers: int, where: str) -> dict[str, float]:
-    """The last metrics of a short run, and the first batch's time.
+    """Return the last metrics of a short run, and the time of the first batch.
 
     Raises:
-        SystemExit: somebody stopped it.
+        SystemExit: a signal stopped it.
     """
     device = EmulatedDevice() if where == "device" else None
     seen: dict[str, float] = {}

@@ -1,5 +1,6 @@
-"""What docs/format.md says of other readers, run as it stands there, beside the members of the
-files; the heavy ones run in the virtual environment of the benchmark beside the peers.
+"""Run the examples of other readers in docs/format.md, and compare them with the files' members.
+
+The heavy ones run in the virtual environment of the peers' benchmark.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ def code_with(word, language="python"):
 
 
 def chunk(path, name, dtype):
-    """A row's bytes by stock zipfile."""
+    """Read a row's bytes by stock zipfile."""
     with zipfile.ZipFile(path) as archive:
         shape = json.loads(archive.read(f"{name.partition('/')[0]}/zarr.json"))["shape"][1:]
         return np.frombuffer(archive.read(name), dtype=dtype).reshape(shape)
 
 
 def members(folder, column):
-    """Key -> bytes of a column by stock tarfile."""
+    """Read the members of a column by stock tarfile, by key."""
     found = {}
     for path in sorted(folder.glob(f"train-*.{column}.tar")):
         with tarfile.open(path) as tar:
@@ -80,7 +81,7 @@ def copied_set(tiny_set, tmp_path):
 
 
 def run(code, folder, peers_bin):
-    """JSON that `code` leaves in `found`, run in `folder` by the peers' Python."""
+    """Run `code` in `folder` by the peers' Python; return the value that it leaves in `found`."""
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "PYTHONWARNINGS": "ignore"}
     program = f"{code}\nimport json\nprint(json.dumps(found))"
     done = subprocess.run(

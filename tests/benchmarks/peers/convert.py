@@ -1,7 +1,7 @@
-"""Writes the windows in every peer's format; run in the peers' environment.
+"""Write the windows in every peer's format; runs in the peers' environment.
 
 The same JPEG bytes and the same arrays go into all of them: into tars with a member per frame (as
-most people write them) and with a member per eye (fewer members read faster), into MosaicML's MDS,
+is usual) and with a member per camera (fewer members read faster), into MosaicML's MDS,
 into LitData's chunks, and the numbers of each session into a file beside its videos for those that
 decode sessions on the fly.
 """
@@ -41,11 +41,11 @@ CHUNK_BYTES = 1 << 26
 """Of MDS shards and LitData chunks, which both recommend about as much."""
 
 STEP = 13
-"""Every so many-th window's frames are compared."""
+"""The frames of every STEP-th window are compared."""
 
 
 def main() -> None:
-    """Make what is missing; failures go into ``failures.json`` by format."""
+    """Write the missing formats; failures go to ``failures.json``, by format."""
     store = Store(Path(sys.argv[1]), int(sys.argv[2]))
     fingerprint = open_set(store, "mjpeg").source.fingerprint
     failures = {}
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def write_tars(store: Store, out: Path, *, per_frame: bool) -> None:
-    """WebDataset tars by its own writer."""
+    """Write WebDataset tars by its own writer."""
     import webdataset
 
     samples = list(iter_samples(store))
@@ -87,17 +87,17 @@ def write_tars(store: Store, out: Path, *, per_frame: bool) -> None:
 
 
 def write_energon(_: Store, out: Path) -> None:
-    """The tars with a member per eye, and what ``energon prepare`` adds to them."""
+    """Write the tars with a member per camera, and run ``energon prepare`` on them."""
     for tar in sorted((out.parent / "tar-eyes").glob("*.tar")):
         os.link(tar, out / tar.name)
     prepare_energon(out)
 
 
 def prepare_energon(folder: Path) -> None:
-    """Energon's own index of a folder of tars.
+    """Make Energon's index of a folder of tars.
 
     Raises:
-        RuntimeError: it refused.
+        RuntimeError: the command failed.
     """
     command = [str(Path(sys.executable).with_name("energon")), "prepare", "--non-interactive"]
     options = ["--no-progress", "--num-workers", "2", "--split-ratio", "1,0,0"]
@@ -108,7 +108,7 @@ def prepare_energon(folder: Path) -> None:
 
 
 def write_mds(store: Store, out: Path) -> None:
-    """MosaicML's shards."""
+    """Write MosaicML's shards."""
     from mosaic import MDSWriter
 
     _, _, numbers = next(iter_samples(store))
@@ -122,7 +122,7 @@ def write_mds(store: Store, out: Path) -> None:
 
 
 def write_litdata(store: Store, out: Path) -> None:
-    """LitData's chunks."""
+    """Write LitData's chunks."""
     import litdata
 
     samples = list(iter_samples(store))
@@ -143,7 +143,7 @@ def write_litdata(store: Store, out: Path) -> None:
 
 
 def write_numbers(store: Store, out: Path) -> None:
-    """Numbers of each session's windows, stacked, for those that decode only video on the fly."""
+    """Write the numbers of each session's windows, for peers that decode only video on the fly."""
     samples = ((key, numbers) for key, _, numbers in iter_samples(store))
     for session, group in itertools.groupby(samples, key=lambda s: s[0].partition("/")[0]):
         rows = list(group)
@@ -152,7 +152,7 @@ def write_numbers(store: Store, out: Path) -> None:
 
 
 def write_truth(store: Store, out: Path) -> None:
-    """Some windows' frames before any codec, and as plain simplejpeg decodes the stored JPEGs."""
+    """Write some windows' frames before any codec, and as simplejpeg decodes the JPEGs."""
     every = iter_windows(open_set(store, "raw", streams=EYES))
     raw = {key: np.stack([a[e] for e in EYES]) for key, a in itertools.islice(every, 0, None, STEP)}
     np.savez(out / "raw.npz", **raw)

@@ -1,6 +1,6 @@
-"""The peers' own virtual environment, beside ours: their pins (numpy < 2.2) would hold ours back.
+"""Make the peers' own virtual environment, because their pins (numpy < 2.2) restrict ours.
 
-Ours runs in it too, from the source tree, so that all loaders share one torch and one numpy.
+Ours runs in it, too, from the source tree, so that all loaders share one torch and one numpy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LEROBOT = "LeRobotDataset 0.4.4 (the newest for Python 3.11) wants torch < 2.11:
 
 
 def make_environment() -> None:
-    """Make the virtual environment, or leave it alone when it is up to date.
+    """Make the virtual environment, unless it is up to date.
 
     Raises:
         SystemExit: pip can't install something.

@@ -1,6 +1,4 @@
-"""The closed table of everything that is measured: what it is called, how it is opened, where it
-lies.
-"""
+"""The table of all measured loaders: name, function that opens it, and location."""
 
 from __future__ import annotations
 

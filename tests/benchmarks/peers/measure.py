@@ -1,4 +1,4 @@
-"""Runs every row's passes one after another, round after round, each loader in its own process."""
+"""Run the passes of every row in turn, round by round, each loader in its own process."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Row:
 
     @property
     def label(self) -> str:
-        """As the tables show it."""
+        """The row's title in the tables."""
         return f"{self.loader}, floats from the worker" if self.form == "worker" else self.loader
 
 
 class Server:
-    """A loader's process; started at the first request, and again after it died."""
+    """A loader's process, started at the first request and after it died."""
 
     def __init__(self, loader: str, store: Store) -> None:
         self._loader = loader
@@ -59,7 +59,7 @@ class Server:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer; {"error": why} where there is none."""
+        """Send a request; return its response, or {"error": reason}."""
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -81,7 +81,7 @@ class Server:
         return {"error": f"its process ended: {' '.join(last)[:200]}"}
 
     def close(self) -> None:
-        """End the process and all that it started."""
+        """End the process and its children."""
         if self._process is not None:
             assert self._process.stdin is not None
             with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
@@ -110,9 +110,7 @@ class Server:
 
 
 def server_environment() -> dict[str, str]:
-    """Ours from the source tree; no peer asks the network for anything; nothing of the machine's
-    settings that slows a current numpy.
-    """
+    """Return variables: ours from the source tree, peers offline, nothing that slows numpy."""
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     return {
         **os.environ,

@@ -1,5 +1,7 @@
-"""MosaicML Streaming without torchvision and transformers, which only its own example datasets and
-a type check need; PyPI's torchvision does not import beside a CPU torch 2.13.
+"""Import MosaicML Streaming without torchvision and transformers.
+
+Only its example datasets and a type check need them, and PyPI's torchvision cannot be imported with
+a CPU build of torch 2.13.
 """
 
 from __future__ import annotations

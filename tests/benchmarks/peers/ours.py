@@ -1,4 +1,4 @@
-"""Our loader, as ``train`` uses it, and the limits beside which all loaders stand."""
+"""Our loader, as ``train`` uses it, and the limits that all loaders are compared with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMIT_SAMPLES = 64
 
 
 def open_ours(store: Store, name: str, workers: int, pixels: str) -> Iterator[dict[str, Any]]:
-    """Batches of one epoch, in the peers' form."""
+    """Yield the batches of one epoch in the peers' form."""
     for batch in open_set(store, name, workers=workers, pixels=pixels, is_shuffled=True):
         yield {**batch["inputs"], "key": batch["keys"], "weight": batch["weight"]}
 
@@ -31,14 +31,14 @@ def open_ours(store: Store, name: str, workers: int, pixels: str) -> Iterator[di
 
 
 def memcpy(_: Store) -> Callable[[int], None]:
-    """Copies a window's frames, as bytes, into warm memory."""
+    """Copy a window's frames, as bytes, into warm memory."""
     source = np.full((2, NUM_FRAMES, SIZE, SIZE, 3), 7, dtype=np.uint8)
     target = np.zeros((BATCH_SIZE, *source.shape), dtype=np.uint8)
     return lambda i: np.copyto(target[i % BATCH_SIZE], source)
 
 
 def jpeg_to_rgb(store: Store) -> Callable[[int], None]:
-    """Decodes a window's JPEGs into warm memory; nothing is read, checked or collated."""
+    """Decode a window's JPEGs into warm memory; nothing is read, checked or collated."""
     samples = [[j for m in eyes for j in split_jpegs(m)] for eyes in _stored(store, "mjpeg")]
     out = np.zeros((2 * NUM_FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
 
@@ -50,7 +50,7 @@ def jpeg_to_rgb(store: Store) -> Callable[[int], None]:
 
 
 def h264_to_yuv(store: Store) -> Callable[[int], None]:
-    """Decodes a window's H.264 to planes that stay in the decoder's own memory."""
+    """Decode a window's H.264 to planes that stay in the decoder's own memory."""
     samples = _stored(store, "h264")
 
     def decode(i: int) -> None:
@@ -65,7 +65,7 @@ def h264_to_yuv(store: Store) -> Callable[[int], None]:
 
 
 def _stored(store: Store, name: str) -> list[list[bytes]]:
-    """Members of both eyes of some windows, as our set holds them."""
+    """Return both cameras' members of some windows, as stored in our set."""
     both = [stored_members(store, name, eye) for eye in EYES]
     return [[eye[key] for eye in both] for key in itertools.islice(both[0], LIMIT_SAMPLES)]
 
@@ -73,7 +73,7 @@ def _stored(store: Store, name: str) -> list[list[bytes]]:
 def run_limit(
     make: Callable[[Store], Callable[[int], None]], store: Store, workers: int, seconds: float
 ) -> dict[str, float]:
-    """Samples per second and processor time of `workers` processes at once, at least one."""
+    """Return samples per second and processor time of `workers` processes at once, at least one."""
     work = make(store)
     context = multiprocessing.get_context("fork")
     count = max(1, workers)

@@ -38,7 +38,7 @@ Batch = dict[str, Any]
 
 
 class SessionWindows(Dataset[dict[str, Any]]):
-    """Windows of mp4 files; only video is decoded, the numbers lie ready."""
+    """Windows of mp4 files; only video is decoded, numbers are read from files."""
 
     def __init__(self, store: Store, read: Callable[[Path, float], Any], *, normalize: bool):
         self._sessions = store.sessions
@@ -137,7 +137,7 @@ def open_webdataset_pillow(store: Store, workers: int, normalize: bool) -> Itera
 
 
 def open_webdataset_simplejpeg(store: Store, workers: int, normalize: bool) -> Iterable[Batch]:
-    """A member per eye, decoded by simplejpeg straight into one array."""
+    """A member per camera, decoded by simplejpeg straight into one array."""
     return _webdataset(store, "tar-eyes", workers, lambda d: d.map(_tar_sample(normalize)))
 
 
@@ -153,7 +153,7 @@ def _webdataset(
 
 
 def _tar_sample(normalize: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Decodes a sample of the tars with a member per eye."""
+    """Decode a sample of the tars with a member per camera."""
 
     def decode(sample: dict[str, Any]) -> dict[str, Any]:
         eyes = {eye: decode_eye(sample[f"{eye}.mjpeg"]) for eye in EYES}
@@ -164,7 +164,7 @@ def _tar_sample(normalize: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def _as_array(value: Any, kind: type[np.generic]) -> NDArray[Any]:
-    """A member's array; Hugging Face datasets has made lists of it."""
+    """Return a member's array; Hugging Face datasets converts it to lists."""
     return np.load(io.BytesIO(value)) if isinstance(value, bytes) else np.array(value, dtype=kind)
 
 

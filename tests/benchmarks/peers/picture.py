@@ -1,4 +1,7 @@
-"""The table as a picture, ``python picture.py TABLE.csv OUT.png``; in the peers' environment."""
+"""Draw the table as a picture: ``python picture.py TABLE.csv OUT.png``.
+
+It runs in the peers' environment.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ SHADES = (0.35, 0.65, 1.0)
 
 
 def main() -> None:
-    """Bars of samples per second: one panel per table, a shade per number of workers."""
+    """Draw bars of samples per second: a panel per table, a shade per number of workers."""
     with Path(sys.argv[1]).open(encoding="utf-8", newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["samples_per_s"]]
     tables = [t for t in TITLES if any(line["table"] == t for line in lines)]
@@ -31,7 +34,7 @@ def main() -> None:
 
 
 def draw(axis: pyplot.Axes, lines: list[dict[str, str]]) -> None:
-    """One table; limits beyond the fastest loader are cut at the edge and written out."""
+    """Draw one table; bars of limits are cut at the edge, with their value."""
     labels = list(dict.fromkeys(line["loader"] for line in lines))
     counts = sorted({int(line["workers"]) for line in lines})
     loaders = [float(v["samples_per_s"]) for v in lines if not v["loader"].startswith("limit")]

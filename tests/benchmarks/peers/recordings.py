@@ -1,9 +1,9 @@
 """Real footage as long stereo sessions, and our shard sets of them.
 
-Each film goes there and back again under a panning crop until it is long enough; the right eye sees
-a crop that is moved to the side, as recorders would encode both (x264, 30 frames/s, a keyframe
-every 2 s). Four sessions share a film and differ in everything else. Sound is real too; sensors
-and texts are made.
+Each film is repeated forward and backward under a panning crop until it is long enough; the right
+video is a crop that is moved to the side, as recorders would encode both (x264, 30 frames/s, a
+keyframe every 2 s). Four sessions share a film and differ in everything else. Sound is real too;
+sensors and texts are made.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SETS: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Store:
-    """Folders of everything that is made once for sessions of one length."""
+    """Folders of all files that are made once for sessions of one length."""
 
     root: Path
     seconds: int
@@ -69,7 +69,7 @@ def make_sessions(store: Store) -> None:
     """Make the sessions once.
 
     Raises:
-        SystemExit: the recordings are not here.
+        SystemExit: the recordings are missing.
     """
     mark = store.root / "sessions.done"
     if mark.exists():
@@ -99,7 +99,7 @@ def make_sessions(store: Store) -> None:
 
 
 def build_sets(store: Store) -> dict[str, str]:
-    """Bring our shard sets up to date by our own job; why, for those that can't be built."""
+    """Update our shard sets by our own job; return reasons of those that can't be built."""
     failures = {}
     for name, vision in SETS.items():
         recipe = store.root / f"{name}.yaml"
@@ -142,7 +142,7 @@ def _ffmpeg(*arguments: object) -> None:
 
 
 def _write_lines(session: Path, seconds: int, *, phase: int) -> None:
-    """Metadata at 90 Hz, a text every 2 s; other numbers for every phase."""
+    """Write metadata at 90 Hz and a text every 2 s; numbers depend on the phase."""
     with (session / "metadata.jsonl").open("w", encoding="utf-8") as file:
         for i in range(seconds * SENSOR_RATE_HZ):
             time_s = i / SENSOR_RATE_HZ

@@ -1,4 +1,4 @@
-"""The tables, on the terminal and as CSV."""
+"""Print the tables to the terminal, and write them as CSV."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _line(
 
 
 def _agreement(check: dict[str, Any]) -> str:
-    """What the check found, in a few words."""
+    """Summarize the result of the check in a few words."""
     if "has_same_numbers" not in check:
         return ""
     pictures = "same pixels" if check["has_same_pictures"] else "near"
@@ -93,7 +93,7 @@ def _agreement(check: dict[str, Any]) -> str:
 
 
 def _add_ratios(lines: list[dict[str, Any]]) -> None:
-    """Beside the fastest peer and the limit of the same decoder, table and workers."""
+    """Add ratios to the fastest peer and to the limit of the same decoder, table and workers."""
     for line in lines:
         same = [
             other
@@ -111,14 +111,14 @@ def _add_ratios(lines: list[dict[str, Any]]) -> None:
 
 
 def bytes_per_sample(loader: str, store: Store) -> float | None:
-    """Bytes on disk of what a loader reads, per window."""
+    """Return the bytes on disk that a loader reads, per window."""
     files = files_of(loader, store)
     num_windows = len(list(store.sessions.iterdir())) * store.seconds // 4
     return sum(f.stat().st_size for f in files) / num_windows if files else None
 
 
 def files_of(loader: str, store: Store) -> list[Path]:
-    """What a loader reads."""
+    """List the files that a loader reads."""
     files: list[Path] = []
     if loader.startswith("sessions"):
         files = [*store.sessions.glob("*/*.mp4"), *(store.root / "formats/numbers").glob("*.npz")]
@@ -131,7 +131,7 @@ def files_of(loader: str, store: Store) -> list[Path]:
 
 
 def print_tables(lines: Sequence[dict[str, Any]]) -> None:
-    """Both tables: a line per row; rates and ratios for every number of workers."""
+    """Print both tables: a line per row; rates and ratios for every number of workers."""
     counts = sorted({line["workers"] for line in lines})
     most = counts[-1]
     for table, title in TITLES.items():

@@ -1,4 +1,4 @@
-"""Our loader beside the peers', on the same windows and to the same tensors, in one run.
+"""Compare our loader with the peers', on the same windows and to the same tensors, in one run.
 
     python tests/benchmarks/peers/run.py              everything, 20 minutes (make bench-peers)
     python tests/benchmarks/peers/run.py --smoke      one short round on few windows
@@ -48,7 +48,7 @@ ROWS = (
 
 
 def main() -> None:
-    """Set up what is missing, measure, report."""
+    """Make what is missing, measure, and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measured pass")
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def prepare(*, seconds: int) -> Store:
-    """The environment, sessions, shard sets and peers' formats, made where they are missing."""
+    """Make the environment, sessions, shard sets and peers' formats that are missing."""
     make_environment()
     store = Store(ROOT / "data" / "bench" / f"peers-{seconds}s", seconds)
     store.root.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def prepare(*, seconds: int) -> Store:
 
 
 def machine() -> str:
-    """What it runs on, and how busy that is."""
+    """Describe the machine and its load."""
     with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
         model = next((line.partition(":")[2].strip() for line in file if "model name" in line), "?")
     return f"{os.cpu_count()} cores of {model}; load {os.getloadavg()[0]:.1f}"

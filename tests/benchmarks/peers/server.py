@@ -1,7 +1,7 @@
-"""One loader in a process of its own; run in the peers' environment by ``measure.py``.
+"""Serve one loader in its own process; ``measure.py`` runs it in the peers' environment.
 
-Reads requests from standard input and answers on standard output, a JSON object a line. Whatever
-the loader prints goes to standard error.
+Reads requests from standard input and writes responses to standard output, a JSON object per line.
+Output of the loader goes to standard error.
 
     {"do": "check"}
     {"do": "memory", "workers": 2, "form": "rgb"}
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def answer_to(request: dict[str, Any], entry: Entry, store: Store) -> dict[str, Any]:
-    """Do what is asked."""
+    """Return the response to a request."""
     if request["do"] == "check":
         return check(entry, store)
     if entry.limit is not None:
@@ -74,10 +74,10 @@ def answer_to(request: dict[str, Any], entry: Entry, store: Store) -> dict[str, 
 def run_pass(
     batches: Iterator[dict[str, Any]], entry: Entry, workers: int, form: str, seconds: float
 ) -> dict[str, float]:
-    """Rate and processor time in the steady state of one pass.
+    """Measure rate and processor time in the steady state of one pass.
 
-    The clock starts after as many batches as can lie ready, and stops at the end of the epoch or
-    after `seconds`. Every page of each batch is touched, as a copy to a device would do.
+    The clock starts after as many batches as can be prefetched, and stops at the end of the epoch
+    or after `seconds`. Every page of each batch is touched, as a copy to a device would do.
     """
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
     warm_up(batches, entry, workers, form)
@@ -98,7 +98,7 @@ def run_pass(
 
 
 def warm_up(batches: Iterator[dict[str, Any]], entry: Entry, workers: int, form: str) -> None:
-    """Take as many batches as can lie ready, so that none of them is counted."""
+    """Take as many batches as can be prefetched, so that none of them is counted."""
     count = max(1, workers) if entry.is_slow else max(2, (PREFETCH + 1) * workers)
     for batch in itertools.islice(batches, count):
         take(batch, form)
@@ -107,7 +107,7 @@ def warm_up(batches: Iterator[dict[str, Any]], entry: Entry, workers: int, form:
 def memory_of(
     batches: Iterator[dict[str, Any]], entry: Entry, workers: int, form: str
 ) -> dict[str, float]:
-    """Memory of the process tree while it works and all that can lie ready does."""
+    """Measure memory of the process tree while it works and is fully prefetched."""
     warm_up(batches, entry, workers, form)
     batch = next(batches)
     take(batch, form)
@@ -134,8 +134,9 @@ def touch(values: Tensor) -> None:
 
 
 def check(entry: Entry, store: Store) -> dict[str, Any]:
-    """Compare an epoch with the truth: is every sample there once, are the numbers the same, how
-    near are the frames. Slow loaders go only as far as two windows whose truth is known.
+    """Compare an epoch with the truth: samples, numbers, and PSNR of frames.
+
+    Slow loaders stop after two windows whose truth is known.
     """
     formats = store.root / "formats"
     raw, jpeg = np.load(formats / "truth" / "raw.npz"), np.load(formats / "truth" / "mjpeg.npz")
@@ -166,17 +167,17 @@ def check(entry: Entry, store: Store) -> dict[str, Any]:
 
 
 def is_same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays have the same type, shape and values."""
+    """Return whether two arrays have the same type, shape and values."""
     return a.dtype == b.dtype and np.array_equal(a, b)
 
 
 def psnr_db(error: float) -> float | None:
-    """Of a mean squared error of 8-bit values; None where there is no error."""
+    """Compute PSNR from a mean squared error of 8-bit values; None if there is no error."""
     return None if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def pictures_of(batch: dict[str, Any], i: int) -> np.ndarray:
-    """RGB frames of both eyes, uint8 [2, F, H, W, 3], from whatever form they have."""
+    """Return RGB frames of both cameras, uint8 [2, F, H, W, 3], from any form."""
     if batch[EYES[0]].ndim == 5:
         return np.stack([batch[eye][i].numpy() for eye in EYES])
     inputs = to_model_inputs({eye: batch[eye][i : i + 1] for eye in EYES})
@@ -195,7 +196,7 @@ def _rows(file: Any) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
 
 
 def tree() -> list[int]:
-    """This process and all below it."""
+    """List this process and its descendants."""
     found = [os.getpid()]
     for pid in found:
         for task in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -204,7 +205,7 @@ def tree() -> list[int]:
 
 
 def tree_cpu_s() -> float:
-    """Processor time of the tree, of processes that have ended too."""
+    """Return processor time of the tree, including processes that have ended."""
     ticks = 0
     for pid in tree():
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -213,9 +214,10 @@ def tree_cpu_s() -> float:
 
 
 def tree_memory_bytes() -> int:
-    """Anonymous and shared memory of the tree, each page divided by those who map it (PSS), and
-    shared memory on its way between two processes, which only an open file holds. Libraries and the
-    page cache, which the kernel can drop, are left out.
+    """Return anonymous and shared memory of the tree.
+
+    Each page is divided by the number of processes that map it (PSS). Shared memory that only an
+    open file holds, on its way between processes, counts. Libraries and the page cache do not.
     """
     pids, total = tree(), 0
     for pid in pids:

@@ -1,8 +1,8 @@
-"""What every loader has to give, and the samples that the peers' formats are made of.
+"""Define the batches of every loader, and read the samples of the peers' formats.
 
-A batch is a dict of tensors: both eyes uint8 [B, 20, 224, 224, 3] in NHWC memory, dMel levels uint8
-[B, 200, 80], proprio float32 [B, 120, 20], touch float32 [B, 120, 5], a token per tick and text
-stream int64 [B, 40], and `key`, a list of strings.
+A batch is a dict of tensors: both cameras uint8 [B, 20, 224, 224, 3] in NHWC memory, dMel levels
+uint8 [B, 200, 80], proprio float32 [B, 120, 20], touch float32 [B, 120, 5], a token per tick and
+text stream int64 [B, 40], and `key`, a list of strings.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def open_set(
     streams: Sequence[str] = (*EYES, *NUMBERS),
     is_shuffled: bool = False,
 ) -> Loader:
-    """One epoch of one of our shard sets by our own public loader."""
+    """Open one epoch of one of our shard sets by our public loader."""
     data = {"shards": str(store.shards(name)), "modalities": list(streams), "pixels": pixels}
     work = {"batch_size": BATCH_SIZE, "num_workers": workers, "prefetch_batches": 2}
     weights = {"internal_text": 1, "external_text": 1, "audio": 1, "animation": 1}
@@ -65,7 +65,7 @@ def open_set(
 
 
 def iter_windows(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Arrays]]:
-    """(key, arrays) of every sample of our loader's batches; the padding rows are left out."""
+    """Yield (key, arrays) of every sample of our loader's batches, without padding rows."""
     for batch in batches:
         for i, key in enumerate(batch["keys"]):
             if batch["weight"][i] > 0:
@@ -74,14 +74,14 @@ def iter_windows(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Array
 
 
 def iter_samples(store: Store) -> Iterator[tuple[str, dict[str, bytes], Arrays]]:
-    """(key, JPEGs of both eyes, numbers) of every sample, in the stored order."""
+    """Yield (key, JPEGs of both cameras, numbers) of every sample, in stored order."""
     eyes = {eye: stored_members(store, "mjpeg", eye) for eye in EYES}
     for key, numbers in iter_windows(open_set(store, "mjpeg", streams=NUMBERS)):
         yield key, {eye: members[key] for eye, members in eyes.items()}, numbers
 
 
 def stored_members(store: Store, name: str, eye: str) -> dict[str, bytes]:
-    """Key -> bytes of an eye in one of our sets, by stock tarfile."""
+    """Read a camera's members of one of our sets by stock tarfile, by key."""
     found = {}
     for path in sorted(store.shards(name).glob(f"train-*.{eye}.tar")):
         with tarfile.open(path) as tar:
@@ -93,7 +93,7 @@ def stored_members(store: Store, name: str, eye: str) -> dict[str, bytes]:
 
 
 def split_jpegs(member: bytes) -> list[memoryview]:
-    """JPEGs that stand one after another, without copying."""
+    """Split concatenated JPEGs without copying."""
     begins, at = [0], member.find(_SEAM)
     while at >= 0:
         begins.append(at + 2)
@@ -104,7 +104,7 @@ def split_jpegs(member: bytes) -> list[memoryview]:
 
 
 def decode_eye(member: bytes) -> NDArray[np.uint8]:
-    """JPEGs one after another as uint8 [F, H, W, 3]; straight into one array, without copies."""
+    """Decode concatenated JPEGs straight into one array, uint8 [F, H, W, 3]."""
     pictures = np.empty((NUM_FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
     for jpeg, picture in zip(split_jpegs(member), pictures, strict=True):
         simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=picture)
@@ -112,7 +112,7 @@ def decode_eye(member: bytes) -> NDArray[np.uint8]:
 
 
 def normalize_as_users_do(pictures: NDArray[np.uint8]) -> torch.Tensor:
-    """What torchvision's ToTensor and Normalize do, for all frames: float32 [F, 3, H, W]."""
+    """Normalize frames as torchvision's ToTensor and Normalize do: float32 [F, 3, H, W]."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
     values = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(255)
     return values.sub_(mean).div_(std)
