@@ -1,4 +1,4 @@
-"""Compute with times on the session clock: windows, grids, nearest frames, interpolation.
+"""Compute with times on the session clock: windows, grids, nearest frames, masks, interpolation.
 
 All times are in seconds, and intervals are half-open, [start, stop). Everything here is a pure
 function of plain values.
@@ -84,6 +84,60 @@ def nearest(
     return index, times_s[index] - grid_s
 
 
+def frame_mask(error_s: NDArray[np.float64], *, tolerance_s: float) -> NDArray[np.bool_]:
+    """Mark the grid times whose nearest frame, `error_s` away, is near enough to be used."""
+    return np.asarray(np.abs(error_s) <= tolerance_s)
+
+
+def audio_mask(start: int, count: int, *, hop: int, num_samples: int) -> NDArray[np.bool_]:
+    """Mark the frames of `hop` samples, the first at sample `start`, that the audio covers whole.
+
+    Args:
+        start: first sample of the first frame; negative before the audio begins.
+        count: number of frames.
+        hop: samples per frame.
+        num_samples: samples of the audio.
+    """
+    stops = start + hop * np.arange(1, count + 1)
+    return np.asarray((stops <= num_samples) & (stops - hop >= 0))
+
+
+def is_masked_gap(interval_s: NDArray[np.float64], *, max_gap_s: float) -> NDArray[np.bool_]:
+    """Mark the intervals between successive readings that are too long to interpolate in."""
+    return np.asarray(interval_s > max_gap_s + EPSILON_S)
+
+
+def sensor_mask(
+    times_s: NDArray[np.float64],
+    grid_s: NDArray[np.float64],
+    *,
+    max_gap_s: float,
+    edge_s: float = EPSILON_S,
+) -> NDArray[np.bool_]:
+    """Mark the grid times that get a value from readings; see :func:`interpolate`.
+
+    A grid time is valid in a short enough gap, on a recorded time, or just outside the recording.
+    """
+    if len(times_s) == 0:
+        return np.zeros(len(grid_s), dtype=np.bool_)
+    left, right = _neighbors(times_s, grid_s)
+    is_inside = (grid_s >= times_s[0] - edge_s) & (grid_s <= times_s[-1] + edge_s)
+    is_at_edge = (grid_s <= times_s[0]) | (grid_s >= times_s[-1])
+    is_on_sample = (np.abs(grid_s - times_s[left]) <= EPSILON_S) | (
+        np.abs(grid_s - times_s[right]) <= EPSILON_S
+    )
+    is_gap = is_masked_gap(times_s[right] - times_s[left], max_gap_s=max_gap_s)
+    return np.asarray(is_inside & (~is_gap | is_on_sample | is_at_edge))
+
+
+def _neighbors(
+    times_s: NDArray[np.float64], grid_s: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the indices of the two recorded times around each grid time; at least one exists."""
+    right = np.clip(np.searchsorted(times_s, grid_s, side="left"), 1, max(1, len(times_s) - 1))
+    return right - 1, np.minimum(right, len(times_s) - 1)
+
+
 def interpolate(
     times_s: NDArray[np.float64],
     values: NDArray[np.float32],
@@ -110,20 +164,12 @@ def interpolate(
     result = np.full((len(grid_s), values.shape[1]), np.nan, dtype=np.float32)
     if len(times_s) == 0:
         return result
-    # The two recorded times around each grid time, and where between them it is.
-    right = np.clip(np.searchsorted(times_s, grid_s, side="left"), 1, max(1, len(times_s) - 1))
-    left = right - 1
-    right = np.minimum(right, len(times_s) - 1)
+    # Where each grid time is between the two recorded times around it.
+    left, right = _neighbors(times_s, grid_s)
     span = times_s[right] - times_s[left]
     share = np.divide(grid_s - times_s[left], span, out=np.zeros_like(grid_s), where=span > 0)
     share = np.clip(share, 0.0, 1.0)
-    # A grid time is valid in a short enough gap, on a recorded time, or just outside the recording.
-    is_inside = (grid_s >= times_s[0] - edge_s) & (grid_s <= times_s[-1] + edge_s)
-    is_at_edge = (grid_s <= times_s[0]) | (grid_s >= times_s[-1])
-    is_on_sample = (np.abs(grid_s - times_s[left]) <= EPSILON_S) | (
-        np.abs(grid_s - times_s[right]) <= EPSILON_S
-    )
-    is_valid = is_inside & ((span <= max_gap_s + EPSILON_S) | is_on_sample | is_at_edge)
+    is_valid = sensor_mask(times_s, grid_s, max_gap_s=max_gap_s, edge_s=edge_s)
     low, high = values[left].astype(np.float64), values[right].astype(np.float64)
     delta = high - low
     delta[:, :num_angles] = wrap_angle(delta[:, :num_angles])

@@ -299,16 +299,14 @@ def _encode_text(reader: SessionReader, row: Row) -> dict[str, bytes]:
 def _encode_proprio(reader: SessionReader, row: Row) -> dict[str, bytes]:
     """Encode the sensors; a stream that the row lacks is NaN."""
     sensors = reader.read_sensors(row.window)
-    proprio, touch = (
-        values if stream in row.present else np.full_like(values, np.nan)
-        for stream, values in ((Stream.PROPRIO, sensors.proprio), (Stream.TOUCH, sensors.touch))
-    )
-    valid = np.isfinite(proprio).all(axis=1) | np.isfinite(touch).all(axis=1)
+    for stream, values in ((Stream.PROPRIO, sensors.proprio), (Stream.TOUCH, sensors.touch)):
+        if stream not in row.present:
+            values[...] = np.nan
     return {
         "proprio/timestamp": sensors.timestamp.tobytes(),
-        "proprio/proprio": proprio.tobytes(),
-        "proprio/touch": touch.tobytes(),
-        "proprio/valid": valid.tobytes(),
+        "proprio/proprio": sensors.proprio.tobytes(),
+        "proprio/touch": sensors.touch.tobytes(),
+        "proprio/valid": sensors.valid.tobytes(),
     }
 
 

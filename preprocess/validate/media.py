@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import soundfile
 
-from shared.clock import nearest
+from shared.clock import frame_mask, nearest
 from shared.media.sound import read_sound
 from shared.media.video import read_frames
 from shared.page import format_time, jpeg_uri
@@ -86,7 +86,7 @@ def read_thumbnails(
     width = axis.width / NUM_THUMBNAILS
     times_s = axis.start_s + (np.arange(NUM_THUMBNAILS) + 0.5) / NUM_THUMBNAILS * axis.duration_s
     indices, error_s = nearest(track.times_s, times_s)
-    near = np.abs(error_s) <= recipe.tolerance_s
+    near = frame_mask(error_s, tolerance_s=recipe.tolerance_s)
     small = recipe.model_copy(update={"size": _THUMBNAIL_SIZE})
     uris: dict[int, str] = {}
     for requested in _runs(path, track, np.unique(indices[near]).tolist()):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.validate.line_checks import find_line_gaps, find_video_gaps
-from shared.clock import EPSILON_S
+from shared.clock import EPSILON_S, is_masked_gap
 from shared.page import draw_bands, format_time
 from shared.recipe import STREAMS, Stream
 from shared.session.folder import AUDIO_FILE, METADATA_FILE, VISION_FILES
@@ -130,7 +130,7 @@ def _draw_stream(stream: Stream, probe: SessionProbe, axis: TimeAxis) -> StreamT
         flaws = [_select_intervals("gap-warning", times_s, find_video_gaps(times_s)), damaged]
     elif stream in (Stream.TOUCH, Stream.PROPRIO):
         times_s = probe.reading_times_s(stream)
-        is_masked = np.diff(times_s) > probe.recipe.sensors.max_gap_s + EPSILON_S
+        is_masked = is_masked_gap(np.diff(times_s), max_gap_s=probe.recipe.sensors.max_gap_s)
         starts_s = times_s[np.append(True, is_masked)]
         stops_s = np.append(times_s[:-1][is_masked], interval.stop_s)
         flaws = line_gaps(times_s)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shared.clock import audio_mask
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -65,8 +67,7 @@ def encode_dmel(
     level_db = 10.0 * np.log10(np.maximum(energy.T, _ENERGY_FLOOR))
     share = (level_db - recipe.floor_db) / (recipe.ceiling_db - recipe.floor_db)
     levels = np.clip(np.round(share * (recipe.levels - 1)), 0, recipe.levels - 1).astype(np.uint8)
-    stops = start + hop * np.arange(1, count + 1)
-    valid = (stops <= len(samples)) & (stops - hop >= 0)
+    valid = audio_mask(start, count, hop=hop, num_samples=len(samples))
     levels[~valid] = 0
     return levels, valid
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.clock import Window, interpolate, nearest
+from shared.clock import Window, frame_mask, interpolate, nearest
 from shared.files import DiskArray
 from shared.media.mel import encode_dmel
 from shared.media.sound import read_sound, to_int16
@@ -61,7 +61,9 @@ class Sensors:
     @property
     def valid(self) -> NDArray[np.bool_]:
         """Whether at least one of the two was recorded [S]."""
-        return rows_without_nan(self.proprio) | rows_without_nan(self.touch)
+        return np.asarray(
+            np.isfinite(self.proprio).all(axis=1) | np.isfinite(self.touch).all(axis=1)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +92,6 @@ class Text:
     internal: TokenStream
     external: TokenStream
     events: tuple[TextEvent, ...]
-
-
-def rows_without_nan(values: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Mark the rows of [N, D] that have no NaN, bool [N]."""
-    return np.asarray(~np.isnan(values).any(axis=1), dtype=np.bool_)
 
 
 def split_evenly(first: NDArray[np.int64], lead: NDArray[np.float64], num_runs: int) -> list[int]:
@@ -337,7 +334,8 @@ class SessionReader:
         if len(usable) == 0:
             return None
         nearest_usable = usable[np.abs(usable[None, :] - index[:, None]).argmin(axis=1)]
-        is_valid = (nearest_usable == index) & (np.abs(error_s) <= self.recipe.vision.tolerance_s)
+        is_near = frame_mask(error_s, tolerance_s=self.recipe.vision.tolerance_s)
+        is_valid = (nearest_usable == index) & is_near
         return Frames(
             pictures=np.stack([decoded[int(i)] for i in nearest_usable]),
             error_s=np.where(is_valid, error_s, np.nan).astype(np.float32),

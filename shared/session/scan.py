@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.clock import Interval, Window, interpolate, nearest, plan_windows
+from shared.clock import Interval, Window, frame_mask, nearest, plan_windows, sensor_mask
 from shared.errors import MediaError, MissingMediaError
 from shared.files import sha256_of_file
 from shared.media.sound import Loudness, measure_loudness, read_sound
@@ -284,11 +284,17 @@ def _coverage(
             # Video: grid times that have a frame near enough.
             grid_s = _grids(windows, recipe.vision.rate_hz)
             _, error_s = nearest(tracks[stream].times_s, grid_s)
-            shares[:, column] = (np.abs(error_s) <= recipe.vision.tolerance_s).mean(axis=1)
+            is_near = frame_mask(error_s, tolerance_s=recipe.vision.tolerance_s)
+            shares[:, column] = is_near.mean(axis=1)
         elif stream in alignment.readings:
             # Sensors: grid times that get a value by interpolation.
             grid_s = _grids(windows, recipe.sensors.rate_hz)
-            covered = _is_covered(alignment.readings[stream], grid_s.ravel(), recipe)
+            covered = sensor_mask(
+                alignment.readings[stream],
+                grid_s.ravel(),
+                max_gap_s=recipe.sensors.max_gap_s,
+                edge_s=0.5 / recipe.sensors.rate_hz,
+            )
             shares[:, column] = covered.reshape(grid_s.shape).mean(axis=1)
         else:
             # Audio and texts: overlap with the stream's interval.
@@ -300,20 +306,6 @@ def _coverage(
 def _grids(windows: list[Window], rate_hz: float) -> NDArray[np.float64]:
     """Return the grid times of every window [W, T]."""
     return np.stack([w.grid(rate_hz) for w in windows])
-
-
-def _is_covered(
-    times_s: NDArray[np.float64], grid_s: NDArray[np.float64], recipe: Recipe
-) -> NDArray[np.bool_]:
-    """Mark the grid times that get a value from readings at `times_s`."""
-    values = interpolate(
-        times_s,
-        np.ones((len(times_s), 1), dtype=np.float32),
-        grid_s,
-        max_gap_s=recipe.sensors.max_gap_s,
-        edge_s=0.5 / recipe.sensors.rate_hz,
-    )
-    return np.isfinite(values[:, 0])
 
 
 def _first_of_each_kind(sentences: list[tuple[str, str]]) -> tuple[str, ...]:

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from shared.clock import (
     Interval,
     Window,
+    audio_mask,
     clock_offset,
     interpolate,
     nearest,
     plan_windows,
+    sensor_mask,
     wrap_angle,
 )
 
@@ -178,3 +180,27 @@ def test_an_offset_never_makes_the_fit_to_the_media_worse(first_s, duration_s, s
     assert offset_s in (0.0, first_s)
     if offset_s and stop_s is not None and first_s < stop_s and last_s > 0:
         assert abs(duration_s - stop_s) < abs(last_s - stop_s)
+
+
+@given(
+    times_s=st.lists(seconds(0, 3), unique=True, max_size=6).map(sorted),
+    max_gap_s=seconds(0, 1),
+    edge_s=seconds(0, 0.5),
+)
+def test_a_grid_time_is_valid_exactly_if_it_gets_a_value(times_s, max_gap_s, edge_s):
+    times, grid_s = np.array(times_s, dtype=np.float64), np.arange(-1, 4, 0.1)
+    values = np.ones((len(times), 1), dtype=np.float32)
+    gap = {"max_gap_s": max_gap_s, "edge_s": edge_s}
+    expected = np.isfinite(interpolate(times, values, grid_s, **gap)[:, 0])
+    np.testing.assert_array_equal(sensor_mask(times, grid_s, **gap), expected)
+
+
+@given(start=st.integers(-20, 20), count=st.integers(0, 6), num_samples=st.integers(0, 30))
+def test_a_frame_of_audio_is_valid_if_every_sample_of_it_exists(start, count, num_samples):
+    hop = 4
+    expected = [
+        all(0 <= i < num_samples for i in range(start + k * hop, start + (k + 1) * hop))
+        for k in range(count)
+    ]
+    mask = audio_mask(start, count, hop=hop, num_samples=num_samples)
+    assert mask.tolist() == expected
