@@ -16,8 +16,25 @@
 
 from __future__ import annotations
 
-REBUILD_HINT = "fix: run `python -m preprocess shards --verify`"
-"""Fix for a shard set whose bytes are not those that were written."""
+import shlex
+
+
+def rebuild_hint(location: object) -> str:
+    """Return the fix for a shard set whose bytes are not those that were written."""
+    return (
+        "fix: rebuild it by `python -m preprocess shards --verify --out "
+        f"{shlex.quote(str(location))}` with its --recipe and --sessions"
+    )
+
+
+REBUILD_HINT = rebuild_hint("SHARDS")
+"""The fix where the location of the set is not known."""
+
+
+def rebuild_hint_for(path: object) -> str:
+    """Return the fix for the set that a file belongs to, in a folder or behind a URL."""
+    location, slash, _ = str(path).rpartition("/")
+    return rebuild_hint(location) if slash else REBUILD_HINT
 
 
 class EngineError(Exception):

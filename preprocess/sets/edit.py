@@ -29,7 +29,7 @@ from preprocess.build.plan_types import (
 )
 from preprocess.build.sources import TaskContext
 from preprocess.build.task import copy_shard
-from shared.errors import REBUILD_HINT, ShardError
+from shared.errors import ShardError, rebuild_hint
 from shared.files import fingerprint_of, sha256_of_bytes
 from shared.recipe import SPLITS
 from shared.shardset.index import ShardIndex, index_bytes
@@ -202,10 +202,10 @@ def _read_rejected(store: ShardSetStore) -> list[dict[str, Any]]:
     try:
         content = store.read(REJECTED_FILE)
         if content is None:
-            raise ShardError(f"{path}: does not exist; {REBUILD_HINT}")
+            raise ShardError(f"{path}: does not exist; {rebuild_hint(store)}")
         return [json.loads(line) for line in content.decode().split("\n") if line]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ShardError(f"{path}: can't be read: {error}; {REBUILD_HINT}") from error
+        raise ShardError(f"{path}: can't be read: {error}; {rebuild_hint(store)}") from error
 
 
 def _require_known(known: Collection[str], names: Collection[str], store: ShardSetStore) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from preprocess.build.commit import count_windows
-from shared.errors import REBUILD_HINT, CorruptError, EngineError, ShardError
+from shared.errors import CorruptError, EngineError, ShardError, rebuild_hint
 from shared.recipe import SPLITS, Recipe
 from shared.shardset.codec import decode_pictures, decode_text, decode_wav
 from shared.shardset.index import MEMBER_TABLES, ShardIndex, require_complete
@@ -88,6 +88,10 @@ class _Verifier:
     """Session -> split."""
     num_members: int = 0
 
+    @property
+    def _fix(self) -> str:
+        return rebuild_hint(self.store)
+
     def verify_shard(self, entry: ShardEntry) -> None:
         """Verify the columns, keys and sessions of one shard."""
         try:
@@ -108,7 +112,7 @@ class _Verifier:
         except EngineError as error:
             self.problems.append(str(error))
         except OSError as error:
-            self.problems.append(f"{origin}: can't be read: {error.strerror}; {REBUILD_HINT}")
+            self.problems.append(f"{origin}: can't be read: {error.strerror}; {self._fix}")
 
     def verify_counts(self) -> None:
         """Verify that the manifest's counts, the samples and ``rejected.jsonl`` agree."""
@@ -123,7 +127,7 @@ class _Verifier:
             planned, counted = (counts[name] for name in ("windows_planned", "samples"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.problems.append(
-                f"{path} or the manifest's counts can't be read: {error!r}; {REBUILD_HINT}"
+                f"{path} or the manifest's counts can't be read: {error!r}; {self._fix}"
             )
             return
         if counted != num_samples:
@@ -147,14 +151,10 @@ class _Verifier:
             try:
                 sha256 = file.sha256()
             except OSError as error:
-                self.problems.append(
-                    f"{file.origin}: can't be read: {error.strerror}; {REBUILD_HINT}"
-                )
+                self.problems.append(f"{file.origin}: can't be read: {error.strerror}; {self._fix}")
                 return
             if sha256 != header.get("sha256"):
-                self.problems.append(
-                    f"{file.origin}: checksum differs from its index; {REBUILD_HINT}"
-                )
+                self.problems.append(f"{file.origin}: checksum differs from its index; {self._fix}")
             for table in MEMBER_TABLES[column]:
                 for row in range(index.num_samples):
                     try:
@@ -170,7 +170,7 @@ class _Verifier:
         if index.num_samples != entry.num_samples:
             self.problems.append(
                 f"{entry.name}: its index has {index.num_samples} samples, the manifest says "
-                f"{entry.num_samples}; {REBUILD_HINT}"
+                f"{entry.num_samples}; {self._fix}"
             )
         for key in map(index.key, range(index.num_samples)):
             if key in self.keys:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import google_crc32c
 import numpy as np
 
-from shared.errors import REBUILD_HINT, CorruptError, ShardError
+from shared.errors import REBUILD_HINT, CorruptError, ShardError, rebuild_hint_for
 from shared.files import sha256_of_file
 from shared.shardset.codec import MAX_MEMBER_BYTES
 from shared.shardset.index import Members
@@ -173,7 +173,7 @@ class ColumnFile:
             self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise ShardError(
-                f"{self.origin}: can't be opened: {error.strerror}; {REBUILD_HINT}"
+                f"{self.origin}: can't be opened: {error.strerror}; {rebuild_hint_for(self.origin)}"
             ) from error
 
     def close(self) -> None:
@@ -225,20 +225,26 @@ class ColumnFile:
         # Refuse impossible lengths before memory is allocated.
         if length > max_bytes:
             raise CorruptError(
-                f"{self.origin} at {offset}: a member of {length} bytes; the limit is {max_bytes}"
+                f"{self.origin} at {offset}: a member of {length} bytes; the limit is {max_bytes}; "
+                f"{rebuild_hint_for(self.origin)}"
             )
         if offset + length > self._size:
             raise CorruptError(
-                f"{self.origin} at {offset}: {length} bytes reach past its end at {self._size}"
+                f"{self.origin} at {offset}: {length} bytes reach past its end at {self._size}; "
+                f"{rebuild_hint_for(self.origin)}"
             )
         if tail is not None and length < tail.nbytes:
             raise CorruptError(
-                f"{self.origin} at {offset}: a member of {length} bytes, expected {tail.nbytes}"
+                f"{self.origin} at {offset}: a member of {length} bytes, expected {tail.nbytes}; "
+                f"{rebuild_hint_for(self.origin)}"
             )
         head, count = self._pread(offset, length, tail)
         on_stage("fetch")
         if count != length:
-            raise CorruptError(f"{self.origin} at {offset}: only {count} of {length} bytes exist")
+            raise CorruptError(
+                f"{self.origin} at {offset}: only {count} of {length} bytes exist; "
+                f"{rebuild_hint_for(self.origin)}"
+            )
         crc32c = google_crc32c.value(head)
         if tail is not None:
             crc32c = google_crc32c.extend(crc32c, tail)
@@ -246,7 +252,7 @@ class ColumnFile:
         if crc32c != int(members.crc32c[row]):
             raise CorruptError(
                 f"{self.origin} at {offset}: checksum is {crc32c:08x}, index says "
-                f"{int(members.crc32c[row]):08x}; fix: run `python -m preprocess verify`"
+                f"{int(members.crc32c[row]):08x}; {rebuild_hint_for(self.origin)}"
             )
         return head
 
@@ -261,7 +267,8 @@ class ColumnFile:
             return bytes(head), count
         except OSError as error:
             raise CorruptError(
-                f"{self.origin} at {offset}: can't be read: {error.strerror}"
+                f"{self.origin} at {offset}: can't be read: {error.strerror}; "
+                f"{rebuild_hint_for(self.origin)}"
             ) from error
 
 
@@ -273,7 +280,9 @@ def read_chunk(content: bytes, *, dtype: str, shape: tuple[int, ...]) -> NDArray
     """
     kind = np.dtype(dtype).newbyteorder("<")
     if len(content) != math.prod(shape) * kind.itemsize:
-        raise CorruptError(f"chunk has {len(content)} bytes, expected {kind.name} {shape}")
+        raise CorruptError(
+            f"chunk has {len(content)} bytes, expected {kind.name} {shape}; {REBUILD_HINT}"
+        )
     return np.frombuffer(content, dtype=kind).reshape(shape)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.errors import REBUILD_HINT, CorruptError, FormatVersionError, ShardError
+from shared.errors import CorruptError, FormatVersionError, ShardError, rebuild_hint_for
 from shared.files import sha256_of_bytes
 
 if TYPE_CHECKING:
@@ -176,9 +176,9 @@ def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise ShardError(f"{path}: no such index; {REBUILD_HINT}") from error
+        raise ShardError(f"{path}: no such index; {rebuild_hint_for(path)}") from error
     except OSError as error:
-        raise CorruptError(f"{path}: can't be read: {error}; {REBUILD_HINT}") from error
+        raise CorruptError(f"{path}: can't be read: {error}; {rebuild_hint_for(path)}") from error
     return parse_index(content, origin=str(path), sha256=sha256)
 
 
@@ -195,12 +195,16 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
         FormatVersionError: the index has another version.
     """
     if sha256 is not None and sha256_of_bytes(content) != sha256:
-        raise CorruptError(f"{origin}: checksum differs from the manifest; {REBUILD_HINT}")
+        raise CorruptError(
+            f"{origin}: checksum differs from the manifest; {rebuild_hint_for(origin)}"
+        )
     if len(content) < _PREFIX.size:
-        raise CorruptError(f"{origin}: {len(content)} bytes are not an index; {REBUILD_HINT}")
+        raise CorruptError(
+            f"{origin}: {len(content)} bytes are not an index; {rebuild_hint_for(origin)}"
+        )
     magic, version, header_length = _PREFIX.unpack_from(content)
     if magic != MAGIC:
-        raise CorruptError(f"{origin}: not a shard index; {REBUILD_HINT}")
+        raise CorruptError(f"{origin}: not a shard index; {rebuild_hint_for(origin)}")
     if version != INDEX_VERSION:
         relation = "newer" if version > INDEX_VERSION else "older"
         raise FormatVersionError(
@@ -210,7 +214,7 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
         )
     if header_length > min(_MAX_HEADER_BYTES, len(content) - _PREFIX.size):
         raise CorruptError(
-            f"{origin}: its header extends beyond the end of the file; {REBUILD_HINT}"
+            f"{origin}: its header extends beyond the end of the file; {rebuild_hint_for(origin)}"
         )
     body = np.frombuffer(content, dtype=np.uint8)[_aligned(_PREFIX.size + header_length) :]
     try:
@@ -220,7 +224,8 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
         _require_whole(header, arrays)
     except _PARSE_ERRORS as error:
         raise CorruptError(
-            f"{origin}: its header is damaged: {type(error).__name__}: {error}; {REBUILD_HINT}"
+            f"{origin}: its header is damaged: {type(error).__name__}: {error}; "
+            f"{rebuild_hint_for(origin)}"
         ) from error
     return ShardIndex(header=header, arrays=arrays)
 
@@ -232,7 +237,9 @@ def require_complete(index: ShardIndex, *, origin: str) -> None:
         CorruptError: a column is missing.
     """
     if missing := [name for name in MEMBER_TABLES if name not in index.columns]:
-        raise CorruptError(f"{origin}: lacks the column {', '.join(missing)}; {REBUILD_HINT}")
+        raise CorruptError(
+            f"{origin}: lacks the column {', '.join(missing)}; {rebuild_hint_for(origin)}"
+        )
 
 
 def _array(body: NDArray[np.uint8], dtype: str, shape: list[int], offset: int) -> NDArray[Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.config import make_section
-from shared.errors import REBUILD_HINT, CorruptError, FormatVersionError, ShardError
+from shared.errors import CorruptError, FormatVersionError, ShardError, rebuild_hint_for
 from shared.files import sha256_of_bytes, write_atomic
 from shared.media.tokenizer import TextTokenizer, parse_tokenizer
 from shared.recipe import Recipe, Split
@@ -114,10 +114,12 @@ class Manifest:
             content = path.read_bytes() if content is None else content
         except OSError as error:
             raise ShardError(
-                f"{origin}: can't be read: {error.strerror}; {REBUILD_HINT}"
+                f"{origin}: can't be read: {error.strerror}; {rebuild_hint_for(origin)}"
             ) from error
         if sha256_of_bytes(content) != self.tokenizer_sha256:
-            raise CorruptError(f"{origin}: checksum differs from the manifest; {REBUILD_HINT}")
+            raise CorruptError(
+                f"{origin}: checksum differs from the manifest; {rebuild_hint_for(origin)}"
+            )
         return parse_tokenizer(content.decode(), origin=origin)
 
 
@@ -140,7 +142,7 @@ def read_manifest(root: Path | str) -> Manifest:
             f"{shlex.quote(str(root))} --sessions SESSIONS`"
         ) from error
     except OSError as error:
-        raise CorruptError(f"{path}: is damaged: {error}; {REBUILD_HINT}") from error
+        raise CorruptError(f"{path}: is damaged: {error}; {rebuild_hint_for(path)}") from error
     return parse_manifest(content, root=root, path=str(path))
 
 
@@ -159,20 +161,20 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
     try:
         values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path}: is damaged: {error}; {REBUILD_HINT}") from error
+        raise CorruptError(f"{path}: is damaged: {error}; {rebuild_hint_for(path)}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
         raise CorruptError(
             f"{path}: is not the manifest of a shard set; fix: give the folder of a shard set"
         )
     version = values.get("format_version")
     if type(version) is not int or version < 1:
-        raise CorruptError(f"{path}: format_version is {version!r}; {REBUILD_HINT}")
+        raise CorruptError(f"{path}: format_version is {version!r}; {rebuild_hint_for(path)}")
     if version != FORMAT_VERSION:
         raise _other_version(version, path)
     if "sha256" in values and not _is_checksum(values["sha256"], content):  # optional
         raise CorruptError(
             f"{path}: differs from its own checksum: it is damaged, or was edited by hand; "
-            f"{REBUILD_HINT}"
+            f"{rebuild_hint_for(path)}"
         )
     try:
         fields = _Fields.model_validate(values)
@@ -180,7 +182,9 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
         detail = error.errors(include_url=False)[0]
         key = ".".join(map(str, detail["loc"]))
         reason = detail["msg"].removeprefix("Value error, ")
-        raise CorruptError(f"{path}: is damaged: {key}: {reason}; {REBUILD_HINT}") from error
+        raise CorruptError(
+            f"{path}: is damaged: {key}: {reason}; {rebuild_hint_for(path)}"
+        ) from error
     return Manifest(
         root=root,
         recipe=make_section(Recipe, fields.recipe, origin=f"{path}: recipe"),

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
-from shared.errors import REBUILD_HINT, CorruptError, JobError, ShardError
+from shared.errors import CorruptError, JobError, ShardError, rebuild_hint
 from shared.files import publish_file, sha256_of_file, write_atomic
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import ShardIndex, open_index, parse_index
@@ -278,7 +278,7 @@ class RemoteShardSet:
         """Read one index."""
         content = self.read(name)
         if content is None:
-            raise ShardError(f"{self}/{name}: no such index; {REBUILD_HINT}")
+            raise ShardError(f"{self}/{name}: no such index; {rebuild_hint(self)}")
         return parse_index(content, origin=f"{self}/{name}", sha256=sha256)
 
     def open_column(
@@ -305,7 +305,9 @@ class RemoteShardSet:
         """Download a file to a path and check it."""
         self._download(name, path)
         if sha256_of_file(path) != sha256:
-            raise CorruptError(f"{self}/{name}: checksum differs from its index; {REBUILD_HINT}")
+            raise CorruptError(
+                f"{self}/{name}: checksum differs from its index; {rebuild_hint(self)}"
+            )
 
     @contextmanager
     def staging_dir(self) -> Iterator[Path]:
@@ -348,7 +350,7 @@ class RemoteShardSet:
             self.store.download(name, path)
         except FileNotFoundError as error:
             raise CorruptError(
-                f"{self}/{name}: can't be opened: No such file or directory; {REBUILD_HINT}"
+                f"{self}/{name}: can't be opened: No such file or directory; {rebuild_hint(self)}"
             ) from error
 
     def _require_claim(self) -> None:

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from shared.errors import CorruptError, EngineError, TooManyCorruptSamplesError
+from shared.errors import REBUILD_HINT, CorruptError, EngineError, TooManyCorruptSamplesError
 from shared.recipe import TEXT_STREAMS
 from shared.timing import no_timer
 from train.data.batch import ReadSample, iter_sample_views, streams_to_read, write_text
@@ -199,9 +199,8 @@ class BatchMaker:
                 corrupt.append(self._describe(current, error))
                 current = self._order.substitute(plan, i, attempt)
         raise TooManyCorruptSamplesError(
-            f"sample {location} and {MAX_ATTEMPTS - 1} substitutes for it are corrupt; the last: "
-            f"{corrupt[-1]['error']}; fix: find the damaged files by `python -m preprocess verify "
-            "SHARDS` and rebuild them"
+            f"sample {location} and {MAX_ATTEMPTS - 1} substitutes for it are corrupt; "
+            f"{REBUILD_HINT}; the last error: {corrupt[-1]['error']}"
         )
 
     def _describe(self, location: SampleLocation, error: CorruptError) -> dict[str, Any]:
@@ -245,9 +244,8 @@ class CorruptSampleBudget:
             return
         raise TooManyCorruptSamplesError(
             f"{self.num_corrupt} of {self.num_read} samples are corrupt, data.max_bad_fraction "
-            f"allows {self.max_fraction:g}; the last: {skipped[-1]['error']}; fix: find the "
-            "damaged files by `python -m preprocess verify SHARDS` and rebuild them, or raise "
-            "data.max_bad_fraction"
+            f"allows {self.max_fraction:g}; {REBUILD_HINT}, or raise data.max_bad_fraction; the "
+            f"last error: {skipped[-1]['error']}"
         )
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from shared.errors import ConfigError, CorruptError, StorageError
+from shared.errors import REBUILD_HINT, ConfigError, CorruptError, StorageError
 from shared.files import sha256_of_file
 from shared.storage import RetryPolicy, Store, with_retry
 from train.data.cache_quota import DiskQuota, unlock
@@ -58,12 +58,10 @@ class CachedFile:
     def __post_init__(self) -> None:
         # The checksum becomes a file name: a hostile set must not lead out of the folder.
         if not _SHA256.fullmatch(str(self.sha256)):
-            raise CorruptError(
-                f"{self.name}: {self.sha256!r} is not a checksum; fix: rebuild the set"
-            )
+            raise CorruptError(f"{self.name}: {self.sha256!r} is not a checksum; {REBUILD_HINT}")
         length = self.length_bytes
         if length is not None and (type(length) is not int or length < 0):
-            raise CorruptError(f"{self.name}: {length!r} is not a length; fix: rebuild the set")
+            raise CorruptError(f"{self.name}: {length!r} is not a length; {REBUILD_HINT}")
 
     @property
     def key(self) -> str:

@@ -51,7 +51,6 @@ MAX_OPEN_SHARDS = 64
 
 If more shards are read in turn, the indexes of all of them stay; an index takes no descriptor."""
 
-_VERIFY_HINT = "fix: run `python -m preprocess verify SHARDS` and rebuild the files it names"
 
 T = TypeVar("T")
 
@@ -410,13 +409,13 @@ class ShardSource:
             if max(tokens.ids, default=0) >= self.recipe.text.vocab_size:
                 raise CorruptError(
                     f"token {max(tokens.ids)} is outside the vocabulary of "
-                    f"{self.recipe.text.vocab_size}; {_VERIFY_HINT}"
+                    f"{self.recipe.text.vocab_size}; {REBUILD_HINT}"
                 )
             for time_s in tokens.time_s and (min(tokens.time_s), max(tokens.time_s)):
                 if not start_s - EPSILON_S <= time_s < stop_s + EPSILON_S:
                     raise CorruptError(
                         f"a token at {time_s:g} s is outside the window [{start_s:g}, {stop_s:g}) "
-                        f"s; {_VERIFY_HINT}"
+                        f"s; {REBUILD_HINT}"
                     )
         return text
 

@@ -16,7 +16,7 @@ from helpers.training import SimulatedKillError, fail
 
 from preprocess.__main__ import cli
 from preprocess.sets.verify import verify_set
-from shared.errors import REBUILD_HINT
+from shared.errors import rebuild_hint
 from shared.shardset.layout import COLUMNS
 from shared.shardset.manifest import read_manifest
 
@@ -29,7 +29,7 @@ def test_only_the_damaged_column_is_rebuilt(sessions, built, out, name, place):
     before = file_identities(out)
     flip_byte(out / name, place % (out / name).stat().st_size)
     assert build(sessions, out).plan.is_empty  # sizes tell nothing
-    assert any(REBUILD_HINT in problem for problem in verify_set(out).problems)
+    assert any(rebuild_hint(out) in problem for problem in verify_set(out).problems)
     summary = build(sessions, out, verify=True)
     column = name.split(".")[1]
     assert [(t.name, set(t.columns)) for t in summary.plan.tasks] == [("train-000000", {column})]
@@ -68,7 +68,7 @@ def test_a_shard_with_a_wrong_count_in_the_manifest_is_rebuilt(sessions, out):
     del values["sha256"]
     values["shards"][0]["num_samples"] += 1
     (out / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
-    assert any(REBUILD_HINT in problem for problem in verify_set(out).problems)
+    assert any(rebuild_hint(out) in problem for problem in verify_set(out).problems)
     build(sessions, out, verify=True)
     assert verify_set(out).problems == ()
 

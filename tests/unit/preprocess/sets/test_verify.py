@@ -14,7 +14,7 @@ from helpers import sets as tiny_sets
 
 from preprocess.__main__ import cli
 from preprocess.sets.verify import describe_sample, describe_set, verify_set
-from shared.errors import REBUILD_HINT, ShardError
+from shared.errors import ShardError, rebuild_hint
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import ShardIndex, index_bytes, open_index
 from shared.shardset.manifest import read_manifest
@@ -108,7 +108,7 @@ def test_a_flipped_byte_between_members_is_found(a_copy, column):
     name = shard_with_both_eyes(a_copy)
     path = a_copy / f"{name}.{column}"
     tiny_sets.flip_byte(path, path.stat().st_size - 3)
-    assert [f"{path}: checksum differs from its index; {REBUILD_HINT}"] == list(
+    assert [f"{path}: checksum differs from its index; {rebuild_hint(a_copy)}"] == list(
         verify_set(a_copy).problems
     )
 
@@ -118,7 +118,7 @@ def test_a_missing_column_is_found_once(a_copy, column):
     path = a_copy / f"{shard_with_both_eyes(a_copy)}.{column}"
     path.unlink()
     assert verify_set(a_copy).problems == (
-        f"{path}: can't be opened: No such file or directory; {REBUILD_HINT}",
+        f"{path}: can't be opened: No such file or directory; {rebuild_hint(a_copy)}",
     )
 
 
@@ -160,8 +160,8 @@ def test_files_that_the_disk_does_not_give_are_problems_like_others(a_copy, monk
     tokenizer.unlink()
     tokenizer.mkdir()
     assert verify_set(a_copy).problems == (
-        f"{path}: can't be read: Input/output error; {REBUILD_HINT}",
-        f"{tokenizer}: can't be read: Is a directory; {REBUILD_HINT}",
+        f"{path}: can't be read: Input/output error; {rebuild_hint(a_copy)}",
+        f"{tokenizer}: can't be read: Is a directory; {rebuild_hint(a_copy)}",
     )
 
 
@@ -198,7 +198,7 @@ def test_an_unreadable_list_of_rejected_windows_is_found(a_copy, content):
         path.write_text(content)
     (problem,) = verify_set(a_copy).problems
     assert str(path) in problem
-    assert REBUILD_HINT in problem
+    assert rebuild_hint(a_copy) in problem
 
 
 def test_an_unplanned_rejected_window_is_found(a_copy):

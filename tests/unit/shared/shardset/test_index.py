@@ -221,7 +221,7 @@ def test_an_array_of_another_form_is_corrupt(tmp_path, name, other):
         "width": array.reshape(3, -1)[:, [0, 0]],
     }
     content = index_bytes(tiny_index(**{name: np.ascontiguousarray(wrong[other])}))
-    with pytest.raises(CorruptError, match=f"{name} is .*; fix: run"):
+    with pytest.raises(CorruptError, match=f"{name} is .*; fix: rebuild"):
         open_index(write_index(tmp_path, content))
 
 

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 import fsspec
 import pytest
 
-from shared.errors import REBUILD_HINT, CorruptError, JobError, ShardError
+from shared.errors import CorruptError, JobError, ShardError, rebuild_hint
 from shared.shardset.locks import read_manifest_locked
 from shared.shardset.manifest import MANIFEST_FILE
 from shared.shardset.store import claim_shard_set, job_file, open_shard_set
@@ -66,7 +66,9 @@ def test_an_open_column_needs_no_temporary_files(location, tmp_path):
 
 def test_missing_columns_and_indexes_are_named_alike(location):
     with claimed(location) as store:
-        missing = f"{store}/missing: can't be opened: No such file or directory; {REBUILD_HINT}"
+        missing = (
+            f"{store}/missing: can't be opened: No such file or directory; {rebuild_hint(store)}"
+        )
         with pytest.raises(ShardError) as caught:
             store.open_column("missing")
         assert str(caught.value) == missing

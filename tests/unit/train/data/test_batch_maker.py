@@ -182,7 +182,7 @@ def test_too_many_corrupt_samples_stop_the_run_with_one_plain_message(a_copy, nu
         take(loader, 1000)
     message = str(found.value)
     assert message.startswith("3 of ")
-    assert "python -m preprocess verify" in message
+    assert "python -m preprocess shards --verify" in message
     assert "Traceback" not in message
 
 
