@@ -166,7 +166,7 @@ def build_shards(
         )
         if dry_run:
             return build.summary()
-        finished, tasks = _salvage(build)
+        finished, tasks = _take_over_finished(build)
         finished |= _write_shards(build, tasks)
         new = _new_set(build, finished)
         return build.summary(commit_set(new), new.rejected)
@@ -235,7 +235,7 @@ def _read_texts(recording: Recording, *, store: ShardSetStore) -> list[str]:
         return [event.text for event in read_text_events(folder)]
 
 
-def _salvage(build: Build) -> tuple[dict[str, ShardEntry], list[ShardTask]]:
+def _take_over_finished(build: Build) -> tuple[dict[str, ShardEntry], list[ShardTask]]:
     """Take over what a killed job finished: entries of shards by name, and what is still to do.
 
     With `verify`, corrupt files are not taken over.
@@ -245,9 +245,9 @@ def _salvage(build: Build) -> tuple[dict[str, ShardEntry], list[ShardTask]]:
         indexes = [file for task in tasks if (file := task.file_name("index")) in sizes]
         corrupt = find_corrupt_files(indexes, build.store, sizes, build.cluster)
         sizes = {name: size for name, size in sizes.items() if name not in corrupt}
-    salvaged = [resume_shard(task, build.store, sizes) for task in tasks]
-    entries = {entry.name: entry for entry in salvaged if isinstance(entry, ShardEntry)}
-    return entries, [task for task in salvaged if isinstance(task, ShardTask)]
+    resumed = [resume_shard(task, build.store, sizes) for task in tasks]
+    entries = {entry.name: entry for entry in resumed if isinstance(entry, ShardEntry)}
+    return entries, [task for task in resumed if isinstance(task, ShardTask)]
 
 
 def _write_shards(build: Build, tasks: Sequence[ShardTask]) -> dict[str, ShardEntry]:

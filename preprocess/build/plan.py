@@ -110,7 +110,7 @@ def plan_shards(
         tasks=tuple(tasks),
         unchanged=tuple(unchanged),
         dropped=tuple(dropped),
-        dropped_changes=_diff_sessions(dropped_sessions, context),
+        dropped_changes=_find_changes(dropped_sessions, context),
         order=tuple(shard.name for shard in planned),
         settings=settings,
     )
@@ -229,7 +229,7 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
                 session_windows.session: context.rows.choose_source(session_windows, column, basis)
                 for session_windows in shard.sessions
             },
-            changes=_diff_sessions(
+            changes=_find_changes(
                 [*shard.sessions, *(previous.sessions if previous else ())], context, column
             ),
             is_repair=is_same,
@@ -259,7 +259,7 @@ def _reason(built: BuiltColumn | None, basis: Mapping[str, Any], context: _Conte
     return Reason(Cause.SETTINGS_CHANGED if changes else Cause.SESSIONS_CHANGED, settings=changes)
 
 
-def _diff_sessions(
+def _find_changes(
     sessions: Iterable[SessionWindows], context: _Context, column: Column | None = None
 ) -> Changes:
     """List which sessions are new, removed or changed (for one column, if given)."""

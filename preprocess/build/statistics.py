@@ -106,7 +106,7 @@ class TokenCounter(NoCounter):
     @property
     def result(self) -> dict[str, Any]:  # type: ignore[override]
         """Statistics of the members so far."""
-        return {f"{name}_tokens": of_tokens(ids) for name, ids in self._ids.items()}
+        return {f"{name}_tokens": token_statistics(ids) for name, ids in self._ids.items()}
 
 
 TAR_COUNTERS: dict[str, type[NoCounter]] = {"audio": SoundCounter, "text": TokenCounter}
@@ -129,15 +129,15 @@ def of_sensors(
     num_angles = proprio.shape[-1] // 2
     num_velocities = proprio.shape[-1] - num_angles
     return {
-        "proprio": of_numbers(proprio, [ANGLE] * num_angles + [VELOCITY] * num_velocities),
-        "touch": of_numbers(touch, [TOUCH] * touch.shape[-1]),
+        "proprio": number_statistics(proprio, [ANGLE] * num_angles + [VELOCITY] * num_velocities),
+        "touch": number_statistics(touch, [TOUCH] * touch.shape[-1]),
     }
 
 
 def sound_statistics(levels_db: Sequence[float]) -> dict[str, dict[str, Any]]:
     """Compute the statistics of the levels of windows."""
     levels = np.array(levels_db, dtype=np.float32).reshape(-1, 1)
-    return {"audio_level": of_numbers(levels, [LEVEL])}
+    return {"audio_level": number_statistics(levels, [LEVEL])}
 
 
 def level_db(samples: NDArray[np.int16]) -> float:
@@ -149,7 +149,7 @@ def level_db(samples: NDArray[np.int16]) -> float:
     return max(LEVEL.low, 10 * math.log10(energy / (len(samples) * FULL_SCALE**2)))
 
 
-def of_numbers(values: NDArray[np.float32], axes: Sequence[Axis]) -> dict[str, Any]:
+def number_statistics(values: NDArray[np.float32], axes: Sequence[Axis]) -> dict[str, Any]:
     """Compute count, sums, sums of squares, min, max and histogram of each column of [..., D].
 
     Args:
@@ -184,7 +184,7 @@ def level_statistics(
     return [np.bincount(channel, minlength=num_levels).tolist() for channel in rows.T]
 
 
-def of_tokens(streams: Iterable[Sequence[int]]) -> list[int]:
+def token_statistics(streams: Iterable[Sequence[int]]) -> list[int]:
     """Count each token of a text stream, up to the largest token that occurs."""
     ids = np.fromiter((i for ids in streams for i in ids), dtype=np.int64)
     return [int(n) for n in np.bincount(ids)]

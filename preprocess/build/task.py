@@ -137,13 +137,14 @@ def resume_shard(
         columns = built_columns(index)
     except (ShardError, KeyError, TypeError):
         columns = {}
-    wanted = task.fingerprints
+    expected = task.fingerprints
     finished = {
         name: column
         for name, column in columns.items()
-        if column.fingerprint == wanted.get(name) and sizes.get(column.file) == column.length_bytes
+        if column.fingerprint == expected.get(name)
+        and sizes.get(column.file) == column.length_bytes
     }
-    if set(finished) == set(wanted):
+    if set(finished) == set(expected):
         return _entry(task, content, finished)
     if not finished or not set(task.kept) <= set(finished):
         store.remove(file)

@@ -75,12 +75,12 @@ def part(values: np.ndarray, tokens: list[int], levels: np.ndarray) -> dict[str,
     valid = np.ones(levels.shape[:2], np.bool_)
     return {
         "num_samples": len(values),
-        "proprio": statistics.of_numbers(values, AXES),
-        "touch": statistics.of_numbers(np.full_like(values, np.nan), AXES),
+        "proprio": statistics.number_statistics(values, AXES),
+        "touch": statistics.number_statistics(np.full_like(values, np.nan), AXES),
         **statistics.sound_statistics(values.reshape(-1)[:4].tolist()),
         "dmel_levels": statistics.level_statistics(levels, valid, 4),
-        "internal_tokens": statistics.of_tokens([tokens]),
-        "external_tokens": statistics.of_tokens([]),
+        "internal_tokens": statistics.token_statistics([tokens]),
+        "external_tokens": statistics.token_statistics([]),
     }
 
 
@@ -89,7 +89,7 @@ def merged(parts: list[np.ndarray], *, axes: list[statistics.Axis]) -> dict[str,
     none = {"count": 0}
     rest = {"num_samples": 0, "touch": none, "audio_level": none, "dmel_levels": [[0]]}
     rest |= {"internal_tokens": [], "external_tokens": []}
-    found = [{**rest, "proprio": statistics.of_numbers(p, axes)} for p in parts]
+    found = [{**rest, "proprio": statistics.number_statistics(p, axes)} for p in parts]
     return statistics.merge(found)["proprio"]
 
 
