@@ -194,7 +194,7 @@ def test_a_missing_file_is_a_corrupt_sample(tiny_set, tmp_path, suffix):
 def test_an_index_with_other_rows_than_the_manifest_says_is_refused(tiny_set, tmp_path):
     shards = tiny_sets.copy_set(tiny_set, tmp_path / "set")
     tiny_sets.edit_manifest(shards, lambda v: v["shards"][0].update(num_samples=5))
-    with pytest.raises(CorruptError, match="has 4 rows, manifest says 5; fix: run"):
+    with pytest.raises(CorruptError, match="has 4 rows, manifest says 5; fix: rebuild it by"):
         ShardSource(shards).key(0, 0)
 
 
