@@ -14,7 +14,7 @@ import os
 import tempfile
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -151,18 +151,19 @@ class DiskArray(Generic[ScalarT]):
         Raises:
             OSError: the disk is full.
         """
-        if len(values) == 0:
-            return
-        start, self._length = self._length, self._length + len(values)
-        size = self.dtype.itemsize
-        try:
-            # Writing to a mapped hole of a full disk would kill the process by SIGBUS.
-            os.posix_fallocate(self._file.fileno(), start * size, len(values) * size)
-        except OSError as error:
-            folder = tempfile.gettempdir()
-            error.add_note(f"no space left in {folder} for decoded audio; fix: set TMPDIR")
-            raise
-        self._map(start, self._length, "r+")[:] = values
+        rest = memoryview(values.astype(self.dtype, copy=False).tobytes())
+        position = self._length * self.dtype.itemsize
+        # Written, not mapped: a mapping per call costs several times as much as the write,
+        # and storing into one on a full disk kills the process by SIGBUS.
+        while len(rest):
+            try:
+                num_written = os.pwrite(self._file.fileno(), rest, position)
+            except OSError as error:
+                folder = tempfile.gettempdir()
+                error.add_note(f"no space left in {folder} for decoded audio; fix: set TMPDIR")
+                raise
+            rest, position = rest[num_written:], position + num_written
+        self._length += len(values)
 
     def __len__(self) -> int:
         return self._length
@@ -172,7 +173,12 @@ class DiskArray(Generic[ScalarT]):
         start, stop, step = key.indices(self._length)
         if step != 1:
             raise ValueError("a disk array is read forwards, without steps")
-        return np.array(self._map(start, stop, "r")) if stop > start else np.empty(0, self.dtype)
+        if stop <= start:
+            return np.empty(0, self.dtype)
+        offset = start * self.dtype.itemsize
+        return np.array(
+            np.memmap(self._file, self.dtype, "r", offset=offset, shape=(stop - start,))
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DiskArray.of, (self[:],)
@@ -182,7 +188,3 @@ class DiskArray(Generic[ScalarT]):
         step = BLOCK_BYTES // self.dtype.itemsize
         for start in range(0, self._length, step):
             yield self[start : start + step]
-
-    def _map(self, start: int, stop: int, mode: Literal["r", "r+"]) -> NDArray[ScalarT]:
-        offset = start * self.dtype.itemsize
-        return np.memmap(self._file, self.dtype, mode, offset=offset, shape=(stop - start,))
