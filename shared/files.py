@@ -151,18 +151,18 @@ class DiskArray(Generic[ScalarT]):
         Raises:
             OSError: the disk is full.
         """
-        rest = memoryview(values.astype(self.dtype, copy=False).tobytes())
+        unwritten = memoryview(values.astype(self.dtype, copy=False).tobytes())
         position = self._length * self.dtype.itemsize
         # Written, not mapped: a mapping per call costs several times as much as the write,
         # and storing into one on a full disk kills the process by SIGBUS.
-        while len(rest):
+        while len(unwritten):
             try:
-                num_written = os.pwrite(self._file.fileno(), rest, position)
+                num_written = os.pwrite(self._file.fileno(), unwritten, position)
             except OSError as error:
                 folder = tempfile.gettempdir()
                 error.add_note(f"no space left in {folder} for decoded audio; fix: set TMPDIR")
                 raise
-            rest, position = rest[num_written:], position + num_written
+            unwritten, position = unwritten[num_written:], position + num_written
         self._length += len(values)
 
     def __len__(self) -> int:
