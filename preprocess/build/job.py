@@ -272,7 +272,7 @@ def _write_shards(build: Build, tasks: Sequence[ShardTask]) -> dict[str, ShardEn
     num_parallel = sum(task.num_parallel for task in work)
     if work and (num_idle := cluster.num_idle(num_parallel, work_s=seconds)):
         cluster.log(
-            f"{num_parallel} tasks leave {num_idle} workers idle; a smaller --task-seconds "
+            f"tasks: {num_parallel}, idle workers: {num_idle}; a smaller --task-seconds "
             f"(now {build.task_s:g}) gives more"
         )
     entries = cluster.run(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shared.errors import ShardError
 from shared.shardset.codec import decode_wav
 
 if TYPE_CHECKING:
@@ -194,10 +195,21 @@ def token_statistics(streams: Iterable[Sequence[int]]) -> list[int]:
 
 
 def merge(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge the statistics of shards into those of a set, with mean and std of the numbers."""
+    """Merge the statistics of shards into those of a set, with mean and std of the numbers.
+
+    Raises:
+        ShardError: a shard lacks some: it was written before they were part of the format.
+    """
     merged: dict[str, Any] = {"num_samples": sum(shard["num_samples"] for shard in shards)}
     for name in _NUMBERS:
-        merged[name] = _merge_numbers([shard[name] for shard in shards if shard[name]["count"]])
+        try:
+            merged[name] = _merge_numbers([shard[name] for shard in shards if shard[name]["count"]])
+        except KeyError as error:
+            raise ShardError(
+                f"statistics of {name}: a shard of the set lacks {error}, so an unreleased version "
+                "wrote it; fix: remove the folder of the set or choose another one, and build the "
+                "set again"
+            ) from error
     levels = [np.asarray(shard["dmel_levels"], dtype=np.int64) for shard in shards]
     merged["dmel_levels"] = np.sum(levels, axis=0).tolist() if levels else []
     for name in ("internal_tokens", "external_tokens"):

@@ -199,8 +199,8 @@ class BatchMaker:
                 corrupt.append(self._describe(current, error))
                 current = self._order.substitute(plan, i, attempt)
         raise TooManyCorruptSamplesError(
-            f"sample {location} and {MAX_ATTEMPTS - 1} substitutes for it are corrupt; "
-            f"{REBUILD_HINT}; the last error: {corrupt[-1]['error']}"
+            f"sample {location} and {MAX_ATTEMPTS - 1} substitutes for it are corrupt; the last "
+            f"error: {_with_fix(corrupt[-1])}"
         )
 
     def _describe(self, location: SampleLocation, error: CorruptError) -> dict[str, Any]:
@@ -244,9 +244,15 @@ class CorruptSampleBudget:
             return
         raise TooManyCorruptSamplesError(
             f"{self.num_corrupt} of {self.num_read} samples are corrupt, data.max_bad_fraction "
-            f"allows {self.max_fraction:g}; {REBUILD_HINT}, or raise data.max_bad_fraction; the "
-            f"last error: {skipped[-1]['error']}"
+            f"allows {self.max_fraction:g} (raise it to continue without them); the last error: "
+            f"{_with_fix(skipped[-1])}"
         )
+
+
+def _with_fix(skipped: Mapping[str, Any]) -> str:
+    """Return the error of a corrupt sample, with a fix if it names none itself."""
+    error = str(skipped["error"])
+    return error if "; fix: " in error else f"{error}; {REBUILD_HINT}"
 
 
 def init_worker(_worker_id: int) -> None:

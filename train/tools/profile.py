@@ -359,16 +359,7 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
             requested_s = time.perf_counter()
             batch = next(batches)
             received_s = time.perf_counter()
-        made_s = batch["made_s"]
-        # Targets are views of inputs: each memory counts once.
-        sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(batch)}
-        row = {
-            "send": received_s - max(made_s, requested_s),
-            "waited": made_s > requested_s,
-            "pin": batch.get("pin_s", 0.0),
-            "bytes": sum(sizes.values()),
-        }
-        received.append({**batch["stages_s"], **row})
+        received.append(_describe_batch(batch, requested_s, received_s))
         with phase("copy"):
             return to_device(batch, device)  # type: ignore[no-any-return]
 
@@ -402,6 +393,20 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
         batch_bytes=int(received[-1]["bytes"]),
         pin_s=pin_s,
     )
+
+
+def _describe_batch(batch: Batch, requested_s: float, received_s: float) -> dict[str, float]:
+    """Return the seconds of a batch's stages and its transfer, its size, and if it was awaited."""
+    made_s = batch["made_s"]
+    # Targets are views of inputs: each memory counts once.
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(batch)}
+    return {
+        **batch["stages_s"],
+        "send": received_s - max(made_s, requested_s),
+        "waited": made_s > requested_s,
+        "pin": batch.get("pin_s", 0.0),
+        "bytes": sum(sizes.values()),
+    }
 
 
 def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:

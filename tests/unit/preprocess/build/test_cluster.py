@@ -204,7 +204,11 @@ def test_local_workers_that_die_while_they_start_are_started_again(monkeypatch, 
 @pytest.mark.parametrize(
     ("num_workers", "task_s", "says"),
     [
-        (3, 120.0, "1 tasks leave 2 workers idle; a smaller --task-seconds (now 120) gives more"),
+        (
+            3,
+            120.0,
+            "tasks: 1, idle workers: 2; a smaller --task-seconds (now 120) gives more tasks",
+        ),
         (3, 2.0, ""),
     ],
 )

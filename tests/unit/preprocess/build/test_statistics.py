@@ -20,6 +20,7 @@ from hypothesis.extra.numpy import arrays
 
 from preprocess.build import statistics
 from preprocess.build.statistics import add_exactly, exact_sums
+from shared.errors import ShardError
 from shared.shardset.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -235,3 +236,10 @@ def test_an_update_gives_the_statistics_of_a_fresh_build(recorded, built, tmp_pa
     one, other = read_manifest(out), read_manifest(tmp_path / "fresh")
     assert len(one.shards) > len(other.shards)
     assert one.statistics == other.statistics
+
+
+def test_a_shard_without_exact_sums_is_refused_with_a_fix():
+    shard = {"num_samples": 1, "touch": {"count": 1, "min": [0.0], "max": [1.0]}}
+    empty = {name: {"count": 0} for name in ("proprio", "audio_level_db")}
+    with pytest.raises(ShardError, match=r"touch: a shard .* lacks 'exact_sum'.*; fix: remove"):
+        statistics.merge([{**empty, **shard}])
