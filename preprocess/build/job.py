@@ -273,7 +273,7 @@ def _write_shards(build: Build, tasks: Sequence[ShardTask]) -> dict[str, ShardEn
     if work and (num_idle := cluster.num_idle(num_parallel, work_s=seconds)):
         cluster.log(
             f"tasks: {num_parallel}, idle workers: {num_idle}; a smaller --task-seconds "
-            f"(now {build.task_s:g}) gives more"
+            f"(now {build.task_s:g}) gives more tasks"
         )
     entries = cluster.run(
         _build_shard, work, subtask=_encode_video, label="build shards", work_s=seconds
