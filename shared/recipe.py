@@ -1,144 +1,52 @@
-"""Define the recipe: how the streams of a session become the fields of a sample.
+"""Define the recipe: which streams a session has, and how they become a shard set.
 
 A recipe is a YAML file (``configs/recipe.yaml``) and this tree of frozen, validated objects. Each
-field depends on some sections only, so that a changed key rebuilds only the columns that depend on
-it.
+column depends on its stream only, so that a changed key rebuilds only the columns of that stream.
 """
 
 from __future__ import annotations
 
-import enum
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from shared.config import Section, load_section
+from shared.streams import (
+    DEFAULT_STREAMS,
+    DEFAULTS_OF_KIND,
+    AudioDefaults,
+    Kind,
+    SensorDefaults,
+    StreamSpec,
+    TextDefaults,
+    VideoDefaults,
+    check_stream_name,
+)
 
 PAD_TOKEN = 0
 """Token of silence, the same in every tokenizer."""
 
+DEFAULT_SEGMENT_S = 2.0
+"""Length of a segment if neither the recipe nor an existing set decides it."""
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 """Sessions to train on, and held-out sessions."""
 
 
-class Stream(enum.StrEnum):
-    """The timed signals that a session can have."""
+class SegmentRecipe(Section):
+    """How a session is stored: in segments that touch."""
 
-    VISION_LEFT = "vision_left"
-    VISION_RIGHT = "vision_right"
-    AUDIO = "audio"
-    TOUCH = "touch"
-    PROPRIO = "proprio"
-    INTERNAL_TEXT = "internal_text"
-    EXTERNAL_TEXT = "external_text"
-
-
-STREAMS: tuple[Stream, ...] = tuple(Stream)
-"""All streams, in the order of their presence bits."""
-
-VISION_STREAMS: tuple[Stream, ...] = (Stream.VISION_LEFT, Stream.VISION_RIGHT)
-SENSOR_STREAMS: tuple[Stream, ...] = (Stream.TOUCH, Stream.PROPRIO)
-TEXT_STREAMS: tuple[Stream, ...] = (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT)
-
-
-class WindowRecipe(Section):
-    """How a session is split into windows."""
-
-    duration_s: float = Field(4.0, gt=0, le=600)
-    """Length of a window in seconds."""
-    stride_s: float | None = Field(None, gt=0)
-    """Distance between window starts in seconds; null means the duration, so that windows touch."""
+    duration_s: float | None = Field(None, gt=0, le=600)
+    """Length of a segment in seconds; null means that of the set that is updated, else 2."""
     min_coverage: float = Field(0.5, ge=0, le=1)
-    """Share of a window that a stream must cover to count as present in it. The parts that it does
-    not cover are masked."""
-
-    @property
-    def effective_stride_s(self) -> float:
-        """Distance between window starts in seconds."""
-        return self.duration_s if self.stride_s is None else self.stride_s
+    """Share of a segment that each required stream must cover; other segments are rejected."""
 
 
-class VisionRecipe(Section):
-    """How video becomes frames."""
-
-    rate_hz: float = Field(5.0, gt=0, le=120)
-    """Frames per second that are kept, the nearest ones by presentation time."""
-    size: int = Field(224, ge=16, le=1024, multiple_of=16)
-    """Height and width in pixels."""
-    fit: Literal["crop", "stretch", "pad"] = "crop"
-    """How another aspect ratio becomes square: crop or squeeze the longer side, or pad with black
-    bars."""
-    codec: Literal["h264", "mjpeg", "yuv420", "raw"] = "h264"
-    """How frames are stored: as an H.264 stream per window, JPEG pictures, planes, or RGB.
-
-    On real footage of 224 pixels, in bytes per frame, PSNR, and ms of one core to decode to planes
-    and to RGB: h264 4,500, 38.1 dB, 0.18, 0.45; mjpeg 13,200, 38.5 dB, 0.20, 0.18; yuv420 75,264,
-    44.9 dB, 0.007, 0.31; raw 150,528, exact, 0.19, 0.015. Of the compressing codecs, h264 is by far
-    the smallest and narrowly the cheapest to decode to planes (`data.pixels: yuv420`); it costs
-    1 ms per frame to build. mjpeg is the cheapest to decode to RGB. yuv420 needs almost no CPU, if
-    disk and network deliver 75 kB per frame as fast as the GPU consumes them.
-    tests/benchmarks/bench_pixels.py measures it."""
-    quality: int = Field(90, ge=1, le=100)
-    """mjpeg: JPEG quality."""
-    qp: int = Field(22, ge=1, le=51)
-    """h264: constant quantizer; plus 6 halves the precision. 22 has the PSNR of JPEG quality 90."""
-    max_error_s: float | None = Field(None, gt=0)
-    """Frames farther than this from their grid time are masked; null means one step, which is
-    1 / rate_hz."""
-
-    @property
-    def tolerance_s(self) -> float:
-        """Largest distance in seconds between a grid time and its frame."""
-        return 1.0 / self.rate_hz if self.max_error_s is None else self.max_error_s
-
-
-class AudioRecipe(Section):
-    """How audio becomes a waveform."""
-
-    rate_hz: int = Field(16_000, ge=4_000, le=96_000)
-    """Sample rate of the mono waveform."""
-    loudness_dbfs: float | None = Field(-23.0, ge=-60, le=0)
-    """RMS level to which each session is normalized, with limited peaks; null keeps its level."""
-    peak_dbfs: float = Field(-1.0, ge=-60, le=0)
-    """Largest level of any sample after the gain."""
-
-
-class MelRecipe(Section):
-    """How the waveform becomes dMel tokens (Bai et al. 2024, arXiv:2407.15835)."""
-
-    rate_hz: int = Field(50, ge=1, le=1000)
-    """Frames per second; must divide the audio rate."""
-    fft_size: int = Field(1024, ge=64, le=16_384)
-    """Samples in each analysis window. The window ends where its frame ends, so that no frame
-    depends on later samples."""
-    channels: int = Field(80, ge=4, le=256)
-    """Number of mel channels."""
-    levels: int = Field(16, ge=2, le=255)
-    """Levels per channel; the value 255 means masked."""
-    floor_db: float = -70.0
-    """Mel energy in dB at the center of the lowest level; lower energies get that level."""
-    ceiling_db: float = 30.0
-    """Mel energy in dB at the center of the highest level; higher energies get that level."""
-
-
-class SensorRecipe(Section):
-    """How touch and proprioception become samples on a grid."""
-
-    rate_hz: float = Field(30.0, gt=0, le=1000)
-    """Samples per second on the grid."""
-    max_gap_s: float = Field(0.1, gt=0)
-    """Grid points inside a longer gap of the recording are masked instead of interpolated."""
-    touch_size: int = Field(5, ge=1, le=256)
-    """Number of touch values, each in [0, 1]."""
-    proprio_size: int = Field(20, ge=2, le=512, multiple_of=2)
-    """Number of proprioceptive values: joint angles in rad, then their velocities in rad/s."""
-
-
-class TextRecipe(Section):
+class TextRecipe(TextDefaults):
     """How text becomes tokens."""
 
     vocab_size: int = Field(1024, ge=264, le=200_000)
@@ -157,55 +65,144 @@ class SplitRecipe(Section):
 
 
 class ShardRecipe(Section):
-    """How samples are packed into shards."""
+    """How segments are packed into shards."""
 
     target_bytes: int = Field(256 * 2**20, ge=2**16)
     """Approximate bytes of media and numbers per shard."""
 
 
+_TOUCH = "{kind: sensor, key: touch, values: [{count: 5, type: fraction}]}"
+_PROPRIO = "{kind: sensor, key: proprio, values: [{count: 10, type: angle}, ...]}"
+
+MOVED_KEYS: Mapping[str, str] = {
+    "required": "write `required: true` in each such stream under `streams:`",
+    "window.duration_s": "set segment.duration_s here and data.window.duration_s for training",
+    "window.stride_s": "set data.window.stride_s in the training configuration",
+    "window.min_coverage": "set segment.min_coverage",
+    "vision": "write `video:` instead of `vision:`",
+    "mel": "write its keys under `audio:`, in `dmel:`",
+    "sensors.rate_hz": "set sensor.rate_hz",
+    "sensors.max_gap_s": "set sensor.max_gap_s",
+    "sensors.touch_size": f"declare the stream under `streams:`, as touch: {_TOUCH}",
+    "sensors.proprio_size": f"declare the stream under `streams:`, as proprio: {_PROPRIO}",
+    "window": "write `segment:`; the length of windows is data.window of the training configuration",
+    "sensors": "write `sensor:` instead of `sensors:`",
+}
+"""Keys of recipes before streams were declared, and what to write instead."""
+
+
 class Recipe(Section):
     """Everything that decides the bytes of a shard set."""
 
-    required: tuple[Stream, ...] = (Stream.VISION_LEFT, Stream.AUDIO, Stream.PROPRIO)
-    """Streams that a session must have; [] accepts any session with at least one stream."""
-    window: WindowRecipe = WindowRecipe()
-    vision: VisionRecipe = VisionRecipe()
-    audio: AudioRecipe = AudioRecipe()
-    mel: MelRecipe = MelRecipe()
-    sensors: SensorRecipe = SensorRecipe()
+    segment: SegmentRecipe = SegmentRecipe()
+    video: VideoDefaults = VideoDefaults()
+    audio: AudioDefaults = AudioDefaults()
+    sensor: SensorDefaults = SensorDefaults()
     text: TextRecipe = TextRecipe()
+    streams: dict[str, StreamSpec] = Field(default_factory=dict, validate_default=True)
+    """The streams by name, sorted; each has all keys of its kind. A recipe without `streams:` has
+    the default seven."""
     split: SplitRecipe = SplitRecipe()
     shard: ShardRecipe = ShardRecipe()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_streams(cls, values: Any) -> Any:  # noqa: ANN401
+        """Refuse keys that moved, and give each stream the defaults of its kind."""
+        if not isinstance(values, Mapping):
+            return values
+        for key, fix in MOVED_KEYS.items():
+            section, _, name = key.partition(".")
+            inner = values.get(section)
+            if section in values and (not name or (isinstance(inner, Mapping) and name in inner)):
+                raise ValueError(f"{key} is no key of a recipe any more; fix: {fix}")
+        streams = values.get("streams")
+        if streams is None:
+            streams = DEFAULT_STREAMS
+        if not isinstance(streams, Mapping):
+            raise ValueError("streams is not a mapping; fix: write `NAME: {kind: ..., file: ...}`")
+        if not streams:
+            raise ValueError("streams declares no stream; fix: declare one, or leave streams out")
+        for name in streams:
+            check_stream_name(str(name))
+        defaults = {kind: _plain(values.get(kind.value)) for kind in Kind}
+        completed = {
+            name: _with_defaults(streams[name], defaults) for name in sorted(streams, key=str)
+        }
+        return {**values, "streams": completed}
+
     @model_validator(mode="after")
-    def _rates_fit_the_window(self) -> Recipe:
-        for name, rate_hz in (
-            ("vision.rate_hz", self.vision.rate_hz),
-            ("mel.rate_hz", self.mel.rate_hz),
-            ("sensors.rate_hz", self.sensors.rate_hz),
-            ("audio.rate_hz", self.audio.rate_hz),
-        ):
-            count = rate_hz * self.window.duration_s
-            if abs(count - round(count)) > 1e-9 or round(count) < 1:
+    def _check_streams(self) -> Recipe:
+        sources: dict[tuple[Any, ...], str] = {}
+        for name, stream in self.streams.items():
+            source = tuple(getattr(stream, key) for key in stream.source_keys)
+            if other := sources.get(source):
                 raise ValueError(
-                    f"{name} {rate_hz:g} x window.duration_s {self.window.duration_s:g} "
-                    f"is {count:g}, not a whole number of samples; fix: change one of the two"
+                    f"streams {other} and {name} have the same source {stream.file}; fix: remove "
+                    f"one, or give them different {' or '.join(stream.source_keys)}"
                 )
-        if self.audio.rate_hz % self.mel.rate_hz:
-            raise ValueError(
-                f"mel.rate_hz {self.mel.rate_hz} does not divide audio.rate_hz "
-                f"{self.audio.rate_hz}; fix: change one of the two"
-            )
-        if self.mel.ceiling_db <= self.mel.floor_db:
-            raise ValueError(
-                f"mel.ceiling_db {self.mel.ceiling_db:g} is not above mel.floor_db "
-                f"{self.mel.floor_db:g}; fix: raise the ceiling or lower the floor"
-            )
+            sources[source] = name
+            for key, rate_hz in stream.rates_hz.items():
+                count = rate_hz * self.segment_s
+                if abs(count - round(count)) > 1e-9 or round(count) < 1:
+                    raise ValueError(
+                        f"streams.{name}: {key} {rate_hz:g} x segment.duration_s "
+                        f"{self.segment_s:g} is {count:g}, not a whole number of samples; fix: "
+                        "change one of the two"
+                    )
         return self
 
+    @property
+    def segment_s(self) -> float:
+        """Length of a segment in seconds."""
+        return DEFAULT_SEGMENT_S if self.segment.duration_s is None else self.segment.duration_s
+
+    def with_segment(self, duration_s: float) -> Recipe:
+        """Return the recipe with a length of segments; checks that all rates fit it.
+
+        Raises:
+            ValueError: a stream has no whole number of samples in a segment.
+        """
+        values = self.as_json()
+        values["segment"]["duration_s"] = duration_s
+        return Recipe.model_validate(values)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Names of the streams that a session must have."""
+        return tuple(name for name, stream in self.streams.items() if stream.required)
+
+    def of_kind(self, *kinds: Kind) -> tuple[str, ...]:
+        """Return the names of the streams of some kinds, sorted."""
+        return tuple(name for name, stream in self.streams.items() if stream.kind in kinds)
+
     def count(self, rate_hz: float) -> int:
-        """Return the number of samples in one window of a signal of `rate_hz`."""
-        return round(rate_hz * self.window.duration_s)
+        """Return the number of samples in one segment of a signal of `rate_hz`."""
+        return round(rate_hz * self.segment_s)
+
+
+def _plain(section: object) -> dict[str, Any]:
+    """Return the keys that a section sets."""
+    if isinstance(section, Section):
+        return section.model_dump(exclude_unset=True)
+    return dict(section) if isinstance(section, Mapping) else {}
+
+
+def _with_defaults(stream: object, defaults: Mapping[Kind, Mapping[str, Any]]) -> object:
+    """Return a stream's plain values, completed by the defaults of its kind."""
+    values = _plain(stream)
+    kind = values.get("kind")
+    if kind not in set(Kind):
+        return values or stream  # pydantic explains what is wrong
+    inherited = {
+        key: value
+        for key, value in defaults[Kind(kind)].items()
+        if key in DEFAULTS_OF_KIND[Kind(kind)].model_fields
+    }
+    for key, value in inherited.items():
+        if isinstance(value, Mapping | Section) and isinstance(values.get(key), Mapping | Section):
+            values[key] = {**_plain(value), **_plain(values[key])}
+    return {**inherited, **values}
 
 
 def load_recipe(path: Path | str) -> Recipe:

@@ -6,42 +6,21 @@ is ``configs/training_config.yaml``.
 
 from __future__ import annotations
 
-import enum
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from shared.config import Section, apply_overrides, make_section, read_yaml
 from shared.errors import ConfigError
-from shared.recipe import STREAMS, TEXT_STREAMS, Stream
 from shared.storage import Store, parse_location, redact_url
+from train.walkthrough import STREAM_OF_HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-
-class Head(enum.StrEnum):
-    """The model's prediction heads; each has its loss, ``loss_<head>``."""
-
-    INTERNAL_TEXT = "internal_text"
-    EXTERNAL_TEXT = "external_text"
-    AUDIO = "audio"
-    ANIMATION = "animation"
-
-
-HEAD_STREAM: Mapping[Head, Stream] = {
-    Head.INTERNAL_TEXT: Stream.INTERNAL_TEXT,
-    Head.EXTERNAL_TEXT: Stream.EXTERNAL_TEXT,
-    Head.AUDIO: Stream.AUDIO,
-    Head.ANIMATION: Stream.PROPRIO,
-}
-"""The stream whose next tick each head predicts."""
-
-TEXT_HEADS = (Head.INTERNAL_TEXT, Head.EXTERNAL_TEXT)
 
 
 def _parse_folder_or_url(value: object) -> Path | str:
@@ -83,6 +62,22 @@ class MixedSet(Section):
         return self.name or re.sub(r"[^\w.-]", "-", path.rstrip("/").rpartition("/")[2])
 
 
+class WindowConfig(Section):
+    """What the model sees at once; changing it rebuilds nothing."""
+
+    duration_s: float = Field(4.0, gt=0, le=3600)
+    """Length of a window in seconds. It and the stride are multiples of the shortest time with
+    whole samples of every stream that is read and whole ticks: 0.2 s for the default recipe."""
+    stride_s: float | None = Field(None, gt=0, le=3600)
+    """Seconds between the starts of windows; null means the duration, so that windows touch. A
+    smaller stride gives more, overlapping samples. Held-out windows always touch."""
+
+    @property
+    def stride(self) -> float:
+        """Seconds between the starts of windows."""
+        return self.duration_s if self.stride_s is None else self.stride_s
+
+
 class DataConfig(Section):
     """Where samples come from and how they are batched."""
 
@@ -110,9 +105,11 @@ class DataConfig(Section):
     batch_size: int = Field(8, ge=1)
     """Samples per global batch; torchrun's ranks share it equally. A run can be resumed with a
     divisor of this batch size if accumulation_steps grows by the same factor."""
-    modalities: tuple[Stream, ...] | None = Field(None, min_length=1)
-    """Streams that are the model's inputs. null means all streams, or only the trained text streams
-    if nothing but text is trained."""
+    window: WindowConfig = WindowConfig()
+    """Length and spacing of the windows that samples are."""
+    modalities: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of the streams that are the model's inputs. null means all declared streams, or only
+    the trained text streams if nothing but text is trained."""
     pixels: Literal["yuv420", "rgb"] = "yuv420"
     """Form of frames in a batch. yuv420: planes, which take half the bytes of RGB and are converted
     on the training device. rgb: RGB, converted by the loader; on a training device that is a CPU it
@@ -195,30 +192,6 @@ class CheckpointConfig(Section):
     """Number of newest step checkpoints that are kept; older ones are removed."""
 
 
-class LossWeights(Section):
-    """Weight of each head's loss in loss_total.
-
-    0 switches the head off and, if nothing else needs its stream, the stream is not read.
-    """
-
-    internal_text: float = Field(1.0, ge=0)
-    """Weight of the internal text (thoughts)."""
-    external_text: float = Field(1.0, ge=0)
-    """Weight of the external text (speech)."""
-    audio: float = Field(1.0, ge=0)
-    """Weight of the audio."""
-    animation: float = Field(1.0, ge=0)
-    """Weight of the body movement."""
-
-    @model_validator(mode="after")
-    def _check_not_all_zero(self) -> LossWeights:
-        if not any(getattr(self, head) for head in Head):
-            raise ValueError(
-                "all loss weights are 0, so nothing would be learned; fix: set one above 0"
-            )
-        return self
-
-
 class TrainingConfig(Section):
     """The training loop."""
 
@@ -259,7 +232,21 @@ class TrainingConfig(Section):
     """Folder of TensorBoard logs; each run has a folder in it."""
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpointing: CheckpointConfig = CheckpointConfig()
-    loss_weights: LossWeights = LossWeights()
+    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Weight of each head's loss in loss_total: {NAME: weight}, with the name of any declared
+    audio, sensor or text stream. 0 switches the head off and, if nothing else needs its stream, the
+    stream is not read. internal_text, external_text, audio and animation (the head of proprio) have
+    weight 1 where they are left out and the data declares them; all others have 0."""
+
+    @field_validator("loss_weights")
+    @classmethod
+    def _check_loss_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        for head, stream in STREAM_OF_HEAD.items():
+            if head in weights and stream in weights:
+                raise ValueError(
+                    f"both {head} and {stream} are set, which are one head; fix: remove one of them"
+                )
+        return weights
 
 
 class ModelConfig(Section):
@@ -316,30 +303,6 @@ class TrainConfig(Section):
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
     model: ModelConfig = ModelConfig()
-
-    @property
-    def heads(self) -> tuple[Head, ...]:
-        """Heads whose loss weight is above 0."""
-        return tuple(h for h in Head if getattr(self.training.loss_weights, h) > 0)
-
-    @property
-    def target_streams(self) -> tuple[Stream, ...]:
-        """Streams that the active heads predict."""
-        return tuple(HEAD_STREAM[h] for h in self.heads)
-
-    @property
-    def input_streams(self) -> tuple[Stream, ...]:
-        """Streams that are the model's inputs."""
-        if self.data.modalities is not None:
-            return tuple(s for s in STREAMS if s in self.data.modalities)
-        if set(self.target_streams) <= set(TEXT_STREAMS):
-            return self.target_streams
-        return STREAMS
-
-    @property
-    def is_text_only(self) -> bool:
-        """Whether only text is read, so that batches are packed densely."""
-        return {*self.input_streams, *self.target_streams} <= set(TEXT_STREAMS)
 
 
 def load_train_config(
