@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 (pydantic reads it)
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -85,7 +85,7 @@ MOVED_KEYS: Mapping[str, str] = {
     "sensors.max_gap_s": "set sensor.max_gap_s",
     "sensors.touch_size": f"declare the stream under `streams:`, as touch: {_TOUCH}",
     "sensors.proprio_size": f"declare the stream under `streams:`, as proprio: {_PROPRIO}",
-    "window": "write `segment:`; the length of windows is data.window of the training configuration",
+    "window": "write `segment:`; training windows are data.window of the training config",
     "sensors": "write `sensor:` instead of `sensors:`",
 }
 """Keys of recipes before streams were declared, and what to write instead."""

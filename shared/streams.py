@@ -23,10 +23,25 @@ TEXT_FILE = "text.jsonl"
 
 STREAM_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 RESERVED_NAMES = frozenset(
-    (
-        "animation coverage epoch extras index inputs keys made_s num_samples present segment "
-        "session skipped stages_s targets total weight"
-    ).split()
+    [
+        "animation",
+        "coverage",
+        "epoch",
+        "extras",
+        "index",
+        "inputs",
+        "keys",
+        "made_s",
+        "num_samples",
+        "present",
+        "segment",
+        "session",
+        "skipped",
+        "stages_s",
+        "targets",
+        "total",
+        "weight",
+    ]
 )
 """Names of other things in batches, indexes and metrics."""
 
@@ -136,7 +151,7 @@ class VideoDefaults(Section):
     size: int | tuple[int, int] = 224
     """Pixels: one number for a square, or [height, width]; multiples of 16."""
     fit: Literal["crop", "stretch", "pad"] = "crop"
-    """How another aspect ratio is fitted: crop or squeeze the longer side, or pad with black bars."""
+    """How another aspect ratio fits: crop or squeeze the longer side, or pad with black bars."""
     codec: Literal["h264", "mjpeg", "yuv420", "raw"] = "h264"
     """How frames are stored: as an H.264 stream per segment, JPEG pictures, planes, or RGB.
 
