@@ -70,7 +70,18 @@ class WindowConfig(Section):
     whole samples of every stream that is read and whole ticks: 0.2 s for the default recipe."""
     stride_s: float | None = Field(None, gt=0, le=3600)
     """Seconds between the starts of windows; null means the duration, so that windows touch. A
-    smaller stride gives more, overlapping samples. Held-out windows always touch."""
+    smaller stride gives more, overlapping samples; a larger one is refused. Held-out windows always
+    touch."""
+
+    @model_validator(mode="after")
+    def _check_stride(self) -> WindowConfig:
+        if self.stride > self.duration_s:
+            raise ValueError(
+                f"stride_s {self.stride:g} exceeds duration_s {self.duration_s:g}, so that nothing "
+                "would be learned from the time between two windows; fix: set stride_s to at most "
+                f"{self.duration_s:g}"
+            )
+        return self
 
     @property
     def stride(self) -> float:
