@@ -37,6 +37,12 @@ def rebuild_hint_for(path: object) -> str:
     return rebuild_hint(location) if slash else REBUILD_HINT
 
 
+def upgrade_hint_for(path: object) -> str:
+    """Return the fix for the set of an older format that a file belongs to."""
+    location = str(path).rpartition("/")[0] or "SHARDS"
+    return f"fix: run `python -m preprocess upgrade {shlex.quote(location)}`"
+
+
 class EngineError(Exception):
     """Base of all errors that the input or the machine causes, not a bug in the program."""
 

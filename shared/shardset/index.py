@@ -1,11 +1,12 @@
-"""Write and read the index of a shard: its samples and the offsets of their bytes.
+"""Write and read the index of a shard: its rows, and the offsets of their bytes.
 
-The index is read into memory, not mapped: all of its bytes are hashed anyway, and a mapped file
-that is truncated kills its readers with SIGBUS.
+An index is a safetensors file: 8 bytes length of the header, the header (UTF-8 JSON), and the bytes
+of the arrays without gaps. The header's ``__metadata__`` has one key, whose value is the JSON of
+everything that is no array. docs/format.md is the specification.
 
-Layout, little-endian: 8 bytes magic, uint32 version, uint32 header length, header (UTF-8 JSON),
-then arrays, each at a multiple of 64 bytes. Under "arrays", the header maps each name to
-[dtype, shape, offset]. docs/format.md is the specification.
+The file is written and read here, not by the library: the same index gives the same bytes, sizes
+are limited, and nothing is mapped. All of its bytes are hashed anyway, and a mapped file that is
+truncated kills its readers with SIGBUS.
 """
 
 from __future__ import annotations
@@ -13,74 +14,86 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.errors import CorruptError, FormatVersionError, ShardError, rebuild_hint_for
+from shared.errors import (
+    CorruptError,
+    FormatVersionError,
+    ShardError,
+    rebuild_hint_for,
+    upgrade_hint_for,
+)
 from shared.files import sha256_of_bytes
+from shared.streams import STREAM_NAME, check_stream_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-MAGIC = b"VRCINDEX"
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 """The only version that is read; manifests of its format name only such indexes."""
 
-_ALIGNMENT = 64
-_PREFIX = struct.Struct("<8sII")
-_DTYPES = {"u1", "u4", "u8", "f4", "f8"}
+METADATA_KEY = "vr_creature"
+"""The key of ``__metadata__`` that holds the header of the index."""
 
-MEMBER_TABLES = {
-    "vision_left": ("vision_left",),
-    "vision_right": ("vision_right",),
-    "audio": ("audio",),
-    "text": ("text",),
-    "proprio": ("proprio/timestamp", "proprio/proprio", "proprio/touch", "proprio/valid"),
-    "dmel": ("dmel/dmel", "dmel/valid"),
+MAX_STREAMS = 512
+"""Streams of a set."""
+
+_OLD_MAGIC = b"VRCINDEX"
+"""First bytes of an index of format 2 or older."""
+
+_MAX_INDEX_BYTES = 1 << 30
+_MAX_HEADER_BYTES = 64 << 20
+_MAX_ARRAYS = 8 * MAX_STREAMS
+_MAX_SESSION_S = 1e6
+_MAX_SEGMENT_S = 600.0
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
+
+_DTYPES = {"U8": "u1", "U32": "u4", "U64": "u8", "F32": "f4", "F64": "f8"}
+"""NumPy's name of each dtype of safetensors that an index may have."""
+_SAFETENSORS_DTYPES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+"""Errors that reading damaged JSON values can raise."""
+
+_HEADER_TYPES = {
+    "name": str,
+    "split": str,
+    "streams": list,
+    "videos": list,
+    "sessions": list,
+    "durations_s": list,
+    "columns": dict,
+    "statistics": dict,
+    "decode_failures": list,
 }
-"""Member tables of each column: one of a tar column, one per array of a Zarr column."""
+_COLUMN_TYPES = {
+    "file": str,
+    "length_bytes": int,
+    "sha256": str,
+    "fingerprint": str,
+    "basis": dict,
+    "rows": dict,
+}
+_FAILURE_TYPES = {"session": str, "segment": int, "stream": str, "reason": str}
 
 _Form = tuple[str, tuple[int | None, ...]]
 """Dtype of an array and the shape of one row; None is a width that the recipe decides."""
 
 _MEMBER_FORMS: dict[str, _Form] = {"offset": ("u8", ()), "length": ("u8", ()), "crc32c": ("u4", ())}
-
-_ROW_FORMS: dict[str, _Form] = {
-    "session": ("u4", ()),
-    "window": ("u4", ()),
-    "start_s": ("f8", ()),
-    "stop_s": ("f8", ()),
-    "present": ("u1", ()),
-    "partial": ("u1", ()),
-    "coverage": ("f4", (7,)),
-}
-"""Arrays that every index has."""
-
-_COLUMN_FORMS: dict[str, dict[str, _Form]] = {
-    column: {
-        **{f"{t}.{name}": form for t in tables for name, form in _MEMBER_FORMS.items()},
-        **({f"{column}.error_s": ("f4", (None,))} if column.startswith("vision") else {}),
-    }
-    for column, tables in MEMBER_TABLES.items()
-}
-"""Arrays that an index has for each of its columns."""
-_MAX_HEADER_BYTES = 64 << 20
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
-_PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
-"""Errors that reading damaged JSON values can raise."""
+"""Arrays of each column."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Members:
-    """Positions of one tar column's members or one Zarr array's chunks, one row per sample.
+    """Positions of one tar column's members or one Zarr array's chunks, one row per segment.
 
-    offset uint64 [N], length uint64 [N] (0 if the sample has no member), crc32c uint32 [N] of the
+    offset uint64 [N], length uint64 [N] (0 if the row has no member), crc32c uint32 [N] of the
     bytes.
     """
 
@@ -91,22 +104,37 @@ class Members:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardIndex:
-    """A shard's index; its arrays have one row per sample."""
+    """A shard's index; its arrays have one row per segment."""
 
     header: Mapping[str, Any]
-    """Plain JSON: shard name, sessions, columns (file, size, checksum, fingerprint), statistics."""
+    """Plain JSON: "name", "split", "streams", "videos" (the streams with time errors), "sessions",
+    "durations_s" (per session), "segment_s", "columns" (file, size, checksum, fingerprint, basis
+    and rows of each), "statistics", "decode_failures"."""
     arrays: Mapping[str, NDArray[Any]]
+    """session u4 [N], segment u4 [N], present u1 [N, S], coverage f4 [N, S]; per column
+    COLUMN.offset u8, COLUMN.length u8, COLUMN.crc32c u4 [N]; per video STREAM.error_s f4 [N, F]."""
 
     @property
     def num_samples(self) -> int:
         """Number of rows of the shard."""
-        return len(self.arrays["window"])
+        return len(self.arrays["segment"])
+
+    @property
+    def streams(self) -> list[str]:
+        """Names of the set's streams, sorted: the columns of present and coverage."""
+        streams: list[str] = self.header["streams"]
+        return streams
 
     @property
     def sessions(self) -> list[str]:
-        """Names of the sessions whose windows are rows of the shard."""
+        """Names of the sessions whose segments are rows of the shard."""
         sessions: list[str] = self.header["sessions"]
         return sessions
+
+    @property
+    def segment_s(self) -> float:
+        """Length of a segment in seconds."""
+        return float(self.header["segment_s"])
 
     @property
     def columns(self) -> dict[str, dict[str, Any]]:
@@ -116,50 +144,81 @@ class ShardIndex:
 
     @property
     def decode_failures(self) -> list[dict[str, Any]]:
-        """Streams of samples that did not decode: session, window, stream and reason."""
-        failures: list[dict[str, Any]] = self.header["losses"]
+        """Streams of segments that did not decode: session, segment, stream and reason."""
+        failures: list[dict[str, Any]] = self.header["decode_failures"]
         return failures
 
-    def key(self, row: int) -> str:
-        """Return the key of a row, SESSION/WINDOW."""
-        session = self.sessions[int(self.arrays["session"][row])]
-        return f"{session}/{int(self.arrays['window'][row]):06d}"
+    @property
+    def segments(self) -> list[tuple[str, list[int]]]:
+        """Each session with the numbers of its segments, in the order of the rows."""
+        numbers: dict[str, list[int]] = {name: [] for name in self.sessions}
+        rows = zip(self.arrays["session"].tolist(), self.arrays["segment"].tolist(), strict=True)
+        for session, segment in rows:
+            numbers[self.sessions[session]].append(segment)
+        return list(numbers.items())
 
-    def members(self, name: str) -> Members:
-        """Return the positions of a table's members, such as ``audio`` or ``proprio/touch``."""
-        return Members(
-            offset=self.arrays[f"{name}.offset"],
-            length=self.arrays[f"{name}.length"],
-            crc32c=self.arrays[f"{name}.crc32c"],
-        )
+    def session(self, row: int) -> str:
+        """Return the name of a row's session."""
+        return self.sessions[int(self.arrays["session"][row])]
+
+    def segment(self, row: int) -> int:
+        """Return the number of a row's segment; it begins at that many segment lengths."""
+        return int(self.arrays["segment"][row])
+
+    def key(self, row: int) -> str:
+        """Return the key of a row, SESSION/SEGMENT."""
+        return f"{self.session(row)}/{self.segment(row):06d}"
+
+    def duration_s(self, row: int) -> float:
+        """Return the length of a row's session in seconds."""
+        return float(self.header["durations_s"][int(self.arrays["session"][row])])
+
+    def stream_column(self, stream: str) -> int:
+        """Return the column of a stream in present and coverage.
+
+        Raises:
+            ValueError: the set does not declare the stream.
+        """
+        return self.streams.index(stream)
+
+    def is_present(self, row: int, stream: str) -> bool:
+        """Return whether a row has a stream; no row has one that the set does not declare."""
+        if stream not in self.streams:
+            return False
+        return bool(self.arrays["present"][row, self.stream_column(stream)])
+
+    def present_streams(self, row: int) -> tuple[str, ...]:
+        """Return the streams that a row has, sorted."""
+        present = self.arrays["present"][row].tolist()
+        return tuple(name for name, here in zip(self.streams, present, strict=True) if here)
+
+    def members(self, column: str) -> Members:
+        """Return the positions of a column's members, such as ``audio`` or ``audio.dmel``."""
+        return Members(**{name: self.arrays[f"{column}.{name}"] for name in _MEMBER_FORMS})
 
 
 def index_bytes(index: ShardIndex) -> bytes:
     """Encode an index; the same index gives the same bytes."""
-    layout: dict[str, list[Any]] = {}
-    names = sorted(index.arrays)
-    # The header contains the offsets, so its own length must not change them: they count from the
-    # first array.
+    # Items of 8 bytes come first, so that each array is aligned to its items.
+    names = sorted(index.arrays, key=lambda name: (-index.arrays[name].dtype.itemsize, name))
+    header = {"version": INDEX_VERSION, **index.header}
+    layout: dict[str, Any] = {"__metadata__": {METADATA_KEY: _json(header)}}
     position = 0
     for name in names:
         array = index.arrays[name]
-        layout[name] = [array.dtype.str[1:], list(array.shape), position]
-        position = _aligned(position + array.nbytes)
-    header = json.dumps(
-        {**index.header, "arrays": layout},
-        sort_keys=True,
-        ensure_ascii=False,
-        separators=(",", ":"),
-    ).encode()
-    start = _aligned(_PREFIX.size + len(header))
-    out = bytearray(start + position)
-    _PREFIX.pack_into(out, 0, MAGIC, INDEX_VERSION, len(header))
-    out[_PREFIX.size : _PREFIX.size + len(header)] = header
-    for name in names:
-        array = index.arrays[name]
-        offset = start + layout[name][2]
-        out[offset : offset + array.nbytes] = array.astype(array.dtype.newbyteorder("<")).tobytes()
-    return bytes(out)
+        layout[name] = {
+            "dtype": _SAFETENSORS_DTYPES[array.dtype.str[1:]],
+            "shape": list(array.shape),
+            "data_offsets": [position, position + array.nbytes],
+        }
+        position += array.nbytes
+    encoded = _json(layout, sort_keys=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    body = (
+        index.arrays[name].astype(index.arrays[name].dtype.newbyteorder("<")).tobytes()
+        for name in names
+    )
+    return b"".join([len(encoded).to_bytes(8, "little"), encoded, *body])
 
 
 def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
@@ -174,6 +233,11 @@ def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
         CorruptError, FormatVersionError: see :func:`parse_index`.
     """
     try:
+        if (size := path.stat().st_size) > _MAX_INDEX_BYTES:
+            raise CorruptError(
+                f"{path}: an index of {size} bytes; the limit is {_MAX_INDEX_BYTES}; "
+                f"{rebuild_hint_for(path)}"
+            )
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise ShardError(f"{path}: no such index; {rebuild_hint_for(path)}") from error
@@ -194,99 +258,51 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
         CorruptError: the bytes differ from the checksum or are damaged.
         FormatVersionError: the index has another version.
     """
+    if content.startswith(_OLD_MAGIC):
+        raise FormatVersionError(
+            f"{origin}: an index of format 2 or older; {upgrade_hint_for(origin)}"
+        )
     if sha256 is not None and sha256_of_bytes(content) != sha256:
         raise CorruptError(
             f"{origin}: checksum differs from the manifest; {rebuild_hint_for(origin)}"
         )
-    if len(content) < _PREFIX.size:
+    start = 8 + int.from_bytes(content[:8], "little")
+    if len(content) < 8 or start > min(_MAX_HEADER_BYTES, len(content)):
         raise CorruptError(
-            f"{origin}: {len(content)} bytes are not an index; {rebuild_hint_for(origin)}"
+            f"{origin}: {len(content)} bytes are not a shard index; {rebuild_hint_for(origin)}"
         )
-    magic, version, header_length = _PREFIX.unpack_from(content)
-    if magic != MAGIC:
-        raise CorruptError(f"{origin}: not a shard index; {rebuild_hint_for(origin)}")
-    if version != INDEX_VERSION:
-        relation = "newer" if version > INDEX_VERSION else "older"
-        raise FormatVersionError(
-            f"{origin}: index version {version} is {relation} than {INDEX_VERSION}, the only one "
-            "that this program reads; fix: "
-            + ("update the program" if version > INDEX_VERSION else "build the set again")
-        )
-    if header_length > min(_MAX_HEADER_BYTES, len(content) - _PREFIX.size):
-        raise CorruptError(
-            f"{origin}: its header extends beyond the end of the file; {rebuild_hint_for(origin)}"
-        )
-    body = np.frombuffer(content, dtype=np.uint8)[_aligned(_PREFIX.size + header_length) :]
     try:
-        header = json.loads(content[_PREFIX.size : _PREFIX.size + header_length])
-        layout = header.pop("arrays")
-        arrays = {name: _array(body, *entry) for name, entry in layout.items()}
-        _require_whole(header, arrays)
+        layout = json.loads(content[8:start])
+        header = json.loads(layout.pop("__metadata__")[METADATA_KEY])
+        version = header.pop("version")
+        if type(version) is not int:
+            raise TypeError("its version is no number")
+        if version == INDEX_VERSION:
+            arrays = _arrays(np.frombuffer(content, np.uint8)[start:], layout)
+            _require_whole(header, arrays)
+            return ShardIndex(header=header, arrays=arrays)
     except _PARSE_ERRORS as error:
         raise CorruptError(
             f"{origin}: its header is damaged: {type(error).__name__}: {error}; "
             f"{rebuild_hint_for(origin)}"
         ) from error
-    return ShardIndex(header=header, arrays=arrays)
+    raise FormatVersionError(
+        f"{origin}: index version {version} is not {INDEX_VERSION}, the only one that this program "
+        "reads; "
+        + ("fix: update the program" if version > INDEX_VERSION else upgrade_hint_for(origin))
+    )
 
 
-def require_complete(index: ShardIndex, *, origin: str) -> None:
-    """Check that an index has every column, as the indexes of a finished set do.
+def require_complete(index: ShardIndex, columns: Iterable[str], *, origin: str) -> None:
+    """Check that an index has some columns, such as all those of a recipe.
 
     Raises:
         CorruptError: a column is missing.
     """
-    if missing := [name for name in MEMBER_TABLES if name not in index.columns]:
+    if missing := [name for name in columns if name not in index.columns]:
         raise CorruptError(
             f"{origin}: lacks the column {', '.join(missing)}; {rebuild_hint_for(origin)}"
         )
-
-
-def _array(body: NDArray[np.uint8], dtype: str, shape: list[int], offset: int) -> NDArray[Any]:
-    """Return a view of one array at an offset in `body`."""
-    if dtype not in _DTYPES or any(type(n) is not int or n < 0 for n in (*shape, offset)):
-        raise ValueError(f"an array of {dtype!r} {shape} at {offset}")
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    if offset + size > len(body):
-        raise ValueError("an array extends beyond the end of the file")
-    return body[offset : offset + size].view(f"<{dtype}").reshape(shape)
-
-
-def _require_whole(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Check that header and arrays are complete and agree.
-
-    Raises:
-        ValueError: an array is missing or has another form, numbers of rows differ, a row has no
-            session or time, or a column's file name is a path.
-    """
-    columns = header["columns"]
-    # Every required array has its dtype and shape.
-    forms = dict(_ROW_FORMS)
-    for name in columns:
-        forms |= _COLUMN_FORMS.get(name, {})
-    for name, (dtype, row_shape) in forms.items():
-        if name not in arrays:
-            raise ValueError(f"lacks the array {name}")
-        array = arrays[name]
-        has_shape = len(array.shape) == 1 + len(row_shape) and all(
-            wanted in (None, width)
-            for wanted, width in zip(row_shape, array.shape[1:], strict=True)
-        )
-        if array.dtype.str[1:] != dtype or not has_shape:
-            raise ValueError(f"{name} is {array.dtype.str[1:]} {list(array.shape)}")
-    # All arrays have the same rows, and every row has a session and a finite time.
-    num_rows = {len(array) for array in arrays.values()}
-    if num_rows != {len(arrays["window"])}:
-        raise ValueError(f"arrays have {sorted(num_rows)} rows")
-    sessions = header["sessions"]
-    if not isinstance(sessions, list) or not all(isinstance(name, str) for name in sessions):
-        raise ValueError("its sessions are not a list of names")
-    if arrays["session"].size and int(arrays["session"].max()) >= len(sessions):
-        raise ValueError("a row refers to a session that doesn't exist")
-    if not (np.isfinite(arrays["start_s"]).all() and np.isfinite(arrays["stop_s"]).all()):
-        raise ValueError("a window's time is not finite")
-    for column in columns.values():
-        require_file_name(column["file"])
 
 
 def require_file_name(name: object) -> str:
@@ -301,5 +317,156 @@ def require_file_name(name: object) -> str:
     return str(name)
 
 
-def _aligned(position: int) -> int:
-    return -(-position // _ALIGNMENT) * _ALIGNMENT
+# --- arrays ----------------------------------------------------------------------------------
+
+
+def _arrays(body: NDArray[np.uint8], layout: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Return views of all arrays, which fill `body` one after another.
+
+    Raises:
+        ValueError: arrays have impossible sizes, overlap, or leave gaps.
+    """
+    if len(layout) > _MAX_ARRAYS:
+        raise ValueError(f"{len(layout)} arrays; the limit is {_MAX_ARRAYS}")
+    arrays: dict[str, NDArray[Any]] = {}
+    position = 0
+    for name, entry in sorted(layout.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, offsets = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if len(shape) > 2 or any(type(n) is not int or n < 0 for n in (*shape, *offsets)):
+            raise ValueError(f"array {name[:80]!r} has an impossible shape")
+        start, stop = offsets
+        if start != position or stop - start != math.prod(shape) * np.dtype(dtype).itemsize:
+            raise ValueError(f"array {name[:80]!r} does not begin where the one before it ends")
+        arrays[name] = body[start:stop].view(f"<{dtype}").reshape(shape)
+        position = stop
+    if position != len(body):
+        raise ValueError(f"arrays of {position} bytes in a body of {len(body)}")
+    return arrays
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def _require_whole(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Check that header and arrays are complete and agree.
+
+    Raises:
+        ValueError, KeyError, TypeError: a part is missing, has another form, or contradicts others.
+    """
+    _require_header(header)
+    _require_sessions(header)
+    # Every array has its dtype and shape, and all have the same rows.
+    for name, (dtype, row_shape) in _forms(header).items():
+        if name not in arrays:
+            raise ValueError(f"lacks the array {name}")
+        array = arrays[name]
+        has_shape = len(array.shape) == 1 + len(row_shape) and all(
+            expected in (None, width)
+            for expected, width in zip(row_shape, array.shape[1:], strict=True)
+        )
+        if array.dtype.str[1:] != dtype or not has_shape:
+            raise ValueError(f"{name} is {array.dtype.str[1:]} {list(array.shape)}")
+    num_rows = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if len(num_rows) != 1:
+        raise ValueError(f"arrays have {sorted(num_rows)} rows")
+    _require_rows(header, arrays)
+
+
+def _forms(header: Mapping[str, Any]) -> dict[str, _Form]:
+    """Return the form of each array that an index with this header has."""
+    num_streams = len(header["streams"])
+    return {
+        "session": ("u4", ()),
+        "segment": ("u4", ()),
+        "present": ("u1", (num_streams,)),
+        "coverage": ("f4", (num_streams,)),
+        **{
+            f"{column}.{name}": form
+            for column in header["columns"]
+            for name, form in _MEMBER_FORMS.items()
+        },
+        **{f"{s}.error_s": ("f4", (None,)) for s in header["videos"] if s in header["columns"]},
+    }
+
+
+def _require_header(header: Mapping[str, Any]) -> None:
+    """Check the streams and columns of a header, and the types of the rest.
+
+    Raises:
+        ValueError, KeyError, TypeError: one is missing or has another form.
+    """
+    _require_types(header, _HEADER_TYPES, "header")
+    streams, columns = header["streams"], header["columns"]
+    if not 1 <= len(streams) <= MAX_STREAMS:
+        raise ValueError(f"{len(streams)} streams; the limit is {MAX_STREAMS}")
+    for name in streams:
+        check_stream_name(name)
+    if streams != sorted(set(streams)) or not set(header["videos"]) <= set(streams):
+        raise ValueError("its streams or videos are not sorted names")
+    for name, column in columns.items():
+        stream, dot, part = name.partition(".")
+        if stream not in streams or (dot and STREAM_NAME.fullmatch(part) is None):
+            raise ValueError(f"{name[:80]!r} is not a column of its streams")
+        _require_types(column, _COLUMN_TYPES, f"column {name}")
+        require_file_name(column["file"])
+    for failure in header["decode_failures"]:
+        _require_types(failure, _FAILURE_TYPES, "decode failure")
+
+
+def _require_sessions(header: Mapping[str, Any]) -> None:
+    """Check the names and durations of the sessions, and the duration of a segment.
+
+    Raises:
+        ValueError, KeyError, TypeError: one is missing or has another form.
+    """
+    sessions, durations_s, segment_s = (
+        header["sessions"],
+        header["durations_s"],
+        header["segment_s"],
+    )
+    if not all(isinstance(name, str) and name.encode() for name in sessions):
+        raise ValueError("its sessions are not a list of names")
+    if len(set(sessions)) != len(sessions):
+        raise ValueError("its sessions repeat")
+    if len(durations_s) != len(sessions):
+        raise ValueError(f"{len(durations_s)} durations of {len(sessions)} sessions")
+    if not all(type(d) in (int, float) and 0 <= d <= _MAX_SESSION_S for d in durations_s):
+        raise ValueError("the duration of a session is impossible")
+    if type(segment_s) not in (int, float) or not 0 < segment_s <= _MAX_SEGMENT_S:
+        raise ValueError("the duration of a segment is impossible")
+
+
+def _require_types(values: Mapping[str, Any], types: Mapping[str, type], name: str) -> None:
+    """Check that JSON values have their keys and types.
+
+    Raises:
+        ValueError: one is missing or has another type.
+    """
+    for key, expected in types.items():
+        if type(values[key]) is not expected:
+            raise ValueError(f"{key} of its {name} is {type(values[key]).__name__}")
+
+
+def _require_rows(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Check that rows are segments of the sessions, each once and in order.
+
+    Raises:
+        ValueError: they aren't.
+    """
+    session, segment = arrays["session"], arrays["segment"]
+    if session.size and int(session.max()) >= len(header["sessions"]):
+        raise ValueError("a row refers to a session that doesn't exist")
+    order = session.astype(np.uint64) << np.uint64(32) | segment
+    if not (order[1:] > order[:-1]).all():
+        raise ValueError("rows are not in the order of sessions and segments")
+    starts_s = segment * float(header["segment_s"])
+    if (starts_s > np.asarray(header["durations_s"], np.float64)[session]).any():
+        raise ValueError("a segment begins after the end of its session")
+    if (arrays["present"] > 1).any():
+        raise ValueError("present has values other than 0 and 1")
+    if not (np.isfinite(arrays["coverage"]) & (arrays["coverage"] >= 0)).all():
+        raise ValueError("coverage has values that are no shares")
+
+
+def _json(values: Mapping[str, Any], *, sort_keys: bool = True) -> str:
+    return json.dumps(values, sort_keys=sort_keys, ensure_ascii=False, separators=(",", ":"))
