@@ -1,4 +1,4 @@
-"""Compute with times on the session clock: windows, grids, nearest frames, masks, interpolation.
+"""Compute with times on the session clock: windows, grids, nearest frames, masks.
 
 All times are in seconds, and intervals are half-open, [start, stop). Everything here is a pure
 function of plain values.
@@ -100,90 +100,6 @@ def audio_mask(start: int, count: int, *, hop: int, num_samples: int) -> NDArray
     """
     stops = start + hop * np.arange(1, count + 1)
     return np.asarray((stops <= num_samples) & (stops - hop >= 0))
-
-
-def is_masked_gap(interval_s: NDArray[np.float64], *, max_gap_s: float) -> NDArray[np.bool_]:
-    """Mark the intervals between successive readings that are too long to interpolate in."""
-    return np.asarray(interval_s > max_gap_s + EPSILON_S)
-
-
-def sensor_mask(
-    times_s: NDArray[np.float64],
-    grid_s: NDArray[np.float64],
-    *,
-    max_gap_s: float,
-    edge_s: float = EPSILON_S,
-) -> NDArray[np.bool_]:
-    """Mark the grid times that get a value from readings; see :func:`interpolate`.
-
-    A grid time is valid in a short enough gap, on a recorded time, or just outside the recording.
-    """
-    if len(times_s) == 0:
-        return np.zeros(len(grid_s), dtype=np.bool_)
-    left, right = _neighbors(times_s, grid_s)
-    is_inside = (grid_s >= times_s[0] - edge_s) & (grid_s <= times_s[-1] + edge_s)
-    is_at_edge = (grid_s <= times_s[0]) | (grid_s >= times_s[-1])
-    is_on_sample = (np.abs(grid_s - times_s[left]) <= EPSILON_S) | (
-        np.abs(grid_s - times_s[right]) <= EPSILON_S
-    )
-    is_gap = is_masked_gap(times_s[right] - times_s[left], max_gap_s=max_gap_s)
-    return np.asarray(is_inside & (~is_gap | is_on_sample | is_at_edge))
-
-
-def _neighbors(
-    times_s: NDArray[np.float64], grid_s: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the indices of the two recorded times around each grid time; at least one exists."""
-    right = np.clip(np.searchsorted(times_s, grid_s, side="left"), 1, max(1, len(times_s) - 1))
-    return right - 1, np.minimum(right, len(times_s) - 1)
-
-
-def interpolate(
-    times_s: NDArray[np.float64],
-    values: NDArray[np.float32],
-    grid_s: NDArray[np.float64],
-    *,
-    max_gap_s: float,
-    edge_s: float = EPSILON_S,
-    num_angles: int = 0,
-) -> NDArray[np.float32]:
-    """Interpolate linearly onto a grid; outside the recording and inside its gaps, give NaN.
-
-    Args:
-        times_s: [N] recorded times, increasing.
-        values: [N, D] recorded values, finite.
-        grid_s: [T] requested times.
-        max_gap_s: grid points between neighbors farther apart than this are NaN.
-        edge_s: grid points at most this far outside the recording take its first or last value.
-        num_angles: number of leading columns that are angles in rad; they take the shorter way
-            around and end in [-pi, pi), up to float32 precision.
-
-    Returns:
-        [T, D] float32.
-    """
-    result = np.full((len(grid_s), values.shape[1]), np.nan, dtype=np.float32)
-    if len(times_s) == 0:
-        return result
-    # Where each grid time is between the two recorded times around it.
-    left, right = _neighbors(times_s, grid_s)
-    span = times_s[right] - times_s[left]
-    share = np.divide(grid_s - times_s[left], span, out=np.zeros_like(grid_s), where=span > 0)
-    share = np.clip(share, 0.0, 1.0)
-    is_valid = sensor_mask(times_s, grid_s, max_gap_s=max_gap_s, edge_s=edge_s)
-    low, high = values[left].astype(np.float64), values[right].astype(np.float64)
-    delta = high - low
-    delta[:, :num_angles] = wrap_angle(delta[:, :num_angles])
-    mixed = low + share[:, None] * delta
-    mixed[:, :num_angles] = wrap_angle(mixed[:, :num_angles])
-    result[is_valid] = mixed[is_valid]
-    return result
-
-
-def wrap_angle(angle_rad: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Wrap angles to [-pi, pi); angles already in that range are unchanged to the bit."""
-    is_out = (angle_rad < -np.pi) | (angle_rad >= np.pi)
-    wrapped = np.mod(angle_rad + np.pi, 2 * np.pi) - np.pi
-    return np.where(is_out, wrapped, angle_rad)
 
 
 def clock_offset(
