@@ -9,6 +9,7 @@ so that a reader needs one ``pread``.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _ZIP_LOCAL_HEADER_BYTES = 30
 _MODE = 0o644
+
+_MAX_GAP_BYTES = 64 << 10
+"""Largest gap between two members that are read by one request."""
+
+_MAX_SPAN_BYTES = 64 << 20
+"""Most bytes of a request for several members."""
 
 
 class MemberTable:
@@ -145,8 +152,17 @@ def write_zarr_column(
     return tables
 
 
+@dataclass(slots=True, kw_only=True)
+class _Span:
+    """A part [start, stop) of a file with the members of some rows."""
+
+    start: int
+    stop: int
+    rows: list[int]
+
+
 class ColumnFile:
-    """Opens a column for reading single members by ``pread``.
+    """Opens a column for reading members by ``pread``.
 
     Threads and forked processes can share it, because nothing moves a file position.
 
@@ -189,11 +205,12 @@ class ColumnFile:
         self._file.seek(0)
         return sha256_of_file(self._file)
 
-    def prefetch(self, members: Members, row: int) -> None:
-        """Ask the kernel to prefetch a row's member; an out-of-range member is ignored."""
-        length, offset = int(members.length[row]), int(members.offset[row])
-        if length > 0 and offset + length <= self._size:
-            os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+    def prefetch(self, members: Members, rows: range) -> None:
+        """Ask the kernel to prefetch the members of rows; impossible ones are left to the read."""
+        with contextlib.suppress(CorruptError):
+            for span in self._spans(members, rows, max_bytes=MAX_MEMBER_BYTES):
+                size = span.stop - span.start
+                os.posix_fadvise(self._file.fileno(), span.start, size, os.POSIX_FADV_WILLNEED)
 
     def read(
         self,
@@ -201,78 +218,118 @@ class ColumnFile:
         row: int,
         *,
         max_bytes: int = MAX_MEMBER_BYTES,
-        tail: NDArray[np.uint8] | None = None,
         on_stage: OnStage = no_timer,
     ) -> bytes | None:
-        """Read the bytes of a row's member and check them; None if the sample has no member.
+        """Read one row's member; see :meth:`read_rows`."""
+        rows = range(row, row + 1)
+        (content,) = self.read_rows(members, rows, max_bytes=max_bytes, on_stage=on_stage)
+        return None if content is None else bytes(content)
+
+    def read_rows(
+        self,
+        members: Members,
+        rows: range,
+        *,
+        max_bytes: int = MAX_MEMBER_BYTES,
+        on_stage: OnStage = no_timer,
+    ) -> list[bytes | memoryview | None]:
+        """Read the members of consecutive rows and check them; None where a row has no member.
+
+        Members that follow each other in the file are read by one request, with the headers
+        between them.
 
         Args:
             members: offsets, lengths and checksums of the column's members.
-            row: row of the sample.
+            rows: rows with step 1.
             max_bytes: a longer member is refused without reading it; see
-                :func:`shared.shardset.layout.member_limits`.
-            tail: contiguous array; the member's last bytes are read directly into it, and only the
-                bytes before them are returned.
+                :func:`shared.shardset.layout.member_limit`.
             on_stage: called when "fetch" and "checksum" end.
 
         Raises:
-            CorruptError: the file or the member is too short, or the bytes differ from their
-                checksum.
+            CorruptError: the file or a member is too short, or the bytes of a member differ from
+                their checksum; the error has the member's offset.
         """
-        length, offset = int(members.length[row]), int(members.offset[row])
-        if length == 0:
-            return None
-        # Refuse impossible lengths before memory is allocated.
-        if length > max_bytes:
-            raise CorruptError(
-                f"{self.origin} at {offset}: a member of {length} bytes; the limit is {max_bytes}; "
-                f"{rebuild_hint_for(self.origin)}"
-            )
-        if offset + length > self._size:
-            raise CorruptError(
-                f"{self.origin} at {offset}: {length} bytes reach past its end at {self._size}; "
-                f"{rebuild_hint_for(self.origin)}"
-            )
-        if tail is not None and length < tail.nbytes:
-            raise CorruptError(
-                f"{self.origin} at {offset}: a member of {length} bytes, expected {tail.nbytes}; "
-                f"{rebuild_hint_for(self.origin)}"
-            )
-        head, count = self._pread(offset, length, tail)
-        on_stage("fetch")
-        if count != length:
-            raise CorruptError(
-                f"{self.origin} at {offset}: only {count} of {length} bytes exist; "
-                f"{rebuild_hint_for(self.origin)}"
-            )
-        crc32c = google_crc32c.value(head)
-        if tail is not None:
-            crc32c = google_crc32c.extend(crc32c, tail)
+        contents: dict[int, bytes | memoryview] = {}
+        for span in self._spans(members, rows, max_bytes=max_bytes):
+            content = self._pread(span)
+            on_stage("fetch")
+            view = memoryview(content)
+            for row in span.rows:
+                start = int(members.offset[row]) - span.start
+                member = view[start : start + int(members.length[row])]
+                if len(member) < int(members.length[row]):
+                    raise self._corrupt(
+                        members,
+                        row,
+                        f"only {len(member)} of {int(members.length[row])} bytes exist",
+                    )
+                contents[row] = content if len(member) == len(content) else member
+        for row, member in contents.items():
+            crc32c = google_crc32c.value(np.frombuffer(member, np.uint8))  # it takes no memoryview
+            if crc32c != int(members.crc32c[row]):
+                raise self._corrupt(
+                    members,
+                    row,
+                    f"checksum is {crc32c:08x}, index says {int(members.crc32c[row]):08x}",
+                )
         on_stage("checksum")
-        if crc32c != int(members.crc32c[row]):
-            raise CorruptError(
-                f"{self.origin} at {offset}: checksum is {crc32c:08x}, index says "
-                f"{int(members.crc32c[row]):08x}; {rebuild_hint_for(self.origin)}"
-            )
-        return head
+        return [contents.get(row) for row in rows]
 
-    def _pread(self, offset: int, length: int, tail: NDArray[np.uint8] | None) -> tuple[bytes, int]:
-        """Read a member; return the bytes before `tail` and the number of all bytes read."""
+    def _spans(self, members: Members, rows: range, *, max_bytes: int) -> list[_Span]:
+        """Group the members of rows into parts of the file that are read by one request each.
+
+        Raises:
+            CorruptError: a member is too long, or reaches past the end of the file.
+        """
+        spans: list[_Span] = []
+        offsets = members.offset[rows.start : rows.stop].tolist()
+        lengths = members.length[rows.start : rows.stop].tolist()
+        for row, start, length in zip(rows, offsets, lengths, strict=True):
+            stop = start + length
+            # Refuse impossible lengths before memory is allocated.
+            if length > max_bytes:
+                raise self._corrupt(
+                    members, row, f"a member of {length} bytes; the limit is {max_bytes}"
+                )
+            if stop > self._size and length:
+                raise self._corrupt(
+                    members, row, f"{length} bytes reach past its end at {self._size}"
+                )
+            last = spans[-1] if spans else None
+            if length == 0:
+                continue
+            if (
+                last is not None
+                and 0 <= start - last.stop <= _MAX_GAP_BYTES
+                and stop - last.start <= _MAX_SPAN_BYTES
+            ):
+                last.stop = stop
+                last.rows.append(row)
+            else:
+                spans.append(_Span(start=start, stop=stop, rows=[row]))
+        return spans
+
+    def _pread(self, span: _Span) -> bytes:
+        """Read a part of the file; shorter if the file ends."""
         try:
-            if tail is None:
-                content = os.pread(self._file.fileno(), length, offset)
-                return content, len(content)
-            head = bytearray(length - tail.nbytes)
-            count = os.preadv(self._file.fileno(), [head, tail.data], offset)
-            return bytes(head), count
+            return os.pread(self._file.fileno(), span.stop - span.start, span.start)
         except OSError as error:
             raise CorruptError(
-                f"{self.origin} at {offset}: can't be read: {error.strerror}; "
-                f"{rebuild_hint_for(self.origin)}"
+                f"{self.origin} at {span.start}: can't be read: {error.strerror}; "
+                f"{rebuild_hint_for(self.origin)}",
+                offset=span.start,
             ) from error
 
+    def _corrupt(self, members: Members, row: int, problem: str) -> CorruptError:
+        """Return the error for the member of a row."""
+        offset = int(members.offset[row])
+        return CorruptError(
+            f"{self.origin} at {offset}: row {row}: {problem}; {rebuild_hint_for(self.origin)}",
+            offset=offset,
+        )
 
-def read_chunk(content: bytes, *, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+
+def read_chunk(content: bytes | memoryview, *, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Convert the bytes of a Zarr row chunk to an array.
 
     Raises:
