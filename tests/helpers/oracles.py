@@ -328,16 +328,28 @@ def slow_permutation(text, values):
     return [value for _, value in sorted(zip(hashes, values, strict=True), key=lambda p: p[0])]
 
 
-def slow_epoch(sizes, fingerprint, seed, epoch, block_shards):
-    """Return every (shard, row): permute shards, then samples inside blocks of shards."""
-    basis = f"{fingerprint}/{seed}/{epoch}"
-    shards = slow_permutation(f"{basis}/shards", list(range(len(sizes))))
-    order = []
-    for block, first in enumerate(range(0, len(shards), block_shards)):
-        members = shards[first : first + block_shards]
-        samples = [(s, r) for s in members for r in range(sizes[s])]
-        order += slow_permutation(f"{basis}/block/{block}", samples)
-    return order
+def slow_epoch(sizes, fingerprint, seed, epoch, block_shards, *, most_samples=2**20):
+    """Return every (shard, window): permute shards, then samples inside blocks of shards.
+
+    A shard with more than `most_samples` is permuted as several; a block has no more than that.
+    Windows of 40 ticks, 20 apart, at 10 Hz.
+    """
+    basis = f"{fingerprint}/40/20/10.0/{seed}/{epoch}"
+    ranges = []
+    for shard, size in enumerate(sizes):
+        samples = [(shard, window) for window in range(size)]
+        ranges += [samples[i : i + most_samples] for i in range(0, max(size, 1), most_samples)]
+    blocks = []
+    for number, samples in enumerate(slow_permutation(f"{basis}/shards", ranges)):
+        in_block = number - blocks[-1][0] if blocks else block_shards
+        if in_block >= block_shards or len(blocks[-1][1]) + len(samples) > most_samples:
+            blocks.append((number, []))
+        blocks[-1][1].extend(samples)
+    return [
+        sample
+        for block, (_, samples) in enumerate(blocks)
+        for sample in slow_permutation(f"{basis}/block/{block}", samples)
+    ]
 
 
 def exact_planes(rgb: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@
     weights 0.7, 0.2, 0.1  -> integers 7, 2, 1            `integer_weights`
       -> a cycle of 10 turns, spread as evenly as possible  `InterleaveSchedule`
       -> stream position n is position p of set k           `InterleaveSchedule.locate`
-      -> epoch p // N of set k, shard and row there         `SampleOrder`, one per set
+      -> epoch p // N of set k, shard, window there         `SampleOrder`, one per set
 
 Each set runs through its own epochs, every sample once per epoch. After any number of samples, each
 set has given its share to within one sample. The order is arithmetic, as in
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from shared.errors import ConfigError, CorruptError
-from train.data.order import BatchPlan, BlockRange, EpochOrder, SampleOrder
+from train.data.order import BatchPlan, BlockRange, EpochOrder, SampleOrder, order_state
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -230,8 +230,6 @@ class MixedOrder:
         ValueError: no batch can be made.
     """
 
-    state_keys: tuple[str, ...] = ("shuffle_block_shards",)
-
     def __init__(
         self,
         orders: Mapping[str, SampleOrder],
@@ -246,6 +244,7 @@ class MixedOrder:
         self._schedule = InterleaveSchedule([weights[name] for name in orders])
         num_shards = [len(order.shard_sizes) for order in self._orders]
         self._first_shards = np.concatenate([[0], np.cumsum(num_shards)[:-1]])
+        self.state = order_state(settings)
         self.batch_size = settings.batch_size
         self._share = settings.share()
         self.share_size = self._share.stop - self._share.start
@@ -256,20 +255,20 @@ class MixedOrder:
         """Return global batch `index`, or this rank's share of it."""
         positions = np.arange(index * self.batch_size, (index + 1) * self.batch_size)[self._share]
         sets, set_positions = self._schedule.locate(positions)
-        shards, rows = np.empty_like(positions), np.empty_like(positions)
+        shards, windows = np.empty_like(positions), np.empty_like(positions)
         for k in np.unique(sets):
             is_own = sets == k
             epochs, in_epoch = np.divmod(set_positions[is_own], self._orders[k].num_samples)
             # positions ascend, so that epochs come one after the other
             pairs = [self._orders[k].locate(e, in_epoch[epochs == e]) for e in np.unique(epochs)]
             shards[is_own] = np.concatenate([s for s, _ in pairs]) + self._first_shards[k]
-            rows[is_own] = np.concatenate([r for _, r in pairs])
+            windows[is_own] = np.concatenate([w for _, w in pairs])
         return BatchPlan(
             index=index,
             epoch=index // self.batches_per_epoch,
             positions=positions,
             shards=shards,
-            rows=rows,
+            windows=windows,
             weight=np.ones(len(positions), dtype=np.float32),
         )
 
@@ -309,12 +308,12 @@ class MixedOrder:
         return numbers
 
     def substitute(self, plan: BatchPlan, i: int, attempt: int) -> tuple[int, int]:
-        """Return shard and row of another sample of the same set that replaces sample `i`."""
+        """Return shard and window of another sample of the set that replaces sample `i`."""
         (k,), (set_position,) = self._schedule.locate(plan.positions[i : i + 1])
         order = self._orders[k]
         epoch, position = divmod(int(set_position), order.num_samples)
-        shard, row = order.locate_one(epoch, order.substitute_position(epoch, position, attempt))
-        return shard + int(self._first_shards[k]), row
+        shard, window = order.locate_one(epoch, order.substitute_position(epoch, position, attempt))
+        return shard + int(self._first_shards[k]), window
 
     def _bounds(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the range [begin, end) of each set's own stream that a global batch takes."""

@@ -1,4 +1,4 @@
-"""The order of samples as arithmetic: (fingerprint, seed, epoch, position) -> (shard, row).
+"""The order of samples as arithmetic: (fingerprint, seed, epoch, position) -> (shard, window).
 
 ::
 
@@ -14,13 +14,19 @@ Steele et al. 2014), so that they do not change with the version of any library.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from train.data.windows import WindowGrid
+
+MAX_BLOCK_SAMPLES: Final = 1 << 20
+"""Most samples that are shuffled together; it limits the memory and time that a block takes."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -52,7 +58,8 @@ class BatchPlan:
     """Positions of the samples in the epoch; those past its end are padding. For a mix, positions
     in its endless stream."""
     shards: NDArray[np.int64]
-    rows: NDArray[np.int64]
+    windows: NDArray[np.int64]
+    """Number of each sample's window in its shard."""
     weight: NDArray[np.float32]
     """1, or 0 for samples that only pad the epoch's last batch."""
 
@@ -62,8 +69,10 @@ class OrderSettings:
     """Everything besides the data that decides which samples a batch holds."""
 
     seed: int
+    grid: WindowGrid
+    """Length and spacing of the windows that samples are."""
     block_shards: int
-    """Shards whose samples are shuffled together."""
+    """Shards whose samples are shuffled together, at most; see :data:`MAX_BLOCK_SAMPLES`."""
     batch_size: int
     """Samples of a global batch."""
     last_batch: Literal["pad", "drop"] = "pad"
@@ -107,8 +116,8 @@ class BatchOrder(Protocol):
     share_size: int
     """Samples of a rank's share of a batch."""
     batches_per_epoch: int
-    state_keys: tuple[str, ...]
-    """Keys of the ``data`` section that decide which samples a batch of a given index holds."""
+    state: dict[str, Any]
+    """Plain values by name that decide which samples a batch of a given index holds."""
 
     def plan(self, index: int) -> BatchPlan:
         """Return global batch `index`, or this rank's share of it."""
@@ -134,7 +143,7 @@ class BatchOrder(Protocol):
         ...
 
     def substitute(self, plan: BatchPlan, i: int, attempt: int) -> tuple[int, int]:
-        """Return shard and row of the sample that replaces corrupt sample `i` of a batch.
+        """Return shard and window of the sample that replaces corrupt sample `i` of a batch.
 
         It is the same on every rank and worker. `attempt` is 0, then 1 if that one is corrupt too,
         and so on.
@@ -145,10 +154,14 @@ class BatchOrder(Protocol):
 class SampleOrder:
     """The order of a set's samples in every epoch.
 
+    Neighboring shards of an epoch form a block, up to `settings.block_shards` of them and
+    :data:`MAX_BLOCK_SAMPLES` samples. A shard with more samples counts as several ranges of them,
+    which are permuted like shards.
+
     Args:
         shard_sizes: samples per shard, int64 [num_shards].
         fingerprint: of the dataset; another one gives another order.
-        settings: seed, size of blocks, and whether to shuffle.
+        settings: seed, windows, size of blocks, and whether to shuffle.
     """
 
     def __init__(
@@ -156,32 +169,45 @@ class SampleOrder:
     ) -> None:
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
-        self._basis = f"{fingerprint}/{settings.seed}"
+        grid = settings.grid
+        windows = f"{grid.window_ticks}/{grid.stride_ticks}/{grid.tick_rate_hz!r}"
+        self._basis = f"{fingerprint}/{windows}/{settings.seed}"
         self._block_shards = settings.block_shards
         self._is_shuffled = settings.is_shuffled
+        num_ranges = np.maximum(1, -(-self.shard_sizes // MAX_BLOCK_SAMPLES))
+        self._range_shards = np.repeat(np.arange(len(num_ranges)), num_ranges)
+        numbers = np.arange(len(self._range_shards))
+        first_ranges = np.cumsum(num_ranges) - num_ranges
+        self._range_starts = (numbers - first_ranges[self._range_shards]) * MAX_BLOCK_SAMPLES
+        self._range_sizes = np.minimum(
+            self.shard_sizes[self._range_shards] - self._range_starts, MAX_BLOCK_SAMPLES
+        )
         self._epoch = -1
-        self._shards = np.zeros(0, dtype=np.int64)
+        self._ranges = np.zeros(0, dtype=np.int64)
+        self._block_bounds = np.zeros(1, dtype=np.int64)
         self._block_starts = np.zeros(1, dtype=np.int64)
         self._blocks: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def locate(
         self, epoch: int, positions: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return shard and row of positions in [0, num_samples), each of the positions' shape."""
+        """Return shard and window of positions in [0, num_samples), each of their shape."""
         self._enter_epoch(epoch)
-        shards, rows = np.empty_like(positions), np.empty_like(positions)
+        shards, windows = np.empty_like(positions), np.empty_like(positions)
         blocks = np.searchsorted(self._block_starts, positions, side="right") - 1
         for block in np.unique(blocks):
             in_block = blocks == block
-            block_shards, block_rows = self._locate_block(epoch, int(block))
-            offsets = positions[in_block] - self._block_starts[block]
-            shards[in_block], rows[in_block] = block_shards[offsets], block_rows[offsets]
-        return shards, rows
+            ranges, offsets = self._locate_in_block(
+                int(block), positions[in_block] - self._block_starts[block]
+            )
+            shards[in_block] = self._range_shards[ranges]
+            windows[in_block] = self._range_starts[ranges] + offsets
+        return shards, windows
 
     def locate_one(self, epoch: int, position: int) -> tuple[int, int]:
-        """Return shard and row of one position."""
-        shards, rows = self.locate(epoch, np.array([position]))
-        return int(shards[0]), int(rows[0])
+        """Return shard and window of one position."""
+        shards, windows = self.locate(epoch, np.array([position]))
+        return int(shards[0]), int(windows[0])
 
     def block_range(self, epoch: int, positions: NDArray[np.int64]) -> tuple[int, int]:
         """Return the first and last block among positions.
@@ -199,13 +225,13 @@ class SampleOrder:
         Blocks past the epoch's end are the first ones of the next epoch.
         """
         self._enter_epoch(epoch)
-        num_beyond = last + 1 - len(self._block_starts)
-        start, stop = first * self._block_shards, (last + 1) * self._block_shards
-        shards = self._shards[start:stop]
-        if num_beyond > 0:
-            beyond = self._permute_shards(epoch + 1)[: num_beyond * self._block_shards]
-            shards = np.concatenate([shards, beyond])
-        return shards
+        num_blocks = len(self._block_starts)
+        start, stop = self._block_bounds[[first, min(last + 1, num_blocks)]]
+        ranges = self._ranges[start:stop]
+        if (num_beyond := last + 1 - num_blocks) > 0:
+            beyond, bounds = self._arrange(epoch + 1)
+            ranges = np.concatenate([ranges, beyond[: bounds[min(num_beyond, len(bounds) - 1)]]])
+        return self._range_shards[ranges]
 
     def substitute_position(self, epoch: int, position: int, attempt: int) -> int:
         """Return the position of another sample that replaces a corrupt one.
@@ -221,40 +247,43 @@ class SampleOrder:
         return (position + 1 + chance % max(1, self.num_samples - 1)) % self.num_samples
 
     def _enter_epoch(self, epoch: int) -> None:
-        """Permute the shards of an epoch, unless it is the current one: O(shards)."""
+        """Arrange an epoch, unless it is the current one: O(shards)."""
         if epoch == self._epoch:
             return
-        order = self._permute_shards(epoch)
-        starts = np.concatenate([[0], np.cumsum(self.shard_sizes[order])])
-        self._shards = order
-        self._block_starts = starts[: -1 : self._block_shards]
+        self._ranges, self._block_bounds = self._arrange(epoch)
+        ends = np.concatenate([[0], np.cumsum(self._range_sizes[self._ranges])])
+        self._block_starts = ends[self._block_bounds[:-1]]
         self._blocks.clear()
         self._epoch = epoch
 
-    def _permute_shards(self, epoch: int) -> NDArray[np.int64]:
-        """Return all shards in the order of an epoch."""
-        count = len(self.shard_sizes)
-        if not self._is_shuffled:
-            return np.arange(count)
-        return np.argsort(self._hashes(f"{epoch}/shards", count), kind="stable")
+    def _arrange(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return all ranges in the order of an epoch, and the bounds of its blocks among them."""
+        ranges = np.arange(len(self._range_sizes))
+        if self._is_shuffled:
+            ranges = np.argsort(self._hashes(f"{epoch}/shards", len(ranges)), kind="stable")
+        return ranges, _block_bounds(self._range_sizes[ranges], self._block_shards)
 
-    def _locate_block(self, epoch: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return shard and row of every position of a block; cached while it is in use."""
-        key = (epoch, block)
+    def _locate_in_block(
+        self, block: int, offsets: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return range and offset in the range of offsets in a block of the current epoch."""
+        key = (self._epoch, block)
+        ranges = self._ranges[slice(*self._block_bounds[block : block + 2])]
         if key not in self._blocks:
-            first = block * self._block_shards
-            members = self._shards[first : first + self._block_shards]
-            sizes = self.shard_sizes[members]
-            shards = np.repeat(members, sizes)
-            rows = np.arange(len(shards)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            ends = np.cumsum(self._range_sizes[ranges])
+            order = np.zeros(0, dtype=np.int32)
             if self._is_shuffled:
-                hashes = self._hashes(f"{epoch}/block/{block}", len(shards))
-                order = np.argsort(hashes, kind="stable")
-                shards, rows = shards[order], rows[order]
+                hashes = self._hashes(f"{self._epoch}/block/{block}", int(ends[-1]))
+                order = np.argsort(hashes, kind="stable").astype(np.int32)
             while len(self._blocks) >= 2:  # a batch touches at most a few neighboring blocks
                 self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[key] = (shards, rows)
-        return self._blocks[key]
+            self._blocks[key] = (ends, order)
+        ends, order = self._blocks[key]
+        if self._is_shuffled:
+            offsets = order[offsets].astype(np.int64)
+        members = np.searchsorted(ends, offsets, side="right")
+        ranges = ranges[members]
+        return ranges, offsets - (ends[members] - self._range_sizes[ranges])
 
     def _hashes(self, purpose: str, count: int) -> NDArray[np.uint64]:
         """Return `count` 64-bit hashes that depend on the dataset, the seed and `purpose`."""
@@ -278,8 +307,6 @@ class EpochOrder:
         ValueError: no batch can be made.
     """
 
-    state_keys: tuple[str, ...] = ("last_batch", "shuffle_block_shards")
-
     def __init__(self, order: SampleOrder, settings: OrderSettings) -> None:
         if order.num_samples == 0:
             raise ValueError("no samples to make batches of; fix: name a set that has some")
@@ -288,6 +315,7 @@ class EpochOrder:
         self._share = settings.share()
         self.share_size = self._share.stop - self._share.start
         self._last_batch = settings.last_batch
+        self.state = {"last_batch": settings.last_batch, **order_state(settings)}
         self.batches_per_epoch = self._count_batches(self.batch_size)
         if self.batches_per_epoch == 0:
             raise ValueError(
@@ -301,8 +329,8 @@ class EpochOrder:
         positions = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)[self._share]
         num_samples = self.order.num_samples
         weight = (positions < num_samples).astype(np.float32)
-        shards, rows = self.order.locate(epoch, positions % num_samples)
-        return BatchPlan(index, epoch, positions, shards, rows, weight)
+        shards, windows = self.order.locate(epoch, positions % num_samples)
+        return BatchPlan(index, epoch, positions, shards, windows, weight)
 
     def rescale_index(self, index: int, *, batch_size: int) -> int | None:
         """See :meth:`BatchOrder.rescale_index`."""
@@ -335,3 +363,26 @@ class EpochOrder:
         """Return the number of batches of an epoch."""
         full, remainder = divmod(self.order.num_samples, batch_size)
         return full + (1 if remainder and self._last_batch == "pad" else 0)
+
+
+def order_state(settings: OrderSettings) -> dict[str, Any]:
+    """Return the values of :attr:`BatchOrder.state` that every order has."""
+    return {"shuffle_block_shards": settings.block_shards, **settings.grid.as_state()}
+
+
+def _block_bounds(sizes: NDArray[np.int64], block_shards: int) -> NDArray[np.int64]:
+    """Return where blocks begin among ranges of these sizes, and the number of ranges.
+
+    A block takes the next ranges while it has at most `block_shards` of them and
+    :data:`MAX_BLOCK_SAMPLES` samples. No range has more samples than that.
+    """
+    bounds = np.arange(0, len(sizes), block_shards)
+    if len(sizes) and np.add.reduceat(sizes, bounds).max() > MAX_BLOCK_SAMPLES:
+        ends = np.cumsum(sizes).tolist()
+        firsts = [0]
+        while firsts[-1] < len(sizes):
+            first = firsts[-1]
+            limit = (ends[first - 1] if first else 0) + MAX_BLOCK_SAMPLES
+            firsts.append(bisect_right(ends, limit, first, min(first + block_shards, len(sizes))))
+        return np.array(firsts)
+    return np.append(bounds, len(sizes))

@@ -65,6 +65,14 @@ class WindowGrid:
         """Return windows of this length that touch: a held-out pass reads every tick once."""
         return replace(self, stride_ticks=self.window_ticks)
 
+    def as_state(self) -> dict[str, float]:
+        """Return plain values that tell these windows from others, for checkpoints."""
+        return {
+            "window_s": self.window_ticks / self.tick_rate_hz,
+            "stride_s": self.stride_ticks / self.tick_rate_hz,
+            "tick_rate_hz": self.tick_rate_hz,
+        }
+
     def index(self, runs: Sequence[Sequence[int]], *, segment_s: float) -> WindowIndex:
         """Return the windows of shards; see :class:`WindowIndex`."""
         return WindowIndex(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from train.data.mixture import MAX_TURNS, InterleaveSchedule, MixedOrder, integer_weights
 from train.data.order import OrderSettings, SampleOrder
+from train.data.windows import WindowGrid
 
 BLOCK_SHARDS = 2
 SEED = 5
@@ -52,6 +53,7 @@ def slow_mix(mix):
 def make_order(mix, *, batch_size=4, rank=0, world_size=1):
     settings = OrderSettings(
         seed=SEED,
+        grid=WindowGrid(window_ticks=40, stride_ticks=20, tick_rate_hz=10.0),
         block_shards=BLOCK_SHARDS,
         batch_size=batch_size,
         rank=rank,
@@ -68,7 +70,9 @@ def make_order(mix, *, batch_size=4, rank=0, world_size=1):
 def locations(plan, mix):
     """Return (set, shard, row) of a batch, whose shards are numbered across all sets."""
     owners = [(k, shard) for k, (sizes, _) in enumerate(mix) for shard in range(len(sizes))]
-    return [(*owners[s], r) for s, r in zip(plan.shards.tolist(), plan.rows.tolist(), strict=True)]
+    return [
+        (*owners[s], r) for s, r in zip(plan.shards.tolist(), plan.windows.tolist(), strict=True)
+    ]
 
 
 # --- weights ---------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def test_a_substitute_is_another_sample_of_the_same_set(mix, index, attempt):
         assert owners[shard] == k
         assert row < all_sizes[shard]
         is_alone = sum(mix[k][0]) == 1
-        assert ((shard, row) == (plan.shards[i], plan.rows[i])) == is_alone
+        assert ((shard, row) == (plan.shards[i], plan.windows[i])) == is_alone
         share = shares[i // 2]
         assert share.substitute(share.plan(index), i % 2, attempt) == (shard, row)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import tracemalloc
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,19 +13,21 @@ from helpers.oracles import slow_epoch, slow_hashes, slow_permutation
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from train.data import order as order_module
 from train.data.order import EpochOrder, OrderSettings, SampleOrder
+from train.data.windows import WindowGrid
+
+GRID = WindowGrid(window_ticks=40, stride_ticks=20, tick_rate_hz=10.0)
 
 
 def make_settings(**settings):
-    defaults = {"seed": 0, "block_shards": 2, "batch_size": 4, "last_batch": "pad"}
+    defaults = {"seed": 0, "grid": GRID, "block_shards": 2, "batch_size": 4, "last_batch": "pad"}
     return OrderSettings(**defaults | settings)
 
 
-def make_order(sizes, *, fingerprint="f", seed=0, block_shards=2, is_shuffled=True):
+def make_order(sizes, *, fingerprint="f", **options):
     return SampleOrder(
-        np.array(sizes, dtype=np.int64),
-        fingerprint=fingerprint,
-        settings=make_settings(seed=seed, block_shards=block_shards, is_shuffled=is_shuffled),
+        np.array(sizes, dtype=np.int64), fingerprint=fingerprint, settings=make_settings(**options)
     )
 
 
@@ -37,7 +42,7 @@ def make_batches(sizes, *, batch_size=4, last_batch="pad", rank=0, world_size=1,
 
 def locations(plan, *, real_only=True):
     is_wanted = plan.weight > 0 if real_only else np.ones(len(plan.weight), bool)
-    return list(zip(plan.shards[is_wanted].tolist(), plan.rows[is_wanted].tolist(), strict=True))
+    return list(zip(plan.shards[is_wanted].tolist(), plan.windows[is_wanted].tolist(), strict=True))
 
 
 def epoch_locations(batches, epoch, **options):
@@ -59,9 +64,32 @@ epochs = st.integers(0, 3)
 @given(sizes=shard_sizes, block_shards=blocks, epoch=epochs, seed=st.integers(0, 2**63 - 1))
 def test_the_order_is_the_slow_references(sizes, block_shards, epoch, seed):
     order = make_order(sizes, fingerprint="print", seed=seed, block_shards=block_shards)
-    shards, rows = order.locate(epoch, np.arange(sum(sizes)))
+    shards, windows = order.locate(epoch, np.arange(sum(sizes)))
     expected = slow_epoch(sizes, "print", seed, epoch, block_shards)
-    assert list(zip(shards.tolist(), rows.tolist(), strict=True)) == expected
+    assert list(zip(shards.tolist(), windows.tolist(), strict=True)) == expected
+
+
+@given(
+    sizes=shard_sizes,
+    block_shards=blocks,
+    epoch=epochs,
+    most_samples=st.integers(1, 9),
+    is_shuffled=st.booleans(),
+)
+def test_blocks_end_at_the_limit_as_in_the_slow_reference(
+    sizes, block_shards, epoch, most_samples, is_shuffled
+):
+    with mock.patch.object(order_module, "MAX_BLOCK_SAMPLES", most_samples):
+        order = make_order(sizes, block_shards=block_shards, is_shuffled=is_shuffled)
+        shards, windows = order.locate(epoch, np.arange(sum(sizes)))
+        first, last = order.block_range(epoch, np.array([0, sum(sizes)]))
+        counts = np.diff([*order._block_starts, sum(sizes)])
+        in_blocks = order.shards_in_blocks(epoch, first, last)
+    expected = slow_epoch(sizes, "f", 0, epoch, block_shards, most_samples=most_samples)
+    found = list(zip(shards.tolist(), windows.tolist(), strict=True))
+    assert found == (expected if is_shuffled else all_locations(sizes))
+    assert max(counts) <= most_samples
+    assert set(in_blocks.tolist()) >= set(shards.tolist())
 
 
 @given(sizes=shard_sizes, block_shards=blocks, batch_size=batch_sizes, epoch=epochs)
@@ -107,10 +135,10 @@ def test_ranks_divide_a_global_batch(sizes, per_rank, world):
     for index in range(2 * whole.batches_per_epoch):
         shares = [rank.plan(index) for rank in ranks]
         plan = whole.plan(index)
-        for name in ("positions", "shards", "rows", "weight"):
+        for name in ("positions", "shards", "windows", "weight"):
             joined = np.concatenate([getattr(share, name) for share in shares])
             np.testing.assert_array_equal(joined, getattr(plan, name))
-        assert {len(share.rows) for share in shares} == {size // world}
+        assert {len(share.windows) for share in shares} == {size // world}
 
 
 @given(
@@ -167,7 +195,9 @@ def test_plans_asked_for_in_any_order_are_the_same(sizes, jumps):
 def test_samples_of_a_block_come_from_its_shards_only(sizes, block_shards):
     order = make_order(sizes, block_shards=block_shards)
     shards, _ = order.locate(0, np.arange(sum(sizes)))
-    in_order = list(dict.fromkeys(slow_permutation("f/0/0/shards", list(range(len(sizes))))))
+    in_order = list(
+        dict.fromkeys(slow_permutation("f/40/20/10.0/0/0/shards", list(range(len(sizes)))))
+    )
     position = 0
     for first in range(0, len(sizes), block_shards):
         members = in_order[first : first + block_shards]
@@ -204,7 +234,7 @@ def test_frozen_order():
     plan = batches.plan(3)
     assert plan.epoch == 1
     found = [s * 10 + r for s, r in epoch_locations(batches, 1)]
-    assert found == [21, 11, 13, 10, 12, 22, 14, 23, 20, 1, 0, 2]
+    assert found == [1, 12, 0, 10, 13, 14, 2, 11, 23, 22, 20, 21]
 
 
 @given(
@@ -216,7 +246,7 @@ def test_frozen_order():
 def test_a_substitute_is_another_position_and_always_the_same(sizes, epoch, position, attempt):
     order = make_order(sizes)
     found = order.substitute_position(epoch, position, attempt)
-    hashes = slow_hashes(f"f/0/{epoch}/substitute/{position}", attempt + 1)
+    hashes = slow_hashes(f"f/40/20/10.0/0/{epoch}/substitute/{position}", attempt + 1)
     others = [p % sum(sizes) for p in range(position + 1, position + sum(sizes))]
     assert position % sum(sizes) not in others
     assert found == (others[hashes[attempt] % len(others)] if others else 0)
@@ -259,7 +289,38 @@ def test_a_batch_of_100_000_shards_permutes_its_own_blocks_only(monkeypatch):
     counted.clear()
     batches.plan(index + 1)
     assert sum(counted) <= 16 * 1000
-    assert (plan.rows < 1000).all()
+    assert (plan.windows < 1000).all()
+
+
+def test_a_huge_shard_is_permuted_in_blocks_of_bounded_memory():
+    batches = make_batches([100, 24_000_000, 7], batch_size=512)
+    tracemalloc.start()
+    try:
+        plan = batches.plan(batches.batches_per_epoch // 2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(locations(plan))) == 512
+    assert peak < 64 * 2**20
+    shards, windows = batches.order.locate(0, np.arange(0, batches.order.num_samples, 1000))
+    assert windows[shards == 1].max() > 23_900_000
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"window_ticks": 80}, "window_s"),
+        ({"stride_ticks": 10}, "stride_s"),
+        ({"window_ticks": 80, "stride_ticks": 40, "tick_rate_hz": 20.0}, "tick_rate_hz"),
+    ],
+)
+def test_another_window_gives_another_order_and_state(change, key):
+    grid = dataclasses.replace(GRID, **change)
+    one, other = make_order([5] * 8), make_order([5] * 8, grid=grid)
+    places = np.arange(40)
+    assert not np.array_equal(one.locate(0, places), other.locate(0, places))
+    states = [EpochOrder(one, make_settings(grid=each)).state for each in (GRID, grid)]
+    assert {name for name in states[0] if states[0][name] != states[1][name]} == {key}
 
 
 def test_no_sample_is_refused():
@@ -294,21 +355,23 @@ def test_ranks_that_do_not_divide_the_batch_get_numbers_that_do(batch_size, worl
     fraction=st.floats(0, 1),
     length=st.integers(1, 6),
     is_shuffled=st.booleans(),
+    most_samples=st.sampled_from([2, 7, 2**20]),
 )
 def test_the_shards_of_the_next_block_hold_every_sample_up_to_its_end(
-    sizes, block_shards, fraction, length, is_shuffled
+    sizes, block_shards, fraction, length, is_shuffled, most_samples
 ):
-    order = make_order(sizes, block_shards=block_shards, is_shuffled=is_shuffled)
-    first = int(fraction * (sum(sizes) - 1))
-    positions = np.arange(first, first + length)
-    first_block, last_block = order.block_range(1, positions)
-    known = set(order.shards_in_blocks(1, first_block, last_block + 1).tolist())
-    in_epoch = positions[positions < sum(sizes)]
-    read, _ = order.locate(1, in_epoch)
-    assert set(read.tolist()) <= known
-    rest = np.arange(in_epoch[-1], sum(sizes))
-    in_block = [p for p in rest if order.block_range(1, np.array([p]))[0] <= last_block + 1]
-    assert set(order.locate(1, np.array(in_block))[0].tolist()) <= known
+    with mock.patch.object(order_module, "MAX_BLOCK_SAMPLES", most_samples):
+        order = make_order(sizes, block_shards=block_shards, is_shuffled=is_shuffled)
+        first = int(fraction * (sum(sizes) - 1))
+        positions = np.arange(first, first + length)
+        first_block, last_block = order.block_range(1, positions)
+        known = set(order.shards_in_blocks(1, first_block, last_block + 1).tolist())
+        in_epoch = positions[positions < sum(sizes)]
+        read, _ = order.locate(1, in_epoch)
+        assert set(read.tolist()) <= known
+        rest = np.arange(in_epoch[-1], sum(sizes))
+        in_block = [p for p in rest if order.block_range(1, np.array([p]))[0] <= last_block + 1]
+        assert set(order.locate(1, np.array(in_block))[0].tolist()) <= known
 
 
 def test_after_the_last_block_comes_the_next_epochs_first():
@@ -321,7 +384,7 @@ def test_after_the_last_block_comes_the_next_epochs_first():
     in_turn = [list(dict.fromkeys(shards)) for shards in epochs]
     assert order.shards_in_blocks(0, 2, 3).tolist() == [
         in_turn[0][-1],
-        *slow_permutation("f/0/1/shards", list(range(5)))[:2],
+        *slow_permutation("f/40/20/10.0/0/1/shards", list(range(5)))[:2],
     ]
 
 
