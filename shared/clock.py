@@ -1,4 +1,4 @@
-"""Compute with times on the session clock: windows, grids, nearest frames, masks.
+"""Compute with times on the session clock: segments, grids, nearest frames, masks.
 
 All times are in seconds, and intervals are half-open, [start, stop). Everything here is a pure
 function of plain values.
@@ -37,32 +37,45 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
-    """One window of a session: [start_s, start_s + duration_s)."""
+class Segment:
+    """One stored unit of a session: [index * duration_s, (index + 1) * duration_s)."""
 
     index: int
-    start_s: float
     duration_s: float
 
     @property
+    def start_s(self) -> float:
+        """Start on the session clock."""
+        return self.index * self.duration_s
+
+    @property
     def stop_s(self) -> float:
-        """End of the window, exclusive."""
-        return self.start_s + self.duration_s
+        """End of the segment, exclusive."""
+        return (self.index + 1) * self.duration_s
 
     @property
     def interval(self) -> Interval:
-        """The window as an interval."""
+        """The segment as an interval."""
         return Interval(self.start_s, self.stop_s)
 
     def grid(self, rate_hz: float) -> NDArray[np.float64]:
-        """Return times start, start + 1/rate, ... in the window, float64 [rate * duration]."""
+        """Return times start, start + 1/rate, ... in the segment, float64 [rate * duration]."""
         return self.start_s + np.arange(round(rate_hz * self.duration_s)) / rate_hz
 
 
-def plan_windows(duration_s: float, *, window_s: float, stride_s: float) -> list[Window]:
-    """List every window that begins inside a session; the last ones may extend beyond its end."""
-    count = max(0, math.ceil((duration_s - EPSILON_S) / stride_s))
-    return [Window(i, i * stride_s, window_s) for i in range(count)]
+def plan_segments(duration_s: float, segment_s: float) -> list[Segment]:
+    """List the segments of a session; the last one may extend beyond its end."""
+    return [Segment(i, segment_s) for i in range(count_segments(duration_s, segment_s))]
+
+
+def count_segments(duration_s: float, segment_s: float) -> int:
+    """Return the number of segments of a session."""
+    return max(0, math.ceil((duration_s - EPSILON_S) / segment_s))
+
+
+def segment_of(time_s: float, segment_s: float) -> int:
+    """Return the index of the segment that a time belongs to."""
+    return math.floor((time_s + EPSILON_S / 2) / segment_s)
 
 
 def nearest(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.files import DiskArray
-    from shared.recipe import MelRecipe
+    from shared.streams import DmelSettings
 
 _ENERGY_FLOOR = 1e-10
 
@@ -40,7 +40,7 @@ def encode_dmel(
     count: int,
     *,
     rate_hz: int,
-    recipe: MelRecipe,
+    settings: DmelSettings,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Compute the dMel tokens of `count` frames that begin at sample `start` of a session.
 
@@ -49,31 +49,35 @@ def encode_dmel(
         start: first sample of the first frame.
         count: number of frames.
         rate_hz: sample rate.
-        recipe: frame rate, channels, levels.
+        settings: frame rate, channels, levels.
 
     Returns:
         Levels uint8 [count, channels], and whether the audio covers each whole frame, bool [count].
         Frames that it does not cover have level 0.
     """
-    hop = rate_hz // recipe.rate_hz
-    context = recipe.fft_size - hop
+    hop = rate_hz // settings.rate_hz
+    context = settings.fft_size - hop
     padded = np.zeros(context + count * hop, dtype=np.float32)
     first, last = start - context, start + count * hop
     covered = samples[max(0, first) : max(0, min(last, len(samples)))]
     offset = max(0, first) - first
     padded[offset : offset + len(covered)] = covered.astype(np.float32) / 32768.0
-    bands = _mel_bands(rate_hz, recipe.fft_size, recipe.channels)
-    energy = _mel_energy(np.square(np.abs(stft(padded, fft_size=recipe.fft_size, hop=hop))), bands)
+    bands = _mel_bands(rate_hz, settings.fft_size, settings.channels)
+    energy = _mel_energy(
+        np.square(np.abs(stft(padded, fft_size=settings.fft_size, hop=hop))), bands
+    )
     level_db = 10.0 * np.log10(np.maximum(energy.T, _ENERGY_FLOOR))
-    share = (level_db - recipe.floor_db) / (recipe.ceiling_db - recipe.floor_db)
-    levels = np.clip(np.round(share * (recipe.levels - 1)), 0, recipe.levels - 1).astype(np.uint8)
+    share = (level_db - settings.floor_db) / (settings.ceiling_db - settings.floor_db)
+    levels = np.clip(np.round(share * (settings.levels - 1)), 0, settings.levels - 1).astype(
+        np.uint8
+    )
     valid = audio_mask(start, count, hop=hop, num_samples=len(samples))
     levels[~valid] = 0
     return levels, valid
 
 
 def decode_dmel(
-    levels: NDArray[np.uint8], *, rate_hz: int, recipe: MelRecipe, seed: int = 0
+    levels: NDArray[np.uint8], *, rate_hz: int, settings: DmelSettings, seed: int = 0
 ) -> NDArray[np.float32]:
     """Reconstruct audio whose dMel tokens are about `levels` [frames, channels], by Griffin-Lim.
 
@@ -82,22 +86,22 @@ def decode_dmel(
     """
     import librosa
 
-    hop = rate_hz // recipe.rate_hz
-    share = levels.astype(np.float32).T / (recipe.levels - 1)
-    level_db = recipe.floor_db + share * (recipe.ceiling_db - recipe.floor_db)
+    hop = rate_hz // settings.rate_hz
+    share = levels.astype(np.float32).T / (settings.levels - 1)
+    level_db = settings.floor_db + share * (settings.ceiling_db - settings.floor_db)
     energy = np.power(np.float32(10.0), level_db / 10.0)
     power = _power_of_mel(
-        energy, mel_filters(rate_hz=rate_hz, fft_size=recipe.fft_size, channels=recipe.channels)
+        energy, mel_filters(rate_hz=rate_hz, fft_size=settings.fft_size, channels=settings.channels)
     )
     waveform = librosa.griffinlim(
         np.sqrt(power),
         n_iter=_GRIFFIN_LIM_ROUNDS,
         hop_length=hop,
-        n_fft=recipe.fft_size,
+        n_fft=settings.fft_size,
         center=False,
         random_state=seed,
     )
-    context = recipe.fft_size - hop
+    context = settings.fft_size - hop
     waveform = waveform[context : context + len(levels) * hop]
     return np.asarray(np.clip(waveform, -1.0, 1.0), dtype=np.float32)
 

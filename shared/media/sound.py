@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from numpy.typing import NDArray
 
-    from shared.recipe import AudioRecipe
+    from shared.streams import AudioDefaults
 
 MAX_RATE_HZ = 768_000
 """Largest sample rate; a header that claims more is damaged."""
@@ -93,17 +93,24 @@ class Loudness:
     gain: float
 
 
-def read_sound(path: Path, *, rate_hz: int) -> Sound:
+def read_sound(path: Path, *, rate_hz: int, track: int = 0) -> Sound:
     """Read an audio file as mono: average the channels, resample with soxr's HQ.
 
     Args:
         path: the file.
         rate_hz: sample rate of the result.
+        track: index of the audio track in a container.
 
     Raises:
         MediaError: the file doesn't open or contains no audio.
     """
     require_bytes(path)
+    if track:
+        try:
+            return _read_sound_by_av(path, rate_hz, track)
+        except (av.FFmpegError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise MediaError(f"{path}: track {track} does not open: {reason}") from error
     try:
         with soundfile.SoundFile(str(path)) as file:
             return _mono(
@@ -117,7 +124,7 @@ def read_sound(path: Path, *, rate_hz: int) -> Sound:
     except (soundfile.SoundFileError, TypeError) as sndfile_error:
         # libsndfile is strict with damaged headers; ffmpeg's demuxer reads many of them.
         try:
-            return _read_sound_by_av(path, rate_hz)
+            return _read_sound_by_av(path, rate_hz, track)
         except (av.FFmpegError, ValueError) as error:
             reason = str(sndfile_error).split(": ")[-1].rstrip(".")
             raise MediaError(
@@ -125,14 +132,14 @@ def read_sound(path: Path, *, rate_hz: int) -> Sound:
             ) from error
 
 
-def measure_loudness(blocks: Iterable[NDArray[np.float32]], *, recipe: AudioRecipe) -> Loudness:
-    """Measure RMS and peak, and compute the gain to the recipe's level.
+def measure_loudness(blocks: Iterable[NDArray[np.float32]], *, spec: AudioDefaults) -> Loudness:
+    """Measure RMS and peak, and compute the gain to the stream's level.
 
-    The gain is lower if the peak would exceed the recipe's limit.
+    The gain is lower if the peak would exceed the stream's limit.
 
     Args:
         blocks: the session's waveform, float32 [n] each, full scale 1.
-        recipe: level and limit.
+        spec: level and limit.
     """
     num_samples, energies, peak = 0, [0.0], 0.0
     for block in blocks:
@@ -141,10 +148,10 @@ def measure_loudness(blocks: Iterable[NDArray[np.float32]], *, recipe: AudioReci
         peak = max(peak, float(np.abs(block).max(initial=0.0)))
     rms = math.sqrt(math.fsum(energies) / max(1, num_samples))
     gain = 1.0
-    if recipe.loudness_dbfs is not None and rms > SILENCE_RMS:
-        gain = 10 ** (recipe.loudness_dbfs / 20) / rms
-    limit = 10 ** (recipe.peak_dbfs / 20)
-    if recipe.loudness_dbfs is not None and peak * gain > limit:
+    if spec.loudness_dbfs is not None and rms > SILENCE_RMS:
+        gain = 10 ** (spec.loudness_dbfs / 20) / rms
+    limit = 10 ** (spec.peak_dbfs / 20)
+    if spec.loudness_dbfs is not None and peak * gain > limit:
         gain = limit / peak
     return Loudness(rms=rms, peak=peak, gain=gain)
 
@@ -155,10 +162,16 @@ def to_int16(waveform: NDArray[np.float32], *, gain: float) -> NDArray[np.int16]
     return np.clip(scaled, -32768, 32767).astype(np.int16)
 
 
-def _read_sound_by_av(path: Path, rate_hz: int) -> Sound:
+def _read_sound_by_av(path: Path, rate_hz: int, track: int) -> Sound:
     with av.open(str(path), metadata_errors="ignore") as container:
-        stream = next(iter(container.streams.audio), None)
+        streams = container.streams.audio
+        stream = streams[track] if track < len(streams) else None
         context: Any = stream and stream.codec_context  # None if no decoder is known
+        if context is None and track:
+            raise MediaError(
+                f"{path}: has {len(streams)} audio tracks, the recipe wants track {track}; fix: "
+                "correct `track` of the stream"
+            )
         if context is None:
             raise MediaError(f"{path}: contains no audio; fix: record or copy it again")
         source_rate_hz, channels = context.sample_rate, context.channels

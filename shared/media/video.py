@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from numpy.typing import NDArray
 
-    from shared.recipe import VisionRecipe
+    from shared.streams import VideoDefaults
 
 MAX_PIXELS = 8192 * 8192
 """A larger picture is refused before it is decoded."""
@@ -147,9 +147,9 @@ def read_video_track(path: Path) -> VideoTrack:
 
 
 def read_frames(
-    path: Path, track: VideoTrack, requested: Sequence[int], *, recipe: VisionRecipe
+    path: Path, track: VideoTrack, requested: Sequence[int], *, spec: VideoDefaults
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Decode some frames of a video, in order of time, at the recipe's size.
+    """Decode some frames of a video, in order of time, at the stream's size.
 
     Packets that no requested frame needs are skipped. Frames that don't decode are left out.
 
@@ -157,10 +157,10 @@ def read_frames(
         path: the video.
         track: result of :func:`read_video_track` for it.
         requested: indices into `track.times_s`, increasing.
-        recipe: size and fit.
+        spec: size and fit.
 
     Yields:
-        (index into `track.times_s`, RGB uint8 [size, size, 3]).
+        (index into `track.times_s`, RGB uint8 [height, width, 3]).
 
     Raises:
         MediaError: the file doesn't open.
@@ -173,7 +173,7 @@ def read_frames(
     for frame in decode_frames(path, track, requested):
         index = index_of_pts.pop(frame.pts, None)
         if index is not None:
-            yield index, _convert_frame(frame, reformatter, recipe)
+            yield index, _convert_frame(frame, reformatter, spec)
         if not index_of_pts or frame.pts > last_pts:
             return
 
@@ -450,34 +450,32 @@ def _increasing_order(pts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _convert_frame(
-    frame: VideoFrame, reformatter: VideoReformatter, recipe: VisionRecipe
+    frame: VideoFrame, reformatter: VideoReformatter, spec: VideoDefaults
 ) -> NDArray[np.uint8]:
-    """Convert a frame to RGB uint8 [size, size, 3]: scaled by area, upright, cropped or padded."""
-    size = recipe.size
-    if recipe.fit == "stretch":
-        width = height = size
-    else:
-        sides = (frame.width, frame.height)
-        scale = size / (min(sides) if recipe.fit == "crop" else max(sides))
-        width, height = (max(1, round(side * scale)) for side in sides)
+    """Convert a frame to RGB uint8 [height, width, 3]: scaled by area, upright, fitted."""
+    quarter_turns = round(frame.rotation / 90) % 4
+    # The size before the frame is turned upright.
+    sides = (spec.width, spec.height) if quarter_turns % 2 == 0 else (spec.height, spec.width)
+    if spec.fit != "stretch":
+        ratios = (sides[0] / frame.width, sides[1] / frame.height)
+        scale = max(ratios) if spec.fit == "crop" else min(ratios)
+        sides = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
     scaled = reformatter.reformat(
-        frame, width=width, height=height, format="rgb24", interpolation=Interpolation.AREA
+        frame, width=sides[0], height=sides[1], format="rgb24", interpolation=Interpolation.AREA
     )
     picture = scaled.to_ndarray().astype(np.uint8, copy=False)
-    quarter_turns = round(frame.rotation / 90) % 4
     if quarter_turns:
         picture = np.rot90(picture, k=quarter_turns)
-    return np.ascontiguousarray(_square(picture, size))
+    return np.ascontiguousarray(_fit(picture, spec.height, spec.width))
 
 
-def _square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Crop the middle, or pad with black around the middle, to [size, size, 3]."""
-    height, width = picture.shape[:2]
-    top, left = max(0, (height - size) // 2), max(0, (width - size) // 2)
-    cropped = picture[top : top + size, left : left + size]
-    if cropped.shape[:2] == (size, size):
+def _fit(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Crop the middle, or pad with black around the middle, to [height, width, 3]."""
+    top, left = (max(0, (a - b) // 2) for a, b in zip(picture.shape, (height, width), strict=False))
+    cropped = picture[top : top + height, left : left + width]
+    if cropped.shape[:2] == (height, width):
         return cropped
-    padded = np.zeros((size, size, 3), dtype=np.uint8)
-    top, left = (size - cropped.shape[0]) // 2, (size - cropped.shape[1]) // 2
+    padded = np.zeros((height, width, 3), dtype=np.uint8)
+    top, left = (height - cropped.shape[0]) // 2, (width - cropped.shape[1]) // 2
     padded[top : top + cropped.shape[0], left : left + cropped.shape[1]] = cropped
     return padded

@@ -1,42 +1,42 @@
 """Align the streams of a session on its clock; shards and validation share these rules.
 
-Audio and video begin where their container says, counted from the container's start, unless
-``session.json`` declares when they begin. Sensor readings and texts begin at their timestamps,
-minus the recorder's offset.
+Audio and video begin where their container says, counted from the container's start. Readings and
+texts begin at their timestamps, minus one offset that all timestamped files of the session share.
+``session.json`` can declare when any stream begins.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from shared.clock import Interval, clock_offset
-from shared.recipe import SENSOR_STREAMS, TEXT_STREAMS, VISION_STREAMS, Stream
-from shared.session.folder import METADATA_FILE, SESSION_INFO_FILE
+from shared.kinds import sensor
+from shared.kinds.text import TimedText
+from shared.session.folder import SESSION_INFO_FILE
+from shared.streams import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
-    from shared.media.sound import Sound
-    from shared.media.video import VideoTrack
     from shared.recipe import Recipe
-    from shared.session.folder import Metadata, TextEvent
+    from shared.session.folder import SessionLines, TextEvent
+    from shared.streams import SensorStream
 
 TEXT_TAIL_S = 1.0
 """A session that has only texts ends this long after its last event began."""
 
 MAX_SESSION_S = 24 * 3600.0
-"""Everything later is ignored: one wrong timestamp must not create a billion windows."""
+"""Everything later is ignored: one wrong timestamp must not create a billion segments."""
 
-MEDIA_STREAMS = (*VISION_STREAMS, Stream.AUDIO)
-"""Streams without timestamps on the recorder's clock; ``start_s`` can say when they begin."""
+MEDIA_KINDS = (Kind.VIDEO, Kind.AUDIO)
+"""Streams without timestamps on the recorder's clock."""
 
 _STARTS_KEY = "start_s"
 
@@ -49,11 +49,17 @@ class Alignment:
     """Subtracted from the recorder's timestamps."""
     stop_s: float
     """End of the last stream, however late."""
-    intervals: Mapping[Stream, Interval]
-    absent: Mapping[Stream, str]
+    intervals: Mapping[str, Interval]
+    absent: Mapping[str, str]
     """Why a sensor or text stream is missing."""
-    readings: Mapping[Stream, NDArray[np.float64]]
+    times_s: Mapping[str, NDArray[np.float64]]
     """Times of each sensor's readings."""
+    events: Mapping[str, tuple[TimedText, ...]]
+    """Events of each text stream within the session."""
+    not_recorded: frozenset[str] = frozenset()
+    """Missing streams without any reading or event."""
+    outside: tuple[str, ...] = ()
+    """One sentence per event outside the session."""
 
     @property
     def duration_s(self) -> float:
@@ -61,91 +67,186 @@ class Alignment:
         return min(self.stop_s, MAX_SESSION_S)
 
 
+@dataclass(slots=True)
+class _Streams:
+    """What has been placed on the clock so far."""
+
+    intervals: dict[str, Interval]
+    absent: dict[str, str] = field(default_factory=dict)
+    times_s: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    events: dict[str, tuple[TimedText, ...]] = field(default_factory=dict)
+    not_recorded: set[str] = field(default_factory=set)
+    outside: list[str] = field(default_factory=list)
+
+
 def align_streams(
-    media: Mapping[Stream, Interval],
-    metadata: Metadata,
-    events: tuple[TextEvent, ...],
+    media: Mapping[str, Interval],
+    lines: SessionLines,
     *,
+    starts: Mapping[str, float],
     recipe: Recipe,
 ) -> Alignment:
     """Put sensors and texts on the clock of the media.
 
     Args:
         media: interval of each video and audio stream, on the session clock.
-        metadata: sensor lines, on the recorder's clock.
-        events: all texts in order of time, on the recorder's clock.
-        recipe: gives the sensors' rate, for a sensor that has a single reading.
+        lines: readings and texts, on the recorder's clock.
+        starts: declared starts of streams, from :func:`read_starts`.
+        recipe: the declared streams.
     """
-    intervals, absent = dict(media), {}
-    media_stop_s = max((i.stop_s for i in media.values()), default=None)
-    offset_s = recorder_offset(metadata, events, media_stop_s)
-    times_s = metadata.times_s - offset_s
-    readings = {stream: times_s[metadata.rows_with(stream)] for stream in SENSOR_STREAMS}
-    for stream, reading_times_s in readings.items():
-        span = span_of(reading_times_s, recipe=recipe)
-        if span is None:
-            absent[stream] = f"{METADATA_FILE} holds no usable reading of it"
-        else:
-            intervals[stream] = span
-    stops_s = [i.stop_s for i in intervals.values()]
-    if not stops_s and events:
-        stops_s = [events[-1].time_s - offset_s + TEXT_TAIL_S]
+    media_stop_s = max((interval.stop_s for interval in media.values()), default=None)
+    offset_s = recorder_offset(lines, media_stop_s, starts=starts, recipe=recipe)
+    streams = _Streams(dict(media))
+    for name in recipe.of_kind(Kind.SENSOR):
+        recorded_s = lines.readings[name].times_s
+        first_s = float(recorded_s[0]) if len(recorded_s) else 0.0
+        own_s = stream_offset(name, first_s, offset_s, starts=starts, recipe=recipe)
+        _align_sensor(
+            name,
+            recorded_s - own_s,
+            streams,
+            spec=recipe.streams[name],
+            media_stop_s=media_stop_s,
+        )
+    texts = {
+        name: shift_events(name, lines.events[name], offset_s, starts=starts, recipe=recipe)
+        for name in recipe.of_kind(Kind.TEXT)
+    }
+    stops_s = [interval.stop_s for interval in streams.intervals.values()]
+    if not stops_s:
+        stops_s = [events[-1].time_s + TEXT_TAIL_S for events in texts.values() if events]
     stop_s = max(0.0, *stops_s) if stops_s else 0.0
-    for stream in TEXT_STREAMS:
-        if any(e.stream is stream for e in events):  # silence is part of a text stream
-            intervals[stream] = Interval(0.0, min(stop_s, MAX_SESSION_S))
-        else:
-            absent[stream] = "no event of it in text.jsonl or metadata.jsonl"
+    for name, events in texts.items():
+        _align_text(name, events, min(stop_s, MAX_SESSION_S), streams)
     return Alignment(
-        offset_s=offset_s, stop_s=stop_s, intervals=intervals, absent=absent, readings=readings
+        offset_s=offset_s,
+        stop_s=stop_s,
+        intervals=streams.intervals,
+        absent=streams.absent,
+        times_s=streams.times_s,
+        events=streams.events,
+        not_recorded=frozenset(streams.not_recorded),
+        outside=tuple(streams.outside),
     )
 
 
 def recorder_offset(
-    metadata: Metadata, events: tuple[TextEvent, ...], media_stop_s: float | None
+    lines: SessionLines,
+    media_stop_s: float | None,
+    *,
+    starts: Mapping[str, float],
+    recipe: Recipe,
 ) -> float:
     """Return the seconds to subtract from the recorder's timestamps.
 
-    The sensor lines decide; without sensor lines, the texts do.
+    The files of sensors decide, by the union of their first and last times; without readings, the
+    texts do. Streams with a clock or a start of their own have no say.
     """
-    if len(metadata.times_s):
-        return clock_offset(float(metadata.times_s[0]), float(metadata.times_s[-1]), media_stop_s)
-    if events and (media_stop_s is None or events[0].time_s >= media_stop_s):
-        return events[0].time_s
+    files = {
+        spec.file
+        for name, spec in recipe.streams.items()
+        if spec.kind is Kind.SENSOR and spec.clock == "session" and name not in starts
+    }
+    spans = [lines.spans[file] for file in sorted(files) if file in lines.spans]
+    if spans:
+        first_s, last_s = min(first for first, _ in spans), max(last for _, last in spans)
+        return clock_offset(first_s, last_s, media_stop_s)
+    firsts_s = [
+        events[0].time_s
+        for name, events in lines.events.items()
+        if events and name not in starts and recipe.streams[name].clock == "session"
+    ]
+    if firsts_s and (media_stop_s is None or min(firsts_s) >= media_stop_s):
+        return min(firsts_s)
     return 0.0
 
 
-def span_of(times_s: NDArray[np.float64], *, recipe: Recipe) -> Interval | None:
-    """Return the interval from the first reading to one median interval after the last one."""
-    if len(times_s) == 0:
-        return None
-    interval_s = 1 / recipe.sensors.rate_hz
-    if len(times_s) > 1:
-        interval_s = float(np.median(np.diff(times_s)))
-    return Interval(float(times_s[0]), float(times_s[-1]) + interval_s)
+def stream_offset(
+    name: str, first_s: float, offset_s: float, *, starts: Mapping[str, float], recipe: Recipe
+) -> float:
+    """Return the seconds to subtract from the timestamps of one stream.
 
-
-def align_track(track: VideoTrack, start_s: float | None) -> VideoTrack:
-    """Shift a video so that its first frame is at `start_s`.
-
-    None, or the track's own start, leaves every time unchanged to the bit.
+    Args:
+        name: a sensor or text stream.
+        first_s: its first timestamp.
+        offset_s: the offset that the files of the session share.
+        starts: declared starts of streams.
+        recipe: the declared streams.
     """
-    shift_s = 0.0 if start_s is None else start_s - float(track.times_s[0])
-    return replace(track, times_s=track.times_s + shift_s) if shift_s else track
+    if name in starts:
+        return first_s - starts[name]
+    return 0.0 if recipe.streams[name].clock == "own" else offset_s
 
 
-def align_sound(sound: Sound, start_s: float | None) -> Interval:
-    """Return the interval of a sound that begins at `start_s`, or where its container says."""
-    first_s = sound.start_s if start_s is None else start_s
-    return Interval(first_s, first_s + sound.duration_s)
+def _align_sensor(
+    name: str,
+    times_s: NDArray[np.float64],
+    streams: _Streams,
+    *,
+    spec: SensorStream,
+    media_stop_s: float | None,
+) -> None:
+    """Place the readings of a sensor on the clock, or note why it is absent."""
+    interval = sensor.interval_of(times_s, spec)
+    if interval is None:
+        streams.absent[name] = f"{spec.file} holds no usable reading of it"
+        streams.not_recorded.add(name)
+    elif media_stop_s is not None and (interval.start_s >= media_stop_s or interval.stop_s <= 0):
+        streams.absent[name] = (
+            f"{spec.file} is at {interval.start_s:g} to {interval.stop_s:g} s, outside the session "
+            f"of {media_stop_s:g} s; fix: correct its timestamps, or declare its start in "
+            f"{SESSION_INFO_FILE}"
+        )
+    else:
+        streams.times_s[name] = times_s
+        streams.intervals[name] = interval
 
 
-def read_starts(path: Path) -> tuple[dict[Stream, float], str | None]:
-    """Read when the media begin, as ``session.json`` of a session folder declares it.
+def shift_events(
+    name: str,
+    events: Sequence[TextEvent],
+    offset_s: float,
+    *,
+    starts: Mapping[str, float],
+    recipe: Recipe,
+) -> tuple[TimedText, ...]:
+    """Return the events of a text stream on the session clock; see :func:`stream_offset`."""
+    if not events:
+        return ()
+    own_s = stream_offset(name, events[0].time_s, offset_s, starts=starts, recipe=recipe)
+    return tuple(
+        TimedText(e.time_s - own_s, e.text, origin=e.source_line, recorded_s=e.time_s)
+        for e in events
+    )
+
+
+def _align_text(
+    name: str, events: tuple[TimedText, ...], duration_s: float, streams: _Streams
+) -> None:
+    """Place the events of a text stream on the clock, or note why it is absent."""
+    inside = tuple(event for event in events if 0 <= event.time_s < duration_s)
+    streams.outside += [
+        f"{e.origin}: text {e.text[:40]!r} at {e.recorded_s:g} s is outside the session"
+        for e in events
+        if not 0 <= e.time_s < duration_s
+    ]
+    if inside:  # silence is part of a text stream
+        streams.intervals[name] = Interval(0.0, duration_s)
+        streams.events[name] = inside
+    elif events:
+        streams.absent[name] = "all of its events are outside the session"
+    else:
+        streams.absent[name] = "no event of it is recorded"
+        streams.not_recorded.add(name)
+
+
+def read_starts(path: Path, recipe: Recipe) -> tuple[dict[str, float], str | None]:
+    """Read when streams begin, as ``session.json`` of a session folder declares it.
 
     Returns:
         Start of each declared stream in seconds on the session clock, and an error or None. With an
-        error, the position of every media stream is unknown.
+        error, the position of every media stream is unknown. Streams that the recipe does not
+        declare are ignored.
     """
     file = path / SESSION_INFO_FILE
     try:
@@ -164,22 +265,18 @@ def read_starts(path: Path) -> tuple[dict[Stream, float], str | None]:
     if starts is None:
         return {}, None
     if not isinstance(starts, dict):
-        reason = f'{_STARTS_KEY} is not an object; fix: write {{"audio": 0.35}}'
+        reason = f'{_STARTS_KEY} is not an object; fix: write {{"NAME": 0.35}}'
         return {}, f"{SESSION_INFO_FILE}: {reason}"
-    for name, value in starts.items():
+    declared = {name: value for name, value in starts.items() if name in recipe.streams}
+    for name, value in declared.items():
         error_reason = _start_error(name, value)
         if error_reason is not None:
             return {}, f"{SESSION_INFO_FILE}: {_STARTS_KEY} {error_reason}"
-    return {Stream(name): float(value) for name, value in starts.items()}, None
+    return {name: float(value) for name, value in declared.items()}, None
 
 
 def _start_error(name: str, value: Any) -> str | None:  # noqa: ANN401 (any JSON)
     """Explain what is wrong with one declared start; None if nothing is."""
-    if name in {*SENSOR_STREAMS, *TEXT_STREAMS}:
-        return f"names {name}, which has timestamps of its own; fix: correct those"
-    if name not in MEDIA_STREAMS:
-        known = ", ".join(MEDIA_STREAMS)
-        return f"names {name[:40]!r}, which is not a stream; fix: use one of {known}"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not abs(value) <= MAX_SESSION_S or math.isnan(value):
         limit = f"{MAX_SESSION_S:g}"

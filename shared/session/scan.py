@@ -1,6 +1,6 @@
-"""Scan a session once: its clock, the interval of each stream, and the coverage of each window.
+"""Scan a session once: its clock, the interval of each stream, and the coverage of each segment.
 
-A :class:`SessionScan` holds plain values. It decides which windows become samples, so that sessions
+A :class:`SessionScan` holds plain values. It decides which segments are stored, so that sessions
 read directly and shards agree on them. A shard task therefore opens only the files of the columns
 that it writes.
 """
@@ -13,36 +13,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.clock import Interval, Window, frame_mask, nearest, plan_windows, sensor_mask
+from shared.clock import Interval, Segment, plan_segments
 from shared.errors import MediaError, MissingMediaError
 from shared.files import sha256_of_file
-from shared.media.sound import Loudness, measure_loudness, read_sound
+from shared.kinds import audio, sensor, text, video
+from shared.media.sound import measure_loudness, read_sound
 from shared.media.video import read_video_track
-from shared.recipe import STREAMS, Recipe, Stream
 from shared.session.alignment import (
     MAX_SESSION_S,
-    MEDIA_STREAMS,
+    MEDIA_KINDS,
     Alignment,
-    align_sound,
     align_streams,
-    align_track,
     read_starts,
 )
-from shared.session.folder import AUDIO_FILE, SOURCE_FILES, VISION_FILES, read_timed_lines
+from shared.session.folder import read_timed_lines, source_files
+from shared.streams import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from shared.media.video import VideoTrack
-    from shared.session.folder import TextEvent
+    from shared.recipe import Recipe
+
+_COVERAGE_DECIMALS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
-    """Size and checksum of a file that samples are made of."""
+    """Size and checksum of a file that segments are made of."""
 
     length_bytes: int
     sha256: str
@@ -56,61 +57,76 @@ class SessionScan:
     duration_s: float
     clock_offset_s: float
     """Subtracted from the recorder's timestamps."""
-    gain: float
-    """Factor that normalizes the session's loudness."""
-    rms: float
-    """Level of the audio before the gain, full scale 1; 0 without audio."""
-    intervals: Mapping[Stream, Interval]
+    gains: Mapping[str, float]
+    """Audio stream -> factor that normalizes its loudness."""
+    levels: Mapping[str, float]
+    """Audio stream -> RMS before the gain, full scale 1."""
+    intervals: Mapping[str, Interval]
     """Interval of each stream that the session has."""
-    start_overrides: Mapping[Stream, float]
-    """Start of each media stream that begins elsewhere than by default.
+    start_overrides: Mapping[str, float]
+    """Start of each stream that begins elsewhere than by default.
 
-    By default audio begins at 0 and a video at its container's times. Columns depend on these
-    starts as they depend on the source files.
+    By default audio begins at 0, a video at its container's times, and a timestamped stream at its
+    first timestamp minus the offset. Columns depend on these starts as on the source files.
     """
-    absent: Mapping[Stream, str]
+    absent: Mapping[str, str]
     """Why each other stream is missing."""
-    not_recorded: frozenset[Stream]
+    not_recorded: frozenset[str]
     """Missing streams that nothing was recorded of: no file, no reading, no event."""
-    coverage: tuple[tuple[float, ...], ...]
-    """Per window, the share of it that each of STREAMS covers, 0..1."""
+    coverage: Mapping[str, tuple[float, ...]]
+    """Stream that the session has -> share of each segment that it covers, 0..1; above 0 where at
+    least one sample is valid."""
+    silent: tuple[bool, ...]
+    """Per segment, whether it certainly holds no token."""
     issues: tuple[str, ...]
     """What was skipped while reading the files, one sentence per kind."""
     source_files: Mapping[str, SourceFile]
 
-    def windows(self, recipe: Recipe) -> list[Window]:
-        """List every window planned for this session."""
-        window = recipe.window
-        return plan_windows(
-            self.duration_s, window_s=window.duration_s, stride_s=window.effective_stride_s
-        )
+    @property
+    def num_segments(self) -> int:
+        """Number of segments, whether they are stored or not."""
+        return len(self.silent)
 
-    def present(self, window: Window, recipe: Recipe) -> tuple[Stream, ...]:
-        """List the streams that cover enough of a window."""
-        shares = zip(STREAMS, self.coverage[window.index], strict=True)
-        return tuple(s for s, share in shares if share > 0 and share >= recipe.window.min_coverage)
+    def segments(self, recipe: Recipe) -> list[Segment]:
+        """List every segment of this session."""
+        return plan_segments(self.duration_s, recipe.segment_s)
 
-    def rejection(self, window: Window, recipe: Recipe) -> str | None:
-        """Explain why a window does not become a sample; None if it does."""
-        present = self.present(window, recipe)
-        missing = [s for s in recipe.required if s not in present]
-        if not missing:
-            return None if present else self._low_coverage(window, recipe, tuple(self.intervals))
-        return self._low_coverage(window, recipe, tuple(missing))
+    def present(self, segment: int) -> tuple[str, ...]:
+        """List the streams that have a valid sample in a segment, sorted."""
+        return tuple(name for name, shares in self.coverage.items() if shares[segment] > 0)
 
-    def _low_coverage(self, window: Window, recipe: Recipe, streams: tuple[Stream, ...]) -> str:
-        shares = self.coverage[window.index]
-        causes = [f"{s} covers {shares[STREAMS.index(s)]:.0%}" for s in streams] or ["nothing here"]
-        return (
-            f"{', '.join(causes)} of [{window.start_s:g}, {window.stop_s:g}) s; "
-            f"window.min_coverage asks for {recipe.window.min_coverage:.0%}"
-        )
+    def stored_segments(self, recipe: Recipe) -> list[int]:
+        """List the segments that are stored, in order."""
+        if self.session_rejection(recipe) is not None:
+            return []
+        return [i for i in range(self.num_segments) if self.rejection(i, recipe) is None]
+
+    def rejection(self, segment: int, recipe: Recipe) -> str | None:
+        """Explain why a segment is not stored; None if it is."""
+        present = self.present(segment)
+        minimum = recipe.segment.min_coverage
+        missing = [
+            name
+            for name in recipe.required
+            if name not in present or self.coverage[name][segment] < minimum
+        ]
+        start_s, stop_s = segment * recipe.segment_s, (segment + 1) * recipe.segment_s
+        where = f"of [{start_s:g}, {stop_s:g}) s"
+        if missing:
+            shares = {name: self.coverage.get(name, (0.0,) * (segment + 1)) for name in missing}
+            causes = [f"{name} covers {share[segment]:.0%}" for name, share in shares.items()]
+            return f"{', '.join(causes)} {where}; segment.min_coverage asks for {minimum:.0%}"
+        if not present:
+            return f"no stream covers any {where}"
+        if self.silent[segment] and all(recipe.streams[name].kind is Kind.TEXT for name in present):
+            return f"nothing but silent text {where}"
+        return None
 
     def session_rejection(self, recipe: Recipe) -> str | None:
-        """Explain why no window of the session can become a sample; None if some can."""
-        missing = [s for s in recipe.required if s not in self.intervals]
+        """Explain why no segment of the session can be stored; None if some can."""
+        missing = [name for name in recipe.required if name not in self.intervals]
         if missing:
-            return "; ".join(f"required stream {s}: {self.absent[s]}" for s in missing)
+            return "; ".join(f"required stream {name}: {self.absent[name]}" for name in missing)
         return None if self.intervals else "no stream of it can be read"
 
     def as_json(self) -> dict[str, Any]:
@@ -119,13 +135,14 @@ class SessionScan:
             "session": self.session,
             "duration_s": self.duration_s,
             "clock_offset_s": self.clock_offset_s,
-            "gain": self.gain,
-            "rms": self.rms,
+            "gains": dict(self.gains),
+            "levels": dict(self.levels),
             "start_overrides": dict(self.start_overrides),
             "intervals": {s: [i.start_s, i.stop_s] for s, i in self.intervals.items()},
             "absent": dict(self.absent),
             "not_recorded": sorted(self.not_recorded),
-            "coverage": [list(row) for row in self.coverage],
+            "coverage": {name: list(shares) for name, shares in self.coverage.items()},
+            "silent": [int(is_silent) for is_silent in self.silent],
             "issues": list(self.issues),
             "sources": {n: [f.length_bytes, f.sha256] for n, f in self.source_files.items()},
         }
@@ -137,13 +154,14 @@ def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
         session=values["session"],
         duration_s=values["duration_s"],
         clock_offset_s=values["clock_offset_s"],
-        gain=values["gain"],
-        rms=values["rms"],
-        intervals={Stream(s): Interval(*pair) for s, pair in values["intervals"].items()},
-        start_overrides={Stream(s): start_s for s, start_s in values["start_overrides"].items()},
-        absent={Stream(s): reason for s, reason in values["absent"].items()},
-        not_recorded=frozenset(map(Stream, values["not_recorded"])),
-        coverage=tuple(tuple(row) for row in values["coverage"]),
+        gains=dict(values["gains"]),
+        levels=dict(values["levels"]),
+        intervals={s: Interval(*pair) for s, pair in values["intervals"].items()},
+        start_overrides=dict(values["start_overrides"]),
+        absent=dict(values["absent"]),
+        not_recorded=frozenset(values["not_recorded"]),
+        coverage={name: tuple(shares) for name, shares in values["coverage"].items()},
+        silent=tuple(map(bool, values["silent"])),
         issues=tuple(values["issues"]),
         source_files={
             n: SourceFile(length_bytes=size, sha256=digest)
@@ -162,57 +180,58 @@ def scan_session(
 
     Args:
         path: the session folder.
-        recipe: how streams become fields.
+        recipe: the declared streams.
         known: source files that are known to be unchanged; they are not hashed again.
     """
     media = _Media()
-    starts, start_error = read_starts(path)
-    if start_error is None:
-        _scan_videos(path, starts, media)
-        _scan_sound(path, starts, recipe, media)
-    else:  # media without a position on the clock can't be used
-        media.absent.update(dict.fromkeys(MEDIA_STREAMS, start_error))
-    metadata, events, issues = read_timed_lines(path, recipe=recipe)
-    alignment = align_streams(media.intervals, metadata, events, recipe=recipe)
-    sentences = [(f"{i.file} {i.kind}", f"{i.file} line {i.line}: {i.message}") for i in issues]
-    sentences += _outside_session(alignment, events)
+    starts, start_error = read_starts(path, recipe)
+    for name in recipe.of_kind(*MEDIA_KINDS):
+        if start_error is not None:  # media without a position on the clock can't be used
+            media.absent[name] = start_error
+            continue
+        try:
+            _SCANNERS[recipe.streams[name].kind](path, name, starts.get(name), recipe, media)
+        except MediaError as error:
+            media.add_absent(name, error, path)
+    lines = read_timed_lines(path, recipe)
+    alignment = align_streams(media.intervals, lines, starts=starts, recipe=recipe)
+    sentences = [
+        (f"{i.file} {i.kind}", f"{i.file} line {i.line}: {i.message}") for i in lines.issues
+    ]
+    sentences += _outside_session(alignment)
     absent = {**media.absent, **alignment.absent}
-    windows = plan_windows(
-        alignment.duration_s,
-        window_s=recipe.window.duration_s,
-        stride_s=recipe.window.effective_stride_s,
-    )
+    segments = plan_segments(alignment.duration_s, recipe.segment_s)
+    timed_starts = {n: s for n, s in starts.items() if recipe.streams[n].kind not in MEDIA_KINDS}
     return SessionScan(
         session=path.name,
         duration_s=alignment.duration_s,
         clock_offset_s=alignment.offset_s,
-        gain=media.loudness.gain,
-        rms=media.loudness.rms,
-        intervals={s: alignment.intervals[s] for s in STREAMS if s in alignment.intervals},
-        start_overrides=media.start_overrides,
-        absent={s: absent[s] for s in STREAMS if s in absent},
-        not_recorded=frozenset({*media.not_recorded, *alignment.absent}),
-        coverage=_coverage(windows, alignment, media.tracks, recipe),
+        gains=media.gains,
+        levels=media.levels,
+        intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
+        start_overrides={**media.start_overrides, **timed_starts},
+        absent={n: absent[n] for n in recipe.streams if n in absent},
+        not_recorded=frozenset({*media.not_recorded, *alignment.not_recorded}),
+        coverage=_coverage(segments, alignment, media, recipe),
+        silent=_silent_segments(segments, alignment, recipe),
         issues=_first_of_each_kind(sentences),
-        source_files=_hash_source_files(path, known or {}),
+        source_files=_hash_source_files(path, recipe, known or {}),
     )
-
-
-_SILENCE = Loudness(rms=0.0, peak=0.0, gain=1.0)
 
 
 @dataclass(slots=True)
 class _Media:
     """What the scan has found of video and audio so far."""
 
-    tracks: dict[Stream, VideoTrack] = field(default_factory=dict)
-    loudness: Loudness = _SILENCE
-    intervals: dict[Stream, Interval] = field(default_factory=dict)
-    start_overrides: dict[Stream, float] = field(default_factory=dict)
-    absent: dict[Stream, str] = field(default_factory=dict)
-    not_recorded: set[Stream] = field(default_factory=set)
+    tracks: dict[str, VideoTrack] = field(default_factory=dict)
+    gains: dict[str, float] = field(default_factory=dict)
+    levels: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    start_overrides: dict[str, float] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    not_recorded: set[str] = field(default_factory=set)
 
-    def add_absent(self, stream: Stream, error: MediaError, path: Path) -> None:
+    def add_absent(self, stream: str, error: MediaError, path: Path) -> None:
         """Record why a stream is missing.
 
         The reason leaves out the folder, so that it does not depend on where the session is stored.
@@ -222,34 +241,37 @@ class _Media:
             self.not_recorded.add(stream)
 
 
-def _scan_videos(path: Path, starts: Mapping[Stream, float], media: _Media) -> None:
-    """Read the frame times of each video."""
-    for stream, file in VISION_FILES.items():
-        try:
-            recorded = read_video_track(path / file)
-        except MediaError as error:
-            media.add_absent(stream, error, path)
-            continue
-        track = media.tracks[stream] = align_track(recorded, starts.get(stream))
-        media.intervals[stream] = Interval(float(track.times_s[0]), track.stop_s)
-        if track is not recorded:
-            media.start_overrides[stream] = starts[stream]
+def _scan_video(
+    path: Path, name: str, start_s: float | None, recipe: Recipe, media: _Media
+) -> None:
+    """Read the frame times of a video."""
+    recorded = read_video_track(path / recipe.streams[name].file)
+    track = media.tracks[name] = video.align_track(recorded, start_s)
+    media.intervals[name] = video.interval_of(track)
+    if track is not recorded and start_s is not None:
+        media.start_overrides[name] = start_s
 
 
-def _scan_sound(path: Path, starts: Mapping[Stream, float], recipe: Recipe, media: _Media) -> None:
-    """Measure the interval and the level of the audio."""
-    try:
-        sound = read_sound(path / AUDIO_FILE, rate_hz=recipe.audio.rate_hz)
-    except MediaError as error:
-        media.add_absent(Stream.AUDIO, error, path)
-        return
-    interval = media.intervals[Stream.AUDIO] = align_sound(sound, starts.get(Stream.AUDIO))
+def _scan_audio(
+    path: Path, name: str, start_s: float | None, recipe: Recipe, media: _Media
+) -> None:
+    """Measure the interval and the level of an audio stream."""
+    spec = recipe.streams[name]
+    sound = read_sound(path / spec.file, rate_hz=spec.rate_hz, track=spec.track)
+    interval = media.intervals[name] = audio.align_sound(sound, start_s)
     if interval.start_s:
-        media.start_overrides[Stream.AUDIO] = interval.start_s
-    media.loudness = measure_loudness(sound.samples.iter_blocks(), recipe=recipe.audio)
+        media.start_overrides[name] = interval.start_s
+    loudness = measure_loudness(sound.samples.iter_blocks(), spec=spec)
+    media.gains[name], media.levels[name] = loudness.gain, loudness.rms
 
 
-def _outside_session(alignment: Alignment, events: tuple[TextEvent, ...]) -> list[tuple[str, str]]:
+_SCANNERS: Mapping[Kind, Callable[[Path, str, float | None, Recipe, _Media], None]] = {
+    Kind.VIDEO: _scan_video,
+    Kind.AUDIO: _scan_audio,
+}
+
+
+def _outside_session(alignment: Alignment) -> list[tuple[str, str]]:
     """List (kind, sentence) of each text outside the session, and of a session that is too long."""
     sentences = []
     if alignment.stop_s > MAX_SESSION_S:
@@ -258,54 +280,37 @@ def _outside_session(alignment: Alignment, events: tuple[TextEvent, ...]) -> lis
             "left out, a timestamp must be wrong"
         )
         sentences.append(("length", sentence))
-    sentences += [
-        (
-            "text outside",
-            f"{e.source_line}: text {e.text[:40]!r} at {e.time_s:g} s is outside the session",
-        )
-        for e in events
-        if not 0 <= e.time_s - alignment.offset_s < alignment.duration_s
-    ]
-    return sentences
+    return sentences + [("text outside", sentence) for sentence in alignment.outside]
 
 
 def _coverage(
-    windows: list[Window],
-    alignment: Alignment,
-    tracks: Mapping[Stream, VideoTrack],
-    recipe: Recipe,
-) -> tuple[tuple[float, ...], ...]:
-    """Compute, per window, the share of it that each of STREAMS covers."""
-    shares = np.zeros((len(windows), len(STREAMS)))
-    for column, stream in enumerate(STREAMS):
-        if stream not in alignment.intervals or not windows:
-            continue
-        if stream in tracks:
-            # Video: grid times that have a frame near enough.
-            grid_s = _grids(windows, recipe.vision.rate_hz)
-            _, error_s = nearest(tracks[stream].times_s, grid_s)
-            is_near = frame_mask(error_s, tolerance_s=recipe.vision.tolerance_s)
-            shares[:, column] = is_near.mean(axis=1)
-        elif stream in alignment.readings:
-            # Sensors: grid times that get a value by interpolation.
-            grid_s = _grids(windows, recipe.sensors.rate_hz)
-            covered = sensor_mask(
-                alignment.readings[stream],
-                grid_s.ravel(),
-                max_gap_s=recipe.sensors.max_gap_s,
-                edge_s=0.5 / recipe.sensors.rate_hz,
-            )
-            shares[:, column] = covered.reshape(grid_s.shape).mean(axis=1)
-        else:
-            # Audio and texts: overlap with the stream's interval.
-            overlaps_s = [alignment.intervals[stream].overlap_s(w.interval) for w in windows]
-            shares[:, column] = np.array(overlaps_s) / recipe.window.duration_s
-    return tuple(tuple(round(float(share), 4) for share in row) for row in shares)
+    segments: Sequence[Segment], alignment: Alignment, media: _Media, recipe: Recipe
+) -> dict[str, tuple[float, ...]]:
+    """Compute, per stream, the share of each segment that it covers."""
+    compute: Mapping[Kind, Callable[[str], NDArray[np.float64]]] = {
+        Kind.VIDEO: lambda n: video.coverage(media.tracks[n], segments, recipe.streams[n]),
+        Kind.AUDIO: lambda n: audio.coverage(alignment.intervals[n], segments),
+        Kind.SENSOR: lambda n: sensor.coverage(alignment.times_s[n], segments, recipe.streams[n]),
+        Kind.TEXT: lambda n: audio.coverage(alignment.intervals[n], segments),
+    }
+    coverage = {}
+    for name in (n for n in recipe.streams if n in alignment.intervals):
+        shares = compute[recipe.streams[name].kind](name)
+        rounded = np.where(
+            shares > 0, np.maximum(np.round(shares, _COVERAGE_DECIMALS), 10**-_COVERAGE_DECIMALS), 0
+        )
+        coverage[name] = tuple(map(float, rounded))
+    return coverage
 
 
-def _grids(windows: list[Window], rate_hz: float) -> NDArray[np.float64]:
-    """Return the grid times of every window [W, T]."""
-    return np.stack([w.grid(rate_hz) for w in windows])
+def _silent_segments(
+    segments: Sequence[Segment], alignment: Alignment, recipe: Recipe
+) -> tuple[bool, ...]:
+    """Tell, per segment, whether it certainly holds no token of any text stream."""
+    is_spoken = np.zeros(len(segments), dtype=np.bool_)
+    for name, events in alignment.events.items():
+        is_spoken |= text.spoken_segments(events, segments, recipe.streams[name])
+    return tuple(bool(spoken) for spoken in ~is_spoken)
 
 
 def _first_of_each_kind(sentences: list[tuple[str, str]]) -> tuple[str, ...]:
@@ -320,10 +325,12 @@ def _first_of_each_kind(sentences: list[tuple[str, str]]) -> tuple[str, ...]:
     )
 
 
-def _hash_source_files(path: Path, known: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
+def _hash_source_files(
+    path: Path, recipe: Recipe, known: Mapping[str, SourceFile]
+) -> dict[str, SourceFile]:
     """Return the size and SHA-256 of every source file that exists."""
     sources: dict[str, SourceFile] = {}
-    for name in SOURCE_FILES:
+    for name in source_files(recipe):
         if name in known:
             sources[name] = known[name]
             continue

@@ -1,0 +1,1 @@
+"""The four kinds of streams: one module each, with what every program needs of a kind."""

@@ -1,0 +1,162 @@
+"""Audio: place it on the clock, read waveform and dMel tokens of segments, encode and decode."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared.clock import Interval
+from shared.errors import CorruptError
+from shared.files import DiskArray
+from shared.kinds.column import MAX_MEMBER_BYTES, Column, stream_settings
+from shared.media.mel import encode_dmel
+from shared.media.sound import Sound, read_sound, to_int16
+from shared.streams import AudioStream, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shared.clock import Segment
+    from shared.recipe import Recipe
+
+MASKED_LEVEL = 255
+"""Value of dMel levels where there is no audio; real levels are smaller."""
+
+_WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
+WAV_HEADER_BYTES = _WAV_HEADER.size
+_MAX_WAV_RATE_HZ = 1 << 31
+"""From this rate on, the bytes per second don't fit the header."""
+
+
+def columns(name: str, spec: AudioStream, recipe: Recipe) -> tuple[Column, ...]:
+    """Return the columns of an audio stream: its waveform and its dMel tokens."""
+    samples, frames = recipe.count(spec.rate_hz), recipe.count(spec.dmel.rate_hz)
+    dmel_shape = (frames, spec.dmel.channels)
+    return (
+        Column(
+            name=name,
+            stream=name,
+            kind=Kind.AUDIO,
+            container="tar",
+            codec="wav",
+            dtype="int16",
+            shape=(samples,),
+            unit="1/32768 of full scale",
+            max_bytes=min(MAX_MEMBER_BYTES, WAV_HEADER_BYTES + 2 * samples),
+            settings=stream_settings(spec, without=("dmel",)),
+            is_training_input=False,
+        ),
+        Column(
+            name=f"{name}.dmel",
+            stream=name,
+            kind=Kind.AUDIO,
+            container="zarr",
+            codec="zarr",
+            dtype="uint8",
+            shape=dmel_shape,
+            unit=f"level, {MASKED_LEVEL} masked",
+            max_bytes=frames * spec.dmel.channels,
+            settings=stream_settings(spec),
+            dimensions=("segment", "frame", "channel"),
+            fill_value=MASKED_LEVEL,
+            attributes={
+                "long_name": "dMel level",
+                "missing_value": MASKED_LEVEL,
+                "rate_hz": spec.dmel.rate_hz,
+            },
+        ),
+    )
+
+
+def align_sound(sound: Sound, start_s: float | None) -> Interval:
+    """Return the interval of a sound that begins at `start_s`, or where its container says."""
+    first_s = sound.start_s if start_s is None else start_s
+    return Interval(first_s, first_s + sound.duration_s)
+
+
+class AudioReader:
+    """Reads the normalized audio of a session's segments.
+
+    Args:
+        file: the audio file.
+        spec: rate, track and dMel settings.
+        start_s: start of the first sample on the session clock.
+        gain: factor that normalizes the loudness.
+    """
+
+    def __init__(self, file: Path, spec: AudioStream, *, start_s: float, gain: float) -> None:
+        self._spec = spec
+        self._start = round(start_s * spec.rate_hz)
+        sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track)
+        self._samples: DiskArray[np.int16] = DiskArray(np.int16)
+        for block in sound.samples.iter_blocks():
+            self._samples.append(to_int16(block, gain=gain))
+
+    def read_audio(self, segment: Segment) -> NDArray[np.int16]:
+        """Read the waveform of a segment, mono int16 [rate * duration]; 0 where none is."""
+        start, count = self._range(segment)
+        samples = np.zeros(count, dtype=np.int16)
+        recorded = self._samples[max(0, start) : max(0, start + count)]
+        offset = max(0, -start)
+        samples[offset : offset + len(recorded)] = recorded
+        return samples
+
+    def read_dmel(self, segment: Segment) -> NDArray[np.uint8]:
+        """Read the dMel tokens of a segment, uint8 [A, channels].
+
+        Frames that the audio does not cover have MASKED_LEVEL in all channels.
+        """
+        start, _ = self._range(segment)
+        levels, valid = encode_dmel(
+            self._samples,
+            start,
+            round(self._spec.dmel.rate_hz * segment.duration_s),
+            rate_hz=self._spec.rate_hz,
+            settings=self._spec.dmel,
+        )
+        levels[~valid] = MASKED_LEVEL
+        return levels
+
+    def _range(self, segment: Segment) -> tuple[int, int]:
+        """Return the first sample of a segment in the audio (or negative), and the count."""
+        count = round(self._spec.rate_hz * segment.duration_s)
+        return round(segment.start_s * self._spec.rate_hz) - self._start, count
+
+
+def coverage(interval: Interval, segments: Sequence[Segment]) -> NDArray[np.float64]:
+    """Compute the share of each segment that an interval covers."""
+    shares = [interval.overlap_s(segment.interval) / segment.duration_s for segment in segments]
+    return np.array(shares, dtype=np.float64)
+
+
+def encode_wav(samples: NDArray[np.int16], *, rate_hz: int) -> bytes:
+    """Encode mono int16 samples as a RIFF file."""
+    return _wav_header(samples.nbytes, rate_hz) + samples.astype("<i2", copy=False).tobytes()
+
+
+def decode_wav(member: bytes) -> NDArray[np.int16]:
+    """Decode the bytes of :func:`encode_wav` to int16 [N], a read-only view of `member`.
+
+    Raises:
+        CorruptError: the bytes have another form.
+    """
+    if len(member) < _WAV_HEADER.size or len(member) % 2:
+        raise CorruptError(f"{len(member)} bytes are not a 16-bit wav file")
+    rate_hz = _WAV_HEADER.unpack_from(member)[7]
+    size = len(member) - _WAV_HEADER.size
+    if rate_hz >= _MAX_WAV_RATE_HZ or bytes(member[:WAV_HEADER_BYTES]) != _wav_header(
+        size, rate_hz
+    ):
+        raise CorruptError("not a wav file as this format writes it")
+    return np.frombuffer(member, dtype="<i2", offset=_WAV_HEADER.size)
+
+
+def _wav_header(size: int, rate_hz: int) -> bytes:
+    return _WAV_HEADER.pack(
+        b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, rate_hz, rate_hz * 2, 2, 16, b"data", size
+    )

@@ -1,0 +1,91 @@
+"""Sensors: place readings on the clock, and resample them onto the grid of segments."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared.clock import Interval
+from shared.kinds.column import MAX_MEMBER_BYTES, Column, stream_settings
+from shared.streams import Kind, SensorStream
+from shared.values import resample, resample_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from shared.clock import Segment
+    from shared.recipe import Recipe
+
+
+def columns(name: str, spec: SensorStream, recipe: Recipe) -> tuple[Column, ...]:
+    """Return the column of a sensor: one array; time is arithmetic, and NaN means missing."""
+    count = recipe.count(spec.rate_hz)
+    units = list(dict.fromkeys(group.unit_label for group in spec.values if group.unit_label))
+    return (
+        Column(
+            name=name,
+            stream=name,
+            kind=Kind.SENSOR,
+            container="zarr",
+            codec="zarr",
+            dtype="float32",
+            shape=(count, spec.size),
+            unit=", ".join(units),
+            max_bytes=min(MAX_MEMBER_BYTES, 4 * count * spec.size),
+            settings=stream_settings(spec),
+            dimensions=("segment", "time", "value"),
+            fill_value="NaN",
+            attributes={
+                "rate_hz": spec.rate_hz,
+                "names": list(spec.labels),
+                "types": [str(g.type) for g in spec.values for _ in range(g.count)],
+                "units": [g.unit_label for g in spec.values for _ in range(g.count)],
+            },
+        ),
+    )
+
+
+def interval_of(times_s: NDArray[np.float64], spec: SensorStream) -> Interval | None:
+    """Return the interval from the first reading to one median interval after the last one."""
+    if len(times_s) == 0:
+        return None
+    interval_s = 1 / spec.rate_hz
+    if len(times_s) > 1:
+        interval_s = float(np.median(np.diff(times_s)))
+    return Interval(float(times_s[0]), float(times_s[-1]) + interval_s)
+
+
+def coverage(
+    times_s: NDArray[np.float64], segments: Sequence[Segment], spec: SensorStream
+) -> NDArray[np.float64]:
+    """Compute the share of each segment's grid times that get a value."""
+    if not segments:
+        return np.zeros(0)
+    grid_s = np.stack([segment.grid(spec.rate_hz) for segment in segments])
+    mask = resample_mask(times_s, grid_s.ravel(), stream=spec)
+    return np.asarray(mask.reshape(grid_s.shape).mean(axis=1))
+
+
+class SensorReader:
+    """Resamples the readings of a session's segments.
+
+    Args:
+        times_s: times of the readings on the session clock, float64 [N], increasing.
+        values: float32 [N, D], finite.
+        spec: rate, value types and rules of resampling.
+    """
+
+    def __init__(
+        self, times_s: NDArray[np.float64], values: NDArray[np.float32], spec: SensorStream
+    ) -> None:
+        self._times_s = times_s
+        self._values = values
+        self._spec = spec
+
+    def read(self, segment: Segment) -> NDArray[np.float32]:
+        """Read a segment, float32 [rate * duration, D]; NaN where masked."""
+        grid_s = segment.grid(self._spec.rate_hz)
+        return resample(self._times_s, self._values, grid_s, stream=self._spec)
