@@ -275,7 +275,7 @@ def sample_positions(
         num_ticks: ticks of the window.
         tick_rate_hz: ticks per second.
     """
-    rate, tick_rate = _fraction(shape.rate_hz), _fraction(tick_rate_hz)
+    rate, tick_rate = as_fraction(shape.rate_hz), as_fraction(tick_rate_hz)
     count = round(num_ticks * rate / tick_rate)
     ratio = tick_rate / rate
     samples = np.arange(count, dtype=np.int64)
@@ -295,7 +295,7 @@ def sample_positions(
 
 def common_period_s(rates_hz: list[float]) -> Fraction:
     """Return the shortest time in seconds in which each rate has a whole number of samples."""
-    rates = [_fraction(rate_hz) for rate_hz in rates_hz]
+    rates = [as_fraction(rate_hz) for rate_hz in rates_hz]
     numerator = math.gcd(*(rate.numerator * _others(rates, i) for i, rate in enumerate(rates)))
     return Fraction(math.prod(rate.denominator for rate in rates), numerator)
 
@@ -304,7 +304,8 @@ def _others(rates: list[Fraction], i: int) -> int:
     return math.prod(rate.denominator for j, rate in enumerate(rates) if j != i)
 
 
-def _fraction(value: float) -> Fraction:
+def as_fraction(value: float) -> Fraction:
+    """Return the fraction that a rate or a length in a configuration means, such as 1/3."""
     return Fraction(str(float(value))).limit_denominator(10**6)
 
 
@@ -314,12 +315,12 @@ def _require_whole_ticks(recipe: Recipe, config: TrainConfig) -> None:
     Raises:
         ConfigError: it has not.
     """
-    ticks = _fraction(config.model.tick_rate_hz) * _fraction(recipe.segment_s)
+    ticks = as_fraction(config.model.tick_rate_hz) * as_fraction(recipe.segment_s)
     if ticks.denominator != 1:
         raise ConfigError(
             f"model.tick_rate_hz {config.model.tick_rate_hz:g} gives {float(ticks):g} ticks in a "
             f"segment of {recipe.segment_s:g} s, not a whole number; fix: set model.tick_rate_hz "
-            f"to {float(max(1, round(ticks)) / _fraction(recipe.segment_s)):g}"
+            f"to {float(max(1, round(ticks)) / as_fraction(recipe.segment_s)):g}"
         )
 
 
@@ -334,7 +335,7 @@ def _require_period(recipe: Recipe, config: TrainConfig, names: list[str]) -> No
     period = common_period_s([config.model.tick_rate_hz, *rates_hz])
     window = config.data.window
     for key, value in (("duration_s", window.duration_s), ("stride_s", window.stride)):
-        multiple = _fraction(value) / period
+        multiple = as_fraction(value) / period
         if multiple.denominator != 1 or multiple < 1:
             below = math.floor(multiple) * period
             fits = [f"{float(fit):g}" for fit in (below, below + period) if fit > 0]

@@ -1,0 +1,272 @@
+"""From segments to windows: the one way for shards and for sessions read directly.
+
+::
+
+    WindowRows            which rows hold a window's ticks, and where the window is on the clock
+      -> StreamLayout.pieces   which samples of each row's segment go to which positions
+      -> WRITERS[kind]         copy them; zeros and False where nothing was recorded
+      -> gather_tokens         the tokens whose tick is in the window
+
+Sample j of row r is sample r * m + j of its run, with m samples per segment. Nothing after the end
+of the run or of the session is valid.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+from shared.clock import EPSILON_S
+from shared.recipe import PAD_TOKEN
+from shared.streams import Kind
+from train.shapes import as_fraction, sample_positions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from shared.session.reader import SegmentText
+    from train.shapes import StreamShape, WindowShapes
+
+MASKED_LEVEL: Final = 255
+"""Stored dMel level of a masked frame, in all of its channels."""
+
+_MAX_CACHED_PIECES = 1024
+
+
+class WindowRows(NamedTuple):
+    """Where a window's ticks are stored, and where they are on the session clock."""
+
+    shard: int
+    rows: range
+    """Neighboring rows that hold consecutive segments."""
+    first_tick: int
+    """Ticks of the first row before the window."""
+    num_ticks: int
+    """Ticks of the window inside its run."""
+    clock_tick: int
+    """First tick of the window on the session clock."""
+    duration_s: float
+    """Length of the session."""
+
+
+class Piece(NamedTuple):
+    """Samples of one segment, and where they go."""
+
+    row: int
+    """Number of the segment in the window's rows."""
+    samples: slice | NDArray[np.int64]
+    """Samples of the segment."""
+    positions: slice | NDArray[np.int64]
+    """As many positions of the window; of a video always a slice."""
+
+
+class VideoSegment(NamedTuple):
+    """One segment of a video."""
+
+    error_s: NDArray[np.float32]
+    """Time error of each frame [F]; NaN for masked frames."""
+    write: Callable[[NDArray[np.int64], NDArray[np.uint8]], object]
+    """Write the pictures of some frames, numbered in increasing order, in the layout of an array
+    (see :mod:`shared.media.yuv`)."""
+
+
+class WindowText(NamedTuple):
+    """The tokens of one text stream in a window, in order of their own times."""
+
+    ids: NDArray[np.int64]
+    ticks: NDArray[np.int64]
+    """Tick of each token in the window."""
+    event_s: NDArray[np.float64]
+    """When the event of each token began, on the session clock."""
+    is_valid: NDArray[np.bool_]
+    """Whether the stream was recorded [ticks]."""
+
+
+class StreamLayout:
+    """Where the samples of a stream's segments go in a window.
+
+    Args:
+        shape: of the stream.
+        num_ticks: ticks of a window.
+        tick_rate_hz: ticks per second.
+        segment_s: length of a segment.
+    """
+
+    def __init__(
+        self, shape: StreamShape, *, num_ticks: int, tick_rate_hz: float, segment_s: float
+    ) -> None:
+        self.shape = shape
+        self.per_segment = round(shape.rate_hz * segment_s)
+        per_tick = as_fraction(shape.rate_hz) / as_fraction(tick_rate_hz)
+        self._samples, self._ticks = per_tick.as_integer_ratio()
+        self._positions = sample_positions(shape, num_ticks=num_ticks, tick_rate_hz=tick_rate_hz)
+        self._is_contiguous = bool((self._positions == np.arange(len(self._positions))).all())
+        self._pieces: dict[tuple[int, int], list[Piece]] = {}
+
+    def pieces(self, window: WindowRows) -> list[Piece]:
+        """Return the samples that a window takes of its segments, in order.
+
+        Samples after the end of the run or of the session are left out, and so are frames that no
+        tick sees.
+        """
+        first, before = self._count(window.first_tick), self._count(window.clock_tick)
+        in_session = math.ceil((window.duration_s - EPSILON_S) * self.shape.rate_hz) - before
+        count = max(0, min(self._count(window.num_ticks), in_session))
+        found = self._pieces.get((first, count))
+        if found is None:
+            if len(self._pieces) >= _MAX_CACHED_PIECES:
+                self._pieces.clear()
+            found = self._pieces[first, count] = self._cut(first, first + count)
+        return found
+
+    def _count(self, num_ticks: int) -> int:
+        """Return the number of samples in some ticks, which is whole at windows and segments."""
+        return num_ticks * self._samples // self._ticks
+
+    def _cut(self, start: int, stop: int) -> list[Piece]:
+        """Cut samples [start, stop), counted from the first row's begin, at segments."""
+        pieces = []
+        for row in range(start // self.per_segment, -(-stop // self.per_segment)):
+            row_start = row * self.per_segment
+            begin, end = max(start, row_start), min(stop, row_start + self.per_segment)
+            samples: slice | NDArray[np.int64] = slice(begin - row_start, end - row_start)
+            positions: slice | NDArray[np.int64] = slice(begin - start, end - start)
+            if not self._is_contiguous:
+                positions = self._positions[positions]
+            if self.shape.kind is Kind.VIDEO and not self._is_contiguous:
+                seen = np.flatnonzero(positions >= 0)
+                if not len(seen):
+                    continue
+                samples = seen + (begin - row_start)
+                positions = slice(int(positions[seen[0]]), int(positions[seen[-1]]) + 1)
+            pieces.append(Piece(row, samples, positions))
+        return pieces
+
+
+def make_layouts(shapes: WindowShapes, *, segment_s: float) -> dict[str, StreamLayout]:
+    """Return the layout of every stream that is read, by name."""
+    return {
+        name: StreamLayout(
+            shape,
+            num_ticks=shapes.num_ticks,
+            tick_rate_hz=shapes.tick_rate_hz,
+            segment_s=segment_s,
+        )
+        for name, shape in shapes.streams.items()
+    }
+
+
+def write_frames(
+    out: NDArray[np.uint8],
+    valid: NDArray[np.bool_],
+    pieces: Sequence[Piece],
+    segments: Mapping[int, VideoSegment],
+) -> None:
+    """Write the frames of a window; masked frames become zeros.
+
+    Args:
+        out: pictures of a window, in either layout; overwritten completely.
+        valid: whether each was recorded; overwritten completely.
+        pieces: from :meth:`StreamLayout.pieces`.
+        segments: by number in the window's rows; a row that lacks the stream is left out.
+    """
+    valid[...] = False
+    for row, samples, positions in pieces:
+        if (segment := segments.get(row)) is None:
+            continue
+        is_valid = np.isfinite(segment.error_s[samples])
+        if is_valid.any():
+            frames = np.arange(len(segment.error_s))[samples]
+            segment.write(frames, out[positions])
+            valid[positions] = is_valid
+    out[~valid] = 0
+
+
+def write_readings(
+    out: NDArray[np.float32],
+    valid: NDArray[np.bool_],
+    pieces: Sequence[Piece],
+    segments: Mapping[int, NDArray[np.float32]],
+) -> None:
+    """Write the readings of a window [positions, D]; see :func:`write_frames`.
+
+    In a segment [samples, D], NaN marks masked values.
+    """
+    out[...] = np.nan
+    for row, samples, positions in pieces:
+        if row in segments:
+            out[positions] = segments[row][samples]
+    np.logical_not(np.isnan(out).any(axis=1), out=valid)
+    out[~valid] = 0
+
+
+def write_levels(
+    out: NDArray[np.uint8],
+    valid: NDArray[np.bool_],
+    pieces: Sequence[Piece],
+    segments: Mapping[int, NDArray[np.uint8]],
+) -> None:
+    """Write the dMel levels of a window [positions, C]; see :func:`write_frames`."""
+    out[...] = MASKED_LEVEL
+    for row, samples, positions in pieces:
+        if row in segments:
+            out[positions] = segments[row][samples]
+    np.not_equal(out[:, 0], MASKED_LEVEL, out=valid)
+    out[~valid] = 0
+
+
+WRITERS: Final[dict[Kind, Callable[..., None]]] = {
+    Kind.VIDEO: write_frames,
+    Kind.SENSOR: write_readings,
+    Kind.AUDIO: write_levels,
+}
+"""How the segments of each kind become a window's array; text has :func:`gather_tokens`."""
+
+
+def gather_tokens(
+    pieces: Sequence[Piece],
+    segments: Mapping[int, SegmentText],
+    window: WindowRows,
+    *,
+    layout: StreamLayout,
+) -> WindowText:
+    """Return the tokens of a window: those whose own time is in one of its ticks.
+
+    Args:
+        pieces: the ticks of each segment, from :meth:`StreamLayout.pieces`.
+        segments: by number in the window's rows; a row that lacks the stream is left out.
+        window: the window.
+        layout: of the stream.
+    """
+    is_valid = np.zeros(layout.shape.num_positions, dtype=np.bool_)
+    ids: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
+    ticks: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
+    event_s: list[NDArray[np.float64]] = [np.zeros(0)]
+    for row, _, positions in pieces:
+        if (segment := segments.get(row)) is None:
+            continue
+        is_valid[positions] = True
+        if not segment.ids:
+            continue
+        # A token belongs to its segment, whatever rounding says at the border.
+        start = window.clock_tick - window.first_tick + row * layout.per_segment
+        times_s = np.array(segment.time_s, dtype=np.float64) + EPSILON_S / 2
+        own = np.floor(times_s * layout.shape.rate_hz)
+        own = np.clip(own, start, start + layout.per_segment - 1).astype(np.int64)
+        own -= window.clock_tick
+        is_inside = (own >= positions.start) & (own < positions.stop)
+        ids.append(np.array(segment.ids, dtype=np.int64)[is_inside])
+        ticks.append(own[is_inside])
+        event_s.append(np.array(segment.event_s, dtype=np.float64)[is_inside])
+    return WindowText(*map(np.concatenate, (ids, ticks, event_s)), is_valid)
+
+
+def write_tokens(out: NDArray[np.int64], valid: NDArray[np.bool_], text: WindowText) -> None:
+    """Write tokens on their ticks; PAD marks silence."""
+    out[...] = PAD_TOKEN
+    out[text.ticks] = text.ids
+    valid[...] = text.is_valid
