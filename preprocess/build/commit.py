@@ -1,9 +1,9 @@
 """Commit a new shard set: write the manifest, then delete files that it no longer references.
 
-``rejected.jsonl`` says what the set lacks, and why. Levels: "session" (none of its windows became a
-sample), "window", "stream" (a session or a sample lacks a stream whose file exists), "lines" (lines
-or events of a file that could not be used). Windows planned = samples + the windows of the first
-two.
+``rejected.jsonl`` says what the set lacks, and why. Levels: "session" (none of its segments became
+a sample), "segment", "stream" (a session lacks a stream whose file exists, or a sample lacks one
+that does not decode), "lines" (lines or events of a file that could not be used). Segments planned
+= samples + the segments of the first two.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def make_manifest(new: NewSet) -> Manifest:
         if entry.split == "train"
     ]
     num_samples = sum(entry.num_samples for entry in new.shards)
-    num_rejected = count_windows(new.rejected)
+    num_rejected = count_segments(new.rejected)
     return Manifest(
         root=new.store.root,
         recipe=new.recipe,
@@ -99,9 +99,9 @@ def make_manifest(new: NewSet) -> Manifest:
         statistics=statistics.merge(counted),
         counts={
             "sessions": new.num_sessions,
-            "windows_planned": num_samples + num_rejected,
+            "segments_planned": num_samples + num_rejected,
             "samples": num_samples,
-            "windows_rejected": num_rejected,
+            "segments_rejected": num_rejected,
         },
         fingerprint=new.fingerprint
         or fingerprint_of(
@@ -201,10 +201,10 @@ def rejected_lines(
     return lines
 
 
-def count_windows(lines: Iterable[Mapping[str, Any]]) -> int:
-    """Count the windows that the lines reject."""
+def count_segments(lines: Iterable[Mapping[str, Any]]) -> int:
+    """Count the segments that the lines reject."""
     return sum(
-        {"session": line.get("windows", 0), "window": 1}.get(line["level"], 0) for line in lines
+        {"session": line.get("segments", 0), "segment": 1}.get(line["level"], 0) for line in lines
     )
 
 
@@ -214,8 +214,8 @@ def to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    windows = scan.windows(recipe)
-    # What was skipped in files, or why none of the windows is a sample.
+    segments = scan.segments(recipe)
+    # What was skipped in files, or why none of the segments is a sample.
     for sentence in scan.issues:
         yield {"level": "lines", "session": scan.session, "reason": sentence}
     reason = scan.session_rejection(recipe)
@@ -223,7 +223,7 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
         yield {
             "level": "session",
             "session": scan.session,
-            "windows": len(windows),
+            "segments": len(segments),
             "reason": reason,
         }
         return
@@ -231,15 +231,15 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
         sources = next(c.sources for c in COLUMNS.values() if stream in c.streams)
         if len(sources) == 1 and stream not in scan.not_recorded:
             yield {"level": "stream", "session": scan.session, "stream": stream, "reason": reason}
-    for window in windows:
-        key = {"session": scan.session, "window": window.index}
-        reason = scan.rejection(window, recipe)
+    for segment in segments:
+        key = {"session": scan.session, "segment": segment.index}
+        reason = scan.rejection(segment, recipe)
         if reason is not None:
-            times = {"start_s": window.start_s, "stop_s": window.stop_s}
-            yield {"level": "window", **key, **times, "reason": reason}
+            times = {"start_s": segment.start_s, "stop_s": segment.stop_s}
+            yield {"level": "segment", **key, **times, "reason": reason}
             continue
-        present = scan.present(window, recipe)
-        for stream, share in zip(STREAMS, scan.coverage[window.index], strict=True):
+        present = scan.present(segment, recipe)
+        for stream, share in zip(STREAMS, scan.coverage[segment.index], strict=True):
             if share > 0 and stream not in present:
-                reason = f"covers {share:.0%} of the window, less than window.min_coverage"
+                reason = f"covers {share:.0%} of the segment, less than segment.min_coverage"
                 yield {"level": "stream", **key, "stream": stream, "reason": reason}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from preprocess.build.plan_types import Cause, FromShards
-from shared.shardset.layout import COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -30,16 +29,12 @@ def explain_plan(plan: Plan) -> list[tuple[Verb, str]]:
     An example is ``make``, ``3 of 9 dmel columns: mel.levels 16 -> 32; 120 rows made``.
     """
     lines: list[tuple[Verb, str]] = [("make", line) for line in _explain_columns(plan)]
+    lines += [("remove", line) for line in _explain_removed(plan)]
     if plan.dropped:
         owner = "its" if len(plan.dropped) == 1 else "their"
         changes = _names(plan.dropped_changes) or f"other shards hold {owner} sessions"
         lines.append(("remove", f"{_plural(len(plan.dropped), 'shard')}: {changes}"))
-    explained = {
-        setting
-        for task in plan.tasks
-        for column in task.columns.values()
-        for setting in column.reason.settings
-    }
+    explained = " ".join(line for _, line in lines)
     if others := [setting for setting in plan.settings if setting not in explained]:
         lines.append(("rewrite", f"the manifest: {'; '.join(others)}"))
     return lines
@@ -47,10 +42,11 @@ def explain_plan(plan: Plan) -> list[tuple[Verb, str]]:
 
 def _explain_columns(plan: Plan) -> list[str]:
     """List one line for all columns that share a reason."""
-    written = [column for task in plan.tasks for column in task.columns.values()]
+    written = [(name, column) for task in plan.tasks for name, column in task.columns.items()]
+    names = sorted({name for name, _ in written} | {n for t in plan.tasks for n in t.kept})
     columns_of: dict[tuple[int, str], list[str]] = {}
-    for reason in dict.fromkeys(column.reason for column in written):
-        for name in COLUMNS:
+    for reason in dict.fromkeys(column.reason for _, column in written):
+        for name in names:
             tasks = [
                 t for t in plan.tasks if name in t.columns and t.columns[name].reason == reason
             ]
@@ -59,10 +55,20 @@ def _explain_columns(plan: Plan) -> list[str]:
                 columns_of.setdefault(line, []).append(name)
     return [
         f"{num} of {len(plan.order)} "
-        + ("shards" if len(names) == len(COLUMNS) else f"{', '.join(names)} columns")
+        + ("shards" if columns == names else f"{', '.join(columns)} columns")
         + f": {explanation}"
-        for (num, explanation), names in columns_of.items()
+        for (num, explanation), columns in columns_of.items()
     ]
+
+
+def _explain_removed(plan: Plan) -> list[str]:
+    """List the columns whose streams are not declared any more, with the settings that say so."""
+    removed = sorted({name for task in plan.tasks for name in task.removed})
+    if not removed:
+        return []
+    num = sum(bool(task.removed) for task in plan.tasks)
+    settings = "; ".join(s for s in plan.settings if s.endswith(" removed"))
+    return [f"{num} of {len(plan.order)} {', '.join(removed)} columns: {settings}"]
 
 
 def _explain(reason: Reason, column: str, tasks: Sequence[ShardTask]) -> str:
@@ -79,12 +85,11 @@ def _explain(reason: Reason, column: str, tasks: Sequence[ShardTask]) -> str:
 
 def _num_copied(task: ShardTask, column: str) -> int:
     sources = task.columns[column].sources
-    copied = (
-        session_windows
-        for session_windows in task.sessions
-        if isinstance(sources[session_windows.session], FromShards)
+    return sum(
+        len(stored.segments)
+        for stored in task.sessions
+        if isinstance(sources[stored.session], FromShards)
     )
-    return sum(len(session_windows.windows) for session_windows in copied)
 
 
 def _names(*changes: Changes) -> str:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.build.cluster import Cluster
-    from preprocess.build.plan_types import Plan, SessionWindows
+    from preprocess.build.plan_types import Plan, SessionSegments
     from preprocess.build.sources import Recording
     from preprocess.build.video_subtasks import EncodedVideo, VideoSubtask
     from shared.media.tokenizer import TextTokenizer
@@ -281,9 +281,9 @@ def _write_shards(build: Build, tasks: Sequence[ShardTask]) -> dict[str, ShardEn
     return {entry.name: entry for entry in entries}
 
 
-def _context(build: Build, sessions: Sequence[SessionWindows], tokenizer_json: str) -> TaskContext:
+def _context(build: Build, sessions: Sequence[SessionSegments], tokenizer_json: str) -> TaskContext:
     """Collect what a task over some sessions needs."""
-    names = [session_windows.session for session_windows in sessions]
+    names = [session_segments.session for session_segments in sessions]
     return TaskContext(
         out=build.store,
         recipe=build.recipe,

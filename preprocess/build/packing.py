@@ -1,108 +1,109 @@
-"""Decide which shard holds which windows.
+"""Decide which shard holds which segments.
 
 Sessions stay in the shards that hold them, and new sessions fill new shards; or everything is
-packed as if there were no previous set.
+packed as if there were no previous set. Either way a session is cut only where
+:func:`shared.shardset.layout.max_run_segments` says, so the windows of training stay the same.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from preprocess.build.plan_types import PlannedShard, SessionWindows
+from preprocess.build.plan_types import PlannedShard, SessionSegments, runs_of
 from shared.recipe import SPLITS, assign_split
+from shared.shardset.layout import MAX_RUN_SEGMENTS, max_run_segments, segment_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from preprocess.build.plan_types import BuiltShard
     from shared.recipe import Recipe
-    from shared.session.scan import SessionScan
     from shared.shardset.manifest import ShardEntry
 
     Samples = Mapping[str, tuple[int, ...]]
-    """Session -> its windows that become samples."""
+    """Session -> its segments that become samples."""
 
-PACKING_SECTIONS = ("window", "split", "shard")
+PACKING_SECTIONS = ("segment", "split", "shard")
 """Sections of a recipe that decide which sample is in which shard."""
 
-_BYTES_PER_PIXEL = {"h264": 0.1, "mjpeg": 0.35, "yuv420": 1.5, "raw": 3.0}
-"""Bytes of a stored picture per pixel, for packing only."""
+
+def cut_sessions(samples: Samples, recipe: Recipe) -> list[SessionSegments]:
+    """Cut sessions that are longer than a shard, in order of name."""
+    length = max_run_segments(recipe)
+    return [
+        SessionSegments(name, tuple(numbers))
+        for name in sorted(samples)
+        for _, numbers in groupby(samples[name], key=lambda number: number // length)
+    ]
 
 
-def sample_windows(scan: SessionScan, recipe: Recipe) -> tuple[int, ...]:
-    """List the windows of a session that become samples."""
-    if scan.session_rejection(recipe) is not None:
-        return ()
-    windows = scan.windows(recipe)
-    return tuple(w.index for w in windows if scan.rejection(w, recipe) is None)
-
-
-def keep_previous_shards(shards: Sequence[BuiltShard], samples: Samples) -> list[PlannedShard]:
+def keep_previous_shards(
+    shards: Sequence[BuiltShard], samples: Samples, recipe: Recipe
+) -> list[PlannedShard]:
     """Keep the previous shards, with the sessions that can stay in them.
 
-    A session whose windows changed stays only if one shard holds all of it.
+    A session, or what is between two cuts of it, stays if one shard holds all that is stored of it,
+    and nothing from beyond the cuts.
 
     Args:
         shards: the previous shards.
-        samples: session -> its windows that become samples.
+        samples: session -> its segments that become samples.
+        recipe: decides where sessions are cut.
     """
-    stored: dict[str, list[SessionWindows]] = {}
-    for shard in shards:
-        for session_windows in shard.sessions:
-            stored.setdefault(session_windows.session, []).append(session_windows)
-    is_same = {
-        name: tuple(w for session_windows in runs for w in session_windows.windows)
-        == samples.get(name, ())
-        for name, runs in stored.items()
+    length = max_run_segments(recipe)
+    current = {(s.session, s.segments[0] // length): s for s in cut_sessions(samples, recipe)}
+    stored = {
+        (shard.name, s.session): {number // length for number in s.segments}
+        for shard in shards
+        for s in shard.sessions
     }
+    num_shards = Counter((session, cut) for (_, session), cuts in stored.items() for cut in cuts)
     planned = []
     for shard in shards:
         new = PlannedShard(shard.name, shard.split, previous=shard)
-        for session_windows in shard.sessions:
-            if is_same[session_windows.session]:
-                new.sessions.append(session_windows)
-            elif len(stored[session_windows.session]) == 1 and samples.get(session_windows.session):
-                new.sessions.append(
-                    SessionWindows(session_windows.session, samples[session_windows.session])
-                )
+        num_free = MAX_RUN_SEGMENTS
+        for old in shard.sessions:
+            cuts = stored[shard.name, old.session]
+            key = (old.session, min(cuts))
+            is_alone = len(cuts) == 1 and num_shards[key] == 1 and key in current
+            if is_alone and len(current[key].segments) <= num_free:
+                new.sessions.append(current[key])
+                num_free -= len(current[key].segments)
         planned.append(new)
     return planned
 
 
 def pack(
-    sessions: Sequence[str],
-    samples: Samples,
-    recipe: Recipe,
-    planned: Sequence[PlannedShard] = (),
+    sessions: Iterable[SessionSegments], recipe: Recipe, planned: Sequence[PlannedShard] = ()
 ) -> list[PlannedShard]:
-    """Pack sessions into new shards of about the target size; split long sessions over shards.
+    """Pack sessions into new shards of about the target size, each whole.
 
     Args:
-        sessions: the sessions to pack, in order of name.
-        samples: session -> its windows that become samples.
+        sessions: what to pack, in order.
         recipe: the splits and the target size.
         planned: shards that are planned already; new shards are numbered after them.
     """
-    capacity = max(1, int(recipe.shard.target_bytes / sample_bytes(recipe)))
-    new: list[PlannedShard] = []
-    for split in SPLITS:
-        numbers = [int(s.name.rpartition("-")[2]) for s in planned if s.split == split]
-        number = max(numbers, default=-1) + 1
-        num_free = 0
-        for session in sessions:
-            if assign_split(session, recipe) != split:
-                continue
-            windows = samples[session]
-            # Fill the last shard, then open new ones until the session is stored.
-            while windows:
-                if num_free == 0:
-                    new.append(PlannedShard(f"{split}-{number:06d}", split))
-                    number, num_free = number + 1, capacity
-                stored, windows = windows[:num_free], windows[num_free:]
-                new[-1].sessions.append(SessionWindows(session, stored))
-                num_free -= len(stored)
-    return new
+    capacity = min(MAX_RUN_SEGMENTS, int(recipe.shard.target_bytes / segment_bytes(recipe)))
+    numbers = dict.fromkeys(SPLITS, -1)
+    for shard in planned:
+        numbers[shard.split] = max(numbers[shard.split], int(shard.name.rpartition("-")[2]))
+    new: dict[str, list[PlannedShard]] = {split: [] for split in SPLITS}
+    num_free = dict.fromkeys(SPLITS, 0)
+    for stored in sessions:
+        split = assign_split(stored.session, recipe)
+        shards, count = new[split], len(stored.segments)
+        # Two sequences of one session in a shard could touch, and would then be one run.
+        is_cut = bool(shards) and shards[-1].sessions[-1].session == stored.session
+        if is_cut or count > num_free[split]:
+            numbers[split] += 1
+            shards.append(PlannedShard(f"{split}-{numbers[split]:06d}", split))
+            num_free[split] = capacity
+        shards[-1].sessions.append(stored)
+        num_free[split] -= count
+    return [shard for split in SPLITS for shard in new[split]]
 
 
 def repack(shards: Sequence[BuiltShard], samples: Samples, recipe: Recipe) -> list[PlannedShard]:
@@ -110,13 +111,13 @@ def repack(shards: Sequence[BuiltShard], samples: Samples, recipe: Recipe) -> li
 
     Args:
         shards: the previous shards.
-        samples: session -> its windows that become samples.
+        samples: session -> its segments that become samples.
         recipe: the splits and the target size.
     """
     previous = {(shard.name, shard.sessions): shard for shard in shards}
     return [
         replace(new, previous=previous.get((new.name, tuple(new.sessions))))
-        for new in pack(list(samples), samples, recipe)
+        for new in pack(cut_sessions(samples, recipe), recipe)
     ]
 
 
@@ -125,49 +126,36 @@ def recover_lost_shards(
     shards: Iterable[BuiltShard],
     samples: Samples,
     recipe: Recipe,
-) -> dict[str, tuple[SessionWindows, ...]]:
-    """Find out what shards with an unreadable index held: shard name -> windows by session.
+) -> dict[str, tuple[SessionSegments, ...]]:
+    """Find out what shards with an unreadable index held: shard name -> segments by session.
 
-    The windows that no other shard holds must be theirs. A split in which the numbers of samples
-    do not add up is left out.
+    The segments that no other shard holds must be theirs. A split in which the numbers of samples
+    or the runs differ is left out.
 
     Args:
         lost: the manifest's entries of these shards.
         shards: the other shards.
-        samples: session -> its windows that become samples.
+        samples: session -> its segments that become samples.
         recipe: the splits.
     """
     entries = sorted(lost, key=lambda entry: entry.name)
-    if not entries:
-        return {}
     stored = {
-        (session_windows.session, w)
-        for shard in shards
-        for session_windows in shard.sessions
-        for w in session_windows.windows
+        (s.session, number) for shard in shards for s in shard.sessions for number in s.segments
     }
-    missing = [(s, w) for s, windows in samples.items() for w in windows if (s, w) not in stored]
-    recovered: dict[str, tuple[SessionWindows, ...]] = {}
+    missing = [(s, n) for s, segments in samples.items() for n in segments if (s, n) not in stored]
+    recovered: dict[str, tuple[SessionSegments, ...]] = {}
     for split in SPLITS:
         lost_here = [entry for entry in entries if entry.split == split]
         rows = [row for row in missing if assign_split(row[0], recipe) == split]
         if len(rows) != sum(entry.num_samples for entry in lost_here):
             continue
+        contents = {}
         for entry in lost_here:
             shard_rows, rows = rows[: entry.num_samples], rows[entry.num_samples :]
-            windows: dict[str, list[int]] = {}
-            for session, window in shard_rows:
-                windows.setdefault(session, []).append(window)
-            recovered[entry.name] = tuple(SessionWindows(n, tuple(w)) for n, w in windows.items())
+            segments: dict[str, list[int]] = {}
+            for session, number in shard_rows:
+                segments.setdefault(session, []).append(number)
+            contents[entry.name] = tuple(SessionSegments(n, tuple(s)) for n, s in segments.items())
+        if all(runs_of(contents[entry.name]) == entry.runs for entry in lost_here):
+            recovered |= contents
     return recovered
-
-
-def sample_bytes(recipe: Recipe) -> float:
-    """Estimate the bytes of a sample with both videos and sound."""
-    frames = recipe.count(recipe.vision.rate_hz)
-    picture = recipe.vision.size**2 * _BYTES_PER_PIXEL[recipe.vision.codec]
-    sound = 2 * recipe.count(recipe.audio.rate_hz)
-    mel = recipe.count(recipe.mel.rate_hz) * recipe.mel.channels
-    numbers = recipe.sensors.proprio_size + recipe.sensors.touch_size
-    sensors = 4 * recipe.count(recipe.sensors.rate_hz) * numbers
-    return 2 * frames * picture + sound + mel + sensors

@@ -2,22 +2,23 @@
 
 Sessions keep the shards that hold them. New sessions make new shards; a changed session is rebuilt
 in its shard, a removed session leaves its shard. A column of a shard is written only if its
-fingerprint changed; the other columns are not even opened. Changing the window, split or shard
+fingerprint changed; the other columns are not even opened. Changing the segment, split or shard
 section (or `--compact`) repacks everything; rows that would come out identical are copied.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build.packing import (
     PACKING_SECTIONS,
+    cut_sessions,
     keep_previous_shards,
     pack,
     recover_lost_shards,
     repack,
-    sample_windows,
 )
 from preprocess.build.plan_types import (
     BuiltShard,
@@ -31,21 +32,22 @@ from preprocess.build.plan_types import (
 from preprocess.build.previous_set import PreviousRows, recipe_part, row_hash
 from shared.files import fingerprint_of
 from shared.recipe import SPLITS
-from shared.shardset.layout import COLUMNS, column_basis
+from shared.shardset.layout import column_basis, columns_of
+from shared.streams import DEFAULTS_OF_KIND
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from preprocess.build.packing import Samples
     from preprocess.build.plan_types import (
         BuiltColumn,
         PlannedShard,
         PreviousSet,
-        SessionWindows,
+        SessionSegments,
     )
+    from shared.kinds.column import Column
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
-    from shared.shardset.layout import Column
 
 
 def plan_shards(
@@ -65,13 +67,13 @@ def plan_shards(
         previous: the set to update, if any.
         compacts: pack as a fresh build would, whatever the previous shards hold.
     """
-    # Decide which shard holds which windows.
-    samples = {name: sample_windows(scan, recipe) for name, scan in sorted(scans.items())}
+    # Decide which shard holds which segments.
+    samples = {n: tuple(scan.stored_segments(recipe)) for n, scan in sorted(scans.items())}
     settings = () if previous is None else recipe_changes(previous.recipe, recipe)
     repacking = tuple(s for s in settings if s.partition(".")[0] in PACKING_SECTIONS)
     shards = () if previous is None else _with_recovered(previous, samples, recipe)
     if repacking:
-        planned = pack(list(samples), samples, recipe)
+        planned = pack(cut_sessions(samples, recipe), recipe)
     elif compacts:
         planned = repack(shards, samples, recipe)
     else:
@@ -93,7 +95,7 @@ def plan_shards(
     tasks, unchanged = [], []
     for shard in planned:
         task = _plan_shard(shard, context)
-        if shard.previous is None or task.columns:
+        if shard.previous is None or task.columns or task.removed:
             tasks.append(task)
         else:
             unchanged.append(shard.previous)
@@ -103,9 +105,7 @@ def plan_shards(
     for entry in () if previous is None else previous.lost:
         if entry.name not in names:
             dropped.setdefault(entry.name, ())
-    dropped_sessions = [
-        session_windows for sessions in dropped.values() for session_windows in sessions
-    ]
+    dropped_sessions = [stored for sessions in dropped.values() for stored in sessions]
     return Plan(
         tasks=tuple(tasks),
         unchanged=tuple(unchanged),
@@ -118,32 +118,54 @@ def plan_shards(
 
 def recipe_changes(before: Recipe, after: Recipe) -> tuple[str, ...]:
     """Describe each changed key of a recipe as ``section.key old -> new``."""
-    return setting_changes(_flatten(before), _flatten(after))
-
-
-def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
-    """Describe each changed setting as ``key old -> new``."""
-    return tuple(
-        f"{key} {_short_repr(before.get(key))} -> {_short_repr(value)}"
-        for key, value in after.items()
-        if before.get(key) != value
+    streams = set(before.streams) & set(after.streams)
+    return (
+        *(f"streams.{name} added" for name in after.streams if name not in streams),
+        *(f"streams.{name} removed" for name in before.streams if name not in streams),
+        *setting_changes(_settings(before, streams), _settings(after, streams)),
     )
 
 
-def _flatten(recipe: Recipe) -> dict[str, Any]:
-    """Flatten a recipe to ``section.key`` -> value."""
+def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
+    """Describe each changed setting as ``key old -> new``; nested keys as ``key.key``."""
+    old, new = _flatten(before), _flatten(after)
+    return tuple(
+        f"{key} {_short_repr(old.get(key))} -> {_short_repr(new.get(key))}"
+        for key in {**new, **old}
+        if old.get(key) != new.get(key)
+    )
+
+
+def _settings(recipe: Recipe, streams: Collection[str]) -> dict[str, Any]:
+    """Return the keys of a recipe that have an effect, with some of its streams.
+
+    The defaults of the kinds are keys of the streams themselves.
+    """
+    sections = recipe.as_json()
+    for kind, defaults in DEFAULTS_OF_KIND.items():
+        section = sections.pop(kind.value)
+        own = {key: v for key, v in section.items() if key not in defaults.model_fields}
+        sections |= {kind.value: own} if own else {}
+    sections["streams"] = {name: sections["streams"][name] for name in sorted(streams)}
+    return sections
+
+
+def _flatten(values: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401 (any JSON)
+    """Flatten nested mappings, and lists of them, to ``key.key`` -> value."""
+    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        values = dict(enumerate(values))
+    if not isinstance(values, Mapping):
+        return {name: values}
     flat: dict[str, Any] = {}
-    for name, value in recipe.as_json().items():
-        is_section = isinstance(value, dict)
-        flat |= {f"{name}.{k}": v for k, v in value.items()} if is_section else {name: value}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{name}.{key}" if name else str(key))
     return flat
 
 
 def _short_repr(value: Any) -> str:  # noqa: ANN401
     """Format a value in few letters: a hash by its first twelve."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
-    return str(value) if len(str(value)) < 64 else f"{str(value)[:12]}..."
+    text = f"[{', '.join(map(_short_repr, value))}]" if isinstance(value, list) else str(value)
+    return text if len(text) < 64 else f"{text[:12]}..."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +199,7 @@ def _with_recovered(
             sessions=recovered[entry.name],
             index_file=entry.index_file,
             columns={},
-            faults=dict.fromkeys(COLUMNS, Cause.INDEX_LOST),
+            faults=dict.fromkeys(columns_of(recipe), Cause.INDEX_LOST),
         )
         for entry in previous.lost
         if entry.name in recovered
@@ -187,10 +209,10 @@ def _with_recovered(
 
 def _update(shards: tuple[BuiltShard, ...], samples: Samples, recipe: Recipe) -> list[PlannedShard]:
     """Keep previous shards with the sessions that stay in them; pack the other sessions."""
-    inherited = keep_previous_shards(shards, samples)
-    stored = {session_windows.session for shard in inherited for session_windows in shard.sessions}
-    others = [name for name, windows in samples.items() if windows and name not in stored]
-    planned = inherited + pack(others, samples, recipe, inherited)
+    inherited = keep_previous_shards(shards, samples, recipe)
+    kept = {stored for shard in inherited for stored in shard.sessions}
+    others = [stored for stored in cut_sessions(samples, recipe) if stored not in kept]
+    planned = inherited + pack(others, recipe, inherited)
     return [shard for shard in planned if shard.sessions]
 
 
@@ -199,12 +221,11 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
     columns: dict[str, ColumnTask] = {}
     kept: dict[str, BuiltColumn] = {}
     previous = shard.previous
-    for name, column in COLUMNS.items():
+    known = columns_of(context.recipe)
+    for name, column in known.items():
         rows = {
-            session_windows.session: row_hash(
-                session_windows, column, context.scans[session_windows.session], context.recipe
-            )
-            for session_windows in shard.sessions
+            stored.session: row_hash(stored, column, context.scans[stored.session], context.recipe)
+            for stored in shard.sessions
         }
         settings = column_basis(column, context.recipe, tokenizer_sha256=context.tokenizer_sha256)
         basis = {**settings, "rows": fingerprint_of(list(rows.values()))}
@@ -220,14 +241,14 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
         elif previous is None:
             reason = context.reason_if_new
         else:
-            reason = _reason(built, basis, context)
+            reason = _reason(column, built, basis, context)
         columns[name] = ColumnTask(
             reason=reason,
             basis=basis,
             rows=rows,
             sources={
-                session_windows.session: context.rows.choose_source(session_windows, column, basis)
-                for session_windows in shard.sessions
+                stored.session: context.rows.choose_source(stored, column, basis)
+                for stored in shard.sessions
             },
             changes=_find_changes(
                 [*shard.sessions, *(previous.sessions if previous else ())], context, column
@@ -242,14 +263,19 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
         kept=kept,
         kept_index_file=previous.index_file if previous and kept else None,
         generation=context.generation,
+        removed=tuple(name for name in (previous.columns if previous else ()) if name not in known),
     )
 
 
-def _reason(built: BuiltColumn | None, basis: Mapping[str, Any], context: _Context) -> Reason:
+def _reason(
+    column: Column, built: BuiltColumn | None, basis: Mapping[str, Any], context: _Context
+) -> Reason:
     """Explain why a column of a previous shard is written although its file is fine."""
     if built is None:
-        return Reason(Cause.FILE_MISSING)
-    before, after = recipe_part(built.basis), recipe_part(basis)
+        key = f"streams.{column.stream}"
+        added = tuple(s for s in context.settings if s.startswith((f"{key} ", f"{key}.")))
+        return Reason(Cause.SETTINGS_CHANGED if added else Cause.FILE_MISSING, settings=added)
+    before, after = (_named_settings(column, part) for part in (built.basis, basis))
     has_new_tokenizer = before.pop("tokenizer_sha256", None) != after.pop("tokenizer_sha256", None)
     changes = setting_changes(before, after)
     if has_new_tokenizer:
@@ -259,11 +285,19 @@ def _reason(built: BuiltColumn | None, basis: Mapping[str, Any], context: _Conte
     return Reason(Cause.SETTINGS_CHANGED if changes else Cause.SESSIONS_CHANGED, settings=changes)
 
 
+def _named_settings(column: Column, basis: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a column depends on besides its rows, under the names of the recipe's keys."""
+    return {
+        f"streams.{column.stream}.{key}" if key in column.settings else key: value
+        for key, value in recipe_part(basis).items()
+    }
+
+
 def _find_changes(
-    sessions: Iterable[SessionWindows], context: _Context, column: Column | None = None
+    sessions: Iterable[SessionSegments], context: _Context, column: Column | None = None
 ) -> Changes:
     """List which sessions are new, removed or changed (for one column, if given)."""
-    names = dict.fromkeys(session_windows.session for session_windows in sessions)
+    names = dict.fromkeys(stored.session for stored in sessions)
     rows = context.rows
     changed = {
         name: rows.describe_session_changes(name, context.samples[name], column)

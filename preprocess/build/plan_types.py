@@ -8,44 +8,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from shared.files import fingerprint_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from shared.clock import Window
-    from shared.recipe import Recipe, Split, Stream
+    from shared.clock import Segment
+    from shared.recipe import Recipe, Split
     from shared.shardset.index import ShardIndex
     from shared.shardset.manifest import ShardEntry
 
 
 @dataclass(frozen=True, slots=True)
-class SessionWindows:
-    """Windows of one session that one shard holds."""
+class SessionSegments:
+    """Segments of one session that one shard holds."""
 
     session: str
-    windows: tuple[int, ...]
+    segments: tuple[int, ...]
+
+
+def runs_of(sessions: Iterable[SessionSegments]) -> tuple[int, ...]:
+    """Return the length of each run of a shard: of each sequence of consecutive segments."""
+    return tuple(
+        sum(1 for _ in run)
+        for stored in sessions
+        for _, run in groupby(enumerate(stored.segments), key=lambda item: item[1] - item[0])
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sample of a shard."""
+    """One sample of a shard: a segment of a session."""
 
     number: int
     """Its position in the shard."""
     session: str
-    window: Window
-    present: tuple[Stream, ...]
-    """Streams that cover enough of the window."""
+    segment: Segment
+    present: tuple[str, ...]
+    """Streams with at least one valid sample."""
     coverage: Sequence[float]
-    """Share of the window that each of STREAMS covers."""
+    """Share of the segment that each declared stream covers, in order of the names."""
 
     @property
     def key(self) -> str:
-        """SESSION/WINDOW."""
-        return f"{self.session}/{self.window.index:06d}"
+        """SESSION/SEGMENT."""
+        return f"{self.session}/{self.segment.index:06d}"
 
 
 # --- shards that exist -----------------------------------------------------------------------
@@ -72,13 +82,13 @@ class BuiltShard:
 
     name: str
     split: Split
-    sessions: tuple[SessionWindows, ...]
+    sessions: tuple[SessionSegments, ...]
     index_file: str
     columns: Mapping[str, BuiltColumn]
     faults: Mapping[str, Cause] = field(default_factory=dict)
     """Column name -> what is wrong with its file."""
     decode_failures: frozenset[tuple[str, str]] = frozenset()
-    """(session, stream) pairs in which at least one window did not decode."""
+    """(session, stream) pairs in which at least one segment did not decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +105,11 @@ class PreviousSet:
 def built_columns(index: ShardIndex) -> dict[str, BuiltColumn]:
     """Read the columns of a shard from its index, by name."""
     return {name: BuiltColumn(**values) for name, values in index.columns.items()}
+
+
+def sessions_of(index: ShardIndex) -> tuple[SessionSegments, ...]:
+    """Read what a shard holds from its index, in row order."""
+    return tuple(SessionSegments(name, tuple(numbers)) for name, numbers in index.segments)
 
 
 # --- shards to write -------------------------------------------------------------------------
@@ -181,17 +196,24 @@ class ShardTask:
 
     name: str
     split: Split
-    sessions: tuple[SessionWindows, ...]
+    sessions: tuple[SessionSegments, ...]
     columns: Mapping[str, ColumnTask]
     kept: Mapping[str, BuiltColumn]
     kept_index_file: str | None
     """Index of the previous set that describes the kept columns."""
     generation: int
+    removed: tuple[str, ...] = ()
+    """Columns of the previous shard whose stream is not declared any more."""
 
     @property
     def num_samples(self) -> int:
         """Rows of the shard."""
-        return sum(len(session_windows.windows) for session_windows in self.sessions)
+        return sum(len(stored.segments) for stored in self.sessions)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Length of each run of the shard."""
+        return runs_of(self.sessions)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -229,7 +251,7 @@ class PlannedShard:
 
     name: str
     split: Split
-    sessions: list[SessionWindows] = field(default_factory=list)
+    sessions: list[SessionSegments] = field(default_factory=list)
     previous: BuiltShard | None = None
     """The shard of the previous set that has its name and place."""
 
@@ -258,7 +280,8 @@ class Plan:
     def keeps_samples(self) -> bool:
         """Whether every sample stays the same and in its place."""
         columns = (column for task in self.tasks for column in task.columns.values())
-        return not self.dropped and all(column.is_repair for column in columns)
+        has_all = not any(task.removed for task in self.tasks)
+        return not self.dropped and has_all and all(column.is_repair for column in columns)
 
 
 def add_generation(name: str, generation: int) -> str:

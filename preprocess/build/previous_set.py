@@ -1,7 +1,7 @@
 """The shard set that a build updates: what its shards hold, and which rows can be reused.
 
-A row is reused if everything that it depends on is the same as now: the session's windows and files
-(hashed per session and column) and the recipe's settings of the column.
+A row is reused if everything that it depends on is the same as now: the session's segments and
+files (hashed per session and column) and the recipe's settings of the column.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ from preprocess.build.plan_types import (
     FromSession,
     FromShards,
     PreviousSet,
-    SessionWindows,
+    SessionSegments,
     built_columns,
+    sessions_of,
 )
 from preprocess.build.sources import HASHED_BYTES_PER_S
 from shared.errors import CorruptError, FormatVersionError, ShardError
 from shared.files import fingerprint_of
-from shared.session.folder import AUDIO_FILE, METADATA_FILE, SOURCE_FILES, TEXT_FILE
-from shared.shardset.layout import COLUMNS, Column, presence_bits
+from shared.session.folder import files_of_stream, source_files
+from shared.shardset.layout import columns_of
+from shared.shardset.manifest import find_runs
+from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from preprocess.build.cluster import Cluster
     from preprocess.build.plan_types import BuiltColumn
+    from shared.kinds.column import Column
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
     from shared.shardset.manifest import Manifest, ShardEntry
@@ -74,12 +78,9 @@ def _describe_shard(
     entry: ShardEntry, store: ShardSetStore, sizes: Mapping[str, int], corrupt: Collection[str]
 ) -> BuiltShard:
     index = store.read_index(entry.index_file, sha256=entry.index_sha256)
-    if index.num_samples != entry.num_samples:
-        raise CorruptError(
-            f"{store}/{entry.index_file}: has {index.num_samples} samples, the manifest says "
-            f"{entry.num_samples}"
-        )
-    header, columns = index.header, built_columns(index)
+    if find_runs(index) != entry.runs:
+        raise CorruptError(f"{store}/{entry.index_file}: has other runs than the manifest says")
+    columns = built_columns(index)
     faults = {}
     for name, column in columns.items():
         if sizes.get(column.file) != column.length_bytes:
@@ -89,11 +90,11 @@ def _describe_shard(
     return BuiltShard(
         name=entry.name,
         split=entry.split,
-        sessions=tuple(SessionWindows(name, tuple(windows)) for name, windows in header["slices"]),
+        sessions=sessions_of(index),
         index_file=entry.index_file,
         columns=columns,
         faults=faults,
-        decode_failures=frozenset((f["session"], f["stream"]) for f in header["losses"]),
+        decode_failures=frozenset((f["session"], f["stream"]) for f in index.decode_failures),
     )
 
 
@@ -134,31 +135,35 @@ def _is_corrupt(file: str, sha256: str, store: ShardSetStore) -> bool:
 
 # --- rows ------------------------------------------------------------------------------------
 
+_TIMESTAMPED_KINDS = (Kind.SENSOR, Kind.TEXT)
+"""Kinds whose samples have timestamps on the recorder's clock."""
 
-def row_hash(
-    session_windows: SessionWindows, column: Column, scan: SessionScan, recipe: Recipe
-) -> str:
+
+def row_hash(stored: SessionSegments, column: Column, scan: SessionScan, recipe: Recipe) -> str:
     """Hash everything that the rows of a session depend on in a column, besides the recipe.
 
     Args:
-        session_windows: the windows of the session that the shard holds.
+        stored: the segments of the session that the shard holds.
         column: the column.
         scan: the session as it is now.
-        recipe: decides which streams are present in a window.
+        recipe: declares the column's stream.
     """
-    sources = {n: scan.source_files[n].sha256 for n in column.sources if n in scan.source_files}
-    offset_s = scan.clock_offset_s if METADATA_FILE in column.sources else 0.0
-    gain = scan.gain if AUDIO_FILE in column.sources else 1.0
-    # Text covers the whole session, so the length of another stream can change its presence.
-    windows = scan.windows(recipe)
-    bits = [
-        presence_bits(set(scan.present(windows[w], recipe)) & set(column.streams))
-        for w in session_windows.windows
-    ]
-    inputs = [session_windows.session, session_windows.windows, bits, sources, offset_s, gain]
-    # Only sessions with declared starts hash them: the hashes of the others stay the same.
-    starts = {s: scan.start_overrides[s] for s in column.streams if s in scan.start_overrides}
-    return fingerprint_of([*inputs, starts] if starts else inputs)
+    stream, spec = column.stream, recipe.streams[column.stream]
+    files = scan.source_files
+    shares = scan.coverage.get(stream)
+    inputs: dict[str, Any] = {
+        "session": stored.session,
+        "segments": stored.segments,
+        "present": [shares is not None and shares[number] > 0 for number in stored.segments],
+        "files": {n: files[n].sha256 for n in files_of_stream(spec) if n in files},
+        "gain": scan.gains.get(stream),
+        "start_s": scan.start_overrides.get(stream),
+    }
+    if spec.kind in _TIMESTAMPED_KINDS and spec.clock == "session":
+        inputs["clock_offset_s"] = scan.clock_offset_s
+    if spec.kind is Kind.TEXT:  # events after the session's end are left out
+        inputs["duration_s"] = scan.duration_s
+    return fingerprint_of(inputs)
 
 
 def recipe_part(basis: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,76 +185,81 @@ class PreviousRows:
     ) -> None:
         self._scans = scans
         self._recipe = recipe
-        self._stored: dict[str, list[tuple[BuiltShard, SessionWindows]]] = {}
+        self._columns = columns_of(recipe)
+        self._stored: dict[str, list[tuple[BuiltShard, SessionSegments]]] = {}
         for shard in shards:
-            for session_windows in shard.sessions:
-                self._stored.setdefault(session_windows.session, []).append(
-                    (shard, session_windows)
-                )
+            for stored in shard.sessions:
+                self._stored.setdefault(stored.session, []).append((shard, stored))
 
     def __contains__(self, session: str) -> bool:
         return session in self._stored
 
     def choose_source(
-        self, session_windows: SessionWindows, column: Column, basis: Mapping[str, Any]
+        self, needed: SessionSegments, column: Column, basis: Mapping[str, Any]
     ) -> FromShards | FromSession:
         """Find previous shards that hold all rows as they would be made now, or the recording.
 
         Args:
-            session_windows: the windows to find.
+            needed: the segments to find.
             column: the column of the rows.
             basis: what the column depends on now.
         """
-        missing, files = set(session_windows.windows), []
-        for shard, stored in self._stored.get(session_windows.session, ()):
+        missing, files = set(needed.segments), []
+        for shard, stored in self._stored.get(needed.session, ()):
             built = shard.columns.get(column.name)
-            if built is None or column.name in shard.faults or missing.isdisjoint(stored.windows):
+            if built is None or column.name in shard.faults or missing.isdisjoint(stored.segments):
                 continue
-            # Which windows of a broken video decode depends on where decoding begins.
-            if (
-                stored != session_windows
-                and (session_windows.session, column.name) in shard.decode_failures
-            ):
+            # Which segments of a broken video decode depends on where decoding begins.
+            has_failed = (needed.session, column.stream) in shard.decode_failures
+            if stored != needed and has_failed:
                 continue
             has_same_settings = recipe_part(built.basis) == recipe_part(basis)
             if has_same_settings and self._is_same(built, stored, column):
                 files.append(shard.index_file)
-                missing -= set(stored.windows)
+                missing -= set(stored.segments)
         return FromSession() if missing else FromShards(tuple(files))
 
     def describe_session_changes(
-        self, session: str, windows: Sequence[int], column: Column | None
+        self, session: str, segments: Sequence[int], column: Column | None
     ) -> str:
         """Describe what changed in a session, or in what a column takes from it; empty for nothing.
 
         Only hashes of the previous rows are known. The columns whose hash changed show which files
         changed.
         """
-        runs = self._stored[session]
-        before = [w for _, stored in runs for w in stored.windows]
-        if before != list(windows):
-            has_as_many = len(before) == len(windows)
-            return "other windows" if has_as_many else f"{len(before)} -> {len(windows)} windows"
+        before = [number for _, stored in self._stored[session] for number in stored.segments]
+        if before != list(segments):
+            if len(before) == len(segments):
+                return "other segments"
+            return f"{len(before)} -> {len(segments)} segments"
         changed = {
             name
-            for shard, stored in runs
+            for shard, stored in self._stored[session]
             for name, built in shard.columns.items()
-            if not self._is_same(built, stored, COLUMNS[name])
+            if name in self._columns and not self._is_same(built, stored, self._columns[name])
         }
-        files = [f for f in SOURCE_FILES if _columns_of(f) and _columns_of(f) <= changed]
-        if METADATA_FILE in files and TEXT_FILE in files:
-            files.remove(TEXT_FILE)  # a changed metadata.jsonl explains the text column
-        return ", ".join(f for f in files if column is None or f in column.sources)
+        columns_of_file = {file: self._columns_of(file) for file in source_files(self._recipe)}
+        files = {f: columns for f, columns in columns_of_file.items() if columns <= changed}
+        # A file explains another one whose columns are some of its own.
+        explained = {f for f, own in files.items() if any(own < other for other in files.values())}
+        return ", ".join(
+            f
+            for f, columns in files.items()
+            if f not in explained and (column is None or column.name in columns)
+        )
 
-    def _is_same(self, built: BuiltColumn, stored: SessionWindows, column: Column) -> bool:
+    def _is_same(self, built: BuiltColumn, stored: SessionSegments, column: Column) -> bool:
         """Return whether the rows of a session have the hash that they would have now."""
         scan = self._scans.get(stored.session)
-        if scan is None or max(stored.windows) >= len(scan.coverage):
+        if scan is None or max(stored.segments) >= scan.num_segments:
             return False
-        now = row_hash(stored, column, scan, self._recipe)
-        return built.rows.get(stored.session) == now
+        return built.rows.get(stored.session) == row_hash(stored, column, scan, self._recipe)
 
-
-def _columns_of(file: str) -> set[str]:
-    """List the columns that take something from a file of a session."""
-    return {name for name, column in COLUMNS.items() if file in column.sources}
+    def _columns_of(self, file: str) -> set[str]:
+        """List the columns that take something from a file of a session."""
+        streams = self._recipe.streams
+        return {
+            name
+            for name, column in self._columns.items()
+            if file in files_of_stream(streams[column.stream])
+        }

@@ -88,11 +88,11 @@ class ShardReader:
             ]
             number = index.sessions.index(self._session)
             for position in np.flatnonzero(index.arrays["session"] == number).tolist():
-                stored[int(index.arrays["window"][position])] = index, file, position
+                stored[int(index.arrays["segment"][position])] = index, file, position
         for row in rows:
-            if row.window.index not in stored:
+            if row.segment.index not in stored:
                 raise CorruptError(f"no previous index has {row.key}; {REBUILD_HINT}")
-            index, file, position = stored[row.window.index]
+            index, file, position = stored[row.segment.index]
             column_file = self._files.open(file)
             members = {}
             for table in MEMBER_TABLES[column.name]:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.build.cluster import Cluster
-    from preprocess.build.plan_types import SessionWindows
+    from preprocess.build.plan_types import SessionSegments
     from shared.recipe import Recipe
     from shared.shardset.store import ShardSetStore
 
@@ -252,7 +252,7 @@ def scan_seconds(recording: Recording) -> float:
 SCAN_VERSION = 3
 """Raised when a scan of the same files would give another result or has other keys."""
 
-_SCAN_SECTIONS = ("window", "vision", "audio", "sensors")
+_SCAN_SECTIONS = ("segment", "vision", "audio", "sensors")
 """Sections of a recipe that a scan depends on."""
 
 
@@ -391,14 +391,14 @@ def open_sessions(
             require_unchanged(context.recordings[name], files)
 
 
-def iter_rows(sessions: Sequence[SessionWindows], context: TaskContext) -> Iterator[Row]:
-    """Iterate over the rows of windows, as their sessions' scans describe them."""
+def iter_rows(sessions: Sequence[SessionSegments], context: TaskContext) -> Iterator[Row]:
+    """Iterate over the rows of segments, as their sessions' scans describe them."""
     number = 0
     for session in sessions:
         scan = context.scans[session.session]
-        windows = scan.windows(context.recipe)
-        for index in session.windows:
-            window = windows[index]
-            present = scan.present(window, context.recipe)
-            yield Row(number, session.session, window, present, scan.coverage[index])
+        segments = scan.segments(context.recipe)
+        for index in session.segments:
+            segment = segments[index]
+            present = scan.present(segment, context.recipe)
+            yield Row(number, session.session, segment, present, scan.coverage[index])
             number += 1

@@ -17,9 +17,9 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from shared.shardset.codec import decode_wav
 
 from shared.errors import ShardError
-from shared.shardset.codec import decode_wav
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -136,13 +136,13 @@ def of_sensors(
 
 
 def sound_statistics(levels_db: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Compute the statistics of the levels of windows."""
+    """Compute the statistics of the levels of segments."""
     levels = np.array(levels_db, dtype=np.float32).reshape(-1, 1)
     return {"audio_level": number_statistics(levels, [LEVEL])}
 
 
 def level_db(samples: NDArray[np.int16]) -> float:
-    """Compute the RMS of a window in dB of full scale, at least -100 (silence)."""
+    """Compute the RMS of a segment in dB of full scale, at least -100 (silence)."""
     wide = samples.astype(np.int64)
     energy = int(np.dot(wide, wide))
     if energy == 0:

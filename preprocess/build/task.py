@@ -24,7 +24,7 @@ from preprocess.build.reuse_reader import ColumnFileCache, ShardReader
 from preprocess.build.sources import iter_rows, open_sessions
 from preprocess.build.video_subtasks import remove_encoded
 from preprocess.build.write import IndexBuilder, SessionEncoder, row_arrays, write_column
-from shared.clock import Window
+from shared.clock import Segment
 from shared.errors import CorruptError, ShardError
 from shared.files import fingerprint_of, sha256_of_bytes, sha256_of_file
 from shared.shardset.index import ShardIndex, index_bytes, parse_index
@@ -170,7 +170,7 @@ def _session_files(task: ShardTask) -> tuple[dict[str, list[str]], dict[str, set
     """
     files: dict[str, list[str]] = {}
     encoded: dict[str, set[str]] = {}
-    for session in dict.fromkeys(session_windows.session for session_windows in task.sessions):
+    for session in dict.fromkeys(session_segments.session for session_segments in task.sessions):
         used = set()
         for name, column in task.columns.items():
             source = column.sources[session]
@@ -284,7 +284,7 @@ def _keep_column(
 def _stored_rows(task: ShardTask, recipe: Recipe, indexes: Sequence[ShardIndex]) -> Iterator[Row]:
     """Yield the rows of a task as previous indexes describe them."""
     stored = {
-        (index.sessions[int(index.arrays["session"][row])], int(index.arrays["window"][row])): (
+        (index.sessions[int(index.arrays["session"][row])], int(index.arrays["segment"][row])): (
             index.arrays,
             row,
         )
@@ -292,30 +292,30 @@ def _stored_rows(task: ShardTask, recipe: Recipe, indexes: Sequence[ShardIndex])
         for row in range(index.num_samples)
     }
     keys = [
-        (session_windows.session, window)
-        for session_windows in task.sessions
-        for window in session_windows.windows
+        (session_segments.session, segment)
+        for session_segments in task.sessions
+        for segment in session_segments.segments
     ]
     for number, (session, index) in enumerate(keys):
         arrays, row = stored[session, index]
-        window = Window(index, float(arrays["start_s"][row]), recipe.window.duration_s)
+        segment = Segment(index, float(arrays["start_s"][row]), recipe.segment.duration_s)
         present = streams_from_bits(int(arrays["present"][row]))
-        yield Row(number, session, window, present, arrays["coverage"][row].tolist())
+        yield Row(number, session, segment, present, arrays["coverage"][row].tolist())
 
 
 def _write_index(
     task: ShardTask, context: TaskContext, work: Path, builder: IndexBuilder
 ) -> ShardEntry:
     """Put the index into the set: from here on the shard is finished."""
-    sessions = [session_windows.session for session_windows in task.sessions]
+    sessions = [session_segments.session for session_segments in task.sessions]
     arrays = {**row_arrays(builder.rows, sessions), "present": builder.presence, **builder.arrays}
     header = {
         "name": task.name,
         "split": task.split,
         "sessions": sessions,
         "slices": [
-            [session_windows.session, list(session_windows.windows)]
-            for session_windows in task.sessions
+            [session_segments.session, list(session_segments.segments)]
+            for session_segments in task.sessions
         ],
         "columns": {
             name: {

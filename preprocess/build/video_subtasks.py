@@ -25,10 +25,10 @@ from shared.shardset.store import job_file
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from preprocess.build.plan_types import Row, SessionWindows, ShardTask
+    from preprocess.build.plan_types import Row, SessionSegments, ShardTask
     from preprocess.build.sources import TaskContext
     from preprocess.build.write import EncodedRow
-    from shared.clock import Window
+    from shared.clock import Segment
     from shared.recipe import Recipe
     from shared.session.reader import SessionReader
     from shared.session.scan import SessionScan
@@ -43,12 +43,12 @@ _STREAMS = {n: c.streams[0] for n, c in COLUMNS.items() if c.streams[0] in VISIO
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoSubtask:
-    """Rows of one video column of a shard: whole sessions, or a run of one session's windows."""
+    """Rows of one video column of a shard: whole sessions, or a run of one session's segments."""
 
     name: str
     """Unique in the set."""
     column: str
-    sessions: tuple[SessionWindows, ...]
+    sessions: tuple[SessionSegments, ...]
     run: int = 0
     """Which run this is."""
     num_runs: int = 1
@@ -80,19 +80,19 @@ def split_task(
     Returns:
         The task, with the subtasks as sources of their rows, and the subtasks.
     """
-    stride_s = min(recipe.window.effective_stride_s, recipe.window.duration_s)
+    stride_s = min(recipe.segment.effective_stride_s, recipe.segment.duration_s)
     subtasks: list[VideoSubtask] = []
     total_s = 0.0
     for column, stream in _STREAMS.items():
         decoded = [
-            session_windows
-            for session_windows in task.sessions
+            session_segments
+            for session_segments in task.sessions
             if column in task.columns
-            and isinstance(task.columns[column].sources[session_windows.session], FromSession)
-            and stream in scans[session_windows.session].intervals
+            and isinstance(task.columns[column].sources[session_segments.session], FromSession)
+            and stream in scans[session_segments.session].intervals
         ]
         subtasks += _split_column(column, decoded, stride_s=stride_s, task_s=task_s)
-        total_s += sum(len(session_windows.windows) * stride_s for session_windows in decoded)
+        total_s += sum(len(session_segments.segments) * stride_s for session_segments in decoded)
     if total_s <= task_s:
         return task, ()
     named = tuple(
@@ -103,18 +103,18 @@ def split_task(
 
 
 def _split_column(
-    column: str, sessions: Iterable[SessionWindows], *, stride_s: float, task_s: float
+    column: str, sessions: Iterable[SessionSegments], *, stride_s: float, task_s: float
 ) -> list[VideoSubtask]:
     """Split long sessions into runs, and group consecutive short ones; without names."""
     subtasks: list[VideoSubtask] = []
-    group: list[SessionWindows] = []
+    group: list[SessionSegments] = []
     free_s = 0.0
-    for session_windows in sessions:
-        duration_s = len(session_windows.windows) * stride_s
-        num_runs = min(math.ceil(duration_s / task_s), len(session_windows.windows))
+    for session_segments in sessions:
+        duration_s = len(session_segments.segments) * stride_s
+        num_runs = min(math.ceil(duration_s / task_s), len(session_segments.segments))
         if num_runs > 1:
             whole = VideoSubtask(
-                name="", column=column, sessions=(session_windows,), num_runs=num_runs
+                name="", column=column, sessions=(session_segments,), num_runs=num_runs
             )
             subtasks += [replace(whole, run=run) for run in range(num_runs)]
             continue
@@ -122,7 +122,7 @@ def _split_column(
             subtasks.append(VideoSubtask(name="", column=column, sessions=tuple(group)))
             group = []
         free_s = (free_s if group else task_s) - duration_s
-        group.append(session_windows)
+        group.append(session_segments)
     if group:
         subtasks.append(VideoSubtask(name="", column=column, sessions=tuple(group)))
     return subtasks
@@ -132,8 +132,8 @@ def _with_subtasks(task: ShardTask, subtasks: Iterable[VideoSubtask]) -> ShardTa
     """Make subtasks the source of the rows that they encode."""
     names: dict[tuple[str, str], tuple[str, ...]] = {}
     for subtask in subtasks:
-        for session_windows in subtask.sessions:
-            key = subtask.column, session_windows.session
+        for session_segments in subtask.sessions:
+            key = subtask.column, session_segments.session
             names[key] = (*names.get(key, ()), subtask.name)
     columns = dict(task.columns)
     for (name, session), files in names.items():
@@ -149,7 +149,7 @@ def encode_video(subtask: VideoSubtask, context: TaskContext) -> EncodedVideo:
         SessionError, JobError, OSError: see :func:`preprocess.build.task.build_shard`.
     """
     column = COLUMNS[subtask.column]
-    sources = {session_windows.session: column.sources for session_windows in subtask.sessions}
+    sources = {session_segments.session: column.sources for session_segments in subtask.sessions}
     with context.out.staging_dir() as work:
         path = work / "subtask.tar"
         with open_sessions(context, sources) as readers:
@@ -180,43 +180,43 @@ def remove_encoded(encoded: Iterable[EncodedVideo], context: TaskContext) -> Non
 
 def _select_rows(
     subtask: VideoSubtask, context: TaskContext, readers: Mapping[str, SessionReader]
-) -> tuple[list[Row], list[Window] | None]:
-    """Select a subtask's rows, and the windows of the whole pass if it is one run of several."""
+) -> tuple[list[Row], list[Segment] | None]:
+    """Select a subtask's rows, and the segments of the whole pass if it is one run of several."""
     rows = list(iter_rows(subtask.sessions, context))
     if subtask.num_runs == 1:
         return rows, None
     stream = _STREAMS[subtask.column]
     rows = [row for row in rows if stream in row.present]
-    windows = [row.window for row in rows]
+    segments = [row.segment for row in rows]
     if not rows:
-        return [], windows
+        return [], segments
     reader = readers[subtask.sessions[0].session]
     try:
-        cuts = reader.split_into_runs(stream, windows, subtask.num_runs)
+        cuts = reader.split_into_runs(stream, segments, subtask.num_runs)
     except MediaError:
-        # The video does not open: the first run reports every window.
+        # The video does not open: the first run reports every segment.
         cuts = [0, *[len(rows)] * subtask.num_runs]
     run_rows = rows[cuts[subtask.run] : cuts[subtask.run + 1]]
-    return [replace(row, number=number) for number, row in enumerate(run_rows)], windows
+    return [replace(row, number=number) for number, row in enumerate(run_rows)], segments
 
 
 def _iter_encoded(
     subtask: VideoSubtask,
     builder: IndexBuilder,
     readers: Mapping[str, SessionReader],
-    decode_context: list[Window] | None,
+    decode_context: list[Segment] | None,
 ) -> Iterator[EncodedRow]:
     column = COLUMNS[subtask.column]
     rows = builder.rows_of(column)
-    for session_windows in subtask.sessions:
-        encoder = SessionEncoder(readers[session_windows.session], decode_context=decode_context)
-        session_rows = rows.get(session_windows.session, [])
+    for session_segments in subtask.sessions:
+        encoder = SessionEncoder(readers[session_segments.session], decode_context=decode_context)
+        session_rows = rows.get(session_segments.session, [])
         yield from encoder.iter_rows(column, session_rows, builder.decode_failures)
 
 
 def _index(subtask: VideoSubtask, builder: IndexBuilder) -> ShardIndex:
     """Make the index of a subtask's file, with what the shard needs to know."""
-    sessions = [session_windows.session for session_windows in subtask.sessions]
+    sessions = [session_segments.session for session_segments in subtask.sessions]
     arrays = {**row_arrays(builder.rows, sessions), "present": builder.presence, **builder.arrays}
     header = {"sessions": sessions, "columns": {}, "losses": builder.decode_failures}
     return ShardIndex(header=header, arrays=arrays)

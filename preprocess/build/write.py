@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from shared.shardset.codec import encode_pictures, encode_text, encode_wav
 
 from preprocess.build import statistics
 from shared.errors import MediaError
 from shared.recipe import STREAMS, Recipe, Stream
 from shared.session.folder import VISION_FILES
 from shared.session.reader import MASKED_LEVEL
-from shared.shardset.codec import encode_pictures, encode_text, encode_wav
 from shared.shardset.columns import TarColumnWriter, ZarrArray, read_chunk, write_zarr_column
 from shared.shardset.layout import COLUMNS, Column, member_name, presence_bits
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from preprocess.build.plan_types import BuiltColumn, Row
-    from shared.clock import Window
+    from shared.clock import Segment
     from shared.session.reader import SessionReader
     from shared.shardset.index import Members
 
 DecodeFailure = dict[str, Any]
-"""A window whose stream is recorded but does not decode: session, window, stream and reason."""
+"""A segment whose stream is recorded but does not decode: session, segment, stream and reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class EncodedRow:
     row: Row
     members: Mapping[str, bytes]
     """Member table (see :data:`shared.shardset.index.MEMBER_TABLES`) -> bytes; empty where no
-    picture of the window decodes."""
+    picture of the segment decodes."""
     error_s: NDArray[np.float32] | None = None
     """Time error of each picture, of a video column; see :class:`shared.session.reader.Frames`."""
 
@@ -107,9 +107,9 @@ def row_arrays(rows: Sequence[Row], sessions: Sequence[str]) -> dict[str, NDArra
     coverage = np.array([row.coverage for row in rows], dtype=np.float32)
     return {
         "session": np.array([position[row.session] for row in rows], dtype=np.uint32),
-        "window": np.array([row.window.index for row in rows], dtype=np.uint32),
-        "start_s": np.array([row.window.start_s for row in rows], dtype=np.float64),
-        "stop_s": np.array([row.window.stop_s for row in rows], dtype=np.float64),
+        "segment": np.array([row.segment.index for row in rows], dtype=np.uint32),
+        "start_s": np.array([row.segment.start_s for row in rows], dtype=np.float64),
+        "stop_s": np.array([row.segment.stop_s for row in rows], dtype=np.float64),
         "partial": np.array(partial, dtype=np.uint8),
         "coverage": coverage.reshape(len(rows), len(STREAMS)),
     }
@@ -242,12 +242,12 @@ class SessionEncoder:
 
     Args:
         reader: reads the recording.
-        decode_context: windows that the pass over a video covers, if the rows are only some of
-            them; the pictures get the bits of a pass over all of these windows.
+        decode_context: segments that the pass over a video covers, if the rows are only some of
+            them; the pictures get the bits of a pass over all of these segments.
     """
 
     def __init__(
-        self, reader: SessionReader, *, decode_context: Sequence[Window] | None = None
+        self, reader: SessionReader, *, decode_context: Sequence[Segment] | None = None
     ) -> None:
         self._reader = reader
         self._decode_context = decode_context
@@ -267,38 +267,43 @@ class SessionEncoder:
         self, stream: Stream, rows: Sequence[Row], failures: list[DecodeFailure]
     ) -> Iterator[EncodedRow]:
         """Yield rows with encoded pictures; rows of which no picture decodes become failures."""
-        reader, missing = self._reader, {row.window.index: row for row in rows}
-        reason = "no picture of this window decodes"
+        reader, missing = self._reader, {row.segment.index: row for row in rows}
+        reason = "no picture of this segment decodes"
         frames_of = reader.iter_frames(
-            stream, [row.window for row in rows], decode_context=self._decode_context
+            stream, [row.segment for row in rows], decode_context=self._decode_context
         )
         try:
-            for window, frames in frames_of if rows else ():
+            for segment, frames in frames_of if rows else ():
                 if not np.isfinite(frames.error_s).any():
                     continue
                 content = encode_pictures(frames.pictures, recipe=reader.recipe.vision)
-                row = missing.pop(window.index)
+                row = missing.pop(segment.index)
                 yield EncodedRow(row, {COLUMNS[stream].name: content}, frames.error_s)
         except MediaError as error:
             reason = str(error).replace(f"{reader.path}/", "")
         failures += [
-            {"session": row.session, "window": row.window.index, "stream": stream, "reason": reason}
+            {
+                "session": row.session,
+                "segment": row.segment.index,
+                "stream": stream,
+                "reason": reason,
+            }
             for row in missing.values()
         ]
 
 
 def _encode_audio(reader: SessionReader, row: Row) -> dict[str, bytes]:
-    samples = reader.read_audio(row.window)
+    samples = reader.read_audio(row.segment)
     return {"audio": encode_wav(samples, rate_hz=reader.recipe.audio.rate_hz)}
 
 
 def _encode_text(reader: SessionReader, row: Row) -> dict[str, bytes]:
-    return {"text": encode_text(reader.read_text(row.window))}
+    return {"text": encode_text(reader.read_text(row.segment))}
 
 
 def _encode_proprio(reader: SessionReader, row: Row) -> dict[str, bytes]:
     """Encode the sensors; a stream that the row lacks is NaN."""
-    sensors = reader.read_sensors(row.window)
+    sensors = reader.read_sensors(row.segment)
     for stream, values in ((Stream.PROPRIO, sensors.proprio), (Stream.TOUCH, sensors.touch)):
         if stream not in row.present:
             values[...] = np.nan
@@ -311,7 +316,7 @@ def _encode_proprio(reader: SessionReader, row: Row) -> dict[str, bytes]:
 
 
 def _encode_dmel(reader: SessionReader, row: Row) -> dict[str, bytes]:
-    mel = reader.read_mel(row.window)
+    mel = reader.read_mel(row.segment)
     return {"dmel/dmel": mel.levels.tobytes(), "dmel/valid": mel.valid.tobytes()}
 
 

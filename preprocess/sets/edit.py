@@ -17,14 +17,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from preprocess.build.commit import NewSet, commit_set, count_windows
+from preprocess.build.commit import NewSet, commit_set, count_segments
 from preprocess.build.plan import setting_changes
 from preprocess.build.plan_types import (
     Cause,
     ColumnTask,
     FromShards,
     Reason,
-    SessionWindows,
+    SessionSegments,
     ShardTask,
 )
 from preprocess.build.sources import TaskContext
@@ -169,7 +169,7 @@ def merge_sets(out: Path | str, locations: Sequence[Path | str]) -> Manifest:
 def _list(store: ShardSetStore, manifest: Manifest) -> list[SetSession]:
     rejected: Counter[str] = Counter()
     for line in _read_rejected(store):
-        rejected[line["session"]] += count_windows([line])
+        rejected[line["session"]] += count_segments([line])
     samples: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     shards: dict[str, list[str]] = {}
@@ -306,7 +306,7 @@ def _copy_selected(
     """Write a shard with the selected sessions of another; None if it has none of them."""
     source = selection.store
     index = source.read_index(entry.index_file, sha256=entry.index_sha256)
-    sessions = [SessionWindows(name, tuple(windows)) for name, windows in index.header["slices"]]
+    sessions = [SessionSegments(name, tuple(segments)) for name, segments in index.header["slices"]]
     selected = tuple(s for s in sessions if s.session in selection.sessions)
     if not selected:
         return None
@@ -329,7 +329,7 @@ def _copy_selected(
 def _copy_task(
     entry: ShardEntry,
     index: ShardIndex,
-    selected: tuple[SessionWindows, ...],
+    selected: tuple[SessionSegments, ...],
     *,
     name: str,
     generation: int,

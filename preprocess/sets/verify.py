@@ -11,11 +11,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from shared.shardset.codec import decode_pictures, decode_text, decode_wav
 
-from preprocess.build.commit import count_windows
+from preprocess.build.commit import count_segments
 from shared.errors import CorruptError, EngineError, ShardError, rebuild_hint
 from shared.recipe import SPLITS, Recipe
-from shared.shardset.codec import decode_pictures, decode_text, decode_wav
 from shared.shardset.index import MEMBER_TABLES, ShardIndex, require_complete
 from shared.shardset.layout import COLUMNS, member_limits, streams_from_bits
 from shared.shardset.manifest import FORMAT_VERSION, REJECTED_FILE, Manifest, ShardEntry
@@ -48,7 +48,7 @@ def verify_set(
     """Verify a shard set.
 
     Checksums of all files and members match, every member decodes, keys are unique, no session is
-    in two splits, counts are right, and planned windows = samples + rejected windows.
+    in two splits, counts are right, and planned segments = samples + rejected segments.
 
     Args:
         location: the set's folder, or its URL; behind a URL, a column at a time is downloaded.
@@ -123,8 +123,8 @@ class _Verifier:
             if content is None:
                 raise FileNotFoundError("no such file")
             lines = [json.loads(line) for line in content.decode().split("\n") if line]
-            rejected = count_windows(lines)
-            planned, counted = (counts[name] for name in ("windows_planned", "samples"))
+            rejected = count_segments(lines)
+            planned, counted = (counts[name] for name in ("segments_planned", "samples"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.problems.append(
                 f"{path} or the manifest's counts can't be read: {error!r}; {self._fix}"
@@ -136,7 +136,7 @@ class _Verifier:
             )
         if planned != num_samples + rejected:
             self.problems.append(
-                f"{planned} windows were planned, but {num_samples} samples + {rejected} rejected"
+                f"{planned} segments were planned, but {num_samples} samples + {rejected} rejected"
             )
 
     def _verify_column(self, entry: ShardEntry, index: ShardIndex, column: str) -> None:
@@ -202,10 +202,13 @@ def describe_set(location: Path | str) -> Iterator[tuple[str, str]]:
         num = manifest.num_samples(split)
         yield split, f"{num} samples in {len(entries)} shards, {size / 2**20:.1f} MiB"
     counts = manifest.counts
-    planned, rejected = counts["windows_planned"], counts["windows_rejected"]
-    windows = f"{planned} planned = {counts['samples']} samples + {rejected} rejected"
-    yield "windows", f"{windows} (see {REJECTED_FILE})"
-    yield "window", f"{recipe.window.duration_s:g} s, every {recipe.window.effective_stride_s:g} s"
+    planned, rejected = counts["segments_planned"], counts["segments_rejected"]
+    segments = f"{planned} planned = {counts['samples']} samples + {rejected} rejected"
+    yield "segments", f"{segments} (see {REJECTED_FILE})"
+    yield (
+        "segment",
+        f"{recipe.segment.duration_s:g} s, every {recipe.segment.effective_stride_s:g} s",
+    )
     for name, schema in manifest.fields.items():
         shape = "x".join(str(n) for n in schema["shape"]) or "variable"
         yield name, f"{schema['dtype']} {shape}, {schema['unit']}, {schema['codec']}"
@@ -291,13 +294,15 @@ def _find_sample(
                     return entry, index, row
     if not example:
         raise CorruptError(f"{store}: the set has no sample")
-    raise ShardError(f"{store}: no sample {key!r}; fix: use a key SESSION/WINDOW such as {example}")
+    raise ShardError(
+        f"{store}: no sample {key!r}; fix: use a key SESSION/SEGMENT such as {example}"
+    )
 
 
 _GROUP_NAMES = {
     "touch": ("touch values",),
     "proprio": ("joint angles", "joint velocities"),
-    "audio_level": ("dB of windows",),
+    "audio_level": ("dB of segments",),
 }
 """Field -> names of its groups of values that share a histogram range."""
 

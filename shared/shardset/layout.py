@@ -83,6 +83,8 @@ def max_run_segments(recipe: Recipe) -> int:
     """Return the most segments of a session in one shard.
 
     Longer sessions are cut at multiples of this number of segments. It depends on the recipe alone,
-    so that packing never changes where windows can begin.
+    so that packing never changes where windows can begin. It is a power of two, at least the target
+    size, so that one more small stream seldom moves the cuts.
     """
-    return max(1, min(MAX_RUN_SEGMENTS, int(recipe.shard.target_bytes / segment_bytes(recipe))))
+    count = int(recipe.shard.target_bytes / segment_bytes(recipe))
+    return min(MAX_RUN_SEGMENTS, 1 << max(0, count - 1).bit_length())

@@ -15,10 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.config import make_section
-from shared.errors import CorruptError, FormatVersionError, ShardError, rebuild_hint_for
+from shared.errors import (
+    CorruptError,
+    FormatVersionError,
+    ShardError,
+    rebuild_hint_for,
+    upgrade_hint_for,
+)
 from shared.files import sha256_of_bytes, write_atomic
 from shared.media.tokenizer import TextTokenizer, parse_tokenizer
 from shared.recipe import Recipe, Split
@@ -27,12 +34,17 @@ from shared.shardset.index import require_file_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from shared.shardset.index import ShardIndex
+
 MANIFEST_FILE = "manifest.json"
 REJECTED_FILE = "rejected.jsonl"
 SESSIONS_FILE = "sessions.jsonl"
 FORMAT_NAME = "vr-creature-shards"
-FORMAT_VERSION = 2
-"""The only version that is read; version 1 was never released."""
+FORMAT_VERSION = 3
+"""The only version that is read."""
+
+UPGRADED_VERSION = 2
+"""The older version that `python -m preprocess upgrade` turns into the newest."""
 
 _HEAD = re.compile(
     rb'\s*\{\s*"format"\s*:\s*"vr-creature-shards"\s*,\s*"format_version"\s*:\s*(\d+)'
@@ -57,10 +69,28 @@ class ShardEntry:
     """Such as train-000003."""
     split: Split
     num_samples: _Count
+    """Number of its segments."""
+    runs: tuple[_Count, ...]
+    """Length of each run, in row order; see :func:`find_runs`."""
     length_bytes: _Count
     """Size of all its columns."""
     index_file: _FileName
     index_sha256: _Text
+
+    def __post_init__(self) -> None:
+        if sum(self.runs) != self.num_samples or 0 in self.runs:
+            raise ValueError(f"{self.name}: runs of {sum(self.runs)} of {self.num_samples} samples")
+
+
+def find_runs(index: ShardIndex) -> tuple[int, ...]:
+    """Return the length of each run of a shard, in row order.
+
+    A run is a maximal sequence of consecutive segments of one session. Windows are cut from runs.
+    """
+    steps = np.diff(index.arrays["segment"].astype(np.int64))
+    is_cut = (np.diff(index.arrays["session"]) != 0) | (steps != 1)
+    edges = [0, *(np.flatnonzero(is_cut) + 1).tolist(), index.num_samples]
+    return tuple(np.diff(edges).tolist()) if index.num_samples else ()
 
 
 _SHARDS = TypeAdapter(tuple[ShardEntry, ...])
@@ -78,12 +108,13 @@ class Manifest:
     tokenizer_file: str
     tokenizer_sha256: str
     fields: Mapping[str, Any]
-    """Schema: field -> column, dtype, shape, unit and codec."""
+    """Schema: column -> stream, kind, dtype, shape, unit and codec."""
     statistics: Mapping[str, Any]
-    """Statistics of the train split: mean, std, min, max and histogram of numeric fields and of the
-    sound level, counts of dMel levels and tokens."""
+    """Statistics of the train split by column, and `num_samples`. A sensor has count, mean, std,
+    min, max and histogram of each value; audio has those of the `level` of segments; dMel tokens
+    have counts of `levels` per channel; text has counts of `tokens`."""
     counts: Mapping[str, int]
-    """Numbers of sessions, and of planned, stored and rejected windows."""
+    """Numbers of sessions, and of planned, stored and rejected segments."""
     fingerprint: str
     """Hash of everything that the samples depend on."""
 
@@ -240,15 +271,15 @@ def require_format(content: bytes, *, path: str) -> None:
 
 
 def _other_version(version: int, path: str) -> FormatVersionError:
-    if version > FORMAT_VERSION:
-        return FormatVersionError(
-            f"{path}: format version {version} is newer than {FORMAT_VERSION}, the newest that "
-            "this program reads; fix: update the program"
-        )
+    relation = "newer" if version > FORMAT_VERSION else "older"
+    fix = "fix: update the program"
+    if version == UPGRADED_VERSION:
+        fix = upgrade_hint_for(path)
+    elif version < FORMAT_VERSION:
+        fix = "fix: build the set from its sessions by `python -m preprocess shards`"
     return FormatVersionError(
-        f"{path}: format version {version} is older than {FORMAT_VERSION}, the oldest that this "
-        "program reads; fix: remove the folder of the set or choose another one, and build the "
-        "set from its sessions by `python -m preprocess shards`"
+        f"{path}: format version {version} is {relation} than {FORMAT_VERSION}, the only one that "
+        f"this program reads; {fix}"
     )
 
 
