@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from shared.recipe import MelRecipe
+    from shared.streams import DmelSettings
     from shared.shardset.index import ShardIndex
 
 GRAIN_S = 1 / 1024
@@ -112,25 +112,25 @@ def angle_distance(a_rad: float, b_rad: float) -> float:
 
 
 def slow_mel_share(
-    samples: np.ndarray, start: int, count: int, *, rate_hz: int, recipe: MelRecipe
+    samples: np.ndarray, start: int, count: int, *, rate_hz: int, settings: DmelSettings
 ) -> np.ndarray:
     """Compute unrounded dMel levels [count, channels] in float64 by one numpy FFT per frame."""
-    hop = rate_hz // recipe.rate_hz
-    window = np.hanning(recipe.fft_size + 1)[:-1]
+    hop = rate_hz // settings.rate_hz
+    window = np.hanning(settings.fft_size + 1)[:-1]
     filters = librosa.filters.mel(
-        sr=rate_hz, n_fft=recipe.fft_size, n_mels=recipe.channels, dtype=np.float64
+        sr=rate_hz, n_fft=settings.fft_size, n_mels=settings.channels, dtype=np.float64
     )
     rows = []
     for frame in range(count):
         stop = start + (frame + 1) * hop
         frame_samples = [
             samples[i] / 32768 if 0 <= i < len(samples) else 0.0
-            for i in range(stop - recipe.fft_size, stop)
+            for i in range(stop - settings.fft_size, stop)
         ]
         power = np.abs(np.fft.rfft(window * frame_samples)) ** 2
         level_db = 10 * np.log10(np.maximum(filters @ power, 1e-10))
-        rows.append((level_db - recipe.floor_db) / (recipe.ceiling_db - recipe.floor_db))
-    return np.array(rows) * (recipe.levels - 1)
+        rows.append((level_db - settings.floor_db) / (settings.ceiling_db - settings.floor_db))
+    return np.array(rows) * (settings.levels - 1)
 
 
 # --- tiny sessions and sets ------------------------------------------------------------------

@@ -11,10 +11,10 @@ from threadpoolctl import threadpool_limits
 
 from shared.media.mel import decode_dmel, encode_dmel, mel_filters, stft
 from shared.media.sound import to_int16
-from shared.recipe import MelRecipe
+from shared.streams import DmelSettings
 
 RATE_HZ = 16_000
-MEL = MelRecipe()
+MEL = DmelSettings()
 
 
 def noise(count: int, *, seed: int = 0, level: float = 0.1) -> np.ndarray:
@@ -23,8 +23,8 @@ def noise(count: int, *, seed: int = 0, level: float = 0.1) -> np.ndarray:
     return to_int16(values.astype(np.float32), gain=1.0)
 
 
-def encode(samples: np.ndarray, start: int = 0, count: int = 10, recipe: MelRecipe = MEL):
-    return encode_dmel(samples, start, count, rate_hz=RATE_HZ, recipe=recipe)
+def encode(samples: np.ndarray, start: int = 0, count: int = 10, recipe: DmelSettings = MEL):
+    return encode_dmel(samples, start, count, rate_hz=RATE_HZ, settings=recipe)
 
 
 @pytest.mark.parametrize(
@@ -32,14 +32,14 @@ def encode(samples: np.ndarray, start: int = 0, count: int = 10, recipe: MelReci
     [
         (0, MEL),  # silence before the first sample
         (5000, MEL),  # sound before the window
-        (320, MelRecipe(fft_size=512, channels=12, levels=4)),
-        (640, MelRecipe(rate_hz=10, fft_size=1024)),  # the hop is longer than the FFT
+        (320, DmelSettings(fft_size=512, channels=12, levels=4)),
+        (640, DmelSettings(rate_hz=10, fft_size=1024)),  # the hop is longer than the FFT
     ],
 )
 def test_levels_are_those_of_one_numpy_fft_per_frame(start, recipe):
     samples = noise(40_000)
     levels, valid = encode(samples, start, 6, recipe)
-    share = slow_mel_share(samples, start, 6, rate_hz=RATE_HZ, recipe=recipe)
+    share = slow_mel_share(samples, start, 6, rate_hz=RATE_HZ, settings=recipe)
     # float32 against float64: only a level that lies on the border of two may differ
     is_border = np.abs(share % 1 - 0.5) < 1e-3
     expected = np.clip(np.round(share), 0, recipe.levels - 1)
@@ -125,7 +125,7 @@ def test_levels_do_not_depend_on_the_number_of_threads():
 def test_decoded_tokens_of_a_tone_have_about_the_same_levels():
     samples = to_int16(tone(1.0).astype(np.float32), gain=1.0)
     levels, _ = encode(samples, 0, 50)
-    decoded = decode_dmel(levels, rate_hz=RATE_HZ, recipe=MEL)
+    decoded = decode_dmel(levels, rate_hz=RATE_HZ, settings=MEL)
     again, _ = encode(to_int16(decoded, gain=1.0), 0, 50)
     assert decoded.shape == (RATE_HZ,)
     # The first frames have no past in the decoded sound. Found after them: the mean difference is

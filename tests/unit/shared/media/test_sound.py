@@ -15,13 +15,13 @@ from helpers.sessions import tone
 from shared.errors import MediaError
 from shared.media.sound import Sound, measure_loudness, read_sound, to_int16
 from shared.media.video import read_video_track
-from shared.recipe import AudioRecipe, VisionRecipe
+from shared.streams import AudioDefaults, VideoDefaults
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 RATE_HZ = 16_000
-SMALL = VisionRecipe(size=16, fit="stretch")
+SMALL = VideoDefaults(size=16, fit="stretch")
 
 
 def noise(seconds: float, rate_hz: int, channels: int) -> np.ndarray:
@@ -133,7 +133,7 @@ def test_sound_of_a_video_file_is_read_too(nasty_files: dict[str, Path]) -> None
 @pytest.mark.parametrize("level", [0.01, 0.1, 0.5])
 def test_loudness_is_brought_to_the_level_of_the_recipe(level):
     waveform = tone(1.0, level=level).astype(np.float32)
-    loudness = measure_loudness([waveform], recipe=AudioRecipe())
+    loudness = measure_loudness([waveform], spec=AudioDefaults())
     assert loudness.rms == pytest.approx(level / math.sqrt(2), rel=1e-3)
     brought = waveform * loudness.gain
     assert 20 * np.log10(np.sqrt(np.mean(brought**2))) == pytest.approx(-23, abs=0.01)
@@ -141,8 +141,8 @@ def test_loudness_is_brought_to_the_level_of_the_recipe(level):
 
 def test_loudness_in_blocks_is_that_of_the_whole():
     waveform = tone(3.0, level=0.2).astype(np.float32)
-    whole = measure_loudness([waveform], recipe=AudioRecipe())
-    parts = measure_loudness(np.array_split(waveform, 7), recipe=AudioRecipe())
+    whole = measure_loudness([waveform], spec=AudioDefaults())
+    parts = measure_loudness(np.array_split(waveform, 7), spec=AudioDefaults())
     assert parts.gain == pytest.approx(whole.gain, rel=1e-12)
     assert parts.peak == whole.peak
 
@@ -150,18 +150,18 @@ def test_loudness_in_blocks_is_that_of_the_whole():
 def test_the_gain_stops_where_the_peak_meets_the_limit():
     waveform = np.zeros(16_000, dtype=np.float32)
     waveform[::1000] = 0.5  # RMS -36 dBFS, peaks -6 dBFS
-    loudness = measure_loudness([waveform], recipe=AudioRecipe())
+    loudness = measure_loudness([waveform], spec=AudioDefaults())
     assert np.abs(waveform * loudness.gain).max() == pytest.approx(10 ** (-1 / 20), rel=1e-6)
 
 
 @pytest.mark.parametrize("waveform", [np.zeros(0, np.float32), np.full(100, 1e-4, np.float32)])
 def test_the_level_of_silence_is_unchanged(waveform):
-    assert measure_loudness([waveform], recipe=AudioRecipe()).gain == 1.0
+    assert measure_loudness([waveform], spec=AudioDefaults()).gain == 1.0
 
 
 def test_without_a_loudness_in_the_recipe_the_level_is_unchanged():
     waveform = np.ones(100, np.float32)
-    assert measure_loudness([waveform], recipe=AudioRecipe(loudness_dbfs=None)).gain == 1.0
+    assert measure_loudness([waveform], spec=AudioDefaults(loudness_dbfs=None)).gain == 1.0
 
 
 def test_stored_samples_are_rounded_and_clipped():

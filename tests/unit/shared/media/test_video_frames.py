@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from shared.errors import MediaError
 from shared.media.video import read_frames, read_video_track
-from shared.recipe import VisionRecipe
+from shared.streams import VideoDefaults
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 RATE_HZ = 16_000
-SMALL = VisionRecipe(size=16, fit="stretch")
+SMALL = VideoDefaults(size=16, fit="stretch")
 
 
 VARIABLE_S = np.cumsum(np.random.default_rng(0).uniform(0.005, 0.1, 60)) - 0.005
@@ -101,7 +101,7 @@ def test_wanted_frames_are_those_of_decoding_everything(
 ) -> None:
     path, _ = videos[name]
     track, expected = read_video_track(path), decode_all(path)
-    found = dict(read_frames(path, track, wanted, recipe=SMALL))
+    found = dict(read_frames(path, track, wanted, spec=SMALL))
     assert list(found) == wanted
     for index, picture in found.items():
         plain = box_mean(expected[int(track.pts[index])], 16)
@@ -112,7 +112,7 @@ def test_each_frame_shows_what_was_recorded_at_its_time(
     videos: dict[str, tuple[Path, np.ndarray]],
 ) -> None:
     path, _ = videos["variable rate"]
-    found = dict(read_frames(path, read_video_track(path), range(60), recipe=SMALL))
+    found = dict(read_frames(path, read_video_track(path), range(60), spec=SMALL))
     levels = [found[i].mean() for i in range(60)]
     np.testing.assert_allclose(levels, [brightness(i) for i in range(60)], atol=6)
 
@@ -121,7 +121,7 @@ def test_frames_before_an_edit_list_begins_are_left_out(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", times_s=np.arange(-10, 50) / 30, b_frames=0)
     track = read_video_track(tmp_path / "a.mp4")
     assert (len(track.pts), track.times_s[0]) == (50, 0.0)
-    found = dict(read_frames(tmp_path / "a.mp4", track, [0, 20], recipe=SMALL))
+    found = dict(read_frames(tmp_path / "a.mp4", track, [0, 20], spec=SMALL))
     levels = [found[0].mean(), found[20].mean()]
     np.testing.assert_allclose(levels, [brightness(10), brightness(30)], atol=6)
 
@@ -137,7 +137,7 @@ def test_real_files_give_the_frames_of_decoding_everything(
     track, expected = read_video_track(path), decode_all(path)
     last = len(track.pts) - 1
     for wanted in ([last], [last // 2, last // 2 + 3], [0, last]):
-        for index, picture in read_frames(path, track, wanted, recipe=SMALL):
+        for index, picture in read_frames(path, track, wanted, spec=SMALL):
             wanted.remove(index)
             assert abs(picture.mean() - expected[int(track.pts[index])].mean()) < 3
         assert wanted == []
@@ -160,8 +160,8 @@ def upright(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["video/rotated_90.mov", "video/rotated_270.mov"])
 def test_a_rotated_video_is_shown_upright(name: str, nasty_files: dict[str, Path]) -> None:
-    path, recipe = nasty_files[name], VisionRecipe(size=64, fit="crop")
-    (_, picture), *_ = read_frames(path, read_video_track(path), [0], recipe=recipe)
+    path, recipe = nasty_files[name], VideoDefaults(size=64, fit="crop")
+    (_, picture), *_ = read_frames(path, read_video_track(path), [0], spec=recipe)
     expected = upright(path)
     height, width = expected.shape[:2]
     top = (height - width) // 2
@@ -187,8 +187,8 @@ def test_a_wide_picture_is_cut_squeezed_or_padded(
         output.mux(stream.encode(av.VideoFrame.from_ndarray(half, format="rgb24")))
         output.mux(stream.encode())
     track = read_video_track(tmp_path / "a.mp4")
-    recipe = VisionRecipe(size=32, fit=fit)
-    ((_, picture),) = read_frames(tmp_path / "a.mp4", track, [0], recipe=recipe)
+    recipe = VideoDefaults(size=32, fit=fit)
+    ((_, picture),) = read_frames(tmp_path / "a.mp4", track, [0], spec=recipe)
     bar = 4 if fit == "pad" else 0  # 32 * (1 - 48 / 64) / 2 rows above and below
     assert picture.shape == (32, 32, 3)
     rows = picture[:, 8].mean(axis=1)
@@ -202,7 +202,7 @@ def test_a_damaged_frame_is_left_out_and_the_others_are_read(
 ) -> None:
     path = nasty_files["video/corrupted.mp4"]
     track, expected = read_video_track(path), decode_all(path)
-    found = {i for i, _ in read_frames(path, track, range(50), recipe=SMALL)}
+    found = {i for i, _ in read_frames(path, track, range(50), spec=SMALL)}
     assert found == {i for i in range(50) if int(track.pts[i]) in expected}
     assert len(found) == 49
 
@@ -253,7 +253,7 @@ def test_no_damage_raises_anything_but_a_media_error(
     path.write_bytes(content)
     try:
         track = read_video_track(path)
-        for _, picture in read_frames(path, track, range(len(track.pts)), recipe=SMALL):
+        for _, picture in read_frames(path, track, range(len(track.pts)), spec=SMALL):
             assert picture.shape == (16, 16, 3)
     except MediaError:
         return

@@ -18,10 +18,10 @@ from shared.clock import nearest
 from shared.errors import ConfigError
 from shared.media.video import read_frames, read_video_track
 from shared.media.yuv import split_planes, to_yuv420
-from shared.recipe import VisionRecipe
-from shared.shardset.codec import decode_pictures, encode_pictures
+from shared.streams import VideoDefaults
+from shared.kinds.video import decode_pictures, encode_pictures
 
-CODECS = {c: VisionRecipe(codec=c) for c in ("h264", "mjpeg", "yuv420", "raw")}
+CODECS = {c: VideoDefaults(codec=c) for c in ("h264", "mjpeg", "yuv420", "raw")}
 PICTURES = hnp.arrays(np.uint8, (2, 8, 12, 3))
 
 
@@ -33,7 +33,7 @@ def planes(pictures: np.ndarray) -> np.ndarray:
 def decode(member: bytes, codec: str, layout: str, like: np.ndarray) -> np.ndarray:
     out = planes(like) if layout == "yuv420" else like.copy()
     out[...] = 0xA5
-    return decode_pictures(member, recipe=CODECS[codec], out=out)
+    return decode_pictures(member, spec=CODECS[codec], out=out)
 
 
 def moving(count: int = 6, size: int = 64) -> np.ndarray:
@@ -88,19 +88,19 @@ def test_memory_that_is_not_contiguous_is_refused():
 
 
 def test_planes_come_back_exactly():
-    member = encode_pictures(moving(), recipe=CODECS["yuv420"])
+    member = encode_pictures(moving(), spec=CODECS["yuv420"])
     np.testing.assert_array_equal(decode(member, "yuv420", "yuv420", moving()), planes(moving()))
     np.testing.assert_array_equal(np.load(io.BytesIO(member)), planes(moving()))
 
 
 def test_raw_pictures_become_the_planes_that_other_codecs_store():
-    member = encode_pictures(moving(), recipe=CODECS["raw"])
+    member = encode_pictures(moving(), spec=CODECS["raw"])
     np.testing.assert_array_equal(decode(member, "raw", "yuv420", moving()), planes(moving()))
 
 
 @pytest.mark.parametrize("codec", ["h264", "mjpeg"])
 def test_a_stock_reader_decodes_the_same_planes(codec):
-    member = encode_pictures(moving(), recipe=CODECS[codec])
+    member = encode_pictures(moving(), spec=CODECS[codec])
     with av.open(io.BytesIO(member), format=codec) as container:
         stock = [frame.to_ndarray() for frame in container.decode(video=0)]
     np.testing.assert_array_equal(decode(member, codec, "yuv420", moving()), np.array(stock))
@@ -108,13 +108,13 @@ def test_a_stock_reader_decodes_the_same_planes(codec):
 
 @pytest.mark.parametrize("codec", ["h264", "yuv420"])
 def test_rgb_is_that_of_the_planes_by_the_standard(codec):
-    member = encode_pictures(moving(), recipe=CODECS[codec])
+    member = encode_pictures(moving(), spec=CODECS[codec])
     expected = exact_rgb(decode(member, codec, "yuv420", moving()))
     assert np.abs(decode(member, codec, "rgb", moving()) - expected).max() <= 0.75
 
 
 def test_rgb_of_jpegs_is_that_of_the_planes_up_to_libjpegs_rounding():
-    member = encode_pictures(moving(), recipe=CODECS["mjpeg"])
+    member = encode_pictures(moving(), spec=CODECS["mjpeg"])
     error = decode(member, "mjpeg", "rgb", moving()) - exact_rgb(
         decode(member, "mjpeg", "yuv420", moving())
     )
@@ -126,10 +126,10 @@ def test_rgb_of_jpegs_is_that_of_the_planes_up_to_libjpegs_rounding():
 @pytest.mark.parametrize("layout", ["yuv420", "rgb"])
 def test_pictures_are_written_into_the_given_memory(codec, layout):
     pictures = moving()
-    one = decode(encode_pictures(pictures, recipe=CODECS[codec]), codec, layout, pictures)
+    one = decode(encode_pictures(pictures, spec=CODECS[codec]), codec, layout, pictures)
     slot = np.full((3, *one.shape), 0xA5, np.uint8)
-    member = encode_pictures(pictures, recipe=CODECS[codec])
-    found = decode_pictures(member, recipe=CODECS[codec], out=slot[1])
+    member = encode_pictures(pictures, spec=CODECS[codec])
+    found = decode_pictures(member, spec=CODECS[codec], out=slot[1])
     assert np.shares_memory(found, slot)
     np.testing.assert_array_equal(slot[1], one)
     assert (slot[[0, 2]] == 0xA5).all()
@@ -138,7 +138,7 @@ def test_pictures_are_written_into_the_given_memory(codec, layout):
 @pytest.mark.parametrize("codec", CODECS)
 def test_sizes_that_no_block_divides_come_back(codec):
     pictures = moving(size=68)[:, :, :60]
-    found = decode(encode_pictures(pictures, recipe=CODECS[codec]), codec, "yuv420", pictures)
+    found = decode(encode_pictures(pictures, spec=CODECS[codec]), codec, "yuv420", pictures)
     assert psnr_db(found, planes(pictures)) > 33
 
 
@@ -146,7 +146,7 @@ def test_sizes_that_no_block_divides_come_back(codec):
 
 
 def test_an_h264_member_is_one_gop_without_pictures_out_of_order():
-    member = encode_pictures(moving(20), recipe=CODECS["h264"])
+    member = encode_pictures(moving(20), spec=CODECS["h264"])
     with av.open(io.BytesIO(member), format="h264") as container:
         stream = container.streams.video[0]
         frames = list(container.decode(stream))
@@ -160,7 +160,7 @@ def test_an_h264_member_is_one_gop_without_pictures_out_of_order():
 def test_an_h264_member_has_the_same_bytes_in_every_process():
     code = (
         "import sys, numpy as np; from test_yuv import CODECS, encode_pictures, moving;"
-        "sys.stdout.buffer.write(encode_pictures(moving(), recipe=CODECS['h264']))"
+        "sys.stdout.buffer.write(encode_pictures(moving(), spec=CODECS['h264']))"
     )
     paths = [p for p in sys.path if p]
     run = subprocess.run(
@@ -169,7 +169,7 @@ def test_an_h264_member_has_the_same_bytes_in_every_process():
         check=True,
         cwd=__file__.rpartition("/")[0],
     )
-    assert run.stdout == encode_pictures(moving(), recipe=CODECS["h264"])
+    assert run.stdout == encode_pictures(moving(), spec=CODECS["h264"])
 
 
 def test_without_x264_the_message_says_what_to_do(monkeypatch):
@@ -180,13 +180,13 @@ def test_without_x264_the_message_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr("shared.media.yuv.av.CodecContext", OtherBuild)
     with pytest.raises(ConfigError, match="codec: mjpeg"):
-        encode_pictures(moving(), recipe=CODECS["h264"])
+        encode_pictures(moving(), spec=CODECS["h264"])
 
 
 def test_a_smaller_quantizer_is_nearer_to_the_picture():
     found = [
-        psnr_db(decode(encode_pictures(moving(), recipe=recipe), "h264", "rgb", moving()), moving())
-        for recipe in (VisionRecipe(codec="h264", qp=qp) for qp in (10, 22, 34))
+        psnr_db(decode(encode_pictures(moving(), spec=recipe), "h264", "rgb", moving()), moving())
+        for recipe in (VideoDefaults(codec="h264", qp=qp) for qp in (10, 22, 34))
     ]
     assert found == sorted(found, reverse=True)
 
@@ -201,7 +201,7 @@ def footage(real_sessions) -> list[np.ndarray]:
     for video in (v for s in real_sessions if (v := s / "vision_left.mp4").exists()):
         track = read_video_track(video)
         wanted = sorted({int(i) for i in nearest(track.times_s, np.arange(10) / 5)[0]})
-        frames = read_frames(video, track, wanted, recipe=VisionRecipe())
+        frames = read_frames(video, track, wanted, spec=VideoDefaults())
         found.append(np.array([picture for _, picture in frames]))
     return found
 
@@ -210,7 +210,7 @@ def mean_psnr_db(codec: str, footage: list[np.ndarray]) -> float:
     """PSNR of the planes' exact colors against the pictures, over sessions."""
     found = []
     for pictures in footage:
-        member = encode_pictures(pictures, recipe=CODECS[codec])
+        member = encode_pictures(pictures, spec=CODECS[codec])
         colors = exact_rgb(decode(member, codec, "yuv420", pictures))
         error = np.mean((colors - pictures) ** 2)
         found.append(10 * np.log10(255**2 / error))
@@ -224,6 +224,6 @@ def test_h264_at_its_default_is_as_good_as_jpeg_at_quality_90_on_real_footage(fo
 def test_colors_of_planes_are_as_near_to_real_footage_as_those_of_libjpeg(footage):
     found = []
     for pictures in footage:
-        member = encode_pictures(pictures, recipe=CODECS["mjpeg"])
+        member = encode_pictures(pictures, spec=CODECS["mjpeg"])
         found.append(psnr_db(decode(member, "mjpeg", "rgb", pictures), pictures))
     assert mean_psnr_db("mjpeg", footage) > np.mean(found) - 0.05

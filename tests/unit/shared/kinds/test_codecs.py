@@ -24,22 +24,15 @@ from hypothesis.extra import numpy as hnp
 
 from shared.errors import CorruptError
 from shared.media.yuv import check_npy_header
-from shared.recipe import Stream, VisionRecipe
-from shared.session.folder import TextEvent
-from shared.session.reader import Text, TokenStream
-from shared.shardset.codec import (
-    decode_pictures,
-    decode_text,
-    decode_wav,
-    encode_pictures,
-    encode_text,
-    encode_wav,
-    is_raw_layout,
-    vision_extension,
-)
+from shared.recipe import Recipe
+from shared.shardset.layout import columns_of
+from shared.streams import VideoDefaults
+from shared.kinds.audio import decode_wav, encode_wav
+from shared.kinds.text import SegmentText, TimedText, decode_text, encode_text
+from shared.kinds.video import decode_pictures, encode_pictures, is_raw_layout
 
-RAW, JPEG = VisionRecipe(codec="raw"), VisionRecipe(codec="mjpeg")
-H264, PLANES = VisionRecipe(codec="h264"), VisionRecipe(codec="yuv420")
+RAW, JPEG = VideoDefaults(codec="raw"), VideoDefaults(codec="mjpeg")
+H264, PLANES = VideoDefaults(codec="h264"), VideoDefaults(codec="yuv420")
 SIZE = 64
 
 
@@ -50,8 +43,8 @@ def smooth(count: int = 3) -> np.ndarray:
     return (np.array(ramps) * 100 + 70).astype(np.uint8)
 
 
-def decode(member: bytes, recipe: VisionRecipe, count: int = 3) -> np.ndarray:
-    return decode_pictures(member, recipe=recipe, out=np.zeros((count, SIZE, SIZE, 3), np.uint8))
+def decode(member: bytes, recipe: VideoDefaults, count: int = 3) -> np.ndarray:
+    return decode_pictures(member, spec=recipe, out=np.zeros((count, SIZE, SIZE, 3), np.uint8))
 
 
 def empty(layout: str, count: int = 3) -> np.ndarray:
@@ -67,15 +60,15 @@ def npy(header: str, content: bytes = b"") -> bytes:
 
 @given(pictures=hnp.arrays(np.uint8, (2, 4, 4, 3)))
 def test_raw_pictures_come_back_exactly(pictures):
-    member = encode_pictures(pictures, recipe=RAW)
-    found = decode_pictures(member, recipe=RAW, out=np.zeros_like(pictures))
+    member = encode_pictures(pictures, spec=RAW)
+    found = decode_pictures(member, spec=RAW, out=np.zeros_like(pictures))
     np.testing.assert_array_equal(found, pictures)
 
 
 @pytest.mark.parametrize("count", [1, 20, 1200])
 def test_raw_members_are_what_numpy_saves_and_loads(count):
     pictures = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
-    member = encode_pictures(pictures, recipe=RAW)
+    member = encode_pictures(pictures, spec=RAW)
     np.testing.assert_array_equal(np.load(io.BytesIO(member), allow_pickle=False), pictures)
     saved = io.BytesIO()
     np.save(saved, pictures)
@@ -84,13 +77,13 @@ def test_raw_members_are_what_numpy_saves_and_loads(count):
 
 def test_jpeg_pictures_come_back_nearly():
     pictures = smooth()
-    found = decode(encode_pictures(pictures, recipe=JPEG), JPEG)
+    found = decode(encode_pictures(pictures, spec=JPEG), JPEG)
     assert psnr_db(found, pictures) > 35  # 37.6 dB found at quality 90
 
 
 def test_jpeg_members_are_an_mjpeg_stream_for_ffmpeg():
     pictures = smooth()
-    member = encode_pictures(pictures, recipe=JPEG)
+    member = encode_pictures(pictures, spec=JPEG)
     with av.open(io.BytesIO(member), format="mjpeg") as container:
         frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
     assert len(frames) == 3
@@ -101,14 +94,18 @@ def test_jpeg_members_are_an_mjpeg_stream_for_ffmpeg():
 def test_pictures_are_decoded_into_the_given_memory():
     out = np.zeros((5, 3, SIZE, SIZE, 3), np.uint8)
     for recipe in (RAW, JPEG):
-        member = encode_pictures(smooth(), recipe=recipe)
-        found = decode_pictures(member, recipe=recipe, out=out[2])
+        member = encode_pictures(smooth(), spec=recipe)
+        found = decode_pictures(member, spec=recipe, out=out[2])
         assert np.shares_memory(found, out)
         assert psnr_db(out[2], smooth()) > 35
 
 
 def test_every_codec_has_its_extension():
-    found = [vision_extension(recipe) for recipe in (H264, JPEG, PLANES, RAW)]
+    recipes = [
+        Recipe(video=defaults, streams={"eye": {"kind": "video", "file": "eye.mp4"}})
+        for defaults in (H264, JPEG, PLANES, RAW)
+    ]
+    found = [columns_of(recipe)["eye"].codec for recipe in recipes]
     assert found == ["h264", "mjpeg", "npy", "npy"]
 
 
@@ -116,7 +113,7 @@ HUGE_JPEG = b"\xff\xd8\xff\xc0\x00\x11\x08\xfd\xe8\xfd\xe8\x03\x01\x22\x00\x02\x
 
 
 def hostile_jpegs() -> dict[str, bytes]:
-    good = encode_pictures(smooth(), recipe=JPEG)
+    good = encode_pictures(smooth(), spec=JPEG)
     grown = good.replace(struct.pack(">HH", SIZE, SIZE), struct.pack(">HH", 65_000, 65_000))
     other = np.zeros((3, 32, 32, 3), np.uint8)
     return {
@@ -124,9 +121,9 @@ def hostile_jpegs() -> dict[str, bytes]:
         "garbage": b"garbage",
         "cut": good[: len(good) // 2],
         "last picture cut": good[:-20],
-        "one picture short": encode_pictures(smooth(2), recipe=JPEG),
-        "one picture more": encode_pictures(smooth(4), recipe=JPEG),
-        "another size": encode_pictures(other, recipe=JPEG),
+        "one picture short": encode_pictures(smooth(2), spec=JPEG),
+        "one picture more": encode_pictures(smooth(4), spec=JPEG),
+        "another size": encode_pictures(other, spec=JPEG),
         "65000 x 65000 in a whole member": grown,
         "65000 x 65000 and nothing else": HUGE_JPEG * 3,
         "a million seams": b"\xff\xd9\xff\xd8" * 1_000_000,
@@ -134,12 +131,12 @@ def hostile_jpegs() -> dict[str, bytes]:
         "4:2:2": jpegs_of("422"),
         "gray": jpegs_of("Gray"),
         "end cut": good[:-2],
-        "npy": encode_pictures(smooth(), recipe=RAW),
+        "npy": encode_pictures(smooth(), spec=RAW),
     }
 
 
 def hostile_h264s() -> dict[str, bytes]:
-    good = encode_pictures(smooth(), recipe=H264)
+    good = encode_pictures(smooth(), spec=H264)
     first = good.index(b"\x00\x00\x00\x01\x09", 1)
     second = good.index(b"\x00\x00\x00\x01\x09", first + 1)
     other = np.zeros((3, 32, 32, 3), np.uint8)
@@ -149,9 +146,9 @@ def hostile_h264s() -> dict[str, bytes]:
         "first picture cut": good[: first // 2] + good[first:],
         "last picture cut": good[:-8],
         "second picture lost": good[:first] + good[second:],
-        "one picture short": encode_pictures(smooth(2), recipe=H264),
-        "one picture more": encode_pictures(smooth(4), recipe=H264),
-        "another size": encode_pictures(other, recipe=H264),
+        "one picture short": encode_pictures(smooth(2), spec=H264),
+        "one picture more": encode_pictures(smooth(4), spec=H264),
+        "another size": encode_pictures(other, spec=H264),
         "no keyframe": good[first:second] * 3,
         "nothing but delimiters": good[:6] * 3,
         "a million delimiters": good[:6] * 1_000_000,
@@ -160,7 +157,7 @@ def hostile_h264s() -> dict[str, bytes]:
         "4:4:4": coded(smooth(), "yuvj444p"),
         "gray": coded(smooth(), "gray"),
         "16320 x 16320 in a whole member": with_size(good, 1020),
-        "mjpeg": encode_pictures(smooth(), recipe=JPEG),
+        "mjpeg": encode_pictures(smooth(), spec=JPEG),
     }
 
 
@@ -195,8 +192,8 @@ def jpegs_of(subsampling: str) -> bytes:
     )
 
 
-def hostile_npys(recipe: VisionRecipe) -> dict[str, bytes]:
-    good = encode_pictures(smooth(), recipe=recipe)
+def hostile_npys(recipe: VideoDefaults) -> dict[str, bytes]:
+    good = encode_pictures(smooth(), spec=recipe)
     shape = str(np.load(io.BytesIO(good)).shape)
     objects = io.BytesIO()
     np.save(objects, np.array([{"a": 1}] * 3, dtype=object), allow_pickle=True)
@@ -216,8 +213,8 @@ def hostile_npys(recipe: VisionRecipe) -> dict[str, bytes]:
         "nested header": npy("(" * 9000),
         "open header": npy("{'descr': ["),
         "version 3": good.replace(b"NUMPY\x01", b"NUMPY\x03"),
-        "mjpeg": encode_pictures(smooth(), recipe=JPEG),
-        "the other array": encode_pictures(smooth(), recipe=PLANES if recipe is RAW else RAW),
+        "mjpeg": encode_pictures(smooth(), spec=JPEG),
+        "the other array": encode_pictures(smooth(), spec=PLANES if recipe is RAW else RAW),
     }
 
 
@@ -237,14 +234,14 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def cost_of_refusing(member: bytes, recipe: VisionRecipe, layout: str) -> int | None:
+def cost_of_refusing(member: bytes, recipe: VideoDefaults, layout: str) -> int | None:
     """Return the bytes that decoding a corrupt member takes at its peak; None if it decodes."""
     out, costs = empty(layout), []
     for _ in range(2):  # what a member really takes, it takes each time
         peak_bytes()
         before = peak_bytes()
         try:
-            decode_pictures(member, recipe=recipe, out=out)
+            decode_pictures(member, spec=recipe, out=out)
         except CorruptError:
             costs.append(peak_bytes() - before)
         else:
@@ -256,9 +253,7 @@ def print_costs() -> None:
     """Print the cost of every case and layout as JSON; runs in a process of its own."""
     for recipe in (JPEG, H264, RAW, PLANES):  # decoders and compiled loops are loaded before
         for layout in LAYOUTS:
-            decode_pictures(
-                encode_pictures(smooth(), recipe=recipe), recipe=recipe, out=empty(layout)
-            )
+            decode_pictures(encode_pictures(smooth(), spec=recipe), spec=recipe, out=empty(layout))
     print(json.dumps([[cost_of_refusing(m, r, layout) for r, _, m in CASES] for layout in LAYOUTS]))
 
 
@@ -288,11 +283,11 @@ def test_other_bytes_than_its_pictures_are_corrupt_and_cost_no_memory(case, layo
 @pytest.mark.parametrize("recipe", [JPEG, H264], ids=["mjpeg", "h264"])
 @given(data=st.data())
 def test_a_damaged_member_decodes_or_is_corrupt(recipe, layout, data):
-    member = bytearray(encode_pictures(smooth(2), recipe=recipe))
+    member = bytearray(encode_pictures(smooth(2), spec=recipe))
     for _ in range(data.draw(st.integers(1, 4))):
         member[data.draw(st.integers(0, len(member) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(CorruptError):
-        decode_pictures(bytes(member), recipe=recipe, out=empty(layout, count=2))
+        decode_pictures(bytes(member), spec=recipe, out=empty(layout, count=2))
 
 
 @given(samples=hnp.arrays(np.int16, st.integers(0, 200)))
@@ -337,32 +332,35 @@ def test_bytes_of_another_form_than_wav_are_corrupt(name):
 
 TIMES = st.floats(-1e6, 1e6)
 IDS = st.integers(0, 2**31)
-EVENTS = st.builds(
-    TextEvent,
-    TIMES,
-    st.sampled_from([Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT]),
-    st.text(st.characters(exclude_categories=["Cs"])),
-)
-TOKENS = st.lists(st.tuples(IDS, TIMES)).map(
-    lambda pairs: TokenStream(ids=tuple(i for i, _ in pairs), time_s=tuple(t for _, t in pairs))
+EVENTS = st.builds(TimedText, TIMES, st.text(st.characters(exclude_categories=["Cs"])))
+TOKENS = st.lists(st.tuples(IDS, TIMES, TIMES)).map(lambda rows: list(zip(*rows, strict=True)))
+TEXTS = st.builds(
+    lambda tokens, events: SegmentText(
+        **dict(zip(("ids", "time_s", "event_s"), tokens, strict=False)), events=tuple(events)
+    ),
+    TOKENS,
+    st.lists(EVENTS),
 )
 
 
-@given(text=st.builds(Text, internal=TOKENS, external=TOKENS, events=st.lists(EVENTS).map(tuple)))
+@given(text=TEXTS)
 def test_text_comes_back_exactly_and_is_plain_json(text):
     member = encode_text(text)
     assert decode_text(member) == text
     values = json.loads(member.decode())
-    assert values["internal"] == {
-        "ids": list(text.internal.ids),
-        "time_s": list(text.internal.time_s),
-    }
+    assert values["ids"] == list(text.ids)
+    assert values["time_s"] == list(text.time_s)
+    assert values["event_s"] == list(text.event_s)
     assert [e["text"] for e in values["events"]] == [e.text for e in text.events]
 
 
 def member_with(**changes: object) -> bytes:
-    stream = {"ids": [], "time_s": []}
-    return json.dumps({"internal": stream, "external": stream, "events": [], **changes}).encode()
+    values = {"ids": [], "time_s": [], "event_s": [], "events": []}
+    return json.dumps({**values, **changes}).encode()
+
+
+def one_token(token: object = 1, time_s: object = 0.0, event_s: object = 0.0) -> bytes:
+    return member_with(ids=[token], time_s=[time_s], event_s=[event_s])
 
 
 @pytest.mark.parametrize(
@@ -375,21 +373,23 @@ def member_with(**changes: object) -> bytes:
         b"null",
         b"3",
         b"[" * 200_000,
-        b'{"internal":' * 100_000,
-        member_with(internal=None),
-        member_with(internal={"ids": [1], "time_s": []}),
-        member_with(internal={"ids": [True], "time_s": [0.0]}),
-        member_with(internal={"ids": [-1], "time_s": [0.0]}),
-        member_with(internal={"ids": [1.5], "time_s": [0.0]}),
-        member_with(internal={"ids": "a", "time_s": "b"}),
-        member_with(internal={"ids": [1], "time_s": ["1"]}),
-        member_with(internal={"ids": [1], "time_s": [float("nan")]}),
-        member_with(internal={"ids": [1], "time_s": [10**400]}),
+        b'{"ids":' * 100_000,
+        member_with(ids=None),
+        member_with(ids=[1], time_s=[], event_s=[0.0]),
+        member_with(ids=[1], time_s=[0.0]),
+        one_token(True),
+        one_token(-1),
+        one_token(1.5),
+        member_with(ids="a", time_s="b", event_s="c"),
+        one_token(1, "1"),
+        one_token(1, float("nan")),
+        one_token(1, 0.0, float("inf")),
+        one_token(1, 10**400),
         member_with(events={}) + b"x",
         member_with(events=[3]),
-        member_with(events=[{"time_s": 0, "stream": "aloud", "text": ""}]),
-        member_with(events=[{"time_s": 0, "stream": [], "text": ""}]),
-        member_with(events=[{"time_s": 10**400, "stream": "internal", "text": ""}]),
+        member_with(events=[{"time_s": 0}]),
+        member_with(events=[{"time_s": "0", "text": ""}]),
+        member_with(events=[{"time_s": 10**400, "text": ""}]),
     ],
     ids=lambda member: member[:40].decode("latin1"),
 )
@@ -410,9 +410,9 @@ def test_the_header_of_an_npy_file_is_checked_against_the_array():
 
 @pytest.mark.parametrize("codec", ["h264", "mjpeg", "yuv420", "raw"])
 def test_a_member_in_the_layout_of_a_batch_needs_no_decoding(codec):
-    recipe = VisionRecipe(size=16, codec=codec)
+    recipe = VideoDefaults(size=16, codec=codec)
     pictures = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), np.uint8)
-    member = encode_pictures(pictures, recipe=recipe)
+    member = encode_pictures(pictures, spec=recipe)
     for shape in ((2, 24, 16), (2, 16, 16, 3)):
-        out = decode_pictures(member, recipe=recipe, out=np.empty(shape, np.uint8))
-        assert is_raw_layout(out, recipe=recipe) == member.endswith(out.tobytes())
+        out = decode_pictures(member, spec=recipe, out=np.empty(shape, np.uint8))
+        assert is_raw_layout(out, spec=recipe) == member.endswith(out.tobytes())
