@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from shared.streams import DmelSettings
     from shared.shardset.index import ShardIndex
+    from shared.streams import DmelSettings
 
 GRAIN_S = 1 / 1024
 """Times of the strategies are multiples of this, so that float64 sums of them are exact."""

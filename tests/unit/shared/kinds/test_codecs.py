@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shared.errors import CorruptError
+from shared.kinds.audio import decode_wav, encode_wav
+from shared.kinds.text import SegmentText, TimedText, decode_text, encode_text
+from shared.kinds.video import decode_pictures, encode_pictures, is_raw_layout
 from shared.media.yuv import check_npy_header
 from shared.recipe import Recipe
 from shared.shardset.layout import columns_of
 from shared.streams import VideoDefaults
-from shared.kinds.audio import decode_wav, encode_wav
-from shared.kinds.text import SegmentText, TimedText, decode_text, encode_text
-from shared.kinds.video import decode_pictures, encode_pictures, is_raw_layout
 
 RAW, JPEG = VideoDefaults(codec="raw"), VideoDefaults(codec="mjpeg")
 H264, PLANES = VideoDefaults(codec="h264"), VideoDefaults(codec="yuv420")

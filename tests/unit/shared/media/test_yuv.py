@@ -16,10 +16,10 @@ from hypothesis.extra import numpy as hnp
 
 from shared.clock import nearest
 from shared.errors import ConfigError
+from shared.kinds.video import decode_pictures, encode_pictures
 from shared.media.video import read_frames, read_video_track
 from shared.media.yuv import split_planes, to_yuv420
 from shared.streams import VideoDefaults
-from shared.kinds.video import decode_pictures, encode_pictures
 
 CODECS = {c: VideoDefaults(codec=c) for c in ("h264", "mjpeg", "yuv420", "raw")}
 PICTURES = hnp.arrays(np.uint8, (2, 8, 12, 3))

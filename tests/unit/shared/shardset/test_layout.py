@@ -7,9 +7,9 @@ import pytest
 from helpers.oracles import tiny_recipe
 from hypothesis import given
 from hypothesis import strategies as st
+from shared.shardset.codec import encode_pictures, encode_wav
 
 from shared.recipe import STREAMS, Recipe, Stream
-from shared.shardset.codec import encode_pictures, encode_wav
 from shared.shardset.index import MEMBER_TABLES
 from shared.shardset.layout import (
     COLUMNS,
