@@ -23,6 +23,7 @@ from shared.recipe import Recipe
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import open_index
 from shared.shardset.manifest import read_manifest
+from shared.streams import DEFAULT_STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -137,18 +138,32 @@ def slow_mel_share(
 
 
 def tiny_recipe(**sections: Any) -> Recipe:
-    """Make a recipe of one-second windows of 32 pixels; merge sections into it by key."""
+    """Make a recipe of one-second segments of 32 pixels; merge sections into it by key.
+
+    The streams are the default seven, none of them required; `required` names exceptions.
+    """
+    required = sections.pop("required", ())
     values: dict[str, Any] = {
-        "required": [],
-        "window": {"duration_s": 1.0},
-        "vision": {"size": 32},
-        "mel": {"fft_size": 512, "channels": 16},
+        "segment": {"duration_s": 1.0},
+        "video": {"size": 32},
+        "audio": {"dmel": {"fft_size": 512, "channels": 16}},
         "text": {"vocab_size": 300},
         "split": {"val_fraction": 0.25, "salt": "salt2"},
+        "streams": {n: {**s, "required": n in required} for n, s in DEFAULT_STREAMS.items()},
     }
-    for key, value in sections.items():
-        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-    return Recipe.model_validate(values)
+    streams = sections.pop("streams", None)
+    if streams is not None:
+        values["streams"] = streams
+    return Recipe.model_validate(_merged(values, sections))
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings."""
+    both = {**values, **changes}
+    for key in values.keys() & changes.keys():
+        if isinstance(values[key], dict) and isinstance(changes[key], dict):
+            both[key] = _merged(values[key], changes[key])
+    return both
 
 
 def write_tiny_session(folder: Path, duration_s: float, *, has_right: bool = False) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -35,7 +36,7 @@ def test_tokens_are_at_least_a_step_apart_and_never_before_their_event(events, r
     assert events_s == [time_s for time_s, count in events for _ in range(count)]
     for time_s, event_s in zip(times_s, events_s, strict=True):
         assert time_s >= event_s - 5e-7
-    for before, after in zip(times_s, times_s[1:], strict=False):
+    for before, after in itertools.pairwise(times_s):
         assert after - before >= 1 / rate - 1.1e-6
 
 
