@@ -1,61 +1,151 @@
-"""A tiny model of all streams, and random inputs for it."""
+"""Tiny models of declared streams, and random batches for them."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import numpy as np
 import torch
 
-from shared.recipe import STREAMS, Stream
-from train.config import Head
-from train.data.batch import WindowShapes
+from shared.recipe import Recipe
+from shared.streams import Kind, ValueType
+from train.config import as_train_config
+from train.model.encoders import module_key
 from train.model.multimodal import MultiModalCreature
+from train.shapes import WindowShapes, sample_positions
 
-SHAPES = WindowShapes(
-    num_ticks=8,
-    num_frames=4,
-    image_size=32,
-    num_audio_frames=40,
-    mel_channels=6,
-    num_sensor_samples=24,
-    vocab_size=300,
-)
-FAST_FRAMES = dataclasses.replace(SHAPES, num_frames=24)
 MODEL = {"hidden_dim": 32, "num_layers": 2, "num_heads": 2}
+RECIPE = {
+    "video": {"size": 32},
+    "audio": {"dmel": {"channels": 6}},
+    "text": {"vocab_size": 300},
+}
+MANY_STREAMS = {
+    "front": {"kind": "video", "file": "front.mp4", "size": [32, 48]},
+    "back": {"kind": "video", "file": "back.mp4", "size": 16, "rate_hz": 30},
+    "wrist": {"kind": "video", "file": "wrist.mp4", "size": 32, "rate_hz": 10},
+    "voice": {"kind": "audio", "file": "voice.wav"},
+    "room": {"kind": "audio", "file": "voice.wav", "track": 1},
+    "gaze": {
+        "kind": "sensor",
+        "key": "gaze",
+        "rate_hz": 120,
+        "values": [{"count": 6, "type": "direction"}, {"count": 1, "type": "fraction"}],
+    },
+    "hand": {
+        "kind": "sensor",
+        "key": "hand",
+        "rate_hz": 15,
+        "values": [{"count": 6, "type": "position"}, {"count": 8, "type": "quaternion"}],
+    },
+    "arm": {
+        "kind": "sensor",
+        "key": "arm",
+        "rate_hz": 30,
+        "values": [{"count": 3, "type": "angle"}, {"count": 3, "type": "velocity"}],
+    },
+    "slow": {
+        "kind": "sensor",
+        "key": "slow",
+        "rate_hz": 5,
+        "values": [{"count": 2, "type": "scalar"}],
+    },
+    "said": {"kind": "text", "stream": "said"},
+}
+"""Cameras of three sizes, two tracks, sensors of all value types, and rates below and between
+whole numbers of samples per tick."""
 
 
-def make_model(config=None, shapes=SHAPES, *, is_random=True):
-    """Make a model in eval mode; `is_random` gives the animation head weights other than 0."""
+def make_config(sections=None, *, num_ticks=8, **training):
+    """Make a configuration of a tiny model over windows of `num_ticks`."""
+    values = {"model": MODEL, "training": training, **(sections or {})}
+    window = {"duration_s": num_ticks / 10}
+    values["data"] = {"window": window, **values.get("data", {})}
+    return as_train_config(values)
+
+
+def make_shapes(config=None, *, num_ticks=8, streams=None, **recipe):
+    """Return the shapes of a configuration over declared streams."""
+    if streams is not None:
+        recipe["streams"] = streams
+    recipe = Recipe.model_validate({**RECIPE, **recipe})
+    if config is None or isinstance(config, dict):
+        config = make_config(config, num_ticks=num_ticks)
+    return WindowShapes.from_recipe(recipe, config)
+
+
+SHAPES = make_shapes()
+FAST_FRAMES = make_shapes(video={"size": 32, "rate_hz": 30})
+DEFAULT_NAMES = tuple(SHAPES.streams)
+
+
+def make_model(config=None, shapes=None, *, is_random=True):
+    """Make a model in eval mode; `is_random` gives sensor heads weights other than 0."""
+    if config is None or isinstance(config, dict):
+        config = make_config(config)
     torch.manual_seed(0)
-    model = MultiModalCreature(config or {"model": MODEL}, shapes).eval()
-    if is_random and Head.ANIMATION in model.predictors:
-        torch.nn.init.normal_(model.predictors[Head.ANIMATION].weight, std=0.1)
+    model = MultiModalCreature(config, shapes or make_shapes(config)).eval()
+    if is_random:
+        for head in model.target_std:
+            torch.nn.init.normal_(model.predictors[module_key(head)].weight, std=0.1)
     return model
 
 
-def make_batch(shapes=SHAPES, *, batch=2, seed=0, streams=STREAMS):
+def make_values(rng, group, *sizes):
+    """Draw values of one type."""
+    values = rng.normal(size=(*sizes, group.count // group.vector_size, group.vector_size))
+    if group.type in (ValueType.QUATERNION, ValueType.DIRECTION):
+        values /= np.linalg.norm(values, axis=-1, keepdims=True)
+    elif group.type is ValueType.FRACTION:
+        values = rng.random(values.shape)
+    return values.reshape(*sizes, group.count)
+
+
+def make_stream(rng, shape, batch):
+    """Draw one stream of a batch, as the loader gives it."""
+    sizes = (batch, shape.num_positions)
+    if shape.kind is Kind.VIDEO:
+        return rng.integers(0, 256, (*sizes, *shape.size, 3), "u1")
+    if shape.kind is Kind.AUDIO:
+        return rng.integers(0, shape.num_classes, (*sizes, *shape.size), "u1")
+    if shape.kind is Kind.TEXT:
+        return rng.integers(0, shape.num_classes, sizes)
+    parts = [make_values(rng, group, *sizes) for group in shape.values]
+    return np.concatenate(parts, axis=-1).astype("f4")
+
+
+def used_positions(shape, shapes):
+    """Return which positions of a stream hold a sample, bool [positions]."""
+    is_used = np.zeros(shape.num_positions, bool)
+    if shape.kind is Kind.TEXT:
+        return ~is_used
+    positions = sample_positions(
+        shape, num_ticks=shapes.num_ticks, tick_rate_hz=shapes.tick_rate_hz
+    )
+    is_used[positions[positions >= 0]] = True
+    return is_used
+
+
+def make_batch(shapes=SHAPES, *, batch=2, seed=0, streams=None):
     """Make inputs as the loader does, with about 1 in 5 positions invalid."""
-    rng = np.random.default_rng(seed)
-    size, samples = shapes.image_size, shapes.num_sensor_samples
-    values = {
-        Stream.VISION_LEFT: rng.integers(0, 256, (batch, shapes.num_frames, size, size, 3), "u1"),
-        Stream.VISION_RIGHT: rng.integers(0, 256, (batch, shapes.num_frames, size, size, 3), "u1"),
-        Stream.AUDIO: rng.integers(
-            0, shapes.mel_levels, (batch, shapes.num_audio_frames, shapes.mel_channels), "u1"
-        ),
-        Stream.TOUCH: rng.random((batch, samples, shapes.touch_size), "f4"),
-        Stream.PROPRIO: rng.normal(size=(batch, samples, shapes.proprio_size)).astype("f4"),
-        Stream.INTERNAL_TEXT: rng.integers(0, shapes.vocab_size, (batch, shapes.num_ticks)),
-        Stream.EXTERNAL_TEXT: rng.integers(0, shapes.vocab_size, (batch, shapes.num_ticks)),
-    }
     inputs = {}
-    for stream in streams:
-        inputs[str(stream)] = torch.from_numpy(values[stream])
-        valid = rng.random(values[stream].shape[:2]) < 0.8
+    for name in shapes.streams if streams is None else streams:
+        shape = shapes.streams[name]
+        rng = np.random.default_rng([seed, *name.encode()])
+        values = make_stream(rng, shape, batch)
+        valid = rng.random(values.shape[:2]) < 0.8
         valid[:, :1], valid[0, 1:2] = True, False
-        inputs[f"{stream}_valid"] = torch.from_numpy(valid)
+        valid &= used_positions(shape, shapes)
+        inputs[name] = torch.from_numpy(values)
+        inputs[f"{name}_valid"] = torch.from_numpy(valid)
     return inputs
+
+
+def targets_of(inputs, shapes):
+    """Return the streams of a batch that heads predict, as its "targets"."""
+    return {
+        f"{head}{end}": inputs[f"{name}{end}"]
+        for head, name in shapes.targets.items()
+        for end in ("", "_valid")
+    }
 
 
 def is_equal(one, other, *, ticks=slice(None)):

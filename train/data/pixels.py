@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from shared.media.yuv_numba import planes_to_floats, rows_to_floats
-from shared.recipe import VISION_STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -45,7 +44,7 @@ def to_model_inputs(
     """Turn a batch's "inputs" into the model's, on the device they are on.
 
     Args:
-        inputs: see docs/batch.md.
+        inputs: see docs/batch.md. Videos are the uint8 tensors of four or more dimensions.
         dtype: of the frames that are returned.
 
     Returns:
@@ -53,7 +52,11 @@ def to_model_inputs(
         ImageNet's mean and standard deviation, in the memory order of the pixels: RGB gives an NCHW
         view of NHWC memory, planes give NCHW memory. Other inputs are passed through.
     """
-    frames = {str(s): normalized_frames(inputs[s], dtype) for s in VISION_STREAMS if s in inputs}
+    frames = {
+        name: normalized_frames(values, dtype)
+        for name, values in inputs.items()
+        if values.dtype == torch.uint8 and values.ndim >= 4
+    }
     return {**inputs, **frames}
 
 

@@ -1,13 +1,13 @@
 """Encode the inputs of a tick, from all streams, as one vector.
 
-Each stream has its encoder. Its vector is normalized, so that no stream dominates, and gets the
-stream's modality embedding. A stream that is missing in a tick contributes a learned null vector
-instead. The tick's vector is the sum over all seven streams.
+Each input stream has an encoder by its kind. Its vector is normalized, so that no stream dominates,
+and gets the stream's modality embedding. A stream that is missing in a tick contributes a learned
+null vector instead. The tick's vector is the sum over all input streams.
 
 An encoder reads only its own tick; for video that is the newest frame. Values at invalid positions
 have no effect: they are overwritten before use, and the validity itself is a feature.
 
-Letters: B batch, T ticks, D width, F frames, N = B * F, A dMel frames, S samples, C values of one,
+Letters: B batch, T ticks, D width, F frames, N = B * F, S samples of a stream, C features of one,
 P patches of a frame, V width inside the frame encoder.
 """
 
@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
-from shared.recipe import PAD_TOKEN, STREAMS, TEXT_STREAMS, VISION_STREAMS, Stream
+from shared.recipe import PAD_TOKEN
+from shared.streams import Kind
 from train.model.blocks import Block
+from train.model.values import SensorValues
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from train.config import ModelConfig
-    from train.data.batch import WindowShapes
+    from train.shapes import StreamShape, WindowShapes
 
 LEVEL_WIDTH = 4
 """Width of a dMel level's embedding."""
@@ -40,56 +42,41 @@ more than the backbone.
 
 _FIX_SHAPES = "make the model for the data's sizes: MultiModalCreature(config, dataset.shapes)"
 
-MODALITIES: Final[Mapping[str, tuple[Stream, ...]]] = {
-    "vision": VISION_STREAMS,
-    **{str(stream): (stream,) for stream in Stream if stream not in VISION_STREAMS},
-}
-"""Streams of each input modality; both cameras are one modality."""
-
 Frame = tuple[Tensor, Tensor]
 """A frame's embedding [B, D] and whether it is valid, bool [B]."""
 
 
-class SamplesEncoder(nn.Module):
-    """Encode a tick's samples [num_per_tick, C] and their validity by one linear map."""
+def module_key(name: str) -> str:
+    """Return the name of a stream's or head's module; no attribute of torch's modules has it."""
+    return f"s_{name}"
 
-    def __init__(self, num_per_tick: int, num_values: int, width: int) -> None:
+
+class SamplesEncoder(nn.Module):
+    """Encode a tick's samples [per_tick, C] and their validity by one linear map."""
+
+    def __init__(self, per_tick: int, num_features: int, width: int) -> None:
         super().__init__()
-        self.num_per_tick = num_per_tick
-        self.linear = nn.Linear(num_per_tick * (num_values + 1), width)
+        self.per_tick = per_tick
+        self.linear = nn.Linear(per_tick * (num_features + 1), width)
 
     def forward(self, x_BSC: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed finite values [B, S, C] with validity [B, S].
+        """Embed finite features [B, S, C] with validity [B, S].
 
         Returns:
             [B, T, D], and bool [B, T]: whether any sample of the tick is valid.
         """
         valid_BS1 = valid_BS[..., None]
         x_BSC = torch.cat([x_BSC * valid_BS1, valid_BS1.to(x_BSC.dtype)], dim=-1)
-        num_ticks = valid_BS.shape[1] // self.num_per_tick
+        num_ticks = valid_BS.shape[1] // self.per_tick
         x_BTC = x_BSC.reshape(len(x_BSC), num_ticks, -1)
         return self.linear(x_BTC), valid_BS.view(len(x_BSC), num_ticks, -1).any(-1)
 
 
-class TouchEncoder(SamplesEncoder):
-    """Encode touch samples, unchanged."""
+class SensorEncoder(SamplesEncoder):
+    """Encode the features of a sensor's samples, which :class:`SensorValues` computes."""
 
-    def forward(self, touch_BSC: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed float [B, S, C]; see :class:`SamplesEncoder`."""
-        return super().forward(touch_BSC.masked_fill(~valid_BS[..., None], 0.0), valid_BS)
-
-
-class ProprioEncoder(SamplesEncoder):
-    """Encode poses: sine and cosine of the angles, so that -pi equals pi, and velocities."""
-
-    def __init__(self, num_per_tick: int, num_values: int, width: int) -> None:
-        super().__init__(num_per_tick, num_values // 2 * 3, width)
-
-    def forward(self, proprio_BSC: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed float [B, S, C], angles in rad and velocities; see :class:`SamplesEncoder`."""
-        proprio_BSC = proprio_BSC.masked_fill(~valid_BS[..., None], 0.0)
-        angles, velocities = proprio_BSC.chunk(2, dim=-1)
-        return super().forward(torch.cat([angles.sin(), angles.cos(), velocities], -1), valid_BS)
+    def __init__(self, shape: StreamShape, width: int) -> None:
+        super().__init__(shape.per_tick, SensorValues(shape.values).num_features, width)
 
 
 class AudioEncoder(SamplesEncoder):
@@ -98,51 +85,61 @@ class AudioEncoder(SamplesEncoder):
     Source: Bai et al. 2024, "dMel: Speech Tokenization made Simple" (arXiv:2407.15835), section 2.
     """
 
-    def __init__(self, num_per_tick: int, num_channels: int, num_levels: int, width: int) -> None:
-        super().__init__(num_per_tick, num_channels * LEVEL_WIDTH, width)
-        self.levels = nn.Embedding(num_levels, LEVEL_WIDTH)
+    def __init__(self, shape: StreamShape, width: int) -> None:
+        super().__init__(shape.per_tick, shape.size[0] * LEVEL_WIDTH, width)
+        self.levels = nn.Embedding(shape.num_classes, LEVEL_WIDTH)
 
-    def forward(self, audio_BAC: Tensor, valid_BA: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed levels, uint8 or int64 [B, A, C]; see :class:`SamplesEncoder`."""
-        levels_BAC = audio_BAC.masked_fill(~valid_BA[..., None], 0).int()
-        return super().forward(self.levels(levels_BAC).flatten(2), valid_BA)
+    def forward(self, audio_BSC: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed levels, uint8 or int64 [B, S, channels]; see :class:`SamplesEncoder`."""
+        levels_BSC = audio_BSC.masked_fill(~valid_BS[..., None], 0).int()
+        return super().forward(self.levels(levels_BSC).flatten(2), valid_BS)
 
 
 class TextEncoder(nn.Module):
     """Embed one token per tick, PAD (silence) included; each text stream has its own table."""
 
-    def __init__(self, vocab_size: int, width: int) -> None:
+    def __init__(self, shape: StreamShape, width: int) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(vocab_size, width)
+        self.tokens = nn.Embedding(shape.num_classes, width)
 
     def forward(self, tokens_BT: Tensor, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Embed int64 [B, T]; returns [B, T, D] and `valid_BT`."""
         return self.tokens(tokens_BT.masked_fill(~valid_BT, PAD_TOKEN)), valid_BT
 
 
+ENCODERS: Final[Mapping[Kind, Callable[[StreamShape, int], nn.Module]]] = {
+    Kind.AUDIO: AudioEncoder,
+    Kind.SENSOR: SensorEncoder,
+    Kind.TEXT: TextEncoder,
+}
+"""The encoder of each kind, except for videos, which share :class:`FrameEncoder`."""
+
+
 class FrameEncoder(nn.Module):
     """Encode frames by a small ViT (Dosovitskiy et al. 2020, arXiv:2010.11929), pooled by mean.
 
-    All cameras share the weights, except the projection to the model's width: a sum of equally
-    projected frames could not distinguish left from right.
-
-    `places` (the position embedding) and `eyes` (the projections) are names in checkpoints.
+    All cameras share the weights, except for one position embedding per size of frames, and one
+    projection to the model's width per camera: a sum of equally projected frames could not
+    distinguish left from right.
     """
 
-    def __init__(
-        self, config: ModelConfig, shapes: WindowShapes, cameras: Sequence[Stream], width: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, shapes: WindowShapes, width: int) -> None:
         super().__init__()
         self.patch_size = config.patch_size
-        if shapes.image_size % self.patch_size:
-            raise ConfigError(
-                f"model.patch_size {self.patch_size} does not divide the recipe's vision.size "
-                f"{shapes.image_size}; fix: set a patch size that does, such as 16"
-            )
+        cameras = shapes.inputs_of_kind(Kind.VIDEO)
         inner = min(MAX_FRAME_WIDTH, width, max(64, width // 16 * 8))
         num_heads = next(n for n in range(max(1, inner // 64), 0, -1) if inner % n == 0)
         self.patches = nn.Linear(3 * self.patch_size**2, inner)
-        self.places = nn.Parameter(torch.empty((shapes.image_size // self.patch_size) ** 2, inner))
+        self.positions = nn.ParameterDict()
+        for camera in cameras:
+            height, image_width = shapes.streams[camera].size
+            if height % self.patch_size or image_width % self.patch_size:
+                raise ConfigError(
+                    f"model.patch_size {self.patch_size} does not divide the frames of {camera}, "
+                    f"{height} x {image_width}; fix: set a patch size that does, such as 16"
+                )
+            num_patches = (height // self.patch_size) * (image_width // self.patch_size)
+            self.positions[f"{height}x{image_width}"] = torch.empty(num_patches, inner)
         self.blocks = nn.ModuleList(
             Block(
                 inner,
@@ -154,51 +151,46 @@ class FrameEncoder(nn.Module):
             for _ in range(config.vision_layers)
         )
         self.norm = nn.LayerNorm(inner, bias=False)
-        self.eyes = nn.ModuleDict({camera: nn.Linear(inner, width) for camera in cameras})
+        self.projections = nn.ModuleDict({module_key(c): nn.Linear(inner, width) for c in cameras})
 
-    def forward(self, frames_BFCHW: Tensor, camera: Stream) -> Tensor:
+    def forward(self, frames_BFCHW: Tensor, camera: str) -> Tensor:
         """Embed one camera's normalized frames [B, F, 3, H, W] as [B, F, D]."""
-        batch, num_frames, channels, height, _ = frames_BFCHW.shape
-        side, size = height // self.patch_size, self.patch_size
+        batch, num_frames, channels, height, width = frames_BFCHW.shape
+        size = self.patch_size
+        rows, columns = height // size, width // size
         # A linear map of unfolded patches equals the patch convolution and is faster on a CPU.
-        grid = frames_BFCHW.reshape(batch * num_frames, channels, side, size, side, size)
-        patches = grid.permute(0, 2, 4, 3, 5, 1).reshape(batch * num_frames, side * side, -1)
-        x_NPV = self.patches(patches) + self.places
+        grid = frames_BFCHW.reshape(batch * num_frames, channels, rows, size, columns, size)
+        patches = grid.permute(0, 2, 4, 3, 5, 1).reshape(batch * num_frames, rows * columns, -1)
+        x_NPV = self.patches(patches) + self.positions[f"{height}x{width}"]
         for block in self.blocks:
             x_NPV, _ = block(x_NPV)
-        x_ND: Tensor = self.eyes[camera](self.norm(x_NPV).mean(dim=1))
+        x_ND: Tensor = self.projections[module_key(camera)](self.norm(x_NPV).mean(dim=1))
         return x_ND.view(batch, num_frames, -1)
 
 
 class TickEncoder(nn.Module):
-    """Fuse all streams of a tick into one vector.
+    """Fuse all input streams of a tick into one vector.
 
-    Only `streams` have encoders. Other streams, and those that a batch lacks, give their null
-    vectors.
+    A stream that a batch lacks gives its null vector.
     """
 
-    def __init__(
-        self, config: ModelConfig, shapes: WindowShapes, streams: Sequence[Stream], width: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, shapes: WindowShapes, width: int) -> None:
         super().__init__()
         self.shapes = shapes
-        self.streams = tuple(streams)
-        samples = shapes.sensor_samples_per_tick
-        makers: dict[Stream, Callable[[], nn.Module]] = {
-            Stream.AUDIO: lambda: AudioEncoder(
-                shapes.audio_frames_per_tick, shapes.mel_channels, shapes.mel_levels, width
-            ),
-            Stream.TOUCH: lambda: TouchEncoder(samples, shapes.touch_size, width),
-            Stream.PROPRIO: lambda: ProprioEncoder(samples, shapes.proprio_size, width),
-            Stream.INTERNAL_TEXT: lambda: TextEncoder(shapes.vocab_size, width),
-            Stream.EXTERNAL_TEXT: lambda: TextEncoder(shapes.vocab_size, width),
-        }
-        self.encoders = nn.ModuleDict({s: makers[s]() for s in streams if s in makers})
-        cameras = [s for s in streams if s in VISION_STREAMS]
-        self.frames = FrameEncoder(config, shapes, cameras, width) if cameras else None
-        self.norms = nn.ModuleDict({s: nn.LayerNorm(width, bias=False) for s in streams})
-        self.modality = nn.Parameter(torch.empty(len(STREAMS), width))
-        self.null = nn.Parameter(torch.empty(len(STREAMS), width))
+        self.width = width
+        self.encoders = nn.ModuleDict(
+            {
+                module_key(name): ENCODERS[shapes.streams[name].kind](shapes.streams[name], width)
+                for name in shapes.inputs
+                if shapes.streams[name].kind in ENCODERS
+            }
+        )
+        has_cameras = bool(shapes.inputs_of_kind(Kind.VIDEO))
+        self.frames = FrameEncoder(config, shapes, width) if has_cameras else None
+        keys = [module_key(name) for name in shapes.inputs]
+        self.norms = nn.ModuleDict({key: nn.LayerNorm(width, bias=False) for key in keys})
+        self.modality = nn.ParameterDict({key: torch.empty(width) for key in keys})
+        self.null = nn.ParameterDict({key: torch.empty(width) for key in keys})
 
     def forward(
         self,
@@ -206,12 +198,13 @@ class TickEncoder(nn.Module):
         *,
         num_ticks: int,
         first_tick: int = 0,
-        last_frames: Mapping[Stream, Frame] | None = None,
-    ) -> tuple[Tensor, dict[Stream, Frame]]:
+        last_frames: Mapping[str, Frame] | None = None,
+    ) -> tuple[Tensor, dict[str, Frame]]:
         """Encode ticks [first_tick, first_tick + num_ticks).
 
         Args:
-            inputs: of :func:`train.data.pixels.to_model_inputs`, for these ticks.
+            inputs: of :func:`train.data.pixels.to_model_inputs`, for these ticks, with the features
+                of sensors instead of their values.
             num_ticks: number of ticks.
             first_tick: index of the first one since the stream's start.
             last_frames: per camera, the newest frame before these ticks.
@@ -219,91 +212,88 @@ class TickEncoder(nn.Module):
         Returns:
             [B, T, D], and per camera the newest frame.
         """
-        batch = len(next(iter(inputs.values())))
-        x_BTD = self.null.new_zeros(batch, num_ticks, self.null.shape[1])
-        newest: dict[Stream, Frame] = {}
-        for index, stream in enumerate(STREAMS):
-            null_D = self.null[index]
+        first = next(iter(inputs.values()))
+        x_BTD = torch.zeros(len(first), num_ticks, self.width, device=first.device)
+        newest: dict[str, Frame] = {}
+        for name in self.shapes.inputs:
+            key = module_key(name)
+            null_D = self.null[key]
             # The stream's vectors [B, T, D] and their validity [B, T]; None if it is missing.
             encoded: tuple[Tensor, Tensor] | None = None
-            if stream in VISION_STREAMS and stream in self.streams:
-                encoded, newest[stream] = self._encode_frames(
+            if self.shapes.streams[name].kind is Kind.VIDEO:
+                encoded, newest[name] = self._encode_frames(
                     inputs,
-                    stream,
+                    name,
                     first_tick=first_tick,
                     num_ticks=num_ticks,
-                    before=(last_frames or {}).get(stream),
+                    before=(last_frames or {}).get(name),
                 )
-            elif stream in self.streams and stream in inputs:
-                encoded = self.encoders[stream](inputs[stream], inputs[f"{stream}_valid"])
+            elif name in inputs:
+                encoded = self.encoders[key](inputs[name], inputs[f"{name}_valid"])
             if encoded is None:
                 x_BTD = x_BTD + null_D
             else:
-                stream_BTD = self.norms[stream](encoded[0].to(null_D.dtype)) + self.modality[index]
+                stream_BTD = self.norms[key](encoded[0].to(null_D.dtype)) + self.modality[key]
                 x_BTD = x_BTD + torch.where(encoded[1][..., None], stream_BTD, null_D)
         return x_BTD, newest
 
     def _encode_frames(
         self,
         inputs: Mapping[str, Tensor],
-        camera: Stream,
+        camera: str,
         *,
         first_tick: int,
         num_ticks: int,
         before: Frame | None,
     ) -> tuple[Frame, Frame]:
         """Encode each tick's newest frame, [B, T, D] and bool [B, T]; also return the last one."""
-        due = frames_due(self.shapes, first_tick=first_tick, num_ticks=num_ticks)
+        due = frames_due(self.shapes, camera, first_tick=first_tick, num_ticks=num_ticks)
+        frames_BFD, valid_BF = self._embed(inputs, camera, due)
         # Index of each tick's newest frame among the due ones.
-        ticks = torch.arange(first_tick, first_tick + num_ticks, device=self.null.device)
-        index_T = ticks * self.shapes.num_frames // self.shapes.num_ticks - due.start
-        frames_BFD, valid_BF = self._embed(inputs, camera, due, index_T)
-        # With at most one frame per tick, ticks share frames; else `_embed` chose one per tick.
-        if self.shapes.num_frames <= self.shapes.num_ticks:
-            if before is not None:
-                frames_BFD = torch.cat([before[0][:, None].to(frames_BFD.dtype), frames_BFD], dim=1)
-                valid_BF = torch.cat([before[1][:, None], valid_BF], dim=1)
-                index_T = index_T + 1
-            frames_BFD = frames_BFD.index_select(1, index_T)
-            valid_BF = valid_BF.index_select(1, index_T)
-        return (frames_BFD, valid_BF), (frames_BFD[:, -1], valid_BF[:, -1])
+        ticks = torch.arange(first_tick, first_tick + num_ticks, device=frames_BFD.device)
+        num_frames = self.shapes.streams[camera].num_positions
+        index_T = ticks * num_frames // self.shapes.num_ticks - due.start
+        if before is not None:
+            frames_BFD = torch.cat([before[0][:, None].to(frames_BFD.dtype), frames_BFD], dim=1)
+            valid_BF = torch.cat([before[1][:, None], valid_BF], dim=1)
+            index_T = index_T + 1
+        frames_BTD, valid_BT = (
+            frames_BFD.index_select(1, index_T),
+            valid_BF.index_select(1, index_T),
+        )
+        return (frames_BTD, valid_BT), (frames_BTD[:, -1], valid_BT[:, -1])
 
-    def _embed(
-        self, inputs: Mapping[str, Tensor], camera: Stream, due: range, index_T: Tensor
-    ) -> Frame:
-        """Embed the due frames as [B, F, D]; with more frames than ticks, one per tick."""
+    def _embed(self, inputs: Mapping[str, Tensor], camera: str, due: range) -> Frame:
+        """Embed the due frames as [B, F, D], with their validity [B, F]."""
         if camera not in inputs or not due:
-            batch = len(next(iter(inputs.values())))
-            num_frames = len(due if self.shapes.num_frames <= self.shapes.num_ticks else index_T)
-            zeros = self.null.new_zeros(batch, num_frames, self.null.shape[1])
+            first = next(iter(inputs.values()))
+            zeros = torch.zeros(len(first), len(due), self.width, device=first.device)
             return zeros, torch.zeros_like(zeros[..., 0], dtype=torch.bool)
         frames_BFCHW, valid_BF = inputs[camera], inputs[f"{camera}_valid"]
-        if frames_BFCHW.shape[-1] != self.shapes.image_size:
+        expected, actual = self.shapes.streams[camera].size, tuple(frames_BFCHW.shape[-2:])
+        if actual != expected:
             raise ConfigError(
-                f"{camera} has frames of {frames_BFCHW.shape[-1]} pixels, the model is made for "
-                f"{self.shapes.image_size}; fix: {_FIX_SHAPES}"
+                f"{camera} has frames of {actual[0]} x {actual[1]} pixels, the model is made for "
+                f"{expected[0]} x {expected[1]}; fix: {_FIX_SHAPES}"
             )
         if frames_BFCHW.shape[1] < len(due):
             raise ConfigError(
                 f"{camera} has {frames_BFCHW.shape[1]} frames, its ticks need {len(due)} "
                 f"({due.start} to {due.stop - 1}); fix: {_FIX_SHAPES}"
             )
-        if self.shapes.num_frames > self.shapes.num_ticks:
-            frames_BFCHW = frames_BFCHW.index_select(1, index_T)
-            valid_BF = valid_BF.index_select(1, index_T)
-        else:
-            frames_BFCHW, valid_BF = frames_BFCHW[:, : len(due)], valid_BF[:, : len(due)]
         assert self.frames is not None
-        return self.frames(frames_BFCHW, camera), valid_BF
+        return self.frames(frames_BFCHW[:, : len(due)], camera), valid_BF[:, : len(due)]
 
 
-def frames_due(shapes: WindowShapes, *, first_tick: int, num_ticks: int) -> range:
+def frames_due(shapes: WindowShapes, camera: str, *, first_tick: int, num_ticks: int) -> range:
     """List the frames that are first used in ticks [first_tick, first_tick + num_ticks).
 
-    Frame k has the grid time k / fps; a tick uses the newest frame not after its start.
+    Frames are counted as a batch holds them, which is at most one per tick. A tick uses the newest
+    frame not after its start.
     """
-    newest = (first_tick + num_ticks - 1) * shapes.num_frames // shapes.num_ticks
-    before = (first_tick - 1) * shapes.num_frames // shapes.num_ticks if first_tick else -1
+    num_frames = shapes.streams[camera].num_positions
+    newest = (first_tick + num_ticks - 1) * num_frames // shapes.num_ticks
+    before = (first_tick - 1) * num_frames // shapes.num_ticks if first_tick else -1
     return range(before + 1, newest + 1)
 
 
@@ -311,27 +301,22 @@ def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
     """Count the ticks that inputs span, by their frames if all streams are video.
 
     Raises:
-        ConfigError: there is no stream, streams span different numbers of ticks, or windows were
-            not joined into a batch.
+        ConfigError: there is no input stream, streams span different numbers of ticks, or windows
+            were not joined into a batch.
     """
-    per_tick = {
-        Stream.AUDIO: shapes.audio_frames_per_tick,
-        Stream.TOUCH: shapes.sensor_samples_per_tick,
-        Stream.PROPRIO: shapes.sensor_samples_per_tick,
-        **dict.fromkeys(TEXT_STREAMS, 1),
-    }
-    for stream in (s for s in per_tick if s in inputs):
-        if inputs[stream].ndim != (2 if stream in TEXT_STREAMS else 3):
+    present = {name: shapes.streams[name] for name in shapes.inputs if name in inputs}
+    others = {name: shape for name, shape in present.items() if shape.kind is not Kind.VIDEO}
+    for name, shape in others.items():
+        if inputs[name].ndim != 2 + len(shape.size):
             raise ConfigError(
-                f"{stream} has the shape {list(inputs[stream].shape)}, a dimension too many or too "
+                f"{name} has the shape {list(inputs[name].shape)}, a dimension too many or too "
                 "few; fix: give the DataLoader collate_fn=real_data_collate_fn, which joins windows"
             )
-    spans = {s: (inputs[s].shape[1], n) for s, n in per_tick.items() if s in inputs}
+    spans = {name: (inputs[name].shape[1], shape.per_tick) for name, shape in others.items()}
     if not spans:
         spans = {
-            s: (inputs[s].shape[1] * shapes.num_ticks // shapes.num_frames, 1)
-            for s in VISION_STREAMS
-            if s in inputs
+            name: (inputs[name].shape[1] * shapes.num_ticks // shape.num_positions, 1)
+            for name, shape in present.items()
         }
     length, per = next(iter(spans.values()), (0, 1))
     count = length // per
@@ -345,7 +330,20 @@ def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
     return count
 
 
-def without(inputs: Mapping[str, Tensor], streams: Iterable[Stream]) -> dict[str, Tensor]:
+def modalities(shapes: WindowShapes) -> dict[str, tuple[str, ...]]:
+    """Return the input streams of each modality: all videos are one, any other stream is its own.
+
+    The videos are called "vision"; "Vision" if a stream of another kind has that name.
+    """
+    cameras = shapes.inputs_of_kind(Kind.VIDEO)
+    others = {name: (name,) for name in shapes.inputs if name not in cameras}
+    return {
+        **({"Vision" if "vision" in others else "vision": cameras} if cameras else {}),
+        **others,
+    }
+
+
+def without(inputs: Mapping[str, Tensor], streams: Iterable[str]) -> dict[str, Tensor]:
     """Mask streams of a batch's inputs, as in sessions that lack them.
 
     `inputs` are unchanged. Masked values stay in the result; a model ignores them.
@@ -354,15 +352,18 @@ def without(inputs: Mapping[str, Tensor], streams: Iterable[Stream]) -> dict[str
     return {**inputs, **{name: torch.zeros_like(inputs[name]) for name in masks}}
 
 
-def hide_at_random(inputs: Mapping[str, Tensor], *, share: float) -> dict[str, Tensor]:
-    """Mask each modality of a batch's inputs in random samples, independently of the others.
+def hide_at_random(
+    inputs: Mapping[str, Tensor], groups: Iterable[Iterable[str]], *, share: float
+) -> dict[str, Tensor]:
+    """Mask each group of streams in random samples, independently of the others.
 
     Args:
-        inputs: unchanged.
+        inputs: of a batch; unchanged.
+        groups: the streams of each modality.
         share: probability, in [0, 1).
     """
     hidden = dict(inputs)
-    for streams in MODALITIES.values():
+    for streams in groups:
         masks = {name: inputs[name] for s in streams if (name := f"{s}_valid") in inputs}
         if masks:
             first = next(iter(masks.values()))

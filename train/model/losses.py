@@ -5,27 +5,63 @@ batches, of an evaluation or of accumulated gradients, are exact. Masked positio
 have weight 0. All math is float32. Targets are shifted instead of predictions, because they have
 only a small fraction of the logits' bytes.
 
-Letters: B batch, T ticks, V vocabulary, A dMel frames, C channels, L levels, S samples, P pose.
+Letters: B batch, T ticks, V vocabulary, S samples of a stream, C channels, L levels, D values.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from shared.recipe import PAD_TOKEN
-from train.config import Head, TrainConfig
+from shared.streams import Kind
+from train.model.values import value_errors
+from train.shapes import head_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
-    from train.data.batch import WindowShapes
+    from train.config import TrainConfig
+    from train.shapes import StreamShape, WindowShapes
 
 LossSum = tuple[Tensor, Tensor]
 """Weighted sum of a loss and the weighted count of its terms, float32 and 0-dim."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What is learned: the heads, their targets and weights, and the scales of their errors."""
+
+    shapes: WindowShapes
+    weights: Mapping[str, float]
+    """Weight of each head's loss in loss_total."""
+    pad_weight: float
+    """Weight of a silent tick in the text losses."""
+    std: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per sensor head, the standard deviation [D] that errors are divided by; 1 if left out."""
+
+    @classmethod
+    def from_config(
+        cls, config: TrainConfig, shapes: WindowShapes, *, std: Mapping[str, Tensor] | None = None
+    ) -> Self:
+        """Return the objective of a configuration.
+
+        Args:
+            config: has the weights; heads of weight 0 are left out.
+            shapes: have the targets.
+            std: of :attr:`train.model.multimodal.MultiModalCreature.target_std`.
+        """
+        weights = {head: head_weight(config, head) for head in shapes.heads}
+        return cls(
+            shapes=shapes,
+            weights={head: weight for head, weight in weights.items() if weight > 0},
+            pad_weight=config.model.pad_weight,
+            std=std or {},
+        )
 
 
 def compute_losses(
@@ -33,7 +69,7 @@ def compute_losses(
     targets: Mapping[str, Tensor],
     weight: Tensor,
     *,
-    config: TrainConfig,
+    objective: Objective,
     counts: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Compute the losses of one batch.
@@ -42,30 +78,29 @@ def compute_losses(
         outputs: of the model.
         targets: the batch's "targets", unshifted, with "<head>_valid".
         weight: float [B], weight of each sample; 0 for padding rows.
-        config: has the heads and their weights.
+        objective: the heads and their weights.
         counts: sums of :func:`loss_counts` over several micro-batches, used as divisors instead of
             this batch's own counts. Then the micro-batches' losses (and gradients) add up to the
             mean over all of them.
 
     Returns:
-        ``loss_total``, and ``loss_<head>`` of each head whose weight is not 0, float32 and 0-dim:
-        text and audio in nats per token and per dMel value; animation: mean 1 - cos of the angles'
-        errors plus mean smooth L1 of the velocities'. 0 if nothing is valid.
+        ``loss_total``, and ``loss_<head>`` of each head, float32 and 0-dim: text and audio in nats
+        per token and per dMel value; sensors: the sum over value groups of the mean error of the
+        group's elements (:data:`train.model.values.RULES`). 0 if nothing is valid.
     """
-    sums = loss_sums(outputs, targets, weight, config=config)
+    sums = loss_sums(outputs, targets, weight, objective=objective)
     if counts is not None:
         sums = {name: (total, counts[name]) for name, (total, _) in sums.items()}
-    return mean_losses(sums, config=config)
+    return mean_losses(sums, objective=objective)
 
 
-def mean_losses(sums: Mapping[str, LossSum], *, config: TrainConfig) -> dict[str, Tensor]:
+def mean_losses(sums: Mapping[str, LossSum], *, objective: Objective) -> dict[str, Tensor]:
     """Compute losses from the sums of any number of batches; see :func:`compute_losses`."""
     losses = {
         name: total / torch.where(count > 0, count, torch.ones_like(count))
         for name, (total, count) in sums.items()
     }
-    weights = config.training.loss_weights
-    shares = [getattr(weights, head) * losses[f"loss_{head}"] for head in config.heads]
+    shares = [weight * losses[f"loss_{head}"] for head, weight in objective.weights.items()]
     return {"loss_total": torch.stack(shares).sum(), **losses}
 
 
@@ -82,7 +117,7 @@ def loss_sums(
     targets: Mapping[str, Tensor],
     weight: Tensor,
     *,
-    config: TrainConfig,
+    objective: Objective,
 ) -> dict[str, LossSum]:
     """Compute ``loss_<head>`` of each head as its weighted sum and weighted count.
 
@@ -90,35 +125,35 @@ def loss_sums(
     added.
     """
     sums = {}
-    for head in config.heads:
-        output, target, valid = outputs[head], targets[head], targets[f"{head}_valid"]
-        if head is Head.AUDIO:
-            sums[f"loss_{head}"] = _audio_sum(output, target, valid, weight)
-        elif head is Head.ANIMATION:
-            sums[f"loss_{head}"] = _animation_sum(output, target, valid, weight)
-        else:
-            weights_BT = _text_weights(target, valid, weight, config.model.pad_weight)
-            sums[f"loss_{head}"] = _text_sum(output, target, valid, weights_BT)
+    for head in objective.weights:
+        shape, target, valid_BS = _target_of(head, targets, objective)
+        next_BS = _next_tick(_masked(target, valid_BS), shape.per_tick)
+        std = objective.std.get(head)
+        errors_BS = ERRORS[shape.kind](outputs[head].float(), next_BS, shape, std)
+        weights_BS = _next_weights(head, targets, weight, objective)
+        sums[f"loss_{head}"] = ((errors_BS * weights_BS).sum(), weights_BS.sum())
     return sums
 
 
 def loss_counts(
-    targets: Mapping[str, Tensor], weight: Tensor, *, config: TrainConfig, shapes: WindowShapes
+    targets: Mapping[str, Tensor], weight: Tensor, *, objective: Objective
 ) -> dict[str, Tensor]:
     """Compute the counts of :func:`loss_sums`, which need no forward pass."""
-    counts = {}
-    for head in config.heads:
-        target, valid = targets[head], targets[f"{head}_valid"]
-        if head is Head.AUDIO:
-            weights_BA = _next_weights(valid, weight, shapes.audio_frames_per_tick)
-            counts[f"loss_{head}"] = weights_BA.sum() * target.shape[-1]
-        elif head is Head.ANIMATION:
-            weights_BS = _next_weights(valid, weight, shapes.sensor_samples_per_tick)
-            counts[f"loss_{head}"] = weights_BS.sum() * (target.shape[-1] // 2)
-        else:
-            weights_BT = _text_weights(target, valid, weight, config.model.pad_weight)
-            counts[f"loss_{head}"] = weights_BT.sum()
-    return counts
+    return {
+        f"loss_{head}": _next_weights(head, targets, weight, objective).sum()
+        for head in objective.weights
+    }
+
+
+def _target_of(
+    head: str, targets: Mapping[str, Tensor], objective: Objective
+) -> tuple[StreamShape, Tensor, Tensor]:
+    return objective.shapes.target_shape(head), targets[head], targets[f"{head}_valid"]
+
+
+def _masked(target: Tensor, valid_BS: Tensor) -> Tensor:
+    """Return a target with zeros at invalid positions; 0 is PAD for text."""
+    return target.masked_fill(~valid_BS.view(*valid_BS.shape, *[1] * (target.ndim - 2)), 0)
 
 
 def _next_tick(x: Tensor, per_tick: int) -> Tensor:
@@ -126,55 +161,48 @@ def _next_tick(x: Tensor, per_tick: int) -> Tensor:
     return torch.cat([x[:, per_tick:], torch.zeros_like(x[:, :per_tick])], dim=1)
 
 
-def _next_weights(valid_BS: Tensor, weight_B: Tensor, per_tick: int) -> Tensor:
-    """Return the weight of each position of the next tick, float32 [B, S]."""
-    return _next_tick(valid_BS, per_tick) * weight_B.float()[:, None]
-
-
-def _next_targets(x_BSC: Tensor, valid_BS: Tensor, per_tick: int) -> Tensor:
-    """Return the values of the next tick, 0 where invalid."""
-    return _next_tick(x_BSC.masked_fill(~valid_BS[..., None], 0), per_tick)
-
-
-def _text_weights(
-    tokens_BT: Tensor, valid_BT: Tensor, weight_B: Tensor, pad_weight: float
+def _next_weights(
+    head: str, targets: Mapping[str, Tensor], weight_B: Tensor, objective: Objective
 ) -> Tensor:
-    """Weigh the next tick's token by 1, or by `pad_weight` if silent, float32 [B, T]."""
-    shares_BT = torch.where(_next_tick(tokens_BT, 1) == PAD_TOKEN, pad_weight, 1.0)
-    return shares_BT * _next_weights(valid_BT, weight_B, 1)
+    """Return the weight of each position of the next tick, float32 [B, S].
+
+    Invalid positions have 0; the token of silence has `pad_weight`.
+    """
+    shape, target, valid_BS = _target_of(head, targets, objective)
+    weights_BS = _next_tick(valid_BS, shape.per_tick) * weight_B.float()[:, None]
+    if shape.kind is not Kind.TEXT:
+        return weights_BS
+    return torch.where(_next_tick(target, 1) == PAD_TOKEN, objective.pad_weight, 1.0) * weights_BS
 
 
-def _text_sum(
-    logits_BTV: Tensor, tokens_BT: Tensor, valid_BT: Tensor, weights_BT: Tensor
-) -> LossSum:
-    """Sum the cross-entropy of the next tick's token, weighted by :func:`_text_weights`."""
-    next_BT = _next_tick(tokens_BT.masked_fill(~valid_BT, PAD_TOKEN), 1)
-    nats = F.cross_entropy(logits_BTV.float().flatten(0, 1), next_BT.flatten(), reduction="none")
-    return (nats * weights_BT.flatten()).sum(), weights_BT.sum()
+def _text_errors(
+    logits_BTV: Tensor, tokens_BT: Tensor, shape: StreamShape, std: Tensor | None
+) -> Tensor:
+    """Compute the cross-entropy of each token, in nats."""
+    nats = F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten(), reduction="none")
+    return nats.view_as(tokens_BT)
 
 
-def _audio_sum(
-    logits_BTACL: Tensor, levels_BAC: Tensor, valid_BA: Tensor, weight_B: Tensor
-) -> LossSum:
-    """Sum the cross-entropy of each dMel value of the next tick."""
-    _, _, per_tick, channels, _ = logits_BTACL.shape
-    weights_BA = _next_weights(valid_BA, weight_B, per_tick)
-    next_BAC = _next_targets(levels_BAC, valid_BA, per_tick)
-    nats = F.cross_entropy(logits_BTACL.float().flatten(0, 3), next_BAC.flatten(), reduction="none")
-    nats_A = nats.view(-1, channels).sum(1)
-    return (nats_A * weights_BA.flatten()).sum(), weights_BA.sum() * channels
+def _audio_errors(
+    logits_BTSCL: Tensor, levels_BSC: Tensor, shape: StreamShape, std: Tensor | None
+) -> Tensor:
+    """Compute the mean cross-entropy of each frame's dMel values, in nats."""
+    nats = F.cross_entropy(logits_BTSCL.flatten(0, 3), levels_BSC.flatten(), reduction="none")
+    return nats.view(levels_BSC.shape).mean(-1)
 
 
-def _animation_sum(
-    poses_BTSP: Tensor, targets_BSP: Tensor, valid_BS: Tensor, weight_B: Tensor
-) -> LossSum:
-    """Sum the errors of the next tick's angles (1 - cos) and velocities (smooth L1)."""
-    per_tick = poses_BTSP.shape[2]
-    weights_BS = _next_weights(valid_BS, weight_B, per_tick)
-    next_BSP = _next_targets(targets_BSP.float(), valid_BS, per_tick)
-    angles, velocities = poses_BTSP.float().flatten(1, 2).chunk(2, dim=-1)
-    next_angles, next_velocities = next_BSP.chunk(2, dim=-1)
-    errors = 1 - torch.cos(angles - next_angles)
-    errors = errors + F.smooth_l1_loss(velocities, next_velocities, reduction="none")
-    # There are as many angles as velocities, so the sum of their means is one mean.
-    return (errors.sum(-1) * weights_BS).sum(), weights_BS.sum() * angles.shape[-1]
+def _sensor_errors(
+    output_BTSD: Tensor, target_BSD: Tensor, shape: StreamShape, std: Tensor | None
+) -> Tensor:
+    """Compute the error of each sample by its value groups."""
+    output_BSD = output_BTSD.flatten(1, 2)
+    std_D = output_BSD.new_ones(shape.size) if std is None else std.to(output_BSD.device)
+    return value_errors(output_BSD, target_BSD.float(), shape.values, std=std_D)
+
+
+ERRORS: Final[Mapping[Kind, Callable[[Tensor, Tensor, StreamShape, Tensor | None], Tensor]]] = {
+    Kind.TEXT: _text_errors,
+    Kind.AUDIO: _audio_errors,
+    Kind.SENSOR: _sensor_errors,
+}
+"""The error of each position, [B, S], by the kind of the target."""

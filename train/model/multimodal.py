@@ -6,7 +6,7 @@ parallel. :meth:`MultiModalCreature.forward` runs whole windows for training.
 cost does not depend on the number of earlier ticks, and within a window it gives the same numbers.
 Streams run in parallel as in Moshi's inner monologue (Défossez et al. 2024, arXiv:2410.00037).
 
-Letters: B batch, T ticks, D width, S samples of a stream, P size of a pose.
+Letters: B batch, T ticks, D width, S samples of a stream, V values of one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
-from shared.recipe import Recipe, Stream
-from train.config import Head, ModelConfig, TrainConfig, as_train_config
-from train.data.batch import WindowShapes
+from shared.recipe import Recipe
+from shared.streams import Kind
+from train.config import ModelConfig, TrainConfig, as_train_config
 from train.model.blocks import Block, KeysValues, rotations
-from train.model.encoders import Frame, TickEncoder, count_ticks, hide_at_random
+from train.model.encoders import (
+    AudioEncoder,
+    Frame,
+    TickEncoder,
+    count_ticks,
+    hide_at_random,
+    modalities,
+    module_key,
+)
+from train.model.losses import Objective
+from train.model.values import SensorValues
+from train.shapes import WindowShapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,18 +63,18 @@ class Cache:
     """Ticks so far, which is the position of the next one."""
     keys_values: tuple[KeysValues, ...]
     """Per layer, each [B, heads, T, D / heads], of the ticks that the next one attends to."""
-    frames: Mapping[Stream, Frame]
+    frames: Mapping[str, Frame]
     """Newest frame per camera."""
-    last_pose: Tensor
-    """Last valid pose, float32 [B, P]; zeros before the first one."""
+    last_values: Mapping[str, Tensor]
+    """Last valid sample of each predicted sensor, float32 [B, V]."""
 
 
 class MultiModalCreature(nn.Module):
     """A causal multi-stream transformer over ticks.
 
-    It has encoders only for the streams that the configuration reads, and only heads whose loss
-    weight is not 0, so that text-only training has no frame encoder. Positions are rotary: absolute
-    indices of ticks have no effect, and windows can have any number of ticks.
+    It has encoders only for the input streams, and only heads whose loss weight is not 0, so that
+    text-only training has no frame encoder. Positions are rotary: absolute indices of ticks have no
+    effect, and windows can have any number of ticks.
     """
 
     def __init__(
@@ -73,7 +84,7 @@ class MultiModalCreature(nn.Module):
 
         Args:
             config: the training configuration, or its plain values as from ``yaml.safe_load``.
-            shapes: sizes of the windows; None means those of the default recipe.
+            shapes: streams and sizes of the windows; None means those of the default recipe.
 
         Raises:
             ConfigError: the configuration is wrong, or sizes do not divide.
@@ -81,11 +92,17 @@ class MultiModalCreature(nn.Module):
         super().__init__()
         self.config = as_train_config(config)
         model = self.config.model
-        self.shapes = shapes or WindowShapes.from_recipe(Recipe(), tick_rate_hz=model.tick_rate_hz)
+        self.shapes = shapes or WindowShapes.from_recipe(Recipe(), self.config)
         self.width, num_layers, num_heads = dimensions(model)
         self.head_dim = self.width // num_heads
-        self.modality_dropout = 0.0 if self.config.is_text_only else model.modality_dropout
-        self.encoder = TickEncoder(model, self.shapes, self.config.input_streams, self.width)
+        self.modality_dropout = 0.0 if self.shapes.is_text_only else model.modality_dropout
+        self.sensors = nn.ModuleDict(
+            {
+                module_key(name): SensorValues(self.shapes.streams[name].values)
+                for name in self.shapes.of_kind(Kind.SENSOR)
+            }
+        )
+        self.encoder = TickEncoder(model, self.shapes, self.width)
         self.blocks = nn.ModuleList(
             Block(
                 self.width,
@@ -98,21 +115,54 @@ class MultiModalCreature(nn.Module):
         )
         self.norm = nn.LayerNorm(self.width, bias=False)
         self.predictors = nn.ModuleDict(
-            {head: nn.Linear(*self._head_sizes(head)) for head in self.config.heads}
+            {module_key(head): nn.Linear(*self._head_sizes(head)) for head in self.shapes.heads}
         )
         init_weights(self)
 
-    def _head_sizes(self, head: Head) -> tuple[int, int]:
-        shapes = self.shapes
-        if head is Head.AUDIO:
-            levels = shapes.audio_frames_per_tick * shapes.mel_channels * shapes.mel_levels
-            return self.width, levels
-        if head is Head.ANIMATION:
-            # The last velocities go directly to the head: the next angles are nearly linear in
-            # them, and the tick's vector would have to carry them through the backbone.
-            pose_size = shapes.proprio_size
-            return self.width + pose_size // 2, shapes.sensor_samples_per_tick * pose_size
-        return self.width, shapes.vocab_size
+    @property
+    def objective(self) -> Objective:
+        """What the model is trained for, with the scales of its sensor values."""
+        return Objective.from_config(self.config, self.shapes, std=self.target_std)
+
+    @property
+    def target_std(self) -> dict[str, Tensor]:
+        """Standard deviation of each value of each predicted sensor, [V] by head."""
+        return {
+            head: self._values_of(head).std
+            for head in self.shapes.heads
+            if self.shapes.target_shape(head).kind is Kind.SENSOR
+        }
+
+    def set_statistics(self, statistics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Standardize sensor values, before training begins; checkpoints hold the statistics.
+
+        Args:
+            statistics: of a manifest, "count", "mean" and "std" by the stream's name. A stream
+                without them keeps its present scale, at first 1.
+
+        Raises:
+            ConfigError: statistics are of another number of values than their stream has.
+        """
+        for name in self.shapes.of_kind(Kind.SENSOR):
+            self._sensor(name).set_statistics(statistics.get(name) or {}, name=name)
+
+    def _sensor(self, name: str) -> SensorValues:
+        sensor = self.sensors[module_key(name)]
+        assert isinstance(sensor, SensorValues)
+        return sensor
+
+    def _values_of(self, head: str) -> SensorValues:
+        return self._sensor(self.shapes.targets[head])
+
+    def _head_sizes(self, head: str) -> tuple[int, int]:
+        """Return the numbers of inputs and outputs of a head."""
+        shape = self.shapes.target_shape(head)
+        num_outputs = shape.per_tick * math.prod(shape.size) * max(1, shape.num_classes)
+        if shape.kind is not Kind.SENSOR:
+            return self.width, num_outputs
+        # The last velocities go directly to the head: the next angles are nearly linear in them,
+        # and the tick's vector would have to carry them through the backbone.
+        return self.width + self._values_of(head).num_rates, num_outputs
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Predict tick t + 1 at each tick t, from ticks <= t.
@@ -121,20 +171,23 @@ class MultiModalCreature(nn.Module):
             inputs: of :func:`train.data.pixels.to_model_inputs`; streams may be absent.
 
         Returns:
-            For each head whose loss weight is not 0:
-            internal_text, external_text: logits [B, T, vocab];
+            For each head whose loss weight is not 0, by its target's kind:
+            text: logits [B, T, vocab];
             audio: logits [B, T, frames per tick, mel channels, mel levels];
-            animation: float32 [B, T, samples per tick, P], poses: angles in rad (not wrapped) and
-            velocities in rad/s. The head predicts a residual to standing still, which is the last
-            valid angles (0 before the first) and velocities of 0; its initial residual is 0.
+            sensor: float32 [B, T, samples per tick, V], values in the stream's units; angles are
+            not wrapped. The head predicts a residual to standing still, which is the last valid
+            sample with velocities of 0; its initial residual is 0. Quaternions and directions are
+            normalized. Before the first sample, standing still is the mean of standardized values,
+            else 0, the identity or +z.
 
         Raises:
             ConfigError: the inputs do not have the model's window shapes.
         """
         if self.training and self.modality_dropout:
-            inputs = hide_at_random(inputs, share=self.modality_dropout)
-        pose_BTP = self.last_poses(inputs)
-        return self.heads(self.backbone(self.encode_ticks(inputs)), pose_BTP)
+            streams = modalities(self.shapes).values()
+            inputs = hide_at_random(inputs, streams, share=self.modality_dropout)
+        last = self.last_values(inputs, num_ticks=count_ticks(inputs, self.shapes))
+        return self.heads(self.backbone(self.encode_ticks(inputs)), last)
 
     def forward_step(
         self,
@@ -168,30 +221,39 @@ class MultiModalCreature(nn.Module):
         context = self.shapes.num_ticks if context is None else context
         first = cache.num_ticks if cache else 0
         x_BTD, frames = self.encoder(
-            inputs,
+            self._features(inputs),
             num_ticks=num_ticks,
             first_tick=first,
             last_frames=cache.frames if cache else None,
         )
-        pose_BTP = self.last_poses(inputs, cache.last_pose if cache else None, num_ticks=num_ticks)
+        last = self.last_values(inputs, cache.last_values if cache else {}, num_ticks=num_ticks)
         rotation = self._rotations(x_BTD, first)
         keys_values = []
         for index, block in enumerate(self.blocks):
             past = cache.keys_values[index] if cache else None
             x_BTD, layer = block(x_BTD, rotation, past, context=context)
             keys_values.append(layer)
-        outputs = self.heads(self.norm(x_BTD), pose_BTP)
-        return outputs, Cache(
+        return self.heads(self.norm(x_BTD), last), Cache(
             num_ticks=first + num_ticks,
             keys_values=tuple(keys_values),
             frames=frames,
-            last_pose=pose_BTP[:, -1],
+            last_values={name: values[:, -1] for name, values in last.items()},
         )
 
     def encode_ticks(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Encode each tick, independently of the others, as a vector [B, T, D]."""
-        x_BTD, _ = self.encoder(inputs, num_ticks=count_ticks(inputs, self.shapes))
+        num_ticks = count_ticks(inputs, self.shapes)
+        x_BTD, _ = self.encoder(self._features(inputs), num_ticks=num_ticks)
         return x_BTD  # type: ignore[no-any-return]
+
+    def _features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Replace the values of sensors by their features."""
+        features = {
+            name: self._sensor(name).features(inputs[name], inputs[f"{name}_valid"])
+            for name in self.shapes.inputs_of_kind(Kind.SENSOR)
+            if name in inputs
+        }
+        return {**inputs, **features}
 
     def backbone(self, x_BTD: Tensor) -> Tensor:
         """Apply the causal transformer to the ticks' vectors [B, T, D]."""
@@ -200,61 +262,73 @@ class MultiModalCreature(nn.Module):
             x_BTD, _ = block(x_BTD, rotation)
         return self.norm(x_BTD)  # type: ignore[no-any-return]
 
-    def heads(self, x_BTD: Tensor, pose_BTP: Tensor) -> dict[str, Tensor]:
+    def heads(self, x_BTD: Tensor, last: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the outputs of all heads; see :meth:`forward`.
 
         Args:
             x_BTD: from :meth:`backbone`.
-            pose_BTP: from :meth:`last_poses`.
+            last: from :meth:`last_values`.
         """
-        shapes = self.shapes
         outputs = {}
-        for head in self.config.heads:
-            predictor = self.predictors[head]
-            if head is Head.ANIMATION:
-                angles, velocities = pose_BTP.chunk(2, dim=-1)
-                still_BTP = torch.cat([angles, torch.zeros_like(velocities)], dim=-1)
-                residual = predictor(torch.cat([x_BTD, velocities.to(x_BTD.dtype)], dim=-1))
-                residual = residual.float().view(*x_BTD.shape[:2], -1, shapes.proprio_size)
-                outputs[str(head)] = still_BTP[:, :, None] + residual
-            elif head is Head.AUDIO:
-                sizes = (shapes.mel_channels, shapes.mel_levels)
-                outputs[str(head)] = predictor(x_BTD).view(*x_BTD.shape[:2], -1, *sizes)
+        for head, stream in self.shapes.targets.items():
+            shape, predictor = self.shapes.streams[stream], self.predictors[module_key(head)]
+            if shape.kind is Kind.SENSOR:
+                values = self._sensor(stream)
+                rates = values.rates(last[stream]).to(x_BTD.dtype)
+                residual = predictor(torch.cat([x_BTD, rates], dim=-1)).float()
+                residual = residual.unflatten(-1, (shape.per_tick, -1))
+                outputs[head] = values.predict(last[stream][:, :, None], residual)
+            elif shape.kind is Kind.AUDIO:
+                sizes = (shape.per_tick, *shape.size, shape.num_classes)
+                outputs[head] = predictor(x_BTD).unflatten(-1, sizes)
             else:
-                outputs[str(head)] = predictor(x_BTD)
+                outputs[head] = predictor(x_BTD)
         return outputs
 
-    def last_poses(
+    def last_values(
         self,
         inputs: Mapping[str, Tensor],
-        before_BP: Tensor | None = None,
+        before: Mapping[str, Tensor] | None = None,
         *,
-        num_ticks: int | None = None,
-    ) -> Tensor:
-        """Find the last valid pose at or before the end of each tick, float32 [B, T, P].
+        num_ticks: int,
+    ) -> dict[str, Tensor]:
+        """Find the last valid sample of predicted sensors at or before the end of each tick.
 
         Args:
             inputs: of these ticks.
-            before_BP: the last pose before them; None means zeros.
-            num_ticks: number of ticks; None counts them.
+            before: the last samples before them, [B, V] by stream; those of other streams are as
+                before the first reading.
+            num_ticks: number of ticks.
+
+        Returns:
+            float32 [B, T, V], by stream.
         """
-        num_ticks = count_ticks(inputs, self.shapes) if num_ticks is None else num_ticks
-        if before_BP is None:
-            first = next(iter(inputs.values()))
-            before_BP = torch.zeros(len(first), self.shapes.proprio_size, device=first.device)
-        if Stream.PROPRIO not in self.config.input_streams or Stream.PROPRIO not in inputs:
-            return before_BP[:, None].expand(-1, num_ticks, -1)
-        valid_BS = inputs[f"{Stream.PROPRIO}_valid"]
-        poses_BSP = torch.cat([before_BP[:, None], inputs[Stream.PROPRIO].float()], dim=1)
-        # Index of the last valid pose up to each sample; 0 is the pose before these ticks.
-        index_S = torch.arange(1, valid_BS.shape[1] + 1, device=valid_BS.device)
-        last_BS = torch.where(valid_BS, index_S, 0).cummax(dim=1).values
-        per_tick = self.shapes.sensor_samples_per_tick
-        last_BT1 = last_BS[:, per_tick - 1 :: per_tick, None]
-        return poses_BSP.gather(1, last_BT1.expand(-1, -1, poses_BSP.shape[2]))
+        batch = len(next(iter(inputs.values())))
+        last = {}
+        for head in self.target_std:
+            name, shape = self.shapes.targets[head], self.shapes.target_shape(head)
+            before_BV = (before or {}).get(name)
+            if before_BV is None:
+                before_BV = self._sensor(name).initial().expand(batch, -1)
+            if name in self.shapes.inputs and name in inputs:
+                values = (inputs[name], inputs[f"{name}_valid"])
+                last[name] = _last_of_ticks(*values, before_BV, per_tick=shape.per_tick)
+            else:
+                last[name] = before_BV[:, None].expand(-1, num_ticks, -1)
+        return last
 
     def _rotations(self, x_BTD: Tensor, first: int) -> Tensor:
         return rotations(x_BTD.shape[1], first=first, head_dim=self.head_dim, device=x_BTD.device)
+
+
+def _last_of_ticks(x_BSV: Tensor, valid_BS: Tensor, before_BV: Tensor, *, per_tick: int) -> Tensor:
+    """Return the last valid sample at or before the end of each tick, float32 [B, T, V]."""
+    x_BSV = torch.cat([before_BV[:, None], x_BSV.float()], dim=1)
+    # Index of the last valid sample up to each one; 0 is the sample before these ticks.
+    index_S = torch.arange(1, valid_BS.shape[1] + 1, device=valid_BS.device)
+    last_BS = torch.where(valid_BS, index_S, 0).cummax(dim=1).values
+    last_BT1 = last_BS[:, per_tick - 1 :: per_tick, None]
+    return x_BSV.gather(1, last_BT1.expand(-1, -1, x_BSV.shape[2]))
 
 
 def dimensions(model: ModelConfig) -> tuple[int, int, int]:
@@ -280,22 +354,30 @@ def dimensions(model: ModelConfig) -> tuple[int, int, int]:
 def init_weights(model: MultiModalCreature) -> None:
     """Initialize all weights from torch's random generator.
 
-    The animation head starts at zero, which predicts standing still. Outputs of the layers are
-    scaled by the number of layers (Radford et al. 2019, GPT-2), and the streams' vectors so that
-    their sum has about unit size.
+    Heads of sensors start at zero, which predicts standing still. Outputs of the layers are scaled
+    by the number of layers (Radford et al. 2019, GPT-2), and the streams' vectors so that their sum
+    has about unit size.
     """
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or name == f"predictors.{Head.ANIMATION}.weight":
-            nn.init.zeros_(parameter)
-        elif name.startswith("encoder.norms."):
-            nn.init.constant_(parameter, len(model.encoder.norms) ** -0.5)
-        elif "norm" in name:
-            nn.init.ones_(parameter)
-        elif name.endswith("levels.weight"):
-            nn.init.normal_(parameter)  # smaller, the validity feature would dominate the levels
-        elif name.endswith("out.weight"):
-            is_vision = name.startswith("encoder.frames.")
-            depth = model.config.model.vision_layers if is_vision else len(model.blocks)
-            nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * depth))
-        else:
-            nn.init.normal_(parameter, std=INIT_STD)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=INIT_STD)
+    for module in model.modules():
+        _init_module(module)
+    frames = model.encoder.frames
+    for blocks in (model.blocks, frames.blocks if frames is not None else []):
+        for block in blocks:
+            for layer in (block.attention, block.mlp):
+                nn.init.normal_(layer.out.weight, std=INIT_STD / math.sqrt(2 * len(blocks)))
+    for norm in model.encoder.norms.values():
+        nn.init.constant_(norm.weight, len(model.encoder.norms) ** -0.5)
+    for head in model.target_std:
+        nn.init.zeros_(model.predictors[module_key(head)].weight)
+
+
+def _init_module(module: nn.Module) -> None:
+    """Initialize the weights of one module that are not normal with :data:`INIT_STD`."""
+    if isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+    elif isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, AudioEncoder):
+        nn.init.normal_(module.levels.weight)  # smaller, validity would dominate the levels
