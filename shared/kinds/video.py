@@ -12,6 +12,7 @@ from shared.clock import Interval, frame_mask, nearest
 from shared.kinds.column import MAX_MEMBER_BYTES, Column, stream_settings
 from shared.media.video import VideoTrack, frames_to_restart, read_frames, read_video_track
 from shared.media.yuv import (
+    Chosen,
     decode_h264,
     decode_jpegs,
     decode_npy_planes,
@@ -230,18 +231,23 @@ def encode_pictures(pictures: NDArray[np.uint8], *, spec: VideoDefaults) -> byte
 
 
 def decode_pictures(
-    member: bytes, *, spec: VideoDefaults, out: NDArray[np.uint8]
+    member: bytes | memoryview,
+    *,
+    spec: VideoDefaults,
+    out: NDArray[np.uint8],
+    chosen: Chosen | None = None,
 ) -> NDArray[np.uint8]:
-    """Decode a member of a video column into `out` and return it.
+    """Decode pictures of a member of a video column into `out` and return it.
 
     Args:
         member: bytes of the member.
         spec: selects the codec.
         out: uint8 [F, 3H/2, W] for planes or [F, H, W, 3] for RGB, contiguous; see
             :mod:`shared.media.yuv`. If the codec stores the other layout, it is converted.
+        chosen: which pictures of the member; None means all, as many as `out` has.
 
     Raises:
-        CorruptError: the bytes are not pictures of `out`'s number and size.
+        CorruptError: the bytes are not as many pictures of `out`'s size.
     """
     decode = {
         "h264": decode_h264,
@@ -249,14 +255,5 @@ def decode_pictures(
         "yuv420": decode_npy_planes,
         "raw": decode_npy_rgb,
     }[spec.codec]
-    decode(member, out)
+    decode(member, out, chosen=chosen or Chosen(range(len(out)), len(out)))
     return out
-
-
-def is_raw_layout(out: NDArray[np.uint8], *, spec: VideoDefaults) -> bool:
-    """Check whether a member is an npy header followed by the bytes of `out`.
-
-    Such a member needs no decoding: its end can be read directly into `out`, and
-    :func:`shared.media.yuv.check_npy_header` checks the header.
-    """
-    return {"yuv420": 3, "raw": 4}.get(spec.codec) == out.ndim

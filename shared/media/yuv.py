@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import struct
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
 import numpy as np
@@ -57,6 +57,24 @@ _EDGE_PIXELS = 64
 
 _NPY_HEADER_BYTES = 128
 """Size of the header that np.save writes for an array of three or four dimensions."""
+
+
+Buffer = bytes | memoryview
+
+
+class Chosen(NamedTuple):
+    """Some of a member's pictures."""
+
+    numbers: Sequence[int]
+    """Numbers of the pictures, at least one, increasing."""
+    count: int
+    """Pictures of the member."""
+
+    @property
+    def index(self) -> slice | list[int]:
+        """Index of these pictures in an array of all; a slice where that copies nothing."""
+        first, stop = self.numbers[0], self.numbers[-1] + 1
+        return slice(first, stop) if stop - first == len(self.numbers) else list(self.numbers)
 
 
 def to_yuv420(rgb: NDArray[np.uint8], *, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -112,18 +130,19 @@ def encode_jpegs(rgb: NDArray[np.uint8], *, quality: int) -> bytes:
     )
 
 
-def decode_jpegs(member: bytes, out: NDArray[np.uint8]) -> None:
+def decode_jpegs(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen) -> None:
     """Decode the bytes of :func:`encode_jpegs` in the layout of `out`.
 
     Raises:
-        CorruptError: the bytes are not pictures of `out`'s number and size.
+        CorruptError: the bytes are not as many pictures of `out`'s size.
     """
-    jpegs = _split(member, _JPEG_SEAM, cut=2, limit=len(out) + 1)
-    _require_count(len(jpegs), out)
+    jpegs = _split(bytes(member), _JPEG_SEAM, cut=2, limit=chosen.count + 1)
+    _require_count(len(jpegs), chosen.count)
+    jpegs = [jpegs[number] for number in chosen.numbers]
     for jpeg in jpegs:
         _require_jpeg(jpeg, *_size(out))
     if out.ndim == 3:
-        _write_frames(_decode("mjpeg", jpegs, _size(out)), out)
+        _write_frames(_decode("mjpeg", jpegs, _size(out)), out, range(len(out)))
         return
     for jpeg, picture in zip(jpegs, out, strict=True):
         try:
@@ -163,17 +182,21 @@ def encode_h264(planes: NDArray[np.uint8], *, qp: int, rate_hz: float) -> bytes:
     return b"".join([*packets, *map(bytes, context.encode(None))])
 
 
-def decode_h264(member: bytes, out: NDArray[np.uint8]) -> None:
+def decode_h264(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen) -> None:
     """Decode the bytes of :func:`encode_h264` in the layout of `out`.
 
+    Pictures after the last chosen one are not decoded.
+
     Raises:
-        CorruptError: the bytes are not pictures of `out`'s number and size.
+        CorruptError: the bytes are not as many pictures of `out`'s size.
     """
+    member = bytes(member)
     if not member.startswith(_ACCESS_UNIT):
         raise CorruptError("not an H.264 stream that starts with an access unit delimiter")
-    access_units = _split(member, _ACCESS_UNIT, cut=0, limit=len(out) + 1)
-    _require_count(len(access_units), out)
-    _write_frames(_decode("h264", access_units, _size(out)), out)
+    access_units = _split(member, _ACCESS_UNIT, cut=0, limit=chosen.count + 1)
+    _require_count(len(access_units), chosen.count)
+    needed = access_units[: chosen.numbers[-1] + 1]
+    _write_frames(_decode("h264", needed, _size(out)), out, chosen.numbers)
 
 
 def encode_npy(values: NDArray[np.uint8]) -> bytes:
@@ -181,37 +204,27 @@ def encode_npy(values: NDArray[np.uint8]) -> bytes:
     return _npy_header(values.shape) + values.tobytes()
 
 
-def check_npy_header(head: bytes, out: NDArray[np.uint8]) -> None:
-    """Check the NPY header of an array that was read directly into `out`.
-
-    Raises:
-        CorruptError: the file contains another array.
-    """
-    if head != _npy_header(out.shape):
-        raise CorruptError(f"not an npy file of pictures uint8 {out.shape}")
-
-
-def decode_npy_planes(member: bytes, out: NDArray[np.uint8]) -> None:
+def decode_npy_planes(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen) -> None:
     """Decode planes of :func:`encode_npy` in the layout of `out`.
 
     Raises:
-        CorruptError: the bytes are not planes of `out`'s number and size.
+        CorruptError: the bytes are not as many planes of `out`'s size.
     """
     height, width = _size(out)
-    planes = _load_npy(member, (len(out), height * 3 // 2, width))
+    planes = _load_npy(member, (chosen.count, height * 3 // 2, width))
     if out.ndim == 3:
-        out[...] = planes
+        out[...] = planes[chosen.index]
     else:
-        planes_to_rgb(planes, out)
+        planes_to_rgb(planes[chosen.index], out)
 
 
-def decode_npy_rgb(member: bytes, out: NDArray[np.uint8]) -> None:
+def decode_npy_rgb(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen) -> None:
     """Decode RGB pictures of :func:`encode_npy` in the layout of `out`.
 
     Raises:
-        CorruptError: the bytes are not pictures of `out`'s number and size.
+        CorruptError: the bytes are not as many pictures of `out`'s size.
     """
-    write_rgb(_load_npy(member, (len(out), *_size(out), 3)), out)
+    write_rgb(_load_npy(member, (chosen.count, *_size(out), 3))[chosen.index], out)
 
 
 def _weigh(channels: NDArray[np.int32], weights: tuple[int, int, int]) -> NDArray[np.int32]:
@@ -237,10 +250,10 @@ def _split(member: bytes, seam: bytes, *, cut: int, limit: int) -> list[memoryvi
     return [*pictures, view[start:]] if len(pictures) < limit else pictures
 
 
-def _require_count(count: int, out: NDArray[np.uint8]) -> None:
-    if count != len(out):
-        more = " or more" if count > len(out) else ""
-        raise CorruptError(f"contains {count}{more} pictures, not {len(out)}")
+def _require_count(count: int, expected: int) -> None:
+    if count != expected:
+        more = " or more" if count > expected else ""
+        raise CorruptError(f"contains {count}{more} pictures, not {expected}")
 
 
 def _require_jpeg(jpeg: memoryview, height: int, width: int) -> None:
@@ -274,34 +287,44 @@ def _decode(
         raise CorruptError(f"a picture does not decode: {error.strerror}") from error
 
 
-def _write_frames(frames: Iterator[VideoFrame], out: NDArray[np.uint8]) -> None:
-    """Write frames in the layout of `out`; number, size and pixel format must match."""
+def _write_frames(
+    frames: Iterator[VideoFrame], out: NDArray[np.uint8], numbers: Sequence[int]
+) -> None:
+    """Write the frames of some numbers in the layout of `out`, and check all up to the last.
+
+    Their number, size and pixel format must match.
+    """
     height, width = _size(out)
     buffer = None if out.ndim == 3 else np.empty((1, height * 3 // 2, width), np.uint8)
+    places = {number: place for place, number in enumerate(numbers)}
+    expected = numbers[-1] + 1
     count = 0
     for frame in frames:
         if (frame.height, frame.width, frame.format.name) != (height, width, "yuvj420p"):
             form = f"{frame.width}x{frame.height} {frame.format.name}"
             raise CorruptError(f"a picture is {form}, not {width}x{height} yuvj420p")
-        if count == len(out) or frame.is_corrupt:
+        if count == expected or frame.is_corrupt:
             raise CorruptError("a picture is damaged, or there is one too many")
-        planes = out[count] if buffer is None else buffer[0]
-        for plane, wanted in zip(frame.planes, split_planes(planes), strict=True):
-            rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
-            wanted[...] = rows[: wanted.shape[0], : wanted.shape[1]]
-        if buffer is not None:
-            planes_to_rgb(buffer, out[count : count + 1])
+        place = places.get(count)
         count += 1
-    _require_count(count, out)
+        if place is None:
+            continue
+        planes = out[place] if buffer is None else buffer[0]
+        for plane, target in zip(frame.planes, split_planes(planes), strict=True):
+            rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+            target[...] = rows[: target.shape[0], : target.shape[1]]
+        if buffer is not None:
+            planes_to_rgb(buffer, out[place : place + 1])
+    _require_count(count, expected)
 
 
-def _load_npy(member: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _load_npy(member: Buffer, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Return the array of an npy member, a read-only view.
 
     The header is compared, not parsed: NumPy's parser evaluates it as a Python literal.
     """
     size = _NPY_HEADER_BYTES + math.prod(shape)
-    if len(member) != size or not member.startswith(_npy_header(shape)):
+    if len(member) != size or member[:_NPY_HEADER_BYTES] != _npy_header(shape):
         raise CorruptError(f"not an npy file of pictures uint8 {shape}")
     return np.frombuffer(member, dtype=np.uint8, offset=_NPY_HEADER_BYTES).reshape(shape)
 
