@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import tarfile
 import zipfile
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import webdataset
@@ -18,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import shared.shardset.columns
 from shared.errors import CorruptError, ShardError
 from shared.shardset.columns import (
     ColumnFile,
@@ -124,24 +128,10 @@ def test_any_flipped_bit_of_a_member_is_corrupt(tar):
                 file = ColumnFile(path)
                 with pytest.raises(CorruptError, match="checksum is"):
                     file.read(members, row)
-                tail = np.zeros(len(CONTENTS[row]) // 2, np.uint8)
-                with pytest.raises(CorruptError, match="checksum is"):
-                    file.read(members, row, tail=tail)
+                with pytest.raises(CorruptError, match=f"row {row}: checksum is") as caught:
+                    file.read_rows(members, range(len(CONTENTS)))
+                assert caught.value.offset == int(members.offset[row])
                 file.close()
-
-
-def test_the_end_of_a_member_is_read_directly_into_an_array(tar):
-    path, members = tar
-    file = ColumnFile(path)
-    for row, content in enumerate(CONTENTS):
-        for size in {0, 1, len(content) // 3, len(content)}:
-            place = np.full((2, size), 7, np.uint8)
-            head = file.read(members, row, tail=place[1])
-            assert head + place[1].tobytes() == content
-            assert (place[0] == 7).all()
-    with pytest.raises(CorruptError, match="a member of 1 bytes, expected 2"):
-        file.read(members, [len(c) for c in CONTENTS].index(1), tail=np.zeros(2, np.uint8))
-    file.close()
 
 
 @given(offset=st.integers(0, 2**64 - 1), length=st.integers(1, 2**64 - 1))
@@ -171,6 +161,163 @@ def test_a_member_that_is_too_long_is_refused_unread(tar, monkeypatch):
     with pytest.raises(CorruptError, match=message):
         file.read(members, row, max_bytes=longest - 1)
     file.close()
+
+
+# --- consecutive rows ------------------------------------------------------------------------
+
+
+class Requests:
+    """Counts the bytes of each request to the kernel."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        pread = os.pread
+
+        def counted(descriptor: int, size: int, offset: int) -> bytes:
+            self.sizes.append(size)
+            return pread(descriptor, size, offset)
+
+        monkeypatch.setattr(os, "pread", counted)
+
+
+def read_rows(path: Path, members: Members, rows: range, **options: Any) -> list[bytes | None]:
+    file = ColumnFile(path)
+    try:
+        contents = file.read_rows(members, rows, **options)
+    finally:
+        file.close()
+    return [None if content is None else bytes(content) for content in contents]
+
+
+def test_consecutive_rows_are_read_by_one_request(tar, monkeypatch):
+    path, members = tar
+    requests = Requests(monkeypatch)
+    assert read_rows(path, members, range(1, 5)) == CONTENTS[1:]
+    assert requests.sizes == [int(members.offset[4] + members.length[4] - members.offset[1])]
+
+
+def test_stages_end_once_for_one_request(tar):
+    stages: list[str] = []
+    read_rows(*tar, range(5), on_stage=stages.append)
+    assert stages == ["fetch", "checksum"]
+
+
+def test_absent_rows_cost_no_request(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    with TarColumnWriter(path, num_samples=5) as writer:
+        writer.add(1, "s/000001.x", b"one")
+        writer.add(3, "s/000003.x", b"three")
+    requests = Requests(monkeypatch)
+    members = writer.members()
+    assert read_rows(path, members, range(5)) == [None, b"one", None, b"three", None]
+    assert read_rows(path, members, range(1)) == [None]
+    assert read_rows(path, members, range(0)) == []
+    assert len(requests.sizes) == 1
+
+
+def table(parts: list[tuple[int, int]], content: bytes) -> Members:
+    """Return the members [offset, offset + length) of a file's content."""
+    return Members(
+        offset=np.array([offset for offset, _ in parts], np.uint64),
+        length=np.array([length for _, length in parts], np.uint64),
+        crc32c=np.array(
+            [google_crc32c.value(content[offset : offset + n]) for offset, n in parts], np.uint32
+        ),
+    )
+
+
+@given(data=st.data())
+@in_one_folder
+def test_members_in_any_order_are_those_that_single_reads_give(tmp_path, data):
+    content = bytes(random.Random(0).randbytes(300_000))
+    path = tmp_path / "any"
+    path.write_bytes(content)
+    part = st.tuples(st.integers(0, 200_000), st.integers(0, 100_000))
+    parts = data.draw(st.lists(part, max_size=8))
+    members = table(parts, content)
+    start = data.draw(st.integers(0, len(parts)))
+    rows = range(start, data.draw(st.integers(start, len(parts))))
+    expected = [content[o : o + n] or None for o, n in parts[rows.start : rows.stop]]
+    assert read_rows(path, members, rows) == expected
+    file = ColumnFile(path)
+    assert [file.read(members, row) for row in rows] == expected
+    file.prefetch(members, rows)
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("parts", "sizes"),
+    [
+        ([(0, 10), (10, 10)], [20]),
+        ([(0, 10), (10 + (64 << 10), 10)], [20 + (64 << 10)]),
+        ([(0, 10), (11 + (64 << 10), 10)], [10, 10]),
+        ([(10, 10), (0, 10)], [10, 10]),
+        ([(0, 10), (9, 10)], [10, 10]),
+        ([(0, 10), (0, 10)], [10, 10]),
+    ],
+)
+def test_members_far_apart_or_out_of_order_are_read_apart(tmp_path, monkeypatch, parts, sizes):
+    content = bytes(1 << 17)
+    (tmp_path / "a").write_bytes(content)
+    requests = Requests(monkeypatch)
+    read_rows(tmp_path / "a", table(parts, content), range(len(parts)))
+    assert requests.sizes == sizes
+
+
+def test_a_request_for_several_members_is_bounded(tmp_path, monkeypatch):
+    content = bytes(300)
+    (tmp_path / "a").write_bytes(content)
+    monkeypatch.setattr(shared.shardset.columns, "_MAX_SPAN_BYTES", 200)
+    requests = Requests(monkeypatch)
+    read_rows(tmp_path / "a", table([(0, 100), (100, 100), (200, 100)], content), range(3))
+    assert requests.sizes == [200, 100]
+
+
+def test_each_bad_member_of_a_run_is_named(tar):
+    path, members = tar
+    good = path.read_bytes()
+    for row in range(5):
+        bad = bytearray(good)
+        bad[int(members.offset[row])] ^= 1
+        path.write_bytes(bad)
+        offset = int(members.offset[row])
+        with pytest.raises(CorruptError, match=f"at {offset}: row {row}: checksum") as caught:
+            read_rows(path, members, range(5))
+        assert caught.value.offset == offset
+
+
+def test_a_file_that_shrinks_while_open_names_the_first_missing_member(tar):
+    path, members = tar
+    file = ColumnFile(path)
+    offset = int(members.offset[3])
+    os.truncate(path, offset + 10)
+    with pytest.raises(CorruptError, match="row 3: only 10 of 513 bytes exist") as caught:
+        file.read_rows(members, range(5))
+    assert caught.value.offset == offset
+    assert [bytes(c) for c in file.read_rows(members, range(3))] == CONTENTS[:3]
+    file.close()
+
+
+def test_prefetch_asks_once_for_consecutive_rows(tar, monkeypatch):
+    path, members = tar
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *part: asked.append(part[:2]))
+    file = ColumnFile(path)
+    file.prefetch(members, range(1, 4))
+    start, stop = int(members.offset[1]), int(members.offset[3] + members.length[3])
+    assert asked == [(start, stop - start)]
+    file.prefetch(replace(members, offset=members.offset + np.uint64(1 << 60)), range(1, 4))
+    assert len(asked) == 1, "members outside the file are left to the read"
+    file.close()
+
+
+def test_a_device_error_is_corrupt(tar, monkeypatch):
+    def fail(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(CorruptError, match="can't be read: Input/output error"):
+        read_rows(*tar, range(2))
 
 
 def test_a_truncated_column_is_corrupt(tar):
