@@ -1,8 +1,8 @@
 """Write and read a shard's columns: tar files for media, Zarr v3 files for numbers.
 
-A tar column is a legal WebDataset by itself: one member ``SESSION/WINDOW.<field>.<extension>`` per
-sample that has the field, in row order, with fixed owner, mode and time. A Zarr column is a zip
-(stored, not deflated) of one Zarr v3 group. Its arrays have one row per sample and one chunk per
+A tar column is a legal WebDataset by itself: one member ``SESSION/SEGMENT.<column>.<extension>``
+per segment that has the stream, in row order, with fixed owner, mode and time. A Zarr column is a
+zip (stored, not deflated) of one Zarr v3 group. Its array has one row per segment and one chunk per
 row. The same input gives the same bytes. Both writers return the offset of every member or chunk,
 so that a reader needs one ``pread``.
 """
@@ -24,7 +24,7 @@ import numpy as np
 
 from shared.errors import REBUILD_HINT, CorruptError, ShardError, rebuild_hint_for
 from shared.files import sha256_of_file
-from shared.shardset.codec import MAX_MEMBER_BYTES
+from shared.kinds.column import MAX_MEMBER_BYTES
 from shared.shardset.index import Members
 from shared.timing import OnStage, no_timer
 
@@ -47,7 +47,7 @@ _MAX_SPAN_BYTES = 64 << 20
 
 
 class MemberTable:
-    """Collects offset, length and CRC32C of a column's members, one row per sample.
+    """Collects offset, length and CRC32C of a column's members, one row per segment.
 
     Args:
         num_samples: number of rows; a row that is never recorded keeps length 0, which means
@@ -97,7 +97,7 @@ class TarColumnWriter:
         """Append a member.
 
         Args:
-            row: row of its sample.
+            row: row of its segment.
             name: member name, ``KEY.<field>.<extension>``.
             content: bytes of the member.
         """
@@ -115,7 +115,7 @@ class TarColumnWriter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZarrArray:
-    """One array of a Zarr column: values with one row per sample, and their metadata."""
+    """One array of a Zarr column: values with one row per segment, and their metadata."""
 
     values: NDArray[Any]
     dimensions: tuple[str, ...]

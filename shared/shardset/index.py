@@ -11,6 +11,7 @@ truncated kills its readers with SIGBUS.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -190,7 +191,7 @@ class ShardIndex:
     def present_streams(self, row: int) -> tuple[str, ...]:
         """Return the streams that a row has, sorted."""
         present = self.arrays["present"][row].tolist()
-        return tuple(name for name, here in zip(self.streams, present, strict=True) if here)
+        return tuple(itertools.compress(self.streams, present))
 
     def members(self, column: str) -> Members:
         """Return the positions of a column's members, such as ``audio`` or ``audio.dmel``."""
