@@ -1,4 +1,4 @@
-"""Windows as arrays, against what was recorded."""
+"""Segments as arrays, against what was recorded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from helpers.sessions import brightness, sensor_lines, tone, write_lines, write_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.clock import Window
+from shared.clock import Segment
 from shared.errors import MediaError
+from shared.kinds.audio import MASKED_LEVEL
+from shared.kinds.video import split_evenly
 from shared.media.tokenizer import train_tokenizer
-from shared.recipe import Stream
-from shared.session.reader import MASKED_LEVEL, SessionReader, split_evenly
+from shared.session.reader import SessionReader
 from shared.session.scan import scan_session
 
 TOKENIZER = train_tokenizer(["reach", "got it"], vocab_size=300)
@@ -35,9 +36,9 @@ def fields_of(session, recipe=None, tokenizer=TOKENIZER) -> SessionReader:
     return SessionReader(session, scan, recipe=recipe, tokenizer=tokenizer)
 
 
-def frames_of(fields: SessionReader, *starts_s: float, duration_s: float = 1.0):
-    windows = [Window(i, s, duration_s) for i, s in enumerate(starts_s)]
-    return {w.start_s: f for w, f in fields.iter_frames(Stream.VISION_LEFT, windows)}
+def frames_of(fields: SessionReader, *numbers: int, duration_s: float = 1.0):
+    segments = [Segment(i, duration_s) for i in numbers]
+    return {s.index: f for s, f in fields.iter_frames("vision_left", segments)}
 
 
 def grays(frames) -> list[int]:
@@ -75,61 +76,55 @@ def test_runs_of_a_pass_show_the_bits_of_the_whole_pass(session, gop, is_damaged
         for place in range(500, len(content) // 2, 150):
             content[place] ^= 0x10
         path.write_bytes(content)
-    windows = [Window(i, 0.37 * i, 0.6) for i in range(12)]
-    whole = shown_in(fields_of(session), windows)
-    cuts = fields_of(session).split_into_runs(Stream.VISION_LEFT, windows, 4)
+    windows = [Segment(i, 0.4) for i in range(12)]
+    recipe = tiny_recipe(segment={"duration_s": 0.4})
+    whole = shown_in(fields_of(session, recipe), windows)
+    cuts = fields_of(session, recipe).split_into_runs("vision_left", windows, 4)
     assert len(set(cuts)) == 5
     found = [
-        shown_in(fields_of(session), windows[start:stop], decode_context=windows)
+        shown_in(fields_of(session, recipe), windows[start:stop], decode_context=windows)
         for start, stop in pairwise(cuts)
     ]
     assert {i: bits for run in found for i, bits in run.items()} == whole
 
 
 def shown_in(fields, windows, **more) -> dict[int, tuple[bytes, bytes]]:
-    found = fields.iter_frames(Stream.VISION_LEFT, windows, **more)
+    found = fields.iter_frames("vision_left", windows, **more)
     return {w.index: (f.pictures.tobytes(), f.error_s.tobytes()) for w, f in found}
 
 
 def test_frames_are_those_nearest_in_time_to_the_grid(session):
     times_s = write_video(session / "vision_left.mp4", times_s=np.arange(60) / 30, b_frames=2)
-    frames = frames_of(fields_of(session), 0.5)[0.5]
-    grid_s = 0.5 + np.arange(5) / 5
+    frames = frames_of(fields_of(session), 1)[1]
+    grid_s = 1 + np.arange(5) / 5
     nearest = [int(np.abs(times_s - g).argmin()) for g in grid_s]
     np.testing.assert_allclose(grays(frames), [brightness(i) for i in nearest], atol=3)
     np.testing.assert_allclose(frames.error_s, times_s[nearest] - grid_s, atol=1e-6)
     assert frames.pictures.shape == (5, 32, 32, 3)
 
 
-def test_windows_that_overlap_show_the_same_frames(session):
-    write_video(session / "vision_left.mp4")
-    found = frames_of(fields_of(session), 0.0, 0.4, 0.8)
-    np.testing.assert_array_equal(found[0.0].pictures[2:], found[0.4].pictures[:3])
-    np.testing.assert_array_equal(found[0.0].pictures[4], found[0.8].pictures[0])
-
-
-def test_a_window_read_alone_has_the_frames_of_a_longer_pass(session):
+def test_a_segment_read_alone_has_the_frames_of_a_longer_pass(session):
     write_video(session / "vision_left.mp4", times_s=np.arange(90) / 30)
-    together = frames_of(fields_of(session), 0.0, 1.0, 2.0)
-    for start_s in (0.0, 1.0, 2.0):
-        alone = frames_of(fields_of(session), start_s)[start_s]
-        np.testing.assert_array_equal(alone.pictures, together[start_s].pictures)
+    together = frames_of(fields_of(session), 0, 1, 2)
+    for number in range(3):
+        alone = frames_of(fields_of(session), number)[number]
+        np.testing.assert_array_equal(alone.pictures, together[number].pictures)
 
 
 def test_frames_too_far_from_the_grid_are_masked(session):
     times_s = [0.0, 0.2, 0.4, 1.0, 1.2]
     write_video(session / "vision_left.mp4", times_s=times_s)
-    frames = frames_of(fields_of(session, tiny_recipe(vision={"max_error_s": 0.1})), 0.0)[0.0]
+    frames = frames_of(fields_of(session, tiny_recipe(video={"max_error_s": 0.1})), 0)[0]
     np.testing.assert_array_equal(np.isfinite(frames.error_s), [True, True, True, False, False])
 
 
 def test_a_missing_video_is_a_media_error(session):
     write_tone(session / "audio.wav")
     with pytest.raises(MediaError, match=r"vision_left\.mp4: no such file"):
-        frames_of(fields_of(session), 0.0)
+        frames_of(fields_of(session), 0)
 
 
-def test_a_window_that_does_not_decode_is_left_out(session):
+def test_a_segment_that_does_not_decode_is_left_out(session):
     path = session / "vision_left.mp4"
     write_video(path, times_s=np.arange(90) / 30, gop=30, b_frames=0)
     content = bytearray(path.read_bytes())
@@ -137,7 +132,7 @@ def test_a_window_that_does_not_decode_is_left_out(session):
     third = (size - place) // 3
     content[place + third : place + 2 * third] = bytes(third)
     path.write_bytes(content)
-    assert set(frames_of(fields_of(session), 0.0, 1.0, 2.0)) < {0.0, 1.0, 2.0}
+    assert set(frames_of(fields_of(session), 0, 1, 2)) < {0, 1, 2}
 
 
 # --- sound -----------------------------------------------------------------------------------
@@ -147,8 +142,8 @@ def test_sound_is_cut_at_the_sample_and_zero_beyond_the_recording(session):
     write_tone(session / "audio.wav", 1.5)
     fields = fields_of(session, tiny_recipe(audio={"loudness_dbfs": None}))
     recorded, _ = soundfile.read(session / "audio.wav", dtype="int16")
-    np.testing.assert_array_equal(fields.read_audio(Window(0, 0.25, 1.0)), recorded[4000:20_000])
-    late = fields.read_audio(Window(1, 1.0, 1.0))
+    first, late = (fields.read_audio("audio", Segment(i, 1.0)) for i in (0, 1))
+    np.testing.assert_array_equal(first, recorded[:16_000])
     np.testing.assert_array_equal(late, np.pad(recorded[16_000:], (0, 8000)))
 
 
@@ -158,23 +153,23 @@ def test_the_gain_is_that_of_the_whole_session(session):
     fields = fields_of(session)
     rms = np.sqrt(np.mean(loud_then_quiet**2))
     expected = loud_then_quiet * 10 ** (-23 / 20) / rms * 32768
-    found = np.concatenate([fields.read_audio(Window(i, i, 1.0)) for i in (0, 1)])
+    found = np.concatenate([fields.read_audio("audio", Segment(i, 1.0)) for i in (0, 1)])
     np.testing.assert_allclose(found, expected, atol=1.01)
 
 
-def test_mel_levels_depend_on_the_session_before_the_window(session):
+def test_mel_levels_depend_on_the_session_before_the_segment(session):
     rng = np.random.default_rng(0)
     soundfile.write(session / "audio.wav", rng.normal(0, 0.1, 24_000), 16_000)
     recipe = tiny_recipe()
     fields = fields_of(session, recipe)
-    mel = fields.read_mel(Window(1, 1.0, 1.0))
-    samples = np.concatenate([fields.read_audio(Window(i, i, 1.0)) for i in (0, 1)])[:24_000]
-    share = slow_mel_share(samples, 16_000, 50, rate_hz=16_000, recipe=recipe.mel)[:25]
+    levels = fields.read_dmel("audio", Segment(1, 1.0))
+    samples = np.concatenate([fields.read_audio("audio", Segment(i, 1.0)) for i in (0, 1)])[:24_000]
+    share = slow_mel_share(samples, 16_000, 50, rate_hz=16_000, settings=recipe.audio.dmel)[:25]
     is_border = np.abs(share % 1 - 0.5) < 1e-3
     expected = np.clip(np.round(share), 0, 15)
-    np.testing.assert_array_equal(mel.levels[:25][~is_border], expected[~is_border])
-    np.testing.assert_array_equal(mel.valid, [True] * 25 + [False] * 25)
-    assert (mel.levels[25:] == MASKED_LEVEL).all()
+    np.testing.assert_array_equal(levels[:25][~is_border], expected[~is_border])
+    assert (levels[:25] < 16).all()
+    assert (levels[25:] == MASKED_LEVEL).all()
 
 
 # --- sensors ---------------------------------------------------------------------------------
@@ -183,11 +178,11 @@ def test_mel_levels_depend_on_the_session_before_the_window(session):
 def test_sensors_are_interpolated_and_masked_in_gaps(session):
     lines = [m for m in sensor_lines(1.0) if not 0.3 < m["timestamp"] < 0.6]
     write_lines(session / "metadata.jsonl", lines)
-    sensors = fields_of(session).read_sensors(Window(0, 0.0, 1.0))
+    fields = fields_of(session)
     times_s = [m["timestamp"] for m in lines]
-    np.testing.assert_array_equal(sensors.timestamp, np.arange(30) / 30)
-    for t, time_s in enumerate(sensors.timestamp):
-        for name, found in (("touch", sensors.touch), ("proprio", sensors.proprio)):
+    for name in ("touch", "proprio"):
+        found = fields.read_sensor(name, Segment(0, 1.0))
+        for t, time_s in enumerate(np.arange(30) / 30):
             for d in range(found.shape[1]):
                 values = [m[name][d] for m in lines]
                 expected = slow_interpolate(times_s, values, time_s, max_gap_s=0.1, edge_s=1 / 60)
@@ -195,7 +190,8 @@ def test_sensors_are_interpolated_and_masked_in_gaps(session):
                     assert np.isnan(found[t, d])
                 else:
                     assert found[t, d] == pytest.approx(expected, abs=1e-5)
-    assert sensors.valid.tolist() == [not 0.31 < t < 0.59 for t in sensors.timestamp]
+        valid = np.isfinite(found).all(axis=1)
+        assert valid.tolist() == [not 0.31 < t < 0.59 for t in np.arange(30) / 30]
 
 
 def test_the_recorders_clock_is_brought_onto_the_sessions(session):
@@ -204,8 +200,8 @@ def test_the_recorders_clock_is_brought_onto_the_sessions(session):
     write_lines(session / "metadata.jsonl", moved)
     fields = fields_of(session)
     assert fields.scan.clock_offset_s == pytest.approx(12.7)
-    sensors = fields.read_sensors(Window(0, 0.0, 1.0))
-    np.testing.assert_allclose(sensors.touch[0], sensor_lines(2.0)[0]["touch"], atol=1e-5)
+    touch = fields.read_sensor("touch", Segment(0, 1.0))
+    np.testing.assert_allclose(touch[0], sensor_lines(2.0)[0]["touch"], atol=1e-5)
 
 
 def test_half_of_the_proprio_values_are_angles_and_touch_has_none(session):
@@ -214,8 +210,8 @@ def test_half_of_the_proprio_values_are_angles_and_touch_has_none(session):
         for t, p in ((0.0, 3.1), (0.1, -3.1))
     ]
     write_lines(session / "metadata.jsonl", lines)
-    recipe = tiny_recipe(sensors={"rate_hz": 20})
-    middle = fields_of(session, recipe).read_sensors(Window(0, 0.0, 1.0)).proprio[1]
+    recipe = tiny_recipe(sensor={"rate_hz": 20, "max_gap_s": 0.1})
+    middle = fields_of(session, recipe).read_sensor("proprio", Segment(0, 1.0))[1]
     assert (np.abs(middle[:10]) > 3.1).all()
     np.testing.assert_allclose(middle[10:], 0, atol=1e-6)
 
@@ -223,25 +219,30 @@ def test_half_of_the_proprio_values_are_angles_and_touch_has_none(session):
 # --- text ------------------------------------------------------------------------------------
 
 
-def test_each_event_is_in_the_window_in_which_it_begins(session):
+def test_each_event_is_in_the_segment_in_which_it_begins(session):
     write_tone(session / "audio.wav", 2.0)
     events = [
         {"timestamp": 0.0, "stream": "internal", "text": "reach"},
         {"timestamp": 1.0, "stream": "external", "text": "got it"},
-        {"timestamp": 0.5, "stream": "internal", "text": "reach"},
+        {"timestamp": 0.95, "stream": "internal", "text": "reach"},
     ]
     write_lines(session / "text.jsonl", events)
     fields = fields_of(session)
-    first, second = (fields.read_text(Window(i, i, 1.0)) for i in (0, 1))
+    first, second = (fields.read_text("internal_text", Segment(i, 1.0)) for i in (0, 1))
     reach = TOKENIZER.encode("reach")
-    assert first.internal.ids == (*reach, *reach)
-    assert first.internal.time_s == (0.0,) * len(reach) + (0.5,) * len(reach)
-    assert (first.external.ids, second.internal.ids) == ((), ())
-    assert TOKENIZER.decode(second.external.ids) == "got it"
-    assert [(e.time_s, e.text) for e in second.events] == [(1.0, "got it")]
+    assert first.ids + second.ids == (*reach, *reach)
+    assert first.event_s + second.event_s == (0.0,) * len(reach) + (0.95,) * len(reach)
+    assert [e.text for e in first.events] == ["reach", "reach"]
+    assert not second.events
+    assert all(time_s < 1 for time_s in first.time_s)
+    assert all(time_s >= 1 for time_s in second.time_s)
+    assert len(reach) == 1 or second.ids  # a long text goes on in the next segment
+    spoken = fields.read_text("external_text", Segment(1, 1.0))
+    assert TOKENIZER.decode(spoken.ids) == "got it"
+    assert [(e.time_s, e.text) for e in spoken.events] == [(1.0, "got it")]
 
 
 def test_text_without_a_tokenizer_says_what_is_missing(session):
     write_lines(session / "text.jsonl", [{"timestamp": 0, "stream": "internal", "text": "a"}])
     with pytest.raises(ValueError, match="text needs a tokenizer"):
-        fields_of(session, tokenizer=None).read_text(Window(0, 0.0, 1.0))
+        fields_of(session, tokenizer=None).read_text("internal_text", Segment(0, 1.0))

@@ -174,13 +174,13 @@ VIDEOS = {
 
 
 def clock_recipe(codec: str = "mjpeg") -> Recipe:
-    """Return a recipe of one-second windows at 5 frames a second, one sample per shard."""
-    vision = {"size": 32, "fit": "stretch", "codec": codec, "rate_hz": 1 / STEP_S}
-    return tiny_recipe(vision=vision, shard={"target_bytes": 2**16}, window={"min_coverage": 0.01})
+    """Return a recipe of one-second segments at 5 frames a second, one per shard."""
+    video = {"size": 32, "fit": "stretch", "codec": codec, "rate_hz": 1 / STEP_S}
+    return tiny_recipe(video=video, shard={"target_bytes": 2**16})
 
 
 def decode_member(name: str, content: bytes) -> list[np.ndarray]:
-    """Decode a vision member with NumPy or PyAV."""
+    """Decode a video member with NumPy or PyAV."""
     if name.endswith(".npy"):
         return list(np.load(io.BytesIO(content)))
     with av.open(io.BytesIO(content), format="mjpeg") as container:
@@ -193,7 +193,7 @@ def stored_frames(out: Path, side: str = "left") -> Iterator[tuple[float, np.nda
         for name, content in tar_members(out / f"{shard}.vision_{side}.tar").items():
             pictures = decode_member(name, content)
             (row,) = (r for r in range(index.num_samples) if name.startswith(index.key(r)))
-            start_s = float(index.arrays["start_s"][row])
+            start_s = float(index.arrays["segment"][row])
             errors_s = index.arrays[f"vision_{side}.error_s"][row]
             assert len(pictures) == len(errors_s) == 5
             for i, (picture, error_s) in enumerate(zip(pictures, errors_s, strict=True)):
@@ -226,7 +226,7 @@ def test_every_stored_frame_is_the_nearest_by_presentation_time(name: str, tmp_p
     build(tmp_path / "in", tmp_path / "out", clock_recipe())
     shown, masked = check_frames(tmp_path / "out", video)
     duration_s = (video.shown_ms[-1] - video.shown_ms[0]) / 1000
-    lost = 5 if name == "a hole" else 0  # a window of nothing is no sample
+    lost = 5 if name == "a hole" else 0  # a segment of nothing is not stored
     assert shown + masked + lost >= int(duration_s / STEP_S)
     assert masked <= 5  # after the end, or at the edges of the hole
 
@@ -238,7 +238,7 @@ def test_the_hole_in_a_video_is_masked_and_no_more(tmp_path: Path) -> None:
     found = {round(t, 3): error_s for t, _, error_s in stored_frames(tmp_path / "out")}
     # The last frame before it is at 2.5 s, the first after it at 4.3 s: 2.6, 2.7, 4.2 s are near.
     assert [t for t, error_s in found.items() if np.isnan(error_s)] == [2.8, 4.0]
-    assert not [t for t in found if 3.0 <= t < 4.0]  # this window has not one frame
+    assert not [t for t in found if 3.0 <= t < 4.0]  # this segment has not one frame
 
 
 def test_raw_frames_are_the_nearest_too(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scan a session: coverage of windows, and reasons for what is missing."""
+"""Scan a session: coverage of segments, and reasons for what is missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 from helpers.oracles import tiny_recipe
 from helpers.sessions import sensor_lines, write_lines, write_tone
 
-from shared.recipe import Stream
 from shared.session.scan import scan_from_json, scan_session
 
 
@@ -21,19 +20,46 @@ def test_coverage_says_what_share_of_each_window_a_stream_covers(session):
     write_tone(session / "audio.wav", 2.25)
     write_lines(session / "metadata.jsonl", sensor_lines(1.5))
     scan = scan_session(session, recipe=tiny_recipe())
-    streams = list(Stream)
-    audio = [row[streams.index(Stream.AUDIO)] for row in scan.coverage]
-    touch = [row[streams.index(Stream.TOUCH)] for row in scan.coverage]
-    assert audio == [1.0, 1.0, 0.25]
-    assert touch == pytest.approx([1.0, 0.5, 0.0], abs=1 / 30)
-    assert all(row[streams.index(Stream.VISION_LEFT)] == 0 for row in scan.coverage)
+    assert scan.coverage["audio"] == (1.0, 1.0, 0.25)
+    assert scan.coverage["touch"] == pytest.approx([1.0, 0.5, 0.0], abs=1 / 30)
+    assert "vision_left" not in scan.coverage
+    assert [scan.present(i) for i in range(3)] == [
+        ("audio", "proprio", "touch"),
+        ("audio", "proprio", "touch"),
+        ("audio",),
+    ]
 
 
-def test_one_wrong_timestamp_does_not_make_a_billion_windows(session):
+def test_a_required_stream_must_cover_enough_of_a_segment(session):
+    write_tone(session / "audio.wav", 2.25)
+    recipe = tiny_recipe(required=["audio"])
+    scan = scan_session(session, recipe=recipe)
+    assert scan.stored_segments(recipe) == [0, 1]
+    assert "audio covers 25% of [2, 3) s" in scan.rejection(2, recipe)
+    lenient = tiny_recipe(required=["audio"], segment={"min_coverage": 0.2})
+    assert scan.stored_segments(lenient) == [0, 1, 2]
+
+
+def test_a_segment_with_nothing_but_silent_text_is_rejected(session):
+    write_lines(
+        session / "text.jsonl",
+        [
+            {"timestamp": 0.5, "stream": "internal", "text": "a"},
+            {"timestamp": 3.5, "stream": "internal", "text": "b"},
+        ],
+    )
+    recipe = tiny_recipe()
+    scan = scan_session(session, recipe=recipe)
+    assert scan.silent == (False, True, True, False, True)
+    assert scan.stored_segments(recipe) == [0, 3]
+    assert "nothing but silent text" in scan.rejection(1, recipe)
+
+
+def test_one_wrong_timestamp_does_not_make_a_billion_segments(session):
     write_tone(session / "audio.wav", 2.0)
     lines = [*sensor_lines(1.0), {"timestamp": 1e9, "touch": [0] * 5, "proprio": [0] * 20}]
     write_lines(session / "metadata.jsonl", lines)
-    scan = scan_session(session, recipe=tiny_recipe(window={"duration_s": 600}))
+    scan = scan_session(session, recipe=tiny_recipe(segment={"duration_s": 600}))
     assert scan.duration_s == 24 * 3600
     assert any("a timestamp must be wrong" in what for what in scan.issues)
 
@@ -59,11 +85,11 @@ def test_only_streams_without_any_recording_are_not_recorded(session):
     (session / "vision_left.mp4").write_bytes(b"not a video")
     write_lines(session / "metadata.jsonl", [{"timestamp": 0, "touch": [0.5] * 5}])
     scan = scan_session(session, recipe=tiny_recipe())
-    assert set(scan.absent) - scan.not_recorded == {Stream.VISION_LEFT}
-    assert set(Stream) - set(scan.absent) == {Stream.TOUCH}
+    assert set(scan.absent) - scan.not_recorded == {"vision_left"}
+    assert set(scan.intervals) == {"touch"}
 
 
 def test_with_wrong_starts_media_are_absent_but_not_called_unrecorded(session):
     (session / "session.json").write_text('{"start_s": 3}')
     scan = scan_session(session, recipe=tiny_recipe())
-    assert Stream.AUDIO in set(scan.absent) - scan.not_recorded
+    assert "audio" in set(scan.absent) - scan.not_recorded
