@@ -25,59 +25,64 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from shared.config import make_section
 from shared.errors import ConfigError, CorruptError
+from shared.recipe import Recipe
+from shared.streams import DmelSettings, Kind
 from train.data.order import BatchPlan, BlockRange, EpochOrder, SampleOrder, order_state
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from shared.recipe import Stream
-    from shared.session.reader import Text
+    from shared.streams import StreamSpec
     from shared.timing import OnStage
-    from train.data.batch import SampleLocation
+    from train.data.batch import ReadWindow, SampleLocation
     from train.data.order import BatchOrder, Blocks, OrderSettings
     from train.data.shard_source import ShardSource
+    from train.data.windows import WindowGrid
+    from train.shapes import WindowShapes
 
 MAX_TURNS: Final = 1 << 16
 """Longest cycle; finer weights are rounded to it."""
 
-COMMON_RECIPE_KEYS: Final = (
-    "window.duration_s",
-    "vision.rate_hz",
-    "vision.size",
-    "audio",
-    "mel",
-    "sensors.rate_hz",
-    "sensors.touch_size",
-    "sensors.proprio_size",
-    "text.vocab_size",
-)
-"""Recipe keys that must agree in all sets, so that one model can read them."""
+COMMON_KEYS: Final[dict[Kind, tuple[str, ...]]] = {
+    Kind.VIDEO: ("rate_hz", "height", "width"),
+    Kind.AUDIO: (
+        *("rate_hz", "loudness_dbfs", "peak_dbfs"),
+        *(f"dmel.{key}" for key in DmelSettings.model_fields),
+    ),
+    Kind.SENSOR: ("rate_hz", "values", "names"),
+    Kind.TEXT: (),
+}
+"""Keys of a stream that is read, by its kind, that agree in all sets that declare it."""
 
 
 class MixedSource:
     """Samples of several sets, with their shards numbered consecutively.
 
-    It can be sent to another process.
+    It can be sent to another process. Its recipe has the streams of all sets. A stream that a set
+    does not declare is absent in its samples.
 
     Args:
         sources: by name, at least one.
         weights: integers by name; see :func:`integer_weights`.
-
-    Raises:
-        ConfigError: one model can't read all sets.
     """
 
+    shapes: WindowShapes
+    window_counts: NDArray[np.int64]
+
     def __init__(self, sources: Mapping[str, ShardSource], weights: Mapping[str, int]) -> None:
-        _require_compatible(sources)
         self.sources = dict(sources)
         self.weights = dict(weights)
         self._names = list(sources)
         self._sources = list(sources.values())
-        self.recipe = self._sources[0].recipe
-        self.tokenizer = self._sources[0].tokenizer
+        with_text = [source for source in self._sources if source.recipe.of_kind(Kind.TEXT)]
+        main = (with_text or self._sources)[0]
+        self.tokenizer = main.tokenizer
+        streams = {n: spec for s in self._sources[::-1] for n, spec in s.recipe.streams.items()}
+        self.recipe = main.recipe.model_copy(update={"streams": dict(sorted(streams.items()))})
         self.shard_sizes = np.concatenate([source.shard_sizes for source in self._sources])
         self._ends = np.cumsum([len(source.shard_sizes) for source in self._sources])
         self._first_shards = np.concatenate([[0], self._ends[:-1]])
@@ -86,6 +91,22 @@ class MixedSource:
         self._prefetched: dict[int, tuple[int, list[int]]] = {}
         for k, source in enumerate(self._sources):
             source.evict_others = partial(self._evict_others, k)
+
+    def open_windows(self, shapes: WindowShapes, grid: WindowGrid) -> MixedSource:
+        """See :meth:`train.data.batch.SampleSource.open_windows`.
+
+        The new source's recipe has the streams that are read.
+
+        Raises:
+            ConfigError: one model can't read all sets.
+        """
+        _require_compatible(self.sources, shapes)
+        opened = {name: source.open_windows(shapes, grid) for name, source in self.sources.items()}
+        mixed = MixedSource(opened, self.weights)
+        mixed.recipe = self._common_recipe(shapes)
+        mixed.shapes = shapes
+        mixed.window_counts = np.concatenate([each.window_counts for each in opened.values()])
+        return mixed
 
     @property
     def on_stage(self) -> OnStage:
@@ -109,11 +130,11 @@ class MixedSource:
             ValueError: no batch can be made.
         """
         if not (settings.is_shuffled and settings.is_endless):
-            order = SampleOrder(self.shard_sizes, fingerprint=self.fingerprint, settings=settings)
+            order = SampleOrder(self.window_counts, fingerprint=self.fingerprint, settings=settings)
             return EpochOrder(order, settings)
         orders = {
-            name: SampleOrder(s.shard_sizes, fingerprint=s.fingerprint, settings=settings)
-            for name, s in self.sources.items()
+            name: SampleOrder(each.window_counts, fingerprint=each.fingerprint, settings=settings)
+            for name, each in self.sources.items()
         }
         return MixedOrder(orders, self.weights, settings)
 
@@ -122,22 +143,12 @@ class MixedSource:
         k, own_shard = self._resolve(shard)
         return f"{self._names[k]}/{self._sources[k].shard_name(own_shard)}"
 
-    def key(self, shard: int, row: int) -> str:
-        """Return SESSION/WINDOW."""
+    def key(self, shard: int, window: int) -> str:
+        """Return SESSION@FIRST_TICK."""
         k, own_shard = self._resolve(shard)
-        return self._sources[k].key(own_shard, row)
+        return self._sources[k].key(own_shard, window)
 
-    def start_s(self, shard: int, row: int) -> float:
-        """Return when the window starts on the session clock."""
-        k, own_shard = self._resolve(shard)
-        return self._sources[k].start_s(own_shard, row)
-
-    def present(self, shard: int, row: int) -> tuple[Stream, ...]:
-        """Return the streams that the sample has."""
-        k, own_shard = self._resolve(shard)
-        return self._sources[k].present(own_shard, row)
-
-    def prefetch_shards(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
+    def prefetch_shards(self, shards: Iterable[int]) -> None:
         """Prefetch each set's own shards, unless they are the same as last time."""
         wanted = np.array(list(shards), dtype=np.int64)
         owners = np.searchsorted(self._ends, wanted, side="right")
@@ -145,23 +156,19 @@ class MixedSource:
             request = os.getpid(), (wanted[owners == k] - self._first_shards[k]).tolist()
             if self._prefetched.get(k) != request:  # sets change their blocks independently
                 self._prefetched[k] = request
-                source.prefetch_shards(request[1], streams)
+                source.prefetch_shards(request[1])
 
-    def prefetch_samples(
-        self, locations: Iterable[SampleLocation], streams: Collection[Stream]
-    ) -> None:
+    def prefetch_samples(self, locations: Iterable[SampleLocation]) -> None:
         """See :meth:`train.data.batch.SampleSource.prefetch_samples`."""
-        for shard, row in locations:
+        for shard, window in locations:
             k, own_shard = self._resolve(shard)
-            self._sources[k].prefetch_samples([(own_shard, row)], streams)
+            self._sources[k].prefetch_samples([(own_shard, window)])
 
-    def read_into(
-        self, shard: int, row: int, out: Mapping[str, NDArray[Any]], *, with_text: bool
-    ) -> Text | None:
+    def read_into(self, shard: int, window: int, out: Mapping[str, NDArray[Any]]) -> ReadWindow:
         """See :meth:`train.data.batch.SampleSource.read_into`."""
         k, own_shard = self._resolve(shard)
         try:
-            return self._sources[k].read_into(own_shard, row, out, with_text=with_text)
+            return self._sources[k].read_into(own_shard, window, out)
         except CorruptError as error:
             message = f"{self._names[k]}: {error}"
             raise CorruptError(message, file=error.file, offset=error.offset) from error
@@ -171,6 +178,23 @@ class MixedSource:
         self._prefetched.clear()
         for source in self._sources:
             source.close()
+
+    def _common_recipe(self, shapes: WindowShapes) -> Recipe:
+        """Return a recipe of the streams that are read, with segments that fit all of them.
+
+        Raises:
+            ConfigError: no set's segments do, or two streams that are read have the same source.
+        """
+        values = self.recipe.as_json()
+        values["streams"] = {name: values["streams"][name] for name in shapes.streams}
+        errors = []
+        for source in self._sources:
+            values["segment"]["duration_s"] = source.recipe.segment_s
+            try:
+                return make_section(Recipe, values, origin="data.mix")
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[0]
 
     def _evict_others(self, own: int) -> bool:
         """Free room in the cache for one set: close a shard of another; False if none is open."""
@@ -356,23 +380,44 @@ def _make_cycle(weights: Sequence[int]) -> NDArray[np.int64]:
     return cycle
 
 
-def _require_compatible(sources: Mapping[str, ShardSource]) -> None:
+def _require_compatible(sources: Mapping[str, ShardSource], shapes: WindowShapes) -> None:
     """Check that one model can read all sets.
 
     Raises:
-        ConfigError: their recipes or tokenizers differ.
+        ConfigError: a stream that is read differs between two of them, or the tokenizers do.
     """
-    (first_name, first), *others = sources.items()
-    for name, other in others:
-        for key in COMMON_RECIPE_KEYS:
-            expected, value = (attrgetter(key)(source.recipe) for source in (first, other))
-            if value != expected:
+    for stream in shapes.streams:
+        declared = [(name, s) for name, s in sources.items() if stream in s.recipe.streams]
+        (first_name, first), *others = declared
+        for name, other in others:
+            specs = (first.recipe.streams[stream], other.recipe.streams[stream])
+            if difference := _describe_difference(*specs):
+                key, expected, value = difference
                 raise ConfigError(
-                    f"data.mix: {first_name} has {key} {expected} in its recipe, {name} has "
-                    f"{value}; fix: rebuild one of them so that one model can read both"
+                    f"data.mix: {stream} has {key} {expected} in {first_name}, and {value} in "
+                    f"{name}; fix: rebuild one of them with the other's value, or read other "
+                    "streams (data.modalities, training.loss_weights)"
                 )
-        if other.tokenizer.json != first.tokenizer.json:
-            raise ConfigError(
-                f"data.mix: {name} has another tokenizer than {first_name}; fix: rebuild it with "
-                f"text.tokenizer: {first.manifest.root}/tokenizer.json in its recipe"
-            )
+            if specs[0].kind is Kind.TEXT and other.tokenizer.json != first.tokenizer.json:
+                raise ConfigError(
+                    f"data.mix: {name} has another tokenizer than {first_name}, and {stream} is "
+                    f"read; fix: rebuild it with text.tokenizer: {first.manifest.root}/"
+                    "tokenizer.json in its recipe"
+                )
+
+
+def _describe_difference(spec: StreamSpec, other: StreamSpec) -> tuple[str, object, object] | None:
+    """Return the first key in which two streams must agree and don't, and its two values."""
+    for key in ("kind", *COMMON_KEYS[spec.kind]):
+        values = [_comparable(key, each) for each in (spec, other)]
+        if values[0] != values[1] and not (key == "names" and None in values):
+            return key, *values
+    return None
+
+
+def _comparable(key: str, spec: StreamSpec) -> object:
+    """Return the value of a stream's key, in a form for messages."""
+    value = attrgetter(key)(spec)
+    if key == "values":
+        return ", ".join(f"{g.count} {g.type} {g.unit_label}".rstrip() for g in value)
+    return value

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
+import re
 from collections import Counter
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +16,19 @@ from helpers.oracles import slow_epoch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.mixture import MAX_TURNS, InterleaveSchedule, MixedOrder, integer_weights
+from shared.errors import ConfigError
+from shared.recipe import Recipe
+from train.config import TrainConfig
+from train.data.mixture import (
+    MAX_TURNS,
+    InterleaveSchedule,
+    MixedOrder,
+    MixedSource,
+    integer_weights,
+)
 from train.data.order import OrderSettings, SampleOrder
 from train.data.windows import WindowGrid
+from train.shapes import WindowShapes
 
 BLOCK_SHARDS = 2
 SEED = 5
@@ -216,3 +230,116 @@ def test_a_set_without_samples_and_ranks_that_do_not_divide_are_refused():
         make_order([([2], 1), ([0], 1)])
     with pytest.raises(ValueError, match="3 ranks can't share a global batch of 4"):
         make_order([([2], 1)], world_size=3)
+
+
+# --- sets of different recipes ---------------------------------------------------------------
+
+
+class FakeSource:
+    """A shard set of two shards of which only the declarations count."""
+
+    def __init__(self, streams, *, tokenizer="words", **sections):
+        self.recipe = Recipe.model_validate({"streams": streams, **sections})
+        self.tokenizer = SimpleNamespace(json=tokenizer)
+        self.manifest = SimpleNamespace(root="/sets/one")
+        self.shard_sizes = np.array([3, 2])
+        self.fingerprint = json.dumps(streams)
+
+    def open_windows(self, shapes, grid):
+        opened = copy.copy(self)
+        opened.shapes = shapes
+        opened.window_counts = grid.index([[3], [1, 1]], segment_s=self.recipe.segment_s).counts
+        return opened
+
+
+GAZE = {"kind": "sensor", "file": "gaze.csv", "rate_hz": 60, "key": "g"} | {
+    "values": [{"count": 2, "type": "angle"}]
+}
+CAMERA = {"kind": "video", "file": "cam.mp4", "size": [64, 96]}
+SOUND = {"kind": "audio", "file": "a.wav"}
+NOTES = {"kind": "text", "file": "notes.jsonl"}
+
+
+def open_mix(*sources, heads=("gaze",), modalities=None):
+    """Open the windows of a mix of sources as a loader does."""
+    mixed = MixedSource({f"set{k}": s for k, s in enumerate(sources)}, {"set0": 1, "set1": 1})
+    config = TrainConfig.model_validate(
+        {
+            "data": {"modalities": modalities},
+            "training": {"loss_weights": dict.fromkeys(heads, 1.0)},
+        }
+    )
+    shapes = WindowShapes.from_recipe(mixed.recipe, config)
+    return mixed.open_windows(shapes, WindowGrid.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("stream", "change", "message"),
+    [
+        (GAZE, {"rate_hz": 30}, "gaze has rate_hz 60.0 in set0, and 30.0 in set1"),
+        (
+            GAZE,
+            {"values": [{"count": 3, "type": "position"}]},
+            "gaze has values 2 angle rad in set0, and 3 position m in set1",
+        ),
+        (GAZE, CAMERA | {"key": None}, "gaze has kind sensor in set0, and video in set1"),
+        (CAMERA, {"size": [96, 96]}, "gaze has height 64 in set0, and 96 in set1"),
+        (SOUND, {"dmel": {"levels": 8}}, "gaze has dmel.levels 16 in set0, and 8 in set1"),
+    ],
+)
+def test_a_stream_that_is_read_agrees_in_all_sets(stream, change, message):
+    other = {key: value for key, value in {**stream, **change}.items() if value is not None}
+    if other["kind"] != stream["kind"]:
+        other = CAMERA
+    one, two = (FakeSource({"gaze": s, "notes": NOTES}) for s in (stream, other))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        open_mix(one, two, heads=("notes",), modalities=("gaze",))
+
+
+def test_a_stream_that_is_not_read_may_differ():
+    one, two = (FakeSource({"gaze": GAZE, "camera": CAMERA | {"size": n}}) for n in (64, 96))
+    assert set(open_mix(one, two, modalities=("gaze",)).shapes.streams) == {"gaze"}
+
+
+def test_the_recipe_of_a_mix_has_the_streams_of_all_sets_and_then_those_that_are_read():
+    one, two = FakeSource({"gaze": GAZE, "camera": CAMERA}), FakeSource({"gaze": GAZE})
+    three = FakeSource({"gaze": GAZE, "notes": NOTES})
+    assert set(MixedSource({"a": two, "b": one}, {}).recipe.streams) == {"camera", "gaze"}
+    mixed = open_mix(one, three, modalities=("gaze", "notes"))
+    assert list(mixed.recipe.streams) == ["gaze", "notes"]
+    assert Recipe.model_validate(mixed.recipe.as_json()) == mixed.recipe
+
+
+def test_segments_of_other_lengths_give_windows_of_one():
+    one, two = (FakeSource({"gaze": GAZE}, segment={"duration_s": s}) for s in (2.0, 8.0))
+    mixed = open_mix(one, two)
+    assert mixed.shapes.num_ticks == 40
+    # 6 s; 2 s twice; 24 s; 8 s twice; a window has 4 s
+    assert mixed.window_counts.tolist() == [2, 2, 6, 4]
+    assert mixed.recipe.segment_s == 2.0
+
+
+def test_the_segments_of_the_recipe_fit_every_stream_that_is_read():
+    slow = {"kind": "sensor", "file": "slow.csv", "key": "s", "rate_hz": 0.25}
+    slow["values"] = [{"count": 1, "type": "scalar"}]
+    one, two = FakeSource({"gaze": GAZE}), FakeSource({"slow": slow}, segment={"duration_s": 4})
+    assert open_mix(one, two, heads=("gaze", "slow")).recipe.segment_s == 4.0
+
+
+def test_the_tokenizer_counts_only_if_text_is_read():
+    one, two = (FakeSource({"gaze": GAZE, "notes": NOTES}, tokenizer=t) for t in ("a", "b"))
+    open_mix(one, two, modalities=("gaze",))
+    with pytest.raises(ConfigError, match="set1 has another tokenizer than set0, and notes is"):
+        open_mix(one, two, modalities=("gaze", "notes"))
+
+
+def test_the_tokenizer_is_that_of_a_set_with_text():
+    one, two = FakeSource({"gaze": GAZE}, tokenizer=None), FakeSource({"notes": NOTES})
+    assert open_mix(one, two, heads=("gaze", "notes")).tokenizer.json == "words"
+
+
+def test_read_streams_of_one_source_under_two_names_are_refused():
+    one, two = FakeSource({"gaze": GAZE}), FakeSource({"eyes": GAZE})
+    open_mix(one, two, modalities=("gaze",))
+    with pytest.raises(ConfigError, match="eyes and gaze have the same source"):
+        open_mix(one, two, heads=("gaze", "eyes"))
