@@ -101,7 +101,7 @@ class WindowShapes:
         inputs = input_streams(recipe, config, targets)
         names = sorted({*inputs, *targets.values()})
         is_text_only = all(recipe.streams[name].kind is Kind.TEXT for name in names)
-        _require_whole_ticks(recipe, config)
+        count_segment_ticks(recipe.segment_s, config.model.tick_rate_hz)
         _require_period(recipe, config, names)
         if not is_text_only:
             _require_token_rate(recipe, config, names)
@@ -127,6 +127,12 @@ class WindowShapes:
     def is_text_only(self) -> bool:
         """Whether only text is read, so that batches are packed densely."""
         return all(shape.kind is Kind.TEXT for shape in self.streams.values())
+
+    @property
+    def period_s(self) -> float:
+        """Shortest time with whole ticks and whole samples of every stream that is read."""
+        rates_hz = [shape.rate_hz for shape in self.streams.values()]
+        return float(common_period_s([self.tick_rate_hz, *rates_hz]))
 
     def of_kind(self, *kinds: Kind) -> tuple[str, ...]:
         """Return the names of the streams of some kinds, sorted."""
@@ -309,19 +315,20 @@ def as_fraction(value: float) -> Fraction:
     return Fraction(str(float(value))).limit_denominator(10**6)
 
 
-def _require_whole_ticks(recipe: Recipe, config: TrainConfig) -> None:
-    """Check that a segment has a whole number of ticks.
+def count_segment_ticks(segment_s: float, tick_rate_hz: float) -> int:
+    """Return the number of ticks in a segment.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it is not whole.
     """
-    ticks = as_fraction(config.model.tick_rate_hz) * as_fraction(recipe.segment_s)
+    ticks = as_fraction(tick_rate_hz) * as_fraction(segment_s)
     if ticks.denominator != 1:
         raise ConfigError(
-            f"model.tick_rate_hz {config.model.tick_rate_hz:g} gives {float(ticks):g} ticks in a "
-            f"segment of {recipe.segment_s:g} s, not a whole number; fix: set model.tick_rate_hz "
-            f"to {float(max(1, round(ticks)) / as_fraction(recipe.segment_s)):g}"
+            f"model.tick_rate_hz {tick_rate_hz:g} gives {float(ticks):g} ticks in a segment of "
+            f"{segment_s:g} s, not a whole number; fix: set model.tick_rate_hz to "
+            f"{float(max(1, round(ticks)) / as_fraction(segment_s)):g}"
         )
+    return ticks.numerator
 
 
 def _require_period(recipe: Recipe, config: TrainConfig, names: list[str]) -> None:

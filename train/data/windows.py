@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from train.shapes import count_segment_ticks
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -74,10 +76,14 @@ class WindowGrid:
         }
 
     def index(self, runs: Sequence[Sequence[int]], *, segment_s: float) -> WindowIndex:
-        """Return the windows of shards; see :class:`WindowIndex`."""
+        """Return the windows of shards; see :class:`WindowIndex`.
+
+        Raises:
+            ConfigError: a segment has no whole number of ticks.
+        """
         return WindowIndex(
             runs,
-            ticks_per_segment=round(segment_s * self.tick_rate_hz),
+            ticks_per_segment=count_segment_ticks(segment_s, self.tick_rate_hz),
             window_ticks=self.window_ticks,
             stride_ticks=self.stride_ticks,
         )

@@ -171,3 +171,9 @@ def test_windows_that_leave_ticks_out_are_refused(tmp_path):
         load_train_config(path)
     with pytest.raises(ValueError, match="do not cover"):
         WindowGrid(window_ticks=4, stride_ticks=5, tick_rate_hz=1)
+
+
+def test_segments_without_whole_ticks_are_refused():
+    grid = WindowGrid(window_ticks=4, stride_ticks=4, tick_rate_hz=3.0)
+    with pytest.raises(ConfigError, match=r"gives 1\.5 ticks in a segment of 0\.5 s.*_hz to 4"):
+        grid.index([[3]], segment_s=0.5)
