@@ -251,9 +251,9 @@ class ColumnFile:
         """
         contents: dict[int, bytes | memoryview] = {}
         for span in self._spans(members, rows, max_bytes=max_bytes):
-            content = self._pread(span)
+            whole = self._pread(span)
             on_stage("fetch")
-            view = memoryview(content)
+            view = memoryview(whole)
             for row in span.rows:
                 start = int(members.offset[row]) - span.start
                 member = view[start : start + int(members.length[row])]
@@ -263,9 +263,9 @@ class ColumnFile:
                         row,
                         f"only {len(member)} of {int(members.length[row])} bytes exist",
                     )
-                contents[row] = content if len(member) == len(content) else member
-        for row, member in contents.items():
-            crc32c = google_crc32c.value(np.frombuffer(member, np.uint8))  # it takes no memoryview
+                contents[row] = whole if len(member) == len(whole) else member
+        for row, content in contents.items():
+            crc32c = google_crc32c.value(np.frombuffer(content, np.uint8))  # it takes no memoryview
             if crc32c != int(members.crc32c[row]):
                 raise self._corrupt(
                     members,
