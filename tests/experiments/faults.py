@@ -133,14 +133,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--codec", default="mjpeg", help="vision.codec of the set")
+    parser.add_argument("--codec", default="mjpeg", help="video.codec of the set")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     parser.add_argument("--only", default="", help="only faults whose name contains this")
     args = parser.parse_args()
     torch.set_num_threads(1)
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
-        shards = tiny_sets.make_set(Path(folder), vision={"codec": args.codec})
+        shards = tiny_sets.make_set(Path(folder), video={"codec": args.codec})
         reference = Reference(shards)
         print(f"{'fault':46} tries  detected  unread  silent  unnamed  crashed   example")
         for name, (count, fault) in FAULTS.items():

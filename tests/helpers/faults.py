@@ -20,8 +20,8 @@ import numpy as np
 import simplejpeg
 
 from helpers import sets as tiny_sets
+from shared.kinds.column import MAX_MEMBER_BYTES
 from shared.media.yuv import encode_h264
-from shared.shardset.codec import MAX_MEMBER_BYTES
 from shared.shardset.index import index_bytes, open_index
 
 Fault = Callable[[Path, random.Random], None]
@@ -94,20 +94,20 @@ def pick(shards: Path, pattern: str, rng: random.Random) -> Path:
     return rng.choice(sorted(p for p in shards.glob(pattern) if p.stat().st_size > 0))
 
 
-def hostile_member(column: str, array: str, make: Callable[[random.Random], bytes]) -> Fault:
+def hostile_member(column: str, make: Callable[[random.Random], bytes]) -> Fault:
     """Replace a member by a hostile one, with correct checksums up to the manifest."""
 
     def fault(shards: Path, rng: random.Random) -> None:
         content = make(rng)
 
         def change(index: Any, path: Path, row: int) -> None:
-            index.arrays[f"{array}.offset"][row] = path.stat().st_size
-            index.arrays[f"{array}.length"][row] = len(content)
-            index.arrays[f"{array}.crc32c"][row] = google_crc32c.value(content)
+            index.arrays[f"{column}.offset"][row] = path.stat().st_size
+            index.arrays[f"{column}.length"][row] = len(content)
+            index.arrays[f"{column}.crc32c"][row] = google_crc32c.value(content)
             with path.open("ab") as file:
                 file.write(content)
 
-        rewrite_index(shards, column, array, rng, change)
+        rewrite_index(shards, column, rng, change)
 
     return fault
 
@@ -119,7 +119,7 @@ def hostile_index(field: str, value: int) -> Fault:
         def change(index: Any, _: Path, row: int) -> None:
             index.arrays[f"vision_left.{field}"][row] = value
 
-        rewrite_index(shards, "vision_left", "vision_left", rng, change)
+        rewrite_index(shards, "vision_left", rng, change)
 
     return fault
 
@@ -131,7 +131,7 @@ def hostile_header(change: Callable[[dict[str, Any], dict[str, Any]], object]) -
         def change_both(index: Any, _: Path, __: int) -> None:
             change(index.header, index.arrays)
 
-        rewrite_index(shards, "vision_left", "vision_left", rng, change_both)
+        rewrite_index(shards, "vision_left", rng, change_both)
 
     return fault
 
@@ -147,6 +147,27 @@ def with_array(name: str, make: Callable[[Any], Any]) -> Fault:
 
 def with_header_values(**values: object) -> Fault:
     return hostile_header(lambda header, _: header.update(values))
+
+
+def with_durations(value: float) -> Fault:
+    """Give all sessions of an index the same duration."""
+
+    def change(header: dict[str, Any], _: dict[str, Any]) -> None:
+        header["durations_s"] = [value] * len(header["sessions"])
+
+    return hostile_header(change)
+
+
+def without_key(key: str) -> Fault:
+    return hostile_header(lambda header, _: header.pop(key))
+
+
+def renamed_stream(header: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """Rename a stream of an index, its column and its arrays."""
+    header["streams"] = sorted({*header["streams"], "zzz"} - {"touch"})
+    header["columns"]["zzz"] = header["columns"].pop("touch")
+    for name in [name for name in arrays if name.startswith("touch.")]:
+        arrays[name.replace("touch", "zzz")] = arrays.pop(name)
 
 
 def hostile_name(shards: Path, rng: random.Random) -> None:
@@ -169,7 +190,6 @@ def hostile_file(shards: Path, _: random.Random) -> None:
 def rewrite_index(
     shards: Path,
     column: str,
-    array: str,
     rng: random.Random,
     change: Callable[[Any, Path, int], None],
 ) -> None:
@@ -181,7 +201,7 @@ def rewrite_index(
         path = shards / entry["index_file"]
         index = open_index(path)
         index = replace(index, arrays={n: a.copy() for n, a in index.arrays.items()})
-        rows = index.arrays[f"{array}.length"].nonzero()[0]
+        rows = index.arrays[f"{column}.length"].nonzero()[0]
         if len(rows):
             break
     change(index, shards / index.columns[column]["file"], int(rng.choice(list(rows))))
@@ -236,115 +256,150 @@ def deep_json(_: random.Random) -> bytes:
     return b"[" * 1_000_000
 
 
-def long_text(_: random.Random) -> bytes:
-    stream = {"ids": [1] * 3_000_000, "time_s": [0.0] * 3_000_000}
-    return json.dumps({"internal": stream, "external": stream, "events": []}).encode()
+def text_member(num_tokens: int, *, token: int = 5, time_s: float = 0.0) -> bytes:
+    times_s = [time_s] * num_tokens
+    values = {"ids": [token] * num_tokens, "time_s": times_s, "event_s": times_s, "events": []}
+    return json.dumps(values).encode()
 
 
-def foreign_tokens(_: random.Random) -> bytes:
-    stream = {"ids": [1 << 40], "time_s": [0.0]}
-    return json.dumps({"internal": stream, "external": stream, "events": []}).encode()
-
-
-def tokens_at(time_s: float) -> Fault:
-    stream = {"ids": [5], "time_s": [time_s]}
-    content = json.dumps({"internal": stream, "external": stream, "events": []}).encode()
-    return hostile_member("text", "text", lambda _: content)
+def hostile_text(make: Callable[[], bytes]) -> Fault:
+    return hostile_member("internal_text", lambda _: make())
 
 
 def noise(rng: random.Random) -> bytes:
     return rng.randbytes(rng.randrange(1, 100_000))
 
 
+COLUMN_FILES = "train-*[rp]"
+"""Pattern of the columns: .tar and .zarr.zip."""
+
 FAULTS: dict[str, tuple[int, Fault]] = {
     "any single bit flipped": (0, flip_any_bit),  # 0 means --flips
     "a bit of the manifest flipped": (100, flip_in("manifest.json")),
     "a bit of an index flipped": (100, flip_in("train-*.index")),
     "a bit of the tokenizer flipped": (20, flip_in("tokenizer.json")),
-    "512 bytes zeroed in a column": (50, zero_page("train-*.[vatpd]*")),
-    "column truncated": (50, truncate("train-*.[vatpd]*")),
+    "512 bytes zeroed in a column": (50, zero_page(COLUMN_FILES)),
+    "column truncated": (50, truncate(COLUMN_FILES)),
     "index truncated": (20, truncate("train-*.index")),
     "manifest truncated": (20, truncate("manifest.json")),
-    "column missing": (10, remove("train-*.[vatpd]*")),
+    "column missing": (10, remove(COLUMN_FILES)),
     "index missing": (5, remove("train-*.index")),
     "manifest missing": (1, remove("manifest.json")),
     "tokenizer missing": (1, remove("tokenizer.json")),
     "two indexes swapped": (10, swap("train-*.index")),
-    "two text columns swapped": (10, swap("train-*.text.tar")),
+    "two text columns swapped": (10, swap("train-*.internal_text.tar")),
     "two picture columns swapped": (10, swap("train-*.vision_left.tar")),
     "two sensor columns swapped": (10, swap("train-*.proprio.zarr.zip")),
     "hostile: member named ../../etc/passwd": (5, hostile_name),
     "hostile: manifest names ../../etc/passwd": (1, hostile_file),
     "hostile: picture of 65,535 x 65,535": (
         5,
-        hostile_member("vision_left", "vision_left", lambda _: jpeg_of_size(65_535, 65_535) * 5),
+        hostile_member("vision_left", lambda _: jpeg_of_size(65_535, 65_535) * 5),
     ),
-    "hostile: 500 pictures in a member": (
-        3,
-        hostile_member("vision_left", "vision_left", many_jpegs),
-    ),
-    "hostile: noise for pictures": (20, hostile_member("vision_left", "vision_left", noise)),
-    "hostile: noise for text": (20, hostile_member("text", "text", noise)),
-    "hostile: JSON a million deep": (3, hostile_member("text", "text", deep_json)),
-    "hostile: 48 MB of tokens": (2, hostile_member("text", "text", long_text)),
+    "hostile: 500 pictures in a member": (3, hostile_member("vision_left", many_jpegs)),
+    "hostile: noise for pictures": (20, hostile_member("vision_left", noise)),
+    "hostile: noise for text": (20, hostile_member("internal_text", noise)),
+    "hostile: JSON a million deep": (3, hostile_member("internal_text", deep_json)),
+    "hostile: 48 MB of tokens": (2, hostile_text(lambda: text_member(3_000_000))),
     "hostile: tokens of another vocabulary": (
         5,
-        hostile_member("text", "text", foreign_tokens),
+        hostile_text(lambda: text_member(1, token=1 << 40)),
     ),
-    "hostile: noise for dMel": (10, hostile_member("dmel", "dmel/dmel", noise)),
-    "hostile: noise for sensors": (10, hostile_member("proprio", "proprio/proprio", noise)),
+    "hostile: noise for dMel": (10, hostile_member("audio.dmel", noise)),
+    "hostile: noise for sensors": (10, hostile_member("proprio", noise)),
     "hostile: member of 2**63 bytes": (3, hostile_index("length", 1 << 63)),
     "hostile: member just below the limit": (3, hostile_index("length", MAX_MEMBER_BYTES)),
     "hostile: member at 2**63": (3, hostile_index("offset", 1 << 63)),
-    "hostile: H.264 of 4,096 x 4,096": (
-        2,
-        hostile_member("vision_left", "vision_left", lambda _: large_h264()),
-    ),
+    "hostile: H.264 of 4,096 x 4,096": (2, hostile_member("vision_left", large_h264)),
     "hostile: 500 pictures behind an H.264 delimiter": (
         2,
-        hostile_member("vision_left", "vision_left", lambda _: many_h264()),
+        hostile_member("vision_left", many_h264),
     ),
-    "hostile: tokens at 1e308 s": (2, tokens_at(1e308)),
-    "hostile: tokens at -1e308 s": (2, tokens_at(-1e308)),
-    "hostile: tokens of the next window": (2, tokens_at(3600.0)),
     **{
-        f"hostile: index without {name}": (1, without(name))
-        for name in ("present", "start_s", "session", "text.offset", "vision_left.error_s")
+        f"hostile: tokens at {time_s:g} s": (
+            2,
+            hostile_text(lambda time_s=time_s: text_member(1, time_s=time_s)),
+        )
+        for time_s in (1e308, -1e308, 3600.0)
     },
-    "hostile: index without the column text": (
+    **{
+        f"hostile: index without the array {name}": (1, without(name))
+        for name in ("present", "coverage", "session", "segment")
+    },
+    **{
+        f"hostile: index without the array {name}": (1, without(name))
+        for name in ("internal_text.offset", "audio.dmel.crc32c", "vision_left.error_s")
+    },
+    **{
+        f"hostile: index without {key}": (1, without_key(key))
+        for key in ("columns", "sessions", "durations_s", "streams", "videos", "segment_s")
+    },
+    "hostile: index without the column proprio": (
         1,
-        hostile_header(lambda header, _: header["columns"].pop("text")),
-    ),
-    "hostile: index without columns": (1, hostile_header(lambda header, _: header.pop("columns"))),
-    "hostile: index without sessions": (
-        1,
-        hostile_header(lambda header, _: header.pop("sessions")),
+        hostile_header(lambda header, _: header["columns"].pop("proprio")),
     ),
     "hostile: column without a file": (
         1,
-        hostile_header(lambda header, _: header["columns"].update(text={})),
+        hostile_header(lambda header, _: header["columns"].update(proprio={})),
     ),
+    "hostile: column of an undeclared stream": (
+        1,
+        hostile_header(lambda header, _: header["columns"].update(x=header["columns"]["touch"])),
+    ),
+    "hostile: another name for a stream": (1, hostile_header(renamed_stream)),
+    "hostile: streams in another order": (
+        1,
+        hostile_header(lambda header, _: header["streams"].reverse()),
+    ),
+    "hostile: a stream named ../../etc/passwd": (
+        1,
+        hostile_header(lambda header, _: header["streams"].insert(0, "../../etc/passwd")),
+    ),
+    "hostile: no videos": (1, with_header_values(videos=[])),
     "hostile: sessions that are numbers": (1, with_header_values(sessions=[1] * 50)),
     "hostile: sessions that are a string": (1, with_header_values(sessions="x" * 50)),
+    "hostile: sessions that repeat": (
+        1,
+        with_header_values(sessions=["x"] * 50, durations_s=[2.0] * 50),
+    ),
     **{
-        f"hostile: windows that begin at {time_s}": (
-            1,
-            with_array("start_s", lambda a, time_s=time_s: np.full_like(a, time_s)),
-        )
-        for time_s in (float("nan"), float("inf"), 1e308, -1e308)
+        f"hostile: sessions of {duration_s:g} s": (1, with_durations(duration_s))
+        for duration_s in (float("nan"), float("inf"), 1e308, -1.0)
     },
+    **{
+        f"hostile: segments of {segment_s:g} s": (1, with_header_values(segment_s=segment_s))
+        for segment_s in (float("nan"), 1e308, 0.0, 1e-300)
+    },
+    "hostile: segment numbers of 2**32 - 1": (
+        1,
+        with_array("segment", lambda a: np.full_like(a, 2**32 - 1)),
+    ),
+    "hostile: the same segment twice": (1, with_array("segment", np.zeros_like)),
+    "hostile: rows of sessions that do not exist": (
+        1,
+        with_array("session", lambda a: np.full_like(a, 2**32 - 1)),
+    ),
     "hostile: presence that is not a number": (
         1,
-        with_array("present", lambda a: np.full(len(a), np.nan, np.float32)),
+        with_array("present", lambda a: np.full(a.shape, np.nan, np.float32)),
     ),
-    "hostile: every presence bit": (1, with_array("present", lambda a: np.full_like(a, 255))),
-    "hostile: windows of two dimensions": (
+    "hostile: presence of 255": (1, with_array("present", lambda a: np.full_like(a, 255))),
+    "hostile: presence of fewer streams": (
         1,
-        with_array("window", lambda a: np.stack([a, a], axis=1)),
+        with_array("present", lambda a: np.ascontiguousarray(a[:, 1:])),
     ),
+    "hostile: coverage that is not a number": (
+        1,
+        with_array("coverage", lambda a: np.full_like(a, np.nan)),
+    ),
+    "hostile: segments of two dimensions": (
+        1,
+        with_array("segment", lambda a: np.stack([a, a], axis=1)),
+    ),
+    "hostile: fewer rows": (1, with_array("segment", lambda a: a[:-1])),
     "hostile: lengths that are not numbers": (
         1,
-        with_array("text.length", lambda a: np.full(len(a), np.nan)),
+        with_array("proprio.length", lambda a: np.full(len(a), np.nan)),
     ),
     "hostile: time errors of fewer frames": (
         1,
