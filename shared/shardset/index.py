@@ -467,6 +467,15 @@ def _require_rows(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]])
         raise ValueError("present has values other than 0 and 1")
     if not (np.isfinite(arrays["coverage"]) & (arrays["coverage"] >= 0)).all():
         raise ValueError("coverage has values that are no shares")
+    for name, column in header["columns"].items():
+        is_present = arrays["present"][:, header["streams"].index(name.partition(".")[0])] == 1
+        has_member = arrays[f"{name}.length"] > 0
+        # A tar has no member for an absent stream; a Zarr array has a chunk for every row.
+        is_wrong = is_present & ~has_member
+        if column["file"].endswith(".tar"):
+            is_wrong = is_present != has_member
+        if is_wrong.any():
+            raise ValueError(f"present and the members of {name} differ")
 
 
 def _json(values: Mapping[str, Any], *, sort_keys: bool = True) -> str:

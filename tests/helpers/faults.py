@@ -383,6 +383,8 @@ FAULTS: dict[str, tuple[int, Fault]] = {
         1,
         with_array("present", lambda a: np.full(a.shape, np.nan, np.float32)),
     ),
+    "hostile: nothing is present": (1, with_array("present", np.zeros_like)),
+    "hostile: everything is present": (1, with_array("present", np.ones_like)),
     "hostile: presence of 255": (1, with_array("present", lambda a: np.full_like(a, 255))),
     "hostile: presence of fewer streams": (
         1,

@@ -37,7 +37,7 @@ DAMAGE = r"header is damaged: .*; fix: rebuild"
 
 def column_entry(name: str) -> dict[str, Any]:
     return {
-        "file": f"train-000000.{name}.tar",
+        "file": f"train-000000.{name}.{'zarr.zip' if name.endswith('dmel') else 'tar'}",
         "length_bytes": 2**41,
         "sha256": "00" * 32,
         "fingerprint": "f",
@@ -46,11 +46,12 @@ def column_entry(name: str) -> dict[str, Any]:
     }
 
 
-def member_arrays(column: str, num_rows: int) -> dict[str, np.ndarray]:
+def member_arrays(column: str) -> dict[str, np.ndarray]:
+    lengths = {"eye": [9, 0, 8], "mic": [0, 2**40, 7], "mic.dmel": [4, 4, 4]}
     return {
-        f"{column}.offset": np.arange(num_rows, dtype=np.uint64) + 2**40,
-        f"{column}.length": np.arange(num_rows, dtype=np.uint64),
-        f"{column}.crc32c": np.arange(num_rows, dtype=np.uint32) + 7,
+        f"{column}.offset": np.arange(3, dtype=np.uint64) + 2**40,
+        f"{column}.length": np.array(lengths[column], np.uint64),
+        f"{column}.crc32c": np.arange(3, dtype=np.uint32) + 7,
     }
 
 
@@ -78,7 +79,7 @@ def tiny_index(*, header: dict[str, Any] | None = None, **arrays: np.ndarray) ->
             "present": np.array([[1, 0, 0], [0, 1, 1], [1, 1, 1]], np.uint8),
             "coverage": np.arange(9, dtype=np.float32).reshape(3, 3) / 9,
             "eye.error_s": np.array([[0.0, np.nan]] * 3, np.float32),
-            **{name: a for column in columns for name, a in member_arrays(column, 3).items()},
+            **{name: a for column in columns for name, a in member_arrays(column).items()},
             **arrays,
         },
     )
@@ -198,7 +199,9 @@ def indexes(draw: st.DrawFn) -> ShardIndex:
     for column in columns:
         for name, dtype in (("offset", np.uint64), ("length", np.uint64), ("crc32c", np.uint32)):
             high = np.iinfo(dtype).max
-            arrays[f"{column}.{name}"] = rng.integers(0, high, len(rows), dtype, endpoint=True)
+            arrays[f"{column}.{name}"] = rng.integers(1, high, len(rows), dtype, endpoint=True)
+        if not column.endswith(".dmel"):
+            arrays[f"{column}.length"] *= arrays["present"][:, streams.index(column)]
     durations_s = draw(
         st.lists(st.floats(400, 1e6), min_size=len(sessions), max_size=len(sessions))
     )
@@ -209,7 +212,7 @@ def indexes(draw: st.DrawFn) -> ShardIndex:
         "sessions": sessions,
         "durations_s": durations_s,
         "segment_s": segment_s,
-        "columns": {name: column_entry("x") for name in columns},
+        "columns": {name: column_entry(name) for name in columns},
     }
     return ShardIndex(header=header, arrays=arrays)
 
@@ -515,6 +518,10 @@ def test_an_array_without_a_dimension_is_corrupt():
         ("segment", [0, 1, 2**32 - 1], "begins after the end of its session"),
         ("present", [[1, 0, 0], [0, 2, 1], [1, 1, 1]], "other than 0 and 1"),
         ("present", [[255] * 3] * 3, "other than 0 and 1"),
+        ("present", [[0] * 3] * 3, "present and the members of eye differ"),
+        ("present", [[1, 0, 0], [0, 1, 1], [1, 0, 1]], "present and the members of mic differ"),
+        ("eye.length", [9, 1, 8], "present and the members of eye differ"),
+        ("mic.dmel.length", [4, 0, 4], "present and the members of mic.dmel differ"),
         ("coverage", [[0, 0, np.nan]] * 3, "no shares"),
         ("coverage", [[0, 0, np.inf]] * 3, "no shares"),
         ("coverage", [[0, 0, -0.5]] * 3, "no shares"),
