@@ -192,7 +192,8 @@ class _DelimitedTable:
 
     def _join_lines(self, raw: bytes) -> bytes:
         """Append the lines up to the closing quote, if it is near; else keep them for later."""
-        joined, taken = raw, []
+        joined = raw
+        taken: list[tuple[int, bytes]] = []
         while len(taken) < MAX_JOINED_LINES and len(joined) <= MAX_LINE_BYTES:
             line = self._next_line()
             if line is None:
