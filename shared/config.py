@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import enum
 import re
+import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -143,10 +144,10 @@ def make_section(
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        lines = [
-            f"{_origin_of(detail['loc'], origin, overrides)}: {_describe(kind, detail)}"
-            for detail in _root_errors(error.errors())
-        ]
+        lines = []
+        for detail in _root_errors(error.errors()):
+            source = _origin_of(_follow(kind, detail["loc"])[0], origin, overrides)
+            lines += [f"{source}: {line}" for line in _describe(kind, detail).splitlines()]
         raise ConfigError("\n".join(lines)) from error
 
 
@@ -196,70 +197,112 @@ def _root_errors(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     ]
 
 
-def _origin_of(location: Sequence[str | int], origin: str, overrides: Sequence[str]) -> str:
+def _origin_of(path: Sequence[str], origin: str, overrides: Sequence[str]) -> str:
     """Name the source of a value: the override that set it, or the file.
 
     If an error concerns a whole section, name the file and the overrides inside that section.
     """
-    path = [str(key) for key in location]
     inside = []
     for override in reversed(overrides):  # the last one wins
         keys = override.partition("=")[0].split(".")
-        if keys == path[: len(keys)]:
+        if keys == list(path[: len(keys)]):
             return f"command line: {override}"
-        if keys[: len(path)] == path:
+        if keys[: len(path)] == list(path):
             inside.append(override)
     return f"{origin} with {' '.join(reversed(inside))}" if inside else origin
 
 
 def _describe(kind: type[BaseModel], detail: ErrorDetails) -> str:
-    """Describe one pydantic error in one line: key, what is wrong, fix."""
-    location = [str(key) for key in detail["loc"]]
-    key = ".".join(location)
+    """Describe one pydantic error: key, what is wrong, fix; a value error may have more lines."""
+    location, options = _follow(kind, detail["loc"])
+    key, value = ".".join(location), detail["input"]
     match detail["type"]:
         case "extra_forbidden":
-            known = _keys_at(kind, location[:-1])
+            known = _known_keys(_follow(kind, detail["loc"][:-1])[1])
             near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
             fix = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
             return f"unknown key {key!r}; {fix}"
         case "missing":
             return f"key {key!r} is missing; fix: add it"
+        case "union_tag_not_found" | "union_tag_invalid":
+            tag = detail["ctx"]["discriminator"].strip("'")
+            problem = f"is {value[tag]!r}" if tag in value else "is missing"
+            tags = [tag for option in options if _is_section(option) for tag in _tags(option)]
+            return f"key {f'{key}.{tag}'!r} {problem}; fix: use one of {', '.join(tags)}"
+        case "enum" | "literal_error":
+            choices = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
+            return f"key {key!r} is {value!r}; fix: use one of {choices}"
         case "value_error":
             return f"{key + ': ' if key else ''}{str(detail['msg']).removeprefix('Value error, ')}"
         case "model_type" | "model_attributes_type":
-            known = _keys_at(kind, location)
-            return f"key {key!r} is {detail['input']!r}; expected keys below it: {', '.join(known)}"
+            known = _known_keys(options)
+            return f"key {key!r} is {value!r}; expected keys below it: {', '.join(known)}"
         case "tuple_type":
-            enums = [t for t in _types_at(kind, location) if issubclass(t, enum.StrEnum)]
+            items = [item for option in options for item in _below(option, "0")]
+            enums = [t for t in items if isinstance(t, type) and issubclass(t, enum.StrEnum)]
             words = [str(member) for members in enums for member in members][:2]
             example = f", such as [{', '.join(words)}]" if words else " in square brackets"
-            return f"key {key!r} is {detail['input']!r}; expected a list{example}"
+            return f"key {key!r} is {value!r}; expected a list{example}"
         case _:
             expected = str(detail["msg"])[:1].lower() + str(detail["msg"])[1:]
-            return f"key {key!r} is {detail['input']!r}; {expected}"
+            return f"key {key!r} is {value!r}; {expected}"
 
 
-def _keys_at(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """List the known keys of the section at a location below `kind`."""
-    sections = (t for t in _types_at(kind, location) if issubclass(t, BaseModel))
-    section = next(sections, None)
-    return [] if section is None else sorted(section.model_fields)
+def _follow(kind: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], list[Any]]:
+    """Follow the location of an error below `kind`.
+
+    Returns:
+        The location as the file has it, without the tags that pydantic adds for members of a union;
+        and the annotations that the value there may have.
+    """
+    keys: list[str] = []
+    options: list[Any] = [kind]
+    for key in map(str, location):
+        sections = [option for option in options if _is_section(option)]
+        tagged = [section for section in sections if key in _tags(section)]
+        if len(sections) > 1 and tagged:
+            options = tagged
+        else:
+            keys.append(key)
+            options = [below for option in options for below in _below(option, key)]
+    return keys, options
 
 
-def _types_at(kind: type[BaseModel], location: Sequence[str]) -> list[type[Any]]:
-    """List the classes that the value at a location below `kind` may have."""
-    types: list[type[Any]] = [kind]
-    for key in (k for k in location if not k.isdecimal()):  # numbers are indices of lists
-        fields = [t.model_fields.get(key) for t in types if issubclass(t, BaseModel)]
-        types = [t for field in fields if field for t in _types_in(field.annotation)]
-    return types
+def _is_section(option: Any) -> bool:  # noqa: ANN401 (any annotation)
+    return isinstance(option, type) and issubclass(option, BaseModel)
 
 
-def _types_in(annotation: Any) -> list[type[Any]]:  # noqa: ANN401 (any annotation)
-    """List the classes in an annotation, at any depth of lists and unions."""
-    if isinstance(annotation, type):
-        return [annotation]
-    return [t for argument in get_args(annotation) for t in _types_in(argument)]
+def _tags(section: type[BaseModel]) -> list[str]:
+    """List the values that tell a section from the others of a union."""
+    annotations = (field.annotation for field in section.model_fields.values())
+    literals = [get_args(a) for a in annotations if get_origin(a) is Literal]
+    return [str(values[0]) for values in literals if len(values) == 1]
+
+
+def _known_keys(options: Sequence[Any]) -> list[str]:
+    """List the keys that all sections among some annotations have."""
+    keys = [set(option.model_fields) for option in options if _is_section(option)]
+    return sorted(set.intersection(*keys)) if keys else []
+
+
+def _below(option: Any, key: str) -> list[Any]:  # noqa: ANN401 (any annotation)
+    """List the annotations that the value of a key may have: of a section, mapping or list."""
+    if _is_section(option):
+        field = option.model_fields.get(key)
+        return [] if field is None else _members(field.annotation)
+    items = [argument for argument in get_args(option) if argument is not Ellipsis]
+    if get_origin(option) is dict:
+        del items[0]
+    return [member for item in items for member in _members(item)]
+
+
+def _members(annotation: Any) -> list[Any]:  # noqa: ANN401 (any annotation)
+    """List the members of a union; of another annotation, itself."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for each in get_args(annotation) for member in _members(each)]
+    return [annotation]
 
 
 def _nearest_file(path: Path) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path  # noqa: TC003 (pydantic reads it)
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from shared.config import Section, load_section
+from shared.config import Section, load_section, make_section
 from shared.streams import (
     DEFAULT_STREAMS,
     DEFAULTS_OF_KIND,
@@ -71,24 +71,26 @@ class ShardRecipe(Section):
     """Approximate bytes of media and numbers per shard."""
 
 
-_TOUCH = "{kind: sensor, key: touch, values: [{count: 5, type: fraction}]}"
-_PROPRIO = "{kind: sensor, key: proprio, values: [{count: 10, type: angle}, ...]}"
+_COPY = "copy `streams:` from configs/recipe.yaml and change"
 
 MOVED_KEYS: Mapping[str, str] = {
-    "required": "write `required: true` in each such stream under `streams:`",
+    "required": f"{_COPY} `required` of each stream",
     "window.duration_s": "set segment.duration_s here and data.window.duration_s for training",
     "window.stride_s": "set data.window.stride_s in the training configuration",
     "window.min_coverage": "set segment.min_coverage",
+    "window": "write `segment:`; training windows are data.window of the training config",
     "vision": "write `video:` instead of `vision:`",
     "mel": "write its keys under `audio:`, in `dmel:`",
     "sensors.rate_hz": "set sensor.rate_hz",
     "sensors.max_gap_s": "set sensor.max_gap_s",
-    "sensors.touch_size": f"declare the stream under `streams:`, as touch: {_TOUCH}",
-    "sensors.proprio_size": f"declare the stream under `streams:`, as proprio: {_PROPRIO}",
-    "window": "write `segment:`; training windows are data.window of the training config",
+    "sensors.touch_size": f"remove it if it is 5; else {_COPY} the count of touch",
+    "sensors.proprio_size": f"remove it if it is 20; else {_COPY} the counts of proprio",
     "sensors": "write `sensor:` instead of `sensors:`",
 }
 """Keys of recipes before streams were declared, and what to write instead."""
+
+
+_SECTION_OF_KIND: Mapping[Kind, type[Section]] = {**DEFAULTS_OF_KIND, Kind.TEXT: TextRecipe}
 
 
 class Recipe(Section):
@@ -111,21 +113,24 @@ class Recipe(Section):
         """Refuse keys that moved, and give each stream the defaults of its kind."""
         if not isinstance(values, Mapping):
             return values
-        for key, fix in MOVED_KEYS.items():
-            section, _, name = key.partition(".")
-            inner = values.get(section)
-            if section in values and (not name or (isinstance(inner, Mapping) and name in inner)):
-                raise ValueError(f"{key} is no key of a recipe any more; fix: {fix}")
+        if moved := _moved_keys(values):
+            lines = [
+                f"{key} is not a key of recipes any more; fix: {MOVED_KEYS[key]}" for key in moved
+            ]
+            raise ValueError("\n".join(lines))
         streams = values.get("streams")
         if streams is None:
             streams = DEFAULT_STREAMS
         if not isinstance(streams, Mapping):
-            raise ValueError("streams is not a mapping; fix: write `NAME: {kind: ..., file: ...}`")
+            raise ValueError(
+                f"streams is {str(streams)[:40]!r}; fix: write `NAME: {{kind: ..., file: ...}}` "
+                "below it"
+            )
         if not streams:
             raise ValueError("streams declares no stream; fix: declare one, or leave streams out")
         for name in streams:
             check_stream_name(str(name))
-        defaults = {kind: _plain(values.get(kind.value)) for kind in Kind}
+        defaults = {kind: _defaults_of(kind, values.get(kind.value)) for kind in Kind}
         completed = {
             name: _with_defaults(streams[name], defaults) for name in sorted(streams, key=str)
         }
@@ -133,15 +138,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_streams(self) -> Recipe:
-        sources: dict[tuple[Any, ...], str] = {}
+        names: dict[str, str] = {}
         for name, stream in self.streams.items():
-            source = tuple(getattr(stream, key) for key in stream.source_keys)
-            if other := sources.get(source):
+            other = names.setdefault(str((stream.kind, stream.source)), name)
+            if other != name:
+                source = ", ".join(f"{key} {value}" for key, value in stream.source.items())
                 raise ValueError(
-                    f"streams {other} and {name} have the same source {stream.file}; fix: remove "
-                    f"one, or give them different {' or '.join(stream.source_keys)}"
+                    f"streams.{name} has the same source as streams.{other}: {source}; fix: remove "
+                    f"one of them, or change its {' or '.join(stream.source)}"
                 )
-            sources[source] = name
             for key, rate_hz in stream.rates_hz.items():
                 count = rate_hz * self.segment_s
                 if abs(count - round(count)) > 1e-9 or round(count) < 1:
@@ -158,14 +163,14 @@ class Recipe(Section):
         return DEFAULT_SEGMENT_S if self.segment.duration_s is None else self.segment.duration_s
 
     def with_segment(self, duration_s: float) -> Recipe:
-        """Return the recipe with a length of segments; checks that all rates fit it.
+        """Return the recipe with a length of segments.
 
         Raises:
-            ValueError: a stream has no whole number of samples in a segment.
+            ConfigError: a stream has no whole number of samples in a segment.
         """
         values = self.as_json()
         values["segment"]["duration_s"] = duration_s
-        return Recipe.model_validate(values)
+        return make_section(Recipe, values, origin="recipe")
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -181,28 +186,41 @@ class Recipe(Section):
         return round(rate_hz * self.segment_s)
 
 
-def _plain(section: object) -> dict[str, Any]:
-    """Return the keys that a section sets."""
-    if isinstance(section, Section):
-        return section.model_dump(exclude_unset=True)
-    return dict(section) if isinstance(section, Mapping) else {}
+def _moved_keys(values: Mapping[str, Any]) -> list[str]:
+    """List the keys of an old recipe that moved; a section only if none of its keys is listed."""
+    moved = []
+    for key in MOVED_KEYS:
+        section, _, name = key.partition(".")
+        inner = values.get(section)
+        if name and isinstance(inner, Mapping) and name in inner:
+            moved.append(key)
+        if not name and section in values and not any(m.startswith(f"{key}.") for m in moved):
+            moved.append(key)
+    return moved
+
+
+def _defaults_of(kind: Kind, section: object) -> dict[str, Any]:
+    """Return what a kind's section sets for streams; nothing if it is invalid, which it reports."""
+    keys = DEFAULTS_OF_KIND[kind].model_fields
+    try:
+        valid = _SECTION_OF_KIND[kind].model_validate({} if section is None else section)
+    except ValidationError:
+        return {}
+    return valid.model_dump(exclude_unset=True, include=set(keys))
 
 
 def _with_defaults(stream: object, defaults: Mapping[Kind, Mapping[str, Any]]) -> object:
     """Return a stream's plain values, completed by the defaults of its kind."""
-    values = _plain(stream)
-    kind = values.get("kind")
-    if kind not in set(Kind):
-        return values or stream  # pydantic explains what is wrong
-    inherited = {
-        key: value
-        for key, value in defaults[Kind(kind)].items()
-        if key in DEFAULTS_OF_KIND[Kind(kind)].model_fields
+    if not isinstance(stream, Mapping) or stream.get("kind") not in list(Kind):
+        return stream  # complete, or pydantic explains what is wrong
+    inherited = defaults[Kind(stream["kind"])]
+    # A section inside, such as dmel, is completed key by key.
+    inner = {
+        key: {**value, **stream[key]}
+        for key, value in inherited.items()
+        if isinstance(value, Mapping) and isinstance(stream.get(key), Mapping)
     }
-    for key, value in inherited.items():
-        if isinstance(value, Mapping | Section) and isinstance(values.get(key), Mapping | Section):
-            values[key] = {**_plain(value), **_plain(values[key])}
-    return {**inherited, **values}
+    return {**inherited, **stream, **inner}
 
 
 def load_recipe(path: Path | str) -> Recipe:

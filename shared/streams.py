@@ -169,10 +169,13 @@ class VideoDefaults(Section):
     max_error_s: float | None = Field(None, gt=0)
     """Frames farther than this from their grid time are masked; null means 1 / rate_hz."""
 
-    @field_validator("size")
+    @field_validator("size", mode="before")
     @classmethod
-    def _check_size(cls, size: int | tuple[int, int]) -> int | tuple[int, int]:
-        for side in (size,) if isinstance(size, int) else size:
+    def _check_size(cls, size: object) -> object:
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        if len(sides) != 2 or any(type(side) is not int for side in sides):
+            raise ValueError(f"{size!r} is not a size in pixels; fix: write 224 or [height, width]")
+        for side in sides:
             if not 16 <= side <= 2048 or side % 16:
                 raise ValueError(
                     f"{side} pixels are not a multiple of 16 from 16 to 2048; fix: write "
@@ -286,9 +289,6 @@ class StreamBase(Section):
     expect: Expectation = Expectation()
     """What validation expects."""
 
-    source_keys: ClassVar[tuple[str, ...]] = ("file",)
-    """Keys that say where the stream is; no two streams of a recipe agree in all of them."""
-
     passive_keys: ClassVar[tuple[str, ...]] = ("required", "expect")
     """Keys that change no stored byte of a segment."""
 
@@ -303,6 +303,11 @@ class StreamBase(Section):
         return file
 
     @property
+    def source(self) -> dict[str, Any]:
+        """Keys that say where the stream is; no two streams of a kind agree in all of them."""
+        return {"file": self.file}
+
+    @property
     def rates_hz(self) -> dict[str, float]:
         """Rates by key that must give whole numbers of samples in a segment."""
         return {}
@@ -311,7 +316,7 @@ class StreamBase(Section):
 class VideoStream(VideoDefaults, StreamBase):
     """A video file."""
 
-    kind: Literal[Kind.VIDEO] = Kind.VIDEO  # type: ignore[assignment]
+    kind: Literal[Kind.VIDEO] = Kind.VIDEO
 
     @property
     def rates_hz(self) -> dict[str, float]:
@@ -322,11 +327,14 @@ class VideoStream(VideoDefaults, StreamBase):
 class AudioStream(AudioDefaults, StreamBase):
     """An audio file, or one audio track of a file."""
 
-    kind: Literal[Kind.AUDIO] = Kind.AUDIO  # type: ignore[assignment]
+    kind: Literal[Kind.AUDIO] = Kind.AUDIO
     track: int = Field(0, ge=0, le=63)
     """Index of the audio track in the file."""
 
-    source_keys: ClassVar[tuple[str, ...]] = ("file", "track")
+    @property
+    def source(self) -> dict[str, Any]:
+        """Keys that say where the stream is; no two streams of a kind agree in all of them."""
+        return {"file": self.file, "track": self.track}
 
     @property
     def rates_hz(self) -> dict[str, float]:
@@ -341,7 +349,7 @@ TIME_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9, "100ns": 1e7}
 class SensorStream(SensorDefaults, StreamBase):
     """Numbers with timestamps: a key of ``metadata.jsonl``, or a table file of its own."""
 
-    kind: Literal[Kind.SENSOR] = Kind.SENSOR  # type: ignore[assignment]
+    kind: Literal[Kind.SENSOR] = Kind.SENSOR
     file: str = METADATA_FILE
     """metadata.jsonl, or a .jsonl, .csv, .tsv or .parquet file of the session folder."""
     key: str | None = Field(None, min_length=1, max_length=256)
@@ -354,7 +362,11 @@ class SensorStream(SensorDefaults, StreamBase):
     values: tuple[ValueGroup, ...] = Field(min_length=1)
     """The values of a reading, in order."""
 
-    source_keys: ClassVar[tuple[str, ...]] = ("file", "key", "names")
+    @property
+    def source(self) -> dict[str, Any]:
+        """Keys that say where the stream is; no two streams of a kind agree in all of them."""
+        names = {} if self.file.endswith(".jsonl") and self.key else {"names": self.names}
+        return {"file": self.file, "key": self.key, **names}
 
     @property
     def size(self) -> int:
@@ -420,7 +432,7 @@ class SensorStream(SensorDefaults, StreamBase):
 class TextStream(TextDefaults, StreamBase):
     """Text events with timestamps."""
 
-    kind: Literal[Kind.TEXT] = Kind.TEXT  # type: ignore[assignment]
+    kind: Literal[Kind.TEXT] = Kind.TEXT
     file: str = TEXT_FILE
     """A .jsonl file of lines with `timestamp` and `text`."""
     stream: str | None = Field(None, min_length=1, max_length=256)
@@ -429,7 +441,10 @@ class TextStream(TextDefaults, StreamBase):
     """Key of metadata.jsonl whose texts also belong to the stream; null means STREAM_text, if
     `stream` is set."""
 
-    source_keys: ClassVar[tuple[str, ...]] = ("file", "stream")
+    @property
+    def source(self) -> dict[str, Any]:
+        """Keys that say where the stream is; no two streams of a kind agree in all of them."""
+        return {"file": self.file, "stream": self.stream}
 
     @property
     def metadata_key(self) -> str | None:
