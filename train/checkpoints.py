@@ -30,12 +30,18 @@ import torch
 
 from shared.errors import CheckpointError
 from shared.files import sync_folder, write_atomic
+from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-FORMAT_VERSION: Final = 1
-"""Version of the keys; raised when a key changes its meaning. Newer files are refused."""
+    from train.shapes import WindowShapes
+
+FORMAT_VERSION: Final = 2
+"""Version of the keys; raised when a key changes its meaning. Files of other versions are refused.
+
+Since version 2, "shapes" is of :meth:`train.shapes.WindowShapes.as_json` and names the streams.
+"""
 
 FINAL_NAME: Final = "model_final.pt"
 """File name of the checkpoint at the end of training."""
@@ -153,8 +159,7 @@ def load_checkpoint(
     """Check and read a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing or damaged, another program wrote it, or a newer
-            version of this one did.
+        CheckpointError: the file is missing or damaged, or another program or version wrote it.
     """
     check_checkpoint(path)
     return read_checkpoint(path, map_location=map_location)
@@ -166,8 +171,7 @@ def read_checkpoint(
     """Read a checkpoint safely, without checking its CRC-32 checksums.
 
     Raises:
-        CheckpointError: the file cannot be opened, another program wrote it, or a newer version of
-            this one did.
+        CheckpointError: the file cannot be opened, or another program or version wrote it.
     """
     path = Path(path)
     try:
@@ -188,11 +192,7 @@ def read_checkpoint(
             f"{sorted(REQUIRED_KEYS)} and holds {content}; {_USE_A_TRAINERS_FILE}"
         )
     _check_value_types(path, state)
-    if state["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {state['format_version']}, but this software reads versions "
-            f"up to {FORMAT_VERSION}; fix: update vr-creature"
-        )
+    _check_version(path, state["format_version"])
     return state
 
 
@@ -225,6 +225,58 @@ def check_checkpoint(path: Path | str) -> None:
             f"{path}: damaged: record {damaged_record} does not match its checksum; "
             f"{_USE_AN_OLDER_ONE}"
         )
+
+
+def _check_version(path: Path, version: int) -> None:
+    """Refuse checkpoints of other versions.
+
+    Raises:
+        CheckpointError: names both versions.
+    """
+    if version != FORMAT_VERSION:
+        fix = "update vr-creature" if version > FORMAT_VERSION else "train again, into a new folder"
+        raise CheckpointError(
+            f"{path}: checkpoint format {version}, but this software reads format "
+            f"{FORMAT_VERSION}; fix: {fix}"
+        )
+
+
+def shape_differences(saved: WindowShapes, own: WindowShapes) -> list[str]:
+    """Say by name which streams of a checkpoint differ from those here; [] if the weights fit.
+
+    Args:
+        saved: shapes of the checkpoint.
+        own: shapes of the data and configuration here.
+    """
+    differences = []
+    if saved.tick_rate_hz != own.tick_rate_hz:
+        differences.append(
+            f"the checkpoint has {saved.tick_rate_hz:g} ticks per second, the run "
+            f"{own.tick_rate_hz:g}"
+        )
+    for name in sorted({*saved.streams, *own.streams}):
+        of_checkpoint, of_run = (_describe_use(name, shapes) for shapes in (saved, own))
+        if of_checkpoint != of_run:
+            differences.append(f"the checkpoint {of_checkpoint}, the run {of_run}")
+    return differences
+
+
+def _describe_use(name: str, shapes: WindowShapes) -> str:
+    """Say whether a stream is an input or a target, and in which form."""
+    uses = ["reads"] if name in shapes.inputs else []
+    uses += ["predicts"] if name in shapes.targets.values() else []
+    if not uses:
+        return f"does not use {name}"
+    shape = shapes.streams[name]
+    size = " x ".join(map(str, shape.size))
+    groups = " and ".join(f"{group.count} {group.type}" for group in shape.values)
+    form = {
+        Kind.VIDEO: f"{size} pixels at {shape.rate_hz:g} Hz",
+        Kind.AUDIO: f"{size} channels of {shape.num_classes} levels at {shape.rate_hz:g} Hz",
+        Kind.SENSOR: f"{groups} values at {shape.rate_hz:g} Hz",
+        Kind.TEXT: f"{shape.num_classes} tokens",
+    }[shape.kind]
+    return f"{' and '.join(uses)} {name} ({form})"
 
 
 def root_cause(error: BaseException) -> str:

@@ -12,14 +12,13 @@ from shared.config import make_section
 from shared.errors import CheckpointError, ConfigError
 from shared.media.tokenizer import TextTokenizer, parse_tokenizer
 from shared.recipe import Recipe
-from train.checkpoints import load_checkpoint
+from train.checkpoints import load_checkpoint, shape_differences
 from train.config import TrainConfig, as_train_config
-from train.data.batch import WindowShapes
 from train.model.baselines import Baselines
 from train.model.multimodal import MultiModalCreature, dimensions
+from train.shapes import WindowShapes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -73,15 +72,17 @@ def load_trained_model(path: Path, *, device: torch.device) -> TrainedModel:
     try:
         config, recipe = as_train_config(state["config"]), make_section(Recipe, extra["recipe"])
         tokenizer = parse_tokenizer(extra["tokenizer"], origin="tokenizer")
-        shapes = WindowShapes(**state["shapes"])
-        if shapes != WindowShapes.from_recipe(recipe, tick_rate_hz=config.model.tick_rate_hz):
-            raise ConfigError("its window shapes do not match its recipe")
-        baselines = _baselines_of(extra, config, shapes)
+        shapes = WindowShapes.from_json(state["shapes"])
+        expected = WindowShapes.from_recipe(recipe, config)
+        if shapes != expected:
+            differences = shape_differences(shapes, expected) or ["windows of another length"]
+            raise ConfigError(f"its shapes do not match its recipe: {'; '.join(differences)}")
         if dimensions(config.model)[1] + config.model.vision_layers > len(weights):
             raise ConfigError("its configuration has more layers than it has weights")
         with torch.device("meta"):  # initial weights would take time
             model = MultiModalCreature(config, shapes)
         model.load_state_dict(weights, assign=True)
+        baselines = Baselines.from_dict(extra.get("baselines", {}), objective=model.objective)
     # A file from elsewhere can hold anything; wrong values raise any of these errors.
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
@@ -145,13 +146,15 @@ def check_windows(loader: object, config: TrainConfig) -> None:
         ConfigError: one of the two packs text densely and the other does not, or their tick rates
             differ.
     """
-    loader_config = getattr(_innermost(loader), "config", None)
-    if not isinstance(loader_config, TrainConfig):
+    inner = _innermost(loader)
+    recipe = getattr(getattr(inner, "source", None), "recipe", None)
+    shapes = getattr(inner, "shapes", None)
+    if not isinstance(recipe, Recipe) or not isinstance(shapes, WindowShapes):
         return
     loader_windows, own_windows = (
-        f"{'text alone, densely packed' if c.is_text_only else 'ticks'} at "
-        f"{c.model.tick_rate_hz:g} Hz"
-        for c in (loader_config, config)
+        f"{'text alone, densely packed' if each.is_text_only else 'ticks'} at "
+        f"{each.tick_rate_hz:g} Hz"
+        for each in (shapes, WindowShapes.from_recipe(recipe, config))
     )
     if loader_windows != own_windows:
         raise ConfigError(
@@ -165,13 +168,3 @@ def _innermost(loader: Any) -> object:  # noqa: ANN401 (whatever wraps a dataset
     while not hasattr(loader, "source") and hasattr(loader, "dataset"):
         loader = loader.dataset
     return loader
-
-
-def _baselines_of(extra: Mapping[str, Any], config: TrainConfig, shapes: WindowShapes) -> Baselines:
-    """Return the baselines of a checkpoint.
-
-    Those fitted on the train split, else those from its statistics, else those without counts.
-    """
-    if "baselines" in extra:
-        return Baselines.from_dict(extra["baselines"], config=config, shapes=shapes)
-    return Baselines.from_statistics(extra.get("statistics", {}), config=config, shapes=shapes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import av
@@ -13,17 +12,17 @@ import torch
 from shared.config import make_section
 from shared.media.tokenizer import train_tokenizer
 from shared.recipe import Recipe
-from train.checkpoints import save_checkpoint
+from shared.streams import DEFAULT_STREAMS
+from train.checkpoints import FORMAT_VERSION, save_checkpoint
 from train.config import as_train_config
-from train.data.batch import WindowShapes
 from train.model.multimodal import MultiModalCreature
+from train.shapes import WindowShapes
 
 RECIPE = {
-    "required": [],
-    "vision": {"size": 16},
-    "audio": {"rate_hz": 8000},
-    "mel": {"fft_size": 256, "channels": 8},
+    "video": {"size": 16},
+    "audio": {"rate_hz": 8000, "dmel": {"fft_size": 256, "channels": 8}},
     "text": {"vocab_size": 264},
+    "streams": {name: {**spec, "required": False} for name, spec in DEFAULT_STREAMS.items()},
 }
 MODEL = {"hidden_dim": 16, "num_layers": 1, "num_heads": 1, "vision_layers": 0}
 TEXT_ONLY = {"training": {"loss_weights": {"audio": 0, "animation": 0}}, "model": MODEL}
@@ -67,7 +66,7 @@ def make_checkpoint(path, config=None, **extra):
     """Save and return an untrained model whose heads all have random weights."""
     config = as_train_config(config or {"model": MODEL})
     recipe = make_section(Recipe, RECIPE)
-    shapes = WindowShapes.from_recipe(recipe)
+    shapes = WindowShapes.from_recipe(recipe, config)
     torch.manual_seed(0)
     model = MultiModalCreature(config, shapes).eval()
     for parameter in model.predictors.parameters():
@@ -76,12 +75,12 @@ def make_checkpoint(path, config=None, **extra):
     save_checkpoint(
         path,
         {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "step": 7,
             "saved_at": 0.0,
             "model": model.state_dict(),
             "config": config.model_dump(mode="json"),
-            "shapes": dataclasses.asdict(shapes),
+            "shapes": shapes.as_json(),
             "extra": {name: value for name, value in extra.items() if value is not None},
         },
     )

@@ -3,20 +3,21 @@
 A baseline is a function from a batch's targets to outputs of a head. Its loss is
 :func:`train.model.losses.loss_sums` of these outputs, so ticks, masks and weights are the model's.
 
-- animation: copy_last_pose and constant_velocity, which need no data;
+- sensors: copy_last and constant_velocity, which need no data;
 - text: a unigram and a Kneser-Ney trigram of the training batches' tokens;
 - audio: a unigram of each channel's dMel levels, and a bigram. The bigram gets the true frame
   before each frame, which the head does not, because it predicts a whole tick at once.
 
 Unigrams add one to each count. Every distribution is proper and positive everywhere.
 
-Letters: B batch, T ticks, V vocabulary, A dMel frames, C channels, L levels, S samples, P pose,
-U contexts, K counts, N repeated entries.
+Letters: B batch, T ticks, V vocabulary, C channels, L levels, S samples of a stream, D values of
+one, U contexts, K counts, N repeated entries.
 """
 
 # ruff: noqa: N803, N806  (shape letters)
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,13 +29,16 @@ from torch.nn import functional as F
 
 from shared.errors import ConfigError
 from shared.recipe import PAD_TOKEN
-from train.config import Head, LossWeights, ModelConfig, TrainConfig, TrainingConfig
-from train.model.losses import LossSum, loss_sums
+from shared.streams import Kind, ValueType
+from train.model.losses import LossSum, Objective, loss_sums
+from train.model.values import RULES, SensorValues, last_positions, move_values
+from train.shapes import sample_positions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from train.data.batch import WindowShapes
+    from shared.streams import ValueGroup
+    from train.shapes import StreamShape
 
 NGRAM_ORDER: Final = 3
 """Order of the token model: two tokens predict the third."""
@@ -44,13 +48,6 @@ DEFAULT_DISCOUNT: Final = 0.5
 
 MIN_PAD_WEIGHT: Final = 1e-9
 """Smallest factor of silence's probability, so that its logarithm is finite."""
-
-UNIGRAM_STATISTICS: Final = {
-    Head.INTERNAL_TEXT: "internal_tokens",
-    Head.EXTERNAL_TEXT: "external_tokens",
-    Head.AUDIO: "dmel_levels",
-}
-"""Heads with a unigram baseline, and the keys of its counts in a manifest's statistics."""
 
 _REFIT: Final = "fix: fit it again by Baselines.fit"
 
@@ -92,111 +89,80 @@ def compare(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baselines:
-    """Fitted baselines of all heads that a configuration trains."""
+    """Fitted baselines of all heads of an objective."""
 
-    config: TrainConfig
-    shapes: WindowShapes
+    objective: Objective
     counts: Mapping[str, Tensor]
-    """How often each value was a target, per head with a unigram, float64: text [V], audio [C, L].
+    """How often each value was a target, per text and audio head, float64: text [V], audio [C, L].
 
-    Silent ticks count as PAD.
+    Silent ticks count as PAD. A head without counts has no baseline.
     """
     trigrams: Mapping[str, Trigrams]
     """Per text head."""
-    level_pairs: Tensor | None
-    """How often a level followed another, float64 [C, L, L]; None without an audio head."""
+    level_pairs: Mapping[str, Tensor]
+    """How often a level followed another, float64 [C, L, L] per audio head."""
 
     @classmethod
-    def fit(
-        cls, batches: Iterable[Mapping[str, Any]], *, config: TrainConfig, shapes: WindowShapes
-    ) -> Self:
+    def fit(cls, batches: Iterable[Mapping[str, Any]], *, objective: Objective) -> Self:
         """Count the targets of training batches.
 
         Args:
             batches: as docs/batch.md; finite, with each sample once.
-            config: has the heads.
-            shapes: sizes of the windows.
+            objective: has the heads.
         """
-        counts = _no_counts(config, shapes)
-        pairs = _no_pairs(counts)
-        trigrams = {head: Trigrams.none(shapes.vocab_size) for head in counts if head != Head.AUDIO}
+        counts = _no_counts(objective)
+        trigrams = {head: Trigrams.none(len(c)) for head, c in counts.items() if c.ndim == 1}
+        pairs = {head: _no_pairs(c) for head, c in counts.items() if c.ndim == 2}
         for batch in batches:
             weight_B = torch.as_tensor(batch["weight"]).cpu()
             for head in counts:
                 target = torch.as_tensor(batch["targets"][head]).cpu()
                 valid = torch.as_tensor(batch["targets"][f"{head}_valid"]).cpu()
                 # No head predicts a window's first tick, so it is not counted either.
-                first = shapes.audio_frames_per_tick if head == Head.AUDIO else 1
+                first = objective.shapes.target_shape(head).per_tick
                 shape = counts[head].shape
                 counts[head] += _count(target[:, first:], valid[:, first:], weight_B, shape)
                 if head in trigrams:
                     trigrams[head] = trigrams[head].with_more(target, valid, weight_B)
-                elif pairs is not None:
-                    pairs += count_level_pairs(
-                        target, valid, weight_B, first=first, num_levels=shapes.mel_levels
+                else:
+                    pairs[head] += count_level_pairs(
+                        target, valid, weight_B, first=first, num_levels=shape[-1]
                     )
-        return cls(
-            config=config, shapes=shapes, counts=counts, trigrams=trigrams, level_pairs=pairs
-        )
-
-    @classmethod
-    def from_statistics(
-        cls, statistics: Mapping[str, Any], *, config: TrainConfig, shapes: WindowShapes
-    ) -> Self:
-        """Make unigrams from a manifest's statistics of the train split.
-
-        Statistics do not count silence; it is assumed to fill all ticks without a token. This is
-        slightly too much if a sample lacks the stream, or a window's end cuts an event. Statistics
-        have no sequences, so there are no trigrams and no bigram.
-
-        Args:
-            statistics: ``dmel_levels``, ``internal_tokens``, ``external_tokens``, ``num_samples``.
-                A head whose counts are missing or empty has no baseline.
-            config: has the heads.
-            shapes: sizes of the windows.
-        """
-        counts = {}
-        num_ticks = statistics.get("num_samples", 0) * shapes.num_ticks
-        for head, empty in _no_counts(config, shapes).items():
-            stored = torch.tensor(statistics.get(UNIGRAM_STATISTICS[Head(head)], ())).double()
-            if head == Head.AUDIO and stored.shape == empty.shape:
-                counts[head] = stored
-            elif head != Head.AUDIO and num_ticks and 0 < len(stored) <= len(empty):
-                empty[: len(stored)] = stored
-                empty[PAD_TOKEN] += max(0.0, num_ticks - float(stored.sum()))
-                counts[head] = empty
-        return cls(config=config, shapes=shapes, counts=counts, trigrams={}, level_pairs=None)
+        return cls(objective=objective, counts=counts, trigrams=trigrams, level_pairs=pairs)
 
     def as_dict(self) -> dict[str, Any]:
         """Pack the counts as tensors in plain containers; :meth:`from_dict` is the inverse."""
-        trigrams = {head: [t.keys, t.counts] for head, t in self.trigrams.items()}
-        return {"counts": dict(self.counts), "trigrams": trigrams, "level_pairs": self.level_pairs}
+        return {
+            "counts": dict(self.counts),
+            "trigrams": {head: [t.keys, t.counts] for head, t in self.trigrams.items()},
+            "level_pairs": dict(self.level_pairs),
+        }
 
     @classmethod
-    def from_dict(
-        cls, values: Mapping[str, Any], *, config: TrainConfig, shapes: WindowShapes
-    ) -> Self:
-        """Unpack what :meth:`as_dict` packed; an older one can lack trigrams and level pairs.
+    def from_dict(cls, values: Mapping[str, Any], *, objective: Objective) -> Self:
+        """Unpack what :meth:`as_dict` packed; parts that are left out are not fitted.
 
         Raises:
             ConfigError: a value has no counts, or counts of another shape.
         """
-        expected = _no_counts(config, shapes)
-        counts = {
-            head: _check_counts(stored, expected[head].shape, name=f"the baseline of {head}")
-            for head, stored in values["counts"].items()
-            if head in expected
-        }
-        trigrams = {
-            head: Trigrams.from_counts(*stored, vocab_size=shapes.vocab_size)
-            for head, stored in values.get("trigrams", {}).items()
-            if head in expected and head != Head.AUDIO
-        }
-        pairs, no_pairs = None, _no_pairs(expected)
-        if no_pairs is not None and (stored := values.get("level_pairs")) is not None:
-            pairs = _check_counts(stored, no_pairs.shape, name="the bigram of audio levels")
+        empty = _no_counts(objective)
         return cls(
-            config=config, shapes=shapes, counts=counts, trigrams=trigrams, level_pairs=pairs
+            objective=objective,
+            counts={
+                head: _check_counts(stored, empty[head].shape, name=f"the baseline of {head}")
+                for head, stored in values.get("counts", {}).items()
+                if head in empty
+            },
+            trigrams={
+                head: Trigrams.from_counts(*stored, vocab_size=len(empty[head]))
+                for head, stored in values.get("trigrams", {}).items()
+                if head in empty and empty[head].ndim == 1
+            },
+            level_pairs={
+                head: _check_counts(stored, _no_pairs(empty[head]).shape, name=f"{head}'s bigram")
+                for head, stored in values.get("level_pairs", {}).items()
+                if head in empty and empty[head].ndim == 2
+            },
         )
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, LossSum]:
@@ -210,10 +176,10 @@ class Baselines:
         targets = {name: torch.as_tensor(value) for name, value in batch["targets"].items()}
         weight_B = torch.as_tensor(batch["weight"])
         sums = {}
-        for head in self.config.heads:
-            one_head = _with_one_head(head, self.config)
+        for head in self.objective.weights:
+            one_head = dataclasses.replace(self.objective, weights={head: 1.0})
             for name, output in self._outputs(head, targets).items():
-                scored = loss_sums({str(head): output}, targets, weight_B, config=one_head)
+                scored = loss_sums({head: output}, targets, weight_B, objective=one_head)
                 sums[f"{head}/{name}"] = scored[f"loss_{head}"]
         return sums
 
@@ -226,29 +192,24 @@ class Baselines:
                 totals[name] = totals[name] + total if name in totals else total
         return {name: float(total[0] / total[1]) for name, total in totals.items()}
 
-    def _outputs(self, head: Head, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _outputs(self, head: str, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs of the head's baselines, in the form of the model's outputs."""
         target, valid = targets[head], targets[f"{head}_valid"]
-        if head is Head.ANIMATION:
-            per_tick = self.shapes.sensor_samples_per_tick
-            rate_hz = self.shapes.tick_rate_hz * per_tick
-            return {
-                "copy_last_pose": copy_last_pose(target, valid, per_tick=per_tick),
-                "constant_velocity": constant_velocity(
-                    target, valid, per_tick=per_tick, rate_hz=rate_hz
-                ),
-            }
+        shape = self.objective.shapes.target_shape(head)
+        if shape.kind is Kind.SENSOR:
+            rate_hz = self.objective.shapes.tick_rate_hz
+            return sensor_outputs(target, valid, shape, tick_rate_hz=rate_hz)
         if head not in self.counts:
             return {}
-        if head is Head.AUDIO:
-            per_tick = self.shapes.audio_frames_per_tick
-            sizes = (len(target), target.shape[1] // per_tick, per_tick)
+        if shape.kind is Kind.AUDIO:
+            sizes = (len(target), target.shape[1] // shape.per_tick, shape.per_tick)
             log_probs_CL = unigram(self.counts[head]).to(target.device)
             outputs = {"unigram": log_probs_CL.expand(*sizes, -1, -1)}
-            if self.level_pairs is not None:
-                outputs["bigram"] = self._bigram(target, valid).view(*sizes, *log_probs_CL.shape)
+            if head in self.level_pairs:
+                log_probs_BSCL = self._bigram(head, target, valid)
+                outputs["bigram"] = log_probs_BSCL.view(*sizes, *log_probs_CL.shape)
             return outputs
-        pad_weight = self.config.model.pad_weight
+        pad_weight = self.objective.pad_weight
         log_probs_V = unigram(self.counts[head], pad_weight=pad_weight).to(target.device)
         outputs = {"unigram": log_probs_V.expand(*target.shape, -1)}
         if head in self.trigrams:
@@ -258,22 +219,21 @@ class Baselines:
             outputs["trigram"] = log_probs_BTV.to(target.device)
         return outputs
 
-    def _bigram(self, levels_BAC: Tensor, valid_BA: Tensor) -> Tensor:
-        """Log-probabilities [B, A, C, L] of each frame of the next tick, given the previous frame.
+    def _bigram(self, head: str, levels_BSC: Tensor, valid_BS: Tensor) -> Tensor:
+        """Log-probabilities [B, S, C, L] of each frame of the next tick, given the previous frame.
 
         After a masked frame they are the unigram's.
         """
-        assert self.level_pairs is not None
-        per_tick = self.shapes.audio_frames_per_tick
-        unigram_CL = unigram(self.counts[Head.AUDIO])
-        transitions_CLL = level_transitions(self.level_pairs, unigram_CL).log().float()
+        per_tick = self.objective.shapes.target_shape(head).per_tick
+        unigram_CL = unigram(self.counts[head])
+        transitions_CLL = level_transitions(self.level_pairs[head], unigram_CL).log().float()
         # A tick's outputs are for the next tick: frame a - 1 + per_tick predicts a + per_tick. The
         # frames that wrap around give outputs of the last tick, which have no target.
-        known_BA, before_BAC = (x.roll(1 - per_tick, dims=1).cpu() for x in (valid_BA, levels_BAC))
-        before_BAC = before_BAC.long().masked_fill(~known_BA[..., None], 0)
-        log_probs_BACL = transitions_CLL[torch.arange(len(unigram_CL)), before_BAC]
-        chosen = torch.where(known_BA[..., None, None], log_probs_BACL, unigram_CL)
-        return chosen.to(levels_BAC.device)
+        known_BS, before_BSC = (x.roll(1 - per_tick, dims=1).cpu() for x in (valid_BS, levels_BSC))
+        before_BSC = before_BSC.long().masked_fill(~known_BS[..., None], 0)
+        log_probs_BSCL = transitions_CLL[torch.arange(len(unigram_CL)), before_BSC]
+        chosen = torch.where(known_BS[..., None, None], log_probs_BSCL, unigram_CL)
+        return chosen.to(levels_BSC.device)
 
 
 def unigram(counts: Tensor, *, pad_weight: float | None = None) -> Tensor:
@@ -292,42 +252,84 @@ def unigram(counts: Tensor, *, pad_weight: float | None = None) -> Tensor:
     return (smoothed / smoothed.sum(-1, keepdim=True)).log().float()
 
 
-def copy_last_pose(poses_BSP: Tensor, valid_BS: Tensor, *, per_tick: int) -> Tensor:
-    """Repeat the last valid pose, angles and velocities, for all samples of the next tick.
+def sensor_outputs(
+    values_BSD: Tensor, valid_BS: Tensor, shape: StreamShape, *, tick_rate_hz: float
+) -> dict[str, Tensor]:
+    """Predict the next tick's samples of a sensor from its last valid sample.
+
+    Before the first sample the values are 0, the identity or +z.
 
     Returns:
-        [B, T, per_tick, P], float32; zeros before the first valid pose.
+        Each [B, T, samples per tick, D], float32: "copy_last" repeats the last sample, velocities
+        too; "constant_velocity" extrapolates it, keeps velocities, and does not wrap angles.
     """
-    last_BTP, _ = _last_poses(poses_BSP, valid_BS, per_tick)
-    return last_BTP[:, :, None].expand(-1, -1, per_tick, -1)
+    per_tick, device = shape.per_tick, valid_BS.device
+    last_BT = last_positions(valid_BS, per_tick=per_tick)
+    known_BT, index_BT = last_BT >= 0, last_BT.clamp(min=0)
+    initial_D = SensorValues(shape.values).initial().to(device)
+    last_BTD = values_BSD.float().gather(1, index_BT[..., None].expand(-1, -1, len(initial_D)))
+    last_BTD = torch.where(known_BT[..., None], last_BTD, initial_D)
+    # Times of all positions; those without a sample, and those after the window, have any time.
+    num_ticks = valid_BS.shape[1] // per_tick
+    positions = sample_positions(shape, num_ticks=num_ticks, tick_rate_hz=tick_rate_hz)
+    times_s_S = torch.zeros(valid_BS.shape[1] + per_tick)
+    times_s_S[torch.from_numpy(positions)] = torch.arange(len(positions)) / shape.rate_hz
+    times_s_S = times_s_S.to(device)
+    last_s_BT, next_s_TS = times_s_S[index_BT], times_s_S[per_tick:].view(num_ticks, per_tick)
+
+    still_BTSD = last_BTD[:, :, None].expand(-1, -1, per_tick, -1)
+    rates_BTD = _rates(last_BTD, last_s_BT, known_BT, groups=shape.values)
+    moves_BTSD = rates_BTD[:, :, None] * (next_s_TS - last_s_BT[..., None])[..., None]
+    is_rate = [RULES[group.type].is_rate for group in shape.values for _ in range(group.count)]
+    moves_BTSD = torch.where(torch.tensor(is_rate, device=device), still_BTSD, moves_BTSD)
+    moved_BTSD = move_values(still_BTSD, moves_BTSD, shape.values)
+    return {"copy_last": still_BTSD, "constant_velocity": moved_BTSD}
 
 
-def constant_velocity(
-    poses_BSP: Tensor, valid_BS: Tensor, *, per_tick: int, rate_hz: float
+def _rates(
+    last_BTD: Tensor, last_s_BT: Tensor, known_BT: Tensor, *, groups: Sequence[ValueGroup]
 ) -> Tensor:
-    """Extrapolate the last valid pose: its velocities (rad/s) move its angles (rad).
+    """Return the change of each value per second, [B, T, D].
 
-    Returns:
-        [B, T, per_tick, P], float32; the angles are not wrapped.
+    It is the recorded velocity if the next group has it. Otherwise it follows from the last sample
+    of the tick before; 0 if that is the same sample, or there is none.
     """
-    last_BTP, last_BT = _last_poses(poses_BSP, valid_BS, per_tick)
-    index = torch.arange(valid_BS.shape[1], device=valid_BS.device).view(-1, per_tick) + per_tick
-    elapsed_s = (index[None] - last_BT[..., None]).float() / rate_hz
-    angles, velocities = last_BTP[:, :, None].expand(-1, -1, per_tick, -1).chunk(2, dim=-1)
-    return torch.cat([angles + velocities * elapsed_s[..., None], velocities], dim=-1)
+    before_BTD, before_s_BT, was_known_BT = (
+        torch.cat([x[:, :1], x[:, :-1]], dim=1) for x in (last_BTD, last_s_BT, known_BT)
+    )
+    elapsed_s_BT1 = (last_s_BT - before_s_BT)[..., None]
+    is_moving_BT1 = was_known_BT[..., None] & (elapsed_s_BT1 > 0)
+    sizes = [group.count for group in groups]
+    last, before = (torch.split(x, sizes, dim=-1) for x in (last_BTD, before_BTD))
+    rates = []
+    for index, group in enumerate(groups):
+        if _is_rate_of(groups[index + 1 : index + 2], group):
+            rates.append(last[index + 1])
+        else:
+            change = _change(before[index], last[index], group) / elapsed_s_BT1
+            rates.append(torch.where(is_moving_BT1, change, 0.0))
+    return torch.cat(rates, dim=-1)
 
 
-def _last_poses(poses_BSP: Tensor, valid_BS: Tensor, per_tick: int) -> tuple[Tensor, Tensor]:
-    """Last valid pose at the end of each tick, float32 [B, T, P], and its sample index, [B, T].
+def _is_rate_of(following: Sequence[ValueGroup], group: ValueGroup) -> bool:
+    """Return whether the group that follows, if any, has the velocity of each value of `group`."""
+    return any(
+        RULES[each.type].is_rate
+        and each.count == group.count
+        and each.unit_label == f"{group.unit_label}/s"
+        for each in following
+    )
 
-    Before the first one: zeros, at index 0.
-    """
-    index_S = torch.arange(valid_BS.shape[1], device=valid_BS.device)
-    last_BS = torch.where(valid_BS, index_S, -1).cummax(dim=1).values
-    last_BT = last_BS[:, per_tick - 1 :: per_tick]
-    index_BTP = last_BT.clamp(min=0)[..., None].expand(-1, -1, poses_BSP.shape[2])
-    last_BTP = poses_BSP.float().gather(1, index_BTP)
-    return last_BTP.masked_fill((last_BT < 0)[..., None], 0.0), last_BT.clamp(min=0)
+
+def _change(before: Tensor, after: Tensor, group: ValueGroup) -> Tensor:
+    """Return the shortest change from one value of a group to another."""
+    if group.type is ValueType.ANGLE:
+        return torch.remainder(after - before + math.pi, 2 * math.pi) - math.pi
+    if group.type is ValueType.QUATERNION:
+        old, new = (torch.unflatten(x, -1, (-1, group.vector_size)) for x in (before, after))
+        is_opposite = (old * new).sum(-1, keepdim=True) < 0
+        before = torch.where(is_opposite, -old, old).flatten(-2)
+    return after - before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -483,37 +485,27 @@ def _count(values: Tensor, valid: Tensor, weight_B: Tensor, shape: torch.Size) -
     return torch.bincount(index.flatten(), flat_weights, minlength=shape.numel()).view(shape)
 
 
-def _no_counts(config: TrainConfig, shapes: WindowShapes) -> dict[str, Tensor]:
-    """Make zero counts of each head with a unigram."""
-    levels, tokens = (shapes.mel_channels, shapes.mel_levels), (shapes.vocab_size,)
+def _no_counts(objective: Objective) -> dict[str, Tensor]:
+    """Make zero counts of each text and audio head: [V], or [C, L]."""
+    shapes = {head: objective.shapes.target_shape(head) for head in objective.weights}
     return {
-        str(head): torch.zeros(levels if head is Head.AUDIO else tokens, dtype=torch.float64)
-        for head in config.heads
-        if head in UNIGRAM_STATISTICS
+        head: torch.zeros(*shape.size, shape.num_classes, dtype=torch.float64)
+        for head, shape in shapes.items()
+        if shape.kind is not Kind.SENSOR
     }
 
 
-def _no_pairs(counts: Mapping[str, Tensor]) -> Tensor | None:
+def _no_pairs(counts_CL: Tensor) -> Tensor:
     """Make zero counts of successive levels."""
-    if Head.AUDIO not in counts:
-        return None
-    num_channels, num_levels = counts[Head.AUDIO].shape
-    return torch.zeros(num_channels, num_levels, num_levels, dtype=torch.float64)
+    return counts_CL.new_zeros(*counts_CL.shape, counts_CL.shape[-1])
 
 
 def _check_counts(stored: object, size: torch.Size, *, name: str) -> Tensor:
-    """Check counts from a file, a tensor or (in old files) lists of numbers; return float64.
+    """Check counts from a file.
 
     Raises:
-        ConfigError: the value has no counts, or counts of another size.
+        ConfigError: they are no tensor, or counts of another size.
     """
-    rows: list[Any] = stored if isinstance(stored, list) and len(size) > 1 else [stored]
-    # Memory is allocated only for rows of numbers that have one length.
-    is_listed = all(
-        isinstance(row, list) and all(isinstance(each, int | float) for each in row) for row in rows
-    )
-    if is_listed and len({len(row) for row in rows}) == 1:
-        stored = torch.tensor(stored, dtype=torch.float64)
     if not isinstance(stored, Tensor):
         raise ConfigError(f"{name} has no counts; {_REFIT}")
     if stored.shape != size:
@@ -525,12 +517,3 @@ def _check_counts(stored: object, size: torch.Size, *, name: str) -> Tensor:
     if not is_plain or not bool((torch.isfinite(stored) & (stored >= 0)).all()):
         raise ConfigError(f"{name} has counts that are negative or not numbers; {_REFIT}")
     return stored.to(torch.float64)
-
-
-def _with_one_head(head: Head, config: TrainConfig) -> TrainConfig:
-    """Make a configuration with one head, for :func:`train.model.losses.loss_sums` to score."""
-    weights = LossWeights(**{str(other): float(other is head) for other in Head})
-    return TrainConfig(
-        training=TrainingConfig(loss_weights=weights),
-        model=ModelConfig(pad_weight=config.model.pad_weight),
-    )

@@ -307,10 +307,16 @@ def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
     present = {name: shapes.streams[name] for name in shapes.inputs if name in inputs}
     others = {name: shape for name, shape in present.items() if shape.kind is not Kind.VIDEO}
     for name, shape in others.items():
-        if inputs[name].ndim != 2 + len(shape.size):
+        size = tuple(inputs[name].shape[2:])
+        if len(size) != len(shape.size):
             raise ConfigError(
                 f"{name} has the shape {list(inputs[name].shape)}, a dimension too many or too "
                 "few; fix: give the DataLoader collate_fn=real_data_collate_fn, which joins windows"
+            )
+        if size != shape.size:
+            raise ConfigError(
+                f"{name} has {size[0]} values per sample, the model is made for {shape.size[0]}; "
+                f"fix: {_FIX_SHAPES}"
             )
     spans = {name: (inputs[name].shape[1], shape.per_tick) for name, shape in others.items()}
     if not spans:

@@ -33,7 +33,7 @@ from train.model.encoders import (
     module_key,
 )
 from train.model.losses import Objective
-from train.model.values import SensorValues
+from train.model.values import SensorValues, last_positions
 from train.shapes import WindowShapes
 
 if TYPE_CHECKING:
@@ -311,24 +311,16 @@ class MultiModalCreature(nn.Module):
             if before_BV is None:
                 before_BV = self._sensor(name).initial().expand(batch, -1)
             if name in self.shapes.inputs and name in inputs:
-                values = (inputs[name], inputs[f"{name}_valid"])
-                last[name] = _last_of_ticks(*values, before_BV, per_tick=shape.per_tick)
+                last_BT = last_positions(inputs[f"{name}_valid"], per_tick=shape.per_tick)
+                values_BSV = torch.cat([before_BV[:, None], inputs[name].float()], dim=1)
+                index_BTV = (last_BT + 1)[..., None].expand(-1, -1, values_BSV.shape[2])
+                last[name] = values_BSV.gather(1, index_BTV)
             else:
                 last[name] = before_BV[:, None].expand(-1, num_ticks, -1)
         return last
 
     def _rotations(self, x_BTD: Tensor, first: int) -> Tensor:
         return rotations(x_BTD.shape[1], first=first, head_dim=self.head_dim, device=x_BTD.device)
-
-
-def _last_of_ticks(x_BSV: Tensor, valid_BS: Tensor, before_BV: Tensor, *, per_tick: int) -> Tensor:
-    """Return the last valid sample at or before the end of each tick, float32 [B, T, V]."""
-    x_BSV = torch.cat([before_BV[:, None], x_BSV.float()], dim=1)
-    # Index of the last valid sample up to each one; 0 is the sample before these ticks.
-    index_S = torch.arange(1, valid_BS.shape[1] + 1, device=valid_BS.device)
-    last_BS = torch.where(valid_BS, index_S, 0).cummax(dim=1).values
-    last_BT1 = last_BS[:, per_tick - 1 :: per_tick, None]
-    return x_BSV.gather(1, last_BT1.expand(-1, -1, x_BSV.shape[2]))
 
 
 def dimensions(model: ModelConfig) -> tuple[int, int, int]:
@@ -362,15 +354,11 @@ def init_weights(model: MultiModalCreature) -> None:
         nn.init.normal_(parameter, std=INIT_STD)
     for module in model.modules():
         _init_module(module)
-    frames = model.encoder.frames
-    for blocks in (model.blocks, frames.blocks if frames is not None else []):
-        for block in blocks:
-            for layer in (block.attention, block.mlp):
-                nn.init.normal_(layer.out.weight, std=INIT_STD / math.sqrt(2 * len(blocks)))
-    for norm in model.encoder.norms.values():
-        nn.init.constant_(norm.weight, len(model.encoder.norms) ** -0.5)
+    for parameter in model.encoder.norms.parameters():
+        nn.init.constant_(parameter, len(model.encoder.norms) ** -0.5)
     for head in model.target_std:
-        nn.init.zeros_(model.predictors[module_key(head)].weight)
+        for parameter in model.predictors[module_key(head)].parameters():
+            nn.init.zeros_(parameter)
 
 
 def _init_module(module: nn.Module) -> None:
@@ -381,3 +369,8 @@ def _init_module(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, AudioEncoder):
         nn.init.normal_(module.levels.weight)  # smaller, validity would dominate the levels
+    elif isinstance(module, nn.ModuleList):
+        for block in module:
+            assert isinstance(block, Block)
+            for layer in (block.attention, block.mlp):
+                nn.init.normal_(layer.out.weight, std=INIT_STD / math.sqrt(2 * len(module)))

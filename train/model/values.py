@@ -108,9 +108,9 @@ RULES: Final[Mapping[ValueType, ValueRule]] = {
 
 def split(x: Tensor, groups: Sequence[ValueGroup]) -> list[tuple[ValueRule, Tensor]]:
     """Split [..., D] into the groups' vectors [..., N, V], each with its rule."""
-    parts = x.split([group.count for group in groups], dim=-1)
+    parts = torch.split(x, [group.count for group in groups], dim=-1)
     return [
-        (RULES[group.type], part.unflatten(-1, (group.count // group.vector_size, -1)))
+        (RULES[group.type], torch.unflatten(part, -1, (group.count // group.vector_size, -1)))
         for group, part in zip(groups, parts, strict=True)
     ]
 
@@ -135,6 +135,25 @@ def value_errors(
     pairs = zip(split(output / std, groups), split(target / std, groups), strict=True)
     means = [rule.error(out, true).flatten(-2).mean(-1) for (rule, out), (_, true) in pairs]
     return torch.stack(means).sum(0)
+
+
+def move_values(start: Tensor, move: Tensor, groups: Sequence[ValueGroup]) -> Tensor:
+    """Add a move to values [..., D]; quaternions and directions are normalized.
+
+    Velocities start from 0.
+    """
+    moved = []
+    for (rule, old), (_, change) in zip(split(start, groups), split(move, groups), strict=True):
+        new = change if rule.is_rate else old + change
+        moved.append(F.normalize(new, dim=-1, eps=MIN_NORM) if rule.is_unit else new)
+    return join(moved)
+
+
+def last_positions(valid_BS: Tensor, *, per_tick: int) -> Tensor:
+    """Return the last valid position up to the end of each tick, int64 [B, T]; -1 if none."""
+    index_S = torch.arange(valid_BS.shape[1], device=valid_BS.device)
+    last_BS = torch.where(valid_BS, index_S, -1).cummax(dim=1).values
+    return last_BS[:, per_tick - 1 :: per_tick]
 
 
 class SensorValues(nn.Module):
@@ -210,13 +229,5 @@ class SensorValues(nn.Module):
         return join([part for rule, part in vectors if rule.is_rate] or [x[..., None, :0]])
 
     def predict(self, last: Tensor, residual: Tensor) -> Tensor:
-        """Move the last values [..., D] by a residual in units of the standard deviation.
-
-        Velocities start from 0. Quaternions and directions are normalized.
-        """
-        predicted = []
-        moves = split(residual * self.std, self.groups)
-        for (rule, start), (_, move) in zip(split(last, self.groups), moves, strict=True):
-            moved = move if rule.is_rate else start + move
-            predicted.append(F.normalize(moved, dim=-1, eps=MIN_NORM) if rule.is_unit else moved)
-        return join(predicted)
+        """Move the last values [..., D] by a residual in units of the standard deviation."""
+        return move_values(last, residual * self.std, self.groups)
