@@ -38,6 +38,16 @@ needs its own stream too, because an event that has started continues predictabl
 sentences end, and joints move. The loudness of a tone does not reveal the force. The finger holds
 the ball for 0.2 s, so its flight does not reveal the force before the report's first word is due.
 
+Both cameras follow the ball with their gaze: ``gaze.csv`` has the direction from each camera to the
+ball at 120 Hz, in the axes of :mod:`preprocess.demo.cameras`. The default recipe does not declare
+it; these lines under ``streams:`` do::
+
+  gaze:
+    kind: sensor
+    file: gaze.csv
+    rate_hz: 120
+    values: [{count: 6, type: direction, names: [lx, ly, lz, rx, ry, rz]}]
+
 The motors of the joints are louder the faster they turn, so that audio follows proprio. Behind
 them is a mains hum. Hum and motors are partials of 50 Hz: broadband, never silent, and the hum is
 the same in every 20 ms. So a model can learn events from the sound, not noise.
@@ -84,13 +94,8 @@ from preprocess.demo.cameras import (
     write_video,
 )
 from shared.errors import ConfigError, SessionError
-from shared.session.folder import (
-    AUDIO_FILE,
-    METADATA_FILE,
-    SESSION_INFO_FILE,
-    TEXT_FILE,
-    VISION_FILES,
-)
+from shared.session.folder import SESSION_INFO_FILE
+from shared.streams import METADATA_FILE, TEXT_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,10 +106,17 @@ if TYPE_CHECKING:
     Float64Array = npt.NDArray[np.float64]
 
 GENERATOR = "preprocess.demo.world"
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Increase when the same parameters give other bytes, so that older sessions are rebuilt."""
 
-FILES = (METADATA_FILE, *VISION_FILES.values(), AUDIO_FILE, TEXT_FILE)
+VIDEO_FILES = {"vision_left.mp4": -BASELINE_M / 2, "vision_right.mp4": BASELINE_M / 2}
+"""The video of each camera, and the camera's x coordinate in meters."""
+
+AUDIO_FILE, GAZE_FILE = "audio.wav", "gaze.csv"
+FILES = (METADATA_FILE, *VIDEO_FILES, AUDIO_FILE, TEXT_FILE, GAZE_FILE)
+
+GAZE_RATE_HZ = 120
+GAZE_COLUMNS = ("lx", "ly", "lz", "rx", "ry", "rz")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,6 +266,7 @@ def _write_session(folder: Path, number: int, parameters: DemoParameters) -> Non
         ],
     )
     _write_lines(folder / TEXT_FILE, list_texts(contacts, duration_s=duration_s))
+    _write_gaze(folder / GAZE_FILE, contacts, duration_s=duration_s)
     wave = sound(contacts, times_s, velocities, duration_s=duration_s, rng=sound_rng)
     pcm = (wave * 32767).round().clip(-32768, 32767).astype(np.int16)
     soundfile.write(folder / AUDIO_FILE, pcm, AUDIO_RATE_HZ, subtype="PCM_16")
@@ -269,14 +282,30 @@ def _write_vision(
 ) -> None:
     """Write the videos of both cameras, in a room with colors drawn per session."""
     paint = np.array([0.42, 0.5, 0.46, 0.48])[:, None] * rng.uniform(0.9, 1.1, size=(4, 3))
-    for name, side in zip(VISION_FILES.values(), (-1, 1), strict=True):
-        camera = make_camera(side * BASELINE_M / 2, size=parameters.image_size, paint=paint)
+    for name, x_m in VIDEO_FILES.items():
+        camera = make_camera(x_m, size=parameters.image_size, paint=paint)
         write_video(
             folder / name,
             render_frames(camera, scene),
             size=parameters.image_size,
             rate_hz=parameters.rate_hz,
         )
+
+
+def _write_gaze(path: Path, contacts: Sequence[Contact], *, duration_s: float) -> None:
+    """Write the direction from each camera to the ball as a table, one line per reading."""
+    times_s = np.arange(round(duration_s * GAZE_RATE_HZ)) / GAZE_RATE_HZ
+    ball_m, _ = fly_ball(contacts, times_s)
+    rays_m = [ball_m - [x_m, 0.0, 0.0] for x_m in VIDEO_FILES.values()]
+    directions = [ray_m / np.linalg.norm(ray_m, axis=1, keepdims=True) for ray_m in rays_m]
+    np.savetxt(
+        path,
+        np.column_stack([times_s, *directions]),
+        fmt="%.6f",
+        delimiter=",",
+        header=",".join(("timestamp", *GAZE_COLUMNS)),
+        comments="",
+    )
 
 
 def _describe(

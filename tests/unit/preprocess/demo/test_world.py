@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import av
 import numpy as np
@@ -12,8 +13,12 @@ import soundfile
 
 import preprocess.demo.world
 from preprocess.demo.world import write_demo_sessions
+from shared.config import make_section, parse_yaml
 from shared.errors import ConfigError, SessionError
+from shared.recipe import Recipe
+from shared.session.folder import read_readings
 
+ROOT = Path(__file__).resolve().parents[4]
 DURATION_S = 8.0
 SIZE = 192
 SMALL = {"duration_s": 4.0, "image_size": 32}
@@ -23,6 +28,7 @@ FILES = {
     "vision_right.mp4",
     "audio.wav",
     "text.jsonl",
+    "gaze.csv",
     "session.json",
 }
 
@@ -309,6 +315,59 @@ def test_the_disparity_of_the_ball_is_focal_length_times_baseline_over_depth(inf
         assert near == pytest.approx(scale / contact["ball_m"][1], abs=1.0)
         num_checked += 1
     assert num_checked >= 3
+
+
+def test_the_gaze_of_both_cameras_is_on_the_ball(folder, info):
+    gaze = np.genfromtxt(folder / "gaze.csv", delimiter=",", names=True)
+    assert len(gaze) == DURATION_S * 120
+    np.testing.assert_allclose(gaze["timestamp"], np.arange(len(gaze)) / 120, atol=1e-6)
+    half_m = info["eyes"]["baseline_m"] / 2
+    for contact in info["contacts"]:
+        if contact["wall_time_s"] < 0 or contact["time_s"] + 0.2 > DURATION_S:
+            continue
+        # In the hand, the ball hops for 0.2 s under 4 m/s2; at the wall it is for an instant.
+        held = gaze[round((contact["time_s"] + 0.1) * 120)]
+        held_s = held["timestamp"] - contact["time_s"]
+        hop_m = np.array([0, 0, 2 * held_s * (0.2 - held_s)])
+        for reading, ball_m, tolerance in (
+            (held, contact["ball_m"] + hop_m, 1e-5),
+            (gaze[round(contact["wall_time_s"] * 120)], contact["wall_m"], 0.02),
+        ):
+            for side, x_m in (("l", -half_m), ("r", half_m)):
+                ray_m = np.array(ball_m) - [x_m, 0, 0]
+                direction = [reading[side + axis] for axis in "xyz"]
+                expected = ray_m / np.linalg.norm(ray_m)
+                np.testing.assert_allclose(direction, expected, atol=tolerance)
+
+
+def test_the_gaze_shows_where_the_ball_is_in_the_pictures(folder, info, videos):
+    gaze = np.genfromtxt(folder / "gaze.csv", delimiter=",", names=True)
+    for contact in info["contacts"]:
+        frame = round((contact["time_s"] + 0.1) * 30)
+        if contact["time_s"] < 0 or frame >= len(videos["left"]):
+            continue
+        for side in ("left", "right"):
+            x, y = (gaze[side[0] + axis][frame * 4] for axis in "xy")
+            expected = SIZE / 2 + info["eyes"]["focal_px"] * x / y
+            measured = column_of(videos[side][frame], (0.75, 0.75, 0.75))
+            assert measured == pytest.approx(expected, abs=5.0)  # fingers hide parts
+
+
+def test_five_more_lines_of_a_recipe_declare_the_gaze(folder):
+    lines = (ROOT / "configs/recipe.yaml").read_text().splitlines()
+    doc = preprocess.demo.world.__doc__.splitlines()
+    start = doc.index("  gaze:")
+    at = next(i for i, line in enumerate(lines) if line.startswith("streams:")) + 1
+    recipe = make_section(
+        Recipe,
+        parse_yaml("\n".join([*lines[:at], *doc[start : start + 5], *lines[at:]]), origin="f"),
+    )
+    assert set(recipe.streams) == {*Recipe().streams, "gaze"}
+    (readings,) = read_readings(folder, recipe, ["gaze"]).values()
+    assert readings.values.shape == (DURATION_S * 120, 6)
+    np.testing.assert_allclose(
+        np.linalg.norm(readings.values.reshape(-1, 2, 3), axis=2), 1, atol=1e-6
+    )
 
 
 def test_the_picture_reveals_the_finger_before_the_internal_text(info, videos):
