@@ -365,8 +365,8 @@ class SensorStream(SensorDefaults, StreamBase):
     @property
     def source(self) -> dict[str, Any]:
         """Keys that say where the stream is; no two streams of a kind agree in all of them."""
-        names = {} if self.file.endswith(".jsonl") and self.key else {"names": self.names}
-        return {"file": self.file, "key": self.key, **names}
+        columns = {"key": self.key} if self.key else {"names": self.names}
+        return {"file": self.file, **columns}
 
     @property
     def size(self) -> int:

@@ -246,13 +246,14 @@ def test_two_streams_of_one_source_are_refused(stream, keys):
     assert keys in message
 
 
-def test_names_do_not_make_two_sources_of_one_key():
+@pytest.mark.parametrize("file", ["metadata.jsonl", "hands.csv"])
+def test_names_do_not_make_two_sources_of_one_key(file):
     named = [{"count": 2, "type": "scalar", "names": ["x", "y"]}]
     both = {
-        name: {"kind": "sensor", "key": "k", "values": values}
+        name: {"kind": "sensor", "file": file, "key": "k", "values": values}
         for name, values in (("a", VALUES), ("b", named))
     }
-    assert "file metadata.jsonl, key k" in complaint({"streams": both})
+    assert f"file {file}, key k" in complaint({"streams": both})
 
 
 def test_streams_may_share_a_file_with_other_keys_and_tracks():
