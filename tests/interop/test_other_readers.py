@@ -1,4 +1,4 @@
-"""Run the examples of other readers in docs/format.md, and compare them with the files' members.
+"""Run every example of docs/format.md, and compare it with the files' members.
 
 The heavy ones run in the virtual environment of the peers' benchmark.
 """
@@ -18,15 +18,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shared.kinds.video import decode_pictures
+from shared.shardset.index import open_index
+from shared.shardset.manifest import read_manifest
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
 PEERS = ROOT / "data" / "bench" / "peers-venv"
 
 
+def blocks(language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
 def code_with(word, language="python"):
-    section = PAGE.split("\n## Other readers\n")[1].split("\n## ")[0]
-    blocks = re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
-    (found,) = (block for block in blocks if word in block)
+    (found,) = (block for block in blocks(language) if word in block)
+    return found
+
+
+def run_example(word, folder, monkeypatch):
+    """Run the example with a word in a set's folder; return its variables."""
+    monkeypatch.chdir(folder)
+    found: dict = {}
+    exec(code_with(word), found)
     return found
 
 
@@ -47,20 +61,80 @@ def members(folder, column):
     return found
 
 
+MARKS = (
+    "def read_index",
+    "safe_open",
+    "av.open",
+    "webdataset.",
+    "tensorstore",
+    "xarray",
+    "load_dataset",
+)
+"""A word of each Python example."""
+
+
+def test_every_example_is_run_by_a_test():
+    assert sorted(code_with(mark) for mark in MARKS) == sorted(blocks())
+    assert [code_with("energon prepare", "bash")] == blocks("bash")
+
+
+def test_plain_python_reads_an_index_and_a_member(tiny_set, monkeypatch):
+    found = run_example("def read_index", tiny_set, monkeypatch)
+    ours = open_index(tiny_set / "train-000000.index")
+    assert found["header"] == {"version": 3, **ours.header}
+    assert found["arrays"].keys() == ours.arrays.keys()
+    for name, array in ours.arrays.items():
+        np.testing.assert_array_equal(found["arrays"][name], array)
+    assert found["wav"] == members(tiny_set, "audio")[ours.key(0)]
+
+
+def test_safetensors_reads_an_index(tiny_set, monkeypatch):
+    by_hand = run_example("def read_index", tiny_set, monkeypatch)
+    found = run_example("safe_open", tiny_set, monkeypatch)
+    assert found["header"] == by_hand["header"]
+    assert found["arrays"].keys() == by_hand["arrays"].keys()
+    for name, array in by_hand["arrays"].items():
+        np.testing.assert_array_equal(found["arrays"][name], array)
+
+
+def test_av_reads_every_picture(tiny_set, monkeypatch):
+    found = run_example("av.open", tiny_set, monkeypatch)["pictures"]
+    stored = members(tiny_set, "vision_left")
+    names = {name.partition(".")[0]: pictures for name, pictures in found.items()}
+    assert names.keys() <= stored.keys()
+    for key, pictures in names.items():
+        ours = np.zeros_like(pictures)
+        decode_pictures(
+            stored[key], spec=read_manifest(tiny_set).recipe.streams["vision_left"], out=ours
+        )
+        np.testing.assert_array_equal(ours, pictures)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_and_zarr_join_columns_by_key(tiny_set, monkeypatch):
+    joined = run_example("webdataset.", tiny_set, monkeypatch)["joined"]
+    index = open_index(tiny_set / "train-000000.index")
+    assert sorted(joined) == sorted(index.key(row) for row in range(index.num_samples))
+    for row in range(index.num_samples):
+        sample = joined[index.key(row)]
+        expected = chunk(tiny_set / "train-000000.touch.zarr.zip", f"touch/c/{row}/0/0", "<f4")
+        np.testing.assert_array_equal(sample["touch"], expected)
+        streams = {name.partition(".")[0] for name in sample if not name.startswith("__")}
+        tars = {"vision_left", "audio", "internal_text"}
+        assert streams - {"touch"} == tars & set(index.present_streams(row))
+
+
 def test_tensorstore_reads_a_chunk_of_a_zarr_column(tiny_set, monkeypatch):
-    monkeypatch.chdir(tiny_set)
-    found: dict = {}
-    exec(code_with("tensorstore"), found)
-    expected = chunk(tiny_set / "train-000000.proprio.zarr.zip", "touch/c/0/0/0", "<f4")
+    found = run_example("tensorstore", tiny_set, monkeypatch)
+    expected = chunk(tiny_set / "train-000000.touch.zarr.zip", "touch/c/0/0/0", "<f4")
     np.testing.assert_array_equal(found["row"], expected)
-    assert found["touch"].domain.labels == ("sample", "time", "finger")
+    assert found["touch"].domain.labels == ("segment", "time", "value")
 
 
 def test_xarray_reads_a_chunk_of_a_zarr_column(tiny_set, monkeypatch):
-    monkeypatch.chdir(tiny_set)
-    found: dict = {}
-    exec(code_with("xarray"), found)
-    expected = chunk(tiny_set / "train-000000.dmel.zarr.zip", "dmel/c/0/0/0", "u1")
+    found = run_example("xarray", tiny_set, monkeypatch)
+    expected = chunk(tiny_set / "train-000000.audio.dmel.zarr.zip", "dmel/c/0/0/0", "u1")
     np.testing.assert_array_equal(found["dmel"].to_numpy(), expected)
     assert found["dmel"].dims == ("frame", "channel")
 
@@ -98,7 +172,7 @@ def run(code, folder, peers_bin):
 @pytest.mark.slow
 def test_hugging_face_datasets_streams_a_column(copied_set, peers_bin):
     found = run(f"{code_with('load_dataset')}\nfound = texts", copied_set, peers_bin)
-    expected = {key: json.loads(text) for key, text in members(copied_set, "text").items()}
+    expected = {key: json.loads(text) for key, text in members(copied_set, "internal_text").items()}
     assert found == expected
     assert len(found) > 10
 
