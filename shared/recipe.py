@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path  # noqa: TC003 (pydantic reads it)
 from typing import Any, Literal
 
@@ -18,11 +19,15 @@ from shared.streams import (
     DEFAULT_STREAMS,
     DEFAULTS_OF_KIND,
     AudioDefaults,
+    AudioStream,
     Kind,
     SensorDefaults,
+    SensorStream,
     StreamSpec,
     TextDefaults,
+    TextStream,
     VideoDefaults,
+    VideoStream,
     check_stream_name,
 )
 
@@ -176,6 +181,26 @@ class Recipe(Section):
     def required(self) -> tuple[str, ...]:
         """Names of the streams that a session must have."""
         return tuple(name for name, stream in self.streams.items() if stream.required)
+
+    @cached_property
+    def videos(self) -> dict[str, VideoStream]:
+        """The video streams, by name."""
+        return {n: s for n, s in self.streams.items() if isinstance(s, VideoStream)}
+
+    @cached_property
+    def audios(self) -> dict[str, AudioStream]:
+        """The audio streams, by name."""
+        return {n: s for n, s in self.streams.items() if isinstance(s, AudioStream)}
+
+    @cached_property
+    def sensors(self) -> dict[str, SensorStream]:
+        """The sensor streams, by name."""
+        return {n: s for n, s in self.streams.items() if isinstance(s, SensorStream)}
+
+    @cached_property
+    def texts(self) -> dict[str, TextStream]:
+        """The text streams, by name."""
+        return {n: s for n, s in self.streams.items() if isinstance(s, TextStream)}
 
     def of_kind(self, *kinds: Kind) -> tuple[str, ...]:
         """Return the names of the streams of some kinds, sorted."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.recipe import Recipe
-    from shared.session.folder import SessionLines, TextEvent
+    from shared.session.lines import SessionLines, TextEvent
     from shared.streams import SensorStream
 
 TEXT_TAIL_S = 1.0
@@ -105,7 +105,7 @@ def align_streams(
             name,
             recorded_s - own_s,
             streams,
-            spec=recipe.streams[name],
+            spec=recipe.sensors[name],
             media_stop_s=media_stop_s,
         )
     texts = {

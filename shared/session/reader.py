@@ -98,13 +98,13 @@ class SessionReader:
 
     def _video(self, stream: str) -> VideoReader:
         if stream not in self._videos:
-            spec, start_s = self.recipe.streams[stream], self.scan.start_overrides.get(stream)
+            spec, start_s = self.recipe.videos[stream], self.scan.start_overrides.get(stream)
             self._videos[stream] = VideoReader(self.path / spec.file, spec, start_s=start_s)
         return self._videos[stream]
 
     def _audio_reader(self, stream: str) -> AudioReader:
         if stream not in self._audio:
-            spec = self.recipe.streams[stream]
+            spec = self.recipe.audios[stream]
             self._audio[stream] = AudioReader(
                 self.path / spec.file,
                 spec,
@@ -129,7 +129,7 @@ class SessionReader:
             offset_s = stream_offset(
                 name, first_s, scan.clock_offset_s, starts=scan.start_overrides, recipe=recipe
             )
-            readers[name] = SensorReader(own.times_s - offset_s, own.values, recipe.streams[name])
+            readers[name] = SensorReader(own.times_s - offset_s, own.values, recipe.sensors[name])
         return readers
 
     @cached_property
@@ -146,7 +146,7 @@ class SessionReader:
             )
             readers[name] = TextReader(
                 [event for event in shifted if 0 <= event.time_s < scan.duration_s],
-                recipe.streams[name],
+                recipe.texts[name],
                 tokenizer=self.tokenizer,
                 duration_s=scan.duration_s,
                 segment_s=recipe.segment_s,

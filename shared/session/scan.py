@@ -256,7 +256,7 @@ def _scan_audio(
     path: Path, name: str, start_s: float | None, recipe: Recipe, media: _Media
 ) -> None:
     """Measure the interval and the level of an audio stream."""
-    spec = recipe.streams[name]
+    spec = recipe.audios[name]
     sound = read_sound(path / spec.file, rate_hz=spec.rate_hz, track=spec.track)
     interval = media.intervals[name] = audio.align_sound(sound, start_s)
     if interval.start_s:
@@ -288,9 +288,9 @@ def _coverage(
 ) -> dict[str, tuple[float, ...]]:
     """Compute, per stream, the share of each segment that it covers."""
     compute: Mapping[Kind, Callable[[str], NDArray[np.float64]]] = {
-        Kind.VIDEO: lambda n: video.coverage(media.tracks[n], segments, recipe.streams[n]),
+        Kind.VIDEO: lambda n: video.coverage(media.tracks[n], segments, recipe.videos[n]),
         Kind.AUDIO: lambda n: audio.coverage(alignment.intervals[n], segments),
-        Kind.SENSOR: lambda n: sensor.coverage(alignment.times_s[n], segments, recipe.streams[n]),
+        Kind.SENSOR: lambda n: sensor.coverage(alignment.times_s[n], segments, recipe.sensors[n]),
         Kind.TEXT: lambda n: audio.coverage(alignment.intervals[n], segments),
     }
     coverage = {}
@@ -309,7 +309,7 @@ def _silent_segments(
     """Tell, per segment, whether it certainly holds no token of any text stream."""
     is_spoken = np.zeros(len(segments), dtype=np.bool_)
     for name, events in alignment.events.items():
-        is_spoken |= text.spoken_segments(events, segments, recipe.streams[name])
+        is_spoken |= text.spoken_segments(events, segments, recipe.texts[name])
     return tuple(bool(spoken) for spoken in ~is_spoken)
 
 

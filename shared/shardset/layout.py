@@ -71,7 +71,7 @@ def segment_bytes(recipe: Recipe) -> float:
     total = 0.0
     for column in columns_of(recipe).values():
         if column.kind is Kind.VIDEO:
-            spec = recipe.streams[column.stream]
+            spec = recipe.videos[column.stream]
             pixels = recipe.count(spec.rate_hz) * spec.height * spec.width
             total += pixels * _BYTES_PER_PIXEL[spec.codec]
         elif column.kind is not Kind.TEXT:
