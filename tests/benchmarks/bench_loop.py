@@ -21,21 +21,27 @@ from __future__ import annotations
 import argparse
 import io
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 
+sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
+from helpers.models import make_stream, targets_of
+
+from shared.recipe import Recipe
 from train import MultiModalCreature, Trainer
 from train.config import TrainConfig
-from train.data.batch import WindowShapes
 from train.data.pixels import to_model_inputs
 from train.loop.optim import make_optimizer
 from train.model.losses import compute_losses
+from train.shapes import WindowShapes
 
-SHAPES = WindowShapes(image_size=64)
+SHAPES = WindowShapes.from_recipe(Recipe.model_validate({"video": {"size": 64}}), TrainConfig())
 GOAL = 1.03
 
 
@@ -80,33 +86,13 @@ class AlternatingLoader:
 
 def make_batch(seed: int, *, size: int) -> dict:
     """Make a batch of random numbers, all valid."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def integers(high: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randint(high, (size, *shape), generator=draw, dtype=dtype)
-
-    s = SHAPES
-    frames = (s.num_frames, s.image_size, s.image_size, 3)
-    values = {
-        "vision_left": integers(256, *frames, dtype=torch.uint8),
-        "vision_right": integers(256, *frames, dtype=torch.uint8),
-        "audio": integers(s.mel_levels, s.num_audio_frames, s.mel_channels, dtype=torch.uint8),
-        "touch": torch.rand(size, s.num_sensor_samples, s.touch_size, generator=draw),
-        "proprio": torch.randn(size, s.num_sensor_samples, s.proprio_size, generator=draw),
-        "internal_text": integers(s.vocab_size, s.num_ticks, dtype=torch.int64),
-        "external_text": integers(s.vocab_size, s.num_ticks, dtype=torch.int64),
-    }
-    inputs = {**values}
-    for name, value in values.items():
-        inputs[f"{name}_valid"] = torch.ones(value.shape[:2], dtype=torch.bool)
-    heads = {"internal_text": "internal_text", "external_text": "external_text", "audio": "audio"}
-    targets = {
-        f"{head}{end}": inputs[f"{stream}{end}"]
-        for head, stream in {**heads, "animation": "proprio"}.items()
-        for end in ("", "_valid")
-    }
-    keys = [f"s/{i}" for i in range(size)]
-    return {"inputs": inputs, "targets": targets, "weight": torch.ones(size), "keys": keys}
+    rng, inputs = np.random.default_rng(seed), {}
+    for name, shape in SHAPES.streams.items():
+        inputs[name] = torch.from_numpy(make_stream(rng, shape, size))
+        inputs[f"{name}_valid"] = torch.ones(inputs[name].shape[:2], dtype=torch.bool)
+    keys = [f"s@{i}" for i in range(size)]
+    targets, weight = targets_of(inputs, SHAPES), torch.ones(size)
+    return {"inputs": inputs, "targets": targets, "weight": weight, "keys": keys}
 
 
 def make_bare_round(config: TrainConfig, batches: list[dict], *, steps: int):
@@ -121,7 +107,9 @@ def make_bare_round(config: TrainConfig, batches: list[dict], *, steps: int):
         for step in range(steps):
             batch = batches[step % len(batches)]
             outputs = model(to_model_inputs(batch["inputs"]))
-            losses = compute_losses(outputs, batch["targets"], batch["weight"], config=config)
+            losses = compute_losses(
+                outputs, batch["targets"], batch["weight"], objective=model.objective
+            )
             losses["loss_total"].backward()
             del outputs, losses  # or the next forward pass finds their memory taken
             torch.nn.utils.clip_grad_norm_(parameters, config.training.grad_clip)

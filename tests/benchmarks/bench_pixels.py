@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from shared.clock import nearest
+from shared.kinds.video import decode_pictures, encode_pictures
 from shared.media.video import read_frames, read_video_track
-from shared.recipe import VisionRecipe
-from shared.shardset.codec import decode_pictures, encode_pictures
+from shared.streams import VideoDefaults
 from train.data.pixels import IMAGENET_MEAN, IMAGENET_STD, normalized_frames
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SESSIONS = Path(__file__).resolve().parents[3] / "shared" / "sessions"
 WINDOW_S = 4.0
-DEFAULT = VisionRecipe()
+DEFAULT = VideoDefaults()
 NUM_FRAMES = round(WINDOW_S * DEFAULT.rate_hz)
 BASE = "mjpeg q90"
 LAYOUTS = ("yuv420", "rgb")
@@ -56,14 +56,14 @@ def main() -> None:
     windows = footage(args.windows)
     if not windows:
         sys.exit(f"{SESSIONS}: no session with a left eye; put real recordings there")
-    recipes = {"raw": VisionRecipe(codec="raw"), "yuv420": VisionRecipe(codec="yuv420")}
+    specs = {"raw": VideoDefaults(codec="raw"), "yuv420": VideoDefaults(codec="yuv420")}
     for quality in sorted({90, *args.quality}):
-        recipes[f"mjpeg q{quality}"] = VisionRecipe(codec="mjpeg", quality=quality)
+        specs[f"mjpeg q{quality}"] = VideoDefaults(codec="mjpeg", quality=quality)
     for qp in args.qp:
-        recipes[f"h264 qp{qp}"] = VisionRecipe(codec="h264", qp=qp)
-    members = {n: [encode_pictures(w, recipe=r) for w in windows] for n, r in recipes.items()}
-    times_ms = measure(recipes, members, windows, rounds=args.rounds)
-    show(recipes, members, windows, times_ms)
+        specs[f"h264 qp{qp}"] = VideoDefaults(codec="h264", qp=qp)
+    members = {n: [encode_pictures(w, spec=r) for w in windows] for n, r in specs.items()}
+    times_ms = measure(specs, members, windows, rounds=args.rounds)
+    show(specs, members, windows, times_ms)
 
 
 def footage(limit: int) -> list[np.ndarray]:
@@ -75,14 +75,14 @@ def footage(limit: int) -> list[np.ndarray]:
             asked_s = number * WINDOW_S + np.arange(NUM_FRAMES) / DEFAULT.rate_hz
             index = nearest(track.times_s, asked_s)[0]
             wanted = sorted({int(i) for i in index})
-            have = dict(read_frames(video, track, wanted, recipe=DEFAULT))
+            have = dict(read_frames(video, track, wanted, spec=DEFAULT))
             if all(int(i) in have for i in index):
                 windows.append(np.array([have[int(i)] for i in index]))
     return windows
 
 
 def measure(
-    recipes: dict[str, VisionRecipe],
+    specs: dict[str, VideoDefaults],
     members: dict[str, list[bytes]],
     windows: list[np.ndarray],
     *,
@@ -92,18 +92,18 @@ def measure(
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     out = {layout: memory(layout) for layout in LAYOUTS}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batches = {layout: batch_of(members["raw"], recipes["raw"], layout) for layout in LAYOUTS}
+    batches = {layout: batch_of(members["raw"], specs["raw"], layout) for layout in LAYOUTS}
     on_device = {layout: batch.to(device) for layout, batch in batches.items()}
     for number in range(rounds + 1):  # the first warms up
         times: dict[tuple[str, str], float] = {}
-        for name, recipe in recipes.items():
+        for name, spec in specs.items():
             times[name, "encode"] = timed(
-                lambda recipe=recipe: [encode_pictures(w, recipe=recipe) for w in windows]
+                lambda spec=spec: [encode_pictures(w, spec=spec) for w in windows]
             )
             for layout in LAYOUTS:
                 times[name, layout] = timed(
-                    lambda name=name, recipe=recipe, layout=layout: [
-                        decode_pictures(m, recipe=recipe, out=out[layout]) for m in members[name]
+                    lambda name=name, spec=spec, layout=layout: [
+                        decode_pictures(m, spec=spec, out=out[layout]) for m in members[name]
                     ]
                 )
         count = len(windows) * NUM_FRAMES
@@ -129,22 +129,22 @@ def to_float(batch: torch.Tensor) -> None:
 
 
 def memory(layout: str) -> np.ndarray:
-    size = DEFAULT.size
-    picture = (size * 3 // 2, size) if layout == "yuv420" else (size, size, 3)
+    height, width = DEFAULT.height, DEFAULT.width
+    picture = (height * 3 // 2, width) if layout == "yuv420" else (height, width, 3)
     return np.zeros((NUM_FRAMES, *picture), np.uint8)
 
 
-def batch_of(members: list[bytes], recipe: VisionRecipe, layout: str) -> torch.Tensor:
+def batch_of(members: list[bytes], spec: VideoDefaults, layout: str) -> torch.Tensor:
     """Make a batch of at most eight windows."""
-    decoded = [decode_pictures(m, recipe=recipe, out=memory(layout)) for m in members[:8]]
+    decoded = [decode_pictures(m, spec=spec, out=memory(layout)) for m in members[:8]]
     return torch.from_numpy(np.array(decoded))
 
 
-def psnr_db(layout: str, members: list[bytes], recipe: VisionRecipe, windows: list) -> float:
+def psnr_db(layout: str, members: list[bytes], spec: VideoDefaults, windows: list) -> float:
     """Mean over windows, of RGB in [0, 255] as the model or the CPU has it."""
     found = []
     for member, window in zip(members, windows, strict=True):
-        pixels = decode_pictures(member, recipe=recipe, out=memory(layout))
+        pixels = decode_pictures(member, spec=spec, out=memory(layout))
         frames = normalized_frames(torch.from_numpy(pixels[None]), torch.float32)[0]
         rgb = frames.permute(0, 2, 3, 1).numpy() * np.float32(IMAGENET_STD) * 255
         error = np.mean((rgb + np.float32(IMAGENET_MEAN) * 255 - window) ** 2)
@@ -153,7 +153,7 @@ def psnr_db(layout: str, members: list[bytes], recipe: VisionRecipe, windows: li
 
 
 def show(
-    recipes: dict[str, VisionRecipe],
+    specs: dict[str, VideoDefaults],
     members: dict[str, list[bytes]],
     windows: list[np.ndarray],
     times_ms: dict[tuple[str, str], float],
@@ -165,9 +165,9 @@ def show(
         "to model ms  of JPEG, RGB"
     )
     base_ms = times_ms[BASE, "rgb"] + times_ms["", "rgb"]
-    for name, recipe in recipes.items():
+    for name, spec in specs.items():
         size = sum(map(len, members[name])) / count
-        planes_db, rgb_db = (psnr_db(la, members[name], recipe, windows) for la in LAYOUTS)
+        planes_db, rgb_db = (psnr_db(la, members[name], spec, windows) for la in LAYOUTS)
         to_model_ms = times_ms[name, "yuv420"] + times_ms["", "yuv420"]
         print(
             f"{name:10}  {size:7.0f}  {planes_db:11.2f}  {rgb_db:8.2f}"

@@ -22,8 +22,10 @@ import numpy as np
 
 from shared.recipe import Recipe
 from train.data.order import EpochOrder, OrderSettings, SampleOrder
+from train.data.windows import WindowGrid
 
 WINDOW_S = 4
+GRID = WindowGrid(window_ticks=40, stride_ticks=40, tick_rate_hz=10.0)
 BYTES_PER_SAMPLE = 800_000
 """Both videos at 224 pixels as JPEG, sound, sensors."""
 
@@ -48,7 +50,7 @@ def main() -> None:
     full = [rng.permutation(len(session_of)) for _ in range(2)]
     base = measures(full, session_of, args.batch_size)
     for block in [*args.blocks, args.shards]:
-        settings = OrderSettings(seed=0, block_shards=block, batch_size=4096)
+        settings = OrderSettings(seed=0, grid=GRID, block_shards=block, batch_size=4096)
         samples = SampleOrder(np.full(args.shards, rows), fingerprint="bench", settings=settings)
         batches = EpochOrder(samples, settings)
         found = measures([epoch(batches, e, rows) for e in (0, 1)], session_of, args.batch_size)
@@ -69,7 +71,7 @@ def epoch(batches: EpochOrder, number: int, rows: int) -> np.ndarray:
     parts = []
     for i in range(batches.batches_per_epoch):
         plan = batches.plan(number * batches.batches_per_epoch + i)
-        parts.append((plan.shards * rows + plan.rows)[plan.weight > 0])
+        parts.append((plan.shards * rows + plan.windows)[plan.weight > 0])
     stored = np.concatenate(parts)
     assert np.array_equal(np.sort(stored), np.arange(batches.order.num_samples))
     return stored
