@@ -26,27 +26,16 @@ sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 from helpers.processes import count_read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 STREAMS = {
-    "text only": (["internal_text", "external_text"], ["text"]),
-    "touch, proprio": (["animation"], ["proprio/touch", "proprio/proprio"]),
-    "audio": (["audio"], ["dmel/dmel", "dmel/valid"]),
-    "left eye, audio": (["audio"], ["vision_left", "dmel/dmel", "dmel/valid"]),
-    "everything": (
-        ["internal_text", "external_text", "audio", "animation"],
-        [
-            *["text", "vision_left", "vision_right", "proprio/touch", "proprio/proprio"],
-            *["dmel/dmel", "dmel/valid"],
-        ],
-    ),
+    "text only": (["internal_text", "external_text"], None),
+    "touch, proprio": (["animation"], ["touch", "proprio"]),
+    "audio": (["audio"], ["audio"]),
+    "left eye, audio": (["audio"], ["vision_left", "audio"]),
+    "everything": (["internal_text", "external_text", "audio", "animation"], None),
 }
-"""What is wanted -> heads that are trained, members that hold it."""
-MODALITIES = {
-    "touch, proprio": ["touch", "proprio"],
-    "audio": ["audio"],
-    "left eye, audio": ["vision_left", "audio"],
-}
+"""What is wanted -> heads that are trained, and inputs."""
 
 
 def main() -> None:
@@ -83,20 +72,21 @@ def main() -> None:
 
 def measure(shards: Path, name: str) -> dict[str, float]:
     """Read one epoch of a set, in its own process."""
-    from train.config import Head, TrainConfig
+    from train.config import TrainConfig
     from train.data.loader import Loader
     from train.data.shard_source import ShardSource
 
-    heads, members = STREAMS[name]
+    heads, modalities = STREAMS[name]
     config = TrainConfig.model_validate(
         {
-            "data": {"num_workers": 0, "modalities": MODALITIES.get(name)},
-            "training": {"loss_weights": {str(h): float(h in heads) for h in Head}},
+            "data": {"num_workers": 0, "modalities": modalities},
+            "training": {"loss_weights": {h: float(h in heads) for h in STREAMS["everything"][0]}},
         }
     )
     files = sorted(shards.glob("train-*"))
-    asked = asked_bytes(shards, members)
-    list(Loader(ShardSource(shards, split="val"), config, num_epochs=1))  # imports and first calls
+    warm_up = Loader(ShardSource(shards, split="val"), config, num_epochs=1)
+    list(warm_up)  # imports and first calls
+    asked = asked_bytes(shards, warm_up.shapes.streams)
     drop_cache(files)
     source, before = ShardSource(shards), counters()
     with count_read_bytes() as read:
@@ -113,13 +103,17 @@ def measure(shards: Path, name: str) -> dict[str, float]:
     }
 
 
-def asked_bytes(shards: Path, members: Sequence[str]) -> int:
-    """Return the bytes of the wanted members of all train samples."""
-    from train.data.shard_source import ShardSource
+def asked_bytes(shards: Path, streams: Iterable[str]) -> int:
+    """Return the bytes of all members of some streams of the train split."""
+    from shared.shardset.index import open_index
+    from shared.shardset.layout import training_columns
+    from shared.shardset.manifest import read_manifest
 
-    source = ShardSource(shards)
-    indexes = [source.shard(shard).index for shard in range(len(source.shard_sizes))]
-    return sum(int(index.members(name).length.sum()) for index in indexes for name in members)
+    manifest = read_manifest(shards)
+    columns = training_columns(manifest.recipe)
+    indexes = [open_index(shards / e.index_file) for e in manifest.in_split("train")]
+    names = [columns[stream].name for stream in streams]
+    return sum(int(index.members(name).length.sum()) for index in indexes for name in names)
 
 
 def drop_cache(paths: Sequence[Path]) -> None:

@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def make_set(codec: str, session: Path) -> Path:
-    """A shard set of windows that overlap, so that few seconds give many samples."""
+    """A shard set of a session, of which windows that overlap give many samples."""
     shards = SETS / codec
     if (shards / "manifest.json").exists():
         return shards
@@ -78,9 +78,7 @@ def make_set(codec: str, session: Path) -> Path:
     recipe = SETS / f"{codec}.json"  # JSON is YAML
     recipe.parent.mkdir(parents=True, exist_ok=True)
     values = {
-        "required": [],
-        "window": {"duration_s": 4.0, "stride_s": 1.0},
-        "vision": {"codec": codec},
+        "video": {"codec": codec},
         "split": {"val_fraction": 0.0},
     }
     recipe.write_text(json.dumps(values), encoding="utf-8")
@@ -96,6 +94,7 @@ def measure(
         {
             "data": {
                 "shards": shards,
+                "window": {"duration_s": 4.0, "stride_s": 1.0},
                 "batch_size": BATCH_SIZE,
                 "num_workers": num_workers,
                 "pixels": case[1],
@@ -139,9 +138,8 @@ class Ordinary:
         plan = loader.order.plan(index)
         batch = assemble_batch(
             loader.source,
-            list(zip(plan.shards.tolist(), plan.rows.tolist(), strict=True)),
-            config=loader.config,
-            shapes=loader.shapes,
+            list(zip(plan.shards.tolist(), plan.windows.tolist(), strict=True)),
+            pixels=loader.config.data.pixels,
         )
         batch["weight"] = torch.from_numpy(plan.weight)
         return {**batch, "index": index, "epoch": plan.epoch, "skipped": []}
@@ -197,7 +195,7 @@ def alone_s(loader: Loader, count: int) -> float:
 
 def make_batches(loader: Loader, worker: int, num_processes: int, count: int, barrier) -> None:
     torch.set_num_threads(1)
-    forms = array_forms(BATCH_SIZE, config=loader.config, shapes=loader.shapes)
+    forms = array_forms(BATCH_SIZE, shapes=loader.shapes, pixels=loader.config.data.pixels)
     pool = SharedBatchPool(forms, num_recycled=1)
     maker = BatchMaker(
         loader.source, loader.order, pool, config=loader.config, shapes=loader.shapes

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_scale.py                 up to 100,000 shards, 100 million samples
     python tests/benchmarks/bench_scale.py --shards 1000 10000
 
-Per size, in a fresh process: makes a manifest of as many shards of 1,000 samples (no payload),
-opens it as a training source, and draws plans of batches at random positions of the first epochs,
+Per size, in a fresh process: makes a manifest of as many shards of 1,000 segments in four runs (no
+payload), opens it as a training source of windows of 4 s at a stride of 2 s, and draws plans of batches at random positions of the first epochs,
 in the process itself and in two loader processes. Prints seconds and memory: what opening adds to a
 process that has imported everything, that process's private memory, and what a loader process adds
 on top.
@@ -73,6 +73,7 @@ def write_manifest(folder: Path, num_shards: int) -> None:
             name=f"train-{i:06d}",
             split="train",
             num_samples=SAMPLES_PER_SHARD,
+            runs=(SAMPLES_PER_SHARD // 4,) * 4,
             length_bytes=SHARD_BYTES,
             index_file=f"train-{i:06d}.index",
             index_sha256=hashlib.sha256(str(i).encode()).hexdigest(),
@@ -100,14 +101,21 @@ def measure(folder: Path) -> dict[str, float]:
     import numpy as np
     from torch.utils.data import DataLoader
 
+    from shared.recipe import Recipe
+    from train.config import TrainConfig
     from train.data.order import OrderSettings
     from train.data.shard_source import ShardSource
+    from train.data.windows import WindowGrid
+    from train.shapes import WindowShapes
 
     gc.collect()
     before_mib, peak_before_mib = private_mib(), peak_mib()
     began_s = time.perf_counter()
-    source = ShardSource(folder, split="train")
-    settings = OrderSettings(seed=0, block_shards=16, batch_size=BATCH_SIZE)
+    config = TrainConfig.model_validate({"data": {"window": {"duration_s": 4, "stride_s": 2}}})
+    grid = WindowGrid.from_config(config)
+    shapes = WindowShapes.from_recipe(Recipe(), config)
+    source = ShardSource(folder, split="train").open_windows(shapes, grid)
+    settings = OrderSettings(seed=0, grid=grid, block_shards=16, batch_size=BATCH_SIZE)
     order = source.batch_order(settings)
     open_s = time.perf_counter() - began_s
     peak = peak_mib() - peak_before_mib

@@ -40,6 +40,8 @@ from train.loop.run_log import RunLog
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from train.shapes import WindowShapes
+
 GOAL = 0.01
 SMALLEST_STEP_S = 0.0005
 LARGEST_STEP_S = 1.0
@@ -49,11 +51,11 @@ WHERE = ("host", "device")
 class Sleeper(nn.Module):
     """A model that predicts the last pose; a step takes a fixed time on the host or the device."""
 
-    def __init__(self, step_s: float, num_ticks: int, device: EmulatedDevice | None) -> None:
+    def __init__(self, step_s: float, shapes: WindowShapes, device: EmulatedDevice | None) -> None:
         super().__init__()
         self.step_s = step_s
         self.device = device
-        self.num_ticks = num_ticks
+        self.shapes = shapes
         self.zero = nn.Parameter(torch.zeros(()))
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -62,10 +64,8 @@ class Sleeper(nn.Module):
         else:
             self.device.mark().synchronize()
             self.device.launch(self.step_s)
-        proprio = inputs["proprio"]
-        batch, samples, size = proprio.shape
-        held = proprio.view(batch, self.num_ticks, samples // self.num_ticks, size)
-        return {"animation": held + self.zero}
+        pose, ticks = inputs["proprio"], self.shapes.num_ticks
+        return {"animation": pose.unflatten(1, (ticks, -1)) + self.zero}
 
 
 def main() -> None:
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace, step_s: float, *, workers: int, where: str) ->
             }
         )
         loader = Loader(open_source(config, split="train"), config)
-        model = Sleeper(step_s, loader.shapes.num_ticks, device)
+        model = Sleeper(step_s, loader.shapes, device)
         console = Console(file=io.StringIO())
         summary = Trainer(model, config, loader, "cpu", console=console).train()
     if summary.stopped_by != "max_steps":

@@ -2,10 +2,12 @@
 
     python tests/experiments/elastic_ranks.py --shards 10000 --resumes 5
 
-First table: real processes, connected by gloo, read two epochs of a tiny set. The hash covers the
-keys, bytes and weights of all global batches, and of those after a resume from one process's state.
-Second: how often each sample of an epoch was read. Third: resumes at random positions in a set of
-many shards, each in its own process, timed from opening the set to the first batch.
+First table: real processes, connected by gloo, read two epochs of a tiny set, in windows shorter
+than a segment, overlapping, and longer than a session. The hash covers the keys, bytes and weights
+of all global batches, and of those after a resume from one process's state. Second: how often each
+sample of an epoch was read, and how many there are by the formula. Third: resumes at random
+positions in a set of many shards, each in its own process, timed from opening the set to the first
+batch.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import random
 import subprocess
 import sys
@@ -37,7 +40,13 @@ from train.tools.selftest import samples_of
 
 WORLD_SIZES = (1, 2, 4)
 NUM_WORKERS = (0, 1, 2)
-POLICIES = ("pad", "drop")
+CASES = (
+    ("pad", {"duration_s": 0.4}),
+    ("pad", {"duration_s": 1.0, "stride_s": 0.2}),
+    ("pad", {"duration_s": 4.0, "stride_s": 2.0}),
+    ("drop", {"duration_s": 1.0, "stride_s": 0.2}),
+)
+"""What becomes of an incomplete batch, and the windows."""
 BATCH_SIZE = 4
 MAX_RESUME_S = 1.0
 
@@ -83,55 +92,79 @@ def read(config: Any, *, first: int, num_epochs: int = 2) -> tuple[str, list[Any
 
 
 def rank_main(path: Path) -> None:
-    """Run one rank with every policy and number of loader processes; the main one prints JSON."""
+    """Run one rank with every case and number of loader processes; the main one prints JSON."""
     torch.set_num_threads(1)
     job = json.loads(path.read_text())
     with distributed.process_group(torch.device("cpu")):
-        for policy, num_workers, first in itertools.product(
-            POLICIES, NUM_WORKERS, (0, job["resume_at"])
+        for (case, (policy, window)), num_workers, first in itertools.product(
+            enumerate(CASES), NUM_WORKERS, (0, job["resume_at"])
         ):
-            config = config_of(Path(job["shards"]), last_batch=policy, num_workers=num_workers)
+            config = config_of(
+                Path(job["shards"]), last_batch=policy, window=window, num_workers=num_workers
+            )
             digest, batches = read(config, first=first)
             if distributed.is_main():
                 keys = [key for _, b in batches for key, _, counts in b if counts]
-                row = {"policy": policy, "num_workers": num_workers, "first": first}
+                row = {"case": case, "num_workers": num_workers, "first": first}
                 print(json.dumps({**row, "digest": digest, "num": len(batches), "keys": keys}))
+
+
+def count_windows(shards: Path, window: dict[str, float], *, tick_rate_hz: int = 10) -> int:
+    """Count the windows of a set's train split by the formula, from its manifest alone."""
+    manifest = read_manifest(shards)
+    length, stride = (
+        round(tick_rate_hz * window.get(key, window["duration_s"]))
+        for key in ("duration_s", "stride_s")
+    )
+    segment = round(tick_rate_hz * manifest.recipe.segment_s)
+    runs = [n * segment for entry in manifest.in_split("train") for n in entry.runs]
+    return sum(1 + max(0, math.ceil((ticks - length) / stride)) for ticks in runs)
 
 
 def elastic_table(shards: Path, folder: Path) -> bool:
     """Print the first two tables; return whether rows are equal and samples were read once."""
     path = folder / "job.json"
     path.write_text(json.dumps({"shards": str(shards), "resume_at": 3}))
-    num_samples = int(open_source(config_of(shards), split="train").shard_sizes.sum())
-    expected: dict[tuple[str, int], str] = {}
+    expected: dict[tuple[int, int], str] = {}
     is_good = True
-    counts: dict[str, collections.Counter[str]] = {}
-    print("last_batch  ranks  loader processes  from batch  batches  hash              equal")
+    counts: dict[int, collections.Counter[str]] = {}
+    print("window, stride  last_batch  ranks  loader processes  from batch  batches  hash  equal")
     for world_size in WORLD_SIZES:
         ranks = start_ranks([str(Path(__file__).resolve()), "--rank", str(path)], world_size)
         outputs = [process.communicate(timeout=300)[0] for process in ranks]
         assert not any(process.returncode for process in ranks), "\n".join(outputs)
         for line in outputs[0].splitlines():
             row = json.loads(line)
-            case = (row["policy"], row["first"])
-            is_equal = expected.setdefault(case, row["digest"]) == row["digest"]
+            case, first = row["case"], row["first"]
+            is_equal = expected.setdefault((case, first), row["digest"]) == row["digest"]
             is_good &= is_equal
-            if row["first"] == 0:
-                counts[row["policy"]] = collections.Counter(row["keys"])
+            if first == 0:
+                counts[case] = collections.Counter(row["keys"])
             print(
-                f"{row['policy']:10}  {world_size:5}  {row['num_workers']:16}  {row['first']:10}  "
+                f"{title(case)}  {world_size:5}  {row['num_workers']:16}  {first:10}  "
                 f"{row['num']:7}  {row['digest']}  {'yes' if is_equal else 'NO'}",
                 flush=True,
             )
-    print("\nlast_batch  samples  read in 2 epochs: twice  once  never  more often")
-    for policy, times in counts.items():
+    print(
+        "\nwindow, stride  last_batch  by the formula  read in 2 epochs: twice  once  never  more"
+    )
+    for case, times in counts.items():
+        policy, window = CASES[case]
+        num_samples = count_windows(shards, window)
         spread = collections.Counter(times.values())
         never, once, twice = num_samples - len(times), spread[1], spread[2]
         more = len(times) - once - twice
-        print(f"{policy:10}  {num_samples:7}  {twice:23}  {once:4}  {never:5}  {more:10}")
+        print(f"{title(case)}  {num_samples:14}  {twice:23}  {once:4}  {never:5}  {more:4}")
         num_dropped = 0 if policy == "pad" else num_samples % BATCH_SIZE
         is_good &= more == 0 and sum(times.values()) == 2 * (num_samples - num_dropped)
     return is_good
+
+
+def title(case: int) -> str:
+    """Return a case's columns in the tables."""
+    policy, window = CASES[case]
+    stride_s = window.get("stride_s", window["duration_s"])
+    return f"{window['duration_s']:6g}, {stride_s:6g}  {policy:10}"
 
 
 def make_wide_set(shards: Path, root: Path, *, num_shards: int) -> Path:

@@ -75,10 +75,16 @@ def record_opened_files():
         is_over = True
 
 
+class ReadBytes(Counter[str]):
+    """Bytes that were read, by file name."""
+
+    num_requests = 0
+
+
 @contextlib.contextmanager
 def count_read_bytes():
-    """Count the bytes that pread and preadv read inside, by file name."""
-    read: Counter[str] = Counter()
+    """Count the bytes that pread and preadv read inside, and the calls."""
+    read = ReadBytes()
     pread, preadv = os.pread, os.preadv
 
     def name_of(fd):
@@ -87,11 +93,13 @@ def count_read_bytes():
     def count_pread(fd, length, offset):
         content = pread(fd, length, offset)
         read[name_of(fd)] += len(content)
+        read.num_requests += 1
         return content
 
     def count_preadv(fd, buffers, offset):
         count = preadv(fd, buffers, offset)
         read[name_of(fd)] += count
+        read.num_requests += 1
         return count
 
     os.pread, os.preadv = count_pread, count_preadv
