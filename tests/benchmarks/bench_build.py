@@ -206,14 +206,13 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
 
     from preprocess.build.cluster import Cluster
     from preprocess.build.job import build_shards
-    from preprocess.build.packing import sample_bytes
     from shared.recipe import Recipe
+    from shared.shardset.layout import segment_bytes
 
     recipe = Recipe.model_validate({"split": {"val_fraction": 0}})
-    windows = int(
-        seconds / recipe.window.effective_stride_s
-    )  # a shard per session: each worker gets one
-    shard = recipe.shard.model_copy(update={"target_bytes": round(windows * sample_bytes(recipe))})
+    segments = int(seconds / recipe.segment_s)  # a shard per session: each worker gets one
+    target_bytes = round(segments * segment_bytes(recipe))
+    shard = recipe.shard.model_copy(update={"target_bytes": target_bytes})
     recipe = recipe.model_copy(update={"shard": shard})
     out = Path(tempfile.mkdtemp(dir=sessions.parent, prefix="out."))
     try:

@@ -30,7 +30,7 @@ from bench_sessions import FILM, MINUTE_S, Case, make_sessions
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case("720p30-gop30", 1280, 720, 30, "5M")
 NUM_SESSIONS = 20
-COLUMN = re.compile(r"(?:train|val)-\d+(?:\.g\d+)?\.(\w+)(?:\.|$)")
+COLUMN = re.compile(r"(?:train|val)-\d+(?:\.g\d+)?\.([\w.]+?)(?:\.tar|\.zarr\.zip|\.index)?$")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,10 @@ def measure(root: Path, args: argparse.Namespace) -> None:
     cases = {
         "nothing": (sessions, recipe),
         "text: vocab_size": (sessions, write_recipe(root / "t.yaml", text={"vocab_size": 280})),
-        "mel: floor_db": (sessions, write_recipe(root / "m.yaml", mel={"floor_db": -75.0})),
+        "dmel: floor_db": (
+            sessions,
+            write_recipe(root / "m.yaml", audio={"dmel": {"floor_db": -75.0}}),
+        ),
         "audio: loudness_dbfs": (
             sessions,
             write_recipe(root / "a.yaml", audio={"loudness_dbfs": -26.0}),
@@ -127,7 +130,7 @@ def link_sessions(root: Path, session: Path, count: int) -> Path:
 
 
 def write_recipe(path: Path, **sections: dict[str, object]) -> Path:
-    path.write_text(json.dumps({"required": [], **sections}), encoding="utf-8")  # JSON is YAML
+    path.write_text(json.dumps(sections), encoding="utf-8")  # JSON is YAML
     return path
 
 

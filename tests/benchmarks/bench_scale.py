@@ -4,10 +4,10 @@
     python tests/benchmarks/bench_scale.py --shards 1000 10000
 
 Per size, in a fresh process: makes a manifest of as many shards of 1,000 segments in four runs (no
-payload), opens it as a training source of windows of 4 s at a stride of 2 s, and draws plans of batches at random positions of the first epochs,
-in the process itself and in two loader processes. Prints seconds and memory: what opening adds to a
-process that has imported everything, that process's private memory, and what a loader process adds
-on top.
+payload), opens it as a training source of windows of 4 s at a stride of 2 s, and draws plans of
+batches at random positions of the first epochs, in the process itself and in two loader processes.
+Prints seconds and memory: what opening adds to a process that has imported everything, that
+process's private memory, and what a loader process adds on top.
 """
 
 from __future__ import annotations

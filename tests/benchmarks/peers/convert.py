@@ -145,7 +145,7 @@ def write_litdata(store: Store, out: Path) -> None:
 def write_numbers(store: Store, out: Path) -> None:
     """Write the numbers of each session's windows, for peers that decode only video on the fly."""
     samples = ((key, numbers) for key, _, numbers in iter_samples(store))
-    for session, group in itertools.groupby(samples, key=lambda s: s[0].partition("/")[0]):
+    for session, group in itertools.groupby(samples, key=lambda s: s[0].partition("@")[0]):
         rows = list(group)
         stacked = {name: np.stack([numbers[name] for _, numbers in rows]) for name in NUMBERS}
         np.savez(out / f"{session}.npz", key=np.array([key for key, _ in rows]), **stacked)

@@ -39,7 +39,7 @@ def memcpy(_: Store) -> Callable[[int], None]:
 
 def jpeg_to_rgb(store: Store) -> Callable[[int], None]:
     """Decode a window's JPEGs into warm memory; nothing is read, checked or collated."""
-    samples = [[j for m in eyes for j in split_jpegs(m)] for eyes in _stored(store, "mjpeg")]
+    samples = [[j for m in members for j in split_jpegs(m)] for members in _stored(store, "mjpeg")]
     out = np.zeros((2 * NUM_FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
 
     def decode(i: int) -> None:
@@ -54,12 +54,13 @@ def h264_to_yuv(store: Store) -> Callable[[int], None]:
     samples = _stored(store, "h264")
 
     def decode(i: int) -> None:
+        found = 0
         for member in samples[i % len(samples)]:
             context = av.CodecContext.create("h264", "r")
             context.thread_type, context.thread_count = "NONE", 1
             packets = (*context.parse(member), *context.parse(), None)
-            found = sum(len(context.decode(packet)) for packet in packets)
-            assert found == NUM_FRAMES, found
+            found += sum(len(context.decode(packet)) for packet in packets)
+        assert found == 2 * NUM_FRAMES, found
 
     return decode
 
@@ -67,7 +68,8 @@ def h264_to_yuv(store: Store) -> Callable[[int], None]:
 def _stored(store: Store, name: str) -> list[list[bytes]]:
     """Return both cameras' members of some windows, as stored in our set."""
     both = [stored_members(store, name, eye) for eye in EYES]
-    return [[eye[key] for eye in both] for key in itertools.islice(both[0], LIMIT_SAMPLES)]
+    keys = itertools.islice(both[0], LIMIT_SAMPLES)
+    return [[member for eye in both for member in eye[key]] for key in keys]
 
 
 def run_limit(

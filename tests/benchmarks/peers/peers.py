@@ -20,6 +20,7 @@ from windows import (
     NUMBERS,
     SHUFFLE_BUFFER,
     SIZE,
+    TICK_RATE_HZ,
     decode_eye,
     normalize_as_users_do,
 )
@@ -53,10 +54,11 @@ class SessionWindows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         key = str(self._numbers["key"][index])
-        session, _, window = key.partition("/")
+        session, _, tick = key.partition("@")
+        start_s = int(tick) / TICK_RATE_HZ
         sample = {name: self._numbers[name][index] for name in NUMBERS}
         for eye in EYES:
-            pictures = self._read(self._sessions / session / f"{eye}.mp4", 4.0 * int(window))
+            pictures = self._read(self._sessions / session / f"{eye}.mp4", start_s)
             sample[eye] = normalize_as_users_do(pictures) if self._normalize else pictures
         return {**sample, "key": key}
 

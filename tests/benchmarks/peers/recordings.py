@@ -35,6 +35,7 @@ FILMS = (
 COPIES = 4
 """Sessions that share a film."""
 
+WINDOW_S = 4
 RATE_HZ = 30
 SENSOR_RATE_HZ = 90
 WIDTH, HEIGHT = 640, 480
@@ -45,7 +46,7 @@ SETS: Mapping[str, dict[str, Any]] = {
     "h264": {"codec": "h264"},
     "yuv420": {"codec": "yuv420"},
 }
-"""Our shard sets: name and the recipe's section ``vision``."""
+"""Our shard sets: name and the recipe's section ``video``."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ def make_sessions(store: Store) -> None:
     """Make the sessions once.
 
     Raises:
-        SystemExit: the recordings are missing.
+        SystemExit: the recordings are missing, or sessions end within a window.
     """
+    if store.seconds % WINDOW_S:
+        raise SystemExit(f"{store.seconds} s are no whole windows; fix: a multiple of {WINDOW_S}")
     mark = store.root / "sessions.done"
     if mark.exists():
         return
@@ -101,10 +104,10 @@ def make_sessions(store: Store) -> None:
 def build_sets(store: Store) -> dict[str, str]:
     """Update our shard sets by our own job; return reasons of those that can't be built."""
     failures = {}
-    for name, vision in SETS.items():
+    for name, video in SETS.items():
         recipe = store.root / f"{name}.yaml"
         values = {
-            "vision": vision,
+            "video": video,
             "split": {"val_fraction": 0},
             "shard": {"target_bytes": 64_000_000},
         }

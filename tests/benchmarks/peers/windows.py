@@ -14,6 +14,7 @@ import numpy as np
 import simplejpeg
 import torch
 
+from shared.shardset.manifest import read_manifest
 from train.config import TrainConfig
 from train.data.loader import Loader, open_source
 from train.data.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -34,6 +35,7 @@ NUMBERS = {
 }
 """Everything else, and its dtype."""
 BATCH_SIZE = 8
+WINDOW_S, TICK_RATE_HZ = 4, 10
 NUM_FRAMES, SIZE = 20, 224
 SHUFFLE_BUFFER = 100
 """Samples, for those that shuffle by a buffer."""
@@ -55,6 +57,7 @@ def open_set(
 ) -> Loader:
     """Open one epoch of one of our shard sets by our public loader."""
     data = {"shards": str(store.shards(name)), "modalities": list(streams), "pixels": pixels}
+    data["window"] = {"duration_s": WINDOW_S}
     work = {"batch_size": BATCH_SIZE, "num_workers": workers, "prefetch_batches": 2}
     weights = {"internal_text": 1, "external_text": 1, "audio": 1, "animation": 1}
     config = TrainConfig.model_validate(
@@ -77,18 +80,22 @@ def iter_samples(store: Store) -> Iterator[tuple[str, dict[str, bytes], Arrays]]
     """Yield (key, JPEGs of both cameras, numbers) of every sample, in stored order."""
     eyes = {eye: stored_members(store, "mjpeg", eye) for eye in EYES}
     for key, numbers in iter_windows(open_set(store, "mjpeg", streams=NUMBERS)):
-        yield key, {eye: members[key] for eye, members in eyes.items()}, numbers
+        yield key, {eye: b"".join(members[key]) for eye, members in eyes.items()}, numbers
 
 
-def stored_members(store: Store, name: str, eye: str) -> dict[str, bytes]:
-    """Read a camera's members of one of our sets by stock tarfile, by key."""
-    found = {}
+def stored_members(store: Store, name: str, eye: str) -> dict[str, list[bytes]]:
+    """Read a camera's members of one of our sets by stock tarfile: those of each window, by key."""
+    segment_s = read_manifest(store.shards(name)).recipe.segment_s
+    found: dict[str, list[bytes]] = {}
     for path in sorted(store.shards(name).glob(f"train-*.{eye}.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 content = tar.extractfile(member)
                 assert content is not None
-                found[member.name.partition(".")[0]] = content.read()
+                session, _, segment = member.name.partition(".")[0].partition("/")
+                window = int(int(segment) * segment_s // WINDOW_S)
+                key = f"{session}@{window * WINDOW_S * TICK_RATE_HZ}"
+                found.setdefault(key, []).append(content.read())
     return found
 
 
