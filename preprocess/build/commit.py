@@ -18,8 +18,7 @@ from preprocess.build import statistics
 from preprocess.build.plan_types import add_generation
 from shared.errors import ShardError
 from shared.files import fingerprint_of
-from shared.recipe import STREAMS
-from shared.shardset.layout import COLUMNS, field_schema
+from shared.shardset.layout import columns_of, field_schema
 from shared.shardset.manifest import (
     MANIFEST_FILE,
     REJECTED_FILE,
@@ -27,6 +26,7 @@ from shared.shardset.manifest import (
     ShardEntry,
     commit_manifest,
 )
+from shared.streams import STREAM_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from shared.shardset.store import ShardSetStore
 
 _SET_FILE = re.compile(
-    r"tokenizer(\.g\d+)?\.json|manifest\.g\d+\.json|(train|val)-\d{6,}(\.g\d+)?\."
-    f"(index|{'|'.join(f'{name}.{c.suffix}' for name, c in COLUMNS.items())})"
+    r"tokenizer(\.g\d+)?\.json|manifest\.g\d+\.json|"
+    rf"(train|val)-\d{{6,}}(\.g\d+)?\.(index|{STREAM_NAME.pattern}(\.dmel)?\.(tar|zarr\.zip))"
 )
 """File names that this program gives to the files of a set."""
 
@@ -81,13 +81,13 @@ def commit_set(new: NewSet) -> Manifest:
 
 def make_manifest(new: NewSet) -> Manifest:
     """Make the manifest of a set."""
-    counted = [
-        {"num_samples": entry.num_samples, **_flatten(header["statistics"])}
+    num_samples = sum(entry.num_samples for entry in new.shards)
+    num_rejected = count_segments(new.rejected)
+    train = [
+        (entry.num_samples, header["statistics"])
         for entry, header in zip(new.shards, new.headers, strict=True)
         if entry.split == "train"
     ]
-    num_samples = sum(entry.num_samples for entry in new.shards)
-    num_rejected = count_segments(new.rejected)
     return Manifest(
         root=new.store.root,
         recipe=new.recipe,
@@ -96,7 +96,11 @@ def make_manifest(new: NewSet) -> Manifest:
         tokenizer_file=new.tokenizer_file,
         tokenizer_sha256=new.tokenizer.sha256,
         fields=field_schema(new.recipe),
-        statistics=statistics.merge(counted),
+        statistics=statistics.merge(
+            [summaries for _, summaries in train],
+            columns_of(new.recipe).values(),
+            num_samples=sum(count for count, _ in train),
+        ),
         counts={
             "sessions": new.num_sessions,
             "segments_planned": num_samples + num_rejected,
@@ -176,11 +180,6 @@ def _files_of(name: str, store: ShardSetStore, *, known: Collection[str]) -> set
     return files
 
 
-def _flatten(per_column: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Join the statistics of all columns of a shard."""
-    return {name: value for column in per_column.values() for name, value in column.items()}
-
-
 # --- rejected.jsonl --------------------------------------------------------------------------
 
 
@@ -214,7 +213,6 @@ def to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    segments = scan.segments(recipe)
     # What was skipped in files, or why none of the segments is a sample.
     for sentence in scan.issues:
         yield {"level": "lines", "session": scan.session, "reason": sentence}
@@ -223,23 +221,21 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
         yield {
             "level": "session",
             "session": scan.session,
-            "segments": len(segments),
+            "segments": scan.num_segments,
             "reason": reason,
         }
         return
     for stream, reason in scan.absent.items():
-        sources = next(c.sources for c in COLUMNS.values() if stream in c.streams)
-        if len(sources) == 1 and stream not in scan.not_recorded:
+        if stream not in scan.not_recorded:
             yield {"level": "stream", "session": scan.session, "stream": stream, "reason": reason}
-    for segment in segments:
-        key = {"session": scan.session, "segment": segment.index}
-        reason = scan.rejection(segment, recipe)
+    for segment in scan.segments(recipe):
+        reason = scan.rejection(segment.index, recipe)
         if reason is not None:
-            times = {"start_s": segment.start_s, "stop_s": segment.stop_s}
-            yield {"level": "segment", **key, **times, "reason": reason}
-            continue
-        present = scan.present(segment, recipe)
-        for stream, share in zip(STREAMS, scan.coverage[segment.index], strict=True):
-            if share > 0 and stream not in present:
-                reason = f"covers {share:.0%} of the segment, less than segment.min_coverage"
-                yield {"level": "stream", **key, "stream": stream, "reason": reason}
+            yield {
+                "level": "segment",
+                "session": scan.session,
+                "segment": segment.index,
+                "start_s": segment.start_s,
+                "stop_s": segment.stop_s,
+                "reason": reason,
+            }

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from preprocess.build.cluster import TaskWithSubtasks
 from preprocess.build.commit import NewSet, commit_set, rejected_lines
 from preprocess.build.plan import plan_shards
@@ -26,11 +28,13 @@ from preprocess.build.task import build_shard, resume_shard
 from preprocess.build.video_subtasks import TASK_S, encode_video, split_task
 from shared.errors import ConfigError, CorruptError, ShardError
 from shared.media.tokenizer import load_tokenizer, train_tokenizer
-from shared.recipe import assign_split
-from shared.session.folder import METADATA_FILE, TEXT_FILE, read_text_events
+from shared.recipe import DEFAULT_SEGMENT_S, assign_split
+from shared.session.folder import files_of_stream, read_text_events
+from shared.shardset.layout import columns_of
 from shared.shardset.manifest import ShardEntry
 from shared.shardset.store import KEEP_OLD_S, claim_shard_set
 from shared.storage import parse_location
+from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,8 +50,6 @@ if TYPE_CHECKING:
     from shared.shardset.manifest import Manifest
     from shared.shardset.store import ShardSetStore
 
-_TEXT_FILES = (METADATA_FILE, TEXT_FILE)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildSummary:
@@ -60,6 +62,8 @@ class BuildSummary:
     num_scanned: int
     """Sessions that were scanned; the others had not changed."""
     rejected: tuple[Mapping[str, Any], ...]
+    absent: Mapping[str, str]
+    """Declared stream that no session has -> why, in the first session."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,7 @@ class Build:
             num_sessions=len(self.scans),
             num_scanned=self.num_scanned,
             rejected=tuple(rejected),
+            absent=absent_streams(self.scans, self.recipe),
         )
 
 
@@ -125,16 +130,19 @@ def build_shards(
     Raises:
         SessionError: there is no session, one disappeared while it was read, or its name can't be
             used in keys.
-        ConfigError: the recipe's tokenizer can't be used.
+        ConfigError: the recipe's tokenizer or the set's length of segments can't be used, or no
+            session has a required stream.
         FormatVersionError: the set has another format.
         ShardError: another job builds the same set.
         JobError: the disk is full, or another job took over the set.
         StorageError: a store can't be read or written.
     """
-    recordings = find_recordings(sessions)
+    recordings = find_recordings(sessions, recipe)
     with claim_shard_set(parse_location(out), dry_run=dry_run, keep_old_s=keep_old_s) as store:
         sizes, previous = store.list_sizes(), _read_previous(store)
+        recipe = _with_segment(recipe, previous)
         scans, num_scanned = scan_sessions(recordings, store, recipe, cluster)
+        _require_streams(scans, recipe)
         tokenizer, tokenizer_file = _choose_tokenizer(
             recordings, recipe=recipe, previous=previous, store=store, cluster=cluster
         )
@@ -184,6 +192,43 @@ def _read_previous(store: ShardSetStore) -> Manifest | None:
         raise
 
 
+def _with_segment(recipe: Recipe, previous: Manifest | None) -> Recipe:
+    """Decide the length of segments: the recipe's, that of the set, or the default.
+
+    Raises:
+        ConfigError: the streams don't fit the segments of the set.
+    """
+    if recipe.segment.duration_s is not None:
+        return recipe
+    segment_s = DEFAULT_SEGMENT_S if previous is None else previous.recipe.segment_s
+    try:
+        return recipe.with_segment(segment_s)
+    except ValidationError as error:
+        reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        raise ConfigError(f"the set has segments of {segment_s:g} s: {reason}") from error
+
+
+def absent_streams(scans: Mapping[str, SessionScan], recipe: Recipe) -> dict[str, str]:
+    """Return the declared streams that no session has, and why the first session lacks each."""
+    recorded = {name for scan in scans.values() for name in scan.intervals}
+    first = next(iter(scans.values()))
+    return {n: first.absent.get(n, "") for n in recipe.streams if n not in recorded}
+
+
+def _require_streams(scans: Mapping[str, SessionScan], recipe: Recipe) -> None:
+    """Check that some session has each required stream.
+
+    Raises:
+        ConfigError: none has.
+    """
+    for name, reason in absent_streams(scans, recipe).items():
+        if name in recipe.required:
+            raise ConfigError(
+                f"streams.{name} is required, but none of {len(scans)} sessions has it: {reason}; "
+                f"fix: correct streams.{name} in the recipe, or remove `required: true`"
+            )
+
+
 def _choose_tokenizer(
     recordings: Mapping[str, Recording],
     *,
@@ -197,31 +242,29 @@ def _choose_tokenizer(
     Returns:
         The tokenizer and its file name in the set.
     """
-    # The recipe's tokenizer, the previous one if the same texts trained it, or a new one.
+    # The recipe's tokenizer, the previous one if the same settings trained it, or a new one.
     tokenizer: TextTokenizer | None = None
-    if recipe.text.tokenizer is not None:
-        tokenizer = load_tokenizer(recipe.text.tokenizer)
-        if tokenizer.vocab_size > recipe.text.vocab_size:
+    texts, streams = recipe.text, recipe.of_kind(Kind.TEXT)
+    if texts.tokenizer is not None:
+        tokenizer = load_tokenizer(texts.tokenizer)
+        if tokenizer.vocab_size > texts.vocab_size:
             raise ConfigError(
-                f"{recipe.text.tokenizer}: has {tokenizer.vocab_size} tokens, more than "
-                f"text.vocab_size {recipe.text.vocab_size}; fix: set text.vocab_size: "
-                f"{tokenizer.vocab_size}"
+                f"{texts.tokenizer}: has {tokenizer.vocab_size} tokens, more than text.vocab_size "
+                f"{texts.vocab_size}; fix: set text.vocab_size: {tokenizer.vocab_size}"
             )
-    elif previous is not None and (previous.recipe.text, previous.recipe.split) == (
-        recipe.text,
-        recipe.split,
-    ):
+    elif previous is not None and _trains_alike(previous.recipe, recipe):
         try:
             return previous.load_tokenizer(), previous.tokenizer_file
         except ShardError:
             tokenizer = None
     if tokenizer is None:
-        train = [r for name, r in recordings.items() if assign_split(name, recipe) == "train"]
-        seconds = sum(column_seconds(recording, "text") for recording in train)
-        read = partial(_read_texts, store=store)
-        texts = cluster.map(read, train, label="read texts", work_s=seconds)
+        train = [r for n, r in recordings.items() if streams and assign_split(n, recipe) == "train"]
+        columns = columns_of(recipe)
+        seconds = sum(column_seconds(r, columns[name], recipe) for r in train for name in streams)
+        read = partial(_read_texts, recipe=recipe, store=store)
+        texts_of = cluster.map(read, train, label="read texts", work_s=seconds)
         tokenizer = train_tokenizer(
-            [text for session in texts for text in session], vocab_size=recipe.text.vocab_size
+            [text for session in texts_of for text in session], vocab_size=texts.vocab_size
         )
     # Another tokenizer gets another file name, as readers of the previous set need the old one.
     if previous is None or tokenizer.sha256 == previous.tokenizer_sha256:
@@ -229,10 +272,21 @@ def _choose_tokenizer(
     return tokenizer, add_generation("tokenizer.json", previous.generation + 1)
 
 
-def _read_texts(recording: Recording, *, store: ShardSetStore) -> list[str]:
+def _trains_alike(before: Recipe, after: Recipe) -> bool:
+    """Return whether a set's tokenizer stays: same settings, and texts to train it on if any."""
+    settings = [(r.text.vocab_size, r.text.tokenizer, r.split) for r in (before, after)]
+    has_texts = bool(before.of_kind(Kind.TEXT)) or not after.of_kind(Kind.TEXT)
+    return settings[0] == settings[1] and has_texts
+
+
+def _read_texts(recording: Recording, *, recipe: Recipe, store: ShardSetStore) -> list[str]:
     """Read the texts of a session in order of time."""
-    with recording.open_files(_TEXT_FILES, store) as folder:
-        return [event.text for event in read_text_events(folder)]
+    names = recipe.of_kind(Kind.TEXT)
+    files = {file for name in names for file in files_of_stream(recipe.streams[name])}
+    with recording.open_files(sorted(files), store) as folder:
+        events = read_text_events(folder, recipe, names)
+    timed = [(event.time_s, name, event.text) for name in names for event in events[name]]
+    return [text for _, _, text in sorted(timed, key=lambda item: item[:2])]
 
 
 def _take_over_finished(build: Build) -> tuple[dict[str, ShardEntry], list[ShardTask]]:
@@ -245,16 +299,16 @@ def _take_over_finished(build: Build) -> tuple[dict[str, ShardEntry], list[Shard
         indexes = [file for task in tasks if (file := task.file_name("index")) in sizes]
         corrupt = find_corrupt_files(indexes, build.store, sizes, build.cluster)
         sizes = {name: size for name, size in sizes.items() if name not in corrupt}
-    resumed = [resume_shard(task, build.store, sizes) for task in tasks]
+    resumed = [resume_shard(task, build.store, sizes, build.recipe) for task in tasks]
     entries = {entry.name: entry for entry in resumed if isinstance(entry, ShardEntry)}
     return entries, [task for task in resumed if isinstance(task, ShardTask)]
 
 
 def _write_shards(build: Build, tasks: Sequence[ShardTask]) -> dict[str, ShardEntry]:
     """Write shards; on a cluster, with subtasks for their video. Shard name -> entry."""
-    cluster = build.cluster
+    cluster, columns = build.cluster, columns_of(build.recipe)
     seconds = sum(
-        column_seconds(build.recordings[session], name)
+        column_seconds(build.recordings[session], columns[name], build.recipe)
         for task in tasks
         for name, column in task.columns.items()
         for session, source in column.sources.items()
@@ -283,7 +337,7 @@ def _write_shards(build: Build, tasks: Sequence[ShardTask]) -> dict[str, ShardEn
 
 def _context(build: Build, sessions: Sequence[SessionSegments], tokenizer_json: str) -> TaskContext:
     """Collect what a task over some sessions needs."""
-    names = [session_segments.session for session_segments in sessions]
+    names = [stored.session for stored in sessions]
     return TaskContext(
         out=build.store,
         recipe=build.recipe,
@@ -307,7 +361,7 @@ def _new_set(build: Build, finished: Mapping[str, ShardEntry]) -> NewSet:
     kept = {} if previous is None else {entry.name: entry for entry in previous.shards}
     shards = tuple(finished.get(name) or kept[name] for name in plan.order)
     headers = [build.store.read_index(entry.index_file).header for entry in shards]
-    failures = [failure for header in headers for failure in header["losses"]]
+    failures = [failure for header in headers for failure in header["decode_failures"]]
     generation, fingerprint = 0, None
     if previous is not None:
         is_same = plan.is_empty and build.tokenizer_file == previous.tokenizer_file

@@ -30,10 +30,11 @@ from preprocess.build.plan_types import (
     ShardTask,
 )
 from preprocess.build.previous_set import PreviousRows, recipe_part, row_hash
+from preprocess.build.statistics import sensor_axes
 from shared.files import fingerprint_of
 from shared.recipe import SPLITS
 from shared.shardset.layout import column_basis, columns_of
-from shared.streams import DEFAULTS_OF_KIND
+from shared.streams import DEFAULTS_OF_KIND, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -90,12 +91,13 @@ def plan_shards(
             Cause.REPACKED if compacts and shards else Cause.NEW, settings=repacking
         ),
         generation=0 if previous is None else previous.generation + 1,
+        rebinned=() if previous is None else _rebinned(previous.recipe, recipe),
     )
     # Decide which columns of each shard are written.
     tasks, unchanged = [], []
     for shard in planned:
         task = _plan_shard(shard, context)
-        if shard.previous is None or task.columns or task.removed:
+        if shard.previous is None or task.columns or task.removed or task.recounted:
             tasks.append(task)
         else:
             unchanged.append(shard.previous)
@@ -180,6 +182,16 @@ class _Context:
     settings: tuple[str, ...]
     reason_if_new: Reason
     generation: int
+    rebinned: tuple[str, ...]
+    """Sensors whose statistics get other bins."""
+
+
+def _rebinned(before: Recipe, after: Recipe) -> tuple[str, ...]:
+    """List the sensors whose values are counted in other bins than before."""
+    old: Mapping[str, Any] = before.streams
+    new: Mapping[str, Any] = after.streams
+    both = (name for name in after.of_kind(Kind.SENSOR) if name in before.of_kind(Kind.SENSOR))
+    return tuple(name for name in both if sensor_axes(old[name]) != sensor_axes(new[name]))
 
 
 def _order(shard: BuiltShard | PlannedShard) -> tuple[int, str]:
@@ -263,6 +275,7 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
         kept=kept,
         kept_index_file=previous.index_file if previous and kept else None,
         generation=context.generation,
+        recounted=tuple(name for name in kept if name in context.rebinned),
         removed=tuple(name for name in (previous.columns if previous else ()) if name not in known),
     )
 

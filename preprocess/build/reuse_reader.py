@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from preprocess.build.write import DecodeFailure, EncodedRow
 from shared.errors import REBUILD_HINT, CorruptError
-from shared.shardset.index import MEMBER_TABLES
+from shared.shardset.columns import read_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from numpy.typing import NDArray
+
     from preprocess.build.plan_types import Row
+    from shared.kinds.column import Column
     from shared.shardset.columns import ColumnFile
     from shared.shardset.index import ShardIndex
-    from shared.shardset.layout import Column
 
 MAX_OPEN = 32
 """Files that stay open. A new shard may copy rows from hundreds of small shards, one after the
@@ -84,22 +86,34 @@ class ShardReader:
             failures += [
                 failure
                 for failure in index.decode_failures
-                if failure["session"] == self._session and failure["stream"] in column.streams
+                if failure["session"] == self._session and failure["stream"] == column.stream
             ]
             number = index.sessions.index(self._session)
             for position in np.flatnonzero(index.arrays["session"] == number).tolist():
-                stored[int(index.arrays["segment"][position])] = index, file, position
+                stored[index.segment(position)] = index, file, position
         for row in rows:
             if row.segment.index not in stored:
                 raise CorruptError(f"no previous index has {row.key}; {REBUILD_HINT}")
             index, file, position = stored[row.segment.index]
             column_file = self._files.open(file)
-            members = {}
-            for table in MEMBER_TABLES[column.name]:
-                content = column_file.read(index.members(table), position)
-                if content is not None:
-                    members[table] = content
+            content = column_file.read(
+                index.members(column.name), position, max_bytes=column.max_bytes
+            )
             errors = index.arrays.get(f"{column.name}.error_s")
-            if errors is None and len(members) < len(MEMBER_TABLES[column.name]):
+            if errors is None and content is None:
                 raise CorruptError(f"{column_file.origin}: lacks {row.key}; {REBUILD_HINT}")
-            yield EncodedRow(row, members, None if errors is None else errors[position])
+            yield EncodedRow(row, content, None if errors is None else errors[position])
+
+
+def read_zarr_values(file: ColumnFile, index: ShardIndex, column: Column) -> NDArray[Any]:
+    """Read the array of a Zarr column, with a row per segment.
+
+    Raises:
+        CorruptError: a chunk differs from its checksum.
+    """
+    members = index.members(column.name)
+    values = np.empty((index.num_samples, *column.shape), dtype=column.dtype)
+    for row in range(index.num_samples):
+        content = file.read(members, row, max_bytes=column.max_bytes) or b""
+        values[row] = read_chunk(content, dtype=column.dtype, shape=column.shape)
+    return values

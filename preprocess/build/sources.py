@@ -21,19 +21,19 @@ from preprocess.build.commit import to_jsonl
 from preprocess.build.plan_types import Row
 from shared.errors import SessionError
 from shared.files import fingerprint_of
+from shared.kinds.column import stream_settings
 from shared.media.tokenizer import parse_tokenizer
 from shared.session.folder import (
-    AUDIO_FILE,
-    METADATA_FILE,
-    SCANNED_FILES,
-    SOURCE_FILES,
+    files_of_stream,
     find_sessions,
+    scanned_files,
+    source_files,
 )
 from shared.session.reader import SessionReader
 from shared.session.scan import SessionScan, SourceFile, scan_from_json, scan_session
-from shared.shardset.layout import COLUMNS
 from shared.shardset.manifest import SESSIONS_FILE
 from shared.storage import STARTUP_RETRY, RetryPolicy, Store, StoredFile, parse_location
+from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -41,10 +41,11 @@ if TYPE_CHECKING:
 
     from preprocess.build.cluster import Cluster
     from preprocess.build.plan_types import SessionSegments
+    from shared.kinds.column import Column
     from shared.recipe import Recipe
     from shared.shardset.store import ShardSetStore
 
-_NO_FILES: Mapping[str, Set[str]] = MappingProxyType({})
+_NO_STREAMS: Mapping[str, Set[str]] = MappingProxyType({})
 
 
 class Recording(Protocol):
@@ -93,7 +94,8 @@ class LocalRecording:
 
     def changed_files(self, names: Iterable[str]) -> list[str]:
         """Return those of these files that differ from the stamp."""
-        now = _stamp_of_folder(self.folder)
+        names = list(names)
+        now = _stamp_of_folder(self.folder, names)
         return [n for n in names if now.get(n) != self.stamp.get(n)]
 
 
@@ -126,8 +128,12 @@ class RemoteRecording:
         return [n for n in names if _stamp_of_object(self.store.stat(n)) != self.stamp.get(n)]
 
 
-def find_recordings(location: Path | str) -> dict[str, Recording]:
+def find_recordings(location: Path | str, recipe: Recipe) -> dict[str, Recording]:
     """Find the sessions below a folder or URL, or at it; returns them by name.
+
+    Args:
+        location: the folder or URL.
+        recipe: declares the files of a session.
 
     Raises:
         SessionError: the location does not exist, has no session, or has one whose name can't be
@@ -137,13 +143,14 @@ def find_recordings(location: Path | str) -> dict[str, Recording]:
     parsed = parse_location(location)
     recordings: dict[str, Recording] = {}
     if isinstance(parsed, Store):
-        for recording in _list_store(parsed.with_policy(STARTUP_RETRY)):
+        for recording in _list_store(parsed.with_policy(STARTUP_RETRY), recipe):
             recordings[recording.name] = recording
     else:
-        for path in find_sessions(parsed):
+        names = scanned_files(recipe)
+        for path in find_sessions(parsed, recipe):
             folder = path.absolute()
             recordings[path.name] = LocalRecording(
-                name=path.name, folder=folder, stamp=_stamp_of_folder(folder)
+                name=path.name, folder=folder, stamp=_stamp_of_folder(folder, names)
             )
     for name in recordings:
         _require_printable(name)
@@ -164,18 +171,19 @@ def require_unchanged(recording: Recording, names: Iterable[str]) -> None:
         )
 
 
-def _list_store(store: Store) -> list[RemoteRecording]:
+def _list_store(store: Store, recipe: Recipe) -> list[RemoteRecording]:
     """List the sessions of a store, sorted by name."""
+    scanned, sources = set(scanned_files(recipe)), source_files(recipe)
     stamps: dict[str, dict[str, list[Any]]] = {}
     for path, file in sorted(store.list_files().items()):
         folder, _, name = path.rpartition("/")
-        if name in SCANNED_FILES and "/" not in folder and not folder.startswith("."):
+        if name in scanned and "/" not in folder and not folder.startswith("."):
             stamps.setdefault(folder, {})[name] = [file.length_bytes, file.tag]
-    stamps = {f: s for f, s in stamps.items() if not s.keys().isdisjoint(SOURCE_FILES)}
+    stamps = {f: s for f, s in stamps.items() if not s.keys().isdisjoint(sources)}
     if not stamps:
         raise SessionError(
             f"{store}: no session in it; fix: give the URL of session folders, each with at least "
-            f"one of {', '.join(SOURCE_FILES)}"
+            f"one of {', '.join(sources)}"
         )
     retrying_store = store.with_policy(RetryPolicy())
     if "" in stamps:  # the folder itself is a session
@@ -198,10 +206,10 @@ def _require_printable(name: str) -> None:
         )
 
 
-def _stamp_of_folder(folder: Path) -> dict[str, list[Any]]:
-    """Return size and modification time in ns of each scanned file."""
+def _stamp_of_folder(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
+    """Return size and modification time in ns of each of these files that exists."""
     stamp: dict[str, list[Any]] = {}
-    for name in SCANNED_FILES:
+    for name in names:
         try:
             status = (folder / name).stat()
         except OSError:
@@ -216,44 +224,47 @@ def _stamp_of_object(file: StoredFile | None) -> list[Any] | None:
 
 # --- time ------------------------------------------------------------------------------------
 
-_BYTES_PER_S = {
-    "vision_left": 0.5e6,
-    "vision_right": 0.5e6,
-    "audio": 20e6,
-    "text": 100e6,
-    "proprio": 10e6,
-    "dmel": 10e6,
+_BYTES_PER_S: Mapping[tuple[Kind, str], float] = {
+    (Kind.VIDEO, "tar"): 0.5e6,
+    (Kind.AUDIO, "tar"): 20e6,
+    (Kind.AUDIO, "zarr"): 10e6,
+    (Kind.SENSOR, "zarr"): 10e6,
+    (Kind.TEXT, "tar"): 100e6,
 }
-"""Column -> bytes of its source files that one process converts per second, roughly."""
+"""Bytes of a stream's files that one process converts per second, roughly, by the stream's kind and
+the column's container."""
 
-_SCAN_BYTES_PER_S = {METADATA_FILE: 10e6, AUDIO_FILE: 20e6}
-"""Files that a scan does more with than hashing: bytes that one process scans per second."""
+_SCAN_BYTES_PER_S: Mapping[Kind, float] = {Kind.AUDIO: 20e6, Kind.SENSOR: 10e6}
+"""Streams of whose files a scan does more than hashing: bytes that it reads per second."""
 
 HASHED_BYTES_PER_S = 200e6
 """Bytes that one process reads and hashes per second, roughly."""
 
 
-def column_seconds(recording: Recording, column: str) -> float:
+def column_seconds(recording: Recording, column: Column, recipe: Recipe) -> float:
     """Estimate how long one process takes to build a column of a session."""
-    sizes = (recording.stamp[n][0] for n in COLUMNS[column].sources if n in recording.stamp)
-    return float(sum(sizes)) / _BYTES_PER_S[column]
+    files = files_of_stream(recipe.streams[column.stream])
+    length_bytes = sum(float(recording.stamp[n][0]) for n in files if n in recording.stamp)
+    return length_bytes / _BYTES_PER_S[column.kind, column.container]
 
 
-def scan_seconds(recording: Recording) -> float:
+def scan_seconds(recording: Recording, recipe: Recipe) -> float:
     """Estimate how long one process takes to scan a session."""
+    rates: dict[str, float] = {}
+    for spec in recipe.streams.values():
+        rate = _SCAN_BYTES_PER_S.get(spec.kind, HASHED_BYTES_PER_S)
+        for name in files_of_stream(spec):
+            rates[name] = min(rate, rates.get(name, HASHED_BYTES_PER_S))
     return sum(
-        float(stamp[0]) / _SCAN_BYTES_PER_S.get(name, HASHED_BYTES_PER_S)
+        float(stamp[0]) / rates.get(name, HASHED_BYTES_PER_S)
         for name, stamp in recording.stamp.items()
     )
 
 
 # --- scans -----------------------------------------------------------------------------------
 
-SCAN_VERSION = 3
+SCAN_VERSION = 4
 """Raised when a scan of the same files would give another result or has other keys."""
-
-_SCAN_SECTIONS = ("segment", "vision", "audio", "sensors")
-"""Sections of a recipe that a scan depends on."""
 
 
 def scan_sessions(
@@ -270,8 +281,8 @@ def scan_sessions(
     Returns:
         The scan of every session, by name, and how many sessions were read.
     """
-    sections = recipe.as_json()
-    basis = fingerprint_of(SCAN_VERSION, {name: sections[name] for name in _SCAN_SECTIONS})
+    streams = {name: stream_settings(spec) for name, spec in recipe.streams.items()}
+    basis = fingerprint_of(SCAN_VERSION, recipe.segment_s, streams)
     cached = _parse_cache(store.read(SESSIONS_FILE) or b"")
     stamps = {name: dict(recording.stamp) for name, recording in recordings.items()}
     scans = {
@@ -281,7 +292,7 @@ def scan_sessions(
     }
     changed = [name for name in recordings if name not in scans]
     work = [(recordings[name], _unchanged(cached.get(name), stamps[name])) for name in changed]
-    seconds = sum(scan_seconds(recording) for recording, _ in work)
+    seconds = sum(scan_seconds(recording, recipe) for recording, _ in work)
     scan = partial(_scan, recipe=recipe, store=store)
     new = cluster.map(scan, work, label="scan sessions", work_s=seconds)
     scans.update(zip(changed, new, strict=True))
@@ -300,7 +311,7 @@ def _scan(
 ) -> SessionScan:
     """Scan a session whose unchanged files are known."""
     recording, known = work
-    with recording.open_files(SCANNED_FILES, store) as folder:
+    with recording.open_files(scanned_files(recipe), store) as folder:
         return scan_session(folder, recipe=recipe, known=known)
 
 
@@ -356,49 +367,59 @@ class TaskContext:
 @contextmanager
 def open_sessions(
     context: TaskContext,
-    sources: Mapping[str, Sequence[str]],
+    streams: Mapping[str, Set[str]],
     *,
-    elsewhere: Mapping[str, Set[str]] = _NO_FILES,
+    elsewhere: Mapping[str, Set[str]] = _NO_STREAMS,
 ) -> Iterator[dict[str, SessionReader]]:
     """Open a reader per session.
 
     Args:
         context: has the sessions.
-        sources: session -> its files on which the output depends.
-        elsewhere: session -> those of the files that other tasks have read.
+        streams: session -> the streams on whose files the output depends.
+        elsewhere: session -> those of the streams that other tasks have read.
 
     Raises:
         SessionError: a file changed or was removed since it was scanned.
     """
-    content = context.tokenizer_json
+    content, recipe = context.tokenizer_json, context.recipe
     tokenizer = parse_tokenizer(content, origin="the shard set's tokenizer") if content else None
+    files = {name: _files(streams[name], recipe) for name in streams}
     with ExitStack() as stack:
         try:
             readers = {}
-            for name, files in sources.items():
-                needed = [f for f in files if f not in elsewhere.get(name, ())]
-                path = stack.enter_context(context.recordings[name].open_files(needed, context.out))
+            for name in streams:
+                needed = streams[name] - elsewhere.get(name, set())
+                opened = context.recordings[name].open_files(_files(needed, recipe), context.out)
                 readers[name] = SessionReader(
-                    path, context.scans[name], recipe=context.recipe, tokenizer=tokenizer
+                    stack.enter_context(opened),
+                    context.scans[name],
+                    recipe=recipe,
+                    tokenizer=tokenizer,
+                    streams=sorted(needed),
                 )
             yield readers
         except Exception:
             # If a session was removed or changed, report that instead of the reader's error.
-            for name, files in sources.items():
-                require_unchanged(context.recordings[name], files)
+            for name in streams:
+                require_unchanged(context.recordings[name], files[name])
             raise
-        for name, files in sources.items():
-            require_unchanged(context.recordings[name], files)
+        for name in streams:
+            require_unchanged(context.recordings[name], files[name])
+
+
+def _files(streams: Iterable[str], recipe: Recipe) -> list[str]:
+    """List the files of streams."""
+    return sorted({f for name in streams for f in files_of_stream(recipe.streams[name])})
 
 
 def iter_rows(sessions: Sequence[SessionSegments], context: TaskContext) -> Iterator[Row]:
     """Iterate over the rows of segments, as their sessions' scans describe them."""
     number = 0
-    for session in sessions:
-        scan = context.scans[session.session]
+    for stored in sessions:
+        scan = context.scans[stored.session]
         segments = scan.segments(context.recipe)
-        for index in session.segments:
-            segment = segments[index]
-            present = scan.present(segment, context.recipe)
-            yield Row(number, session.session, segment, present, scan.coverage[index])
+        shares = [scan.coverage.get(name) for name in context.recipe.streams]
+        for index in stored.segments:
+            coverage = [0.0 if share is None else share[index] for share in shares]
+            yield Row(number, stored.session, segments[index], scan.present(index), coverage)
             number += 1

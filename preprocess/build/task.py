@@ -7,11 +7,11 @@ test in its own process; the bytes are the same.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from preprocess.build import statistics
 from preprocess.build.plan_types import (
     BuiltColumn,
     FromSession,
@@ -20,28 +20,28 @@ from preprocess.build.plan_types import (
     Row,
     built_columns,
 )
-from preprocess.build.reuse_reader import ColumnFileCache, ShardReader
+from preprocess.build.reuse_reader import ColumnFileCache, ShardReader, read_zarr_values
 from preprocess.build.sources import iter_rows, open_sessions
 from preprocess.build.video_subtasks import remove_encoded
-from preprocess.build.write import IndexBuilder, SessionEncoder, row_arrays, write_column
+from preprocess.build.write import IndexBuilder, SessionEncoder, write_column
 from shared.clock import Segment
 from shared.errors import CorruptError, ShardError
 from shared.files import fingerprint_of, sha256_of_bytes, sha256_of_file
 from shared.shardset.index import ShardIndex, index_bytes, parse_index
-from shared.shardset.layout import COLUMNS, presence_bits, streams_from_bits
+from shared.shardset.layout import columns_of
 from shared.shardset.manifest import ShardEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from preprocess.build.plan_types import RowSource, ShardTask
     from preprocess.build.sources import TaskContext
     from preprocess.build.video_subtasks import EncodedVideo
     from preprocess.build.write import EncodedRow, RowReader
+    from shared.kinds.column import Column
     from shared.recipe import Recipe
     from shared.session.reader import SessionReader
-    from shared.shardset.layout import Column
     from shared.shardset.store import ShardSetStore
 
 
@@ -82,10 +82,14 @@ def build_shard(
 def _build_shard(
     task: ShardTask, context: TaskContext, encoded: Sequence[EncodedVideo]
 ) -> ShardEntry:
-    builder = IndexBuilder(rows=list(iter_rows(task.sessions, context)), recipe=context.recipe)
+    builder = IndexBuilder(
+        rows=list(iter_rows(task.sessions, context)),
+        recipe=context.recipe,
+        durations_s={s.session: context.scans[s.session].duration_s for s in task.sessions},
+    )
     with context.out.staging_dir() as work:
-        sources, encoded_files = _session_files(task)
-        with open_sessions(context, sources, elsewhere=encoded_files) as recordings:
+        streams, encoded_streams = _session_streams(task, context.recipe)
+        with open_sessions(context, streams, elsewhere=encoded_streams) as recordings:
             readers = _RowReaders(context.out, recordings, {video.name: video for video in encoded})
             _write_columns(task, context=context, work=work, builder=builder, readers=readers)
         return _write_index(task, context, work, builder)
@@ -104,8 +108,16 @@ def copy_shard(task: ShardTask, context: TaskContext) -> ShardEntry:
     """
     source = context.old or context.out
     indexes = [source.read_index(file) for file in task.copied_index_files]
-    rows = list(_stored_rows(task, context.recipe, indexes))
-    builder = IndexBuilder(rows=rows, recipe=context.recipe)
+    durations_s = {
+        name: seconds
+        for index in indexes
+        for name, seconds in zip(index.sessions, index.header["durations_s"], strict=True)
+    }
+    builder = IndexBuilder(
+        rows=list(_stored_rows(task, context.recipe, indexes)),
+        recipe=context.recipe,
+        durations_s={stored.session: durations_s[stored.session] for stored in task.sessions},
+    )
     with context.out.staging_dir() as work:
         readers = _RowReaders(source)
         _write_columns(task, context=context, work=work, builder=builder, readers=readers)
@@ -113,7 +125,7 @@ def copy_shard(task: ShardTask, context: TaskContext) -> ShardEntry:
 
 
 def resume_shard(
-    task: ShardTask, store: ShardSetStore, sizes: Mapping[str, int]
+    task: ShardTask, store: ShardSetStore, sizes: Mapping[str, int], recipe: Recipe
 ) -> ShardEntry | ShardTask:
     """Take over what a killed job finished of a shard.
 
@@ -124,6 +136,7 @@ def resume_shard(
         task: the shard that is wanted.
         store: the set.
         sizes: file name -> bytes, of all files of the set.
+        recipe: the recipe to build by.
 
     Returns:
         The entry of the shard if it is finished, else what is still to do.
@@ -144,42 +157,42 @@ def resume_shard(
         if column.fingerprint == expected.get(name)
         and sizes.get(column.file) == column.length_bytes
     }
-    if set(finished) == set(expected):
-        return _entry(task, content, finished)
     if not finished or not set(task.kept) <= set(finished):
         store.remove(file)
         return task
-    store.write(file, index_bytes(_select_columns(index, finished)))
+    if set(finished) == set(expected) == set(columns) and _is_current(index, recipe):
+        return _entry(task, content, finished)
+    header = {**index.header, "columns": {name: index.columns[name] for name in sorted(finished)}}
+    store.write(file, index_bytes(ShardIndex(header=header, arrays=index.arrays)))
     todo = {name: column for name, column in task.columns.items() if name not in finished}
     return replace(task, columns=todo, kept=finished, kept_index_file=file)
 
 
-def _select_columns(index: ShardIndex, names: Iterable[str]) -> ShardIndex:
-    """Keep some columns of an index."""
-    kept = set(names)
-    removed = tuple(f"{name}{mark}" for name in set(index.columns) - kept for mark in "./")
-    columns = {name: index.columns[name] for name in sorted(kept)}
-    arrays = {name: a for name, a in index.arrays.items() if not name.startswith(removed)}
-    return ShardIndex(header={**index.header, "columns": columns}, arrays=arrays)
+def _is_current(index: ShardIndex, recipe: Recipe) -> bool:
+    """Return whether an index has the streams of a recipe, and their statistics."""
+    return index.streams == list(recipe.streams) and all(
+        statistics.has_bins(index.header["statistics"].get(name), column, recipe)
+        for name, column in columns_of(recipe).items()
+    )
 
 
-def _session_files(task: ShardTask) -> tuple[dict[str, list[str]], dict[str, set[str]]]:
-    """List, per session, the files that the shard is made of, and those that subtasks read.
+def _session_streams(
+    task: ShardTask, recipe: Recipe
+) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """List, per session, the streams that the shard is made of, and those that subtasks read.
 
     Files of kept and copied rows are not read.
     """
-    files: dict[str, list[str]] = {}
+    columns = columns_of(recipe)
+    used: dict[str, set[str]] = {stored.session: set() for stored in task.sessions}
     encoded: dict[str, set[str]] = {}
-    for session in dict.fromkeys(session_segments.session for session_segments in task.sessions):
-        used = set()
-        for name, column in task.columns.items():
-            source = column.sources[session]
+    for name, column in task.columns.items():
+        for session, source in column.sources.items():
             if not isinstance(source, FromShards):
-                used |= set(COLUMNS[name].sources)
+                used[session].add(columns[name].stream)
             if isinstance(source, FromSubtasks):
-                encoded.setdefault(session, set()).update(COLUMNS[name].sources)
-        files[session] = sorted(used)
-    return files, encoded
+                encoded.setdefault(session, set()).add(columns[name].stream)
+    return used, encoded
 
 
 # --- columns ---------------------------------------------------------------------------------
@@ -240,9 +253,9 @@ def _write_columns(
 ) -> None:
     """Keep or write every column, and put the written files into the set."""
     kept = context.out.read_index(task.kept_index_file) if task.kept_index_file else None
-    for name, column in COLUMNS.items():
+    for name, column in columns_of(context.recipe).items():
         if kept is not None and name in task.kept:
-            _keep_column(builder, column, task.kept[name], kept)
+            _keep_column(builder, task.kept[name], column=column, index=kept, store=context.out)
             continue
         todo = task.columns[name]
         file = task.file_name(f"{name}.{column.suffix}")
@@ -262,20 +275,30 @@ def _write_columns(
 
 
 def _keep_column(
-    builder: IndexBuilder, column: Column, built: BuiltColumn, index: ShardIndex
+    builder: IndexBuilder,
+    column: Column,
+    built: BuiltColumn,
+    index: ShardIndex,
+    store: ShardSetStore,
 ) -> None:
-    """Take over a column that is up to date: its entry, member tables, statistics and failures."""
+    """Take over a column that is up to date: its entry, member table, statistics and failures."""
     name = column.name
     builder.columns[name] = built
-    for array, values in index.arrays.items():
-        if array.startswith((f"{name}.", f"{name}/")):
-            builder.arrays[array] = np.array(values)
-    if name in index.header["statistics"]:
-        builder.statistics[name] = index.header["statistics"][name]
-    builder.decode_failures += [
-        failure for failure in index.decode_failures if failure["stream"] in column.streams
-    ]
-    builder.presence |= index.arrays["present"] & np.uint8(presence_bits(column.streams))
+    builder.add_members(column, index.members(name))
+    present = index.arrays["present"][:, index.stream_column(column.stream)]
+    builder.mark_present(column.stream, present > 0)
+    if column.has_time_errors:
+        builder.arrays[f"{name}.error_s"] = index.arrays[f"{name}.error_s"]
+        builder.decode_failures += [
+            failure for failure in index.decode_failures if failure["stream"] == column.stream
+        ]
+    summary = index.header["statistics"].get(name)
+    if not statistics.has_bins(summary, column, builder.recipe):
+        with closing(store.open_column(built.file)) as file:
+            values = read_zarr_values(file, index, column)
+        summary = statistics.summarize(column, values, builder.recipe)
+    if summary is not None:
+        builder.statistics[name] = summary
 
 
 # --- index -----------------------------------------------------------------------------------
@@ -284,54 +307,24 @@ def _keep_column(
 def _stored_rows(task: ShardTask, recipe: Recipe, indexes: Sequence[ShardIndex]) -> Iterator[Row]:
     """Yield the rows of a task as previous indexes describe them."""
     stored = {
-        (index.sessions[int(index.arrays["session"][row])], int(index.arrays["segment"][row])): (
-            index.arrays,
-            row,
-        )
+        (index.session(row), index.segment(row)): (index, row)
         for index in indexes
         for row in range(index.num_samples)
     }
-    keys = [
-        (session_segments.session, segment)
-        for session_segments in task.sessions
-        for segment in session_segments.segments
-    ]
-    for number, (session, index) in enumerate(keys):
-        arrays, row = stored[session, index]
-        segment = Segment(index, float(arrays["start_s"][row]), recipe.segment.duration_s)
-        present = streams_from_bits(int(arrays["present"][row]))
-        yield Row(number, session, segment, present, arrays["coverage"][row].tolist())
+    keys = [(s.session, segment) for s in task.sessions for segment in s.segments]
+    for number, key in enumerate(keys):
+        index, row = stored[key]
+        segment = Segment(key[1], recipe.segment_s)
+        coverage = dict(zip(index.streams, index.arrays["coverage"][row].tolist(), strict=True))
+        shares = [coverage.get(name, 0.0) for name in recipe.streams]
+        yield Row(number, key[0], segment, index.present_streams(row), shares)
 
 
 def _write_index(
     task: ShardTask, context: TaskContext, work: Path, builder: IndexBuilder
 ) -> ShardEntry:
     """Put the index into the set: from here on the shard is finished."""
-    sessions = [session_segments.session for session_segments in task.sessions]
-    arrays = {**row_arrays(builder.rows, sessions), "present": builder.presence, **builder.arrays}
-    header = {
-        "name": task.name,
-        "split": task.split,
-        "sessions": sessions,
-        "slices": [
-            [session_segments.session, list(session_segments.segments)]
-            for session_segments in task.sessions
-        ],
-        "columns": {
-            name: {
-                "file": c.file,
-                "length_bytes": c.length_bytes,
-                "sha256": c.sha256,
-                "fingerprint": c.fingerprint,
-                "basis": dict(c.basis),
-                "rows": dict(c.rows),
-            }
-            for name, c in builder.columns.items()
-        },
-        "statistics": builder.statistics,
-        "losses": builder.decode_failures,
-    }
-    content = index_bytes(ShardIndex(header=header, arrays=arrays))
+    content = index_bytes(builder.index(name=task.name, split=task.split))
     name = task.file_name("index")
     (work / name).write_bytes(content)
     context.out.put(work / name, name)
@@ -344,6 +337,7 @@ def _entry(task: ShardTask, index: bytes, columns: Mapping[str, BuiltColumn]) ->
         name=task.name,
         split=task.split,
         num_samples=task.num_samples,
+        runs=task.runs,
         length_bytes=sum(c.length_bytes for c in columns.values()),
         index_file=task.file_name("index"),
         index_sha256=sha256_of_bytes(index),

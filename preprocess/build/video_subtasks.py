@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from preprocess.build.plan_types import FromSession, FromSubtasks
 from preprocess.build.sources import iter_rows, open_sessions
-from preprocess.build.write import IndexBuilder, SessionEncoder, row_arrays, write_column
+from preprocess.build.write import IndexBuilder, SessionEncoder, write_column
 from shared.errors import MediaError
 from shared.files import sha256_of_bytes
-from shared.session.folder import VISION_FILES
-from shared.shardset.index import ShardIndex, index_bytes
-from shared.shardset.layout import COLUMNS
+from shared.shardset.index import index_bytes
+from shared.shardset.layout import columns_of
 from shared.shardset.store import job_file
+from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 TASK_S = 120.0
 """Seconds of video that one task decodes: about ten seconds of work at 720p. Reading the frame
 times of a file of half an hour costs each task half a second."""
-
-_STREAMS = {n: c.streams[0] for n, c in COLUMNS.items() if c.streams[0] in VISION_FILES}
-"""Columns that are split, and their streams."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,19 +77,18 @@ def split_task(
     Returns:
         The task, with the subtasks as sources of their rows, and the subtasks.
     """
-    stride_s = min(recipe.segment.effective_stride_s, recipe.segment.duration_s)
     subtasks: list[VideoSubtask] = []
     total_s = 0.0
-    for column, stream in _STREAMS.items():
+    for column in recipe.of_kind(Kind.VIDEO):
         decoded = [
-            session_segments
-            for session_segments in task.sessions
+            stored
+            for stored in task.sessions
             if column in task.columns
-            and isinstance(task.columns[column].sources[session_segments.session], FromSession)
-            and stream in scans[session_segments.session].intervals
+            and isinstance(task.columns[column].sources[stored.session], FromSession)
+            and column in scans[stored.session].intervals
         ]
-        subtasks += _split_column(column, decoded, stride_s=stride_s, task_s=task_s)
-        total_s += sum(len(session_segments.segments) * stride_s for session_segments in decoded)
+        subtasks += _split_column(column, decoded, segment_s=recipe.segment_s, task_s=task_s)
+        total_s += sum(len(stored.segments) * recipe.segment_s for stored in decoded)
     if total_s <= task_s:
         return task, ()
     named = tuple(
@@ -103,26 +99,24 @@ def split_task(
 
 
 def _split_column(
-    column: str, sessions: Iterable[SessionSegments], *, stride_s: float, task_s: float
+    column: str, sessions: Iterable[SessionSegments], *, segment_s: float, task_s: float
 ) -> list[VideoSubtask]:
     """Split long sessions into runs, and group consecutive short ones; without names."""
     subtasks: list[VideoSubtask] = []
     group: list[SessionSegments] = []
     free_s = 0.0
-    for session_segments in sessions:
-        duration_s = len(session_segments.segments) * stride_s
-        num_runs = min(math.ceil(duration_s / task_s), len(session_segments.segments))
+    for stored in sessions:
+        duration_s = len(stored.segments) * segment_s
+        num_runs = min(math.ceil(duration_s / task_s), len(stored.segments))
         if num_runs > 1:
-            whole = VideoSubtask(
-                name="", column=column, sessions=(session_segments,), num_runs=num_runs
-            )
+            whole = VideoSubtask(name="", column=column, sessions=(stored,), num_runs=num_runs)
             subtasks += [replace(whole, run=run) for run in range(num_runs)]
             continue
         if group and duration_s > free_s:
             subtasks.append(VideoSubtask(name="", column=column, sessions=tuple(group)))
             group = []
         free_s = (free_s if group else task_s) - duration_s
-        group.append(session_segments)
+        group.append(stored)
     if group:
         subtasks.append(VideoSubtask(name="", column=column, sessions=tuple(group)))
     return subtasks
@@ -132,8 +126,8 @@ def _with_subtasks(task: ShardTask, subtasks: Iterable[VideoSubtask]) -> ShardTa
     """Make subtasks the source of the rows that they encode."""
     names: dict[tuple[str, str], tuple[str, ...]] = {}
     for subtask in subtasks:
-        for session_segments in subtask.sessions:
-            key = subtask.column, session_segments.session
+        for stored in subtask.sessions:
+            key = subtask.column, stored.session
             names[key] = (*names.get(key, ()), subtask.name)
     columns = dict(task.columns)
     for (name, session), files in names.items():
@@ -148,18 +142,20 @@ def encode_video(subtask: VideoSubtask, context: TaskContext) -> EncodedVideo:
     Raises:
         SessionError, JobError, OSError: see :func:`preprocess.build.task.build_shard`.
     """
-    column = COLUMNS[subtask.column]
-    sources = {session_segments.session: column.sources for session_segments in subtask.sessions}
+    streams = {stored.session: {subtask.column} for stored in subtask.sessions}
     with context.out.staging_dir() as work:
         path = work / "subtask.tar"
-        with open_sessions(context, sources) as readers:
+        with open_sessions(context, streams) as readers:
             rows, decode_context = _select_rows(subtask, context, readers)
-            builder = IndexBuilder(rows=rows, recipe=context.recipe)
-            encoded = _iter_encoded(subtask, builder, readers, decode_context)
-            write_column(builder, column, path, encoded)
+            durations_s = {name: context.scans[name].duration_s for name in readers}
+            builder = IndexBuilder(rows=rows, recipe=context.recipe, durations_s=durations_s)
+            column = columns_of(context.recipe)[subtask.column]
+            write_column(
+                builder, column, path, _iter_encoded(subtask, builder, readers, decode_context)
+            )
         file = job_file(context.out, f"{subtask.name}.tar")
         index_file = job_file(context.out, f"{subtask.name}.index")
-        content = index_bytes(_index(subtask, builder))
+        content = index_bytes(builder.index(name=subtask.name, split=""))
         (work / "subtask.index").write_bytes(content)
         context.out.put(path, file)
         context.out.put(work / "subtask.index", index_file)
@@ -185,14 +181,13 @@ def _select_rows(
     rows = list(iter_rows(subtask.sessions, context))
     if subtask.num_runs == 1:
         return rows, None
-    stream = _STREAMS[subtask.column]
-    rows = [row for row in rows if stream in row.present]
+    rows = [row for row in rows if subtask.column in row.present]
     segments = [row.segment for row in rows]
     if not rows:
         return [], segments
     reader = readers[subtask.sessions[0].session]
     try:
-        cuts = reader.split_into_runs(stream, segments, subtask.num_runs)
+        cuts = reader.split_into_runs(subtask.column, segments, subtask.num_runs)
     except MediaError:
         # The video does not open: the first run reports every segment.
         cuts = [0, *[len(rows)] * subtask.num_runs]
@@ -206,17 +201,9 @@ def _iter_encoded(
     readers: Mapping[str, SessionReader],
     decode_context: list[Segment] | None,
 ) -> Iterator[EncodedRow]:
-    column = COLUMNS[subtask.column]
+    column = columns_of(builder.recipe)[subtask.column]
     rows = builder.rows_of(column)
-    for session_segments in subtask.sessions:
-        encoder = SessionEncoder(readers[session_segments.session], decode_context=decode_context)
-        session_rows = rows.get(session_segments.session, [])
+    for stored in subtask.sessions:
+        encoder = SessionEncoder(readers[stored.session], decode_context=decode_context)
+        session_rows = rows.get(stored.session, [])
         yield from encoder.iter_rows(column, session_rows, builder.decode_failures)
-
-
-def _index(subtask: VideoSubtask, builder: IndexBuilder) -> ShardIndex:
-    """Make the index of a subtask's file, with what the shard needs to know."""
-    sessions = [session_segments.session for session_segments in subtask.sessions]
-    arrays = {**row_arrays(builder.rows, sessions), "present": builder.presence, **builder.arrays}
-    header = {"sessions": sessions, "columns": {}, "losses": builder.decode_failures}
-    return ShardIndex(header=header, arrays=arrays)

@@ -13,24 +13,26 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from shared.shardset.codec import encode_pictures, encode_text, encode_wav
 
 from preprocess.build import statistics
 from shared.errors import MediaError
-from shared.recipe import STREAMS, Recipe, Stream
-from shared.session.folder import VISION_FILES
-from shared.session.reader import MASKED_LEVEL
+from shared.kinds.audio import encode_wav
+from shared.kinds.text import encode_text
+from shared.kinds.video import encode_pictures
 from shared.shardset.columns import TarColumnWriter, ZarrArray, read_chunk, write_zarr_column
-from shared.shardset.layout import COLUMNS, Column, member_name, presence_bits
+from shared.shardset.index import ShardIndex
+from shared.streams import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from preprocess.build.plan_types import BuiltColumn, Row
     from shared.clock import Segment
+    from shared.kinds.column import Column
+    from shared.recipe import Recipe
     from shared.session.reader import SessionReader
     from shared.shardset.index import Members
 
@@ -43,11 +45,10 @@ class EncodedRow:
     """One row of a column as it is stored."""
 
     row: Row
-    members: Mapping[str, bytes]
-    """Member table (see :data:`shared.shardset.index.MEMBER_TABLES`) -> bytes; empty where no
-    picture of the segment decodes."""
+    content: bytes | None
+    """Bytes of the member; None where no picture of the segment decodes."""
     error_s: NDArray[np.float32] | None = None
-    """Time error of each picture, of a video column; see :class:`shared.session.reader.Frames`."""
+    """Time error of each picture, of a video column; see :class:`shared.kinds.video.Frames`."""
 
 
 class RowReader(Protocol):
@@ -66,53 +67,63 @@ class IndexBuilder:
 
     rows: list[Row]
     recipe: Recipe
+    durations_s: Mapping[str, float]
+    """Length of each session of the shard, in order of the rows."""
     presence: NDArray[np.uint8] = field(init=False)
-    """Bits of the streams that are stored, per row."""
+    """Whether each declared stream is stored, per row."""
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     columns: dict[str, BuiltColumn] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     decode_failures: list[DecodeFailure] = field(default_factory=list)
+    _streams: dict[str, int] = field(init=False)
+    """Position of each stream in `presence`."""
 
     def __post_init__(self) -> None:
-        self.presence = np.zeros(len(self.rows), dtype=np.uint8)
+        self._streams = {name: number for number, name in enumerate(self.recipe.streams)}
+        self.presence = np.zeros((len(self.rows), len(self._streams)), dtype=np.uint8)
 
-    def add_members(self, name: str, members: Members) -> None:
-        """Note where the members of a column or the chunks of an array are stored."""
-        self.arrays[f"{name}.offset"] = members.offset
-        self.arrays[f"{name}.length"] = members.length
-        self.arrays[f"{name}.crc32c"] = members.crc32c
+    def mark_present(self, stream: str, rows: Any) -> None:  # noqa: ANN401 (any NumPy index)
+        """Note that rows store a stream."""
+        self.presence[rows, self._streams[stream]] = 1
+
+    def add_members(self, column: Column, members: Members) -> None:
+        """Note where the members of a column are stored."""
+        self.arrays[f"{column.name}.offset"] = members.offset
+        self.arrays[f"{column.name}.length"] = members.length
+        self.arrays[f"{column.name}.crc32c"] = members.crc32c
 
     def rows_of(self, column: Column) -> dict[str, list[Row]]:
         """List the rows that a column stores, by session."""
         rows: dict[str, list[Row]] = {}
         for row in self.rows:
-            # Sensor columns store the times of every row.
-            if column.name == "proprio" or not set(column.streams).isdisjoint(row.present):
+            if column.stream in row.present:
                 rows.setdefault(row.session, []).append(row)
         return rows
 
-
-def row_arrays(rows: Sequence[Row], sessions: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Make the arrays that an index has for its rows, all but "present".
-
-    Args:
-        rows: the rows.
-        sessions: names of their sessions, as the index lists them.
-    """
-    position = {name: i for i, name in enumerate(sessions)}
-    partial = [
-        presence_bits(s for s, share in zip(STREAMS, row.coverage, strict=True) if 0 < share < 1)
-        for row in rows
-    ]
-    coverage = np.array([row.coverage for row in rows], dtype=np.float32)
-    return {
-        "session": np.array([position[row.session] for row in rows], dtype=np.uint32),
-        "segment": np.array([row.segment.index for row in rows], dtype=np.uint32),
-        "start_s": np.array([row.segment.start_s for row in rows], dtype=np.float64),
-        "stop_s": np.array([row.segment.stop_s for row in rows], dtype=np.float64),
-        "partial": np.array(partial, dtype=np.uint8),
-        "coverage": coverage.reshape(len(rows), len(STREAMS)),
-    }
+    def index(self, *, name: str, split: str) -> ShardIndex:
+        """Make the index."""
+        sessions = {session: number for number, session in enumerate(self.durations_s)}
+        coverage = np.array([row.coverage for row in self.rows], dtype=np.float32)
+        arrays: dict[str, NDArray[Any]] = {
+            "session": np.array([sessions[row.session] for row in self.rows], dtype=np.uint32),
+            "segment": np.array([row.segment.index for row in self.rows], dtype=np.uint32),
+            "present": self.presence,
+            "coverage": coverage.reshape(self.presence.shape),
+            **self.arrays,
+        }
+        header = {
+            "name": name,
+            "split": split,
+            "streams": list(self._streams),
+            "videos": list(self.recipe.of_kind(Kind.VIDEO)),
+            "sessions": list(sessions),
+            "durations_s": list(self.durations_s.values()),
+            "segment_s": self.recipe.segment_s,
+            "columns": {column: built.as_json() for column, built in self.columns.items()},
+            "statistics": self.statistics,
+            "decode_failures": self.decode_failures,
+        }
+        return ShardIndex(header=header, arrays=arrays)
 
 
 # --- columns ---------------------------------------------------------------------------------
@@ -124,114 +135,61 @@ def write_column(
     """Write a column file.
 
     Args:
-        builder: takes the member tables, presence bits and statistics.
+        builder: takes the member table, presence and statistics.
         column: the column.
         path: the file to write.
         encoded: the rows that the column stores, in order.
     """
-    write = _write_tar if column.kind == "tar" else _write_zarr
-    write(builder, column, path, encoded)
+    values = {"tar": _write_tar, "zarr": _write_zarr}[column.container](
+        builder, column, path, encoded
+    )
+    if (summary := statistics.summarize(column, values, builder.recipe)) is not None:
+        builder.statistics[column.name] = summary
 
 
 def _write_tar(
     builder: IndexBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
-) -> None:
-    name, recipe = column.name, builder.recipe
-    counter = statistics.TAR_COUNTERS.get(name, statistics.NoCounter)()
-    if column.streams[0] in VISION_FILES:
-        shape = (len(builder.rows), recipe.count(recipe.vision.rate_hz))
-        builder.arrays[f"{name}.error_s"] = np.full(shape, np.nan, np.float32)
+) -> list[Any]:
+    """Write a tar column; return what its statistics take of each member."""
+    measure, measured = statistics.MEASURES.get(column.kind), []
+    errors = np.full((len(builder.rows), *column.shape[:1]), np.nan, np.float32)
     with TarColumnWriter(path, num_samples=len(builder.rows)) as writer:
         for item in encoded:
-            row = item.row
+            number = item.row.number
             if item.error_s is not None:
-                builder.arrays[f"{name}.error_s"][row.number] = item.error_s
-            if item.members:
-                content = item.members[name]
-                writer.add(row.number, member_name(row.key, name, recipe), content)
-                counter.add(content)
-                _mark_present(builder, column, row)
-        builder.add_members(name, writer.members())
-    if counter.result is not None:
-        builder.statistics[name] = counter.result
+                errors[number] = item.error_s
+            if item.content is not None:
+                writer.add(number, column.member_name(item.row.key), item.content)
+                builder.mark_present(column.stream, number)
+                if measure is not None:
+                    measured.append(measure(item.content))
+        builder.add_members(column, writer.members())
+    if column.has_time_errors:
+        builder.arrays[f"{column.name}.error_s"] = errors
+    return measured
 
 
 def _write_zarr(
     builder: IndexBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
-) -> None:
-    arrays = _ZARR_ARRAYS[column.name](len(builder.rows), builder.recipe)
+) -> NDArray[Any]:
+    """Write a Zarr column; return its values."""
+    shape = (len(builder.rows), *column.shape)
+    values = np.full(shape, float(column.fill_value), dtype=column.dtype)
     for item in encoded:
-        for table, content in item.members.items():
-            values = arrays[table.partition("/")[2]].values
-            values[item.row.number] = read_chunk(
-                content, dtype=values.dtype.name, shape=values.shape[1:]
-            )
-        _mark_present(builder, column, item.row)
-    attributes = {"keys": [row.key for row in builder.rows]}
-    for name, members in write_zarr_column(path, arrays, attributes=attributes).items():
-        builder.add_members(f"{column.name}/{name}", members)
-    stored = {name: array.values for name, array in arrays.items()}
-    builder.statistics[column.name] = statistics.array_statistics(
-        column.name, stored, builder.recipe
+        if item.content is not None:
+            number = item.row.number
+            values[number] = read_chunk(item.content, dtype=column.dtype, shape=column.shape)
+            builder.mark_present(column.stream, number)
+    array = ZarrArray(
+        values=values,
+        dimensions=column.dimensions,
+        fill_value=column.fill_value,
+        attributes=column.attributes,
     )
-
-
-def _mark_present(builder: IndexBuilder, column: Column, row: Row) -> None:
-    """Note that a row stores those streams of a column that it has."""
-    builder.presence[row.number] |= presence_bits(set(column.streams) & set(row.present))
-
-
-def _proprio_arrays(num_rows: int, recipe: Recipe) -> dict[str, ZarrArray]:
-    """Make the arrays of the sensor column, all values missing."""
-    shape = (num_rows, recipe.count(recipe.sensors.rate_hz))
-    return {
-        "timestamp": ZarrArray(
-            values=np.full(shape, np.nan, np.float64),
-            dimensions=("sample", "time"),
-            fill_value="NaN",
-            attributes={"units": "s", "long_name": "seconds since session start"},
-        ),
-        "proprio": ZarrArray(
-            values=np.full((*shape, recipe.sensors.proprio_size), np.nan, np.float32),
-            dimensions=("sample", "time", "joint"),
-            fill_value="NaN",
-            attributes={"units": "rad (first half), rad s-1 (second half)"},
-        ),
-        "touch": ZarrArray(
-            values=np.full((*shape, recipe.sensors.touch_size), np.nan, np.float32),
-            dimensions=("sample", "time", "finger"),
-            fill_value="NaN",
-            attributes={"units": "1", "valid_range": [0.0, 1.0]},
-        ),
-        "valid": ZarrArray(
-            values=np.zeros(shape, np.bool_),
-            dimensions=("sample", "time"),
-            fill_value=False,
-            attributes={"long_name": "proprio or touch was recorded"},
-        ),
-    }
-
-
-def _dmel_arrays(num_rows: int, recipe: Recipe) -> dict[str, ZarrArray]:
-    """Make the arrays of the audio tokens, all values masked."""
-    shape = (num_rows, recipe.count(recipe.mel.rate_hz))
-    return {
-        "dmel": ZarrArray(
-            values=np.full((*shape, recipe.mel.channels), MASKED_LEVEL, np.uint8),
-            dimensions=("sample", "frame", "channel"),
-            fill_value=MASKED_LEVEL,
-            attributes={"long_name": "dMel level", "missing_value": MASKED_LEVEL},
-        ),
-        "valid": ZarrArray(
-            values=np.zeros(shape, np.bool_),
-            dimensions=("sample", "frame"),
-            fill_value=False,
-            attributes={"long_name": "sound covers the frame"},
-        ),
-    }
-
-
-_ZARR_ARRAYS = {"proprio": _proprio_arrays, "dmel": _dmel_arrays}
+    keys = {"keys": [row.key for row in builder.rows]}
+    members = write_zarr_column(path, {column.array: array}, attributes=keys)
+    builder.add_members(column, members[column.array])
+    return values
 
 
 # --- sessions --------------------------------------------------------------------------------
@@ -256,29 +214,30 @@ class SessionEncoder:
         self, column: Column, rows: Sequence[Row], failures: list[DecodeFailure]
     ) -> Iterator[EncodedRow]:
         """See :class:`RowReader`."""
-        if column.streams[0] in VISION_FILES:
-            yield from self._iter_video(column.streams[0], rows, failures)
+        if column.kind is Kind.VIDEO:
+            yield from self._iter_video(column.stream, rows, failures)
             return
-        encode = _ENCODERS[column.name]
+        encode = _ENCODERS[column.kind, column.container]
         for row in rows:
-            yield EncodedRow(row, encode(self._reader, row))
+            yield EncodedRow(row, encode(self._reader, column.stream, row.segment))
 
     def _iter_video(
-        self, stream: Stream, rows: Sequence[Row], failures: list[DecodeFailure]
+        self, stream: str, rows: Sequence[Row], failures: list[DecodeFailure]
     ) -> Iterator[EncodedRow]:
         """Yield rows with encoded pictures; rows of which no picture decodes become failures."""
         reader, missing = self._reader, {row.segment.index: row for row in rows}
+        spec: Any = reader.recipe.streams[stream]
         reason = "no picture of this segment decodes"
-        frames_of = reader.iter_frames(
-            stream, [row.segment for row in rows], decode_context=self._decode_context
-        )
+        segments = [row.segment for row in rows]
         try:
-            for segment, frames in frames_of if rows else ():
-                if not np.isfinite(frames.error_s).any():
-                    continue
-                content = encode_pictures(frames.pictures, recipe=reader.recipe.vision)
-                row = missing.pop(segment.index)
-                yield EncodedRow(row, {COLUMNS[stream].name: content}, frames.error_s)
+            for segment, frames in (
+                reader.iter_frames(stream, segments, decode_context=self._decode_context)
+                if rows
+                else ()
+            ):
+                if np.isfinite(frames.error_s).any():
+                    content = encode_pictures(frames.pictures, spec=spec)
+                    yield EncodedRow(missing.pop(segment.index), content, frames.error_s)
         except MediaError as error:
             reason = str(error).replace(f"{reader.path}/", "")
         failures += [
@@ -292,37 +251,15 @@ class SessionEncoder:
         ]
 
 
-def _encode_audio(reader: SessionReader, row: Row) -> dict[str, bytes]:
-    samples = reader.read_audio(row.segment)
-    return {"audio": encode_wav(samples, rate_hz=reader.recipe.audio.rate_hz)}
+def _encode_audio(reader: SessionReader, stream: str, segment: Segment) -> bytes:
+    spec: Any = reader.recipe.streams[stream]
+    return encode_wav(reader.read_audio(stream, segment), rate_hz=spec.rate_hz)
 
 
-def _encode_text(reader: SessionReader, row: Row) -> dict[str, bytes]:
-    return {"text": encode_text(reader.read_text(row.segment))}
-
-
-def _encode_proprio(reader: SessionReader, row: Row) -> dict[str, bytes]:
-    """Encode the sensors; a stream that the row lacks is NaN."""
-    sensors = reader.read_sensors(row.segment)
-    for stream, values in ((Stream.PROPRIO, sensors.proprio), (Stream.TOUCH, sensors.touch)):
-        if stream not in row.present:
-            values[...] = np.nan
-    return {
-        "proprio/timestamp": sensors.timestamp.tobytes(),
-        "proprio/proprio": sensors.proprio.tobytes(),
-        "proprio/touch": sensors.touch.tobytes(),
-        "proprio/valid": sensors.valid.tobytes(),
-    }
-
-
-def _encode_dmel(reader: SessionReader, row: Row) -> dict[str, bytes]:
-    mel = reader.read_mel(row.segment)
-    return {"dmel/dmel": mel.levels.tobytes(), "dmel/valid": mel.valid.tobytes()}
-
-
-_ENCODERS = {
-    "audio": _encode_audio,
-    "text": _encode_text,
-    "proprio": _encode_proprio,
-    "dmel": _encode_dmel,
+_ENCODERS: Mapping[tuple[Kind, str], Callable[[SessionReader, str, Segment], bytes]] = {
+    (Kind.AUDIO, "tar"): _encode_audio,
+    (Kind.AUDIO, "zarr"): lambda reader, *segment: reader.read_dmel(*segment).tobytes(),
+    (Kind.SENSOR, "zarr"): lambda reader, *segment: reader.read_sensor(*segment).tobytes(),
+    (Kind.TEXT, "tar"): lambda reader, *segment: encode_text(reader.read_text(*segment)),
 }
+"""How a segment is encoded, by kind of the stream and container of the column."""
