@@ -197,6 +197,8 @@ def _print_build(summary: BuildSummary, location: Path | Store) -> None:
     """Print what a build wrote or would write, and the state of the set."""
     from preprocess.build.explain import PAST, explain_plan
 
+    for name, reason in summary.absent.items():
+        click.echo(f"warning: no session has the stream {name}, so it is masked: {reason}")
     lines = explain_plan(summary.plan)
     for verb, line in lines:
         click.echo(f"{PAST[verb] if summary.manifest else f'would {verb}'} {line}")
@@ -207,9 +209,9 @@ def _print_build(summary: BuildSummary, location: Path | Store) -> None:
     counts = summary.manifest.counts
     state = "is up to date" if summary.plan.is_empty and not lines else "is ready"
     click.echo(
-        f"{location} {state}: {counts['sessions']} sessions, {counts['windows_planned']} windows = "
-        f"{counts['samples']} samples ({summary.manifest.num_samples('val')} held out) + "
-        f"{counts['windows_rejected']} rejected"
+        f"{location} {state}: {counts['sessions']} sessions, {counts['segments_planned']} segments "
+        f"= {counts['samples']} samples ({summary.manifest.num_samples('val')} held out) + "
+        f"{counts['segments_rejected']} rejected"
     )
     if summary.rejected:
         click.echo(f"what the set lacks, and why: {location}/rejected.jsonl")
@@ -248,7 +250,7 @@ def verify(ctx: click.Context, shard_set: str) -> None:
 @click.argument("shard_set", metavar="SHARD_SET")
 @click.argument("key", required=False)
 def show(shard_set: str, key: str | None) -> None:
-    """Show a shard set (a folder or a URL), or one sample of it by its key SESSION/WINDOW.
+    """Show a shard set (a folder or a URL), or one sample of it by its key SESSION/SEGMENT.
 
     \b
     python -m preprocess show shards/default
@@ -276,7 +278,7 @@ def sessions() -> None:
 @sessions.command("list")
 @click.argument("shard_set", metavar="SHARD_SET")
 def list_of_sessions(shard_set: str) -> None:
-    """List the sessions of a set with split, samples, rejected windows, size and shards."""
+    """List the sessions of a set with split, samples, rejected segments, size and shards."""
     from preprocess.sets.edit import list_sessions
 
     listed = list_sessions(shard_set)

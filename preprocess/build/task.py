@@ -276,8 +276,9 @@ def _write_columns(
 
 def _keep_column(
     builder: IndexBuilder,
-    column: Column,
     built: BuiltColumn,
+    *,
+    column: Column,
     index: ShardIndex,
     store: ShardSetStore,
 ) -> None:

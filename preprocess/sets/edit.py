@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build.commit import NewSet, commit_set, count_segments
-from preprocess.build.plan import setting_changes
+from preprocess.build.plan import recipe_changes
 from preprocess.build.plan_types import (
     Cause,
     ColumnTask,
@@ -26,6 +26,7 @@ from preprocess.build.plan_types import (
     Reason,
     SessionSegments,
     ShardTask,
+    sessions_of,
 )
 from preprocess.build.sources import TaskContext
 from preprocess.build.task import copy_shard
@@ -33,7 +34,7 @@ from shared.errors import ShardError, rebuild_hint
 from shared.files import fingerprint_of, sha256_of_bytes
 from shared.recipe import SPLITS
 from shared.shardset.index import ShardIndex, index_bytes
-from shared.shardset.layout import COLUMNS
+from shared.shardset.layout import columns_of
 from shared.shardset.manifest import (
     MANIFEST_FILE,
     REJECTED_FILE,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
-    from shared.recipe import Recipe
     from shared.shardset.store import ShardSetStore
     from shared.storage import Store
 
@@ -258,9 +258,11 @@ def _require_same_settings(selections: Sequence[_Selection]) -> None:
     """Refuse sets whose recipes or tokenizers differ."""
     first = selections[0]
     for other in selections[1:]:
-        changes = setting_changes(
-            _sample_settings(first.manifest.recipe), _sample_settings(other.manifest.recipe)
-        )
+        changes = [
+            change
+            for change in recipe_changes(first.manifest.recipe, other.manifest.recipe)
+            if not change.startswith(("shard.", "text."))
+        ]
         if changes:
             raise ShardError(
                 f"{first.store} and {other.store} are built by different recipes: "
@@ -271,14 +273,6 @@ def _require_same_settings(selections: Sequence[_Selection]) -> None:
                 f"{first.store} and {other.store} have different tokenizers; fix: build the second "
                 f"with text.tokenizer: {first.store}/{first.manifest.tokenizer_file}"
             )
-
-
-def _sample_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the keys of a recipe that decide what the samples of a set are."""
-    sections = {k: v for k, v in recipe.as_json().items() if k not in ("shard", "text")}
-    required = sections.pop("required")
-    flat = {f"{s}.{key}": value for s, keys in sections.items() for key, value in keys.items()}
-    return {"required": required, **flat}
 
 
 def _assemble(out: Path | str, selections: Sequence[_Selection]) -> Manifest:
@@ -306,7 +300,7 @@ def _copy_selected(
     """Write a shard with the selected sessions of another; None if it has none of them."""
     source = selection.store
     index = source.read_index(entry.index_file, sha256=entry.index_sha256)
-    sessions = [SessionSegments(name, tuple(segments)) for name, segments in index.header["slices"]]
+    sessions = sessions_of(index)
     selected = tuple(s for s in sessions if s.session in selection.sessions)
     if not selected:
         return None
@@ -322,7 +316,7 @@ def _copy_selected(
         task = _copy_task(entry, index, selected, name=name, generation=generation)
         return copy_shard(task, context)
     if source is not out:
-        return _link_shard(entry, index, out, source, name=name)
+        return _link_shard(entry, index, out, selection, name=name)
     return entry
 
 
@@ -357,18 +351,18 @@ def _copy_task(
 
 
 def _link_shard(
-    entry: ShardEntry, index: ShardIndex, out: ShardSetStore, source: ShardSetStore, *, name: str
+    entry: ShardEntry, index: ShardIndex, out: ShardSetStore, selection: _Selection, *, name: str
 ) -> ShardEntry:
     """Put a whole shard of another set under a new name; links its columns, or copies them.
 
     Raises:
         CorruptError: a downloaded column differs from the checksum in its index.
     """
-    columns = {}
+    columns, known = {}, columns_of(selection.manifest.recipe)
     with out.staging_dir() as work:
         for column, header in index.columns.items():
-            file = f"{name}.{column}.{COLUMNS[column].suffix}"
-            source.copy_to(header["file"], work / file, sha256=header["sha256"])
+            file = f"{name}.{column}.{known[column].suffix}"
+            selection.store.copy_to(header["file"], work / file, sha256=header["sha256"])
             out.put(work / file, file)
             (work / file).unlink(missing_ok=True)  # an upload leaves it
             columns[column] = {**header, "file": file}
@@ -422,7 +416,9 @@ def _rejected_lines(
 ) -> list[dict[str, Any]]:
     """Return the lines of ``rejected.jsonl``: by session name, then decode failures."""
     failures = [
-        {"level": "stream", **failure} for header in headers for failure in header["losses"]
+        {"level": "stream", **failure}
+        for header in headers
+        for failure in header["decode_failures"]
     ]
     lines = [
         line

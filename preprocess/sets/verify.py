@@ -6,21 +6,24 @@ import json
 import math
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from shared.shardset.codec import decode_pictures, decode_text, decode_wav
 
 from preprocess.build.commit import count_segments
 from shared.errors import CorruptError, EngineError, ShardError, rebuild_hint
+from shared.kinds.audio import decode_wav
+from shared.kinds.text import decode_text
+from shared.kinds.video import decode_pictures
 from shared.recipe import SPLITS, Recipe
-from shared.shardset.index import MEMBER_TABLES, ShardIndex, require_complete
-from shared.shardset.layout import COLUMNS, member_limits, streams_from_bits
-from shared.shardset.manifest import FORMAT_VERSION, REJECTED_FILE, Manifest, ShardEntry
+from shared.shardset.columns import read_chunk
+from shared.shardset.index import ShardIndex, require_complete
+from shared.shardset.layout import columns_of
+from shared.shardset.manifest import FORMAT_VERSION, REJECTED_FILE, Manifest, ShardEntry, find_runs
 from shared.shardset.store import ShardSetStore, open_shard_set
 from shared.storage import parse_location
+from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shared.kinds.column import Column
     from shared.shardset.columns import ColumnFile
+    from shared.streams import StreamSpec, VideoStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +52,9 @@ def verify_set(
 ) -> VerifyResult:
     """Verify a shard set.
 
-    Checksums of all files and members match, every member decodes, keys are unique, no session is
-    in two splits, counts are right, and planned segments = samples + rejected segments.
+    Checksums of all files and members match, every member decodes, streams, runs and keys are what
+    the manifest says, keys are unique, no session is in two splits, and planned segments = samples
+    + rejected segments.
 
     Args:
         location: the set's folder, or its URL; behind a URL, a column at a time is downloaded.
@@ -94,12 +100,13 @@ class _Verifier:
 
     def verify_shard(self, entry: ShardEntry) -> None:
         """Verify the columns, keys and sessions of one shard."""
+        columns = columns_of(self.manifest.recipe)
         try:
-            index = _read_index(self.store, entry)
+            index = _read_index(self.store, entry, columns)
         except ShardError as error:
             self.problems.append(str(error))
             return
-        for column in COLUMNS:
+        for column in columns.values():
             self._verify_column(entry, index, column)
         self._verify_keys(entry, index)
 
@@ -139,9 +146,10 @@ class _Verifier:
                 f"{planned} segments were planned, but {num_samples} samples + {rejected} rejected"
             )
 
-    def _verify_column(self, entry: ShardEntry, index: ShardIndex, column: str) -> None:
+    def _verify_column(self, entry: ShardEntry, index: ShardIndex, column: Column) -> None:
         """Verify the checksum of a column's file, and that every member is whole and decodes."""
-        header, recipe = index.columns[column], self.manifest.recipe
+        header = index.columns[column.name]
+        spec = self.manifest.recipe.streams[column.stream]
         try:
             file = self.store.open_column(header["file"])
         except ShardError as error:
@@ -153,24 +161,41 @@ class _Verifier:
             except OSError as error:
                 self.problems.append(f"{file.origin}: can't be read: {error.strerror}; {self._fix}")
                 return
-            if sha256 != header.get("sha256"):
+            if sha256 != header["sha256"]:
                 self.problems.append(f"{file.origin}: checksum differs from its index; {self._fix}")
-            for table in MEMBER_TABLES[column]:
-                for row in range(index.num_samples):
-                    try:
-                        content = _read_member(file, index, table=table, row=row, recipe=recipe)
-                        if content is not None:
-                            self.num_members += 1
-                            _decode(column, content, recipe)
-                    except ShardError as error:
-                        self.problems.append(f"{entry.name} {index.key(row)}: {error}")
+            for row in range(index.num_samples):
+                try:
+                    self._verify_member(file, index, column=column, row=row, spec=spec)
+                except ShardError as error:
+                    self.problems.append(f"{entry.name} {index.key(row)}: {error}")
+
+    def _verify_member(
+        self, file: ColumnFile, index: ShardIndex, *, column: Column, row: int, spec: StreamSpec
+    ) -> None:
+        """Verify one member.
+
+        Raises:
+            CorruptError: it does not decode, or it is missing although the stream is present.
+        """
+        content = file.read(index.members(column.name), row, max_bytes=column.max_bytes)
+        if content is not None:
+            self.num_members += 1
+            _DECODERS[column.kind, column.container](content, column, spec)
+        elif column.container == "zarr" or index.is_present(row, column.stream):
+            raise CorruptError(f"{file.origin}: lacks the segment; {self._fix}")
 
     def _verify_keys(self, entry: ShardEntry, index: ShardIndex) -> None:
         """Compare a shard's keys and sessions with those of earlier shards, and add them."""
-        if index.num_samples != entry.num_samples:
+        recipe = self.manifest.recipe
+        if (runs := find_runs(index)) != entry.runs:
             self.problems.append(
-                f"{entry.name}: its index has {index.num_samples} samples, the manifest says "
-                f"{entry.num_samples}; {self._fix}"
+                f"{entry.name}: its index has {index.num_samples} samples in {len(runs)} runs, not "
+                f"those of the manifest, {entry.num_samples} in {len(entry.runs)}; {self._fix}"
+            )
+        if index.streams != list(recipe.streams) or index.segment_s != recipe.segment_s:
+            self.problems.append(
+                f"{entry.name}: its index has other streams or segments than the manifest's "
+                f"recipe; {self._fix}"
             )
         for key in map(index.key, range(index.num_samples)):
             if key in self.keys:
@@ -204,15 +229,12 @@ def describe_set(location: Path | str) -> Iterator[tuple[str, str]]:
     counts = manifest.counts
     planned, rejected = counts["segments_planned"], counts["segments_rejected"]
     segments = f"{planned} planned = {counts['samples']} samples + {rejected} rejected"
-    yield "segments", f"{segments} (see {REJECTED_FILE})"
-    yield (
-        "segment",
-        f"{recipe.segment.duration_s:g} s, every {recipe.segment.effective_stride_s:g} s",
-    )
+    yield "segments", f"{segments}, {recipe.segment_s:g} s each (see {REJECTED_FILE})"
     for name, schema in manifest.fields.items():
         shape = "x".join(str(n) for n in schema["shape"]) or "variable"
-        yield name, f"{schema['dtype']} {shape}, {schema['unit']}, {schema['codec']}"
-    yield from _describe_statistics(manifest.statistics)
+        described = (f"{schema['dtype']} {shape}", schema["unit"], schema["codec"])
+        yield name, f"{schema['kind']}: {', '.join(filter(None, described))}"
+    yield from _describe_statistics(manifest.statistics, recipe)
 
 
 def describe_sample(location: Path | str, key: str) -> Iterator[tuple[str, str]]:
@@ -225,24 +247,24 @@ def describe_sample(location: Path | str, key: str) -> Iterator[tuple[str, str]]
     with open_shard_set(parse_location(location)) as store:
         manifest = store.read_manifest()
         entry, index, row = _find_sample(store, manifest, key)
-        arrays = index.arrays
-        present = streams_from_bits(int(arrays["present"][row]))
+        segment, recipe = index.segment(row), manifest.recipe
+        start_s, stop_s = segment * index.segment_s, (segment + 1) * index.segment_s
         yield "sample", f"{key}, row {row} of {entry.name}"
-        yield "time", f"[{arrays['start_s'][row]:g}, {arrays['stop_s'][row]:g}) s of its session"
-        yield "streams", ", ".join(present) or "none"
-        for stream in present:
-            name = f"{stream}.error_s"
-            if name in arrays:
-                yield stream, _frame_errors(np.asarray(arrays[name][row]))
-        for column, tables in MEMBER_TABLES.items():
-            for table in tables:
-                members = index.members(table)
-                span = f"{int(members.length[row])} bytes at {int(members.offset[row])}"
-                yield table, f"{span} of {index.columns[column]['file']}"
-        with closing(store.open_column(index.columns["text"]["file"])) as file:
-            text = _read_member(file, index, table="text", row=row, recipe=manifest.recipe)
-        for event in decode_text(text).events if text is not None else ():
-            yield event.stream, f"{event.time_s:7.2f} s  {event.text}"
+        yield "time", f"[{start_s:g}, {stop_s:g}) s of {index.duration_s(row):g} s of its session"
+        yield "streams", ", ".join(index.present_streams(row)) or "none"
+        for name, column in columns_of(recipe).items():
+            if not index.is_present(row, column.stream):
+                continue
+            members = index.members(name)
+            location = f"at {int(members.offset[row])} of {index.columns[name]['file']}"
+            yield name, f"{int(members.length[row])} bytes {location}"
+            if column.has_time_errors:
+                yield name, _frame_errors(np.asarray(index.arrays[f"{name}.error_s"][row]))
+            if column.kind is Kind.TEXT:
+                with closing(store.open_column(index.columns[name]["file"])) as file:
+                    content = file.read(members, row, max_bytes=column.max_bytes)
+                for event in decode_text(content or b"").events:
+                    yield name, f"{event.time_s:7.2f} s  {event.text}"
 
 
 def _frame_errors(error_s: NDArray[np.float32]) -> str:
@@ -252,32 +274,41 @@ def _frame_errors(error_s: NDArray[np.float32]) -> str:
     return f"{len(error_s)} frames, worst {worst_ms:.1f} ms off, {masked} masked"
 
 
-def _read_index(store: ShardSetStore, entry: ShardEntry) -> ShardIndex:
+def _read_index(
+    store: ShardSetStore, entry: ShardEntry, columns: Mapping[str, Column]
+) -> ShardIndex:
     index = store.read_index(entry.index_file, sha256=entry.index_sha256)
-    require_complete(index, origin=f"{store}/{entry.index_file}")
+    require_complete(index, columns, origin=f"{store}/{entry.index_file}")
     return index
 
 
-def _read_member(
-    file: ColumnFile, index: ShardIndex, *, table: str, row: int, recipe: Recipe
-) -> bytes | None:
-    return file.read(index.members(table), row, max_bytes=member_limits(recipe)[table])
+def _decode_video(content: bytes, column: Column, spec: VideoStream) -> None:
+    decode_pictures(content, spec=spec, out=np.empty(column.shape, np.uint8))
 
 
-def _decode(column: str, content: bytes, recipe: Recipe) -> None:
-    """Decode a member of a tar column; chunks of Zarr columns have nothing to decode.
+def _decode_audio(content: bytes, column: Column, spec: StreamSpec) -> None:
+    if (shape := decode_wav(content).shape) != column.shape:
+        raise CorruptError(f"{shape[0]} samples of {spec.file}, expected {column.shape[0]}")
 
-    Raises:
-        CorruptError: it does not decode.
-    """
-    if column.startswith("vision"):
-        size = recipe.vision.size
-        shape = (recipe.count(recipe.vision.rate_hz), size, size, 3)
-        decode_pictures(content, recipe=recipe.vision, out=np.empty(shape, np.uint8))
-    elif column == "audio":
-        decode_wav(content)
-    elif column == "text":
-        decode_text(content)
+
+def _decode_text(content: bytes, column: Column, spec: StreamSpec) -> None:
+    del column, spec
+    decode_text(content)
+
+
+def _decode_chunk(content: bytes, column: Column, spec: StreamSpec) -> None:
+    del spec
+    read_chunk(content, dtype=column.dtype, shape=column.shape)
+
+
+_DECODERS: Mapping[tuple[Kind, str], Callable[..., None]] = {
+    (Kind.VIDEO, "tar"): _decode_video,
+    (Kind.AUDIO, "tar"): _decode_audio,
+    (Kind.AUDIO, "zarr"): _decode_chunk,
+    (Kind.SENSOR, "zarr"): _decode_chunk,
+    (Kind.TEXT, "tar"): _decode_text,
+}
+"""What decodes a member and raises CorruptError, by kind and container."""
 
 
 def _find_sample(
@@ -286,7 +317,7 @@ def _find_sample(
     session = key.rpartition("/")[0]
     example = ""
     for entry in manifest.shards:
-        index = _read_index(store, entry)
+        index = _read_index(store, entry, columns_of(manifest.recipe))
         example = example or index.key(0)
         if session in index.sessions:
             for row in range(index.num_samples):
@@ -299,35 +330,31 @@ def _find_sample(
     )
 
 
-_GROUP_NAMES = {
-    "touch": ("touch values",),
-    "proprio": ("joint angles", "joint velocities"),
-    "audio_level": ("dB of segments",),
-}
-"""Field -> names of its groups of values that share a histogram range."""
-
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def _describe_statistics(statistics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Describe the distributions of the train split; values of one range form a group."""
-    for name, group_names in _GROUP_NAMES.items():
+def _describe_statistics(
+    statistics: Mapping[str, Any], recipe: Recipe
+) -> Iterator[tuple[str, str]]:
+    """Describe the distributions of the train split; the values of a group together."""
+    for name, spec in recipe.streams.items():
         values = statistics.get(name, {})
-        if not values.get("count") or "histogram" not in values:
-            continue
-        groups = groupby(range(len(values["mean"])), key=lambda i: values["range"][i])
-        for group_name, (limits, indexes) in zip(group_names, groups, strict=False):
-            yield group_name, _distribution(values, list(indexes), limits)
-    for name in ("internal_tokens", "external_tokens"):
-        counts = statistics.get(name, [])
-        used = sum(count > 0 for count in counts)
-        yield name.replace("_", " "), f"{sum(counts)} of {used} kinds"
+        if spec.kind is Kind.SENSOR and values["count"]:
+            for group, columns in zip(spec.values, spec.slices, strict=True):
+                if values["range"][columns.start] is not None:
+                    unit = f" {group.unit_label}" if group.unit_label else ""
+                    indexes = range(columns.start, columns.stop)
+                    yield name, f"{group.type}:{unit} {_distribution(values, indexes)}"
+        elif spec.kind is Kind.AUDIO and values["level"]["count"]:
+            yield name, f"dBFS of segments: {_distribution(values['level'], [0])}"
+        elif spec.kind is Kind.TEXT:
+            used = sum(count > 0 for count in values["tokens"])
+            yield name, f"{sum(values['tokens'])} tokens of {used} kinds"
 
 
-def _distribution(
-    values: Mapping[str, Any], indexes: Sequence[int], limits: Sequence[float]
-) -> str:
+def _distribution(values: Mapping[str, Any], indexes: Sequence[int]) -> str:
     """Format mean, deviation, range and histogram of some values of a field together."""
+    limits = values["range"][indexes[0]]
     means, stds = ([values[name][i] for i in indexes] for name in ("mean", "std"))
     mean = fmean(means)
     # Total variance = mean of the variances + variance of the means.
