@@ -117,13 +117,13 @@ def count_windows(shards: Path, duration_s: float, stride_s: float) -> int:
 
 def measure(config: TrainConfig, args: argparse.Namespace) -> tuple[tuple[float, float], float]:
     """Return samples and seconds of recording per second, and KiB read per second of recording."""
-    loader = Loader(open_source(config, split="train"), config, num_epochs=1)
+    loader = Loader(open_source(config, split="train"), config)
     next(iter(loader))  # first calls
     samples, seconds, kib = [], [], []
     for _ in range(args.rounds):
         num_samples, recorded_s, began_s = 0, 0.0, time.perf_counter()
         with count_read_bytes() as read:
-            for batch in loader:
+            for batch in itertools.islice(loader, loader.batches_per_epoch):
                 is_real = batch["weight"] > 0
                 num_samples += int(is_real.sum())
                 recorded_s += ticks_of(batch, loader.shapes) / loader.shapes.tick_rate_hz

@@ -49,6 +49,8 @@ WAYS = [
     Way("2 micro-batches", options={"accumulation_steps": 2}),
     Way("recomputing", options={"gradient_checkpointing": True}),
     Way("2 loader processes", options={"num_workers": 2}),
+    Way("windows of 0.4 s", options={"window": {"duration_s": 0.4}}),
+    Way("windows of 4 s", options={"window": {"duration_s": 4.0, "stride_s": 1.0}}),
 ]
 """Ranks add the same float32 numbers in another order. In half precision each rank rounds its own
 sums, also those of weight gradients, to 2^-9 in bf16 and 2^-12 in fp16."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from helpers.sessions import sensor_lines, write_lines, write_tone, write_video
+from helpers.sets import merge_sections
 from preprocess.build import cluster as cluster_module
 from preprocess.build.cluster import Cluster
 from preprocess.build.job import BuildSummary, build_shards
@@ -154,16 +155,7 @@ def tiny_recipe(**sections: Any) -> Recipe:
     streams = sections.pop("streams", None)
     if streams is not None:
         values["streams"] = streams
-    return Recipe.model_validate(_merged(values, sections))
-
-
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Merge nested mappings."""
-    both = {**values, **changes}
-    for key in values.keys() & changes.keys():
-        if isinstance(values[key], dict) and isinstance(changes[key], dict):
-            both[key] = _merged(values[key], changes[key])
-    return both
+    return Recipe.model_validate(merge_sections(values, sections))
 
 
 def write_tiny_session(folder: Path, duration_s: float, *, has_right: bool = False) -> Path:

@@ -61,7 +61,13 @@ class RecordedLoader:
 
 def tiny_config(shards: str, folder: str, **options: Any) -> TrainConfig:
     """Make a run's configuration; `options` are keys of any section, which do not collide."""
-    data = {"shards": shards, "batch_size": 4, "num_workers": 0, "shuffle_block_shards": 2}
+    data: dict[str, Any] = {
+        "shards": shards,
+        "batch_size": 4,
+        "num_workers": 0,
+        "shuffle_block_shards": 2,
+        "window": {"duration_s": 1.0, "stride_s": 0.2},
+    }
     training: dict[str, Any] = {
         "max_steps": 4,
         "seed": 7,

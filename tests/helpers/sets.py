@@ -17,13 +17,19 @@ from preprocess.build.cluster import Cluster
 from preprocess.build.job import build_shards
 from shared.recipe import Recipe
 from shared.shardset.manifest import read_manifest
+from shared.streams import DEFAULT_STREAMS
 from train.config import TrainConfig
+from train.data.batch import array_forms, iter_sample_views
 from train.data.loader import Loader
 from train.data.shard_source import ShardSource
+from train.data.windows import WindowGrid
+from train.shapes import WindowShapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from train.data.batch import SampleSource
 
 
 LENGTHS_S = {"ann": 2.0, "bob": 1.6, "cat": 2.5, "dan": 1.5, "eve": 2.0}
@@ -55,20 +61,30 @@ def write_sessions(root: Path) -> Path:
 
 
 def set_recipe(**sections: Any) -> Recipe:
-    """Make a recipe of overlapping windows of 1 s, about four samples per shard."""
+    """Make a recipe of segments of 0.4 s, of which no stream is required; `streams` replaces all.
+
+    A window of :func:`make_config` spans three or four of them.
+    """
     values: dict[str, Any] = {
-        "required": [],
-        "window": {"duration_s": 1.0, "stride_s": 0.25},
-        "vision": {"size": 32},
-        "audio": {"rate_hz": 8000},
-        "mel": {"fft_size": 512, "channels": 16},
+        "segment": {"duration_s": 0.4},
+        "video": {"size": 32},
+        "audio": {"rate_hz": 8000, "dmel": {"fft_size": 512, "channels": 16}},
         "text": {"vocab_size": 300},
         "split": {"val_fraction": 0.25, "salt": "c"},  # holds out bob
         "shard": {"target_bytes": 100_000},
+        "streams": {name: {**spec, "required": False} for name, spec in DEFAULT_STREAMS.items()},
     }
-    for key, value in sections.items():
-        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-    return Recipe.model_validate(values)
+    values["streams"] = sections.pop("streams", values["streams"])
+    return Recipe.model_validate(merge_sections(values, sections))
+
+
+def merge_sections(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings."""
+    both = {**values, **changes}
+    for key in values.keys() & changes.keys():
+        if isinstance(values[key], dict) and isinstance(changes[key], dict):
+            both[key] = merge_sections(values[key], changes[key])
+    return both
 
 
 def make_set(root: Path, **sections: Any) -> Path:
@@ -92,8 +108,10 @@ def copy_set(shards: Path, to: Path) -> Path:
 def make_config(
     shards: Path | None = None, *, heads: tuple[str, ...] = HEADS, **data: Any
 ) -> TrainConfig:
-    """Make a configuration of a set, with losses of `heads` only."""
-    data = {"batch_size": 7, "num_workers": 0, "shuffle_block_shards": 2, **data}
+    """Make a configuration of windows of 1 s that overlap, with losses of `heads` only."""
+    window = {"duration_s": 1.0, "stride_s": 0.2}
+    defaults = {"batch_size": 7, "num_workers": 0, "shuffle_block_shards": 2, "window": window}
+    data = {**defaults, **data}
     return TrainConfig.model_validate(
         {
             "data": {"shards": shards, **data},
@@ -107,9 +125,16 @@ def make_config(
     )
 
 
-def sample_locations(source: ShardSource) -> list[tuple[int, int]]:
-    """Return every (shard, row) in stored order."""
-    return [(s, r) for s, size in enumerate(source.shard_sizes) for r in range(size)]
+def sample_locations(source: SampleSource) -> list[tuple[int, int]]:
+    """Return every (shard, window) in stored order."""
+    return [(s, w) for s, count in enumerate(source.window_counts) for w in range(count)]
+
+
+def open_windows(source: SampleSource, config: TrainConfig | None = None) -> SampleSource:
+    """Return a source of a configuration's windows, by default those of :func:`make_config`."""
+    config = config or make_config()
+    shapes = WindowShapes.from_recipe(source.recipe, config)
+    return source.open_windows(shapes, WindowGrid.from_config(config))
 
 
 def index_of(root: Path, shard: str) -> Path:
@@ -146,10 +171,6 @@ def _texts(duration_s: float) -> list[dict[str, Any]]:
     ]
 
 
-SAMPLED = ("vision_left", "vision_right", "audio", "touch", "proprio")
-"""Streams that a source writes into arrays; it returns text."""
-
-
 def make_loader(shards, *, num_epochs=None, is_shuffled=True, split="train", **options):
     source = ShardSource(shards, split=split)
     config = make_config(shards, **options)
@@ -174,20 +195,14 @@ def assert_same(batches, others):
         assert torch.equal(batch["weight"], other["weight"])
 
 
-def read_sample(source, location, streams=SAMPLED, *, with_text=True, pixels="yuv420"):
-    """Return a sample's arrays, as the loader has them, and its text."""
-    size = source.recipe.vision.size
-    picture = {"yuv420": (size * 3 // 2, size), "rgb": (size, size, 3)}[pixels]
-    shapes = {
-        **dict.fromkeys(SAMPLED[:2], ((source.recipe.count(5), *picture), np.uint8)),
-        "audio": ((source.recipe.count(50), source.recipe.mel.channels), np.uint8),
-        "touch": ((source.recipe.count(30), 5), np.float32),
-        "proprio": ((source.recipe.count(30), 20), np.float32),
-    }
-    out = {}
-    for stream in streams:
-        shape, dtype = shapes[stream]
-        out[stream] = np.full(shape, 0xA5, dtype)  # old content must not matter
-        out[f"{stream}_valid"] = np.ones(shape[0], bool)
-    text = source.read_into(*location, out, with_text=with_text)
-    return out, text
+def read_sample(source, location, *, pixels="yuv420"):
+    """Return a window's arrays, as the loader has them, and the tokens of its texts.
+
+    `source` gives windows: see :func:`open_windows`.
+    """
+    forms = array_forms(1, shapes=source.shapes, pixels=pixels)
+    arrays = {name: np.empty(*form) for name, form in forms.items()}
+    for values in arrays.values():
+        values.view(np.uint8)[...] = 0xA5  # old content must not matter
+    (out,) = iter_sample_views(arrays)
+    return out, source.read_into(*location, out).texts
