@@ -2,9 +2,10 @@
 
 ::
 
-    WindowRows            which rows hold a window's ticks, and where the window is on the clock
+    WindowRows                 which rows hold a window's ticks, and where it is on the clock
       -> StreamLayout.pieces   which samples of each row's segment go to which positions
-      -> WRITERS[kind]         copy them; zeros and False where nothing was recorded
+      -> read_segments         the source decodes these segments
+      -> write_frames, ...     copy the samples; zeros and False where nothing was recorded
       -> gather_tokens         the tokens whose tick is in the window
 
 Sample j of row r is sample r * m + j of its run, with m samples per segment. Nothing after the end
@@ -14,13 +15,17 @@ of the run or of the session is valid.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from shared.clock import EPSILON_S
+from shared.kinds.audio import MASKED_LEVEL
+from shared.kinds.text import token_ticks
 from shared.recipe import PAD_TOKEN
 from shared.streams import Kind
+from shared.timing import no_timer
+from train.data.batch import ReadWindow, WindowText
 from train.shapes import as_fraction, sample_positions
 
 if TYPE_CHECKING:
@@ -28,11 +33,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.session.reader import SegmentText
+    from shared.kinds.text import SegmentText
+    from shared.timing import OnStage
     from train.shapes import StreamShape, WindowShapes
-
-MASKED_LEVEL: Final = 255
-"""Stored dMel level of a masked frame, in all of its channels."""
 
 _MAX_CACHED_PIECES = 1024
 
@@ -40,7 +43,6 @@ _MAX_CACHED_PIECES = 1024
 class WindowRows(NamedTuple):
     """Where a window's ticks are stored, and where they are on the session clock."""
 
-    shard: int
     rows: range
     """Neighboring rows that hold consecutive segments."""
     first_tick: int
@@ -61,7 +63,7 @@ class Piece(NamedTuple):
     samples: slice | NDArray[np.int64]
     """Samples of the segment."""
     positions: slice | NDArray[np.int64]
-    """As many positions of the window; of a video always a slice."""
+    """As many positions of the window; a slice unless a tick has unused positions."""
 
 
 class VideoSegment(NamedTuple):
@@ -72,18 +74,6 @@ class VideoSegment(NamedTuple):
     write: Callable[[NDArray[np.int64], NDArray[np.uint8]], object]
     """Write the pictures of some frames, numbered in increasing order, in the layout of an array
     (see :mod:`shared.media.yuv`)."""
-
-
-class WindowText(NamedTuple):
-    """The tokens of one text stream in a window, in order of their own times."""
-
-    ids: NDArray[np.int64]
-    ticks: NDArray[np.int64]
-    """Tick of each token in the window."""
-    event_s: NDArray[np.float64]
-    """When the event of each token began, on the session clock."""
-    is_valid: NDArray[np.bool_]
-    """Whether the stream was recorded [ticks]."""
 
 
 class StreamLayout:
@@ -129,21 +119,23 @@ class StreamLayout:
 
     def _cut(self, start: int, stop: int) -> list[Piece]:
         """Cut samples [start, stop), counted from the first row's begin, at segments."""
-        pieces = []
+        pieces: list[Piece] = []
+        if stop <= start:
+            return pieces
         for row in range(start // self.per_segment, -(-stop // self.per_segment)):
             row_start = row * self.per_segment
             begin, end = max(start, row_start), min(stop, row_start + self.per_segment)
-            samples: slice | NDArray[np.int64] = slice(begin - row_start, end - row_start)
-            positions: slice | NDArray[np.int64] = slice(begin - start, end - start)
-            if not self._is_contiguous:
-                positions = self._positions[positions]
-            if self.shape.kind is Kind.VIDEO and not self._is_contiguous:
-                seen = np.flatnonzero(positions >= 0)
-                if not len(seen):
-                    continue
-                samples = seen + (begin - row_start)
-                positions = slice(int(positions[seen[0]]), int(positions[seen[-1]]) + 1)
-            pieces.append(Piece(row, samples, positions))
+            samples = slice(begin - row_start, end - row_start)
+            positions = slice(begin - start, end - start)
+            if self._is_contiguous:
+                pieces.append(Piece(row, samples, positions))
+                continue
+            own = self._positions[positions]
+            if self.shape.kind is not Kind.VIDEO:
+                pieces.append(Piece(row, samples, own))
+            elif len(seen := np.flatnonzero(own >= 0)):
+                first, last = own[seen[[0, -1]]].tolist()
+                pieces.append(Piece(row, seen + samples.start, slice(first, last + 1)))
         return pieces
 
 
@@ -158,6 +150,42 @@ def make_layouts(shapes: WindowShapes, *, segment_s: float) -> dict[str, StreamL
         )
         for name, shape in shapes.streams.items()
     }
+
+
+def write_window(
+    out: Mapping[str, NDArray[Any]],
+    window: WindowRows,
+    layouts: Mapping[str, StreamLayout],
+    *,
+    read_segments: Callable[[str, list[Piece]], Mapping[int, Any]],
+    on_stage: OnStage = no_timer,
+) -> ReadWindow:
+    """Write all streams of a window; see :meth:`train.data.batch.SampleSource.read_into`.
+
+    Args:
+        out: see there.
+        window: the window.
+        layouts: of the streams that are read, by name.
+        read_segments: returns the segments that pieces of a stream need, by number in the window's
+            rows, without rows that lack the stream: a :class:`VideoSegment`, samples with masked
+            values marked, or a SegmentText.
+        on_stage: called when "decode" ends.
+    """
+    texts: dict[str, WindowText] = {}
+    num_members = 0
+    for name, layout in layouts.items():
+        pieces = layout.pieces(window)
+        segments = read_segments(name, pieces) if pieces else {}
+        num_members += len(segments)
+        if layout.shape.kind is Kind.TEXT:
+            texts[name] = gather_tokens(pieces, segments, window, layout=layout)
+            if name in out:
+                write_tokens(out[name], out[f"{name}_valid"], texts[name])
+        else:
+            write = _WRITERS[layout.shape.kind]
+            write(out[name], out[f"{name}_valid"], pieces, segments)
+        on_stage("decode")
+    return ReadWindow(texts, num_members)
 
 
 def write_frames(
@@ -219,7 +247,7 @@ def write_levels(
     out[~valid] = 0
 
 
-WRITERS: Final[dict[Kind, Callable[..., None]]] = {
+_WRITERS: Final[dict[Kind, Callable[..., None]]] = {
     Kind.VIDEO: write_frames,
     Kind.SENSOR: write_readings,
     Kind.AUDIO: write_levels,
@@ -252,17 +280,18 @@ def gather_tokens(
         is_valid[positions] = True
         if not segment.ids:
             continue
-        # A token belongs to its segment, whatever rounding says at the border.
-        start = window.clock_tick - window.first_tick + row * layout.per_segment
-        times_s = np.array(segment.time_s, dtype=np.float64) + EPSILON_S / 2
-        own = np.floor(times_s * layout.shape.rate_hz)
-        own = np.clip(own, start, start + layout.per_segment - 1).astype(np.int64)
-        own -= window.clock_tick
+        assert isinstance(positions, slice)  # a text has one position per tick
+        own = token_ticks(segment.time_s, tick_rate_hz=layout.shape.rate_hz) - window.clock_tick
         is_inside = (own >= positions.start) & (own < positions.stop)
         ids.append(np.array(segment.ids, dtype=np.int64)[is_inside])
         ticks.append(own[is_inside])
         event_s.append(np.array(segment.event_s, dtype=np.float64)[is_inside])
-    return WindowText(*map(np.concatenate, (ids, ticks, event_s)), is_valid)
+    return WindowText(
+        ids=np.concatenate(ids),
+        ticks=np.concatenate(ticks),
+        event_s=np.concatenate(event_s),
+        is_valid=is_valid,
+    )
 
 
 def write_tokens(out: NDArray[np.int64], valid: NDArray[np.bool_], text: WindowText) -> None:

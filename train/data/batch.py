@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from shared.media.tokenizer import TextTokenizer
     from shared.timing import OnStage
-    from train.data.assembly import WindowText
     from train.data.order import BatchOrder, OrderSettings
     from train.data.windows import WindowGrid
     from train.shapes import StreamShape, WindowShapes
@@ -49,6 +48,18 @@ _DTYPES: Final[dict[Kind, type[np.generic]]] = {
     Kind.SENSOR: np.float32,
     Kind.TEXT: np.int64,
 }
+
+
+class WindowText(NamedTuple):
+    """The tokens of one text stream in a window, in order of their own times."""
+
+    ids: NDArray[np.int64]
+    ticks: NDArray[np.int64]
+    """Tick of each token in the window."""
+    event_s: NDArray[np.float64]
+    """When the event of each token began, on the session clock."""
+    is_valid: NDArray[np.bool_]
+    """Whether the stream was recorded [ticks]."""
 
 
 class ReadWindow(NamedTuple):

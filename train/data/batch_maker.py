@@ -6,7 +6,7 @@
       -> BatchOrder.plan              which samples
       -> SampleSource.prefetch_*      the source may fetch them and the next block
       -> SampleSource.read_into       each sample into the slot; if corrupt, a substitute
-      -> write_text                   tokens on ticks, or packed densely
+      -> pack_texts                   the tokens of text-only samples
       -> MadeBatch                    what crosses to the trainer: everything but the slot's arrays
 """
 
@@ -17,13 +17,12 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import REBUILD_HINT, CorruptError, EngineError, TooManyCorruptSamplesError
-from shared.recipe import TEXT_STREAMS
 from shared.timing import no_timer
-from train.data.batch import ReadSample, iter_sample_views, streams_to_read, write_text
+from train.data.batch import ReadSample, iter_sample_views, pack_texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,16 +30,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.timing import StageTimer
-    from train.config import TrainConfig
-    from train.data.batch import SampleLocation, SampleSource, WindowShapes
+    from train.data.batch import SampleLocation, SampleSource
     from train.data.order import BatchOrder, BatchPlan, Blocks
     from train.data.shared_pool import SharedBatchPool
 
 MAX_ATTEMPTS: Final = 16
 """The run stops when this many samples in a row are corrupt: one and its substitutes."""
 
-MIN_SAMPLES_JUDGED: Final = 200
-"""The share of corrupt samples is judged as if at least this many had been read."""
+MIN_MEMBERS_JUDGED: Final = 200
+"""The share of corrupt members is judged as if at least this many had been read."""
 
 _PARENT_CHECK_S = 1.0
 """How often a loader process checks that the trainer is alive."""
@@ -64,7 +62,7 @@ class MadeBatch:
     packed_text: dict[str, NDArray[Any]]
     """Arrays whose length depends on the text, so that no slot can hold them."""
     extras: dict[str, Any]
-    """"keys", "index", "epoch", "skipped"; if timed, "stages_s" and "made_s"."""
+    """"keys", "index", "epoch", "num_members", "skipped"; if timed, "stages_s" and "made_s"."""
 
 
 class BatchMaker:
@@ -78,8 +76,6 @@ class BatchMaker:
         source: the samples.
         order: which samples a batch holds.
         pool: where batches are made.
-        config: says which streams are read.
-        shapes: sizes of a window.
         is_measured: whether the batches measure a model instead of training it.
         timer: measures the stages of each batch.
     """
@@ -90,18 +86,12 @@ class BatchMaker:
         order: BatchOrder,
         pool: SharedBatchPool,
         *,
-        config: TrainConfig,
-        shapes: WindowShapes,
         is_measured: bool = False,
         timer: StageTimer | None = None,
     ) -> None:
         self._source = source
         self._order = order
         self._pool = pool
-        self._config = config
-        self._shapes = shapes
-        self._streams = streams_to_read(config)
-        self._with_text = any(stream in TEXT_STREAMS for stream in self._streams)
         self._is_measured = is_measured
         self._timer = timer
         self._on_stage = no_timer if timer is None else timer.end_stage
@@ -132,17 +122,21 @@ class BatchMaker:
             self._timer.begin()
         plan = self._order.plan(task.index)
         self._on_stage("plan")
-        locations = list(zip(plan.shards.tolist(), plan.rows.tolist(), strict=True))
+        locations = list(zip(plan.shards.tolist(), plan.windows.tolist(), strict=True))
         self._prefetch(plan, locations)
         self._on_stage("open")
         arrays = self._pool.arrays(task.slot)
-        samples, skipped = self._read_samples(plan, locations, arrays)
-        packed_text = write_text(
-            samples, arrays, source=self._source, config=self._config, shapes=self._shapes
-        )
+        samples, skipped, num_members = self._read_samples(plan, locations, arrays)
+        packed_text = pack_texts(samples, self._source.shapes)
         keys = [self._source.key(*sample.location) for sample in samples]
         self._on_stage("collate")
-        extras = {"keys": keys, "index": plan.index, "epoch": plan.epoch, "skipped": skipped}
+        extras = {
+            "keys": keys,
+            "index": plan.index,
+            "epoch": plan.epoch,
+            "num_members": num_members,
+            "skipped": skipped,
+        }
         if self._timer is not None:
             extras["stages_s"], extras["made_s"] = self._timer.take(), time.perf_counter()
         return MadeBatch(slot=task.slot, packed_text=packed_text, extras=extras)
@@ -152,49 +146,53 @@ class BatchMaker:
         blocks = self._order.find_blocks(plan)
         if blocks != self._blocks:
             self._blocks = blocks
-            self._source.prefetch_shards(self._order.list_shards(blocks), self._streams)
-        self._source.prefetch_samples(locations, self._streams)
+            self._source.prefetch_shards(self._order.list_shards(blocks))
+        self._source.prefetch_samples(locations)
 
     def _read_samples(
         self,
         plan: BatchPlan,
         locations: Sequence[SampleLocation],
         arrays: Mapping[str, NDArray[Any]],
-    ) -> tuple[list[ReadSample], list[dict[str, Any]]]:
+    ) -> tuple[list[ReadSample], list[dict[str, Any]], int]:
         """Read all samples of a batch into its arrays and write their weights.
 
         Returns:
-            The samples that were read in the end, and the corrupt ones to report.
+            The samples that were read in the end, the corrupt ones to report, and the number of
+            members that were read.
         """
         weight = arrays["weight"]
         weight[...] = plan.weight
         samples: list[ReadSample] = []
         skipped: list[dict[str, Any]] = []
+        num_members = 0
         for i, out in enumerate(iter_sample_views(arrays)):
-            sample, corrupt = self._read_or_substitute(plan, i, locations[i], out)
+            sample, corrupt, num_read = self._read_or_substitute(plan, i, locations[i], out)
             samples.append(sample)
+            num_members += num_read
             if plan.weight[i]:  # padding is reported at the position where it is a sample
                 skipped += corrupt[:1] if self._is_measured else corrupt
             if corrupt and self._is_measured:
                 weight[i] = 0
-        return samples, skipped
+        return samples, skipped, num_members
 
     def _read_or_substitute(
         self, plan: BatchPlan, i: int, location: SampleLocation, out: dict[str, NDArray[Any]]
-    ) -> tuple[ReadSample, list[dict[str, Any]]]:
+    ) -> tuple[ReadSample, list[dict[str, Any]], int]:
         """Read sample `i` of a batch or, as long as it is corrupt, a substitute for it.
 
         Returns:
-            The sample that was read, and a description of each corrupt one before it.
+            The sample that was read, a description of each corrupt one before it, and the number
+            of members that were read. A corrupt sample counts with its corrupt member.
         """
         corrupt: list[dict[str, Any]] = []
         current = location
         for attempt in range(MAX_ATTEMPTS):
             try:
                 self._on_stage("collate")
-                text = self._source.read_into(*current, out, with_text=self._with_text)
+                texts, num_members = self._source.read_into(*current, out)
                 self._on_stage("decode")  # of a source that times no stages itself
-                return ReadSample(current, text), corrupt
+                return ReadSample(current, texts), corrupt, len(corrupt) + num_members
             except CorruptError as error:
                 corrupt.append(self._describe(current, error))
                 current = self._order.substitute(plan, i, attempt)
@@ -212,7 +210,7 @@ class BatchMaker:
         return {
             "key": key,
             "shard": self._source.shard_name(location[0]),
-            "row": location[1],
+            "window": location[1],
             "file": error.file,
             "offset": error.offset,
             "error": str(error),
@@ -221,7 +219,10 @@ class BatchMaker:
 
 @dataclass(slots=True, kw_only=True)
 class CorruptSampleBudget:
-    """Counts corrupt samples against ``data.max_bad_fraction`` of the samples read.
+    """Counts corrupt members against ``data.max_bad_fraction`` of the members read.
+
+    A member is the stored segment of one stream. Neighboring windows share members, so a corrupt
+    one makes several samples corrupt; it is counted and reported once.
 
     A loader counts its own. When ranks share the batches, the trainer counts those of all ranks,
     so that a run stops at the same step for any number of ranks.
@@ -229,23 +230,48 @@ class CorruptSampleBudget:
 
     max_fraction: float
     num_read: int = 0
-    num_corrupt: int = 0
+    """Members read, each as often as it was."""
+    corrupt: set[tuple[Any, ...]] = field(default_factory=set)
+    """Shard, file and offset of each corrupt member."""
+    _last: Mapping[str, Any] | None = None
 
-    def count(self, num_read: int, skipped: Sequence[Mapping[str, Any]]) -> None:
-        """Add one batch: its number of samples, and the corrupt ones, each with its "error".
+    @property
+    def num_corrupt(self) -> int:
+        """Number of corrupt members."""
+        return len(self.corrupt)
+
+    def add(self, num_read: int, skipped: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Add members that were read, and corrupt samples, each with its member and "error".
+
+        Returns:
+            The corrupt samples whose members were not known.
+        """
+        self.num_read += num_read
+        new = []
+        for sample in skipped:
+            member = (sample["shard"], sample["file"], sample["offset"])
+            if sample["file"] is None:  # unknown: the sample stands for it
+                member = (sample["shard"], sample["window"], None)
+            if member not in self.corrupt:
+                self.corrupt.add(member)
+                new.append(sample)
+                self._last = sample
+        return new
+
+    def check(self) -> None:
+        """Check the share of corrupt members, if some were added since the last check.
 
         Raises:
             TooManyCorruptSamplesError: the share is too large.
         """
-        self.num_read += num_read
-        self.num_corrupt += len(skipped)
-        num_allowed = self.max_fraction * max(self.num_read, MIN_SAMPLES_JUDGED)
-        if not skipped or self.num_corrupt <= num_allowed:
+        last, self._last = self._last, None
+        num_allowed = self.max_fraction * max(self.num_read, MIN_MEMBERS_JUDGED)
+        if last is None or self.num_corrupt <= num_allowed:
             return
         raise TooManyCorruptSamplesError(
-            f"{self.num_corrupt} of {self.num_read} samples are corrupt, data.max_bad_fraction "
-            f"allows {self.max_fraction:g} (raise it to continue without them); the last error: "
-            f"{_with_fix(skipped[-1])}"
+            f"{self.num_corrupt} of {self.num_read} stored segments of streams are corrupt, "
+            f"data.max_bad_fraction allows {self.max_fraction:g} (raise it to continue without "
+            f"them); the last error: {_with_fix(last)}"
         )
 
 

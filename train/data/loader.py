@@ -24,7 +24,7 @@ import webdataset as wds
 
 from shared.errors import ConfigError, EngineError
 from shared.recipe import Recipe, Split, load_recipe
-from train.data.batch import WindowShapes, array_forms, compose_batch
+from train.data.batch import array_forms, compose_batch
 from train.data.batch_maker import BatchMaker, CorruptSampleBudget, Task, init_worker
 from train.data.cached_set import CacheSettings, default_cache_dir
 from train.data.mixture import MixedSource, integer_weights
@@ -32,7 +32,9 @@ from train.data.order import OrderSettings
 from train.data.session_source import SessionSource
 from train.data.shard_source import ShardSource
 from train.data.shared_pool import SharedBatchPool
+from train.data.windows import WindowGrid
 from train.machine.runtime import translate_worker_errors
+from train.shapes import WindowShapes, common_period_s
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -48,18 +50,27 @@ _SILENT_TIMEOUT_S = 600
 _MAX_NEXT_BATCH = 1 << 40
 """Far beyond any run; positions of samples are int64."""
 
-_STATE_KEYS = ("mix", "sets", "fingerprint", "seed", "last_batch", "shuffle_block_shards")
-"""Keys of a state that must agree, or batch i of two loaders has other samples."""
+_WINDOW_KEYS = {
+    "tick_rate_hz": "model.tick_rate_hz",
+    "window_s": "data.window.duration_s",
+    "stride_s": "data.window.stride_s",
+    "period_s": "data.modalities and training.loss_weights",
+}
+"""Keys of a state about windows, and the configuration keys that decide each."""
+
+_ELASTIC_KEYS = ("batch_size", "next_batch")
+"""Keys of a state that may differ; if others do, batch i of two loaders has other samples."""
 
 
 class Loader:
     """Batches of a source in the order of a seed, from any position.
 
-    Iterating yields the batches of ``docs/batch.md`` with "index", "epoch" and "skipped";
-    for a mix also "samples_of": how many samples of the global batch come from each set. The
-    training loader never ends; one with `num_epochs` does. Every iteration starts over at the
-    loader's start: its first batch, or the loaded state. The substitute of a corrupt sample has
-    weight 1 in the endless stream and 0 in a finite one, which exists for measuring.
+    Iterating yields the batches of ``docs/batch.md`` with "index", "epoch", "num_members" and
+    "skipped"; for a mix also "samples_of": how many samples of the global batch come from each set.
+    The training loader never ends; one with `num_epochs` does. Every iteration starts over at the
+    loader's start: its first batch, or the loaded state. A finite loader exists for measuring: its
+    windows touch, whatever `data.window.stride_s` is, and the substitute of a corrupt sample has
+    weight 0 in it; in the endless stream, 1.
 
     Args:
         source: the samples.
@@ -75,7 +86,7 @@ class Loader:
 
     Raises:
         ConfigError: there are no samples, no batch can be made, the ranks can't share it equally,
-            or the tick rate does not fit.
+            or windows or streams do not fit the recipe.
     """
 
     def __init__(
@@ -89,12 +100,13 @@ class Loader:
         world_size: int = 1,
         timer: StageTimer | None = None,
     ) -> None:
-        self.source = source
         self.config = config
         self.rank, self.world_size = rank, world_size
-        self.shapes = WindowShapes.from_recipe(
-            source.recipe, tick_rate_hz=config.model.tick_rate_hz
-        )
+        self.shapes = WindowShapes.from_recipe(source.recipe, config)
+        grid = WindowGrid.from_config(config)
+        if num_epochs is not None:
+            grid = grid.as_touching()
+        self.source = source.open_windows(self.shapes, grid)
         if not source.shard_sizes.sum():
             raise ConfigError(
                 f"{config.data.source_description}: this split has no samples; fix: record more "
@@ -103,6 +115,7 @@ class Loader:
             )
         settings = OrderSettings(
             seed=config.training.seed,
+            grid=grid,
             block_shards=config.data.shuffle_block_shards,
             batch_size=config.data.batch_size,
             last_batch=config.data.last_batch if num_epochs is None else "pad",
@@ -112,7 +125,7 @@ class Loader:
             world_size=world_size,
         )
         try:
-            self.order = source.batch_order(settings)
+            self.order = self.source.batch_order(settings)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self._num_epochs = num_epochs
@@ -126,12 +139,14 @@ class Loader:
         return self.order.batches_per_epoch
 
     def state_at(self, next_batch: int) -> dict[str, Any]:
-        """Return what is needed to resume at global batch `next_batch`: plain ints and strings."""
+        """Return what is needed to resume at global batch `next_batch`: numbers and strings."""
+        rates_hz = [shape.rate_hz for shape in self.shapes.streams.values()]
         return {
             **self.source.identity(),
+            **self.order.state,
+            "period_s": float(common_period_s([self.shapes.tick_rate_hz, *rates_hz])),
             "seed": self.config.training.seed,
             "batch_size": self.config.data.batch_size,
-            **{name: getattr(self.config.data, name) for name in self.order.state_keys},
             "next_batch": next_batch,
         }
 
@@ -162,8 +177,8 @@ class Loader:
                 "fix: resume from another checkpoint, or start a new run without --resume"
             )
         own = self.state_at(next_batch)
-        for name in _STATE_KEYS:
-            if state.get(name) != own.get(name):
+        for name in dict.fromkeys(("mix", "sets", "fingerprint", *_WINDOW_KEYS, *own)):
+            if name not in _ELASTIC_KEYS and state.get(name) != own.get(name):
                 raise ConfigError(_describe_mismatch(name, state.get(name), own.get(name)))
         return self._rescale_index(next_batch, state.get("batch_size"))
 
@@ -188,14 +203,16 @@ class Loader:
         self._has_begun = True
         budget = CorruptSampleBudget(max_fraction=self.config.data.max_bad_fraction)
         for batch in self._batches():
+            batch["skipped"] = budget.add(batch["num_members"], batch["skipped"])
             if self.world_size == 1:  # otherwise the trainer counts those of all ranks
-                budget.count(len(batch["keys"]), batch["skipped"])
+                budget.check()
             yield batch
 
     def _batches(self) -> Iterator[Batch]:
         """Yield batches as the workers finish them, each as a view of its slot."""
+        pixels, share_size = self.config.data.pixels, self.order.share_size
         pool = SharedBatchPool(
-            array_forms(self.order.share_size, config=self.config, shapes=self.shapes),
+            array_forms(share_size, shapes=self.shapes, pixels=pixels),
             num_recycled=num_recycled_slots(self.config),
         )
         # Pinning costs tenths of a second per GB, too much for a few held-out batches.
@@ -217,7 +234,7 @@ class Loader:
                     arrays |= {
                         n: torch.from_numpy(a).pin_memory() for n, a in made.packed_text.items()
                     }
-                yield compose_batch(arrays, self.config) | made.extras
+                yield compose_batch(arrays, self.shapes) | made.extras
 
     def _make_batches(self, pool: SharedBatchPool) -> Iterable[MadeBatch | EngineError]:
         """Return batches that loader processes make in the slots of a pool, in order."""
@@ -226,8 +243,6 @@ class Loader:
             self.source,
             self.order,
             pool,
-            config=self.config,
-            shapes=self.shapes,
             is_measured=self._num_epochs is not None,
             timer=self._timer,
         )
@@ -291,6 +306,12 @@ def open_source(config: TrainConfig, *, split: Split) -> SampleSource:
 
 def _describe_mismatch(name: str, expected: object, value: object) -> str:
     """Say how this stream differs from the checkpoint's, and how to continue."""
+    if name in _WINDOW_KEYS:
+        key = _WINDOW_KEYS[name]
+        return (
+            f"checkpoint was trained on windows with {name} {expected!r}, this run has {value!r}; "
+            f"fix: set {key} as then, or start a new run with its weights by --weights"
+        )
     if name in {"fingerprint", "sets"}:
         return (
             f"checkpoint was trained on other data ({name} {expected!r}, this run has {value!r}), "

@@ -5,69 +5,82 @@ It suits small data, and tests compare the shards with it.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from shared.clock import Segment
 from shared.errors import ConfigError, CorruptError, SessionError
 from shared.files import fingerprint_of
+from shared.kinds.video import Frames
 from shared.media.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from shared.media.yuv import write_rgb
-from shared.recipe import (
-    SENSOR_STREAMS,
-    TEXT_STREAMS,
-    VISION_STREAMS,
-    Recipe,
-    Split,
-    Stream,
-    assign_split,
-    load_recipe,
-)
-from shared.session.folder import find_sessions, read_timed_lines
-from shared.session.reader import SessionReader, Text
+from shared.recipe import Recipe, Split, assign_split, load_recipe
+from shared.session.folder import find_sessions, read_text_events
+from shared.session.reader import SessionReader
 from shared.session.scan import SessionScan, scan_session
+from shared.shardset.layout import max_run_segments
+from shared.streams import Kind
 from shared.timing import no_timer
 from train.config import TrainConfig, as_train_config
-from train.data.batch import (
-    WindowShapes,
-    assemble_batch,
-    join_batches,
-    write_absent,
-    write_mel,
-    write_numbers,
-)
+from train.data.assembly import VideoSegment, WindowRows, make_layouts, write_window
+from train.data.batch import assemble_batch, join_batches
 from train.data.order import EpochOrder, SampleOrder
+from train.data.windows import WindowGrid
+from train.shapes import WindowShapes
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from shared.clock import Window
     from shared.timing import OnStage
-    from train.data.batch import SampleLocation
+    from train.data.assembly import Piece, StreamLayout
+    from train.data.batch import ReadWindow, SampleLocation
     from train.data.order import BatchOrder, OrderSettings
+    from train.data.windows import WindowIndex
 
-MAX_OPEN_SESSIONS = 8
-"""Sessions whose audio and sensor readings stay in memory."""
+MAX_OPEN_SESSIONS: Final = 8
+"""Sessions whose audio and readings stay in memory."""
+
+MAX_SEGMENT_BYTES: Final = 128 << 20
+"""Decoded segments that stay in memory, so that overlapping windows do not decode them again."""
+
+
+class _Shard(NamedTuple):
+    """The part of a session that a shard would hold."""
+
+    session: int
+    """Number of the session."""
+    segments: tuple[int, ...]
+    """Numbers of its segments."""
 
 
 class SessionSource:
-    """Samples of session folders; each session is one shard, its windows are the rows.
+    """Windows of session folders; each session is a shard, or several where shards would cut it.
 
     Args:
         root_dir: a session folder or a folder of them.
-        recipe: how streams become fields.
+        recipe: the declared streams.
         split: train or val sessions, by the same hash as the shards; None takes all.
         tokenizer: tokenizes text; None trains one on the train sessions, as the shard job does.
 
     Raises:
-        SessionError: there is no session, or none has a usable window.
+        SessionError: there is no session, or none has a usable segment.
         ConfigError: the tokenizer has more tokens than the recipe allows.
     """
+
+    shapes: WindowShapes
+    window_counts: NDArray[np.int64]
+    _layouts: dict[str, StreamLayout]
+    _windows: WindowIndex
+    _ticks_per_segment: int
 
     def __init__(
         self,
@@ -78,7 +91,7 @@ class SessionSource:
         tokenizer: TextTokenizer | None = None,
     ) -> None:
         self.recipe = recipe
-        folders = find_sessions(root_dir)
+        folders = find_sessions(root_dir, recipe)
         self.tokenizer = tokenizer or _make_tokenizer(folders, recipe)
         if self.tokenizer.vocab_size > recipe.text.vocab_size:
             raise ConfigError(
@@ -89,18 +102,19 @@ class SessionSource:
         chosen = [f for f in folders if split is None or assign_split(f.name, recipe) == split]
         self._folders: list[Path] = []
         self._scans: list[SessionScan] = []
-        self._windows: list[list[Window]] = []
+        self._shards: list[_Shard] = []
         self.rejected: dict[str, str] = {}
-        """Sessions and windows (SESSION/WINDOW) of this split without samples, and the reasons."""
+        """Sessions and segments (SESSION/SEGMENT) of this split that are left out, and why."""
         for folder in chosen:
             self._add_session(folder)
         if not self._folders and chosen:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.rejected.items())
             raise SessionError(f"{root_dir}: no session can be used: {reasons}")
-        self.shard_sizes = np.array([len(w) for w in self._windows], dtype=np.int64)
+        self.shard_sizes = np.array([len(s.segments) for s in self._shards], dtype=np.int64)
         sessions = [_session_identity(scan) for scan in self._scans]
         self.fingerprint = fingerprint_of(sessions, recipe.as_json(), self.tokenizer.sha256, split)
         self._open: OrderedDict[int, SessionReader] = OrderedDict()
+        self._decoded = _SegmentCache()
         self.on_stage: OnStage = no_timer
         """Never called: reading a session has no separate stages."""
 
@@ -108,105 +122,152 @@ class SessionSource:
         """See :meth:`train.data.batch.SampleSource.identity`."""
         return {"fingerprint": self.fingerprint}
 
+    def open_windows(self, shapes: WindowShapes, grid: WindowGrid) -> Self:
+        """See :meth:`train.data.batch.SampleSource.open_windows`."""
+        source = copy.copy(self)
+        segment_s = self.recipe.segment_s
+        runs = [_runs_of(shard.segments) for shard in self._shards]
+        source.shapes = shapes
+        source._layouts = make_layouts(shapes, segment_s=segment_s)
+        source._ticks_per_segment = round(segment_s * grid.tick_rate_hz)
+        source._windows = grid.index(runs, segment_s=segment_s)
+        source.window_counts = source._windows.counts
+        return source
+
     def batch_order(self, settings: OrderSettings) -> BatchOrder:
         """See :meth:`train.data.batch.SampleSource.batch_order`."""
-        order = SampleOrder(self.shard_sizes, fingerprint=self.fingerprint, settings=settings)
+        order = SampleOrder(self.window_counts, fingerprint=self.fingerprint, settings=settings)
         return EpochOrder(order, settings)
 
     def shard_name(self, shard: int) -> str:
         """Return the session's name."""
-        return self._scans[shard].session
+        return self._scan(shard).session
 
-    def key(self, shard: int, row: int) -> str:
-        """Return SESSION/WINDOW."""
-        return f"{self._scans[shard].session}/{self._windows[shard][row].index:06d}"
+    def key(self, shard: int, window: int) -> str:
+        """Return SESSION@FIRST_TICK."""
+        return f"{self._scan(shard).session}@{self.locate(shard, window).clock_tick}"
 
-    def start_s(self, shard: int, row: int) -> float:
-        """Return when the window starts on the session clock."""
-        return self._windows[shard][row].start_s
-
-    def present(self, shard: int, row: int) -> tuple[Stream, ...]:
-        """Return the streams that the sample has."""
-        return self._scans[shard].present(self._windows[shard][row], self.recipe)
+    def locate(self, shard: int, window: int) -> WindowRows:
+        """Return which segments hold a window, and when it begins."""
+        span = self._windows.locate(shard, window)
+        segment = self._shards[shard].segments[span.first_row]
+        return WindowRows(
+            rows=range(span.first_row, span.first_row + span.num_rows),
+            first_tick=span.first_tick,
+            num_ticks=span.num_ticks,
+            clock_tick=segment * self._ticks_per_segment + span.first_tick,
+            duration_s=self._scan(shard).duration_s,
+        )
 
     def reader(self, shard: int) -> SessionReader:
-        """Return the reader of one session; open it if necessary."""
-        if shard not in self._open:
-            self._open[shard] = SessionReader(
-                self._folders[shard],
-                self._scans[shard],
+        """Return a shard's session, open; the least recently used ones are closed."""
+        session = self._shards[shard].session
+        if session not in self._open:
+            while len(self._open) >= MAX_OPEN_SESSIONS:
+                self._open.popitem(last=False)
+            self._open[session] = SessionReader(
+                self._folders[session],
+                self._scans[session],
                 recipe=self.recipe,
                 tokenizer=self.tokenizer,
             )
-            if len(self._open) > MAX_OPEN_SESSIONS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(shard)
-        return self._open[shard]
+        self._open.move_to_end(session)
+        return self._open[session]
 
-    def prefetch_shards(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
+    def prefetch_shards(self, shards: Iterable[int]) -> None:
         """Do nothing: sessions are local."""
 
-    def prefetch_samples(
-        self, locations: Iterable[SampleLocation], streams: Collection[Stream]
-    ) -> None:
+    def prefetch_samples(self, locations: Iterable[SampleLocation]) -> None:
         """Do nothing: recordings are read in order."""
 
-    def read_into(
-        self, shard: int, row: int, out: Mapping[str, NDArray[Any]], *, with_text: bool
-    ) -> Text | None:
+    def read_into(self, shard: int, window: int, out: Mapping[str, NDArray[Any]]) -> ReadWindow:
         """See :meth:`train.data.batch.SampleSource.read_into`."""
-        try:
-            return self._read_fields(shard, row, out, with_text=with_text)
-        except (SessionError, OSError) as error:  # a missing file counts as a damaged one
-            raise CorruptError(f"{self.key(shard, row)}: {error}") from error
+        rows = self.locate(shard, window)
+        read_segments = partial(self._read_segments, shard, rows.rows.start)
+        return write_window(out, rows, self._layouts, read_segments=read_segments)
 
-    def _read_fields(
-        self, shard: int, row: int, out: Mapping[str, NDArray[Any]], *, with_text: bool
-    ) -> Text | None:
-        """Do what :meth:`read_into` does; raise what the session's reader raises."""
-        reader, window = self.reader(shard), self._windows[shard][row]
-        present = self.present(shard, row)
-        write_absent(out, (*VISION_STREAMS, *SENSOR_STREAMS, Stream.AUDIO))
-        for stream in VISION_STREAMS:
-            if stream in out and stream in present:
-                for _, frames in reader.iter_frames(stream, [window]):
-                    if np.isfinite(frames.error_s).any():
-                        write_rgb(frames.pictures, out[stream])
-                        out[f"{stream}_valid"][...] = np.isfinite(frames.error_s)
-        if any(s in out and s in present for s in SENSOR_STREAMS):
-            sensors = reader.read_sensors(window)
-            for stream, values in (
-                (Stream.TOUCH, sensors.touch),
-                (Stream.PROPRIO, sensors.proprio),
-            ):
-                if stream in out and stream in present:
-                    write_numbers(out, stream, values)
-        if Stream.AUDIO in out and Stream.AUDIO in present:
-            write_mel(out, reader.read_mel(window))
-        if with_text and any(s in present for s in TEXT_STREAMS):
-            return reader.read_text(window)
-        return None
+    def _scan(self, shard: int) -> SessionScan:
+        return self._scans[self._shards[shard].session]
+
+    def _read_segments(
+        self, shard: int, first_row: int, name: str, pieces: list[Piece]
+    ) -> dict[int, Any]:
+        """Read the segments of a stream that a window needs; see :func:`write_window`."""
+        scan, numbers = self._scan(shard), self._shards[shard].segments
+        segments: dict[int, Any] = {}
+        missing: dict[Segment, int] = {}
+        for piece in pieces:
+            number = numbers[first_row + piece.row]
+            if name not in scan.present(number):
+                continue
+            found = self._decoded.get((scan.session, name, number))
+            if found is None:
+                missing[Segment(number, self.recipe.segment_s)] = piece.row
+            else:
+                segments[piece.row] = _as_segment(found)
+        if not missing:
+            return segments
+        spec = self.recipe.streams[name]
+        try:
+            for segment, decoded in _READERS[spec.kind](self.reader(shard), name, list(missing)):
+                segments[missing[segment]] = _as_segment(decoded)
+                self._decoded.add((scan.session, name, segment.index), decoded)
+        except (SessionError, OSError) as error:  # a missing file counts as a damaged one
+            file = f"{scan.session}/{spec.file}"
+            raise CorruptError(f"{file}: {error}", file=file) from error
+        return segments
 
     def _add_session(self, folder: Path) -> None:
-        """Add a session's usable windows; note why the others are rejected."""
+        """Add a session's usable segments; note why the others are rejected."""
         scan = scan_session(folder, recipe=self.recipe)
         session_reason = scan.session_rejection(self.recipe)
-        windows = scan.windows(self.recipe)
-        reasons = [scan.rejection(window, self.recipe) for window in windows]
-        kept = [w for w, reason in zip(windows, reasons, strict=True) if reason is None]
-        if session_reason is not None or not kept:
+        stored = scan.stored_segments(self.recipe)
+        if session_reason is not None or not stored:
             self.rejected[scan.session] = (
-                session_reason or "no window covers enough of the required streams"
+                session_reason or "no segment covers enough of the required streams"
             )
             return
+        reasons = {i: scan.rejection(i, self.recipe) for i in range(scan.num_segments)}
         self.rejected |= {
-            f"{scan.session}/{w.index:06d}": reason
-            for w, reason in zip(windows, reasons, strict=True)
-            if reason is not None
+            f"{scan.session}/{i:06d}": reason for i, reason in reasons.items() if reason is not None
         }
+        session = len(self._folders)
         self._folders.append(folder)
         self._scans.append(scan)
-        self._windows.append(kept)
+        length = max_run_segments(self.recipe)
+        cuts = groupby(stored, key=lambda number: number // length)
+        self._shards += [_Shard(session, tuple(numbers)) for _, numbers in cuts]
+
+
+def _runs_of(segments: Sequence[int]) -> list[int]:
+    """Return the length of each sequence of consecutive segments."""
+    runs = groupby(enumerate(segments), key=lambda item: item[1] - item[0])
+    return [sum(1 for _ in run) for _, run in runs]
+
+
+class _SegmentCache:
+    """The decoded segments used last, up to :data:`MAX_SEGMENT_BYTES`."""
+
+    def __init__(self) -> None:
+        self._segments: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
+        self._bytes = 0
+
+    def __reduce__(self) -> tuple[type[_SegmentCache], tuple[()]]:
+        return _SegmentCache, ()
+
+    def get(self, key: tuple[str, str, int]) -> Any:  # noqa: ANN401 (a segment of any kind)
+        """Return a segment; None if it is not in memory."""
+        if key in self._segments:
+            self._segments.move_to_end(key)
+        return self._segments.get(key)
+
+    def add(self, key: tuple[str, str, int], segment: Any) -> None:  # noqa: ANN401
+        """Add a segment; drop those used longest ago if they need too much memory."""
+        self._segments[key] = segment
+        self._bytes += _bytes_of(segment)
+        while self._bytes > MAX_SEGMENT_BYTES and len(self._segments) > 1:
+            _, dropped = self._segments.popitem(last=False)
+            self._bytes -= _bytes_of(dropped)
 
 
 def _session_identity(scan: SessionScan) -> list[Any]:
@@ -215,14 +276,47 @@ def _session_identity(scan: SessionScan) -> list[Any]:
     return [scan.session, files, *([dict(scan.start_overrides)] if scan.start_overrides else [])]
 
 
+def _bytes_of(decoded: Any) -> int:  # noqa: ANN401 (a segment of any kind)
+    """Return the bytes of a segment's array; a text has none."""
+    return int(getattr(getattr(decoded, "pictures", decoded), "nbytes", 0))
+
+
+def _as_segment(decoded: Any) -> Any:  # noqa: ANN401 (a segment of any kind)
+    """Return a segment in the form of :func:`train.data.assembly.write_window`."""
+    if not isinstance(decoded, Frames):
+        return decoded
+    return VideoSegment(
+        decoded.error_s, lambda frames, out: write_rgb(decoded.pictures[frames], out)
+    )
+
+
+def _read_each(
+    read: Callable[[SessionReader, str, Segment], Any],
+    reader: SessionReader,
+    name: str,
+    segments: Sequence[Segment],
+) -> Iterator[tuple[Segment, Any]]:
+    for segment in segments:
+        yield segment, read(reader, name, segment)
+
+
+_READERS: Final[dict[Kind, Callable[..., Iterator[tuple[Segment, Any]]]]] = {
+    Kind.VIDEO: SessionReader.iter_frames,
+    Kind.AUDIO: partial(_read_each, SessionReader.read_dmel),
+    Kind.SENSOR: partial(_read_each, SessionReader.read_sensor),
+    Kind.TEXT: partial(_read_each, SessionReader.read_text),
+}
+"""How the segments of each kind are read; a segment of which no picture decodes is left out."""
+
+
 class RealMultiModalDataset(Dataset[dict[str, Any]]):
     """Windows of session folders as training samples.
 
     Args:
         root_dir: a session folder or a folder of them.
         recipe: a recipe, its file, or None for the default one.
-        config: decides which streams are read; None reads all. A TrainConfig, or its plain values
-            as ``yaml.safe_load`` returns them.
+        config: decides windows and which streams are read; None is the default one. A TrainConfig,
+            or its plain values as ``yaml.safe_load`` returns them.
         split: train or val sessions; None takes all.
         tokenizer: a tokenizer.json; None trains one on the train sessions.
 
@@ -243,14 +337,14 @@ class RealMultiModalDataset(Dataset[dict[str, Any]]):
         if not isinstance(recipe, Recipe):
             recipe = Recipe() if recipe is None else load_recipe(recipe)
         self.config = TrainConfig() if config is None else as_train_config(config)
+        self.shapes = WindowShapes.from_recipe(recipe, self.config)
         self.source = SessionSource(
             root_dir,
             recipe=recipe,
             split=split,
             tokenizer=None if tokenizer is None else load_tokenizer(Path(tokenizer)),
-        )
-        self.shapes = WindowShapes.from_recipe(recipe, tick_rate_hz=self.config.model.tick_rate_hz)
-        self._starts = np.concatenate([[0], np.cumsum(self.source.shard_sizes)])
+        ).open_windows(self.shapes, WindowGrid.from_config(self.config))
+        self._starts = np.concatenate([[0], np.cumsum(self.source.window_counts)])
 
     def __len__(self) -> int:
         """Return the number of windows."""
@@ -267,7 +361,7 @@ class RealMultiModalDataset(Dataset[dict[str, Any]]):
         index %= len(self)
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         location = (shard, index - int(self._starts[shard]))
-        return assemble_batch(self.source, [location], config=self.config, shapes=self.shapes)
+        return assemble_batch(self.source, [location], pixels=self.config.data.pixels)
 
 
 def real_data_collate_fn(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -279,10 +373,12 @@ def _make_tokenizer(folders: Sequence[Path], recipe: Recipe) -> TextTokenizer:
     """Return the tokenizer that the shard job would train on the same sessions."""
     if recipe.text.tokenizer is not None:
         return load_tokenizer(recipe.text.tokenizer)
+    names = recipe.of_kind(Kind.TEXT)
     texts = [
         event.text
         for folder in folders
         if assign_split(folder.name, recipe) == "train"
-        for event in read_timed_lines(folder, recipe=recipe)[1]
+        for events in read_text_events(folder, recipe, names).values()
+        for event in events
     ]
     return train_tokenizer(texts, vocab_size=recipe.text.vocab_size)

@@ -1,9 +1,10 @@
-"""A shard set as a source of samples: one ``pread`` per member, only of the fields that are read.
+"""A shard set as a source of windows: one request per stream and window.
 
 ::
 
-    read_into -> _read_frames, _read_chunk   which tables of members a stream is read from
-      -> _read_member                        read and checked by ColumnFile, then decoded
+    read_into -> write_window        which segments of each stream (train.data.assembly)
+      -> ShardSource._read_segments  the members of consecutive rows, read and checked by ColumnFile
+      -> _DECODERS[kind]             bytes of a member -> a segment
 
 Index and column files are opened on first use; the least recently used are closed. Every member is
 checked against its CRC32C before it is decoded. Any damage is a CorruptError that names the file
@@ -13,62 +14,57 @@ and the member's offset in it. Files of a set behind a URL are copies in this ma
 
 from __future__ import annotations
 
+import copy
+import errno
+import resource
+import weakref
 from collections import OrderedDict
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self, cast
 
 import numpy as np
 
 from shared.clock import EPSILON_S
-from shared.errors import REBUILD_HINT, CorruptError, ShardError
-from shared.media.yuv import check_npy_header
-from shared.recipe import SENSOR_STREAMS, TEXT_STREAMS, VISION_STREAMS, Split, Stream
-from shared.session.reader import Mel, Text
-from shared.shardset.codec import decode_pictures, decode_text, is_raw_layout
+from shared.errors import REBUILD_HINT, ConfigError, CorruptError, ShardError
+from shared.kinds.text import SegmentText, decode_text
+from shared.kinds.video import decode_pictures
+from shared.media.yuv import Chosen
 from shared.shardset.columns import ColumnFile, read_chunk
-from shared.shardset.index import ShardIndex, require_complete
-from shared.shardset.layout import member_limits, streams_from_bits
+from shared.shardset.index import Members, ShardIndex, require_complete
+from shared.shardset.layout import training_columns
 from shared.shardset.locks import ReaderLock, read_manifest_locked
+from shared.shardset.manifest import find_runs
 from shared.shardset.store import LocalShardSet, ShardSetReader
 from shared.storage import Store, parse_location
+from shared.streams import Kind, VideoStream
 from shared.timing import OnStage, no_timer
-from train.data.batch import write_absent, write_mel, write_numbers
+from train.data.assembly import VideoSegment, WindowRows, make_layouts, write_window
 from train.data.cached_set import CachedShardSet, CacheSettings
 from train.data.order import EpochOrder, SampleOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from shared.kinds.column import Column
+    from shared.recipe import Split
     from shared.shardset.manifest import ShardEntry
-    from train.data.batch import SampleLocation
+    from train.data.assembly import Piece, StreamLayout
+    from train.data.batch import ReadWindow, SampleLocation
     from train.data.order import BatchOrder, OrderSettings
+    from train.data.windows import WindowGrid, WindowIndex
+    from train.shapes import WindowShapes
 
-MAX_OPEN_SHARDS = 64
-"""Shards kept open at once, with a few file descriptors each: four blocks of the default shuffle.
+MAX_IDLE_INDEXES: Final = 64
+"""Indexes kept in memory besides those of the shards that are prefetched."""
 
-If more shards are read in turn, the indexes of all of them stay; an index takes no descriptor."""
+_OPEN_SHARE: Final = 0.5
+"""Share of the files that the process may open that columns take; all its sets together."""
 
-
-T = TypeVar("T")
-
-READ_COLUMNS = {
-    **{stream: str(stream) for stream in VISION_STREAMS},
-    **dict.fromkeys(SENSOR_STREAMS, "proprio"),
-    Stream.AUDIO: "dmel",
-    **dict.fromkeys(TEXT_STREAMS, "text"),
-}
-"""The column that each stream is read from."""
-
-READ_TABLES = {
-    **{stream: (str(stream),) for stream in VISION_STREAMS},
-    **{stream: (f"proprio/{stream}",) for stream in SENSOR_STREAMS},
-    Stream.AUDIO: ("dmel/dmel", "dmel/valid"),
-    **dict.fromkeys(TEXT_STREAMS, ("text",)),
-}
-"""The tables of members that each stream is read from."""
+_MAX_TIME_S: Final = 1e9
+"""Far beyond any token's time."""
 
 
 class OpenShard:
@@ -77,10 +73,13 @@ class OpenShard:
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
         self.files: dict[str, ColumnFile] = {}
+        self._members: dict[str, Members] = {}
 
-    def present(self, row: int) -> tuple[Stream, ...]:
-        """Return the streams that a row's sample has."""
-        return streams_from_bits(int(self.index.arrays["present"][row]))
+    def members(self, column: str) -> Members:
+        """Return the positions of a column's members."""
+        if column not in self._members:
+            self._members[column] = self.index.members(column)
+        return self._members[column]
 
     def close(self) -> None:
         """Close its files; the next read opens them again."""
@@ -88,8 +87,84 @@ class OpenShard:
             self.files.popitem()[1].close()
 
 
+class OpenShards:
+    """The shards of a set that are open in this process, the least recently used first.
+
+    All sets of a process share its limit of open files. Another process opens its own.
+    """
+
+    _alive: ClassVar[weakref.WeakSet[OpenShards]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self._shards: OrderedDict[int, OpenShard] = OrderedDict()
+        self._num_prefetched = 0
+        self._alive.add(self)
+
+    def __reduce__(self) -> tuple[type[OpenShards], tuple[()]]:
+        return OpenShards, ()
+
+    def peek(self, shard: int) -> OpenShard | None:
+        """Return a shard if it is open."""
+        return self._shards.get(shard)
+
+    def get(self, shard: int) -> OpenShard | None:
+        """Return a shard if it is open, and mark it as used now."""
+        opened = self._shards.get(shard)
+        if opened is not None:
+            self._shards.move_to_end(shard)
+        return opened
+
+    def add(self, shard: int, opened: OpenShard) -> None:
+        """Add a shard; close the one used longest ago if there are too many."""
+        self._shards[shard] = opened
+        if len(self._shards) > max(MAX_IDLE_INDEXES, self._num_prefetched):
+            self._shards.popitem(last=False)[1].close()
+
+    def keep(self, shards: set[int]) -> None:
+        """Close all other shards."""
+        self._num_prefetched = len(shards)
+        for shard in self._shards.keys() - shards:
+            self._shards.pop(shard).close()
+
+    def make_room(self, user: OpenShard) -> None:
+        """Close columns of the shards used longest ago, but for one, before another is opened."""
+        limit = max_open_files() // len(self._alive)
+        num_open = sum(len(opened.files) for opened in self._shards.values())
+        for opened in self._shards.values():
+            if num_open < limit:
+                return
+            if opened is not user:
+                num_open -= len(opened.files)
+                opened.close()
+
+    def evict(self, *, num_kept: int = 0) -> bool:
+        """Close the least recently used shard; of the `num_kept` newest only the columns.
+
+        Returns:
+            Whether anything was open.
+        """
+        if len(self._shards) > num_kept:
+            self._shards.popitem(last=False)[1].close()
+            return True
+        with_files = [opened for opened in self._shards.values() if opened.files]
+        for opened in with_files:
+            opened.close()
+        return bool(with_files)
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._shards:
+            self._shards.popitem()[1].close()
+
+
+def max_open_files() -> int:
+    """Return how many columns the process may keep open: a share of ``ulimit -n``."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if limit == resource.RLIM_INFINITY else max(1, int(limit * _OPEN_SHARE))
+
+
 class ShardSource:
-    """Samples of one split of a shard set; it can be sent to another process.
+    """Windows of one split of a shard set; it can be sent to another process.
 
     Args:
         root: the shard set's folder, or a URL that fsspec knows.
@@ -100,6 +175,12 @@ class ShardSource:
         ShardError: there is no such set, or it can't be read.
         StorageError, ConfigError: see :class:`train.data.cached_set.CachedShardSet`.
     """
+
+    shapes: WindowShapes
+    window_counts: NDArray[np.int64]
+    _layouts: dict[str, StreamLayout]
+    _windows: WindowIndex
+    _ticks_per_segment: int
 
     def __init__(
         self, root: Path | str, *, split: Split = "train", cache: CacheSettings | None = None
@@ -120,9 +201,8 @@ class ShardSource:
         self.fingerprint = f"{self.manifest.fingerprint}/{split}"
         self._entries = self.manifest.in_split(split)
         self.shard_sizes = np.array([e.num_samples for e in self._entries], dtype=np.int64)
-        self._limits = member_limits(self.recipe)
-        self._open: OrderedDict[int, OpenShard] = OrderedDict()
-        self._num_prefetched = 0
+        self._columns = training_columns(self.recipe)
+        self._open = OpenShards()
         self.on_stage: OnStage = no_timer
         """Receives the name of each stage when it ends: open, fetch, checksum, decode, collate."""
         self.evict_others: Callable[[], bool] = _nothing_open
@@ -132,26 +212,46 @@ class ShardSource:
         """See :meth:`train.data.batch.SampleSource.identity`."""
         return {"fingerprint": self.fingerprint}
 
+    def open_windows(self, shapes: WindowShapes, grid: WindowGrid) -> Self:
+        """See :meth:`train.data.batch.SampleSource.open_windows`."""
+        source = copy.copy(self)
+        segment_s = self.recipe.segment_s
+        source.shapes = shapes
+        source._layouts = make_layouts(shapes, segment_s=segment_s)
+        source._ticks_per_segment = round(segment_s * grid.tick_rate_hz)
+        source._windows = grid.index([e.runs for e in self._entries], segment_s=segment_s)
+        source.window_counts = source._windows.counts
+        return source
+
     def batch_order(self, settings: OrderSettings) -> BatchOrder:
         """See :meth:`train.data.batch.SampleSource.batch_order`."""
-        order = SampleOrder(self.shard_sizes, fingerprint=self.fingerprint, settings=settings)
+        order = SampleOrder(self.window_counts, fingerprint=self.fingerprint, settings=settings)
         return EpochOrder(order, settings)
 
     def shard_name(self, shard: int) -> str:
         """Return a shard's name in the manifest, such as train-000003."""
         return self._entries[shard].name
 
-    def key(self, shard: int, row: int) -> str:
-        """Return SESSION/WINDOW."""
-        return self.shard(shard).index.key(row)
+    def key(self, shard: int, window: int) -> str:
+        """Return SESSION@FIRST_TICK."""
+        rows = self.locate(shard, window)
+        return f"{self.shard(shard).index.session(rows.rows.start)}@{rows.clock_tick}"
 
-    def start_s(self, shard: int, row: int) -> float:
-        """Return when the window starts on the session clock."""
-        return float(self.shard(shard).index.arrays["start_s"][row])
+    def locate(self, shard: int, window: int) -> WindowRows:
+        """Return where a window is stored and when it begins.
 
-    def present(self, shard: int, row: int) -> tuple[Stream, ...]:
-        """Return the streams that the sample has."""
-        return self.shard(shard).present(row)
+        Raises:
+            CorruptError: see :meth:`shard`.
+        """
+        span = self._windows.locate(shard, window)
+        index = self.shard(shard).index
+        return WindowRows(
+            rows=range(span.first_row, span.first_row + span.num_rows),
+            first_tick=span.first_tick,
+            num_ticks=span.num_ticks,
+            clock_tick=index.segment(span.first_row) * self._ticks_per_segment + span.first_tick,
+            duration_s=index.duration_s(span.first_row),
+        )
 
     def shard(self, shard: int) -> OpenShard:
         """Return a shard; open it if necessary.
@@ -166,212 +266,145 @@ class ShardSource:
                 index = self._store.read_index(entry.index_file, sha256=entry.index_sha256)
                 self._require_matching(index, entry)
             except ShardError as error:  # a missing file counts as a damaged one
+                _raise_if_too_many_open(error)
                 raise CorruptError(str(error), file=entry.index_file) from error
-            opened = self._open[shard] = OpenShard(index)
-            if len(self._open) > max(MAX_OPEN_SHARDS, self._num_prefetched):
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(shard)
+            opened = OpenShard(index)
+            self._open.add(shard, opened)
         return opened
 
-    def prefetch_shards(self, shards: Iterable[int], streams: Collection[Stream]) -> None:
+    def prefetch_shards(self, shards: Iterable[int]) -> None:
         """Close all other shards; download these in the background if the set is behind a URL."""
         wanted = list(dict.fromkeys(shards))
-        for shard in self._open.keys() - set(wanted):
-            self._open.pop(shard).close()
-        self._num_prefetched = len(wanted)
+        self._open.keep(set(wanted))
         if self._cached is not None:
-            columns = sorted({READ_COLUMNS[stream] for stream in streams})
+            columns = [self._columns[name].name for name in self._layouts if name in self._columns]
             self._cached.prefetch([self._entries[shard] for shard in wanted], columns)
 
-    def prefetch_samples(
-        self, locations: Iterable[SampleLocation], streams: Collection[Stream]
-    ) -> None:
-        """Ask the kernel for all these samples' members at once.
+    def prefetch_samples(self, locations: Iterable[SampleLocation]) -> None:
+        """Ask the kernel for the members of all these windows at once.
 
         Only open files are asked, which are nearly all: those of a block stay open.
         """
-        for shard, row in locations:
-            if (opened := self._open.get(shard)) is None:
+        for shard, window in locations:
+            if (opened := self._open.peek(shard)) is None:
                 continue
-            present = opened.present(row)
-            for table in dict.fromkeys(t for s in present if s in streams for t in READ_TABLES[s]):
-                if (file := opened.files.get(_column_of(table))) is not None:
-                    file.prefetch(opened.index.members(table), row)
+            span = self._windows.locate(shard, window)
+            rows = range(span.first_row, span.first_row + span.num_rows)
+            for column, file in opened.files.items():
+                file.prefetch(opened.members(column), rows)
         self.on_stage("fetch")
 
-    def read_into(
-        self, shard: int, row: int, out: Mapping[str, NDArray[Any]], *, with_text: bool
-    ) -> Text | None:
+    def read_into(self, shard: int, window: int, out: Mapping[str, NDArray[Any]]) -> ReadWindow:
         """See :meth:`train.data.batch.SampleSource.read_into`."""
-        opened = self.shard(shard)
+        opened, rows = self.shard(shard), self.locate(shard, window)
         self.on_stage("open")
-        for stream in VISION_STREAMS:
-            if stream in out:
-                self._read_frames(opened, row, stream, out)
-        present = opened.present(row)
-        write_absent(out, (s for s in (*SENSOR_STREAMS, Stream.AUDIO) if s not in present))
-        for stream in SENSOR_STREAMS:
-            if stream in out and stream in present:
-                shape = out[stream].shape
-                values = self._read_chunk(opened, row, f"proprio/{stream}", dtype="f4", shape=shape)
-                write_numbers(out, stream, values)
-        if Stream.AUDIO in out and Stream.AUDIO in present:
-            shape = out[Stream.AUDIO].shape
-            levels = self._read_chunk(opened, row, "dmel/dmel", dtype="u1", shape=shape)
-            valid = self._read_chunk(opened, row, "dmel/valid", dtype="u1", shape=shape[:1])
-            write_mel(out, Mel(levels=levels, valid=valid.astype(np.bool_)))
-        text = None
-        if with_text:
-            start_s = float(opened.index.arrays["start_s"][row])
-            decode = partial(self._decode_text, start_s=start_s)
-            text = self._read_member(opened, row, "text", decode=decode)
+        read = write_window(
+            out,
+            rows,
+            self._layouts,
+            read_segments=partial(self._read_segments, opened, rows.rows.start),
+            on_stage=self.on_stage,
+        )
         self.on_stage("collate")
-        return text
+        return read
 
     def close(self) -> None:
         """Close all files and release the reader lock; the next read opens the files again."""
-        while self._open:
-            self._open.popitem()[1].close()
+        self._open.close()
         if self._lock is not None:
             self._lock.close()
         if self._cached is not None:
             self._cached.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the open files: another process opens its own."""
-        return {**self.__dict__, "_open": OrderedDict()}
-
-    def evict(self, *, num_kept: int = 0) -> bool:
-        """Close the least recently used shard; of the `num_kept` newest only the columns.
-
-        Returns:
-            Whether anything was open.
-        """
-        if len(self._open) > num_kept:
-            self._open.popitem(last=False)[1].close()
-            return True
-        with_files = [opened for opened in self._open.values() if opened.files]
-        for opened in with_files:
-            opened.close()
-        return bool(with_files)
+    def evict(self) -> bool:
+        """Close the least recently used shard; return whether one was open."""
+        return self._open.evict()
 
     def _evict_any(self) -> bool:
         """Close files of this source, or else of others; return whether any were open.
 
         The newest shard's index stays: its caller still reads it.
         """
-        return self.evict(num_kept=1) or self.evict_others()
+        return self._open.evict(num_kept=1) or self.evict_others()
 
     def _require_matching(self, index: ShardIndex, entry: ShardEntry) -> None:
-        """Check that an index has this set's columns, rows and frames.
+        """Check that an index has this set's columns, runs and frames.
 
         Raises:
             CorruptError: it does not.
         """
         origin = entry.index_file
-        require_complete(index, origin=origin)
-        if index.num_samples != entry.num_samples:
+        columns = self._columns.values()
+        require_complete(index, [column.name for column in columns], origin=origin)
+        runs = find_runs(index)
+        if runs != entry.runs:
             raise CorruptError(
-                f"{origin}: has {index.num_samples} rows, manifest says {entry.num_samples}; "
-                f"{REBUILD_HINT}"
+                f"{origin}: has {index.num_samples} rows in {len(runs)} runs, manifest says "
+                f"{entry.num_samples} in {len(entry.runs)}; {REBUILD_HINT}"
             )
-        expected = self.recipe.count(self.recipe.vision.rate_hz)
-        for stream in VISION_STREAMS:
-            num_frames = index.arrays[f"{stream}.error_s"].shape[1]
-            if num_frames != expected:
+        for column in (c for c in columns if c.has_time_errors):
+            num_frames = index.arrays[f"{column.name}.error_s"].shape[1]
+            if num_frames != column.shape[0]:
                 raise CorruptError(
-                    f"{origin}: has {num_frames} frames of {stream} in a window, the recipe says "
-                    f"{expected}; {REBUILD_HINT}"
+                    f"{origin}: has {num_frames} frames of {column.name} in a segment, the recipe "
+                    f"says {column.shape[0]}; {REBUILD_HINT}"
                 )
 
-    def _read_frames(
-        self, opened: OpenShard, row: int, stream: Stream, out: Mapping[str, NDArray[Any]]
-    ) -> None:
-        """Write a camera's frames and their validity; zeros if the sample lacks them."""
-        recipe, pictures = self.recipe.vision, out[stream]
-        # A raw member ends with the very bytes of the array, which are read straight into it.
-        is_raw = is_raw_layout(pictures, recipe=recipe)
+    def _read_segments(
+        self, opened: OpenShard, first_row: int, name: str, pieces: list[Piece]
+    ) -> dict[int, Any]:
+        """Read the segments of a stream that a window needs; see :func:`write_window`."""
+        column = self._columns.get(name)
+        if column is None:  # a set of a mix does not declare it
+            return {}
+        rows = range(first_row + pieces[0].row, first_row + pieces[-1].row + 1)
+        members = self._read_members(opened, column, rows)
+        decode = _DECODERS[column.kind]
+        segments: dict[int, Any] = {}
+        for row, member in zip(rows, members, strict=True):
+            if member is not None:
+                at = _Position(opened, column, row)
+                segments[row - first_row] = decode(self, at, member)
+            elif column.kind is not Kind.VIDEO and opened.index.is_present(row, name):
+                raise _Position(opened, column, row).error(
+                    f"{opened.index.key(row)} lacks {name}, which its index says is there; "
+                    f"{REBUILD_HINT}"
+                )
+        return segments
 
-        def decode(member: bytes) -> bool:
-            if is_raw:
-                check_npy_header(member, pictures)
-            else:
-                decode_pictures(member, recipe=recipe, out=pictures)
-            return True
-
-        tail = pictures if is_raw else None
-        if self._read_member(opened, row, stream, decode=decode, tail=tail) is None:
-            write_absent(out, [stream])
-        else:
-            error_s = opened.index.arrays[f"{stream}.error_s"][row]
-            out[f"{stream}_valid"][...] = np.isfinite(error_s)
-
-    def _read_chunk(
-        self, opened: OpenShard, row: int, table: str, *, dtype: str, shape: tuple[int, ...]
-    ) -> NDArray[Any]:
-        """Read a row's chunk of a Zarr array, which every row has."""
-        decode = partial(read_chunk, dtype=dtype, shape=shape)
-        chunk = self._read_member(opened, row, table, decode=decode)
-        if chunk is None:
-            file, offset = _member_position(opened.index, table, row)
-            raise CorruptError(
-                f"{file} at {offset}: {opened.index.key(row)} lacks {table}, which its index says "
-                f"is there; {REBUILD_HINT}",
-                file=file,
-                offset=offset,
-            )
-        return chunk
-
-    def _read_member(
-        self,
-        opened: OpenShard,
-        row: int,
-        table: str,
-        *,
-        decode: Callable[[bytes], T],
-        tail: NDArray[np.uint8] | None = None,
-    ) -> T | None:
-        """Read, check and decode a row's member of a table; None if the sample lacks it.
-
-        See :meth:`shared.shardset.columns.ColumnFile.read` for `tail`.
+    def _read_members(
+        self, opened: OpenShard, column: Column, rows: range
+    ) -> list[bytes | memoryview | None]:
+        """Read and check the members of consecutive rows; None where a row lacks the stream.
 
         Raises:
-            CorruptError: the member is damaged or missing; it names file and offset.
+            CorruptError: a member is damaged or missing; it names file and offset.
         """
-        column, members = _column_of(table), opened.index.members(table)
-        options: dict[str, Any] = {
-            "max_bytes": self._limits[table],
-            "tail": tail,
-            "on_stage": self.on_stage,
-        }
+        read = partial(
+            ColumnFile.read_rows,
+            members=opened.members(column.name),
+            rows=rows,
+            max_bytes=column.max_bytes,
+            on_stage=self.on_stage,
+        )
         self.on_stage("collate")
         try:
-            file = self._open_column(opened, column)
             try:
-                member = file.read(members, row, **options)
+                return read(self._open_column(opened, column.name))
             except CorruptError:
-                if not self._refetch_column(opened, column):
+                if not self._refetch_column(opened, column.name):
                     raise
-                file = self._open_column(opened, column)
-                member = file.read(members, row, **options)
+                return read(self._open_column(opened, column.name))
         except ShardError as error:  # a missing file counts as a damaged one
-            name, offset = _member_position(opened.index, table, row)
-            raise CorruptError(str(error), file=name, offset=offset) from error
-        if member is None:
-            return None
-        try:
-            decoded = decode(member)
-        except CorruptError as error:
-            name, offset = _member_position(opened.index, table, row)
-            message = f"{file.origin} at {offset}: {error}"
-            raise CorruptError(message, file=name, offset=offset) from error
-        self.on_stage("decode")
-        return decoded
+            _raise_if_too_many_open(error)
+            file = opened.index.columns[column.name]["file"]
+            offset = error.offset if isinstance(error, CorruptError) else None
+            raise CorruptError(str(error), file=file, offset=offset) from error
 
     def _open_column(self, opened: OpenShard, column: str) -> ColumnFile:
         """Return a shard's column file; open it if necessary."""
         if column not in opened.files:
-            self._limit_open_columns(opened)
+            self._open.make_room(opened)
             header = opened.index.columns[column]
             opened.files[column] = self._store.open_column(
                 header["file"],
@@ -389,46 +422,94 @@ class ShardSource:
             opened.files.pop(column).close()
         return True
 
-    def _limit_open_columns(self, opened: OpenShard) -> None:
-        """Close the columns of the least recently used other shards if too many are open."""
-        others = [o for o in self._open.values() if o.files and o is not opened]
-        for other in others[: max(0, len(others) - MAX_OPEN_SHARDS + 1)]:
-            other.close()
+    def _decode_video(self, at: _Position, member: bytes | memoryview) -> VideoSegment:
+        """Return a segment that decodes chosen pictures straight into a batch."""
+        column = at.column
+        spec = cast(VideoStream, self.recipe.streams[column.stream])
 
-    def _decode_text(self, member: bytes, *, start_s: float) -> Text:
-        """Decode a text member; check its tokens against the vocabulary and the window.
+        def write(frames: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+            chosen = Chosen(frames.tolist(), column.shape[0])
+            try:
+                decode_pictures(member, spec=spec, out=out, chosen=chosen)
+            except CorruptError as error:
+                raise at.error(str(error)) from error
+
+        return VideoSegment(at.opened.index.arrays[f"{column.name}.error_s"][at.row], write)
+
+    def _decode_samples(self, at: _Position, member: bytes | memoryview) -> NDArray[Any]:
+        """Return the readings or dMel levels of a segment."""
+        try:
+            return read_chunk(member, dtype=at.column.dtype, shape=at.column.shape)
+        except CorruptError as error:
+            raise at.error(str(error)) from error
+
+    def _decode_text(self, at: _Position, member: bytes | memoryview) -> SegmentText:
+        """Decode a text; check its tokens against the vocabulary and the segment.
 
         A model has no embedding for a token outside the vocabulary.
-
-        Raises:
-            CorruptError: it does not decode, or has such a token or time.
         """
-        text = decode_text(member)
-        stop_s = start_s + self.recipe.window.duration_s
-        for tokens in (text.internal, text.external):
-            if max(tokens.ids, default=0) >= self.recipe.text.vocab_size:
-                raise CorruptError(
-                    f"token {max(tokens.ids)} is outside the vocabulary of "
-                    f"{self.recipe.text.vocab_size}; {REBUILD_HINT}"
+        try:
+            text = decode_text(bytes(member))
+        except CorruptError as error:
+            raise at.error(str(error)) from error
+        if max(text.ids, default=0) >= self.recipe.text.vocab_size:
+            raise at.error(
+                f"token {max(text.ids)} is outside the vocabulary of "
+                f"{self.recipe.text.vocab_size}; {REBUILD_HINT}"
+            )
+        start_s = at.opened.index.segment(at.row) * self.recipe.segment_s
+        stop_s = start_s + self.recipe.segment_s
+        is_last = stop_s >= at.opened.index.duration_s(at.row) - EPSILON_S
+        # The last segment of a session also holds the tokens after its end.
+        limit_s = _MAX_TIME_S if is_last else stop_s
+        for time_s in text.time_s and (min(text.time_s), max(text.time_s)):
+            if not start_s - EPSILON_S <= time_s < limit_s + EPSILON_S:
+                raise at.error(
+                    f"a token at {time_s:g} s is outside the segment [{start_s:g}, {stop_s:g}) s; "
+                    f"{REBUILD_HINT}"
                 )
-            for time_s in tokens.time_s and (min(tokens.time_s), max(tokens.time_s)):
-                if not start_s - EPSILON_S <= time_s < stop_s + EPSILON_S:
-                    raise CorruptError(
-                        f"a token at {time_s:g} s is outside the window [{start_s:g}, {stop_s:g}) "
-                        f"s; {REBUILD_HINT}"
-                    )
         return text
 
 
-def _column_of(table: str) -> str:
-    """Return the column that holds a table of members."""
-    return table.partition("/")[0]
+_DECODERS: Final[dict[Kind, Callable[..., Any]]] = {
+    Kind.VIDEO: ShardSource._decode_video,
+    Kind.AUDIO: ShardSource._decode_samples,
+    Kind.SENSOR: ShardSource._decode_samples,
+    Kind.TEXT: ShardSource._decode_text,
+}
+"""How a member of each kind becomes a segment."""
 
 
-def _member_position(index: ShardIndex, table: str, row: int) -> tuple[str, int]:
-    """Return the name of the file that holds a row's member, and the member's offset in it."""
-    file: str = index.columns[_column_of(table)]["file"]
-    return file, int(index.arrays[f"{table}.offset"][row])
+class _Position(NamedTuple):
+    """A member of a column, for errors about it."""
+
+    opened: OpenShard
+    column: Column
+    row: int
+
+    def error(self, problem: str) -> CorruptError:
+        """Return the error for a member that can't be decoded."""
+        file: str = self.opened.index.columns[self.column.name]["file"]
+        offset = int(self.opened.members(self.column.name).offset[self.row])
+        opened = self.opened.files.get(self.column.name)
+        origin = file if opened is None else opened.origin
+        return CorruptError(f"{origin} at {offset}: {problem}", file=file, offset=offset)
+
+
+def _raise_if_too_many_open(error: BaseException) -> None:
+    """Refuse to count a file as damaged because the process has too many open.
+
+    Raises:
+        ConfigError: that is why it could not be opened.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in {errno.EMFILE, errno.ENFILE}:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            raise ConfigError(
+                f"{error}; the process may open {limit} files; fix: raise `ulimit -n`"
+            ) from error
+        cause = cause.__cause__
 
 
 def _nothing_open() -> bool:
