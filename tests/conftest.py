@@ -33,6 +33,12 @@ def real_sessions() -> list[Path]:
 
 
 @pytest.fixture(scope="session")
+def import_samples() -> Path:
+    """Return the folder of files that other recorders wrote; read only."""
+    return _recordings("import_samples")
+
+
+@pytest.fixture(scope="session")
 def nasty_files() -> dict[str, Path]:
     """Return flawed real files by their path, such as ``audio/zero_bytes.wav``."""
     folder = _recordings("nasty")

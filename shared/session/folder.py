@@ -283,6 +283,8 @@ def _plan_columns(
     if message := _find_fault(table, [timeline.time_key], "time"):
         issues.add(line, "column", message, key=timeline.time_key)
         return {}
+    if timeline.time_key in table.seconds_columns:
+        timeline.units_per_s = 1.0
     plan: dict[str, list[int]] = {"": take([timeline.time_key], 1)}
     for name, stream in timeline.sensors.items():
         key = stream.key or ""

@@ -78,11 +78,16 @@ class TableBlock:
 
 
 class Table(Protocol):
-    """A table with a header; `list_columns` hold several numbers per cell."""
+    """A table with a header.
+
+    Cells of `list_columns` are lists of numbers. `seconds_columns` are times that know their unit
+    and are read in seconds.
+    """
 
     header_line: int
     names: tuple[str, ...]
     list_columns: frozenset[str]
+    seconds_columns: frozenset[str]
 
     def iter_blocks(self, columns: Sequence[tuple[str, int]]) -> Iterator[TableBlock]:
         """Yield the cells of some columns, given as name and number of values."""
@@ -150,7 +155,7 @@ class _DelimitedTable:
             readings, key=lambda r: (len({c.strip() for c in r[0]} & {*wanted}), len(r[0]))
         )
         self.names = tuple(cell.strip() for cell in cells)
-        self.list_columns: frozenset[str] = frozenset()
+        self.list_columns = self.seconds_columns = frozenset[str]()
 
     def iter_blocks(self, columns: Sequence[tuple[str, int]]) -> Iterator[TableBlock]:
         """Yield the cells of some columns."""
@@ -230,10 +235,13 @@ class _DelimitedTable:
         if self.delimiter != ",":
             content = content.replace(b",", b".")
         content = content.replace(b"\r\n", b"\n")
-        empty = delimiter + delimiter
-        if empty in content:
-            filled = delimiter + b"nan" + delimiter
-            content = content.replace(empty, filled).replace(empty, filled)
+        for empty, filled in (
+            (delimiter + delimiter, delimiter + b"nan" + delimiter),
+            (delimiter + b"\n", delimiter + b"nan\n"),
+            (b"\n" + delimiter, b"\nnan" + delimiter),
+        ):
+            if empty in content:
+                content = content.replace(empty, filled).replace(empty, filled)
         try:
             cells = np.loadtxt(
                 io.BytesIO(content),
@@ -326,8 +334,9 @@ class _ParquetTable:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise TableError(_parquet_message(error)) from error
         self.names = tuple(self._schema.names)
-        self.list_columns = frozenset(
-            column.name for column in self._schema if _is_list(column.type, pa)
+        self.list_columns = frozenset(c.name for c in self._schema if _is_list(c.type, pa))
+        self.seconds_columns = frozenset(
+            c.name for c in self._schema if pa.types.is_timestamp(c.type)
         )
 
     def iter_blocks(self, columns: Sequence[tuple[str, int]]) -> Iterator[TableBlock]:

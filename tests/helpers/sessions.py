@@ -269,7 +269,12 @@ def join_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     joined: list[dict[str, Any]] = []
     for line in sorted(lines, key=lambda line: line.get("timestamp", 0.0)):
         time = line.get("timestamp")
-        if joined and "text" not in line and time is not None and joined[-1]["timestamp"] == time:
+        if (
+            joined
+            and "text" not in line
+            and time is not None
+            and joined[-1].get("timestamp") == time
+        ):
             joined[-1] = {**joined[-1], **line}
         else:
             joined.append(line)
