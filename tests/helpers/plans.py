@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
@@ -12,36 +12,54 @@ from preprocess.build.plan import plan_shards
 from preprocess.build.plan_types import BuiltColumn, BuiltShard, Plan, PreviousSet, ShardTask
 from shared.clock import Interval
 from shared.files import fingerprint_of
-from shared.recipe import STREAMS, Recipe, Stream
+from shared.session.folder import source_files
 from shared.session.scan import SessionScan, SourceFile
-from shared.shardset.layout import COLUMNS
+from shared.shardset.layout import columns_of
+from shared.streams import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from shared.recipe import Recipe
 
 RECIPE = tiny_recipe()
 SHA = "ab" * 32
 
 
-def scan(name: str, windows: int = 3, *, tail: float = 1.0, **changes: Any) -> SessionScan:
-    """Make the scan of a session of windows; the last one covers the share `tail`."""
-    shares = [1.0] * (windows - 1) + [tail]
+def scan(
+    name: str, segments: int = 3, *, tail: float = 1.0, recipe: Recipe = RECIPE, **changes: Any
+) -> SessionScan:
+    """Make the scan of a session of 1 s segments; streams cover the share `tail` of the last."""
+    shares = (*[1.0] * (segments - 1), tail)
     values = {
         "session": name,
-        "duration_s": float(windows),
+        "duration_s": float(segments),
         "clock_offset_s": 0.0,
-        "gain": 1.0,
-        "rms": 0.1,
+        "gains": dict.fromkeys(recipe.of_kind(Kind.AUDIO), 1.0),
+        "levels": dict.fromkeys(recipe.of_kind(Kind.AUDIO), 0.1),
         "start_overrides": {},
-        "intervals": {s: Interval(0.0, float(windows)) for s in STREAMS},
+        "intervals": {s: Interval(0.0, float(segments)) for s in recipe.streams},
         "absent": {},
         "not_recorded": frozenset(),
-        "coverage": tuple((share,) * len(STREAMS) for share in shares),
+        "coverage": dict.fromkeys(recipe.streams, shares),
+        "silent": (False,) * segments,
         "issues": (),
         "source_files": {
             file: SourceFile(length_bytes=9, sha256=f"{name} {file}")
-            for column in COLUMNS.values()
-            for file in column.sources
+            for file in source_files(recipe)
         },
     }
     return SessionScan(**{**values, **changes})
+
+
+def without(old: SessionScan, streams: Collection[str]) -> SessionScan:
+    """Return a scan that lacks streams."""
+    return replace(
+        old,
+        intervals={s: i for s, i in old.intervals.items() if s not in streams},
+        coverage={s: c for s, c in old.coverage.items() if s not in streams},
+        absent={**old.absent, **dict.fromkeys(sorted(streams), "it was not recorded")},
+    )
 
 
 def scans_of(*scans: SessionScan) -> dict[str, SessionScan]:
@@ -57,16 +75,17 @@ def with_source(old: SessionScan, file: str, sha256: str) -> SessionScan:
 def finish(plan: Plan, recipe: Recipe, previous: PreviousSet | None = None) -> PreviousSet:
     """Return the set that carrying out a plan gives."""
     done = {s.name: s for s in plan.unchanged}
-    done |= {task.name: _built(task) for task in plan.tasks}
+    done |= {task.name: _built(task, recipe) for task in plan.tasks}
     generation = 0 if previous is None else previous.generation + (0 if plan.is_empty else 1)
     shards = tuple(done[name] for name in plan.order)
     return PreviousSet(recipe=recipe, generation=generation, shards=shards)
 
 
-def _built(task: ShardTask) -> BuiltShard:
+def _built(task: ShardTask, recipe: Recipe) -> BuiltShard:
+    columns = columns_of(recipe)
     made = {
         name: BuiltColumn(
-            file=task.file_name(f"{name}.{COLUMNS[name].suffix}"),
+            file=task.file_name(f"{name}.{columns[name].suffix}"),
             length_bytes=1,
             sha256="",
             fingerprint=fingerprint_of(column.basis),
@@ -89,7 +108,7 @@ def plan(scans: dict[str, SessionScan], recipe: Recipe = RECIPE, **options: Any)
 
 
 def keys(shards: Any) -> list[tuple[str, int]]:
-    return [(p.session, w) for shard in shards for p in shard.sessions for w in p.windows]
+    return [(p.session, w) for shard in shards for p in shard.sessions for w in p.segments]
 
 
 NAMES = st.text("abcdefgh", min_size=1, max_size=4)
@@ -98,23 +117,14 @@ SCANS = st.dictionaries(
     st.tuples(
         st.integers(1, 6),
         st.sampled_from([0.0, 0.3, 1.0]),
-        st.sets(st.sampled_from(STREAMS), min_size=0),
+        st.sets(st.sampled_from(sorted(RECIPE.streams)), min_size=0),
     ),
     max_size=6,
 )
 
 
-def drawn(values: dict[str, tuple[int, float, set[Stream]]]) -> dict[str, SessionScan]:
-    scans = {}
-    for name, (windows, tail, absent) in values.items():
-        whole = scan(name, windows, tail=tail)
-        scans[name] = replace(
-            whole,
-            intervals={s: i for s, i in whole.intervals.items() if s not in absent},
-            absent=dict.fromkeys(sorted(absent), "it was not recorded"),
-            coverage=tuple(
-                tuple(0.0 if s in absent else v for s, v in zip(STREAMS, row, strict=True))
-                for row in whole.coverage
-            ),
-        )
-    return scans
+def drawn(values: dict[str, tuple[int, float, set[str]]]) -> dict[str, SessionScan]:
+    return {
+        name: without(scan(name, segments, tail=tail), absent)
+        for name, (segments, tail, absent) in values.items()
+    }

@@ -7,18 +7,35 @@ from dataclasses import replace
 
 import pytest
 from helpers.oracles import tiny_recipe
-from helpers.plans import RECIPE, SCANS, drawn, finish, keys, plan, scan, scans_of, with_source
+from helpers.plans import (
+    RECIPE,
+    SCANS,
+    drawn,
+    finish,
+    keys,
+    plan,
+    scan,
+    scans_of,
+    with_source,
+    without,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.build.commit import count_windows, rejected_lines
+from preprocess.build.commit import count_segments, rejected_lines
 from preprocess.build.explain import explain_plan
+from preprocess.build.plan import recipe_changes
 from preprocess.build.plan_types import Cause, Plan, ShardTask
-from shared.clock import Interval
-from shared.recipe import STREAMS, Stream, assign_split
-from shared.shardset.layout import COLUMNS
+from shared.recipe import Recipe, assign_split
+from shared.shardset.layout import columns_of
+from shared.streams import DEFAULT_STREAMS
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**18})
+COLUMNS = columns_of(RECIPE)
+STREAMS = sorted(RECIPE.streams)
+AUDIO_COLUMNS = {"audio", "audio.dmel"}
+TEXT_COLUMNS = {"internal_text", "external_text"}
+PLAIN_STREAMS = {name: {**stream, "required": False} for name, stream in DEFAULT_STREAMS.items()}
 
 TRAIN_NAMES = [n for n in "abcdefghij" if assign_split(n, RECIPE) == "train"][:4]
 FOUR = scans_of(*(scan(n) for n in TRAIN_NAMES))
@@ -66,20 +83,42 @@ def test_when_nothing_changed_nothing_is_planned():
 
 
 @pytest.mark.parametrize(
-    ("section", "columns", "reason"),
+    ("section", "columns", "reasons"),
     [
-        ({"vision": {"quality": 80}}, {"vision_left", "vision_right"}, "vision.quality 90 -> 80"),
-        ({"audio": {"rate_hz": 24_000}}, {"audio", "dmel"}, "audio.rate_hz 16000 -> 24000"),
-        ({"mel": {"levels": 32}}, {"dmel"}, "mel.levels 16 -> 32"),
-        ({"sensors": {"max_gap_s": 0.2}}, {"proprio"}, "sensors.max_gap_s 0.1 -> 0.2"),
-        ({"required": ["audio"]}, set(), ""),
-        ({"text": {"vocab_size": 400}}, set(), ""),
+        (
+            {"video": {"qp": 30}},
+            {"vision_left", "vision_right"},
+            {f"streams.vision_{side}.qp 22 -> 30" for side in ("left", "right")},
+        ),
+        (
+            {"audio": {"rate_hz": 24_000}},
+            AUDIO_COLUMNS,
+            {"streams.audio.rate_hz 16000 -> 24000"},
+        ),
+        (
+            {"audio": {"dmel": {"levels": 32}}},
+            {"audio.dmel"},
+            {"streams.audio.dmel.levels 16 -> 32"},
+        ),
+        (
+            {"sensor": {"max_gap_s": 0.2}},
+            {"proprio", "touch"},
+            {f"streams.{name}.max_gap_s None -> 0.2" for name in ("proprio", "touch")},
+        ),
+        (
+            {"text": {"tokens_per_s": 5.0}},
+            TEXT_COLUMNS,
+            {f"streams.{name}.tokens_per_s 10.0 -> 5.0" for name in TEXT_COLUMNS},
+        ),
+        ({"video": {"quality": 80}}, set(), set()),  # of another codec
+        ({"required": ["audio"]}, set(), set()),
+        ({"text": {"vocab_size": 400}}, set(), set()),
     ],
 )
-def test_one_recipe_key_makes_only_its_columns_due(section, columns, reason):
+def test_one_recipe_key_makes_only_its_columns_due(section, columns, reasons):
     changed = plan(FOUR, tiny_recipe(**section), previous=OLD)
     assert [set(t.columns) for t in changed.tasks] == ([columns] if columns else [])
-    assert all_reasons(changed) == ({reason} if columns else set())
+    assert all_reasons(changed) == reasons
     for task in changed.tasks:
         assert set(task.kept) == set(COLUMNS) - columns
         assert task.file_name("audio.tar") == "train-000000.g1.audio.tar"
@@ -91,17 +130,17 @@ def test_one_recipe_key_makes_only_its_columns_due(section, columns, reason):
 )
 def test_another_tokenizer_makes_only_text_due(text, reason):
     changed = plan(FOUR, tiny_recipe(text=text), previous=OLD, tokenizer_sha256="cd" * 32)
-    assert [reasons_of(t) for t in changed.tasks] == [{"text": reason}]
+    assert [reasons_of(t) for t in changed.tasks] == [dict.fromkeys(sorted(TEXT_COLUMNS), reason)]
 
 
 @pytest.mark.parametrize(
     ("file", "columns"),
     [
-        ("audio.wav", {"audio", "dmel"}),
+        ("audio.wav", AUDIO_COLUMNS),
         ("vision_left.mp4", {"vision_left"}),
         ("vision_right.mp4", {"vision_right"}),
-        ("metadata.jsonl", {"text", "proprio"}),
-        ("text.jsonl", {"text"}),
+        ("metadata.jsonl", {"proprio", "touch", *TEXT_COLUMNS}),
+        ("text.jsonl", TEXT_COLUMNS),
     ],
 )
 def test_one_changed_file_makes_only_its_columns_due(file, columns):
@@ -109,29 +148,127 @@ def test_one_changed_file_makes_only_its_columns_due(file, columns):
     changed = plan({**FOUR, name: with_source(FOUR[name], file, "other")}, previous=OLD)
     assert [set(t.columns) for t in changed.tasks] == [columns]
     assert all_reasons(changed) == {"its sessions changed"}
+    [(_, line)] = explain_plan(changed)
+    assert f"changed: {name} ({file})" in line
 
 
 @pytest.mark.parametrize(
     ("change", "columns"),
     [
-        ({"gain": 2.0}, {"audio", "dmel"}),
-        ({"clock_offset_s": 3.0}, {"text", "proprio"}),
-        ({"rms": 0.2}, set()),
+        ({"gains": {"audio": 2.0}}, AUDIO_COLUMNS),
+        ({"clock_offset_s": 3.0}, {"proprio", "touch", *TEXT_COLUMNS}),
+        ({"start_overrides": {"vision_left": 0.5}}, {"vision_left"}),
+        ({"start_overrides": {"touch": 0.5}}, {"touch"}),
+        ({"duration_s": 2.9}, TEXT_COLUMNS),  # an event after the end is left out
+        ({"levels": {"audio": 0.2}}, set()),
     ],
 )
-def test_a_changed_gain_or_clock_rebuilds_the_columns_that_use_it(change, columns):
+def test_a_changed_gain_start_or_clock_rebuilds_the_columns_that_use_it(change, columns):
     name = TRAIN_NAMES[0]
     changed = plan({**FOUR, name: replace(FOUR[name], **change)}, previous=OLD)
     assert [set(t.columns) for t in changed.tasks] == ([columns] if columns else [])
 
 
-def test_a_stream_that_leaves_a_window_makes_its_column_due():
-    # Text covers the whole session: a shorter video can end it, with the same text.jsonl.
-    name, at = TRAIN_NAMES[0], STREAMS.index(Stream.INTERNAL_TEXT)
-    last = tuple(0.25 if i == at else 1.0 for i in range(len(STREAMS)))
-    shorter = replace(FOUR[name], coverage=(*FOUR[name].coverage[:-1], last))
-    changed = plan({**FOUR, name: shorter}, previous=OLD)
-    assert [set(t.columns) for t in changed.tasks] == [{"text"}]
+def test_a_stream_with_its_own_clock_does_not_depend_on_the_offset():
+    streams = {**PLAIN_STREAMS, "touch": {**PLAIN_STREAMS["touch"], "clock": "own"}}
+    recipe = tiny_recipe(streams=streams)
+    old = finish(plan(FOUR, recipe), recipe)
+    name = TRAIN_NAMES[0]
+    shifted = {**FOUR, name: replace(FOUR[name], clock_offset_s=3.0)}
+    changed = plan(shifted, recipe, previous=old)
+    assert [set(t.columns) for t in changed.tasks] == [{"proprio", *TEXT_COLUMNS}]
+
+
+def test_a_stream_that_leaves_a_segment_makes_its_columns_due():
+    name = TRAIN_NAMES[0]
+    quieter = {**FOUR[name].coverage, "audio": (1.0, 1.0, 0.0)}
+    changed = plan({**FOUR, name: replace(FOUR[name], coverage=quieter)}, previous=OLD)
+    assert [set(t.columns) for t in changed.tasks] == [AUDIO_COLUMNS]
+
+
+GAZE = {
+    "kind": "sensor",
+    "file": "gaze.csv",
+    "rate_hz": 60,
+    "values": [{"count": 2, "type": "angle", "names": ["x", "y"]}],
+}
+
+
+def with_gaze(**keys):
+    return tiny_recipe(streams={**PLAIN_STREAMS, "gaze": {**GAZE, **keys}})
+
+
+def scans_with_gaze() -> dict:
+    return scans_of(*(scan(n, recipe=with_gaze()) for n in TRAIN_NAMES))
+
+
+def test_a_declared_stream_adds_its_columns_and_keeps_all_others():
+    grown = plan(scans_with_gaze(), with_gaze(), previous=OLD)
+    assert [reasons_of(t) for t in grown.tasks] == [{"gaze": "streams.gaze added"}]
+    assert set(grown.tasks[0].kept) == set(COLUMNS)
+    assert explain_plan(grown) == [
+        ("make", "1 of 1 gaze columns: streams.gaze added; 12 rows made")
+    ]
+
+
+def test_a_stream_that_is_not_declared_any_more_loses_its_columns_alone():
+    recipe = with_gaze()
+    old = finish(plan(scans_with_gaze(), recipe), recipe)
+    streams = {n: s for n, s in PLAIN_STREAMS.items() if n != "audio"}
+    less = tiny_recipe(streams={**streams, "gaze": GAZE})
+    shrunk = plan(scans_with_gaze(), less, previous=old)
+    assert [t.removed for t in shrunk.tasks] == [("audio", "audio.dmel")]
+    assert [(t.columns, set(t.kept)) for t in shrunk.tasks] == [({}, set(columns_of(less)))]
+    assert not shrunk.keeps_samples
+    assert not shrunk.is_empty
+    assert explain_plan(shrunk) == [
+        ("remove", "1 of 1 audio, audio.dmel columns: streams.audio removed")
+    ]
+    assert plan(scans_with_gaze(), less, previous=finish(shrunk, less, old)).is_empty
+
+
+def test_a_stream_of_another_kind_replaces_its_column():
+    recipe = with_gaze()
+    old = finish(plan(scans_with_gaze(), recipe), recipe)
+    sound = {"kind": "audio", "file": "gaze.wav"}
+    other = tiny_recipe(streams={**PLAIN_STREAMS, "gaze": sound})
+    scans = scans_of(*(scan(n, recipe=other) for n in TRAIN_NAMES))
+    [task] = plan(scans, other, previous=old).tasks
+    assert set(task.columns) == {"gaze", "gaze.dmel"}
+    assert all("streams.gaze.kind sensor -> audio" in r for r in reasons_of(task).values())
+
+
+def test_another_expected_range_recounts_and_rebuilds_nothing():
+    scalar = {"values": [{"count": 2, "type": "scalar", "names": ["x", "y"]}]}
+    recipe, expecting = (with_gaze(**scalar, expect={"range": r}) for r in (None, [-1.0, 1.0]))
+    old = finish(plan(scans_with_gaze(), recipe), recipe)
+    again = plan(scans_with_gaze(), expecting, previous=old)
+    assert [(t.columns, t.recounted) for t in again.tasks] == [({}, ("gaze",))]
+    assert again.keeps_samples
+    lines = explain_plan(again)
+    assert lines == [("rewrite", "the manifest: streams.gaze.expect.range None -> [-1.0, 1.0]")]
+    angles = with_gaze(expect={"range": [-1.0, 1.0]})  # their bins are fixed
+    old = finish(plan(scans_with_gaze(), with_gaze()), with_gaze())
+    assert plan(scans_with_gaze(), angles, previous=old).is_empty
+
+
+def test_changes_of_a_recipe_name_streams_and_nested_keys():
+    other = with_gaze(rate_hz=120, values=[{"count": 3, "type": "angle", "names": ["x", "y", "z"]}])
+    assert recipe_changes(with_gaze(), other) == (
+        "streams.gaze.rate_hz 60.0 -> 120.0",
+        "streams.gaze.values.0.count 2 -> 3",
+        "streams.gaze.values.0.names [x, y] -> [x, y, z]",
+    )
+    assert recipe_changes(tiny_recipe(), with_gaze()) == ("streams.gaze added",)
+    assert recipe_changes(with_gaze(), tiny_recipe()) == ("streams.gaze removed",)
+    louder = tiny_recipe(audio={"loudness_dbfs": -20})
+    assert recipe_changes(tiny_recipe(), louder) == ("streams.audio.loudness_dbfs -23.0 -> -20.0",)
+
+
+def test_a_recipe_of_one_sensor_and_nothing_else_is_planned():
+    recipe = Recipe.model_validate({"streams": {"touch": PLAIN_STREAMS["touch"]}})
+    first = plan(scans_of(*(scan(n, recipe=recipe) for n in TRAIN_NAMES)), recipe)
+    assert {name for task in first.tasks for name in task.columns} == {"touch"}
 
 
 def test_a_new_session_makes_a_new_shard_and_touches_no_other():
@@ -167,7 +304,7 @@ def test_a_changed_session_is_made_again_in_its_place():
     assert again.order == tuple(s.name for s in MANY_OLD.shards)
 
 
-def test_a_session_that_grew_keeps_every_window_once():
+def test_a_session_that_grew_keeps_every_segment_once():
     name = TRAIN_NAMES[1]
     grown = plan({**FOUR, name: scan(name, 7)}, previous=OLD)
     assert sorted(k for k in keys(grown.tasks) if k[0] == name) == [(name, w) for w in range(7)]
@@ -176,7 +313,8 @@ def test_a_session_that_grew_keeps_every_window_once():
 @pytest.mark.parametrize(
     ("section", "reason"),
     [
-        ({"window": {"min_coverage": 0.9}}, "window.min_coverage 0.5 -> 0.9"),
+        ({"segment": {"min_coverage": 0.9}}, "segment.min_coverage 0.5 -> 0.9"),
+        ({"segment": {"duration_s": 2.0}}, "segment.duration_s 1.0 -> 2.0"),
         ({"shard": {"target_bytes": 2**20}}, "shard.target_bytes 268435456 -> 1048576"),
         ({"split": {"val_fraction": 0.0}}, "split.val_fraction 0.25 -> 0.0"),
     ],
@@ -201,36 +339,32 @@ def test_a_damaged_column_is_due_and_the_samples_stay():
 def test_long_sessions_are_divided_over_shards():
     long = plan(scans_of(scan("a", 40)), tiny_recipe(shard={"target_bytes": 2**18}))
     assert len(long.tasks) > 3
-    assert keys(long.tasks) == [("a", w) for w in range(40)]
+    assert keys(long.tasks) == [("a", n) for n in range(40)]
     sizes = [t.num_samples for t in long.tasks]
     assert len(set(sizes[:-1])) == 1
     assert sizes[-1] <= sizes[0]
 
 
-def test_required_streams_decide_which_windows_become_samples():
+def test_required_streams_decide_which_segments_become_samples():
     recipe = tiny_recipe(required=["audio"])
-    deaf = replace(
-        scan("d"),
-        intervals={Stream.TOUCH: Interval(0.0, 3.0)},
-        absent={Stream.AUDIO: "audio.wav: no such file"},
-    )
-    found = plan(scans_of(scan("a", tail=0.4), scan("b", tail=0.5), deaf), recipe)
-    kept = [k for k in keys(found.tasks) if k[1] == 2]
-    assert kept == [("b", 2)]
-    assert "d" not in {name for name, _ in keys(found.tasks)}
+    deaf = without(scan("d"), set(STREAMS) - {"touch"})
+    scans = scans_of(scan("a", tail=0.4), scan("b", tail=0.5), deaf)
+    kept = keys(plan(scans, recipe).tasks)
+    assert [key for key in kept if key[1] == 2] == [("b", 2)]
+    assert "d" not in {name for name, _ in kept}
 
 
 @given(values=SCANS, required=st.sets(st.sampled_from(STREAMS), max_size=2))
-def test_every_window_planned_is_placed_once_or_rejected(values, required):
+def test_every_segment_planned_is_stored_once_or_rejected(values, required):
     scans = drawn(values)
     recipe = tiny_recipe(required=sorted(required), shard={"target_bytes": 2**18})
-    placed = keys(plan(scans, recipe).tasks)
-    assert max(Counter(placed).values(), default=1) == 1
+    stored = keys(plan(scans, recipe).tasks)
+    assert max(Counter(stored).values(), default=1) == 1
     lines = rejected_lines(scans, recipe, ())
-    planned = sum(windows for windows, _, _ in values.values())
-    assert planned == len(placed) + count_windows(lines)
-    rejected = {(x["session"], x["window"]) for x in lines if x["level"] == "window"}
-    assert not rejected & set(placed)
+    planned = sum(segments for segments, _, _ in values.values())
+    assert planned == len(stored) + count_segments(lines)
+    rejected = {(x["session"], x["segment"]) for x in lines if x["level"] == "segment"}
+    assert not rejected & set(stored)
 
 
 @given(values=SCANS, more=SCANS)
@@ -251,7 +385,7 @@ def test_sessions_never_change_sides_when_others_come(values, more):
 
 
 @given(values=SCANS, later=SCANS)
-def test_an_update_places_the_windows_that_a_first_build_does(values, later):
+def test_an_update_stores_the_segments_that_a_first_build_does(values, later):
     recipe = tiny_recipe(shard={"target_bytes": 2**18})
     old = finish(plan(drawn(values), recipe), recipe)
     update = plan(drawn(later), recipe, previous=old)
