@@ -1,8 +1,9 @@
 """Judge whole sessions and media: pure functions from a probe to findings.
 
 A check is a function of a :class:`preprocess.validate.probe.SessionProbe` and opens nothing. A
-finding has a level and one sentence: where, what, and how to fix it. Checks of metadata lines are
-in :mod:`preprocess.validate.line_checks`; the table of all checks is in
+finding has a level, the streams that it is about, and one sentence: where, what, and how to fix it.
+Checks of lines are in :mod:`preprocess.validate.line_checks`, of sensor values in
+:mod:`preprocess.validate.value_checks`; the table of all checks is in
 :mod:`preprocess.validate.report`.
 
 Streams may end at different times: over 0.1 s is a warning. Over 1 s is an error if both streams
@@ -15,23 +16,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from shared.clock import EPSILON_S
+from shared.clock import EPSILON_S, Interval
 from shared.media.sound import SILENCE_RMS
-from shared.recipe import Stream
-from shared.session.folder import (
-    AUDIO_FILE,
-    METADATA_FILE,
-    SESSION_INFO_FILE,
-    TEXT_FILE,
-    VISION_FILES,
-)
+from shared.session.folder import SESSION_INFO_FILE
+from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from preprocess.validate.probe import SessionProbe
-    from shared.clock import Interval
-    from shared.session.folder import ParseIssue
+    from preprocess.validate.probe import AudioProbe, SessionProbe
+    from shared.session.lines import ParseIssue
 
 Level = Literal["warning", "error"]
 
@@ -61,58 +55,81 @@ class Finding:
 
     level: Level
     message: str
+    streams: Sequence[str] = ()
+    """Streams whose verdict it decides; none if it is about the session."""
 
 
-def limit_findings(level: Level, messages: Iterable[str], *, file: str) -> list[Finding]:
+def limit_findings(
+    level: Level,
+    messages: Iterable[str],
+    *,
+    file: str,
+    streams: Sequence[str] = (),
+    total: int | None = None,
+) -> list[Finding]:
     """Make findings of one kind: the first MAX_MESSAGES, and the number of the others."""
     messages = list(messages)
-    findings = [Finding(level, message) for message in messages[:MAX_MESSAGES]]
-    if len(messages) > MAX_MESSAGES:
-        findings.append(Finding(level, f"{file}: {len(messages) - MAX_MESSAGES} more like these"))
+    findings = [Finding(level, message, streams) for message in messages[:MAX_MESSAGES]]
+    num_others = (len(messages) if total is None else total) - len(findings)
+    if num_others > 0:
+        findings.append(Finding(level, f"{file}: {num_others} more like these", streams))
     return findings
 
 
-def issue_findings(level: Level, issues: Sequence[ParseIssue], fix: str) -> list[Finding]:
+def issue_findings(
+    level: Level, issues: Sequence[ParseIssue], fix: str, *, streams: Sequence[str] = ()
+) -> list[Finding]:
     """Make findings of parse issues of one kind and file: file and line, issue, fix."""
-    messages = (f"{issue.file} line {issue.line}: {issue.message}; {fix}" for issue in issues)
-    return limit_findings(level, messages, file=issues[0].file) if issues else []
+    if not issues:
+        return []
+    messages = (f"{issue.source_line}: {issue.message}; {fix}" for issue in issues)
+    total = sum(issue.count for issue in issues)
+    return limit_findings(level, messages, file=issues[0].file, streams=streams, total=total)
 
 
 def check_files(probe: SessionProbe) -> list[Finding]:
     """Check that every file that exists can be read."""
     return [
-        Finding("warning" if file == SESSION_INFO_FILE else "error", f"{file}: {reason}")
+        Finding(
+            "warning" if file == SESSION_INFO_FILE else "error",
+            f"{file}: {reason}",
+            probe.streams_of(file),
+        )
         for file, reason in probe.unreadable.items()
     ]
 
 
 def check_streams(probe: SessionProbe) -> list[Finding]:
-    """Check that every required stream is present, and at least one stream."""
+    """Check that every declared stream is present: an error only where it is required."""
     if not probe.intervals:
         message = "contains nothing that can be read as a stream; fix: record it again or remove it"
         return [Finding("error", f"session: {message}")]
-    return [
-        Finding(
-            "error",
-            f"session: required stream {stream} is missing ({probe.absent[stream]}); "
-            f"fix: record it, or remove {stream} from `required` in the recipe",
-        )
-        for stream in probe.recipe.required
-        if stream not in probe.intervals
-    ]
+    findings: list[Finding] = []
+    for name, spec in probe.recipe.streams.items():
+        if name in probe.intervals:
+            continue
+        reason = probe.absent.get(name, "not recorded")
+        if spec.required:
+            fix = f"record it, or remove `required` from streams.{name} in the recipe"
+            message = f"session: required stream {name} is missing ({reason}); fix: {fix}"
+        else:
+            fix = f"record it, or remove streams.{name} from the recipe"
+            message = f"session: stream {name} is missing ({reason}) and is masked; fix: {fix}"
+        findings.append(Finding("error" if spec.required else "warning", message, (name,)))
+    return findings
 
 
 def check_clock(probe: SessionProbe) -> list[Finding]:
     """Check that the recorder's clock started with the session."""
-    offset_s, has_lines = probe.offset_s, probe.lines_interval is not None
-    if not offset_s or not (has_lines or file_intervals(probe)):
+    file = next((file for file in probe.files if probe.is_on_shared_clock(file)), None)
+    if not probe.offset_s or file is None or not (probe.readings or source_intervals(probe)):
         return []
-    file, fix = METADATA_FILE, "write the shifted timestamps with --fix"
-    if not has_lines:
-        file, fix = TEXT_FILE, "correct them if the first text does not start at 0 s"
+    fix = "correct them if the first text does not start at 0 s"
+    if probe.is_fixable(file) and probe.sensors_of(file):
+        fix = "write the shifted timestamps with --fix"
     message = (
-        f"the clock was never reset: timestamps start at {offset_s:g} s; this offset is subtracted "
-        f"when they are read; fix: {fix}"
+        f"the clock was never reset: timestamps start at {probe.offset_s:g} s; this offset is "
+        f"subtracted when they are read; fix: {fix}"
     )
     return [Finding("warning", f"{file}: {message}")]
 
@@ -122,72 +139,72 @@ def check_starts(probe: SessionProbe) -> list[Finding]:
     if probe.start_error is not None:
         consequence = "video and sound cannot be placed on the clock and are left out"
         return [Finding("error", f"{probe.start_error}; until then {consequence}")]
-    origins_s = {stream: video.track.origin_s for stream, video in probe.videos.items()}
-    if probe.audio is not None:
-        origins_s[Stream.AUDIO] = probe.audio.origin_s
-    return [
+    findings = [
         Finding(
             "warning",
-            f"{VISION_FILES.get(stream, AUDIO_FILE)}: starts {origin_s:.3f} s after its "
-            f"container's zero; placed at {probe.intervals[stream].start_s:g} s, as files share "
-            "no clock; fix: if it was recorded that much later than the others, write "
-            f'"start_s": {{"{stream}": {origin_s:.3f}}} into {SESSION_INFO_FILE}',
+            f"{SESSION_INFO_FILE}: start_s names {name[:40]!r}, which the recipe does not declare; "
+            "fix: correct the name, or declare the stream",
         )
-        for stream, origin_s in origins_s.items()
-        if stream not in probe.starts and abs(origin_s) > END_WARNING_S
+        for name in probe.undeclared_starts
+    ]
+    origins_s = {name: video.track.origin_s for name, video in probe.videos.items()}
+    origins_s |= {name: audio.origin_s for name, audio in probe.audio.items()}
+    return findings + [
+        Finding(
+            "warning",
+            f"{probe.source(name)}: starts {origin_s:.3f} s after its container's zero; placed at "
+            f"{probe.intervals[name].start_s:g} s, as files share no clock; fix: if it was "
+            f'recorded that much later than the others, write "start_s": {{"{name}": '
+            f"{origin_s:.3f}}} into {SESSION_INFO_FILE}",
+            (name,),
+        )
+        for name, origin_s in origins_s.items()
+        if name not in probe.starts and abs(origin_s) > END_WARNING_S
     ]
 
 
 def check_audio(probe: SessionProbe) -> list[Finding]:
-    """Check that the sound is complete, not silent, not clipped, and has full scale 1."""
-    audio = probe.audio
-    if audio is None:
-        return []
-    findings: list[Finding] = []
+    """Check that sound is complete, not silent, not clipped, and has full scale 1."""
+    return [
+        Finding(level, f"{probe.source(name)}: {message}", (name,))
+        for name, audio in probe.audio.items()
+        for level, message in _audio_faults(audio, is_required=probe.recipe.streams[name].required)
+    ]
 
-    def report(level: Level, message: str) -> None:
-        findings.append(Finding(level, f"{AUDIO_FILE}: {message}"))
 
+def _audio_faults(audio: AudioProbe, *, is_required: bool) -> list[tuple[Level, str]]:
+    """Return level and message of each fault of a sound."""
+    faults: list[tuple[Level, str]] = []
     if audio.missing_bytes:
-        report(
-            "warning",
+        message = (
             f"the header declares {audio.missing_bytes} bytes more than the file has: the "
             f"recording was cut off at {audio.duration_s:.2f} s; fix: copy it again if the "
-            "original is longer",
+            "original is longer"
         )
+        faults.append(("warning", message))
     if audio.num_bad:
-        report(
-            "warning",
-            f"{audio.num_bad} samples are not finite numbers and are read as 0; "
-            "fix: export it again",
-        )
+        message = f"{audio.num_bad} samples are not finite numbers and are read as 0"
+        faults.append(("warning", f"{message}; fix: export it again"))
     if audio.rms <= SILENCE_RMS:
-        is_required = Stream.AUDIO in probe.recipe.required
-        report(
-            "error" if is_required else "warning",
-            f"silent (RMS {audio.rms:.5f}, needs over {SILENCE_RMS:g}); fix: check the microphone",
-        )
+        message = f"silent (RMS {audio.rms:.5f}, needs over {SILENCE_RMS:g})"
+        level: Level = "error" if is_required else "warning"
+        faults.append((level, f"{message}; fix: check the microphone"))
     share = audio.num_clipped / max(1, audio.num_samples)
     if audio.peak > FLOAT_SCALE_PEAK:
-        report(
-            "error",
-            f"samples reach {audio.peak:g}, full scale is 1; fix: divide them by the recorder's "
-            "scale",
-        )
+        message = f"samples reach {audio.peak:g}, full scale is 1"
+        faults.append(("error", f"{message}; fix: divide them by the recorder's scale"))
     elif audio.num_clipped >= MIN_CLIPPED:
-        report(
-            "error" if share > MAX_CLIPPED_SHARE else "warning",
-            f"clipped: {audio.num_clipped} samples ({share:.3%}) at full scale; "
-            "fix: record quieter",
-        )
-    return findings
+        message = f"clipped: {audio.num_clipped} samples ({share:.3%}) at full scale"
+        level = "error" if share > MAX_CLIPPED_SHARE else "warning"
+        faults.append((level, f"{message}; fix: record quieter"))
+    return faults
 
 
-def check_vision(probe: SessionProbe) -> list[Finding]:
+def check_video(probe: SessionProbe) -> list[Finding]:
     """Check that frames decode, and that the container's promised frames are present."""
     findings: list[Finding] = []
-    for stream, video in probe.videos.items():
-        file, track = VISION_FILES[stream], video.track
+    for name, video in probe.videos.items():
+        file, track = probe.source(name), video.track
         findings += limit_findings(
             "error",
             (
@@ -197,156 +214,187 @@ def check_vision(probe: SessionProbe) -> list[Finding]:
                 for start_s, stop_s, count in zip(*video.damaged_stretches(), strict=True)
             ),
             file=file,
+            streams=(name,),
         )
         if track.num_lost:
             message = (
                 f"cut off at {track.stop_s:.2f} s: its index lists {track.num_lost} frames "
                 "more; fix: copy it again from the recorder"
             )
-            findings.append(Finding("error", f"{file}: {message}"))
+            findings.append(Finding("error", f"{file}: {message}", (name,)))
     return findings
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Streams of one file that begin and end together."""
+
+    label: str
+    """The file, and the streams if the file has others too."""
+    streams: tuple[str, ...]
+    interval: Interval
+
+
+def source_intervals(probe: SessionProbe) -> list[_Source]:
+    """Return the interval of the content of each file but texts, on the session clock.
+
+    Streams of a file that begin or end apart are listed separately.
+    """
+    together: dict[tuple[str, int, int], list[str]] = {}
+    for name, interval in probe.intervals.items():
+        if probe.recipe.streams[name].kind is not Kind.TEXT:
+            tenths = round(interval.start_s * 10), round(interval.stop_s * 10)
+            together.setdefault((probe.source(name), *tenths), []).append(name)
+    labels = [label for label, *_ in together]
+    sources: list[_Source] = []
+    for (label, *_), names in together.items():
+        intervals = [probe.intervals[name] for name in names]
+        start_s, stop_s = min(i.start_s for i in intervals), max(i.stop_s for i in intervals)
+        full = label if labels.count(label) == 1 else f"{label} ({', '.join(names)})"
+        sources.append(_Source(full, tuple(names), Interval(start_s, stop_s)))
+    return sources
+
+
 def check_durations(probe: SessionProbe) -> list[Finding]:
-    """Check that video, sound and metadata start and end together."""
-    intervals = file_intervals(probe)
-    if len(intervals) < 2:
+    """Check that videos, sound and sensors start and end together."""
+    sources = source_intervals(probe)
+    if len(sources) < 2:
         return []
-    longest = max(intervals, key=lambda file: intervals[file].stop_s)
-    stop_s = intervals[longest].stop_s
+    longest = max(sources, key=lambda source: source.interval.stop_s)
+    stop_s = longest.interval.stop_s
     findings: list[Finding] = []
-    for file, interval in intervals.items():
-        apart_s = stop_s - interval.stop_s
+    for source in sources:
+        apart_s = stop_s - source.interval.stop_s
         if apart_s > END_WARNING_S:
-            is_error = apart_s > END_ERROR_S and _are_required(probe, file, longest)
+            is_error = apart_s > END_ERROR_S and all(
+                any(probe.recipe.streams[name].required for name in s.streams)
+                for s in (source, longest)
+            )
             findings.append(
                 Finding(
                     "error" if is_error else "warning",
-                    f"{file} ends at {interval.stop_s:.2f} s, {longest} at {stop_s:.2f} s, "
-                    f"{apart_s:.2f} s apart; {_advise_on_end(probe, apart_s, longest=longest)}",
+                    f"{source.label} ends at {source.interval.stop_s:.2f} s, {longest.label} at "
+                    f"{stop_s:.2f} s, {apart_s:.2f} s apart; "
+                    f"{_advise_on_end(probe, apart_s, longest=longest)}",
+                    source.streams,
                 )
             )
-        if interval.start_s > END_WARNING_S:
+        if source.interval.start_s > END_WARNING_S:
             advice = "it is masked before that; fix: start the recorders together"
-            findings.append(
-                Finding("warning", f"{file} starts at {interval.start_s:.2f} s; {advice}")
-            )
+            message = f"{source.label} starts at {source.interval.start_s:.2f} s; {advice}"
+            findings.append(Finding("warning", message, source.streams))
     return findings
 
 
 def check_drift(probe: SessionProbe) -> list[Finding]:
-    """Check that the clocks of sound and video ran equally fast."""
+    """Check that the clocks of sound and video ran equally fast.
+
+    Of each sound, the video that it differs from most is reported.
+    """
     findings: list[Finding] = []
-    for stream, ppm in clock_drifts_ppm(probe).items():
-        start_s = probe.intervals[Stream.AUDIO].start_s
-        sound_s = probe.intervals[Stream.AUDIO].stop_s - start_s
-        video_s = probe.intervals[stream].stop_s - start_s
+    for name, drifts_ppm in clock_drifts_ppm(probe).items():
+        if not drifts_ppm:
+            continue
+        video = max(drifts_ppm, key=lambda stream: abs(drifts_ppm[stream]))
+        ppm, start_s = drifts_ppm[video], probe.intervals[name].start_s
+        sound_s = probe.intervals[name].stop_s - start_s
+        video_s = probe.intervals[video].stop_s - start_s
         if abs(sound_s - video_s) <= END_WARNING_S:
             continue
         pace = "slow" if ppm < 0 else "fast"
         message = (
-            f"{sound_s:.2f} s of sound and {video_s:.2f} s of {VISION_FILES[stream]}: if they "
+            f"{sound_s:.2f} s of sound and {video_s:.2f} s of {probe.source(video)}: if they "
             f"were recorded together from start to stop, the sound's clock runs {abs(ppm):.0f} ppm "
             f"{pace}, {abs(sound_s - video_s):.2f} s by the end; fix: stretch it to the video "
             f"(`ffmpeg -i in.wav -af atempo={1 + ppm / 1e6:.6f} out.wav`), or cut the longer one "
             "if it was stopped later"
         )
-        findings.append(Finding("warning", f"{AUDIO_FILE}: {message}"))
+        findings.append(Finding("warning", f"{probe.source(name)}: {message}", (name,)))
     return findings
 
 
 def check_text(probe: SessionProbe) -> list[Finding]:
-    """Check that text events are inside the session, in known streams, and not empty."""
-    unknown = [issue for issue in probe.issues if issue.kind == "stream"]
-    findings = issue_findings("error", unknown, "the text is skipped; fix: correct the name")
-    empty = [issue for issue in probe.issues if issue.kind == "text"]
-    findings += issue_findings("warning", empty, "it is skipped; fix: write a text in its place")
+    """Check that text events are inside the session, in declared streams, and not empty."""
+    findings: list[Finding] = []
+    for file in probe.files:
+        issues, streams = probe.issues_of(file), probe.streams_of(file)
+        unknown = [issue for issue in issues if issue.kind == "stream"]
+        findings += issue_findings("error", unknown, "the text is skipped")
+        empty = [issue for issue in issues if issue.kind == "text"]
+        advice = "it is skipped; fix: write a text in its place"
+        findings += issue_findings("warning", empty, advice, streams=streams)
     duration_s = probe.duration_s
-    outside = [
-        (event, time_s)
-        for event in probe.events
-        for time_s in [event.time_s - probe.offset_s]
-        if not -EPSILON_S <= time_s <= duration_s + EPSILON_S
-    ]
-    return findings + limit_findings(
-        "warning",
-        (
-            f"{event.source_line}: a text starts at {time_s:.3f} s, outside the session "
-            f"[0, {duration_s:.3f}) s; fix: correct its timestamp"
-            for event, time_s in outside
-        ),
-        file=outside[0][0].file if outside else TEXT_FILE,
-    )
+    for name, events in probe.events.items():
+        outside = [e for e in events if not -EPSILON_S <= e.time_s <= duration_s + EPSILON_S]
+        findings += limit_findings(
+            "warning",
+            (
+                f"{event.source_line}: a text starts at {event.time_s:.3f} s, outside the session "
+                f"[0, {duration_s:.3f}) s; fix: correct its timestamp"
+                for event in outside
+            ),
+            file=probe.recipe.streams[name].file,
+            streams=(name,),
+        )
+    return findings
 
 
 def check_length(probe: SessionProbe) -> list[Finding]:
-    """Check that the session is long enough for a sample, and not longer than a session can be."""
+    """Check that the session is long enough for a segment, and not longer than one can be."""
     if probe.stop_s > probe.duration_s:
         message = (
             f"lasts {probe.stop_s:g} s: everything after {probe.duration_s:g} s is left out; "
             "a timestamp is probably wrong; fix: correct it"
         )
         return [Finding("warning", f"session: {message}")]
-    window = probe.recipe.window
-    least_s = window.min_coverage * window.duration_s
+    recipe = probe.recipe
+    least_s = recipe.segment.min_coverage * recipe.segment_s if recipe.required else 0.0
     if not probe.intervals or probe.duration_s >= least_s:
         return []
     message = (
-        f"lasts {probe.duration_s:.2f} s: too short for a sample of {window.duration_s:g} s, "
-        f"{window.min_coverage:.0%} of which must be covered; fix: shorten window.duration_s"
+        f"lasts {probe.duration_s:.2f} s: too short for a segment of {recipe.segment_s:g} s, of "
+        f"which required streams must cover {recipe.segment.min_coverage:.0%}; fix: shorten "
+        "segment.duration_s"
     )
     return [Finding("warning", f"session: {message}")]
 
 
-def file_intervals(probe: SessionProbe) -> dict[str, Interval]:
-    """Return the interval of each file's content on the session clock."""
-    intervals = {VISION_FILES[stream]: probe.intervals[stream] for stream in probe.videos}
-    if probe.audio is not None:
-        intervals[AUDIO_FILE] = probe.intervals[Stream.AUDIO]
-    if probe.lines_interval is not None:
-        intervals[METADATA_FILE] = probe.lines_interval
-    return intervals
-
-
-def clock_drifts_ppm(probe: SessionProbe) -> dict[Stream, float]:
-    """Return how much longer the sound is than each video, in parts per million of the video.
+def clock_drifts_ppm(probe: SessionProbe) -> dict[str, dict[str, float]]:
+    """Return how much longer each sound is than each video, in parts per million of the video.
 
     Only videos are listed for which drift is a possible cause, and measurable for the duration
     of a frame.
     """
-    drifts: dict[Stream, float] = {}
-    for stream in probe.videos:
-        sound, video = probe.intervals.get(Stream.AUDIO), probe.intervals[stream]
-        if sound is None or video.start_s > max(0.0, sound.start_s) + END_WARNING_S:
-            continue
-        video_s = video.stop_s - sound.start_s
-        if video_s < MIN_DRIFT_LENGTH_S:
-            continue
-        ppm = (sound.duration_s / video_s - 1) * 1e6
-        if abs(ppm) <= MAX_DRIFT_PPM:
-            drifts[stream] = ppm
+    drifts: dict[str, dict[str, float]] = {name: {} for name in probe.audio}
+    for name in probe.audio:
+        sound = probe.intervals[name]
+        for stream in probe.videos:
+            video = probe.intervals[stream]
+            video_s = video.stop_s - sound.start_s
+            is_late = video.start_s > max(0.0, sound.start_s) + END_WARNING_S
+            if is_late or video_s < MIN_DRIFT_LENGTH_S:
+                continue
+            ppm = (sound.duration_s / video_s - 1) * 1e6
+            if abs(ppm) <= MAX_DRIFT_PPM:
+                drifts[name][stream] = ppm
     return drifts
 
 
-def _are_required(probe: SessionProbe, *files: str) -> bool:
-    """Return whether each of these files contains a required stream."""
-    required = set(probe.recipe.required)
-    needed = {VISION_FILES[s] for s in required if s in VISION_FILES}
-    needed |= {AUDIO_FILE} if Stream.AUDIO in required else set()
-    needed |= {METADATA_FILE} if required & {Stream.TOUCH, Stream.PROPRIO} else set()
-    return needed.issuperset(files)
-
-
-def _advise_on_end(probe: SessionProbe, apart_s: float, *, longest: str) -> str:
+def _advise_on_end(probe: SessionProbe, apart_s: float, *, longest: _Source) -> str:
     """Return the advice for a stream that ends early; mentions --fix only if it helps."""
-    if longest != METADATA_FILE or apart_s > END_ERROR_S:
+    file = probe.recipe.streams[longest.streams[0]].file
+    is_lines = file in probe.files
+    if not is_lines or apart_s > END_ERROR_S:
         return "the rest is masked; if they ran together, a copy was cut off or a clock is wrong"
-    intervals = file_intervals(probe)
-    media_stops_s = [i.stop_s for file, i in intervals.items() if file != METADATA_FILE]
-    media_stop_s = max(media_stops_s) + probe.offset_s
-    if not END_WARNING_S < probe.metadata.times_s[-1] - media_stop_s <= END_ERROR_S:
+    media_stop_s = max(
+        (probe.intervals[n].stop_s for n in (*probe.videos, *probe.audio)), default=0
+    )
+    last_s = max(float(probe.readings[name].times_s[-1]) for name in longest.streams)
+    can_drop = probe.is_fixable(file) and probe.is_on_shared_clock(file)
+    if not can_drop or not END_WARNING_S < last_s - media_stop_s <= END_ERROR_S:
         return "the rest is masked"
-    if any(e.time_s > media_stop_s for e in probe.metadata.events):
+    events = (event for of_stream in probe.events.values() for event in of_stream)
+    if any(event.time_s > media_stop_s and event.file == file for event in events):
         return (
             "the rest is masked; --fix keeps lines after the end of all media, as they contain text"
         )

@@ -1,35 +1,45 @@
-"""Judge metadata lines, sensor readings, and gaps.
+"""Judge lines of timestamped files, gaps, rates, and what a recipe expects of a stream.
 
-Gaps between metadata lines: under 35 ms is good, up to 100 ms a warning, over 100 ms an error. A
-video has a frame rate of its own, so a gap in it is longer than 100 ms and than three frames. It
-is a warning, as frames that are too far away are masked.
+Every timestamped file of a session is judged alike: ``metadata.jsonl``, tables, and text files.
+
+A gap of a sensor is judged by the stream's own regular rate: an interval under 1.8 times its median
+lost no reading. Longer ones are a warning if values in between are interpolated, and an error if
+they are masked: by default, at 30 Hz, from 35 ms and from 100 ms on. With ``resample: hold``,
+readings that become too old are a warning. A video has a frame rate of its own, so a gap in it is
+longer than 100 ms and than three frames. It is a warning, as frames that are too far away are
+masked. A gap longer than ``expect.max_gap_s`` is an error in every kind of stream.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.validate.checks import Finding, Level, issue_findings, limit_findings
-from preprocess.validate.probe import UNREAD_KINDS
+from preprocess.validate.checks import Finding, issue_findings, limit_findings
+from preprocess.validate.probe import UNIT_NAMES
 from shared.clock import EPSILON_S
-from shared.recipe import Stream
-from shared.session.folder import METADATA_FILE, TEXT_FILE, VISION_FILES
+from shared.streams import Kind, SensorStream, TextStream, VideoStream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
     from preprocess.validate.probe import SessionProbe
+    from shared.streams import StreamSpec
 
-GAP_WARNING_S = 0.035
-GAP_ERROR_S = 0.1
-
+VIDEO_GAP_S = 0.1
 VIDEO_GAP_INTERVALS = 3
-"""A gap in a video is longer than GAP_ERROR_S and than this many median frame distances."""
+"""A gap in a video is longer than VIDEO_GAP_S and than this many median frame distances."""
+
+MIN_GAP_INTERVALS = 1.8
+"""A gap of fewer median intervals lost no reading; the intervals of recorders vary."""
+
+LATE_INTERVALS = 1.05
+"""Readings that come this many intervals of the recipe's rate after each other are in time."""
 
 MAX_BAD_LINES = 0.1
 """Share of lines that may be unreadable before the whole file counts as damaged."""
@@ -37,174 +47,262 @@ MAX_BAD_LINES = 0.1
 MAX_BACK_S = 1.0
 """Lines out of order by at most this much are sorted; a longer jump back is another fault."""
 
-ROUNDING = 1e-3
-"""Touch and angles outside their range by less are rounding errors."""
-
-DEGREES_RAD = 8 * math.pi
-"""Larger angles are degrees, not unwrapped radians."""
-
-SATURATED_SHARE = 0.2
-"""A sensor at its limit for a larger share of its readings is saturated or stuck."""
-
-
-def find_line_gaps(times_s: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which intervals [N - 1] between lines at times [N] are short gaps, and which are long.
-
-    Short gaps (35 to 100 ms) are warnings, long ones (over 100 ms) errors.
-    """
-    intervals_s = np.diff(times_s)
-    is_long = intervals_s > GAP_ERROR_S + EPSILON_S
-    return (intervals_s >= GAP_WARNING_S) & ~is_long, is_long
-
-
-def find_video_gaps(times_s: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which intervals [N - 1] between frames at times [N] are gaps."""
-    intervals_s = np.diff(times_s)
-    median_s = float(np.median(intervals_s)) if len(intervals_s) else 0.0
-    return np.asarray(intervals_s > max(GAP_ERROR_S + EPSILON_S, VIDEO_GAP_INTERVALS * median_s))
+RATE_TOLERANCE = 0.9
+"""A stream that is slower than this share of its `rate_hz` is recorded too slowly."""
 
 
 def check_lines(probe: SessionProbe) -> list[Finding]:
-    """Check that every line is a JSON object."""
-    fix = "the line is skipped; fix: drop it with --fix"
-    return _unread_findings(probe, {"json", "long"}, {METADATA_FILE: fix, TEXT_FILE: fix})
+    """Check that every line can be read."""
+    return _unread_findings(probe, {"json", "row", "long"})
 
 
 def check_timestamps(probe: SessionProbe) -> list[Finding]:
     """Check that every line has a finite timestamp, later than that of the line before."""
-    fixes = {
-        METADATA_FILE: "the line is skipped; fix: drop it with --fix",
-        TEXT_FILE: "the line is skipped; fix: write the second at which the text starts",
-    }
-    findings = [*_unit_findings(probe), *_unread_findings(probe, {"timestamp"}, fixes)]
-    backward = [(i.line, i.back_s) for i in probe.issues if i.kind == "order"]
-    findings += limit_findings(
-        "error",
-        (
-            f"{METADATA_FILE} line {line}: timestamp goes back by {back_s:.3f} s: it is wrong, "
-            "or the recorder was restarted; fix: correct it, or split the session at this line"
-            for line, back_s in backward
-            if back_s > MAX_BACK_S
-        ),
-        file=METADATA_FILE,
-    )
-    findings += limit_findings(
-        "warning",
-        (
-            f"{METADATA_FILE} line {line}: timestamp goes back by {back_s:.3f} s; lines are sorted "
-            "when read; fix: sort the file with --fix"
-            for line, back_s in backward
-            if back_s <= MAX_BACK_S
-        ),
-        file=METADATA_FILE,
-    )
-    duplicates = [issue for issue in probe.issues if issue.kind == "duplicate"]
-    fix = "the first line is kept; fix: join the two with --fix"
-    return findings + issue_findings("warning", duplicates, fix)
+    findings = [*_unit_findings(probe), *_unread_findings(probe, {"timestamp"})]
+    for file in probe.files:
+        issues = probe.issues_of(file)
+        streams = probe.streams_of(file)
+        backward = [(i.line, i.back_s) for i in issues if i.kind == "order"]
+        findings += limit_findings(
+            "error",
+            (
+                f"{file} line {line}: timestamp goes back by {back_s:.3f} s: it is wrong, or the "
+                "recorder was restarted; fix: correct it, or split the session at this line"
+                for line, back_s in backward
+                if back_s > MAX_BACK_S
+            ),
+            file=file,
+            streams=streams,
+        )
+        fix = "sort the file with --fix" if probe.is_fixable(file) else "sort the file"
+        findings += limit_findings(
+            "warning",
+            (
+                f"{file} line {line}: timestamp goes back by {back_s:.3f} s; lines are sorted "
+                f"when read; fix: {fix}"
+                for line, back_s in backward
+                if back_s <= MAX_BACK_S
+            ),
+            file=file,
+            streams=streams,
+        )
+        repeats = [issue for issue in issues if issue.kind == "duplicate"]
+        if len(repeats) > MAX_BAD_LINES * probe.num_lines(file):
+            advice = f"{len(repeats)} lines are skipped; fix: write the time of each reading"
+            findings += issue_findings("error", repeats, advice, streams=streams)
+        else:
+            fix = "join equal ones with --fix" if probe.is_fixable(file) else "remove one of them"
+            advice = f"the first line is kept; fix: {fix}"
+            findings += issue_findings("warning", repeats, advice, streams=streams)
+    return findings
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """Which intervals [N - 1] between N times are gaps."""
+
+    short_s: float
+    """Short gaps take at least this long."""
+    long_s: float
+    """Long gaps take longer than this."""
+    is_short: NDArray[np.bool_]
+    """A warning."""
+    is_long: NDArray[np.bool_]
+    """An error."""
+
+
+@dataclass(frozen=True, slots=True)
+class _GapRule:
+    """How gaps of one kind of stream are judged, and what the messages say."""
+
+    noun: str
+    limits: Callable[[float, StreamSpec], tuple[float, float]]
+    """From the median interval and the stream to the limits of short and long gaps."""
+    advice: Callable[[StreamSpec], str]
+    """What happens in a short gap, and the fix."""
+
+
+def _video_limits(median_s: float, _spec: StreamSpec) -> tuple[float, float]:
+    return max(VIDEO_GAP_S + EPSILON_S, VIDEO_GAP_INTERVALS * median_s), math.inf
+
+
+def _sensor_limits(median_s: float, spec: StreamSpec) -> tuple[float, float]:
+    assert isinstance(spec, SensorStream)
+    lost_s = MIN_GAP_INTERVALS * median_s
+    if spec.resample == "hold":
+        return max(spec.age_limit_s + EPSILON_S, lost_s), math.inf
+    return max(LATE_INTERVALS / spec.rate_hz, lost_s), max(spec.gap_limit_s, lost_s)
+
+
+def _text_limits(_median_s: float, _spec: StreamSpec) -> tuple[float, float]:
+    return math.inf, math.inf
+
+
+def _sensor_advice(spec: StreamSpec) -> str:
+    assert isinstance(spec, SensorStream)
+    if spec.resample == "hold":
+        return (
+            f"readings older than {spec.age_limit_s:g} s are masked; fix: raise max_age_s in the "
+            "recipe if they are still true"
+        )
+    fix = "fill in single lost lines with --fix" if spec.file.endswith(".jsonl") else "record again"
+    return f"values in between are interpolated; fix: {fix}"
+
+
+_GAP_RULES: Mapping[Kind, _GapRule] = {
+    Kind.VIDEO: _GapRule(
+        "frame",
+        _video_limits,
+        lambda _: "frames that are too far away are masked; fix: record at a steadier frame rate",
+    ),
+    Kind.SENSOR: _GapRule("reading", _sensor_limits, _sensor_advice),
+    Kind.TEXT: _GapRule("text", _text_limits, lambda _: ""),
+}
+"""Sound has no gaps: its samples have no times."""
+
+
+def find_gaps(times_s: NDArray[np.float64], spec: StreamSpec) -> Gaps:
+    """Find the gaps between the frames, readings or texts of a stream."""
+    intervals_s = np.diff(times_s)
+    median_s = float(np.median(intervals_s)) if len(intervals_s) else 0.0
+    short_s, long_s = _GAP_RULES[spec.kind].limits(median_s, spec)
+    if spec.expect.max_gap_s is not None:
+        long_s = spec.expect.max_gap_s
+    is_long = intervals_s > long_s + EPSILON_S
+    return Gaps(short_s, long_s, (intervals_s >= short_s) & ~is_long, is_long)
 
 
 def check_gaps(probe: SessionProbe) -> list[Finding]:
-    """Check for gaps between metadata lines, readings of a sensor, and video frames."""
-    metadata = probe.metadata
-    findings = _line_gap_findings(probe, np.arange(len(metadata.times_s)), noun="line")
-    for stream in (Stream.TOUCH, Stream.PROPRIO):
-        rows = np.flatnonzero(metadata.rows_with(stream))
-        if 0 < len(rows) < len(metadata.times_s):
-            findings += _line_gap_findings(probe, rows, noun=f"{stream} reading")
-    for stream, video in probe.videos.items():
-        file, times_s = VISION_FILES[stream], video.track.times_s
-        findings += limit_findings(
-            "warning",
-            (
-                f"{file} {times_s[i]:.2f}-{times_s[i + 1]:.2f} s: no frame for "
-                f"{times_s[i + 1] - times_s[i]:.3f} s; frames that are too far away are masked; "
-                "fix: record at a steadier frame rate"
-                for i in np.flatnonzero(find_video_gaps(times_s))
-            ),
-            file=file,
-        )
-    return findings
+    """Check for gaps between frames, readings or texts.
+
+    Streams of one file that have the same gaps get the same message.
+    """
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for name, spec in probe.recipe.streams.items():
+        times_s = probe.times_s(name)
+        if times_s is not None and len(times_s) > 1:
+            gaps = find_gaps(times_s, spec)
+            key = spec.file, spec.kind, times_s.tobytes(), gaps.is_short.tobytes(), gaps.long_s
+            alike.setdefault(key, []).append(name)
+    return [finding for names in alike.values() for finding in _gap_findings(probe, names)]
 
 
-def check_touch(probe: SessionProbe) -> list[Finding]:
-    """Check that touch has the recipe's size, is finite, and is in [0, 1]."""
-    findings = _reading_findings(probe, Stream.TOUCH)
-    values = probe.metadata.touch.astype(np.float64)
-    excess = np.fmax(values - 1, -values).max(axis=1, initial=-np.inf)
-    farthest = np.abs(values - 0.5).argmax(axis=1) if values.size else np.zeros(0, dtype=int)
-    findings += limit_findings(
-        "error",
-        (
-            f"{probe.locate_row(int(i))}: touch is {values[i, farthest[i]]:g}, outside [0, 1]; "
-            "fix: divide raw readings by their full scale before recording"
-            for i in np.flatnonzero(excess > ROUNDING)
-        ),
-        file=METADATA_FILE,
-    )
-    return findings + limit_findings(
-        "warning",
-        (
-            f"{probe.locate_row(int(i))}: touch is outside [0, 1] by rounding; "
-            "fix: clamp it with --fix"
-            for i in np.flatnonzero((excess > 0) & (excess <= ROUNDING))
-        ),
-        file=METADATA_FILE,
-    )
+def _gap_findings(probe: SessionProbe, names: list[str]) -> list[Finding]:
+    """Report the gaps of streams that have the same ones: one message for all short ones."""
+    spec, times_s = probe.recipe.streams[names[0]], probe.times_s(names[0])
+    assert times_s is not None
+    gaps, intervals_s = find_gaps(times_s, spec), np.diff(times_s)
+    rule = _GAP_RULES[spec.kind]
+    noun = rule.noun if spec.kind is Kind.VIDEO else f"{', '.join(names)} {rule.noun}"
+    is_whole_line = set(probe.sensors_of(spec.file)) == set(names)
+    if is_whole_line and len(times_s) == probe.num_timed_lines(spec.file):
+        noun = "line"
 
+    def where(row: int) -> str:
+        return probe.locate(names[0], row)
 
-def check_proprio(probe: SessionProbe) -> list[Finding]:
-    """Check that proprio has the recipe's size, is finite, and has angles in [-pi, pi]."""
-    findings = _reading_findings(probe, Stream.PROPRIO)
-    num_angles = probe.recipe.sensors.proprio_size // 2
-    angles = np.abs(probe.metadata.proprio[:, :num_angles].astype(np.float64))
-    largest = angles.max(axis=1, initial=0.0)
-    findings += limit_findings(
-        "error",
-        (
-            f"{probe.locate_row(int(i))}: an angle of {largest[i]:g} rad looks like degrees; "
-            "fix: multiply angles and velocities by pi / 180 before recording"
-            for i in np.flatnonzero(largest > DEGREES_RAD)
-        ),
-        file=METADATA_FILE,
-    )
-    beyond = np.flatnonzero((largest > math.pi + EPSILON_S) & (largest <= DEGREES_RAD))
-    if len(beyond):
-        row = int(beyond[0])
-        is_rounding = np.nanmax(largest) <= math.pi + ROUNDING
-        fix = "fix: clamp it with --fix" if is_rounding else "fine if rotations are unwrapped"
-        message = (
-            f"angle of {largest[row]:g} rad, outside [-pi, pi], as in {len(beyond)} of "
-            f"{len(largest)} lines; angles are wrapped when read; {fix}"
-        )
-        findings.append(Finding("warning", f"{probe.locate_row(row)}: {message}"))
-    return findings
+    def share(is_gap: NDArray[np.bool_]) -> str:
+        gap_s = float(intervals_s[is_gap].sum())
+        return f"{min(1.0, gap_s / max(probe.duration_s, EPSILON_S)):.1%} of the session"
 
-
-def check_saturation(probe: SessionProbe) -> list[Finding]:
-    """Check that no sensor stays at its limit, and that some angle changes."""
-    metadata = probe.metadata
-    num_angles = probe.recipe.sensors.proprio_size // 2
-    touch = metadata.touch[metadata.rows_with(Stream.TOUCH)]
-    angles = metadata.proprio[metadata.rows_with(Stream.PROPRIO), :num_angles]
     findings: list[Finding] = []
-    for name, is_at_limit, limit in (
-        ("touch", touch >= 1 - ROUNDING, "1"),
-        ("proprio", np.abs(np.abs(angles) - math.pi) < ROUNDING, "pi"),
-    ):
-        shares = is_at_limit.mean(axis=0) if len(is_at_limit) > 1 else np.zeros(0)
-        findings += limit_findings(
-            "warning",
-            (
-                f"{METADATA_FILE}: {name}[{i}] is at its limit {limit} in {shares[i]:.0%} of "
-                "its readings: saturated or stuck; fix: check the sensor's range and cable"
-                for i in np.flatnonzero(shares > SATURATED_SHARE)
-            ),
-            file=METADATA_FILE,
+    if gaps.is_short.any():
+        row = int(np.argmax(np.where(gaps.is_short, intervals_s, 0)))
+        count = int(gaps.is_short.sum())
+        limits = f"of {gaps.short_s * 1e3:.0f}-{gaps.long_s * 1e3:.0f} ms"
+        if math.isinf(gaps.long_s):
+            limits = f"over {gaps.short_s * 1e3:.0f} ms"
+        which = f", the longest of {count} gaps {limits}, {share(gaps.is_short)}"
+        message = f"{where(row)}: no {noun} for {_format_gap(intervals_s[row])} after it"
+        findings.append(
+            Finding("warning", f"{message}{which}; {rule.advice(spec)}", streams=tuple(names))
         )
-    if len(angles) > 1 and angles.any() and not np.ptp(angles, axis=0).any():
-        message = "no angle changes in the whole session: frozen tracking; fix: check that it is on"
-        findings.append(Finding("warning", f"{METADATA_FILE}: {message}"))
+    return findings + limit_findings(
+        "error",
+        (
+            f"{where(row)}: no {noun} for {_format_gap(intervals_s[row])} after it (gaps over "
+            f"{gaps.long_s * 1e3:.0f} ms are {share(gaps.is_long)}); masked; fix: record again if "
+            "it matters"
+            for row in np.flatnonzero(gaps.is_long).tolist()
+        ),
+        file=spec.file,
+        streams=names,
+    )
+
+
+def _format_gap(gap_s: float) -> str:
+    return f"{gap_s * 1e3:.0f} ms" if gap_s < 0.1 else f"{gap_s:.3f} s"
+
+
+def measure_rate_hz(times_s: NDArray[np.float64]) -> float | None:
+    """Return the regular rate of times: one over their median interval; None for fewer than 3."""
+    if len(times_s) < 3:
+        return None
+    median_s = float(np.median(np.diff(times_s)))
+    return 1 / median_s if median_s > 0 else None
+
+
+def check_rates(probe: SessionProbe) -> list[Finding]:
+    """Check that every stream is recorded about as fast as its samples follow each other."""
+    findings: list[Finding] = []
+    for name, spec in probe.recipe.streams.items():
+        times_s = probe.times_s(name)
+        if times_s is None or isinstance(spec, TextStream):
+            continue
+        rate_hz, advice = measure_rate_hz(times_s), ""
+        if rate_hz is None or rate_hz >= RATE_TOLERANCE * spec.rate_hz:
+            continue
+        if isinstance(spec, VideoStream):
+            advice = "frames are repeated or masked; fix: lower rate_hz of"
+        elif isinstance(spec, SensorStream) and spec.resample == "by_type":
+            advice = (
+                "values in between are interpolated; fix: set `resample: hold` or lower rate_hz of"
+            )
+        if advice:
+            message = (
+                f"{spec.file}: {name} is recorded at {rate_hz:.3g} Hz, its rate_hz is "
+                f"{spec.rate_hz:g}; {advice} the stream in the recipe"
+            )
+            findings.append(Finding("warning", message, streams=(name,)))
     return findings
+
+
+def check_expectations(probe: SessionProbe) -> list[Finding]:
+    """Check the rate and the range that the recipe expects; :func:`check_gaps` checks the gaps."""
+    findings: list[Finding] = []
+    for name, spec in probe.recipe.streams.items():
+        least_hz, times_s = spec.expect.min_rate_hz, probe.times_s(name)
+        rate_hz: float | None = None
+        if name in probe.audio:
+            rate_hz = float(probe.audio[name].source_rate_hz)
+        elif times_s is not None and len(times_s) > 1 and times_s[-1] > times_s[0]:
+            rate_hz = (len(times_s) - 1) / float(times_s[-1] - times_s[0])
+        if least_hz is not None and rate_hz is not None and rate_hz < least_hz * (1 - 1e-6):
+            message = (
+                f"{spec.file}: {name} has {rate_hz:.3g} Hz on average, below its "
+                f"expect.min_rate_hz {least_hz:g}; fix: record it faster, or lower the expectation"
+            )
+            findings.append(Finding("error", message, streams=(name,)))
+        if spec.expect.range is not None and name in probe.readings:
+            findings += _range_findings(probe, name, spec.expect.range)
+    return findings
+
+
+def _range_findings(probe: SessionProbe, name: str, limits: tuple[float, float]) -> list[Finding]:
+    """Report the first reading with a value outside the expected range."""
+    values = probe.readings[name].values
+    is_outside = (values < np.float32(limits[0])) | (values > np.float32(limits[1]))
+    rows = np.flatnonzero(is_outside.any(axis=1))
+    if not len(rows):
+        return []
+    row = int(rows[0])
+    column = int(np.argmax(is_outside[row]))
+    message = (
+        f"{probe.locate(name, row)}: {probe.label(name, column)} is {values[row, column]:g}, "
+        f"outside expect.range [{limits[0]:g}, {limits[1]:g}], as in {len(rows)} of {len(values)} "
+        "readings; fix: correct the recording, or widen the range"
+    )
+    return [Finding("error", message, streams=(name,))]
 
 
 def is_mostly_unread(num_bad: int, num_lines: int) -> bool:
@@ -215,80 +313,39 @@ def is_mostly_unread(num_bad: int, num_lines: int) -> bool:
     return num_bad > max(1, MAX_BAD_LINES * num_lines) or num_bad >= num_lines > 0
 
 
-def _unread_findings(
-    probe: SessionProbe, kinds: set[str], fixes: Mapping[str, str]
-) -> list[Finding]:
+def _unread_findings(probe: SessionProbe, kinds: set[str]) -> list[Finding]:
     """Report skipped lines: warnings, or errors if a file lost too many."""
     findings: list[Finding] = []
-    for file, fix in fixes.items():
-        issues = [i for i in probe.issues if i.file == file and i.kind in kinds]
-        unread = {i.line for i in probe.issues if i.file == file and i.kind in UNREAD_KINDS}
-        num_lines = probe.num_lines[file]
-        if is_mostly_unread(len(unread), num_lines):
-            share = f"{len(unread) / num_lines:.0%} of the lines are unreadable"
+    for file in probe.files:
+        streams = probe.streams_of(file)
+        issues = [i for i in probe.issues_of(file) if i.kind in kinds]
+        num_unread, num_lines = probe.num_unread(file), probe.num_lines(file)
+        if is_mostly_unread(num_unread, num_lines):
+            share = f"{num_unread / num_lines:.0%} of the lines are unreadable"
             advice = f"{share}; fix: check that this is the right file"
-            findings += issue_findings("error", issues, advice)
-        else:
-            findings += issue_findings("warning", issues, fix)
+            findings += issue_findings("error", issues, advice, streams=streams)
+            continue
+        fix = "drop it with --fix" if probe.is_fixable(file) else "remove or correct it"
+        if "timestamp" in kinds and not probe.sensors_of(file):
+            fix = "write the second at which the text starts"
+        findings += issue_findings(
+            "warning", issues, f"the line is skipped; fix: {fix}", streams=streams
+        )
     return findings
 
 
 def _unit_findings(probe: SessionProbe) -> list[Finding]:
-    """Report timestamps that are not seconds."""
-    unit, times_s = probe.unit, probe.metadata.times_s
-    if unit is None:
-        return []
-    interval = float(np.median(np.diff(times_s))) * unit.per_s
-    message = (
-        f"timestamps look like {unit.name}, not seconds: a line every {interval:g}; all other "
-        f"messages about times assume divided timestamps; fix: divide them by {unit.per_s:.0f}"
-    )
-    if probe.is_unit_confirmed:
-        message += ", then they last as long as the media (--fix does it)"
-    return [Finding("error", f"{METADATA_FILE}: {message}")]
-
-
-def _reading_findings(probe: SessionProbe, stream: Stream) -> list[Finding]:
-    """Report readings of the wrong size, or with values that are not finite numbers."""
+    """Report timestamps that are in another unit than declared."""
     findings: list[Finding] = []
-    for kind, fix in (
-        ("size", "they are masked"),
-        ("number", "it is masked; fix: write numbers only"),
-    ):
-        issues = [i for i in probe.issues if i.kind == kind and i.key == stream]
-        share = len(issues) / max(1, probe.num_lines[METADATA_FILE])
-        level: Level = "error" if share > MAX_BAD_LINES else "warning"
-        findings += issue_findings(level, issues, fix)
-    return findings
-
-
-def _line_gap_findings(probe: SessionProbe, rows: NDArray[np.int64], *, noun: str) -> list[Finding]:
-    """Report gaps between metadata lines: one message for all short ones, one for each long."""
-    times_s = probe.metadata.times_s[rows]
-    intervals_s = np.diff(times_s)
-    is_short, is_long = find_line_gaps(times_s)
-    duration_s = max(probe.duration_s, EPSILON_S)
-    short_share, long_share = (
-        f"{min(1.0, float(intervals_s[is_gap].sum()) / duration_s):.1%}"
-        for is_gap in (is_short, is_long)
-    )
-    findings: list[Finding] = []
-    if is_short.any():
-        row = int(np.argmax(np.where(is_short, intervals_s, 0)))
+    for file, guess in probe.units.items():
+        sensors = ", ".join(probe.sensors_of(file))
         message = (
-            f"{probe.locate_row(int(rows[row]))}: no {noun} for {intervals_s[row] * 1e3:.0f} ms "
-            f"after it, the longest of {is_short.sum()} gaps of 35-100 ms, {short_share} of "
-            "the session; values in between are interpolated; fix: fill in single lost lines with "
-            "--fix"
+            f"timestamps look like {guess.name}, not {UNIT_NAMES.get(guess.declared, 'seconds')}: "
+            f"a line every {guess.interval:g}; all other messages about times assume divided "
+            f"timestamps; fix: set `time_unit: {guess.unit}` of {sensors} in the recipe, or "
+            f"divide them by {guess.factor:.12g}"
         )
-        findings.append(Finding("warning", message))
-    return findings + limit_findings(
-        "error",
-        (
-            f"{probe.locate_row(int(rows[row]))}: no {noun} for {intervals_s[row]:.3f} s after it "
-            f"(gaps over 100 ms are {long_share} of the session); masked; fix: record again if it "
-            "matters"
-            for row in np.flatnonzero(is_long)
-        ),
-        file=METADATA_FILE,
-    )
+        if guess.is_confirmed and probe.is_fixable(file):
+            message += ", then they last as long as the media (--fix does it)"
+        findings.append(Finding("error", f"{file}: {message}", streams=probe.streams_of(file)))
+    return findings

@@ -1,8 +1,8 @@
-"""Repair metadata and text lines, as pure functions of lines.
+"""Repair JSON lines, as pure functions of lines.
 
-Each function makes one kind of repair that has exactly one right outcome. It takes the lines of a
-file and returns the repaired lines with a sentence that says what was done, or None if there was
-nothing to do.
+Each function makes one kind of repair that has exactly one right outcome. It takes lines and
+returns the repaired ones with a sentence that says what was done, or None if there was nothing to
+do. What the lines hold is a :class:`LineFile`, which comes from the recipe.
 
 Applied in the order of this module, a second pass changes nothing: no repair creates work for one
 before it, and each measures only what no later repair changes (gaps are filled by the median
@@ -21,30 +21,34 @@ import numpy as np
 
 from preprocess.validate.checks import END_ERROR_S, END_WARNING_S
 from preprocess.validate.line_checks import (
-    GAP_ERROR_S,
-    GAP_WARNING_S,
+    LATE_INTERVALS,
     MAX_BACK_S,
-    ROUNDING,
+    MIN_GAP_INTERVALS,
     is_mostly_unread,
 )
-from preprocess.validate.probe import confirms_unit, guess_unit, raw_timestamp, text_divisor
-from shared.clock import EPSILON_S, clock_offset, wrap_angle
-from shared.session.folder import (
-    MAX_LINE_BYTES,
-    MAX_VALUE,
-    METADATA_FILE,
-    TEXT_FILE,
-    parse_line,
-    parse_timestamp,
+from preprocess.validate.probe import (
+    UNIT_NAMES,
+    confirms_unit,
+    declared_unit,
+    fits_rate,
+    guess_unit,
+    raw_timestamp,
+    text_divisor,
 )
+from preprocess.validate.value_checks import ROUNDING
+from shared.clock import EPSILON_S, clock_offset
+from shared.session.folder import files_of_stream
+from shared.session.lines import MAX_VALUE, TIME_KEY, parse_line, parse_timestamp
+from shared.session.tables import MAX_LINE_BYTES
+from shared.streams import METADATA_FILE, TIME_UNITS, SensorStream, TextStream, ValueType
+from shared.values import VALUE_TYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from shared.recipe import SensorRecipe
+    from numpy.typing import NDArray
 
-MIN_GAP_INTERVALS = 1.8
-"""A gap of fewer median intervals lost no line; the intervals of recorders vary."""
+    from shared.recipe import Recipe
 
 TEXT_TOLERANCE_S = 1.0
 """Texts this far outside the lines can still be on the same clock."""
@@ -55,7 +59,54 @@ DECIMALS = 9
 INTERPOLATED = "interpolated"
 """Key that marks a line that fills a gap."""
 
-_TEXT_KEYS = ("internal_text", "external_text")
+_LIMITS: Mapping[ValueType, tuple[float, float]] = {
+    ValueType.FRACTION: (0.0, 1.0),
+    ValueType.ANGLE: (-math.pi, math.pi),
+}
+"""Ranges to which values are clamped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineFile:
+    """What the lines of a file hold, according to the recipe."""
+
+    name: str
+    time_key: str = TIME_KEY
+    units_per_s: float = 1.0
+    sensors: Mapping[str, SensorStream]
+    text_keys: tuple[str, ...] = ()
+
+    @property
+    def is_text_file(self) -> bool:
+        """Whether the lines hold texts only, which can have equal times in any order."""
+        return not self.sensors and self.name != METADATA_FILE
+
+
+def plan_files(recipe: Recipe) -> dict[str, LineFile]:
+    """Describe every file of JSON lines whose streams agree in key and unit of their times."""
+    sensors: dict[str, dict[str, SensorStream]] = {}
+    text_keys: dict[str, list[str]] = {}
+    for name, spec in recipe.streams.items():
+        if isinstance(spec, SensorStream):
+            sensors.setdefault(spec.file, {})[name] = spec
+        elif isinstance(spec, TextStream):
+            for file in files_of_stream(spec):
+                key = spec.metadata_key if file == METADATA_FILE else None
+                text_keys.setdefault(file, []).append(key or "text")
+    files: dict[str, LineFile] = {}
+    for file in sorted({*sensors, *text_keys}):
+        of_file = sensors.get(file, {})
+        times = {(spec.time, spec.units_per_s) for spec in of_file.values()} or {(TIME_KEY, 1.0)}
+        if file.endswith(".jsonl") and len(times) == 1:
+            ((time_key, units_per_s),) = times
+            files[file] = LineFile(
+                name=file,
+                time_key=time_key,
+                units_per_s=units_per_s,
+                sensors=of_file,
+                text_keys=tuple(text_keys.get(file, ())),
+            )
+    return files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +126,13 @@ class Line:
         return json.dumps(self.values, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
+Lines = dict[str, list[Line]]
+"""Lines by file."""
+
 Repaired = tuple[list[Line], str | None]
 
 
-def parse_lines(content: bytes) -> tuple[list[Line], int]:
+def parse_lines(content: bytes, file: LineFile) -> tuple[list[Line], int]:
     """Return the lines that are JSON objects, and the number of other lines that are not blank."""
     lines: list[Line] = []
     num_bad = 0
@@ -89,41 +143,70 @@ def parse_lines(content: bytes) -> tuple[list[Line], int]:
         if values is None:
             num_bad += 1
         else:
-            lines.append(Line(values=values, raw=raw, time_s=parse_timestamp(values)))
+            time_s = parse_timestamp(values, key=file.time_key, units_per_s=file.units_per_s)
+            lines.append(Line(values=values, raw=raw, time_s=time_s))
     return lines, num_bad
 
 
 def convert_units(
-    lines: list[Line], texts: list[Line], media_stop_s: float | None
-) -> tuple[list[Line], list[Line], str | None]:
-    """Convert timestamps in milliseconds, microseconds or nanoseconds to seconds.
+    lines: Lines, files: Mapping[str, LineFile], media_stop_s: float | None, *, recipe: Recipe
+) -> tuple[Lines, list[str]]:
+    """Convert timestamps in milliseconds, microseconds or nanoseconds to the declared unit.
 
-    Nothing is divided unless the media confirm the unit. Texts that are seconds already stay.
+    Nothing is divided unless the media confirm the unit. Texts that are seconds already stay; if
+    they fit neither unit, nothing is divided.
     """
-    times = _raw_times(lines)
-    unit = guess_unit(times)
-    if unit is None or not confirms_unit(times, unit, media_stop_s):
-        return lines, texts, None
-    divisor = text_divisor(_raw_times(texts), times=times, unit=unit, media_stop_s=media_stop_s)
-    if divisor is None:
-        return lines, texts, None
-    files = METADATA_FILE if divisor == 1 else f"{METADATA_FILE}, {TEXT_FILE}"
-    sentence = f"{files}: divided all timestamps by {unit.per_s:.0f}; they were {unit.name}"
-    divided = [_divided(line, unit.per_s) for line in lines]
-    return divided, [_divided(t, divisor) if divisor > 1 else t for t in texts], sentence
+    divisors: dict[str, float] = {}
+    names: dict[str, str] = {}
+    reference: tuple[NDArray[np.float64], float] | None = None
+    for name in (name for name in lines if files[name].sensors):
+        times, declared = _raw_times(lines[name], files[name]), declared_unit(name, recipe)
+        unit = guess_unit(times, declared=declared or "s")
+        if unit is None or not confirms_unit(times, unit, media_stop_s, declared=declared or "s"):
+            continue
+        interval_s = float(np.median(np.diff(times))) / files[name].units_per_s
+        if not fits_rate(interval_s, name, recipe):
+            divisors[name] = TIME_UNITS[unit] / files[name].units_per_s
+            names[name] = UNIT_NAMES[unit]
+            reference = reference or (times, TIME_UNITS[unit])
+    if reference is None:
+        return lines, []
+    for name in (name for name in lines if files[name].is_text_file):
+        divisor = text_divisor(
+            _raw_times(lines[name], files[name]),
+            times=reference[0],
+            units_per_s=reference[1],
+            media_stop_s=media_stop_s,
+        )
+        if divisor is None:
+            return lines, []
+        if divisor > 1:
+            divisors[name], names[name] = divisor, next(iter(names.values()))
+    alike: dict[tuple[float, str], list[str]] = {}
+    for name, divisor in divisors.items():
+        alike.setdefault((divisor, names[name]), []).append(name)
+    sentences = [
+        f"{', '.join(of_unit)}: divided all timestamps by {divisor:.12g}; they were {unit}"
+        for (divisor, unit), of_unit in alike.items()
+    ]
+    divided = {
+        name: [_divided(line, divisors[name], files[name]) for line in lines[name]]
+        for name in divisors
+    }
+    return lines | divided, sentences
 
 
-def drop_unreadable(lines: list[Line], num_bad: int, *, file: str) -> Repaired:
+def drop_unreadable(lines: list[Line], num_bad: int, *, file: LineFile) -> Repaired:
     """Drop lines that cannot be read; a file with hardly any other lines is not changed.
 
     A text without a timestamp stays, so that its words are not lost.
     """
-    kept = [line for line in lines if line.time_s is not None or file == TEXT_FILE]
+    kept = [line for line in lines if line.time_s is not None or file.is_text_file]
     num_dropped = num_bad + len(lines) - len(kept)
     if not num_dropped or is_mostly_unread(num_dropped, len(lines) + num_bad):
         return lines, None
-    fault = "without JSON" if file == TEXT_FILE else "without JSON or a timestamp"
-    return kept, f"{file}: dropped {_count(num_dropped, 'line')} {fault}"
+    fault = "without JSON" if file.is_text_file else "without JSON or a timestamp"
+    return kept, f"{file.name}: dropped {_count(num_dropped, 'line')} {fault}"
 
 
 def is_sortable(lines: Sequence[Line]) -> bool:
@@ -134,137 +217,155 @@ def is_sortable(lines: Sequence[Line]) -> bool:
     return bool((np.diff(times_s) >= -MAX_BACK_S).all())
 
 
-def sort_lines(lines: list[Line]) -> Repaired:
+def sort_lines(lines: list[Line], *, file: LineFile) -> Repaired:
     """Sort lines by time; lines with equal times keep their order."""
     num_back = int((np.diff(_times(lines)) < 0).sum())
     if not num_back:
         return lines, None
     ordered = sorted(lines, key=lambda line: line.time_s or 0.0)
-    return ordered, f"{METADATA_FILE}: sorted {_count(num_back, 'line')} into place"
+    return ordered, f"{file.name}: sorted {_count(num_back, 'line')} into place"
 
 
-def join_repeats(lines: list[Line]) -> Repaired:
-    """Join lines with equal times: the first line, completed from the others, and all texts."""
+def join_repeats(lines: list[Line], *, file: LineFile) -> Repaired:
+    """Join lines with equal times: the first line, completed from the others, and all texts.
+
+    Lines that contradict each other are kept, so that no reading is lost.
+    """
     joined: list[Line] = []
     for line in lines:
+        merged = None
         if joined and joined[-1].time_s == line.time_s:
-            merged = _merge(joined[-1].values, line.values)
-            if merged != joined[-1].values:
-                joined[-1] = replace(joined[-1], values=merged, raw=None)
-        else:
+            merged = _merge(joined[-1].values, line.values, file)
+        if merged is None:
             joined.append(line)
+        elif merged != joined[-1].values:
+            joined[-1] = replace(joined[-1], values=merged, raw=None)
     num_repeats = len(lines) - len(joined)
     if not num_repeats:
         return lines, None
-    return joined, f"{METADATA_FILE}: joined {_count(num_repeats, 'repeated line')} with the first"
+    return joined, f"{file.name}: joined {_count(num_repeats, 'repeated line')} with the first"
 
 
 def shift_to_zero(
-    lines: list[Line], texts: list[Line], media_stop_s: float | None
-) -> tuple[list[Line], list[Line], str | None]:
+    sensors: Lines, texts: Lines, files: Mapping[str, LineFile], media_stop_s: float | None
+) -> tuple[Lines, Lines, str | None]:
     """Shift timestamps to start at zero if the recorder's clock was never reset.
 
     Texts that are on the session clock already stay. If they fit neither clock, nothing is shifted.
-    """
-    offset_s = _offset(lines, media_stop_s)
-    if not offset_s:
-        return lines, texts, None
-    text_times_s = np.array([line.time_s for line in texts if line.time_s is not None])
-    stop_s = max(float(_times(lines)[-1]) - offset_s, media_stop_s or 0.0) + TEXT_TOLERANCE_S
 
-    def fits(times_s: np.ndarray[Any, Any]) -> bool:
+    Args:
+        sensors: lines of every sensor file on the shared clock.
+        texts: lines of every text file on it.
+        files: what the lines hold.
+        media_stop_s: when the last of the media ends; None without media.
+    """
+    offset_s = _offset(sensors, media_stop_s)
+    if not offset_s:
+        return sensors, texts, None
+    last_s = max(float(_times(lines)[-1]) for lines in sensors.values())
+    stop_s = max(last_s - offset_s, media_stop_s or 0.0) + TEXT_TOLERANCE_S
+
+    def fits(times_s: NDArray[np.float64]) -> bool:
         return bool(((times_s >= -TEXT_TOLERANCE_S) & (times_s <= stop_s)).all())
 
-    shifted, files = texts, METADATA_FILE
-    if len(text_times_s) and fits(text_times_s - offset_s):
-        shifted, files = [_shifted(t, offset_s) for t in texts], f"{METADATA_FILE}, {TEXT_FILE}"
-    elif not fits(text_times_s):
-        return lines, texts, None
-    sentence = f"{files}: subtracted {offset_s:g} s from all timestamps; the clock was never reset"
-    return [_shifted(line, offset_s) for line in lines], shifted, sentence
+    shifted = dict(sensors)
+    for name, lines in texts.items():
+        times_s = np.array([line.time_s for line in lines if line.time_s is not None])
+        if len(times_s) and fits(times_s - offset_s):
+            shifted[name] = lines
+        elif not fits(times_s):
+            return sensors, texts, None
+    sentence = (
+        f"{', '.join(shifted)}: subtracted {offset_s:g} s from all timestamps; the clock was "
+        "never reset"
+    )
+    shifted = {
+        name: [_with_time(line, (line.time_s or 0.0) - offset_s, files[name]) for line in lines]
+        for name, lines in shifted.items()
+    }
+    return (
+        {name: shifted[name] for name in sensors},
+        {name: shifted.get(name, lines) for name, lines in texts.items()},
+        sentence,
+    )
 
 
-def drop_outside_media(lines: list[Line], media_stop_s: float | None) -> Repaired:
+def drop_outside_media(
+    sensors: Lines, files: Mapping[str, LineFile], media_stop_s: float | None
+) -> tuple[Lines, list[str]]:
     """Drop lines before the start or after the end of the media.
 
-    Only 0.1 to 1 s of lines are dropped; more is another fault. If one of them contains text,
-    nothing is dropped.
+    Only 0.1 to 1 s of lines are dropped; more is another fault. If one of a file's lines contains
+    text, nothing of it is dropped.
     """
     if media_stop_s is None:
-        return lines, None
-    times_s = _times(lines)
-    first, stop = 0, len(lines)
-    if END_WARNING_S < times_s[-1] - media_stop_s <= END_ERROR_S:
-        stop = int(np.searchsorted(times_s, media_stop_s, side="right"))
-    if END_WARNING_S < -times_s[0] <= END_ERROR_S:
-        first = int(np.searchsorted(times_s, 0.0, side="left"))
-    outside = (*lines[:first], *lines[stop:])
-    if not outside or stop - first < 2 or any(_has_text(line) for line in outside):
-        return lines, None
+        return sensors, []
+    kept, sentences = dict(sensors), []
+    for name, lines in sensors.items():
+        times_s = _times(lines)
+        first, stop = 0, len(lines)
+        if END_WARNING_S < times_s[-1] - media_stop_s <= END_ERROR_S:
+            stop = int(np.searchsorted(times_s, media_stop_s, side="right"))
+        if END_WARNING_S < -times_s[0] <= END_ERROR_S:
+            first = int(np.searchsorted(times_s, 0.0, side="left"))
+        outside = (*lines[:first], *lines[stop:])
+        if outside and stop - first >= 2 and not any(_has_text(o, files[name]) for o in outside):
+            kept[name] = lines[first:stop]
+            number = _count(len(outside), "line")
+            sentences.append(
+                f"{name}: dropped {number} outside the media's [0, {media_stop_s:.3f}] s"
+            )
     # Skip a clock that was not shifted, and one that would look unshifted afterwards.
-    if any(_offset(some, media_stop_s) for some in (lines, lines[first:stop])):
-        return lines, None
-    sentence = f"{METADATA_FILE}: dropped {_count(len(outside), 'line')} outside the media's "
-    return lines[first:stop], sentence + f"[0, {media_stop_s:.3f}] s"
+    if not sentences or any(_offset(some, media_stop_s) for some in (sensors, kept)):
+        return sensors, []
+    return kept, sentences
 
 
-def clamp(lines: list[Line], *, sensors: SensorRecipe) -> Repaired:
-    """Clamp touch to [0, 1] and angles to [-pi, pi].
+def clamp(lines: list[Line], *, file: LineFile) -> Repaired:
+    """Clamp fractions to [0, 1] and angles to [-pi, pi].
 
     Only columns in which every reading is inside, or outside by rounding, are clamped.
     """
-    touch_size, num_angles = sensors.touch_size, sensors.proprio_size // 2
-    repaired, num_touch = _clamp_key(
-        lines, "touch", size=touch_size, num_checked=touch_size, limits=(0.0, 1.0)
-    )
-    repaired, num_proprio = _clamp_key(
-        repaired, "proprio", size=2 * num_angles, num_checked=num_angles, limits=(-math.pi, math.pi)
-    )
-    counts = [("touch", num_touch), ("proprio", num_proprio)]
-    changes = [f"{key} in {_count(number, 'line')}" for key, number in counts if number]
+    repaired, changes = list(lines), []
+    for name, spec in file.sensors.items():
+        low, high = np.full(spec.size, -np.inf), np.full(spec.size, np.inf)
+        for group, columns in zip(spec.values, spec.slices, strict=True):
+            low[columns], high[columns] = _LIMITS.get(group.type, (-np.inf, np.inf))
+        read = ((i, _reading(line, spec)) for i, line in enumerate(repaired))
+        readings = {i: reading for i, reading in read if reading is not None}
+        values = np.array([*readings.values()], dtype=np.float64).reshape(-1, spec.size)
+        excess = np.maximum(values - high, low - values)
+        is_clamped = (excess > 0) & (excess.max(axis=0, initial=0.0) <= ROUNDING)
+        clamped = np.where(is_clamped, np.clip(values, low, high), values)
+        for row in np.flatnonzero(is_clamped.any(axis=1)).tolist():
+            line = repaired[[*readings][row]]
+            repaired[[*readings][row]] = _with_reading(line, spec, clamped[row], is_clamped[row])
+        if number := int(is_clamped.any(axis=1).sum()):
+            changes.append(f"{name} in {_count(number, 'line')}")
     if not changes:
         return lines, None
-    return repaired, f"{METADATA_FILE}: clamped {' and '.join(changes)}, outside by rounding"
+    return repaired, f"{file.name}: clamped {' and '.join(changes)}, outside by rounding"
 
 
-def _clamp_key(
-    lines: list[Line], key: str, *, size: int, num_checked: int, limits: tuple[float, float]
-) -> tuple[list[Line], int]:
-    """Clamp the first `num_checked` values under a key; return the number of changed lines."""
-    low, high = limits
-    rows = [i for i, line in enumerate(lines) if _reading(line, key, size) is not None]
-    values = np.array([lines[i].values[key] for i in rows], dtype=np.float64)
-    checked = values.reshape(len(rows), size)[:, :num_checked]
-    excess = np.maximum(checked - high, low - checked)
-    is_clamped = (excess > 0) & (excess.max(axis=0, initial=0.0) <= ROUNDING)
-    repaired = list(lines)
-    changed = np.flatnonzero(is_clamped.any(axis=1))
-    for row in changed:
-        line = lines[rows[row]]
-        reading = list(line.values[key])
-        for column in np.flatnonzero(is_clamped[row]):
-            reading[column] = min(max(reading[column], low), high)
-        repaired[rows[row]] = replace(line, values={**line.values, key: reading}, raw=None)
-    return repaired, len(changed)
-
-
-def fill_gaps(lines: list[Line], *, sensors: SensorRecipe) -> Repaired:
+def fill_gaps(lines: list[Line], *, file: LineFile) -> Repaired:
     """Fill gaps in which single lines were lost with interpolated, marked lines.
 
-    A gap is filled if it takes 35 to 100 ms and at least two median intervals, and if the lines on
-    both sides contain readings.
+    A gap is filled if it takes at least two median intervals and is short enough to interpolate,
+    and if the lines on both sides contain readings.
     """
+    sensors = [spec for spec in file.sensors.values() if spec.resample == "by_type"]
     recorded = [line for line in lines if not line.values.get(INTERPOLATED)]
-    if len(recorded) < 3:
+    if len(recorded) < 3 or not sensors:
         return lines, None
     interval_s = float(np.median(np.diff(_times(recorded))))
-    limit_s = min(GAP_ERROR_S, sensors.max_gap_s) + EPSILON_S
+    late_s = LATE_INTERVALS / max(spec.rate_hz for spec in sensors)
+    limit_s = min(spec.gap_limit_s for spec in sensors) + EPSILON_S
     filled: list[Line] = [lines[0]]
     num_gaps = 0
     for before, after in itertools.pairwise(lines):
         gap_s = float(after.time_s or 0.0) - float(before.time_s or 0.0)
-        if max(GAP_WARNING_S, MIN_GAP_INTERVALS * interval_s) <= gap_s <= limit_s:
-            new = _interpolate(before, after, round(gap_s / interval_s) - 1, sensors)
+        if max(late_s, MIN_GAP_INTERVALS * interval_s) <= gap_s <= limit_s:
+            new = _interpolate(before, after, round(gap_s / interval_s) - 1, file, sensors)
             num_gaps += bool(new)
             filled += new
         filled.append(after)
@@ -272,94 +373,129 @@ def fill_gaps(lines: list[Line], *, sensors: SensorRecipe) -> Repaired:
     if not num_new:
         return lines, None
     sentence = f"filled {_count(num_gaps, 'gap')} with {_count(num_new, 'interpolated line')}"
-    return filled, f'{METADATA_FILE}: {sentence}, marked "{INTERPOLATED}": true'
+    return filled, f'{file.name}: {sentence}, marked "{INTERPOLATED}": true'
 
 
-def _interpolate(before: Line, after: Line, count: int, sensors: SensorRecipe) -> list[Line]:
-    """Return `count` lines evenly between two; none if no sensor has readings in both.
-
-    Angles are interpolated along the shorter arc.
-    """
-    ends: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]] = {}
-    for key, size, num_angles in (
-        ("touch", sensors.touch_size, 0),
-        ("proprio", sensors.proprio_size, sensors.proprio_size // 2),
-    ):
-        low, high = _reading(before, key, size), _reading(after, key, size)
-        if low is not None and high is not None:
-            ends[key] = (np.array(low), np.array(high), num_angles)
-    if not ends or before.time_s is None or after.time_s is None:
+def _interpolate(
+    before: Line, after: Line, count: int, file: LineFile, sensors: Sequence[SensorStream]
+) -> list[Line]:
+    """Return `count` lines evenly between two; none if no sensor has readings in both."""
+    ends = [(spec, _reading(before, spec), _reading(after, spec)) for spec in sensors]
+    pairs = [(spec, low, high) for spec, low, high in ends if low is not None and high is not None]
+    if not pairs or before.time_s is None or after.time_s is None:
         return []
     lines: list[Line] = []
     for k in range(1, count + 1):
         share = k / (count + 1)
-        time_s = round(before.time_s + share * (after.time_s - before.time_s), DECIMALS)
-        values: dict[str, Any] = {"timestamp": time_s}
-        for key, (low_values, high_values, num_angles) in ends.items():
-            delta = high_values - low_values
-            delta[:num_angles] = wrap_angle(delta[:num_angles])
-            mixed = low_values + share * delta
-            mixed[:num_angles] = wrap_angle(mixed[:num_angles])
-            values[key] = mixed.tolist()
-        values[INTERPOLATED] = True
-        lines.append(Line(values=values, raw=None, time_s=time_s))
+        time_s = before.time_s + share * (after.time_s - before.time_s)
+        line = _with_time(Line(values={}, raw=None, time_s=0.0), time_s, file)
+        for spec, low, high in pairs:
+            values = _mix(np.array(low), np.array(high), share, spec)
+            if np.isfinite(values).all():
+                line = _with_reading(line, spec, values, None)
+        line.values[INTERPOLATED] = True
+        lines.append(line)
     return lines
 
 
-def _times(lines: Sequence[Line]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _mix(
+    low: NDArray[np.float64], high: NDArray[np.float64], share: float, spec: SensorStream
+) -> NDArray[np.float64]:
+    """Return the values between two readings, as their types say; NaN if one is missing."""
+    mixed = np.empty(spec.size)
+    for group, columns in zip(spec.values, spec.slices, strict=True):
+        rules = VALUE_TYPES[group.type]
+        shape = (1, -1, group.vector_size)
+        before, after = (rules.clean(end[columns].reshape(shape)) for end in (low, high))
+        mixed[columns] = rules.mix(before, after, np.full((1, 1, 1), share)).ravel()
+    return mixed
+
+
+def _times(lines: Sequence[Line]) -> NDArray[np.float64]:
     return np.array([line.time_s for line in lines], dtype=np.float64)
 
 
-def _offset(lines: Sequence[Line], media_stop_s: float | None) -> float:
-    times_s = _times(lines)
-    return clock_offset(float(times_s[0]), float(times_s[-1]), media_stop_s)
+def _offset(sensors: Lines, media_stop_s: float | None) -> float:
+    """Return the offset that the files of a session share; see shared.session.alignment."""
+    times_s = [_times(lines) for lines in sensors.values()]
+    first_s, last_s = min(float(t[0]) for t in times_s), max(float(t[-1]) for t in times_s)
+    return clock_offset(first_s, last_s, media_stop_s)
 
 
-def _raw_times(lines: Sequence[Line]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    times = (raw_timestamp(line.values) for line in lines)
+def _raw_times(lines: Sequence[Line], file: LineFile) -> NDArray[np.float64]:
+    times = (raw_timestamp(line.values, file.time_key) for line in lines)
     return np.array([time for time in times if time is not None], dtype=np.float64)
 
 
-def _divided(line: Line, units_per_s: float) -> Line:
-    time = raw_timestamp(line.values)
+def _divided(line: Line, divisor: float, file: LineFile) -> Line:
+    time = raw_timestamp(line.values, file.time_key)
     if time is None:
         return line
-    time_s = round(time / units_per_s, DECIMALS)
-    return replace(line, values={**line.values, "timestamp": time_s}, raw=None, time_s=time_s)
+    return _with_time(line, time / divisor / file.units_per_s, file)
 
 
-def _shifted(line: Line, offset_s: float) -> Line:
-    if line.time_s is None:
+def _with_time(line: Line, time_s: float, file: LineFile) -> Line:
+    """Return a line at another time; a line without a usable time stays."""
+    if line.time_s is None and file.time_key not in line.values:
         return line
-    time_s = round(line.time_s - offset_s, DECIMALS)
-    return replace(line, values={**line.values, "timestamp": time_s}, raw=None, time_s=time_s)
+    time = round(time_s * file.units_per_s, DECIMALS)
+    values = {**line.values, file.time_key: time}
+    return replace(line, values=values, raw=None, time_s=time / file.units_per_s)
 
 
-def _merge(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Complete the first line from the other one, and join their texts."""
+def _merge(
+    first: Mapping[str, Any], other: Mapping[str, Any], file: LineFile
+) -> dict[str, Any] | None:
+    """Complete the first line from the other one, and join their texts; None if they differ."""
     merged = {**other, **{k: v for k, v in first.items() if v is not None or k not in other}}
-    for key in _TEXT_KEYS:
-        both = [v.get(key) for v in (first, other)]
-        texts = [text for text in both if isinstance(text, str) and text.strip()]
-        if len(texts) == 2 and texts[0] != texts[1]:
-            merged[key] = " ".join(texts)
+    for key, value in other.items():
+        if value is None or merged[key] == value:
+            continue
+        texts = [text for text in (first.get(key), value) if isinstance(text, str)]
+        if key not in file.text_keys or len(texts) < 2:
+            return None
+        merged[key] = " ".join(text for text in texts if text.strip())
     return merged
 
 
-def _has_text(line: Line) -> bool:
-    return any(line.values.get(key) for key in _TEXT_KEYS)
+def _has_text(line: Line, file: LineFile) -> bool:
+    return any(line.values.get(key) for key in file.text_keys)
 
 
-def _reading(line: Line, key: str, size: int) -> list[float] | None:
+def _reading(line: Line, spec: SensorStream) -> list[float] | None:
     """Return a reading of the right size with finite numbers only, else None."""
-    values = line.values.get(key)
-    if not isinstance(values, list) or len(values) != size:
+    values = (
+        line.values.get(spec.key) if spec.key else [line.values.get(n) for n in spec.names or ()]
+    )
+    if spec.size == 1 and _is_number(values):
+        values = [values]
+    if not isinstance(values, list) or len(values) != spec.size:
         return None
     return values if all(_is_number(v) for v in values) else None
 
 
+def _with_reading(
+    line: Line,
+    spec: SensorStream,
+    values: NDArray[np.float64],
+    is_changed: NDArray[np.bool_] | None,
+) -> Line:
+    """Return a line with another reading; values that did not change keep their form."""
+    reading: list[Any] = values.tolist()
+    old = _reading(line, spec)
+    if old is not None and is_changed is not None:
+        reading = [new if c else o for new, o, c in zip(reading, old, is_changed, strict=True)]
+    if spec.key is None:
+        changes = dict(zip(spec.names or (), reading, strict=True))
+    else:
+        is_list = isinstance(line.values.get(spec.key, []), list)
+        changes = {spec.key: reading if is_list else reading[0]}
+    return replace(line, values={**line.values, **changes}, raw=None)
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < MAX_VALUE
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < MAX_VALUE  # type: ignore[arg-type, operator]
 
 
 def _count(number: int, noun: str) -> str:

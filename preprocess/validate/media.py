@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from shared.media.video import VideoTrack
     from shared.page import TimeAxis
-    from shared.recipe import VisionRecipe
+    from shared.streams import AudioStream, VideoStream
 
 NUM_THUMBNAILS = 10
 _LONG_S = 120.0
@@ -76,7 +76,7 @@ class Envelope:
 
 
 def read_thumbnails(
-    path: Path, track: VideoTrack, *, axis: TimeAxis, recipe: VisionRecipe
+    path: Path, track: VideoTrack, *, axis: TimeAxis, spec: VideoStream
 ) -> list[Thumbnail]:
     """Read the frames that the recipe selects at NUM_THUMBNAILS times spread over the axis.
 
@@ -86,11 +86,13 @@ def read_thumbnails(
     width = axis.width / NUM_THUMBNAILS
     times_s = axis.start_s + (np.arange(NUM_THUMBNAILS) + 0.5) / NUM_THUMBNAILS * axis.duration_s
     indices, error_s = nearest(track.times_s, times_s)
-    near = frame_mask(error_s, tolerance_s=recipe.tolerance_s)
-    small = recipe.model_copy(update={"size": _THUMBNAIL_SIZE})
+    near = frame_mask(error_s, tolerance_s=spec.tolerance_s)
+    scale = _THUMBNAIL_SIZE / max(spec.height, spec.width)
+    size = max(1, round(scale * spec.height)), max(1, round(scale * spec.width))
+    small = spec.model_copy(update={"size": size})
     uris: dict[int, str] = {}
     for requested in _runs(path, track, np.unique(indices[near]).tolist()):
-        for index, picture in read_frames(path, track, requested, recipe=small):
+        for index, picture in read_frames(path, track, requested, spec=small):
             uris[index] = jpeg_uri(picture)
     thumbnails: list[Thumbnail] = []
     for slot, (index, is_near) in enumerate(zip(indices.tolist(), near.tolist(), strict=True)):
@@ -119,18 +121,19 @@ def _runs(path: Path, track: VideoTrack, requested: list[int]) -> Iterator[Seque
         yield requested
 
 
-def read_envelope(path: Path, *, duration_s: float, axis: TimeAxis) -> Envelope:
+def read_envelope(path: Path, spec: AudioStream, *, duration_s: float, axis: TimeAxis) -> Envelope:
     """Measure extremes and level of a sound file, in bins about as wide as a unit of the axis.
 
     Args:
         path: the sound file.
+        spec: tells the track.
         duration_s: its duration, as :func:`shared.media.sound.read_sound` returns it.
         axis: the time axis of the figure.
 
     Raises:
         MediaError: the file does not open any more.
     """
-    blocks = _sound_blocks(path)
+    blocks = _sound_blocks(path, spec.track)
     rate_hz, first = next(blocks, (1, np.zeros((0, 1), dtype=np.float32)))
     num_bins = min(
         duration_s / axis.duration_s * axis.width, duration_s * rate_hz / _MIN_BIN_SAMPLES
@@ -141,18 +144,22 @@ def read_envelope(path: Path, *, duration_s: float, axis: TimeAxis) -> Envelope:
     return bins.envelope()
 
 
-def _sound_blocks(path: Path) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _sound_blocks(path: Path, track: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield (rate, samples [n, channels]) of a sound file, block by block at its own rate."""
-    has_begun = False
-    try:
-        with soundfile.SoundFile(str(path)) as file:
-            for block in file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True):
-                yield file.samplerate, block
-                has_begun = True
-    except (soundfile.SoundFileError, TypeError):
-        if not has_begun:  # a file that libsndfile refuses is read as the shard job reads it
-            sound = read_sound(path, rate_hz=_FALLBACK_RATE_HZ)
-            yield sound.rate_hz, sound.waveform[:, None]
+    if track == 0:  # libsndfile reads no other
+        has_begun = False
+        try:
+            with soundfile.SoundFile(str(path)) as file:
+                for block in file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True):
+                    yield file.samplerate, block
+                    has_begun = True
+            return
+        except (soundfile.SoundFileError, TypeError):
+            if has_begun:
+                return
+    # A file that libsndfile refuses is read as the shard job reads it.
+    sound = read_sound(path, rate_hz=_FALLBACK_RATE_HZ, track=track)
+    yield sound.rate_hz, sound.waveform[:, None]
 
 
 class _Bins:

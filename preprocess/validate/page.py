@@ -16,13 +16,13 @@ from preprocess.validate.panels import draw_session
 from preprocess.validate.report import describe_totals
 from shared.files import write_atomic
 from shared.page import PLOT_WIDTH, format_time, page_environment
-from shared.recipe import STREAMS
+from shared.streams import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
-    from typing import Self
+    from typing import Any, Self
 
     from preprocess.validate.panels import SessionPanels
     from preprocess.validate.report import CheckedSession, Status, ValidationReport
@@ -43,8 +43,8 @@ class SummaryRow:
     session: str
     status: Status
     length: str
-    cells: list[tuple[str, str]]
-    """CSS class (full, part, none, wrong) and text for each stream of STREAMS."""
+    cells: Mapping[str, tuple[str, str]]
+    """CSS class (full, part, none, wrong) and text for each declared stream."""
     num_errors: int
     num_warnings: int
     message: str
@@ -129,7 +129,7 @@ class ReportPage:
             totals=describe_totals(
                 [row.status for row in self._rows], format_time(self._duration_s, resolution_s=0.1)
             ),
-            streams=[stream.value for stream in STREAMS],
+            streams=list(dict.fromkeys(name for row in self._rows for name in row.cells)),
             sections=self._read_sections(sections),
         )
         write_atomic(
@@ -145,19 +145,22 @@ class ReportPage:
 def _summary_row(anchor: str, report: ValidationReport, panels: SessionPanels | None) -> SummaryRow:
     """Return a session's row of the table at the top."""
     timelines = {timeline.name: timeline for timeline in panels.timelines} if panels else {}
-    cells: list[tuple[str, str]] = []
-    for stream in STREAMS:
-        timeline = timelines.get(stream.value)
+    cells: dict[str, tuple[str, str]] = {}
+    for name, status in report.streams.items():
+        timeline = timelines.get(name)
         if timeline is None:
-            cells.append(("none", "?"))
+            cells[name] = ("none", "?")
         elif timeline.state == "absent":
-            cells.append(("none", "-"))
+            cells[name] = ("none", "-")
         elif timeline.state != "recorded":
-            cells.append(("wrong", timeline.state))
+            cells[name] = ("wrong", timeline.state)
         else:
-            is_full = timeline.share > 0.995 and not timeline.flaws
-            percent = math.floor(timeline.share * 100 + 0.5)
-            cells.append(("full" if is_full else "part", f"{percent}%"))
+            percent = f"{math.floor(timeline.share * 100 + 0.5)}%"
+            is_full = timeline.share > 0.995 and not timeline.flaws and status == "passed"
+            cells[name] = (
+                "wrong" if status == "failed" else "full" if is_full else "part",
+                percent,
+            )
     messages = (*report.errors, *report.warnings, "")
     duration_s = report.stats.get("length_s")
     return SummaryRow(
@@ -180,22 +183,51 @@ def _describe_session(report: ValidationReport) -> list[tuple[str, str]]:
     properties = [("length", format_time(stats["length_s"]))]
     if stats["clock_offset_s"]:
         properties.append(("clock offset", f"{stats['clock_offset_s']:.3f} s"))
-    for name, video in stats["video"].items():
-        size = f"{video['codec']} {video['width']}x{video['height']}, {video['frames']} frames"
-        start_s, stop_s = stats["streams"][name]
-        rate = f", {video['frames'] / (stop_s - start_s):.1f} fps" if stop_s > start_s else ""
-        properties.append((name, size + rate))
-    if "audio" in stats:
-        audio = stats["audio"]
-        levels = f"RMS {_format_level(audio['rms'])}, peak {_format_level(audio['peak'])}"
-        properties.append(("audio", f"{levels}, {audio['clipped_samples']} samples clipped"))
+    properties += [
+        (name, _DESCRIPTIONS[Kind(measured["kind"])](measured))
+        for name, measured in stats["streams"].items()
+    ]
     properties += [(file, f"{count} lines") for file, count in stats["lines"].items() if count]
-    if "gaps" in stats:
-        gaps = stats["gaps"]
-        median_s = gaps["median_s"]
-        rate = f"{1 / median_s:.1f} Hz, " if median_s > 0 else ""
-        properties.append(("line rate", f"{rate}longest gap {gaps['longest_s']:.3f} s"))
     return properties
+
+
+def _describe_video(stats: Mapping[str, Any]) -> str:
+    size = f"{stats['codec']} {stats['width']}x{stats['height']}"
+    return f"{size}, {stats['frames']} frames{_describe_times(stats, 'fps')}"
+
+
+def _describe_audio(stats: Mapping[str, Any]) -> str:
+    rate = f"{stats['rate_hz'] / 1e3:g} kHz x {stats['channels']}"
+    levels = f"RMS {_format_level(stats['rms'])}, peak {_format_level(stats['peak'])}"
+    return f"{rate}, {levels}, {stats['clipped_samples']} samples clipped"
+
+
+def _describe_sensor(stats: Mapping[str, Any]) -> str:
+    ranges = [
+        f"{group['count']} x {group['type']} {group['min']:.3g} to {group['max']:.3g}"
+        + (f" {group['unit']}" if group["unit"] not in ("", "0..1") else "")
+        for group in stats["values"]
+    ]
+    return f"{stats['readings']} readings{_describe_times(stats, 'Hz')}; {', '.join(ranges)}"
+
+
+def _describe_text(stats: Mapping[str, Any]) -> str:
+    return f"{stats['events']} texts, {stats['characters']} characters"
+
+
+_DESCRIPTIONS: Mapping[Kind, Callable[[Mapping[str, Any]], str]] = {
+    Kind.VIDEO: _describe_video,
+    Kind.AUDIO: _describe_audio,
+    Kind.SENSOR: _describe_sensor,
+    Kind.TEXT: _describe_text,
+}
+
+
+def _describe_times(stats: Mapping[str, Any], unit: str) -> str:
+    """Format rate and longest gap, if there are any."""
+    if not stats.get("rate_hz"):
+        return ""
+    return f", {stats['rate_hz']:.1f} {unit}, longest gap {stats['longest_gap_s']:.3f} s"
 
 
 def _format_level(level: float) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.validate.media import FLOOR_DB, read_envelope, read_thumbnails
-from preprocess.validate.timeline import draw_timelines, line_gaps
+from preprocess.validate.timeline import draw_timelines, stream_gaps
 from shared.errors import MediaError
 from shared.media.sound import SILENCE_RMS
 from shared.page import (
@@ -31,10 +31,10 @@ from shared.page import (
     round_up,
     thin_curve,
 )
-from shared.recipe import Stream
-from shared.session.folder import AUDIO_FILE, METADATA_FILE, VISION_FILES
+from shared.streams import AudioStream, Kind, SensorStream, ValueType, VideoStream
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -43,14 +43,26 @@ if TYPE_CHECKING:
     from preprocess.validate.probe import SessionProbe
     from preprocess.validate.timeline import StreamTimeline
     from shared.page import TextMark
-    from shared.session.folder import TextEvent
+    from shared.session.lines import TextEvent
+    from shared.streams import ValueGroup
 
 _PLOT_HEIGHT = 110.0
 _MAX_COLUMNS = 500
 _MAX_POINTS = 12_000
 """Columns of a panel times its curves: about 250 kB of page."""
 
+_MAX_CURVES = 60
+"""Curves of a panel; more cannot be told apart."""
+
 _NUM_COLORS = 10
+
+_LIMITS: Mapping[ValueType, tuple[float, ...]] = {
+    ValueType.FRACTION: (0.0, 1.0),
+    ValueType.ANGLE: (-math.pi, math.pi),
+    ValueType.QUATERNION: (-1.0, 1.0),
+    ValueType.DIRECTION: (-1.0, 1.0),
+}
+"""Values that the curves of a type should not pass."""
 
 _MAX_LANES = 5
 _MAX_MARKS = 500
@@ -138,57 +150,51 @@ def draw_session(path: Path, probe: SessionProbe) -> SessionPanels:
         path: the session folder.
         probe: what validation read of it.
     """
-    intervals = [*probe.intervals.values()]
-    if probe.lines_interval is not None:
-        intervals.append(probe.lines_interval)
-    axis = TimeAxis(
-        min([0.0, *(i.start_s for i in intervals)]),
-        max(probe.duration_s, probe.lines_interval.stop_s if probe.lines_interval else 0.0),
-    )
+    intervals = probe.intervals.values()
+    axis = TimeAxis(min([0.0, *(i.start_s for i in intervals)]), probe.duration_s)
+    panels: list[Strip | Plot | TextLanes] = []
     notes: list[str] = []
-    listed = probe.events[:_MAX_LISTED]
+    for kind, draw in _PANELS.items():
+        for name in probe.recipe.of_kind(kind):
+            try:
+                panels += draw(path, name, probe, axis) if name in probe.intervals else []
+            except (MediaError, OSError) as error:
+                notes.append(f"{probe.source(name)}: no picture of {name}: {error}")
+    events = [(event, name) for name, of_stream in probe.events.items() for event in of_stream]
+    events.sort(key=lambda pair: pair[0].time_s)
     return SessionPanels(
         axis=axis,
         timelines=draw_timelines(probe, axis),
-        strips=_draw_strips(path, probe, axis, notes),
-        plots=[*_draw_sound(path, probe, axis, notes), *_draw_sensors(probe, axis)],
-        lanes=_draw_texts(probe, axis),
-        texts=[_list_text(event, probe) for event in listed],
-        num_unlisted=len(probe.events) - len(listed),
+        strips=[panel for panel in panels if isinstance(panel, Strip)],
+        plots=[panel for panel in panels if isinstance(panel, Plot)],
+        lanes=[panel for panel in panels if isinstance(panel, TextLanes)],
+        texts=[_list_text(event, name, probe) for event, name in events[:_MAX_LISTED]],
+        num_unlisted=max(0, len(events) - _MAX_LISTED),
         notes=notes,
     )
 
 
-def _draw_strips(path: Path, probe: SessionProbe, axis: TimeAxis, notes: list[str]) -> list[Strip]:
-    """Draw thumbnails of the videos that can be read."""
-    strips: list[Strip] = []
-    vision = probe.recipe.vision
-    for stream, video in probe.videos.items():
-        file = VISION_FILES[stream]
-        try:
-            pictures = read_thumbnails(path / file, video.track, axis=axis, recipe=vision)
-        except (MediaError, OSError) as error:
-            notes.append(f"{file}: no thumbnails: {error}")
-            continue
-        strips.append(Strip(stream.value, f"fit: {vision.fit}", pictures))
-    return strips
+def _draw_video(path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> list[Strip]:
+    """Draw thumbnails of a video."""
+    spec = probe.recipe.streams[name]
+    assert isinstance(spec, VideoStream)
+    pictures = read_thumbnails(path / spec.file, probe.videos[name].track, axis=axis, spec=spec)
+    return [Strip(name, f"fit: {spec.fit}", pictures)]
 
 
-def _draw_sound(path: Path, probe: SessionProbe, axis: TimeAxis, notes: list[str]) -> list[Plot]:
-    """Draw waveform and level of the sound."""
-    audio = probe.audio
-    if audio is None:
-        return []
-    try:
-        envelope = read_envelope(path / AUDIO_FILE, duration_s=audio.duration_s, axis=axis)
-    except (MediaError, OSError) as error:
-        notes.append(f"{AUDIO_FILE}: no waveform: {error}")
-        return []
+def _draw_audio(path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> list[Plot]:
+    """Draw waveform and level of a sound."""
+    spec, audio = probe.recipe.streams[name], probe.audio[name]
+    assert isinstance(spec, AudioStream)
+    envelope = read_envelope(path / spec.file, spec, duration_s=audio.duration_s, axis=axis)
     start_s = audio.interval.start_s
-    return [_draw_waveform(envelope, start_s, axis), _draw_level(envelope, start_s, axis)]
+    return [
+        _draw_waveform(name, envelope, start_s, axis),
+        _draw_level(name, envelope, start_s, axis),
+    ]
 
 
-def _draw_waveform(envelope: Envelope, start_s: float, axis: TimeAxis) -> Plot:
+def _draw_waveform(name: str, envelope: Envelope, start_s: float, axis: TimeAxis) -> Plot:
     xs = axis.xs(envelope.edges_s + start_s)
     peak = max(float(envelope.high.max()), -float(envelope.low.min()))
     limit = 1.0 if 0.5 < peak <= 1.0 else round_up(peak)
@@ -201,146 +207,147 @@ def _draw_waveform(envelope: Envelope, start_s: float, axis: TimeAxis) -> Plot:
         for i, j in zip(np.flatnonzero(is_first), np.flatnonzero(is_last) + 1, strict=True)
     ]
     return Plot(
-        name="waveform",
-        title="audio waveform, full scale is 1",
+        name=f"{name}.waveform",
+        title=f"{name} waveform, full scale is 1",
         y_ticks=values.ticks(),
         curves=[PlotCurve(area, 0, "", is_area=True)],
         alarms=clipped,
     )
 
 
-def _draw_level(envelope: Envelope, start_s: float, axis: TimeAxis) -> Plot:
+def _draw_level(name: str, envelope: Envelope, start_s: float, axis: TimeAxis) -> Plot:
     top_db = max(0.0, 10 * math.ceil(float(envelope.level_db.max()) / 10))
     values = ValueAxis(FLOOR_DB, top_db, _PLOT_HEIGHT)
     silence_db = 20 * math.log10(SILENCE_RMS)
     levels = (envelope.edges_s[:-1] + envelope.edges_s[1:]) / 2 + start_s, envelope.level_db
     return Plot(
-        name="level",
-        title="audio level, dBFS (RMS)",
+        name=f"{name}.level",
+        title=f"{name} level, dBFS (RMS)",
         y_ticks=[Tick(values.y(v), f"{v}") for v in range(-90, int(top_db) + 1, 30)],
         curves=[PlotCurve(curve_path([levels], axis=axis, values=values), 0, "")],
         limits=[Tick(values.y(silence_db), "silent below")],
     )
 
 
-def _draw_sensors(probe: SessionProbe, axis: TimeAxis) -> list[Plot]:
-    """Draw touch, joint angles and joint velocities."""
-    metadata = probe.metadata
-    touch, proprio = (metadata.rows_with(s) for s in (Stream.TOUCH, Stream.PROPRIO))
-    num_angles = probe.recipe.sensors.proprio_size // 2
+def _draw_sensor(_path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> list[Plot]:
+    """Draw the values of a sensor, one plot for each value group."""
+    spec, readings = probe.recipe.streams[name], probe.readings[name]
+    assert isinstance(spec, SensorStream)
+    bands = [b for gaps in stream_gaps(readings.times_s, spec) for b in gaps.bands(axis)]
     plots: list[Plot] = []
-    for name, title, rows, values, limits in (
-        ("touch", "touch, 0 to 1", touch, metadata.touch, (0.0, 1.0)),
-        (
-            "angles",
-            "proprio angles, rad",
-            proprio,
-            metadata.proprio[:, :num_angles],
-            (-math.pi, math.pi),
-        ),
-        (
-            "velocities",
-            "proprio velocities, rad/s",
-            proprio,
-            metadata.proprio[:, num_angles:],
-            (),
-        ),
-    ):
-        if rows.any():
-            plots.append(
-                _draw_readings(
-                    metadata.times_s[rows] - probe.offset_s,
-                    values[rows].astype(np.float64),
-                    name=name,
-                    title=f"{title} ({METADATA_FILE})",
-                    limits=limits,
-                    first_label=num_angles if name == "velocities" else 0,
-                    max_gap_s=probe.recipe.sensors.max_gap_s,
-                    axis=axis,
-                )
+    for group, columns in zip(spec.values, spec.slices, strict=True):
+        unit = f", {group.unit_label}" if group.unit_label else ""
+        numbers = range(columns.start, columns.stop)
+        plots.append(
+            _draw_values(
+                readings.times_s,
+                readings.values[:, columns].astype(np.float64),
+                name=name if len(spec.values) == 1 else f"{name}.{group.type}",
+                title=f"{name} {group.type}{unit} ({spec.file})",
+                labels=group.names or [str(number) for number in numbers],
+                group=group,
+                limits=spec.expect.range or _LIMITS.get(group.type, ()),
+                max_gap_s=spec.age_limit_s if spec.resample == "hold" else spec.gap_limit_s,
+                bands=bands,
+                axis=axis,
             )
+        )
     return plots
 
 
-def _draw_readings(
+def _draw_values(
     times_s: NDArray[np.float64],
-    readings: NDArray[np.float64],
+    values: NDArray[np.float64],
     *,
     name: str,
     title: str,
+    labels: Sequence[str],
+    group: ValueGroup,
     limits: tuple[float, ...],
-    first_label: int,
     max_gap_s: float,
+    bands: list[Band],
     axis: TimeAxis,
 ) -> Plot:
-    """Draw a curve for each column of readings [N, D] at times [N]."""
-    low = min(float(readings.min()), *limits, math.inf)
-    high = max(float(readings.max()), *limits, -math.inf)
+    """Draw a curve for each column of values [N, D] at times [N]."""
+    num_curves = min(values.shape[1], _MAX_CURVES)
+    if num_curves < values.shape[1]:
+        title = f"{title}, the first {num_curves} of {values.shape[1]} values"
+    low = min(float(values.min()), *limits, math.inf)
+    high = max(float(values.max()), *limits, -math.inf)
     margin = 0.04 * (high - low) or 1.0
-    values = ValueAxis(low - margin, high + margin, _PLOT_HEIGHT)
-    num_curves = readings.shape[1]
+    y_axis = ValueAxis(low - margin, high + margin, _PLOT_HEIGHT)
     num_columns = max(10, min(_MAX_COLUMNS, _MAX_POINTS // num_curves))
     curves = []
     for i in range(num_curves):
         thinned = thin_curve(
-            times_s, readings[:, i], axis=axis, num_columns=num_columns, max_interval_s=max_gap_s
+            times_s,
+            values[:, i],
+            axis=axis,
+            num_columns=num_columns,
+            max_interval_s=max_gap_s,
+            max_jump=math.pi if group.type is ValueType.ANGLE else math.inf,
         )
-        path = curve_path(thinned, axis=axis, values=values)
-        curves.append(PlotCurve(path, i % _NUM_COLORS, f"{first_label + i}"))
+        path = curve_path(thinned, axis=axis, values=y_axis)
+        curves.append(PlotCurve(path, i % _NUM_COLORS, labels[i]))
     return Plot(
         name=name,
         title=title,
-        y_ticks=values.ticks(),
+        y_ticks=y_axis.ticks(),
         curves=curves,
-        limits=[Tick(values.y(limit), "") for limit in limits],
-        bands=[band for gaps in line_gaps(times_s) for band in gaps.bands(axis)],
+        limits=[Tick(y_axis.y(limit), "") for limit in limits],
+        bands=bands,
     )
 
 
-def _draw_texts(probe: SessionProbe, axis: TimeAxis) -> list[TextLanes]:
+def _draw_text(_path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> list[TextLanes]:
     """Draw text events as marks, with labels as long as there is room for all of them."""
-    streams: list[TextLanes] = []
-    for stream in (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT):
-        events = _thin_events([e for e in probe.events if e.stream is stream], probe, axis)
-        for max_chars in _LABEL_CHARS:
-            texts = [_timed_text(event, probe, max_chars=max_chars) for event in events]
-            marks = arrange_texts(texts, axis, max_lanes=_MAX_LANES)
-            if all(mark.lane >= 0 for mark in marks):
-                break
-        if marks:
-            streams.append(TextLanes(stream.value, count_lanes(marks), marks))
-    return streams
+    events = _thin_events(probe.events[name], axis)
+    marks: list[TextMark] = []
+    for max_chars in _LABEL_CHARS:
+        texts = [_timed_text(event, probe, max_chars=max_chars) for event in events]
+        marks = arrange_texts(texts, axis, max_lanes=_MAX_LANES)
+        if all(mark.lane >= 0 for mark in marks):
+            break
+    return [TextLanes(name, count_lanes(marks), marks)]
 
 
-def _thin_events(events: list[TextEvent], probe: SessionProbe, axis: TimeAxis) -> list[TextEvent]:
+_PANELS: Mapping[Kind, Callable[..., Sequence[Strip | Plot | TextLanes]]] = {
+    Kind.VIDEO: _draw_video,
+    Kind.AUDIO: _draw_audio,
+    Kind.SENSOR: _draw_sensor,
+    Kind.TEXT: _draw_text,
+}
+"""What is drawn of a stream that is present."""
+
+
+def _thin_events(events: Sequence[TextEvent], axis: TimeAxis) -> Sequence[TextEvent]:
     """Keep all events, or the first at each of _MAX_MARKS positions."""
     if len(events) <= _MAX_MARKS:
         return events
     first: dict[int, TextEvent] = {}
     for event in events:
-        position = axis.x(event.time_s - probe.offset_s) * _MAX_MARKS / axis.width
+        position = axis.x(event.time_s) * _MAX_MARKS / axis.width
         first.setdefault(int(position), event)
     return list(first.values())
 
 
 def _timed_text(event: TextEvent, probe: SessionProbe, *, max_chars: int) -> TimedText:
     """Return an event's label and tooltip; the label of one outside the session has its time."""
-    time_s = event.time_s - probe.offset_s
     label = printable_line(event.text, max_chars=max_chars)
     if _is_outside(event, probe):
-        label = f"({format_time(time_s)}) {label}"
-    title = f"{format_time(time_s)}: {printable_line(event.text, max_chars=_MAX_TITLE_CHARS)}"
-    return TimedText(start_s=time_s, stop_s=time_s, label=label, title=title)
+        label = f"({format_time(event.time_s)}) {label}"
+    title = f"{format_time(event.time_s)}: {printable_line(event.text, max_chars=_MAX_TITLE_CHARS)}"
+    return TimedText(start_s=event.time_s, stop_s=event.time_s, label=label, title=title)
 
 
-def _list_text(event: TextEvent, probe: SessionProbe) -> ListedText:
+def _list_text(event: TextEvent, name: str, probe: SessionProbe) -> ListedText:
     return ListedText(
-        time=format_time(event.time_s - probe.offset_s),
-        stream=event.stream.value,
+        time=format_time(event.time_s),
+        stream=name,
         text=printable_line(event.text, max_chars=_MAX_LISTED_CHARS),
         is_outside=_is_outside(event, probe),
     )
 
 
 def _is_outside(event: TextEvent, probe: SessionProbe) -> bool:
-    return not 0 <= event.time_s - probe.offset_s <= probe.duration_s
+    return not 0 <= event.time_s <= probe.duration_s

@@ -1,12 +1,12 @@
 """Read a session for validation into plain values.
 
-:func:`probe_session` opens every source file once: it reads all metadata and text lines, decodes
-all sound, reads the time of every frame, and decodes frames in evenly spread stretches of each
-video. The checks (:mod:`preprocess.validate.checks`, :mod:`preprocess.validate.line_checks`) open
-nothing; they judge the :class:`SessionProbe`.
+:func:`probe_session` opens every source file once: it reads all lines of the timestamped files,
+decodes all sound, reads the time of every frame, and decodes frames in evenly spread stretches of
+each video. The checks (:mod:`preprocess.validate.checks`, :mod:`preprocess.validate.line_checks`,
+:mod:`preprocess.validate.value_checks`) open nothing; they judge the :class:`SessionProbe`.
 
-Timestamps in milliseconds, microseconds or nanoseconds are recognized here. Recorders write lines
-5 to 500 times per second, so the median interval gives the unit. The media confirm it: the divided
+Timestamps in another unit than the recipe declares are recognized here. Recorders write lines 5 to
+500 times per second, so the median interval gives the unit. The media confirm it: the divided
 timestamps must span their length. Without media, readings in the lines confirm it.
 """
 
@@ -14,26 +14,28 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.clock import Interval
 from shared.errors import MediaError, MissingMediaError
+from shared.kinds.audio import align_sound
+from shared.kinds.video import align_track, interval_of
 from shared.media.sound import measure_loudness, read_sound
 from shared.media.video import REPLACE_FIX, read_frames, read_video_track
-from shared.recipe import Recipe, Stream, VisionRecipe
-from shared.session.alignment import align_sound, align_streams, align_track, read_starts, span_of
-from shared.session.folder import (
-    AUDIO_FILE,
-    METADATA_FILE,
-    SESSION_INFO_FILE,
-    TEXT_FILE,
-    VISION_FILES,
-    read_metadata,
-    read_text_file,
+from shared.session.alignment import MEDIA_KINDS, align_streams, read_starts, shift_events
+from shared.session.folder import SESSION_INFO_FILE, files_of_stream, read_timed_lines
+from shared.session.lines import TIME_KEY, Readings
+from shared.streams import (
+    TIME_UNITS,
+    AudioStream,
+    Kind,
+    SensorStream,
+    VideoDefaults,
+    VideoStream,
 )
+from shared.values import clean_readings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,8 +43,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shared.clock import Interval
     from shared.media.video import VideoTrack
-    from shared.session.folder import Metadata, ParseIssue, TextEvent
+    from shared.recipe import Recipe
+    from shared.session.lines import FileLines, ParseIssue, SessionLines, TextEvent
 
 NUM_STRETCHES = 16
 STRETCH_FRAMES = 60
@@ -50,11 +54,11 @@ STRETCH_FRAMES = 60
 STRETCH_FRAMES frames are decoded, spread evenly from the first frame to the last.
 """
 
-UNREAD_KINDS = frozenset({"json", "long", "timestamp"})
-"""Kinds of parse issues for which the whole line is skipped."""
-
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.002, 0.2
 """Range of a recorder's median interval: narrow enough that no interval fits two units."""
+
+RATE_FACTOR = 4.0
+"""An interval within this factor of the declared rate's is in the declared unit."""
 
 MIN_TIMED_LINES = 3
 """With fewer lines the unit of their timestamps is not guessed."""
@@ -68,31 +72,49 @@ MAX_TIME = 1e21
 _NANOSECONDS_PER_S = 1e9
 """With this divisor, timestamps of every unit stay below the limit for seconds."""
 
-_TINY = VisionRecipe(size=16, fit="stretch")
+UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+"""Units that are recognized."""
+
+_TINY = VideoDefaults(size=16, fit="stretch")
 _STREAMING_SIZES = {0, 0xFFFFFFFF, 0x7FFFFFFF}
 """Data sizes that a recorder writes when it cannot know the length of the sound."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """A unit of time other than the second."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrongUnit:
+    """The unit of a file's timestamps that is not the one that the recipe declares."""
 
-    name: str
-    per_s: float
+    unit: str
+    """A key of UNIT_NAMES."""
+    declared: str
+    """A key of shared.streams.TIME_UNITS."""
+    interval: float
+    """Median interval in its own unit."""
+    is_confirmed: bool
+    """Whether the media confirm it, and texts too, so that --fix divides the timestamps."""
 
+    @property
+    def name(self) -> str:
+        """Name of the unit."""
+        return UNIT_NAMES[self.unit]
 
-UNITS = (Unit("milliseconds", 1e3), Unit("microseconds", 1e6), Unit("nanoseconds", 1e9))
+    @property
+    def factor(self) -> float:
+        """What the timestamps must be divided by to be in the declared unit."""
+        return TIME_UNITS[self.unit] / TIME_UNITS[self.declared]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AudioProbe:
-    """What validation reads of the sound. Levels have full scale 1."""
+    """What validation reads of a sound. Levels have full scale 1."""
 
     interval: Interval
     """On the session clock."""
     origin_s: float
     """See :class:`shared.media.sound.Sound`."""
     duration_s: float
+    source_rate_hz: int
+    source_channels: int
     rms: float
     peak: float
     num_samples: int
@@ -125,47 +147,111 @@ class VideoProbe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionProbe:
-    """Everything that validation reads of a session.
-
-    Intervals are on the session clock; metadata and events keep the recorder's clock.
-    """
+    """Everything that validation reads of a session; all times are on the session clock."""
 
     recipe: Recipe
-    videos: Mapping[Stream, VideoProbe]
-    audio: AudioProbe | None
-    metadata: Metadata
-    events: tuple[TextEvent, ...]
+    videos: Mapping[str, VideoProbe]
+    audio: Mapping[str, AudioProbe]
+    readings: Mapping[str, Readings]
+    """Of each sensor stream that is present; values as recorded, quaternions not normalized."""
+    missing: Mapping[str, NDArray[np.int64]]
+    """Of each sensor, the lines whose quaternions or directions have almost no length."""
+    events: Mapping[str, tuple[TextEvent, ...]]
+    """Of each text stream with events, those outside the session too."""
+    files: Mapping[str, tuple[FileLines, ...]]
+    """Lines of each timestamped file that exists, on the recorder's clock."""
     issues: tuple[ParseIssue, ...]
-    num_lines: Mapping[str, int]
-    """Lines of metadata.jsonl and text.jsonl that are not blank."""
     unreadable: Mapping[str, str]
     """File name -> reason and fix, of each file that exists and cannot be read."""
-    starts: Mapping[Stream, float]
-    """Start of each media file according to ``session.json``."""
+    starts: Mapping[str, float]
+    """Start of each stream according to ``session.json``."""
     start_error: str | None
     """Why `starts` cannot be used; the containers' own start times apply then."""
-    unit: Unit | None
-    """Unit of the timestamps in metadata.jsonl if it is not the second; here they are divided."""
-    is_unit_confirmed: bool
-    """Whether the media confirm the unit, so that --fix divides the timestamps."""
-    intervals: Mapping[Stream, Interval]
-    absent: Mapping[Stream, str]
-    lines_interval: Interval | None
-    """From the first metadata line to the last."""
+    undeclared_starts: tuple[str, ...]
+    """Names in ``session.json`` that the recipe does not declare."""
+    units: Mapping[str, WrongUnit]
+    """Timestamped file -> the unit that it has instead of the declared one; it is divided here."""
+    intervals: Mapping[str, Interval]
+    absent: Mapping[str, str]
     offset_s: float
     """Session clock = recorder's clock - `offset_s`."""
     duration_s: float
     stop_s: float
     """End of the last stream; greater than `duration_s` if it is too late for a session."""
 
-    def locate_row(self, row: int) -> str:
-        """Return file, line and second of a metadata row."""
-        time_s = self.metadata.times_s[row] - self.offset_s
-        return f"{METADATA_FILE} line {self.metadata.lines[row]} ({time_s:.3f} s)"
+    def times_s(self, name: str) -> NDArray[np.float64] | None:
+        """Return the times of a stream's frames, readings or texts; None for sound or if absent."""
+        if name in self.videos:
+            return self.videos[name].track.times_s
+        if name in self.readings:
+            return self.readings[name].times_s
+        if name in self.events:
+            return np.array([event.time_s for event in self.events[name]])
+        return None
 
-    def reading_times_s(self, stream: Stream) -> NDArray[np.float64]:
-        """Return the times of a sensor's readings on the session clock."""
-        return self.metadata.times_s[self.metadata.rows_with(stream)] - self.offset_s
+    def locate(self, name: str, row: int) -> str:
+        """Return file, line and second of a frame, reading or text of a stream."""
+        times_s = self.times_s(name)
+        assert times_s is not None
+        where = f"({times_s[row]:.3f} s)"
+        if name in self.readings:
+            file = self.recipe.streams[name].file
+            noun = "row" if file.endswith(".parquet") else "line"
+            return f"{file} {noun} {self.readings[name].lines[row]} {where}"
+        if name in self.events:
+            return f"{self.events[name][row].source_line} {where}"
+        return f"{self.source(name)} at {times_s[row]:.2f} s"
+
+    def label(self, name: str, column: int) -> str:
+        """Return stream and name of a sensor's value, by its number if it has no name."""
+        spec = self.recipe.streams[name]
+        assert isinstance(spec, SensorStream)
+        return f"{name}[{spec.names[column] if spec.names else column}]"
+
+    def source(self, name: str) -> str:
+        """Return the file of a stream, with the track if other streams could be meant."""
+        spec = self.recipe.streams[name]
+        if not isinstance(spec, AudioStream):
+            return spec.file
+        others = [s for n, s in self.recipe.streams.items() if n != name and s.file == spec.file]
+        return f"{spec.file} track {spec.track}" if spec.track or others else spec.file
+
+    def streams_of(self, file: str) -> tuple[str, ...]:
+        """Return the streams that a file can hold."""
+        return tuple(n for n, s in self.recipe.streams.items() if file in files_of_stream(s))
+
+    def sensors_of(self, file: str) -> tuple[str, ...]:
+        """Return the sensors whose readings are in a file."""
+        sensors = self.recipe.of_kind(Kind.SENSOR)
+        return tuple(name for name in sensors if self.recipe.streams[name].file == file)
+
+    def issues_of(self, file: str) -> list[ParseIssue]:
+        """Return the issues of a file."""
+        return [issue for issue in self.issues if issue.file == file]
+
+    def num_lines(self, file: str) -> int:
+        """Return the number of lines of a file that are not blank."""
+        return max((lines.num_lines for lines in self.files.get(file, ())), default=0)
+
+    def num_unread(self, file: str) -> int:
+        """Return the number of lines of a file that are skipped as a whole."""
+        return sum(lines.num_unread for lines in self.files.get(file, ()))
+
+    def num_timed_lines(self, file: str) -> int:
+        """Return the number of lines of a file with times of their own."""
+        return max((len(lines.times_s) for lines in self.files.get(file, ())), default=0)
+
+    def is_fixable(self, file: str) -> bool:
+        """Return whether --fix can write a file: its streams have one timestamp, in JSON lines."""
+        return file.endswith(".jsonl") and len(self.files.get(file, ())) == 1
+
+    def is_on_shared_clock(self, file: str) -> bool:
+        """Return whether the timestamps of a file share the session's offset."""
+        streams = self.streams_of(file)
+        return any(
+            self.recipe.streams[name].clock == "session" and name not in self.starts
+            for name in streams
+        )
 
 
 def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
@@ -175,91 +261,101 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
         OSError: the file system refuses to open a folder or file.
     """
     # Media that cannot be read are absent streams; reading goes on.
-    failures: dict[Stream, MediaError] = {}
-    videos: dict[Stream, VideoProbe] = {}
-    starts, start_error = read_starts(path)
-    for stream, file in VISION_FILES.items():
+    failures: dict[str, MediaError] = {}
+    probes: dict[str, VideoProbe | AudioProbe] = {}
+    starts, start_error = read_starts(path, recipe)
+    for name in recipe.of_kind(*MEDIA_KINDS):
         try:
-            videos[stream] = _probe_video(path / file, starts.get(stream))
+            probes[name] = _probe_media(path, recipe.streams[name], starts.get(name))
         except MediaError as error:
-            failures[stream] = error
-    audio = None
-    try:
-        audio = _probe_audio(path / AUDIO_FILE, starts.get(Stream.AUDIO), recipe)
-    except MediaError as error:
-        failures[Stream.AUDIO] = error
-    media = {
-        stream: Interval(float(video.track.times_s[0]), video.track.stop_s)
-        for stream, video in videos.items()
-    }
-    if audio is not None:
-        media[Stream.AUDIO] = audio.interval
+            failures[name] = error
+    videos = {name: probe for name, probe in probes.items() if isinstance(probe, VideoProbe)}
+    audio = {name: probe for name, probe in probes.items() if isinstance(probe, AudioProbe)}
+    media = {name: interval_of(video.track) for name, video in videos.items()}
+    media |= {name: sound.interval for name, sound in audio.items()}
     # The length of the media tells the unit of the timestamps in the lines.
-    lines = _read_lines(path, recipe, max((i.stop_s for i in media.values()), default=None))
-    absent, unreadable = _explain_failures(path, failures)
+    media_stop_s = max((interval.stop_s for interval in media.values()), default=None)
+    lines, units = _read_lines(path, recipe, media_stop_s)
+    lines, missing = _drop_missing(lines, recipe)
+    absent, unreadable = _explain_failures(path, failures, recipe)
     unreadable |= {
         issue.file: f"{issue.message}; {REPLACE_FIX}" for issue in lines.issues if issue.line == 0
     }
-    unreadable |= _check_session_file(path / SESSION_INFO_FILE)
-    events = tuple(sorted((*lines.metadata.events, *lines.texts), key=lambda e: e.time_s))
-    alignment = align_streams(media, lines.metadata, events, recipe=recipe)
+    bad_info, undeclared = _check_session_file(path / SESSION_INFO_FILE, recipe)
+    unreadable |= bad_info
+    alignment = align_streams(media, lines, starts=starts, recipe=recipe)
     absent |= alignment.absent
     return SessionProbe(
         recipe=recipe,
         videos=videos,
         audio=audio,
-        metadata=lines.metadata,
-        events=events,
+        readings={
+            name: replace(lines.readings[name], times_s=times_s)
+            for name, times_s in alignment.times_s.items()
+        },
+        missing=missing,
+        events=_place_events(lines, alignment.offset_s, starts, recipe),
+        files=_files(lines),
         issues=tuple(issue for issue in lines.issues if issue.line > 0),
-        num_lines=_count_lines(lines),
         unreadable=unreadable,
         starts=starts,
         start_error=start_error,
-        unit=lines.unit,
-        is_unit_confirmed=lines.is_unit_confirmed,
-        intervals={s: alignment.intervals[s] for s in Stream if s in alignment.intervals},
-        absent={s: absent[s] for s in Stream if s in absent},
-        lines_interval=span_of(lines.metadata.times_s - alignment.offset_s, recipe=recipe),
+        undeclared_starts=undeclared,
+        units=units,
+        intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
+        absent={n: absent[n] for n in recipe.streams if n in absent},
         offset_s=alignment.offset_s,
         duration_s=alignment.duration_s,
         stop_s=alignment.stop_s,
     )
 
 
-def guess_unit(times: NDArray[np.float64]) -> Unit | None:
-    """Guess the unit of timestamps in file order; None for seconds or if nothing fits."""
+def guess_unit(times: NDArray[np.float64], *, declared: str = "s") -> str | None:
+    """Guess the unit of increasing timestamps; None for the declared one or if nothing fits."""
     if len(times) < MIN_TIMED_LINES:
         return None
     interval = float(np.median(np.diff(times)))
-    return next((u for u in UNITS if MIN_INTERVAL_S <= interval / u.per_s <= MAX_INTERVAL_S), None)
+    fits = (
+        unit
+        for unit in UNIT_NAMES
+        if MIN_INTERVAL_S <= interval / TIME_UNITS[unit] <= MAX_INTERVAL_S
+    )
+    unit = next(fits, None)
+    return None if unit == declared else unit
 
 
-def confirms_unit(times: NDArray[np.float64], unit: Unit, media_stop_s: float | None) -> bool:
-    """Return whether the timestamps span the media's length after division, and only then."""
+def confirms_unit(
+    times: NDArray[np.float64],
+    unit: str,
+    media_stop_s: float | None,
+    *,
+    declared: str = "s",
+) -> bool:
+    """Return whether timestamps span the media's length after division, and only then."""
     if media_stop_s is None:
         return False
     length = float(np.ptp(times))
-    is_apart = abs(length - media_stop_s) > UNIT_TOLERANCE_S
-    return is_apart and abs(length / unit.per_s - media_stop_s) <= UNIT_TOLERANCE_S
+    is_apart = abs(length / TIME_UNITS[declared] - media_stop_s) > UNIT_TOLERANCE_S
+    return is_apart and abs(length / TIME_UNITS[unit] - media_stop_s) <= UNIT_TOLERANCE_S
 
 
 def text_divisor(
     texts: NDArray[np.float64],
     *,
     times: NDArray[np.float64],
-    unit: Unit,
+    units_per_s: float,
     media_stop_s: float | None,
 ) -> float | None:
-    """Return the divisor that turns timestamps of ``text.jsonl`` into seconds.
+    """Return the divisor that turns timestamps of a text file into seconds.
 
     Args:
         texts: the timestamps of the texts.
-        times: the timestamps of the metadata lines.
-        unit: the unit of `times`.
+        times: the timestamps of the sensors beside them.
+        units_per_s: divisor of `times`.
         media_stop_s: when the last of the media ends; None without media.
 
     Returns:
-        1 if they are seconds already, `unit.per_s` if only that fits, None if neither fits.
+        1 if they are seconds already, `units_per_s` if only that fits, None if neither fits.
     """
     if not len(texts):
         return 1.0
@@ -267,68 +363,151 @@ def text_divisor(
     limit_s = None if media_stop_s is None else media_stop_s + UNIT_TOLERANCE_S
     if limit_s is not None and low >= -UNIT_TOLERANCE_S and high <= limit_s:
         return 1.0
-    first_s = float(times.min()) / unit.per_s - UNIT_TOLERANCE_S
-    last_s = float(times.max()) / unit.per_s + UNIT_TOLERANCE_S
-    return unit.per_s if first_s <= low / unit.per_s and high / unit.per_s <= last_s else None
+    first_s = float(times.min()) / units_per_s - UNIT_TOLERANCE_S
+    last_s = float(times.max()) / units_per_s + UNIT_TOLERANCE_S
+    is_between = first_s <= low / units_per_s and high / units_per_s <= last_s
+    return units_per_s if is_between else None
 
 
-def raw_timestamp(values: dict[str, Any]) -> float | None:
+def raw_timestamp(values: Mapping[str, Any], key: str = TIME_KEY) -> float | None:
     """Return the timestamp of a line in its own unit; None if it is not a number."""
-    value = values.get("timestamp")
+    value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_TIME:
         return None
     return float(value)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Lines:
-    """Metadata and text lines, in seconds."""
-
-    metadata: Metadata
-    texts: list[TextEvent]
-    issues: tuple[ParseIssue, ...]
-    unit: Unit | None = None
-    is_unit_confirmed: bool = False
+def declared_unit(file: str, recipe: Recipe) -> str | None:
+    """Return the unit of the sensors' timestamps in a file; None without sensors, or with many."""
+    sensors = (recipe.streams[name] for name in recipe.of_kind(Kind.SENSOR))
+    units = {s.time_unit for s in sensors if isinstance(s, SensorStream) and s.file == file}
+    return units.pop() if len(units) == 1 else None
 
 
-def _read_lines(path: Path, recipe: Recipe, media_stop_s: float | None) -> _Lines:
-    """Read all lines; timestamps in another unit are divided."""
-    sensors = recipe.sensors
+def _read_lines(
+    path: Path, recipe: Recipe, media_stop_s: float | None
+) -> tuple[SessionLines, dict[str, WrongUnit]]:
+    """Read all lines; timestamps in another unit than the declared one are divided."""
+    lines = read_timed_lines(path, recipe, is_cleaned=False)
+    raw: dict[str, NDArray[np.float64]] = {}
+    units: dict[str, WrongUnit] = {}
+    for file, of_file in _files(lines).items():
+        declared = declared_unit(file, recipe)
+        if declared is None:
+            continue
+        raw[file] = _raw_times(path, recipe, of_file, TIME_UNITS[declared])
+        unit = guess_unit(raw[file], declared=declared)
+        interval = float(np.median(np.diff(raw[file]))) if unit else 0.0
+        if unit is None or fits_rate(interval / TIME_UNITS[declared], file, recipe):
+            continue
+        is_confirmed = confirms_unit(raw[file], unit, media_stop_s, declared=declared)
+        if is_confirmed or (media_stop_s is None and _has_readings(path, recipe, file, unit)):
+            units[file] = WrongUnit(
+                unit=unit, declared=declared, interval=interval, is_confirmed=is_confirmed
+            )
+    if not units:
+        return lines, units
+    # Texts have no declared unit; they are in that of the sensors beside them, or in seconds.
+    reference = next(iter(units))
+    divisors = {file: TIME_UNITS[wrong.unit] for file, wrong in units.items()}
+    for file, of_file in _files(lines).items():
+        if not any(
+            recipe.streams[n].kind is Kind.SENSOR for lines in of_file for n in lines.streams
+        ):
+            divisor = text_divisor(
+                _raw_times(path, recipe, of_file, None),
+                times=raw[reference],
+                units_per_s=divisors[reference],
+                media_stop_s=media_stop_s,
+            )
+            divisors[file] = divisor or 1.0
+            if divisor is None:
+                units = {f: replace(wrong, is_confirmed=False) for f, wrong in units.items()}
+    return read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False), units
 
-    def read(units_per_s: float) -> Metadata:
-        return read_metadata(
-            path,
-            touch_size=sensors.touch_size,
-            proprio_size=sensors.proprio_size,
-            units_per_s=units_per_s,
-        )
 
-    metadata = read(1.0)
-    texts, text_issues = read_text_file(path)
-    times = metadata.times_s
-    # If most lines were skipped because their timestamps are too large for seconds, read them
-    # with the largest divisor and multiply.
-    if sum(issue.kind == "timestamp" for issue in metadata.issues) > len(times):
-        times = read(_NANOSECONDS_PER_S).times_s * _NANOSECONDS_PER_S
-    unit = guess_unit(times)
-    is_confirmed = unit is not None and confirms_unit(times, unit, media_stop_s)
-    if unit is not None:
-        divided = read(unit.per_s)
-        has_readings = bool(np.isfinite(divided.touch).any() or np.isfinite(divided.proprio).any())
-        unit = unit if is_confirmed or (media_stop_s is None and has_readings) else None
-    if unit is None:
-        return _Lines(metadata=metadata, texts=texts, issues=(*metadata.issues, *text_issues))
-    raw_events = read_text_file(path, units_per_s=_NANOSECONDS_PER_S)[0]
-    raw_times = np.array([event.time_s for event in raw_events]) * _NANOSECONDS_PER_S
-    divisor = text_divisor(raw_times, times=times, unit=unit, media_stop_s=media_stop_s)
-    texts, text_issues = read_text_file(path, units_per_s=divisor or 1.0)
-    return _Lines(
-        metadata=divided,
-        texts=texts,
-        issues=(*divided.issues, *text_issues),
-        unit=unit,
-        is_unit_confirmed=is_confirmed and divisor is not None,
+def _raw_times(
+    path: Path, recipe: Recipe, of_file: tuple[FileLines, ...], units_per_s: float | None
+) -> NDArray[np.float64]:
+    """Return the timestamps of a file in its own unit.
+
+    Those of texts, and those that are mostly too large for seconds, are read with a larger divisor.
+    """
+    lines = of_file[0]
+    num_large = sum(issue.count for issue in lines.issues if issue.kind == "timestamp")
+    if units_per_s is not None and num_large <= len(lines.times_s):
+        return lines.times_s * units_per_s
+    divisors = {lines.file: _NANOSECONDS_PER_S}
+    read = read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False)
+    return _files(read)[lines.file][0].times_s * _NANOSECONDS_PER_S
+
+
+def fits_rate(interval_s: float, file: str, recipe: Recipe) -> bool:
+    """Return whether an interval is about that of a sensor in a file."""
+    sensors = (recipe.streams[name] for name in recipe.of_kind(Kind.SENSOR))
+    return any(
+        1 / RATE_FACTOR <= interval_s * spec.rate_hz <= RATE_FACTOR
+        for spec in sensors
+        if isinstance(spec, SensorStream) and spec.file == file
     )
+
+
+def _has_readings(path: Path, recipe: Recipe, file: str, unit: str) -> bool:
+    """Return whether a file has readings of a sensor at timestamps of a unit."""
+    divisors = {file: TIME_UNITS[unit]}
+    readings = read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False).readings
+    return any(len(r.times_s) for n, r in readings.items() if recipe.streams[n].file == file)
+
+
+def _files(lines: SessionLines) -> dict[str, tuple[FileLines, ...]]:
+    """Return the lines of each file, once per time key."""
+    files: dict[str, tuple[FileLines, ...]] = {}
+    for of_file in lines.files:
+        files[of_file.file] = (*files.get(of_file.file, ()), of_file)
+    return files
+
+
+def _drop_missing(
+    lines: SessionLines, recipe: Recipe
+) -> tuple[SessionLines, dict[str, NDArray[np.int64]]]:
+    """Drop readings that cannot be cleaned, as the shard job does; return their lines too."""
+    readings: dict[str, Readings] = {}
+    missing: dict[str, NDArray[np.int64]] = {}
+    for name, recorded in lines.readings.items():
+        spec = recipe.streams[name]
+        assert isinstance(spec, SensorStream)
+        _, is_usable = clean_readings(recorded.values, spec)
+        missing[name] = recorded.lines[~is_usable]
+        readings[name] = Readings(
+            times_s=recorded.times_s[is_usable],
+            values=recorded.values[is_usable],
+            lines=recorded.lines[is_usable],
+        )
+    return replace(lines, readings=readings), missing
+
+
+def _place_events(
+    lines: SessionLines, offset_s: float, starts: Mapping[str, float], recipe: Recipe
+) -> dict[str, tuple[TextEvent, ...]]:
+    """Return the texts of each stream on the session clock."""
+    placed: dict[str, tuple[TextEvent, ...]] = {}
+    for name, events in lines.events.items():
+        shifted = shift_events(name, events, offset_s, starts=starts, recipe=recipe)
+        if events:
+            placed[name] = tuple(
+                replace(event, time_s=timed.time_s)
+                for event, timed in zip(events, shifted, strict=True)
+            )
+    return placed
+
+
+def _probe_media(
+    path: Path, spec: VideoStream | AudioStream, start_s: float | None
+) -> VideoProbe | AudioProbe:
+    """Read a video or a sound."""
+    if isinstance(spec, VideoStream):
+        return _probe_video(path / spec.file, start_s)
+    return _probe_audio(path / spec.file, spec, start_s)
 
 
 def _probe_video(path: Path, start_s: float | None) -> VideoProbe:
@@ -341,7 +520,7 @@ def _probe_video(path: Path, start_s: float | None) -> VideoProbe:
         stretches = [range(start, start + STRETCH_FRAMES) for start in starts]
     undecoded: list[int] = []
     for requested in stretches:
-        decoded = {index for index, _ in read_frames(path, track, requested, recipe=_TINY)}
+        decoded = {index for index, _ in read_frames(path, track, requested, spec=_TINY)}
         undecoded += [index for index in requested if index not in decoded]
     return VideoProbe(
         track=track,
@@ -350,14 +529,16 @@ def _probe_video(path: Path, start_s: float | None) -> VideoProbe:
     )
 
 
-def _probe_audio(path: Path, start_s: float | None, recipe: Recipe) -> AudioProbe:
-    """Decode all of the sound and measure its levels."""
-    sound = read_sound(path, rate_hz=recipe.audio.rate_hz)
-    loudness = measure_loudness(sound.samples.iter_blocks(), recipe=recipe.audio)
+def _probe_audio(path: Path, spec: AudioStream, start_s: float | None) -> AudioProbe:
+    """Decode all of a sound and measure its levels."""
+    sound = read_sound(path, rate_hz=spec.rate_hz, track=spec.track)
+    loudness = measure_loudness(sound.samples.iter_blocks(), spec=spec)
     return AudioProbe(
         interval=align_sound(sound, start_s),
         origin_s=sound.origin_s,
         duration_s=sound.duration_s,
+        source_rate_hz=sound.source_rate_hz,
+        source_channels=sound.source_channels,
         rms=loudness.rms,
         peak=sound.peak,
         num_samples=round(sound.duration_s * sound.source_rate_hz) * sound.source_channels,
@@ -386,15 +567,15 @@ def _missing_wav_bytes(path: Path) -> int:
 
 
 def _explain_failures(
-    path: Path, failures: Mapping[Stream, MediaError]
-) -> tuple[dict[Stream, str], dict[str, str]]:
+    path: Path, failures: Mapping[str, MediaError], recipe: Recipe
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return why streams are absent; and why files that exist cannot be read, with the fix."""
-    absent: dict[Stream, str] = {}
+    absent: dict[str, str] = {}
     unreadable: dict[str, str] = {}
-    for stream, error in failures.items():
-        file = path / VISION_FILES.get(stream, AUDIO_FILE)
+    for name, error in failures.items():
+        file = path / recipe.streams[name].file
         reason = str(error).removeprefix(f"{file}: ")
-        absent[stream] = f"{file.name}: {reason}"
+        absent[name] = f"{file.name}: {reason}"
         if not isinstance(error, MissingMediaError):
             unreadable[file.name] = reason
         elif file.is_symlink():
@@ -402,29 +583,20 @@ def _explain_failures(
     return absent, unreadable
 
 
-def _check_session_file(path: Path) -> dict[str, str]:
-    """Return {session.json: reason and fix} if it exists and is not a JSON object."""
+def _check_session_file(path: Path, recipe: Recipe) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return why ``session.json`` cannot be read, and the streams of `start_s` not declared."""
     if not path.exists():
-        return {}
+        return {}, ()
     reason = "not a JSON object"
     if not path.is_file():
         reason = "not a file"
     else:
         try:
-            if isinstance(json.loads(path.read_bytes()), dict):
-                return {}
+            info = json.loads(path.read_bytes())
+            if isinstance(info, dict):
+                starts = info.get("start_s")
+                names = starts if isinstance(starts, dict) else {}
+                return {}, tuple(str(name) for name in names if name not in recipe.streams)
         except (OSError, ValueError, RecursionError) as error:
             reason = f"not JSON ({str(error).splitlines()[0]})"
-    return {path.name: f"{reason}; fix: correct or delete it"}
-
-
-def _count_lines(lines: _Lines) -> dict[str, int]:
-    """Count the lines of each file, skipped ones included."""
-    skipped = UNREAD_KINDS | {"duplicate"}
-    lost = {(issue.file, issue.line) for issue in lines.issues if issue.kind in skipped}
-    bad_texts = {issue.line for issue in lines.issues if issue.file == TEXT_FILE}
-    num_lost = sum(file == METADATA_FILE for file, _ in lost)
-    return {
-        METADATA_FILE: len(lines.metadata.lines) + num_lost,
-        TEXT_FILE: len(lines.texts) + len(bad_texts),
-    }
+    return {path.name: f"{reason}; fix: correct or delete it"}, ()

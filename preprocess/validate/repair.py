@@ -1,10 +1,11 @@
 """Repair a session in place (``preprocess validate --fix``).
 
-Only faults with exactly one right repair are repaired: metadata and text lines are read, the
-functions of :mod:`preprocess.validate.line_repairs` are applied in order, and the files that
-changed are written. Media files are never changed. The original files are kept as ``*.orig``.
+Only faults with exactly one right repair are repaired. Files of JSON lines are read, the functions
+of :mod:`preprocess.validate.line_repairs` are applied in order, and the files that changed are
+written. The rows of a .csv or .tsv file are sorted; other faults of tables are only reported. Media
+files are never changed. The original files are kept as ``*.orig``.
 
-Both files change together or not at all, at whatever moment the machine stops. First the new files
+All files change together or not at all, at whatever moment the machine stops. First the new files
 are written under temporary names, then a journal that names them; only then they are renamed over
 the old ones. The next run finishes the renames of a journal that it finds.
 """
@@ -15,10 +16,13 @@ import filecmp
 import itertools
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from preprocess.validate.line_checks import MAX_BACK_S
 from preprocess.validate.line_repairs import (
-    Line,
+    LineFile,
+    Lines,
     clamp,
     convert_units,
     drop_outside_media,
@@ -27,27 +31,31 @@ from preprocess.validate.line_repairs import (
     is_sortable,
     join_repeats,
     parse_lines,
+    plan_files,
     shift_to_zero,
     sort_lines,
 )
 from shared.errors import MediaError, SessionError
 from shared.files import sync_folder, write_synced
+from shared.kinds.audio import align_sound
+from shared.kinds.video import align_track
 from shared.media.sound import read_sound
 from shared.media.video import read_video_track
-from shared.recipe import Stream
-from shared.session.alignment import align_sound, align_track, read_starts
-from shared.session.folder import AUDIO_FILE, METADATA_FILE, TEXT_FILE, VISION_FILES
+from shared.session.alignment import MEDIA_KINDS, read_starts
+from shared.session.folder import files_of_stream, read_timed_lines
+from shared.streams import AudioStream, SensorStream
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from shared.recipe import Recipe
+    from shared.session.lines import FileLines
 
 JOURNAL_FILE = ".repair"
-_FILES = (METADATA_FILE, TEXT_FILE)
 _TEMPORARY = ".repairing"
 """Suffix of files that are not complete yet."""
+
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
@@ -55,7 +63,7 @@ def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
 
     Args:
         path: the session folder.
-        recipe: sizes of readings, and the longest gap that is interpolated.
+        recipe: the declared streams.
 
     Returns:
         One sentence for each repair; [] if there was nothing to repair, as on every second run.
@@ -80,84 +88,142 @@ def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
 
 def _plan_repairs(path: Path, *, recipe: Recipe) -> tuple[dict[str, bytes], list[str]]:
     """Return the new content of each file that changes, and a sentence for each repair."""
-    parsed = {f: parse_lines((path / f).read_bytes()) for f in _FILES if (path / f).is_file()}
-    is_media_known, media_stop_s = _find_media_stop(path, recipe)
-    repairs: list[str] = []
-    repaired: dict[str, list[Line]] = {}
+    files = {n: f for n, f in plan_files(recipe).items() if (path / n).is_file()}
+    parsed = {n: parse_lines((path / n).read_bytes(), f) for n, f in files.items()}
+    starts, start_error = read_starts(path, recipe)
+    is_media_known, media_stop_s = False, None
+    if start_error is None:
+        is_media_known, media_stop_s = _find_media_stop(path, starts, recipe)
+    as_read = {name: lines for name, (lines, _) in parsed.items()}
+    in_seconds, repairs = convert_units(as_read, files, media_stop_s, recipe=recipe)
+    repaired: Lines = {}
     changed: set[str] = set()
-    as_read = {file: lines for file, (lines, _) in parsed.items()}
-    for file, lines in _convert_to_seconds(as_read, media_stop_s, repairs).items():
-        num_bad = parsed[file][1]
-        kept, sentence = drop_unreadable(lines, num_bad, file=file)
+    for name, lines in in_seconds.items():
+        num_bad = parsed[name][1]
+        kept, sentence = drop_unreadable(lines, num_bad, file=files[name])
         if sentence:
             repairs.append(sentence)
-            changed.add(file)
+            changed.add(name)
         # Bad lines that are not dropped mean that this is probably another kind of file.
         if sentence or not num_bad:
-            repaired[file] = kept
-    has_all = repaired.keys() == parsed.keys()
-    if has_all and is_sortable(repaired.get(METADATA_FILE, [])):
-        repairs += _repair_lines(
-            repaired, is_media_known=is_media_known, media_stop_s=media_stop_s, recipe=recipe
-        )
-    changed |= {file for file, lines in repaired.items() if lines != parsed[file][0]}
-    return {f: b"".join(line.encoded() for line in repaired[f]) for f in changed}, repairs
-
-
-def _convert_to_seconds(
-    lines: dict[str, list[Line]], media_stop_s: float | None, repairs: list[str]
-) -> dict[str, list[Line]]:
-    """Return the lines of both files with timestamps in seconds."""
-    if METADATA_FILE not in lines:
-        return lines
-    metadata, texts = lines[METADATA_FILE], lines.get(TEXT_FILE, [])
-    metadata, texts, sentence = convert_units(metadata, texts, media_stop_s)
-    if sentence:
-        repairs.append(sentence)
-    divided = {METADATA_FILE: metadata, TEXT_FILE: texts}
-    return {file: divided[file] for file in lines}
+            repaired[name] = kept
+    shared = _shared_files(path, starts, recipe) if is_media_known else None
+    if repaired.keys() == parsed.keys():
+        repairs += _repair_lines(repaired, files, shared, media_stop_s)
+    changed |= {name for name, lines in repaired.items() if lines != parsed[name][0]}
+    contents = {name: b"".join(line.encoded() for line in repaired[name]) for name in changed}
+    tables, sentences = _sort_tables(path, recipe)
+    return contents | tables, repairs + sentences
 
 
 def _repair_lines(
-    repaired: dict[str, list[Line]],
-    *,
-    is_media_known: bool,
+    repaired: Lines,
+    files: Mapping[str, LineFile],
+    shared: frozenset[str] | None,
     media_stop_s: float | None,
-    recipe: Recipe,
 ) -> list[str]:
-    """Apply every repair that needs lines with times; replaces the lists in `repaired`."""
-    lines, texts = repaired[METADATA_FILE], repaired.get(TEXT_FILE, [])
-    lines, sorted_ = sort_lines(lines)
-    lines, joined = join_repeats(lines)
-    rebased = trimmed = None
-    if is_media_known:
-        lines, texts, rebased = shift_to_zero(lines, texts, media_stop_s)
-        lines, trimmed = drop_outside_media(lines, media_stop_s)
-    lines, clamped = clamp(lines, sensors=recipe.sensors)
-    lines, filled = fill_gaps(lines, sensors=recipe.sensors)
-    repaired[METADATA_FILE] = lines
-    if TEXT_FILE in repaired:
-        repaired[TEXT_FILE] = texts
-    return [repair for repair in (sorted_, joined, rebased, trimmed, clamped, filled) if repair]
+    """Apply every repair that needs lines with times; replaces the lists in `repaired`.
+
+    Args:
+        repaired: lines of every file.
+        files: what the lines hold.
+        shared: the files on the shared clock; None if it cannot be shifted.
+        media_stop_s: when the last of the media ends; None without media.
+    """
+    sentences: list[str | None] = []
+    sortable = [n for n, f in files.items() if not f.is_text_file and is_sortable(repaired[n])]
+    for repair in (sort_lines, join_repeats):
+        for name in sortable:
+            repaired[name], sentence = repair(repaired[name], file=files[name])
+            sentences.append(sentence)
+    sensors = {n: repaired[n] for n, f in files.items() if not f.is_text_file}
+    if shared is not None and sensors.keys() <= {*sortable}:
+        on_clock = {n: lines for n, lines in sensors.items() if n in shared}
+        texts = {n: repaired[n] for n, f in files.items() if f.is_text_file and n in shared}
+        if on_clock:
+            on_clock, texts, rebased = shift_to_zero(on_clock, texts, files, media_stop_s)
+            on_clock, trimmed = drop_outside_media(on_clock, files, media_stop_s)
+            sentences += [rebased, *trimmed]
+        repaired.update(on_clock | texts)
+    for repair in (clamp, fill_gaps):
+        for name in sortable:
+            repaired[name], sentence = repair(repaired[name], file=files[name])
+            sentences.append(sentence)
+    return [sentence for sentence in sentences if sentence]
 
 
-def _find_media_stop(path: Path, recipe: Recipe) -> tuple[bool, float | None]:
-    """Return whether all media can be read and placed, and when the last one ends, if any."""
+def _shared_files(path: Path, starts: Mapping[str, float], recipe: Recipe) -> frozenset[str] | None:
+    """Return the files whose timestamps share an offset; None if one of them can't be written.
+
+    A file whose streams do not agree on it, or a table, would stay behind.
+    """
+    clocks: dict[str, set[bool]] = {}
+    for name, spec in recipe.streams.items():
+        if spec.kind not in MEDIA_KINDS:
+            for file in files_of_stream(spec):
+                is_shared = spec.clock == "session" and name not in starts
+                clocks.setdefault(file, set()).add(is_shared)
+    present = {file: clock for file, clock in clocks.items() if (path / file).is_file()}
+    shared = frozenset(file for file, clock in present.items() if True in clock)
+    is_writable = shared <= plan_files(recipe).keys()
+    return shared if is_writable and all(len(clock) == 1 for clock in present.values()) else None
+
+
+def _find_media_stop(
+    path: Path, starts: Mapping[str, float], recipe: Recipe
+) -> tuple[bool, float | None]:
+    """Return whether all media can be read, and when the last one ends, if there is any."""
     stops_s: list[float] = []
-    starts, start_error = read_starts(path)
-    if start_error is not None:
-        return False, None
     try:
-        for stream, file in VISION_FILES.items():
-            if (path / file).exists():
-                track = align_track(read_video_track(path / file), starts.get(stream))
-                stops_s.append(track.stop_s)
-        if (path / AUDIO_FILE).exists():
-            sound = read_sound(path / AUDIO_FILE, rate_hz=recipe.audio.rate_hz)
-            stops_s.append(align_sound(sound, starts.get(Stream.AUDIO)).stop_s)
+        for name in recipe.of_kind(*MEDIA_KINDS):
+            spec, file = recipe.streams[name], path / recipe.streams[name].file
+            if not file.exists():
+                continue
+            if isinstance(spec, AudioStream):
+                sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track)
+                stops_s.append(align_sound(sound, starts.get(name)).stop_s)
+            else:
+                stops_s.append(align_track(read_video_track(file), starts.get(name)).stop_s)
     except MediaError:
         return False, None
     return True, max(stops_s, default=None)
+
+
+def _sort_tables(path: Path, recipe: Recipe) -> tuple[dict[str, bytes], list[str]]:
+    """Sort the rows of text tables by time; a table with any other fault is not changed."""
+    specs = (spec for spec in recipe.streams.values() if isinstance(spec, SensorStream))
+    names = {spec.file for spec in specs if spec.file.endswith((".csv", ".tsv"))}
+    contents: dict[str, bytes] = {}
+    sentences: list[str] = []
+    if any((path / name).is_file() for name in names):
+        files = [f for f in read_timed_lines(path, recipe).files if f.file in names]
+        for file in files:
+            content = (path / file.file).read_bytes()
+            ordered = _sorted_rows(content, file) if len(files) == len(names) else None
+            if ordered is not None:
+                contents[file.file] = ordered
+                num_back = sum(issue.count for issue in file.issues if issue.kind == "order")
+                noun = "row" if num_back == 1 else "rows"
+                sentences.append(f"{file.file}: sorted {num_back} {noun} into place")
+    return contents, sentences
+
+
+def _sorted_rows(content: bytes, file: FileLines) -> bytes | None:
+    """Return a table with its rows in order of time; None if they are, or cannot be sorted.
+
+    Every row after the header must be one line with a time.
+    """
+    back_s = [issue.back_s for issue in file.issues if issue.kind == "order"]
+    rows = content.splitlines(keepends=True)
+    first = int(file.lines.min()) - 1 if len(file.lines) else 0
+    is_whole = sorted(file.lines.tolist()) == [
+        number + 1 for number in range(first, len(rows)) if rows[number].strip()
+    ]
+    if not back_s or max(back_s) > MAX_BACK_S or not is_whole or content.startswith(_UTF_16):
+        return None
+    ordered = [rows[number - 1] for number in file.lines.tolist()]
+    ending = b"\r\n" if ordered[0].endswith(b"\r\n") else b"\n"
+    return b"".join([*rows[:first], *(row.rstrip(b"\r\n") + ending for row in ordered)])
 
 
 def _commit(path: Path, contents: Mapping[str, bytes]) -> list[str]:
@@ -177,17 +243,15 @@ def _commit(path: Path, contents: Mapping[str, bytes]) -> list[str]:
 
 def _finish_journal(path: Path) -> list[str]:
     """Rename the files that a journal names; without one, delete what a stopped repair left."""
-    temporary_files = [path / f"{file}{_TEMPORARY}" for file in (*_FILES, JOURNAL_FILE)]
     journal = path / JOURNAL_FILE
     if not journal.exists():
-        for temporary in temporary_files:
-            temporary.unlink(missing_ok=True)
+        for temporary in path.glob(f"*{_TEMPORARY}"):
+            temporary.unlink()
         return []
-    named = journal.read_text(encoding="utf-8").split()
-    for file in _FILES:
-        temporary = path / f"{file}{_TEMPORARY}"
-        if file in named and temporary.exists():
-            temporary.replace(path / file)
+    for name in journal.read_text(encoding="utf-8").splitlines():
+        temporary = path / f"{name}{_TEMPORARY}"
+        if Path(name).name == name and temporary.exists():
+            temporary.replace(path / name)
     sync_folder(path)
     journal.unlink()
     return ["finished a repair that was interrupted"]

@@ -32,40 +32,40 @@ from preprocess.validate.checks import (
     check_starts,
     check_streams,
     check_text,
-    check_vision,
+    check_video,
     clock_drifts_ppm,
 )
 from preprocess.validate.line_checks import (
+    check_expectations,
     check_gaps,
     check_lines,
-    check_proprio,
-    check_saturation,
+    check_rates,
     check_timestamps,
-    check_touch,
-    find_line_gaps,
+    find_gaps,
+    measure_rate_hz,
 )
 from preprocess.validate.probe import probe_session
 from preprocess.validate.repair import repair_session
+from preprocess.validate.value_checks import check_saturation, check_values, check_velocities
 from shared.errors import SessionError, StorageError
-from shared.recipe import Stream
+from shared.recipe import Recipe
 from shared.session.folder import (
-    AUDIO_FILE,
-    METADATA_FILE,
-    SCANNED_FILES,
-    VISION_FILES,
     find_sessions,
     is_session,
+    scanned_files,
+    source_files,
 )
 from shared.storage import Store, parse_location
+from shared.streams import Kind, SensorStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from preprocess.validate.checks import Finding
     from preprocess.validate.probe import SessionProbe
-    from shared.recipe import Recipe
 
 Status = Literal["passed", "warnings", "failed"]
+StreamStatus = Literal["passed", "warnings", "failed", "absent"]
 
 CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
     "files": check_files,
@@ -75,11 +75,13 @@ CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
     "clock": check_clock,
     "starts": check_starts,
     "gaps": check_gaps,
-    "touch": check_touch,
-    "proprio": check_proprio,
+    "rates": check_rates,
+    "expectations": check_expectations,
+    "values": check_values,
+    "velocities": check_velocities,
     "saturation": check_saturation,
     "audio": check_audio,
-    "vision": check_vision,
+    "video": check_video,
     "durations": check_durations,
     "drift": check_drift,
     "text": check_text,
@@ -87,8 +89,10 @@ CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
 }
 """Every check of a session, in the order of their messages."""
 
-SINGLE_FILE_CHECKS = frozenset({"files", "gaps", "starts", "audio", "vision"})
+SINGLE_FILE_CHECKS = frozenset({"files", "gaps", "starts", "audio", "video"})
 """Checks of a single file; the others compare streams, or need a whole session."""
+
+_LINE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
 
 SOUND_SUFFIXES = frozenset(
     {".wav", ".wave", ".aac", ".aif", ".aiff", ".caf", ".flac", ".m4a", ".mp3", ".oga", ".ogg"}
@@ -104,10 +108,13 @@ class ValidationReport:
     session: str
     checks: Mapping[str, Status] = field(default_factory=dict)
     """Outcome of each check in :data:`CHECKS`."""
+    streams: Mapping[str, StreamStatus] = field(default_factory=dict)
+    """Outcome of all checks for each declared stream."""
     warnings: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
     stats: Mapping[str, Any] = field(default_factory=dict)
-    """Plain JSON values: duration_s, clock_offset_s, streams, absent, and more where it applies."""
+    """Plain JSON values: length_s, clock_offset_s, lines of each file, absent with the reason, and
+    streams: statistics of each stream by its kind."""
 
     @property
     def status(self) -> Status:
@@ -124,6 +131,7 @@ class ValidationReport:
             "session": self.session,
             "status": self.status,
             "checks": dict(self.checks),
+            "streams": dict(self.streams),
             "warnings": list(self.warnings),
             "errors": list(self.errors),
             "stats": dict(self.stats),
@@ -152,7 +160,7 @@ def check_sessions(
         recipe: see :func:`check_session`.
         fix: repair first; folders only.
     """
-    for source in _iter_sources(locations):
+    for source in _iter_sources(locations, recipe):
         if isinstance(source, CheckedSession):
             yield source
             continue
@@ -164,7 +172,7 @@ def check_sessions(
             continue
         if source.is_file():
             with _session_of_file(source) as folder:
-                yield _check_single_file(source, folder, recipe=recipe)
+                yield _check_single_file(source, folder)
         else:
             yield replace(check_session(source, recipe=recipe), repairs=repairs)
 
@@ -176,7 +184,7 @@ def check_session(
 
     Args:
         path: the session folder.
-        recipe: required streams, and sizes of sensor readings.
+        recipe: the declared streams.
         checks: names of the checks to run.
 
     Returns:
@@ -186,13 +194,13 @@ def check_session(
     try:
         if not path.is_dir():
             raise SessionError(f"{path}: no such folder; fix: give the folder of a session")
-        if not is_session(path):
+        if not is_session(path, recipe):
             raise SessionError(
-                f"{path}: not a session; fix: put {METADATA_FILE} or a recording into it"
+                f"{path}: not a session; fix: put one of {', '.join(source_files(recipe))} into it"
             )
         probe = probe_session(path, recipe=recipe)
         findings = {key: check(probe) for key, check in CHECKS.items() if key in checks}
-        report = _make_report(name, findings, _collect_stats(probe))
+        report = _make_report(name, findings, probe)
         return CheckedSession(folder=path, report=report, probe=probe)
     except SessionError as error:
         return _make_failed_report(path, name, str(error))
@@ -212,16 +220,16 @@ def describe_totals(statuses: Sequence[Status], length: str) -> str:
     return f"{sessions}, {length}: {', '.join(outcomes) or 'nothing to check'}"
 
 
-def _iter_sources(locations: Iterable[str]) -> Iterator[Path | CheckedSession]:
+def _iter_sources(locations: Iterable[str], recipe: Recipe) -> Iterator[Path | CheckedSession]:
     """Yield session folders and single media files; a failed report for each bad location."""
     for text in locations:
         location = parse_location(text)
         try:
             if isinstance(location, Store):
-                yield from _iter_copies(location)
+                yield from _iter_copies(location, recipe)
             elif not location.is_file():
-                yield from find_sessions(location)
-            elif location.suffix in {".json", ".jsonl"}:
+                yield from find_sessions(location, recipe)
+            elif location.suffix in _LINE_SUFFIXES:
                 raise SessionError(
                     f"{location}: not a video or sound; fix: give the folder of its session"
                 )
@@ -231,12 +239,12 @@ def _iter_sources(locations: Iterable[str]) -> Iterator[Path | CheckedSession]:
             yield _make_failed_report(Path(str(location)), str(location), str(error))
 
 
-def _iter_copies(store: Store) -> Iterator[Path]:
+def _iter_copies(store: Store, recipe: Recipe) -> Iterator[Path]:
     """Copy each session of a store to a temporary folder."""
-    for recording in find_recordings(store.url).values():
+    for recording in find_recordings(store.url, recipe).values():
         assert isinstance(recording, RemoteRecording)
         with tempfile.TemporaryDirectory(prefix="session-") as folder:
-            yield recording.download_to(Path(folder), SCANNED_FILES)
+            yield recording.download_to(Path(folder), scanned_files(recipe))
 
 
 @contextmanager
@@ -245,27 +253,24 @@ def _session_of_file(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="validate-") as root:
         folder = Path(root) / path.name
         folder.mkdir()
-        (folder / _name_in_session(path)).symlink_to(path.absolute())
+        (folder / path.name).symlink_to(path.absolute())
         yield folder
 
 
-def _check_single_file(path: Path, folder: Path, *, recipe: Recipe) -> CheckedSession:
-    """Check the session of a single media file; messages name the file itself."""
-    recipe = recipe.model_copy(update={"required": ()})
+def _check_single_file(path: Path, folder: Path) -> CheckedSession:
+    """Check the session of a single media file, with a recipe of one stream."""
+    kind = Kind.AUDIO if path.suffix.lower() in SOUND_SUFFIXES else Kind.VIDEO
+    recipe = Recipe.model_validate({"streams": {kind.value: {"kind": kind, "file": "file"}}})
+    # The name of a recipe's file is restricted; that of a file on this machine is not.
+    spec = recipe.streams[kind.value].model_copy(update={"file": path.name})
+    recipe = recipe.model_copy(update={"streams": {kind.value: spec}})
     checked = check_session(folder, recipe=recipe, checks=SINGLE_FILE_CHECKS)
-    name = _name_in_session(path)
 
-    def rename(messages: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(m.replace(f"{folder}/", "").replace(name, path.name) for m in messages)
+    def shorten(messages: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(message.replace(f"{folder}/", "") for message in messages)
 
-    warnings, errors = rename(checked.report.warnings), rename(checked.report.errors)
+    warnings, errors = shorten(checked.report.warnings), shorten(checked.report.errors)
     return replace(checked, report=replace(checked.report, warnings=warnings, errors=errors))
-
-
-def _name_in_session(path: Path) -> str:
-    """Return the name of a media file in a session folder."""
-    is_sound = path.suffix.lower() in SOUND_SUFFIXES
-    return AUDIO_FILE if is_sound else VISION_FILES[Stream.VISION_LEFT]
 
 
 def _make_failed_report(folder: Path, session: str, error: str) -> CheckedSession:
@@ -275,18 +280,30 @@ def _make_failed_report(folder: Path, session: str, error: str) -> CheckedSessio
 
 
 def _make_report(
-    session: str, findings: Mapping[str, list[Finding]], stats: Mapping[str, Any]
+    session: str, findings: Mapping[str, list[Finding]], probe: SessionProbe
 ) -> ValidationReport:
     """Join the findings of all checks."""
     messages: dict[str, list[str]] = {"warning": [], "error": []}
+    of_stream: dict[str, list[Finding]] = {name: [] for name in probe.recipe.streams}
     for finding in (f for of_check in findings.values() for f in of_check):
         messages[finding.level].append(_printable(finding.message))
+        for name in finding.streams:
+            of_stream[name].append(finding)
+    streams: dict[str, StreamStatus] = {
+        name: _worst_status(of_stream[name]) for name in probe.recipe.streams
+    }
+    absent: dict[str, StreamStatus] = {
+        name: "absent"
+        for name, status in streams.items()
+        if name not in probe.intervals and status != "failed"
+    }
     return ValidationReport(
         session=_printable(session),
         checks={name: _worst_status(of_check) for name, of_check in findings.items()},
+        streams=streams | absent,
         warnings=tuple(messages["warning"]),
         errors=tuple(messages["error"]),
-        stats=stats,
+        stats=_collect_stats(probe),
     )
 
 
@@ -297,46 +314,96 @@ def _worst_status(findings: list[Finding]) -> Status:
 
 def _collect_stats(probe: SessionProbe) -> dict[str, Any]:
     """Return measurements of a session as plain JSON values."""
-    stats: dict[str, Any] = {
+    return {
         "length_s": round(probe.duration_s, 3),
         "clock_offset_s": round(probe.offset_s, 6),
+        "lines": {file: probe.num_lines(file) for file in probe.files},
+        "absent": {name: _printable(reason) for name, reason in probe.absent.items()},
         "streams": {
-            stream.value: [round(interval.start_s, 3), round(interval.stop_s, 3)]
-            for stream, interval in probe.intervals.items()
-        },
-        "absent": {stream.value: _printable(reason) for stream, reason in probe.absent.items()},
-        "lines": dict(probe.num_lines),
-        "texts": len(probe.events),
-        "video": {
-            stream.value: {
-                "codec": video.track.codec,
-                "width": video.track.width,
-                "height": video.track.height,
-                "frames": len(video.track.times_s),
-                "frames_checked": video.num_checked,
-                "frames_undecoded": len(video.undecoded),
+            name: {
+                "kind": probe.recipe.streams[name].kind.value,
+                "start_s": round(interval.start_s, 3),
+                "stop_s": round(interval.stop_s, 3),
+                **_STATISTICS[probe.recipe.streams[name].kind](name, probe),
             }
-            for stream, video in probe.videos.items()
+            for name, interval in probe.intervals.items()
         },
     }
-    intervals_s = np.diff(probe.metadata.times_s)
-    if len(intervals_s):
-        is_short, is_long = find_line_gaps(probe.metadata.times_s)
-        duration_s = max(probe.duration_s, 1e-9)
-        stats["gaps"] = {
-            "median_s": round(float(np.median(intervals_s)), 6),
-            "longest_s": round(float(intervals_s.max()), 6),
-            "share_35_to_100_ms": round(float(intervals_s[is_short].sum()) / duration_s, 4),
-            "share_over_100_ms": round(float(intervals_s[is_long].sum()) / duration_s, 4),
-        }
-    if probe.audio is not None:
-        stats["audio"] = {
-            "rms": round(probe.audio.rms, 6),
-            "peak": round(probe.audio.peak, 6),
-            "clipped_samples": probe.audio.num_clipped,
-            "drift_ppm": {s.value: round(d) for s, d in clock_drifts_ppm(probe).items()},
-        }
-    return stats
+
+
+def _video_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
+    video = probe.videos[name]
+    return {
+        "codec": video.track.codec,
+        "width": video.track.width,
+        "height": video.track.height,
+        "frames": len(video.track.times_s),
+        "frames_checked": video.num_checked,
+        "frames_undecoded": len(video.undecoded),
+        **_time_statistics(name, probe),
+    }
+
+
+def _audio_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
+    audio = probe.audio[name]
+    return {
+        "rate_hz": audio.source_rate_hz,
+        "channels": audio.source_channels,
+        "rms": round(audio.rms, 6),
+        "peak": round(audio.peak, 6),
+        "clipped_samples": audio.num_clipped,
+        "drift_ppm": {video: round(ppm) for video, ppm in clock_drifts_ppm(probe)[name].items()},
+    }
+
+
+def _sensor_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
+    spec, readings = probe.recipe.streams[name], probe.readings[name]
+    assert isinstance(spec, SensorStream)
+    values: list[dict[str, Any]] = []
+    for group, columns in zip(spec.values, spec.slices, strict=True):
+        numbers = readings.values[:, columns].astype(np.float64)
+        measures = {"min": numbers.min(), "mean": numbers.mean(), "max": numbers.max()}
+        measures["std"] = numbers.std()
+        values.append(
+            {"type": group.type.value, "count": group.count, "unit": group.unit_label}
+            | {key: float(f"{value:.6g}") for key, value in measures.items()}
+        )
+    return {
+        "readings": len(readings.times_s),
+        **_time_statistics(name, probe),
+        "values": values,
+    }
+
+
+def _text_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
+    return {
+        "events": len(probe.events[name]),
+        "characters": sum(len(event.text) for event in probe.events[name]),
+    }
+
+
+def _time_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
+    """Return the regular rate and the gaps of frames or readings."""
+    times_s = probe.times_s(name)
+    if times_s is None or len(times_s) < 2:
+        return {}
+    intervals_s, gaps = np.diff(times_s), find_gaps(times_s, probe.recipe.streams[name])
+    duration_s = max(probe.duration_s, 1e-9)
+    return {
+        "rate_hz": round(measure_rate_hz(times_s) or 0.0, 3),
+        "longest_gap_s": round(float(intervals_s.max()), 6),
+        "share_short_gaps": round(float(intervals_s[gaps.is_short].sum()) / duration_s, 4),
+        "share_long_gaps": round(float(intervals_s[gaps.is_long].sum()) / duration_s, 4),
+    }
+
+
+_STATISTICS: Mapping[Kind, Callable[[str, SessionProbe], dict[str, Any]]] = {
+    Kind.VIDEO: _video_statistics,
+    Kind.AUDIO: _audio_statistics,
+    Kind.SENSOR: _sensor_statistics,
+    Kind.TEXT: _text_statistics,
+}
+"""What is measured of a stream that is present."""
 
 
 def _printable(text: str) -> str:

@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.validate.line_checks import find_line_gaps, find_video_gaps
-from shared.clock import EPSILON_S, is_masked_gap
+from preprocess.validate.line_checks import find_gaps
+from shared.clock import EPSILON_S
 from shared.page import draw_bands, format_time
-from shared.recipe import STREAMS, Stream
-from shared.session.folder import AUDIO_FILE, METADATA_FILE, VISION_FILES
+from shared.streams import Kind, SensorStream, VideoStream
+from shared.values import is_masked_gap
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from numpy.typing import NDArray
 
     from preprocess.validate.probe import SessionProbe
-    from shared.clock import Interval
     from shared.page import Band, TimeAxis
+    from shared.streams import StreamSpec
 
-_TEXT_STREAMS = (Stream.INTERNAL_TEXT, Stream.EXTERNAL_TEXT)
 _WORDS = {
     "gap-warning": "gap",
     "gap-error": "gap",
@@ -74,81 +75,80 @@ class StreamTimeline:
 
 
 def draw_timelines(probe: SessionProbe, axis: TimeAxis) -> list[StreamTimeline]:
-    """Draw a timeline for each stream, and one for the metadata lines if there are any."""
-    timelines = [
-        _draw_stream(stream, probe, axis)
-        if stream in probe.intervals
-        else _absent_stream(stream, probe)
-        for stream in STREAMS
-    ]
-    if probe.lines_interval is not None:
-        gaps = line_gaps(probe.metadata.times_s - probe.offset_s)
-        timelines.append(
-            _draw_interval(
-                probe.lines_interval,
-                name="metadata lines",
-                flaws=gaps,
-                axis=axis,
-                duration_s=probe.duration_s,
-            )
-        )
-    return timelines
-
-
-def line_gaps(times_s: NDArray[np.float64]) -> list[Stretches]:
-    """Return the gaps between lines or readings: short ones, then long ones."""
-    is_short, is_long = find_line_gaps(times_s)
+    """Draw a timeline for each declared stream."""
     return [
-        _select_intervals("gap-warning", times_s, is_short),
-        _select_intervals("gap-error", times_s, is_long),
+        _draw_stream(name, probe, axis) if name in probe.intervals else _absent_stream(name, probe)
+        for name in probe.recipe.streams
     ]
 
 
-def _absent_stream(stream: Stream, probe: SessionProbe) -> StreamTimeline:
+def stream_gaps(times_s: NDArray[np.float64], spec: StreamSpec) -> list[Stretches]:
+    """Return the gaps of a stream: short ones, then long ones."""
+    gaps = find_gaps(times_s, spec)
+    return [
+        _select_intervals("gap-warning", times_s, gaps.is_short),
+        _select_intervals("gap-error", times_s, gaps.is_long),
+    ]
+
+
+def _absent_stream(name: str, probe: SessionProbe) -> StreamTimeline:
     """Return the timeline of a stream that was not recorded."""
-    file = VISION_FILES.get(stream) or (AUDIO_FILE if stream is Stream.AUDIO else METADATA_FILE)
-    is_broken = file in probe.unreadable and stream not in _TEXT_STREAMS
-    is_missing = stream in probe.recipe.required
-    state = "broken" if is_broken else "missing" if is_missing else "absent"
+    spec = probe.recipe.streams[name]
+    is_broken = spec.file in probe.unreadable and spec.kind is not Kind.TEXT
+    state = "broken" if is_broken else "missing" if spec.required else "absent"
     words = {"broken": "broken", "missing": "required, but missing", "absent": "absent"}[state]
-    reason = probe.absent.get(stream, "not recorded")
-    return StreamTimeline(name=stream.value, state=state, absent=f"{words}: {reason}")
+    reason = probe.absent.get(name, "not recorded")
+    return StreamTimeline(name=name, state=state, absent=f"{words}: {reason}")
 
 
-def _draw_stream(stream: Stream, probe: SessionProbe, axis: TimeAxis) -> StreamTimeline:
-    """Draw a stream that was recorded."""
-    interval = probe.intervals[stream]
-    flaws: list[Stretches] = []
-    # starts_s and stops_s are the stretches that are not masked.
-    starts_s, stops_s = np.array([interval.start_s]), np.array([interval.stop_s])
-    if stream in probe.videos:
-        video = probe.videos[stream]
-        times_s = video.track.times_s
-        tolerance_s = probe.recipe.vision.tolerance_s
-        starts_s, stops_s = times_s - tolerance_s, times_s + tolerance_s
-        damaged = Stretches("damaged", *video.damaged_stretches()[:2])
-        flaws = [_select_intervals("gap-warning", times_s, find_video_gaps(times_s)), damaged]
-    elif stream in (Stream.TOUCH, Stream.PROPRIO):
-        times_s = probe.reading_times_s(stream)
-        is_masked = is_masked_gap(np.diff(times_s), max_gap_s=probe.recipe.sensors.max_gap_s)
-        starts_s = times_s[np.append(True, is_masked)]
-        stops_s = np.append(times_s[:-1][is_masked], interval.stop_s)
-        flaws = line_gaps(times_s)
-    flaws.append(_find_masked(starts_s, stops_s, probe.duration_s))
-    return _draw_interval(
-        interval, name=stream.value, flaws=flaws, axis=axis, duration_s=probe.duration_s
-    )
+_Covered = tuple["NDArray[np.float64]", "NDArray[np.float64]"]
+"""Starts and stops, increasing, of the stretches that are not masked."""
 
 
-def _draw_interval(
-    interval: Interval, *, name: str, flaws: list[Stretches], axis: TimeAxis, duration_s: float
-) -> StreamTimeline:
-    """Draw a recorded interval with its flaws on top."""
+def _video_flaws(name: str, probe: SessionProbe) -> tuple[_Covered, list[Stretches]]:
+    video, spec = probe.videos[name], probe.recipe.streams[name]
+    assert isinstance(spec, VideoStream)
+    times_s = video.track.times_s
+    covered = times_s - spec.tolerance_s, times_s + spec.tolerance_s
+    damaged = Stretches("damaged", *video.damaged_stretches()[:2])
+    return covered, [*stream_gaps(times_s, spec), damaged]
+
+
+def _sensor_flaws(name: str, probe: SessionProbe) -> tuple[_Covered, list[Stretches]]:
+    spec, times_s = probe.recipe.streams[name], probe.readings[name].times_s
+    assert isinstance(spec, SensorStream)
+    gaps = stream_gaps(times_s, spec)
+    if spec.resample == "hold":
+        return (times_s, times_s + spec.age_limit_s), gaps
+    is_masked = is_masked_gap(np.diff(times_s), stream=spec)
+    starts_s = times_s[np.append(True, is_masked)]
+    stops_s = np.append(times_s[:-1][is_masked], probe.intervals[name].stop_s)
+    return (starts_s, stops_s), gaps
+
+
+def _no_flaws(name: str, probe: SessionProbe) -> tuple[_Covered, list[Stretches]]:
+    interval = probe.intervals[name]
+    return (np.array([interval.start_s]), np.array([interval.stop_s])), []
+
+
+_FLAWS: Mapping[Kind, Callable[[str, SessionProbe], tuple[_Covered, list[Stretches]]]] = {
+    Kind.VIDEO: _video_flaws,
+    Kind.AUDIO: _no_flaws,
+    Kind.SENSOR: _sensor_flaws,
+    Kind.TEXT: _no_flaws,
+}
+
+
+def _draw_stream(name: str, probe: SessionProbe, axis: TimeAxis) -> StreamTimeline:
+    """Draw a recorded stream, its flaws on top."""
+    interval, duration_s = probe.intervals[name], probe.duration_s
+    (starts_s, stops_s), flaws = _FLAWS[probe.recipe.streams[name].kind](name, probe)
+    masked = _find_masked(starts_s, stops_s, duration_s)
     recorded = Stretches("recorded", np.array([interval.start_s]), np.array([interval.stop_s]))
-    masked_s = sum(float(f.durations_s.sum()) for f in flaws if f.kind == "masked")
+    masked_s = float(masked.durations_s.sum())
     return StreamTimeline(
         name=name,
-        bands=[band for stretches in (recorded, *flaws) for band in stretches.bands(axis)],
+        bands=[band for stretches in (recorded, *flaws, masked) for band in stretches.bands(axis)],
         note=f"{format_time(interval.start_s)} to {format_time(interval.stop_s)}",
         flaws=_describe_flaws(flaws),
         share=max(0.0, 1 - masked_s / duration_s) if duration_s > 0 else 0.0,
