@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.validate.checks import Finding, issue_findings, limit_findings
+from preprocess.validate.checks import Finding, Level, issue_findings, limit_findings
 from preprocess.validate.probe import UNIT_NAMES
 from shared.clock import EPSILON_S
-from shared.streams import Kind, SensorStream, TextStream, VideoStream
+from shared.streams import Kind, SensorStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -243,27 +243,24 @@ def measure_rate_hz(times_s: NDArray[np.float64]) -> float | None:
 
 
 def check_rates(probe: SessionProbe) -> list[Finding]:
-    """Check that every stream is recorded about as fast as its samples follow each other."""
+    """Check that videos and interpolated sensors are recorded as fast as the recipe keeps them."""
     findings: list[Finding] = []
-    for name, spec in probe.recipe.streams.items():
+    for name, spec in (probe.recipe.videos | probe.recipe.sensors).items():
         times_s = probe.times_s(name)
-        if times_s is None or isinstance(spec, TextStream):
-            continue
-        rate_hz, advice = measure_rate_hz(times_s), ""
+        rate_hz = None if times_s is None else measure_rate_hz(times_s)
         if rate_hz is None or rate_hz >= RATE_TOLERANCE * spec.rate_hz:
             continue
-        if isinstance(spec, VideoStream):
-            advice = "frames are repeated or masked; fix: lower rate_hz of"
-        elif isinstance(spec, SensorStream) and spec.resample == "by_type":
-            advice = (
-                "values in between are interpolated; fix: set `resample: hold` or lower rate_hz of"
-            )
-        if advice:
-            message = (
-                f"{spec.file}: {name} is recorded at {rate_hz:.3g} Hz, its rate_hz is "
-                f"{spec.rate_hz:g}; {advice} the stream in the recipe"
-            )
-            findings.append(Finding("warning", message, streams=(name,)))
+        level: Level = "warning"
+        advice = "frames are repeated or masked; fix: lower its rate_hz in the recipe"
+        if isinstance(spec, SensorStream):
+            if spec.resample == "hold":
+                continue
+            advice = "values in between are interpolated"
+            if 1 / rate_hz > spec.gap_limit_s + EPSILON_S:
+                level, advice = "error", "readings are too far apart for that, so most is masked"
+            advice += "; fix: set `resample: hold` or lower its rate_hz in the recipe"
+        message = f"{name} is recorded at {rate_hz:.3g} Hz, its rate_hz is {spec.rate_hz:g}"
+        findings.append(Finding(level, f"{spec.file}: {message}; {advice}", (name,)))
     return findings
 
 

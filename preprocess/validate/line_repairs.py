@@ -495,7 +495,7 @@ def _with_reading(
 
 def _is_number(value: object) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) < MAX_VALUE  # type: ignore[arg-type, operator]
+    return is_number and abs(value) < MAX_VALUE  # type: ignore[arg-type]
 
 
 def _count(number: int, noun: str) -> str:

@@ -31,7 +31,7 @@ from shared.page import (
     round_up,
     thin_curve,
 )
-from shared.streams import AudioStream, Kind, SensorStream, ValueType, VideoStream
+from shared.streams import Kind, ValueType
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -176,16 +176,14 @@ def draw_session(path: Path, probe: SessionProbe) -> SessionPanels:
 
 def _draw_video(path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> list[Strip]:
     """Draw thumbnails of a video."""
-    spec = probe.recipe.streams[name]
-    assert isinstance(spec, VideoStream)
+    spec = probe.recipe.videos[name]
     pictures = read_thumbnails(path / spec.file, probe.videos[name].track, axis=axis, spec=spec)
     return [Strip(name, f"fit: {spec.fit}", pictures)]
 
 
 def _draw_audio(path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> list[Plot]:
     """Draw waveform and level of a sound."""
-    spec, audio = probe.recipe.streams[name], probe.audio[name]
-    assert isinstance(spec, AudioStream)
+    spec, audio = probe.recipe.audios[name], probe.audio[name]
     envelope = read_envelope(path / spec.file, spec, duration_s=audio.duration_s, axis=axis)
     start_s = audio.interval.start_s
     return [
@@ -231,8 +229,7 @@ def _draw_level(name: str, envelope: Envelope, start_s: float, axis: TimeAxis) -
 
 def _draw_sensor(_path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> list[Plot]:
     """Draw the values of a sensor, one plot for each value group."""
-    spec, readings = probe.recipe.streams[name], probe.readings[name]
-    assert isinstance(spec, SensorStream)
+    spec, readings = probe.recipe.sensors[name], probe.readings[name]
     bands = [b for gaps in stream_gaps(readings.times_s, spec) for b in gaps.bands(axis)]
     plots: list[Plot] = []
     for group, columns in zip(spec.values, spec.slices, strict=True):

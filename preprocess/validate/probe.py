@@ -24,16 +24,14 @@ from shared.kinds.audio import align_sound
 from shared.kinds.video import align_track, interval_of
 from shared.media.sound import measure_loudness, read_sound
 from shared.media.video import REPLACE_FIX, read_frames, read_video_track
-from shared.session.alignment import MEDIA_KINDS, align_streams, read_starts, shift_events
+from shared.session.alignment import align_streams, read_starts, shift_events
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, read_timed_lines
 from shared.session.lines import TIME_KEY, Readings
 from shared.streams import (
     TIME_UNITS,
     AudioStream,
     Kind,
-    SensorStream,
     VideoDefaults,
-    VideoStream,
 )
 from shared.values import clean_readings
 
@@ -204,8 +202,7 @@ class SessionProbe:
 
     def label(self, name: str, column: int) -> str:
         """Return stream and name of a sensor's value, by its number if it has no name."""
-        spec = self.recipe.streams[name]
-        assert isinstance(spec, SensorStream)
+        spec = self.recipe.sensors[name]
         return f"{name}[{spec.names[column] if spec.names else column}]"
 
     def source(self, name: str) -> str:
@@ -222,8 +219,7 @@ class SessionProbe:
 
     def sensors_of(self, file: str) -> tuple[str, ...]:
         """Return the sensors whose readings are in a file."""
-        sensors = self.recipe.of_kind(Kind.SENSOR)
-        return tuple(name for name in sensors if self.recipe.streams[name].file == file)
+        return tuple(name for name, spec in self.recipe.sensors.items() if spec.file == file)
 
     def issues_of(self, file: str) -> list[ParseIssue]:
         """Return the issues of a file."""
@@ -262,15 +258,19 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
     """
     # Media that cannot be read are absent streams; reading goes on.
     failures: dict[str, MediaError] = {}
-    probes: dict[str, VideoProbe | AudioProbe] = {}
+    videos: dict[str, VideoProbe] = {}
+    audio: dict[str, AudioProbe] = {}
     starts, start_error = read_starts(path, recipe)
-    for name in recipe.of_kind(*MEDIA_KINDS):
+    for name, video_spec in recipe.videos.items():
         try:
-            probes[name] = _probe_media(path, recipe.streams[name], starts.get(name))
+            videos[name] = _probe_video(path / video_spec.file, starts.get(name))
         except MediaError as error:
             failures[name] = error
-    videos = {name: probe for name, probe in probes.items() if isinstance(probe, VideoProbe)}
-    audio = {name: probe for name, probe in probes.items() if isinstance(probe, AudioProbe)}
+    for name, audio_spec in recipe.audios.items():
+        try:
+            audio[name] = _probe_audio(path / audio_spec.file, audio_spec, starts.get(name))
+        except MediaError as error:
+            failures[name] = error
     media = {name: interval_of(video.track) for name, video in videos.items()}
     media |= {name: sound.interval for name, sound in audio.items()}
     # The length of the media tells the unit of the timestamps in the lines.
@@ -379,8 +379,7 @@ def raw_timestamp(values: Mapping[str, Any], key: str = TIME_KEY) -> float | Non
 
 def declared_unit(file: str, recipe: Recipe) -> str | None:
     """Return the unit of the sensors' timestamps in a file; None without sensors, or with many."""
-    sensors = (recipe.streams[name] for name in recipe.of_kind(Kind.SENSOR))
-    units = {s.time_unit for s in sensors if isinstance(s, SensorStream) and s.file == file}
+    units = {spec.time_unit for spec in recipe.sensors.values() if spec.file == file}
     return units.pop() if len(units) == 1 else None
 
 
@@ -444,11 +443,10 @@ def _raw_times(
 
 def fits_rate(interval_s: float, file: str, recipe: Recipe) -> bool:
     """Return whether an interval is about that of a sensor in a file."""
-    sensors = (recipe.streams[name] for name in recipe.of_kind(Kind.SENSOR))
     return any(
         1 / RATE_FACTOR <= interval_s * spec.rate_hz <= RATE_FACTOR
-        for spec in sensors
-        if isinstance(spec, SensorStream) and spec.file == file
+        for spec in recipe.sensors.values()
+        if spec.file == file
     )
 
 
@@ -474,9 +472,7 @@ def _drop_missing(
     readings: dict[str, Readings] = {}
     missing: dict[str, NDArray[np.int64]] = {}
     for name, recorded in lines.readings.items():
-        spec = recipe.streams[name]
-        assert isinstance(spec, SensorStream)
-        _, is_usable = clean_readings(recorded.values, spec)
+        _, is_usable = clean_readings(recorded.values, recipe.sensors[name])
         missing[name] = recorded.lines[~is_usable]
         readings[name] = Readings(
             times_s=recorded.times_s[is_usable],
@@ -499,15 +495,6 @@ def _place_events(
                 for event, timed in zip(events, shifted, strict=True)
             )
     return placed
-
-
-def _probe_media(
-    path: Path, spec: VideoStream | AudioStream, start_s: float | None
-) -> VideoProbe | AudioProbe:
-    """Read a video or a sound."""
-    if isinstance(spec, VideoStream):
-        return _probe_video(path / spec.file, start_s)
-    return _probe_audio(path / spec.file, spec, start_s)
 
 
 def _probe_video(path: Path, start_s: float | None) -> VideoProbe:

@@ -43,7 +43,6 @@ from shared.media.sound import read_sound
 from shared.media.video import read_video_track
 from shared.session.alignment import MEDIA_KINDS, read_starts
 from shared.session.folder import files_of_stream, read_timed_lines
-from shared.streams import AudioStream, SensorStream
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -175,15 +174,14 @@ def _find_media_stop(
     """Return whether all media can be read, and when the last one ends, if there is any."""
     stops_s: list[float] = []
     try:
-        for name in recipe.of_kind(*MEDIA_KINDS):
-            spec, file = recipe.streams[name], path / recipe.streams[name].file
-            if not file.exists():
-                continue
-            if isinstance(spec, AudioStream):
-                sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track)
+        for name, video in recipe.videos.items():
+            if (path / video.file).exists():
+                track = read_video_track(path / video.file)
+                stops_s.append(align_track(track, starts.get(name)).stop_s)
+        for name, audio in recipe.audios.items():
+            if (path / audio.file).exists():
+                sound = read_sound(path / audio.file, rate_hz=audio.rate_hz, track=audio.track)
                 stops_s.append(align_sound(sound, starts.get(name)).stop_s)
-            else:
-                stops_s.append(align_track(read_video_track(file), starts.get(name)).stop_s)
     except MediaError:
         return False, None
     return True, max(stops_s, default=None)
@@ -191,15 +189,14 @@ def _find_media_stop(
 
 def _sort_tables(path: Path, recipe: Recipe) -> tuple[dict[str, bytes], list[str]]:
     """Sort the rows of text tables by time; a table with any other fault is not changed."""
-    specs = (spec for spec in recipe.streams.values() if isinstance(spec, SensorStream))
-    names = {spec.file for spec in specs if spec.file.endswith((".csv", ".tsv"))}
+    names = {s.file for s in recipe.sensors.values() if s.file.endswith((".csv", ".tsv"))}
     contents: dict[str, bytes] = {}
     sentences: list[str] = []
     if any((path / name).is_file() for name in names):
-        files = [f for f in read_timed_lines(path, recipe).files if f.file in names]
-        for file in files:
-            content = (path / file.file).read_bytes()
-            ordered = _sorted_rows(content, file) if len(files) == len(names) else None
+        files = [lines for lines in read_timed_lines(path, recipe).files if lines.file in names]
+        of_one_key = [f for f in files if sum(other.file == f.file for other in files) == 1]
+        for file in of_one_key:
+            ordered = _sorted_rows((path / file.file).read_bytes(), file)
             if ordered is not None:
                 contents[file.file] = ordered
                 num_back = sum(issue.count for issue in file.issues if issue.kind == "order")

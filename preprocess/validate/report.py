@@ -56,7 +56,7 @@ from shared.session.folder import (
     source_files,
 )
 from shared.storage import Store, parse_location
-from shared.streams import Kind, SensorStream
+from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -357,8 +357,7 @@ def _audio_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
 
 
 def _sensor_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
-    spec, readings = probe.recipe.streams[name], probe.readings[name]
-    assert isinstance(spec, SensorStream)
+    spec, readings = probe.recipe.sensors[name], probe.readings[name]
     values: list[dict[str, Any]] = []
     for group, columns in zip(spec.values, spec.slices, strict=True):
         numbers = readings.values[:, columns].astype(np.float64)

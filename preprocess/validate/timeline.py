@@ -14,7 +14,7 @@ import numpy as np
 from preprocess.validate.line_checks import find_gaps
 from shared.clock import EPSILON_S
 from shared.page import draw_bands, format_time
-from shared.streams import Kind, SensorStream, VideoStream
+from shared.streams import Kind
 from shared.values import is_masked_gap
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ _Covered = tuple["NDArray[np.float64]", "NDArray[np.float64]"]
 
 
 def _video_flaws(name: str, probe: SessionProbe) -> tuple[_Covered, list[Stretches]]:
-    video, spec = probe.videos[name], probe.recipe.streams[name]
-    assert isinstance(spec, VideoStream)
+    video, spec = probe.videos[name], probe.recipe.videos[name]
     times_s = video.track.times_s
     covered = times_s - spec.tolerance_s, times_s + spec.tolerance_s
     damaged = Stretches("damaged", *video.damaged_stretches()[:2])
@@ -115,8 +114,7 @@ def _video_flaws(name: str, probe: SessionProbe) -> tuple[_Covered, list[Stretch
 
 
 def _sensor_flaws(name: str, probe: SessionProbe) -> tuple[_Covered, list[Stretches]]:
-    spec, times_s = probe.recipe.streams[name], probe.readings[name].times_s
-    assert isinstance(spec, SensorStream)
+    spec, times_s = probe.recipe.sensors[name], probe.readings[name].times_s
     gaps = stream_gaps(times_s, spec)
     if spec.resample == "hold":
         return (times_s, times_s + spec.age_limit_s), gaps

@@ -16,7 +16,7 @@ import numpy as np
 from preprocess.validate.checks import Finding, Level, issue_findings, limit_findings
 from preprocess.validate.line_checks import MAX_BAD_LINES
 from shared.clock import EPSILON_S
-from shared.streams import Kind, SensorStream, ValueType
+from shared.streams import ValueType
 from shared.values import wrap_angle
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ class _Group:
 def _groups(probe: SessionProbe) -> Iterator[_Group]:
     """Yield each value group of each sensor with readings."""
     for name, readings in probe.readings.items():
-        spec = probe.recipe.streams[name]
-        assert isinstance(spec, SensorStream)
+        spec = probe.recipe.sensors[name]
         for group, columns in zip(spec.values, spec.slices, strict=True):
             values = readings.values[:, columns].astype(np.float64)
             yield _Group(name=name, group=group, first=columns.start, values=values)
@@ -89,8 +88,8 @@ def check_values(probe: SessionProbe) -> list[Finding]:
 def _reading_findings(probe: SessionProbe) -> list[Finding]:
     """Report readings of the wrong size, or with values that are not finite numbers."""
     findings: list[Finding] = []
-    for name in probe.recipe.of_kind(Kind.SENSOR):
-        file = probe.recipe.streams[name].file
+    for name, spec in probe.recipe.sensors.items():
+        file = spec.file
         num_lines = probe.num_lines(file)
         for kind, fix in (
             ("column", "the stream is left out"),

@@ -6,14 +6,36 @@ from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
 from preprocess.validate.page import ReportPage
+from preprocess.validate.probe import probe_session
 from preprocess.validate.report import check_session
-from shared.recipe import Recipe, WindowRecipe
+from shared.recipe import Recipe
+from shared.streams import DEFAULT_STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-RECIPE = Recipe(required=(), window=WindowRecipe(duration_s=1.0))
+
+def default_recipe(*, without: tuple[str, ...] = (), required: tuple[str, ...] = ()) -> Recipe:
+    """Return a recipe of the default streams but some, in segments of a second."""
+    streams = {n: {**s, "required": n in required} for n, s in DEFAULT_STREAMS.items()}
+    kept = {name: spec for name, spec in streams.items() if name not in without}
+    return Recipe.model_validate({"segment": {"duration_s": 1.0}, "streams": kept})
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """Return a recipe of the default streams whose files, keys and texts a session has."""
+    recipe = default_recipe()
+    probe = probe_session(folder, recipe=recipe)
+    absent = tuple(
+        name
+        for name in recipe.streams
+        if name not in probe.intervals and recipe.streams[name].file not in probe.unreadable
+    )
+    return default_recipe(without=absent if len(absent) < len(recipe.streams) else ())
+
+
+RECIPE = default_recipe(without=("vision_right",))
 VOID = {"meta", "br", "img", "hr", "input", "link"}
 
 

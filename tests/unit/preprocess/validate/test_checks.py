@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import soundfile
+from helpers.report_pages import RECIPE, default_recipe
 from helpers.sessions import (
     read_lines,
     sensor_lines,
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 
 import preprocess.validate.report
 from preprocess.validate.report import CHECKS, check_session
-from shared.recipe import Recipe, WindowRecipe
+from shared.recipe import Recipe
 from shared.session.scan import scan_session
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
     from preprocess.validate.report import ValidationReport
 
-STRICT = Recipe(window=WindowRecipe(duration_s=1.0))
-LOOSE = Recipe(required=(), window=WindowRecipe(duration_s=1.0))
+REQUIRED = ("vision_left", "audio", "proprio")
+STRICT = default_recipe(without=("vision_right",), required=REQUIRED)
+LOOSE = RECIPE
 
 
 def edit(change: Callable[[list[dict[str, Any]]], object]) -> Callable[[Path], None]:
@@ -133,22 +135,25 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
         edit(lambda lines: [line.pop("touch") for line in lines[20:30]]),
         "gaps", "failed", "no touch reading",
     ),
-    "video hole": (hole_in_video, "gaps", "warnings", "vision_left.mp4 0.67-1.33 s"),
-    "raw touch": (for_each(lambda line: set_in(line, "touch", 2, 731)), "touch", "failed", "731"),
+    "video hole": (
+        hole_in_video, "gaps", "warnings", "vision_left.mp4 at 0.67 s: no frame for 0.667 s",
+    ),
+    "raw touch": (for_each(lambda line: set_in(line, "touch", 2, 731)), "values", "failed", "731"),
     "touch rounding": (
-        edit(lambda lines: set_in(lines[4], "touch", 0, 1.0004)), "touch", "warnings", "rounding",
+        edit(lambda lines: set_in(lines[4], "touch", 0, 1.0004)), "values", "warnings", "rounding",
     ),
     "four fingers": (
-        for_each(lambda line: line["touch"].pop()), "touch", "failed", "sensors.touch_size: 4",
+        for_each(lambda line: line["touch"].pop()),
+        "values", "failed", "counts of streams.touch.values",
     ),
     "unwrapped": (
-        edit(lambda lines: set_in(lines[3], "proprio", 0, 3.5)), "proprio", "warnings", "3.5 rad",
+        edit(lambda lines: set_in(lines[3], "proprio", 0, 3.5)), "values", "warnings", "3.5 rad",
     ),
     "degrees": (
-        for_each(lambda line: set_in(line, "proprio", 1, 178.0)), "proprio", "failed", "degrees",
+        for_each(lambda line: set_in(line, "proprio", 1, 178.0)), "values", "failed", "degrees",
     ),
     "one bad value": (
-        edit(lambda lines: set_in(lines[5], "proprio", 3, None)), "proprio", "warnings", "line 6",
+        edit(lambda lines: set_in(lines[5], "proprio", 3, None)), "values", "warnings", "line 6",
     ),
     "pressed": (
         for_each(lambda line: set_in(line, "touch", 3, 1.0)),
@@ -162,7 +167,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "integer floats": (sound(9000 * tone(), "FLOAT"), "audio", "failed", "full scale is 1"),
     "nan sound": (sound(NAN_SOUND, "FLOAT"), "audio", "warnings", "320 samples are not finite"),
     "sound cut": (halve("audio.wav"), "audio", "warnings", "header declares"),
-    "video cut": (cut_video, "vision", "failed", "its index lists"),
+    "video cut": (cut_video, "video", "failed", "its index lists"),
     "short sound": (
         lambda folder: write_tone(folder / "audio.wav", 1.5), "durations", "warnings", "0.50 s",
     ),
@@ -221,34 +226,61 @@ def test_a_damaged_long_video_is_found_though_only_stretches_are_decoded(
 ) -> None:
     monkeypatch.setattr("preprocess.validate.probe.STRETCH_FRAMES", 2)
     report = check_session(session, recipe=STRICT).report
-    assert report.stats["video"]["vision_left"]["frames_checked"] == 32
+    assert report.stats["streams"]["vision_left"]["frames_checked"] == 32
 
 
 def test_steps_of_exactly_100_ms_are_short_gaps_in_findings_and_statistics(session: Path) -> None:
-    """20 lines at 10 Hz: 19 steps of 0.1 s in a session of 2 s, so 95 % of it."""
-    lines = sensor_lines()[:20]
-    for i, line in enumerate(lines):
-        line["timestamp"] = i * 0.1  # rounding makes 8 of the 19 steps longer than 0.1
+    """Two of three lines lost 10 times: steps of 0.1 s, some of them longer by rounding."""
+    lines = [line for i, line in enumerate(sensor_lines()) if i % 6 < 4]
+    for line in lines:
+        line["timestamp"] = round(line["timestamp"] * 30) / 30
     write_lines(session / "metadata.jsonl", lines)
     report = check_session(session, recipe=STRICT).report
-    assert report.stats["gaps"]["share_35_to_100_ms"] == pytest.approx(0.95)
-    assert report.stats["gaps"]["share_over_100_ms"] == 0
+    stats = report.stats["streams"]["touch"]
+    assert stats["share_short_gaps"] == pytest.approx(9 * 0.1 / 2.0, abs=1e-3)
+    assert stats["share_long_gaps"] == 0
     (warning,) = [m for m in report.warnings if "no line for" in m]
-    assert "the longest of 19 gaps of 35-100 ms, 95.0% of the session" in warning
+    assert "the longest of 9 gaps of 60-100 ms, 45.0% of the session" in warning
     assert report.checks["gaps"] == "warnings"
 
 
-def test_a_missing_optional_stream_is_listed_without_a_warning(session: Path) -> None:
-    (session / "text.jsonl").unlink()
+@pytest.mark.parametrize(
+    ("rate_hz", "status", "words"),
+    [
+        (25.0, "warnings", "interpolated"),
+        (10.0, "warnings", "interpolated"),
+        (4.0, "failed", "masked"),
+    ],
+)
+def test_a_regular_recorder_has_no_gaps_but_a_rate(
+    rate_hz: float, status: str, words: str, session: Path
+) -> None:
+    write_lines(session / "metadata.jsonl", sensor_lines(rate_hz=rate_hz))
     report = check_session(session, recipe=STRICT).report
-    assert report.status == "passed"
-    assert set(report.stats["absent"]) == {"vision_right", "internal_text", "external_text"}
+    assert report.checks["gaps"] == "passed"
+    assert report.checks["rates"] == status
+    messages = report.errors if status == "failed" else report.warnings
+    expected = f"metadata.jsonl: touch is recorded at {rate_hz:g} Hz, its rate_hz is 30"
+    (message,) = [m for m in messages if m.startswith(expected)]
+    assert words in message
+    assert "set `resample: hold`" in message
+
+
+def test_a_missing_optional_stream_is_a_warning_of_that_stream(session: Path) -> None:
+    (session / "text.jsonl").unlink()
+    report = check_session(session, recipe=default_recipe(required=REQUIRED)).report
+    absent = {"vision_right", "internal_text", "external_text"}
+    assert set(report.stats["absent"]) == absent
+    assert [m.split(" is missing")[0] for m in report.warnings] == [
+        f"session: stream {name}" for name in sorted(absent)
+    ]
+    assert {name for name, status in report.streams.items() if status == "absent"} == absent
 
 
 def test_a_missing_stream_fails_only_a_recipe_that_requires_it(session: Path) -> None:
     (session / "audio.wav").unlink()
     assert check_session(session, recipe=STRICT).report.status == "failed"
-    assert check_session(session, recipe=LOOSE).report.status == "passed"
+    assert check_session(session, recipe=LOOSE).report.status == "warnings"
 
 
 def test_streams_that_end_far_apart_fail_only_where_both_are_required(session: Path) -> None:
@@ -258,7 +290,8 @@ def test_streams_that_end_far_apart_fail_only_where_both_are_required(session: P
 
 
 def test_a_session_too_short_for_one_sample_is_a_warning(session: Path) -> None:
-    report = check_session(session, recipe=Recipe(window=WindowRecipe(duration_s=8.0))).report
+    recipe = STRICT.with_segment(8.0)
+    report = check_session(session, recipe=recipe).report
     assert report.checks["length"] == "warnings"
 
 
@@ -370,6 +403,6 @@ def test_a_difference_that_is_not_drift_gives_no_warning(
     video_s: float, sound_s: float, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     report = check_drift_of(tmp_path / "s", video_s=video_s, sound_s=sound_s)
-    assert report.stats["audio"]["drift_ppm"] == expected
+    assert report.stats["streams"]["audio"]["drift_ppm"] == expected
     assert report.checks["drift"] == "passed"
     assert drift_messages(report) == []

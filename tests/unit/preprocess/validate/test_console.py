@@ -10,7 +10,6 @@ from rich.console import Console
 
 from preprocess.validate.console import has_failed, print_report, print_summary, to_json_lines
 from preprocess.validate.report import ValidationReport
-from shared.recipe import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +24,7 @@ def _printed(show: Callable[[Console], None]) -> str:
 def _report(
     name: str, *, errors: tuple[str, ...] = (), warnings: tuple[str, ...] = ()
 ) -> ValidationReport:
-    stats = {"length_s": 61.0, "streams": {Stream.AUDIO.value: [0, 61]}}
+    stats = {"length_s": 61.0, "streams": {"audio": {"start_s": 0, "stop_s": 61}}}
     return ValidationReport(session=name, errors=errors, warnings=warnings, stats=stats)
 
 
@@ -55,7 +54,7 @@ def test_brackets_in_messages_are_printed_as_they_are() -> None:
 def test_json_lines_are_the_reports_as_dictionaries() -> None:
     assert [json.loads(line) for line in to_json_lines(REPORTS)] == [r.as_dict() for r in REPORTS]
     assert set(REPORTS[0].as_dict()) == {
-        "session", "status", "checks", "warnings", "errors", "stats",
+        "session", "status", "checks", "streams", "warnings", "errors", "stats",
     }  # fmt: skip
 
 

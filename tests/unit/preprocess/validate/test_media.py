@@ -18,7 +18,7 @@ from helpers.sessions import (
 from preprocess.validate.media import read_envelope, read_thumbnails
 from shared.media.video import read_video_track
 from shared.page import TimeAxis
-from shared.recipe import VisionRecipe
+from shared.streams import AudioStream, VideoStream
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +41,9 @@ def test_the_envelope_is_that_of_every_channel_and_the_level_its_rms(tmp_path: P
     samples = generator.uniform(-0.5, 0.5, (48_000, 2))
     samples[12_345, 1] = 0.9
     soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
-    envelope = read_envelope(tmp_path / "a.wav", duration_s=3.0, axis=TimeAxis(0.0, 6.0))
+    envelope = read_envelope(
+        tmp_path / "a.wav", AudioStream(file="a.wav"), duration_s=3.0, axis=TimeAxis(0.0, 6.0)
+    )
     assert len(envelope.low) == 500
     bins = samples.astype(np.float32).reshape(500, 96 * 2)
     np.testing.assert_array_equal(envelope.low, bins.min(axis=1))
@@ -62,7 +64,7 @@ def test_thumbnails_are_the_same_with_and_without_seeking(
             tmp_path / name,
             read_video_track(tmp_path / name),
             axis=TimeAxis(0.0, float(times_s[-1])),
-            recipe=VisionRecipe(),
+            spec=VideoStream(file="a.mp4"),
         )
         for name in ("a.mp4", "b.mp4")
     ]
@@ -72,7 +74,7 @@ def test_thumbnails_are_the_same_with_and_without_seeking(
             tmp_path / "b.mp4",
             read_video_track(tmp_path / "b.mp4"),
             axis=TimeAxis(0.0, float(times_s[-1])),
-            recipe=VisionRecipe(),
+            spec=VideoStream(file="a.mp4"),
         )
     assert found[0] == found[1] == through
     assert all(t.state == "shown" for t in through)

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers.report_pages import RECIPE, messages, panel, parse, render_page
+from helpers.report_pages import (
+    RECIPE,
+    default_recipe,
+    messages,
+    panel,
+    parse,
+    render_page,
+)
 from helpers.sessions import (
     read_lines,
     write_lines,
@@ -20,6 +27,7 @@ import preprocess.validate.page
 from preprocess.__main__ import cli
 from preprocess.validate.page import ReportPage
 from preprocess.validate.report import check_session
+from shared.streams import DEFAULT_STREAMS
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 NASTY_NAMES = {"video": "vision_left.mp4", "audio": "audio.wav", "other": "metadata.jsonl"}
@@ -46,24 +54,24 @@ def test_messages_are_those_of_validate(session: Path) -> None:
 
 def test_every_stream_has_its_row_and_every_reading_its_panel(session: Path) -> None:
     shutil.copyfile(session / "vision_left.mp4", session / "vision_right.mp4")
-    page = render_page(session)
+    page = render_page(session, recipe=default_recipe())
     panels = [e.attributes["data-panel"] for e in page.all("svg") if "data-panel" in e.attributes]
     assert panels == [
         "timeline",
-        "internal_text",
         "external_text",
+        "internal_text",
         "vision_left",
         "vision_right",
-        "waveform",
-        "level",
+        "audio.waveform",
+        "audio.level",
+        "proprio.angle",
+        "proprio.velocity",
         "touch",
-        "angles",
-        "velocities",
     ]
     curves = {name: len(panel(page, name).all("path")) for name in panels[-3:]}
-    assert curves == {"touch": 5, "angles": 10, "velocities": 10}
+    assert curves == {"proprio.angle": 10, "proprio.velocity": 10, "touch": 5}
     rows = [e.attributes["data-row"] for e in page.all("g") if "data-row" in e.attributes]
-    assert len(rows) == 8
+    assert rows == sorted(DEFAULT_STREAMS)
 
 
 def test_hostile_texts_and_names_are_escaped(whole: Path, tmp_path: Path) -> None:
@@ -120,8 +128,8 @@ def test_files_that_vanish_after_the_checks_leave_a_note(session: Path, tmp_path
     with ReportPage(tmp_path / "page.html") as page:
         page.add(checked)
     text = parse(tmp_path / "page.html").text
-    assert "audio.wav: no waveform" in text
-    assert "vision_left.mp4: no thumbnails" in text
+    assert "audio.wav: no picture of audio" in text
+    assert "vision_left.mp4: no picture of vision_left" in text
 
 
 @pytest.mark.parametrize(
@@ -169,8 +177,8 @@ def test_every_real_session_is_drawn_whole(real_sessions: list[Path], tmp_path: 
     for section, checked in zip(parsed.all("section"), sessions, strict=True):
         panels = {e.attributes.get("data-panel") for e in section.all("svg")} - {None}
         streams = checked.report.stats["streams"]
-        assert ("waveform" in panels) == ("audio" in streams)
-        assert ("angles" in panels) == ("proprio" in streams)
+        assert ("audio.waveform" in panels) == ("audio" in streams)
+        assert ("proprio.angle" in panels) == ("proprio" in streams)
         assert len(section.all("image")) == 10 * ("vision_left" in streams)
     assert path.stat().st_size < 2e6 * len(real_sessions)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import soundfile
-from helpers.report_pages import RECIPE, bands_s, panel, render_page, row
+from helpers.report_pages import RECIPE, bands_s, default_recipe, panel, render_page, row
 from helpers.sessions import (
     sensor_lines,
     tone,
@@ -18,7 +18,6 @@ from helpers.sessions import (
 )
 
 from preprocess.validate.report import check_session
-from shared.recipe import Recipe, WindowRecipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,12 +31,12 @@ def test_gaps_are_drawn_at_their_times(session: Path) -> None:
     ]
     write_lines(session / "metadata.jsonl", lines)
     page = render_page(session)
-    for name in ("touch", "proprio", "metadata lines"):
+    for name in ("touch", "proprio"):
         (gap,) = bands_s(page, row(page, name), "gap-error")
         assert gap == pytest.approx((19 / 30, 26 / 30), abs=0.002)
         (short,) = bands_s(page, row(page, name), "gap-warning")
         assert short == pytest.approx((39 / 30, 41 / 30), abs=0.002)
-    (behind,) = bands_s(page, panel(page, "angles"), "gap-error")
+    (behind,) = bands_s(page, panel(page, "proprio.angle"), "gap-error")
     assert behind == pytest.approx((19 / 30, 26 / 30), abs=0.002)
     assert "2 gaps, longest 0.233 s" in row(page, "touch").text
 
@@ -98,13 +97,15 @@ def test_a_broken_file_is_named_in_its_row_and_in_the_table(session: Path) -> No
     (session / "vision_left.mp4").write_bytes(b"")
     page = render_page(session)
     assert "broken: vision_left.mp4: the file is empty" in row(page, "vision_left").text
-    cells = page.all("table", id="summary")[0].all("td", class_="stream")
-    assert [cell.text for cell in cells][:2] == ["broken", "-"]
+    table = page.all("table", id="summary")[0]
+    names = [cell.text for cell in table.all("th", class_="stream")]
+    cells = [cell.text for cell in table.all("td", class_="stream")]
+    assert dict(zip(names, cells, strict=True))["vision left"] == "broken"
 
 
 def test_a_required_stream_that_is_missing_is_named_in_the_table(session: Path) -> None:
     (session / "audio.wav").unlink()
-    page = render_page(session, recipe=Recipe(window=WindowRecipe(duration_s=1.0)))
+    page = render_page(session, recipe=default_recipe(required=("audio",)))
     cells = page.all("table", id="summary")[0].all("td", class_="wrong")
     assert [cell.text for cell in cells] == ["missing"]
 
@@ -114,7 +115,7 @@ def test_clipped_sound_is_marked_at_its_time(session: Path) -> None:
     samples[8_000:9_600] = 1.0
     soundfile.write(session / "audio.wav", samples, 16_000, subtype="PCM_16")
     page = render_page(session)
-    top, bottom = bands_s(page, panel(page, "waveform"), "clipped")
+    top, bottom = bands_s(page, panel(page, "audio.waveform"), "clipped")
     assert top == bottom == pytest.approx((0.5, 0.6), abs=0.005)
 
 

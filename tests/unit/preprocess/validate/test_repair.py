@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.report_pages import RECIPE, recipe_of
 from helpers.sessions import read_lines, sensor_lines, write_lines, write_tone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,9 +20,6 @@ import preprocess.validate.repair
 from preprocess.validate.repair import repair_session
 from preprocess.validate.report import check_session
 from shared.errors import SessionError
-from shared.recipe import Recipe, WindowRecipe
-
-RECIPE = Recipe(required=(), window=WindowRecipe(duration_s=1.0))
 
 
 @pytest.fixture
@@ -334,9 +332,10 @@ def test_a_missing_folder_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_all_repairs_together_leave_no_warning(session: Path) -> None:
     damage(session)
-    assert check_session(session, recipe=RECIPE).report.status == "warnings"
-    repair_session(session, recipe=RECIPE)
-    report = check_session(session, recipe=RECIPE).report
+    recipe = recipe_of(session)
+    assert check_session(session, recipe=recipe).report.status == "warnings"
+    repair_session(session, recipe=recipe)
+    report = check_session(session, recipe=recipe).report
     assert (report.warnings, report.errors) == ((), ())
 
 

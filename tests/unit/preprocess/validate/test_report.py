@@ -64,6 +64,7 @@ FILE_REPORTS = {
 def sessions(session: Path, tmp_path: Path) -> Path:
     """A folder of a good session and one without pictures."""
     folder = tmp_path / "sessions"
+    shutil.copyfile(session / "vision_left.mp4", session / "vision_right.mp4")
     shutil.copytree(session, folder / "good")
     shutil.copytree(session, folder / "poor")
     (folder / "poor" / "vision_left.mp4").unlink()
@@ -157,7 +158,8 @@ def test_every_problem_file_has_its_report(name: str, nasty_files: dict[str, Pat
 
 
 def test_files_and_sessions_are_in_one_table(tmp_path: Path) -> None:
-    write_session(tmp_path / "sessions" / "whole")
+    whole = write_session(tmp_path / "sessions" / "whole")
+    shutil.copyfile(whole / "vision_left.mp4", whole / "vision_right.mp4")
     write_tone(tmp_path / "mic.WAV", 0.5)
     write_video(tmp_path / "eye.mkv", container="matroska")
     (tmp_path / "bad.mp3").write_bytes(b"no sound")
@@ -170,7 +172,7 @@ def test_files_and_sessions_are_in_one_table(tmp_path: Path) -> None:
     assert found.pop("whole")[0] == "passed"
     assert found == {
         "mic.WAV": ("passed", ["audio"]),
-        "eye.mkv": ("passed", ["vision_left"]),
+        "eye.mkv": ("passed", ["video"]),
         "bad.mp3": ("failed", []),
     }
     page = (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import soundfile
 from helpers.oracles import build, jsonl, tiny_recipe
+from helpers.report_pages import RECIPE
 from helpers.sessions import sensor_lines, tone, write_lines, write_session, write_tone, write_video
 
 from preprocess.validate.panels import draw_session
 from preprocess.validate.repair import repair_session
 from preprocess.validate.report import check_session
-from shared.recipe import Recipe, Stream, WindowRecipe
-from shared.session.folder import SCANNED_FILES
+from shared.session.folder import scanned_files
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-LOOSE = Recipe(required=(), window=WindowRecipe(duration_s=1.0))
+LOOSE = RECIPE
 
 
 @pytest.fixture
@@ -68,10 +68,10 @@ def test_a_late_sound_is_drawn_at_its_start(session: Path) -> None:
     probe = check_session(session, recipe=LOOSE).probe
     assert probe is not None
     panels = draw_session(session, probe)
-    plot = next(p for p in panels.plots if p.name == "waveform")
+    plot = next(p for p in panels.plots if p.name == "audio.waveform")
     first_x = float(plot.curves[0].path.removeprefix("M").replace(",", " ").split()[0])
     assert first_x == pytest.approx(panels.axis.x(1.0), abs=0.5)
-    assert probe.intervals[Stream.AUDIO].start_s == 1.0
+    assert probe.intervals["audio"].start_s == 1.0
 
 
 def test_a_drift_is_measured_from_where_the_sound_begins(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_fix_is_promised_only_where_it_drops_lines(session: Path) -> None:
     assert repair_session(session, recipe=LOOSE) == []
 
 
-@pytest.mark.parametrize("file", SCANNED_FILES)
+@pytest.mark.parametrize("file", scanned_files(RECIPE))
 def test_a_pipe_in_place_of_a_file_is_skipped_and_reported(file: str, session: Path) -> None:
     (session / file).unlink(missing_ok=True)
     os.mkfifo(session / file)
