@@ -18,7 +18,7 @@ from shared.kinds.text import decode_text
 from shared.kinds.video import decode_pictures
 from shared.recipe import SPLITS, Recipe
 from shared.shardset.columns import read_chunk
-from shared.shardset.index import ShardIndex, require_complete
+from shared.shardset.index import ShardIndex, require_matching
 from shared.shardset.layout import columns_of
 from shared.shardset.manifest import FORMAT_VERSION, REJECTED_FILE, Manifest, ShardEntry, find_runs
 from shared.shardset.store import ShardSetStore, open_shard_set
@@ -102,7 +102,7 @@ class _Verifier:
         """Verify the columns, keys and sessions of one shard."""
         columns = columns_of(self.manifest.recipe)
         try:
-            index = _read_index(self.store, entry, columns)
+            index = _read_index(self.store, entry, self.manifest.recipe)
         except ShardError as error:
             self.problems.append(str(error))
             return
@@ -272,11 +272,11 @@ def _frame_errors(error_s: NDArray[np.float32]) -> str:
     return f"{len(error_s)} frames, worst {worst_ms:.1f} ms off, {masked} masked"
 
 
-def _read_index(
-    store: ShardSetStore, entry: ShardEntry, columns: Mapping[str, Column]
-) -> ShardIndex:
+def _read_index(store: ShardSetStore, entry: ShardEntry, recipe: Recipe) -> ShardIndex:
     index = store.read_index(entry.index_file, sha256=entry.index_sha256)
-    require_complete(index, columns, origin=f"{store}/{entry.index_file}")
+    origin = f"{store}/{entry.index_file}"
+    columns = columns_of(recipe).values()
+    require_matching(index, columns, segment_s=recipe.segment_s, origin=origin)
     return index
 
 
@@ -315,7 +315,7 @@ def _find_sample(
     session = key.rpartition("/")[0]
     example = ""
     for entry in manifest.shards:
-        index = _read_index(store, entry, columns_of(manifest.recipe))
+        index = _read_index(store, entry, manifest.recipe)
         example = example or index.key(0)
         if session in index.sessions:
             for row in range(index.num_samples):

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shared.kinds.column import Column
+
 INDEX_VERSION = 3
 """The only version that is read; manifests of its format name only such indexes."""
 
@@ -125,6 +127,12 @@ class ShardIndex:
         """Names of the set's streams, sorted: the columns of present and coverage."""
         streams: list[str] = self.header["streams"]
         return streams
+
+    @property
+    def videos(self) -> list[str]:
+        """Names of the streams with time errors of their frames."""
+        videos: list[str] = self.header["videos"]
+        return videos
 
     @property
     def sessions(self) -> list[str]:
@@ -294,16 +302,33 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
     )
 
 
-def require_complete(index: ShardIndex, columns: Iterable[str], *, origin: str) -> None:
-    """Check that an index has some columns, such as all those of a recipe.
+def require_matching(
+    index: ShardIndex, columns: Iterable[Column], *, segment_s: float, origin: str
+) -> None:
+    """Check that an index has some columns of a recipe, in the recipe's form.
 
     Raises:
-        CorruptError: a column is missing.
+        CorruptError: a column is missing, or segments or frames differ from the recipe's.
     """
-    if missing := [name for name in columns if name not in index.columns]:
+    columns = list(columns)
+    if missing := [column.name for column in columns if column.name not in index.columns]:
         raise CorruptError(
             f"{origin}: lacks the column {', '.join(missing)}; {rebuild_hint_for(origin)}"
         )
+    if index.segment_s != segment_s:
+        raise CorruptError(
+            f"{origin}: has segments of {index.segment_s:g} s, the recipe says {segment_s:g}; "
+            f"{rebuild_hint_for(origin)}"
+        )
+    for column in columns:
+        name = column.name
+        num_frames = index.arrays[f"{name}.error_s"].shape[1] if name in index.videos else None
+        expected = column.shape[0] if column.has_time_errors else None
+        if num_frames != expected:
+            raise CorruptError(
+                f"{origin}: has {num_frames} frames of {name} in a segment, the recipe says "
+                f"{expected}; {rebuild_hint_for(origin)}"
+            )
 
 
 def require_file_name(name: object) -> str:

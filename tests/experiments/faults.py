@@ -84,15 +84,16 @@ class Reference:
     def is_named(self, skip: dict[str, Any]) -> bool:
         """Return whether a substituted sample is reported with shard, file and offset.
 
-        Its error must name them, too. For an index, only the file is named.
+        Its error must name them, too. For an index or a missing file, only the file is named.
         """
         file, offset = skip["file"], skip["offset"]
         if file not in self.files or not file.startswith(f"{skip['shard']}."):
             return False
         if file.endswith(".index"):
             return f"{file}: " in skip["error"] and offset is None
-        prefixes = (f"{file} at {offset}: ", f"{file}: can't be opened: ")
-        return type(offset) is int and any(prefix in skip["error"] for prefix in prefixes)
+        if f"{file}: can't be opened: " in skip["error"]:
+            return offset is None
+        return type(offset) is int and f"{file} at {offset}: " in skip["error"]
 
 
 def epoch(shards: Path, *, num_workers: int = 0) -> Iterator[dict[str, Any]]:

@@ -384,7 +384,7 @@ FAULTS: dict[str, tuple[int, Fault]] = {
         with_array("present", lambda a: np.full(a.shape, np.nan, np.float32)),
     ),
     "hostile: nothing is present": (1, with_array("present", np.zeros_like)),
-    "hostile: everything is present": (1, with_array("present", np.ones_like)),
+    "hostile: everything is present": (5, with_array("present", np.ones_like)),
     "hostile: presence of 255": (1, with_array("present", lambda a: np.full_like(a, 255))),
     "hostile: presence of fewer streams": (
         1,
@@ -405,7 +405,7 @@ FAULTS: dict[str, tuple[int, Fault]] = {
     ),
     "hostile: time errors of fewer frames": (
         1,
-        with_array("vision_left.error_s", lambda a: np.ascontiguousarray(a[:, :3])),
+        with_array("vision_left.error_s", lambda a: np.ascontiguousarray(a[:, :1])),
     ),
     "hostile: time errors of no dimension": (
         1,

@@ -30,7 +30,7 @@ from shared.kinds.text import SegmentText, decode_text
 from shared.kinds.video import decode_pictures
 from shared.media.yuv import Chosen
 from shared.shardset.columns import ColumnFile, read_chunk
-from shared.shardset.index import Members, ShardIndex, require_complete
+from shared.shardset.index import Members, ShardIndex, require_matching
 from shared.shardset.layout import training_columns
 from shared.shardset.locks import ReaderLock, read_manifest_locked
 from shared.shardset.manifest import find_runs
@@ -328,27 +328,20 @@ class ShardSource:
         return self._open.evict(num_kept=1) or self.evict_others()
 
     def _require_matching(self, index: ShardIndex, entry: ShardEntry) -> None:
-        """Check that an index has this set's columns, runs and frames.
+        """Check that an index has this set's columns, runs, segments and frames.
 
         Raises:
             CorruptError: it does not.
         """
         origin = entry.index_file
         columns = self._columns.values()
-        require_complete(index, [column.name for column in columns], origin=origin)
+        require_matching(index, columns, segment_s=self.recipe.segment_s, origin=origin)
         runs = find_runs(index)
         if runs != entry.runs:
             raise CorruptError(
                 f"{origin}: has {index.num_samples} rows in {len(runs)} runs, manifest says "
                 f"{entry.num_samples} in {len(entry.runs)}; {REBUILD_HINT}"
             )
-        for column in (c for c in columns if c.has_time_errors):
-            num_frames = index.arrays[f"{column.name}.error_s"].shape[1]
-            if num_frames != column.shape[0]:
-                raise CorruptError(
-                    f"{origin}: has {num_frames} frames of {column.name} in a segment, the recipe "
-                    f"says {column.shape[0]}; {REBUILD_HINT}"
-                )
 
     def _read_segments(
         self, opened: OpenShard, first_row: int, name: str, pieces: list[Piece]
@@ -365,11 +358,6 @@ class ShardSource:
             if member is not None:
                 at = _Position(opened, column, row)
                 segments[row - first_row] = decode(self, at, member)
-            elif column.kind is not Kind.VIDEO and opened.index.is_present(row, name):
-                raise _Position(opened, column, row).error(
-                    f"{opened.index.key(row)} lacks {name}, which its index says is there; "
-                    f"{REBUILD_HINT}"
-                )
         return segments
 
     def _read_members(

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import CorruptError, FormatVersionError, ShardError
+from shared.recipe import Recipe
 from shared.shardset import index as index_module
 from shared.shardset.index import (
     MAX_STREAMS,
@@ -27,8 +28,9 @@ from shared.shardset.index import (
     index_bytes,
     open_index,
     parse_index,
-    require_complete,
+    require_matching,
 )
+from shared.shardset.layout import columns_of
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -694,10 +696,56 @@ def test_changed_values_of_any_array_are_refused_or_usable(data):
     use_or_refuse(index_bytes(tiny_index(**{name: values.reshape(array.shape)})))
 
 
-# --- completeness ----------------------------------------------------------------------------
+# --- the recipe ------------------------------------------------------------------------------
+
+RECIPE = Recipe.model_validate(
+    {
+        "segment": {"duration_s": 2.0},
+        "streams": {
+            "eye": {"kind": "video", "file": "eye.mp4", "rate_hz": 1},
+            "mic": {"kind": "audio", "file": "mic.wav"},
+            "touch": {"kind": "sensor", "key": "touch", "values": [{"count": 5, "type": "scalar"}]},
+        },
+    }
+)
 
 
-def test_an_index_without_a_column_is_not_complete():
-    require_complete(tiny_index(), ["mic", "mic.dmel"], origin="a.index")
-    with pytest.raises(CorruptError, match=r"a\.index: lacks the column ear, gaze; fix"):
-        require_complete(tiny_index(), ["ear", "eye", "gaze"], origin="a.index")
+def require(index: ShardIndex, *names: str, segment_s: float = 2.0) -> None:
+    columns = [columns_of(RECIPE)[name] for name in names]
+    require_matching(index, columns, segment_s=segment_s, origin="a.index")
+
+
+def test_an_index_matches_its_recipe():
+    require(tiny_index(), "eye", "mic", "mic.dmel")
+    require(tiny_index(), "mic")
+
+
+def test_an_index_without_a_column_does_not_match():
+    with pytest.raises(CorruptError, match=r"a\.index: lacks the column touch; fix"):
+        require(tiny_index(), "eye", "touch")
+
+
+def test_segments_of_another_length_do_not_match():
+    with pytest.raises(CorruptError, match=r"has segments of 2 s, the recipe says 4; fix"):
+        require(tiny_index(), segment_s=4.0)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (tiny_index(**{"eye.error_s": np.zeros((3, 5), np.float32)}), "has 5 frames of eye"),
+        (
+            tiny_index(header={"videos": []}),
+            "has None frames of eye in a segment, the recipe says 2",
+        ),
+        (
+            tiny_index(
+                header={"videos": ["eye", "mic"]}, **{"mic.error_s": np.zeros((3, 2), np.float32)}
+            ),
+            "has 2 frames of mic in a segment, the recipe says None",
+        ),
+    ],
+)
+def test_frames_of_another_number_do_not_match(index, message):
+    with pytest.raises(CorruptError, match=message):
+        require(parse(index_bytes(index)), "eye", "mic")
