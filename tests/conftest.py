@@ -61,5 +61,5 @@ def tiny_set(tiny_sessions):
 @pytest.fixture(scope="session")
 def raw_set(tiny_sessions):
     """Build the shard set of tiny_sessions with lossless frames; read only."""
-    recipe = set_recipe(vision={"codec": "raw"})
+    recipe = set_recipe(video={"codec": "raw"})
     return build_set(tiny_sessions, tiny_sessions.parent / "raw", recipe)

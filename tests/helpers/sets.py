@@ -71,7 +71,7 @@ def set_recipe(**sections: Any) -> Recipe:
         "audio": {"rate_hz": 8000, "dmel": {"fft_size": 512, "channels": 16}},
         "text": {"vocab_size": 300},
         "split": {"val_fraction": 0.25, "salt": "c"},  # holds out bob
-        "shard": {"target_bytes": 80000},
+        "shard": {"target_bytes": 80_000},
         "streams": {name: {**spec, "required": False} for name, spec in DEFAULT_STREAMS.items()},
     }
     values["streams"] = sections.pop("streams", values["streams"])

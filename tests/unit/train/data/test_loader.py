@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,13 @@ from train.data.loader import Loader, open_source
 from train.data.shard_source import ShardSource
 from train.loop.prefetch import BatchFeed
 
+WINDOWS = [
+    {"duration_s": 0.4},
+    {"duration_s": 1.0, "stride_s": 0.2},
+    {"duration_s": 4.0, "stride_s": 2.0},
+]
+"""Windows of one segment, overlapping ones over several, and one per session."""
+
 few_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 
 
@@ -29,9 +37,11 @@ few_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 wor
 
 @few_cores
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_batches_are_the_same_for_any_number_of_workers(tiny_set, num_workers):
-    expected = take(make_loader(tiny_set), 9)
-    assert_same(take(make_loader(tiny_set, num_workers=num_workers), 9), expected)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_batches_are_the_same_for_any_number_of_workers(tiny_set, window, num_workers):
+    expected = take(make_loader(tiny_set, window=window), 9)
+    found = make_loader(tiny_set, window=window, num_workers=num_workers)
+    assert_same(take(found, 9), expected)
 
 
 @few_cores
@@ -52,29 +62,56 @@ def test_targets_share_the_memory_of_the_inputs(tiny_set, num_workers):
             assert target.data_ptr() == given.data_ptr(), head
 
 
-def test_an_epoch_holds_every_key_once_with_weight(tiny_set):
-    loader = make_loader(tiny_set)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_an_epoch_holds_every_key_once_with_weight(tiny_set, window):
+    loader = make_loader(tiny_set, window=window)
     source = loader.source
     batches = take(loader, 2 * loader.batches_per_epoch)
     for epoch in (0, 1):
         rows = [zip(b["keys"], b["weight"], strict=True) for b in batches if b["epoch"] == epoch]
         keys = [key for batch in rows for key, weight in batch if weight]
         assert sorted(keys) == sorted(source.key(*p) for p in tiny_sets.sample_locations(source))
-    assert any((batch["weight"] == 0).any() for batch in batches)
+        assert len(set(keys)) == len(keys)
+    num_padding = sum(int((batch["weight"] == 0).sum()) for batch in batches)
+    assert num_padding == 2 * (-len(keys) % 7)
 
 
 # --- resuming --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("position", [0, 1, 4, 6, 9])
-def test_a_loaded_state_resumes_with_the_same_batches(tiny_set, position, num_workers):
-    loader = make_loader(tiny_set)
-    assert 4 < loader.batches_per_epoch < 9  # so that positions lie on both sides of the border
-    expected = take(loader, 11)[position:]
-    resumed = make_loader(tiny_set, num_workers=num_workers)
-    resumed.load_state_dict(json.loads(json.dumps(loader.state_at(position))))
-    assert_same(take(resumed, 11 - position), expected)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_loaded_state_resumes_with_the_same_batches(tiny_set, window, num_workers):
+    loader = make_loader(tiny_set, window=window, batch_size=4)
+    border = loader.batches_per_epoch
+    batches = take(loader, border + 4)
+    for position in (0, border - 1, border, border + 1):
+        resumed = make_loader(tiny_set, window=window, batch_size=4, num_workers=num_workers)
+        resumed.load_state_dict(json.loads(json.dumps(loader.state_at(position))))
+        assert_same(take(resumed, 3), batches[position : position + 3])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": {"duration_s": 2.0, "stride_s": 0.2}}, "window_s 1.0, this run has 2.0; fix"),
+        ({"window": {"duration_s": 1.0, "stride_s": 1.0}}, "stride_s 0.2, this run has 1.0; fix"),
+        ({"modalities": ["touch"], "heads": ("animation",)}, "period_s 0.2, this run has 0.1; fix"),
+    ],
+)
+def test_a_state_of_other_windows_is_refused(tiny_set, options, message):
+    state = make_loader(tiny_set).state_at(3)
+    with pytest.raises(ConfigError, match=f"{re.escape(message)}: .*--weights"):
+        make_loader(tiny_set, **options).load_state_dict(state)
+
+
+def test_held_out_windows_touch_whatever_the_stride(tiny_set):
+    for stride_s in (0.2, 1.0):
+        window = {"duration_s": 1.0, "stride_s": stride_s}
+        loader = make_loader(tiny_set, split="val", num_epochs=1, is_shuffled=False, window=window)
+        batches = list(loader)
+        keys = [k for b in batches for k, w in zip(b["keys"], b["weight"], strict=True) if w]
+        assert keys == ["bob@0", "bob@10"]  # 1.6 s
 
 
 @pytest.mark.parametrize(
@@ -94,7 +131,7 @@ def test_a_state_of_another_order_is_refused(tiny_set, key, value):
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(2, 0), (3, 1), (6, 0)])
 def test_smaller_batches_resume_with_the_samples_of_larger_ones(tiny_set, batch_size, num_workers):
     larger = make_loader(tiny_set, batch_size=6)
-    position = larger.batches_per_epoch + 2  # within the second epoch
+    position = larger.batches_per_epoch + 1  # within the second epoch
     expected = [key for b in take(larger, position + 3)[position:] for key in b["keys"]]
     smaller = make_loader(tiny_set, batch_size=batch_size, num_workers=num_workers)
     smaller.load_state_dict(larger.state_at(position))
@@ -170,7 +207,7 @@ def test_a_finite_loader_ends_and_can_be_read_again(tiny_set, num_workers):
     rows = [zip(batch["keys"], batch["weight"], strict=True) for batch in first]
     keys = [key for batch in rows for key, weight in batch if weight]
     assert keys == sorted(keys)
-    assert {key.partition("/")[0] for key in keys} == {"bob"}
+    assert {key.partition("@")[0] for key in keys} == {"bob"}
 
 
 def test_a_split_without_samples_is_refused(tiny_set):
@@ -196,28 +233,28 @@ def test_a_config_without_data_is_refused():
 def bytes_read(monkeypatch, loader, count=3):
     """Count the bytes of each column that the next batches read."""
     read = {}
-    original = ColumnFile.read
+    original = ColumnFile.read_rows
 
-    def note(self, members, row, **options):
-        content = original(self, members, row, **options)
+    def note(self, members, rows, **options):
+        contents = original(self, members, rows, **options)
         column = self.path.name.partition(".")[2]
-        read[column] = read.get(column, 0) + (0 if content is None else members.length[row])
-        return content
+        read[column] = read.get(column, 0) + sum(len(each or b"") for each in contents)
+        return contents
 
     with monkeypatch.context() as patch:
-        patch.setattr(ColumnFile, "read", note)
+        patch.setattr(ColumnFile, "read_rows", note)
         take(loader, count)
     return read
 
 
 def test_text_only_reads_no_other_byte(tiny_set, monkeypatch):
     read = bytes_read(monkeypatch, make_loader(tiny_set, heads=TEXT_HEADS))
-    assert set(read) == {"text.tar"}
+    assert set(read) == {"internal_text.tar", "external_text.tar"}
 
 
 def test_text_only_works_without_the_other_columns(tiny_set, tmp_path):
     shards = tiny_sets.copy_set(tiny_set, tmp_path / "set")
-    for path in (*shards.glob("*.zarr.zip"), *shards.glob("*.vision*"), *shards.glob("*.audio.*")):
+    for path in {*shards.glob("*.zarr.zip"), *shards.glob("*.vision*"), *shards.glob("*.audio.*")}:
         path.unlink()
     expected = take(make_loader(tiny_set, heads=TEXT_HEADS), 7)
     assert_same(take(make_loader(shards, heads=TEXT_HEADS), 7), expected)
@@ -226,46 +263,58 @@ def test_text_only_works_without_the_other_columns(tiny_set, tmp_path):
 
 def test_modalities_without_vision_read_none(tiny_set, monkeypatch):
     loader = make_loader(tiny_set, modalities=["touch"], heads=("animation",))
-    assert set(bytes_read(monkeypatch, loader)) == {"proprio.zarr.zip"}
+    assert set(bytes_read(monkeypatch, loader)) == {"touch.zarr.zip", "proprio.zarr.zip"}
 
 
 def test_one_camera_reads_one_camera(tiny_set, monkeypatch):
     loader = make_loader(tiny_set, modalities=["vision_left"], heads=("audio",))
-    assert set(bytes_read(monkeypatch, loader)) == {"vision_left.tar", "dmel.zarr.zip"}
+    assert set(bytes_read(monkeypatch, loader)) == {"vision_left.tar", "audio.dmel.zarr.zip"}
 
 
-def slow_dense(path_of_text, streams):
-    """Return a text member's tokens by time; at equal times internal text comes first."""
-    values = json.loads(path_of_text)
-    events = []
-    for stream in ("internal", "external"):
-        if stream in streams:
-            pairs = zip(values[stream]["time_s"], values[stream]["ids"], strict=True)
-            events += [(time_s, stream, token) for time_s, token in pairs]
-    times = sorted({time_s for time_s, _, _ in events})
-    order = [e for t in times for s in ("internal", "external") for e in events if e[:2] == (t, s)]
-    return {s: [token if s == said_by else 0 for _, said_by, token in order] for s in streams}
+def stored_tokens(shards, stream):
+    """Return (tick, time of the event, token) of every token by session, from a stream's tars."""
+    tokens = {}
+    for path in sorted(shards.glob(f"*.{stream}.tar")):
+        for key, member in sorted(read_tar(path).items()):
+            values = json.loads(member)
+            ticks = [int(time_s * 10 + 1e-6) for time_s in values["time_s"]]
+            columns = (ticks, values["event_s"], values["ids"])
+            tokens.setdefault(key.partition("/")[0], []).extend(zip(*columns, strict=True))
+    return tokens
+
+
+def slow_dense(tokens, key):
+    """Return a window's tokens by the time of their events, of the same time by stream.
+
+    Tokens whose own time is after the session's end are left out.
+    """
+    session, _, first = key.partition("@")
+    stop = min(int(first) + 10, round(tiny_sets.LENGTHS_S[session] * 10))
+    events = [
+        (event_s, stream, token)
+        for stream in sorted(tokens)
+        for tick, event_s, token in tokens[stream].get(session, [])
+        if int(first) <= tick < stop
+    ]
+    events.sort(key=lambda event: event[:2])
+    return {s: [token if s == own else 0 for _, own, token in events] for s in tokens}
 
 
 @pytest.mark.parametrize("heads", [TEXT_HEADS, TEXT_HEADS[:1], TEXT_HEADS[1:]])
 def test_text_only_is_packed_densely(tiny_set, heads):
-    loader = make_loader(tiny_set, heads=heads, num_epochs=1)
-    members = {}
-    for path in tiny_set.glob("*.text.tar"):
-        members |= read_tar(path)
-    streams = [head.removesuffix("_text") for head in heads]
-    for batch in loader:
-        rows = [slow_dense(members.get(key, EMPTY), streams) for key in batch["keys"]]
-        longest = max(2, *(len(row[streams[0]]) for row in rows))
-        for stream in streams:
+    tokens = {stream: stored_tokens(tiny_set, stream) for stream in heads}
+    num_tokens = 0
+    for batch in make_loader(tiny_set, heads=heads, num_epochs=1):
+        rows = [slow_dense(tokens, key) for key in batch["keys"]]
+        longest = max(2, *(len(row[heads[0]]) for row in rows))
+        for stream in heads:
             lengths = [len(row[stream]) for row in rows]
+            num_tokens += sum(lengths)
             expected = [row[stream] + [0] * (longest - len(row[stream])) for row in rows]
-            assert batch["inputs"][f"{stream}_text"].tolist() == expected
+            assert batch["inputs"][stream].tolist() == expected
             valid = [[i < n for i in range(longest)] for n in lengths]
-            assert batch["inputs"][f"{stream}_text_valid"].tolist() == valid
-
-
-EMPTY = '{"internal": {"ids": [], "time_s": []}, "external": {"ids": [], "time_s": []}}'
+            assert batch["inputs"][f"{stream}_valid"].tolist() == valid
+    assert num_tokens > 20
 
 
 def read_tar(path):

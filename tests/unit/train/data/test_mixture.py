@@ -341,5 +341,5 @@ def test_the_tokenizer_is_that_of_a_set_with_text():
 def test_read_streams_of_one_source_under_two_names_are_refused():
     one, two = FakeSource({"gaze": GAZE}), FakeSource({"eyes": GAZE})
     open_mix(one, two, modalities=("gaze",))
-    with pytest.raises(ConfigError, match="eyes and gaze have the same source"):
+    with pytest.raises(ConfigError, match=r"gaze has the same source as streams\.eyes"):
         open_mix(one, two, heads=("gaze", "eyes"))
