@@ -16,7 +16,7 @@ from shared.clock import Interval, clock_offset
 from shared.kinds import sensor
 from shared.kinds.text import TimedText
 from shared.session.folder import SESSION_INFO_FILE
-from shared.streams import Kind
+from shared.streams import METADATA_FILE, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,6 +39,7 @@ MEDIA_KINDS = (Kind.VIDEO, Kind.AUDIO)
 """Streams without timestamps on the recorder's clock."""
 
 _STARTS_KEY = "start_s"
+_CLOCK_FIX = f"fix: correct its timestamps, or declare its start in {SESSION_INFO_FILE}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +131,18 @@ def align_streams(
     )
 
 
+def unaligned(reason: str, recipe: Recipe) -> Alignment:
+    """Return the alignment of a session whose streams have no known position."""
+    return Alignment(
+        offset_s=0.0,
+        stop_s=0.0,
+        intervals={},
+        absent=dict.fromkeys(recipe.streams, reason),
+        times_s={},
+        events={},
+    )
+
+
 def recorder_offset(
     lines: SessionLines,
     media_stop_s: float | None,
@@ -139,26 +152,26 @@ def recorder_offset(
 ) -> float:
     """Return the seconds to subtract from the recorder's timestamps.
 
-    The files of sensors decide, by the union of their first and last times; without readings, the
-    texts do. Streams with a clock or a start of their own have no say.
+    The files of sensors decide, by the union of their first and last times; without lines in them,
+    the texts do. Streams with a clock or a start of their own have no say.
     """
-    files = {
-        spec.file
-        for name, spec in recipe.streams.items()
-        if spec.kind is Kind.SENSOR and spec.clock == "session" and name not in starts
-    }
-    spans = [lines.spans[file] for file in sorted(files) if file in lines.spans]
-    if spans:
-        first_s, last_s = min(first for first, _ in spans), max(last for _, last in spans)
-        return clock_offset(first_s, last_s, media_stop_s)
-    firsts_s = [
-        events[0].time_s
-        for name, events in lines.events.items()
-        if events and name not in starts and recipe.streams[name].clock == "session"
+    shared = {
+        name for name, spec in recipe.streams.items() if spec.clock == "session"
+    } - starts.keys()
+    files = [f for f in lines.files if len(f.times_s) and not shared.isdisjoint(f.streams)]
+    sensors = [
+        f
+        for f in files
+        if f.file == METADATA_FILE or any(n in shared for n in f.streams if n in recipe.sensors)
     ]
-    if firsts_s and (media_stop_s is None or min(firsts_s) >= media_stop_s):
-        return min(firsts_s)
-    return 0.0
+    times_s = [float(f.times_s[end]) for f in sensors or files for end in (0, -1)]
+    if not times_s:
+        return 0.0
+    first_s, last_s = min(times_s), max(times_s)
+    if sensors or media_stop_s is None:
+        return clock_offset(first_s, last_s, media_stop_s)
+    # When the last text begins says nothing about the session's end.
+    return first_s if first_s >= media_stop_s else 0.0
 
 
 def stream_offset(
@@ -188,14 +201,14 @@ def _align_sensor(
 ) -> None:
     """Place the readings of a sensor on the clock, or note why it is absent."""
     interval = sensor.interval_of(times_s, spec)
+    limit_s = MAX_SESSION_S if media_stop_s is None else media_stop_s
     if interval is None:
         streams.absent[name] = f"{spec.file} holds no usable reading of it"
         streams.not_recorded.add(name)
-    elif media_stop_s is not None and (interval.start_s >= media_stop_s or interval.stop_s <= 0):
+    elif interval.start_s >= limit_s or interval.stop_s <= 0:
         streams.absent[name] = (
             f"{spec.file} is at {interval.start_s:g} to {interval.stop_s:g} s, outside the session "
-            f"of {media_stop_s:g} s; fix: correct its timestamps, or declare its start in "
-            f"{SESSION_INFO_FILE}"
+            f"of {limit_s:g} s; {_CLOCK_FIX}"
         )
     else:
         streams.times_s[name] = times_s
@@ -234,7 +247,9 @@ def _align_text(
         streams.intervals[name] = Interval(0.0, duration_s)
         streams.events[name] = inside
     elif events:
-        streams.absent[name] = "all of its events are outside the session"
+        streams.absent[name] = (
+            f"all of its events are outside the session, as at {events[0].origin}; {_CLOCK_FIX}"
+        )
     else:
         streams.absent[name] = "no event of it is recorded"
         streams.not_recorded.add(name)
@@ -245,34 +260,40 @@ def read_starts(path: Path, recipe: Recipe) -> tuple[dict[str, float], str | Non
 
     Returns:
         Start of each declared stream in seconds on the session clock, and an error or None. With an
-        error, the position of every media stream is unknown. Streams that the recipe does not
-        declare are ignored.
+        error, the position of every stream is unknown. Streams that the recipe does not declare are
+        ignored; :func:`undeclared_starts` lists them.
     """
+    starts, error = _parse_starts(path)
+    declared = {name: value for name, value in starts.items() if name in recipe.streams}
+    for name, value in declared.items():
+        error = error or _start_error(name, value)
+    if error is not None:
+        return {}, f"{SESSION_INFO_FILE}: {error}"
+    return {name: float(value) for name, value in declared.items()}, None
+
+
+def undeclared_starts(path: Path, recipe: Recipe) -> tuple[str, ...]:
+    """Return the names of ``session.json`` that begin at a declared time, but are no streams."""
+    return tuple(name for name in _parse_starts(path)[0] if name not in recipe.streams)
+
+
+def _parse_starts(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the declared starts by name, unchecked, and an error or None."""
     file = path / SESSION_INFO_FILE
     try:
         raw = file.read_bytes() if file.is_file() else b""
     except OSError as error:
-        reason = f"can't be opened: {error.strerror}; fix: make it readable"
-        return {}, f"{SESSION_INFO_FILE}: {reason}"
+        return {}, f"can't be opened: {error.strerror}; fix: make it readable"
     try:
         session_info = json.loads(raw or b"{}")
     except (ValueError, RecursionError):
         if f'"{_STARTS_KEY}"'.encode() in raw:
-            reason = f"contains {_STARTS_KEY} but is not JSON; fix: correct its syntax"
-            return {}, f"{SESSION_INFO_FILE}: {reason}"
+            return {}, f"contains {_STARTS_KEY} but is not JSON; fix: correct its syntax"
         return {}, None
     starts = session_info.get(_STARTS_KEY) if isinstance(session_info, dict) else None
-    if starts is None:
-        return {}, None
-    if not isinstance(starts, dict):
-        reason = f'{_STARTS_KEY} is not an object; fix: write {{"NAME": 0.35}}'
-        return {}, f"{SESSION_INFO_FILE}: {reason}"
-    declared = {name: value for name, value in starts.items() if name in recipe.streams}
-    for name, value in declared.items():
-        error_reason = _start_error(name, value)
-        if error_reason is not None:
-            return {}, f"{SESSION_INFO_FILE}: {_STARTS_KEY} {error_reason}"
-    return {name: float(value) for name, value in declared.items()}, None
+    if starts is None or isinstance(starts, dict):
+        return starts or {}, None
+    return {}, f'{_STARTS_KEY} is not an object; fix: write {{"NAME": 0.35}}'
 
 
 def _start_error(name: str, value: Any) -> str | None:  # noqa: ANN401 (any JSON)
@@ -281,7 +302,7 @@ def _start_error(name: str, value: Any) -> str | None:  # noqa: ANN401 (any JSON
     if not is_number or not abs(value) <= MAX_SESSION_S or math.isnan(value):
         limit = f"{MAX_SESSION_S:g}"
         return (
-            f"of {name} is {str(value)[:40]}; "
+            f"{_STARTS_KEY} of {name} is {str(value)[:40]}; "
             f"fix: write seconds on the session clock, up to {limit}"
         )
     return None

@@ -7,6 +7,7 @@ that it writes.
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,10 @@ from shared.session.alignment import (
     Alignment,
     align_streams,
     read_starts,
+    unaligned,
+    undeclared_starts,
 )
-from shared.session.folder import read_timed_lines, source_files
+from shared.session.folder import SESSION_INFO_FILE, read_timed_lines, source_files
 from shared.streams import Kind
 
 if TYPE_CHECKING:
@@ -185,20 +188,27 @@ def scan_session(
     """
     media = _Media()
     starts, start_error = read_starts(path, recipe)
-    for name in recipe.of_kind(*MEDIA_KINDS):
-        if start_error is not None:  # media without a position on the clock can't be used
-            media.absent[name] = start_error
-            continue
+    for name in recipe.of_kind(*MEDIA_KINDS) if start_error is None else ():
         try:
             _SCANNERS[recipe.streams[name].kind](path, name, starts.get(name), recipe, media)
         except MediaError as error:
             media.add_absent(name, error, path)
     lines = read_timed_lines(path, recipe)
-    alignment = align_streams(media.intervals, lines, starts=starts, recipe=recipe)
+    if start_error is None:
+        alignment = align_streams(media.intervals, lines, starts=starts, recipe=recipe)
+    else:
+        alignment = unaligned(start_error, recipe)
     sentences = [
-        (f"{i.file} {i.kind}", f"{i.file} line {i.line}: {i.message}") for i in lines.issues
+        (f"{i.file} {i.kind} {i.stream}", f"{i.source_line}: {i.message}", i.count)
+        for i in lines.issues
     ]
     sentences += _outside_session(alignment)
+    if names := undeclared_starts(path, recipe):
+        sentence = (
+            f"{SESSION_INFO_FILE}: start_s of {reprlib.repr(names[0])} is ignored, the recipe "
+            "declares no such stream; fix: correct the name"
+        )
+        sentences.append(("start", sentence, len(names)))
     absent = {**media.absent, **alignment.absent}
     segments = plan_segments(alignment.duration_s, recipe.segment_s)
     timed_starts = {n: s for n, s in starts.items() if recipe.streams[n].kind not in MEDIA_KINDS}
@@ -271,16 +281,16 @@ _SCANNERS: Mapping[Kind, Callable[[Path, str, float | None, Recipe, _Media], Non
 }
 
 
-def _outside_session(alignment: Alignment) -> list[tuple[str, str]]:
-    """List (kind, sentence) of each text outside the session, and of a session that is too long."""
+def _outside_session(alignment: Alignment) -> list[tuple[str, str, int]]:
+    """Describe each text outside the session, and a session that is too long."""
     sentences = []
     if alignment.stop_s > MAX_SESSION_S:
         sentence = (
             f"streams reach to {alignment.stop_s:g} s; everything after {MAX_SESSION_S:g} s is "
             "left out, a timestamp must be wrong"
         )
-        sentences.append(("length", sentence))
-    return sentences + [("text outside", sentence) for sentence in alignment.outside]
+        sentences.append(("length", sentence, 1))
+    return sentences + [("text outside", sentence, 1) for sentence in alignment.outside]
 
 
 def _coverage(
@@ -313,11 +323,12 @@ def _silent_segments(
     return tuple(bool(spoken) for spoken in ~is_spoken)
 
 
-def _first_of_each_kind(sentences: list[tuple[str, str]]) -> tuple[str, ...]:
+def _first_of_each_kind(sentences: list[tuple[str, str, int]]) -> tuple[str, ...]:
     """Keep the first sentence of each kind, with the number of the others."""
-    counts = Counter(kind for kind, _ in sentences)
+    counts: Counter[str] = Counter()
     first: dict[str, str] = {}
-    for kind, sentence in sentences:
+    for kind, sentence, count in sentences:
+        counts[kind] += count
         first.setdefault(kind, sentence)
     return tuple(
         first[kind] + (f" (and {count - 1} more such lines)" if count > 1 else "")

@@ -218,9 +218,9 @@ class _DelimitedTable:
         if not raw:
             return None
         self._number += 1
-        rest = raw
-        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-            rest = self._read_line()
+        extra = raw
+        while len(extra) > MAX_LINE_BYTES and not extra.endswith(b"\n"):
+            extra = self._read_line()
         return self._number, raw
 
     def _parse_fast(self, lines: list[bytes], indices: list[int]) -> NDArray[np.float64] | None:
