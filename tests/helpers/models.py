@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 
 from shared.recipe import Recipe
-from shared.streams import Kind, ValueType
+from shared.streams import VECTOR_SIZES, Kind, ValueType
 from train.config import as_train_config
 from train.model.encoders import module_key
 from train.model.multimodal import MultiModalCreature
@@ -52,6 +53,7 @@ MANY_STREAMS = {
 }
 """Cameras of three sizes, two tracks, sensors of all value types, and rates below and between
 whole numbers of samples per tick."""
+CAMERAS = ("front", "back", "wrist")
 
 
 def make_config(sections=None, *, num_ticks=8, **training):
@@ -73,8 +75,43 @@ def make_shapes(config=None, *, num_ticks=8, streams=None, **recipe):
 
 
 SHAPES = make_shapes()
-FAST_FRAMES = make_shapes(video={"size": 32, "rate_hz": 30})
 DEFAULT_NAMES = tuple(SHAPES.streams)
+MANY_HEADS = {
+    "training": {"loss_weights": {name: 1 for name in MANY_STREAMS if name not in CAMERAS}}
+}
+WORLDS = {
+    "default": ({}, {}),
+    "fast_frames": ({}, {"video": {"size": 32, "rate_hz": 30}}),
+    "many": (MANY_HEADS, {"streams": MANY_STREAMS}),
+}
+"""Sections of a configuration and of a recipe, by a name for tests."""
+STREAMS_OF_WORLDS = [
+    *(("default", name) for name in DEFAULT_NAMES),
+    *(("fast_frames", name) for name in ("vision_left", "vision_right")),
+    *(("many", name) for name in sorted(MANY_STREAMS)),
+]
+
+
+def make_world(name, *, num_ticks=8, is_random=True):
+    """Return a model and its shapes; the statistics of its sensors are not 0 and 1."""
+    sections, recipe = WORLDS[name]
+    config = make_config(sections, num_ticks=num_ticks)
+    shapes = make_shapes(config, **recipe)
+    model = make_model(config, shapes, is_random=is_random)
+    model.set_statistics({name: make_statistics(shape) for name, shape in sensors(shapes)})
+    return model, shapes
+
+
+def sensors(shapes):
+    """Return the sensor streams with their shapes."""
+    return [(name, shapes.streams[name]) for name in shapes.of_kind(Kind.SENSOR)]
+
+
+def make_statistics(shape, *, seed=3):
+    """Draw statistics of a sensor, as a manifest has them."""
+    rng = np.random.default_rng(seed)
+    mean, std = rng.normal(size=shape.size), rng.uniform(0.5, 2, shape.size)
+    return {"count": 10, "mean": mean.tolist(), "std": std.tolist()}
 
 
 def make_model(config=None, shapes=None, *, is_random=True):
@@ -87,6 +124,32 @@ def make_model(config=None, shapes=None, *, is_random=True):
         for head in model.target_std:
             torch.nn.init.normal_(model.predictors[module_key(head)].weight, std=0.1)
     return model
+
+
+@st.composite
+def declared_streams(draw):
+    """Draw one to five streams of any kind, rate and value types; one of them is no video."""
+    streams = {}
+    for index in range(draw(st.integers(1, 5))):
+        kind = draw(st.sampled_from(["sensor", "audio", "text", "video"] if index else ["sensor"]))
+        name = f"{kind}_{index}"
+        spec = {"kind": kind}
+        if kind == "sensor":
+            types = draw(st.lists(st.sampled_from(ValueType), min_size=1, max_size=3))
+            counts = [draw(st.integers(1, 2)) * VECTOR_SIZES.get(each, 1) for each in types]
+            values = [{"count": n, "type": t} for n, t in zip(counts, types, strict=True)]
+            rate_hz = draw(st.sampled_from([5, 10, 15, 25, 30]))
+            spec |= {"key": name, "rate_hz": rate_hz, "values": values}
+        elif kind == "video":
+            size = draw(st.sampled_from([16, [16, 32]]))
+            spec |= {"file": f"{name}.mp4", "rate_hz": draw(st.sampled_from([5, 10, 15, 30]))}
+            spec["size"] = size
+        elif kind == "audio":
+            spec |= {"file": f"{name}.wav"}
+        else:
+            spec |= {"stream": name}
+        streams[name] = spec
+    return streams
 
 
 def make_values(rng, group, *sizes):

@@ -44,7 +44,7 @@ def to_model_inputs(
     """Turn a batch's "inputs" into the model's, on the device they are on.
 
     Args:
-        inputs: see docs/batch.md. Videos are the uint8 tensors of four or more dimensions.
+        inputs: see docs/batch.md. Of videos, a position is a picture and not a row of values.
         dtype: of the frames that are returned.
 
     Returns:
@@ -55,9 +55,14 @@ def to_model_inputs(
     frames = {
         name: normalized_frames(values, dtype)
         for name, values in inputs.items()
-        if values.dtype == torch.uint8 and values.ndim >= 4
+        if _is_video(values, inputs.get(f"{name}_valid"))
     }
     return {**inputs, **frames}
+
+
+def _is_video(values: Tensor, valid: Tensor | None) -> bool:
+    """Return whether values are pictures: RGB, or planes; windows that were not joined are not."""
+    return values.ndim >= 4 and (valid is None or valid.ndim == 2)
 
 
 def normalized_frames(pixels: Tensor, dtype: torch.dtype) -> Tensor:

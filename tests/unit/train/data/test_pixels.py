@@ -101,6 +101,16 @@ def test_all_but_frames_is_passed_through():
     assert all(passed[key] is inputs[key] for key in inputs if key != "vision_left")
 
 
+def test_videos_of_several_sizes_keep_their_height_and_width():
+    inputs = {
+        "wrist": torch.zeros(2, 3, 24, 48, dtype=torch.uint8),
+        "front": torch.zeros(2, 5, 32, 16, 3, dtype=torch.uint8),
+    }
+    frames = to_model_inputs(inputs)
+    assert frames["wrist"].shape == (2, 3, 3, 16, 48)
+    assert frames["front"].shape == (2, 5, 3, 32, 16)
+
+
 @pytest.mark.parametrize("make", [pixels, planes])
 def test_inputs_are_not_changed(make):
     given, before = make(), make()

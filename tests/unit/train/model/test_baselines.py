@@ -8,35 +8,40 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from helpers.models import make_config, make_shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from shared.errors import ConfigError
-from train.config import Head, as_train_config
-from train.data.batch import WindowShapes
+from shared.streams import DEFAULT_STREAMS, ValueType
 from train.model.baselines import (
     Baselines,
     Trigrams,
     compare,
-    constant_velocity,
-    copy_last_pose,
     count_level_pairs,
     level_transitions,
+    sensor_outputs,
     unigram,
 )
+from train.model.losses import Objective
 
-SHAPES = WindowShapes(
-    num_ticks=6,
-    tick_rate_hz=10.0,
-    num_audio_frames=12,
-    mel_channels=3,
-    mel_levels=4,
-    num_sensor_samples=18,
-    proprio_size=4,
-    vocab_size=7,
-)
 PAD_WEIGHT = 0.25
-CONFIG = as_train_config({"model": {"pad_weight": PAD_WEIGHT}})
+POSE = [{"count": 2, "type": "angle"}, {"count": 2, "type": "velocity"}]
+STREAMS = {**DEFAULT_STREAMS, "proprio": {"kind": "sensor", "key": "proprio", "values": POSE}}
+DMEL = {"rate_hz": 20, "fft_size": 256, "channels": 4, "levels": 4}
+VOCAB_SIZE = 264
+
+
+def make_objective(*, vocab_size=VOCAB_SIZE, **weights):
+    config = make_config({"model": {"pad_weight": PAD_WEIGHT}}, num_ticks=6, loss_weights=weights)
+    text = {"vocab_size": vocab_size}
+    shapes = make_shapes(config, streams=STREAMS, audio={"dmel": DMEL}, text=text)
+    return Objective.from_config(config, shapes)
+
+
+OBJECTIVE = make_objective()
+HEADS = OBJECTIVE.shapes.heads
 
 
 def make_batch(seed, *, size=3):
@@ -45,12 +50,12 @@ def make_batch(seed, *, size=3):
     targets = {
         "internal_text": rng.choice(7, (size, 6), p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05]),
         "external_text": rng.integers(0, 3, (size, 6)),
-        "audio": rng.choice(4, (size, 12, 3), p=[0.7, 0.1, 0.1, 0.1]).astype("u1"),
+        "audio": rng.choice(4, (size, 12, 4), p=[0.7, 0.1, 0.1, 0.1]).astype("u1"),
         "animation": rng.normal(size=(size, 18, 4)).astype("f4"),
     }
-    for head in Head:
+    for head in HEADS:
         valid = rng.random(targets[head].shape[:2]) < 0.7
-        targets[head][~valid] = np.nan if head is Head.ANIMATION else 77
+        targets[head][~valid] = np.nan if head == "animation" else 77
         targets[f"{head}_valid"] = valid
     weight = rng.choice([0.0, 1.0], size).astype("f4")
     weight[0] = 1
@@ -63,7 +68,7 @@ HELD_OUT = make_batch(99, size=5)
 
 @pytest.fixture
 def fitted():
-    return Baselines.fit(TRAIN, config=CONFIG, shapes=SHAPES)
+    return Baselines.fit(TRAIN, objective=OBJECTIVE)
 
 
 def mean(losses, name):
@@ -72,7 +77,7 @@ def mean(losses, name):
 
 
 def token_counts(head):
-    counts = [0.0] * 7
+    counts = [0.0] * VOCAB_SIZE
     for batch in TRAIN:
         for b in range(3):
             for t in range(1, 6):
@@ -82,25 +87,25 @@ def token_counts(head):
 
 
 def level_counts():
-    counts = np.zeros((3, 4))
+    counts = np.zeros((4, 4))
     for batch in TRAIN:
         for b in range(3):
             for frame in range(2, 12):
                 if batch["targets"]["audio_valid"][b, frame]:
-                    for channel in range(3):
+                    for channel in range(4):
                         level = batch["targets"]["audio"][b, frame, channel]
                         counts[channel, level] += batch["weight"][b]
     return counts
 
 
 def pair_counts():
-    pairs = np.zeros((3, 4, 4))
+    pairs = np.zeros((4, 4, 4))
     for batch in TRAIN:
         targets = batch["targets"]
         for b in range(3):
             for frame in range(2, 12):
                 if targets["audio_valid"][b, frame - 1] and targets["audio_valid"][b, frame]:
-                    for channel in range(3):
+                    for channel in range(4):
                         before, after = targets["audio"][b, frame - 1 : frame + 1, channel]
                         pairs[channel, before, after] += batch["weight"][b]
     return pairs
@@ -125,9 +130,9 @@ def pose_oracle(predict):
     return np.average(errors, weights=shares)
 
 
-def test_copy_last_pose_equals_a_loop_over_samples(fitted):
+def test_copy_last_equals_a_loop_over_samples(fitted):
     expected = pose_oracle(lambda last, elapsed_s: last)
-    loss = mean(fitted.losses(HELD_OUT), "animation/copy_last_pose")
+    loss = mean(fitted.losses(HELD_OUT), "animation/copy_last")
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
@@ -149,7 +154,7 @@ def test_the_text_unigram_equals_a_loop_over_ticks(fitted, head):
             if HELD_OUT["targets"][f"{head}_valid"][b, t]:
                 token = HELD_OUT["targets"][head][b, t]
                 share = HELD_OUT["weight"][b] * (PAD_WEIGHT if token == 0 else 1.0)
-                total -= share * math.log((counts[token] + 1) / (sum(counts) + 7))
+                total -= share * math.log((counts[token] + 1) / (sum(counts) + VOCAB_SIZE))
                 count += share
     loss = mean(fitted.losses(HELD_OUT), f"{head}/unigram")
     assert loss == pytest.approx(total / count, rel=1e-5)
@@ -161,7 +166,7 @@ def test_the_audio_unigram_equals_a_loop_over_frames_and_channels(fitted):
     for b in range(5):
         for frame in range(2, 12):
             if HELD_OUT["targets"]["audio_valid"][b, frame]:
-                for channel in range(3):
+                for channel in range(4):
                     level = HELD_OUT["targets"]["audio"][b, frame, channel]
                     share = (counts[channel, level] + 1) / (counts[channel].sum() + 4)
                     total -= HELD_OUT["weight"][b] * math.log(share)
@@ -179,7 +184,7 @@ def test_the_audio_bigram_equals_a_loop_over_frames_and_channels(fitted):
         for frame in range(2, 12):
             if not valid[b, frame]:
                 continue
-            for channel in range(3):
+            for channel in range(4):
                 shares = alone[channel]
                 if valid[b, frame - 1]:
                     after = pairs[channel, levels[b, frame - 1, channel]]
@@ -216,31 +221,89 @@ def test_no_other_unigram_has_a_lower_loss_on_the_fitted_counts():
     assert (-(others * shares).sum(1) >= -(best * shares).sum()).all()
 
 
+def outputs_of(values, groups, *, valid=None, rate_hz=30, tick_rate_hz=10):
+    """Outputs of a sensor's baselines for one window [samples, values]; positions are samples."""
+    spec = {"kind": "sensor", "key": "k", "rate_hz": rate_hz, "values": groups}
+    num_ticks = len(values) * tick_rate_hz // rate_hz
+    config = make_config(num_ticks=num_ticks, loss_weights={"k": 1})
+    shape = make_shapes(config, streams={"k": spec}).target_shape("k")
+    valid = torch.ones(len(values), dtype=torch.bool) if valid is None else valid
+    tensor = torch.as_tensor(np.asarray(values), dtype=torch.float32)
+    return sensor_outputs(tensor[None], valid[None], shape, tick_rate_hz=tick_rate_hz)
+
+
 def test_baselines_do_not_depend_on_the_tick_that_they_predict():
-    poses, valid = torch.randn(1, 18, 4), torch.ones(1, 18, dtype=torch.bool)
+    poses = torch.randn(18, 4)
     changed = poses.clone()
-    changed[:, 9:] = torch.nan
-    for predict in (
-        lambda x: copy_last_pose(x, valid, per_tick=3),
-        lambda x: constant_velocity(x, valid, per_tick=3, rate_hz=30.0),
-    ):
-        assert torch.equal(predict(poses)[:, :3], predict(changed)[:, :3])
+    changed[9:] = torch.nan
+    before, after = outputs_of(poses, POSE), outputs_of(changed, POSE)
+    for name in ("copy_last", "constant_velocity"):
+        assert torch.equal(before[name][:, :3], after[name][:, :3])
 
 
-def test_constant_velocity_predicts_uniform_motion_exactly():
-    time_s = np.arange(18) / 30
-    velocity = np.array([0.5, -0.25])
-    poses = np.concatenate([time_s[:, None] * velocity, np.tile(velocity, (18, 1))], axis=1)
-    batch = {
-        "targets": {
-            **HELD_OUT["targets"],
-            "animation": poses[None].repeat(5, 0).astype("f4"),
-            "animation_valid": np.ones((5, 18), dtype=bool),
-        },
-        "weight": HELD_OUT["weight"],
-    }
-    losses = Baselines.fit([], config=CONFIG, shapes=SHAPES).losses(batch)
-    assert mean(losses, "animation/constant_velocity") < 1e-6
+def uniform_motion(value_type, times_s):
+    """Values that move uniformly from the middle of the window on, [samples, values]."""
+    if value_type is ValueType.ANGLE:
+        return (np.outer(times_s, [8.0, -9.0]) + np.pi) % (2 * np.pi) - np.pi
+    turns = Rotation.from_rotvec(np.outer(times_s, [0.3, 0.2, -0.4]))
+    if value_type is ValueType.QUATERNION:
+        signs = np.where(np.arange(len(times_s)) % 2, 1, -1)  # one rotation has two quaternions
+        return turns.as_quat() * signs[:, None]
+    if value_type is ValueType.DIRECTION:
+        return turns.apply([0.0, 0.6, 0.8])
+    return np.outer(times_s, [1.0, -2.0, 0.5])
+
+
+@pytest.mark.parametrize("rate_hz", [30, 15])
+@pytest.mark.parametrize(
+    "value_type", ["scalar", "fraction", "angle", "position", "quaternion", "direction"]
+)
+def test_constant_velocity_predicts_uniform_motion(value_type, rate_hz):
+    times_s = np.arange(20 * rate_hz // 10) / rate_hz
+    truth = uniform_motion(ValueType(value_type), times_s)
+    groups = [{"count": truth.shape[1], "type": value_type}]
+    per_tick = -(-rate_hz // 10)
+    ticks = np.floor(np.arange(len(times_s)) * 10 / rate_hz + 1e-9).astype(int)
+    places = ticks * per_tick + np.concatenate([np.arange((ticks == t).sum()) for t in range(20)])
+    values = np.full((20 * per_tick, truth.shape[1]), np.nan)
+    values[places] = truth
+    valid = torch.zeros(len(values), dtype=torch.bool)
+    valid[places] = True
+    spec = {"kind": "sensor", "key": "k", "rate_hz": rate_hz, "values": groups}
+    config = make_config(num_ticks=20, loss_weights={"k": 1})
+    shape = make_shapes(config, streams={"k": spec}).target_shape("k")
+    outputs = sensor_outputs(
+        torch.from_numpy(values).float()[None], valid[None], shape, tick_rate_hz=10.0
+    )["constant_velocity"][0]
+    for sample in np.flatnonzero(ticks >= 2):
+        place = places[sample]
+        found = outputs[place // per_tick - 1, place % per_tick].numpy()
+        error = np.abs(found - truth[sample])
+        if value_type == "angle":
+            error = np.abs((error + np.pi) % (2 * np.pi) - np.pi)
+        elif value_type == "quaternion":
+            error = min(error.max(), np.abs(found + truth[sample]).max())
+        assert np.max(error) < 2e-3, sample
+
+
+def test_before_a_second_reading_constant_velocity_stands_still():
+    values = np.random.default_rng(0).normal(size=(18, 3))
+    valid = torch.zeros(18, dtype=torch.bool)
+    valid[4:6] = True
+    outputs = outputs_of(values, [{"count": 3, "type": "position"}], valid=valid)
+    assert torch.equal(outputs["constant_velocity"], outputs["copy_last"])
+    assert not outputs["copy_last"][0, 0].any()
+    np.testing.assert_allclose(outputs["copy_last"][0, 5, 2], values[5], rtol=1e-6)
+
+
+def test_velocities_of_another_unit_are_not_those_of_the_group_before():
+    values = np.ones((18, 4))
+    other = [POSE[0], {**POSE[1], "unit": "m/s"}]
+    moving, still = (
+        outputs_of(values, groups)["constant_velocity"][0, 3, :, 0] for groups in (POSE, other)
+    )
+    np.testing.assert_allclose(moving, 1 + np.arange(1, 4) / 30, rtol=1e-6)
+    np.testing.assert_allclose(still, 1.0, rtol=1e-6)
 
 
 def test_fitting_on_batches_equals_fitting_on_single_rows(fitted):
@@ -252,7 +315,7 @@ def test_fitting_on_batches_equals_fitting_on_single_rows(fitted):
         for batch in TRAIN
         for b in range(3)
     ]
-    alone = Baselines.fit(rows, config=CONFIG, shapes=SHAPES).as_dict()
+    alone = Baselines.fit(rows, objective=OBJECTIVE).as_dict()
     torch.testing.assert_close(alone, fitted.as_dict(), rtol=0, atol=0)
 
 
@@ -272,41 +335,25 @@ def test_sums_of_batches_give_the_mean_over_all_their_rows(fitted):
 def test_baselines_survive_torchs_safe_loader(fitted, tmp_path):
     torch.save(fitted.as_dict(), tmp_path / "x.pt")
     values = torch.load(tmp_path / "x.pt", weights_only=True)
-    read = Baselines.from_dict(values, config=CONFIG, shapes=SHAPES)
+    read = Baselines.from_dict(values, objective=OBJECTIVE)
     assert read.mean_losses([HELD_OUT]) == fitted.mean_losses([HELD_OUT])
 
 
-def test_lists_of_an_older_checkpoint_have_no_sequence_models(fitted):
-    lists = {"counts": {head: c.tolist() for head, c in fitted.as_dict()["counts"].items()}}
-    read = Baselines.from_dict(lists, config=CONFIG, shapes=SHAPES)
-    losses = fitted.mean_losses([HELD_OUT])
-    older = {n: x for n, x in losses.items() if not n.endswith(("trigram", "bigram"))}
-    assert read.mean_losses([HELD_OUT]) == older
-
-
 def test_counts_of_another_model_are_refused(fitted):
-    other = WindowShapes(num_ticks=6, mel_channels=3, mel_levels=4, vocab_size=8)
-    with pytest.raises(ConfigError, match=r"shape \[7\].* needs \[8\]"):
-        Baselines.from_dict(fitted.as_dict(), config=CONFIG, shapes=other)
+    with pytest.raises(ConfigError, match=r"shape \[264\].* needs \[265\]"):
+        Baselines.from_dict(fitted.as_dict(), objective=make_objective(vocab_size=265))
 
 
-def test_from_statistics_counts_ticks_without_a_token_as_silence():
-    statistics = {
-        "num_samples": 10,
-        "dmel_levels": [[1, 2, 3, 4]] * 3,
-        "internal_tokens": [0, 5, 6],
-        "external_tokens": [],
-    }
-    counts = Baselines.from_statistics(statistics, config=CONFIG, shapes=SHAPES).counts
-    assert {head: each.tolist() for head, each in counts.items()} == {
-        "internal_text": [49.0, 5.0, 6.0, 0.0, 0.0, 0.0, 0.0],
-        "audio": [[1.0, 2.0, 3.0, 4.0]] * 3,
-    }
+def test_without_counts_only_sensors_have_baselines(fitted):
+    losses = Baselines.from_dict({}, objective=OBJECTIVE).mean_losses([HELD_OUT])
+    fitted_losses = fitted.mean_losses([HELD_OUT])
+    names = ("animation/copy_last", "animation/constant_velocity")
+    assert losses == {name: fitted_losses[name] for name in names}
 
 
 def test_disabled_heads_have_no_baseline():
-    config = as_train_config({"training": {"loss_weights": {"animation": 0, "audio": 0}}})
-    losses = Baselines.fit(TRAIN, config=config, shapes=SHAPES).losses(HELD_OUT)
+    objective = make_objective(animation=0, audio=0)
+    losses = Baselines.fit(TRAIN, objective=objective).losses(HELD_OUT)
     names = ("unigram", "trigram")
     assert set(losses) == {f"{h}_text/{name}" for h in ("internal", "external") for name in names}
 
@@ -316,14 +363,14 @@ def test_compare_shows_which_heads_beat_which_baseline():
         {"loss_total": 9.0, "loss_audio": 1.0, "loss_animation": 0.3, "loss_internal_text": None},
         {
             "audio/unigram": 2.0,
-            "animation/copy_last_pose": 0.2,
+            "animation/copy_last": 0.2,
             "animation/constant_velocity": math.nan,
             "internal_text/unigram": 3.0,
         },
     )
     assert [(r.head, r.baseline, r.is_better) for r in rows] == [
         ("audio", "unigram", True),
-        ("animation", "copy_last_pose", False),
+        ("animation", "copy_last", False),
     ]
 
 

@@ -5,14 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.training import SHAPES, largest_difference, make_batch, make_config, make_trainer
-from torch import nn
+from helpers.models import (
+    DEFAULT_NAMES,
+    MANY_STREAMS,
+    MODEL,
+    SHAPES,
+    is_equal,
+    make_batch,
+    make_config,
+    make_model,
+    make_shapes,
+)
 
-from shared.recipe import STREAMS, Stream
+from shared.streams import DEFAULT_STREAMS
 from train.data.pixels import to_model_inputs
-from train.model.encoders import MODALITIES, hide_at_random, without
-from train.model.multimodal import MultiModalCreature
+from train.model.encoders import hide_at_random, modalities, without
 
+DROPOUT = {**MODEL, "modality_dropout": 0.3}
+VISION = ("vision_left", "vision_right")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -20,18 +30,46 @@ def masks(*, batch=4000):
     """Masks of all streams with one invalid position per sample."""
     valid = torch.ones(batch, 3, dtype=torch.bool)
     valid[:, 1] = False
-    return {f"{stream}_valid": valid.clone() for stream in STREAMS}
+    return {f"{stream}_valid": valid.clone() for stream in DEFAULT_NAMES}
 
 
-def test_every_stream_belongs_to_one_modality():
-    assert sorted(s for streams in MODALITIES.values() for s in streams) == sorted(STREAMS)
+@pytest.mark.parametrize(
+    ("streams", "cameras"),
+    [(DEFAULT_STREAMS, VISION), (MANY_STREAMS, ("back", "front", "wrist"))],
+    ids=["default", "many"],
+)
+def test_all_videos_are_one_modality_and_any_other_stream_its_own(streams, cameras):
+    config = make_config(loss_weights={"voice": 1} if "voice" in streams else {})
+    others = {name: (name,) for name in streams if name not in cameras}
+    found = modalities(make_shapes(config, streams=streams))
+    assert found == {"vision": cameras, **others}
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"kind": "text", "stream": "v"}, {"Vision": VISION, "vision": ("vision",)}),
+        ({"kind": "video", "file": "v.mp4"}, {"vision": ("vision", *VISION)}),
+    ],
+)
+def test_a_stream_called_vision_is_never_lost(spec, expected):
+    shapes = make_shapes(streams={**DEFAULT_STREAMS, "vision": spec})
+    found = modalities(shapes)
+    assert {name: found[name] for name in expected} == expected
+    assert sorted(s for streams in found.values() for s in streams) == sorted(shapes.inputs)
+
+
+def test_only_inputs_are_modalities():
+    config = make_config({"data": {"modalities": ["audio", "vision_left"]}})
+    found = modalities(make_shapes(config))
+    assert found == {"vision": ("vision_left",), "audio": ("audio",)}
 
 
 def test_without_masks_a_stream_and_leaves_the_batch_unchanged():
     inputs = masks()
-    hidden = without(inputs, MODALITIES["vision"])
-    for stream in STREAMS:
-        expected = 0 if stream in MODALITIES["vision"] else 8000
+    hidden = without(inputs, VISION)
+    for stream in DEFAULT_NAMES:
+        expected = 0 if stream in VISION else 8000
         assert int(hidden[f"{stream}_valid"].sum()) == expected
         assert int(inputs[f"{stream}_valid"].sum()) == 8000
 
@@ -39,10 +77,11 @@ def test_without_masks_a_stream_and_leaves_the_batch_unchanged():
 def test_each_modality_is_hidden_as_a_whole_independently_in_the_given_share():
     torch.manual_seed(0)
     inputs = masks()
-    hidden = hide_at_random(inputs, share=0.25)
+    groups = modalities(SHAPES)
+    hidden = hide_at_random(inputs, groups.values(), share=0.25)
     assert all(torch.equal(inputs[name], mask) for name, mask in masks().items())
     gone = {}
-    for name, streams in MODALITIES.items():
+    for name, streams in groups.items():
         stream_masks = [hidden[f"{stream}_valid"].numpy() for stream in streams]
         gone[name] = ~stream_masks[0].any(1)
         for mask in stream_masks:  # both cameras are hidden together; no position becomes valid
@@ -55,14 +94,10 @@ def test_each_modality_is_hidden_as_a_whole_independently_in_the_given_share():
     assert np.abs(correlations).max() < 0.06
 
 
-def test_modalities_are_hidden_in_training_and_not_in_evaluation(tmp_path):
-    config = make_config(tmp_path)
-    config["model"] |= {"dropout": 0.0, "modality_dropout": 1 - 1e-9}
-    torch.manual_seed(0)
-    model = MultiModalCreature(config, SHAPES)
-    nn.init.normal_(model.predictors["animation"].weight, std=0.1)
-    inputs = to_model_inputs(make_batch(0)["inputs"])
-    nothing = model.eval()(without(inputs, STREAMS))
+def test_modalities_are_hidden_in_training_and_not_in_evaluation():
+    model = make_model({"model": {**MODEL, "modality_dropout": 1 - 1e-9}})
+    inputs = to_model_inputs(make_batch())
+    nothing = model(without(inputs, DEFAULT_NAMES))
     everything = model(inputs)
     trained = model.train()(inputs)
     for head in everything:
@@ -70,22 +105,17 @@ def test_modalities_are_hidden_in_training_and_not_in_evaluation(tmp_path):
         assert not torch.equal(everything[head], nothing[head])
 
 
-def test_hidden_modalities_depend_only_on_the_seed(tmp_path):
-    trainers = []
-    for name in ("a", "b"):
-        config = make_config(tmp_path / name)
-        config["model"]["modality_dropout"] = 0.3
-        trainers.append(make_trainer(config))
-        trainers[-1].train()
-    assert largest_difference(*trainers) == 0.0
+def test_hidden_modalities_depend_only_on_the_seed():
+    model, inputs, outputs = make_model({"model": DROPOUT}).train(), make_batch(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(model(to_model_inputs(inputs)))
+    assert is_equal(outputs[0], outputs[1])
+    assert not is_equal(outputs[0], outputs[2])
 
 
 def test_a_language_model_hides_nothing():
-    config = {
-        "model": {"hidden_dim": 16, "num_layers": 1, "modality_dropout": 0.9},
-        "training": {"loss_weights": {"audio": 0, "animation": 0}},
-    }
-    assert MultiModalCreature(config, SHAPES).modality_dropout == 0
-    streams = [Stream.INTERNAL_TEXT, Stream.TOUCH]
-    with_touch = {**config, "data": {"modalities": streams}}
-    assert MultiModalCreature(with_touch, SHAPES).modality_dropout == 0.9
+    config = {"model": DROPOUT, "training": {"loss_weights": {"audio": 0, "animation": 0}}}
+    assert make_model(config).modality_dropout == 0
+    with_touch = {**config, "data": {"modalities": ["internal_text", "touch"]}}
+    assert make_model(with_touch).modality_dropout == 0.3
