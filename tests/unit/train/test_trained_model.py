@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle  # noqa: TID251  (a hostile file)
 import zipfile
@@ -14,18 +13,21 @@ from shared.config import make_section
 from shared.errors import CheckpointError
 from shared.media.tokenizer import train_tokenizer
 from shared.recipe import Recipe
+from train.checkpoints import FORMAT_VERSION
 from train.config import as_train_config
-from train.data.batch import WindowShapes
 from train.model.multimodal import MultiModalCreature
+from train.shapes import WindowShapes
 from train.trained_model import load_trained_model
 
 RECIPE = make_section(
-    Recipe, {"vision": {"size": 16}, "mel": {"channels": 8}, "text": {"vocab_size": 264}}
+    Recipe,
+    {"video": {"size": 16}, "audio": {"dmel": {"channels": 8}}, "text": {"vocab_size": 264}},
 )
-SHAPES = WindowShapes.from_recipe(RECIPE)
 CONFIG = as_train_config(
     {"model": {"hidden_dim": 16, "num_layers": 1, "num_heads": 1, "vision_layers": 0}}
 )
+SHAPES = WindowShapes.from_recipe(RECIPE, CONFIG)
+STATISTICS = {"proprio": {"count": 5, "mean": [0.5] * 20, "std": [2.0] * 20}}
 CPU = torch.device("cpu")
 
 
@@ -41,13 +43,15 @@ class RunsCommand:
 
 def good_state():
     torch.manual_seed(0)
+    model = MultiModalCreature(CONFIG, SHAPES)
+    model.set_statistics(STATISTICS)
     return {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "step": 7,
         "saved_at": 0.0,
-        "model": MultiModalCreature(CONFIG, SHAPES).state_dict(),
+        "model": model.state_dict(),
         "config": CONFIG.model_dump(mode="json"),
-        "shapes": dataclasses.asdict(SHAPES),
+        "shapes": SHAPES.as_json(),
         "extra": {
             "recipe": RECIPE.as_json(),
             "tokenizer": train_tokenizer([], vocab_size=264).json,
@@ -71,6 +75,13 @@ def test_a_valid_checkpoint_yields_its_model_in_evaluation_mode(tmp_path):
     expected = good_state()["model"]
     assert all(torch.equal(w, expected[n]) for n, w in creature.model.state_dict().items())
     assert (creature.step, creature.model.training) == (7, False)
+
+
+def test_a_checkpoint_keeps_the_scales_of_its_sensors(tmp_path):
+    creature = load_trained_model(save(tmp_path / "k.pt"), device=CPU)
+    expected = [1.0] * 10 + [2.0] * 10  # angles have a scale of their own
+    assert creature.model.target_std["animation"].tolist() == expected
+    assert creature.baselines.objective.std["animation"].tolist() == expected
 
 
 @pytest.mark.parametrize("place", ["model", "config", "extra", "step"])
@@ -142,9 +153,14 @@ def vast(value):
     return torch.full((1,), value).expand(10**11)
 
 
-def deep_list(length):
-    """Return a deeply nested list of the same list, whose file is small."""
-    return [[[0] * 1000] * 1000] * length
+def with_pairs(pairs):
+    return with_baselines(level_pairs={"audio": pairs})
+
+
+def with_stream(name, **changes):
+    shapes = SHAPES.as_json()
+    streams = {**shapes["streams"], name: {**shapes["streams"][name], **changes}}
+    return {"shapes": {**shapes, "streams": streams}}
 
 
 @pytest.mark.parametrize(
@@ -159,16 +175,19 @@ def deep_list(length):
         ({"step": "x"}, "its step is 'x'"),
         ({"format_version": None}, "its format_version is None"),
         ({"extra": [1]}, "its extra is a list"),
-        ({"shapes": {**dataclasses.asdict(SHAPES), "num_ticks": 10**9}}, "do not match its recipe"),
+        ({"shapes": {**SHAPES.as_json(), "num_ticks": 10**9}}, "recipe: windows of another length"),
+        (with_stream("audio", rate_hz=25.0), "reads and predicts audio .8 channels .* at 25 Hz"),
+        (with_stream("touch", kind="taste"), "does not make a model"),
         ({"shapes": {"ticks": 1}}, "does not make a model"),
-        ({"extra": {**good_state()["extra"], "recipe": {"vision": {"size": "large"}}}}, "size"),
+        ({"extra": {**good_state()["extra"], "recipe": {"video": {"size": "large"}}}}, "size"),
         ({"extra": {**good_state()["extra"], "tokenizer": "{}"}}, "not a tokenizer"),
         ({"extra": {**good_state()["extra"], "baselines": {"counts": 3}}}, "does not make"),
-        (with_baselines(counts={"internal_text": deep_list(264)}), "has no counts"),
-        (with_baselines(counts={"internal_text": [-1.0] * 264}), "negative"),
-        (with_baselines(level_pairs=torch.zeros(3)), r"levels has counts of shape \[3\]"),
-        (with_baselines(level_pairs=[1, 2]), "has no counts"),
-        (with_baselines(level_pairs=torch.zeros(8, 16, 16).to_sparse()), "not numbers"),
+        (with_baselines(counts={"internal_text": [0.0] * 264}), "has no counts"),
+        (with_baselines(counts={"internal_text": torch.full((264,), -1.0)}), "negative"),
+        (with_pairs(torch.zeros(3)), r"audio's bigram has counts of shape \[3\]"),
+        (with_pairs([1, 2]), "has no counts"),
+        (with_pairs(torch.zeros(8, 16, 16).to_sparse()), "not numbers"),
+        (with_pairs(vast(1.0).view(10**9, 10, 10)), "counts of shape"),
         (with_trigrams(vast(0), vast(1)), "not plain int64 tensors"),
         (with_trigrams(torch.ones(1), torch.ones(1)), "not plain int64 tensors"),
         (with_trigrams(torch.tensor([2, 1]), torch.tensor([1, 1])), "do not increase"),
