@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shared.config import make_section
 from shared.errors import ConfigError
+from shared.streams import DEFAULT_STREAMS
 from train import Loader, MultiModalCreature, Trainer
 from train.__main__ import cli
 from train.config import TrainConfig
@@ -40,7 +41,7 @@ def away_set(tiny_set, tmp_path_factory):
     for name in ("dan", "eve"):
         shutil.rmtree(sessions / name)
     tokenizer = {"tokenizer": tiny_set / "tokenizer.json"}
-    recipe = tiny_sets.set_recipe(vision={"codec": "mjpeg"}, text=tokenizer)
+    recipe = tiny_sets.set_recipe(video={"codec": "mjpeg"}, text=tokenizer)
     return tiny_sets.build_set(sessions, root / "shards", recipe)
 
 
@@ -77,22 +78,20 @@ def content(batches):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_samples_are_those_that_each_set_has(tiny_set, away_set, num_workers):
     config = make_config(tiny_set, away_set, num_workers=num_workers)
-    sources = {"home": ShardSource(tiny_set), "away": ShardSource(away_set)}
+    loader = make_loader(config)
+    sources = loader.source.sources
     by_key = {
         (name, source.key(*location)): location
         for name, source in sources.items()
         for location in tiny_sets.sample_locations(source)
     }
-    loader = make_loader(config)
     seen = Counter()
     for batch in take(loader, 12):
         counts = Counter()
         for row, key in enumerate(batch["keys"]):
-            name = "away" if key.partition("/")[0] in {"fay", "gus"} else "home"
+            name = "away" if key.partition("@")[0] in {"fay", "gus"} else "home"
             counts[name] += 1
-            alone = assemble_batch(
-                sources[name], [by_key[name, key]], config=config, shapes=loader.shapes
-            )
+            alone = assemble_batch(sources[name], [by_key[name, key]], pixels="yuv420")
             for stream, tensor in alone["inputs"].items():
                 assert torch.equal(tensor[0], batch["inputs"][stream][row]), (key, stream)
         assert batch["samples_of"] == counts
@@ -101,13 +100,36 @@ def test_samples_are_those_that_each_set_has(tiny_set, away_set, num_workers):
     assert seen.total() == 12 * 7
 
 
+def test_a_stream_that_one_set_lacks_is_absent_and_segments_may_differ(tiny_set, tmp_path):
+    streams = {n: {**DEFAULT_STREAMS[n], "required": False} for n in ("audio", "proprio")}
+    other = tiny_sets.make_set(tmp_path, streams=streams, segment={"duration_s": 0.8})
+    config = make_config(tiny_set, other, heads=("audio", "animation"))
+    loader = make_loader(config)
+    assert set(loader.shapes.streams) == set(DEFAULT_STREAMS)
+    source = loader.source
+    seen = Counter()
+    for (shard, window), key in {
+        (s, w): source.key(s, w) for s, w in tiny_sets.sample_locations(source)
+    }.items():
+        batch = assemble_batch(source, [(shard, window)], pixels="yuv420")
+        is_other = source.shard_name(shard).startswith("away/")
+        seen[is_other] += 1
+        for name in DEFAULT_STREAMS:
+            if is_other and name not in streams:
+                assert not batch["inputs"][name].any()
+                assert not batch["inputs"][f"{name}_valid"].any()
+            elif key.startswith("cat@"):
+                assert batch["inputs"][f"{name}_valid"].any()
+    assert min(seen.values()) > 9
+
+
 def test_each_set_gives_each_of_its_samples_once_per_epoch_of_its_own(tiny_set, away_set):
     loader = make_loader(make_config(tiny_set, away_set, heads=tiny_sets.TEXT_HEADS))
     keys = [key for batch in take(loader, 30) for key in batch["keys"]]
     for location, names in ((tiny_set, {"ann", "cat", "dan", "eve"}), (away_set, {"fay", "gus"})):
-        source = ShardSource(location)
+        source = tiny_sets.open_windows(ShardSource(location))
         own = sorted(source.key(*each) for each in tiny_sets.sample_locations(source))
-        stream = [key for key in keys if key.partition("/")[0] in names]
+        stream = [key for key in keys if key.partition("@")[0] in names]
         epochs = [stream[i : i + len(own)] for i in range(0, len(stream), len(own))]
         assert len(epochs) > 2
         for epoch in epochs[:-1]:
@@ -120,7 +142,7 @@ def test_held_out_sessions_are_those_of_all_sets_once(tiny_set, away_set):
     source = open_source(config, split="val")
     loader = Loader(source, config, is_shuffled=False, num_epochs=1)
     found = [k for b in loader for k, w in zip(b["keys"], b["weight"], strict=True) if w]
-    sources = [ShardSource(each, split="val") for each in (tiny_set, away_set)]
+    sources = loader.source.sources.values()
     assert found == [s.key(*p) for s in sources for p in tiny_sets.sample_locations(s)]
 
 
@@ -170,13 +192,13 @@ def test_equal_shares_written_differently_are_the_same_mix(tiny_set, away_set):
 def test_a_damaged_sample_is_replaced_from_its_own_set(tiny_set, away_set, tmp_path):
     damaged = tiny_sets.copy_set(away_set, tmp_path / "away")
     index = ShardSource(damaged).shard(0).index
-    member = int(index.members("dmel/dmel").offset[0])
-    tiny_sets.flip_byte(damaged / index.columns["dmel"]["file"], member)
+    member = int(index.members("audio.dmel").offset[0])
+    tiny_sets.flip_byte(damaged / index.columns["audio.dmel"]["file"], member)
     good = take(make_loader(make_config(tiny_set, away_set)), 8)
     found = take(make_loader(make_config(tiny_set, damaged, max_bad_fraction=1.0)), 8)
     skipped = [each for batch in found for each in batch["skipped"]]
     assert skipped
-    assert all(each["key"].partition("/")[0] in {"fay", "gus"} for each in skipped)
+    assert all(each["key"].partition("@")[0] in {"fay", "gus"} for each in skipped)
     assert all(each["error"].startswith("away: ") for each in skipped)
     changed = [
         (old, new)
@@ -185,7 +207,7 @@ def test_a_damaged_sample_is_replaced_from_its_own_set(tiny_set, away_set, tmp_p
         if old != new
     ]
     assert changed
-    assert all(key.partition("/")[0] in {"fay", "gus"} for pair in changed for key in pair)
+    assert all(key.partition("@")[0] in {"fay", "gus"} for pair in changed for key in pair)
 
 
 # --- what is opened and prefetched ---------------------------------------------------------
@@ -195,9 +217,9 @@ def test_a_set_prefetches_only_its_own_blocks_and_each_once(tiny_set, away_set, 
     prefetched = []
     original = ShardSource.prefetch_shards
 
-    def note(self, shards, streams):
+    def note(self, shards):
         prefetched.append((str(self.manifest.root), list(shards)))
-        original(self, shards, streams)
+        original(self, shards)
 
     monkeypatch.setattr(ShardSource, "prefetch_shards", note)
     take(make_loader(make_config(tiny_set, away_set, shuffle_block_shards=1, batch_size=2)), 40)
@@ -214,7 +236,8 @@ def test_a_set_that_needs_cache_space_closes_files_of_the_others(tiny_set, away_
     again = ForkingPickler.loads(ForkingPickler.dumps(source))  # as for another process
     assert not again.sources["away"]._evict_any()
     assert [away._evict_any() for _ in range(3)] == [True, True, False]
-    assert (len(home._open), len(away._open)) == (0, 1)  # its newest index stays
+    assert (home._open.peek(0), home._open.peek(1)) == (None, None)
+    assert away._open.peek(0) is not None  # its newest index stays
     again.sources["home"].shard(0)
     assert again.sources["away"]._evict_any()
 
@@ -223,15 +246,17 @@ def test_a_set_that_needs_cache_space_closes_files_of_the_others(tiny_set, away_
 
 
 def test_sets_that_one_model_cannot_read_are_refused(tiny_set, tmp_path):
-    coarse = tiny_sets.make_set(tmp_path / "coarse", mel={"channels": 8})
-    with pytest.raises(ConfigError, match=r"away has mel .* in its recipe, home .*build one"):
-        open_source(make_config(tiny_set, coarse), split="train")
-    shutil.rmtree(tmp_path / "coarse")
-    other = tiny_sets.make_set(tmp_path / "coarse", text={"vocab_size": 300}, split={"salt": "d"})
+    changes = {"audio": {"dmel": {"channels": 8}}, "split": {"salt": "d"}}
+    other = tiny_sets.make_set(tmp_path / "other", **changes)
     with pytest.raises(
-        ConfigError, match=r"home has another tokenizer than away; fix: rebuild it with"
+        ConfigError, match=r"audio has dmel\.channels 8 in away, and 16 in home; fix: rebuild one"
     ):
-        open_source(make_config(tiny_set, other), split="train")
+        make_loader(make_config(tiny_set, other))
+    with pytest.raises(
+        ConfigError, match=r"home has another tokenizer than away, and external_text is read; fix"
+    ):
+        make_loader(make_config(tiny_set, other, heads=tiny_sets.TEXT_HEADS))
+    make_loader(make_config(tiny_set, other, heads=("animation",), modalities=["touch"]))
 
 
 @pytest.mark.parametrize(
@@ -310,7 +335,7 @@ def test_tensorboard_has_the_samples_of_each_set_across_a_resume(tiny_set, away_
     events = EventAccumulator(str(tmp_path / "runs" / "mixed")).Reload()
     keys = [b["keys"] for b in take(make_loader(config), 8)]
     for name, sessions in {"away": {"fay", "gus"}, "home": {"ann", "cat", "dan", "eve"}}.items():
-        drawn = np.cumsum([sum(k.partition("/")[0] in sessions for k in batch) for batch in keys])
+        drawn = np.cumsum([sum(k.partition("@")[0] in sessions for k in batch) for batch in keys])
         curve = {e.step: e.value for e in events.Scalars(f"samples_of/{name}")}
         assert curve == {step: float(drawn[step - 1]) for step in (2, 4, 6, 8)}
 
