@@ -130,7 +130,10 @@ class SessionScan:
         missing = [name for name in recipe.required if name not in self.intervals]
         if missing:
             return "; ".join(f"required stream {name}: {self.absent[name]}" for name in missing)
-        return None if self.intervals else "no stream of it can be read"
+        if self.intervals:
+            return None
+        reasons = dict.fromkeys(self.absent[n] for n in self.absent if n not in self.not_recorded)
+        return "; ".join(["no stream of it can be read", *reasons])
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON values, which :func:`scan_from_json` reads back."""

@@ -1,5 +1,5 @@
-"""Streams that began apart are aligned in the shards: clicks and flashes at the same known times,
-with the starts that containers and ``session.json`` give.
+"""Streams that began apart are aligned in the shards: clicks, flashes, pulses and words at the same
+known times, with the starts that containers, timestamps and ``session.json`` give.
 
 Events are in ticks of 40 ms of the world's clock. In what stock readers find in a shard set, and in
 what the direct path gives, the tests look for the ticks with white pictures and rising dMel levels.
@@ -19,17 +19,21 @@ import pytest
 import soundfile
 import zarr
 from helpers.oracles import build, file_hashes, jsonl, open_indexes, tar_members, tiny_recipe
-from helpers.sessions import write_tone
+from helpers.sessions import write_lines, write_streams, write_table, write_tone
+from hypothesis import given
+from hypothesis import strategies as st
 
 from preprocess.build.plan_types import FromShards
+from shared.clock import Interval
 from shared.media.sound import read_sound
+from shared.media.tokenizer import train_tokenizer
 from shared.media.video import read_video_track
-from shared.recipe import Stream
-from shared.session.alignment import read_starts
+from shared.recipe import Recipe
+from shared.session.alignment import align_streams, read_starts, undeclared_starts
+from shared.session.lines import FileLines, Readings, SessionLines, TextEvent
 from shared.session.reader import SessionReader
 from shared.session.scan import scan_session
 from train.data.session_source import SessionSource
-from train.data.shard_source import ShardSource
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,9 +49,9 @@ MIN_RISE = 2.0
 
 RECIPE = tiny_recipe(
     required=["vision_left"],
-    window={"min_coverage": 0.01},
-    vision={"rate_hz": TICKS_PER_S, "codec": "raw", "fit": "stretch"},
-    mel={"rate_hz": TICKS_PER_S, "fft_size": 640},
+    segment={"min_coverage": 0.01},
+    video={"rate_hz": TICKS_PER_S, "codec": "raw", "fit": "stretch"},
+    audio={"dmel": {"rate_hz": TICKS_PER_S, "fft_size": 640}},
 )
 
 
@@ -180,29 +184,31 @@ def stored(out: Path) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
     pictures, levels = {}, {}
     for shard, index in open_indexes(out):
         members = tar_members(out / f"{shard}.vision_left.tar")
-        with zarr.storage.ZipStore(out / f"{shard}.dmel.zarr.zip", mode="r") as store:
-            group = zarr.open_group(store, mode="r")
-            dmel, valid = group["dmel"][:], group["valid"][:]
+        with zarr.storage.ZipStore(out / f"{shard}.audio.dmel.zarr.zip", mode="r") as store:
+            dmel = zarr.open_group(store, mode="r")["dmel"][:]
         for row in range(index.num_samples):
-            first = round(float(index.arrays["start_s"][row]) * TICKS_PER_S)
+            first = int(index.arrays["segment"][row]) * TICKS_PER_S
             errors_s = index.arrays["vision_left.error_s"][row]
             member = members.get(f"{index.key(row)}.vision_left.npy")
             for i in range(TICKS_PER_S):
                 if member is not None and abs(errors_s[i]) < TICK_S / 2:
                     pictures[first + i] = np.load(io.BytesIO(member))[i]
-                if valid[row, i]:
+                if (dmel[row, i] != 255).any():
                     levels[first + i] = dmel[row, i]
-                else:
-                    assert (dmel[row, i] == 255).all()
     return pictures, levels
+
+
+def write_recording(name: str, folder: Path) -> int:
+    """Write a recording; return the world's tick at which its clock is zero."""
+    folder.mkdir(parents=True)
+    write, zero = RECORDINGS[name]
+    write(folder)
+    return zero
 
 
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_clicks_and_flashes_of_one_time_are_stored_in_one_tick(name: str, tmp_path: Path) -> None:
-    session = tmp_path / "in" / "one"
-    session.mkdir(parents=True)
-    write, zero = RECORDINGS[name]
-    write(session)
+    zero = write_recording(name, tmp_path / "in" / "one")
     build(tmp_path / "in", tmp_path / "out", RECIPE)
     pictures, levels = stored(tmp_path / "out")
     expected = [tick - zero for tick in EVENTS]
@@ -212,43 +218,39 @@ def test_clicks_and_flashes_of_one_time_are_stored_in_one_tick(name: str, tmp_pa
 
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_the_direct_path_agrees_to_the_bit(name: str, tmp_path: Path) -> None:
-    session = tmp_path / "in" / "one"
-    session.mkdir(parents=True)
-    RECORDINGS[name][0](session)
+    write_recording(name, tmp_path / "in" / "one")
     build(tmp_path / "in", tmp_path / "out", RECIPE)
-    shards = ShardSource(tmp_path / "out")
-    direct = SessionSource(tmp_path / "in", recipe=RECIPE)
-    assert direct.shard_sizes.sum() == shards.shard_sizes.sum() >= LENGTH_S - 1
-    shapes = {
-        "vision_left": ((TICKS_PER_S, 32, 32, 3), np.uint8),
-        "vision_left_valid": ((TICKS_PER_S,), np.bool_),
-        "audio": ((TICKS_PER_S, RECIPE.mel.channels), np.uint8),
-        "audio_valid": ((TICKS_PER_S,), np.bool_),
-    }
-    for row in range(int(direct.shard_sizes[0])):
-        found = []
-        for source in (direct, shards):
-            out = {key: np.empty(shape, dtype) for key, (shape, dtype) in shapes.items()}
-            source.read_into(0, row, out, with_text=False)
-            found.append(out)
-        for key in shapes:
-            np.testing.assert_array_equal(found[0][key], found[1][key], err_msg=f"{key} {row}")
+    scan = scan_session(tmp_path / "in" / "one", recipe=RECIPE)
+    reader = SessionReader(tmp_path / "in" / "one", scan, recipe=RECIPE)
+    segments = scan.segments(RECIPE)
+    pictures, levels = {}, {}
+    for segment, frames in reader.iter_frames("vision_left", segments):
+        for i in np.flatnonzero(np.abs(frames.error_s) < TICK_S / 2):
+            pictures[segment.index * TICKS_PER_S + int(i)] = frames.pictures[i]
+    for segment in segments:
+        for i, level in enumerate(reader.read_dmel("audio", segment)):
+            if (level != 255).any():
+                levels[segment.index * TICKS_PER_S + i] = level
+    for direct, read in zip((pictures, levels), stored(tmp_path / "out"), strict=True):
+        assert direct.keys() == read.keys()
+        for tick, value in direct.items():
+            np.testing.assert_array_equal(value, read[tick])
 
 
 def test_sound_before_it_began_is_masked_and_its_samples_are_zero(tmp_path: Path) -> None:
     late_wav(tmp_path)
     scan = scan_session(tmp_path, recipe=RECIPE)
-    fields = SessionReader(tmp_path, scan, recipe=RECIPE)
-    window = scan.windows(RECIPE)[0]
-    samples, valid = fields.read_audio(window), fields.read_mel(window).valid
+    reader = SessionReader(tmp_path, scan, recipe=RECIPE)
+    segment = scan.segments(RECIPE)[0]
+    samples, dmel = reader.read_audio("audio", segment), reader.read_dmel("audio", segment)
     plain = soundfile.read(tmp_path / "audio.wav", dtype="float32")[0]
     first = round(0.35 * RECIPE.audio.rate_hz)
     assert not samples[:first].any()
     assert samples[first : first + 100].any()
-    assert scan.intervals[Stream.AUDIO].start_s == 0.35
-    assert scan.intervals[Stream.AUDIO].stop_s == pytest.approx(0.35 + len(plain) / RATE_HZ)
-    assert valid.tolist() == [k * TICK_S >= 0.35 for k in range(TICKS_PER_S)]
-    assert scan.coverage[0][2] == 0.65
+    assert scan.intervals["audio"].start_s == 0.35
+    assert scan.intervals["audio"].stop_s == pytest.approx(0.35 + len(plain) / RATE_HZ)
+    assert (dmel != 255).all(axis=1).tolist() == [k * TICK_S >= 0.35 for k in range(TICKS_PER_S)]
+    assert scan.coverage["audio"][0] == pytest.approx(0.65)
 
 
 def test_a_container_of_nothing_but_sound_begins_with_it(tmp_path: Path) -> None:
@@ -268,37 +270,47 @@ def test_a_videos_own_container_start_is_reported_and_counts_as_zero(tmp_path: P
 # --- session.json --------------------------------------------------------------------------------
 
 BAD_STARTS = {
-    '{"start_s": {"microphone": 1}}': "names 'microphone', which is not a stream; fix: use one of "
-    "vision_left, vision_right, audio",
-    '{"start_s": {"touch": 1}}': "touch, which has timestamps of its own",
-    '{"start_s": {"audio": NaN}}': "of audio is nan; fix: write seconds",
-    '{"start_s": {"audio": Infinity}}': "of audio is inf; fix: write seconds",
-    '{"start_s": {"audio": 1e9}}': "of audio is 1000000000.0; fix: write seconds",
-    '{"start_s": {"audio": "0.35"}}': "of audio is 0.35; fix: write seconds",
-    '{"start_s": {"audio": true}}': "of audio is True; fix: write seconds",
-    '{"start_s": {"audio": null}}': "of audio is None; fix: write seconds",
-    '{"start_s": 0.35}': 'start_s is not an object; fix: write {"audio": 0.35}',
-    '{"start_s": {"audio": 0.35': "contains start_s but is not JSON",
+    '{"start_s": {"touch": NaN}}': "start_s of touch is nan; fix: write seconds",
+    '{"start_s": {"audio": Infinity}}': "start_s of audio is inf; fix: write seconds",
+    '{"start_s": {"audio": 1e9}}': "start_s of audio is 1000000000.0; fix: write seconds",
+    '{"start_s": {"audio": "0.35"}}': "start_s of audio is 0.35; fix: write seconds",
+    '{"start_s": {"internal_text": true}}': "start_s of internal_text is True; fix: write seconds",
+    '{"start_s": {"audio": null}}': "start_s of audio is None; fix: write seconds",
+    '{"start_s": {"audio": [0.35]}}': "start_s of audio is [0.35]; fix: write seconds",
+    '{"start_s": 0.35}': 'start_s is not an object; fix: write {"NAME": 0.35}',
+    '{"start_s": {"audio": 0.35': "contains start_s but is not JSON; fix: correct its syntax",
 }
 
 
-@pytest.mark.parametrize("facts", BAD_STARTS)
-def test_impossible_starts_leave_the_media_out_with_the_reason(facts: str, tmp_path: Path) -> None:
-    session = tmp_path / "in" / "one"
-    session.mkdir(parents=True)
-    write_tone(session / "audio.wav")
-    (session / "session.json").write_text(facts)
-    starts, why = read_starts(session)
-    assert (starts, BAD_STARTS[facts] in str(why)) == ({}, True), why
+@pytest.mark.parametrize("content", BAD_STARTS)
+def test_an_impossible_start_leaves_all_streams_out_with_the_reason(
+    content: str, tmp_path: Path
+) -> None:
+    session = write_streams(tmp_path / "in" / "one", tiny_recipe())
+    (session / "session.json").write_text(content)
+    starts, error = read_starts(session, tiny_recipe())
+    assert starts == {}
+    assert str(error).startswith(f"session.json: {BAD_STARTS[content]}")
     scan = scan_session(session, recipe=tiny_recipe())
-    assert scan.absent[Stream.AUDIO] == why
-    assert scan.session_rejection(tiny_recipe()) is not None
+    assert scan.absent == dict.fromkeys(tiny_recipe().streams, error)
+    assert not scan.not_recorded
+    assert str(error) in scan.session_rejection(tiny_recipe())
 
 
-@pytest.mark.parametrize("facts", ["", "{}", "[1]", '{"by": ', '{"start_s": null}', "\0"])
-def test_session_info_without_starts_shifts_nothing(facts: str, tmp_path: Path) -> None:
-    (tmp_path / "session.json").write_text(facts)
-    assert read_starts(tmp_path) == ({}, None)
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"by": ', '{"start_s": null}', "\0"])
+def test_session_info_without_starts_shifts_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "session.json").write_text(content)
+    assert read_starts(tmp_path, RECIPE) == ({}, None)
+
+
+def test_starts_of_undeclared_streams_are_ignored_and_reported(tmp_path: Path) -> None:
+    write_tone(tmp_path / "audio.wav")
+    declare(tmp_path, microphone=0.25, wrist=1, audio=0.5)
+    assert read_starts(tmp_path, RECIPE) == ({"audio": 0.5}, None)
+    assert undeclared_starts(tmp_path, RECIPE) == ("microphone", "wrist")
+    (sentence,) = scan_session(tmp_path, recipe=RECIPE).issues
+    assert sentence.startswith("session.json: start_s of 'microphone' is ignored, the recipe")
+    assert sentence.endswith("fix: correct the name (and 1 more such lines)")
 
 
 def test_another_start_rebuilds_the_columns_of_that_stream_and_no_others(
@@ -307,7 +319,7 @@ def test_another_start_rebuilds_the_columns_of_that_stream_and_no_others(
     for name in ("one", "two"):
         (tmp_path / "in" / name).mkdir(parents=True)
         mux(tmp_path / "in" / name / "vision_left.mp4", video_from=0)
-        write_tone(tmp_path / "in" / name / "audio.wav", 4.0)
+        write_tone(tmp_path / "in" / name / "audio.wav", 3.5)
     build(tmp_path / "in", tmp_path / "out", RECIPE)
     before = file_hashes(tmp_path / "out")
     declare(tmp_path / "in" / "one")
@@ -317,7 +329,7 @@ def test_another_start_rebuilds_the_columns_of_that_stream_and_no_others(
     assert file_hashes(tmp_path / "out") == before
     declare(tmp_path / "in" / "one", audio=0.4)
     (task,) = build(tmp_path / "in", tmp_path / "out", RECIPE).plan.tasks
-    assert set(task.columns) == {"audio", "dmel"}
+    assert set(task.columns) == {"audio", "audio.dmel"}
     sources = task.columns["audio"].sources
     assert {n for n, source in sources.items() if isinstance(source, FromShards)} == {"two"}
     build(tmp_path / "in", tmp_path / "fresh", RECIPE)
@@ -329,19 +341,247 @@ def test_another_start_rebuilds_the_columns_of_that_stream_and_no_others(
 def test_a_start_is_part_of_the_fingerprint_of_sessions_read_directly(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     write_tone(tmp_path / "one" / "audio.wav")
-    found = []
-    for start_s in (0.0, 0.25):
-        declare(tmp_path / "one", audio=start_s)
-        found.append(SessionSource(tmp_path, recipe=tiny_recipe()).fingerprint)
-    assert found[0] != found[1]
+    write_lines(tmp_path / "one" / "metadata.jsonl", [{"timestamp": 0, "touch": [0.5] * 5}])
+    fingerprints = set()
+    for starts in ({}, {"audio": 0.25}, {"touch": 0.25}, {"touch": 0.5}):
+        declare(tmp_path / "one", **starts)
+        fingerprints.add(SessionSource(tmp_path, recipe=tiny_recipe()).fingerprint)
+    assert len(fingerprints) == 4
 
 
 def test_a_wrong_start_is_the_reason_of_the_rejection(tmp_path: Path) -> None:
     for name in ("bad", "good"):
         (tmp_path / "in" / name).mkdir(parents=True)
         write_tone(tmp_path / "in" / name / "audio.wav")
-    declare(tmp_path / "in" / "bad", microphone=0.25)
-    build(tmp_path / "in", tmp_path / "out", tiny_recipe(required=["audio"]))
-    (line,) = jsonl(tmp_path / "out" / "rejected.jsonl")
-    assert (line["level"], line["session"]) == ("session", "bad")
-    assert "start_s names 'microphone'" in line["reason"]
+    (tmp_path / "in" / "bad" / "session.json").write_text('{"start_s": {"audio": "x"}}')
+    build(tmp_path / "in", tmp_path / "out", tiny_recipe())
+    (line,) = (o for o in jsonl(tmp_path / "out" / "rejected.jsonl") if o["level"] == "session")
+    assert line["session"] == "bad"
+    assert "start_s of audio is x" in line["reason"]
+
+
+# --- streams with timestamps ---------------------------------------------------------------------
+
+PULSES_S = [0.6, 1.3, 2.54]
+"""World's seconds at which every sensor has a pulse, and a word is said."""
+
+SENSOR_HZ = 50
+UNRESET_S = 1000.0
+"""The recorder's clock at the world's zero."""
+
+_SCALAR = {"kind": "sensor", "rate_hz": SENSOR_HZ, "values": [{"count": 1, "type": "scalar"}]}
+PULSED = Recipe.model_validate(
+    {
+        "segment": {"duration_s": 1.0},
+        "text": {"vocab_size": 300},
+        "split": {"val_fraction": 0.0},
+        "streams": {
+            "mic": {"kind": "audio", "file": "mic.wav"},
+            "a": {**_SCALAR, "key": "a"},
+            "b": {**_SCALAR, "file": "b.csv", "key": "b", "time": "ns", "time_unit": "ns"},
+            "own": {**_SCALAR, "file": "own.parquet", "key": "x", "clock": "own"},
+            "placed": {**_SCALAR, "file": "placed.jsonl", "key": "x", "time_unit": "ms"},
+            "missing": {**_SCALAR, "file": "missing.csv", "key": "x"},
+            "words": {"kind": "text", "file": "words.jsonl"},
+            "own_words": {"kind": "text", "file": "own_words.jsonl", "clock": "own"},
+            "placed_words": {"kind": "text", "file": "placed_words.jsonl"},
+        },
+    }
+)
+PULSED_SENSORS = ("a", "b", "own", "placed")
+PULSED_TEXTS = ("words", "own_words", "placed_words")
+
+
+@pytest.fixture(scope="module")
+def pulsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a session whose streams have four clocks."""
+    folder = tmp_path_factory.mktemp("in") / "one"
+    folder.mkdir()
+    write_tone(folder / "mic.wav", 3.0)
+    ticks = np.arange(3 * SENSOR_HZ)
+    times_s = (ticks / SENSOR_HZ).round(6)
+    values = np.isin(ticks, np.round(np.array(PULSES_S) * SENSOR_HZ)).astype(float)
+    rows = list(zip(times_s.tolist(), values.tolist(), strict=True))
+    write_lines(folder / "metadata.jsonl", [{"timestamp": UNRESET_S + t, "a": v} for t, v in rows])
+    ns = [round((UNRESET_S + t) * 1e9) for t in times_s]
+    write_table(folder / "b.csv", {"ns": ns[20:], "b": values[20:]}, delimiter=";", decimal=",")
+    write_table(folder / "own.parquet", {"timestamp": times_s, "x": values})
+    write_lines(
+        folder / "placed.jsonl", [{"timestamp": 77_000 + 1000 * t, "x": v} for t, v in rows[10:]]
+    )
+    write_table(folder / "missing.csv", {"timestamp": 5000 + times_s, "x": values})
+    for name, zero_s in (("words", UNRESET_S), ("own_words", 0.0), ("placed_words", -40.0)):
+        lines = [{"timestamp": zero_s + t, "text": f"word {t}"} for t in PULSES_S]
+        write_lines(folder / f"{name}.jsonl", lines)
+    declare(folder, placed=0.2, placed_words=PULSES_S[0])
+    return folder
+
+
+def test_every_clock_gives_pulses_and_words_of_one_time_in_the_set(
+    pulsed: Path, tmp_path: Path
+) -> None:
+    build(pulsed.parent, tmp_path / "out", PULSED)
+    ((shard, index),) = open_indexes(tmp_path / "out")
+    assert [index.segment(row) for row in range(index.num_samples)] == [0, 1, 2]
+    for name in PULSED_SENSORS:
+        with zarr.storage.ZipStore(
+            tmp_path / "out" / f"{shard}.{name}.zarr.zip", mode="r"
+        ) as store:
+            values = zarr.open_group(store, mode="r")[name][:].ravel()
+        assert (np.flatnonzero(values > 0.5) / SENSOR_HZ).tolist() == PULSES_S, name
+        first = np.flatnonzero(np.isfinite(values))[0] / SENSOR_HZ
+        assert first == {"b": 0.4, "placed": 0.2}.get(name, 0.0)
+    for name in PULSED_TEXTS:
+        members = tar_members(tmp_path / "out" / f"{shard}.{name}.tar").values()
+        events = [event for member in members for event in json.loads(member)["events"]]
+        assert [event["text"] for event in events] == [f"word {t}" for t in PULSES_S]
+        np.testing.assert_allclose([event["time_s"] for event in events], PULSES_S, atol=1e-6)
+    assert not index.present_streams(0).count("missing")
+    objects = jsonl(tmp_path / "out" / "rejected.jsonl")
+    (line,) = (o for o in objects if o.get("stream") == "missing")
+    assert line["reason"] == (
+        "missing.csv is at 4000 to 4003 s, outside the session of 3 s; fix: correct its "
+        "timestamps, or declare its start in session.json"
+    )
+
+
+def test_sessions_read_directly_have_the_same_clocks(pulsed: Path) -> None:
+    scan = scan_session(pulsed, recipe=PULSED)
+    assert scan.clock_offset_s == UNRESET_S
+    assert scan.duration_s == 3.0
+    assert set(scan.absent) == {"missing"}
+    assert "missing" not in scan.not_recorded
+    assert scan.start_overrides == {"placed": 0.2, "placed_words": PULSES_S[0]}
+    reader = SessionReader(
+        pulsed, scan, recipe=PULSED, tokenizer=train_tokenizer(["a"], vocab_size=300)
+    )
+    segments = scan.segments(PULSED)
+    for name in PULSED_SENSORS:
+        values = np.concatenate([reader.read_sensor(name, s) for s in segments]).ravel()
+        assert (np.flatnonzero(values > 0.5) / SENSOR_HZ).tolist() == PULSES_S, name
+    for name in PULSED_TEXTS:
+        events = [event for s in segments for event in reader.read_text(name, s).events]
+        np.testing.assert_allclose([event.time_s for event in events], PULSES_S, atol=1e-6)
+
+
+# --- one offset ---
+
+FILES = Recipe.model_validate(
+    {
+        "streams": {
+            "a": {**_SCALAR, "file": "a.csv", "key": "x"},
+            "b": {**_SCALAR, "file": "b.csv", "key": "x"},
+            "b2": {**_SCALAR, "file": "b.csv", "key": "y", "time": "t2", "clock": "own"},
+            "c": {**_SCALAR, "file": "c.csv", "key": "x", "clock": "own"},
+            "note": {"kind": "text", "file": "note.jsonl"},
+        }
+    }
+)
+
+
+def lines_of(times_s: dict[str, list[float]]) -> SessionLines:
+    """Return lines of FILES with a reading or text at each time."""
+    arrays = {n: np.array(sorted(times_s.get(n, [])), dtype=np.float64) for n in FILES.streams}
+    return SessionLines(
+        readings={
+            name: Readings(
+                times_s=arrays[name],
+                values=np.zeros((len(arrays[name]), 1), dtype=np.float32),
+                lines=np.arange(len(arrays[name])),
+            )
+            for name in FILES.sensors
+        },
+        events={"note": tuple(TextEvent(t, "x", "note.jsonl", 1) for t in arrays["note"])},
+        files=tuple(
+            FileLines(
+                file=FILES.streams[name].file,
+                time_key="t2" if name == "b2" else "timestamp",
+                streams=(name,),
+                times_s=arrays[name],
+                lines=np.arange(len(arrays[name])),
+                num_lines=len(arrays[name]),
+                num_unread=0,
+                issues=(),
+            )
+            for name in FILES.streams
+        ),
+    )
+
+
+def slow_offset(times_s: list[float], media_stop_s: float | None) -> float:
+    """Return the offset of all times of sensor files together, as docs/format.md says it."""
+    first_s, last_s = min(times_s), max(times_s)
+    if abs(first_s) <= 1 or media_stop_s is None:
+        return 0.0 if abs(first_s) <= 1 else first_s
+    is_apart = first_s >= media_stop_s or last_s <= 0
+    ends_s = (abs(last_s - first_s - media_stop_s), abs(last_s - media_stop_s))
+    return first_s if is_apart or ends_s[0] + 1e-6 < ends_s[1] else 0.0
+
+
+TIMES = st.lists(st.integers(-40, 4000).map(lambda n: n / 4), max_size=4, unique=True)
+
+
+@given(
+    times_s=st.fixed_dictionaries(dict.fromkeys(FILES.streams, TIMES)),
+    media_stop_s=st.one_of(st.none(), st.integers(1, 400).map(float)),
+    starts=st.dictionaries(st.sampled_from(sorted(FILES.streams)), st.floats(-5, 5), max_size=2),
+)
+def test_all_files_share_the_offset_of_the_union_of_their_times(times_s, media_stop_s, starts):
+    media = {} if media_stop_s is None else {"video": Interval(0.0, media_stop_s)}
+    alignment = align_streams(media, lines_of(times_s), starts=starts, recipe=FILES)
+    union = [t for name in ("a", "b") if name not in starts for t in times_s[name]]
+    if union:
+        assert alignment.offset_s == slow_offset(union, media_stop_s)
+    limit_s = 24 * 3600.0 if media_stop_s is None else media_stop_s
+    for name in FILES.sensors:
+        recorded = np.array(sorted(times_s[name]))
+        if name in starts and len(recorded):
+            expected = recorded - (recorded[0] - starts[name])
+        else:
+            expected = recorded - (0.0 if name in ("b2", "c") else alignment.offset_s)
+        step_s = float(np.median(np.diff(expected))) if len(expected) > 1 else 1 / SENSOR_HZ
+        if len(expected) and expected[0] < limit_s and expected[-1] + step_s > 0:
+            np.testing.assert_array_equal(alignment.times_s[name], expected)
+            assert alignment.intervals[name].start_s == expected[0]
+            assert name not in alignment.absent
+        else:
+            assert name not in alignment.intervals
+            assert name not in alignment.times_s
+            assert (name in alignment.not_recorded) == (len(expected) == 0)
+            assert "fix:" in alignment.absent[name] or len(expected) == 0
+
+
+@pytest.mark.parametrize(
+    ("times_s", "media_stop_s", "offset_s"),
+    [
+        ([0.5, 3.0], None, 0.0),
+        ([50.0, 90.0], None, 50.0),
+        ([5.0, 20.0], 16.0, 0.0),  # the last text does not end the session
+        ([50.0, 60.0], 16.0, 50.0),
+        ([], 16.0, 0.0),
+    ],
+)
+def test_texts_alone_are_shifted_only_past_the_media(times_s, media_stop_s, offset_s):
+    media = {} if media_stop_s is None else {"video": Interval(0.0, media_stop_s)}
+    alignment = align_streams(media, lines_of({"note": times_s}), starts={}, recipe=FILES)
+    assert alignment.offset_s == offset_s
+
+
+def test_texts_do_not_move_the_sensors(tmp_path: Path) -> None:
+    times_s = {"a": [1000.0, 1015.0], "note": [2.0, 9000.0]}
+    alignment = align_streams(
+        {"video": Interval(0.0, 15.0)}, lines_of(times_s), starts={}, recipe=FILES
+    )
+    assert alignment.offset_s == 1000.0
+    assert alignment.absent["note"] == (
+        "all of its events are outside the session, as at note.jsonl line 1; fix: correct its "
+        "timestamps, or declare its start in session.json"
+    )
+    assert len(alignment.outside) == 2
+
+
+def test_epochs_on_a_clock_of_their_own_make_no_long_session() -> None:
+    times_s = {"c": [1.7e9, 1.7e9 + 9], "a": [0.0, 9.0]}
+    alignment = align_streams({}, lines_of(times_s), starts={}, recipe=FILES)
+    assert alignment.duration_s == 18.0
+    assert "outside the session of 86400 s" in alignment.absent["c"]
