@@ -18,9 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from preprocess.build.statistics import AXES, LOG
+from shared.kinds.column import MAX_MEMBER_BYTES
+from shared.kinds.text import MAX_TEXT_BYTES
 from shared.kinds.video import decode_pictures
-from shared.shardset.index import open_index
-from shared.shardset.manifest import read_manifest
+from shared.shardset import index as index_module
+from shared.shardset.index import MAX_STREAMS, open_index
+from shared.shardset.manifest import FORMAT_VERSION, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
@@ -76,6 +80,58 @@ MARKS = (
 def test_every_example_is_run_by_a_test():
     assert sorted(code_with(mark) for mark in MARKS) == sorted(blocks())
     assert [code_with("energon prepare", "bash")] == blocks("bash")
+
+
+def keys_of(heading, first_key):
+    """Return the keys of the table that begins with a key, in a section of the page."""
+    section = PAGE.split(f"{heading}\n")[1]
+    table = section[section.index(f"| `{first_key}`") :].split("\n\n")[0]
+    return [
+        key for row in table.splitlines() for key in re.findall(r"`([^`]+)`", row.split("|")[1])
+    ]
+
+
+def test_the_page_lists_every_key_of_a_manifest(tiny_set):
+    values = json.loads((tiny_set / "manifest.json").read_text())
+    assert keys_of("## manifest.json", "format") == list(values)
+    for key, entry in (("shards", values["shards"][0]), ("counts", values["counts"])):
+        row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{key}` |"))
+        names = re.findall(r"`(\w+)`", row.split("|")[2])
+        assert set(names) - {"train", "val"} == set(entry)
+
+
+def test_the_page_lists_every_key_and_array_of_an_index(tiny_set):
+    index = open_index(tiny_set / "train-000000.index")
+    assert set(keys_of("## The index", "version")) == {"version", *index.header}
+    row = next(line for line in PAGE.splitlines() if line.startswith("| `columns` | column"))
+    for entry in index.columns.values():
+        assert set(re.findall(r"`(\w+)`", row.split("|")[2])) == set(entry)
+    parts = {"NAME": index.videos, "COLUMN": index.columns}
+    arrays = set()
+    for form in keys_of("## The index", "session"):
+        word, dot, part = form.rpartition(".")
+        arrays |= {f"{name}.{part}" for name in parts[word]} if dot else {form}
+    assert arrays == index.arrays.keys()
+
+
+def test_the_page_lists_every_type_of_values_with_its_histogram():
+    bins = PAGE.split("### Statistics")[1]
+    for value_type, axis in AXES.items():
+        assert f"`{value_type}`" in PAGE.split("## A session folder")[0]
+        if axis is not None and axis is not LOG:
+            assert re.search(rf"\n\| `{value_type}` \| .* linear, {len(axis.edges) - 1} \|", bins)
+    assert f"signed_log, {len(LOG.edges) - 1} " in bins
+
+
+def test_the_page_states_the_limits_of_the_code():
+    for text in (
+        f"more than {MAX_STREAMS} streams",
+        f"{8 * MAX_STREAMS:,} arrays",
+        f"{MAX_TEXT_BYTES >> 20} MiB for text",
+        f"format version {FORMAT_VERSION}",
+    ):
+        assert text in PAGE.replace("\n  ", " ").replace("\n", " ")
+    assert (MAX_MEMBER_BYTES, 8 * MAX_STREAMS) == (1 << 30, index_module._MAX_ARRAYS)
 
 
 def test_plain_python_reads_an_index_and_a_member(tiny_set, monkeypatch):
