@@ -6,8 +6,7 @@ One recipe declares every kind, rate and value type at once; another one sensor 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,9 @@ from shared.recipe import load_recipe
 from train import Loader, load_checkpoint, open_source
 from train.__main__ import cli as train_cli
 from train.config import load_train_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MANY: dict[str, Any] = {
     "segment": {"duration_s": 1.0},

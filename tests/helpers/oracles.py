@@ -60,14 +60,14 @@ def increasing_times(min_size: int = 0, max_size: int = 12) -> st.SearchStrategy
 # --- the clock, slowly -----------------------------------------------------------------------
 
 
-def slow_windows(duration_s: float, window_s: float, stride_s: float) -> list[tuple[float, float]]:
-    """Return (start, stop) of every window that begins inside [0, duration)."""
-    windows = []
+def slow_segments(duration_s: float, segment_s: float) -> list[tuple[float, float]]:
+    """Return (start, stop) of every segment that begins inside [0, duration)."""
+    segments = []
     start_s = 0.0
     while start_s < duration_s:
-        windows.append((start_s, start_s + window_s))
-        start_s += stride_s
-    return windows
+        segments.append((start_s, start_s + segment_s))
+        start_s += segment_s
+    return segments
 
 
 def slow_nearest(times_s: Sequence[float], asked_s: float) -> int:

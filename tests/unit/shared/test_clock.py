@@ -4,40 +4,48 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.oracles import increasing_times, seconds, slow_nearest, slow_windows
+from helpers.oracles import increasing_times, seconds, slow_nearest, slow_segments
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.clock import (
     Interval,
-    Window,
+    Segment,
     audio_mask,
     clock_offset,
     nearest,
-    plan_windows,
+    plan_segments,
+    segment_of,
 )
 
 
-@given(duration_s=seconds(), window_s=seconds(0.25, 6), stride_s=seconds(0.125, 6))
-def test_windows_are_those_that_begin_inside_the_session(duration_s, window_s, stride_s):
-    windows = plan_windows(duration_s, window_s=window_s, stride_s=stride_s)
-    assert [(w.start_s, w.stop_s) for w in windows] == slow_windows(duration_s, window_s, stride_s)
-    assert [w.index for w in windows] == list(range(len(windows)))
+@given(duration_s=seconds(), segment_s=seconds(0.25, 6))
+def test_segments_are_those_that_begin_inside_the_session(duration_s, segment_s):
+    segments = plan_segments(duration_s, segment_s)
+    found = [(segment.start_s, segment.stop_s) for segment in segments]
+    assert found == slow_segments(duration_s, segment_s)
+    assert [segment.index for segment in segments] == list(range(len(segments)))
 
 
-def test_no_window_begins_in_the_last_microsecond():
-    assert len(plan_windows(8.0 + 5e-7, window_s=4, stride_s=4)) == 2
-    assert plan_windows(5e-7, window_s=4, stride_s=4) == []
+def test_no_segment_begins_in_the_last_microsecond():
+    assert len(plan_segments(8.0 + 5e-7, 4)) == 2
+    assert plan_segments(5e-7, 4) == []
+
+
+@given(time_s=seconds(), segment_s=seconds(0.25, 6))
+def test_a_time_belongs_to_the_segment_that_holds_it(time_s, segment_s):
+    segment = Segment(segment_of(time_s, segment_s), segment_s)
+    assert segment.start_s <= time_s < segment.stop_s
 
 
 @pytest.mark.parametrize(("rate_hz", "duration_s"), [(5, 4.0), (30, 4.0), (50, 1.0), (3, 1 / 3)])
-def test_a_grid_has_rate_times_duration_points_inside_the_window(rate_hz, duration_s):
-    window = Window(3, 12.5, duration_s)
-    grid_s = window.grid(rate_hz)
-    expected = [12.5 + k / rate_hz for k in range(round(rate_hz * duration_s))]
+def test_a_grid_has_rate_times_duration_points_inside_the_segment(rate_hz, duration_s):
+    segment = Segment(3, duration_s)
+    grid_s = segment.grid(rate_hz)
+    expected = [3 * duration_s + k / rate_hz for k in range(round(rate_hz * duration_s))]
     np.testing.assert_allclose(grid_s, expected, rtol=0, atol=1e-12)
-    assert grid_s[0] == window.start_s
-    assert grid_s[-1] < window.stop_s
+    assert grid_s[0] == segment.start_s
+    assert grid_s[-1] < segment.stop_s
 
 
 @given(a=seconds(), b=seconds(), c=seconds(), d=seconds())

@@ -25,8 +25,7 @@ from hypothesis.extra import numpy as hnp
 from shared.errors import CorruptError
 from shared.kinds.audio import decode_wav, encode_wav
 from shared.kinds.text import SegmentText, TimedText, decode_text, encode_text
-from shared.kinds.video import decode_pictures, encode_pictures, is_raw_layout
-from shared.media.yuv import check_npy_header
+from shared.kinds.video import decode_pictures, encode_pictures
 from shared.recipe import Recipe
 from shared.shardset.layout import columns_of
 from shared.streams import VideoDefaults
@@ -261,7 +260,7 @@ def print_costs() -> None:
 def costs() -> dict[str, list[int | None]]:
     """Costs of all cases by layout, measured where no other test has left threads or memory."""
     paths = [path for path in sys.path if path]
-    code = f"import sys; sys.path[:0] = {paths!r}; import test_codec; test_codec.print_costs()"
+    code = f"import sys; sys.path[:0] = {paths!r}; import test_codecs; test_codecs.print_costs()"
     run = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -396,23 +395,3 @@ def one_token(token: object = 1, time_s: object = 0.0, event_s: object = 0.0) ->
 def test_json_of_another_form_than_text_is_corrupt(member):
     with pytest.raises(CorruptError, match="not a text member"):
         decode_text(member)
-
-
-def test_the_header_of_an_npy_file_is_checked_against_the_array():
-    file = io.BytesIO()
-    np.save(file, np.zeros((3, 6, 4), np.uint8))
-    head = file.getvalue()[: -3 * 6 * 4]
-    check_npy_header(head, np.empty((3, 6, 4), np.uint8))
-    for shape in ((3, 4, 6), (1, 6, 4), (3, 2, 4, 3)):
-        with pytest.raises(CorruptError, match="not an npy file of pictures"):
-            check_npy_header(head, np.empty(shape, np.uint8))
-
-
-@pytest.mark.parametrize("codec", ["h264", "mjpeg", "yuv420", "raw"])
-def test_a_member_in_the_layout_of_a_batch_needs_no_decoding(codec):
-    recipe = VideoDefaults(size=16, codec=codec)
-    pictures = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), np.uint8)
-    member = encode_pictures(pictures, spec=recipe)
-    for shape in ((2, 24, 16), (2, 16, 16, 3)):
-        out = decode_pictures(member, spec=recipe, out=np.empty(shape, np.uint8))
-        assert is_raw_layout(out, spec=recipe) == member.endswith(out.tobytes())
