@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from preprocess.build.job import BuildSummary
     from preprocess.validate.page import ReportPage
+    from preprocess.validate.report import ValidationReport
     from shared.shardset.manifest import Manifest
 
 _RECIPE_OPTION = click.option(
@@ -67,6 +68,7 @@ def cli() -> None:
     default=None,
     help="Also write an HTML page with timelines, curves and pictures of every session.",
 )
+@click.option("--init", is_flag=True, help="Print a recipe for recordings like one good session.")
 @_RECIPE_OPTION
 @click.pass_context
 def validate(
@@ -78,6 +80,7 @@ def validate(
     summary: bool,
     as_json: bool,
     page_path: Path | None,
+    init: bool,
     recipe_path: Path | None,
 ) -> None:
     """Check sessions, or single video and sound files; exit with code 1 if a check fails.
@@ -90,24 +93,25 @@ def validate(
     python -m preprocess validate data/sessions/session_001 --fix
     python -m preprocess validate data/sessions --report out.html
     python -m preprocess validate camera.mp4 microphone.wav
+    python -m preprocess validate --init data/sessions/session_001 > recipe.yaml
     """  # noqa: D301
-    from preprocess.validate.console import has_failed, print_report, print_summary, to_json_lines
-    from preprocess.validate.report import check_sessions
+    from preprocess.validate.console import has_failed, print_summary, to_json_lines
 
+    if init:
+        _print_proposal(locations)
+        return
     if fix:
         _require_local(locations)
-    recipe = _recipe(recipe_path)
     console = Console(stderr=as_json)
-    reports = []
     with _open_page(page_path) as page:
-        for checked in check_sessions(locations, recipe=recipe, fix=fix):
-            for repair in checked.repairs:
-                console.print(f"{checked.folder.name}: {repair}", highlight=False, markup=False)
-            reports.append(checked.report)
-            if page is not None:
-                page.add(checked)
-            if not summary and not as_json:
-                print_report(console, checked.report)
+        reports = _check(
+            locations,
+            recipe=_recipe(recipe_path),
+            fix=fix,
+            page=page,
+            console=console,
+            is_printed=not (summary or as_json),
+        )
     if as_json:
         for line in to_json_lines(reports):
             click.echo(line)
@@ -115,6 +119,43 @@ def validate(
         print_summary(console, reports)
     if has_failed(reports, strict=strict):
         ctx.exit(1)
+
+
+def _check(
+    locations: tuple[str, ...],
+    *,
+    recipe: Recipe,
+    fix: bool,
+    page: ReportPage | None,
+    console: Console,
+    is_printed: bool,
+) -> list[ValidationReport]:
+    """Check sessions; print repairs and, if wanted, each report at once."""
+    from preprocess.validate.console import print_report
+    from preprocess.validate.report import check_sessions
+
+    reports = []
+    for checked in check_sessions(locations, recipe=recipe, fix=fix):
+        for repair in checked.repairs:
+            console.print(f"{checked.folder.name}: {repair}", highlight=False, markup=False)
+        reports.append(checked.report)
+        if page is not None:
+            page.add(checked)
+        if is_printed:
+            print_report(console, checked.report)
+    return reports
+
+
+def _print_proposal(locations: tuple[str, ...]) -> None:
+    """Print the recipe that one session suggests."""
+    from preprocess.validate.propose import propose_recipe
+
+    folders = [
+        location for location in map(parse_location, locations) if isinstance(location, Path)
+    ]
+    if len(locations) != 1 or not folders:
+        raise click.UsageError("--init reads one session folder; fix: give one")
+    click.echo(propose_recipe(folders[0]), nl=False)
 
 
 @cli.command()

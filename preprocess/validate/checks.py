@@ -124,7 +124,7 @@ def check_clock(probe: SessionProbe) -> list[Finding]:
     file = next((file for file in probe.files if probe.is_on_shared_clock(file)), None)
     if not probe.offset_s or file is None or not (probe.readings or source_intervals(probe)):
         return []
-    fix = "correct them if the first text does not start at 0 s"
+    fix = "none is needed, unless this is not the time of the session's start"
     if probe.is_fixable(file) and probe.sensors_of(file):
         fix = "write the shifted timestamps with --fix"
     message = (

@@ -7,7 +7,7 @@ lost no reading. Longer ones are a warning if values in between are interpolated
 they are masked: by default, at 30 Hz, from 35 ms and from 100 ms on. With ``resample: hold``,
 readings that become too old are a warning. A video has a frame rate of its own, so a gap in it is
 longer than 100 ms and than three frames. It is a warning, as frames that are too far away are
-masked. A gap longer than ``expect.max_gap_s`` is an error in every kind of stream.
+masked. With ``expect.max_gap_s``, longer gaps are errors in every kind of stream, and others pass.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def find_gaps(times_s: NDArray[np.float64], spec: StreamSpec) -> Gaps:
     median_s = float(np.median(intervals_s)) if len(intervals_s) else 0.0
     short_s, long_s = _GAP_RULES[spec.kind].limits(median_s, spec)
     if spec.expect.max_gap_s is not None:
-        long_s = spec.expect.max_gap_s
+        short_s, long_s = math.inf, spec.expect.max_gap_s
     is_long = intervals_s > long_s + EPSILON_S
     return Gaps(short_s, long_s, (intervals_s >= short_s) & ~is_long, is_long)
 

@@ -315,13 +315,12 @@ def guess_unit(times: NDArray[np.float64], *, declared: str = "s") -> str | None
     if len(times) < MIN_TIMED_LINES:
         return None
     interval = float(np.median(np.diff(times)))
-    fits = (
+    fits = [
         unit
-        for unit in UNIT_NAMES
+        for unit in (declared, *UNIT_NAMES)
         if MIN_INTERVAL_S <= interval / TIME_UNITS[unit] <= MAX_INTERVAL_S
-    )
-    unit = next(fits, None)
-    return None if unit == declared else unit
+    ]
+    return fits[0] if fits and fits[0] != declared else None
 
 
 def confirms_unit(

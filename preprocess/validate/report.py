@@ -148,6 +148,8 @@ class CheckedSession:
     report: ValidationReport
     probe: SessionProbe | None = None
     """What was read of it; None if that was not possible."""
+    findings: tuple[Finding, ...] = ()
+    """What the checks found, errors first."""
 
 
 def check_sessions(
@@ -200,8 +202,16 @@ def check_session(
             )
         probe = probe_session(path, recipe=recipe)
         findings = {key: check(probe) for key, check in CHECKS.items() if key in checks}
-        report = _make_report(name, findings, probe)
-        return CheckedSession(folder=path, report=report, probe=probe)
+        ordered = sorted(
+            (finding for of_check in findings.values() for finding in of_check),
+            key=lambda finding: finding.level != "error",
+        )
+        return CheckedSession(
+            folder=path,
+            report=_make_report(name, findings, probe),
+            probe=probe,
+            findings=tuple(ordered),
+        )
     except SessionError as error:
         return _make_failed_report(path, name, str(error))
     except Exception as error:  # Boundary: any exception fails only this session.

@@ -263,47 +263,67 @@ def check_velocities(probe: SessionProbe) -> list[Finding]:
             if pose is None:
                 continue
             poses.remove(pose)
-            fault = _velocity_fault(probe.readings[name].times_s, pose, velocity)
+            is_angle = pose.group.type is ValueType.ANGLE
+            times_s = probe.readings[name].times_s
+            fit = fit_velocities(times_s, pose.values, velocity.values, is_angle=is_angle)
+            fault = fit.fault if fit is not None else ""
             if fault:
                 file = probe.recipe.streams[name].file
-                findings.append(Finding("warning", f"{file}: {name}: {fault}", streams=(name,)))
+                what = f"velocities of {name} are not the change of its {pose.group.type}s"
+                findings.append(Finding("warning", f"{file}: {what}: {fault}", (name,)))
     return findings
 
 
-def _velocity_fault(times_s: NDArray[np.float64], pose: _Group, velocity: _Group) -> str:
-    """Compare summed velocities with the change of the pose; return what is wrong, or nothing.
+@dataclass(frozen=True, slots=True)
+class VelocityFit:
+    """How recorded velocities agree with the change of poses."""
+
+    slope: float
+    """Factor from the change to the summed velocities."""
+    correlation: float
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, and the fix; empty if nothing is."""
+        if self.correlation < _MIN_CORRELATION:
+            return f"correlation {self.correlation:.2f}; fix: check their order and sign"
+        if _SLOPES[0] <= self.slope <= _SLOPES[1]:
+            return ""
+        advice = "check their unit and order"
+        if _SLOPES[0] <= self.slope / _DEGREES <= _SLOPES[1]:
+            advice = "they look like degrees per second: multiply them by pi / 180 before recording"
+        return f"they are {self.slope:.3g} times as large; fix: {advice}"
+
+
+def fit_velocities(
+    times_s: NDArray[np.float64],
+    poses: NDArray[np.float64],
+    velocities: NDArray[np.float64],
+    *,
+    is_angle: bool,
+) -> VelocityFit | None:
+    """Compare summed velocities [N, D] with the change of poses [N, D]; None if they stand still.
 
     Both are summed over about _COMPARED_S, so that noise of single readings does not count. Spans
     with a gap are left out.
     """
     steps_s = np.diff(times_s)
-    if len(steps_s) < 2:
-        return ""
+    if len(steps_s) < _MIN_COMPARED:
+        return None
     median_s = float(np.median(steps_s))
-    changes = np.diff(pose.values, axis=0)
-    if pose.group.type is ValueType.ANGLE:
-        changes = wrap_angle(changes)
-    means = (velocity.values[1:] + velocity.values[:-1]) / 2
-    is_gap = steps_s > 2 * median_s
     length = max(1, min(len(steps_s) // _MIN_COMPARED, round(_COMPARED_S / max(median_s, 1e-6))))
     starts = np.arange(0, len(steps_s) - length + 1, length)
-    if len(starts) < _MIN_COMPARED:
-        return ""
     stop = int(starts[-1]) + length
-    is_whole = ~np.logical_or.reduceat(is_gap[:stop], starts)
-    moved = np.add.reduceat(changes[:stop], starts, axis=0)[is_whole]
-    summed = np.add.reduceat((means * steps_s[:, None])[:stop], starts, axis=0)[is_whole]
-    if not moved.size or math.sqrt(float(np.square(moved).mean())) < _MIN_CHANGE:
-        return ""
-    product, energy = float((moved * summed).sum()), float(np.square(moved).sum())
-    slope = product / energy
-    correlation = product / max(math.sqrt(energy * float(np.square(summed).sum())), 1e-12)
-    what = f"velocities are not the change of the {pose.group.type}s beside them"
-    if correlation < _MIN_CORRELATION:
-        return f"{what} (correlation {correlation:.2f}); fix: check their order and sign"
-    if _SLOPES[0] <= slope <= _SLOPES[1]:
-        return ""
-    advice = "check their unit and order"
-    if _SLOPES[0] <= slope / _DEGREES <= _SLOPES[1]:
-        advice = "they look like degrees per second: multiply them by pi / 180 before recording"
-    return f"{what}, but {slope:.3g} times as large; fix: {advice}"
+    changes = np.diff(poses, axis=0)[:stop]
+    if is_angle:
+        changes = wrap_angle(changes)
+    means = ((velocities[1:] + velocities[:-1]) / 2 * steps_s[:, None])[:stop]
+    is_whole = ~np.logical_or.reduceat((steps_s > 2 * median_s)[:stop], starts)
+    moved = np.add.reduceat(changes, starts, axis=0)[is_whole]
+    summed = np.add.reduceat(means, starts, axis=0)[is_whole]
+    energy = float(np.square(moved).sum())
+    if not moved.size or math.sqrt(energy / moved.size) < _MIN_CHANGE:
+        return None
+    product = float((moved * summed).sum())
+    spread = math.sqrt(energy * float(np.square(summed).sum()))
+    return VelocityFit(product / energy, product / spread if spread > 0 else 0.0)

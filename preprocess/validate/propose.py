@@ -1,0 +1,629 @@
+"""Propose a recipe from one good recording (``preprocess validate --init``).
+
+::
+
+    files -> drafts (names, keys, columns) -> probe (readings) -> types, rates, expectations -> YAML
+
+The first pass only finds where values are; each stream is then read as a build reads it, and its
+values decide types and rates. Guesses are conservative: what no rule recognizes is a scalar, and
+comments mark every guess. Streams that fail validation are written as comments, so that the
+recording passes with the recipe.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import av
+import numpy as np
+import yaml
+
+from preprocess.validate.line_checks import measure_rate_hz
+from preprocess.validate.report import SOUND_SUFFIXES, check_session
+from preprocess.validate.value_checks import fit_velocities
+from shared.errors import SessionError
+from shared.recipe import Recipe
+from shared.session.lines import parse_line
+from shared.session.tables import MAX_LINE_BYTES, TableError, open_table
+from shared.streams import (
+    METADATA_FILE,
+    VECTOR_SIZES,
+    ValueType,
+    VideoStream,
+    check_stream_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from preprocess.validate.probe import SessionProbe
+
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts"}
+)
+TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".parquet"})
+
+NUM_LINES = 5000
+"""Lines and rows of a file that are searched for keys and columns."""
+
+MAX_VIDEO_RATE_HZ = 5.0
+MAX_VIDEO_SIDE = 224
+"""Rate and shorter side of a proposed video, as in the default recipe."""
+
+MAX_MISSING = 0.01
+"""Share of missing values above which columns are streams of their own."""
+
+IRREGULAR_FACTOR = 3.0
+"""Readings whose 95th percentile of intervals is this many medians are events: `hold`."""
+
+UNIT_NORM_TOLERANCE = 0.02
+
+_TIME = re.compile(r"(?i)^(time_?stamp|time|t|ts|timeline|seconds?|.*time_?stamp.*|time\W.*)$")
+_TIME_UNIT = re.compile(r"(?i)(?:[\[(_ ])(100ns|ns|us|ms|s)(?:[\])]|$)")
+_UNIT = re.compile(r"[\[(]([^\])]{1,16})[\])]\s*$")
+_AXIS = re.compile(r"(?i)^(.*?)[\s._-]*([xyzw])(?:\s*[\[(][^\])]*[\])])?$")
+_ROTATION = re.compile(r"(?i)quat|rot|orient|attitude|(^|[\s._])q$")
+_DIRECTION = re.compile(r"(?i)dir|gaze|normal|forward|ray|axis")
+_POSITION = re.compile(r"(?i)pos(e|ition)?s?(?![a-z])|loc|transl|origin|point|(^|[\s._])[pt]$")
+_ANGLE = re.compile(
+    r"(?i)angle|theta|azimuth|elevation|joint|(?<![a-z])(yaw|pitch|roll|qpos|rad(ian)?s?)(?![a-z])"
+)
+_VELOCITY = re.compile(r"(?i)vel|omega|rad/s|rad_s")
+_DEGREES = re.compile(r"(?i)deg|dps|°")
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A stream that is being proposed."""
+
+    spec: dict[str, Any]
+    comments: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    """Columns of a table, or scalar keys, that the stream takes."""
+
+
+def propose_recipe(folder: Path) -> str:
+    """Return a recipe, as YAML with comments, for recordings like the one in a folder.
+
+    Raises:
+        SessionError: the folder contains nothing that can be a stream.
+    """
+    drafts: dict[str, _Draft] = {}
+    notes: list[str] = []
+    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+        if path.is_file() and not path.name.startswith("."):
+            try:
+                _check_file_name(path.name)
+                for name, draft in _draft_file(path, notes):
+                    drafts[_free_name(name, drafts, str(draft.spec["kind"]))] = draft
+            except (OSError, ValueError, av.FFmpegError) as error:
+                notes.append(f"{path.name} is left out: {str(error).splitlines()[0]}")
+    if not drafts:
+        reasons = "; ".join([*notes, "fix: give the folder of one recording"])
+        raise SessionError(f"{folder}: nothing in it can be a stream; {reasons}")
+    _measure(folder, drafts)
+    rejected = _reject_failed(folder, drafts)
+    if not drafts:
+        reasons = [comment for draft in rejected.values() for comment in draft.comments[-1:]]
+        raise SessionError(f"{folder}: no stream of it passes validation: {'; '.join(reasons)}")
+    return _render(folder, drafts, rejected, notes)
+
+
+def _reject_failed(folder: Path, drafts: dict[str, _Draft]) -> dict[str, _Draft]:
+    """Take out the streams that fail validation; the others may be judged otherwise then."""
+    rejected: dict[str, _Draft] = {}
+    while drafts:
+        checked = check_session(folder, recipe=_recipe(drafts))
+        if checked.probe is None:
+            raise SessionError(checked.report.errors[0])
+        statuses = checked.report.streams.items()
+        failed = [name for name, status in statuses if status in ("failed", "absent")]
+        for name in failed:
+            rejected[name] = drafts.pop(name)
+            messages = [f.message for f in checked.findings if name in f.streams]
+            rejected[name].comments.append(f"left out: {messages[0]}")
+        if not failed:
+            break
+    return rejected
+
+
+def _check_file_name(name: str) -> None:
+    """Raise ValueError if a recipe cannot name a file."""
+    try:
+        VideoStream(file=name)
+    except ValueError as error:
+        raise ValueError("a recipe cannot name it; fix: rename it with plain letters") from error
+
+
+def _recipe(drafts: Mapping[str, _Draft]) -> Recipe:
+    return Recipe.model_validate({"streams": {name: draft.spec for name, draft in drafts.items()}})
+
+
+def _free_name(text: str, taken: Mapping[str, object], kind: str) -> str:
+    """Return a stream name like a text that is not taken."""
+    plain = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:28] or kind
+    plain = plain if plain[0].isalpha() else f"{kind}_{plain}"[:28].rstrip("_")
+    for number in itertools.count(1):
+        name = plain if number == 1 else f"{plain}_{number}"
+        try:
+            check_stream_name(name)
+        except ValueError:
+            plain = f"{kind}_{plain}"[:28].rstrip("_")
+            continue
+        if name not in taken:
+            return name
+    raise AssertionError
+
+
+# --- where values are ---
+
+
+def _draft_file(path: Path, notes: list[str]) -> Iterator[tuple[str, _Draft]]:
+    """Yield a name and a draft for each stream of a file."""
+    suffix = path.suffix.lower()
+    if suffix in VIDEO_SUFFIXES or suffix in SOUND_SUFFIXES:
+        yield from _draft_media(path)
+    elif path.suffix == ".jsonl":
+        yield from _draft_lines(path, notes)
+    elif path.suffix in TABLE_SUFFIXES:
+        yield from _draft_table(path, notes)
+
+
+def _draft_media(path: Path) -> Iterator[tuple[str, _Draft]]:
+    """Draft the video of a file, and its audio tracks if no sound file lies beside it."""
+    with av.open(str(path)) as container:
+        videos = [v for v in container.streams.video if v.codec_context.name not in ("png", "bmp")]
+        has_video = bool(videos) and path.suffix.lower() not in SOUND_SUFFIXES
+        num_tracks = len(container.streams.audio)
+        frame = next(container.decode(videos[0]), None) if has_video else None
+    if frame is not None:
+        is_turned = round(frame.rotation / 90) % 2 == 1
+        sides = (frame.width, frame.height) if is_turned else (frame.height, frame.width)
+        scale = min(1.0, MAX_VIDEO_SIDE / min(sides))
+        size = [min(2048, max(16, round(side * scale / 16) * 16)) for side in sides]
+        spec = {"kind": "video", "file": path.name, "rate_hz": MAX_VIDEO_RATE_HZ, "size": size}
+        yield path.stem, _Draft(spec)
+    is_beside = any(p.suffix.lower() in SOUND_SUFFIXES for p in path.parent.iterdir())
+    for track in range(num_tracks if not (has_video and is_beside) else 0):
+        name = path.stem if not has_video else f"{path.stem}_sound"
+        track_key = {"track": track} if track else {}
+        yield name, _Draft({"kind": "audio", "file": path.name, **track_key})
+
+
+def _draft_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, _Draft]]:
+    """Draft the sensors and texts of a file of JSON lines."""
+    lines = _read_objects(path)
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+    numbers = [key for key in keys if _size(lines, key) == 0]
+    time_key = _choose_time(
+        {k: [v for line in lines if _is_number(v := line.get(k))] for k in numbers}
+    )
+    if time_key is None:
+        notes.append(f"{path.name} is left out: none of its keys is an increasing time")
+        return
+    time = {"time": time_key} if time_key != "timestamp" else {}
+    sizes = {
+        key: size for key in keys if key != time_key and (size := _size(lines, key)) is not None
+    }
+    file = {} if path.name == METADATA_FILE else {"file": path.name}
+    for key, size in sizes.items():
+        name = key if path.name == METADATA_FILE else f"{path.stem}_{key}"
+        spec = {"kind": "sensor", **file, "key": key, **time, "time_unit": _unit_of(time_key)}
+        yield name, _Draft(spec | {"values": [{"count": max(1, size), "type": "scalar"}]})
+    texts = [k for k in keys if any(isinstance(line.get(k), str) for line in lines)]
+    if time_key == "timestamp":
+        yield from _draft_texts(path, lines, [k for k in texts if k != time_key])
+    left_out = [k for k in keys if k != time_key and k not in sizes and k not in texts]
+    if left_out:
+        notes.append(f"{path.name}: no list of numbers of one length: {', '.join(left_out)}")
+
+
+def _draft_texts(
+    path: Path, lines: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> Iterator[tuple[str, _Draft]]:
+    """Draft the text streams of a file of JSON lines."""
+    if path.name == METADATA_FILE:
+        for key in keys:
+            yield key, _Draft({"kind": "text", "file": path.name, "key": key})
+    elif "text" in keys:
+        labels = sorted({str(line["stream"]) for line in lines if line.get("stream") is not None})
+        for label in labels:
+            spec = {"kind": "text", "file": path.name, "stream": label}
+            yield f"{label}_text", _Draft(spec)
+        if not labels:
+            yield path.stem, _Draft({"kind": "text", "file": path.name})
+
+
+def _read_objects(path: Path) -> list[dict[str, Any]]:
+    """Return the first lines that hold a JSON object."""
+    lines: list[dict[str, Any]] = []
+    with path.open("rb") as file:
+        for raw in itertools.islice(iter(lambda: file.readline(MAX_LINE_BYTES), b""), NUM_LINES):
+            values = parse_line(raw)[0]
+            if values is not None:
+                lines.append(values)
+    return lines
+
+
+def _size(lines: Sequence[Mapping[str, Any]], key: str) -> int | None:
+    """Return the length of a key's lists of numbers, 0 for plain numbers, None for all else."""
+    sizes: set[int] = set()
+    for value in (line.get(key) for line in lines):
+        if isinstance(value, list) and value and all(v is None or _is_number(v) for v in value):
+            sizes.add(len(value))
+        elif _is_number(value):
+            sizes.add(0)
+        elif value is not None:
+            return None
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _draft_table(path: Path, notes: list[str]) -> Iterator[tuple[str, _Draft]]:
+    """Draft the sensors of a table: columns with the same missing values are one stream."""
+    cells = _read_columns(path)
+    time_key = _choose_time({name: values[np.isfinite(values)] for name, values in cells.items()})
+    if time_key is None:
+        raise TableError("none of its columns is an increasing time")
+    unit = _unit_of(time_key)
+    together: dict[bytes, list[str]] = {}
+    left_out: list[str] = []
+    for name, values in cells.items():
+        is_time = _TIME.fullmatch(name) is not None and _share_of_steps(values[:, 0], 0.0) > 0.9
+        is_text = np.isinf(values).any(axis=1)
+        if name == time_key or is_time or is_text.any() or np.isnan(values).all():
+            left_out += [name] if name != time_key else []
+            continue
+        is_missing = np.isnan(values).any(axis=1)
+        missing = is_missing.tobytes() if is_missing.mean() > MAX_MISSING else b""
+        together.setdefault(missing, []).append(name)
+    for key, names in together.items():
+        spec: dict[str, Any] = {"kind": "sensor", "file": path.name, "time": time_key}
+        spec["time_unit"] = unit
+        lists = [name for name in names if cells[name].shape[1] > 1]
+        for name in lists:
+            group = {"count": cells[name].shape[1], "type": "scalar"}
+            yield f"{path.stem}_{name}", _Draft(spec | {"key": name, "values": [group]})
+        columns = [name for name in names if name not in lists]
+        if columns:
+            groups = [{"count": 1, "type": "scalar", "names": [name]} for name in columns]
+            stem = path.stem if key == b"" else f"{path.stem}_{columns[0]}"
+            yield stem, _Draft(spec | {"values": groups}, columns=columns)
+    if left_out:
+        notes.append(f"{path.name}: columns without numbers, or times: {', '.join(left_out)}")
+
+
+def _read_columns(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Return the first rows of each column of a table, [N, values]."""
+    with path.open("rb") as file:
+        table = open_table(file, path.suffix, wanted=())
+        names = [name for name in table.names if table.names.count(name) == 1 and name]
+        widths = dict.fromkeys(names, 1)
+        if table.list_columns:
+            widths = _list_widths(path, names, table.list_columns)
+        columns = [(name, width) for name, width in widths.items()]
+        block = next(table.iter_blocks(columns), None)
+    if block is None or not len(block.lines):
+        raise TableError("it has no rows")
+    stops = np.cumsum([width for _, width in columns])
+    split = np.split(block.cells[:NUM_LINES], stops[:-1], axis=1)
+    return dict(zip(widths, split, strict=True))
+
+
+def _list_widths(path: Path, names: Sequence[str], list_columns: frozenset[str]) -> dict[str, int]:
+    """Return the values per row of the columns of a Parquet file that can hold numbers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    first = next(file.iter_batches(batch_size=1))
+    widths: dict[str, int] = {}
+    for name in names:
+        kind = first.column(name).type
+        kind = kind.value_type if name in list_columns else kind
+        if pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_timestamp(kind):
+            widths[name] = len(first.column(name)[0]) if name in list_columns else 1
+    return {name: width for name, width in widths.items() if width > 0}
+
+
+def _choose_time(columns: Mapping[str, Any]) -> str | None:
+    """Return the key of the timestamps: named like one, else the first that increases."""
+    values = {name: np.ravel(column) for name, column in columns.items()}
+    named = (n for n, v in values.items() if _TIME.fullmatch(n) and _share_of_steps(v, 0.0) > 0.9)
+    increasing = (n for n, v in values.items() if len(v) > 2 and _share_of_steps(v, 1e-12) > 0.99)
+    return next(itertools.chain(named, increasing), None)
+
+
+def _share_of_steps(values: NDArray[np.float64], least: float) -> float:
+    """Return the share of the steps between values that are large enough; 1 for one value."""
+    return float((np.diff(values) >= least).mean()) if len(values) > 1 else float(len(values))
+
+
+def _unit_of(time_key: str) -> str:
+    """Return the unit that the name of a time column says; seconds if it says none."""
+    match = _TIME_UNIT.search(time_key)
+    return match[1].lower() if match else "s"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# --- what values are ---
+
+
+def _measure(folder: Path, drafts: dict[str, _Draft]) -> None:
+    """Read the drafted streams, and complete each draft by what was read."""
+    probe = check_session(folder, recipe=_recipe(drafts)).probe
+    if probe is None:
+        return
+    for draft in drafts.values():
+        unit = probe.units.get(draft.spec.get("file", METADATA_FILE))
+        if unit is not None and draft.spec["kind"] == "sensor":
+            draft.spec["time_unit"] = unit.unit
+    for name in _own_clocks(probe):
+        drafts[name].spec["clock"] = "own"
+        drafts[name].comments.append("guess: its times begin at 0, those of other files do not")
+    probe = check_session(folder, recipe=_recipe(drafts)).probe or probe
+    for name, draft in drafts.items():
+        if name in probe.videos:
+            _complete_video(name, draft, probe)
+        elif name in probe.audio:
+            audio = probe.audio[name]
+            draft.comments.append(f"{audio.source_rate_hz} Hz x {audio.source_channels}")
+        elif name in probe.readings:
+            _complete_sensor(name, draft, probe)
+        elif name in probe.events:
+            draft.comments.append(f"texts: {len(probe.events[name])}")
+
+
+def _own_clocks(probe: SessionProbe) -> list[str]:
+    """Return the sensors whose times begin at 0 while those of other files are on another clock."""
+    spans = {
+        file: (float(lines[0].times_s[0]), float(lines[0].times_s[-1]))
+        for file, lines in probe.files.items()
+        if len(lines[0].times_s) and probe.sensors_of(file)
+    }
+    if not spans or max(s for s, _ in spans.values()) <= min(s for _, s in spans.values()):
+        return []
+    begins_at_0 = [f for f, (first_s, last_s) in spans.items() if abs(first_s) <= last_s - first_s]
+    if len(begins_at_0) == len(spans):
+        return []
+    return [name for file in begins_at_0 for name in probe.sensors_of(file)]
+
+
+def _complete_video(name: str, draft: _Draft, probe: SessionProbe) -> None:
+    """Set rate and expectations of a video."""
+    track = probe.videos[name].track
+    rate_hz = measure_rate_hz(track.times_s)
+    draft.comments.append(
+        f"{track.codec} {track.width}x{track.height}, {rate_hz or 0:.4g} frames per second"
+    )
+    if rate_hz is not None:
+        draft.spec["rate_hz"] = min(MAX_VIDEO_RATE_HZ, round_rate(rate_hz))
+        draft.spec["expect"] = _expect_times(track.times_s)
+
+
+def _complete_sensor(name: str, draft: _Draft, probe: SessionProbe) -> None:
+    """Set types, rate, rule of resampling and expectations of a sensor."""
+    readings, spec = probe.readings[name], probe.recipe.sensors[name]
+    values = readings.values.astype(np.float64)
+    stem = "" if spec.file == METADATA_FILE else spec.file.rpartition(".")[0]
+    groups = guess_groups(
+        values,
+        times_s=readings.times_s,
+        names=draft.columns or None,
+        label=f"{stem} {spec.key or ''}".strip(),
+    )
+    draft.spec["values"] = groups
+    if any(group["type"] != "scalar" for group in groups):
+        draft.comments.append("guess: the types of the values")
+    rate_hz = measure_rate_hz(readings.times_s)
+    if rate_hz is None:
+        return
+    draft.comments.insert(0, f"{len(values)} readings at {rate_hz:.4g} Hz")
+    draft.spec["rate_hz"] = round_rate(rate_hz)
+    intervals_s = np.diff(readings.times_s)
+    if rate_hz < draft.spec["rate_hz"] / 1.05 or (
+        float(np.percentile(intervals_s, 95)) > IRREGULAR_FACTOR / rate_hz
+    ):
+        draft.spec["resample"] = "hold"
+        draft.spec["max_age_s"] = _round_out(1.5 * float(intervals_s.max()), 1)
+        draft.comments.append("guess: readings are too rare or irregular to interpolate")
+    expect = _expect_times(readings.times_s)
+    if all(group["type"] in ("scalar", "position", "velocity") for group in groups):
+        margin = 0.1 * float(np.ptp(values)) or 1.0
+        expect["range"] = [
+            _round_out(float(values.min()) - margin, -1),
+            _round_out(float(values.max()) + margin, 1),
+        ]
+    draft.spec["expect"] = expect
+
+
+def _expect_times(times_s: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the rate and the longest gap to expect of times like these."""
+    rate_hz = (len(times_s) - 1) / float(times_s[-1] - times_s[0])
+    gap_s = max(1.5 * float(np.diff(times_s).max()), 3 / rate_hz)
+    return {"min_rate_hz": _round_out(0.9 * rate_hz, -1), "max_gap_s": _round_out(gap_s, 1)}
+
+
+def round_rate(rate_hz: float) -> float:
+    """Return a round rate at or just below a measured one, with whole samples in 2 s."""
+    for step in (10.0, 5.0, 1.0, 0.5):
+        rounded = math.floor(rate_hz * 1.02 / step) * step
+        if rounded >= 0.9 * rate_hz and rounded > 0:
+            return min(rounded, 2000.0)
+    return max(0.5, math.floor(2 * rate_hz) / 2)
+
+
+def _round_out(value: float, side: int) -> float:
+    """Round a value to three digits, up if `side` is 1, down if it is -1."""
+    if value == 0 or not math.isfinite(value):
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(abs(value))) - 2)
+    rounded = math.ceil(value / unit) if side > 0 else math.floor(value / unit)
+    return float(f"{rounded * unit:.6g}")
+
+
+def guess_groups(
+    values: NDArray[np.float64],
+    *,
+    times_s: NDArray[np.float64],
+    names: Sequence[str] | None,
+    label: str,
+) -> list[dict[str, Any]]:
+    """Guess the value groups of a sensor.
+
+    Args:
+        values: [N, D] readings.
+        times_s: [N] their times.
+        names: names of the columns; None for a list under a key.
+        label: name of the file without suffix, and the JSON key or column of a list.
+    """
+    if names is not None:
+        return _merge_groups(list(_guess_columns(values, names, label)))
+    size = values.shape[1]
+    if size == 7 and _has_unit_norms(values[:, 3:]):
+        return [{"count": 3, "type": "position"}, {"count": 4, "type": "quaternion"}]
+    half = max(1, size // 2)
+    is_angle = bool(np.abs(values[:, :half]).max(initial=0.0) <= math.pi + 1e-3)
+    fit = fit_velocities(times_s, values[:, :half], values[:, -half:], is_angle=is_angle)
+    if size % 2 == 0 and fit is not None and not fit.fault:
+        kind = "angle" if is_angle else "scalar"
+        return [{"count": half, "type": kind}, {"count": half, "type": "velocity"}]
+    return [{"count": size, "type": str(_guess_list(values, label))}]
+
+
+def _guess_list(values: NDArray[np.float64], label: str) -> ValueType:
+    """Guess the type of a list of values by its name and its norms."""
+    size = values.shape[1]
+    for kind, pattern in ((ValueType.QUATERNION, _ROTATION), (ValueType.DIRECTION, _DIRECTION)):
+        is_w_last = "wxyz" not in label.lower()
+        if size % VECTOR_SIZES[kind] == 0 and pattern.search(label) and is_w_last:
+            vectors = values.reshape(-1, VECTOR_SIZES[kind])
+            if _has_unit_norms(vectors):
+                return kind
+    if size % 3 == 0 and _POSITION.search(label):
+        return ValueType.POSITION
+    return _guess_scalar(values, label)
+
+
+def _guess_columns(
+    values: NDArray[np.float64], names: Sequence[str], label: str
+) -> Iterator[tuple[ValueType, list[str], str | None]]:
+    """Yield type, names and unit of each value or vector of a table's columns."""
+    index = 0
+    while index < len(names):
+        for kind, pattern in (
+            (ValueType.QUATERNION, _ROTATION),
+            (ValueType.DIRECTION, _DIRECTION),
+            (ValueType.POSITION, _POSITION),
+        ):
+            of_vector = _vector_columns(names, index, VECTOR_SIZES[kind])
+            if of_vector is None or not pattern.search(_prefix(names[index]) or label):
+                continue
+            vectors = values[:, of_vector]
+            if kind is ValueType.POSITION or _has_unit_norms(vectors):
+                unit = _UNIT.search(names[index])
+                yield kind, [names[i] for i in of_vector], unit[1] if unit else None
+                index += len(of_vector)
+                break
+        else:
+            unit = _UNIT.search(names[index])
+            # Components of a vector that no rule recognizes are scalars together.
+            vector = next((v for n in (4, 3) if (v := _vector_columns(names, index, n))), [])
+            kind = _guess_scalar(values[:, [index]], names[index])
+            taken = max(1, len(vector))
+            kind = ValueType.SCALAR if vector else kind
+            yield kind, list(names[index : index + taken]), unit[1] if unit else None
+            index += taken
+
+
+def _vector_columns(names: Sequence[str], first: int, size: int) -> list[int] | None:
+    """Return the columns of a vector in the order x, y, z, w, if it begins at a column."""
+    columns = range(first, min(first + size, len(names)))
+    matches = [_AXIS.fullmatch(names[i]) for i in columns]
+    if len(matches) < size or None in matches or len({_prefix(names[i]) for i in columns}) > 1:
+        return None
+    axes = {match[2].lower(): i for match, i in zip(matches, columns, strict=True) if match}
+    wanted = "xyzw"[:size]
+    return [axes[axis] for axis in wanted] if axes.keys() == set(wanted) else None
+
+
+def _prefix(name: str) -> str:
+    match = _AXIS.fullmatch(name)
+    return match[1].lower() if match else name
+
+
+def _has_unit_norms(vectors: NDArray[np.float64]) -> bool:
+    norms = np.linalg.norm(vectors, axis=1)
+    return bool((np.abs(norms - 1) < UNIT_NORM_TOLERANCE).mean() > 0.99)
+
+
+def _guess_scalar(values: NDArray[np.float64], name: str) -> ValueType:
+    """Guess the type of single values by name and range."""
+    is_degrees = _DEGREES.search(name) is not None
+    if _VELOCITY.search(name) and not is_degrees:
+        return ValueType.VELOCITY
+    is_moving = bool(np.ptp(values))
+    if _ANGLE.search(name) and not is_degrees and np.abs(values).max() <= math.pi + 1e-3:
+        return ValueType.ANGLE if is_moving else ValueType.SCALAR
+    if is_moving and values.min() >= 0 and values.max() <= 1:
+        return ValueType.FRACTION
+    return ValueType.SCALAR
+
+
+def _merge_groups(
+    values: Sequence[tuple[ValueType, list[str], str | None]],
+) -> list[dict[str, Any]]:
+    """Join neighbors of one type and unit."""
+    groups: list[dict[str, Any]] = []
+    for (kind, unit), members in itertools.groupby(values, key=lambda value: (value[0], value[2])):
+        names = [name for _, of_value, _ in members for name in of_value]
+        group: dict[str, Any] = {"count": len(names), "type": str(kind)}
+        groups.append(group | ({"unit": unit} if unit else {}) | {"names": names})
+    return groups
+
+
+# --- the text ---
+
+
+def _render(
+    folder: Path, drafts: Mapping[str, _Draft], rejected: Mapping[str, _Draft], notes: Sequence[str]
+) -> str:
+    """Write the recipe with its comments."""
+    lines = [
+        f"# Proposed from {folder.name} by `python -m preprocess validate --init`.",
+        "# Check each guess; write `required: true` into streams that a session must have.",
+        *(f"# {_plain(note)}" for note in notes),
+        "streams:",
+    ]
+    for name, draft in sorted(drafts.items()):
+        lines += [f"  # {_plain(comment)}" for comment in draft.comments]
+        lines.append(f"  {_flow(name, draft)}")
+    for name, draft in sorted(rejected.items()):
+        lines += [f"  # {_plain(comment)}" for comment in draft.comments]
+        lines.append(f"  # {_flow(name, draft)}")
+    text = "\n".join(lines) + "\n"
+    Recipe.model_validate(yaml.safe_load(text))
+    return text
+
+
+def _plain(text: str) -> str:
+    """Return a text as one printable line."""
+    return " ".join(text.encode("ascii", "backslashreplace").decode().split())
+
+
+def _flow(name: str, draft: _Draft) -> str:
+    """Return a stream as one line of YAML, without keys that have their default."""
+    spec = {key: value for key, value in draft.spec.items() if (key, value) != ("time_unit", "s")}
+    return (
+        f"{name}: "
+        + yaml.safe_dump(spec, default_flow_style=True, sort_keys=False, width=math.inf).strip()
+    )
