@@ -17,8 +17,8 @@ from helpers.oracles import (
     tiny_recipe,
     write_tiny_session,
 )
-
 from shared.shardset.codec import decode_pictures
+
 from shared.shardset.layout import COLUMNS
 from shared.shardset.manifest import read_manifest
 

@@ -45,20 +45,23 @@ def test_a_new_a_removed_and_a_changed_session_read_differently():
     ]
     changed = with_source(OLD_SCANS[CAT], "text.jsonl", "other")
     assert lines_of({**OLD_SCANS, CAT: changed}) == [
-        f"make 1 of 1 text columns: changed: {CAT} (text.jsonl); 6 rows copied, 3 made"
+        (
+            f"make 1 of 1 external_text, internal_text columns: changed: {CAT} (text.jsonl); "
+            "6 rows copied, 3 made"
+        )
     ]
     assert lines_of({**OLD_SCANS, CAT: scan(CAT, 5)}) == [
-        f"make 1 of 1 shards: changed: {CAT} (3 -> 5 windows); 6 rows copied, 5 made"
+        f"make 1 of 1 shards: changed: {CAT} (3 -> 5 segments); 6 rows copied, 5 made"
     ]
 
 
 @pytest.mark.parametrize(
     ("file", "columns"),
     [
-        ("audio.wav", "audio, dmel"),
+        ("audio.wav", "audio, audio.dmel"),
         ("vision_left.mp4", "vision_left"),
         ("vision_right.mp4", "vision_right"),
-        ("metadata.jsonl", "text, proprio"),
+        ("metadata.jsonl", "external_text, internal_text, proprio, touch"),
     ],
 )
 def test_a_changed_file_is_named_once_for_all_its_columns(file, columns):
@@ -71,28 +74,33 @@ def test_a_changed_file_is_named_once_for_all_its_columns(file, columns):
 def test_a_column_names_only_the_sessions_that_it_is_due_for():
     rest = {n: s for n, s in OLD_SCANS.items() if n != BOB}
     changed = {**rest, ANN: with_source(OLD_SCANS[ANN], "audio.wav", "other")}
-    others = "vision_left, vision_right, text, proprio"
+    others = "external_text, internal_text, proprio, touch, vision_left, vision_right"
     both = f"removed: {BOB}; changed: {ANN} (audio.wav); 3 rows copied, 3 made"
     assert sorted(lines_of(changed)) == [
-        f"make 1 of 1 audio, dmel columns: {both}",
+        f"make 1 of 1 audio, audio.dmel columns: {both}",
         f"make 1 of 1 {others} columns: removed: {BOB}; 6 rows copied, 0 made",
     ]
 
 
 def test_recipe_keys_are_named_with_both_values():
-    assert lines_of(recipe=tiny_recipe(vision={"quality": 80}, mel={"levels": 32})) == [
-        "make 1 of 1 vision_left, vision_right columns: vision.quality 90 -> 80; 9 rows made",
-        "make 1 of 1 dmel columns: mel.levels 16 -> 32; 9 rows made",
+    changed = tiny_recipe(video={"qp": 30}, audio={"dmel": {"levels": 32}})
+    assert lines_of(recipe=changed) == [
+        "make 1 of 1 audio.dmel columns: streams.audio.dmel.levels 16 -> 32; 9 rows made",
+        "make 1 of 1 vision_left columns: streams.vision_left.qp 22 -> 30; 9 rows made",
+        "make 1 of 1 vision_right columns: streams.vision_right.qp 22 -> 30; 9 rows made",
     ]
     sha = "cd" * 32
     assert lines_of(recipe=tiny_recipe(text={"vocab_size": 400}), tokenizer_sha256=sha) == [
-        "make 1 of 1 text columns: text.vocab_size 300 -> 400; 9 rows made"
+        "make 1 of 1 external_text, internal_text columns: text.vocab_size 300 -> 400; 9 rows made"
     ]
 
 
 def test_keys_that_change_only_the_manifest_are_reported():
     assert lines_of(recipe=tiny_recipe(required=["audio", "touch"])) == [
-        "rewrite the manifest: required [] -> [audio, touch]"
+        (
+            "rewrite the manifest: streams.audio.required False -> True; streams.touch.required "
+            "False -> True"
+        )
     ]
     assert lines_of(recipe=tiny_recipe(text={"vocab_size": 400})) == [
         "rewrite the manifest: text.vocab_size 300 -> 400"
@@ -103,7 +111,7 @@ def test_shards_that_go_are_removed():
     assert lines_of({}) == [f"remove 1 shard: removed: {ANN}, {BOB}, {CAT}"]
     deaf = {n: replace(s, intervals={}, absent={}) for n, s in OLD_SCANS.items()}
     assert lines_of(deaf)[0] == "remove 1 shard: changed: " + ", ".join(
-        f"{n} (3 -> 0 windows)" for n in NAMES[:3]
+        f"{n} (3 -> 0 segments)" for n in NAMES[:3]
     )
 
 

@@ -9,18 +9,27 @@ import re
 import pytest
 import yaml
 from click.testing import CliRunner
-from helpers.frozen_sets import RECIPE, SESSIONS, header_of
-from helpers.oracles import build, check_set, file_identities, set_contents, tiny_recipe
+from helpers.oracles import (
+    build,
+    check_set,
+    file_identities,
+    open_indexes,
+    set_contents,
+    tiny_recipe,
+)
 from helpers.sets import flip_byte
 from helpers.training import SimulatedKillError, fail
 
 from preprocess.__main__ import cli
 from preprocess.sets.verify import verify_set
 from shared.errors import rebuild_hint
-from shared.shardset.layout import COLUMNS
+from shared.shardset.layout import columns_of
 from shared.shardset.manifest import read_manifest
 
-FILES = [f"train-000000.{name}.{column.suffix}" for name, column in COLUMNS.items()]
+COLUMNS = columns_of(tiny_recipe()).values()
+FILES = [f"train-000000.{column.name}.{column.suffix}" for column in COLUMNS]
+    f"train-000000.{name}.{column.suffix}" for name, column in columns_of(tiny_recipe()).items()
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -31,7 +40,7 @@ def test_only_the_damaged_column_is_rebuilt(sessions, built, out, name, place):
     assert build(sessions, out).plan.is_empty  # sizes tell nothing
     assert any(rebuild_hint(out) in problem for problem in verify_set(out).problems)
     summary = build(sessions, out, verify=True)
-    column = name.split(".")[1]
+    column = name.removeprefix("train-000000.").removesuffix(".tar").removesuffix(".zarr.zip")
     assert [(t.name, set(t.columns)) for t in summary.plan.tasks] == [("train-000000", {column})]
     check_set(out)
     assert set_contents(out) == set_contents(built)
@@ -67,6 +76,7 @@ def test_a_shard_with_a_wrong_count_in_the_manifest_is_rebuilt(sessions, out):
     values = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     del values["sha256"]
     values["shards"][0]["num_samples"] += 1
+    values["shards"][0]["runs"][0] += 1
     (out / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
     assert any(rebuild_hint(out) in problem for problem in verify_set(out).problems)
     build(sessions, out, verify=True)
@@ -98,17 +108,24 @@ def test_a_dry_run_names_what_is_damaged(sessions, out, tmp_path):
     )
 
 
-def test_hashes_of_rows_are_those_of_the_specification(tmp_path):
+def test_hashes_of_rows_are_those_of_the_specification(sessions, out):
     def hash_of(values: object) -> str:
-        text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps([values], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    build(SESSIONS, tmp_path / "out", RECIPE)
-    lines = (SESSIONS / "eve" / "metadata.jsonl").read_bytes()
-    sources = {"metadata.jsonl": hashlib.sha256(lines).hexdigest()}
-    row = ["eve", [0], [0b11000], sources, 0.0, 1.0]  # touch and proprio
-    _, header = header_of(tmp_path / "out" / "train-000001.index")
-    column = header["columns"]["proprio"]
-    assert column["rows"] == {"eve": hash_of([row])}
-    assert column["basis"]["rows"] == hash_of([[hash_of([row])]])
-    assert column["fingerprint"] == hash_of([column["basis"]])
+    _, index = next(open_indexes(out))
+    column, name = index.columns["external_text"], index.sessions[0]
+    files = ("metadata.jsonl", "text.jsonl")
+    row = {
+        "session": name,
+        "segments": dict(index.segments)[name],
+        "present": [True] * len(dict(index.segments)[name]),
+        "files": {f: hashlib.sha256((sessions / name / f).read_bytes()).hexdigest() for f in files},
+        "gain": None,
+        "start_s": None,
+        "clock_offset_s": 0.0,
+        "duration_s": index.header["durations_s"][0],
+    }
+    assert column["rows"][name] == hash_of(row)
+    assert column["basis"]["rows"] == hash_of(list(column["rows"].values()))
+    assert column["fingerprint"] == hash_of(column["basis"])

@@ -25,11 +25,11 @@ from helpers.oracles import (
     tiny_recipe,
     write_tiny_sessions,
 )
+from shared.shardset.codec import decode_pictures, decode_text, decode_wav
 
 from shared.recipe import STREAMS, Stream
 from shared.session.reader import SessionReader
 from shared.session.scan import scan_session
-from shared.shardset.codec import decode_pictures, decode_text, decode_wav
 from shared.shardset.columns import ColumnFile, read_chunk
 from shared.shardset.index import open_index
 from shared.shardset.layout import COLUMNS, streams_from_bits
