@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
     from shared.recipe import Recipe
 
-READERS = ("iter_frames", "read_audio", "read_mel", "read_sensors", "read_text")
+READERS = ("iter_frames", "read_audio", "read_dmel", "read_sensor", "read_text")
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Recipe:
-    """Three windows a shard, so that sessions are divided; a tokenizer that sessions don't move."""
+    """Four segments a shard, so that sessions are divided; a tokenizer that sessions don't move."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     path.write_text(train_tokenizer(["hello, wörld"], vocab_size=270).json, encoding="utf-8")
     return tiny_recipe(shard={"target_bytes": 2**17}, text={"tokenizer": str(path)})
@@ -125,9 +125,9 @@ def test_a_changed_session_is_read_and_no_other(recorded, recipe, grown, tmp_pat
     read = set()
     original = SessionReader.read_audio
 
-    def read_audio(self, window):
+    def read_audio(self, stream, segment):
         read.add(self.path.name)
-        return original(self, window)
+        return original(self, stream, segment)
 
     monkeypatch.setattr(SessionReader, "read_audio", read_audio)
     build(sessions, grown, recipe, compact=True)

@@ -25,8 +25,8 @@ from preprocess.build.plan_types import FromShards
 from shared.session.reader import SessionReader
 from shared.shardset.index import open_index
 
-RAW = tiny_recipe(vision={"codec": "raw"})
-H264 = tiny_recipe(vision={"codec": "h264"})
+RAW = tiny_recipe(video={"codec": "raw"})
+H264 = tiny_recipe(video={"codec": "h264"})
 
 CHANGES = {
     "a session goes": lambda root: shutil.rmtree(root / "cat"),
@@ -97,7 +97,7 @@ def test_when_a_session_goes_no_recording_of_the_others_is_read(sessions, tmp_pa
     build(sessions, tmp_path / "out", H264)
     before = set_keys(tmp_path / "out")
     shutil.rmtree(sessions / "ann")
-    for method in ("iter_frames", "read_audio", "read_mel", "read_sensors", "read_text"):
+    for method in ("iter_frames", "read_audio", "read_dmel", "read_sensor", "read_text"):
         monkeypatch.setattr(SessionReader, method, lambda *_: pytest.fail("a recording is read"))
     build(sessions, tmp_path / "out", H264)
     assert set_keys(tmp_path / "out") == [k for k in before if not k.startswith("ann/")]

@@ -1,4 +1,4 @@
-"""What is in a shard set: every window, each in its place, as it was recorded."""
+"""What is in a shard set: every segment, each in its place, as it was recorded."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from helpers.oracles import (
     tiny_recipe,
     write_tiny_sessions,
 )
-from shared.shardset.codec import decode_pictures, decode_text, decode_wav
 
-from shared.recipe import STREAMS, Stream
+from shared.kinds.audio import decode_wav
+from shared.kinds.text import decode_text
+from shared.kinds.video import decode_pictures
 from shared.session.reader import SessionReader
 from shared.session.scan import scan_session
 from shared.shardset.columns import ColumnFile, read_chunk
 from shared.shardset.index import open_index
-from shared.shardset.layout import COLUMNS, streams_from_bits
+from shared.shardset.layout import columns_of
 from shared.shardset.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ if TYPE_CHECKING:
 
     from shared.shardset.index import ShardIndex
 
-RAW = tiny_recipe(vision={"codec": "raw"})
-TARS = ["vision_left", "vision_right", "audio", "text"]
+RAW = tiny_recipe(video={"codec": "raw"})
+COLUMNS = columns_of(RAW)
+TARS = [name for name, column in COLUMNS.items() if column.container == "tar"]
+ARRAYS = {n: column.array for n, column in COLUMNS.items() if column.container == "zarr"}
 
 
 @pytest.fixture(scope="module")
@@ -59,46 +62,44 @@ def raw_set(sessions, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def jpeg_set(sessions, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("jpeg")
-    build(sessions, out, tiny_recipe(vision={"codec": "mjpeg"}))
+    build(sessions, out, tiny_recipe(video={"codec": "mjpeg"}))
     return out
 
 
-def member(out: Path, index: ShardIndex, column: str, part: str, row: int) -> bytes | None:
+def member(out: Path, index: ShardIndex, column: str, row: int) -> bytes | None:
     file = ColumnFile(out / index.columns[column]["file"])
     try:
-        return file.read(index.members(part), row)
+        return file.read(index.members(column), row)
     finally:
         file.close()
 
 
 def all_keys() -> list[str]:
-    """Keys of the windows that have enough in them."""
-    found = []
-    for name, duration_s in SESSIONS.items():
-        starts = [a for a, _ in slow_windows(duration_s, 1.0, 1.0) if duration_s - a >= 0.5]
-        found += [f"{name}/{int(a):06d}" for a in starts]
-    return found
+    """Keys of the segments: every one in which something is recorded."""
+    return [
+        f"{name}/{int(start_s):06d}"
+        for name, duration_s in SESSIONS.items()
+        for start_s, _ in slow_windows(duration_s, 1.0, 1.0)
+    ]
 
 
 # --- completeness ----------------------------------------------------------------------------
 
 
-def test_every_window_is_a_sample_or_rejected(raw_set):
+def test_every_segment_is_a_sample(raw_set):
     keys = [
         index.key(row) for _, index in open_indexes(raw_set) for row in range(index.num_samples)
     ]
-    planned = sum(len(slow_windows(s, 1.0, 1.0)) for s in SESSIONS.values())
-    lines = jsonl(raw_set / "rejected.jsonl")
-    windows = [x for x in lines if x["level"] == "window"]
     assert sorted(keys) == all_keys()
-    assert planned == len(keys) + len(windows)
-    assert [(x["session"], x["window"]) for x in windows] == [("cat", 3)]
-    assert read_manifest(raw_set).counts == {
+    assert jsonl(raw_set / "rejected.jsonl") == []
+    manifest = read_manifest(raw_set)
+    assert manifest.counts == {
         "sessions": 4,
-        "windows_planned": planned,
+        "segments_planned": len(keys),
         "samples": len(keys),
-        "windows_rejected": len(windows),
+        "segments_rejected": 0,
     }
+    assert [entry.runs for entry in manifest.shards] == [(2, 4, 1), (2,)]
 
 
 def test_held_out_sessions_are_in_val_only(raw_set):
@@ -120,14 +121,16 @@ def test_stock_webdataset_counts_the_members_of_each_column(raw_set, column):
         assert found == [k for k in own if column != "vision_right" or k.startswith("cat/")]
 
 
-@pytest.mark.parametrize("column", ["proprio", "dmel"])
+@pytest.mark.parametrize("column", ARRAYS)
 def test_stock_zarr_counts_the_rows_of_each_column(raw_set, column):
     for name, index in open_indexes(raw_set):
         path = raw_set / f"{name}.{column}.zarr.zip"
         with zarr.storage.ZipStore(path, mode="r") as store:
             group = zarr.open_group(store, mode="r")
             assert group.attrs["keys"] == [index.key(r) for r in range(index.num_samples)]
-            assert {a.shape[0] for _, a in group.arrays()} == {index.num_samples}
+            [(array, values)] = group.arrays()
+            assert (array, values.shape[0]) == (ARRAYS[column], index.num_samples)
+            assert values.shape[1:] == COLUMNS[column].shape
 
 
 def test_files_of_a_first_build_have_names_without_a_generation(raw_set):
@@ -139,16 +142,17 @@ def test_files_of_a_first_build_have_names_without_a_generation(raw_set):
 
 def test_times_and_presence_of_each_row_are_in_the_index(raw_set):
     for _, index in open_indexes(raw_set):
-        arrays = index.arrays
-        np.testing.assert_array_equal(arrays["start_s"], arrays["window"].astype(float))
-        np.testing.assert_array_equal(arrays["stop_s"], arrays["start_s"] + 1)
+        assert index.segment_s == 1.0
+        assert index.streams == sorted(RAW.streams)
         for row in range(index.num_samples):
-            streams = set(STREAMS)
-            if not index.key(row).startswith("cat/"):
-                streams -= {Stream.VISION_RIGHT}
-            assert set(streams_from_bits(int(arrays["present"][row]))) == streams
-            is_tail = index.key(row) == "bob/000001"
-            assert bool(arrays["partial"][row]) == is_tail
+            session = index.key(row).split("/")[0]
+            assert index.duration_s(row) == pytest.approx(SESSIONS[session], abs=0.05)
+            absent = set() if session == "cat" else {"vision_right"}
+            assert set(index.present_streams(row)) == set(RAW.streams) - absent
+            shares = dict(zip(index.streams, index.arrays["coverage"][row].tolist(), strict=True))
+            assert {name for name, share in shares.items() if share == 0} == absent
+            is_tail = index.key(row) in {"bob/000001", "cat/000003"}
+            assert (shares["audio"] < 1) == is_tail
 
 
 # --- raw == shard ----------------------------------------------------------------------------
@@ -174,77 +178,66 @@ def readers(sessions: Path, out: Path) -> dict[str, SessionReader]:
 
 
 def rows(sessions: Path, out: Path) -> Iterator[tuple]:
-    """(index, row, reader of its session, its window) of every sample."""
+    """(index, row, reader of its session, its segment) of every sample."""
     fields = readers(sessions, out)
     assert set_keys(out), "a test that looks at every sample looks at none"
     for _, index in open_indexes(out):
         for row in range(index.num_samples):
-            reader = fields[index.key(row).split("/")[0]]
-            windows = reader.scan.windows(reader.recipe)
-            yield index, row, reader, windows[int(index.arrays["window"][row])]
+            reader = fields[index.session(row)]
+            yield index, row, reader, reader.scan.segments(reader.recipe)[index.segment(row)]
 
 
 @pytest.mark.parametrize("codec", ["raw", "mjpeg"])
 def test_pictures_of_shards_are_those_of_the_sessions(request, sessions, codec):
     out = request.getfixturevalue({"raw": "raw_set", "mjpeg": "jpeg_set"}[codec])
     count = 0
-    for index, row, reader, window in rows(sessions, out):
-        for stream in (Stream.VISION_LEFT, Stream.VISION_RIGHT):
-            content = member(out, index, stream, stream, row)
+    for index, row, reader, segment in rows(sessions, out):
+        for stream in ("vision_left", "vision_right"):
+            content = member(out, index, stream, row)
             assert (content is None) == (stream not in reader.scan.intervals)
             if content is None:
                 continue
-            [(_, frames)] = reader.iter_frames(stream, [window])
-            found = decode_pictures(
-                content, recipe=reader.recipe.vision, out=np.zeros_like(frames.pictures)
-            )
+            [(_, frames)] = reader.iter_frames(stream, [segment])
+            spec = reader.recipe.streams[stream]
+            found = decode_pictures(content, spec=spec, out=np.zeros_like(frames.pictures))
             if codec == "raw":
                 same(found, frames.pictures)
             else:
                 assert psnr_db(found, frames.pictures) > 35
             same(index.arrays[f"{stream}.error_s"][row], frames.error_s)
             count += 1
-    assert count == len(all_keys()) + 3
+    assert count == len(all_keys()) + 4
 
 
 def test_sound_of_shards_is_that_of_the_sessions(sessions, raw_set):
-    for index, row, reader, window in rows(sessions, raw_set):
-        content = member(raw_set, index, "audio", "audio", row)
-        same(decode_wav(content), reader.read_audio(window))
+    for index, row, reader, segment in rows(sessions, raw_set):
+        content = member(raw_set, index, "audio", row)
+        same(decode_wav(content), reader.read_audio("audio", segment))
         assert soundfile.info(io.BytesIO(content)).samplerate == 16_000
 
 
 def test_audio_tokens_of_shards_are_those_of_the_sessions(sessions, raw_set):
-    for index, row, reader, window in rows(sessions, raw_set):
-        mel = reader.read_mel(window)
-        levels = member(raw_set, index, "dmel", "dmel/dmel", row)
-        same(read_chunk(levels, dtype="u1", shape=(50, 16)), mel.levels)
-        valid = member(raw_set, index, "dmel", "dmel/valid", row)
-        same(read_chunk(valid, dtype="bool", shape=(50,)), mel.valid)
+    for index, row, reader, segment in rows(sessions, raw_set):
+        levels = member(raw_set, index, "audio.dmel", row)
+        found = read_chunk(levels, dtype="u1", shape=(50, 16))
+        same(found, reader.read_dmel("audio", segment))
 
 
-def test_sensors_of_shards_are_those_of_the_sessions(sessions, raw_set):
-    for index, row, reader, window in rows(sessions, raw_set):
-        sensors = reader.read_sensors(window)
-        for name, dtype in (
-            ("timestamp", "f8"),
-            ("proprio", "f4"),
-            ("touch", "f4"),
-            ("valid", "bool"),
-        ):
-            expected = getattr(sensors, name)
-            content = member(raw_set, index, "proprio", f"proprio/{name}", row)
-            same(read_chunk(content, dtype=dtype, shape=expected.shape), expected)
+@pytest.mark.parametrize(("stream", "size"), [("touch", 5), ("proprio", 20)])
+def test_sensors_of_shards_are_those_of_the_sessions(sessions, raw_set, stream, size):
+    for index, row, reader, segment in rows(sessions, raw_set):
+        content = member(raw_set, index, stream, row)
+        found = read_chunk(content, dtype="f4", shape=(30, size))
+        same(found, reader.read_sensor(stream, segment))
 
 
 def test_text_of_shards_is_that_of_the_sessions(sessions, raw_set):
-    for index, row, reader, window in rows(sessions, raw_set):
-        found = decode_text(member(raw_set, index, "text", "text", row))
-        assert found == reader.read_text(window)
-        said = [e.text for e in found.events]
-        name = index.key(row).split("/")[0]
-        expected = [f"I am {name}", "hello, wörld"] if window.index == 0 else []
-        assert said == expected
+    for index, row, reader, segment in rows(sessions, raw_set):
+        said = {"internal_text": f"I am {index.session(row)}", "external_text": "hello, wörld"}
+        for stream, expected in said.items():
+            found = decode_text(member(raw_set, index, stream, row))
+            assert found == reader.read_text(stream, segment)
+            assert [e.text for e in found.events] == ([expected] if segment.index == 0 else [])
 
 
 # --- the specification and the recordings ----------------------------------------------------
@@ -279,14 +272,14 @@ def test_the_join_in_the_specification_joins_columns_by_key(raw_set, monkeypatch
     for key, sample in joined.items():
         pictures = np.load(io.BytesIO(sample["vision_left.npy"]))
         assert (pictures.shape, sample["touch"].shape) == ((5, 32, 32, 3), (30, 5))
-        assert {"audio.wav", "text.json"} < set(sample), key
+        assert {"audio.wav", "internal_text.json"} < set(sample), key
 
 
 @pytest.mark.slow
-def test_every_window_of_real_recordings_is_a_sample_or_rejected(real_sessions, tmp_path):
-    summary = build(real_sessions[0].parent, tmp_path / "out", tiny_recipe(vision={"size": 64}))
+def test_every_segment_of_real_recordings_is_a_sample_or_rejected(real_sessions, tmp_path):
+    summary = build(real_sessions[0].parent, tmp_path / "out", tiny_recipe(video={"size": 64}))
     counts = summary.manifest.counts
     assert counts["sessions"] == len(real_sessions)
-    assert counts["windows_planned"] == counts["samples"] + counts["windows_rejected"]
+    assert counts["segments_planned"] == counts["samples"] + counts["segments_rejected"]
     assert counts["samples"] == len(set(set_keys(tmp_path / "out")))
     assert check_set(tmp_path / "out") > counts["samples"]

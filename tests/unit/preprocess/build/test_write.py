@@ -14,7 +14,7 @@ from preprocess.build.write import EncodedRow, IndexBuilder, SessionEncoder
 from shared.session.reader import SessionReader
 from shared.session.scan import scan_session
 from shared.shardset.columns import ColumnFile
-from shared.shardset.layout import COLUMNS
+from shared.shardset.layout import columns_of
 from shared.shardset.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -23,20 +23,27 @@ if TYPE_CHECKING:
     from preprocess.build.write import RowReader
 
 RECIPE = tiny_recipe()
+COLUMNS = columns_of(RECIPE)
 
 
 def rows_of(reader: SessionReader) -> list[Row]:
-    """Every window of a session that is a sample."""
-    scan = reader.scan
-    windows = [w for w in scan.windows(RECIPE) if scan.rejection(w, RECIPE) is None]
+    """Every segment of a session that is a sample."""
+    scan, segments = reader.scan, reader.scan.segments(RECIPE)
     return [
-        Row(number, scan.session, window, scan.present(window, RECIPE), scan.coverage[window.index])
-        for number, window in enumerate(windows)
+        Row(
+            number,
+            scan.session,
+            segments[index],
+            scan.present(index),
+            [scan.coverage.get(name, (0.0,) * len(segments))[index] for name in RECIPE.streams],
+        )
+        for number, index in enumerate(scan.stored_segments(RECIPE))
     ]
 
 
 def read(reader: RowReader, column: str, rows: list[Row]) -> list[EncodedRow]:
-    stored = IndexBuilder(rows=rows, recipe=RECIPE).rows_of(COLUMNS[column])
+    builder = IndexBuilder(rows=rows, recipe=RECIPE, durations_s={rows[0].session: 9.0})
+    stored = builder.rows_of(COLUMNS[column])
     failures: list[dict[str, object]] = []
     encoded = list(reader.iter_rows(COLUMNS[column], stored.get(rows[0].session, []), failures))
     assert failures == []
@@ -57,7 +64,7 @@ def test_a_recording_and_its_shard_give_the_same_members(recorded: Path, built: 
             with ColumnFileCache(lambda name: ColumnFile(built / name)) as files:
                 shards = [(index, index.columns[column]["file"])]
                 copied = read(ShardReader(session, shards=shards, files=files), column, rows)
-            assert [item.members for item in copied] == [item.members for item in fresh]
+            assert [item.content for item in copied] == [item.content for item in fresh]
             for one, other in zip(copied, fresh, strict=True):
                 assert (one.error_s is None) == (other.error_s is None)
                 if one.error_s is not None:
