@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from preprocess.build.cluster import TaskWithSubtasks
 from preprocess.build.commit import NewSet, commit_set, rejected_lines
 from preprocess.build.plan import plan_shards
@@ -203,9 +201,11 @@ def _with_segment(recipe: Recipe, previous: Manifest | None) -> Recipe:
     segment_s = DEFAULT_SEGMENT_S if previous is None else previous.recipe.segment_s
     try:
         return recipe.with_segment(segment_s)
-    except ValidationError as error:
-        reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-        raise ConfigError(f"the set has segments of {segment_s:g} s: {reason}") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"segment.duration_s is null, which keeps the segments of {segment_s:g} s of the set; "
+            f"{error}"
+        ) from error
 
 
 def absent_streams(scans: Mapping[str, SessionScan], recipe: Recipe) -> dict[str, str]:

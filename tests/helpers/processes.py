@@ -107,3 +107,12 @@ def count_read_bytes():
         yield read
     finally:
         os.pread, os.preadv = pread, preadv
+
+
+class SimulatedKillError(Exception):
+    """Raised where a test simulates a kill."""
+
+
+def fail(*_: object, **__: object) -> None:
+    """Take the place of a function at which a process is killed."""
+    raise SimulatedKillError

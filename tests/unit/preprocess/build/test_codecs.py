@@ -17,9 +17,9 @@ from helpers.oracles import (
     tiny_recipe,
     write_tiny_session,
 )
-from shared.shardset.codec import decode_pictures
 
-from shared.shardset.layout import COLUMNS
+from shared.kinds.video import decode_pictures
+from shared.shardset.layout import columns_of
 from shared.shardset.manifest import read_manifest
 
 FORMAT_PAGE = Path(__file__).resolve().parents[4] / "docs" / "format.md"
@@ -30,7 +30,7 @@ VISION = {"vision_left", "vision_right"}
 
 
 def recipe_of(codec: str):
-    return tiny_recipe(vision={"codec": codec})
+    return tiny_recipe(video={"codec": codec})
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_ffmpeg_reads_the_members_of_a_set(sets, codec):
     for member in videos(sets[codec]).values():
         with av.open(io.BytesIO(member), format=codec) as container:
             stock = np.array([frame.to_ndarray() for frame in container.decode(video=0)])
-        ours = decode_pictures(member, recipe=recipe_of(codec).vision, out=np.zeros_like(stock))
+        ours = decode_pictures(member, spec=recipe_of(codec).video, out=np.zeros_like(stock))
         np.testing.assert_array_equal(ours, stock)
         assert stock.shape == (5, 48, 32)
 
@@ -81,7 +81,7 @@ def test_ffmpeg_reads_the_members_of_a_set(sets, codec):
 def test_numpy_reads_the_members_of_a_set(sets, codec):
     for member in videos(sets[codec]).values():
         stock = np.load(io.BytesIO(member))
-        ours = decode_pictures(member, recipe=recipe_of(codec).vision, out=np.zeros_like(stock))
+        ours = decode_pictures(member, spec=recipe_of(codec).video, out=np.zeros_like(stock))
         np.testing.assert_array_equal(ours, stock)
 
 
@@ -95,7 +95,7 @@ def test_the_specifications_reader_reads_the_pictures_of_any_codec(sets, monkeyp
     assert list(found["pictures"]) == list(members)
     for name, pictures in found["pictures"].items():
         ours = np.zeros_like(pictures)
-        decode_pictures(members[name], recipe=recipe_of(codec).vision, out=ours)
+        decode_pictures(members[name], spec=recipe_of(codec).video, out=ours)
         np.testing.assert_array_equal(ours, pictures)
 
 
@@ -105,7 +105,9 @@ def test_another_codec_rewrites_only_vision(sessions, sets, tmp_path, before, af
     build(sessions, out, recipe_of(before))
     summary = build(sessions, out, recipe_of(after))
     assert {name for task in summary.plan.tasks for name in task.columns} == VISION
-    assert all(set(task.kept) == set(COLUMNS) - VISION for task in summary.plan.tasks)
+    assert all(
+        set(task.kept) == set(columns_of(recipe_of(after))) - VISION for task in summary.plan.tasks
+    )
     assert set_contents(out) == set_contents(sets[after])
 
 
@@ -114,7 +116,7 @@ def test_another_codec_rewrites_only_vision(sessions, sets, tmp_path, before, af
 )
 def test_the_quantizer_matters_to_h264_alone(sessions, tmp_path, codec, changed):
     build(sessions, tmp_path / "set", recipe_of(codec))
-    recipe = tiny_recipe(vision={"codec": codec, "qp": 30})
+    recipe = tiny_recipe(video={"codec": codec, "qp": 30})
     summary = build(sessions, tmp_path / "set", recipe)
     assert {name for task in summary.plan.tasks for name in task.columns} == changed
 

@@ -19,8 +19,8 @@ from helpers.oracles import (
     write_tiny_session,
     write_tiny_sessions,
 )
+from helpers.processes import SimulatedKillError, fail
 from helpers.sets import flip_byte
-from helpers.training import SimulatedKillError, fail
 
 from preprocess.build import reuse_reader as stored
 from preprocess.build import task as build_module
@@ -39,17 +39,17 @@ READERS = ("iter_frames", "read_audio", "read_dmel", "read_sensor", "read_text")
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Recipe:
-    """Four segments a shard, so that sessions are divided; a tokenizer that sessions don't move."""
+    """Seven segments a shard, so that one is divided; a tokenizer that sessions don't move."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     path.write_text(train_tokenizer(["hello, wörld"], vocab_size=270).json, encoding="utf-8")
-    return tiny_recipe(shard={"target_bytes": 2**17}, text={"tokenizer": str(path)})
+    return tiny_recipe(shard={"target_bytes": 2**18}, text={"tokenizer": str(path)})
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> Path:
     """Tiny sessions, and a long one."""
     root = write_tiny_sessions(tmp_path_factory.mktemp("recorded"))
-    write_tiny_session(root / "fay", 7.0, has_right=True)
+    write_tiny_session(root / "fay", 11.0, has_right=True)
     return root
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from helpers.frozen_sets import FROZEN, RECIPE
-from helpers.frozen_sets import SESSIONS as FROZEN_SESSIONS
 from helpers.oracles import (
     build,
     check_set,
@@ -23,7 +21,7 @@ from helpers.oracles import (
     set_contents,
     tiny_recipe,
 )
-from helpers.training import SimulatedKillError, fail
+from helpers.processes import SimulatedKillError, fail
 
 from preprocess.build import task as task_module
 from shared.errors import ShardError
@@ -74,7 +72,7 @@ def test_an_interrupted_update_leaves_the_previous_set_whole_and_is_completed(
     sessions, out, tmp_path, monkeypatch, where
 ):
     undisturbed = Path(shutil.copytree(out, tmp_path / "undisturbed"))
-    recipe = tiny_recipe(text={"vocab_size": 264}, sensors={"max_gap_s": 0.2})
+    recipe = tiny_recipe(text={"vocab_size": 264}, sensor={"max_gap_s": 0.2})
     old = read_manifest(out)
     num_members = check_set(out)
     break_off(monkeypatch, where, sessions, out, recipe)
@@ -101,7 +99,7 @@ def test_two_interrupted_builds_with_different_recipes_do_not_mix(recorded, tmp_
     out = tmp_path / "out"
     break_off(monkeypatch, "before the manifest", recorded, out, tiny_recipe())
     # The same sizes of files, other bytes; broken off when they are replaced and the index is not.
-    other = tiny_recipe(mel={"floor_db": -60})
+    other = tiny_recipe(audio={"dmel": {"floor_db": -60}})
     break_off(monkeypatch, "before an index", recorded, out, other)
     build(recorded, out, tiny_recipe())
     check_set(out)
@@ -127,16 +125,14 @@ def test_other_files_in_the_folder_stay(sessions, out):
 
 # --- killed before every change of a file ----------------------------------------------------
 
-OTHER_TEXT = RECIPE.model_copy(update={"text": RECIPE.text.model_copy(update={"vocab_size": 264})})
+OTHER_TEXT = tiny_recipe(text={"vocab_size": 264})
 
 KILLED = """
 import os, sys
 from pathlib import Path
-from helpers.frozen_sets import SESSIONS
-from helpers.oracles import build
-from test_interrupted_recipe import RECIPE
+from helpers.oracles import build, tiny_recipe
 
-out, left = Path(sys.argv[1]), [int(sys.argv[2])]
+sessions, out, left = Path(sys.argv[1]), Path(sys.argv[2]), [int(sys.argv[3])]
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 def die_before_a_change(event, arguments):
@@ -148,28 +144,26 @@ def die_before_a_change(event, arguments):
             os._exit(9)
 
 sys.addaudithook(die_before_a_change)
-build(SESSIONS, out, RECIPE)
+build(sessions, out, tiny_recipe(text={"vocab_size": 264}))
 os._exit(0)
 """
 """An update that dies before its n-th change of a folder or file."""
 
 
 @pytest.mark.slow
-def test_an_update_killed_before_any_change_of_a_file_leaves_one_of_the_two_sets(tmp_path):
-    old, new = tmp_path / "old", tmp_path / "new"
-    build(FROZEN_SESSIONS, old, RECIPE)
+def test_an_update_killed_before_any_change_of_a_file_leaves_one_of_the_two_sets(
+    recorded, built, tmp_path
+):
+    old, new = built, tmp_path / "new"
     shutil.copytree(old, new)
-    build(FROZEN_SESSIONS, new, OTHER_TEXT)
-    (tmp_path / "test_interrupted_recipe.py").write_text(
-        "from shared.recipe import Recipe\n"
-        f"RECIPE = Recipe.model_validate({OTHER_TEXT.as_json()!r})\n"
-    )
-    paths = os.pathsep.join([str(FROZEN.parent), str(FROZEN.parents[1]), str(tmp_path)])
+    build(recorded, new, OTHER_TEXT)
+    tests = Path(__file__).parents[3]
+    paths = os.pathsep.join([str(tests), str(tests.parent)])
     num_members, generations, code = check_set(old), [], 9
     for number in itertools.count():
         out = Path(shutil.copytree(old, tmp_path / f"out{number}"))
         code = subprocess.run(
-            [sys.executable, "-c", KILLED, str(out), str(number)],
+            [sys.executable, "-c", KILLED, str(recorded), str(out), str(number)],
             env={**os.environ, "PYTHONPATH": paths},
         ).returncode
         manifest = read_manifest(out)
@@ -177,7 +171,7 @@ def test_an_update_killed_before_any_change_of_a_file_leaves_one_of_the_two_sets
         expected = read_manifest(new if manifest.generation else old)
         assert manifest == replace(expected, root=out)
         assert check_set(out) == num_members
-        build(FROZEN_SESSIONS, out, OTHER_TEXT)
+        build(recorded, out, OTHER_TEXT)
         assert file_hashes(out) == file_hashes(new)
         if code == 0:
             break
@@ -191,7 +185,7 @@ def test_an_update_killed_before_any_change_of_a_file_leaves_one_of_the_two_sets
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a column is gone": lambda out: (out / "train-000000.audio.tar").unlink(),
-    "a column is cut": lambda out: os.truncate(out / "val-000000.dmel.zarr.zip", 100),
+    "a column is cut": lambda out: os.truncate(out / "val-000000.audio.dmel.zarr.zip", 100),
     "an index is gone": lambda out: (out / "train-000000.index").unlink(),
     "an index is cut": lambda out: os.truncate(out / "train-000000.index", 100),
     "the tokenizer is gone": lambda out: (out / "tokenizer.json").unlink(),

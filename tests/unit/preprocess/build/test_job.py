@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,19 +22,26 @@ from helpers.oracles import (
     tiny_recipe,
     write_tiny_session,
 )
+from helpers.processes import SimulatedKillError, fail
 from helpers.sessions import write_lines, write_tone
 
 from preprocess.build import job as job_module
 from shared.errors import ConfigError, SessionError
 from shared.media.tokenizer import train_tokenizer
-from shared.shardset.layout import COLUMNS, column_basis
+from shared.shardset import layout
+from shared.shardset.layout import columns_of
 from shared.shardset.manifest import read_manifest
+from shared.streams import DEFAULT_STREAMS
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**16})
-"""Two windows a shard, so that there are several."""
+"""Two segments a shard, so that there are several."""
 
 OTHER_TEXT = tiny_recipe(text={"vocab_size": 264})
-OTHER_SENSORS = tiny_recipe(sensors={"max_gap_s": 0.2})
+OTHER_SENSORS = tiny_recipe(sensor={"max_gap_s": 0.2})
+
+COLUMNS = columns_of(tiny_recipe())
+TEXT_COLUMNS = {"internal_text", "external_text"}
+SENSOR_COLUMNS = {"proprio", "touch"}
 
 
 # --- workers ---------------------------------------------------------------------------------
@@ -84,13 +92,14 @@ def test_a_changed_tokenizer_rebuilds_only_text(sessions, out):
     before = file_identities(out)
     summary = build(sessions, out, OTHER_TEXT)
     after = file_identities(out)
-    assert {c for t in summary.plan.tasks for c in t.columns} == {"text"}
-    kept = {n for n in before if re.search(r"\.(vision|audio|proprio|dmel)", n)}
-    assert len(kept) == 2 * 5
+    assert {c for t in summary.plan.tasks for c in t.columns} == TEXT_COLUMNS
+    kept = {n for n in before if re.search(r"\.(vision|audio|proprio|touch)", n)}
+    assert len(kept) == 2 * 6
     assert {n: after[n] for n in kept} == {n: before[n] for n in kept}
     assert set(after) - set(before) == {
         "tokenizer.g1.json",
-        *(f"{s}.g1.{end}" for s in ("train-000000", "val-000000") for end in ("text.tar", "index")),
+        *(f"{s}-000000.g1.index" for s in ("train", "val")),
+        *(f"{s}-000000.g1.{name}.tar" for s in ("train", "val") for name in TEXT_COLUMNS),
     }
     assert "tokenizer.json" not in after
     assert check_set(out) > 0
@@ -100,9 +109,16 @@ def test_a_changed_tokenizer_rebuilds_only_text(sessions, out):
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_raised_code_version_rebuilds_only_its_column(sessions, out, monkeypatch, name):
     before, contents = file_identities(out), set_contents(out)
-    number = column_basis(COLUMNS[name], tiny_recipe(), tokenizer_sha256="")["code_version"]
-    raised = replace(COLUMNS[name], code_version=COLUMNS[name].code_version + 1)
-    monkeypatch.setitem(COLUMNS, name, raised)
+    kind, number = COLUMNS[name].kind, COLUMNS[name].code_version
+    columns_of_kind = layout._COLUMNS_OF_KIND[kind]
+
+    def raised(*arguments):
+        return tuple(
+            replace(c, code_version=number + 1) if c.name == name else c
+            for c in columns_of_kind(*arguments)
+        )
+
+    monkeypatch.setitem(layout._COLUMNS_OF_KIND, kind, raised)
     summary = build(sessions, out)
     assert [{n: str(c.reason) for n, c in t.columns.items()} for t in summary.plan.tasks] == [
         {name: f"code_version {number} -> {number + 1}"}
@@ -111,11 +127,12 @@ def test_a_raised_code_version_rebuilds_only_its_column(sessions, out, monkeypat
     made = {
         f"{shard}.g1.{end}"
         for shard in ("train-000000", "val-000000")
-        for end in ("index", f"{name}.{raised.suffix}")
+        for end in ("index", f"{name}.{COLUMNS[name].suffix}")
     }
     assert set(after) - set(before) == made
-    others = {n for n in before if n.endswith((".tar", ".zip")) and f".{name}." not in n}
-    assert len(others) == 2 * 5
+    own = tuple(f".{name}.{suffix}" for suffix in ("tar", "zarr.zip"))
+    others = {n for n in before if n.endswith((".tar", ".zip")) and not n.endswith(own)}
+    assert len(others) == 2 * 7
     assert {n: after[n] for n in others} == {n: before[n] for n in others}
     assert set_contents(out) == contents
 
@@ -170,21 +187,24 @@ def test_a_changed_file_rebuilds_only_its_columns(sessions, out, tmp_path):
     summary = build(sessions, out)
     assert summary.num_scanned == 1
     assert [(t.name, set(t.columns)) for t in summary.plan.tasks] == [
-        ("train-000000", {"audio", "dmel"})
+        ("train-000000", {"audio", "audio.dmel"})
     ]
     build(sessions, tmp_path / "fresh")
     assert set_contents(out) == set_contents(tmp_path / "fresh")
 
 
 def test_a_shorter_video_moves_the_end_of_the_text_with_it(tmp_path):
-    # 2.6 s of video: the text covers 60% of the third window; 2.4 s: 40%, too little.
+    # An event at 2.5 s is part of the session of 2.6 s, but not of that of 2.4 s.
     root, out = tmp_path / "sessions", tmp_path / "out"
     for duration_s in (2.6, 2.4):
         shutil.rmtree(root, ignore_errors=True)
         folder = write_tiny_session(root / "ann", duration_s)
         write_tone(folder / "audio.wav", 2.0)
         (folder / "metadata.jsonl").unlink()
+        late = {"timestamp": 2.5, "stream": "internal", "text": "late"}
+        write_lines(folder / "text.jsonl", [{**late, "timestamp": 0.5}, late])
         build(root, out)
+    assert len(jsonl(out / "rejected.jsonl")) == 1
     build(root, tmp_path / "fresh")
     assert set_contents(out) == set_contents(tmp_path / "fresh")
 
@@ -207,7 +227,7 @@ def test_sessions_added_under_another_bound_of_the_vocabulary_are_counted(sessio
     given = tiny_recipe(text={"vocab_size": 6000, "tokenizer": str(tmp_path / "mine.json")})
     summary = build(sessions, out, given)
     assert [t.name for t in summary.plan.tasks] == ["train-000001"]
-    counts = read_manifest(out).statistics["internal_tokens"]
+    counts = read_manifest(out).statistics["internal_text"]["tokens"]
     tokens = read_manifest(out).load_tokenizer()
     assert counts[1] == 4  # events of ann, cat, dan, eve
     assert counts[tokens.encode("e")[1]] >= 1
@@ -218,7 +238,7 @@ def test_files_that_did_not_change_are_not_hashed_again(sessions, out, monkeypat
     monkeypatch.setattr("shared.session.scan.sha256_of_file", None)
     summary = build(sessions, out, tiny_recipe(audio={"loudness_dbfs": -30.0}))
     assert summary.num_scanned == 4
-    assert {c for t in summary.plan.tasks for c in t.columns} == {"audio", "dmel"}
+    assert {c for t in summary.plan.tasks for c in t.columns} == {"audio", "audio.dmel"}
 
 
 # --- names and tokenizers --------------------------------------------------------------------
@@ -290,3 +310,170 @@ def test_a_dry_run_writes_nothing_but_the_cache_of_scans(sessions, tmp_path):
     assert summary.manifest is None
     assert len(summary.plan.tasks) == 2
     assert [p.name for p in out.iterdir()] == ["sessions.jsonl"]
+
+
+# --- declared streams ------------------------------------------------------------------------
+
+PLAIN_STREAMS = {name: {**stream, "required": False} for name, stream in DEFAULT_STREAMS.items()}
+GAZE = {
+    "kind": "sensor",
+    "file": "gaze.csv",
+    "rate_hz": 50,
+    "values": [{"count": 2, "type": "angle", "names": ["x", "y"]}],
+}
+WITH_GAZE = tiny_recipe(streams={**PLAIN_STREAMS, "gaze": GAZE})
+
+
+@pytest.fixture
+def gazing(sessions) -> Path:
+    """The sessions, with a table of gaze in all but one."""
+    for name in ("ann", "bob", "cat"):
+        lines = [f"{i / 50:.2f},{i / 100:.3f},{-i / 100:.3f}" for i in range(75)]
+        text = "\n".join(["timestamp,x,y", *lines])
+        (sessions / name / "gaze.csv").write_text(text, encoding="utf-8")
+    return sessions
+
+
+def test_a_declared_stream_opens_nothing_but_its_file_and_the_indexes(gazing, out, monkeypatch):
+    before = file_identities(out)
+    opened: set[str] = set()
+
+    def watch(event, arguments):
+        if event == "open" and is_building and isinstance(arguments[0], str):
+            opened.add(Path(arguments[0]).name)
+
+    is_building = False
+    sys.addaudithook(watch)
+    build_shard = job_module.build_shard
+
+    def watched(*arguments):
+        nonlocal is_building
+        is_building = True
+        try:
+            return build_shard(*arguments)
+        finally:
+            is_building = False
+
+    monkeypatch.setattr(job_module, "build_shard", watched)
+    summary = build(gazing, out, WITH_GAZE)
+    assert [set(t.columns) for t in summary.plan.tasks] == [{"gaze"}] * 2
+    after = file_identities(out)
+    columns = {n for n in before if n.endswith((".tar", ".zip"))}
+    assert len(columns) == 2 * len(COLUMNS)
+    assert {n: after[n] for n in columns} == {n: before[n] for n in columns}
+    assert not opened & columns
+    recorded = {n for n in opened if n.endswith((".mp4", ".wav", ".jsonl", ".csv"))}
+    assert recorded == {"gaze.csv"}
+    assert {n for n in opened if n.endswith(".index")} >= {n for n in before if ".index" in n}
+
+
+def test_streams_come_and_go_as_in_a_fresh_build(gazing, out, built, tmp_path):
+    build(gazing, out, WITH_GAZE)
+    build(gazing, tmp_path / "fresh", WITH_GAZE)
+    assert set_contents(out) == set_contents(tmp_path / "fresh")
+    assert read_manifest(out).statistics == read_manifest(tmp_path / "fresh").statistics
+    check_set(out)
+    assert build(gazing, out, WITH_GAZE).plan.is_empty
+    summary = build(gazing, out)
+    assert [(t.removed, dict(t.columns)) for t in summary.plan.tasks] == [(("gaze",), {})] * 2
+    assert not list(out.glob("*gaze*"))
+    assert set_contents(out) == set_contents(built)
+    assert read_manifest(out).statistics == read_manifest(built).statistics
+
+
+@pytest.mark.parametrize("where", ["before an index", "before the manifest"])
+def test_an_interrupted_removal_of_a_stream_is_completed(gazing, out, tmp_path, monkeypatch, where):
+    build(gazing, out, WITH_GAZE)
+    undisturbed = Path(shutil.copytree(out, tmp_path / "undisturbed"))
+    target = {
+        "before an index": "preprocess.build.task.index_bytes",
+        "before the manifest": "preprocess.build.commit.commit_manifest",
+    }[where]
+    with monkeypatch.context() as patched:
+        patched.setattr(target, fail)
+        with pytest.raises(SimulatedKillError):
+            build(gazing, out)
+    check_set(out)
+    build(gazing, out)
+    build(gazing, undisturbed)
+    assert file_hashes(out) == file_hashes(undisturbed)
+
+
+def test_an_interrupted_recount_under_another_range_is_done_again(recorded, tmp_path, monkeypatch):
+    def recipe_of(limits):
+        touch = {"kind": "sensor", "key": "touch", "values": [{"count": 5, "type": "scalar"}]}
+        return tiny_recipe(streams={"touch": {**touch, "expect": {"range": limits}}})
+
+    out = tmp_path / "out"
+    build(recorded, out, recipe_of(None))
+    with monkeypatch.context() as patched:
+        patched.setattr("preprocess.build.commit.commit_manifest", fail)
+        with pytest.raises(SimulatedKillError):
+            build(recorded, out, recipe_of([-1.0, 1.0]))
+    build(recorded, out, recipe_of([0.0, 1.0]))
+    assert read_manifest(out).statistics["touch"]["range"] == [[0.0, 1.0]] * 5
+    build(recorded, tmp_path / "fresh", recipe_of([0.0, 1.0]))
+    assert read_manifest(out).statistics == read_manifest(tmp_path / "fresh").statistics
+
+
+def test_a_declared_stream_that_no_session_has_is_masked_and_reported(sessions, out):
+    summary = build(sessions, out, WITH_GAZE)
+    assert list(summary.absent) == ["gaze"]
+    assert "gaze.csv" in summary.absent["gaze"]
+    assert check_set(out) > 0
+    assert read_manifest(out).statistics["gaze"] == {"count": 0}
+
+
+def test_a_required_stream_that_no_session_has_is_an_error_of_the_recipe(sessions, out):
+    recipe = tiny_recipe(streams={**PLAIN_STREAMS, "gaze": {**GAZE, "required": True}})
+    before = file_identities(out)
+    with pytest.raises(
+        ConfigError, match=r"streams\.gaze is required, but none of 4 sessions"
+    ) as e:
+        build(sessions, out, recipe)
+    assert e.value.exit_code == 2
+    assert {**file_identities(out), "sessions.jsonl": 0} == {**before, "sessions.jsonl": 0}
+
+
+def test_one_sensor_and_nothing_else_is_a_set(sessions, tmp_path):
+    recipe = tiny_recipe(streams={"touch": PLAIN_STREAMS["touch"]})
+    build(sessions, tmp_path / "out", recipe)
+    assert {p.name.partition(".")[2] for p in (tmp_path / "out").glob("train*")} == {
+        "index",
+        "touch.zarr.zip",
+    }
+    check_set(tmp_path / "out")
+
+
+# --- length of segments ----------------------------------------------------------------------
+
+
+def recipe_without_length(**sections):
+    return tiny_recipe(**{"segment": {"duration_s": None}, **sections})
+
+
+def test_without_a_length_the_segments_of_the_set_stay(sessions, out, tmp_path):
+    summary = build(sessions, out, recipe_without_length())
+    assert summary.plan.is_empty
+    assert summary.manifest.recipe.segment_s == 1.0
+    fresh = build(sessions, tmp_path / "fresh", recipe_without_length())
+    assert fresh.manifest.recipe.segment.duration_s == 2.0
+
+
+def test_another_length_rebuilds_everything(sessions, out, tmp_path):
+    recipe = tiny_recipe(segment={"duration_s": 2.0})
+    summary = build(sessions, out, recipe)
+    assert {str(c.reason) for t in summary.plan.tasks for c in t.columns.values()} == {
+        "segment.duration_s 1.0 -> 2.0"
+    }
+    assert not any(task.copied_index_files for task in summary.plan.tasks)
+    build(sessions, tmp_path / "fresh", recipe)
+    assert set_contents(out) == set_contents(tmp_path / "fresh")
+
+
+def test_streams_that_do_not_fit_the_segments_of_the_set_are_refused(sessions, out):
+    recipe = recipe_without_length(video={"rate_hz": 2.5})
+    with pytest.raises(
+        ConfigError, match=r"segments of 1 s of the set; .*streams\.vision_left: rate_hz 2\.5"
+    ):
+        build(sessions, out, recipe)

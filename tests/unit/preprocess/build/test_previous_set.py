@@ -17,8 +17,8 @@ from helpers.oracles import (
     set_contents,
     tiny_recipe,
 )
+from helpers.processes import SimulatedKillError, fail
 from helpers.sets import flip_byte
-from helpers.training import SimulatedKillError, fail
 
 from preprocess.__main__ import cli
 from preprocess.sets.verify import verify_set
@@ -28,8 +28,6 @@ from shared.shardset.manifest import read_manifest
 
 COLUMNS = columns_of(tiny_recipe()).values()
 FILES = [f"train-000000.{column.name}.{column.suffix}" for column in COLUMNS]
-    f"train-000000.{name}.{column.suffix}" for name, column in columns_of(tiny_recipe()).items()
-]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -23,9 +23,9 @@ from helpers.oracles import (
     set_keys,
     tiny_recipe,
 )
+from helpers.processes import SimulatedKillError, fail
 from helpers.sessions import write_tone
 from helpers.stores import SECRET, fail_at_first, s3_server, stored_hashes, upload
-from helpers.training import SimulatedKillError, fail
 
 from preprocess.build import job as job_module
 from preprocess.build.job import build_shards

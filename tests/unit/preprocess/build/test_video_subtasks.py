@@ -18,8 +18,8 @@ from helpers.oracles import (
     jsonl,
     tiny_recipe,
 )
+from helpers.processes import SimulatedKillError, fail
 from helpers.sessions import sensor_lines, write_lines, write_tone, write_video
-from helpers.training import SimulatedKillError, fail
 from hypothesis import given
 from hypothesis import strategies as st
 
