@@ -22,6 +22,7 @@ import simplejpeg
 import soundfile
 
 from shared.clock import EPSILON_S
+from shared.streams import ValueType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -60,6 +61,9 @@ MIN_BAND_WIDTH = 2.0
 
 MANY_BANDS = 100
 """With this many bands the least width is one unit; wider bands would fill the axis."""
+
+MAX_JUMPS = {ValueType.ANGLE: math.pi, ValueType.QUATERNION: 1.0}
+"""A step of this size breaks a curve: an angle wraps there, a quaternion changes its sign."""
 
 _TICK_INTERVALS_S = (
     *(m * 10.0**e for e in range(-4, 1) for m in (1, 2, 5)),

@@ -103,6 +103,11 @@ class ValueGroup(Section):
         return VECTOR_SIZES.get(self.type, 1)
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Label of every value for curves: its name, or its type and number."""
+        return self.names or tuple(f"{self.type}_{i}" for i in range(self.count))
+
+    @property
     def unit_label(self) -> str:
         """Unit for axes; empty if there is none."""
         return self.unit if self.unit is not None else DEFAULT_UNITS.get(self.type, "")
@@ -383,12 +388,8 @@ class SensorStream(SensorDefaults, StreamBase):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Label of every value for curves: its name, or its type and number."""
-        labels: list[str] = []
-        for group in self.values:
-            numbered = [f"{group.type}_{i}" for i in range(group.count)]
-            labels += group.names or numbered
-        return tuple(labels)
+        """Label of every value for curves, group after group."""
+        return tuple(label for group in self.values for label in group.labels)
 
     @property
     def slices(self) -> tuple[slice, ...]:

@@ -7,7 +7,7 @@ file is either complete or absent. Loading first checks the CRC-32 of every reco
 ``torch.load`` itself does not notice a flipped bit in a tensor.
 
 Keys: format_version, step, saved_at (seconds since 1970), model, optimizer, scaler, spikes,
-schedule, rng, rng_of_other_ranks, stream, config, shapes, run_name, skipped_samples, read_samples,
+schedule, rng, rng_of_other_ranks, stream, config, shapes, run_name, corrupt_members, read_members,
 samples_of, extra. The model and the optimizer's moments are complete, even if the ranks that saved
 them held shards.
 

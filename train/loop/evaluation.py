@@ -44,34 +44,41 @@ def evaluate(
         batches: on the device.
         predict: gives the model's outputs for a batch, by head; it must not draw random numbers
             from the training's generators.
-        state: the run's configuration and window shapes.
+        state: the run's configuration and objective.
 
     Raises:
-        TooManyCorruptSamplesError: more samples, of all ranks together, are corrupt than
+        TooManyCorruptSamplesError: more members, of all ranks together, are corrupt than
             ``data.max_bad_fraction`` allows.
     """
-    config, window, num_read = state.config, None, 0
-    skipped: list[Mapping[str, Any]] = []
+    objective, window = state.objective, None
+    reports: list[tuple[int, Sequence[Mapping[str, Any]]]] = []
     sums_per_batch = []
     for batch in batches:
         outputs = predict(batch)
-        sums = loss_sums(outputs, batch["targets"], batch["weight"], config=config)
+        sums = loss_sums(outputs, batch["targets"], batch["weight"], objective=objective)
         sums_per_batch.append(sums)
-        num_read += len(batch["weight"])
-        skipped += batch.get("skipped", ())
+        reports.append(members_read(batch))
         if len(sums_per_batch) == 1:
-            window = pick_window(batch, outputs, config=config, shapes=state.shapes)
+            window = pick_window(batch, outputs, shapes=state.shapes)
     if not sums_per_batch:
         return HeldOut()
-    skipped = distributed.gather(skipped)
-    budget = CorruptSampleBudget(max_fraction=config.data.max_bad_fraction)
-    budget.count(num_read * distributed.world_size(), skipped)
+    budget = CorruptSampleBudget(max_fraction=state.config.data.max_bad_fraction)
+    skipped = [each for report in distributed.gather(reports) for each in budget.add(*report)]
+    budget.check()
     totals = distributed.sum_over_ranks(sum_by_name(_select(sums, 0) for sums in sums_per_batch))
     counts = distributed.sum_over_ranks(sum_by_name(_select(sums, 1) for sums in sums_per_batch))
-    losses = mean_losses({n: (totals[n], counts[n]) for n in totals}, config=config)
+    losses = mean_losses({n: (totals[n], counts[n]) for n in totals}, objective=objective)
     return HeldOut(
         losses={name: float(loss) for name, loss in losses.items()}, skipped=skipped, window=window
     )
+
+
+def members_read(batch: Batch) -> tuple[int, Sequence[Mapping[str, Any]]]:
+    """Return how many members a batch was read from, and its corrupt samples.
+
+    A batch that does not say it counts as one member per sample.
+    """
+    return batch.get("num_members", len(batch["weight"])), batch.get("skipped", ())
 
 
 def iter_one_epoch(

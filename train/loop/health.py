@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Final
 
+from train.walkthrough import LOSS_RANGES
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -393,23 +395,17 @@ RULES: Final[tuple[Rule, ...]] = (
         find=_plateau,
         quiet_at_first=True,
     ),
-    Rule(
-        name="internal text",
-        metric="loss_internal_text",
-        good="< 2.0",
-        warning="> 3.0",
-        advice="Check text tokenization",
-        find=_above("loss_internal_text", 3.0),
-        quiet_at_first=True,
-    ),
-    Rule(
-        name="audio",
-        metric="loss_audio",
-        good="< 1.5",
-        warning="> 2.5",
-        advice="Check audio normalization",
-        find=_above("loss_audio", 2.5),
-        quiet_at_first=True,
+    *(
+        Rule(
+            name=head.replace("_", " "),
+            metric=f"loss_{head}",
+            good=f"< {good}",
+            warning=f"> {limit}",
+            advice=advice,
+            find=_above(f"loss_{head}", limit),
+            quiet_at_first=True,
+        )
+        for head, (good, limit, advice) in LOSS_RANGES.items()
     ),
     Rule(
         name="one rises",

@@ -35,12 +35,12 @@ FIRST_STEPS: Final = 5
 """The mean over this many first steps is the first loss."""
 
 _MODEL_PARTS: Final = (
-    ("encoder.encoders.", "encoder_{}"),
-    ("encoder.frames.", "encoder_vision"),
-    ("encoder.", "encoder_fusion"),
+    ("encoder.encoders.s_", "encoder_{}"),
+    ("encoder.frames.", "frames"),
+    ("encoder.", "fusion"),
     ("blocks.", "backbone"),
     ("norm.", "backbone"),
-    ("predictors.", "head_{}"),
+    ("predictors.s_", "head_{}"),
 )
 """Prefix of a parameter's name, and its part of the model; {} is the next word of the name."""
 

@@ -17,7 +17,6 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.errors import ConfigError, EngineError
-from train.config import Head
 from train.loop.health import HealthWatch
 from train.loop.sample_logging import render_window, write_window
 
@@ -52,10 +51,6 @@ MIX_CHART: Final = "samples of each set"
 """Title of the chart that has curves only if several sets are mixed."""
 
 CHARTS: Final = {
-    "losses": {
-        name: ["Multiline", [f"^{name}$", f"^val/{name}$"]]
-        for name in ("loss_total", *(f"loss_{head}" for head in Head))
-    },
     "speed": {
         name: ["Multiline", [f"^{name}$"]]
         for name in ("samples_per_sec", "data_wait_fraction", "memory_allocated_mb")
@@ -68,7 +63,10 @@ CHARTS: Final = {
         "skipped": ["Multiline", ["^skipped_steps$", "^fp16_overflows$", "^skipped_samples$"]],
     },
 }
-"""Curves that share a chart in TensorBoard's tab "custom scalars", by category and title."""
+"""Curves that share a chart in TensorBoard's tab "custom scalars", by category and title.
+
+A chart per loss comes first.
+"""
 
 
 class RunLog:
@@ -129,14 +127,23 @@ class RunLog:
         self._warn(message)
         self._write_text("health", f"**warning**: {message}", self._step)
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write the configuration to TensorBoard's text tab, and define its charts."""
+    def write_config(self, config: Mapping[str, Any], *, heads: Sequence[str]) -> None:
+        """Write the configuration to TensorBoard's text tab, and define its charts.
+
+        Args:
+            config: plain values.
+            heads: those with a loss; each has a chart.
+        """
         text = f"```\n{json.dumps(config, indent=2)}\n```"
         self._curves.write(lambda writer: writer.add_text("config", text))
         is_mix = config["data"]["mix"] is not None
+        losses = ("loss_total", *(f"loss_{head}" for head in heads))
         charts = {
-            category: {name: chart for name, chart in group.items() if is_mix or name != MIX_CHART}
-            for category, group in CHARTS.items()
+            "losses": {name: ["Multiline", [f"^{name}$", f"^val/{name}$"]] for name in losses},
+            **{
+                category: {n: chart for n, chart in group.items() if is_mix or n != MIX_CHART}
+                for category, group in CHARTS.items()
+            },
         }
         self._curves.write(lambda writer: writer.add_custom_scalars(charts))
 

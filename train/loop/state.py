@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,17 +11,24 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import CheckpointError, ConfigError
 from shared.recipe import Recipe
-from train.checkpoints import FORMAT_VERSION, check_checkpoint, read_checkpoint
+from train.checkpoints import (
+    FORMAT_VERSION,
+    check_checkpoint,
+    read_checkpoint,
+    shape_differences,
+)
 from train.config import ModelConfig, TrainConfig
-from train.data.batch import WindowShapes
 from train.data.batch_maker import CorruptSampleBudget
 from train.loop.optim import SpikeWatch, make_optimizer, restore_optimizer
 from train.machine import distributed, runtime
 from train.machine.parallel import gather_state, shard_like
-from train.model.multimodal import dimensions
+from train.model.losses import Objective
+from train.model.multimodal import MultiModalCreature, dimensions
+from train.shapes import WindowShapes, head_weight
+from train.walkthrough import DEFAULT_HEADS, HEAD_OF_STREAM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
     from torch import nn
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
 
 
 RESUMED_KEYS: Final = frozenset(
-    {"optimizer", "scaler", "schedule", "rng", "stream", "run_name", "skipped_samples"}
+    {"optimizer", "scaler", "schedule", "rng", "stream", "run_name", "corrupt_members"}
 )
 """Keys of a checkpoint that resuming needs and inference does not."""
 
@@ -52,7 +58,9 @@ class TrainState:
     config: TrainConfig
     shapes: WindowShapes
     corrupt_samples: CorruptSampleBudget
-    """Counts of the whole run: samples read, and corrupt ones that were substituted."""
+    """Members that the whole run has read, and the corrupt ones among them."""
+    members_of_rank: int = 0
+    """Members that this rank has read since the ranks' were last added up."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Plain values that make a checkpoint usable without the data, such as the tokenizer."""
     run_name: str | None = None
@@ -81,9 +89,38 @@ class TrainState:
             scaler=runtime.make_scaler(device, dtype, num_ranks=distributed.world_size()),
             spikes=SpikeWatch(training.spike_sigma, device),
             config=config,
-            shapes=window_shapes(model),
+            shapes=window_shapes(model, config),
             corrupt_samples=CorruptSampleBudget(max_fraction=config.data.max_bad_fraction),
         )
+
+    @property
+    def objective(self) -> Objective:
+        """What is learned: heads, weights, and scales of errors."""
+        std = self.model.target_std if isinstance(self.model, MultiModalCreature) else None
+        return Objective.from_config(self.config, self.shapes, std=std)
+
+    def count_members(
+        self, reports: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]
+    ) -> list[Mapping[str, Any]]:
+        """Count the members that batches were read from; all ranks call it.
+
+        Args:
+            reports: of this rank, from :func:`train.loop.evaluation.members_read`.
+
+        Returns:
+            The corrupt samples of all ranks whose members were not known to be corrupt.
+        """
+        self.members_of_rank += sum(num_members for num_members, _ in reports)
+        skipped = distributed.gather([each for _, corrupt in reports for each in corrupt])
+        if not skipped:  # on most steps; then no numbers are exchanged
+            return []
+        self._add_up_members()
+        return self.corrupt_samples.add(0, skipped)
+
+    def _add_up_members(self) -> None:
+        """Add the members that all ranks have read; they differ where streams are absent."""
+        self.corrupt_samples.num_read += sum(distributed.gather([self.members_of_rank]))
+        self.members_of_rank = 0
 
     def as_dict(self, stream: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return everything that resuming needs, as tensors and plain containers.
@@ -94,6 +131,7 @@ class TrainState:
         Args:
             stream: position after the batches trained on, from ``BatchFeed.state``.
         """
+        self._add_up_members()
         return {
             "format_version": FORMAT_VERSION,
             "step": self.step,
@@ -107,10 +145,10 @@ class TrainState:
             "rng_of_other_ranks": distributed.gather([runtime.rng_state()])[1:],
             "stream": stream,
             "config": self.config.model_dump(mode="json"),
-            "shapes": dataclasses.asdict(self.shapes),
+            "shapes": self.shapes.as_json(),
             "run_name": self.run_name,
-            "skipped_samples": self.corrupt_samples.num_corrupt,
-            "read_samples": self.corrupt_samples.num_read,
+            "corrupt_members": [list(each) for each in self.corrupt_samples.corrupt],
+            "read_members": self.corrupt_samples.num_read,
             "samples_of": dict(self.samples_of),
             "extra": self.extra,
         }
@@ -154,10 +192,8 @@ class TrainState:
         if "spikes" in state:
             self.spikes.load_state_dict(state["spikes"])
         self.step = int(state["step"])
-        self.corrupt_samples.num_corrupt = int(state["skipped_samples"])
-        # Older checkpoints have no count of the samples read; it follows from the steps.
-        per_step = self.config.data.batch_size * self.config.training.accumulation_steps
-        self.corrupt_samples.num_read = int(state.get("read_samples", self.step * per_step))
+        self.corrupt_samples.corrupt = set(map(tuple, state["corrupt_members"]))
+        self.corrupt_samples.num_read, self.members_of_rank = int(state["read_members"]), 0
         self.samples_of = Counter(state.get("samples_of", {}))
         save_dir = self.config.training.checkpointing.save_dir
         if Path(path).resolve().parent == save_dir.resolve():
@@ -219,29 +255,17 @@ class TrainState:
                 raise ValueError(f"{name} {saved_value} in the checkpoint, {own_value} here")
 
     def _difference(self, state: Mapping[str, Any], error: Exception) -> str:
-        """Name the configuration keys that differ; if none does, quote torch's message."""
-        own = {
-            **_keys_that_shape_weights(self.config.model_dump(mode="json")),
-            **dataclasses.asdict(self.shapes),
-        }
-        saved = {**_keys_that_shape_weights(state["config"]), **state["shapes"]}
-        differing = [
+        """Name the streams and the keys that differ; if none does, quote torch's message."""
+        differences = []
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            differences = shape_differences(WindowShapes.from_json(state["shapes"]), self.shapes)
+        saved, own = state["config"]["model"], self.config.model.model_dump(mode="json")
+        differences += [
             f"{key} {saved.get(key)} in the checkpoint, {value} here"
             for key, value in own.items()
-            if saved.get(key) != value
+            if key not in {*_NO_WEIGHTS, "tick_rate_hz"} and saved.get(key) != value
         ]
-        return "; ".join(differing) or " ".join(str(error).split())[:400]
-
-
-def _keys_that_shape_weights(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Select the configuration keys that decide which weights exist, and their shapes."""
-    model = {k: v for k, v in config["model"].items() if k not in _NO_WEIGHTS}
-    weights = config["training"].get("loss_weights", {})
-    return {
-        "data.modalities": config["data"].get("modalities"),
-        "heads with a loss weight above 0:": sorted(h for h, weight in weights.items() if weight),
-        **model,
-    }
+        return "; ".join(differences) or " ".join(str(error).split())[:400]
 
 
 def schedule_dict(training: TrainingConfig) -> dict[str, float]:
@@ -264,15 +288,21 @@ def require_heads(model: nn.Module, config: TrainConfig) -> None:
     own = getattr(model, "config", None)
     if not isinstance(own, TrainConfig):  # a model of the user's may predict anything
         return
-    if missing := [head for head in config.heads if head not in own.heads]:
+    names = dict.fromkeys([*DEFAULT_HEADS, *config.training.loss_weights])
+    heads = dict.fromkeys(HEAD_OF_STREAM.get(name, name) for name in names)
+    # A head of weight above 0 that the model still lacks is of a stream that is not declared.
+    if missing := [h for h in heads if head_weight(config, h) > 0 and head_weight(own, h) == 0]:
         raise ConfigError(
             f"the configuration has losses of {', '.join(missing)}, which the model does not "
-            "predict; fix: make the model by MultiModalCreature(config, shapes) with the same "
-            f"configuration, or set training.loss_weights.{missing[0]}: 0"
+            f"predict: it predicts {', '.join(window_shapes(model, own).heads)}; fix: make the "
+            "model by MultiModalCreature(config, shapes) with the same configuration, or set "
+            f"training.loss_weights.{missing[0]}: 0"
         )
 
 
-def window_shapes(model: nn.Module) -> WindowShapes:
+def window_shapes(model: nn.Module, config: TrainConfig) -> WindowShapes:
     """Return the window shapes that a model was made for, by default the default recipe's."""
     shapes = getattr(model, "shapes", None)
-    return shapes if isinstance(shapes, WindowShapes) else WindowShapes.from_recipe(Recipe())
+    if isinstance(shapes, WindowShapes):
+        return shapes
+    return WindowShapes.from_recipe(Recipe(), config)

@@ -22,7 +22,7 @@ from train.checkpoints import save_checkpoint
 from train.config import TrainConfig, as_train_config
 from train.data.pixels import to_model_inputs
 from train.loop.checkpoint_manager import CheckpointManager
-from train.loop.evaluation import HeldOut, evaluate, iter_one_epoch
+from train.loop.evaluation import HeldOut, evaluate, iter_one_epoch, members_read
 from train.loop.health import QUIET_STEPS
 from train.loop.meter import Progress, StepMeter, TrainSummary, gradient_norms
 from train.loop.optim import clip_gradient, learning_rate, set_learning_rate, step_if
@@ -236,7 +236,9 @@ class Trainer:
             else:
                 runtime.set_rng_state(resumed["rng"])
         elif self._feed is None:
-            log.write_config(self.config.model_dump(mode="json"))
+            log.write_config(
+                self.config.model_dump(mode="json"), heads=list(self._state.objective.weights)
+            )
             runtime.seed_everything(runtime.rank_seed(seed, rank=rank))
             self._feed = BatchFeed(self._loader, self.device, seed=seed)
         return self._feed
@@ -244,12 +246,11 @@ class Trainer:
     def _take_batches(self, feed: BatchFeed, log: RunLog) -> list[Batch]:
         """Take one step's micro-batches on the device, and log the corrupt samples in them."""
         batches = feed.take(self.config.training.accumulation_steps)
-        skipped = distributed.gather([each for b in batches for each in b.get("skipped", ())])
+        skipped = self._state.count_members([members_read(batch) for batch in batches])
         log.write_skipped(self.step, skipped, split="train")
         for batch in batches:
             self._state.samples_of.update(batch.get("samples_of", {}))
-        num_read = distributed.world_size() * sum(len(batch["weight"]) for batch in batches)
-        self._state.corrupt_samples.count(num_read, skipped)
+        self._state.corrupt_samples.check()
         if self._progress.time_to_first_batch_s is None:
             self._progress.time_to_first_batch_s = time.perf_counter() - self._progress.began_s
             feed.take_waits_s()  # waiting for the loader to start does not count
@@ -261,11 +262,11 @@ class Trainer:
 
         "num_samples" is among the counts.
         """
-        config, shapes = self.config, self._state.shapes
+        objective = self._state.objective
         return distributed.sum_over_ranks(
             sum_by_name(
                 {
-                    **loss_counts(batch["targets"], batch["weight"], config=config, shapes=shapes),
+                    **loss_counts(batch["targets"], batch["weight"], objective=objective),
                     "num_samples": batch["weight"].sum(),
                 }
                 for batch in batches
@@ -277,12 +278,13 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """Compute gradients and losses of one step, weighted as in one large batch."""
         self._state.optimizer.zero_grad(set_to_none=True)
+        objective = self._state.objective
         losses_per_batch = []
         for batch in batches:
             with average_gradients(self._parallel, is_due=batch is batches[-1]):
                 outputs = self._predict(batch)
                 losses = compute_losses(
-                    outputs, batch["targets"], batch["weight"], config=self.config, counts=counts
+                    outputs, batch["targets"], batch["weight"], objective=objective, counts=counts
                 )
                 total = (
                     losses["loss_total"] * distributed.world_size()
