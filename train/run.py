@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import shlex
@@ -13,7 +14,8 @@ import torch
 from rich.console import Console
 
 from shared.errors import ConfigError, SessionError
-from shared.recipe import TEXT_STREAMS
+from shared.recipe import Recipe, load_recipe
+from shared.streams import Kind
 from train.checkpoints import list_checkpoints, load_checkpoint
 from train.data.loader import Loader, open_source
 from train.data.pixels import to_model_inputs
@@ -25,6 +27,8 @@ from train.machine.runtime import choose_device, choose_dtype, translate_errors
 from train.model.baselines import Baselines, compare
 from train.model.losses import compute_losses
 from train.model.multimodal import MultiModalCreature
+from train.shapes import WindowShapes
+from train.statistics import sensor_statistics
 from train.summary import print_summary, startup_warnings
 
 if TYPE_CHECKING:
@@ -33,10 +37,13 @@ if TYPE_CHECKING:
     from train.loop.meter import TrainSummary
 
 MAX_REJECTED_LINES: Final = 20
-"""Rejected sessions and windows that are named one by one."""
+"""Rejected sessions and segments that are named one by one."""
 
 BASELINE_BATCHES: Final = 200
 """Largest number of train batches that the baselines are fitted on."""
+
+_READ_COST: Final = {Kind.SENSOR: 0, Kind.AUDIO: 1, Kind.VIDEO: 2}
+"""How much reading a stream costs, in order, by its kind."""
 
 _DEMO_SET: Final = "shards/demo"
 """The set that `make demo` builds, with sessions and a recipe of its own."""
@@ -50,7 +57,7 @@ class RunSetup:
     val_loader: Loader | None
     model: MultiModalCreature
     rejected: tuple[str, ...]
-    """Sessions and windows read directly that no batch uses, with reasons; of shards,
+    """Sessions and segments read directly that no batch uses, with reasons; of shards,
     rejected.jsonl has them."""
     no_val_reason: str | None
     """Why there are no held-out batches; None if there are some."""
@@ -87,13 +94,7 @@ def _run(
     console = Console(quiet=not distributed.is_main(), markup=False, soft_wrap=True)
     setup = set_up_run(config)
     _print_warnings(console, setup, config)
-    baselines = distributed.on_main(lambda: fit_baselines(config, setup.loader.source))
-    for head, counts in baselines.counts.items():
-        if not counts.sum():
-            console.print(
-                f"no train sample has a target for {head}: its loss stays 0 and means nothing; "
-                f"set training.loss_weights.{head}: 0 to train without this head"
-            )
+    baselines = distributed.on_main(lambda: fit_baselines(setup, config, console))
     trainer = Trainer(
         setup.model,
         config,
@@ -106,6 +107,8 @@ def _run(
         return None
     if weights is not None and trainer.step == 0:
         _load_weights(trainer, weights, console)
+    elif trainer.step == 0:
+        standardize(setup, console)
     first_val_losses = trainer.evaluate() if setup.val_loader is not None else {}
     summary = trainer.train()
     if not distributed.is_main():
@@ -114,11 +117,9 @@ def _run(
         summary,
         config=config,
         first_val_losses=first_val_losses,
-        comparisons=compare(
-            summary.last_val_losses, baseline_losses(baselines, setup.val_loader, config)
-        ),
+        comparisons=compare(summary.last_val_losses, baseline_losses(baselines, setup, config)),
         origin=origin,
-        session=(setup.val_loader or setup.loader).source.key(0, 0).rpartition("/")[0],
+        session=(setup.val_loader or setup.loader).source.key(0, 0).rpartition("@")[0],
         console=console,
     )
     return summary
@@ -152,19 +153,22 @@ def check_config(
         console.print(
             f"  {save_dir} holds checkpoints: a run needs --resume auto or another folder"
         )
-    streams = ", ".join(config.input_streams)
-    console.print(f"  inputs: {streams}; heads: {', '.join(config.heads)}")
     sources = list(config.data.sets.values()) or list(filter(None, [config.data.root_dir]))
     missing = [source for source in sources if not _exists(source)]
     if missing or not sources:
-        model = MultiModalCreature(config)
+        recipe = Recipe() if config.data.recipe is None else load_recipe(config.data.recipe)
+        shapes = WindowShapes.from_recipe(recipe, config)
+        model = MultiModalCreature(config, shapes)
         reason = f"{missing[0]} does not exist yet" if missing else "no data is configured"
+        _print_streams(shapes, console)
         console.print(f"  model: {_count(model):,} parameters; {reason}, so no batch is read")
         if weights is not None or checkpoint is not None:
             console.print("  whether the checkpoint fits can be checked once the data exists")
         return
     setup = set_up_run(config)
+    _print_streams(setup.loader.shapes, console)
     _print_warnings(console, setup, config)
+    standardize(setup, console)
     _check_one_batch(setup, config, console)
     loader, model = setup.loader, setup.model
     if weights is not None:
@@ -175,11 +179,15 @@ def check_config(
         console.print(f"  {resume}: a run can resume from it, at step {checkpoint['step']}")
 
 
+def _print_streams(shapes: WindowShapes, console: Console) -> None:
+    console.print(f"  inputs: {', '.join(shapes.inputs)}; heads: {', '.join(shapes.heads)}")
+
+
 def _check_one_batch(setup: RunSetup, config: TrainConfig, console: Console) -> None:
     """Print sizes of the data and the model; run one forward and one backward pass."""
     loader, model = setup.loader, setup.model
     console.print(
-        f"  data: {int(loader.source.shard_sizes.sum())} train samples, "
+        f"  data: {int(loader.source.window_counts.sum())} train samples, "
         f"{loader.batches_per_epoch} batches of {config.data.batch_size} per epoch"
     )
     console.print(f"  model: {_count(model):,} parameters")
@@ -189,7 +197,9 @@ def _check_one_batch(setup: RunSetup, config: TrainConfig, console: Console) -> 
             f"  {name:>20} {str(tensor.dtype).removeprefix('torch.'):8} {list(tensor.shape)}"
         )
     outputs = model(to_model_inputs(batch["inputs"]))
-    losses = compute_losses(outputs, batch["targets"], batch["weight"], config=config)
+    losses = compute_losses(
+        outputs, batch["targets"], batch["weight"], objective=setup.model.objective
+    )
     losses["loss_total"].backward()  # type: ignore[no-untyped-call]
     line = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
     console.print(f"  one forward and backward: {line}; nothing was trained")
@@ -251,36 +261,57 @@ def set_up_run(config: TrainConfig) -> RunSetup:
     )
 
 
-def fit_baselines(config: TrainConfig, source: SampleSource) -> Baselines:
-    """Fit the baselines on the first batches of a train split."""
-    loader = Loader(source, _targets_only(config))
+def standardize(setup: RunSetup, console: Console) -> None:
+    """Give the model the statistics of the sensor values that it will be trained on."""
+    statistics = distributed.on_main(lambda: sensor_statistics(setup.loader.source))
+    setup.model.set_statistics(statistics)
+    for head, name in setup.model.shapes.targets.items():
+        if setup.model.shapes.streams[name].kind is Kind.SENSOR and name not in statistics:
+            _warn_of_no_targets(head, console)
+
+
+def fit_baselines(setup: RunSetup, config: TrainConfig, console: Console) -> Baselines:
+    """Fit the baselines on the first batches of the train split."""
+    loader = Loader(setup.loader.source, _targets_only(config, setup.loader.shapes))
     batches = itertools.islice(loader, min(BASELINE_BATCHES, loader.batches_per_epoch))
-    return Baselines.fit(batches, config=config, shapes=loader.shapes)
+    baselines = Baselines.fit(batches, objective=setup.model.objective)
+    for head, counts in baselines.counts.items():
+        if not counts.sum():
+            _warn_of_no_targets(head, console)
+    return baselines
 
 
-def baseline_losses(
-    baselines: Baselines, val_loader: Loader | None, config: TrainConfig
-) -> dict[str, float]:
+def _warn_of_no_targets(head: str, console: Console) -> None:
+    console.print(
+        f"no train sample has a target for {head}: its loss stays 0 and means nothing; "
+        f"set training.loss_weights.{head}: 0 to train without this head"
+    )
+
+
+def baseline_losses(baselines: Baselines, setup: RunSetup, config: TrainConfig) -> dict[str, float]:
     """Return the baselines' losses by name, on the samples that the model is evaluated on.
 
-    Only the targets of these samples are read. It is empty without a val_loader.
+    Only the targets of these samples are read. It is empty without held-out samples.
     """
-    if val_loader is None:
+    if setup.val_loader is None:
         return {}
-    loader = held_out_loader(val_loader.source, _targets_only(config))
-    losses = baselines.mean_losses(itertools.islice(loader, config.training.eval_batches))
+    val_loader = setup.val_loader
+    loader = held_out_loader(val_loader.source, _targets_only(config, val_loader.shapes))
+    scored = dataclasses.replace(baselines, objective=setup.model.objective)  # with its scales
+    losses = scored.mean_losses(itertools.islice(loader, config.training.eval_batches))
     return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
 
 
-def _targets_only(config: TrainConfig) -> TrainConfig:
-    """Return a configuration that reads no inputs.
+def _targets_only(config: TrainConfig, shapes: WindowShapes) -> TrainConfig:
+    """Return a configuration that reads no inputs beside the targets.
 
     If only text is trained, but other streams are inputs, one of those inputs stays: otherwise text
     would be packed densely, which makes other samples.
     """
-    has_text_targets_only = {*config.target_streams} <= {*TEXT_STREAMS}
-    others = [s for s in config.input_streams if s not in TEXT_STREAMS]
-    kept = tuple(others[-1:]) if has_text_targets_only else ()  # the last are sensors, the cheapest
+    kept = tuple(dict.fromkeys(shapes.targets.values()))
+    if not shapes.is_text_only and all(shapes.streams[n].kind is Kind.TEXT for n in kept):
+        others = [name for name in shapes.inputs if name not in kept]
+        kept += (min(others, key=lambda name: _READ_COST[shapes.streams[name].kind]),)
     return config.model_copy(update={"data": config.data.model_copy(update={"modalities": kept})})
 
 
@@ -304,13 +335,13 @@ def held_out_loader(
 
 
 def describe_rejected(source: SampleSource) -> list[str]:
-    """List why sessions of a source are not used, and in one line the windows of other sessions."""
+    """List why sessions of a source are not used, and in one line the segments of the others."""
     rejected = source.rejected if isinstance(source, SessionSource) else {}
-    windows = [key for key in rejected if "/" in key]
+    segments = [key for key in rejected if "/" in key]
     lines = [f"{session}: {reason}" for session, reason in rejected.items() if "/" not in session]
-    if windows:
-        first = f"the first is {windows[0]}: {rejected[windows[0]]}"
-        lines.append(f"{len(windows)} windows of sessions that are used; {first}")
+    if segments:
+        first = f"the first is {segments[0]}: {rejected[segments[0]]}"
+        lines.append(f"{len(segments)} segments of sessions that are used; {first}")
     return lines
 
 
@@ -324,7 +355,7 @@ def _print_warnings(console: Console, setup: RunSetup, config: TrainConfig) -> N
         )
     for line in startup_warnings(
         config,
-        num_samples=int(setup.loader.source.shard_sizes.sum()),
+        num_samples=int(setup.loader.source.window_counts.sum()),
         no_val_reason=setup.no_val_reason,
         num_ranks=distributed.world_size(),
     ):

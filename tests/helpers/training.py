@@ -5,26 +5,28 @@ from __future__ import annotations
 import copy
 import io
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.data.batch import WindowShapes
+from shared.recipe import Recipe
+from train.checkpoints import FORMAT_VERSION
+from train.config import as_train_config
 from train.loop.trainer import Trainer
 from train.model.multimodal import MultiModalCreature
+from train.shapes import WindowShapes
 
-SHAPES = WindowShapes(
-    num_ticks=4,
-    num_frames=2,
-    image_size=32,
-    num_audio_frames=20,
-    mel_channels=4,
-    mel_levels=4,
-    num_sensor_samples=12,
-    vocab_size=264,
+RECIPE = Recipe.model_validate(
+    {
+        "video": {"size": 32},
+        "audio": {"dmel": {"channels": 4, "levels": 4}},
+        "text": {"vocab_size": 264},
+    }
 )
+WINDOW = {"duration_s": 0.4}
 
 
 def make_config(folder, **training):
@@ -32,7 +34,10 @@ def make_config(folder, **training):
     optimizer = {"lr": "3e-3", "warmup_steps": 2, **training.pop("optimizer", {})}
     checkpointing = {"save_dir": str(folder / "checkpoints"), **training.pop("checkpointing", {})}
     return {
-        "data": {"modalities": ["audio", "touch", "proprio", "internal_text", "external_text"]},
+        "data": {
+            "modalities": ["audio", "touch", "proprio", "internal_text", "external_text"],
+            "window": WINDOW,
+        },
         "training": {
             "max_steps": 6,
             "log_interval": 2,
@@ -47,17 +52,25 @@ def make_config(folder, **training):
     }
 
 
+def shapes_of(config):
+    """Return the shapes of a configuration's windows over the streams of :data:`RECIPE`."""
+    return WindowShapes.from_recipe(RECIPE, as_train_config(config))
+
+
+SHAPES = shapes_of(make_config(Path("unused")))
+
+
 def make_batch(seed, *, size=2):
     """Make a batch with about 1 in 4 positions invalid, so that batches have different counts."""
     rng = np.random.default_rng(seed)
-    audio = (size, SHAPES.num_audio_frames, SHAPES.mel_channels)
-    sensors = (size, SHAPES.num_sensor_samples)
+    sizes = {n: (size, s.num_positions, *s.size) for n, s in SHAPES.streams.items()}
+    classes = {n: s.num_classes for n, s in SHAPES.streams.items()}
     values = {
-        "audio": rng.integers(0, SHAPES.mel_levels, audio, "u1"),
-        "touch": rng.random((*sensors, SHAPES.touch_size), "f4"),
-        "proprio": rng.normal(size=(*sensors, SHAPES.proprio_size)).astype("f4"),
-        "internal_text": rng.integers(0, SHAPES.vocab_size, (size, SHAPES.num_ticks)),
-        "external_text": rng.integers(0, SHAPES.vocab_size, (size, SHAPES.num_ticks)),
+        "audio": rng.integers(0, classes["audio"], sizes["audio"], "u1"),
+        "touch": rng.random(sizes["touch"], "f4"),
+        "proprio": rng.normal(size=sizes["proprio"]).astype("f4"),
+        "internal_text": rng.integers(0, classes["internal_text"], sizes["internal_text"]),
+        "external_text": rng.integers(0, classes["external_text"], sizes["external_text"]),
     }
     inputs = {}
     for name, value in values.items():
@@ -66,7 +79,7 @@ def make_batch(seed, *, size=2):
     targets = {n: t for n, t in inputs.items() if n.startswith(("audio", "internal", "external"))}
     targets |= {"animation": inputs["proprio"], "animation_valid": inputs["proprio_valid"]}
     weight = torch.ones(size)
-    return {"inputs": inputs, "targets": targets, "weight": weight, "keys": [f"s/{seed}"] * size}
+    return {"inputs": inputs, "targets": targets, "weight": weight, "keys": [f"s@{seed}"] * size}
 
 
 def join(batches):
@@ -139,7 +152,7 @@ class BrokenLoader(EndlessLoader):
 def make_trainer(config, loader=None, **options):
     """Make a trainer of a new model with fixed weights; it is silent without a console."""
     torch.manual_seed(1)
-    model = MultiModalCreature(config, SHAPES)
+    model = MultiModalCreature(config, shapes_of(config))
     options.setdefault("console", Console(file=io.StringIO()))
     options.setdefault("run_name", "tiny")
     loader = EndlessLoader() if loader is None else loader
@@ -170,7 +183,7 @@ def fail(*_: object, **__: object) -> None:
 def make_state(step=1, *, saved_at=None):
     model = {"weight": torch.arange(5000, dtype=torch.float32)}
     saved_at = time.time() if saved_at is None else saved_at
-    constants = {"format_version": 1, "config": {}, "shapes": {}}
+    constants = {"format_version": FORMAT_VERSION, "config": {}, "shapes": {}}
     return {**constants, "step": step, "saved_at": saved_at, "model": model}
 
 
