@@ -102,6 +102,12 @@ def with_nan(batch):
     return broken
 
 
+def corrupt_sample(number, **changes):
+    """Describe a corrupt sample, as the loader reports it; each number is another member."""
+    names = {"key": f"s@{number}", "shard": "train-000000", "window": number}
+    return {**names, "file": "a.tar", "offset": number, "error": f"crc differs {number}", **changes}
+
+
 class EndlessLoader:
     """An endless, resumable stream of batches, like train.data.loader.Loader."""
 

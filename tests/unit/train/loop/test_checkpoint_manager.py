@@ -13,6 +13,7 @@ import torch
 from helpers.training import (
     BrokenLoader,
     EndlessLoader,
+    corrupt_sample,
     cut_in_half,
     flip_a_bit,
     make_config,
@@ -117,7 +118,7 @@ def test_a_run_keeps_the_last_n_step_checkpoints_and_the_final_one(tmp_path):
 def test_a_full_disk_costs_a_warning_and_the_older_checkpoint_stays(tmp_path, file_limit, capsys):
     limits = {3: 64, 6: None}  # the disk is full from step 4 to step 6
     loader = EndlessLoader(
-        skipped={4: [{"key": "s/7"}]},
+        skipped={4: [corrupt_sample(7)]},
         on_batch=lambda index: index in limits and file_limit(limits[index]),
     )
     config = make_config(tmp_path, save_interval=3, max_steps=9, log_interval=1)

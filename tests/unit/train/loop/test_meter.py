@@ -81,12 +81,12 @@ def test_each_part_has_the_root_of_the_sum_of_its_squares(tmp_path):
     torch.manual_seed(0)
     model, batch = MultiModalCreature(make_config(tmp_path), SHAPES), make_batch(0)
     losses = compute_losses(
-        model(batch["inputs"]), batch["targets"], batch["weight"], config=model.config
+        model(batch["inputs"]), batch["targets"], batch["weight"], objective=model.objective
     )
     losses["loss_total"].backward()
     modules = {
-        "encoder_audio": [model.encoder.encoders["audio"]],
-        "head_external_text": [model.predictors["external_text"]],
+        "encoder_audio": [model.encoder.encoders["s_audio"]],
+        "head_external_text": [model.predictors["s_external_text"]],
         "backbone": [model.blocks, model.norm],
     }
     norms = gradient_norms(model)
@@ -102,9 +102,10 @@ def test_each_part_has_the_root_of_the_sum_of_its_squares(tmp_path):
 def test_every_model_part_a_model_that_sees_everything_has_its_name():
     with torch.device("meta"):
         model = MultiModalCreature({})
-    encoders = ("audio", "touch", "proprio", "internal_text", "external_text", "vision", "fusion")
+    encoders = ("audio", "touch", "proprio", "internal_text", "external_text")
     heads = ("internal_text", "external_text", "audio", "animation")
-    parts = [f"encoder_{e}" for e in encoders] + ["backbone"] + [f"head_{h}" for h in heads]
+    parts = [f"encoder_{e}" for e in encoders] + [f"head_{h}" for h in heads]
+    parts += ["frames", "fusion", "backbone"]
     assert {model_part(name) for name, _ in model.named_parameters()} == set(parts)
 
 

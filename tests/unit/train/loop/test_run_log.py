@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.training import (
     EndlessLoader,
+    corrupt_sample,
     make_batch,
     make_config,
     make_trainer,
@@ -48,7 +49,6 @@ NAMES = {
     "grad_norm",
     "skipped_samples",
 }
-SKIPPED = {"key": "s/7", "shard": "train-000001", "offset": 512, "error": "crc differs"}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -152,48 +152,52 @@ def test_logged_losses_are_means_since_the_last_log(tmp_path):
 
 
 def test_corrupt_samples_are_counted_and_quarantined(tmp_path):
-    loader = EndlessLoader(skipped={1: [SKIPPED], 4: [SKIPPED, SKIPPED]})
+    first, second, third = map(corrupt_sample, range(3))
+    loader = EndlessLoader(skipped={1: [first], 4: [second, first, third]})
     config = make_config(tmp_path)
     config["data"]["max_bad_fraction"] = 1
     summary = make_trainer(config, loader).train()
     lines = (summary.log_dir / QUARANTINE_NAME).read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"step": s, "split": "train", **SKIPPED} for s in (1, 4, 4)
+        {"step": 1, "split": "train", **first},
+        {"step": 4, "split": "train", **second},
+        {"step": 4, "split": "train", **third},
     ]
     assert summary.skipped_samples == 3
     assert values_of(summary.log_dir, "skipped_samples") == [1, 1, 3]
 
 
 def test_corrupt_samples_are_named_in_tensorboard(tmp_path):
-    loader = EndlessLoader(skipped={1: [SKIPPED]})
+    loader = EndlessLoader(skipped={1: [corrupt_sample(3)]})
     summary = make_trainer(make_config(tmp_path), loader).train()
     text = text_of(summary.log_dir, "skipped_samples")
-    assert all(str(value) in text for value in SKIPPED.values())
+    assert all(str(value) in text for value in corrupt_sample(3).values())
 
 
 def test_corrupt_held_out_samples_are_counted_and_quarantined_at_each_evaluation(tmp_path):
-    held_out = [{**make_batch(i), "skipped": [SKIPPED] * i} for i in range(3)]
+    skipped = [[], [corrupt_sample(0)], [corrupt_sample(1), corrupt_sample(2)]]
+    held_out = [{**make_batch(i), "skipped": each} for i, each in enumerate(skipped)]
     config = make_config(tmp_path, eval_interval=4)
     config["data"]["max_bad_fraction"] = 1
     summary = make_trainer(config, val_loader=held_out).train()
     lines = (summary.log_dir / QUARANTINE_NAME).read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"step": s, "split": "val", **SKIPPED} for s in (4, 4, 4, 6, 6, 6)
+        {"step": step, "split": "val", **corrupt_sample(n)} for step in (4, 6) for n in range(3)
     ]
     assert values_of(summary.log_dir, "val/skipped_samples") == [3, 3]
     assert (summary.skipped_val_samples, summary.skipped_samples) == (3, 0)
 
 
 def test_too_many_corrupt_held_out_samples_stop_the_run(tmp_path):
-    held_out = [{**make_batch(0), "skipped": [SKIPPED] * 3}]  # more than 1 % of 200
-    with pytest.raises(
-        TooManyCorruptSamplesError, match=r"3 of 2 samples are corrupt.*crc differs"
-    ):
+    held_out = [
+        {**make_batch(0), "skipped": [*map(corrupt_sample, range(3))]}
+    ]  # more than 1 % of 200
+    with pytest.raises(TooManyCorruptSamplesError, match=r"3 of 2 stored segments.*crc differs"):
         make_trainer(make_config(tmp_path), val_loader=held_out).evaluate()
 
 
 def test_the_count_of_corrupt_samples_survives_a_resume(tmp_path):
-    loader = EndlessLoader(skipped={1: [SKIPPED]})
+    loader = EndlessLoader(skipped={1: [corrupt_sample(3)]})
     first = make_trainer(make_config(tmp_path), loader).train()
     trainer = make_trainer(make_config(tmp_path, max_steps=8))
     trainer.load_checkpoint(first.checkpoint)

@@ -1,24 +1,33 @@
 from __future__ import annotations
 
-import dataclasses
 import io
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers.training import SHAPES, make_batch, make_config, make_trainer, weights_of
+from helpers import models
+from helpers.training import SHAPES, make_batch, make_config, make_trainer, shapes_of, weights_of
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.media.tokenizer import train_tokenizer
 from shared.page import draw_spectrogram
-from shared.recipe import VISION_STREAMS, Recipe
-from train.config import Head, as_train_config
-from train.data.batch import WindowShapes
-from train.loop.sample_logging import pick_window, render_window, write_window
+from shared.recipe import Recipe
+from shared.streams import Kind, ValueGroup
+from train.config import as_train_config
+from train.data.pixels import to_model_inputs
+from train.loop.sample_logging import (
+    LoggedHead,
+    LoggedWindow,
+    draw_curves,
+    pick_window,
+    render_window,
+    write_window,
+)
 from train.model.multimodal import MultiModalCreature
+from train.shapes import WindowShapes
 
 TOKENIZER = train_tokenizer(["reach | high"], vocab_size=264)
 EXTRAS = {"tokenizer": TOKENIZER.json}
@@ -34,10 +43,6 @@ def predict(batch, config, shapes=SHAPES):
         return model(batch["inputs"])
 
 
-def pick(batch, outputs, config, shapes=SHAPES):
-    return pick_window(batch, outputs, config=config, shapes=shapes)
-
-
 @pytest.fixture
 def example(tmp_path):
     config = as_train_config(make_config(tmp_path))
@@ -46,12 +51,12 @@ def example(tmp_path):
         batch["targets"][head][:2] = 0  # row 2 has the most text
     outputs = predict(batch, config)
     return SimpleNamespace(
-        batch=batch, outputs=outputs, config=config, window=pick(batch, outputs, config)
+        batch=batch, outputs=outputs, window=pick_window(batch, outputs, shapes=SHAPES)
     )
 
 
 def test_the_window_with_the_most_text_is_logged(example):
-    recorded, _ = example.window.levels
+    recorded = example.window.heads["audio"].recorded
     valid = example.batch["targets"]["audio_valid"][2].numpy()
     expected = np.where(valid[:, None], example.batch["targets"]["audio"][2].numpy(), 255)
     np.testing.assert_array_equal(recorded, expected)
@@ -59,24 +64,50 @@ def test_the_window_with_the_most_text_is_logged(example):
 
 def test_a_padding_row_is_not_logged(example):
     example.batch["weight"][2] = 0
-    window = pick(example.batch, example.outputs, example.config)
-    assert not window.tokens[Head.INTERNAL_TEXT][0].any()
+    window = pick_window(example.batch, example.outputs, shapes=SHAPES)
+    assert not window.heads["internal_text"].recorded.any()
 
 
 def test_a_prediction_is_at_the_tick_that_it_predicts(example):
-    pairs = {
-        Head.INTERNAL_TEXT: (example.window.tokens[Head.INTERNAL_TEXT], 1, 0),
-        Head.AUDIO: (example.window.levels, 5, 255),
-        Head.ANIMATION: (example.window.poses, 3, np.nan),
-    }
-    for head, ((_, predicted), per_tick, masked) in pairs.items():
+    empty = {Kind.TEXT: 0, Kind.AUDIO: 255, Kind.SENSOR: np.nan}
+    assert set(example.window.heads) == {"internal_text", "external_text", "audio", "animation"}
+    for head, values in example.window.heads.items():
+        per_tick, kind = values.shape.per_tick, values.shape.kind
         output = example.outputs[head][2].numpy()
-        chosen = output if head is Head.ANIMATION else output.argmax(-1)
+        chosen = output if kind is Kind.SENSOR else output.argmax(-1)
         for tick in range(1, 4):
-            found = predicted[tick * per_tick : (tick + 1) * per_tick]
+            found = values.predicted[tick * per_tick : (tick + 1) * per_tick]
             np.testing.assert_array_equal(found, chosen[tick - 1].reshape(found.shape))
-        first = predicted[:per_tick]
-        np.testing.assert_array_equal(first, np.full_like(first, masked))
+        first = values.predicted[:per_tick]
+        np.testing.assert_array_equal(first, np.full_like(first, empty[kind]))
+
+
+def test_positions_without_a_sample_are_left_out():
+    """At 15 Hz and 10 ticks per second, every second tick has one sample less."""
+    config = models.make_config({"training": {"loss_weights": {"hand": 1}}})
+    shapes = models.make_shapes(config, streams=models.MANY_STREAMS)
+    inputs = models.make_batch(shapes)
+    batch = {
+        "inputs": inputs,
+        "targets": models.targets_of(inputs, shapes),
+        "weight": torch.ones(2),
+        "keys": ["s@0", "s@8"],
+    }
+    outputs = models.make_model(config, shapes)(to_model_inputs(inputs))
+    window = pick_window(batch, {n: x.detach() for n, x in outputs.items()}, shapes=shapes)
+    hand = window.heads["hand"]
+    assert hand.recorded.shape == hand.predicted.shape == (12, 14)
+    expected = outputs["hand"].detach()[0, 2].numpy()  # tick 2 predicts tick 3, which has 1 sample
+    np.testing.assert_array_equal(hand.predicted[5], expected[0])
+    assert np.isfinite(hand.predicted[2:]).all()  # the first tick has samples 0 and 1
+    pictures = render_window(window, {}).pictures
+    assert set(pictures) == {"front", "back", "wrist", "hand/position", "hand/quaternion"}
+
+
+def text_window(recorded, predicted):
+    shape = SHAPES.streams["external_text"]
+    head = LoggedHead(stream="external_text", shape=shape, recorded=recorded, predicted=predicted)
+    return LoggedWindow(key="a<b>@3", tick_rate_hz=10.0, frames={}, heads={"external_text": head})
 
 
 def test_the_text_has_recorded_and_predicted_text_and_the_number_of_right_tokens():
@@ -84,14 +115,7 @@ def test_the_text_has_recorded_and_predicted_text_and_the_number_of_right_tokens
     recorded = np.array([0, *tokens, 0])
     predicted = recorded.copy()
     predicted[-2] = 0
-    window = SimpleNamespace(
-        key="a<b>/000003",
-        tick_rate_hz=10.0,
-        frames={},
-        tokens={Head.EXTERNAL_TEXT: (recorded, predicted)},
-        levels=None,
-        poses=None,
-    )
+    window = text_window(recorded, predicted)
     row = render_window(window, EXTRAS).text.splitlines()[-1]
     assert row.startswith("| external text | 0.1 s: reach &#124; high |")
     assert row.endswith(f"| {len(tokens) - 1} of {len(tokens)} |")
@@ -100,9 +124,9 @@ def test_the_text_has_recorded_and_predicted_text_and_the_number_of_right_tokens
 
 def test_spectrograms_are_gray_where_nothing_is_predicted(example):
     pictures = render_window(example.window, EXTRAS).pictures
-    recorded = pictures["spectrogram_recorded"]
-    assert recorded.shape == (3 * SHAPES.mel_channels, 3 * SHAPES.num_audio_frames, 3)
-    assert (pictures["spectrogram_predicted"][:, :15] == 128).all()
+    audio = SHAPES.streams["audio"]
+    assert pictures["audio/recorded"].shape == (3 * audio.size[0], 3 * audio.num_positions, 3)
+    assert (pictures["audio/predicted"][:, :15] == 128).all()
 
 
 def test_low_pitches_are_at_the_bottom_and_loud_levels_are_bright():
@@ -113,12 +137,12 @@ def test_low_pitches_are_at_the_bottom_and_loud_levels_are_bright():
     assert np.unravel_index(brightness.argmax(), (3, 4)) == (2, 1)
 
 
-def test_a_joint_has_a_gray_recorded_and_an_orange_predicted_curve(example):
-    recorded = np.zeros((60, 2), np.float32)
-    predicted = np.ones((60, 2), np.float32)
+def test_a_value_has_a_gray_recorded_and_an_orange_predicted_curve():
+    recorded = np.zeros((60, 1), np.float32)
+    predicted = np.ones((60, 1), np.float32)
     predicted[:30] = np.nan  # the first half of the window is not predicted
-    window = dataclasses.replace(example.window, poses=(recorded, predicted))
-    panel = render_window(window, EXTRAS).pictures["joints"].astype(int)[32:]
+    group = ValueGroup(count=1, type="angle")
+    panel = draw_curves(recorded, predicted, group).astype(int)[32:]
     gray = np.argwhere(np.abs(panel - (0x9A, 0xA6, 0xB6)).sum(-1) < 20)
     orange = np.argwhere(np.abs(panel - (0xD4, 0x57, 0x0A)).sum(-1) < 60)
     assert gray[:, 0].min() > orange[:, 0].max()
@@ -128,18 +152,18 @@ def test_a_joint_has_a_gray_recorded_and_an_orange_predicted_curve(example):
 
 @pytest.mark.parametrize("pixels", ["rgb", "yuv420"])
 def test_frames_are_logged_as_recorded_and_gray_if_masked(tmp_path, pixels):
-    config = as_train_config({"model": {"hidden_dim": 16, "num_layers": 1, "vision_layers": 0}})
-    batch, expected = make_batch(0, size=1), []
-    for number, eye in enumerate(VISION_STREAMS):
-        grey = [60 + 100 * number, 90]
-        batch["inputs"][eye] = flat_frames(grey, pixels)
-        batch["inputs"][f"{eye}_valid"] = torch.tensor([[True, number == 0]])
-        expected.append([grey[0], grey[1] if number == 0 else 128])
-    window = pick(batch, predict_nothing(config), config)
-    picture = render_window(window, EXTRAS).pictures["frames_recorded"]
-    assert picture.shape == (64, 64, 3)
-    tiles = picture.reshape(2, 32, 2, 32, 3).astype(int)
-    np.testing.assert_allclose(tiles.mean(axis=(1, 3, 4)), expected, atol=1)
+    config = make_config(tmp_path)
+    config["data"]["modalities"] = ["vision_left", "vision_right"]
+    shapes, batch = shapes_of(config), make_batch(0, size=1)
+    for number, camera in enumerate(shapes.inputs):
+        greys = [60 + 100 * number, 90]
+        batch["inputs"][camera] = flat_frames(greys, pixels)
+        batch["inputs"][f"{camera}_valid"] = torch.tensor([[True, number == 0]])
+    pictures = render_window(pick_window(batch, {}, shapes=shapes), EXTRAS).pictures
+    for camera, expected in (("vision_left", [60, 90]), ("vision_right", [160, 128])):
+        assert pictures[camera].shape == (32, 64, 3)
+        tiles = pictures[camera].reshape(32, 2, 32, 3).astype(int)
+        np.testing.assert_allclose(tiles.mean(axis=(0, 2, 3)), expected, atol=1)
 
 
 def flat_frames(greys, pixels):
@@ -152,21 +176,10 @@ def flat_frames(greys, pixels):
     return torch.from_numpy(np.stack(frames)[None])
 
 
-def predict_nothing(config):
-    shapes = SHAPES
-    sizes = {
-        Head.INTERNAL_TEXT: (shapes.vocab_size,),
-        Head.EXTERNAL_TEXT: (shapes.vocab_size,),
-        Head.AUDIO: (5, shapes.mel_channels, shapes.mel_levels),
-        Head.ANIMATION: (3, shapes.proprio_size),
-    }
-    return {head: torch.zeros(1, shapes.num_ticks, *sizes[head]) for head in config.heads}
-
-
 def test_tensorboard_has_pictures_sound_and_text_of_a_window(tmp_path):
     recipe = Recipe()
-    shapes = WindowShapes.from_recipe(recipe)
     config = as_train_config({"training": {"loss_weights": {"internal_text": 0}}})
+    shapes = WindowShapes.from_recipe(recipe, config)
     rng = np.random.default_rng(0)
     levels = torch.from_numpy(rng.integers(0, 16, (1, 200, 80), "u1"))
     batch = {
@@ -188,19 +201,19 @@ def test_tensorboard_has_pictures_sound_and_text_of_a_window(tmp_path):
         "animation": torch.zeros(1, 40, 3, 20),
     }
     rendered = render_window(
-        pick(batch, outputs, config, shapes), {**EXTRAS, "recipe": recipe.as_json()}
+        pick_window(batch, outputs, shapes=shapes), {**EXTRAS, "recipe": recipe.as_json()}
     )
     with SummaryWriter(str(tmp_path)) as writer:
         write_window(writer, rendered, 7)
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "audio": 0}).Reload()
-    names = {"spectrogram_recorded", "spectrogram_predicted", "joints"}
+    names = {"audio/recorded", "audio/predicted", "animation/angle", "animation/velocity"}
     assert set(events.Tags()["images"]) == {f"held_out/{name}" for name in names}
-    assert set(events.Tags()["audio"]) == {f"held_out/sound_{n}" for n in ("recorded", "predicted")}
+    assert set(events.Tags()["audio"]) == {f"held_out/audio/{n}" for n in ("recorded", "predicted")}
     assert events.Tags()["tensors"] == ["held_out/texts/text_summary"]
-    (picture,) = events.Images("held_out/spectrogram_recorded")
+    (picture,) = events.Images("held_out/audio/recorded")
     shown = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
-    np.testing.assert_array_equal(shown, rendered.pictures["spectrogram_recorded"])
-    (sound,) = events.Audio("held_out/sound_recorded")
+    np.testing.assert_array_equal(shown, rendered.pictures["audio/recorded"])
+    (sound,) = events.Audio("held_out/audio/recorded")
     assert (sound.sample_rate, sound.length_frames, picture.step) == (16_000, 64_000, 7)
 
 
@@ -223,4 +236,4 @@ def test_every_evaluation_logs_the_same_window(tmp_path):
     texts = events.Tensors("held_out/texts/text_summary")
     assert [event.step for event in texts] == [2, 4, 6]
     said = {event.tensor_proto.string_val[0].decode().splitlines()[0] for event in texts}
-    assert said == {"window s/9"}
+    assert said == {"window s@9"}

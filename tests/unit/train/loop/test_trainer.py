@@ -6,25 +6,30 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from helpers.training import (
+    RECIPE,
+    SHAPES,
+    WINDOW,
     EndlessLoader,
+    corrupt_sample,
     join,
     largest_difference,
     make_batch,
     make_config,
     make_trainer,
+    shapes_of,
     weights_of,
     with_nan,
 )
 from torch.utils.data import DataLoader, Dataset
 
 from shared.errors import CheckpointError, ConfigError, DivergedError, TooManyCorruptSamplesError
-from train.config import as_train_config
 from train.loop.prefetch import BatchFeed
 from train.loop.trainer import Trainer
 
@@ -93,14 +98,14 @@ def test_a_run_on_a_plain_shuffled_dataloader_resumes_to_the_bit(tmp_path, first
 
 
 def test_corrupt_samples_before_and_after_a_resume_count_together(tmp_path):
-    loader = EndlessLoader(skipped={i: [{"error": f"torn {i}"}] for i in (0, 1, 4)})
+    loader = EndlessLoader(skipped={i: [corrupt_sample(i)] for i in (0, 1, 4)})
     config = make_config(tmp_path, max_steps=3)
-    config["data"]["max_bad_fraction"] = 0.0125  # three of the first 200 samples are too many
+    config["data"]["max_bad_fraction"] = 0.0125  # three of the first 200 members are too many
     first = make_trainer(config, loader).train()
     config["training"]["max_steps"] = 6
     second = make_trainer(config, loader)
     second.load_checkpoint(first.checkpoint)
-    with pytest.raises(TooManyCorruptSamplesError, match=r"3 of 10 samples are corrupt.*torn 4"):
+    with pytest.raises(TooManyCorruptSamplesError, match=r"3 of 10 stored segments.*differs 4"):
         second.train()
 
 
@@ -133,7 +138,7 @@ def test_a_stopped_trainer_continues_when_train_is_called_again(tmp_path):
 def test_a_plain_dataloader_is_repeated_and_reshuffled_in_each_pass():
     feed = BatchFeed(plain_loader(is_shuffled=True), CPU, seed=0)
     passes = [[key for batch in feed.take(4) for key in batch["keys"]] for _ in range(3)]
-    assert [sorted(p) for p in passes] == [sorted(f"s/{i}" for i in range(7))] * 3
+    assert [sorted(p) for p in passes] == [sorted(f"s@{i}" for i in range(7))] * 3
     assert len({tuple(p) for p in passes}) == 3
 
 
@@ -228,13 +233,13 @@ def test_evaluation_changes_nothing_in_the_training(tmp_path):
 
 def test_a_dataset_made_for_another_configuration_is_refused(tmp_path):
     text_only = {"loss_weights": {"audio": 0.0, "animation": 0.0}}
-    config = {**make_config(tmp_path, **text_only), "data": {}}
+    config = {**make_config(tmp_path, **text_only), "data": {"window": WINDOW}}
     loader = EndlessLoader()
-    loader.config = as_train_config({})
-    loader.source = None
+    loader.shapes = SHAPES
+    loader.source = SimpleNamespace(recipe=RECIPE)
     with pytest.raises(ConfigError, match=r"yields ticks at .*Dataset\(.*config=config"):
         make_trainer(config, loader)
-    loader.config = as_train_config(config)
+    loader.shapes = shapes_of(config)
     make_trainer(config, loader)
 
 
