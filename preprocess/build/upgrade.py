@@ -16,7 +16,7 @@ import json
 import math
 import re
 import struct
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,9 @@ def upgrade_set(location: Path | str, *, keep_old_s: float = KEEP_OLD_S) -> Upgr
         if content is None or not is_format_2(content):
             store.read_manifest()  # explains what is wrong, if anything is
             return None
-    with claim_shard_set(parse_location(location), keep_old_s=keep_old_s) as store:
+    with claim_shard_set(
+        parse_location(location), keep_old_s=keep_old_s, version=OLD_VERSION
+    ) as store:
         return _Upgrade(store, json.loads(store.read(MANIFEST_FILE) or b"{}")).run()
 
 
@@ -270,7 +272,7 @@ class _Upgrade:
         events: dict[str, dict[str, list[TimedText]]] = {}
         for shard in shards:
             name = shard.header["columns"][_TEXT_COLUMN]["file"]
-            with self._open(shard, _TEXT_COLUMN) as file:
+            with closing(self._open(shard, _TEXT_COLUMN)) as file:
                 members = shard.members(_TEXT_COLUMN)
                 for row, (session, window) in enumerate(shard.rows):
                     own = events.setdefault(session, {})

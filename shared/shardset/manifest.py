@@ -255,18 +255,19 @@ def _is_checksum(sha256: object, content: bytes) -> bool:
     return sha256 == digest and content == body + _CHECKSUM % digest.encode()
 
 
-def require_format(content: bytes, *, path: str) -> None:
+def require_format(content: bytes, *, path: str, version: int = FORMAT_VERSION) -> None:
     """Refuse a manifest of another format version by its first bytes.
 
     Args:
         content: bytes of its file, at least the first hundred.
         path: where the bytes come from, for the message.
+        version: the version that is accepted.
 
     Raises:
         FormatVersionError: this program does not read that version.
     """
     head = _HEAD.match(content)
-    if head is not None and int(head[1]) != FORMAT_VERSION:
+    if head is not None and int(head[1]) != version:
         raise _other_version(int(head[1]), path)
 
 

@@ -30,6 +30,7 @@ from shared.shardset.columns import ColumnFile
 from shared.shardset.index import ShardIndex, open_index, parse_index
 from shared.shardset.locks import exclusive_lock, has_readers
 from shared.shardset.manifest import (
+    FORMAT_VERSION,
     MANIFEST_FILE,
     Manifest,
     parse_manifest,
@@ -383,7 +384,11 @@ def open_shard_set(location: Path | Store) -> Iterator[ShardSetStore]:
 
 @contextmanager
 def claim_shard_set(
-    location: Path | Store, *, dry_run: bool = False, keep_old_s: float = KEEP_OLD_S
+    location: Path | Store,
+    *,
+    dry_run: bool = False,
+    keep_old_s: float = KEEP_OLD_S,
+    version: int = FORMAT_VERSION,
 ) -> Iterator[ShardSetStore]:
     """Claim a shard set for one job, and remove temporary files that killed jobs left.
 
@@ -392,6 +397,7 @@ def claim_shard_set(
         dry_run: don't claim a set behind a URL.
         keep_old_s: how long files of a replaced set stay behind a URL; those in a folder stay as
             long as a process reads them.
+        version: format version that an existing set must have.
 
     Raises:
         ShardError: another job on this machine, or on one that shares the folder, builds the set.
@@ -399,12 +405,12 @@ def claim_shard_set(
     """
     job_id = uuid4().hex[:12]
     if isinstance(location, Path):
-        with _claim_folder(location.absolute(), job_id) as local:
+        with _claim_folder(location.absolute(), job_id, version) as local:
             yield local
         return
     with suppress(FileNotFoundError):
         head = location.with_policy(STARTUP_RETRY).read(MANIFEST_FILE)
-        require_format(head, path=f"{location}/{MANIFEST_FILE}")
+        require_format(head, path=f"{location}/{MANIFEST_FILE}", version=version)
     job_id = "" if dry_run else job_id
     with staging_folder(location, job_id) as scratch:
         remote = RemoteShardSet(location.with_policy(RetryPolicy()), job_id, scratch, keep_old_s)
@@ -416,9 +422,10 @@ def claim_shard_set(
 
 
 @contextmanager
-def _claim_folder(root: Path, job_id: str) -> Iterator[LocalShardSet]:
+def _claim_folder(root: Path, job_id: str, version: int) -> Iterator[LocalShardSet]:
     with suppress(FileNotFoundError, NotADirectoryError), (root / MANIFEST_FILE).open("rb") as file:
-        require_format(file.read(_HEAD_BYTES), path=str(root / MANIFEST_FILE))
+        path = str(root / MANIFEST_FILE)
+        require_format(file.read(_HEAD_BYTES), path=path, version=version)
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(root):
