@@ -23,6 +23,7 @@ from preprocess.build.sources import (
     scan_sessions,
 )
 from preprocess.build.task import build_shard, resume_shard
+from preprocess.build.upgrade import refresh_upgraded, upgrade_set
 from preprocess.build.video_subtasks import TASK_S, encode_video, split_task
 from shared.errors import ConfigError, CorruptError, ShardError
 from shared.media.tokenizer import load_tokenizer, train_tokenizer
@@ -112,7 +113,7 @@ def build_shards(
     verify: bool = False,
     compact: bool = False,
 ) -> BuildSummary:
-    """Update the shard set `out` to the sessions and the recipe.
+    """Update the shard set `out` to the sessions and the recipe; upgrade an older format first.
 
     Args:
         sessions: a folder of sessions, or its URL.
@@ -136,6 +137,8 @@ def build_shards(
         StorageError: a store can't be read or written.
     """
     recordings = find_recordings(sessions, recipe)
+    if not dry_run:
+        upgrade_set(out, keep_old_s=keep_old_s)
     with claim_shard_set(parse_location(out), dry_run=dry_run, keep_old_s=keep_old_s) as store:
         sizes, previous = store.list_sizes(), _read_previous(store)
         recipe = _with_segment(recipe, previous)
@@ -149,6 +152,7 @@ def build_shards(
             indexes = [entry.index_file for entry in previous.shards] if verify else []
             corrupt = find_corrupt_files(indexes, store, sizes, cluster)
             described = read_previous_set(previous, store, sizes, corrupt=corrupt)
+            described = refresh_upgraded(described, scans, recipe)
         build = Build(
             store=store,
             sizes=sizes,

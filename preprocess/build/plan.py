@@ -97,9 +97,10 @@ def plan_shards(
     tasks, unchanged = [], []
     for shard in planned:
         task = _plan_shard(shard, context)
-        if shard.previous is None or task.columns or task.removed or task.recounted:
+        is_stale = shard.previous is None or shard.previous.is_refreshed
+        if is_stale or task.columns or task.removed or task.recounted:
             tasks.append(task)
-        else:
+        elif shard.previous is not None:
             unchanged.append(shard.previous)
     # Previous shards that the new set does not have, readable or not.
     names = {shard.name for shard in planned}

@@ -93,6 +93,8 @@ class BuiltShard:
     """Column name -> what is wrong with its file."""
     decode_failures: frozenset[tuple[str, str]] = frozenset()
     """(session, stream) pairs in which at least one segment did not decode."""
+    is_refreshed: bool = False
+    """Whether its index is written again, because it has hashes of an older format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ knows it: this module can be deleted one day. Videos stay the files that they ar
 are copied. Audio and dMel members are copied. Sensors and texts are rewritten from stored values:
 each gets a column of its own, and each token a time of its own.
 
-A row that is copied depends on the same recording as before. :func:`refresh_column` compares the
+A row that is copied depends on the same recording as before. :func:`refresh_upgraded` compares the
 hash that format 2 kept with the one that the recording would give today, so that the next build
 rebuilds only what differs.
 """
@@ -24,6 +24,7 @@ import numpy as np
 
 from preprocess.build.commit import NewSet, commit_set
 from preprocess.build.plan_types import BuiltColumn, Row
+from preprocess.build.previous_set import row_hash
 from preprocess.build.write import EncodedRow, IndexBuilder, write_column
 from shared.clock import EPSILON_S, Segment
 from shared.config import make_section
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from preprocess.build.plan_types import SessionSegments
+    from preprocess.build.plan_types import BuiltShard, PreviousSet, SessionSegments
     from preprocess.build.write import DecodeFailure
     from shared.kinds.column import Column
     from shared.media.tokenizer import TextTokenizer
@@ -127,16 +128,15 @@ def upgrade_set(location: Path | str, *, keep_old_s: float = KEEP_OLD_S) -> Upgr
         keep_old_s: see :func:`shared.shardset.store.claim_shard_set`.
 
     Returns:
-        What was done; None if the set has the present format already.
+        What was done; None if there is no set of format 2.
 
     Raises:
-        ShardError: there is no set, or it is corrupt.
+        ShardError: the set is corrupt.
         JobError: the disk is full, or another job builds the set.
     """
     with open_shard_set(parse_location(location)) as store:
         content = store.read(MANIFEST_FILE)
         if content is None or not is_format_2(content):
-            store.read_manifest()  # explains what is wrong, if anything is
             return None
     with claim_shard_set(
         parse_location(location), keep_old_s=keep_old_s, version=OLD_VERSION
@@ -594,39 +594,48 @@ def _parse_index(content: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]
 # --- builds onto an upgraded set ----------------------------------------------------------------
 
 
-def refresh_column(
-    built: BuiltColumn,
-    column: Column,
-    sessions: Sequence[SessionSegments],
-    *,
-    scans: Mapping[str, SessionScan],
-    recipe: Recipe,
-    rows: Mapping[str, str],
-    basis: Mapping[str, Any],
-) -> BuiltColumn | None:
-    """Return an upgraded column with the hashes of today; None if it must be rebuilt.
+def refresh_upgraded(
+    previous: PreviousSet, scans: Mapping[str, SessionScan], recipe: Recipe
+) -> PreviousSet:
+    """Give upgraded rows the hashes of today, where the recordings still give the same bytes.
 
     Args:
-        built: a column of the previous set.
-        column: the same column.
-        sessions: the segments that the shard holds.
+        previous: the set to update.
         scans: every session as it is now.
         recipe: the recipe to build by.
-        rows: hash of each session's rows as they would be made now.
-        basis: what the column depends on now.
     """
-    settings = {key: value for key, value in basis.items() if key != "rows"}
-    before = {key: value for key, value in built.basis.items() if key != "rows"}
-    if settings != before or set(built.rows) != set(rows):
-        return None
-    if not any(_ROW_HASH.fullmatch(digest) for digest in built.rows.values()):
-        return None
-    for segments in sessions:
-        recorded = built.rows[segments.session]
-        is_upgraded = is_same_row(recorded, column, segments, scans=scans, recipe=recipe)
-        if recorded != rows[segments.session] and not is_upgraded:
-            return None
-    return replace(built, basis=basis, fingerprint=fingerprint_of(basis), rows=dict(rows))
+    columns = columns_of(recipe)
+    return replace(
+        previous,
+        shards=tuple(_refresh_shard(s, columns, scans, recipe) for s in previous.shards),
+    )
+
+
+def _refresh_shard(
+    shard: BuiltShard,
+    columns: Mapping[str, Column],
+    scans: Mapping[str, SessionScan],
+    recipe: Recipe,
+) -> BuiltShard:
+    """Replace the hashes of format 2 in the columns of a shard."""
+    segments = {stored.session: stored for stored in shard.sessions}
+    refreshed = {}
+    for name, built in shard.columns.items():
+        rows = dict(built.rows)
+        for session, recorded in rows.items():
+            stored, column = segments.get(session), columns.get(name)
+            if stored is None or column is None or not _ROW_HASH.fullmatch(recorded):
+                continue
+            if is_same_row(recorded, column, stored, scans=scans, recipe=recipe):
+                rows[session] = row_hash(stored, column, scans[session], recipe)
+        if rows != built.rows:
+            basis = {**built.basis, "rows": fingerprint_of(list(rows.values()))}
+            refreshed[name] = replace(
+                built, rows=rows, basis=basis, fingerprint=fingerprint_of(basis)
+            )
+    if not refreshed:
+        return shard
+    return replace(shard, columns={**shard.columns, **refreshed}, is_refreshed=True)
 
 
 def is_same_row(

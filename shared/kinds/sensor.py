@@ -35,7 +35,11 @@ def columns(name: str, spec: SensorStream, recipe: Recipe) -> tuple[Column, ...]
             shape=(count, spec.size),
             unit=", ".join(units),
             max_bytes=min(MAX_MEMBER_BYTES, 4 * count * spec.size),
-            settings=stream_settings(spec),
+            settings={
+                **stream_settings(spec),
+                "max_gap_s": spec.gap_limit_s,
+                "max_age_s": spec.age_limit_s if spec.resample == "hold" else None,
+            },
             dimensions=("segment", "time", "value"),
             fill_value="NaN",
             attributes={

@@ -75,7 +75,7 @@ def columns(name: str, spec: VideoStream, recipe: Recipe) -> tuple[Column, ...]:
             shape=shape,
             unit=unit,
             max_bytes=min(MAX_MEMBER_BYTES, count * picture_bytes),
-            settings=stream_settings(spec, without=inactive),
+            settings={**stream_settings(spec, without=inactive), "max_error_s": spec.tolerance_s},
             has_time_errors=True,
         ),
     )
