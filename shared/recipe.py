@@ -18,6 +18,7 @@ from shared.config import Section, load_section, make_section
 from shared.streams import (
     DEFAULT_STREAMS,
     DEFAULTS_OF_KIND,
+    MAX_STREAMS,
     AudioDefaults,
     AudioStream,
     Kind,
@@ -133,6 +134,11 @@ class Recipe(Section):
             )
         if not streams:
             raise ValueError("streams declares no stream; fix: declare one, or leave streams out")
+        if len(streams) > MAX_STREAMS:
+            raise ValueError(
+                f"streams declares {len(streams)} streams, more than {MAX_STREAMS}; fix: declare "
+                "values of one sensor as one stream"
+            )
         for name in streams:
             check_stream_name(str(name))
         defaults = {kind: _defaults_of(kind, values.get(kind.value)) for kind in Kind}

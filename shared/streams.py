@@ -21,6 +21,9 @@ METADATA_FILE = "metadata.jsonl"
 TEXT_FILE = "text.jsonl"
 """The session file that holds text events."""
 
+MAX_STREAMS = 512
+"""Most streams of a recipe."""
+
 STREAM_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 RESERVED_NAMES = frozenset(
     [

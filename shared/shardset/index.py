@@ -28,7 +28,7 @@ from shared.errors import (
     upgrade_hint_for,
 )
 from shared.files import sha256_of_bytes
-from shared.streams import STREAM_NAME, check_stream_name
+from shared.streams import MAX_STREAMS, STREAM_NAME, check_stream_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -43,9 +43,6 @@ INDEX_VERSION = 3
 
 METADATA_KEY = "vr_creature"
 """The key of ``__metadata__`` that holds the header of the index."""
-
-MAX_STREAMS = 512
-"""Streams of a set."""
 
 _OLD_MAGIC = b"VRCINDEX"
 """First bytes of an index of format 2 or older."""

@@ -23,8 +23,9 @@ from shared.kinds.column import MAX_MEMBER_BYTES
 from shared.kinds.text import MAX_TEXT_BYTES
 from shared.kinds.video import decode_pictures
 from shared.shardset import index as index_module
-from shared.shardset.index import MAX_STREAMS, open_index
+from shared.shardset.index import open_index
 from shared.shardset.manifest import FORMAT_VERSION, read_manifest
+from shared.streams import MAX_STREAMS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")

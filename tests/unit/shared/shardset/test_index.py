@@ -19,11 +19,11 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared.errors import CorruptError, FormatVersionError, ShardError
+from shared.config import make_section
+from shared.errors import ConfigError, CorruptError, FormatVersionError, ShardError
 from shared.recipe import Recipe
 from shared.shardset import index as index_module
 from shared.shardset.index import (
-    MAX_STREAMS,
     ShardIndex,
     index_bytes,
     open_index,
@@ -31,6 +31,7 @@ from shared.shardset.index import (
     require_matching,
 )
 from shared.shardset.layout import columns_of
+from shared.streams import MAX_STREAMS
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -288,6 +289,40 @@ def test_unknown_arrays_and_keys_are_ignored():
     found = parse(index_bytes(more))
     assert found.header["new"] == 1
     use(found)
+
+
+def test_an_index_of_as_many_streams_as_a_recipe_can_declare_comes_back():
+    streams = {
+        f"s{i:03d}": {"kind": "audio", "file": "all.mka", "track": i % 64} for i in range(64)
+    }
+    streams |= {
+        f"t{i:03d}": {"kind": "sensor", "key": f"k{i}", "values": [{"count": 1, "type": "scalar"}]}
+        for i in range(MAX_STREAMS - 64)
+    }
+    columns = columns_of(Recipe(streams=streams))
+    many = ShardIndex(
+        header={
+            **tiny_index().header,
+            "streams": sorted(streams),
+            "videos": [],
+            "columns": {name: column_entry("mic") for name in columns},
+        },
+        arrays={
+            "session": np.zeros(1, np.uint32),
+            "segment": np.zeros(1, np.uint32),
+            "present": np.ones((1, MAX_STREAMS), np.uint8),
+            "coverage": np.ones((1, MAX_STREAMS), np.float32),
+            **{
+                f"{name}.{part}": np.ones(1, dtype)
+                for name in columns
+                for part, dtype in (("offset", "u8"), ("length", "u8"), ("crc32c", "u4"))
+            },
+        },
+    )
+    assert_equal(parse(index_bytes(many)), many)
+    one_more = {**streams, "extra": {"kind": "text", "file": "a.jsonl"}}
+    with pytest.raises(ConfigError, match="513 streams, more than 512; fix"):
+        make_section(Recipe, {"streams": one_more}, origin="recipe")
 
 
 # --- versions --------------------------------------------------------------------------------
