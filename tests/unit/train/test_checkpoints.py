@@ -8,7 +8,10 @@ import zipfile
 
 import pytest
 import torch
+from helpers.models import make_config as make_model_config
+from helpers.models import make_shapes
 from helpers.training import (
+    SHAPES,
     cut_in_half,
     flip_a_bit,
     make_config,
@@ -20,7 +23,9 @@ from helpers.training import (
 )
 
 from shared.errors import CheckpointError
-from train.checkpoints import load_checkpoint, save_checkpoint
+from shared.streams import DEFAULT_STREAMS
+from train.checkpoints import load_checkpoint, save_checkpoint, shape_differences
+from train.shapes import WindowShapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +41,7 @@ def types_in(value):
 
 
 def test_a_checkpoint_holds_only_tensors_and_plain_values(tmp_path):
-    extra = {"tokenizer": "{}", "recipe": {"window": {"duration_s": 4.0}}}
+    extra = {"tokenizer": "{}", "recipe": {"segment": {"duration_s": 4.0}}}
     summary = make_trainer(make_config(tmp_path), checkpoint_extra=extra).train()
     state = torch.load(summary.checkpoint)
     plain = {"dict", "OrderedDict", "list", "tuple", "str", "int", "float", "bool", "NoneType"}
@@ -44,14 +49,15 @@ def test_a_checkpoint_holds_only_tensors_and_plain_values(tmp_path):
 
 
 def test_a_checkpoint_holds_what_inference_and_resuming_need(tmp_path):
-    extra = {"tokenizer": "{}", "recipe": {"window": {"duration_s": 4.0}}}
+    extra = {"tokenizer": "{}", "recipe": {"segment": {"duration_s": 4.0}}}
     summary = make_trainer(make_config(tmp_path), checkpoint_extra=extra).train()
     state = torch.load(summary.checkpoint)
     assert state["step"] == 6
     assert state["extra"] == extra
     assert state["stream"] == {"fingerprint": "tiny", "next_batch": 6}
     assert json.loads(json.dumps(state["config"]))["training"]["optimizer"]["lr"] == 3e-3
-    assert state["shapes"]["vocab_size"] == 264
+    assert state["shapes"]["streams"]["internal_text"]["num_classes"] == 264
+    assert WindowShapes.from_json(json.loads(json.dumps(state["shapes"]))) == SHAPES
 
 
 def test_a_saved_state_is_loaded_unchanged(tmp_path):
@@ -93,7 +99,8 @@ class Foreign:
     [
         ({"state_dict": {}}, "not a checkpoint of this trainer"),
         ([1, 2], "not a checkpoint of this trainer"),
-        ({**make_state(), "format_version": 99}, "format version 99"),
+        ({**make_state(), "format_version": 99}, "format 99, .* fix: update vr-creature"),
+        ({**make_state(), "format_version": 1}, "format 1, .* reads format 2; fix: train again"),
         ({**make_state(), "extra": Foreign()}, "can run code"),
     ],
 )
@@ -188,3 +195,63 @@ def test_a_resumed_run_continues_in_its_old_log_folder(tmp_path):
     trainer = make_trainer(make_config(tmp_path, max_steps=8), run_name=None)
     trainer.load_checkpoint(first.checkpoint)
     assert trainer.train().log_dir == first.log_dir == tmp_path / "runs" / "mine"
+
+
+def shapes_with(num_ticks=8, weights=None, **streams):
+    """Return the shapes of the default streams and of some more."""
+    config = make_model_config(num_ticks=num_ticks, loss_weights=weights or {})
+    declared = {**DEFAULT_STREAMS, **streams}
+    declared = {name: spec for name, spec in declared.items() if spec is not None}
+    return make_shapes(config, streams=declared)
+
+
+def gaze(count=6, rate_hz=120):
+    values = [{"count": count, "type": "direction"}]
+    return {"kind": "sensor", "key": "gaze", "rate_hz": rate_hz, "values": values}
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "expected"),
+    [
+        (
+            {"gaze": gaze()},
+            {"gaze": gaze(9, 60)},
+            "the checkpoint reads gaze (6 direction values at 120 Hz), "
+            "the run reads gaze (9 direction values at 60 Hz)",
+        ),
+        (
+            {"gaze": gaze()},
+            {},
+            "the checkpoint reads gaze (6 direction values at 120 Hz), the run does not use gaze",
+        ),
+        (
+            {"gaze": gaze(), "weights": {"gaze": 1}},
+            {"gaze": gaze()},
+            "the checkpoint reads and predicts gaze (6 direction values at 120 Hz), "
+            "the run reads gaze (6 direction values at 120 Hz)",
+        ),
+        (
+            {"wrist": {"kind": "video", "file": "w.mp4", "size": [32, 48]}},
+            {"wrist": {"kind": "video", "file": "w.mp4", "size": [48, 32]}},
+            "the checkpoint reads wrist (32 x 48 pixels at 5 Hz), "
+            "the run reads wrist (48 x 32 pixels at 5 Hz)",
+        ),
+        (
+            {"touch": None},
+            {},
+            "the checkpoint does not use touch, the run reads touch (5 fraction values at 30 Hz)",
+        ),
+    ],
+)
+def test_streams_that_differ_are_named(saved, own, expected):
+    assert shape_differences(shapes_with(**saved), shapes_with(**own)) == [expected]
+
+
+def test_windows_of_another_length_are_the_same_model():
+    assert shape_differences(shapes_with(num_ticks=8), shapes_with(num_ticks=20)) == []
+
+
+def test_another_tick_rate_is_another_model():
+    slow = make_shapes(make_model_config({"model": {"tick_rate_hz": 5}}, num_ticks=8))
+    differences = shape_differences(shapes_with(), slow)
+    assert differences[0] == "the checkpoint has 10 ticks per second, the run 5"

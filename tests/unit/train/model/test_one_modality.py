@@ -10,16 +10,17 @@ import torch
 from helpers.sets import HEADS, make_config
 from rich.console import Console
 
-from shared.recipe import STREAMS
+from shared.streams import DEFAULT_STREAMS
 from train import Loader, MultiModalCreature, Trainer, open_source
 from train.data.pixels import to_model_inputs
+from train.model.encoders import module_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_run(shards, folder, stream, head):
     """Configuration of one step."""
-    config = make_config(shards, heads=(head,), modalities=[str(stream)])
+    config = make_config(shards, heads=(head,), modalities=[stream])
     values = config.model_dump(mode="json")
     values["training"] |= {
         "max_steps": 1,
@@ -30,7 +31,7 @@ def make_run(shards, folder, stream, head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", DEFAULT_STREAMS)
 def test_a_run_of_one_input_and_one_output_reads_trains_and_evaluates(
     tiny_set, tmp_path, stream, head
 ):
@@ -52,14 +53,14 @@ def test_a_run_of_one_input_and_one_output_reads_trains_and_evaluates(
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("stream", DEFAULT_STREAMS)
 def test_the_one_output_depends_on_the_one_input(tiny_set, tmp_path, stream, head):
     config = make_run(tiny_set, tmp_path, stream, head)
     source = open_source(config, split="train")
     batches = Loader(source, config, is_shuffled=False, num_epochs=1)
     batch = next(b for b in batches if b["inputs"][f"{stream}_valid"].any())
     model = MultiModalCreature(config, batches.shapes)
-    torch.nn.init.normal_(model.predictors[head].weight)  # the animation head starts at zero
+    torch.nn.init.normal_(model.predictors[module_key(head)].weight)  # animation starts at zero
     inputs = to_model_inputs(batch["inputs"])
     hidden = {**inputs, f"{stream}_valid": torch.zeros_like(inputs[f"{stream}_valid"])}
     assert not torch.equal(model(inputs)[head], model(hidden)[head])
