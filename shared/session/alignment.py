@@ -119,6 +119,10 @@ def align_streams(
     stop_s = max(0.0, *stops_s) if stops_s else 0.0
     for name, events in texts.items():
         _align_text(name, events, min(stop_s, MAX_SESSION_S), streams)
+    for name in sorted(streams.not_recorded):
+        if issue := lines.find_cause(name, recipe.streams[name].file):
+            streams.absent[name] = f"{issue.source_line}: {issue.message}"
+            streams.not_recorded.remove(name)
     return Alignment(
         offset_s=offset_s,
         stop_s=stop_s,

@@ -25,7 +25,7 @@ from shared.session.lines import (
     wrong_size,
 )
 from shared.session.tables import MAX_LINE_BYTES, TableError, choose_columns, open_table
-from shared.streams import METADATA_FILE, Kind, SensorStream, TextStream
+from shared.streams import METADATA_FILE, SensorStream, TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -109,9 +109,7 @@ def read_timed_lines(
         is_cleaned: whether values are cleaned (:func:`shared.values.clean_readings`); readings that
             can't be are left out. Else they are as recorded, and finite.
     """
-    return _read_streams(
-        path, _timed_streams(recipe), units_per_s=units_per_s or {}, is_cleaned=is_cleaned
-    )
+    return _read_streams(path, recipe.streams, units_per_s=units_per_s, is_cleaned=is_cleaned)
 
 
 def read_readings(path: Path, recipe: Recipe, names: Collection[str]) -> dict[str, Readings]:
@@ -131,10 +129,6 @@ def read_text_events(
     return dict(_read_streams(path, streams, is_only_events=True).events)
 
 
-def _timed_streams(recipe: Recipe) -> dict[str, StreamSpec]:
-    return {name: recipe.streams[name] for name in recipe.of_kind(Kind.SENSOR, Kind.TEXT)}
-
-
 def _read_streams(
     path: Path,
     streams: Mapping[str, StreamSpec],
@@ -143,7 +137,7 @@ def _read_streams(
     is_cleaned: bool = True,
     is_only_events: bool = False,
 ) -> SessionLines:
-    """Read each file that holds some of the streams."""
+    """Read each file that holds some of the sensor and text streams."""
     streams_of_file: dict[str, dict[str, SensorStream | TextStream]] = {}
     for name, stream in streams.items():
         if isinstance(stream, (SensorStream, TextStream)):

@@ -149,6 +149,22 @@ class SessionLines:
         """Issues of all files."""
         return tuple(issue for lines in self.files for issue in lines.issues)
 
+    def find_cause(self, name: str, file: str) -> ParseIssue | None:
+        """Return the issue that leaves a stream without readings or events, if there is one.
+
+        Args:
+            name: the stream.
+            file: its file. Issues of the whole file count, and if it has no times, all of them.
+        """
+        has_times = file in self.spans
+        for issue in self.issues:
+            is_of_file = issue.file == file and not issue.stream
+            if issue.stream == name or (
+                is_of_file and (issue.kind in ("file", "column") or not has_times)
+            ):
+                return issue
+        return None
+
 
 def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     """Parse a line into its JSON object, or None and the reason why it has none."""

@@ -28,7 +28,8 @@ MAX_COLUMNS = 16_384
 """A table with more columns is refused."""
 
 MAX_GROUP_VALUES = 1 << 28
-"""A row group of a Parquet file with more values in a column is refused: 2 GiB when decoded."""
+MAX_COLUMN_VALUES = 1 << 30
+"""Most values of a column of a Parquet file: in a row group, 2 GiB decoded, and in the file."""
 
 MAX_JOINED_LINES = 64
 """A quoted cell that spans more lines is not closed."""
@@ -40,9 +41,10 @@ BLOCK_ROWS = 8192
 PARQUET_FIX = "fix: run `pip install pyarrow`, or `pip install '.[parquet]'` in the project"
 
 _DELIMITERS = ",;\t"
-_MISSING = frozenset(["", "null", "na", "n/a", "none", "nan"])
-_TRUTHS = {"true": 1.0, "false": 0.0}
-_NUMBER = re.compile(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?")
+_MISSING = dict.fromkeys([b"", b"null", b"na", b"n/a", b"none"], b"nan")
+_WORDS = {**_MISSING, b"true": b"1", b"false": b"0"}
+"""Cells that are no numbers, and what they mean."""
+
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -155,6 +157,12 @@ class _DelimitedTable:
             readings, key=lambda r: (len({c.strip() for c in r[0]} & {*wanted}), len(r[0]))
         )
         self.names = tuple(cell.strip() for cell in cells)
+        edge = f"[{self.delimiter}\n]".encode()
+        words = b"|".join(sorted(_WORDS, reverse=True))
+        self._word = re.compile(rb"(?i)(?<=%b) *(%b) *(?=%b)" % (edge, words, edge))
+        self._quoted_cell = re.compile(
+            rb'(?<=%b)"([^"\n%b]*)"(?=%b)' % (edge, self.delimiter.encode(), edge)
+        )
         self.list_columns = self.seconds_columns = frozenset[str]()
 
     def iter_blocks(self, columns: Sequence[tuple[str, int]]) -> Iterator[TableBlock]:
@@ -224,36 +232,36 @@ class _DelimitedTable:
         return self._number, raw
 
     def _parse_fast(self, lines: list[bytes], indices: list[int]) -> NDArray[np.float64] | None:
-        """Parse lines of plain numbers; None if there is anything else, or a row of other length.
+        """Parse lines of numbers; None if a needed cell is something else, or a row is irregular.
 
         It gives the same cells as :meth:`_parse_slow`, 5 times faster.
         """
-        delimiter, num_delimiters = self.delimiter.encode(), len(self.names) - 1
-        content = b"".join(lines)
-        if not lines or b'"' in content or {r.count(delimiter) for r in lines} != {num_delimiters}:
+        delimiter = self.delimiter.encode()
+        if {raw.count(delimiter) for raw in lines} != {len(self.names) - 1}:
             return None
+        content = b"\n" + b"".join(lines).replace(b"\r\n", b"\n")
+        if b'"' in content:
+            content = self._quoted_cell.sub(rb"\1", content)
+            if b'"' in content:
+                return None
         if self.delimiter != ",":
             content = content.replace(b",", b".")
-        content = content.replace(b"\r\n", b"\n")
-        for empty, filled in (
-            (delimiter + delimiter, delimiter + b"nan" + delimiter),
-            (delimiter + b"\n", delimiter + b"nan\n"),
-            (b"\n" + delimiter, b"\nnan" + delimiter),
-        ):
-            if empty in content:
-                content = content.replace(empty, filled).replace(empty, filled)
-        try:
-            cells = np.loadtxt(
-                io.BytesIO(content),
-                delimiter=self.delimiter,
-                usecols=indices,
-                comments=None,
-                encoding="latin1",
-                ndmin=2,
-            )
-        except ValueError:
-            return None
-        return cells if len(cells) == len(lines) else None
+        for has_words in (True, False):
+            try:
+                cells = np.loadtxt(
+                    io.BytesIO(content),
+                    delimiter=self.delimiter,
+                    usecols=indices,
+                    comments=None,
+                    encoding="latin1",
+                    ndmin=2,
+                )
+            except ValueError:
+                if has_words:
+                    content = self._word.sub(lambda m: _WORDS[m[1].lower()], content)
+            else:
+                return cells if len(cells) == len(lines) else None
+        return None
 
     def _parse_slow(
         self,
@@ -283,16 +291,14 @@ class _DelimitedTable:
 
     def _parse_cell(self, text: str) -> float:
         """Return a number, NaN if it is missing, and infinity if it is something else."""
-        text = text.strip()
         if self.delimiter != ",":
             text = text.replace(",", ".")
-        if _NUMBER.fullmatch(text) is not None:
-            try:
-                return float(text)
-            except ValueError:
-                return np.inf
-        text = text.lower()
-        return np.nan if text in _MISSING else _TRUTHS.get(text, np.inf)
+        try:
+            number = float(text)
+        except ValueError:
+            word = _WORDS.get(text.strip().lower().encode())
+            return np.inf if word is None else float(word)
+        return number if text.isascii() and "_" not in text else np.inf
 
 
 def _is_hint(raw: bytes) -> bool:
@@ -341,8 +347,8 @@ class _ParquetTable:
 
     def iter_blocks(self, columns: Sequence[tuple[str, int]]) -> Iterator[TableBlock]:
         """Yield the cells of some columns."""
-        self._check_groups()
         names = [name for name, _ in columns]
+        self._check_lengths(names)
         first = 1
         try:
             for batch in self._file.iter_batches(batch_size=BLOCK_ROWS, columns=names):
@@ -357,15 +363,19 @@ class _ParquetTable:
         except (self._pa.ArrowException, OSError, ValueError) as error:
             raise TableError(f"row {first} and later: {_parquet_message(error)}") from error
 
-    def _check_groups(self) -> None:
-        metadata = self._file.metadata
+    def _check_lengths(self, names: Collection[str]) -> None:
+        """Check how many values of the columns a file claims: a few bytes can claim billions."""
+        metadata, total = self._file.metadata, 0
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)
-            count = max((group.column(i).num_values for i in range(group.num_columns)), default=0)
-            if max(count, group.num_rows) > MAX_GROUP_VALUES:
+            columns = [group.column(i) for i in range(group.num_columns)]
+            wanted = [c for c in columns if c.path_in_schema.split(".")[0] in names]
+            count = max([group.num_rows, *(column.num_values for column in wanted)])
+            total += count
+            if count > MAX_GROUP_VALUES or total > MAX_COLUMN_VALUES:
                 raise TableError(
-                    f"row group {index} has {count} values in a column, more than "
-                    f"{MAX_GROUP_VALUES}; fix: write smaller row groups"
+                    f"{count} values of a column in row group {index}, {total} up to it, exceed "
+                    f"{MAX_GROUP_VALUES} and {MAX_COLUMN_VALUES}; fix: split the recording"
                 )
 
     def _read_column(

@@ -585,3 +585,34 @@ def test_epochs_on_a_clock_of_their_own_make_no_long_session() -> None:
     alignment = align_streams({}, lines_of(times_s), starts={}, recipe=FILES)
     assert alignment.duration_s == 18.0
     assert "outside the session of 86400 s" in alignment.absent["c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("timestamp,x\n0,1\n", None),
+        ("timestamp,x\n0,\n1,\n", "gaze.csv holds no usable reading of it"),
+        ("", "gaze.csv: no header line; fix: write the names of the columns in line 1"),
+        ("t,x\n0,1\n", "gaze.csv line 1: no column timestamp; its columns are ['t', 'x']; fix: "),
+        ("timestamp,y\n0,1\n", "gaze.csv line 1: no column x; its columns are"),
+        ("timestamp,x_0,x_1\n0,1,1\n", "gaze.csv line 1: 2 columns belong to x, the recipe"),
+        ("timestamp,x\n0,north\n", "gaze.csv line 2: x contains a value that is not a finite"),
+        ("timestamp,x\nnoon,1\n", "gaze.csv line 2: timestamp is no number, not a usable"),
+    ],
+)
+def test_a_stream_without_readings_is_absent_with_the_cause(
+    content: str, reason: str | None, tmp_path: Path
+) -> None:
+    gaze = {**_SCALAR, "file": "gaze.csv", "key": "x", "required": True}
+    recipe = Recipe.model_validate(
+        {"streams": {"gaze": gaze, "mic": {"kind": "audio", "file": "mic.wav"}}}
+    )
+    write_tone(tmp_path / "mic.wav")
+    (tmp_path / "gaze.csv").write_text(content)
+    scan = scan_session(tmp_path, recipe=recipe)
+    if reason is None:
+        assert scan.absent == {}
+    else:
+        assert scan.absent["gaze"].startswith(reason)
+        assert scan.session_rejection(recipe).startswith(f"required stream gaze: {reason}")
+        assert ("gaze" in scan.not_recorded) == ("holds no usable" in reason)

@@ -432,14 +432,25 @@ def test_columns_of_words_are_one_issue(tmp_path: Path) -> None:
     assert (issue.line, issue.kind) == (0, "file")
 
 
-def test_a_row_group_that_is_too_large_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("limit", "value", "start"),
+    [
+        ("MAX_GROUP_VALUES", 5, "8 values of a column in row group 0, 8 up"),
+        ("MAX_COLUMN_VALUES", 11, "4 values of a column in row group 1, 12 up"),
+    ],
+)
+def test_columns_that_are_too_long_are_refused(
+    limit: str, value: int, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "MAX_GROUP_VALUES", 5)
-    columns = {"timestamp": pa.array(np.arange(4.0)), "x": pa.array([[1.0, 2.0]] * 4)}
-    content = write_parquet(tmp_path / "b.parquet", columns)
+    monkeypatch.setattr(tables, limit, value)
+    columns = {
+        "timestamp": pa.array(np.arange(6.0)),
+        "x": pa.array([[1.0, 2.0]] * 6),
+        "other": pa.array([[1.0] * 99] * 6),
+    }
+    content = write_parquet(tmp_path / "b.parquet", columns, row_group_size=4)
     (issue,) = read(tmp_path, "a.parquet", content).issues
-    assert "row group 0 has 8 values in a column" in issue.message
+    assert issue.message.startswith(start)
 
 
 def test_without_pyarrow_the_message_says_how_to_install_it(
