@@ -260,6 +260,35 @@ def _print_build(summary: BuildSummary, location: Path | Store) -> None:
 
 @cli.command()
 @click.argument("shard_set", metavar="SHARD_SET")
+def upgrade(shard_set: str) -> None:
+    """Upgrade a shard set of format 2 (a folder or a URL) in its place, without its recordings.
+
+    Nothing is decoded. A build onto such a set upgrades it first.
+
+    \b
+    python -m preprocess upgrade shards/default
+    """  # noqa: D301
+    from preprocess.build.upgrade import upgrade_set
+    from shared.shardset.store import open_shard_set
+
+    summary = upgrade_set(shard_set)
+    if summary is None:
+        with open_shard_set(parse_location(shard_set)) as store:
+            store.read_manifest()
+        click.echo(f"{redact_url(shard_set)} is up to date")
+        return
+    click.echo(
+        f"{redact_url(shard_set)} is upgraded: {summary.num_segments} segments in "
+        f"{summary.num_shards} shards; {summary.kept_files} video files kept, "
+        f"{summary.copied_members} members copied, {summary.rewritten_members} rewritten, "
+        "0 pictures decoded"
+    )
+    for line in summary.gaps:
+        click.echo(f"gap: {line}; fix: run `python -m preprocess shards` with its sessions")
+
+
+@cli.command()
+@click.argument("shard_set", metavar="SHARD_SET")
 @click.pass_context
 def verify(ctx: click.Context, shard_set: str) -> None:
     """Check every byte of a shard set (a folder or a URL); exit with code 1 on any problem.

@@ -141,7 +141,20 @@ def upgrade_set(location: Path | str, *, keep_old_s: float = KEEP_OLD_S) -> Upgr
     with claim_shard_set(
         parse_location(location), keep_old_s=keep_old_s, version=OLD_VERSION
     ) as store:
-        return _Upgrade(store, json.loads(store.read(MANIFEST_FILE) or b"{}")).run()
+        content = store.read(MANIFEST_FILE) or b""
+        _require_whole(content, f"{store}/{MANIFEST_FILE}")
+        return _Upgrade(store, json.loads(content)).run()
+
+
+def _require_whole(content: bytes, origin: str) -> None:
+    """Check a manifest against the checksum in its last line.
+
+    Raises:
+        CorruptError: it differs.
+    """
+    body, _, last = content.rpartition(b',\n "sha256": "')
+    if not body or last[:64] != sha256_of_bytes(body).encode():
+        raise CorruptError(f"{origin}: differs from its own checksum; {rebuild_hint(origin)}")
 
 
 def convert_recipe(old: Mapping[str, Any]) -> Recipe:
