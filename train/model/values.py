@@ -56,26 +56,26 @@ def _rotation_columns(quaternions: Tensor) -> Tensor:
     return torch.stack(columns, dim=-1)
 
 
-def _smooth_l1(output: Tensor, target: Tensor) -> Tensor:
-    return F.smooth_l1_loss(output, target, reduction="none")
+def _smooth_l1(difference: Tensor, target: Tensor) -> Tensor:
+    return F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none")
 
 
-def _one_minus_cosine(output: Tensor, target: Tensor) -> Tensor:
-    return 1 - torch.cos(output - target)
+def _one_minus_cosine(difference: Tensor, target: Tensor) -> Tensor:
+    return 1 - torch.cos(difference)
 
 
-def _half_squared_chord(output: Tensor, target: Tensor) -> Tensor:
+def _half_squared_chord(difference: Tensor, target: Tensor) -> Tensor:
     """Return 1 - cosine of unit vectors; this form keeps its precision for small angles."""
-    return (output - target).square().sum(-1, keepdim=True) / 2
+    return difference.square().sum(-1, keepdim=True) / 2
 
 
-def _squared_sine(output: Tensor, target: Tensor) -> Tensor:
-    """Return 1 - <q, q'>^2 of unit quaternions: the squared length of q beside q'.
+def _squared_sine(difference: Tensor, target: Tensor) -> Tensor:
+    """Return 1 - <q, q'>^2 of unit quaternions: the squared length of q beside the target q'.
 
     q and -q are one rotation; an error of angle a costs sin(a / 2)^2.
     """
-    along = (output * target).sum(-1, keepdim=True) * target
-    return (output - along).square().sum(-1, keepdim=True)
+    along = (difference * target).sum(-1, keepdim=True) * target
+    return (difference - along).square().sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,8 @@ class ValueRule:
     features: Callable[[Tensor], Tensor] = _unchanged
     """Vectors [..., N, V] to their features [..., N, any]."""
     error: Callable[[Tensor, Tensor], Tensor] = _smooth_l1
-    """Outputs and targets [..., N, V] to errors [..., N, 1] of vectors or [..., N, V] of values."""
+    """From outputs minus targets, and targets, [..., N, V] to errors of values or, [..., N, 1], of
+    vectors."""
     is_standardized: bool = False
     """Whether features and errors are in units of the standard deviation."""
     is_unit: bool = False
@@ -132,8 +133,9 @@ def value_errors(
 
     Elements are values; of quaternions and directions they are whole vectors.
     """
-    pairs = zip(split(output / std, groups), split(target / std, groups), strict=True)
-    means = [rule.error(out, true).flatten(-2).mean(-1) for (rule, out), (_, true) in pairs]
+    # The difference comes first: a value far from 0 has no digits to spare.
+    pairs = zip(split((output - target) / std, groups), split(target, groups), strict=True)
+    means = [rule.error(off, true).flatten(-2).mean(-1) for (rule, off), (_, true) in pairs]
     return torch.stack(means).sum(0)
 
 

@@ -143,6 +143,13 @@ def test_the_truth_costs_nothing_and_errors_are_never_negative(value_type):
     assert (nearly >= 0).all()
 
 
+def test_errors_far_from_zero_keep_their_digits():
+    groups = (ValueGroup(count=1, type="scalar"),)
+    target = torch.tensor([[8192.0]])
+    errors = value_errors(target + 2**-8, target, groups, std=torch.tensor([0.01]))
+    assert errors.item() == pytest.approx((2**-8 / 0.01) ** 2 / 2, rel=1e-6)
+
+
 def test_the_negative_of_a_quaternion_costs_nothing():
     groups = groups_of(ValueType.QUATERNION)
     truth = torch.from_numpy(make_readings(5, groups=groups))
