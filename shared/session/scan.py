@@ -189,13 +189,13 @@ def scan_session(
         recipe: the declared streams.
         known: source files that are known to be unchanged; they are not hashed again.
     """
-    media = _Media()
+    media = _Media(path, recipe)
     starts, start_error = read_starts(path, recipe)
     for name in recipe.of_kind(*MEDIA_KINDS) if start_error is None else ():
         try:
-            _SCANNERS[recipe.streams[name].kind](path, name, starts.get(name), recipe, media)
+            _SCANNERS[recipe.streams[name].kind](media, name, starts.get(name))
         except MediaError as error:
-            media.add_absent(name, error, path)
+            media.add_absent(name, error)
     lines = read_timed_lines(path, recipe)
     if start_error is None:
         alignment = align_streams(media.intervals, lines, starts=starts, recipe=recipe)
@@ -236,6 +236,8 @@ def scan_session(
 class _Media:
     """What the scan has found of video and audio so far."""
 
+    path: Path
+    recipe: Recipe
     tracks: dict[str, VideoTrack] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
     levels: dict[str, float] = field(default_factory=dict)
@@ -244,33 +246,29 @@ class _Media:
     absent: dict[str, str] = field(default_factory=dict)
     not_recorded: set[str] = field(default_factory=set)
 
-    def add_absent(self, stream: str, error: MediaError, path: Path) -> None:
+    def add_absent(self, stream: str, error: MediaError) -> None:
         """Record why a stream is missing.
 
         The reason leaves out the folder, so that it does not depend on where the session is stored.
         """
-        self.absent[stream] = str(error).replace(f"{path}/", "")
+        self.absent[stream] = str(error).replace(f"{self.path}/", "")
         if isinstance(error, MissingMediaError):
             self.not_recorded.add(stream)
 
 
-def _scan_video(
-    path: Path, name: str, start_s: float | None, recipe: Recipe, media: _Media
-) -> None:
+def _scan_video(media: _Media, name: str, start_s: float | None) -> None:
     """Read the frame times of a video."""
-    recorded = read_video_track(path / recipe.streams[name].file)
+    recorded = read_video_track(media.path / media.recipe.streams[name].file)
     track = media.tracks[name] = video.align_track(recorded, start_s)
     media.intervals[name] = video.interval_of(track)
     if track is not recorded and start_s is not None:
         media.start_overrides[name] = start_s
 
 
-def _scan_audio(
-    path: Path, name: str, start_s: float | None, recipe: Recipe, media: _Media
-) -> None:
+def _scan_audio(media: _Media, name: str, start_s: float | None) -> None:
     """Measure the interval and the level of an audio stream."""
-    spec = recipe.audios[name]
-    sound = read_sound(path / spec.file, rate_hz=spec.rate_hz, track=spec.track)
+    spec = media.recipe.audios[name]
+    sound = read_sound(media.path / spec.file, rate_hz=spec.rate_hz, track=spec.track)
     interval = media.intervals[name] = audio.align_sound(sound, start_s)
     if interval.start_s:
         media.start_overrides[name] = interval.start_s
@@ -278,7 +276,7 @@ def _scan_audio(
     media.gains[name], media.levels[name] = loudness.gain, loudness.rms
 
 
-_SCANNERS: Mapping[Kind, Callable[[Path, str, float | None, Recipe, _Media], None]] = {
+_SCANNERS: Mapping[Kind, Callable[[_Media, str, float | None], None]] = {
     Kind.VIDEO: _scan_video,
     Kind.AUDIO: _scan_audio,
 }
