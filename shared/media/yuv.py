@@ -67,11 +67,11 @@ class Chosen(NamedTuple):
 
     numbers: Sequence[int]
     """Numbers of the pictures, at least one, increasing."""
-    count: int
+    num_stored: int
     """Pictures of the member."""
 
     @property
-    def index(self) -> slice | list[int]:
+    def selection(self) -> slice | list[int]:
         """Index of these pictures in an array of all; a slice where that copies nothing."""
         first, stop = self.numbers[0], self.numbers[-1] + 1
         return slice(first, stop) if stop - first == len(self.numbers) else list(self.numbers)
@@ -136,8 +136,8 @@ def decode_jpegs(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen) -> N
     Raises:
         CorruptError: the bytes are not as many pictures of `out`'s size.
     """
-    jpegs = _split(bytes(member), _JPEG_SEAM, cut=2, limit=chosen.count + 1)
-    _require_count(len(jpegs), chosen.count)
+    jpegs = _split(bytes(member), _JPEG_SEAM, cut=2, limit=chosen.num_stored + 1)
+    _require_count(len(jpegs), chosen.num_stored)
     jpegs = [jpegs[number] for number in chosen.numbers]
     for jpeg in jpegs:
         _require_jpeg(jpeg, *_size(out))
@@ -193,8 +193,8 @@ def decode_h264(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen) -> No
     member = bytes(member)
     if not member.startswith(_ACCESS_UNIT):
         raise CorruptError("not an H.264 stream that starts with an access unit delimiter")
-    access_units = _split(member, _ACCESS_UNIT, cut=0, limit=chosen.count + 1)
-    _require_count(len(access_units), chosen.count)
+    access_units = _split(member, _ACCESS_UNIT, cut=0, limit=chosen.num_stored + 1)
+    _require_count(len(access_units), chosen.num_stored)
     needed = access_units[: chosen.numbers[-1] + 1]
     _write_frames(_decode("h264", needed, _size(out)), out, chosen.numbers)
 
@@ -211,11 +211,11 @@ def decode_npy_planes(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen)
         CorruptError: the bytes are not as many planes of `out`'s size.
     """
     height, width = _size(out)
-    planes = _load_npy(member, (chosen.count, height * 3 // 2, width))
+    planes = _load_npy(member, (chosen.num_stored, height * 3 // 2, width))
     if out.ndim == 3:
-        out[...] = planes[chosen.index]
+        out[...] = planes[chosen.selection]
     else:
-        planes_to_rgb(planes[chosen.index], out)
+        planes_to_rgb(planes[chosen.selection], out)
 
 
 def decode_npy_rgb(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen) -> None:
@@ -224,7 +224,7 @@ def decode_npy_rgb(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen) ->
     Raises:
         CorruptError: the bytes are not as many pictures of `out`'s size.
     """
-    write_rgb(_load_npy(member, (chosen.count, *_size(out), 3))[chosen.index], out)
+    write_rgb(_load_npy(member, (chosen.num_stored, *_size(out), 3))[chosen.selection], out)
 
 
 def _weigh(channels: NDArray[np.int32], weights: tuple[int, int, int]) -> NDArray[np.int32]:
@@ -292,10 +292,14 @@ def _write_frames(
 ) -> None:
     """Write the frames of some numbers in the layout of `out`, and check all up to the last.
 
-    Their number, size and pixel format must match.
+    Their number, size and pixel format must match. `out` is contiguous.
     """
     height, width = _size(out)
-    buffer = None if out.ndim == 3 else np.empty((1, height * 3 // 2, width), np.uint8)
+    planes = out if out.ndim == 3 else np.empty((1, height * 3 // 2, width), np.uint8)
+    # Views of all pictures are made once; per picture they would cost as much as the copy.
+    pixels = planes.reshape(len(planes), -1)
+    luma = pixels[:, : height * width].reshape(-1, height, width)
+    chroma = pixels[:, height * width :].reshape(-1, 2, height // 2, width // 2)
     places = {number: place for place, number in enumerate(numbers)}
     expected = numbers[-1] + 1
     count = 0
@@ -309,12 +313,13 @@ def _write_frames(
         count += 1
         if place is None:
             continue
-        planes = out[place] if buffer is None else buffer[0]
-        for plane, target in zip(frame.planes, split_planes(planes), strict=True):
-            rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
-            target[...] = rows[: target.shape[0], : target.shape[1]]
-        if buffer is not None:
-            planes_to_rgb(buffer, out[place : place + 1])
+        row = place if planes is out else 0
+        for plane, target in zip(frame.planes, (luma[row], *chroma[row]), strict=True):
+            buffer: Any = plane  # its stub lacks the buffer protocol
+            strides = (plane.line_size, 1)
+            target[...] = np.ndarray(target.shape, np.uint8, buffer, strides=strides)
+        if planes is not out:
+            planes_to_rgb(planes, out[place : place + 1])
     _require_count(count, expected)
 
 

@@ -211,7 +211,7 @@ def write_frames(
             frames = np.arange(len(segment.error_s))[samples]
             segment.write(frames, out[positions])
             valid[positions] = is_valid
-    out[~valid] = 0
+    _clear_invalid(out, valid)
 
 
 def write_readings(
@@ -229,7 +229,7 @@ def write_readings(
         if row in segments:
             out[positions] = segments[row][samples]
     np.logical_not(np.isnan(out).any(axis=1), out=valid)
-    out[~valid] = 0
+    _clear_invalid(out, valid)
 
 
 def write_levels(
@@ -244,7 +244,7 @@ def write_levels(
         if row in segments:
             out[positions] = segments[row][samples]
     np.not_equal(out[:, 0], MASKED_LEVEL, out=valid)
-    out[~valid] = 0
+    _clear_invalid(out, valid)
 
 
 _WRITERS: Final[dict[Kind, Callable[..., None]]] = {
@@ -253,6 +253,15 @@ _WRITERS: Final[dict[Kind, Callable[..., None]]] = {
     Kind.AUDIO: write_levels,
 }
 """How the segments of each kind become a window's array; text has :func:`gather_tokens`."""
+
+
+def _clear_invalid(out: NDArray[Any], valid: NDArray[np.bool_]) -> None:
+    """Write zeros where a window is not valid; whole arrays at the speed of memory."""
+    num_valid = np.count_nonzero(valid)
+    if num_valid == 0:
+        out[...] = 0
+    elif num_valid < len(valid):
+        out[~valid] = 0
 
 
 def gather_tokens(
