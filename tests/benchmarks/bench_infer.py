@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -25,14 +26,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as `python -m t
 import numpy as np
 import torch
 
+sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
+from helpers.models import make_stream
+
 from shared.media.tokenizer import train_tokenizer
 from shared.recipe import Recipe
-from train.config import Head, as_train_config
-from train.data.batch import WindowShapes
+from shared.streams import Kind
+from train.config import as_train_config
 from train.data.pixels import to_model_inputs
 from train.infer.stream import Sampling, TickStream, take_ticks
 from train.model.baselines import Baselines
 from train.model.multimodal import MultiModalCreature
+from train.shapes import WindowShapes
 from train.trained_model import TrainedModel
 
 TICK_MS = 100.0
@@ -74,30 +79,21 @@ def main() -> None:
 
 def make_trained(size: str) -> tuple[TrainedModel, dict[str, torch.Tensor]]:
     """Make an untrained model, and a window's inputs."""
-    config, shapes = as_train_config({"model": {"size": size}}), WindowShapes()
+    config, recipe = as_train_config({"model": {"size": size}}), Recipe()
+    shapes = WindowShapes.from_recipe(recipe, config)
     torch.manual_seed(0)
+    model = MultiModalCreature(config, shapes).eval()
     trained = TrainedModel(
-        model=MultiModalCreature(config, shapes).eval(),
-        recipe=Recipe(),
-        tokenizer=train_tokenizer([], vocab_size=shapes.vocab_size),
-        baselines=Baselines.from_statistics({}, config=config, shapes=shapes),
+        model=model,
+        recipe=recipe,
+        tokenizer=train_tokenizer([], vocab_size=recipe.text.vocab_size),
+        baselines=Baselines.from_dict({}, objective=model.objective),
         step=0,
     )
-    rng = np.random.default_rng(0)
-    frames = (1, shapes.num_frames, shapes.image_size, shapes.image_size, 3)
-    values = {
-        "vision_left": rng.integers(0, 256, frames, "u1"),
-        "vision_right": rng.integers(0, 256, frames, "u1"),
-        "audio": rng.integers(0, 16, (1, shapes.num_audio_frames, shapes.mel_channels), "u1"),
-        "touch": rng.random((1, shapes.num_sensor_samples, shapes.touch_size), "f4"),
-        "proprio": rng.random((1, shapes.num_sensor_samples, shapes.proprio_size), "f4"),
-        "internal_text": rng.integers(0, shapes.vocab_size, (1, shapes.num_ticks)),
-        "external_text": rng.integers(0, shapes.vocab_size, (1, shapes.num_ticks)),
-    }
-    window = {}
-    for name, value in values.items():
-        window[name] = torch.from_numpy(value)
-        window[f"{name}_valid"] = torch.ones(value.shape[:2], dtype=torch.bool)
+    rng, window = np.random.default_rng(0), {}
+    for name, shape in shapes.streams.items():
+        window[name] = torch.from_numpy(make_stream(rng, shape, 1))
+        window[f"{name}_valid"] = torch.ones(window[name].shape[:2], dtype=torch.bool)
     return trained, window
 
 
@@ -157,7 +153,7 @@ def predict_without_cache(trained: TrainedModel, window: dict[str, torch.Tensor]
     """Predict a tick by a forward pass over the whole window."""
     for head, output in trained.model(to_model_inputs(window)).items():
         last = output[:, -1]
-        _ = last if head == Head.ANIMATION else last.argmax(-1)
+        _ = last if trained.shapes.target_shape(head).kind is Kind.SENSOR else last.argmax(-1)
 
 
 def _processor() -> str:

@@ -197,9 +197,7 @@ def make_batches(loader: Loader, worker: int, num_processes: int, count: int, ba
     torch.set_num_threads(1)
     forms = array_forms(BATCH_SIZE, shapes=loader.shapes, pixels=loader.config.data.pixels)
     pool = SharedBatchPool(forms, num_recycled=1)
-    maker = BatchMaker(
-        loader.source, loader.order, pool, config=loader.config, shapes=loader.shapes
-    )
+    maker = BatchMaker(loader.source, loader.order, pool)
     for index in range(worker, 4 * num_processes, num_processes):
         maker.make(Task(index, 0))
     barrier.wait()

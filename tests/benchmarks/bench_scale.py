@@ -1,6 +1,6 @@
 """What a very large shard set costs before its first byte of payload is read.
 
-    python tests/benchmarks/bench_scale.py                 up to 100,000 shards, 100 million samples
+    python tests/benchmarks/bench_scale.py                up to 100,000 shards, 10^8 segments
     python tests/benchmarks/bench_scale.py --shards 1000 10000
 
 Per size, in a fresh process: makes a manifest of as many shards of 1,000 segments in four runs (no
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SAMPLES_PER_SHARD = 1000
+SEGMENTS_PER_SHARD = 1000
 SHARD_BYTES = 256 << 20
 BATCH_SIZE = 256
 NUM_PLANS = 2000
@@ -41,7 +41,7 @@ def main() -> None:
         print(json.dumps(measure(args.measure)))
         return
     print(
-        " shards     samples  manifest MiB  open s  open adds MiB  (peak)  process MiB  "
+        " shards    segments  manifest MiB  open s  open adds MiB  (peak)  process MiB  "
         "first batch ms  batch p50 us  new epoch ms  loader process adds MiB"
     )
     for num_shards in args.shards:
@@ -52,10 +52,10 @@ def main() -> None:
             size = (Path(folder) / "manifest.json").stat().st_size / MIB
         r = json.loads(done.stdout.splitlines()[-1])
         print(
-            f"{num_shards:7}  {num_shards * SAMPLES_PER_SHARD:10}  {size:12.1f}  {r['open_s']:6.2f}"
-            f"  {r['open_mib']:13.1f}  {r['peak_mib']:6.1f}  {r['total_mib']:11.1f}"
-            f"  {r['first_ms']:14.2f}  {r['plan_us']:12.1f}  {r['epoch_ms']:12.1f}"
-            f"  {r['worker_mib']:23.1f}"
+            f"{num_shards:7}  {num_shards * SEGMENTS_PER_SHARD:10}  {size:12.1f}"
+            f"  {r['open_s']:6.2f}  {r['open_mib']:13.1f}  {r['peak_mib']:6.1f}"
+            f"  {r['total_mib']:11.1f}  {r['first_ms']:14.2f}  {r['plan_us']:12.1f}"
+            f"  {r['epoch_ms']:12.1f}  {r['worker_mib']:23.1f}"
         )
 
 
@@ -72,8 +72,8 @@ def write_manifest(folder: Path, num_shards: int) -> None:
         ShardEntry(
             name=f"train-{i:06d}",
             split="train",
-            num_samples=SAMPLES_PER_SHARD,
-            runs=(SAMPLES_PER_SHARD // 4,) * 4,
+            num_samples=SEGMENTS_PER_SHARD,
+            runs=(SEGMENTS_PER_SHARD // 4,) * 4,
             length_bytes=SHARD_BYTES,
             index_file=f"train-{i:06d}.index",
             index_sha256=hashlib.sha256(str(i).encode()).hexdigest(),

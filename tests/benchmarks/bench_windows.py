@@ -10,6 +10,10 @@ read per second of recording that was delivered; seconds until the first batch a
 middle of the epoch, by a new loader of an open set. At the end: whether the set's files are
 the same.
 
+Then one segment in 100 of one stream is corrupted, in a copy, and an epoch is read in the longest
+windows: samples that were replaced, distinct members that were reported, and their share of the
+members read, which `data.max_bad_fraction` limits.
+
 Second table: a set of 10 sensor streams and nothing else, in windows of 4 s: samples per second,
 read requests and bytes of a sample, and open files, with 1, 5 and 10 of the streams read.
 
@@ -30,14 +34,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 from helpers.processes import count_read_bytes, open_files
 from helpers.sessions import write_lines
-from helpers.sets import build_set
+from helpers.sets import build_set, copy_set, flip_byte
 
 from shared.recipe import Recipe, load_recipe
 from shared.shardset.index import open_index
+from shared.shardset.layout import training_columns
 from shared.shardset.manifest import read_manifest
 from train.config import TrainConfig
 from train.data.batch import array_forms
@@ -63,6 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-windows-") as folder:
         shards = build_set(args.sessions, Path(folder) / "set", load_recipe(args.recipe))
         print_windows(shards, args)
+        print_damage(copy_set(shards, Path(folder) / "damaged"), max(args.durations))
         print_sensors(Path(folder), args)
     print_slots()
 
@@ -123,9 +130,8 @@ def measure(config: TrainConfig, args: argparse.Namespace) -> tuple[tuple[float,
     for _ in range(args.rounds):
         num_samples, recorded_s, began_s = 0, 0.0, time.perf_counter()
         with count_read_bytes() as read:
-            for batch in itertools.islice(loader, loader.batches_per_epoch):
-                is_real = batch["weight"] > 0
-                num_samples += int(is_real.sum())
+            for batch in loader:
+                num_samples += int((batch["weight"] > 0).sum())
                 recorded_s += ticks_of(batch, loader.shapes) / loader.shapes.tick_rate_hz
                 if time.perf_counter() - began_s > args.seconds:
                     break
@@ -138,7 +144,7 @@ def measure(config: TrainConfig, args: argparse.Namespace) -> tuple[tuple[float,
 
 def ticks_of(batch: dict[str, Any], shapes: WindowShapes) -> int:
     """Count the ticks of a batch in which any stream was recorded."""
-    seen = 0
+    seen = torch.zeros(len(batch["keys"]), shapes.num_ticks, dtype=torch.bool)
     for name, shape in shapes.streams.items():
         if shape.num_positions == shapes.num_ticks * shape.per_tick:  # not a slow video
             valid = batch["inputs"][f"{name}_valid"]
@@ -162,6 +168,33 @@ def files_of(folder: Path) -> dict[str, tuple[int, int, int]]:
     return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats.items()}
 
 
+def print_damage(shards: Path, duration_s: float) -> None:
+    """Corrupt one segment in 100 of the first stream, and read an epoch of windows."""
+    manifest, number = read_manifest(shards), 0
+    column = next(iter(training_columns(manifest.recipe).values())).name
+    num_corrupt = 0
+    for entry in manifest.in_split("train"):
+        index = open_index(shards / entry.index_file)
+        members = index.members(column)
+        for offset, length in zip(members.offset, members.length, strict=True):
+            if length and number % 100 == 0:
+                flip_byte(shards / index.columns[column]["file"], int(offset + length // 2))
+                num_corrupt += 1
+            number += 1
+    config = make_config(shards, window={"duration_s": duration_s}, max_bad_fraction=1.0)
+    loader = Loader(open_source(config, split="train"), config)
+    batches = list(itertools.islice(loader, loader.batches_per_epoch))
+    num_members = sum(batch["num_members"] for batch in batches)
+    reported = sum(len(batch["skipped"]) for batch in batches)
+    keys = {source_key for batch in batches for source_key in batch["keys"]}
+    num_samples = int(loader.source.window_counts.sum())
+    print(
+        f"{num_corrupt} of {number} segments of {column} corrupt, windows of {duration_s:g} s: "
+        f"{num_samples - len(keys)} of {num_samples} samples replaced, {reported} members reported "
+        f"of {num_members} read: {reported / num_members:.3%}\n"
+    )
+
+
 # --- sensors ---------------------------------------------------------------------------------
 
 
@@ -178,24 +211,20 @@ def print_sensors(folder: Path, args: argparse.Namespace) -> None:
         write_sensors(folder / "sensors" / session, names, args.sensor_seconds)
     recipe = {"streams": streams, "split": {"val_fraction": 0}, "segment": {"duration_s": 2}}
     shards = build_set(folder / "sensors", folder / "sensor-set", Recipe.model_validate(recipe))
-    print("sensor streams  samples/s  requests per sample  KiB per sample  open columns")
+    print("sensor streams  samples/s  requests per sample  KiB per sample  open files")
     for count in (1, NUM_SENSORS // 2, NUM_SENSORS):
         weights = {"loss_weights": {names[0]: 1}}
         data = make_config(shards, modalities=names[:count]).data.model_dump()
         config = TrainConfig.model_validate({"data": data, "training": weights})
-        loader = Loader(open_source(config, split="train"), config)
-        batches = iter(loader)
+        batches = iter(Loader(open_source(config, split="train"), config))
         next(batches)
         num_samples, began_s = 0, time.perf_counter()
         with count_read_bytes() as read:
-            for batch in itertools.takewhile(
-                lambda _, began_s=began_s: time.perf_counter() - began_s < args.seconds, batches
-            ):
-                num_samples += len(batch["keys"])
-        rate = num_samples / (time.perf_counter() - began_s)
+            while (wall_s := time.perf_counter() - began_s) < args.seconds:
+                num_samples += len(next(batches)["keys"])
         print(
-            f"{count:14}  {rate:9.0f}  {read.num_requests / num_samples:19.2f}  "
-            f"{read.total() / 1024 / num_samples:14.2f}  {open_files(shards).total():12}"
+            f"{count:14}  {num_samples / wall_s:9.0f}  {read.num_requests / num_samples:19.2f}  "
+            f"{read.total() / 1024 / num_samples:14.2f}  {open_files(shards).total():10}"
         )
     print()
 
