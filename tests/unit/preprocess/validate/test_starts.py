@@ -49,17 +49,24 @@ def test_a_start_known_only_from_the_container_is_a_warning_until_it_is_declared
     assert check_session(session, recipe=LOOSE).report.status == "passed"
     declare(session, vision_left=0.8)
     report = check_session(session, recipe=LOOSE).report
-    assert report.stats["streams"]["vision_left"] == [0.8, 2.8]
+    stats = report.stats["streams"]["vision_left"]
+    assert (stats["start_s"], stats["stop_s"]) == (0.8, 2.8)
     assert report.checks["starts"] == "passed"
     assert report.checks["durations"] == "warnings"  # what it means for the others is said
 
 
 def test_starts_that_cannot_be_used_are_an_error(session: Path) -> None:
-    declare(session, microphone=0.3)
+    declare(session, audio="soon")
     report = check_session(session, recipe=LOOSE).report
     (error,) = report.errors
-    assert error.startswith("session.json: start_s names 'microphone', which is not a stream")
+    assert error.startswith("session.json: start_s of audio is soon; fix: write seconds")
     assert report.checks["starts"] == "failed"
+
+
+def test_the_start_of_a_stream_that_is_not_declared_is_a_warning(session: Path) -> None:
+    declare(session, microphone=0.3)
+    (warning,) = check_session(session, recipe=LOOSE).report.warnings
+    assert warning.startswith("session.json: start_s names 'microphone', which the recipe does not")
 
 
 def test_a_late_sound_is_drawn_at_its_start(session: Path) -> None:
@@ -79,7 +86,7 @@ def test_a_drift_is_measured_from_where_the_sound_begins(tmp_path: Path) -> None
     write_tone(tmp_path / "audio.wav", 49.85)
     declare(tmp_path, audio=10.0)
     report = check_session(tmp_path, recipe=LOOSE).report
-    assert report.stats["audio"]["drift_ppm"] == {"vision_left": -3000}
+    assert report.stats["streams"]["audio"]["drift_ppm"] == {"vision_left": -3000}
 
 
 def test_repairs_use_the_declared_starts(session: Path) -> None:
