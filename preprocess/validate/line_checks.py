@@ -62,26 +62,26 @@ def check_timestamps(probe: SessionProbe) -> list[Finding]:
     for file in probe.files:
         issues = probe.issues_of(file)
         streams = probe.streams_of(file)
-        backward = [(i.line, i.back_s) for i in issues if i.kind == "order"]
+        backward = [issue for issue in issues if issue.kind == "order"]
         findings += limit_findings(
             "error",
             (
-                f"{file} line {line}: timestamp goes back by {back_s:.3f} s: it is wrong, or the "
-                "recorder was restarted; fix: correct it, or split the session at this line"
-                for line, back_s in backward
-                if back_s > MAX_BACK_S
+                f"{issue.source_line}: timestamp goes back by {issue.back_s:.3f} s: it is wrong, "
+                "or the recorder was restarted; fix: correct it, or split the session at this line"
+                for issue in backward
+                if issue.back_s > MAX_BACK_S
             ),
             file=file,
             streams=streams,
         )
-        fix = "sort the file with --fix" if probe.is_fixable(file) else "sort the file"
+        fix = "sort the file with --fix" if probe.is_sortable(file) else "sort the file"
         findings += limit_findings(
             "warning",
             (
-                f"{file} line {line}: timestamp goes back by {back_s:.3f} s; lines are sorted "
-                f"when read; fix: {fix}"
-                for line, back_s in backward
-                if back_s <= MAX_BACK_S
+                f"{issue.source_line}: timestamp goes back by {issue.back_s:.3f} s; lines are "
+                f"sorted when read; fix: {fix}"
+                for issue in backward
+                if issue.back_s <= MAX_BACK_S
             ),
             file=file,
             streams=streams,
@@ -212,7 +212,8 @@ def _gap_findings(probe: SessionProbe, names: list[str]) -> list[Finding]:
         limits = f"of {gaps.short_s * 1e3:.0f}-{gaps.long_s * 1e3:.0f} ms"
         if math.isinf(gaps.long_s):
             limits = f"over {gaps.short_s * 1e3:.0f} ms"
-        which = f", the longest of {count} gaps {limits}, {share(gaps.is_short)}"
+        which = f", the longest of {count} gaps" if count > 1 else ", a gap"
+        which += f" {limits}, {share(gaps.is_short)}"
         message = f"{where(row)}: no {noun} for {_format_gap(intervals_s[row])} after it"
         findings.append(
             Finding("warning", f"{message}{which}; {rule.advice(spec)}", streams=tuple(names))

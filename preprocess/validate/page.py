@@ -110,6 +110,7 @@ class ReportPage:
             anchor=anchor,
             report=report,
             properties=_describe_session(report),
+            streams=_describe_streams(report),
             panels=panels,
             problem=problem,
             left=LEFT_MARGIN,
@@ -183,12 +184,22 @@ def _describe_session(report: ValidationReport) -> list[tuple[str, str]]:
     properties = [("length", format_time(stats["length_s"]))]
     if stats["clock_offset_s"]:
         properties.append(("clock offset", f"{stats['clock_offset_s']:.3f} s"))
-    properties += [
-        (name, _DESCRIPTIONS[Kind(measured["kind"])](measured))
-        for name, measured in stats["streams"].items()
-    ]
     properties += [(file, f"{count} lines") for file, count in stats["lines"].items() if count]
     return properties
+
+
+def _describe_streams(report: ValidationReport) -> list[tuple[str, str, str, str]]:
+    """Return name, status, kind and measurements of each stream that is present."""
+    streams = report.stats.get("streams", {})
+    return [
+        (
+            name,
+            report.streams[name],
+            measured["kind"],
+            _DESCRIPTIONS[Kind(measured["kind"])](measured),
+        )
+        for name, measured in streams.items()
+    ]
 
 
 def _describe_video(stats: Mapping[str, Any]) -> str:

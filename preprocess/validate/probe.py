@@ -241,6 +241,10 @@ class SessionProbe:
         """Return whether --fix can write a file: its streams have one timestamp, in JSON lines."""
         return file.endswith(".jsonl") and len(self.files.get(file, ())) == 1
 
+    def is_sortable(self, file: str) -> bool:
+        """Return whether --fix can sort a file."""
+        return file.endswith((".jsonl", ".csv", ".tsv")) and len(self.files.get(file, ())) == 1
+
     def is_on_shared_clock(self, file: str) -> bool:
         """Return whether the timestamps of a file share the session's offset."""
         streams = self.streams_of(file)
@@ -278,9 +282,7 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
     lines, units = _read_lines(path, recipe, media_stop_s)
     lines, missing = _drop_missing(lines, recipe)
     absent, unreadable = _explain_failures(path, failures, recipe)
-    unreadable |= {
-        issue.file: f"{issue.message}; {REPLACE_FIX}" for issue in lines.issues if issue.line == 0
-    }
+    unreadable |= {issue.file: issue.message for issue in lines.issues if issue.kind == "file"}
     bad_info, undeclared = _check_session_file(path / SESSION_INFO_FILE, recipe)
     unreadable |= bad_info
     alignment = align_streams(media, lines, starts=starts, recipe=recipe)
@@ -296,7 +298,7 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
         missing=missing,
         events=_place_events(lines, alignment.offset_s, starts, recipe),
         files=_files(lines),
-        issues=tuple(issue for issue in lines.issues if issue.line > 0),
+        issues=tuple(issue for issue in lines.issues if issue.kind != "file"),
         unreadable=unreadable,
         starts=starts,
         start_error=start_error,

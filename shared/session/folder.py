@@ -333,7 +333,8 @@ def _open_regular(path: Path, issues: IssueList) -> IO[bytes] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        issues.add(0, "file", f"can't be opened: {error.strerror}")
+        fix = "fix: make it a file that can be read"
+        issues.add(0, "file", f"can't be opened: {error.strerror}; {fix}")
         return None
 
 

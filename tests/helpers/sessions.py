@@ -206,8 +206,8 @@ def _unit_vectors(phase: np.ndarray, size: int) -> np.ndarray:
 _VALUES = {
     ValueType.SCALAR: lambda phase: 3 * np.sin(phase),
     ValueType.FRACTION: lambda phase: 0.5 + 0.4 * np.sin(phase),
-    ValueType.ANGLE: lambda phase: (2 * phase + np.pi) % (2 * np.pi) - np.pi,
-    ValueType.VELOCITY: np.cos,
+    ValueType.ANGLE: lambda phase: (2 * phase + np.sin(phase) + np.pi) % (2 * np.pi) - np.pi,
+    ValueType.VELOCITY: lambda phase: 2 + np.cos(phase),  # of the angle
     ValueType.POSITION: lambda phase: np.stack([np.sin(phase + k) for k in range(3)], axis=-1),
     ValueType.QUATERNION: lambda phase: _unit_vectors(phase, 4),
     ValueType.DIRECTION: lambda phase: _unit_vectors(phase, 3),
