@@ -2,7 +2,7 @@
 
 A table is read in blocks of rows: line or row numbers, and float64 cells of the requested columns.
 A missing cell is NaN, and a cell that is not a number is infinite. Nothing in a file is executed,
-and the length of lines and the number of columns and rows are limited.
+and the lengths of lines, the number of columns and the values of a row group are limited.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ MAX_LINE_BYTES = 1 << 20
 MAX_COLUMNS = 16_384
 """A table with more columns is refused."""
 
-MAX_ROWS = 1 << 28
-"""A Parquet file that claims more rows is refused: a few bytes can claim billions. A day at 2000 Hz
-has fewer."""
+MAX_GROUP_VALUES = 1 << 28
+MAX_COLUMN_VALUES = 1 << 30
+"""Most values of a column of a Parquet file: in a row group, 2 GiB decoded, and in the file."""
 
 MAX_JOINED_LINES = 64
 """A quoted cell that spans more lines is not closed."""
@@ -337,11 +337,8 @@ class _ParquetTable:
         try:
             self._file: Any = pq.ParquetFile(file)
             self._schema: Any = self._file.schema_arrow
-            num_rows = self._file.metadata.num_rows
         except (pa.ArrowException, OSError, ValueError) as error:
             raise TableError(_parquet_message(error)) from error
-        if num_rows > MAX_ROWS:
-            raise TableError(f"{num_rows} rows exceed {MAX_ROWS}; fix: split the recording")
         self.names = tuple(self._schema.names)
         self.list_columns = frozenset(c.name for c in self._schema if _is_list(c.type, pa))
         self.seconds_columns = frozenset(
@@ -351,6 +348,7 @@ class _ParquetTable:
     def iter_blocks(self, columns: Sequence[tuple[str, int]]) -> Iterator[TableBlock]:
         """Yield the cells of some columns."""
         names = [name for name, _ in columns]
+        self._check_lengths(names)
         first = 1
         try:
             for batch in self._file.iter_batches(batch_size=BLOCK_ROWS, columns=names):
@@ -364,6 +362,21 @@ class _ParquetTable:
                 first += batch.num_rows
         except (self._pa.ArrowException, OSError, ValueError) as error:
             raise TableError(f"row {first} and later: {_parquet_message(error)}") from error
+
+    def _check_lengths(self, names: Collection[str]) -> None:
+        """Check how many values of the columns a file claims: a few bytes can claim billions."""
+        metadata, total = self._file.metadata, 0
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            columns = [group.column(i) for i in range(group.num_columns)]
+            wanted = [c for c in columns if c.path_in_schema.split(".")[0] in names]
+            count = max([group.num_rows, *(column.num_values for column in wanted)])
+            total += count
+            if count > MAX_GROUP_VALUES or total > MAX_COLUMN_VALUES:
+                raise TableError(
+                    f"{count} values of a column in row group {index}, {total} up to it, exceed "
+                    f"{MAX_GROUP_VALUES} and {MAX_COLUMN_VALUES}; fix: split the recording"
+                )
 
     def _read_column(
         self, column: Any, name: str, width: int, issues: list[RowIssue], *, first: int  # noqa: ANN401

@@ -103,15 +103,19 @@ class StreamLayout:
         Samples after the end of the run or of the session are left out, and so are frames that no
         tick sees.
         """
-        first, before = self._count(window.first_tick), self._count(window.clock_tick)
-        in_session = math.ceil((window.duration_s - EPSILON_S) * self.shape.rate_hz) - before
-        count = max(0, min(self._count(window.num_ticks), in_session))
+        first = self._count(window.first_tick)
+        count = max(0, min(self._count(window.num_ticks), self.count_in_session(window)))
         found = self._pieces.get((first, count))
         if found is None:
             if len(self._pieces) >= _MAX_CACHED_PIECES:
                 self._pieces.clear()
             found = self._pieces[first, count] = self._cut(first, first + count)
         return found
+
+    def count_in_session(self, window: WindowRows) -> int:
+        """Return the number of samples from a window's begin to the session's end."""
+        in_session = math.ceil((window.duration_s - EPSILON_S) * self.shape.rate_hz)
+        return in_session - self._count(window.clock_tick)
 
     def _count(self, num_ticks: int) -> int:
         """Return the number of samples in some ticks, which is whole at windows and segments."""
@@ -273,12 +277,16 @@ def gather_tokens(
 ) -> WindowText:
     """Return the tokens of a window: those whose own time is in one of its ticks.
 
+    The tokens after the session's end belong to its last tick. They have later ticks, on which
+    nothing is valid.
+
     Args:
         pieces: the ticks of each segment, from :meth:`StreamLayout.pieces`.
         segments: by number in the window's rows; a row that lacks the stream is left out.
         window: the window.
         layout: of the stream.
     """
+    last = layout.count_in_session(window) - 1
     is_valid = np.zeros(layout.shape.num_positions, dtype=np.bool_)
     ids: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
     ticks: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
@@ -291,7 +299,8 @@ def gather_tokens(
             continue
         assert isinstance(positions, slice)  # a text has one position per tick
         own = token_ticks(segment.time_s, tick_rate_hz=layout.shape.rate_hz) - window.clock_tick
-        is_inside = (own >= positions.start) & (own < positions.stop)
+        placed = np.minimum(own, last)
+        is_inside = (placed >= positions.start) & (placed < positions.stop)
         ids.append(np.array(segment.ids, dtype=np.int64)[is_inside])
         ticks.append(own[is_inside])
         event_s.append(np.array(segment.event_s, dtype=np.float64)[is_inside])
@@ -306,5 +315,7 @@ def gather_tokens(
 def write_tokens(out: NDArray[np.int64], valid: NDArray[np.bool_], text: WindowText) -> None:
     """Write tokens on their ticks; PAD marks silence."""
     out[...] = PAD_TOKEN
-    out[text.ticks] = text.ids
+    on_tick = text.ticks < len(out)
+    out[text.ticks[on_tick]] = text.ids[on_tick]
+    out[~text.is_valid] = PAD_TOKEN
     valid[...] = text.is_valid

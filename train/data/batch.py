@@ -55,7 +55,8 @@ class WindowText(NamedTuple):
 
     ids: NDArray[np.int64]
     ticks: NDArray[np.int64]
-    """Tick of each token in the window."""
+    """Tick of each token, counted from the window's begin; above its end for tokens after the
+    session's end."""
     event_s: NDArray[np.float64]
     """When the event of each token began, on the session clock."""
     is_valid: NDArray[np.bool_]

@@ -240,10 +240,17 @@ def test_tokens_of_a_window_are_those_of_its_ticks_in_order(world):
     _, (texts, _), shapes = read(world, recording)
     assert sorted(texts) == [n for n, s in shapes.streams.items() if s.kind is Kind.TEXT]
     for name, text in texts.items():
-        expected = [recording.expected(name, t) for t in range(world.num_ticks)]
-        assert text.is_valid.tolist() == [is_valid for _, is_valid in expected]
-        assert text.ticks.tolist() == [t for t, (token, _) in enumerate(expected) if token]
-        assert text.ids.tolist() == [token for token, _ in expected if token]
+        expected = [recording.expected(name, t)[1] for t in range(world.num_ticks)]
+        assert text.is_valid.tolist() == expected
+        first = world.first_segment * world.segment_ticks
+        begin, last = first + world.start, math.ceil((world.duration_s - 1e-6) * world.tick_rate)
+        tokens = [
+            (tick - begin, token)
+            for tick, _, token in recording.tokens[name]
+            if begin <= min(tick, last - 1) < begin + world.num_ticks
+            and (name, (tick - first) // world.segment_ticks) not in world.absent
+        ]
+        assert list(zip(text.ticks, text.ids, strict=True)) == tokens
 
 
 @given(world=worlds())
@@ -262,15 +269,23 @@ def test_frames_that_no_tick_sees_are_not_decoded():
     assert piece.positions == slice(0, 5)
 
 
-def test_a_token_after_the_sessions_end_is_on_no_tick():
-    shape = stream_shape(Kind.TEXT, None, num_ticks=10, tick_rate_hz=10)
-    shapes = WindowShapes(num_ticks=10, tick_rate_hz=10, streams={"t": shape}, inputs=("t",))
-    window = WindowRows(rows=range(1), first_tick=0, num_ticks=10, clock_tick=0, duration_s=1.0)
-    times_s = (0.9, 1.0, 1.1, 1e9)
-    text = SegmentText(ids=(1, 2, 3, 4), time_s=times_s, event_s=(0.9,) * 4, events=())
+@pytest.mark.parametrize(("start", "kept"), [(0, []), (4, [2, 3, 4, 5]), (8, [])])
+def test_tokens_after_the_sessions_end_belong_to_its_last_tick_and_are_on_none(start, kept):
+    """The session ends within tick 7; its last segment has 10 ticks, and the window 4."""
+    shape = stream_shape(Kind.TEXT, None, num_ticks=4, tick_rate_hz=10)
+    shapes = WindowShapes(num_ticks=4, tick_rate_hz=10, streams={"t": shape}, inputs=("t",))
+    window = WindowRows(
+        rows=range(1), first_tick=start, num_ticks=4, clock_tick=start, duration_s=0.73
+    )
+    times_s = (0.2, 0.7, 0.8, 1.1, 1e9)
+    text = SegmentText(ids=(1, 2, 3, 4, 5), time_s=times_s, event_s=(0.2,) * 5, events=())
     layouts = make_layouts(shapes, segment_s=1.0)
-    read = write_window({}, window, layouts, read_segments=lambda *_: {0: text})
-    assert read.texts["t"].ids.tolist() == [1]
+    out = {"t": np.full(4, 7), "t_valid": np.ones(4, dtype=bool)}
+    read = write_window(out, window, layouts, read_segments=lambda *_: {0: text})
+    assert read.texts["t"].ids.tolist() == ([1] if start == 0 else kept)
+    expected = {0: [0, 0, 1, 0], 4: [0, 0, 0, 2], 8: [0, 0, 0, 0]}[start]
+    assert out["t"].tolist() == expected
+    assert out["t_valid"].tolist() == [start + t < 8 for t in range(4)]
 
 
 @pytest.mark.parametrize("segment_s", [1.0, 2.0])

@@ -13,24 +13,25 @@ from helpers.faults import hostile_member
 from helpers.sets import assert_same, make_loader, take
 
 from shared.errors import CorruptError, TooManyCorruptSamplesError
-from shared.recipe import Stream
-from train.data.batch_maker import MAX_ATTEMPTS
+from train.data.batch_maker import MAX_ATTEMPTS, CorruptSampleBudget
 from train.data.loader import Loader, open_source
-from train.data.shard_source import ShardSource
 
 
-def damage(shards, column, *, key=None, shard=0, row=1):
-    """Flip one byte inside a sample's member; returns its key."""
-    source = ShardSource(shards)
-    if key is not None:
-        shard, row = next(p for p in tiny_sets.sample_locations(source) if source.key(*p) == key)
+def open_set(shards):
+    """Return the touching windows of a set: those of a finite loader."""
+    return make_loader(shards, num_epochs=1).source
+
+
+def damage(shards, column, *, shard=0, row=1):
+    """Flip one byte inside a segment's member; return the keys of the windows that need it."""
+    source = open_set(shards)
     index = source.shard(shard).index
-    name = {"dmel.zarr.zip": "dmel/dmel", "proprio.zarr.zip": "proprio/touch"}.get(column)
-    members = index.members(name or column.partition(".")[0])
-    assert members.length[row] > 0, "the sample lacks it"
-    path = shards / f"{index.header['name']}.{column}"
-    tiny_sets.flip_byte(path, int(members.offset[row]) + int(members.length[row]) // 2)
-    return source.key(shard, row)
+    members, file = index.members(column), index.columns[column]["file"]
+    assert members.length[row] > 0, "the segment lacks it"
+    middle = int(members.offset[row]) + int(members.length[row]) // 2
+    tiny_sets.flip_byte(shards / file, middle)
+    locations = tiny_sets.sample_locations(source)
+    return {source.key(*p) for p in locations if p[0] == shard and row in source.locate(*p).rows}
 
 
 @pytest.fixture
@@ -42,31 +43,41 @@ def skipped_of(batches):
     return [skip for batch in batches for skip in batch["skipped"]]
 
 
-@pytest.mark.parametrize(
-    "column", ["vision_left.tar", "text.tar", "proprio.zarr.zip", "dmel.zarr.zip"]
-)
-def test_a_flipped_byte_costs_its_sample_only(tiny_set, a_copy, column):
-    key = damage(a_copy, column)
+@pytest.mark.parametrize("column", ["vision_left", "internal_text", "proprio", "audio.dmel"])
+def test_a_flipped_byte_costs_its_windows_only_and_is_reported_once(tiny_set, a_copy, column):
+    keys = damage(a_copy, column, row=2)
+    assert len(keys) == 2, "two windows share the segment"
     good = make_loader(tiny_set, num_epochs=1)
     batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
-    skipped = skipped_of(batches)
-    assert {skip["key"] for skip in skipped} == {key}
+    (skip,) = skipped_of(batches)
+    assert skip["key"] in keys
     for mine, whole in zip(batches, good, strict=True):
         for i, (my_key, its_key) in enumerate(zip(mine["keys"], whole["keys"], strict=True)):
-            assert my_key != key
-            if its_key != key:
+            assert my_key not in keys
+            if its_key not in keys:
                 assert my_key == its_key
-                assert torch.equal(mine["inputs"]["touch"][i], whole["inputs"]["touch"][i])
-                assert torch.equal(mine["inputs"]["audio"][i], whole["inputs"]["audio"][i])
+                for name, tensor in whole["inputs"].items():
+                    assert torch.equal(mine["inputs"][name][i], tensor[i]), name
+
+
+def test_a_corrupt_member_that_many_windows_need_is_reported_once(a_copy):
+    """One reads it in each epoch, others overlap it; the limit counts members."""
+    damage(a_copy, "proprio", row=1)
+    loader = make_loader(a_copy, window={"duration_s": 1.2, "stride_s": 0.2})
+    batches = take(loader, 3 * loader.batches_per_epoch)
+    (skip,) = skipped_of(batches)
+    assert skip["file"] == "train-000000.proprio.zarr.zip"
+    num_read = sum(batch["num_members"] for batch in batches)
+    assert num_read > 7 * sum(len(batch["keys"]) for batch in batches)
 
 
 def test_a_skipped_sample_is_reported_with_its_file_offset_and_error(a_copy):
-    key = damage(a_copy, "dmel.zarr.zip", shard=2, row=3)
-    batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
-    skip = skipped_of(batches)[0]
-    assert (skip["key"], skip["shard"], skip["row"]) == (key, "train-000002", 3)
-    assert skip["file"] == "train-000002.dmel.zarr.zip"
-    assert f"train-000002.dmel.zarr.zip at {skip['offset']}: checksum" in skip["error"]
+    keys = damage(a_copy, "audio.dmel", shard=2, row=3)
+    (skip,) = skipped_of(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    assert skip["key"] in keys
+    assert (skip["shard"], skip["window"]) == ("train-000002", 1)
+    assert skip["file"] == "train-000002.audio.dmel.zarr.zip"
+    assert f"train-000002.audio.dmel.zarr.zip at {skip['offset']}: " in skip["error"]
     with zipfile.ZipFile(a_copy / skip["file"]) as archive:
         entry = archive.getinfo("dmel/c/3/0/0")
         assert skip["offset"] == entry.header_offset + len(entry.FileHeader())
@@ -74,20 +85,20 @@ def test_a_skipped_sample_is_reported_with_its_file_offset_and_error(a_copy):
 
 def test_a_member_that_does_not_decode_is_reported_with_its_offset(a_copy):
     """The checksums are right, so that only the decoder detects it."""
-    hostile_member("text", "text", lambda _: b"{}")(a_copy, random.Random(0))
-    skip = skipped_of(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))[0]
-    assert skip["file"] == f"{skip['shard']}.text.tar"
+    hostile_member("internal_text", lambda _: b"{}")(a_copy, random.Random(0))
+    (skip,) = skipped_of(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
+    assert skip["file"] == f"{skip['shard']}.internal_text.tar"
     assert skip["offset"] + 2 == (a_copy / skip["file"]).stat().st_size
     assert f"{skip['file']} at {skip['offset']}: not a text member" in skip["error"]
 
 
 def test_a_shard_of_a_mix_is_reported_with_its_set(a_copy, tiny_set):
-    damage(a_copy, "text.tar", shard=2)
+    damage(a_copy, "internal_text", shard=2)
     mix = [{"shards": str(a_copy), "name": "a"}, {"shards": str(tiny_set), "name": "b"}]
     config = tiny_sets.make_config(mix=mix, max_bad_fraction=1.0)
     loader = Loader(open_source(config, split="train"), config, num_epochs=1)
     skip = skipped_of(loader)[0]
-    assert (skip["shard"], skip["file"]) == ("a/train-000002", "train-000002.text.tar")
+    assert (skip["shard"], skip["file"]) == ("a/train-000002", "train-000002.internal_text.tar")
     assert type(skip["offset"]) is int
 
 
@@ -97,54 +108,70 @@ def by_key(batches):
     return {key: (batch, i) for key, batch, i in rows}, [key for key, _, _ in rows]
 
 
-def padding_of(shards):
-    """Keys of the rows that fill up the epoch's last batch, of those with touch."""
-    source = ShardSource(shards)
-    locations = tiny_sets.sample_locations(source)
-    felt = {source.key(*p) for p in locations if Stream.TOUCH in source.present(*p)}
-    last = list(make_loader(shards, num_epochs=1))[-1]
-    rows = zip(last["keys"], last["weight"], strict=True)
-    return [key for key, weight in rows if not weight and key in felt]
+def padding_of(shards, num_epochs):
+    """Return shard and row of a touch segment that only a padding sample of the epoch reads."""
+    loader = make_loader(shards, num_epochs=num_epochs)
+    source = loader.source
+    last = take(loader, loader.batches_per_epoch)[-1]
+    padding = [key for key, w in zip(last["keys"], last["weight"], strict=True) if not w]
+    locations = {source.key(*p): p for p in tiny_sets.sample_locations(source)}
+    for key in padding:
+        shard, window = locations[key]
+        for row in source.locate(shard, window).rows:
+            if source.shard(shard).index.is_present(row, "touch"):
+                return key, shard, row
+    raise AssertionError("no padding sample has touch")
 
 
 @pytest.mark.parametrize("num_epochs", [None, 1])
 def test_corrupt_padding_is_reported_once_at_the_position_where_it_is_a_sample(
     tiny_set, a_copy, num_epochs
 ):
-    padded = padding_of(tiny_set)[0]
-    damage(a_copy, "proprio.zarr.zip", key=padded)
+    padded, shard, row = padding_of(tiny_set, num_epochs)
+    damage(a_copy, "proprio", shard=shard, row=row)
     loader = make_loader(a_copy, num_epochs=num_epochs, max_bad_fraction=1.0)
     found = take(loader, loader.batches_per_epoch)
     assert padded not in {key for batch in found for key in batch["keys"]}
-    assert [skip["key"] for skip in skipped_of(found)] == [padded]
+    (skip,) = skipped_of(found)
+    batch = next(batch for batch in found if batch["skipped"])
+    original = take(make_loader(tiny_set, num_epochs=num_epochs), batch["index"] + 1)[-1]
+    weights = dict(zip(original["keys"], original["weight"], strict=True))
+    assert weights[skip["key"]] == 1
 
 
 def test_a_substitute_is_whole_and_counts_as_one_in_training(tiny_set, a_copy):
-    key = damage(a_copy, "proprio.zarr.zip", row=2)
+    damage(a_copy, "proprio", row=2)
     good, loader = make_loader(tiny_set), make_loader(a_copy, max_bad_fraction=1.0)
     wholes = take(good, good.batches_per_epoch)
     clean, _ = by_key(wholes)
+    num_substitutes = 0
     for batch, whole in zip(take(loader, loader.batches_per_epoch), wholes, strict=True):
         assert torch.equal(batch["weight"], whole["weight"])
+        num_substitutes += sum(a != b for a, b in zip(batch["keys"], whole["keys"], strict=True))
         for i, its_key in enumerate(batch["keys"]):
-            assert its_key != key
             its_batch, row = clean[its_key]
-            assert torch.equal(batch["inputs"]["touch"][i], its_batch["inputs"]["touch"][row])
+            for name, tensor in batch["inputs"].items():
+                assert torch.equal(tensor[i], its_batch["inputs"][name][row]), name
+    assert num_substitutes >= 2
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_finite_pass_counts_each_good_sample_once_and_reports_each_corrupt_one_once(
+def test_a_finite_pass_counts_each_good_sample_once_and_reports_each_corrupt_member_once(
     tiny_set, a_copy, num_workers
 ):
-    """Half of the samples are corrupt, so that some substitutes are, too."""
-    source = ShardSource(a_copy)
-    locations = [
-        p for p in tiny_sets.sample_locations(source) if not source.key(*p).startswith("dan")
+    """Half of the segments are corrupt, so that some substitutes are, too."""
+    source = open_set(tiny_set)
+    rows = [
+        (shard, row)
+        for shard, size in enumerate(source.shard_sizes)
+        for row in range(size)
+        if source.shard(shard).index.is_present(row, "proprio")
     ]
-    bad = {damage(a_copy, "proprio.zarr.zip", shard=s, row=r) for s, r in locations[::2]}
+    bad = set().union(*(damage(a_copy, "proprio", shard=s, row=r) for s, r in rows[::3]))
     loader = make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0, num_workers=num_workers)
     found = list(loader)
-    assert sorted(skip["key"] for skip in skipped_of(found)) == sorted(bad)
+    members = [(skip["file"], skip["offset"]) for skip in skipped_of(found)]
+    assert len(members) == len(set(members)) > 3
     all_keys = {source.key(*p) for p in tiny_sets.sample_locations(source)}
     _, keys = by_key(found)
     assert sorted(keys) == sorted(all_keys - bad)
@@ -153,7 +180,7 @@ def test_a_finite_pass_counts_each_good_sample_once_and_reports_each_corrupt_one
 @pytest.mark.parametrize("fault", ["byte", "column", "index"])
 def test_substitutes_are_the_same_for_any_number_of_workers(a_copy, fault):
     if fault == "byte":
-        damage(a_copy, "text.tar")
+        damage(a_copy, "internal_text")
     else:
         (a_copy / f"train-000001.{'index' if fault == 'index' else 'proprio.zarr.zip'}").unlink()
     options = {"max_bad_fraction": 1.0}
@@ -162,22 +189,25 @@ def test_substitutes_are_the_same_for_any_number_of_workers(a_copy, fault):
     assert_same(take(make_loader(a_copy, num_workers=2, **options), 9), alone)
 
 
-@pytest.mark.parametrize("suffix", ["vision_left.tar", "dmel.zarr.zip", "index"])
-def test_a_missing_file_costs_the_samples_of_its_shard(a_copy, suffix):
+@pytest.mark.parametrize("suffix", ["vision_left.tar", "audio.dmel.zarr.zip", "index"])
+def test_a_missing_file_costs_the_samples_of_its_shard(tiny_set, a_copy, suffix):
     (a_copy / f"train-000001.{suffix}").unlink()
     batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
-    skipped = skipped_of(batches)
-    assert {skip["shard"] for skip in skipped} == {"train-000001"}
-    assert {skip["row"] for skip in skipped} <= set(range(4))
-    assert {skip["file"] for skip in skipped} == {f"train-000001.{suffix}"}
-    assert all(f"train-000001.{suffix}" in skip["error"] for skip in skipped)
-    assert {skip["key"] == "?" for skip in skipped} == {suffix == "index"}
+    (skip,) = skipped_of(batches)
+    assert skip["shard"] == "train-000001"
+    assert (skip["file"], skip["offset"]) == (f"train-000001.{suffix}", None)
+    assert f"train-000001.{suffix}" in skip["error"]
+    assert (skip["key"] == "?") == (suffix == "index")
+    source = open_set(tiny_set)
+    lost = {source.key(1, window) for window in range(source.window_counts[1])}
+    assert not lost & {key for batch in batches for key in batch["keys"]}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_many_corrupt_samples_stop_the_run_with_one_plain_message(a_copy, num_workers):
-    damage(a_copy, "dmel.zarr.zip")
-    loader = make_loader(a_copy, num_workers=num_workers)  # 1 of 30: more than 2 of 200
+    for row in range(3):
+        damage(a_copy, "audio.dmel", row=row)
+    loader = make_loader(a_copy, num_workers=num_workers)  # 3 of the first: more than 2 of 200
     with pytest.raises(TooManyCorruptSamplesError, match="max_bad_fraction allows 0") as found:
         take(loader, 1000)
     message = str(found.value)
@@ -202,14 +232,56 @@ def test_a_sample_that_lacks_the_damaged_column_is_not_corrupt(a_copy):
     for path in a_copy.glob("*.vision_right.tar"):
         path.write_bytes(b"")
     batches = list(make_loader(a_copy, num_epochs=1, max_bad_fraction=1.0))
-    assert {skip["key"].partition("/")[0] for skip in skipped_of(batches)} == {"cat"}
+    assert {skip["key"].partition("@")[0] for skip in skipped_of(batches)} == {"cat"}
+    keys = {key.partition("@")[0] for batch in batches for key in batch["keys"]}
+    assert keys == {"ann", "dan", "eve"}
 
 
 def test_a_read_error_of_the_disk_is_a_corrupt_sample(tiny_set, monkeypatch):
     def fail(*_):
         raise OSError(5, "Input/output error")
 
-    source = ShardSource(tiny_set)
+    source = open_set(tiny_set)
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(CorruptError, match="can't be read: Input/output error"):
-        source.read_into(0, 0, {}, with_text=True)
+        tiny_sets.read_sample(source, (0, 0))
+
+
+# --- the limit -------------------------------------------------------------------------------
+
+
+def corrupt(file, offset, *, shard="a", window=0):
+    return {"shard": shard, "window": window, "file": file, "offset": offset, "error": "e; fix: f"}
+
+
+def test_the_limit_counts_each_corrupt_member_once_against_the_members_read():
+    budget = CorruptSampleBudget(max_fraction=0.01)
+    first = corrupt("x.tar", 512)
+    assert budget.add(100, [first, corrupt("x.tar", 512, window=1)]) == [first]
+    assert budget.add(100, [first]) == []
+    others = [corrupt("x.tar", 0), corrupt("y.tar", 512), corrupt("x.tar", 512, shard="b")]
+    assert budget.add(199, others + others[:1]) == others
+    assert (budget.num_corrupt, budget.num_read) == (4, 399)
+    with pytest.raises(TooManyCorruptSamplesError, match="4 of 399 stored segments of streams"):
+        budget.check()
+    budget.check()  # nothing new
+    budget.add(1, [])
+    assert budget.add(0, [corrupt("z.tar", None)])
+    with pytest.raises(TooManyCorruptSamplesError):
+        budget.check()
+
+
+def test_a_sample_whose_member_is_unknown_stands_for_it():
+    budget = CorruptSampleBudget(max_fraction=1.0)
+    samples = [corrupt(None, None, window=window) for window in (0, 1, 0)]
+    assert budget.add(3, samples) == samples[:2]
+    budget.check()
+
+
+def test_few_members_are_judged_as_if_more_had_been_read():
+    budget = CorruptSampleBudget(max_fraction=0.01)
+    budget.add(2, [corrupt("x.tar", 0), corrupt("x.tar", 1)])
+    budget.check()  # 2 of at least 200
+    budget.add(1, [corrupt("x.tar", 2)])
+    with pytest.raises(TooManyCorruptSamplesError, match="3 of 3 "):
+        budget.check()

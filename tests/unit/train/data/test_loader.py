@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import sets as tiny_sets
-from helpers.sets import TEXT_HEADS, assert_same, make_config, make_loader, take
+from helpers.sets import LENGTHS_S, TEXT_HEADS, assert_same, make_config, make_loader, take
 
 from shared.errors import ConfigError
 from shared.shardset.columns import ColumnFile
@@ -120,11 +122,15 @@ def test_held_out_windows_touch_whatever_the_stride(tiny_set):
         ("seed", 8),
         ("last_batch", "drop"),
         ("shuffle_block_shards", 3),
+        ("tick_rate_hz", 5.0),
+        ("window_s", 2.0),
+        ("stride_s", 1.0),
+        ("period_s", 0.4),
     ],
 )
 def test_a_state_of_another_order_is_refused(tiny_set, key, value):
     loader = make_loader(tiny_set)
-    with pytest.raises(ConfigError, match=f"has {key} {value!r}, this run has"):
+    with pytest.raises(ConfigError, match=f"(has|with) {key} {value!r}, this run has .*; fix: "):
         loader.load_state_dict({**loader.state_at(3), key: value})
 
 
@@ -175,6 +181,32 @@ def test_a_state_of_other_recordings_is_refused(tiny_set, raw_set):
     state = make_loader(raw_set).state_at(1)
     with pytest.raises(ConfigError, match="fingerprint"):
         make_loader(tiny_set).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference", "fix"),
+    [
+        (
+            {"window": {"duration_s": 0.8, "stride_s": 0.2}},
+            "window_s 1.0, this run has 0.8",
+            "set data.window.duration_s",
+        ),
+        ({"window": {"duration_s": 1.0}}, "stride_s 0.2, this run has 1.0", "data.window.stride_s"),
+        (
+            {"modalities": ["proprio"], "heads": ("animation",)},
+            "period_s 0.2, this run has 0.1",
+            "data.modalities",
+        ),
+    ],
+)
+def test_other_windows_do_not_resume(tiny_set, options, difference, fix):
+    state = make_loader(tiny_set).state_at(1)
+    with pytest.raises(ConfigError) as found:
+        make_loader(tiny_set, **options).load_state_dict(state)
+    message = str(found.value)
+    assert difference in message
+    assert fix in message
+    assert "--weights" in message
 
 
 def test_a_state_is_refused_once_reading_has_begun(tiny_set):
@@ -283,33 +315,70 @@ def stored_tokens(shards, stream):
     return tokens
 
 
-def slow_dense(tokens, key):
-    """Return a window's tokens by the time of their events, of the same time by stream.
+def test_a_window_reads_its_segments_of_a_stream_by_one_request(tiny_set, monkeypatch):
+    loader = make_loader(tiny_set, window={"duration_s": 1.6}, batch_size=1)
+    next(iter(loader))  # opens files
+    requests = []
+    original = os.pread
 
-    Tokens whose own time is after the session's end are left out.
+    def note(descriptor, length, offset):
+        requests.append(offset)
+        return original(descriptor, length, offset)
+
+    for location in tiny_sets.sample_locations(loader.source):
+        tiny_sets.read_sample(loader.source, location)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pread", note)
+            tiny_sets.read_sample(loader.source, location)
+        assert len(requests) <= len(loader.shapes.streams)
+        requests.clear()
+
+
+LAST_TICKS = {name: round(length_s * 10) - 1 for name, length_s in LENGTHS_S.items()}
+"""Tokens after a session's end belong to its last tick."""
+
+
+def slow_dense(members, key, streams):
+    """Return the tokens of a window by event, from the members of its segments.
+
+    At equal times streams come by name.
     """
-    session, _, first = key.partition("@")
-    stop = min(int(first) + 10, round(tiny_sets.LENGTHS_S[session] * 10))
-    events = [
-        (event_s, stream, token)
-        for stream in sorted(tokens)
-        for tick, event_s, token in tokens[stream].get(session, [])
-        if int(first) <= tick < stop
-    ]
-    events.sort(key=lambda event: event[:2])
-    return {s: [token if s == own else 0 for _, own, token in events] for s in tokens}
+    session, first = key.split("@")
+    ticks = range(int(first), int(first) + 10)
+    tokens = []
+    for (name, own_session, _), member in sorted(members.items()):
+        if name in streams and own_session == session:
+            values = json.loads(member)
+            tokens += [
+                (event_s, name, time_s, token)
+                for token, time_s, event_s in zip(
+                    values["ids"], values["time_s"], values["event_s"], strict=True
+                )
+                if min(math.floor(time_s * 10 + 1e-5), LAST_TICKS[session]) in ticks
+            ]
+    tokens.sort()
+    return {s: [token if s == name else 0 for _, name, _, token in tokens] for s in streams}
 
 
 @pytest.mark.parametrize("heads", [TEXT_HEADS, TEXT_HEADS[:1], TEXT_HEADS[1:]])
 def test_text_only_is_packed_densely(tiny_set, heads):
-    tokens = {stream: stored_tokens(tiny_set, stream) for stream in heads}
+    loader = make_loader(tiny_set, heads=heads, num_epochs=1, window={"duration_s": 1.0})
+    members = {}
+    for path in tiny_set.glob("*_text.tar"):
+        members |= read_tar(path)
+    ends = run_ends(loader.source)
     num_tokens = 0
-    for batch in make_loader(tiny_set, heads=heads, num_epochs=1):
-        rows = [slow_dense(tokens, key) for key in batch["keys"]]
+    for batch in loader:
+        rows = []
+        for key in batch["keys"]:
+            session, first = key.split("@")
+            # Tokens after the end of the window's run belong to the next run.
+            cut = {m: c for m, c in members.items() if m[2] < ends[session, int(first)]}
+            rows.append(slow_dense(cut, key, heads))
+        num_tokens += sum(len(row[heads[0]]) for row in rows)
         longest = max(2, *(len(row[heads[0]]) for row in rows))
         for stream in heads:
             lengths = [len(row[stream]) for row in rows]
-            num_tokens += sum(lengths)
             expected = [row[stream] + [0] * (longest - len(row[stream])) for row in rows]
             assert batch["inputs"][stream].tolist() == expected
             valid = [[i < n for i in range(longest)] for n in lengths]
@@ -317,11 +386,30 @@ def test_text_only_is_packed_densely(tiny_set, heads):
     assert num_tokens > 20
 
 
-def read_tar(path):
-    import tarfile
+def run_ends(source):
+    """Return (session, first tick of a window) -> segment at which its run ends."""
+    ends = {}
+    for shard, window in tiny_sets.sample_locations(source):
+        session, first = source.key(shard, window).split("@")
+        index = source.shard(shard).index
+        row = source.locate(shard, window).rows.start
+        while row + 1 < index.num_samples and index.key(row + 1).startswith(f"{session}/"):
+            if index.segment(row + 1) != index.segment(row) + 1:
+                break
+            row += 1
+        ends[session, int(first)] = index.segment(row) + 1
+    return ends
 
+
+def read_tar(path):
+    """Return (column, session, segment) -> bytes."""
+    found = {}
     with tarfile.open(path) as tar:
-        return {m.name.partition(".")[0]: tar.extractfile(m).read() for m in tar.getmembers()}
+        for member in tar.getmembers():
+            key, column, _ = member.name.split(".")
+            session, segment = key.split("/")
+            found[column, session, int(segment)] = tar.extractfile(member).read()
+    return found
 
 
 # --- signals ---------------------------------------------------------------------------------

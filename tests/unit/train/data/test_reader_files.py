@@ -13,10 +13,10 @@ from helpers import sets as tiny_sets
 from helpers.oracles import open_indexes
 from helpers.processes import count_read_bytes, open_files, record_opened_files
 from helpers.sets import read_sample, take
+from shared.shardset.codec import encode_pictures
 
 from shared.errors import CorruptError, ShardError
 from shared.shardset import index
-from shared.shardset.codec import encode_pictures
 from shared.shardset.columns import ColumnFile
 from shared.shardset.layout import member_limits
 from train.data import shard_source as reader
