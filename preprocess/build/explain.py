@@ -35,7 +35,7 @@ def explain_plan(plan: Plan) -> list[tuple[Verb, str]]:
         changes = _names(plan.dropped_changes) or f"other shards hold {owner} sessions"
         lines.append(("remove", f"{_plural(len(plan.dropped), 'shard')}: {changes}"))
     explained = " ".join(line for _, line in lines)
-    if others := [setting for setting in plan.settings if setting not in explained]:
+    if others := [s for s in plan.settings if f"{s.partition(' ')[0]} " not in explained]:
         lines.append(("rewrite", f"the manifest: {'; '.join(others)}"))
     return lines
 

@@ -8,6 +8,7 @@ section (or `--compact`) repacks everything; rows that would come out identical 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from preprocess.build.statistics import sensor_axes
 from shared.files import fingerprint_of
 from shared.recipe import SPLITS
 from shared.shardset.layout import column_basis, columns_of
-from shared.streams import DEFAULTS_OF_KIND, Kind
+from shared.streams import DEFAULTS_OF_KIND
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
     from shared.kinds.column import Column
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
+
+
+_GENERAL_KEYS = ("code_version", "segment.duration_s", "tokenizer_sha256")
+"""What a column depends on besides the keys of its stream."""
 
 
 def plan_shards(
@@ -83,7 +88,10 @@ def plan_shards(
     context = _Context(
         scans=scans,
         recipe=recipe,
-        tokenizer_sha256=tokenizer_sha256,
+        columns={
+            name: (column, column_basis(column, recipe, tokenizer_sha256=tokenizer_sha256))
+            for name, column in columns_of(recipe).items()
+        },
         samples=samples,
         rows=PreviousRows(shards, scans, recipe),
         settings=settings,
@@ -166,7 +174,9 @@ def _flatten(values: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401 (an
 
 
 def _short_repr(value: Any) -> str:  # noqa: ANN401
-    """Format a value in few letters: a hash by its first twelve."""
+    """Format a value as YAML in few letters: a hash by its first twelve."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     text = f"[{', '.join(map(_short_repr, value))}]" if isinstance(value, list) else str(value)
     return text if len(text) < 64 else f"{text[:12]}..."
 
@@ -177,7 +187,8 @@ class _Context:
 
     scans: Mapping[str, SessionScan]
     recipe: Recipe
-    tokenizer_sha256: str
+    columns: Mapping[str, tuple[Column, Mapping[str, Any]]]
+    """Every column, and what it depends on besides its rows."""
     samples: Samples
     rows: PreviousRows
     settings: tuple[str, ...]
@@ -189,10 +200,12 @@ class _Context:
 
 def _rebinned(before: Recipe, after: Recipe) -> tuple[str, ...]:
     """List the sensors whose values are counted in other bins than before."""
-    old: Mapping[str, Any] = before.streams
-    new: Mapping[str, Any] = after.streams
-    both = (name for name in after.of_kind(Kind.SENSOR) if name in before.of_kind(Kind.SENSOR))
-    return tuple(name for name in both if sensor_axes(old[name]) != sensor_axes(new[name]))
+    old = before.sensors
+    return tuple(
+        name
+        for name, spec in after.sensors.items()
+        if name in old and sensor_axes(old[name]) != sensor_axes(spec)
+    )
 
 
 def _order(shard: BuiltShard | PlannedShard) -> tuple[int, str]:
@@ -234,13 +247,11 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
     columns: dict[str, ColumnTask] = {}
     kept: dict[str, BuiltColumn] = {}
     previous = shard.previous
-    known = columns_of(context.recipe)
-    for name, column in known.items():
+    for name, (column, settings) in context.columns.items():
         rows = {
             stored.session: row_hash(stored, column, context.scans[stored.session], context.recipe)
             for stored in shard.sessions
         }
-        settings = column_basis(column, context.recipe, tokenizer_sha256=context.tokenizer_sha256)
         basis = {**settings, "rows": fingerprint_of(list(rows.values()))}
         # Keep the file if it has the same fingerprint and is whole.
         built = None if previous is None else previous.columns.get(name)
@@ -277,7 +288,9 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
         kept_index_file=previous.index_file if previous and kept else None,
         generation=context.generation,
         recounted=tuple(name for name in kept if name in context.rebinned),
-        removed=tuple(name for name in (previous.columns if previous else ()) if name not in known),
+        removed=tuple(
+            n for n in (previous.columns if previous else ()) if n not in context.columns
+        ),
     )
 
 
@@ -291,7 +304,10 @@ def _reason(
         return Reason(Cause.SETTINGS_CHANGED if added else Cause.FILE_MISSING, settings=added)
     before, after = (_named_settings(column, part) for part in (built.basis, basis))
     has_new_tokenizer = before.pop("tokenizer_sha256", None) != after.pop("tokenizer_sha256", None)
-    changes = setting_changes(before, after)
+    # Another codec has other keys, which say nothing more.
+    both = {key: value for key, value in after.items() if key in before}
+    changes = setting_changes({key: before[key] for key in both}, both)
+    changes = changes or setting_changes(before, after)
     if has_new_tokenizer:
         changes += tuple(s for s in context.settings if s.startswith("text.")) or (
             "another tokenizer",
@@ -302,7 +318,7 @@ def _reason(
 def _named_settings(column: Column, basis: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a column depends on besides its rows, under the names of the recipe's keys."""
     return {
-        f"streams.{column.stream}.{key}" if key in column.settings else key: value
+        key if key in _GENERAL_KEYS else f"streams.{column.stream}.{key}": value
         for key, value in recipe_part(basis).items()
     }
 

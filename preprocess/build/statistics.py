@@ -146,8 +146,8 @@ def has_bins(summary: Mapping[str, Any] | None, column: Column, recipe: Recipe) 
     """Return whether statistics of a column have the bins that :func:`summarize` would use."""
     if column.kind is not Kind.SENSOR or not summary or not summary["count"]:
         return True
-    spec: Any = recipe.streams[column.stream]
-    bins = [(axis and axis.range, axis and axis.scale) for axis in sensor_axes(spec)]
+    axes = sensor_axes(recipe.sensors[column.stream])
+    bins = [(axis and axis.range, axis and axis.scale) for axis in axes]
     return bins == list(zip(summary["range"], summary["scale"], strict=True))
 
 

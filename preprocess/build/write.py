@@ -226,7 +226,7 @@ class SessionEncoder:
     ) -> Iterator[EncodedRow]:
         """Yield rows with encoded pictures; rows of which no picture decodes become failures."""
         reader, missing = self._reader, {row.segment.index: row for row in rows}
-        spec: Any = reader.recipe.streams[stream]
+        spec = reader.recipe.videos[stream]
         reason = "no picture of this segment decodes"
         segments = [row.segment for row in rows]
         try:
@@ -252,8 +252,8 @@ class SessionEncoder:
 
 
 def _encode_audio(reader: SessionReader, stream: str, segment: Segment) -> bytes:
-    spec: Any = reader.recipe.streams[stream]
-    return encode_wav(reader.read_audio(stream, segment), rate_hz=spec.rate_hz)
+    rate_hz = reader.recipe.audios[stream].rate_hz
+    return encode_wav(reader.read_audio(stream, segment), rate_hz=rate_hz)
 
 
 _ENCODERS: Mapping[tuple[Kind, str], Callable[[SessionReader, str, Segment], bytes]] = {

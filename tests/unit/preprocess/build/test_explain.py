@@ -89,6 +89,10 @@ def test_recipe_keys_are_named_with_both_values():
         "make 1 of 1 vision_left columns: streams.vision_left.qp 22 -> 30; 9 rows made",
         "make 1 of 1 vision_right columns: streams.vision_right.qp 22 -> 30; 9 rows made",
     ]
+    assert lines_of(recipe=tiny_recipe(sensor={"max_gap_s": 0.2})) == [
+        "make 1 of 1 proprio columns: streams.proprio.max_gap_s 0.1 -> 0.2; 9 rows made",
+        "make 1 of 1 touch columns: streams.touch.max_gap_s 0.1 -> 0.2; 9 rows made",
+    ]
     sha = "cd" * 32
     assert lines_of(recipe=tiny_recipe(text={"vocab_size": 400}), tokenizer_sha256=sha) == [
         "make 1 of 1 external_text, internal_text columns: text.vocab_size 300 -> 400; 9 rows made"
@@ -98,8 +102,8 @@ def test_recipe_keys_are_named_with_both_values():
 def test_keys_that_change_only_the_manifest_are_reported():
     assert lines_of(recipe=tiny_recipe(required=["audio", "touch"])) == [
         (
-            "rewrite the manifest: streams.audio.required False -> True; streams.touch.required "
-            "False -> True"
+            "rewrite the manifest: streams.audio.required false -> true; streams.touch.required "
+            "false -> true"
         )
     ]
     assert lines_of(recipe=tiny_recipe(text={"vocab_size": 400})) == [

@@ -103,7 +103,7 @@ def test_when_nothing_changed_nothing_is_planned():
         (
             {"sensor": {"max_gap_s": 0.2}},
             {"proprio", "touch"},
-            {f"streams.{name}.max_gap_s None -> 0.2" for name in ("proprio", "touch")},
+            {f"streams.{name}.max_gap_s 0.1 -> 0.2" for name in ("proprio", "touch")},
         ),
         (
             {"text": {"tokens_per_s": 5.0}},
@@ -111,6 +111,11 @@ def test_when_nothing_changed_nothing_is_planned():
             {f"streams.{name}.tokens_per_s 10.0 -> 5.0" for name in TEXT_COLUMNS},
         ),
         ({"video": {"quality": 80}}, set(), set()),  # of another codec
+        (
+            {"video": {"codec": "raw"}},
+            {"vision_left", "vision_right"},
+            {f"streams.vision_{side}.codec h264 -> raw" for side in ("left", "right")},
+        ),
         ({"required": ["audio"]}, set(), set()),
         ({"text": {"vocab_size": 400}}, set(), set()),
     ],
@@ -246,7 +251,7 @@ def test_another_expected_range_recounts_and_rebuilds_nothing():
     assert [(t.columns, t.recounted) for t in again.tasks] == [({}, ("gaze",))]
     assert again.keeps_samples
     lines = explain_plan(again)
-    assert lines == [("rewrite", "the manifest: streams.gaze.expect.range None -> [-1.0, 1.0]")]
+    assert lines == [("rewrite", "the manifest: streams.gaze.expect.range null -> [-1.0, 1.0]")]
     angles = with_gaze(expect={"range": [-1.0, 1.0]})  # their bins are fixed
     old = finish(plan(scans_with_gaze(), with_gaze()), with_gaze())
     assert plan(scans_with_gaze(), angles, previous=old).is_empty
