@@ -148,18 +148,13 @@ def _recipe(drafts: Mapping[str, _Draft]) -> Recipe:
 
 def _free_name(text: str, taken: Mapping[str, object], kind: str) -> str:
     """Return a stream name like a text that is not taken."""
-    plain = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:28] or kind
-    plain = plain if plain[0].isalpha() else f"{kind}_{plain}"[:28].rstrip("_")
-    for number in itertools.count(1):
-        name = plain if number == 1 else f"{plain}_{number}"
-        try:
-            check_stream_name(name)
-        except ValueError:
-            plain = f"{kind}_{plain}"[:28].rstrip("_")
-            continue
-        if name not in taken:
-            return name
-    raise AssertionError
+    plain = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:28].rstrip("_")
+    try:
+        check_stream_name(plain)
+    except ValueError:
+        plain = f"{kind}_{plain}"[:28].rstrip("_")
+    numbered = (f"{plain}_{number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain([plain], numbered) if name not in taken)
 
 
 # --- where values are ---
@@ -363,14 +358,16 @@ def _measure(folder: Path, drafts: dict[str, _Draft]) -> None:
     probe = check_session(folder, recipe=_recipe(drafts)).probe
     if probe is None:
         return
+    own_clocks = _own_clocks(probe)
     for draft in drafts.values():
         unit = probe.units.get(draft.spec.get("file", METADATA_FILE))
         if unit is not None and draft.spec["kind"] == "sensor":
             draft.spec["time_unit"] = unit.unit
-    for name in _own_clocks(probe):
+    for name in own_clocks:
         drafts[name].spec["clock"] = "own"
         drafts[name].comments.append("guess: its times begin at 0, those of other files do not")
-    probe = check_session(folder, recipe=_recipe(drafts)).probe or probe
+    if probe.units or own_clocks:
+        probe = check_session(folder, recipe=_recipe(drafts)).probe or probe
     for name, draft in drafts.items():
         if name in probe.videos:
             _complete_video(name, draft, probe)
@@ -492,12 +489,14 @@ def guess_groups(
     if size == 7 and _has_unit_norms(values[:, 3:]):
         return [{"count": 3, "type": "position"}, {"count": 4, "type": "quaternion"}]
     half = max(1, size // 2)
+    kind = _guess_list(values, label)
     is_angle = bool(np.abs(values[:, :half]).max(initial=0.0) <= math.pi + 1e-3)
     fit = fit_velocities(times_s, values[:, :half], values[:, -half:], is_angle=is_angle)
-    if size % 2 == 0 and fit is not None and not fit.fault:
-        kind = "angle" if is_angle else "scalar"
-        return [{"count": half, "type": kind}, {"count": half, "type": "velocity"}]
-    return [{"count": size, "type": str(_guess_list(values, label))}]
+    is_close = fit is not None and fit.correlation > 0.9 and 0.8 <= fit.slope <= 1.25
+    if size % 2 == 0 and is_close and kind in (ValueType.SCALAR, ValueType.ANGLE):
+        pose = "angle" if is_angle else "scalar"
+        return [{"count": half, "type": pose}, {"count": half, "type": "velocity"}]
+    return [{"count": size, "type": str(kind)}]
 
 
 def _guess_list(values: NDArray[np.float64], label: str) -> ValueType:

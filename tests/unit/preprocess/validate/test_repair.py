@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.report_pages import RECIPE, recipe_of
-from helpers.sessions import read_lines, sensor_lines, write_lines, write_tone
+from helpers.sessions import read_lines, sensor_lines, write_lines, write_streams, write_tone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation, Slerp
 
 import preprocess.validate.repair
 from preprocess.validate.repair import repair_session
 from preprocess.validate.report import check_session
 from shared.errors import SessionError
+from shared.recipe import Recipe
 
 
 @pytest.fixture
@@ -389,3 +391,269 @@ def test_a_second_repair_does_nothing_and_every_original_stays(
     assert snapshot(folder) == after
     if any("metadata" in sentence for sentence in done):
         assert after["metadata.jsonl.orig"] == content
+
+
+# --- declared streams ---
+
+
+def declared(streams: dict[str, Any]) -> Recipe:
+    return Recipe.model_validate({"segment": {"duration_s": 1.0}, "streams": streams})
+
+
+QUATERNION = {"count": 4, "type": "quaternion"}
+MANY = declared(
+    {
+        "head": {
+            "kind": "sensor", "file": "head.jsonl", "time": "t", "time_unit": "ms", "rate_hz": 60,
+            "key": "q", "values": [QUATERNION, {"count": 3, "type": "direction"}],
+        },
+        "grip": {"kind": "sensor", "key": "grip", "values": [{"count": 1, "type": "fraction"}]},
+        "pose": {
+            "kind": "sensor", "file": "pose.jsonl", "rate_hz": 60,
+            "values": [
+                {"count": 2, "type": "angle", "names": ["elbow", "wrist"]},
+                {"count": 1, "type": "scalar", "names": ["load"]},
+            ],
+        },
+        "held": {
+            "kind": "sensor", "file": "held.jsonl", "key": "held", "rate_hz": 60,
+            "resample": "hold", "values": [{"count": 1, "type": "scalar"}],
+        },
+        "imu": {
+            "kind": "sensor", "file": "imu.csv", "rate_hz": 60, "clock": "own",
+            "values": [{"count": 2, "type": "scalar", "names": ["a", "b"]}],
+        },
+        "notes": {"kind": "text", "file": "notes.jsonl"},
+        "voice": {"kind": "audio", "file": "voice.wav"},
+    }
+)  # fmt: skip
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A flawless session of seven streams in seven files."""
+    return write_streams(tmp_path / "many", MANY, duration_s=4.0)
+
+
+def edit(folder: Path, file: str, change: Any) -> None:
+    lines = read_lines(folder / file)
+    change(lines)
+    write_lines(folder / file, lines)
+
+
+def test_a_session_of_declared_streams_without_fault_is_not_changed(many: Path) -> None:
+    before = snapshot(many)
+    assert check_session(many, recipe=MANY).report.status == "passed"
+    assert repair_session(many, recipe=MANY) == []
+    assert snapshot(many) == before
+
+
+def test_gaps_are_filled_as_the_value_types_say(many: Path) -> None:
+    """Quaternions against scipy's Slerp; the time is in milliseconds under its own key."""
+    before = read_lines(many / "head.jsonl")
+    edit(many, "head.jsonl", lambda lines: lines.__delitem__(slice(100, 102)))
+    (sentence, _) = repair_session(many, recipe=MANY)
+    assert sentence.startswith("head.jsonl: filled 1 gap with 2 interpolated lines")
+    after = read_lines(many / "head.jsonl")
+    ends = [before[i] for i in (99, 102)]
+    slerp = Slerp([0, 3], Rotation.from_quat([end["q"][:4] for end in ends]))
+    for k, line in enumerate(after[100:102], start=1):
+        assert line["interpolated"] is True
+        assert line["t"] == pytest.approx(before[99]["t"] + k * 50 / 3, abs=0.5)
+        expected = slerp(k).as_quat()
+        rotation = np.abs(np.dot(expected, line["q"][:4]))
+        assert rotation == pytest.approx(1, abs=1e-6)
+        assert np.linalg.norm(line["q"][4:]) == pytest.approx(1, abs=1e-9)
+    assert [*after[:100], *after[102:]] == [*before[:100], *before[102:]]
+    assert check_session(many, recipe=MANY).report.status == "passed"
+
+
+def test_plain_keys_are_filled_and_held_values_are_not(many: Path) -> None:
+    for file in ("pose.jsonl", "held.jsonl"):
+        edit(many, file, lambda lines: lines.pop(50))
+    before = read_lines(many / "held.jsonl")
+    done = repair_session(many, recipe=MANY)
+    assert done[0].startswith("pose.jsonl: filled 1 gap with 1 interpolated line")
+    assert set(read_lines(many / "pose.jsonl")[50]) == {
+        "timestamp", "elbow", "wrist", "load", "interpolated",
+    }  # fmt: skip
+    assert read_lines(many / "held.jsonl") == before
+
+
+def test_values_of_any_stream_are_clamped_by_type(many: Path) -> None:
+    edit(many, "metadata.jsonl", lambda lines: lines[3].update(grip=[1.0004]))
+    edit(many, "pose.jsonl", lambda lines: lines[5].update(elbow=-3.1416, load=7.0))
+    done = repair_session(many, recipe=MANY)
+    assert done[:2] == [
+        "metadata.jsonl: clamped grip in 1 line, outside by rounding",
+        "pose.jsonl: clamped pose in 1 line, outside by rounding",
+    ]
+    assert read_lines(many / "metadata.jsonl")[3]["grip"] == [1.0]
+    assert read_lines(many / "pose.jsonl")[5]["elbow"] == -math.pi
+    assert read_lines(many / "pose.jsonl")[5]["load"] == 7.0
+
+
+def test_every_file_on_the_shared_clock_is_shifted_together(many: Path) -> None:
+    texts = times_of(many, "notes.jsonl")
+    names = ("metadata.jsonl", "pose.jsonl", "held.jsonl", "notes.jsonl")
+    before = {name: (many / name).read_bytes() for name in (*names, "imu.csv")}
+    for name in names:
+        edit(many, name, lambda lines: [x.update(timestamp=x["timestamp"] + 12.5) for x in lines])
+    edit(many, "head.jsonl", lambda lines: [x.update(t=x["t"] + 12_500) for x in lines])
+    done = repair_session(many, recipe=MANY)
+    assert done[0] == (
+        "head.jsonl, held.jsonl, metadata.jsonl, pose.jsonl, notes.jsonl: subtracted 12.5 s from "
+        "all timestamps; the clock was never reset"
+    )
+    assert times_of(many, "notes.jsonl") == pytest.approx(texts, abs=1e-9)
+    assert read_lines(many / "head.jsonl")[0]["t"] == 0
+    assert (many / "imu.csv").read_bytes() == before["imu.csv"]  # on a clock of its own
+    assert check_session(many, recipe=MANY).report.status == "passed"
+
+
+def test_nothing_is_shifted_if_a_table_would_stay_behind(many: Path) -> None:
+    streams = MANY.as_json()["streams"]
+    streams["imu"]["clock"] = "session"
+    recipe = declared(streams)
+    for name in ("metadata.jsonl", "pose.jsonl", "held.jsonl", "notes.jsonl"):
+        edit(many, name, lambda lines: [x.update(timestamp=x["timestamp"] + 12.5) for x in lines])
+    edit(many, "head.jsonl", lambda lines: [x.update(t=x["t"] + 12_500) for x in lines])
+    before = snapshot(many)
+    assert repair_session(many, recipe=recipe) == []
+    assert snapshot(many) == before
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_the_rows_of_a_table_are_sorted(ending: str, many: Path) -> None:
+    rows = (many / "imu.csv").read_text().splitlines()
+    shuffled = [*rows[:50], rows[51], rows[50], *rows[52:]]
+    (many / "imu.csv").write_text(ending.join(shuffled), newline="")
+    done = repair_session(many, recipe=MANY)
+    assert done == [
+        "imu.csv: sorted 1 row into place",
+        "kept the original as imu.csv.orig",
+    ]
+    assert (many / "imu.csv").read_bytes() == (ending.join(rows) + ending).encode()
+    assert repair_session(many, recipe=MANY) == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda rows: [*rows[:50], rows[51], rows[50], "1,2", *rows[52:]],  # a row of two cells
+        lambda rows: [*rows[:50], rows[51], rows[50], rows[50], *rows[52:]],  # a repeated time
+        lambda rows: [rows[0], *rows[100:], *rows[1:100]],  # a restarted recorder
+    ],
+)
+def test_a_table_with_another_fault_is_not_changed(fault: Any, many: Path) -> None:
+    rows = (many / "imu.csv").read_text().splitlines()
+    (many / "imu.csv").write_text("\n".join(fault(rows)))
+    before = snapshot(many)
+    assert repair_session(many, recipe=MANY) == []
+    assert snapshot(many) == before
+
+
+def test_lines_that_contradict_each_other_are_never_joined(session: Path) -> None:
+    lines = lines_of(session)
+    twin = {**lines[5], "touch": [0.9] * 5}
+    write_lines(session / "metadata.jsonl", [*lines[:6], twin, *lines[6:]])
+    before = snapshot(session)
+    assert repair_session(session, recipe=RECIPE) == []
+    assert snapshot(session) == before
+    report = check_session(session, recipe=RECIPE).report
+    assert any("line 7: timestamp 0.166667 occurs twice" in m for m in report.warnings)
+
+
+def test_a_file_with_two_time_keys_is_left_alone(tmp_path: Path) -> None:
+    streams = {
+        name: {
+            "kind": "sensor", "file": "both.jsonl", "key": name, "time": f"{name}_t",
+            "values": [{"count": 1, "type": "scalar"}],
+        }
+        for name in ("left", "right")
+    }  # fmt: skip
+    recipe = declared(streams)
+    lines = [{"left_t": i / 30, "left": i, "right_t": i / 15, "right": i} for i in range(60)]
+    lines[9], lines[10] = lines[10], lines[9]
+    write_lines(tmp_path / "both.jsonl", lines)
+    before = snapshot(tmp_path)
+    assert repair_session(tmp_path, recipe=recipe) == []
+    assert snapshot(tmp_path) == before
+
+
+def all_readings(folder: Path) -> set[tuple[str, str]]:
+    """Every value in the JSON lines of a session, by file and key; times are left out."""
+    return {
+        (f"{path.name} {key}", json.dumps(value))
+        for path in folder.glob("*.jsonl")
+        for line in read_lines(path)
+        for key, value in line.items()
+        if key not in ("t", "timestamp", "interpolated")
+    }
+
+
+edits = st.sampled_from(
+    [
+        ("swap", lambda lines, i: lines.insert(i, lines.pop(i + 1))),
+        ("lose", lambda lines, i: lines.pop(i)),
+        ("repeat", lambda lines, i: lines.insert(i, lines[i])),
+        (
+            "contradict",
+            lambda lines, i: lines.insert(i, {**lines[i + 1], **_without_time(lines[i])}),
+        ),
+        ("complete", lambda lines, i: lines.insert(i, dict(list(lines[i].items())[:2]))),
+        ("extend", lambda lines, i: lines.append({**lines[i], **_later(lines[-1])})),
+    ]
+)
+
+
+def _without_time(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key not in ("t", "timestamp")}
+
+
+def _later(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value + 0.2 for key, value in line.items() if key in ("t", "timestamp")}
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    faults=st.lists(
+        st.tuples(
+            st.sampled_from(["head.jsonl", "metadata.jsonl", "pose.jsonl", "held.jsonl"]),
+            st.integers(0, 100),
+            edits,
+        ),
+        max_size=6,
+    ),
+    offset_s=st.sampled_from([0.0, 0.0, 12.5]),
+)
+def test_repairs_of_declared_streams_lose_no_reading_and_are_done_once(
+    tmp_path: Path, faults: list[Any], offset_s: float
+) -> None:
+    source = tmp_path / "source"
+    if not source.exists():
+        write_streams(source, MANY, duration_s=4.0)
+    folder = tmp_path / "any"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, folder)
+    for file, index, (_, change) in faults:
+        edit(folder, file, lambda lines, i=index, change=change: change(lines, i))
+    if offset_s:
+        for file, key in (("head.jsonl", "t"), *((f, "timestamp") for f in SHARED)):
+            factor = 1000 if key == "t" else 1
+            edit(folder, file, lambda lines, k=key, f=factor: shift_key(lines, k, offset_s * f))
+    before = all_readings(folder)
+    done = repair_session(folder, recipe=MANY)
+    after = snapshot(folder)
+    assert repair_session(folder, recipe=MANY) == []
+    assert snapshot(folder) == after
+    if not any("dropped" in sentence for sentence in done):
+        assert before <= all_readings(folder)
+
+
+SHARED = ("metadata.jsonl", "pose.jsonl", "held.jsonl", "notes.jsonl")
+
+
+def shift_key(lines: list[dict[str, Any]], key: str, offset: float) -> None:
+    for line in lines:
+        line[key] += offset
