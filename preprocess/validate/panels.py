@@ -52,7 +52,7 @@ _MAX_POINTS = 12_000
 """Columns of a panel times its curves: about 250 kB of page."""
 
 _MAX_CURVES = 60
-"""Curves of a panel; more cannot be told apart."""
+"""Curves of a panel; more look alike."""
 
 _NUM_COLORS = 10
 

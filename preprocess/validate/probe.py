@@ -296,7 +296,7 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
             for name, times_s in alignment.times_s.items()
         },
         missing=missing,
-        events=_place_events(lines, alignment.offset_s, starts, recipe),
+        events=_align_events(lines, alignment.offset_s, starts, recipe),
         files=_files(lines),
         issues=tuple(issue for issue in lines.issues if issue.kind != "file"),
         unreadable=unreadable,
@@ -483,7 +483,7 @@ def _drop_missing(
     return replace(lines, readings=readings), missing
 
 
-def _place_events(
+def _align_events(
     lines: SessionLines, offset_s: float, starts: Mapping[str, float], recipe: Recipe
 ) -> dict[str, tuple[TextEvent, ...]]:
     """Return the texts of each stream on the session clock."""

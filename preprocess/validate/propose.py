@@ -2,7 +2,7 @@
 
 ::
 
-    files -> drafts (names, keys, columns) -> probe (readings) -> types, rates, expectations -> YAML
+    files -> proposals (keys, columns) -> probe (readings) -> types, rates, expectations -> YAML
 
 The first pass only finds where values are; each stream is then read as a build reads it, and its
 values decide types and rates. Guesses are conservative: what no rule recognizes is a scalar, and
@@ -32,13 +32,14 @@ from shared.session.tables import MAX_LINE_BYTES, TableError, open_table
 from shared.streams import (
     METADATA_FILE,
     VECTOR_SIZES,
+    Kind,
     ValueType,
     VideoStream,
     check_stream_name,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -80,7 +81,7 @@ _DEGREES = re.compile(r"(?i)deg|dps|°")
 
 
 @dataclass(slots=True)
-class _Draft:
+class _Proposal:
     """A stream that is being proposed."""
 
     spec: dict[str, Any]
@@ -95,38 +96,38 @@ def propose_recipe(folder: Path) -> str:
     Raises:
         SessionError: the folder contains nothing that can be a stream.
     """
-    drafts: dict[str, _Draft] = {}
+    proposals: dict[str, _Proposal] = {}
     notes: list[str] = []
     for path in sorted(folder.iterdir() if folder.is_dir() else ()):
         if path.is_file() and not path.name.startswith("."):
             try:
                 _check_file_name(path.name)
-                for name, draft in _draft_file(path, notes):
-                    drafts[_free_name(name, drafts, str(draft.spec["kind"]))] = draft
+                for name, proposal in _find_streams(path, notes):
+                    proposals[_free_name(name, proposals, str(proposal.spec["kind"]))] = proposal
             except (OSError, ValueError, av.FFmpegError) as error:
                 notes.append(f"{path.name} is left out: {str(error).splitlines()[0]}")
-    if not drafts:
-        reasons = "; ".join([*notes, "fix: give the folder of one recording"])
-        raise SessionError(f"{folder}: nothing in it can be a stream; {reasons}")
-    _measure(folder, drafts)
-    rejected = _reject_failed(folder, drafts)
-    if not drafts:
-        reasons = [comment for draft in rejected.values() for comment in draft.comments[-1:]]
+    if not proposals:
+        causes = "; ".join([*notes, "fix: give the folder of one recording"])
+        raise SessionError(f"{folder}: nothing in it can be a stream; {causes}")
+    _measure(folder, proposals)
+    rejected = _reject_failed(folder, proposals)
+    if not proposals:
+        reasons = [comment for proposal in rejected.values() for comment in proposal.comments[-1:]]
         raise SessionError(f"{folder}: no stream of it passes validation: {'; '.join(reasons)}")
-    return _render(folder, drafts, rejected, notes)
+    return _render(folder, proposals, rejected, notes)
 
 
-def _reject_failed(folder: Path, drafts: dict[str, _Draft]) -> dict[str, _Draft]:
+def _reject_failed(folder: Path, proposals: dict[str, _Proposal]) -> dict[str, _Proposal]:
     """Take out the streams that fail validation; the others may be judged otherwise then."""
-    rejected: dict[str, _Draft] = {}
-    while drafts:
-        checked = check_session(folder, recipe=_recipe(drafts))
+    rejected: dict[str, _Proposal] = {}
+    while proposals:
+        checked = check_session(folder, recipe=_recipe(proposals))
         if checked.probe is None:
             raise SessionError(checked.report.errors[0])
         statuses = checked.report.streams.items()
         failed = [name for name, status in statuses if status in ("failed", "absent")]
         for name in failed:
-            rejected[name] = drafts.pop(name)
+            rejected[name] = proposals.pop(name)
             messages = [f.message for f in checked.findings if name in f.streams]
             rejected[name].comments.append(f"left out: {messages[0]}")
         if not failed:
@@ -142,8 +143,10 @@ def _check_file_name(name: str) -> None:
         raise ValueError("a recipe cannot name it; fix: rename it with plain letters") from error
 
 
-def _recipe(drafts: Mapping[str, _Draft]) -> Recipe:
-    return Recipe.model_validate({"streams": {name: draft.spec for name, draft in drafts.items()}})
+def _recipe(proposals: Mapping[str, _Proposal]) -> Recipe:
+    return Recipe.model_validate(
+        {"streams": {name: proposal.spec for name, proposal in proposals.items()}}
+    )
 
 
 def _free_name(text: str, taken: Mapping[str, object], kind: str) -> str:
@@ -160,19 +163,19 @@ def _free_name(text: str, taken: Mapping[str, object], kind: str) -> str:
 # --- where values are ---
 
 
-def _draft_file(path: Path, notes: list[str]) -> Iterator[tuple[str, _Draft]]:
-    """Yield a name and a draft for each stream of a file."""
+def _find_streams(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposal]]:
+    """Yield a name and a proposal for each stream of a file."""
     suffix = path.suffix.lower()
     if suffix in VIDEO_SUFFIXES or suffix in SOUND_SUFFIXES:
-        yield from _draft_media(path)
+        yield from _find_media(path)
     elif path.suffix == ".jsonl":
-        yield from _draft_lines(path, notes)
+        yield from _find_in_lines(path, notes)
     elif path.suffix in TABLE_SUFFIXES:
-        yield from _draft_table(path, notes)
+        yield from _find_in_table(path, notes)
 
 
-def _draft_media(path: Path) -> Iterator[tuple[str, _Draft]]:
-    """Draft the video of a file, and its audio tracks if no sound file lies beside it."""
+def _find_media(path: Path) -> Iterator[tuple[str, _Proposal]]:
+    """Find the video of a file, and its audio tracks if the folder has no sound file."""
     with av.open(str(path)) as container:
         videos = [v for v in container.streams.video if v.codec_context.name not in ("png", "bmp")]
         has_video = bool(videos) and path.suffix.lower() not in SOUND_SUFFIXES
@@ -184,16 +187,16 @@ def _draft_media(path: Path) -> Iterator[tuple[str, _Draft]]:
         scale = min(1.0, MAX_VIDEO_SIDE / min(sides))
         size = [min(2048, max(16, round(side * scale / 16) * 16)) for side in sides]
         spec = {"kind": "video", "file": path.name, "rate_hz": MAX_VIDEO_RATE_HZ, "size": size}
-        yield path.stem, _Draft(spec)
+        yield path.stem, _Proposal(spec)
     is_beside = any(p.suffix.lower() in SOUND_SUFFIXES for p in path.parent.iterdir())
     for track in range(num_tracks if not (has_video and is_beside) else 0):
         name = path.stem if not has_video else f"{path.stem}_sound"
         track_key = {"track": track} if track else {}
-        yield name, _Draft({"kind": "audio", "file": path.name, **track_key})
+        yield name, _Proposal({"kind": "audio", "file": path.name, **track_key})
 
 
-def _draft_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, _Draft]]:
-    """Draft the sensors and texts of a file of JSON lines."""
+def _find_in_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposal]]:
+    """Find the sensors and texts of a file of JSON lines."""
     lines = _read_objects(path)
     keys = list(dict.fromkeys(key for line in lines for key in line))
     numbers = [key for key in keys if _size(lines, key) == 0]
@@ -211,29 +214,29 @@ def _draft_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, _Draft]]:
     for key, size in sizes.items():
         name = key if path.name == METADATA_FILE else f"{path.stem}_{key}"
         spec = {"kind": "sensor", **file, "key": key, **time, "time_unit": _unit_of(time_key)}
-        yield name, _Draft(spec | {"values": [{"count": max(1, size), "type": "scalar"}]})
+        yield name, _Proposal(spec | {"values": [{"count": max(1, size), "type": "scalar"}]})
     texts = [k for k in keys if any(isinstance(line.get(k), str) for line in lines)]
     if time_key == "timestamp":
-        yield from _draft_texts(path, lines, [k for k in texts if k != time_key])
+        yield from _find_texts(path, lines, [k for k in texts if k != time_key])
     left_out = [k for k in keys if k != time_key and k not in sizes and k not in texts]
     if left_out:
         notes.append(f"{path.name}: no list of numbers of one length: {', '.join(left_out)}")
 
 
-def _draft_texts(
+def _find_texts(
     path: Path, lines: Sequence[Mapping[str, Any]], keys: Sequence[str]
-) -> Iterator[tuple[str, _Draft]]:
-    """Draft the text streams of a file of JSON lines."""
+) -> Iterator[tuple[str, _Proposal]]:
+    """Find the text streams of a file of JSON lines."""
     if path.name == METADATA_FILE:
         for key in keys:
-            yield key, _Draft({"kind": "text", "file": path.name, "key": key})
+            yield key, _Proposal({"kind": "text", "file": path.name, "key": key})
     elif "text" in keys:
         labels = sorted({str(line["stream"]) for line in lines if line.get("stream") is not None})
         for label in labels:
             spec = {"kind": "text", "file": path.name, "stream": label}
-            yield f"{label}_text", _Draft(spec)
+            yield f"{label}_text", _Proposal(spec)
         if not labels:
-            yield path.stem, _Draft({"kind": "text", "file": path.name})
+            yield path.stem, _Proposal({"kind": "text", "file": path.name})
 
 
 def _read_objects(path: Path) -> list[dict[str, Any]]:
@@ -260,8 +263,8 @@ def _size(lines: Sequence[Mapping[str, Any]], key: str) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _draft_table(path: Path, notes: list[str]) -> Iterator[tuple[str, _Draft]]:
-    """Draft the sensors of a table: columns with the same missing values are one stream."""
+def _find_in_table(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposal]]:
+    """Find the sensors of a table: columns with the same missing values are one stream."""
     cells = _read_columns(path)
     time_key = _choose_time({name: values[np.isfinite(values)] for name, values in cells.items()})
     if time_key is None:
@@ -284,12 +287,12 @@ def _draft_table(path: Path, notes: list[str]) -> Iterator[tuple[str, _Draft]]:
         lists = [name for name in names if cells[name].shape[1] > 1]
         for name in lists:
             group = {"count": cells[name].shape[1], "type": "scalar"}
-            yield f"{path.stem}_{name}", _Draft(spec | {"key": name, "values": [group]})
+            yield f"{path.stem}_{name}", _Proposal(spec | {"key": name, "values": [group]})
         columns = [name for name in names if name not in lists]
         if columns:
             groups = [{"count": 1, "type": "scalar", "names": [name]} for name in columns]
             stem = path.stem if key == b"" else f"{path.stem}_{columns[0]}"
-            yield stem, _Draft(spec | {"values": groups}, columns=columns)
+            yield stem, _Proposal(spec | {"values": groups}, columns=columns)
     if left_out:
         notes.append(f"{path.name}: columns without numbers, or times: {', '.join(left_out)}")
 
@@ -353,31 +356,23 @@ def _is_number(value: object) -> bool:
 # --- what values are ---
 
 
-def _measure(folder: Path, drafts: dict[str, _Draft]) -> None:
-    """Read the drafted streams, and complete each draft by what was read."""
-    probe = check_session(folder, recipe=_recipe(drafts)).probe
+def _measure(folder: Path, proposals: dict[str, _Proposal]) -> None:
+    """Read the proposed streams, and complete each proposal by what was read."""
+    probe = check_session(folder, recipe=_recipe(proposals)).probe
     if probe is None:
         return
     own_clocks = _own_clocks(probe)
-    for draft in drafts.values():
-        unit = probe.units.get(draft.spec.get("file", METADATA_FILE))
-        if unit is not None and draft.spec["kind"] == "sensor":
-            draft.spec["time_unit"] = unit.unit
+    for proposal in proposals.values():
+        unit = probe.units.get(proposal.spec.get("file", METADATA_FILE))
+        if unit is not None and proposal.spec["kind"] == "sensor":
+            proposal.spec["time_unit"] = unit.unit
     for name in own_clocks:
-        drafts[name].spec["clock"] = "own"
-        drafts[name].comments.append("guess: its times begin at 0, those of other files do not")
+        proposals[name].spec["clock"] = "own"
+        proposals[name].comments.append("guess: its times begin at 0, those of other files do not")
     if probe.units or own_clocks:
-        probe = check_session(folder, recipe=_recipe(drafts)).probe or probe
-    for name, draft in drafts.items():
-        if name in probe.videos:
-            _complete_video(name, draft, probe)
-        elif name in probe.audio:
-            audio = probe.audio[name]
-            draft.comments.append(f"{audio.source_rate_hz} Hz x {audio.source_channels}")
-        elif name in probe.readings:
-            _complete_sensor(name, draft, probe)
-        elif name in probe.events:
-            draft.comments.append(f"texts: {len(probe.events[name])}")
+        probe = check_session(folder, recipe=_recipe(proposals)).probe or probe
+    for name in probe.intervals:
+        _COMPLETE[probe.recipe.streams[name].kind](name, proposals[name], probe)
 
 
 def _own_clocks(probe: SessionProbe) -> list[str]:
@@ -395,19 +390,19 @@ def _own_clocks(probe: SessionProbe) -> list[str]:
     return [name for file in begins_at_0 for name in probe.sensors_of(file)]
 
 
-def _complete_video(name: str, draft: _Draft, probe: SessionProbe) -> None:
+def _complete_video(name: str, proposal: _Proposal, probe: SessionProbe) -> None:
     """Set rate and expectations of a video."""
     track = probe.videos[name].track
     rate_hz = measure_rate_hz(track.times_s)
-    draft.comments.append(
+    proposal.comments.append(
         f"{track.codec} {track.width}x{track.height}, {rate_hz or 0:.4g} frames per second"
     )
     if rate_hz is not None:
-        draft.spec["rate_hz"] = min(MAX_VIDEO_RATE_HZ, round_rate(rate_hz))
-        draft.spec["expect"] = _expect_times(track.times_s)
+        proposal.spec["rate_hz"] = min(MAX_VIDEO_RATE_HZ, round_rate(rate_hz))
+        proposal.spec["expect"] = _expect_times(track.times_s)
 
 
-def _complete_sensor(name: str, draft: _Draft, probe: SessionProbe) -> None:
+def _complete_sensor(name: str, proposal: _Proposal, probe: SessionProbe) -> None:
     """Set types, rate, rule of resampling and expectations of a sensor."""
     readings, spec = probe.readings[name], probe.recipe.sensors[name]
     values = readings.values.astype(np.float64)
@@ -415,24 +410,24 @@ def _complete_sensor(name: str, draft: _Draft, probe: SessionProbe) -> None:
     groups = guess_groups(
         values,
         times_s=readings.times_s,
-        names=draft.columns or None,
+        names=proposal.columns or None,
         label=f"{stem} {spec.key or ''}".strip(),
     )
-    draft.spec["values"] = groups
+    proposal.spec["values"] = groups
     if any(group["type"] != "scalar" for group in groups):
-        draft.comments.append("guess: the types of the values")
+        proposal.comments.append("guess: the types of the values")
     rate_hz = measure_rate_hz(readings.times_s)
     if rate_hz is None:
         return
-    draft.comments.insert(0, f"{len(values)} readings at {rate_hz:.4g} Hz")
-    draft.spec["rate_hz"] = round_rate(rate_hz)
+    proposal.comments.insert(0, f"{len(values)} readings at {rate_hz:.4g} Hz")
+    proposal.spec["rate_hz"] = round_rate(rate_hz)
     intervals_s = np.diff(readings.times_s)
-    if rate_hz < draft.spec["rate_hz"] / 1.05 or (
+    if rate_hz < proposal.spec["rate_hz"] / 1.05 or (
         float(np.percentile(intervals_s, 95)) > IRREGULAR_FACTOR / rate_hz
     ):
-        draft.spec["resample"] = "hold"
-        draft.spec["max_age_s"] = _round_out(1.5 * float(intervals_s.max()), 1)
-        draft.comments.append("guess: readings are too rare or irregular to interpolate")
+        proposal.spec["resample"] = "hold"
+        proposal.spec["max_age_s"] = _round_out(1.5 * float(intervals_s.max()), 1)
+        proposal.comments.append("guess: readings are too rare or irregular to interpolate")
     expect = _expect_times(readings.times_s)
     if all(group["type"] in ("scalar", "position", "velocity") for group in groups):
         margin = 0.1 * float(np.ptp(values)) or 1.0
@@ -440,7 +435,27 @@ def _complete_sensor(name: str, draft: _Draft, probe: SessionProbe) -> None:
             _round_out(float(values.min()) - margin, -1),
             _round_out(float(values.max()) + margin, 1),
         ]
-    draft.spec["expect"] = expect
+    proposal.spec["expect"] = expect
+
+
+def _complete_audio(name: str, proposal: _Proposal, probe: SessionProbe) -> None:
+    """Say what was recorded."""
+    audio = probe.audio[name]
+    proposal.comments.append(f"{audio.source_rate_hz} Hz x {audio.source_channels}")
+
+
+def _complete_text(name: str, proposal: _Proposal, probe: SessionProbe) -> None:
+    """Say what was recorded."""
+    proposal.comments.append(f"texts: {len(probe.events[name])}")
+
+
+_COMPLETE: Mapping[Kind, Callable[[str, _Proposal, SessionProbe], None]] = {
+    Kind.VIDEO: _complete_video,
+    Kind.AUDIO: _complete_audio,
+    Kind.SENSOR: _complete_sensor,
+    Kind.TEXT: _complete_text,
+}
+"""What the readings of a stream decide in its proposal."""
 
 
 def _expect_times(times_s: NDArray[np.float64]) -> dict[str, Any]:
@@ -594,7 +609,10 @@ def _merge_groups(
 
 
 def _render(
-    folder: Path, drafts: Mapping[str, _Draft], rejected: Mapping[str, _Draft], notes: Sequence[str]
+    folder: Path,
+    proposals: Mapping[str, _Proposal],
+    rejected: Mapping[str, _Proposal],
+    notes: Sequence[str],
 ) -> str:
     """Write the recipe with its comments."""
     lines = [
@@ -603,12 +621,12 @@ def _render(
         *(f"# {_plain(note)}" for note in notes),
         "streams:",
     ]
-    for name, draft in sorted(drafts.items()):
-        lines += [f"  # {_plain(comment)}" for comment in draft.comments]
-        lines.append(f"  {_flow(name, draft)}")
-    for name, draft in sorted(rejected.items()):
-        lines += [f"  # {_plain(comment)}" for comment in draft.comments]
-        lines.append(f"  # {_flow(name, draft)}")
+    for name, proposal in sorted(proposals.items()):
+        lines += [f"  # {_plain(comment)}" for comment in proposal.comments]
+        lines.append(f"  {_flow(name, proposal)}")
+    for name, proposal in sorted(rejected.items()):
+        lines += [f"  # {_plain(comment)}" for comment in proposal.comments]
+        lines.append(f"  # {_flow(name, proposal)}")
     text = "\n".join(lines) + "\n"
     Recipe.model_validate(yaml.safe_load(text))
     return text
@@ -619,9 +637,11 @@ def _plain(text: str) -> str:
     return " ".join(text.encode("ascii", "backslashreplace").decode().split())
 
 
-def _flow(name: str, draft: _Draft) -> str:
+def _flow(name: str, proposal: _Proposal) -> str:
     """Return a stream as one line of YAML, without keys that have their default."""
-    spec = {key: value for key, value in draft.spec.items() if (key, value) != ("time_unit", "s")}
+    spec = {
+        key: value for key, value in proposal.spec.items() if (key, value) != ("time_unit", "s")
+    }
     return (
         f"{name}: "
         + yaml.safe_dump(spec, default_flow_style=True, sort_keys=False, width=math.inf).strip()

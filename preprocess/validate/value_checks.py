@@ -269,8 +269,8 @@ def check_velocities(probe: SessionProbe) -> list[Finding]:
             fault = fit.fault if fit is not None else ""
             if fault:
                 file = probe.recipe.streams[name].file
-                what = f"velocities of {name} are not the change of its {pose.group.type}s"
-                findings.append(Finding("warning", f"{file}: {what}: {fault}", (name,)))
+                message = f"velocities of {name} are not the change of its {pose.group.type}s"
+                findings.append(Finding("warning", f"{file}: {message}: {fault}", (name,)))
     return findings
 
 
