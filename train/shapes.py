@@ -250,7 +250,8 @@ def _stream_shape(
     per_tick = max(1, math.ceil(rate_hz / tick_rate_hz - _RATE_TOLERANCE))
     num_positions = num_ticks * per_tick
     size: tuple[int, ...] = ()
-    num_classes, values = 0, ()
+    values: tuple[ValueGroup, ...] = ()
+    num_classes = 0
     if spec.kind is Kind.VIDEO:
         size, per_tick = (spec.height, spec.width), 1
         num_positions = round(min(rate_hz, tick_rate_hz) * num_ticks / tick_rate_hz)

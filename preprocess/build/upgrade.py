@@ -16,7 +16,7 @@ import json
 import math
 import re
 import struct
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,7 @@ from shared.errors import CorruptError, ShardError, rebuild_hint
 from shared.files import fingerprint_of, sha256_of_bytes, sha256_of_file
 from shared.kinds.text import TextReader, TimedText, encode_text
 from shared.recipe import Recipe
-from shared.shardset.columns import ColumnFile, Members
-from shared.shardset.index import index_bytes
+from shared.shardset.index import Members, index_bytes
 from shared.shardset.layout import column_basis, columns_of
 from shared.shardset.manifest import (
     MANIFEST_FILE,
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
     from shared.kinds.column import Column
     from shared.media.tokenizer import TextTokenizer
     from shared.session.scan import SessionScan
+    from shared.shardset.columns import ColumnFile
     from shared.shardset.store import ShardSetStore
 
 OLD_VERSION = 2
@@ -325,14 +325,17 @@ class _Upgrade:
         name, split = shard.entry["name"], shard.entry["split"]
         with self._store.staging_dir() as work:
             for column in self._columns.values():
-                source = _OldRows(self, shard, column, positions, texts)
                 if column.has_time_errors and len(rows) == len(shard.rows):
                     self._keep_column(builder, column, shard)
                     continue
                 file = f"{name}.g{self._generation}.{column.name}.{column.suffix}"
-                with source:
-                    write_column(builder, column, work / file, source.iter_rows())
-                builder.decode_failures += source.failures
+                encoded = self._iter_rows(
+                    shard, column, [*zip(positions, rows, strict=True)], texts
+                )
+                write_column(builder, column, work / file, encoded)
+                if column.has_time_errors:
+                    failures = _old_failures(shard, column.stream, self._segment_of)
+                    builder.decode_failures += failures
                 builder.columns[column.name] = self._built(
                     column, shard, list(sessions), file, work / file
                 )
@@ -353,9 +356,36 @@ class _Upgrade:
         )
         return entry, index.header
 
+    def _iter_rows(
+        self,
+        shard: _OldShard,
+        column: Column,
+        rows: Sequence[tuple[int, Row]],
+        texts: Mapping[str, _SessionTexts],
+    ) -> Iterator[EncodedRow]:
+        """Yield the rows that have a column's stream; `rows` are old positions and new rows."""
+        table = _old_table(column, shard)
+        errors = shard.arrays[f"{column.name}.error_s"] if column.has_time_errors else None
+        with closing(self._open(shard, table.partition("/")[0])) as file:
+            for position, row in rows:
+                if column.stream not in row.present:
+                    continue
+                if column.kind is Kind.TEXT:
+                    content: bytes | None = texts[row.session].encode(column.stream, row.segment)
+                else:
+                    content = file.read(shard.members(table), position)
+                if content is None:
+                    raise ShardError(f"{file.origin}: lacks {row.key}; {rebuild_hint(self._store)}")
+                if column.kind in (Kind.SENSOR, Kind.TEXT):
+                    self._num_rewritten += 1
+                else:
+                    self._num_copied += 1
+                yield EncodedRow(row, content, None if errors is None else errors[position])
+
     def _rows_of(self, shard: _OldShard) -> tuple[list[int], list[Row]]:
         """Return the old positions and the new rows of the windows that become segments."""
-        positions, rows = [], []
+        positions: list[int] = []
+        rows: list[Row] = []
         for position, (session, window) in enumerate(shard.rows):
             number = self._segment_of(window)
             if number is None:
@@ -413,7 +443,9 @@ class _Upgrade:
         """Convert the lines of ``rejected.jsonl``; windows that start within a segment go."""
         lines = []
         for line in (self._store.read(REJECTED_FILE) or b"").decode().split("\n"):
-            values = json.loads(line) if line else {"window": 0.5}
+            if not line:
+                continue
+            values = json.loads(line)
             window = values.pop("window", None)
             if window is not None:
                 segment = self._segment_of(window)
@@ -453,21 +485,6 @@ class _Upgrade:
         for file in sorted((files - needed) & sizes.keys()):
             self._store.remove(file)
 
-    def count(self, column: Column) -> None:
-        """Count a member that is copied or rewritten."""
-        if column.kind in (Kind.SENSOR, Kind.TEXT):
-            self._num_rewritten += 1
-        else:
-            self._num_copied += 1
-
-    def old_failures(self, shard: _OldShard, stream: str) -> list[DecodeFailure]:
-        """Return the decode failures of a stream."""
-        return _old_failures(shard, stream, self._segment_of)
-
-    def open_column(self, shard: _OldShard, column: str) -> ColumnFile:
-        """Open a column file of format 2."""
-        return self._open(shard, column)
-
 
 class _SessionTexts:
     """The texts of one session, cut into segments."""
@@ -483,65 +500,18 @@ class _SessionTexts:
         self.duration_s = duration_s
         self._readers = {
             name: TextReader(
-                sorted(events.get(recipe.streams[name].stream, ()), key=lambda e: e.time_s),
-                recipe.streams[name],
+                sorted(events.get(spec.stream or "", ()), key=lambda e: e.time_s),
+                spec,
                 tokenizer=tokenizer,
                 duration_s=duration_s,
                 segment_s=recipe.segment_s,
             )
-            for name in recipe.of_kind(Kind.TEXT)
+            for name, spec in recipe.texts.items()
         }
 
     def encode(self, stream: str, segment: Segment) -> bytes:
         """Encode the member of a segment."""
         return encode_text(self._readers[stream].read(segment))
-
-
-class _OldRows:
-    """Yields the rows of a column of the present format from a shard of format 2."""
-
-    def __init__(
-        self,
-        upgrade: _Upgrade,
-        shard: _OldShard,
-        column: Column,
-        positions: Sequence[int],
-        texts: Mapping[str, _SessionTexts],
-    ) -> None:
-        self._upgrade = upgrade
-        self._shard = shard
-        self._column = column
-        self._positions = positions
-        self._texts = texts
-        self._stack = ExitStack()
-        self.failures = upgrade.old_failures(shard, column.stream) if column.has_time_errors else []
-
-    def __enter__(self) -> _OldRows:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def iter_rows(self) -> Iterator[EncodedRow]:
-        """Yield the rows that have the stream, in order."""
-        column, shard = self._column, self._shard
-        _, rows = self._upgrade._rows_of(shard)
-        table = _old_table(column, shard)
-        file = self._upgrade.open_column(shard, table.partition("/")[0])
-        self._stack.callback(file.close)
-        errors = shard.arrays.get(f"{column.name}.error_s")
-        for position, row in zip(self._positions, rows, strict=True):
-            if column.stream not in row.present:
-                continue
-            if column.kind is Kind.TEXT:
-                content: bytes | None = self._texts[row.session].encode(column.stream, row.segment)
-            else:
-                content = file.read(shard.members(table), position)
-            if content is None:
-                raise ShardError(f"{file.origin}: lacks {row.key}")
-            self._upgrade.count(column)
-            error_s = errors[position] if errors is not None and column.has_time_errors else None
-            yield EncodedRow(row, content, error_s)
 
 
 def _old_table(column: Column, shard: _OldShard) -> str:
@@ -684,7 +654,7 @@ def is_same_row(
         if (column.stream in now) != (column.stream in before):
             return False
         bits.append(sum(1 << _OLD_STREAMS.index(s) for s in before))
-    return match[2] == _old_row_hash(column, segments, bits, scan, recipe)
+    return match[2] == _old_row_hash(column, segments, bits, scan=scan, recipe=recipe)
 
 
 def _streams_beside(column: Column) -> tuple[str, ...]:
@@ -698,6 +668,7 @@ def _old_row_hash(
     column: Column,
     segments: SessionSegments,
     bits: Sequence[int],
+    *,
     scan: SessionScan,
     recipe: Recipe,
 ) -> str:

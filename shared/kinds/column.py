@@ -1,4 +1,4 @@
-"""Describe the columns of a shard: which file holds what of a stream, and in which form."""
+"""Describe the columns of a shard: the file of each stream, and the form of its values."""
 
 from __future__ import annotations
 

@@ -300,7 +300,7 @@ def _write_frames(
     pixels = planes.reshape(len(planes), -1)
     luma = pixels[:, : height * width].reshape(-1, height, width)
     chroma = pixels[:, height * width :].reshape(-1, 2, height // 2, width // 2)
-    places = {number: place for place, number in enumerate(numbers)}
+    positions = {number: position for position, number in enumerate(numbers)}
     expected = numbers[-1] + 1
     count = 0
     for frame in frames:
@@ -309,17 +309,17 @@ def _write_frames(
             raise CorruptError(f"a picture is {form}, not {width}x{height} yuvj420p")
         if count == expected or frame.is_corrupt:
             raise CorruptError("a picture is damaged, or there is one too many")
-        place = places.get(count)
+        position = positions.get(count)
         count += 1
-        if place is None:
+        if position is None:
             continue
-        row = place if planes is out else 0
+        row = position if planes is out else 0
         for plane, target in zip(frame.planes, (luma[row], *chroma[row]), strict=True):
             buffer: Any = plane  # its stub lacks the buffer protocol
             strides = (plane.line_size, 1)
             target[...] = np.ndarray(target.shape, np.uint8, buffer, strides=strides)
         if planes is not out:
-            planes_to_rgb(planes, out[place : place + 1])
+            planes_to_rgb(planes, out[position : position + 1])
     _require_count(count, expected)
 
 
