@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 MANY: dict[str, Any] = {
     "segment": {"duration_s": 1.0},
     "text": {"vocab_size": 300},
-    "split": {"val_fraction": 0.25, "salt": "a"},
+    "split": {"val_fraction": 0.25, "salt": "c"},
     "audio": {"rate_hz": 8000, "dmel": {"fft_size": 512, "channels": 12}},
     "streams": {
         "front": {"kind": "video", "file": "front.mp4", "rate_hz": 5, "size": 48},
         "wrist": {"kind": "video", "file": "wrist.mp4", "rate_hz": 10, "size": [32, 64]},
         "scene": {"kind": "video", "file": "scene.mp4", "rate_hz": 15, "size": 32},
-        "voice": {"kind": "audio", "file": "voice.wav", "required": True},
-        "room": {"kind": "audio", "file": "room.mkv", "track": 1},
+        "voice": {"kind": "audio", "file": "sound.mkv", "required": True},
+        "room": {"kind": "audio", "file": "sound.mkv", "track": 1},
         "battery": {
             "kind": "sensor",
             "key": "battery",
@@ -95,7 +95,7 @@ MANY: dict[str, Any] = {
 
 ONE: dict[str, Any] = {
     "segment": {"duration_s": 1.0},
-    "split": {"val_fraction": 0.25, "salt": "a"},
+    "split": {"val_fraction": 0.25, "salt": "c"},
     "streams": {
         "imu": {
             "kind": "sensor",
@@ -181,7 +181,10 @@ def test_every_declared_stream_is_validated_and_drawn(folder, name):
     )
     reports = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(reports) == len(SESSIONS)
-    assert {report["verdict"] for report in reports} == {"passed"}, output
+    # The 1 Hz stream reaches beyond the end of a session of broken seconds, which is a warning.
+    statuses = {report["session"]: report["status"] for report in reports}
+    assert {statuses[s] for s in SESSIONS if SESSIONS[s].is_integer()} == {"passed"}, output
+    assert "failed" not in statuses.values()
     html = page.read_text()
     for stream in RECIPES[name]["streams"]:
         assert stream in html

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 from helpers.vocabulary import find_banned
 
+from shared.streams import DEFAULT_STREAMS, Kind
+from train.walkthrough import STREAM_OF_HEAD
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -83,6 +86,37 @@ def test_no_function_takes_more_than_four_positional_arguments():
 
 def test_no_function_is_longer_than_sixty_lines():
     assert [name for name, function in functions() if body_lines(function) > MAX_BODY_LINES] == []
+
+
+MAY_NAME_STREAMS = ("shared/streams.py", "train/walkthrough.py", "preprocess/demo/")
+"""The default recipe, the walkthrough's rules, and the demo world; all else asks for a kind."""
+
+STREAM_NAMES = {*DEFAULT_STREAMS, *STREAM_OF_HEAD} - {*Kind}
+
+
+def stream_literals(source: str) -> list[str]:
+    """String literals that are the name of a default stream, except in docstrings."""
+    tree = ast.parse(source)
+    prose = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return [
+        f"{node.lineno} {node.value}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node not in prose and node.value in STREAM_NAMES
+    ]
+
+
+def test_no_module_knows_a_stream_by_its_name():
+    found = {
+        str(path.relative_to(ROOT)): names
+        for path in SOURCES.values()
+        if not str(path.relative_to(ROOT)).startswith(MAY_NAME_STREAMS)
+        if (names := stream_literals(path.read_text(encoding="utf-8")))
+    }
+    assert found == {}
+
+
+def test_a_stream_name_in_code_is_found_and_one_in_a_docstring_is_not():
+    assert stream_literals('"""touch"""\nx = {"touch": 1}\n') == ["2 touch"]
 
 
 def test_the_words_that_the_style_bans_are_not_used():
