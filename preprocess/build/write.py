@@ -152,20 +152,20 @@ def _write_tar(
 ) -> list[Any]:
     """Write a tar column; return what its statistics take of each member."""
     measure, measured = statistics.MEASURES.get(column.kind), []
-    errors = np.full((len(builder.rows), *column.shape[:1]), np.nan, np.float32)
+    if column.has_time_errors:
+        shape = (len(builder.rows), column.shape[0])
+        builder.arrays[f"{column.name}.error_s"] = np.full(shape, np.nan, np.float32)
     with TarColumnWriter(path, num_samples=len(builder.rows)) as writer:
         for item in encoded:
             number = item.row.number
             if item.error_s is not None:
-                errors[number] = item.error_s
+                builder.arrays[f"{column.name}.error_s"][number] = item.error_s
             if item.content is not None:
                 writer.add(number, column.member_name(item.row.key), item.content)
                 builder.mark_present(column.stream, number)
                 if measure is not None:
                     measured.append(measure(item.content))
         builder.add_members(column, writer.members())
-    if column.has_time_errors:
-        builder.arrays[f"{column.name}.error_s"] = errors
     return measured
 
 

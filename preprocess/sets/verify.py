@@ -184,16 +184,14 @@ class _Verifier:
 
     def _verify_keys(self, entry: ShardEntry, index: ShardIndex) -> None:
         """Compare a shard's keys and sessions with those of earlier shards, and add them."""
-        recipe = self.manifest.recipe
         if (runs := find_runs(index)) != entry.runs:
             self.problems.append(
                 f"{entry.name}: its index has {index.num_samples} samples in {len(runs)} runs, not "
                 f"those of the manifest, {entry.num_samples} in {len(entry.runs)}; {self._fix}"
             )
-        if index.streams != list(recipe.streams) or index.segment_s != recipe.segment_s:
+        if index.streams != list(self.manifest.recipe.streams):
             self.problems.append(
-                f"{entry.name}: its index has other streams or segments than the manifest's "
-                f"recipe; {self._fix}"
+                f"{entry.name}: its index has other streams than the manifest's recipe; {self._fix}"
             )
         for key in map(index.key, range(index.num_samples)):
             if key in self.keys:

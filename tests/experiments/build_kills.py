@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 TARGETS = ("job", "client", "worker")
 
 _RECIPE = """
-window: {{duration_s: 2.0}}
-vision: {{size: 128}}
-mel: {{floor_db: {floor_db}}}
-sensors: {{max_gap_s: {max_gap_s}}}
+segment: {{duration_s: 2.0}}
+video: {{size: 128}}
+audio: {{dmel: {{floor_db: {floor_db}}}}}
+sensor: {{max_gap_s: {max_gap_s}}}
 text: {{vocab_size: {vocab_size}}}
 split: {{val_fraction: 0.3}}
 shard: {{target_bytes: 2097152}}

@@ -34,7 +34,7 @@ from shared.shardset.manifest import read_manifest
 from shared.streams import DEFAULT_STREAMS
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**16})
-"""Two segments a shard, so that there are several."""
+"""A segment per shard, so that there are several."""
 
 OTHER_TEXT = tiny_recipe(text={"vocab_size": 264})
 OTHER_SENSORS = tiny_recipe(sensor={"max_gap_s": 0.2})

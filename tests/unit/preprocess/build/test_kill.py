@@ -45,9 +45,13 @@ if TYPE_CHECKING:
     from shared.recipe import Recipe
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**16})
-"""Two windows a shard, so that there are several."""
+"""A segment per shard, so that there are several."""
 
-OTHER = tiny_recipe(shard={"target_bytes": 2**16}, text={"vocab_size": 264}, mel={"floor_db": -60})
+OTHER = tiny_recipe(
+    shard={"target_bytes": 2**16},
+    text={"vocab_size": 264},
+    audio={"dmel": {"floor_db": -60}},
+)
 """Text and dMel are due."""
 
 
@@ -179,7 +183,7 @@ def small_disk(path: Path, *, size_kib: int) -> Iterator[None]:
 
 def test_a_full_disk_is_named_in_one_line_and_the_old_set_stays(recorded, built, tmp_path):
     disk = tmp_path / "disk"
-    size_kib = sum(p.stat().st_size for p in built.iterdir()) // 1024 + 120
+    size_kib = sum(-(-p.stat().st_size // 4096) * 4 for p in built.iterdir()) + 120
     with small_disk(disk, size_kib=size_kib):
         out = Path(shutil.copytree(built, disk / "out"))
         undisturbed = Path(shutil.copytree(built, tmp_path / "undisturbed"))
@@ -215,7 +219,7 @@ def test_a_disk_that_is_full_at_any_write_is_a_clear_error(recorded, tmp_path, m
 
 # --- sessions that go or change --------------------------------------------------------------
 
-OF_OTHERS = re.compile(r"(val-00000[01]|train-000000)\.(vision_.*|audio|proprio|dmel)\..*")
+OF_OTHERS = re.compile(r"(val-00000[01]|train-00000[01])\.(vision_.*|audio|proprio|touch)\..*")
 
 CHANGES = {
     "deleted": shutil.rmtree,
@@ -248,7 +252,7 @@ def test_a_session_that_changes_under_a_job_fails_it_and_a_rerun_completes(
             build(sessions, out, recipe)
     # Of the other sessions' shards only the text is made again: cat's words made the tokenizer too.
     kept = {n: i for n, i in file_identities(out).items() if OF_OTHERS.fullmatch(n)}
-    assert len(kept) == 3 * 5
+    assert len(kept) == 4 * 6
     build(sessions, out, recipe)
     after = file_identities(out)
     assert {n: after[n] for n in kept} == kept

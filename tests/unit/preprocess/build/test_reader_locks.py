@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from helpers.oracles import build, check_set, file_hashes, set_keys, tiny_recipe
+from helpers.sets import make_config, open_windows
 
 from shared.shardset.index import open_index
 from shared.shardset.locks import read_manifest_locked
@@ -15,7 +16,7 @@ from shared.shardset.manifest import Manifest, read_manifest
 from train.data.shard_source import ShardSource
 
 OTHER_TEXT = tiny_recipe(text={"vocab_size": 264})
-OTHER_SENSORS = tiny_recipe(sensors={"max_gap_s": 0.2})
+OTHER_SENSORS = tiny_recipe(sensor={"max_gap_s": 0.2})
 
 
 def files_of(manifest: Manifest) -> set[str]:
@@ -27,13 +28,15 @@ def files_of(manifest: Manifest) -> set[str]:
 
 
 def test_files_of_a_locked_set_stay_until_the_reader_ends(recorded, out):
-    source = ShardSource(out)
-    keys = [k for k in set_keys(out) if not k.startswith("bob")]
+    config = make_config(window={"duration_s": 1.0, "stride_s": 1.0})
+    source = open_windows(ShardSource(out), config)
+    segments = [k.split("/") for k in set_keys(out) if not k.startswith("bob")]
+    keys = [f"{session}@{10 * int(segment)}" for session, segment in segments]
     old = files_of(read_manifest(out))
     build(recorded, out, OTHER_TEXT)
     build(recorded, out, OTHER_SENSORS)
     assert old <= {p.name for p in out.iterdir()}
-    assert [source.key(0, row) for row in range(len(keys))] == keys  # opens its index only now
+    assert [source.key(0, window) for window in range(len(keys))] == keys
     source.close()
     del source
     build(recorded, out, OTHER_SENSORS)

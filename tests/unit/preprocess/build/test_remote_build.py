@@ -68,14 +68,15 @@ def s3(recorded):
 
 
 def test_a_remote_session_json_gives_stream_starts_but_is_not_a_session(memory, recorded) -> None:
-    name = next(iter(find_recordings(recorded)))
+    name = next(iter(find_recordings(recorded, SMALL)))
     memory.pipe_file("/here/sessions/no session/session.json", b'{"start_s": {"audio": 1}}')
     before = build("memory://here/sessions", "memory://here/set", SMALL)
-    assert find_recordings("memory://here/sessions").keys() == find_recordings(recorded).keys()
-    memory.pipe_file(f"/here/sessions/{name}/session.json", b'{"start_s": {"audio": 0.25}}')
+    stored = find_recordings("memory://here/sessions", SMALL)
+    assert stored.keys() == find_recordings(recorded, SMALL).keys()
+    memory.pipe_file(f"/here/sessions/{name}/session.json", b'{"start_s": {"audio": -0.25}}')
     after = build("memory://here/sessions", "memory://here/set", SMALL)
     assert (after.num_scanned, before.num_scanned) == (1, before.num_sessions)
-    assert {c for task in after.plan.tasks for c in task.columns} == {"audio", "dmel"}
+    assert {c for task in after.plan.tasks for c in task.columns} == {"audio", "audio.dmel"}
 
 
 # --- the same bytes --------------------------------------------------------------------------
@@ -113,7 +114,11 @@ def test_a_remote_update_gives_the_bytes_of_a_local_one(
     assert stored_hashes(fs, "here/updated") == file_hashes(local)
     assert summary.num_scanned == 0
     assert set(downloaded) == {"metadata.jsonl", "text.jsonl"}
-    assert {name.split(".", 2)[2] for name in uploaded} == {"text.tar", "index"}
+    assert {name.split(".", 2)[2] for name in uploaded} == {
+        "internal_text.tar",
+        "external_text.tar",
+        "index",
+    }
 
 
 def test_a_build_without_changes_downloads_and_writes_nothing(memory, monkeypatch):
@@ -133,7 +138,7 @@ def test_a_changed_remote_file_is_detected(memory, recorded, tmp_path):
     memory.pipe_file("/here/sessions/ann/audio.wav", (tmp_path / "audio.wav").read_bytes())
     summary = build("memory://here/sessions", "memory://here/set", SMALL)
     assert summary.num_scanned == 1
-    assert {c for t in summary.plan.tasks for c in t.columns} == {"audio", "dmel"}
+    assert {c for t in summary.plan.tasks for c in t.columns} == {"audio", "audio.dmel"}
 
 
 def test_a_remote_set_is_repaired_and_packed_like_a_local_one(memory, recorded, tmp_path):
@@ -163,7 +168,7 @@ def test_a_remote_set_is_repaired_and_packed_like_a_local_one(memory, recorded, 
 
 
 def test_the_url_of_one_session_is_a_set_of_one_session(memory):
-    assert list(find_recordings("memory://here/sessions/ann/")) == ["ann"]
+    assert list(find_recordings("memory://here/sessions/ann/", SMALL)) == ["ann"]
     summary = build("memory://here/sessions/ann", "memory://here/one", SMALL)
     assert summary.manifest.counts["samples"] == 2
 
@@ -219,7 +224,7 @@ def test_an_unreachable_address_fails_soon(memory, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda wait_s: None)
     monkeypatch.setattr(type(memory), "find", fail)
     with pytest.raises(StorageError, match="nobody there"):
-        find_recordings("memory://here/sessions")
+        find_recordings("memory://here/sessions", SMALL)
     assert len(tried) == STARTUP_RETRY.attempts
 
 
@@ -399,7 +404,7 @@ def test_the_command_with_two_workers_from_s3_to_s3_gives_the_local_bytes(
     assert "s3://here/by-command is ready: 4 sessions" in run()
     assert "is up to date" in run()
     assert stored_hashes(s3, "here/by-command") == file_hashes(built)
-    other = tiny_recipe(shard={"target_bytes": 2**16}, vision={"quality": 50})
+    other = tiny_recipe(shard={"target_bytes": 2**16}, video={"qp": 40})
     recipe.write_text(yaml.safe_dump(other.as_json()), encoding="utf-8")
     run()
     local = Path(shutil.copytree(built, tmp_path / "local"))

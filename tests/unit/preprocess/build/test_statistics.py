@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from shared.recipe import Recipe
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**16})
-"""Two segments a shard."""
+"""A segment per shard."""
 
 UNIT = 2**1074
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import fsspec
@@ -18,6 +19,7 @@ from helpers.oracles import (
     jsonl,
     tiny_recipe,
 )
+from helpers.plans import RECIPE, scan, without
 from helpers.processes import SimulatedKillError, fail
 from helpers.sessions import sensor_lines, write_lines, write_tone, write_video
 from hypothesis import given
@@ -33,20 +35,19 @@ from preprocess.build.plan_types import (
     FromShards,
     FromSubtasks,
     Reason,
-    SessionWindows,
+    SessionSegments,
     ShardTask,
 )
 from preprocess.build.video_subtasks import TASK_S, split_task
-from shared.clock import Interval
 from shared.errors import SessionError
-from shared.recipe import Stream
-from shared.session.folder import VISION_FILES
 from shared.session.reader import SessionReader
-from shared.session.scan import SessionScan
 from shared.storage import Store, parse_location
 
+if TYPE_CHECKING:
+    from shared.session.scan import SessionScan
+
 WHOLE = tiny_recipe(split={"val_fraction": 0})
-"""All windows in one shard."""
+"""All segments in one shard."""
 
 VIDEOS = {
     "constant rate": ({"b_frames": 0}, {"gop": 30}),
@@ -66,7 +67,7 @@ def write_stereo(folder: Path, kind: str, duration_s: float, *, seed: int = 0) -
     """A session with two videos, at a constant rate or at any times."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    for name, how in zip(VISION_FILES.values(), VIDEOS[kind], strict=True):
+    for name, how in zip(("vision_left.mp4", "vision_right.mp4"), VIDEOS[kind], strict=True):
         times_s = np.arange(round(duration_s * 30)) / 30
         if "variable" in kind:
             times_s = np.cumsum(rng.uniform(0.005, 0.12, 900))
@@ -110,13 +111,25 @@ def count_calls(monkeypatch, module, name: str) -> list[object]:
 # --- the same bytes --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stride_s", [None, 0.37], ids=["touching", "overlapping"])
+WRIST = {"kind": "video", "file": "wrist.mp4", "rate_hz": 10, "size": [32, 48], "fit": "pad"}
+THREE_CAMERAS = tiny_recipe(
+    split={"val_fraction": 0},
+    streams={
+        "vision_left": {"kind": "video", "file": "vision_left.mp4"},
+        "vision_right": {"kind": "video", "file": "vision_right.mp4", "codec": "mjpeg"},
+        "wrist": WRIST,
+        "audio": {"kind": "audio", "file": "audio.wav"},
+    },
+)
+
+
+@pytest.mark.parametrize("recipe", [WHOLE, THREE_CAMERAS], ids=["two cameras", "three cameras"])
 @pytest.mark.parametrize("kind", VIDEOS)
-def test_subtasks_give_the_bytes_of_one_pass(tmp_path, monkeypatch, kind, stride_s):
+def test_subtasks_give_the_bytes_of_one_pass(tmp_path, monkeypatch, kind, recipe):
     tries = count_calls(monkeypatch, build_module, "_build_shard")
-    recipe = tiny_recipe(split={"val_fraction": 0}, window={"stride_s": stride_s})
     for name, duration_s in (("long", 5.2), ("short", 1.0)):
-        write_stereo(tmp_path / "in" / name, kind, duration_s, seed=len(name))
+        folder = write_stereo(tmp_path / "in" / name, kind, duration_s, seed=len(name))
+        shutil.copy(folder / "vision_left.mp4", folder / "wrist.mp4")
     build(tmp_path / "in", tmp_path / "whole", recipe)
     build_with_subtasks(tmp_path / "in", tmp_path / "split", recipe, task_s=1.0)
     assert file_hashes(tmp_path / "split") == file_hashes(tmp_path / "whole")
@@ -133,7 +146,7 @@ def test_subtasks_report_the_same_decode_failures_of_a_damaged_video(tmp_path, m
     tries = count_calls(monkeypatch, build_module, "_build_shard")
     for build_it, out in ((build, "whole"), (build_with_subtasks, "split")):
         build_it(tmp_path / "in", tmp_path / out, WHOLE)
-    lost = [x["window"] for x in jsonl(tmp_path / "whole" / "rejected.jsonl") if "window" in x]
+    lost = [x["segment"] for x in jsonl(tmp_path / "whole" / "rejected.jsonl") if "segment" in x]
     assert lost
     assert len(tries) == 2
     assert file_hashes(tmp_path / "split") == file_hashes(tmp_path / "whole")
@@ -153,16 +166,16 @@ def test_the_task_of_a_split_session_decodes_nothing(stereo, made, tmp_path, mon
     lengths = []
     original = SessionReader.iter_frames
 
-    def iter_frames(self, stream, windows, **more):
-        lengths.append(len(windows))
-        return original(self, stream, windows, **more)
+    def iter_frames(self, stream, segments, **more):
+        lengths.append(len(segments))
+        return original(self, stream, segments, **more)
 
     monkeypatch.setattr(SessionReader, "iter_frames", iter_frames)
     build_with_subtasks(stereo, tmp_path / "out", WHOLE, task_s=2.0)
     assert file_hashes(tmp_path / "out") == made
-    assert len(calls) == 2 * 4 + 2 + 1  # ann's 7 windows of each video, bob and cat, bob
+    assert len(calls) == 2 * 4 + 2 + 1  # ann's 7 segments of each video, bob and cat, bob
     assert max(lengths) <= 3
-    assert sum(lengths) == 7 + 1 + 2 + 7 + 1  # each window once: the shard itself reads none
+    assert sum(lengths) == 7 + 1 + 2 + 7 + 1  # each segment once: the shard itself reads none
 
 
 def test_only_rows_that_are_not_copied_are_split(stereo, tmp_path, monkeypatch):
@@ -175,9 +188,9 @@ def test_only_rows_that_are_not_copied_are_split(stereo, tmp_path, monkeypatch):
     calls = count_calls(monkeypatch, job_module, "encode_video")
     build_with_subtasks(sessions, other, WHOLE)
     assert file_hashes(other) == file_hashes(one)
-    assert {
-        (s.column, *(session_windows.session for session_windows in s.sessions)) for s, _ in calls
-    } == {("vision_left", "ann")}
+    assert {(s.column, *(stored.session for stored in s.sessions)) for s, _ in calls} == {
+        ("vision_left", "ann")
+    }
 
 
 # --- failures between a subtask and its shard ------------------------------------------------
@@ -276,21 +289,8 @@ def test_subtask_files_behind_a_url_leave_no_trace(stereo, made, tmp_path, monke
 # --- splitting --------------------------------------------------------------------------------
 
 
-def scan_of(name: str, streams: tuple[Stream, ...], num_windows: int) -> SessionScan:
-    return SessionScan(
-        session=name,
-        duration_s=float(num_windows),
-        clock_offset_s=0.0,
-        gain=1.0,
-        rms=0.0,
-        start_overrides={},
-        intervals={s: Interval(0.0, float(num_windows)) for s in streams},
-        absent={},
-        not_recorded=frozenset(),
-        coverage=(),
-        issues=(),
-        source_files={},
-    )
+def scan_of(name: str, streams: tuple[str, ...], num_segments: int) -> SessionScan:
+    return without(scan(name, num_segments), set(RECIPE.streams) - set(streams))
 
 
 @given(
@@ -299,10 +299,10 @@ def scan_of(name: str, streams: tuple[Stream, ...], num_windows: int) -> Session
     copied=st.sets(st.integers(0, 7)),
     task_s=st.floats(1.0, 50.0),
 )
-def test_subtasks_decode_each_window_once_and_are_no_longer_than_task_s(
+def test_subtasks_decode_each_segment_once_and_are_no_longer_than_task_s(
     lengths, left_only, copied, task_s
 ):
-    both = (Stream.VISION_LEFT, Stream.VISION_RIGHT)
+    both = ("vision_left", "vision_right")
     names = [f"s{i}" for i in range(len(lengths))]
     scans = {
         name: scan_of(name, both[:1] if i in left_only else both, lengths[i])
@@ -320,11 +320,11 @@ def test_subtasks_decode_each_window_once_and_are_no_longer_than_task_s(
     runs: dict[tuple[str, str], list[tuple[int, int]]] = {}
     encoded: dict[tuple[str, str], list[str]] = {}
     for subtask in subtasks:
-        length = sum(len(session_windows.windows) for session_windows in subtask.sessions)
+        length = sum(len(stored.segments) for stored in subtask.sessions)
         assert subtask.num_runs == 1 or len(subtask.sessions) == 1
         assert length / subtask.num_runs <= task_s + 1e-9 or length == subtask.num_runs
-        for session_windows in subtask.sessions:
-            key = subtask.column, session_windows.session
+        for stored in subtask.sessions:
+            key = subtask.column, stored.session
             runs.setdefault(key, []).append((subtask.run, subtask.num_runs))
             encoded.setdefault(key, []).append(subtask.name)
     assert set(runs) == set(wanted)
@@ -359,7 +359,7 @@ def task_of(names: list[str], lengths: list[int], *, copied: tuple[str, ...]) ->
         name="train-000000",
         split="train",
         sessions=tuple(
-            SessionWindows(n, tuple(range(c))) for n, c in zip(names, lengths, strict=True)
+            SessionSegments(n, tuple(range(c))) for n, c in zip(names, lengths, strict=True)
         ),
         columns=columns,
         kept={},

@@ -56,7 +56,7 @@ def recipe(request, tokenizer):
     return tiny_recipe(
         shard={"target_bytes": request.param},
         text={"tokenizer": str(tokenizer)},
-        vision={"codec": "raw"},
+        video={"codec": "raw"},
     )
 
 
@@ -70,17 +70,28 @@ def samples(out: Path) -> dict[tuple[str, str], bytes | None]:
     """Every member and row of a set, by key and name, wherever it lies."""
     found = {}
     for _, index in open_indexes(out):
-        tables = [n.removesuffix(".offset") for n in index.arrays if n.endswith(".offset")]
-        for table in tables:
-            column = index.columns[table.partition("/")[0]]
+        for name, column in index.columns.items():
             file = ColumnFile(out / column["file"])
             for row in range(index.num_samples):
-                found[index.key(row), table] = file.read(index.members(table), row)
+                found[index.key(row), name] = file.read(index.members(name), row)
             file.close()
-        for name in ("coverage", "present", "partial", "vision_left.error_s", "start_s"):
+        for name in ("coverage", "present", "vision_left.error_s"):
             for row in range(index.num_samples):
                 found[index.key(row), name] = index.arrays[name][row].tobytes()
+        for row in range(index.num_samples):
+            found[index.key(row), "duration"] = index.duration_s(row)
     return found
+
+
+def runs(out: Path) -> list[tuple[str, int, int]]:
+    """(session, first segment, length) of each run, from the manifest's lengths."""
+    found = []
+    for entry, (_, index) in zip(read_manifest(out).shards, open_indexes(out), strict=True):
+        row = 0
+        for length in entry.runs:
+            found.append((index.session(row), index.segment(row), length))
+            row += length
+    return sorted(found)
 
 
 def only(recorded: Path, folder: Path, names: set[str]) -> Path:
@@ -92,6 +103,7 @@ def only(recorded: Path, folder: Path, names: set[str]) -> Path:
 def same_as_built(out: Path, built: Path) -> None:
     """The samples, statistics, counts and rejections of a build of the same sessions."""
     assert samples(out) == samples(built)
+    assert runs(out) == runs(built)  # so windows are the same, too
     one, other = read_manifest(out), read_manifest(built)
     assert one.counts == other.counts
     assert one.statistics == other.statistics
@@ -164,6 +176,7 @@ def test_splitting_and_merging_gives_the_same_set(whole, tmp_path):
     split_sessions(whole, tmp_path / "two", ["ann", "bob", "eve"])
     merge_sets(tmp_path / "all", [tmp_path / "one", tmp_path / "two"])
     assert samples(tmp_path / "all") == samples(whole)
+    assert runs(tmp_path / "all") == runs(whole)
     assert read_manifest(tmp_path / "all").counts == read_manifest(whole).counts
 
 
@@ -194,9 +207,10 @@ def test_unknown_sessions_and_incompatible_sets_are_named(whole, recorded, recip
         drop_sessions(whole, NAMES)
     with pytest.raises(ShardError, match="is a shard set already"):
         split_sessions(whole, whole, ["cat"])
-    other = recipe.model_copy(update={"audio": tiny_recipe(audio={"rate_hz": 8000}).audio})
+    settings = {"shard": recipe.shard.as_json(), "text": recipe.text.as_json()}
+    other = tiny_recipe(audio={"rate_hz": 8000}, video={"codec": "raw"}, **settings)
     build(only(recorded, tmp_path / "a", {"dan"}), tmp_path / "other", other)
-    with pytest.raises(ShardError, match=r"different recipes: audio.rate_hz 16000 -> 8000"):
+    with pytest.raises(ShardError, match=r"different recipes: streams.audio.rate_hz 16000 -> 8000"):
         merge_sets(tmp_path / "all", [whole, tmp_path / "other"])
     split_sessions(whole, tmp_path / "few", ["cat"])
     with pytest.raises(ShardError, match=r"session cat is in .* leave out .*few: all its sessions"):
@@ -250,14 +264,14 @@ def test_the_commands_list_drop_split_and_merge(whole, tmp_path):
     assert [line.split()[:3] for line in lines] == [
         ["ann", "train", "2"],
         ["bob", "val", "2"],
-        ["cat", "train", "3"],
+        ["cat", "train", "4"],
         ["dan", "train", "1"],
-        ["eve", "train", "2"],
+        ["eve", "train", "3"],
     ]
-    assert [line.split()[4] for line in lines] == ["0", "0", "1", "0", "1"]
-    assert "1 sessions, 3 samples (0 held out)" in run("split", whole, tmp_path / "few", "cat")
+    assert [line.split()[4] for line in lines] == ["0"] * 5
+    assert "1 sessions, 4 samples (0 held out)" in run("split", whole, tmp_path / "few", "cat")
     output = run("drop", whole, "cat")
-    assert "4 sessions, 7 samples (2 held out)" in output
+    assert "4 sessions, 8 samples (2 held out)" in output
     assert "`make shards` into it brings cat back" in output
     output = run("merge", tmp_path / "all", whole, tmp_path / "few")
-    assert "5 sessions, 10 samples (2 held out)" in output
+    assert "5 sessions, 12 samples (2 held out)" in output

@@ -46,7 +46,7 @@ def test_a_remote_set_is_verified_and_described_like_a_local_one(tiny_set, uploa
 
 def test_damaged_and_missing_files_are_named_by_url(tiny_set, tmp_path, upload):
     damaged = tiny_sets.copy_set(tiny_set, tmp_path / "set")
-    (tar, other, *_) = sorted(damaged.glob("train-*.text.tar"))
+    (tar, other, *_) = sorted(damaged.glob("train-*.internal_text.tar"))
     tiny_sets.flip_byte(tar, 600)
     other.unlink()
     upload(damaged)
