@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path  # noqa: TC003 (pydantic reads it)
 from typing import Any, Literal
 
@@ -188,22 +187,22 @@ class Recipe(Section):
         """Names of the streams that a session must have."""
         return tuple(name for name, stream in self.streams.items() if stream.required)
 
-    @cached_property
+    @property
     def videos(self) -> dict[str, VideoStream]:
         """The video streams, by name."""
         return {n: s for n, s in self.streams.items() if isinstance(s, VideoStream)}
 
-    @cached_property
+    @property
     def audios(self) -> dict[str, AudioStream]:
         """The audio streams, by name."""
         return {n: s for n, s in self.streams.items() if isinstance(s, AudioStream)}
 
-    @cached_property
+    @property
     def sensors(self) -> dict[str, SensorStream]:
         """The sensor streams, by name."""
         return {n: s for n, s in self.streams.items() if isinstance(s, SensorStream)}
 
-    @cached_property
+    @property
     def texts(self) -> dict[str, TextStream]:
         """The text streams, by name."""
         return {n: s for n, s in self.streams.items() if isinstance(s, TextStream)}

@@ -62,10 +62,10 @@ def make_session(folder, *, duration_s=8.0, sound=True, video=False, text=True, 
     return folder
 
 
-def make_checkpoint(path, config=None, **extra):
+def make_checkpoint(path, config=None, *, streams=None, **extra):
     """Save and return an untrained model whose heads all have random weights."""
     config = as_train_config(config or {"model": MODEL})
-    recipe = make_section(Recipe, RECIPE)
+    recipe = make_section(Recipe, {**RECIPE, "streams": {**RECIPE["streams"], **(streams or {})}})
     shapes = WindowShapes.from_recipe(recipe, config)
     torch.manual_seed(0)
     model = MultiModalCreature(config, shapes).eval()

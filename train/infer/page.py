@@ -2,7 +2,8 @@
 
 The file contains its styles, script, pictures and sound; it needs no network. It shows the
 session's first minute (:data:`PAGE_S`), about 10 MB for two videos and sound, however long the
-session is; its losses are those of the whole session.
+session is; its losses are those of the whole session. Every video, sound and text that was recorded
+or predicted is shown, and every sensor that the model predicts.
 
 What is recorded comes from the session's files, by the model's recipe. What is predicted comes
 from the files of :class:`train.infer.predictions.PredictionWriter`.
@@ -21,9 +22,11 @@ import numpy as np
 import soundfile
 import zarr
 
-from shared.clock import Window, plan_windows, wrap_angle
+from shared.clock import Segment, plan_segments
+from shared.kinds.text import token_ticks
 from shared.media.tokenizer import group_events
 from shared.page import (
+    MAX_JUMPS,
     TimeAxis,
     TimedText,
     ValueAxis,
@@ -37,11 +40,10 @@ from shared.page import (
     sampled_curves,
     wav_uri,
 )
-from shared.recipe import PAD_TOKEN, TEXT_STREAMS, VISION_STREAMS, Stream
+from shared.recipe import PAD_TOKEN
 from shared.session.reader import SessionReader
-from train.config import HEAD_STREAM, TEXT_HEADS, Head
-from train.data.batch import tokens_on_ticks
-from train.infer.predictions import ANIMATION_NAME, AUDIO_NAME, DMEL_NAME
+from shared.streams import ValueType
+from shared.values import wrap_angle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.page import TextMark
+    from shared.streams import ValueGroup, VideoStream
     from train.trained_model import TrainedModel
 
 PAGE_NAME = "index.html"
@@ -61,7 +64,7 @@ FRAME_RATE_HZ = 10.0
 """Frames shown per second and video."""
 
 FRAME_SIZE = 160
-"""Height and width of a frame."""
+"""Height of a frame; of a very wide one, half its width."""
 
 MIN_PIXELS_PER_S = 60.0
 
@@ -70,8 +73,11 @@ MIN_TIMELINE_WIDTH = 1150.0
 
 CURVE_HEIGHT = 46.0
 
-MIN_CURVE_RANGE = 0.2
-"""rad or rad/s; a joint that hardly moves is not magnified."""
+MAX_CURVES = 24
+"""Curves shown of a value group."""
+
+MIN_CURVE_RANGE = 0.1
+"""Least range of a curve, as a share of its group's; a value that hardly moves is not magnified."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,18 +97,18 @@ class PageSource:
         return TimeAxis(0.0, self.duration_s, width=math.ceil(width))
 
     @property
-    def windows(self) -> list[Window]:
-        """Adjacent windows that cover the page."""
-        window_s = self.trained.recipe.window.duration_s
-        return plan_windows(self.duration_s, window_s=window_s, stride_s=window_s)
+    def segments(self) -> list[Segment]:
+        """Segments that cover the page."""
+        return plan_segments(self.duration_s, self.trained.recipe.segment_s)
 
-    def is_recorded(self, stream: Stream) -> bool:
+    @property
+    def heads(self) -> dict[str, str]:
+        """Stream -> the head that predicts it."""
+        return {stream: head for head, stream in self.trained.shapes.targets.items()}
+
+    def is_recorded(self, stream: str) -> bool:
         """Return whether a stream was recorded."""
         return stream in self.reader.scan.intervals
-
-    def is_predicted(self, head: Head) -> bool:
-        """Return whether the model has a head."""
-        return head in self.trained.config.heads
 
     def read_predicted(self, file: str, array: str, *, count: int) -> NDArray[Any]:
         """Read the first rows of a predicted array."""
@@ -125,8 +131,17 @@ class TextRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CurveGroup:
+    """One value group of a sensor."""
+
+    title: str
+    note: str
+    rows: list[CurveRow]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CurveRow:
-    """One value of a pose."""
+    """One value of a sensor."""
 
     title: str
     recorded: str
@@ -156,7 +171,8 @@ def write_page(
     assert environment.loader is not None
     script = environment.loader.get_source(environment, "page.js")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    videos, texts = _draw_videos(source), _draw_texts(source)
+    videos = {name: _draw_video(source, name) for name in _recorded_videos(source)}
+    texts = _draw_texts(source)
     html = environment.get_template("page.html.j2").render(
         script=script,
         script_hash=f"sha256-{digest}",
@@ -165,7 +181,7 @@ def write_page(
         axis=source.axis,
         tick_width=round(source.axis.width / source.duration_s * tick_s - 1, 1),
         curve_height=CURVE_HEIGHT,
-        videos=list(videos),
+        videos={name: _frame_size(trained.recipe.videos[name]) for name in videos},
         sounds=_draw_sounds(source),
         texts=texts,
         curves=_draw_curves(source),
@@ -191,77 +207,92 @@ def _script_texts(marks: Sequence[TextMark]) -> list[tuple[float, float, str]]:
 
 def _loss_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row per head: its loss or why it has none, and the baselines."""
-    names = {head: f"loss_{head}" for head in HEAD_STREAM}
     return [
         {
             "name": name,
-            "loss": metrics["losses"][name],
+            "loss": loss,
             "reason": metrics["reasons"].get(name, ""),
-            "baselines": [row for row in metrics["comparison"] if row["head"] == head],
+            "baselines": [row for row in metrics["comparison"] if f"loss_{row['head']}" == name],
         }
-        for head, name in names.items()
-        if name in metrics["losses"]
+        for name, loss in metrics["losses"].items()
+        if name != "loss_total"
     ]
 
 
-def _draw_videos(source: PageSource) -> dict[str, list[str | None]]:
-    """Return the frames of each recorded video as data URIs; None if there is no frame."""
+def _recorded_videos(source: PageSource) -> list[str]:
+    return [name for name in source.trained.recipe.videos if source.is_recorded(name)]
+
+
+def _frame_size(spec: VideoStream) -> tuple[int, int]:
+    """Return height and width of a video's frames on the page."""
+    scale = min(FRAME_SIZE / spec.height, 2 * FRAME_SIZE / spec.width)
+    return max(2, round(spec.height * scale)), max(2, round(spec.width * scale))
+
+
+def _draw_video(source: PageSource, name: str) -> list[str | None]:
+    """Return the frames of a recorded video as data URIs; None where there is no frame."""
     recipe = source.trained.recipe
-    vision = recipe.vision.model_copy(
+    spec = recipe.videos[name]
+    small = spec.model_copy(
         update={
             "rate_hz": FRAME_RATE_HZ,
-            "size": FRAME_SIZE,
-            "max_error_s": recipe.vision.tolerance_s,
+            "size": _frame_size(spec),
+            "max_error_s": spec.tolerance_s,
         }
     )
     reader = SessionReader(
         source.reader.path,
         source.reader.scan,
-        recipe=recipe.model_copy(update={"vision": vision}),
+        recipe=recipe.model_copy(update={"streams": {**recipe.streams, name: small}}),
     )
-    page = [Window(0, 0.0, source.duration_s)]
-    videos: dict[str, list[str | None]] = {}
-    for stream in filter(source.is_recorded, VISION_STREAMS):
-        videos[stream] = [
-            jpeg_uri(picture) if is_valid else None
-            for _, frames in reader.iter_frames(stream, page)
-            for picture, is_valid in zip(frames.pictures, np.isfinite(frames.error_s), strict=True)
-        ]
-    return videos
+    return [
+        jpeg_uri(picture) if is_valid else None
+        for _, frames in reader.iter_frames(name, [Segment(0, source.duration_s)])
+        for picture, is_valid in zip(frames.pictures, np.isfinite(frames.error_s), strict=True)
+    ]
 
 
 def _draw_sounds(source: PageSource) -> list[dict[str, str]]:
-    """Draw the recorded and the predicted sound: title, spectrogram, sound."""
-    recipe, shapes = source.trained.recipe, source.trained.shapes
-    num_frames = round(source.duration_s * recipe.mel.rate_hz)
-    num_samples = round(source.duration_s * recipe.audio.rate_hz)
+    """Draw each recorded and each predicted sound: stream, which, spectrogram, sound."""
     sounds = []
-    if source.is_recorded(Stream.AUDIO):
-        levels = np.concatenate([source.reader.read_mel(w).levels for w in source.windows])
-        samples = np.concatenate([source.reader.read_audio(w) for w in source.windows])
-        sounds.append(("recorded", levels, samples))
-    if source.is_predicted(Head.AUDIO):
-        levels = source.read_predicted(DMEL_NAME, "dmel", count=num_frames)
-        samples, _ = soundfile.read(source.out / AUDIO_NAME, frames=num_samples, dtype="int16")
-        sounds.append(("predicted", levels, samples))
-    return [
-        {
-            "title": title,
-            "picture": png_uri(draw_spectrogram(levels[:num_frames], num_levels=shapes.mel_levels)),
-            "sound": wav_uri(samples[:num_samples], rate_hz=recipe.audio.rate_hz),
-        }
-        for title, levels, samples in sounds
-    ]
+    for name, spec in source.trained.recipe.audios.items():
+        num_frames = round(source.duration_s * spec.dmel.rate_hz)
+        num_samples = round(source.duration_s * spec.rate_hz)
+        versions = {}
+        if source.is_recorded(name):
+            parts = [
+                (source.reader.read_dmel(name, s), source.reader.read_audio(name, s))
+                for s in source.segments
+            ]
+            levels, samples = map(np.concatenate, zip(*parts, strict=True))
+            versions["recorded"] = (levels, samples)
+        if (head := source.heads.get(name)) is not None:
+            levels = source.read_predicted(f"{head}.dmel.zarr", "dmel", count=num_frames)
+            path = source.out / f"{head}.wav"
+            samples, _ = soundfile.read(path, frames=num_samples, dtype="int16")
+            versions["predicted"] = (levels, samples)
+        sounds += [
+            {
+                "stream": name.replace("_", " "),
+                "which": which,
+                "picture": png_uri(
+                    draw_spectrogram(levels[:num_frames], num_levels=spec.dmel.levels)
+                ),
+                "sound": wav_uri(samples[:num_samples], rate_hz=spec.rate_hz),
+            }
+            for which, (levels, samples) in versions.items()
+        ]
+    return sounds
 
 
 def _draw_texts(source: PageSource) -> list[TextRow]:
     """Draw the text streams that were recorded or predicted."""
-    is_dense = source.trained.config.is_text_only
+    is_dense = source.trained.shapes.is_text_only
     rows = []
-    for stream, head in zip(TEXT_STREAMS, TEXT_HEADS, strict=True):
+    for stream in source.trained.recipe.texts:
         recorded = _recorded_events(source, stream) if source.is_recorded(stream) else []
         predicted = None
-        if source.is_predicted(head):
+        if (head := source.heads.get(stream)) is not None:
             lines = (source.out / f"{head}.jsonl").read_text(encoding="utf-8").splitlines()
             events = [json.loads(line) for line in lines]
             predicted = [e for e in events if e["timestamp"] < source.duration_s]
@@ -287,7 +318,7 @@ def _draw_texts(source: PageSource) -> list[TextRow]:
 def _mark_events(events: Sequence[Mapping[str, Any]], source: PageSource) -> list[TextMark]:
     """Place events on the page; a token takes one tick, or no time in dense text."""
     tick_s = 1 / source.trained.shapes.tick_rate_hz
-    token_s = 0.0 if source.trained.config.is_text_only else tick_s
+    token_s = 0.0 if source.trained.shapes.is_text_only else tick_s
     texts = []
     for event in events:
         start_s, label = event["timestamp"], event["text"].strip() or "·"
@@ -297,28 +328,24 @@ def _mark_events(events: Sequence[Mapping[str, Any]], source: PageSource) -> lis
     return arrange_texts(texts, source.axis)
 
 
-def _recorded_events(source: PageSource, stream: Stream) -> list[dict[str, Any]]:
+def _recorded_events(source: PageSource, stream: str) -> list[dict[str, Any]]:
     """Return events as the model reads them: on ticks, or at their own times in dense text."""
     shapes, tokenizer = source.trained.shapes, source.trained.tokenizer
-    events: list[dict[str, Any]] = []
-    for window in source.windows:
-        text = source.reader.read_text(window)
-        if source.trained.config.is_text_only:
-            events += [
-                {"timestamp": e.time_s, "text": e.text, "tokens": tokenizer.encode(e.text)}
-                for e in text.events
-                if e.stream is stream
-            ]
-            continue
-        ticks = tokens_on_ticks(
-            text.internal if stream is Stream.INTERNAL_TEXT else text.external,
-            start_s=window.start_s,
-            num_ticks=shapes.num_ticks,
-            tick_rate_hz=shapes.tick_rate_hz,
-        )
-        times_s = window.start_s + np.arange(len(ticks)) / shapes.tick_rate_hz
-        events += group_events(ticks.tolist(), times_s.tolist(), tokenizer)
-    return events
+    texts = [source.reader.read_text(stream, segment) for segment in source.segments]
+    if shapes.is_text_only:
+        return [
+            {"timestamp": e.time_s, "text": e.text, "tokens": tokenizer.encode(e.text)}
+            for text in texts
+            for e in text.events
+        ]
+    tokens = np.full(round(source.duration_s * shapes.tick_rate_hz), PAD_TOKEN, dtype=np.int64)
+    times_s = [time_s for text in texts for time_s in text.time_s]
+    ticks = token_ticks(times_s, tick_rate_hz=shapes.tick_rate_hz)
+    ids = np.array([token for text in texts for token in text.ids], dtype=np.int64)
+    is_shown = ticks < len(tokens)
+    tokens[ticks[is_shown]] = ids[is_shown]
+    tick_times_s = np.arange(len(tokens)) / shapes.tick_rate_hz
+    return group_events(tokens.tolist(), tick_times_s.tolist(), tokenizer)
 
 
 def _compare_ticks(
@@ -346,57 +373,76 @@ def _compare_ticks(
     return ticks
 
 
-def _draw_curves(source: PageSource) -> list[CurveRow]:
-    """Draw angles, then velocities, recorded and predicted."""
-    shapes, rate_hz = source.trained.shapes, source.trained.recipe.sensors.rate_hz
-    count = round(source.duration_s * rate_hz)
-    poses = np.full((2, count, shapes.proprio_size), np.nan)
-    if source.is_recorded(Stream.PROPRIO):
-        recorded = [source.reader.read_sensors(w).proprio for w in source.windows]
-        poses[0] = np.concatenate(recorded)[:count]
-    if source.is_predicted(Head.ANIMATION):
-        predicted = source.read_predicted(ANIMATION_NAME, "proprio", count=count)
-        poses[1, : len(predicted)] = predicted
-    if np.isnan(poses).all():
-        return []
-    num_joints = shapes.proprio_size // 2
-    return [
-        _draw_pair(
-            poses[:, :, i],
-            rate_hz=rate_hz,
-            joint=i % num_joints,
-            is_angle=i < num_joints,
-            axis=source.axis,
-        )
-        for i in range(shapes.proprio_size)
-    ]
+def _draw_curves(source: PageSource) -> list[CurveGroup]:
+    """Draw the value groups of each predicted sensor, recorded and predicted."""
+    groups = []
+    for name, spec in source.trained.recipe.sensors.items():
+        if (head := source.heads.get(name)) is None:
+            continue
+        count = math.ceil(source.duration_s * spec.rate_hz - 1e-6)
+        pair = np.full((2, count, spec.size), np.nan)
+        if source.is_recorded(name):
+            parts = [source.reader.read_sensor(name, segment) for segment in source.segments]
+            pair[0] = np.concatenate(parts)[:count]
+        predicted = source.read_predicted(f"{head}.zarr", name, count=count)
+        pair[1, : len(predicted)] = predicted
+        for group, columns in zip(spec.values, spec.slices, strict=True):
+            notes = [str(group.type), group.unit_label]
+            if group.count > MAX_CURVES:
+                notes.append(f"{MAX_CURVES} of {group.count} shown")
+            groups.append(
+                CurveGroup(
+                    title=name.replace("_", " "),
+                    note=", ".join(filter(None, notes)),
+                    rows=_draw_group(
+                        pair[:, :, columns], group, rate_hz=spec.rate_hz, axis=source.axis
+                    ),
+                )
+            )
+    return groups
 
 
-def _draw_pair(
-    pair: NDArray[np.float64], *, rate_hz: float, joint: int, is_angle: bool, axis: TimeAxis
-) -> CurveRow:
-    """Draw the recorded and the predicted curve of one value [2, N]."""
-    finite = pair[np.isfinite(pair)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
-    margin = max(0.05 * (high - low), (MIN_CURVE_RANGE - (high - low)) / 2)
-    values = ValueAxis(float(low - margin), float(high + margin), CURVE_HEIGHT)
-    max_jump = np.pi if is_angle else math.inf
-    recorded, predicted = (
-        curve_path(
-            sampled_curves(curve, rate_hz=rate_hz, axis=axis, max_jump=max_jump),
-            axis=axis,
-            values=values,
+def _draw_group(
+    pair: NDArray[np.float64], group: ValueGroup, *, rate_hz: float, axis: TimeAxis
+) -> list[CurveRow]:
+    """Draw the recorded and the predicted curves of a group's values [2, N, count]."""
+    finite = np.isfinite(pair)
+    lows, highs = (
+        extreme(np.where(finite, pair, other), axis=(0, 1))
+        for extreme, other in ((np.min, np.inf), (np.max, -np.inf))
+    )
+    is_drawn = finite.any(axis=(0, 1))
+    largest = float(np.max((highs - lows)[is_drawn], initial=0.0)) or 1.0
+    rows = []
+    for i, label in enumerate(group.labels[:MAX_CURVES]):
+        low, high = (float(lows[i]), float(highs[i])) if is_drawn[i] else (0.0, 0.0)
+        margin = max(0.05 * (high - low), (MIN_CURVE_RANGE * largest - (high - low)) / 2)
+        values = ValueAxis(low - margin, high + margin, CURVE_HEIGHT)
+        recorded, predicted = (
+            curve_path(
+                sampled_curves(
+                    curve,
+                    rate_hz=rate_hz,
+                    axis=axis,
+                    max_jump=MAX_JUMPS.get(group.type, math.inf),
+                ),
+                axis=axis,
+                values=values,
+            )
+            for curve in pair[:, :, i]
         )
-        for curve in pair
-    )
-    errors = pair[1] - pair[0]
-    errors = (wrap_angle(errors) if is_angle else errors)[np.isfinite(errors)]
-    unit = "rad" if is_angle else "rad/s"
-    return CurveRow(
-        title=f"joint {joint}" if is_angle else f"joint {joint} velocity",
-        recorded=recorded,
-        predicted=predicted,
-        low=values.low,
-        high=values.high,
-        error=f"{np.sqrt(np.mean(errors**2)):.3f} {unit}" if len(errors) else "",
-    )
+        errors = pair[1, :, i] - pair[0, :, i]
+        errors = wrap_angle(errors) if group.type is ValueType.ANGLE else errors
+        errors = errors[np.isfinite(errors)]
+        rms = np.sqrt(np.mean(errors**2)) if len(errors) else np.nan
+        rows.append(
+            CurveRow(
+                title=label.replace("_", " "),
+                recorded=recorded,
+                predicted=predicted,
+                low=values.low,
+                high=values.high,
+                error=f"{rms:.3g} {group.unit_label}".strip() if len(errors) else "",
+            )
+        )
+    return rows

@@ -2,53 +2,56 @@
 
 ::
 
-    internal_text.jsonl, external_text.jsonl   {"timestamp", "text", "tokens"}, a line per event
-    audio.wav                                  16-bit mono, at the recipe's rate and loudness
-    dmel.zarr                                  Zarr v3 group: timestamp, dmel (255: not predicted);
-                                               audio.wav is decoded from it
-    animation.zarr                             Zarr v3 group: timestamp, proprio, valid
+    NAME.jsonl       text: {"timestamp", "text", "tokens"}, a line per event
+    NAME.wav         audio: 16-bit mono, at the recipe's rate and loudness
+    NAME.dmel.zarr   audio: Zarr v3 group: timestamp, dmel (255: not predicted); NAME.wav is decoded
+                     from it
+    NAME.zarr        sensor: Zarr v3 group: timestamp, valid, and the values, named like the stream
 
-All times are on the session clock: the time of the predicted tick. Nothing predicts the session's
-first tick, so it is silent, and its poses are NaN and not valid.
+NAME is the head's name. All times are on the session clock: the time of the predicted tick. Nothing
+predicts the session's first tick, so it is silent, and its sensor values are NaN and not valid.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
+import re
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import soundfile
 import zarr
 
-from shared.clock import wrap_angle
 from shared.errors import EngineError
+from shared.kinds.audio import MASKED_LEVEL
 from shared.media.mel import decode_dmel
 from shared.media.sound import to_int16
 from shared.media.tokenizer import group_events
 from shared.recipe import PAD_TOKEN
-from shared.session.reader import MASKED_LEVEL
-from train.config import TEXT_HEADS, Head
+from shared.shardset.layout import training_columns
+from shared.streams import STREAM_NAME, Kind
+from shared.values import clean_readings
+from train.shapes import as_fraction
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from shared.media.tokenizer import TextTokenizer
-    from shared.recipe import Recipe
-    from train.data.batch import WindowShapes
+    from train.shapes import StreamShape
+    from train.trained_model import TrainedModel
 
-ANIMATION_NAME = "animation.zarr"
-AUDIO_NAME = "audio.wav"
-DMEL_NAME = "dmel.zarr"
+METRICS_NAME: Final = "metrics.json"
+"""Losses and more; its "files" are the names of the files of predictions beside it."""
 
-NAMES = (*(f"{head}.jsonl" for head in TEXT_HEADS), AUDIO_NAME, DMEL_NAME, ANIMATION_NAME)
-"""All files that a folder of predictions can have."""
+_SECOND_DIMENSION: Final = {Kind.AUDIO: "channel", Kind.SENSOR: "value"}
+
+_FILE_NAME = re.compile(rf"{STREAM_NAME.pattern}(\.jsonl|\.wav|\.dmel\.zarr|\.zarr)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +64,9 @@ class WindowPrediction:
     """Whether it follows the last tick of the previous window, so that a text can continue."""
     times_s: NDArray[np.float64]
     """Start of each predicted tick on the session clock, [N]."""
-    tokens: Mapping[Head, NDArray[np.int64]]
-    """Per text head, [N]."""
-    levels: NDArray[np.uint8] | None
-    """dMel levels [N, frames per tick, channels]; None without an audio head."""
-    poses: NDArray[np.float32] | None
-    """Angles in rad and velocities in rad/s, [N, samples per tick, proprio_size]; None without an
-    animation head."""
+    values: Mapping[str, NDArray[Any]]
+    """Per head: tokens [N], dMel levels [N, frames per tick, channels], or values of a sensor
+    [N, samples per tick, D]."""
 
 
 class PredictionWriter:
@@ -77,13 +76,10 @@ class PredictionWriter:
     Only the predicted tokens, one number per tick, are kept until the end.
 
     Args:
-        out: folder for the files, created if missing. Older predictions in it are deleted first,
+        out: folder for the files, created if missing. Earlier predictions in it are deleted first,
             also those of heads that this model lacks; other files stay.
-        heads: the heads of the model; nothing is written for others.
+        trained: the model; its heads each have a file.
         num_ticks: ticks of the session.
-        recipe: how the model's fields are made.
-        shapes: sizes of a window.
-        tokenizer: decodes tokens.
         seed: of the phases that Griffin-Lim starts with.
 
     Raises:
@@ -91,101 +87,191 @@ class PredictionWriter:
         OSError: another file can't be written.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        *,
-        heads: Sequence[Head],
-        num_ticks: int,
-        recipe: Recipe,
-        shapes: WindowShapes,
-        tokenizer: TextTokenizer,
-        seed: int = 0,
-    ) -> None:
-        self._out = out
-        self._num_ticks = num_ticks
-        self._recipe = recipe
-        self._shapes = shapes
-        self._tokenizer = tokenizer
-        self._seed = seed
-        self._tokens: dict[Head, list[int]] = {h: [] for h in heads if h in TEXT_HEADS}
-        self._times_s: list[float] = []
+    def __init__(self, out: Path, *, trained: TrainedModel, num_ticks: int, seed: int = 0) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        for name in NAMES:
+        for name in earlier_files(out):
             _remove(out / name)
-        self._sound = self._open_sound() if Head.AUDIO in heads else None
-        self._levels = self._open_dmel() if Head.AUDIO in heads else None
-        self._poses = self._open_animation() if Head.ANIMATION in heads else None
+        self._writers = {
+            head: _WRITERS[trained.shapes.target_shape(head).kind](
+                _Output(out=out, head=head, trained=trained, num_ticks=num_ticks, seed=seed)
+            )
+            for head in trained.shapes.heads
+        }
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files in the folder."""
+        return [name for writer in self._writers.values() for name in writer.files]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self._sound is not None and kind is not None:
-            with contextlib.suppress(soundfile.SoundFileError):  # the first error says more
-                self._sound.close()
-        elif self._sound is not None:
-            with self._translate_sound_errors():
-                self._fill_with_silence(self._sound, until_tick=self._num_ticks)
-                self._sound.close()
-        if kind is None:
-            self._write_events()
+        for writer in self._writers.values():
+            writer.close(is_complete=kind is None)
 
     def add(self, window: WindowPrediction) -> None:
         """Write a window's predictions; windows must come in order of time."""
-        if len(window.times_s) == 0:
-            return
+        if len(window.times_s):
+            for head, values in window.values.items():
+                self._writers[head].add(window, values)
+
+
+def earlier_files(out: Path) -> list[str]:
+    """List the files of earlier predictions in a folder, also of a run that did not finish."""
+    names: list[str] = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        names = [*map(str, json.loads((out / METRICS_NAME).read_text(encoding="utf-8"))["files"])]
+    # Sound next to the dMel levels that it was decoded from is a prediction.
+    for levels in out.glob("*.dmel.zarr"):
+        names += [levels.name, levels.name.removesuffix(".dmel.zarr") + ".wav"]
+    return [name for name in dict.fromkeys(names) if _FILE_NAME.fullmatch(name)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output:
+    """Where and how a head's predictions are written."""
+
+    out: Path
+    head: str
+    trained: TrainedModel
+    num_ticks: int
+    seed: int
+
+    @property
+    def stream(self) -> str:
+        return self.trained.shapes.targets[self.head]
+
+    @property
+    def shape(self) -> StreamShape:
+        return self.trained.shapes.streams[self.stream]
+
+    def samples(self, first: int, count: int) -> tuple[slice, NDArray[np.int64]]:
+        """Return the samples of ticks, and the position of each among the ticks' positions."""
+        ratio = as_fraction(self.shape.rate_hz) / as_fraction(self.trained.shapes.tick_rate_hz)
+        start, stop = math.ceil(first * ratio), math.ceil((first + count) * ratio)
+        samples = np.arange(start, stop)
+        ticks = samples * ratio.denominator // ratio.numerator
+        firsts = -(-ticks * ratio.numerator // ratio.denominator)
+        return slice(start, stop), (ticks - first) * self.shape.per_tick + samples - firsts
+
+    def select(self, window: WindowPrediction, values: NDArray[Any]) -> tuple[slice, NDArray[Any]]:
+        """Return the samples that a window's values [N, per tick, any] are, and these [S, any]."""
+        samples, positions = self.samples(window.first_tick, len(values))
+        return samples, values.reshape(-1, values.shape[-1])[positions]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the session."""
+        return self.samples(0, self.num_ticks)[0].stop
+
+    def open_group(self, name: str) -> zarr.Group:
+        """Create a Zarr group with the times of all samples."""
+        group = zarr.open_group(self.out / name, mode="w", zarr_format=3)
+        group.attrs["rate_hz"] = self.shape.rate_hz
+        attributes = {"unit": "s on the session clock"}
+        timestamp = self.create_array(group, "timestamp", dtype="float64", attributes=attributes)
+        timestamp[:] = np.arange(self.num_samples) / self.shape.rate_hz
+        return group
+
+    def create_array(
+        self,
+        group: zarr.Group,
+        name: str,
+        *,
+        dtype: str,
+        size: tuple[int, ...] = (),
+        fill_value: float | None = None,
+        attributes: Mapping[str, Any],
+    ) -> zarr.Array[Any]:
+        """Create an array with a row of a size per sample; a chunk has those of a window."""
+        window = self.samples(0, self.trained.shapes.num_ticks)[0]
+        return group.create_array(
+            name,
+            shape=(self.num_samples, *size),
+            chunks=(window.stop, *size),
+            dtype=dtype,
+            fill_value=fill_value,
+            dimension_names=["time", _SECOND_DIMENSION[self.shape.kind]][: 1 + len(size)],
+            attributes=dict(attributes),
+        )
+
+
+class _TextWriter:
+    """Writes the events of a text head."""
+
+    def __init__(self, output: _Output) -> None:
+        self._output = output
+        self.files = (f"{output.head}.jsonl",)
+        self._tokens: list[int] = []
+        self._times_s: list[float] = []
+
+    def add(self, window: WindowPrediction, values: NDArray[Any]) -> None:
         silence = [] if window.follows else [PAD_TOKEN]
-        for head, tokens in window.tokens.items():
-            self._tokens[head] += [*silence, *tokens.tolist()]
+        self._tokens += [*silence, *values.tolist()]
         self._times_s += [*window.times_s[: len(silence)].tolist(), *window.times_s.tolist()]
-        if self._sound is not None and window.levels is not None:
-            waveform = decode_dmel(
-                window.levels.reshape(-1, window.levels.shape[-1]),
-                rate_hz=self._recipe.audio.rate_hz,
-                recipe=self._recipe.mel,
-                seed=self._seed,
-            )
-            with self._translate_sound_errors():
-                self._fill_with_silence(self._sound, until_tick=window.first_tick)
-                self._sound.write(to_int16(waveform, gain=1.0))
-        if self._levels is not None and window.levels is not None:
-            levels = window.levels.reshape(-1, window.levels.shape[-1])
-            start = window.first_tick * self._shapes.audio_frames_per_tick
-            _array_of(self._levels, "dmel")[start : start + len(levels)] = levels
-        if self._poses is not None and window.poses is not None:
-            self._write_poses(self._poses, window.first_tick, window.poses)
 
-    def _write_poses(self, group: zarr.Group, first_tick: int, poses: NDArray[np.float32]) -> None:
-        """Write poses [N, samples per tick, P] at their time, with wrapped angles."""
-        poses = poses.reshape(-1, poses.shape[-1])
-        angles, velocities = np.split(poses.astype(np.float64), 2, axis=1)
-        start = first_tick * self._shapes.sensor_samples_per_tick
-        values = np.concatenate([wrap_angle(angles), velocities], axis=1)
-        for name, rows in (("proprio", values), ("valid", np.ones(len(poses), dtype=np.bool_))):
-            _array_of(group, name)[start : start + len(poses)] = rows
-
-    def _write_events(self) -> None:
-        for head, tokens in self._tokens.items():
-            events = group_events(tokens, self._times_s, self._tokenizer)
+    def close(self, *, is_complete: bool) -> None:
+        if is_complete:
+            events = group_events(self._tokens, self._times_s, self._output.trained.tokenizer)
             lines = [json.dumps(event, ensure_ascii=False) + "\n" for event in events]
-            (self._out / f"{head}.jsonl").write_text("".join(lines), encoding="utf-8")
+            (self._output.out / self.files[0]).write_text("".join(lines), encoding="utf-8")
 
-    def _fill_with_silence(self, sound: soundfile.SoundFile, *, until_tick: int) -> None:
-        """Write zeros from the end of the sound to the start of a tick."""
-        hop = self._recipe.audio.rate_hz // self._recipe.mel.rate_hz
-        stop = until_tick * self._shapes.audio_frames_per_tick * hop
-        sound.write(np.zeros(max(0, stop - sound.tell()), dtype=np.int16))
 
-    def _open_sound(self) -> soundfile.SoundFile:
-        rate_hz = self._recipe.audio.rate_hz
-        with self._translate_sound_errors():
-            return soundfile.SoundFile(
-                self._out / AUDIO_NAME, "w", samplerate=rate_hz, channels=1, subtype="PCM_16"
+class _SoundWriter:
+    """Writes the dMel levels of an audio head, and the sound decoded from them."""
+
+    def __init__(self, output: _Output) -> None:
+        self._output = output
+        self.files = (f"{output.head}.wav", f"{output.head}.dmel.zarr")
+        self._path = output.out / self.files[0]
+        self._spec = output.trained.recipe.audios[output.stream]
+        with self._translate_errors():
+            self._sound = soundfile.SoundFile(
+                self._path, "w", samplerate=self._spec.rate_hz, channels=1, subtype="PCM_16"
             )
+        group = output.open_group(self.files[1])
+        num_levels = output.shape.num_classes
+        self._levels = output.create_array(
+            group,
+            "dmel",
+            dtype="uint8",
+            size=output.shape.size,
+            fill_value=MASKED_LEVEL,
+            attributes={"unit": f"level, 0..{num_levels - 1}; {MASKED_LEVEL}: not predicted"},
+        )
+
+    def add(self, window: WindowPrediction, values: NDArray[Any]) -> None:
+        samples, levels = self._output.select(window, values.astype(np.uint8))
+        if not len(levels):
+            return
+        waveform = decode_dmel(
+            levels,
+            rate_hz=self._spec.rate_hz,
+            settings=self._spec.dmel,
+            seed=self._output.seed,
+        )
+        with self._translate_errors():
+            self._fill_with_silence(samples.start)
+            self._sound.write(to_int16(waveform, gain=1.0))
+        self._levels[samples] = levels
+
+    def close(self, *, is_complete: bool) -> None:
+        if is_complete:
+            with self._translate_errors():
+                self._fill_with_silence(self._output.num_samples)
+                self._sound.close()
+        else:
+            with contextlib.suppress(soundfile.SoundFileError):  # the first error says more
+                self._sound.close()
+
+    def _fill_with_silence(self, frame: int) -> None:
+        """Write zeros from the end of the sound to the start of a dMel frame."""
+        stop = frame * (self._spec.rate_hz // self._spec.dmel.rate_hz)
+        self._sound.write(np.zeros(max(0, stop - self._sound.tell()), dtype=np.int16))
 
     @contextlib.contextmanager
-    def _translate_sound_errors(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         """Translate errors of libsndfile, which are not OSErrors.
 
         Raises:
@@ -195,69 +281,48 @@ class PredictionWriter:
             yield
         # soundfile asserts that a write took all samples.
         except (soundfile.SoundFileError, AssertionError) as error:
-            free_mb = shutil.disk_usage(self._out).free / 2**20
+            free_mb = shutil.disk_usage(self._path.parent).free / 2**20
             raise EngineError(
-                f"{self._out / AUDIO_NAME}: the sound can't be written ({error} "
-                f"{free_mb:,.0f} MiB are free); fix: free disk space, or give another --out"
+                f"{self._path}: the sound can't be written ({error} {free_mb:,.0f} MiB are free); "
+                "fix: free disk space, or give another --out"
             ) from error
 
-    def _open_dmel(self) -> zarr.Group:
-        shapes = self._shapes
-        group = self._open_group(
-            DMEL_NAME, rate_hz=self._recipe.mel.rate_hz, chunk=shapes.num_audio_frames
-        )
-        group.create_array(
-            "dmel",
-            shape=(*_array_of(group, "timestamp").shape, shapes.mel_channels),
-            chunks=(shapes.num_audio_frames, shapes.mel_channels),
-            dtype="uint8",
-            fill_value=MASKED_LEVEL,
-            dimension_names=["time", "channel"],
-            attributes={
-                "unit": f"level, 0..{shapes.mel_levels - 1}; {MASKED_LEVEL}: not predicted"
-            },
-        )
-        return group
 
-    def _open_animation(self) -> zarr.Group:
-        """Create the arrays of all samples, none of them valid yet."""
-        shapes, chunk = self._shapes, self._shapes.num_sensor_samples
-        group = self._open_group(ANIMATION_NAME, rate_hz=self._recipe.sensors.rate_hz, chunk=chunk)
-        (count,) = _array_of(group, "timestamp").shape
-        group.create_array(
-            "proprio",
-            shape=(count, shapes.proprio_size),
-            chunks=(chunk, shapes.proprio_size),
+class _ValuesWriter:
+    """Writes the values of a sensor head, in the form in which recorded ones are stored."""
+
+    def __init__(self, output: _Output) -> None:
+        self._output = output
+        self.files = (f"{output.head}.zarr",)
+        self._spec = output.trained.recipe.sensors[output.stream]
+        group = output.open_group(self.files[0])
+        column = training_columns(output.trained.recipe)[output.stream]
+        self._values = output.create_array(
+            group,
+            output.stream,
             dtype="float32",
+            size=output.shape.size,
             fill_value=np.nan,
-            dimension_names=["time", "value"],
-            attributes={"unit": "rad, then rad/s"},
+            attributes={"unit": column.unit, **column.attributes},
         )
-        group.create_array(
-            "valid",
-            shape=(count,),
-            chunks=(chunk,),
-            dtype="bool",
-            dimension_names=["time"],
-            attributes={"meaning": "whether the pose was predicted"},
-        )
-        return group
+        attributes = {"meaning": "whether the values were predicted"}
+        self._valid = output.create_array(group, "valid", dtype="bool", attributes=attributes)
 
-    def _open_group(self, name: str, *, rate_hz: float, chunk: int) -> zarr.Group:
-        """Create a Zarr group with the session's timestamps at a rate, `chunk` per window."""
-        count = self._num_ticks * chunk // self._shapes.num_ticks
-        group = zarr.open_group(self._out / name, mode="w", zarr_format=3)
-        group.attrs["rate_hz"] = rate_hz
-        timestamp = group.create_array(
-            "timestamp",
-            shape=(count,),
-            chunks=(chunk,),
-            dtype="float64",
-            dimension_names=["time"],
-            attributes={"unit": "s on the session clock"},
-        )
-        timestamp[:] = np.arange(count) / rate_hz
-        return group
+    def add(self, window: WindowPrediction, values: NDArray[Any]) -> None:
+        samples, rows = self._output.select(window, values)
+        self._values[samples], is_valid = clean_readings(rows.astype(np.float32), self._spec)
+        self._valid[samples] = is_valid
+
+    def close(self, *, is_complete: bool) -> None:
+        """Do nothing: every window is written already."""
+
+
+_WRITERS: Final[Mapping[Kind, Callable[[_Output], _TextWriter | _SoundWriter | _ValuesWriter]]] = {
+    Kind.TEXT: _TextWriter,
+    Kind.AUDIO: _SoundWriter,
+    Kind.SENSOR: _ValuesWriter,
+}
+"""What writes a head's predictions, by the kind of its target."""
 
 
 def _remove(path: Path) -> None:
@@ -266,9 +331,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    return array

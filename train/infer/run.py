@@ -3,16 +3,16 @@
 ::
 
     checkpoint -> load_trained_model   model, recipe, tokenizer, baselines
-    session    -> SessionSource        touching windows, cut by the checkpoint's recipe
+    session    -> SessionSource        touching windows of the training's length
                -> TickStream           forward_step per tick, with a key-value cache
-               -> PredictionWriter     text, sound, poses        (train.infer.predictions)
+               -> PredictionWriter     text, sound, sensors      (train.infer.predictions)
                -> Score                losses, baselines, latency -> metrics.json
                -> write_page           predictions next to the recording -> index.html
 
 The cache crosses the borders of windows: the last tick of one window predicts the first tick of the
-next. It is reset where windows of the session are left out in between, and between windows of
-densely packed text, which do not follow each other. No stream is required. A stream that covers
-little of a window is masked, and the window is kept.
+next. It is reset where segments of the session are left out in between, and between windows of
+densely packed text, which do not follow each other. No stream is required: what is missing is
+masked.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from shared.clock import Window
 from shared.errors import ConfigError, SessionError
-from shared.recipe import Stream
-from shared.session.folder import SOURCE_FILES, is_session
-from train.config import HEAD_STREAM, TEXT_HEADS, Head, TrainConfig
+from shared.session.folder import is_session, source_files
 from train.data.batch import assemble_batch
 from train.data.device import to_device
 from train.data.session_source import SessionSource
+from train.data.windows import WindowGrid
 from train.infer.page import write_page
-from train.infer.predictions import AUDIO_NAME, DMEL_NAME, PredictionWriter, WindowPrediction
+from train.infer.predictions import (
+    METRICS_NAME,
+    PredictionWriter,
+    WindowPrediction,
+    earlier_files,
+)
 from train.infer.stream import Sampling, TickStream, take_ticks
 from train.machine import runtime
 from train.model.baselines import compare
@@ -43,17 +46,17 @@ from train.model.losses import loss_sums, mean_losses
 from train.trained_model import TrainedModel, load_trained_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
+    from shared.recipe import Recipe
     from shared.session.scan import SessionScan
-    from train.data.batch import WindowShapes
+    from train.data.assembly import WindowRows
+    from train.data.batch import SampleLocation
     from train.infer.stream import Streamed
-
-METRICS_NAME = "metrics.json"
+    from train.shapes import WindowShapes
 
 _EPSILON_TICKS = 1e-6
 """Rounding error that a session's duration may have, in ticks."""
@@ -87,8 +90,8 @@ def infer(
 
     Returns:
         The content of ``metrics.json``: among others "losses", in nats per token and per dMel
-        value, and for poses as in :func:`train.model.losses.compute_losses`. A loss is None, with
-        an entry in "reasons", if the session has nothing to compare with.
+        value, and for sensors as in :func:`train.model.losses.compute_losses`. A loss is None,
+        with an entry in "reasons", if the session has nothing to compare with.
 
     Raises:
         CheckpointError: the file is not a checkpoint, or has no recipe or tokenizer.
@@ -97,17 +100,18 @@ def infer(
             session.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    _refuse_recordings(out, session)
     with runtime.translate_oom("Free memory there, or give --device cpu"):
         trained = load_trained_model(checkpoint, device=runtime.choose_device(device))
+        _refuse_recordings(out, session, trained.recipe)
         source = open_session(session, trained)
         stream = TickStream(trained, sampling, seed=seed)
-        score = run_session(source, trained, stream, out=out, seed=seed, progress=progress)
+        score, files = run_session(source, trained, stream, out=out, seed=seed, progress=progress)
     metrics = {
         "checkpoint": str(checkpoint),
         **describe_run(source, trained, score),
         "sampling": {**dataclasses.asdict(sampling), "seed": seed},
         **score.as_json(source.reader(0).scan),
+        "files": files,
     }
     text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (out / METRICS_NAME).write_text(text, encoding="utf-8")
@@ -115,18 +119,19 @@ def infer(
     return metrics
 
 
-def _refuse_recordings(out: Path, session: Path) -> None:
+def _refuse_recordings(out: Path, session: Path, recipe: Recipe) -> None:
     """Refuse a folder in which predictions would overwrite a recording.
 
     Raises:
-        ConfigError: `out` is a session; recordings and predictions share the name audio.wav.
+        ConfigError: `out` is a session; recordings and predictions can have the same names.
     """
-    # An audio.wav next to the dMel levels that it was decoded from is an earlier prediction.
-    recorded = [n for n in SOURCE_FILES if n != AUDIO_NAME or not (out / DMEL_NAME).exists()]
-    if any((out / name).exists() for name in recorded) or out.resolve() == session.resolve():
+    recorded = [name for name in source_files(recipe) if name not in earlier_files(out)]
+    found = [name for name in recorded if (out / name).exists()]
+    if found or out.resolve() == session.resolve():
         raise ConfigError(
-            f"{out} holds a session, and predictions would overwrite its {AUDIO_NAME}; fix: write "
-            "them to another folder by --out"
+            f"{out} holds a session, and predictions could overwrite its files"
+            f"{f' (it has {found[0]})' if found else ''}; fix: write them to another folder by "
+            "--out"
         )
 
 
@@ -137,19 +142,19 @@ def describe_run(source: SessionSource, trained: TrainedModel, score: Score) -> 
         "step": trained.step,
         "session": scan.session,
         "duration_s": scan.duration_s,
-        "num_windows": int(source.shard_sizes[0]),
+        "num_windows": int(source.window_counts.sum()),
         "num_ticks": len(score.latencies_ms),
         "device": str(trained.device),
-        "streams": describe_streams(scan, trained.config),
+        "streams": describe_streams(scan, trained.shapes),
     }
 
 
-def describe_streams(scan: SessionScan, config: TrainConfig) -> dict[str, Any]:
+def describe_streams(scan: SessionScan, shapes: WindowShapes) -> dict[str, Any]:
     """List the session's streams that the model reads, those that it ignores, and absent ones."""
     return {
-        "seen": [str(s) for s in scan.intervals if s in config.input_streams],
-        "unseen": [str(s) for s in scan.intervals if s not in config.input_streams],
-        "absent": {str(s): reason for s, reason in scan.absent.items()},
+        "seen": [name for name in scan.intervals if name in shapes.inputs],
+        "unseen": [name for name in scan.intervals if name not in shapes.inputs],
+        "absent": dict(scan.absent),
     }
 
 
@@ -161,48 +166,56 @@ def run_session(
     out: Path,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Score:
-    """Stream all windows of a session and write the predictions; see :func:`infer`."""
-    score, num_windows = Score(trained), int(source.shard_sizes[0])
-    is_dense = trained.config.is_text_only
-    with PredictionWriter(
-        out,
-        heads=trained.config.heads,
-        num_ticks=ticks_until(source.reader(0).scan.duration_s, trained.shapes),
-        recipe=trained.recipe,
-        shapes=trained.shapes,
-        tokenizer=trained.tokenizer,
-        seed=seed,
-    ) as writer:
-        for row in range(num_windows):
-            batch = read_window(source, row, trained)
-            if not is_contiguous(source, row, trained):
+) -> tuple[Score, list[str]]:
+    """Stream all windows of a session and write the predictions; see :func:`infer`.
+
+    Returns:
+        The score, and the names of the files in `out`.
+    """
+    score, shapes = Score(trained), trained.shapes
+    num_ticks = ticks_until(source.reader(0).scan.duration_s, shapes)
+    windows = list(list_windows(source, shapes))
+    next_tick: int | None = None
+    with PredictionWriter(out, trained=trained, num_ticks=num_ticks, seed=seed) as writer:
+        for number, (location, rows) in enumerate(windows, start=1):
+            batch = read_window(source, location, rows, trained)
+            follows = rows.clock_tick == next_tick and not shapes.is_text_only
+            if not follows:
                 stream.reset()
             # A dense window has its own number of tokens; training saw all of them at once.
-            streamed = stream.run_window(batch, context=batch["num_ticks"] if is_dense else None)
+            context = batch["num_ticks"] if shapes.is_text_only else None
+            streamed = stream.run_window(batch, context=context)
             score.add(streamed, batch)
-            writer.add(locate_window(streamed, source, row, trained))
+            times_s = batch["times_s"]
+            prediction = WindowPrediction(
+                first_tick=rows.clock_tick + 1,
+                follows=follows,
+                times_s=times_s,
+                values={head: chosen[: len(times_s)] for head, chosen in streamed.chosen.items()},
+            )
+            writer.add(prediction)
+            next_tick = rows.clock_tick + rows.num_ticks
             if progress is not None:
-                progress(row + 1, num_windows)
-    return score
+                progress(number, len(windows))
+    return score, writer.files
 
 
 def open_session(path: Path, trained: TrainedModel) -> SessionSource:
-    """Open a session as one shard of touching windows; any stream may be missing.
+    """Open a session in touching windows; any stream may be missing.
 
     Raises:
         SessionError: the folder is not a session, or nothing in it can be read.
     """
-    if not is_session(path):
+    if not is_session(path, trained.recipe):
         raise SessionError(
             f"{path} is not a session; fix: give a folder with at least one of "
-            f"{', '.join(SOURCE_FILES)}"
+            f"{', '.join(source_files(trained.recipe))}"
         )
-    window = {"stride_s": None, "min_coverage": 0.0}
-    recipe = trained.recipe.model_copy(
-        update={"required": (), "window": trained.recipe.window.model_copy(update=window)}
-    )
-    return SessionSource(path, recipe=recipe, tokenizer=trained.tokenizer)
+    streams = trained.recipe.streams.items()
+    optional = {name: spec.model_copy(update={"required": False}) for name, spec in streams}
+    recipe = trained.recipe.model_copy(update={"streams": optional})
+    source = SessionSource(path, recipe=recipe, tokenizer=trained.tokenizer)
+    return source.open_windows(trained.shapes, WindowGrid.from_config(trained.config).as_touching())
 
 
 def ticks_until(duration_s: float, shapes: WindowShapes) -> int:
@@ -210,74 +223,46 @@ def ticks_until(duration_s: float, shapes: WindowShapes) -> int:
     return math.ceil(duration_s * shapes.tick_rate_hz - _EPSILON_TICKS)
 
 
-def read_window(source: SessionSource, row: int, trained: TrainedModel) -> dict[str, Any]:
-    """Read a window as a batch of one on the model's device, cut at the session's end.
+def list_windows(
+    source: SessionSource, shapes: WindowShapes
+) -> Iterator[tuple[SampleLocation, WindowRows]]:
+    """Yield the windows of a session in order of time, without ticks beyond the session's end."""
+    for shard, count in enumerate(source.window_counts.tolist()):
+        for window in range(count):
+            rows = source.locate(shard, window)
+            num_ticks = ticks_until(rows.duration_s, shapes) - rows.clock_tick
+            if num_ticks > 0:
+                num_ticks = min(num_ticks, rows.num_ticks)
+                yield (shard, window), rows._replace(num_ticks=num_ticks)
+
+
+def read_window(
+    source: SessionSource, location: SampleLocation, rows: WindowRows, trained: TrainedModel
+) -> dict[str, Any]:
+    """Read the ticks of a window as a batch of one on the model's device.
 
     Returns:
-        As docs/batch.md, with "num_ticks": the ticks of the window.
+        As docs/batch.md, with "num_ticks", the ticks of the window, and "times_s", the times on the
+        session clock of the ticks that they predict, without one beyond the session's end. Densely
+        packed text has tokens instead of ticks: a predicted token gets the time of the recorded
+        token that it is compared with.
     """
     shapes = trained.shapes
-    batch = assemble_batch(source, [(0, row)], config=trained.config, shapes=shapes)
-    if trained.config.is_text_only:
+    batch = assemble_batch(source, [location], pixels=trained.config.data.pixels)
+    if shapes.is_text_only:
         batch["num_ticks"] = count_ticks(batch["inputs"], shapes)
+        texts = source.read_into(*location, {}).texts.values()
+        batch["times_s"] = np.sort(np.concatenate([text.event_s for text in texts]))[1:]
     else:
-        first = round(source.start_s(0, row) * shapes.tick_rate_hz)
-        count = min(shapes.num_ticks, ticks_until(source.reader(0).scan.duration_s, shapes) - first)
-        batch["num_ticks"] = count
+        count = batch["num_ticks"] = rows.num_ticks
+        first, stop = rows.clock_tick + 1, ticks_until(rows.duration_s, shapes)
+        batch["times_s"] = np.arange(first, min(first + count, stop)) / shapes.tick_rate_hz
         for group in ("inputs", "targets"):
             batch[group] = take_ticks(
                 batch[group], first=0, count=count, num_ticks=shapes.num_ticks, shapes=shapes
             )
     moved: dict[str, Any] = to_device(batch, trained.device)
     return moved
-
-
-def is_contiguous(source: SessionSource, row: int, trained: TrainedModel) -> bool:
-    """Return whether a window's first tick comes right after the previous window's last tick."""
-    if row == 0 or trained.config.is_text_only:
-        return False
-    gap_s = source.start_s(0, row) - source.start_s(0, row - 1)
-    return gap_s < 1.5 * trained.recipe.window.duration_s
-
-
-def locate_window(
-    streamed: Streamed, source: SessionSource, row: int, trained: TrainedModel
-) -> WindowPrediction:
-    """Place a window's predictions on the session clock, without ticks beyond the session's end.
-
-    Densely packed text has no ticks: a predicted token gets the time of the recorded token that it
-    is compared with.
-    """
-    rate_hz, start_s = trained.shapes.tick_rate_hz, source.start_s(0, row)
-    first = round(start_s * rate_hz) + 1
-    if trained.config.is_text_only:
-        times_s = _token_times(source, row, trained)[1:]
-    else:
-        stop = ticks_until(source.reader(0).scan.duration_s, trained.shapes)
-        times_s = np.arange(first, min(first + len(streamed.latencies_ms), stop)) / rate_hz
-    kept = {Head(head): values[: len(times_s)] for head, values in streamed.chosen.items()}
-    levels = kept.get(Head.AUDIO)
-    return WindowPrediction(
-        first_tick=first,
-        follows=is_contiguous(source, row, trained),
-        times_s=times_s,
-        tokens={head: values for head, values in kept.items() if head in TEXT_HEADS},
-        levels=None if levels is None else levels.astype(np.uint8),
-        poses=kept.get(Head.ANIMATION),
-    )
-
-
-def _token_times(source: SessionSource, row: int, trained: TrainedModel) -> NDArray[np.float64]:
-    """Return the times of a window's densely packed tokens, in order."""
-    start_s = source.start_s(0, row)
-    window = Window(row, start_s, trained.recipe.window.duration_s)
-    text = source.reader(0).read_text(window)
-    streams = {*trained.config.input_streams, *trained.config.target_streams}
-    times_s = [
-        *(text.internal.time_s if Stream.INTERNAL_TEXT in streams else ()),
-        *(text.external.time_s if Stream.EXTERNAL_TEXT in streams else ()),
-    ]
-    return np.sort(np.array(times_s, dtype=np.float64))
 
 
 class Score:
@@ -287,13 +272,14 @@ class Score:
         self.latencies_ms: list[float] = []
         """Per tick, from its inputs to the chosen values."""
         self._trained = trained
+        self._objective = trained.model.objective
         self._sums: dict[str, Tensor] = {}
 
     def add(self, streamed: Streamed, batch: Mapping[str, Any]) -> None:
         """Add a window."""
         self.latencies_ms += streamed.latencies_ms
         targets, weight = batch["targets"], batch["weight"]
-        sums = loss_sums(streamed.outputs, targets, weight, config=self._trained.config)
+        sums = loss_sums(streamed.outputs, targets, weight, objective=self._objective)
         for name, pair in {**sums, **self._trained.baselines.losses(batch)}.items():
             total = torch.stack([each.double().cpu() for each in pair])
             self._sums[name] = self._sums[name] + total if name in self._sums else total
@@ -305,12 +291,12 @@ class Score:
             scan: has the reasons for absent streams.
         """
         means = {name: _mean(total) for name, total in self._sums.items()}
-        config = self._trained.config
-        losses = {f"loss_{head}": means[f"loss_{head}"] for head in config.heads}
+        heads = list(self._objective.weights)
+        losses = {f"loss_{head}": means[f"loss_{head}"] for head in heads}
         baselines = {name: loss for name, loss in means.items() if name not in losses}
         reasons = {
             f"loss_{head}": self._reason(head, scan)
-            for head in config.heads
+            for head in heads
             if losses[f"loss_{head}"] is None
         }
         loss_total = None
@@ -318,7 +304,7 @@ class Score:
             reasons["loss_total"] = f"its sum needs {', '.join(reasons)}"
         else:
             sums = {name: (self._sums[name][0], self._sums[name][1]) for name in losses}
-            loss_total = float(mean_losses(sums, config=config)["loss_total"])
+            loss_total = float(mean_losses(sums, objective=self._objective)["loss_total"])
         tick_ms = 1e3 / self._trained.shapes.tick_rate_hz
         return {
             "losses": {"loss_total": loss_total, **losses},
@@ -328,11 +314,11 @@ class Score:
             "tick_latency_ms": summarize_latencies(self.latencies_ms, tick_ms=tick_ms),
         }
 
-    def _reason(self, head: Head, scan: SessionScan) -> str:
+    def _reason(self, head: str, scan: SessionScan) -> str:
         """Say why a head has no loss."""
         if self._sums[f"loss_{head}"][1] > 0:
             return "the model's predictions are not finite"
-        stream = HEAD_STREAM[head]
+        stream = self._trained.shapes.targets[head]
         return scan.absent.get(stream, f"no tick with {stream} follows another tick")
 
 

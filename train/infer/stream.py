@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shared.errors import ConfigError
-from shared.recipe import VISION_STREAMS
-from train.config import Head
+from shared.streams import Kind
 from train.data.pixels import to_model_inputs
 from train.machine import runtime
 from train.model.encoders import frames_due
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from train.data.batch import WindowShapes
     from train.model.multimodal import Cache
+    from train.shapes import WindowShapes
     from train.trained_model import TrainedModel
 
 
@@ -73,7 +72,7 @@ class Streamed:
     outputs: Mapping[str, Tensor]
     """Per head [1, T, ...], as :meth:`MultiModalCreature.forward` returns for a whole window."""
     chosen: Mapping[str, NDArray[Any]]
-    """Per head [T, ...]: chosen tokens and dMel levels; poses unchanged."""
+    """Per head [T, ...]: chosen tokens and dMel levels; sensor values unchanged."""
     latencies_ms: list[float]
     """Per tick, from its inputs to the chosen values."""
 
@@ -119,7 +118,7 @@ class TickStream:
             )
             chosen = {
                 head: x.float().cpu()
-                if head == Head.ANIMATION
+                if self._trained.shapes.target_shape(head).kind is Kind.SENSOR
                 else choose(x, self._sampling, generator=self._generator)
                 for head, x in output.items()
             }
@@ -145,7 +144,7 @@ class TickStream:
                 )
                 steps.append(self.step(tick_inputs, context=context))
                 latencies_ms.append((time.perf_counter() - started_s) * 1e3)
-        heads = [str(head) for head in self._trained.config.heads]
+        heads = shapes.heads
         return Streamed(
             outputs={head: torch.cat([o[head] for o, _ in steps], dim=1) for head in heads},
             chosen={
@@ -159,10 +158,12 @@ def take_ticks(
     tensors: Mapping[str, Tensor], *, first: int, count: int, num_ticks: int, shapes: WindowShapes
 ) -> dict[str, Tensor]:
     """Slice ticks [first, first + count) from a batch's inputs or targets of `num_ticks` ticks."""
-    due = frames_due(shapes, first_tick=first, num_ticks=count)
     sliced = {}
     for name, tensor in tensors.items():
-        if name.removesuffix("_valid") in VISION_STREAMS:
+        stream = name.removesuffix("_valid")
+        stream = shapes.targets.get(stream, stream)
+        if shapes.streams[stream].kind is Kind.VIDEO:
+            due = frames_due(shapes, stream, first_tick=first, num_ticks=count)
             sliced[name] = tensor[:, due.start : due.stop]
         else:
             per_tick = tensor.shape[1] // num_ticks

@@ -27,10 +27,10 @@ from shared.errors import CheckpointError, ConfigError, SessionError
 from shared.recipe import Recipe
 from train.__main__ import cli
 from train.config import as_train_config
-from train.data.batch import WindowShapes
 from train.data.pixels import to_model_inputs
 from train.data.session_source import RealMultiModalDataset, real_data_collate_fn
-from train.infer.run import infer, locate_window, open_session, read_window, summarize_latencies
+from train.infer.predictions import PredictionWriter
+from train.infer.run import infer, open_session, run_session, summarize_latencies
 from train.infer.stream import Sampling, TickStream
 from train.model.baselines import Baselines
 from train.model.losses import compute_losses
@@ -53,7 +53,7 @@ def whole_window_losses(model, session):
     batch = whole_windows(session, model.config)
     with torch.no_grad():
         outputs = model(to_model_inputs(batch["inputs"]))
-    losses = compute_losses(outputs, batch["targets"], batch["weight"], config=model.config)
+    losses = compute_losses(outputs, batch["targets"], batch["weight"], objective=model.objective)
     return {name: float(loss) for name, loss in losses.items()}
 
 
@@ -85,8 +85,8 @@ def walk(tmp_path_factory):
     session = make_session(folder / "s" / "walk", video=True)
     config = as_train_config({"model": MODEL})
     batch = whole_windows(session, config)
-    shapes = WindowShapes.from_recipe(make_section(Recipe, RECIPE))
-    baselines = Baselines.fit([batch], config=config, shapes=shapes)
+    model = make_checkpoint(folder / "k.pt")  # has the weights of the next one
+    baselines = Baselines.fit([batch], objective=model.objective)
     model = make_checkpoint(folder / "k.pt", baselines=baselines.as_dict())
     metrics = infer(folder / "k.pt", session, folder / "out")
     return SimpleNamespace(
@@ -99,10 +99,14 @@ def walk(tmp_path_factory):
     )
 
 
-def predict_window(source, row, trained):
-    batch = read_window(source, row, trained)
-    streamed = TickStream(trained, Sampling(), seed=0).run_window(batch)
-    return locate_window(streamed, source, row, trained)
+def predicted_windows(session, folder, config=None):
+    """Return the predictions of each window of a session, as the writer gets them."""
+    make_checkpoint(folder / "k.pt", config)
+    trained = load_trained_model(folder / "k.pt", device=torch.device("cpu"))
+    stream = TickStream(trained, Sampling(), seed=0)
+    with mock.patch.object(PredictionWriter, "add") as add:
+        run_session(open_session(session, trained), trained, stream, out=folder / "out", seed=0)
+    return [call.args[0] for call in add.call_args_list]
 
 
 def read_lines(path):
@@ -119,7 +123,7 @@ def test_streaming_one_window_gives_the_losses_of_training(tmp_path):
 def test_streaming_continues_over_the_borders_of_windows(walk):
     outputs = whole_session_outputs(walk.model, walk.batch)
     losses = compute_losses(
-        outputs, walk.batch["targets"], walk.batch["weight"], config=walk.model.config
+        outputs, walk.batch["targets"], walk.batch["weight"], objective=walk.model.objective
     )
     expected = {name: float(loss) for name, loss in losses.items()}
     assert walk.metrics["losses"] == pytest.approx(expected, abs=1e-4)
@@ -191,7 +195,7 @@ def test_an_absent_stream_has_a_reason_instead_of_a_loss(tmp_path):
     assert metrics["losses"]["loss_animation"] > 0
     assert set(metrics["reasons"]) == set(absent)
     assert "audio.wav" in metrics["reasons"]["loss_audio"]
-    assert metrics["streams"]["seen"] == ["touch", "proprio"]
+    assert metrics["streams"]["seen"] == ["proprio", "touch"]
 
 
 def test_an_untrained_head_writes_nothing(tmp_path):
@@ -250,7 +254,7 @@ def test_predictions_never_overwrite_a_recording(tmp_path, where):
     (tmp_path / "sound").mkdir()
     shutil.copy(session / "audio.wav", tmp_path / "sound")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(ConfigError, match=r"would overwrite its audio\.wav; .* --out"):
+    with pytest.raises(ConfigError, match=r"could overwrite its files.* --out"):
         infer(tmp_path / "k.pt", session, tmp_path / where)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
@@ -269,17 +273,13 @@ def test_a_folder_that_is_no_session_is_refused(tmp_path):
 
 
 def test_densely_packed_windows_do_not_follow_each_other(tmp_path):
-    make_checkpoint(tmp_path / "k.pt", TEXT_ONLY)
-    trained = load_trained_model(tmp_path / "k.pt", device=torch.device("cpu"))
-    source = open_session(make_session(tmp_path / "walk"), trained)
-    assert not any(predict_window(source, row, trained).follows for row in (0, 1))
+    windows = predicted_windows(make_session(tmp_path / "walk"), tmp_path, TEXT_ONLY)
+    assert [window.follows for window in windows] == [False, False]
 
 
 def test_windows_of_ticks_follow_each_other(tmp_path):
-    make_checkpoint(tmp_path / "k.pt")
-    trained = load_trained_model(tmp_path / "k.pt", device=torch.device("cpu"))
-    source = open_session(make_session(tmp_path / "walk", sound=False), trained)
-    assert [predict_window(source, row, trained).follows for row in (0, 1)] == [False, True]
+    windows = predicted_windows(make_session(tmp_path / "walk", sound=False), tmp_path)
+    assert [window.follows for window in windows] == [False, True]
 
 
 @pytest.mark.parametrize("options", [["--seed", "-1"], ["--seed", "4294967296"], ["--top-p", "0"]])
