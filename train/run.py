@@ -120,6 +120,7 @@ def _run(
         comparisons=compare(summary.last_val_losses, baseline_losses(baselines, setup, config)),
         origin=origin,
         session=(setup.val_loader or setup.loader).source.key(0, 0).rpartition("@")[0],
+        recipe=setup.loader.source.recipe,
         console=console,
     )
     return summary

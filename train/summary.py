@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from shared.recipe import Recipe
     from train.config import TrainConfig
     from train.loop.meter import TrainSummary
     from train.model.baselines import Comparison
@@ -62,6 +63,7 @@ def print_summary(
     comparisons: Sequence[Comparison],
     origin: Path,
     session: str,
+    recipe: Recipe,
     console: Console,
 ) -> None:
     """Print losses before and after a run, its speed, and the commands that come next.
@@ -73,6 +75,7 @@ def print_summary(
         comparisons: the model's losses compared with the baselines'.
         origin: the configuration's file, for the commands.
         session: name of a session to run inference on.
+        recipe: of the data, which says what a session is.
         console: where to print.
     """
     console.print(_loss_table(summary, first_val_losses), soft_wrap=False)
@@ -87,19 +90,15 @@ def print_summary(
     console.print(
         f"TensorBoard  tensorboard --logdir={shlex.quote(str(summary.log_dir))}", soft_wrap=True
     )
-    words = ["--checkpoint", str(summary.checkpoint), "--input", str(_folder_of(session, config))]
+    root = config.data.root_dir or Path("data/sessions")  # or the session itself
+    folder = root if is_session(root, recipe) else root / session
+    words = ["--checkpoint", str(summary.checkpoint), "--input", str(folder)]
     command = shlex.join(["python", "-m", "train", "infer", *words, "--out", "predictions"])
     console.print(f"next         {command}", soft_wrap=True)
     if summary.stopped_by == "signal":
         words = ["--config", str(origin), "--resume", "auto"]
         command = shlex.join(["python", "-m", "train", "run", *words])
         console.print(f"to resume    {command}, with the same key=value if any", soft_wrap=True)
-
-
-def _folder_of(session: str, config: TrainConfig) -> Path:
-    """Return the folder of a session; ``data.root_dir`` may be the session itself."""
-    root = config.data.root_dir or Path("data/sessions")
-    return root if is_session(root) else root / session
 
 
 def _loss_table(summary: TrainSummary, first_val_losses: Mapping[str, float]) -> Table:

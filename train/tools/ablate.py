@@ -21,11 +21,13 @@ from rich.table import Table
 from torch import Tensor
 
 from shared.errors import ConfigError, ShardError
+from shared.streams import Kind
+from train.checkpoints import shape_differences
 from train.data.device import to_device
 from train.data.loader import Loader, open_source
 from train.data.pixels import to_model_inputs
 from train.machine.runtime import choose_device
-from train.model.encoders import MODALITIES, without
+from train.model.encoders import modalities, without
 from train.model.losses import loss_sums
 from train.trained_model import load_trained_model
 
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from train.config import DataConfig, TrainConfig
+    from train.config import DataConfig
+    from train.model.losses import Objective
     from train.model.multimodal import MultiModalCreature
     from train.trained_model import TrainedModel
 
@@ -46,7 +49,7 @@ class Effect:
     """Effect of a missing modality on a head."""
 
     missing: str
-    """A name in :data:`train.model.encoders.MODALITIES`."""
+    """A name of :func:`train.model.encoders.modalities`."""
     head: str
     loss: float
     """Without the modality."""
@@ -66,7 +69,7 @@ def run_ablation(checkpoint: Path, *, data: DataConfig | None = None, device: st
 
     Args:
         checkpoint: of ``train run``.
-        data: names other data, cut by the same recipe; None uses the training's data.
+        data: names other data, with the same streams; None uses the training's data.
         device: as ``training.device``.
 
     Raises:
@@ -94,16 +97,15 @@ def ablate(
         Losses by head, and effects by modality, then by head. A head without a valid target is left
         out.
     """
-    streams = set(model.config.input_streams)
-    modalities = {name: each for name, each in MODALITIES.items() if streams & set(each)}
+    groups, objective = modalities(model.shapes), model.objective
     # By missing modality; "" is the pass with all of them.
-    windows_by_missing: dict[str, list[dict[str, Tensor]]] = {n: [] for n in ("", *modalities)}
+    windows_by_missing: dict[str, list[dict[str, Tensor]]] = {n: [] for n in ("", *groups)}
     for batch in batches:
         moved = to_device(batch, device)
         inputs = to_model_inputs(moved["inputs"])
         for name, windows in windows_by_missing.items():
-            outputs = model(without(inputs, modalities.get(name, ())))
-            windows.append(_window_sums(outputs, moved, config=model.config))
+            outputs = model(without(inputs, groups.get(name, ())))
+            windows.append(_window_sums(outputs, moved, objective=objective))
     sums = {
         missing: {name: torch.cat([each[name] for each in windows], dim=1) for name in windows[0]}
         for missing, windows in windows_by_missing.items()
@@ -112,17 +114,18 @@ def ablate(
     losses = {head: float(sums[""][head][0].sum() / sums[""][head][1].sum()) for head in heads}
     effects = [
         _effect(sums[""][head], sums[name][head], missing=name, head=head)
-        for name in modalities
+        for name in groups
         for head in heads
     ]
     return losses, effects
 
 
 def _held_out(trained: TrainedModel, data: DataConfig | None) -> Loader:
-    """Load held-out batches with the model's modalities."""
+    """Load held-out batches with the model's modalities and windows."""
     training_data = trained.config.data
     data = data or training_data
-    data = data.model_copy(update={"modalities": training_data.modalities})
+    kept = {"modalities": training_data.modalities, "window": training_data.window}
+    data = data.model_copy(update=kept)
     config = trained.config.model_copy(update={"data": data})
     source = open_source(config, split="val")
     if int(source.shard_sizes.sum()) == 0:
@@ -130,17 +133,20 @@ def _held_out(trained: TrainedModel, data: DataConfig | None) -> Loader:
             f"{data.source_description}: no session is held out; fix: set split in its recipe"
         )
     loader = Loader(source, config, is_shuffled=False, num_epochs=1)
-    if loader.shapes != trained.shapes or source.tokenizer.json != trained.tokenizer.json:
+    differences = shape_differences(trained.shapes, loader.shapes)
+    if trained.shapes.of_kind(Kind.TEXT) and source.tokenizer.json != trained.tokenizer.json:
+        differences.append("its tokenizer is another one")
+    if differences:
         raise ConfigError(
-            f"{data.source_description} has another recipe or tokenizer than the checkpoint's "
-            "training data; fix: name the set that it was trained on, or a set of the same recipe "
-            "built with text.tokenizer"
+            f"{data.source_description} does not fit the checkpoint: {'; '.join(differences)}; "
+            "fix: name the set that it was trained on, or one of the same streams built with its "
+            "text.tokenizer"
         )
     return loader
 
 
 def _window_sums(
-    outputs: Mapping[str, Tensor], batch: Mapping[str, Any], *, config: TrainConfig
+    outputs: Mapping[str, Tensor], batch: Mapping[str, Any], *, objective: Objective
 ) -> dict[str, Tensor]:
     """Weighted sum and count of each window per head, float64 [2, B] on the CPU."""
     windows = []
@@ -150,7 +156,7 @@ def _window_sums(
             {name: output[one] for name, output in outputs.items()},
             {name: target[one] for name, target in batch["targets"].items()},
             batch["weight"][one],
-            config=config,
+            objective=objective,
         )
         windows.append({name: torch.stack(pair).double().cpu() for name, pair in sums.items()})
     return {

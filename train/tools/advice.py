@@ -136,7 +136,7 @@ def _cheaper_decoding(measured: Measurements, *, reads_shards: bool) -> Recommen
     gain = f"not measured; the loader at most {most:.1f}x"
     if reads_shards:
         why += "this is a key of the recipe: build the shards again, which are larger"
-        return Recommendation("codec", {"vision.codec": "yuv420"}, why, gain)
+        return Recommendation("codec", {"video.codec": "yuv420"}, why, gain)
     why += "sessions are decoded for every batch: run `make shards` once"
     return Recommendation("shards", {"data.shards": "shards/default"}, why, gain)
 

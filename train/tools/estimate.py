@@ -31,13 +31,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from shared.recipe import Recipe, load_recipe
 from shared.shardset.manifest import read_manifest
-from train.data.batch import WindowShapes, array_forms, compose_batch
+from train.data.batch import array_forms, compose_batch
 from train.data.device import tensors_of
+from train.data.loader import num_recycled_slots
 from train.data.pixels import to_model_inputs
 from train.machine import runtime
 from train.model.blocks import Block
 from train.model.losses import compute_losses
 from train.model.multimodal import SIZES, MultiModalCreature
+from train.shapes import WindowShapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,8 +81,9 @@ class Estimate:
     """Activations per sample."""
     sample_flops: int
     """Forward, backward and recomputation."""
-    batch_bytes: int
-    """Sent to the device per batch."""
+    stream_bytes: Mapping[str, int]
+    """Stream -> its bytes in a batch, which are sent to the device and which a loader's slot
+    holds."""
 
     @property
     def state_bytes(self) -> int:
@@ -130,7 +133,7 @@ def estimate(
             fixed_bytes=2 * bytes_1 - bytes_2,
             sample_bytes=bytes_2 - bytes_1,
             sample_flops=sample_flops,
-            batch_bytes=sum(tensor.nbytes for tensor in tensors_of(batch)),
+            stream_bytes=_stream_bytes(batch, shapes),
         )
         for (bytes_1, bytes_2), sample_flops in zip(saved, flops, strict=True)
     )
@@ -162,7 +165,9 @@ def print_estimate(config: TrainConfig, *, origin: Path) -> None:
         f"{_MODES[is_on]}; {configured.sample_flops * batch_size * steps / 1e12:.2f} T per step of "
         f"{batch_size} x {steps} samples; {_MODES[not is_on]} {other.sample_flops / 1e9:.1f} G per "
         f"sample\n"
-        f"over the bus {configured.batch_bytes / 2**20:.1f} MiB per batch of {batch_size}"
+        f"over the bus {sum(configured.stream_bytes.values()) / 2**20:.1f} MiB per batch of "
+        f"{batch_size}: {_list_bytes(configured.stream_bytes)}; the loader keeps room for "
+        f"{num_recycled_slots(config)} batches"
     )
     memory = _table(
         f"memory with a batch of {batch_size}, GiB",
@@ -226,7 +231,24 @@ def _window_shapes(config: TrainConfig) -> tuple[WindowShapes, str]:
         if isinstance(location, Path) and location.exists():
             recipe, origin = read_manifest(location).recipe, str(location)
             break
-    return WindowShapes.from_recipe(recipe, tick_rate_hz=config.model.tick_rate_hz), origin
+    return WindowShapes.from_recipe(recipe, config), origin
+
+
+def _stream_bytes(batch: Batch, shapes: WindowShapes) -> dict[str, int]:
+    """Return the bytes of each stream's arrays; those that are inputs and targets count once."""
+    found: dict[str, int] = {}
+    for group in ("targets", "inputs"):
+        for name, tensor in batch[group].items():
+            if not name.endswith("_valid"):
+                stream = shapes.targets.get(name, name) if group == "targets" else name
+                found[stream] = tensor.nbytes + batch[group][f"{name}_valid"].nbytes
+    return dict(sorted(found.items()))
+
+
+def _list_bytes(stream_bytes: Mapping[str, int]) -> str:
+    """List the streams by their size, the largest first."""
+    ordered = sorted(stream_bytes.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {size / 2**20:.2f}" for name, size in ordered)
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
@@ -303,17 +325,18 @@ def _loss(model: MultiModalCreature, batch: Batch, *, dtype: torch.dtype) -> Ten
         name: target.long() if target.dtype == torch.uint8 else target
         for name, target in batch["targets"].items()
     }
-    return compute_losses(outputs, targets, batch["weight"], config=model.config)["loss_total"]
+    losses = compute_losses(outputs, targets, batch["weight"], objective=model.objective)
+    return losses["loss_total"]
 
 
 def _blank_batch(size: int, config: TrainConfig, shapes: WindowShapes) -> Batch:
     """Make a batch in the loader's form; dense text is as long as a window has ticks."""
     arrays = {
         name: torch.empty(form.shape, dtype=torch.from_numpy(np.empty(0, form.dtype)).dtype)
-        for name, form in array_forms(size, config=config, shapes=shapes).items()
+        for name, form in array_forms(size, shapes=shapes, pixels=config.data.pixels).items()
     }
-    if config.is_text_only:
-        for stream in {*config.input_streams, *config.target_streams}:
+    if shapes.is_text_only:
+        for stream in shapes.streams:
             arrays[stream] = torch.empty(size, shapes.num_ticks, dtype=torch.int64)
             arrays[f"{stream}_valid"] = torch.empty(size, shapes.num_ticks, dtype=torch.bool)
-    return compose_batch(arrays, config)
+    return compose_batch(arrays, shapes)

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_map_only
 
 from shared.errors import ConfigError, EngineError
 from shared.files import write_atomic
-from shared.timing import StageTimer, no_timer
+from shared.timing import StageTimer
 from train.data.device import tensors_of, to_device
 from train.data.loader import Loader
 from train.data.pixels import to_model_inputs
@@ -292,7 +292,7 @@ class TrainingStep:
         self, model: MultiModalCreature, config: TrainConfig, device: torch.device
     ) -> None:
         training = config.training
-        self._config, self._shapes, self._device = config, model.shapes, device
+        self._config, self._device, self._objective = config, device, model.objective
         self.dtype = runtime.choose_dtype(training.precision, device)
         self._optimizer = make_optimizer(model, training.optimizer)
         self._scaler = runtime.make_scaler(device, self.dtype)
@@ -307,11 +307,10 @@ class TrainingStep:
             batches: on the device.
             phase: makes the context manager of a phase from its name.
         """
-        config, optimizer = self._config, self._optimizer
+        config, objective, optimizer = self._config, self._objective, self._optimizer
         with phase("losses"):
             counts = sum_by_name(
-                loss_counts(b["targets"], b["weight"], config=config, shapes=self._shapes)
-                for b in batches
+                loss_counts(b["targets"], b["weight"], objective=objective) for b in batches
             )
         with phase("optimizer"):
             set_learning_rate(optimizer, learning_rate(self._num_steps, config.training))
@@ -324,7 +323,9 @@ class TrainingStep:
                 outputs = self._forward(inputs)
             with phase("losses"):
                 targets, weight = batch["targets"], batch["weight"]
-                losses = compute_losses(outputs, targets, weight, config=config, counts=counts)
+                losses = compute_losses(
+                    outputs, targets, weight, objective=objective, counts=counts
+                )
             with phase("backward"):
                 self._scaler.scale(losses["loss_total"]).backward()  # type: ignore[no-untyped-call]
             total = total + losses["loss_total"].detach()
@@ -343,11 +344,13 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
     Raises:
         EngineError: the loader gave up.
     """
-    config, device, source = bench.config, bench.device, bench.source
+    config, device = bench.config, bench.device
     timer, stages = _device_timer(device), StageTimer()
     steps: list[dict[str, float]] = []
     received: list[dict[str, float]] = []
-    batches = iter_endless(Loader(source, config, timer=stages), seed=config.training.seed)
+    loader = Loader(bench.source, config, timer=stages)
+    loader.source.on_stage = stages.end_stage
+    batches = iter_endless(loader, seed=config.training.seed)
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -370,16 +373,12 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
         runtime.synchronize(device)
         steps.append(timer.take())
 
-    source.on_stage = stages.end_stage
-    try:
-        with contextlib.closing(batches):
-            _repeat(run_step, num_warm_up, max_s=MAX_STEPS_S)
-            pin_s = max(row["pin"] for row in received)
-            steps.clear()
-            received.clear()
-            _repeat(run_step, bench.num_steps, max_s=MAX_STEPS_S)
-    finally:
-        source.on_stage = no_timer
+    with contextlib.closing(batches):
+        _repeat(run_step, num_warm_up, max_s=MAX_STEPS_S)
+        pin_s = max(row["pin"] for row in received)
+        steps.clear()
+        received.clear()
+        _repeat(run_step, bench.num_steps, max_s=MAX_STEPS_S)
     stages_s = {name: _mean(received, name) for name in STAGES}
     return StepTimes(
         num_steps=len(steps),

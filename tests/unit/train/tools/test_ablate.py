@@ -9,34 +9,41 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.sets import build_set, make_config, set_recipe
-from helpers.training import SHAPES, join, make_batch
+from helpers.training import WINDOW, join, make_batch, shapes_of
 from torch import nn
 
 from train.__main__ import cli
 from train.config import as_train_config
+from train.model.losses import Objective
 from train.run import run_training
 from train.tools.ablate import ablate
 
 CPU = torch.device("cpu")
 CONFIG = as_train_config(
     {
-        "data": {"modalities": ["touch", "proprio", "external_text"]},
+        "data": {"modalities": ["touch", "proprio", "external_text"], "window": WINDOW},
         "training": {"loss_weights": {"internal_text": 0, "audio": 0}},
     }
 )
+
+
+SHAPES = shapes_of(CONFIG)
+VOCAB_SIZE = SHAPES.streams["external_text"].num_classes
 
 
 class TouchModel(nn.Module):
     """Predicts the true next token if touch is valid; predicts random poses."""
 
     config = CONFIG
+    shapes = SHAPES
+    objective = Objective.from_config(CONFIG, SHAPES)
 
     def forward(self, inputs):
         tokens = torch.cat([self.truth[:, 1:], self.truth[:, :1]], dim=1)
-        per_tick = SHAPES.sensor_samples_per_tick
+        per_tick = SHAPES.streams["touch"].per_tick
         is_touched = inputs["touch_valid"].view(len(tokens), -1, per_tick).any(-1)
-        logits = 3 * nn.functional.one_hot(tokens, SHAPES.vocab_size) * is_touched[..., None]
-        size = (len(tokens), SHAPES.num_ticks, per_tick, SHAPES.proprio_size)
+        logits = 3 * nn.functional.one_hot(tokens, VOCAB_SIZE) * is_touched[..., None]
+        size = (len(tokens), SHAPES.num_ticks, per_tick, 20)
         torch.manual_seed(0)
         return {"external_text": logits.float(), "animation": torch.randn(size)}
 
@@ -79,10 +86,10 @@ def test_only_the_head_that_uses_a_modality_gets_worse():
 
 def test_a_difference_is_that_of_the_two_losses():
     losses, effects = measure([make_window(seed) for seed in range(3)])
-    with_touch = math.log(math.exp(3) + SHAPES.vocab_size - 1) - 3
+    with_touch = math.log(math.exp(3) + VOCAB_SIZE - 1) - 3
     assert losses["external_text"] == pytest.approx(with_touch, rel=1e-6)
     effect = effects["touch", "external_text"]
-    assert effect.loss == pytest.approx(math.log(SHAPES.vocab_size), rel=1e-6)
+    assert effect.loss == pytest.approx(math.log(VOCAB_SIZE), rel=1e-6)
     assert effect.difference == pytest.approx(effect.loss - with_touch, rel=1e-6)
 
 
@@ -131,7 +138,7 @@ def test_the_command_prints_a_row_per_modality(checkpoint):
 
 def test_other_data_must_have_the_same_tokenizer(checkpoint, raw_set, tiny_sessions, tmp_path):
     other = build_set(
-        tiny_sessions, tmp_path / "other", set_recipe(text={"vocab_size": 280}, vision={"size": 32})
+        tiny_sessions, tmp_path / "other", set_recipe(text={"vocab_size": 280}, video={"size": 32})
     )
     codes = {}
     for shards in (raw_set, other):
@@ -141,4 +148,4 @@ def test_other_data_must_have_the_same_tokenizer(checkpoint, raw_set, tiny_sessi
         result = CliRunner().invoke(cli, arguments)
         codes[shards] = result.exit_code
     assert codes == {raw_set: 0, other: 2}, result.output
-    assert "another recipe or tokenizer" in result.output
+    assert "its tokenizer is another one" in result.output

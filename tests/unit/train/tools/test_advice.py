@@ -120,7 +120,7 @@ def test_shards_are_suggested_if_decoding_sessions_limits():
 
 def test_a_codec_that_decodes_faster_is_suggested_if_decoding_shards_limits():
     measured = loader_bound(decode_fraction=0.8)
-    assert suggestions(measured) == [{"vision.codec": "yuv420"}]
+    assert suggestions(measured) == [{"video.codec": "yuv420"}]
     assert "5.0x" in suggest(measured, config())[0].expected_gain  # 1 / (1 - 0.8)
     assert suggestions(step_bound(decode_fraction=0.8)) == []
 

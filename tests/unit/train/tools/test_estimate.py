@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
+from shared.recipe import Recipe
 from shared.shardset.manifest import read_manifest
 from train import Loader, MultiModalCreature, open_source
 from train.__main__ import cli
 from train.config import TrainConfig, as_train_config, load_train_config
-from train.data.batch import WindowShapes
 from train.data.device import tensors_of
 from train.data.pixels import to_model_inputs
 from train.machine import runtime
 from train.model.losses import compute_losses
+from train.shapes import WindowShapes
 from train.tools.estimate import STATE_BYTES, Estimate, estimate
 
 MODEL = {"hidden_dim": 64, "num_layers": 3, "num_heads": 2}
@@ -37,11 +38,15 @@ def real(tiny_set):
     return config, loader.shapes, next(iter(loader))
 
 
+def default_shapes(config, **text):
+    return WindowShapes.from_recipe(Recipe.model_validate({"text": text}), config)
+
+
 def forward(model, batch, dtype):
     inputs = to_model_inputs(batch["inputs"], dtype=dtype)
     with runtime.autocast(torch.device("cpu"), dtype):
         outputs = model(inputs)
-    losses = compute_losses(outputs, batch["targets"], batch["weight"], config=model.config)
+    losses = compute_losses(outputs, batch["targets"], batch["weight"], objective=model.objective)
     return losses["loss_total"]
 
 
@@ -109,7 +114,9 @@ def test_flops_are_those_of_the_products_by_hand():
     backward_flops = 2 * ticks * (2 * linears + 2.5 * attention)
     # The last product of a layer is not recomputed.
     recomputed = 2 * ticks * (linears - 2 * width * vocab - layers * inner * width + attention)
-    without, checkpointed = estimate(config, WindowShapes(vocab_size=vocab), dtype=torch.float32)
+    without, checkpointed = estimate(
+        config, default_shapes(config, vocab_size=vocab), dtype=torch.float32
+    )
     assert without.sample_flops == forward_flops + backward_flops
     assert checkpointed.sample_flops == forward_flops + backward_flops + recomputed
 
@@ -117,14 +124,17 @@ def test_flops_are_those_of_the_products_by_hand():
 def test_bytes_over_the_bus_are_those_of_a_real_batch(real):
     config, shapes, batch = real
     without, _ = estimate(config, shapes, dtype=torch.float32)
-    assert without.batch_bytes == sum(tensor.nbytes for tensor in tensors_of(batch))
+    tensors = {tensor.data_ptr(): tensor for tensor in tensors_of(batch)}  # targets are inputs
+    expected = sum(tensor.nbytes for tensor in tensors.values()) - batch["weight"].nbytes
+    assert sum(without.stream_bytes.values()) == expected
+    assert set(without.stream_bytes) == set(shapes.streams)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("tiny", 10), ("large", 1000)])
 def test_any_size_is_estimated_without_its_memory(size, millions):
     config = as_train_config({"model": {"size": size}})
     before_mb = runtime.memory_allocated_mb(torch.device("cpu"))
-    without, _ = estimate(config, WindowShapes(), dtype=torch.bfloat16)
+    without, _ = estimate(config, default_shapes(config), dtype=torch.bfloat16)
     assert runtime.memory_allocated_mb(torch.device("cpu")) - before_mb < 200
     count = sum(without.num_parameters.values())
     assert count / 1e6 == pytest.approx(millions, rel=0.1)
@@ -146,7 +156,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(fixed, per_sample, count, 
         fixed_bytes=fixed,
         sample_bytes=per_sample,
         sample_flops=0,
-        batch_bytes=0,
+        stream_bytes={},
     )
     size = one.largest_batch(memory)
     assert size == 0 or 16 * count + fixed + size * per_sample <= 0.9 * memory
@@ -177,7 +187,7 @@ def test_the_configured_checkpointing_is_marked_and_counted(tiny_set, tmp_path, 
     output = runner.invoke(cli, ["estimate", "--config", str(path)]).output
     mode = "with gradient checkpointing" if is_on else "without gradient checkpointing"
     config = load_train_config(path)
-    shapes = WindowShapes.from_recipe(read_manifest(tiny_set).recipe)
+    shapes = WindowShapes.from_recipe(read_manifest(tiny_set).recipe, config)
     each = estimate(config, shapes, dtype=torch.bfloat16)[is_on]
     flops = f"{each.sample_flops / 1e9:.1f} G"
     assert f"FLOPs        {flops} per sample, forward and backward, {mode};" in output
@@ -198,7 +208,7 @@ def test_the_table_of_sizes_has_the_estimate_of_each(tiny_set, tmp_path, monkeyp
     assert result.exit_code == 0, result.output
     (row,) = (line for line in result.output.splitlines() if "tiny " in line)
     config = as_train_config({"data": {"shards": tiny_set}, "model": {"size": "tiny"}})
-    shapes = WindowShapes.from_recipe(read_manifest(tiny_set).recipe)
+    shapes = WindowShapes.from_recipe(read_manifest(tiny_set).recipe, config)
     without, checkpointed = estimate(config, shapes, dtype=torch.bfloat16)
     gib, smaller_gib = (each.memory_bytes(4) / 2**30 for each in (without, checkpointed))
     cells = [cell.strip() for cell in row.strip("│").split("│")]

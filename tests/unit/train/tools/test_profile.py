@@ -29,10 +29,10 @@ from shared.errors import ConfigError, EngineError
 from shared.timing import StageTimer
 from train.__main__ import cli
 from train.config import as_train_config
-from train.data.batch import WindowShapes
 from train.data.loader import open_source
 from train.data.session_source import SessionSource
 from train.model.multimodal import MultiModalCreature
+from train.shapes import WindowShapes
 from train.tools.profile import (
     PHASES,
     STAGES,
@@ -58,7 +58,7 @@ def make_step(config, shapes):
 
 def bench_of(config, *, num_steps=4, step=None):
     source = open_source(config, split="train")
-    shapes = WindowShapes.from_recipe(source.recipe, tick_rate_hz=config.model.tick_rate_hz)
+    shapes = WindowShapes.from_recipe(source.recipe, config)
     return Bench(
         step=step or make_step(config, shapes)[1],
         source=source,
