@@ -226,26 +226,6 @@ def sort_lines(lines: list[Line], *, file: LineFile) -> Repaired:
     return ordered, f"{file.name}: sorted {_count(num_back, 'line')} into place"
 
 
-def join_repeats(lines: list[Line], *, file: LineFile) -> Repaired:
-    """Join lines with equal times: the first line, completed from the others, and all texts.
-
-    Lines that contradict each other are kept, so that no reading is lost.
-    """
-    joined: list[Line] = []
-    for line in lines:
-        merged = None
-        if joined and joined[-1].time_s == line.time_s:
-            merged = _merge(joined[-1].values, line.values, file)
-        if merged is None:
-            joined.append(line)
-        elif merged != joined[-1].values:
-            joined[-1] = replace(joined[-1], values=merged, raw=None)
-    num_repeats = len(lines) - len(joined)
-    if not num_repeats:
-        return lines, None
-    return joined, f"{file.name}: joined {_count(num_repeats, 'repeated line')} with the first"
-
-
 def shift_to_zero(
     sensors: Lines, texts: Lines, files: Mapping[str, LineFile], media_stop_s: float | None
 ) -> tuple[Lines, Lines, str | None]:
@@ -345,6 +325,26 @@ def clamp(lines: list[Line], *, file: LineFile) -> Repaired:
     if not changes:
         return lines, None
     return repaired, f"{file.name}: clamped {' and '.join(changes)}, outside by rounding"
+
+
+def join_repeats(lines: list[Line], *, file: LineFile) -> Repaired:
+    """Join lines with equal times: the first line, completed from the others, and all texts.
+
+    Lines that contradict each other are kept, so that no reading is lost.
+    """
+    joined: list[Line] = []
+    for line in lines:
+        merged = None
+        if joined and joined[-1].time_s == line.time_s:
+            merged = _merge(joined[-1].values, line.values, file)
+        if merged is None:
+            joined.append(line)
+        elif merged != joined[-1].values:
+            joined[-1] = replace(joined[-1], values=merged, raw=None)
+    num_repeats = len(lines) - len(joined)
+    if not num_repeats:
+        return lines, None
+    return joined, f"{file.name}: joined {_count(num_repeats, 'repeated line')} with the first"
 
 
 def fill_gaps(lines: list[Line], *, file: LineFile) -> Repaired:

@@ -131,10 +131,9 @@ def _repair_lines(
     """
     sentences: list[str | None] = []
     sortable = [n for n, f in files.items() if not f.is_text_file and is_sortable(repaired[n])]
-    for repair in (sort_lines, join_repeats):
-        for name in sortable:
-            repaired[name], sentence = repair(repaired[name], file=files[name])
-            sentences.append(sentence)
+    for name in sortable:
+        repaired[name], sentence = sort_lines(repaired[name], file=files[name])
+        sentences.append(sentence)
     sensors = {n: repaired[n] for n, f in files.items() if not f.is_text_file}
     if shared is not None and sensors.keys() <= {*sortable}:
         on_clock = {n: lines for n, lines in sensors.items() if n in shared}
@@ -144,7 +143,7 @@ def _repair_lines(
             on_clock, trimmed = drop_outside_media(on_clock, files, media_stop_s)
             sentences += [rebased, *trimmed]
         repaired.update(on_clock | texts)
-    for repair in (clamp, fill_gaps):
+    for repair in (clamp, join_repeats, fill_gaps):
         for name in sortable:
             repaired[name], sentence = repair(repaired[name], file=files[name])
             sentences.append(sentence)

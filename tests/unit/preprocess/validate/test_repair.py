@@ -564,6 +564,16 @@ def test_lines_that_contradict_each_other_are_never_joined(session: Path) -> Non
     assert any("line 7: timestamp 0.166667 occurs twice" in m for m in report.warnings)
 
 
+def test_lines_that_agree_after_rounding_is_clamped_are_joined_at_once(session: Path) -> None:
+    lines = lines_of(session)
+    lines[5]["touch"] = [1.0, 0.0, 0.0, 0.0, 0.0]
+    twin = {**lines[5], "touch": [1.0001, 0.0, 0.0, 0.0, -1e-9]}
+    write_lines(session / "metadata.jsonl", [*lines[:6], twin, *lines[6:]])
+    assert len(repair_session(session, recipe=RECIPE)) == 3
+    assert repair_session(session, recipe=RECIPE) == []
+    assert len(lines_of(session)) == len(lines)
+
+
 def test_a_file_with_two_time_keys_is_left_alone(tmp_path: Path) -> None:
     streams = {
         name: {
