@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import zarr
 from helpers import sets as tiny_sets
-from helpers.sets import make_config, set_recipe
+from helpers.sets import make_config, open_windows, read_sample, set_recipe
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -19,12 +20,15 @@ from preprocess.build.job import build_shards
 from shared.errors import ConfigError, CorruptError, SessionError
 from shared.recipe import Recipe
 from shared.session.folder import find_sessions
+from shared.session.reader import SessionReader
+from shared.streams import DEFAULT_STREAMS, Kind
 from train import RealMultiModalDataset, real_data_collate_fn
+from train.data import session_source
 from train.data.loader import Loader
 from train.data.pixels import to_model_inputs
 from train.data.session_source import SessionSource
 from train.data.shard_source import ShardSource
-from train.model.losses import compute_losses
+from train.model.losses import Objective, compute_losses
 from train.model.multimodal import MultiModalCreature
 
 
@@ -41,11 +45,11 @@ def raw_shards(raw_set):
 def test_the_walkthroughs_loader_gives_batches_of_four(dataset):
     loader = DataLoader(dataset, batch_size=4, collate_fn=real_data_collate_fn)
     batches = list(loader)
-    assert [len(b["keys"]) for b in batches] == [4] * (len(dataset) // 4)
+    assert [len(b["keys"]) for b in batches[:-1]] == [4] * ((len(dataset) - 1) // 4)
     keys = [key for batch in batches for key in batch["keys"]]
-    assert len(set(keys)) == len(dataset) == 36
+    assert len(set(keys)) == len(dataset) == int(dataset.source.window_counts.sum()) > 20
     for batch in batches:
-        assert batch["inputs"]["vision_left"].shape == (4, 5, 48, 32)
+        assert batch["inputs"]["vision_left"].shape == (len(batch["keys"]), 5, 48, 32)
 
 
 def test_worker_processes_give_the_same_batches(dataset):
@@ -62,7 +66,9 @@ def test_the_default_recipe_and_config_do(tmp_path):
     shutil.rmtree(sessions / "eve")
     shutil.rmtree(sessions / "dan")
     dataset = RealMultiModalDataset(root_dir=sessions)
-    assert len(dataset) == 2  # ann and cat cover half of a window of 4 s, bob does not
+    assert len(dataset) == 3  # ann, bob and cat, whose windows of 4 s reach beyond their ends
+    keys = [dataset[i]["keys"][0] for i in range(3)]
+    assert keys == ["ann@0", "bob@0", "cat@0"]
     assert dataset[0]["inputs"]["vision_left"].shape == (1, 20, 336, 224)
 
 
@@ -88,18 +94,19 @@ def test_a_batch_of_sessions_is_that_of_raw_shards(tiny_sessions, raw_shards, pi
 
 def test_indices_count_from_both_ends(dataset):
     assert dataset[-1]["keys"] == dataset[len(dataset) - 1]["keys"]
-    with pytest.raises(IndexError, match="window 36 of 36"):
-        dataset[36]
+    count = len(dataset)
+    with pytest.raises(IndexError, match=f"window {count} of {count}"):
+        dataset[count]
     with pytest.raises(IndexError):
-        dataset[-37]
+        dataset[-count - 1]
 
 
 def test_splits_divide_the_sessions(tiny_sessions):
     recipe = set_recipe()
     sides = {
         split: {
-            source.key(shard, 0).partition("/")[0]
-            for source in [SessionSource(tiny_sessions, recipe=recipe, split=split)]
+            source.key(shard, 0).partition("@")[0]
+            for source in [open_windows(SessionSource(tiny_sessions, recipe=recipe, split=split))]
             for shard in range(len(source.shard_sizes))
         }
         for split in ("train", "val")
@@ -112,7 +119,7 @@ def test_another_recipe_or_session_is_another_fingerprint(tiny_sessions, tmp_pat
     recipe = set_recipe()
     here = SessionSource(tiny_sessions, recipe=recipe).fingerprint
     assert SessionSource(copied, recipe=recipe).fingerprint == here
-    other = set_recipe(sensors={"max_gap_s": 0.2})
+    other = set_recipe(sensor={"max_gap_s": 0.2})
     assert SessionSource(tiny_sessions, recipe=other).fingerprint != here
     shutil.rmtree(copied / "dan")
     assert SessionSource(copied, recipe=recipe).fingerprint != here
@@ -122,15 +129,56 @@ def test_a_deleted_file_is_a_corrupt_sample(tiny_sessions, tmp_path):
     copied = shutil.copytree(tiny_sessions, tmp_path / "sessions")
     source = SessionSource(copied, recipe=set_recipe())
     shutil.rmtree(copied / "ann")
-    out = {
-        "vision_left": np.zeros((5, 32, 32, 3), np.uint8),
-        "vision_left_valid": np.zeros(5, bool),
-    }
-    with pytest.raises(CorruptError, match="ann/000000"):
-        source.read_into(0, 0, out, with_text=False)
+    with pytest.raises(CorruptError, match=r"ann/audio\.wav") as found:
+        read_sample(open_windows(source), (0, 0))
+    assert found.value.file == "ann/audio.wav"
     loader = Loader(source, make_config(max_bad_fraction=1.0), num_epochs=1)
-    skipped = {skip["key"].partition("/")[0] for b in loader for skip in b["skipped"]}
-    assert skipped == {"ann"}
+    skipped = [skip for batch in loader for skip in batch["skipped"]]
+    assert {skip["key"].partition("@")[0] for skip in skipped} == {"ann"}
+    assert [skip["file"] for skip in skipped] == ["ann/audio.wav"]
+
+
+def test_overlapping_windows_decode_each_segment_once(tiny_sessions, monkeypatch):
+    source = open_windows(SessionSource(tiny_sessions, recipe=set_recipe()))
+    decoded = []
+    original = SessionReader.read_sensor
+
+    def note(self, stream, segment):
+        decoded.append((self.scan.session, stream, segment.index))
+        return original(self, stream, segment)
+
+    monkeypatch.setitem(
+        session_source._READERS, Kind.SENSOR, partial(session_source._read_each, note)
+    )
+    for location in tiny_sets.sample_locations(source):
+        read_sample(source, location)
+    assert len(decoded) == len(set(decoded)) > 10
+
+
+def test_decoded_segments_stay_within_their_memory(tiny_sessions, monkeypatch):
+    monkeypatch.setattr(session_source, "MAX_SEGMENT_BYTES", 20_000)
+    source = open_windows(SessionSource(tiny_sessions, recipe=set_recipe()))
+    expected = open_windows(SessionSource(tiny_sessions, recipe=set_recipe()))
+    for location in tiny_sets.sample_locations(source):
+        own, whole = (read_sample(each, location)[0] for each in (source, expected))
+        for name, values in whole.items():
+            np.testing.assert_array_equal(own[name], values)
+        kept = source._decoded._segments.values()
+        assert source._decoded._bytes == sum(map(session_source._bytes_of, kept)) <= 20_000
+
+
+@pytest.mark.parametrize("window_s", [0.4, 1.0])
+def test_a_long_session_is_cut_where_shards_cut_it(tiny_sessions, tmp_path, window_s):
+    recipe = set_recipe(video={"codec": "raw"}, shard={"target_bytes": 1 << 16})  # few segments
+    shards = ShardSource(tiny_sets.build_set(tiny_sessions, tmp_path / "set", recipe))
+    sessions = SessionSource(tiny_sessions, recipe=recipe, split="train")
+    config = make_config(window={"duration_s": window_s})
+    keys = [
+        sorted(source.key(*p) for p in tiny_sets.sample_locations(source))
+        for source in (open_windows(shards, config), open_windows(sessions, config))
+    ]
+    assert keys[0] == keys[1]
+    assert len(sessions.shard_sizes) > 4  # sessions
 
 
 def test_a_folder_without_a_usable_session_says_why(tiny_sessions, tmp_path):
@@ -156,10 +204,9 @@ def real_set(real_sessions, tmp_path_factory):
     out = tmp_path_factory.mktemp("real") / "shards"
     recipe = Recipe.model_validate(
         {
-            "required": [],
-            "window": {"duration_s": 2.0},
-            "vision": {"size": 32},
+            "video": {"size": 32},
             "split": {"val_fraction": 0},
+            "streams": {n: {**spec, "required": False} for n, spec in DEFAULT_STREAMS.items()},
         }
     )
     with Cluster(scheduler=None, num_workers=0, console=Console(file=io.StringIO())) as cluster:
@@ -167,35 +214,37 @@ def real_set(real_sessions, tmp_path_factory):
 
 
 def test_every_real_session_is_in_the_shards_or_rejected(real_set, real_sessions):
-    source = ShardSource(real_set.manifest.root)
+    source = open_windows(ShardSource(real_set.manifest.root))
     keys = [source.key(*location) for location in tiny_sets.sample_locations(source)]
-    named = {key.partition("/")[0] for key in keys} | {r["session"] for r in real_set.rejected}
-    assert named == {path.name for path in find_sessions(real_sessions[0].parent)}
+    named = {key.partition("@")[0] for key in keys} | {r["session"] for r in real_set.rejected}
+    recipe = source.recipe
+    assert named == {path.name for path in find_sessions(real_sessions[0].parent, recipe)}
     counts = real_set.manifest.counts
     rows = 0
     for path in real_set.manifest.root.glob("*.proprio.zarr.zip"):
         with zarr.storage.ZipStore(path, mode="r") as store:
             rows += zarr.open_group(store, mode="r")["proprio"].shape[0]
-    assert rows == len(keys)
+    assert rows == source.shard_sizes.sum()
     rejected = sum(
-        r.get("windows", 1) for r in real_set.rejected if r["level"] in ("session", "window")
+        r.get("segments", 1) for r in real_set.rejected if r["level"] in ("session", "segment")
     )
-    assert counts["windows_planned"] == len(keys) + rejected
-    assert counts["windows_planned"] > 0
+    assert counts["segments_planned"] == rows + rejected
+    assert rows > 0
 
 
 def test_every_real_sample_gives_finite_losses_and_gradients(real_set):
-    config = make_config(real_set.manifest.root, batch_size=8)
+    config = make_config(real_set.manifest.root, batch_size=8, window={"duration_s": 4.0})
     loader = Loader(ShardSource(real_set.manifest.root), config, num_epochs=1)
     torch.manual_seed(0)
     model = MultiModalCreature(config, loader.shapes)
+    objective = Objective.from_config(config, loader.shapes)
     seen = set()
     for batch in loader:
         assert batch["skipped"] == []
-        seen |= {key.partition("/")[0] for key in batch["keys"]}
+        seen |= {key.partition("@")[0] for key in batch["keys"]}
         model.zero_grad()
         outputs = model(to_model_inputs(batch["inputs"]))
-        losses = compute_losses(outputs, batch["targets"], batch["weight"], config=config)
+        losses = compute_losses(outputs, batch["targets"], batch["weight"], objective=objective)
         losses["loss_total"].backward()
         assert all(torch.isfinite(loss) for loss in losses.values()), (batch["keys"], losses)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
