@@ -252,7 +252,7 @@ def test_inference_predicts_every_head_and_draws_a_page(folder, name, trained):
     run(
         train_cli,
         *("infer", "--checkpoint", folder / "checkpoints" / "model_final.pt"),
-        *("--input", folder / "sessions" / "ann", "--out", out, "--page"),
+        *("--input", folder / "sessions" / "ann", "--out", out),
     )
     files = {path.name for path in out.iterdir()}
     for head in HEADS[name]:
@@ -262,22 +262,29 @@ def test_inference_predicts_every_head_and_draws_a_page(folder, name, trained):
         assert head in html
 
 
-def test_one_more_stream_adds_its_column_and_touches_no_other(folder, name):
-    declared = {**RECIPES[name]["streams"]}
-    declared["again"] = {**declared["imu"], "rate_hz": 25.0}
-    if "key" not in declared["imu"]:  # another view of the same columns
-        declared["again"]["values"] = [{"count": 1, "type": "scalar", "names": ["ax"]}]
-    else:
-        declared["again"].update(file="again.csv", key="again")
-        return
+def test_one_more_stream_adds_its_column_and_touches_no_other(folder, name, trained):
+    imu = RECIPES[name]["streams"]["imu"]
+    column = "imu_0" if "key" in imu else "ax"
+    more = {
+        **{key: value for key, value in imu.items() if key != "key"},
+        "rate_hz": 25,
+        "values": [{"count": 1, "type": "scalar", "names": [column]}],
+    }
     recipe = folder / "more.yaml"
-    recipe.write_text(yaml.safe_dump({**RECIPES[name], "streams": declared}))
-    before = {p.name: p.stat().st_mtime_ns for p in (folder / "set").glob("*.zip")}
+    streams = {**RECIPES[name]["streams"], "more": more}
+    recipe.write_text(yaml.safe_dump({**RECIPES[name], "streams": streams}))
+    before = column_files(folder)
     run(
         preprocess_cli,
         *("shards", "--recipe", recipe, "--sessions", folder / "sessions"),
         *("--out", folder / "set", "--workers", 0),
     )
-    after = {p.name: p.stat().st_mtime_ns for p in (folder / "set").glob("*.zip")}
+    after = column_files(folder)
     assert before.items() <= after.items()
-    assert any(".again." in file for file in after.keys() - before.keys())
+    assert {file.split(".")[-3] for file in after.keys() - before.keys()} == {"more"}
+
+
+def column_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Identity and time of each column file of the set."""
+    files = [p for p in (folder / "set").iterdir() if p.suffix in (".zip", ".tar")]
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
