@@ -13,10 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers.sets import HEADS, TEXT_HEADS, build_set, make_config, set_recipe
+from helpers.sets import (
+    HEADS,
+    TEXT_HEADS,
+    build_set,
+    make_config,
+    sample_locations,
+    set_recipe,
+)
+from rich.console import Console
 from torch.utils.data import DataLoader
 
 from shared.errors import CheckpointError, ConfigError
+from shared.streams import DEFAULT_STREAMS
 from train import MultiModalCreature, RealMultiModalDataset, Trainer, real_data_collate_fn
 from train.__main__ import cli
 from train.checkpoints import load_checkpoint
@@ -25,12 +34,21 @@ from train.infer.run import infer
 from train.run import (
     baseline_losses,
     check_config,
+    describe_rejected,
     fit_baselines,
     held_out_loader,
     require_paths,
     run_training,
     set_up_run,
 )
+from train.walkthrough import STREAM_OF_HEAD
+
+
+def requiring(*names, **sections):
+    """Make a recipe of the tiny sets that requires some streams."""
+    streams = {name: {**spec, "required": name in names} for name, spec in DEFAULT_STREAMS.items()}
+    return set_recipe(streams=streams, **sections)
+
 
 ROOT = Path(__file__).parents[3]
 
@@ -135,8 +153,11 @@ def test_resume_auto_starts_at_step_0_without_checkpoints(config, tmp_path):
 
 def test_held_out_sessions_are_measured_in_stored_order(config):
     setup = set_up_run(config)
-    keys = [key for batch in setup.val_loader for key in batch["keys"]]
-    assert {key.partition("/")[0] for key in keys} == {"bob"}
+    batches = list(setup.val_loader)
+    rows = [zip(batch["keys"], batch["weight"], strict=True) for batch in batches]
+    keys = [key for row in rows for key, weight in row if weight]
+    # bob lasts 1.6 s: windows of 1 s touch, though those of training overlap
+    assert keys == ["bob@0", "bob@10"]
 
 
 @pytest.mark.parametrize("modalities", [None, ("vision_left", "touch")])
@@ -153,12 +174,15 @@ def test_baselines_are_judged_on_the_evaluated_samples_and_read_targets_only(
         opened.append(list(held_out_loader(*arguments)))
         return opened[-1]
 
-    baselines = fit_baselines(config, setup.loader.source)
+    baselines = fit_baselines(setup, config, Console(quiet=True))
     expected = baselines.mean_losses(itertools.islice(setup.val_loader, 2))
     monkeypatch.setattr("train.run.held_out_loader", open_recorded)
-    assert baseline_losses(baselines, setup.val_loader, config) == pytest.approx(expected)
-    assert len(opened[0]) > 2
-    assert not any(name.startswith(("vision", "audio")) for name in opened[0][0]["inputs"])
+    assert baseline_losses(baselines, setup, config) == pytest.approx(expected)
+    read = set(opened[0][0]["inputs"]) - {f"{name}_valid" for name in opened[0][0]["inputs"]}
+    targets = {STREAM_OF_HEAD.get(head, head) for head in heads}
+    assert read in (targets, targets | {"touch"})
+    # Otherwise text alone would be packed densely.
+    assert ("touch" in read) == (heads == TEXT_HEADS and modalities is not None)
 
 
 def test_check_reads_a_batch_and_trains_nothing(tiny_set, tmp_path):
@@ -229,10 +253,10 @@ def test_check_makes_the_model_if_the_data_does_not_exist_yet(tmp_path):
 
 def test_rejected_sessions_read_directly_are_named(tiny_sessions, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(set_recipe(required=["audio"]).as_json()))
+    recipe.write_text(json.dumps(requiring("audio").as_json()))
     config = make_config(root_dir=tiny_sessions, recipe=recipe)
     setup = set_up_run(config)
-    assert [line.split(":")[0] for line in setup.rejected if "windows" not in line] == ["eve"]
+    assert [line.split(":")[0] for line in setup.rejected if "segments" not in line] == ["eve"]
     check_config(config, origin=tmp_path / "mine.yaml")
     assert "rejected: eve: required stream audio" in capsys.readouterr().out
 
@@ -242,7 +266,7 @@ def test_rejected_held_out_sessions_are_named(tiny_sessions, tmp_path):
     shutil.copytree(tiny_sessions, sessions)
     (sessions / "bob" / "audio.wav").unlink()
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(set_recipe(required=["audio"]).as_json()))
+    recipe.write_text(json.dumps(requiring("audio").as_json()))
     setup = set_up_run(make_config(root_dir=sessions, recipe=recipe))
     assert setup.val_loader is None
     assert "bob" in setup.no_val_reason
@@ -281,16 +305,23 @@ def test_paths_with_brackets_and_spaces_are_printed_as_they_are_and_quoted(
     assert words[words.index("--input") + 1] == str(folder / "ann")
 
 
-def test_rejected_windows_are_named(tiny_sessions, tmp_path):
-    recipe = set_recipe(required=["vision_left", "proprio", "audio"], window={"min_coverage": 1.0})
-    source = RealMultiModalDataset(tiny_sessions, recipe=recipe).source
-    names = {source.key(s, r) for s, n in enumerate(source.shard_sizes) for r in range(n)}
-    assert not names & source.rejected.keys()
-    loose = set_recipe(required=[], window={"min_coverage": 0.0})
-    every = RealMultiModalDataset(tiny_sessions, recipe=loose).source
-    planned = {every.key(s, r) for s, n in enumerate(every.shard_sizes) for r in range(n)}
-    rejected = {key for key in planned - names if key.partition("/")[0] not in source.rejected}
+def test_rejected_segments_are_named(tiny_sessions):
+    def open_segments(recipe):
+        """Return the source, and its segments; windows are as long as these."""
+        config = {"data": {"window": {"duration_s": 0.4}}}
+        source = RealMultiModalDataset(tiny_sessions, recipe=recipe, config=config).source
+        keys = {source.key(*location) for location in sample_locations(source)}
+        parts = [key.partition("@") for key in keys]
+        return source, {f"{session}/{int(tick) // 4:06d}" for session, _, tick in parts}
+
+    strict = requiring("vision_left", "proprio", "audio", segment={"min_coverage": 1.0})
+    source, used = open_segments(strict)
+    assert not used & source.rejected.keys()
+    _, planned = open_segments(set_recipe())
+    rejected = {key for key in planned - used if key.partition("/")[0] not in source.rejected}
     assert rejected == {name for name in source.rejected if "/" in name}
+    (line,) = [line for line in describe_rejected(source) if "segments" in line]
+    assert line.startswith(f"{len(rejected)} segments of sessions that are used; the first is ")
 
 
 def test_a_model_trained_on_a_plain_loader_can_infer(tiny_sessions, tmp_path, monkeypatch):
