@@ -1,0 +1,98 @@
+"""Statistics of sensors, against numpy over every stored sample."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers.sets import make_config, set_recipe
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.clock import Segment
+from train.data.loader import Loader, open_source
+from train.data.mixture import MixedSource
+from train.data.shard_source import ShardSource
+from train.model.multimodal import MultiModalCreature
+from train.statistics import merge, moments_of, sensor_statistics
+
+
+def open_direct(tiny_sessions, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(set_recipe().model_dump_json())
+    config = make_config(root_dir=tiny_sessions, recipe=recipe)
+    return Loader(open_source(config, split="train"), config).source
+
+
+def every_sample(source, name):
+    """Return every valid sample of a stream in the sessions of a source, float64 [N, D]."""
+    readers = map(source.reader, range(len(source.shard_sizes)))
+    segments = [
+        reader.read_sensor(name, Segment(number, reader.recipe.segment_s))
+        for reader in readers
+        for number in reader.scan.stored_segments(reader.recipe)
+        if name in reader.scan.present(number)
+    ]
+    rows = np.concatenate(segments).astype(np.float64)
+    return rows[np.isfinite(rows).all(axis=1)]
+
+
+@pytest.mark.parametrize("name", ["proprio", "touch"])
+def test_statistics_of_sessions_and_of_their_set_are_those_of_all_samples(
+    tiny_set, tiny_sessions, tmp_path, name
+):
+    source = open_direct(tiny_sessions, tmp_path)
+    config = make_config(tiny_set)
+    stored = Loader(open_source(config, split="train"), config).source
+    samples = every_sample(source, name)
+    for each in (source, stored):
+        found = sensor_statistics(each)[name]
+        assert found["count"] == len(samples)
+        np.testing.assert_allclose(found["mean"], samples.mean(axis=0), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(found["std"], samples.std(axis=0), rtol=1e-9)
+
+
+def test_statistics_of_a_mix_are_merged_by_count(tiny_set):
+    config = make_config(tiny_set)
+    source = ShardSource(tiny_set, split="train")
+    one = sensor_statistics(Loader(source, config).source)["proprio"]
+    other = SimpleNamespace(statistics={"proprio": {**one, "count": 3 * one["count"]}})
+    mixed = MixedSource({"a": source, "b": ShardSource(tiny_set, split="train")}, {"a": 1, "b": 1})
+    mixed = Loader(mixed, config).source
+    second = mixed.sources["b"]
+    other.statistics["proprio"]["mean"] = [mean + 2.0 for mean in one["mean"]]
+    second.manifest = other
+    merged = sensor_statistics(mixed)["proprio"]
+    assert merged["count"] == 4 * one["count"]
+    np.testing.assert_allclose(merged["mean"], np.array(one["mean"]) + 1.5)
+    np.testing.assert_allclose(merged["std"], np.sqrt(np.square(one["std"]) + 0.75))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 2**32 - 1))
+def test_parts_merge_to_the_statistics_of_all(sizes, seed):
+    rng = np.random.default_rng(seed)
+    parts = [rng.normal(1e3, 1e-2, size=(size, 2)).astype(np.float32) for size in sizes]
+    merged = moments_of(parts[0])
+    for part in parts[1:]:
+        merged = merge(merged, moments_of(part))
+    rows = np.concatenate(parts).astype(np.float64)
+    assert merged.count == len(rows)
+    np.testing.assert_allclose(merged.mean, rows.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(merged.variance, rows.var(axis=0), rtol=1e-6, atol=1e-12)
+
+
+def test_rows_with_a_missing_value_are_left_out():
+    rows = np.array([[1.0, np.nan], [2.0, 3.0]], dtype=np.float32)
+    assert moments_of(rows).mean.tolist() == [2.0, 3.0]
+    assert moments_of(rows[:1]) is None
+
+
+def test_a_model_standardizes_by_the_statistics(tiny_set):
+    config = make_config(tiny_set)
+    loader = Loader(open_source(config, split="train"), config)
+    statistics = sensor_statistics(loader.source)
+    model = MultiModalCreature(config, loader.shapes)
+    model.set_statistics(statistics)
+    expected = np.array(statistics["proprio"]["std"])[10:]  # velocities; angles keep their scale
+    np.testing.assert_allclose(model.target_std["animation"][10:], expected, rtol=1e-6)
