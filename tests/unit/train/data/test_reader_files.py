@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from multiprocessing.reduction import ForkingPickler
@@ -80,10 +81,10 @@ def test_members_of_a_batch_are_prefetched_by_the_kernel(tiny_set, monkeypatch):
 
     note("posix_fadvise", lambda offset, length, advice: (offset, length))
     note("pread", lambda length, offset: (offset, length))
-    config = make_config(tiny_set, batch_size=5)
-    loader = Loader(ShardSource(tiny_set), config, num_epochs=1)
+    config = make_config(tiny_set, batch_size=5, window={"duration_s": 1.0})
+    loader = Loader(ShardSource(tiny_set), config)
     was_told = []
-    for _ in loader:
+    for _ in itertools.islice(loader, 3 * loader.batches_per_epoch):
         told = {place for is_read, place in events if not is_read}
         reads = [place for is_read, place in events if is_read]
         first_read = [is_read for is_read, _ in events].index(True)
