@@ -365,7 +365,9 @@ def fill_gaps(lines: list[Line], *, file: LineFile) -> Repaired:
     for before, after in itertools.pairwise(lines):
         gap_s = float(after.time_s or 0.0) - float(before.time_s or 0.0)
         if max(late_s, MIN_GAP_INTERVALS * interval_s) <= gap_s <= limit_s:
-            new = _interpolate(before, after, round(gap_s / interval_s) - 1, file, sensors)
+            new = _interpolate(
+                before, after, round(gap_s / interval_s) - 1, file=file, sensors=sensors
+            )
             num_gaps += bool(new)
             filled += new
         filled.append(after)
@@ -377,7 +379,7 @@ def fill_gaps(lines: list[Line], *, file: LineFile) -> Repaired:
 
 
 def _interpolate(
-    before: Line, after: Line, count: int, file: LineFile, sensors: Sequence[SensorStream]
+    before: Line, after: Line, count: int, *, file: LineFile, sensors: Sequence[SensorStream]
 ) -> list[Line]:
     """Return `count` lines evenly between two; none if no sensor has readings in both."""
     ends = [(spec, _reading(before, spec), _reading(after, spec)) for spec in sensors]

@@ -192,7 +192,7 @@ def _find_media(path: Path) -> Iterator[tuple[str, _Proposal]]:
     for track in range(num_tracks if not (has_video and is_beside) else 0):
         name = path.stem if not has_video else f"{path.stem}_sound"
         track_key = {"track": track} if track else {}
-        yield name, _Proposal({"kind": "audio", "file": path.name, **track_key})
+        yield name, _Proposal({"kind": Kind.AUDIO.value, "file": path.name, **track_key})
 
 
 def _find_in_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposal]]:

@@ -80,7 +80,7 @@ CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
     "values": check_values,
     "velocities": check_velocities,
     "saturation": check_saturation,
-    "audio": check_audio,
+    "sound": check_audio,
     "video": check_video,
     "durations": check_durations,
     "drift": check_drift,
@@ -89,7 +89,7 @@ CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
 }
 """Every check of a session, in the order of their messages."""
 
-SINGLE_FILE_CHECKS = frozenset({"files", "gaps", "starts", "audio", "video"})
+SINGLE_FILE_CHECKS = frozenset({"files", "gaps", "starts", "sound", "video"})
 """Checks of a single file; the others compare streams, or need a whole session."""
 
 _LINE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})

@@ -162,11 +162,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "frozen": (
         for_each(lambda line: line.update(proprio=[0.5] * 20)), "saturation", "warnings", "frozen",
     ),
-    "muted": (sound(np.zeros(32_000)), "audio", "failed", "silent"),
-    "clipped": (sound(np.clip(4 * tone(), -1, 1)), "audio", "failed", "clipped"),
-    "integer floats": (sound(9000 * tone(), "FLOAT"), "audio", "failed", "full scale is 1"),
-    "nan sound": (sound(NAN_SOUND, "FLOAT"), "audio", "warnings", "320 samples are not finite"),
-    "sound cut": (halve("audio.wav"), "audio", "warnings", "header declares"),
+    "muted": (sound(np.zeros(32_000)), "sound", "failed", "silent"),
+    "clipped": (sound(np.clip(4 * tone(), -1, 1)), "sound", "failed", "clipped"),
+    "integer floats": (sound(9000 * tone(), "FLOAT"), "sound", "failed", "full scale is 1"),
+    "nan sound": (sound(NAN_SOUND, "FLOAT"), "sound", "warnings", "320 samples are not finite"),
+    "sound cut": (halve("audio.wav"), "sound", "warnings", "header declares"),
     "video cut": (cut_video, "video", "failed", "its index lists"),
     "short sound": (
         lambda folder: write_tone(folder / "audio.wav", 1.5), "durations", "warnings", "0.50 s",
