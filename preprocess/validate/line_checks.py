@@ -337,6 +337,8 @@ def _unit_findings(probe: SessionProbe) -> list[Finding]:
     findings: list[Finding] = []
     for file, guess in probe.units.items():
         sensors = ", ".join(probe.sensors_of(file))
+        if not sensors:  # texts follow the sensors
+            continue
         message = (
             f"timestamps look like {guess.name}, not {UNIT_NAMES.get(guess.declared, 'seconds')}: "
             f"a line every {guess.interval:g}; all other messages about times assume divided "

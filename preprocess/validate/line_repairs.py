@@ -26,21 +26,13 @@ from preprocess.validate.line_checks import (
     MIN_GAP_INTERVALS,
     is_mostly_unread,
 )
-from preprocess.validate.probe import (
-    UNIT_NAMES,
-    confirms_unit,
-    declared_unit,
-    fits_rate,
-    guess_unit,
-    raw_timestamp,
-    text_divisor,
-)
+from preprocess.validate.probe import WrongUnit, find_units, raw_timestamp
 from preprocess.validate.value_checks import ROUNDING
 from shared.clock import EPSILON_S, clock_offset
 from shared.session.folder import files_of_stream
 from shared.session.lines import MAX_VALUE, TIME_KEY, parse_line, parse_timestamp
 from shared.session.tables import MAX_LINE_BYTES
-from shared.streams import METADATA_FILE, TIME_UNITS, SensorStream, TextStream, ValueType
+from shared.streams import METADATA_FILE, SensorStream, TextStream, ValueType
 from shared.values import VALUE_TYPES
 
 if TYPE_CHECKING:
@@ -156,42 +148,25 @@ def convert_units(
     Nothing is divided unless the media confirm the unit. Texts that are seconds already stay; if
     they fit neither unit, nothing is divided.
     """
-    divisors: dict[str, float] = {}
-    names: dict[str, str] = {}
-    reference: tuple[NDArray[np.float64], float] | None = None
-    for name in (name for name in lines if files[name].sensors):
-        times, declared = _raw_times(lines[name], files[name]), declared_unit(name, recipe)
-        unit = guess_unit(times, declared=declared or "s")
-        if unit is None or not confirms_unit(times, unit, media_stop_s, declared=declared or "s"):
-            continue
-        interval_s = float(np.median(np.diff(times))) / files[name].units_per_s
-        if not fits_rate(interval_s, name, recipe):
-            divisors[name] = TIME_UNITS[unit] / files[name].units_per_s
-            names[name] = UNIT_NAMES[unit]
-            reference = reference or (times, TIME_UNITS[unit])
-    if reference is None:
+    times = {name: _raw_times(of_file, files[name]) for name, of_file in lines.items()}
+    units = find_units(
+        {name: np.sort(times[name]) for name in lines if files[name].sensors},
+        {name: times[name] for name in lines if files[name].is_text_file},
+        media_stop_s,
+        recipe=recipe,
+    )
+    if not all(unit.is_confirmed for unit in units.values()):
         return lines, []
-    for name in (name for name in lines if files[name].is_text_file):
-        divisor = text_divisor(
-            _raw_times(lines[name], files[name]),
-            times=reference[0],
-            units_per_s=reference[1],
-            media_stop_s=media_stop_s,
-        )
-        if divisor is None:
-            return lines, []
-        if divisor > 1:
-            divisors[name], names[name] = divisor, next(iter(names.values()))
-    alike: dict[tuple[float, str], list[str]] = {}
-    for name, divisor in divisors.items():
-        alike.setdefault((divisor, names[name]), []).append(name)
+    alike: dict[WrongUnit, list[str]] = {}
+    for name, unit in units.items():
+        alike.setdefault(replace(unit, interval=0.0), []).append(name)
     sentences = [
-        f"{', '.join(of_unit)}: divided all timestamps by {divisor:.12g}; they were {unit}"
-        for (divisor, unit), of_unit in alike.items()
+        f"{', '.join(names)}: divided all timestamps by {unit.factor:.12g}; they were {unit.name}"
+        for unit, names in alike.items()
     ]
     divided = {
-        name: [_divided(line, divisors[name], files[name]) for line in lines[name]]
-        for name in divisors
+        name: [_divided(line, units[name].factor, files[name]) for line in lines[name]]
+        for name in units
     }
     return lines | divided, sentences
 

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 from preprocess.validate.panels import draw_session
-from preprocess.validate.report import describe_totals
+from preprocess.validate.report import describe_stream, describe_totals
 from shared.files import write_atomic
 from shared.page import PLOT_WIDTH, format_time, page_environment
-from shared.streams import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
-    from typing import Any, Self
+    from typing import Self
 
     from preprocess.validate.panels import SessionPanels
     from preprocess.validate.report import CheckedSession, Status, ValidationReport
@@ -31,8 +30,6 @@ LEFT_MARGIN = 132
 """Room for labels left of the time axis, in SVG units."""
 
 RIGHT_MARGIN = 158
-
-_SILENT_DBFS = -120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,52 +193,7 @@ def _describe_streams(report: ValidationReport) -> list[tuple[str, str, str, str
             name,
             report.streams[name],
             measured["kind"],
-            _DESCRIPTIONS[Kind(measured["kind"])](measured),
+            describe_stream(measured),
         )
         for name, measured in streams.items()
     ]
-
-
-def _describe_video(stats: Mapping[str, Any]) -> str:
-    size = f"{stats['codec']} {stats['width']}x{stats['height']}"
-    return f"{size}, {stats['frames']} frames{_describe_times(stats, 'fps')}"
-
-
-def _describe_audio(stats: Mapping[str, Any]) -> str:
-    rate = f"{stats['rate_hz'] / 1e3:g} kHz x {stats['channels']}"
-    levels = f"RMS {_format_level(stats['rms'])}, peak {_format_level(stats['peak'])}"
-    return f"{rate}, {levels}, {stats['clipped_samples']} samples clipped"
-
-
-def _describe_sensor(stats: Mapping[str, Any]) -> str:
-    ranges = [
-        f"{group['count']} x {group['type']} {group['min']:.3g} to {group['max']:.3g}"
-        + (f" {group['unit']}" if group["unit"] not in ("", "0..1") else "")
-        for group in stats["values"]
-    ]
-    return f"{stats['readings']} readings{_describe_times(stats, 'Hz')}; {', '.join(ranges)}"
-
-
-def _describe_text(stats: Mapping[str, Any]) -> str:
-    return f"{stats['events']} texts, {stats['characters']} characters"
-
-
-_DESCRIPTIONS: Mapping[Kind, Callable[[Mapping[str, Any]], str]] = {
-    Kind.VIDEO: _describe_video,
-    Kind.AUDIO: _describe_audio,
-    Kind.SENSOR: _describe_sensor,
-    Kind.TEXT: _describe_text,
-}
-
-
-def _describe_times(stats: Mapping[str, Any], unit: str) -> str:
-    """Format rate and longest gap, if there are any."""
-    if not stats.get("rate_hz"):
-        return ""
-    return f", {stats['rate_hz']:.1f} {unit}, longest gap {stats['longest_gap_s']:.3f} s"
-
-
-def _format_level(level: float) -> str:
-    """Format a level of full scale 1 in dBFS."""
-    level_db = 20 * math.log10(level) if level > 0 else _SILENT_DBFS
-    return f"{level_db:.1f} dBFS" if level_db > _SILENT_DBFS else "silent"

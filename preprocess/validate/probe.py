@@ -30,7 +30,6 @@ from shared.session.lines import TIME_KEY, Readings
 from shared.streams import (
     TIME_UNITS,
     AudioStream,
-    Kind,
     VideoDefaults,
 )
 from shared.values import clean_readings
@@ -325,12 +324,57 @@ def guess_unit(times: NDArray[np.float64], *, declared: str = "s") -> str | None
     return fits[0] if fits and fits[0] != declared else None
 
 
-def confirms_unit(
-    times: NDArray[np.float64],
-    unit: str,
+def find_units(
+    sensors: Mapping[str, NDArray[np.float64]],
+    texts: Mapping[str, NDArray[np.float64]],
     media_stop_s: float | None,
     *,
-    declared: str = "s",
+    recipe: Recipe,
+) -> dict[str, WrongUnit]:
+    """Return the unit of each file whose timestamps are not in the declared one.
+
+    Texts have no declared unit: they are seconds, or have the unit of the sensors beside them. If
+    some fit neither, no unit is confirmed.
+
+    Args:
+        sensors: sorted timestamps of each file with sensors, in its own unit.
+        texts: timestamps of each text file, in its own unit.
+        media_stop_s: when the last of the media ends; None without media.
+        recipe: declares units and rates.
+    """
+    units: dict[str, WrongUnit] = {}
+    for file, times in sensors.items():
+        declared = _declared_unit(file, recipe)
+        unit = guess_unit(times, declared=declared)
+        if unit is None:
+            continue
+        interval = float(np.median(np.diff(times)))
+        if not _fits_rate(interval / TIME_UNITS[declared], file, recipe):
+            is_confirmed = _confirms_unit(times, unit, media_stop_s, declared=declared)
+            units[file] = WrongUnit(
+                unit=unit, declared=declared, interval=interval, is_confirmed=is_confirmed
+            )
+    if media_stop_s is not None:
+        units = {file: unit for file, unit in units.items() if unit.is_confirmed}
+    if not units:
+        return units
+    first = next(iter(units))
+    for file, times in texts.items():
+        divisor = _text_divisor(
+            times,
+            times=sensors[first],
+            units_per_s=TIME_UNITS[units[first].unit],
+            media_stop_s=media_stop_s,
+        )
+        if divisor is None:
+            units = {f: replace(unit, is_confirmed=False) for f, unit in units.items()}
+        elif divisor > 1:
+            units[file] = replace(units[first], declared="s")
+    return units
+
+
+def _confirms_unit(
+    times: NDArray[np.float64], unit: str, media_stop_s: float | None, *, declared: str
 ) -> bool:
     """Return whether timestamps span the media's length after division, and only then."""
     if media_stop_s is None:
@@ -340,7 +384,7 @@ def confirms_unit(
     return is_apart and abs(length / TIME_UNITS[unit] - media_stop_s) <= UNIT_TOLERANCE_S
 
 
-def text_divisor(
+def _text_divisor(
     texts: NDArray[np.float64],
     *,
     times: NDArray[np.float64],
@@ -349,14 +393,8 @@ def text_divisor(
 ) -> float | None:
     """Return the divisor that turns timestamps of a text file into seconds.
 
-    Args:
-        texts: the timestamps of the texts.
-        times: the timestamps of the sensors beside them.
-        units_per_s: divisor of `times`.
-        media_stop_s: when the last of the media ends; None without media.
-
-    Returns:
-        1 if they are seconds already, `units_per_s` if only that fits, None if neither fits.
+    It is 1 if they are seconds already, `units_per_s` of the sensors' `times` if only that fits,
+    and None if neither fits.
     """
     if not len(texts):
         return 1.0
@@ -370,79 +408,12 @@ def text_divisor(
     return units_per_s if is_between else None
 
 
-def raw_timestamp(values: Mapping[str, Any], key: str = TIME_KEY) -> float | None:
-    """Return the timestamp of a line in its own unit; None if it is not a number."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_TIME:
-        return None
-    return float(value)
+def _declared_unit(file: str, recipe: Recipe) -> str:
+    """Return the unit of the sensors' timestamps in a file."""
+    return next((s.time_unit for s in recipe.sensors.values() if s.file == file), "s")
 
 
-def declared_unit(file: str, recipe: Recipe) -> str | None:
-    """Return the unit of the sensors' timestamps in a file; None without sensors, or with many."""
-    units = {spec.time_unit for spec in recipe.sensors.values() if spec.file == file}
-    return units.pop() if len(units) == 1 else None
-
-
-def _read_lines(
-    path: Path, recipe: Recipe, media_stop_s: float | None
-) -> tuple[SessionLines, dict[str, WrongUnit]]:
-    """Read all lines; timestamps in another unit than the declared one are divided."""
-    lines = read_timed_lines(path, recipe, is_cleaned=False)
-    raw: dict[str, NDArray[np.float64]] = {}
-    units: dict[str, WrongUnit] = {}
-    for file, of_file in _files(lines).items():
-        declared = declared_unit(file, recipe)
-        if declared is None:
-            continue
-        raw[file] = _raw_times(path, recipe, of_file, TIME_UNITS[declared])
-        unit = guess_unit(raw[file], declared=declared)
-        interval = float(np.median(np.diff(raw[file]))) if unit else 0.0
-        if unit is None or fits_rate(interval / TIME_UNITS[declared], file, recipe):
-            continue
-        is_confirmed = confirms_unit(raw[file], unit, media_stop_s, declared=declared)
-        if is_confirmed or (media_stop_s is None and _has_readings(path, recipe, file, unit)):
-            units[file] = WrongUnit(
-                unit=unit, declared=declared, interval=interval, is_confirmed=is_confirmed
-            )
-    if not units:
-        return lines, units
-    # Texts have no declared unit; they are in that of the sensors beside them, or in seconds.
-    reference = next(iter(units))
-    divisors = {file: TIME_UNITS[wrong.unit] for file, wrong in units.items()}
-    for file, of_file in _files(lines).items():
-        if not any(
-            recipe.streams[n].kind is Kind.SENSOR for lines in of_file for n in lines.streams
-        ):
-            divisor = text_divisor(
-                _raw_times(path, recipe, of_file, None),
-                times=raw[reference],
-                units_per_s=divisors[reference],
-                media_stop_s=media_stop_s,
-            )
-            divisors[file] = divisor or 1.0
-            if divisor is None:
-                units = {f: replace(wrong, is_confirmed=False) for f, wrong in units.items()}
-    return read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False), units
-
-
-def _raw_times(
-    path: Path, recipe: Recipe, of_file: tuple[FileLines, ...], units_per_s: float | None
-) -> NDArray[np.float64]:
-    """Return the timestamps of a file in its own unit.
-
-    Those of texts, and those that are mostly too large for seconds, are read with a larger divisor.
-    """
-    lines = of_file[0]
-    num_large = sum(issue.count for issue in lines.issues if issue.kind == "timestamp")
-    if units_per_s is not None and num_large <= len(lines.times_s):
-        return lines.times_s * units_per_s
-    divisors = {lines.file: _NANOSECONDS_PER_S}
-    read = read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False)
-    return _files(read)[lines.file][0].times_s * _NANOSECONDS_PER_S
-
-
-def fits_rate(interval_s: float, file: str, recipe: Recipe) -> bool:
+def _fits_rate(interval_s: float, file: str, recipe: Recipe) -> bool:
     """Return whether an interval is about that of a sensor in a file."""
     return any(
         1 / RATE_FACTOR <= interval_s * spec.rate_hz <= RATE_FACTOR
@@ -451,11 +422,53 @@ def fits_rate(interval_s: float, file: str, recipe: Recipe) -> bool:
     )
 
 
-def _has_readings(path: Path, recipe: Recipe, file: str, unit: str) -> bool:
-    """Return whether a file has readings of a sensor at timestamps of a unit."""
-    divisors = {file: TIME_UNITS[unit]}
-    readings = read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False).readings
-    return any(len(r.times_s) for n, r in readings.items() if recipe.streams[n].file == file)
+def raw_timestamp(values: Mapping[str, Any], key: str = TIME_KEY) -> float | None:
+    """Return the timestamp of a line in its own unit; None if it is not a number."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_TIME:
+        return None
+    return float(value)
+
+
+def _read_lines(
+    path: Path, recipe: Recipe, media_stop_s: float | None
+) -> tuple[SessionLines, dict[str, WrongUnit]]:
+    """Read all lines; timestamps in another unit than the declared one are divided."""
+    lines = read_timed_lines(path, recipe, is_cleaned=False)
+    sensors: dict[str, NDArray[np.float64]] = {}
+    texts: dict[str, NDArray[np.float64]] = {}
+    for file, (first, *others) in _files(lines).items():
+        if not any(name in recipe.sensors for name in first.streams):
+            texts[file] = first.times_s
+        elif not others:  # with several time keys, nothing is guessed
+            sensors[file] = _raw_times(path, recipe, first)
+    units = find_units(sensors, texts, media_stop_s, recipe=recipe)
+    if not units:
+        return lines, units
+    # Texts that are too large for seconds were skipped.
+    divisors = dict.fromkeys(texts, _NANOSECONDS_PER_S)
+    read = _files(read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False))
+    texts = {file: read[file][0].times_s * _NANOSECONDS_PER_S for file in texts if file in read}
+    units = find_units(sensors, texts, media_stop_s, recipe=recipe)
+    divisors = {file: TIME_UNITS[unit.unit] for file, unit in units.items()}
+    divided = read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False)
+    # Without media, only readings tell that the lines are those of a recorder.
+    if media_stop_s is None and not any(len(r.times_s) for r in divided.readings.values()):
+        return lines, {}
+    return divided, units
+
+
+def _raw_times(path: Path, recipe: Recipe, lines: FileLines) -> NDArray[np.float64]:
+    """Return the timestamps of a file in its own unit.
+
+    If they are mostly too large for seconds, they are read with a larger divisor.
+    """
+    num_large = sum(issue.count for issue in lines.issues if issue.kind == "timestamp")
+    if num_large <= len(lines.times_s):
+        return lines.times_s * TIME_UNITS[_declared_unit(lines.file, recipe)]
+    divisors = {lines.file: _NANOSECONDS_PER_S}
+    read = read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False)
+    return _files(read)[lines.file][0].times_s * _NANOSECONDS_PER_S
 
 
 def _files(lines: SessionLines) -> dict[str, tuple[FileLines, ...]]:

@@ -23,9 +23,10 @@ import numpy as np
 import yaml
 
 from preprocess.validate.line_checks import measure_rate_hz
-from preprocess.validate.report import SOUND_SUFFIXES, check_session
+from preprocess.validate.report import SOUND_SUFFIXES, check_session, describe_stream
 from preprocess.validate.value_checks import fit_velocities
-from shared.errors import SessionError
+from shared.config import make_section
+from shared.errors import ConfigError, SessionError
 from shared.recipe import Recipe
 from shared.session.lines import parse_line
 from shared.session.tables import MAX_LINE_BYTES, TableError, open_table
@@ -34,17 +35,18 @@ from shared.streams import (
     VECTOR_SIZES,
     Kind,
     ValueType,
-    VideoStream,
     check_stream_name,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from preprocess.validate.probe import SessionProbe
+    from shared.session.lines import Readings
+    from shared.streams import SensorStream
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts"}
@@ -52,7 +54,8 @@ VIDEO_SUFFIXES = frozenset(
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".parquet"})
 
 NUM_LINES = 5000
-"""Lines and rows of a file that are searched for keys and columns."""
+MAX_BYTES = 64 << 20
+"""Lines and bytes at the start of a file that are searched for keys and columns."""
 
 MAX_VIDEO_RATE_HZ = 5.0
 MAX_VIDEO_SIDE = 224
@@ -101,10 +104,10 @@ def propose_recipe(folder: Path) -> str:
     for path in sorted(folder.iterdir() if folder.is_dir() else ()):
         if path.is_file() and not path.name.startswith("."):
             try:
-                _check_file_name(path.name)
                 for name, proposal in _find_streams(path, notes):
-                    proposals[_free_name(name, proposals, str(proposal.spec["kind"]))] = proposal
-            except (OSError, ValueError, av.FFmpegError) as error:
+                    _recipe({"stream": proposal})  # refuses names of files and counts of values
+                    proposals[_free_name(name, proposals, proposal.spec["kind"])] = proposal
+            except (OSError, ValueError, ConfigError, av.FFmpegError) as error:
                 notes.append(f"{path.name} is left out: {str(error).splitlines()[0]}")
     if not proposals:
         causes = "; ".join([*notes, "fix: give the folder of one recording"])
@@ -135,18 +138,9 @@ def _reject_failed(folder: Path, proposals: dict[str, _Proposal]) -> dict[str, _
     return rejected
 
 
-def _check_file_name(name: str) -> None:
-    """Raise ValueError if a recipe cannot name a file."""
-    try:
-        VideoStream(file=name)
-    except ValueError as error:
-        raise ValueError("a recipe cannot name it; fix: rename it with plain letters") from error
-
-
 def _recipe(proposals: Mapping[str, _Proposal]) -> Recipe:
-    return Recipe.model_validate(
-        {"streams": {name: proposal.spec for name, proposal in proposals.items()}}
-    )
+    streams = {name: proposal.spec for name, proposal in proposals.items()}
+    return make_section(Recipe, {"streams": streams}, origin="proposal")
 
 
 def _free_name(text: str, taken: Mapping[str, object], kind: str) -> str:
@@ -241,13 +235,11 @@ def _find_texts(
 
 def _read_objects(path: Path) -> list[dict[str, Any]]:
     """Return the first lines that hold a JSON object."""
-    lines: list[dict[str, Any]] = []
     with path.open("rb") as file:
-        for raw in itertools.islice(iter(lambda: file.readline(MAX_LINE_BYTES), b""), NUM_LINES):
-            values = parse_line(raw)[0]
-            if values is not None:
-                lines.append(values)
-    return lines
+        raw_lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
+        nearby = itertools.takewhile(lambda _: file.tell() < MAX_BYTES, raw_lines)
+        parsed = (parse_line(raw)[0] for raw in itertools.islice(nearby, NUM_LINES))
+        return [values for values in parsed if values is not None]
 
 
 def _size(lines: Sequence[Mapping[str, Any]], key: str) -> int | None:
@@ -358,7 +350,8 @@ def _is_number(value: object) -> bool:
 
 def _measure(folder: Path, proposals: dict[str, _Proposal]) -> None:
     """Read the proposed streams, and complete each proposal by what was read."""
-    probe = check_session(folder, recipe=_recipe(proposals)).probe
+    checked = check_session(folder, recipe=_recipe(proposals))
+    probe = checked.probe
     if probe is None:
         return
     own_clocks = _own_clocks(probe)
@@ -370,9 +363,14 @@ def _measure(folder: Path, proposals: dict[str, _Proposal]) -> None:
         proposals[name].spec["clock"] = "own"
         proposals[name].comments.append("guess: its times begin at 0, those of other files do not")
     if probe.units or own_clocks:
-        probe = check_session(folder, recipe=_recipe(proposals)).probe or probe
-    for name in probe.intervals:
-        _COMPLETE[probe.recipe.streams[name].kind](name, proposals[name], probe)
+        checked = check_session(folder, recipe=_recipe(proposals))
+        probe = checked.probe or probe
+    for name, stats in checked.report.stats["streams"].items():
+        proposals[name].comments.insert(0, describe_stream(stats))
+        if name in probe.videos:
+            _complete_video(proposals[name], probe.videos[name].track.times_s)
+        elif name in probe.readings:
+            _complete_sensor(proposals[name], probe.readings[name], probe.recipe.sensors[name])
 
 
 def _own_clocks(probe: SessionProbe) -> list[str]:
@@ -390,72 +388,39 @@ def _own_clocks(probe: SessionProbe) -> list[str]:
     return [name for file in begins_at_0 for name in probe.sensors_of(file)]
 
 
-def _complete_video(name: str, proposal: _Proposal, probe: SessionProbe) -> None:
+def _complete_video(proposal: _Proposal, times_s: NDArray[np.float64]) -> None:
     """Set rate and expectations of a video."""
-    track = probe.videos[name].track
-    rate_hz = measure_rate_hz(track.times_s)
-    proposal.comments.append(
-        f"{track.codec} {track.width}x{track.height}, {rate_hz or 0:.4g} frames per second"
-    )
+    rate_hz = measure_rate_hz(times_s)
     if rate_hz is not None:
         proposal.spec["rate_hz"] = min(MAX_VIDEO_RATE_HZ, round_rate(rate_hz))
-        proposal.spec["expect"] = _expect_times(track.times_s)
+        proposal.spec["expect"] = _expect_times(times_s)
 
 
-def _complete_sensor(name: str, proposal: _Proposal, probe: SessionProbe) -> None:
+def _complete_sensor(proposal: _Proposal, readings: Readings, spec: SensorStream) -> None:
     """Set types, rate, rule of resampling and expectations of a sensor."""
-    readings, spec = probe.readings[name], probe.recipe.sensors[name]
-    values = readings.values.astype(np.float64)
+    values, times_s = readings.values.astype(np.float64), readings.times_s
     stem = "" if spec.file == METADATA_FILE else spec.file.rpartition(".")[0]
-    groups = guess_groups(
-        values,
-        times_s=readings.times_s,
-        names=proposal.columns or None,
-        label=f"{stem} {spec.key or ''}".strip(),
-    )
+    label = f"{stem} {spec.key or ''}".strip()
+    groups = guess_groups(values, times_s=times_s, names=proposal.columns, label=label)
     proposal.spec["values"] = groups
     if any(group["type"] != "scalar" for group in groups):
         proposal.comments.append("guess: the types of the values")
-    rate_hz = measure_rate_hz(readings.times_s)
+    rate_hz = measure_rate_hz(times_s)
     if rate_hz is None:
         return
-    proposal.comments.insert(0, f"{len(values)} readings at {rate_hz:.4g} Hz")
     proposal.spec["rate_hz"] = round_rate(rate_hz)
-    intervals_s = np.diff(readings.times_s)
-    if rate_hz < proposal.spec["rate_hz"] / 1.05 or (
-        float(np.percentile(intervals_s, 95)) > IRREGULAR_FACTOR / rate_hz
-    ):
+    intervals_s = np.diff(times_s)
+    is_irregular = float(np.percentile(intervals_s, 95)) > IRREGULAR_FACTOR / rate_hz
+    if is_irregular or rate_hz < proposal.spec["rate_hz"] / 1.05:
         proposal.spec["resample"] = "hold"
         proposal.spec["max_age_s"] = _round_out(1.5 * float(intervals_s.max()), 1)
         proposal.comments.append("guess: readings are too rare or irregular to interpolate")
-    expect = _expect_times(readings.times_s)
+    expect = _expect_times(times_s)
     if all(group["type"] in ("scalar", "position", "velocity") for group in groups):
         margin = 0.1 * float(np.ptp(values)) or 1.0
-        expect["range"] = [
-            _round_out(float(values.min()) - margin, -1),
-            _round_out(float(values.max()) + margin, 1),
-        ]
+        low, high = float(values.min()) - margin, float(values.max()) + margin
+        expect["range"] = [_round_out(low, -1), _round_out(high, 1)]
     proposal.spec["expect"] = expect
-
-
-def _complete_audio(name: str, proposal: _Proposal, probe: SessionProbe) -> None:
-    """Say what was recorded."""
-    audio = probe.audio[name]
-    proposal.comments.append(f"{audio.source_rate_hz} Hz x {audio.source_channels}")
-
-
-def _complete_text(name: str, proposal: _Proposal, probe: SessionProbe) -> None:
-    """Say what was recorded."""
-    proposal.comments.append(f"texts: {len(probe.events[name])}")
-
-
-_COMPLETE: Mapping[Kind, Callable[[str, _Proposal, SessionProbe], None]] = {
-    Kind.VIDEO: _complete_video,
-    Kind.AUDIO: _complete_audio,
-    Kind.SENSOR: _complete_sensor,
-    Kind.TEXT: _complete_text,
-}
-"""What the readings of a stream decide in its proposal."""
 
 
 def _expect_times(times_s: NDArray[np.float64]) -> dict[str, Any]:
@@ -487,7 +452,7 @@ def guess_groups(
     values: NDArray[np.float64],
     *,
     times_s: NDArray[np.float64],
-    names: Sequence[str] | None,
+    names: Sequence[str],
     label: str,
 ) -> list[dict[str, Any]]:
     """Guess the value groups of a sensor.
@@ -495,11 +460,11 @@ def guess_groups(
     Args:
         values: [N, D] readings.
         times_s: [N] their times.
-        names: names of the columns; None for a list under a key.
+        names: names of the columns; none for a list under a key.
         label: name of the file without suffix, and the JSON key or column of a list.
     """
-    if names is not None:
-        return _merge_groups(list(_guess_columns(values, names, label)))
+    if names:
+        return _merge_groups(_guess_columns(values, names, label))
     size = values.shape[1]
     if size == 7 and _has_unit_norms(values[:, 3:]):
         return [{"count": 3, "type": "position"}, {"count": 4, "type": "quaternion"}]
@@ -530,33 +495,20 @@ def _guess_list(values: NDArray[np.float64], label: str) -> ValueType:
 
 def _guess_columns(
     values: NDArray[np.float64], names: Sequence[str], label: str
-) -> Iterator[tuple[ValueType, list[str], str | None]]:
-    """Yield type, names and unit of each value or vector of a table's columns."""
+) -> Iterator[tuple[ValueType, str, list[str]]]:
+    """Yield type, unit and names of each value or vector of a table's columns."""
     index = 0
     while index < len(names):
-        for kind, pattern in (
-            (ValueType.QUATERNION, _ROTATION),
-            (ValueType.DIRECTION, _DIRECTION),
-            (ValueType.POSITION, _POSITION),
-        ):
-            of_vector = _vector_columns(names, index, VECTOR_SIZES[kind])
-            if of_vector is None or not pattern.search(_prefix(names[index]) or label):
-                continue
-            vectors = values[:, of_vector]
-            if kind is ValueType.POSITION or _has_unit_norms(vectors):
-                unit = _UNIT.search(names[index])
-                yield kind, [names[i] for i in of_vector], unit[1] if unit else None
-                index += len(of_vector)
-                break
-        else:
-            unit = _UNIT.search(names[index])
-            # Components of a vector that no rule recognizes are scalars together.
-            vector = next((v for n in (4, 3) if (v := _vector_columns(names, index, n))), [])
-            kind = _guess_scalar(values[:, [index]], names[index])
-            taken = max(1, len(vector))
-            kind = ValueType.SCALAR if vector else kind
-            yield kind, list(names[index : index + taken]), unit[1] if unit else None
-            index += taken
+        vector = next((v for n in (4, 3) if (v := _vector_columns(names, index, n))), None)
+        columns = vector or [index]
+        kind = _guess_list(values[:, columns], _prefix(names[index]) or label)
+        if vector is None:
+            kind = _guess_scalar(values[:, columns], names[index])
+        elif kind not in VECTOR_SIZES:  # components of an unknown vector are scalars together
+            kind = ValueType.SCALAR
+        unit = _UNIT.search(names[index])
+        yield kind, unit[1] if unit else "", [names[i] for i in columns]
+        index += len(columns)
 
 
 def _vector_columns(names: Sequence[str], first: int, size: int) -> list[int] | None:
@@ -594,14 +546,14 @@ def _guess_scalar(values: NDArray[np.float64], name: str) -> ValueType:
 
 
 def _merge_groups(
-    values: Sequence[tuple[ValueType, list[str], str | None]],
+    values: Iterable[tuple[ValueType, str, list[str]]],
 ) -> list[dict[str, Any]]:
     """Join neighbors of one type and unit."""
     groups: list[dict[str, Any]] = []
-    for (kind, unit), members in itertools.groupby(values, key=lambda value: (value[0], value[2])):
-        names = [name for _, of_value, _ in members for name in of_value]
-        group: dict[str, Any] = {"count": len(names), "type": str(kind)}
-        groups.append(group | ({"unit": unit} if unit else {}) | {"names": names})
+    for (kind, unit), members in itertools.groupby(values, key=lambda value: value[:2]):
+        names = [name for _, _, of_value in members for name in of_value]
+        group = {"count": len(names), "type": str(kind)} | ({"unit": unit} if unit else {})
+        groups.append(group | {"names": names})
     return groups
 
 
@@ -621,12 +573,10 @@ def _render(
         *(f"# {_plain(note)}" for note in notes),
         "streams:",
     ]
-    for name, proposal in sorted(proposals.items()):
-        lines += [f"  # {_plain(comment)}" for comment in proposal.comments]
-        lines.append(f"  {_flow(name, proposal)}")
-    for name, proposal in sorted(rejected.items()):
-        lines += [f"  # {_plain(comment)}" for comment in proposal.comments]
-        lines.append(f"  # {_flow(name, proposal)}")
+    for start, some in (("  ", proposals), ("  # ", rejected)):
+        for name, proposal in sorted(some.items()):
+            lines += [f"  # {_plain(comment)}" for comment in proposal.comments]
+            lines.append(f"{start}{_flow(name, proposal)}")
     text = "\n".join(lines) + "\n"
     Recipe.model_validate(yaml.safe_load(text))
     return text

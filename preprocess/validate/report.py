@@ -12,6 +12,7 @@ raises: a session that cannot be checked gets a failed report, and the next one 
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
@@ -91,6 +92,8 @@ CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
 
 SINGLE_FILE_CHECKS = frozenset({"files", "gaps", "starts", "sound", "video"})
 """Checks of a single file; the others compare streams, or need a whole session."""
+
+_SILENT_DBFS = -120.0
 
 _LINE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
 
@@ -413,6 +416,56 @@ _STATISTICS: Mapping[Kind, Callable[[str, SessionProbe], dict[str, Any]]] = {
     Kind.TEXT: _text_statistics,
 }
 """What is measured of a stream that is present."""
+
+
+def describe_stream(stats: Mapping[str, Any]) -> str:
+    """Describe a stream by its statistics."""
+    return _DESCRIPTIONS[Kind(stats["kind"])](stats)
+
+
+def _describe_video(stats: Mapping[str, Any]) -> str:
+    size = f"{stats['codec']} {stats['width']}x{stats['height']}"
+    return f"{size}, {stats['frames']} frames{_describe_times(stats, 'fps')}"
+
+
+def _describe_audio(stats: Mapping[str, Any]) -> str:
+    rate = f"{stats['rate_hz'] / 1e3:g} kHz x {stats['channels']}"
+    levels = f"RMS {_format_level(stats['rms'])}, peak {_format_level(stats['peak'])}"
+    return f"{rate}, {levels}, {stats['clipped_samples']} samples clipped"
+
+
+def _describe_sensor(stats: Mapping[str, Any]) -> str:
+    ranges = [
+        f"{group['count']} x {group['type']} {group['min']:.3g} to {group['max']:.3g}"
+        + (f" {group['unit']}" if group["unit"] not in ("", "0..1") else "")
+        for group in stats["values"]
+    ]
+    return f"{stats['readings']} readings{_describe_times(stats, 'Hz')}; {', '.join(ranges)}"
+
+
+def _describe_text(stats: Mapping[str, Any]) -> str:
+    return f"{stats['events']} texts, {stats['characters']} characters"
+
+
+_DESCRIPTIONS: Mapping[Kind, Callable[[Mapping[str, Any]], str]] = {
+    Kind.VIDEO: _describe_video,
+    Kind.AUDIO: _describe_audio,
+    Kind.SENSOR: _describe_sensor,
+    Kind.TEXT: _describe_text,
+}
+
+
+def _describe_times(stats: Mapping[str, Any], unit: str) -> str:
+    """Format rate and longest gap, if there are any."""
+    if not stats.get("rate_hz"):
+        return ""
+    return f", {stats['rate_hz']:.1f} {unit}, longest gap {stats['longest_gap_s']:.3f} s"
+
+
+def _format_level(level: float) -> str:
+    """Format a level of full scale 1 in dBFS."""
+    level_db = 20 * math.log10(level) if level > 0 else _SILENT_DBFS
+    return f"{level_db:.1f} dBFS" if level_db > _SILENT_DBFS else "silent"
 
 
 def _printable(text: str) -> str:

@@ -187,7 +187,7 @@ def test_hostile_names_are_left_out_or_written_harmlessly(tmp_path: Path) -> Non
     lines = reading_lines(*sensor_of("a: {b}\n#", 90))
     write_lines(tmp_path / "metadata.jsonl", lines)
     text = propose_recipe(tmp_path)
-    assert "# left; rm.mp4 is left out: a recipe cannot name it" in text
+    assert "# left; rm.mp4 is left out: proposal: " in text
     recipe = propose(tmp_path)
     assert set(recipe.streams) == {"audio_weight", "a_b"}
     assert recipe.sensors["a_b"].key == "a: {b}\n#"
