@@ -409,9 +409,9 @@ def _require_compatible(sources: Mapping[str, ShardSource], shapes: WindowShapes
 def _describe_difference(spec: StreamSpec, other: StreamSpec) -> tuple[str, object, object] | None:
     """Return the first key in which two streams must agree and don't, and its two values."""
     for key in ("kind", *COMMON_KEYS[spec.kind]):
-        values = [_comparable(key, each) for each in (spec, other)]
-        if values[0] != values[1] and not (key == "names" and None in values):
-            return key, *values
+        expected, value = _comparable(key, spec), _comparable(key, other)
+        if value != expected and not (key == "names" and None in (expected, value)):
+            return key, expected, value
     return None
 
 

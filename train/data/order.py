@@ -186,7 +186,7 @@ class SampleOrder:
         self._ranges = np.zeros(0, dtype=np.int64)
         self._block_bounds = np.zeros(1, dtype=np.int64)
         self._block_starts = np.zeros(1, dtype=np.int64)
-        self._blocks: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._blocks: dict[int, tuple[NDArray[np.int64], NDArray[np.int32]]] = {}
 
     def locate(
         self, epoch: int, positions: NDArray[np.int64]
@@ -267,9 +267,8 @@ class SampleOrder:
         self, block: int, offsets: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return range and offset in the range of offsets in a block of the current epoch."""
-        key = (self._epoch, block)
         ranges = self._ranges[slice(*self._block_bounds[block : block + 2])]
-        if key not in self._blocks:
+        if block not in self._blocks:
             ends = np.cumsum(self._range_sizes[ranges])
             order = np.zeros(0, dtype=np.int32)
             if self._is_shuffled:
@@ -277,8 +276,8 @@ class SampleOrder:
                 order = np.argsort(hashes, kind="stable").astype(np.int32)
             while len(self._blocks) >= 2:  # a batch touches at most a few neighboring blocks
                 self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[key] = (ends, order)
-        ends, order = self._blocks[key]
+            self._blocks[block] = (ends, order)
+        ends, order = self._blocks[block]
         if self._is_shuffled:
             offsets = order[offsets].astype(np.int64)
         members = np.searchsorted(ends, offsets, side="right")
