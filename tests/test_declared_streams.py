@@ -248,11 +248,11 @@ def test_heads_are_trained_and_logged(folder, name, trained):
 
 
 def test_inference_predicts_every_head_and_draws_a_page(folder, name, trained):
-    out = folder / "predictions"
+    out = folder / "predictions" / "ann"
     run(
         train_cli,
         *("infer", "--checkpoint", folder / "checkpoints" / "model_final.pt"),
-        *("--input", folder / "sessions" / "ann", "--out", out),
+        *("--input", folder / "sessions" / "ann", "--out", out.parent),
     )
     files = {path.name for path in out.iterdir()}
     for head in HEADS[name]:
