@@ -266,6 +266,12 @@ def scan_seconds(recording: Recording, recipe: Recipe) -> float:
 SCAN_VERSION = 4
 """Raised when a scan of the same files would give another result or has other keys."""
 
+_NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {
+    Kind.VIDEO: ("size", "fit", "codec", "qp", "quality"),
+    Kind.AUDIO: ("dmel",),
+}
+"""Settings of streams that a scan does not depend on."""
+
 
 def scan_sessions(
     recordings: Mapping[str, Recording], store: ShardSetStore, recipe: Recipe, cluster: Cluster
@@ -281,7 +287,10 @@ def scan_sessions(
     Returns:
         The scan of every session, by name, and how many sessions were read.
     """
-    streams = {name: stream_settings(spec) for name, spec in recipe.streams.items()}
+    streams = {
+        name: stream_settings(spec, without=_NOT_SCANNED.get(spec.kind, ()))
+        for name, spec in recipe.streams.items()
+    }
     basis = fingerprint_of(SCAN_VERSION, recipe.segment_s, streams)
     cached = _parse_cache(store.read(SESSIONS_FILE) or b"")
     stamps = {name: dict(recording.stamp) for name, recording in recordings.items()}
