@@ -6,17 +6,31 @@ import importlib.util
 import pkgutil
 import re
 import shlex
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch.distributed.run
 import yaml
+from pydantic_core import to_jsonable_python
 
 from preprocess.__main__ import cli as preprocess_cli
 from shared.config import make_section
+from shared.recipe import Recipe, load_recipe
+from shared.streams import (
+    AudioStream,
+    Expectation,
+    Kind,
+    SensorStream,
+    TextStream,
+    ValueType,
+    VideoStream,
+)
 from train.__main__ import cli as train_cli
 from train.config import TrainConfig
+from train.data.batch import array_forms
 from train.loop.health import RULES
+from train.shapes import WindowShapes, common_period_s
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -132,6 +146,94 @@ def test_where_do_i_find_names_files_and_the_names_in_them():
 def test_the_vocabulary_of_the_architecture_page_is_a_table_without_repeats():
     words = re.findall(r"^\| ([\w ,]+) \| ", section("Vocabulary"), flags=re.MULTILINE)
     assert len(words) == len(set(words)) > 20
+
+
+# --- the page about streams ----------------------------------------------------------------------
+
+
+STREAMS_PAGE = (ROOT / "docs" / "streams.md").read_text(encoding="utf-8")
+STREAM_OF_KIND = {
+    "video": VideoStream,
+    "audio": AudioStream,
+    "sensor": SensorStream,
+    "text": TextStream,
+}
+
+
+def streams_recipe(folder):
+    recipe, _ = re.findall(r"```yaml\n(.*?)```", STREAMS_PAGE, flags=re.DOTALL)
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    return load_recipe(folder / "recipe.yaml")
+
+
+def key_table(before):
+    """The keys of the table that follows a line, with their defaults."""
+    table = STREAMS_PAGE.split(f"\n{before}\n\n| key | default | meaning |\n")[1].split("\n\n")[0]
+    cells = (line.strip("| ").split(" | ")[:2] for line in table.splitlines()[1:])
+    return {name.strip("`"): yaml.safe_load(default) for name, default in cells}
+
+
+def defaults_of(section):
+    """The keys of a section with their defaults, as plain values."""
+    return {
+        name: "required" if field.is_required() else to_jsonable_python(field.default)
+        for name, field in section.model_fields.items()
+    }
+
+
+def test_the_recipe_of_the_streams_page_is_valid_and_has_every_kind(tmp_path):
+    recipe = streams_recipe(tmp_path)
+    assert {spec.kind for spec in recipe.streams.values()} == set(Kind)
+    assert recipe.sensors["gaze"].gap_limit_s == 0.25
+    types = {group.type for spec in recipe.sensors.values() for group in spec.values}
+    assert {"position", "quaternion", "direction", "scalar"} <= types
+
+
+def test_the_training_configuration_of_the_streams_page_fits_its_recipe(tmp_path):
+    _, config = re.findall(r"```yaml\n(.*?)```", STREAMS_PAGE, flags=re.DOTALL)
+    config = make_section(TrainConfig, yaml.safe_load(config))
+    shapes = WindowShapes.from_recipe(streams_recipe(tmp_path), config)
+    assert set(shapes.heads) == {"voice", "head", "gaze", "operator"}
+    assert shapes.num_ticks == 80
+
+
+def test_the_periods_that_the_streams_page_names_are_those_of_the_code():
+    assert common_period_s([5, 30, 50, 10]) == Fraction("0.2")
+    assert common_period_s([5, 30, 50, 10, 7]) == 1
+
+
+@pytest.mark.parametrize("kind", STREAM_OF_KIND)
+def test_the_keys_of_each_kind_on_the_streams_page_are_those_of_the_code(kind):
+    common = key_table("Keys of every stream:")
+    own = defaults_of(STREAM_OF_KIND[kind])
+    assert common.keys() <= own.keys()
+    expected = {name: default for name, default in own.items() if name not in common}
+    assert key_table(f"**{kind}**") == expected
+
+
+def test_the_expectations_of_the_streams_page_are_those_of_the_code():
+    assert key_table("Keys of `expect`:") == defaults_of(Expectation)
+
+
+def test_the_value_types_of_the_pages_are_those_of_the_code():
+    training = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for page in (STREAMS_PAGE, training.split("\n## Value types\n")[1]):
+        table = re.split(r"\n\| type \|[^\n]*\n", page)[1].split("\n\n")[0]
+        names = [name for line in table.splitlines() for name in re.findall(r"^\| (`[^|]*)", line)]
+        assert sorted(re.findall(r"`(\w+)`", " ".join(names))) == sorted(ValueType)
+
+
+def test_the_arrays_of_the_batch_page_are_those_of_the_default_recipe():
+    text = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    listed = re.findall(r'"(\w+)": +(\w+) \[B((?:, \d+)*)\]', block)
+    forms = array_forms(
+        1, shapes=WindowShapes.from_recipe(Recipe(), TrainConfig()), pixels="yuv420"
+    )
+    assert {name: (dtype, shape) for name, dtype, shape in listed} == {
+        name: (str(form.dtype), "".join(f", {size}" for size in form.shape[1:]))
+        for name, form in forms.items()
+    }
 
 
 # --- the table of health rules -----------------------------------------------------------------
