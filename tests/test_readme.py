@@ -79,8 +79,16 @@ def test_every_make_target_of_the_readme_is_in_the_makefile(line):
     assert re.search(rf"^{target}:.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
+def test_the_streams_of_the_readme_are_a_recipe(tmp_path):
+    block, _ = blocks("yaml")
+    (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
+    assert {spec.kind for spec in load_recipe(tmp_path / "recipe.yaml").streams.values()} == set(
+        Kind
+    )
+
+
 def test_the_configuration_of_the_readme_is_valid():
-    (block,) = blocks("yaml")
+    _, block = blocks("yaml")
     config = make_section(TrainConfig, yaml.safe_load(block))
     assert config.training.optimizer.lr == 3e-4
 
@@ -94,7 +102,7 @@ def test_the_stock_reader_of_the_readme_joins_a_shard(tiny_set, tmp_path, monkey
     names = {}
     exec(block, names)
     names["store"].close()
-    assert {"audio.wav", "text.json"} <= set().union(*names["samples"].values())
+    assert {"audio.wav", "internal_text.json"} <= set().union(*names["samples"].values())
     assert names["proprio"].shape[0] >= len(names["samples"]) > 0
 
 
