@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 
 from preprocess.__main__ import cli as preprocess_cli
 from shared.config import make_section
-from shared.recipe import Recipe, load_recipe
+from shared.recipe import MOVED_KEYS, Recipe, load_recipe
 from shared.streams import (
     AudioStream,
     Expectation,
@@ -271,6 +271,14 @@ def test_the_renamed_modules_are_gone():
     assert len(names) > 80
     # shared.media and shared.session were modules and are packages now
     assert {n for n in names if find_spec_or_none(n)} == {"shared.media", "shared.session"}
+
+
+def test_every_recipe_key_that_moved_is_in_the_table_of_renames():
+    text = (ROOT / "docs" / "renames.md").read_text(encoding="utf-8")
+    keys = re.findall(
+        r"^\| `([\w.]+)` \|", text.split("\n## Recipe keys\n")[1].split("\n## ")[0], re.M
+    )
+    assert sorted(keys) == sorted(MOVED_KEYS)
 
 
 def find_spec_or_none(name):
