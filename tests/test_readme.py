@@ -168,9 +168,13 @@ STREAM_OF_KIND = {
 }
 
 
-def streams_recipe(folder):
-    recipe, _ = re.findall(r"```yaml\n(.*?)```", STREAMS_PAGE, flags=re.DOTALL)
-    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+STREAMS_RECIPE, GAZE_LINES, STREAMS_CONFIG = re.findall(
+    r"```yaml\n(.*?)```", STREAMS_PAGE, flags=re.DOTALL
+)
+
+
+def read_recipe(folder, text):
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     return load_recipe(folder / "recipe.yaml")
 
 
@@ -190,17 +194,23 @@ def defaults_of(section):
 
 
 def test_the_recipe_of_the_streams_page_is_valid_and_has_every_kind(tmp_path):
-    recipe = streams_recipe(tmp_path)
+    recipe = read_recipe(tmp_path, STREAMS_RECIPE)
     assert {spec.kind for spec in recipe.streams.values()} == set(Kind)
     assert recipe.sensors["gaze"].gap_limit_s == 0.25
     types = {group.type for spec in recipe.sensors.values() for group in spec.values}
     assert {"position", "quaternion", "direction", "scalar"} <= types
 
 
+def test_five_lines_add_the_gaze_to_the_default_streams(tmp_path):
+    default = (ROOT / "configs" / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = read_recipe(tmp_path, default.replace("streams:", "streams:\n" + GAZE_LINES, 1))
+    assert len(GAZE_LINES.splitlines()) == 5
+    assert recipe.streams.keys() - Recipe().streams.keys() == {"gaze"}
+
+
 def test_the_training_configuration_of_the_streams_page_fits_its_recipe(tmp_path):
-    _, config = re.findall(r"```yaml\n(.*?)```", STREAMS_PAGE, flags=re.DOTALL)
-    config = make_section(TrainConfig, yaml.safe_load(config))
-    shapes = WindowShapes.from_recipe(streams_recipe(tmp_path), config)
+    config = make_section(TrainConfig, yaml.safe_load(STREAMS_CONFIG))
+    shapes = WindowShapes.from_recipe(read_recipe(tmp_path, STREAMS_RECIPE), config)
     assert set(shapes.heads) == {"voice", "head", "gaze", "operator"}
     assert shapes.num_ticks == 80
 
@@ -276,7 +286,7 @@ def test_the_renamed_modules_are_gone():
 def test_every_recipe_key_that_moved_is_in_the_table_of_renames():
     text = (ROOT / "docs" / "renames.md").read_text(encoding="utf-8")
     keys = re.findall(
-        r"^\| `([\w.]+)` \|", text.split("\n## Recipe keys\n")[1].split("\n## ")[0], re.M
+        r"^\| `([\w.]+)` \|", text.split("\n## Recipe keys\n")[1].split("\n## ")[0], re.MULTILINE
     )
     assert sorted(keys) == sorted(MOVED_KEYS)
 
