@@ -125,13 +125,12 @@ def _refuse_recordings(out: Path, session: Path, recipe: Recipe) -> None:
     Raises:
         ConfigError: `out` is a session; recordings and predictions can have the same names.
     """
-    recorded = [name for name in source_files(recipe) if name not in earlier_files(out)]
-    found = [name for name in recorded if (out / name).exists()]
-    if found or out.resolve() == session.resolve():
+    names = [name for name in source_files(recipe) if name not in earlier_files(out)]
+    recorded = [name for name in names if (out / name).exists()]
+    if recorded or out.resolve() == session.resolve():
         raise ConfigError(
-            f"{out} holds a session, and predictions could overwrite its files"
-            f"{f' (it has {found[0]})' if found else ''}; fix: write them to another folder by "
-            "--out"
+            f"{out} holds a session, and predictions could overwrite its "
+            f"{recorded[0] if recorded else 'files'}; fix: write them to another folder by --out"
         )
 
 

@@ -269,8 +269,8 @@ def draw_curves(
     pen = ImageDraw.Draw(picture)
     unit = f", in {group.unit_label}" if group.unit_label else ""
     labels = [(4, 2, f"recorded{unit} over the window", RECORDED_COLOR)]
-    shown = f"; {num_curves} of {group.count} values" if num_curves < group.count else ""
-    labels.append((size[0] // 2, 2, f"predicted{shown}", PREDICTED_COLOR))
+    note = f"; {num_curves} of {group.count} values" if num_curves < group.count else ""
+    labels.append((size[0] // 2, 2, f"predicted{note}", PREDICTED_COLOR))
     axis = TimeAxis(0.0, num_samples, width=(CURVE_WIDTH - 46) * OVERSAMPLING)
     for number, label in enumerate(group.labels[:num_curves]):
         row, column = divmod(number, CURVE_COLUMNS)

@@ -236,13 +236,13 @@ def _window_shapes(config: TrainConfig) -> tuple[WindowShapes, str]:
 
 def _stream_bytes(batch: Batch, shapes: WindowShapes) -> dict[str, int]:
     """Return the bytes of each stream's arrays; those that are inputs and targets count once."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for group in ("targets", "inputs"):
         for name, tensor in batch[group].items():
             if not name.endswith("_valid"):
                 stream = shapes.targets.get(name, name) if group == "targets" else name
-                found[stream] = tensor.nbytes + batch[group][f"{name}_valid"].nbytes
-    return dict(sorted(found.items()))
+                sizes[stream] = tensor.nbytes + batch[group][f"{name}_valid"].nbytes
+    return dict(sorted(sizes.items()))
 
 
 def _list_bytes(stream_bytes: Mapping[str, int]) -> str:

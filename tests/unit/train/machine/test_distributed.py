@@ -19,6 +19,7 @@ import torch.distributed as dist
 from experiments.ranks import PARALLEL, WAYS, compare_ways
 from helpers import sets as tiny_sets
 from helpers.rank_program import train_among_ranks, train_once
+from helpers.training import corrupt_sample
 
 from shared.errors import ConfigError, TooManyCorruptSamplesError
 from train.data.batch import join_batches
@@ -105,16 +106,19 @@ def test_processes_of_torchrun_without_a_process_group_are_refused(tiny_set, mon
         distributed.check_share(share(tiny_set, 0, 2))
 
 
-def test_corrupt_samples_are_limited_by_their_share_of_all_samples_read():
+def test_corrupt_members_are_limited_by_their_share_of_all_members_read():
     limit = CorruptSampleBudget(max_fraction=0.01)
-    bad = [{"error": "shard 3: torn"}]
-    for _ in range(2):
-        limit.count(8, bad)  # of the first 200 samples two may be bad
-    with pytest.raises(
-        TooManyCorruptSamplesError, match=r"3 of 24 samples are corrupt.*shard 3: torn"
-    ):
-        limit.count(8, bad)
-    CorruptSampleBudget(max_fraction=0.01, num_read=1000, num_corrupt=9).count(8, bad)
+    for number in range(2):
+        limit.add(8, [corrupt_sample(number)])
+        limit.check()  # of the first 200 members two may be corrupt
+    assert limit.add(8, [corrupt_sample(1)]) == []  # counts once, however often it is read
+    limit.check()
+    limit.add(8, [corrupt_sample(2)])
+    with pytest.raises(TooManyCorruptSamplesError, match=r"3 of 32 stored segments.*differs 2"):
+        limit.check()
+    larger = CorruptSampleBudget(max_fraction=0.01, num_read=1000)
+    larger.add(8, [corrupt_sample(number) for number in range(10)])
+    larger.check()
 
 
 def test_a_restarted_attempt_sees_no_keys_of_earlier_attempts():
