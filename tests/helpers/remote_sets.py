@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from helpers.sets import make_config
+from helpers import sets
 from shared.shardset.manifest import read_manifest
 from shared.storage import RetryPolicy
 from train.data.loader import Loader
@@ -18,12 +18,15 @@ def url_of(server):
     return f"{server.url}/set"
 
 
+def make_config(location=None, **options):
+    """Make a configuration of small batches of short windows, so that an epoch has several."""
+    defaults = {"window": {"duration_s": 0.4}, "batch_size": 3, "shuffle_block_shards": 1}
+    return sets.make_config(location, **{**defaults, **options})
+
+
 def make_loader(location, settings=None, *, num_epochs=1, **options):
-    return Loader(
-        ShardSource(location, cache=settings),
-        make_config(location, **options),
-        num_epochs=num_epochs,
-    )
+    source = ShardSource(location, cache=settings)
+    return Loader(source, make_config(location, **options), num_epochs=num_epochs)
 
 
 def assert_same(batches, others):

@@ -377,17 +377,18 @@ class ShardSource:
         )
         self.on_stage("collate")
         try:
+            file = self._open_column(opened, column.name)
             try:
-                return read(self._open_column(opened, column.name))
+                return read(file)
             except CorruptError:
                 if not self._refetch_column(opened, column.name):
                     raise
                 return read(self._open_column(opened, column.name))
         except ShardError as error:  # a missing file counts as a damaged one
             _raise_if_too_many_open(error)
-            file = opened.index.columns[column.name]["file"]
+            name = opened.index.columns[column.name]["file"]
             offset = error.offset if isinstance(error, CorruptError) else None
-            raise CorruptError(str(error), file=file, offset=offset) from error
+            raise CorruptError(str(error), file=name, offset=offset) from error
 
     def _open_column(self, opened: OpenShard, column: str) -> ColumnFile:
         """Return a shard's column file; open it if necessary."""

@@ -40,7 +40,7 @@ def test_transient_faults_change_no_batch(server, shards, settings, fault, num_w
         server.plan = first_time
     else:
         # Nothing says of a manifest that a bit of it is wrong.
-        files = {f"train-000000.{s}" for s in ("index", "dmel.zarr.zip", "text.tar")}
+        files = {f"train-000000.{s}" for s in ("index", "audio.dmel.zarr.zip", "internal_text.tar")}
         files |= {"tokenizer.json", *([MANIFEST_FILE] if fault != "flip" else [])}
         server.plan = lambda name, before: fault if before == 0 and name in files else None
     found = read_all(make_loader(url_of(server), settings, num_workers=num_workers))
@@ -63,7 +63,7 @@ def test_transient_faults_of_s3_change_no_batch(s3, tiny_set, settings, fault):
         found = read_all(loader)
     assert_same(found, read_all(make_loader(tiny_set, heads=TEXT_HEADS)))
     assert [b["skipped"] for b in found] == [[]] * len(found)
-    assert s3.gets["train-000000.text.tar"] > 1
+    assert s3.gets["train-000000.internal_text.tar"] > 1
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -140,23 +140,25 @@ def first_member(shards, column, row=0):
 def test_damage_in_the_store_loses_the_same_samples_as_in_a_local_set(
     server, shards, settings, num_workers
 ):
-    flip_byte(*first_member(shards, "text"))
+    flip_byte(*first_member(shards, "internal_text"))
     options = {"max_bad_fraction": 1.0}
     local = read_all(make_loader(shards, **options))
     damaged = {s["key"] for b in local for s in b["skipped"]}
-    assert damaged == {ShardSource(shards).key(0, 0)}
+    assert damaged == {make_loader(shards).source.key(0, 0)}
     options["num_workers"] = num_workers
     found = read_all(make_loader(url_of(server), settings, **options))
     assert_same(found, local)
 
 
 def test_a_missing_remote_shard_is_substituted_like_a_local_one(server, shards, settings):
-    (shards / "train-000000.dmel.zarr.zip").unlink()
+    (shards / "train-000000.audio.dmel.zarr.zip").unlink()
     options = {"max_bad_fraction": 1.0}
     local = read_all(make_loader(shards, **options))
     assert any(b["skipped"] for b in local)
     assert_same(read_all(make_loader(url_of(server), settings, **options)), local)
-    assert server.gets["train-000000.dmel.zarr.zip"] <= 3  # ahead, with its block, when needed
+    assert (
+        server.gets["train-000000.audio.dmel.zarr.zip"] <= 3
+    )  # ahead, with its block, when needed
 
 
 def test_a_damaged_remote_index_is_substituted_like_a_local_one(server, shards, settings):
@@ -170,11 +172,11 @@ def test_a_damaged_remote_index_is_substituted_like_a_local_one(server, shards, 
 @pytest.mark.parametrize(
     ("suffix", "damage"),
     [
-        ("text.tar", "flipped"),
+        ("internal_text.tar", "flipped"),
         ("index", "flipped"),
-        ("dmel.zarr.zip", "cut"),
+        ("audio.dmel.zarr.zip", "cut"),
         ("index", "cut"),
-        ("text.tar", "empty"),
+        ("internal_text.tar", "empty"),
         ("index", "empty"),
     ],
 )

@@ -25,7 +25,7 @@ from shared.shardset.columns import ColumnFile
 
 def test_a_killed_worker_is_a_clear_error(tiny_set, monkeypatch):
     loader = make_loader(tiny_set, num_workers=2, num_epochs=1)
-    monkeypatch.setattr(ColumnFile, "read", lambda *_, **__: time.sleep(60))
+    monkeypatch.setattr(ColumnFile, "read_rows", lambda *_, **__: time.sleep(60))
 
     def kill_one():
         while not (workers := multiprocessing.active_children()):
