@@ -73,9 +73,11 @@ _TIME = re.compile(r"(?i)^(time_?stamp|time|t|ts|timeline|seconds?|.*time_?stamp
 _TIME_UNIT = re.compile(r"(?i)(?:[\[(_ ])(100ns|ns|us|ms|s)(?:[\])]|$)")
 _UNIT = re.compile(r"[\[(]([^\])]{1,16})[\])]\s*$")
 _AXIS = re.compile(r"(?i)^(.*?)[\s._-]*([xyzw])(?:\s*[\[(][^\])]*[\])])?$")
-_ROTATION = re.compile(r"(?i)quat|rot|orient|attitude|(^|[\s._])q$")
+_ROTATION = re.compile(r"(?i)quat|rot|orient|attitude|(^|[\s._])q([\s._]|$)")
 _DIRECTION = re.compile(r"(?i)dir|gaze|normal|forward|ray|axis")
-_POSITION = re.compile(r"(?i)pos(e|ition)?s?(?![a-z])|loc|transl|origin|point|(^|[\s._])[pt]$")
+_POSITION = re.compile(
+    r"(?i)pos(e|ition)?s?(?![a-z])|loc|transl|origin|point|(^|[\s._])[pt]([\s._]|$)"
+)
 _ANGLE = re.compile(
     r"(?i)angle|theta|azimuth|elevation|joint|(?<![a-z])(yaw|pitch|roll|qpos|rad(ian)?s?)(?![a-z])"
 )
@@ -366,7 +368,8 @@ def _measure(folder: Path, proposals: dict[str, _Proposal]) -> None:
         checked = check_session(folder, recipe=_recipe(proposals))
         probe = checked.probe or probe
     for name, stats in checked.report.stats["streams"].items():
-        proposals[name].comments.insert(0, describe_stream(stats))
+        # The types of values are not known yet.
+        proposals[name].comments.insert(0, describe_stream({**stats, "values": ()}))
         if name in probe.videos:
             _complete_video(proposals[name], probe.videos[name].track.times_s)
         elif name in probe.readings:
@@ -501,7 +504,9 @@ def _guess_columns(
     while index < len(names):
         vector = next((v for n in (4, 3) if (v := _vector_columns(names, index, n))), None)
         columns = vector or [index]
-        kind = _guess_list(values[:, columns], _prefix(names[index]) or label)
+        prefix = _prefix(names[index])
+        context = prefix if len(prefix) > 2 else f"{prefix} {label}"
+        kind = _guess_list(values[:, columns], context)
         if vector is None:
             kind = _guess_scalar(values[:, columns], names[index])
         elif kind not in VECTOR_SIZES:  # components of an unknown vector are scalars together

@@ -440,7 +440,8 @@ def _describe_sensor(stats: Mapping[str, Any]) -> str:
         + (f" {group['unit']}" if group["unit"] not in ("", "0..1") else "")
         for group in stats["values"]
     ]
-    return f"{stats['readings']} readings{_describe_times(stats, 'Hz')}; {', '.join(ranges)}"
+    readings = f"{stats['readings']} readings{_describe_times(stats, 'Hz')}"
+    return "; ".join([readings, ", ".join(ranges)] if ranges else [readings])
 
 
 def _describe_text(stats: Mapping[str, Any]) -> str:

@@ -214,6 +214,7 @@ def test_a_round_rate_is_whole_in_a_segment_and_close(rate_hz: float) -> None:
         (["pos_x", "pos_y", "pos_z"], "any", [("position", 3)]),
         (["gaze_x", "gaze_y", "gaze_z"], "unit", [("direction", 3)]),
         (["gaze_x", "gaze_y", "gaze_z"], "any", [("scalar", 3)]),
+        (["lx", "ly", "lz"], "unit", [("scalar", 3)]),
         (["q.w", "q.x", "q.y", "q.z"], "unit", [("quaternion", 4)]),
         (["q.w", "q.x", "q.y", "q.z"], "any", [("scalar", 4)]),
         (["roll", "controller", "joint_0"], "unit", [("angle", 1), ("scalar", 1), ("angle", 1)]),
