@@ -95,7 +95,7 @@ def test_a_text_outside_the_session_has_a_line(odd_set):
     assert line["level"] == "lines"
     assert line["reason"] == "text.jsonl line 1: text 'too late' at 99 s is outside the session"
     assert (absent["level"], absent["stream"]) == ("stream", "external_text")
-    assert absent["reason"] == "all of its events are outside the session"
+    assert absent["reason"].startswith("all of its events are outside the session")
 
 
 def test_a_sound_file_that_can_not_be_read_has_a_line(odd_set):
@@ -143,6 +143,6 @@ def test_a_segment_of_nothing_but_silent_text_is_rejected(tmp_path):
     write_lines(folder / "text.jsonl", said)
     build(tmp_path / "sessions", tmp_path / "out", tiny_recipe(split={"val_fraction": 0.0}))
     lines = lines_of(tmp_path / "out", "quiet")
-    assert [line["segment"] for line in lines] == [1, 2, 3]
+    assert [line["segment"] for line in lines] == [1, 2, 3, 5]
     assert lines[0]["reason"] == "nothing but silent text of [1, 2) s"
     assert read_manifest(tmp_path / "out").shards[0].runs == (1, 1)

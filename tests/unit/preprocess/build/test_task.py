@@ -20,7 +20,7 @@ from helpers.oracles import (
     open_indexes,
     psnr_db,
     set_keys,
-    slow_windows,
+    slow_segments,
     tar_members,
     tiny_recipe,
     write_tiny_sessions,
@@ -79,7 +79,7 @@ def all_keys() -> list[str]:
     return [
         f"{name}/{int(start_s):06d}"
         for name, duration_s in SESSIONS.items()
-        for start_s, _ in slow_windows(duration_s, 1.0, 1.0)
+        for start_s, _ in slow_segments(duration_s, 1.0)
     ]
 
 
