@@ -121,11 +121,11 @@ def check_streams(probe: SessionProbe) -> list[Finding]:
 
 def check_clock(probe: SessionProbe) -> list[Finding]:
     """Check that the recorder's clock started with the session."""
-    file = next((file for file in probe.files if probe.is_on_shared_clock(file)), None)
+    file = next(iter(probe.shared_files), None)
     if not probe.offset_s or file is None or not (probe.readings or source_intervals(probe)):
         return []
     fix = "none is needed, unless this is not the time of the session's start"
-    if probe.is_fixable(file) and probe.sensors_of(file):
+    if probe.is_clock_fixable and probe.sensors_of(file):
         fix = "write the shifted timestamps with --fix"
     message = (
         f"the clock was never reset: timestamps start at {probe.offset_s:g} s; this offset is "
@@ -390,7 +390,7 @@ def _advise_on_end(probe: SessionProbe, apart_s: float, *, longest: _Source) -> 
         (probe.intervals[n].stop_s for n in (*probe.videos, *probe.audio)), default=0
     )
     last_s = max(float(probe.readings[name].times_s[-1]) for name in longest.streams)
-    can_drop = probe.is_fixable(file) and probe.is_on_shared_clock(file)
+    can_drop = probe.is_clock_fixable and file in probe.shared_files
     if not can_drop or not END_WARNING_S < last_s - media_stop_s <= END_ERROR_S:
         return "the rest is masked"
     events = (event for of_stream in probe.events.values() for event in of_stream)

@@ -244,13 +244,17 @@ class SessionProbe:
         """Return whether --fix can sort a file."""
         return file.endswith((".jsonl", ".csv", ".tsv")) and len(self.files.get(file, ())) == 1
 
-    def is_on_shared_clock(self, file: str) -> bool:
-        """Return whether the timestamps of a file share the session's offset."""
-        streams = self.streams_of(file)
-        return any(
-            self.recipe.streams[name].clock == "session" and name not in self.starts
-            for name in streams
-        )
+    @property
+    def shared_files(self) -> tuple[str, ...]:
+        """Timestamped files that share the session's offset."""
+        streams = self.recipe.streams.items()
+        shared = {n for n, s in streams if s.clock == "session" and n not in self.starts}
+        return tuple(f for f in self.files if not shared.isdisjoint(self.streams_of(f)))
+
+    @property
+    def is_clock_fixable(self) -> bool:
+        """Whether --fix can shift and trim the files that share an offset: all or none."""
+        return all(map(self.is_fixable, self.shared_files))
 
 
 def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:

@@ -13,11 +13,13 @@ from helpers.sessions import (
     sensor_lines,
     tone,
     write_lines,
+    write_streams,
     write_tone,
     write_video,
 )
 
 from preprocess.validate.report import check_session
+from shared.recipe import Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -149,3 +151,51 @@ def test_labels_of_crowded_texts_do_not_overlap(session: Path) -> None:
         ordered = sorted(row_spans)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(ordered))
     assert len(lane.all("rect", data_mark="event")) == 30
+
+
+def test_declared_streams_have_rows_curves_and_statistics(tmp_path: Path) -> None:
+    streams = {
+        "wrist": {"kind": "video", "file": "wrist.mp4", "rate_hz": 10, "size": [32, 64]},
+        "room": {"kind": "audio", "file": "room.wav"},
+        "head": {
+            "kind": "sensor", "file": "head.csv", "rate_hz": 90,
+            "values": [
+                {"count": 3, "type": "position", "unit": "mm", "names": ["px", "py", "pz"]},
+                {"count": 72, "type": "quaternion", "names": [f"q{i}" for i in range(72)]},
+            ],
+        },
+        "grip": {
+            "kind": "sensor", "key": "grip", "rate_hz": 1, "resample": "hold", "max_age_s": 1.5,
+            "values": [{"count": 1, "type": "fraction"}],
+        },
+        "notes": {"kind": "text", "file": "notes.jsonl"},
+        "lost": {"kind": "sensor", "key": "lost", "values": [{"count": 2, "type": "angle"}]},
+    }  # fmt: skip
+    recipe = Recipe.model_validate({"segment": {"duration_s": 1.0}, "streams": streams})
+    write_streams(
+        tmp_path / "one", recipe, duration_s=8.0, gaps={"grip": [(3.0, 6.0)]}, skip=["lost"]
+    )
+    page = render_page(tmp_path / "one", recipe=recipe)
+    rows = [e.attributes["data-row"] for e in page.all("g") if "data-row" in e.attributes]
+    assert rows == sorted(streams)
+    assert "absent: metadata.jsonl holds no usable reading of it" in row(page, "lost").text
+    position = panel(page, "head.position")
+    assert "head position, mm (head.csv)" in position.text
+    assert len(position.all("path")) == 3
+    assert {"px", "py", "pz"} <= {text.text[:2] for text in position.all("text")}
+    quaternion = panel(page, "head.quaternion")
+    assert "the first 60 of 72 values" in quaternion.text
+    assert len(quaternion.all("path")) == 60
+    assert len(panel(page, "wrist").all("image")) == 10
+    # A reading of 2 s is used until 3.5 s; the next one comes at 6 s.
+    (masked,) = bands_s(page, row(page, "grip"), "masked")
+    assert masked == pytest.approx((3.5, 6.0), abs=0.01)
+    table = page.all("table", class_="streams")[0]
+    cells = {
+        name.text: [cell.text for cell in others]
+        for name, *others in (r.all("td") for r in table.all("tr"))
+    }
+    assert cells.keys() == streams.keys() - {"lost"}
+    assert cells["notes"][:2] == ["passed", "text"]
+    assert cells["grip"][:2] == ["warnings", "sensor"]
+    assert cells["head"][2].startswith("720 readings, 90.0 Hz, longest gap 0.011 s; 3 x position")

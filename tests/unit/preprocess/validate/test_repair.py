@@ -521,6 +521,8 @@ def test_nothing_is_shifted_if_a_table_would_stay_behind(many: Path) -> None:
     before = snapshot(many)
     assert repair_session(many, recipe=recipe) == []
     assert snapshot(many) == before
+    warnings = check_session(many, recipe=recipe).report.warnings
+    assert not any("--fix" in warning for warning in warnings), warnings
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
