@@ -197,6 +197,7 @@ def test_the_recipe_of_the_streams_page_is_valid_and_has_every_kind(tmp_path):
     recipe = read_recipe(tmp_path, STREAMS_RECIPE)
     assert {spec.kind for spec in recipe.streams.values()} == set(Kind)
     assert recipe.sensors["gaze"].gap_limit_s == 0.25
+    assert all(spec.gap_limit_s * spec.rate_hz > 1 for spec in recipe.sensors.values())
     types = {group.type for spec in recipe.sensors.values() for group in spec.values}
     assert {"position", "quaternion", "direction", "scalar"} <= types
 
