@@ -3,7 +3,7 @@
 ::
 
     WindowRows                 which rows hold a window's ticks, and where it is on the clock
-      -> StreamLayout.pieces   which samples of each row's segment go to which positions
+      -> StreamLayout.ranges   which samples of each row's segment go to which positions
       -> read_segments         the source decodes these segments
       -> write_frames, ...     copy the samples; zeros and False where nothing was recorded
       -> gather_tokens         the tokens whose tick is in the window
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from shared.timing import OnStage
     from train.shapes import StreamShape, WindowShapes
 
-_MAX_CACHED_PIECES = 1024
+_MAX_CACHED_RANGES = 1024
 
 
 class WindowRows(NamedTuple):
@@ -55,7 +55,7 @@ class WindowRows(NamedTuple):
     """Length of the session."""
 
 
-class Piece(NamedTuple):
+class SegmentRange(NamedTuple):
     """Samples of one segment, and where they go."""
 
     row: int
@@ -95,9 +95,9 @@ class StreamLayout:
         self._samples, self._ticks = per_tick.as_integer_ratio()
         self._positions = sample_positions(shape, num_ticks=num_ticks, tick_rate_hz=tick_rate_hz)
         self._is_contiguous = bool((self._positions == np.arange(len(self._positions))).all())
-        self._pieces: dict[tuple[int, int], list[Piece]] = {}
+        self._ranges: dict[tuple[int, int], list[SegmentRange]] = {}
 
-    def pieces(self, window: WindowRows) -> list[Piece]:
+    def ranges(self, window: WindowRows) -> list[SegmentRange]:
         """Return the samples that a window takes of its segments, in order.
 
         Samples after the end of the run or of the session are left out, and so are frames that no
@@ -105,12 +105,12 @@ class StreamLayout:
         """
         first = self._count(window.first_tick)
         count = max(0, min(self._count(window.num_ticks), self.count_in_session(window)))
-        found = self._pieces.get((first, count))
-        if found is None:
-            if len(self._pieces) >= _MAX_CACHED_PIECES:
-                self._pieces.clear()
-            found = self._pieces[first, count] = self._cut(first, first + count)
-        return found
+        cached = self._ranges.get((first, count))
+        if cached is None:
+            if len(self._ranges) >= _MAX_CACHED_RANGES:
+                self._ranges.clear()
+            cached = self._ranges[first, count] = self._cut(first, first + count)
+        return cached
 
     def count_in_session(self, window: WindowRows) -> int:
         """Return the number of samples from a window's begin to the session's end."""
@@ -121,26 +121,26 @@ class StreamLayout:
         """Return the number of samples in some ticks, which is whole at windows and segments."""
         return num_ticks * self._samples // self._ticks
 
-    def _cut(self, start: int, stop: int) -> list[Piece]:
+    def _cut(self, start: int, stop: int) -> list[SegmentRange]:
         """Cut samples [start, stop), counted from the first row's begin, at segments."""
-        pieces: list[Piece] = []
+        ranges: list[SegmentRange] = []
         if stop <= start:
-            return pieces
+            return ranges
         for row in range(start // self.per_segment, -(-stop // self.per_segment)):
             row_start = row * self.per_segment
             begin, end = max(start, row_start), min(stop, row_start + self.per_segment)
             samples = slice(begin - row_start, end - row_start)
             positions = slice(begin - start, end - start)
             if self._is_contiguous:
-                pieces.append(Piece(row, samples, positions))
+                ranges.append(SegmentRange(row, samples, positions))
                 continue
             own = self._positions[positions]
             if self.shape.kind is not Kind.VIDEO:
-                pieces.append(Piece(row, samples, own))
+                ranges.append(SegmentRange(row, samples, own))
             elif len(seen := np.flatnonzero(own >= 0)):
                 first, last = own[seen[[0, -1]]].tolist()
-                pieces.append(Piece(row, seen + samples.start, slice(first, last + 1)))
-        return pieces
+                ranges.append(SegmentRange(row, seen + samples.start, slice(first, last + 1)))
+        return ranges
 
 
 def make_layouts(shapes: WindowShapes, *, segment_s: float) -> dict[str, StreamLayout]:
@@ -161,7 +161,7 @@ def write_window(
     window: WindowRows,
     layouts: Mapping[str, StreamLayout],
     *,
-    read_segments: Callable[[str, list[Piece]], Mapping[int, Any]],
+    read_segments: Callable[[str, list[SegmentRange]], Mapping[int, Any]],
     on_stage: OnStage = no_timer,
 ) -> ReadWindow:
     """Write all streams of a window; see :meth:`train.data.batch.SampleSource.read_into`.
@@ -170,7 +170,7 @@ def write_window(
         out: see there.
         window: the window.
         layouts: of the streams that are read, by name.
-        read_segments: returns the segments that pieces of a stream need, by number in the window's
+        read_segments: returns the segments that ranges of a stream need, by number in the window's
             rows, without rows that lack the stream: a :class:`VideoSegment`, samples with masked
             values marked, or a SegmentText.
         on_stage: called when "decode" ends.
@@ -178,16 +178,16 @@ def write_window(
     texts: dict[str, WindowText] = {}
     num_members = 0
     for name, layout in layouts.items():
-        pieces = layout.pieces(window)
-        segments = read_segments(name, pieces) if pieces else {}
+        ranges = layout.ranges(window)
+        segments = read_segments(name, ranges) if ranges else {}
         num_members += len(segments)
         if layout.shape.kind is Kind.TEXT:
-            texts[name] = gather_tokens(pieces, segments, window, layout=layout)
+            texts[name] = gather_tokens(ranges, segments, window, layout=layout)
             if name in out:
                 write_tokens(out[name], out[f"{name}_valid"], texts[name])
         else:
             write = _WRITERS[layout.shape.kind]
-            write(out[name], out[f"{name}_valid"], pieces, segments)
+            write(out[name], out[f"{name}_valid"], ranges, segments)
         on_stage("decode")
     return ReadWindow(texts, num_members)
 
@@ -195,7 +195,7 @@ def write_window(
 def write_frames(
     out: NDArray[np.uint8],
     valid: NDArray[np.bool_],
-    pieces: Sequence[Piece],
+    ranges: Sequence[SegmentRange],
     segments: Mapping[int, VideoSegment],
 ) -> None:
     """Write the frames of a window; masked frames become zeros.
@@ -203,11 +203,11 @@ def write_frames(
     Args:
         out: pictures of a window, in either layout; overwritten completely.
         valid: whether each was recorded; overwritten completely.
-        pieces: from :meth:`StreamLayout.pieces`.
+        ranges: from :meth:`StreamLayout.ranges`.
         segments: by number in the window's rows; a row that lacks the stream is left out.
     """
     valid[...] = False
-    for row, samples, positions in pieces:
+    for row, samples, positions in ranges:
         if (segment := segments.get(row)) is None:
             continue
         is_valid = np.isfinite(segment.error_s[samples])
@@ -221,7 +221,7 @@ def write_frames(
 def write_readings(
     out: NDArray[np.float32],
     valid: NDArray[np.bool_],
-    pieces: Sequence[Piece],
+    ranges: Sequence[SegmentRange],
     segments: Mapping[int, NDArray[np.float32]],
 ) -> None:
     """Write the readings of a window [positions, D]; see :func:`write_frames`.
@@ -229,7 +229,7 @@ def write_readings(
     In a segment [samples, D], NaN marks masked values.
     """
     out[...] = np.nan
-    for row, samples, positions in pieces:
+    for row, samples, positions in ranges:
         if row in segments:
             out[positions] = segments[row][samples]
     np.logical_not(np.isnan(out).any(axis=1), out=valid)
@@ -239,12 +239,12 @@ def write_readings(
 def write_levels(
     out: NDArray[np.uint8],
     valid: NDArray[np.bool_],
-    pieces: Sequence[Piece],
+    ranges: Sequence[SegmentRange],
     segments: Mapping[int, NDArray[np.uint8]],
 ) -> None:
     """Write the dMel levels of a window [positions, C]; see :func:`write_frames`."""
     out[...] = MASKED_LEVEL
-    for row, samples, positions in pieces:
+    for row, samples, positions in ranges:
         if row in segments:
             out[positions] = segments[row][samples]
     np.not_equal(out[:, 0], MASKED_LEVEL, out=valid)
@@ -269,7 +269,7 @@ def _clear_invalid(out: NDArray[Any], valid: NDArray[np.bool_]) -> None:
 
 
 def gather_tokens(
-    pieces: Sequence[Piece],
+    ranges: Sequence[SegmentRange],
     segments: Mapping[int, SegmentText],
     window: WindowRows,
     *,
@@ -281,7 +281,7 @@ def gather_tokens(
     nothing is valid.
 
     Args:
-        pieces: the ticks of each segment, from :meth:`StreamLayout.pieces`.
+        ranges: the ticks of each segment, from :meth:`StreamLayout.ranges`.
         segments: by number in the window's rows; a row that lacks the stream is left out.
         window: the window.
         layout: of the stream.
@@ -291,7 +291,7 @@ def gather_tokens(
     ids: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
     ticks: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
     event_s: list[NDArray[np.float64]] = [np.zeros(0)]
-    for row, _, positions in pieces:
+    for row, _, positions in ranges:
         if (segment := segments.get(row)) is None:
             continue
         is_valid[positions] = True

@@ -200,8 +200,8 @@ def pack_texts(samples: Sequence[ReadSample], shapes: WindowShapes) -> dict[str,
         start = 0
         for name in names:
             ids = texts[name].ids
-            places = np.flatnonzero((order >= start) & (order < start + len(ids)))
-            arrays[name][i, places] = ids[order[places] - start]
+            positions = np.flatnonzero((order >= start) & (order < start + len(ids)))
+            arrays[name][i, positions] = ids[order[positions] - start]
             arrays[f"{name}_valid"][i, : len(order)] = texts[name].is_valid.any()
             start += len(ids)
     return arrays

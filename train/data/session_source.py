@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.timing import OnStage
-    from train.data.assembly import Piece, StreamLayout
+    from train.data.assembly import SegmentRange, StreamLayout
     from train.data.batch import ReadWindow, SampleLocation
     from train.data.order import BatchOrder, OrderSettings
     from train.data.windows import WindowIndex
@@ -190,21 +190,21 @@ class SessionSource:
         return self._scans[self._shards[shard].session]
 
     def _read_segments(
-        self, shard: int, first_row: int, name: str, pieces: list[Piece]
+        self, shard: int, first_row: int, name: str, ranges: list[SegmentRange]
     ) -> dict[int, Any]:
         """Read the segments of a stream that a window needs; see :func:`write_window`."""
         scan, numbers = self._scan(shard), self._shards[shard].segments
         segments: dict[int, Any] = {}
         missing: dict[Segment, int] = {}
-        for piece in pieces:
-            number = numbers[first_row + piece.row]
+        for own in ranges:
+            number = numbers[first_row + own.row]
             if name not in scan.present(number):
                 continue
-            found = self._decoded.get((scan.session, name, number))
-            if found is None:
-                missing[Segment(number, self.recipe.segment_s)] = piece.row
+            cached = self._decoded.get((scan.session, name, number))
+            if cached is None:
+                missing[Segment(number, self.recipe.segment_s)] = own.row
             else:
-                segments[piece.row] = _as_segment(found)
+                segments[own.row] = _as_segment(cached)
         if not missing:
             return segments
         spec = self.recipe.streams[name]

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from shared.kinds.column import Column
     from shared.recipe import Split
     from shared.shardset.manifest import ShardEntry
-    from train.data.assembly import Piece, StreamLayout
+    from train.data.assembly import SegmentRange, StreamLayout
     from train.data.batch import ReadWindow, SampleLocation
     from train.data.order import BatchOrder, OrderSettings
     from train.data.windows import WindowGrid, WindowIndex
@@ -344,13 +344,13 @@ class ShardSource:
             )
 
     def _read_segments(
-        self, opened: OpenShard, first_row: int, name: str, pieces: list[Piece]
+        self, opened: OpenShard, first_row: int, name: str, ranges: list[SegmentRange]
     ) -> dict[int, Any]:
         """Read the segments of a stream that a window needs; see :func:`write_window`."""
         column = self._columns.get(name)
         if column is None:  # a set of a mix does not declare it
             return {}
-        rows = range(first_row + pieces[0].row, first_row + pieces[-1].row + 1)
+        rows = range(first_row + ranges[0].row, first_row + ranges[-1].row + 1)
         members = self._read_members(opened, column, rows)
         decode = _DECODERS[column.kind]
         segments: dict[int, Any] = {}

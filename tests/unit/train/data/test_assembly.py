@@ -206,9 +206,9 @@ def read(world, recording):
         duration_s=world.duration_s,
     )
 
-    def read_segments(name, pieces):
-        assert pieces
-        rows = {piece.row for piece in pieces}
+    def read_segments(name, ranges):
+        assert ranges
+        rows = {part.row for part in ranges}
         assert rows <= set(range(num_rows))
         return {
             row: recording.segment(name, rows_before + row)
@@ -264,9 +264,9 @@ def test_frames_that_no_tick_sees_are_not_decoded():
     shape = stream_shape(Kind.VIDEO, 30, num_ticks=5, tick_rate_hz=10)
     layout = StreamLayout(shape, num_ticks=5, tick_rate_hz=10, segment_s=1.0)
     window = WindowRows(rows=range(1), first_tick=2, num_ticks=5, clock_tick=2, duration_s=9.0)
-    (piece,) = layout.pieces(window)
-    assert piece.samples.tolist() == [6, 9, 12, 15, 18]
-    assert piece.positions == slice(0, 5)
+    (part,) = layout.ranges(window)
+    assert part.samples.tolist() == [6, 9, 12, 15, 18]
+    assert part.positions == slice(0, 5)
 
 
 @pytest.mark.parametrize(("start", "kept"), [(0, []), (4, [2, 3, 4, 5]), (8, [])])
@@ -293,6 +293,6 @@ def test_a_window_reads_each_sample_once(segment_s):
     shape = stream_shape(Kind.SENSOR, 30, num_ticks=40, tick_rate_hz=10)
     layout = StreamLayout(shape, num_ticks=40, tick_rate_hz=10, segment_s=segment_s)
     window = WindowRows(rows=range(5), first_tick=4, num_ticks=40, clock_tick=4, duration_s=99.0)
-    pieces = layout.pieces(window)
-    assert sum(p.samples.stop - p.samples.start for p in pieces) == shape.num_positions
-    assert [p.positions.start for p in pieces[1:]] == [p.positions.stop for p in pieces[:-1]]
+    ranges = layout.ranges(window)
+    assert sum(p.samples.stop - p.samples.start for p in ranges) == shape.num_positions
+    assert [p.positions.start for p in ranges[1:]] == [p.positions.stop for p in ranges[:-1]]
