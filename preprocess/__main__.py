@@ -239,7 +239,7 @@ def _print_build(summary: BuildSummary, location: Path | Store) -> None:
     from preprocess.build.explain import PAST, explain_plan
 
     for name, reason in summary.absent.items():
-        click.echo(f"warning: no session has the stream {name}, so it is masked: {reason}")
+        click.echo(f"warning: no session has {name}, so it is masked: {reason}", err=True)
     lines = explain_plan(summary.plan)
     for verb, line in lines:
         click.echo(f"{PAST[verb] if summary.manifest else f'would {verb}'} {line}")

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.kinds.column import Column
-    from shared.shardset.columns import ColumnFile
-    from shared.streams import StreamSpec, VideoStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +147,6 @@ class _Verifier:
     def _verify_column(self, entry: ShardEntry, index: ShardIndex, column: Column) -> None:
         """Verify the checksum of a column's file, and that every member is whole and decodes."""
         header = index.columns[column.name]
-        spec = self.manifest.recipe.streams[column.stream]
         try:
             file = self.store.open_column(header["file"])
         except ShardError as error:
@@ -165,22 +162,12 @@ class _Verifier:
                 self.problems.append(f"{file.origin}: checksum differs from its index; {self._fix}")
             for row in range(index.num_samples):
                 try:
-                    self._verify_member(file, index, column=column, row=row, spec=spec)
+                    content = file.read(index.members(column.name), row, max_bytes=column.max_bytes)
+                    if content is not None:
+                        self.num_members += 1
+                        _decode(content, column, self.manifest.recipe)
                 except ShardError as error:
                     self.problems.append(f"{entry.name} {index.key(row)}: {error}")
-
-    def _verify_member(
-        self, file: ColumnFile, index: ShardIndex, *, column: Column, row: int, spec: StreamSpec
-    ) -> None:
-        """Verify one member.
-
-        Raises:
-            CorruptError: its bytes differ from their checksum, or do not decode.
-        """
-        content = file.read(index.members(column.name), row, max_bytes=column.max_bytes)
-        if content is not None:
-            self.num_members += 1
-            _DECODERS[column.kind, column.container](content, column, spec)
 
     def _verify_keys(self, entry: ShardEntry, index: ShardIndex) -> None:
         """Compare a shard's keys and sessions with those of earlier shards, and add them."""
@@ -278,33 +265,21 @@ def _read_index(store: ShardSetStore, entry: ShardEntry, recipe: Recipe) -> Shar
     return index
 
 
-def _decode_video(content: bytes, column: Column, spec: VideoStream) -> None:
-    decode_pictures(content, spec=spec, out=np.empty(column.shape, np.uint8))
+def _decode(content: bytes, column: Column, recipe: Recipe) -> None:
+    """Decode a member.
 
-
-def _decode_audio(content: bytes, column: Column, spec: StreamSpec) -> None:
-    if (shape := decode_wav(content).shape) != column.shape:
-        raise CorruptError(f"{shape[0]} samples of {spec.file}, expected {column.shape[0]}")
-
-
-def _decode_text(content: bytes, column: Column, spec: StreamSpec) -> None:
-    del column, spec
-    decode_text(content)
-
-
-def _decode_chunk(content: bytes, column: Column, spec: StreamSpec) -> None:
-    del spec
-    read_chunk(content, dtype=column.dtype, shape=column.shape)
-
-
-_DECODERS: Mapping[tuple[Kind, str], Callable[..., None]] = {
-    (Kind.VIDEO, "tar"): _decode_video,
-    (Kind.AUDIO, "tar"): _decode_audio,
-    (Kind.AUDIO, "zarr"): _decode_chunk,
-    (Kind.SENSOR, "zarr"): _decode_chunk,
-    (Kind.TEXT, "tar"): _decode_text,
-}
-"""What decodes a member and raises CorruptError, by kind and container."""
+    Raises:
+        CorruptError: it does not decode, or has another length.
+    """
+    if column.container == "zarr":
+        read_chunk(content, dtype=column.dtype, shape=column.shape)
+    elif column.kind is Kind.VIDEO:
+        out = np.empty(column.shape, np.uint8)
+        decode_pictures(content, spec=recipe.videos[column.stream], out=out)
+    elif column.kind is Kind.TEXT:
+        decode_text(content)
+    elif (shape := decode_wav(content).shape) != column.shape:
+        raise CorruptError(f"{shape[0]} samples of sound, expected {column.shape[0]}")
 
 
 def _find_sample(
