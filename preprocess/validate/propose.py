@@ -299,13 +299,10 @@ def _read_columns(path: Path) -> dict[str, NDArray[np.float64]]:
         widths = dict.fromkeys(names, 1)
         if table.list_columns:
             widths = _list_widths(path, names, table.list_columns)
-        columns = [(name, width) for name, width in widths.items()]
-        block = next(table.iter_blocks(columns), None)
+        block = next(table.iter_blocks(widths), None)
     if block is None or not len(block.lines):
         raise TableError("it has no rows")
-    stops = np.cumsum([width for _, width in columns])
-    split = np.split(block.cells[:NUM_LINES], stops[:-1], axis=1)
-    return dict(zip(widths, split, strict=True))
+    return {name: cells[:NUM_LINES] for name, cells in block.cells.items()}
 
 
 def _list_widths(path: Path, names: Sequence[str], list_columns: frozenset[str]) -> dict[str, int]:

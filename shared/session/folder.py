@@ -17,21 +17,26 @@ from shared.errors import SessionError
 from shared.recipe import Recipe
 from shared.session.lines import (
     TIME_KEY,
-    IssueList,
     LineCollector,
     SessionLines,
     json_keys,
     parse_line,
     wrong_size,
 )
-from shared.session.tables import MAX_LINE_BYTES, TableError, choose_columns, open_table
+from shared.session.tables import (
+    MAX_LINE_BYTES,
+    TableError,
+    choose_columns,
+    iter_lines,
+    open_table,
+)
 from shared.streams import METADATA_FILE, SensorStream, TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from shared.session.lines import FileLines, Readings, TextEvent
-    from shared.session.tables import Table, TableBlock
+    from shared.session.tables import Table
     from shared.streams import StreamSpec
 
 SESSION_INFO_FILE = "session.json"
@@ -57,11 +62,7 @@ def scanned_files(recipe: Recipe) -> tuple[str, ...]:
 def find_sessions(root: Path | str, recipe: Recipe | None = None) -> list[Path]:
     """List the session folders below `root` (or `root` itself), sorted by name.
 
-    A session folder holds at least one of the source files.
-
-    Args:
-        root: the folder.
-        recipe: names the source files; None means the default recipe.
+    A session folder holds at least one source file of the recipe, by default the default one.
 
     Raises:
         SessionError: the folder doesn't exist or holds no session.
@@ -102,20 +103,16 @@ def read_timed_lines(
 ) -> SessionLines:
     """Read everything of a session that has timestamps.
 
-    Args:
-        path: the session folder.
-        recipe: declares the streams.
-        units_per_s: divisors of the timestamps by file, instead of those of the recipe.
-        is_cleaned: whether values are cleaned (:func:`shared.values.clean_readings`); readings that
-            can't be are left out. Else they are as recorded, and finite.
+    `units_per_s` are divisors of the timestamps by file, instead of those of the recipe. If
+    `is_cleaned`, values are cleaned (:func:`shared.values.clean_readings`), and readings that can't
+    be are left out. Else they are as recorded, and finite.
     """
     return _read_streams(path, recipe.streams, units_per_s=units_per_s, is_cleaned=is_cleaned)
 
 
 def read_readings(path: Path, recipe: Recipe, names: Collection[str]) -> dict[str, Readings]:
     """Read the same readings as :func:`read_timed_lines`, of some sensor streams only."""
-    streams = {name: recipe.streams[name] for name in names}
-    return dict(_read_streams(path, streams).readings)
+    return dict(_read_streams(path, {name: recipe.streams[name] for name in names}).readings)
 
 
 def read_text_events(
@@ -139,23 +136,20 @@ def _read_streams(
 ) -> SessionLines:
     """Read each file that holds some of the sensor and text streams."""
     streams_of_file: dict[str, dict[str, SensorStream | TextStream]] = {}
+    events: dict[str, list[TextEvent]] = {}
     for name, stream in streams.items():
         if isinstance(stream, (SensorStream, TextStream)):
             for file in files_of_stream(stream):
                 streams_of_file.setdefault(file, {})[name] = stream
+        if isinstance(stream, TextStream):
+            events[name] = []
     files: list[FileLines] = []
     readings: dict[str, Readings] = {}
-    events: dict[str, list[TextEvent]] = {
-        name: [] for name, stream in streams.items() if isinstance(stream, TextStream)
-    }
     for file in sorted(streams_of_file, key=lambda file: (file != METADATA_FILE, file)):
-        has_marks = is_only_events and file == METADATA_FILE
-        marks = _text_marks(streams_of_file[file]) if has_marks else ()
-        timelines = _plan_timelines(file, streams_of_file[file], (units_per_s or {}).get(file))
-        if file.endswith(".jsonl"):
-            num_lines = _read_json_lines(path / file, timelines, marks=marks)
-        else:
-            num_lines = _read_table(path / file, timelines)
+        own = streams_of_file[file]
+        marks = _text_marks(own) if is_only_events and file == METADATA_FILE else ()
+        timelines = _plan_timelines(file, own, (units_per_s or {}).get(file))
+        num_lines = _read_file(path / file, timelines, marks=marks)
         for timeline in timelines:
             lines, its_readings = timeline.finish(num_lines=num_lines, is_cleaned=is_cleaned)
             readings.update(its_readings)
@@ -163,138 +157,126 @@ def _read_streams(
                 events[name] += its_events
             if num_lines or lines.issues:
                 files.append(lines)
-    return SessionLines(
-        readings=readings,
-        events={n: tuple(sorted(e, key=lambda event: event.time_s)) for n, e in events.items()},
-        files=tuple(files),
-    )
+    ordered = {n: tuple(sorted(e, key=lambda event: event.time_s)) for n, e in events.items()}
+    return SessionLines(readings=readings, events=ordered, files=tuple(files))
 
 
 def _plan_timelines(
     file: str, streams: Mapping[str, SensorStream | TextStream], units_per_s: float | None
 ) -> list[LineCollector]:
     """Group the streams of a file by the key of their times; texts join the first sensors."""
-    timelines: dict[tuple[str, float], LineCollector] = {}
-    texts = {name: stream for name, stream in streams.items() if isinstance(stream, TextStream)}
+    groups: dict[tuple[str, float], dict[str, SensorStream | TextStream]] = {}
     for name, stream in streams.items():
         if isinstance(stream, SensorStream):
-            key = (stream.time, stream.units_per_s)
-            if key not in timelines:
-                timelines[key] = LineCollector(file, stream.time, units_per_s or stream.units_per_s)
-            timelines[key].add_stream(name, stream)
+            groups.setdefault((stream.time, stream.units_per_s), {})[name] = stream
+    texts = {name: stream for name, stream in streams.items() if isinstance(stream, TextStream)}
     if texts:
-        key = (TIME_KEY, 1.0)
-        if not timelines:
-            timelines[key] = LineCollector(file, TIME_KEY, units_per_s or 1.0)
-        timeline = timelines.get(key, next(iter(timelines.values())))
-        for name, stream in texts.items():
-            timeline.add_stream(name, stream)
-    for timeline in timelines.values():
-        timeline.is_optional = len(timelines) > 1
-    return list(timelines.values())
+        own = (TIME_KEY, 1.0)
+        key = own if own in groups or not groups else next(iter(groups))
+        groups.setdefault(key, {}).update(texts)
+    is_optional = len(groups) > 1
+    return [
+        LineCollector(file, time, group, units_per_s=units_per_s or units, is_optional=is_optional)
+        for (time, units), group in groups.items()
+    ]
+
+
+def _read_file(path: Path, timelines: list[LineCollector], *, marks: tuple[bytes, ...]) -> int:
+    """Add the lines of a file to timelines; return the number of those that are not blank.
+
+    A file that is missing, or can't be opened, which becomes an issue, has no lines.
+    """
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe would never end
+            raise IsADirectoryError(errno.EISDIR, "not a regular file")
+        file = path.open("rb")
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        fix = "fix: make it a file that can be read"
+        timelines[0].issues.add(0, "file", f"can't be opened: {error.strerror}; {fix}")
+        return 0
+    with file:
+        if path.suffix == ".jsonl":
+            return _read_json_lines(file, timelines, marks=marks)
+        return _read_table(file, path.suffix, timelines)
 
 
 def _read_json_lines(
-    path: Path, timelines: list[LineCollector], *, marks: tuple[bytes, ...]
+    file: IO[bytes], timelines: list[LineCollector], *, marks: tuple[bytes, ...]
 ) -> int:
-    """Read a file of JSON lines; return the number of lines that are not blank.
-
-    Args:
-        path: the file; a missing file has no lines.
-        timelines: what the lines are added to.
-        marks: if there are any, lines without one of these bytes are skipped.
-    """
-    issues = timelines[0].issues
-    file = _open_regular(path, issues)
-    if file is None:
-        return 0
-    num_lines = number = 0
-    with file:
-        while raw := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(raw) > MAX_LINE_BYTES:
-                num_lines += 1
-                while raw and not raw.endswith(b"\n"):
-                    raw = file.readline(MAX_LINE_BYTES)
-                issues.add(number, "long", f"line over {MAX_LINE_BYTES} bytes")
-                continue
-            if not raw.strip() or (marks and not any(mark in raw for mark in marks)):
-                continue
+    """Add JSON lines to timelines, if there are `marks`, only those with one of these bytes."""
+    issues, num_lines = timelines[0].issues, 0
+    for number, raw in iter_lines(file):
+        if len(raw) > MAX_LINE_BYTES:
             num_lines += 1
-            values, message = parse_line(raw)
-            if values is None:
-                issues.add(number, "json", message)
-                continue
-            for timeline in timelines:
-                timeline.add_line(number, values)
+            issues.add(number, "long", f"line over {MAX_LINE_BYTES} bytes")
+            continue
+        if marks and not any(mark in raw for mark in marks):
+            continue
+        num_lines += 1
+        values, message = parse_line(raw)
+        if values is None:
+            issues.add(number, "json", message)
+            continue
+        for timeline in timelines:
+            timeline.add_line(number, values)
     return num_lines
 
 
-def _read_table(path: Path, timelines: list[LineCollector]) -> int:
-    """Read a table file; return the number of its rows."""
-    issues = timelines[0].issues
-    file = _open_regular(path, issues)
-    if file is None:
-        return 0
+def _read_table(file: IO[bytes], suffix: str, timelines: list[LineCollector]) -> int:
+    """Add the rows of a table to timelines."""
+    issues, num_rows = timelines[0].issues, 0
     wanted = {t.time_key for t in timelines}
     wanted |= {key for t in timelines for s in t.sensors.values() for key in json_keys(s)}
-    num_rows = 0
-    with file:
-        try:
-            table = open_table(file, path.suffix, wanted=wanted)
-            offsets: dict[str, range] = {}
-            plans = [(timeline, _plan_columns(table, timeline, offsets)) for timeline in timelines]
-            widths = [(name, len(columns)) for name, columns in offsets.items()]
-            for block in table.iter_blocks(widths) if widths else ():
-                num_rows += block.num_rows
-                for timeline, columns in plans:
-                    if columns:
-                        timeline.add_block(block, columns)
-                _add_row_issues(block, timelines, issues)
-        except TableError as error:
-            issues.add(0, "file", str(error))
+    try:
+        table = open_table(file, suffix, wanted=wanted)
+        widths: dict[str, int] = {}
+        plans = [(timeline, _plan_columns(table, timeline, widths)) for timeline in timelines]
+        for block in table.iter_blocks(widths) if widths else ():
+            num_rows += block.num_rows
+            for timeline, columns in plans:
+                if columns is not None:
+                    timeline.add_block(block, columns)
+            for issue in block.issues:
+                if issue.kind != "size":
+                    issues.add(issue.line, issue.kind, issue.message)
+    except TableError as error:
+        issues.add(0, "file", str(error))
     return num_rows
 
 
 def _plan_columns(
-    table: Table, timeline: LineCollector, offsets: dict[str, range]
-) -> dict[str, list[int]]:
-    """Choose the columns of each stream, and of the time under the empty name.
+    table: Table, timeline: LineCollector, widths: dict[str, int]
+) -> dict[str, list[str]] | None:
+    """Choose the columns of each stream, and add their widths; None without a column of times.
 
-    Args:
-        table: the table.
-        timeline: the streams. One whose columns are missing becomes an issue.
-        offsets: columns of the cells by name of the table's column; new ones are added.
+    Missing columns become issues.
     """
-
-    def take(names: Sequence[str], width: int) -> list[int]:
-        for name in names:
-            stop = max((columns.stop for columns in offsets.values()), default=0)
-            offsets.setdefault(name, range(stop, stop + width))
-        return [index for name in names for index in offsets[name]]
-
     line, issues = table.header_line, timeline.issues
     if message := _find_fault(table, [timeline.time_key], "time"):
         issues.add(line, "column", message, key=timeline.time_key)
-        return {}
+        return None
     if timeline.time_key in table.seconds_columns:
         timeline.units_per_s = 1.0
-    plan: dict[str, list[int]] = {"": take([timeline.time_key], 1)}
+    widths.setdefault(timeline.time_key, 1)
+    plan: dict[str, list[str]] = {}
     for name, stream in timeline.sensors.items():
         key = stream.key or ""
         names = list(stream.names or ())
         if stream.key:
             names = choose_columns(table, key, size=stream.size)
             names = [column for column in names if column != timeline.time_key] or [key]
+        is_list = names[0] in table.list_columns
         if message := _find_fault(table, names, "key" if stream.key else "values"):
             issues.add(line, "column", message, key=key, stream=name)
-        elif names[0] in table.list_columns:
-            plan[name] = take(names, stream.size)
-        elif len(names) != stream.size:
+        elif not is_list and len(names) != stream.size:
             message = wrong_size(f"{len(names)} columns belong to {key}", name, stream)
             issues.add(line, "size", message, key=key, stream=name)
         else:
-            plan[name] = take(names, 1)
+            plan[name] = names
+            for column in names:
+                widths.setdefault(column, stream.size if is_list else 1)
     return plan
 
 
@@ -303,39 +285,12 @@ def _find_fault(table: Table, names: Sequence[str], setting: str) -> str:
     for name in names:
         count = table.names.count(name)
         if count != 1:
-            fault = "no column" if count == 0 else f"{count} columns are called"
+            fault = f"{count} columns are called" if count else "no column"
             columns = reprlib.repr(list(table.names))
             return (
                 f"{fault} {name}; its columns are {columns}; fix: correct `{setting}` or the file"
             )
     return ""
-
-
-def _add_row_issues(block: TableBlock, timelines: list[LineCollector], issues: IssueList) -> None:
-    """Report skipped rows, and lists of another length."""
-    for issue in block.issues:
-        if issue.kind != "size":
-            issues.add(issue.line, issue.kind, issue.message)
-            continue
-        for timeline in timelines:
-            for name, stream in timeline.sensors.items():
-                if stream.key == issue.column:
-                    message = wrong_size(issue.message, name, stream)
-                    timeline.issues.add(issue.line, "size", message, key=issue.column, stream=name)
-
-
-def _open_regular(path: Path, issues: IssueList) -> IO[bytes] | None:
-    """Open a regular file; None if it is missing, or can't be opened, which becomes an issue."""
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe would never end
-            raise IsADirectoryError(errno.EISDIR, "not a regular file")
-        return path.open("rb")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        fix = "fix: make it a file that can be read"
-        issues.add(0, "file", f"can't be opened: {error.strerror}; {fix}")
-        return None
 
 
 def _text_marks(streams: Mapping[str, SensorStream | TextStream]) -> tuple[bytes, ...]:

@@ -43,9 +43,6 @@ IssueKind = Literal[
 
 _CLEANED_ROWS = 1 << 14
 
-UNREAD_KINDS = frozenset(["json", "row", "long", "timestamp"])
-"""Kinds of issues for which a whole line is skipped."""
-
 
 @dataclass(frozen=True, slots=True)
 class ParseIssue:
@@ -152,16 +149,12 @@ class SessionLines:
     def find_cause(self, name: str, file: str) -> ParseIssue | None:
         """Return the issue that leaves a stream without readings or events, if there is one.
 
-        Args:
-            name: the stream.
-            file: its file. Issues of the whole file count, and if it has no times, all of them.
+        Issues of its whole file count, and if the file has no times, all of them.
         """
         has_times = file in self.spans
         for issue in self.issues:
-            is_of_file = issue.file == file and not issue.stream
-            if issue.stream == name or (
-                is_of_file and (issue.kind in ("file", "column") or not has_times)
-            ):
+            counts = issue.kind in ("file", "column") or not has_times
+            if issue.stream == name or (issue.file == file and not issue.stream and counts):
                 return issue
         return None
 
@@ -206,7 +199,7 @@ class IssueList:
         back_s: float = 0.0,
     ) -> None:  # fmt: skip
         """Add an issue; the arguments are the fields of :class:`ParseIssue`."""
-        self.num_unread += kind in UNREAD_KINDS
+        self.num_unread += kind in ("json", "row", "long", "timestamp")
         number, index = self._alike.get((kind, key, stream), (0, 0))
         if number < MAX_ISSUES:
             index = len(self._issues)
@@ -230,34 +223,33 @@ class LineCollector:
     Args:
         file: name of the file.
         time_key: key or column of the timestamps.
+        streams: the sensors and texts, by name.
         units_per_s: divides the timestamps.
+        is_optional: whether lines may lack the time, because streams with another time key share
+            the file.
     """
 
-    def __init__(self, file: str, time_key: str, units_per_s: float) -> None:
+    def __init__(
+        self,
+        file: str,
+        time_key: str,
+        streams: Mapping[str, SensorStream | TextStream],
+        *,
+        units_per_s: float,
+        is_optional: bool,
+    ) -> None:
         self.file, self.time_key, self.units_per_s = file, time_key, units_per_s
-        self.sensors: dict[str, SensorStream] = {}
-        self.texts: dict[str, TextStream] = {}
-        self.is_optional = False
-        """Whether lines may lack the time, because streams with another time key share the file."""
+        self.is_optional = is_optional
+        self.sensors = {n: s for n, s in streams.items() if isinstance(s, SensorStream)}
+        self.texts = {n: s for n, s in streams.items() if isinstance(s, TextStream)}
+        self.is_text_file = not self.sensors and file != METADATA_FILE
+        """Whether every line must be a text."""
         self.issues = IssueList(file)
         self.times, self.numbers = array("d"), array("q")
-        self.rows: dict[str, array[int]] = {}
+        self.rows = {name: array("q") for name in self.sensors}
         """Of each sensor, the indices in `times` of its readings."""
-        self.values: dict[str, array[float]] = {}
-        self.events: dict[str, list[TextEvent]] = {}
-
-    def add_stream(self, name: str, stream: SensorStream | TextStream) -> None:
-        """Also take the values of a stream."""
-        if isinstance(stream, SensorStream):
-            self.sensors[name], self.rows[name] = stream, array("q")
-            self.values[name] = array("f")
-        else:
-            self.texts[name], self.events[name] = stream, []
-
-    @property
-    def is_text_file(self) -> bool:
-        """Whether every line must be a text."""
-        return not self.sensors and self.file != METADATA_FILE
+        self.values = {name: array("f") for name in self.sensors}
+        self.events: dict[str, list[TextEvent]] = {name: [] for name in self.texts}
 
     def add_line(self, number: int, values: dict[str, Any]) -> None:
         """Take the time, readings and texts of a JSON line."""
@@ -265,9 +257,7 @@ class LineCollector:
         if time_s is None:
             keys = {key for s in self.sensors.values() for key in json_keys(s)}
             if not self.is_optional or self.time_key in values or not keys.isdisjoint(values):
-                value = reprlib.repr(values.get(self.time_key))
-                message = f"{self.time_key} is {value}, not a usable number of seconds"
-                self.issues.add(number, "timestamp", message, key=self.time_key)
+                self._add_time_issue(number, reprlib.repr(values.get(self.time_key)))
             return
         row = len(self.times)
         for name, stream in self.sensors.items():
@@ -280,18 +270,14 @@ class LineCollector:
             self.times.append(time_s)
             self.numbers.append(number)
 
-    def add_block(self, block: TableBlock, columns: Mapping[str, Sequence[int]]) -> None:
-        """Take the times and readings of table rows.
-
-        Args:
-            block: the rows.
-            columns: columns of the cells by name of the stream; the time's has the empty name.
-        """
-        times_s = block.cells[:, columns[""][0]] / self.units_per_s
+    def add_block(self, block: TableBlock, columns: Mapping[str, Sequence[str]]) -> None:
+        """Take the times and readings of table rows; `columns` are the columns of each stream."""
+        raw_times = block.cells[self.time_key][:, 0]
+        times_s = raw_times / self.units_per_s
         is_timed = np.abs(times_s) < MAX_TIME_S
         is_missing = np.isnan(times_s)
-        for name in columns.keys() & self.sensors.keys():
-            values = block.cells[:, columns[name]]
+        for name, own in columns.items():
+            values = np.hstack([block.cells[column] for column in own])
             is_empty = np.isnan(values).all(axis=1)
             is_missing &= is_empty
             is_read = is_timed & ~is_empty
@@ -301,12 +287,19 @@ class LineCollector:
                 self.values[name].frombytes(values[is_read].astype(np.float32).tobytes())
         is_unread = ~is_timed & ~(is_missing & self.is_optional)
         for row in np.flatnonzero(is_unread):
-            value = block.cells[row, columns[""][0]]
+            value = raw_times[row]
             text = f"{value:g}" if np.isfinite(value) else "no number"
-            message = f"{self.time_key} is {text}, not a usable number of seconds"
-            self.issues.add(int(block.lines[row]), "timestamp", message, key=self.time_key)
+            self._add_time_issue(int(block.lines[row]), text)
         self.times.frombytes(times_s[is_timed].tobytes())
         self.numbers.frombytes(block.lines[is_timed].tobytes())
+        for issue in block.issues:
+            for name in (n for n, s in self.sensors.items() if s.key == issue.column):
+                message = wrong_size(issue.message, name, self.sensors[name])
+                self.issues.add(issue.line, "size", message, key=issue.column, stream=name)
+
+    def _add_time_issue(self, number: int, value: str) -> None:
+        message = f"{self.time_key} is {value}, not a usable number of seconds"
+        self.issues.add(number, "timestamp", message, key=self.time_key)
 
     def _add_texts(self, number: int, values: dict[str, Any], time_s: float) -> bool:
         """Take the texts of a JSON line; return whether there is one."""
@@ -365,12 +358,7 @@ class LineCollector:
             return None
 
     def finish(self, *, num_lines: int, is_cleaned: bool) -> tuple[FileLines, dict[str, Readings]]:
-        """Sort everything by time, and return the lines and the usable readings.
-
-        Args:
-            num_lines: lines of the file that are not blank.
-            is_cleaned: see :func:`shared.session.folder.read_timed_lines`.
-        """
+        """Sort everything by time, and return the lines and the usable readings."""
         times_s, numbers = np.asarray(self.times), np.asarray(self.numbers)
         order = self._increasing_order(times_s, numbers)
         is_sorted = len(order) == len(times_s) and bool((np.diff(order) == 1).all())
@@ -408,20 +396,17 @@ class LineCollector:
             part = slice(start, start + _CLEANED_ROWS)
             is_finite = np.abs(values[part]) < MAX_VALUE
             is_usable[part] = is_finite.all(axis=1)
-            is_bad = ~is_usable[part] & ~np.isnan(values[part]).all(axis=1)
-            for row in np.flatnonzero(is_bad):
-                key = stream.key or (stream.names or ())[int(np.argmin(is_finite[row]))]
-                message = f"{key} contains a value that is not a finite number"
+            is_clean = is_usable[part]
+            is_bad = ~is_clean & ~np.isnan(values[part]).all(axis=1)
+            if is_cleaned:
+                values[part], is_clean = clean_readings(values[part], stream)
+            for row in np.flatnonzero(is_bad | (is_usable[part] & ~is_clean)):
+                key, fault = stream.key or name, "a quaternion or direction of almost no length"
+                if is_bad[row]:
+                    key = stream.key or (stream.names or ())[int(np.argmin(is_finite[row]))]
+                    fault = "a value that is not a finite number"
                 line = int(numbers[rows[start + row]])
-                self.issues.add(line, "number", message, key=key, stream=name)
-            if not is_cleaned:
-                continue
-            values[part], is_clean = clean_readings(values[part], stream)
-            for row in np.flatnonzero(is_usable[part] & ~is_clean):
-                key = stream.key or name
-                message = f"{key} contains a quaternion or direction of almost no length"
-                line = int(numbers[rows[start + row]])
-                self.issues.add(line, "number", message, key=key, stream=name)
+                self.issues.add(line, "number", f"{key} contains {fault}", key=key, stream=name)
             is_usable[part] &= is_clean
         if is_usable.all():
             return rows, values

@@ -10,14 +10,14 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections import deque
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -31,9 +31,6 @@ MAX_GROUP_VALUES = 1 << 28
 MAX_COLUMN_VALUES = 1 << 30
 """Most values of a column of a Parquet file: in a row group, 2 GiB decoded, and in the file."""
 
-MAX_JOINED_LINES = 64
-"""A quoted cell that spans more lines is not closed."""
-
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 8192
 """Size of a block of a text file, and of a Parquet file."""
@@ -41,11 +38,8 @@ BLOCK_ROWS = 8192
 PARQUET_FIX = "fix: run `pip install pyarrow`, or `pip install '.[parquet]'` in the project"
 
 _DELIMITERS = ",;\t"
-_MISSING = dict.fromkeys([b"", b"null", b"na", b"n/a", b"none"], b"nan")
-_WORDS = {**_MISSING, b"true": b"1", b"false": b"0"}
+_WORDS = {**dict.fromkeys(["", "null", "na", "n/a", "none"], np.nan), "true": 1.0, "false": 0.0}
 """Cells that are no numbers, and what they mean."""
-
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class TableError(ValueError):
@@ -64,13 +58,10 @@ class RowIssue:
 
 @dataclass(frozen=True, slots=True)
 class TableBlock:
-    """Some rows of a table.
-
-    Shapes: lines int64 [N] (1-based line or row numbers), cells float64 [N, K].
-    """
+    """Some rows: 1-based numbers int64 [N], and cells float64 [N, width] by name of the column."""
 
     lines: NDArray[np.int64]
-    cells: NDArray[np.float64]
+    cells: Mapping[str, NDArray[np.float64]]
     issues: tuple[RowIssue, ...] = ()
 
     @property
@@ -91,18 +82,27 @@ class Table(Protocol):
     list_columns: frozenset[str]
     seconds_columns: frozenset[str]
 
-    def iter_blocks(self, columns: Sequence[tuple[str, int]]) -> Iterator[TableBlock]:
+    def iter_blocks(self, widths: Mapping[str, int]) -> Iterator[TableBlock]:
         """Yield the cells of some columns, given as name and number of values."""
         ...
 
 
-def open_table(file: IO[bytes], suffix: str, *, wanted: Collection[str]) -> Table:
-    """Read the header of a table.
+def iter_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield number and bytes of the lines that are not blank; of too long ones the beginning."""
+    number = 0
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        tail = raw
+        while len(tail) > MAX_LINE_BYTES and not tail.endswith(b"\n"):
+            tail = file.readline(MAX_LINE_BYTES + 1)
+        if raw.strip():
+            yield number, raw
 
-    Args:
-        file: the file, opened at its start.
-        suffix: of its name: ``.csv``, ``.tsv`` or ``.parquet``.
-        wanted: names that columns should have; they help to find the delimiter.
+
+def open_table(file: IO[bytes], suffix: str, *, wanted: Collection[str]) -> Table:
+    """Read the header of a table, a file opened at its start.
+
+    `suffix` is that of its name; the names that columns should have help to find the delimiter.
 
     Raises:
         TableError: the file can't be read as a table.
@@ -123,159 +123,81 @@ def choose_columns(table: Table, key: str, *, size: int) -> list[str]:
     """
     if key in table.list_columns or (size == 1 and key in table.names):
         return [key]
-    numbered = [
-        (int(match[1]), name)
-        for name in table.names
-        if (match := re.fullmatch(re.escape(key) + r"(?:[_.]|\[)([0-9]{1,5})\]?", name))
-    ]
+    pattern = re.compile(re.escape(key) + r"(?:[_.]|\[)([0-9]{1,5})\]?")
+    numbered = [(int(m[1]), m[0]) for name in table.names if (m := pattern.fullmatch(name))]
     if numbered:
         return [name for _, name in sorted(numbered)]
     return [name for name in table.names if name.startswith((f"{key}_", f"{key}.", f"{key}["))]
 
 
 class _DelimitedTable:
-    """Lines of cells, separated by comma, semicolon or tab."""
+    """Lines of cells, separated by comma, semicolon or tab; quoted cells stay in their line."""
+
+    list_columns = seconds_columns = frozenset[str]()
 
     def __init__(self, file: IO[bytes], wanted: Collection[str]) -> None:
-        start = file.read(2)
-        file.seek(0)
-        self._read_line: Callable[[], bytes] = lambda: file.readline(MAX_LINE_BYTES + 1)
-        if start in _UTF_16:
-            text = io.TextIOWrapper(file, "utf-16", errors="replace", newline="\n")
-            self._read_line = lambda: text.readline(MAX_LINE_BYTES + 1).encode()
-        self._number = 0
-        self._pending: deque[tuple[int, bytes]] = deque()
-        header = next(((n, raw) for n, raw in self._iter_records() if not _is_hint(raw)), None)
-        if header is None or len(header[1]) > MAX_LINE_BYTES:
+        self._lines = iter_lines(file)
+        self.header_line, raw = next(self._lines, (0, b""))
+        if not 0 < len(raw) <= MAX_LINE_BYTES:
             raise TableError("no header line; fix: write the names of the columns in line 1")
-        self.header_line, raw = header
-        readings = [
-            (_parse_row(_decode(raw.removeprefix(b"\xef\xbb\xbf")), delimiter) or [], delimiter)
-            for delimiter in _DELIMITERS
-        ]
+        readings = [(_parse_row(raw.removeprefix(BOM_UTF8), d) or [], d) for d in _DELIMITERS]
         cells, self.delimiter = max(
             readings, key=lambda r: (len({c.strip() for c in r[0]} & {*wanted}), len(r[0]))
         )
         self.names = tuple(cell.strip() for cell in cells)
-        edge = f"[{self.delimiter}\n]".encode()
-        words = b"|".join(sorted(_WORDS, reverse=True))
-        self._word = re.compile(rb"(?i)(?<=%b) *(%b) *(?=%b)" % (edge, words, edge))
-        self._quoted_cell = re.compile(
-            rb'(?<=%b)"([^"\n%b]*)"(?=%b)' % (edge, self.delimiter.encode(), edge)
-        )
-        self.list_columns = self.seconds_columns = frozenset[str]()
 
-    def iter_blocks(self, columns: Sequence[tuple[str, int]]) -> Iterator[TableBlock]:
+    def iter_blocks(self, widths: Mapping[str, int]) -> Iterator[TableBlock]:
         """Yield the cells of some columns."""
-        indices = [self.names.index(name) for name, _ in columns]
-        for records, issues in self._iter_record_blocks():
-            numbers = np.array([number for number, _ in records], dtype=np.int64)
-            cells = self._parse_fast([raw for _, raw in records], indices)
-            if cells is not None:
-                yield TableBlock(numbers, cells, issues)
-            else:
-                yield self._parse_slow(records, indices, issues)
+        indices = [self.names.index(name) for name in widths]
+        while lines := list(self._iter_block()):
+            issues: list[RowIssue] = []
+            cells, numbers = self._parse_fast(lines, indices), [number for number, _ in lines]
+            if cells is None:
+                cells, numbers = self._parse_slow(lines, indices, issues)
+            columns = {name: cells[:, i : i + 1] for i, name in enumerate(widths)}
+            yield TableBlock(np.array(numbers, dtype=np.int64), columns, tuple(issues))
 
-    def _iter_record_blocks(
-        self,
-    ) -> Iterator[tuple[list[tuple[int, bytes]], tuple[RowIssue, ...]]]:
-        """Yield records with their line numbers, and lines that are too long."""
-        records: list[tuple[int, bytes]] = []
-        issues: list[RowIssue] = []
+    def _iter_block(self) -> Iterator[tuple[int, bytes]]:
         length = 0
-        for number, raw in self._iter_records():
-            if len(raw) > MAX_LINE_BYTES:
-                issues.append(RowIssue(number, "long", f"line over {MAX_LINE_BYTES} bytes"))
-            else:
-                records.append((number, raw if raw.endswith(b"\n") else raw + b"\n"))
+        for number, raw in self._lines:
+            yield number, raw
             length += len(raw)
             if length > BLOCK_BYTES:
-                yield records, tuple(issues)
-                records, issues, length = [], [], 0
-        yield records, tuple(issues)
+                return
 
-    def _iter_records(self) -> Iterator[tuple[int, bytes]]:
-        """Yield line numbers and lines that are not blank; quoted cells may span lines."""
-        while line := self._next_line():
-            number, raw = line
-            if raw.count(b'"') % 2 and len(raw) <= MAX_LINE_BYTES:
-                raw = self._join_lines(raw)
-            if raw.strip():
-                yield number, raw
-
-    def _join_lines(self, raw: bytes) -> bytes:
-        """Append the lines up to the closing quote, if it is near; else keep them for later."""
-        joined = raw
-        taken: list[tuple[int, bytes]] = []
-        while len(taken) < MAX_JOINED_LINES and len(joined) <= MAX_LINE_BYTES:
-            line = self._next_line()
-            if line is None:
-                break
-            taken.append(line)
-            joined += line[1]
-            if line[1].count(b'"') % 2:
-                return joined
-        self._pending.extendleft(reversed(taken))
-        return raw
-
-    def _next_line(self) -> tuple[int, bytes] | None:
-        """Return the next line and its number; of a line that is too long, only the beginning."""
-        if self._pending:
-            return self._pending.popleft()
-        raw = self._read_line()
-        if not raw:
+    def _parse_fast(
+        self, lines: list[tuple[int, bytes]], indices: list[int]
+    ) -> NDArray[np.float64] | None:
+        """Parse lines of bare numbers, 5 times faster than :meth:`_parse_slow`; None for others."""
+        content = b"\n" + b"".join(raw for _, raw in lines).replace(b"\r\n", b"\n") + b"\n"
+        edge = self.delimiter.encode()
+        if {raw.count(edge) for _, raw in lines} != {len(self.names) - 1} or b'"' in content:
             return None
-        self._number += 1
-        extra = raw
-        while len(extra) > MAX_LINE_BYTES and not extra.endswith(b"\n"):
-            extra = self._read_line()
-        return self._number, raw
-
-    def _parse_fast(self, lines: list[bytes], indices: list[int]) -> NDArray[np.float64] | None:
-        """Parse lines of numbers; None if a needed cell is something else, or a row is irregular.
-
-        It gives the same cells as :meth:`_parse_slow`, 5 times faster.
-        """
-        delimiter = self.delimiter.encode()
-        if {raw.count(delimiter) for raw in lines} != {len(self.names) - 1}:
-            return None
-        content = b"\n" + b"".join(lines).replace(b"\r\n", b"\n")
-        if b'"' in content:
-            content = self._quoted_cell.sub(rb"\1", content)
-            if b'"' in content:
-                return None
-        if self.delimiter != ",":
+        if edge != b",":
             content = content.replace(b",", b".")
-        for has_words in (True, False):
-            try:
-                cells = np.loadtxt(
-                    io.BytesIO(content),
-                    delimiter=self.delimiter,
-                    usecols=indices,
-                    comments=None,
-                    encoding="latin1",
-                    ndmin=2,
-                )
-            except ValueError:
-                if has_words:
-                    content = self._word.sub(lambda m: _WORDS[m[1].lower()], content)
-            else:
-                return cells if len(cells) == len(lines) else None
-        return None
+        for empty in (edge + edge, edge + edge, b"\n" + edge, edge + b"\n"):
+            content = content.replace(empty, empty[:1] + b"nan" + empty[1:])
+        options: dict[str, Any] = {"comments": None, "encoding": "latin1", "ndmin": 2}
+        try:
+            cells = np.loadtxt(
+                io.BytesIO(content), delimiter=self.delimiter, usecols=indices, **options
+            )
+        except ValueError:
+            return None
+        return cells if len(cells) == len(lines) else None
 
     def _parse_slow(
-        self,
-        records: list[tuple[int, bytes]],
-        indices: list[int],
-        long_lines: tuple[RowIssue, ...],
-    ) -> TableBlock:
-        """Parse any lines."""
-        numbers, cells, issues = [], [], [*long_lines]
-        for number, raw in records:
-            row = _parse_row(_decode(raw), self.delimiter)
-            while row is not None and len(row) > len(self.names) and not row[-1].strip():
+        self, lines: list[tuple[int, bytes]], indices: list[int], issues: list[RowIssue]
+    ) -> tuple[NDArray[np.float64], list[int]]:
+        """Parse any lines; return the cells and numbers of the usable ones."""
+        numbers, cells = [], []
+        for number, raw in lines:
+            row = _parse_row(raw, self.delimiter) if len(raw) <= MAX_LINE_BYTES else []
+            while row and len(row) > len(self.names) and not row[-1].strip():
                 row.pop()
-            if row is None:
+            if len(raw) > MAX_LINE_BYTES:
+                issues.append(RowIssue(number, "long", f"line over {MAX_LINE_BYTES} bytes"))
+            elif row is None:
                 issues.append(RowIssue(number, "row", "a quote is not closed, or inside a cell"))
             elif len(row) != len(self.names):
                 message = f"{len(row)} cells in a table of {len(self.names)} columns"
@@ -283,11 +205,7 @@ class _DelimitedTable:
             else:
                 numbers.append(number)
                 cells.append([self._parse_cell(row[index]) for index in indices])
-        return TableBlock(
-            np.array(numbers, dtype=np.int64),
-            np.array(cells, dtype=np.float64).reshape(-1, len(indices)),
-            tuple(issues),
-        )
+        return np.array(cells, dtype=np.float64).reshape(-1, len(indices)), numbers
 
     def _parse_cell(self, text: str) -> float:
         """Return a number, NaN if it is missing, and infinity if it is something else."""
@@ -296,27 +214,14 @@ class _DelimitedTable:
         try:
             number = float(text)
         except ValueError:
-            word = _WORDS.get(text.strip().lower().encode())
-            return np.inf if word is None else float(word)
+            return _WORDS.get(text.strip().lower(), np.inf)
         return number if text.isascii() and "_" not in text else np.inf
 
 
-def _is_hint(raw: bytes) -> bool:
-    """Check for the line by which Excel says what the delimiter is."""
-    return re.fullmatch(rb'(?:\xef\xbb\xbf)?"?sep=.?"?', raw.strip()) is not None
-
-
-def _decode(raw: bytes) -> str:
+def _parse_row(raw: bytes, delimiter: str) -> list[str] | None:
+    """Return the cells of a line, or None if its quotes are wrong."""
     try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw.decode("cp1252", errors="replace")
-
-
-def _parse_row(text: str, delimiter: str) -> list[str] | None:
-    """Return the cells of one record, or None if its quotes are wrong."""
-    try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        rows = list(csv.reader([raw.decode(errors="replace")], delimiter=delimiter, strict=True))
     except csv.Error:
         return None
     return rows[0] if len(rows) == 1 else None
@@ -336,29 +241,28 @@ class _ParquetTable:
         self._pa: Any = pa
         try:
             self._file: Any = pq.ParquetFile(file)
-            self._schema: Any = self._file.schema_arrow
+            schema: Any = self._file.schema_arrow
         except (pa.ArrowException, OSError, ValueError) as error:
             raise TableError(_parquet_message(error)) from error
-        self.names = tuple(self._schema.names)
-        self.list_columns = frozenset(c.name for c in self._schema if _is_list(c.type, pa))
-        self.seconds_columns = frozenset(
-            c.name for c in self._schema if pa.types.is_timestamp(c.type)
-        )
+        types = pa.types
+        is_list = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+        self.names = tuple(schema.names)
+        self.list_columns = frozenset(c.name for c in schema if any(f(c.type) for f in is_list))
+        self.seconds_columns = frozenset(c.name for c in schema if types.is_timestamp(c.type))
 
-    def iter_blocks(self, columns: Sequence[tuple[str, int]]) -> Iterator[TableBlock]:
+    def iter_blocks(self, widths: Mapping[str, int]) -> Iterator[TableBlock]:
         """Yield the cells of some columns."""
-        names = [name for name, _ in columns]
-        self._check_lengths(names)
+        self._check_lengths(widths)
         first = 1
         try:
-            for batch in self._file.iter_batches(batch_size=BLOCK_ROWS, columns=names):
+            for batch in self._file.iter_batches(batch_size=BLOCK_ROWS, columns=list(widths)):
                 issues: list[RowIssue] = []
-                cells = [
-                    self._read_column(batch.column(name), name, width, issues, first=first)
-                    for name, width in columns
-                ]
                 lines = np.arange(first, first + batch.num_rows)
-                yield TableBlock(lines, np.hstack(cells), tuple(issues))
+                cells = {
+                    name: self._read_column(batch, name, width, lines=lines, issues=issues)
+                    for name, width in widths.items()
+                }
+                yield TableBlock(lines, cells, tuple(issues))
                 first += batch.num_rows
         except (self._pa.ArrowException, OSError, ValueError) as error:
             raise TableError(f"row {first} and later: {_parquet_message(error)}") from error
@@ -379,9 +283,11 @@ class _ParquetTable:
                 )
 
     def _read_column(
-        self, column: Any, name: str, width: int, issues: list[RowIssue], *, first: int  # noqa: ANN401
+        self, batch: Any, name: str, width: int,  # noqa: ANN401
+        *, lines: NDArray[np.int64], issues: list[RowIssue],
     ) -> NDArray[np.float64]:  # fmt: skip
         """Return the cells of a column, float64 [N, width]."""
+        column = batch.column(name)
         if name not in self.list_columns:
             return self._as_numbers(column).reshape(-1, 1)
         import pyarrow.compute as pc
@@ -390,7 +296,7 @@ class _ParquetTable:
         is_full = lengths == width
         for row in np.flatnonzero(~is_full & (lengths > 0)):
             message = f"{name} has {lengths[row]} values"
-            issues.append(RowIssue(first + int(row), "size", message, name))
+            issues.append(RowIssue(int(lines[row]), "size", message, name))
         cells = np.full((len(column), width), np.nan)
         full = column.filter(self._pa.array(is_full))
         cells[is_full] = self._as_numbers(pc.list_flatten(full)).reshape(-1, width)
@@ -398,19 +304,12 @@ class _ParquetTable:
 
     def _as_numbers(self, column: Any) -> NDArray[np.float64]:  # noqa: ANN401
         """Return float64 numbers, NaN where they are missing; timestamps are seconds."""
-        pa = self._pa
+        pa, units_per_s = self._pa, 1.0
         if pa.types.is_timestamp(column.type):
-            ns = column.cast(pa.timestamp("ns", column.type.tz)).cast(pa.int64())
-            return (
-                np.asarray(ns.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)) / 1e9
-            )
+            column = column.cast(pa.timestamp("ns", column.type.tz)).cast(pa.int64())
+            units_per_s = 1e9
         numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-        return np.asarray(numbers, dtype=np.float64)
-
-
-def _is_list(kind: Any, pa: Any) -> bool:  # noqa: ANN401
-    types = pa.types
-    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+        return np.asarray(numbers, dtype=np.float64) / units_per_s
 
 
 def _parquet_message(error: Exception) -> str:
