@@ -406,6 +406,11 @@ def _draw_group(
     pair: NDArray[np.float64], group: ValueGroup, *, rate_hz: float, axis: TimeAxis
 ) -> list[CurveRow]:
     """Draw the recorded and the predicted curves of a group's values [2, N, count]."""
+    if group.type is ValueType.QUATERNION:  # q and -q are one rotation
+        vectors = pair.reshape(*pair.shape[:2], -1, group.vector_size)
+        is_opposite = vectors.prod(axis=0).sum(axis=-1, keepdims=True) < 0
+        nearer = np.where(is_opposite, -vectors[1], vectors[1])
+        pair = np.stack([vectors[0], nearer]).reshape(pair.shape)
     finite = np.isfinite(pair)
     lows, highs = (
         extreme(np.where(finite, pair, other), axis=(0, 1))
@@ -418,14 +423,10 @@ def _draw_group(
         low, high = (float(lows[i]), float(highs[i])) if is_drawn[i] else (0.0, 0.0)
         margin = max(0.05 * (high - low), (MIN_CURVE_RANGE * largest - (high - low)) / 2)
         values = ValueAxis(low - margin, high + margin, CURVE_HEIGHT)
+        max_jump = MAX_JUMPS.get(group.type, math.inf)
         recorded, predicted = (
             curve_path(
-                sampled_curves(
-                    curve,
-                    rate_hz=rate_hz,
-                    axis=axis,
-                    max_jump=MAX_JUMPS.get(group.type, math.inf),
-                ),
+                sampled_curves(curve, rate_hz=rate_hz, axis=axis, max_jump=max_jump),
                 axis=axis,
                 values=values,
             )
