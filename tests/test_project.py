@@ -25,6 +25,7 @@ from shared.errors import ConfigError
 from shared.recipe import Recipe
 from train.__main__ import cli as train_cli
 from train.config import TrainConfig
+from train.shapes import WindowShapes
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [p for name in ("shared", "preprocess", "train") for p in (ROOT / name).rglob("*.py")]
@@ -144,15 +145,17 @@ def test_the_walkthroughs_real_data_block_is_read():
     config = as_config(REAL)
     assert config.data.root_dir == Path("data/sessions")
     assert config.data.batch_size == 4
-    assert config.input_streams == ("vision_left", "audio", "touch", "proprio")
+    shapes = WindowShapes.from_recipe(Recipe(), config)
+    assert shapes.inputs == ("audio", "proprio", "touch", "vision_left")
+    assert set(shapes.heads) == {"internal_text", "external_text", "audio", "animation"}
     assert config.training.save_interval == 5000
 
 
 def test_the_walkthroughs_text_only_block_trains_text_only():
     config = as_config(TEXT_ONLY)
-    assert config.heads == ("internal_text", "external_text")
-    assert config.input_streams == ("internal_text", "external_text")
-    assert config.is_text_only
+    shapes = WindowShapes.from_recipe(Recipe(), config)
+    assert shapes.heads == shapes.inputs == ("external_text", "internal_text")
+    assert shapes.is_text_only
 
 
 def test_the_blocks_are_those_of_the_walkthrough():
@@ -214,11 +217,14 @@ FAULTS = {
     "wrong type": ("training:\n  max_steps: many\n", ["'training.max_steps'", "valid integer"]),
     "out of range": ("data:\n  batch_size: 0\n", ["'data.batch_size'", "greater than or equal"]),
     "beta of 2": ("training: {optimizer: {betas: [0.9, 2]}}\n", ["optimizer.betas.1", "less than"]),
-    "unknown stream": ("data:\n  modalities: [smell]\n", ["data.modalities.0", "'vision_left'"]),
+    "unknown stream": (
+        "data:\n  modalities: [smell]\n",
+        ["data.modalities names smell", "use audio, ", "vision_left"],
+    ),
     "value for a section": ("model: big\n", ["'model'", "hidden_dim"]),
     "nothing learned": (
         "training: {loss_weights: {internal_text: 0, external_text: 0, audio: 0, animation: 0}}\n",
-        ["training.loss_weights", "set one above 0"],
+        ["nothing would be learned", "set training.loss_weights: {"],
     ),
     "a list": ("- 1\n- 2\n", ["expected `key: value` lines"]),
     "bad yaml": ("training: [1, 2\n", ["line 2", "not valid YAML", "check the indentation"]),
@@ -322,14 +328,14 @@ def test_a_wrong_configuration_ends_the_process_with_2_and_one_message(tmp_path)
         (["shards", "--sessions", "{tmp}/none", "--out", "{tmp}/out", "--workers", "0"], 1, "none"),
         (["verify", "{tmp}/none"], 1, "python -m preprocess shards --out"),
         (["show", "{tmp}/none"], 1, "python -m preprocess shards --out"),
-        (["shards", "--recipe", "{tmp}/bad.yaml"], 2, "'window.duration_x'"),
+        (["shards", "--recipe", "{tmp}/bad.yaml"], 2, "'segment.duration_x'"),
         (["validate", "{tmp}", "--recipe", "{tmp}/bad.yaml"], 2, "did you mean 'duration_s'?"),
         (["shards", "--recipe", "{tmp}/odd.yaml"], 2, "not a whole number of samples"),
     ],
 )
 def test_preprocess_ends_in_one_clear_message(tmp_path, arguments, code, says):
-    (tmp_path / "bad.yaml").write_text("window:\n  duration_x: 3\n")
-    (tmp_path / "odd.yaml").write_text("window:\n  duration_s: 0.33\n")
+    (tmp_path / "bad.yaml").write_text("segment:\n  duration_x: 3\n")
+    (tmp_path / "odd.yaml").write_text("segment:\n  duration_s: 0.33\n")
     given = [argument.format(tmp=tmp_path) for argument in arguments]
     result = CliRunner().invoke(preprocess_cli, given)
     assert result.exit_code == code

@@ -125,7 +125,7 @@ class DataConfig(Section):
     """Form of frames in a batch. yuv420: planes, which take half the bytes of RGB and are converted
     on the training device. rgb: RGB, converted by the loader; on a training device that is a CPU it
     saves 0.2 ms per frame of 224 pixels. The model's inputs differ by rounding only, except for
-    shards with `vision.codec: raw`, whose RGB frames yuv420 converts to planes and back."""
+    shards with `codec: raw` of a video, whose RGB frames yuv420 converts to planes and back."""
     num_workers: int = Field(2, ge=0)
     """Number of loader processes; 0 reads in the training process. It never changes which samples
     are in a batch. `python -m train profile` measures a good value."""
@@ -275,7 +275,7 @@ class ModelConfig(Section):
     vision_layers: int = Field(2, ge=0)
     """Number of layers of the frame encoder."""
     patch_size: int = Field(16, ge=2)
-    """Side of a frame's patches in pixels; must divide the recipe's vision.size."""
+    """Side of a frame's patches in pixels; must divide height and width of every video."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of activations dropped in training, in [0, 1)."""
     modality_dropout: float = Field(0.0, ge=0, lt=1)
@@ -283,7 +283,7 @@ class ModelConfig(Section):
     independently, both cameras as one. The model then learns to work without it, which takes more
     steps. It does not apply if text is the only input."""
     tick_rate_hz: float = Field(10.0, gt=0)
-    """Model time steps per second; must divide the recipe's mel.rate_hz and sensors.rate_hz."""
+    """Model time steps per second; a segment must hold a whole number of them."""
     pad_weight: float = Field(0.1, ge=0, le=1)
     """Weight of a silent tick in the text losses, where a token has weight 1. Most ticks are
     silent, and would otherwise outweigh the tokens."""

@@ -92,7 +92,7 @@ def _run(
 ) -> TrainSummary | None:
     """Run training as one of the ranks; only the main one prints."""
     console = Console(quiet=not distributed.is_main(), markup=False, soft_wrap=True)
-    setup = set_up_run(config)
+    setup = set_up_run(config, origin=origin)
     _print_warnings(console, setup, config)
     baselines = distributed.on_main(lambda: fit_baselines(setup, config, console))
     trainer = Trainer(
@@ -149,39 +149,37 @@ def check_config(
     save_dir = config.training.checkpointing.save_dir
     check_writable(save_dir)
     checkpoint = None if resume in {None, "auto"} else load_checkpoint(resume, map_location="meta")
+    sources = list(config.data.sets.values()) or list(filter(None, [config.data.root_dir]))
+    missing = [source for source in sources if not _exists(source)]
+    setup = None if missing or not sources else set_up_run(config, origin=origin)
+    if setup is None:
+        recipe = Recipe() if config.data.recipe is None else load_recipe(config.data.recipe)
+        shapes = window_shapes(recipe, config, origin=origin)
+        model = MultiModalCreature(config, shapes)
+    else:
+        shapes, model = setup.loader.shapes, setup.model
     console.print(f"{origin}: keys and values are valid")
     if not _resumes_in(save_dir, resume) and list_checkpoints(save_dir):
         console.print(
             f"  {save_dir} holds checkpoints: a run needs --resume auto or another folder"
         )
-    sources = list(config.data.sets.values()) or list(filter(None, [config.data.root_dir]))
-    missing = [source for source in sources if not _exists(source)]
-    if missing or not sources:
-        recipe = Recipe() if config.data.recipe is None else load_recipe(config.data.recipe)
-        shapes = WindowShapes.from_recipe(recipe, config)
-        model = MultiModalCreature(config, shapes)
+    console.print(f"  inputs: {', '.join(shapes.inputs)}; heads: {', '.join(shapes.heads)}")
+    if setup is None:
         reason = f"{missing[0]} does not exist yet" if missing else "no data is configured"
-        _print_streams(shapes, console)
         console.print(f"  model: {_count(model):,} parameters; {reason}, so no batch is read")
         if weights is not None or checkpoint is not None:
             console.print("  whether the checkpoint fits can be checked once the data exists")
         return
-    setup = set_up_run(config)
-    _print_streams(setup.loader.shapes, console)
     _print_warnings(console, setup, config)
     standardize(setup, console)
     _check_one_batch(setup, config, console)
-    loader, model = setup.loader, setup.model
+    loader = setup.loader
     if weights is not None:
         Trainer(model, config, loader).load_weights(weights)
         console.print(f"  {weights}: a run can start with its weights")
     if resume is not None and checkpoint is not None:
         Trainer(model, config, Loader(loader.source, config)).load_checkpoint(resume)
         console.print(f"  {resume}: a run can resume from it, at step {checkpoint['step']}")
-
-
-def _print_streams(shapes: WindowShapes, console: Console) -> None:
-    console.print(f"  inputs: {', '.join(shapes.inputs)}; heads: {', '.join(shapes.heads)}")
 
 
 def _check_one_batch(setup: RunSetup, config: TrainConfig, console: Console) -> None:
@@ -239,14 +237,27 @@ def _exists(path: Path | str) -> bool:
     return isinstance(path, str) or path.exists()
 
 
-def set_up_run(config: TrainConfig) -> RunSetup:
-    """Open the data and make the model that fits it.
+def window_shapes(recipe: Recipe, config: TrainConfig, *, origin: Path) -> WindowShapes:
+    """Return the sizes of a configuration's windows.
+
+    Raises:
+        ConfigError: names the file and the key that does not fit the recipe.
+    """
+    try:
+        return WindowShapes.from_recipe(recipe, config)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
+
+
+def set_up_run(config: TrainConfig, *, origin: Path) -> RunSetup:
+    """Open the data and make the model that fits it; `origin` is the configuration's file.
 
     Raises:
         EngineError: the data cannot be read, or does not fit the configuration.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     source = open_source(config, split="train")
+    window_shapes(source.recipe, config, origin=origin)
     loader = Loader(source, config, rank=rank, world_size=world_size)
     torch.manual_seed(config.training.seed)
     model = MultiModalCreature(config, loader.shapes)

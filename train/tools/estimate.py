@@ -39,13 +39,14 @@ from train.machine import runtime
 from train.model.blocks import Block
 from train.model.losses import compute_losses
 from train.model.multimodal import SIZES, MultiModalCreature
-from train.shapes import WindowShapes
+from train.run import window_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from train.config import TrainConfig
     from train.data.batch import Batch
+    from train.shapes import WindowShapes
 
 GPU_GIB: Final = (24, 40, 80)
 """Memory of the GPUs in the table."""
@@ -150,7 +151,7 @@ def print_estimate(config: TrainConfig, *, origin: Path) -> None:
         EngineError: the configuration describes no model, or its recipe or shard set can't be read.
     """
     dtype = _dtype(config)
-    shapes, shapes_origin = _window_shapes(config)
+    shapes, shapes_origin = _window_shapes(config, origin=origin)
     modes = estimate(config, shapes, dtype=dtype)
     is_on = config.model.is_checkpointing
     configured, other = modes[is_on], modes[not is_on]
@@ -194,7 +195,7 @@ def print_sizes(config: TrainConfig, *, origin: Path) -> None:
     Raises:
         EngineError: as :func:`print_estimate`.
     """
-    shapes, shapes_origin = _window_shapes(config)
+    shapes, shapes_origin = _window_shapes(config, origin=origin)
     batch_size, steps = config.data.batch_size, config.training.accumulation_steps
     table = _table(
         f"{origin}: an estimate, steps of {batch_size} x {steps} samples, windows by "
@@ -222,16 +223,16 @@ def _dtype(config: TrainConfig) -> torch.dtype:
     return dtypes.get(config.training.precision, torch.bfloat16)
 
 
-def _window_shapes(config: TrainConfig) -> tuple[WindowShapes, str]:
+def _window_shapes(config: TrainConfig, *, origin: Path) -> tuple[WindowShapes, str]:
     """Return the sizes of windows, and the shard set or recipe that they come from."""
-    recipe, origin = Recipe(), "the default recipe"
+    recipe, recipe_origin = Recipe(), "the default recipe"
     if config.data.recipe is not None:
-        recipe, origin = load_recipe(config.data.recipe), str(config.data.recipe)
+        recipe, recipe_origin = load_recipe(config.data.recipe), str(config.data.recipe)
     for location in config.data.sets.values():
         if isinstance(location, Path) and location.exists():
-            recipe, origin = read_manifest(location).recipe, str(location)
+            recipe, recipe_origin = read_manifest(location).recipe, str(location)
             break
-    return WindowShapes.from_recipe(recipe, config), origin
+    return window_shapes(recipe, config, origin=origin), recipe_origin
 
 
 def _stream_bytes(batch: Batch, shapes: WindowShapes) -> dict[str, int]:

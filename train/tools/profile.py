@@ -168,7 +168,7 @@ def run_profile(
     console = console or Console()
     out.mkdir(parents=True, exist_ok=True)
     with console.status("opening the data") as status, runtime.translate_errors():
-        bench = _open_bench(config, num_steps, log=status.update)
+        bench = _open_bench(config, num_steps, origin=origin, log=status.update)
         report = {**_describe_run(bench, origin), **_measure(bench, out, num_rounds=num_rounds)}
     write_atomic(out / REPORT_NAME, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     print_report(report, console)
@@ -181,10 +181,12 @@ def run_profile(
     return report
 
 
-def _open_bench(config: TrainConfig, num_steps: int, *, log: Callable[[str], object]) -> Bench:
+def _open_bench(
+    config: TrainConfig, num_steps: int, *, origin: Path, log: Callable[[str], object]
+) -> Bench:
     """Open the data and make a model with fresh weights on its device."""
     device = runtime.choose_device(config.training.device)
-    run = set_up_run(config)
+    run = set_up_run(config, origin=origin)
     _set_threads(config, device)
     return Bench(
         step=TrainingStep(run.model.to(device).train(), config, device),

@@ -75,7 +75,7 @@ def measured(trained):
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(trained)
         config = load_train_config(Path("configs/demo.yaml"))
-        setup = set_up_run(config)
+        setup = set_up_run(config, origin=Path("mine.yaml"))
         cpu = torch.device("cpu")
         creature = load_trained_model(Path("checkpoints/demo/model_final.pt"), device=cpu)
         batches = list(held_out_loader(setup.val_loader.source, config))

@@ -29,7 +29,7 @@ from shared.streams import DEFAULT_STREAMS
 from train import MultiModalCreature, RealMultiModalDataset, Trainer, real_data_collate_fn
 from train.__main__ import cli
 from train.checkpoints import load_checkpoint
-from train.config import load_train_config
+from train.config import WindowConfig, load_train_config
 from train.infer.run import infer
 from train.run import (
     baseline_losses,
@@ -147,12 +147,27 @@ def test_a_new_run_may_start_with_the_weights_of_one_on_other_data(tiny_set, raw
         torch.testing.assert_close(new["model"][name], weight, atol=1e-9, rtol=0)
 
 
+def test_weights_take_another_window_and_a_resumed_run_does_not(tiny_set, tmp_path):
+    first = run_training(make_run(tiny_set, tmp_path / "a"), origin=tmp_path / "mine.yaml")
+    other = make_run(tiny_set, tmp_path / "b")
+    window = WindowConfig(duration_s=0.6, stride_s=0.6)
+    data = other.data.model_copy(update={"window": window})
+    other = other.model_copy(update={"data": data})
+    with pytest.raises(ConfigError, match=r"windows with window_s 1\.0.*--weights"):
+        run_training(other, origin=tmp_path / "mine.yaml", resume=str(first.checkpoint))
+    second = run_training(other, origin=tmp_path / "mine.yaml", weights=first.checkpoint)
+    old, new = (load_checkpoint(s.checkpoint) for s in (first, second))
+    assert (old["shapes"]["num_ticks"], new["shapes"]["num_ticks"]) == (10, 6)
+    std = "sensors.s_proprio.std"  # the checkpoint's scales stay
+    assert torch.equal(new["model"][std], old["model"][std])
+
+
 def test_resume_auto_starts_at_step_0_without_checkpoints(config, tmp_path):
     assert run_training(config, origin=tmp_path / "mine.yaml", resume="auto").steps == 3
 
 
 def test_held_out_sessions_are_measured_in_stored_order(config):
-    setup = set_up_run(config)
+    setup = set_up_run(config, origin=Path("mine.yaml"))
     batches = list(setup.val_loader)
     rows = [zip(batch["keys"], batch["weight"], strict=True) for batch in batches]
     keys = [key for row in rows for key, weight in row if weight]
@@ -168,7 +183,7 @@ def test_baselines_are_judged_on_the_evaluated_samples_and_read_targets_only(
     config = make_config(tiny_set, heads=heads, modalities=modalities, batch_size=2)
     training = config.training.model_copy(update={"eval_batches": 2})
     config = config.model_copy(update={"training": training})
-    setup, opened = set_up_run(config), []
+    setup, opened = set_up_run(config, origin=Path("mine.yaml")), []
 
     def open_recorded(*arguments):
         opened.append(list(held_out_loader(*arguments)))
@@ -255,7 +270,7 @@ def test_rejected_sessions_read_directly_are_named(tiny_sessions, tmp_path, caps
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(requiring("audio").as_json()))
     config = make_config(root_dir=tiny_sessions, recipe=recipe)
-    setup = set_up_run(config)
+    setup = set_up_run(config, origin=Path("mine.yaml"))
     assert [line.split(":")[0] for line in setup.rejected if "segments" not in line] == ["eve"]
     check_config(config, origin=tmp_path / "mine.yaml")
     assert "rejected: eve: required stream audio" in capsys.readouterr().out
@@ -267,7 +282,7 @@ def test_rejected_held_out_sessions_are_named(tiny_sessions, tmp_path):
     (sessions / "bob" / "audio.wav").unlink()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(requiring("audio").as_json()))
-    setup = set_up_run(make_config(root_dir=sessions, recipe=recipe))
+    setup = set_up_run(make_config(root_dir=sessions, recipe=recipe), origin=recipe)
     assert setup.val_loader is None
     assert "bob" in setup.no_val_reason
 
@@ -287,7 +302,7 @@ def test_a_set_without_train_sessions_names_its_path_and_the_fix(tiny_sessions, 
     with pytest.raises(
         ConfigError, match=rf"{shards}: this split has no samples.*split\.val_fraction"
     ):
-        set_up_run(make_run(shards, tmp_path))
+        set_up_run(make_run(shards, tmp_path), origin=tmp_path)
 
 
 def test_paths_with_brackets_and_spaces_are_printed_as_they_are_and_quoted(
