@@ -100,13 +100,13 @@ def check_files(probe: SessionProbe) -> list[Finding]:
 
 
 def check_streams(probe: SessionProbe) -> list[Finding]:
-    """Check that every declared stream is present: an error only where it is required."""
+    """Check that every required stream is present, and every other one that is recorded."""
     if not probe.intervals:
         message = "contains nothing that can be read as a stream; fix: record it again or remove it"
         return [Finding("error", f"session: {message}")]
     findings: list[Finding] = []
     for name, spec in probe.recipe.streams.items():
-        if name in probe.intervals:
+        if name in probe.intervals or (not spec.required and name in probe.not_recorded):
             continue
         reason = probe.absent.get(name, "not recorded")
         if spec.required:

@@ -170,6 +170,8 @@ class SessionProbe:
     """Timestamped file -> the unit that it has instead of the declared one; it is divided here."""
     intervals: Mapping[str, Interval]
     absent: Mapping[str, str]
+    not_recorded: frozenset[str]
+    """Absent streams of which nothing was recorded: no file, no reading, no event."""
     offset_s: float
     """Session clock = recorder's clock - `offset_s`."""
     duration_s: float
@@ -309,6 +311,8 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
         units=units,
         intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
         absent={n: absent[n] for n in recipe.streams if n in absent},
+        not_recorded=alignment.not_recorded
+        | {n for n, error in failures.items() if isinstance(error, MissingMediaError)},
         offset_s=alignment.offset_s,
         duration_s=alignment.duration_s,
         stop_s=alignment.stop_s,
