@@ -8,17 +8,23 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import sets as tiny_sets
+from hypothesis import given
+from hypothesis import strategies as st
 
+from preprocess.build.plan_types import SessionSegments, runs_of
 from shared.errors import ConfigError, CorruptError, FormatVersionError, ShardError
 from shared.media.tokenizer import train_tokenizer
 from shared.recipe import Recipe
+from shared.shardset.index import ShardIndex
 from shared.shardset.layout import field_schema
 from shared.shardset.manifest import (
     Manifest,
     ShardEntry,
     commit_manifest,
+    find_runs,
     parse_manifest,
     read_manifest,
 )
@@ -41,6 +47,7 @@ def entry(name: str = "train-000000", **changes: Any) -> ShardEntry:
         "name": name,
         "split": name.partition("-")[0],
         "num_samples": 3,
+        "runs": (2, 1),
         "length_bytes": 1000,
         "index_file": f"{name}.index",
         "index_sha256": "ab" * 32,
@@ -52,13 +59,13 @@ def make_manifest(root: Path, **changes: Any) -> Manifest:
     values: dict[str, Any] = {
         "root": root,
         "recipe": Recipe(),
-        "shards": (entry(), entry("train-000001", num_samples=2), entry("val-000000")),
+        "shards": (entry(), entry("train-000001", num_samples=2, runs=(2,)), entry("val-000000")),
         "generation": 4,
         "tokenizer_file": "tokenizer.json",
         "tokenizer_sha256": TOKENIZER.sha256,
         "fields": field_schema(Recipe()),
         "statistics": {"num_samples": 5, "proprio": {"count": 1, "mean": [0.1, 1e-17]}},
-        "counts": {"samples": 8, "windows_planned": 9, "windows_rejected": 1},
+        "counts": {"samples": 8, "segments_planned": 9, "segments_rejected": 1},
         "fingerprint": "f" * 32,
     }
     return Manifest(**{**values, **changes})
@@ -123,6 +130,26 @@ def test_an_edited_manifest_is_refused_until_its_checksum_is_removed(tmp_path):
     assert read_manifest(tmp_path).generation == 5
 
 
+@given(
+    sessions=st.lists(st.sets(st.integers(0, 12), min_size=1, max_size=8).map(sorted), max_size=4)
+)
+def test_runs_are_consecutive_segments_of_one_session(sessions):
+    rows = [(session, segment) for session, own in enumerate(sessions) for segment in own]
+    arrays = {
+        "session": np.array([session for session, _ in rows], np.uint32),
+        "segment": np.array([segment for _, segment in rows], np.uint32),
+    }
+    slow: list[int] = []
+    for number, row in enumerate(rows):
+        if number and rows[number - 1] == (row[0], row[1] - 1):
+            slow[-1] += 1
+        else:
+            slow.append(1)
+    assert find_runs(ShardIndex(header={}, arrays=arrays)) == tuple(slow)
+    planned = [SessionSegments(str(n), tuple(own)) for n, own in enumerate(sessions)]
+    assert runs_of(planned) == tuple(slow)
+
+
 def test_splits_are_counted_separately(tmp_path):
     manifest = make_manifest(tmp_path)
     assert [s.name for s in manifest.in_split("train")] == ["train-000000", "train-000001"]
@@ -152,9 +179,17 @@ def test_a_missing_set_says_how_to_make_one(tmp_path):
         read_manifest(tmp_path / "nowhere")
 
 
-def test_a_newer_format_is_refused_with_what_to_do(tmp_path):
-    edited(tmp_path, lambda v: v.update(format_version=3))
-    with pytest.raises(FormatVersionError, match=r"version 3 is newer than 2.*update the program"):
+@pytest.mark.parametrize(
+    ("version", "says"),
+    [
+        (1, r"version 1 is older than 3.*fix: build the set from its sessions"),
+        (2, r"version 2 is older than 3.*fix: run `python -m preprocess upgrade "),
+        (4, r"version 4 is newer than 3.*fix: update the program"),
+    ],
+)
+def test_another_format_is_refused_with_what_to_do(tmp_path, version, says):
+    edited(tmp_path, lambda v: v.update(format_version=version))
+    with pytest.raises(FormatVersionError, match=says):
         read_manifest(tmp_path)
 
 
@@ -166,8 +201,8 @@ def test_a_newer_format_is_refused_before_other_keys_are_read(tmp_path):
 
 
 def test_an_unknown_recipe_key_is_named(tmp_path):
-    edited(tmp_path, lambda v: v["recipe"]["vision"].update(depth=3))
-    with pytest.raises(ConfigError, match=r"manifest\.json: recipe: unknown key 'vision\.depth'"):
+    edited(tmp_path, lambda v: v["recipe"]["video"].update(depth=3))
+    with pytest.raises(ConfigError, match=r"manifest\.json: recipe: unknown key 'video\.depth'"):
         read_manifest(tmp_path)
 
 
@@ -215,7 +250,19 @@ def test_a_tokenizer_file_outside_the_set_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize(
     "change",
-    [{"split": "test"}, {"num_samples": -1}, {"num_samples": "3"}, {"length_bytes": 1e9}, {"x": 1}],
+    [
+        {"split": "test"},
+        {"num_samples": -1},
+        {"num_samples": "3"},
+        {"length_bytes": 1e9},
+        {"x": 1},
+        {"runs": [2, 2]},
+        {"runs": [3, 0]},
+        {"runs": [4, -1]},
+        {"runs": ["3"]},
+        {"runs": 3},
+        {"runs": []},
+    ],
 )
 def test_an_impossible_shard_entry_is_refused(tmp_path, change):
     edited(tmp_path, lambda v: v["shards"][0].update(change))
