@@ -6,7 +6,8 @@ read directly come from one pass over their sensors.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from train.data.shard_source import ShardSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import Any
 
     from numpy.typing import NDArray
 
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from train.data.batch import SampleSource
 
 
-class Moments(NamedTuple):
-    """Count, mean and variance of each value of a sensor."""
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean and variance of each value of a sensor over some readings."""
 
     count: int
     mean: NDArray[np.float64]

@@ -416,7 +416,7 @@ def _draw_group(
         extreme(np.where(finite, pair, other), axis=(0, 1))
         for extreme, other in ((np.min, np.inf), (np.max, -np.inf))
     )
-    is_drawn = finite.any(axis=(0, 1))
+    is_drawn = np.atleast_1d(finite.any(axis=(0, 1)))
     largest = float(np.max((highs - lows)[is_drawn], initial=0.0)) or 1.0
     rows = []
     for i, label in enumerate(group.labels[:MAX_CURVES]):

@@ -163,7 +163,7 @@ class _Output:
     @property
     def num_samples(self) -> int:
         """Samples of the session."""
-        return self.samples(0, self.num_ticks)[0].stop
+        return int(self.samples(0, self.num_ticks)[0].stop)
 
     def open_group(self, name: str) -> zarr.Group:
         """Create a Zarr group with the times of all samples."""

@@ -62,7 +62,7 @@ OVERSAMPLING = 2
 
 RECORDED_COLOR, PREDICTED_COLOR = "#9aa6b6", "#d4570a"
 
-EMPTY: Final = {
+EMPTY: Final[dict[Kind, np.generic]] = {
     Kind.TEXT: np.int64(PAD_TOKEN),
     Kind.AUDIO: np.uint8(MASKED_LEVEL),
     Kind.SENSOR: np.float32(np.nan),
