@@ -286,28 +286,23 @@ def gather_tokens(
         window: the window.
         layout: of the stream.
     """
-    last = layout.count_in_session(window) - 1
     is_valid = np.zeros(layout.shape.num_positions, dtype=np.bool_)
-    ids: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
-    ticks: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
-    event_s: list[NDArray[np.float64]] = [np.zeros(0)]
+    ids: list[int] = []
+    times_s: list[float] = []
+    events_s: list[float] = []
     for row, _, positions in ranges:
-        if (segment := segments.get(row)) is None:
-            continue
-        is_valid[positions] = True
-        if not segment.ids:
-            continue
-        assert isinstance(positions, slice)  # a text has one position per tick
-        own = token_ticks(segment.time_s, tick_rate_hz=layout.shape.rate_hz) - window.clock_tick
-        placed = np.minimum(own, last)
-        is_inside = (placed >= positions.start) & (placed < positions.stop)
-        ids.append(np.array(segment.ids, dtype=np.int64)[is_inside])
-        ticks.append(own[is_inside])
-        event_s.append(np.array(segment.event_s, dtype=np.float64)[is_inside])
+        if (segment := segments.get(row)) is not None:
+            is_valid[positions] = True
+            ids += segment.ids
+            times_s += segment.time_s
+            events_s += segment.event_s
+    ticks = token_ticks(times_s, tick_rate_hz=layout.shape.rate_hz) - window.clock_tick
+    placed = np.minimum(ticks, layout.count_in_session(window) - 1)
+    is_inside = (placed >= 0) & (placed < len(is_valid))
     return WindowText(
-        ids=np.concatenate(ids),
-        ticks=np.concatenate(ticks),
-        event_s=np.concatenate(event_s),
+        ids=np.array(ids, dtype=np.int64)[is_inside],
+        ticks=ticks[is_inside],
+        event_s=np.array(events_s, dtype=np.float64)[is_inside],
         is_valid=is_valid,
     )
 
