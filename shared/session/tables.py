@@ -2,7 +2,7 @@
 
 A table is read in blocks of rows: line or row numbers, and float64 cells of the requested columns.
 A missing cell is NaN, and a cell that is not a number is infinite. Nothing in a file is executed,
-and the lengths of lines, the number of columns and the values of a row group are limited.
+and the length of lines and the number of columns and rows are limited.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ MAX_LINE_BYTES = 1 << 20
 MAX_COLUMNS = 16_384
 """A table with more columns is refused."""
 
-MAX_GROUP_VALUES = 1 << 28
-MAX_COLUMN_VALUES = 1 << 30
-"""Most values of a column of a Parquet file: in a row group, 2 GiB decoded, and in the file."""
+MAX_ROWS = 1 << 28
+"""A Parquet file that claims more rows is refused: a few bytes can claim billions. A day at 2000 Hz
+has fewer."""
 
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 8192
@@ -242,8 +242,11 @@ class _ParquetTable:
         try:
             self._file: Any = pq.ParquetFile(file)
             schema: Any = self._file.schema_arrow
+            num_rows = self._file.metadata.num_rows
         except (pa.ArrowException, OSError, ValueError) as error:
             raise TableError(_parquet_message(error)) from error
+        if num_rows > MAX_ROWS:
+            raise TableError(f"{num_rows} rows exceed {MAX_ROWS}; fix: split the recording")
         types = pa.types
         is_list = (types.is_list, types.is_large_list, types.is_fixed_size_list)
         self.names = tuple(schema.names)
@@ -252,7 +255,6 @@ class _ParquetTable:
 
     def iter_blocks(self, widths: Mapping[str, int]) -> Iterator[TableBlock]:
         """Yield the cells of some columns."""
-        self._check_lengths(widths)
         first = 1
         try:
             for batch in self._file.iter_batches(batch_size=BLOCK_ROWS, columns=list(widths)):
@@ -266,21 +268,6 @@ class _ParquetTable:
                 first += batch.num_rows
         except (self._pa.ArrowException, OSError, ValueError) as error:
             raise TableError(f"row {first} and later: {_parquet_message(error)}") from error
-
-    def _check_lengths(self, names: Collection[str]) -> None:
-        """Check how many values of the columns a file claims: a few bytes can claim billions."""
-        metadata, total = self._file.metadata, 0
-        for index in range(metadata.num_row_groups):
-            group = metadata.row_group(index)
-            columns = [group.column(i) for i in range(group.num_columns)]
-            wanted = [c for c in columns if c.path_in_schema.split(".")[0] in names]
-            count = max([group.num_rows, *(column.num_values for column in wanted)])
-            total += count
-            if count > MAX_GROUP_VALUES or total > MAX_COLUMN_VALUES:
-                raise TableError(
-                    f"{count} values of a column in row group {index}, {total} up to it, exceed "
-                    f"{MAX_GROUP_VALUES} and {MAX_COLUMN_VALUES}; fix: split the recording"
-                )
 
     def _read_column(
         self, batch: Any, name: str, width: int,  # noqa: ANN401

@@ -8,6 +8,8 @@ import zipfile
 
 import pytest
 import torch
+from helpers.models import MANY_STREAMS, is_equal, make_batch, make_config, make_model
+from helpers.models import RECIPE as MODEL_RECIPE
 
 from shared.config import make_section
 from shared.errors import CheckpointError
@@ -15,6 +17,7 @@ from shared.media.tokenizer import train_tokenizer
 from shared.recipe import Recipe
 from train.checkpoints import FORMAT_VERSION
 from train.config import as_train_config
+from train.data.pixels import to_model_inputs
 from train.model.multimodal import MultiModalCreature
 from train.shapes import WindowShapes
 from train.trained_model import load_trained_model
@@ -82,6 +85,27 @@ def test_a_checkpoint_keeps_the_scales_of_its_sensors(tmp_path):
     expected = [1.0] * 10 + [2.0] * 10  # angles have a scale of their own
     assert creature.model.target_std["animation"].tolist() == expected
     assert creature.baselines.objective.std["animation"].tolist() == expected
+
+
+@pytest.mark.parametrize("world", ["many", "alone"])
+def test_any_declared_streams_come_back_from_a_checkpoint(tmp_path, world):
+    streams = MANY_STREAMS if world == "many" else {"arm": MANY_STREAMS["arm"]}
+    weights = {name: 1 for name, spec in streams.items() if spec["kind"] != "video"}
+    config = make_config(loss_weights=weights)
+    recipe = Recipe.model_validate({**MODEL_RECIPE, "streams": streams})
+    shapes = WindowShapes.from_recipe(recipe, config)
+    model = make_model(config, shapes)
+    model.set_statistics({"arm": {"count": 3, "mean": [0.5] * 6, "std": [2.0] * 6}})
+    path = save(
+        tmp_path / "k.pt",
+        model=model.state_dict(),
+        config=config.model_dump(mode="json"),
+        shapes=shapes.as_json(),
+        extra={**good_state()["extra"], "recipe": recipe.as_json()},
+    )
+    inputs = to_model_inputs(make_batch(shapes))
+    with torch.no_grad():
+        assert is_equal(load_trained_model(path, device=CPU).model(inputs), model(inputs))
 
 
 @pytest.mark.parametrize("place", ["model", "config", "extra", "step"])

@@ -432,25 +432,14 @@ def test_columns_of_words_are_one_issue(tmp_path: Path) -> None:
     assert (issue.line, issue.kind) == (0, "file")
 
 
-@pytest.mark.parametrize(
-    ("limit", "value", "start"),
-    [
-        ("MAX_GROUP_VALUES", 5, "8 values of a column in row group 0, 8 up"),
-        ("MAX_COLUMN_VALUES", 11, "4 values of a column in row group 1, 12 up"),
-    ],
-)
-def test_columns_that_are_too_long_are_refused(
-    limit: str, value: int, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_claims_too_many_rows_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, limit, value)
-    columns = {
-        "timestamp": pa.array(np.arange(6.0)),
-        "x": pa.array([[1.0, 2.0]] * 6),
-        "other": pa.array([[1.0] * 99] * 6),
-    }
-    content = write_parquet(tmp_path / "b.parquet", columns, row_group_size=4)
+    monkeypatch.setattr(tables, "MAX_ROWS", 5)
+    columns = {"timestamp": pa.array(np.arange(6.0)), "x": pa.array([[1.0, 2.0]] * 6)}
+    content = write_parquet(tmp_path / "b.parquet", columns)
     (issue,) = read(tmp_path, "a.parquet", content).issues
-    assert issue.message.startswith(start)
+    assert issue.message == "6 rows exceed 5; fix: split the recording"
 
 
 def test_without_pyarrow_the_message_says_how_to_install_it(
@@ -461,6 +450,36 @@ def test_without_pyarrow_the_message_says_how_to_install_it(
     assert issue.message.startswith("a Parquet file needs pyarrow; fix: run `pip install")
     with pytest.raises(TableError):
         open_table(io.BytesIO(b""), ".parquet", wanted=())
+
+
+# --- damaged files ---
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(
+    suffix=st.sampled_from([".csv", ".jsonl", ".parquet"]),
+    changes=st.lists(
+        st.tuples(st.floats(0, 1), st.binary(max_size=6), st.integers(0, 20)), max_size=8
+    ),
+)
+def test_damage_gives_issues_and_never_an_error(tmp_path, suffix, changes):
+    rows = np.random.default_rng(0).normal(size=(60, 2)).tolist()
+    contents = {
+        ".csv": "timestamp;x_0;x_1\n"
+        + "".join(f'{i};"{a}";{b}\n'.replace(".", ",") for i, (a, b) in enumerate(rows)),
+        ".jsonl": "".join(f'{{"timestamp": {i}, "x": {row}}}\n' for i, row in enumerate(rows)),
+    }
+    if suffix == ".parquet":
+        columns = {"timestamp": pa.array(np.arange(60.0)), "x": pa.array(rows)}
+        content = bytearray(write_parquet(tmp_path / "b", columns, row_group_size=20))
+    else:
+        content = bytearray(contents[suffix].encode())
+    for share, new, removed in changes:
+        at = int(share * len(content))
+        content[at : at + removed] = new
+    readings = read(tmp_path, f"a{suffix}", bytes(content)).readings["x"]
+    assert np.isfinite(readings.values).all()
+    assert (np.diff(readings.times_s) > 0).all()
 
 
 # --- tables of real recorders ---
