@@ -337,7 +337,7 @@ class _Upgrade:
                     failures = _old_failures(shard, column.stream, self._segment_of)
                     builder.decode_failures += failures
                 builder.columns[column.name] = self._built(
-                    column, shard, list(sessions), file, work / file
+                    column, shard, sessions=list(sessions), file=file, path=work / file
                 )
                 self._store.put(work / file, file)
                 (work / file).unlink(missing_ok=True)
@@ -412,15 +412,21 @@ class _Upgrade:
         builder.arrays[f"{column.name}.error_s"] = shard.arrays[f"{column.name}.error_s"]
         builder.decode_failures += _old_failures(shard, column.stream, self._segment_of)
         header = shard.header["columns"][column.name]
-        sessions = list(shard.header["sessions"])
-        built = self._built(column, shard, sessions, header["file"], None)
+        sessions = shard.header["sessions"]
+        built = self._built(column, shard, sessions=sessions, file=header["file"], path=None)
         builder.columns[column.name] = replace(
             built, length_bytes=header["length_bytes"], sha256=header["sha256"]
         )
         self._num_kept += 1
 
     def _built(
-        self, column: Column, shard: _OldShard, sessions: list[str], file: str, path: Path | None
+        self,
+        column: Column,
+        shard: _OldShard,
+        *,
+        sessions: Sequence[str],
+        file: str,
+        path: Path | None,
     ) -> BuiltColumn:
         """Describe a column; its rows keep the hashes of format 2."""
         old = shard.header["columns"][_old_column(column, shard)]

@@ -195,7 +195,7 @@ class LocalShardSet:
         """Read a small file; None if it does not exist."""
         try:
             return (self.root / name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def copy_to(self, name: str, path: Path, *, sha256: str) -> None:
