@@ -46,71 +46,33 @@ _MAX_SPAN_BYTES = 64 << 20
 """Most bytes of a request for several members."""
 
 
-class MemberTable:
-    """Collects offset, length and CRC32C of a column's members, one row per segment.
-
-    Args:
-        num_samples: number of rows; a row that is never recorded keeps length 0, which means
-            absent.
-    """
-
-    def __init__(self, num_samples: int) -> None:
-        self._offset = np.zeros(num_samples, dtype=np.uint64)
-        self._length = np.zeros(num_samples, dtype=np.uint64)
-        self._crc32c = np.zeros(num_samples, dtype=np.uint32)
-
-    def record(self, row: int, *, offset: int, content: bytes) -> None:
-        """Record the offset, length and checksum of a row's bytes."""
-        self._offset[row] = offset
-        self._length[row] = len(content)
-        self._crc32c[row] = google_crc32c.value(content)
-
-    def members(self) -> Members:
-        """Return the finished table."""
-        return Members(offset=self._offset, length=self._length, crc32c=self._crc32c)
-
-
 class TarColumnWriter:
-    """Writes one tar column; a context manager.
-
-    Args:
-        path: file to write; it is overwritten.
-        num_samples: number of rows of the shard.
-    """
+    """Writes one tar column of a shard of some rows; a context manager that replaces the file."""
 
     def __init__(self, path: Path, *, num_samples: int) -> None:
         self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        self._table = MemberTable(num_samples)
+        self._members = Members.empty(num_samples)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: object, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._tar.close()
 
     def add(self, row: int, name: str, content: bytes) -> None:
-        """Append a member.
-
-        Args:
-            row: row of its segment.
-            name: member name, ``KEY.<field>.<extension>``.
-            content: bytes of the member.
-        """
+        """Append the member of a row, named ``KEY.<column>.<extension>``."""
         member = tarfile.TarInfo(name)
         member.size = len(content)
         member.mode = _MODE
         self._tar.addfile(member, io.BytesIO(content))
         padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        self._table.record(row, offset=self._tar.offset - padded, content=content)
+        self._members.record(row, offset=self._tar.offset - padded, content=content)
 
     def members(self) -> Members:
         """Return offset, length and checksum of each member."""
-        return self._table.members()
+        return self._members
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,13 +104,12 @@ def write_zarr_column(
         for name, array in arrays.items():
             _add_to_zip(archive, f"{name}/zarr.json", _json(_array_metadata(array)))
         for name, array in arrays.items():
-            table = MemberTable(len(array.values))
+            table = tables[name] = Members.empty(len(array.values))
             inner = "/".join("0" for _ in array.values.shape[1:])
             for row, chunk in enumerate(array.values):
                 content = np.ascontiguousarray(chunk).tobytes()
                 offset = _add_to_zip(archive, f"{name}/c/{row}/{inner}".rstrip("/"), content)
                 table.record(row, offset=offset, content=content)
-            tables[name] = table.members()
     return tables
 
 
@@ -181,11 +142,8 @@ class ColumnFile:
         self.path = path
         self.origin = str(path) if origin is None else origin
         try:
-            self._file: io.FileIO = (
-                path.open("rb", buffering=0)
-                if descriptor is None
-                else os.fdopen(descriptor, "rb", buffering=0)
-            )
+            file = path if descriptor is None else descriptor
+            self._file: io.FileIO = open(file, "rb", buffering=0)  # noqa: PTH123, SIM115
             self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise ShardError(
@@ -236,14 +194,8 @@ class ColumnFile:
         """Read the members of consecutive rows and check them; None where a row has no member.
 
         Members that follow each other in the file are read by one request, with the headers
-        between them.
-
-        Args:
-            members: offsets, lengths and checksums of the column's members.
-            rows: rows with step 1.
-            max_bytes: a longer member is refused without reading it; see
-                :func:`shared.shardset.layout.member_limit`.
-            on_stage: called when "fetch" and "checksum" end.
+        between them. A member longer than `max_bytes` is refused without reading it. `on_stage` is
+        called when "fetch" and "checksum" end.
 
         Raises:
             CorruptError: the file or a member is too short, or the bytes of a member differ from
@@ -255,49 +207,37 @@ class ColumnFile:
             on_stage("fetch")
             view = memoryview(whole)
             for row in span.rows:
-                start = int(members.offset[row]) - span.start
-                member = view[start : start + int(members.length[row])]
-                if len(member) < int(members.length[row]):
-                    raise self._corrupt(
-                        members,
-                        row,
-                        f"only {len(member)} of {int(members.length[row])} bytes exist",
-                    )
+                start, length = int(members.offset[row]) - span.start, int(members.length[row])
+                member = view[start : start + length]
+                if len(member) < length:
+                    problem = f"only {len(member)} of {length} bytes exist"
+                    raise self._corrupt(members, row, problem)
                 contents[row] = whole if len(member) == len(whole) else member
         for row, content in contents.items():
             crc32c = google_crc32c.value(np.frombuffer(content, np.uint8))  # it takes no memoryview
             if crc32c != int(members.crc32c[row]):
-                raise self._corrupt(
-                    members,
-                    row,
-                    f"checksum is {crc32c:08x}, index says {int(members.crc32c[row]):08x}",
-                )
+                problem = f"checksum is {crc32c:08x}, index says {int(members.crc32c[row]):08x}"
+                raise self._corrupt(members, row, problem)
         on_stage("checksum")
         return [contents.get(row) for row in rows]
 
     def _spans(self, members: Members, rows: range, *, max_bytes: int) -> list[_Span]:
-        """Group the members of rows into parts of the file that are read by one request each.
-
-        Raises:
-            CorruptError: a member is too long, or reaches past the end of the file.
-        """
+        """Group the members of rows into parts of the file that are read by one request each."""
         spans: list[_Span] = []
         offsets = members.offset[rows.start : rows.stop].tolist()
         lengths = members.length[rows.start : rows.stop].tolist()
         for row, start, length in zip(rows, offsets, lengths, strict=True):
             stop = start + length
-            # Refuse impossible lengths before memory is allocated.
-            if length > max_bytes:
-                raise self._corrupt(
-                    members, row, f"a member of {length} bytes; the limit is {max_bytes}"
-                )
-            if stop > self._size and length:
-                raise self._corrupt(
-                    members, row, f"{length} bytes reach past its end at {self._size}"
-                )
-            last = spans[-1] if spans else None
             if length == 0:
                 continue
+            # Refuse impossible lengths before memory is allocated.
+            if length > max_bytes:
+                problem = f"a member of {length} bytes; the limit is {max_bytes}"
+                raise self._corrupt(members, row, problem)
+            if stop > self._size:
+                problem = f"{length} bytes reach past its end at {self._size}"
+                raise self._corrupt(members, row, problem)
+            last = spans[-1] if spans else None
             if (
                 last is not None
                 and 0 <= start - last.stop <= _MAX_GAP_BYTES
@@ -322,11 +262,9 @@ class ColumnFile:
 
     def _corrupt(self, members: Members, row: int, problem: str) -> CorruptError:
         """Return the error for the member of a row."""
-        offset = int(members.offset[row])
-        return CorruptError(
-            f"{self.origin} at {offset}: row {row}: {problem}; {rebuild_hint_for(self.origin)}",
-            offset=offset,
-        )
+        offset, hint = int(members.offset[row]), rebuild_hint_for(self.origin)
+        message = f"{self.origin} at {offset}: row {row}: {problem}; {hint}"
+        return CorruptError(message, offset=offset)
 
 
 def read_chunk(content: bytes | memoryview, *, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -346,19 +284,16 @@ def read_chunk(content: bytes | memoryview, *, dtype: str, shape: tuple[int, ...
 def _array_metadata(array: ZarrArray) -> dict[str, Any]:
     """Return Zarr v3 array metadata: one row per chunk, little-endian bytes, no compression."""
     values = array.values
-    is_single_byte = values.dtype.itemsize == 1
     codec: dict[str, Any] = {"name": "bytes"}
-    if not is_single_byte:
+    if values.dtype.itemsize > 1:
         codec["configuration"] = {"endian": "little"}
+    chunk_shape = [1, *values.shape[1:]]
     return {
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(values.shape),
         "data_type": values.dtype.name,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": [1, *values.shape[1:]]},
-        },
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": array.fill_value,
         "codecs": [codec],

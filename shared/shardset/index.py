@@ -18,6 +18,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import google_crc32c
 import numpy as np
 
 from shared.errors import (
@@ -62,23 +63,14 @@ _PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, Re
 """Errors that reading damaged JSON values can raise."""
 
 _HEADER_TYPES = {
-    "name": str,
-    "split": str,
-    "streams": list,
-    "videos": list,
-    "sessions": list,
-    "durations_s": list,
-    "columns": dict,
-    "statistics": dict,
-    "decode_failures": list,
+    **dict.fromkeys(["name", "split"], str),
+    **dict.fromkeys(["streams", "videos", "sessions", "durations_s", "decode_failures"], list),
+    **dict.fromkeys(["columns", "statistics"], dict),
 }
 _COLUMN_TYPES = {
-    "file": str,
+    **dict.fromkeys(["file", "sha256", "fingerprint"], str),
+    **dict.fromkeys(["basis", "rows"], dict),
     "length_bytes": int,
-    "sha256": str,
-    "fingerprint": str,
-    "basis": dict,
-    "rows": dict,
 }
 _FAILURE_TYPES = {"session": str, "segment": int, "stream": str, "reason": str}
 
@@ -100,6 +92,17 @@ class Members:
     offset: NDArray[np.uint64]
     length: NDArray[np.uint64]
     crc32c: NDArray[np.uint32]
+
+    @classmethod
+    def empty(cls, num_rows: int) -> Members:
+        """Return a table of rows without members, for :meth:`record`."""
+        arrays = {n: np.zeros(num_rows, dtype) for n, (dtype, _) in _MEMBER_FORMS.items()}
+        return cls(**arrays)
+
+    def record(self, row: int, *, offset: int, content: bytes) -> None:
+        """Record the offset, length and checksum of a row's bytes."""
+        self.offset[row], self.length[row] = offset, len(content)
+        self.crc32c[row] = google_crc32c.value(content)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,23 +183,17 @@ class ShardIndex:
         return float(self.header["durations_s"][int(self.arrays["session"][row])])
 
     def stream_column(self, stream: str) -> int:
-        """Return the column of a stream in present and coverage.
-
-        Raises:
-            ValueError: the set does not declare the stream.
-        """
+        """Return the column of a declared stream in present and coverage."""
         return self.streams.index(stream)
 
     def is_present(self, row: int, stream: str) -> bool:
         """Return whether a row has a stream; no row has one that the set does not declare."""
-        if stream not in self.streams:
-            return False
-        return bool(self.arrays["present"][row, self.stream_column(stream)])
+        is_declared = stream in self.streams
+        return is_declared and bool(self.arrays["present"][row, self.stream_column(stream)])
 
     def present_streams(self, row: int) -> tuple[str, ...]:
         """Return the streams that a row has, sorted."""
-        present = self.arrays["present"][row].tolist()
-        return tuple(itertools.compress(self.streams, present))
+        return tuple(itertools.compress(self.streams, self.arrays["present"][row].tolist()))
 
     def members(self, column: str) -> Members:
         """Return the positions of a column's members, such as ``audio`` or ``audio.dmel``."""
@@ -228,55 +225,39 @@ def index_bytes(index: ShardIndex) -> bytes:
 
 
 def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
-    """Read an index.
-
-    Args:
-        path: the file.
-        sha256: see :func:`parse_index`.
+    """Read an index; see :func:`parse_index`.
 
     Raises:
-        ShardError: the file doesn't exist.
-        CorruptError, FormatVersionError: see :func:`parse_index`.
+        ShardError: the file doesn't exist, or is not such an index.
     """
+    hint = rebuild_hint_for(path)
     try:
         if (size := path.stat().st_size) > _MAX_INDEX_BYTES:
-            raise CorruptError(
-                f"{path}: an index of {size} bytes; the limit is {_MAX_INDEX_BYTES}; "
-                f"{rebuild_hint_for(path)}"
-            )
+            limit = f"the limit is {_MAX_INDEX_BYTES}"
+            raise CorruptError(f"{path}: an index of {size} bytes; {limit}; {hint}")
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise ShardError(f"{path}: no such index; {rebuild_hint_for(path)}") from error
+        raise ShardError(f"{path}: no such index; {hint}") from error
     except OSError as error:
-        raise CorruptError(f"{path}: can't be read: {error}; {rebuild_hint_for(path)}") from error
+        raise CorruptError(f"{path}: can't be read: {error}; {hint}") from error
     return parse_index(content, origin=str(path), sha256=sha256)
 
 
 def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> ShardIndex:
     """Parse the bytes of an index; its arrays are read-only views of them.
 
-    Args:
-        content: bytes of the file.
-        origin: name of the file, for messages.
-        sha256: checksum from the manifest, to be checked.
-
     Raises:
-        CorruptError: the bytes differ from the checksum or are damaged.
+        CorruptError: the bytes differ from `sha256`, the manifest's checksum, or are damaged.
         FormatVersionError: the index has another version.
     """
+    hint, upgrade = rebuild_hint_for(origin), upgrade_hint_for(origin)
     if content.startswith(_OLD_MAGIC):
-        raise FormatVersionError(
-            f"{origin}: an index of format 2 or older; {upgrade_hint_for(origin)}"
-        )
+        raise FormatVersionError(f"{origin}: an index of format 2 or older; {upgrade}")
     if sha256 is not None and sha256_of_bytes(content) != sha256:
-        raise CorruptError(
-            f"{origin}: checksum differs from the manifest; {rebuild_hint_for(origin)}"
-        )
+        raise CorruptError(f"{origin}: checksum differs from the manifest; {hint}")
     start = 8 + int.from_bytes(content[:8], "little")
     if len(content) < 8 or start > min(_MAX_HEADER_BYTES, len(content)):
-        raise CorruptError(
-            f"{origin}: {len(content)} bytes are not a shard index; {rebuild_hint_for(origin)}"
-        )
+        raise CorruptError(f"{origin}: {len(content)} bytes are not a shard index; {hint}")
     try:
         layout = json.loads(content[8:start])
         header = json.loads(layout.pop("__metadata__")[METADATA_KEY])
@@ -288,14 +269,12 @@ def parse_index(content: bytes, *, origin: str, sha256: str | None = None) -> Sh
             _require_whole(header, arrays)
             return ShardIndex(header=header, arrays=arrays)
     except _PARSE_ERRORS as error:
-        raise CorruptError(
-            f"{origin}: its header is damaged: {type(error).__name__}: {error}; "
-            f"{rebuild_hint_for(origin)}"
-        ) from error
+        fault = f"{type(error).__name__}: {error}"
+        raise CorruptError(f"{origin}: its header is damaged: {fault}; {hint}") from error
+    fix = "fix: update the program" if version > INDEX_VERSION else upgrade
     raise FormatVersionError(
         f"{origin}: index version {version} is not {INDEX_VERSION}, the only one that this program "
-        "reads; "
-        + ("fix: update the program" if version > INDEX_VERSION else upgrade_hint_for(origin))
+        f"reads; {fix}"
     )
 
 
@@ -307,15 +286,13 @@ def require_matching(
     Raises:
         CorruptError: a column is missing, or segments or frames differ from the recipe's.
     """
-    columns = list(columns)
+    columns, hint = list(columns), rebuild_hint_for(origin)
     if missing := [column.name for column in columns if column.name not in index.columns]:
-        raise CorruptError(
-            f"{origin}: lacks the column {', '.join(missing)}; {rebuild_hint_for(origin)}"
-        )
+        raise CorruptError(f"{origin}: lacks the column {', '.join(missing)}; {hint}")
     if index.segment_s != segment_s:
         raise CorruptError(
             f"{origin}: has segments of {index.segment_s:g} s, the recipe says {segment_s:g}; "
-            f"{rebuild_hint_for(origin)}"
+            f"{hint}"
         )
     for column in columns:
         name = column.name
@@ -324,7 +301,7 @@ def require_matching(
         if num_frames != expected:
             raise CorruptError(
                 f"{origin}: has {num_frames} frames of {name} in a segment, the recipe says "
-                f"{expected}; {rebuild_hint_for(origin)}"
+                f"{expected}; {hint}"
             )
 
 
@@ -334,21 +311,13 @@ def require_file_name(name: object) -> str:
     Raises:
         ValueError: it is a path, hidden, or not a name.
     """
-    is_plain = isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None
-    if not is_plain:
+    if not isinstance(name, str) or _FILE_NAME.fullmatch(name) is None:
         raise ValueError(f"{name!r} is not a plain file name")
-    return str(name)
-
-
-# --- arrays ----------------------------------------------------------------------------------
+    return name
 
 
 def _arrays(body: NDArray[np.uint8], layout: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    """Return views of all arrays, which fill `body` one after another.
-
-    Raises:
-        ValueError: arrays have impossible sizes, overlap, or leave gaps.
-    """
+    """Return views of all arrays, which fill `body` one after another without gaps."""
     if len(layout) > _MAX_ARRAYS:
         raise ValueError(f"{len(layout)} arrays; the limit is {_MAX_ARRAYS}")
     arrays: dict[str, NDArray[Any]] = {}
@@ -367,28 +336,17 @@ def _arrays(body: NDArray[np.uint8], layout: Mapping[str, Any]) -> dict[str, NDA
     return arrays
 
 
-# --- checks ----------------------------------------------------------------------------------
-
-
 def _require_whole(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Check that header and arrays are complete and agree.
-
-    Raises:
-        ValueError, KeyError, TypeError: a part is missing, has another form, or contradicts others.
-    """
+    """Check that header and arrays are complete and agree; raise an error of `_PARSE_ERRORS`."""
     _require_header(header)
-    _require_sessions(header)
     # Every array has its dtype and shape, and all have the same rows.
-    for name, (dtype, row_shape) in _forms(header).items():
+    for name, (dtype, widths) in _forms(header).items():
         if name not in arrays:
             raise ValueError(f"lacks the array {name}")
-        array = arrays[name]
-        has_shape = len(array.shape) == 1 + len(row_shape) and all(
-            expected in (None, width)
-            for expected, width in zip(row_shape, array.shape[1:], strict=True)
-        )
-        if array.dtype.str[1:] != dtype or not has_shape:
-            raise ValueError(f"{name} is {array.dtype.str[1:]} {list(array.shape)}")
+        found, shape = arrays[name].dtype.str[1:], arrays[name].shape
+        expected = tuple(shape[1:2] if width is None else (width,) for width in widths)
+        if found != dtype or len(shape) != 1 + len(widths) or shape[1:] != sum(expected, ()):
+            raise ValueError(f"{name} is {found} {list(shape)}")
     num_rows = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(num_rows) != 1:
         raise ValueError(f"arrays have {sorted(num_rows)} rows")
@@ -397,36 +355,30 @@ def _require_whole(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
 
 def _forms(header: Mapping[str, Any]) -> dict[str, _Form]:
     """Return the form of each array that an index with this header has."""
-    num_streams = len(header["streams"])
+    columns, widths = header["columns"], (len(header["streams"]),)
     return {
-        "session": ("u4", ()),
-        "segment": ("u4", ()),
-        "present": ("u1", (num_streams,)),
-        "coverage": ("f4", (num_streams,)),
+        **dict.fromkeys(["session", "segment"], ("u4", ())),
+        "present": ("u1", widths),
+        "coverage": ("f4", widths),
+        **{f"{c}.{name}": form for c in columns for name, form in _MEMBER_FORMS.items()},
         **{
-            f"{column}.{name}": form
-            for column in header["columns"]
-            for name, form in _MEMBER_FORMS.items()
+            f"{stream}.error_s": ("f4", (None,)) for stream in header["videos"] if stream in columns
         },
-        **{f"{s}.error_s": ("f4", (None,)) for s in header["videos"] if s in header["columns"]},
     }
 
 
 def _require_header(header: Mapping[str, Any]) -> None:
-    """Check the streams and columns of a header, and the types of the rest.
-
-    Raises:
-        ValueError, KeyError, TypeError: one is missing or has another form.
-    """
+    """Check the parts of a header and their types."""
     _require_types(header, _HEADER_TYPES, "header")
-    streams, columns = header["streams"], header["columns"]
+    _require_sessions(header["sessions"], header["durations_s"], header["segment_s"])
+    streams = header["streams"]
     if not 1 <= len(streams) <= MAX_STREAMS:
         raise ValueError(f"{len(streams)} streams; the limit is {MAX_STREAMS}")
     for name in streams:
         check_stream_name(name)
     if streams != sorted(set(streams)) or not set(header["videos"]) <= set(streams):
         raise ValueError("its streams or videos are not sorted names")
-    for name, column in columns.items():
+    for name, column in header["columns"].items():
         stream, dot, part = name.partition(".")
         if stream not in streams or (dot and STREAM_NAME.fullmatch(part) is None):
             raise ValueError(f"{name[:80]!r} is not a column of its streams")
@@ -436,46 +388,33 @@ def _require_header(header: Mapping[str, Any]) -> None:
         _require_types(failure, _FAILURE_TYPES, "decode failure")
 
 
-def _require_sessions(header: Mapping[str, Any]) -> None:
-    """Check the names and durations of the sessions, and the duration of a segment.
-
-    Raises:
-        ValueError, KeyError, TypeError: one is missing or has another form.
-    """
-    sessions, durations_s, segment_s = (
-        header["sessions"],
-        header["durations_s"],
-        header["segment_s"],
-    )
+def _require_sessions(sessions: list[Any], durations_s: list[Any], segment_s: object) -> None:
+    """Check the names and durations of the sessions, and the duration of a segment."""
     if not all(isinstance(name, str) and name.encode() for name in sessions):
         raise ValueError("its sessions are not a list of names")
     if len(set(sessions)) != len(sessions):
         raise ValueError("its sessions repeat")
     if len(durations_s) != len(sessions):
         raise ValueError(f"{len(durations_s)} durations of {len(sessions)} sessions")
-    if not all(type(d) in (int, float) and 0 <= d <= _MAX_SESSION_S for d in durations_s):
+    if not all(_is_between(duration, 0, _MAX_SESSION_S) for duration in durations_s):
         raise ValueError("the duration of a session is impossible")
-    if type(segment_s) not in (int, float) or not 0 < segment_s <= _MAX_SEGMENT_S:
+    if not _is_between(segment_s, 0, _MAX_SEGMENT_S) or segment_s == 0:
         raise ValueError("the duration of a segment is impossible")
 
 
-def _require_types(values: Mapping[str, Any], types: Mapping[str, type], name: str) -> None:
-    """Check that JSON values have their keys and types.
+def _is_between(value: object, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and type(value) is not bool and low <= value <= high
 
-    Raises:
-        ValueError: one is missing or has another type.
-    """
+
+def _require_types(values: Mapping[str, Any], types: Mapping[str, type], name: str) -> None:
+    """Check that JSON values have their keys and types."""
     for key, expected in types.items():
         if type(values[key]) is not expected:
             raise ValueError(f"{key} of its {name} is {type(values[key]).__name__}")
 
 
 def _require_rows(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Check that rows are segments of the sessions, each once and in order.
-
-    Raises:
-        ValueError: they aren't.
-    """
+    """Check that rows are segments of the sessions, each once and in order."""
     session, segment = arrays["session"], arrays["segment"]
     if session.size and int(session.max()) >= len(header["sessions"]):
         raise ValueError("a row refers to a session that doesn't exist")
@@ -493,10 +432,8 @@ def _require_rows(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]])
         is_present = arrays["present"][:, header["streams"].index(name.partition(".")[0])] == 1
         has_member = arrays[f"{name}.length"] > 0
         # A tar has no member for an absent stream; a Zarr array has a chunk for every row.
-        is_wrong = is_present & ~has_member
-        if column["file"].endswith(".tar"):
-            is_wrong = is_present != has_member
-        if is_wrong.any():
+        is_tar = column["file"].endswith(".tar")
+        if (is_present & ~has_member).any() or (is_tar and (has_member & ~is_present).any()):
             raise ValueError(f"present and the members of {name} differ")
 
 
