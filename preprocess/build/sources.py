@@ -263,7 +263,7 @@ def scan_seconds(recording: Recording, recipe: Recipe) -> float:
 
 # --- scans -----------------------------------------------------------------------------------
 
-SCAN_VERSION = 4
+SCAN_VERSION = 5
 """Raised when a scan of the same files would give another result or has other keys."""
 
 _NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {

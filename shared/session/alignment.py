@@ -8,7 +8,6 @@ texts begin at their timestamps, minus one offset that all timestamped files of 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,42 +41,30 @@ _STARTS_KEY = "start_s"
 _CLOCK_FIX = f"fix: correct its timestamps, or declare its start in {SESSION_INFO_FILE}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Alignment:
     """When each stream of a session begins and ends; all times on the session clock."""
 
-    offset_s: float
+    offset_s: float = 0.0
     """Subtracted from the recorder's timestamps."""
-    stop_s: float
+    stop_s: float = 0.0
     """End of the last stream, however late."""
-    intervals: Mapping[str, Interval]
-    absent: Mapping[str, str]
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
     """Why a sensor or text stream is missing."""
-    times_s: Mapping[str, NDArray[np.float64]]
+    times_s: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Times of each sensor's readings."""
-    events: Mapping[str, tuple[TimedText, ...]]
+    events: dict[str, tuple[TimedText, ...]] = field(default_factory=dict)
     """Events of each text stream within the session."""
-    not_recorded: frozenset[str] = frozenset()
+    not_recorded: set[str] = field(default_factory=set)
     """Missing streams without any reading or event."""
-    outside: tuple[str, ...] = ()
+    outside: list[str] = field(default_factory=list)
     """One sentence per event outside the session."""
 
     @property
     def duration_s(self) -> float:
         """Seconds from the clock's zero to the end of the session."""
         return min(self.stop_s, MAX_SESSION_S)
-
-
-@dataclass(slots=True)
-class _Streams:
-    """What has been placed on the clock so far."""
-
-    intervals: dict[str, Interval]
-    absent: dict[str, str] = field(default_factory=dict)
-    times_s: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    events: dict[str, tuple[TimedText, ...]] = field(default_factory=dict)
-    not_recorded: set[str] = field(default_factory=set)
-    outside: list[str] = field(default_factory=list)
 
 
 def align_streams(
@@ -87,28 +74,19 @@ def align_streams(
     starts: Mapping[str, float],
     recipe: Recipe,
 ) -> Alignment:
-    """Put sensors and texts on the clock of the media.
+    """Put sensors and texts, on the recorder's clock, on that of the media.
 
-    Args:
-        media: interval of each video and audio stream, on the session clock.
-        lines: readings and texts, on the recorder's clock.
-        starts: declared starts of streams, from :func:`read_starts`.
-        recipe: the declared streams.
+    `media` has the interval of each video and audio stream. `starts` are those of
+    :func:`read_starts`.
     """
     media_stop_s = max((interval.stop_s for interval in media.values()), default=None)
     offset_s = recorder_offset(lines, media_stop_s, starts=starts, recipe=recipe)
-    streams = _Streams(dict(media))
-    for name in recipe.of_kind(Kind.SENSOR):
+    streams = Alignment(offset_s=offset_s, intervals=dict(media))
+    for name, spec in recipe.sensors.items():
         recorded_s = lines.readings[name].times_s
         first_s = float(recorded_s[0]) if len(recorded_s) else 0.0
         own_s = stream_offset(name, first_s, offset_s, starts=starts, recipe=recipe)
-        _align_sensor(
-            name,
-            recorded_s - own_s,
-            streams,
-            spec=recipe.sensors[name],
-            media_stop_s=media_stop_s,
-        )
+        _align_sensor(name, recorded_s - own_s, streams, spec=spec, media_stop_s=media_stop_s)
     texts = {
         name: shift_events(name, lines.events[name], offset_s, starts=starts, recipe=recipe)
         for name in recipe.of_kind(Kind.TEXT)
@@ -116,58 +94,28 @@ def align_streams(
     stops_s = [interval.stop_s for interval in streams.intervals.values()]
     if not stops_s:
         stops_s = [events[-1].time_s + TEXT_TAIL_S for events in texts.values() if events]
-    stop_s = max(0.0, *stops_s) if stops_s else 0.0
+    streams.stop_s = max([0.0, *stops_s])
     for name, events in texts.items():
-        _align_text(name, events, min(stop_s, MAX_SESSION_S), streams)
+        _align_text(name, events, streams)
     for name in sorted(streams.not_recorded):
         if issue := lines.find_cause(name, recipe.streams[name].file):
             streams.absent[name] = f"{issue.source_line}: {issue.message}"
             streams.not_recorded.remove(name)
-    return Alignment(
-        offset_s=offset_s,
-        stop_s=stop_s,
-        intervals=streams.intervals,
-        absent=streams.absent,
-        times_s=streams.times_s,
-        events=streams.events,
-        not_recorded=frozenset(streams.not_recorded),
-        outside=tuple(streams.outside),
-    )
-
-
-def unaligned(reason: str, recipe: Recipe) -> Alignment:
-    """Return the alignment of a session whose streams have no known position."""
-    return Alignment(
-        offset_s=0.0,
-        stop_s=0.0,
-        intervals={},
-        absent=dict.fromkeys(recipe.streams, reason),
-        times_s={},
-        events={},
-    )
+    return streams
 
 
 def recorder_offset(
-    lines: SessionLines,
-    media_stop_s: float | None,
-    *,
-    starts: Mapping[str, float],
-    recipe: Recipe,
+    lines: SessionLines, media_stop_s: float | None, *, starts: Mapping[str, float], recipe: Recipe
 ) -> float:
     """Return the seconds to subtract from the recorder's timestamps.
 
     The files of sensors decide, by the union of their first and last times; without lines in them,
     the texts do. Streams with a clock or a start of their own have no say.
     """
-    shared = {
-        name for name, spec in recipe.streams.items() if spec.clock == "session"
-    } - starts.keys()
+    shared = {n for n, s in recipe.streams.items() if s.clock == "session"} - starts.keys()
     files = [f for f in lines.files if len(f.times_s) and not shared.isdisjoint(f.streams)]
-    sensors = [
-        f
-        for f in files
-        if f.file == METADATA_FILE or any(n in shared for n in f.streams if n in recipe.sensors)
-    ]
+    timed = shared & recipe.sensors.keys()
+    sensors = [f for f in files if f.file == METADATA_FILE or not timed.isdisjoint(f.streams)]
     times_s = [float(f.times_s[end]) for f in sensors or files for end in (0, -1)]
     if not times_s:
         return 0.0
@@ -181,14 +129,9 @@ def recorder_offset(
 def stream_offset(
     name: str, first_s: float, offset_s: float, *, starts: Mapping[str, float], recipe: Recipe
 ) -> float:
-    """Return the seconds to subtract from the timestamps of one stream.
+    """Return the seconds to subtract from the timestamps of one sensor or text stream.
 
-    Args:
-        name: a sensor or text stream.
-        first_s: its first timestamp.
-        offset_s: the offset that the files of the session share.
-        starts: declared starts of streams.
-        recipe: the declared streams.
+    `first_s` is its first timestamp; the files of the session share `offset_s`.
     """
     if name in starts:
         return first_s - starts[name]
@@ -196,13 +139,9 @@ def stream_offset(
 
 
 def _align_sensor(
-    name: str,
-    times_s: NDArray[np.float64],
-    streams: _Streams,
-    *,
-    spec: SensorStream,
-    media_stop_s: float | None,
-) -> None:
+    name: str, times_s: NDArray[np.float64], streams: Alignment,
+    *, spec: SensorStream, media_stop_s: float | None,
+) -> None:  # fmt: skip
     """Place the readings of a sensor on the clock, or note why it is absent."""
     interval = sensor.interval_of(times_s, spec)
     limit_s = MAX_SESSION_S if media_stop_s is None else media_stop_s
@@ -220,13 +159,9 @@ def _align_sensor(
 
 
 def shift_events(
-    name: str,
-    events: Sequence[TextEvent],
-    offset_s: float,
-    *,
-    starts: Mapping[str, float],
-    recipe: Recipe,
-) -> tuple[TimedText, ...]:
+    name: str, events: Sequence[TextEvent], offset_s: float,
+    *, starts: Mapping[str, float], recipe: Recipe,
+) -> tuple[TimedText, ...]:  # fmt: skip
     """Return the events of a text stream on the session clock; see :func:`stream_offset`."""
     if not events:
         return ()
@@ -237,18 +172,16 @@ def shift_events(
     )
 
 
-def _align_text(
-    name: str, events: tuple[TimedText, ...], duration_s: float, streams: _Streams
-) -> None:
+def _align_text(name: str, events: tuple[TimedText, ...], streams: Alignment) -> None:
     """Place the events of a text stream on the clock, or note why it is absent."""
-    inside = tuple(event for event in events if 0 <= event.time_s < duration_s)
+    inside = tuple(e for e in events if 0 <= e.time_s < streams.duration_s)
     streams.outside += [
         f"{e.origin}: text {e.text[:40]!r} at {e.recorded_s:g} s is outside the session"
         for e in events
-        if not 0 <= e.time_s < duration_s
+        if not 0 <= e.time_s < streams.duration_s
     ]
     if inside:  # silence is part of a text stream
-        streams.intervals[name] = Interval(0.0, duration_s)
+        streams.intervals[name] = Interval(0.0, streams.duration_s)
         streams.events[name] = inside
     elif events:
         streams.absent[name] = (
@@ -302,11 +235,9 @@ def _parse_starts(path: Path) -> tuple[dict[str, Any], str | None]:
 
 def _start_error(name: str, value: Any) -> str | None:  # noqa: ANN401 (any JSON)
     """Explain what is wrong with one declared start; None if nothing is."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= MAX_SESSION_S or math.isnan(value):
-        limit = f"{MAX_SESSION_S:g}"
-        return (
-            f"{_STARTS_KEY} of {name} is {str(value)[:40]}; "
-            f"fix: write seconds on the session clock, up to {limit}"
-        )
-    return None
+    if type(value) in (int, float) and abs(value) <= MAX_SESSION_S:  # false for NaN
+        return None
+    return (
+        f"{_STARTS_KEY} of {name} is {str(value)[:40]}; "
+        f"fix: write seconds on the session clock, up to {MAX_SESSION_S:g}"
+    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import reprlib
 from collections import Counter
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +27,6 @@ from shared.session.alignment import (
     Alignment,
     align_streams,
     read_starts,
-    unaligned,
     undeclared_starts,
 )
 from shared.session.folder import SESSION_INFO_FILE, read_timed_lines, source_files
@@ -106,22 +106,17 @@ class SessionScan:
 
     def rejection(self, segment: int, recipe: Recipe) -> str | None:
         """Explain why a segment is not stored; None if it is."""
-        present = self.present(segment)
-        minimum = recipe.segment.min_coverage
-        missing = [
-            name
-            for name in recipe.required
-            if name not in present or self.coverage[name][segment] < minimum
-        ]
+        present, minimum = self.present(segment), recipe.segment.min_coverage
+        required = {n: self.coverage[n][segment] if n in present else 0.0 for n in recipe.required}
+        missing = {n: share for n, share in required.items() if n not in present or share < minimum}
         start_s, stop_s = segment * recipe.segment_s, (segment + 1) * recipe.segment_s
         where = f"of [{start_s:g}, {stop_s:g}) s"
         if missing:
-            shares = {name: self.coverage.get(name, (0.0,) * (segment + 1)) for name in missing}
-            causes = [f"{name} covers {share[segment]:.0%}" for name, share in shares.items()]
-            return f"{', '.join(causes)} {where}; segment.min_coverage asks for {minimum:.0%}"
+            causes = ", ".join(f"{name} covers {share:.0%}" for name, share in missing.items())
+            return f"{causes} {where}; segment.min_coverage asks for {minimum:.0%}"
         if not present:
             return f"no stream covers any {where}"
-        if self.silent[segment] and all(recipe.streams[name].kind is Kind.TEXT for name in present):
+        if self.silent[segment] and set(present) <= recipe.texts.keys():
             return f"nothing but silent text {where}"
         return None
 
@@ -137,43 +132,20 @@ class SessionScan:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON values, which :func:`scan_from_json` reads back."""
-        return {
-            "session": self.session,
-            "duration_s": self.duration_s,
-            "clock_offset_s": self.clock_offset_s,
-            "gains": dict(self.gains),
-            "levels": dict(self.levels),
-            "start_overrides": dict(self.start_overrides),
-            "intervals": {s: [i.start_s, i.stop_s] for s, i in self.intervals.items()},
-            "absent": dict(self.absent),
-            "not_recorded": sorted(self.not_recorded),
-            "coverage": {name: list(shares) for name, shares in self.coverage.items()},
-            "silent": [int(is_silent) for is_silent in self.silent],
-            "issues": list(self.issues),
-            "sources": {n: [f.length_bytes, f.sha256] for n, f in self.source_files.items()},
-        }
+        return {**asdict(self), "not_recorded": sorted(self.not_recorded)}
 
 
 def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
     """Restore a scan from the values of :meth:`SessionScan.as_json`."""
-    return SessionScan(
-        session=values["session"],
-        duration_s=values["duration_s"],
-        clock_offset_s=values["clock_offset_s"],
-        gains=dict(values["gains"]),
-        levels=dict(values["levels"]),
-        intervals={s: Interval(*pair) for s, pair in values["intervals"].items()},
-        start_overrides=dict(values["start_overrides"]),
-        absent=dict(values["absent"]),
-        not_recorded=frozenset(values["not_recorded"]),
-        coverage={name: tuple(shares) for name, shares in values["coverage"].items()},
-        silent=tuple(map(bool, values["silent"])),
-        issues=tuple(values["issues"]),
-        source_files={
-            n: SourceFile(length_bytes=size, sha256=digest)
-            for n, (size, digest) in values["sources"].items()
-        },
-    )
+    restored = {
+        "intervals": {name: Interval(**pair) for name, pair in values["intervals"].items()},
+        "not_recorded": frozenset(values["not_recorded"]),
+        "coverage": {name: tuple(shares) for name, shares in values["coverage"].items()},
+        "silent": tuple(values["silent"]),
+        "issues": tuple(values["issues"]),
+        "source_files": {name: SourceFile(**file) for name, file in values["source_files"].items()},
+    }
+    return SessionScan(**{**values, **restored})
 
 
 def scan_session(
@@ -182,12 +154,7 @@ def scan_session(
     """Scan a session: read every source file once and decode the audio, but no video.
 
     A stream that can't be read is absent, with the reason. Only a folder that disappears meanwhile
-    raises an error.
-
-    Args:
-        path: the session folder.
-        recipe: the declared streams.
-        known: source files that are known to be unchanged; they are not hashed again.
+    raises an error. Source files that are `known` to be unchanged are not hashed again.
     """
     media = _Media(path, recipe)
     starts, start_error = read_starts(path, recipe)
@@ -200,12 +167,18 @@ def scan_session(
     if start_error is None:
         alignment = align_streams(media.intervals, lines, starts=starts, recipe=recipe)
     else:
-        alignment = unaligned(start_error, recipe)
+        alignment = Alignment(absent=dict.fromkeys(recipe.streams, start_error))
     sentences = [
         (f"{i.file} {i.kind} {i.stream}", f"{i.source_line}: {i.message}", i.count)
         for i in lines.issues
     ]
-    sentences += _outside_session(alignment)
+    if alignment.stop_s > MAX_SESSION_S:
+        sentence = (
+            f"streams reach to {alignment.stop_s:g} s; everything after {MAX_SESSION_S:g} s is "
+            "left out, a timestamp must be wrong"
+        )
+        sentences.append(("length", sentence, 1))
+    sentences += [("text outside", sentence, 1) for sentence in alignment.outside]
     if names := undeclared_starts(path, recipe):
         sentence = (
             f"{SESSION_INFO_FILE}: start_s of {reprlib.repr(names[0])} is ignored, the recipe "
@@ -282,18 +255,6 @@ _SCANNERS: Mapping[Kind, Callable[[_Media, str, float | None], None]] = {
 }
 
 
-def _outside_session(alignment: Alignment) -> list[tuple[str, str, int]]:
-    """Describe each text outside the session, and a session that is too long."""
-    sentences = []
-    if alignment.stop_s > MAX_SESSION_S:
-        sentence = (
-            f"streams reach to {alignment.stop_s:g} s; everything after {MAX_SESSION_S:g} s is "
-            "left out, a timestamp must be wrong"
-        )
-        sentences.append(("length", sentence, 1))
-    return sentences + [("text outside", sentence, 1) for sentence in alignment.outside]
-
-
 def _coverage(
     segments: Sequence[Segment], alignment: Alignment, media: _Media, recipe: Recipe
 ) -> dict[str, tuple[float, ...]]:
@@ -307,10 +268,8 @@ def _coverage(
     coverage = {}
     for name in (n for n in recipe.streams if n in alignment.intervals):
         shares = compute[recipe.streams[name].kind](name)
-        rounded = np.where(
-            shares > 0, np.maximum(np.round(shares, _COVERAGE_DECIMALS), 10**-_COVERAGE_DECIMALS), 0
-        )
-        coverage[name] = tuple(map(float, rounded))
+        least = np.where(shares > 0, 10**-_COVERAGE_DECIMALS, 0.0)
+        coverage[name] = tuple(np.maximum(np.round(shares, _COVERAGE_DECIMALS), least).tolist())
     return coverage
 
 
@@ -321,7 +280,7 @@ def _silent_segments(
     is_spoken = np.zeros(len(segments), dtype=np.bool_)
     for name, events in alignment.events.items():
         is_spoken |= text.spoken_segments(events, segments, recipe.texts[name])
-    return tuple(bool(spoken) for spoken in ~is_spoken)
+    return tuple((~is_spoken).tolist())
 
 
 def _first_of_each_kind(sentences: list[tuple[str, str, int]]) -> tuple[str, ...]:
@@ -331,10 +290,10 @@ def _first_of_each_kind(sentences: list[tuple[str, str, int]]) -> tuple[str, ...
     for kind, sentence, count in sentences:
         counts[kind] += count
         first.setdefault(kind, sentence)
-    return tuple(
-        first[kind] + (f" (and {count - 1} more such lines)" if count > 1 else "")
-        for kind, count in counts.items()
-    )
+    more = {
+        k: f" (and {count - 1} more such lines)" if count > 1 else "" for k, count in counts.items()
+    }
+    return tuple(sentence + more[kind] for kind, sentence in first.items())
 
 
 def _hash_source_files(
@@ -345,13 +304,8 @@ def _hash_source_files(
     for name in source_files(recipe):
         if name in known:
             sources[name] = known[name]
-            continue
-        if not (path / name).is_file():  # reading a pipe would never end
-            continue
-        try:
-            with (path / name).open("rb") as file:
+        elif (path / name).is_file():  # reading a pipe would never end
+            with suppress(OSError), (path / name).open("rb") as file:
                 digest = sha256_of_file(file)
                 sources[name] = SourceFile(length_bytes=file.tell(), sha256=digest)
-        except OSError:
-            continue
     return sources
