@@ -97,6 +97,14 @@ MOVED_KEYS: Mapping[str, str] = {
 
 _SECTION_OF_KIND: Mapping[Kind, type[Section]] = {**DEFAULTS_OF_KIND, Kind.TEXT: TextRecipe}
 
+_SOURCE_KEYS = {
+    Kind.VIDEO: (),
+    Kind.AUDIO: ("track",),
+    Kind.SENSOR: ("key",),
+    Kind.TEXT: ("stream",),
+}
+"""Keys that say, with `file`, where a stream is; no two streams of a kind agree in all of them."""
+
 
 class Recipe(Section):
     """Everything that decides the bytes of a shard set."""
@@ -119,10 +127,8 @@ class Recipe(Section):
         if not isinstance(values, Mapping):
             return values
         if moved := _moved_keys(values):
-            lines = [
-                f"{key} is not a key of recipes any more; fix: {MOVED_KEYS[key]}" for key in moved
-            ]
-            raise ValueError("\n".join(lines))
+            sentence = "is not a key of recipes any more; fix:"
+            raise ValueError("\n".join(f"{key} {sentence} {MOVED_KEYS[key]}" for key in moved))
         streams = values.get("streams")
         if streams is None:
             streams = DEFAULT_STREAMS
@@ -141,23 +147,27 @@ class Recipe(Section):
         for name in streams:
             check_stream_name(str(name))
         defaults = {kind: _defaults_of(kind, values.get(kind.value)) for kind in Kind}
-        completed = {
-            name: _with_defaults(streams[name], defaults) for name in sorted(streams, key=str)
-        }
-        return {**values, "streams": completed}
+        names = sorted(streams, key=str)
+        return {**values, "streams": {n: _with_defaults(streams[n], defaults) for n in names}}
 
     @model_validator(mode="after")
     def _check_streams(self) -> Recipe:
         names: dict[str, str] = {}
         for name, stream in self.streams.items():
-            other = names.setdefault(str((stream.kind, stream.source)), name)
+            keys = ("file", *_SOURCE_KEYS[stream.kind])
+            if isinstance(stream, SensorStream) and stream.key is None:
+                keys = ("file", "names")
+            source = ", ".join(f"{key} {getattr(stream, key)}" for key in keys)
+            other = names.setdefault(f"{stream.kind} {source}", name)
             if other != name:
-                source = ", ".join(f"{key} {value}" for key, value in stream.source.items())
                 raise ValueError(
                     f"streams.{name} has the same source as streams.{other}: {source}; fix: remove "
-                    f"one of them, or change its {' or '.join(stream.source)}"
+                    f"one of them, or change its {' or '.join(keys)}"
                 )
-            for key, rate_hz in stream.rates_hz.items():
+            rates_hz = {} if isinstance(stream, TextStream) else {"rate_hz": stream.rate_hz}
+            if isinstance(stream, AudioStream):
+                rates_hz["dmel.rate_hz"] = stream.dmel.rate_hz
+            for key, rate_hz in rates_hz.items():
                 count = rate_hz * self.segment_s
                 if abs(count - round(count)) > 1e-9 or round(count) < 1:
                     raise ValueError(

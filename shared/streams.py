@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import accumulate, pairwise
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,27 +26,10 @@ MAX_STREAMS = 512
 """Most streams of a recipe."""
 
 STREAM_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
-RESERVED_NAMES = frozenset(
-    [
-        "animation",
-        "coverage",
-        "epoch",
-        "extras",
-        "index",
-        "inputs",
-        "keys",
-        "made_s",
-        "num_samples",
-        "present",
-        "segment",
-        "session",
-        "skipped",
-        "stages_s",
-        "targets",
-        "total",
-        "weight",
-    ]
-)
+RESERVED_NAMES = frozenset([
+    "animation", "coverage", "epoch", "extras", "index", "inputs", "keys", "made_s", "num_samples",
+    "present", "segment", "session", "skipped", "stages_s", "targets", "total", "weight",
+])  # fmt: skip
 """Names of other things in batches, indexes and metrics."""
 
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,254}")
@@ -122,13 +106,13 @@ class ValueGroup(Section):
                 f"{self.count} values of type {self.type} are not a multiple of "
                 f"{self.vector_size}; fix: count every component"
             )
-        if self.names is not None:
-            if len(self.names) != self.count:
-                raise ValueError(
-                    f"{len(self.names)} names for {self.count} values; fix: name each value once"
-                )
-            if len(set(self.names)) != len(self.names) or not all(self.names):
-                raise ValueError("names are empty or repeat; fix: give each value its own name")
+        names = self.names or ()
+        if self.names is not None and len(names) != self.count:
+            raise ValueError(
+                f"{len(names)} names for {self.count} values; fix: name each value once"
+            )
+        if len(set(names)) != len(names) or not all(names):
+            raise ValueError("names are empty or repeat; fix: give each value its own name")
         return self
 
 
@@ -145,9 +129,7 @@ class Expectation(Section):
     @model_validator(mode="after")
     def _check_range(self) -> Expectation:
         if self.range is not None and not self.range[0] < self.range[1]:
-            raise ValueError(
-                f"range {list(self.range)} is empty; fix: write the lower number first"
-            )
+            raise ValueError(f"range {[*self.range]} is empty; fix: write the lower number first")
         return self
 
 
@@ -297,9 +279,6 @@ class StreamBase(Section):
     expect: Expectation = Expectation()
     """What validation expects."""
 
-    passive_keys: ClassVar[tuple[str, ...]] = ("required", "expect")
-    """Keys that change no stored byte of a segment."""
-
     @field_validator("file")
     @classmethod
     def _check_file(cls, file: str) -> str:
@@ -310,26 +289,11 @@ class StreamBase(Section):
             )
         return file
 
-    @property
-    def source(self) -> dict[str, Any]:
-        """Keys that say where the stream is; no two streams of a kind agree in all of them."""
-        return {"file": self.file}
-
-    @property
-    def rates_hz(self) -> dict[str, float]:
-        """Rates by key that must give whole numbers of samples in a segment."""
-        return {}
-
 
 class VideoStream(VideoDefaults, StreamBase):
     """A video file."""
 
     kind: Literal[Kind.VIDEO] = Kind.VIDEO
-
-    @property
-    def rates_hz(self) -> dict[str, float]:
-        """Rates by key that must give whole numbers of samples in a segment."""
-        return {"rate_hz": self.rate_hz}
 
 
 class AudioStream(AudioDefaults, StreamBase):
@@ -338,16 +302,6 @@ class AudioStream(AudioDefaults, StreamBase):
     kind: Literal[Kind.AUDIO] = Kind.AUDIO
     track: int = Field(0, ge=0, le=63)
     """Index of the audio track in the file."""
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """Keys that say where the stream is; no two streams of a kind agree in all of them."""
-        return {"file": self.file, "track": self.track}
-
-    @property
-    def rates_hz(self) -> dict[str, float]:
-        """Rates by key that must give whole numbers of samples in a segment."""
-        return {"rate_hz": self.rate_hz, "dmel.rate_hz": self.dmel.rate_hz}
 
 
 TIME_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9, "100ns": 1e7}
@@ -371,12 +325,6 @@ class SensorStream(SensorDefaults, StreamBase):
     """The values of a reading, in order."""
 
     @property
-    def source(self) -> dict[str, Any]:
-        """Keys that say where the stream is; no two streams of a kind agree in all of them."""
-        columns = {"key": self.key} if self.key else {"names": self.names}
-        return {"file": self.file, **columns}
-
-    @property
     def size(self) -> int:
         """Values of a reading."""
         return sum(group.count for group in self.values)
@@ -384,10 +332,8 @@ class SensorStream(SensorDefaults, StreamBase):
     @property
     def names(self) -> tuple[str, ...] | None:
         """Name of every value; None if a group has no names."""
-        names = [group.names for group in self.values]
-        if any(group_names is None for group_names in names):
-            return None
-        return tuple(name for group_names in names for name in group_names or ())
+        is_named = all(group.names is not None for group in self.values)
+        return tuple(n for g in self.values for n in g.names or ()) if is_named else None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -397,21 +343,13 @@ class SensorStream(SensorDefaults, StreamBase):
     @property
     def slices(self) -> tuple[slice, ...]:
         """Columns of each value group."""
-        slices, start = [], 0
-        for group in self.values:
-            slices.append(slice(start, start + group.count))
-            start += group.count
-        return tuple(slices)
+        stops = list(accumulate(group.count for group in self.values))
+        return tuple(slice(start, stop) for start, stop in pairwise([0, *stops]))
 
     @property
     def units_per_s(self) -> float:
         """Units of a timestamp in one second."""
         return TIME_UNITS[self.time_unit]
-
-    @property
-    def rates_hz(self) -> dict[str, float]:
-        """Rates by key that must give whole numbers of samples in a segment."""
-        return {"rate_hz": self.rate_hz}
 
     @model_validator(mode="after")
     def _check_source(self) -> SensorStream:
@@ -444,11 +382,6 @@ class TextStream(TextDefaults, StreamBase):
     key: str | None = Field(None, min_length=1, max_length=256)
     """Key of metadata.jsonl whose texts also belong to the stream; null means STREAM_text, if
     `stream` is set."""
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """Keys that say where the stream is; no two streams of a kind agree in all of them."""
-        return {"file": self.file, "stream": self.stream}
 
     @property
     def metadata_key(self) -> str | None:

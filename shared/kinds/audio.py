@@ -36,13 +36,11 @@ _MAX_WAV_RATE_HZ = 1 << 31
 def columns(name: str, spec: AudioStream, recipe: Recipe) -> tuple[Column, ...]:
     """Return the columns of an audio stream: its waveform and its dMel tokens."""
     samples, frames = recipe.count(spec.rate_hz), recipe.count(spec.dmel.rate_hz)
-    dmel_shape = (frames, spec.dmel.channels)
     return (
         Column(
             name=name,
             stream=name,
             kind=Kind.AUDIO,
-            container="tar",
             codec="wav",
             dtype="int16",
             shape=(samples,),
@@ -55,10 +53,9 @@ def columns(name: str, spec: AudioStream, recipe: Recipe) -> tuple[Column, ...]:
             name=f"{name}.dmel",
             stream=name,
             kind=Kind.AUDIO,
-            container="zarr",
             codec="zarr",
             dtype="uint8",
-            shape=dmel_shape,
+            shape=(frames, spec.dmel.channels),
             unit=f"level, {MASKED_LEVEL} masked",
             max_bytes=frames * spec.dmel.channels,
             settings=stream_settings(spec),
@@ -80,13 +77,9 @@ def align_sound(sound: Sound, start_s: float | None) -> Interval:
 
 
 class AudioReader:
-    """Reads the normalized audio of a session's segments.
+    """Reads the audio of a session's segments, times `gain`, which normalizes the loudness.
 
-    Args:
-        file: the audio file.
-        spec: rate, track and dMel settings.
-        start_s: start of the first sample on the session clock.
-        gain: factor that normalizes the loudness.
+    `start_s` is the start of the first sample on the session clock.
     """
 
     def __init__(self, file: Path, spec: AudioStream, *, start_s: float, gain: float) -> None:
@@ -111,14 +104,9 @@ class AudioReader:
 
         Frames that the audio does not cover have MASKED_LEVEL in all channels.
         """
-        start, _ = self._range(segment)
-        levels, valid = encode_dmel(
-            self._samples,
-            start,
-            round(self._spec.dmel.rate_hz * segment.duration_s),
-            rate_hz=self._spec.rate_hz,
-            settings=self._spec.dmel,
-        )
+        rate_hz, dmel = self._spec.rate_hz, self._spec.dmel
+        start, count = self._range(segment)[0], round(dmel.rate_hz * segment.duration_s)
+        levels, valid = encode_dmel(self._samples, start, count, rate_hz=rate_hz, settings=dmel)
         levels[~valid] = MASKED_LEVEL
         return levels
 
@@ -147,11 +135,9 @@ def decode_wav(member: bytes) -> NDArray[np.int16]:
     """
     if len(member) < _WAV_HEADER.size or len(member) % 2:
         raise CorruptError(f"{len(member)} bytes are not a 16-bit wav file")
-    rate_hz = _WAV_HEADER.unpack_from(member)[7]
-    size = len(member) - _WAV_HEADER.size
-    if rate_hz >= _MAX_WAV_RATE_HZ or bytes(member[:WAV_HEADER_BYTES]) != _wav_header(
-        size, rate_hz
-    ):
+    rate_hz, size = _WAV_HEADER.unpack_from(member)[7], len(member) - _WAV_HEADER.size
+    head = bytes(member[: _WAV_HEADER.size])
+    if rate_hz >= _MAX_WAV_RATE_HZ or head != _wav_header(size, rate_hz):
         raise CorruptError("not a wav file as this format writes it")
     return np.frombuffer(member, dtype="<i2", offset=_WAV_HEADER.size)
 

@@ -23,7 +23,6 @@ class Column:
     stream: str
     kind: Kind
     """Kind of the stream."""
-    container: Literal["tar", "zarr"]
     codec: str
     """Extension of the members of a tar column; "zarr" for an array."""
     dtype: str
@@ -51,9 +50,14 @@ class Column:
     """Must be raised when the code gives other bytes for the same input."""
 
     @property
+    def container(self) -> Literal["tar", "zarr"]:
+        """Form of the file."""
+        return "zarr" if self.codec == "zarr" else "tar"
+
+    @property
     def suffix(self) -> str:
         """Suffix of the file name."""
-        return {"tar": "tar", "zarr": "zarr.zip"}[self.container]
+        return "zarr.zip" if self.codec == "zarr" else "tar"
 
     @property
     def array(self) -> str:
@@ -78,7 +82,5 @@ class Column:
 
 def stream_settings(spec: StreamSpec, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the settings of a stream that decide its bytes, as flat JSON values."""
-    values = spec.as_json()
-    for key in (*spec.passive_keys, *without):
-        values.pop(key, None)
-    return values
+    passive = ("required", "expect", *without)
+    return {key: value for key, value in spec.as_json().items() if key not in passive}

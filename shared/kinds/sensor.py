@@ -29,7 +29,6 @@ def columns(name: str, spec: SensorStream, recipe: Recipe) -> tuple[Column, ...]
             name=name,
             stream=name,
             kind=Kind.SENSOR,
-            container="zarr",
             codec="zarr",
             dtype="float32",
             shape=(count, spec.size),
@@ -74,20 +73,12 @@ def coverage(
 
 
 class SensorReader:
-    """Resamples the readings of a session's segments.
-
-    Args:
-        times_s: times of the readings on the session clock, float64 [N], increasing.
-        values: float32 [N, D], finite.
-        spec: rate, value types and rules of resampling.
-    """
+    """Resamples readings at increasing times on the session clock, finite float32 [N, D]."""
 
     def __init__(
         self, times_s: NDArray[np.float64], values: NDArray[np.float32], spec: SensorStream
     ) -> None:
-        self._times_s = times_s
-        self._values = values
-        self._spec = spec
+        self._times_s, self._values, self._spec = times_s, values, spec
 
     def read(self, segment: Segment) -> NDArray[np.float32]:
         """Read a segment, float32 [rate * duration, D]; NaN where masked."""

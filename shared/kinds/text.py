@@ -66,7 +66,6 @@ def columns(name: str, spec: TextStream, recipe: Recipe) -> tuple[Column, ...]:
             name=name,
             stream=name,
             kind=Kind.TEXT,
-            container="tar",
             codec="json",
             dtype="json",
             shape=(),
@@ -83,11 +82,8 @@ def time_tokens(
 ) -> tuple[list[int], list[float], list[float]]:
     """Give each token a time: its event's begin, or that of the token before plus one step.
 
-    So no two tokens of a stream share a step, however dense the events are.
-
-    Args:
-        events: time and tokens of each event, in order of time.
-        tokens_per_s: steps per second.
+    So no two tokens of a stream share a step, however dense the events are. `events` are the time
+    and tokens of each, in order of time.
 
     Returns:
         Ids, own times and event times of all tokens.
@@ -130,12 +126,8 @@ def spoken_segments(
 class TextReader:
     """Reads the tokens of a session's segments.
 
-    Args:
-        events: all events of the stream within the session, in order of time.
-        spec: tokens per second.
-        tokenizer: encodes the texts.
-        duration_s: length of the session.
-        segment_s: length of a segment.
+    `events` are all of the stream within the session, in order of time; `duration_s` is the length
+    of the session.
     """
 
     def __init__(
@@ -148,10 +140,8 @@ class TextReader:
         segment_s: float,
     ) -> None:
         self._events = events
-        tokens = time_tokens(
-            ((event.time_s, tokenizer.encode(event.text)) for event in events),
-            tokens_per_s=spec.tokens_per_s,
-        )
+        encoded = ((event.time_s, tokenizer.encode(event.text)) for event in events)
+        tokens = time_tokens(encoded, tokens_per_s=spec.tokens_per_s)
         self._ids, self._times_s, self._events_s = tokens
         # Tokens after the session's end stay in its last segment, so that none is lost.
         last = max(0, count_segments(duration_s, segment_s) - 1)

@@ -69,7 +69,6 @@ def columns(name: str, spec: VideoStream, recipe: Recipe) -> tuple[Column, ...]:
             name=name,
             stream=name,
             kind=Kind.VIDEO,
-            container="tar",
             codec=_EXTENSIONS[spec.codec],
             dtype="uint8",
             shape=shape,
