@@ -31,22 +31,22 @@ from shared.config import make_section
 from shared.errors import CorruptError, ShardError, rebuild_hint
 from shared.files import fingerprint_of, sha256_of_bytes, sha256_of_file
 from shared.kinds.text import TextReader, TimedText, encode_text
+from shared.media.tokenizer import parse_tokenizer
 from shared.recipe import Recipe
 from shared.shardset.index import Members, index_bytes
 from shared.shardset.layout import column_basis, columns_of
 from shared.shardset.manifest import (
     MANIFEST_FILE,
     REJECTED_FILE,
-    Manifest,
     ShardEntry,
     find_runs,
 )
 from shared.shardset.store import KEEP_OLD_S, claim_shard_set, open_shard_set
 from shared.storage import parse_location
-from shared.streams import DEFAULT_STREAMS, Kind
+from shared.streams import DEFAULT_STREAMS, METADATA_FILE, TEXT_FILE, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from preprocess.build.plan_types import BuiltShard, PreviousSet, SessionSegments
     from preprocess.build.write import DecodeFailure
     from shared.kinds.column import Column
-    from shared.media.tokenizer import TextTokenizer
     from shared.session.scan import SessionScan
     from shared.shardset.columns import ColumnFile
     from shared.shardset.store import ShardSetStore
@@ -63,14 +62,13 @@ OLD_VERSION = 2
 _MAGIC = b"VRCINDEX"
 _PREFIX = struct.Struct("<8sII")
 _ALIGNMENT = 64
-_ROW_HASH = re.compile(r"format 2: (touching|other) ([0-9a-f]+)")
-"""How the hash of a row of format 2 is kept, and whether its windows touched."""
+_ROW_HASH = re.compile(r"format 2: touching ([0-9a-f]+)")
+"""How the hash of a row of format 2 is kept if its windows touched, with "other" if not."""
 
 _OLD_STREAMS = tuple(DEFAULT_STREAMS)
 """The streams of format 2, in the order of its presence bits."""
 
 _TEXT_COLUMN, _DMEL_COLUMN = "text", "dmel"
-_METADATA_FILE, _TEXT_FILE = "metadata.jsonl", "text.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,25 +92,18 @@ class _OldShard:
     entry: Mapping[str, Any]
     header: Mapping[str, Any]
     arrays: Mapping[str, NDArray[Any]]
-
-    @property
-    def rows(self) -> list[tuple[str, int]]:
-        """Session and window of each row."""
-        sessions = self.header["sessions"]
-        numbers = zip(self.arrays["session"].tolist(), self.arrays["window"].tolist(), strict=True)
-        return [(sessions[session], window) for session, window in numbers]
+    rows: Sequence[tuple[str, int | None]]
+    """Session of each row, and the segment that its window becomes; None if it starts in one."""
 
     def members(self, table: str) -> Members:
         """Return the positions of a table's members."""
-        return Members(
-            offset=self.arrays[f"{table}.offset"],
-            length=self.arrays[f"{table}.length"],
-            crc32c=self.arrays[f"{table}.crc32c"],
-        )
+        names = ("offset", "length", "crc32c")
+        return Members(**{name: self.arrays[f"{table}.{name}"] for name in names})
 
-    def is_present(self, row: int, stream: str) -> bool:
-        """Tell whether a row stores a stream."""
-        return bool(int(self.arrays["present"][row]) >> _OLD_STREAMS.index(stream) & 1)
+    def present(self, row: int) -> set[str]:
+        """Return the streams that a row stores."""
+        bits = int(self.arrays["present"][row])
+        return {stream for i, stream in enumerate(_OLD_STREAMS) if bits >> i & 1}
 
 
 def is_format_2(content: bytes) -> bool:
@@ -121,11 +112,9 @@ def is_format_2(content: bytes) -> bool:
 
 
 def upgrade_set(location: Path | str, *, keep_old_s: float = KEEP_OLD_S) -> UpgradeSummary | None:
-    """Upgrade a shard set to the present format, in its place.
+    """Upgrade a shard set, a folder or URL, to the present format, in its place.
 
-    Args:
-        location: the set's folder, or its URL.
-        keep_old_s: see :func:`shared.shardset.store.claim_shard_set`.
+    `keep_old_s` is that of :func:`shared.shardset.store.claim_shard_set`.
 
     Returns:
         What was done; None if there is no set of format 2.
@@ -134,27 +123,18 @@ def upgrade_set(location: Path | str, *, keep_old_s: float = KEEP_OLD_S) -> Upgr
         ShardError: the set is corrupt.
         JobError: the disk is full, or another job builds the set.
     """
-    with open_shard_set(parse_location(location)) as store:
+    parsed = parse_location(location)
+    with open_shard_set(parsed) as store:
         content = store.read(MANIFEST_FILE)
         if content is None or not is_format_2(content):
             return None
-    with claim_shard_set(
-        parse_location(location), keep_old_s=keep_old_s, version=OLD_VERSION
-    ) as store:
+    with claim_shard_set(parsed, keep_old_s=keep_old_s, version=OLD_VERSION) as store:
         content = store.read(MANIFEST_FILE) or b""
-        _require_whole(content, f"{store}/{MANIFEST_FILE}")
+        body, _, last = content.rpartition(b',\n "sha256": "')
+        if not body or last[:64] != sha256_of_bytes(body).encode():
+            origin = f"{store}/{MANIFEST_FILE}"
+            raise CorruptError(f"{origin}: differs from its own checksum; {rebuild_hint(origin)}")
         return _Upgrade(store, json.loads(content)).run()
-
-
-def _require_whole(content: bytes, origin: str) -> None:
-    """Check a manifest against the checksum in its last line.
-
-    Raises:
-        CorruptError: it differs.
-    """
-    body, _, last = content.rpartition(b',\n "sha256": "')
-    if not body or last[:64] != sha256_of_bytes(body).encode():
-        raise CorruptError(f"{origin}: differs from its own checksum; {rebuild_hint(origin)}")
 
 
 def convert_recipe(old: Mapping[str, Any]) -> Recipe:
@@ -163,26 +143,20 @@ def convert_recipe(old: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: it has other keys or values than such a recipe.
     """
+    sensors = old["sensors"]
     streams: dict[str, dict[str, Any]] = {}
     for name, spec in DEFAULT_STREAMS.items():
-        values = {**spec, "required": name in old["required"]}
-        if "values" in spec:
-            size = old["sensors"][f"{spec['key']}_size"] // len(spec["values"])
-            values["values"] = [{**group, "count": size} for group in spec["values"]]
-        streams[name] = values
-    sensors = old["sensors"]
+        streams[name] = {**spec, "required": name in old["required"]}
+        if groups := spec.get("values"):
+            count = sensors[f"{spec['key']}_size"] // len(groups)
+            streams[name]["values"] = [{**group, "count": count} for group in groups]
     values = {
-        "segment": {
-            "duration_s": old["window"]["duration_s"],
-            "min_coverage": old["window"]["min_coverage"],
-        },
+        "segment": {key: old["window"][key] for key in ("duration_s", "min_coverage")},
         "video": old["vision"],
         "audio": {**old["audio"], "dmel": old["mel"]},
-        "sensor": {"rate_hz": sensors["rate_hz"], "max_gap_s": sensors["max_gap_s"]},
-        "text": old["text"],
+        "sensor": {key: sensors[key] for key in ("rate_hz", "max_gap_s")},
         "streams": streams,
-        "split": old["split"],
-        "shard": old["shard"],
+        **{key: old[key] for key in ("text", "split", "shard")},
     }
     return make_section(Recipe, values, origin="recipe of the set")
 
@@ -194,32 +168,30 @@ class _Upgrade:
         self._store = store
         self._manifest = manifest
         self._recipe = convert_recipe(manifest["recipe"])
-        self._columns = columns_of(self._recipe)
         window = manifest["recipe"]["window"]
         self._window_s = float(window["duration_s"])
         self._stride_s = float(window["stride_s"] or window["duration_s"])
-        self._tokenizer = self._load_tokenizer()
+        file, sha256 = (manifest["tokenizer"][key] for key in ("file", "sha256"))
+        content = self._read_checked(file, sha256)
+        self._tokenizer = parse_tokenizer(content.decode(), origin=f"{store}/{file}")
         self._generation = int(manifest["generation"]) + 1
         self._num_kept = self._num_copied = self._num_rewritten = 0
+        self._durations_s: dict[str, float] = {}
+        """Estimate of the length of each session by what its windows cover."""
+        self._texts: dict[str, dict[str, TextReader]] = {}
+        """Reader of each text stream of each session."""
 
     def run(self) -> UpgradeSummary:
         """Write all shards, commit the set, and remove the old files."""
         shards = [self._read_shard(entry) for entry in self._manifest["shards"]]
-        texts = self._read_texts(shards)
-        entries, headers = [], []
-        for shard in shards:
-            written = self._write_shard(shard, texts)
-            if written is not None:
-                entries.append(written[0])
-                headers.append(written[1])
-        old_files = {self._manifest["tokenizer"]["file"]} | {
-            file for shard in shards for file in _files_of(shard)
-        }
+        self._read_texts(shards)
+        written = [self._write_shard(s) for s in shards if any(n is not None for _, n in s.rows)]
+        entries, headers = tuple(entry for entry, _ in written), [header for _, header in written]
         manifest = commit_set(
             NewSet(
                 store=self._store,
                 recipe=self._recipe,
-                shards=tuple(entries),
+                shards=entries,
                 headers=headers,
                 generation=self._generation,
                 tokenizer=self._tokenizer,
@@ -229,77 +201,73 @@ class _Upgrade:
                 previous=None,
             )
         )
-        self._remove(old_files, manifest, headers)
+        # The new set does not reference these files of format 2.
+        old = {self._manifest["tokenizer"]["file"], *(s.entry["index_file"] for s in shards)}
+        old |= {c["file"] for s in shards for c in s.header["columns"].values()}
+        needed = {manifest.tokenizer_file, *(entry.index_file for entry in entries)}
+        needed |= {c["file"] for header in headers for c in header["columns"].values()}
+        for file in sorted((old - needed) & self._store.list_sizes().keys()):
+            self._store.remove(file)
         return UpgradeSummary(
             num_shards=len(entries),
             num_segments=sum(entry.num_samples for entry in entries),
             kept_files=self._num_kept,
             copied_members=self._num_copied,
             rewritten_members=self._num_rewritten,
-            gaps=tuple(self._find_gaps(shards)),
+            gaps=tuple(_find_gaps(shards)),
         )
 
     # --- reading ---
 
-    def _read_shard(self, entry: Mapping[str, Any]) -> _OldShard:
-        file = entry["index_file"]
-        origin = f"{self._store}/{file}"
+    def _read_checked(self, file: str, sha256: str) -> bytes:
         content = self._store.read(file)
-        if content is None or sha256_of_bytes(content) != entry["index_sha256"]:
-            raise CorruptError(f"{origin}: is missing or corrupt; {rebuild_hint(self._store)}")
+        if content is None or sha256_of_bytes(content) != sha256:
+            hint = rebuild_hint(self._store)
+            raise CorruptError(f"{self._store}/{file}: is missing or corrupt; {hint}")
+        return content
+
+    def _read_shard(self, entry: Mapping[str, Any]) -> _OldShard:
+        content = self._read_checked(entry["index_file"], entry["index_sha256"])
         try:
             header, arrays = _parse_index(content)
         except (ValueError, KeyError, TypeError, struct.error) as error:
+            origin = f"{self._store}/{entry['index_file']}"
             raise CorruptError(f"{origin}: is damaged: {error}") from error
-        return _OldShard(entry=entry, header=header, arrays=arrays)
-
-    def _load_tokenizer(self) -> TextTokenizer:
-        from shared.media.tokenizer import parse_tokenizer
-
-        file, sha256 = (self._manifest["tokenizer"][key] for key in ("file", "sha256"))
-        content = self._store.read(file)
-        if content is None or sha256_of_bytes(content) != sha256:
-            raise CorruptError(f"{self._store}/{file}: is missing or corrupt")
-        return parse_tokenizer(content.decode(), origin=f"{self._store}/{file}")
+        rows = zip(arrays["session"].tolist(), arrays["window"].tolist(), strict=True)
+        segments = [(header["sessions"][session], self._segment_of(w)) for session, w in rows]
+        return _OldShard(entry=entry, header=header, arrays=arrays, rows=segments)
 
     def _segment_of(self, window: int) -> int | None:
         """Return the segment that a window becomes; None if it starts within one."""
         segment = window * self._stride_s / self._window_s
-        is_whole = abs(segment - round(segment)) < EPSILON_S
-        return round(segment) if is_whole else None
+        return round(segment) if abs(segment - round(segment)) < EPSILON_S else None
 
-    def _duration_s(self, session: str, shards: Sequence[_OldShard]) -> float:
-        """Estimate the length of a session by what its windows cover."""
-        stop_s = 0.0
-        for shard in shards:
-            for row, (name, _) in enumerate(shard.rows):
-                if name == session:
-                    share = float(shard.arrays["coverage"][row].max())
-                    stop_s = max(
-                        stop_s, float(shard.arrays["start_s"][row]) + share * self._window_s
-                    )
-        return stop_s
-
-    def _read_texts(self, shards: Sequence[_OldShard]) -> dict[str, _SessionTexts]:
+    def _read_texts(self, shards: Sequence[_OldShard]) -> None:
         """Read the texts of every session, and give each token its time."""
         events: dict[str, dict[str, list[TimedText]]] = {}
         for shard in shards:
-            name = shard.header["columns"][_TEXT_COLUMN]["file"]
+            shares = shard.arrays["coverage"].max(axis=1).astype(np.float64)
+            stops_s = shard.arrays["start_s"] + self._window_s * shares
+            members = shard.members(_TEXT_COLUMN)
             with closing(self._open(shard, _TEXT_COLUMN)) as file:
-                members = shard.members(_TEXT_COLUMN)
-                for row, (session, window) in enumerate(shard.rows):
+                for row, (session, segment) in enumerate(shard.rows):
+                    stop_s = max(float(stops_s[row]), self._durations_s.get(session, 0.0))
+                    self._durations_s[session] = stop_s
                     own = events.setdefault(session, {})
-                    if self._segment_of(window) is None:
-                        continue
-                    content = file.read(members, row)
-                    for event in () if content is None else _old_events(content, origin=name):
-                        own.setdefault(event[0], []).append(TimedText(event[1], event[2]))
-        return {
-            session: _SessionTexts(
-                self._recipe, self._tokenizer, own, duration_s=self._duration_s(session, shards)
-            )
-            for session, own in events.items()
-        }
+                    content = None if segment is None else file.read(members, row)
+                    for stream, event in _old_events(content, origin=file.origin):
+                        own.setdefault(stream, []).append(event)
+        for session, own in events.items():
+            self._texts[session] = {
+                name: TextReader(
+                    sorted(own.get(spec.stream or "", ()), key=lambda event: event.time_s),
+                    spec,
+                    tokenizer=self._tokenizer,
+                    duration_s=self._durations_s[session],
+                    segment_s=self._recipe.segment_s,
+                )
+                for name, spec in self._recipe.texts.items()
+            }
 
     def _open(self, shard: _OldShard, column: str) -> ColumnFile:
         header = shard.header["columns"][column]
@@ -309,38 +277,31 @@ class _Upgrade:
 
     # --- writing ---
 
-    def _write_shard(
-        self, shard: _OldShard, texts: Mapping[str, _SessionTexts]
-    ) -> tuple[ShardEntry, Mapping[str, Any]] | None:
-        """Write the columns and the index of a shard; None if no window of it becomes a segment."""
-        positions, rows = self._rows_of(shard)
-        if not rows:
-            return None
-        sessions = dict.fromkeys(row.session for row in rows)
+    def _write_shard(self, shard: _OldShard) -> tuple[ShardEntry, Mapping[str, Any]]:
+        """Write the columns and the index of a shard, of which some window becomes a segment."""
+        rows = self._rows_of(shard)
+        sessions = dict.fromkeys(row.session for row in rows.values())
         builder = IndexBuilder(
-            rows=rows,
+            rows=list(rows.values()),
             recipe=self._recipe,
-            durations_s={session: texts[session].duration_s for session in sessions},
+            durations_s={session: self._durations_s[session] for session in sessions},
         )
         name, split = shard.entry["name"], shard.entry["split"]
         with self._store.staging_dir() as work:
-            for column in self._columns.values():
+            for column in columns_of(self._recipe).values():
+                if column.has_time_errors:
+                    builder.decode_failures += self._old_failures(shard, column.stream)
                 if column.has_time_errors and len(rows) == len(shard.rows):
                     self._keep_column(builder, column, shard)
                     continue
                 file = f"{name}.g{self._generation}.{column.name}.{column.suffix}"
-                encoded = self._iter_rows(
-                    shard, column, [*zip(positions, rows, strict=True)], texts
-                )
-                write_column(builder, column, work / file, encoded)
-                if column.has_time_errors:
-                    failures = _old_failures(shard, column.stream, self._segment_of)
-                    builder.decode_failures += failures
-                builder.columns[column.name] = self._built(
-                    column, shard, sessions=list(sessions), file=file, path=work / file
-                )
-                self._store.put(work / file, file)
-                (work / file).unlink(missing_ok=True)
+                path = work / file
+                write_column(builder, column, path, self._iter_rows(shard, column, rows))
+                size, sha256 = path.stat().st_size, sha256_of_file(path)
+                built = {"file": file, "length_bytes": size, "sha256": sha256}
+                self._add_built(builder, column, shard, entry=built)
+                self._store.put(path, file)
+                path.unlink(missing_ok=True)
             index = builder.index(name=name, split=split)
             content = index_bytes(index)
             file = f"{name}.g{self._generation}.index"
@@ -356,22 +317,35 @@ class _Upgrade:
         )
         return entry, index.header
 
+    def _rows_of(self, shard: _OldShard) -> dict[int, Row]:
+        """Return the new row of each old position whose window becomes a segment."""
+        rows: dict[int, Row] = {}
+        for position, (session, number) in enumerate(shard.rows):
+            if number is not None:
+                present = shard.present(position)
+                shares = dict(zip(_OLD_STREAMS, shard.arrays["coverage"][position], strict=True))
+                rows[position] = Row(
+                    number=len(rows),
+                    session=session,
+                    segment=Segment(number, self._window_s),
+                    present=tuple(stream for stream in self._recipe.streams if stream in present),
+                    coverage=[float(shares[stream]) for stream in self._recipe.streams],
+                )
+        return rows
+
     def _iter_rows(
-        self,
-        shard: _OldShard,
-        column: Column,
-        rows: Sequence[tuple[int, Row]],
-        texts: Mapping[str, _SessionTexts],
+        self, shard: _OldShard, column: Column, rows: Mapping[int, Row]
     ) -> Iterator[EncodedRow]:
-        """Yield the rows that have a column's stream; `rows` are old positions and new rows."""
+        """Yield the rows that have a column's stream."""
         table = _old_table(column, shard)
         errors = shard.arrays[f"{column.name}.error_s"] if column.has_time_errors else None
         with closing(self._open(shard, table.partition("/")[0])) as file:
-            for position, row in rows:
+            for position, row in rows.items():
                 if column.stream not in row.present:
                     continue
                 if column.kind is Kind.TEXT:
-                    content: bytes | None = texts[row.session].encode(column.stream, row.segment)
+                    text = self._texts[row.session][column.stream].read(row.segment)
+                    content: bytes | None = encode_text(text)
                 else:
                     content = file.read(shard.members(table), position)
                 if content is None:
@@ -382,142 +356,67 @@ class _Upgrade:
                     self._num_copied += 1
                 yield EncodedRow(row, content, None if errors is None else errors[position])
 
-    def _rows_of(self, shard: _OldShard) -> tuple[list[int], list[Row]]:
-        """Return the old positions and the new rows of the windows that become segments."""
-        positions: list[int] = []
-        rows: list[Row] = []
-        for position, (session, window) in enumerate(shard.rows):
-            number = self._segment_of(window)
-            if number is None:
-                continue
-            coverage = shard.arrays["coverage"][position]
-            shares = {s: float(coverage[i]) for i, s in enumerate(_OLD_STREAMS)}
-            positions.append(position)
-            rows.append(
-                Row(
-                    number=len(rows),
-                    session=session,
-                    segment=Segment(number, self._window_s),
-                    present=tuple(s for s in self._recipe.streams if shard.is_present(position, s)),
-                    coverage=[shares[s] for s in self._recipe.streams],
-                )
-            )
-        return positions, rows
-
     def _keep_column(self, builder: IndexBuilder, column: Column, shard: _OldShard) -> None:
         """Take over a video column as the file that it is."""
         members = shard.members(column.name)
         builder.add_members(column, members)
         builder.mark_present(column.stream, members.length > 0)
         builder.arrays[f"{column.name}.error_s"] = shard.arrays[f"{column.name}.error_s"]
-        builder.decode_failures += _old_failures(shard, column.stream, self._segment_of)
-        header = shard.header["columns"][column.name]
-        sessions = shard.header["sessions"]
-        built = self._built(column, shard, sessions=sessions, file=header["file"], path=None)
-        builder.columns[column.name] = replace(
-            built, length_bytes=header["length_bytes"], sha256=header["sha256"]
-        )
+        self._add_built(builder, column, shard, entry=shard.header["columns"][column.name])
         self._num_kept += 1
 
-    def _built(
-        self,
-        column: Column,
-        shard: _OldShard,
-        *,
-        sessions: Sequence[str],
-        file: str,
-        path: Path | None,
-    ) -> BuiltColumn:
+    def _add_built(
+        self, builder: IndexBuilder, column: Column, shard: _OldShard, *, entry: Mapping[str, Any]
+    ) -> None:
         """Describe a column; its rows keep the hashes of format 2."""
-        old = shard.header["columns"][_old_column(column, shard)]
+        old = shard.header["columns"][_old_table(column, shard).partition("/")[0]]
         how = "touching" if self._stride_s == self._window_s else "other"
-        rows = {session: f"format 2: {how} {old['rows'][session]}" for session in sessions}
-        settings = column_basis(
-            column, self._recipe, tokenizer_sha256=self._manifest["tokenizer"]["sha256"]
-        )
+        rows = {name: f"format 2: {how} {old['rows'][name]}" for name in builder.durations_s}
+        settings = column_basis(column, self._recipe, tokenizer_sha256=self._tokenizer.sha256)
         basis = {**settings, "rows": fingerprint_of(list(rows.values()))}
-        return BuiltColumn(
-            file=file,
-            length_bytes=0 if path is None else path.stat().st_size,
-            sha256="" if path is None else sha256_of_file(path),
+        builder.columns[column.name] = BuiltColumn(
+            **{key: entry[key] for key in ("file", "length_bytes", "sha256")},
             fingerprint=fingerprint_of(basis),
             basis=basis,
             rows=rows,
         )
 
+    def _old_failures(self, shard: _OldShard, stream: str) -> list[DecodeFailure]:
+        """Return the decode failures of a stream, by segment."""
+        failures = []
+        for failure in shard.header["losses"]:
+            segment = self._segment_of(failure["window"])
+            if failure["stream"] == stream and segment is not None:
+                values = {key: value for key, value in failure.items() if key != "window"}
+                failures.append({**values, "segment": segment})
+        return failures
+
     def _rejected_lines(self) -> list[dict[str, Any]]:
         """Convert the lines of ``rejected.jsonl``; windows that start within a segment go."""
+        content = (self._store.read(REJECTED_FILE) or b"").decode()
         lines = []
-        for line in (self._store.read(REJECTED_FILE) or b"").decode().split("\n"):
-            if not line:
-                continue
-            values = json.loads(line)
-            window = values.pop("window", None)
-            if window is not None:
-                segment = self._segment_of(window)
-                if segment is None:
-                    continue
-                values["segment"] = segment
+        for values in map(json.loads, filter(None, content.split("\n"))):
+            if (window := values.pop("window", None)) is not None:
+                values["segment"] = self._segment_of(window)
             if "windows" in values:
                 count = values.pop("windows") * self._stride_s / self._window_s
                 values["segments"] = math.ceil(count - EPSILON_S)
             if values["level"] == "window":
                 values["level"] = "segment"
-            lines.append(values)
+            if window is None or values["segment"] is not None:
+                lines.append(values)
         return lines
 
-    def _find_gaps(self, shards: Sequence[_OldShard]) -> Iterator[str]:
-        """Describe the windows that no multiple of the duration starts."""
-        kept: dict[str, set[int]] = {}
-        for shard in shards:
-            for session, window in shard.rows:
-                segment = self._segment_of(window)
-                kept.setdefault(session, set())
-                if segment is not None:
-                    kept[session].add(segment)
-        for session, segments in sorted(kept.items()):
-            last = max(segments, default=-1)
-            missing = [i for i in range(last + 1) if i not in segments]
-            if missing or not segments:
-                yield f"{session}: {len(missing) or 'all'} segments are not in the set"
 
-    def _remove(
-        self, files: set[str], manifest: Manifest, headers: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Remove the files of format 2 that the new set does not reference."""
-        needed = {manifest.tokenizer_file, *(entry.index_file for entry in manifest.shards)}
-        needed |= {c["file"] for header in headers for c in header["columns"].values()}
-        sizes = self._store.list_sizes()
-        for file in sorted((files - needed) & sizes.keys()):
-            self._store.remove(file)
-
-
-class _SessionTexts:
-    """The texts of one session, cut into segments."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        tokenizer: TextTokenizer,
-        events: Mapping[str, Sequence[TimedText]],
-        *,
-        duration_s: float,
-    ) -> None:
-        self.duration_s = duration_s
-        self._readers = {
-            name: TextReader(
-                sorted(events.get(spec.stream or "", ()), key=lambda e: e.time_s),
-                spec,
-                tokenizer=tokenizer,
-                duration_s=duration_s,
-                segment_s=recipe.segment_s,
-            )
-            for name, spec in recipe.texts.items()
-        }
-
-    def encode(self, stream: str, segment: Segment) -> bytes:
-        """Encode the member of a segment."""
-        return encode_text(self._readers[stream].read(segment))
+def _find_gaps(shards: Sequence[_OldShard]) -> Iterator[str]:
+    """Describe the windows that no multiple of the duration starts."""
+    kept: dict[str, set[int]] = {}
+    for session, segment in (row for shard in shards for row in shard.rows):
+        kept.setdefault(session, set()).update([] if segment is None else [segment])
+    for session, segments in sorted(kept.items()):
+        num_missing = max(segments, default=-1) + 1 - len(segments)
+        if num_missing or not segments:
+            yield f"{session}: {num_missing or 'all'} segments are not in the set"
 
 
 def _old_table(column: Column, shard: _OldShard) -> str:
@@ -531,34 +430,11 @@ def _old_table(column: Column, shard: _OldShard) -> str:
     return f"{_DMEL_COLUMN}/{_DMEL_COLUMN}" if is_dmel else column.name
 
 
-def _old_column(column: Column, shard: _OldShard) -> str:
-    """Return the column of format 2 that holds a column's values."""
-    return _old_table(column, shard).partition("/")[0]
-
-
-def _files_of(shard: _OldShard) -> set[str]:
-    files = {column["file"] for column in shard.header["columns"].values()}
-    return {shard.entry["index_file"], *files}
-
-
-def _old_failures(
-    shard: _OldShard, stream: str, segment_of: Callable[[int], int | None]
-) -> list[DecodeFailure]:
-    """Return the decode failures of a stream, by segment."""
-    failures = []
-    for failure in shard.header["losses"]:
-        segment = segment_of(failure["window"])
-        if failure["stream"] == stream and segment is not None:
-            values = {key: value for key, value in failure.items() if key != "window"}
-            failures.append({**values, "segment": segment})
-    return failures
-
-
-def _old_events(content: bytes, *, origin: str) -> Iterator[tuple[str, float, str]]:
-    """Yield stream, time and text of each event of a text member of format 2."""
+def _old_events(content: bytes | None, *, origin: str) -> Iterator[tuple[str, TimedText]]:
+    """Yield stream and text of each event of a text member of format 2."""
     try:
-        for event in json.loads(content)["events"]:
-            yield str(event["stream"]), float(event["time_s"]), str(event["text"])
+        for event in json.loads(content)["events"] if content is not None else ():
+            yield str(event["stream"]), TimedText(float(event["time_s"]), str(event["text"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptError(f"{origin}: not a text member: {error}") from error
 
@@ -588,35 +464,27 @@ def refresh_upgraded(
 ) -> PreviousSet:
     """Give upgraded rows the hashes of today, where the recordings still give the same bytes.
 
-    Args:
-        previous: the set to update.
-        scans: every session as it is now.
-        recipe: the recipe to build by.
+    `scans` are those of every session as it is now, and the next build is by `recipe`.
     """
-    columns = columns_of(recipe)
-    return replace(
-        previous,
-        shards=tuple(_refresh_shard(s, columns, scans, recipe) for s in previous.shards),
-    )
+    shards = tuple(_refresh_shard(shard, scans, recipe) for shard in previous.shards)
+    return replace(previous, shards=shards)
 
 
 def _refresh_shard(
-    shard: BuiltShard,
-    columns: Mapping[str, Column],
-    scans: Mapping[str, SessionScan],
-    recipe: Recipe,
+    shard: BuiltShard, scans: Mapping[str, SessionScan], recipe: Recipe
 ) -> BuiltShard:
     """Replace the hashes of format 2 in the columns of a shard."""
-    segments = {stored.session: stored for stored in shard.sessions}
+    columns, segments = columns_of(recipe), {stored.session: stored for stored in shard.sessions}
     refreshed = {}
     for name, built in shard.columns.items():
         rows = dict(built.rows)
         for session, recorded in rows.items():
-            stored, column = segments.get(session), columns.get(name)
-            if stored is None or column is None or not _ROW_HASH.fullmatch(recorded):
+            stored, column, scan = segments.get(session), columns.get(name), scans.get(session)
+            match = _ROW_HASH.fullmatch(recorded)
+            if match is None or stored is None or column is None or scan is None:
                 continue
-            if is_same_row(recorded, column, stored, scans=scans, recipe=recipe):
-                rows[session] = row_hash(stored, column, scans[session], recipe)
+            if _old_row_hash(column, stored, scan=scan, recipe=recipe) == match[1]:
+                rows[session] = row_hash(stored, column, scan, recipe)
         if rows != built.rows:
             basis = {**built.basis, "rows": fingerprint_of(list(rows.values()))}
             refreshed[name] = replace(
@@ -627,66 +495,27 @@ def _refresh_shard(
     return replace(shard, columns={**shard.columns, **refreshed}, is_refreshed=True)
 
 
-def is_same_row(
-    recorded: str | None,
-    column: Column,
-    segments: SessionSegments,
-    *,
-    scans: Mapping[str, SessionScan],
-    recipe: Recipe,
-) -> bool:
-    """Tell whether upgraded rows of a session are those that the recording gives now.
-
-    Args:
-        recorded: the hash in the index.
-        column: the column of the rows.
-        segments: the session, and its segments in the shard.
-        scans: every session as it is now.
-        recipe: the recipe to build by.
-    """
-    match = _ROW_HASH.fullmatch(recorded or "")
-    if match is None or match[1] != "touching":
-        return False
-    scan = scans.get(segments.session)
-    if scan is None or column.stream not in _OLD_STREAMS:
-        return False
-    minimum = recipe.segment.min_coverage
-    bits = []
-    own = _streams_beside(column)
-    for segment in segments.segments:
-        shares = {s: round(scan.coverage[s][segment], 4) for s in own if s in scan.coverage}
-        now = {s for s in shares if scan.coverage[s][segment] > 0}
-        before = {s for s in shares if shares[s] > 0 and shares[s] >= minimum}
-        if (column.stream in now) != (column.stream in before):
-            return False
-        bits.append(sum(1 << _OLD_STREAMS.index(s) for s in before))
-    return match[2] == _old_row_hash(column, segments, bits, scan=scan, recipe=recipe)
-
-
-def _streams_beside(column: Column) -> tuple[str, ...]:
-    """Return the streams that shared a column of format 2 with a column's stream."""
-    if column.kind in (Kind.SENSOR, Kind.TEXT):
-        return tuple(n for n, spec in DEFAULT_STREAMS.items() if spec["kind"] == column.kind)
-    return (column.stream,)
-
-
 def _old_row_hash(
-    column: Column,
-    segments: SessionSegments,
-    bits: Sequence[int],
-    *,
-    scan: SessionScan,
-    recipe: Recipe,
-) -> str:
-    """Hash what rows of format 2 depended on, as it did."""
-    files = {
-        Kind.SENSOR: (_METADATA_FILE,),
-        Kind.TEXT: (_METADATA_FILE, _TEXT_FILE),
-    }.get(column.kind, (recipe.streams[column.stream].file,))
+    column: Column, segments: SessionSegments, *, scan: SessionScan, recipe: Recipe
+) -> str | None:
+    """Hash what rows of format 2 depended on, as it did; None if they stored other rows."""
+    if column.stream not in _OLD_STREAMS:
+        return None
+    files: tuple[str, ...] = (recipe.streams[column.stream].file,)
+    own: tuple[str, ...] = (column.stream,)
+    if column.kind in (Kind.SENSOR, Kind.TEXT):  # these streams shared a column of format 2
+        own = tuple(n for n, spec in DEFAULT_STREAMS.items() if spec["kind"] == column.kind)
+        files = (METADATA_FILE,) if column.kind is Kind.SENSOR else (METADATA_FILE, TEXT_FILE)
+    minimum, bits = recipe.segment.min_coverage, []
+    for segment in segments.segments:
+        now = {s: scan.coverage[s][segment] for s in own if s in scan.coverage}
+        before = {s for s, share in now.items() if round(share, 4) >= minimum and round(share, 4)}
+        if (now.get(column.stream, 0.0) > 0) != (column.stream in before):
+            return None
+        bits.append(sum(1 << _OLD_STREAMS.index(s) for s in before))
     sources = {n: scan.source_files[n].sha256 for n in files if n in scan.source_files}
-    offset_s = scan.clock_offset_s if _METADATA_FILE in files else 0.0
+    offset_s = scan.clock_offset_s if METADATA_FILE in files else 0.0
     gain = scan.gains.get(column.stream, 1.0)
-    inputs = [segments.session, segments.segments, list(bits), sources, offset_s, gain]
-    own = _streams_beside(column)
+    inputs = [segments.session, segments.segments, bits, sources, offset_s, gain]
     starts = {s: scan.start_overrides[s] for s in own if s in scan.start_overrides}
     return fingerprint_of([*inputs, starts] if starts else inputs)

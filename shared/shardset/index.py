@@ -343,10 +343,10 @@ def _require_whole(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     for name, (dtype, widths) in _forms(header).items():
         if name not in arrays:
             raise ValueError(f"lacks the array {name}")
-        found, shape = arrays[name].dtype.str[1:], arrays[name].shape
+        own, shape = arrays[name].dtype.str[1:], arrays[name].shape
         expected = tuple(shape[1:2] if width is None else (width,) for width in widths)
-        if found != dtype or len(shape) != 1 + len(widths) or shape[1:] != sum(expected, ()):
-            raise ValueError(f"{name} is {found} {list(shape)}")
+        if own != dtype or len(shape) != 1 + len(widths) or shape[1:] != sum(expected, ()):
+            raise ValueError(f"{name} is {own} {list(shape)}")
     num_rows = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(num_rows) != 1:
         raise ValueError(f"arrays have {sorted(num_rows)} rows")
