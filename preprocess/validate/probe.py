@@ -311,7 +311,7 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
         units=units,
         intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
         absent={n: absent[n] for n in recipe.streams if n in absent},
-        not_recorded=alignment.not_recorded
+        not_recorded=frozenset(alignment.not_recorded)
         | {n for n, error in failures.items() if isinstance(error, MissingMediaError)},
         offset_s=alignment.offset_s,
         duration_s=alignment.duration_s,
