@@ -57,7 +57,7 @@ MIN_INTERVAL_S, MAX_INTERVAL_S = 0.002, 0.2
 RATE_FACTOR = 4.0
 """An interval within this factor of the declared rate's is in the declared unit."""
 
-MIN_TIMED_LINES = 3
+MIN_TIMED_LINES = 8
 """With fewer lines the unit of their timestamps is not guessed."""
 
 UNIT_TOLERANCE_S = 1.0
