@@ -81,11 +81,9 @@ def segment_of(time_s: float, segment_s: float) -> int:
 def nearest(
     times_s: NDArray[np.float64], grid_s: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Find the recorded time nearest to each grid time; ties go to the earlier.
+    """Find the nearest of the recorded times, at least one, to each grid time.
 
-    Args:
-        times_s: recorded times, increasing, at least one.
-        grid_s: requested times.
+    Ties go to the earlier.
 
     Returns:
         Index into `times_s`, and recorded minus requested time; both have the grid's shape.
@@ -105,11 +103,7 @@ def frame_mask(error_s: NDArray[np.float64], *, tolerance_s: float) -> NDArray[n
 def audio_mask(start: int, count: int, *, hop: int, num_samples: int) -> NDArray[np.bool_]:
     """Mark the frames of `hop` samples, the first at sample `start`, that the audio covers whole.
 
-    Args:
-        start: first sample of the first frame; negative before the audio begins.
-        count: number of frames.
-        hop: samples per frame.
-        num_samples: samples of the audio.
+    `start` is negative before the audio begins, which has `num_samples` in all.
     """
     stops = start + hop * np.arange(1, count + 1)
     return np.asarray((stops <= num_samples) & (stops - hop >= 0))
@@ -122,13 +116,8 @@ def clock_offset(
 
     Timestamps that start late are kept if they fit the media (the sensor started late). They are
     shifted to start at zero if only then they end together with the media (the clock was never
-    reset), or if there is no media to compare with.
-
-    Args:
-        first_s: first timestamp.
-        last_s: last timestamp.
-        media_stop_s: end of video and audio on the session clock; None if there is neither.
-        tolerance_s: timestamps that start within this of zero are never shifted.
+    reset), or if there is no media to compare with, which ends at `media_stop_s` on the session
+    clock. Timestamps that start within `tolerance_s` of zero are never shifted.
     """
     if abs(first_s) <= tolerance_s:
         return 0.0

@@ -131,12 +131,8 @@ def make_section(
 ) -> SectionT:
     """Validate plain values into a section.
 
-    Args:
-        kind: class of the section.
-        values: values of its keys.
-        origin: name of the file they come from, for messages.
-        overrides: overrides that :func:`apply_overrides` has applied; messages name an override
-            instead of the file if it set the value.
+    Messages name `origin`, the file that the values come from, or the override that set the value,
+    of those that :func:`apply_overrides` has applied.
 
     Raises:
         ConfigError: all errors, one per line.

@@ -78,10 +78,8 @@ class FormatVersionError(ShardError):
 class CorruptError(ShardError):
     """Bytes differ from their checksum, or don't decode.
 
-    Args:
-        message: what is wrong, where, and how to fix it.
-        file: the file of the shard set, if it is known.
-        offset: offset of the corrupt member in that file; None means the whole file.
+    `file` is the file of the shard set, if it is known, and `offset` that of the corrupt member in
+    it; None means the whole file.
     """
 
     def __init__(self, message: str, *, file: str | None = None, offset: int | None = None) -> None:
@@ -97,10 +95,8 @@ class TooManyCorruptSamplesError(CorruptError):
 class StorageError(EngineError):
     """A folder or file behind a URL can't be reached, read or written.
 
-    Args:
-        message: what is wrong, where, and how to fix it.
-        summary: only what and where, for log lines; by default the message.
-        is_transient: whether the same request may succeed later.
+    `summary` says only what and where, for log lines; by default it is the message. With
+    `is_transient`, the same request may succeed later.
     """
 
     def __init__(self, message: str, *, summary: str = "", is_transient: bool = False) -> None:

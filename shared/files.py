@@ -32,18 +32,12 @@ BLOCK_BYTES = 1 << 20
 
 
 def write_atomic(
-    path: Path,
-    content: bytes | Callable[[BinaryIO], object],
-    *,
-    temporary: Path | None = None,
+    path: Path, content: bytes | Callable[[BinaryIO], object], *, temporary: Path | None = None
 ) -> None:
-    """Replace a file by new content, durably.
+    """Replace a file by new bytes, or what a function writes to an open binary file, durably.
 
-    Args:
-        path: the file; its folder exists.
-        content: the new bytes, or a function that writes them to an open binary file.
-        temporary: a path in the same folder to write to first; by default
-            :func:`temporary_path`. It is removed if the write fails.
+    It writes first to `temporary`, a path in the same folder, by default :func:`temporary_path`,
+    which it removes if the write fails.
 
     Raises:
         OSError: the file can't be written; `path` is unchanged.
@@ -101,14 +95,7 @@ def sha256_of_bytes(content: bytes) -> str:
 
 
 def sha256_of_file(file: Path | BufferedReader | FileIO) -> str:
-    """Read a file to its end and return its SHA-256, in hex.
-
-    Args:
-        file: a path, or a binary file that is open for reading.
-
-    Raises:
-        OSError: the file can't be read.
-    """
+    """Read a file, or an open binary file, to its end and return its SHA-256, in hex."""
     if isinstance(file, Path):
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -127,9 +114,6 @@ class DiskArray(Generic[ScalarT]):
     The file is in $TMPDIR and disappears with the array, however the process ends. Each access maps
     only what it needs and copies it: a mapping of the whole file would count as the process's
     memory. Forked processes can read the same array; pickling copies the numbers.
-
-    Args:
-        dtype: type of the numbers.
     """
 
     def __init__(self, dtype: DTypeLike) -> None:
@@ -176,9 +160,8 @@ class DiskArray(Generic[ScalarT]):
         if stop <= start:
             return np.empty(0, self.dtype)
         offset = start * self.dtype.itemsize
-        return np.array(
-            np.memmap(self._file, self.dtype, "r", offset=offset, shape=(stop - start,))
-        )
+        mapped = np.memmap(self._file, self.dtype, "r", offset=offset, shape=(stop - start,))
+        return np.array(mapped)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DiskArray.of, (self[:],)

@@ -190,15 +190,10 @@ def thin_curve(
     max_interval_s: float,
     max_jump: float = math.inf,
 ) -> list[Curve]:
-    """Split a curve at gaps and keep the extremes of each column of the figure.
+    """Split a curve, finite values [N], at gaps, and keep the extremes of each column of it.
 
-    Args:
-        times_s: [N] increasing.
-        values: [N] finite.
-        axis: the time axis of the figure.
-        num_columns: columns of the figure; each keeps its smallest and its largest value.
-        max_interval_s: longest interval that is joined by a line, if it is wider than a column.
-        max_jump: a step in value of at least this much is not joined, as of a wrapped angle.
+    An interval up to `max_interval_s`, or narrower than a column, is joined by a line. A step in
+    value of at least `max_jump` is not joined, as of a wrapped angle.
     """
     if len(times_s) == 0:
         return []
@@ -278,14 +273,9 @@ def draw_bands(
     word: str,
     axis: TimeAxis,
 ) -> list[Band]:
-    """Draw stretches as bands, at most one per unit of the axis.
+    """Draw stretches, increasing [N], as bands, at most one per unit of the axis.
 
-    Args:
-        starts_s: [N] increasing.
-        stops_s: [N].
-        kind: CSS class.
-        word: what a stretch is, for the note.
-        axis: the time axis of the figure.
+    `kind` is their CSS class, and `word` says what a stretch is, for the note.
     """
     bands: list[Band] = []
     if len(starts_s) == 0:
@@ -299,9 +289,8 @@ def draw_bands(
         width = float(stop_xs[last] - xs[first])
         middle = xs[first] + width / 2
         width = max(MIN_BAND_WIDTH if len(firsts) < MANY_BANDS else 1.0, width)
-        times = " to ".join(
-            format_time(t, resolution_s=1e-3) for t in (starts_s[first], stops_s[last])
-        )
+        ends_s = (starts_s[first], stops_s[last])
+        times = " to ".join(format_time(time_s, resolution_s=1e-3) for time_s in ends_s)
         longest_s = float((stops_s - starts_s)[first : last + 1].max())
         note = f"{word}, {longest_s:.3f} s"
         if last > first:
@@ -342,12 +331,8 @@ def arrange_texts(
 ) -> list[TextMark]:
     """Place texts in lanes so that no two labels overlap.
 
-    A label that would pass the figure's right edge is placed left of its mark.
-
-    Args:
-        texts: in order of time.
-        axis: the time axis of the figure.
-        max_lanes: number of lanes; unlimited if None.
+    A label that would pass the figure's right edge is placed left of its mark. `texts` are in order
+    of time; None means any number of lanes.
     """
     marks: list[TextMark] = []
     lane_ends: list[float] = []

@@ -47,15 +47,8 @@ _T = TypeVar("_T")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _USER = re.compile(r"(?<=://)[^/@]*@")
 _VERSION_KEYS = (
-    "ETag",
-    "etag",
-    "md5",
-    "checksum",
-    "generation",
-    "mtime",
-    "LastModified",
-    "created",
-)
+    "ETag", "etag", "md5", "checksum", "generation", "mtime", "LastModified", "created"
+)  # fmt: skip
 """Keys of fsspec's file info whose value changes when an object's content does, best first."""
 _PERMANENT = (PermissionError, ValueError, TypeError, ImportError, NotImplementedError)
 _PERMANENT_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
@@ -98,10 +91,6 @@ STARTUP_RETRY = RetryPolicy(attempts=5)
 def with_retry(call: Callable[[], _T], *, retry: RetryPolicy) -> _T:
     """Call a function, and again while it fails with a transient StorageError.
 
-    Args:
-        call: sends a request to a store.
-        retry: how often and how long.
-
     Raises:
         StorageError: the last one.
     """
@@ -112,13 +101,8 @@ def with_retry(call: Callable[[], _T], *, retry: RetryPolicy) -> _T:
         return _random.uniform(0, min(bound_s, retry.longest_wait_s))
 
     def log_retry(state: RetryCallState) -> None:
-        _log.warning(
-            "%s; attempt %d of %d in %.1f s",
-            _error_of(state).summary,
-            state.attempt_number + 1,
-            retry.attempts,
-            state.upcoming_sleep,
-        )
+        number = f"attempt {state.attempt_number + 1} of {retry.attempts}"
+        _log.warning("%s; %s in %.1f s", _error_of(state).summary, number, state.upcoming_sleep)
 
     def give_up(state: RetryCallState) -> _T:
         error = _error_of(state)
@@ -148,9 +132,7 @@ def _error_of(state: RetryCallState) -> StorageError:
     return error
 
 
-def _retried(
-    method: Callable[Concatenate[Store, _P], _T],
-) -> Callable[Concatenate[Store, _P], _T]:
+def _retried(method: Callable[Concatenate[Store, _P], _T]) -> Callable[Concatenate[Store, _P], _T]:
     """Retry a request as the store's policy says; all requests are idempotent."""
 
     @wraps(method)
@@ -274,9 +256,7 @@ class Store:
     def _errors(self, name: str = "", *, is_new: bool = False) -> Iterator[None]:
         """Turn any error of the store's library into a StorageError that names the URL.
 
-        Args:
-            name: the file; empty for the folder.
-            is_new: the file is being created, so a missing path is the folder's or bucket's.
+        While a file is created (`is_new`), a missing path is the folder's or bucket's.
         """
         url = redact_url(f"{self.url}/{name}" if name else self.url)
         try:
@@ -293,11 +273,10 @@ class Store:
                 f"{url}: {protocol}:// needs a package that is not installed: {error}{fix}"
             ) from error
         except Exception as error:  # every store's library has its own exceptions
-            silent = (
-                "no response in time" if isinstance(error, TimeoutError) else type(error).__name__
-            )
+            kind = type(error).__name__
+            silent = "no response in time" if isinstance(error, TimeoutError) else kind
             reason = (str(error) or silent).splitlines()[0]
-            summary = f"{url}: {redact_url(reason)} ({type(error).__name__})"
+            summary = f"{url}: {redact_url(reason)} ({kind})"
             raise StorageError(
                 f"{summary}; fix: check the address and your read and write permissions, then run "
                 "it again; finished work is kept",

@@ -47,13 +47,8 @@ def resample(
     """Compute the values of a stream at the times of a grid; NaN where :func:`resample_mask` fails.
 
     A value depends on the two readings around its grid time only; with ``resample: hold``, on the
-    latest reading at or before it only.
-
-    Args:
-        times_s: [N] times of readings, increasing.
-        values: [N, D] readings, as :func:`clean_readings` returns the usable ones.
-        grid_s: [T] requested times.
-        stream: gives types, gaps and rate.
+    latest reading at or before it only. `values` [N, D] are readings at increasing times [N], as
+    :func:`clean_readings` returns the usable ones.
 
     Returns:
         [T, D] float32.
@@ -118,10 +113,6 @@ def clean_readings(
     wrapped to [-pi, pi). A reading is usable if all its values are finite, and its quaternions and
     directions have at least half of unit length.
 
-    Args:
-        values: [N, D]; NaN means missing.
-        stream: gives the types.
-
     Returns:
         [N, D] float32, NaN in readings that are not usable; and [N].
     """
@@ -141,16 +132,9 @@ def interpolate(
     *,
     stream: SensorStream,
 ) -> NDArray[np.float32]:
-    """Compute values between pairs of clean readings.
+    """Compute values float32 [T, D] between pairs of clean readings [T, D].
 
-    Args:
-        low: [T, D] reading before each value.
-        high: [T, D] reading after each value.
-        share: [T] from 0 at `low` to 1 at `high`.
-        stream: gives the types.
-
-    Returns:
-        [T, D] float32.
+    `share` [T] is 0 at the reading `low` before a value, and 1 at `high` after it.
     """
     mixed = np.empty(low.shape, dtype=np.float32)
     for group, columns in zip(stream.values, stream.slices, strict=True):

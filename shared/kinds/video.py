@@ -108,15 +108,11 @@ def coverage(
 class VideoReader:
     """Reads the frames of a session's segments.
 
-    Args:
-        file: the video.
-        spec: rate, size and fit.
-        start_s: start of the first frame on the session clock; None means the container's.
+    `start_s` is the start of the first frame on the session clock; None means the container's.
     """
 
     def __init__(self, file: Path, spec: VideoStream, *, start_s: float | None) -> None:
-        self._file = file
-        self._spec = spec
+        self._file, self._spec = file, spec
         self._track = align_track(read_video_track(file), start_s)
 
     def iter_frames(
@@ -124,11 +120,9 @@ class VideoReader:
     ) -> Iterator[tuple[Segment, Frames]]:
         """Read the frames of segments in order of time, in one pass over the video.
 
-        Args:
-            segments: segments in order of time.
-            decode_context: a superset of the segments. The pictures then have the bits of a pass
-                over all of these, even if the video is damaged, provided that a run of
-                :meth:`split_into_runs` can start at the first segment.
+        `decode_context` is a superset of the segments. The pictures then have the bits of a pass
+        over all of these, even if the video is damaged, provided that a run of
+        :meth:`split_into_runs` can start at the first segment.
 
         Yields:
             Each segment with its frames; a segment of which no picture decodes is left out.
@@ -238,12 +232,9 @@ def decode_pictures(
 ) -> NDArray[np.uint8]:
     """Decode pictures of a member of a video column into `out` and return it.
 
-    Args:
-        member: bytes of the member.
-        spec: selects the codec.
-        out: uint8 [F, 3H/2, W] for planes or [F, H, W, 3] for RGB, contiguous; see
-            :mod:`shared.media.yuv`. If the codec stores the other layout, it is converted.
-        chosen: which pictures of the member; None means all, as many as `out` has.
+    `out` is contiguous uint8 [F, 3H/2, W] for planes or [F, H, W, 3] for RGB; see
+    :mod:`shared.media.yuv`. If the codec stores the other layout, it is converted. `chosen` are the
+    pictures of the member; None means all, as many as `out` has.
 
     Raises:
         CorruptError: the bytes are not as many pictures of `out`'s size.

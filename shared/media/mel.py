@@ -35,21 +35,10 @@ _INVERSION_ROUNDS = 50
 
 
 def encode_dmel(
-    samples: NDArray[np.int16] | DiskArray[np.int16],
-    start: int,
-    count: int,
-    *,
-    rate_hz: int,
-    settings: DmelSettings,
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    samples: NDArray[np.int16] | DiskArray[np.int16], start: int, count: int,
+    *, rate_hz: int, settings: DmelSettings,
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:  # fmt: skip
     """Compute the dMel tokens of `count` frames that begin at sample `start` of a session.
-
-    Args:
-        samples: audio of the whole session, int16 [N].
-        start: first sample of the first frame.
-        count: number of frames.
-        rate_hz: sample rate.
-        settings: frame rate, channels, levels.
 
     Returns:
         Levels uint8 [count, channels], and whether the audio covers each whole frame, bool [count].
@@ -63,14 +52,12 @@ def encode_dmel(
     offset = max(0, first) - first
     padded[offset : offset + len(covered)] = covered.astype(np.float32) / 32768.0
     bands = _mel_bands(rate_hz, settings.fft_size, settings.channels)
-    energy = _mel_energy(
-        np.square(np.abs(stft(padded, fft_size=settings.fft_size, hop=hop))), bands
-    )
+    spectra = stft(padded, fft_size=settings.fft_size, hop=hop)
+    energy = _mel_energy(np.square(np.abs(spectra)), bands)
     level_db = 10.0 * np.log10(np.maximum(energy.T, _ENERGY_FLOOR))
     share = (level_db - settings.floor_db) / (settings.ceiling_db - settings.floor_db)
-    levels = np.clip(np.round(share * (settings.levels - 1)), 0, settings.levels - 1).astype(
-        np.uint8
-    )
+    top = settings.levels - 1
+    levels = np.clip(np.round(share * top), 0, top).astype(np.uint8)
     valid = audio_mask(start, count, hop=hop, num_samples=len(samples))
     levels[~valid] = 0
     return levels, valid

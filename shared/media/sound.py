@@ -94,12 +94,7 @@ class Loudness:
 
 
 def read_sound(path: Path, *, rate_hz: int, track: int = 0) -> Sound:
-    """Read an audio file as mono: average the channels, resample with soxr's HQ.
-
-    Args:
-        path: the file.
-        rate_hz: sample rate of the result.
-        track: index of the audio track in a container.
+    """Read an audio track of a file as mono: average the channels, resample with soxr's HQ.
 
     Raises:
         MediaError: the file doesn't open or contains no audio.
@@ -135,11 +130,8 @@ def read_sound(path: Path, *, rate_hz: int, track: int = 0) -> Sound:
 def measure_loudness(blocks: Iterable[NDArray[np.float32]], *, spec: AudioDefaults) -> Loudness:
     """Measure RMS and peak, and compute the gain to the stream's level.
 
-    The gain is lower if the peak would exceed the stream's limit.
-
-    Args:
-        blocks: the session's waveform, float32 [n] each, full scale 1.
-        spec: level and limit.
+    The gain is lower if the peak would exceed the stream's limit. `blocks` are the session's
+    waveform, float32 [n] each, full scale 1.
     """
     num_samples, energies, peak = 0, [0.0], 0.0
     for block in blocks:

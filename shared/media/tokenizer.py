@@ -54,9 +54,7 @@ class TextTokenizer:
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
     """Train a byte-level BPE; the same texts give the same tokenizer in any order.
 
-    Args:
-        texts: texts to learn from; if there are none, every byte is a token.
-        vocab_size: largest number of tokens.
+    Without texts, every byte is a token.
     """
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -112,12 +110,8 @@ def group_events(
 ) -> list[dict[str, Any]]:
     """Group predicted tokens, one per tick, into events.
 
-    An event is a run of tokens without PAD; the event mark starts a new one.
-
-    Args:
-        tokens: ids of successive ticks.
-        times_s: start of each tick.
-        tokenizer: decodes the tokens.
+    An event is a run of tokens without PAD; the event mark starts a new one. `times_s` has the
+    start of each tick.
 
     Returns:
         One {"timestamp": seconds, "text", "tokens"} per event; its ids include the event mark.

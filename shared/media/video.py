@@ -20,7 +20,7 @@ container whose packets and times can be trusted; other files are decoded comple
 from __future__ import annotations
 
 from array import array
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -152,12 +152,7 @@ def read_frames(
     """Decode some frames of a video, in order of time, at the stream's size.
 
     Packets that no requested frame needs are skipped. Frames that don't decode are left out.
-
-    Args:
-        path: the video.
-        track: result of :func:`read_video_track` for it.
-        requested: indices into `track.times_s`, increasing.
-        spec: size and fit.
+    `requested` are increasing indices into `track.times_s`.
 
     Yields:
         (index into `track.times_s`, RGB uint8 [height, width, 3]).
@@ -212,11 +207,6 @@ def decode_frames(path: Path, track: VideoTrack, requested: Sequence[int]) -> It
     trusted. Otherwise it starts at the file's first frame: after a seek, MPEG streams and AVI lose
     frames or give them the times of other frames.
 
-    Args:
-        path: the video.
-        track: result of :func:`read_video_track` for it.
-        requested: indices into `track.times_s`, increasing, at least one.
-
     Yields:
         av.VideoFrame with a presentation time.
     """
@@ -243,14 +233,10 @@ def decode_frames(path: Path, track: VideoTrack, requested: Sequence[int]) -> It
 
 
 def frames_to_restart(track: VideoTrack, frames: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Count the frames between each frame and the restart where :func:`decode_frames` begins.
+    """Count the frames between each frame [N] and the restart where :func:`decode_frames` begins.
 
     The count is infinite where no restart precedes a frame. Decoding may then begin elsewhere and
     give other pictures.
-
-    Args:
-        track: track of the video.
-        frames: indices into `track.times_s` [N].
     """
     keys = np.flatnonzero(track.keyframes)
     last = np.searchsorted(keys, frames, side="right") - 1
@@ -289,11 +275,7 @@ def nal_length_bytes(codec_context: Any) -> int | None:  # noqa: ANN401
 def is_restart(packet: Any, codec: str, length_bytes: int | None) -> bool:  # noqa: ANN401
     """Check whether a packet is an IDR picture: nothing after it refers to anything before it.
 
-    Args:
-        packet: an av.Packet.
-        codec: h264 or hevc.
-        length_bytes: result of :func:`nal_length_bytes` for its track; None means no restart.
-
+    `length_bytes` is the result of :func:`nal_length_bytes` for its track; None means no restart.
     Source: ITU-T H.264, 7.4.1.2.4, and H.265, 7.4.2.2.
     """
     if length_bytes is None:
@@ -333,13 +315,9 @@ def error_reason(error: Exception) -> str:
 
 
 def _decode_needed(
-    container: InputContainer,
-    stream: Any,  # noqa: ANN401
-    track: VideoTrack,
-    requested: Sequence[int],
-    *,
-    has_sought: bool,
-) -> Iterator[Any]:
+    container: InputContainer, stream: Any, track: VideoTrack, requested: Sequence[int],  # noqa: ANN401
+    *, has_sought: bool,
+) -> Iterator[Any]:  # fmt: skip
     """Decode the packets that the requested frames need, from the container's current position.
 
     Yields nothing if the container is at a packet that the track does not have.
@@ -432,13 +410,9 @@ def _seek(container: InputContainer, stream: Any, pts: int) -> bool:  # noqa: AN
 
 def _open_fix(path: Path) -> str:
     """Return the fix for a file that does not open; a Git LFS pointer has one of its own."""
-    try:
-        with path.open("rb") as file:
-            is_pointer = file.read(40).startswith(b"version https://git-lfs")
-    except OSError:
-        is_pointer = False
-    if is_pointer:
-        return "it is a Git LFS pointer; fix: fetch the file with `git lfs pull`"
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return "it is a Git LFS pointer; fix: fetch the file with `git lfs pull`"
     return REPLACE_FIX
 
 

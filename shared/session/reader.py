@@ -36,13 +36,9 @@ if TYPE_CHECKING:
 class SessionReader:
     """Reads the streams of a session's segments; a source file is opened when it is needed.
 
-    Args:
-        path: the session folder.
-        scan: result of :func:`shared.session.scan.scan_session` with the same recipe.
-        recipe: the declared streams.
-        tokenizer: tokenizes text; may be None if no text is read.
-        streams: the timestamped streams that will be read; None means all. The files of the others
-            need not exist.
+    The scan was made with the same recipe. The tokenizer may be None if no text is read. `streams`
+    are the timestamped streams that will be read, by default all; the files of the others need not
+    exist.
     """
 
     def __init__(
@@ -54,10 +50,7 @@ class SessionReader:
         tokenizer: TextTokenizer | None = None,
         streams: Sequence[str] | None = None,
     ) -> None:
-        self.path = path
-        self.scan = scan
-        self.recipe = recipe
-        self.tokenizer = tokenizer
+        self.path, self.scan, self.recipe, self.tokenizer = path, scan, recipe, tokenizer
         self._streams = tuple(recipe.streams if streams is None else streams)
         self._videos: dict[str, VideoReader] = {}
         self._audio: dict[str, AudioReader] = {}

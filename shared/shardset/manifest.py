@@ -129,11 +129,7 @@ class Manifest:
     def load_tokenizer(
         self, content: bytes | None = None, *, origin: str | None = None
     ) -> TextTokenizer:
-        """Load the set's tokenizer.
-
-        Args:
-            content: bytes of its file; by default the file is read from `root`.
-            origin: where the bytes come from, for messages; by default the path in `root`.
+        """Load the set's tokenizer from the bytes of its file, by default that in `root`.
 
         Raises:
             ShardError: the file can't be read.
@@ -141,16 +137,13 @@ class Manifest:
         """
         path = self.root / self.tokenizer_file
         origin = origin or str(path)
+        hint = rebuild_hint_for(origin)
         try:
             content = path.read_bytes() if content is None else content
         except OSError as error:
-            raise ShardError(
-                f"{origin}: can't be read: {error.strerror}; {rebuild_hint_for(origin)}"
-            ) from error
+            raise ShardError(f"{origin}: can't be read: {error.strerror}; {hint}") from error
         if sha256_of_bytes(content) != self.tokenizer_sha256:
-            raise CorruptError(
-                f"{origin}: checksum differs from the manifest; {rebuild_hint_for(origin)}"
-            )
+            raise CorruptError(f"{origin}: checksum differs from the manifest; {hint}")
         return parse_tokenizer(content.decode(), origin=origin)
 
 
@@ -178,34 +171,28 @@ def read_manifest(root: Path | str) -> Manifest:
 
 
 def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
-    """Parse a manifest.
+    """Parse the bytes of a manifest; see :func:`read_manifest` for errors.
 
-    Args:
-        content: bytes of its file.
-        root: folder of the set's files, or of copies of them.
-        path: where the bytes come from, for messages.
-
-    Raises:
-        FormatVersionError, CorruptError, ConfigError: see :func:`read_manifest`.
+    `root` is the folder of the set's files, or of copies of them.
     """
     require_format(content, path=path)
+    hint = rebuild_hint_for(path)
     try:
         values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path}: is damaged: {error}; {rebuild_hint_for(path)}") from error
+        raise CorruptError(f"{path}: is damaged: {error}; {hint}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT_NAME:
         raise CorruptError(
             f"{path}: is not the manifest of a shard set; fix: give the folder of a shard set"
         )
     version = values.get("format_version")
     if type(version) is not int or version < 1:
-        raise CorruptError(f"{path}: format_version is {version!r}; {rebuild_hint_for(path)}")
+        raise CorruptError(f"{path}: format_version is {version!r}; {hint}")
     if version != FORMAT_VERSION:
         raise _other_version(version, path)
     if "sha256" in values and not _is_checksum(values["sha256"], content):  # optional
         raise CorruptError(
-            f"{path}: differs from its own checksum: it is damaged, or was edited by hand; "
-            f"{rebuild_hint_for(path)}"
+            f"{path}: differs from its own checksum: it is damaged, or was edited by hand; {hint}"
         )
     try:
         fields = _Fields.model_validate(values)
@@ -213,9 +200,7 @@ def parse_manifest(content: bytes, *, root: Path, path: str) -> Manifest:
         detail = error.errors(include_url=False)[0]
         key = ".".join(map(str, detail["loc"]))
         reason = detail["msg"].removeprefix("Value error, ")
-        raise CorruptError(
-            f"{path}: is damaged: {key}: {reason}; {rebuild_hint_for(path)}"
-        ) from error
+        raise CorruptError(f"{path}: is damaged: {key}: {reason}; {hint}") from error
     return Manifest(
         root=root,
         recipe=make_section(Recipe, fields.recipe, origin=f"{path}: recipe"),
@@ -256,12 +241,7 @@ def _is_checksum(sha256: object, content: bytes) -> bool:
 
 
 def require_format(content: bytes, *, path: str, version: int = FORMAT_VERSION) -> None:
-    """Refuse a manifest of another format version by its first bytes.
-
-    Args:
-        content: bytes of its file, at least the first hundred.
-        path: where the bytes come from, for the message.
-        version: the version that is accepted.
+    """Refuse a manifest of another format version by its first hundred bytes.
 
     Raises:
         FormatVersionError: this program does not read that version.
@@ -289,9 +269,7 @@ def commit_manifest(
 ) -> None:
     """Write the manifest durably; from now on readers see the new set.
 
-    Args:
-        manifest: the new set.
-        write: writes a file of the set atomically; by default into the folder `manifest.root`.
+    `write` writes a file of the set atomically; by default into the folder `manifest.root`.
     """
     values = {
         "format": FORMAT_NAME,

@@ -56,9 +56,7 @@ def job_folder(root: Path, job_id: str) -> Path:
 def staging_folder(store: Store, job_id: str) -> Iterator[Path]:
     """Make a temporary folder on this machine, and remove those of killed jobs on the same set.
 
-    Args:
-        store: the set.
-        job_id: of this job; empty for reading and for dry runs, which remove nothing.
+    Reading and dry runs have an empty `job_id` and remove nothing.
     """
     if not job_id:
         with TemporaryDirectory(prefix="shard-set-") as scratch:

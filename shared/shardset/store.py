@@ -78,10 +78,7 @@ class ShardSetReader(Protocol):
     ) -> ColumnFile:
         """Open a column for reading; the caller closes it.
 
-        Args:
-            name: file name in the set.
-            sha256: from the index; a cache needs it, others ignore it.
-            length_bytes: from the index; a cache uses it, others ignore it.
+        A cache needs the checksum from the index and uses the size; others ignore both.
 
         Raises:
             ShardError: the file is missing.
@@ -392,12 +389,9 @@ def claim_shard_set(
 ) -> Iterator[ShardSetStore]:
     """Claim a shard set for one job, and remove temporary files that killed jobs left.
 
-    Args:
-        location: a folder, created if missing, or a store.
-        dry_run: don't claim a set behind a URL.
-        keep_old_s: how long files of a replaced set stay behind a URL; those in a folder stay as
-            long as a process reads them.
-        version: format version that an existing set must have.
+    A missing folder is created. A dry run does not claim a set behind a URL. There, files of a
+    replaced set stay for `keep_old_s`; those in a folder stay as long as a process reads them. An
+    existing set must have the format `version`.
 
     Raises:
         ShardError: another job on this machine, or on one that shares the folder, builds the set.
