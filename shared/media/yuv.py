@@ -183,12 +183,9 @@ def encode_h264(planes: NDArray[np.uint8], *, qp: int, rate_hz: float) -> bytes:
 
 
 def decode_h264(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen) -> None:
-    """Decode the bytes of :func:`encode_h264` in the layout of `out`.
+    """Decode the bytes of :func:`encode_h264` as :func:`decode_jpegs` does.
 
     Pictures after the last chosen one are not decoded.
-
-    Raises:
-        CorruptError: the bytes are not as many pictures of `out`'s size.
     """
     member = bytes(member)
     if not member.startswith(_ACCESS_UNIT):
@@ -205,11 +202,7 @@ def encode_npy(values: NDArray[np.uint8]) -> bytes:
 
 
 def decode_npy_planes(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen) -> None:
-    """Decode planes of :func:`encode_npy` in the layout of `out`.
-
-    Raises:
-        CorruptError: the bytes are not as many planes of `out`'s size.
-    """
+    """Decode planes of :func:`encode_npy` as :func:`decode_jpegs` does."""
     height, width = _size(out)
     planes = _load_npy(member, (chosen.num_stored, height * 3 // 2, width))
     if out.ndim == 3:
@@ -219,11 +212,7 @@ def decode_npy_planes(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen)
 
 
 def decode_npy_rgb(member: Buffer, out: NDArray[np.uint8], *, chosen: Chosen) -> None:
-    """Decode RGB pictures of :func:`encode_npy` in the layout of `out`.
-
-    Raises:
-        CorruptError: the bytes are not as many pictures of `out`'s size.
-    """
+    """Decode RGB pictures of :func:`encode_npy` as :func:`decode_jpegs` does."""
     write_rgb(_load_npy(member, (chosen.num_stored, *_size(out), 3))[chosen.selection], out)
 
 
