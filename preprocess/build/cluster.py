@@ -71,12 +71,7 @@ class Cluster:
     """
 
     def __init__(
-        self,
-        *,
-        scheduler: str | None,
-        num_workers: int,
-        console: Console,
-        start_s: float = START_S,
+        self, *, scheduler: str | None, num_workers: int, console: Console, start_s: float = START_S
     ) -> None:
         self._scheduler = scheduler
         self._num_workers = num_workers

@@ -16,12 +16,7 @@ from preprocess.build.commit import NewSet, commit_set, rejected_lines
 from preprocess.build.plan import plan_shards
 from preprocess.build.plan_types import FromShards, ShardTask, add_generation
 from preprocess.build.previous_set import find_corrupt_files, read_previous_set
-from preprocess.build.sources import (
-    TaskContext,
-    column_seconds,
-    find_recordings,
-    scan_sessions,
-)
+from preprocess.build.sources import TaskContext, column_seconds, find_recordings, scan_sessions
 from preprocess.build.task import build_shard, resume_shard
 from preprocess.build.upgrade import refresh_upgraded, upgrade_set
 from preprocess.build.video_subtasks import TASK_S, encode_video, split_task

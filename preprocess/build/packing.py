@@ -122,10 +122,7 @@ def repack(shards: Sequence[BuiltShard], samples: Samples, recipe: Recipe) -> li
 
 
 def recover_lost_shards(
-    lost: Iterable[ShardEntry],
-    shards: Iterable[BuiltShard],
-    samples: Samples,
-    recipe: Recipe,
+    lost: Iterable[ShardEntry], shards: Iterable[BuiltShard], samples: Samples, recipe: Recipe
 ) -> dict[str, tuple[SessionSegments, ...]]:
     """Find out what shards with an unreadable index held: shard name -> segments by session.
 

@@ -41,12 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from preprocess.build.packing import Samples
-    from preprocess.build.plan_types import (
-        BuiltColumn,
-        PlannedShard,
-        PreviousSet,
-        SessionSegments,
-    )
+    from preprocess.build.plan_types import BuiltColumn, PlannedShard, PreviousSet, SessionSegments
     from shared.kinds.column import Column
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan

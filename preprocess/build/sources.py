@@ -23,12 +23,7 @@ from shared.errors import SessionError
 from shared.files import fingerprint_of
 from shared.kinds.column import stream_settings
 from shared.media.tokenizer import parse_tokenizer
-from shared.session.folder import (
-    files_of_stream,
-    find_sessions,
-    scanned_files,
-    source_files,
-)
+from shared.session.folder import files_of_stream, find_sessions, scanned_files, source_files
 from shared.session.reader import SessionReader
 from shared.session.scan import SessionScan, SourceFile, scan_from_json, scan_session
 from shared.shardset.manifest import SESSIONS_FILE

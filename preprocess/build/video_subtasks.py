@@ -160,10 +160,7 @@ def encode_video(subtask: VideoSubtask, context: TaskContext) -> EncodedVideo:
         context.out.put(path, file)
         context.out.put(work / "subtask.index", index_file)
     return EncodedVideo(
-        name=subtask.name,
-        file=file,
-        index_file=index_file,
-        index_sha256=sha256_of_bytes(content),
+        name=subtask.name, file=file, index_file=index_file, index_sha256=sha256_of_bytes(content)
     )
 
 

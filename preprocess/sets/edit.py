@@ -35,12 +35,7 @@ from shared.files import fingerprint_of, sha256_of_bytes
 from shared.recipe import SPLITS
 from shared.shardset.index import ShardIndex, index_bytes
 from shared.shardset.layout import columns_of
-from shared.shardset.manifest import (
-    MANIFEST_FILE,
-    REJECTED_FILE,
-    Manifest,
-    ShardEntry,
-)
+from shared.shardset.manifest import MANIFEST_FILE, REJECTED_FILE, Manifest, ShardEntry
 from shared.shardset.store import KEEP_OLD_S, RemoteShardSet, claim_shard_set, open_shard_set
 from shared.storage import parse_location
 

@@ -131,8 +131,7 @@ class ReportPage:
             sections=self._read_sections(sections),
         )
         write_atomic(
-            self._path,
-            lambda file: stream.dump(file, encoding="utf-8", errors="backslashreplace"),
+            self._path, lambda file: stream.dump(file, encoding="utf-8", errors="backslashreplace")
         )
 
     def _read_sections(self, sections: IO[bytes]) -> Iterator[str]:
@@ -189,11 +188,6 @@ def _describe_streams(report: ValidationReport) -> list[tuple[str, str, str, str
     """Return name, status, kind and measurements of each stream that is present."""
     streams = report.stats.get("streams", {})
     return [
-        (
-            name,
-            report.streams[name],
-            measured["kind"],
-            describe_stream(measured),
-        )
+        (name, report.streams[name], measured["kind"], describe_stream(measured))
         for name, measured in streams.items()
     ]

@@ -27,11 +27,7 @@ from shared.media.video import REPLACE_FIX, read_frames, read_video_track
 from shared.session.alignment import align_streams, read_starts, shift_events
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, read_timed_lines
 from shared.session.lines import TIME_KEY, Readings
-from shared.streams import (
-    TIME_UNITS,
-    AudioStream,
-    VideoDefaults,
-)
+from shared.streams import TIME_UNITS, AudioStream, VideoDefaults
 from shared.values import clean_readings
 
 if TYPE_CHECKING:

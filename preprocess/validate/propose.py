@@ -30,13 +30,7 @@ from shared.errors import ConfigError, SessionError
 from shared.recipe import Recipe
 from shared.session.lines import parse_line
 from shared.session.tables import MAX_LINE_BYTES, TableError, open_table
-from shared.streams import (
-    METADATA_FILE,
-    VECTOR_SIZES,
-    Kind,
-    ValueType,
-    check_stream_name,
-)
+from shared.streams import METADATA_FILE, VECTOR_SIZES, Kind, ValueType, check_stream_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -449,11 +443,7 @@ def _round_out(value: float, side: int) -> float:
 
 
 def guess_groups(
-    values: NDArray[np.float64],
-    *,
-    times_s: NDArray[np.float64],
-    names: Sequence[str],
-    label: str,
+    values: NDArray[np.float64], *, times_s: NDArray[np.float64], names: Sequence[str], label: str
 ) -> list[dict[str, Any]]:
     """Guess the value groups of a sensor.
 
@@ -547,9 +537,7 @@ def _guess_scalar(values: NDArray[np.float64], name: str) -> ValueType:
     return ValueType.SCALAR
 
 
-def _merge_groups(
-    values: Iterable[tuple[ValueType, str, list[str]]],
-) -> list[dict[str, Any]]:
+def _merge_groups(values: Iterable[tuple[ValueType, str, list[str]]]) -> list[dict[str, Any]]:
     """Join neighbors of one type and unit."""
     groups: list[dict[str, Any]] = []
     for (kind, unit), members in itertools.groupby(values, key=lambda value: value[:2]):

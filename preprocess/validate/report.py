@@ -50,12 +50,7 @@ from preprocess.validate.repair import repair_session
 from preprocess.validate.value_checks import check_saturation, check_values, check_velocities
 from shared.errors import SessionError, StorageError
 from shared.recipe import Recipe
-from shared.session.folder import (
-    find_sessions,
-    is_session,
-    scanned_files,
-    source_files,
-)
+from shared.session.folder import find_sessions, is_session, scanned_files, source_files
 from shared.storage import Store, parse_location
 from shared.streams import Kind
 
@@ -380,11 +375,7 @@ def _sensor_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
             {"type": group.type.value, "count": group.count, "unit": group.unit_label}
             | {key: float(f"{value:.6g}") for key, value in measures.items()}
         )
-    return {
-        "readings": len(readings.times_s),
-        **_time_statistics(name, probe),
-        "values": values,
-    }
+    return {"readings": len(readings.times_s), **_time_statistics(name, probe), "values": values}
 
 
 def _text_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
