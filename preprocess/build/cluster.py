@@ -63,11 +63,9 @@ class TaskWithSubtasks(Generic[ArgT, SubT]):
 class Cluster:
     """Runs functions on a Dask cluster that is started at the first use.
 
-    Args:
-        scheduler: address of a running scheduler; None starts a local cluster.
-        num_workers: processes of a local cluster; 0 runs in this process, without Dask.
-        console: shows progress and the dashboard's address.
-        start_s: seconds that a local cluster takes to start; shorter work runs in this process.
+    Without the address of a `scheduler`, it is a local cluster of `num_workers` processes, or with
+    0 this process alone. Work shorter than `start_s`, which a local cluster takes to start, runs in
+    this process.
     """
 
     def __init__(
@@ -89,9 +87,7 @@ class Cluster:
     def num_idle(self, num_parallel: int, *, work_s: float) -> int:
         """Count the workers of a local cluster that get no work; 0 for short work.
 
-        Args:
-            num_parallel: workers that the work can keep busy.
-            work_s: estimated seconds of the work in one process.
+        `num_parallel` workers can be kept busy; `work_s` is the estimated time in one process.
         """
         is_short = self._scheduler is not None or work_s < MIN_WORK_S
         return 0 if is_short else max(0, self._num_workers - num_parallel)
@@ -115,11 +111,7 @@ class Cluster:
     ) -> list[ResultT]:
         """Call a function with each argument; return the results in order.
 
-        Args:
-            function: the function; it crosses processes.
-            arguments: its arguments.
-            label: text of the progress bar.
-            work_s: estimated seconds of the work in one process.
+        The function crosses processes. `work_s` is the estimated time of the work in one process.
 
         Raises:
             JobError, StorageError: the job can't continue; at once, without the other tasks.
@@ -139,12 +131,7 @@ class Cluster:
     ) -> list[ResultT]:
         """Run tasks after their subtasks; return the results of the tasks in order.
 
-        Args:
-            function: called with the argument of a task and the results of its subtasks.
-            tasks: the arguments of tasks and subtasks.
-            subtask: called with the argument of a subtask.
-            label: text of the progress bar, which counts tasks and subtasks.
-            work_s: estimated seconds of the work in one process.
+        `function` gets the argument of a task and the results of its subtasks.
 
         Raises:
             JobError, StorageError, Exception: see :meth:`map`. A task whose subtask fails fails

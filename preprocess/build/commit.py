@@ -160,12 +160,9 @@ def delete_unreferenced(new: NewSet, manifest: Manifest) -> None:
 
 
 def _files_of(name: str, store: ShardSetStore, *, known: Collection[str]) -> set[str]:
-    """List the files that a replaced manifest references; of a damaged set as far as possible.
+    """List the files that a replaced manifest references besides the `known` ones.
 
-    Args:
-        name: the manifest.
-        store: the set.
-        known: files that stay; the columns of these indexes are among them.
+    Of a damaged set, as far as possible. An index is known only if its columns are.
     """
     files = set()
     with suppress(ShardError, ValueError, KeyError, TypeError):
@@ -186,13 +183,7 @@ def _files_of(name: str, store: ShardSetStore, *, known: Collection[str]) -> set
 def rejected_lines(
     scans: Mapping[str, SessionScan], recipe: Recipe, failures: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """List what the set lacks, in order of session name, then what does not decode.
-
-    Args:
-        scans: every session.
-        recipe: the recipe of the set.
-        failures: the decode failures of the shards' indexes.
-    """
+    """List what the set lacks, by session name, then the decode failures of the indexes."""
     lines: list[dict[str, Any]] = []
     for name in sorted(scans):
         lines += _session_lines(scans[name], recipe)

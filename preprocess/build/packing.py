@@ -47,11 +47,6 @@ def keep_previous_shards(
 
     A session, or what is between two cuts of it, stays if one shard holds all that is stored of it,
     and nothing from beyond the cuts.
-
-    Args:
-        shards: the previous shards.
-        samples: session -> its segments that become samples.
-        recipe: decides where sessions are cut.
     """
     length = max_run_segments(recipe)
     current = {(s.session, s.segments[0] // length): s for s in cut_sessions(samples, recipe)}
@@ -81,10 +76,7 @@ def pack(
 ) -> list[PlannedShard]:
     """Pack sessions into new shards of about the target size, each whole.
 
-    Args:
-        sessions: what to pack, in order.
-        recipe: the splits and the target size.
-        planned: shards that are planned already; new shards are numbered after them.
+    They are numbered after those that are `planned` already.
     """
     capacity = min(MAX_RUN_SEGMENTS, int(recipe.shard.target_bytes / segment_bytes(recipe)))
     numbers = dict.fromkeys(SPLITS, -1)
@@ -107,13 +99,7 @@ def pack(
 
 
 def repack(shards: Sequence[BuiltShard], samples: Samples, recipe: Recipe) -> list[PlannedShard]:
-    """Pack as a fresh build would; keep previous shards that come out the same.
-
-    Args:
-        shards: the previous shards.
-        samples: session -> its segments that become samples.
-        recipe: the splits and the target size.
-    """
+    """Pack as a fresh build would; keep previous shards that come out the same."""
     previous = {(shard.name, shard.sessions): shard for shard in shards}
     return [
         replace(new, previous=previous.get((new.name, tuple(new.sessions))))
@@ -128,12 +114,6 @@ def recover_lost_shards(
 
     The segments that no other shard holds must be theirs. A split in which the numbers of samples
     or the runs differ is left out.
-
-    Args:
-        lost: the manifest's entries of these shards.
-        shards: the other shards.
-        samples: session -> its segments that become samples.
-        recipe: the splits.
     """
     entries = sorted(lost, key=lambda entry: entry.name)
     stored = {

@@ -59,15 +59,7 @@ def plan_shards(
     previous: PreviousSet | None = None,
     compacts: bool = False,
 ) -> Plan:
-    """Plan a build.
-
-    Args:
-        scans: every session, by name.
-        recipe: the recipe to build by.
-        tokenizer_sha256: hash of the tokenizer that encodes the text.
-        previous: the set to update, if any.
-        compacts: pack as a fresh build would, whatever the previous shards hold.
-    """
+    """Plan a build; `compacts` packs as a fresh build would, whatever the previous shards hold."""
     # Decide which shard holds which segments.
     samples = {n: tuple(scan.stored_segments(recipe)) for n, scan in sorted(scans.items())}
     settings = () if previous is None else recipe_changes(previous.recipe, recipe)

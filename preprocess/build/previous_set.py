@@ -49,11 +49,7 @@ def read_previous_set(
 ) -> PreviousSet:
     """Describe a finished set for the plan; shards with an unreadable index are listed as lost.
 
-    Args:
-        manifest: the set's manifest.
-        store: the set's files.
-        sizes: file name -> bytes, of all files of the set.
-        corrupt: column files of the right size whose bytes differ from their checksum.
+    `corrupt` names column files of the right size whose bytes differ from their checksum.
 
     Raises:
         FormatVersionError: an index has a version that this program does not read.
@@ -101,14 +97,7 @@ def _describe_shard(
 def find_corrupt_files(
     indexes: Sequence[str], store: ShardSetStore, sizes: Mapping[str, int], cluster: Cluster
 ) -> set[str]:
-    """Find column files whose bytes differ from the checksum in their index.
-
-    Args:
-        indexes: names of the indexes; an unreadable index is skipped.
-        store: the set's files.
-        sizes: file name -> bytes, of all files of the set.
-        cluster: reads the files.
-    """
+    """Find column files whose bytes differ from the checksum in a readable index."""
     seconds = sum(sizes.values()) / HASHED_BYTES_PER_S
     find = partial(_corrupt_columns, store=store)
     corrupt = cluster.map(find, indexes, label="check shards", work_s=seconds)
@@ -140,14 +129,7 @@ _TIMESTAMPED_KINDS = (Kind.SENSOR, Kind.TEXT)
 
 
 def row_hash(stored: SessionSegments, column: Column, scan: SessionScan, recipe: Recipe) -> str:
-    """Hash everything that the rows of a session depend on in a column, besides the recipe.
-
-    Args:
-        stored: the segments of the session that the shard holds.
-        column: the column.
-        scan: the session as it is now.
-        recipe: declares the column's stream.
-    """
+    """Hash everything that the rows of a session depend on in a column, besides the recipe."""
     stream, spec = column.stream, recipe.streams[column.stream]
     files = scan.source_files
     shares = scan.coverage.get(stream)
@@ -172,13 +154,7 @@ def recipe_part(basis: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class PreviousRows:
-    """Rows of the previous set, compared with the sessions as they are now.
-
-    Args:
-        shards: the shards of the previous set.
-        scans: every session, by name.
-        recipe: the recipe to build by.
-    """
+    """Rows of the previous set, compared with the sessions as they are now."""
 
     def __init__(
         self, shards: Iterable[BuiltShard], scans: Mapping[str, SessionScan], recipe: Recipe
@@ -197,13 +173,7 @@ class PreviousRows:
     def choose_source(
         self, needed: SessionSegments, column: Column, basis: Mapping[str, Any]
     ) -> FromShards | FromSession:
-        """Find previous shards that hold all rows as they would be made now, or the recording.
-
-        Args:
-            needed: the segments to find.
-            column: the column of the rows.
-            basis: what the column depends on now.
-        """
+        """Find previous shards that hold all rows as they would be made now, or the recording."""
         missing, files = set(needed.segments), []
         for shard, stored in self._stored.get(needed.session, ()):
             built = shard.columns.get(column.name)

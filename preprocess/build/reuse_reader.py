@@ -28,11 +28,7 @@ other."""
 
 
 class ColumnFileCache(AbstractContextManager["ColumnFileCache"]):
-    """Opens column files on demand and keeps the most recent ones open.
-
-    Args:
-        open_file: opens a file by its name.
-    """
+    """Opens column files on demand and keeps the most recent ones open."""
 
     def __init__(self, open_file: Callable[[str], ColumnFile]) -> None:
         self._open_file = open_file
@@ -58,12 +54,8 @@ class ColumnFileCache(AbstractContextManager["ColumnFileCache"]):
 class ShardReader:
     """Reads the rows of a session in one column from finished shards.
 
-    The counterpart of :class:`preprocess.build.write.SessionEncoder`.
-
-    Args:
-        session: the session of the rows.
-        shards: index and column file of each shard, or of each subtask, that holds rows of it.
-        files: opens the column files.
+    The counterpart of :class:`preprocess.build.write.SessionEncoder`. `shards` has index and column
+    file of each shard or subtask that holds rows of the session.
     """
 
     def __init__(

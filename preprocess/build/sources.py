@@ -61,10 +61,8 @@ class Recording(Protocol):
     ) -> AbstractContextManager[Path]:
         """Provide a folder, named like the session, with at least those of these files that exist.
 
-        Args:
-            names: file names.
-            staging: set in whose staging directory remote files are stored, so that the next job
-                removes what a killed one left.
+        Remote files are stored in the set's staging directory, so that the next job removes what a
+        killed one left.
         """
         ...
 
@@ -125,10 +123,6 @@ class RemoteRecording:
 
 def find_recordings(location: Path | str, recipe: Recipe) -> dict[str, Recording]:
     """Find the sessions below a folder or URL, or at it; returns them by name.
-
-    Args:
-        location: the folder or URL.
-        recipe: declares the files of a session.
 
     Raises:
         SessionError: the location does not exist, has no session, or has one whose name can't be
@@ -271,16 +265,9 @@ _NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {
 def scan_sessions(
     recordings: Mapping[str, Recording], store: ShardSetStore, recipe: Recipe, cluster: Cluster
 ) -> tuple[dict[str, SessionScan], int]:
-    """Scan every session that changed, and update the cache.
+    """Scan every session that changed, and update the cache in the set.
 
-    Args:
-        recordings: every session, by name.
-        store: the shard set, which holds the cache.
-        recipe: the recipe to scan by.
-        cluster: runs the scans.
-
-    Returns:
-        The scan of every session, by name, and how many sessions were read.
+    Returns the scan of every session, by name, and how many sessions were read.
     """
     streams = {
         name: stream_settings(spec, without=_NOT_SCANNED.get(spec.kind, ()))
@@ -377,10 +364,8 @@ def open_sessions(
 ) -> Iterator[dict[str, SessionReader]]:
     """Open a reader per session.
 
-    Args:
-        context: has the sessions.
-        streams: session -> the streams on whose files the output depends.
-        elsewhere: session -> those of the streams that other tasks have read.
+    The output depends on the files of `streams`, by session; other tasks have read those of
+    `elsewhere`.
 
     Raises:
         SessionError: a file changed or was removed since it was scanned.

@@ -132,11 +132,7 @@ MEASURES: Mapping[Kind, Callable[[bytes], Any]] = {Kind.AUDIO: level_db, Kind.TE
 def summarize(column: Column, values: Any, recipe: Recipe) -> dict[str, Any] | None:  # noqa: ANN401
     """Compute the statistics of a column of a shard; None if it has none.
 
-    Args:
-        column: the column.
-        values: of a Zarr column its array, with a row per segment; of a tar column a list of what
-            MEASURES takes of each member.
-        recipe: declares the column's stream.
+    `values` is the array of a Zarr column, or what MEASURES takes of each member of a tar column.
     """
     summarize_kind, _ = _SUMMARIES.get((column.kind, column.container), (None, None))
     return summarize_kind and summarize_kind(values, recipe.streams[column.stream])
@@ -154,9 +150,7 @@ def has_bins(summary: Mapping[str, Any] | None, column: Column, recipe: Recipe) 
 def number_statistics(values: NDArray[np.float32], axes: Sequence[Axis | None]) -> dict[str, Any]:
     """Compute count, sums, sums of squares, min, max and histogram of each column of [..., D].
 
-    Args:
-        values: the rows; rows with NaN are skipped.
-        axes: the bins of each column; a column without bins is left out.
+    Rows with NaN are skipped, and columns without bins left out.
     """
     rows = values.reshape(-1, values.shape[-1])
     rows = rows[np.isfinite(rows).all(axis=1)]
@@ -220,11 +214,6 @@ def merge(
     shards: Sequence[Mapping[str, Any]], columns: Iterable[Column], *, num_samples: int
 ) -> dict[str, Any]:
     """Merge the statistics of shards into those of a set, with mean and std of the numbers.
-
-    Args:
-        shards: the statistics of each shard, by column.
-        columns: every column of the set.
-        num_samples: samples of the shards.
 
     Raises:
         ShardError: a shard lacks some.

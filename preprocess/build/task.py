@@ -51,15 +51,8 @@ def build_shard(
     """Write a shard.
 
     If the file of a subtask is missing or corrupt, the recording is read instead; likewise if a
-    shard of the previous set is corrupt.
-
-    Args:
-        task: the shard.
-        context: the set, the recipe and the sessions.
-        encoded: the results of the task's subtasks; their files are removed at the end.
-
-    Returns:
-        The shard's entry in the manifest.
+    shard of the previous set is corrupt. The files of `encoded`, the results of the task's
+    subtasks, are removed at the end.
 
     Raises:
         SessionError: a session's folder or file is missing or changed since it was scanned.
@@ -96,11 +89,7 @@ def _build_shard(
 
 
 def copy_shard(task: ShardTask, context: TaskContext) -> ShardEntry:
-    """Write a shard of copied rows, without any recording.
-
-    Args:
-        task: writes every column, and copies every session.
-        context: needs no recordings, no scans and no tokenizer.
+    """Write a shard of copied rows, without any recording, scan or tokenizer.
 
     Raises:
         CorruptError: a previous shard is corrupt.
@@ -127,19 +116,10 @@ def copy_shard(task: ShardTask, context: TaskContext) -> ShardEntry:
 def resume_shard(
     task: ShardTask, store: ShardSetStore, sizes: Mapping[str, int], recipe: Recipe
 ) -> ShardEntry | ShardTask:
-    """Take over what a killed job finished of a shard.
+    """Take over what a killed job finished of a shard; return its entry, or what is still to do.
 
     The index that exists describes its columns. Columns that are not wanted are about to be
     replaced, so they are removed from the index first.
-
-    Args:
-        task: the shard that is wanted.
-        store: the set.
-        sizes: file name -> bytes, of all files of the set.
-        recipe: the recipe to build by.
-
-    Returns:
-        The entry of the shard if it is finished, else what is still to do.
     """
     file = task.file_name("index")
     content = store.read(file) if file in sizes else None

@@ -66,16 +66,10 @@ class EncodedVideo:
 def split_task(
     task: ShardTask, scans: Mapping[str, SessionScan], recipe: Recipe, *, task_s: float
 ) -> tuple[ShardTask, tuple[VideoSubtask, ...]]:
-    """Split the video that a task decodes into subtasks; leave a task of at most `task_s` whole.
+    """Split the video that a task decodes into subtasks of about `task_s`.
 
-    Args:
-        task: the shard.
-        scans: at least the sessions of the shard.
-        recipe: the recipe to build by.
-        task_s: seconds of video per subtask.
-
-    Returns:
-        The task, with the subtasks as sources of their rows, and the subtasks.
+    A task of at most `task_s` stays whole. Returns the task, with the subtasks as sources of their
+    rows, and the subtasks.
     """
     subtasks: list[VideoSubtask] = []
     total_s = 0.0

@@ -132,14 +132,7 @@ class IndexBuilder:
 def write_column(
     builder: IndexBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
 ) -> None:
-    """Write a column file.
-
-    Args:
-        builder: takes the member table, presence and statistics.
-        column: the column.
-        path: the file to write.
-        encoded: the rows that the column stores, in order.
-    """
+    """Write a column file of the rows in order; the builder takes members, presence, statistics."""
     values = {"tar": _write_tar, "zarr": _write_zarr}[column.container](
         builder, column, path, encoded
     )
@@ -198,10 +191,8 @@ def _write_zarr(
 class SessionEncoder:
     """Reads the rows of a session from its recording and encodes them.
 
-    Args:
-        reader: reads the recording.
-        decode_context: segments that the pass over a video covers, if the rows are only some of
-            them; the pictures get the bits of a pass over all of these segments.
+    If the rows are only some of those of a pass over a video, `decode_context` has all segments of
+    the pass; the pictures get the bits of the whole pass.
     """
 
     def __init__(

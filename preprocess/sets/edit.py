@@ -75,9 +75,6 @@ class _Selection:
 def list_sessions(location: Path | str) -> list[SetSession]:
     """List every session of a set by name; sessions without samples have no shards.
 
-    Args:
-        location: the set's folder, or its URL.
-
     Raises:
         ShardError: the set can't be read.
         StorageError: the store can't be reached.
@@ -90,11 +87,6 @@ def drop_sessions(
     location: Path | str, names: Collection[str], *, keep_old_s: float = KEEP_OLD_S
 ) -> Manifest:
     """Remove sessions from a set; rewrites only the shards that hold them.
-
-    Args:
-        location: the set's folder, or its URL.
-        names: the sessions.
-        keep_old_s: see :func:`shared.shardset.store.claim_shard_set`.
 
     Raises:
         ShardError: no such set or session, no sample would be left, or another job builds the set.
@@ -119,11 +111,6 @@ def drop_sessions(
 def split_sessions(location: Path | str, out: Path | str, names: Collection[str]) -> Manifest:
     """Make a new set of some sessions of another, which stays as it is.
 
-    Args:
-        location: the set's folder, or its URL.
-        out: the new set's folder, or its URL.
-        names: the sessions.
-
     Raises:
         ShardError: no such set or session, or there is already a set at `out`.
         JobError: the disk is full.
@@ -137,10 +124,6 @@ def split_sessions(location: Path | str, out: Path | str, names: Collection[str]
 
 def merge_sets(out: Path | str, locations: Sequence[Path | str]) -> Manifest:
     """Make one new set of several, which stay as they are; links files if possible.
-
-    Args:
-        out: the new set's folder, or its URL.
-        locations: folders or URLs of the sets.
 
     Raises:
         ShardError: no such set, two are the same one, their recipes or tokenizers differ, a session

@@ -52,11 +52,8 @@ def verify_set(
 
     Checksums of all files and members match, every member decodes, streams, runs and keys are what
     the manifest says, keys are unique, no session is in two splits, and planned segments = samples
-    + rejected segments.
-
-    Args:
-        location: the set's folder, or its URL; behind a URL, a column at a time is downloaded.
-        progress: called after each shard with the numbers of verified and of all shards.
+    + rejected segments. A column at a time is downloaded from a URL. After each shard, `progress`
+    is called with the numbers of verified and of all shards.
 
     Raises:
         ShardError: the manifest can't be read.

@@ -207,12 +207,6 @@ def shift_to_zero(
     """Shift timestamps to start at zero if the recorder's clock was never reset.
 
     Texts that are on the session clock already stay. If they fit neither clock, nothing is shifted.
-
-    Args:
-        sensors: lines of every sensor file on the shared clock.
-        texts: lines of every text file on it.
-        files: what the lines hold.
-        media_stop_s: when the last of the media ends; None without media.
     """
     offset_s = _offset(sensors, media_stop_s)
     if not offset_s:

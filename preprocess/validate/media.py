@@ -124,12 +124,6 @@ def _runs(path: Path, track: VideoTrack, requested: list[int]) -> Iterator[Seque
 def read_envelope(path: Path, spec: AudioStream, *, duration_s: float, axis: TimeAxis) -> Envelope:
     """Measure extremes and level of a sound file, in bins about as wide as a unit of the axis.
 
-    Args:
-        path: the sound file.
-        spec: tells the track.
-        duration_s: its duration, as :func:`shared.media.sound.read_sound` returns it.
-        axis: the time axis of the figure.
-
     Raises:
         MediaError: the file does not open any more.
     """

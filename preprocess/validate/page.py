@@ -48,11 +48,7 @@ class SummaryRow:
 
 
 class ReportPage:
-    """A page that sessions are added to; written when the ``with`` block ends without an error.
-
-    Args:
-        path: the file; its folder is created if needed.
-    """
+    """A page that sessions are added to; written when the ``with`` block ends without an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

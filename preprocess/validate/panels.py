@@ -144,12 +144,7 @@ class SessionPanels:
 
 
 def draw_session(path: Path, probe: SessionProbe) -> SessionPanels:
-    """Draw a session.
-
-    Args:
-        path: the session folder.
-        probe: what validation read of it.
-    """
+    """Draw what validation read of a session folder."""
     intervals = probe.intervals.values()
     axis = TimeAxis(min([0.0, *(i.start_s for i in intervals)]), probe.duration_s)
     panels: list[Strip | Plot | TextLanes] = []

@@ -337,14 +337,8 @@ def find_units(
 ) -> dict[str, WrongUnit]:
     """Return the unit of each file whose timestamps are not in the declared one.
 
-    Texts have no declared unit: they are seconds, or have the unit of the sensors beside them. If
-    some fit neither, no unit is confirmed.
-
-    Args:
-        sensors: sorted timestamps of each file with sensors, in its own unit.
-        texts: timestamps of each text file, in its own unit.
-        media_stop_s: when the last of the media ends; None without media.
-        recipe: declares units and rates.
+    Timestamps are sorted, and in the unit of their file. Texts have no declared unit: they are
+    seconds, or have the unit of the sensors beside them. If some fit neither, no unit is confirmed.
     """
     units: dict[str, WrongUnit] = {}
     for file, times in sensors.items():

@@ -445,13 +445,9 @@ def _round_out(value: float, side: int) -> float:
 def guess_groups(
     values: NDArray[np.float64], *, times_s: NDArray[np.float64], names: Sequence[str], label: str
 ) -> list[dict[str, Any]]:
-    """Guess the value groups of a sensor.
+    """Guess the value groups of a sensor from its readings [N, D].
 
-    Args:
-        values: [N, D] readings.
-        times_s: [N] their times.
-        names: names of the columns; none for a list under a key.
-        label: name of the file without suffix, and the JSON key or column of a list.
+    A list under a key has no `names`; its label has the file's name without suffix, and the key.
     """
     if names:
         return _merge_groups(_guess_columns(values, names, label))

@@ -58,14 +58,7 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
-    """Repair a session folder.
-
-    Args:
-        path: the session folder.
-        recipe: the declared streams.
-
-    Returns:
-        One sentence for each repair; [] if there was nothing to repair, as on every second run.
+    """Repair a session folder; return one sentence for each repair, none on every second run.
 
     Raises:
         SessionError: not a folder, or it cannot be read or written. Nothing has changed then, or
@@ -123,11 +116,7 @@ def _repair_lines(
 ) -> list[str]:
     """Apply every repair that needs lines with times; replaces the lists in `repaired`.
 
-    Args:
-        repaired: lines of every file.
-        files: what the lines hold.
-        shared: the files on the shared clock; None if it cannot be shifted.
-        media_stop_s: when the last of the media ends; None without media.
+    `shared` are the files on the shared clock; None if it cannot be shifted.
     """
     sentences: list[str | None] = []
     sortable = [n for n, f in files.items() if not f.is_text_file and is_sortable(repaired[n])]

@@ -153,12 +153,9 @@ class CheckedSession:
 def check_sessions(
     locations: Iterable[str], *, recipe: Recipe, fix: bool
 ) -> Iterator[CheckedSession]:
-    """Check every session in some locations.
+    """Check every session in some folders or URLs, and single video and sound files.
 
-    Args:
-        locations: folders, URLs, or single video and sound files.
-        recipe: see :func:`check_session`.
-        fix: repair first; folders only.
+    With `fix`, folders are repaired first.
     """
     for source in _iter_sources(locations, recipe):
         if isinstance(source, CheckedSession):
@@ -180,16 +177,7 @@ def check_sessions(
 def check_session(
     path: Path, *, recipe: Recipe, checks: Collection[str] = CHECKS.keys()
 ) -> CheckedSession:
-    """Check one session folder.
-
-    Args:
-        path: the session folder.
-        recipe: the declared streams.
-        checks: names of the checks to run.
-
-    Returns:
-        The report; failed, without a probe, if the folder cannot be checked.
-    """
+    """Check one session folder; the report is failed, without a probe, if that is impossible."""
     name = path.name or path.resolve().name
     try:
         if not path.is_dir():
