@@ -100,9 +100,7 @@ def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> Path:
 
     At every moment `path` holds either its old content or the new one.
 
-    Args:
-        path: the file; its folder is created if it is missing.
-        state: tensors and plain containers, with at least :data:`REQUIRED_KEYS`.
+    `state`: tensors and plain containers, with at least :data:`REQUIRED_KEYS`.
 
     Raises:
         CheckpointError: the file could not be written, for example because the disk is full. The
@@ -228,11 +226,7 @@ def check_checkpoint(path: Path | str) -> None:
 
 
 def _check_version(path: Path, version: int) -> None:
-    """Refuse checkpoints of other versions.
-
-    Raises:
-        CheckpointError: names both versions.
-    """
+    """Refuse checkpoints of other versions."""
     if version != FORMAT_VERSION:
         fix = "update vr-creature" if version > FORMAT_VERSION else "train again, into a new folder"
         raise CheckpointError(
@@ -242,12 +236,7 @@ def _check_version(path: Path, version: int) -> None:
 
 
 def shape_differences(saved: WindowShapes, own: WindowShapes) -> list[str]:
-    """Say by name which streams of a checkpoint differ from those here; [] if the weights fit.
-
-    Args:
-        saved: shapes of the checkpoint.
-        own: shapes of the data and configuration here.
-    """
+    """Say by name which streams of a checkpoint differ from those here; [] if the weights fit."""
     differences = []
     if saved.tick_rate_hz != own.tick_rate_hz:
         differences.append(
@@ -288,11 +277,7 @@ def root_cause(error: BaseException) -> str:
 
 
 def _check_value_types(path: Path, state: Mapping[str, Any]) -> None:
-    """Refuse values of the wrong type; a file from elsewhere can hold anything.
-
-    Raises:
-        CheckpointError: names the first wrong key.
-    """
+    """Refuse values of the wrong type; a file from elsewhere can hold anything."""
     for name, types in _VALUE_TYPES.items():
         value = state.get(name)
         is_right = isinstance(value, types) or (name == "extra" and value is None)
@@ -310,11 +295,7 @@ def _short_repr(value: object) -> str:
 
 
 def _refuse_compressed(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse records that would grow when read, because a small file could fill the memory.
-
-    Raises:
-        CheckpointError: a record is compressed, or records overlap.
-    """
+    """Refuse records that would grow when read, because a small file could fill the memory."""
     records = archive.infolist()
     is_compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
     if is_compressed or sum(record.file_size for record in records) > path.stat().st_size:

@@ -323,10 +323,7 @@ def load_train_config(
 
     Overrides of the model's size replace the file's other keys about its size.
 
-    Args:
-        path: the file.
-        overrides: applied on top of it.
-        warn: called with a message for each key of the file that has no effect any more.
+    `warn`: called with a message for each key of the file that has no effect any more.
 
     Raises:
         ConfigError: the file or an override cannot be used.

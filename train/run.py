@@ -68,12 +68,9 @@ def run_training(
 ) -> TrainSummary | None:
     """Train, evaluate on held-out sessions, and print a summary.
 
-    Args:
-        config: the whole configuration.
-        origin: its file, for messages.
-        resume: a checkpoint file, or "auto" for the newest checkpoint of
-            ``checkpointing.save_dir``, if there is one.
-        weights: checkpoint whose weights a run that is not resumed starts with.
+    `resume`: a checkpoint file, or "auto" for the newest checkpoint of
+        ``checkpointing.save_dir``, if there is one.
+    `weights`: checkpoint whose weights a run that is not resumed starts with.
 
     Returns:
         The summary; None if the checkpoint has reached ``training.max_steps`` already.
@@ -134,12 +131,8 @@ def check_config(
     Checks the machine and all sizes. If the data exists, runs one forward and one backward pass on
     one batch.
 
-    Args:
-        config: the whole configuration.
-        origin: its file, for messages.
-        resume: a checkpoint file to resume from; "auto" is not checked, because a run skips
-            checkpoints that it cannot use.
-        weights: a checkpoint whose weights the run is to start with.
+    `resume`: a checkpoint file to resume from; "auto" is not checked, because a run skips
+        checkpoints that it cannot use.
 
     Raises:
         EngineError: something cannot be used.
@@ -382,11 +375,7 @@ def _resumes_in(folder: Path, resume: str | None) -> bool:
 
 
 def _resume(trainer: Trainer, config: TrainConfig, resume: str | None, console: Console) -> bool:
-    """Resume from a checkpoint if asked to; return False if no step is left to train.
-
-    Raises:
-        ConfigError: another run's checkpoints would be overwritten.
-    """
+    """Resume from a checkpoint if asked to; return False if no step is left to train."""
     folder = config.training.checkpointing.save_dir
     if not _resumes_in(folder, resume):
         distributed.on_main(lambda: refuse_checkpoints(folder))

@@ -275,13 +275,7 @@ def _stream_shape(
 def sample_positions(
     shape: StreamShape, *, num_ticks: int, tick_rate_hz: float
 ) -> NDArray[np.int64]:
-    """Return the position of each stored sample of a window, int64 [samples]; -1 if unseen.
-
-    Args:
-        shape: of a video, a sensor or audio.
-        num_ticks: ticks of the window.
-        tick_rate_hz: ticks per second.
-    """
+    """Return the position of each stored sample of a window, int64 [samples]; -1 if unseen."""
     rate, tick_rate = as_fraction(shape.rate_hz), as_fraction(tick_rate_hz)
     count = round(num_ticks * rate / tick_rate)
     ratio = tick_rate / rate
@@ -333,11 +327,7 @@ def count_segment_ticks(segment_s: float, tick_rate_hz: float) -> int:
 
 
 def _require_period(recipe: Recipe, config: TrainConfig, names: list[str]) -> None:
-    """Check that windows begin and end on whole samples of every stream that is read.
-
-    Raises:
-        ConfigError: window or stride do not.
-    """
+    """Check that windows begin and end on whole samples of every stream that is read."""
     specs = (recipe.streams[name] for name in names)
     rates_hz = [r for r in map(stored_rate_hz, specs) if r is not None]
     period = common_period_s([config.model.tick_rate_hz, *rates_hz])
@@ -355,11 +345,7 @@ def _require_period(recipe: Recipe, config: TrainConfig, names: list[str]) -> No
 
 
 def _require_token_rate(recipe: Recipe, config: TrainConfig, names: list[str]) -> None:
-    """Check that no tick gets two tokens of a stream.
-
-    Raises:
-        ConfigError: tokens follow each other faster than ticks.
-    """
+    """Check that no tick gets two tokens of a stream."""
     for name in names:
         spec = recipe.streams[name]
         if spec.kind is Kind.TEXT and spec.tokens_per_s > config.model.tick_rate_hz * (1 + 1e-9):

@@ -24,14 +24,7 @@ if TYPE_CHECKING:
 def startup_warnings(
     config: TrainConfig, *, num_samples: int, no_val_reason: str | None = None, num_ranks: int = 1
 ) -> Iterator[str]:
-    """Yield warnings about settings that are probably mistakes, or slow to start.
-
-    Args:
-        config: the whole configuration.
-        num_samples: size of the train split.
-        no_val_reason: why no session is held out; None if some are.
-        num_ranks: number of processes that train together.
-    """
+    """Yield warnings about settings that are probably mistakes, or slow to start."""
     data, training = config.data, config.training
     if no_val_reason is not None:
         yield (
@@ -66,18 +59,7 @@ def print_summary(
     recipe: Recipe,
     console: Console,
 ) -> None:
-    """Print losses before and after a run, its speed, and the commands that come next.
-
-    Args:
-        summary: of the trainer.
-        config: of the run.
-        first_val_losses: held-out losses before the first step; empty if nothing is held out.
-        comparisons: the model's losses compared with the baselines'.
-        origin: the configuration's file, for the commands.
-        session: name of a session to run inference on.
-        recipe: of the data, which says what a session is.
-        console: where to print.
-    """
+    """Print losses before and after a run, its speed, and the commands that come next."""
     console.print(_loss_table(summary, first_val_losses), soft_wrap=False)
     if comparisons:
         console.print(_comparison_table(comparisons), soft_wrap=False)

@@ -99,11 +99,7 @@ def load_trained_model(path: Path, *, device: torch.device) -> TrainedModel:
 
 
 def _check_weights(path: Path, weights: object) -> dict[str, Tensor]:
-    """Return the weights if they are plain tensors that together are no larger than the file.
-
-    Raises:
-        CheckpointError: they are not.
-    """
+    """Return the weights if they are plain tensors that together are no larger than the file."""
     tensors = list(weights.values()) if isinstance(weights, dict) else [None]
     is_plain = all(
         isinstance(t, Tensor)

@@ -77,14 +77,7 @@ class VideoSegment(NamedTuple):
 
 
 class StreamLayout:
-    """Where the samples of a stream's segments go in a window.
-
-    Args:
-        shape: of the stream.
-        num_ticks: ticks of a window.
-        tick_rate_hz: ticks per second.
-        segment_s: length of a segment.
-    """
+    """Where the samples of a stream's segments go in a window."""
 
     def __init__(
         self, shape: StreamShape, *, num_ticks: int, tick_rate_hz: float, segment_s: float
@@ -166,14 +159,9 @@ def write_window(
 ) -> ReadWindow:
     """Write all streams of a window; see :meth:`train.data.batch.SampleSource.read_into`.
 
-    Args:
-        out: see there.
-        window: the window.
-        layouts: of the streams that are read, by name.
-        read_segments: returns the segments that ranges of a stream need, by number in the window's
-            rows, without rows that lack the stream: a :class:`VideoSegment`, samples with masked
-            values marked, or a SegmentText.
-        on_stage: called when "decode" ends.
+    `read_segments`: returns the segments that ranges of a stream need, by number in the window's
+        rows, without rows that lack the stream: a :class:`VideoSegment`, samples with masked
+        values marked, or a SegmentText.
     """
     texts: dict[str, WindowText] = {}
     num_members = 0
@@ -200,11 +188,7 @@ def write_frames(
 ) -> None:
     """Write the frames of a window; masked frames become zeros.
 
-    Args:
-        out: pictures of a window, in either layout; overwritten completely.
-        valid: whether each was recorded; overwritten completely.
-        ranges: from :meth:`StreamLayout.ranges`.
-        segments: by number in the window's rows; a row that lacks the stream is left out.
+    `segments`: by number in the window's rows; a row that lacks the stream is left out.
     """
     valid[...] = False
     for row, samples, positions in ranges:
@@ -280,11 +264,7 @@ def gather_tokens(
     The tokens after the session's end belong to its last tick. They have later ticks, on which
     nothing is valid.
 
-    Args:
-        ranges: the ticks of each segment, from :meth:`StreamLayout.ranges`.
-        segments: by number in the window's rows; a row that lacks the stream is left out.
-        window: the window.
-        layout: of the stream.
+    `segments`: by number in the window's rows; a row that lacks the stream is left out.
     """
     is_valid = np.zeros(layout.shape.num_positions, dtype=np.bool_)
     ids: list[int] = []

@@ -127,13 +127,10 @@ class SampleSource(Protocol):
     def read_into(self, shard: int, window: int, out: Mapping[str, NDArray[Any]]) -> ReadWindow:
         """Write the streams of a window.
 
-        Args:
-            shard: its shard.
-            window: its number there.
-            out: arrays of one sample, ``<stream>`` and ``<stream>_valid``, as
-                :func:`iter_sample_views` gives them; text without an array is only returned. Each
-                is overwritten completely, with zeros and False where nothing was recorded. After
-                an error their content is undefined.
+        `out`: arrays of one sample, ``<stream>`` and ``<stream>_valid``, as
+            :func:`iter_sample_views` gives them; text without an array is only returned. Each
+            is overwritten completely, with zeros and False where nothing was recorded. After
+            an error their content is undefined.
 
         Raises:
             CorruptError: the bytes differ from their checksum or don't decode. For a shard, it
@@ -157,13 +154,7 @@ class ArrayForm(NamedTuple):
 
 
 def array_forms(count: int, *, shapes: WindowShapes, pixels: str) -> dict[str, ArrayForm]:
-    """Return the arrays of fixed shape in a batch of `count` samples: all but packed text.
-
-    Args:
-        count: number of samples.
-        shapes: of a window.
-        pixels: form of frames, as in ``data.pixels``.
-    """
+    """Return the arrays of fixed shape in a batch of `count` samples: all but packed text."""
     forms = {"weight": ArrayForm((count,), np.dtype(np.float32))}
     for name, shape in shapes.streams.items():
         if shape.kind is Kind.TEXT and shapes.is_text_only:

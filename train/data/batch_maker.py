@@ -71,13 +71,6 @@ class BatchMaker:
     A corrupt sample is reported under "skipped" and substituted by another one. For training the
     substitute has weight 1. For evaluation (`is_measured`) it has weight 0, so that no sample
     counts twice, and corrupt substitutes are not reported: each is reported at its own position.
-
-    Args:
-        source: the samples.
-        order: which samples a batch holds.
-        pool: where batches are made.
-        is_measured: whether the batches measure a model instead of training it.
-        timer: measures the stages of each batch.
     """
 
     def __init__(

@@ -77,10 +77,8 @@ class ShardCache:
     """Files of one store in a folder of this machine; can be sent to another process.
 
     Args:
-        store: where the files come from.
         folder: on a local disk; created if missing.
         limit_bytes: of all files and downloads, whichever process or run they belong to.
-        retry: for requests to the store.
 
     Raises:
         ConfigError: the folder can't be used.
@@ -105,10 +103,8 @@ class ShardCache:
     def open(self, file: CachedFile, *, evict: Callable[[], bool] | None = lambda: False) -> int:
         """Open a file, and download it first if need be; it stays cached as long as it is open.
 
-        Args:
-            file: the file.
-            evict: called while the cache is full: closes an open file, and returns whether there
-                was one. None if the file is not worth waiting for space.
+        `evict`: called while the cache is full: closes an open file, and returns whether there
+            was one. None if the file is not worth waiting for space.
 
         Returns:
             A file descriptor, open for reading.
@@ -136,9 +132,7 @@ class ShardCache:
     def prefetch(self, file: CachedFile, *, since_ns: int) -> None:
         """Download a file unless it is cached or being downloaded, and mark it as used now.
 
-        Args:
-            file: the file.
-            since_ns: files used at this wall-clock time or later are not evicted for it.
+        `since_ns`: files used at this wall-clock time or later are not evicted for it.
 
         Raises:
             CacheFullError: there is no space.
@@ -294,15 +288,7 @@ class ShardCache:
         evict: Callable[[], bool] | None,
         since_ns: int | None,
     ) -> None:
-        """Reserve space for a download; evict the least recently used files.
-
-        Args:
-            file: the file.
-            lock: descriptor of the download's lock file.
-            length_bytes: size of the file.
-            evict: see :meth:`open`; None does not wait for other readers.
-            since_ns: see :meth:`prefetch`.
-        """
+        """Reserve space for a download; evict the least recently used files."""
         limit_bytes = self.quota.limit_bytes
         if length_bytes > limit_bytes:
             raise ConfigError(

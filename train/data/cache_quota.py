@@ -45,7 +45,6 @@ class DiskQuota:
     """The size limit of one cache folder; can be sent to another process.
 
     Args:
-        folder: it exists.
         limit_bytes: of all files and downloads, whichever process or run they belong to.
     """
 
@@ -64,10 +63,7 @@ class DiskQuota:
     def reserve(self, lock: int, *, length_bytes: int, since_ns: int | None = None) -> bool:
         """Reserve space for a download, instead of what it has; evict the least recently used.
 
-        Args:
-            lock: descriptor of the download's lock file.
-            length_bytes: size of the download.
-            since_ns: files used at this wall-clock time or later are not evicted for it.
+        `since_ns`: files used at this wall-clock time or later are not evicted for it.
 
         Returns:
             Whether there is space; if not, the download keeps no reservation.

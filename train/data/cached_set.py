@@ -65,8 +65,6 @@ class CachedShardSet:
     It can be pickled; background downloads stay in their process.
 
     Args:
-        store: the set.
-        settings: of the cache.
         evict: called when the cache is full: closes a file that this process reads, and returns
             whether one was open.
 
@@ -194,11 +192,7 @@ class CachedShardSet:
             raise
 
     def _require_same_manifest(self, missing: str) -> None:
-        """Refuse to continue with a set that was replaced.
-
-        Raises:
-            StorageError: the manifest has changed or is gone.
-        """
+        """Refuse to continue with a set that was replaced."""
         try:
             content = with_retry(
                 lambda: self._store.read(MANIFEST_FILE), retry=self._settings.retry

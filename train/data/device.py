@@ -18,10 +18,6 @@ def to_device(batch: Any, device: torch.device | str) -> Any:  # noqa: ANN401 (a
     one tensor. Copies from pinned memory are all queued on the current stream before the wait. The
     wait is necessary: the loader recycles the memory as soon as the batch is released, and torch
     does not track copies from memory that it did not allocate.
-
-    Args:
-        batch: tensors in any nesting of dicts, lists and tuples; other values are kept.
-        device: where to.
     """
     moved = send(batch, device)
     if torch.device(device).type == "cuda":

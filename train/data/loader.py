@@ -73,9 +73,6 @@ class Loader:
     weight 0 in it; in the endless stream, 1.
 
     Args:
-        source: the samples.
-        config: streams, batch size, workers, seed.
-        is_shuffled: False gives the stored order.
         num_epochs: number of passes, each complete whatever ``data.last_batch`` says; None never
             ends.
         rank: which share of each global batch to give.
@@ -183,11 +180,7 @@ class Loader:
         return self._rescale_index(next_batch, state.get("batch_size"))
 
     def _rescale_index(self, next_batch: int, batch_size: object) -> int:
-        """Return the index of the batch that starts where batch `next_batch` of another size does.
-
-        Raises:
-            ConfigError: none does.
-        """
+        """Return the index of the batch that starts where `next_batch` of another size does."""
         index = None
         if type(batch_size) is int and 0 < batch_size <= _MAX_NEXT_BATCH:
             index = self.order.rescale_index(next_batch, batch_size=batch_size)

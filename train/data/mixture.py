@@ -64,10 +64,6 @@ class MixedSource:
 
     It can be sent to another process. Its recipe has the streams of all sets. A stream that a set
     does not declare is absent in its samples.
-
-    Args:
-        sources: by name, at least one.
-        weights: integers by name; see :func:`integer_weights`.
     """
 
     shapes: WindowShapes
@@ -180,11 +176,7 @@ class MixedSource:
             source.close()
 
     def _common_recipe(self, shapes: WindowShapes) -> Recipe:
-        """Return a recipe of the streams that are read, with segments that fit all of them.
-
-        Raises:
-            ConfigError: no set's segments do, or two streams that are read have the same source.
-        """
+        """Return a recipe of the streams that are read, with segments that fit all of them."""
         values = self.recipe.as_json()
         values["streams"] = {name: values["streams"][name] for name in shapes.streams}
         errors = []
@@ -247,8 +239,6 @@ class MixedOrder:
 
     Args:
         orders: of each set, by name; their shards are numbered consecutively.
-        weights: integers by name.
-        settings: size and share of a batch.
 
     Raises:
         ValueError: no batch can be made.
@@ -381,11 +371,7 @@ def _make_cycle(weights: Sequence[int]) -> NDArray[np.int64]:
 
 
 def _require_compatible(sources: Mapping[str, ShardSource], shapes: WindowShapes) -> None:
-    """Check that one model can read all sets.
-
-    Raises:
-        ConfigError: a stream that is read differs between two of them, or the tokenizers do.
-    """
+    """Check that one model can read all sets."""
     for stream in shapes.streams:
         declared = [(name, s) for name, s in sources.items() if stream in s.recipe.streams]
         (first_name, first), *others = declared

@@ -161,7 +161,6 @@ class SampleOrder:
     Args:
         shard_sizes: samples per shard, int64 [num_shards].
         fingerprint: of the dataset; another one gives another order.
-        settings: seed, windows, size of blocks, and whether to shuffle.
     """
 
     def __init__(
@@ -238,10 +237,8 @@ class SampleOrder:
 
         It is the same on every rank and worker.
 
-        Args:
-            epoch: the epoch of both.
-            position: of the corrupt sample; past the epoch's end for padding.
-            attempt: 0, then 1 if that one is corrupt too, and so on.
+        `position`: of the corrupt sample; past the epoch's end for padding.
+        `attempt`: 0, then 1 if that one is corrupt too, and so on.
         """
         chance = int(self._hashes(f"{epoch}/substitute/{position}", attempt + 1)[attempt])
         return (position + 1 + chance % max(1, self.num_samples - 1)) % self.num_samples
@@ -297,10 +294,6 @@ class SampleOrder:
 
 class EpochOrder:
     """Global batches over the epochs of a :class:`SampleOrder`; none spans two epochs.
-
-    Args:
-        order: the samples.
-        settings: size and share of a batch, and what to do about an incomplete one.
 
     Raises:
         ValueError: no batch can be made.

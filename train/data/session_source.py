@@ -66,8 +66,6 @@ class SessionSource:
     """Windows of session folders; each session is a shard, or several where shards would cut it.
 
     Args:
-        root_dir: a session folder or a folder of them.
-        recipe: the declared streams.
         split: train or val sessions, by the same hash as the shards; None takes all.
         tokenizer: tokenizes text; None trains one on the train sessions, as the shard job does.
 

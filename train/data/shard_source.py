@@ -168,8 +168,6 @@ class ShardSource:
 
     Args:
         root: the shard set's folder, or a URL that fsspec knows.
-        split: which sessions.
-        cache: for a set behind a URL.
 
     Raises:
         ShardError: there is no such set, or it can't be read.
@@ -328,11 +326,7 @@ class ShardSource:
         return self._open.evict(num_kept=1) or self.evict_others()
 
     def _require_matching(self, index: ShardIndex, entry: ShardEntry) -> None:
-        """Check that an index has this set's columns, runs, segments and frames.
-
-        Raises:
-            CorruptError: it does not.
-        """
+        """Check that an index has this set's columns, runs, segments and frames."""
         origin = entry.index_file
         columns = self._columns.values()
         require_matching(index, columns, segment_s=self.recipe.segment_s, origin=origin)
@@ -363,11 +357,7 @@ class ShardSource:
     def _read_members(
         self, opened: OpenShard, column: Column, rows: range
     ) -> list[bytes | memoryview | None]:
-        """Read and check the members of consecutive rows; None where a row lacks the stream.
-
-        Raises:
-            CorruptError: a member is damaged or missing; it names file and offset.
-        """
+        """Read and check the members of consecutive rows; None where a row lacks the stream."""
         read = partial(
             ColumnFile.read_rows,
             members=opened.members(column.name),
@@ -486,11 +476,7 @@ class _Position(NamedTuple):
 
 
 def _raise_if_too_many_open(error: BaseException) -> None:
-    """Refuse to count a file as damaged because the process has too many open.
-
-    Raises:
-        ConfigError: that is why it could not be opened.
-    """
+    """Refuse to count a file as damaged because the process has too many open."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in {errno.EMFILE, errno.ENFILE}:

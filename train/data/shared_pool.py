@@ -49,7 +49,6 @@ class SharedBatchPool:
     """A pool of slots, each for the arrays of one batch.
 
     Args:
-        forms: the arrays of a batch.
         num_recycled: slots that keep their memory: as many as are being made or held at any time.
 
     Attributes:
@@ -175,11 +174,7 @@ class _BufferLease:
 
 
 def _make_file(length_bytes: int) -> int:
-    """Create an unnamed file of zeros and return its descriptor.
-
-    Raises:
-        EngineError: a file may not be this long.
-    """
+    """Create an unnamed file of zeros and return its descriptor."""
     fd = os.memfd_create("batches")
     try:
         os.ftruncate(fd, length_bytes)

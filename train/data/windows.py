@@ -109,9 +109,6 @@ class WindowIndex:
 
     Args:
         runs: lengths in segments of each shard's runs, in the order of its rows.
-        ticks_per_segment: ticks of a segment.
-        window_ticks: ticks of a window.
-        stride_ticks: ticks between the starts of windows, at most `window_ticks`.
 
     Attributes:
         counts: windows per shard, int64 [num_shards].

@@ -155,14 +155,7 @@ class CurveRow:
 def write_page(
     out: Path, reader: SessionReader, metrics: Mapping[str, Any], *, trained: TrainedModel
 ) -> Path:
-    """Write ``index.html`` into the folder of the predictions.
-
-    Args:
-        out: folder that :class:`train.infer.predictions.PredictionWriter` has filled.
-        reader: the session, by the model's recipe.
-        metrics: the result of :func:`train.infer.run.infer`.
-        trained: the model that predicted.
-    """
+    """Write ``index.html`` into the folder of the predictions."""
     tick_s = 1 / trained.shapes.tick_rate_hz
     duration_s = math.ceil(reader.scan.duration_s / tick_s - 1e-6) * tick_s
     source = PageSource(out=out, reader=reader, trained=trained, duration_s=min(duration_s, PAGE_S))

@@ -78,8 +78,6 @@ class PredictionWriter:
     Args:
         out: folder for the files, created if missing. Earlier predictions in it are deleted first,
             also those of heads that this model lacks; other files stay.
-        trained: the model; its heads each have a file.
-        num_ticks: ticks of the session.
         seed: of the phases that Griffin-Lim starts with.
 
     Raises:
@@ -272,11 +270,7 @@ class _SoundWriter:
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """Translate errors of libsndfile, which are not OSErrors.
-
-        Raises:
-            EngineError: names the file and the free space of its disk.
-        """
+        """Translate errors of libsndfile, which are not OSErrors."""
         try:
             yield
         # soundfile asserts that a write took all samples.

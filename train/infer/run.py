@@ -76,17 +76,12 @@ def infer(
 ) -> dict[str, Any]:
     """Stream a session through a checkpoint's model and write what it predicts.
 
-    Args:
-        checkpoint: of a training run on shards or sessions.
-        session: a session folder with at least one stream.
-        out: folder for the predictions (see :mod:`train.infer.predictions`), ``metrics.json`` and
-            ``index.html``.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        temperature: for tokens and dMel levels; 0 chooses the most likely value.
-        top_k: see :class:`train.infer.stream.Sampling`.
-        top_p: see :class:`train.infer.stream.Sampling`.
-        seed: of every random choice.
-        progress: called with the number of finished windows and of all windows.
+    `session`: a session folder with at least one stream.
+    `out`: folder for the predictions (see :mod:`train.infer.predictions`), ``metrics.json`` and
+        ``index.html``.
+    `temperature`: for tokens and dMel levels; 0 chooses the most likely value.
+    `seed`: of every random choice.
+    `progress`: called with the number of finished windows and of all windows.
 
     Returns:
         The content of ``metrics.json``: among others "losses", in nats per token and per dMel
@@ -120,11 +115,7 @@ def infer(
 
 
 def _refuse_recordings(out: Path, session: Path, recipe: Recipe) -> None:
-    """Refuse a folder in which predictions would overwrite a recording.
-
-    Raises:
-        ConfigError: `out` is a session; recordings and predictions can have the same names.
-    """
+    """Refuse a folder in which predictions would overwrite a recording."""
     names = [name for name in source_files(recipe) if name not in earlier_files(out)]
     recorded = [name for name in names if (out / name).exists()]
     if recorded or out.resolve() == session.resolve():
@@ -324,9 +315,7 @@ class Score:
 def summarize_latencies(latencies_ms: list[float], *, tick_ms: float) -> dict[str, float]:
     """Summarize tick latencies for use in real time.
 
-    Args:
-        latencies_ms: of all ticks.
-        tick_ms: duration of a tick; a slower model cannot keep up.
+    `tick_ms`: duration of a tick; a slower model cannot keep up.
 
     Returns:
         "p50", "p95", "p99" of all ticks but the first, which includes warm-up; "first", that of the

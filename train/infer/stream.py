@@ -78,13 +78,7 @@ class Streamed:
 
 
 class TickStream:
-    """A model with the state of one stream: its key-value cache and random generator.
-
-    Args:
-        trained: the model and its configuration.
-        sampling: how tokens and dMel levels are chosen.
-        seed: of every random choice.
-    """
+    """A model with the state of one stream: its key-value cache and random generator."""
 
     def __init__(self, trained: TrainedModel, sampling: Sampling, *, seed: int) -> None:
         self._trained = trained
@@ -101,10 +95,6 @@ class TickStream:
         self, inputs: Mapping[str, Tensor], *, context: int | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Predict from one more tick.
-
-        Args:
-            inputs: of the tick, as in a batch of one, on the model's device.
-            context: see :meth:`MultiModalCreature.forward_step`.
 
         Returns:
             The model's outputs [1, 1, ...], and the chosen values on the CPU.
@@ -127,9 +117,7 @@ class TickStream:
     def run_window(self, batch: Mapping[str, Any], *, context: int | None = None) -> Streamed:
         """Stream the ticks of a window, after those of the previous window unless it was reset.
 
-        Args:
-            batch: as :func:`train.infer.run.read_window` returns; only its inputs are read.
-            context: see :meth:`MultiModalCreature.forward_step`.
+        `batch`: as :func:`train.infer.run.read_window` returns; only its inputs are read.
         """
         inputs, num_ticks = batch["inputs"], batch["num_ticks"]
         device, shapes = self._trained.device, self._trained.shapes
@@ -174,10 +162,8 @@ def take_ticks(
 def choose(logits: Tensor, sampling: Sampling, *, generator: torch.Generator) -> Tensor:
     """Choose a value from each row of logits.
 
-    Args:
-        logits: [..., values], on any device.
-        sampling: how to choose.
-        generator: on the CPU, so that all devices draw the same values; unused at temperature 0.
+    `logits`: [..., values], on any device.
+    `generator`: on the CPU, so that all devices draw the same values; unused at temperature 0.
 
     Returns:
         int64 [...], on the CPU.

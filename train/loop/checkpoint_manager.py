@@ -46,10 +46,6 @@ class CheckpointManager:
     """Saves a run's checkpoints and prunes older ones.
 
     All ranks call every method; only the main rank writes.
-
-    Args:
-        config: the folder, and how many checkpoints to keep.
-        save_interval: steps between checkpoints.
     """
 
     def __init__(self, config: CheckpointConfig, *, save_interval: int) -> None:
@@ -66,11 +62,7 @@ class CheckpointManager:
         distributed.on_main(lambda: prepare_folder(self._config.save_dir))
 
     def is_due(self, step: int) -> bool:
-        """Return whether a checkpoint is to be saved: every ``save_interval`` steps, until it is.
-
-        Args:
-            step: optimizer steps done.
-        """
+        """Return whether a save is due: every ``save_interval`` steps, until it is done."""
         self._is_due |= step % self._save_interval == 0
         return self._is_due
 
@@ -86,10 +78,6 @@ class CheckpointManager:
     def save(self, state: Mapping[str, Any], *, is_pruned: bool = True) -> None:
         """Save a step checkpoint and remove those beyond ``keep_last_n``.
 
-        Args:
-            state: made by :meth:`train.loop.state.TrainState.as_dict`.
-            is_pruned: whether older checkpoints are removed.
-
         Raises:
             CheckpointError: the file could not be written.
         """
@@ -101,11 +89,6 @@ class CheckpointManager:
         self, state: Mapping[str, Any], *, is_complete: bool, is_pruned: bool = True
     ) -> None:
         """Save the end of a run: the final checkpoint, or the step's if the run was stopped.
-
-        Args:
-            state: see :meth:`save`.
-            is_complete: whether the run reached its last step.
-            is_pruned: see :meth:`save`.
 
         Raises:
             CheckpointError: the file could not be written; the message says what is lost.
@@ -199,10 +182,7 @@ def refuse_checkpoints(folder: Path) -> None:
 def save_making_room(path: Path, state: Mapping[str, Any], removed: list[Path]) -> Path:
     """Save a checkpoint; if the disk is full, remove older ones and try again.
 
-    Args:
-        path: the file.
-        state: see :func:`train.checkpoints.save_checkpoint`.
-        removed: the removed files are added here, even if the second attempt fails.
+    `removed`: the removed files are added here, even if the second attempt fails.
 
     Raises:
         CheckpointError: the file could not be written.
@@ -224,9 +204,6 @@ def find_latest_checkpoint(
     Args:
         folder: searched for model_step_N.pt and model_final.pt; may be missing.
         on_skip: called with a message for each damaged or foreign file that may be newer.
-
-    Returns:
-        The file, or None if there is none.
     """
     by_age: list[tuple[float, int, bool, Path]] = []
     for path in list_checkpoints(Path(folder)):

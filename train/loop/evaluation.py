@@ -40,11 +40,8 @@ def evaluate(
 ) -> HeldOut:
     """Run a model over this rank's share of the held-out batches.
 
-    Args:
-        batches: on the device.
-        predict: gives the model's outputs for a batch, by head; it must not draw random numbers
-            from the training's generators.
-        state: the run's configuration and objective.
+    `predict`: gives the model's outputs for a batch, by head; it must not draw random numbers
+        from the training's generators.
 
     Raises:
         TooManyCorruptSamplesError: more members, of all ranks together, are corrupt than

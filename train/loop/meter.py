@@ -84,13 +84,10 @@ class StepMeter:
 
         All tensors are 0-dim and on the device.
 
-        Args:
-            losses: metric name -> loss of the step.
-            grad_norm: before clipping.
-            is_good: bool; False for a skipped step.
-            num_samples: in the global batch.
-            is_overflow: bool; True if the loss is good and the gradient is not finite. None if the
-                loss is not scaled.
+        `grad_norm`: before clipping.
+        `is_good`: bool; False for a skipped step.
+        `is_overflow`: bool; True if the loss is good and the gradient is not finite. None if the
+            loss is not scaled.
         """
         for name, value in {**losses, "grad_norm": grad_norm}.items():
             good = torch.where(is_good, value.detach().float(), 0.0)
@@ -111,9 +108,6 @@ class StepMeter:
         """Return everything since the last call as plain numbers, and reset.
 
         It waits for the device.
-
-        Args:
-            waits_s: how long each step waited for its data.
 
         Returns:
             The means of what was added, samples_per_sec, skipped_steps, data_wait_fraction,
@@ -153,9 +147,7 @@ class StepMeter:
     def check_divergence(self, step: int, *, newest: Path | None = None) -> None:
         """Stop a run that no longer learns; it waits for the device.
 
-        Args:
-            step: the newest step.
-            newest: the newest checkpoint from before the skipped steps, if there is one.
+        `newest`: the newest checkpoint from before the skipped steps, if there is one.
 
         Raises:
             DivergedError: at least :data:`MAX_BAD_STEPS` steps in a row were skipped.
@@ -206,9 +198,6 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
     It shows where a model learns, and where no gradient arrives. It waits for the device; all ranks
     call it.
-
-    Args:
-        model: after a backward pass; parameters without a gradient do not count.
 
     Returns:
         ``grad_norm/<part>``; the root of the sum of their squares is the norm of the whole

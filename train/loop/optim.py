@@ -133,7 +133,6 @@ class SpikeWatch:
     Args:
         sigma: standard deviations of the logarithms above which a step is a spike; None: no finite
             step is one.
-        device: of the losses.
     """
 
     def __init__(self, sigma: float | None, device: torch.device) -> None:
@@ -145,12 +144,7 @@ class SpikeWatch:
         """Whether the newest loss by itself was finite and no spike; 0-dim."""
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Remember a step, and return whether it may be taken, bool and 0-dim.
-
-        Args:
-            loss: of the step, 0-dim.
-            grad_norm: before clipping, 0-dim.
-        """
+        """Remember a step, and return whether it may be taken, bool and 0-dim."""
         values_2 = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         log_2 = values_2.clamp(min=MIN_VALUE).log()
         limit_2 = self._limits()

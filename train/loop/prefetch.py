@@ -60,8 +60,6 @@ class BatchFeed:
     """Hands out batches on the device.
 
     Args:
-        loader: any iterable of batches.
-        device: where the batches go.
         seed: decides the order of a plain loader that shuffles.
         state: of an earlier feed; None starts at the beginning.
         queue: of a device that computes asynchronously; None: the device's own, if it has one.
@@ -207,10 +205,6 @@ class PlainLoader:
 
     The random state that the iterable shuffles by is a function of (seed, pass), so a resumed run
     skips to the same batch of the same order. Batches get an "index" that counts on over passes.
-
-    Args:
-        batches: a plain ``DataLoader``, or any other iterable that can be iterated repeatedly.
-        seed: decides the order, if `batches` shuffles.
     """
 
     def __init__(self, batches: Iterable[Batch], *, seed: int) -> None:

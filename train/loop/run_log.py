@@ -73,10 +73,8 @@ class RunLog:
     """Writes to the terminal, TensorBoard and the quarantine file; a context manager.
 
     Args:
-        folder: of this run; created if it is missing, continued if it exists.
         first_step: the step that the run starts or resumes at; TensorBoard hides points that an
             earlier attempt logged for later steps.
-        max_steps: of the whole run, shown in the terminal.
         quiet_steps: health rules that every untrained model breaks are skipped before this step.
         console: where terminal output goes; None: to the terminal.
         is_silent: whether nothing is written at all, as on all ranks but the main one.
@@ -128,12 +126,7 @@ class RunLog:
         self._write_text("health", f"**warning**: {message}", self._step)
 
     def write_config(self, config: Mapping[str, Any], *, heads: Sequence[str]) -> None:
-        """Write the configuration to TensorBoard's text tab, and define its charts.
-
-        Args:
-            config: plain values.
-            heads: those with a loss; each has a chart.
-        """
+        """Write the configuration to TensorBoard's text tab, and define its charts."""
         text = f"```\n{json.dumps(config, indent=2)}\n```"
         self._curves.write(lambda writer: writer.add_text("config", text))
         is_mix = config["data"]["mix"] is not None
@@ -170,10 +163,7 @@ class RunLog:
     ) -> None:
         """Write a held-out window as recorded and as predicted.
 
-        Args:
-            step: optimizer steps done.
-            window: see :mod:`train.loop.sample_logging`.
-            extra: the checkpoint's "recipe" and "tokenizer", if it has them.
+        `extra`: the checkpoint's "recipe" and "tokenizer", if it has them.
         """
         if window is not None and not self._is_silent:
             rendered = render_window(window, extra)

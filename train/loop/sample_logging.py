@@ -110,13 +110,7 @@ class RenderedWindow:
 def pick_window(
     batch: Mapping[str, Any], outputs: Mapping[str, Tensor], *, shapes: WindowShapes
 ) -> LoggedWindow:
-    """Return the window of a batch with the most text tokens; the first one if there are none.
-
-    Args:
-        batch: docs/batch.md.
-        outputs: of the model for it.
-        shapes: sizes and heads of the window.
-    """
+    """Return the window of a batch with the most text tokens; the first one if there are none."""
     inputs, targets = batch["inputs"], batch["targets"]
     heads = [head for head in shapes.heads if head in outputs and head in targets]
     num_tokens = torch.zeros(len(batch["weight"]))
@@ -183,10 +177,8 @@ def _frames(pixels: Tensor, valid: Tensor) -> NDArray[np.uint8]:
 def render_window(window: LoggedWindow, extras: Mapping[str, Any]) -> RenderedWindow:
     """Render a window as pictures, sounds and a text.
 
-    Args:
-        window: the window.
-        extras: "recipe" and "tokenizer" of :func:`train.trained_model.checkpoint_extras`. Without
-            a recipe there are no sounds; without a tokenizer tokens are written as numbers.
+    `extras`: "recipe" and "tokenizer" of :func:`train.trained_model.checkpoint_extras`. Without
+        a recipe there are no sounds; without a tokenizer tokens are written as numbers.
     """
     recipe = tokenizer = None
     if "recipe" in extras:

@@ -76,11 +76,7 @@ class TrainState:
     ) -> TrainState:
         """Return the state before the first step.
 
-        Args:
-            model: on its device and, with FSDP, sharded already.
-            config: the whole configuration.
-            device: of the losses.
-            dtype: number format of the forward pass.
+        `model`: on its device and, with FSDP, sharded already.
         """
         training = config.training
         return cls(
@@ -103,9 +99,6 @@ class TrainState:
         self, reports: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]
     ) -> list[Mapping[str, Any]]:
         """Count the members that batches were read from; all ranks call it.
-
-        Args:
-            reports: of this rank, from :func:`train.loop.evaluation.members_read`.
 
         Returns:
             The corrupt samples of all ranks whose members were not known to be corrupt.
@@ -165,10 +158,7 @@ class TrainState:
         A run name that is already set stays. The name in a checkpoint is taken over only if the
         checkpoint is in this run's own folder; otherwise it belongs to the run that wrote it.
 
-        Args:
-            path: the file.
-            device: where the weights go.
-            check_stream: raises if the loader cannot resume at the position that it is given.
+        `check_stream`: raises if the loader cannot resume at the position that it is given.
 
         Returns:
             What this object does not hold: "rng" (None for a rank that the saved run did not have),
@@ -240,11 +230,7 @@ class TrainState:
             ) from error
 
     def _check_dimensions(self, config: Mapping[str, Any]) -> None:
-        """Compare the settings that change the model but not the shapes of its weights.
-
-        Raises:
-            ValueError: the number of heads or the tick rate differs.
-        """
+        """Compare the settings that change the model but not the shapes of its weights."""
         known = {k: v for k, v in config["model"].items() if k in ModelConfig.model_fields}
         saved, own = ModelConfig.model_validate(known), self.config.model
         for name, saved_value, own_value in (

@@ -116,9 +116,6 @@ class Trainer:
     def train(self) -> TrainSummary:
         """Train up to ``training.max_steps``, or until Ctrl-C or SIGTERM, which save and return.
 
-        Returns:
-            A summary with the first and last losses.
-
         Raises:
             DivergedError: losses or gradients were non-finite, or far above the steps before, for
                 many steps in a row.

@@ -104,11 +104,6 @@ def fresh_store(store: Store, rank: int, num_ranks: int) -> Store:
     1. Each rank publishes a random id.
     2. Rank 0 rebroadcasts all ids until every rank has acknowledged its own.
     3. Rank 0's id becomes the prefix.
-
-    Args:
-        store: shared by all attempts.
-        rank: rank of this process.
-        num_ranks: number of ranks in this attempt.
     """
     own_id = uuid.uuid4().hex
     store.set(f"id/{rank}", own_id)

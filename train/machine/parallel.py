@@ -42,9 +42,6 @@ def parallelize(
         model: on its device; with "fsdp" its parameters are replaced by shards, in place.
         parallel: "auto" means "ddp"; without effect in a single process.
         dtype: of autocast in the forward pass.
-
-    Returns:
-        The model itself, or DDP around it.
     """
     if world_size() == 1:
         return model

@@ -106,9 +106,7 @@ class Baselines:
     def fit(cls, batches: Iterable[Mapping[str, Any]], *, objective: Objective) -> Self:
         """Count the targets of training batches.
 
-        Args:
-            batches: as docs/batch.md; finite, with each sample once.
-            objective: has the heads.
+        `batches`: as docs/batch.md; finite, with each sample once.
         """
         counts = _no_counts(objective)
         trigrams = {head: Trigrams.none(len(c)) for head, c in counts.items() if c.ndim == 1}
@@ -169,9 +167,6 @@ class Baselines:
         """Compute each baseline's loss on a batch: ``<head>/<baseline>`` to weighted sum and count.
 
         Those of several batches can be added, as those of :func:`train.model.losses.loss_sums`.
-
-        Args:
-            batch: its "targets" and "weight", tensors or numpy arrays.
         """
         targets = {name: torch.as_tensor(value) for name, value in batch["targets"].items()}
         weight_B = torch.as_tensor(batch["weight"])
@@ -501,11 +496,7 @@ def _no_pairs(counts_CL: Tensor) -> Tensor:
 
 
 def _check_counts(stored: object, size: torch.Size, *, name: str) -> Tensor:
-    """Check counts from a file.
-
-    Raises:
-        ConfigError: they are no tensor, or counts of another size.
-    """
+    """Check counts from a file."""
     if not isinstance(stored, Tensor):
         raise ConfigError(f"{name} has no counts; {_REFIT}")
     if stored.shape != size:

@@ -361,13 +361,7 @@ def without(inputs: Mapping[str, Tensor], streams: Iterable[str]) -> dict[str, T
 def hide_at_random(
     inputs: Mapping[str, Tensor], groups: Iterable[Iterable[str]], *, share: float
 ) -> dict[str, Tensor]:
-    """Mask each group of streams in random samples, independently of the others.
-
-    Args:
-        inputs: of a batch; unchanged.
-        groups: the streams of each modality.
-        share: probability, in [0, 1).
-    """
+    """Mask each group of streams in random samples, independently of the others."""
     hidden = dict(inputs)
     for streams in groups:
         masks = {name: inputs[name] for s in streams if (name := f"{s}_valid") in inputs}

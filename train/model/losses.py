@@ -50,10 +50,7 @@ class Objective:
     ) -> Self:
         """Return the objective of a configuration.
 
-        Args:
-            config: has the weights; heads of weight 0 are left out.
-            shapes: have the targets.
-            std: of :attr:`train.model.multimodal.MultiModalCreature.target_std`.
+        `std`: of :attr:`train.model.multimodal.MultiModalCreature.target_std`.
         """
         weights = {head: head_weight(config, head) for head in shapes.heads}
         return cls(
@@ -74,14 +71,11 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """Compute the losses of one batch.
 
-    Args:
-        outputs: of the model.
-        targets: the batch's "targets", unshifted, with "<head>_valid".
-        weight: float [B], weight of each sample; 0 for padding rows.
-        objective: the heads and their weights.
-        counts: sums of :func:`loss_counts` over several micro-batches, used as divisors instead of
-            this batch's own counts. Then the micro-batches' losses (and gradients) add up to the
-            mean over all of them.
+    `targets`: the batch's "targets", unshifted, with "<head>_valid".
+    `weight`: float [B], weight of each sample; 0 for padding rows.
+    `counts`: sums of :func:`loss_counts` over several micro-batches, used as divisors instead of
+        this batch's own counts. Then the micro-batches' losses (and gradients) add up to the
+        mean over all of them.
 
     Returns:
         ``loss_total``, and ``loss_<head>`` of each head, float32 and 0-dim: text and audio in nats

@@ -263,12 +263,7 @@ class MultiModalCreature(nn.Module):
         return self.norm(x_BTD)  # type: ignore[no-any-return]
 
     def heads(self, x_BTD: Tensor, last: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the outputs of all heads; see :meth:`forward`.
-
-        Args:
-            x_BTD: from :meth:`backbone`.
-            last: from :meth:`last_values`.
-        """
+        """Compute the outputs of all heads; see :meth:`forward`."""
         outputs = {}
         for head, stream in self.shapes.targets.items():
             shape, predictor = self.shapes.streams[stream], self.predictors[module_key(head)]
@@ -294,11 +289,8 @@ class MultiModalCreature(nn.Module):
     ) -> dict[str, Tensor]:
         """Find the last valid sample of predicted sensors at or before the end of each tick.
 
-        Args:
-            inputs: of these ticks.
-            before: the last samples before them, [B, V] by stream; those of other streams are as
-                before the first reading.
-            num_ticks: number of ticks.
+        `before`: the last samples before them, [B, V] by stream; those of other streams are as
+            before the first reading.
 
         Returns:
             float32 [B, T, V], by stream.

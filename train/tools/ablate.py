@@ -67,10 +67,7 @@ class Effect:
 def run_ablation(checkpoint: Path, *, data: DataConfig | None = None, device: str = "auto") -> None:
     """Measure a checkpoint on held-out sessions and print the table.
 
-    Args:
-        checkpoint: of ``train run``.
-        data: names other data, with the same streams; None uses the training's data.
-        device: as ``training.device``.
+    `data`: names other data, with the same streams; None uses the training's data.
 
     Raises:
         EngineError: the checkpoint or the data can't be used, or nothing is held out.
@@ -87,11 +84,6 @@ def ablate(
     model: MultiModalCreature, batches: Iterable[Mapping[str, Any]], *, device: torch.device
 ) -> tuple[dict[str, float], list[Effect]]:
     """Measure each head's loss with all modalities, and the effect of each input modality on it.
-
-    Args:
-        model: in evaluation mode, on `device`.
-        batches: held-out batches, as docs/batch.md.
-        device: of the model.
 
     Returns:
         Losses by head, and effects by modality, then by head. A head without a valid target is left

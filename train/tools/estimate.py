@@ -110,11 +110,6 @@ def estimate(
 ) -> tuple[Estimate, Estimate]:
     """Estimate what training takes on one device, without and with gradient checkpointing.
 
-    Args:
-        config: the whole configuration.
-        shapes: sizes of the windows.
-        dtype: of the forward pass.
-
     Raises:
         ConfigError: the configuration describes no model.
     """

@@ -147,13 +147,8 @@ def run_profile(
 ) -> dict[str, Any]:
     """Measure a training step and its loader; write a report and a trace into a folder.
 
-    Args:
-        config: the whole configuration.
-        origin: its file, for messages.
-        out: output folder, created if missing. Nothing else is written to.
-        num_steps: steps of each run, unless they take too long.
-        num_rounds: rounds of the sweep.
-        console: receives the tables; None is the terminal.
+    `out`: output folder, created if missing. Nothing else is written to.
+    `num_steps`: steps of each run, unless they take too long.
 
     Raises:
         ConfigError: the configuration names missing data, or this process is one of several ranks.
@@ -282,13 +277,7 @@ def _host_memory_bytes() -> int:
 
 
 class TrainingStep:
-    """One optimizer step in phases: what ``Trainer.train`` does between two batches, and no more.
-
-    Args:
-        model: on its device, in training mode.
-        config: the whole configuration.
-        device: holds model and batches.
-    """
+    """One optimizer step in phases: what ``Trainer.train`` does between two batches."""
 
     def __init__(
         self, model: MultiModalCreature, config: TrainConfig, device: torch.device
@@ -305,9 +294,7 @@ class TrainingStep:
     def run(self, batches: Sequence[Batch], *, phase: Phase = contextlib.nullcontext) -> None:
         """Train on the micro-batches of one step.
 
-        Args:
-            batches: on the device.
-            phase: makes the context manager of a phase from its name.
+        `phase`: makes the context manager of a phase from its name.
         """
         config, objective, optimizer = self._config, self._objective, self._optimizer
         with phase("losses"):
@@ -446,10 +433,6 @@ def trace_steps(bench: Bench, path: Path) -> list[dict[str, Any]]:
 
     The trace is a Chrome trace. Perfetto (https://ui.perfetto.dev) opens it, and TensorBoard with
     the plugin torch-tb-profiler. One more step before those in the trace warms up the profiler.
-
-    Args:
-        bench: the step and its data.
-        path: of the trace, ``*.pt.trace.json.gz``.
 
     Returns:
         The :data:`NUM_OPERATORS` operators that take longest; figures are per step. "self_s" and

@@ -109,13 +109,9 @@ def run_selftest(
 ) -> bool:
     """Compare a run that is killed and resumed with one that is not; whether they are the same.
 
-    Args:
-        config: the user's; only its model, device and intervals are replaced.
-        num_kills: how often the run is killed and resumed.
-        num_steps: steps of both runs.
-        seed: decides kills, ranks and loader processes.
-        program: starts one rank, given a job file.
-        log: receives one line per launch.
+    `config`: the user's; only its model, device and intervals are replaced.
+    `seed`: decides kills, ranks and loader processes.
+    `program`: starts one rank, given a job file.
 
     Raises:
         EngineError: the configuration or the data can't be used, or the undisturbed run failed.
@@ -199,10 +195,7 @@ def plan_launches(
 def compare(batches: Batches, expected: Batches, *, first: int) -> str | None:
     """Describe the first difference from the expected batches of the whole run; None if equal.
 
-    Args:
-        batches: of a launch.
-        expected: of the whole run.
-        first: index of the launch's first batch in the run.
+    `first`: index of the launch's first batch in the run.
     """
     for number, batch in enumerate(batches, start=first):
         if number >= len(expected):
