@@ -76,6 +76,13 @@ def limit_findings(
     return findings
 
 
+def stream_findings(
+    level: Level, messages: Iterable[str], name: str, probe: SessionProbe
+) -> list[Finding]:
+    """Make findings of one kind about a stream."""
+    return limit_findings(level, messages, file=probe.recipe.streams[name].file, streams=(name,))
+
+
 def issue_findings(
     level: Level, issues: Sequence[ParseIssue], fix: str, *, streams: Sequence[str] = ()
 ) -> list[Finding]:
@@ -205,17 +212,12 @@ def check_video(probe: SessionProbe) -> list[Finding]:
     findings: list[Finding] = []
     for name, video in probe.videos.items():
         file, track = probe.source(name), video.track
-        findings += limit_findings(
-            "error",
-            (
-                f"{file} {start_s:.2f}-{stop_s:.2f} s: {count} of {video.num_checked} frames "
-                "tried don't decode: damaged; fix: copy it again from the recorder, or cut that "
-                "part"
-                for start_s, stop_s, count in zip(*video.damaged_stretches(), strict=True)
-            ),
-            file=file,
-            streams=(name,),
-        )
+        damaged = [
+            f"{file} {start_s:.2f}-{stop_s:.2f} s: {count} of {video.num_checked} frames tried "
+            "don't decode: damaged; fix: copy it again from the recorder, or cut that part"
+            for start_s, stop_s, count in zip(*video.damaged_stretches(), strict=True)
+        ]
+        findings += stream_findings("error", damaged, name, probe)
         if track.num_lost:
             message = (
                 f"cut off at {track.stop_s:.2f} s: its index lists {track.num_lost} frames "
@@ -325,17 +327,13 @@ def check_text(probe: SessionProbe) -> list[Finding]:
         findings += issue_findings("warning", empty, advice, streams=streams)
     duration_s = probe.duration_s
     for name, events in probe.events.items():
-        outside = [e for e in events if not -EPSILON_S <= e.time_s <= duration_s + EPSILON_S]
-        findings += limit_findings(
-            "warning",
-            (
-                f"{event.source_line}: a text starts at {event.time_s:.3f} s, outside the session "
-                f"[0, {duration_s:.3f}) s; fix: correct its timestamp"
-                for event in outside
-            ),
-            file=probe.recipe.streams[name].file,
-            streams=(name,),
-        )
+        outside = [
+            f"{event.source_line}: a text starts at {event.time_s:.3f} s, outside the session "
+            f"[0, {duration_s:.3f}) s; fix: correct its timestamp"
+            for event in events
+            if not -EPSILON_S <= event.time_s <= duration_s + EPSILON_S
+        ]
+        findings += stream_findings("warning", outside, name, probe)
     return findings
 
 

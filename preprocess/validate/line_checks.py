@@ -62,38 +62,27 @@ def check_timestamps(probe: SessionProbe) -> list[Finding]:
     for file in probe.files:
         issues = probe.issues_of(file)
         streams = probe.streams_of(file)
-        backward = [issue for issue in issues if issue.kind == "order"]
-        findings += limit_findings(
-            "error",
-            (
-                f"{issue.source_line}: timestamp goes back by {issue.back_s:.3f} s: it is wrong, "
-                "or the recorder was restarted; fix: correct it, or split the session at this line"
-                for issue in backward
-                if issue.back_s > MAX_BACK_S
-            ),
-            file=file,
-            streams=streams,
-        )
         fix = "sort the file with --fix" if probe.is_sortable(file) else "sort the file"
-        findings += limit_findings(
-            "warning",
-            (
-                f"{issue.source_line}: timestamp goes back by {issue.back_s:.3f} s; lines are "
-                f"sorted when read; fix: {fix}"
-                for issue in backward
-                if issue.back_s <= MAX_BACK_S
-            ),
-            file=file,
-            streams=streams,
-        )
+        advice: dict[Level, str] = {
+            "error": ": it is wrong, or the recorder was restarted; fix: correct it, or split the "
+            "session at this line",
+            "warning": f"; lines are sorted when read; fix: {fix}",
+        }
+        for level, text in advice.items():
+            messages = [
+                f"{issue.source_line}: timestamp goes back by {issue.back_s:.3f} s{text}"
+                for issue in issues
+                if issue.kind == "order" and (issue.back_s > MAX_BACK_S) == (level == "error")
+            ]
+            findings += limit_findings(level, messages, file=file, streams=streams)
         repeats = [issue for issue in issues if issue.kind == "duplicate"]
         if len(repeats) > MAX_BAD_LINES * probe.num_lines(file):
-            advice = f"{len(repeats)} lines are skipped; fix: write the time of each reading"
-            findings += issue_findings("error", repeats, advice, streams=streams)
+            outcome = f"{len(repeats)} lines are skipped; fix: write the time of each reading"
+            findings += issue_findings("error", repeats, outcome, streams=streams)
         else:
             fix = "join equal ones with --fix" if probe.is_fixable(file) else "remove one of them"
-            advice = f"the first line is kept; fix: {fix}"
-            findings += issue_findings("warning", repeats, advice, streams=streams)
+            outcome = f"the first line is kept; fix: {fix}"
+            findings += issue_findings("warning", repeats, outcome, streams=streams)
     return findings
 
 
@@ -218,17 +207,13 @@ def _gap_findings(probe: SessionProbe, names: list[str]) -> list[Finding]:
         findings.append(
             Finding("warning", f"{message}{which}; {rule.advice(spec)}", streams=tuple(names))
         )
-    return findings + limit_findings(
-        "error",
-        (
-            f"{where(row)}: no {noun} for {_format_gap(intervals_s[row])} after it (gaps over "
-            f"{gaps.long_s * 1e3:.0f} ms are {share(gaps.is_long)}); masked; fix: record again if "
-            "it matters"
-            for row in np.flatnonzero(gaps.is_long).tolist()
-        ),
-        file=spec.file,
-        streams=names,
-    )
+    masked = [
+        f"{where(row)}: no {noun} for {_format_gap(intervals_s[row])} after it (gaps over "
+        f"{gaps.long_s * 1e3:.0f} ms are {share(gaps.is_long)}); masked; fix: record again if it "
+        "matters"
+        for row in np.flatnonzero(gaps.is_long).tolist()
+    ]
+    return findings + limit_findings("error", masked, file=spec.file, streams=names)
 
 
 def _format_gap(gap_s: float) -> str:

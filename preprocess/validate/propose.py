@@ -33,7 +33,7 @@ from shared.session.tables import MAX_LINE_BYTES, TableError, open_table
 from shared.streams import METADATA_FILE, VECTOR_SIZES, Kind, ValueType, check_stream_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -85,8 +85,6 @@ class _Proposal:
 
     spec: dict[str, Any]
     comments: list[str] = field(default_factory=list)
-    columns: list[str] = field(default_factory=list)
-    """Columns of a table, or scalar keys, that the stream takes."""
 
 
 def propose_recipe(folder: Path) -> str:
@@ -189,44 +187,33 @@ def _find_in_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposa
     """Find the sensors and texts of a file of JSON lines."""
     lines = _read_objects(path)
     keys = list(dict.fromkeys(key for line in lines for key in line))
-    numbers = [key for key in keys if _size(lines, key) == 0]
+    sizes = {key: size for key in keys if (size := _size(lines, key)) is not None}
+    numbers = [key for key, size in sizes.items() if size == 0]
     time_key = _choose_time(
-        {k: [v for line in lines if _is_number(v := line.get(k))] for k in numbers}
+        {key: [line[key] for line in lines if line.get(key) is not None] for key in numbers}
     )
     if time_key is None:
         notes.append(f"{path.name} is left out: none of its keys is an increasing time")
         return
-    time = {"time": time_key} if time_key != "timestamp" else {}
-    sizes = {
-        key: size for key in keys if key != time_key and (size := _size(lines, key)) is not None
-    }
-    file = {} if path.name == METADATA_FILE else {"file": path.name}
+    is_metadata = path.name == METADATA_FILE
+    file = {} if is_metadata else {"file": path.name}
+    time = {} if time_key == "timestamp" else {"time": time_key}
     for key, size in sizes.items():
-        name = key if path.name == METADATA_FILE else f"{path.stem}_{key}"
-        spec = {"kind": "sensor", **file, "key": key, **time, "time_unit": _unit_of(time_key)}
-        yield name, _Proposal(spec | {"values": [{"count": max(1, size), "type": "scalar"}]})
+        if key != time_key:
+            spec = {"kind": "sensor", **file, "key": key, **time, "time_unit": _unit_of(time_key)}
+            values = {"values": [{"count": max(1, size), "type": "scalar"}]}
+            yield key if is_metadata else f"{path.stem}_{key}", _Proposal(spec | values)
     texts = [k for k in keys if any(isinstance(line.get(k), str) for line in lines)]
-    if time_key == "timestamp":
-        yield from _find_texts(path, lines, [k for k in texts if k != time_key])
-    left_out = [k for k in keys if k != time_key and k not in sizes and k not in texts]
-    if left_out:
-        notes.append(f"{path.name}: no list of numbers of one length: {', '.join(left_out)}")
-
-
-def _find_texts(
-    path: Path, lines: Sequence[Mapping[str, Any]], keys: Sequence[str]
-) -> Iterator[tuple[str, _Proposal]]:
-    """Find the text streams of a file of JSON lines."""
-    if path.name == METADATA_FILE:
-        for key in keys:
-            yield key, _Proposal({"kind": "text", "file": path.name, "key": key})
-    elif "text" in keys:
+    found: dict[str, dict[str, str]] = {}
+    if is_metadata and time_key == "timestamp":
+        found = {key: {"key": key} for key in texts}
+    elif "text" in texts and time_key == "timestamp":
         labels = sorted({str(line["stream"]) for line in lines if line.get("stream") is not None})
-        for label in labels:
-            spec = {"kind": "text", "file": path.name, "stream": label}
-            yield f"{label}_text", _Proposal(spec)
-        if not labels:
-            yield path.stem, _Proposal({"kind": "text", "file": path.name})
+        found = {f"{label}_text": {"stream": label} for label in labels} or {path.stem: {}}
+    for name, own in found.items():
+        yield name, _Proposal({"kind": "text", "file": path.name, **own})
+    if left_out := [k for k in keys if k not in sizes and k not in texts]:
+        notes.append(f"{path.name}: no list of numbers of one length: {', '.join(left_out)}")
 
 
 def _read_objects(path: Path) -> list[dict[str, Any]]:
@@ -240,15 +227,13 @@ def _read_objects(path: Path) -> list[dict[str, Any]]:
 
 def _size(lines: Sequence[Mapping[str, Any]], key: str) -> int | None:
     """Return the length of a key's lists of numbers, 0 for plain numbers, None for all else."""
-    sizes: set[int] = set()
-    for value in (line.get(key) for line in lines):
-        if isinstance(value, list) and value and all(v is None or _is_number(v) for v in value):
-            sizes.add(len(value))
-        elif _is_number(value):
-            sizes.add(0)
-        elif value is not None:
-            return None
-    return sizes.pop() if len(sizes) == 1 else None
+    values = [line[key] for line in lines if line.get(key) is not None]
+    if all(map(_is_number, values)):
+        return 0 if values else None
+    if not all(isinstance(value, list) and value for value in values):
+        return None
+    is_numbers = all(v is None or _is_number(v) for value in values for v in value)
+    return len(values[0]) if is_numbers and len(set(map(len, values))) == 1 else None
 
 
 def _find_in_table(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposal]]:
@@ -257,30 +242,25 @@ def _find_in_table(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposa
     time_key = _choose_time({name: values[np.isfinite(values)] for name, values in cells.items()})
     if time_key is None:
         raise TableError("none of its columns is an increasing time")
-    unit = _unit_of(time_key)
     together: dict[bytes, list[str]] = {}
     left_out: list[str] = []
+    spec = {"kind": "sensor", "file": path.name, "time": time_key, "time_unit": _unit_of(time_key)}
+    del cells[time_key]
     for name, values in cells.items():
         is_time = _TIME.fullmatch(name) is not None and _share_of_steps(values[:, 0], 0.0) > 0.9
-        is_text = np.isinf(values).any(axis=1)
-        if name == time_key or is_time or is_text.any() or np.isnan(values).all():
-            left_out += [name] if name != time_key else []
-            continue
         is_missing = np.isnan(values).any(axis=1)
-        missing = is_missing.tobytes() if is_missing.mean() > MAX_MISSING else b""
-        together.setdefault(missing, []).append(name)
-    for key, names in together.items():
-        spec: dict[str, Any] = {"kind": "sensor", "file": path.name, "time": time_key}
-        spec["time_unit"] = unit
-        lists = [name for name in names if cells[name].shape[1] > 1]
-        for name in lists:
-            group = {"count": cells[name].shape[1], "type": "scalar"}
+        if is_time or np.isinf(values).any() or np.isnan(values).all():
+            left_out.append(name)
+        elif values.shape[1] > 1:
+            group = {"count": values.shape[1], "type": "scalar"}
             yield f"{path.stem}_{name}", _Proposal(spec | {"key": name, "values": [group]})
-        columns = [name for name in names if name not in lists]
-        if columns:
-            groups = [{"count": 1, "type": "scalar", "names": [name]} for name in columns]
-            stem = path.stem if key == b"" else f"{path.stem}_{columns[0]}"
-            yield stem, _Proposal(spec | {"values": groups}, columns=columns)
+        else:
+            missing = is_missing.tobytes() if is_missing.mean() > MAX_MISSING else b""
+            together.setdefault(missing, []).append(name)
+    for missing, names in together.items():
+        groups = [{"count": 1, "type": "scalar", "names": [name]} for name in names]
+        stem = f"{path.stem}_{names[0]}" if missing else path.stem
+        yield stem, _Proposal(spec | {"values": groups})
     if left_out:
         notes.append(f"{path.name}: columns without numbers, or times: {', '.join(left_out)}")
 
@@ -395,7 +375,7 @@ def _complete_sensor(proposal: _Proposal, readings: Readings, spec: SensorStream
     values, times_s = readings.values.astype(np.float64), readings.times_s
     stem = "" if spec.file == METADATA_FILE else spec.file.rpartition(".")[0]
     label = f"{stem} {spec.key or ''}".strip()
-    groups = guess_groups(values, times_s=times_s, names=proposal.columns, label=label)
+    groups = guess_groups(values, times_s=times_s, names=spec.names or (), label=label)
     proposal.spec["values"] = groups
     if any(group["type"] != "scalar" for group in groups):
         proposal.comments.append("guess: the types of the values")
@@ -450,7 +430,13 @@ def guess_groups(
     A list under a key has no `names`; its label has the file's name without suffix, and the key.
     """
     if names:
-        return _merge_groups(_guess_columns(values, names, label))
+        groups: list[dict[str, Any]] = []
+        guessed = _guess_columns(values, names, label)
+        for (guess, unit), members in itertools.groupby(guessed, key=lambda value: value[:2]):
+            columns = [name for _, _, of_value in members for name in of_value]
+            group = {"count": len(columns), "type": str(guess)} | ({"unit": unit} if unit else {})
+            groups.append(group | {"names": columns})
+        return groups
     size = values.shape[1]
     if size == 7 and _has_unit_norms(values[:, 3:]):
         return [{"count": 3, "type": "position"}, {"count": 4, "type": "quaternion"}]
@@ -487,7 +473,8 @@ def _guess_columns(
     while index < len(names):
         vector = next((v for n in (4, 3) if (v := _vector_columns(names, index, n))), None)
         columns = vector or [index]
-        prefix = _prefix(names[index])
+        axis = _AXIS.fullmatch(names[index])
+        prefix = axis[1].lower() if axis else names[index]
         context = prefix if len(prefix) > 2 else f"{prefix} {label}"
         kind = _guess_list(values[:, columns], context)
         if vector is None:
@@ -501,18 +488,11 @@ def _guess_columns(
 
 def _vector_columns(names: Sequence[str], first: int, size: int) -> list[int] | None:
     """Return the columns of a vector in the order x, y, z, w, if it begins at a column."""
-    columns = range(first, min(first + size, len(names)))
-    matches = [_AXIS.fullmatch(names[i]) for i in columns]
-    if len(matches) < size or None in matches or len({_prefix(names[i]) for i in columns}) > 1:
-        return None
-    axes = {match[2].lower(): i for match, i in zip(matches, columns, strict=True) if match}
+    matches = [_AXIS.fullmatch(name) for name in names[first : first + size]]
+    axes = {match[2].lower(): first + i for i, match in enumerate(matches) if match}
+    is_one = len({match[1].lower() for match in matches if match}) == 1
     wanted = "xyzw"[:size]
-    return [axes[axis] for axis in wanted] if axes.keys() == set(wanted) else None
-
-
-def _prefix(name: str) -> str:
-    match = _AXIS.fullmatch(name)
-    return match[1].lower() if match else name
+    return [axes[axis] for axis in wanted] if is_one and axes.keys() == set(wanted) else None
 
 
 def _has_unit_norms(vectors: NDArray[np.float64]) -> bool:
@@ -531,16 +511,6 @@ def _guess_scalar(values: NDArray[np.float64], name: str) -> ValueType:
     if is_moving and values.min() >= 0 and values.max() <= 1:
         return ValueType.FRACTION
     return ValueType.SCALAR
-
-
-def _merge_groups(values: Iterable[tuple[ValueType, str, list[str]]]) -> list[dict[str, Any]]:
-    """Join neighbors of one type and unit."""
-    groups: list[dict[str, Any]] = []
-    for (kind, unit), members in itertools.groupby(values, key=lambda value: value[:2]):
-        names = [name for _, _, of_value in members for name in of_value]
-        group = {"count": len(names), "type": str(kind)} | ({"unit": unit} if unit else {})
-        groups.append(group | {"names": names})
-    return groups
 
 
 # --- the text ---
@@ -562,7 +532,9 @@ def _render(
     for start, some in (("  ", proposals), ("  # ", rejected)):
         for name, proposal in sorted(some.items()):
             lines += [f"  # {_plain(comment)}" for comment in proposal.comments]
-            lines.append(f"{start}{_flow(name, proposal)}")
+            spec = {k: v for k, v in proposal.spec.items() if (k, v) != ("time_unit", "s")}
+            flow = yaml.safe_dump(spec, default_flow_style=True, sort_keys=False, width=math.inf)
+            lines.append(f"{start}{name}: {flow.strip()}")
     text = "\n".join(lines) + "\n"
     Recipe.model_validate(yaml.safe_load(text))
     return text
@@ -571,14 +543,3 @@ def _render(
 def _plain(text: str) -> str:
     """Return a text as one printable line."""
     return " ".join(text.encode("ascii", "backslashreplace").decode().split())
-
-
-def _flow(name: str, proposal: _Proposal) -> str:
-    """Return a stream as one line of YAML, without keys that have their default."""
-    spec = {
-        key: value for key, value in proposal.spec.items() if (key, value) != ("time_unit", "s")
-    }
-    return (
-        f"{name}: "
-        + yaml.safe_dump(spec, default_flow_style=True, sort_keys=False, width=math.inf).strip()
-    )

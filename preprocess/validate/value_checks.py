@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.validate.checks import Finding, Level, issue_findings, limit_findings
+from preprocess.validate.checks import Finding, Level, issue_findings, stream_findings
 from preprocess.validate.line_checks import MAX_BAD_LINES
 from shared.clock import EPSILON_S
 from shared.streams import ValueType
@@ -119,57 +119,45 @@ def _share_level(num_faults: int, num_lines: int) -> Level:
 
 def _check_fractions(probe: SessionProbe, group: _Group) -> list[Finding]:
     """Check that fractions are in [0, 1]."""
-    values, file = group.values, probe.recipe.streams[group.name].file
+    name, values = group.name, group.values
     excess = np.maximum(values - 1, -values).max(axis=1, initial=-np.inf)
-    farthest = np.abs(values - 0.5).argmax(axis=1) if values.size else np.zeros(0, dtype=int)
-    findings = limit_findings(
-        "error",
-        (
-            f"{probe.locate(group.name, i)}: {group.name} is {values[i, farthest[i]]:g}, outside "
-            "[0, 1]; fix: divide raw readings by their full scale before recording"
-            for i in np.flatnonzero(excess > ROUNDING).tolist()
-        ),
-        file=file,
-        streams=(group.name,),
-    )
-    fix = "clamp it with --fix" if probe.is_fixable(file) else "clamp it"
-    return findings + limit_findings(
-        "warning",
-        (
-            f"{probe.locate(group.name, i)}: {group.name} is outside [0, 1] by rounding; fix: {fix}"
-            for i in np.flatnonzero((excess > 0) & (excess <= ROUNDING)).tolist()
-        ),
-        file=file,
-        streams=(group.name,),
-    )
+    farthest = np.abs(values - 0.5).argmax(axis=1)
+    outside = [
+        f"{probe.locate(name, i)}: {name} is {values[i, farthest[i]]:g}, outside [0, 1]; fix: "
+        "divide raw readings by their full scale before recording"
+        for i in np.flatnonzero(excess > ROUNDING).tolist()
+    ]
+    is_fixable = probe.is_fixable(probe.recipe.streams[name].file)
+    fix = "clamp it with --fix" if is_fixable else "clamp it"
+    rounded = [
+        f"{probe.locate(name, i)}: {name} is outside [0, 1] by rounding; fix: {fix}"
+        for i in np.flatnonzero((excess > 0) & (excess <= ROUNDING)).tolist()
+    ]
+    findings = stream_findings("error", outside, name, probe)
+    return findings + stream_findings("warning", rounded, name, probe)
 
 
 def _check_angles(probe: SessionProbe, group: _Group) -> list[Finding]:
     """Check that angles are radians, and in [-pi, pi]."""
-    file = probe.recipe.streams[group.name].file
-    largest = np.abs(group.values).max(axis=1, initial=0.0)
-    findings = limit_findings(
-        "error",
-        (
-            f"{probe.locate(group.name, i)}: {group.name} has an angle of {largest[i]:g} rad, "
-            "which looks like degrees; fix: multiply angles and velocities by pi / 180 before "
-            "recording"
-            for i in np.flatnonzero(largest > DEGREES_RAD).tolist()
-        ),
-        file=file,
-        streams=(group.name,),
-    )
+    name, largest = group.name, np.abs(group.values).max(axis=1, initial=0.0)
+    degrees = [
+        f"{probe.locate(name, i)}: {name} has an angle of {largest[i]:g} rad, which looks like "
+        "degrees; fix: multiply angles and velocities by pi / 180 before recording"
+        for i in np.flatnonzero(largest > DEGREES_RAD).tolist()
+    ]
+    findings = stream_findings("error", degrees, name, probe)
     beyond = np.flatnonzero((largest > math.pi + EPSILON_S) & (largest <= DEGREES_RAD))
     if len(beyond):
         row = int(beyond[0])
-        is_rounding = largest.max() <= math.pi + ROUNDING and probe.is_fixable(file)
+        is_fixable = probe.is_fixable(probe.recipe.streams[name].file)
+        is_rounding = largest.max() <= math.pi + ROUNDING and is_fixable
         fix = "fix: clamp it with --fix" if is_rounding else "fine if rotations are unwrapped"
         message = (
-            f"{probe.locate(group.name, row)}: {group.name} has an angle of {largest[row]:g} rad, "
-            f"outside [-pi, pi], as in {len(beyond)} of {len(largest)} readings; angles are "
-            f"wrapped when read; {fix}"
+            f"{probe.locate(name, row)}: {name} has an angle of {largest[row]:g} rad, outside "
+            f"[-pi, pi], as in {len(beyond)} of {len(largest)} readings; angles are wrapped when "
+            f"read; {fix}"
         )
-        findings.append(Finding("warning", message, streams=(group.name,)))
+        findings.append(Finding("warning", message, (name,)))
     return findings
 
 
@@ -217,18 +205,13 @@ def check_saturation(probe: SessionProbe) -> list[Finding]:
             continue
         limit, is_at = _LIMITS[group.group.type]
         shares = is_at(group.values).mean(axis=0)
-        file = probe.recipe.streams[group.name].file
-        findings += limit_findings(
-            "warning",
-            (
-                f"{file}: {probe.label(group.name, group.first + i)} is at its limit {limit} in "
-                f"{shares[i]:.0%} of its readings: saturated or stuck; fix: check the sensor's "
-                "range and cable"
-                for i in np.flatnonzero(shares > SATURATED_SHARE).tolist()
-            ),
-            file=file,
-            streams=(group.name,),
-        )
+        messages = [
+            f"{probe.recipe.streams[group.name].file}: {probe.label(group.name, group.first + i)} "
+            f"is at its limit {limit} in {shares[i]:.0%} of its readings: saturated or stuck; fix: "
+            "check the sensor's range and cable"
+            for i in np.flatnonzero(shares > SATURATED_SHARE).tolist()
+        ]
+        findings += stream_findings("warning", messages, group.name, probe)
     return findings + _frozen_findings(probe)
 
 
