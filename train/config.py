@@ -125,7 +125,7 @@ class DataConfig(Section):
     """Form of frames in a batch. yuv420: planes, which take half the bytes of RGB and are converted
     on the training device. rgb: RGB, converted by the loader; on a training device that is a CPU it
     saves 0.2 ms per frame of 224 pixels. The model's inputs differ by rounding only, except for
-    shards with `codec: raw` of a video, whose RGB frames yuv420 converts to planes and back."""
+    videos whose stream has `codec: raw`, whose RGB frames yuv420 converts to planes and back."""
     num_workers: int = Field(2, ge=0)
     """Number of loader processes; 0 reads in the training process. It never changes which samples
     are in a batch. `python -m train profile` measures a good value."""
@@ -280,7 +280,7 @@ class ModelConfig(Section):
     """Share of activations dropped in training, in [0, 1)."""
     modality_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of samples from which a modality is hidden in training, in [0, 1); each modality
-    independently, both cameras as one. The model then learns to work without it, which takes more
+    independently, all videos as one. The model then learns to work without it, which takes more
     steps. It does not apply if text is the only input."""
     tick_rate_hz: float = Field(10.0, gt=0)
     """Model time steps per second; a segment must hold a whole number of them."""

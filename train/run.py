@@ -28,7 +28,7 @@ from train.model.baselines import Baselines, compare
 from train.model.losses import compute_losses
 from train.model.multimodal import MultiModalCreature
 from train.shapes import WindowShapes
-from train.statistics import sensor_statistics
+from train.statistics import standardize
 from train.summary import print_summary, startup_warnings
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def _run(
         return None
     if weights is not None and trainer.step == 0:
         _load_weights(trainer, weights, console)
-    elif trainer.step == 0:
-        standardize(setup, console)
+    _warn_of_no_targets(trainer.standardize(), console)
     first_val_losses = trainer.evaluate() if setup.val_loader is not None else {}
     summary = trainer.train()
     if not distributed.is_main():
@@ -164,7 +163,7 @@ def check_config(
             console.print("  whether the checkpoint fits can be checked once the data exists")
         return
     _print_warnings(console, setup, config)
-    standardize(setup, console)
+    _warn_of_no_targets(standardize(model, setup.loader), console)
     _check_one_batch(setup, config, console)
     loader = setup.loader
     if weights is not None:
@@ -266,31 +265,21 @@ def set_up_run(config: TrainConfig, *, origin: Path) -> RunSetup:
     )
 
 
-def standardize(setup: RunSetup, console: Console) -> None:
-    """Give the model the statistics of the sensor values that it will be trained on."""
-    statistics = distributed.on_main(lambda: sensor_statistics(setup.loader.source))
-    setup.model.set_statistics(statistics)
-    for head, name in setup.model.shapes.targets.items():
-        if setup.model.shapes.streams[name].kind is Kind.SENSOR and name not in statistics:
-            _warn_of_no_targets(head, console)
-
-
 def fit_baselines(setup: RunSetup, config: TrainConfig, console: Console) -> Baselines:
     """Fit the baselines on the first batches of the train split."""
     loader = Loader(setup.loader.source, _targets_only(config, setup.loader.shapes))
     batches = itertools.islice(loader, min(BASELINE_BATCHES, loader.batches_per_epoch))
     baselines = Baselines.fit(batches, objective=setup.model.objective)
-    for head, counts in baselines.counts.items():
-        if not counts.sum():
-            _warn_of_no_targets(head, console)
+    _warn_of_no_targets([h for h, counts in baselines.counts.items() if not counts.sum()], console)
     return baselines
 
 
-def _warn_of_no_targets(head: str, console: Console) -> None:
-    console.print(
-        f"no train sample has a target for {head}: its loss stays 0 and means nothing; "
-        f"set training.loss_weights.{head}: 0 to train without this head"
-    )
+def _warn_of_no_targets(heads: list[str], console: Console) -> None:
+    for head in heads:
+        console.print(
+            f"no train sample has a target for {head}: its loss stays 0 and means nothing; "
+            f"set training.loss_weights.{head}: 0 to train without this head"
+        )
 
 
 def baseline_losses(baselines: Baselines, setup: RunSetup, config: TrainConfig) -> dict[str, float]:

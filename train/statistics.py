@@ -16,11 +16,15 @@ from shared.streams import Kind
 from train.data.mixture import MixedSource
 from train.data.session_source import SessionSource
 from train.data.shard_source import ShardSource
+from train.machine.distributed import on_main
+from train.model.multimodal import MultiModalCreature
+from train.trained_model import innermost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+    from torch import nn
 
     from shared.session.reader import SessionReader
     from train.data.batch import SampleSource
@@ -33,6 +37,24 @@ class Moments:
     count: int
     mean: NDArray[np.float64]
     variance: NDArray[np.float64]
+
+
+def standardize(model: nn.Module, loader: object) -> list[str]:
+    """Give a model the statistics of a loader's sensors; return the heads without a reading.
+
+    All ranks call it. A loader of other data than a source of this package changes nothing.
+
+    Raises:
+        SessionError: a session read directly can't be read any more.
+    """
+    source = getattr(innermost(loader), "source", None)
+    if not isinstance(model, MultiModalCreature):
+        return []
+    if not isinstance(source, MixedSource | ShardSource | SessionSource):
+        return []
+    statistics = on_main(lambda: sensor_statistics(source))
+    model.set_statistics(statistics)
+    return [head for head in model.target_std if model.shapes.targets[head] not in statistics]
 
 
 def sensor_statistics(source: SampleSource) -> dict[str, dict[str, Any]]:

@@ -128,7 +128,7 @@ def checkpoint_extras(loader: object) -> dict[str, Any]:
     Returns:
         "recipe" and "tokenizer"; empty if the loader has no such source.
     """
-    source = getattr(_innermost(loader), "source", None)
+    source = getattr(innermost(loader), "source", None)
     recipe, tokenizer = getattr(source, "recipe", None), getattr(source, "tokenizer", None)
     if not isinstance(recipe, Recipe) or not isinstance(tokenizer, TextTokenizer):
         return {}
@@ -142,7 +142,7 @@ def check_windows(loader: object, config: TrainConfig) -> None:
         ConfigError: one of the two packs text densely and the other does not, or their tick rates
             differ.
     """
-    inner = _innermost(loader)
+    inner = innermost(loader)
     recipe = getattr(getattr(inner, "source", None), "recipe", None)
     shapes = getattr(inner, "shapes", None)
     if not isinstance(recipe, Recipe) or not isinstance(shapes, WindowShapes):
@@ -159,7 +159,7 @@ def check_windows(loader: object, config: TrainConfig) -> None:
         )
 
 
-def _innermost(loader: Any) -> object:  # noqa: ANN401 (whatever wraps a dataset)
+def innermost(loader: Any) -> object:  # noqa: ANN401 (whatever wraps a dataset)
     """Unwrap DataLoaders and Subsets down to a Loader of this package, or to the dataset."""
     while not hasattr(loader, "source") and hasattr(loader, "dataset"):
         loader = loader.dataset

@@ -32,6 +32,7 @@ from train.loop.state import TrainState, require_heads, schedule_dict
 from train.machine import distributed, runtime
 from train.machine.parallel import average_gradients, parallelize
 from train.model.losses import compute_losses, loss_counts, sum_by_name
+from train.statistics import standardize
 from train.trained_model import check_windows, checkpoint_extras
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Trainer:
         )
         self._state.extra = {**checkpoint_extras(loader), **(checkpoint_extra or {})}
         self._state.run_name = run_name
+        self._is_standardized = getattr(model, "has_statistics", False)
         self._checkpoints = CheckpointManager(
             training.checkpointing, save_interval=training.save_interval
         )
@@ -112,6 +114,18 @@ class Trainer:
     def step(self) -> int:
         """Optimizer steps done."""
         return self._state.step
+
+    def standardize(self) -> list[str]:
+        """Give the model the statistics of the loader's sensors, once when a new run begins.
+
+        :meth:`train` and :meth:`evaluate` call it. A model that has statistics keeps them, such as
+        those of a checkpoint.
+
+        Returns:
+            Heads whose sensor has no reading.
+        """
+        is_done, self._is_standardized = self._is_standardized, True
+        return [] if is_done else standardize(self.model, self._loader)
 
     def train(self) -> TrainSummary:
         """Train up to ``training.max_steps``, or until Ctrl-C or SIGTERM, which save and return.
@@ -128,6 +142,7 @@ class Trainer:
         # torchrun may repeat a signal, and kills a rank that takes too long by itself.
         stop = runtime.StopSignals(ignores_repeats=distributed.world_size() > 1)
         with stop, self._open_log() as log, runtime.translate_errors():
+            self.standardize()
             feed = self._restore(log)
             while state.step < training.max_steps and not distributed.any_rank(stop.requested):
                 set_learning_rate(optimizer, learning_rate(state.step, training))
@@ -185,6 +200,7 @@ class Trainer:
         check = partial(resume_index, self._loader)
         resumed = self._state.load(path, device=self.device, check_stream=check)
         self._resumed = {"path": str(path), **resumed}
+        self._is_standardized = True
         self._checkpoints.newest = Path(path)
         self._feed = None
 
@@ -197,7 +213,9 @@ class Trainer:
         Raises:
             CheckpointError: the file is missing, damaged, foreign, or of another model.
         """
-        return self._state.load_weights(path, device=self.device)
+        has_same_tokens = self._state.load_weights(path, device=self.device)
+        self._is_standardized = True
+        return has_same_tokens
 
     def _open_log(self) -> RunLog:
         """Open the run's log folder; a resumed run continues in its old one."""
@@ -359,6 +377,7 @@ class Trainer:
     def _measure_held_out(self) -> HeldOut:
         if self._val_loader is None:
             raise ConfigError("the trainer has no held-out batches; fix: give Trainer a val_loader")
+        self.standardize()
         was_training, num_batches = self.model.training, self.config.training.eval_batches
         self.model.eval()
         with torch.no_grad(), runtime.separate_rng(self.config.training.seed):

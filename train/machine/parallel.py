@@ -46,7 +46,9 @@ def parallelize(
     if world_size() == 1:
         return model
     if parallel != "fsdp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )  # buffers are the statistics, which are equal
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

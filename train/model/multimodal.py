@@ -133,6 +133,11 @@ class MultiModalCreature(nn.Module):
             if self.shapes.target_shape(head).kind is Kind.SENSOR
         }
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether any sensor's values are standardized."""
+        return any(isinstance(s, SensorValues) and s.has_statistics for s in self.sensors.values())
+
     def set_statistics(self, statistics: Mapping[str, Mapping[str, Any]]) -> None:
         """Standardize sensor values, before training begins; checkpoints hold the statistics.
 

@@ -185,6 +185,11 @@ class SensorValues(nn.Module):
         """Number of values of one sample that are velocities."""
         return sum(group.count for group in self.groups if RULES[group.type].is_rate)
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether any value is standardized."""
+        return bool((self.mean != 0).any() or (self.std != 1).any())
+
     def set_statistics(self, statistics: Mapping[str, Any], *, name: str) -> None:
         """Standardize by the "mean" and "std" of each value; no "count" changes nothing.
 

@@ -6,14 +6,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from helpers.sets import make_config, set_recipe
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from shared.clock import Segment
+from train.config import CheckpointConfig
 from train.data.loader import Loader, open_source
 from train.data.mixture import MixedSource
+from train.data.session_source import RealMultiModalDataset, real_data_collate_fn
 from train.data.shard_source import ShardSource
+from train.loop.trainer import Trainer
 from train.model.multimodal import MultiModalCreature
 from train.statistics import merge, moments_of, sensor_statistics
 
@@ -96,3 +101,44 @@ def test_a_model_standardizes_by_the_statistics(tiny_set):
     model.set_statistics(statistics)
     expected = np.array(statistics["proprio"]["std"])[10:]  # velocities; angles keep their scale
     np.testing.assert_allclose(model.target_std["animation"][10:], expected, rtol=1e-6)
+
+
+def python_trainer(sessions, config):
+    """Return a trainer over a plain DataLoader, as in the README."""
+    dataset = RealMultiModalDataset(sessions, recipe=set_recipe(), config=config)
+    loader = DataLoader(dataset, batch_size=2, collate_fn=real_data_collate_fn)
+    model = MultiModalCreature(config, dataset.shapes)
+    return Trainer(model, config, loader, device="cpu", val_loader=loader), dataset.source
+
+
+@pytest.fixture
+def trained(tiny_sessions, tmp_path):
+    config = make_config()
+    checkpointing = CheckpointConfig(save_dir=tmp_path / "checkpoints")
+    update = {"max_steps": 1, "log_dir": tmp_path / "runs", "checkpointing": checkpointing}
+    config = config.model_copy(update={"training": config.training.model_copy(update=update)})
+    trainer, source = python_trainer(tiny_sessions, config)
+    return trainer, source, config
+
+
+@pytest.mark.parametrize("first_call", ["train", "evaluate"])
+def test_a_new_run_from_python_standardizes_by_the_loaders_sessions(trained, first_call):
+    trainer, source, _ = trained
+    getattr(trainer, first_call)()
+    expected = np.array(sensor_statistics(source)["proprio"]["std"])[10:]
+    np.testing.assert_allclose(trainer.model.target_std["animation"][10:], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("load", ["load_checkpoint", "load_weights"])
+def test_a_checkpoints_statistics_are_kept(trained, tiny_sessions, load):
+    trainer, _, config = trained
+    trainer.model.set_statistics(
+        {"proprio": {"count": 1, "mean": torch.ones(20).tolist(), "std": [7.0] * 20}}
+    )
+    trainer._is_standardized = True
+    trainer.train()
+    path = config.training.checkpointing.save_dir / "model_final.pt"
+    other, _ = python_trainer(tiny_sessions, config)
+    getattr(other, load)(path)
+    other.evaluate()
+    assert (other.model.target_std["animation"][10:] == 7.0).all()
