@@ -47,11 +47,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (any of the public names)
-    """Import a public name at its first use.
-
-    Raises:
-        AttributeError: there is no such name.
-    """
+    """Import a public name at its first use."""
     if name not in _MODULES:
         raise AttributeError(f"module 'train' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

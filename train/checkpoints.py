@@ -126,9 +126,6 @@ def link_checkpoint(source: Path, path: Path) -> Path:
     """Give a checkpoint a second name, which needs no disk space.
 
     Where the file system has no hard links, the file is copied.
-
-    Raises:
-        OSError: the source is missing, or the copy could not be written.
     """
     partial = partial_path(path)
     try:
@@ -166,11 +163,7 @@ def load_checkpoint(
 def read_checkpoint(
     path: Path | str, *, map_location: torch.device | str | None, mmap: bool = False
 ) -> dict[str, Any]:
-    """Read a checkpoint safely, without checking its CRC-32 checksums.
-
-    Raises:
-        CheckpointError: the file cannot be opened, or another program or version wrote it.
-    """
+    """Read a checkpoint safely, without checking its CRC-32 checksums."""
     path = Path(path)
     try:
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)

@@ -74,9 +74,6 @@ def run_training(
 
     Returns:
         The summary; None if the checkpoint has reached ``training.max_steps`` already.
-
-    Raises:
-        EngineError: the configuration, the data or a checkpoint cannot be used.
     """
     require_paths(config, origin=origin)
     device = choose_device(config.training.device)
@@ -132,9 +129,6 @@ def check_config(
 
     `resume`: a checkpoint file to resume from; "auto" is not checked, because a run skips
         checkpoints that it cannot use.
-
-    Raises:
-        EngineError: something cannot be used.
     """
     console = Console(soft_wrap=True, markup=False)
     choose_dtype(config.training.precision, choose_device(config.training.device))
@@ -197,11 +191,7 @@ def _check_one_batch(setup: RunSetup, config: TrainConfig, console: Console) -> 
 
 
 def require_paths(config: TrainConfig, *, origin: Path) -> None:
-    """Refuse a configuration whose data does not exist.
-
-    Raises:
-        ConfigError: names the key, the path and how to make it.
-    """
+    """Refuse a configuration whose data does not exist."""
     data = config.data
     paths: dict[str, tuple[Path | str | None, str]] = {
         key: (path, f"build it by `{_build_command(data, path)}`")
@@ -230,11 +220,7 @@ def _exists(path: Path | str) -> bool:
 
 
 def window_shapes(recipe: Recipe, config: TrainConfig, *, origin: Path) -> WindowShapes:
-    """Return the sizes of a configuration's windows.
-
-    Raises:
-        ConfigError: names the file and the key that does not fit the recipe.
-    """
+    """Return the sizes of a configuration's windows."""
     try:
         return WindowShapes.from_recipe(recipe, config)
     except ConfigError as error:
@@ -242,11 +228,7 @@ def window_shapes(recipe: Recipe, config: TrainConfig, *, origin: Path) -> Windo
 
 
 def set_up_run(config: TrainConfig, *, origin: Path) -> RunSetup:
-    """Open the data and make the model that fits it; `origin` is the configuration's file.
-
-    Raises:
-        EngineError: the data cannot be read, or does not fit the configuration.
-    """
+    """Open the data and make the model that fits it; `origin` is the configuration's file."""
     rank, world_size = distributed.rank(), distributed.world_size()
     source = open_source(config, split="train")
     window_shapes(source.recipe, config, origin=origin)

@@ -179,12 +179,7 @@ def head_weight(config: TrainConfig, head: str) -> float:
 
 
 def target_streams(recipe: Recipe, config: TrainConfig) -> dict[str, str]:
-    """Return head -> stream of every head whose loss weight is above 0.
-
-    Raises:
-        ConfigError: a weight names a stream that is not declared or is a video, or nothing would
-            be learned.
-    """
+    """Return head -> stream of every head whose loss weight is above 0."""
     for head, weight in config.training.loss_weights.items():
         stream = STREAM_OF_HEAD.get(head, head)
         spec = recipe.streams.get(stream)
@@ -217,11 +212,7 @@ def _possible_targets(recipe: Recipe) -> tuple[str, ...]:
 def input_streams(
     recipe: Recipe, config: TrainConfig, targets: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """Return the streams that are the model's inputs, sorted.
-
-    Raises:
-        ConfigError: `data.modalities` names a stream that the recipe does not declare.
-    """
+    """Return the streams that are the model's inputs, sorted."""
     modalities = config.data.modalities
     if modalities is None:
         only_text = all(recipe.streams[name].kind is Kind.TEXT for name in targets.values())
@@ -311,11 +302,7 @@ def as_fraction(value: float) -> Fraction:
 
 
 def count_segment_ticks(segment_s: float, tick_rate_hz: float) -> int:
-    """Return the number of ticks in a segment.
-
-    Raises:
-        ConfigError: it is not whole.
-    """
+    """Return the number of ticks in a segment."""
     ticks = as_fraction(tick_rate_hz) * as_fraction(segment_s)
     if ticks.denominator != 1:
         raise ConfigError(

@@ -43,9 +43,6 @@ def standardize(model: nn.Module, loader: object) -> list[str]:
     """Give a model the statistics of a loader's sensors; return the heads without a reading.
 
     All ranks call it. A loader of other data than a source of this package changes nothing.
-
-    Raises:
-        SessionError: a session read directly can't be read any more.
     """
     source = getattr(innermost(loader), "source", None)
     if not isinstance(model, MultiModalCreature):
@@ -61,9 +58,6 @@ def sensor_statistics(source: SampleSource) -> dict[str, dict[str, Any]]:
     """Return "count", "mean" and "std" of the sensor streams that a source reads, by name.
 
     A stream without a reading is left out.
-
-    Raises:
-        SessionError: a session read directly can't be read any more.
     """
     merged: dict[str, Moments] = {}
     for name, part in _parts(source, source.shapes.of_kind(Kind.SENSOR)):

@@ -87,12 +87,7 @@ def _loss_table(summary: TrainSummary, first_val_losses: Mapping[str, float]) ->
     table = Table(title=f"{summary.steps} steps", title_justify="left")
     for title in ("loss", "train start", "train end", "held-out start", "held-out end"):
         table.add_column(title, justify="left" if title == "loss" else "right")
-    columns = (
-        summary.first_losses,
-        summary.last_losses,
-        first_val_losses,
-        summary.last_val_losses,
-    )
+    columns = (summary.first_losses, summary.last_losses, first_val_losses, summary.last_val_losses)
     for name in summary.last_losses or summary.last_val_losses:
         table.add_row(name, *(f"{c[name]:.4f}" if name in c else "-" for c in columns))
     return table

@@ -140,10 +140,7 @@ def make_layouts(shapes: WindowShapes, *, segment_s: float) -> dict[str, StreamL
     """Return the layout of every stream that is read, by name."""
     return {
         name: StreamLayout(
-            shape,
-            num_ticks=shapes.num_ticks,
-            tick_rate_hz=shapes.tick_rate_hz,
-            segment_s=segment_s,
+            shape, num_ticks=shapes.num_ticks, tick_rate_hz=shapes.tick_rate_hz, segment_s=segment_s
         )
         for name, shape in shapes.streams.items()
     }

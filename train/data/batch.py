@@ -94,35 +94,24 @@ class SampleSource(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Return plain values that tell this data from other data, for checkpoints."""
-        ...
 
     def open_windows(self, shapes: WindowShapes, grid: WindowGrid) -> SampleSource:
         """Return a source of windows over the same segments, which shares open files."""
-        ...
 
     def batch_order(self, settings: OrderSettings) -> BatchOrder:
-        """Return the order of this source's batches.
-
-        Raises:
-            ValueError: no batch can be made.
-        """
-        ...
+        """Return the order of this source's batches."""
 
     def shard_name(self, shard: int) -> str:
         """Return a shard's name for messages."""
-        ...
 
     def key(self, shard: int, window: int) -> str:
         """Return SESSION@FIRST_TICK."""
-        ...
 
     def prefetch_shards(self, shards: Iterable[int]) -> None:
         """Prepare to read these shards from now on, in about this order."""
-        ...
 
     def prefetch_samples(self, locations: Iterable[SampleLocation]) -> None:
         """Prepare to read these samples next."""
-        ...
 
     def read_into(self, shard: int, window: int, out: Mapping[str, NDArray[Any]]) -> ReadWindow:
         """Write the streams of a window.
@@ -136,7 +125,6 @@ class SampleSource(Protocol):
             CorruptError: the bytes differ from their checksum or don't decode. For a shard, it
                 names the file and the offset in it.
         """
-        ...
 
 
 class ReadSample(NamedTuple):
@@ -216,11 +204,7 @@ def compose_batch(arrays: Mapping[str, NDArray[Any] | Tensor], shapes: WindowSha
 def assemble_batch(
     source: SampleSource, locations: Sequence[SampleLocation], *, pixels: str
 ) -> Batch:
-    """Read samples into one batch of new memory; each has weight 1.
-
-    Raises:
-        CorruptError: a sample's bytes are damaged.
-    """
+    """Read samples into one batch of new memory; each has weight 1."""
     shapes = source.shapes
     forms = array_forms(len(locations), shapes=shapes, pixels=pixels)
     arrays: dict[str, NDArray[Any]] = {name: np.empty(*form) for name, form in forms.items()}

@@ -105,12 +105,7 @@ class BatchMaker:
             return error.with_traceback(None)
 
     def make(self, task: Task) -> MadeBatch:
-        """Read, decode and collate a batch into its slot.
-
-        Raises:
-            TooManyCorruptSamplesError: a sample and all its substitutes are corrupt.
-            EngineError: the source can't be read.
-        """
+        """Read, decode and collate a batch into its slot."""
         if self._timer is not None:
             self._timer.begin()
         plan = self._order.plan(task.index)
@@ -252,11 +247,7 @@ class CorruptSampleBudget:
         return new
 
     def check(self) -> None:
-        """Check the share of corrupt members, if some were added since the last check.
-
-        Raises:
-            TooManyCorruptSamplesError: the share is too large.
-        """
+        """Check the share of corrupt members, if some were added since the last check."""
         last, self._last = self._last, None
         num_allowed = self.max_fraction * max(self.num_read, MIN_MEMBERS_JUDGED)
         if last is None or self.num_corrupt <= num_allowed:

@@ -44,11 +44,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CachedFile:
-    """A file of a shard set, as its manifest or index names it.
-
-    Raises:
-        CorruptError: the checksum or the length is invalid.
-    """
+    """A file of a shard set, as its manifest or index names it."""
 
     name: str
     sha256: str | None
@@ -150,9 +146,6 @@ class ShardCache:
         Returns:
             Whether it may be good now. False if this process has refetched it before, so that a
             file that is damaged in the store is not downloaded forever.
-
-        Raises:
-            OSError, EngineError: see :meth:`open`.
         """
         if file.key in self._refetched:
             return False

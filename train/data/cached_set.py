@@ -106,12 +106,7 @@ class CachedShardSet:
         return manifest, sha256_of_bytes(content)
 
     def read_index(self, name: str, *, sha256: str | None = None) -> ShardIndex:
-        """Read an index.
-
-        Raises:
-            CorruptError: it is missing or damaged.
-            StorageError, ConfigError: see :meth:`train.data.cache.ShardCache.open`.
-        """
+        """Read an index."""
         file = CachedFile(name, sha256)
         try:
             return self._parse_index(file, evict=self._evict)
@@ -123,12 +118,7 @@ class CachedShardSet:
     def open_column(
         self, name: str, *, sha256: str | None = None, length_bytes: int | None = None
     ) -> ColumnFile:
-        """Open a column; the cache keeps it as long as it is open.
-
-        Raises:
-            CorruptError: it is missing.
-            StorageError, ConfigError: see :meth:`train.data.cache.ShardCache.open`.
-        """
+        """Open a column; the cache keeps it as long as it is open."""
         file = CachedFile(name, sha256, length_bytes)
         return ColumnFile(
             self._cache.path(file),

@@ -148,11 +148,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Start where another loader stopped; call it before the first batch is taken.
-
-        Raises:
-            ConfigError: iteration has begun, or see :meth:`resume_index`.
-        """
+        """Start where another loader stopped; call it before the first batch is taken."""
         if self._has_begun:
             raise ConfigError(
                 "the loader has begun to read; fix: load its state before the first batch"

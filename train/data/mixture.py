@@ -120,11 +120,7 @@ class MixedSource:
         return {"fingerprint": self.fingerprint, "mix": self.weights, "sets": sets}
 
     def batch_order(self, settings: OrderSettings) -> BatchOrder:
-        """Interleave the sets if the order is shuffled and endless; else read one after another.
-
-        Raises:
-            ValueError: no batch can be made.
-        """
+        """Interleave the sets if the order is shuffled and endless; else read one after another."""
         if not (settings.is_shuffled and settings.is_endless):
             order = SampleOrder(self.window_counts, fingerprint=self.fingerprint, settings=settings)
             return EpochOrder(order, settings)
@@ -239,16 +235,10 @@ class MixedOrder:
 
     Args:
         orders: of each set, by name; their shards are numbered consecutively.
-
-    Raises:
-        ValueError: no batch can be made.
     """
 
     def __init__(
-        self,
-        orders: Mapping[str, SampleOrder],
-        weights: Mapping[str, int],
-        settings: OrderSettings,
+        self, orders: Mapping[str, SampleOrder], weights: Mapping[str, int], settings: OrderSettings
     ) -> None:
         for name, order in orders.items():
             if order.num_samples == 0:

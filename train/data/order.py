@@ -121,26 +121,21 @@ class BatchOrder(Protocol):
 
     def plan(self, index: int) -> BatchPlan:
         """Return global batch `index`, or this rank's share of it."""
-        ...
 
     def rescale_index(self, index: int, *, batch_size: int) -> int | None:
         """Return the index of the batch that starts where batch `index` of another size starts.
 
         None if no batch starts there.
         """
-        ...
 
     def samples_per_set(self, index: int) -> dict[str, int]:
         """Return how many samples of global batch `index` come from each set of a mix, else {}."""
-        ...
 
     def find_blocks(self, plan: BatchPlan) -> Blocks:
         """Return the blocks that hold a batch's samples."""
-        ...
 
     def list_shards(self, blocks: Blocks) -> list[int]:
         """Return the shards of these blocks and of the next block, in reading order."""
-        ...
 
     def substitute(self, plan: BatchPlan, i: int, attempt: int) -> tuple[int, int]:
         """Return shard and window of the sample that replaces corrupt sample `i` of a batch.
@@ -148,7 +143,6 @@ class BatchOrder(Protocol):
         It is the same on every rank and worker. `attempt` is 0, then 1 if that one is corrupt too,
         and so on.
         """
-        ...
 
 
 class SampleOrder:
@@ -293,11 +287,7 @@ class SampleOrder:
 
 
 class EpochOrder:
-    """Global batches over the epochs of a :class:`SampleOrder`; none spans two epochs.
-
-    Raises:
-        ValueError: no batch can be made.
-    """
+    """Global batches over the epochs of a :class:`SampleOrder`; none spans two epochs."""
 
     def __init__(self, order: SampleOrder, settings: OrderSettings) -> None:
         if order.num_samples == 0:

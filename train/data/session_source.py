@@ -349,11 +349,7 @@ class RealMultiModalDataset(Dataset[dict[str, Any]]):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one window as a batch of one; :func:`real_data_collate_fn` joins several.
-
-        Raises:
-            IndexError: no such window.
-        """
+        """Return one window as a batch of one; :func:`real_data_collate_fn` joins several."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)} does not exist")
         index %= len(self)

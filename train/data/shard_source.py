@@ -236,11 +236,7 @@ class ShardSource:
         return f"{self.shard(shard).index.session(rows.rows.start)}@{rows.clock_tick}"
 
     def locate(self, shard: int, window: int) -> WindowRows:
-        """Return where a window is stored and when it begins.
-
-        Raises:
-            CorruptError: see :meth:`shard`.
-        """
+        """Return where a window is stored and when it begins."""
         span = self._windows.locate(shard, window)
         index = self.shard(shard).index
         return WindowRows(
@@ -386,9 +382,7 @@ class ShardSource:
             self._open.make_room(opened)
             header = opened.index.columns[column]
             opened.files[column] = self._store.open_column(
-                header["file"],
-                sha256=header.get("sha256"),
-                length_bytes=header.get("length_bytes"),
+                header["file"], sha256=header.get("sha256"), length_bytes=header.get("length_bytes")
             )
             self.on_stage("open")
         return opened.files[column]

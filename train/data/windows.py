@@ -76,11 +76,7 @@ class WindowGrid:
         }
 
     def index(self, runs: Sequence[Sequence[int]], *, segment_s: float) -> WindowIndex:
-        """Return the windows of shards; see :class:`WindowIndex`.
-
-        Raises:
-            ConfigError: a segment has no whole number of ticks.
-        """
+        """Return the windows of shards; see :class:`WindowIndex`."""
         return WindowIndex(
             runs,
             ticks_per_segment=count_segment_ticks(segment_s, self.tick_rate_hz),
@@ -136,11 +132,7 @@ class WindowIndex:
         self.counts: NDArray[np.int64] = np.diff(self._first_window[self._first_run])
 
     def locate(self, shard: int, window: int) -> WindowSpan:
-        """Return where a window is stored; O(log runs).
-
-        Raises:
-            IndexError: the shard has no such window.
-        """
+        """Return where a window is stored; O(log runs)."""
         if not 0 <= window < self.counts[shard]:
             raise IndexError(f"shard {shard} has {self.counts[shard]} windows, not {window}")
         first_run = self._first_run[shard]

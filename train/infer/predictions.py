@@ -244,10 +244,7 @@ class _SoundWriter:
         if not len(levels):
             return
         waveform = decode_dmel(
-            levels,
-            rate_hz=self._spec.rate_hz,
-            settings=self._spec.dmel,
-            seed=self._output.seed,
+            levels, rate_hz=self._spec.rate_hz, settings=self._spec.dmel, seed=self._output.seed
         )
         with self._translate_errors():
             self._fill_with_silence(samples.start)

@@ -32,12 +32,7 @@ from train.data.device import to_device
 from train.data.session_source import SessionSource
 from train.data.windows import WindowGrid
 from train.infer.page import write_page
-from train.infer.predictions import (
-    METRICS_NAME,
-    PredictionWriter,
-    WindowPrediction,
-    earlier_files,
-)
+from train.infer.predictions import METRICS_NAME, PredictionWriter, WindowPrediction, earlier_files
 from train.infer.stream import Sampling, TickStream, take_ticks
 from train.machine import runtime
 from train.model.baselines import compare
@@ -191,11 +186,7 @@ def run_session(
 
 
 def open_session(path: Path, trained: TrainedModel) -> SessionSource:
-    """Open a session in touching windows; any stream may be missing.
-
-    Raises:
-        SessionError: the folder is not a session, or nothing in it can be read.
-    """
+    """Open a session in touching windows; any stream may be missing."""
     if not is_session(path, trained.recipe):
         raise SessionError(
             f"{path} is not a session; fix: give a folder with at least one of "
@@ -275,11 +266,7 @@ class Score:
             self._sums[name] = self._sums[name] + total if name in self._sums else total
 
     def as_json(self, scan: SessionScan) -> dict[str, Any]:
-        """Format as plain values: losses, reasons, baselines, comparison, tick_latency_ms.
-
-        Args:
-            scan: has the reasons for absent streams.
-        """
+        """Format as plain values: losses, reasons, baselines, comparison, tick_latency_ms."""
         means = {name: _mean(total) for name, total in self._sums.items()}
         heads = list(self._objective.weights)
         losses = {f"loss_{head}": means[f"loss_{head}"] for head in heads}
@@ -315,12 +302,8 @@ class Score:
 def summarize_latencies(latencies_ms: list[float], *, tick_ms: float) -> dict[str, float]:
     """Summarize tick latencies for use in real time.
 
-    `tick_ms`: duration of a tick; a slower model cannot keep up.
-
-    Returns:
-        "p50", "p95", "p99" of all ticks but the first, which includes warm-up; "first", that of the
-        first tick; "tick", the duration of a tick; "share_in_time", the share of ticks that took no
-        longer.
+    The first tick includes warm-up, so the percentiles leave it out. "share_in_time" is the share
+    of ticks that took no longer than a tick lasts, "tick".
     """
     later = np.array(latencies_ms[1:] or latencies_ms)
     percentiles = {f"p{share}": float(np.percentile(later, share)) for share in (50, 95, 99)}

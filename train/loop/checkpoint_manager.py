@@ -76,11 +76,7 @@ class CheckpointManager:
             self.warn(f"{error}; the newest checkpoint: {newest}")
 
     def save(self, state: Mapping[str, Any], *, is_pruned: bool = True) -> None:
-        """Save a step checkpoint and remove those beyond ``keep_last_n``.
-
-        Raises:
-            CheckpointError: the file could not be written.
-        """
+        """Save a step checkpoint and remove those beyond ``keep_last_n``."""
         self._write(self._config.save_dir / step_name(state["step"]), state)
         if is_pruned and distributed.is_main():
             prune_checkpoints(self._config.save_dir, keep_last_n=self._config.keep_last_n)
@@ -132,11 +128,7 @@ class CheckpointManager:
 
 
 def prepare_folder(folder: Path | str) -> None:
-    """Create the folder of a run's checkpoints and check that it is writable.
-
-    Raises:
-        CheckpointError: it is not; better to fail before the first step than after the last one.
-    """
+    """Create the folder of a run's checkpoints and check that it is writable."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -149,11 +141,7 @@ def prepare_folder(folder: Path | str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Check as :func:`prepare_folder` does, and remove the folders that this created.
-
-    Raises:
-        CheckpointError: the folder is not writable.
-    """
+    """Check as :func:`prepare_folder` does, and remove the folders that this created."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         prepare_folder(folder)
@@ -165,11 +153,7 @@ def check_writable(folder: Path) -> None:
 
 
 def refuse_checkpoints(folder: Path) -> None:
-    """Keep a new run from overwriting and pruning another run's checkpoints.
-
-    Raises:
-        ConfigError: the folder has checkpoints.
-    """
+    """Keep a new run from overwriting and pruning another run's checkpoints."""
     if existing := list_checkpoints(folder):
         names = ", ".join(sorted(path.name for path in existing)[:3])
         raise ConfigError(
@@ -183,9 +167,6 @@ def save_making_room(path: Path, state: Mapping[str, Any], removed: list[Path]) 
     """Save a checkpoint; if the disk is full, remove older ones and try again.
 
     `removed`: the removed files are added here, even if the second attempt fails.
-
-    Raises:
-        CheckpointError: the file could not be written.
     """
     try:
         return save_checkpoint(path, state)
@@ -228,9 +209,6 @@ def prune_checkpoints(folder: Path | str, *, keep_last_n: int) -> list[Path]:
     """Remove all but the newest `keep_last_n` step checkpoints, and partial files of killed runs.
 
     The final checkpoint and every other file stay.
-
-    Returns:
-        The removed files.
     """
     folder = Path(folder)
     return _remove([*_steps_by_age(folder)[:-keep_last_n], *_orphans(folder)])
@@ -239,8 +217,7 @@ def prune_checkpoints(folder: Path | str, *, keep_last_n: int) -> list[Path]:
 def make_room(folder: Path) -> list[Path]:
     """Remove all step checkpoints but the newest intact one, and partial files of killed runs.
 
-    Returns:
-        The removed files; [] if no step checkpoint is intact.
+    Nothing is removed if no step checkpoint is intact. Returns the removed files.
     """
     steps = _steps_by_age(folder)
     kept = next((path for path in reversed(steps) if _is_intact(path)), None)

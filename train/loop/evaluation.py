@@ -42,10 +42,6 @@ def evaluate(
 
     `predict`: gives the model's outputs for a batch, by head; it must not draw random numbers
         from the training's generators.
-
-    Raises:
-        TooManyCorruptSamplesError: more members, of all ranks together, are corrupt than
-            ``data.max_bad_fraction`` allows.
     """
     objective, window = state.objective, None
     reports: list[tuple[int, Sequence[Mapping[str, Any]]]] = []

@@ -62,11 +62,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 def restore_optimizer(
     optimizer: torch.optim.AdamW, state: dict[str, Any], config: OptimizerConfig
 ) -> None:
-    """Load a checkpoint's moments; betas, eps and weight decay stay the configuration's.
-
-    Raises:
-        ValueError: the state is of other parameters.
-    """
+    """Load a checkpoint's moments; betas, eps and weight decay stay the configuration's."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.load_state_dict({**state, "state": shard_moments(state["state"], parameters)})
     for group in optimizer.param_groups:

@@ -45,15 +45,12 @@ class ResumableLoader(Protocol):
 
     def state_at(self, next_batch: int) -> dict[str, Any]:
         """Return plain values from which a loader resumes with batch `next_batch`."""
-        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume at a state; allowed before iteration only."""
-        ...
 
     def __iter__(self) -> Iterator[Batch]:
         """Iterate over batches, each with its "index"."""
-        ...
 
 
 class BatchFeed:
@@ -193,9 +190,6 @@ def iter_endless(loader: ResumableLoader, *, seed: int) -> Generator[Batch, None
 
     What a plain loader draws at random while it skips to its position, it draws during this call
     and not while iterating. So the caller can restore a checkpoint's random state in between.
-
-    Raises:
-        ConfigError: the loader has no batch, or its batches are not of the right form.
     """
     return loader.open() if isinstance(loader, PlainLoader) else _iterate_lazily(loader, seed=seed)
 
@@ -287,15 +281,12 @@ class Mark(Protocol):
 
     def query(self) -> bool:
         """Return whether the mark was reached."""
-        ...
 
     def synchronize(self) -> None:
         """Wait until the mark is reached."""
-        ...
 
     def elapsed_time(self, later: Any, /) -> float:  # noqa: ANN401 (a mark of the same device)
         """Return the milliseconds from this mark to a later one; both were reached."""
-        ...
 
 
 class DeviceQueue(Protocol):
@@ -303,7 +294,6 @@ class DeviceQueue(Protocol):
 
     def mark(self) -> Mark:
         """Return a mark after all work launched so far."""
-        ...
 
     def send(self, batch: Batch) -> tuple[Batch, Mark]:
         """Begin to copy a batch to the device.
@@ -312,11 +302,9 @@ class DeviceQueue(Protocol):
             The batch on the device, and a mark after the copies; the given batch must be kept
             until the mark is reached.
         """
-        ...
 
     def receive(self, batch: Batch) -> None:
         """Make work that is launched from now on wait for a batch that was sent."""
-        ...
 
 
 class CudaQueue:

@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import CheckpointError, ConfigError
 from shared.recipe import Recipe
-from train.checkpoints import (
-    FORMAT_VERSION,
-    check_checkpoint,
-    read_checkpoint,
-    shape_differences,
-)
+from train.checkpoints import FORMAT_VERSION, check_checkpoint, read_checkpoint, shape_differences
 from train.config import ModelConfig, TrainConfig
 from train.data.batch_maker import CorruptSampleBudget
 from train.loop.optim import SpikeWatch, make_optimizer, restore_optimizer
@@ -163,9 +158,6 @@ class TrainState:
         Returns:
             What this object does not hold: "rng" (None for a rank that the saved run did not have),
             "stream" and "schedule".
-
-        Raises:
-            CheckpointError: the file is missing, damaged, foreign, or of another model.
         """
         state = self._read(path, device=device)
         if missing := RESUMED_KEYS - state.keys():
@@ -193,14 +185,7 @@ class TrainState:
         return {"rng": rng, "stream": state["stream"], "schedule": state["schedule"]}
 
     def load_weights(self, path: Path | str, *, device: torch.device) -> bool:
-        """Restore a checkpoint's weights and nothing else.
-
-        Returns:
-            False if both the checkpoint and this run have a tokenizer and these differ.
-
-        Raises:
-            CheckpointError: the file is missing, damaged, foreign, or of another model.
-        """
+        """See :meth:`train.loop.trainer.Trainer.load_weights`."""
         state = self._read(path, device=device)
         with self._explain_mismatch(path, state):
             self._load_model(state)
@@ -266,11 +251,7 @@ def schedule_dict(training: TrainingConfig) -> dict[str, float]:
 
 
 def require_heads(model: nn.Module, config: TrainConfig) -> None:
-    """Refuse a configuration with losses of heads that the model does not have.
-
-    Raises:
-        ConfigError: names the heads and both ways to fix it.
-    """
+    """Refuse a configuration with losses of heads that the model does not have."""
     own = getattr(model, "config", None)
     if not isinstance(own, TrainConfig):  # a model of the user's may predict anything
         return

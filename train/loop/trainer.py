@@ -181,11 +181,7 @@ class Trainer:
         return dict(self._measure_held_out().losses)
 
     def save_checkpoint(self, path: Path | str) -> Path:
-        """Save everything that resuming needs; all ranks call it, and the main one writes.
-
-        Raises:
-            CheckpointError: the file could not be written.
-        """
+        """Save everything that resuming needs; all ranks call it, and the main one writes."""
         state = self._state.as_dict(self._feed.state() if self._feed is not None else None)
         return distributed.on_main(lambda: save_checkpoint(path, state))
 

@@ -147,11 +147,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def check_share(loader: object) -> None:
-    """Refuse a loader that does not yield this rank's share of each global batch.
-
-    Raises:
-        ConfigError: says which loader does.
-    """
+    """Refuse a loader that does not yield this rank's share of each global batch."""
     announced = _announced_world_size()
     if announced > 1 and not dist.is_initialized():
         raise ConfigError(

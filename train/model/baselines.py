@@ -138,11 +138,7 @@ class Baselines:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, objective: Objective) -> Self:
-        """Unpack what :meth:`as_dict` packed; parts that are left out are not fitted.
-
-        Raises:
-            ConfigError: a value has no counts, or counts of another shape.
-        """
+        """Unpack what :meth:`as_dict` packed; parts that are left out are not fitted."""
         empty = _no_counts(objective)
         return cls(
             objective=objective,
@@ -468,11 +464,7 @@ def level_transitions(pairs_CLL: Tensor, log_probs_CL: Tensor) -> Tensor:
 
 
 def _count(values: Tensor, valid: Tensor, weight_B: Tensor, shape: torch.Size) -> Tensor:
-    """Count values [B, positions], or per channel [B, positions, C], with weights.
-
-    Returns:
-        float64 of `shape`, [values] or [C, values].
-    """
+    """Count values [B, positions] or [B, positions, C], with weights; float64 of `shape`."""
     weights = (valid * weight_B[:, None]).double()[..., None]
     values = values.reshape(*valid.shape, -1).long().masked_fill(~valid[..., None], 0)
     index = values + torch.arange(values.shape[-1]) * shape[-1]

@@ -151,12 +151,7 @@ class Block(nn.Module):
         return self._layer(x, rotation, past, context=context)
 
     def _layer(
-        self,
-        x: Tensor,
-        rotation: Tensor | None,
-        past: KeysValues | None,
-        *,
-        context: int | None,
+        self, x: Tensor, rotation: Tensor | None, past: KeysValues | None, *, context: int | None
     ) -> tuple[Tensor, KeysValues]:
         mixed, keys_values = self.attention(self.attention_norm(x), rotation, past, context=context)
         x = x + self.dropout(mixed)

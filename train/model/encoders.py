@@ -298,12 +298,7 @@ def frames_due(shapes: WindowShapes, camera: str, *, first_tick: int, num_ticks:
 
 
 def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
-    """Count the ticks that inputs span, by their frames if all streams are video.
-
-    Raises:
-        ConfigError: there is no input stream, streams span different numbers of ticks, or windows
-            were not joined into a batch.
-    """
+    """Count the ticks that inputs span, by their frames if all streams are video."""
     present = {name: shapes.streams[name] for name in shapes.inputs if name in inputs}
     others = {name: shape for name, shape in present.items() if shape.kind is not Kind.VIDEO}
     for name, shape in others.items():

@@ -218,9 +218,6 @@ class MultiModalCreature(nn.Module):
 
         Returns:
             The outputs for the new ticks, and the cache with them.
-
-        Raises:
-            ConfigError: the inputs do not have the model's window shapes.
         """
         num_ticks = count_ticks(inputs, self.shapes) if num_ticks is None else num_ticks
         context = self.shapes.num_ticks if context is None else context
@@ -321,11 +318,7 @@ class MultiModalCreature(nn.Module):
 
 
 def dimensions(model: ModelConfig) -> tuple[int, int, int]:
-    """Return width, depth and number of attention heads of the backbone.
-
-    Raises:
-        ConfigError: the width per head is not an even number.
-    """
+    """Return width, depth and number of attention heads of the backbone."""
     width, depth = SIZES[model.size] if model.size else DEFAULT_SIZE
     width, depth = model.hidden_dim or width, model.num_layers or depth
     num_heads = model.num_heads or max(1, width // HEAD_WIDTH)

@@ -68,9 +68,6 @@ def run_ablation(checkpoint: Path, *, data: DataConfig | None = None, device: st
     """Measure a checkpoint on held-out sessions and print the table.
 
     `data`: names other data, with the same streams; None uses the training's data.
-
-    Raises:
-        EngineError: the checkpoint or the data can't be used, or nothing is held out.
     """
     trained = load_trained_model(checkpoint, device=choose_device(device))
     losses, effects = ablate(trained.model, _held_out(trained, data), device=trained.device)

@@ -108,11 +108,7 @@ class Estimate:
 def estimate(
     config: TrainConfig, shapes: WindowShapes, *, dtype: torch.dtype
 ) -> tuple[Estimate, Estimate]:
-    """Estimate what training takes on one device, without and with gradient checkpointing.
-
-    Raises:
-        ConfigError: the configuration describes no model.
-    """
+    """Estimate what training takes on one device, without and with gradient checkpointing."""
     with FakeTensorMode():
         model = MultiModalCreature(config, shapes).train()
         sizes = (1, 2, config.data.batch_size)
@@ -141,9 +137,6 @@ def print_estimate(config: TrainConfig, *, origin: Path) -> None:
 
     If its shard set does not exist, ``data.recipe`` or else the default recipe decides the sizes of
     windows. `origin` is the configuration's file, for the title.
-
-    Raises:
-        EngineError: the configuration describes no model, or its recipe or shard set can't be read.
     """
     dtype = _dtype(config)
     shapes, shapes_origin = _window_shapes(config, origin=origin)
@@ -185,11 +178,7 @@ def print_estimate(config: TrainConfig, *, origin: Path) -> None:
 
 
 def print_sizes(config: TrainConfig, *, origin: Path) -> None:
-    """Print one line per ``model.size``, with all other settings as configured.
-
-    Raises:
-        EngineError: as :func:`print_estimate`.
-    """
+    """Print one line per ``model.size``, with all other settings as configured."""
     shapes, shapes_origin = _window_shapes(config, origin=origin)
     batch_size, steps = config.data.batch_size, config.training.accumulation_steps
     table = _table(

@@ -329,9 +329,6 @@ def measure_steps(bench: Bench, *, num_warm_up: int = NUM_WARM_UP) -> StepTimes:
 
     Each step waits for the device before it requests the next batch, so that the phases add up.
     Training on a GPU is faster, because there the next batch arrives while the device computes.
-
-    Raises:
-        EngineError: the loader gave up.
     """
     config, device = bench.config, bench.device
     timer, stages = _device_timer(device), StageTimer()
@@ -483,9 +480,6 @@ def sweep_workers(
     Returns:
         The rates of the rounds by number of processes; why there are none, for numbers that failed;
         and the rates on cached batches. All rates are in samples/s.
-
-    Raises:
-        EngineError: the loader gave up with the configured number of processes.
     """
     configured = bench.config.data.num_workers
     counts = worker_counts(configured, num_cores=len(os.sched_getaffinity(0)))

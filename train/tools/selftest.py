@@ -112,9 +112,6 @@ def run_selftest(
     `config`: the user's; only its model, device and intervals are replaced.
     `seed`: decides kills, ranks and loader processes.
     `program`: starts one rank, given a job file.
-
-    Raises:
-        EngineError: the configuration or the data can't be used, or the undisturbed run failed.
     """
     batches_per_step = config.training.accumulation_steps
     batch_size = config.data.batch_size
@@ -158,9 +155,6 @@ def plan_launches(
     """Plan the launches of a run that is killed `num_kills` times.
 
     Each launch has another number of ranks and of loader processes than the previous one.
-
-    Raises:
-        ConfigError: there are too few steps for that many kills.
     """
     min_steps = (num_kills + 1) * MIN_STEPS
     if num_steps < min_steps:
