@@ -11,28 +11,31 @@ import click
 from shared.cli import CommandGroup, widen_pipes
 from train.config import load_train_config
 
+_PATH = click.Path(path_type=Path)
+_COUNT = click.IntRange(min=1)
+
 _CONFIG_OPTION = click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     required=True,
     help="Training configuration, such as configs/training_config.yaml.",
 )
 _CHECKPOINT_OPTION = click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     required=True,
     help="Checkpoint file: model_final.pt or model_step_N.pt.",
 )
 _DEVICE_OPTION = click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="auto (a GPU if there is one), cpu, cuda or cuda:N.",
+    "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N."
 )
+_OVERRIDES = click.argument("overrides", nargs=-1)
 
 
-@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+)
 def cli() -> None:
     """Train a multimodal model on shard sets, and run it on recorded sessions.
 
@@ -51,14 +54,12 @@ def cli() -> None:
 @_CONFIG_OPTION
 @click.option(
     "--resume",
-    default=None,
     help="Checkpoint file to continue from; auto: the newest intact checkpoint of the run's "
     "save_dir, if there is one.",
 )
 @click.option(
     "--weights",
-    type=click.Path(path_type=Path),
-    default=None,
+    type=_PATH,
     help="Checkpoint whose weights a new run starts with, for other data or another schedule.",
 )
 @click.option(
@@ -66,7 +67,7 @@ def cli() -> None:
     is_flag=True,
     help="Check the configuration, the data and one pass over one batch, without training.",
 )
-@click.argument("overrides", nargs=-1)
+@_OVERRIDES
 def run(
     *,
     config_path: Path,
@@ -101,27 +102,16 @@ def run(
 @cli.command()
 @_CONFIG_OPTION
 @click.option(
-    "--kills",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    help="Number of times the run is killed and resumed.",
+    "--kills", type=_COUNT, default=2, help="Number of times the run is killed and resumed."
 )
-@click.option(
-    "--steps",
-    type=click.IntRange(min=1),
-    default=40,
-    show_default=True,
-    help="Optimizer steps of the whole run.",
-)
+@click.option("--steps", type=_COUNT, default=40, help="Optimizer steps of the whole run.")
 @click.option(
     "--seed",
     type=int,
     default=0,
-    show_default=True,
     help="Decides when the run is killed, and with how many ranks and loader processes it resumes.",
 )
-@click.argument("overrides", nargs=-1)
+@_OVERRIDES
 @click.pass_context
 def selftest(
     ctx: click.Context,
@@ -154,15 +144,14 @@ def selftest(
 @click.option(
     "--input",
     "session",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     required=True,
     help="Folder of one session; it may have any of the streams.",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     default=Path("predictions"),
-    show_default=True,
     help="Output folder; the session gets a folder of its name in it.",
 )
 @_DEVICE_OPTION
@@ -170,28 +159,17 @@ def selftest(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
-    show_default=True,
     help="0 picks the most likely tokens and sound levels; 1 samples them from the model's "
     "probabilities.",
 )
-@click.option(
-    "--top-k",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Sample among this many most likely values only.",
-)
+@click.option("--top-k", type=_COUNT, help="Sample among this many most likely values only.")
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
-    default=None,
     help="Sample among the fewest values whose probabilities sum up to this (nucleus sampling).",
 )
 @click.option(
-    "--seed",
-    type=click.IntRange(min=0, max=2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Seed of the sampling.",
+    "--seed", type=click.IntRange(min=0, max=2**32 - 1), default=0, help="Seed of the sampling."
 )
 def infer(
     *,
@@ -241,8 +219,7 @@ def infer(
 @click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
-    default=None,
+    type=_PATH,
     help="Configuration that names the data; by default the checkpoint's own.",
 )
 @_DEVICE_OPTION
@@ -261,7 +238,7 @@ def ablate(*, checkpoint: Path, config_path: Path | None, device: str) -> None:
 @cli.command()
 @_CONFIG_OPTION
 @click.option("--sizes", is_flag=True, help="Print one line for each model.size instead.")
-@click.argument("overrides", nargs=-1)
+@_OVERRIDES
 def estimate(*, config_path: Path, sizes: bool, overrides: tuple[str, ...]) -> None:
     """Estimate parameters, memory, FLOPs and the largest batches, without data or a GPU.
 
@@ -281,19 +258,17 @@ def estimate(*, config_path: Path, sizes: bool, overrides: tuple[str, ...]) -> N
 @_CONFIG_OPTION
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     default=Path("profiler_output"),
-    show_default=True,
     help="Output folder of the report and the trace.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(min=2),
     default=20,
-    show_default=True,
     help="Steps per measurement; fewer if they take too long.",
 )
-@click.argument("overrides", nargs=-1)
+@_OVERRIDES
 def profile(*, config_path: Path, out: Path, steps: int, overrides: tuple[str, ...]) -> None:
     """Measure where training spends its time, and advise what makes it faster.
 
