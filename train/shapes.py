@@ -288,12 +288,8 @@ def sample_positions(
 def common_period_s(rates_hz: list[float]) -> Fraction:
     """Return the shortest time in seconds in which each rate has a whole number of samples."""
     rates = [as_fraction(rate_hz) for rate_hz in rates_hz]
-    numerator = math.gcd(*(rate.numerator * _others(rates, i) for i, rate in enumerate(rates)))
-    return Fraction(math.prod(rate.denominator for rate in rates), numerator)
-
-
-def _others(rates: list[Fraction], i: int) -> int:
-    return math.prod(rate.denominator for j, rate in enumerate(rates) if j != i)
+    product = math.prod(rate.denominator for rate in rates)
+    return Fraction(product, math.gcd(*(int(rate * product) for rate in rates)))
 
 
 def as_fraction(value: float) -> Fraction:

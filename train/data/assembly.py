@@ -14,8 +14,10 @@ of the run or of the session is valid.
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from shared.recipe import PAD_TOKEN
 from shared.streams import Kind
 from shared.timing import no_timer
 from train.data.batch import ReadWindow, WindowText
+from train.data.order import EpochOrder, SampleOrder
 from train.shapes import as_fraction, sample_positions
 
 if TYPE_CHECKING:
@@ -34,7 +37,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.kinds.text import SegmentText
+    from shared.recipe import Recipe
     from shared.timing import OnStage
+    from train.data.order import BatchOrder, OrderSettings
+    from train.data.windows import WindowGrid, WindowIndex
     from train.shapes import StreamShape, WindowShapes
 
 _MAX_CACHED_RANGES = 1024
@@ -146,6 +152,57 @@ def make_layouts(shapes: WindowShapes, *, segment_s: float) -> dict[str, StreamL
     }
 
 
+class SegmentSource(ABC):
+    """What the sources of stored segments share: their windows, and where each is stored."""
+
+    recipe: Recipe
+    fingerprint: str
+    shapes: WindowShapes
+    window_counts: NDArray[np.int64]
+    _layouts: dict[str, StreamLayout]
+    _windows: WindowIndex
+    _ticks_per_segment: int
+
+    @abstractmethod
+    def runs(self) -> list[Sequence[int]]:
+        """Return the lengths of the runs of each shard, in segments."""
+
+    @abstractmethod
+    def segment_at(self, shard: int, row: int) -> tuple[int, float]:
+        """Return the number of the segment in a row, and the duration of its session."""
+
+    def identity(self) -> dict[str, Any]:
+        """See :meth:`train.data.batch.SampleSource.identity`."""
+        return {"fingerprint": self.fingerprint}
+
+    def open_windows(self, shapes: WindowShapes, grid: WindowGrid) -> Self:
+        """See :meth:`train.data.batch.SampleSource.open_windows`."""
+        source, segment_s = copy.copy(self), self.recipe.segment_s
+        source.shapes = shapes
+        source._layouts = make_layouts(shapes, segment_s=segment_s)
+        source._ticks_per_segment = round(segment_s * grid.tick_rate_hz)
+        source._windows = grid.index(self.runs(), segment_s=segment_s)
+        source.window_counts = source._windows.counts
+        return source
+
+    def batch_order(self, settings: OrderSettings) -> BatchOrder:
+        """See :meth:`train.data.batch.SampleSource.batch_order`."""
+        order = SampleOrder(self.window_counts, fingerprint=self.fingerprint, settings=settings)
+        return EpochOrder(order, settings)
+
+    def locate(self, shard: int, window: int) -> WindowRows:
+        """Return where a window is stored and when it begins."""
+        span = self._windows.locate(shard, window)
+        segment, duration_s = self.segment_at(shard, span.first_row)
+        return WindowRows(
+            rows=range(span.first_row, span.first_row + span.num_rows),
+            first_tick=span.first_tick,
+            num_ticks=span.num_ticks,
+            clock_tick=segment * self._ticks_per_segment + span.first_tick,
+            duration_s=duration_s,
+        )
+
+
 def write_window(
     out: Mapping[str, NDArray[Any]],
     window: WindowRows,
@@ -199,43 +256,32 @@ def write_frames(
     _clear_invalid(out, valid)
 
 
-def write_readings(
-    out: NDArray[np.float32],
+def write_samples(
+    out: NDArray[Any],
     valid: NDArray[np.bool_],
     ranges: Sequence[SegmentRange],
-    segments: Mapping[int, NDArray[np.float32]],
+    segments: Mapping[int, NDArray[Any]],
 ) -> None:
-    """Write the readings of a window [positions, D]; see :func:`write_frames`.
+    """Write the readings or dMel levels of a window [positions, any]; see :func:`write_frames`.
 
-    In a segment [samples, D], NaN marks masked values.
+    In a segment [samples, any], NaN marks masked readings, and MASKED_LEVEL masked levels.
     """
-    out[...] = np.nan
+    has_levels = out.dtype == np.uint8
+    out[...] = MASKED_LEVEL if has_levels else np.nan
     for row, samples, positions in ranges:
         if row in segments:
             out[positions] = segments[row][samples]
-    np.logical_not(np.isnan(out).any(axis=1), out=valid)
-    _clear_invalid(out, valid)
-
-
-def write_levels(
-    out: NDArray[np.uint8],
-    valid: NDArray[np.bool_],
-    ranges: Sequence[SegmentRange],
-    segments: Mapping[int, NDArray[np.uint8]],
-) -> None:
-    """Write the dMel levels of a window [positions, C]; see :func:`write_frames`."""
-    out[...] = MASKED_LEVEL
-    for row, samples, positions in ranges:
-        if row in segments:
-            out[positions] = segments[row][samples]
-    np.not_equal(out[:, 0], MASKED_LEVEL, out=valid)
+    if has_levels:
+        np.not_equal(out[:, 0], MASKED_LEVEL, out=valid)
+    else:
+        np.logical_not(np.isnan(out).any(axis=1), out=valid)
     _clear_invalid(out, valid)
 
 
 _WRITERS: Final[dict[Kind, Callable[..., None]]] = {
     Kind.VIDEO: write_frames,
-    Kind.SENSOR: write_readings,
-    Kind.AUDIO: write_levels,
+    Kind.SENSOR: write_samples,
+    Kind.AUDIO: write_samples,
 }
 """How the segments of each kind become a window's array; text has :func:`gather_tokens`."""
 

@@ -169,7 +169,8 @@ def pack_texts(samples: Sequence[ReadSample], shapes: WindowShapes) -> dict[str,
     if not shapes.is_text_only:
         return {}
     names = list(shapes.streams)
-    orders = [_event_order([texts[name] for name in names]) for _, texts in samples]
+    events_s = (np.concatenate([texts[n].event_s for n in names]) for _, texts in samples)
+    orders = [np.argsort(event_s, kind="stable") for event_s in events_s]
     size = (len(samples), max(MIN_TOKENS, *map(len, orders)))
     arrays: dict[str, NDArray[Any]] = {}
     for name in names:
@@ -240,12 +241,6 @@ def _picture_size(shape: StreamShape, pixels: str) -> tuple[int, ...]:
     """Return the shape of one frame; see :mod:`shared.media.yuv`."""
     height, width = shape.size
     return (height * 3 // 2, width) if pixels == "yuv420" else (height, width, 3)
-
-
-def _event_order(texts: Sequence[WindowText]) -> NDArray[np.int64]:
-    """Return the order of all tokens by their events, and of the same time by stream."""
-    event_s = np.concatenate([text.event_s for text in texts])
-    return np.argsort(event_s, kind="stable")
 
 
 def _concatenate(tensors: Sequence[Tensor]) -> Tensor:

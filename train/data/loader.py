@@ -34,7 +34,7 @@ from train.data.shard_source import ShardSource
 from train.data.shared_pool import SharedBatchPool
 from train.data.windows import WindowGrid
 from train.machine.runtime import translate_worker_errors
-from train.shapes import WindowShapes, common_period_s
+from train.shapes import WindowShapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -137,11 +137,10 @@ class Loader:
 
     def state_at(self, next_batch: int) -> dict[str, Any]:
         """Return what is needed to resume at global batch `next_batch`: numbers and strings."""
-        rates_hz = [shape.rate_hz for shape in self.shapes.streams.values()]
         return {
             **self.source.identity(),
             **self.order.state,
-            "period_s": float(common_period_s([self.shapes.tick_rate_hz, *rates_hz])),
+            "period_s": self.shapes.period_s,
             "seed": self.config.training.seed,
             "batch_size": self.config.data.batch_size,
             "next_batch": next_batch,

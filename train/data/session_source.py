@@ -5,12 +5,11 @@ It suits small data, and tests compare the shards with it.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -29,9 +28,8 @@ from shared.shardset.layout import max_run_segments
 from shared.streams import Kind
 from shared.timing import no_timer
 from train.config import TrainConfig, as_train_config
-from train.data.assembly import VideoSegment, WindowRows, make_layouts, write_window
+from train.data.assembly import SegmentSource, VideoSegment, write_window
 from train.data.batch import assemble_batch, join_batches
-from train.data.order import EpochOrder, SampleOrder
 from train.data.windows import WindowGrid
 from train.shapes import WindowShapes
 
@@ -41,10 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.timing import OnStage
-    from train.data.assembly import SegmentRange, StreamLayout
+    from train.data.assembly import SegmentRange
     from train.data.batch import ReadWindow, SampleLocation
-    from train.data.order import BatchOrder, OrderSettings
-    from train.data.windows import WindowIndex
 
 MAX_OPEN_SESSIONS: Final = 8
 """Sessions whose audio and readings stay in memory."""
@@ -62,7 +58,7 @@ class _Shard(NamedTuple):
     """Numbers of its segments."""
 
 
-class SessionSource:
+class SessionSource(SegmentSource):
     """Windows of session folders; each session is a shard, or several where shards would cut it.
 
     Args:
@@ -73,12 +69,6 @@ class SessionSource:
         SessionError: there is no session, or none has a usable segment.
         ConfigError: the tokenizer has more tokens than the recipe allows.
     """
-
-    shapes: WindowShapes
-    window_counts: NDArray[np.int64]
-    _layouts: dict[str, StreamLayout]
-    _windows: WindowIndex
-    _ticks_per_segment: int
 
     def __init__(
         self,
@@ -116,26 +106,13 @@ class SessionSource:
         self.on_stage: OnStage = no_timer
         """Never called: reading a session has no separate stages."""
 
-    def identity(self) -> dict[str, Any]:
-        """See :meth:`train.data.batch.SampleSource.identity`."""
-        return {"fingerprint": self.fingerprint}
+    def runs(self) -> list[Sequence[int]]:
+        """See :class:`SegmentSource`."""
+        return [_runs_of(shard.segments) for shard in self._shards]
 
-    def open_windows(self, shapes: WindowShapes, grid: WindowGrid) -> Self:
-        """See :meth:`train.data.batch.SampleSource.open_windows`."""
-        source = copy.copy(self)
-        segment_s = self.recipe.segment_s
-        runs = [_runs_of(shard.segments) for shard in self._shards]
-        source.shapes = shapes
-        source._layouts = make_layouts(shapes, segment_s=segment_s)
-        source._ticks_per_segment = round(segment_s * grid.tick_rate_hz)
-        source._windows = grid.index(runs, segment_s=segment_s)
-        source.window_counts = source._windows.counts
-        return source
-
-    def batch_order(self, settings: OrderSettings) -> BatchOrder:
-        """See :meth:`train.data.batch.SampleSource.batch_order`."""
-        order = SampleOrder(self.window_counts, fingerprint=self.fingerprint, settings=settings)
-        return EpochOrder(order, settings)
+    def segment_at(self, shard: int, row: int) -> tuple[int, float]:
+        """See :class:`SegmentSource`."""
+        return self._shards[shard].segments[row], self._scan(shard).duration_s
 
     def shard_name(self, shard: int) -> str:
         """Return the session's name."""
@@ -144,18 +121,6 @@ class SessionSource:
     def key(self, shard: int, window: int) -> str:
         """Return SESSION@FIRST_TICK."""
         return f"{self._scan(shard).session}@{self.locate(shard, window).clock_tick}"
-
-    def locate(self, shard: int, window: int) -> WindowRows:
-        """Return which segments hold a window, and when it begins."""
-        span = self._windows.locate(shard, window)
-        segment = self._shards[shard].segments[span.first_row]
-        return WindowRows(
-            rows=range(span.first_row, span.first_row + span.num_rows),
-            first_tick=span.first_tick,
-            num_ticks=span.num_ticks,
-            clock_tick=segment * self._ticks_per_segment + span.first_tick,
-            duration_s=self._scan(shard).duration_s,
-        )
 
     def reader(self, shard: int) -> SessionReader:
         """Return a shard's session, open; the least recently used ones are closed."""

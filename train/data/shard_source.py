@@ -14,13 +14,12 @@ and the member's offset in it. Files of a set behind a URL are copies in this ma
 
 from __future__ import annotations
 
-import copy
 import errno
 import resource
 import weakref
 from collections import OrderedDict
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, cast
 
 import numpy as np
 
@@ -38,12 +37,11 @@ from shared.shardset.store import LocalShardSet, ShardSetReader
 from shared.storage import Store, parse_location
 from shared.streams import Kind, VideoStream
 from shared.timing import OnStage, no_timer
-from train.data.assembly import VideoSegment, WindowRows, make_layouts, write_window
+from train.data.assembly import SegmentSource, VideoSegment, write_window
 from train.data.cached_set import CachedShardSet, CacheSettings
-from train.data.order import EpochOrder, SampleOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -51,11 +49,8 @@ if TYPE_CHECKING:
     from shared.kinds.column import Column
     from shared.recipe import Split
     from shared.shardset.manifest import ShardEntry
-    from train.data.assembly import SegmentRange, StreamLayout
+    from train.data.assembly import SegmentRange
     from train.data.batch import ReadWindow, SampleLocation
-    from train.data.order import BatchOrder, OrderSettings
-    from train.data.windows import WindowGrid, WindowIndex
-    from train.shapes import WindowShapes
 
 MAX_IDLE_INDEXES: Final = 64
 """Indexes kept in memory besides those of the shards that are prefetched."""
@@ -163,7 +158,7 @@ def max_open_files() -> int:
     return 1 << 20 if limit == resource.RLIM_INFINITY else max(1, int(limit * _OPEN_SHARE))
 
 
-class ShardSource:
+class ShardSource(SegmentSource):
     """Windows of one split of a shard set; it can be sent to another process.
 
     Args:
@@ -173,12 +168,6 @@ class ShardSource:
         ShardError: there is no such set, or it can't be read.
         StorageError, ConfigError: see :class:`train.data.cached_set.CachedShardSet`.
     """
-
-    shapes: WindowShapes
-    window_counts: NDArray[np.int64]
-    _layouts: dict[str, StreamLayout]
-    _windows: WindowIndex
-    _ticks_per_segment: int
 
     def __init__(
         self, root: Path | str, *, split: Split = "train", cache: CacheSettings | None = None
@@ -206,25 +195,14 @@ class ShardSource:
         self.evict_others: Callable[[], bool] = _nothing_open
         """Closes a file of another source in this process; returns whether one was open."""
 
-    def identity(self) -> dict[str, Any]:
-        """See :meth:`train.data.batch.SampleSource.identity`."""
-        return {"fingerprint": self.fingerprint}
+    def runs(self) -> list[Sequence[int]]:
+        """See :class:`SegmentSource`."""
+        return [entry.runs for entry in self._entries]
 
-    def open_windows(self, shapes: WindowShapes, grid: WindowGrid) -> Self:
-        """See :meth:`train.data.batch.SampleSource.open_windows`."""
-        source = copy.copy(self)
-        segment_s = self.recipe.segment_s
-        source.shapes = shapes
-        source._layouts = make_layouts(shapes, segment_s=segment_s)
-        source._ticks_per_segment = round(segment_s * grid.tick_rate_hz)
-        source._windows = grid.index([e.runs for e in self._entries], segment_s=segment_s)
-        source.window_counts = source._windows.counts
-        return source
-
-    def batch_order(self, settings: OrderSettings) -> BatchOrder:
-        """See :meth:`train.data.batch.SampleSource.batch_order`."""
-        order = SampleOrder(self.window_counts, fingerprint=self.fingerprint, settings=settings)
-        return EpochOrder(order, settings)
+    def segment_at(self, shard: int, row: int) -> tuple[int, float]:
+        """See :class:`SegmentSource`."""
+        index = self.shard(shard).index
+        return index.segment(row), index.duration_s(row)
 
     def shard_name(self, shard: int) -> str:
         """Return a shard's name in the manifest, such as train-000003."""
@@ -234,18 +212,6 @@ class ShardSource:
         """Return SESSION@FIRST_TICK."""
         rows = self.locate(shard, window)
         return f"{self.shard(shard).index.session(rows.rows.start)}@{rows.clock_tick}"
-
-    def locate(self, shard: int, window: int) -> WindowRows:
-        """Return where a window is stored and when it begins."""
-        span = self._windows.locate(shard, window)
-        index = self.shard(shard).index
-        return WindowRows(
-            rows=range(span.first_row, span.first_row + span.num_rows),
-            first_tick=span.first_tick,
-            num_ticks=span.num_ticks,
-            clock_tick=index.segment(span.first_row) * self._ticks_per_segment + span.first_tick,
-            duration_s=index.duration_s(span.first_row),
-        )
 
     def shard(self, shard: int) -> OpenShard:
         """Return a shard; open it if necessary.

@@ -130,16 +130,11 @@ def describe_run(source: SessionSource, trained: TrainedModel, score: Score) -> 
         "num_windows": int(source.window_counts.sum()),
         "num_ticks": len(score.latencies_ms),
         "device": str(trained.device),
-        "streams": describe_streams(scan, trained.shapes),
-    }
-
-
-def describe_streams(scan: SessionScan, shapes: WindowShapes) -> dict[str, Any]:
-    """List the session's streams that the model reads, those that it ignores, and absent ones."""
-    return {
-        "seen": [name for name in scan.intervals if name in shapes.inputs],
-        "unseen": [name for name in scan.intervals if name not in shapes.inputs],
-        "absent": dict(scan.absent),
+        "streams": {
+            "seen": [name for name in scan.intervals if name in trained.shapes.inputs],
+            "unseen": [name for name in scan.intervals if name not in trained.shapes.inputs],
+            "absent": dict(scan.absent),
+        },
     }
 
 

@@ -58,8 +58,12 @@ def evaluate(
     budget = CorruptSampleBudget(max_fraction=state.config.data.max_bad_fraction)
     skipped = [each for report in distributed.gather(reports) for each in budget.add(*report)]
     budget.check()
-    totals = distributed.sum_over_ranks(sum_by_name(_select(sums, 0) for sums in sums_per_batch))
-    counts = distributed.sum_over_ranks(sum_by_name(_select(sums, 1) for sums in sums_per_batch))
+    totals, counts = (
+        distributed.sum_over_ranks(
+            sum_by_name({name: pair[i] for name, pair in sums.items()} for sums in sums_per_batch)
+        )
+        for i in (0, 1)
+    )
     losses = mean_losses({n: (totals[n], counts[n]) for n in totals}, objective=objective)
     return HeldOut(
         losses={name: float(loss) for name, loss in losses.items()}, skipped=skipped, window=window
@@ -84,8 +88,3 @@ def iter_one_epoch(
         if len(epochs) > 1:
             return
         yield to_device(batch, device)
-
-
-def _select(sums: Mapping[str, tuple[Tensor, Tensor]], index: int) -> dict[str, Tensor]:
-    """Select the sums (0) or the counts (1) of all losses."""
-    return {name: pair[index] for name, pair in sums.items()}

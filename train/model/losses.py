@@ -120,7 +120,8 @@ def loss_sums(
     """
     sums = {}
     for head in objective.weights:
-        shape, target, valid_BS = _target_of(head, targets, objective)
+        target, valid_BS = targets[head], targets[f"{head}_valid"]
+        shape = objective.shapes.target_shape(head)
         next_BS = _next_tick(_masked(target, valid_BS), shape.per_tick)
         std = objective.std.get(head)
         errors_BS = ERRORS[shape.kind](outputs[head].float(), next_BS, shape, std)
@@ -137,12 +138,6 @@ def loss_counts(
         f"loss_{head}": _next_weights(head, targets, weight, objective).sum()
         for head in objective.weights
     }
-
-
-def _target_of(
-    head: str, targets: Mapping[str, Tensor], objective: Objective
-) -> tuple[StreamShape, Tensor, Tensor]:
-    return objective.shapes.target_shape(head), targets[head], targets[f"{head}_valid"]
 
 
 def _masked(target: Tensor, valid_BS: Tensor) -> Tensor:
@@ -162,11 +157,12 @@ def _next_weights(
 
     Invalid positions have 0; the token of silence has `pad_weight`.
     """
-    shape, target, valid_BS = _target_of(head, targets, objective)
-    weights_BS = _next_tick(valid_BS, shape.per_tick) * weight_B.float()[:, None]
+    shape = objective.shapes.target_shape(head)
+    weights_BS = _next_tick(targets[f"{head}_valid"], shape.per_tick) * weight_B.float()[:, None]
     if shape.kind is not Kind.TEXT:
         return weights_BS
-    return torch.where(_next_tick(target, 1) == PAD_TOKEN, objective.pad_weight, 1.0) * weights_BS
+    is_silent_BS = _next_tick(targets[head], 1) == PAD_TOKEN
+    return torch.where(is_silent_BS, objective.pad_weight, 1.0) * weights_BS
 
 
 def _text_errors(
