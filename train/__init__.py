@@ -38,7 +38,6 @@ _MODULES: Final[Mapping[str, str]] = {
     "open_source": "train.data.loader",
     "real_data_collate_fn": "train.data.session_source",
 }
-"""Module of each public name."""
 
 # Put large CPU tensors on pages of 2 MiB. Touching new memory in small pages takes longer than the
 # arithmetic on it (pixels to floats: 17 ms per sample, 10 ms with large pages). torch reads the

@@ -44,7 +44,6 @@ Since version 2, "shapes" is of :meth:`train.shapes.WindowShapes.as_json` and na
 """
 
 FINAL_NAME: Final = "model_final.pt"
-"""File name of the checkpoint at the end of training."""
 
 REQUIRED_KEYS: Final = frozenset(
     {"format_version", "step", "saved_at", "model", "config", "shapes"}
@@ -60,15 +59,12 @@ _VALUE_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "shapes": (dict,),
     "extra": (dict,),
 }
-"""Types of the values that every reader uses."""
 
 _USE_AN_OLDER_ONE: Final = (
     "fix: use an older checkpoint; `train run --resume auto` finds the newest intact one"
 )
-"""Hint for a damaged checkpoint."""
 
 _USE_A_TRAINERS_FILE: Final = "fix: use a checkpoint that `python -m train run` wrote"
-"""Hint for a file that is no checkpoint of this trainer."""
 
 _STEP_NAME = re.compile(r"model_step_(\d+)\.pt")
 

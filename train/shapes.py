@@ -48,7 +48,6 @@ class StreamShape:
     num_classes: int = 0
     """dMel levels of audio, or size of the vocabulary of text."""
     values: tuple[ValueGroup, ...] = ()
-    """Value groups of a sensor."""
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values, which :meth:`from_json` reads back."""
@@ -181,17 +180,16 @@ def head_weight(config: TrainConfig, head: str) -> float:
 def target_streams(recipe: Recipe, config: TrainConfig) -> dict[str, str]:
     """Return head -> stream of every head whose loss weight is above 0."""
     for head, weight in config.training.loss_weights.items():
-        stream = STREAM_OF_HEAD.get(head, head)
-        spec = recipe.streams.get(stream)
-        if spec is None and weight > 0 and head not in DEFAULT_HEADS:
+        spec = recipe.streams.get(STREAM_OF_HEAD.get(head, head))
+        fault = None
+        if spec is None and head not in DEFAULT_HEADS:
+            fault = "which the recipe does not declare; fix:"
+        elif spec is not None and spec.kind is Kind.VIDEO:
+            fault = "a video, which can't be predicted; fix: remove it, or"
+        if fault is not None and weight > 0:
             raise ConfigError(
-                f"training.loss_weights names {head}, which the recipe does not declare; fix: use "
-                f"one of {', '.join(_possible_targets(recipe)) or 'its streams'}"
-            )
-        if spec is not None and spec.kind is Kind.VIDEO and weight > 0:
-            raise ConfigError(
-                f"training.loss_weights names {head}, a video, which can't be predicted; fix: "
-                f"remove it, or use one of {', '.join(_possible_targets(recipe))}"
+                f"training.loss_weights names {head}, {fault} use one of "
+                f"{', '.join(_possible_targets(recipe)) or 'its streams'}"
             )
     heads = [HEAD_OF_STREAM.get(name, name) for name in _possible_targets(recipe)]
     targets = {

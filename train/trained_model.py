@@ -29,7 +29,6 @@ class TrainedModel:
     model: MultiModalCreature
     """In evaluation mode, on its device."""
     recipe: Recipe
-    """The recipe that it was trained with."""
     tokenizer: TextTokenizer
     baselines: Baselines
     step: int
@@ -117,16 +116,11 @@ def _check_weights(path: Path, weights: object) -> dict[str, Tensor]:
 
 
 def checkpoint_extras(loader: object) -> dict[str, Any]:
-    """Return recipe and tokenizer of a loader's source as plain values.
+    """Return recipe and tokenizer of a loader's source as plain values; {} if it has none.
 
-    Inference needs them to read sessions as training did.
-
-    Args:
-        loader: a :class:`train.data.loader.Loader`, or a plain DataLoader over a
-            :class:`train.data.session_source.RealMultiModalDataset` (or a Subset of one).
-
-    Returns:
-        "recipe" and "tokenizer"; empty if the loader has no such source.
+    Inference needs them to read sessions as training did. The loader is a
+    :class:`train.data.loader.Loader`, or a plain DataLoader over a
+    :class:`train.data.session_source.RealMultiModalDataset` (or a Subset of one).
     """
     source = getattr(innermost(loader), "source", None)
     recipe, tokenizer = getattr(source, "recipe", None), getattr(source, "tokenizer", None)

@@ -58,7 +58,6 @@ class WindowRows(NamedTuple):
     clock_tick: int
     """First tick of the window on the session clock."""
     duration_s: float
-    """Length of the session."""
 
 
 class SegmentRange(NamedTuple):
@@ -67,7 +66,6 @@ class SegmentRange(NamedTuple):
     row: int
     """Number of the segment in the window's rows."""
     samples: slice | NDArray[np.int64]
-    """Samples of the segment."""
     positions: slice | NDArray[np.int64]
     """As many positions of the window; a slice unless a tick has unused positions."""
 

@@ -145,9 +145,7 @@ class BatchMaker:
     ) -> tuple[list[ReadSample], list[dict[str, Any]], int]:
         """Read all samples of a batch into its arrays and write their weights.
 
-        Returns:
-            The samples that were read in the end, the corrupt ones to report, and the number of
-            members that were read.
+        Returns the samples read in the end, the corrupt ones to report, and the number of members.
         """
         weight = arrays["weight"]
         weight[...] = plan.weight
@@ -229,11 +227,7 @@ class CorruptSampleBudget:
         return len(self.corrupt)
 
     def add(self, num_read: int, skipped: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Add members that were read, and corrupt samples, each with its member and "error".
-
-        Returns:
-            The corrupt samples whose members were not known.
-        """
+        """Add members that were read, and corrupt samples; return those whose member is new."""
         self.num_read += num_read
         new = []
         for sample in skipped:

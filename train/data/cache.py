@@ -187,8 +187,7 @@ class ShardCache:
     ) -> int | None:
         """Download a file and open it as :meth:`_open_cached` does.
 
-        Returns:
-            None if another process downloaded it or, without `wait`, is downloading it.
+        Returns None if another process downloaded it or, without `wait`, is downloading it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)  # a user may have removed it
         with self._download_lock(file.key, wait=wait) as lock:

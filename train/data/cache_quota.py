@@ -137,10 +137,7 @@ class DiskQuota:
     def _evict(self, sum_file: int, *, since_ns: int | None) -> bool:
         """Scan the folder, evict unread files if it is over the limit, and write the sum.
 
-        Call only while :meth:`exclusive`.
-
-        Returns:
-            Whether the folder is within the limit now.
+        Call only while :meth:`exclusive`. Returns whether the folder is within the limit now.
         """
         files, total = self._scan()
         limit, lowest = self.limit_bytes, self.limit_bytes * KEPT_SHARE

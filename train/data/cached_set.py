@@ -86,9 +86,10 @@ class CachedShardSet:
         )
         self._missing: dict[str, str] = {}
         self._downloads = _BackgroundJobs()
-        self.tokenizer = self.manifest.load_tokenizer(
-            self._read_tokenizer(), origin=f"{store}/{self.manifest.tokenizer_file}"
-        )
+        name = self.manifest.tokenizer_file
+        file = CachedFile(name, self.manifest.tokenizer_sha256)
+        content = self._read(file, evict=lambda: False)
+        self.tokenizer = self.manifest.load_tokenizer(content, origin=f"{store}/{name}")
 
     def _read_manifest(self) -> tuple[Manifest, str]:
         """Read the manifest and its checksum; one that can't be parsed is retried.
@@ -155,13 +156,11 @@ class CachedShardSet:
                 self._cache.prefetch(file, since_ns=since_ns)
 
     def _parse_index(self, file: CachedFile, *, evict: Callable[[], bool] | None) -> ShardIndex:
-        with os.fdopen(self._open(file, evict=evict), "rb") as opened:
-            content = opened.read()
+        content = self._read(file, evict=evict)
         return parse_index(content, origin=f"{self._store}/{file.name}", sha256=file.sha256)
 
-    def _read_tokenizer(self) -> bytes:
-        file = CachedFile(self.manifest.tokenizer_file, self.manifest.tokenizer_sha256)
-        with os.fdopen(self._open(file, evict=lambda: False), "rb") as opened:
+    def _read(self, file: CachedFile, *, evict: Callable[[], bool] | None) -> bytes:
+        with os.fdopen(self._open(file, evict=evict), "rb") as opened:
             return opened.read()
 
     def _open(self, file: CachedFile, *, evict: Callable[[], bool] | None) -> int:

@@ -231,10 +231,8 @@ class InterleaveSchedule:
 class MixedOrder:
     """Global batches of a mix, without end; a :class:`train.data.order.BatchOrder`.
 
-    An epoch of the mix is as many samples as its sets have together.
-
-    Args:
-        orders: of each set, by name; their shards are numbered consecutively.
+    An epoch of the mix is as many samples as its sets have together. The shards of the orders of
+    its sets are numbered consecutively.
     """
 
     def __init__(

@@ -53,9 +53,7 @@ class _Shard(NamedTuple):
     """The part of a session that a shard would hold."""
 
     session: int
-    """Number of the session."""
     segments: tuple[int, ...]
-    """Numbers of its segments."""
 
 
 class SessionSource(SegmentSource):

@@ -85,7 +85,6 @@ class PageSource:
     """A recorded session and its predictions, up to the end of the page."""
 
     out: Path
-    """Folder of the predictions."""
     reader: SessionReader
     trained: TrainedModel
     duration_s: float
@@ -128,28 +127,6 @@ class TextRow:
     ticks: list[tuple[float, str]]
     """Position and kind of each tick with a token: right, wrong, missed or invented."""
     summary: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurveGroup:
-    """One value group of a sensor."""
-
-    title: str
-    note: str
-    rows: list[CurveRow]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurveRow:
-    """One value of a sensor."""
-
-    title: str
-    recorded: str
-    predicted: str
-    low: float
-    high: float
-    error: str
-    """Root mean square with its unit."""
 
 
 def write_page(
@@ -366,7 +343,7 @@ def _compare_ticks(
     return ticks
 
 
-def _draw_curves(source: PageSource) -> list[CurveGroup]:
+def _draw_curves(source: PageSource) -> list[dict[str, Any]]:
     """Draw the value groups of each predicted sensor, recorded and predicted."""
     groups = []
     for name, spec in source.trained.recipe.sensors.items():
@@ -383,22 +360,19 @@ def _draw_curves(source: PageSource) -> list[CurveGroup]:
             notes = [str(group.type), group.unit_label]
             if group.count > MAX_CURVES:
                 notes.append(f"{MAX_CURVES} of {group.count} shown")
-            groups.append(
-                CurveGroup(
-                    title=name.replace("_", " "),
-                    note=", ".join(filter(None, notes)),
-                    rows=_draw_group(
-                        pair[:, :, columns], group, rate_hz=spec.rate_hz, axis=source.axis
-                    ),
-                )
-            )
+            rows = _draw_group(pair[:, :, columns], group, rate_hz=spec.rate_hz, axis=source.axis)
+            note = ", ".join(filter(None, notes))
+            groups.append({"title": name.replace("_", " "), "note": note, "rows": rows})
     return groups
 
 
 def _draw_group(
     pair: NDArray[np.float64], group: ValueGroup, *, rate_hz: float, axis: TimeAxis
-) -> list[CurveRow]:
-    """Draw the recorded and the predicted curves of a group's values [2, N, count]."""
+) -> list[dict[str, Any]]:
+    """Draw the recorded and the predicted curves of a group's values [2, N, count].
+
+    "error" is the root mean square with its unit.
+    """
     if group.type is ValueType.QUATERNION:  # q and -q are one rotation
         vectors = pair.reshape(*pair.shape[:2], -1, group.vector_size)
         is_opposite = vectors.prod(axis=0).sum(axis=-1, keepdims=True) < 0
@@ -430,13 +404,13 @@ def _draw_group(
         errors = errors[np.isfinite(errors)]
         rms = np.sqrt(np.mean(errors**2)) if len(errors) else np.nan
         rows.append(
-            CurveRow(
-                title=label.replace("_", " "),
-                recorded=recorded,
-                predicted=predicted,
-                low=values.low,
-                high=values.high,
-                error=f"{rms:.3g} {group.unit_label}".strip() if len(errors) else "",
-            )
+            {
+                "title": label.replace("_", " "),
+                "recorded": recorded,
+                "predicted": predicted,
+                "low": values.low,
+                "high": values.high,
+                "error": f"{rms:.3g} {group.unit_label}".strip() if len(errors) else "",
+            }
         )
     return rows

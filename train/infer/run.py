@@ -147,11 +147,7 @@ def run_session(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Score, list[str]]:
-    """Stream all windows of a session and write the predictions; see :func:`infer`.
-
-    Returns:
-        The score, and the names of the files in `out`.
-    """
+    """Stream a session's windows and write predictions; return the score and the files' names."""
     score, shapes = Score(trained), trained.shapes
     num_ticks = ticks_until(source.reader(0).scan.duration_s, shapes)
     windows = list(list_windows(source, shapes))

@@ -94,11 +94,7 @@ class TickStream:
     def step(
         self, inputs: Mapping[str, Tensor], *, context: int | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Predict from one more tick.
-
-        Returns:
-            The model's outputs [1, 1, ...], and the chosen values on the CPU.
-        """
+        """Predict from one more tick: outputs [1, 1, ...], and the chosen values on the CPU."""
         with torch.inference_mode(), runtime.autocast(self._trained.device, self._dtype):
             output, self._cache = self._trained.model.forward_step(
                 to_model_inputs(inputs, dtype=self._dtype),

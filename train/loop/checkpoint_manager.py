@@ -180,11 +180,9 @@ def save_making_room(path: Path, state: Mapping[str, Any], removed: list[Path]) 
 def find_latest_checkpoint(
     folder: Path | str, *, on_skip: Callable[[str], object] = lambda _: None
 ) -> Path | None:
-    """Find the newest intact checkpoint of a folder by its "saved_at".
+    """Find the newest intact checkpoint of a folder, which may be missing, by its "saved_at".
 
-    Args:
-        folder: searched for model_step_N.pt and model_final.pt; may be missing.
-        on_skip: called with a message for each damaged or foreign file that may be newer.
+    `on_skip` gets a message for each damaged or foreign file that may be newer.
     """
     by_age: list[tuple[float, int, bool, Path]] = []
     for path in list_checkpoints(Path(folder)):
@@ -250,15 +248,13 @@ def _is_intact(path: Path) -> bool:
 
 
 def _orphans(folder: Path) -> list[Path]:
-    return [path for path in folder.glob(".model_*.pt.partial") if _is_orphan(path)]
-
-
-def _is_orphan(partial: Path) -> bool:
-    """Return whether a partial file is so old that its writer must have died."""
-    try:
-        return time.time() - partial.stat().st_mtime > ORPHAN_AGE_S
-    except FileNotFoundError:  # its writer has just finished
-        return False
+    """List the partial files that are so old that their writers must have died."""
+    orphans = []
+    for partial in folder.glob(".model_*.pt.partial"):
+        with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+            if time.time() - partial.stat().st_mtime > ORPHAN_AGE_S:
+                orphans.append(partial)
+    return orphans
 
 
 def _remove(paths: list[Path]) -> list[Path]:

@@ -106,12 +106,7 @@ class Rule:
 def apply_rules(
     history: Sequence[LogPoint], *, quiet_steps: int = QUIET_STEPS
 ) -> list[HealthFinding]:
-    """Return all findings at the end of a history, in the order of the table.
-
-    Args:
-        history: log points, oldest first.
-        quiet_steps: rules that every untrained model breaks are skipped before this step.
-    """
+    """Return all findings at the end of a history (oldest first), in the order of the table."""
     if not history:
         return []
     step = history[-1].step

@@ -194,14 +194,10 @@ class StepMeter:
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """Return the norm of each model part's clipped gradient.
+    """Return the norm of each model part's clipped gradient, ``grad_norm/<part>``.
 
     It shows where a model learns, and where no gradient arrives. It waits for the device; all ranks
-    call it.
-
-    Returns:
-        ``grad_norm/<part>``; the root of the sum of their squares is the norm of the whole
-        gradient.
+    call it. The root of the sum of their squares is the norm of the whole gradient.
     """
     grads_of: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():

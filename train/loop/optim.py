@@ -93,11 +93,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def clip_gradient(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, max_norm: float
 ) -> Tensor:
-    """Scale the gradient down to at most `max_norm`.
+    """Scale the gradient down to at most `max_norm`; return the norm before, 0-dim.
 
-    Returns:
-        The norm before clipping, 0-dim. With FSDP2, where ranks hold shards of the gradient, it is
-        the norm of all shards.
+    With FSDP2, where ranks hold shards of the gradient, it is the norm of all shards.
     """
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -105,12 +103,10 @@ def clip_gradient(
 
 
 def step_if(is_good: Tensor, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler) -> None:
-    """Take the optimizer's step if it is good, without making the host wait.
+    """Take the step of a fused optimizer if it is good, without making the host wait.
 
-    Args:
-        is_good: bool, 0-dim, on the device; if False, weights and moments stay unchanged.
-        optimizer: a fused one.
-        scaler: for float16; adapts its scale to whether :func:`clip_gradient` saw an overflow.
+    If `is_good` (0-dim, on the device) is False, weights and moments stay unchanged. The scaler
+    adapts its scale, for float16, to whether :func:`clip_gradient` saw an overflow.
     """
     # GradScaler skips fused steps by these two attributes (torch/amp/grad_scaler.py,
     # `_step_supports_amp_scaling`). Its own step would take finite steps that are spikes.

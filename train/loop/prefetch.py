@@ -296,11 +296,9 @@ class DeviceQueue(Protocol):
         """Return a mark after all work launched so far."""
 
     def send(self, batch: Batch) -> tuple[Batch, Mark]:
-        """Begin to copy a batch to the device.
+        """Begin to copy a batch; return it on the device, and a mark after the copies.
 
-        Returns:
-            The batch on the device, and a mark after the copies; the given batch must be kept
-            until the mark is reached.
+        The given batch must be kept until the mark is reached.
         """
 
     def receive(self, batch: Batch) -> None:

@@ -247,10 +247,7 @@ def draw_curves(
 ) -> NDArray[np.uint8]:
     """Draw a group's values over the window: recorded wide and gray, predicted thin and orange.
 
-    Args:
-        recorded: [S, count]; NaN if masked.
-        predicted: the same.
-        group: names, unit and type; at most :data:`MAX_CURVES` values are drawn.
+    Both are [S, count], NaN if masked. At most :data:`MAX_CURVES` values are drawn.
     """
     from PIL import Image, ImageDraw, ImageFont
 

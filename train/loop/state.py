@@ -93,11 +93,7 @@ class TrainState:
     def count_members(
         self, reports: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]
     ) -> list[Mapping[str, Any]]:
-        """Count the members that batches were read from; all ranks call it.
-
-        Returns:
-            The corrupt samples of all ranks whose members were not known to be corrupt.
-        """
+        """Count the members read on all ranks; return the corrupt samples whose member is new."""
         self.members_of_rank += sum(num_members for num_members, _ in reports)
         skipped = distributed.gather([each for _, corrupt in reports for each in corrupt])
         if not skipped:  # on most steps; then no numbers are exchanged
@@ -114,10 +110,7 @@ class TrainState:
         """Return everything that resuming needs, as tensors and plain containers.
 
         All ranks call it. The model and the moments are complete on the main rank, even if ranks
-        hold shards of them.
-
-        Args:
-            stream: position after the batches trained on, from ``BatchFeed.state``.
+        hold shards of them. `stream` is the position after the batches trained on.
         """
         self._add_up_members()
         return {

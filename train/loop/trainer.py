@@ -119,10 +119,7 @@ class Trainer:
         """Give the model the statistics of the loader's sensors, once when a new run begins.
 
         :meth:`train` and :meth:`evaluate` call it. A model that has statistics keeps them, such as
-        those of a checkpoint.
-
-        Returns:
-            Heads whose sensor has no reading.
+        those of a checkpoint. Returns the heads whose sensor has no reading.
         """
         is_done, self._is_standardized = self._is_standardized, True
         return [] if is_done else standardize(self.model, self._loader)

@@ -62,9 +62,6 @@ def local_world_size() -> int:
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the other ranks of torchrun's environment, and leave them at the end.
 
-    Args:
-        device: of the training; any cuda device uses nccl.
-
     Raises:
         EngineError: another rank ended early.
     """

@@ -93,9 +93,7 @@ def average_gradients(parallel_model: nn.Module, *, is_due: bool) -> Iterator[No
 def gather_state(state: Any) -> Any:  # noqa: ANN401 (any nesting)
     """Gather the shards in a state dict; all ranks call it.
 
-    Returns:
-        The state dict, with whole tensors in host memory on the main rank, and None on the others,
-        in the place of shards. Everything else is unchanged.
+    In the place of shards, the main rank gets whole tensors in host memory, and the others None.
     """
     if isinstance(state, dict):
         return {key: gather_state(value) for key, value in state.items()}

@@ -182,11 +182,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def separate_rng(seed: int | None = None) -> Iterator[None]:
-    """Restore the state of all random generators at the end.
-
-    Args:
-        seed: seed inside; None continues with the state outside.
-    """
+    """Restore all random states at the end; with a seed, seed the generators inside."""
     before = rng_state()
     try:
         if seed is not None:
@@ -263,10 +259,8 @@ def translate_worker_errors() -> Iterator[None]:
 class StopSignals:
     """Records the first Ctrl-C or SIGTERM instead of ending the process; the second one ends it.
 
-    A context manager. Handlers are installed in the main thread only, and restored at the end.
-
-    Args:
-        ignores_repeats: whether further signals are ignored, too.
+    A context manager. Handlers are installed in the main thread only, and restored at the end. With
+    `ignores_repeats` further signals are ignored, too.
     """
 
     def __init__(self, *, ignores_repeats: bool = False) -> None:

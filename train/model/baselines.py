@@ -62,17 +62,14 @@ class Comparison:
     """Name without the head, such as unigram."""
     baseline_loss: float
     is_better: bool
-    """Whether the model's loss is lower."""
 
 
 def compare(
     model_losses: Mapping[str, float | None], baseline_losses: Mapping[str, float | None]
 ) -> list[Comparison]:
-    """Compare each baseline with its head; skip pairs of which one is missing or not finite.
+    """Compare each baseline ``<head>/<baseline>`` with its head's ``loss_<head>``.
 
-    Args:
-        model_losses: ``loss_<head>``, as from ``Trainer.evaluate``; other names are ignored.
-        baseline_losses: ``<head>/<baseline>``, as from :meth:`Baselines.mean_losses`.
+    Pairs of which one is missing or not finite are skipped.
     """
     rows = []
     for name, other in baseline_losses.items():

@@ -19,11 +19,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 def rotations(num_positions: int, *, first: int, head_dim: int, device: torch.device) -> Tensor:
-    """Compute cosines and sines for positions [first, first + num_positions).
-
-    Returns:
-        float32 [2, num_positions, head_dim / 2].
-    """
+    """Compute cosines and sines from `first` on, float32 [2, num_positions, head_dim / 2]."""
     # In float32 the angle of tick 36000, after an hour, would be wrong by up to 0.002.
     positions = torch.arange(first, first + num_positions, device=device, dtype=torch.float64)
     powers = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim

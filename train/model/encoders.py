@@ -60,11 +60,7 @@ class SamplesEncoder(nn.Module):
         self.linear = nn.Linear(per_tick * (num_features + 1), width)
 
     def forward(self, x_BSC: Tensor, valid_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed finite features [B, S, C] with validity [B, S].
-
-        Returns:
-            [B, T, D], and bool [B, T]: whether any sample of the tick is valid.
-        """
+        """Embed finite features [B, S, C] as [B, T, D]; say which ticks have a valid one."""
         valid_BS1 = valid_BS[..., None]
         x_BSC = torch.cat([x_BSC * valid_BS1, valid_BS1.to(x_BSC.dtype)], dim=-1)
         num_ticks = valid_BS.shape[1] // self.per_tick

@@ -64,7 +64,6 @@ class Cache:
     keys_values: tuple[KeysValues, ...]
     """Per layer, each [B, heads, T, D / heads], of the ticks that the next one attends to."""
     frames: Mapping[str, Frame]
-    """Newest frame per camera."""
     last_values: Mapping[str, Tensor]
     """Last valid sample of each predicted sensor, float32 [B, V]."""
 
@@ -141,9 +140,8 @@ class MultiModalCreature(nn.Module):
     def set_statistics(self, statistics: Mapping[str, Mapping[str, Any]]) -> None:
         """Standardize sensor values, before training begins; checkpoints hold the statistics.
 
-        Args:
-            statistics: of a manifest, "count", "mean" and "std" by the stream's name. A stream
-                without them keeps its present scale, at first 1.
+        They have "count", "mean" and "std" by the stream's name, as in a manifest. A stream without
+        them keeps its present scale, at first 1.
 
         Raises:
             ConfigError: statistics are of another number of values than their stream has.

@@ -104,7 +104,6 @@ RULES: Final[Mapping[ValueType, ValueRule]] = {
     ValueType.QUATERNION: ValueRule(features=_rotation_columns, error=_squared_sine, is_unit=True),
     ValueType.DIRECTION: ValueRule(error=_half_squared_chord, is_unit=True),
 }
-"""The rule of each value type."""
 
 
 def split(x: Tensor, groups: Sequence[ValueGroup]) -> list[tuple[ValueRule, Tensor]]:

@@ -82,9 +82,7 @@ def ablate(
 ) -> tuple[dict[str, float], list[Effect]]:
     """Measure each head's loss with all modalities, and the effect of each input modality on it.
 
-    Returns:
-        Losses by head, and effects by modality, then by head. A head without a valid target is left
-        out.
+    Effects are ordered by modality, then by head. A head without a valid target is left out.
     """
     groups, objective = modalities(model.shapes), model.objective
     # By missing modality; "" is the pass with all of them.

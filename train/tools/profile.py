@@ -82,7 +82,6 @@ NUM_WARM_UP: Final = 3
 """Steps before the measured ones; they allocate memory and choose kernels."""
 
 NUM_TRACED: Final = 3
-"""Steps in the trace."""
 
 NUM_ROUNDS: Final = 3
 """How often each number of loader processes is measured."""
@@ -475,11 +474,8 @@ def sweep_workers(
     """Measure training with other numbers of loader processes, and on cached batches.
 
     Machines drift. So every setting runs once per round, and rates are compared within a round.
-    Every other round runs backward.
-
-    Returns:
-        The rates of the rounds by number of processes; why there are none, for numbers that failed;
-        and the rates on cached batches. All rates are in samples/s.
+    Every other round runs backward. Returns the rates in samples/s of the rounds by number of
+    processes; why there are none, for numbers that failed; and the rates on cached batches.
     """
     configured = bench.config.data.num_workers
     counts = worker_counts(configured, num_cores=len(os.sched_getaffinity(0)))

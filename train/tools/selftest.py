@@ -214,8 +214,7 @@ class _Run:
     def start(self, launch: Launch, number: int) -> tuple[int, Batches, str | None]:
         """Train from the newest checkpoint to the launch's kill or to the end.
 
-        Returns:
-            Index of its first batch, its global batches, and what went wrong.
+        Returns the index of its first batch, its global batches, and what went wrong.
         """
         training = self.config.training
         resume = find_latest_checkpoint(training.checkpointing.save_dir)
