@@ -46,9 +46,7 @@ def parallelize(
     if world_size() == 1:
         return model
     if parallel != "fsdp":
-        return DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )  # buffers are the statistics, which are equal
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
