@@ -187,11 +187,7 @@ class Cluster:
         return self._client
 
     def _start_local(self) -> Any:  # noqa: ANN401
-        """Start a local cluster; retry if a worker dies while it starts.
-
-        Raises:
-            JobError: workers die at every start.
-        """
+        """Start a local cluster; retry if a worker dies while it starts."""
         from distributed import LocalCluster
 
         for attempt in range(STARTS):
@@ -284,11 +280,7 @@ def ignore_sigint() -> Iterator[None]:
 
 
 def _client(address: Any) -> Any:  # noqa: ANN401
-    """Connect to a scheduler.
-
-    Raises:
-        JobError: the scheduler does not answer.
-    """
+    """Connect to a scheduler."""
     from distributed import Client
 
     try:

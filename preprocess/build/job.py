@@ -190,11 +190,7 @@ def _read_previous(store: ShardSetStore) -> Manifest | None:
 
 
 def _with_segment(recipe: Recipe, previous: Manifest | None) -> Recipe:
-    """Decide the length of segments: the recipe's, that of the set, or the default.
-
-    Raises:
-        ConfigError: the streams don't fit the segments of the set.
-    """
+    """Decide the length of segments: the recipe's, that of the set, or the default."""
     if recipe.segment.duration_s is not None:
         return recipe
     segment_s = DEFAULT_SEGMENT_S if previous is None else previous.recipe.segment_s
@@ -215,11 +211,7 @@ def absent_streams(scans: Mapping[str, SessionScan], recipe: Recipe) -> dict[str
 
 
 def _require_streams(scans: Mapping[str, SessionScan], recipe: Recipe) -> None:
-    """Check that some session has each required stream.
-
-    Raises:
-        ConfigError: none has.
-    """
+    """Check that some session has each required stream."""
     for name, reason in absent_streams(scans, recipe).items():
         if name in recipe.required:
             raise ConfigError(

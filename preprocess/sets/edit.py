@@ -331,11 +331,7 @@ def _copy_task(
 def _link_shard(
     entry: ShardEntry, index: ShardIndex, out: ShardSetStore, selection: _Selection, *, name: str
 ) -> ShardEntry:
-    """Put a whole shard of another set under a new name; links its columns, or copies them.
-
-    Raises:
-        CorruptError: a downloaded column differs from the checksum in its index.
-    """
+    """Put a whole shard of another set under a new name; links its columns, or copies them."""
     columns, known = {}, columns_of(selection.manifest.recipe)
     with out.staging_dir() as work:
         for column, header in index.columns.items():

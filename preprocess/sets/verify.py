@@ -263,11 +263,7 @@ def _read_index(store: ShardSetStore, entry: ShardEntry, recipe: Recipe) -> Shar
 
 
 def _decode(content: bytes, column: Column, recipe: Recipe) -> None:
-    """Decode a member.
-
-    Raises:
-        CorruptError: it does not decode, or has another length.
-    """
+    """Decode a member."""
     if column.container == "zarr":
         read_chunk(content, dtype=column.dtype, shape=column.shape)
     elif column.kind is Kind.VIDEO:

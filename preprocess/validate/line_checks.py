@@ -111,20 +111,12 @@ class _GapRule:
     """What happens in a short gap, and the fix."""
 
 
-def _video_limits(median_s: float, _spec: StreamSpec) -> tuple[float, float]:
-    return max(VIDEO_GAP_S + EPSILON_S, VIDEO_GAP_INTERVALS * median_s), math.inf
-
-
 def _sensor_limits(median_s: float, spec: StreamSpec) -> tuple[float, float]:
     assert isinstance(spec, SensorStream)
     lost_s = MIN_GAP_INTERVALS * median_s
     if spec.resample == "hold":
         return max(spec.age_limit_s + EPSILON_S, lost_s), math.inf
     return max(LATE_INTERVALS / spec.rate_hz, lost_s), max(spec.gap_limit_s, lost_s)
-
-
-def _text_limits(_median_s: float, _spec: StreamSpec) -> tuple[float, float]:
-    return math.inf, math.inf
 
 
 def _sensor_advice(spec: StreamSpec) -> str:
@@ -141,11 +133,11 @@ def _sensor_advice(spec: StreamSpec) -> str:
 _GAP_RULES: Mapping[Kind, _GapRule] = {
     Kind.VIDEO: _GapRule(
         "frame",
-        _video_limits,
+        lambda s, _: (max(VIDEO_GAP_S + EPSILON_S, VIDEO_GAP_INTERVALS * s), math.inf),
         lambda _: "frames that are too far away are masked; fix: record at a steadier frame rate",
     ),
     Kind.SENSOR: _GapRule("reading", _sensor_limits, _sensor_advice),
-    Kind.TEXT: _GapRule("text", _text_limits, lambda _: ""),
+    Kind.TEXT: _GapRule("text", lambda *_: (math.inf, math.inf), lambda _: ""),
 }
 """Sound has no gaps: its samples have no times."""
 

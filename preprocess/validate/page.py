@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from preprocess.validate.panels import draw_session
 from preprocess.validate.report import describe_stream, describe_totals
@@ -18,13 +17,12 @@ from shared.files import write_atomic
 from shared.page import PLOT_WIDTH, format_time, page_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
     from typing import Self
 
     from preprocess.validate.panels import SessionPanels
-    from preprocess.validate.report import CheckedSession, Status, ValidationReport
+    from preprocess.validate.report import CheckedSession, ValidationReport
 
 LEFT_MARGIN = 132
 """Room for labels left of the time axis, in SVG units."""
@@ -32,38 +30,19 @@ LEFT_MARGIN = 132
 RIGHT_MARGIN = 158
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SummaryRow:
-    """A session in the table at the top of the page."""
-
-    anchor: str
-    session: str
-    status: Status
-    length: str
-    cells: Mapping[str, tuple[str, str]]
-    """CSS class (full, part, none, wrong) and text for each declared stream."""
-    num_errors: int
-    num_warnings: int
-    message: str
-
-
 class ReportPage:
     """A page that sessions are added to; written when the ``with`` block ends without an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._rows: list[SummaryRow] = []
+        self._rows: list[dict[str, Any]] = []
         self._duration_s = 0.0
         self._lengths_bytes: list[int] = []
         self._environment = page_environment("preprocess.validate")
         self._sections: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        """Create the folder, so that a wrong path fails at once.
-
-        Raises:
-            OSError: the folder cannot be created or written.
-        """
+        """Create the folder, so that a wrong path fails at once."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._sections = tempfile.TemporaryFile(dir=self._path.parent)
         return self
@@ -74,11 +53,7 @@ class ReportPage:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write the page, unless an error ends the block.
-
-        Raises:
-            OSError: the page cannot be written.
-        """
+        """Write the page, unless an error ends the block."""
         assert self._sections is not None
         with self._sections:
             if kind is None:
@@ -103,7 +78,10 @@ class ReportPage:
             anchor=anchor,
             report=report,
             properties=_describe_session(report),
-            streams=_describe_streams(report),
+            streams=[
+                (name, report.streams[name], measured["kind"], describe_stream(measured))
+                for name, measured in report.stats.get("streams", {}).items()
+            ],
             panels=panels,
             problem=problem,
             left=LEFT_MARGIN,
@@ -121,22 +99,24 @@ class ReportPage:
         stream = template.stream(
             rows=self._rows,
             totals=describe_totals(
-                [row.status for row in self._rows], format_time(self._duration_s, resolution_s=0.1)
+                [row["status"] for row in self._rows],
+                format_time(self._duration_s, resolution_s=0.1),
             ),
-            streams=list(dict.fromkeys(name for row in self._rows for name in row.cells)),
-            sections=self._read_sections(sections),
+            streams=list(dict.fromkeys(name for row in self._rows for name in row["cells"])),
+            sections=(sections.read(length).decode() for length in self._lengths_bytes),
         )
         write_atomic(
             self._path, lambda file: stream.dump(file, encoding="utf-8", errors="backslashreplace")
         )
 
-    def _read_sections(self, sections: IO[bytes]) -> Iterator[str]:
-        for length_bytes in self._lengths_bytes:
-            yield sections.read(length_bytes).decode()
 
+def _summary_row(
+    anchor: str, report: ValidationReport, panels: SessionPanels | None
+) -> dict[str, Any]:
+    """Return a session's row of the table at the top.
 
-def _summary_row(anchor: str, report: ValidationReport, panels: SessionPanels | None) -> SummaryRow:
-    """Return a session's row of the table at the top."""
+    Each declared stream has a cell: its CSS class (full, part, none, wrong) and its text.
+    """
     timelines = {timeline.name: timeline for timeline in panels.timelines} if panels else {}
     cells: dict[str, tuple[str, str]] = {}
     for name, status in report.streams.items():
@@ -150,22 +130,20 @@ def _summary_row(anchor: str, report: ValidationReport, panels: SessionPanels | 
         else:
             percent = f"{math.floor(timeline.share * 100 + 0.5)}%"
             is_full = timeline.share > 0.995 and not timeline.flaws and status == "passed"
-            cells[name] = (
-                "wrong" if status == "failed" else "full" if is_full else "part",
-                percent,
-            )
+            style = "wrong" if status == "failed" else "full" if is_full else "part"
+            cells[name] = (style, percent)
     messages = (*report.errors, *report.warnings, "")
     duration_s = report.stats.get("length_s")
-    return SummaryRow(
-        anchor=anchor,
-        session=report.session,
-        status=report.status,
-        length="-" if duration_s is None else format_time(duration_s, resolution_s=0.1),
-        cells=cells,
-        num_errors=len(report.errors),
-        num_warnings=len(report.warnings),
-        message=messages[0],
-    )
+    return {
+        "anchor": anchor,
+        "session": report.session,
+        "status": report.status,
+        "length": "-" if duration_s is None else format_time(duration_s, resolution_s=0.1),
+        "cells": cells,
+        "num_errors": len(report.errors),
+        "num_warnings": len(report.warnings),
+        "message": messages[0],
+    }
 
 
 def _describe_session(report: ValidationReport) -> list[tuple[str, str]]:
@@ -178,12 +156,3 @@ def _describe_session(report: ValidationReport) -> list[tuple[str, str]]:
         properties.append(("clock offset", f"{stats['clock_offset_s']:.3f} s"))
     properties += [(file, f"{count} lines") for file, count in stats["lines"].items() if count]
     return properties
-
-
-def _describe_streams(report: ValidationReport) -> list[tuple[str, str, str, str]]:
-    """Return name, status, kind and measurements of each stream that is present."""
-    streams = report.stats.get("streams", {})
-    return [
-        (name, report.streams[name], measured["kind"], describe_stream(measured))
-        for name, measured in streams.items()
-    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,14 +37,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from preprocess.validate.media import Envelope, Thumbnail
     from preprocess.validate.probe import SessionProbe
     from preprocess.validate.timeline import StreamTimeline
     from shared.page import TextMark
     from shared.session.lines import TextEvent
-    from shared.streams import ValueGroup
 
 _PLOT_HEIGHT = 110.0
 _MAX_COLUMNS = 500
@@ -118,16 +115,6 @@ class TextLanes:
     marks: list[TextMark]
 
 
-@dataclass(frozen=True, slots=True)
-class ListedText:
-    """A text event in the list below the panels."""
-
-    time: str
-    stream: str
-    text: str
-    is_outside: bool
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionPanels:
     """Everything that the report draws of a session."""
@@ -137,7 +124,8 @@ class SessionPanels:
     strips: list[Strip]
     plots: list[Plot]
     lanes: list[TextLanes]
-    texts: list[ListedText]
+    texts: list[dict[str, Any]]
+    """Time, stream, text and is_outside of the events in the list below the panels."""
     num_unlisted: int
     notes: list[str]
     """What could not be drawn, and why."""
@@ -163,7 +151,15 @@ def draw_session(path: Path, probe: SessionProbe) -> SessionPanels:
         strips=[panel for panel in panels if isinstance(panel, Strip)],
         plots=[panel for panel in panels if isinstance(panel, Plot)],
         lanes=[panel for panel in panels if isinstance(panel, TextLanes)],
-        texts=[_list_text(event, name, probe) for event, name in events[:_MAX_LISTED]],
+        texts=[
+            {
+                "time": format_time(event.time_s),
+                "stream": name,
+                "text": printable_line(event.text, max_chars=_MAX_LISTED_CHARS),
+                "is_outside": _is_outside(event, probe),
+            }
+            for event, name in events[:_MAX_LISTED]
+        ],
         num_unlisted=max(0, len(events) - _MAX_LISTED),
         notes=notes,
     )
@@ -223,72 +219,46 @@ def _draw_level(name: str, envelope: Envelope, start_s: float, axis: TimeAxis) -
 
 
 def _draw_sensor(_path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> list[Plot]:
-    """Draw the values of a sensor, one plot for each value group."""
+    """Draw the values of a sensor: a plot for each value group, a curve for each value."""
     spec, readings = probe.recipe.sensors[name], probe.readings[name]
     bands = [b for gaps in stream_gaps(readings.times_s, spec) for b in gaps.bands(axis)]
     plots: list[Plot] = []
     for group, columns in zip(spec.values, spec.slices, strict=True):
+        values = readings.values[:, columns].astype(np.float64)
+        limits = spec.expect.range or _LIMITS.get(group.type, ())
+        low = min(float(values.min()), *limits, math.inf)
+        high = max(float(values.max()), *limits, -math.inf)
+        margin = 0.04 * (high - low) or 1.0
+        y_axis = ValueAxis(low - margin, high + margin, _PLOT_HEIGHT)
         unit = f", {group.unit_label}" if group.unit_label else ""
-        numbers = range(columns.start, columns.stop)
-        plots.append(
-            _draw_values(
+        title = f"{name} {group.type}{unit} ({spec.file})"
+        num_curves = min(group.count, _MAX_CURVES)
+        if num_curves < group.count:
+            title = f"{title}, the first {num_curves} of {group.count} values"
+        labels = group.names or [str(number) for number in range(columns.start, columns.stop)]
+        curves: list[PlotCurve] = []
+        for i in range(num_curves):
+            thinned = thin_curve(
                 readings.times_s,
-                readings.values[:, columns].astype(np.float64),
-                name=name if len(spec.values) == 1 else f"{name}.{group.type}",
-                title=f"{name} {group.type}{unit} ({spec.file})",
-                labels=group.names or [str(number) for number in numbers],
-                group=group,
-                limits=spec.expect.range or _LIMITS.get(group.type, ()),
-                max_gap_s=spec.age_limit_s if spec.resample == "hold" else spec.gap_limit_s,
-                bands=bands,
+                values[:, i],
                 axis=axis,
+                num_columns=max(10, min(_MAX_COLUMNS, _MAX_POINTS // num_curves)),
+                max_interval_s=spec.age_limit_s if spec.resample == "hold" else spec.gap_limit_s,
+                max_jump=math.pi if group.type is ValueType.ANGLE else math.inf,
+            )
+            path = curve_path(thinned, axis=axis, values=y_axis)
+            curves.append(PlotCurve(path, i % _NUM_COLORS, labels[i]))
+        plots.append(
+            Plot(
+                name=name if len(spec.values) == 1 else f"{name}.{group.type}",
+                title=title,
+                y_ticks=y_axis.ticks(),
+                curves=curves,
+                limits=[Tick(y_axis.y(limit), "") for limit in limits],
+                bands=bands,
             )
         )
     return plots
-
-
-def _draw_values(
-    times_s: NDArray[np.float64],
-    values: NDArray[np.float64],
-    *,
-    name: str,
-    title: str,
-    labels: Sequence[str],
-    group: ValueGroup,
-    limits: tuple[float, ...],
-    max_gap_s: float,
-    bands: list[Band],
-    axis: TimeAxis,
-) -> Plot:
-    """Draw a curve for each column of values [N, D] at times [N]."""
-    num_curves = min(values.shape[1], _MAX_CURVES)
-    if num_curves < values.shape[1]:
-        title = f"{title}, the first {num_curves} of {values.shape[1]} values"
-    low = min(float(values.min()), *limits, math.inf)
-    high = max(float(values.max()), *limits, -math.inf)
-    margin = 0.04 * (high - low) or 1.0
-    y_axis = ValueAxis(low - margin, high + margin, _PLOT_HEIGHT)
-    num_columns = max(10, min(_MAX_COLUMNS, _MAX_POINTS // num_curves))
-    curves = []
-    for i in range(num_curves):
-        thinned = thin_curve(
-            times_s,
-            values[:, i],
-            axis=axis,
-            num_columns=num_columns,
-            max_interval_s=max_gap_s,
-            max_jump=math.pi if group.type is ValueType.ANGLE else math.inf,
-        )
-        path = curve_path(thinned, axis=axis, values=y_axis)
-        curves.append(PlotCurve(path, i % _NUM_COLORS, labels[i]))
-    return Plot(
-        name=name,
-        title=title,
-        y_ticks=y_axis.ticks(),
-        curves=curves,
-        limits=[Tick(y_axis.y(limit), "") for limit in limits],
-        bands=bands,
-    )
 
 
 def _draw_text(_path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> list[TextLanes]:
@@ -330,15 +300,6 @@ def _timed_text(event: TextEvent, probe: SessionProbe, *, max_chars: int) -> Tim
         label = f"({format_time(event.time_s)}) {label}"
     title = f"{format_time(event.time_s)}: {printable_line(event.text, max_chars=_MAX_TITLE_CHARS)}"
     return TimedText(start_s=event.time_s, stop_s=event.time_s, label=label, title=title)
-
-
-def _list_text(event: TextEvent, name: str, probe: SessionProbe) -> ListedText:
-    return ListedText(
-        time=format_time(event.time_s),
-        stream=name,
-        text=printable_line(event.text, max_chars=_MAX_LISTED_CHARS),
-        is_outside=_is_outside(event, probe),
-    )
 
 
 def _is_outside(event: TextEvent, probe: SessionProbe) -> bool:

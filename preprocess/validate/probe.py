@@ -27,7 +27,7 @@ from shared.media.video import REPLACE_FIX, read_frames, read_video_track
 from shared.session.alignment import align_streams, read_starts, shift_events
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, read_timed_lines
 from shared.session.lines import TIME_KEY, Readings
-from shared.streams import TIME_UNITS, AudioStream, VideoDefaults
+from shared.streams import TIME_UNITS, AudioStream, VideoDefaults, VideoStream
 from shared.values import clean_readings
 
 if TYPE_CHECKING:
@@ -266,14 +266,12 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
     videos: dict[str, VideoProbe] = {}
     audio: dict[str, AudioProbe] = {}
     starts, start_error = read_starts(path, recipe)
-    for name, video_spec in recipe.videos.items():
+    for name, spec in recipe.streams.items():
         try:
-            videos[name] = _probe_video(path / video_spec.file, starts.get(name))
-        except MediaError as error:
-            failures[name] = error
-    for name, audio_spec in recipe.audios.items():
-        try:
-            audio[name] = _probe_audio(path / audio_spec.file, audio_spec, starts.get(name))
+            if isinstance(spec, VideoStream):
+                videos[name] = _probe_video(path / spec.file, starts.get(name))
+            elif isinstance(spec, AudioStream):
+                audio[name] = _probe_audio(path / spec.file, spec, starts.get(name))
         except MediaError as error:
             failures[name] = error
     media = {name: interval_of(video.track) for name, video in videos.items()}
@@ -347,7 +345,9 @@ def find_units(
         if unit is None:
             continue
         interval = float(np.median(np.diff(times)))
-        if not _fits_rate(interval / TIME_UNITS[declared], file, recipe):
+        rates_hz = [spec.rate_hz for spec in recipe.sensors.values() if spec.file == file]
+        per_rate = np.array(rates_hz) * interval / TIME_UNITS[declared]
+        if not ((per_rate >= 1 / RATE_FACTOR) & (per_rate <= RATE_FACTOR)).any():
             is_confirmed = _confirms_unit(times, unit, media_stop_s, declared=declared)
             units[file] = WrongUnit(
                 unit=unit, declared=declared, interval=interval, is_confirmed=is_confirmed
@@ -409,15 +409,6 @@ def _text_divisor(
 def _declared_unit(file: str, recipe: Recipe) -> str:
     """Return the unit of the sensors' timestamps in a file."""
     return next((s.time_unit for s in recipe.sensors.values() if s.file == file), "s")
-
-
-def _fits_rate(interval_s: float, file: str, recipe: Recipe) -> bool:
-    """Return whether an interval is about that of a sensor in a file."""
-    return any(
-        1 / RATE_FACTOR <= interval_s * spec.rate_hz <= RATE_FACTOR
-        for spec in recipe.sensors.values()
-        if spec.file == file
-    )
 
 
 def raw_timestamp(values: Mapping[str, Any], key: str = TIME_KEY) -> float | None:

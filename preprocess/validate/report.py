@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -168,8 +167,8 @@ def check_sessions(
             yield _make_failed_report(source, source.name, str(error))
             continue
         if source.is_file():
-            with _session_of_file(source) as folder:
-                yield _check_single_file(source, folder)
+            with tempfile.TemporaryDirectory(prefix="validate-") as root:
+                yield _check_single_file(source, Path(root) / source.name)
         else:
             yield replace(check_session(source, recipe=recipe), repairs=repairs)
 
@@ -243,18 +242,10 @@ def _iter_copies(store: Store, recipe: Recipe) -> Iterator[Path]:
             yield recording.download_to(Path(folder), scanned_files(recipe))
 
 
-@contextmanager
-def _session_of_file(path: Path) -> Iterator[Path]:
-    """Make a temporary session folder that links to a single media file."""
-    with tempfile.TemporaryDirectory(prefix="validate-") as root:
-        folder = Path(root) / path.name
-        folder.mkdir()
-        (folder / path.name).symlink_to(path.absolute())
-        yield folder
-
-
 def _check_single_file(path: Path, folder: Path) -> CheckedSession:
-    """Check the session of a single media file, with a recipe of one stream."""
+    """Check a single media file, linked into a new session folder, with a recipe of one stream."""
+    folder.mkdir()
+    (folder / path.name).symlink_to(path.absolute())
     kind = Kind.AUDIO if path.suffix.lower() in SOUND_SUFFIXES else Kind.VIDEO
     recipe = Recipe.model_validate({"streams": {kind.value: {"kind": kind, "file": "file"}}})
     # The name of a recipe's file is restricted; that of a file on this machine is not.
@@ -279,26 +270,18 @@ def _make_report(
     session: str, findings: Mapping[str, list[Finding]], probe: SessionProbe
 ) -> ValidationReport:
     """Join the findings of all checks."""
-    messages: dict[str, list[str]] = {"warning": [], "error": []}
-    of_stream: dict[str, list[Finding]] = {name: [] for name in probe.recipe.streams}
-    for finding in (f for of_check in findings.values() for f in of_check):
-        messages[finding.level].append(_printable(finding.message))
-        for name in finding.streams:
-            of_stream[name].append(finding)
-    streams: dict[str, StreamStatus] = {
-        name: _worst_status(of_stream[name]) for name in probe.recipe.streams
-    }
-    absent: dict[str, StreamStatus] = {
-        name: "absent"
-        for name, status in streams.items()
-        if name not in probe.intervals and status != "failed"
-    }
+    found = [finding for of_check in findings.values() for finding in of_check]
+    streams: dict[str, StreamStatus] = {}
+    for name in probe.recipe.streams:
+        status = _worst_status([finding for finding in found if name in finding.streams])
+        is_absent = name not in probe.intervals and status != "failed"
+        streams[name] = "absent" if is_absent else status
     return ValidationReport(
         session=_printable(session),
         checks={name: _worst_status(of_check) for name, of_check in findings.items()},
-        streams=streams | absent,
-        warnings=tuple(messages["warning"]),
-        errors=tuple(messages["error"]),
+        streams=streams,
+        warnings=tuple(_printable(f.message) for f in found if f.level == "warning"),
+        errors=tuple(_printable(f.message) for f in found if f.level == "error"),
         stats=_collect_stats(probe),
     )
 
@@ -320,7 +303,7 @@ def _collect_stats(probe: SessionProbe) -> dict[str, Any]:
                 "kind": probe.recipe.streams[name].kind.value,
                 "start_s": round(interval.start_s, 3),
                 "stop_s": round(interval.stop_s, 3),
-                **_STATISTICS[probe.recipe.streams[name].kind](name, probe),
+                **_STATISTICS[probe.recipe.streams[name].kind][0](name, probe),
             }
             for name, interval in probe.intervals.items()
         },
@@ -388,20 +371,6 @@ def _time_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
     }
 
 
-_STATISTICS: Mapping[Kind, Callable[[str, SessionProbe], dict[str, Any]]] = {
-    Kind.VIDEO: _video_statistics,
-    Kind.AUDIO: _audio_statistics,
-    Kind.SENSOR: _sensor_statistics,
-    Kind.TEXT: _text_statistics,
-}
-"""What is measured of a stream that is present."""
-
-
-def describe_stream(stats: Mapping[str, Any]) -> str:
-    """Describe a stream by its statistics."""
-    return _DESCRIPTIONS[Kind(stats["kind"])](stats)
-
-
 def _describe_video(stats: Mapping[str, Any]) -> str:
     size = f"{stats['codec']} {stats['width']}x{stats['height']}"
     return f"{size}, {stats['frames']} frames{_describe_times(stats, 'fps')}"
@@ -427,12 +396,20 @@ def _describe_text(stats: Mapping[str, Any]) -> str:
     return f"{stats['events']} texts, {stats['characters']} characters"
 
 
-_DESCRIPTIONS: Mapping[Kind, Callable[[Mapping[str, Any]], str]] = {
-    Kind.VIDEO: _describe_video,
-    Kind.AUDIO: _describe_audio,
-    Kind.SENSOR: _describe_sensor,
-    Kind.TEXT: _describe_text,
+_Statistics = tuple["Callable[[str, SessionProbe], dict[str, Any]]", "Callable[..., str]"]
+
+_STATISTICS: Mapping[Kind, _Statistics] = {
+    Kind.VIDEO: (_video_statistics, _describe_video),
+    Kind.AUDIO: (_audio_statistics, _describe_audio),
+    Kind.SENSOR: (_sensor_statistics, _describe_sensor),
+    Kind.TEXT: (_text_statistics, _describe_text),
 }
+"""What is measured of a stream that is present, and how that is described."""
+
+
+def describe_stream(stats: Mapping[str, Any]) -> str:
+    """Describe a stream by its statistics."""
+    return _STATISTICS[Kind(stats["kind"])][1](stats)
 
 
 def _describe_times(stats: Mapping[str, Any], unit: str) -> str:
