@@ -74,22 +74,18 @@ def _explain_removed(plan: Plan) -> list[str]:
 def _explain(reason: Reason, column: str, tasks: Sequence[ShardTask]) -> str:
     """Format the reason, the names of the sessions, and how many rows are copied and made."""
     names = _names(*(task.columns[column].changes for task in tasks))
-    num_copied = sum(_num_copied(task, column) for task in tasks)
+    num_copied = sum(
+        len(stored.segments)
+        for task in tasks
+        for stored in task.sessions
+        if isinstance(task.columns[column].sources[stored.session], FromShards)
+    )
     num_made = sum(task.num_samples for task in tasks) - num_copied
     is_explained = bool(names) and not reason.settings and reason.cause in _EXPLAINED_BY_NAMES
     rows = f"{_plural(num_made, 'row')} made"
     if num_copied:
         rows = f"{_plural(num_copied, 'row')} copied, {num_made} made"
     return "; ".join(text for text in ("" if is_explained else str(reason), names, rows) if text)
-
-
-def _num_copied(task: ShardTask, column: str) -> int:
-    sources = task.columns[column].sources
-    return sum(
-        len(stored.segments)
-        for stored in task.sessions
-        if isinstance(sources[stored.session], FromShards)
-    )
 
 
 def _names(*changes: Changes) -> str:

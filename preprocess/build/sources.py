@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from preprocess.build.commit import to_jsonl
 from preprocess.build.plan_types import Row
@@ -43,44 +43,17 @@ if TYPE_CHECKING:
 _NO_STREAMS: Mapping[str, Set[str]] = MappingProxyType({})
 
 
-class Recording(Protocol):
-    """A recorded session; a plain value that can be sent to other processes."""
-
-    @property
-    def name(self) -> str:
-        """Session name."""
-        ...
-
-    @property
-    def stamp(self) -> Mapping[str, list[Any]]:
-        """Scanned file -> its size, and its modification time in ns or its tag."""
-        ...
-
-    def open_files(
-        self, names: Iterable[str], staging: ShardSetStore
-    ) -> AbstractContextManager[Path]:
-        """Provide a folder, named like the session, with at least those of these files that exist.
-
-        Remote files are stored in the set's staging directory, so that the next job removes what a
-        killed one left.
-        """
-        ...
-
-    def changed_files(self, names: Iterable[str]) -> list[str]:
-        """Return those of these files that differ from the stamp."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalRecording:
-    """A session folder; see :class:`Recording`."""
+    """A session folder."""
 
     name: str
     folder: Path
     stamp: Mapping[str, list[Any]]
+    """Scanned file -> its size, and its modification time in ns."""
 
     def open_files(
-        self, names: Iterable[str], staging: ShardSetStore
+        self, _names: Iterable[str], _staging: ShardSetStore
     ) -> AbstractContextManager[Path]:
         """Provide the session folder itself."""
         return nullcontext(self.folder)
@@ -94,15 +67,19 @@ class LocalRecording:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteRecording:
-    """A session behind a URL; see :class:`Recording`."""
+    """A session behind a URL."""
 
     name: str
     store: Store
     stamp: Mapping[str, list[Any]]
+    """Scanned file -> its size, and its tag."""
 
     @contextmanager
     def open_files(self, names: Iterable[str], staging: ShardSetStore) -> Iterator[Path]:
-        """Download the files to a staging directory."""
+        """Provide a folder, named like the session, with those of these files that exist.
+
+        It is in the set's staging directory, so that the next job removes what a killed one left.
+        """
         with staging.staging_dir() as work:
             yield self.download_to(work, names)
 
@@ -119,6 +96,10 @@ class RemoteRecording:
     def changed_files(self, names: Iterable[str]) -> list[str]:
         """Return those of these files that differ from the stamp."""
         return [n for n in names if _stamp_of_object(self.store.stat(n)) != self.stamp.get(n)]
+
+
+Recording = LocalRecording | RemoteRecording
+"""A recorded session; a plain value that can be sent to other processes."""
 
 
 def find_recordings(location: Path | str, recipe: Recipe) -> dict[str, Recording]:
@@ -142,7 +123,11 @@ def find_recordings(location: Path | str, recipe: Recipe) -> dict[str, Recording
                 name=path.name, folder=folder, stamp=_stamp_of_folder(folder, names)
             )
     for name in recordings:
-        _require_printable(name)
+        if not name.isprintable():  # tar readers or JSON can't take it as part of keys
+            raise SessionError(
+                f"session folder {name!r}: its name has control characters or is not UTF-8; fix: "
+                "rename it"
+            )
     return recordings
 
 
@@ -184,15 +169,6 @@ def _list_store(store: Store, recipe: Recipe) -> list[RemoteRecording]:
         )
         for name in sorted(stamps)
     ]
-
-
-def _require_printable(name: str) -> None:
-    """Refuse session names that tar readers or JSON can't take as part of keys."""
-    if not name.isprintable():
-        raise SessionError(
-            f"session folder {name!r}: its name has control characters or is not UTF-8; fix: "
-            "rename it"
-        )
 
 
 def _stamp_of_folder(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
@@ -277,15 +253,23 @@ def scan_sessions(
     cached = _parse_cache(store.read(SESSIONS_FILE) or b"")
     stamps = {name: dict(recording.stamp) for name, recording in recordings.items()}
     scans = {
-        name: cached[name].scan
+        name: cached[name][2]
         for name in recordings
-        if name in cached and (cached[name].basis, cached[name].stamp) == (basis, stamps[name])
+        if name in cached and cached[name][:2] == (basis, stamps[name])
     }
     changed = [name for name in recordings if name not in scans]
-    work = [(recordings[name], _unchanged(cached.get(name), stamps[name])) for name in changed]
+    work = []
+    for name in changed:
+        known: dict[str, SourceFile] = {}  # unchanged files need no hashing
+        if name in cached:
+            _, old, scan = cached[name]
+            stamp = stamps[name]
+            files = scan.source_files.items()
+            known = {n: f for n, f in files if n in stamp and old.get(n) == stamp[n]}
+        work.append((recordings[name], known))
     seconds = sum(scan_seconds(recording, recipe) for recording, _ in work)
-    scan = partial(_scan, recipe=recipe, store=store)
-    new = cluster.map(scan, work, label="scan sessions", work_s=seconds)
+    function = partial(_scan, recipe=recipe, store=store)
+    new = cluster.map(function, work, label="scan sessions", work_s=seconds)
     scans.update(zip(changed, new, strict=True))
     scans = {name: scans[name] for name in sorted(scans)}
     if changed or set(cached) != set(scans):
@@ -306,35 +290,17 @@ def _scan(
         return scan_session(folder, recipe=recipe, known=known)
 
 
-@dataclass(frozen=True, slots=True)
-class _Cached:
-    """A line of the cache."""
-
-    basis: str
-    """Hash of the scan's version and the recipe's sections."""
-    stamp: Mapping[str, Any]
-    scan: SessionScan
-
-
-def _parse_cache(content: bytes) -> dict[str, _Cached]:
-    """Parse the scans of an earlier run, by session; skip lines that can't be read."""
+def _parse_cache(content: bytes) -> dict[str, tuple[str, dict[str, Any], SessionScan]]:
+    """Parse basis, stamp and scan of an earlier run, by session; skip lines that can't be read."""
     cached = {}
     for line in content.split(b"\n"):
         try:
             values = json.loads(line)
             scan = scan_from_json(values["scan"])
-            cached[scan.session] = _Cached(values["basis"], dict(values["stamp"]), scan)
+            cached[scan.session] = values["basis"], dict(values["stamp"]), scan
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return cached
-
-
-def _unchanged(cached: _Cached | None, stamp: Mapping[str, Any]) -> dict[str, SourceFile]:
-    """Return the identity of unchanged source files, which need no hashing."""
-    if cached is None:
-        return {}
-    sources = cached.scan.source_files
-    return {n: f for n, f in sources.items() if n in stamp and cached.stamp.get(n) == stamp[n]}
 
 
 # --- tasks -----------------------------------------------------------------------------------

@@ -119,13 +119,10 @@ def level_db(member: bytes) -> float:
     return max(LEVEL.edges[0], 10 * math.log10(energy / (len(samples) * FULL_SCALE**2)))
 
 
-def token_ids(member: bytes) -> list[int]:
-    """Return the tokens of a text member."""
-    ids: list[int] = json.loads(member)["ids"]
-    return ids
-
-
-MEASURES: Mapping[Kind, Callable[[bytes], Any]] = {Kind.AUDIO: level_db, Kind.TEXT: token_ids}
+MEASURES: Mapping[Kind, Callable[[bytes], Any]] = {
+    Kind.AUDIO: level_db,
+    Kind.TEXT: lambda member: json.loads(member)["ids"],
+}
 """What the statistics of a tar column take of each member."""
 
 
@@ -182,12 +179,7 @@ def _column_statistics(values: NDArray[np.float32], axis: Axis) -> dict[str, Any
     }
 
 
-def _sensor_statistics(values: NDArray[np.float32], spec: SensorStream) -> dict[str, Any]:
-    return number_statistics(values, sensor_axes(spec))
-
-
-def _sound_statistics(levels_db: Sequence[float], spec: StreamSpec) -> dict[str, Any]:
-    del spec
+def _sound_statistics(levels_db: Sequence[float], _spec: StreamSpec) -> dict[str, Any]:
     levels = np.array(levels_db, dtype=np.float32).reshape(-1, 1)
     return {"level": number_statistics(levels, [LEVEL])}
 
@@ -200,9 +192,8 @@ def _dmel_statistics(values: NDArray[np.uint8], spec: AudioStream) -> dict[str, 
     return {"levels": [np.bincount(c, minlength=num_levels).tolist() for c in frames.T]}
 
 
-def _token_statistics(ids: Iterable[Sequence[int]], spec: StreamSpec) -> dict[str, Any]:
+def _token_statistics(ids: Iterable[Sequence[int]], _spec: StreamSpec) -> dict[str, Any]:
     """Count each token, up to the largest that occurs."""
-    del spec
     tokens = np.fromiter((i for member in ids for i in member), dtype=np.int64)
     return {"tokens": np.bincount(tokens).tolist()}
 
@@ -240,20 +231,17 @@ def merge_numbers(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     count = sum(shard["count"] for shard in shards)
     if count == 0:
         return {"count": 0}
+    columns = [
+        [{name: shard[name][number] for name in _NUMBERS} for shard in shards]
+        for number in range(len(shards[0]["scale"]))
+    ]
     values = [
-        None if parts[0]["scale"] is None else _merge_column(parts, count)
-        for parts in _per_column(shards)
+        None if parts[0]["scale"] is None else _merge_column(parts, count) for parts in columns
     ]
     names = ("mean", "std", "min", "max", "range", "scale", "histogram")
     return {"count": count} | {
         name: [None if value is None else value[name] for value in values] for name in names
     }
-
-
-def _per_column(shards: Sequence[Mapping[str, Any]]) -> Iterable[list[dict[str, Any]]]:
-    """Yield the statistics of each value in all shards."""
-    for number in range(len(shards[0]["scale"])):
-        yield [{name: shard[name][number] for name in _NUMBERS} for shard in shards]
 
 
 def _merge_column(parts: Sequence[Mapping[str, Any]], count: int) -> dict[str, Any]:
@@ -273,10 +261,6 @@ def _merge_column(parts: Sequence[Mapping[str, Any]], count: int) -> dict[str, A
     }
 
 
-def _merge_sound(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"level": merge_numbers([shard["level"] for shard in shards])}
-
-
 def _merge_dmel(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     levels = [np.asarray(shard["levels"], dtype=np.int64) for shard in shards]
     return {"levels": np.sum(levels, axis=0).tolist() if levels else []}
@@ -290,8 +274,14 @@ def _merge_tokens(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 _Summary = tuple["Callable[..., dict[str, Any]]", "Callable[..., dict[str, Any]]"]
 
 _SUMMARIES: Mapping[tuple[Kind, str], _Summary] = {
-    (Kind.SENSOR, "zarr"): (_sensor_statistics, merge_numbers),
-    (Kind.AUDIO, "tar"): (_sound_statistics, _merge_sound),
+    (Kind.SENSOR, "zarr"): (
+        lambda values, spec: number_statistics(values, sensor_axes(spec)),
+        merge_numbers,
+    ),
+    (Kind.AUDIO, "tar"): (
+        _sound_statistics,
+        lambda shards: {"level": merge_numbers([shard["level"] for shard in shards])},
+    ),
     (Kind.AUDIO, "zarr"): (_dmel_statistics, _merge_dmel),
     (Kind.TEXT, "tar"): (_token_statistics, _merge_tokens),
 }

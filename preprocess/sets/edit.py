@@ -24,7 +24,6 @@ from preprocess.build.plan_types import (
     ColumnTask,
     FromShards,
     Reason,
-    SessionSegments,
     ShardTask,
     sessions_of,
 )
@@ -40,11 +39,10 @@ from shared.shardset.store import KEEP_OLD_S, RemoteShardSet, claim_shard_set, o
 from shared.storage import parse_location
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from shared.shardset.store import ShardSetStore
-    from shared.storage import Store
 
 _MAX_NAMES = 5
 """How many session names a message lists."""
@@ -199,16 +197,15 @@ def _require_different_sets(selections: Sequence[_Selection]) -> None:
     for number, selection in enumerate(selections):
         for other in selections[:number]:
             is_same = selection.manifest.fingerprint == other.manifest.fingerprint
-            if is_same or _real_location(selection.store) == _real_location(other.store):
+            locations = [
+                s.store if isinstance(s, RemoteShardSet) else s.root.resolve()
+                for s in (selection.store, other.store)
+            ]
+            if is_same or locations[0] == locations[1]:
                 raise ShardError(
                     f"{other.store} and {selection.store} are the same set (fingerprint "
                     f"{selection.manifest.fingerprint}); fix: name it once"
                 )
-
-
-def _real_location(store: ShardSetStore) -> Path | Store:
-    """Return a set's location, independent of the path that was used."""
-    return store.store if isinstance(store, RemoteShardSet) else store.root.resolve()
 
 
 def _require_disjoint_sessions(selections: Sequence[_Selection]) -> None:
@@ -291,41 +288,29 @@ def _copy_selected(
             scans={},
             old=source,
         )
-        task = _copy_task(entry, index, selected, name=name, generation=generation)
+        names = tuple(s.session for s in selected)
+        columns = {}
+        for column, header in index.columns.items():
+            rows = {session: header["rows"][session] for session in names}
+            columns[column] = ColumnTask(
+                reason=Reason(Cause.SESSIONS_DROPPED),
+                basis={**header["basis"], "rows": fingerprint_of(list(rows.values()))},
+                rows=rows,
+                sources=dict.fromkeys(names, FromShards((entry.index_file,))),
+            )
+        task = ShardTask(
+            name=name,
+            split=entry.split,
+            sessions=selected,
+            columns=columns,
+            kept={},
+            kept_index_file=None,
+            generation=generation,
+        )
         return copy_shard(task, context)
     if source is not out:
         return _link_shard(entry, index, out, selection, name=name)
     return entry
-
-
-def _copy_task(
-    entry: ShardEntry,
-    index: ShardIndex,
-    selected: tuple[SessionSegments, ...],
-    *,
-    name: str,
-    generation: int,
-) -> ShardTask:
-    """Make the task that copies some sessions of a shard."""
-    sessions = tuple(s.session for s in selected)
-    columns = {}
-    for column, header in index.columns.items():
-        rows = {session: header["rows"][session] for session in sessions}
-        columns[column] = ColumnTask(
-            reason=Reason(Cause.SESSIONS_DROPPED),
-            basis={**header["basis"], "rows": fingerprint_of(list(rows.values()))},
-            rows=rows,
-            sources=dict.fromkeys(sessions, FromShards((entry.index_file,))),
-        )
-    return ShardTask(
-        name=name,
-        split=entry.split,
-        sessions=selected,
-        columns=columns,
-        kept={},
-        kept_index_file=None,
-        generation=generation,
-    )
 
 
 def _link_shard(
@@ -343,16 +328,11 @@ def _link_shard(
     renamed = ShardIndex(
         header={**index.header, "name": name, "columns": columns}, arrays=index.arrays
     )
-    return _write_index(replace(entry, name=name), renamed, out, f"{name}.index")
-
-
-def _write_index(entry: ShardEntry, index: ShardIndex, out: ShardSetStore, file: str) -> ShardEntry:
-    """Write an index in the newest format."""
-    content = index_bytes(index)
+    content, file = index_bytes(renamed), f"{name}.index"
     with out.staging_dir() as work:
         (work / file).write_bytes(content)
         out.put(work / file, file)
-    return replace(entry, index_file=file, index_sha256=sha256_of_bytes(content))
+    return replace(entry, name=name, index_file=file, index_sha256=sha256_of_bytes(content))
 
 
 def _commit(
@@ -362,13 +342,19 @@ def _commit(
     *,
     old: Manifest | None,
 ) -> Manifest:
-    """Commit the set of these shards."""
+    """Commit the set of these shards; rejected are its sessions' lines, then decode failures."""
     first = selections[0].manifest
     if not entries:
         raise ShardError(f"{out}: no sample would be left; fix: remove the folder instead")
     tokenizer = first.load_tokenizer()
     headers = [out.read_index(entry.index_file).header for entry in entries]
-    lines = _rejected_lines(selections, headers)
+    failures = [{"level": "stream", **f} for header in headers for f in header["decode_failures"]]
+    lines = [
+        line
+        for selection in selections
+        for line in _read_rejected(selection.store)
+        if line["session"] in selection.sessions and line not in failures
+    ]
     return commit_set(
         NewSet(
             store=out,
@@ -379,25 +365,7 @@ def _commit(
             tokenizer=tokenizer,
             tokenizer_file="tokenizer.json" if old is None else old.tokenizer_file,
             num_sessions=sum(len(s.sessions) for s in selections),
-            rejected=lines,
+            rejected=[*sorted(lines, key=lambda line: str(line["session"])), *failures],
             previous=old,
         )
     )
-
-
-def _rejected_lines(
-    selections: Sequence[_Selection], headers: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return the lines of ``rejected.jsonl``: by session name, then decode failures."""
-    failures = [
-        {"level": "stream", **failure}
-        for header in headers
-        for failure in header["decode_failures"]
-    ]
-    lines = [
-        line
-        for selection in selections
-        for line in _read_rejected(selection.store)
-        if line["session"] in selection.sessions and line not in failures
-    ]
-    return sorted(lines, key=lambda line: str(line["session"])) + failures

@@ -204,13 +204,13 @@ def _find_in_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposa
             values = {"values": [{"count": max(1, size), "type": "scalar"}]}
             yield key if is_metadata else f"{path.stem}_{key}", _Proposal(spec | values)
     texts = [k for k in keys if any(isinstance(line.get(k), str) for line in lines)]
-    found: dict[str, dict[str, str]] = {}
+    own_keys: dict[str, dict[str, str]] = {}
     if is_metadata and time_key == "timestamp":
-        found = {key: {"key": key} for key in texts}
+        own_keys = {key: {"key": key} for key in texts}
     elif "text" in texts and time_key == "timestamp":
         labels = sorted({str(line["stream"]) for line in lines if line.get("stream") is not None})
-        found = {f"{label}_text": {"stream": label} for label in labels} or {path.stem: {}}
-    for name, own in found.items():
+        own_keys = {f"{label}_text": {"stream": label} for label in labels} or {path.stem: {}}
+    for name, own in own_keys.items():
         yield name, _Proposal({"kind": "text", "file": path.name, **own})
     if left_out := [k for k in keys if k not in sizes and k not in texts]:
         notes.append(f"{path.name}: no list of numbers of one length: {', '.join(left_out)}")

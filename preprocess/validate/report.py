@@ -270,18 +270,18 @@ def _make_report(
     session: str, findings: Mapping[str, list[Finding]], probe: SessionProbe
 ) -> ValidationReport:
     """Join the findings of all checks."""
-    found = [finding for of_check in findings.values() for finding in of_check]
+    everything = [finding for of_check in findings.values() for finding in of_check]
     streams: dict[str, StreamStatus] = {}
     for name in probe.recipe.streams:
-        status = _worst_status([finding for finding in found if name in finding.streams])
+        status = _worst_status([finding for finding in everything if name in finding.streams])
         is_absent = name not in probe.intervals and status != "failed"
         streams[name] = "absent" if is_absent else status
     return ValidationReport(
         session=_printable(session),
         checks={name: _worst_status(of_check) for name, of_check in findings.items()},
         streams=streams,
-        warnings=tuple(_printable(f.message) for f in found if f.level == "warning"),
-        errors=tuple(_printable(f.message) for f in found if f.level == "error"),
+        warnings=tuple(_printable(f.message) for f in everything if f.level == "warning"),
+        errors=tuple(_printable(f.message) for f in everything if f.level == "error"),
         stats=_collect_stats(probe),
     )
 
