@@ -180,9 +180,19 @@ class Cluster:
             yield running.pop(future), _outcome(future)
 
     def _connect(self) -> Any:  # noqa: ANN401
+        from distributed import Client
+
         if self._client is None:
             address: Any = self._scheduler or self._start_local()
-            self._client = self._stack.enter_context(_client(address))
+            try:
+                client = Client(address)
+            except (OSError, ValueError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise JobError(
+                    f"scheduler {address}: no answer: {reason}; fix: start one by `dask scheduler` "
+                    "and give its address as tcp://HOST:PORT"
+                ) from error
+            self._client = self._stack.enter_context(client)
             self._console.print(f"dask dashboard: {self._client.dashboard_link}", highlight=False)
         return self._client
 
@@ -277,17 +287,3 @@ def ignore_sigint() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
-
-
-def _client(address: Any) -> Any:  # noqa: ANN401
-    """Connect to a scheduler."""
-    from distributed import Client
-
-    try:
-        return Client(address)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise JobError(
-            f"scheduler {address}: no answer: {reason}; fix: start one by `dask scheduler` and "
-            "give its address as tcp://HOST:PORT"
-        ) from error

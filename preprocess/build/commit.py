@@ -207,14 +207,10 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
     # What was skipped in files, or why none of the segments is a sample.
     for sentence in scan.issues:
         yield {"level": "lines", "session": scan.session, "reason": sentence}
+    session = {"level": "session", "session": scan.session}
     reason = scan.session_rejection(recipe)
     if reason is not None:
-        yield {
-            "level": "session",
-            "session": scan.session,
-            "segments": scan.num_segments,
-            "reason": reason,
-        }
+        yield {**session, "segments": scan.num_segments, "reason": reason}
         return
     for stream, reason in scan.absent.items():
         if stream not in scan.not_recorded:

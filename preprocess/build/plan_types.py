@@ -6,7 +6,7 @@ them by hand.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -74,10 +74,6 @@ class BuiltColumn:
     rows: Mapping[str, str]
     """Session -> hash of its rows and of what the column takes from the session. Rows whose hash
     is the same in a new column are copied."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the column's entry in the header of an index."""
-        return {**asdict(self), "basis": dict(self.basis), "rows": dict(self.rows)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ files (hashed per session and column) and the recipe's settings of the column.
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -105,21 +105,14 @@ def find_corrupt_files(
 
 
 def _corrupt_columns(index_file: str, *, store: ShardSetStore) -> list[str]:
-    """Find the corrupt column files of one shard."""
-    try:
-        columns = store.read_index(index_file).columns.values()
-        return [c["file"] for c in columns if _is_corrupt(c["file"], c["sha256"], store)]
-    except (ShardError, KeyError, TypeError):
-        return []
-
-
-def _is_corrupt(file: str, sha256: str, store: ShardSetStore) -> bool:
-    """Return whether a file has another checksum; a missing file is not corrupt."""
-    try:
-        with closing(store.open_column(file)) as column:
-            return column.sha256() != sha256
-    except ShardError:
-        return False
+    """Find the corrupt column files of one shard; a missing file is not corrupt."""
+    corrupt: list[str] = []
+    with suppress(ShardError, KeyError, TypeError):
+        for header in store.read_index(index_file).columns.values():
+            with suppress(ShardError), closing(store.open_column(header["file"])) as column:
+                if column.sha256() != header["sha256"]:
+                    corrupt.append(header["file"])
+    return corrupt
 
 
 # --- rows ------------------------------------------------------------------------------------

@@ -247,12 +247,14 @@ def merge_numbers(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _merge_column(parts: Sequence[Mapping[str, Any]], count: int) -> dict[str, Any]:
     total = add_exactly(part["exact_sum"] for part in parts)
     squares = add_exactly(part["exact_sum_squares"] for part in parts)
+    deviations = (count * squares << SCALE_BITS) - total * total
     axes = {(*part["range"], part["scale"], len(part["histogram"])) for part in parts}
     if len(axes) != 1:
         raise ValueError(f"histograms over {sorted(axes)}")
     return {
-        "mean": mean_of(total, count),
-        "std": std_of(total, squares, count),
+        "mean": total / (count << SCALE_BITS),  # correctly rounded
+        # Of the population; nothing cancels, however large the mean.
+        "std": math.sqrt(deviations / (count * count << 2 * SCALE_BITS)),
         "min": min(part["min"] for part in parts),
         "max": max(part["max"] for part in parts),
         "range": parts[0]["range"],
@@ -317,17 +319,6 @@ def exact_sums(values: NDArray[np.float32]) -> tuple[str, str]:
 def add_exactly(sums: Iterable[str]) -> int:
     """Add sums that :func:`exact_sums` wrote; the result is in units of 2**-SCALE_BITS."""
     return sum(map(_from_hex, sums))
-
-
-def mean_of(total: int, count: int) -> float:
-    """Compute the correctly rounded mean of `count` values whose sum is `total`."""
-    return total / (count << SCALE_BITS)
-
-
-def std_of(total: int, total_of_squares: int, count: int) -> float:
-    """Compute the population's standard deviation; nothing cancels, however large the mean."""
-    deviations = (count * total_of_squares << SCALE_BITS) - total * total
-    return math.sqrt(deviations / (count * count << 2 * SCALE_BITS))
 
 
 def _shifted_sum(

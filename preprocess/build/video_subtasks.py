@@ -89,7 +89,16 @@ def split_task(
         replace(subtask, name=f"{task.name}.{subtask.column}.{number}")
         for number, subtask in enumerate(subtasks)
     )
-    return _with_subtasks(task, named), named
+    names: dict[tuple[str, str], tuple[str, ...]] = {}
+    for subtask in named:
+        for stored in subtask.sessions:
+            key = subtask.column, stored.session
+            names[key] = (*names.get(key, ()), subtask.name)
+    columns = dict(task.columns)
+    for (column, session), files in names.items():
+        sources = {**columns[column].sources, session: FromSubtasks(files)}
+        columns[column] = replace(columns[column], sources=sources)
+    return replace(task, columns=columns), named
 
 
 def _split_column(
@@ -114,20 +123,6 @@ def _split_column(
     if group:
         subtasks.append(VideoSubtask(name="", column=column, sessions=tuple(group)))
     return subtasks
-
-
-def _with_subtasks(task: ShardTask, subtasks: Iterable[VideoSubtask]) -> ShardTask:
-    """Make subtasks the source of the rows that they encode."""
-    names: dict[tuple[str, str], tuple[str, ...]] = {}
-    for subtask in subtasks:
-        for stored in subtask.sessions:
-            key = subtask.column, stored.session
-            names[key] = (*names.get(key, ()), subtask.name)
-    columns = dict(task.columns)
-    for (name, session), files in names.items():
-        sources = {**columns[name].sources, session: FromSubtasks(files)}
-        columns[name] = replace(columns[name], sources=sources)
-    return replace(task, columns=columns)
 
 
 def encode_video(subtask: VideoSubtask, context: TaskContext) -> EncodedVideo:

@@ -9,7 +9,7 @@ rows are treated alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -119,7 +119,7 @@ class IndexBuilder:
             "sessions": list(sessions),
             "durations_s": list(self.durations_s.values()),
             "segment_s": self.recipe.segment_s,
-            "columns": {column: built.as_json() for column, built in self.columns.items()},
+            "columns": {column: asdict(built) for column, built in self.columns.items()},
             "statistics": self.statistics,
             "decode_failures": self.decode_failures,
         }
@@ -232,13 +232,8 @@ class SessionEncoder:
         except MediaError as error:
             reason = str(error).replace(f"{reader.path}/", "")
         failures += [
-            {
-                "session": row.session,
-                "segment": row.segment.index,
-                "stream": stream,
-                "reason": reason,
-            }
-            for row in missing.values()
+            {"session": row.session, "segment": number, "stream": stream, "reason": reason}
+            for number, row in missing.items()
         ]
 
 

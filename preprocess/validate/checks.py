@@ -24,7 +24,7 @@ from shared.streams import Kind
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from preprocess.validate.probe import AudioProbe, SessionProbe
+    from preprocess.validate.probe import SessionProbe
     from shared.session.lines import ParseIssue
 
 Level = Literal["warning", "error"]
@@ -172,39 +172,34 @@ def check_starts(probe: SessionProbe) -> list[Finding]:
 
 def check_audio(probe: SessionProbe) -> list[Finding]:
     """Check that sound is complete, not silent, not clipped, and has full scale 1."""
-    return [
-        Finding(level, f"{probe.source(name)}: {message}", (name,))
-        for name, audio in probe.audio.items()
-        for level, message in _audio_faults(audio, is_required=probe.recipe.streams[name].required)
-    ]
-
-
-def _audio_faults(audio: AudioProbe, *, is_required: bool) -> list[tuple[Level, str]]:
-    """Return level and message of each fault of a sound."""
-    faults: list[tuple[Level, str]] = []
-    if audio.missing_bytes:
-        message = (
-            f"the header declares {audio.missing_bytes} bytes more than the file has: the "
-            f"recording was cut off at {audio.duration_s:.2f} s; fix: copy it again if the "
-            "original is longer"
-        )
-        faults.append(("warning", message))
-    if audio.num_bad:
-        message = f"{audio.num_bad} samples are not finite numbers and are read as 0"
-        faults.append(("warning", f"{message}; fix: export it again"))
-    if audio.rms <= SILENCE_RMS:
-        message = f"silent (RMS {audio.rms:.5f}, needs over {SILENCE_RMS:g})"
-        level: Level = "error" if is_required else "warning"
-        faults.append((level, f"{message}; fix: check the microphone"))
-    share = audio.num_clipped / max(1, audio.num_samples)
-    if audio.peak > FLOAT_SCALE_PEAK:
-        message = f"samples reach {audio.peak:g}, full scale is 1"
-        faults.append(("error", f"{message}; fix: divide them by the recorder's scale"))
-    elif audio.num_clipped >= MIN_CLIPPED:
-        message = f"clipped: {audio.num_clipped} samples ({share:.3%}) at full scale"
-        level = "error" if share > MAX_CLIPPED_SHARE else "warning"
-        faults.append((level, f"{message}; fix: record quieter"))
-    return faults
+    findings: list[Finding] = []
+    for name, audio in probe.audio.items():
+        faults: list[tuple[Level, str]] = []
+        if audio.missing_bytes:
+            message = (
+                f"the header declares {audio.missing_bytes} bytes more than the file has: the "
+                f"recording was cut off at {audio.duration_s:.2f} s; fix: copy it again if the "
+                "original is longer"
+            )
+            faults.append(("warning", message))
+        if audio.num_bad:
+            message = f"{audio.num_bad} samples are not finite numbers and are read as 0"
+            faults.append(("warning", f"{message}; fix: export it again"))
+        if audio.rms <= SILENCE_RMS:
+            message = f"silent (RMS {audio.rms:.5f}, needs over {SILENCE_RMS:g})"
+            level: Level = "error" if probe.recipe.streams[name].required else "warning"
+            faults.append((level, f"{message}; fix: check the microphone"))
+        share = audio.num_clipped / max(1, audio.num_samples)
+        if audio.peak > FLOAT_SCALE_PEAK:
+            message = f"samples reach {audio.peak:g}, full scale is 1"
+            faults.append(("error", f"{message}; fix: divide them by the recorder's scale"))
+        elif audio.num_clipped >= MIN_CLIPPED:
+            message = f"clipped: {audio.num_clipped} samples ({share:.3%}) at full scale"
+            level = "error" if share > MAX_CLIPPED_SHARE else "warning"
+            faults.append((level, f"{message}; fix: record quieter"))
+        file = probe.source(name)
+        findings += [Finding(level, f"{file}: {text}", (name,)) for level, text in faults]
+    return findings
 
 
 def check_video(probe: SessionProbe) -> list[Finding]:

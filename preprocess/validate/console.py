@@ -24,7 +24,9 @@ _NO_MESSAGE = "-"
 def print_report(console: Console, report: ValidationReport) -> None:
     """Print one session: its status, length, streams, and every message."""
     title = Text(f"{report.session}: ").append(report.status, style=_STYLES[report.status])
-    console.print(title.append(f"  {_content(report)}"), soft_wrap=True)
+    streams = report.stats.get("streams")
+    content = f"{_length(report.stats['length_s'])}, {', '.join(streams)}" if streams else ""
+    console.print(title.append(f"  {content}"), soft_wrap=True)
     for style, label, messages in (
         (_STYLES["failed"], "error", report.errors),
         (_STYLES["warnings"], "warning", report.warnings),
@@ -63,14 +65,6 @@ def to_json_lines(reports: Iterable[ValidationReport]) -> Iterator[str]:
 def has_failed(reports: Iterable[ValidationReport], *, strict: bool) -> bool:
     """Return whether any session failed; with `strict`, warnings count as failures."""
     return any(report.has_failed(strict=strict) for report in reports)
-
-
-def _content(report: ValidationReport) -> str:
-    """Format length and streams of a session."""
-    streams = report.stats.get("streams")
-    if not streams:
-        return ""
-    return f"{_length(report.stats['length_s'])}, {', '.join(streams)}"
 
 
 def _length(duration_s: float | None) -> str:

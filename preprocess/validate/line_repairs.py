@@ -361,25 +361,17 @@ def _interpolate(
         time_s = before.time_s + share * (after.time_s - before.time_s)
         line = _with_time(Line(values={}, raw=None, time_s=0.0), time_s, file)
         for spec, low, high in pairs:
-            values = _mix(np.array(low), np.array(high), share, spec)
+            values = np.empty(spec.size)
+            for group, columns in zip(spec.values, spec.slices, strict=True):
+                rules, shape = VALUE_TYPES[group.type], (1, -1, group.vector_size)
+                clean = [rules.clean(np.array(v[columns]).reshape(shape)) for v in (low, high)]
+                mixed = rules.mix(clean[0], clean[1], np.full((1, 1, 1), share))
+                values[columns] = mixed.ravel()
             if np.isfinite(values).all():
                 line = _with_reading(line, spec, values, None)
         line.values[INTERPOLATED] = True
         lines.append(line)
     return lines
-
-
-def _mix(
-    low: NDArray[np.float64], high: NDArray[np.float64], share: float, spec: SensorStream
-) -> NDArray[np.float64]:
-    """Return the values between two readings, as their types say; NaN if one is missing."""
-    mixed = np.empty(spec.size)
-    for group, columns in zip(spec.values, spec.slices, strict=True):
-        rules = VALUE_TYPES[group.type]
-        shape = (1, -1, group.vector_size)
-        before, after = (rules.clean(end[columns].reshape(shape)) for end in (low, high))
-        mixed[columns] = rules.mix(before, after, np.full((1, 1, 1), share)).ravel()
-    return mixed
 
 
 def _times(lines: Sequence[Line]) -> NDArray[np.float64]:

@@ -348,7 +348,11 @@ def find_units(
         rates_hz = [spec.rate_hz for spec in recipe.sensors.values() if spec.file == file]
         per_rate = np.array(rates_hz) * interval / TIME_UNITS[declared]
         if not ((per_rate >= 1 / RATE_FACTOR) & (per_rate <= RATE_FACTOR)).any():
-            is_confirmed = _confirms_unit(times, unit, media_stop_s, declared=declared)
+            is_confirmed = False
+            if media_stop_s is not None:  # only the divided timestamps span the media's length
+                divisors = np.array([TIME_UNITS[unit], TIME_UNITS[declared]])
+                apart_s = np.abs(np.ptp(times) / divisors - media_stop_s)
+                is_confirmed = bool(apart_s[0] <= UNIT_TOLERANCE_S < apart_s[1])
             units[file] = WrongUnit(
                 unit=unit, declared=declared, interval=interval, is_confirmed=is_confirmed
             )
@@ -369,17 +373,6 @@ def find_units(
         elif divisor > 1:
             units[file] = replace(units[first], declared="s")
     return units
-
-
-def _confirms_unit(
-    times: NDArray[np.float64], unit: str, media_stop_s: float | None, *, declared: str
-) -> bool:
-    """Return whether timestamps span the media's length after division, and only then."""
-    if media_stop_s is None:
-        return False
-    length = float(np.ptp(times))
-    is_apart = abs(length / TIME_UNITS[declared] - media_stop_s) > UNIT_TOLERANCE_S
-    return is_apart and abs(length / TIME_UNITS[unit] - media_stop_s) <= UNIT_TOLERANCE_S
 
 
 def _text_divisor(

@@ -342,7 +342,10 @@ def _measure(folder: Path, proposals: dict[str, _Proposal]) -> None:
         # The types of values are not known yet.
         proposals[name].comments.insert(0, describe_stream({**stats, "values": ()}))
         if name in probe.videos:
-            _complete_video(proposals[name], probe.videos[name].track.times_s)
+            times_s, spec = probe.videos[name].track.times_s, proposals[name].spec
+            if (rate_hz := measure_rate_hz(times_s)) is not None:
+                spec["rate_hz"] = min(MAX_VIDEO_RATE_HZ, round_rate(rate_hz))
+                spec["expect"] = _expect_times(times_s)
         elif name in probe.readings:
             _complete_sensor(proposals[name], probe.readings[name], probe.recipe.sensors[name])
 
@@ -360,14 +363,6 @@ def _own_clocks(probe: SessionProbe) -> list[str]:
     if len(begins_at_0) == len(spans):
         return []
     return [name for file in begins_at_0 for name in probe.sensors_of(file)]
-
-
-def _complete_video(proposal: _Proposal, times_s: NDArray[np.float64]) -> None:
-    """Set rate and expectations of a video."""
-    rate_hz = measure_rate_hz(times_s)
-    if rate_hz is not None:
-        proposal.spec["rate_hz"] = min(MAX_VIDEO_RATE_HZ, round_rate(rate_hz))
-        proposal.spec["expect"] = _expect_times(times_s)
 
 
 def _complete_sensor(proposal: _Proposal, readings: Readings, spec: SensorStream) -> None:

@@ -350,10 +350,8 @@ def _sensor_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
 
 
 def _text_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
-    return {
-        "events": len(probe.events[name]),
-        "characters": sum(len(event.text) for event in probe.events[name]),
-    }
+    texts = [event.text for event in probe.events[name]]
+    return {"events": len(texts), "characters": sum(map(len, texts))}
 
 
 def _time_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
@@ -392,17 +390,13 @@ def _describe_sensor(stats: Mapping[str, Any]) -> str:
     return "; ".join([readings, ", ".join(ranges)] if ranges else [readings])
 
 
-def _describe_text(stats: Mapping[str, Any]) -> str:
-    return f"{stats['events']} texts, {stats['characters']} characters"
-
-
 _Statistics = tuple["Callable[[str, SessionProbe], dict[str, Any]]", "Callable[..., str]"]
 
 _STATISTICS: Mapping[Kind, _Statistics] = {
     Kind.VIDEO: (_video_statistics, _describe_video),
     Kind.AUDIO: (_audio_statistics, _describe_audio),
     Kind.SENSOR: (_sensor_statistics, _describe_sensor),
-    Kind.TEXT: (_text_statistics, _describe_text),
+    Kind.TEXT: (_text_statistics, "{events} texts, {characters} characters".format_map),
 }
 """What is measured of a stream that is present, and how that is described."""
 

@@ -26,14 +26,6 @@ if TYPE_CHECKING:
     from shared.page import Band, TimeAxis
     from shared.streams import StreamSpec
 
-_WORDS = {
-    "gap-warning": "gap",
-    "gap-error": "gap",
-    "damaged": "damaged",
-    "masked": "masked",
-    "recorded": "recorded",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Stretches:
@@ -51,9 +43,8 @@ class Stretches:
 
     def bands(self, axis: TimeAxis) -> list[Band]:
         """Draw the stretches."""
-        return draw_bands(
-            self.starts_s, self.stops_s, kind=self.kind, word=_WORDS[self.kind], axis=axis
-        )
+        word = self.kind.partition("-")[0]
+        return draw_bands(self.starts_s, self.stops_s, kind=self.kind, word=word, axis=axis)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +76,8 @@ def draw_timelines(probe: SessionProbe, axis: TimeAxis) -> list[StreamTimeline]:
 def stream_gaps(times_s: NDArray[np.float64], spec: StreamSpec) -> list[Stretches]:
     """Return the gaps of a stream: short ones, then long ones."""
     gaps = find_gaps(times_s, spec)
-    return [
-        _select_intervals("gap-warning", times_s, gaps.is_short),
-        _select_intervals("gap-error", times_s, gaps.is_long),
-    ]
+    kinds = {"gap-warning": gaps.is_short, "gap-error": gaps.is_long}
+    return [Stretches(k, times_s[:-1][is_gap], times_s[1:][is_gap]) for k, is_gap in kinds.items()]
 
 
 def _absent_stream(name: str, probe: SessionProbe) -> StreamTimeline:
@@ -165,13 +154,6 @@ def _describe_flaws(flaws: list[Stretches]) -> str:
     if num_damaged:
         counts.append(f"{num_damaged} {'stretch' if num_damaged == 1 else 'stretches'} damaged")
     return ", ".join(counts)
-
-
-def _select_intervals(
-    kind: str, times_s: NDArray[np.float64], is_chosen: NDArray[np.bool_]
-) -> Stretches:
-    """Return the chosen ones [N - 1] of the intervals between times [N]."""
-    return Stretches(kind, times_s[:-1][is_chosen], times_s[1:][is_chosen])
 
 
 def _find_masked(
