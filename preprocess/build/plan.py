@@ -289,7 +289,10 @@ def _reason(
         key = f"streams.{column.stream}"
         added = tuple(s for s in context.settings if s.startswith((f"{key} ", f"{key}.")))
         return Reason(Cause.SETTINGS_CHANGED if added else Cause.FILE_MISSING, settings=added)
-    before, after = (_named_settings(column, part) for part in (built.basis, basis))
+    before, after = (
+        {k if k in _GENERAL_KEYS else f"streams.{column.stream}.{k}": v for k, v in part.items()}
+        for part in map(recipe_part, (built.basis, basis))
+    )
     has_new_tokenizer = before.pop("tokenizer_sha256", None) != after.pop("tokenizer_sha256", None)
     # Another codec has other keys, which say nothing more.
     both = {key: value for key, value in after.items() if key in before}
@@ -300,14 +303,6 @@ def _reason(
             "another tokenizer",
         )
     return Reason(Cause.SETTINGS_CHANGED if changes else Cause.SESSIONS_CHANGED, settings=changes)
-
-
-def _named_settings(column: Column, basis: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a column depends on besides its rows, under the names of the recipe's keys."""
-    return {
-        key if key in _GENERAL_KEYS else f"streams.{column.stream}.{key}": value
-        for key, value in recipe_part(basis).items()
-    }
 
 
 def _find_changes(

@@ -201,7 +201,15 @@ class PreviousRows:
             for name, built in shard.columns.items()
             if name in self._columns and not self._is_same(built, stored, self._columns[name])
         }
-        columns_of_file = {file: self._columns_of(file) for file in source_files(self._recipe)}
+        streams = self._recipe.streams
+        columns_of_file = {
+            file: {
+                n
+                for n, own in self._columns.items()
+                if file in files_of_stream(streams[own.stream])
+            }
+            for file in source_files(self._recipe)
+        }
         files = {f: columns for f, columns in columns_of_file.items() if columns <= changed}
         # A file explains another one whose columns are some of its own.
         explained = {f for f, own in files.items() if any(own < other for other in files.values())}
@@ -217,12 +225,3 @@ class PreviousRows:
         if scan is None or max(stored.segments) >= scan.num_segments:
             return False
         return built.rows.get(stored.session) == row_hash(stored, column, scan, self._recipe)
-
-    def _columns_of(self, file: str) -> set[str]:
-        """List the columns that take something from a file of a session."""
-        streams = self._recipe.streams
-        return {
-            name
-            for name, column in self._columns.items()
-            if file in files_of_stream(streams[column.stream])
-        }

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from preprocess.validate.media import Envelope, Thumbnail
+    from preprocess.validate.media import Thumbnail
     from preprocess.validate.probe import SessionProbe
     from preprocess.validate.timeline import StreamTimeline
     from shared.page import TextMark
@@ -176,15 +176,8 @@ def _draw_audio(path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> l
     """Draw waveform and level of a sound."""
     spec, audio = probe.recipe.audios[name], probe.audio[name]
     envelope = read_envelope(path / spec.file, spec, duration_s=audio.duration_s, axis=axis)
-    start_s = audio.interval.start_s
-    return [
-        _draw_waveform(name, envelope, start_s, axis),
-        _draw_level(name, envelope, start_s, axis),
-    ]
-
-
-def _draw_waveform(name: str, envelope: Envelope, start_s: float, axis: TimeAxis) -> Plot:
-    xs = axis.xs(envelope.edges_s + start_s)
+    edges_s = envelope.edges_s + audio.interval.start_s
+    xs = axis.xs(edges_s)
     peak = max(float(envelope.high.max()), -float(envelope.low.min()))
     limit = 1.0 if 0.5 < peak <= 1.0 else round_up(peak)
     values = ValueAxis(-limit, limit, _PLOT_HEIGHT)
@@ -195,27 +188,25 @@ def _draw_waveform(name: str, envelope: Envelope, start_s: float, axis: TimeAxis
         Band(float(xs[i]), max(2.0, float(xs[j] - xs[i])), "clipped", "samples at full scale")
         for i, j in zip(np.flatnonzero(is_first), np.flatnonzero(is_last) + 1, strict=True)
     ]
-    return Plot(
+    waveform = Plot(
         name=f"{name}.waveform",
         title=f"{name} waveform, full scale is 1",
         y_ticks=values.ticks(),
         curves=[PlotCurve(area, 0, "", is_area=True)],
         alarms=clipped,
     )
-
-
-def _draw_level(name: str, envelope: Envelope, start_s: float, axis: TimeAxis) -> Plot:
     top_db = max(0.0, 10 * math.ceil(float(envelope.level_db.max()) / 10))
     values = ValueAxis(FLOOR_DB, top_db, _PLOT_HEIGHT)
     silence_db = 20 * math.log10(SILENCE_RMS)
-    levels = (envelope.edges_s[:-1] + envelope.edges_s[1:]) / 2 + start_s, envelope.level_db
-    return Plot(
+    levels = (edges_s[:-1] + edges_s[1:]) / 2, envelope.level_db
+    level = Plot(
         name=f"{name}.level",
         title=f"{name} level, dBFS (RMS)",
         y_ticks=[Tick(values.y(v), f"{v}") for v in range(-90, int(top_db) + 1, 30)],
         curves=[PlotCurve(curve_path([levels], axis=axis, values=values), 0, "")],
         limits=[Tick(values.y(silence_db), "silent below")],
     )
+    return [waveform, level]
 
 
 def _draw_sensor(_path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> list[Plot]:

@@ -216,12 +216,18 @@ def describe_totals(statuses: Sequence[Status], length: str) -> str:
 
 
 def _iter_sources(locations: Iterable[str], recipe: Recipe) -> Iterator[Path | CheckedSession]:
-    """Yield session folders and single media files; a failed report for each bad location."""
+    """Yield session folders and single media files; a failed report for each bad location.
+
+    Sessions of a store are copied to a temporary folder, one at a time.
+    """
     for text in locations:
         location = parse_location(text)
         try:
             if isinstance(location, Store):
-                yield from _iter_copies(location, recipe)
+                for recording in find_recordings(location.url, recipe).values():
+                    assert isinstance(recording, RemoteRecording)
+                    with tempfile.TemporaryDirectory(prefix="session-") as folder:
+                        yield recording.download_to(Path(folder), scanned_files(recipe))
             elif not location.is_file():
                 yield from find_sessions(location, recipe)
             elif location.suffix in _LINE_SUFFIXES:
@@ -232,14 +238,6 @@ def _iter_sources(locations: Iterable[str], recipe: Recipe) -> Iterator[Path | C
                 yield location
         except (SessionError, StorageError) as error:
             yield _make_failed_report(Path(str(location)), str(location), str(error))
-
-
-def _iter_copies(store: Store, recipe: Recipe) -> Iterator[Path]:
-    """Copy each session of a store to a temporary folder."""
-    for recording in find_recordings(store.url, recipe).values():
-        assert isinstance(recording, RemoteRecording)
-        with tempfile.TemporaryDirectory(prefix="session-") as folder:
-            yield recording.download_to(Path(folder), scanned_files(recipe))
 
 
 def _check_single_file(path: Path, folder: Path) -> CheckedSession:

@@ -130,7 +130,11 @@ def _draw_stream(name: str, probe: SessionProbe, axis: TimeAxis) -> StreamTimeli
     """Draw a recorded stream, its flaws on top."""
     interval, duration_s = probe.intervals[name], probe.duration_s
     (starts_s, stops_s), flaws = _FLAWS[probe.recipe.streams[name].kind](name, probe)
-    masked = _find_masked(starts_s, stops_s, duration_s)
+    # Masked is what the stretches, both ends increasing, do not cover.
+    left_s = np.clip(np.append(0.0, stops_s), 0.0, duration_s)
+    right_s = np.clip(np.append(starts_s, duration_s), 0.0, duration_s)
+    is_masked = right_s - left_s > EPSILON_S
+    masked = Stretches("masked", left_s[is_masked], right_s[is_masked])
     recorded = Stretches("recorded", np.array([interval.start_s]), np.array([interval.stop_s]))
     masked_s = float(masked.durations_s.sum())
     return StreamTimeline(
@@ -154,13 +158,3 @@ def _describe_flaws(flaws: list[Stretches]) -> str:
     if num_damaged:
         counts.append(f"{num_damaged} {'stretch' if num_damaged == 1 else 'stretches'} damaged")
     return ", ".join(counts)
-
-
-def _find_masked(
-    starts_s: NDArray[np.float64], stops_s: NDArray[np.float64], duration_s: float
-) -> Stretches:
-    """Return the parts of a session that stretches [N], both ends increasing, do not cover."""
-    left_s = np.clip(np.append(0.0, stops_s), 0.0, duration_s)
-    right_s = np.clip(np.append(starts_s, duration_s), 0.0, duration_s)
-    is_masked = right_s - left_s > EPSILON_S
-    return Stretches("masked", left_s[is_masked], right_s[is_masked])
