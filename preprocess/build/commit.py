@@ -177,9 +177,6 @@ def _files_of(name: str, store: ShardSetStore, *, known: Collection[str]) -> set
     return files
 
 
-# --- rejected.jsonl --------------------------------------------------------------------------
-
-
 def rejected_lines(
     scans: Mapping[str, SessionScan], recipe: Recipe, failures: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:

@@ -58,9 +58,6 @@ class Row:
         return f"{self.session}/{self.segment.index:06d}"
 
 
-# --- shards that exist -----------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltColumn:
     """A finished column file, as the index of its shard describes it."""
@@ -112,9 +109,6 @@ def built_columns(index: ShardIndex) -> dict[str, BuiltColumn]:
 def sessions_of(index: ShardIndex) -> tuple[SessionSegments, ...]:
     """Read what a shard holds from its index, in row order."""
     return tuple(SessionSegments(name, tuple(numbers)) for name, numbers in index.segments)
-
-
-# --- shards to write -------------------------------------------------------------------------
 
 
 class Cause(StrEnum):

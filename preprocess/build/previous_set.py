@@ -115,8 +115,6 @@ def _corrupt_columns(index_file: str, *, store: ShardSetStore) -> list[str]:
     return corrupt
 
 
-# --- rows ------------------------------------------------------------------------------------
-
 _TIMESTAMPED_KINDS = (Kind.SENSOR, Kind.TEXT)
 """Kinds whose samples have timestamps on the recorder's clock."""
 

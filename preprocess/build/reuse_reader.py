@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class ColumnFileCache(AbstractContextManager["ColumnFileCache"]):
         self._open.popitem(last=False)[1].close()
 
 
+@dataclass(frozen=True, slots=True)
 class ShardReader:
     """Reads the rows of a session in one column from finished shards.
 
@@ -58,12 +60,9 @@ class ShardReader:
     file of each shard or subtask that holds rows of the session.
     """
 
-    def __init__(
-        self, session: str, *, shards: Sequence[tuple[ShardIndex, str]], files: ColumnFileCache
-    ) -> None:
-        self._session = session
-        self._shards = shards
-        self._files = files
+    session: str
+    shards: Sequence[tuple[ShardIndex, str]]
+    files: ColumnFileCache
 
     def iter_rows(
         self, column: Column, rows: Sequence[Row], failures: list[DecodeFailure]
@@ -74,20 +73,20 @@ class ShardReader:
             CorruptError: the shards lack a row, or its bytes differ from their checksum.
         """
         stored: dict[int, tuple[ShardIndex, str, int]] = {}
-        for index, file in self._shards:
+        for index, file in self.shards:
             failures += [
                 failure
                 for failure in index.decode_failures
-                if failure["session"] == self._session and failure["stream"] == column.stream
+                if failure["session"] == self.session and failure["stream"] == column.stream
             ]
-            number = index.sessions.index(self._session)
+            number = index.sessions.index(self.session)
             for position in np.flatnonzero(index.arrays["session"] == number).tolist():
                 stored[index.segment(position)] = index, file, position
         for row in rows:
             if row.segment.index not in stored:
                 raise CorruptError(f"no previous index has {row.key}; {REBUILD_HINT}")
             index, file, position = stored[row.segment.index]
-            column_file = self._files.open(file)
+            column_file = self.files.open(file)
             content = column_file.read(
                 index.members(column.name), position, max_bytes=column.max_bytes
             )

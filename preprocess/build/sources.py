@@ -187,8 +187,6 @@ def _stamp_of_object(file: StoredFile | None) -> list[Any] | None:
     return None if file is None else [file.length_bytes, file.tag]
 
 
-# --- time ------------------------------------------------------------------------------------
-
 _BYTES_PER_S: Mapping[tuple[Kind, str], float] = {
     (Kind.VIDEO, "tar"): 0.5e6,
     (Kind.AUDIO, "tar"): 20e6,
@@ -225,8 +223,6 @@ def scan_seconds(recording: Recording, recipe: Recipe) -> float:
         for name, stamp in recording.stamp.items()
     )
 
-
-# --- scans -----------------------------------------------------------------------------------
 
 SCAN_VERSION = 5
 """Raised when a scan of the same files would give another result or has other keys."""
@@ -301,9 +297,6 @@ def _parse_cache(content: bytes) -> dict[str, tuple[str, dict[str, Any], Session
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return cached
-
-
-# --- tasks -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

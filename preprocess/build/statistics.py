@@ -95,8 +95,6 @@ _EXPECTED_BINS = 50
 
 FULL_SCALE = 2**15
 
-# --- columns of a shard ----------------------------------------------------------------------
-
 
 def sensor_axes(spec: SensorStream) -> list[Axis | None]:
     """Return the bins of each value of a sensor; None for values without statistics.
@@ -198,9 +196,6 @@ def _token_statistics(ids: Iterable[Sequence[int]], _spec: StreamSpec) -> dict[s
     return {"tokens": np.bincount(tokens).tolist()}
 
 
-# --- sets ------------------------------------------------------------------------------------
-
-
 def merge(
     shards: Sequence[Mapping[str, Any]], columns: Iterable[Column], *, num_samples: int
 ) -> dict[str, Any]:
@@ -289,8 +284,6 @@ _SUMMARIES: Mapping[tuple[Kind, str], _Summary] = {
 }
 """How the statistics of a column are computed in a shard and merged, by kind and container."""
 
-
-# --- exact sums ------------------------------------------------------------------------------
 
 SCALE_BITS = 1074
 """Sums are counted in units of 2**-1074, the smallest float64: every sum is a whole number of

@@ -175,9 +175,6 @@ def _session_streams(
     return used, encoded
 
 
-# --- columns ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _RowReaders:
     """Reads rows from the sources that a plan names."""
@@ -280,9 +277,6 @@ def _keep_column(
         summary = statistics.summarize(column, values, builder.recipe)
     if summary is not None:
         builder.statistics[name] = summary
-
-
-# --- index -----------------------------------------------------------------------------------
 
 
 def _stored_rows(task: ShardTask, recipe: Recipe, indexes: Sequence[ShardIndex]) -> Iterator[Row]:

@@ -126,9 +126,6 @@ class IndexBuilder:
         return ShardIndex(header=header, arrays=arrays)
 
 
-# --- columns ---------------------------------------------------------------------------------
-
-
 def write_column(
     builder: IndexBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
 ) -> None:
@@ -185,9 +182,7 @@ def _write_zarr(
     return values
 
 
-# --- sessions --------------------------------------------------------------------------------
-
-
+@dataclass(frozen=True, slots=True)
 class SessionEncoder:
     """Reads the rows of a session from its recording and encodes them.
 
@@ -195,11 +190,8 @@ class SessionEncoder:
     the pass; the pictures get the bits of the whole pass.
     """
 
-    def __init__(
-        self, reader: SessionReader, *, decode_context: Sequence[Segment] | None = None
-    ) -> None:
-        self._reader = reader
-        self._decode_context = decode_context
+    reader: SessionReader
+    decode_context: Sequence[Segment] | None = None
 
     def iter_rows(
         self, column: Column, rows: Sequence[Row], failures: list[DecodeFailure]
@@ -210,19 +202,19 @@ class SessionEncoder:
             return
         encode = _ENCODERS[column.kind, column.container]
         for row in rows:
-            yield EncodedRow(row, encode(self._reader, column.stream, row.segment))
+            yield EncodedRow(row, encode(self.reader, column.stream, row.segment))
 
     def _iter_video(
         self, stream: str, rows: Sequence[Row], failures: list[DecodeFailure]
     ) -> Iterator[EncodedRow]:
         """Yield rows with encoded pictures; rows of which no picture decodes become failures."""
-        reader, missing = self._reader, {row.segment.index: row for row in rows}
+        reader, missing = self.reader, {row.segment.index: row for row in rows}
         spec = reader.recipe.videos[stream]
         reason = "no picture of this segment decodes"
         segments = [row.segment for row in rows]
         try:
             for segment, frames in (
-                reader.iter_frames(stream, segments, decode_context=self._decode_context)
+                reader.iter_frames(stream, segments, decode_context=self.decode_context)
                 if rows
                 else ()
             ):

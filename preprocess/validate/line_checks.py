@@ -317,8 +317,8 @@ def _unit_findings(probe: SessionProbe) -> list[Finding]:
         if not sensors:  # texts follow the sensors
             continue
         message = (
-            f"timestamps look like {guess.name}, not {UNIT_NAMES.get(guess.declared, 'seconds')}: "
-            f"a line every {guess.interval:g}; all other messages about times assume divided "
+            f"timestamps look like {UNIT_NAMES[guess.unit]}, not "
+            f"{UNIT_NAMES.get(guess.declared, 'seconds')}: a line every {guess.interval:g}; all other messages about times assume divided "
             f"timestamps; fix: set `time_unit: {guess.unit}` of {sensors} in the recipe, or "
             f"divide them by {guess.factor:.12g}"
         )

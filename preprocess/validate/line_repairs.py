@@ -26,7 +26,7 @@ from preprocess.validate.line_checks import (
     MIN_GAP_INTERVALS,
     is_mostly_unread,
 )
-from preprocess.validate.probe import WrongUnit, find_units, raw_timestamp
+from preprocess.validate.probe import UNIT_NAMES, WrongUnit, find_units, raw_timestamp
 from preprocess.validate.value_checks import ROUNDING
 from shared.clock import EPSILON_S, clock_offset
 from shared.session.folder import files_of_stream
@@ -161,7 +161,8 @@ def convert_units(
     for name, unit in units.items():
         alike.setdefault(replace(unit, interval=0.0), []).append(name)
     sentences = [
-        f"{', '.join(names)}: divided all timestamps by {unit.factor:.12g}; they were {unit.name}"
+        f"{', '.join(names)}: divided all timestamps by {unit.factor:.12g}; they were "
+        f"{UNIT_NAMES[unit.unit]}"
         for unit, names in alike.items()
     ]
     divided = {

@@ -87,11 +87,6 @@ class WrongUnit:
     """Whether the media confirm it, and texts too, so that --fix divides the timestamps."""
 
     @property
-    def name(self) -> str:
-        """Name of the unit."""
-        return UNIT_NAMES[self.unit]
-
-    @property
     def factor(self) -> float:
         """What the timestamps must be divided by to be in the declared unit."""
         return TIME_UNITS[self.unit] / TIME_UNITS[self.declared]

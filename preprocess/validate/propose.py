@@ -148,9 +148,6 @@ def _free_name(text: str, taken: Mapping[str, object], kind: str) -> str:
     return next(name for name in itertools.chain([plain], numbered) if name not in taken)
 
 
-# --- where values are ---
-
-
 def _find_streams(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposal]]:
     """Yield a name and a proposal for each stream of a file."""
     suffix = path.suffix.lower()
@@ -316,9 +313,6 @@ def _unit_of(time_key: str) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-# --- what values are ---
 
 
 def _measure(folder: Path, proposals: dict[str, _Proposal]) -> None:
@@ -506,9 +500,6 @@ def _guess_scalar(values: NDArray[np.float64], name: str) -> ValueType:
     if is_moving and values.min() >= 0 and values.max() <= 1:
         return ValueType.FRACTION
     return ValueType.SCALAR
-
-
-# --- the text ---
 
 
 def _render(
