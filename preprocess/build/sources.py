@@ -267,7 +267,7 @@ def scan_sessions(
     function = partial(_scan, recipe=recipe, store=store)
     new = cluster.map(function, work, label="scan sessions", work_s=seconds)
     scans.update(zip(changed, new, strict=True))
-    scans = {name: scans[name] for name in sorted(scans)}
+    scans = dict(sorted(scans.items()))
     if changed or set(cached) != set(scans):
         lines = [
             {"basis": basis, "stamp": stamps[name], "scan": scan.as_json()}

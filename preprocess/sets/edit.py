@@ -4,7 +4,8 @@ Nothing is decoded. Members are copied as they are, and whole files are linked i
 behind a URL pass through a temporary folder, a column of one shard at a time.
 
 The result is what a build of the remaining sessions would keep: their fingerprints stay, so the
-next build has nothing to do for them.
+next build has nothing to do for them. Every function raises StorageError if a store can't be read
+or written, and every one that writes raises JobError if the disk is full.
 """
 
 from __future__ import annotations
@@ -75,7 +76,6 @@ def list_sessions(location: Path | str) -> list[SetSession]:
 
     Raises:
         ShardError: the set can't be read.
-        StorageError: the store can't be reached.
     """
     with open_shard_set(parse_location(location)) as store:
         return _list(store, store.read_manifest())
@@ -88,8 +88,6 @@ def drop_sessions(
 
     Raises:
         ShardError: no such set or session, no sample would be left, or another job builds the set.
-        JobError: the disk is full.
-        StorageError: the store can't be read or written.
     """
     with open_shard_set(parse_location(location)) as existing:
         existing.read_manifest()  # fails before the claim creates a folder
@@ -111,8 +109,6 @@ def split_sessions(location: Path | str, out: Path | str, names: Collection[str]
 
     Raises:
         ShardError: no such set or session, or there is already a set at `out`.
-        JobError: the disk is full.
-        StorageError: a store can't be read or written.
     """
     with open_shard_set(parse_location(location)) as store:
         manifest = store.read_manifest()
@@ -126,8 +122,6 @@ def merge_sets(out: Path | str, locations: Sequence[Path | str]) -> Manifest:
     Raises:
         ShardError: no such set, two are the same one, their recipes or tokenizers differ, a session
             is in two of them, or there is already a set at `out`.
-        JobError: the disk is full.
-        StorageError: a store can't be read or written.
     """
     with ExitStack() as stack:
         selections = []

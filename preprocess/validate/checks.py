@@ -96,14 +96,11 @@ def issue_findings(
 
 def check_files(probe: SessionProbe) -> list[Finding]:
     """Check that every file that exists can be read."""
-    return [
-        Finding(
-            "warning" if file == SESSION_INFO_FILE else "error",
-            f"{file}: {reason}",
-            probe.streams_of(file),
-        )
-        for file, reason in probe.unreadable.items()
-    ]
+    findings: list[Finding] = []
+    for file, reason in probe.unreadable.items():
+        level: Level = "warning" if file == SESSION_INFO_FILE else "error"
+        findings.append(Finding(level, f"{file}: {reason}", probe.streams_of(file)))
+    return findings
 
 
 def check_streams(probe: SessionProbe) -> list[Finding]:
@@ -267,15 +264,13 @@ def check_durations(probe: SessionProbe) -> list[Finding]:
                 any(probe.recipe.streams[name].required for name in s.streams)
                 for s in (source, longest)
             )
-            findings.append(
-                Finding(
-                    "error" if is_error else "warning",
-                    f"{source.label} ends at {source.interval.stop_s:.2f} s, {longest.label} at "
-                    f"{stop_s:.2f} s, {apart_s:.2f} s apart; "
-                    f"{_advise_on_end(probe, apart_s, longest=longest)}",
-                    source.streams,
-                )
+            message = (
+                f"{source.label} ends at {source.interval.stop_s:.2f} s, {longest.label} at "
+                f"{stop_s:.2f} s, {apart_s:.2f} s apart; "
+                f"{_advise_on_end(probe, apart_s, longest=longest)}"
             )
+            level: Level = "error" if is_error else "warning"
+            findings.append(Finding(level, message, source.streams))
         if source.interval.start_s > END_WARNING_S:
             advice = "it is masked before that; fix: start the recorders together"
             message = f"{source.label} starts at {source.interval.start_s:.2f} s; {advice}"

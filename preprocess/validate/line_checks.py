@@ -318,9 +318,9 @@ def _unit_findings(probe: SessionProbe) -> list[Finding]:
             continue
         message = (
             f"timestamps look like {UNIT_NAMES[guess.unit]}, not "
-            f"{UNIT_NAMES.get(guess.declared, 'seconds')}: a line every {guess.interval:g}; all other messages about times assume divided "
-            f"timestamps; fix: set `time_unit: {guess.unit}` of {sensors} in the recipe, or "
-            f"divide them by {guess.factor:.12g}"
+            f"{UNIT_NAMES.get(guess.declared, 'seconds')}: a line every {guess.interval:g}; all "
+            "other messages about times assume divided timestamps; fix: set `time_unit: "
+            f"{guess.unit}` of {sensors} in the recipe, or divide them by {guess.factor:.12g}"
         )
         if guess.is_confirmed and probe.is_fixable(file):
             message += ", then they last as long as the media (--fix does it)"

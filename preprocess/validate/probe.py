@@ -357,12 +357,8 @@ def find_units(
         return units
     first = next(iter(units))
     for file, times in texts.items():
-        divisor = _text_divisor(
-            times,
-            times=sensors[first],
-            units_per_s=TIME_UNITS[units[first].unit],
-            media_stop_s=media_stop_s,
-        )
+        units_per_s = TIME_UNITS[units[first].unit]
+        divisor = _text_divisor(times, sensors[first] / units_per_s, units_per_s, media_stop_s)
         if divisor is None:
             units = {f: replace(unit, is_confirmed=False) for f, unit in units.items()}
         elif divisor > 1:
@@ -372,26 +368,23 @@ def find_units(
 
 def _text_divisor(
     texts: NDArray[np.float64],
-    *,
-    times: NDArray[np.float64],
+    times_s: NDArray[np.float64],
     units_per_s: float,
     media_stop_s: float | None,
 ) -> float | None:
     """Return the divisor that turns timestamps of a text file into seconds.
 
-    It is 1 if they are seconds already, `units_per_s` of the sensors' `times` if only that fits,
-    and None if neither fits.
+    It is 1 if they are seconds already, `units_per_s` if only then they fit the sensors' times, and
+    None if neither fits.
     """
-    if not len(texts):
+
+    def fits(texts_s: NDArray[np.float64], first_s: float, last_s: float) -> bool:
+        low_s, high_s = first_s - UNIT_TOLERANCE_S, last_s + UNIT_TOLERANCE_S
+        return bool(texts_s.min() >= low_s and texts_s.max() <= high_s)
+
+    if not len(texts) or (media_stop_s is not None and fits(texts, 0.0, media_stop_s)):
         return 1.0
-    low, high = float(texts.min()), float(texts.max())
-    limit_s = None if media_stop_s is None else media_stop_s + UNIT_TOLERANCE_S
-    if limit_s is not None and low >= -UNIT_TOLERANCE_S and high <= limit_s:
-        return 1.0
-    first_s = float(times.min()) / units_per_s - UNIT_TOLERANCE_S
-    last_s = float(times.max()) / units_per_s + UNIT_TOLERANCE_S
-    is_between = first_s <= low / units_per_s and high / units_per_s <= last_s
-    return units_per_s if is_between else None
+    return units_per_s if fits(texts / units_per_s, times_s.min(), times_s.max()) else None
 
 
 def _declared_unit(file: str, recipe: Recipe) -> str:

@@ -43,6 +43,7 @@ from shared.media.sound import read_sound
 from shared.media.video import read_video_track
 from shared.session.alignment import MEDIA_KINDS, read_starts
 from shared.session.folder import files_of_stream, read_timed_lines
+from shared.streams import AudioStream, VideoStream
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -162,14 +163,13 @@ def _find_media_stop(
     """Return whether all media can be read, and when the last one ends, if there is any."""
     stops_s: list[float] = []
     try:
-        for name, video in recipe.videos.items():
-            if (path / video.file).exists():
-                track = read_video_track(path / video.file)
-                stops_s.append(align_track(track, starts.get(name)).stop_s)
-        for name, audio in recipe.audios.items():
-            if (path / audio.file).exists():
-                sound = read_sound(path / audio.file, rate_hz=audio.rate_hz, track=audio.track)
-                stops_s.append(align_sound(sound, starts.get(name)).stop_s)
+        for name, spec in recipe.streams.items():
+            file, start_s = path / spec.file, starts.get(name)
+            if isinstance(spec, VideoStream) and file.exists():
+                stops_s.append(align_track(read_video_track(file), start_s).stop_s)
+            elif isinstance(spec, AudioStream) and file.exists():
+                sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track)
+                stops_s.append(align_sound(sound, start_s).stop_s)
     except MediaError:
         return False, None
     return True, max(stops_s, default=None)
