@@ -29,7 +29,12 @@ def explain_plan(plan: Plan) -> list[tuple[Verb, str]]:
     An example is ``make``, ``3 of 9 dmel columns: mel.levels 16 -> 32; 120 rows made``.
     """
     lines: list[tuple[Verb, str]] = [("make", line) for line in _explain_columns(plan)]
-    lines += [("remove", line) for line in _explain_removed(plan)]
+    # The columns whose streams are not declared any more, with the settings that say so.
+    if removed := sorted({name for task in plan.tasks for name in task.removed}):
+        num = sum(bool(task.removed) for task in plan.tasks)
+        settings = "; ".join(s for s in plan.settings if s.endswith(" removed"))
+        columns = f"{num} of {len(plan.order)} {', '.join(removed)} columns"
+        lines.append(("remove", f"{columns}: {settings}"))
     if plan.dropped:
         owner = "its" if len(plan.dropped) == 1 else "their"
         changes = _names(plan.dropped_changes) or f"other shards hold {owner} sessions"
@@ -59,16 +64,6 @@ def _explain_columns(plan: Plan) -> list[str]:
         + f": {explanation}"
         for (num, explanation), columns in columns_of.items()
     ]
-
-
-def _explain_removed(plan: Plan) -> list[str]:
-    """List the columns whose streams are not declared any more, with the settings that say so."""
-    removed = sorted({name for task in plan.tasks for name in task.removed})
-    if not removed:
-        return []
-    num = sum(bool(task.removed) for task in plan.tasks)
-    settings = "; ".join(s for s in plan.settings if s.endswith(" removed"))
-    return [f"{num} of {len(plan.order)} {', '.join(removed)} columns: {settings}"]
 
 
 def _explain(reason: Reason, column: str, tasks: Sequence[ShardTask]) -> str:

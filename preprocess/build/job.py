@@ -229,7 +229,6 @@ def _choose_tokenizer(
     cluster: Cluster,
 ) -> tuple[TextTokenizer, str]:
     """Load the recipe's tokenizer, keep the previous one, or train one; return its file too."""
-    # The recipe's tokenizer, the previous one if the same settings trained it, or a new one.
     tokenizer: TextTokenizer | None = None
     texts, streams = recipe.text, recipe.of_kind(Kind.TEXT)
     if texts.tokenizer is not None:

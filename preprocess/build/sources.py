@@ -213,15 +213,12 @@ def column_seconds(recording: Recording, column: Column, recipe: Recipe) -> floa
 
 def scan_seconds(recording: Recording, recipe: Recipe) -> float:
     """Estimate how long one process takes to scan a session."""
-    rates: dict[str, float] = {}
+    rates = dict.fromkeys(recording.stamp, HASHED_BYTES_PER_S)
     for spec in recipe.streams.values():
-        rate = _SCAN_BYTES_PER_S.get(spec.kind, HASHED_BYTES_PER_S)
         for name in files_of_stream(spec):
-            rates[name] = min(rate, rates.get(name, HASHED_BYTES_PER_S))
-    return sum(
-        float(stamp[0]) / rates.get(name, HASHED_BYTES_PER_S)
-        for name, stamp in recording.stamp.items()
-    )
+            rate = _SCAN_BYTES_PER_S.get(spec.kind, HASHED_BYTES_PER_S)
+            rates[name] = min(rate, rates.get(name, rate))
+    return sum(float(stamp[0]) / rates[name] for name, stamp in recording.stamp.items())
 
 
 SCAN_VERSION = 5

@@ -18,7 +18,6 @@ from shared.page import PLOT_WIDTH, format_time, page_environment
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
     from typing import Self
 
     from preprocess.validate.panels import SessionPanels
@@ -47,12 +46,7 @@ class ReportPage:
         self._sections = tempfile.TemporaryFile(dir=self._path.parent)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         """Write the page, unless an error ends the block."""
         assert self._sections is not None
         with self._sections:
