@@ -250,9 +250,8 @@ def _print_build(summary: BuildSummary, location: Path | Store) -> None:
     counts = summary.manifest.counts
     state = "is up to date" if summary.plan.is_empty and not lines else "is ready"
     click.echo(
-        f"{location} {state}: {counts['sessions']} sessions, {counts['segments_planned']} segments "
-        f"= {counts['samples']} samples ({summary.manifest.num_samples('val')} held out) + "
-        f"{counts['segments_rejected']} rejected"
+        f"{location} {state}: {counts['sessions']} sessions, {counts['samples']} segments "
+        f"({summary.manifest.num_samples('val')} held out) + {counts['segments_rejected']} rejected"
     )
     if summary.rejected:
         click.echo(f"what the set lacks, and why: {location}/rejected.jsonl")

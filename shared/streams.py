@@ -28,9 +28,10 @@ MAX_STREAMS = 512
 STREAM_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 RESERVED_NAMES = frozenset([
     "animation", "coverage", "epoch", "extras", "index", "inputs", "keys", "made_s", "num_samples",
-    "present", "segment", "session", "skipped", "stages_s", "targets", "total", "weight",
+    "present", "segment", "session", "skipped", "stages_s", "targets", "timestamp", "total",
+    "valid", "vision", "weight",
 ])  # fmt: skip
-"""Names of other things in batches, indexes and metrics."""
+"""Names of other things in batches, indexes, predictions and metrics."""
 
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,254}")
 
@@ -113,6 +114,11 @@ class ValueGroup(Section):
             )
         if len(set(names)) != len(names) or not all(names):
             raise ValueError("names are empty or repeat; fix: give each value its own name")
+        if self.type is ValueType.ANGLE and self.unit not in (None, "rad"):
+            raise ValueError(
+                f"angles wrap in radians, but their unit is {self.unit!r}; fix: convert to rad, or "
+                "write `type: scalar`"
+            )
         return self
 
 

@@ -166,6 +166,11 @@ def test_a_wrong_stream_gets_one_line_with_its_key(stream, message):
             {"count": 2, "type": "angle", "names": ["x", ""]},
             "names are empty or repeat; fix: give each",
         ),
+        (
+            {"count": 2, "type": "angle", "unit": "deg"},
+            "but their unit is 'deg'; fix: convert to rad, or write `type: scalar`",
+        ),
+        ({"count": 2, "type": "angle", "unit": ""}, "fix: convert to rad"),
         ({"count": 2, "type": "angle", "names": "xy"}, "expected a list in square brackets"),
     ],
 )
@@ -180,7 +185,7 @@ def test_names_of_values_do_not_repeat_across_groups():
 
 
 @pytest.mark.parametrize(
-    "name", ["a", "wrist_2", "x" * 32, "g", "g1x", "valid", "gaze", *DEFAULT_STREAMS]
+    "name", ["a", "wrist_2", "x" * 32, "g", "g1x", "validity", "gaze", *DEFAULT_STREAMS]
 )
 def test_plain_names_are_accepted(name):
     check_stream_name(name)
@@ -230,6 +235,7 @@ def test_units_are_those_of_the_type_unless_the_recipe_gives_one():
         "scalar": "", "fraction": "0..1", "angle": "rad", "velocity": "rad/s", "position": "m",
         "quaternion": "", "direction": "",
     }  # fmt: skip
+    assert ValueGroup(count=1, type=ValueType.ANGLE, unit="rad").unit_label == "rad"
     assert ValueGroup(count=3, type=ValueType.POSITION, unit="cm").unit_label == "cm"
     assert ValueGroup(count=3, type=ValueType.POSITION, unit="").unit_label == ""
 

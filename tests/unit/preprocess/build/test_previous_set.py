@@ -104,6 +104,13 @@ def test_a_dry_run_names_what_is_damaged(sessions, out, tmp_path):
     assert CliRunner().invoke(cli, [*command, "--verify"]).output.strip() == (
         "would make 1 of 2 proprio columns: its bytes differ from their checksum; 2 rows made"
     )
+    lines = CliRunner().invoke(cli, [*command[:-1], "--verify"]).output.splitlines()
+    manifest = read_manifest(out)
+    held_out = sum(shard.num_samples for shard in manifest.shards if shard.split == "val")
+    assert (
+        f"{out} is ready: 4 sessions, {manifest.counts['samples']} segments ({held_out} held out) "
+        f"+ {manifest.counts['segments_rejected']} rejected"
+    ) in lines
 
 
 def test_hashes_of_rows_are_those_of_the_specification(sessions, out):

@@ -45,20 +45,6 @@ def test_all_videos_are_one_modality_and_any_other_stream_its_own(streams, camer
     assert found == {"vision": cameras, **others}
 
 
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [
-        ({"kind": "text", "stream": "v"}, {"Vision": VISION, "vision": ("vision",)}),
-        ({"kind": "video", "file": "v.mp4"}, {"vision": ("vision", *VISION)}),
-    ],
-)
-def test_a_stream_called_vision_is_never_lost(spec, expected):
-    shapes = make_shapes(streams={**DEFAULT_STREAMS, "vision": spec})
-    found = modalities(shapes)
-    assert {name: found[name] for name in expected} == expected
-    assert sorted(s for streams in found.values() for s in streams) == sorted(shapes.inputs)
-
-
 def test_only_inputs_are_modalities():
     config = make_config({"data": {"modalities": ["audio", "vision_left"]}})
     found = modalities(make_shapes(config))

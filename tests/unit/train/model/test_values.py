@@ -17,7 +17,12 @@ from train.model.values import MIN_STD, RULES, SensorValues, last_positions, val
 STANDARDIZED = {ValueType.SCALAR, ValueType.VELOCITY, ValueType.POSITION}
 UNIT = {ValueType.QUATERNION, ValueType.DIRECTION}
 ALL_TYPES = tuple(
-    ValueGroup(count=2 * VECTOR_SIZES.get(each, 1), type=each, unit="m/s") for each in ValueType
+    ValueGroup(
+        count=2 * VECTOR_SIZES.get(each, 1),
+        type=each,
+        unit="rad" if each is ValueType.ANGLE else "m/s",
+    )
+    for each in ValueType
 )
 SIZE = sum(group.count for group in ALL_TYPES)
 
