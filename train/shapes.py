@@ -286,8 +286,9 @@ def sample_positions(
 def common_period_s(rates_hz: list[float]) -> Fraction:
     """Return the shortest time in seconds in which each rate has a whole number of samples."""
     rates = [as_fraction(rate_hz) for rate_hz in rates_hz]
-    product = math.prod(rate.denominator for rate in rates)
-    return Fraction(product, math.gcd(*(int(rate * product) for rate in rates)))
+    return Fraction(
+        math.lcm(*(r.denominator for r in rates)), math.gcd(*(r.numerator for r in rates))
+    )
 
 
 def as_fraction(value: float) -> Fraction:
@@ -309,9 +310,10 @@ def count_segment_ticks(segment_s: float, tick_rate_hz: float) -> int:
 
 def _require_period(recipe: Recipe, config: TrainConfig, names: list[str]) -> None:
     """Check that windows begin and end on whole samples of every stream that is read."""
-    specs = (recipe.streams[name] for name in names)
-    rates_hz = [r for r in map(stored_rate_hz, specs) if r is not None]
-    period = common_period_s([config.model.tick_rate_hz, *rates_hz])
+    stored = {name: stored_rate_hz(recipe.streams[name]) for name in names}
+    rates_hz = {n: r for n, r in stored.items() if r is not None}
+    rates_hz["ticks"] = config.model.tick_rate_hz
+    period = common_period_s([*rates_hz.values()])
     window = config.data.window
     for key, value in (("duration_s", window.duration_s), ("stride_s", window.stride)):
         multiple = as_fraction(value) / period
@@ -320,9 +322,18 @@ def _require_period(recipe: Recipe, config: TrainConfig, names: list[str]) -> No
             fits = [f"{float(fit):g}" for fit in (below, below + period) if fit > 0]
             raise ConfigError(
                 f"data.window.{key} {value:g} is not a multiple of {float(period):g} s, the "
-                f"shortest time with whole samples of every stream that is read; fix: set it to "
-                f"{' or '.join(fits)}"
+                f"shortest time with whole samples of {_describe_rates(rates_hz)}; fix: set it to "
+                f"{' or '.join(fits)}, or read fewer streams (data.modalities)"
             )
+
+
+def _describe_rates(rates_hz: Mapping[str, float]) -> str:
+    """Name the ticks, which come last, and streams without any of which the period is shorter."""
+    period, kept = common_period_s([*rates_hz.values()]), dict(rates_hz)
+    for name in list(rates_hz)[:-1]:
+        rest = {n: r for n, r in kept.items() if n != name}
+        kept = rest if common_period_s([*rest.values()]) == period else kept
+    return ", ".join(f"{name} {rate_hz:g} Hz" for name, rate_hz in kept.items())
 
 
 def _require_token_rate(recipe: Recipe, config: TrainConfig, names: list[str]) -> None:

@@ -99,8 +99,9 @@ def _parts(source: SampleSource, names: Sequence[str]) -> Iterator[tuple[str, Mo
         for name in names:
             stored = source.manifest.statistics.get(name, {})
             if stored.get("count"):
-                std = np.array(stored["std"], dtype=np.float64)
-                yield name, Moments(stored["count"], np.array(stored["mean"]), std**2)
+                # Values without statistics, such as quaternions, are null: NaN here.
+                mean, std = (np.array(stored[key], dtype=np.float64) for key in ("mean", "std"))
+                yield name, Moments(stored["count"], mean, std**2)
     elif isinstance(source, SessionSource):
         shards = {source.shard_name(shard): shard for shard in range(len(source.shard_sizes))}
         for shard in shards.values():

@@ -22,9 +22,10 @@ from shared.streams import ValueGroup, ValueType
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-MIN_STD: Final = 1e-4
-"""Smallest standard deviation that values are divided by, in their own unit; a constant value has
-none."""
+MIN_STD: Final = 1e-6
+"""Values of a smaller standard deviation, in their own unit, are constant and divided by 1.
+
+Divided by this limit, such a value that moves by 0.1 in another session would be 100,000."""
 
 MIN_NORM: Final = 1e-6
 """Smaller norms of a predicted quaternion or direction are divided by this instead."""
@@ -206,7 +207,9 @@ class SensorValues(nn.Module):
         types = [group.type for group in self.groups for _ in range(group.count)]
         rows = zip(types, statistics["mean"], statistics["std"], strict=True)
         scales = [
-            (float(mean), max(MIN_STD, float(std))) if RULES[each].is_standardized else (0.0, 1.0)
+            (float(mean), float(std) if std >= MIN_STD else 1.0)
+            if RULES[each].is_standardized
+            else (0.0, 1.0)
             for each, mean, std in rows
         ]
         mean, std = torch.tensor(scales).unbind(1)

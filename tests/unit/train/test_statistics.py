@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from shared.clock import Segment
+from shared.streams import ValueGroup
 from train.config import CheckpointConfig
 from train.data.loader import Loader, open_source
 from train.data.mixture import MixedSource
@@ -20,6 +21,7 @@ from train.data.session_source import RealMultiModalDataset, real_data_collate_f
 from train.data.shard_source import ShardSource
 from train.loop.trainer import Trainer
 from train.model.multimodal import MultiModalCreature
+from train.model.values import SensorValues
 from train.statistics import merge, moments_of, sensor_statistics
 
 
@@ -72,6 +74,25 @@ def test_statistics_of_a_mix_are_merged_by_count(tiny_set):
     assert merged["count"] == 4 * one["count"]
     np.testing.assert_allclose(merged["mean"], np.array(one["mean"]) + 1.5)
     np.testing.assert_allclose(merged["std"], np.sqrt(np.square(one["std"]) + 0.75))
+
+
+def test_a_mix_merges_the_other_values_of_a_stream_with_a_quaternion(tiny_set):
+    config = make_config(tiny_set)
+    sources = {name: ShardSource(tiny_set, split="train") for name in ("a", "b")}
+    mixed = Loader(MixedSource(sources, {"a": 1, "b": 1}), config).source
+    values = {"mean": [1.0, *[None] * 4], "std": [0.0, *[None] * 4]}
+    other = {"mean": [4.0, *[None] * 4], "std": [0.0, *[None] * 4]}
+    for name, stored in (("a", {"count": 2, **values}), ("b", {"count": 1, **other})):
+        mixed.sources[name].manifest = SimpleNamespace(statistics={"proprio": stored})
+    merged = sensor_statistics(mixed)["proprio"]
+    assert merged["mean"][0] == np.mean([1.0, 1.0, 4.0])
+    assert merged["std"][0] == pytest.approx(np.std([1.0, 1.0, 4.0]))
+    sensor = SensorValues(
+        [ValueGroup(count=1, type="scalar"), ValueGroup(count=4, type="quaternion")]
+    )
+    sensor.set_statistics(merged, name="hand")
+    assert sensor.mean.tolist() == [2.0, 0, 0, 0, 0]
+    assert sensor.std[1:].tolist() == [1.0] * 4
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 2**32 - 1))

@@ -257,12 +257,21 @@ def test_statistics_standardize_only_types_without_a_scale_of_their_own():
             assert (sensor.std[part] == 1).all()
 
 
-def test_a_constant_value_is_divided_by_the_smallest_deviation():
+def test_a_constant_value_keeps_its_unit():
     sensor = SensorValues(groups_of(ValueType.SCALAR))
-    sensor.set_statistics({"count": 3, "mean": [5.0, 5.0], "std": [0.0, 1e-9]}, name="hand")
-    assert sensor.std.tolist() == pytest.approx([MIN_STD] * 2)
-    found = sensor.features(torch.full((1, 1, 2), 5.0), torch.ones(1, 1, dtype=torch.bool))
-    assert found.tolist() == [[[0.0, 0.0]]]
+    std = [0.0, np.nextafter(MIN_STD, 0)]
+    sensor.set_statistics({"count": 3, "mean": [5.0, 5.0], "std": std}, name="hand")
+    assert sensor.std.tolist() == [1.0, 1.0]
+    x = torch.tensor([[[5.0, 5.125]]])
+    found = sensor.features(x, torch.ones(1, 1, dtype=torch.bool))
+    assert found.tolist() == [[[0.0, 0.125]]]
+
+
+def test_values_of_a_large_unit_are_standardized():
+    sensor = SensorValues(groups_of(ValueType.SCALAR))
+    tesla = {"count": 3, "mean": [4e-5, 0.0], "std": [2e-5, MIN_STD]}
+    sensor.set_statistics(tesla, name="magnetometer")
+    assert sensor.std.tolist() == pytest.approx(tesla["std"])
 
 
 @pytest.mark.parametrize("statistics", [{}, {"count": 0}])
