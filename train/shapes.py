@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.errors import ConfigError
-from shared.streams import Kind, ValueGroup
+from shared.streams import Kind, TextStream, ValueGroup
 from train.walkthrough import DEFAULT_HEADS, HEAD_OF_STREAM, STREAM_OF_HEAD
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
@@ -103,7 +103,7 @@ class WindowShapes:
         count_segment_ticks(recipe.segment_s, config.model.tick_rate_hz)
         _require_period(recipe, config, names)
         if not is_text_only:
-            _require_token_rate(recipe, config, names)
+            require_token_rate(recipe, names, config.model.tick_rate_hz)
         tick_rate_hz = config.model.tick_rate_hz
         num_ticks = round(config.data.window.duration_s * tick_rate_hz)
         return cls(
@@ -336,14 +336,15 @@ def _describe_rates(rates_hz: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {rate_hz:g} Hz" for name, rate_hz in kept.items())
 
 
-def _require_token_rate(recipe: Recipe, config: TrainConfig, names: list[str]) -> None:
-    """Check that no tick gets two tokens of a stream."""
+def require_token_rate(
+    recipe: Recipe, names: Iterable[str], tick_rate_hz: float, *, owner: str = "the set"
+) -> None:
+    """Check that no tick gets two tokens of a stream; `owner` names the recipe's set."""
     for name in names:
-        spec = recipe.streams[name]
-        if spec.kind is Kind.TEXT and spec.tokens_per_s > config.model.tick_rate_hz * (1 + 1e-9):
+        spec = recipe.streams.get(name)
+        if isinstance(spec, TextStream) and spec.tokens_per_s > tick_rate_hz * (1 + 1e-9):
             raise ConfigError(
-                f"model.tick_rate_hz {config.model.tick_rate_hz:g} is below the recipe's "
-                f"text.tokens_per_s {spec.tokens_per_s:g} of {name}, so that tokens would share a "
-                "tick; fix: raise model.tick_rate_hz, or rebuild the set with text.tokens_per_s: "
-                f"{config.model.tick_rate_hz:g}"
+                f"model.tick_rate_hz {tick_rate_hz:g} is below tokens_per_s {spec.tokens_per_s:g} "
+                f"of {name} in {owner}, so that tokens would share a tick; fix: raise "
+                f"model.tick_rate_hz, or rebuild {owner} with text.tokens_per_s: {tick_rate_hz:g}"
             )

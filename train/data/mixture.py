@@ -30,6 +30,7 @@ from shared.errors import ConfigError, CorruptError
 from shared.recipe import Recipe
 from shared.streams import DmelSettings, Kind
 from train.data.order import BatchPlan, BlockRange, EpochOrder, SampleOrder, order_state
+from train.shapes import require_token_rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -360,6 +361,10 @@ def _make_cycle(weights: Sequence[int]) -> NDArray[np.int64]:
 
 def _require_compatible(sources: Mapping[str, ShardSource], shapes: WindowShapes) -> None:
     """Check that one model can read all sets."""
+    if not shapes.is_text_only:
+        for name, source in sources.items():
+            owner = f"the set {name} of data.mix"
+            require_token_rate(source.recipe, shapes.streams, shapes.tick_rate_hz, owner=owner)
     for stream in shapes.streams:
         declared = [(name, s) for name, s in sources.items() if stream in s.recipe.streams]
         (first_name, first), *others = declared

@@ -333,6 +333,18 @@ def test_the_tokenizer_counts_only_if_text_is_read():
         open_mix(one, two, modalities=("gaze", "notes"))
 
 
+@pytest.mark.parametrize("rates", [(10, 20), (20, 10)])
+def test_no_set_has_more_tokens_than_ticks_unless_only_text_is_trained(rates):
+    declared = ({"gaze": GAZE, "notes": NOTES | {"tokens_per_s": rate}} for rate in rates)
+    one, two = map(FakeSource, declared)
+    open_mix(one, two, modalities=("gaze",))  # at 10 ticks per second
+    open_mix(one, two, heads=("notes",))  # packed densely
+    owner = "the set set1 of data.mix" if rates[0] == 10 else "the set"
+    words = f"is below tokens_per_s 20 of notes in {owner}, .* or rebuild {owner} with"
+    with pytest.raises(ConfigError, match=words):
+        open_mix(one, two, heads=("gaze", "notes"))
+
+
 def test_the_tokenizer_is_that_of_a_set_with_text():
     one, two = FakeSource({"gaze": GAZE}, tokenizer=None), FakeSource({"notes": NOTES})
     assert open_mix(one, two, heads=("gaze", "notes")).tokenizer.json == "words"
