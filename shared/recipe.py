@@ -7,13 +7,14 @@ column depends on its stream only, so that a changed key rebuilds only the colum
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path  # noqa: TC003 (pydantic reads it)
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from shared.config import Section, load_section, make_section
+from shared.kinds.column import MAX_MEMBER_BYTES
 from shared.streams import (
     DEFAULT_STREAMS,
     DEFAULTS_OF_KIND,
@@ -106,6 +107,15 @@ _SOURCE_KEYS = {
 """Keys that say, with `file`, where a stream is; no two streams of a kind agree in all of them."""
 
 
+_PIXEL_BYTES = {"yuv420": 1.5, "raw": 3.0}
+
+_BYTES_PER_S: Mapping[Kind, Callable[[Any], float]] = {
+    Kind.VIDEO: lambda s: s.rate_hz * s.height * s.width * _PIXEL_BYTES.get(s.codec, 0.0),
+    Kind.SENSOR: lambda s: s.rate_hz * s.size * 4,
+}
+"""Size of a second of a stored stream, where the recipe decides it; audio is always small."""
+
+
 class Recipe(Section):
     """Everything that decides the bytes of a shard set."""
 
@@ -175,6 +185,12 @@ class Recipe(Section):
                         f"{self.segment_s:g} is {count:g}, not a whole number of samples; fix: "
                         "change one of the two"
                     )
+            num_bytes = self.segment_s * _BYTES_PER_S.get(stream.kind, lambda _: 0.0)(stream)
+            if num_bytes > MAX_MEMBER_BYTES:
+                raise ValueError(
+                    f"streams.{name}: a segment of {self.segment_s:g} s has "
+                    f"{num_bytes / 2**30:.2f} GiB, more than 1 GiB; fix: lower segment.duration_s"
+                )
         return self
 
     @property

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from preprocess.build import statistics
-from shared.errors import MediaError
+from shared.errors import JobError, MediaError
 from shared.kinds.audio import encode_wav
 from shared.kinds.text import encode_text
 from shared.kinds.video import encode_pictures
@@ -140,7 +140,11 @@ def write_column(
 def _write_tar(
     builder: IndexBuilder, column: Column, path: Path, encoded: Iterable[EncodedRow]
 ) -> list[Any]:
-    """Write a tar column; return what its statistics take of each member."""
+    """Write a tar column; return what its statistics take of each member.
+
+    Raises:
+        JobError: a member is too large to be read again.
+    """
     measure, measured = statistics.MEASURES.get(column.kind), []
     if column.has_time_errors:
         shape = (len(builder.rows), column.shape[0])
@@ -151,6 +155,11 @@ def _write_tar(
             if item.error_s is not None:
                 builder.arrays[f"{column.name}.error_s"][number] = item.error_s
             if item.content is not None:
+                if len(item.content) > column.max_bytes:
+                    raise JobError(
+                        f"{column.member_name(item.row.key)} has {len(item.content)} bytes, but "
+                        f"readers accept {column.max_bytes}; fix: lower segment.duration_s"
+                    )
                 writer.add(number, column.member_name(item.row.key), item.content)
                 builder.mark_present(column.stream, number)
                 if measure is not None:

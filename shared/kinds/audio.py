@@ -10,7 +10,7 @@ import numpy as np
 from shared.clock import Interval
 from shared.errors import CorruptError
 from shared.files import DiskArray
-from shared.kinds.column import MAX_MEMBER_BYTES, Column, stream_settings
+from shared.kinds.column import Column, stream_settings
 from shared.media.mel import encode_dmel
 from shared.media.sound import Sound, read_sound, to_int16
 from shared.streams import AudioStream, Kind
@@ -45,7 +45,7 @@ def columns(name: str, spec: AudioStream, recipe: Recipe) -> tuple[Column, ...]:
             dtype="int16",
             shape=(samples,),
             unit="1/32768 of full scale",
-            max_bytes=min(MAX_MEMBER_BYTES, WAV_HEADER_BYTES + 2 * samples),
+            max_bytes=WAV_HEADER_BYTES + 2 * samples,
             settings=stream_settings(spec, without=("dmel",)),
             is_training_input=False,
         ),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.clock import Interval
-from shared.kinds.column import MAX_MEMBER_BYTES, Column, stream_settings
+from shared.kinds.column import Column, stream_settings
 from shared.streams import Kind, SensorStream
 from shared.values import resample, resample_mask
 
@@ -33,7 +33,7 @@ def columns(name: str, spec: SensorStream, recipe: Recipe) -> tuple[Column, ...]
             dtype="float32",
             shape=(count, spec.size),
             unit=", ".join(units),
-            max_bytes=min(MAX_MEMBER_BYTES, 4 * count * spec.size),
+            max_bytes=4 * count * spec.size,
             settings={
                 **stream_settings(spec),
                 "max_gap_s": spec.gap_limit_s,

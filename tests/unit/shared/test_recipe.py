@@ -16,6 +16,10 @@ from shared.recipe import MOVED_KEYS, Recipe, assign_split, load_recipe
 from shared.streams import DEFAULT_STREAMS, Kind, ValueType
 
 VALUES = [{"count": 2, "type": "scalar"}]
+WIDE = {
+    "kind": "sensor", "key": "k", "rate_hz": 2000, "values": [{"count": 1024, "type": "scalar"}]
+}  # fmt: skip
+LARGE = {"kind": "video", "file": "a.mp4", "codec": "raw", "rate_hz": 30, "size": 1024}
 
 
 def complaint(values: dict[str, Any]) -> str:
@@ -206,6 +210,14 @@ def test_whatever_is_written_is_a_recipe_or_lines_with_the_file(values, data):
             "streams.vision_left: rate_hz 5 x segment.duration_s 0.3 is 1.5, not a whole number",
         ),
         (
+            {"segment": {"duration_s": 150}, "streams": {"a": WIDE}},
+            "streams.a: a segment of 150 s has 1.14 GiB, more than 1 GiB; fix: lower segment.dur",
+        ),
+        (
+            {"segment": {"duration_s": 12}, "streams": {"a": LARGE}},
+            "streams.a: a segment of 12 s has 1.05 GiB, more than 1 GiB; fix: lower segment.durat",
+        ),
+        (
             {"streams": {"a": {"kind": "sensor", "key": "k", "values": VALUES, "rate_hz": 0.25}}},
             "streams.a: rate_hz 0.25 x segment.duration_s 2 is 0.5, not a whole number of samples",
         ),
@@ -270,6 +282,11 @@ def test_streams_may_share_a_file_with_other_keys_and_tracks():
                   "values": [{"count": 1, "type": "scalar", "names": ["y"]}]},
     }  # fmt: skip
     assert len(make_section(Recipe, {"streams": declared}).streams) == 8
+
+
+def test_segments_of_up_to_1_gib_are_accepted():
+    for stream, below_s in ((WIDE, 131), (LARGE, 11), ({**LARGE, "codec": "h264"}, 600)):
+        make_section(Recipe, {"segment": {"duration_s": below_s}, "streams": {"a": stream}})
 
 
 def test_faults_of_several_streams_get_a_line_each():

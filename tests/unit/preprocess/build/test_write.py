@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,10 @@ from helpers.oracles import open_indexes, tiny_recipe
 
 from preprocess.build.plan_types import Row
 from preprocess.build.reuse_reader import ColumnFileCache, ShardReader
-from preprocess.build.write import EncodedRow, IndexBuilder, SessionEncoder
+from preprocess.build.write import EncodedRow, IndexBuilder, SessionEncoder, write_column
+from shared.clock import Segment
+from shared.errors import JobError
+from shared.kinds.text import SegmentText, encode_text
 from shared.session.reader import SessionReader
 from shared.session.scan import scan_session
 from shared.shardset.columns import ColumnFile
@@ -48,6 +52,17 @@ def read(reader: RowReader, column: str, rows: list[Row]) -> list[EncodedRow]:
     encoded = list(reader.iter_rows(COLUMNS[column], stored.get(rows[0].session, []), failures))
     assert failures == []
     return encoded
+
+
+def test_a_member_that_no_reader_would_accept_is_not_written(tmp_path: Path) -> None:
+    row = Row(0, "one", Segment(3, 1.0), ("internal_text",), [1.0] * len(RECIPE.streams))
+    builder = IndexBuilder(rows=[row], recipe=RECIPE, durations_s={"one": 9.0})
+    encoded = [EncodedRow(row, content := encode_text(SegmentText()))]
+    column = replace(COLUMNS["internal_text"], max_bytes=len(content))
+    write_column(builder, column, tmp_path / "a.tar", encoded)
+    column = replace(column, max_bytes=len(content) - 1)
+    with pytest.raises(JobError, match=r"^one/000003\.internal_text\.json has .*; fix: lower segm"):
+        write_column(builder, column, tmp_path / "b.tar", encoded)
 
 
 @pytest.mark.parametrize("column", COLUMNS)
