@@ -247,7 +247,9 @@ def _describe_use(name: str, shapes: WindowShapes) -> str:
         return f"does not use {name}"
     shape = shapes.streams[name]
     size = " x ".join(map(str, shape.size))
-    groups = " and ".join(f"{group.count} {group.type}" for group in shape.values)
+    units = [group.unit_label and f" [{group.unit_label}]" for group in shape.values]
+    pairs = zip(shape.values, units, strict=True)
+    groups = " and ".join(f"{group.count} {group.type}{unit}" for group, unit in pairs)
     form = {
         Kind.VIDEO: f"{size} pixels at {shape.rate_hz:g} Hz",
         Kind.AUDIO: f"{size} channels of {shape.num_classes} levels at {shape.rate_hz:g} Hz",

@@ -52,9 +52,9 @@ def make_config(folder, **training):
     }
 
 
-def shapes_of(config):
-    """Return the shapes of a configuration's windows over the streams of :data:`RECIPE`."""
-    return WindowShapes.from_recipe(RECIPE, as_train_config(config))
+def shapes_of(config, recipe=RECIPE):
+    """Return the shapes of a configuration's windows over the streams of a recipe."""
+    return WindowShapes.from_recipe(recipe, as_train_config(config))
 
 
 SHAPES = shapes_of(make_config(Path("unused")))
@@ -155,10 +155,10 @@ class BrokenLoader(EndlessLoader):
             yield self._how(batch) if batch["index"] in self._broken else batch
 
 
-def make_trainer(config, loader=None, **options):
+def make_trainer(config, loader=None, *, recipe=RECIPE, **options):
     """Make a trainer of a new model with fixed weights; it is silent without a console."""
     torch.manual_seed(1)
-    model = MultiModalCreature(config, shapes_of(config))
+    model = MultiModalCreature(config, shapes_of(config, recipe))
     options.setdefault("console", Console(file=io.StringIO()))
     options.setdefault("run_name", "tiny")
     loader = EndlessLoader() if loader is None else loader

@@ -158,6 +158,8 @@ class TrainState:
                 f"{path}: it lacks {', '.join(sorted(missing))}, so training cannot resume from "
                 "it; fix: use a checkpoint that `python -m train run` wrote"
             )
+        with self._explain_mismatch(path, state):
+            self._check_model(state)
         check_stream(state["stream"])  # before anything is changed
         with self._explain_mismatch(path, state):
             self._load_model(state)
@@ -181,6 +183,7 @@ class TrainState:
         """See :meth:`train.loop.trainer.Trainer.load_weights`."""
         state = self._read(path, device=device)
         with self._explain_mismatch(path, state):
+            self._check_model(state)
             self._load_model(state)
         saved, own = ((extra or {}).get("tokenizer") for extra in (state.get("extra"), self.extra))
         return saved is None or own is None or saved == own
@@ -194,7 +197,6 @@ class TrainState:
         return read_checkpoint(path, map_location=target, mmap=is_sharded)
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
-        self._check_dimensions(state["config"])
         self.model.load_state_dict(shard_like(state["model"], self.model.state_dict()))
 
     @contextlib.contextmanager
@@ -207,9 +209,13 @@ class TrainState:
                 "fix: use the configuration that it was trained with"
             ) from error
 
-    def _check_dimensions(self, config: Mapping[str, Any]) -> None:
-        """Compare the settings that change the model but not the shapes of its weights."""
-        known = {k: v for k, v in config["model"].items() if k in ModelConfig.model_fields}
+    def _check_model(self, state: Mapping[str, Any]) -> None:
+        """Compare what changes the model's meaning but not the shapes of its weights."""
+        # The streams of a model of the user's are not known.
+        if isinstance(self.model, MultiModalCreature) and self._shape_differences(state):
+            raise ValueError("its streams differ")
+        saved_values = state["config"]["model"]
+        known = {k: v for k, v in saved_values.items() if k in ModelConfig.model_fields}
         saved, own = ModelConfig.model_validate(known), self.config.model
         for name, saved_value, own_value in (
             ("num_heads", dimensions(saved)[2], dimensions(own)[2]),
@@ -220,9 +226,7 @@ class TrainState:
 
     def _difference(self, state: Mapping[str, Any], error: Exception) -> str:
         """Name the streams and the keys that differ; if none does, quote torch's message."""
-        differences = []
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            differences = shape_differences(WindowShapes.from_json(state["shapes"]), self.shapes)
+        differences = self._shape_differences(state)
         saved, own = state["config"]["model"], self.config.model.model_dump(mode="json")
         differences += [
             f"{key} {saved.get(key)} in the checkpoint, {value} here"
@@ -230,6 +234,11 @@ class TrainState:
             if key not in {*_NO_WEIGHTS, "tick_rate_hz"} and saved.get(key) != value
         ]
         return "; ".join(differences) or " ".join(str(error).split())[:400]
+
+    def _shape_differences(self, state: Mapping[str, Any]) -> list[str]:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            return shape_differences(WindowShapes.from_json(state["shapes"]), self.shapes)
+        return []
 
 
 def schedule_dict(training: TrainingConfig) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from helpers.models import make_config as make_model_config
 from helpers.models import make_shapes
 from helpers.training import (
+    RECIPE,
     SHAPES,
     cut_in_half,
     flip_a_bit,
@@ -23,6 +24,7 @@ from helpers.training import (
 )
 
 from shared.errors import CheckpointError
+from shared.recipe import Recipe
 from shared.streams import DEFAULT_STREAMS
 from train.checkpoints import load_checkpoint, save_checkpoint, shape_differences
 from train.shapes import WindowShapes
@@ -170,6 +172,35 @@ def test_a_checkpoint_of_another_model_is_refused_unchanged(tmp_path, key, value
     assert torch.equal(before, weights_of(trainer))
 
 
+@pytest.mark.parametrize("load", ["load_checkpoint", "load_weights"])
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("touch", {"values": [{"count": 5, "type": "scalar"}]}, "touch (5 scalar values at 30 Hz)"),
+        (
+            "touch",
+            {"values": [{"count": 5, "type": "fraction", "unit": "N"}]},
+            "touch (5 fraction [N] values at 30 Hz)",
+        ),
+        ("proprio", {"rate_hz": 25.0}, "proprio (10 angle [rad] and 10 velocity [rad/s] values at"),
+    ],
+)
+def test_weights_for_streams_of_another_meaning_are_refused(tmp_path, load, name, change, words):
+    config = make_config(tmp_path)
+    make_trainer(config).train()
+    values = RECIPE.as_json()
+    values["streams"][name] |= change
+    trainer = make_trainer(config, recipe=Recipe.model_validate(values))
+    before = trainer.model.state_dict()
+    saved = torch.load(tmp_path / "checkpoints/model_final.pt")["model"]
+    assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in before.items()}
+    weights = weights_of(trainer)
+    with pytest.raises(CheckpointError, match="of another model") as found:
+        getattr(trainer, load)(tmp_path / "checkpoints/model_final.pt")
+    assert f"the run reads {words}" in str(found.value).replace("reads and predicts", "reads")
+    assert torch.equal(weights, weights_of(trainer))
+
+
 def test_attention_heads_left_to_the_default_are_the_same_model(tmp_path):
     config = make_config(tmp_path)
     config["model"]["num_heads"] = 1
@@ -251,7 +282,10 @@ def gaze(count=6, rate_hz=120):
         (
             {"touch": None},
             {},
-            "the checkpoint does not use touch, the run reads touch (5 fraction values at 30 Hz)",
+            (
+                "the checkpoint does not use touch, "
+                "the run reads touch (5 fraction [0..1] values at 30 Hz)"
+            ),
         ),
     ],
 )

@@ -252,6 +252,11 @@ def test_check_loads_the_checkpoint_to_resume_from(tiny_set, tmp_path, capsys):
     wide = config.model_copy(update={"model": config.model.model_copy(update={"hidden_dim": 32})})
     with pytest.raises(CheckpointError, match="of another model"):
         check(wide, tmp_path, resume=str(final))
+    blind = config.model_copy(
+        update={"data": config.data.model_copy(update={"modalities": ["audio"]})}
+    )
+    with pytest.raises(CheckpointError, match=r"checkpoint reads touch .*, the run does not use"):
+        check(blind, tmp_path, resume=str(final))
     seeded = config.training.model_copy(update={"seed": 8})
     with pytest.raises(ConfigError, match="seed"):
         check(config.model_copy(update={"training": seeded}), tmp_path, resume=str(final))
