@@ -29,7 +29,7 @@ from train.model.losses import compute_losses
 from train.model.multimodal import MultiModalCreature
 from train.shapes import WindowShapes
 from train.statistics import standardize
-from train.summary import print_summary, startup_warnings
+from train.summary import describe_streams, print_summary, startup_warnings
 
 if TYPE_CHECKING:
     from train.config import DataConfig, TrainConfig
@@ -87,6 +87,7 @@ def _run(
     """Run training as one of the ranks; only the main one prints."""
     console = Console(quiet=not distributed.is_main(), markup=False, soft_wrap=True)
     setup = set_up_run(config, origin=origin)
+    console.print(describe_streams(setup.loader.shapes), highlight=False)
     _print_warnings(console, setup, config)
     baselines = distributed.on_main(lambda: fit_baselines(setup, config, console))
     trainer = Trainer(
@@ -149,7 +150,7 @@ def check_config(
         console.print(
             f"  {save_dir} holds checkpoints: a run needs --resume auto or another folder"
         )
-    console.print(f"  inputs: {', '.join(shapes.inputs)}; heads: {', '.join(shapes.heads)}")
+    console.print(f"  {describe_streams(shapes)}")
     if setup is None:
         reason = f"{missing[0]} does not exist yet" if missing else "no data is configured"
         console.print(f"  model: {_count(model):,} parameters; {reason}, so no batch is read")
@@ -332,6 +333,7 @@ def _print_warnings(console: Console, setup: RunSetup, config: TrainConfig) -> N
     for line in startup_warnings(
         config,
         num_samples=int(setup.loader.source.window_counts.sum()),
+        runs_s=setup.loader.source.run_lengths_s(),
         no_val_reason=setup.no_val_reason,
         num_ranks=distributed.world_size(),
     ):

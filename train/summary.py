@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from shared.clock import EPSILON_S
 from shared.session.folder import is_session
 
 if TYPE_CHECKING:
@@ -19,12 +21,26 @@ if TYPE_CHECKING:
     from train.config import TrainConfig
     from train.loop.meter import TrainSummary
     from train.model.baselines import Comparison
+    from train.shapes import WindowShapes
+
+
+def describe_streams(shapes: WindowShapes) -> str:
+    """Return which streams are inputs and which heads are trained."""
+    return f"inputs: {', '.join(shapes.inputs)}; heads: {', '.join(shapes.heads)}"
 
 
 def startup_warnings(
-    config: TrainConfig, *, num_samples: int, no_val_reason: str | None = None, num_ranks: int = 1
+    config: TrainConfig,
+    *,
+    num_samples: int,
+    runs_s: Sequence[float] = (),
+    no_val_reason: str | None = None,
+    num_ranks: int = 1,
 ) -> Iterator[str]:
-    """Yield warnings about settings that are probably mistakes, or slow to start."""
+    """Yield warnings about settings that are probably mistakes, or slow to start.
+
+    `runs_s`: lengths of the train data's uninterrupted runs of segments.
+    """
     data, training = config.data, config.training
     if no_val_reason is not None:
         yield (
@@ -37,6 +53,13 @@ def startup_warnings(
             f"data.batch_size is {data.batch_size}, but there are {num_samples} train samples: the "
             "rest of each batch is padding of weight 0, which costs as much time as samples; fix: "
             f"set data.batch_size to {num_samples} or less"
+        )
+    window_s, longest_s = data.window.duration_s, max(runs_s, default=math.inf)
+    if window_s > longest_s + EPSILON_S:  # then each run is one window
+        masked = 1 - sum(runs_s) / len(runs_s) / window_s
+        yield (
+            f"data.window.duration_s {window_s:g} is longer than the longest run of {longest_s:g} "
+            f"s: {100 * masked:.0f} % of the ticks are masked; fix: set it to {longest_s:g} or less"
         )
     if training.parallel != "auto" and num_ranks == 1:
         yield (

@@ -169,6 +169,10 @@ class SegmentSource(ABC):
     def segment_at(self, shard: int, row: int) -> tuple[int, float]:
         """Return the number of the segment in a row, and the duration of its session."""
 
+    def run_lengths_s(self) -> list[float]:
+        """See :meth:`train.data.batch.SampleSource.run_lengths_s`."""
+        return [num * self.recipe.segment_s for runs in self.runs() for num in runs]
+
     def identity(self) -> dict[str, Any]:
         """See :meth:`train.data.batch.SampleSource.identity`."""
         return {"fingerprint": self.fingerprint}

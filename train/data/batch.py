@@ -95,6 +95,9 @@ class SampleSource(Protocol):
     def identity(self) -> dict[str, Any]:
         """Return plain values that tell this data from other data, for checkpoints."""
 
+    def run_lengths_s(self) -> list[float]:
+        """Return the length of each run of neighboring segments; no window leaves its run."""
+
     def open_windows(self, shapes: WindowShapes, grid: WindowGrid) -> SampleSource:
         """Return a source of windows over the same segments, which shares open files."""
 

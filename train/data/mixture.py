@@ -115,6 +115,10 @@ class MixedSource:
         for source in self._sources:
             source.on_stage = on_stage
 
+    def run_lengths_s(self) -> list[float]:
+        """See :meth:`train.data.batch.SampleSource.run_lengths_s`."""
+        return [length_s for source in self._sources for length_s in source.run_lengths_s()]
+
     def identity(self) -> dict[str, Any]:
         """Return what identifies this data: also the weights, and the sets' fingerprints."""
         sets = {name: source.fingerprint for name, source in self.sources.items()}

@@ -76,6 +76,10 @@ def test_a_run_trains_and_prints_a_summary(config, tmp_path, capsys):
     summary = run_training(config, origin=tmp_path / "mine.yaml")
     assert summary.steps == 3
     out = capsys.readouterr().out
+    assert out.startswith(
+        "inputs: audio, external_text, internal_text, proprio, touch, vision_left"
+    )
+    assert "; heads: audio, external_text, internal_text, animation\n" in out
     assert "held-out" in out
     assert "python -m train infer --checkpoint" in out
     assert (tmp_path / "checkpoints" / "model_final.pt").is_file()

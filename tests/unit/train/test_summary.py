@@ -24,6 +24,12 @@ MIX = {"mix": [{"shards": "a"}, {"shards": "b"}]}
         ({"data": {"batch_size": 10, **MIX}}, {}, []),  # a mix restarts its sets within a batch
         ({"training": {"parallel": "fsdp"}}, {}, ["parallel is fsdp, but this is one process"]),
         ({"training": {"parallel": "fsdp"}}, {"num_ranks": 2}, []),
+        ({"data": {"window": {"duration_s": 32}}}, {"runs_s": [32.0, 2.0]}, []),
+        (
+            {"data": {"window": {"duration_s": 64}}},
+            {"runs_s": [32.0, 2.0, 30.0]},  # of 3 x 64 s, 64 are recorded
+            ["duration_s 64 is longer than the longest run of 32 s: 67 % of the ticks are masked"],
+        ),
         ({"training": {"compile": True}}, {}, ["compiles the model, which takes minutes"]),
     ],
     ids=str,

@@ -123,6 +123,23 @@ def test_a_stream_that_one_set_lacks_is_absent_and_segments_may_differ(tiny_set,
     assert min(seen.values()) > 9
 
 
+def test_run_lengths_are_those_of_every_set_and_of_the_sessions_read_directly(
+    tiny_set, away_set, tiny_sessions, tmp_path
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny_sets.set_recipe().model_dump_json())
+    direct = tiny_sets.make_config(root_dir=tiny_sessions, recipe=recipe)
+    sources = [
+        open_source(config, split="train")
+        for config in (tiny_sets.make_config(tiny_set), tiny_sets.make_config(away_set), direct)
+    ]
+    home, away, sessions = (source.run_lengths_s() for source in sources)
+    longest_s = max(tiny_sets.LENGTHS_S[name] for name in ("ann", "cat", "dan", "eve"))
+    assert max(home) == max(sessions) == pytest.approx(np.ceil(longest_s / 0.4) * 0.4)
+    mixed = open_source(make_config(tiny_set, away_set), split="train")
+    assert sorted(mixed.run_lengths_s()) == sorted(home + away)
+
+
 def test_each_set_gives_each_of_its_samples_once_per_epoch_of_its_own(tiny_set, away_set):
     loader = make_loader(make_config(tiny_set, away_set, heads=tiny_sets.TEXT_HEADS))
     keys = [key for batch in take(loader, 30) for key in batch["keys"]]
