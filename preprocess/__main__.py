@@ -240,6 +240,8 @@ def _print_build(summary: BuildSummary, location: Path | Store) -> None:
 
     for name, reason in summary.absent.items():
         click.echo(f"warning: no session has {name}, so it is masked: {reason}", err=True)
+    for sentence in summary.slow.values():
+        click.echo(f"warning: {sentence}", err=True)
     lines = explain_plan(summary.plan)
     for verb, line in lines:
         click.echo(f"{PAST[verb] if summary.manifest else f'would {verb}'} {line}")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 EPSILON_S = 1e-6
 """Times closer than this count as equal: recorders write microseconds."""
 
+RATE_TOLERANCE = 0.9
+"""A stream that is slower than this share of its `rate_hz` is recorded too slowly."""
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -93,6 +96,21 @@ def nearest(
     is_left = (grid_s - times_s[left]) <= np.abs(times_s[right] - grid_s)
     index = np.where(is_left, left, right)
     return index, times_s[index] - grid_s
+
+
+def measure_rate_hz(times_s: NDArray[np.float64]) -> float | None:
+    """Return the regular rate of times: one over their median interval; None for fewer than 3."""
+    if len(times_s) < 3:
+        return None
+    median_s = float(np.median(np.diff(times_s)))
+    return 1 / median_s if median_s > 0 else None
+
+
+def slow_rate_hz(times_s: NDArray[np.float64], rate_hz: float) -> float | None:
+    """Return the regular rate of times if it is too far below `rate_hz`; else None."""
+    measured_hz = measure_rate_hz(times_s)
+    is_slow = measured_hz is not None and measured_hz < RATE_TOLERANCE * rate_hz
+    return measured_hz if is_slow else None
 
 
 def frame_mask(error_s: NDArray[np.float64], *, tolerance_s: float) -> NDArray[np.bool_]:

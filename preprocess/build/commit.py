@@ -204,6 +204,8 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
     # What was skipped in files, or why none of the segments is a sample.
     for sentence in scan.issues:
         yield {"level": "lines", "session": scan.session, "reason": sentence}
+    for stream, sentence in scan.slow.items():
+        yield {"level": "lines", "session": scan.session, "stream": stream, "reason": sentence}
     session = {"level": "session", "session": scan.session}
     reason = scan.session_rejection(recipe)
     if reason is not None:

@@ -58,6 +58,8 @@ class BuildSummary:
     rejected: tuple[Mapping[str, Any], ...]
     absent: Mapping[str, str]
     """Declared stream that no session has -> why, in the first session."""
+    slow: Mapping[str, str]
+    """Sensor that is recorded too slowly to interpolate it -> how, in the first such session."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,11 @@ class Build:
             num_scanned=self.num_scanned,
             rejected=tuple(rejected),
             absent=absent_streams(self.scans, self.recipe),
+            slow={
+                stream: f"{name}/{sentence}"
+                for name in sorted(self.scans, reverse=True)
+                for stream, sentence in self.scans[name].slow.items()
+            },
         )
 
 

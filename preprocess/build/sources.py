@@ -221,7 +221,7 @@ def scan_seconds(recording: Recording, recipe: Recipe) -> float:
     return sum(float(stamp[0]) / rates[name] for name, stamp in recording.stamp.items())
 
 
-SCAN_VERSION = 5
+SCAN_VERSION = 6
 """Raised when a scan of the same files would give another result or has other keys."""
 
 _NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {

@@ -20,7 +20,8 @@ import numpy as np
 
 from preprocess.validate.checks import Finding, Level, issue_findings, limit_findings
 from preprocess.validate.probe import UNIT_NAMES
-from shared.clock import EPSILON_S
+from shared.clock import EPSILON_S, slow_rate_hz
+from shared.kinds.sensor import slow_issue
 from shared.streams import Kind, SensorStream
 
 if TYPE_CHECKING:
@@ -46,9 +47,6 @@ MAX_BAD_LINES = 0.1
 
 MAX_BACK_S = 1.0
 """Lines out of order by at most this much are sorted; a longer jump back is another fault."""
-
-RATE_TOLERANCE = 0.9
-"""A stream that is slower than this share of its `rate_hz` is recorded too slowly."""
 
 
 def check_lines(probe: SessionProbe) -> list[Finding]:
@@ -212,33 +210,23 @@ def _format_gap(gap_s: float) -> str:
     return f"{gap_s * 1e3:.0f} ms" if gap_s < 0.1 else f"{gap_s:.3f} s"
 
 
-def measure_rate_hz(times_s: NDArray[np.float64]) -> float | None:
-    """Return the regular rate of times: one over their median interval; None for fewer than 3."""
-    if len(times_s) < 3:
-        return None
-    median_s = float(np.median(np.diff(times_s)))
-    return 1 / median_s if median_s > 0 else None
-
-
 def check_rates(probe: SessionProbe) -> list[Finding]:
     """Check that videos and interpolated sensors are recorded as fast as the recipe keeps them."""
     findings: list[Finding] = []
     for name, spec in (probe.recipe.videos | probe.recipe.sensors).items():
         times_s = probe.times_s(name)
-        rate_hz = None if times_s is None else measure_rate_hz(times_s)
-        if rate_hz is None or rate_hz >= RATE_TOLERANCE * spec.rate_hz:
+        if times_s is None:
             continue
-        level: Level = "warning"
-        advice = "frames are repeated or masked; fix: lower its rate_hz in the recipe"
         if isinstance(spec, SensorStream):
-            if spec.resample == "hold":
-                continue
-            advice = "values in between are interpolated"
-            if 1 / rate_hz > spec.gap_limit_s + EPSILON_S:
-                level, advice = "error", "readings are too far apart for that, so most is masked"
-            advice += "; fix: set `resample: hold` or lower its rate_hz in the recipe"
-        message = f"{name} is recorded at {rate_hz:.3g} Hz, its rate_hz is {spec.rate_hz:g}"
-        findings.append(Finding(level, f"{spec.file}: {message}; {advice}", (name,)))
+            if (issue := slow_issue(name, times_s, spec)) is not None:
+                findings.append(Finding(*issue, (name,)))
+        elif (rate_hz := slow_rate_hz(times_s, spec.rate_hz)) is not None:
+            message = (
+                f"{spec.file}: {name} is recorded at {rate_hz:.3g} Hz, its rate_hz is "
+                f"{spec.rate_hz:g}; frames are repeated or masked; fix: lower its rate_hz in the "
+                "recipe"
+            )
+            findings.append(Finding("warning", message, (name,)))
     return findings
 
 

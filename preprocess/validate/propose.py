@@ -22,9 +22,9 @@ import av
 import numpy as np
 import yaml
 
-from preprocess.validate.line_checks import measure_rate_hz
 from preprocess.validate.report import SOUND_SUFFIXES, check_session, describe_stream
 from preprocess.validate.value_checks import fit_velocities
+from shared.clock import measure_rate_hz
 from shared.config import make_section
 from shared.errors import ConfigError, SessionError
 from shared.recipe import Recipe

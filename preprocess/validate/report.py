@@ -42,11 +42,11 @@ from preprocess.validate.line_checks import (
     check_rates,
     check_timestamps,
     find_gaps,
-    measure_rate_hz,
 )
 from preprocess.validate.probe import probe_session
 from preprocess.validate.repair import repair_session
 from preprocess.validate.value_checks import check_saturation, check_values, check_velocities
+from shared.clock import measure_rate_hz
 from shared.errors import SessionError, StorageError
 from shared.recipe import Recipe
 from shared.session.folder import find_sessions, is_session, scanned_files, source_files

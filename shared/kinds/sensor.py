@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from shared.clock import Interval
+from shared.clock import EPSILON_S, Interval, slow_rate_hz
 from shared.kinds.column import Column, stream_settings
 from shared.streams import Kind, SensorStream
 from shared.values import resample, resample_mask
@@ -59,6 +59,27 @@ def interval_of(times_s: NDArray[np.float64], spec: SensorStream) -> Interval | 
     if len(times_s) > 1:
         interval_s = float(np.median(np.diff(times_s)))
     return Interval(float(times_s[0]), float(times_s[-1]) + interval_s)
+
+
+def slow_issue(
+    name: str, times_s: NDArray[np.float64], spec: SensorStream
+) -> tuple[Literal["warning", "error"], str] | None:
+    """Explain that readings are too rare to be interpolated; an error if most is masked.
+
+    None if they are not, or if the latest one holds.
+    """
+    rate_hz = slow_rate_hz(times_s, spec.rate_hz)
+    if rate_hz is None or spec.resample == "hold":
+        return None
+    is_masked = 1 / rate_hz > spec.gap_limit_s + EPSILON_S
+    effect = "values in between are interpolated"
+    if is_masked:
+        effect = "readings are too far apart for that, so most is masked"
+    sentence = (
+        f"{spec.file}: {name} is recorded at {rate_hz:.3g} Hz, its rate_hz is {spec.rate_hz:g}; "
+        f"{effect}; fix: set `resample: hold` or lower its rate_hz in the recipe"
+    )
+    return "error" if is_masked else "warning", sentence
 
 
 def coverage(

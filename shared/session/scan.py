@@ -83,6 +83,8 @@ class SessionScan:
     """Per segment, whether it certainly holds no token."""
     issues: tuple[str, ...]
     """What was skipped while reading the files, one sentence per kind."""
+    slow: Mapping[str, str]
+    """Sensor that is recorded too slowly to interpolate it -> what that means."""
     source_files: Mapping[str, SourceFile]
 
     @property
@@ -201,6 +203,11 @@ def scan_session(
         coverage=_coverage(segments, alignment, media, recipe),
         silent=_silent_segments(segments, alignment, recipe),
         issues=_first_of_each_kind(sentences),
+        slow={
+            name: issue[1]
+            for name, spec in recipe.sensors.items()
+            if (issue := sensor.slow_issue(name, lines.readings[name].times_s, spec)) is not None
+        },
         source_files=_hash_source_files(path, recipe, known or {}),
     )
 

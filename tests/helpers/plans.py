@@ -44,6 +44,7 @@ def scan(
         "coverage": dict.fromkeys(recipe.streams, shares),
         "silent": (False,) * segments,
         "issues": (),
+        "slow": {},
         "source_files": {
             file: SourceFile(length_bytes=9, sha256=f"{name} {file}")
             for file in source_files(recipe)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from click.testing import CliRunner
 from helpers.oracles import (
     build,
     check_set,
@@ -25,6 +27,7 @@ from helpers.oracles import (
 from helpers.processes import SimulatedKillError, fail
 from helpers.sessions import write_lines, write_tone
 
+from preprocess.__main__ import cli
 from preprocess.build import job as job_module
 from shared.errors import ConfigError, SessionError
 from shared.media.tokenizer import train_tokenizer
@@ -422,6 +425,23 @@ def test_a_declared_stream_that_no_session_has_is_masked_and_reported(sessions, 
     assert "gaze.csv" in summary.absent["gaze"]
     assert check_set(out) > 0
     assert read_manifest(out).statistics["gaze"] == {"count": 0}
+
+
+def test_a_build_warns_once_of_each_sensor_that_is_recorded_too_slowly(recorded, tmp_path):
+    spec = {"kind": "sensor", "key": "touch", "rate_hz": 60}
+    streams = {"touch": {**spec, "values": [{"count": 5, "type": "fraction"}]}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(streams=streams).as_json()), encoding="utf-8")
+    given = ["--recipe", str(recipe), "--sessions", str(recorded), "--out", str(tmp_path / "out")]
+    for more in (["--dry-run"], []):
+        result = CliRunner().invoke(cli, ["shards", *given, "--workers", "0", *more])
+        (warning,) = [line for line in result.stderr.splitlines() if "warning" in line]
+        assert warning.startswith("warning: ann/metadata.jsonl: touch is recorded at 30 Hz, its")
+        assert warning.endswith("fix: set `resample: hold` or lower its rate_hz in the recipe")
+    rejected = jsonl(tmp_path / "out" / "rejected.jsonl")
+    found = [(line["session"], line["level"], line["stream"]) for line in rejected]
+    assert found == [(path.name, "lines", "touch") for path in sorted(recorded.iterdir())]
+    assert f"warning: {rejected[0]['session']}/{rejected[0]['reason']}" == warning
 
 
 def test_a_required_stream_that_no_session_has_is_an_error_of_the_recipe(sessions, out):

@@ -20,8 +20,9 @@ from helpers.sessions import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.validate.line_checks import find_gaps, measure_rate_hz
+from preprocess.validate.line_checks import find_gaps
 from preprocess.validate.report import check_session
+from shared.clock import measure_rate_hz
 from shared.recipe import Recipe
 from shared.streams import SensorStream, ValueGroup
 

@@ -64,6 +64,28 @@ def test_one_wrong_timestamp_does_not_make_a_billion_segments(session):
     assert any("a timestamp must be wrong" in what for what in scan.issues)
 
 
+@pytest.mark.parametrize(
+    ("rate_hz", "keys", "words"),
+    [
+        (30, {}, None),
+        (27.1, {}, None),
+        (26.9, {}, "interpolated; fix: set `resample: hold`"),
+        (11, {}, "interpolated; fix: set `resample: hold`"),
+        (9, {}, "so most is masked; fix: set `resample: hold`"),
+        (9, {"max_gap_s": 0.2}, "interpolated; fix: set `resample: hold`"),
+        (9, {"resample": "hold"}, None),
+    ],
+)
+def test_a_sensor_slower_than_its_rate_is_reported_unless_it_holds(session, rate_hz, keys, words):
+    write_lines(session / "metadata.jsonl", sensor_lines(rate_hz=rate_hz))
+    touch = {"kind": "sensor", "key": "touch", "values": [{"count": 5, "type": "scalar"}], **keys}
+    scan = scan_session(session, recipe=tiny_recipe(streams={"touch": {**touch, "rate_hz": 30}}))
+    assert set(scan.slow) == ({"touch"} if words else set())
+    begin = f"metadata.jsonl: touch is recorded at {rate_hz:.3g} Hz, its rate_hz is 30; "
+    assert all(s.startswith(begin) and words in s for s in scan.slow.values())
+    assert scan_from_json(scan.as_json()) == scan
+
+
 def test_a_scan_comes_back_from_its_json(session):
     write_tone(session / "audio.wav", 2.0)
     (session / "metadata.jsonl").write_text("no json\n", encoding="utf-8")
