@@ -314,7 +314,21 @@ TIME_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9, "100ns": 1e7}
 """Units of a timestamp per second."""
 
 
-class SensorStream(SensorDefaults, StreamBase):
+class TimedStream(StreamBase):
+    """Keys of streams whose lines or rows have timestamps."""
+
+    time: str = Field("timestamp", min_length=1, max_length=256)
+    """Key or column of the timestamps."""
+    time_unit: Literal["s", "ms", "us", "ns", "100ns"] = "s"
+    """Unit of the timestamps."""
+
+    @property
+    def units_per_s(self) -> float:
+        """Units of a timestamp in one second."""
+        return TIME_UNITS[self.time_unit]
+
+
+class SensorStream(SensorDefaults, TimedStream):
     """Numbers with timestamps: a key of ``metadata.jsonl``, or a table file of its own."""
 
     kind: Literal[Kind.SENSOR] = Kind.SENSOR
@@ -323,10 +337,6 @@ class SensorStream(SensorDefaults, StreamBase):
     key: str | None = Field(None, min_length=1, max_length=256)
     """JSON key of the list of values, or prefix of the table's columns; null takes the columns that
     `values` names."""
-    time: str = Field("timestamp", min_length=1, max_length=256)
-    """Key or column of the timestamps."""
-    time_unit: Literal["s", "ms", "us", "ns", "100ns"] = "s"
-    """Unit of the timestamps."""
     values: tuple[ValueGroup, ...] = Field(min_length=1)
     """The values of a reading, in order."""
 
@@ -352,11 +362,6 @@ class SensorStream(SensorDefaults, StreamBase):
         stops = list(accumulate(group.count for group in self.values))
         return tuple(slice(start, stop) for start, stop in pairwise([0, *stops]))
 
-    @property
-    def units_per_s(self) -> float:
-        """Units of a timestamp in one second."""
-        return TIME_UNITS[self.time_unit]
-
     @model_validator(mode="after")
     def _check_source(self) -> SensorStream:
         suffixes = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -377,12 +382,12 @@ class SensorStream(SensorDefaults, StreamBase):
         return self
 
 
-class TextStream(TextDefaults, StreamBase):
+class TextStream(TextDefaults, TimedStream):
     """Text events with timestamps."""
 
     kind: Literal[Kind.TEXT] = Kind.TEXT
     file: str = TEXT_FILE
-    """A .jsonl file of lines with `timestamp` and `text`."""
+    """A .jsonl file of lines with a timestamp and `text`."""
     stream: str | None = Field(None, min_length=1, max_length=256)
     """Value of the key `stream` of the lines that belong to it; null takes all lines."""
     key: str | None = Field(None, min_length=1, max_length=256)

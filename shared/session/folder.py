@@ -16,7 +16,6 @@ from typing import IO, TYPE_CHECKING
 from shared.errors import SessionError
 from shared.recipe import Recipe
 from shared.session.lines import (
-    TIME_KEY,
     LineCollector,
     SessionLines,
     json_keys,
@@ -155,7 +154,7 @@ def _read_streams(
             readings.update(its_readings)
             for name, its_events in timeline.events.items():
                 events[name] += its_events
-            if num_lines or lines.issues:
+            if lines.issues or (num_lines and timeline.has_lines):
                 files.append(lines)
     ordered = {n: tuple(sorted(e, key=lambda event: event.time_s)) for n, e in events.items()}
     return SessionLines(readings=readings, events=ordered, files=tuple(files))
@@ -164,19 +163,13 @@ def _read_streams(
 def _plan_timelines(
     file: str, streams: Mapping[str, SensorStream | TextStream], units_per_s: float | None
 ) -> list[LineCollector]:
-    """Group the streams of a file by the key of their times; texts join the first sensors."""
+    """Group the streams of a file by the key and unit of their times, those of sensors first."""
     groups: dict[tuple[str, float], dict[str, SensorStream | TextStream]] = {}
-    for name, stream in streams.items():
-        if isinstance(stream, SensorStream):
-            groups.setdefault((stream.time, stream.units_per_s), {})[name] = stream
-    texts = {name: stream for name, stream in streams.items() if isinstance(stream, TextStream)}
-    if texts:
-        own = (TIME_KEY, 1.0)
-        key = own if own in groups or not groups else next(iter(groups))
-        groups.setdefault(key, {}).update(texts)
-    is_optional = len(groups) > 1
+    for name in sorted(streams, key=lambda name: isinstance(streams[name], TextStream)):
+        stream = streams[name]
+        groups.setdefault((stream.time, stream.units_per_s), {})[name] = stream
     return [
-        LineCollector(file, time, group, units_per_s=units_per_s or units, is_optional=is_optional)
+        LineCollector(file, time, group, units_per_s=units_per_s or units, of_file=streams)
         for (time, units), group in groups.items()
     ]
 

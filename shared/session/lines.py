@@ -34,7 +34,7 @@ MAX_ISSUES = 1000
 """Issues of one kind, key and file that are listed; the last one counts the others."""
 
 TIME_KEY = "timestamp"
-"""Key of the timestamps of texts."""
+"""Key of the timestamps of a stream that declares no other."""
 
 IssueKind = Literal[
     "file", "json", "row", "long", "timestamp", "order", "duplicate", "column", "size", "number",
@@ -99,7 +99,7 @@ class Readings:
 class FileLines:
     """Lines of a file that have a usable time, sorted by it.
 
-    Of lines with equal times the first is kept, except in a file of texts. A file whose streams
+    Of lines with equal times the first is listed, except in a file of texts. A file whose streams
     have several time keys gives one of these per key.
 
     Shapes: times_s float64 [N], lines int64 [N] (see ParseIssue.line).
@@ -219,7 +219,7 @@ class LineCollector:
     """Collects the streams of a file that share a time key.
 
     Arrays hold an hour at 90 Hz in 40 MB; lists take 300 MB. `units_per_s` divides the timestamps.
-    Lines may lack the time if it `is_optional`: streams with another time key share the file.
+    Lines may lack the time if others `of_file`, which are all streams of the file, have another.
     """
 
     def __init__(
@@ -229,14 +229,21 @@ class LineCollector:
         streams: Mapping[str, SensorStream | TextStream],
         *,
         units_per_s: float,
-        is_optional: bool,
+        of_file: Mapping[str, SensorStream | TextStream],
     ) -> None:
         self.file, self.time_key, self.units_per_s = file, time_key, units_per_s
-        self.is_optional = is_optional
+        self.is_optional = len(of_file) > len(streams)
         self.sensors = {n: s for n, s in streams.items() if isinstance(s, SensorStream)}
         self.texts = {n: s for n, s in streams.items() if isinstance(s, TextStream)}
-        self.is_text_file = not self.sensors and file != METADATA_FILE
+        texts = {n: s for n, s in of_file.items() if isinstance(s, TextStream)}
+        self.is_text_file = len(texts) == len(of_file) and file != METADATA_FILE
         """Whether every line must be a text."""
+        self.has_texts_only = not self.sensors and (self.is_optional or self.is_text_file)
+        """Whether lines without a text count for nothing here."""
+        self.labels = {text.stream for text in texts.values()}
+        """Labels of texts that the file can hold; None means all."""
+        self.checks_labels = bool(self.texts) and next(iter(texts)) in self.texts
+        """Whether labels that no stream declares are reported here: once per file."""
         self.issues = IssueList(file)
         self.times, self.numbers = array("d"), array("q")
         self.rows = {name: array("q") for name in self.sensors}
@@ -247,10 +254,15 @@ class LineCollector:
     def add_line(self, number: int, values: dict[str, Any]) -> None:
         """Take the time, readings and texts of a JSON line."""
         time_s = parse_timestamp(values, key=self.time_key, units_per_s=self.units_per_s)
+        text_keys = self._text_keys(values)
         if time_s is None:
             keys = {key for s in self.sensors.values() for key in json_keys(s)}
-            if not self.is_optional or self.time_key in values or not keys.isdisjoint(values):
+            is_needed = self.time_key in values or not keys.isdisjoint(values)
+            if not self.is_optional or is_needed or any(map(values.get, text_keys.values())):
                 self._add_time_issue(number, reprlib.repr(values.get(self.time_key)))
+                return
+        self._check_label(number, values)
+        if time_s is None:
             return
         row = len(self.times)
         for name, stream in self.sensors.items():
@@ -258,8 +270,8 @@ class LineCollector:
             if reading is not None:
                 self.rows[name].append(row)
                 self.values[name].extend(reading)
-        has_text = bool(self.texts) and self._add_texts(number, values, time_s)
-        if has_text or not self.is_text_file:
+        has_text = self._add_texts(number, values, text_keys, time_s)
+        if has_text or not self.has_texts_only:
             self.times.append(time_s)
             self.numbers.append(number)
 
@@ -294,25 +306,33 @@ class LineCollector:
         message = f"{self.time_key} is {value}, not a usable number of seconds"
         self.issues.add(number, "timestamp", message, key=self.time_key)
 
-    def _add_texts(self, number: int, values: dict[str, Any], time_s: float) -> bool:
-        """Take the texts of a JSON line; return whether there is one."""
+    def _text_keys(self, values: dict[str, Any]) -> dict[str, str]:
+        """Return the text streams that a JSON line can belong to, and the key of their texts."""
         if self.file == METADATA_FILE:
-            keys = {name: text.metadata_key or "text" for name, text in self.texts.items()}
-        else:
-            label = values.get("stream")
-            keys = {
-                name: "text"
-                for name, text in self.texts.items()
-                if text.stream is None or (label is not None and text.stream == str(label))
-            }
-            if not keys and (self.is_text_file or label is not None):
-                declared = ", ".join(sorted({str(text.stream) for text in self.texts.values()}))
-                message = (
-                    f"stream is {reprlib.repr(label)}, the recipe declares {declared}; "
-                    "fix: correct it, or declare a text stream of it"
-                )
-                self.issues.add(number, "stream", message, key="stream")
-                return False
+            return {name: text.metadata_key or "text" for name, text in self.texts.items()}
+        label = values.get("stream")
+        own = (None,) if label is None else (None, str(label))
+        return {name: "text" for name, text in self.texts.items() if text.stream in own}
+
+    def _check_label(self, number: int, values: dict[str, Any]) -> None:
+        """Report a JSON line whose label belongs to no text stream of the file."""
+        label = values.get("stream")
+        is_labeled = self.is_text_file or label is not None
+        if not self.checks_labels or self.file == METADATA_FILE or not is_labeled:
+            return
+        if None in self.labels or (label is not None and str(label) in self.labels):
+            return
+        declared = ", ".join(sorted(map(str, self.labels)))
+        message = (
+            f"stream is {reprlib.repr(label)}, the recipe declares {declared}; "
+            "fix: correct it, or declare a text stream of it"
+        )
+        self.issues.add(number, "stream", message, key="stream")
+
+    def _add_texts(
+        self, number: int, values: dict[str, Any], keys: Mapping[str, str], time_s: float
+    ) -> bool:
+        """Take the texts of a JSON line; return whether there is one."""
         has_text = False
         for name, key in keys.items():
             text, message = _parse_text(values, key)
@@ -350,27 +370,43 @@ class LineCollector:
                 self.issues.add(number, "number", message, key=key, stream=name)
             return None
 
+    @property
+    def has_lines(self) -> bool:
+        """Whether lines of the file count: not if texts share a file that holds none of them."""
+        return bool(self.sensors or self.times) or not self.is_optional
+
     def finish(self, *, num_lines: int, is_cleaned: bool) -> tuple[FileLines, dict[str, Readings]]:
         """Sort everything by time, and return the lines and the usable readings."""
         times_s, numbers = np.asarray(self.times), np.asarray(self.numbers)
-        order = self._increasing_order(times_s, numbers)
-        is_sorted = len(order) == len(times_s) and bool((np.diff(order) == 1).all())
-        position = np.full(len(times_s), -1)
-        position[order] = np.arange(len(order))
+        order = self._sorted_order(times_s, numbers)
+        is_sorted = bool((np.diff(order) == 1).all())
+        repeats: dict[int, list[str]] = {}
         readings = {}
-        for name in self.sensors:
+        for name, stream in self.sensors.items():
             rows, values = self._usable_readings(name, numbers, is_cleaned=is_cleaned)
             if not is_sorted:
-                kept = np.flatnonzero(position[rows] >= 0)
-                kept = kept[np.argsort(position[rows[kept]])]
-                rows, values = rows[kept], values[kept]
+                by_time = np.argsort(times_s[rows], kind="stable")
+                rows, values = rows[by_time], values[by_time]
+            is_repeat = _find_repeats(times_s[rows], values, stream)
+            if is_repeat.any():
+                for row in rows[is_repeat].tolist():
+                    repeats.setdefault(row, []).append(name)
+                rows, values = rows[~is_repeat], values[~is_repeat]
             readings[name] = Readings(times_s=times_s[rows], values=values, lines=numbers[rows])
+        for row, names in sorted(repeats.items()):
+            message = f"{self.time_key} {times_s[row]:g} occurs twice"
+            if len(names) < len(self.sensors):
+                message += f" for {', '.join(names)}"
+            self.issues.add(int(numbers[row]), "duplicate", message, key=self.time_key)
+        if not self.is_text_file:
+            order = order[np.diff(times_s[order], prepend=-np.inf) > 0]
+        is_whole = is_sorted and len(order) == len(times_s)
         lines = FileLines(
             file=self.file,
             time_key=self.time_key,
             streams=(*self.sensors, *self.texts),
-            times_s=times_s if is_sorted else times_s[order],
-            lines=numbers if is_sorted else numbers[order],
+            times_s=times_s if is_whole else times_s[order],
+            lines=numbers if is_whole else numbers[order],
             num_lines=num_lines,
             num_unread=self.issues.num_unread,
             issues=self.issues.as_tuple(),
@@ -405,12 +441,12 @@ class LineCollector:
             return rows, values
         return rows[is_usable], values[is_usable]
 
-    def _increasing_order(
+    def _sorted_order(
         self, times_s: NDArray[np.float64], lines: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """Sort the lines by time and keep the first of equal times; return their indices."""
+        """Return the indices of the lines by time; lines out of order become issues."""
         order = np.argsort(times_s, kind="stable")
-        if self.is_text_file:
+        if self.has_texts_only:
             return order
         steps = np.diff(times_s)
         for i in np.flatnonzero(steps < 0):
@@ -418,11 +454,19 @@ class LineCollector:
             self.issues.add(
                 int(lines[i + 1]), "order", message, key=self.time_key, back_s=float(-steps[i])
             )
-        is_repeat = np.diff(times_s[order], prepend=-np.inf) <= 0
-        for i in order[is_repeat]:
-            message = f"{self.time_key} {times_s[i]:g} occurs twice"
-            self.issues.add(int(lines[i]), "duplicate", message, key=self.time_key)
-        return np.asarray(order[~is_repeat])
+        return order
+
+
+def _find_repeats(
+    times_s: NDArray[np.float64], values: NDArray[np.float32], stream: SensorStream
+) -> NDArray[np.bool_]:
+    """Mark the readings of a sensor, sorted by time, that follow a usable one of the same time."""
+    is_repeat = np.diff(times_s, prepend=-np.inf) <= 0
+    if is_repeat.any():
+        rows = np.flatnonzero(clean_readings(values, stream)[1])
+        is_repeat[:] = False
+        is_repeat[rows] = np.diff(times_s[rows], prepend=-np.inf) <= 0
+    return is_repeat
 
 
 def json_keys(stream: SensorStream) -> tuple[str, ...]:

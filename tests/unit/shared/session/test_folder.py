@@ -189,14 +189,16 @@ def test_windows_line_ends_a_byte_order_mark_and_blank_lines_are_no_issues(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lines=st.lists(st.tuples(st.integers(-5, 20), st.booleans()), max_size=12))
-def test_lines_are_sorted_and_the_first_of_equal_times_is_kept(
-    tmp_path: Path, lines: list[tuple[int, bool]]
+@given(lines=st.lists(st.tuples(st.integers(-2, 5), st.booleans(), st.booleans()), max_size=12))
+def test_readings_are_sorted_and_the_first_of_equal_times_is_kept(
+    tmp_path: Path, lines: list[tuple[int, bool, bool]]
 ) -> None:
-    times = [time for time, _ in lines]
+    times = [time for time, *_ in lines]
     content = [
-        {"timestamp": t / 10, **({"touch": [i] * 5} if has_touch else {})}
-        for i, (t, has_touch) in enumerate(lines)
+        {"timestamp": t / 10}
+        | ({"touch": [i] * 5} if has_touch else {})
+        | ({"proprio": [i] * 20} if has_proprio else {})
+        for i, (t, has_touch, has_proprio) in enumerate(lines)
     ]
     write_lines(tmp_path / "metadata.jsonl", content)
     session = read_timed_lines(tmp_path, DEFAULT, is_cleaned=False)
@@ -204,15 +206,62 @@ def test_lines_are_sorted_and_the_first_of_equal_times_is_kept(
     if lines:
         assert session.files[0].times_s.tolist() == [t / 10 for t in sorted(first)]
         assert session.files[0].lines.tolist() == [first[t] for t in sorted(first)]
-    repeats = [i + 1 for i, t in enumerate(times) if first[t] != i + 1]
+    repeats = set()
+    for column, name in ((1, "touch"), (2, "proprio")):
+        kept: dict[int, int] = {}
+        for i, line in enumerate(lines):
+            if line[column] and kept.setdefault(line[0], i + 1) != i + 1:
+                repeats.add(i + 1)
+        readings = session.readings[name]
+        assert readings.lines.tolist() == [kept[t] for t in sorted(kept)]
+        assert readings.values[:, 0].tolist() == [kept[t] - 1 for t in sorted(kept)]
+        assert readings.times_s.tolist() == [t / 10 for t in sorted(kept)]
     back = [i + 2 for i, (a, b) in enumerate(itertools.pairwise(times)) if b < a]
-    assert sorted(line for line, kind in kinds(session) if kind == "duplicate") == repeats
+    assert sorted(line for line, kind in kinds(session) if kind == "duplicate") == sorted(repeats)
     assert [line for line, kind in kinds(session) if kind == "order"] == back
-    touched = [first[t] for t in sorted(first) if lines[first[t] - 1][1]]
-    touch = session.readings["touch"]
-    assert touch.lines.tolist() == touched
-    assert touch.values[:, 0].tolist() == [line - 1 for line in touched]
-    assert touch.times_s.tolist() == [times[line - 1] / 10 for line in touched]
+
+
+def test_a_line_per_device_loses_no_stream_and_is_no_issue(tmp_path: Path) -> None:
+    recipe = recipe_of(left={"key": "left"}, right={"key": "right"})
+    lines = [{"timestamp": t, name: [t + 1]} for t in range(50) for name in ("left", "right")]
+    write_lines(tmp_path / "metadata.jsonl", lines)
+    session = read_timed_lines(tmp_path, recipe)
+    assert session.issues == ()
+    for readings in session.readings.values():
+        assert readings.times_s.tolist() == [*range(50)]
+        assert readings.values[:, 0].tolist() == [*range(1, 51)]
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write('{"timestamp": 49, "right": [7]}\n')
+    (issue,) = read_timed_lines(tmp_path, recipe).issues
+    assert (issue.line, issue.kind, issue.message) == (
+        101,
+        "duplicate",
+        "timestamp 49 occurs twice for right",
+    )
+
+
+@pytest.mark.parametrize("is_cleaned", [True, False])
+def test_a_reading_that_can_not_be_used_hides_none_of_the_same_time(
+    is_cleaned: bool, tmp_path: Path
+) -> None:
+    recipe = recipe_of(q={"key": "q", "values": [{"count": 4, "type": "quaternion"}]})
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"timestamp": 0, "q": [0, 0, 0, 0]}\n{"timestamp": 0, "q": [0, 0, 0, 1]}\n'
+    )
+    session = read_timed_lines(tmp_path, recipe, is_cleaned=is_cleaned)
+    assert not any(issue.kind == "duplicate" for issue in session.issues)
+    assert session.readings["q"].lines.tolist() == ([2] if is_cleaned else [1, 2])
+
+
+def test_rows_of_a_table_at_equal_times_keep_every_sensor(tmp_path: Path) -> None:
+    recipe = recipe_of(
+        left={"file": "hands.csv", "key": "left"}, right={"file": "hands.csv", "key": "right"}
+    )
+    (tmp_path / "hands.csv").write_text("timestamp,left,right\n0,1,\n0,,2\n1,3,\n1,,4\n1,,5\n")
+    session = read_timed_lines(tmp_path, recipe)
+    assert session.readings["left"].values[:, 0].tolist() == [1, 3]
+    assert session.readings["right"].values[:, 0].tolist() == [2, 4]
+    assert kinds(session) == [(6, "duplicate")]
 
 
 def test_a_step_back_says_how_far(tmp_path: Path) -> None:
@@ -391,7 +440,7 @@ def test_a_stream_without_a_filter_takes_all_lines_and_no_metadata_key(tmp_path:
 def test_texts_may_be_in_a_file_of_readings(tmp_path: Path) -> None:
     recipe = recipe_of(
         glove={"file": "glove.jsonl", "key": "bend", "time": "ms", "time_unit": "ms"},
-        label={"kind": "text", "file": "glove.jsonl"},
+        label={"kind": "text", "file": "glove.jsonl", "time": "ms", "time_unit": "ms"},
         word={"kind": "text", "file": "metadata.jsonl"},
     )
     (tmp_path / "glove.jsonl").write_text(
@@ -403,6 +452,106 @@ def test_texts_may_be_in_a_file_of_readings(tmp_path: Path) -> None:
     assert [(e.time_s, e.text) for e in lines.events["label"]] == [(0.7, "grip")]
     assert [(e.time_s, e.text) for e in lines.events["word"]] == [(4.0, "x")]
     assert lines.spans["metadata.jsonl"] == (3.0, 4.0)
+
+
+# --- texts with times of their own ---
+
+TIME_KEYS = ["timestamp", "t", "u"]
+FILES = ["metadata.jsonl", "x.jsonl", "y.jsonl"]
+_OWN_TIME = {"time": st.sampled_from(TIME_KEYS), "time_unit": st.sampled_from(["s", "ms", "us"])}
+
+
+@st.composite
+def mixed_recipes(draw: st.DrawFn) -> Recipe:
+    """Draw sensors and texts that share files, with time keys and units of their own."""
+    streams: dict[str, dict] = {}
+    for i, file in enumerate(FILES):
+        for j in range(draw(st.integers(0, 2))):
+            own = {key: draw(value) for key, value in _OWN_TIME.items()}
+            streams[f"s{i}{j}"] = {"file": file, "key": f"v{j}", **own}
+        for label in draw(st.sets(st.sampled_from([None, "a", "b"]))):
+            own = {key: draw(value) for key, value in _OWN_TIME.items()}
+            key = {"key": draw(st.sampled_from(["a_text", "word"]))} if draw(st.booleans()) else {}
+            streams[f"t{i}{label or ''}"] = {
+                "kind": "text", "file": file, "stream": label, **key, **own,
+            }  # fmt: skip
+    return recipe_of(**(streams or {"word": {"kind": "text"}}))
+
+
+MIXED_LINES = st.fixed_dictionaries(
+    {},
+    optional={
+        **{key: st.one_of(st.integers(0, 9), st.just("x")) for key in TIME_KEYS},
+        **{key: st.lists(st.integers(0, 3), min_size=1, max_size=1) for key in ("v0", "v1")},
+        **{key: st.sampled_from(["hm", " ", "", 5]) for key in ("a_text", "b_text", "word")},
+        "text": st.sampled_from(["yes", "no", "", None]),
+        "stream": st.sampled_from(["a", "b", "c"]),
+    },
+)
+
+
+def slow_events(spec, content) -> list[tuple[float, str]]:
+    """Return the events of a text stream, read line by line."""
+    events = []
+    for file in files_of_stream(spec):
+        for line in content[file]:
+            is_inline = file == "metadata.jsonl"
+            text = line.get((spec.metadata_key or "text") if is_inline else "text")
+            time = line.get(spec.time)
+            is_own = is_inline or spec.stream in (None, line.get("stream"))
+            if is_own and isinstance(time, int) and isinstance(text, str) and text.strip():
+                events.append((time / {"s": 1, "ms": 1e3, "us": 1e6}[spec.time_unit], text))
+    return sorted(events)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mixed_recipes(), st.lists(st.lists(MIXED_LINES, max_size=6), min_size=3, max_size=3))
+def test_a_scan_and_a_reader_see_the_same_events(tmp_path: Path, recipe, lines_of_file) -> None:
+    content = dict(zip(FILES, lines_of_file, strict=True)) | {"text.jsonl": []}
+    for file, its_lines in content.items():
+        write_lines(tmp_path / file, its_lines)
+    scanned = read_timed_lines(tmp_path, recipe)
+    assert read_text_events(tmp_path, recipe, recipe.texts) == scanned.events
+    for name, spec in recipe.texts.items():
+        assert read_text_events(tmp_path, recipe, [name]) == {name: scanned.events[name]}
+        found = sorted((event.time_s, event.text) for event in scanned.events[name])
+        assert found == slow_events(spec, content)
+        for file in files_of_stream(spec):
+            for number, line in enumerate(content[file], start=1):
+                if slow_events(spec, dict.fromkeys(content, []) | {file: [{**line, spec.time: 1}]}):
+                    reported = [i for i in scanned.issues if (i.file, i.line) == (file, number)]
+                    is_read = any((e.file, e.line) == (file, number) for e in scanned.events[name])
+                    assert is_read or reported, "a text was lost without an issue"
+
+
+def test_texts_of_several_time_keys_share_a_file(tmp_path: Path) -> None:
+    recipe = recipe_of(
+        a={"kind": "text", "file": "x.jsonl", "stream": "a", "time": "t"},
+        b={"kind": "text", "file": "x.jsonl", "stream": "b", "time": "ms", "time_unit": "ms"},
+    )
+    (tmp_path / "x.jsonl").write_text(
+        '{"t": 1, "stream": "a", "text": "one"}\n'
+        '{"ms": 500, "stream": "b", "text": "two"}\n'
+        '{"ms": 500, "stream": "c", "text": "three"}\n'
+        '{"ms": 500, "stream": "a", "text": "four"}\n'
+    )
+    lines = read_timed_lines(tmp_path, recipe)
+    assert [(e.time_s, e.text) for e in lines.events["a"]] == [(1.0, "one")]
+    assert [(e.time_s, e.text) for e in lines.events["b"]] == [(0.5, "two")]
+    assert sorted(kinds(lines)) == [(3, "stream"), (4, "timestamp")]
+
+
+def test_texts_beside_sensors_of_another_time_key_are_reported_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"t": 1, "v": [1], "a_text": "hm"}\n{"t": 2}\n')
+    sensor = {"key": "v", "time": "t"}
+    silent = recipe_of(v=sensor, a={"kind": "text", "stream": "a"})
+    assert [(i.line, i.kind) for i in read_timed_lines(tmp_path, silent).issues] == [
+        (1, "timestamp")
+    ]
+    spoken = recipe_of(v=sensor, a={"kind": "text", "stream": "a", "time": "t"})
+    lines = read_timed_lines(tmp_path, spoken)
+    assert lines.issues == ()
+    assert [e.text for e in lines.events["a"]] == ["hm"]
 
 
 # --- texts without sensors ---
