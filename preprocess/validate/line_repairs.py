@@ -78,7 +78,11 @@ def plan_files(recipe: Recipe) -> dict[str, LineFile]:
     """Describe every file of JSON lines whose streams agree in key and unit of their times."""
     sensors: dict[str, dict[str, SensorStream]] = {}
     text_keys: dict[str, list[str]] = {}
+    times: dict[str, set[tuple[str, float]]] = {}
     for name, spec in recipe.streams.items():
+        if isinstance(spec, (SensorStream, TextStream)):
+            for file in files_of_stream(spec):
+                times.setdefault(file, set()).add((spec.time, spec.units_per_s))
         if isinstance(spec, SensorStream):
             sensors.setdefault(spec.file, {})[name] = spec
         elif isinstance(spec, TextStream):
@@ -87,15 +91,13 @@ def plan_files(recipe: Recipe) -> dict[str, LineFile]:
                 text_keys.setdefault(file, []).append(key or "text")
     files: dict[str, LineFile] = {}
     for file in sorted({*sensors, *text_keys}):
-        of_file = sensors.get(file, {})
-        times = {(spec.time, spec.units_per_s) for spec in of_file.values()} or {(TIME_KEY, 1.0)}
-        if file.endswith(".jsonl") and len(times) == 1:
-            ((time_key, units_per_s),) = times
+        if file.endswith(".jsonl") and len(times[file]) == 1:
+            ((time_key, units_per_s),) = times[file]
             files[file] = LineFile(
                 name=file,
                 time_key=time_key,
                 units_per_s=units_per_s,
-                sensors=of_file,
+                sensors=sensors.get(file, {}),
                 text_keys=tuple(text_keys.get(file, ())),
             )
     return files
@@ -151,7 +153,7 @@ def convert_units(
     times = {name: _raw_times(of_file, files[name]) for name, of_file in lines.items()}
     units = find_units(
         {name: np.sort(times[name]) for name in lines if files[name].sensors},
-        {name: times[name] for name in lines if files[name].is_text_file},
+        {n: times[n] for n in lines if files[n].is_text_file and files[n].units_per_s == 1},
         media_stop_s,
         recipe=recipe,
     )
@@ -298,19 +300,29 @@ def clamp(lines: list[Line], *, file: LineFile) -> Repaired:
 
 
 def join_repeats(lines: list[Line], *, file: LineFile) -> Repaired:
-    """Join lines with equal times: the first line, completed from the others, and all texts.
+    """Join lines that repeat a reading: the first line, completed from the others, and all texts.
 
-    Lines that contradict each other are kept, so that no reading is lost.
+    Lines that contradict each other are kept, so that no reading is lost; so are lines of different
+    sensors at the same time.
     """
     joined: list[Line] = []
-    for line in lines:
-        merged = None
-        if joined and joined[-1].time_s == line.time_s:
-            merged = _merge(joined[-1].values, line.values, file)
-        if merged is None:
-            joined.append(line)
-        elif merged != joined[-1].values:
-            joined[-1] = replace(joined[-1], values=merged, raw=None)
+    for _, group in itertools.groupby(lines, key=lambda line: line.time_s):
+        same_time = [*group]
+        first: dict[str, int] = {}
+        for line in same_time:
+            own = [n for n, s in file.sensors.items() if same_time[1:] and _reading(line, s)]
+            targets = {first[name] for name in own if name in first}
+            target = targets.pop() if len(targets) == 1 else None
+            merged = None
+            if target is not None:
+                merged = _merge(joined[target].values, line.values, file)
+            if target is None or merged is None:
+                target = len(joined)
+                joined.append(line)
+            elif merged != joined[target].values:
+                joined[target] = replace(joined[target], values=merged, raw=None)
+            for name in own:
+                first.setdefault(name, target)
     num_repeats = len(lines) - len(joined)
     if not num_repeats:
         return lines, None
@@ -325,9 +337,10 @@ def fill_gaps(lines: list[Line], *, file: LineFile) -> Repaired:
     """
     sensors = [spec for spec in file.sensors.values() if spec.resample == "by_type"]
     recorded = [line for line in lines if not line.values.get(INTERPOLATED)]
-    if len(recorded) < 3 or not sensors:
+    recorded_s = np.unique(_times(recorded))
+    if len(recorded_s) < 3 or not sensors:
         return lines, None
-    interval_s = float(np.median(np.diff(_times(recorded))))
+    interval_s = float(np.median(np.diff(recorded_s)))
     late_s = LATE_INTERVALS / max(spec.rate_hz for spec in sensors)
     limit_s = min(spec.gap_limit_s for spec in sensors) + EPSILON_S
     filled: list[Line] = [lines[0]]

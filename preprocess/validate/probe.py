@@ -27,7 +27,14 @@ from shared.media.video import REPLACE_FIX, read_frames, read_video_track
 from shared.session.alignment import align_streams, read_starts, shift_events
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, read_timed_lines
 from shared.session.lines import TIME_KEY, Readings
-from shared.streams import TIME_UNITS, AudioStream, VideoDefaults, VideoStream
+from shared.streams import (
+    TIME_UNITS,
+    AudioStream,
+    SensorStream,
+    TextStream,
+    VideoDefaults,
+    VideoStream,
+)
 from shared.values import clean_readings
 
 if TYPE_CHECKING:
@@ -231,11 +238,17 @@ class SessionProbe:
 
     def is_fixable(self, file: str) -> bool:
         """Return whether --fix can write a file: its streams have one timestamp, in JSON lines."""
-        return file.endswith(".jsonl") and len(self.files.get(file, ())) == 1
+        return file.endswith(".jsonl") and self._has_one_time(file)
 
     def is_sortable(self, file: str) -> bool:
         """Return whether --fix can sort a file."""
-        return file.endswith((".jsonl", ".csv", ".tsv")) and len(self.files.get(file, ())) == 1
+        return file.endswith((".jsonl", ".csv", ".tsv")) and self._has_one_time(file)
+
+    def _has_one_time(self, file: str) -> bool:
+        """Return whether the streams that a file can hold agree in key and unit of their times."""
+        streams = [self.recipe.streams[name] for name in self.streams_of(file)]
+        timed = [s for s in streams if isinstance(s, (SensorStream, TextStream))]
+        return file in self.files and len({(s.time, s.time_unit) for s in timed}) == 1
 
     @property
     def shared_files(self) -> tuple[str, ...]:
@@ -330,8 +343,8 @@ def find_units(
 ) -> dict[str, WrongUnit]:
     """Return the unit of each file whose timestamps are not in the declared one.
 
-    Timestamps are sorted, and in the unit of their file. Texts have no declared unit: they are
-    seconds, or have the unit of the sensors beside them. If some fit neither, no unit is confirmed.
+    Timestamps are sorted, and in the unit of their file. Texts that declare no unit but seconds can
+    have the unit of the sensors beside them. If some fit neither, no unit is confirmed.
     """
     units: dict[str, WrongUnit] = {}
     for file, times in sensors.items():
@@ -408,10 +421,12 @@ def _read_lines(
     sensors: dict[str, NDArray[np.float64]] = {}
     texts: dict[str, NDArray[np.float64]] = {}
     for file, (first, *others) in _files(lines).items():
-        if not any(name in recipe.sensors for name in first.streams):
-            texts[file] = first.times_s
-        elif not others:  # with several time keys, nothing is guessed
+        if others:  # with several time keys, nothing is guessed
+            continue
+        if any(name in recipe.sensors for name in first.streams):
             sensors[file] = _raw_times(path, recipe, first)
+        elif all(recipe.texts[name].time_unit == "s" for name in first.streams):
+            texts[file] = first.times_s
     units = find_units(sensors, texts, media_stop_s, recipe=recipe)
     if not units:
         return lines, units

@@ -194,23 +194,31 @@ def _find_in_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposa
         return
     is_metadata = path.name == METADATA_FILE
     file = {} if is_metadata else {"file": path.name}
-    time = {} if time_key == "timestamp" else {"time": time_key}
+    time = {"time_unit": _unit_of(time_key)}
+    if time_key != "timestamp":
+        time["time"] = time_key
     for key, size in sizes.items():
         if key != time_key:
-            spec = {"kind": "sensor", **file, "key": key, **time, "time_unit": _unit_of(time_key)}
+            spec = {"kind": "sensor", **file, "key": key, **time}
             values = {"values": [{"count": max(1, size), "type": "scalar"}]}
             yield key if is_metadata else f"{path.stem}_{key}", _Proposal(spec | values)
     texts = [k for k in keys if any(isinstance(line.get(k), str) for line in lines)]
     own_keys: dict[str, dict[str, str]] = {}
-    if is_metadata and time_key == "timestamp":
+    used = {*sizes}
+    if is_metadata:
         own_keys = {key: {"key": key} for key in texts}
-    elif "text" in texts and time_key == "timestamp":
+        used |= {*texts}
+    elif "text" in texts:
         labels = sorted({str(line["stream"]) for line in lines if line.get("stream") is not None})
         own_keys = {f"{label}_text": {"stream": label} for label in labels} or {path.stem: {}}
+        used |= {"text", "stream"}
     for name, own in own_keys.items():
-        yield name, _Proposal({"kind": "text", "file": path.name, **own})
-    if left_out := [k for k in keys if k not in sizes and k not in texts]:
-        notes.append(f"{path.name}: no list of numbers of one length: {', '.join(left_out)}")
+        yield name, _Proposal({"kind": "text", "file": path.name, **own, **time})
+    if left_out := [key for key in keys if key not in used]:
+        notes.append(
+            f"{path.name}: neither numbers of one length nor a text under `text`: "
+            f"{', '.join(left_out)}"
+        )
 
 
 def _read_objects(path: Path) -> list[dict[str, Any]]:
@@ -324,7 +332,7 @@ def _measure(folder: Path, proposals: dict[str, _Proposal]) -> None:
     own_clocks = _own_clocks(probe)
     for proposal in proposals.values():
         unit = probe.units.get(proposal.spec.get("file", METADATA_FILE))
-        if unit is not None and proposal.spec["kind"] == "sensor":
+        if unit is not None and "time_unit" in proposal.spec:
             proposal.spec["time_unit"] = unit.unit
     for name in own_clocks:
         proposals[name].spec["clock"] = "own"

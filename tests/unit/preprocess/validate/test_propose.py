@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from preprocess.validate.propose import guess_groups, propose_recipe, round_rate
 from preprocess.validate.report import check_session
 from shared.errors import SessionError
 from shared.recipe import Recipe, load_recipe
+from shared.session.folder import read_text_events
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -265,3 +267,23 @@ def test_a_table_of_lists_is_read_by_its_columns(tmp_path: Path) -> None:
     recipe = propose(tmp_path)
     assert types_of(recipe, "robot_state") == [("scalar", 6)]
     assert recipe.sensors["robot_state"].key == "state"
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("s", 1.0), ("ms", 1e3)])
+def test_texts_are_proposed_with_their_time(unit: str, factor: float, tmp_path: Path) -> None:
+    key = f"t_{unit}"
+    lines = [{key: i / 30 * factor, "grip": [i % 7, i % 5]} for i in range(300)]
+    lines[40]["said"], lines[50]["odd"] = "hello", ["a"]
+    write_lines(tmp_path / "metadata.jsonl", lines)
+    notes = [{key: i * factor, "text": f"note {i}", "author": "me"} for i in range(8)]
+    write_lines(tmp_path / "notes.jsonl", notes)
+    write_lines(tmp_path / "words.jsonl", [{key: i * factor, "word": "x"} for i in range(5)])
+    recipe = propose(tmp_path)
+    assert recipe.streams.keys() == {"grip", "said", "notes"}
+    assert {(s.time, s.time_unit) for s in recipe.streams.values()} == {(key, unit)}
+    events = read_text_events(tmp_path, recipe, recipe.texts)
+    assert [(e.time_s, e.text) for e in events["said"]] == [(pytest.approx(40 / 30), "hello")]
+    assert [(e.time_s, e.text) for e in events["notes"]] == [(i, f"note {i}") for i in range(8)]
+    text = propose_recipe(tmp_path)
+    for file, name in (("metadata", "odd"), ("notes", "author"), ("words", "word")):
+        assert re.search(rf"^# {file}\.jsonl: neither .*\b{name}\b", text, flags=re.MULTILINE)

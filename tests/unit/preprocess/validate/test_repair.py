@@ -108,13 +108,48 @@ def test_lines_of_a_restarted_recorder_are_not_sorted(session: Path) -> None:
 
 def test_repeated_times_are_joined_without_losing_readings_or_texts(session: Path) -> None:
     lines = lines_of(session)
-    halves = [{k: v for k, v in lines[5].items() if k != key} for key in ("touch", "proprio")]
+    halves = [{k: v for k, v in lines[5].items() if k != "touch"}, {**lines[5]}]
     halves[0]["internal_text"], halves[1]["internal_text"] = "go", "on"
     write_lines(session / "metadata.jsonl", [*lines[:5], *halves, lines[6], lines[6], *lines[7:]])
     done = repair_session(session, recipe=RECIPE)
     assert done[0] == "metadata.jsonl: joined 2 repeated lines with the first"
     lines[5] = {**lines[5], "internal_text": "go on"}
     assert lines_of(session) == lines
+
+
+def test_lines_of_different_sensors_at_equal_times_are_not_touched(session: Path) -> None:
+    per_device = [
+        {key: line[key] for key in ("timestamp", name) if key in line}
+        for line in lines_of(session)
+        for name in ("touch", "proprio")
+    ]
+    write_lines(session / "metadata.jsonl", per_device)
+    report = check_session(session, recipe=RECIPE).report
+    assert (report.errors, report.warnings) == ((), ())
+    before = snapshot(session)
+    assert repair_session(session, recipe=RECIPE) == []
+    assert snapshot(session) == before
+    # A repeat is joined with the first line of its sensor, not with the line above.
+    write_lines(session / "metadata.jsonl", [*per_device[:2], per_device[0], *per_device[2:]])
+    (warning,) = check_session(session, recipe=RECIPE).report.warnings
+    assert "line 3: timestamp 0 occurs twice for touch" in warning
+    done = repair_session(session, recipe=RECIPE)
+    assert done[0] == "metadata.jsonl: joined 1 repeated line with the first"
+    assert lines_of(session) == per_device
+
+
+def test_texts_keep_their_declared_unit(session: Path) -> None:
+    recipe = declared({
+        "touch": {"kind": "sensor", "key": "touch", "values": [{"count": 5, "type": "fraction"}]},
+        "said": {"kind": "text", "file": "said.jsonl", "time": "ms", "time_unit": "ms"},
+    })  # fmt: skip
+    said = [{"ms": 500 + i, "text": "x"} for i in range(3)]
+    write_lines(session / "said.jsonl", said)
+    lines = [{**line, "timestamp": line["timestamp"] * 1e3} for line in lines_of(session)]
+    write_lines(session / "metadata.jsonl", lines)
+    assert check_session(session, recipe=recipe).probe.events["said"][0].time_s == 0.5
+    repair_session(session, recipe=recipe)
+    assert (session / "said.jsonl").read_text() == "".join(json.dumps(x) + "\n" for x in said)
 
 
 def test_a_clock_that_was_never_reset_is_rebased_with_its_texts(session: Path) -> None:

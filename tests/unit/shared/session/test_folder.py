@@ -518,7 +518,9 @@ def test_a_scan_and_a_reader_see_the_same_events(tmp_path: Path, recipe, lines_o
         assert found == slow_events(spec, content)
         for file in files_of_stream(spec):
             for number, line in enumerate(content[file], start=1):
-                if slow_events(spec, dict.fromkeys(content, []) | {file: [{**line, spec.time: 1}]}):
+                if slow_events(
+                    spec, {key: [] for key in content} | {file: [{**line, spec.time: 1}]}
+                ):
                     reported = [i for i in scanned.issues if (i.file, i.line) == (file, number)]
                     is_read = any((e.file, e.line) == (file, number) for e in scanned.events[name])
                     assert is_read or reported, "a text was lost without an issue"
