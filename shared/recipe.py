@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from shared.config import Section, load_section, make_section
+from shared.errors import ConfigError
 from shared.kinds.column import MAX_MEMBER_BYTES
 from shared.streams import (
     DEFAULT_STREAMS,
@@ -104,7 +105,8 @@ _SOURCE_KEYS = {
     Kind.SENSOR: ("key",),
     Kind.TEXT: ("stream",),
 }
-"""Keys that say, with `file`, where a stream is; no two streams of a kind agree in all of them."""
+"""Keys that say, with `file`, where a stream is; no two streams of a kind in a recipe file
+agree in all of them."""
 
 
 _PIXEL_BYTES = {"yuv420": 1.5, "raw": 3.0}
@@ -162,18 +164,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_streams(self) -> Recipe:
-        names: dict[str, str] = {}
         for name, stream in self.streams.items():
-            keys = ("file", *_SOURCE_KEYS[stream.kind])
-            if isinstance(stream, SensorStream) and stream.key is None:
-                keys = ("file", "names")
-            source = ", ".join(f"{key} {getattr(stream, key)}" for key in keys)
-            other = names.setdefault(f"{stream.kind} {source}", name)
-            if other != name:
-                raise ValueError(
-                    f"streams.{name} has the same source as streams.{other}: {source}; fix: remove "
-                    f"one of them, or change its {' or '.join(keys)}"
-                )
             rates_hz = {} if isinstance(stream, TextStream) else {"rate_hz": stream.rate_hz}
             if isinstance(stream, AudioStream):
                 rates_hz["dmel.rate_hz"] = stream.dmel.rate_hz
@@ -285,7 +276,25 @@ def load_recipe(path: Path | str) -> Recipe:
     Raises:
         ConfigError: the file is missing or not YAML, or has a wrong key or value; exit code 2.
     """
-    return load_section(Recipe, path)
+    recipe = load_section(Recipe, path)
+    _require_own_sources(recipe, origin=str(path))
+    return recipe
+
+
+def _require_own_sources(recipe: Recipe, *, origin: str) -> None:
+    """Check that no stream is declared twice; the sets of a mix may name a source differently."""
+    names: dict[str, str] = {}
+    for name, stream in recipe.streams.items():
+        keys = ("file", *_SOURCE_KEYS[stream.kind])
+        if isinstance(stream, SensorStream) and stream.key is None:
+            keys = ("file", "names")
+        source = ", ".join(f"{key} {getattr(stream, key)}" for key in keys)
+        other = names.setdefault(f"{stream.kind} {source}", name)
+        if other != name:
+            raise ConfigError(
+                f"{origin}: streams.{name} has the same source as streams.{other}: {source}; fix: "
+                f"remove one of them, or change its {' or '.join(keys)}"
+            )
 
 
 def assign_split(session: str, recipe: Recipe) -> Split:

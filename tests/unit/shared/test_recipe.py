@@ -31,6 +31,17 @@ def complaint(values: dict[str, Any]) -> str:
     return line.removeprefix("r.yaml: ")
 
 
+def file_complaint(folder, streams):
+    """Return the one line that refuses a recipe file of some streams."""
+    path = folder / "r.yaml"
+    path.write_text(yaml.safe_dump({"streams": streams}))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}: ")
+    return line.removeprefix(f"{path}: ")
+
+
 # --- random recipes --------------------------------------------------------------------------
 
 RATES_HZ = st.sampled_from([0.5, 1, 2.5, 15, 30, 60, 90, 120, 200])
@@ -252,20 +263,20 @@ def test_an_impossible_recipe_gets_one_line_with_its_key(values, message):
         ),
     ],
 )
-def test_two_streams_of_one_source_are_refused(stream, keys):
-    message = complaint({"streams": {"a": stream, "b": {**stream, "required": True}}})
+def test_two_streams_of_one_source_in_a_file_are_refused(tmp_path, stream, keys):
+    message = file_complaint(tmp_path, {"a": stream, "b": {**stream, "required": True}})
     assert message.startswith("streams.b has the same source as streams.a: ")
     assert keys in message
 
 
 @pytest.mark.parametrize("file", ["metadata.jsonl", "hands.csv"])
-def test_names_do_not_make_two_sources_of_one_key(file):
+def test_names_do_not_make_two_sources_of_one_key(tmp_path, file):
     named = [{"count": 2, "type": "scalar", "names": ["x", "y"]}]
     both = {
         name: {"kind": "sensor", "file": file, "key": "k", "values": values}
         for name, values in (("a", VALUES), ("b", named))
     }
-    assert f"file {file}, key k" in complaint({"streams": both})
+    assert f"file {file}, key k" in file_complaint(tmp_path, both)
 
 
 def test_streams_may_share_a_file_with_other_keys_and_tracks():

@@ -350,8 +350,8 @@ def test_the_tokenizer_is_that_of_a_set_with_text():
     assert open_mix(one, two, heads=("gaze", "notes")).tokenizer.json == "words"
 
 
-def test_read_streams_of_one_source_under_two_names_are_refused():
+def test_sets_may_give_one_source_two_names():
     one, two = FakeSource({"gaze": GAZE}), FakeSource({"eyes": GAZE})
-    open_mix(one, two, modalities=("gaze",))
-    with pytest.raises(ConfigError, match=r"gaze has the same source as streams\.eyes"):
-        open_mix(one, two, heads=("gaze", "eyes"))
+    mixed = open_mix(one, two, heads=("gaze", "eyes"))
+    assert set(mixed.shapes.heads) == {"gaze", "eyes"}
+    assert Recipe.model_validate(mixed.recipe.as_json()) == mixed.recipe
