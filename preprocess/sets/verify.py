@@ -289,8 +289,12 @@ def _find_sample(
                     return entry, index, row
     if not example:
         raise CorruptError(f"{store}: the set has no sample")
+    window = ""
+    if "@" in key:
+        ticks = f"TICK / ({manifest.recipe.segment_s:g} x model.tick_rate_hz)"
+        window = f"; the SEGMENT of a window SESSION@TICK is {ticks}, rounded down"
     raise ShardError(
-        f"{store}: no sample {key!r}; fix: use a key SESSION/SEGMENT such as {example}"
+        f"{store}: no sample {key!r}; fix: use a key SESSION/SEGMENT such as {example}{window}"
     )
 
 

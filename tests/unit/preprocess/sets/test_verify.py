@@ -326,13 +326,15 @@ def test_show_describes_a_sample_with_few_streams(whole_set):
     assert set(lines) == {"sample", "time", "streams", "proprio", "touch"}
 
 
-@pytest.mark.parametrize("key", ["cat/999999", "nobody/000000", "cat", ""])
+@pytest.mark.parametrize("key", ["cat/999999", "nobody/000000", "cat", "", "cat@000012"])
 def test_the_error_for_an_unknown_key_has_an_example(whole_set, key):
     with pytest.raises(ShardError) as found:
         list(describe_sample(whole_set, key))
     assert f"no sample {key!r}; fix: use a key SESSION/SEGMENT such as ann/000000" in str(
         found.value
     )
+    window = "; the SEGMENT of a window SESSION@TICK is TICK / (0.4 x model.tick_rate_hz), rounded"
+    assert (window in str(found.value)) == ("@" in key)
 
 
 def test_verify_exits_with_1_if_there_are_problems(a_copy):
