@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import pytest
 from av.video.frame import PictureType
 from helpers.oracles import exact_planes, exact_rgb, psnr_db
 from hypothesis import given
+from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shared.clock import nearest
-from shared.errors import ConfigError
+from shared.errors import ConfigError, CorruptError
 from shared.kinds.video import decode_pictures, encode_pictures
 from shared.media.video import read_frames, read_video_track
 from shared.media.yuv import split_planes, to_yuv420
@@ -133,6 +135,24 @@ def test_pictures_are_written_into_the_given_memory(codec, layout):
     assert np.shares_memory(found, slot)
     np.testing.assert_array_equal(slot[1], one)
     assert (slot[[0, 2]] == 0xA5).all()
+
+
+@given(
+    sizes=st.lists(st.tuples(st.sampled_from([32, 64]), st.integers(1, 7)), min_size=1, max_size=6),
+    cuts=st.lists(st.floats(0.1, 0.9), max_size=3),
+)
+def test_a_member_decodes_alike_whatever_was_decoded_before(sizes, cuts):
+    members = [(encode_pictures(moving(n, s), spec=CODECS["h264"]), n, s) for s, n in sizes]
+    for number, (member, count, size) in enumerate(members):
+        if number < len(cuts):  # a damaged member leaves nothing behind
+            cut = bytearray(member)
+            cut[int(cuts[number] * len(cut))] ^= 0x55
+            with contextlib.suppress(CorruptError):
+                decode(bytes(cut), "h264", "yuv420", moving(count, size))
+        with av.open(io.BytesIO(member), format="h264") as container:
+            stock = [f.to_ndarray() for f in container.decode(video=0)]
+        found = decode(member, "h264", "yuv420", moving(count, size))
+        np.testing.assert_array_equal(found, np.array(stock).reshape(found.shape))
 
 
 @pytest.mark.parametrize("codec", CODECS)
