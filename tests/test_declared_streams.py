@@ -89,7 +89,7 @@ MANY: dict[str, Any] = {
         },
         "thought": {"kind": "text", "stream": "thought"},
         "speech": {"kind": "text", "stream": "speech"},
-        "operator": {"kind": "text", "file": "notes.jsonl"},
+        "operator": {"kind": "text", "file": "notes.jsonl", "time": "t_ms", "time_unit": "ms"},
     },
 }
 

@@ -289,6 +289,8 @@ def _unread_findings(probe: SessionProbe, kinds: set[str]) -> list[Finding]:
             findings += issue_findings("error", issues, advice, streams=streams)
             continue
         fix = "drop it with --fix" if probe.is_fixable(file) else "remove or correct it"
+        if "timestamp" in kinds and len(probe.files[file]) > 1:
+            fix = "correct it, or the `time` of its streams in the recipe"
         if "timestamp" in kinds and not probe.sensors_of(file):
             fix = "write the second at which the text starts"
         findings += issue_findings(

@@ -152,7 +152,7 @@ def convert_units(
     """
     times = {name: _raw_times(of_file, files[name]) for name, of_file in lines.items()}
     units = find_units(
-        {name: np.sort(times[name]) for name in lines if files[name].sensors},
+        {name: np.unique(times[name]) for name in lines if files[name].sensors},
         {n: times[n] for n in lines if files[n].is_text_file and files[n].units_per_s == 1},
         media_stop_s,
         recipe=recipe,

@@ -156,10 +156,14 @@ def write_streams(
             else:
                 tables[spec.file] |= reading_columns(spec, times_s, values)
         elif isinstance(spec, TextStream):
+            its_lines = (
+                (line[spec.time] / spec.units_per_s, line)
+                for line in text_lines(name, spec, duration_s)
+            )
             lines[spec.file] += [
                 line
-                for line in text_lines(name, spec, duration_s)
-                if line["timestamp"] >= start_s and not _in_gap(line["timestamp"], gaps.get(name))
+                for time_s, line in its_lines
+                if time_s >= start_s and not _in_gap(time_s, gaps.get(name))
             ]
         else:
             tracks[spec.file][spec.track] = tone(
@@ -260,8 +264,8 @@ def to_units(times_s: np.ndarray, unit: str) -> list[float] | list[int]:
 def text_lines(name: str, spec: TextStream, duration_s: float) -> list[dict[str, Any]]:
     """Return one text every 0.7 s."""
     own = {} if spec.stream is None else {"stream": spec.stream}
-    times_s = np.arange(0.2, duration_s, 0.7).round(6).tolist()
-    return [{"timestamp": t, **own, "text": f"{name} {i}"} for i, t in enumerate(times_s)]
+    times = to_units(np.arange(0.2, duration_s, 0.7).round(6), spec.time_unit)
+    return [{spec.time: t, **own, "text": f"{name} {i}"} for i, t in enumerate(times)]
 
 
 def join_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

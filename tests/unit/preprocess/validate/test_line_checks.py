@@ -276,3 +276,15 @@ def test_a_file_of_many_bad_lines_counts_them_all(tmp_path: Path) -> None:
     report = check_session(tmp_path, recipe=recipe).report
     assert report.streams["imu"] == "failed"
     assert "metadata.jsonl: 2095 more like these" in report.errors
+
+
+def test_a_text_without_its_time_names_the_key_of_the_recipe(tmp_path: Path) -> None:
+    streams = {"imu": sensor("metadata.jsonl", time="t"), "said": {"kind": "text", "stream": "me"}}
+    lines = [{"t": i / 30, "a": i, "b": i} for i in range(60)]
+    lines[7]["me_text"] = "hello"
+    write_lines(tmp_path / "metadata.jsonl", lines)
+    (warning,) = check_session(tmp_path, recipe=recipe_of(streams)).report.warnings
+    assert "line 8: timestamp is None" in warning
+    assert "fix: correct it, or the `time` of its streams in the recipe" in warning
+    recipe = recipe_of({**streams, "said": {**streams["said"], "time": "t"}})
+    assert check_session(tmp_path, recipe=recipe).report.warnings == ()

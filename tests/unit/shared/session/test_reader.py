@@ -246,3 +246,21 @@ def test_text_without_a_tokenizer_says_what_is_missing(session):
     write_lines(session / "text.jsonl", [{"timestamp": 0, "stream": "internal", "text": "a"}])
     with pytest.raises(ValueError, match="text needs a tokenizer"):
         fields_of(session, tokenizer=None).read_text("internal_text", Segment(0, 1.0))
+
+
+@pytest.mark.parametrize("time", ["t", "timestamp"])
+def test_texts_beside_sensors_are_read_at_their_declared_time(tmp_path, time):
+    sensor = {"kind": "sensor", "key": "v", "values": [{"count": 1, "type": "scalar"}]}
+    declared = {"time": time, "time_unit": "ms"}
+    recipe = tiny_recipe(
+        streams={
+            "v": {**sensor, "time": "t", "time_unit": "ms"},
+            "said": {"kind": "text", "file": "metadata.jsonl", "key": "said", **declared},
+        }
+    )
+    lines = [{"t": i * 20, "v": i} for i in range(100)]
+    lines[60] |= {"said": "hi", time: 1200}
+    write_lines(tmp_path / "metadata.jsonl", lines)
+    text = fields_of(tmp_path, recipe).read_text("said", Segment(1, recipe.segment_s))
+    assert [(event.time_s, event.text) for event in text.events] == [(1.2, "hi")]
+    assert text.ids == tuple(TOKENIZER.encode("hi"))

@@ -79,6 +79,19 @@ def test_what_validation_expects_and_what_is_required_change_no_basis():
     assert before == after
 
 
+def test_the_time_of_a_text_changes_its_basis_only():
+    streams = {name: spec.as_json() for name, spec in Recipe().streams.items()}
+    changed = {**streams, "external_text": {**streams["external_text"], "time_unit": "ms"}}
+    before, after = (
+        {
+            name: column_basis(column, recipe, tokenizer_sha256="0")
+            for name, column in columns_of(recipe).items()
+        }
+        for recipe in (Recipe(), Recipe.model_validate({"streams": changed}))
+    )
+    assert {name for name in before if before[name] != after[name]} == {"external_text"}
+
+
 def test_another_tokenizer_changes_only_the_basis_of_text():
     recipe = Recipe()
     changed = {
