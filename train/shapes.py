@@ -331,8 +331,8 @@ def _describe_rates(rates_hz: Mapping[str, float]) -> str:
     """Name the ticks, which come last, and streams without any of which the period is shorter."""
     period, kept = common_period_s([*rates_hz.values()]), dict(rates_hz)
     for name in list(rates_hz)[:-1]:
-        rest = {n: r for n, r in kept.items() if n != name}
-        kept = rest if common_period_s([*rest.values()]) == period else kept
+        others = {n: r for n, r in kept.items() if n != name}
+        kept = others if common_period_s([*others.values()]) == period else kept
     return ", ".join(f"{name} {rate_hz:g} Hz" for name, rate_hz in kept.items())
 
 

@@ -78,8 +78,10 @@ class MixedSource:
         with_text = [source for source in self._sources if source.recipe.of_kind(Kind.TEXT)]
         main = (with_text or self._sources)[0]
         self.tokenizer = main.tokenizer
-        streams = {n: spec for s in self._sources[::-1] for n, spec in s.recipe.streams.items()}
-        self.recipe = main.recipe.model_copy(update={"streams": dict(sorted(streams.items()))})
+        specs = [pair for s in self._sources[::-1] for pair in s.recipe.streams.items()]
+        # The first set decides; of a text, the one with the fewest tokens per second.
+        specs.sort(key=lambda pair: -getattr(pair[1], "tokens_per_s", 0.0))
+        self.recipe = main.recipe.model_copy(update={"streams": dict(sorted(dict(specs).items()))})
         self.shard_sizes = np.concatenate([source.shard_sizes for source in self._sources])
         self._ends = np.cumsum([len(source.shard_sizes) for source in self._sources])
         self._first_shards = np.concatenate([[0], self._ends[:-1]])

@@ -339,7 +339,7 @@ def test_no_set_has_more_tokens_than_ticks_unless_only_text_is_trained(rates):
     one, two = map(FakeSource, declared)
     open_mix(one, two, modalities=("gaze",))  # at 10 ticks per second
     open_mix(one, two, heads=("notes",))  # packed densely
-    owner = "the set set1 of data.mix" if rates[0] == 10 else "the set"
+    owner = f"the set set{rates.index(20)} of data.mix"
     words = f"is below tokens_per_s 20 of notes in {owner}, .* or rebuild {owner} with"
     with pytest.raises(ConfigError, match=words):
         open_mix(one, two, heads=("gaze", "notes"))
