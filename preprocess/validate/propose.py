@@ -194,9 +194,8 @@ def _find_in_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposa
         return
     is_metadata = path.name == METADATA_FILE
     file = {} if is_metadata else {"file": path.name}
-    time = {"time_unit": _unit_of(time_key)}
-    if time_key != "timestamp":
-        time["time"] = time_key
+    time = {} if time_key == "timestamp" else {"time": time_key}
+    time["time_unit"] = _unit_of(time_key)
     for key, size in sizes.items():
         if key != time_key:
             spec = {"kind": "sensor", **file, "key": key, **time}
