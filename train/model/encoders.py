@@ -328,16 +328,10 @@ def count_ticks(inputs: Mapping[str, Tensor], shapes: WindowShapes) -> int:
 
 
 def modalities(shapes: WindowShapes) -> dict[str, tuple[str, ...]]:
-    """Return the input streams of each modality: all videos are one, any other stream is its own.
-
-    The videos are called "vision"; "Vision" if a stream of another kind has that name.
-    """
+    """Return the input streams of each modality: all videos are "vision", any other its own."""
     cameras = shapes.inputs_of_kind(Kind.VIDEO)
     others = {name: (name,) for name in shapes.inputs if name not in cameras}
-    return {
-        **({"Vision" if "vision" in others else "vision": cameras} if cameras else {}),
-        **others,
-    }
+    return ({"vision": cameras} if cameras else {}) | others
 
 
 def without(inputs: Mapping[str, Tensor], streams: Iterable[str]) -> dict[str, Tensor]:
