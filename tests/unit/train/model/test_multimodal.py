@@ -298,7 +298,7 @@ def test_a_sensor_alone_makes_a_model():
 
 
 @pytest.mark.parametrize(
-    "name", ["forward", "type", "pop", "keys_", "norm", "bias", "values", "update", "vision"]
+    "name", ["forward", "type", "pop", "keys_", "norm", "bias", "values", "update"]
 )
 def test_names_of_streams_collide_with_nothing(name):
     config = make_config(loss_weights={name: 1})
