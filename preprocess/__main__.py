@@ -281,8 +281,7 @@ def upgrade(shard_set: str) -> None:
     click.echo(
         f"{redact_url(shard_set)} is upgraded: {summary.num_segments} segments in "
         f"{summary.num_shards} shards; {summary.kept_files} video files kept, "
-        f"{summary.copied_members} members copied, {summary.rewritten_members} rewritten, "
-        "0 pictures decoded"
+        f"{summary.copied_members} members copied, {summary.rewritten_members} rewritten"
     )
     for line in summary.gaps:
         click.echo(f"gap: {line}; fix: run `python -m preprocess shards` with its sessions")

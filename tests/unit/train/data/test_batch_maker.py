@@ -208,7 +208,7 @@ def test_a_missing_file_costs_the_samples_of_its_shard(tiny_set, a_copy, suffix)
 def test_too_many_corrupt_samples_stop_the_run_with_one_plain_message(a_copy, num_workers):
     for row in range(3):
         damage(a_copy, "audio.dmel", row=row)
-    # Three are more than 0.006 of the 210 members that an epoch reads, in any order.
+    # Two are more than 0.006 of the 210 members that an epoch reads, in whatever order.
     loader = make_loader(a_copy, num_workers=num_workers, max_bad_fraction=0.006)
     with pytest.raises(TooManyCorruptSamplesError, match="max_bad_fraction allows 0") as found:
         take(loader, 1000)
