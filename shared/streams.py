@@ -122,13 +122,33 @@ class ValueGroup(Section):
         return self
 
 
+class MaskReason(enum.StrEnum):
+    """Why recorded content is not trusted; a closed table."""
+
+    STILL = "still"
+    """It repeats for longer than the world stands still."""
+    CLOCK = "clock"
+    """Its times are known to be wrong."""
+    DAMAGED = "damaged"
+    """The decoder had to guess it."""
+
+
+class MaskDefaults(Section):
+    """Which faults of the recording are masked."""
+
+    mask: tuple[MaskReason, ...] = tuple(MaskReason)
+    """Content with these faults is masked in the segments. Validation reports the others too."""
+
+
 class Expectation(Section):
-    """What validation expects of a stream; it changes no stored byte and rejects nothing."""
+    """What validation expects of a stream; only `max_still_s` changes what is stored."""
 
     min_rate_hz: float | None = Field(None, gt=0)
     """Lowest rate of readings or frames that passes."""
     max_gap_s: float | None = Field(None, gt=0)
     """Longest gap that passes; null judges gaps by the stream's own regular rate."""
+    max_still_s: float | None = Field(None, gt=0)
+    """Longest time for which content may repeat exactly; null takes the default of the kind."""
     range: tuple[float, float] | None = None
     """Lowest and highest value that passes; also the axis of the histograms."""
 
@@ -139,7 +159,7 @@ class Expectation(Section):
         return self
 
 
-class VideoDefaults(Section):
+class VideoDefaults(MaskDefaults):
     """How a video becomes frames."""
 
     rate_hz: float = Field(5.0, gt=0, le=120)
@@ -213,7 +233,7 @@ class DmelSettings(Section):
     """Mel energy in dB at the center of the highest level; higher energies get that level."""
 
 
-class AudioDefaults(Section):
+class AudioDefaults(MaskDefaults):
     """How audio becomes a waveform and tokens."""
 
     rate_hz: int = Field(16_000, ge=4_000, le=96_000)
@@ -240,7 +260,7 @@ class AudioDefaults(Section):
         return self
 
 
-class SensorDefaults(Section):
+class SensorDefaults(MaskDefaults):
     """How readings of a sensor become samples on a grid."""
 
     rate_hz: float = Field(30.0, gt=0, le=2000)
@@ -439,6 +459,11 @@ DEFAULT_STREAMS: dict[str, dict[str, Any]] = {
     "external_text": {"kind": "text", "stream": "external"},
 }
 """The streams of a recipe that declares none."""
+
+
+def mask_reasons(spec: StreamSpec) -> tuple[MaskReason, ...]:
+    """Return the faults for which content of a stream is masked; text has none."""
+    return spec.mask if isinstance(spec, MaskDefaults) else ()
 
 
 def check_stream_name(name: str) -> None:

@@ -136,6 +136,8 @@ def row_hash(stored: SessionSegments, column: Column, scan: SessionScan, recipe:
         inputs["clock_offset_s"] = scan.clock_offset_s
     if spec.kind is Kind.TEXT:  # events after the session's end are left out
         inputs["duration_s"] = scan.duration_s
+    if stream in scan.masked:
+        inputs["masked"] = [[s.start_s, s.stop_s] for s in scan.masked[stream]]
     return fingerprint_of(inputs)
 
 

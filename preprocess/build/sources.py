@@ -28,7 +28,7 @@ from shared.session.reader import SessionReader
 from shared.session.scan import SessionScan, SourceFile, scan_from_json, scan_session
 from shared.shardset.manifest import SESSIONS_FILE
 from shared.storage import STARTUP_RETRY, RetryPolicy, Store, StoredFile, parse_location
-from shared.streams import Kind
+from shared.streams import Kind, mask_reasons
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -221,7 +221,7 @@ def scan_seconds(recording: Recording, recipe: Recipe) -> float:
     return sum(float(stamp[0]) / rates[name] for name, stamp in recording.stamp.items())
 
 
-SCAN_VERSION = 6
+SCAN_VERSION = 7
 """Raised when a scan of the same files would give another result or has other keys."""
 
 _NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {
@@ -242,7 +242,10 @@ def scan_sessions(
         name: stream_settings(spec, without=_NOT_SCANNED.get(spec.kind, ()))
         for name, spec in recipe.streams.items()
     }
-    basis = fingerprint_of(SCAN_VERSION, recipe.segment_s, streams)
+    masks = {
+        name: [mask_reasons(spec), spec.expect.max_still_s] for name, spec in recipe.streams.items()
+    }
+    basis = fingerprint_of(SCAN_VERSION, recipe.segment_s, streams, masks)
     cached = _parse_cache(store.read(SESSIONS_FILE) or b"")
     stamps = {name: dict(recording.stamp) for name, recording in recordings.items()}
     scans = {

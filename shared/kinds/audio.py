@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.clock import Interval
+from shared.clock import EPSILON_S, Interval
 from shared.errors import CorruptError
 from shared.files import DiskArray
 from shared.kinds.column import Column, stream_settings
 from shared.media.mel import encode_dmel
 from shared.media.sound import Sound, read_sound, to_int16
+from shared.session.masks import masked_share
 from shared.streams import AudioStream, Kind
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from shared.clock import Segment
     from shared.recipe import Recipe
+    from shared.session.masks import MaskedSpan
 
 MASKED_LEVEL = 255
 """Value of dMel levels where there is no audio; real levels are smaller."""
@@ -79,11 +81,20 @@ def align_sound(sound: Sound, start_s: float | None) -> Interval:
 class AudioReader:
     """Reads the audio of a session's segments, times `gain`, which normalizes the loudness.
 
-    `start_s` is the start of the first sample on the session clock.
+    `start_s` is the start of the first sample on the session clock. dMel frames that overlap a
+    `masked` span are masked.
     """
 
-    def __init__(self, file: Path, spec: AudioStream, *, start_s: float, gain: float) -> None:
-        self._spec = spec
+    def __init__(
+        self,
+        file: Path,
+        spec: AudioStream,
+        *,
+        start_s: float,
+        gain: float,
+        masked: Sequence[MaskedSpan] = (),
+    ) -> None:
+        self._spec, self._masked = spec, masked
         self._start = round(start_s * spec.rate_hz)
         sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track)
         self._samples: DiskArray[np.int16] = DiskArray(np.int16)
@@ -102,11 +113,15 @@ class AudioReader:
     def read_dmel(self, segment: Segment) -> NDArray[np.uint8]:
         """Read the dMel tokens of a segment, uint8 [A, channels].
 
-        Frames that the audio does not cover have MASKED_LEVEL in all channels.
+        Frames that the audio does not cover, or that are masked, have MASKED_LEVEL in all channels.
         """
         rate_hz, dmel = self._spec.rate_hz, self._spec.dmel
         start, count = self._range(segment)[0], round(dmel.rate_hz * segment.duration_s)
         levels, valid = encode_dmel(self._samples, start, count, rate_hz=rate_hz, settings=dmel)
+        starts_s = segment.grid(dmel.rate_hz)
+        for span in self._masked:
+            stops_s = starts_s + 1 / dmel.rate_hz
+            valid &= (stops_s <= span.start_s + EPSILON_S) | (starts_s >= span.stop_s - EPSILON_S)
         levels[~valid] = MASKED_LEVEL
         return levels
 
@@ -116,9 +131,16 @@ class AudioReader:
         return round(segment.start_s * self._spec.rate_hz) - self._start, count
 
 
-def coverage(interval: Interval, segments: Sequence[Segment]) -> NDArray[np.float64]:
-    """Compute the share of each segment that an interval covers."""
-    shares = [interval.overlap_s(segment.interval) / segment.duration_s for segment in segments]
+def coverage(
+    interval: Interval, segments: Sequence[Segment], masked: Sequence[MaskedSpan] = ()
+) -> NDArray[np.float64]:
+    """Compute the share of each segment that an interval covers, without masked spans."""
+    shares = []
+    for segment in segments:
+        start_s = max(interval.start_s, segment.start_s)
+        stop_s = max(start_s, min(interval.stop_s, segment.stop_s))
+        share = interval.overlap_s(segment.interval) / segment.duration_s
+        shares.append(share * (1 - masked_share(start_s, stop_s, masked)))
     return np.array(shares, dtype=np.float64)
 
 

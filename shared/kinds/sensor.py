@@ -8,6 +8,7 @@ import numpy as np
 
 from shared.clock import EPSILON_S, Interval, slow_rate_hz
 from shared.kinds.column import Column, stream_settings
+from shared.session.masks import is_masked
 from shared.streams import Kind, SensorStream
 from shared.values import resample, resample_mask
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from shared.clock import Segment
     from shared.recipe import Recipe
+    from shared.session.masks import MaskedSpan
 
 
 def columns(name: str, spec: SensorStream, recipe: Recipe) -> tuple[Column, ...]:
@@ -83,25 +85,39 @@ def slow_issue(
 
 
 def coverage(
-    times_s: NDArray[np.float64], segments: Sequence[Segment], spec: SensorStream
+    times_s: NDArray[np.float64],
+    segments: Sequence[Segment],
+    spec: SensorStream,
+    masked: Sequence[MaskedSpan] = (),
 ) -> NDArray[np.float64]:
     """Compute the share of each segment's grid times that get a value."""
     if not segments:
         return np.zeros(0)
     grid_s = np.stack([segment.grid(spec.rate_hz) for segment in segments])
-    mask = resample_mask(times_s, grid_s.ravel(), stream=spec)
-    return np.asarray(mask.reshape(grid_s.shape).mean(axis=1))
+    mask = resample_mask(times_s[~is_masked(times_s, masked)], grid_s.ravel(), stream=spec)
+    return np.asarray((mask.reshape(grid_s.shape) & ~is_masked(grid_s, masked)).mean(axis=1))
 
 
 class SensorReader:
-    """Resamples readings at increasing times on the session clock, finite float32 [N, D]."""
+    """Resamples readings at increasing times on the session clock, finite float32 [N, D].
+
+    Readings in `masked` spans are not used.
+    """
 
     def __init__(
-        self, times_s: NDArray[np.float64], values: NDArray[np.float32], spec: SensorStream
+        self,
+        times_s: NDArray[np.float64],
+        values: NDArray[np.float32],
+        spec: SensorStream,
+        masked: Sequence[MaskedSpan] = (),
     ) -> None:
-        self._times_s, self._values, self._spec = times_s, values, spec
+        is_used = ~is_masked(times_s, masked)
+        self._times_s, self._values = times_s[is_used], values[is_used]
+        self._spec, self._masked = spec, masked
 
     def read(self, segment: Segment) -> NDArray[np.float32]:
         """Read a segment, float32 [rate * duration, D]; NaN where masked."""
         grid_s = segment.grid(self._spec.rate_hz)
-        return resample(self._times_s, self._values, grid_s, stream=self._spec)
+        values = resample(self._times_s, self._values, grid_s, stream=self._spec)
+        values[is_masked(grid_s, self._masked)] = np.nan
+        return values

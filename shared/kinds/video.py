@@ -22,6 +22,7 @@ from shared.media.yuv import (
     encode_npy,
     to_yuv420,
 )
+from shared.session.masks import is_masked
 from shared.streams import Kind, VideoStream
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from shared.clock import Segment
     from shared.recipe import Recipe
+    from shared.session.masks import MaskedSpan
     from shared.streams import VideoDefaults
 
 _MAX_PIXEL_BYTES = 8
@@ -95,25 +97,38 @@ def interval_of(track: VideoTrack) -> Interval:
 
 
 def coverage(
-    track: VideoTrack, segments: Sequence[Segment], spec: VideoStream
+    track: VideoTrack,
+    segments: Sequence[Segment],
+    spec: VideoStream,
+    masked: Sequence[MaskedSpan] = (),
 ) -> NDArray[np.float64]:
     """Compute the share of each segment's grid times that have a frame near enough."""
     if not segments:
         return np.zeros(0)
     grid_s = np.stack([segment.grid(spec.rate_hz) for segment in segments])
-    _, error_s = nearest(track.times_s, grid_s)
-    return np.asarray(frame_mask(error_s, tolerance_s=spec.tolerance_s).mean(axis=1))
+    index, error_s = nearest(track.times_s, grid_s)
+    is_near = frame_mask(error_s, tolerance_s=spec.tolerance_s)
+    return np.asarray((is_near & ~is_masked(track.times_s, masked)[index]).mean(axis=1))
 
 
 class VideoReader:
     """Reads the frames of a session's segments.
 
     `start_s` is the start of the first frame on the session clock; None means the container's.
+    Frames in `masked` spans are invalid.
     """
 
-    def __init__(self, file: Path, spec: VideoStream, *, start_s: float | None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        spec: VideoStream,
+        *,
+        start_s: float | None,
+        masked: Sequence[MaskedSpan] = (),
+    ) -> None:
         self._file, self._spec = file, spec
         self._track = align_track(read_video_track(file), start_s)
+        self._is_masked = is_masked(self._track.times_s, masked)
 
     def iter_frames(
         self, segments: Sequence[Segment], *, decode_context: Sequence[Segment] | None = None
@@ -177,7 +192,7 @@ class VideoReader:
             return None
         nearest_usable = usable[np.abs(usable[None, :] - index[:, None]).argmin(axis=1)]
         is_near = frame_mask(error_s, tolerance_s=self._spec.tolerance_s)
-        is_valid = (nearest_usable == index) & is_near
+        is_valid = (nearest_usable == index) & is_near & ~self._is_masked[index]
         return Frames(
             pictures=np.stack([decoded[int(i)] for i in nearest_usable]),
             error_s=np.where(is_valid, error_s, np.nan).astype(np.float32),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from shared.kinds.video import Frames
     from shared.media.tokenizer import TextTokenizer
     from shared.recipe import Recipe
+    from shared.session.masks import MaskedSpan
     from shared.session.scan import SessionScan
 
 
@@ -92,7 +93,9 @@ class SessionReader:
     def _video(self, stream: str) -> VideoReader:
         if stream not in self._videos:
             spec, start_s = self.recipe.videos[stream], self.scan.start_overrides.get(stream)
-            self._videos[stream] = VideoReader(self.path / spec.file, spec, start_s=start_s)
+            self._videos[stream] = VideoReader(
+                self.path / spec.file, spec, start_s=start_s, masked=self._masked(stream)
+            )
         return self._videos[stream]
 
     def _audio_reader(self, stream: str) -> AudioReader:
@@ -103,8 +106,12 @@ class SessionReader:
                 spec,
                 start_s=self.scan.start_overrides.get(stream, 0.0),
                 gain=self.scan.gains[stream],
+                masked=self._masked(stream),
             )
         return self._audio[stream]
+
+    def _masked(self, stream: str) -> tuple[MaskedSpan, ...]:
+        return self.scan.masked.get(stream, ())
 
     def _names(self, kind: Kind) -> list[str]:
         """Return the streams of a kind that the session has and that are read."""
@@ -122,7 +129,8 @@ class SessionReader:
             offset_s = stream_offset(
                 name, first_s, scan.clock_offset_s, starts=scan.start_overrides, recipe=recipe
             )
-            readers[name] = SensorReader(own.times_s - offset_s, own.values, recipe.sensors[name])
+            times_s, spec = own.times_s - offset_s, recipe.sensors[name]
+            readers[name] = SensorReader(times_s, own.values, spec, self._masked(name))
         return readers
 
     @cached_property

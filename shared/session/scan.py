@@ -30,7 +30,8 @@ from shared.session.alignment import (
     undeclared_starts,
 )
 from shared.session.folder import SESSION_INFO_FILE, read_timed_lines, source_files
-from shared.streams import Kind
+from shared.session.masks import MaskedSpan
+from shared.streams import Kind, MaskReason, mask_reasons
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +77,8 @@ class SessionScan:
     """Why each other stream is missing."""
     not_recorded: frozenset[str]
     """Missing streams that nothing was recorded of: no file, no reading, no event."""
+    masked: Mapping[str, tuple[MaskedSpan, ...]]
+    """Stretches of streams that no sample shows, because their content is known to be wrong."""
     coverage: Mapping[str, tuple[float, ...]]
     """Stream that the session has -> share of each segment that it covers, 0..1; above 0 where at
     least one sample is valid."""
@@ -114,13 +117,22 @@ class SessionScan:
         start_s, stop_s = segment * recipe.segment_s, (segment + 1) * recipe.segment_s
         where = f"of [{start_s:g}, {stop_s:g}) s"
         if missing:
-            causes = ", ".join(f"{name} covers {share:.0%}" for name, share in missing.items())
+            causes = ", ".join(
+                f"{name} covers {share:.0%}{self._describe_masks(name, start_s, stop_s)}"
+                for name, share in missing.items()
+            )
             return f"{causes} {where}; segment.min_coverage asks for {minimum:.0%}"
         if not present:
             return f"no stream covers any {where}"
         if self.silent[segment] and set(present) <= recipe.texts.keys():
             return f"nothing but silent text {where}"
         return None
+
+    def _describe_masks(self, name: str, start_s: float, stop_s: float) -> str:
+        """Name what is masked of a stream between two times; empty if nothing is."""
+        spans = self.masked.get(name, ())
+        messages = [s.message for s in spans if s.start_s < stop_s and s.stop_s > start_s]
+        return f" ({'; '.join(dict.fromkeys(messages))})" if messages else ""
 
     def session_rejection(self, recipe: Recipe) -> str | None:
         """Explain why no segment of the session can be stored; None if some can."""
@@ -142,6 +154,12 @@ def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
     restored = {
         "intervals": {name: Interval(**pair) for name, pair in values["intervals"].items()},
         "not_recorded": frozenset(values["not_recorded"]),
+        "masked": {
+            name: tuple(
+                MaskedSpan(**{**span, "reason": MaskReason(span["reason"])}) for span in spans
+            )
+            for name, spans in values["masked"].items()
+        },
         "coverage": {name: tuple(shares) for name, shares in values["coverage"].items()},
         "silent": tuple(values["silent"]),
         "issues": tuple(values["issues"]),
@@ -188,6 +206,7 @@ def scan_session(
         )
         sentences.append(("start", sentence, len(names)))
     absent = {**media.absent, **alignment.absent}
+    masked = _find_masked(recipe)
     segments = plan_segments(alignment.duration_s, recipe.segment_s)
     timed_starts = {n: s for n, s in starts.items() if recipe.streams[n].kind not in MEDIA_KINDS}
     return SessionScan(
@@ -200,7 +219,8 @@ def scan_session(
         start_overrides={**media.start_overrides, **timed_starts},
         absent={n: absent[n] for n in recipe.streams if n in absent},
         not_recorded=frozenset({*media.not_recorded, *alignment.not_recorded}),
-        coverage=_coverage(segments, alignment, media, recipe),
+        masked=masked,
+        coverage=_coverage(segments, alignment, media, masked=masked),
         silent=_silent_segments(segments, alignment, recipe),
         issues=_first_of_each_kind(sentences),
         slow={
@@ -262,14 +282,42 @@ _SCANNERS: Mapping[Kind, Callable[[_Media, str, float | None], None]] = {
 }
 
 
+def _find_masked(recipe: Recipe) -> dict[str, tuple[MaskedSpan, ...]]:
+    """Find the stretches of each stream whose content is wrong, for the reasons that it masks."""
+    candidates: dict[str, list[MaskedSpan]] = {}
+    specs = recipe.streams
+    kept = {
+        name: tuple(span for span in spans if span.reason in mask_reasons(specs[name]))
+        for name, spans in sorted(candidates.items())
+    }
+    return {name: spans for name, spans in kept.items() if spans}
+
+
 def _coverage(
-    segments: Sequence[Segment], alignment: Alignment, media: _Media, recipe: Recipe
+    segments: Sequence[Segment],
+    alignment: Alignment,
+    media: _Media,
+    *,
+    masked: Mapping[str, Sequence[MaskedSpan]],
 ) -> dict[str, tuple[float, ...]]:
     """Compute, per stream, the share of each segment that it covers."""
+    recipe = media.recipe
+
+    def of_video(name: str) -> NDArray[np.float64]:
+        spans = masked.get(name, ())
+        return video.coverage(media.tracks[name], segments, recipe.videos[name], spans)
+
+    def of_audio(name: str) -> NDArray[np.float64]:
+        return audio.coverage(alignment.intervals[name], segments, masked.get(name, ()))
+
+    def of_sensor(name: str) -> NDArray[np.float64]:
+        times_s, spans = alignment.times_s[name], masked.get(name, ())
+        return sensor.coverage(times_s, segments, recipe.sensors[name], spans)
+
     compute: Mapping[Kind, Callable[[str], NDArray[np.float64]]] = {
-        Kind.VIDEO: lambda n: video.coverage(media.tracks[n], segments, recipe.videos[n]),
-        Kind.AUDIO: lambda n: audio.coverage(alignment.intervals[n], segments),
-        Kind.SENSOR: lambda n: sensor.coverage(alignment.times_s[n], segments, recipe.sensors[n]),
+        Kind.VIDEO: of_video,
+        Kind.AUDIO: of_audio,
+        Kind.SENSOR: of_sensor,
         Kind.TEXT: lambda n: audio.coverage(alignment.intervals[n], segments),
     }
     coverage = {}

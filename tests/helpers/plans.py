@@ -40,6 +40,7 @@ def scan(
         "start_overrides": {},
         "intervals": {s: Interval(0.0, float(segments)) for s in recipe.streams},
         "absent": {},
+        "masked": {},
         "not_recorded": frozenset(),
         "coverage": dict.fromkeys(recipe.streams, shares),
         "silent": (False,) * segments,
