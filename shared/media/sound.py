@@ -16,6 +16,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from shared.clock import Interval
 from shared.errors import MediaError
 from shared.files import DiskArray
 from shared.media.video import REPLACE_FIX, container_origin_s, decode_all, require_bytes
@@ -45,6 +46,9 @@ _FULL_SCALE = np.float32(32767 / 32768)
 _PAIRWISE_CHANNELS = 8
 """From this many numbers on, NumPy adds them in another order."""
 
+MIN_ZEROS_S = 0.1
+"""A shorter run of exact zeros is not reported: quiet sound of 16 bits has some."""
+
 _BLOCK_FRAMES = 1 << 16
 """Audio is read and resampled in blocks of this many frames, so that memory does not grow with
 length."""
@@ -72,6 +76,9 @@ class Sound:
     """Largest absolute sample of any channel before mixing."""
     num_clipped: int
     """Samples of any channel at or above full scale, before mixing."""
+    zeros: tuple[Interval, ...] = ()
+    """Runs of at least MIN_ZEROS_S in which every channel is exactly zero, in seconds from the
+    first sample."""
 
     @property
     def duration_s(self) -> float:
@@ -218,6 +225,7 @@ def _mono(
     resampler = soxr.ResampleStream(source_rate_hz, rate_hz, 1, dtype="float32", quality="HQ")
     samples: DiskArray[np.float32] = DiskArray(np.float32)
     peak, num_bad, num_clipped = 0.0, 0, 0
+    zeros = _ZeroRuns(min_frames=math.ceil(MIN_ZEROS_S * source_rate_hz))
     for block in blocks:
         level = np.abs(block)
         if not level.max(initial=0.0) <= _MAX_SAMPLE:  # also true for NaN
@@ -227,6 +235,7 @@ def _mono(
             level = np.abs(block)
         peak = max(peak, float(level.max(initial=0.0)))
         num_clipped += int((level >= _FULL_SCALE).sum())
+        zeros.add(block)
         mono = _mean_of_channels(block)
         samples.append(mono if source_rate_hz == rate_hz else resampler.resample_chunk(mono))
     if source_rate_hz != rate_hz:
@@ -244,7 +253,45 @@ def _mono(
         num_bad=num_bad,
         peak=peak,
         num_clipped=num_clipped,
+        zeros=zeros.intervals(source_rate_hz),
     )
+
+
+class _ZeroRuns:
+    """Finds runs of frames in which every channel is zero, in blocks [n, channels]."""
+
+    def __init__(self, *, min_frames: int) -> None:
+        self._min_frames = min_frames
+        self._num_frames = 0
+        self._runs: list[tuple[int, int]] = []
+        """Runs so far, [start, stop); the last one may be short, and go on in the next block."""
+
+    def add(self, block: NDArray[np.float32]) -> None:
+        """Find the runs of the next block."""
+        start, self._num_frames = self._num_frames, self._num_frames + len(block)
+        # Every long run contains a probe, or the first or last frame of a block.
+        probes = np.append(np.arange(0, len(block), self._min_frames), len(block) - 1)
+        if len(block) == 0 or block[probes].any(axis=1).all():
+            return
+        is_zero = np.ones(len(block) + 2, dtype=np.bool_)
+        is_zero[[0, -1]] = False
+        for channel in block.T:
+            is_zero[1:-1] &= channel == 0
+        edges = start + np.flatnonzero(is_zero[1:] != is_zero[:-1])
+        for first, stop in edges.reshape(-1, 2).tolist():
+            if self._runs and self._runs[-1][1] == first:
+                first = self._runs.pop()[0]
+            elif stop - first < self._min_frames and stop < self._num_frames:
+                continue
+            self._runs.append((first, stop))
+
+    def intervals(self, rate_hz: int) -> tuple[Interval, ...]:
+        """Return the runs of at least the minimum, in seconds."""
+        return tuple(
+            Interval(first / rate_hz, stop / rate_hz)
+            for first, stop in self._runs
+            if stop - first >= self._min_frames
+        )
 
 
 def _mean_of_channels(block: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import wave
 from typing import TYPE_CHECKING
@@ -11,7 +12,11 @@ import pytest
 import soundfile
 import soxr
 from helpers.sessions import tone
+from hypothesis import given
+from hypothesis import strategies as st
 
+import shared.media.sound as sound_module
+from shared.clock import Interval
 from shared.errors import MediaError
 from shared.media.sound import Sound, measure_loudness, read_sound, to_int16
 from shared.media.video import read_video_track
@@ -125,6 +130,42 @@ def test_sound_of_a_video_file_is_read_too(nasty_files: dict[str, Path]) -> None
     sound: Sound = read_sound(nasty_files["video/sound_5.1.mp4"], rate_hz=RATE_HZ)
     assert sound.source_channels == 6
     assert sound.duration_s == pytest.approx(5.3, abs=0.1)
+
+
+# --- exact zeros ---
+
+
+@given(
+    runs=st.lists(st.tuples(st.integers(1, 4_000), st.integers(1, 4_000)), max_size=8),
+    sizes=st.lists(st.integers(1, 3_000), min_size=1, max_size=4),
+    channels=st.integers(1, 3),
+)
+def test_runs_of_zeros_are_those_of_a_plain_loop_whatever_the_blocks(runs, sizes, channels):
+    levels = np.concatenate([np.zeros(0), *(np.r_[np.ones(a), np.zeros(b)] for a, b in runs)])
+    samples = np.zeros((len(levels), channels), np.float32)
+    samples[np.arange(len(levels)), np.arange(len(levels)) % channels] = levels
+    found = sound_module._ZeroRuns(min_frames=1_600)
+    cuts = np.cumsum(np.resize(sizes, len(samples)))
+    for block in np.split(samples, cuts[cuts < len(samples)]):
+        found.add(block)
+    expected, start = [], 0
+    for is_zero, run in itertools.groupby(levels == 0):
+        length = len(list(run))
+        if is_zero and length >= 1_600:
+            expected.append(Interval(start / 16_000, (start + length) / 16_000))
+        start += length
+    assert found.intervals(16_000) == tuple(expected)
+
+
+def test_zeros_are_told_in_seconds_of_the_recorded_sound(tmp_path: Path) -> None:
+    samples = noise(20, 48_000, 2)
+    samples[48_000:62_400] = 0
+    samples[70_000:90_000, 1] = 0  # one channel alone
+    samples[100_000:104_799] = 0  # a frame less than 0.1 s
+    samples[-200_000:] = 0
+    soundfile.write(tmp_path / "a.flac", samples, 48_000)
+    zeros = read_sound(tmp_path / "a.flac", rate_hz=RATE_HZ).zeros
+    assert zeros == (Interval(1.0, 1.3), Interval(760_000 / 48_000, 20.0))
 
 
 # --- loudness ---
