@@ -255,6 +255,10 @@ def _print_build(summary: BuildSummary, location: Path | Store) -> None:
         f"{location} {state}: {counts['sessions']} sessions, {counts['samples']} segments "
         f"({summary.manifest.num_samples('val')} held out) + {counts['segments_rejected']} rejected"
     )
+    if summary.losses:
+        click.echo("masked, or missing where it was recorded:")
+    for loss in summary.losses:
+        click.echo(f"  {loss}")
     if summary.rejected:
         click.echo(f"what the set lacks, and why: {location}/rejected.jsonl")
 

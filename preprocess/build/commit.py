@@ -214,6 +214,7 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
     for stream, reason in scan.absent.items():
         if stream not in scan.not_recorded:
             yield {"level": "stream", "session": scan.session, "stream": stream, "reason": reason}
+    yield from _masked_lines(scan)
     for segment in scan.segments(recipe):
         reason = scan.rejection(segment.index, recipe)
         if reason is not None:
@@ -224,4 +225,19 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
                 "start_s": segment.start_s,
                 "stop_s": segment.stop_s,
                 "reason": reason,
+            }
+
+
+def _masked_lines(scan: SessionScan) -> Iterator[dict[str, Any]]:
+    # What is masked of each stream.
+    for stream, spans in scan.masked.items():
+        for span in spans:
+            yield {
+                "level": "stream",
+                "session": scan.session,
+                "stream": stream,
+                "start_s": span.start_s,
+                "stop_s": span.stop_s,
+                "mask": span.reason.value,
+                "reason": span.message,
             }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from preprocess.build.plan_types import Cause, FromShards
 
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from preprocess.build.plan_types import Changes, Plan, Reason, ShardTask
+    from shared.session.scan import SessionScan
 
 Verb = Literal["make", "remove", "rewrite"]
 
@@ -21,6 +24,52 @@ _NUM_EXAMPLES = 3
 
 _EXPLAINED_BY_NAMES = {Cause.NEW, Cause.SESSIONS_CHANGED}
 """Causes that add nothing to the names of the sessions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """What no sample shows of a stream for one reason."""
+
+    stream: str
+    reason: str
+    seconds: float
+    num_sessions: int
+
+    def __str__(self) -> str:
+        sessions = _plural(self.num_sessions, "session")
+        return f"{self.stream}: {self.reason}, {self.seconds:.1f} s in {sessions}"
+
+
+def list_losses(
+    scans: Mapping[str, SessionScan],
+    decode_failures: Iterable[Mapping[str, Any]],
+    segment_s: float,
+) -> tuple[Loss, ...]:
+    """Sum up by stream and reason what is masked, unreadable or does not decode."""
+    seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+    sessions: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for name, scan in scans.items():
+        lost = [(s, "unreadable", scan.duration_s) for s in scan.absent.keys() - scan.not_recorded]
+        for stream, spans in scan.masked.items():
+            for span in spans:
+                stop_s = min(span.stop_s, scan.duration_s)
+                lost.append((stream, span.reason, max(0.0, stop_s - max(0.0, span.start_s))))
+        for stream, reason, length_s in lost:
+            seconds[stream, reason] += length_s
+            sessions[stream, reason].add(name)
+    for failure in decode_failures:
+        key = failure["stream"], "does not decode"
+        seconds[key] += segment_s
+        sessions[key].add(failure["session"])
+    return tuple(
+        Loss(
+            stream=stream,
+            reason=reason,
+            seconds=seconds[stream, reason],
+            num_sessions=len(sessions[stream, reason]),
+        )
+        for stream, reason in sorted(seconds)
+    )
 
 
 def explain_plan(plan: Plan) -> list[tuple[Verb, str]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.build.cluster import TaskWithSubtasks
 from preprocess.build.commit import NewSet, commit_set, rejected_lines
+from preprocess.build.explain import list_losses
 from preprocess.build.plan import plan_shards
 from preprocess.build.plan_types import FromShards, ShardTask, add_generation
 from preprocess.build.previous_set import find_corrupt_files, read_previous_set
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.build.cluster import Cluster
+    from preprocess.build.explain import Loss
     from preprocess.build.plan_types import Plan, SessionSegments
     from preprocess.build.sources import Recording
     from preprocess.build.video_subtasks import EncodedVideo, VideoSubtask
@@ -60,6 +62,8 @@ class BuildSummary:
     """Declared stream that no session has -> why, in the first session."""
     slow: Mapping[str, str]
     """Sensor that is recorded too slowly to interpolate it -> how, in the first such session."""
+    losses: tuple[Loss, ...]
+    """What no sample shows of a stream; a dry run doesn't know what does not decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,16 +88,16 @@ class Build:
     task_s: float
     verify: bool
 
-    def summary(
-        self, manifest: Manifest | None = None, rejected: Sequence[Mapping[str, Any]] = ()
-    ) -> BuildSummary:
-        """Summarize the build; without a manifest, a dry run."""
+    def summary(self, manifest: Manifest | None = None, new: NewSet | None = None) -> BuildSummary:
+        """Summarize the build; without a manifest and a new set, a dry run."""
+        failures = [f for header in (new.headers if new else ()) for f in header["decode_failures"]]
         return BuildSummary(
             plan=self.plan,
             manifest=manifest,
             num_sessions=len(self.scans),
             num_scanned=self.num_scanned,
-            rejected=tuple(rejected),
+            rejected=tuple(new.rejected if new else ()),
+            losses=list_losses(self.scans, failures, self.recipe.segment_s),
             absent=absent_streams(self.scans, self.recipe),
             slow={
                 stream: f"{name}/{sentence}"
@@ -181,7 +185,7 @@ def build_shards(
         finished, tasks = _take_over_finished(build)
         finished |= _write_shards(build, tasks)
         new = _new_set(build, finished)
-        return build.summary(commit_set(new), new.rejected)
+        return build.summary(commit_set(new), new)
 
 
 def _read_previous(store: ShardSetStore) -> Manifest | None:

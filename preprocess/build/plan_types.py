@@ -51,6 +51,8 @@ class Row:
     """Streams with at least one valid sample."""
     coverage: Sequence[float]
     """Share of the segment that each declared stream covers, in order of the names."""
+    flags: Sequence[int] = ()
+    """Why content of each declared stream is masked, as in the index; empty means nothing is."""
 
     @property
     def key(self) -> str:

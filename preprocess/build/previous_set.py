@@ -137,7 +137,7 @@ def row_hash(stored: SessionSegments, column: Column, scan: SessionScan, recipe:
     if spec.kind is Kind.TEXT:  # events after the session's end are left out
         inputs["duration_s"] = scan.duration_s
     if stream in scan.masked:
-        inputs["masked"] = [[s.start_s, s.stop_s] for s in scan.masked[stream]]
+        inputs["masked"] = [[s.start_s, s.stop_s, s.reason] for s in scan.masked[stream]]
     return fingerprint_of(inputs)
 
 

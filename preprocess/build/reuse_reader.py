@@ -93,7 +93,9 @@ class ShardReader:
             errors = index.arrays.get(f"{column.name}.error_s")
             if errors is None and content is None:
                 raise CorruptError(f"{column_file.origin}: lacks {row.key}; {REBUILD_HINT}")
-            yield EncodedRow(row, content, None if errors is None else errors[position])
+            error_s = None if errors is None else errors[position]
+            flags = int(index.flags[position, index.stream_column(column.stream)])
+            yield EncodedRow(row, content, error_s, flags)
 
 
 def read_zarr_values(file: ColumnFile, index: ShardIndex, column: Column) -> NDArray[Any]:

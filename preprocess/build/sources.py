@@ -26,6 +26,7 @@ from shared.media.tokenizer import parse_tokenizer
 from shared.session.folder import files_of_stream, find_sessions, scanned_files, source_files
 from shared.session.reader import SessionReader
 from shared.session.scan import SessionScan, SourceFile, scan_from_json, scan_session
+from shared.shardset.index import FLAG_BITS
 from shared.shardset.manifest import SESSIONS_FILE
 from shared.storage import STARTUP_RETRY, RetryPolicy, Store, StoredFile, parse_location
 from shared.streams import Kind, mask_reasons
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from preprocess.build.cluster import Cluster
     from preprocess.build.plan_types import SessionSegments
+    from shared.clock import Segment
     from shared.kinds.column import Column
     from shared.recipe import Recipe
     from shared.shardset.store import ShardSetStore
@@ -360,6 +362,14 @@ def _files(streams: Iterable[str], recipe: Recipe) -> list[str]:
     return sorted({f for name in streams for f in files_of_stream(recipe.streams[name])})
 
 
+def flag_bits(scan: SessionScan, stream: str, segment: Segment) -> int:
+    """Return the bits of the reasons for which content of a stream is masked in a segment."""
+    start_s, stop_s = segment.interval.start_s, segment.interval.stop_s
+    spans = scan.masked.get(stream, ())
+    reasons = {s.reason for s in spans if s.start_s < stop_s and s.stop_s > start_s}
+    return sum(FLAG_BITS[reason] for reason in reasons)
+
+
 def iter_rows(sessions: Sequence[SessionSegments], context: TaskContext) -> Iterator[Row]:
     """Iterate over the rows of segments, as their sessions' scans describe them."""
     number = 0
@@ -369,5 +379,6 @@ def iter_rows(sessions: Sequence[SessionSegments], context: TaskContext) -> Iter
         shares = [scan.coverage.get(name) for name in context.recipe.streams]
         for index in stored.segments:
             coverage = [0.0 if share is None else share[index] for share in shares]
-            yield Row(number, stored.session, segments[index], scan.present(index), coverage)
+            flags = [flag_bits(scan, name, segments[index]) for name in context.recipe.streams]
+            yield Row(number, stored.session, segments[index], scan.present(index), coverage, flags)
             number += 1

@@ -263,8 +263,9 @@ def _keep_column(
     name = column.name
     builder.columns[name] = built
     builder.add_members(column, index.members(name))
-    present = index.arrays["present"][:, index.stream_column(column.stream)]
-    builder.mark_present(column.stream, present > 0)
+    number = index.stream_column(column.stream)
+    builder.mark_present(column.stream, index.arrays["present"][:, number] > 0)
+    builder.add_flags(column.stream, slice(None), index.flags[:, number])
     if column.has_time_errors:
         builder.arrays[f"{name}.error_s"] = index.arrays[f"{name}.error_s"]
         builder.decode_failures += [
@@ -292,7 +293,9 @@ def _stored_rows(task: ShardTask, recipe: Recipe, indexes: Sequence[ShardIndex])
         segment = Segment(key[1], recipe.segment_s)
         coverage = dict(zip(index.streams, index.arrays["coverage"][row].tolist(), strict=True))
         shares = [coverage.get(name, 0.0) for name in recipe.streams]
-        yield Row(number, key[0], segment, index.present_streams(row), shares)
+        bits = dict(zip(index.streams, index.flags[row].tolist(), strict=True))
+        flags = [bits.get(name, 0) for name in recipe.streams]
+        yield Row(number, key[0], segment, index.present_streams(row), shares, flags)
 
 
 def _write_index(

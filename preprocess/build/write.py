@@ -49,6 +49,8 @@ class EncodedRow:
     """Bytes of the member; None where no picture of the segment decodes."""
     error_s: NDArray[np.float32] | None = None
     """Time error of each picture, of a video column; see :class:`shared.kinds.video.Frames`."""
+    flags: int = 0
+    """Bits of the index's flags that become known while the row is read."""
 
 
 class RowReader(Protocol):
@@ -71,6 +73,8 @@ class IndexBuilder:
     """Length of each session of the shard, in order of the rows."""
     presence: NDArray[np.uint8] = field(init=False)
     """Whether each declared stream is stored, per row."""
+    flags: NDArray[np.uint8] = field(init=False)
+    """Why content of each declared stream is masked, per row."""
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     columns: dict[str, BuiltColumn] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
@@ -81,10 +85,17 @@ class IndexBuilder:
     def __post_init__(self) -> None:
         self._streams = {name: number for number, name in enumerate(self.recipe.streams)}
         self.presence = np.zeros((len(self.rows), len(self._streams)), dtype=np.uint8)
+        self.flags = np.zeros_like(self.presence)
+        for row in self.rows:
+            self.flags[row.number, : len(row.flags)] = row.flags
 
     def mark_present(self, stream: str, rows: Any) -> None:  # noqa: ANN401 (any NumPy index)
         """Note that rows store a stream."""
         self.presence[rows, self._streams[stream]] = 1
+
+    def add_flags(self, stream: str, rows: Any, bits: Any) -> None:  # noqa: ANN401
+        """Note why content of a stream is masked in rows."""
+        self.flags[rows, self._streams[stream]] |= bits
 
     def add_members(self, column: Column, members: Members) -> None:
         """Note where the members of a column are stored."""
@@ -109,6 +120,7 @@ class IndexBuilder:
             "segment": np.array([row.segment.index for row in self.rows], dtype=np.uint32),
             "present": self.presence,
             "coverage": coverage.reshape(self.presence.shape),
+            **({"flags": self.flags} if self.flags.any() else {}),
             **self.arrays,
         }
         header = {
@@ -152,6 +164,7 @@ def _write_tar(
     with TarColumnWriter(path, num_samples=len(builder.rows)) as writer:
         for item in encoded:
             number = item.row.number
+            builder.add_flags(column.stream, number, item.flags)
             if item.error_s is not None:
                 builder.arrays[f"{column.name}.error_s"][number] = item.error_s
             if item.content is not None:
@@ -175,6 +188,7 @@ def _write_zarr(
     shape = (len(builder.rows), *column.shape)
     values = np.full(shape, float(column.fill_value), dtype=column.dtype)
     for item in encoded:
+        builder.add_flags(column.stream, item.row.number, item.flags)
         if item.content is not None:
             number = item.row.number
             values[number] = read_chunk(item.content, dtype=column.dtype, shape=column.shape)

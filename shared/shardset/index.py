@@ -29,7 +29,7 @@ from shared.errors import (
     upgrade_hint_for,
 )
 from shared.files import sha256_of_bytes
-from shared.streams import MAX_STREAMS, STREAM_NAME, check_stream_name
+from shared.streams import MAX_STREAMS, STREAM_NAME, MaskReason, check_stream_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -44,6 +44,13 @@ INDEX_VERSION = 3
 
 METADATA_KEY = "vr_creature"
 """The key of ``__metadata__`` that holds the header of the index."""
+
+FLAG_BITS: Mapping[MaskReason, int] = {
+    MaskReason.STILL: 1,
+    MaskReason.CLOCK: 2,
+    MaskReason.DAMAGED: 4,
+}
+"""Bit of each reason in the array ``flags``."""
 
 _OLD_MAGIC = b"VRCINDEX"
 """First bytes of an index of format 2 or older."""
@@ -114,8 +121,9 @@ class ShardIndex:
     "durations_s" (per session), "segment_s", "columns" (file, size, checksum, fingerprint, basis
     and rows of each), "statistics", "decode_failures"."""
     arrays: Mapping[str, NDArray[Any]]
-    """session u4 [N], segment u4 [N], present u1 [N, S], coverage f4 [N, S]; per column
-    COLUMN.offset u8, COLUMN.length u8, COLUMN.crc32c u4 [N]; per video STREAM.error_s f4 [N, F]."""
+    """session u4 [N], segment u4 [N], present u1 [N, S], coverage f4 [N, S]; flags u1 [N, S], if
+    any is not 0; per column COLUMN.offset u8, COLUMN.length u8, COLUMN.crc32c u4 [N]; per video
+    STREAM.error_s f4 [N, F]."""
 
     @property
     def num_samples(self) -> int:
@@ -194,6 +202,11 @@ class ShardIndex:
     def present_streams(self, row: int) -> tuple[str, ...]:
         """Return the streams that a row has, sorted."""
         return tuple(itertools.compress(self.streams, self.arrays["present"][row].tolist()))
+
+    @property
+    def flags(self) -> NDArray[np.uint8]:
+        """Bits of FLAG_BITS, uint8 [N, S]: why content of a stream is masked in a segment."""
+        return self.arrays.get("flags", np.zeros_like(self.arrays["present"]))
 
     def members(self, column: str) -> Members:
         """Return the positions of a column's members, such as ``audio`` or ``audio.dmel``."""
@@ -341,6 +354,8 @@ def _require_whole(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     _require_header(header)
     # Every array has its dtype and shape, and all have the same rows.
     for name, (dtype, widths) in _forms(header).items():
+        if name == "flags" and name not in arrays:
+            continue
         if name not in arrays:
             raise ValueError(f"lacks the array {name}")
         own, shape = arrays[name].dtype.str[1:], arrays[name].shape
@@ -360,6 +375,7 @@ def _forms(header: Mapping[str, Any]) -> dict[str, _Form]:
         **dict.fromkeys(["session", "segment"], ("u4", ())),
         "present": ("u1", widths),
         "coverage": ("f4", widths),
+        "flags": ("u1", widths),
         **{f"{c}.{name}": form for c in columns for name, form in _MEMBER_FORMS.items()},
         **{
             f"{stream}.error_s": ("f4", (None,)) for stream in header["videos"] if stream in columns

@@ -784,3 +784,13 @@ def test_segments_of_another_length_do_not_match():
 def test_frames_of_another_number_do_not_match(index, message):
     with pytest.raises(CorruptError, match=message):
         require(parse(index_bytes(index)), "eye", "mic")
+
+
+def test_flags_are_an_optional_array_of_a_byte_per_stream():
+    assert not tiny_index().flags.any()
+    flags = np.array([[0, 1, 0], [2, 0, 4], [7, 0, 0]], np.uint8)
+    index = parse_index(index_bytes(tiny_index(flags=flags)), origin="x")
+    np.testing.assert_array_equal(index.flags, flags)
+    for wrong in (flags[:, :2], flags.astype(np.uint32), flags[:2]):
+        with pytest.raises(CorruptError, match=DAMAGE):
+            parse_index(index_bytes(tiny_index(flags=wrong)), origin="x")
