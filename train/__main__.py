@@ -171,6 +171,7 @@ def selftest(
 @click.option(
     "--seed", type=click.IntRange(min=0, max=2**32 - 1), default=0, help="Seed of the sampling."
 )
+@click.option("--json", "as_json", is_flag=True, help="Print all figures, as in metrics.json.")
 def infer(
     *,
     checkpoint: Path,
@@ -181,6 +182,7 @@ def infer(
     top_k: int | None,
     top_p: float | None,
     seed: int,
+    as_json: bool,
 ) -> None:
     """Run a trained model through a session, tick by tick, and write its predictions.
 
@@ -190,7 +192,11 @@ def infer(
     python -m train infer --checkpoint checkpoints/demo/model_final.pt \\
         --input data/demo/session_001 --out predictions
     """  # noqa: D301
+    from rich.console import Console
+
+    from train.infer.page import PAGE_NAME
     from train.infer.run import infer as infer_session
+    from train.summary import print_inference
 
     out = out / session.resolve().name
     with click.progressbar(length=1, label=session.name) as bar:
@@ -210,8 +216,10 @@ def infer(
             seed=seed,
             progress=update,
         )
-    click.echo(json.dumps(metrics, indent=1))
-    click.echo(f"written to {out}; open {out / 'index.html'}")
+    if as_json:
+        click.echo(json.dumps(metrics, indent=1))
+    else:
+        print_inference(metrics, out / PAGE_NAME, Console(markup=False, highlight=False))
 
 
 @cli.command()

@@ -28,7 +28,7 @@ from train.model.baselines import Baselines, compare
 from train.model.losses import compute_losses
 from train.model.multimodal import MultiModalCreature
 from train.shapes import WindowShapes
-from train.statistics import standardize
+from train.statistics import heads_without_target, standardize
 from train.summary import describe_streams, print_summary, startup_warnings
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _run(
         return None
     if weights is not None and trainer.step == 0:
         _load_weights(trainer, weights, console)
-    _warn_of_no_targets(trainer.standardize(), console)
+    trainer.standardize()
     first_val_losses = trainer.evaluate() if setup.val_loader is not None else {}
     summary = trainer.train()
     if not distributed.is_main():
@@ -158,7 +158,7 @@ def check_config(
             console.print("  whether the checkpoint fits can be checked once the data exists")
         return
     _print_warnings(console, setup, config)
-    _warn_of_no_targets(standardize(model, setup.loader), console)
+    standardize(model, setup.loader)
     _check_one_batch(setup, config, console)
     loader = setup.loader
     if weights is not None:
@@ -252,17 +252,12 @@ def fit_baselines(setup: RunSetup, config: TrainConfig, console: Console) -> Bas
     """Fit the baselines on the first batches of the train split."""
     loader = Loader(setup.loader.source, _targets_only(config, setup.loader.shapes))
     batches = itertools.islice(loader, min(BASELINE_BATCHES, loader.batches_per_epoch))
-    baselines = Baselines.fit(batches, objective=setup.model.objective)
-    _warn_of_no_targets([h for h, counts in baselines.counts.items() if not counts.sum()], console)
-    return baselines
-
-
-def _warn_of_no_targets(heads: list[str], console: Console) -> None:
-    for head in heads:
+    for head in heads_without_target(setup.loader):
         console.print(
             f"no train sample has a target for {head}: its loss stays 0 and means nothing; "
             f"set training.loss_weights.{head}: 0 to train without this head"
         )
+    return Baselines.fit(batches, objective=setup.model.objective)
 
 
 def baseline_losses(baselines: Baselines, setup: RunSetup, config: TrainConfig) -> dict[str, float]:

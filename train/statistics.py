@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.clock import Segment
+from shared.shardset.layout import training_columns
 from shared.streams import Kind
 from train.data.mixture import MixedSource
 from train.data.session_source import SessionSource
@@ -39,19 +40,43 @@ class Moments:
     variance: NDArray[np.float64]
 
 
-def standardize(model: nn.Module, loader: object) -> list[str]:
-    """Give a model the statistics of a loader's sensors; return the heads without a reading.
+def standardize(model: nn.Module, loader: object) -> None:
+    """Give a model the statistics of a loader's sensors.
 
     All ranks call it. A loader of other data than a source of this package changes nothing.
     """
+    source = _source_of(loader)
+    if isinstance(model, MultiModalCreature) and source is not None:
+        model.set_statistics(on_main(lambda: sensor_statistics(source)))
+
+
+def heads_without_target(loader: object) -> list[str]:
+    """List the heads of a loader's source whose stream has no sample in all of its data."""
+    source = _source_of(loader)
+    if source is None:
+        return []
+    recorded = _recorded_streams(source)
+    return [head for head, stream in source.shapes.targets.items() if stream not in recorded]
+
+
+def _source_of(loader: object) -> MixedSource | ShardSource | SessionSource | None:
     source = getattr(innermost(loader), "source", None)
-    if not isinstance(model, MultiModalCreature):
-        return []
-    if not isinstance(source, MixedSource | ShardSource | SessionSource):
-        return []
-    statistics = on_main(lambda: sensor_statistics(source))
-    model.set_statistics(statistics)
-    return [head for head in model.target_std if model.shapes.targets[head] not in statistics]
+    return source if isinstance(source, MixedSource | ShardSource | SessionSource) else None
+
+
+def _recorded_streams(source: SampleSource) -> set[str]:
+    """Return the streams of which something was recorded, by what the statistics count."""
+    if isinstance(source, MixedSource):
+        return set().union(*map(_recorded_streams, source.sources.values()))
+    if isinstance(source, ShardSource):
+        statistics = source.manifest.statistics
+        columns = training_columns(source.recipe).items()
+        counted = {name: statistics.get(column.name, {}) for name, column in columns}
+        keys = ("count", "levels", "tokens")
+        return {n for n, own in counted.items() if any(np.any(own.get(key)) for key in keys)}
+    if isinstance(source, SessionSource):
+        return source.recorded_streams()
+    return set()
 
 
 def sensor_statistics(source: SampleSource) -> dict[str, dict[str, Any]]:

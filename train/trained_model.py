@@ -33,6 +33,13 @@ class TrainedModel:
     baselines: Baselines
     step: int
     """Optimizer steps that it was trained for."""
+    untrained: frozenset[str]
+    """Heads that never had a target."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Heads whose predictions mean something."""
+        return tuple(head for head in self.shapes.heads if head not in self.untrained)
 
     @property
     def config(self) -> TrainConfig:
@@ -81,6 +88,7 @@ def load_trained_model(path: Path, *, device: torch.device) -> TrainedModel:
         with torch.device("meta"):  # initial weights would take time
             model = MultiModalCreature(config, shapes)
         model.load_state_dict(weights, assign=True)
+        untrained = frozenset(map(str, extra.get("untrained_heads", ())))
         baselines = Baselines.from_dict(extra.get("baselines", {}), objective=model.objective)
     # A file from elsewhere can hold anything; wrong values raise any of these errors.
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -94,6 +102,7 @@ def load_trained_model(path: Path, *, device: torch.device) -> TrainedModel:
         tokenizer=tokenizer,
         baselines=baselines,
         step=int(state["step"]),
+        untrained=untrained & model.shapes.targets.keys(),
     )
 
 

@@ -104,6 +104,10 @@ class SessionSource(SegmentSource):
         self.on_stage: OnStage = no_timer
         """Never called: reading a session has no separate stages."""
 
+    def recorded_streams(self) -> set[str]:
+        """Return the streams that some session has a valid sample of."""
+        return {n for scan in self._scans for n, shares in scan.coverage.items() if any(shares)}
+
     def runs(self) -> list[Sequence[int]]:
         """See :class:`SegmentSource`."""
         return [_runs_of(shard.segments) for shard in self._shards]

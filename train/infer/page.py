@@ -102,8 +102,9 @@ class PageSource:
 
     @property
     def heads(self) -> dict[str, str]:
-        """Stream -> the head that predicts it."""
-        return {stream: head for head, stream in self.trained.shapes.targets.items()}
+        """Stream -> the head that predicts it; untrained heads are left out."""
+        targets = self.trained.shapes.targets
+        return {targets[head]: head for head in self.trained.heads}
 
     def is_recorded(self, stream: str) -> bool:
         """Return whether a stream was recorded."""

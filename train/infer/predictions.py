@@ -78,6 +78,7 @@ class PredictionWriter:
     Args:
         out: folder for the files, created if missing. Earlier predictions in it are deleted first,
             also those of heads that this model lacks; other files stay.
+        trained: heads that never had a target write nothing.
         seed: of the phases that Griffin-Lim starts with.
 
     Raises:
@@ -93,7 +94,7 @@ class PredictionWriter:
             head: _WRITERS[trained.shapes.target_shape(head).kind](
                 _Output(out=out, head=head, trained=trained, num_ticks=num_ticks, seed=seed)
             )
-            for head in trained.shapes.heads
+            for head in trained.heads
         }
 
     @property
@@ -111,8 +112,8 @@ class PredictionWriter:
     def add(self, window: WindowPrediction) -> None:
         """Write a window's predictions; windows must come in order of time."""
         if len(window.times_s):
-            for head, values in window.values.items():
-                self._writers[head].add(window, values)
+            for head in self._writers.keys() & window.values.keys():
+                self._writers[head].add(window, window.values[head])
 
 
 def earlier_files(out: Path) -> list[str]:

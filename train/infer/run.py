@@ -259,6 +259,7 @@ class Score:
     def as_json(self, scan: SessionScan) -> dict[str, Any]:
         """Format as plain values: losses, reasons, baselines, comparison, tick_latency_ms."""
         means = {name: _mean(total) for name, total in self._sums.items()}
+        means |= dict.fromkeys((f"loss_{head}" for head in self._trained.untrained), None)
         heads = list(self._objective.weights)
         losses = {f"loss_{head}": means[f"loss_{head}"] for head in heads}
         baselines = {name: loss for name, loss in means.items() if name not in losses}
@@ -284,6 +285,8 @@ class Score:
 
     def _reason(self, head: str, scan: SessionScan) -> str:
         """Say why a head has no loss."""
+        if head in self._trained.untrained:
+            return "it never had a target in training, so its predictions are left out"
         if self._sums[f"loss_{head}"][1] > 0:
             return "the model's predictions are not finite"
         stream = self._trained.shapes.targets[head]

@@ -32,7 +32,7 @@ from train.loop.state import TrainState, require_heads, schedule_dict
 from train.machine import distributed, runtime
 from train.machine.parallel import average_gradients, parallelize
 from train.model.losses import compute_losses, loss_counts, sum_by_name
-from train.statistics import standardize
+from train.statistics import heads_without_target, standardize
 from train.trained_model import check_windows, checkpoint_extras
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class Trainer:
         self._state = TrainState.initial(
             self.model, self.config, device=self.device, dtype=self._dtype
         )
-        self._state.extra = {**checkpoint_extras(loader), **(checkpoint_extra or {})}
+        untrained = {"untrained_heads": heads_without_target(loader)}
+        self._state.extra = {**checkpoint_extras(loader), **untrained, **(checkpoint_extra or {})}
         self._state.run_name = run_name
         self._is_standardized = getattr(model, "has_statistics", False)
         self._checkpoints = CheckpointManager(
@@ -115,14 +116,15 @@ class Trainer:
         """Optimizer steps done."""
         return self._state.step
 
-    def standardize(self) -> list[str]:
+    def standardize(self) -> None:
         """Give the model the statistics of the loader's sensors, once when a new run begins.
 
         :meth:`train` and :meth:`evaluate` call it. A model that has statistics keeps them, such as
-        those of a checkpoint. Returns the heads whose sensor has no reading.
+        those of a checkpoint.
         """
         is_done, self._is_standardized = self._is_standardized, True
-        return [] if is_done else standardize(self.model, self._loader)
+        if not is_done:
+            standardize(self.model, self._loader)
 
     def train(self) -> TrainSummary:
         """Train up to ``training.max_steps``, or until Ctrl-C or SIGTERM, which save and return.

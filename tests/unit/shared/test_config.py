@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -12,6 +13,8 @@ from pydantic import Field
 from shared.config import Section, apply_overrides, load_section, make_section, parse_yaml
 from shared.errors import ConfigError
 from shared.recipe import Recipe
+
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 class Inner(Section):
@@ -42,6 +45,12 @@ def complaint(values: dict, kind: type[Section] = Outer) -> str:
 def test_leading_tabs_are_four_spaces():
     text = "a:\n\tb: 1\n\tc:\n\t\td: 'x\ty'\n"
     assert parse_yaml(text, origin="f") == yaml.safe_load("a:\n  b: 1\n  c:\n    d: 'x\ty'\n")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_any_yaml_reader_reads_the_files_of_the_project(path):
+    text = path.read_text()
+    assert parse_yaml(text, origin="f") == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "\n\t\n"])

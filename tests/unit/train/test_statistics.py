@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers.sets import make_config, set_recipe
+from helpers.sets import build_set, make_config, set_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from shared.clock import Segment
+from shared.recipe import load_recipe
 from shared.streams import ValueGroup
 from train.config import CheckpointConfig
 from train.data.loader import Loader, open_source
@@ -22,7 +25,7 @@ from train.data.shard_source import ShardSource
 from train.loop.trainer import Trainer
 from train.model.multimodal import MultiModalCreature
 from train.model.values import SensorValues
-from train.statistics import merge, moments_of, sensor_statistics
+from train.statistics import heads_without_target, merge, moments_of, sensor_statistics
 
 
 def open_direct(tiny_sessions, tmp_path):
@@ -58,6 +61,27 @@ def test_statistics_of_sessions_and_of_their_set_are_those_of_all_samples(
         assert found["count"] == len(samples)
         np.testing.assert_allclose(found["mean"], samples.mean(axis=0), rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(found["std"], samples.std(axis=0), rtol=1e-9)
+
+
+def test_heads_without_a_target_are_those_whose_stream_nobody_recorded(
+    tiny_set, tiny_sessions, tmp_path
+):
+    config = make_config(tiny_set)
+    stored = Loader(open_source(config, split="train"), config)
+    assert heads_without_target(stored) == []
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_sessions, bare, ignore=shutil.ignore_patterns("audio.wav", "text.jsonl"))
+    recipe = set_recipe().as_json()
+    for stream in recipe["streams"].values():
+        stream["required"] = False
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    config = make_config(root_dir=bare, recipe=tmp_path / "recipe.yaml")
+    direct = Loader(open_source(config, split="train"), config)
+    assert "audio" in heads_without_target(direct)
+    assert "animation" not in heads_without_target(direct)
+    config = make_config(build_set(bare, tmp_path / "set", load_recipe(tmp_path / "recipe.yaml")))
+    built = Loader(open_source(config, split="train"), config)
+    assert heads_without_target(built) == heads_without_target(direct)
 
 
 def test_statistics_of_a_mix_are_merged_by_count(tiny_set):

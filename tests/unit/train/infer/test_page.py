@@ -66,9 +66,9 @@ def unpack(uri):
     return kind, base64.b64decode(data, validate=True)
 
 
-def infer_page(folder, session, config=None):
+def infer_page(folder, session, config=None, **extra):
     """Run inference and read its page."""
-    make_checkpoint(folder / "k.pt", config)
+    make_checkpoint(folder / "k.pt", config, **extra)
     metrics = infer(folder / "k.pt", session, folder / "out")
     trained = load_trained_model(folder / "k.pt", device=torch.device("cpu"))
     html = (folder / "out" / PAGE_NAME).read_text()
@@ -206,6 +206,32 @@ def test_ticks_are_marked_right_wrong_missed_or_invented(inferred):
         if e.attributes["class"].startswith("tick")
     ]
     assert found == expected
+
+
+@pytest.mark.parametrize("start_s", [1.8, 1.95, 3.7, 3.9, 5.99])
+def test_a_text_over_a_border_is_shown_and_counted_whole(tmp_path, start_s):
+    events = [(start_s, "internal", "reach for the ball")]
+    session = make_session(tmp_path / "walk", events=events)
+    inferred = infer_page(tmp_path, session)
+    (recorded, _), _ = sorted(inferred.values["texts"], key=lambda texts: not texts[0])
+    assert [text for _, _, text in recorded] == ["reach for the ball"]
+    assert recorded[0][0] == pytest.approx(start_s, abs=0.1)
+    counted = [e for e in inferred.page.all("rect") if e.attributes["class"].startswith("tick")]
+    ticks = {round(float(e.attributes["x"]) / inferred.values["pixelsPerS"] * 10) for e in counted}
+    length = len(inferred.reader.tokenizer.encode("reach for the ball"))
+    first = round(recorded[0][0] * 10)
+    assert ticks >= set(range(first, first + length))
+
+
+def test_a_head_that_never_had_a_target_is_not_shown(tmp_path):
+    session = make_session(tmp_path / "walk", duration_s=1.0)
+    inferred = infer_page(tmp_path, session, untrained_heads=["audio", "internal_text"])
+    assert [e.text for e in inferred.page.all("span", class_="predicted")] == ["predicted"]
+    assert len(inferred.page.all("audio")) == 1  # the recorded sound
+    assert "the model has no trained head for it" in inferred.html
+    assert not any(inferred.out.glob("audio*"))
+    assert inferred.metrics["losses"]["loss_audio"] is None
+    assert "never had a target" in inferred.metrics["reasons"]["loss_audio"]
 
 
 def test_losses_and_latency_are_on_the_page(inferred):

@@ -282,6 +282,26 @@ def test_windows_of_ticks_follow_each_other(tmp_path):
     assert [window.follows for window in windows] == [False, True]
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_prints_a_short_summary_or_all_figures(tmp_path, as_json):
+    make_checkpoint(tmp_path / "k.pt")
+    session = make_session(tmp_path / "walk", duration_s=1.0)
+    paths = ["--checkpoint", str(tmp_path / "k.pt"), "--input", str(session)]
+    options = ["--out", str(tmp_path / "out"), *(["--json"] if as_json else [])]
+    printed = CliRunner().invoke(cli, ["infer", *paths, *options]).output
+    metrics = json.loads((tmp_path / "out/walk/metrics.json").read_text())
+    if as_json:
+        assert json.loads(printed[printed.index("{") :]) == metrics
+        return
+    lines = printed.splitlines()
+    assert len(lines) < 25
+    assert max(map(len, lines)) <= 100
+    assert str(tmp_path / "out/walk/index.html") in printed.replace("\n", "")
+    for name, loss in metrics["losses"].items():
+        (row,) = [line for line in lines if f" {name.removeprefix('loss_')} " in line]
+        assert f"{loss:.4f}" in row
+
+
 @pytest.mark.parametrize("options", [["--seed", "-1"], ["--seed", "4294967296"], ["--top-p", "0"]])
 def test_the_command_refuses_a_number_out_of_range(tmp_path, options):
     paths = ["--checkpoint", str(tmp_path / "k.pt"), "--input", str(tmp_path)]
