@@ -28,8 +28,8 @@ from shared.clock import measure_rate_hz
 from shared.config import make_section
 from shared.errors import ConfigError, SessionError
 from shared.recipe import Recipe
-from shared.session.lines import parse_line
-from shared.session.tables import MAX_LINE_BYTES, TableError, open_table
+from shared.session.records import open_records, parse_records
+from shared.session.tables import TableError, open_table
 from shared.streams import METADATA_FILE, VECTOR_SIZES, Kind, ValueType, check_stream_name
 
 if TYPE_CHECKING:
@@ -223,10 +223,10 @@ def _find_in_lines(path: Path, notes: list[str]) -> Iterator[tuple[str, _Proposa
 def _read_objects(path: Path) -> list[dict[str, Any]]:
     """Return the first lines that hold a JSON object."""
     with path.open("rb") as file:
-        raw_lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
-        nearby = itertools.takewhile(lambda _: file.tell() < MAX_BYTES, raw_lines)
-        parsed = (parse_line(raw)[0] for raw in itertools.islice(nearby, NUM_LINES))
-        return [values for values in parsed if values is not None]
+        nearby = itertools.takewhile(lambda _: file.tell() < MAX_BYTES, open_records(file).lines)
+        first = itertools.islice(nearby, NUM_LINES)
+        records = (record for _, raw in first for record, _ in parse_records(raw))
+        return [values for values in records if values is not None]
 
 
 def _size(lines: Sequence[Mapping[str, Any]], key: str) -> int | None:

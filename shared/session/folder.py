@@ -19,16 +19,10 @@ from shared.session.lines import (
     LineCollector,
     SessionLines,
     json_keys,
-    parse_line,
     wrong_size,
 )
-from shared.session.tables import (
-    MAX_LINE_BYTES,
-    TableError,
-    choose_columns,
-    iter_lines,
-    open_table,
-)
+from shared.session.records import MAX_LINE_BYTES, open_records, parse_records
+from shared.session.tables import TableError, choose_columns, open_table
 from shared.streams import METADATA_FILE, SensorStream, TextStream
 
 if TYPE_CHECKING:
@@ -190,9 +184,12 @@ def _read_file(path: Path, timelines: list[LineCollector], *, marks: tuple[bytes
         timelines[0].issues.add(0, "file", f"can't be opened: {error.strerror}; {fix}")
         return 0
     with file:
-        if path.suffix == ".jsonl":
-            return _read_json_lines(file, timelines, marks=marks)
-        return _read_table(file, path.suffix, timelines)
+        if path.suffix != ".jsonl":
+            return _read_table(file, path.suffix, timelines)
+        num_lines = _read_json_lines(file, timelines, marks=marks)
+    if not num_lines and not marks and any(timeline.sensors for timeline in timelines):
+        timelines[0].issues.add(0, "empty", "is empty")
+    return num_lines
 
 
 def _read_json_lines(
@@ -200,20 +197,28 @@ def _read_json_lines(
 ) -> int:
     """Add JSON lines to timelines, if there are `marks`, only those with one of these bytes."""
     issues, num_lines = timelines[0].issues, 0
-    for number, raw in iter_lines(file):
+    opened = open_records(file)
+    if opened.encoding:
+        issues.add(0, "encoding", f"is {opened.encoding}, not UTF-8")
+    if opened.is_document:
+        issues.add(0, "form", "objects are not on lines of their own; they are counted as lines")
+    for number, raw in opened.lines:
         if len(raw) > MAX_LINE_BYTES:
             num_lines += 1
             issues.add(number, "long", f"line over {MAX_LINE_BYTES} bytes")
             continue
         if marks and not any(mark in raw for mark in marks):
             continue
-        num_lines += 1
-        values, message = parse_line(raw)
-        if values is None:
-            issues.add(number, "json", message)
-            continue
-        for timeline in timelines:
-            timeline.add_line(number, values)
+        records = parse_records(raw)
+        num_lines += len(records)
+        if len(records) > 1 or not records:
+            issues.add(number, "form", f"{len(records)} objects are on one line")
+        for values, message in records:
+            if message:
+                issues.add(number, "json" if values is None else "encoding", message)
+            if values is not None:
+                for timeline in timelines:
+                    timeline.add_line(number, values)
     return num_lines
 
 
@@ -224,6 +229,8 @@ def _read_table(file: IO[bytes], suffix: str, timelines: list[LineCollector]) ->
     wanted |= {key for t in timelines for s in t.sensors.values() for key in json_keys(s)}
     try:
         table = open_table(file, suffix, wanted=wanted)
+        if table.encoding:
+            issues.add(0, "encoding", f"is {table.encoding}, not UTF-8")
         widths: dict[str, int] = {}
         plans = [(timeline, _plan_columns(table, timeline, widths)) for timeline in timelines]
         for block in table.iter_blocks(widths) if widths else ():

@@ -6,10 +6,11 @@ gives each stream its own readings. A bad line is skipped, and a :class:`ParseIs
 
 from __future__ import annotations
 
-import json
+import re
 import reprlib
 from array import array
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -37,9 +38,18 @@ TIME_KEY = "timestamp"
 """Key of the timestamps of a stream that declares no other."""
 
 IssueKind = Literal[
-    "file", "json", "row", "long", "timestamp", "order", "duplicate", "column", "size", "number",
-    "stream", "text",
+    "file", "empty", "encoding", "form", "json", "row", "long", "timestamp", "order", "repeat",
+    "conflict", "column", "size", "number", "stream", "text",
 ]  # fmt: skip
+"""``repeat`` and ``conflict``: a sensor has an equal, or another, reading at the same time."""
+
+_NO_CAUSES = frozenset(["encoding", "form"])
+"""Kinds of issues that leave nothing out."""
+
+_TIME_NAME = re.compile(r"(?i)t|ts|ms|sec.*|.*(time|stamp|date|epoch).*")
+"""Names of keys that probably hold timestamps."""
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 
 _CLEANED_ROWS = 1 << 14
 
@@ -59,6 +69,8 @@ class ParseIssue:
     """Name of the stream that lacks the value; empty if it concerns several."""
     back_s: float = 0.0
     """For ``order``: seconds by which the timestamp is earlier than the one before it."""
+    fix: str = ""
+    """How to correct it; empty if that depends on the program."""
     count: int = 1
     """Number of such issues, of which this is the last one listed."""
 
@@ -66,6 +78,11 @@ class ParseIssue:
     def source_line(self) -> str:
         """File and line, for messages."""
         return _source_line(self.file, self.line)
+
+    @property
+    def sentence(self) -> str:
+        """What is wrong, and where; and the fix, if the issue has one."""
+        return f"{self.source_line}: {self.message}" + (self.fix and f"; fix: {self.fix}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,19 +171,10 @@ class SessionLines:
         has_times = file in self.spans
         for issue in self.issues:
             counts = issue.kind in ("file", "column") or not has_times
+            counts = counts and issue.kind not in _NO_CAUSES
             if issue.stream == name or (issue.file == file and not issue.stream and counts):
                 return issue
         return None
-
-
-def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
-    """Parse a line into its JSON object, or None and the reason why it has none."""
-    try:
-        values = json.loads(raw)
-    except (ValueError, RecursionError):
-        is_cut = not raw.endswith(b"\n")
-        return None, "the last line is cut off" if is_cut else "not JSON"
-    return (values, "") if isinstance(values, dict) else (None, "not a JSON object")
 
 
 def parse_timestamp(
@@ -196,14 +204,14 @@ class IssueList:
 
     def add(
         self, line: int, kind: IssueKind, message: str, *, key: str = "", stream: str = "",
-        back_s: float = 0.0,
+        back_s: float = 0.0, fix: str = "",
     ) -> None:  # fmt: skip
         """Add an issue; the arguments are the fields of :class:`ParseIssue`."""
         self.num_unread += kind in ("json", "row", "long", "timestamp")
         number, index = self._alike.get((kind, key, stream), (0, 0))
         if number < MAX_ISSUES:
             index = len(self._issues)
-            issue = ParseIssue(self.file, line, kind, message, key, stream, back_s)
+            issue = ParseIssue(self.file, line, kind, message, key, stream, back_s, fix)
             self._issues.append(issue)
         self._alike[kind, key, stream] = (number + 1, index)
 
@@ -259,7 +267,7 @@ class LineCollector:
             keys = {key for s in self.sensors.values() for key in json_keys(s)}
             is_needed = self.time_key in values or not keys.isdisjoint(values)
             if not self.is_optional or is_needed or any(map(values.get, text_keys.values())):
-                self._add_time_issue(number, reprlib.repr(values.get(self.time_key)))
+                self._add_time_issue(number, values)
                 return
         self._check_label(number, values)
         if time_s is None:
@@ -294,7 +302,8 @@ class LineCollector:
         for row in np.flatnonzero(is_unread):
             value = raw_times[row]
             text = f"{value:g}" if np.isfinite(value) else "no number"
-            self._add_time_issue(int(block.lines[row]), text)
+            message = f"{self.time_key} is {text}, not a usable number of seconds"
+            self.issues.add(int(block.lines[row]), "timestamp", message, key=self.time_key)
         self.times.frombytes(times_s[is_timed].tobytes())
         self.numbers.frombytes(block.lines[is_timed].tobytes())
         for issue in block.issues:
@@ -302,9 +311,21 @@ class LineCollector:
                 message = wrong_size(issue.message, name, self.sensors[name])
                 self.issues.add(issue.line, "size", message, key=issue.column, stream=name)
 
-    def _add_time_issue(self, number: int, value: str) -> None:
-        message = f"{self.time_key} is {value}, not a usable number of seconds"
-        self.issues.add(number, "timestamp", message, key=self.time_key)
+    def _add_time_issue(self, number: int, values: Mapping[str, Any]) -> None:
+        """Report a JSON line without usable timestamp."""
+        value, fix = values.get(self.time_key), ""
+        message = f"{self.time_key} is {reprlib.repr(value)}, not a usable number of seconds"
+        if self.time_key not in values:
+            message = f"no {self.time_key}"
+            names = [n for n, v in values.items() if _TIME_NAME.fullmatch(n) and _is_time(v)]
+            if names:
+                streams = ", ".join([*self.sensors, *self.texts])
+                message += f", but {reprlib.repr(names[0])}"
+                fix = f"set `time: {names[0]}` of {streams} in the recipe"
+        elif isinstance(value, str) and _is_time(value):
+            message = f"{self.time_key} is the text {reprlib.repr(value)}, not a number"
+            fix = "write numbers without quotes"
+        self.issues.add(number, "timestamp", message, key=self.time_key, fix=fix)
 
     def _text_keys(self, values: dict[str, Any]) -> dict[str, str]:
         """Return the text streams that a JSON line can belong to, and the key of their texts."""
@@ -380,24 +401,28 @@ class LineCollector:
         times_s, numbers = np.asarray(self.times), np.asarray(self.numbers)
         order = self._sorted_order(times_s, numbers)
         is_sorted = bool((np.diff(order) == 1).all())
-        repeats: dict[int, list[str]] = {}
+        repeats: dict[int, dict[bool, list[str]]] = {}
         readings = {}
         for name, stream in self.sensors.items():
             rows, values = self._usable_readings(name, numbers, is_cleaned=is_cleaned)
             if not is_sorted:
                 by_time = np.argsort(times_s[rows], kind="stable")
                 rows, values = rows[by_time], values[by_time]
-            is_repeat = _find_repeats(times_s[rows], values, stream)
+            is_repeat, is_equal = _find_repeats(times_s[rows], values, stream)
             if is_repeat.any():
-                for row in rows[is_repeat].tolist():
-                    repeats.setdefault(row, []).append(name)
+                for row, equal in zip(rows[is_repeat].tolist(), is_equal[is_repeat], strict=True):
+                    repeats.setdefault(row, {}).setdefault(bool(equal), []).append(name)
                 rows, values = rows[~is_repeat], values[~is_repeat]
             readings[name] = Readings(times_s=times_s[rows], values=values, lines=numbers[rows])
-        for row, names in sorted(repeats.items()):
-            message = f"{self.time_key} {times_s[row]:g} occurs twice"
-            if len(names) < len(self.sensors):
-                message += f" for {', '.join(names)}"
-            self.issues.add(int(numbers[row]), "duplicate", message, key=self.time_key)
+        for row, alike in sorted(repeats.items()):
+            kind: IssueKind = "repeat"
+            names, which = alike.get(True, []), "the same reading"
+            if False in alike:
+                kind, names, which = "conflict", alike[False], "another reading"
+            whose = f" of {', '.join(names)}" if len(names) < len(self.sensors) else ""
+            message = f"{self.time_key} {times_s[row]:.12g} occurs again with {which}{whose}"
+            message += "; the first is used" if kind == "conflict" else ""
+            self.issues.add(int(numbers[row]), kind, message, key=self.time_key)
         if not self.is_text_file:
             order = order[np.diff(times_s[order], prepend=-np.inf) > 0]
         is_whole = is_sorted and len(order) == len(times_s)
@@ -459,14 +484,21 @@ class LineCollector:
 
 def _find_repeats(
     times_s: NDArray[np.float64], values: NDArray[np.float32], stream: SensorStream
-) -> NDArray[np.bool_]:
-    """Mark the readings of a sensor, sorted by time, that follow a usable one of the same time."""
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Mark the readings of a sensor, sorted by time, that follow a usable one of the same time.
+
+    The second mask marks those that are equal to the usable one.
+    """
     is_repeat = np.diff(times_s, prepend=-np.inf) <= 0
+    is_equal = np.zeros(len(times_s), dtype=np.bool_)
     if is_repeat.any():
         rows = np.flatnonzero(clean_readings(values, stream)[1])
+        is_later = np.diff(times_s[rows], prepend=-np.inf) <= 0
+        first = rows[np.maximum.accumulate(np.where(is_later, 0, np.arange(len(rows))))]
         is_repeat[:] = False
-        is_repeat[rows] = np.diff(times_s[rows], prepend=-np.inf) <= 0
-    return is_repeat
+        is_repeat[rows] = is_later
+        is_equal[rows] = (values[rows] == values[first]).all(axis=1)
+    return is_repeat, is_equal
 
 
 def json_keys(stream: SensorStream) -> tuple[str, ...]:
@@ -480,6 +512,24 @@ def wrong_size(fault: str, name: str, stream: SensorStream) -> str:
         f"{fault}, the recipe declares {stream.size}; fix: correct the counts of "
         f"streams.{name}.values"
     )
+
+
+def parse_number(text: str) -> float | None:
+    """Return the number that a text holds, of a date the seconds since 1970; None if it is none."""
+    text = text.strip()
+    if _NUMBER.fullmatch(text):
+        return float(text)
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return date.replace(tzinfo=date.tzinfo or UTC).timestamp()
+
+
+def _is_time(value: object) -> bool:
+    if isinstance(value, str):
+        return parse_number(value.replace(",", ".")) is not None
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _parse_text(values: Mapping[str, Any], key: str) -> tuple[str | None, str]:

@@ -188,10 +188,7 @@ def scan_session(
         alignment = align_streams(media.intervals, lines, starts=starts, recipe=recipe)
     else:
         alignment = Alignment(absent=dict.fromkeys(recipe.streams, start_error))
-    sentences = [
-        (f"{i.file} {i.kind} {i.stream}", f"{i.source_line}: {i.message}", i.count)
-        for i in lines.issues
-    ]
+    sentences = [(f"{i.file} {i.kind} {i.stream}", i.sentence, i.count) for i in lines.issues]
     if alignment.stop_s > MAX_SESSION_S:
         sentence = (
             f"streams reach to {alignment.stop_s:g} s; everything after {MAX_SESSION_S:g} s is "

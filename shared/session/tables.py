@@ -10,19 +10,17 @@ from __future__ import annotations
 import csv
 import io
 import re
-from codecs import BOM_UTF8
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from shared.session.records import MAX_LINE_BYTES, decode_line, iter_lines, open_utf8
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
     from numpy.typing import NDArray
-
-MAX_LINE_BYTES = 1 << 20
-"""Longer lines are skipped."""
 
 MAX_COLUMNS = 16_384
 """A table with more columns is refused."""
@@ -74,10 +72,11 @@ class Table(Protocol):
     """A table with a header.
 
     Cells of `list_columns` are lists of numbers. `seconds_columns` are times that know their unit
-    and are read in seconds.
+    and are read in seconds. The `encoding` is empty if it is UTF-8.
     """
 
     header_line: int
+    encoding: str
     names: tuple[str, ...]
     list_columns: frozenset[str]
     seconds_columns: frozenset[str]
@@ -85,18 +84,6 @@ class Table(Protocol):
     def iter_blocks(self, widths: Mapping[str, int]) -> Iterator[TableBlock]:
         """Yield the cells of some columns, given as name and number of values."""
         ...
-
-
-def iter_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield number and bytes of the lines that are not blank; of too long ones the beginning."""
-    number = 0
-    while raw := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        tail = raw
-        while len(tail) > MAX_LINE_BYTES and not tail.endswith(b"\n"):
-            tail = file.readline(MAX_LINE_BYTES + 1)
-        if raw.strip():
-            yield number, raw
 
 
 def open_table(file: IO[bytes], suffix: str, *, wanted: Collection[str]) -> Table:
@@ -136,11 +123,12 @@ class _DelimitedTable:
     list_columns = seconds_columns = frozenset[str]()
 
     def __init__(self, file: IO[bytes], wanted: Collection[str]) -> None:
-        self._lines = iter_lines(file)
+        text, self.encoding = open_utf8(file)
+        self._lines = iter_lines(text)
         self.header_line, raw = next(self._lines, (0, b""))
         if not 0 < len(raw) <= MAX_LINE_BYTES:
             raise TableError("no header line; fix: write the names of the columns in line 1")
-        readings = [(_parse_row(raw.removeprefix(BOM_UTF8), d) or [], d) for d in _DELIMITERS]
+        readings = [(_parse_row(raw, d) or [], d) for d in _DELIMITERS]
         cells, self.delimiter = max(
             readings, key=lambda r: (len({c.strip() for c in r[0]} & {*wanted}), len(r[0]))
         )
@@ -221,7 +209,7 @@ class _DelimitedTable:
 def _parse_row(raw: bytes, delimiter: str) -> list[str] | None:
     """Return the cells of a line, or None if its quotes are wrong."""
     try:
-        rows = list(csv.reader([raw.decode(errors="replace")], delimiter=delimiter, strict=True))
+        rows = list(csv.reader([decode_line(raw)[0]], delimiter=delimiter, strict=True))
     except csv.Error:
         return None
     return rows[0] if len(rows) == 1 else None
@@ -231,6 +219,7 @@ class _ParquetTable:
     """Columns of numbers, or of lists of numbers, in row groups."""
 
     header_line = 0
+    encoding = ""
 
     def __init__(self, file: IO[bytes]) -> None:
         try:

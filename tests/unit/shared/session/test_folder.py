@@ -91,7 +91,7 @@ BAD_LINES = {
     "cut": (b'{"timestamp": 0.1, "tou', "json"),
     "array": (b"[1, 2]", "json"),
     "number": (b"12", "json"),
-    "no utf-8": (b'{"timestamp": 1, "note": "\xff"}', "json"),
+    "no utf-8": (b'{"timestamp": 1, "note": "\xff"}', "encoding"),
     "deep": (b"[" * 200_000, "json"),
     "long": (b'{"timestamp": 1, "x": "' + b"x" * MAX_LINE_BYTES + b'"}', "long"),
     "no time": (b"{}", "timestamp"),
@@ -217,7 +217,7 @@ def test_readings_are_sorted_and_the_first_of_equal_times_is_kept(
         assert readings.values[:, 0].tolist() == [kept[t] - 1 for t in sorted(kept)]
         assert readings.times_s.tolist() == [t / 10 for t in sorted(kept)]
     back = [i + 2 for i, (a, b) in enumerate(itertools.pairwise(times)) if b < a]
-    assert sorted(line for line, kind in kinds(session) if kind == "duplicate") == sorted(repeats)
+    assert sorted(line for line, kind in kinds(session) if kind == "conflict") == sorted(repeats)
     assert [line for line, kind in kinds(session) if kind == "order"] == back
 
 
@@ -235,8 +235,8 @@ def test_a_line_per_device_loses_no_stream_and_is_no_issue(tmp_path: Path) -> No
     (issue,) = read_timed_lines(tmp_path, recipe).issues
     assert (issue.line, issue.kind, issue.message) == (
         101,
-        "duplicate",
-        "timestamp 49 occurs twice for right",
+        "conflict",
+        "timestamp 49 occurs again with another reading of right; the first is used",
     )
 
 
@@ -249,7 +249,7 @@ def test_a_reading_that_can_not_be_used_hides_none_of_the_same_time(
         '{"timestamp": 0, "q": [0, 0, 0, 0]}\n{"timestamp": 0, "q": [0, 0, 0, 1]}\n'
     )
     session = read_timed_lines(tmp_path, recipe, is_cleaned=is_cleaned)
-    assert not any(issue.kind == "duplicate" for issue in session.issues)
+    assert not any(issue.kind in ("repeat", "conflict") for issue in session.issues)
     assert session.readings["q"].lines.tolist() == ([2] if is_cleaned else [1, 2])
 
 
@@ -261,7 +261,7 @@ def test_rows_of_a_table_at_equal_times_keep_every_sensor(tmp_path: Path) -> Non
     session = read_timed_lines(tmp_path, recipe)
     assert session.readings["left"].values[:, 0].tolist() == [1, 3]
     assert session.readings["right"].values[:, 0].tolist() == [2, 4]
-    assert kinds(session) == [(6, "duplicate")]
+    assert kinds(session) == [(6, "conflict")]
 
 
 def test_a_step_back_says_how_far(tmp_path: Path) -> None:

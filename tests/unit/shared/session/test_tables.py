@@ -229,7 +229,7 @@ def test_rows_of_a_table_are_sorted_by_time(tmp_path: Path) -> None:
     assert [(i.line, i.kind, i.back_s) for i in lines.issues] == [
         (3, "order", 2.0),
         (5, "order", 1.0),
-        (5, "duplicate", 0.0),
+        (5, "conflict", 0.0),
     ]
 
 
