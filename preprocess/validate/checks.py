@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S, Interval
 from shared.media.sound import SILENCE_RMS
 from shared.session.folder import SESSION_INFO_FILE
@@ -128,9 +129,12 @@ def check_clock(probe: SessionProbe) -> list[Finding]:
     file = next(iter(probe.shared_files), None)
     if not probe.offset_s or file is None or not (probe.readings or source_intervals(probe)):
         return []
-    fix = "none is needed, unless this is not the time of the session's start"
-    if probe.is_clock_fixable and probe.sensors_of(file):
-        fix = "write the shifted timestamps with --fix"
+    fix = probe.plan().advise(
+        RepairKind.SHIFT,
+        file,
+        "write the shifted timestamps",
+        otherwise="none is needed, unless this is not the time of the session's start",
+    )
     message = (
         f"the clock was never reset: timestamps start at {probe.offset_s:g} s; this offset is "
         f"subtracted when they are read; fix: {fix}"
@@ -371,19 +375,14 @@ def clock_drifts_ppm(probe: SessionProbe) -> dict[str, dict[str, float]]:
 def _advise_on_end(probe: SessionProbe, apart_s: float, *, longest: _Source) -> str:
     """Return the advice for a stream that ends early; mentions --fix only if it helps."""
     file = probe.recipe.streams[longest.streams[0]].file
-    is_lines = file in probe.files
-    if not is_lines or apart_s > END_ERROR_S:
-        return "the rest is masked; if they ran together, a copy was cut off or a clock is wrong"
-    media_stop_s = max(
-        (probe.intervals[n].stop_s for n in (*probe.videos, *probe.audio)), default=0
-    )
-    last_s = max(float(probe.readings[name].times_s[-1]) for name in longest.streams)
-    can_drop = probe.is_clock_fixable and file in probe.shared_files
-    if not can_drop or not END_WARNING_S < last_s - media_stop_s <= END_ERROR_S:
-        return "the rest is masked"
-    events = (event for of_stream in probe.events.values() for event in of_stream)
-    if any(event.time_s > media_stop_s and event.file == file for event in events):
-        return (
-            "the rest is masked; --fix keeps lines after the end of all media, as they contain text"
+    if probe.plan().covers(RepairKind.TRIM, file):
+        return "the rest is masked; fix: --fix drops lines after the end of all media"
+    if file in probe.files and apart_s <= END_ERROR_S:
+        media_stop_s = max(
+            (probe.intervals[n].stop_s for n in (*probe.videos, *probe.audio)), default=0
         )
-    return "the rest is masked; fix: --fix drops lines after the end of all media"
+        events = (event for of_stream in probe.events.values() for event in of_stream)
+        has_text = any(event.time_s > media_stop_s and event.file == file for event in events)
+        reason = "; --fix keeps lines after the end of all media, as they contain text"
+        return "the rest is masked" + reason * has_text
+    return "the rest is masked; if they ran together, a copy was cut off or a clock is wrong"

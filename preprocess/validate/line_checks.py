@@ -20,16 +20,18 @@ import numpy as np
 
 from preprocess.validate.checks import Finding, Level, issue_findings, limit_findings
 from preprocess.validate.probe import UNIT_NAMES
+from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S, slow_rate_hz
 from shared.kinds.sensor import slow_issue
 from shared.streams import Kind, SensorStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from preprocess.validate.probe import SessionProbe
+    from shared.session.lines import ParseIssue
     from shared.streams import StreamSpec
 
 VIDEO_GAP_S = 0.1
@@ -50,8 +52,18 @@ MAX_BACK_S = 1.0
 
 
 def check_lines(probe: SessionProbe) -> list[Finding]:
-    """Check that every line can be read."""
-    return _unread_findings(probe, {"json", "row", "long"})
+    """Check that every line can be read, is UTF-8, and holds one object."""
+    findings = _unread_findings(probe, {"json", "row", "long"})
+    for file in probe.files:
+        for kind, repair, action in (
+            ("encoding", RepairKind.ENCODE, "write it in UTF-8"),
+            ("form", RepairKind.SPLIT, "write one object per line"),
+        ):
+            issues = [issue for issue in probe.issues_of(file) if issue.kind == kind]
+            if issues:
+                advice = f"everything is read; fix: {probe.plan().advise(repair, file, action)}"
+                findings += _summarize("warning", issues, advice, probe)
+    return findings
 
 
 def check_timestamps(probe: SessionProbe) -> list[Finding]:
@@ -60,28 +72,55 @@ def check_timestamps(probe: SessionProbe) -> list[Finding]:
     for file in probe.files:
         issues = probe.issues_of(file)
         streams = probe.streams_of(file)
-        fix = "sort the file with --fix" if probe.is_sortable(file) else "sort the file"
-        advice: dict[Level, str] = {
-            "error": ": it is wrong, or the recorder was restarted; fix: correct it, or split the "
-            "session at this line",
-            "warning": f"; lines are sorted when read; fix: {fix}",
-        }
-        for level, text in advice.items():
+        back = [issue for issue in issues if issue.kind == "order"]
+        wrong = [issue for issue in back if issue.back_s > MAX_BACK_S]
+        messages = [
+            f"{issue.source_line}: timestamp goes back by {issue.back_s:.3f} s: it is wrong, or "
+            "the recorder was restarted; fix: correct it, or split the session at this line"
+            for issue in wrong
+        ]
+        findings += limit_findings("error", messages, file=file, streams=streams)
+        findings += _equal_time_findings(probe, file)
+        if len(wrong) < len(back):
+            fix = probe.plan().advise(RepairKind.SORT, file, "sort the file")
             messages = [
-                f"{issue.source_line}: timestamp goes back by {issue.back_s:.3f} s{text}"
-                for issue in issues
-                if issue.kind == "order" and (issue.back_s > MAX_BACK_S) == (level == "error")
+                f"{issue.source_line}: timestamp goes back by {issue.back_s:.3f} s; lines are "
+                f"sorted when read; fix: {fix}"
+                for issue in back
+                if issue.back_s <= MAX_BACK_S
             ]
-            findings += limit_findings(level, messages, file=file, streams=streams)
-        repeats = [issue for issue in issues if issue.kind == "duplicate"]
-        if len(repeats) > MAX_BAD_LINES * probe.num_lines(file):
-            outcome = f"{len(repeats)} lines are skipped; fix: write the time of each reading"
-            findings += issue_findings("error", repeats, outcome, streams=streams)
-        else:
-            fix = "join equal ones with --fix" if probe.is_fixable(file) else "remove one of them"
-            outcome = f"the first line is kept; fix: {fix}"
-            findings += issue_findings("warning", repeats, outcome, streams=streams)
+            findings += limit_findings("warning", messages, file=file, streams=streams)
     return findings
+
+
+def _equal_time_findings(probe: SessionProbe, file: str) -> list[Finding]:
+    """Report lines with the time of another line: errors if their readings differ."""
+    issues = probe.issues_of(file)
+    conflicts = [issue for issue in issues if issue.kind == "conflict"]
+    repeats = [issue for issue in issues if issue.kind == "repeat"]
+    findings: list[Finding] = []
+    if conflicts:
+        fix = probe.plan().advise(
+            RepairKind.SPREAD,
+            file,
+            "spread the readings of each packet",
+            otherwise="write the time of each reading",
+        )
+        findings += _summarize("error", conflicts, f"others are lost; fix: {fix}", probe)
+    if repeats and (not conflicts or probe.plan().covers(RepairKind.JOIN, file)):
+        action = probe.plan().advise(RepairKind.JOIN, file, "join them", otherwise="remove it")
+        findings += _summarize("warning", repeats, f"fix: {action}", probe)
+    return findings
+
+
+def _summarize(
+    level: Level, issues: Sequence[ParseIssue], advice: str, probe: SessionProbe
+) -> list[Finding]:
+    """Report the first of some issues of a file, and their number."""
+    first, number = issues[0], sum(issue.count for issue in issues)
+    share = f", as in {number} of {probe.num_lines(first.file)} lines" if number > 1 else ""
+    message = f"{first.source_line}: {first.message}{share}; {advice}"
+    return [Finding(level, message, probe.streams_of(first.file))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +144,7 @@ class _GapRule:
     noun: str
     limits: Callable[[float, StreamSpec], tuple[float, float]]
     """From the median interval and the stream to the limits of short and long gaps."""
-    advice: Callable[[StreamSpec], str]
+    advice: Callable[[StreamSpec, SessionProbe], str]
     """What happens in a short gap, and the fix."""
 
 
@@ -117,14 +156,15 @@ def _sensor_limits(median_s: float, spec: StreamSpec) -> tuple[float, float]:
     return max(LATE_INTERVALS / spec.rate_hz, lost_s), max(spec.gap_limit_s, lost_s)
 
 
-def _sensor_advice(spec: StreamSpec) -> str:
+def _sensor_advice(spec: StreamSpec, probe: SessionProbe) -> str:
     assert isinstance(spec, SensorStream)
     if spec.resample == "hold":
         return (
             f"readings older than {spec.age_limit_s:g} s are masked; fix: raise max_age_s in the "
             "recipe if they are still true"
         )
-    fix = "fill in single lost lines with --fix" if spec.file.endswith(".jsonl") else "record again"
+    action = "fill in single lost lines"
+    fix = probe.plan().advise(RepairKind.FILL, spec.file, action, otherwise="record again")
     return f"values in between are interpolated; fix: {fix}"
 
 
@@ -132,10 +172,10 @@ _GAP_RULES: Mapping[Kind, _GapRule] = {
     Kind.VIDEO: _GapRule(
         "frame",
         lambda s, _: (max(VIDEO_GAP_S + EPSILON_S, VIDEO_GAP_INTERVALS * s), math.inf),
-        lambda _: "frames that are too far away are masked; fix: record at a steadier frame rate",
+        lambda *_: "frames that are too far away are masked; fix: record at a steadier frame rate",
     ),
     Kind.SENSOR: _GapRule("reading", _sensor_limits, _sensor_advice),
-    Kind.TEXT: _GapRule("text", lambda *_: (math.inf, math.inf), lambda _: ""),
+    Kind.TEXT: _GapRule("text", lambda *_: (math.inf, math.inf), lambda *_: ""),
 }
 """Sound has no gaps: its samples have no times."""
 
@@ -195,7 +235,9 @@ def _gap_findings(probe: SessionProbe, names: list[str]) -> list[Finding]:
         which += f" {limits}, {share(gaps.is_short)}"
         message = f"{where(row)}: no {noun} for {_format_gap(intervals_s[row])} after it"
         findings.append(
-            Finding("warning", f"{message}{which}; {rule.advice(spec)}", streams=tuple(names))
+            Finding(
+                "warning", f"{message}{which}; {rule.advice(spec, probe)}", streams=tuple(names)
+            )
         )
     masked = [
         f"{where(row)}: no {noun} for {_format_gap(intervals_s[row])} after it (gaps over "
@@ -280,23 +322,37 @@ def _unread_findings(probe: SessionProbe, kinds: set[str]) -> list[Finding]:
     """Report skipped lines: warnings, or errors if a file lost too many."""
     findings: list[Finding] = []
     for file in probe.files:
-        streams = probe.streams_of(file)
-        issues = [i for i in probe.issues_of(file) if i.kind in kinds]
-        num_unread, num_lines = probe.num_unread(file), probe.num_lines(file)
-        if is_mostly_unread(num_unread, num_lines):
-            share = f"{num_unread / num_lines:.0%} of the lines are unreadable"
-            advice = f"{share}; fix: check that this is the right file"
-            findings += issue_findings("error", issues, advice, streams=streams)
-            continue
-        fix = "drop it with --fix" if probe.is_fixable(file) else "remove or correct it"
-        if "timestamp" in kinds and len(probe.files[file]) > 1:
-            fix = "correct it, or the `time` of its streams in the recipe"
-        if "timestamp" in kinds and not probe.sensors_of(file):
-            fix = "write the second at which the text starts"
-        findings += issue_findings(
-            "warning", issues, f"the line is skipped; fix: {fix}", streams=streams
-        )
+        alike: dict[tuple[str, str], list[ParseIssue]] = {}
+        for issue in probe.issues_of(file):
+            if issue.kind in kinds:
+                alike.setdefault((issue.kind, issue.fix), []).append(issue)
+        is_damaged = is_mostly_unread(probe.num_unread(file), probe.num_lines(file))
+        for (kind, own_fix), issues in alike.items():
+            fix = _advise_on_unread(probe, file, kind=kind, own_fix=own_fix, is_damaged=is_damaged)
+            if is_damaged:
+                findings += _summarize("error", issues, f"they are skipped; fix: {fix}", probe)
+            else:
+                streams = probe.streams_of(file)
+                advice = f"the line is skipped; fix: {fix}"
+                findings += issue_findings("warning", issues, advice, streams=streams)
     return findings
+
+
+def _advise_on_unread(
+    probe: SessionProbe, file: str, *, kind: str, own_fix: str, is_damaged: bool
+) -> str:
+    """Return the fix of a skipped line."""
+    plan = probe.plan()
+    if kind == "timestamp" and plan.covers(RepairKind.NUMBERS, file):
+        return "write numbers in place of texts with --fix"
+    if plan.covers(RepairKind.DROP, file):
+        return "drop it with --fix"
+    fix = "check that this is the right file" if is_damaged else "remove or correct it"
+    if kind == "timestamp" and not probe.sensors_of(file):
+        fix = "write the second at which the text starts"
+    elif kind == "timestamp" and len(probe.files[file]) > 1:
+        fix = "correct it, or the `time` of its streams in the recipe"
+    return own_fix or plan.advise(RepairKind.DROP, file, fix)
 
 
 def _unit_findings(probe: SessionProbe) -> list[Finding]:
@@ -312,7 +368,7 @@ def _unit_findings(probe: SessionProbe) -> list[Finding]:
             "other messages about times assume divided timestamps; fix: set `time_unit: "
             f"{guess.unit}` of {sensors} in the recipe, or divide them by {guess.factor:.12g}"
         )
-        if guess.is_confirmed and probe.is_fixable(file):
+        if probe.plan().covers(RepairKind.UNITS, file):
             message += ", then they last as long as the media (--fix does it)"
         findings.append(Finding("error", f"{file}: {message}", streams=probe.streams_of(file)))
     return findings

@@ -11,9 +11,12 @@ interval of recorded lines alone).
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +30,18 @@ from preprocess.validate.line_checks import (
     is_mostly_unread,
 )
 from preprocess.validate.probe import UNIT_NAMES, WrongUnit, find_units, raw_timestamp
+from preprocess.validate.repair_plan import Repair, RepairKind
 from preprocess.validate.value_checks import ROUNDING
 from shared.clock import EPSILON_S, clock_offset
 from shared.session.folder import files_of_stream
-from shared.session.lines import MAX_VALUE, TIME_KEY, parse_line, parse_timestamp
-from shared.session.tables import MAX_LINE_BYTES
+from shared.session.lines import MAX_VALUE, TIME_KEY, json_keys, parse_number, parse_timestamp
+from shared.session.records import (
+    DAMAGED,
+    MAX_LINE_BYTES,
+    decode_line,
+    open_records,
+    parse_records,
+)
 from shared.streams import METADATA_FILE, SensorStream, TextStream, ValueType
 from shared.values import VALUE_TYPES
 
@@ -50,6 +60,24 @@ DECIMALS = 9
 
 INTERPOLATED = "interpolated"
 """Key that marks a line that fills a gap."""
+
+ARRIVED = "arrived"
+"""Key that keeps the timestamp of a line of a packet that was spread."""
+
+MIN_PACKETS = 8
+"""Fewer packets do not tell that readings arrive in packets."""
+
+PACKET_SHARE = 0.8
+"""Share of the packets that have the same size, and of those that arrive regularly."""
+
+CONFLICT_SHARE = 0.5
+"""Share of the packets whose readings must differ: lines that are only repeated do not."""
+
+MAX_PACKET_S = 0.25
+"""With packets farther apart, it matters whether their readings came before or after."""
+
+_INTEGER = re.compile(r"[+-]?\d{1,30}", re.ASCII)
+_COMMA_NUMBER = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 _LIMITS: Mapping[ValueType, tuple[float, float]] = {
     ValueType.FRACTION: (0.0, 1.0),
@@ -112,6 +140,8 @@ class Line:
     """The bytes it was read from; None if a repair changed it."""
     time_s: float | None
     """Its timestamp; None if it has no usable one."""
+    number: int = 0
+    """Its number in the file; 0 for a new line."""
 
     def encoded(self) -> bytes:
         """Return the bytes to write; those of an unchanged line are the same."""
@@ -126,25 +156,101 @@ Lines = dict[str, list[Line]]
 Repaired = tuple[list[Line], str | None]
 
 
-def parse_lines(content: bytes, file: LineFile) -> tuple[list[Line], int]:
-    """Return the lines that are JSON objects, and the number of other lines that are not blank."""
+@dataclass(frozen=True, slots=True)
+class ParsedFile:
+    """The JSON objects of a file, and what is unusual about it."""
+
+    lines: list[Line]
+    num_bad: int
+    """Other lines that are not blank."""
+    encoding: str
+    """Empty if everything is UTF-8, or damaged UTF-8."""
+    num_split: int
+    """Objects that were not on a line of their own."""
+
+
+def parse_lines(content: bytes, file: LineFile) -> ParsedFile:
+    """Return the lines that are JSON objects, and what else is in a file."""
+    opened = open_records(io.BytesIO(content))
     lines: list[Line] = []
-    num_bad = 0
-    for raw in content.split(b"\n"):
-        if not raw.strip():
-            continue
-        values = parse_line(raw)[0] if len(raw) < MAX_LINE_BYTES else None
-        if values is None:
-            num_bad += 1
-        else:
-            time_s = parse_timestamp(values, key=file.time_key, units_per_s=file.units_per_s)
-            lines.append(Line(values=values, raw=raw, time_s=time_s))
-    return lines, num_bad
+    encoding, num_bad, num_split = opened.encoding, 0, 0
+    for number, raw in opened.lines:
+        records = parse_records(raw)
+        num_split += len(records) if opened.is_document or len(records) > 1 else 0
+        for record in records:
+            if record.values is None or len(raw) > MAX_LINE_BYTES:
+                num_bad += 1
+                continue
+            time_s = parse_timestamp(record.values, key=file.time_key, units_per_s=file.units_per_s)
+            written, own = record.raw, decode_line(record.raw)[1] if record.message else ""
+            if own and own != DAMAGED:
+                encoding, written = own, decode_line(record.raw)[0].encode()
+            lines.append(Line(values=record.values, raw=written, time_s=time_s, number=number))
+    return ParsedFile(lines, num_bad, encoding, num_split)
+
+
+def describe_rewriting(parsed: ParsedFile, *, file: LineFile) -> list[tuple[RepairKind, str]]:
+    """Say what changes when every object of a file is written as a line of UTF-8."""
+    sentences = []
+    if parsed.encoding:
+        sentence = f"{file.name}: wrote UTF-8 in place of {parsed.encoding}"
+        sentences.append((RepairKind.ENCODE, sentence))
+    if parsed.num_split:
+        sentence = f"{file.name}: wrote {_count(parsed.num_split, 'object')} on lines of their own"
+        sentences.append((RepairKind.SPLIT, sentence))
+    return sentences
+
+
+def write_numbers(lines: list[Line], *, file: LineFile) -> Repaired:
+    """Write numbers in place of texts that are numbers, and of dates the seconds since 1970.
+
+    A comma in them is a decimal one if it cannot be anything else in some text of the file.
+    """
+    values = [line.values.get(key) for line in lines for key in _number_keys(file)]
+    texts = [item for value in values for item in _items(value)]
+    commas = [text for text in texts if isinstance(text, str) and "," in text]
+    is_decimal = all(map(_COMMA_NUMBER.fullmatch, commas)) and any(
+        len(text.rpartition(",")[2]) != 3 or text.lstrip("+-").startswith("0") for text in commas
+    )
+
+    def convert(value: object) -> object:
+        if isinstance(value, list):
+            return [convert(v) for v in value]
+        if not isinstance(value, str):
+            return value
+        text = value.strip().replace(",", "." if is_decimal else ",")
+        number = int(text) if _INTEGER.fullmatch(text) else parse_number(text)
+        return number if number is not None and math.isfinite(number) else value
+
+    written: list[Line] = []
+    for line in lines:
+        own = {key: line.values[key] for key in _number_keys(file) if key in line.values}
+        with_text = {k: v for k, v in own.items() if any(isinstance(t, str) for t in _items(v))}
+        changes = {key: new for key, old in with_text.items() if (new := convert(old)) != old}
+        if changes:
+            values_now = {**line.values, **changes}
+            time_s = parse_timestamp(values_now, key=file.time_key, units_per_s=file.units_per_s)
+            line = replace(line, values=values_now, raw=None, time_s=time_s)
+        written.append(line)
+    num_changed = sum(new is not old for new, old in zip(written, lines, strict=True))
+    if not num_changed:
+        return lines, None
+    return written, f"{file.name}: wrote numbers in place of texts in {_count(num_changed, 'line')}"
+
+
+def _items(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def _number_keys(file: LineFile) -> list[str]:
+    """Return the keys of a line that should hold numbers."""
+    keys = [key for spec in file.sensors.values() for key in json_keys(spec)]
+    return [file.time_key, *(key for key in keys if key != file.time_key)]
 
 
 def convert_units(
     lines: Lines, files: Mapping[str, LineFile], media_stop_s: float | None, *, recipe: Recipe
-) -> tuple[Lines, list[str]]:
+) -> tuple[Lines, list[Repair]]:
     """Convert timestamps in milliseconds, microseconds or nanoseconds to the declared unit.
 
     Nothing is divided unless the media confirm the unit. Texts that are seconds already stay; if
@@ -162,16 +268,26 @@ def convert_units(
     alike: dict[WrongUnit, list[str]] = {}
     for name, unit in units.items():
         alike.setdefault(replace(unit, interval=0.0), []).append(name)
-    sentences = [
-        f"{', '.join(names)}: divided all timestamps by {unit.factor:.12g}; they were "
-        f"{UNIT_NAMES[unit.unit]}"
+    repairs = [
+        Repair(
+            RepairKind.UNITS,
+            tuple(names),
+            f"{', '.join(names)}: divided all timestamps by {unit.factor:.12g}; they were "
+            f"{UNIT_NAMES[unit.unit]}",
+        )
         for unit, names in alike.items()
     ]
     divided = {
         name: [_divided(line, units[name].factor, files[name]) for line in lines[name]]
         for name in units
     }
-    return lines | divided, sentences
+    return lines | divided, repairs
+
+
+def is_refused(lines: Sequence[Line], num_bad: int, *, file: LineFile) -> bool:
+    """Return whether too much of a file is unreadable to repair it, in whatever unit its times."""
+    times = len(lines) if file.is_text_file else len(_raw_times(lines, file))
+    return is_mostly_unread(num_bad + len(lines) - times, len(lines) + num_bad)
 
 
 def drop_unreadable(lines: list[Line], num_bad: int, *, file: LineFile) -> Repaired:
@@ -179,20 +295,40 @@ def drop_unreadable(lines: list[Line], num_bad: int, *, file: LineFile) -> Repai
 
     A text without a timestamp stays, so that its words are not lost.
     """
-    kept = [line for line in lines if line.time_s is not None or file.is_text_file]
-    num_dropped = num_bad + len(lines) - len(kept)
-    if not num_dropped or is_mostly_unread(num_dropped, len(lines) + num_bad):
+    untimed = [
+        line
+        for line in lines
+        if line.time_s is None and not file.is_text_file and not _has_text(line, file)
+    ]
+    if not (num_bad or untimed) or is_mostly_unread(num_bad + len(untimed), len(lines) + num_bad):
         return lines, None
-    fault = "without JSON" if file.is_text_file else "without JSON or a timestamp"
-    return kept, f"{file.name}: dropped {_count(num_dropped, 'line')} {fault}"
+    sentences = [f"{_count(num_bad, 'line')} without JSON"] if num_bad else []
+    if untimed:
+        readings = Counter(
+            name for line in untimed for name, spec in file.sensors.items() if _reading(line, spec)
+        )
+        lost = [f"{_count(number, 'reading')} of {name}" for name, number in readings.items()]
+        with_readings = f", which have {' and '.join(lost)} at unknown times" if lost else ""
+        sentences.append(f"{_count(len(untimed), 'line')} without a timestamp{with_readings}")
+    is_untimed = {id(line) for line in untimed}
+    kept = [line for line in lines if id(line) not in is_untimed]
+    return kept, f"{file.name}: dropped {' and '.join(sentences)}"
 
 
-def is_sortable(lines: Sequence[Line]) -> bool:
-    """Return whether all lines have timestamps that go back by at most MAX_BACK_S."""
-    times_s = np.array([math.nan if line.time_s is None else line.time_s for line in lines])
-    if len(lines) == 0 or np.isnan(times_s).any():
-        return False
-    return bool((np.diff(times_s) >= -MAX_BACK_S).all())
+def find_obstacle(lines: Sequence[Line]) -> str | None:
+    """Explain why lines cannot be sorted by time; None if they can."""
+    for line in lines:
+        if line.time_s is None:
+            return f"line {line.number} has no timestamp; write it first"
+    back_s = -np.diff(_times(lines))
+    rows = np.flatnonzero(back_s > MAX_BACK_S)
+    if not len(rows):
+        return None
+    row = int(rows[0])
+    return (
+        f"line {lines[row + 1].number} goes back by {back_s[row]:.3f} s; correct it, or split the "
+        "session there first"
+    )
 
 
 def sort_lines(lines: list[Line], *, file: LineFile) -> Repaired:
@@ -244,7 +380,7 @@ def shift_to_zero(
 
 def drop_outside_media(
     sensors: Lines, files: Mapping[str, LineFile], media_stop_s: float | None
-) -> tuple[Lines, list[str]]:
+) -> tuple[Lines, list[Repair]]:
     """Drop lines before the start or after the end of the media.
 
     Only 0.1 to 1 s of lines are dropped; more is another fault. If one of a file's lines contains
@@ -252,7 +388,7 @@ def drop_outside_media(
     """
     if media_stop_s is None:
         return sensors, []
-    kept, sentences = dict(sensors), []
+    kept, repairs = dict(sensors), []
     for name, lines in sensors.items():
         times_s = _times(lines)
         first, stop = 0, len(lines)
@@ -264,13 +400,15 @@ def drop_outside_media(
         if outside and stop - first >= 2 and not any(_has_text(o, files[name]) for o in outside):
             kept[name] = lines[first:stop]
             number = _count(len(outside), "line")
-            sentences.append(
-                f"{name}: dropped {number} outside the media's [0, {media_stop_s:.3f}] s"
+            sentence = (
+                f"{name}: dropped {number} of readings before or after all video and sound, which "
+                f"last [0, {media_stop_s:.3f}] s"
             )
+            repairs.append(Repair(RepairKind.TRIM, (name,), sentence))
     # Skip a clock that was not shifted, and one that would look unshifted afterwards.
-    if not sentences or any(_offset(some, media_stop_s) for some in (sensors, kept)):
+    if not repairs or any(_offset(some, media_stop_s) for some in (sensors, kept)):
         return sensors, []
-    return kept, sentences
+    return kept, repairs
 
 
 def clamp(lines: list[Line], *, file: LineFile) -> Repaired:
@@ -299,18 +437,79 @@ def clamp(lines: list[Line], *, file: LineFile) -> Repaired:
     return repaired, f"{file.name}: clamped {' and '.join(changes)}, outside by rounding"
 
 
+def spread_packets(lines: list[Line], *, file: LineFile) -> Repaired:
+    """Spread readings that arrived in regular packets, and have the time of their packet.
+
+    The last reading of a packet keeps its time; those before it come evenly since the packet
+    before. The time of arrival is kept in the line.
+    """
+    packets = [[*packet] for _, packet in itertools.groupby(lines, key=lambda line: line.time_s)]
+    ranks = [_ranks(packet, file) for packet in packets]
+    sizes = np.array([max(rank, default=0) + 1 for rank in ranks])
+    intervals_s = np.diff([packet[0].time_s or 0.0 for packet in packets])
+    if len(packets) < MIN_PACKETS or not (sizes > 1).any():
+        return lines, None
+    size, interval_s = int(np.argmax(np.bincount(sizes))), float(np.median(intervals_s))
+    is_regular = np.abs(intervals_s - interval_s) <= 0.25 * interval_s
+    conflicts = [_has_conflict(p, file) for p, s in zip(packets, sizes, strict=True) if s > 1]
+    shares = float((sizes == size).mean()), float(is_regular.mean())
+    is_strong = min(shares) >= PACKET_SHARE and np.mean(conflicts) >= CONFLICT_SHARE
+    if size < 2 or interval_s > MAX_PACKET_S or not is_strong:
+        return lines, None
+    spread: list[Line] = []
+    # Before the first packet, times stay so near to zero that no other repair is needed.
+    room_s = np.append(max(packets[0][0].time_s or 0.0, END_WARNING_S), intervals_s)
+    for packet, rank, number, before_s in zip(packets, ranks, sizes, room_s, strict=True):
+        step_s = min(interval_s / size, float(before_s) / number)
+        for line, place in zip(packet, rank, strict=True):
+            time_s = (line.time_s or 0.0) - (number - 1 - place) * step_s
+            if place < number - 1:
+                arrived = {ARRIVED: line.values[file.time_key], **line.values}
+                line = _with_time(replace(line, values=arrived), time_s, file)
+            spread.append(line)
+    num_spread = int((sizes > 1).sum())
+    return sorted(spread, key=lambda line: line.time_s or 0.0), (
+        f"{file.name}: spread {_count(num_spread, 'packet')} of {size} readings, {interval_s:.3g} "
+        f's apart, since the packet before each; "{ARRIVED}" keeps the time of the packet'
+    )
+
+
+def _ranks(packet: Sequence[Line], file: LineFile) -> list[int]:
+    """Return the place of each line in a packet: readings of several sensors go together."""
+    seen: Counter[str] = Counter()
+    ranks: list[int] = []
+    for line in packet:
+        own = [name for name, spec in file.sensors.items() if _reading(line, spec) is not None]
+        rank = max((seen[name] for name in own), default=-1)
+        for name in own:
+            seen[name] = rank + 1
+        ranks.append(rank)
+    last = max(ranks, default=0)
+    return [last if rank < 0 else rank for rank in ranks]
+
+
+def _has_conflict(same_time: Sequence[Line], file: LineFile) -> bool:
+    """Return whether a sensor has different readings in some lines."""
+    for spec in file.sensors.values():
+        readings = [r for line in same_time if (r := _reading(line, spec)) is not None]
+        if any(reading != readings[0] for reading in readings[1:]):
+            return True
+    return False
+
+
 def join_repeats(lines: list[Line], *, file: LineFile) -> Repaired:
     """Join lines that repeat a reading: the first line, completed from the others, and all texts.
 
-    Lines that contradict each other are kept, so that no reading is lost; so are lines of different
-    sensors at the same time.
+    If a sensor has different readings at a time, none of its lines are joined, as the time is
+    wrong. Lines of different sensors at the same time are kept too.
     """
     joined: list[Line] = []
     for _, group in itertools.groupby(lines, key=lambda line: line.time_s):
         same_time = [*group]
         first: dict[str, int] = {}
+        is_joined = len(same_time) > 1 and not _has_conflict(same_time, file)
         for line in same_time:
-            own = [n for n, s in file.sensors.items() if same_time[1:] and _reading(line, s)]
+            own = [name for name, s in file.sensors.items() if is_joined and _reading(line, s)]
             targets = {first[name] for name in own if name in first}
             target = targets.pop() if len(targets) == 1 else None
             merged = None

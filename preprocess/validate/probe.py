@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from preprocess.validate.repair_plan import RepairPlan
 from shared.errors import MediaError, MissingMediaError
 from shared.kinds.audio import align_sound
 from shared.kinds.video import align_track, interval_of
@@ -30,15 +31,13 @@ from shared.session.lines import TIME_KEY, Readings
 from shared.streams import (
     TIME_UNITS,
     AudioStream,
-    SensorStream,
-    TextStream,
     VideoDefaults,
     VideoStream,
 )
 from shared.values import clean_readings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -175,6 +174,9 @@ class SessionProbe:
     duration_s: float
     stop_s: float
     """End of the last stream; greater than `duration_s` if it is too late for a session."""
+    plan: Callable[[], RepairPlan] = RepairPlan
+    """Plans what --fix does, at the first message that depends on it; by default it does nothing.
+    """
 
     def times_s(self, name: str) -> NDArray[np.float64] | None:
         """Return the times of a stream's frames, readings or texts; None for sound or if absent."""
@@ -236,31 +238,12 @@ class SessionProbe:
         """Return the number of lines of a file with times of their own."""
         return max((len(lines.times_s) for lines in self.files.get(file, ())), default=0)
 
-    def is_fixable(self, file: str) -> bool:
-        """Return whether --fix can write a file: its streams have one timestamp, in JSON lines."""
-        return file.endswith(".jsonl") and self._has_one_time(file)
-
-    def is_sortable(self, file: str) -> bool:
-        """Return whether --fix can sort a file."""
-        return file.endswith((".jsonl", ".csv", ".tsv")) and self._has_one_time(file)
-
-    def _has_one_time(self, file: str) -> bool:
-        """Return whether the streams that a file can hold agree in key and unit of their times."""
-        streams = [self.recipe.streams[name] for name in self.streams_of(file)]
-        timed = [s for s in streams if isinstance(s, (SensorStream, TextStream))]
-        return file in self.files and len({(s.time, s.time_unit) for s in timed}) == 1
-
     @property
     def shared_files(self) -> tuple[str, ...]:
         """Timestamped files that share the session's offset."""
         streams = self.recipe.streams.items()
         shared = {n for n, s in streams if s.clock == "session" and n not in self.starts}
         return tuple(f for f in self.files if not shared.isdisjoint(self.streams_of(f)))
-
-    @property
-    def is_clock_fixable(self) -> bool:
-        """Whether --fix can shift and trim the files that share an offset: all or none."""
-        return all(map(self.is_fixable, self.shared_files))
 
 
 def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:

@@ -225,8 +225,8 @@ def _read_objects(path: Path) -> list[dict[str, Any]]:
     with path.open("rb") as file:
         nearby = itertools.takewhile(lambda _: file.tell() < MAX_BYTES, open_records(file).lines)
         first = itertools.islice(nearby, NUM_LINES)
-        records = (record for _, raw in first for record, _ in parse_records(raw))
-        return [values for values in records if values is not None]
+        records = (record for _, raw in first for record in parse_records(raw))
+        return [record.values for record in records if record.values is not None]
 
 
 def _size(lines: Sequence[Mapping[str, Any]], key: str) -> int | None:

@@ -13,28 +13,33 @@ the old ones. The next run finishes the renames of a journal that it finds.
 from __future__ import annotations
 
 import filecmp
+import io
 import itertools
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from preprocess.validate.line_checks import MAX_BACK_S
 from preprocess.validate.line_repairs import (
-    LineFile,
-    Lines,
     clamp,
     convert_units,
+    describe_rewriting,
     drop_outside_media,
     drop_unreadable,
     fill_gaps,
-    is_sortable,
+    find_obstacle,
+    is_refused,
     join_repeats,
     parse_lines,
     plan_files,
     shift_to_zero,
     sort_lines,
+    spread_packets,
+    write_numbers,
 )
+from preprocess.validate.repair_plan import Repair, RepairKind, RepairPlan
 from shared.errors import MediaError, SessionError
 from shared.files import sync_folder, write_synced
 from shared.kinds.audio import align_sound
@@ -43,19 +48,31 @@ from shared.media.sound import read_sound
 from shared.media.video import read_video_track
 from shared.session.alignment import MEDIA_KINDS, read_starts
 from shared.session.folder import files_of_stream, read_timed_lines
+from shared.session.records import open_utf8
 from shared.streams import AudioStream, VideoStream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from preprocess.validate.line_repairs import LineFile, Lines, Repaired
     from shared.recipe import Recipe
     from shared.session.lines import FileLines
 
 JOURNAL_FILE = ".repair"
+_UNREADABLE = "too much of it is unreadable"
+
 _TEMPORARY = ".repairing"
 """Suffix of files that are not complete yet."""
 
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaEnd:
+    """When the video and sound of a session end."""
+
+    is_known: bool
+    """Whether all of them can be read and placed on the clock."""
+    stop_s: float | None = None
+    """End of the last one; None if there is none."""
 
 
 def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
@@ -69,75 +86,122 @@ def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
         raise SessionError(f"{path}: no such folder; fix: give the folder of a session")
     try:
         finished = _finish_journal(path)
-        contents, repairs = _plan_repairs(path, recipe=recipe)
-        if contents:
-            repairs += _commit(path, contents)
-        return finished + repairs
+        plan = plan_repairs(path, recipe=recipe)
+        done = [repair.sentence for repair in plan.repairs]
+        return finished + done + (_commit(path, plan.contents) if plan.contents else [])
     except OSError as error:
         reason = error.strerror or str(error)
         fix = "make the folder writable, or repair a copy of it"
         raise SessionError(f"{path}: cannot be repaired: {reason}; fix: {fix}") from error
 
 
-def _plan_repairs(path: Path, *, recipe: Recipe) -> tuple[dict[str, bytes], list[str]]:
-    """Return the new content of each file that changes, and a sentence for each repair."""
+def plan_repairs(path: Path, *, recipe: Recipe, media: MediaEnd | None = None) -> RepairPlan:
+    """Decide what to repair in a session folder, and change nothing.
+
+    `media` is what is known of its video and sound; by default they are read.
+    """
+    lines = _plan_lines(path, recipe, media)
+    tables = _plan_tables(path, recipe)
+    return RepairPlan(
+        repairs=(*lines.repairs, *tables.repairs),
+        contents={**lines.contents, **tables.contents},
+        blocked=lines.blocked,
+    )
+
+
+def _plan_lines(path: Path, recipe: Recipe, media: MediaEnd | None) -> RepairPlan:
+    """Plan the repairs of files of JSON lines."""
     files = {n: f for n, f in plan_files(recipe).items() if (path / n).is_file()}
-    parsed = {n: parse_lines((path / n).read_bytes(), f) for n, f in files.items()}
+    originals = {name: (path / name).read_bytes() for name in files}
     starts, start_error = read_starts(path, recipe)
-    is_media_known, media_stop_s = False, None
-    if start_error is None:
-        is_media_known, media_stop_s = _find_media_stop(path, starts, recipe)
-    as_read = {name: lines for name, (lines, _) in parsed.items()}
-    in_seconds, repairs = convert_units(as_read, files, media_stop_s, recipe=recipe)
+    if start_error is not None:
+        media = MediaEnd(is_known=False)
+    elif media is None:
+        media = _find_media_end(path, starts, recipe)
+    repairs: list[Repair] = []
     repaired: Lines = {}
-    changed: set[str] = set()
-    for name, lines in in_seconds.items():
-        num_bad = parsed[name][1]
-        kept, sentence = drop_unreadable(lines, num_bad, file=files[name])
-        if sentence:
-            repairs.append(sentence)
-            changed.add(name)
-        # Bad lines that are not dropped mean that this is probably another kind of file.
-        if sentence or not num_bad:
-            repaired[name] = kept
-    shared = _shared_files(path, starts, recipe) if is_media_known else None
-    if repaired.keys() == parsed.keys():
-        repairs += _repair_lines(repaired, files, shared, media_stop_s)
-    changed |= {name for name, lines in repaired.items() if lines != parsed[name][0]}
-    contents = {name: b"".join(line.encoded() for line in repaired[name]) for name in changed}
-    tables, sentences = _sort_tables(path, recipe)
-    return contents | tables, repairs + sentences
+    blocked: dict[str, str] = {}
+    num_bad: dict[str, int] = {}
+    for name, file in files.items():
+        parsed = parse_lines(originals[name], file)
+        num_bad[name] = parsed.num_bad
+        repaired[name], sentence = write_numbers(parsed.lines, file=file)
+        if parsed.num_bad and is_refused(repaired[name], parsed.num_bad, file=file):
+            blocked[name] = _UNREADABLE
+            del repaired[name]
+            continue
+        repairs += [Repair(k, (name,), s) for k, s in describe_rewriting(parsed, file=file)]
+        _note(repairs, RepairKind.NUMBERS, (name,), sentence)
+    if not blocked:
+        repaired, converted = convert_units(repaired, files, media.stop_s, recipe=recipe)
+        repairs += converted
+    for name, lines in list(repaired.items()):
+        repaired[name], sentence = drop_unreadable(lines, num_bad[name], file=files[name])
+        _note(repairs, RepairKind.DROP, (name,), sentence)
+        if num_bad[name] and not sentence:
+            blocked[name] = _UNREADABLE
+            repairs = [repair for repair in repairs if name not in repair.files]
+            del repaired[name]
+            continue
+        obstacle = None if files[name].is_text_file else find_obstacle(repaired[name])
+        if obstacle is not None:
+            blocked[name] = obstacle
+    shared = _shared_files(path, starts, recipe) if media.is_known else None
+    repairs += _repair_lines(repaired, files, blocked, shared=shared, media_stop_s=media.stop_s)
+    changed = {name for repair in repairs for name in repair.files}
+    contents = {n: b"".join(line.encoded() for line in repaired[n]) for n in sorted(changed)}
+    return RepairPlan(repairs=tuple(repairs), contents=contents, blocked=blocked)
+
+
+def _note(
+    repairs: list[Repair], kind: RepairKind, files: tuple[str, ...], sentence: str | None
+) -> None:
+    """Add a repair if there is a sentence about it."""
+    if sentence:
+        repairs.append(Repair(kind, files, sentence))
 
 
 def _repair_lines(
     repaired: Lines,
     files: Mapping[str, LineFile],
+    blocked: Mapping[str, str],
+    *,
     shared: frozenset[str] | None,
     media_stop_s: float | None,
-) -> list[str]:
+) -> list[Repair]:
     """Apply every repair that needs lines with times; replaces the lists in `repaired`.
 
     `shared` are the files on the shared clock; None if it cannot be shifted.
     """
-    sentences: list[str | None] = []
-    sortable = [n for n, f in files.items() if not f.is_text_file and is_sortable(repaired[n])]
-    for name in sortable:
-        repaired[name], sentence = sort_lines(repaired[name], file=files[name])
-        sentences.append(sentence)
-    sensors = {n: repaired[n] for n, f in files.items() if not f.is_text_file}
-    if shared is not None and sensors.keys() <= {*sortable}:
-        on_clock = {n: lines for n, lines in sensors.items() if n in shared}
+    repairs: list[Repair] = []
+    sensors = [n for n in repaired if not files[n].is_text_file and repaired[n]]
+    sortable = [n for n in sensors if n not in blocked]
+
+    def apply(kind: RepairKind, repair: Callable[..., Repaired], names: Iterable[str]) -> None:
+        for name in names:
+            repaired[name], sentence = repair(repaired[name], file=files[name])
+            _note(repairs, kind, (name,), sentence)
+
+    apply(RepairKind.SORT, sort_lines, sortable)
+    if (
+        shared is not None
+        and not blocked
+        and all(repaired[n] for n in repaired if not files[n].is_text_file)
+    ):
+        on_clock = {n: repaired[n] for n in sensors if n in shared}
         texts = {n: repaired[n] for n, f in files.items() if f.is_text_file and n in shared}
         if on_clock:
-            on_clock, texts, rebased = shift_to_zero(on_clock, texts, files, media_stop_s)
-            on_clock, trimmed = drop_outside_media(on_clock, files, media_stop_s)
-            sentences += [rebased, *trimmed]
-        repaired.update(on_clock | texts)
-    for repair in (clamp, join_repeats, fill_gaps):
-        for name in sortable:
-            repaired[name], sentence = repair(repaired[name], file=files[name])
-            sentences.append(sentence)
-    return [sentence for sentence in sentences if sentence]
+            moved, moved_texts, shifted = shift_to_zero(on_clock, texts, files, media_stop_s)
+            placed, trimmed = drop_outside_media(moved, files, media_stop_s)
+            names = [n for n, lines in (moved | moved_texts).items() if lines != repaired[n]]
+            _note(repairs, RepairKind.SHIFT, tuple(names), shifted)
+            repairs += trimmed
+            repaired.update(placed | moved_texts)
+    apply(RepairKind.CLAMP, clamp, sensors)
+    apply(RepairKind.SPREAD, spread_packets, sortable)
+    apply(RepairKind.JOIN, join_repeats, sortable)
+    apply(RepairKind.FILL, fill_gaps, sortable)
+    return repairs
 
 
 def _shared_files(path: Path, starts: Mapping[str, float], recipe: Recipe) -> frozenset[str] | None:
@@ -157,10 +221,8 @@ def _shared_files(path: Path, starts: Mapping[str, float], recipe: Recipe) -> fr
     return shared if is_writable and all(len(clock) == 1 for clock in present.values()) else None
 
 
-def _find_media_stop(
-    path: Path, starts: Mapping[str, float], recipe: Recipe
-) -> tuple[bool, float | None]:
-    """Return whether all media can be read, and when the last one ends, if there is any."""
+def _find_media_end(path: Path, starts: Mapping[str, float], recipe: Recipe) -> MediaEnd:
+    """Read when the last video or sound of a session ends."""
     stops_s: list[float] = []
     try:
         for name, spec in recipe.streams.items():
@@ -171,26 +233,33 @@ def _find_media_stop(
                 sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track)
                 stops_s.append(align_sound(sound, start_s).stop_s)
     except MediaError:
-        return False, None
-    return True, max(stops_s, default=None)
+        return MediaEnd(is_known=False)
+    return MediaEnd(is_known=True, stop_s=max(stops_s, default=None))
 
 
-def _sort_tables(path: Path, recipe: Recipe) -> tuple[dict[str, bytes], list[str]]:
-    """Sort the rows of text tables by time; a table with any other fault is not changed."""
+def _plan_tables(path: Path, recipe: Recipe) -> RepairPlan:
+    """Plan to write text tables in UTF-8, and their rows by time if they have no other fault."""
     names = {s.file for s in recipe.sensors.values() if s.file.endswith((".csv", ".tsv"))}
     contents: dict[str, bytes] = {}
-    sentences: list[str] = []
+    repairs: list[Repair] = []
     if any((path / name).is_file() for name in names):
         files = [lines for lines in read_timed_lines(path, recipe).files if lines.file in names]
         of_one_key = [f for f in files if sum(other.file == f.file for other in files) == 1]
         for file in of_one_key:
-            ordered = _sorted_rows((path / file.file).read_bytes(), file)
+            text, encoding = open_utf8(io.BytesIO((path / file.file).read_bytes()))
+            content = text.read()
+            if encoding:
+                contents[file.file] = content
+                sentence = f"{file.file}: wrote UTF-8 in place of {encoding}"
+                repairs.append(Repair(RepairKind.ENCODE, (file.file,), sentence))
+            ordered = _sorted_rows(content, file)
             if ordered is not None:
                 contents[file.file] = ordered
                 num_back = sum(issue.count for issue in file.issues if issue.kind == "order")
                 noun = "row" if num_back == 1 else "rows"
-                sentences.append(f"{file.file}: sorted {num_back} {noun} into place")
-    return contents, sentences
+                sentence = f"{file.file}: sorted {num_back} {noun} into place"
+                repairs.append(Repair(RepairKind.SORT, (file.file,), sentence))
+    return RepairPlan(repairs=tuple(repairs), contents=contents)
 
 
 def _sorted_rows(content: bytes, file: FileLines) -> bytes | None:
@@ -204,7 +273,7 @@ def _sorted_rows(content: bytes, file: FileLines) -> bytes | None:
     is_whole = sorted(file.lines.tolist()) == [
         number + 1 for number in range(first, len(rows)) if rows[number].strip()
     ]
-    if not back_s or max(back_s) > MAX_BACK_S or not is_whole or content.startswith(_UTF_16):
+    if not back_s or max(back_s) > MAX_BACK_S or not is_whole:
         return None
     ordered = [rows[number - 1] for number in file.lines.tolist()]
     ending = b"\r\n" if ordered[0].endswith(b"\r\n") else b"\n"

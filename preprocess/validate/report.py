@@ -12,6 +12,7 @@ raises: a session that cannot be checked gets a failed report, and the next one 
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 from collections import Counter
@@ -44,11 +45,12 @@ from preprocess.validate.line_checks import (
     find_gaps,
 )
 from preprocess.validate.probe import probe_session
-from preprocess.validate.repair import repair_session
+from preprocess.validate.repair import MediaEnd, plan_repairs, repair_session
 from preprocess.validate.value_checks import check_saturation, check_values, check_velocities
 from shared.clock import measure_rate_hz
 from shared.errors import SessionError, StorageError
 from shared.recipe import Recipe
+from shared.session.alignment import MEDIA_KINDS
 from shared.session.folder import find_sessions, is_session, scanned_files, source_files
 from shared.storage import Store, parse_location
 from shared.streams import Kind
@@ -186,6 +188,9 @@ def check_session(
                 f"{path}: not a session; fix: put one of {', '.join(source_files(recipe))} into it"
             )
         probe = probe_session(path, recipe=recipe)
+        media = _media_end(path, probe)
+        plan = functools.cache(lambda: plan_repairs(path, recipe=recipe, media=media))
+        probe = replace(probe, plan=plan)
         findings = {key: check(probe) for key, check in CHECKS.items() if key in checks}
         ordered = sorted(
             (finding for of_check in findings.values() for finding in of_check),
@@ -204,6 +209,14 @@ def check_session(
             f"{path}: cannot be checked: {type(error).__name__}: {error}; fix: look at its files"
         )
         return _make_failed_report(path, name, message)
+
+
+def _media_end(path: Path, probe: SessionProbe) -> MediaEnd:
+    """Return when the video and sound of a session end."""
+    files = [path / probe.recipe.streams[n].file for n in probe.recipe.of_kind(*MEDIA_KINDS)]
+    is_known = not any(file.name in probe.unreadable and file.exists() for file in files)
+    stops_s = [probe.intervals[name].stop_s for name in (*probe.videos, *probe.audio)]
+    return MediaEnd(is_known=is_known, stop_s=max(stops_s, default=None) if is_known else None)
 
 
 def describe_totals(statuses: Sequence[Status], length: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from preprocess.validate.checks import Finding, Level, issue_findings, stream_findings
 from preprocess.validate.line_checks import MAX_BAD_LINES
+from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S
 from shared.streams import ValueType
 from shared.values import wrap_angle
@@ -127,10 +128,9 @@ def _check_fractions(probe: SessionProbe, group: _Group) -> list[Finding]:
         "divide raw readings by their full scale before recording"
         for i in np.flatnonzero(excess > ROUNDING).tolist()
     ]
-    is_fixable = probe.is_fixable(probe.recipe.streams[name].file)
-    fix = "clamp it with --fix" if is_fixable else "clamp it"
     rounded = [
-        f"{probe.locate(name, i)}: {name} is outside [0, 1] by rounding; fix: {fix}"
+        f"{probe.locate(name, i)}: {name} is outside [0, 1] by rounding; fix: "
+        + probe.plan().advise(RepairKind.CLAMP, probe.recipe.streams[name].file, "clamp it")
         for i in np.flatnonzero((excess > 0) & (excess <= ROUNDING)).tolist()
     ]
     findings = stream_findings("error", outside, name, probe)
@@ -149,9 +149,10 @@ def _check_angles(probe: SessionProbe, group: _Group) -> list[Finding]:
     beyond = np.flatnonzero((largest > math.pi + EPSILON_S) & (largest <= DEGREES_RAD))
     if len(beyond):
         row = int(beyond[0])
-        is_fixable = probe.is_fixable(probe.recipe.streams[name].file)
-        is_rounding = largest.max() <= math.pi + ROUNDING and is_fixable
-        fix = "fix: clamp it with --fix" if is_rounding else "fine if rotations are unwrapped"
+        fix = "fine if rotations are unwrapped"
+        if largest.max() <= math.pi + ROUNDING:
+            file = probe.recipe.streams[name].file
+            fix = f"fix: {probe.plan().advise(RepairKind.CLAMP, file, 'clamp it')}"
         message = (
             f"{probe.locate(name, row)}: {name} has an angle of {largest[row]:g} rad, outside "
             f"[-pi, pi], as in {len(beyond)} of {len(largest)} readings; angles are wrapped when "

@@ -188,7 +188,7 @@ def _read_file(path: Path, timelines: list[LineCollector], *, marks: tuple[bytes
             return _read_table(file, path.suffix, timelines)
         num_lines = _read_json_lines(file, timelines, marks=marks)
     if not num_lines and not marks and any(timeline.sensors for timeline in timelines):
-        timelines[0].issues.add(0, "empty", "is empty")
+        timelines[0].issues.add(0, "empty", "has no line")
     return num_lines
 
 
@@ -206,20 +206,23 @@ def _read_json_lines(
         if len(raw) > MAX_LINE_BYTES:
             num_lines += 1
             issues.add(number, "long", f"line over {MAX_LINE_BYTES} bytes")
-            continue
-        if marks and not any(mark in raw for mark in marks):
-            continue
-        records = parse_records(raw)
-        num_lines += len(records)
-        if len(records) > 1 or not records:
-            issues.add(number, "form", f"{len(records)} objects are on one line")
-        for values, message in records:
-            if message:
-                issues.add(number, "json" if values is None else "encoding", message)
-            if values is not None:
-                for timeline in timelines:
-                    timeline.add_line(number, values)
+        elif not marks or any(mark in raw for mark in marks):
+            num_lines += _add_line(number, raw, timelines)
     return num_lines
+
+
+def _add_line(number: int, raw: bytes, timelines: list[LineCollector]) -> int:
+    """Add the objects of a line to timelines; return the number of objects, usually 1."""
+    issues, records = timelines[0].issues, parse_records(raw)
+    if len(records) != 1:
+        issues.add(number, "form", f"{len(records)} objects are on one line")
+    for _, values, message, fix in records:
+        if message:
+            issues.add(number, "json" if values is None else "encoding", message, fix=fix)
+        if values is not None:
+            for timeline in timelines:
+                timeline.add_line(number, values)
+    return len(records)
 
 
 def _read_table(file: IO[bytes], suffix: str, timelines: list[LineCollector]) -> int:

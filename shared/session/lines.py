@@ -319,7 +319,7 @@ class LineCollector:
             message = f"no {self.time_key}"
             names = [n for n, v in values.items() if _TIME_NAME.fullmatch(n) and _is_time(v)]
             if names:
-                streams = ", ".join([*self.sensors, *self.texts])
+                streams = ", ".join(self.sensors or self.texts)
                 message += f", but {reprlib.repr(names[0])}"
                 fix = f"set `time: {names[0]}` of {streams} in the recipe"
         elif isinstance(value, str) and _is_time(value):

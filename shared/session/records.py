@@ -14,7 +14,7 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -100,6 +100,17 @@ def iter_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
             yield number, raw
 
 
+class Record(NamedTuple):
+    """One JSON object of a file, or something that should be one."""
+
+    raw: bytes
+    values: dict[str, Any] | None
+    message: str
+    """Why it has no values, or that it is not UTF-8."""
+    fix: str = ""
+    """How to correct it, if that is known."""
+
+
 @dataclass(frozen=True, slots=True)
 class RecordFile:
     """The lines of a file of JSON lines, and what is unusual about it."""
@@ -128,31 +139,30 @@ def open_records(file: IO[bytes]) -> RecordFile:
     return RecordFile(lines, encoding, is_document)
 
 
-def parse_records(raw: bytes) -> list[tuple[dict[str, Any] | None, str]]:
-    """Parse a line into its JSON objects, usually one; None and a reason for what is none.
+def parse_records(raw: bytes) -> list[Record]:
+    """Parse a line into its JSON objects, usually one, and what is between them.
 
-    The reason is also given for an object that is not UTF-8. The brackets and commas of an array
-    are not reported.
+    The brackets and commas of an array are left out.
     """
-    first = parse_line(raw)
-    if first[0] is not None:
-        return [first]
-    pieces = _pieces(raw)
-    if pieces == [raw] or (not pieces and raw.strip() not in (b"[", b"]", b",")):
-        return [first]
-    return [parse_line(piece) for piece in pieces]
+    whole = parse_line(raw)
+    if whole.values is not None:
+        return [whole]
+    records = [parse_line(piece) for piece in _pieces(raw)]
+    is_framing = not records and raw.strip() in (b"[", b"]", b",")
+    has_object = any(record.values is not None for record in records)
+    return records if has_object or is_framing else [whole]
 
 
-def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
-    """Parse bytes into their JSON object, or None and the reason why they have none."""
+def parse_line(raw: bytes) -> Record:
+    """Parse bytes into their JSON object, or say why they have none."""
     text, encoding = decode_line(raw)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
-        return None, _explain(raw)
+        return Record(raw, None, *_explain(raw))
     if not isinstance(values, dict):
-        return None, "not a JSON object"
-    return values, f"not UTF-8, read as {encoding}" if encoding else ""
+        return Record(raw, None, "not a JSON object")
+    return Record(raw, values, f"not UTF-8, read as {encoding}" if encoding else "")
 
 
 def decode_line(raw: bytes) -> tuple[str, str]:
@@ -172,18 +182,18 @@ def decode_line(raw: bytes) -> tuple[str, str]:
     return raw.decode("latin-1"), WINDOWS
 
 
-def _explain(raw: bytes) -> str:
-    """Explain why bytes are not JSON."""
+def _explain(raw: bytes) -> tuple[str, str]:
+    """Explain why bytes are not JSON, and how to correct that if it is known."""
     if num_zeros := raw.count(0):
-        return f"{num_zeros} bytes are zero, as after a power failure"
+        return f"{num_zeros} bytes are zero, as after a power failure", ""
     if found := _DECIMAL_COMMA.search(raw):
         number = found[0].strip(b" \t:,}").decode()
-        return f"{number} has a decimal comma, JSON needs a point"
-    return "not JSON" if raw.endswith(b"\n") else "the last line is cut off"
+        return f"{number} has a decimal comma", "write numbers with a point, as JSON demands"
+    return "not JSON" if raw.endswith(b"\n") else "the last line is cut off", ""
 
 
 def _has_object(pieces: Iterable[bytes]) -> bool:
-    return any(parse_line(piece)[0] is not None for piece in pieces)
+    return any(parse_line(piece).values is not None for piece in pieces)
 
 
 def _pieces(raw: bytes) -> list[bytes]:

@@ -284,7 +284,7 @@ def test_a_text_without_its_time_names_the_key_of_the_recipe(tmp_path: Path) -> 
     lines[7]["me_text"] = "hello"
     write_lines(tmp_path / "metadata.jsonl", lines)
     (warning,) = check_session(tmp_path, recipe=recipe_of(streams)).report.warnings
-    assert "line 8: timestamp is None" in warning
-    assert "fix: correct it, or the `time` of its streams in the recipe" in warning
+    assert "line 8: no timestamp, but 't'" in warning
+    assert "fix: set `time: t` of said in the recipe" in warning
     recipe = recipe_of({**streams, "said": {**streams["said"], "time": "t"}})
     assert check_session(tmp_path, recipe=recipe).report.warnings == ()

@@ -93,7 +93,7 @@ def test_repairs_use_the_declared_starts(session: Path) -> None:
     declare(session, vision_left=0.5, audio=0.5)
     write_lines(session / "metadata.jsonl", sensor_lines(3.0))
     done = repair_session(session, recipe=LOOSE)
-    assert done[0].endswith("outside the media's [0, 2.500] s")
+    assert done[0].endswith("all video and sound, which last [0, 2.500] s")
     declare(session, vision_left="soon")
     write_lines(session / "metadata.jsonl", sensor_lines(3.0))
     assert repair_session(session, recipe=LOOSE) == []
