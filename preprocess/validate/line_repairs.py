@@ -461,9 +461,9 @@ def spread_packets(lines: list[Line], *, file: LineFile) -> Repaired:
     room_s = np.append(max(packets[0][0].time_s or 0.0, END_WARNING_S), intervals_s)
     for packet, rank, number, before_s in zip(packets, ranks, sizes, room_s, strict=True):
         step_s = min(interval_s / size, float(before_s) / number)
-        for line, place in zip(packet, rank, strict=True):
-            time_s = (line.time_s or 0.0) - (number - 1 - place) * step_s
-            if place < number - 1:
+        for line, order in zip(packet, rank, strict=True):
+            time_s = (line.time_s or 0.0) - (number - 1 - order) * step_s
+            if order < number - 1:
                 arrived = {ARRIVED: line.values[file.time_key], **line.values}
                 line = _with_time(replace(line, values=arrived), time_s, file)
             spread.append(line)

@@ -419,8 +419,8 @@ class LineCollector:
             names, which = alike.get(True, []), "the same reading"
             if False in alike:
                 kind, names, which = "conflict", alike[False], "another reading"
-            whose = f" of {', '.join(names)}" if len(names) < len(self.sensors) else ""
-            message = f"{self.time_key} {times_s[row]:.12g} occurs again with {which}{whose}"
+            of_which = f" of {', '.join(names)}" if len(names) < len(self.sensors) else ""
+            message = f"{self.time_key} {times_s[row]:.12g} occurs again with {which}{of_which}"
             message += "; the first is used" if kind == "conflict" else ""
             self.issues.add(int(numbers[row]), kind, message, key=self.time_key)
         if not self.is_text_file:

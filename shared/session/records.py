@@ -129,7 +129,7 @@ def open_records(file: IO[bytes]) -> RecordFile:
     text, encoding = open_utf8(file)
     first = [raw for _, raw in itertools.islice(iter_lines(text), _JUDGED_LINES)]
     is_document = False
-    if first and not any(_has_object(_pieces(raw)) for raw in first):
+    if first and not any(_has_object(_split_line(raw)) for raw in first):
         text, _ = open_utf8(file)
         head = text.read(2 * MAX_LINE_BYTES)
         is_document = head.lstrip()[:1] in (b"{", b"[") and _has_object(split_objects([head]))
@@ -147,7 +147,7 @@ def parse_records(raw: bytes) -> list[Record]:
     whole = parse_line(raw)
     if whole.values is not None:
         return [whole]
-    records = [parse_line(piece) for piece in _pieces(raw)]
+    records = [parse_line(part) for part in _split_line(raw)]
     is_framing = not records and raw.strip() in (b"[", b"]", b",")
     has_object = any(record.values is not None for record in records)
     return records if has_object or is_framing else [whole]
@@ -186,17 +186,17 @@ def _explain(raw: bytes) -> tuple[str, str]:
     """Explain why bytes are not JSON, and how to correct that if it is known."""
     if num_zeros := raw.count(0):
         return f"{num_zeros} bytes are zero, as after a power failure", ""
-    if found := _DECIMAL_COMMA.search(raw):
-        number = found[0].strip(b" \t:,}").decode()
+    if match := _DECIMAL_COMMA.search(raw):
+        number = match[0].strip(b" \t:,}").decode()
         return f"{number} has a decimal comma", "write numbers with a point, as JSON demands"
     return "not JSON" if raw.endswith(b"\n") else "the last line is cut off", ""
 
 
-def _has_object(pieces: Iterable[bytes]) -> bool:
-    return any(parse_line(piece).values is not None for piece in pieces)
+def _has_object(parts: Iterable[bytes]) -> bool:
+    return any(parse_line(part).values is not None for part in parts)
 
 
-def _pieces(raw: bytes) -> list[bytes]:
+def _split_line(raw: bytes) -> list[bytes]:
     """Split a line into the objects in it and what is between them."""
     return list(split_objects([raw])) if len(raw) <= MAX_LINE_BYTES else [raw]
 
