@@ -9,22 +9,13 @@ from typing import Any
 
 import click
 
-from shared.errors import EngineError
+from shared.errors import EngineError, MachineError
+from shared.machine import describe_os_error, is_machine_trouble, raise_descriptor_limit
 
 INTERRUPTED_EXIT_CODE = 130
 
 PIPE_COLUMNS = 120
 """Width of tables that go to a file or pipe, if COLUMNS does not set one."""
-
-_EXPECTED_FOLDER = (
-    "a file is where a folder must be; fix: choose another path, or move the file away"
-)
-_FIXES = {
-    errno.EEXIST: _EXPECTED_FOLDER,
-    errno.ENOTDIR: _EXPECTED_FOLDER,
-    errno.EISDIR: "a folder is where a file must be; fix: choose another path",
-}
-_DEFAULT_FIX = "fix: check that the disk is not full and that you may write to the folder"
 
 
 class CommandGroup(click.Group):
@@ -36,6 +27,7 @@ class CommandGroup(click.Group):
         Raises:
             click.exceptions.Exit: with the error's exit code, after its message.
         """
+        raise_descriptor_limit()
         try:
             return super().invoke(ctx)
         except EngineError as error:
@@ -44,8 +36,9 @@ class CommandGroup(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of our output has gone: exit quietly
                 raise
-            click.echo(f"Error: {error}; {_FIXES.get(error.errno or 0, _DEFAULT_FIX)}", err=True)
-            ctx.exit(EngineError.exit_code)
+            click.echo(f"Error: {describe_os_error(error)}", err=True)
+            is_trouble = is_machine_trouble(error)
+            ctx.exit(MachineError.exit_code if is_trouble else EngineError.exit_code)
         except KeyboardInterrupt:
             click.echo(
                 "Interrupted. Finished work is kept; run the command again to continue.", err=True

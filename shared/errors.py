@@ -9,7 +9,8 @@
     - FormatVersionError: this software does not read its format version
     - CorruptError: bytes differ from their checksum, or don't decode
       - TooManyCorruptSamplesError: more than the tolerated share of samples is corrupt
-  - StorageError: a folder or file behind a URL can't be reached, read or written
+  - MachineError: the machine refuses a request, whatever the data is; exit code 3
+    - StorageError: a folder or file behind a URL can't be reached, read or written
   - JobError: a shard job can't continue
   - CheckpointError (ValueError), DivergedError: training
 """
@@ -92,17 +93,26 @@ class TooManyCorruptSamplesError(CorruptError):
     """More than the tolerated share of samples is corrupt."""
 
 
-class StorageError(EngineError):
-    """A folder or file behind a URL can't be reached, read or written.
+class MachineError(EngineError):
+    """The machine refuses a request: a disk, a limit, memory. It says nothing about the data.
 
-    `summary` says only what and where, for log lines; by default it is the message. With
-    `is_transient`, the same request may succeed later.
+    `summary` says only what and where, for log lines; by default it is the message. `fix` is what
+    to do once retries are used up. With `is_transient`, the same request may succeed later.
     """
 
-    def __init__(self, message: str, *, summary: str = "", is_transient: bool = False) -> None:
+    exit_code = 3
+
+    def __init__(
+        self, message: str, *, summary: str = "", fix: str = "", is_transient: bool = False
+    ) -> None:
         super().__init__(message)
         self.summary = summary or message
+        self.fix = fix
         self.is_transient = is_transient
+
+
+class StorageError(MachineError):
+    """A folder or file behind a URL can't be reached, read or written."""
 
 
 class JobError(EngineError):

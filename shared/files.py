@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from shared.machine import SteadyFile, naming_path, sync, sync_folder, temporary_folder_error
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from io import BufferedReader, FileIO
     from typing import BinaryIO
 
     from numpy.typing import DTypeLike, NDArray
@@ -54,13 +55,13 @@ def write_atomic(
 
 def write_synced(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write a file in place and flush it to disk; for a path that no process reads yet."""
-    with path.open("wb") as file:
+    with naming_path(path), path.open("wb") as file:
         if isinstance(content, bytes):
             file.write(content)
         else:
             content(file)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno(), path)
 
 
 def publish_file(temporary: Path, path: Path) -> None:
@@ -70,7 +71,7 @@ def publish_file(temporary: Path, path: Path) -> None:
         OSError: the file can't be renamed; FileNotFoundError if `temporary` is missing.
     """
     with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno(), temporary)
     temporary.replace(path)
     sync_folder(path.parent)
 
@@ -80,25 +81,16 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def sha256_of_bytes(content: bytes) -> str:
     """Return the SHA-256 of bytes, in hex."""
     return hashlib.sha256(content).hexdigest()
 
 
-def sha256_of_file(file: Path | BufferedReader | FileIO) -> str:
+def sha256_of_file(file: Path | SteadyFile) -> str:
     """Read a file, or an open binary file, to its end and return its SHA-256, in hex."""
     if isinstance(file, Path):
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        with SteadyFile(file) as opened:
+            return sha256_of_file(opened)
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -119,7 +111,10 @@ class DiskArray(Generic[ScalarT]):
     def __init__(self, dtype: DTypeLike) -> None:
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._length = 0
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        try:
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise temporary_folder_error(error, "decoded sounds") from error
         weakref.finalize(self, self._file.close)
 
     @classmethod
@@ -133,7 +128,7 @@ class DiskArray(Generic[ScalarT]):
         """Write values [n] after the present ones.
 
         Raises:
-            OSError: the disk is full.
+            MachineError: the disk is full.
         """
         unwritten = memoryview(values.astype(self.dtype, copy=False).tobytes())
         position = self._length * self.dtype.itemsize
@@ -143,9 +138,7 @@ class DiskArray(Generic[ScalarT]):
             try:
                 num_written = os.pwrite(self._file.fileno(), unwritten, position)
             except OSError as error:
-                folder = tempfile.gettempdir()
-                error.add_note(f"no space left in {folder} for decoded audio; fix: set TMPDIR")
-                raise
+                raise temporary_folder_error(error, "decoded sounds") from error
             unwritten, position = unwritten[num_written:], position + num_written
         self._length += len(values)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from shared.errors import StorageError
+from shared.errors import MachineError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,6 +50,7 @@ _VERSION_KEYS = (
     "ETag", "etag", "md5", "checksum", "generation", "mtime", "LastModified", "created"
 )  # fmt: skip
 """Keys of fsspec's file info whose value changes when an object's content does, best first."""
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _PERMANENT = (PermissionError, ValueError, TypeError, ImportError, NotImplementedError)
 _PERMANENT_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 """Errors that a retry can't fix; botocore's by name, because botocore may not be installed."""
@@ -88,11 +89,15 @@ STARTUP_RETRY = RetryPolicy(attempts=5)
 """For the first request to a store, which mostly fails because of a wrong address."""
 
 
+LOCAL_RETRY = RetryPolicy(attempts=7, first_wait_s=0.25, longest_wait_s=4.0, total_s=30.0)
+"""For reads of local and network file systems, which recover within seconds or not at all."""
+
+
 def with_retry(call: Callable[[], _T], *, retry: RetryPolicy) -> _T:
-    """Call a function, and again while it fails with a transient StorageError.
+    """Call a function, and again while it fails with a transient MachineError.
 
     Raises:
-        StorageError: the last one.
+        MachineError: the last one.
     """
     import tenacity  # takes 40 ms to import
 
@@ -106,15 +111,17 @@ def with_retry(call: Callable[[], _T], *, retry: RetryPolicy) -> _T:
 
     def give_up(state: RetryCallState) -> _T:
         error = _error_of(state)
-        raise StorageError(
+        fix = error.fix or (
+            "run the command again when the store can be reached (a training: with --resume auto)"
+        )
+        raise type(error)(
             f"{error.summary}; given up after {state.attempt_number} attempts in "
-            f"{state.seconds_since_start:.0f} s; fix: run the command again when the store can be "
-            "reached (a training: with --resume auto)"
+            f"{state.seconds_since_start:.0f} s; fix: {fix}"
         ) from error
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(
-            lambda error: isinstance(error, StorageError) and error.is_transient
+            lambda error: isinstance(error, MachineError) and error.is_transient
         ),
         wait=wait_s,
         stop=tenacity.stop_after_attempt(retry.attempts)
@@ -125,10 +132,10 @@ def with_retry(call: Callable[[], _T], *, retry: RetryPolicy) -> _T:
     return retrying(call)
 
 
-def _error_of(state: RetryCallState) -> StorageError:
+def _error_of(state: RetryCallState) -> MachineError:
     """Return the error of a failed attempt."""
     error = state.outcome.exception() if state.outcome else None
-    assert isinstance(error, StorageError)
+    assert isinstance(error, MachineError)
     return error
 
 
@@ -304,7 +311,7 @@ def _is_transient(error: Exception) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status in _TRANSIENT_STATUS
-    is_disk_full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    is_disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
     is_permanent = isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES
     return not (is_disk_full or is_permanent)
 

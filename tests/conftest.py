@@ -9,8 +9,13 @@ import pytest
 from helpers.sets import build_set, set_recipe, write_sessions
 from hypothesis import settings
 
+from shared import storage
+from shared.storage import RetryPolicy
+
 settings.register_profile("project", deadline=None)  # machines are shared, so durations vary
 settings.load_profile("project")
+
+QUICK_RETRY = RetryPolicy(attempts=4, first_wait_s=0.001, longest_wait_s=0.001)
 
 RECORDINGS = Path(__file__).resolve().parents[2] / "shared"
 
@@ -24,6 +29,12 @@ def _recordings(name: str) -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture
+def quick_retries(monkeypatch):
+    """Repeat failed reads of local files without long waits."""
+    monkeypatch.setattr(storage, "LOCAL_RETRY", QUICK_RETRY)
 
 
 @pytest.fixture(scope="session")

@@ -352,7 +352,7 @@ def test_a_folder_that_can_not_be_written_ends_in_one_clear_message(tmp_path):
     given = ["--sessions", f"{tmp_path}/sessions", "--out", f"{tmp_path}/file"]
     result = CliRunner().invoke(preprocess_cli, ["shards", "--workers", "0", *given])
     assert result.exit_code == 1
-    assert f"'{tmp_path}/file'; a file is where a folder must be" in complaint(result)
+    assert f"{tmp_path}/file: File exists; a file is where a folder must be" in complaint(result)
     result = CliRunner().invoke(preprocess_cli, ["sessions", "list", f"{tmp_path}/file"])
     assert f"{tmp_path}/file/manifest.json: no such shard set" in complaint(result)
 

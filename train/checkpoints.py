@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import pickle  # noqa: TID251  only for the name of the error that torch's safe loader raises
 import re
 import shutil
@@ -29,7 +28,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from shared.errors import CheckpointError
-from shared.files import sync_folder, write_atomic
+from shared.files import write_atomic
+from shared.machine import describe_disk, sync_folder, words_for
+from shared.storage import DISK_FULL
 from shared.streams import Kind
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ def save_checkpoint(path: Path | str, state: Mapping[str, Any]) -> Path:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: the checkpoint could not be written ({root_cause(error)}; "
-            f"{_describe_free_space(path.parent)}); fix: free disk space there, or set "
-            "training.checkpointing.save_dir to a folder on another disk"
+            f"{describe_disk(path.parent)}); fix: {_fix_of_write(error)}, or set "
+            "training.checkpointing.save_dir to another folder"
         ) from error
     return path
 
@@ -261,10 +262,14 @@ def _describe_use(name: str, shapes: WindowShapes) -> str:
 
 def root_cause(error: BaseException) -> str:
     """Describe the innermost OSError that caused an error in one line."""
-    cause: BaseException = error
-    while cause.__context__ is not None and isinstance(cause.__context__, OSError):
-        cause = cause.__context__
+    cause = _innermost(error)
     return str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__context__ is not None and isinstance(error.__context__, OSError):
+        error = error.__context__
+    return error
 
 
 def _check_value_types(path: Path, state: Mapping[str, Any]) -> None:
@@ -296,12 +301,11 @@ def _refuse_compressed(path: Path, archive: zipfile.ZipFile) -> None:
         )
 
 
-def _describe_free_space(folder: Path) -> str:
-    try:
-        stats = os.statvfs(folder)
-    except OSError:
-        return "its folder cannot be examined"
-    return f"{stats.f_bavail * stats.f_frsize / 2**20:,.0f} MiB free there"
+def _fix_of_write(error: BaseException) -> str:
+    """Return what to do about the OSError that caused a failed write."""
+    cause = _innermost(error)
+    words = words_for(cause) if isinstance(cause, OSError) and cause.errno not in DISK_FULL else ""
+    return words.rpartition("fix: ")[2] or "free disk space there"
 
 
 def _list_siblings(path: Path) -> str:

@@ -41,9 +41,10 @@ from preprocess.validate.line_repairs import (
 )
 from preprocess.validate.repair_plan import Repair, RepairKind, RepairPlan
 from shared.errors import MediaError, SessionError
-from shared.files import sync_folder, write_synced
+from shared.files import write_synced
 from shared.kinds.audio import align_sound
 from shared.kinds.video import align_track
+from shared.machine import sync_folder
 from shared.media.sound import read_sound
 from shared.media.video import read_video_track
 from shared.session.alignment import MEDIA_KINDS, read_starts

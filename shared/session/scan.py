@@ -19,6 +19,7 @@ from shared.clock import Interval, Segment, plan_segments
 from shared.errors import MediaError, MissingMediaError
 from shared.files import sha256_of_file
 from shared.kinds import audio, sensor, text, video
+from shared.machine import SteadyFile
 from shared.media.sound import measure_loudness, read_sound
 from shared.media.video import read_video_track
 from shared.session.alignment import (
@@ -357,7 +358,7 @@ def _hash_source_files(
         if name in known:
             sources[name] = known[name]
         elif (path / name).is_file():  # reading a pipe would never end
-            with suppress(OSError), (path / name).open("rb") as file:
+            with suppress(OSError), SteadyFile(path / name) as file:
                 digest = sha256_of_file(file)
                 sources[name] = SourceFile(length_bytes=file.tell(), sha256=digest)
     return sources

@@ -25,6 +25,7 @@ import numpy as np
 from shared.errors import REBUILD_HINT, CorruptError, ShardError, rebuild_hint_for
 from shared.files import sha256_of_file
 from shared.kinds.column import MAX_MEMBER_BYTES
+from shared.machine import SteadyFile, raise_if_refused
 from shared.shardset.index import Members
 from shared.timing import OnStage, no_timer
 
@@ -133,7 +134,8 @@ class ColumnFile:
         origin: name of the file in messages; by default its path.
 
     Raises:
-        ShardError: the file can't be opened.
+        ShardError: the file doesn't exist.
+        MachineError: the machine can't open it now.
     """
 
     def __init__(
@@ -142,10 +144,10 @@ class ColumnFile:
         self.path = path
         self.origin = str(path) if origin is None else origin
         try:
-            file = path if descriptor is None else descriptor
-            self._file: io.FileIO = open(file, "rb", buffering=0)  # noqa: PTH123, SIM115
-            self._size = os.fstat(self._file.fileno()).st_size
+            self._file = SteadyFile(path, descriptor=descriptor)
+            self._size = self._file.size()
         except OSError as error:
+            raise_if_refused(error, self.origin)
             raise ShardError(
                 f"{self.origin}: can't be opened: {error.strerror}; {rebuild_hint_for(self.origin)}"
             ) from error
@@ -165,7 +167,7 @@ class ColumnFile:
 
     def prefetch(self, members: Members, rows: range) -> None:
         """Ask the kernel to prefetch the members of rows; impossible ones are left to the read."""
-        with contextlib.suppress(CorruptError):
+        with contextlib.suppress(CorruptError, OSError):
             for span in self._spans(members, rows, max_bytes=MAX_MEMBER_BYTES):
                 size = span.stop - span.start
                 os.posix_fadvise(self._file.fileno(), span.start, size, os.POSIX_FADV_WILLNEED)
@@ -200,10 +202,11 @@ class ColumnFile:
         Raises:
             CorruptError: the file or a member is too short, or the bytes of a member differ from
                 their checksum; the error has the member's offset.
+            MachineError: the machine can't read the file now.
         """
         contents: dict[int, bytes | memoryview] = {}
         for span in self._spans(members, rows, max_bytes=max_bytes):
-            whole = self._pread(span)
+            whole = self._file.pread(span.stop - span.start, span.start)
             on_stage("fetch")
             view = memoryview(whole)
             for row in span.rows:
@@ -248,17 +251,6 @@ class ColumnFile:
             else:
                 spans.append(_Span(start=start, stop=stop, rows=[row]))
         return spans
-
-    def _pread(self, span: _Span) -> bytes:
-        """Read a part of the file; shorter if the file ends."""
-        try:
-            return os.pread(self._file.fileno(), span.stop - span.start, span.start)
-        except OSError as error:
-            raise CorruptError(
-                f"{self.origin} at {span.start}: can't be read: {error.strerror}; "
-                f"{rebuild_hint_for(self.origin)}",
-                offset=span.start,
-            ) from error
 
     def _corrupt(self, members: Members, row: int, problem: str) -> CorruptError:
         """Return the error for the member of a row."""

@@ -29,6 +29,7 @@ from shared.errors import (
     upgrade_hint_for,
 )
 from shared.files import sha256_of_bytes
+from shared.machine import raise_if_refused, read_bytes, read_steadily
 from shared.streams import MAX_STREAMS, STREAM_NAME, MaskReason, check_stream_name
 
 if TYPE_CHECKING:
@@ -242,16 +243,18 @@ def open_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
 
     Raises:
         ShardError: the file doesn't exist, or is not such an index.
+        MachineError: the machine can't read it now.
     """
     hint = rebuild_hint_for(path)
     try:
-        if (size := path.stat().st_size) > _MAX_INDEX_BYTES:
+        if (size := read_steadily(path.stat, path).st_size) > _MAX_INDEX_BYTES:
             limit = f"the limit is {_MAX_INDEX_BYTES}"
             raise CorruptError(f"{path}: an index of {size} bytes; {limit}; {hint}")
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: no such index; {hint}") from error
     except OSError as error:
+        raise_if_refused(error, path)
         raise CorruptError(f"{path}: can't be read: {error}; {hint}") from error
     return parse_index(content, origin=str(path), sha256=sha256)
 

@@ -3,7 +3,7 @@
 A reader holds a shared lock on the manifest that it read. Before a build commits a new manifest, it
 links the old one to ``manifest.gN.json``, so that the readers' locks stay visible. Files that a
 locked old manifest names stay until a later build finds them unlocked. Locks end with their
-process, however it ends. On file systems without locks, nothing is protected.
+process, however it ends. On file systems without locks, one warning says what is not protected.
 """
 
 from __future__ import annotations
@@ -11,14 +11,20 @@ from __future__ import annotations
 import fcntl
 import os
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import ShardError
+from shared.machine import lock_file, read_steadily
 from shared.shardset.manifest import MANIFEST_FILE, Manifest, read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+_NO_READER_LOCK = "a build that replaces this shard set does not wait for runs that read it"
+_NO_BUILD_LOCK = "start only one job at a time that writes this shard set"
 
 
 class ReaderLock:
@@ -35,10 +41,7 @@ class ReaderLock:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
-        except OSError:
-            return  # the file system has no locks
+        lock_file(self._descriptor, fcntl.LOCK_SH, path=path, loss=_NO_READER_LOCK)
 
     def is_current(self, path: Path) -> bool:
         """Return whether the file at a path is still the locked one."""
@@ -70,7 +73,7 @@ def read_manifest_locked(root: Path) -> tuple[Manifest, ReaderLock | None]:
     path = root / MANIFEST_FILE
     while True:
         try:
-            lock = ReaderLock(path)
+            lock = read_steadily(partial(ReaderLock, path), path)
         except OSError:
             return read_manifest(root), None
         try:
@@ -86,13 +89,8 @@ def read_manifest_locked(root: Path) -> tuple[Manifest, ReaderLock | None]:
 def has_readers(path: Path) -> bool:
     """Return whether another process holds a reader lock on a manifest."""
     with path.open("rb+") as file:  # NFS grants exclusive locks only on files open for writing
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-    return False
+        exclusive = fcntl.LOCK_EX | fcntl.LOCK_NB
+        return lock_file(file.fileno(), exclusive, path=path, loss=_NO_READER_LOCK) is False
 
 
 @contextmanager
@@ -103,13 +101,10 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         ShardError: another job holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
+    exclusive = fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ShardError(
-                f"{folder}: another job is building this shard set; fix: wait for it"
-            ) from error
+        if lock_file(descriptor, exclusive, path=folder, loss=_NO_BUILD_LOCK) is False:
+            raise ShardError(f"{folder}: another job is building this shard set; fix: wait for it")
         yield
     finally:
         os.close(descriptor)

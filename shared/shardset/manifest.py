@@ -27,6 +27,7 @@ from shared.errors import (
     upgrade_hint_for,
 )
 from shared.files import sha256_of_bytes, write_atomic
+from shared.machine import raise_if_refused, read_bytes
 from shared.media.tokenizer import TextTokenizer, parse_tokenizer
 from shared.recipe import Recipe, Split
 from shared.shardset.index import require_file_name
@@ -139,8 +140,9 @@ class Manifest:
         origin = origin or str(path)
         hint = rebuild_hint_for(origin)
         try:
-            content = path.read_bytes() if content is None else content
+            content = read_bytes(path) if content is None else content
         except OSError as error:
+            raise_if_refused(error, path)
             raise ShardError(f"{origin}: can't be read: {error.strerror}; {hint}") from error
         if sha256_of_bytes(content) != self.tokenizer_sha256:
             raise CorruptError(f"{origin}: checksum differs from the manifest; {hint}")
@@ -155,17 +157,19 @@ def read_manifest(root: Path | str) -> Manifest:
         FormatVersionError: the manifest has another format version.
         CorruptError: it is damaged, or names files outside the set's folder.
         ConfigError: its recipe has unknown keys or values.
+        MachineError: the machine can't read it now.
     """
     root = Path(root)
     path = root / MANIFEST_FILE
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ShardError(
             f"{path}: no such shard set; fix: build it by `python -m preprocess shards --out "
             f"{shlex.quote(str(root))} --sessions SESSIONS`"
         ) from error
     except OSError as error:
+        raise_if_refused(error, path)
         raise CorruptError(f"{path}: is damaged: {error}; {rebuild_hint_for(path)}") from error
     return parse_manifest(content, root=root, path=str(path))
 

@@ -13,18 +13,20 @@ from uuid import uuid4
 
 from shared.errors import JobError
 from shared.files import sha256_of_bytes
+from shared.machine import describe_disk
+from shared.storage import DISK_FULL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from shared.storage import Store
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL = DISK_FULL | {errno.EFBIG}
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn disk-full errors into a message that names the disk.
+    """Turn disk-full errors into a message that names the disk; others get a path if they lack one.
 
     Raises:
         JobError: the disk, the quota or the allowed file size was used up.
@@ -32,19 +34,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        error.filename = folder if error.filename is None else error.filename
         if error.errno not in _DISK_FULL:
             raise
-        free_bytes = shutil.disk_usage(folder).free if folder.exists() else 0
+        reason = (error.strerror or "the disk is full").lower()
         raise JobError(
-            f"{folder}: {(error.strerror or 'the disk is full').lower()} (disk {_mount(folder)}, "
-            f"{free_bytes / 2**20:.0f} MiB free); fix: free some space and run it again; finished "
-            "work is kept"
+            f"{folder}: {reason} ({describe_disk(str(error.filename))}); fix: free some space and "
+            "run it again; finished work is kept"
         ) from error
-
-
-def _mount(path: Path) -> Path:
-    """Return the mount point of the disk that holds a path."""
-    return next((p for p in (path, *path.parents) if p.is_mount()), path)
 
 
 def job_folder(root: Path, job_id: str) -> Path:

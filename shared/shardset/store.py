@@ -26,6 +26,7 @@ from uuid import uuid4
 
 from shared.errors import CorruptError, JobError, ShardError, rebuild_hint
 from shared.files import publish_file, sha256_of_file, write_atomic
+from shared.machine import read_bytes
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import ShardIndex, open_index, parse_index
 from shared.shardset.locks import exclusive_lock, has_readers
@@ -191,7 +192,7 @@ class LocalShardSet:
     def read(self, name: str) -> bytes | None:
         """Read a small file; None if it does not exist."""
         try:
-            return (self.root / name).read_bytes()
+            return read_bytes(self.root / name)
         except (FileNotFoundError, NotADirectoryError):
             return None
 

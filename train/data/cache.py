@@ -10,7 +10,6 @@ its members detects that, and :meth:`ShardCache.refetch` downloads it again.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from shared.errors import REBUILD_HINT, ConfigError, CorruptError, StorageError
 from shared.files import sha256_of_file
-from shared.storage import RetryPolicy, Store, with_retry
+from shared.storage import DISK_FULL, RetryPolicy, Store, with_retry
 from train.data.cache_quota import DiskQuota, unlock
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ PREFETCH_ATTEMPTS = 3
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _POLL_S = 0.2
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 _log = logging.getLogger(__name__)
 
@@ -168,7 +166,7 @@ class ShardCache:
             descriptor = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        self.quota.lock(descriptor, fcntl.LOCK_SH)
         if not os.fstat(descriptor).st_nlink:  # evicted between the two calls
             os.close(descriptor)
             return None
@@ -204,7 +202,7 @@ class ShardCache:
             try:
                 self._download(file, partial, self._retry if wait else self._prefetch_retry)
             except StorageError as error:
-                if isinstance(error.__cause__, OSError) and error.__cause__.errno in _DISK_FULL:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno in DISK_FULL:
                     raise StorageError(
                         f"{self.folder}: the disk is full; fix: lower data.cache_gb, or set "
                         "data.cache_dir to a folder on another disk"
@@ -214,7 +212,7 @@ class ShardCache:
             if size > expected_bytes:
                 self._reserve(file, lock=lock, length_bytes=size, evict=evict, since_ns=since_ns)
             descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            self.quota.lock(descriptor, fcntl.LOCK_SH)
             self.quota.commit_download(file.key, lock)
             return descriptor
 
@@ -259,7 +257,7 @@ class ShardCache:
             descriptor, is_locked = self.quota.try_lock(key)
         try:
             if not is_locked and wait:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                self.quota.lock(descriptor, fcntl.LOCK_EX)
                 is_locked = os.fstat(descriptor).st_nlink > 0
             if not is_locked:
                 yield None

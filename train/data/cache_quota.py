@@ -26,8 +26,11 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
+
+from shared.machine import lock_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +41,13 @@ KEPT_SHARE = 0.95
 twentieth of its content."""
 
 _SUM_FILE = ".room"
+_DEAD_S = 3600.0
+"""Without locks, a download that was not written to for this long is left over from a killed run.
+"""
+_NO_LOCKS = (
+    "runs that share it may download a file twice, exceed data.cache_gb, or evict a file that "
+    "another one reads; fix: set data.cache_dir to a folder on a local disk"
+)
 _SUM = re.compile(rb"\d{20}")
 
 
@@ -51,6 +61,13 @@ class DiskQuota:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
+        self._has_locks = True
+
+    def lock(self, descriptor: int, operation: int) -> bool:
+        """Lock an open file of the folder; return False if another process holds the lock."""
+        is_locked = lock_file(descriptor, operation, path=self.folder, loss=_NO_LOCKS)
+        self._has_locks = self._has_locks and is_locked is not None
+        return is_locked is not False
 
     def rescan(self) -> None:
         """Correct the sum, remove what killed downloads left, and evict down to the limit.
@@ -114,22 +131,20 @@ class DiskQuota:
         """Open a download's lock file; return its descriptor and whether it is now locked."""
         path = self.folder / f".{key}.lock"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return descriptor, False
-        return descriptor, os.fstat(descriptor).st_nlink > 0
+        is_locked = self.lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor, is_locked and os.fstat(descriptor).st_nlink > 0
 
     def partial_path(self, key: str) -> Path:
-        """Return where a download's bytes are written."""
-        return self.folder / f".{key}.part"
+        """Return where a download's bytes are written; without locks, each process has its own."""
+        own = "" if self._has_locks else f".{os.getpid()}"
+        return self.folder / f".{key}{own}.part"
 
     @contextmanager
     def exclusive(self) -> Iterator[int]:
         """Keep other processes and threads from changing the folder; yield the sum's descriptor."""
         descriptor = os.open(self.folder / _SUM_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self.lock(descriptor, fcntl.LOCK_EX)
             yield descriptor
         finally:
             unlock(descriptor)
@@ -146,7 +161,7 @@ class DiskQuota:
             is_enough = not is_over or (total <= limit and total - size < lowest)
             if is_enough or (since_ns is not None and used_ns >= since_ns):
                 break
-            total -= size if _remove_unread(path) else 0
+            total -= size if self._remove_unread(path) else 0
         _write_sum(sum_file, total)
         return total <= limit
 
@@ -169,6 +184,8 @@ class DiskQuota:
 
     def _remove_dead(self, key: str) -> bool:
         """Remove a download that no process runs; return whether it was one."""
+        if not self._has_locks and not self._is_old(key):
+            return False
         descriptor, is_locked = self.try_lock(key)
         try:
             if is_locked:
@@ -177,6 +194,30 @@ class DiskQuota:
             unlock(descriptor)
         return is_locked
 
+    def _is_old(self, key: str) -> bool:
+        """Return whether a download was not written to for :data:`_DEAD_S`."""
+        written_s = [0.0]
+        for path in (self.partial_path(key), self.folder / f".{key}.lock"):
+            with suppress(FileNotFoundError):
+                written_s.append(path.stat().st_mtime)
+        return time.time() - max(written_s) > _DEAD_S
+
+    def _remove_unread(self, path: Path) -> bool:
+        """Remove a file unless it is being read; return whether it is gone."""
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        except OSError:  # another user's file
+            return False
+        try:
+            if not self.lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return False
+            path.unlink(missing_ok=True)
+            return True
+        finally:
+            unlock(descriptor)
+
     def _remove_download(self, key: str) -> None:
         self.partial_path(key).unlink(missing_ok=True)
         (self.folder / f".{key}.lock").unlink(missing_ok=True)
@@ -184,7 +225,8 @@ class DiskQuota:
 
 def unlock(descriptor: int) -> None:
     """Release a lock and close its file; closing alone leaves it to a process forked meanwhile."""
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
@@ -203,22 +245,3 @@ def _add_to_sum(sum_file: int, change: int) -> None:
     total = _read_sum(sum_file)
     if total is not None:
         _write_sum(sum_file, total + change)
-
-
-def _remove_unread(path: Path) -> bool:
-    """Remove a file unless it is being read; return whether it is gone."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    except OSError:  # another user's file
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        path.unlink(missing_ok=True)
-        return True
-    finally:
-        unlock(descriptor)

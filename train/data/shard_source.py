@@ -8,14 +8,12 @@
 
 Index and column files are opened on first use; the least recently used are closed. Every member is
 checked against its CRC32C before it is decoded. Any damage is a CorruptError that names the file
-and the member's offset in it. Files of a set behind a URL are copies in this machine's cache
-(:mod:`train.data.cached_set`).
+and the member's offset in it; what the machine fails to read is a MachineError. Files of a set
+behind a URL are copies in this machine's cache (:mod:`train.data.cached_set`).
 """
 
 from __future__ import annotations
 
-import errno
-import resource
 import weakref
 from collections import OrderedDict
 from functools import partial
@@ -24,9 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, cast
 import numpy as np
 
 from shared.clock import EPSILON_S
-from shared.errors import REBUILD_HINT, ConfigError, CorruptError, ShardError
+from shared.errors import REBUILD_HINT, CorruptError, ShardError
 from shared.kinds.text import SegmentText, decode_text
 from shared.kinds.video import decode_pictures
+from shared.machine import count_descriptors, raise_descriptor_limit, warn_once
 from shared.media.yuv import Chosen
 from shared.shardset.columns import ColumnFile, read_chunk
 from shared.shardset.index import Members, ShardIndex, require_matching
@@ -57,6 +56,12 @@ MAX_IDLE_INDEXES: Final = 64
 
 _OPEN_SHARE: Final = 0.5
 """Share of the files that the process may open that columns take; all its sets together."""
+
+_SMALL_LIMIT: Final = 1024
+"""Below this limit of open files, those that are no columns count."""
+
+_SPARE_DESCRIPTORS: Final = 8
+"""Descriptors that are left for indexes, downloads and libraries."""
 
 _MAX_TIME_S: Final = 1e9
 """Far beyond any token's time."""
@@ -122,15 +127,23 @@ class OpenShards:
             self._shards.pop(shard).close()
 
     def make_room(self, user: OpenShard) -> None:
-        """Close columns of the shards used longest ago, but for one, before another is opened."""
-        limit = max_open_files() // len(self._alive)
-        num_open = sum(len(opened.files) for opened in self._shards.values())
-        for opened in self._shards.values():
+        """Close columns, those used longest ago first, before a column of a shard is opened.
+
+        Its own are closed last. That is possible: a column is needed only while it is read.
+        """
+        limit = max_open_files(sum(opened.num_open for opened in self._alive)) // len(self._alive)
+        others = (opened for opened in self._shards.values() if opened is not user)
+        num_open = self.num_open
+        for opened in (*others, user):
             if num_open < limit:
                 return
-            if opened is not user:
-                num_open -= len(opened.files)
-                opened.close()
+            num_open -= len(opened.files)
+            opened.close()
+
+    @property
+    def num_open(self) -> int:
+        """Number of open columns."""
+        return sum(len(opened.files) for opened in self._shards.values())
 
     def evict(self, *, num_kept: int = 0) -> bool:
         """Close the least recently used shard; of the `num_kept` newest only the columns.
@@ -152,10 +165,16 @@ class OpenShards:
             self._shards.popitem()[1].close()
 
 
-def max_open_files() -> int:
-    """Return how many columns the process may keep open: a share of ``ulimit -n``."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1 << 20 if limit == resource.RLIM_INFINITY else max(1, int(limit * _OPEN_SHARE))
+def max_open_files(num_open: int) -> int:
+    """Return how many columns the process may keep open: a share of ``ulimit -n``.
+
+    Of a small limit, that is at most what its other files leave; `num_open` columns are open now.
+    """
+    limit = raise_descriptor_limit()
+    share = int(limit * _OPEN_SHARE)
+    if limit < _SMALL_LIMIT:
+        share = min(share, limit - _SPARE_DESCRIPTORS - (count_descriptors() - num_open))
+    return max(1, share)
 
 
 class ShardSource(SegmentSource):
@@ -173,6 +192,11 @@ class ShardSource(SegmentSource):
         self, root: Path | str, *, split: Split = "train", cache: CacheSettings | None = None
     ) -> None:
         location = parse_location(root)
+        if (limit := raise_descriptor_limit()) < _SMALL_LIMIT:
+            warn_once(
+                f"a process may open only {limit} files, so files of shards are closed and opened "
+                f"again while they are read; fix: raise `ulimit -n` to {_SMALL_LIMIT} or more"
+            )
         self._store: ShardSetReader
         self._cached: CachedShardSet | None = None
         self._lock: ReaderLock | None = None
@@ -226,7 +250,6 @@ class ShardSource(SegmentSource):
                 index = self._store.read_index(entry.index_file, sha256=entry.index_sha256)
                 self._require_matching(index, entry)
             except ShardError as error:  # a missing file counts as a damaged one
-                _raise_if_too_many_open(error)
                 raise CorruptError(str(error), file=entry.index_file) from error
             opened = OpenShard(index)
             self._open.add(shard, opened)
@@ -337,7 +360,6 @@ class ShardSource(SegmentSource):
                     raise
                 return read(self._open_column(opened, column.name))
         except ShardError as error:  # a missing file counts as a damaged one
-            _raise_if_too_many_open(error)
             name = opened.index.columns[column.name]["file"]
             offset = error.offset if isinstance(error, CorruptError) else None
             raise CorruptError(str(error), file=name, offset=offset) from error
@@ -433,18 +455,6 @@ class _Position(NamedTuple):
         opened = self.opened.files.get(self.column.name)
         origin = file if opened is None else opened.origin
         return CorruptError(f"{origin} at {offset}: {problem}", file=file, offset=offset)
-
-
-def _raise_if_too_many_open(error: BaseException) -> None:
-    """Refuse to count a file as damaged because the process has too many open."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in {errno.EMFILE, errno.ENFILE}:
-            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            raise ConfigError(
-                f"{error}; the process may open {limit} files; fix: raise `ulimit -n`"
-            ) from error
-        cause = cause.__cause__
 
 
 def _nothing_open() -> bool:

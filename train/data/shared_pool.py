@@ -12,9 +12,10 @@ sends a slot along with the work. No process waits for a slot, so nothing can de
 is overwritten while a view of it exists. New memory costs a page fault per 4 KiB, several times the
 cost of writing to it; a slot pays that once, not for every batch.
 
-The memory is an unnamed file (memfd_create). The limit of /dev/shm does not apply, forked and
-spawned processes both get it, and it disappears with the last of them, however they end. Pages are
-allocated when they are first written. The first `num_recycled` slots keep their pages. If the
+The memory is an unnamed file (memfd_create; where that is refused, a file in the folder of
+temporary files). The limit of /dev/shm does not apply, forked and spawned processes both get it,
+and it disappears with the last of them, however they end. Pages are allocated when they are first
+written. The first `num_recycled` slots keep their pages. If the
 consumer holds more batches than that, further slots are used, and their pages are released with the
 batch.
 """
@@ -27,12 +28,20 @@ import os
 import resource
 import weakref
 from multiprocessing.reduction import DupFd
+from tempfile import TemporaryFile, gettempdir
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from shared.errors import EngineError
+from shared.machine import (
+    TOO_MANY_OPEN,
+    machine_error,
+    naming_path,
+    temporary_folder_error,
+    warn_once,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,7 +79,9 @@ class SharedBatchPool:
         self._free_released: list[int] = []
         self._num_used = num_recycled
         self._owner_pid = os.getpid()
-        self._map(_make_file(self.num_slots * self.slot_bytes))
+        fd, self._is_on_disk = _make_file(self.num_slots * self.slot_bytes)
+        self._map(fd)
+        self._allocate(0, num_recycled)
 
     def acquire(self) -> int:
         """Return the number of a free slot, if possible one whose memory is resident.
@@ -89,6 +100,7 @@ class SharedBatchPool:
                 "much as this machine's memory (or a quarter of `ulimit -v`, or `ulimit -f`); fix: "
                 "drop references to finished batches and copy the tensors that you keep"
             )
+        self._allocate(self._num_used, self._num_used + 1)
         self._num_used += 1
         return self._num_used - 1
 
@@ -132,6 +144,15 @@ class SharedBatchPool:
         self.__dict__.update(state)
         self._map(fd)
 
+    def _allocate(self, start: int, stop: int) -> None:
+        """Reserve the disk space of slots; writing a mapping on a full disk kills the process."""
+        if self._is_on_disk and stop > start:
+            try:
+                length_bytes = (stop - start) * self.slot_bytes
+                os.posix_fallocate(self._fd, start * self.slot_bytes, length_bytes)
+            except OSError as error:
+                raise temporary_folder_error(error, "the loader's batches") from error
+
     def _free(self, slot: int) -> None:
         """Return a slot to the pool, and its pages to the system if it is not recycled."""
         if os.getpid() != self._owner_pid:  # this process was forked while batches were held
@@ -139,14 +160,16 @@ class SharedBatchPool:
         if slot < self.num_recycled:
             self._free_resident.append(slot)
         else:
-            self._memory.madvise(mmap.MADV_REMOVE, slot * self.slot_bytes, self.slot_bytes)
+            if not self._is_on_disk:  # there, the space stays reserved
+                self._memory.madvise(mmap.MADV_REMOVE, slot * self.slot_bytes, self.slot_bytes)
             self._free_released.append(slot)
 
     def _map(self, fd: int) -> None:
         """Map the whole file into this process."""
         self._fd = fd
         weakref.finalize(self, os.close, fd).atexit = False
-        self._memory = mmap.mmap(fd, self.num_slots * self.slot_bytes)
+        with naming_path("the loader's memory"):
+            self._memory = mmap.mmap(fd, self.num_slots * self.slot_bytes)
         self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
 
     def _arrays_in(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -173,9 +196,20 @@ class _BufferLease:
         }
 
 
-def _make_file(length_bytes: int) -> int:
-    """Create an unnamed file of zeros and return its descriptor."""
-    fd = os.memfd_create("batches")
+def _make_file(length_bytes: int) -> tuple[int, bool]:
+    """Create an unnamed file of zeros; return its descriptor, and whether it is on a disk."""
+    is_on_disk = False
+    try:
+        fd = os.memfd_create("batches")
+    except OSError as error:
+        if error.errno in TOO_MANY_OPEN:
+            raise machine_error(error, "the loader's memory") from error
+        warn_once(
+            f"memory without a name is refused (memfd_create: {error.strerror}); batches are kept "
+            f"in a file in {gettempdir()}, which is slower on a disk; fix: set TMPDIR to a folder "
+            "in memory, or allow memfd_create in this container"
+        )
+        fd, is_on_disk = _make_temporary_file(), True
     try:
         os.ftruncate(fd, length_bytes)
     except OSError as error:
@@ -185,7 +219,16 @@ def _make_file(length_bytes: int) -> int:
             f"{error.strerror}; fix: raise `ulimit -f`, or lower data.num_workers, "
             "data.prefetch_batches or data.batch_size"
         ) from error
-    return fd
+    return fd, is_on_disk
+
+
+def _make_temporary_file() -> int:
+    """Create a file in the folder of temporary files, remove its name and return its descriptor."""
+    try:
+        with TemporaryFile(prefix="batches-") as file:
+            return os.dup(file.fileno())
+    except OSError as error:
+        raise temporary_folder_error(error, "the loader's batches") from error
 
 
 def _reservable_bytes() -> int:

@@ -11,13 +11,13 @@ new checkpoint. The final checkpoint needs no space if its step was just saved: 
 from __future__ import annotations
 
 import contextlib
-import errno
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import CheckpointError, ConfigError
+from shared.storage import DISK_FULL
 from train.checkpoints import (
     FINAL_NAME,
     check_checkpoint,
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 ORPHAN_AGE_S: Final = 3600.0
 """A partial file that was not written to for this long is left over from a killed run."""
-
-_DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class CheckpointManager:
@@ -266,7 +264,7 @@ def _remove(paths: list[Path]) -> list[Path]:
 def _is_disk_full(error: BaseException | None) -> bool:
     """Return whether a full disk is among the causes of an error that torch or the OS raised."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
         error = error.__cause__ or error.__context__
     return False

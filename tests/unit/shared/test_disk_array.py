@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from helpers.processes import open_files
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.errors import MachineError
 from shared.files import BLOCK_BYTES, DiskArray
 
 
@@ -75,4 +78,17 @@ def test_a_full_disk_says_what_to_do():
         "DiskArray(np.uint8).append(np.zeros(5000, np.uint8))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "set TMPDIR" in done.stderr
+    assert "raise `ulimit -f`" in done.stderr
+
+
+@pytest.mark.parametrize("call", ["create", "write"])
+def test_a_full_folder_of_temporary_files_is_named_with_a_way_out(tmp_path, monkeypatch, call):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    target, name = (tempfile, "TemporaryFile") if call == "create" else (os, "pwrite")
+    monkeypatch.setattr(target, name, fail)
+    with pytest.raises(MachineError, match=r"No space left.*MiB free\); fix: set TMPDIR") as caught:
+        DiskArray(np.uint8).append(np.zeros(9, np.uint8))
+    assert str(caught.value).startswith(f"{tmp_path}: ")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing.reduction
 
 import pytest
 
+from shared import machine
 from shared.errors import ShardError
 from shared.shardset import locks
 from shared.shardset.locks import ReaderLock, exclusive_lock, has_readers, read_manifest_locked
@@ -78,3 +81,19 @@ def test_only_one_job_has_the_exclusive_lock(tmp_path):
         pass
     with exclusive_lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_a_set_is_read_and_written_after_a_warning(path, monkeypatch, caplog, number):
+    def refuse(*_):
+        raise OSError(number, "refused")
+
+    machine.warn_once.cache_clear()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(locks, "read_manifest", lambda _: "manifest")
+    with exclusive_lock(path.parent):
+        assert read_manifest_locked(path.parent)[0] == "manifest"
+        assert not has_readers(path)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2  # one loss for writers, one for readers
+    assert all(f"{path.parent}: its file system has no file locks" in each for each in messages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -22,6 +23,7 @@ from helpers.fakes import (
     run_in_fork,
 )
 
+from shared import machine
 from shared.errors import ConfigError, CorruptError, StorageError
 from train.data import cache as cache_module
 from train.data.cache import CachedFile, CacheFullError, ShardCache
@@ -35,6 +37,41 @@ def store(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    machine.warn_once.cache_clear()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+# --- without locks ------------------------------------------------------------------------------
+
+
+def test_without_locks_files_are_cached_and_evicted_after_one_warning(
+    store, folder, no_locks, caplog
+):
+    cache = make_cache(store, folder, num_files=2)
+    for name in ("f1", "f2", "f3", "f3"):
+        assert read(cache, store.file(name)) == store.contents[name]
+    assert store.gets() == {"f1": 1, "f2": 1, "f3": 1}
+    assert names_in(folder) == {"f2", "f3"}
+    assert [r.getMessage().count("has no file locks") for r in caplog.records] == [1]
+
+
+def test_without_locks_several_processes_get_whole_files(store, folder, no_locks):
+    def download_all() -> None:
+        cache = make_cache(store, folder, num_files=20)
+        for number in range(20):
+            name = f"f{number}"
+            assert read(cache, store.file(name)) == store.contents[name]
+
+    processes = [run_in_fork(download_all) for _ in range(4)]
+    assert [exit_code_of(process) for process in processes] == [0] * 4
+    assert names_in(folder) == {f"f{number}" for number in range(20)}
 
 
 # --- downloads --------------------------------------------------------------------------------

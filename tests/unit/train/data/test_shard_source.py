@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import itertools
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from helpers import sets as tiny_sets
 from helpers.oracles import psnr_db
 from helpers.sets import make_config, open_windows, read_sample
 
+from shared.errors import MachineError
 from train.data.pixels import IMAGENET_STD, normalized_frames
 from train.data.session_source import SessionSource
 from train.data.shard_source import OpenShards, ShardSource
@@ -202,22 +206,66 @@ def test_all_sets_of_a_process_share_the_limit(tiny_set, monkeypatch):
     assert sum(map(num_open, sources)) <= 32
 
 
-def test_too_few_descriptors_are_a_clear_error_and_no_corrupt_sample(tiny_set):
-    code = """
-import resource, sys
+_FEW_DESCRIPTORS = """
+import os, resource, sys
 from helpers.sets import make_loader, take
-from shared.errors import ConfigError
-loader = make_loader(sys.argv[1], max_bad_fraction=1.0)
-resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9))
+from shared import storage
+from shared.errors import MachineError
+storage.LOCAL_RETRY = storage.RetryPolicy(attempts=2, first_wait_s=0.001)
+loader = make_loader(sys.argv[1], max_bad_fraction=0.0)
+limit = len(os.listdir("/proc/self/fd")) - 1 + int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 try:
-    take(loader, 1)
-except ConfigError as error:
+    print(len(take(loader, 8)), "batches")
+except MachineError as error:
     print(error)
 """
+
+
+@pytest.mark.parametrize(
+    ("num_spare", "expected"),
+    [
+        (0, r"the process may open \d+ files; .*fix: raise `ulimit -n`"),
+        (5, "8 batches"),
+        (9, "8 batches"),
+    ],
+)
+def test_few_descriptors_are_lived_with_or_named_and_no_sample_is_corrupt(
+    tiny_set, num_spare, expected
+):
     env = {**os.environ, "PYTHONPATH": str(Path(tiny_sets.__file__).parents[1])}
-    command = [sys.executable, "-c", code, str(tiny_set)]
+    command = [sys.executable, "-c", _FEW_DESCRIPTORS, str(tiny_set), str(num_spare)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
-    assert "the process may open 9 files; fix: raise `ulimit -n`" in done.stdout
+    assert re.search(expected, done.stdout), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM])
+def test_reads_that_fail_for_a_while_make_no_sample_corrupt(
+    tiny_set, monkeypatch, quick_retries, number
+):
+    loader = tiny_sets.make_loader(tiny_set, max_bad_fraction=0.0)
+    expected = tiny_sets.take(tiny_sets.make_loader(tiny_set), 2)
+    calls, pread = itertools.count(), os.pread
+
+    def fails_sometimes(*args):
+        if next(calls) % 3 < 2:
+            raise OSError(number, os.strerror(number))
+        return pread(*args)
+
+    monkeypatch.setattr(os, "pread", fails_sometimes)
+    tiny_sets.assert_same(tiny_sets.take(loader, 2), expected)
+
+
+def test_a_disk_that_keeps_failing_ends_the_run_with_its_name_and_no_corrupt_sample(
+    tiny_set, monkeypatch, quick_retries
+):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    loader = tiny_sets.make_loader(tiny_set, max_bad_fraction=1.0)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(MachineError, match=r"train-\d+\.\S+: Input/output error.*fix: look for"):
+        tiny_sets.take(loader, 1)
 
 
 # --- stock readers ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import itertools
 import multiprocessing
@@ -10,6 +11,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,7 +24,8 @@ from helpers.sets import HEADS, TEXT_HEADS, make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.errors import EngineError
+from shared import machine
+from shared.errors import EngineError, MachineError
 from shared.streams import DEFAULT_STREAMS
 from train.data.batch import ArrayForm, assemble_batch, join_batches
 from train.data.loader import Loader, num_recycled_slots
@@ -162,6 +165,40 @@ def test_the_memory_is_no_longer_than_a_file_may_be(num_recycled, said):
     command = [sys.executable, "-c", SHORT_FILES, str(num_recycled)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert said in done.stdout + done.stderr
+
+
+def refuse_memfd(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def test_without_memfd_batches_are_kept_in_a_temporary_file(tmp_path, monkeypatch, caplog):
+    machine.warn_once.cache_clear()
+    monkeypatch.setattr(os, "memfd_create", refuse_memfd)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pool = SharedBatchPool(FORMS, num_recycled=1)
+    slots = [pool.acquire() for _ in range(3)]
+    held = [pool.view(slot) for slot in slots]
+    for number, arrays in enumerate(held):
+        arrays["pixels"][...] = number
+    assert [int(arrays["pixels"].max()) for arrays in held] == [0, 1, 2]
+    del arrays, held
+    assert {pool.acquire() for _ in range(3)} == set(slots)
+    (record,) = caplog.records
+    assert f"a file in {tmp_path}" in record.getMessage()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["made", "acquired"])
+def test_without_memfd_a_full_disk_is_an_error_and_kills_nothing(tmp_path, monkeypatch, when):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "memfd_create", refuse_memfd)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pool = None if when == "made" else SharedBatchPool(FORMS, num_recycled=0)
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(MachineError, match=rf"^{tmp_path}: No space left.*fix: set TMPDIR"):
+        pool.acquire() if pool else SharedBatchPool(FORMS, num_recycled=1)
 
 
 def test_garbage_collection_in_a_forked_process_frees_no_slot():

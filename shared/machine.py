@@ -1,0 +1,424 @@
+"""What the machine refuses: repeated reads, locks, limits, and the words for its errors.
+
+Trouble of the machine says nothing about the data: a disk that fails or is full, a file server that
+does not answer, too many open files, no memory. Reads that meet it are repeated as
+:data:`shared.storage.LOCAL_RETRY` says; then a :class:`shared.errors.MachineError` names the file,
+the cause and the fix. Features that some file systems lack, such as locks, are done without, after
+one warning that says what is lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib
+import io
+import logging
+import multiprocessing
+import os
+import resource
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shared import storage
+from shared.errors import MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_T = TypeVar("_T")
+
+MAX_DESCRIPTORS = 1 << 16
+"""More open files than any command needs; programs that count up to a huge limit become slow."""
+
+TOO_MANY_OPEN = frozenset({errno.EMFILE, errno.ENFILE})
+
+_TRANSIENT = TOO_MANY_OPEN | {
+    errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOMEM, errno.ENOBUFS,
+    errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED,
+    errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.ESHUTDOWN, errno.ENOLINK,
+}  # fmt: skip
+_PERMANENT = {
+    errno.ENOSPC, errno.EDQUOT, errno.ENXIO, errno.ENODEV, errno.ENOLCK, errno.ENOSYS,
+    errno.EOPNOTSUPP, errno.EROFS,
+}  # fmt: skip
+
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+"""Errors of a file system that has no locks, or can't flush a folder."""
+
+_UNSYNCED = _UNSUPPORTED | {errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
+
+_SERVER = "the file server does not answer; fix: run it again when it does"
+_EXPECTED_FOLDER = (
+    "a file is where a folder must be; fix: choose another path, or move the file away"
+)
+_OTHER_FILE_SYSTEM = (
+    "its file system does not support this; fix: use a folder on another file system"
+)
+_WORDS: dict[int, str] = {
+    errno.ENOENT: "fix: correct the path",
+    errno.EEXIST: _EXPECTED_FOLDER,
+    errno.ENOTDIR: _EXPECTED_FOLDER,
+    errno.EISDIR: "a folder is where a file must be; fix: choose another path",
+    errno.ENAMETOOLONG: "fix: use a shorter name",
+    errno.ELOOP: "fix: correct the symbolic link",
+    errno.EACCES: "fix: change the permissions of the file or folder, or run as its owner",
+    errno.EPERM: "fix: change the permissions of the file or folder, or run as its owner",
+    errno.EROFS: "fix: choose a folder on a file system that is mounted for writing",
+    errno.ENOSPC: "{disk}; fix: free some space there, or use a folder on another disk",
+    errno.EDQUOT: "{disk}; fix: remove files of your quota there, or use a folder on another disk",
+    errno.EFBIG: "fix: raise `ulimit -f`, or use a file system that takes files of this size",
+    errno.EMFILE: "the process may open {limit} files; fix: raise `ulimit -n`",
+    errno.ENFILE: "all processes of the machine opened too many files; fix: end some of them, or "
+    "raise fs.file-max by sysctl",
+    errno.ENOMEM: "fix: free memory on this machine, or raise `ulimit -v`",
+    errno.EAGAIN: "fix: end other processes, or raise `ulimit -u`, and run it again",
+    errno.EIO: "the disk, or the connection to it, fails; fix: look for the device's errors in "
+    "`dmesg`, and copy the data to another disk",
+    errno.EREMOTEIO: _SERVER,
+    errno.ESTALE: "its file server replaced it; fix: mount the file system again and run it again",
+    errno.ETIMEDOUT: _SERVER,
+    errno.ENOTCONN: _SERVER,
+    errno.ECONNRESET: _SERVER,
+    errno.ECONNREFUSED: _SERVER,
+    errno.EHOSTDOWN: _SERVER,
+    errno.EHOSTUNREACH: _SERVER,
+    errno.ENETUNREACH: _SERVER,
+    errno.ENXIO: "fix: connect the device and run it again",
+    errno.ENODEV: "fix: connect the device and run it again",
+    errno.EBUSY: "another program uses it; fix: run it again when that has ended",
+    errno.ENOLCK: _OTHER_FILE_SYSTEM,
+    errno.ENOSYS: _OTHER_FILE_SYSTEM,
+    errno.EOPNOTSUPP: _OTHER_FILE_SYSTEM,
+    errno.EINVAL: _OTHER_FILE_SYSTEM,
+    errno.EXDEV: "fix: choose two paths on the same disk",
+}
+"""Cause and fix of errors; an error that is not here gets no guess."""
+
+_log = logging.getLogger(__name__)
+
+
+def describe_os_error(error: OSError, path: Path | str | None = None) -> str:
+    """Say in one line which path an error is about, what is wrong, and how to fix it."""
+    path = error.filename if path is None else path
+    path = path.decode(errors="replace") if isinstance(path, bytes) else path
+    reason = error.strerror or str(error) or type(error).__name__
+    where = "" if path is None or isinstance(path, int) else f"{path}: "
+    return "; ".join(filter(None, (f"{where}{reason}", words_for(error, path))))
+
+
+def words_for(error: OSError, path: Path | str | None = None) -> str:
+    """Return the cause and the fix of an error about a path; empty if there are no words for it."""
+    words = _WORDS.get(error.errno or 0, "")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return words.format(limit=limit, disk=describe_disk(str(path or ".")))
+
+
+def describe_disk(path: Path | str) -> str:
+    """Name the file system that holds a path, which need not exist, and its free space."""
+    parents = (Path(path).absolute(), *Path(path).absolute().parents)
+    with suppress(OSError):
+        existing = next(each for each in parents if each.exists())
+        mount = next((each for each in (existing, *existing.parents) if each.is_mount()), existing)
+        return f"disk {mount}, {shutil.disk_usage(existing).free / 2**20:,.0f} MiB free"
+    return "its disk can't be examined"
+
+
+def is_machine_trouble(error: BaseException) -> bool:
+    """Return whether an error says nothing about the file that was being read."""
+    if isinstance(error, OSError):
+        return error.errno in _TRANSIENT or error.errno in _PERMANENT
+    return isinstance(error, (MachineError, MemoryError))
+
+
+def machine_error(error: OSError, path: Path | str, *, fix: str = "") -> MachineError:
+    """Make the error to raise from an OSError about a path; `fix` replaces the usual words."""
+    summary = f"{path}: {error.strerror or error}"
+    words = fix or words_for(error, path)
+    cause, _, its_fix = words.rpartition("fix: ")
+    summary = f"{summary}; {cause}".rstrip("; ")
+    return MachineError(
+        f"{summary}; fix: {its_fix}" if its_fix else summary,
+        summary=summary,
+        fix=its_fix or "run it again",
+        is_transient=error.errno in _TRANSIENT,
+    )
+
+
+def raise_if_refused(error: OSError, path: Path | str) -> None:
+    """Raise a MachineError if a file is there but may not be read; otherwise do nothing."""
+    if error.errno in {errno.EACCES, errno.EPERM} or is_machine_trouble(error):
+        raise machine_error(error, path) from error
+
+
+@contextmanager
+def naming_path(path: Path | str) -> Iterator[None]:
+    """Add a path to an OSError that names none, such as that of a write to an open file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def read_steadily(read: Callable[[], _T], path: Path | str) -> _T:
+    """Call a function that reads a path, and again while the machine fails.
+
+    Raises:
+        MachineError: the machine still fails.
+        OSError: anything else, such as a missing file.
+    """
+
+    def attempt() -> _T:
+        try:
+            with naming_path(path):
+                return read()
+        except OSError as error:
+            if not is_machine_trouble(error):
+                raise
+            raise machine_error(error, path) from error
+
+    try:
+        return attempt()
+    except MachineError as error:
+        if not error.is_transient or not _has_tenacity():
+            raise
+    return storage.with_retry(attempt, retry=storage.LOCAL_RETRY)
+
+
+def _has_tenacity() -> bool:
+    """Return whether reads can be repeated: without a free descriptor nothing can be imported."""
+    try:
+        importlib.import_module("tenacity")
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+class SteadyFile(io.RawIOBase):
+    """A file open for reading whose reads are repeated while the machine fails.
+
+    Threads and forked processes can share :meth:`pread`, which moves no position. A file that its
+    server replaced (ESTALE) is opened again.
+
+    Args:
+        descriptor: file descriptor if the file is already open; this object then closes it.
+
+    Raises (all methods):
+        MachineError, OSError: see :func:`read_steadily`.
+    """
+
+    def __init__(self, path: Path, *, descriptor: int | None = None) -> None:
+        self.name = str(path)
+        self._position = 0
+        self._is_stale = False
+        self._fd = -1
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        open_path = partial(os.open, path, flags)
+        self._fd = read_steadily(open_path, path) if descriptor is None else descriptor
+
+    def fileno(self) -> int:
+        """Return the file descriptor."""
+        return self._fd
+
+    def size(self) -> int:
+        """Return the size in bytes."""
+        return read_steadily(lambda: os.fstat(self._fd).st_size, self.name)
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Read bytes at an offset; fewer only if the file ends."""
+        content = self._steadily(lambda: os.pread(self._fd, length, offset))
+        while content and len(content) < length:
+            left, at = length - len(content), offset + len(content)
+            more = self._steadily(partial(os.pread, self._fd, left, at))
+            if not more:
+                break
+            content += more
+        return content
+
+    def readinto(self, buffer: bytearray, /) -> int:  # type: ignore[override]
+        """Read into a buffer at the position; return the number of bytes, 0 at the end."""
+        num_read = self._steadily(lambda: os.preadv(self._fd, [buffer], self._position))
+        self._position += num_read
+        return num_read
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, origin: int = os.SEEK_SET, /) -> int:
+        """Move the position."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(origin)
+        self._position = max(0, offset + (self.size() if start is None else start))
+        return self._position
+
+    def close(self) -> None:
+        """Close the file."""
+        if not self.closed and self._fd >= 0:
+            os.close(self._fd)
+        super().close()
+
+    def _steadily(self, read: Callable[[], _T]) -> _T:
+        try:
+            return self._read(read)
+        except OSError as error:
+            if not is_machine_trouble(error):
+                raise
+        return read_steadily(partial(self._read, read), self.name)
+
+    def _read(self, read: Callable[[], _T]) -> _T:
+        if self._is_stale:
+            fresh = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC)
+            os.dup2(fresh, self._fd, inheritable=False)
+            os.close(fresh)
+            self._is_stale = False
+        try:
+            return read()
+        except OSError as error:
+            self._is_stale = error.errno == errno.ESTALE
+            raise
+
+
+class _QuietFile(SteadyFile):
+    """A file for libraries in C, which take any error for its end: it keeps the error instead."""
+
+    error: Exception | None = None
+
+    def readinto(self, buffer: bytearray, /) -> int:  # type: ignore[override]
+        if self.error is not None:
+            return 0
+        try:
+            return super().readinto(buffer)
+        except (MachineError, OSError) as error:
+            self.error = error
+            return 0
+
+
+@contextmanager
+def open_for_library(path: Path) -> Iterator[Any]:
+    """Open a file for a library that takes file objects and hides their errors.
+
+    Raises:
+        MachineError, OSError: a read failed meanwhile, whatever the library made of it.
+    """
+    with _QuietFile(path) as file:
+        try:
+            yield file
+        finally:
+            if file.error is not None:
+                raise file.error
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file; see :func:`read_steadily`."""
+    return read_steadily(path.read_bytes, path)
+
+
+def lock_file(descriptor: int, operation: int, *, path: Path, loss: str) -> bool | None:
+    """Lock an open file by ``flock``; on a file system without locks, warn and go on.
+
+    `path` names the file, and `loss` says what may go wrong without a lock.
+
+    Returns:
+        True if it is locked; False if another process holds the lock, only with ``LOCK_NB``; None
+        if there are no locks.
+    """
+    try:
+        with naming_path(path):
+            fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        folder = path if path.is_dir() else path.parent
+        warn_once(f"{folder}: its file system has no file locks ({error.strerror}); {loss}")
+        return None
+    return True
+
+
+def sync(descriptor: int, path: Path) -> None:
+    """Flush an open file or folder to disk; on a file system that can't, warn and go on."""
+    try:
+        with naming_path(path):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSYNCED:
+            raise
+        _warn_unsynced(path, error)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename survives a power cut."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _UNSYNCED:
+            raise
+        _warn_unsynced(folder, error)
+        return
+    try:
+        sync(descriptor, folder)
+    finally:
+        os.close(descriptor)
+
+
+def _warn_unsynced(path: Path, error: OSError) -> None:
+    warn_once(
+        f"{path if path.is_dir() else path.parent}: its file system can't flush to disk "
+        f"({error.strerror}); files are whole when a process is killed, but those written last may "
+        "be lost in a power cut"
+    )
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, once per process, and not in processes that the first one started."""
+    if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
+        _log.warning("warning: %s", message)
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the number of files that the process may open as far as allowed, and return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY:
+        return MAX_DESCRIPTORS
+    if soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+    return soft
+
+
+def count_descriptors() -> int:
+    """Count the files that this process has open; 0 if the machine does not say."""
+    try:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 (names suffice)
+    except OSError:
+        return 0
+
+
+def temporary_folder_error(error: OSError, purpose: str) -> MachineError:
+    """Make the error to raise when the folder of temporary files refuses a file."""
+    try:
+        folder = tempfile.gettempdir()
+    except OSError:  # none of the usual folders can be written
+        folder = os.environ.get("TMPDIR", "/tmp")  # noqa: S108
+    if error.errno not in storage.DISK_FULL | {errno.ENOENT, errno.EROFS, errno.EACCES}:
+        return machine_error(error, folder)
+    fix = (
+        f"{purpose} do not fit into the folder of temporary files ({describe_disk(folder)}); fix: "
+        "set TMPDIR to a folder on a disk with more space"
+    )
+    return machine_error(error, folder, fix=fix)
