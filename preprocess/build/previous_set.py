@@ -7,6 +7,7 @@ files (hashed per session and column) and the recipe's settings of the column.
 from __future__ import annotations
 
 from contextlib import closing, suppress
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,9 @@ def row_hash(stored: SessionSegments, column: Column, scan: SessionScan, recipe:
     }
     if spec.kind in _TIMESTAMPED_KINDS and spec.clock == "session":
         inputs["clock_offset_s"] = scan.clock_offset_s
+    corrections = {f: scan.corrections[f] for f in files_of_stream(spec) if f in scan.corrections}
+    if corrections:
+        inputs["corrections"] = {file: asdict(c) for file, c in corrections.items()}
     if spec.kind is Kind.TEXT:  # events after the session's end are left out
         inputs["duration_s"] = scan.duration_s
     if stream in scan.masked:

@@ -20,6 +20,7 @@ from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S, Interval
 from shared.media.sound import SILENCE_RMS
 from shared.session.folder import SESSION_INFO_FILE
+from shared.session.timestamps import describe_left_out
 from shared.streams import Kind
 
 if TYPE_CHECKING:
@@ -140,6 +141,18 @@ def check_clock(probe: SessionProbe) -> list[Finding]:
         f"subtracted when they are read; fix: {fix}"
     )
     return [Finding("warning", f"{file}: {message}")]
+
+
+def check_left_out(probe: SessionProbe) -> list[Finding]:
+    """Check that no lines are left out because their timestamps are wrong."""
+    findings: list[Finding] = []
+    for file, wrong in probe.left_out.items():
+        fix = "correct them, or remove these lines"
+        if probe.plan().covers(RepairKind.JUMP, file):
+            fix = "remove the jump with --fix"
+        messages = (f"{describe_left_out(file, lines)}; fix: {fix}" for lines in wrong)
+        findings += limit_findings("error", messages, file=file, streams=probe.streams_of(file))
+    return findings
 
 
 def check_starts(probe: SessionProbe) -> list[Finding]:

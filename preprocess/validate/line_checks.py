@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.validate.checks import Finding, Level, issue_findings, limit_findings
-from preprocess.validate.probe import UNIT_NAMES
 from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S, slow_rate_hz
 from shared.kinds.sensor import slow_issue
+from shared.session.timestamps import MAX_BACK_S, UNIT_NAMES
 from shared.streams import Kind, SensorStream
 
 if TYPE_CHECKING:
@@ -46,9 +46,6 @@ LATE_INTERVALS = 1.05
 
 MAX_BAD_LINES = 0.1
 """Share of lines that may be unreadable before the whole file counts as damaged."""
-
-MAX_BACK_S = 1.0
-"""Lines out of order by at most this much are sorted; a longer jump back is another fault."""
 
 
 def check_lines(probe: SessionProbe) -> list[Finding]:
@@ -358,17 +355,17 @@ def _advise_on_unread(
 def _unit_findings(probe: SessionProbe) -> list[Finding]:
     """Report timestamps that are in another unit than declared."""
     findings: list[Finding] = []
-    for file, guess in probe.units.items():
-        sensors = ", ".join(probe.sensors_of(file))
-        if not sensors:  # texts follow the sensors
-            continue
+    of_sensors = [file for file in probe.units if probe.sensors_of(file)]
+    for file in of_sensors or probe.units:  # texts follow the sensors
+        guess = probe.units[file]
+        streams = ", ".join(probe.sensors_of(file) or probe.streams_of(file))
         message = (
             f"timestamps look like {UNIT_NAMES[guess.unit]}, not "
-            f"{UNIT_NAMES.get(guess.declared, 'seconds')}: a line every {guess.interval:g}; all "
+            f"{UNIT_NAMES[guess.declared]}: a line every {guess.interval:g}; all "
             "other messages about times assume divided timestamps; fix: set `time_unit: "
-            f"{guess.unit}` of {sensors} in the recipe, or divide them by {guess.factor:.12g}"
+            f"{guess.unit}` of {streams} in the recipe, or divide them by {guess.factor:.12g}"
         )
         if probe.plan().covers(RepairKind.UNITS, file):
-            message += ", then they last as long as the media (--fix does it)"
+            message += ", then they fit the rest of the session (--fix does it)"
         findings.append(Finding("error", f"{file}: {message}", streams=probe.streams_of(file)))
     return findings

@@ -25,11 +25,9 @@ import numpy as np
 from preprocess.validate.checks import END_ERROR_S, END_WARNING_S
 from preprocess.validate.line_checks import (
     LATE_INTERVALS,
-    MAX_BACK_S,
     MIN_GAP_INTERVALS,
     is_mostly_unread,
 )
-from preprocess.validate.probe import UNIT_NAMES, WrongUnit, find_units, raw_timestamp
 from preprocess.validate.repair_plan import Repair, RepairKind
 from preprocess.validate.value_checks import ROUNDING
 from shared.clock import EPSILON_S, clock_offset
@@ -41,6 +39,13 @@ from shared.session.records import (
     decode_line,
     open_records,
     parse_records,
+)
+from shared.session.timestamps import (
+    MAX_BACK_S,
+    UNIT_NAMES,
+    WrongUnit,
+    find_units,
+    raw_timestamp,
 )
 from shared.streams import METADATA_FILE, SensorStream, TextStream, ValueType
 from shared.values import VALUE_TYPES
@@ -320,7 +325,7 @@ def find_obstacle(lines: Sequence[Line]) -> str | None:
     for line in lines:
         if line.time_s is None:
             return f"line {line.number} has no timestamp; write it first"
-    back_s = -np.diff(_times(lines))
+    back_s = -np.diff(times_of(lines))
     rows = np.flatnonzero(back_s > MAX_BACK_S)
     if not len(rows):
         return None
@@ -333,7 +338,7 @@ def find_obstacle(lines: Sequence[Line]) -> str | None:
 
 def sort_lines(lines: list[Line], *, file: LineFile) -> Repaired:
     """Sort lines by time; lines with equal times keep their order."""
-    num_back = int((np.diff(_times(lines)) < 0).sum())
+    num_back = int((np.diff(times_of(lines)) < 0).sum())
     if not num_back:
         return lines, None
     ordered = sorted(lines, key=lambda line: line.time_s or 0.0)
@@ -350,7 +355,7 @@ def shift_to_zero(
     offset_s = _offset(sensors, media_stop_s)
     if not offset_s:
         return sensors, texts, None
-    last_s = max(float(_times(lines)[-1]) for lines in sensors.values())
+    last_s = max(float(times_of(lines)[-1]) for lines in sensors.values())
     stop_s = max(last_s - offset_s, media_stop_s or 0.0) + TEXT_TOLERANCE_S
 
     def fits(times_s: NDArray[np.float64]) -> bool:
@@ -368,7 +373,7 @@ def shift_to_zero(
         "never reset"
     )
     shifted = {
-        name: [_with_time(line, (line.time_s or 0.0) - offset_s, files[name]) for line in lines]
+        name: [with_time(line, (line.time_s or 0.0) - offset_s, files[name]) for line in lines]
         for name, lines in shifted.items()
     }
     return (
@@ -390,7 +395,7 @@ def drop_outside_media(
         return sensors, []
     kept, repairs = dict(sensors), []
     for name, lines in sensors.items():
-        times_s = _times(lines)
+        times_s = times_of(lines)
         first, stop = 0, len(lines)
         if END_WARNING_S < times_s[-1] - media_stop_s <= END_ERROR_S:
             stop = int(np.searchsorted(times_s, media_stop_s, side="right"))
@@ -465,7 +470,7 @@ def spread_packets(lines: list[Line], *, file: LineFile) -> Repaired:
             time_s = (line.time_s or 0.0) - (number - 1 - order) * step_s
             if order < number - 1:
                 arrived = {ARRIVED: line.values[file.time_key], **line.values}
-                line = _with_time(replace(line, values=arrived), time_s, file)
+                line = with_time(replace(line, values=arrived), time_s, file)
             spread.append(line)
     num_spread = int((sizes > 1).sum())
     return sorted(spread, key=lambda line: line.time_s or 0.0), (
@@ -536,7 +541,7 @@ def fill_gaps(lines: list[Line], *, file: LineFile) -> Repaired:
     """
     sensors = [spec for spec in file.sensors.values() if spec.resample == "by_type"]
     recorded = [line for line in lines if not line.values.get(INTERPOLATED)]
-    recorded_s = np.unique(_times(recorded))
+    recorded_s = np.unique(times_of(recorded))
     if len(recorded_s) < 3 or not sensors:
         return lines, None
     interval_s = float(np.median(np.diff(recorded_s)))
@@ -572,7 +577,7 @@ def _interpolate(
     for k in range(1, count + 1):
         share = k / (count + 1)
         time_s = before.time_s + share * (after.time_s - before.time_s)
-        line = _with_time(Line(values={}, raw=None, time_s=0.0), time_s, file)
+        line = with_time(Line(values={}, raw=None, time_s=0.0), time_s, file)
         for spec, low, high in pairs:
             values = np.empty(spec.size)
             for group, columns in zip(spec.values, spec.slices, strict=True):
@@ -587,13 +592,14 @@ def _interpolate(
     return lines
 
 
-def _times(lines: Sequence[Line]) -> NDArray[np.float64]:
+def times_of(lines: Sequence[Line]) -> NDArray[np.float64]:
+    """Return the times of lines, float64 [N]."""
     return np.array([line.time_s for line in lines], dtype=np.float64)
 
 
 def _offset(sensors: Lines, media_stop_s: float | None) -> float:
     """Return the offset that the files of a session share; see shared.session.alignment."""
-    times_s = [_times(lines) for lines in sensors.values()]
+    times_s = [times_of(lines) for lines in sensors.values()]
     first_s, last_s = min(float(t[0]) for t in times_s), max(float(t[-1]) for t in times_s)
     return clock_offset(first_s, last_s, media_stop_s)
 
@@ -607,10 +613,10 @@ def _divided(line: Line, divisor: float, file: LineFile) -> Line:
     time = raw_timestamp(line.values, file.time_key)
     if time is None:
         return line
-    return _with_time(line, time / divisor / file.units_per_s, file)
+    return with_time(line, time / divisor / file.units_per_s, file)
 
 
-def _with_time(line: Line, time_s: float, file: LineFile) -> Line:
+def with_time(line: Line, time_s: float, file: LineFile) -> Line:
     """Return a line at another time; a line without a usable time stays."""
     if line.time_s is None and file.time_key not in line.values:
         return line

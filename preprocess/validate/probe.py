@@ -4,10 +4,6 @@
 decodes all sound, reads the time of every frame, and decodes frames in evenly spread stretches of
 each video. The checks (:mod:`preprocess.validate.checks`, :mod:`preprocess.validate.line_checks`,
 :mod:`preprocess.validate.value_checks`) open nothing; they judge the :class:`SessionProbe`.
-
-Timestamps in another unit than the recipe declares are recognized here. Recorders write lines 5 to
-500 times per second, so the median interval gives the unit. The media confirm it: the divided
-timestamps must span their length. Without media, readings in the lines confirm it.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,10 +22,10 @@ from shared.kinds.video import align_track, interval_of
 from shared.media.sound import measure_loudness, read_sound
 from shared.media.video import REPLACE_FIX, read_frames, read_video_track
 from shared.session.alignment import align_streams, read_starts, shift_events
-from shared.session.folder import SESSION_INFO_FILE, files_of_stream, read_timed_lines
-from shared.session.lines import TIME_KEY, Readings
+from shared.session.folder import SESSION_INFO_FILE, files_of_stream
+from shared.session.lines import Readings
+from shared.session.timestamps import read_lines
 from shared.streams import (
-    TIME_UNITS,
     AudioStream,
     VideoDefaults,
     VideoStream,
@@ -46,6 +42,7 @@ if TYPE_CHECKING:
     from shared.media.video import VideoTrack
     from shared.recipe import Recipe
     from shared.session.lines import FileLines, ParseIssue, SessionLines, TextEvent
+    from shared.session.timestamps import WrongLines, WrongUnit
 
 NUM_STRETCHES = 16
 STRETCH_FRAMES = 60
@@ -53,49 +50,9 @@ STRETCH_FRAMES = 60
 STRETCH_FRAMES frames are decoded, spread evenly from the first frame to the last.
 """
 
-MIN_INTERVAL_S, MAX_INTERVAL_S = 0.002, 0.2
-"""Range of a recorder's median interval: narrow enough that no interval fits two units."""
-
-RATE_FACTOR = 4.0
-"""An interval within this factor of the declared rate's is in the declared unit."""
-
-MIN_TIMED_LINES = 8
-"""With fewer lines the unit of their timestamps is not guessed."""
-
-UNIT_TOLERANCE_S = 1.0
-"""Timestamps and media of one recording end at most this far apart."""
-
-MAX_TIME = 1e21
-"""A larger number is not a timestamp in any unit."""
-
-_NANOSECONDS_PER_S = 1e9
-"""With this divisor, timestamps of every unit stay below the limit for seconds."""
-
-UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-"""Units that are recognized."""
-
 _TINY = VideoDefaults(size=16, fit="stretch")
 _STREAMING_SIZES = {0, 0xFFFFFFFF, 0x7FFFFFFF}
 """Data sizes that a recorder writes when it cannot know the length of the sound."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WrongUnit:
-    """The unit of a file's timestamps that is not the one that the recipe declares."""
-
-    unit: str
-    """A key of UNIT_NAMES."""
-    declared: str
-    """A key of shared.streams.TIME_UNITS."""
-    interval: float
-    """Median interval in its own unit."""
-    is_confirmed: bool
-    """Whether the media confirm it, and texts too, so that --fix divides the timestamps."""
-
-    @property
-    def factor(self) -> float:
-        """What the timestamps must be divided by to be in the declared unit."""
-        return TIME_UNITS[self.unit] / TIME_UNITS[self.declared]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +122,8 @@ class SessionProbe:
     """Names in ``session.json`` that the recipe does not declare."""
     units: Mapping[str, WrongUnit]
     """Timestamped file -> the unit that it has instead of the declared one; it is divided here."""
+    left_out: Mapping[str, tuple[WrongLines, ...]]
+    """Timestamped file -> lines that are left out, because their timestamps are wrong."""
     intervals: Mapping[str, Interval]
     absent: Mapping[str, str]
     not_recorded: frozenset[str]
@@ -269,8 +228,8 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
     media |= {name: sound.interval for name, sound in audio.items()}
     # The length of the media tells the unit of the timestamps in the lines.
     media_stop_s = max((interval.stop_s for interval in media.values()), default=None)
-    lines, units = _read_lines(path, recipe, media_stop_s)
-    lines, missing = _drop_missing(lines, recipe)
+    timed = read_lines(path, recipe, media_stop_s, is_cleaned=False)
+    lines, missing = _drop_missing(timed.lines, recipe)
     absent, unreadable = _explain_failures(path, failures, recipe)
     unreadable |= {issue.file: issue.message for issue in lines.issues if issue.kind == "file"}
     bad_info, undeclared = _check_session_file(path / SESSION_INFO_FILE, recipe)
@@ -293,7 +252,8 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
         starts=starts,
         start_error=start_error,
         undeclared_starts=undeclared,
-        units=units,
+        units=timed.units,
+        left_out=timed.left_out,
         intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
         absent={n: absent[n] for n in recipe.streams if n in absent},
         not_recorded=frozenset(alignment.not_recorded)
@@ -302,141 +262,6 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
         duration_s=alignment.duration_s,
         stop_s=alignment.stop_s,
     )
-
-
-def guess_unit(times: NDArray[np.float64], *, declared: str = "s") -> str | None:
-    """Guess the unit of increasing timestamps; None for the declared one or if nothing fits."""
-    if len(times) < MIN_TIMED_LINES:
-        return None
-    interval = float(np.median(np.diff(times)))
-    fits = [
-        unit
-        for unit in (declared, *UNIT_NAMES)
-        if MIN_INTERVAL_S <= interval / TIME_UNITS[unit] <= MAX_INTERVAL_S
-    ]
-    return fits[0] if fits and fits[0] != declared else None
-
-
-def find_units(
-    sensors: Mapping[str, NDArray[np.float64]],
-    texts: Mapping[str, NDArray[np.float64]],
-    media_stop_s: float | None,
-    *,
-    recipe: Recipe,
-) -> dict[str, WrongUnit]:
-    """Return the unit of each file whose timestamps are not in the declared one.
-
-    Timestamps are sorted, and in the unit of their file. Texts that declare no unit but seconds can
-    have the unit of the sensors beside them. If some fit neither, no unit is confirmed.
-    """
-    units: dict[str, WrongUnit] = {}
-    for file, times in sensors.items():
-        declared = _declared_unit(file, recipe)
-        unit = guess_unit(times, declared=declared)
-        if unit is None:
-            continue
-        interval = float(np.median(np.diff(times)))
-        rates_hz = [spec.rate_hz for spec in recipe.sensors.values() if spec.file == file]
-        per_rate = np.array(rates_hz) * interval / TIME_UNITS[declared]
-        if not ((per_rate >= 1 / RATE_FACTOR) & (per_rate <= RATE_FACTOR)).any():
-            is_confirmed = False
-            if media_stop_s is not None:  # only the divided timestamps span the media's length
-                divisors = np.array([TIME_UNITS[unit], TIME_UNITS[declared]])
-                apart_s = np.abs(np.ptp(times) / divisors - media_stop_s)
-                is_confirmed = bool(apart_s[0] <= UNIT_TOLERANCE_S < apart_s[1])
-            units[file] = WrongUnit(
-                unit=unit, declared=declared, interval=interval, is_confirmed=is_confirmed
-            )
-    if media_stop_s is not None:
-        units = {file: unit for file, unit in units.items() if unit.is_confirmed}
-    if not units:
-        return units
-    first = next(iter(units))
-    for file, times in texts.items():
-        units_per_s = TIME_UNITS[units[first].unit]
-        divisor = _text_divisor(times, sensors[first] / units_per_s, units_per_s, media_stop_s)
-        if divisor is None:
-            units = {f: replace(unit, is_confirmed=False) for f, unit in units.items()}
-        elif divisor > 1:
-            units[file] = replace(units[first], declared="s")
-    return units
-
-
-def _text_divisor(
-    texts: NDArray[np.float64],
-    times_s: NDArray[np.float64],
-    units_per_s: float,
-    media_stop_s: float | None,
-) -> float | None:
-    """Return the divisor that turns timestamps of a text file into seconds.
-
-    It is 1 if they are seconds already, `units_per_s` if only then they fit the sensors' times, and
-    None if neither fits.
-    """
-
-    def fits(texts_s: NDArray[np.float64], first_s: float, last_s: float) -> bool:
-        low_s, high_s = first_s - UNIT_TOLERANCE_S, last_s + UNIT_TOLERANCE_S
-        return bool(texts_s.min() >= low_s and texts_s.max() <= high_s)
-
-    if not len(texts) or (media_stop_s is not None and fits(texts, 0.0, media_stop_s)):
-        return 1.0
-    return units_per_s if fits(texts / units_per_s, times_s.min(), times_s.max()) else None
-
-
-def _declared_unit(file: str, recipe: Recipe) -> str:
-    """Return the unit of the sensors' timestamps in a file."""
-    return next((s.time_unit for s in recipe.sensors.values() if s.file == file), "s")
-
-
-def raw_timestamp(values: Mapping[str, Any], key: str = TIME_KEY) -> float | None:
-    """Return the timestamp of a line in its own unit; None if it is not a number."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_TIME:
-        return None
-    return float(value)
-
-
-def _read_lines(
-    path: Path, recipe: Recipe, media_stop_s: float | None
-) -> tuple[SessionLines, dict[str, WrongUnit]]:
-    """Read all lines; timestamps in another unit than the declared one are divided."""
-    lines = read_timed_lines(path, recipe, is_cleaned=False)
-    sensors: dict[str, NDArray[np.float64]] = {}
-    texts: dict[str, NDArray[np.float64]] = {}
-    for file, (first, *others) in _files(lines).items():
-        if others:  # with several time keys, nothing is guessed
-            continue
-        if any(name in recipe.sensors for name in first.streams):
-            sensors[file] = _raw_times(path, recipe, first)
-        elif all(recipe.texts[name].time_unit == "s" for name in first.streams):
-            texts[file] = first.times_s
-    units = find_units(sensors, texts, media_stop_s, recipe=recipe)
-    if not units:
-        return lines, units
-    # Texts that are too large for seconds were skipped.
-    divisors = dict.fromkeys(texts, _NANOSECONDS_PER_S)
-    read = _files(read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False))
-    texts = {file: read[file][0].times_s * _NANOSECONDS_PER_S for file in texts if file in read}
-    units = find_units(sensors, texts, media_stop_s, recipe=recipe)
-    divisors = {file: TIME_UNITS[unit.unit] for file, unit in units.items()}
-    divided = read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False)
-    # Without media, only readings tell that the lines are those of a recorder.
-    if media_stop_s is None and not any(len(r.times_s) for r in divided.readings.values()):
-        return lines, {}
-    return divided, units
-
-
-def _raw_times(path: Path, recipe: Recipe, lines: FileLines) -> NDArray[np.float64]:
-    """Return the timestamps of a file in its own unit.
-
-    If they are mostly too large for seconds, they are read with a larger divisor.
-    """
-    num_large = sum(issue.count for issue in lines.issues if issue.kind == "timestamp")
-    if num_large <= len(lines.times_s):
-        return lines.times_s * TIME_UNITS[_declared_unit(lines.file, recipe)]
-    divisors = {lines.file: _NANOSECONDS_PER_S}
-    read = read_timed_lines(path, recipe, units_per_s=divisors, is_cleaned=False)
-    return _files(read)[lines.file][0].times_s * _NANOSECONDS_PER_S
 
 
 def _files(lines: SessionLines) -> dict[str, tuple[FileLines, ...]]:

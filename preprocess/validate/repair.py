@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preprocess.validate.line_checks import MAX_BACK_S
+from preprocess.validate.clock_repairs import remove_jumps
 from preprocess.validate.line_repairs import (
     clamp,
     convert_units,
@@ -50,6 +50,7 @@ from shared.media.video import read_video_track
 from shared.session.alignment import MEDIA_KINDS, read_starts
 from shared.session.folder import files_of_stream, read_timed_lines
 from shared.session.records import open_utf8
+from shared.session.timestamps import MAX_BACK_S
 from shared.streams import AudioStream, VideoStream
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ def _plan_lines(path: Path, recipe: Recipe, media: MediaEnd | None) -> RepairPla
         _note(repairs, RepairKind.NUMBERS, (name,), sentence)
     if not blocked:
         repaired, converted = convert_units(repaired, files, media.stop_s, recipe=recipe)
-        repairs += converted
+        repaired, unjumped = remove_jumps(repaired, files, media.stop_s)
+        repairs += converted + unjumped
     for name, lines in list(repaired.items()):
         repaired[name], sentence = drop_unreadable(lines, num_bad[name], file=files[name])
         _note(repairs, RepairKind.DROP, (name,), sentence)

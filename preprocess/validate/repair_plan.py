@@ -21,6 +21,7 @@ class RepairKind(enum.StrEnum):
     SPLIT = "split"
     NUMBERS = "numbers"
     UNITS = "units"
+    JUMP = "jump"
     DROP = "drop"
     SORT = "sort"
     SHIFT = "shift"

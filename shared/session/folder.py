@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING
 from shared.errors import SessionError
 from shared.recipe import Recipe
 from shared.session.lines import (
+    Correction,
     LineCollector,
     SessionLines,
     json_keys,
@@ -91,39 +92,51 @@ def read_timed_lines(
     path: Path,
     recipe: Recipe,
     *,
-    units_per_s: Mapping[str, float] | None = None,
+    corrections: Mapping[str, Correction] | None = None,
     is_cleaned: bool = True,
 ) -> SessionLines:
     """Read everything of a session that has timestamps.
 
-    `units_per_s` are divisors of the timestamps by file, instead of those of the recipe. If
-    `is_cleaned`, values are cleaned (:func:`shared.values.clean_readings`), and readings that can't
-    be are left out. Else they are as recorded, and finite.
+    `corrections` are by file. If `is_cleaned`, values are cleaned
+    (:func:`shared.values.clean_readings`), and readings that can't be are left out. Else they are
+    as recorded, and finite.
     """
-    return _read_streams(path, recipe.streams, units_per_s=units_per_s, is_cleaned=is_cleaned)
+    return _read_streams(path, recipe.streams, corrections=corrections, is_cleaned=is_cleaned)
 
 
-def read_readings(path: Path, recipe: Recipe, names: Collection[str]) -> dict[str, Readings]:
+def read_readings(
+    path: Path,
+    recipe: Recipe,
+    names: Collection[str],
+    *,
+    corrections: Mapping[str, Correction] | None = None,
+) -> dict[str, Readings]:
     """Read the same readings as :func:`read_timed_lines`, of some sensor streams only."""
-    return dict(_read_streams(path, {name: recipe.streams[name] for name in names}).readings)
+    streams = {name: recipe.streams[name] for name in names}
+    return dict(_read_streams(path, streams, corrections=corrections).readings)
 
 
 def read_text_events(
-    path: Path, recipe: Recipe, names: Collection[str]
+    path: Path,
+    recipe: Recipe,
+    names: Collection[str],
+    *,
+    corrections: Mapping[str, Correction] | None = None,
 ) -> dict[str, tuple[TextEvent, ...]]:
     """Read the same events as :func:`read_timed_lines`, of some text streams only.
 
     Lines of ``metadata.jsonl`` without text are not parsed.
     """
     streams = {name: recipe.streams[name] for name in names}
-    return dict(_read_streams(path, streams, is_only_events=True).events)
+    read = _read_streams(path, streams, corrections=corrections, is_only_events=True)
+    return dict(read.events)
 
 
 def _read_streams(
     path: Path,
     streams: Mapping[str, StreamSpec],
     *,
-    units_per_s: Mapping[str, float] | None = None,
+    corrections: Mapping[str, Correction] | None = None,
     is_cleaned: bool = True,
     is_only_events: bool = False,
 ) -> SessionLines:
@@ -141,7 +154,7 @@ def _read_streams(
     for file in sorted(streams_of_file, key=lambda file: (file != METADATA_FILE, file)):
         own = streams_of_file[file]
         marks = _text_marks(own) if is_only_events and file == METADATA_FILE else ()
-        timelines = _plan_timelines(file, own, (units_per_s or {}).get(file))
+        timelines = _plan_timelines(file, own, (corrections or {}).get(file, Correction()))
         num_lines = _read_file(path / file, timelines, marks=marks)
         for timeline in timelines:
             lines, its_readings = timeline.finish(num_lines=num_lines, is_cleaned=is_cleaned)
@@ -155,7 +168,7 @@ def _read_streams(
 
 
 def _plan_timelines(
-    file: str, streams: Mapping[str, SensorStream | TextStream], units_per_s: float | None
+    file: str, streams: Mapping[str, SensorStream | TextStream], correction: Correction
 ) -> list[LineCollector]:
     """Group the streams of a file by the key and unit of their times, those of sensors first."""
     groups: dict[tuple[str, float], dict[str, SensorStream | TextStream]] = {}
@@ -163,7 +176,14 @@ def _plan_timelines(
         stream = streams[name]
         groups.setdefault((stream.time, stream.units_per_s), {})[name] = stream
     return [
-        LineCollector(file, time, group, units_per_s=units_per_s or units, of_file=streams)
+        LineCollector(
+            file,
+            time,
+            group,
+            units_per_s=correction.units_per_s or units,
+            left_out=correction.left_out,
+            of_file=streams,
+        )
         for (time, units), group in groups.items()
     ]
 

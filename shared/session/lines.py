@@ -85,6 +85,16 @@ class ParseIssue:
         return f"{self.source_line}: {self.message}" + (self.fix and f"; fix: {self.fix}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """How a file is read whose timestamps can't be taken as they are."""
+
+    units_per_s: float | None = None
+    """Divides the timestamps instead of the declared unit."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """First and last of each range of lines that are skipped without an issue."""
+
+
 @dataclass(frozen=True, slots=True)
 class TextEvent:
     """A text that begins at a time on the recorder's clock."""
@@ -227,7 +237,8 @@ class LineCollector:
     """Collects the streams of a file that share a time key.
 
     Arrays hold an hour at 90 Hz in 40 MB; lists take 300 MB. `units_per_s` divides the timestamps.
-    Lines may lack the time if others `of_file`, which are all streams of the file, have another.
+    Lines in the ranges `left_out` are skipped. Lines may lack the time if others `of_file`, which
+    are all streams of the file, have another.
     """
 
     def __init__(
@@ -237,9 +248,11 @@ class LineCollector:
         streams: Mapping[str, SensorStream | TextStream],
         *,
         units_per_s: float,
+        left_out: Sequence[tuple[int, int]] = (),
         of_file: Mapping[str, SensorStream | TextStream],
     ) -> None:
         self.file, self.time_key, self.units_per_s = file, time_key, units_per_s
+        self.left_out = left_out
         self.is_optional = len(of_file) > len(streams)
         self.sensors = {n: s for n, s in streams.items() if isinstance(s, SensorStream)}
         self.texts = {n: s for n, s in streams.items() if isinstance(s, TextStream)}
@@ -261,6 +274,8 @@ class LineCollector:
 
     def add_line(self, number: int, values: dict[str, Any]) -> None:
         """Take the time, readings and texts of a JSON line."""
+        if any(first <= number <= last for first, last in self.left_out):
+            return
         time_s = parse_timestamp(values, key=self.time_key, units_per_s=self.units_per_s)
         text_keys = self._text_keys(values)
         if time_s is None:
@@ -287,7 +302,10 @@ class LineCollector:
         """Take the times and readings of table rows; `columns` are the columns of each stream."""
         raw_times = block.cells[self.time_key][:, 0]
         times_s = raw_times / self.units_per_s
-        is_timed = np.abs(times_s) < MAX_TIME_S
+        is_kept = np.ones(len(times_s), dtype=np.bool_)
+        for first_line, last_line in self.left_out:
+            is_kept &= (block.lines < first_line) | (block.lines > last_line)
+        is_timed = (np.abs(times_s) < MAX_TIME_S) & is_kept
         is_missing = np.isnan(times_s)
         for name, own in columns.items():
             values = np.hstack([block.cells[column] for column in own])
@@ -298,7 +316,7 @@ class LineCollector:
             self.rows[name].frombytes(rows.astype(np.int64).tobytes())
             with np.errstate(over="ignore"):  # what does not fit float32 is reported as infinite
                 self.values[name].frombytes(values[is_read].astype(np.float32).tobytes())
-        is_unread = ~is_timed & ~(is_missing & self.is_optional)
+        is_unread = ~is_timed & is_kept & ~(is_missing & self.is_optional)
         for row in np.flatnonzero(is_unread):
             value = raw_times[row]
             text = f"{value:g}" if np.isfinite(value) else "no number"

@@ -123,7 +123,8 @@ class SessionReader:
         """Readers of all sensors: one pass over each file."""
         recipe, scan = self.recipe, self.scan
         readers = {}
-        readings = read_readings(self.path, recipe, self._names(Kind.SENSOR))
+        names = self._names(Kind.SENSOR)
+        readings = read_readings(self.path, recipe, names, corrections=scan.corrections)
         for name, own in readings.items():
             first_s = float(own.times_s[0]) if len(own.times_s) else 0.0
             offset_s = stream_offset(
@@ -139,7 +140,8 @@ class SessionReader:
         if self.tokenizer is None:
             raise ValueError("text needs a tokenizer; fix: give one to SessionReader")
         recipe, scan = self.recipe, self.scan
-        events = read_text_events(self.path, recipe, self._names(Kind.TEXT))
+        names = self._names(Kind.TEXT)
+        events = read_text_events(self.path, recipe, names, corrections=scan.corrections)
         readers = {}
         for name, recorded in events.items():
             shifted = shift_events(

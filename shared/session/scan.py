@@ -30,8 +30,10 @@ from shared.session.alignment import (
     read_starts,
     undeclared_starts,
 )
-from shared.session.folder import SESSION_INFO_FILE, read_timed_lines, source_files
+from shared.session.folder import SESSION_INFO_FILE, source_files
+from shared.session.lines import Correction
 from shared.session.masks import MaskedSpan
+from shared.session.timestamps import read_lines
 from shared.streams import Kind, MaskReason, mask_reasons
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ class SessionScan:
     By default audio begins at 0, a video at its container's times, and a timestamped stream at its
     first timestamp minus the offset. Columns depend on these starts as on the source files.
     """
+    corrections: Mapping[str, Correction]
+    """How files are read whose timestamps can't be taken as they are."""
     absent: Mapping[str, str]
     """Why each other stream is missing."""
     not_recorded: frozenset[str]
@@ -155,6 +159,13 @@ def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
     restored = {
         "intervals": {name: Interval(**pair) for name, pair in values["intervals"].items()},
         "not_recorded": frozenset(values["not_recorded"]),
+        "corrections": {
+            file: Correction(
+                units_per_s=correction["units_per_s"],
+                left_out=tuple((first, last) for first, last in correction["left_out"]),
+            )
+            for file, correction in values["corrections"].items()
+        },
         "masked": {
             name: tuple(
                 MaskedSpan(**{**span, "reason": MaskReason(span["reason"])}) for span in spans
@@ -184,12 +195,15 @@ def scan_session(
             _SCANNERS[recipe.streams[name].kind](media, name, starts.get(name))
         except MediaError as error:
             media.add_absent(name, error)
-    lines = read_timed_lines(path, recipe)
-    if start_error is None:
+    media_stop_s = max((interval.stop_s for interval in media.intervals.values()), default=None)
+    timed = read_lines(path, recipe, media_stop_s, is_cleaned=True)
+    lines, refusal = timed.lines, start_error or timed.refusal
+    if refusal is None:
         alignment = align_streams(media.intervals, lines, starts=starts, recipe=recipe)
     else:
-        alignment = Alignment(absent=dict.fromkeys(recipe.streams, start_error))
+        alignment = Alignment(absent=dict.fromkeys(recipe.streams, refusal))
     sentences = [(f"{i.file} {i.kind} {i.stream}", i.sentence, i.count) for i in lines.issues]
+    sentences += [(kind, sentence, 1) for kind, sentence in timed.sentences.items()]
     if alignment.stop_s > MAX_SESSION_S:
         sentence = (
             f"streams reach to {alignment.stop_s:g} s; everything after {MAX_SESSION_S:g} s is "
@@ -215,6 +229,7 @@ def scan_session(
         levels=media.levels,
         intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
         start_overrides={**media.start_overrides, **timed_starts},
+        corrections=timed.corrections,
         absent={n: absent[n] for n in recipe.streams if n in absent},
         not_recorded=frozenset({*media.not_recorded, *alignment.not_recorded}),
         masked=masked,

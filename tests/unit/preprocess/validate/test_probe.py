@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from helpers.report_pages import RECIPE
 from helpers.sessions import read_lines, sensor_lines, write_lines, write_session
-from hypothesis import given
-from hypothesis import strategies as st
 
-from preprocess.validate.probe import MAX_INTERVAL_S, MIN_INTERVAL_S, UNIT_NAMES, guess_unit
 from preprocess.validate.repair import repair_session
 from preprocess.validate.report import check_session
-from shared.streams import TIME_UNITS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,7 +65,7 @@ def test_texts_in_seconds_beside_lines_in_milliseconds_stay(session: Path) -> No
 
 def test_nothing_is_divided_if_texts_fit_neither_way(session: Path) -> None:
     multiply(session, "metadata.jsonl", 1000)
-    multiply(session, "text.jsonl", 1_000_000)
+    multiply(session, "text.jsonl", 55_000)
     (error,) = check_session(session, recipe=RECIPE).report.errors
     assert error.endswith("divide them by 1000")
     assert "--fix" not in error
@@ -107,17 +102,6 @@ def test_texts_every_few_seconds_are_not_read_as_milliseconds(tmp_path: Path) ->
     assert not any("look like" in e for e in report.errors)
 
 
-@given(
-    interval_s=st.floats(MIN_INTERVAL_S, MAX_INTERVAL_S),
-    unit=st.sampled_from([*UNIT_NAMES]),
-    declared=st.sampled_from([*UNIT_NAMES]),
-)
-def test_an_interval_fits_at_most_one_unit(interval_s: float, unit: str, declared: str) -> None:
-    middle_s = math.sqrt(MIN_INTERVAL_S * MAX_INTERVAL_S)
-    times = np.arange(9) * (0.5 * interval_s + 0.5 * middle_s) * TIME_UNITS[unit]
-    assert guess_unit(times, declared=declared) == (None if unit == declared else unit)
-
-
 def test_a_text_outside_the_session_is_reported_with_its_line(session: Path) -> None:
     lines = read_lines(session / "metadata.jsonl")
     lines.insert(3, {"timestamp": -5.0, "internal_text": "before all"})
@@ -132,8 +116,10 @@ def test_a_text_outside_the_session_is_reported_with_its_line(session: Path) -> 
 
 
 def test_a_session_longer_than_a_day_reports_the_ignored_part(session: Path) -> None:
-    with (session / "metadata.jsonl").open("a") as file:
-        file.write('{"timestamp": 1e9, "touch": [0, 0, 0, 0, 0]}\n')
+    write_lines(
+        session / "metadata.jsonl",
+        [{"timestamp": i * 100.0, "touch": [i % 2] * 5} for i in range(1000)],
+    )
     report = check_session(session, recipe=RECIPE).report
     assert report.stats["length_s"] == 86_400
     assert any("everything after 86400 s is left out" in w for w in report.warnings)

@@ -24,7 +24,7 @@ from shared.session.folder import (
     scanned_files,
     source_files,
 )
-from shared.session.lines import MAX_ISSUES, SessionLines
+from shared.session.lines import MAX_ISSUES, Correction, SessionLines
 from shared.session.tables import MAX_LINE_BYTES
 from shared.values import clean_readings
 
@@ -340,7 +340,14 @@ def test_every_file_gives_its_lines_by_time_key(declared: Path) -> None:
 
 
 def test_another_divisor_replaces_the_declared_unit(declared: Path) -> None:
-    lines = read_timed_lines(declared, STREAMS, units_per_s={"imu.csv": 1e3, "text.jsonl": 10.0})
+    lines = read_timed_lines(
+        declared,
+        STREAMS,
+        corrections={
+            "imu.csv": Correction(units_per_s=1e3),
+            "text.jsonl": Correction(units_per_s=10.0),
+        },
+    )
     assert lines.spans["imu.csv"] == (0.0, 1995.0)
     assert lines.events["inner"][0].time_s == pytest.approx(0.02)
 

@@ -57,8 +57,13 @@ def test_a_segment_with_nothing_but_silent_text_is_rejected(session):
 
 def test_one_wrong_timestamp_does_not_make_a_billion_segments(session):
     write_tone(session / "audio.wav", 2.0)
-    lines = [*sensor_lines(1.0), {"timestamp": 1e9, "touch": [0] * 5, "proprio": [0] * 20}]
-    write_lines(session / "metadata.jsonl", lines)
+    wrong = {"timestamp": 1e9, "touch": [0] * 5, "proprio": [0] * 20}
+    write_lines(session / "metadata.jsonl", [*sensor_lines(1.0), wrong])
+    scan = scan_session(session, recipe=tiny_recipe(segment={"duration_s": 600}))
+    assert scan.duration_s == 2.0
+    assert any("line 31: timestamp 1000000000.000 s is" in what for what in scan.issues)
+    rare = [{"timestamp": i * 100.0, "touch": [0] * 5} for i in range(1000)]
+    write_lines(session / "metadata.jsonl", rare)
     scan = scan_session(session, recipe=tiny_recipe(segment={"duration_s": 600}))
     assert scan.duration_s == 24 * 3600
     assert any("a timestamp must be wrong" in what for what in scan.issues)
