@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from shared.interrupts import catch_interrupts
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports below, which take long enough to be interrupted
+
 import os
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +16,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from shared.cli import CommandGroup, widen_pipes
+from shared.cli import CommandGroup, ContinuableCommand, widen_pipes
 from shared.recipe import Recipe, load_recipe
 from shared.storage import Store, parse_location, redact_url
 
@@ -158,7 +162,7 @@ def _print_proposal(locations: tuple[str, ...]) -> None:
     click.echo(propose_recipe(folders[0]), nl=False)
 
 
-@cli.command()
+@cli.command(cls=ContinuableCommand)
 @_RECIPE_OPTION
 @click.option(
     "--sessions",
@@ -408,7 +412,7 @@ def _print_manifest(manifest: Manifest, location: str) -> None:
     )
 
 
-@cli.command("demo-sessions")
+@cli.command("demo-sessions", cls=ContinuableCommand)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--sessions", "num_sessions", type=click.IntRange(min=1), default=24, show_default=True
@@ -462,7 +466,5 @@ def _recipe(path: Path | None) -> Recipe:
 
 
 if __name__ == "__main__":
-    # SIGTERM stops a job as Ctrl-C does: workers are stopped, staging directories removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     widen_pipes()
     cli(prog_name="python -m preprocess")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from shared import interrupts
 from shared.errors import EngineError, MachineError
 from shared.machine import describe_os_error, is_machine_trouble, raise_descriptor_limit
 
-INTERRUPTED_EXIT_CODE = 130
-
 PIPE_COLUMNS = 120
 """Width of tables that go to a file or pipe, if COLUMNS does not set one."""
+
+
+class ContinuableCommand(click.Command):
+    """A command that continues an interrupted run of itself from the work that it finished."""
 
 
 class CommandGroup(click.Group):
@@ -29,7 +32,9 @@ class CommandGroup(click.Group):
         """
         raise_descriptor_limit()
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
+        except KeyboardInterrupt:
+            self._end_interrupted(ctx)
         except EngineError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
@@ -39,11 +44,23 @@ class CommandGroup(click.Group):
             click.echo(f"Error: {describe_os_error(error)}", err=True)
             is_trouble = is_machine_trouble(error)
             ctx.exit(MachineError.exit_code if is_trouble else EngineError.exit_code)
-        except KeyboardInterrupt:
-            click.echo(
-                "Interrupted. Finished work is kept; run the command again to continue.", err=True
-            )
-            ctx.exit(INTERRUPTED_EXIT_CODE)
+
+    def _invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 (click's own signature)
+        """Run the command; an error that a library makes of an interrupt is an interrupt."""
+        try:
+            with interrupts.running_command():
+                return super().invoke(ctx)
+        except Exception as error:
+            if interrupts.was_interrupted() and not isinstance(error, click.exceptions.Exit):
+                raise KeyboardInterrupt from error
+            raise
+
+    def _end_interrupted(self, ctx: click.Context) -> NoReturn:
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        can_continue = isinstance(command, ContinuableCommand)
+        hint = " Finished work is kept; run the command again to continue." if can_continue else ""
+        click.echo(f"Interrupted.{hint}", err=True)
+        ctx.exit(interrupts.exit_code())
 
 
 def widen_pipes() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from shared.interrupts import catch_interrupts, exit_code
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports below, which take long enough to be interrupted
+
 import json
 import os
 from pathlib import Path
@@ -68,7 +73,9 @@ def cli() -> None:
     help="Check the configuration, the data and one pass over one batch, without training.",
 )
 @_OVERRIDES
+@click.pass_context
 def run(
+    ctx: click.Context,
     *,
     config_path: Path,
     resume: str | None,
@@ -78,9 +85,12 @@ def run(
 ) -> None:
     """Train a model as a configuration file says.
 
-    Metrics go to TensorBoard, checkpoints to training.checkpointing.save_dir. Ctrl-C saves a
-    checkpoint and stops. OVERRIDES are key=value pairs that replace keys of the file, such as
-    training.max_steps=200. All keys are explained in train/config.py.
+    Metrics go to TensorBoard, checkpoints to training.checkpointing.save_dir. OVERRIDES are
+    key=value pairs that replace keys of the file, such as training.max_steps=200. All keys are
+    explained in train/config.py.
+
+    Ctrl-C, SIGTERM and SIGHUP save a checkpoint and stop; the exit code is then 130, 143 or 129.
+    It is 0 only if training.max_steps was reached.
 
     \b
     python -m train run --config configs/demo.yaml --check
@@ -96,7 +106,9 @@ def run(
     if check:
         check_config(config, origin=config_path, resume=resume, weights=weights)
     else:
-        run_training(config, origin=config_path, resume=resume, weights=weights)
+        summary = run_training(config, origin=config_path, resume=resume, weights=weights)
+        if summary is not None and summary.signal_number is not None:
+            ctx.exit(exit_code(summary.signal_number))
 
 
 @cli.command()

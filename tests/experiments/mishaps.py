@@ -95,7 +95,7 @@ def press(run: Run, number: signal.Signals) -> Outcome:
     (step,) = [torch.load(p)["step"] for p in newest_first(run.checkpoints)[:1]]
     is_reported = f"stopped at step {step}" in output and "Traceback" not in output
     after, is_equal = run.resume()
-    is_good = job.returncode == 0 and is_reported and is_equal
+    is_good = job.returncode == 128 + number and is_reported and is_equal
     return Outcome(f"exit code {job.returncode}, saved step {step}; {after}", is_good)
 
 
@@ -192,6 +192,7 @@ def keep_some(run: Run) -> Outcome:
 
 MISHAPS: dict[str, Callable[[Run], Outcome]] = {
     "SIGTERM": partial(press, number=signal.SIGTERM),
+    "SIGHUP": partial(press, number=signal.SIGHUP),
     "Ctrl-C": partial(press, number=signal.SIGINT),
     "newest checkpoint cut in half": partial(damage, spoil=cut_in_half),
     "newest checkpoint, a bit flipped": partial(damage, spoil=flip_a_bit),

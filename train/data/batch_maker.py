@@ -265,7 +265,8 @@ def init_worker(_worker_id: int) -> None:
     The trainer still needs its batch to finish the step and save. After that it stops the workers,
     at the latest by a SIGTERM of its own. They detect by themselves when it is gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
 

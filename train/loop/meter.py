@@ -225,7 +225,9 @@ class TrainSummary:
     steps: int
     """Optimizer steps of the whole run so far."""
     stopped_by: Literal["max_steps", "signal"]
-    """Why it returned; a signal is Ctrl-C or SIGTERM."""
+    """Why it returned; a signal is Ctrl-C, SIGTERM or SIGHUP."""
+    signal_number: int | None
+    """The signal; None if it stopped by max_steps."""
     first_losses: Mapping[str, float]
     """Means over this call's first few steps, by metric name."""
     last_losses: Mapping[str, float]
@@ -268,7 +270,7 @@ class Progress:
         self,
         *,
         steps: int,
-        is_complete: bool,
+        signal_number: int | None,
         skipped_samples: int,
         checkpoint: Path | None,
         log_dir: Path,
@@ -277,7 +279,8 @@ class Progress:
         metrics = self.metrics
         return TrainSummary(
             steps=steps,
-            stopped_by="max_steps" if is_complete else "signal",
+            stopped_by="max_steps" if signal_number is None else "signal",
+            signal_number=signal_number,
             first_losses=self.meter.first_losses(),
             last_losses={n: v for n, v in metrics.items() if n.startswith("loss_")},
             first_val_losses=self.first_val_losses,

@@ -127,7 +127,9 @@ class Trainer:
             standardize(self.model, self._loader)
 
     def train(self) -> TrainSummary:
-        """Train up to ``training.max_steps``, or until Ctrl-C or SIGTERM, which save and return.
+        """Train up to ``training.max_steps``, or until a signal, after which it saves and returns.
+
+        The signals are Ctrl-C, SIGTERM and, unless it is ignored, SIGHUP.
 
         Raises:
             DivergedError: losses or gradients were non-finite, or far above the steps before, for
@@ -143,7 +145,7 @@ class Trainer:
         with stop, self._open_log() as log, runtime.translate_errors():
             self.standardize()
             feed = self._restore(log)
-            while state.step < training.max_steps and not distributed.any_rank(stop.requested):
+            while state.step < training.max_steps and not distributed.any_rank(stop.number > 0):
                 set_learning_rate(optimizer, learning_rate(state.step, training))
                 batches = self._take_batches(feed, log)
                 counts = self._counts(batches)
@@ -161,7 +163,8 @@ class Trainer:
                     self._evaluate(log)
                 if self._checkpoints.is_due(state.step):
                     self._save(feed)
-            return self._finish(log, feed)
+            (number,) = distributed.max_over_ranks([stop.number])
+            return self._finish(log, feed, signal_number=int(number))
 
     def evaluate(self) -> dict[str, float]:
         """Return the exact mean losses over the held-out batches.
@@ -393,7 +396,7 @@ class Trainer:
         with meter.pause():
             self._checkpoints.save_or_warn(self._state.as_dict(feed.state()))
 
-    def _finish(self, log: RunLog, feed: BatchFeed) -> TrainSummary:
+    def _finish(self, log: RunLog, feed: BatchFeed, *, signal_number: int) -> TrainSummary:
         """Log the last steps, save the last checkpoint, and return the summary."""
         progress = self._progress
         is_complete = self.step >= self.config.training.max_steps
@@ -414,7 +417,7 @@ class Trainer:
             )
         return progress.summary(
             steps=self.step,
-            is_complete=is_complete,
+            signal_number=None if is_complete else signal_number,
             skipped_samples=self._state.corrupt_samples.num_corrupt,
             checkpoint=checkpoint,
             log_dir=log.folder,

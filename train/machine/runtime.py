@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from shared.errors import ConfigError, EngineError
+from shared.interrupts import REPEAT_S, ending_signals, ignore_lost_terminal, write_line
 
 if TYPE_CHECKING:
     import types
@@ -28,7 +30,6 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 BYTES_PER_MB = 2**20
 _DEVICES = 'use "auto", "cpu", "cuda" or "cuda:N"'
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FIRST_SCALE = 2.0**16
 _HOST_ALLOCATOR = "DefaultCPUAllocator"
 _SMALLER_BATCHES = (
@@ -257,23 +258,25 @@ def translate_worker_errors() -> Iterator[None]:
 
 
 class StopSignals:
-    """Records the first Ctrl-C or SIGTERM instead of ending the process; the second one ends it.
+    """Records the first Ctrl-C, SIGTERM or SIGHUP instead of ending the process.
 
-    A context manager. Handlers are installed in the main thread only, and restored at the end. With
-    `ignores_repeats` further signals are ignored, too.
+    A context manager. Handlers are installed in the main thread only, and restored at the end.
+    SIGHUP stays ignored if it is, as under nohup. A signal more than a second after the first has
+    its usual effect, unless `ignores_repeats`.
     """
 
     def __init__(self, *, ignores_repeats: bool = False) -> None:
         self._ignores_repeats = ignores_repeats
-        self.requested = False
-        """Whether a signal asked to stop."""
+        self.number = 0
+        """The first signal that asked to stop, 0 if none did."""
+        self._repeats_until_s = 0.0
         self._previous: dict[signal.Signals, Any] = {}
         self._owner_pid = os.getpid()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             handler: Callable[[int, types.FrameType | None], None] = self._record
-            self._previous = {s: signal.signal(s, handler) for s in _STOP_SIGNALS}
+            self._previous = {n: signal.signal(n, handler) for n in ending_signals()}
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -285,11 +288,12 @@ class StopSignals:
         # continue until the trainer, which needs their batches to finish its step, stops them.
         if os.getpid() != self._owner_pid:
             return
-        is_first, self.requested = not self.requested, True
-        hint = b""
-        if not self._ignores_repeats:
+        if number == signal.SIGHUP:
+            ignore_lost_terminal()
+        if self.number == 0:
+            self.number, self._repeats_until_s = number, time.monotonic() + REPEAT_S
+            hint = "; press again to stop at once" if number == signal.SIGINT else ""
+            write_line(f"\nStopping after this step and a checkpoint{hint}.")
+        elif time.monotonic() > self._repeats_until_s and not self._ignores_repeats:
             signal.signal(number, self._previous[signal.Signals(number)])
-            hint = b"; press again to stop at once"
-        if is_first:
-            # Not print: a signal may arrive inside a print, which is not reentrant.
-            os.write(2, b"\nStopping after this step and a checkpoint" + hint + b".\n")
+            signal.raise_signal(number)

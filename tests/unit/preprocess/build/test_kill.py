@@ -108,14 +108,14 @@ def test_a_job_killed_while_it_writes_is_completed_to_the_same_bytes(
     assert leftovers(out) == []
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_job_reports_it_and_leaves_no_temporary_file(recorded, tmp_path, stop):
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     job = run_job(recorded, out, SMALL)
     await_true(lambda: out.exists() and any(p.suffix == ".tmp" for p in out.iterdir()))
     job.send_signal(stop)
     _, stderr = job.communicate()
-    assert job.returncode == 130
+    assert job.returncode == 128 + stop
     assert stderr == "Interrupted. Finished work is kept; run the command again to continue.\n"
     assert leftovers(out) == []
     build(recorded, out, SMALL)

@@ -1,10 +1,11 @@
-"""Ctrl-C and SIGTERM, to the trainer and to its loader processes."""
+"""Ctrl-C, SIGTERM and SIGHUP, to the trainer and to its loader processes."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -16,31 +17,54 @@ from helpers import training as tiny_training
 from helpers.training import EndlessLoader, make_config, make_trainer
 from rich.console import Console
 
+from train.machine import runtime
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, number):
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(s) for s in SIGNALS]
     screen = io.StringIO()
     loader = EndlessLoader(on_batch=lambda index: index == 2 and signal.raise_signal(number))
     trainer = make_trainer(make_config(tmp_path), loader, console=Console(file=screen))
     summary = trainer.train()
-    assert (summary.stopped_by, summary.steps) == ("signal", 3)
+    assert (summary.stopped_by, summary.signal_number, summary.steps) == ("signal", number, 3)
     assert torch.load(tmp_path / "checkpoints/model_step_3.pt")["step"] == 3
     assert "--resume auto" in screen.getvalue()
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(s) for s in SIGNALS] == handlers
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    def press_twice(index):
-        if index == 1:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+def test_an_ignored_hangup_stops_nothing(tmp_path):
+    loader = EndlessLoader(on_batch=lambda index: index == 2 and signal.raise_signal(signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        summary = make_trainer(make_config(tmp_path, max_steps=4), loader).train()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (summary.stopped_by, summary.signal_number, summary.steps) == ("max_steps", None, 4)
 
+
+def press_twice(index):
+    if index == 1:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "REPEAT_S", -1.0)
     trainer = make_trainer(make_config(tmp_path), EndlessLoader(on_batch=press_twice))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+
+
+def test_a_signal_that_is_passed_on_twice_at_once_saves(tmp_path):
+    trainer = make_trainer(make_config(tmp_path), EndlessLoader(on_batch=press_twice))
+    assert (trainer.train().stopped_by, trainer.step) == ("signal", 2)
 
 
 SCRIPT = """
@@ -74,6 +98,24 @@ def test_ctrl_c_to_the_whole_process_group_with_loader_processes_ends_cleanly(tm
     (saved,) = (tmp_path / "checkpoints").iterdir()
     assert f"returned by signal {saved}" in rest
     assert "Traceback" not in rest
+
+
+def test_a_run_whose_terminal_is_closed_saves(tmp_path):
+    tests, here = Path(tiny_training.__file__).parents[1], Path(__file__).parent
+    path = tmp_path / "program.py"
+    path.write_text(SCRIPT.format(tests=str(tests), train_tests=str(here), folder=str(tmp_path)))
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, str(path)])
+    output = b""
+    while output.count(b"/1000000") < 3:
+        output += os.read(terminal, 1000)
+    os.close(terminal)
+    # The kernel has sent SIGHUP, and every write to the terminal fails.
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert torch.load(saved)["step"] >= 3
 
 
 STUBBORN = """
