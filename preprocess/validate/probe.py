@@ -19,8 +19,9 @@ from preprocess.validate.repair_plan import RepairPlan
 from shared.errors import MediaError, MissingMediaError
 from shared.kinds.audio import align_sound
 from shared.kinds.video import align_track, interval_of
+from shared.media.container import REPLACE_FIX
 from shared.media.sound import measure_loudness, read_sound
-from shared.media.video import REPLACE_FIX, read_frames, read_video_track
+from shared.media.video import read_frames, read_video_track
 from shared.session.alignment import align_streams, read_starts, shift_events
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream
 from shared.session.lines import Readings

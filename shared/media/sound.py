@@ -19,7 +19,7 @@ import soxr
 from shared.clock import Interval
 from shared.errors import MediaError
 from shared.files import DiskArray
-from shared.media.video import REPLACE_FIX, container_origin_s, decode_all, require_bytes
+from shared.media.container import REPLACE_FIX, container_origin_s, decode_all, require_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

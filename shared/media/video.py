@@ -19,16 +19,31 @@ container whose packets and times can be trusted; other files are decoded comple
 
 from __future__ import annotations
 
-from array import array
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from collections import deque
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from shared.errors import MediaError, MissingMediaError
+from shared.errors import MediaError
+from shared.media.container import (
+    INDEXED_FORMATS,
+    RAW_FORMATS,
+    READ_ERRORS,
+    REPLACE_FIX,
+    codec_name,
+    container_origin_s,
+    cut_box,
+    error_reason,
+    explain_failure,
+    is_picture,
+    open_video,
+    pixel_aspect,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,41 +55,35 @@ if TYPE_CHECKING:
 
     from shared.streams import VideoDefaults
 
-MAX_PIXELS = 8192 * 8192
-"""A larger picture is refused before it is decoded."""
-
-INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-"""Containers in which a seek ends at the requested keyframe, and whose clock begins at 0."""
-
-_READ_ERRORS = (av.FFmpegError, IndexError)
-"""Errors that PyAV raises while it reads packets; IndexError if damage makes a track appear
-midway."""
-
-_OPEN_OPTIONS = {
-    "protocol_whitelist": "file",
-    "format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,h264,hevc,ivf,ogg,flv,mjpeg",
-}
-"""Refuse playlists that name other files or hosts, and text that ffmpeg would draw as a picture."""
-
-REPLACE_FIX = "fix: replace it, or remove it to do without it"
-"""Fix for a file of a session that can't be read."""
-
 _NAL_LENGTH_BYTE = {"h264": 4, "hevc": 21}
 """Byte of avcC and hvcC (ISO/IEC 14496-15) that holds the size of NAL unit lengths."""
 
-_H264_IDR, _H264_LAST_SLICE = 5, 5
+_H264_IDR, _H264_LAST_SLICE, _H264_REFERENCE = 5, 5, 0x60
+_H264_INTRA_SLICES = {0xB, 8}
+"""First four bits of a slice header: macroblock 0, then slice type 2 or 7."""
+
 _HEVC_IDR, _HEVC_LAST_SLICE = (19, 20), 31
+
+_ZEROS = bytes(128)
+_CODECS_WITHOUT_ZEROS = {"h264", "hevc", "vp8", "vp9", "av1"}
+_CODECS_WITH_STUFFING = {"mpeg1video", "mpeg2video", "mpeg4"}
+"""A packet of these codecs with so many zeros in a row, or with nothing else, lost a block of the
+disk. H.264 and HEVC allow no three in a row; the others are packed too densely. MPEG pictures may
+end in zeros."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoTrack:
-    """Frame times and packet order of the first video track, as its container has them.
+    """Frame times and packet order of the main video track, as its container has them.
 
     `times_s` float64 [N]: presentation times from the container's start, increasing; `pts` int64
     [N]: the same in units of the track's time base; `keyframes` bool [N]; `positions` int64 [N]:
     index of each frame's packet in the file's order; `restarts` int64 [R]: indices of the packets
     at which a decoder can start without earlier ones, increasing; none where no seek can be
-    trusted.
+    trusted; `damaged` int64 [D]: indices of the packets that are damaged without any doubt.
+
+    Keyframes at which H.264 begins to refresh the picture over several frames are not marked: what
+    follows them depends on what was decoded before.
     """
 
     codec: str
@@ -85,8 +94,17 @@ class VideoTrack:
     keyframes: NDArray[np.bool_]
     positions: NDArray[np.int64]
     restarts: NDArray[np.int64]
+    damaged: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    num_tracks: int = 1
+    """Video tracks of the file, without cover pictures."""
+    pixel_aspect: float = 1.0
+    """Width of a pixel by its height."""
+    assumed_rate_hz: float | None = None
+    """Frame rate that gives the times of an elementary stream, which has no others."""
     num_lost: int = 0
     """Frames that the container's index lists but a truncated file does not contain."""
+    cut: str | None = None
+    """Which part of the container ends beyond the end of the file, and the fix."""
     origin_s: float = 0.0
     """Reading of the container's clock at its start, which counts as 0; 0 where it means nothing
     (MPEG streams)."""
@@ -98,52 +116,197 @@ class VideoTrack:
             return float(self.times_s[0]) + 1 / 30
         return float(self.times_s[-1] + np.median(np.diff(self.times_s)))
 
+    @property
+    def group_starts(self) -> NDArray[np.int64]:
+        """Index of the packet of the last keyframe at or before each frame [N]; 0 if none is."""
+        keys = np.flatnonzero(self.keyframes)
+        number = np.searchsorted(keys, np.arange(len(self.pts)), side="right")
+        return np.concatenate([[0], self.positions[keys]])[number]
+
+    @property
+    def is_damaged(self) -> NDArray[np.bool_]:
+        """Mark the frames [N] that known damage reaches; decoding may find more."""
+        before = np.searchsorted(self.damaged, self.group_starts, side="left")
+        return np.asarray(before < np.searchsorted(self.damaged, self.positions, side="right"))
+
 
 def read_video_track(path: Path) -> VideoTrack:
-    """Read the frame times of a video without decoding it.
+    """Read the frame times of a video without decoding it, except for an elementary stream.
 
     Raises:
         MediaError: the file doesn't open or contains no video frame.
     """
     with open_video(path) as (container, stream):
         context = stream.codec_context
-        origin_s = (container.start_time or 0) / av.time_base
-        is_indexed = container.format.name in INDEXED_FORMATS
-        length_bytes = nal_length_bytes(context) if is_indexed else None
-        pts, positions, restarts = array("q"), array("q"), array("q")
-        is_key = array("b")
-        num_packets = 0
-        try:
-            # The packets before damage or a cut are kept.
-            for packet in container.demux(stream):
-                if packet.is_keyframe and is_restart(packet, context.name, length_bytes):
-                    restarts.append(num_packets)
-                if packet.pts is not None and not packet.is_discard:
-                    pts.append(packet.pts)
-                    positions.append(num_packets)
-                    is_key.append(packet.is_keyframe)
-                num_packets += packet.size > 0
-        except _READ_ERRORS as error:
-            if not pts:
+        rate_hz = None
+        if container.format.name in RAW_FORMATS:
+            rate_hz = float(context.framerate or 0)
+            if not rate_hz:
                 raise MediaError(
-                    f"{path}: can't be read: {error_reason(error)}; {REPLACE_FIX}"
-                ) from error
-        if not pts:
-            raise MediaError(f"{path}: contains no video frame; fix: record or copy it again")
-        order = _increasing_order(np.asarray(pts, dtype=np.int64))
-        sorted_pts = np.asarray(pts, dtype=np.int64)[order]
+                    f"{path}: is a bare {codec_name(context)} stream without times, and names no "
+                    "frame rate; fix: `ffmpeg -r RATE -i FILE -c copy NEW.mp4` with its rate"
+                )
+        packets = _read_packets(path, container, stream)
+        if not packets.pts:
+            reason = (
+                explain_failure(path) or "contains no video frame; fix: record or copy it again"
+            )
+            raise MediaError(f"{path}: {reason}")
+        if packets.num_encrypted == packets.count:
+            raise MediaError(
+                f"{path}: is encrypted; fix: decrypt it (`ffmpeg -decryption_key KEY -i FILE -c "
+                "copy NEW.mp4`)"
+            )
+        pts = np.asarray(packets.pts, dtype=np.int64)
+        order = _increasing_order(pts)
+        pts = pts[order]
+        if rate_hz:
+            times_s = pts / rate_hz
+        else:
+            times_s = pts.astype(np.float64) * float(stream.time_base or 0)
+            times_s -= (container.start_time or 0) / av.time_base
+            if 0 < abs(times_s[0]) < 1 / av.time_base:  # the container's start is rounded
+                times_s -= times_s[0]
+        num_lost = max(0, stream.frames - packets.count)
         return VideoTrack(
-            codec=context.name,
+            codec=codec_name(context),
             width=context.width,
             height=context.height,
-            times_s=sorted_pts.astype(np.float64) * float(stream.time_base or 0) - origin_s,
-            pts=sorted_pts,
-            keyframes=np.asarray(is_key, dtype=np.bool_)[order],
-            positions=np.asarray(positions, dtype=np.int64)[order],
-            restarts=np.asarray(restarts, dtype=np.int64),
-            num_lost=max(0, stream.frames - num_packets),
+            times_s=times_s,
+            pts=pts,
+            keyframes=np.asarray(packets.is_key, dtype=np.bool_)[order],
+            positions=np.asarray(packets.positions, dtype=np.int64)[order],
+            restarts=np.asarray(packets.restarts, dtype=np.int64),
+            damaged=np.asarray(packets.damaged, dtype=np.int64),
+            num_tracks=len([s for s in container.streams.video if not is_picture(s)]),
+            pixel_aspect=pixel_aspect(stream),
+            assumed_rate_hz=rate_hz,
+            num_lost=num_lost,
+            cut=None if num_lost else cut_box(path),
             origin_s=container_origin_s(container),
         )
+
+
+@dataclass(slots=True)
+class _Packets:
+    """What the packets of a track say: of each frame, and indices of packets."""
+
+    pts: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    is_key: list[bool] = field(default_factory=list)
+    restarts: list[int] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
+    count: int = 0
+    num_encrypted: int = 0
+
+
+def _read_packets(path: Path, container: InputContainer, stream: Any) -> _Packets:  # noqa: ANN401
+    """Read all packets of a track; those before damage or a cut are kept."""
+    packets, name = _Packets(), codec_name(stream.codec_context)
+    ranks = None
+    if container.format.name in RAW_FORMATS:
+        state = path.stat()
+        ranks = _presentation_order(path, state.st_size, state.st_mtime_ns)
+    length_bytes = None
+    if container.format.name in INDEXED_FORMATS:
+        length_bytes = nal_length_bytes(stream.codec_context)
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            number = packets.count
+            if packet.is_keyframe and is_restart(packet, name, length_bytes):
+                packets.restarts.append(number)
+            pts = packet.pts if ranks is None else ranks[number]
+            if pts is not None and not packet.is_discard:
+                packets.pts.append(pts)
+                packets.positions.append(number)
+                is_key = packet.is_keyframe and is_intra(packet, name, length_bytes)
+                packets.is_key.append(is_key)
+            is_encrypted = packet.has_sidedata("encryption_info")
+            packets.num_encrypted += is_encrypted
+            if packet.is_corrupt or is_encrypted or _has_zeros(packet, name):
+                packets.damaged.append(number)
+            packets.count += 1
+    except READ_ERRORS as error:
+        if not packets.pts:
+            reason = f"can't be read: {error_reason(error)}; {REPLACE_FIX}"
+            raise MediaError(f"{path}: {reason}") from error
+    return packets
+
+
+def _has_zeros(packet: Any, codec: str) -> bool:  # noqa: ANN401
+    """Check whether a packet lost a block of the disk."""
+    content = bytes(packet) if codec in _CODECS_WITHOUT_ZEROS | _CODECS_WITH_STUFFING else b""
+    if codec in _CODECS_WITH_STUFFING:
+        content = content.rstrip(b"\0") or content
+    return _ZEROS[: packet.size] in content
+
+
+@lru_cache(maxsize=8)
+def _presentation_order(path: Path, _size: int, _mtime_ns: int) -> list[int]:
+    """Decode an elementary stream and return the place of each packet in order of presentation.
+
+    A packet that gives no frame has a place too, at the latest after all packets before it.
+    """
+    shown: list[int] = []
+    count = 0
+    with open_video(path) as (container, stream):
+        for packet in container.demux(stream):
+            if packet.size:
+                packet.pts, packet.dts = count, None
+                count += 1
+            shown += [frame.pts for frame in _decode_packet(packet)]
+    missing = deque(sorted(set(range(count)) - set(shown)))
+    order: list[int] = []
+    for position in (*shown, count):
+        while missing and missing[0] < position:
+            order.append(missing.popleft())
+        order.append(position)
+    ranks = [0] * (count + 1)
+    for rank, position in enumerate(order):
+        ranks[position] = rank
+    return ranks
+
+
+class _Damage:
+    """Damage of a track, and which frames it reaches.
+
+    A picture is clean if all packets from the last keyframe up to its own are. Pictures of H.264
+    that no other refers to pass their damage on to none: whether they are decoded depends on what
+    is requested.
+    """
+
+    def __init__(self, track: VideoTrack) -> None:
+        self._track, self._starts = track, track.group_starts
+        self._positions: list[int] = track.damaged.tolist()
+        self._own: set[int] = set()
+        self.disposable: set[int] = set()
+        """Packets that no other refers to."""
+
+    def mark(self, position: int) -> None:
+        """Note that a packet is damaged."""
+        if position in self.disposable:
+            self._own.add(position)
+        elif not self.is_between(position, position + 1):
+            insort(self._positions, position)
+
+    def inspect(self, frame: VideoFrame) -> None:
+        """Note the damage of a frame that the decoder had to guess parts of."""
+        if frame.is_corrupt and frame.pts is not None:
+            index = int(np.searchsorted(self._track.pts, frame.pts))
+            if index < len(self._track.pts):
+                self.mark(int(self._track.positions[index]))
+
+    def is_between(self, start: int, stop: int) -> bool:
+        """Return whether one of the packets [start, stop) is damaged."""
+        at = bisect_left(self._positions, start)
+        return at < len(self._positions) and self._positions[at] < stop
+
+    def reaches(self, index: int) -> bool:
+        """Return whether a frame shows damage."""
+        position = int(self._track.positions[index])
+        return position in self._own or self.is_between(int(self._starts[index]), position + 1)
 
 
 def read_frames(
@@ -151,7 +314,8 @@ def read_frames(
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Decode some frames of a video, in order of time, at the stream's size.
 
-    Packets that no requested frame needs are skipped. Frames that don't decode are left out.
+    Packets that no requested frame needs are skipped. Frames that don't decode are left out, and so
+    are those that the decoder marks as damaged, with all that follow up to the next keyframe.
     `requested` are increasing indices into `track.times_s`.
 
     Yields:
@@ -163,53 +327,38 @@ def read_frames(
     if not len(requested):
         return
     index_of_pts = {int(track.pts[i]): i for i in requested}
-    last_pts = int(track.pts[requested[-1]])
-    reformatter = VideoReformatter()
-    for frame in decode_frames(path, track, requested):
+    # A picture is clean only if those before it in the file's order are, which may be shown later.
+    in_file = np.argsort(track.positions, kind="stable")
+    judged_pts = np.empty_like(track.pts)
+    judged_pts[in_file] = np.maximum.accumulate(track.pts[in_file])
+    damage, reformatter = _Damage(track), VideoReformatter()
+    held: deque[tuple[int, NDArray[np.uint8]]] = deque()
+    for frame in decode_frames(path, track, requested, damage=damage):
         index = index_of_pts.pop(frame.pts, None)
-        if index is not None:
-            yield index, _convert_frame(frame, reformatter, spec)
-        if not index_of_pts or frame.pts > last_pts:
+        if index is not None and not damage.reaches(index):
+            held.append((index, _convert_frame(frame, reformatter, spec, track.pixel_aspect)))
+        while held and judged_pts[held[0][0]] <= frame.pts:
+            index, picture = held.popleft()
+            if not damage.reaches(index):
+                yield index, picture
+        if not held and not index_of_pts:
             return
+    yield from ((index, picture) for index, picture in held if not damage.reaches(index))
 
 
-@contextmanager
-def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
-    """Open a container and its first video track, after checks that need no decoding.
-
-    Raises:
-        MediaError: the file doesn't open or contains no video that can be decoded.
-    """
-    require_bytes(path)
-    try:
-        container = av.open(str(path), metadata_errors="ignore", options=_OPEN_OPTIONS)
-    except (av.FFmpegError, ValueError) as error:
-        reason = f"{error_reason(error)}; {_open_fix(path)}"
-        raise MediaError(f"{path}: not a readable video: {reason}") from error
-    with container:
-        if not container.streams.video:
-            raise MediaError(f"{path}: contains no video track; {REPLACE_FIX}")
-        stream = container.streams.video[0]
-        context: Any = stream.codec_context  # None if no decoder is known, despite its type
-        if context is None or context.width == 0:
-            raise MediaError(f"{path}: its codec is unknown; fix: re-encode it as h264")
-        stream.thread_type = "NONE"  # one process per core is faster than threads within one
-        if context.width * context.height > MAX_PIXELS:
-            size = f"{context.width}x{context.height}"
-            raise MediaError(f"{path}: pictures of {size} are too large; fix: re-encode it smaller")
-        yield container, stream
-
-
-def decode_frames(path: Path, track: VideoTrack, requested: Sequence[int]) -> Iterator[Any]:
+def decode_frames(
+    path: Path, track: VideoTrack, requested: Sequence[int], *, damage: _Damage | None = None
+) -> Iterator[Any]:
     """Decode frames in order of time: the requested ones that decode, and some others.
 
     Decoding starts at the keyframe before the first requested frame if the container's index can be
     trusted. Otherwise it starts at the file's first frame: after a seek, MPEG streams and AVI lose
-    frames or give them the times of other frames.
+    frames or give them the times of other frames. What does not decode is noted in `damage`.
 
     Yields:
         av.VideoFrame with a presentation time.
     """
+    damage = _Damage(track) if damage is None else damage
     first = requested[0]
     keyframes_before = np.flatnonzero(track.keyframes[: first + 1])
     keyframe = int(keyframes_before[-1]) if len(keyframes_before) else 0
@@ -219,11 +368,10 @@ def decode_frames(path: Path, track: VideoTrack, requested: Sequence[int]) -> It
             is_indexed = container.format.name in INDEXED_FORMATS
             if start > 0 and not (is_indexed and _seek(container, stream, int(track.pts[start]))):
                 continue
-            source = (
-                _decode_needed(container, stream, track, requested, has_sought=start > 0)
-                if is_indexed
-                else decode_all(container, stream)
-            )
+            source = _decode_needed(
+                container, stream, track, requested if is_indexed else None, damage=damage,
+                has_sought=start > 0,
+            )  # fmt: skip
             frames = (f for f in source if f.pts is not None)
             head = next(frames, None)
             if head is not None and (start == 0 or head.pts <= track.pts[first]):
@@ -248,21 +396,6 @@ def frames_to_restart(track: VideoTrack, frames: NDArray[np.int64]) -> NDArray[n
     return distance
 
 
-def decode_all(container: InputContainer, stream: Any) -> Iterator[Any]:  # noqa: ANN401
-    """Decode every frame of a track; packets that don't decode are skipped."""
-    try:
-        for packet in container.demux(stream):
-            yield from _decode_packet(packet)
-    except _READ_ERRORS:
-        return
-
-
-def container_origin_s(container: InputContainer) -> float:
-    """Return the start of a container whose clock has a meaningful zero, else 0."""
-    is_indexed = container.format.name in INDEXED_FORMATS
-    return (container.start_time or 0) / av.time_base if is_indexed else 0.0
-
-
 def nal_length_bytes(codec_context: Any) -> int | None:  # noqa: ANN401
     """Return the size of the length field before each NAL unit; None if the track has none."""
     index = _NAL_LENGTH_BYTE.get(codec_context.name)
@@ -278,83 +411,85 @@ def is_restart(packet: Any, codec: str, length_bytes: int | None) -> bool:  # no
     `length_bytes` is the result of :func:`nal_length_bytes` for its track; None means no restart.
     Source: ITU-T H.264, 7.4.1.2.4, and H.265, 7.4.2.2.
     """
-    if length_bytes is None:
+    head = _slice_head(packet, codec, length_bytes)
+    if head is None:
         return False
-    view = memoryview(packet)
-    # The first NAL unit that is a slice decides; parameter sets before it are skipped.
-    while len(view) > length_bytes:
+    kind = head[0] & 31 if codec == "h264" else head[0] >> 1 & 63
+    return kind == _H264_IDR if codec == "h264" else kind in _HEVC_IDR
+
+
+def is_intra(packet: Any, codec: str, length_bytes: int | None) -> bool:  # noqa: ANN401
+    """Check whether a keyframe is not one of H.264 that refers to other pictures."""
+    head = _slice_head(packet, codec, length_bytes) if codec == "h264" else None
+    return head is None or head[1] >> 4 in _H264_INTRA_SLICES
+
+
+def _slice_head(packet: Any, codec: str, length_bytes: int | None) -> bytes | None:  # noqa: ANN401
+    """Return the first two bytes of a packet's first slice; parameter sets are skipped."""
+    view = memoryview(packet) if length_bytes is not None else memoryview(b"")
+    while length_bytes is not None and len(view) > length_bytes + 1:
         size = int.from_bytes(view[:length_bytes], "big")
-        head = view[length_bytes]
-        kind = head & 31 if codec == "h264" else head >> 1 & 63
-        if codec == "h264" and 0 < kind <= _H264_LAST_SLICE:
-            return kind == _H264_IDR
-        if codec == "hevc" and kind <= _HEVC_LAST_SLICE:
-            return kind in _HEVC_IDR
+        head = bytes(view[length_bytes : length_bytes + 2])
+        is_slice = head[0] >> 1 & 63 <= _HEVC_LAST_SLICE
+        if codec == "h264":
+            is_slice = 0 < head[0] & 31 <= _H264_LAST_SLICE
+        if is_slice:
+            return head
         view = view[length_bytes + size :]
-    return False
-
-
-def require_bytes(path: Path) -> None:
-    """Check that a path is a regular file that is not empty.
-
-    Raises:
-        MissingMediaError: it doesn't exist.
-        MediaError: it isn't such a file.
-    """
-    if not path.exists():
-        raise MissingMediaError(f"{path}: no such file")
-    if not path.is_file():
-        raise MediaError(f"{path}: not a regular file; fix: put the recording there")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{path}: the file is empty; fix: record or copy it again")
-
-
-def error_reason(error: Exception) -> str:
-    """Return a library's reason in one line."""
-    return str(getattr(error, "strerror", None) or error).splitlines()[0]
+    return None
 
 
 def _decode_needed(
-    container: InputContainer, stream: Any, track: VideoTrack, requested: Sequence[int],  # noqa: ANN401
-    *, has_sought: bool,
+    container: InputContainer, stream: Any, track: VideoTrack,  # noqa: ANN401
+    requested: Sequence[int] | None, *, has_sought: bool, damage: _Damage,
 ) -> Iterator[Any]:  # fmt: skip
     """Decode the packets that the requested frames need, from the container's current position.
 
-    Yields nothing if the container is at a packet that the track does not have.
+    None means all packets. Yields nothing if the container is at a packet that the track does not
+    have.
     """
     context = stream.codec_context
-    wanted_pts = {int(track.pts[i]) for i in requested}
-    can_skip = context.name == "h264"
-    position = None if has_sought else 0
-    needed = _needed_packets(track, requested, 0)
-    restarts = set(track.restarts.tolist())
-    is_fresh = True
+    source = _iter_needed(container.demux(stream), track, requested, has_sought=has_sought)
+    prepare = _PacketPreparation(track, requested, context, damage)
+    restarts, key = set(track.restarts.tolist()), -1
+    keyframes = restarts | set(track.positions[track.keyframes].tolist())
+    for packet, position in source:
+        must_restart = position in restarts or damage.is_between(key, position)
+        if position in keyframes and must_restart and key >= 0:
+            # Damage left in the decoder must not show in pictures that another task, which begins
+            # here, decodes without it.
+            yield from _drain_decoder(context, damage)
+            context.flush_buffers()
+        if position in keyframes or key < 0:
+            key = position
+        prepare(packet, position)
+        yield from _decode_packet(packet, position, damage)
+    yield from _drain_decoder(context, damage)
+
+
+def _iter_needed(
+    packets: Iterator[Any], track: VideoTrack, requested: Sequence[int] | None, *, has_sought: bool
+) -> Iterator[tuple[Any, int]]:
+    """Yield the packets that the requested frames need, with their indices in the file's order."""
+    position = None if has_sought else -1
+    needed = None if requested is None else _needed_packets(track, requested, 0)
     try:
-        for packet in container.demux(stream):
-            if packet.size:
+        for packet in packets:
+            if not packet.size:
+                continue
+            if position is None:
+                # After a seek, the first packet says where the container is.
+                position = _position(track, packet)
                 if position is None:
-                    # After a seek, the first packet says where the container is.
-                    position = _position(track, packet)
-                    if position is None:
-                        return
-                    needed = _needed_packets(track, requested, position)
-                if position >= len(needed):
-                    yield from _drain_decoder(context)
                     return
+                needed = _needed_packets(track, requested or (), position)
+            else:
                 position += 1
-                if not needed[position - 1]:
-                    continue
-                if position - 1 in restarts and not is_fresh:
-                    # Damage left in the decoder must not show in pictures that another task, which
-                    # begins here, decodes without it.
-                    yield from _drain_decoder(context)
-                    context.flush_buffers()
-                is_fresh = False
-            if can_skip:
-                is_wanted = packet.pts is None or packet.pts in wanted_pts
-                context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
-            yield from _decode_packet(packet)
-    except _READ_ERRORS:
+            if needed is not None and position >= len(needed):
+                return
+            if needed is None or needed[position]:
+                yield packet, position
+    except READ_ERRORS:
         return
 
 
@@ -383,20 +518,60 @@ def _needed_packets(track: VideoTrack, requested: Sequence[int], start: int) -> 
     return np.asarray(np.cumsum(steps)[:-1] > 0)
 
 
-def _decode_packet(packet: Any) -> list[Any]:  # noqa: ANN401
+class _PacketPreparation:
+    """Prepares packets for the decoder: it skips what no requested frame needs."""
+
+    def __init__(
+        self, track: VideoTrack, requested: Sequence[int] | None, context: Any, damage: _Damage  # noqa: ANN401
+    ) -> None:  # fmt: skip
+        self._context, self._damage = context, damage
+        self._can_skip = context.name == "h264" and requested is not None
+        self._wanted_pts = {int(track.pts[i]) for i in requested or ()}
+        self._length_bytes = nal_length_bytes(context)
+        self._pts: dict[int, int] | None = None
+        if track.assumed_rate_hz is not None:
+            pairs = zip(track.positions.tolist(), track.pts.tolist(), strict=True)
+            self._pts = dict(pairs)
+
+    def __call__(self, packet: Any, position: int) -> None:  # noqa: ANN401
+        """Give a packet its time, and tell the decoder whether its picture can be skipped."""
+        if self._pts is not None:
+            packet.pts, packet.dts = self._pts.get(position), None
+        if not self._can_skip:
+            return
+        head = _slice_head(packet, "h264", self._length_bytes)
+        is_disposable = head is not None and not head[0] & _H264_REFERENCE
+        if is_disposable:
+            self._damage.disposable.add(position)
+        is_wanted = packet.pts is None or packet.pts in self._wanted_pts
+        # A packet without a slice is decoded, so that its damage is noticed.
+        can_skip = not is_wanted and (is_disposable or self._length_bytes is None)
+        self._context.skip_frame = "NONREF" if can_skip else "DEFAULT"
+
+
+def _decode_packet(packet: Any, position: int = 0, damage: _Damage | None = None) -> list[Any]:  # noqa: ANN401
     """Return the frames that a packet completes; none if it doesn't decode."""
     try:
-        return list(packet.decode())
+        frames = list(packet.decode())
     except av.FFmpegError:
+        if damage is not None:
+            damage.mark(position)
         return []
+    for frame in frames:
+        if damage is not None:
+            damage.inspect(frame)
+    return frames
 
 
-def _drain_decoder(context: Any) -> list[Any]:  # noqa: ANN401
+def _drain_decoder(context: Any, damage: _Damage) -> list[Any]:  # noqa: ANN401
     """End the decoder's stream and return the frames that it still holds."""
     try:
-        return list(context.decode(None))
+        frames = list(context.decode(None))
     except av.FFmpegError:
         return []
+    for frame in frames:
+        damage.inspect(frame)
+    return frames
 
 
 def _seek(container: InputContainer, stream: Any, pts: int) -> bool:  # noqa: ANN401
@@ -408,14 +583,6 @@ def _seek(container: InputContainer, stream: Any, pts: int) -> bool:  # noqa: AN
     return True
 
 
-def _open_fix(path: Path) -> str:
-    """Return the fix for a file that does not open; a Git LFS pointer has one of its own."""
-    with suppress(OSError), path.open("rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            return "it is a Git LFS pointer; fix: fetch the file with `git lfs pull`"
-    return REPLACE_FIX
-
-
 def _increasing_order(pts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Sort by time and keep the first of equal times; return the indices."""
     order = np.argsort(pts, kind="stable")
@@ -424,23 +591,40 @@ def _increasing_order(pts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _convert_frame(
-    frame: VideoFrame, reformatter: VideoReformatter, spec: VideoDefaults
+    frame: VideoFrame, reformatter: VideoReformatter, spec: VideoDefaults, pixel_aspect: float
 ) -> NDArray[np.uint8]:
     """Convert a frame to RGB uint8 [height, width, 3]: scaled by area, upright, fitted."""
-    quarter_turns = round(frame.rotation / 90) % 4
+    is_transposed, flips = _orientation(frame)
     # The size before the frame is turned upright.
-    sides = (spec.width, spec.height) if quarter_turns % 2 == 0 else (spec.height, spec.width)
+    sides = (spec.height, spec.width) if is_transposed else (spec.width, spec.height)
     if spec.fit != "stretch":
-        ratios = (sides[0] / frame.width, sides[1] / frame.height)
+        width = frame.width * pixel_aspect
+        ratios = (sides[0] / width, sides[1] / frame.height)
         scale = max(ratios) if spec.fit == "crop" else min(ratios)
-        sides = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
+        sides = (max(1, round(width * scale)), max(1, round(frame.height * scale)))
     scaled = reformatter.reformat(
         frame, width=sides[0], height=sides[1], format="rgb24", interpolation=Interpolation.AREA
     )
     picture = scaled.to_ndarray().astype(np.uint8, copy=False)
-    if quarter_turns:
-        picture = np.rot90(picture, k=quarter_turns)
+    if is_transposed:
+        picture = picture.swapaxes(0, 1)
+    picture = picture[:: flips[0], :: flips[1]]
     return np.ascontiguousarray(_fit(picture, spec.height, spec.width))
+
+
+def _orientation(frame: VideoFrame) -> tuple[bool, tuple[int, int]]:
+    """Return whether rows and columns change places, and the steps (1 or -1) of the new ones.
+
+    Rotations between quarter turns are rounded. Source: ISO/IEC 14496-12, 6.2.2.
+    """
+    matrices: Any = frame.side_data  # PyAV's stub yields names
+    for data in matrices:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = np.frombuffer(bytes(data), dtype="<i4")[:5].tolist()
+            if abs(b) + abs(c) > abs(a) + abs(d):
+                return True, (-1 if b < 0 else 1, -1 if c < 0 else 1)
+            return False, (-1 if d < 0 else 1, -1 if a < 0 else 1)
+    return False, (1, 1)
 
 
 def _fit(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -1,0 +1,256 @@
+"""Open video files: choose the main track, and say what a file is that can't be read.
+
+A file may contain several video tracks. The main one is no cover picture or thumbnail, has more
+than one frame, and is the largest by pixels times frames; then the container's default flag
+decides, then the order in the file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import struct
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import av
+from av.stream import Disposition
+
+from shared.errors import MediaError, MissingMediaError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from av.container import InputContainer
+
+MAX_PIXELS = 8192 * 8192
+"""A larger picture is refused before it is decoded."""
+
+MAX_PIXEL_ASPECT = 16.0
+"""A more extreme shape of pixels is a damaged header; pixels then count as square."""
+
+INDEXED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+"""Containers in which a seek ends at the requested keyframe, and whose clock begins at 0."""
+
+RAW_FORMATS = {"h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu"}
+"""Elementary streams: packets without times. Their demuxers assume 25 frames per second."""
+
+READ_ERRORS = (av.FFmpegError, IndexError)
+"""Errors that PyAV raises while it reads packets; IndexError if damage makes a track appear
+midway."""
+
+_OPEN_OPTIONS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,matroska,avi,mpeg,mpegts,ivf,ogg,flv," + ",".join(sorted(RAW_FORMATS)),
+}
+"""Refuse playlists that name other files or hosts, and text that ffmpeg would draw as a picture."""
+
+REPLACE_FIX = "fix: replace it, or remove it to do without it"
+"""Fix for a file of a session that can't be read."""
+
+COPY_FIX = "fix: copy it again from the recorder if the original is longer"
+
+_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+
+_CODEC_NAMES = {"libdav1d": "av1", "libaom-av1": "av1", "libvpx-vp9": "vp9", "libvpx": "vp8"}
+"""Names of codecs whose decoder has another one."""
+
+_HEAD_BYTES = 4096
+_HEADS = {
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89PNG": "a PNG picture",
+    b"GIF8": "a GIF picture",
+    b"BM": "a BMP picture",
+    b"II*\0": "a TIFF picture",
+    b"MM\0*": "a TIFF picture",
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"ID3": "an MP3 sound",
+    b"fLaC": "a FLAC sound",
+}
+_RIFF_KINDS = {b"WAVE": "a WAV sound", b"WEBP": "a WebP picture"}
+_PICTURE_BRANDS = {b"heic", b"heix", b"mif1", b"msf1", b"avif"}
+"""Brands of ISO/IEC 23008-12: the file is a picture in a container like that of MP4."""
+
+_TEXT_STARTS = {"{": "JSON", "[": "JSON", "<!": "HTML", "<h": "HTML", "<": "XML"}
+_BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"styp", b"sidx", b"pnot"}
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
+    """Open a container and its main video track, after checks that need no decoding.
+
+    Raises:
+        MediaError: the file doesn't open or contains no video that can be decoded.
+    """
+    require_bytes(path)
+    if _is_heif(head := _read_head(path)):  # ffmpeg would open it
+        raise MediaError(f"{path}: {_recognize(head)}")
+    try:
+        container = av.open(str(path), metadata_errors="ignore", options=_OPEN_OPTIONS)
+    except (av.FFmpegError, ValueError) as error:
+        reason = f"not a readable video: {error_reason(error)}; {REPLACE_FIX}"
+        raise MediaError(f"{path}: {explain_failure(path) or reason}") from error
+    with container:
+        stream = choose_track(container.streams.video)
+        if stream is None:
+            what = "only a cover picture, no video" if container.streams.video else "no video track"
+            raise MediaError(f"{path}: contains {what}; {REPLACE_FIX}")
+        context: Any = stream.codec_context  # None if no decoder is known, despite its type
+        if context is None or context.width == 0:
+            reason = "its codec is unknown; fix: re-encode it as h264"
+            raise MediaError(f"{path}: {explain_failure(path) or reason}")
+        stream.thread_type = "NONE"  # one process per core is faster than threads within one
+        if context.width * context.height > MAX_PIXELS:
+            size = f"{context.width}x{context.height}"
+            raise MediaError(f"{path}: pictures of {size} are too large; fix: re-encode it smaller")
+        yield container, stream
+
+
+def is_picture(track: Any) -> bool:  # noqa: ANN401
+    """Return whether a track is a cover picture or a thumbnail."""
+    return bool(track.disposition & _PICTURES)
+
+
+def choose_track(tracks: Sequence[Any]) -> Any | None:  # noqa: ANN401
+    """Choose the main video track of a file; None if it has only cover pictures."""
+    videos = [track for track in tracks if not is_picture(track)]
+    # Matroska, MPEG streams and fragments don't say how many frames a track has.
+    is_counted = all(track.frames for track in videos)
+
+    def rank(track: Any) -> tuple[bool, int, bool]:  # noqa: ANN401
+        context, num_frames = track.codec_context, track.frames if is_counted else 2
+        pixels = context.width * context.height if context is not None else 0
+        return num_frames > 1, pixels * num_frames, bool(track.disposition & Disposition.default)
+
+    return max(videos, key=rank, default=None)
+
+
+def codec_name(context: Any) -> str:  # noqa: ANN401
+    """Return the name of a codec, not that of its decoder."""
+    name: str = context.name
+    return _CODEC_NAMES.get(name, name)
+
+
+def pixel_aspect(stream: Any) -> float:  # noqa: ANN401
+    """Return the width of a pixel by its height, as the container or else the codec declares it."""
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return aspect if 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT else 1.0
+
+
+def decode_all(container: InputContainer, stream: Any) -> Iterator[Any]:  # noqa: ANN401
+    """Decode every frame of a track; packets that don't decode are skipped."""
+    try:
+        for packet in container.demux(stream):
+            with suppress(av.FFmpegError):
+                yield from packet.decode()
+    except READ_ERRORS:
+        return
+
+
+def container_origin_s(container: InputContainer) -> float:
+    """Return the start of a container whose clock has a meaningful zero, else 0."""
+    is_indexed = container.format.name in INDEXED_FORMATS
+    return (container.start_time or 0) / av.time_base if is_indexed else 0.0
+
+
+def require_bytes(path: Path) -> None:
+    """Check that a path is a regular file that is not empty.
+
+    Raises:
+        MissingMediaError: it doesn't exist.
+        MediaError: it isn't such a file.
+    """
+    if not path.exists():
+        raise MissingMediaError(f"{path}: no such file")
+    if not path.is_file():
+        raise MediaError(f"{path}: not a regular file; fix: put the recording there")
+    if path.stat().st_size == 0:
+        raise MediaError(f"{path}: the file is empty; fix: record or copy it again")
+
+
+def error_reason(error: Exception) -> str:
+    """Return a library's reason in one line."""
+    return str(getattr(error, "strerror", None) or error).splitlines()[0]
+
+
+def explain_failure(path: Path) -> str | None:
+    """Say why a file that no decoder accepts is no whole video, and the fix; None if unknown."""
+    with suppress(OSError):
+        if (found := _recognize(_read_head(path)) or cut_box(path)) is not None:
+            return found
+        names = [name for name, _, _ in _iter_boxes(path)]
+        if names and b"moov" not in names:
+            return (
+                "its index (the moov box) is missing: the recorder did not finish the file; fix: "
+                "restore the index with a tool such as untrunc and a whole file of the same "
+                "recorder, or copy it again if the original is whole"
+            )
+    return None
+
+
+def cut_box(path: Path) -> str | None:
+    """Say which box of an MP4 file reaches beyond the end of the file, and the fix; else None."""
+    length = path.stat().st_size
+    for name, start, stop in _iter_boxes(path):
+        if stop > length:
+            return (
+                f"cut off: its last box ({name.decode()}) should have {stop - start} bytes, but "
+                f"{length - start} are there; {COPY_FIX}"
+            )
+    return None
+
+
+def _read_head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _recognize(head: bytes) -> str | None:
+    """Say what a file is that begins like this, and the fix; None if it may be a video."""
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer; fix: fetch the file with `git lfs pull`"
+    if not any(head):
+        return f"begins with zeros only: its blocks were never written; {COPY_FIX}"
+    kinds = [kind for start, kind in _HEADS.items() if head.startswith(start)]
+    if head.startswith(b"RIFF") and head[8:12] in _RIFF_KINDS:
+        kinds.append(_RIFF_KINDS[head[8:12]])
+    if _is_heif(head):
+        kinds.append("an HEIF picture")
+    if not kinds and (text := _as_text(head)) is not None:
+        kinds += [kind for start, kind in _TEXT_STARTS.items() if text.startswith(start)]
+        kinds.append("plain text")
+    return f"is {kinds[0]}, not a video; {REPLACE_FIX}" if kinds else None
+
+
+def _is_heif(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and head[8:12] in _PICTURE_BRANDS
+
+
+def _as_text(head: bytes) -> str | None:
+    """Decode a file's beginning; None if it isn't text."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+    except UnicodeDecodeError:
+        return None
+    return text.lstrip() if all(c.isprintable() or c.isspace() for c in text) else None
+
+
+def _iter_boxes(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (type, start, stop) of each box at the top of an MP4 file; none of other files.
+
+    Source: ISO/IEC 14496-12, 4.2.
+    """
+    with path.open("rb") as file:
+        length, start = path.stat().st_size, 0
+        while start + 8 <= length:
+            file.seek(start)
+            size, name, large = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+            if start == 0 and name not in _BOXES:
+                return
+            stop = start + (large if size == 1 else size) if size else length
+            if stop < start + 8 or not name.isalnum():
+                return
+            yield name, start, stop
+            start = stop
