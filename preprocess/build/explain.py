@@ -59,7 +59,7 @@ def list_losses(
             sessions[stream, reason].add(name)
     for failure in decode_failures:
         key = failure["stream"], "does not decode"
-        seconds[key] += segment_s
+        seconds[key] += failure.get("stop_s", segment_s) - failure.get("start_s", 0.0)
         sessions[key].add(failure["session"])
     return tuple(
         Loss(

@@ -20,8 +20,8 @@ from shared.kinds.audio import encode_wav
 from shared.kinds.text import encode_text
 from shared.kinds.video import encode_pictures
 from shared.shardset.columns import TarColumnWriter, ZarrArray, read_chunk, write_zarr_column
-from shared.shardset.index import ShardIndex
-from shared.streams import Kind
+from shared.shardset.index import FLAG_BITS, ShardIndex
+from shared.streams import Kind, MaskReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from preprocess.build.plan_types import BuiltColumn, Row
     from shared.clock import Segment
     from shared.kinds.column import Column
+    from shared.kinds.video import Frames
     from shared.recipe import Recipe
     from shared.session.reader import SessionReader
     from shared.shardset.index import Members
 
 DecodeFailure = dict[str, Any]
-"""A segment whose stream is recorded but does not decode: session, segment, stream and reason."""
+"""A segment whose stream is recorded but does not decode: session, segment, stream and reason. If
+only some of its pictures don't, start_s and stop_s say where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +232,7 @@ class SessionEncoder:
     def _iter_video(
         self, stream: str, rows: Sequence[Row], failures: list[DecodeFailure]
     ) -> Iterator[EncodedRow]:
-        """Yield rows with encoded pictures; rows of which no picture decodes become failures."""
+        """Yield rows with encoded pictures; pictures that don't decode become failures."""
         reader, missing = self.reader, {row.segment.index: row for row in rows}
         spec = reader.recipe.videos[stream]
         reason = "no picture of this segment decodes"
@@ -241,15 +243,34 @@ class SessionEncoder:
                 if rows
                 else ()
             ):
-                if np.isfinite(frames.error_s).any():
-                    content = encode_pictures(frames.pictures, spec=spec)
-                    yield EncodedRow(missing.pop(segment.index), content, frames.error_s)
+                if not np.isfinite(frames.error_s).any():
+                    continue
+                row, flags = missing.pop(segment.index), 0
+                content = encode_pictures(frames.pictures, spec=spec)
+                if frames.damaged.any():
+                    flags = FLAG_BITS[MaskReason.DAMAGED]
+                    failures.append(_partial_failure(row, stream, frames, spec.rate_hz))
+                yield EncodedRow(row, content, frames.error_s, flags)
         except MediaError as error:
             reason = str(error).replace(f"{reader.path}/", "")
         failures += [
             {"session": row.session, "segment": number, "stream": stream, "reason": reason}
             for number, row in missing.items()
         ]
+
+
+def _partial_failure(row: Row, stream: str, frames: Frames, rate_hz: float) -> DecodeFailure:
+    """Describe the damaged pictures of a segment that has others."""
+    grid_s = row.segment.grid(rate_hz)[frames.damaged]
+    count = f"{len(grid_s)} of {len(frames.damaged)} pictures"
+    return {
+        "session": row.session,
+        "segment": row.segment.index,
+        "stream": stream,
+        "start_s": float(grid_s[0]),
+        "stop_s": float(grid_s[-1]) + 1 / rate_hz,
+        "reason": f"{count} are damaged or follow a damaged one",
+    }
 
 
 def _encode_audio(reader: SessionReader, stream: str, segment: Segment) -> bytes:

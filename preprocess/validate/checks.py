@@ -16,17 +16,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from preprocess.validate.repair_plan import RepairKind
-from shared.clock import EPSILON_S, Interval
+from shared.clock import EPSILON_S, Interval, frame_mask, nearest
 from shared.media.sound import SILENCE_RMS
 from shared.session.folder import SESSION_INFO_FILE
 from shared.session.timestamps import describe_left_out
 from shared.streams import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from preprocess.validate.probe import SessionProbe
+    from preprocess.validate.probe import SessionProbe, VideoProbe
     from shared.session.lines import ParseIssue
 
 Level = Literal["warning", "error"]
@@ -42,6 +44,9 @@ MIN_DRIFT_LENGTH_S = 10.0
 
 MAX_DRIFT_PPM = 10_000.0
 """A larger difference is not drift: one of the two was cut off. Quartz clocks have under 100."""
+
+MIN_RATED_FRAMES = 3
+"""Fewer frames have no regular rate that gaps could be judged by."""
 
 MIN_CLIPPED = 8
 """Fewer full-scale samples come from normalizing to full scale."""
@@ -217,23 +222,67 @@ def check_audio(probe: SessionProbe) -> list[Finding]:
 
 
 def check_video(probe: SessionProbe) -> list[Finding]:
-    """Check that frames decode, and that the container's promised frames are present."""
+    """Check that frames decode, that the container is whole, and where their times come from."""
     findings: list[Finding] = []
     for name, video in probe.videos.items():
-        file, track = probe.source(name), video.track
+        file = probe.source(name)
         damaged = [
-            f"{file} {start_s:.2f}-{stop_s:.2f} s: {count} of {video.num_checked} frames tried "
-            "don't decode: damaged; fix: copy it again from the recorder, or cut that part"
+            f"{file} {start_s:.2f}-{stop_s:.2f} s: {count} frames are damaged or follow a damaged "
+            "one, up to the next keyframe; masked; fix: copy it again if the original is whole"
             for start_s, stop_s, count in zip(*video.damaged_stretches(), strict=True)
         ]
         findings += stream_findings("error", damaged, name, probe)
-        if track.num_lost:
-            message = (
-                f"cut off at {track.stop_s:.2f} s: its index lists {track.num_lost} frames "
-                "more; fix: copy it again from the recorder"
-            )
-            findings.append(Finding("error", f"{file}: {message}", (name,)))
+        messages = [*_container_messages(name, video), *_sparse_messages(name, probe)]
+        findings += [Finding(level, f"{file}{text}", (name,)) for level, text in messages]
     return findings
+
+
+def _container_messages(name: str, video: VideoProbe) -> Iterator[tuple[Level, str]]:
+    """Describe what a video's container lacks, and what was chosen of it."""
+    track = video.track
+    if track.num_lost:
+        text = f": cut off at {track.stop_s:.2f} s: its index lists {track.num_lost} frames more"
+        yield "error", f"{text}; fix: copy it again from the recorder"
+    if track.cut is not None:
+        yield "warning", f" ends at {track.stop_s:.2f} s: {track.cut}"
+    for start_s, stop_s, count in zip(*track.runs(video.lost_start), strict=True):
+        text = (
+            f" {start_s:.2f}-{stop_s:.2f} s: {count} frames come before the first keyframe and "
+            "can't be decoded; masked; fix: none for this file; let the recorder begin with one"
+        )
+        yield "warning", text
+    if track.num_tracks > 1:
+        text = (
+            f": contains {track.num_tracks} video tracks; the largest is read: {track.codec} "
+            f"{track.width}x{track.height}, {len(track.pts)} frames; fix: if it is the wrong one, "
+            "keep only the right one (`ffmpeg -i FILE -map 0:v:NUMBER -c copy NEW.mp4`)"
+        )
+        yield "warning", text
+    if track.assumed_rate_hz is not None:
+        rate = f"{track.assumed_rate_hz:g}"
+        text = (
+            f": is a bare {track.codec} stream without times; frames are placed at the {rate} "
+            f"frames per second that it declares; fix: if that is wrong, write {rate} / RATE as "
+            f'FACTOR in "stretch": {{"{name}": FACTOR}} into {SESSION_INFO_FILE}, or re-encode it '
+            "(`ffmpeg -r RATE -i FILE NEW.mp4`)"
+        )
+        yield "warning", text
+
+
+def _sparse_messages(name: str, probe: SessionProbe) -> Iterator[tuple[Level, str]]:
+    """Say what is masked of a video with too few frames for a rate or a gap."""
+    spec, interval = probe.recipe.videos[name], probe.intervals[name]
+    times_s = probe.videos[name].track.times_s
+    grid_s = np.arange(interval.start_s, interval.stop_s, 1 / spec.rate_hz)
+    _, error_s = nearest(times_s, grid_s)
+    share = 1 - float(frame_mask(error_s, tolerance_s=spec.tolerance_s).mean())
+    if len(times_s) < MIN_RATED_FRAMES and share > 0:
+        text = (
+            f": only {len(times_s)} frames in {interval.duration_s:.2f} s; {share:.0%} of its "
+            f"pictures at {spec.rate_hz:g} Hz are masked, as no frame is near; fix: record at a "
+            "steadier frame rate"
+        )
+        yield "warning", text
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,15 +86,18 @@ class VideoProbe:
     num_checked: int
     """Frames that were decoded, or tried."""
     undecoded: NDArray[np.int64]
-    """Indices of the tried frames that did not decode."""
+    """Indices of the frames that show damage or, if they were tried, did not decode."""
+
+    @property
+    def lost_start(self) -> NDArray[np.int64]:
+        """Indices of the undecoded frames before the first keyframe; a decoder needs one first."""
+        keyframes = np.flatnonzero(self.track.keyframes)
+        first = keyframes[0] if len(keyframes) else len(self.track.pts)
+        return self.undecoded[self.undecoded < first]
 
     def damaged_stretches(self) -> tuple[NDArray[np.float64], NDArray[np.float64], list[int]]:
-        """Return start, stop (seconds) and frame count of each run of undecoded frames."""
-        frames, stops_s = self.undecoded, np.append(self.track.times_s[1:], self.track.stop_s)
-        firsts = np.flatnonzero(np.diff(frames, prepend=-2) > 1)
-        lasts = np.append(firsts[1:], len(frames))[: len(firsts)] - 1
-        counts = (lasts - firsts + 1).tolist()
-        return self.track.times_s[frames[firsts]], stops_s[frames[lasts]], counts
+        """Return start, stop (seconds) and frame count of each run of damaged frames."""
+        return self.track.runs(self.undecoded[len(self.lost_start) :])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,14 +316,14 @@ def _probe_video(path: Path, start_s: float | None) -> VideoProbe:
     if num_frames > NUM_STRETCHES * STRETCH_FRAMES:
         starts = np.linspace(0, num_frames - STRETCH_FRAMES, NUM_STRETCHES).astype(int)
         stretches = [range(start, start + STRETCH_FRAMES) for start in starts]
-    undecoded: list[int] = []
+    is_lost = track.is_damaged
     for requested in stretches:
-        decoded = {index for index, _ in read_frames(path, track, requested, spec=_TINY)}
-        undecoded += [index for index in requested if index not in decoded]
+        decoded = [index for index, _ in read_frames(path, track, requested, spec=_TINY)]
+        is_lost[np.setdiff1d(requested, decoded)] = True
     return VideoProbe(
         track=track,
         num_checked=sum(map(len, stretches)),
-        undecoded=np.asarray(undecoded, dtype=np.int64),
+        undecoded=np.flatnonzero(is_lost),
     )
 
 

@@ -22,8 +22,8 @@ from shared.media.yuv import (
     encode_npy,
     to_yuv420,
 )
-from shared.session.masks import is_masked
-from shared.streams import Kind, VideoStream
+from shared.session.masks import MaskedSpan, is_masked
+from shared.streams import Kind, MaskReason, VideoStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from shared.clock import Segment
     from shared.recipe import Recipe
-    from shared.session.masks import MaskedSpan
     from shared.streams import VideoDefaults
 
 _MAX_PIXEL_BYTES = 8
@@ -55,6 +54,8 @@ class Frames:
     """RGB [F, H, W, 3]; a masked picture is a copy of the nearest decoded one."""
     error_s: NDArray[np.float32]
     """Presentation time minus grid time [F]; NaN for masked pictures."""
+    damaged: NDArray[np.bool_]
+    """Pictures [F] that are masked because their frame does not decode, or shows damage."""
 
 
 def columns(name: str, spec: VideoStream, recipe: Recipe) -> tuple[Column, ...]:
@@ -109,6 +110,15 @@ def coverage(
     index, error_s = nearest(track.times_s, grid_s)
     is_near = frame_mask(error_s, tolerance_s=spec.tolerance_s)
     return np.asarray((is_near & ~is_masked(track.times_s, masked)[index]).mean(axis=1))
+
+
+def damaged_spans(track: VideoTrack) -> list[MaskedSpan]:
+    """List the stretches, up to the next keyframe, that damage reaches that needs no decoding."""
+    starts_s, stops_s, _ = track.runs(np.flatnonzero(track.is_damaged))
+    return [
+        MaskedSpan(start_s, stop_s, MaskReason.DAMAGED, "the file is damaged")
+        for start_s, stop_s in zip(starts_s.tolist(), stops_s.tolist(), strict=True)
+    ]
 
 
 class VideoReader:
@@ -192,10 +202,13 @@ class VideoReader:
             return None
         nearest_usable = usable[np.abs(usable[None, :] - index[:, None]).argmin(axis=1)]
         is_near = frame_mask(error_s, tolerance_s=self._spec.tolerance_s)
-        is_valid = (nearest_usable == index) & is_near & ~self._is_masked[index]
+        is_expected = is_near & ~self._is_masked[index]
+        is_decoded = nearest_usable == index
+        is_valid = is_expected & is_decoded
         return Frames(
             pictures=np.stack([decoded[int(i)] for i in nearest_usable]),
             error_s=np.where(is_valid, error_s, np.nan).astype(np.float32),
+            damaged=is_expected & ~is_decoded,
         )
 
 

@@ -64,7 +64,7 @@ _H264_INTRA_SLICES = {0xB, 8}
 
 _HEVC_IDR, _HEVC_LAST_SLICE = (19, 20), 31
 
-_ZEROS = bytes(128)
+_ZEROS = bytes(32)
 _CODECS_WITHOUT_ZEROS = {"h264", "hevc", "vp8", "vp9", "av1"}
 _CODECS_WITH_STUFFING = {"mpeg1video", "mpeg2video", "mpeg4"}
 """A packet of these codecs with so many zeros in a row, or with nothing else, lost a block of the
@@ -115,6 +115,19 @@ class VideoTrack:
         if len(self.times_s) == 1:
             return float(self.times_s[0]) + 1 / 30
         return float(self.times_s[-1] + np.median(np.diff(self.times_s)))
+
+    def runs(
+        self, frames: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[int]]:
+        """Return start, stop (seconds) and frame count of each run of consecutive frames."""
+        stops_s = np.append(self.times_s[1:], self.stop_s)
+        firsts = np.flatnonzero(np.diff(frames, prepend=-2) > 1)
+        lasts = np.append(firsts[1:], len(frames))[: len(firsts)] - 1
+        return (
+            self.times_s[frames[firsts]],
+            stops_s[frames[lasts]],
+            (lasts - firsts + 1).tolist(),
+        )
 
     @property
     def group_starts(self) -> NDArray[np.int64]:
@@ -177,7 +190,7 @@ def read_video_track(path: Path) -> VideoTrack:
             keyframes=np.asarray(packets.is_key, dtype=np.bool_)[order],
             positions=np.asarray(packets.positions, dtype=np.int64)[order],
             restarts=np.asarray(packets.restarts, dtype=np.int64),
-            damaged=np.asarray(packets.damaged, dtype=np.int64),
+            damaged=np.unique(np.asarray(packets.damaged, dtype=np.int64)),
             num_tracks=len([s for s in container.streams.video if not is_picture(s)]),
             pixel_aspect=pixel_aspect(stream),
             assumed_rate_hz=rate_hz,
@@ -210,6 +223,7 @@ def _read_packets(path: Path, container: InputContainer, stream: Any) -> _Packet
     length_bytes = None
     if container.format.name in INDEXED_FORMATS:
         length_bytes = nal_length_bytes(stream.codec_context)
+    ends_in_zero = False
     try:
         for packet in container.demux(stream):
             if not packet.size:
@@ -225,8 +239,11 @@ def _read_packets(path: Path, container: InputContainer, stream: Any) -> _Packet
                 packets.is_key.append(is_key)
             is_encrypted = packet.has_sidedata("encryption_info")
             packets.num_encrypted += is_encrypted
-            if packet.is_corrupt or is_encrypted or _has_zeros(packet, name):
-                packets.damaged.append(number)
+            damaged = _zeroed_packets(number, packet, name, follows_zero=ends_in_zero)
+            if packet.is_corrupt or is_encrypted:
+                damaged.append(number)
+            packets.damaged += damaged
+            ends_in_zero = memoryview(packet)[-1] == 0
             packets.count += 1
     except READ_ERRORS as error:
         if not packets.pts:
@@ -235,12 +252,16 @@ def _read_packets(path: Path, container: InputContainer, stream: Any) -> _Packet
     return packets
 
 
-def _has_zeros(packet: Any, codec: str) -> bool:  # noqa: ANN401
-    """Check whether a packet lost a block of the disk."""
-    content = bytes(packet) if codec in _CODECS_WITHOUT_ZEROS | _CODECS_WITH_STUFFING else b""
+def _zeroed_packets(number: int, packet: Any, codec: str, *, follows_zero: bool) -> list[int]:  # noqa: ANN401
+    """List which of a packet and the one before it, if that ends in a zero, lost a disk block."""
+    content = bytes(packet)
     if codec in _CODECS_WITH_STUFFING:
         content = content.rstrip(b"\0") or content
-    return _ZEROS[: packet.size] in content
+    elif codec not in _CODECS_WITHOUT_ZEROS:
+        return []
+    if content.startswith(_ZEROS[:8]):
+        return [number - 1, number] if follows_zero else [number]
+    return [number] if _ZEROS[: packet.size] in content else []
 
 
 @lru_cache(maxsize=8)

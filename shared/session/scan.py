@@ -218,7 +218,7 @@ def scan_session(
         )
         sentences.append(("start", sentence, len(names)))
     absent = {**media.absent, **alignment.absent}
-    masked = _find_masked(recipe)
+    masked = _find_masked(recipe, media)
     segments = plan_segments(alignment.duration_s, recipe.segment_s)
     timed_starts = {n: s for n, s in starts.items() if recipe.streams[n].kind not in MEDIA_KINDS}
     return SessionScan(
@@ -295,9 +295,11 @@ _SCANNERS: Mapping[Kind, Callable[[_Media, str, float | None], None]] = {
 }
 
 
-def _find_masked(recipe: Recipe) -> dict[str, tuple[MaskedSpan, ...]]:
+def _find_masked(recipe: Recipe, media: _Media) -> dict[str, tuple[MaskedSpan, ...]]:
     """Find the stretches of each stream whose content is wrong, for the reasons that it masks."""
-    candidates: dict[str, list[MaskedSpan]] = {}
+    candidates: dict[str, list[MaskedSpan]] = {
+        name: video.damaged_spans(track) for name, track in media.tracks.items()
+    }
     specs = recipe.streams
     kept = {
         name: tuple(span for span in spans if span.reason in mask_reasons(specs[name]))
