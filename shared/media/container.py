@@ -96,7 +96,8 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
         stream = choose_track(container.streams.video)
         if stream is None:
             what = "only a cover picture, no video" if container.streams.video else "no video track"
-            raise MediaError(f"{path}: contains {what}; {REPLACE_FIX}")
+            reason = f"contains {what}; {REPLACE_FIX}"
+            raise MediaError(f"{path}: {explain_failure(path) or reason}")
         context: Any = stream.codec_context  # None if no decoder is known, despite its type
         if context is None or context.width == 0:
             reason = "its codec is unknown; fix: re-encode it as h264"
