@@ -235,28 +235,31 @@ class SessionEncoder:
         """Yield rows with encoded pictures; pictures that don't decode become failures."""
         reader, missing = self.reader, {row.segment.index: row for row in rows}
         spec = reader.recipe.videos[stream]
-        reason = "no picture of this segment decodes"
+        reason, lost = "no picture of this segment decodes", FLAG_BITS[MaskReason.DAMAGED]
         segments = [row.segment for row in rows]
+        own: list[DecodeFailure] = []
         try:
             for segment, frames in (
                 reader.iter_frames(stream, segments, decode_context=self.decode_context)
                 if rows
                 else ()
             ):
-                if not np.isfinite(frames.error_s).any():
-                    continue
-                row, flags = missing.pop(segment.index), 0
-                content = encode_pictures(frames.pictures, spec=spec)
-                if frames.damaged.any():
-                    flags = FLAG_BITS[MaskReason.DAMAGED]
-                    failures.append(_partial_failure(row, stream, frames, spec.rate_hz))
-                yield EncodedRow(row, content, frames.error_s, flags)
+                if np.isfinite(frames.error_s).any():
+                    row, flags = missing.pop(segment.index), 0
+                    content = encode_pictures(frames.pictures, spec=spec)
+                    if frames.damaged.any():
+                        own.append(_partial_failure(row, stream, frames, spec.rate_hz))
+                        flags = lost
+                    yield EncodedRow(row, content, frames.error_s, flags)
         except MediaError as error:
-            reason = str(error).replace(f"{reader.path}/", "")
-        failures += [
-            {"session": row.session, "segment": number, "stream": stream, "reason": reason}
-            for number, row in missing.items()
-        ]
+            reason, lost = str(error).replace(f"{reader.path}/", ""), 0
+        for number, row in missing.items():
+            own.append(
+                {"session": row.session, "segment": number, "stream": stream, "reason": reason}
+            )
+            yield EncodedRow(row, None, None, lost)
+        # In the order of segments, however the session was divided.
+        failures += sorted(own, key=lambda failure: int(failure["segment"]))
 
 
 def _partial_failure(row: Row, stream: str, frames: Frames, rate_hz: float) -> DecodeFailure:
