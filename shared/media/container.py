@@ -95,8 +95,8 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
     with container:
         stream = choose_track(container.streams.video)
         if stream is None:
-            what = "only a cover picture, no video" if container.streams.video else "no video track"
-            reason = f"contains {what}; {REPLACE_FIX}"
+            content = "only a cover picture" if container.streams.video else "no video track"
+            reason = f"contains {content}; {REPLACE_FIX}"
             raise MediaError(f"{path}: {explain_failure(path) or reason}")
         context: Any = stream.codec_context  # None if no decoder is known, despite its type
         if context is None or context.width == 0:
@@ -179,8 +179,8 @@ def error_reason(error: Exception) -> str:
 def explain_failure(path: Path) -> str | None:
     """Say why a file that no decoder accepts is no whole video, and the fix; None if unknown."""
     with suppress(OSError):
-        if (found := _recognize(_read_head(path)) or cut_box(path)) is not None:
-            return found
+        if (reason := _recognize(_read_head(path)) or cut_box(path)) is not None:
+            return reason
         names = [name for name, _, _ in _iter_boxes(path)]
         if names and b"moov" not in names:
             return (

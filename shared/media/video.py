@@ -67,7 +67,7 @@ _HEVC_IDR, _HEVC_LAST_SLICE = (19, 20), 31
 _ZEROS = bytes(32)
 _CODECS_WITHOUT_ZEROS = {"h264", "hevc", "vp8", "vp9", "av1"}
 _CODECS_WITH_STUFFING = {"mpeg1video", "mpeg2video", "mpeg4"}
-"""A packet of these codecs with so many zeros in a row, or with nothing else, lost a block of the
+"""A packet of these codecs with this many zeros in a row, or with nothing else, lost a block of the
 disk. H.264 and HEVC allow no three in a row; the others are packed too densely. MPEG pictures may
 end in zeros."""
 
@@ -270,17 +270,17 @@ def _presentation_order(path: Path, _size: int, _mtime_ns: int) -> list[int]:
 
     A packet that gives no frame has a place too, at the latest after all packets before it.
     """
-    shown: list[int] = []
+    displayed: list[int] = []
     count = 0
     with open_video(path) as (container, stream):
         for packet in container.demux(stream):
             if packet.size:
                 packet.pts, packet.dts = count, None
                 count += 1
-            shown += [frame.pts for frame in _decode_packet(packet)]
-    missing = deque(sorted(set(range(count)) - set(shown)))
+            displayed += [frame.pts for frame in _decode_packet(packet)]
+    missing = deque(sorted(set(range(count)) - set(displayed)))
     order: list[int] = []
-    for position in (*shown, count):
+    for position in (*displayed, count):
         while missing and missing[0] < position:
             order.append(missing.popleft())
         order.append(position)
