@@ -21,6 +21,7 @@ from train.data.loader import Loader, open_source
 from train.data.pixels import to_model_inputs
 from train.data.session_source import SessionSource
 from train.loop.checkpoint_manager import check_writable, find_latest_checkpoint, refuse_checkpoints
+from train.loop.run_lock import hold_folder
 from train.loop.trainer import Trainer
 from train.machine import distributed
 from train.machine.runtime import choose_device, choose_dtype, translate_errors
@@ -77,15 +78,23 @@ def run_training(
     """
     require_paths(config, origin=origin)
     device = choose_device(config.training.device)
+    save_dir = config.training.checkpointing.save_dir
     with distributed.process_group(device), translate_errors():
-        return _run(config, origin=origin, resume=resume, weights=weights)
+        # Only the main one of the ranks prints.
+        console = Console(quiet=not distributed.is_main(), markup=False, soft_wrap=True)
+        with hold_folder(save_dir, log=console.print):
+            return _run(config, console, origin=origin, resume=resume, weights=weights)
 
 
 def _run(
-    config: TrainConfig, *, origin: Path, resume: str | None, weights: Path | None
+    config: TrainConfig,
+    console: Console,
+    *,
+    origin: Path,
+    resume: str | None,
+    weights: Path | None,
 ) -> TrainSummary | None:
-    """Run training as one of the ranks; only the main one prints."""
-    console = Console(quiet=not distributed.is_main(), markup=False, soft_wrap=True)
+    """Run training as one of the ranks."""
     setup = set_up_run(config, origin=origin)
     console.print(describe_streams(setup.loader.shapes), highlight=False)
     _print_warnings(console, setup, config)

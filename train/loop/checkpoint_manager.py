@@ -55,10 +55,6 @@ class CheckpointManager:
         """Called with a message when a save fails or a full disk costs older checkpoints."""
         self._is_due = False
 
-    def prepare(self) -> None:
-        """Create the folder and check that it is writable; see :func:`prepare_folder`."""
-        distributed.on_main(lambda: prepare_folder(self._config.save_dir))
-
     def is_due(self, step: int) -> bool:
         """Return whether a save is due: every ``save_interval`` steps, until it is done."""
         self._is_due |= step % self._save_interval == 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from shared.errors import ConfigError
@@ -27,6 +28,7 @@ from train.loop.health import QUIET_STEPS
 from train.loop.meter import Progress, StepMeter, TrainSummary, gradient_norms
 from train.loop.optim import clip_gradient, learning_rate, set_learning_rate, step_if
 from train.loop.prefetch import BatchFeed, resume_index
+from train.loop.run_lock import hold_folder
 from train.loop.run_log import RunLog, default_run_name
 from train.loop.state import TrainState, require_heads, schedule_dict
 from train.machine import distributed, runtime
@@ -37,8 +39,6 @@ from train.trained_model import check_windows, checkpoint_extras
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-
-    from rich.console import Console
 
     from train.data.batch import Batch
 
@@ -134,15 +134,16 @@ class Trainer:
         Raises:
             DivergedError: losses or gradients were non-finite, or far above the steps before, for
                 many steps in a row.
-            CheckpointError: the folder is not writable, or the last checkpoint was not written.
+            CheckpointError: another run writes into the folder of checkpoints, it is not writable,
+                or the last checkpoint was not written.
             EngineError: memory ran out, or the loader failed.
         """
         training, state = self.config.training, self._state
         optimizer, scaler = state.optimizer, state.scaler
-        self._checkpoints.prepare()
         # torchrun may repeat a signal, and kills a rank that takes too long by itself.
         stop = runtime.StopSignals(ignores_repeats=distributed.world_size() > 1)
-        with stop, self._open_log() as log, runtime.translate_errors():
+        holding = hold_folder(training.checkpointing.save_dir, log=self._print)
+        with stop, holding, self._open_log() as log, runtime.translate_errors():
             self.standardize()
             feed = self._restore(log)
             while state.step < training.max_steps and not distributed.any_rank(stop.number > 0):
@@ -214,6 +215,9 @@ class Trainer:
         has_same_tokens = self._state.load_weights(path, device=self.device)
         self._is_standardized = True
         return has_same_tokens
+
+    def _print(self, message: str) -> None:
+        (self._console or Console(soft_wrap=True)).print(message, markup=False, highlight=False)
 
     def _open_log(self) -> RunLog:
         """Open the run's log folder; a resumed run continues in its old one."""
