@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.validate.repair_plan import RepairPlan
+from shared.clock import Interval
 from shared.errors import MediaError, MissingMediaError
 from shared.kinds.audio import align_sound
 from shared.kinds.video import align_track, interval_of
@@ -25,6 +26,8 @@ from shared.media.video import read_frames, read_video_track
 from shared.session.alignment import align_streams, read_starts, shift_events
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream
 from shared.session.lines import Readings
+from shared.session.scan import find_faults
+from shared.session.still import Recorded
 from shared.session.timestamps import read_lines
 from shared.streams import (
     AudioStream,
@@ -39,10 +42,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.clock import Interval
     from shared.media.video import VideoTrack
     from shared.recipe import Recipe
     from shared.session.lines import FileLines, ParseIssue, SessionLines, TextEvent
+    from shared.session.masks import MaskedSpan
     from shared.session.timestamps import WrongLines, WrongUnit
 
 NUM_STRETCHES = 16
@@ -76,6 +79,8 @@ class AudioProbe:
     """Samples that are not finite numbers."""
     missing_bytes: int
     """Bytes that the header announces beyond the end of the file."""
+    zeros: tuple[Interval, ...]
+    """Where every channel is exactly zero, on the session clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +134,8 @@ class SessionProbe:
     left_out: Mapping[str, tuple[WrongLines, ...]]
     """Timestamped file -> lines that are left out, because their timestamps are wrong."""
     intervals: Mapping[str, Interval]
+    faults: Mapping[str, tuple[MaskedSpan, ...]]
+    """Stretches of streams whose content is wrong, whether the recipe masks them or not."""
     absent: Mapping[str, str]
     not_recorded: frozenset[str]
     """Absent streams of which nothing was recorded: no file, no reading, no event."""
@@ -240,14 +247,24 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
     unreadable |= bad_info
     alignment = align_streams(media, lines, starts=starts, recipe=recipe)
     absent |= alignment.absent
+    readings = {
+        name: replace(lines.readings[name], times_s=times_s)
+        for name, times_s in alignment.times_s.items()
+    }
+    recorded = Recorded(
+        path=path,
+        recipe=recipe,
+        intervals=alignment.intervals,
+        tracks={name: video.track for name, video in videos.items()},
+        zeros={name: sound.zeros for name, sound in audio.items()},
+        readings={name: (own.times_s, own.values) for name, own in readings.items()},
+    )
     return SessionProbe(
         recipe=recipe,
         videos=videos,
         audio=audio,
-        readings={
-            name: replace(lines.readings[name], times_s=times_s)
-            for name, times_s in alignment.times_s.items()
-        },
+        readings=readings,
+        faults=find_faults(recorded),
         missing=missing,
         events=_align_events(lines, alignment.offset_s, starts, recipe),
         files=_files(lines),
@@ -331,8 +348,11 @@ def _probe_audio(path: Path, spec: AudioStream, start_s: float | None) -> AudioP
     """Decode all of a sound and measure its levels."""
     sound = read_sound(path, rate_hz=spec.rate_hz, track=spec.track)
     loudness = measure_loudness(sound.samples.iter_blocks(), spec=spec)
+    interval = align_sound(sound, start_s)
+    first_s = interval.start_s
     return AudioProbe(
-        interval=align_sound(sound, start_s),
+        interval=interval,
+        zeros=tuple(Interval(z.start_s + first_s, z.stop_s + first_s) for z in sound.zeros),
         origin_s=sound.origin_s,
         duration_s=sound.duration_s,
         source_rate_hz=sound.source_rate_hz,

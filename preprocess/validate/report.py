@@ -47,6 +47,7 @@ from preprocess.validate.line_checks import (
 )
 from preprocess.validate.probe import probe_session
 from preprocess.validate.repair import MediaEnd, plan_repairs, repair_session
+from preprocess.validate.still_checks import check_still
 from preprocess.validate.value_checks import check_saturation, check_values, check_velocities
 from shared.clock import measure_rate_hz
 from shared.errors import SessionError, StorageError
@@ -79,6 +80,7 @@ CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
     "values": check_values,
     "velocities": check_velocities,
     "saturation": check_saturation,
+    "still": check_still,
     "sound": check_audio,
     "video": check_video,
     "durations": check_durations,
@@ -88,7 +90,7 @@ CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
 }
 """Every check of a session, in the order of their messages."""
 
-SINGLE_FILE_CHECKS = frozenset({"files", "gaps", "starts", "sound", "video"})
+SINGLE_FILE_CHECKS = frozenset({"files", "gaps", "starts", "still", "sound", "video"})
 """Checks of a single file; the others compare streams, or need a whole session."""
 
 _SILENT_DBFS = -120.0

@@ -14,7 +14,8 @@ import numpy as np
 from preprocess.validate.line_checks import find_gaps
 from shared.clock import EPSILON_S
 from shared.page import draw_bands, format_time
-from shared.streams import Kind
+from shared.session.masks import MaskedSpan, masked_share
+from shared.streams import Kind, MaskReason, mask_reasons
 from shared.values import is_masked_gap
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Stretches:
     """Stretches of one kind, float64 [N] seconds each, increasing."""
 
     kind: str
-    """recorded, gap-warning, gap-error, damaged or masked."""
+    """recorded, gap-warning, gap-error, damaged, masked, or the reason of a fault."""
     starts_s: NDArray[np.float64]
     stops_s: NDArray[np.float64]
 
@@ -118,6 +119,12 @@ def _no_flaws(name: str, probe: SessionProbe) -> tuple[_Covered, list[Stretches]
     return (np.array([interval.start_s]), np.array([interval.stop_s])), []
 
 
+_FLAW_WORDS: Mapping[MaskReason, str] = {
+    MaskReason.STILL: "still",
+    MaskReason.CLOCK: "with wrong times",
+    MaskReason.DAMAGED: "damaged",
+}
+
 _FLAWS: Mapping[Kind, Callable[[str, SessionProbe], tuple[_Covered, list[Stretches]]]] = {
     Kind.VIDEO: _video_flaws,
     Kind.AUDIO: _no_flaws,
@@ -135,26 +142,40 @@ def _draw_stream(name: str, probe: SessionProbe, axis: TimeAxis) -> StreamTimeli
     right_s = np.clip(np.append(starts_s, duration_s), 0.0, duration_s)
     is_masked = right_s - left_s > EPSILON_S
     masked = Stretches("masked", left_s[is_masked], right_s[is_masked])
+    faults = probe.faults.get(name, ())
+    reasons = mask_reasons(probe.recipe.streams[name])
+    gaps = [
+        MaskedSpan(start_s, stop_s, MaskReason.DAMAGED, "")
+        for start_s, stop_s in zip(masked.starts_s.tolist(), masked.stops_s.tolist(), strict=True)
+    ]
+    unused = [*gaps, *(span for span in faults if span.reason in reasons)]
+    for reason in dict.fromkeys(span.reason for span in faults):
+        if reason is MaskReason.DAMAGED:  # drawn with the frames that do not decode
+            continue
+        spans = [span for span in faults if span.reason is reason]
+        ends_s = np.array([(span.start_s, span.stop_s) for span in spans])
+        flaws.append(Stretches(reason.value, ends_s[:, 0], ends_s[:, 1]))
     recorded = Stretches("recorded", np.array([interval.start_s]), np.array([interval.stop_s]))
-    masked_s = float(masked.durations_s.sum())
     return StreamTimeline(
         name=name,
         bands=[band for stretches in (recorded, *flaws, masked) for band in stretches.bands(axis)],
         note=f"{format_time(interval.start_s)} to {format_time(interval.stop_s)}",
         flaws=_describe_flaws(flaws),
-        share=max(0.0, 1 - masked_s / duration_s) if duration_s > 0 else 0.0,
+        share=1 - masked_share(0.0, duration_s, unused) if duration_s > 0 else 0.0,
     )
 
 
 def _describe_flaws(flaws: list[Stretches]) -> str:
-    """Count gaps and damaged stretches."""
+    """Count gaps, and stretches that are damaged or still."""
     durations_s = [f.durations_s for f in flaws if f.kind.startswith("gap")]
     gaps_s = np.concatenate([np.zeros(0), *durations_s])
     counts: list[str] = []
     if len(gaps_s):
         noun = "gap" if len(gaps_s) == 1 else "gaps, longest"
         counts.append(f"{len(gaps_s)} {noun} {gaps_s.max():.3f} s")
-    num_damaged = sum(len(f.starts_s) for f in flaws if f.kind == "damaged")
-    if num_damaged:
-        counts.append(f"{num_damaged} {'stretch' if num_damaged == 1 else 'stretches'} damaged")
+    for reason in MaskReason:
+        num = sum(len(f.starts_s) for f in flaws if f.kind == reason.value)
+        if num:
+            noun = "stretch" if num == 1 else "stretches"
+            counts.append(f"{num} {noun} {_FLAW_WORDS[reason]}")
     return ", ".join(counts)

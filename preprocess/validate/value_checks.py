@@ -194,12 +194,9 @@ _LIMITS: Mapping[ValueType, tuple[str, Callable[[NDArray[np.float64]], NDArray[n
 }
 """Limit of a type that a sensor can get stuck at, and which values are at it."""
 
-_POSES = (ValueType.ANGLE, ValueType.POSITION, ValueType.QUATERNION, ValueType.DIRECTION)
-"""Types of values that always change a little while they are tracked."""
-
 
 def check_saturation(probe: SessionProbe) -> list[Finding]:
-    """Check that no value stays at its limit, and that some pose of a stream changes."""
+    """Check that no value stays at its limit."""
     findings: list[Finding] = []
     for group in _groups(probe):
         if group.group.type not in _LIMITS or len(group.values) < 2:
@@ -213,23 +210,6 @@ def check_saturation(probe: SessionProbe) -> list[Finding]:
             for i in np.flatnonzero(shares > SATURATED_SHARE).tolist()
         ]
         findings += stream_findings("warning", messages, group.name, probe)
-    return findings + _frozen_findings(probe)
-
-
-def _frozen_findings(probe: SessionProbe) -> list[Finding]:
-    """Report streams whose poses never change."""
-    findings: list[Finding] = []
-    poses = (group for group in _groups(probe) if group.group.type in _POSES)
-    for name, of_stream in itertools.groupby(poses, key=lambda group: group.name):
-        groups = list(of_stream)
-        is_still = all(not np.ptp(group.values, axis=0).any() for group in groups)
-        if len(groups[0].values) > 1 and is_still:
-            types = " and ".join(dict.fromkeys(group.group.type for group in groups))
-            message = (
-                f"{probe.recipe.streams[name].file}: no {types} of {name} changes in the whole "
-                "session: frozen tracking; fix: check that it is on"
-            )
-            findings.append(Finding("warning", message, streams=(name,)))
     return findings
 
 

@@ -145,7 +145,11 @@ def measure_loudness(blocks: Iterable[NDArray[np.float32]], *, spec: AudioDefaul
         num_samples += len(block)
         energies.append(float(np.square(block, dtype=np.float64).sum()))
         peak = max(peak, float(np.abs(block).max(initial=0.0)))
-    rms = math.sqrt(math.fsum(energies) / max(1, num_samples))
+    return loudness_of(math.sqrt(math.fsum(energies) / max(1, num_samples)), peak, spec=spec)
+
+
+def loudness_of(rms: float, peak: float, *, spec: AudioDefaults) -> Loudness:
+    """Compute the gain to the stream's level from RMS and peak; see :func:`measure_loudness`."""
     gain = 1.0
     if spec.loudness_dbfs is not None and rms > SILENCE_RMS:
         gain = 10 ** (spec.loudness_dbfs / 20) / rms

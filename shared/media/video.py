@@ -19,6 +19,7 @@ container whose packets and times can be trusted; other files are decoded comple
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass, field
@@ -58,6 +59,9 @@ if TYPE_CHECKING:
 _NAL_LENGTH_BYTE = {"h264": 4, "hevc": 21}
 """Byte of avcC and hvcC (ISO/IEC 14496-15) that holds the size of NAL unit lengths."""
 
+_LUMA_FIRST = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"}
+"""Pixel formats whose first plane is luma of 8 bits."""
+
 _H264_IDR, _H264_LAST_SLICE, _H264_REFERENCE = 5, 5, 0x60
 _H264_INTRA_SLICES = {0xB, 8}
 """First four bits of a slice header: macroblock 0, then slice type 2 or 7."""
@@ -80,7 +84,8 @@ class VideoTrack:
     [N]: the same in units of the track's time base; `keyframes` bool [N]; `positions` int64 [N]:
     index of each frame's packet in the file's order; `restarts` int64 [R]: indices of the packets
     at which a decoder can start without earlier ones, increasing; none where no seek can be
-    trusted; `damaged` int64 [D]: indices of the packets that are damaged without any doubt.
+    trusted; `damaged` int64 [D]: indices of the packets that are damaged without any doubt;
+    `sizes` int64 [N]: bytes of each frame's packet.
 
     Keyframes at which H.264 begins to refresh the picture over several frames are not marked: what
     follows them depends on what was decoded before.
@@ -94,6 +99,7 @@ class VideoTrack:
     keyframes: NDArray[np.bool_]
     positions: NDArray[np.int64]
     restarts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
     damaged: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     num_tracks: int = 1
     """Video tracks of the file, without cover pictures."""
@@ -190,6 +196,7 @@ def read_video_track(path: Path) -> VideoTrack:
             keyframes=np.asarray(packets.is_key, dtype=np.bool_)[order],
             positions=np.asarray(packets.positions, dtype=np.int64)[order],
             restarts=np.asarray(packets.restarts, dtype=np.int64),
+            sizes=np.asarray(packets.sizes, dtype=np.int64)[order],
             damaged=np.unique(np.asarray(packets.damaged, dtype=np.int64)),
             num_tracks=len([s for s in container.streams.video if not is_picture(s)]),
             pixel_aspect=pixel_aspect(stream),
@@ -206,6 +213,7 @@ class _Packets:
 
     pts: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     is_key: list[bool] = field(default_factory=list)
     restarts: list[int] = field(default_factory=list)
     damaged: list[int] = field(default_factory=list)
@@ -235,6 +243,7 @@ def _read_packets(path: Path, container: InputContainer, stream: Any) -> _Packet
             if pts is not None and not packet.is_discard:
                 packets.pts.append(pts)
                 packets.positions.append(number)
+                packets.sizes.append(packet.size)
                 is_key = packet.is_keyframe and is_intra(packet, name, length_bytes)
                 packets.is_key.append(is_key)
             is_encrypted = packet.has_sidedata("encryption_info")
@@ -658,3 +667,23 @@ def _fit(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint
     top, left = (height - cropped.shape[0]) // 2, (width - cropped.shape[1]) // 2
     padded[top : top + cropped.shape[0], left : left + cropped.shape[1]] = cropped
     return padded
+
+
+def read_luma(
+    path: Path, track: VideoTrack, requested: Sequence[int], *, max_pixels: int
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Decode some frames; yield each one's index and a grid of about `max_pixels` of its luma.
+
+    Pixels are picked, not averaged, so that noise remains. See :func:`read_frames`.
+    """
+    index_of_pts = {int(track.pts[i]): i for i in requested}
+    for frame in decode_frames(path, track, requested):
+        index = index_of_pts.pop(frame.pts, None)
+        if index is not None:
+            is_plain = frame.format.name in _LUMA_FIRST
+            plane = (frame if is_plain else frame.reformat(format="gray")).planes[0]
+            step = max(1, math.ceil(math.sqrt(frame.width * frame.height / max_pixels)))
+            rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
+            yield index, rows[: frame.height : step, : frame.width : step].copy()
+        if not index_of_pts or frame.pts > int(track.pts[requested[-1]]):
+            return

@@ -7,6 +7,7 @@ that it writes.
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections import Counter
 from contextlib import suppress
@@ -20,7 +21,7 @@ from shared.errors import MediaError, MissingMediaError
 from shared.files import sha256_of_file
 from shared.kinds import audio, sensor, text, video
 from shared.machine import SteadyFile
-from shared.media.sound import measure_loudness, read_sound
+from shared.media.sound import Loudness, loudness_of, measure_loudness, read_sound
 from shared.media.video import read_video_track
 from shared.session.alignment import (
     MAX_SESSION_S,
@@ -32,7 +33,8 @@ from shared.session.alignment import (
 )
 from shared.session.folder import SESSION_INFO_FILE, source_files
 from shared.session.lines import Correction
-from shared.session.masks import MaskedSpan
+from shared.session.masks import MaskedSpan, masked_share
+from shared.session.still import Recorded, find_still
 from shared.session.timestamps import read_lines
 from shared.streams import Kind, MaskReason, mask_reasons
 
@@ -218,15 +220,24 @@ def scan_session(
         )
         sentences.append(("start", sentence, len(names)))
     absent = {**media.absent, **alignment.absent}
-    masked = _find_masked(recipe, media)
+    recorded = Recorded(
+        path=path,
+        recipe=recipe,
+        intervals=alignment.intervals,
+        tracks=media.tracks,
+        zeros=media.zeros,
+        readings={n: (t, lines.readings[n].values) for n, t in alignment.times_s.items()},
+    )
+    masked = _find_masked(recorded)
+    loudness = _measured_loudness(media, masked)
     segments = plan_segments(alignment.duration_s, recipe.segment_s)
     timed_starts = {n: s for n, s in starts.items() if recipe.streams[n].kind not in MEDIA_KINDS}
     return SessionScan(
         session=path.name,
         duration_s=alignment.duration_s,
         clock_offset_s=alignment.offset_s,
-        gains=media.gains,
-        levels=media.levels,
+        gains={name: of_sound.gain for name, of_sound in loudness.items()},
+        levels={name: of_sound.rms for name, of_sound in loudness.items()},
         intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
         start_overrides={**media.start_overrides, **timed_starts},
         corrections=timed.corrections,
@@ -252,8 +263,8 @@ class _Media:
     path: Path
     recipe: Recipe
     tracks: dict[str, VideoTrack] = field(default_factory=dict)
-    gains: dict[str, float] = field(default_factory=dict)
-    levels: dict[str, float] = field(default_factory=dict)
+    loudness: dict[str, Loudness] = field(default_factory=dict)
+    zeros: dict[str, list[Interval]] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
     start_overrides: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -285,8 +296,9 @@ def _scan_audio(media: _Media, name: str, start_s: float | None) -> None:
     interval = media.intervals[name] = audio.align_sound(sound, start_s)
     if interval.start_s:
         media.start_overrides[name] = interval.start_s
-    loudness = measure_loudness(sound.samples.iter_blocks(), spec=spec)
-    media.gains[name], media.levels[name] = loudness.gain, loudness.rms
+    media.loudness[name] = measure_loudness(sound.samples.iter_blocks(), spec=spec)
+    start_s = interval.start_s
+    media.zeros[name] = [Interval(z.start_s + start_s, z.stop_s + start_s) for z in sound.zeros]
 
 
 _SCANNERS: Mapping[Kind, Callable[[_Media, str, float | None], None]] = {
@@ -295,17 +307,50 @@ _SCANNERS: Mapping[Kind, Callable[[_Media, str, float | None], None]] = {
 }
 
 
-def _find_masked(recipe: Recipe, media: _Media) -> dict[str, tuple[MaskedSpan, ...]]:
-    """Find the stretches of each stream whose content is wrong, for the reasons that it masks."""
-    candidates: dict[str, list[MaskedSpan]] = {
-        name: video.damaged_spans(track) for name, track in media.tracks.items()
+def _find_damaged(recorded: Recorded) -> dict[str, list[MaskedSpan]]:
+    """Find what the damage of a file reaches."""
+    return {name: video.damaged_spans(track) for name, track in recorded.tracks.items()}
+
+
+_FINDERS: tuple[Callable[[Recorded], Mapping[str, Sequence[MaskedSpan]]], ...] = (
+    find_still,
+    _find_damaged,
+)
+
+
+def find_faults(recorded: Recorded) -> dict[str, tuple[MaskedSpan, ...]]:
+    """Find the stretches of each stream whose content is wrong, whether they are masked or not."""
+    found = [finder(recorded) for finder in _FINDERS]
+    spans = {
+        name: tuple(span for of_finder in found for span in of_finder.get(name, ()))
+        for name in sorted(set().union(*found))
     }
-    specs = recipe.streams
+    return {name: of_stream for name, of_stream in spans.items() if of_stream}
+
+
+def _find_masked(recorded: Recorded) -> dict[str, tuple[MaskedSpan, ...]]:
+    """Find the stretches of each stream that its recipe masks."""
+    specs = recorded.recipe.streams
     kept = {
         name: tuple(span for span in spans if span.reason in mask_reasons(specs[name]))
-        for name, spans in sorted(candidates.items())
+        for name, spans in find_faults(recorded).items()
     }
     return {name: spans for name, spans in kept.items() if spans}
+
+
+def _measured_loudness(
+    media: _Media, masked: Mapping[str, Sequence[MaskedSpan]]
+) -> dict[str, Loudness]:
+    """Return the loudness of each sound; masked zeros have no part in it."""
+    loudness = dict(media.loudness)
+    for name in loudness.keys() & masked.keys():
+        interval, measured = media.intervals[name], loudness[name]
+        zeros = [span for span in masked[name] if span.reason is MaskReason.STILL]
+        share = masked_share(interval.start_s, interval.stop_s, zeros)
+        if share < 1:  # not a copy
+            rms = measured.rms / math.sqrt(1 - share)
+            loudness[name] = loudness_of(rms, measured.peak, spec=media.recipe.audios[name])
+    return loudness
 
 
 def _coverage(

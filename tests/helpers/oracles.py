@@ -164,7 +164,7 @@ def write_tiny_session(folder: Path, duration_s: float, *, has_right: bool = Fal
     frames_s = np.arange(round(duration_s * 30)) / 30
     write_video(folder / "vision_left.mp4", times_s=frames_s, b_frames=0)
     if has_right:
-        write_video(folder / "vision_right.mp4", times_s=frames_s, b_frames=0)
+        write_video(folder / "vision_right.mp4", times_s=frames_s, b_frames=0, gop=10)
     write_tone(folder / "audio.wav", duration_s)
     write_lines(folder / "metadata.jsonl", sensor_lines(duration_s))
     texts = [

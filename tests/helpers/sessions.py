@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -45,19 +46,27 @@ def write_video(
     b_frames: int = 2,
     ticks_per_s: int = 90_000,
     size: tuple[int, int] = (WIDTH, HEIGHT),
+    pictures: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Write gray frames at times (2 s of 30 Hz); return the times as stored."""
-    times_s = np.arange(60) / 30 if times_s is None else np.asarray(times_s)
+    """Write gray frames, or pictures, at times (2 s of 30 Hz); return the times as stored."""
+    if pictures is not None:
+        size = pictures[0].shape[1], pictures[0].shape[0]
+    if times_s is None:
+        times_s = np.arange(60 if pictures is None else len(pictures)) / 30
+    times_s = np.asarray(times_s)
     pts = np.round(times_s * ticks_per_s).astype(int)
     base = Fraction(1, ticks_per_s)
     with av.open(str(path), "w", format=container, options=muxer or {}) as output:
         stream = output.add_stream(codec, rate=30, options=options or {})
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.time_base = stream.codec_context.time_base = base
         stream.gop_size, stream.codec_context.max_b_frames = gop, b_frames
         for i, when in enumerate(pts):
-            gray = np.full((*size[::-1], 3), brightness(i), dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(gray, format="rgb24")
+            picture = np.full((*size[::-1], 3), brightness(i), dtype=np.uint8)
+            if pictures is not None:
+                picture = np.stack([pictures[i]] * 3, axis=-1)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = int(when), base
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
@@ -142,11 +151,13 @@ def write_streams(
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
     tables: dict[str, dict[str, Any]] = defaultdict(dict)
     tracks: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
+    gops = itertools.count(12)  # no video is a copy of another
     for name, spec in streams.items():
         start_s = starts.get(name, 0.0)
         if isinstance(spec, VideoStream):
             times_s = _times(start_s, duration_s, max(30.0, spec.rate_hz), gaps.get(name, ()))
-            write_video(folder / spec.file, times_s=times_s - times_s[0], size=_size(spec))
+            times_s = times_s - times_s[0]
+            write_video(folder / spec.file, times_s=times_s, size=_size(spec), gop=next(gops))
         elif isinstance(spec, SensorStream):
             times_s, values = make_readings(
                 spec, duration_s, start_s=start_s, gaps=gaps.get(name, ())

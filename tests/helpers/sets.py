@@ -51,7 +51,7 @@ def write_sessions(root: Path) -> Path:
         if name not in {"dan", "eve"}:
             write_video(folder / "vision_left.mp4", times_s=frames_s, b_frames=0)
         if name == "cat":
-            write_video(folder / "vision_right.mp4", times_s=frames_s, b_frames=0)
+            write_video(folder / "vision_right.mp4", times_s=frames_s, b_frames=0, gop=10)
         if name != "eve":
             write_tone(folder / "audio.wav", duration_s)
             write_lines(folder / "text.jsonl", _texts(duration_s))

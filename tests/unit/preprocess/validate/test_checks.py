@@ -160,7 +160,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
         "saturation", "warnings", "touch[3] is at its limit 1 in 100%",
     ),
     "frozen": (
-        for_each(lambda line: line.update(proprio=[0.5] * 20)), "saturation", "warnings", "frozen",
+        for_each(lambda line: line.update(proprio=[0.5] * 20)), "still", "failed", "frozen",
     ),
     "muted": (sound(np.zeros(32_000)), "sound", "failed", "silent"),
     "clipped": (sound(np.clip(4 * tone(), -1, 1)), "sound", "failed", "clipped"),

@@ -64,7 +64,7 @@ FILE_REPORTS = {
 def sessions(session: Path, tmp_path: Path) -> Path:
     """A folder of a good session and one without pictures."""
     folder = tmp_path / "sessions"
-    shutil.copyfile(session / "vision_left.mp4", session / "vision_right.mp4")
+    write_video(session / "vision_right.mp4", gop=6)
     shutil.copytree(session, folder / "good")
     shutil.copytree(session, folder / "poor")
     (folder / "poor" / "vision_left.mp4").unlink()
@@ -159,7 +159,7 @@ def test_every_problem_file_has_its_report(name: str, nasty_files: dict[str, Pat
 
 def test_files_and_sessions_are_in_one_table(tmp_path: Path) -> None:
     whole = write_session(tmp_path / "sessions" / "whole")
-    shutil.copyfile(whole / "vision_left.mp4", whole / "vision_right.mp4")
+    write_video(whole / "vision_right.mp4", gop=6)
     write_tone(tmp_path / "mic.WAV", 0.5)
     write_video(tmp_path / "eye.mkv", container="matroska")
     (tmp_path / "bad.mp3").write_bytes(b"no sound")

@@ -1,0 +1,359 @@
+"""Find stretches of a video in which one picture repeats, with little decoding.
+
+A repeated picture costs almost nothing to encode. The sizes of packets therefore say where to look,
+and only there frames are decoded and compared, pixel by pixel: noise shows that a camera was on. A
+repeated picture is not always the same to the bit: encoders refine it for some frames, and encode
+it anew at keyframes. What counts as the same picture is thus measured against the changes around
+the stretch. Pictures of one color are found by the small packets of their keyframes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared.media.video import read_luma
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shared.media.video import VideoTrack
+
+MIN_RUN_SHARE = 4
+"""Runs of repeats from 1 / MIN_RUN_SHARE of the limit on are found."""
+
+_DENSE = 0.75
+"""Share of the frames of a window that repeat the frame before them, in a stretch of repeats."""
+
+_MAX_PIXELS = 32_768
+_CONTEXT_FRAMES = 8
+"""Frames before and after a stretch that say how much pictures change otherwise."""
+
+_TINY_BYTES, _TINY_BITS_PER_PIXEL = 64, 0.01
+"""A frame that repeats the one before it is no larger: a skipped macroblock takes 0.004 bits per
+pixel in MPEG-4, less in later codecs."""
+
+_EQUAL_BYTES = 4
+"""Packets of repeated intra frames differ by at most this much, in the picture's number."""
+
+_FLAT_BYTES, _FLAT_BITS_PER_PIXEL = 1_000, 0.15
+"""A keyframe of one color is no larger: the bits that a JPEG picture takes for empty blocks."""
+
+_FLAT_RANGE = 10
+"""Range of 98 % of the luma of a picture of one color: noise of the codec or of a covered lens."""
+
+_SAME_MEAN, _SAME_PEAK = 0.05, 4.0
+"""A repeat changes luma by at most this much, in the mean and in 99.9 % of the pixels ..."""
+
+_SAME_MEAN_SHARE, _SAME_PEAK_SHARE = 0.05, 0.2
+"""... or by this share of what is usual around the stretch."""
+
+_NEW_MEAN, _NEW_MEAN_SHARE, _NEW_DETAIL_SHARE = 4.0, 0.5, 0.4
+"""A larger mean change is a new picture; a smaller one may be the same picture, encoded anew. The
+shares are of what is usual, and of the difference between neighbors in a picture."""
+
+_NEW_TOP, _TOP_PIXELS = 100, 4
+"""It is a new picture too if _TOP_PIXELS pixels change by more: a letter was typed."""
+
+
+_COMPARED_FRAMES = 5
+_MIN_DETAIL = 1.0
+_MAX_NOISE = 1.2
+"""Copies that were encoded again differ by at most this share of the difference to the next pixel
+..."""
+
+_MAX_SHIFT, _BLOCKS = 0.1, 4
+"""... and by at most this shift in pixels, in 90 % of _BLOCKS x _BLOCKS blocks; eyes are farther
+apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Frames `first` to `last` show one picture."""
+
+    first: int
+    last: int
+    color: str | None = None
+    """black, white or gray if the picture is of one color, in luma."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameChanges:
+    """How N frames of a stretch, the first at index `first`, differ; NaN where one doesn't decode.
+
+    All arrays float64 [N], in levels of luma, from the frame before: mean, and 99.9th percentile.
+    """
+
+    first: int
+    mean: NDArray[np.float64]
+    peak: NDArray[np.float64]
+    top: NDArray[np.float64]
+    """Change of the pixel that changes fourth most."""
+    drift: NDArray[np.float64]
+    """Mean change from the frame `lag` frames before; NaN for the first ones."""
+    lag: int
+    level: NDArray[np.float64]
+    """Median luma of a picture of one color; NaN for others."""
+    detail: float
+    """Mean difference between neighbors in the first picture."""
+
+
+def find_repeats(path: Path, track: VideoTrack, *, limit_s: float) -> list[Run]:
+    """Find the runs of frames that show one picture for at least a part of `limit_s`.
+
+    Runs shorter than `limit_s` are only searched if there is a longer one.
+    """
+    if len(track.times_s) < 3:
+        return []
+    step_s = max(float(np.median(np.diff(track.times_s))), 1e-6)
+    window = max(2, round(limit_s / MIN_RUN_SHARE / step_s))
+    likely = dense_runs(is_small(track), window)
+    flat = _flat_stretches(path, track, spacing=window)
+    is_long = [track.times_s[last] - track.times_s[first - 1] + step_s >= 0.9 * limit_s
+               for first, last in likely]  # fmt: skip
+    long = [run for run, is_it in zip(likely, is_long, strict=True) if is_it]
+    runs = _confirm(path, track, [*long, *flat], likely, window)
+    if any(track.times_s[r.last] - track.times_s[r.first] + step_s >= limit_s for r in runs):
+        short = [run for run, is_it in zip(likely, is_long, strict=True) if not is_it]
+        runs += _confirm(path, track, short, likely, window)
+    return sorted(runs, key=lambda run: run.first)
+
+
+def is_small(track: VideoTrack) -> NDArray[np.bool_]:
+    """Mark the frames whose packets are small enough to repeat the frame before."""
+    sizes, pixels = track.sizes, track.width * track.height
+    limit = _TINY_BYTES + pixels * _TINY_BITS_PER_PIXEL / 8
+    is_equal = np.abs(np.diff(sizes, prepend=-np.inf)) <= _EQUAL_BYTES
+    small = (sizes <= limit) | is_equal
+    # A keyframe encodes its picture anew. It counts like its surroundings, if it is of usual size.
+    keys = np.flatnonzero(track.keyframes)
+    if len(keys) < len(sizes):
+        small[keys] |= small[np.minimum(keys + 1, len(sizes) - 1)] & _is_like_last(sizes, keys)
+    small[0] = False
+    return small
+
+
+def _is_like_last(sizes: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mark keyframes that are rare, or about as large as the one before."""
+    is_rare = np.diff(keys, prepend=-100) > 2 * MIN_RUN_SHARE
+    change = np.abs(np.diff(sizes[keys], prepend=-np.inf))
+    return is_rare | (change <= _EQUAL_BYTES + 0.01 * sizes[keys])
+
+
+def dense_runs(is_repeat: NDArray[np.bool_], window: int) -> list[tuple[int, int]]:
+    """Return the first and last of each run of elements, of which most are marked.
+
+    Each element is in a window, of `window` elements, of which a share of _DENSE is marked. Both
+    ends are marked.
+    """
+    if len(is_repeat) < window:
+        return []
+    sums = np.concatenate([[0], np.cumsum(is_repeat)])
+    is_dense = sums[window:] - sums[:-window] >= _DENSE * window
+    steps = np.zeros(len(is_repeat) + 1, dtype=np.int64)
+    steps[:-window] += is_dense
+    steps[window:] -= is_dense
+    edges = np.flatnonzero(np.diff(np.cumsum(steps)[:-1] > 0, prepend=False, append=False))
+    runs = []
+    for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        marked = np.flatnonzero(is_repeat[start:stop])
+        runs.append((start + int(marked[0]), start + int(marked[-1])))
+    return runs
+
+
+def _flat_stretches(path: Path, track: VideoTrack, *, spacing: int) -> list[tuple[int, int]]:
+    """Return the stretches around keyframes of one color, to the keyframes before and after."""
+    keys = np.flatnonzero(track.keyframes)
+    limit = _FLAT_BYTES + track.width * track.height * _FLAT_BITS_PER_PIXEL / 8
+    small = keys[track.sizes[keys] <= limit]
+    chosen: list[int] = []
+    for key in small.tolist():
+        if not chosen or key - chosen[-1] >= spacing:
+            chosen.append(key)
+    if not chosen:
+        return []
+    stretches = []
+    for index, luma in read_luma(path, track, chosen, max_pixels=_MAX_PIXELS):
+        if flat_level(luma) is not None:
+            before, after = keys[keys < index], keys[keys >= index + spacing]
+            first = int(before[-1]) if len(before) else 1
+            stretches.append((first, int(after[0]) if len(after) else len(track.sizes) - 1))
+    return stretches
+
+
+def _confirm(
+    path: Path,
+    track: VideoTrack,
+    stretches: Sequence[tuple[int, int]],
+    likely: Sequence[tuple[int, int]],
+    window: int,
+) -> list[Run]:
+    """Decode stretches, with some frames around them, and return the runs in them."""
+    count, parts = len(track.sizes), list[tuple[int, int]]()
+    for first, last in sorted(stretches):
+        first, last = max(0, first - _CONTEXT_FRAMES), min(count - 1, last + _CONTEXT_FRAMES)
+        if parts and first <= parts[-1][1] + 1:
+            parts[-1] = parts[-1][0], max(last, parts[-1][1])
+        else:
+            parts.append((first, last))
+    changes = [_measure(path, track, first, last, lag=2 * window) for first, last in parts]
+    is_context = np.ones(count, dtype=np.bool_)
+    for first, last in likely:
+        is_context[first : last + 1] = False
+    usual = [c.mean[is_context[c.first : c.first + len(c.mean)]] for c in changes]
+    peaks = [c.peak[is_context[c.first : c.first + len(c.mean)]] for c in changes]
+    usual_mean, usual_peak = _median(usual), _median(peaks)
+    runs = []
+    for of_stretch in changes:
+        runs += judge_changes(of_stretch, window, usual_mean=usual_mean, usual_peak=usual_peak)
+    return runs
+
+
+def _median(parts: Sequence[NDArray[np.float64]]) -> float:
+    """Return the median of all finite numbers; 0 if there are few."""
+    numbers = np.concatenate([np.zeros(0), *parts])
+    numbers = numbers[np.isfinite(numbers)]
+    return float(np.median(numbers)) if len(numbers) >= _CONTEXT_FRAMES // 2 else 0.0
+
+
+def _measure(path: Path, track: VideoTrack, first: int, last: int, *, lag: int) -> FrameChanges:
+    """Decode frames `first` to `last` and measure how they change."""
+    mean, peak, top, drift, level = (np.full(last - first + 1, np.nan) for _ in range(5))
+    detail = 0.0
+    recent: deque[tuple[int, NDArray[np.uint8]]] = deque(maxlen=lag)
+    requested = range(first, last + 1)
+    for index, luma in read_luma(path, track, requested, max_pixels=_MAX_PIXELS):
+        row = index - first
+        if recent and recent[-1][1].shape != luma.shape:
+            recent.clear()
+        if recent and recent[-1][0] == index - 1:
+            change = change_of(recent[-1][1], luma)
+            mean[row] = change.mean()
+            ranks = int(0.999 * (change.size - 1)), max(0, change.size - _TOP_PIXELS)
+            ordered = np.partition(change, ranks, axis=None) if mean[row] else change.ravel()
+            peak[row], top[row] = ordered[ranks[0]], ordered[ranks[1]]
+        if len(recent) == lag:
+            drift[row] = change_of(recent[0][1], luma).mean()
+        detail = detail or float(change_of(luma[:, 1:], luma[:, :-1]).mean())
+        flat = flat_level(luma)
+        level[row] = np.nan if flat is None else flat
+        recent.append((index, luma))
+    return FrameChanges(
+        first=first, mean=mean, peak=peak, top=top, drift=drift, lag=lag, level=level, detail=detail
+    )
+
+
+def change_of(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the absolute difference of two pictures."""
+    return np.asarray(np.maximum(a, b) - np.minimum(a, b))
+
+
+def flat_level(luma: NDArray[np.uint8]) -> float | None:
+    """Return the median luma of a picture of one color; None for others."""
+    few = luma[:: max(1, luma.shape[0] // 8), :: max(1, luma.shape[1] // 8)]
+    if np.ptp(np.sort(few, axis=None)[1:-1]) > 2 * _FLAT_RANGE:
+        return None
+    low, middle, high = np.percentile(luma, [1, 50, 99])
+    return float(middle) if high - low <= _FLAT_RANGE else None
+
+
+def judge_changes(
+    changes: FrameChanges, window: int, *, usual_mean: float, usual_peak: float
+) -> list[Run]:
+    """Return the runs of one picture, by what is usual around them; 0 if nothing is known."""
+    mean, peak = changes.mean, changes.peak
+    is_same = (mean <= max(_SAME_MEAN, _SAME_MEAN_SHARE * usual_mean)) & (
+        peak <= max(_SAME_PEAK, _SAME_PEAK_SHARE * usual_peak)
+    )
+    limit = max(_NEW_MEAN, _NEW_MEAN_SHARE * usual_mean, _NEW_DETAIL_SHARE * changes.detail)
+    is_known = (mean <= limit) & (changes.top <= _NEW_TOP)
+    is_flat = np.isfinite(changes.level)
+    level_change = np.abs(np.diff(changes.level, prepend=np.nan))
+    runs = _pieces(is_flat[1:] & is_flat[:-1] & (level_change[1:] <= 2), changes.first, window)
+    middles = [float(np.median(changes.level[a - changes.first :][: b - a + 1])) for a, b in runs]
+    flat = [Run(a, b, _color(level)) for (a, b), level in zip(runs, middles, strict=True)]
+    is_same[is_flat] = is_known[is_flat] = False
+    repeats: list[Run] = []
+    for start, stop in _segments(is_known):
+        for a, b in dense_runs(is_same[start:stop], window):
+            first, last = start + a - 1, start + b
+            late = np.arange(first + changes.lag, last + 1)
+            breaks = late[changes.drift[late] > limit].tolist()
+            for begin, end in zip([first, *breaks], [*(i - 1 for i in breaks), last], strict=True):
+                if end - begin >= window:
+                    repeats.append(Run(changes.first + begin, changes.first + end))
+    return [*flat, *repeats]
+
+
+def _color(level: float) -> str:
+    """Name a luma, of full or of limited range."""
+    return "black" if level < 32 else "white" if level > 224 else "gray or a hue"
+
+
+def _segments(is_known: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return start and stop of each run of marked elements."""
+    edges = np.flatnonzero(np.diff(is_known, prepend=False, append=False)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _pieces(is_next_alike: NDArray[np.bool_], offset: int, window: int) -> list[tuple[int, int]]:
+    """Return first and last frame of each run of frames that are alike, of `window` or more."""
+    runs = _segments(is_next_alike)
+    return [(offset + a, offset + b) for a, b in runs if b - a + 1 >= window]
+
+
+def are_same_pictures(a: tuple[Path, VideoTrack], b: tuple[Path, VideoTrack]) -> bool:
+    """Return whether two videos, of the same size and frames, show the same pictures.
+
+    Frames at _COMPARED_FRAMES times are compared. Pictures of one color are no evidence.
+    """
+    (_, track), (_, other) = a, b
+    num = len(track.times_s)
+    is_alike = (track.width, track.height) == (other.width, other.height)
+    if not is_alike or abs(len(other.times_s) - num) > 0.02 * num:
+        return False
+    num_compared = 0
+    for position in np.linspace(0, num - 1, _COMPARED_FRAMES).astype(int).tolist():
+        at = int(np.abs(other.times_s - track.times_s[position]).argmin())
+        pictures = [
+            luma
+            for video, index in ((a, position), (b, at))
+            for _, luma in read_luma(*video, [index], max_pixels=track.width * track.height)
+        ]
+        if len(pictures) < 2 or pictures[0].shape != pictures[1].shape:
+            return False
+        if change_of(pictures[0][:, 1:], pictures[0][:, :-1]).mean() >= _MIN_DETAIL:
+            num_compared += 1
+            if not is_same_view(*pictures):
+                return False
+    return num_compared >= _COMPARED_FRAMES // 2
+
+
+def is_same_view(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> bool:
+    """Return whether two pictures [H, W] differ by noise only, not as two eyes do.
+
+    Nothing may be shifted horizontally, by more than a part of a pixel: noise and codecs change
+    pixels too, but not in proportion to the slope of the picture.
+    """
+    detail = change_of(one[:, 1:], one[:, :-1]).mean()
+    if change_of(one, two).mean() > _MAX_NOISE * detail:
+        return False
+    slope = np.gradient(one.astype(np.float32) + two, axis=1) / 2
+    products = slope * (two.astype(np.float32) - one), np.square(slope)
+    shifted, squares = (
+        np.array([
+            block.sum()
+            for rows in np.array_split(product, _BLOCKS)
+            for block in np.array_split(rows, _BLOCKS, axis=1)
+        ])
+        for product in products
+    )  # fmt: skip
+    has_detail = squares > one.size / _BLOCKS**2
+    shifts = np.abs(shifted[has_detail] / squares[has_detail])
+    return len(shifts) > 0 and float(np.percentile(shifts, 90)) <= _MAX_SHIFT
