@@ -99,7 +99,7 @@ def _video_flaws(name: str, probe: SessionProbe) -> tuple[_Covered, list[Stretch
     video, spec = probe.videos[name], probe.recipe.videos[name]
     times_s = video.track.times_s
     covered = times_s - spec.tolerance_s, times_s + spec.tolerance_s
-    damaged = Stretches("damaged", *video.damaged_stretches()[:2])
+    damaged = Stretches("damaged", *video.track.runs(video.undecoded)[:2])
     return covered, [*stream_gaps(times_s, spec), damaged]
 
 

@@ -286,7 +286,8 @@ def _presentation_order(path: Path, _size: int, _mtime_ns: int) -> list[int]:
             if packet.size:
                 packet.pts, packet.dts = count, None
                 count += 1
-            displayed += [frame.pts for frame in _decode_packet(packet)]
+            frames = _decode_packet(packet)
+            displayed += [frame.pts for frame in frames if frame.pts is not None]
     missing = deque(sorted(set(range(count)) - set(displayed)))
     order: list[int] = []
     for position in (*displayed, count):
