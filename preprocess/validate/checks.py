@@ -227,8 +227,9 @@ def check_video(probe: SessionProbe) -> list[Finding]:
     for name, video in probe.videos.items():
         file = probe.source(name)
         damaged = [
-            f"{file} {start_s:.2f}-{stop_s:.2f} s: {count} frames are damaged or follow a damaged "
-            "one, up to the next keyframe; masked; fix: copy it again if the original is whole"
+            f"{file} {start_s:.2f}-{stop_s:.2f} s: frames are damaged or follow damage or a lost "
+            f"frame, up to the next keyframe: {count} in all; masked; fix: copy it again if the "
+            "original is whole"
             for start_s, stop_s, count in zip(*video.damaged_stretches(), strict=True)
         ]
         findings += stream_findings("error", damaged, name, probe)
@@ -247,8 +248,8 @@ def _container_messages(name: str, video: VideoProbe) -> Iterator[tuple[Level, s
         yield "warning", f" ends at {track.stop_s:.2f} s: {track.cut}"
     for start_s, stop_s, count in zip(*track.runs(video.lost_start), strict=True):
         text = (
-            f" {start_s:.2f}-{stop_s:.2f} s: {count} frames come before the first keyframe and "
-            "can't be decoded; masked; fix: none for this file; let the recorder begin with one"
+            f" {start_s:.2f}-{stop_s:.2f} s: frames before the first keyframe can't be decoded: "
+            f"{count} in all; masked; fix: none for this file; let the recorder begin with one"
         )
         yield "warning", text
     if track.num_tracks > 1:

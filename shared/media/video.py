@@ -45,6 +45,7 @@ from shared.media.container import (
     open_video,
     pixel_aspect,
 )
+from shared.media.nal import NalReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,17 +57,8 @@ if TYPE_CHECKING:
 
     from shared.streams import VideoDefaults
 
-_NAL_LENGTH_BYTE = {"h264": 4, "hevc": 21}
-"""Byte of avcC and hvcC (ISO/IEC 14496-15) that holds the size of NAL unit lengths."""
-
 _LUMA_FIRST = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"}
 """Pixel formats whose first plane is luma of 8 bits."""
-
-_H264_IDR, _H264_LAST_SLICE, _H264_REFERENCE = 5, 5, 0x60
-_H264_INTRA_SLICES = {0xB, 8}
-"""First four bits of a slice header: macroblock 0, then slice type 2 or 7."""
-
-_HEVC_IDR, _HEVC_LAST_SLICE = (19, 20), 31
 
 _ZEROS = bytes(32)
 _CODECS_WITHOUT_ZEROS = {"h264", "hevc", "vp8", "vp9", "av1"}
@@ -228,28 +220,30 @@ def _read_packets(path: Path, container: InputContainer, stream: Any) -> _Packet
     if container.format.name in RAW_FORMATS:
         state = path.stat()
         ranks = _presentation_order(path, state.st_size, state.st_mtime_ns)
-    length_bytes = None
-    if container.format.name in INDEXED_FORMATS:
-        length_bytes = nal_length_bytes(stream.codec_context)
+    nal, is_indexed = NalReader(stream.codec_context), container.format.name in INDEXED_FORMATS
     ends_in_zero = False
     try:
         for packet in container.demux(stream):
             if not packet.size:
                 continue
             number = packets.count
-            if packet.is_keyframe and is_restart(packet, name, length_bytes):
+            is_key = packet.is_keyframe and nal.is_intra(packet)
+            if packet.is_keyframe and is_indexed and nal.is_restart(packet):
                 packets.restarts.append(number)
             pts = packet.pts if ranks is None else ranks[number]
             if pts is not None and not packet.is_discard:
                 packets.pts.append(pts)
                 packets.positions.append(number)
                 packets.sizes.append(packet.size)
-                is_key = packet.is_keyframe and is_intra(packet, name, length_bytes)
                 packets.is_key.append(is_key)
             is_encrypted = packet.has_sidedata("encryption_info")
             packets.num_encrypted += is_encrypted
             damaged = _zeroed_packets(number, packet, name, follows_zero=ends_in_zero)
-            if packet.is_corrupt or is_encrypted:
+            if (
+                packet.is_corrupt
+                or is_encrypted
+                or nal.follows_lost_frame(packet, is_keyframe=is_key)
+            ):
                 damaged.append(number)
             packets.damaged += damaged
             ends_in_zero = memoryview(packet)[-1] == 0
@@ -427,49 +421,6 @@ def frames_to_restart(track: VideoTrack, frames: NDArray[np.int64]) -> NDArray[n
     return distance
 
 
-def nal_length_bytes(codec_context: Any) -> int | None:  # noqa: ANN401
-    """Return the size of the length field before each NAL unit; None if the track has none."""
-    index = _NAL_LENGTH_BYTE.get(codec_context.name)
-    header = codec_context.extradata
-    if index is None or header is None or len(header) <= index or header[0] != 1:
-        return None
-    return int(header[index] & 3) + 1
-
-
-def is_restart(packet: Any, codec: str, length_bytes: int | None) -> bool:  # noqa: ANN401
-    """Check whether a packet is an IDR picture: nothing after it refers to anything before it.
-
-    `length_bytes` is the result of :func:`nal_length_bytes` for its track; None means no restart.
-    Source: ITU-T H.264, 7.4.1.2.4, and H.265, 7.4.2.2.
-    """
-    head = _slice_head(packet, codec, length_bytes)
-    if head is None:
-        return False
-    kind = head[0] & 31 if codec == "h264" else head[0] >> 1 & 63
-    return kind == _H264_IDR if codec == "h264" else kind in _HEVC_IDR
-
-
-def is_intra(packet: Any, codec: str, length_bytes: int | None) -> bool:  # noqa: ANN401
-    """Check whether a keyframe is not one of H.264 that refers to other pictures."""
-    head = _slice_head(packet, codec, length_bytes) if codec == "h264" else None
-    return head is None or head[1] >> 4 in _H264_INTRA_SLICES
-
-
-def _slice_head(packet: Any, codec: str, length_bytes: int | None) -> bytes | None:  # noqa: ANN401
-    """Return the first two bytes of a packet's first slice; parameter sets are skipped."""
-    view = memoryview(packet) if length_bytes is not None else memoryview(b"")
-    while length_bytes is not None and len(view) > length_bytes + 1:
-        size = int.from_bytes(view[:length_bytes], "big")
-        head = bytes(view[length_bytes : length_bytes + 2])
-        is_slice = head[0] >> 1 & 63 <= _HEVC_LAST_SLICE
-        if codec == "h264":
-            is_slice = 0 < head[0] & 31 <= _H264_LAST_SLICE
-        if is_slice:
-            return head
-        view = view[length_bytes + size :]
-    return None
-
-
 def _decode_needed(
     container: InputContainer, stream: Any, track: VideoTrack,  # noqa: ANN401
     requested: Sequence[int] | None, *, has_sought: bool, damage: _Damage,
@@ -558,7 +509,7 @@ class _PacketPreparation:
         self._context, self._damage = context, damage
         self._can_skip = context.name == "h264" and requested is not None
         self._wanted_pts = {int(track.pts[i]) for i in requested or ()}
-        self._length_bytes = nal_length_bytes(context)
+        self._nal = NalReader(context)
         self._pts: dict[int, int] | None = None
         if track.assumed_rate_hz is not None:
             pairs = zip(track.positions.tolist(), track.pts.tolist(), strict=True)
@@ -570,13 +521,12 @@ class _PacketPreparation:
             packet.pts, packet.dts = self._pts.get(position), None
         if not self._can_skip:
             return
-        head = _slice_head(packet, "h264", self._length_bytes)
-        is_disposable = head is not None and not head[0] & _H264_REFERENCE
+        is_disposable = self._nal.is_disposable(packet)
         if is_disposable:
             self._damage.disposable.add(position)
         is_wanted = packet.pts is None or packet.pts in self._wanted_pts
         # A packet without a slice is decoded, so that its damage is noticed.
-        can_skip = not is_wanted and (is_disposable or self._length_bytes is None)
+        can_skip = not is_wanted and (is_disposable or not self._nal.knows_slices)
         self._context.skip_frame = "NONREF" if can_skip else "DEFAULT"
 
 

@@ -87,7 +87,7 @@ def test_frames_that_do_not_decode_are_marked(session: Path) -> None:
     content[start : len(content) // 2] = bytes(len(content) // 2 - start)
     path.write_bytes(bytes(content))
     report = check_session(session, recipe=RECIPE).report
-    message = next(m for m in report.errors if "don't decode" in m)
+    message = next(m for m in report.errors if "follow damage" in m)
     start_s, stop_s = map(float, re.findall(r"([\d.]+)-([\d.]+) s", message)[0])
     page = render_page(session)
     damaged = bands_s(page, row(page, "vision_left"), "damaged")

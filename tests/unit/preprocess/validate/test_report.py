@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 FILE_REPORTS = {
-    "video/corrupted.mp4": ("failed", "1 of 50 frames tried don't decode"),
+    "video/corrupted.mp4": ("failed", "frames are damaged or follow damage"),
     "video/lfs_pointer.mp4": ("failed", "Git LFS pointer"),
     "video/zero_bytes.mp4": ("failed", "the file is empty"),
     "video/vfr_gap_575ms.mp4": ("warnings", "no frame for 0.575 s"),

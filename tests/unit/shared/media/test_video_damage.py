@@ -192,3 +192,39 @@ def test_an_interrupted_transport_stream_is_damaged_at_the_gap(
     lost = [i for i in range(len(track.pts)) if i not in found]
     assert lost
     assert lost[-1] + 1 in {*keyframes.tolist(), len(track.pts)}
+
+
+def copy_without(path: Path, out: Path, position: int) -> None:
+    """Copy an MP4 file without one packet, as recorders do whose queue is full."""
+    with av.open(str(path)) as source, av.open(str(out), "w", format="mp4") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        packets = [p for p in source.demux(source.streams.video[0]) if p.size]
+        for packet in packets[:position] + packets[position + 1 :]:
+            packet.stream = stream
+            output.mux(packet)
+
+
+@pytest.mark.parametrize("position", [13, 14, 17, 25, 31])
+@pytest.mark.parametrize("name", ["h264", "h264 open groups", "h264 refresh", "hevc"])
+def test_pictures_that_refer_to_a_lost_frame_are_not_read(
+    name: str, position: int, videos: dict[str, Path], tmp_path: Path
+) -> None:
+    path, clean = videos[name], read(videos[name])
+    whole = read_video_track(path)
+    copy_without(path, tmp_path / "short", position)
+    track = read_video_track(tmp_path / "short")
+    shift_s = whole.times_s[0] - track.times_s[0] + (whole.origin_s - track.origin_s)
+    frames = np.round((track.times_s + shift_s) * 30).astype(int).tolist()
+    found = read(tmp_path / "short")
+    assert [frames[i] for i in found if (found[i] != clean[frames[i]]).any()] == []
+    assert len(found) > 11
+
+
+def test_a_lost_frame_that_no_other_refers_to_damages_none(
+    videos: dict[str, Path], tmp_path: Path
+) -> None:
+    with av.open(str(videos["h264"])) as container:
+        heads = [bytes(p)[4] for p in container.demux(container.streams.video[0]) if p.size]
+    position = next(i for i in range(14, NUM_FRAMES) if not heads[i] & 0x60)
+    copy_without(videos["h264"], tmp_path / "short", position)
+    assert len(read(tmp_path / "short")) == NUM_FRAMES - 1
