@@ -322,12 +322,18 @@ class VideoStream(VideoDefaults, StreamBase):
     kind: Literal[Kind.VIDEO] = Kind.VIDEO
 
 
+ChannelChoice = Literal["auto", "mean"] | Annotated[int, Field(ge=0, le=63)]
+
+
 class AudioStream(AudioDefaults, StreamBase):
     """An audio file, or one audio track of a file."""
 
     kind: Literal[Kind.AUDIO] = Kind.AUDIO
     track: int = Field(0, ge=0, le=63)
     """Index of the audio track in the file."""
+    channels: ChannelChoice = "auto"
+    """auto averages the channels, but inverts or leaves out those that would cancel; mean always
+    averages; a number, from 0, takes one channel."""
 
 
 TIME_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9, "100ns": 1e7}

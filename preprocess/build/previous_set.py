@@ -140,6 +140,8 @@ def row_hash(stored: SessionSegments, column: Column, scan: SessionScan, recipe:
         inputs["corrections"] = {file: asdict(c) for file, c in corrections.items()}
     if spec.kind is Kind.TEXT:  # events after the session's end are left out
         inputs["duration_s"] = scan.duration_s
+    if stream in scan.mixes:
+        inputs["mix"] = [scan.mixes[stream].weights, scan.mixes[stream].offset]
     if stream in scan.masked:
         inputs["masked"] = [[s.start_s, s.stop_s, s.reason] for s in scan.masked[stream]]
     return fingerprint_of(inputs)

@@ -223,7 +223,7 @@ def scan_seconds(recording: Recording, recipe: Recipe) -> float:
     return sum(float(stamp[0]) / rates[name] for name, stamp in recording.stamp.items())
 
 
-SCAN_VERSION = 8
+SCAN_VERSION = 9
 """Raised when a scan of the same files would give another result or has other keys."""
 
 _NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {
@@ -247,7 +247,8 @@ def scan_sessions(
     masks = {
         name: [mask_reasons(spec), spec.expect.max_still_s] for name, spec in recipe.streams.items()
     }
-    basis = fingerprint_of(SCAN_VERSION, recipe.segment_s, streams, masks)
+    mixes = {name: spec.channels for name, spec in recipe.audios.items()}
+    basis = fingerprint_of(SCAN_VERSION, recipe.segment_s, streams, masks, mixes)
     cached = _parse_cache(store.read(SESSIONS_FILE) or b"")
     stamps = {name: dict(recording.stamp) for name, recording in recordings.items()}
     scans = {

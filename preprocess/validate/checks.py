@@ -20,7 +20,7 @@ import numpy as np
 
 from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S, Interval, frame_mask, nearest
-from shared.media.sound import SILENCE_RMS
+from shared.media.channels import SILENCE_RMS
 from shared.session.folder import SESSION_INFO_FILE
 from shared.session.timestamps import describe_left_out
 from shared.streams import Kind
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from preprocess.validate.probe import SessionProbe, VideoProbe
+    from shared.media.riff import WavHeader
     from shared.session.lines import ParseIssue
 
 Level = Literal["warning", "error"]
@@ -194,13 +195,8 @@ def check_audio(probe: SessionProbe) -> list[Finding]:
     findings: list[Finding] = []
     for name, audio in probe.audio.items():
         faults: list[tuple[Level, str]] = []
-        if audio.missing_bytes:
-            message = (
-                f"the header declares {audio.missing_bytes} bytes more than the file has: the "
-                f"recording was cut off at {audio.duration_s:.2f} s; fix: copy it again if the "
-                "original is longer"
-            )
-            faults.append(("warning", message))
+        if audio.header is not None:
+            faults += [("warning", message) for message in _header_faults(audio.header)]
         if audio.num_bad:
             message = f"{audio.num_bad} samples are not finite numbers and are read as 0"
             faults.append(("warning", f"{message}; fix: export it again"))
@@ -208,6 +204,8 @@ def check_audio(probe: SessionProbe) -> list[Finding]:
             message = f"silent (RMS {audio.rms:.5f}, needs over {SILENCE_RMS:g})"
             level: Level = "error" if probe.recipe.streams[name].required else "warning"
             faults.append((level, f"{message}; fix: check the microphone"))
+        advice = "none is needed, unless its channels or its level are wrong in the recording"
+        faults += [("warning", f"{clause}; fix: {advice}") for clause in audio.mix.describe()]
         share = audio.num_clipped / max(1, audio.num_samples)
         if audio.peak > FLOAT_SCALE_PEAK:
             message = f"samples reach {audio.peak:g}, full scale is 1"
@@ -219,6 +217,27 @@ def check_audio(probe: SessionProbe) -> list[Finding]:
         file = probe.source(name)
         findings += [Finding(level, f"{file}: {text}", (name,)) for level, text in faults]
     return findings
+
+
+def _header_faults(header: WavHeader) -> Iterator[str]:
+    """Say what is wrong with the sizes in a WAV header."""
+    declared, present = header.declared_bytes, header.num_bytes
+    seconds = f"{present / max(1, header.bytes_per_s):.2f} s"
+    if header.missing_bytes:
+        yield (
+            f"the header declares {header.missing_bytes} bytes more than the file has: the "
+            f"recording was cut off at {seconds}; fix: copy it again if the original is longer"
+        )
+    elif header.is_wrong and declared == present:
+        yield (
+            f"the header ends the file before its {seconds} of sound do; they are read; fix: write "
+            "the right sizes with --fix"
+        )
+    elif header.is_wrong:
+        yield (
+            f"the header declares {declared} bytes of sound, the file has {present} ({seconds}), "
+            "which are read; fix: write the right sizes with --fix"
+        )
 
 
 def check_video(probe: SessionProbe) -> list[Finding]:

@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 
 from shared.clock import frame_mask, nearest
-from shared.media.sound import read_sound
+from shared.media.sound import open_sound, read_sound
 from shared.media.video import read_frames
 from shared.page import format_time, jpeg_uri
 
@@ -172,7 +172,7 @@ def _sound_blocks(path: Path, track: int) -> Iterator[tuple[int, NDArray[np.floa
     if track == 0:  # libsndfile reads no other
         has_begun = False
         try:
-            with soundfile.SoundFile(str(path)) as file:
+            with open_sound(path) as file:
                 for block in file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True):
                     yield file.samplerate, block
                     has_begun = True

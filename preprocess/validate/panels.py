@@ -15,7 +15,7 @@ import numpy as np
 from preprocess.validate.media import FLOOR_DB, read_envelope, read_thumbnails
 from preprocess.validate.timeline import draw_timelines, stream_gaps
 from shared.errors import MediaError
-from shared.media.sound import SILENCE_RMS
+from shared.media.channels import SILENCE_RMS
 from shared.page import (
     Band,
     Tick,

@@ -9,7 +9,6 @@ each video. The checks (:mod:`preprocess.validate.checks`, :mod:`preprocess.vali
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from shared.errors import MediaError, MissingMediaError
 from shared.kinds.audio import align_sound
 from shared.kinds.video import align_track, interval_of
 from shared.media.container import REPLACE_FIX
+from shared.media.riff import read_wav_header
 from shared.media.sound import measure_loudness, read_sound
 from shared.media.video import read_frames, read_video_track
 from shared.session.alignment import align_streams, read_starts, shift_events
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shared.media.channels import Mix
+    from shared.media.riff import WavHeader
     from shared.media.video import VideoTrack
     from shared.recipe import Recipe
     from shared.session.lines import FileLines, ParseIssue, SessionLines, TextEvent
@@ -55,8 +57,6 @@ STRETCH_FRAMES frames are decoded, spread evenly from the first frame to the las
 """
 
 _TINY = VideoDefaults(size=16, fit="stretch")
-_STREAMING_SIZES = {0, 0xFFFFFFFF, 0x7FFFFFFF}
-"""Data sizes that a recorder writes when it cannot know the length of the sound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +77,10 @@ class AudioProbe:
     num_clipped: int
     num_bad: int
     """Samples that are not finite numbers."""
-    missing_bytes: int
-    """Bytes that the header announces beyond the end of the file."""
+    mix: Mix
+    """How its channels become one."""
+    header: WavHeader | None
+    """Of a WAV file."""
     zeros: tuple[Interval, ...]
     """Where every channel is exactly zero, on the session clock."""
 
@@ -346,7 +348,7 @@ def _probe_video(path: Path, start_s: float | None) -> VideoProbe:
 
 def _probe_audio(path: Path, spec: AudioStream, start_s: float | None) -> AudioProbe:
     """Decode all of a sound and measure its levels."""
-    sound = read_sound(path, rate_hz=spec.rate_hz, track=spec.track)
+    sound = read_sound(path, rate_hz=spec.rate_hz, track=spec.track, channels=spec.channels)
     loudness = measure_loudness(sound.samples.iter_blocks(), spec=spec)
     interval = align_sound(sound, start_s)
     first_s = interval.start_s
@@ -362,26 +364,9 @@ def _probe_audio(path: Path, spec: AudioStream, start_s: float | None) -> AudioP
         num_samples=round(sound.duration_s * sound.source_rate_hz) * sound.source_channels,
         num_clipped=sound.num_clipped,
         num_bad=sound.num_bad,
-        missing_bytes=_missing_wav_bytes(path),
+        mix=sound.mix,
+        header=read_wav_header(path),
     )
-
-
-def _missing_wav_bytes(path: Path) -> int:
-    """Count the bytes of sound that a WAV header announces beyond the end of the file.
-
-    Other files give 0. Source: Multimedia Programming Interface and Data Specifications 1.0, IBM
-    and Microsoft 1991.
-    """
-    length = path.stat().st_size
-    with path.open("rb") as file:
-        if file.read(12)[:4] != b"RIFF":
-            return 0
-        while len(header := file.read(8)) == 8:
-            name, size = struct.unpack("<4sI", header)
-            if name == b"data":
-                return 0 if size in _STREAMING_SIZES else max(0, file.tell() + size - length)
-            file.seek(size + size % 2, 1)
-    return 0
 
 
 def _explain_failures(

@@ -343,6 +343,8 @@ def _audio_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
     return {
         "rate_hz": audio.source_rate_hz,
         "channels": audio.source_channels,
+        "mix": {"weights": audio.mix.weights, "offset": audio.mix.offset}
+        | ({"correlation": audio.mix.correlation} if audio.mix.correlation else {}),
         "rms": round(audio.rms, 6),
         "peak": round(audio.peak, 6),
         "clipped_samples": audio.num_clipped,

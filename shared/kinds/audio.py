@@ -11,6 +11,7 @@ from shared.clock import EPSILON_S, Interval
 from shared.errors import CorruptError
 from shared.files import DiskArray
 from shared.kinds.column import Column, stream_settings
+from shared.media.channels import MEAN, Mix
 from shared.media.mel import encode_dmel
 from shared.media.sound import Sound, read_sound, to_int16
 from shared.session.masks import masked_share
@@ -93,10 +94,11 @@ class AudioReader:
         start_s: float,
         gain: float,
         masked: Sequence[MaskedSpan] = (),
+        mix: Mix = MEAN,
     ) -> None:
         self._spec, self._masked = spec, masked
         self._start = round(start_s * spec.rate_hz)
-        sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track)
+        sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track, channels=mix)
         self._samples: DiskArray[np.int16] = DiskArray(np.int16)
         for block in sound.samples.iter_blocks():
             self._samples.append(to_int16(block, gain=gain))

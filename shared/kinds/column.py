@@ -83,7 +83,7 @@ class Column:
 def stream_settings(spec: StreamSpec, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the settings of a stream that decide its bytes, as flat JSON values.
 
-    What is masked is part of the scan, and so of each session's rows.
+    What is masked and how channels are mixed is part of the scan, and so of each session's rows.
     """
-    passive = ("required", "expect", "mask", *without)
+    passive = ("required", "expect", "mask", "channels", *without)
     return {key: value for key, value in spec.as_json().items() if key not in passive}

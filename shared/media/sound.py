@@ -1,13 +1,15 @@
 """Read audio files as mono float32, measure their loudness, and convert them to 16 bits.
 
 libsndfile reads audio files; ffmpeg's demuxer (PyAV) reads those that libsndfile refuses, and the
-audio of video containers.
+audio of video containers. WAV files with wrong sizes are read as if they were right
+(:mod:`shared.media.riff`). How channels become one: :mod:`shared.media.channels`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,15 @@ import soxr
 from shared.clock import Interval
 from shared.errors import MediaError
 from shared.files import DiskArray
-from shared.media.container import REPLACE_FIX, container_origin_s, decode_all, require_bytes
+from shared.media.channels import MEAN, SILENCE_RMS, Mix, MixChooser
+from shared.media.container import (
+    REPLACE_FIX,
+    container_origin_s,
+    decode_all,
+    is_picture,
+    require_bytes,
+)
+from shared.media.riff import explain_no_header, open_wav, read_wav_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -29,22 +39,16 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from numpy.typing import NDArray
 
-    from shared.streams import AudioDefaults
+    from shared.streams import AudioDefaults, ChannelChoice
 
 MAX_RATE_HZ = 768_000
 """Largest sample rate; a header that claims more is damaged."""
-
-SILENCE_RMS = 1e-3
-"""Below this RMS (full scale 1) a session counts as silent, and its level is not changed."""
 
 _MAX_SAMPLE = np.float32(2**32)
 """Largest plausible sample; no recorder's scale reaches it."""
 
 _FULL_SCALE = np.float32(32767 / 32768)
 """Largest sample of 16 bits."""
-
-_PAIRWISE_CHANNELS = 8
-"""From this many numbers on, NumPy adds them in another order."""
 
 MIN_ZEROS_S = 0.1
 """A shorter run of exact zeros is not reported: quiet sound of 16 bits has some."""
@@ -79,6 +83,8 @@ class Sound:
     zeros: tuple[Interval, ...] = ()
     """Runs of at least MIN_ZEROS_S in which every channel is exactly zero, in seconds from the
     first sample."""
+    mix: Mix = MEAN
+    """How its channels became one."""
 
     @property
     def duration_s(self) -> float:
@@ -100,38 +106,43 @@ class Loudness:
     gain: float
 
 
-def read_sound(path: Path, *, rate_hz: int, track: int = 0) -> Sound:
-    """Read an audio track of a file as mono: average the channels, resample with soxr's HQ.
+def read_sound(
+    path: Path, *, rate_hz: int, track: int = 0, channels: ChannelChoice | Mix = MEAN
+) -> Sound:
+    """Read an audio track of a file as mono: mix the channels, resample with soxr's HQ.
+
+    A mix is applied as it is. A choice is made from all of the sound, which is read a second time
+    if its channels are not simply averaged.
 
     Raises:
         MediaError: the file doesn't open or contains no audio.
     """
     require_bytes(path)
-    if track:
-        try:
-            return _read_sound_by_av(path, rate_hz, track)
-        except (av.FFmpegError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise MediaError(f"{path}: track {track} does not open: {reason}") from error
-    try:
-        with soundfile.SoundFile(str(path)) as file:
-            return _mono(
-                file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True),
-                path=path,
-                source_rate_hz=file.samplerate,
-                channels=file.channels,
-                source_format=file.subtype,
-                rate_hz=rate_hz,
-            )
-    except (soundfile.SoundFileError, TypeError) as sndfile_error:
-        # libsndfile is strict with damaged headers; ffmpeg's demuxer reads many of them.
-        try:
-            return _read_sound_by_av(path, rate_hz, track)
-        except (av.FFmpegError, ValueError) as error:
-            reason = str(sndfile_error).split(": ")[-1].rstrip(".")
-            raise MediaError(
-                f"{path}: not a readable audio file: {reason}; {REPLACE_FIX}"
-            ) from error
+    sound = _read_sound(path, rate_hz, track, channels)
+    if channels == sound.mix or sound.mix == MEAN:
+        return sound
+    return _read_sound(path, rate_hz, track, sound.mix)
+
+
+@contextmanager
+def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
+    """Open a sound file by libsndfile; a WAV file with wrong sizes as if they were right.
+
+    Raises:
+        soundfile.SoundFileError, TypeError: libsndfile refuses it.
+        MediaError: it contains no audio.
+    """
+    header = read_wav_header(path)
+    if header is not None and not header.num_bytes:
+        raise MediaError(f"{path}: contains no audio; fix: record or copy it again")
+    with ExitStack() as opened:
+        source: Any = str(path)
+        if header is not None and not header.is_trusted:
+            source = opened.enter_context(open_wav(path, header))
+        file = opened.enter_context(soundfile.SoundFile(source))
+        if not file.frames:
+            raise TypeError("contains no audio")
+        yield file
 
 
 def measure_loudness(blocks: Iterable[NDArray[np.float32]], *, spec: AudioDefaults) -> Loudness:
@@ -165,7 +176,38 @@ def to_int16(waveform: NDArray[np.float32], *, gain: float) -> NDArray[np.int16]
     return np.clip(scaled, -32768, 32767).astype(np.int16)
 
 
-def _read_sound_by_av(path: Path, rate_hz: int, track: int) -> Sound:
+def _read_sound(path: Path, rate_hz: int, track: int, channels: ChannelChoice | Mix) -> Sound:
+    """Read a track by libsndfile, or by ffmpeg's demuxer, which reads more containers."""
+    if track:
+        try:
+            return _read_sound_by_av(path, rate_hz, track, channels)
+        except (av.FFmpegError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise MediaError(f"{path}: track {track} does not open: {reason}") from error
+    try:
+        with open_sound(path) as file:
+            return _mono(
+                file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True),
+                path=path,
+                source_rate_hz=file.samplerate,
+                num_channels=file.channels,
+                source_format=file.subtype,
+                rate_hz=rate_hz,
+                channels=channels,
+            )
+    except (soundfile.SoundFileError, TypeError) as sndfile_error:
+        # libsndfile is strict with damaged headers; ffmpeg's demuxer reads many of them.
+        try:
+            return _read_sound_by_av(path, rate_hz, track, channels)
+        except (av.FFmpegError, ValueError) as error:
+            reason = explain_no_header(path) or (
+                f"not a readable audio file: {str(sndfile_error).split(': ')[-1].rstrip('.')}; "
+                f"{REPLACE_FIX}"
+            )
+            raise MediaError(f"{path}: {reason}") from error
+
+
+def _read_sound_by_av(path: Path, rate_hz: int, track: int, channels: ChannelChoice | Mix) -> Sound:
     with av.open(str(path), metadata_errors="ignore") as container:
         streams = container.streams.audio
         stream = streams[track] if track < len(streams) else None
@@ -177,23 +219,30 @@ def _read_sound_by_av(path: Path, rate_hz: int, track: int) -> Sound:
             )
         if context is None:
             raise MediaError(f"{path}: contains no audio; fix: record or copy it again")
-        source_rate_hz, channels = context.sample_rate, context.channels
         resampler = av.AudioResampler(format="fltp")
         frames = decode_all(container, stream)
         first = next(frames, None)
 
         def blocks() -> Iterator[NDArray[np.float32]]:
+            collected, num_frames = [], 0  # frames are short, and each block costs time
             for frame in itertools.chain([] if first is None else [first], frames):
                 for plain in resampler.resample(frame):
-                    yield plain.to_ndarray().T.astype(np.float32, copy=False)
+                    collected.append(plain.to_ndarray().T.astype(np.float32, copy=False))
+                    num_frames += plain.samples
+                if num_frames >= _BLOCK_FRAMES:
+                    yield np.concatenate(collected)
+                    collected, num_frames = [], 0
+            if collected:
+                yield np.concatenate(collected)
 
         sound = _mono(
             blocks(),
             path=path,
-            source_rate_hz=source_rate_hz,
-            channels=channels,
+            source_rate_hz=context.sample_rate,
+            num_channels=context.channels,
             source_format=context.name,
             rate_hz=rate_hz,
+            channels=channels,
         )
         start_s = 0.0 if first is None else _start_beside_video(container, first)
         return replace(sound, start_s=start_s, origin_s=container_origin_s(container))
@@ -205,7 +254,7 @@ def _start_beside_video(container: InputContainer, first: AudioFrame) -> float:
     A container without video starts with its audio. The decoder has already removed the encoder's
     delay from the samples and from this time.
     """
-    if first.time is None or not container.streams.video:
+    if first.time is None or all(map(is_picture, container.streams.video)):
         return 0.0
     # Rounded to the microsecond, the precision of the container's start.
     return max(0.0, round(first.time - (container.start_time or 0) / av.time_base, 6))
@@ -216,20 +265,35 @@ def _mono(
     *,
     path: Path,
     source_rate_hz: int,
-    channels: int,
+    num_channels: int,
     source_format: str,
     rate_hz: int,
+    channels: ChannelChoice | Mix,
 ) -> Sound:
-    """Mix blocks [n, channels] of a file to mono, zero bad samples, and resample."""
+    """Zero bad samples of blocks [n, channels] of a file, mix them to mono, and resample.
+
+    With a choice of channels, they are averaged, and the mix to take instead is returned.
+    """
     if not 0 < source_rate_hz <= MAX_RATE_HZ:
         raise MediaError(
             f"{path}: claims {source_rate_hz} samples per second, its header is damaged; "
             f"{REPLACE_FIX}"
         )
+    if isinstance(channels, int) and channels >= num_channels:
+        raise MediaError(
+            f"{path}: has {num_channels} channels, the recipe wants channel {channels} (from 0); "
+            "fix: correct `channels` of the stream"
+        )
     resampler = soxr.ResampleStream(source_rate_hz, rate_hz, 1, dtype="float32", quality="HQ")
     samples: DiskArray[np.float32] = DiskArray(np.float32)
     peak, num_bad, num_clipped = 0.0, 0, 0
     zeros = _ZeroRuns(min_frames=math.ceil(MIN_ZEROS_S * source_rate_hz))
+    mix = channels if isinstance(channels, Mix) else MEAN
+    chooser = (
+        None
+        if isinstance(channels, Mix)
+        else MixChooser(channels, num_channels=num_channels, rate_hz=source_rate_hz)
+    )
     for block in blocks:
         level = np.abs(block)
         if not level.max(initial=0.0) <= _MAX_SAMPLE:  # also true for NaN
@@ -240,7 +304,9 @@ def _mono(
         peak = max(peak, float(level.max(initial=0.0)))
         num_clipped += int((level >= _FULL_SCALE).sum())
         zeros.add(block)
-        mono = _mean_of_channels(block)
+        if chooser:
+            chooser.add(block)
+        mono = mix.apply(block)
         samples.append(mono if source_rate_hz == rate_hz else resampler.resample_chunk(mono))
     if source_rate_hz != rate_hz:
         samples.append(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
@@ -252,12 +318,13 @@ def _mono(
         origin_s=0.0,
         rate_hz=rate_hz,
         source_rate_hz=source_rate_hz,
-        source_channels=channels,
+        source_channels=num_channels,
         source_format=source_format,
         num_bad=num_bad,
         peak=peak,
         num_clipped=num_clipped,
         zeros=zeros.intervals(source_rate_hz),
+        mix=mix if chooser is None else chooser.choose(silent_frames=zeros.num_frames),
     )
 
 
@@ -266,13 +333,13 @@ class _ZeroRuns:
 
     def __init__(self, *, min_frames: int) -> None:
         self._min_frames = min_frames
-        self._num_frames = 0
+        self._stop = 0
         self._runs: list[tuple[int, int]] = []
         """Runs so far, [start, stop); the last one may be short, and go on in the next block."""
 
     def add(self, block: NDArray[np.float32]) -> None:
         """Find the runs of the next block."""
-        start, self._num_frames = self._num_frames, self._num_frames + len(block)
+        start, self._stop = self._stop, self._stop + len(block)
         # Every long run contains a probe, or the first or last frame of a block.
         probes = np.append(np.arange(0, len(block), self._min_frames), len(block) - 1)
         if len(block) == 0 or block[probes].any(axis=1).all():
@@ -285,26 +352,19 @@ class _ZeroRuns:
         for first, stop in edges.reshape(-1, 2).tolist():
             if self._runs and self._runs[-1][1] == first:
                 first = self._runs.pop()[0]
-            elif stop - first < self._min_frames and stop < self._num_frames:
+            elif stop - first < self._min_frames and stop < self._stop:
                 continue
             self._runs.append((first, stop))
 
     def intervals(self, rate_hz: int) -> tuple[Interval, ...]:
         """Return the runs of at least the minimum, in seconds."""
-        return tuple(
-            Interval(first / rate_hz, stop / rate_hz)
-            for first, stop in self._runs
-            if stop - first >= self._min_frames
-        )
+        return tuple(Interval(first / rate_hz, stop / rate_hz) for first, stop in self._long_runs)
 
+    @property
+    def num_frames(self) -> int:
+        """Number of frames in these runs."""
+        return sum(stop - first for first, stop in self._long_runs)
 
-def _mean_of_channels(block: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Compute ``block.mean(axis=1)`` to the bit; adding whole columns is ten times faster."""
-    channels = block.shape[1]
-    if channels >= _PAIRWISE_CHANNELS:
-        return np.asarray(block.mean(axis=1, dtype=np.float32))
-    total = block[:, 0].copy()
-    for channel in range(1, channels):
-        total += block[:, channel]
-    total /= np.float32(channels)
-    return total
+    @property
+    def _long_runs(self) -> list[tuple[int, int]]:
+        return [run for run in self._runs if run[1] - run[0] >= self._min_frames]

@@ -14,6 +14,7 @@ from shared.kinds.audio import AudioReader
 from shared.kinds.sensor import SensorReader
 from shared.kinds.text import TextReader
 from shared.kinds.video import VideoReader
+from shared.media.channels import MEAN
 from shared.session.alignment import shift_events, stream_offset
 from shared.session.folder import read_readings, read_text_events
 from shared.streams import Kind
@@ -107,6 +108,7 @@ class SessionReader:
                 start_s=self.scan.start_overrides.get(stream, 0.0),
                 gain=self.scan.gains[stream],
                 masked=self._masked(stream),
+                mix=self.scan.mixes.get(stream, MEAN),
             )
         return self._audio[stream]
 

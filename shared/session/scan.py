@@ -21,6 +21,7 @@ from shared.errors import MediaError, MissingMediaError
 from shared.files import sha256_of_file
 from shared.kinds import audio, sensor, text, video
 from shared.machine import SteadyFile
+from shared.media.channels import MEAN, Mix
 from shared.media.sound import Loudness, loudness_of, measure_loudness, read_sound
 from shared.media.video import read_video_track
 from shared.session.alignment import (
@@ -70,6 +71,8 @@ class SessionScan:
     """Audio stream -> factor that normalizes its loudness."""
     levels: Mapping[str, float]
     """Audio stream -> RMS before the gain, full scale 1."""
+    mixes: Mapping[str, Mix]
+    """Audio stream -> how its channels become one, if not by their mean."""
     intervals: Mapping[str, Interval]
     """Interval of each stream that the session has."""
     start_overrides: Mapping[str, float]
@@ -174,6 +177,10 @@ def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
             )
             for name, spans in values["masked"].items()
         },
+        "mixes": {
+            name: Mix(**{**mix, "weights": tuple(mix["weights"])})
+            for name, mix in values["mixes"].items()
+        },
         "coverage": {name: tuple(shares) for name, shares in values["coverage"].items()},
         "silent": tuple(values["silent"]),
         "issues": tuple(values["issues"]),
@@ -206,19 +213,8 @@ def scan_session(
         alignment = Alignment(absent=dict.fromkeys(recipe.streams, refusal))
     sentences = [(f"{i.file} {i.kind} {i.stream}", i.sentence, i.count) for i in lines.issues]
     sentences += [(kind, sentence, 1) for kind, sentence in timed.sentences.items()]
-    if alignment.stop_s > MAX_SESSION_S:
-        sentence = (
-            f"streams reach to {alignment.stop_s:g} s; everything after {MAX_SESSION_S:g} s is "
-            "left out, a timestamp must be wrong"
-        )
-        sentences.append(("length", sentence, 1))
-    sentences += [("text outside", sentence, 1) for sentence in alignment.outside]
-    if names := undeclared_starts(path, recipe):
-        sentence = (
-            f"{SESSION_INFO_FILE}: start_s of {reprlib.repr(names[0])} is ignored, the recipe "
-            "declares no such stream; fix: correct the name"
-        )
-        sentences.append(("start", sentence, len(names)))
+    sentences += _describe_outside(path, alignment, recipe)
+    sentences += media.describe_mixes()
     absent = {**media.absent, **alignment.absent}
     recorded = Recorded(
         path=path,
@@ -238,6 +234,7 @@ def scan_session(
         clock_offset_s=alignment.offset_s,
         gains={name: of_sound.gain for name, of_sound in loudness.items()},
         levels={name: of_sound.rms for name, of_sound in loudness.items()},
+        mixes=media.mixes,
         intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
         start_overrides={**media.start_overrides, **timed_starts},
         corrections=timed.corrections,
@@ -264,6 +261,7 @@ class _Media:
     recipe: Recipe
     tracks: dict[str, VideoTrack] = field(default_factory=dict)
     loudness: dict[str, Loudness] = field(default_factory=dict)
+    mixes: dict[str, Mix] = field(default_factory=dict)
     zeros: dict[str, list[Interval]] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
     start_overrides: dict[str, float] = field(default_factory=dict)
@@ -279,6 +277,14 @@ class _Media:
         if isinstance(error, MissingMediaError):
             self.not_recorded.add(stream)
 
+    def describe_mixes(self) -> list[tuple[str, str, int]]:
+        """Say which channels are not averaged, as issues of the scan."""
+        return [
+            (f"mix {name}", f"{self.recipe.streams[name].file}: {clause}", 1)
+            for name, mix in self.mixes.items()
+            for clause in mix.describe()
+        ]
+
 
 def _scan_video(media: _Media, name: str, start_s: float | None) -> None:
     """Read the frame times of a video."""
@@ -292,7 +298,11 @@ def _scan_video(media: _Media, name: str, start_s: float | None) -> None:
 def _scan_audio(media: _Media, name: str, start_s: float | None) -> None:
     """Measure the interval and the level of an audio stream."""
     spec = media.recipe.audios[name]
-    sound = read_sound(media.path / spec.file, rate_hz=spec.rate_hz, track=spec.track)
+    sound = read_sound(
+        media.path / spec.file, rate_hz=spec.rate_hz, track=spec.track, channels=spec.channels
+    )
+    if sound.mix != MEAN:
+        media.mixes[name] = sound.mix
     interval = media.intervals[name] = audio.align_sound(sound, start_s)
     if interval.start_s:
         media.start_overrides[name] = interval.start_s
@@ -396,6 +406,26 @@ def _silent_segments(
     for name, events in alignment.events.items():
         is_spoken |= text.spoken_segments(events, segments, recipe.texts[name])
     return tuple((~is_spoken).tolist())
+
+
+def _describe_outside(
+    path: Path, alignment: Alignment, recipe: Recipe
+) -> list[tuple[str, str, int]]:
+    """Say what is outside the session's time or streams, as issues of the scan."""
+    sentences = [("text outside", sentence, 1) for sentence in alignment.outside]
+    if alignment.stop_s > MAX_SESSION_S:
+        sentence = (
+            f"streams reach to {alignment.stop_s:g} s; everything after {MAX_SESSION_S:g} s is "
+            "left out, a timestamp must be wrong"
+        )
+        sentences.append(("length", sentence, 1))
+    if names := undeclared_starts(path, recipe):
+        sentence = (
+            f"{SESSION_INFO_FILE}: start_s of {reprlib.repr(names[0])} is ignored, the recipe "
+            "declares no such stream; fix: correct the name"
+        )
+        sentences.append(("start", sentence, len(names)))
+    return sentences
 
 
 def _first_of_each_kind(sentences: list[tuple[str, str, int]]) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ def scan(
         "corrections": {},
         "absent": {},
         "masked": {},
+        "mixes": {},
         "not_recorded": frozenset(),
         "coverage": dict.fromkeys(recipe.streams, shares),
         "silent": (False,) * segments,
