@@ -14,12 +14,11 @@ import numpy as np
 from preprocess.validate.line_checks import find_gaps
 from shared.clock import EPSILON_S
 from shared.page import draw_bands, format_time
-from shared.session.masks import MaskedSpan, masked_share
 from shared.streams import Kind, MaskReason, mask_reasons
 from shared.values import is_masked_gap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -141,28 +140,35 @@ def _draw_stream(name: str, probe: SessionProbe, axis: TimeAxis) -> StreamTimeli
     left_s = np.clip(np.append(0.0, stops_s), 0.0, duration_s)
     right_s = np.clip(np.append(starts_s, duration_s), 0.0, duration_s)
     is_masked = right_s - left_s > EPSILON_S
-    masked = Stretches("masked", left_s[is_masked], right_s[is_masked])
-    faults = probe.faults.get(name, ())
-    reasons = mask_reasons(probe.recipe.streams[name])
-    gaps = [
-        MaskedSpan(start_s, stop_s, MaskReason.DAMAGED, "")
-        for start_s, stop_s in zip(masked.starts_s.tolist(), masked.stops_s.tolist(), strict=True)
-    ]
-    unused = [*gaps, *(span for span in faults if span.reason in reasons)]
+    unused = list(zip(left_s[is_masked].tolist(), right_s[is_masked].tolist(), strict=True))
+    faults, reasons = probe.faults.get(name, ()), mask_reasons(probe.recipe.streams[name])
+    unused += [(span.start_s, span.stop_s) for span in faults if span.reason in reasons]
+    masked = _stretches("masked", sorted(unused))
     for reason in dict.fromkeys(span.reason for span in faults):
-        if reason is MaskReason.DAMAGED:  # drawn with the frames that do not decode
-            continue
-        spans = [span for span in faults if span.reason is reason]
-        ends_s = np.array([(span.start_s, span.stop_s) for span in spans])
-        flaws.append(Stretches(reason.value, ends_s[:, 0], ends_s[:, 1]))
+        if reason is not MaskReason.DAMAGED:  # drawn with the frames that do not decode
+            ends_s = [(span.start_s, span.stop_s) for span in faults if span.reason is reason]
+            flaws.append(_stretches(reason.value, ends_s))
     recorded = Stretches("recorded", np.array([interval.start_s]), np.array([interval.stop_s]))
     return StreamTimeline(
         name=name,
         bands=[band for stretches in (recorded, *flaws, masked) for band in stretches.bands(axis)],
         note=f"{format_time(interval.start_s)} to {format_time(interval.stop_s)}",
         flaws=_describe_flaws(flaws),
-        share=1 - masked_share(0.0, duration_s, unused) if duration_s > 0 else 0.0,
+        share=1 - _covered_s(masked, duration_s) / duration_s if duration_s > 0 else 0.0,
     )
+
+
+def _stretches(kind: str, ends_s: Sequence[tuple[float, float]]) -> Stretches:
+    """Return stretches by their starts and stops."""
+    ends = np.array(ends_s, dtype=np.float64).reshape(-1, 2)
+    return Stretches(kind, ends[:, 0], ends[:, 1])
+
+
+def _covered_s(stretches: Stretches, duration_s: float) -> float:
+    """Return how much of [0, duration_s) some stretches cover; they may overlap."""
+    stops_s = np.maximum.accumulate(np.clip(stretches.stops_s, 0.0, duration_s))
+    starts_s = np.maximum(np.clip(stretches.starts_s, 0.0, None), np.append(0.0, stops_s)[:-1])
+    return float(np.maximum(stops_s - starts_s, 0.0).sum())
 
 
 def _describe_flaws(flaws: list[Stretches]) -> str:

@@ -3,7 +3,7 @@
 A repeated picture costs almost nothing to encode. The sizes of packets therefore say where to look,
 and only there frames are decoded and compared, pixel by pixel: noise shows that a camera was on. A
 repeated picture is not always the same to the bit: encoders refine it for some frames, and encode
-it anew at keyframes. What counts as the same picture is thus measured against the changes around
+it again at keyframes. What counts as the same picture is thus measured against the changes around
 the stretch. Pictures of one color are found by the small packets of their keyframes.
 """
 
@@ -36,8 +36,8 @@ _CONTEXT_FRAMES = 8
 """Frames before and after a stretch that say how much pictures change otherwise."""
 
 _TINY_BYTES, _TINY_BITS_PER_PIXEL = 64, 0.01
-"""A frame that repeats the one before it is no larger: a skipped macroblock takes 0.004 bits per
-pixel in MPEG-4, less in later codecs."""
+"""A packet that repeats the picture before it has at most this size: a skipped macroblock takes
+0.004 bits per pixel in MPEG-4, less in later codecs."""
 
 _EQUAL_BYTES = 4
 """Packets of repeated intra frames differ by at most this much, in the picture's number."""
@@ -55,8 +55,8 @@ _SAME_MEAN_SHARE, _SAME_PEAK_SHARE = 0.05, 0.2
 """... or by this share of what is usual around the stretch."""
 
 _NEW_MEAN, _NEW_MEAN_SHARE, _NEW_DETAIL_SHARE = 4.0, 0.5, 0.4
-"""A larger mean change is a new picture; a smaller one may be the same picture, encoded anew. The
-shares are of what is usual, and of the difference between neighbors in a picture."""
+"""A larger mean change is a new picture; a smaller one may be the same picture, encoded again.
+The shares are of what is usual, and of the difference between neighbors in a picture."""
 
 _NEW_TOP, _TOP_PIXELS = 100, 4
 """It is a new picture too if _TOP_PIXELS pixels change by more: a letter was typed."""
@@ -69,8 +69,8 @@ _MAX_NOISE = 1.2
 ..."""
 
 _MAX_SHIFT, _BLOCKS = 0.1, 4
-"""... and by at most this shift in pixels, in 90 % of _BLOCKS x _BLOCKS blocks; eyes are farther
-apart."""
+"""... and by at most this shift in pixels, in 90 % of _BLOCKS x _BLOCKS blocks; two cameras
+are farther apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +118,10 @@ def find_repeats(path: Path, track: VideoTrack, *, limit_s: float) -> list[Run]:
     is_long = [track.times_s[last] - track.times_s[first - 1] + step_s >= 0.9 * limit_s
                for first, last in likely]  # fmt: skip
     long = [run for run, is_it in zip(likely, is_long, strict=True) if is_it]
-    runs = _confirm(path, track, [*long, *flat], likely, window)
+    runs = _confirm(path, track, [*long, *flat], likely=likely, window=window)
     if any(track.times_s[r.last] - track.times_s[r.first] + step_s >= limit_s for r in runs):
         short = [run for run, is_it in zip(likely, is_long, strict=True) if not is_it]
-        runs += _confirm(path, track, short, likely, window)
+        runs += _confirm(path, track, short, likely=likely, window=window)
     return sorted(runs, key=lambda run: run.first)
 
 
@@ -131,7 +131,7 @@ def is_small(track: VideoTrack) -> NDArray[np.bool_]:
     limit = _TINY_BYTES + pixels * _TINY_BITS_PER_PIXEL / 8
     is_equal = np.abs(np.diff(sizes, prepend=-np.inf)) <= _EQUAL_BYTES
     small = (sizes <= limit) | is_equal
-    # A keyframe encodes its picture anew. It counts like its surroundings, if it is of usual size.
+    # A keyframe encodes its picture again. It counts like its surroundings, if of usual size.
     keys = np.flatnonzero(track.keyframes)
     if len(keys) < len(sizes):
         small[keys] |= small[np.minimum(keys + 1, len(sizes) - 1)] & _is_like_last(sizes, keys)
@@ -143,7 +143,7 @@ def _is_like_last(sizes: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[
     """Mark keyframes that are rare, or about as large as the one before."""
     is_rare = np.diff(keys, prepend=-100) > 2 * MIN_RUN_SHARE
     change = np.abs(np.diff(sizes[keys], prepend=-np.inf))
-    return is_rare | (change <= _EQUAL_BYTES + 0.01 * sizes[keys])
+    return is_rare | (change <= _EQUAL_BYTES + sizes[keys] // 1000)
 
 
 def dense_runs(is_repeat: NDArray[np.bool_], window: int) -> list[tuple[int, int]]:
@@ -191,6 +191,7 @@ def _confirm(
     path: Path,
     track: VideoTrack,
     stretches: Sequence[tuple[int, int]],
+    *,
     likely: Sequence[tuple[int, int]],
     window: int,
 ) -> list[Run]:
@@ -275,7 +276,7 @@ def judge_changes(
     is_known = (mean <= limit) & (changes.top <= _NEW_TOP)
     is_flat = np.isfinite(changes.level)
     level_change = np.abs(np.diff(changes.level, prepend=np.nan))
-    runs = _pieces(is_flat[1:] & is_flat[:-1] & (level_change[1:] <= 2), changes.first, window)
+    runs = _alike(is_flat[1:] & is_flat[:-1] & (level_change[1:] <= 2), changes.first, window)
     middles = [float(np.median(changes.level[a - changes.first :][: b - a + 1])) for a, b in runs]
     flat = [Run(a, b, _color(level)) for (a, b), level in zip(runs, middles, strict=True)]
     is_same[is_flat] = is_known[is_flat] = False
@@ -302,7 +303,7 @@ def _segments(is_known: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _pieces(is_next_alike: NDArray[np.bool_], offset: int, window: int) -> list[tuple[int, int]]:
+def _alike(is_next_alike: NDArray[np.bool_], offset: int, window: int) -> list[tuple[int, int]]:
     """Return first and last frame of each run of frames that are alike, of `window` or more."""
     runs = _segments(is_next_alike)
     return [(offset + a, offset + b) for a, b in runs if b - a + 1 >= window]
@@ -336,7 +337,7 @@ def are_same_pictures(a: tuple[Path, VideoTrack], b: tuple[Path, VideoTrack]) ->
 
 
 def is_same_view(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> bool:
-    """Return whether two pictures [H, W] differ by noise only, not as two eyes do.
+    """Return whether two pictures [H, W] differ by noise only, not as two cameras do.
 
     Nothing may be shifted horizontally, by more than a part of a pixel: noise and codecs change
     pixels too, but not in proportion to the slope of the picture.

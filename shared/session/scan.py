@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from shared.media.video import VideoTrack
     from shared.recipe import Recipe
+    from shared.session.lines import SessionLines
 
 _COVERAGE_DECIMALS = 6
 
@@ -216,15 +217,7 @@ def scan_session(
     sentences += _describe_outside(path, alignment, recipe)
     sentences += media.describe_mixes()
     absent = {**media.absent, **alignment.absent}
-    recorded = Recorded(
-        path=path,
-        recipe=recipe,
-        intervals=alignment.intervals,
-        tracks=media.tracks,
-        zeros=media.zeros,
-        readings={n: (t, lines.readings[n].values) for n, t in alignment.times_s.items()},
-    )
-    masked = _find_masked(recorded)
+    masked = _find_masked(_recorded(media, alignment, lines))
     loudness = _measured_loudness(media, masked)
     segments = plan_segments(alignment.duration_s, recipe.segment_s)
     timed_starts = {n: s for n, s in starts.items() if recipe.streams[n].kind not in MEDIA_KINDS}
@@ -322,6 +315,18 @@ def _find_damaged(recorded: Recorded) -> dict[str, list[MaskedSpan]]:
     return {name: video.damaged_spans(track) for name, track in recorded.tracks.items()}
 
 
+def _recorded(media: _Media, alignment: Alignment, lines: SessionLines) -> Recorded:
+    """Return what is searched for wrong content."""
+    return Recorded(
+        path=media.path,
+        recipe=media.recipe,
+        intervals=alignment.intervals,
+        tracks=media.tracks,
+        zeros=media.zeros,
+        readings={n: (t, lines.readings[n].values) for n, t in alignment.times_s.items()},
+    )
+
+
 _FINDERS: tuple[Callable[[Recorded], Mapping[str, Sequence[MaskedSpan]]], ...] = (
     find_still,
     _find_damaged,
@@ -330,10 +335,10 @@ _FINDERS: tuple[Callable[[Recorded], Mapping[str, Sequence[MaskedSpan]]], ...] =
 
 def find_faults(recorded: Recorded) -> dict[str, tuple[MaskedSpan, ...]]:
     """Find the stretches of each stream whose content is wrong, whether they are masked or not."""
-    found = [finder(recorded) for finder in _FINDERS]
+    by_finder = [finder(recorded) for finder in _FINDERS]
     spans = {
-        name: tuple(span for of_finder in found for span in of_finder.get(name, ()))
-        for name in sorted(set().union(*found))
+        name: tuple(span for faults in by_finder for span in faults.get(name, ()))
+        for name in sorted(set().union(*by_finder))
     }
     return {name: of_stream for name, of_stream in spans.items() if of_stream}
 

@@ -91,17 +91,17 @@ def find_still(recorded: Recorded) -> dict[str, list[MaskedSpan]]:
     copies = _find_copies(recorded)
     for name, still in stillness.items():
         kind, interval = recorded.recipe.streams[name].kind, recorded.intervals[name]
-        found = [(run, f"a picture of one color ({color})") for run, color in still.flat]
+        faults = [(run, f"a picture of one color ({color})") for run, color in still.flat]
         unusual = unusual_runs(still.runs, interval, still.limit_s, _MAX_REST_SHARE[kind])
-        found += [
-            (run, _REPEATS[kind]) for run in unusual if not _is_rest(run, name, recorded, stillness)
-        ]
+        is_rest = [_is_rest(run, name, recorded, stillness) for run in unusual]
+        faults += [(run, _REPEATS[kind]) for run, rests in zip(unusual, is_rest, strict=True)
+                   if not rests]  # fmt: skip
         if name in copies:
-            found = [(interval, f"a copy of {copies[name]}")]
-        if found:
-            found.sort(key=lambda pair: pair[0].start_s)
+            faults = [(interval, f"a copy of {copies[name]}")]
+        if faults:
+            faults.sort(key=lambda pair: pair[0].start_s)
             spans[name] = [
-                MaskedSpan(run.start_s, run.stop_s, MaskReason.STILL, text) for run, text in found
+                MaskedSpan(run.start_s, run.stop_s, MaskReason.STILL, text) for run, text in faults
             ]
     return spans
 
@@ -162,12 +162,12 @@ def _of_video(recorded: Recorded, name: str) -> _Stillness:
     track, spec = recorded.tracks[name], recorded.recipe.streams[name]
     limit_s = limit_of(recorded.recipe, name, track.times_s)
     try:
-        found = find_repeats(recorded.path / spec.file, track, limit_s=limit_s)
+        pictures = find_repeats(recorded.path / spec.file, track, limit_s=limit_s)
     except (MediaError, OSError):  # it opened a moment ago
         return _Stillness()
     ends_s = np.append(track.times_s, track.stop_s)
     still = _Stillness(limit_s=limit_s)
-    for run in found:
+    for run in pictures:
         interval = Interval(float(track.times_s[run.first]), float(ends_s[run.last + 1]))
         if run.color is None:
             still.runs.append(interval)

@@ -55,6 +55,20 @@ def test_what_is_masked_is_hatched(session: Path) -> None:
     assert bands_s(page, row(page, "vision_left"), "masked") == []
 
 
+def test_what_repeats_is_drawn_and_hatched(session: Path) -> None:
+    write_tone(session / "audio.wav", 6.0)
+    lines = sensor_lines(6.0)
+    for line in lines[60:150]:
+        line["proprio"] = lines[60]["proprio"]
+    write_lines(session / "metadata.jsonl", lines)
+    page = render_page(session)
+    for kind in ("still", "masked"):
+        (band,) = bands_s(page, row(page, "proprio"), kind)
+        assert band == pytest.approx((2.0, 5.0), abs=0.01)
+    assert bands_s(page, row(page, "touch"), "still") == []
+    assert "1 stretch still" in row(page, "proprio").text
+
+
 def test_a_curve_is_not_drawn_across_a_gap(session: Path) -> None:
     lines = [line for i, line in enumerate(sensor_lines()) if not 30 <= i < 36]
     write_lines(session / "metadata.jsonl", lines)
