@@ -118,7 +118,7 @@ def validate(
         )
     if as_json:
         for line in to_json_lines(reports):
-            click.echo(line)
+            click.echo(line.encode())  # UTF-8 in any locale
     elif summary:
         print_summary(console, reports)
     if has_failed(reports, strict=strict):
@@ -242,10 +242,8 @@ def _print_build(summary: BuildSummary, location: Path | Store) -> None:
     """Print what a build wrote or would write, and the state of the set."""
     from preprocess.build.explain import PAST, explain_plan
 
-    for name, reason in summary.absent.items():
-        click.echo(f"warning: no session has {name}, so it is masked: {reason}", err=True)
-    for sentence in summary.slow.values():
-        click.echo(f"warning: {sentence}", err=True)
+    for warning in summary.warnings:
+        click.echo(f"warning: {warning}", err=True)
     lines = explain_plan(summary.plan)
     for verb, line in lines:
         click.echo(f"{PAST[verb] if summary.manifest else f'would {verb}'} {line}")
@@ -259,10 +257,8 @@ def _print_build(summary: BuildSummary, location: Path | Store) -> None:
         f"{location} {state}: {counts['sessions']} sessions, {counts['samples']} segments "
         f"({summary.manifest.num_samples('val')} held out) + {counts['segments_rejected']} rejected"
     )
-    if summary.losses:
-        click.echo("masked, or missing where it was recorded:")
-    for loss in summary.losses:
-        click.echo(f"  {loss}")
+    for note in summary.notes:
+        click.echo(note)
     if summary.rejected:
         click.echo(f"what the set lacks, and why: {location}/rejected.jsonl")
 

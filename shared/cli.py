@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import Any, NoReturn
@@ -64,6 +65,12 @@ class CommandGroup(click.Group):
 
 
 def widen_pipes() -> None:
-    """Set tables to :data:`PIPE_COLUMNS` if no terminal gives a width."""
+    """Set tables to :data:`PIPE_COLUMNS` if no terminal gives a width; escape what can't be shown.
+
+    Names of sessions may have characters that are not in the encoding of the machine's locale.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not (sys.stdout.isatty() or sys.stderr.isatty()):
         os.environ.setdefault("COLUMNS", str(PIPE_COLUMNS))

@@ -28,6 +28,9 @@ def rebuild_hint(location: object) -> str:
     )
 
 
+LINK_FAULT = "links to a missing file; fix: copy the file itself"
+"""What is wrong with a file of a session that is a link without a target."""
+
 REBUILD_HINT = rebuild_hint("SHARDS")
 """The fix where the location of the set is not known."""
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from shared.clock import EPSILON_S
 from shared.session.folder import is_session
+from shared.session.names import session_folder
 from train.infer.predictions import METRICS_NAME
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def print_summary(
         f"TensorBoard  tensorboard --logdir={shlex.quote(str(summary.log_dir))}", soft_wrap=True
     )
     root = config.data.root_dir or Path("data/sessions")  # or the session itself
-    folder = root if is_session(root, recipe) else root / session
+    folder = root if is_session(root, recipe) else session_folder(root, session)
     words = ["--checkpoint", str(summary.checkpoint), "--input", str(folder)]
     command = shlex.join(["python", "-m", "train", "infer", *words, "--out", "predictions"])
     console.print(f"next         {command}", soft_wrap=True)

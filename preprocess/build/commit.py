@@ -1,9 +1,9 @@
 """Commit a new shard set: write the manifest, then delete files that it no longer references.
 
 ``rejected.jsonl`` says what the set lacks, and why. Levels: "session" (none of its segments became
-a sample), "segment", "stream" (a session lacks a stream whose file exists, or a sample lacks one
-that does not decode), "lines" (lines or events of a file that could not be used). Segments planned
-= samples + the segments of the first two.
+a sample), "segment", "stream" (a session lacks a stream whose file exists, a sample lacks one, or a
+stretch of one is masked), "lines" (lines or events of a file that could not be used), "unknown"
+(names that no stream uses). Segments planned = samples + the segments of the first two.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build import statistics
 from preprocess.build.plan_types import add_generation
 from shared.errors import ShardError
 from shared.files import fingerprint_of
+from shared.session.names import describe_unused
 from shared.shardset.layout import columns_of, field_schema
 from shared.shardset.manifest import (
     MANIFEST_FILE,
@@ -33,8 +35,12 @@ if TYPE_CHECKING:
 
     from shared.media.tokenizer import TextTokenizer
     from shared.recipe import Recipe
+    from shared.session.folder import SkippedFolder
+    from shared.session.names import UnusedName
     from shared.session.scan import SessionScan
     from shared.shardset.store import ShardSetStore
+
+_NO_NAMES: Mapping[str, Sequence[UnusedName]] = MappingProxyType({})
 
 _SET_FILE = re.compile(
     r"tokenizer(\.g\d+)?\.json|manifest\.g\d+\.json|"
@@ -178,14 +184,31 @@ def _files_of(name: str, store: ShardSetStore, *, known: Collection[str]) -> set
 
 
 def rejected_lines(
-    scans: Mapping[str, SessionScan], recipe: Recipe, failures: Iterable[Mapping[str, Any]]
+    scans: Mapping[str, SessionScan],
+    recipe: Recipe,
+    failures: Iterable[Mapping[str, Any]],
+    *,
+    unused: Mapping[str, Sequence[UnusedName]] = _NO_NAMES,
+    skipped: Iterable[SkippedFolder] = (),
 ) -> list[dict[str, Any]]:
-    """List what the set lacks, by session name, then the decode failures of the indexes."""
-    lines: list[dict[str, Any]] = []
-    for name in sorted(scans):
-        lines += _session_lines(scans[name], recipe)
-    lines += [{"level": "stream", **failure} for failure in failures]
-    return lines
+    """List what the set lacks, by session name, then the decode failures of the indexes.
+
+    `unused` are names in sessions that no stream uses; `skipped` are folders that are left out.
+    """
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for folder in skipped:
+        line = {"session": folder.name, "reason": folder.reason}
+        if folder.is_recording:
+            lines[folder.name] = [{"level": "session", **line, "segments": 0}]
+        else:
+            lines[folder.name] = [{"level": "unknown", **line}]
+    for name, scan in scans.items():
+        sentences, others = describe_unused(unused.get(name, ()))
+        unknown = [*sentences.values(), *([others] if others else [])]
+        lines[name] = [{"level": "unknown", "session": name, "reason": text} for text in unknown]
+        lines[name] += _session_lines(scan, recipe)
+    ordered = [line for name in sorted(lines) for line in lines[name]]
+    return ordered + [{"level": "stream", **failure} for failure in failures]
 
 
 def count_segments(lines: Iterable[Mapping[str, Any]]) -> int:

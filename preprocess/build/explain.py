@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from preprocess.build.plan_types import Cause, FromShards
+from shared.session.names import describe_unused
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from preprocess.build.plan_types import Changes, Plan, Reason, ShardTask
+    from shared.session.names import UnusedName
     from shared.session.scan import SessionScan
 
 Verb = Literal["make", "remove", "rewrite"]
@@ -70,6 +72,25 @@ def list_losses(
         )
         for stream, reason in sorted(seconds)
     )
+
+
+def explain_unused(unused: Mapping[str, Sequence[UnusedName]]) -> tuple[list[str], str]:
+    """Describe the names that no stream uses, by session, of all sessions together.
+
+    Returns:
+        A sentence for each declared name that was probably meant, and one for all others.
+    """
+    sessions: dict[str, list[str]] = {}
+    others: set[UnusedName] = set()
+    num_others = 0
+    for session, names in unused.items():
+        for sentence in describe_unused(names)[0].values():
+            sessions.setdefault(sentence, []).append(session)
+        own = {name for name in names if not name.meant}
+        others, num_others = others | own, num_others + bool(own)
+    meant = [f"{sentence} ({_examples(names)})" for sentence, names in sessions.items()]
+    listed = describe_unused(sorted(others, key=lambda name: (name.file, name.key)))[1]
+    return meant, f"{listed} ({_plural(num_others, 'session')})" if listed else ""
 
 
 def explain_plan(plan: Plan) -> list[tuple[Verb, str]]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.build.cluster import TaskWithSubtasks
 from preprocess.build.commit import NewSet, commit_set, rejected_lines
-from preprocess.build.explain import list_losses
+from preprocess.build.explain import explain_unused, list_losses
 from preprocess.build.plan import plan_shards
 from preprocess.build.plan_types import FromShards, ShardTask, add_generation
 from preprocess.build.previous_set import find_corrupt_files, read_previous_set
-from preprocess.build.sources import TaskContext, column_seconds, find_recordings, scan_sessions
+from preprocess.build.sources import TaskContext, column_seconds, scan_sessions, survey_recordings
 from preprocess.build.task import build_shard, resume_shard
 from preprocess.build.upgrade import refresh_upgraded, upgrade_set
 from preprocess.build.video_subtasks import TASK_S, encode_video, split_task
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from preprocess.build.video_subtasks import EncodedVideo, VideoSubtask
     from shared.media.tokenizer import TextTokenizer
     from shared.recipe import Recipe
+    from shared.session.folder import SkippedFolder
+    from shared.session.names import UnusedName
     from shared.session.scan import SessionScan
     from shared.shardset.manifest import Manifest
     from shared.shardset.store import ShardSetStore
@@ -64,6 +66,27 @@ class BuildSummary:
     """Sensor that is recorded too slowly to interpolate it -> how, in the first such session."""
     losses: tuple[Loss, ...]
     """What no sample shows of a stream; a dry run doesn't know what does not decode."""
+    unused: Mapping[str, Sequence[UnusedName]]
+    """Session -> its files and keys that no stream uses."""
+    skipped: tuple[SkippedFolder, ...]
+    """Folders that are left out, but were probably meant."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is probably not as it was meant."""
+        return [
+            *(f"no session has {n}, so it is masked: {r}" for n, r in self.absent.items()),
+            *self.slow.values(),
+            *(f"{folder.name} is left out: {folder.reason}" for folder in self.skipped),
+            *explain_unused(self.unused)[0],
+        ]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the set lacks, in few lines."""
+        unused = explain_unused(self.unused)[1]
+        title = ["masked, or missing where it was recorded:"] if self.losses else []
+        return [*([unused] if unused else []), *title, *(f"  {loss}" for loss in self.losses)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +102,8 @@ class Build:
     recordings: Mapping[str, Recording]
     scans: Mapping[str, SessionScan]
     """Every session, by name."""
+    skipped: tuple[SkippedFolder, ...]
+    """Folders that are left out, but were probably meant."""
     num_scanned: int
     tokenizer: TextTokenizer
     tokenizer_file: str
@@ -88,16 +113,28 @@ class Build:
     task_s: float
     verify: bool
 
+    @property
+    def num_sessions(self) -> int:
+        """Recordings, those that can't be used included."""
+        return len(self.scans) + sum(folder.is_recording for folder in self.skipped)
+
+    @property
+    def unused(self) -> dict[str, tuple[UnusedName, ...]]:
+        """Files and keys that no stream uses, by session."""
+        return _unused_names(self.recordings, self.scans)
+
     def summary(self, manifest: Manifest | None = None, new: NewSet | None = None) -> BuildSummary:
         """Summarize the build; without a manifest and a new set, a dry run."""
         failures = [f for header in (new.headers if new else ()) for f in header["decode_failures"]]
         return BuildSummary(
             plan=self.plan,
             manifest=manifest,
-            num_sessions=len(self.scans),
+            num_sessions=self.num_sessions,
             num_scanned=self.num_scanned,
             rejected=tuple(new.rejected if new else ()),
             losses=list_losses(self.scans, failures, self.recipe.segment_s),
+            unused=self.unused,
+            skipped=self.skipped,
             absent=absent_streams(self.scans, self.recipe),
             slow={
                 stream: f"{name}/{sentence}"
@@ -133,8 +170,7 @@ def build_shards(
         compact: pack the samples as a fresh build would.
 
     Raises:
-        SessionError: there is no session, one disappeared while it was read, or its name can't be
-            used in keys.
+        SessionError: there is no session, or one disappeared while it was read.
         ConfigError: the recipe's tokenizer or the set's length of segments can't be used, or no
             session has a required stream.
         FormatVersionError: the set has another format.
@@ -142,14 +178,14 @@ def build_shards(
         JobError: the disk is full, or another job took over the set.
         StorageError: a store can't be read or written.
     """
-    recordings = find_recordings(sessions, recipe)
+    recordings, skipped = survey_recordings(sessions, recipe)
     if not dry_run:
         upgrade_set(out, keep_old_s=keep_old_s)
     with claim_shard_set(parse_location(out), dry_run=dry_run, keep_old_s=keep_old_s) as store:
         sizes, previous = store.list_sizes(), _read_previous(store)
         recipe = _with_segment(recipe, previous)
         scans, num_scanned = scan_sessions(recordings, store, recipe, cluster)
-        _require_streams(scans, recipe)
+        _require_streams(scans, recipe, _unused_names(recordings, scans))
         tokenizer, tokenizer_file = _choose_tokenizer(
             recordings, recipe=recipe, previous=previous, store=store, cluster=cluster
         )
@@ -166,6 +202,7 @@ def build_shards(
             recipe=recipe,
             recordings=recordings,
             scans=scans,
+            skipped=skipped,
             num_scanned=num_scanned,
             tokenizer=tokenizer,
             tokenizer_file=tokenizer_file,
@@ -221,12 +258,24 @@ def absent_streams(scans: Mapping[str, SessionScan], recipe: Recipe) -> dict[str
     return {n: first.absent.get(n, "") for n in recipe.streams if n not in recorded}
 
 
-def _require_streams(scans: Mapping[str, SessionScan], recipe: Recipe) -> None:
+def _unused_names(
+    recordings: Mapping[str, Recording], scans: Mapping[str, SessionScan]
+) -> dict[str, tuple[UnusedName, ...]]:
+    """Return the files and keys of each session that no stream uses."""
+    return {name: (*scan.unused, *recordings[name].unused) for name, scan in scans.items()}
+
+
+def _require_streams(
+    scans: Mapping[str, SessionScan],
+    recipe: Recipe,
+    unused: Mapping[str, Sequence[UnusedName]],
+) -> None:
     """Check that some session has each required stream."""
     for name, reason in absent_streams(scans, recipe).items():
         if name in recipe.required:
+            names = ": ".join([reason, *explain_unused(unused)[0][:1]])
             raise ConfigError(
-                f"streams.{name} is required, but none of {len(scans)} sessions has it: {reason}; "
+                f"streams.{name} is required, but none of {len(scans)} sessions has it: {names}; "
                 f"fix: correct streams.{name} in the recipe, or remove `required: true`"
             )
 
@@ -373,8 +422,10 @@ def _new_set(build: Build, finished: Mapping[str, ShardEntry]) -> NewSet:
         generation=generation,
         tokenizer=tokenizer,
         tokenizer_file=build.tokenizer_file,
-        num_sessions=len(build.scans),
-        rejected=rejected_lines(build.scans, build.recipe, failures),
+        num_sessions=build.num_sessions,
+        rejected=rejected_lines(
+            build.scans, build.recipe, failures, unused=build.unused, skipped=build.skipped
+        ),
         previous=previous,
         fingerprint=fingerprint,
     )

@@ -23,7 +23,24 @@ from shared.errors import SessionError
 from shared.files import fingerprint_of
 from shared.kinds.column import stream_settings
 from shared.media.tokenizer import parse_tokenizer
-from shared.session.folder import files_of_stream, find_sessions, scanned_files, source_files
+from shared.session.folder import (
+    SkippedFolder,
+    explain_nested,
+    explain_no_session,
+    files_of_stream,
+    scanned_files,
+    source_files,
+    survey_sessions,
+    unused_files,
+)
+from shared.session.names import (
+    describe_unused,
+    explain_bad_name,
+    find_unused_files,
+    printable,
+    session_folder,
+    session_name,
+)
 from shared.session.reader import SessionReader
 from shared.session.scan import SessionScan, SourceFile, scan_from_json, scan_session
 from shared.shardset.index import FLAG_BITS
@@ -32,7 +49,7 @@ from shared.storage import STARTUP_RETRY, RetryPolicy, Store, StoredFile, parse_
 from shared.streams import Kind, mask_reasons
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
     from pathlib import Path
 
     from preprocess.build.cluster import Cluster
@@ -40,6 +57,7 @@ if TYPE_CHECKING:
     from shared.clock import Segment
     from shared.kinds.column import Column
     from shared.recipe import Recipe
+    from shared.session.names import UnusedName
     from shared.shardset.store import ShardSetStore
 
 _NO_STREAMS: Mapping[str, Set[str]] = MappingProxyType({})
@@ -53,6 +71,8 @@ class LocalRecording:
     folder: Path
     stamp: Mapping[str, list[Any]]
     """Scanned file -> its size, and its modification time in ns."""
+    unused: tuple[UnusedName, ...] = ()
+    """Its files and folders that no declared stream uses."""
 
     def open_files(
         self, _names: Iterable[str], _staging: ShardSetStore
@@ -75,6 +95,8 @@ class RemoteRecording:
     store: Store
     stamp: Mapping[str, list[Any]]
     """Scanned file -> its size, and its tag."""
+    unused: tuple[UnusedName, ...] = ()
+    """Its files and folders that no declared stream uses."""
 
     @contextmanager
     def open_files(self, names: Iterable[str], staging: ShardSetStore) -> Iterator[Path]:
@@ -87,7 +109,7 @@ class RemoteRecording:
 
     def download_to(self, work: Path, names: Iterable[str]) -> Path:
         """Download those of these files that exist into a new folder named like the session."""
-        folder = work / self.name
+        folder = session_folder(work, self.name)
         folder.mkdir()
         for name in names:
             if name in self.stamp:
@@ -108,29 +130,30 @@ def find_recordings(location: Path | str, recipe: Recipe) -> dict[str, Recording
     """Find the sessions below a folder or URL, or at it; returns them by name.
 
     Raises:
-        SessionError: the location does not exist, has no session, or has one whose name can't be
-            part of keys.
+        SessionError: the location does not exist, or has no session.
         StorageError: the store behind the URL can't be read.
     """
+    return survey_recordings(location, recipe)[0]
+
+
+def survey_recordings(
+    location: Path | str, recipe: Recipe
+) -> tuple[dict[str, Recording], tuple[SkippedFolder, ...]]:
+    """Find the same sessions as :func:`find_recordings`, and the folders that are left out."""
     parsed = parse_location(location)
-    recordings: dict[str, Recording] = {}
     if isinstance(parsed, Store):
-        for recording in _list_store(parsed.with_policy(STARTUP_RETRY), recipe):
-            recordings[recording.name] = recording
-    else:
-        names = scanned_files(recipe)
-        for path in find_sessions(parsed, recipe):
-            folder = path.absolute()
-            recordings[path.name] = LocalRecording(
-                name=path.name, folder=folder, stamp=_stamp_of_folder(folder, names)
-            )
-    for name in recordings:
-        if not name.isprintable():  # tar readers or JSON can't take it as part of keys
-            raise SessionError(
-                f"session folder {name!r}: its name has control characters or is not UTF-8; fix: "
-                "rename it"
-            )
-    return recordings
+        return _survey_store(parsed.with_policy(STARTUP_RETRY), recipe)
+    names, survey = scanned_files(recipe), survey_sessions(parsed, recipe)
+    recordings: dict[str, Recording] = {}
+    for path in survey.folders:
+        folder = path.absolute()
+        recordings[session_name(path)] = LocalRecording(
+            name=session_name(path),
+            folder=folder,
+            stamp=_stamp_of_folder(folder, names),
+            unused=unused_files(folder, recipe),
+        )
+    return recordings, survey.skipped
 
 
 def require_unchanged(recording: Recording, names: Iterable[str]) -> None:
@@ -147,30 +170,70 @@ def require_unchanged(recording: Recording, names: Iterable[str]) -> None:
         )
 
 
-def _list_store(store: Store, recipe: Recipe) -> list[RemoteRecording]:
-    """List the sessions of a store, sorted by name."""
-    scanned, sources = set(scanned_files(recipe)), source_files(recipe)
-    stamps: dict[str, dict[str, list[Any]]] = {}
-    for path, file in sorted(store.list_files().items()):
-        folder, _, name = path.rpartition("/")
-        if name in scanned and "/" not in folder and not folder.startswith("."):
-            stamps.setdefault(folder, {})[name] = [file.length_bytes, file.tag]
-    stamps = {f: s for f, s in stamps.items() if not s.keys().isdisjoint(sources)}
-    if not stamps:
+def _survey_store(
+    store: Store, recipe: Recipe
+) -> tuple[dict[str, Recording], tuple[SkippedFolder, ...]]:
+    """Find the sessions of a store, sorted by name, and the folders that are left out."""
+    scanned, sources = scanned_files(recipe), source_files(recipe)
+    files = store.list_files()
+    folders: dict[str, dict[str, StoredFile]] = {}
+    is_one = not files.keys().isdisjoint(sources)
+    for path, file in sorted(files.items()):
+        folder, _, name = ("", "", path) if is_one else path.partition("/")
+        if name and not folder.startswith("."):
+            folders.setdefault(folder, {})[name] = file
+    recordings: dict[str, Recording] = {}
+    skipped: list[SkippedFolder] = []
+    retrying = store.with_policy(RetryPolicy())
+    for folder, content in folders.items():
+        name = folder or store.url.rpartition("/")[2]
+        reason = explain_bad_name(name)
+        is_recording = not content.keys().isdisjoint(sources)
+        if is_recording and not reason:
+            recordings[name] = RemoteRecording(
+                name=name,
+                store=Store(f"{store.url}/{folder}", retrying.retry) if folder else retrying,
+                stamp={n: [f.length_bytes, f.tag] for n, f in content.items() if n in scanned},
+                unused=find_unused_files(_names_in(content, sources), sources),
+            )
+            continue
+        if not is_recording:
+            reason, is_recording = _explain_stored_folder(f"{store.url}/{folder}", content, sources)
+        if reason:
+            skipped.append(
+                SkippedFolder(name=printable(name), reason=reason, is_recording=is_recording)
+            )
+    if not recordings:
+        names = [path for path in files if "/" not in path]
+        reasons = [f"{folder.name}: {folder.reason}" for folder in skipped]
         raise SessionError(
-            f"{store}: no session in it; fix: give the URL of session folders, each with at least "
-            f"one of {', '.join(sources)}"
+            f"{store}: no session in it; {explain_no_session(reasons, names, recipe)}"
         )
-    retrying_store = store.with_policy(RetryPolicy())
-    if "" in stamps:  # the folder itself is a session
-        name = store.url.rpartition("/")[2]
-        return [RemoteRecording(name=name, store=retrying_store, stamp=stamps[""])]
-    return [
-        RemoteRecording(
-            name=name, store=Store(f"{store.url}/{name}", retrying_store.retry), stamp=stamps[name]
-        )
-        for name in sorted(stamps)
-    ]
+    return recordings, tuple(skipped)
+
+
+def _names_in(content: Iterable[str], sources: Collection[str]) -> list[str]:
+    """List the names in a stored folder as :func:`shared.session.names.list_names` does."""
+    names: set[str] = set()
+    for path in content:
+        folder, slash, name = path.partition("/")
+        names |= {f"{folder}{slash}", path if name in sources or not slash else f"{folder}/"}
+    return [printable(name) for name in names]
+
+
+def _explain_stored_folder(
+    url: str, content: Iterable[str], sources: Collection[str]
+) -> tuple[str, bool]:
+    """Explain what is probably meant by a folder that is no session, and whether a recording is.
+
+    The explanation is empty if nothing is meant.
+    """
+    inside = {path.rpartition("/")[0] for path in content if path.rpartition("/")[2] in sources}
+    parents = sorted({f"{url}/{folder.rpartition('/')[0]}".rstrip("/") for folder in inside})
+    if parents:
+        return explain_nested(parents, len(inside)), False
+    files = find_unused_files([name for name in content if "/" not in name], sources)
+    return "; ".join(describe_unused(files)[0].values()), True
 
 
 def _stamp_of_folder(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
@@ -223,7 +286,7 @@ def scan_seconds(recording: Recording, recipe: Recipe) -> float:
     return sum(float(stamp[0]) / rates[name] for name, stamp in recording.stamp.items())
 
 
-SCAN_VERSION = 9
+SCAN_VERSION = 10
 """Raised when a scan of the same files would give another result or has other keys."""
 
 _NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {

@@ -139,7 +139,8 @@ def merge_sets(out: Path | str, locations: Sequence[Path | str]) -> Manifest:
 def _list(store: ShardSetStore, manifest: Manifest) -> list[SetSession]:
     rejected: Counter[str] = Counter()
     for line in _read_rejected(store):
-        rejected[line["session"]] += count_segments([line])
+        if line["level"] != "unknown":  # it can be about a folder that is no session
+            rejected[line["session"]] += count_segments([line])
     samples: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     shards: dict[str, list[str]] = {}

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from shared.media.riff import WavHeader
     from shared.session.lines import ParseIssue
 
-Level = Literal["warning", "error"]
+Level = Literal["note", "warning", "error"]
 
 MAX_MESSAGES = 5
 """Messages of one kind that are written out; the others are counted."""

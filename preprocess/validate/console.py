@@ -30,6 +30,7 @@ def print_report(console: Console, report: ValidationReport) -> None:
     for style, label, messages in (
         (_STYLES["failed"], "error", report.errors),
         (_STYLES["warnings"], "warning", report.warnings),
+        ("dim", "note", report.notes),
     ):
         for message in messages:
             line = Text("  ").append(label, style=style).append(f"  {message}")

@@ -19,12 +19,11 @@ from shared.clock import Interval
 from shared.errors import MediaError, MissingMediaError
 from shared.kinds.audio import align_sound
 from shared.kinds.video import align_track, interval_of
-from shared.media.container import REPLACE_FIX
 from shared.media.riff import read_wav_header
 from shared.media.sound import measure_loudness, read_sound
 from shared.media.video import read_frames, read_video_track
 from shared.session.alignment import align_streams, read_starts, shift_events
-from shared.session.folder import SESSION_INFO_FILE, files_of_stream
+from shared.session.folder import SESSION_INFO_FILE, files_of_stream, unused_files
 from shared.session.lines import Readings
 from shared.session.scan import find_faults
 from shared.session.still import Recorded
@@ -37,7 +36,7 @@ from shared.streams import (
 from shared.values import clean_readings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from shared.recipe import Recipe
     from shared.session.lines import FileLines, ParseIssue, SessionLines, TextEvent
     from shared.session.masks import MaskedSpan
+    from shared.session.names import UnusedName
     from shared.session.timestamps import WrongLines, WrongUnit
 
 NUM_STRETCHES = 16
@@ -131,6 +131,8 @@ class SessionProbe:
     """Why `starts` cannot be used; the containers' own start times apply then."""
     undeclared_starts: tuple[str, ...]
     """Names in ``session.json`` that the recipe does not declare."""
+    unused: tuple[UnusedName, ...]
+    """Files, folders and keys that no declared stream uses."""
     units: Mapping[str, WrongUnit]
     """Timestamped file -> the unit that it has instead of the declared one; it is divided here."""
     left_out: Mapping[str, tuple[WrongLines, ...]]
@@ -218,8 +220,12 @@ class SessionProbe:
         return tuple(f for f in self.files if not shared.isdisjoint(self.streams_of(f)))
 
 
-def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
+def probe_session(
+    path: Path, *, recipe: Recipe, unused: Sequence[UnusedName] | None = None
+) -> SessionProbe:
     """Read everything that the checks judge.
+
+    `unused` are files of the session that no stream uses; None finds those in the folder.
 
     Raises:
         OSError: the file system refuses to open a folder or file.
@@ -275,6 +281,7 @@ def probe_session(path: Path, *, recipe: Recipe) -> SessionProbe:
         starts=starts,
         start_error=start_error,
         undeclared_starts=undeclared,
+        unused=(*lines.unused, *(unused_files(path, recipe) if unused is None else unused)),
         units=timed.units,
         left_out=timed.left_out,
         intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
@@ -381,8 +388,6 @@ def _explain_failures(
         absent[name] = f"{file.name}: {reason}"
         if not isinstance(error, MissingMediaError):
             unreadable[file.name] = reason
-        elif file.is_symlink():
-            unreadable[file.name] = f"links to a missing file; {REPLACE_FIX}"
     return absent, unreadable
 
 

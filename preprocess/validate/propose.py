@@ -22,12 +22,13 @@ import av
 import numpy as np
 import yaml
 
-from preprocess.validate.report import SOUND_SUFFIXES, check_session, describe_stream
+from preprocess.validate.report import check_session, describe_stream
 from preprocess.validate.value_checks import fit_velocities
 from shared.clock import measure_rate_hz
 from shared.config import make_section
 from shared.errors import ConfigError, SessionError
 from shared.recipe import Recipe
+from shared.session.names import SOUND_SUFFIXES, VIDEO_SUFFIXES
 from shared.session.records import open_records, parse_records
 from shared.session.tables import TableError, open_table
 from shared.streams import METADATA_FILE, VECTOR_SIZES, Kind, ValueType, check_stream_name
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
     from shared.session.lines import Readings
     from shared.streams import SensorStream
 
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts"}
-)
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".parquet"})
 
 NUM_LINES = 5000

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from preprocess.build.sources import RemoteRecording, find_recordings
+from preprocess.build.sources import RemoteRecording, survey_recordings
 from preprocess.validate.checks import (
     check_audio,
     check_clock,
@@ -45,6 +45,7 @@ from preprocess.validate.line_checks import (
     check_timestamps,
     find_gaps,
 )
+from preprocess.validate.name_checks import check_names
 from preprocess.validate.probe import probe_session
 from preprocess.validate.repair import MediaEnd, plan_repairs, repair_session
 from preprocess.validate.still_checks import check_still
@@ -53,7 +54,8 @@ from shared.clock import measure_rate_hz
 from shared.errors import SessionError, StorageError
 from shared.recipe import Recipe
 from shared.session.alignment import MEDIA_KINDS
-from shared.session.folder import find_sessions, is_session, scanned_files, source_files
+from shared.session.folder import is_session, scanned_files, source_files, survey_sessions
+from shared.session.names import SOUND_SUFFIXES, explain_bad_name, printable, session_name
 from shared.storage import Store, parse_location
 from shared.streams import Kind
 
@@ -62,12 +64,15 @@ if TYPE_CHECKING:
 
     from preprocess.validate.checks import Finding
     from preprocess.validate.probe import SessionProbe
+    from shared.session.folder import SkippedFolder
+    from shared.session.names import UnusedName
 
 Status = Literal["passed", "warnings", "failed"]
 StreamStatus = Literal["passed", "warnings", "failed", "absent"]
 
 CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
     "files": check_files,
+    "names": check_names,
     "streams": check_streams,
     "lines": check_lines,
     "timestamps": check_timestamps,
@@ -97,12 +102,6 @@ _SILENT_DBFS = -120.0
 
 _LINE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
 
-SOUND_SUFFIXES = frozenset(
-    {".wav", ".wave", ".aac", ".aif", ".aiff", ".caf", ".flac", ".m4a", ".mp3", ".oga", ".ogg"}
-    | {".opus", ".w64", ".wma"}
-)
-"""Single files that are checked as sound; any other is checked as a video."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationReport:
@@ -115,6 +114,8 @@ class ValidationReport:
     """Outcome of all checks for each declared stream."""
     warnings: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What is worth knowing, and is no fault."""
     stats: Mapping[str, Any] = field(default_factory=dict)
     """Plain JSON values: length_s, clock_offset_s, lines of each file, absent with the reason, and
     streams: statistics of each stream by its kind."""
@@ -137,6 +138,7 @@ class ValidationReport:
             "streams": dict(self.streams),
             "warnings": list(self.warnings),
             "errors": list(self.errors),
+            "notes": list(self.notes),
             "stats": dict(self.stats),
         }
 
@@ -162,10 +164,11 @@ def check_sessions(
 
     With `fix`, folders are repaired first.
     """
-    for source in _iter_sources(locations, recipe):
-        if isinstance(source, CheckedSession):
-            yield source
+    for item in _iter_sources(locations, recipe):
+        if isinstance(item, CheckedSession):
+            yield item
             continue
+        source, unused = item
         try:
             is_repaired = fix and source.is_dir()
             repairs = tuple(repair_session(source, recipe=recipe)) if is_repaired else ()
@@ -176,14 +179,21 @@ def check_sessions(
             with tempfile.TemporaryDirectory(prefix="validate-") as root:
                 yield _check_single_file(source, Path(root) / source.name)
         else:
-            yield replace(check_session(source, recipe=recipe), repairs=repairs)
+            yield replace(check_session(source, recipe=recipe, unused=unused), repairs=repairs)
 
 
 def check_session(
-    path: Path, *, recipe: Recipe, checks: Collection[str] = CHECKS.keys()
+    path: Path,
+    *,
+    recipe: Recipe,
+    checks: Collection[str] = CHECKS.keys(),
+    unused: Sequence[UnusedName] | None = None,
 ) -> CheckedSession:
-    """Check one session folder; the report is failed, without a probe, if that is impossible."""
-    name = path.name or path.resolve().name
+    """Check one session folder; the report is failed, without a probe, if that is impossible.
+
+    `unused` are its files that no stream uses; None finds those in the folder.
+    """
+    name = session_name(path if path.name else path.resolve())
     try:
         if not path.is_dir():
             raise SessionError(f"{path}: no such folder; fix: give the folder of a session")
@@ -191,14 +201,16 @@ def check_session(
             raise SessionError(
                 f"{path}: not a session; fix: put one of {', '.join(source_files(recipe))} into it"
             )
-        probe = probe_session(path, recipe=recipe)
+        if fault := explain_bad_name(name):
+            raise SessionError(fault)
+        probe = probe_session(path, recipe=recipe, unused=unused)
         media = _media_end(path, probe)
         plan = functools.cache(lambda: plan_repairs(path, recipe=recipe, media=media))
         probe = replace(probe, plan=plan)
         findings = {key: check(probe) for key, check in CHECKS.items() if key in checks}
         ordered = sorted(
             (finding for of_check in findings.values() for finding in of_check),
-            key=lambda finding: finding.level != "error",
+            key=lambda finding: ("error", "warning", "note").index(finding.level),
         )
         return CheckedSession(
             folder=path,
@@ -232,27 +244,35 @@ def describe_totals(statuses: Sequence[Status], length: str) -> str:
     return f"{sessions}, {length}: {', '.join(outcomes) or 'nothing to check'}"
 
 
-def _iter_sources(locations: Iterable[str], recipe: Recipe) -> Iterator[Path | CheckedSession]:
-    """Yield session folders and single media files; a failed report for each bad location.
+def _iter_sources(
+    locations: Iterable[str], recipe: Recipe
+) -> Iterator[tuple[Path, Sequence[UnusedName] | None] | CheckedSession]:
+    """Yield session folders and single media files; a report for each location or folder without.
 
-    Sessions of a store are copied to a temporary folder, one at a time.
+    Sessions of a store are copied to a temporary folder, one at a time, with the files that streams
+    use; the names of the others come with them.
     """
     for text in locations:
         location = parse_location(text)
         try:
             if isinstance(location, Store):
-                for recording in find_recordings(location.url, recipe).values():
+                recordings, skipped = survey_recordings(location.url, recipe)
+                for recording in recordings.values():
                     assert isinstance(recording, RemoteRecording)
                     with tempfile.TemporaryDirectory(prefix="session-") as folder:
-                        yield recording.download_to(Path(folder), scanned_files(recipe))
+                        copy = recording.download_to(Path(folder), scanned_files(recipe))
+                        yield copy, recording.unused
+                yield from map(_report_skipped, skipped)
             elif not location.is_file():
-                yield from find_sessions(location, recipe)
+                survey = survey_sessions(location, recipe)
+                yield from ((path, None) for path in survey.folders)
+                yield from map(_report_skipped, survey.skipped)
             elif location.suffix in _LINE_SUFFIXES:
                 raise SessionError(
                     f"{location}: not a video or sound; fix: give the folder of its session"
                 )
             else:
-                yield location
+                yield location, None
         except (SessionError, StorageError) as error:
             yield _make_failed_report(Path(str(location)), str(location), str(error))
 
@@ -277,8 +297,19 @@ def _check_single_file(path: Path, folder: Path) -> CheckedSession:
 
 def _make_failed_report(folder: Path, session: str, error: str) -> CheckedSession:
     """Return a failed report for a session or location that cannot be checked."""
-    report = ValidationReport(session=_printable(session), errors=(_printable(error),))
+    report = ValidationReport(session=printable(session), errors=(printable(error),))
     return CheckedSession(folder=folder, report=report)
+
+
+def _report_skipped(folder: SkippedFolder) -> CheckedSession:
+    """Return the report of a folder that is left out: failed if it is a recording."""
+    messages = (folder.reason,)
+    report = ValidationReport(
+        session=folder.name,
+        errors=messages if folder.is_recording else (),
+        warnings=() if folder.is_recording else messages,
+    )
+    return CheckedSession(folder=Path(folder.name), report=report)
 
 
 def _make_report(
@@ -292,18 +323,19 @@ def _make_report(
         is_absent = name not in probe.intervals and status != "failed"
         streams[name] = "absent" if is_absent else status
     return ValidationReport(
-        session=_printable(session),
+        session=printable(session),
         checks={name: _worst_status(of_check) for name, of_check in findings.items()},
         streams=streams,
-        warnings=tuple(_printable(f.message) for f in everything if f.level == "warning"),
-        errors=tuple(_printable(f.message) for f in everything if f.level == "error"),
+        warnings=tuple(printable(f.message) for f in everything if f.level == "warning"),
+        errors=tuple(printable(f.message) for f in everything if f.level == "error"),
+        notes=tuple(printable(f.message) for f in everything if f.level == "note"),
         stats=_collect_stats(probe),
     )
 
 
 def _worst_status(findings: list[Finding]) -> Status:
     levels = {finding.level for finding in findings}
-    return "failed" if "error" in levels else "warnings" if levels else "passed"
+    return "failed" if "error" in levels else "warnings" if "warning" in levels else "passed"
 
 
 def _collect_stats(probe: SessionProbe) -> dict[str, Any]:
@@ -312,7 +344,7 @@ def _collect_stats(probe: SessionProbe) -> dict[str, Any]:
         "length_s": round(probe.duration_s, 3),
         "clock_offset_s": round(probe.offset_s, 6),
         "lines": {file: probe.num_lines(file) for file in probe.files},
-        "absent": {name: _printable(reason) for name, reason in probe.absent.items()},
+        "absent": {name: printable(reason) for name, reason in probe.absent.items()},
         "streams": {
             name: {
                 "kind": probe.recipe.streams[name].kind.value,
@@ -434,8 +466,3 @@ def _format_level(level: float) -> str:
     """Format a level of full scale 1 in dBFS."""
     level_db = 20 * math.log10(level) if level > 0 else _SILENT_DBFS
     return f"{level_db:.1f} dBFS" if level_db > _SILENT_DBFS else "silent"
-
-
-def _printable(text: str) -> str:
-    """Return a text that every terminal and JSON reader accepts; file names may not be UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()

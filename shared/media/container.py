@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import av
 from av.stream import Disposition
 
-from shared.errors import MediaError, MissingMediaError
+from shared.errors import LINK_FAULT, MediaError, MissingMediaError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -164,6 +164,8 @@ def require_bytes(path: Path) -> None:
         MediaError: it isn't such a file.
     """
     if not path.exists():
+        if path.is_symlink():
+            raise MediaError(f"{path}: {LINK_FAULT}")
         raise MissingMediaError(f"{path}: no such file")
     if not path.is_file():
         raise MediaError(f"{path}: not a regular file; fix: put the recording there")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,7 @@ def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
     if header is not None and not header.num_bytes:
         raise MediaError(f"{path}: contains no audio; fix: record or copy it again")
     with ExitStack() as opened:
-        source: Any = str(path)
+        source: Any = os.fsencode(path)  # any bytes, in any locale
         if header is not None and not header.is_trusted:
             source = opened.enter_context(open_wav(path, header))
         file = opened.enter_context(soundfile.SoundFile(source))

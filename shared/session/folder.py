@@ -9,31 +9,53 @@ them to ``rejected.jsonl``.
 from __future__ import annotations
 
 import errno
+import os
 import reprlib
+import shlex
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from shared.errors import SessionError
+from shared.errors import LINK_FAULT, SessionError
 from shared.recipe import Recipe
 from shared.session.lines import (
     Correction,
     LineCollector,
     SessionLines,
     json_keys,
+    keys_of,
     wrong_size,
+)
+from shared.session.names import (
+    UnusedName,
+    describe_unused,
+    explain_bad_name,
+    find_unused_files,
+    find_unused_keys,
+    list_names,
+    printable,
+    session_name,
 )
 from shared.session.records import MAX_LINE_BYTES, open_records, parse_records
 from shared.session.tables import TableError, choose_columns, open_table
 from shared.streams import METADATA_FILE, SensorStream, TextStream
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from shared.session.lines import FileLines, Readings, TextEvent
+    from shared.session.lines import FileKeys, FileLines, Readings, TextEvent
     from shared.session.tables import Table
     from shared.streams import StreamSpec
 
 SESSION_INFO_FILE = "session.json"
+
+_MAX_REASONS = 3
+"""Folders that a message explains."""
+
+_MAX_SEARCHED = 500
+"""Folders that are searched for sessions below one that is none."""
 
 
 def files_of_stream(spec: StreamSpec) -> tuple[str, ...]:
@@ -53,10 +75,42 @@ def scanned_files(recipe: Recipe) -> tuple[str, ...]:
     return (*source_files(recipe), SESSION_INFO_FILE)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedFolder:
+    """A folder beside sessions that is left out, but was probably meant as some."""
+
+    name: str
+    """Printable."""
+    reason: str
+    """What is wrong with it, and the fix."""
+    is_recording: bool
+    """Whether it is a recording itself, which can't be used as it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundSessions:
+    """The sessions in a folder."""
+
+    folders: tuple[Path, ...]
+    """Sorted by the names of the sessions."""
+    skipped: tuple[SkippedFolder, ...]
+
+
 def find_sessions(root: Path | str, recipe: Recipe | None = None) -> list[Path]:
     """List the session folders below `root` (or `root` itself), sorted by name.
 
     A session folder holds at least one source file of the recipe, by default the default one.
+
+    Raises:
+        SessionError: the folder doesn't exist or holds no session.
+    """
+    return list(survey_sessions(root, recipe).folders)
+
+
+def survey_sessions(root: Path | str, recipe: Recipe | None = None) -> FoundSessions:
+    """Find the same sessions as :func:`find_sessions`, and the folders that are left out.
+
+    Links to files and folders are followed.
 
     Raises:
         SessionError: the folder doesn't exist or holds no session.
@@ -69,23 +123,95 @@ def find_sessions(root: Path | str, recipe: Recipe | None = None) -> list[Path]:
         raise SessionError(
             f"{root}: no such folder; fix: give a session folder or a folder of session folders"
         )
-    if is_session(root, recipe):
-        return [root]
-    sessions = sorted(
-        (p for p in root.iterdir() if not p.name.startswith(".") and is_session(p, recipe)),
-        key=lambda p: p.name,
-    )
-    if not sessions:
+    paths = [p for p in root.iterdir() if not p.name.startswith(".")]
+    paths = [root] if is_session(root, recipe) else sorted(paths, key=session_name)
+    folders, skipped = [], []
+    for path in paths:
+        reason = explain_bad_name(session_name(path))
+        if is_session(path, recipe) and not reason:
+            folders.append(path)
+        elif folder := _explain_folder(path, recipe):
+            skipped.append(folder)
+    if not folders:
+        reasons = [f"{folder.name}: {folder.reason}" for folder in skipped]
         raise SessionError(
-            f"{root}: no session in it; fix: give a folder of session folders, each with at least "
-            f"one of {', '.join(source_files(recipe))}"
+            f"{printable(str(root))}: no session in it; "
+            f"{explain_no_session(reasons, list_names(root, ()), recipe)}"
         )
-    return sessions
+    return FoundSessions(folders=tuple(folders), skipped=tuple(skipped))
+
+
+def unused_files(path: Path, recipe: Recipe) -> tuple[UnusedName, ...]:
+    """Return the files and folders in a session folder that no declared stream uses."""
+    sources = source_files(recipe)
+    return find_unused_files(list_names(path, sources), sources)
 
 
 def is_session(path: Path, recipe: Recipe) -> bool:
-    """Check whether a folder holds at least one source file."""
-    return any((path / name).exists() for name in source_files(recipe))
+    """Check whether a folder holds at least one source file, or a link to one."""
+    return any(os.path.lexists(path / name) for name in source_files(recipe))
+
+
+def explain_no_session(reasons: Sequence[str], names: Iterable[str], recipe: Recipe) -> str:
+    """Say why a place holds no session, and the fix.
+
+    `reasons` are those of its skipped folders, `names` those of its files.
+    """
+    files = describe_unused(find_unused_files(names, source_files(recipe)))[0]
+    reasons = [*reasons, *files.values()]
+    more = f"; and {len(reasons) - _MAX_REASONS} more like these"
+    if reasons:
+        return "; ".join(reasons[:_MAX_REASONS]) + (more if len(reasons) > _MAX_REASONS else "")
+    sources = ", ".join(source_files(recipe))
+    return f"fix: give a folder of session folders, each with at least one of {sources}"
+
+
+def _explain_folder(path: Path, recipe: Recipe) -> SkippedFolder | None:
+    """Explain what is probably meant by a path that is left out; None if it is something else."""
+    if not path.is_dir() and not path.is_symlink():
+        return None
+    name, is_recording = session_name(path), True
+    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+        reason = "the folder can't be opened; fix: make it readable"
+    elif is_session(path, recipe):
+        reason = explain_bad_name(name)
+    elif path.is_symlink() and not path.exists():
+        reason = "links to a missing folder; fix: restore the folder, or remove the link"
+    elif parents := _find_parents(path, recipe):
+        is_recording = False
+        reason = explain_nested([*map(str, parents)], sum(parents.values()))
+    else:
+        files = find_unused_files(list_names(path, ()), source_files(recipe))
+        reason = "; ".join(describe_unused(files)[0].values())
+    if not reason:
+        return None
+    return SkippedFolder(name=printable(name), reason=reason, is_recording=is_recording)
+
+
+def explain_nested(parents: Sequence[str], num_sessions: int) -> str:
+    """Say where the sessions below a folder that is no session are, and the fix."""
+    command = shlex.join(["python", "-m", "preprocess", "validate", *parents[:_MAX_REASONS]])
+    sessions = "1 session is" if num_sessions == 1 else f"{num_sessions} sessions are"
+    where = parents[0] if len(parents) == 1 else f"{parents[0]} and {len(parents) - 1} more folders"
+    return f"{sessions} deeper, in {where}; fix: give that folder instead, as in `{command}`"
+
+
+def _find_parents(path: Path, recipe: Recipe) -> dict[Path, int]:
+    """Return the folders below a path that hold session folders, and how many each holds."""
+    parents: dict[Path, int] = {}
+    queue = deque([path])
+    for _ in range(_MAX_SEARCHED):
+        if not queue:
+            break
+        folder = queue.popleft()
+        with suppress(OSError):
+            children = [p for p in folder.iterdir() if p.is_dir()]
+            children = sorted(p for p in children if not (p.is_symlink() or p.name[0] == "."))
+            if num := sum(is_session(child, recipe) for child in children):
+                parents[folder] = num
+            else:
+                queue.extend(children)
+    return parents
 
 
 def read_timed_lines(
@@ -151,11 +277,13 @@ def _read_streams(
             events[name] = []
     files: list[FileLines] = []
     readings: dict[str, Readings] = {}
+    keys: dict[str, FileKeys] = {}
     for file in sorted(streams_of_file, key=lambda file: (file != METADATA_FILE, file)):
         own = streams_of_file[file]
         marks = _text_marks(own) if is_only_events and file == METADATA_FILE else ()
         timelines = _plan_timelines(file, own, (corrections or {}).get(file, Correction()))
         num_lines = _read_file(path / file, timelines, marks=marks)
+        keys[file] = timelines[0].keys
         for timeline in timelines:
             lines, its_readings = timeline.finish(num_lines=num_lines, is_cleaned=is_cleaned)
             readings.update(its_readings)
@@ -164,7 +292,33 @@ def _read_streams(
             if lines.issues or (num_lines and timeline.has_lines):
                 files.append(lines)
     ordered = {n: tuple(sorted(e, key=lambda event: event.time_s)) for n, e in events.items()}
-    return SessionLines(readings=readings, events=ordered, files=tuple(files))
+    unused = tuple(
+        name
+        for file, file_keys in keys.items()
+        for name in _unused_keys(file, file_keys, streams_of_file[file], events)
+    )
+    return SessionLines(readings=readings, events=ordered, files=tuple(files), unused=unused)
+
+
+def _unused_keys(
+    file: str,
+    keys: FileKeys,
+    streams: Mapping[str, SensorStream | TextStream],
+    events: Mapping[str, Sequence[TextEvent]],
+) -> tuple[UnusedName, ...]:
+    """Return the keys of a file that no stream uses.
+
+    A text stream with events lacks no key: they may be in another file.
+    """
+    declared = {key for stream in streams.values() for key in keys_of(file, stream)}
+    needed = {
+        key
+        for name, stream in streams.items()
+        if not events.get(name)
+        for key in keys_of(file, stream)
+    }
+    lacking = needed - keys.seen - keys.prefixes
+    return find_unused_keys(file, keys.seen, declared | keys.columns, lacking)
 
 
 def _plan_timelines(
@@ -198,6 +352,8 @@ def _read_file(path: Path, timelines: list[LineCollector], *, marks: tuple[bytes
             raise IsADirectoryError(errno.EISDIR, "not a regular file")
         file = path.open("rb")
     except FileNotFoundError:
+        if path.is_symlink():
+            timelines[0].issues.add(0, "file", LINK_FAULT)
         return 0
     except OSError as error:
         fix = "fix: make it a file that can be read"
@@ -256,6 +412,10 @@ def _read_table(file: IO[bytes], suffix: str, timelines: list[LineCollector]) ->
             issues.add(0, "encoding", f"is {table.encoding}, not UTF-8")
         widths: dict[str, int] = {}
         plans = [(timeline, _plan_columns(table, timeline, widths)) for timeline in timelines]
+        keys = timelines[0].keys
+        keys.seen, keys.columns = set(table.names), set(widths)
+        for timeline, columns in plans:
+            keys.prefixes |= {timeline.sensors[name].key or "" for name in columns or ()}
         for block in table.iter_blocks(widths) if widths else ():
             num_rows += block.num_rows
             for timeline, columns in plans:

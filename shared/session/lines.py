@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from shared.session.names import closest
 from shared.streams import METADATA_FILE, SensorStream, TextStream
 from shared.values import clean_readings
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shared.session.names import UnusedName
     from shared.session.tables import TableBlock
 
 MAX_TIME_S = 1e12
@@ -33,6 +35,9 @@ MAX_VALUE = 3e38
 
 MAX_ISSUES = 1000
 """Issues of one kind, key and file that are listed; the last one counts the others."""
+
+MAX_KEYS = 200
+"""Keys of a file, about, that are compared with the declared ones."""
 
 TIME_KEY = "timestamp"
 """Key of the timestamps of a stream that declares no other."""
@@ -156,6 +161,8 @@ class SessionLines:
     """Events of each text stream in order of time."""
     files: tuple[FileLines, ...]
     """Lines of each file that exists."""
+    unused: tuple[UnusedName, ...] = ()
+    """Keys that no stream of those that were read uses."""
 
     @property
     def spans(self) -> dict[str, tuple[float, float]]:
@@ -233,6 +240,17 @@ class IssueList:
         return tuple(sorted(issues, key=lambda issue: issue.line))
 
 
+@dataclass(slots=True)
+class FileKeys:
+    """Keys or columns of a file."""
+
+    seen: set[str] = field(default_factory=set)
+    prefixes: set[str] = field(default_factory=set)
+    """Declared keys that begin the names of columns, such as touch_0, touch_1."""
+    columns: set[str] = field(default_factory=set)
+    """Columns of a table that are used."""
+
+
 class LineCollector:
     """Collects the streams of a file that share a time key.
 
@@ -266,6 +284,7 @@ class LineCollector:
         self.checks_labels = bool(self.texts) and next(iter(texts)) in self.texts
         """Whether labels that no stream declares are reported here: once per file."""
         self.issues = IssueList(file)
+        self.keys = FileKeys()
         self.times, self.numbers = array("d"), array("q")
         self.rows = {name: array("q") for name in self.sensors}
         """Of each sensor, the indices in `times` of its readings."""
@@ -274,6 +293,8 @@ class LineCollector:
 
     def add_line(self, number: int, values: dict[str, Any]) -> None:
         """Take the time, readings and texts of a JSON line."""
+        if len(self.keys.seen) < MAX_KEYS:
+            self.keys.seen.update(values)
         if any(first <= number <= last for first, last in self.left_out):
             return
         time_s = parse_timestamp(values, key=self.time_key, units_per_s=self.units_per_s)
@@ -361,10 +382,12 @@ class LineCollector:
             return
         if None in self.labels or (label is not None and str(label) in self.labels):
             return
-        declared = ", ".join(sorted(map(str, self.labels)))
+        declared = sorted(map(str, self.labels))
+        meant = closest(str(label), declared)
         message = (
-            f"stream is {reprlib.repr(label)}, the recipe declares {declared}; "
-            "fix: correct it, or declare a text stream of it"
+            f"stream is {reprlib.repr(label)}, the recipe declares {', '.join(declared)}; "
+            f"{f'did you mean {meant}? ' if meant else ''}fix: correct it, or declare a text "
+            "stream of it"
         )
         self.issues.add(number, "stream", message, key="stream")
 
@@ -522,6 +545,15 @@ def _find_repeats(
 def json_keys(stream: SensorStream) -> tuple[str, ...]:
     """Return the keys of a line that hold the values of a sensor."""
     return (stream.key,) if stream.key else (stream.names or ())
+
+
+def keys_of(file: str, stream: SensorStream | TextStream) -> tuple[str, ...]:
+    """Return the keys of a file's lines, or of its columns, that a stream can use."""
+    if isinstance(stream, SensorStream):
+        return (stream.time, *json_keys(stream))
+    if file == METADATA_FILE:
+        return (stream.time, stream.metadata_key or "text")
+    return (stream.time, "text", *(("stream",) if stream.stream else ()))
 
 
 def wrong_size(fault: str, name: str, stream: SensorStream) -> str:

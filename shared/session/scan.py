@@ -35,6 +35,7 @@ from shared.session.alignment import (
 from shared.session.folder import SESSION_INFO_FILE, source_files
 from shared.session.lines import Correction
 from shared.session.masks import MaskedSpan, masked_share
+from shared.session.names import UnusedName, session_name
 from shared.session.still import Recorded, find_still
 from shared.session.timestamps import read_lines
 from shared.streams import Kind, MaskReason, mask_reasons
@@ -97,6 +98,8 @@ class SessionScan:
     """Per segment, whether it certainly holds no token."""
     issues: tuple[str, ...]
     """What was skipped while reading the files, one sentence per kind."""
+    unused: tuple[UnusedName, ...]
+    """Keys of the files that no declared stream uses."""
     slow: Mapping[str, str]
     """Sensor that is recorded too slowly to interpolate it -> what that means."""
     source_files: Mapping[str, SourceFile]
@@ -185,6 +188,7 @@ def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
         "coverage": {name: tuple(shares) for name, shares in values["coverage"].items()},
         "silent": tuple(values["silent"]),
         "issues": tuple(values["issues"]),
+        "unused": tuple(UnusedName(**name) for name in values["unused"]),
         "source_files": {name: SourceFile(**file) for name, file in values["source_files"].items()},
     }
     return SessionScan(**{**values, **restored})
@@ -222,7 +226,7 @@ def scan_session(
     segments = plan_segments(alignment.duration_s, recipe.segment_s)
     timed_starts = {n: s for n, s in starts.items() if recipe.streams[n].kind not in MEDIA_KINDS}
     return SessionScan(
-        session=path.name,
+        session=session_name(path),
         duration_s=alignment.duration_s,
         clock_offset_s=alignment.offset_s,
         gains={name: of_sound.gain for name, of_sound in loudness.items()},
@@ -237,6 +241,7 @@ def scan_session(
         coverage=_coverage(segments, alignment, media, masked=masked),
         silent=_silent_segments(segments, alignment, recipe),
         issues=_first_of_each_kind(sentences),
+        unused=lines.unused,
         slow={
             name: issue[1]
             for name, spec in recipe.sensors.items()

@@ -47,6 +47,7 @@ def scan(
         "coverage": dict.fromkeys(recipe.streams, shares),
         "silent": (False,) * segments,
         "issues": (),
+        "unused": (),
         "slow": {},
         "source_files": {
             file: SourceFile(length_bytes=9, sha256=f"{name} {file}")

@@ -21,7 +21,8 @@ from shared.kinds.video import Frames
 from shared.media.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from shared.media.yuv import write_rgb
 from shared.recipe import Recipe, Split, assign_split, load_recipe
-from shared.session.folder import find_sessions, read_text_events
+from shared.session.folder import read_text_events, survey_sessions
+from shared.session.names import session_name
 from shared.session.reader import SessionReader
 from shared.session.scan import SessionScan, scan_session
 from shared.shardset.layout import max_run_segments
@@ -77,7 +78,8 @@ class SessionSource(SegmentSource):
         tokenizer: TextTokenizer | None = None,
     ) -> None:
         self.recipe = recipe
-        folders = find_sessions(root_dir, recipe)
+        survey = survey_sessions(root_dir, recipe)
+        folders = survey.folders
         self.tokenizer = tokenizer or _make_tokenizer(folders, recipe)
         if self.tokenizer.vocab_size > recipe.text.vocab_size:
             raise ConfigError(
@@ -85,11 +87,13 @@ class SessionSource(SegmentSource):
                 f"text.vocab_size {recipe.text.vocab_size}; fix: set text.vocab_size: "
                 f"{self.tokenizer.vocab_size}"
             )
-        chosen = [f for f in folders if split is None or assign_split(f.name, recipe) == split]
+        chosen = [
+            f for f in folders if split is None or assign_split(session_name(f), recipe) == split
+        ]
         self._folders: list[Path] = []
         self._scans: list[SessionScan] = []
         self._shards: list[_Shard] = []
-        self.rejected: dict[str, str] = {}
+        self.rejected = {f.name: f.reason for f in survey.skipped if f.is_recording}
         """Sessions and segments (SESSION/SEGMENT) of this split that are left out, and why."""
         for folder in chosen:
             self._add_session(folder)
@@ -338,7 +342,7 @@ def _make_tokenizer(folders: Sequence[Path], recipe: Recipe) -> TextTokenizer:
     texts = [
         event.text
         for folder in folders
-        if assign_split(folder.name, recipe) == "train"
+        if assign_split(session_name(folder), recipe) == "train"
         for events in read_text_events(folder, recipe, names).values()
         for event in events
     ]

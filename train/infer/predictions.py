@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -227,7 +228,11 @@ class _SoundWriter:
         self._spec = output.trained.recipe.audios[output.stream]
         with self._translate_errors():
             self._sound = soundfile.SoundFile(
-                self._path, "w", samplerate=self._spec.rate_hz, channels=1, subtype="PCM_16"
+                os.fsencode(self._path),
+                "w",
+                samplerate=self._spec.rate_hz,
+                channels=1,
+                subtype="PCM_16",
             )
         group = output.open_group(self.files[1])
         num_levels = output.shape.num_classes

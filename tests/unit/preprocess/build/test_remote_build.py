@@ -167,6 +167,32 @@ def test_a_remote_set_is_repaired_and_packed_like_a_local_one(memory, recorded, 
     check_set(tmp_path / "copy")
 
 
+def test_unknown_names_are_those_of_a_local_folder(memory, recorded, tmp_path):
+    """Misspelled names, folders in sessions and of sessions, and names that keys can't have."""
+    local = tmp_path / "sessions"
+    shutil.copytree(recorded, local)
+    name = next(path.name for path in sorted(local.iterdir()))
+    (local / name / "media").mkdir()
+    (local / name / "media" / "vision_right.mp4").touch()
+    for path in (f"{name}/frames/0.png", f"{name}/imu.csv", "odd/Audio.WAV", "tab\t/audio.wav"):
+        (local / path).parent.mkdir(exist_ok=True)
+        (local / path).write_bytes(b"x")
+    shutil.copytree(recorded / name, local / "day" / "deep")
+    memory.rm("/here/sessions", recursive=True)
+    upload(local, memory, "/here/sessions")
+    remote = build("memory://here/sessions", "memory://here/set", SMALL)
+    summary = build(local, tmp_path / "set", SMALL)
+    assert remote.unused == summary.unused
+    assert {folder.name for folder in summary.skipped} == {"day", "odd", r"tab\t"}
+
+    def described(folders):
+        return [(f.name, f.is_recording, f.reason.replace("memory://here", "")) for f in folders]
+
+    assert described(remote.skipped) == [
+        (n, r, text.replace(str(tmp_path), "")) for n, r, text in described(summary.skipped)
+    ]
+
+
 def test_the_url_of_one_session_is_a_set_of_one_session(memory):
     assert list(find_recordings("memory://here/sessions/ann/", SMALL)) == ["ann"]
     summary = build("memory://here/sessions/ann", "memory://here/one", SMALL)

@@ -54,7 +54,7 @@ def test_brackets_in_messages_are_printed_as_they_are() -> None:
 def test_json_lines_are_the_reports_as_dictionaries() -> None:
     assert [json.loads(line) for line in to_json_lines(REPORTS)] == [r.as_dict() for r in REPORTS]
     assert set(REPORTS[0].as_dict()) == {
-        "session", "status", "checks", "streams", "warnings", "errors", "stats",
+        "session", "status", "checks", "streams", "warnings", "errors", "notes", "stats",
     }  # fmt: skip
 
 

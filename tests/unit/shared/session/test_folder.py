@@ -422,8 +422,8 @@ def test_text_events_are_sorted_by_time_and_bad_ones_reported(tmp_path: Path) ->
         (8, "stream"),
     ]
     assert lines.issues[0].message == (
-        "stream is 'Internal', the recipe declares external, internal; fix: correct it, or declare "
-        "a text stream of it"
+        "stream is 'Internal', the recipe declares external, internal; did you mean "
+        "internal? fix: correct it, or declare a text stream of it"
     )
     assert lines.spans == {"text.jsonl": (1.0, 3.0)}
     assert lines.files[0].num_lines == 8
