@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import codecs
 import struct
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import av
 from av.stream import Disposition
@@ -50,6 +50,11 @@ REPLACE_FIX = "fix: replace it, or remove it to do without it"
 
 COPY_FIX = "fix: copy it again from the recorder if the original is longer"
 
+REPAIR_FIX = (
+    "fix: restore the index with a tool such as untrunc and a whole file of the same recorder, or "
+    "copy it again if the original is whole"
+)
+
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 _CODEC_NAMES = {"libdav1d": "av1", "libaom-av1": "av1", "libvpx-vp9": "vp9", "libvpx": "vp8"}
@@ -74,6 +79,7 @@ _PICTURE_BRANDS = {b"heic", b"heix", b"mif1", b"msf1", b"avif"}
 """Brands of ISO/IEC 23008-12: the file is a picture in a container like that of MP4."""
 
 _TEXT_STARTS = {"{": "JSON", "[": "JSON", "<!": "HTML", "<h": "HTML", "<": "XML"}
+_EBML = b"\x1aE\xdf\xa3"
 _BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"styp", b"sidx", b"pnot"}
 
 
@@ -87,12 +93,12 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
     require_bytes(path)
     if _is_heif(head := _read_head(path)):  # ffmpeg would open it
         raise MediaError(f"{path}: {_recognize(head)}")
-    try:
-        container = av.open(str(path), metadata_errors="ignore", options=_OPEN_OPTIONS)
-    except (av.FFmpegError, ValueError) as error:
-        reason = f"not a readable video: {error_reason(error)}; {REPLACE_FIX}"
-        raise MediaError(f"{path}: {explain_failure(path) or reason}") from error
-    with container:
+    with ExitStack() as stack:
+        try:
+            container = stack.enter_context(_open(path, stack))
+        except (av.FFmpegError, ValueError) as error:
+            reason = f"not a readable video: {error_reason(error)}; {REPLACE_FIX}"
+            raise MediaError(f"{path}: {explain_failure(path) or reason}") from error
         stream = choose_track(container.streams.video)
         if stream is None:
             content = "only a cover picture" if container.streams.video else "no video track"
@@ -102,11 +108,43 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
         if context is None or context.width == 0:
             reason = "its codec is unknown; fix: re-encode it as h264"
             raise MediaError(f"{path}: {explain_failure(path) or reason}")
-        stream.thread_type = "NONE"  # one process per core is faster than threads within one
+        # One process per core is faster than threads within one, and the decoder of AV1 reports
+        # damage without delay.
+        stream.thread_type, context.thread_count = "NONE", 1
         if context.width * context.height > MAX_PIXELS:
             size = f"{context.width}x{context.height}"
             raise MediaError(f"{path}: pictures of {size} are too large; fix: re-encode it smaller")
         yield container, stream
+
+
+class _FileHead:
+    """The beginning of a file, as ffmpeg reads it."""
+
+    def __init__(self, file: BinaryIO, stop: int) -> None:
+        self._file, self._stop = file, stop
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(max(0, min(size, self._stop - self._file.tell())))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return (
+            self._file.seek(self._stop + offset, 0)
+            if whence == 2
+            else self._file.seek(offset, whence)
+        )
+
+
+def _open(path: Path, stack: ExitStack) -> InputContainer:
+    """Open a container; one whose last fragment has no whole header is opened up to there."""
+    try:
+        return av.open(str(path), metadata_errors="ignore", options=_OPEN_OPTIONS)
+    except (av.FFmpegError, ValueError):
+        cut = _cut_part(path)
+        if cut is None or cut[0] != b"moof":
+            raise
+        head = _FileHead(stack.enter_context(path.open("rb")), cut[1])
+        return av.open(head, "r", metadata_errors="ignore", options=_OPEN_OPTIONS)
 
 
 def is_picture(track: Any) -> bool:  # noqa: ANN401
@@ -181,28 +219,31 @@ def error_reason(error: Exception) -> str:
 def explain_failure(path: Path) -> str | None:
     """Say why a file that no decoder accepts is no whole video, and the fix; None if unknown."""
     with suppress(OSError):
-        if (reason := _recognize(_read_head(path)) or cut_box(path)) is not None:
+        if (reason := _recognize(_read_head(path)) or describe_cut(path)) is not None:
             return reason
-        names = [name for name, _, _ in _iter_boxes(path)]
+        names = [name for name, _, _ in _iter_parts(path)]
         if names and b"moov" not in names:
-            return (
-                "its index (the moov box) is missing: the recorder did not finish the file; fix: "
-                "restore the index with a tool such as untrunc and a whole file of the same "
-                "recorder, or copy it again if the original is whole"
-            )
+            text = "its index (the moov box) is missing: the recorder did not finish the file"
+            return f"{text}; {REPAIR_FIX}"
     return None
 
 
-def cut_box(path: Path) -> str | None:
-    """Say which box of an MP4 file reaches beyond the end of the file, and the fix; else None."""
+def describe_cut(path: Path) -> str | None:
+    """Say which part of a container reaches beyond the end of the file, and the fix; else None."""
+    cut = _cut_part(path)
+    if cut is None:
+        return None
+    name, start, stop = cut
+    return (
+        f"cut off: its last part ({name.decode()}) should have {stop - start} bytes, but "
+        f"{path.stat().st_size - start} are there; {COPY_FIX}"
+    )
+
+
+def _cut_part(path: Path) -> tuple[bytes, int, int] | None:
+    """Return (type, start, stop) of the part of a container that its file does not have whole."""
     length = path.stat().st_size
-    for name, start, stop in _iter_boxes(path):
-        if stop > length:
-            return (
-                f"cut off: its last box ({name.decode()}) should have {stop - start} bytes, but "
-                f"{length - start} are there; {COPY_FIX}"
-            )
-    return None
+    return next((part for part in _iter_parts(path) if part[2] > length), None)
 
 
 def _read_head(path: Path) -> bytes:
@@ -240,13 +281,21 @@ def _as_text(head: bytes) -> str | None:
     return text.lstrip() if all(c.isprintable() or c.isspace() for c in text) else None
 
 
-def _iter_boxes(path: Path) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (type, start, stop) of each box at the top of an MP4 file; none of other files.
+def _iter_parts(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (type, start, stop) of each top box of an MP4 file, or of the whole of AVI or Matroska.
 
-    Source: ISO/IEC 14496-12, 4.2.
+    Of other files, nothing is known. Sources: ISO/IEC 14496-12, 4.2; RFC 8794, 6.
     """
+    head, length, start = _read_head(path), path.stat().st_size, 0
+    if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
+        yield b"RIFF", 0, 8 + int.from_bytes(head[4:8], "little")
+        return
+    if head.startswith(_EBML):
+        begin, size = _element_size(head, 4)
+        begin, size = _element_size(head, begin + size + 4)
+        yield b"Segment", begin, begin + size
+        return
     with path.open("rb") as file:
-        length, start = path.stat().st_size, 0
         while start + 8 <= length:
             file.seek(start)
             size, name, large = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
@@ -257,3 +306,15 @@ def _iter_boxes(path: Path) -> Iterator[tuple[bytes, int, int]]:
                 return
             yield name, start, stop
             start = stop
+
+
+def _element_size(head: bytes, start: int) -> tuple[int, int]:
+    """Return where the content of an element begins, and its length.
+
+    Its size begins at `start`. A recorder that does not know it yet writes only ones: the length is
+    then 0.
+    """
+    count = 9 - head[start].bit_length() if start < len(head) else 9
+    mask = (1 << 7 * count) - 1
+    size = int.from_bytes(head[start : start + count], "big") & mask
+    return start + count, 0 if size == mask or count > 8 else size

@@ -9,7 +9,8 @@ Decoding skips what no requested frame needs, without changing a bit of any requ
 
 - packets before the last keyframe before the first requested frame, by a seek;
 - packets between a requested frame and the restart before the next one, in the file's order. At a
-  restart, an IDR picture of H.264 or HEVC, nothing refers to earlier pictures;
+  restart, an IDR picture of H.264 or HEVC or a keyframe of VP8, VP9 or AV1, nothing refers to
+  earlier pictures;
 - pictures of H.264 that no other picture refers to (``nal_ref_idc`` 0, most B-frames), unless they
   are requested. HEVC has no such mark: its non-reference pictures may serve a higher sub-layer.
 
@@ -35,10 +36,11 @@ from shared.media.container import (
     INDEXED_FORMATS,
     RAW_FORMATS,
     READ_ERRORS,
+    REPAIR_FIX,
     REPLACE_FIX,
     codec_name,
     container_origin_s,
-    cut_box,
+    describe_cut,
     error_reason,
     explain_failure,
     is_picture,
@@ -59,6 +61,9 @@ if TYPE_CHECKING:
 
 _LUMA_FIRST = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"}
 """Pixel formats whose first plane is luma of 8 bits."""
+
+_CLOSED = {"vp8", "vp9", "av1"}
+"""Codecs whose keyframes, as containers mark them, replace every reference."""
 
 _ZEROS = bytes(32)
 _CODECS_WITHOUT_ZEROS = {"h264", "hevc", "vp8", "vp9", "av1"}
@@ -149,25 +154,9 @@ def read_video_track(path: Path) -> VideoTrack:
     """
     with open_video(path) as (container, stream):
         context = stream.codec_context
-        rate_hz = None
-        if container.format.name in RAW_FORMATS:
-            rate_hz = float(context.framerate or 0)
-            if not rate_hz:
-                raise MediaError(
-                    f"{path}: is a bare {codec_name(context)} stream without times, and names no "
-                    "frame rate; fix: `ffmpeg -r RATE -i FILE -c copy NEW.mp4` with its rate"
-                )
+        rate_hz = _declared_rate(path, container, context)
         packets = _read_packets(path, container, stream)
-        if not packets.pts:
-            reason = (
-                explain_failure(path) or "contains no video frame; fix: record or copy it again"
-            )
-            raise MediaError(f"{path}: {reason}")
-        if packets.num_encrypted == packets.count:
-            raise MediaError(
-                f"{path}: is encrypted; fix: decrypt it (`ffmpeg -decryption_key KEY -i FILE -c "
-                "copy NEW.mp4`)"
-            )
+        _require_frames(path, packets, stream)
         pts = np.asarray(packets.pts, dtype=np.int64)
         order = _increasing_order(pts)
         pts = pts[order]
@@ -194,9 +183,35 @@ def read_video_track(path: Path) -> VideoTrack:
             pixel_aspect=pixel_aspect(stream),
             assumed_rate_hz=rate_hz,
             num_lost=num_lost,
-            cut=None if num_lost else cut_box(path),
+            cut=None if num_lost else describe_cut(path),
             origin_s=container_origin_s(container),
         )
+
+
+def _declared_rate(path: Path, container: InputContainer, context: Any) -> float | None:  # noqa: ANN401
+    """Return the frame rate that an elementary stream declares; None if packets have times."""
+    if container.format.name not in RAW_FORMATS:
+        return None
+    if not context.framerate:
+        raise MediaError(
+            f"{path}: is a bare {codec_name(context)} stream without times, and declares no frame "
+            "rate; fix: re-encode it with its rate (`ffmpeg -r RATE -i FILE NEW.mp4`)"
+        )
+    return float(context.framerate)
+
+
+def _require_frames(path: Path, packets: _Packets, stream: Any) -> None:  # noqa: ANN401
+    """Check that a track has frames, and that not all of them are encrypted."""
+    if not packets.pts:
+        reason = "contains no video frame; fix: record or copy it again"
+        if stream.frames:
+            reason = (
+                f"its index is wrong: none of its {stream.frames} frames is found; {REPAIR_FIX}"
+            )
+        raise MediaError(f"{path}: {explain_failure(path) or reason}")
+    if packets.num_encrypted == packets.count:
+        fix = "fix: decrypt it (`ffmpeg -decryption_key KEY -i FILE -c copy NEW.mp4`)"
+        raise MediaError(f"{path}: is encrypted; {fix}")
 
 
 @dataclass(slots=True)
@@ -228,7 +243,7 @@ def _read_packets(path: Path, container: InputContainer, stream: Any) -> _Packet
                 continue
             number = packets.count
             is_key = packet.is_keyframe and nal.is_intra(packet)
-            if packet.is_keyframe and is_indexed and nal.is_restart(packet):
+            if packet.is_keyframe and is_indexed and (name in _CLOSED or nal.is_restart(packet)):
                 packets.restarts.append(number)
             pts = packet.pts if ranks is None else ranks[number]
             if pts is not None and not packet.is_discard:
@@ -239,11 +254,9 @@ def _read_packets(path: Path, container: InputContainer, stream: Any) -> _Packet
             is_encrypted = packet.has_sidedata("encryption_info")
             packets.num_encrypted += is_encrypted
             damaged = _zeroed_packets(number, packet, name, follows_zero=ends_in_zero)
-            if (
-                packet.is_corrupt
-                or is_encrypted
-                or nal.follows_lost_frame(packet, is_keyframe=is_key)
-            ):
+            if packet.is_corrupt:  # of a transport stream, the next one may be meant
+                damaged += [number, number + 1]
+            if is_encrypted or nal.follows_lost_frame(packet, is_keyframe=is_key):
                 damaged.append(number)
             packets.damaged += damaged
             ends_in_zero = memoryview(packet)[-1] == 0
@@ -280,7 +293,7 @@ def _presentation_order(path: Path, _size: int, _mtime_ns: int) -> list[int]:
             if packet.size:
                 packet.pts, packet.dts = count, None
                 count += 1
-            frames = _decode_packet(packet)
+            frames = _decode_packet(packet) or []
             displayed += [frame.pts for frame in frames if frame.pts is not None]
     missing = deque(sorted(set(range(count)) - set(displayed)))
     order: list[int] = []
@@ -442,10 +455,19 @@ def _decode_needed(
             # here, decodes without it.
             yield from _drain_decoder(context, damage)
             context.flush_buffers()
-        if position in keyframes or key < 0:
-            key = position
+        is_first = key < 0
+        key = position if is_first or position in keyframes else key
         prepare(packet, position)
-        yield from _decode_packet(packet, position, damage)
+        frames = _decode_packet(packet, damage)
+        if frames is None and position in keyframes and not is_first:
+            # Decoders may report the damage of a packet when they get the next one.
+            yield from _drain_decoder(context, damage)
+            context.flush_buffers()
+            frames = _decode_packet(packet, damage)
+            damage.mark(position if frames is None else position - 1)
+        elif frames is None:
+            damage.mark(position)
+        yield from frames or ()
     yield from _drain_decoder(context, damage)
 
 
@@ -530,14 +552,12 @@ class _PacketPreparation:
         self._context.skip_frame = "NONREF" if can_skip else "DEFAULT"
 
 
-def _decode_packet(packet: Any, position: int = 0, damage: _Damage | None = None) -> list[Any]:  # noqa: ANN401
-    """Return the frames that a packet completes; none if it doesn't decode."""
+def _decode_packet(packet: Any, damage: _Damage | None = None) -> list[Any] | None:  # noqa: ANN401
+    """Return the frames that a packet completes; None if it doesn't decode."""
     try:
         frames = list(packet.decode())
     except av.FFmpegError:
-        if damage is not None:
-            damage.mark(position)
-        return []
+        return None
     for frame in frames:
         if damage is not None:
             damage.inspect(frame)

@@ -118,7 +118,7 @@ def test_a_cut_fragment_is_said_beside_what_is_read(session: Path) -> None:
     (session / "eye.mp4").write_bytes(content[: content.rindex(b"mdat") + 30])
     report = check(session)
     messages = [*report.errors, *report.warnings]
-    assert any(" s: cut off: its last box (mdat) should have " in m for m in messages)
+    assert any(" s: cut off: its last part (mdat) should have " in m for m in messages)
     assert report.stats["streams"]["eye"]["frames"] > 30
 
 

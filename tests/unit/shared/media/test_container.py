@@ -229,7 +229,7 @@ def test_an_index_that_is_cut_is_named(tmp_path: Path) -> None:
     start = content.rindex(b"moov") - 4
     (tmp_path / "a.mp4").write_bytes(content[: start + 200])
     length = len(content) - start
-    expected = f"cut off: its last box (moov) should have {length} bytes, but 200 are there"
+    expected = f"cut off: its last part (moov) should have {length} bytes, but 200 are there"
     assert reason_of(tmp_path / "a.mp4").startswith(expected)
 
 
@@ -240,7 +240,7 @@ def test_a_cut_fragment_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
     track = read_video_track(tmp_path / "a.mp4")
     assert 30 < len(track.pts) < 60
     assert track.cut is not None
-    assert track.cut.startswith("cut off: its last box (mdat)")
+    assert track.cut.startswith("cut off: its last part (mdat)")
 
 
 def test_a_whole_file_has_no_cut_box(tmp_path: Path) -> None:
@@ -269,3 +269,45 @@ def test_a_file_with_sound_only_is_named(tmp_path: Path) -> None:
         output.mux(stream.encode())
     (tmp_path / "a.mp4").write_bytes(buffer.getvalue())
     assert reason_of(tmp_path / "a.mp4").startswith("contains no video track")
+
+
+def test_fragments_before_a_cut_header_are_read(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", muxer={"movflags": "frag_keyframe+empty_moov"})
+    content = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(content[: content.rindex(b"moof") + 100])
+    track = read_video_track(tmp_path / "a.mp4")
+    assert 24 <= len(track.pts) < 60
+    assert track.cut is not None
+    assert track.cut.startswith("cut off: its last part (moof)")
+    expected = [brightness(i) for i in (0, 13, 23)]
+    np.testing.assert_allclose(levels(tmp_path / "a.mp4", [0, 13, 23]), expected, atol=6)
+
+
+@pytest.mark.parametrize(("container", "part"), [("matroska", "Segment"), ("avi", "RIFF")])
+def test_a_cut_container_is_named_and_the_rest_is_read(
+    container: str, part: str, tmp_path: Path
+) -> None:
+    write_video(tmp_path / "a.mp4", container=container, codec="mpeg4", ticks_per_s=30)
+    assert read_video_track(tmp_path / "a.mp4").cut is None
+    content = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(content[: len(content) * 2 // 3])
+    track = read_video_track(tmp_path / "a.mp4")
+    assert 10 < len(track.pts) < 60
+    assert track.num_lost or (track.cut or "").startswith(f"cut off: its last part ({part})")
+
+
+def test_a_recording_in_matroska_that_was_never_finished_is_read(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", container="matroska", ticks_per_s=1000, muxer={"live": "1"})
+    track = read_video_track(tmp_path / "a.mp4")
+    assert (len(track.pts), track.cut) == (60, None)
+
+
+def test_an_index_with_a_wrong_number_of_samples_is_named(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    place = content.rindex(b"stsz") + 12
+    content[place : place + 4] = struct.pack(">I", 600)
+    (tmp_path / "a.mp4").write_bytes(content)
+    assert reason_of(tmp_path / "a.mp4").startswith(
+        "its index is wrong: none of its 60 frames is found"
+    )

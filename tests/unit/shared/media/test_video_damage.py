@@ -99,6 +99,17 @@ def test_every_frame_of_a_clean_video_is_read(name: str, videos: dict[str, Path]
 
 @pytest.mark.parametrize("name", VIDEOS)
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(wanted=st.sets(st.integers(0, NUM_FRAMES - 1), min_size=1, max_size=6).map(sorted))
+def test_any_frames_of_a_clean_video_have_the_bits_of_all(
+    name: str, wanted: list[int], videos: dict[str, Path]
+) -> None:
+    whole, found = read(videos[name]), read(videos[name], wanted)
+    assert list(found) == wanted
+    assert all((found[i] == whole[i]).all() for i in wanted)
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_frames_that_are_left_out_do_not_depend_on_what_is_requested(
     name: str, data: st.DataObject, videos: dict[str, Path], tmp_path: Path
