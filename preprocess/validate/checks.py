@@ -196,7 +196,7 @@ def check_audio(probe: SessionProbe) -> list[Finding]:
     for name, audio in probe.audio.items():
         faults: list[tuple[Level, str]] = []
         if audio.header is not None:
-            faults += [("warning", message) for message in _header_faults(audio.header)]
+            faults += _header_faults(audio.header, probe, probe.recipe.streams[name].file)
         if audio.num_bad:
             message = f"{audio.num_bad} samples are not finite numbers and are read as 0"
             faults.append(("warning", f"{message}; fix: export it again"))
@@ -219,25 +219,23 @@ def check_audio(probe: SessionProbe) -> list[Finding]:
     return findings
 
 
-def _header_faults(header: WavHeader) -> Iterator[str]:
+def _header_faults(
+    header: WavHeader, probe: SessionProbe, file: str
+) -> Iterator[tuple[Level, str]]:
     """Say what is wrong with the sizes in a WAV header."""
-    declared, present = header.declared_bytes, header.num_bytes
-    seconds = f"{present / max(1, header.bytes_per_s):.2f} s"
+    seconds = f"{header.num_bytes / max(1, header.bytes_per_s):.2f} s"
     if header.missing_bytes:
-        yield (
+        message = (
             f"the header declares {header.missing_bytes} bytes more than the file has: the "
             f"recording was cut off at {seconds}; fix: copy it again if the original is longer"
         )
-    elif header.is_wrong and declared == present:
-        yield (
-            f"the header ends the file before its {seconds} of sound do; they are read; fix: write "
-            "the right sizes with --fix"
-        )
+        yield "warning", message
     elif header.is_wrong:
-        yield (
-            f"the header declares {declared} bytes of sound, the file has {present} ({seconds}), "
-            "which are read; fix: write the right sizes with --fix"
-        )
+        fault = f"declares {header.declared_bytes} bytes of sound, the file has {header.num_bytes}"
+        if header.declared_bytes == header.num_bytes:
+            fault = "gives wrong sizes to the file or to a chunk"
+        action = probe.plan().advise(RepairKind.SIZES, file, "write the right sizes")
+        yield "warning", f"the header {fault}; all {seconds} are read; fix: {action}"
 
 
 def check_video(probe: SessionProbe) -> list[Finding]:

@@ -2,8 +2,8 @@
 
 Only faults with exactly one right repair are repaired. Files of JSON lines are read, the functions
 of :mod:`preprocess.validate.line_repairs` are applied in order, and the files that changed are
-written. The rows of a .csv or .tsv file are sorted; other faults of tables are only reported. Media
-files are never changed. The original files are kept as ``*.orig``.
+written. The rows of a .csv or .tsv file are sorted; other faults of tables are only reported. Of
+media, only wrong sizes in the header of a WAV file are. The original files are kept as ``*.orig``.
 
 All files change together or not at all, at whatever moment the machine stops. First the new files
 are written under temporary names, then a journal that names them; only then they are renamed over
@@ -13,6 +13,7 @@ the old ones. The next run finishes the renames of a journal that it finds.
 from __future__ import annotations
 
 import filecmp
+import functools
 import io
 import itertools
 import os
@@ -39,6 +40,7 @@ from preprocess.validate.line_repairs import (
     spread_packets,
     write_numbers,
 )
+from preprocess.validate.media_repairs import plan_media
 from preprocess.validate.repair_plan import Repair, RepairKind, RepairPlan
 from shared.errors import MediaError, SessionError
 from shared.files import write_synced
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from preprocess.validate.line_repairs import LineFile, Lines, Repaired
+    from preprocess.validate.repair_plan import Content
     from shared.recipe import Recipe
     from shared.session.lines import FileLines
 
@@ -103,11 +106,11 @@ def plan_repairs(path: Path, *, recipe: Recipe, media: MediaEnd | None = None) -
     `media` is what is known of its video and sound; by default they are read.
     """
     lines = _plan_lines(path, recipe, media)
-    tables = _plan_tables(path, recipe)
+    plans = lines, _plan_tables(path, recipe), plan_media(path, recipe=recipe)
     return RepairPlan(
-        repairs=(*lines.repairs, *tables.repairs),
-        contents={**lines.contents, **tables.contents},
-        blocked=lines.blocked,
+        repairs=tuple(repair for plan in plans for repair in plan.repairs),
+        contents={name: content for plan in plans for name, content in plan.contents.items()},
+        blocked={name: reason for plan in plans for name, reason in plan.blocked.items()},
     )
 
 
@@ -283,7 +286,7 @@ def _sorted_rows(content: bytes, file: FileLines) -> bytes | None:
     return b"".join([*rows[:first], *(row.rstrip(b"\r\n") + ending for row in ordered)])
 
 
-def _commit(path: Path, contents: Mapping[str, bytes]) -> list[str]:
+def _commit(path: Path, contents: Mapping[str, Content]) -> list[str]:
     """Write the new files and keep the old ones."""
     for file, content in contents.items():
         temporary = path / f"{file}{_TEMPORARY}"
@@ -330,6 +333,7 @@ def _back_up(path: Path) -> Path:
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
-        write_synced(backup, path.read_bytes())
+        with path.open("rb") as original:
+            write_synced(backup, functools.partial(shutil.copyfileobj, original))
         shutil.copystat(path, backup)
     return backup

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from typing import BinaryIO
+
+    Content = bytes | Callable[[BinaryIO], object]
+    """The bytes of a file, or what writes them."""
 
 
 class RepairKind(enum.StrEnum):
@@ -30,6 +34,7 @@ class RepairKind(enum.StrEnum):
     SPREAD = "spread"
     JOIN = "join"
     FILL = "fill"
+    SIZES = "sizes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,10 @@ class RepairPlan:
     """What --fix does to a session, and why it does not do more."""
 
     repairs: tuple[Repair, ...] = ()
-    contents: Mapping[str, bytes] = field(default_factory=dict)
+    contents: Mapping[str, Content] = field(default_factory=dict)
     """New content of each file that changes."""
     blocked: Mapping[str, str] = field(default_factory=dict)
-    """Why the lines of a file cannot be sorted, joined or filled, if they cannot."""
+    """Why a file that has a fault cannot be changed, if it cannot."""
 
     def covers(self, kind: RepairKind, file: str) -> bool:
         """Return whether --fix does this to a file."""
