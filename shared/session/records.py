@@ -50,7 +50,7 @@ _JUDGED_LINES = 3
 """Lines at the start of a file that tell whether its objects are on lines of their own."""
 
 _BEYOND_ASCII = re.compile(r"[^\0-\x7f\ufffd]")
-_OPENING = re.compile(r'\{\s*["}]')
+_OPENING = re.compile(r'\{\s*(?:"(?:[^"\\]|\\.)*"|\})')
 _FILLING = " \t\r\n,[]"
 _DECIMAL_COMMA = re.compile(rb":\s*-?\d+,\d+\s*[,}]")
 _DECODER = json.JSONDecoder()
@@ -230,12 +230,13 @@ def split_objects(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def _find_object(text: str, position: int) -> tuple[int, int]:
     """Return start and stop of the first JSON object, (-1, -1) if there is none.
 
-    Objects inside of another one that is damaged do not count.
+    Objects inside of another one that is damaged do not count, unless they have its first key.
     """
     num_failures = 0
     for opening in _OPENING.finditer(text, position):
-        before = text[position : opening.start()]
-        if before.strip(_FILLING) and before.rstrip()[-1] in ":[,":
+        before = text[position : opening.start()].strip(" \t\r\n")
+        is_inside = bool(before.strip(_FILLING)) and before[-1] in ":[,"
+        if is_inside and not before.lstrip(_FILLING).startswith(opening[0]):
             continue
         try:
             return opening.start(), _DECODER.raw_decode(text, opening.start())[1]
