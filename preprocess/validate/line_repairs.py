@@ -181,7 +181,8 @@ def parse_lines(content: bytes, file: LineFile) -> ParsedFile:
     encoding, num_bad, num_split = opened.encoding, 0, 0
     for number, raw in opened.lines:
         records = parse_records(raw)
-        num_split += len(records) if opened.is_document or len(records) > 1 else 0
+        is_whole = records[0].raw is raw and not opened.is_document
+        num_split += 0 if is_whole else len(records)
         for record in records:
             if record.values is None or len(raw) > MAX_LINE_BYTES:
                 num_bad += 1
@@ -190,7 +191,8 @@ def parse_lines(content: bytes, file: LineFile) -> ParsedFile:
             written, own = record.raw, decode_line(record.raw)[1] if record.message else ""
             if own and own != DAMAGED:
                 encoding, written = own, decode_line(record.raw)[0].encode()
-            lines.append(Line(values=record.values, raw=written, time_s=time_s, number=number))
+            one_line = None if b"\n" in written.strip() else written
+            lines.append(Line(values=record.values, raw=one_line, time_s=time_s, number=number))
     return ParsedFile(lines, num_bad, encoding, num_split)
 
 

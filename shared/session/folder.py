@@ -377,7 +377,7 @@ def _read_json_lines(
     if opened.encoding:
         issues.add(0, "encoding", f"is {opened.encoding}, not UTF-8")
     if opened.is_document:
-        issues.add(0, "form", "objects are not on lines of their own; they are counted as lines")
+        issues.add(0, "form", "its objects are not on lines of their own, and counted as lines")
     for number, raw in opened.lines:
         if len(raw) > MAX_LINE_BYTES:
             num_lines += 1
@@ -390,8 +390,8 @@ def _read_json_lines(
 def _add_line(number: int, raw: bytes, timelines: list[LineCollector]) -> int:
     """Add the objects of a line to timelines; return the number of objects, usually 1."""
     issues, records = timelines[0].issues, parse_records(raw)
-    if len(records) != 1:
-        issues.add(number, "form", f"{len(records)} objects are on one line")
+    if len(records) > 1 or records[0].raw is not raw:
+        issues.add(number, "form", "more than one JSON object is on the line")
     for _, values, message, fix in records:
         if message:
             issues.add(number, "json" if values is None else "encoding", message, fix=fix)

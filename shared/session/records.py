@@ -50,7 +50,7 @@ _JUDGED_LINES = 3
 """Lines at the start of a file that tell whether its objects are on lines of their own."""
 
 _BEYOND_ASCII = re.compile(r"[^\0-\x7f\ufffd]")
-_OPENING = re.compile(r'\{\s*(?:"(?:[^"\\]|\\.)*"|\})')
+_OPENING = re.compile(r'\{(?=(\s*(?:"(?:[^"\\]|\\.)*"|\})))')
 _FILLING = " \t\r\n,[]"
 _DECIMAL_COMMA = re.compile(rb":\s*-?\d+,\d+\s*[,}]")
 _DECODER = json.JSONDecoder()
@@ -125,18 +125,22 @@ class RecordFile:
 
 
 def open_records(file: IO[bytes]) -> RecordFile:
-    """Open a seekable file of JSON objects; it is a document if no line at its start has one."""
+    """Open a seekable file of JSON objects; it is a document if its first line isn't one object.
+
+    A damaged first line does not count, if one of the next lines is an object.
+    """
     text, encoding = open_utf8(file)
-    first = [raw for _, raw in itertools.islice(iter_lines(text), _JUDGED_LINES)]
-    is_document = False
-    if first and not any(_has_object(_split_line(raw)) for raw in first):
+    lines = [raw for _, raw in itertools.islice(iter_lines(text), _JUDGED_LINES)]
+    first = [_split_line(raw) for raw in lines]
+    is_document = bool(lines) and (lines[0].lstrip()[:1] == b"[" or len(first[0]) > 1)
+    if is_document or not any(map(_has_object, first)):
         text, _ = open_utf8(file)
         head = text.read(2 * MAX_LINE_BYTES)
         is_document = head.lstrip()[:1] in (b"{", b"[") and _has_object(split_objects([head]))
     text, _ = open_utf8(file)
     chunks = iter(lambda: text.read(MAX_LINE_BYTES), b"")
-    lines = enumerate(split_objects(chunks), start=1) if is_document else iter_lines(text)
-    return RecordFile(lines, encoding, is_document)
+    numbered = enumerate(split_objects(chunks), start=1) if is_document else iter_lines(text)
+    return RecordFile(numbered, encoding, is_document)
 
 
 def parse_records(raw: bytes) -> list[Record]:
@@ -148,9 +152,7 @@ def parse_records(raw: bytes) -> list[Record]:
     if whole.values is not None:
         return [whole]
     records = [parse_line(part) for part in _split_line(raw)]
-    is_framing = not records and raw.strip() in (b"[", b"]", b",")
-    has_object = any(record.values is not None for record in records)
-    return records if has_object or is_framing else [whole]
+    return records if any(record.values is not None for record in records) else [whole]
 
 
 def parse_line(raw: bytes) -> Record:
@@ -230,13 +232,15 @@ def split_objects(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def _find_object(text: str, position: int) -> tuple[int, int]:
     """Return start and stop of the first JSON object, (-1, -1) if there is none.
 
-    Objects inside of another one that is damaged do not count, unless they have its first key.
+    Objects inside of another one that is damaged do not count. Those that begin a line, or have its
+    first key, are outside.
     """
     num_failures = 0
     for opening in _OPENING.finditer(text, position):
         before = text[position : opening.start()].strip(" \t\r\n")
         is_inside = bool(before.strip(_FILLING)) and before[-1] in ":[,"
-        if is_inside and not before.lstrip(_FILLING).startswith(opening[0]):
+        is_inside &= text[opening.start() - 1] != "\n"
+        if is_inside and not before.lstrip(_FILLING).startswith("{" + opening[1]):
             continue
         try:
             return opening.start(), _DECODER.raw_decode(text, opening.start())[1]
