@@ -107,10 +107,11 @@ def _run(
         console=console,
         checkpoint_extra={"baselines": baselines.as_dict()},
     )
-    if not _resume(trainer, config, resume, console):
-        return None
-    if weights is not None and trainer.step == 0:
+    has_steps_left = _resume(trainer, config, resume, console)
+    if weights is not None:
         _load_weights(trainer, weights, console)
+    if not has_steps_left:
+        return None
     trainer.standardize()
     first_val_losses = trainer.evaluate() if setup.val_loader is not None else {}
     summary = trainer.train()
@@ -376,7 +377,14 @@ def _resume(trainer: Trainer, config: TrainConfig, resume: str | None, console: 
 
 
 def _load_weights(trainer: Trainer, weights: Path, console: Console) -> None:
-    """Start with a checkpoint's weights; warn if its tokens have another meaning."""
+    """Start with a checkpoint's weights, unless resumed; warn if tokens have another meaning."""
+    if trainer.step > 0:
+        console.print(
+            f"--weights {weights} is ignored, because the run resumes from its own checkpoint; "
+            "fix: to start a new run, set training.checkpointing.save_dir to another folder",
+            style="yellow",
+        )
+        return
     has_same_tokens = trainer.load_weights(weights)
     console.print(f"starting with the weights of {weights}")
     if not has_same_tokens:

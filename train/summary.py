@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.table import Table
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from train.loop.meter import TrainSummary
     from train.model.baselines import Comparison
     from train.shapes import WindowShapes
+
+
+_SESSION_ROOTS: Final = ("data/sessions", "data/demo")
+"""Folders of sessions in the README."""
 
 
 def describe_streams(shapes: WindowShapes) -> str:
@@ -97,15 +101,22 @@ def print_summary(
     console.print(
         f"TensorBoard  tensorboard --logdir={shlex.quote(str(summary.log_dir))}", soft_wrap=True
     )
-    root = config.data.root_dir or Path("data/sessions")  # or the session itself
-    folder = root if is_session(root, recipe) else session_folder(root, session)
-    words = ["--checkpoint", str(summary.checkpoint), "--input", str(folder)]
+    folder = _find_session(config, session, recipe)
+    words = ["--checkpoint", str(summary.checkpoint), "--input", str(folder or "SESSION")]
     command = shlex.join(["python", "-m", "train", "infer", *words, "--out", "predictions"])
-    console.print(f"next         {command}", soft_wrap=True)
+    hint = "" if folder else f", where SESSION is the folder of a recording, such as {session}"
+    console.print(f"next         {command}{hint}", soft_wrap=True)
     if summary.stopped_by == "signal":
         words = ["--config", str(origin), "--resume", "auto"]
         command = shlex.join(["python", "-m", "train", "run", *words])
         console.print(f"to resume    {command}, with the same key=value if any", soft_wrap=True)
+
+
+def _find_session(config: TrainConfig, session: str, recipe: Recipe) -> Path | None:
+    """Find the folder of a session in the usual places; shard sets do not know where theirs are."""
+    roots = [config.data.root_dir] if config.data.root_dir else map(Path, _SESSION_ROOTS)
+    folders = [folder for root in roots for folder in (root, session_folder(root, session))]
+    return next((folder for folder in folders if is_session(folder, recipe)), None)
 
 
 def print_inference(metrics: Mapping[str, Any], page: Path, console: Console) -> None:

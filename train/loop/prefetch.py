@@ -32,6 +32,7 @@ from train.machine.runtime import separate_rng
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from train.data.batch import Batch
 
@@ -166,8 +167,12 @@ def as_resumable(loader: Iterable[Batch], *, seed: int) -> ResumableLoader:
     return loader if isinstance(loader, ResumableLoader) else PlainLoader(loader, seed=seed)
 
 
-def resume_index(loader: Iterable[Batch], state: Mapping[str, Any]) -> int:
+def resume_index(
+    loader: Iterable[Batch], state: Mapping[str, Any], *, origin: Path | str = "the checkpoint"
+) -> int:
     """Return the index of the batch at which a loader would resume; the loader is not changed.
+
+    `origin`: the file of the state, for messages.
 
     Raises:
         CheckpointError: the state is of another kind of loader.
@@ -176,9 +181,10 @@ def resume_index(loader: Iterable[Batch], state: Mapping[str, Any]) -> int:
     is_plain = isinstance(loader, PlainLoader) or not isinstance(loader, ResumableLoader)
     if is_plain != ("pass" in state):
         raise CheckpointError(
-            "the checkpoint's stream position is of another kind of loader: a run on shards cannot "
-            "continue one on a plain DataLoader, nor the reverse; fix: use the kind of loader that "
-            "the run began with"
+            f"{origin}: its stream position is of another kind of loader: a run on shards cannot "
+            "continue one on a plain DataLoader, nor the reverse; fix: to start a new run, move "
+            "the model_*.pt there to another folder, or set training.checkpointing.save_dir to "
+            "another one; to continue the old run, use the kind of loader that it began with"
         )
     if hasattr(loader, "resume_index"):  # converts positions of other batch sizes
         return int(loader.resume_index(state))

@@ -196,7 +196,7 @@ class Trainer:
                 loader.
             ConfigError: the run was trained on other data, or in another order.
         """
-        check = partial(resume_index, self._loader)
+        check = partial(resume_index, self._loader, origin=path)
         resumed = self._state.load(path, device=self.device, check_stream=check)
         self._resumed = {"path": str(path), **resumed}
         self._is_standardized = True

@@ -92,6 +92,42 @@ def test_a_finished_run_says_so_and_trains_no_more(config, tmp_path, capsys):
     assert "trained to step 3 already, nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("max_steps", [3, 4])  # a finished run, and one that is resumed
+def test_a_resumed_run_says_that_it_ignores_weights(tiny_set, tmp_path, capsys, max_steps):
+    first = run_training(make_run(tiny_set, tmp_path), origin=tmp_path / "mine.yaml")
+    options = {"resume": "auto", "weights": first.checkpoint}
+    config = make_run(tiny_set, tmp_path, max_steps=max_steps)
+    run_training(config, origin=tmp_path / "mine.yaml", **options)
+    out = capsys.readouterr().out
+    assert f"--weights {first.checkpoint} is ignored" in out
+    assert "starting with the weights" not in out
+
+
+@pytest.mark.parametrize("place", ["root_dir", "data/sessions", "data/demo"])
+def test_the_next_command_names_a_session_that_exists(
+    config, tiny_sessions, tmp_path, monkeypatch, capsys, place
+):
+    monkeypatch.chdir(tmp_path)
+    if place == "root_dir":
+        data = config.data.model_copy(update={"root_dir": tiny_sessions})
+        config = config.model_copy(update={"data": data})
+    else:
+        (tmp_path / "data").mkdir()
+        (tmp_path / place).symlink_to(tiny_sessions)
+    run_training(config, origin=tmp_path / "mine.yaml")
+    words = shlex.split(capsys.readouterr().out.rpartition("next ")[2].splitlines()[0])
+    session = Path(words[words.index("--input") + 1])
+    assert session.resolve().parent == tiny_sessions.resolve()
+    assert (session / "metadata.jsonl").exists()
+
+
+def test_the_next_command_invents_no_session(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_training(config, origin=tmp_path / "mine.yaml")
+    line = capsys.readouterr().out.rpartition("next ")[2].splitlines()[0]
+    assert "--input SESSION --out predictions, where SESSION is the folder of a recording" in line
+
+
 def test_more_steps_resume_from_the_checkpoint(tiny_set, tmp_path):
     run_training(make_run(tiny_set, tmp_path), origin=tmp_path / "mine.yaml")
     longer = make_run(tiny_set, tmp_path, max_steps=5)

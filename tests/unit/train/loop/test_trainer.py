@@ -269,7 +269,10 @@ def test_a_position_of_another_kind_of_loader_is_refused_and_changes_nothing(tmp
     make_trainer(make_config(tmp_path)).train()
     trainer = make_trainer(make_config(tmp_path, max_steps=8), [make_batch(0)])
     before = weights_of(trainer)
-    with pytest.raises(CheckpointError, match="another kind of loader"):
+    message = (
+        r"model_final\.pt: .*another kind of loader.*; fix: to start a new run, move .*save_dir"
+    )
+    with pytest.raises(CheckpointError, match=message):
         trainer.load_checkpoint(tmp_path / "checkpoints/model_final.pt")
     assert trainer.step == 0
     assert torch.equal(weights_of(trainer), before)
