@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from shared.cli import CommandGroup, ContinuableCommand, widen_pipes
 from shared.recipe import Recipe, load_recipe
+from shared.session.names import typed_name
 from shared.storage import Store, parse_location, redact_url
 
 if TYPE_CHECKING:
@@ -332,7 +333,7 @@ def show(shard_set: str, key: str | None) -> None:
     """  # noqa: D301
     from preprocess.sets.verify import describe_sample, describe_set
 
-    lines = describe_set(shard_set) if key is None else describe_sample(shard_set, key)
+    lines = describe_set(shard_set) if key is None else describe_sample(shard_set, typed_name(key))
     for name, value in lines:
         click.echo(f"{name:>18}  {value}")
 
@@ -372,6 +373,7 @@ def drop(shard_set: str, names: tuple[str, ...], *, keep_old_h: float) -> None:
     """Remove sessions from a set; shards without them stay unchanged."""
     from preprocess.sets.edit import drop_sessions
 
+    names = tuple(map(typed_name, names))
     _print_manifest(drop_sessions(shard_set, names, keep_old_s=keep_old_h * 3600), shard_set)
     click.echo(
         f"the next `make shards` into it brings {', '.join(dict.fromkeys(names))} back if the "
@@ -387,7 +389,7 @@ def split(shard_set: str, out: str, names: tuple[str, ...]) -> None:
     """Make a set of some sessions of another set, which stays unchanged."""
     from preprocess.sets.edit import split_sessions
 
-    _print_manifest(split_sessions(shard_set, out, names), out)
+    _print_manifest(split_sessions(shard_set, out, [*map(typed_name, names)]), out)
 
 
 @sessions.command()

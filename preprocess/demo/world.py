@@ -59,6 +59,7 @@ sessions.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -269,7 +270,7 @@ def _write_session(folder: Path, number: int, parameters: DemoParameters) -> Non
     _write_gaze(folder / GAZE_FILE, contacts, duration_s=duration_s)
     wave = sound(contacts, times_s, velocities, duration_s=duration_s, rng=sound_rng)
     pcm = (wave * 32767).round().clip(-32768, 32767).astype(np.int16)
-    soundfile.write(folder / AUDIO_FILE, pcm, AUDIO_RATE_HZ, subtype="PCM_16")
+    soundfile.write(os.fsencode(folder / AUDIO_FILE), pcm, AUDIO_RATE_HZ, subtype="PCM_16")
     scene = pose_scene(angles, *fly_ball(contacts, times_s))
     _write_vision(folder, scene, parameters, paint_rng)
     info = _identity(number, parameters) | _describe(contacts, duration_s, parameters)

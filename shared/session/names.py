@@ -66,6 +66,14 @@ def session_folder(parent: Path, name: str) -> Path:
     return parent / os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
+def typed_name(argument: str) -> str:
+    """Return the name of a session, or a key, that was given on the command line."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeDecodeError:  # typed in the encoding of the locale
+        return argument
+
+
 def explain_bad_name(name: str) -> str:
     """Explain why a session can't have a name; empty if it can."""
     bad = next((char for char in name if not char.isprintable()), "")

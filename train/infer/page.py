@@ -15,6 +15,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -240,7 +241,7 @@ def _draw_sounds(source: PageSource) -> list[dict[str, str]]:
         if (head := source.heads.get(name)) is not None:
             levels = source.read_predicted(f"{head}.dmel.zarr", "dmel", count=num_frames)
             path = source.out / f"{head}.wav"
-            samples, _ = soundfile.read(path, frames=num_samples, dtype="int16")
+            samples, _ = soundfile.read(os.fsencode(path), frames=num_samples, dtype="int16")
             versions["predicted"] = (levels, samples)
         sounds += [
             {
