@@ -19,8 +19,21 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
 SOUND_SUFFIXES = frozenset(
-    {".wav", ".wave", ".aac", ".aif", ".aiff", ".caf", ".flac", ".m4a", ".mp3", ".oga", ".ogg"}
-    | {".opus", ".w64", ".wma"}
+    {
+        ".wav",
+        ".wave",
+        ".aac",
+        ".aif",
+        ".aiff",
+        ".au",
+        ".caf",
+        ".flac",
+        ".m4a",
+        ".mka",
+        ".mp3",
+        ".oga",
+    }
+    | {".ogg", ".opus", ".w64", ".wma"}
 )
 """Files that are sound."""
 
