@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shared.media.container import INDEXED_FORMATS, open_video
 from shared.media.video import read_luma
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ _EQUAL_BYTES = 4
 _FLAT_BYTES, _FLAT_BITS_PER_PIXEL = 1_000, 0.15
 """A keyframe of one color is no larger: the bits that a JPEG picture takes for empty blocks."""
 
+_QUIET_SHARE = 0.25
+"""Noise of a covered lens takes at most this share of the bytes of large pictures."""
+
 _FLAT_RANGE = 10
 """Range of 98 % of the luma of a picture of one color: noise of the codec or of a covered lens."""
 
@@ -68,7 +72,7 @@ _MAX_NOISE = 1.2
 """Copies that were encoded again differ by at most this share of the difference to the next pixel
 ..."""
 
-_MAX_SHIFT, _BLOCKS = 0.1, 4
+_MAX_SHIFT, _BLOCKS = 0.15, 4
 """... and by at most this shift in pixels, in 90 % of _BLOCKS x _BLOCKS blocks; two cameras
 are farther apart."""
 
@@ -114,7 +118,7 @@ def find_repeats(path: Path, track: VideoTrack, *, limit_s: float) -> list[Run]:
     step_s = max(float(np.median(np.diff(track.times_s))), 1e-6)
     window = max(2, round(limit_s / MIN_RUN_SHARE / step_s))
     likely = dense_runs(is_small(track), window)
-    flat = _flat_stretches(path, track, spacing=window)
+    flat = _flat_stretches(path, track, window=window)
     is_long = [track.times_s[last] - track.times_s[first - 1] + step_s >= 0.9 * limit_s
                for first, last in likely]  # fmt: skip
     long = [run for run, is_it in zip(likely, is_long, strict=True) if is_it]
@@ -167,23 +171,34 @@ def dense_runs(is_repeat: NDArray[np.bool_], window: int) -> list[tuple[int, int
     return runs
 
 
-def _flat_stretches(path: Path, track: VideoTrack, *, spacing: int) -> list[tuple[int, int]]:
-    """Return the stretches around keyframes of one color, to the keyframes before and after."""
-    keys = np.flatnonzero(track.keyframes)
-    limit = _FLAT_BYTES + track.width * track.height * _FLAT_BITS_PER_PIXEL / 8
-    small = keys[track.sizes[keys] <= limit]
-    chosen: list[int] = []
-    for key in small.tolist():
-        if not chosen or key - chosen[-1] >= spacing:
-            chosen.append(key)
-    if not chosen:
+def _flat_stretches(path: Path, track: VideoTrack, *, window: int) -> list[tuple[int, int]]:
+    """Return stretches that have pictures of one color, to the keyframes before and after.
+
+    Keyframes with small packets are probed, and the middles of stretches that are small for the
+    video.
+    """
+    sizes, keys, pixels = track.sizes, np.flatnonzero(track.keyframes), track.width * track.height
+    limit = _FLAT_BYTES + pixels * _FLAT_BITS_PER_PIXEL / 8
+    between = sizes[~track.keyframes]
+    is_quiet = sizes <= min(
+        limit, _QUIET_SHARE * (np.percentile(between, 90) if len(between) else 0)
+    )
+    quiet = [(a + b) // 2 for a, b in dense_runs(is_quiet, MIN_RUN_SHARE * window)]
+    probes: list[int] = []
+    for frame in sorted({*keys[sizes[keys] <= limit].tolist(), *quiet}):
+        if not probes or frame - probes[-1] >= window:
+            probes.append(frame)
+    if not probes:
         return []
+    with open_video(path) as (container, _):
+        can_seek = container.format.name in INDEXED_FORMATS
     stretches = []
-    for index, luma in read_luma(path, track, chosen, max_pixels=_MAX_PIXELS):
-        if flat_level(luma) is not None:
-            before, after = keys[keys < index], keys[keys >= index + spacing]
-            first = int(before[-1]) if len(before) else 1
-            stretches.append((first, int(after[0]) if len(after) else len(track.sizes) - 1))
+    for frames in [[frame] for frame in probes] if can_seek else [probes]:
+        for index, luma in read_luma(path, track, frames, max_pixels=_MAX_PIXELS):
+            if flat_level(luma) is not None:
+                before, after = keys[keys < index], keys[keys >= index + window]
+                first = int(before[-1]) if len(before) else 1
+                stretches.append((first, int(after[0]) if len(after) else len(sizes) - 1))
     return stretches
 
 

@@ -135,7 +135,7 @@ def test_runs_are_those_of_the_decoded_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("level", "noise", "color"), [(0, 0.0, "black"), (4, 1.5, "black"), (255, 0.0, "white")]
 )
-@pytest.mark.parametrize("gop", [12, 60, 1])
+@pytest.mark.parametrize("gop", [12, 60, 250, 1])
 def test_pictures_of_one_color_are_found_though_they_have_noise(
     level: int, noise: float, color: str, gop: int, tmp_path: Path
 ) -> None:
