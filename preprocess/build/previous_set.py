@@ -135,6 +135,8 @@ def row_hash(stored: SessionSegments, column: Column, scan: SessionScan, recipe:
     }
     if spec.kind in _TIMESTAMPED_KINDS and spec.clock == "session":
         inputs["clock_offset_s"] = scan.clock_offset_s
+    if stream in scan.stretches:
+        inputs["stretch"] = scan.stretches[stream]
     corrections = {f: scan.corrections[f] for f in files_of_stream(spec) if f in scan.corrections}
     if corrections:
         inputs["corrections"] = {file: asdict(c) for file, c in corrections.items()}

@@ -286,7 +286,7 @@ def scan_seconds(recording: Recording, recipe: Recipe) -> float:
     return sum(float(stamp[0]) / rates[name] for name, stamp in recording.stamp.items())
 
 
-SCAN_VERSION = 10
+SCAN_VERSION = 11
 """Raised when a scan of the same files would give another result or has other keys."""
 
 _NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {

@@ -13,6 +13,7 @@ warning.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,8 +23,9 @@ from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S, Interval, frame_mask, nearest
 from shared.media.channels import SILENCE_RMS
 from shared.session.folder import SESSION_INFO_FILE
+from shared.session.rates import format_rate
 from shared.session.timestamps import describe_left_out
-from shared.streams import Kind
+from shared.streams import Kind, MaskReason, mask_reasons
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -163,16 +165,16 @@ def check_left_out(probe: SessionProbe) -> list[Finding]:
 
 def check_starts(probe: SessionProbe) -> list[Finding]:
     """Check that the start of every media file relative to the others is known."""
-    if probe.start_error is not None:
+    if probe.placement.error is not None:
         consequence = "video and sound cannot be placed on the clock and are left out"
-        return [Finding("error", f"{probe.start_error}; until then {consequence}")]
+        return [Finding("error", f"{probe.placement.error}; until then {consequence}")]
     findings = [
         Finding(
             "warning",
-            f"{SESSION_INFO_FILE}: start_s names {name[:40]!r}, which the recipe does not declare; "
-            "fix: correct the name, or declare the stream",
+            f"{SESSION_INFO_FILE}: start_s or stretch names {name[:40]!r}, which the recipe does "
+            "not declare; fix: correct the name, or declare the stream",
         )
-        for name in probe.undeclared_starts
+        for name in probe.placement.undeclared
     ]
     origins_s = {name: video.track.origin_s for name, video in probe.videos.items()}
     origins_s |= {name: audio.origin_s for name, audio in probe.audio.items()}
@@ -186,7 +188,7 @@ def check_starts(probe: SessionProbe) -> list[Finding]:
             (name,),
         )
         for name, origin_s in origins_s.items()
-        if name not in probe.starts and abs(origin_s) > END_WARNING_S
+        if name not in probe.placement.starts and abs(origin_s) > END_WARNING_S
     ]
 
 
@@ -333,6 +335,23 @@ def source_intervals(probe: SessionProbe) -> list[_Source]:
     return sources
 
 
+def check_clock_rates(probe: SessionProbe) -> list[Finding]:
+    """Check that the clock of every stream ran as fast as those of the others."""
+    findings: list[Finding] = []
+    for fault in (fault for fault in probe.rate_faults if fault.is_sure):
+        stretch = {name: round(fault.factor, 7) for name in fault.streams}
+        action = f'write "stretch": {json.dumps(stretch)} into {SESSION_INFO_FILE}'
+        if not fault.is_even:
+            action = "record again; no one factor corrects it"
+        fix = probe.plan().advise(RepairKind.STRETCH, SESSION_INFO_FILE, action)
+        specs = [probe.recipe.streams[name] for name in fault.streams]
+        is_masked = all(MaskReason.CLOCK in mask_reasons(spec) for spec in specs)
+        outcome = "masked" if is_masked else "kept, as `mask` of the recipe says"
+        message = f"{fault.sentence}: {outcome}; fix: {fix}"
+        findings.append(Finding("error", message, fault.streams))
+    return findings
+
+
 def check_durations(probe: SessionProbe) -> list[Finding]:
     """Check that videos, sound and sensors start and end together."""
     sources = source_intervals(probe)
@@ -341,9 +360,11 @@ def check_durations(probe: SessionProbe) -> list[Finding]:
     longest = max(sources, key=lambda source: source.interval.stop_s)
     stop_s = longest.interval.stop_s
     findings: list[Finding] = []
+    wrong = {name for fault in probe.rate_faults if fault.is_sure for name in fault.streams}
     for source in sources:
         apart_s = stop_s - source.interval.stop_s
-        if apart_s > END_WARNING_S:
+        is_explained = wrong.issuperset(source.streams) or wrong.issuperset(longest.streams)
+        if apart_s > END_WARNING_S and not is_explained:
             is_error = apart_s > END_ERROR_S and all(
                 any(probe.recipe.streams[name].required for name in s.streams)
                 for s in (source, longest)
@@ -351,7 +372,7 @@ def check_durations(probe: SessionProbe) -> list[Finding]:
             message = (
                 f"{source.label} ends at {source.interval.stop_s:.2f} s, {longest.label} at "
                 f"{stop_s:.2f} s, {apart_s:.2f} s apart; "
-                f"{_advise_on_end(probe, apart_s, longest=longest)}"
+                f"{_advise_on_end(probe, source, longest=longest)}"
             )
             level: Level = "error" if is_error else "warning"
             findings.append(Finding(level, message, source.streams))
@@ -368,8 +389,9 @@ def check_drift(probe: SessionProbe) -> list[Finding]:
     Of each sound, the video that it differs from most is reported.
     """
     findings: list[Finding] = []
+    wrong = {name for fault in probe.rate_faults if fault.is_sure for name in fault.streams}
     for name, drifts_ppm in clock_drifts_ppm(probe).items():
-        if not drifts_ppm:
+        if not drifts_ppm or not wrong.isdisjoint({name, *drifts_ppm}):
             continue
         video = max(drifts_ppm, key=lambda stream: abs(drifts_ppm[stream]))
         ppm, start_s = drifts_ppm[video], probe.intervals[name].start_s
@@ -452,9 +474,10 @@ def clock_drifts_ppm(probe: SessionProbe) -> dict[str, dict[str, float]]:
     return drifts
 
 
-def _advise_on_end(probe: SessionProbe, apart_s: float, *, longest: _Source) -> str:
+def _advise_on_end(probe: SessionProbe, source: _Source, *, longest: _Source) -> str:
     """Return the advice for a stream that ends early; mentions --fix only if it helps."""
     file = probe.recipe.streams[longest.streams[0]].file
+    apart_s = longest.interval.stop_s - source.interval.stop_s
     if probe.plan().covers(RepairKind.TRIM, file):
         return "the rest is masked; fix: --fix drops lines after the end of all media"
     if file in probe.files and apart_s <= END_ERROR_S:
@@ -465,4 +488,6 @@ def _advise_on_end(probe: SessionProbe, apart_s: float, *, longest: _Source) -> 
         has_text = any(event.time_s > media_stop_s and event.file == file for event in events)
         reason = "; --fix keeps lines after the end of all media, as they contain text"
         return "the rest is masked" + reason * has_text
-    return "the rest is masked; if they ran together, a copy was cut off or a clock is wrong"
+    rates = [format_rate(f.factor) for f in probe.rate_faults if {*f.streams} & {*source.streams}]
+    cause = rates[0] if rates else "a clock is wrong"
+    return f"the rest is masked; if they ran together, a copy was cut off or {cause}"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from preprocess.validate.line_repairs import times_of, with_time
-from preprocess.validate.repair_plan import Repair, RepairKind
+from preprocess.validate.repair_plan import Repair, RepairKind, RepairPlan
+from shared.session.alignment import STRETCH_KEY
+from shared.session.folder import SESSION_INFO_FILE
 from shared.session.timestamps import UNIT_TOLERANCE_S, find_wrong_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -55,6 +59,25 @@ def remove_jumps(
             sentence = f"{name}: subtracted {jump_s:.6g} s from {number} texts after it"
             repairs.append(Repair(RepairKind.JUMP, (name,), sentence))
     return repaired, repairs
+
+
+def plan_stretches(path: Path, stretches: Mapping[str, float]) -> RepairPlan:
+    """Plan to declare the factors of wrong clocks in ``session.json``, beside what it has."""
+    file = path / SESSION_INFO_FILE
+    try:
+        session_info = json.loads(file.read_bytes()) if file.exists() else {}
+    except (ValueError, RecursionError):
+        session_info = None
+    if not stretches or not isinstance(session_info, dict):
+        return RepairPlan()
+    declared = {**(session_info.get(STRETCH_KEY) or {}), **stretches}
+    content = json.dumps({**session_info, STRETCH_KEY: declared}, indent=2, ensure_ascii=False)
+    factors = ", ".join(f"{name} by {factor:.7g}" for name, factor in stretches.items())
+    sentence = f"{SESSION_INFO_FILE}: declared that times are multiplied, of {factors}"
+    return RepairPlan(
+        repairs=(Repair(RepairKind.STRETCH, (SESSION_INFO_FILE,), sentence),),
+        contents={SESSION_INFO_FILE: f"{content}\n".encode("utf-8", "surrogatepass")},
+    )
 
 
 def _shifted(

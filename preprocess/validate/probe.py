@@ -17,14 +17,15 @@ import numpy as np
 from preprocess.validate.repair_plan import RepairPlan
 from shared.clock import Interval
 from shared.errors import MediaError, MissingMediaError
-from shared.kinds.audio import align_sound
+from shared.kinds.audio import align_sound, stretch_sound
 from shared.kinds.video import align_track, interval_of
 from shared.media.riff import read_wav_header
 from shared.media.sound import measure_loudness, read_sound
 from shared.media.video import read_frames, read_video_track
-from shared.session.alignment import align_streams, read_starts, shift_events
+from shared.session.alignment import Placement, align_streams, read_placement, shift_events
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, unused_files
 from shared.session.lines import Readings
+from shared.session.rates import find_rate_faults, mask_wrong_rates
 from shared.session.scan import find_faults
 from shared.session.still import Recorded
 from shared.session.timestamps import read_lines
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from shared.session.lines import FileLines, ParseIssue, SessionLines, TextEvent
     from shared.session.masks import MaskedSpan
     from shared.session.names import UnusedName
+    from shared.session.rates import RateFault
     from shared.session.timestamps import WrongLines, WrongUnit
 
 NUM_STRETCHES = 16
@@ -125,16 +127,14 @@ class SessionProbe:
     issues: tuple[ParseIssue, ...]
     unreadable: Mapping[str, str]
     """File name -> reason and fix, of each file that exists and cannot be read."""
-    starts: Mapping[str, float]
-    """Start of each stream according to ``session.json``."""
-    start_error: str | None
-    """Why `starts` cannot be used; the containers' own start times apply then."""
-    undeclared_starts: tuple[str, ...]
-    """Names in ``session.json`` that the recipe does not declare."""
+    placement: Placement
+    """What ``session.json`` says; with an error, the containers' own start times apply."""
     unused: tuple[UnusedName, ...]
     """Files, folders and keys that no declared stream uses."""
     units: Mapping[str, WrongUnit]
     """Timestamped file -> the unit that it has instead of the declared one; it is divided here."""
+    rate_faults: tuple[RateFault, ...]
+    """Streams whose clock ran at another rate than that of the others, or may have."""
     left_out: Mapping[str, tuple[WrongLines, ...]]
     """Timestamped file -> lines that are left out, because their timestamps are wrong."""
     intervals: Mapping[str, Interval]
@@ -216,7 +216,7 @@ class SessionProbe:
     def shared_files(self) -> tuple[str, ...]:
         """Timestamped files that share the session's offset."""
         streams = self.recipe.streams.items()
-        shared = {n for n, s in streams if s.clock == "session" and n not in self.starts}
+        shared = {n for n, s in streams if s.clock == "session" and n not in self.placement.starts}
         return tuple(f for f in self.files if not shared.isdisjoint(self.streams_of(f)))
 
 
@@ -234,13 +234,13 @@ def probe_session(
     failures: dict[str, MediaError] = {}
     videos: dict[str, VideoProbe] = {}
     audio: dict[str, AudioProbe] = {}
-    starts, start_error = read_starts(path, recipe)
+    placement = read_placement(path, recipe)
     for name, spec in recipe.streams.items():
         try:
             if isinstance(spec, VideoStream):
-                videos[name] = _probe_video(path / spec.file, starts.get(name))
+                videos[name] = _probe_video(path / spec.file, name, placement)
             elif isinstance(spec, AudioStream):
-                audio[name] = _probe_audio(path / spec.file, spec, starts.get(name))
+                audio[name] = _probe_audio(path / spec.file, name, spec, placement)
         except MediaError as error:
             failures[name] = error
     media = {name: interval_of(video.track) for name, video in videos.items()}
@@ -251,9 +251,8 @@ def probe_session(
     lines, missing = _drop_missing(timed.lines, recipe)
     absent, unreadable = _explain_failures(path, failures, recipe)
     unreadable |= {issue.file: issue.message for issue in lines.issues if issue.kind == "file"}
-    bad_info, undeclared = _check_session_file(path / SESSION_INFO_FILE, recipe)
-    unreadable |= bad_info
-    alignment = align_streams(media, lines, starts=starts, recipe=recipe)
+    unreadable |= _check_session_file(path / SESSION_INFO_FILE)
+    alignment = align_streams(media, lines, placement=placement, recipe=recipe)
     absent |= alignment.absent
     readings = {
         name: replace(lines.readings[name], times_s=times_s)
@@ -267,23 +266,23 @@ def probe_session(
         zeros={name: sound.zeros for name, sound in audio.items()},
         readings={name: (own.times_s, own.values) for name, own in readings.items()},
     )
+    rates = find_rate_faults(recorded)
     return SessionProbe(
         recipe=recipe,
         videos=videos,
         audio=audio,
         readings=readings,
-        faults=find_faults(recorded),
+        faults=find_faults(replace(recorded, wrong_clocks=mask_wrong_rates(rates))),
         missing=missing,
-        events=_align_events(lines, alignment.offset_s, starts, recipe),
+        events=_align_events(lines, alignment.offset_s, placement, recipe),
         files=_files(lines),
         issues=tuple(issue for issue in lines.issues if issue.kind != "file"),
         unreadable=unreadable,
-        starts=starts,
-        start_error=start_error,
-        undeclared_starts=undeclared,
+        placement=placement,
         unused=(*lines.unused, *(unused_files(path, recipe) if unused is None else unused)),
         units=timed.units,
         left_out=timed.left_out,
+        rate_faults=rates,
         intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
         absent={n: absent[n] for n in recipe.streams if n in absent},
         not_recorded=frozenset(alignment.not_recorded)
@@ -320,12 +319,12 @@ def _drop_missing(
 
 
 def _align_events(
-    lines: SessionLines, offset_s: float, starts: Mapping[str, float], recipe: Recipe
+    lines: SessionLines, offset_s: float, placement: Placement, recipe: Recipe
 ) -> dict[str, tuple[TextEvent, ...]]:
     """Return the texts of each stream on the session clock."""
     placed: dict[str, tuple[TextEvent, ...]] = {}
     for name, events in lines.events.items():
-        shifted = shift_events(name, events, offset_s, starts=starts, recipe=recipe)
+        shifted = shift_events(name, events, offset_s, placement=placement, recipe=recipe)
         if events:
             placed[name] = tuple(
                 replace(event, time_s=timed.time_s)
@@ -334,9 +333,10 @@ def _align_events(
     return placed
 
 
-def _probe_video(path: Path, start_s: float | None) -> VideoProbe:
+def _probe_video(path: Path, name: str, placement: Placement) -> VideoProbe:
     """Read the frame times of a video, and decode frames spread over it."""
-    track = align_track(read_video_track(path), start_s)
+    stretch = placement.stretches.get(name, 1.0)
+    track = align_track(read_video_track(path), placement.starts.get(name), stretch=stretch)
     num_frames = len(track.times_s)
     stretches = [range(num_frames)]
     if num_frames > NUM_STRETCHES * STRETCH_FRAMES:
@@ -353,11 +353,12 @@ def _probe_video(path: Path, start_s: float | None) -> VideoProbe:
     )
 
 
-def _probe_audio(path: Path, spec: AudioStream, start_s: float | None) -> AudioProbe:
+def _probe_audio(path: Path, name: str, spec: AudioStream, placement: Placement) -> AudioProbe:
     """Decode all of a sound and measure its levels."""
-    sound = read_sound(path, rate_hz=spec.rate_hz, track=spec.track, channels=spec.channels)
+    recorded = read_sound(path, rate_hz=spec.rate_hz, track=spec.track, channels=spec.channels)
+    sound = stretch_sound(recorded, placement.stretches.get(name, 1.0))
     loudness = measure_loudness(sound.samples.iter_blocks(), spec=spec)
-    interval = align_sound(sound, start_s)
+    interval = align_sound(sound, placement.starts.get(name))
     first_s = interval.start_s
     return AudioProbe(
         interval=interval,
@@ -368,7 +369,7 @@ def _probe_audio(path: Path, spec: AudioStream, start_s: float | None) -> AudioP
         source_channels=sound.source_channels,
         rms=loudness.rms,
         peak=sound.peak,
-        num_samples=round(sound.duration_s * sound.source_rate_hz) * sound.source_channels,
+        num_samples=round(recorded.duration_s * sound.source_rate_hz) * sound.source_channels,
         num_clipped=sound.num_clipped,
         num_bad=sound.num_bad,
         mix=sound.mix,
@@ -391,20 +392,17 @@ def _explain_failures(
     return absent, unreadable
 
 
-def _check_session_file(path: Path, recipe: Recipe) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return why ``session.json`` cannot be read, and the streams of `start_s` not declared."""
+def _check_session_file(path: Path) -> dict[str, str]:
+    """Return why ``session.json`` cannot be read."""
     if not path.exists():
-        return {}, ()
+        return {}
     reason = "not a JSON object"
     if not path.is_file():
         reason = "not a file"
     else:
         try:
-            info = json.loads(path.read_bytes())
-            if isinstance(info, dict):
-                starts = info.get("start_s")
-                names = starts if isinstance(starts, dict) else {}
-                return {}, tuple(str(name) for name in names if name not in recipe.streams)
+            if isinstance(json.loads(path.read_bytes()), dict):
+                return {}
         except (OSError, ValueError, RecursionError) as error:
             reason = f"not JSON ({str(error).splitlines()[0]})"
-    return {path.name: f"{reason}; fix: correct or delete it"}, ()
+    return {path.name: f"{reason}; fix: correct or delete it"}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preprocess.validate.clock_repairs import remove_jumps
+from preprocess.validate.clock_repairs import plan_stretches, remove_jumps
 from preprocess.validate.line_repairs import (
     clamp,
     convert_units,
@@ -44,14 +44,15 @@ from preprocess.validate.media_repairs import plan_media
 from preprocess.validate.repair_plan import Repair, RepairKind, RepairPlan
 from shared.errors import MediaError, SessionError
 from shared.files import write_synced
-from shared.kinds.audio import align_sound
+from shared.kinds.audio import align_sound, stretch_sound
 from shared.kinds.video import align_track
 from shared.machine import sync_folder
 from shared.media.sound import read_sound
 from shared.media.video import read_video_track
-from shared.session.alignment import MEDIA_KINDS, read_starts
+from shared.session.alignment import MEDIA_KINDS, Placement, read_placement
 from shared.session.folder import files_of_stream, read_timed_lines
 from shared.session.records import open_utf8
+from shared.session.scan import scan_session
 from shared.session.timestamps import MAX_BACK_S
 from shared.streams import AudioStream, VideoStream
 
@@ -100,13 +101,26 @@ def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
         raise SessionError(f"{path}: cannot be repaired: {reason}; fix: {fix}") from error
 
 
-def plan_repairs(path: Path, *, recipe: Recipe, media: MediaEnd | None = None) -> RepairPlan:
+def plan_repairs(
+    path: Path,
+    *,
+    recipe: Recipe,
+    media: MediaEnd | None = None,
+    stretches: Mapping[str, float] | None = None,
+) -> RepairPlan:
     """Decide what to repair in a session folder, and change nothing.
 
-    `media` is what is known of its video and sound; by default they are read.
+    `media` is what is known of its video and sound, `stretches` are the factors of wrong clocks; by
+    default all streams are read.
     """
-    lines = _plan_lines(path, recipe, media)
-    plans = lines, _plan_tables(path, recipe), plan_media(path, recipe=recipe)
+    if stretches is None:
+        stretches = scan_session(path, recipe=recipe).proposed_stretches
+    plans = (
+        plan_stretches(path, stretches),
+        _plan_lines(path, recipe, media, stretches),
+        _plan_tables(path, recipe),
+        plan_media(path, recipe=recipe),
+    )
     return RepairPlan(
         repairs=tuple(repair for plan in plans for repair in plan.repairs),
         contents={name: content for plan in plans for name, content in plan.contents.items()},
@@ -114,15 +128,18 @@ def plan_repairs(path: Path, *, recipe: Recipe, media: MediaEnd | None = None) -
     )
 
 
-def _plan_lines(path: Path, recipe: Recipe, media: MediaEnd | None) -> RepairPlan:
+def _plan_lines(
+    path: Path, recipe: Recipe, media: MediaEnd | None, stretches: Mapping[str, float]
+) -> RepairPlan:
     """Plan the repairs of files of JSON lines."""
     files = {n: f for n, f in plan_files(recipe).items() if (path / n).is_file()}
     originals = {name: (path / name).read_bytes() for name in files}
-    starts, start_error = read_starts(path, recipe)
-    if start_error is not None:
+    placement = read_placement(path, recipe)
+    starts = placement.starts
+    if placement.error is not None:
         media = MediaEnd(is_known=False)
     elif media is None:
-        media = _find_media_end(path, starts, recipe)
+        media = _find_media_end(path, placement, recipe)
     repairs: list[Repair] = []
     repaired: Lines = {}
     blocked: dict[str, str] = {}
@@ -153,7 +170,11 @@ def _plan_lines(path: Path, recipe: Recipe, media: MediaEnd | None) -> RepairPla
         if obstacle is not None:
             blocked[name] = obstacle
     shared = _shared_files(path, starts, recipe) if media.is_known else None
-    repairs += _repair_lines(repaired, files, blocked, shared=shared, media_stop_s=media.stop_s)
+    stretched = (*stretches, *placement.stretches)
+    can_trim = all(recipe.streams[name].kind in MEDIA_KINDS for name in stretched)
+    repairs += _repair_lines(
+        repaired, files, blocked, shared=shared, media_stop_s=media.stop_s, can_trim=can_trim
+    )
     changed = {name for repair in repairs for name in repair.files}
     contents = {n: b"".join(line.encoded() for line in repaired[n]) for n in sorted(changed)}
     return RepairPlan(repairs=tuple(repairs), contents=contents, blocked=blocked)
@@ -174,10 +195,12 @@ def _repair_lines(
     *,
     shared: frozenset[str] | None,
     media_stop_s: float | None,
+    can_trim: bool,
 ) -> list[Repair]:
     """Apply every repair that needs lines with times; replaces the lists in `repaired`.
 
-    `shared` are the files on the shared clock; None if it cannot be shifted.
+    Lines are trimmed if they `can_trim`: not of a wrong clock. `shared` are the files on the shared
+    clock; None if it cannot be shifted.
     """
     repairs: list[Repair] = []
     sensors = [n for n in repaired if not files[n].is_text_file and repaired[n]]
@@ -198,7 +221,7 @@ def _repair_lines(
         texts = {n: repaired[n] for n, f in files.items() if f.is_text_file and n in shared}
         if on_clock:
             moved, moved_texts, shifted = shift_to_zero(on_clock, texts, files, media_stop_s)
-            placed, trimmed = drop_outside_media(moved, files, media_stop_s)
+            placed, trimmed = drop_outside_media(moved, files, media_stop_s if can_trim else None)
             names = [n for n, lines in (moved | moved_texts).items() if lines != repaired[n]]
             _note(repairs, RepairKind.SHIFT, tuple(names), shifted)
             repairs += trimmed
@@ -227,17 +250,18 @@ def _shared_files(path: Path, starts: Mapping[str, float], recipe: Recipe) -> fr
     return shared if is_writable and all(len(clock) == 1 for clock in present.values()) else None
 
 
-def _find_media_end(path: Path, starts: Mapping[str, float], recipe: Recipe) -> MediaEnd:
+def _find_media_end(path: Path, placement: Placement, recipe: Recipe) -> MediaEnd:
     """Read when the last video or sound of a session ends."""
     stops_s: list[float] = []
     try:
         for name, spec in recipe.streams.items():
-            file, start_s = path / spec.file, starts.get(name)
+            file, start_s = path / spec.file, placement.starts.get(name)
+            stretch = placement.stretches.get(name, 1.0)
             if isinstance(spec, VideoStream) and file.exists():
-                stops_s.append(align_track(read_video_track(file), start_s).stop_s)
+                stops_s.append(align_track(read_video_track(file), start_s, stretch=stretch).stop_s)
             elif isinstance(spec, AudioStream) and file.exists():
                 sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track)
-                stops_s.append(align_sound(sound, start_s).stop_s)
+                stops_s.append(align_sound(stretch_sound(sound, stretch), start_s).stop_s)
     except MediaError:
         return MediaEnd(is_known=False)
     return MediaEnd(is_known=True, stop_s=max(stops_s, default=None))
@@ -291,8 +315,13 @@ def _commit(path: Path, contents: Mapping[str, Content]) -> list[str]:
     for file, content in contents.items():
         temporary = path / f"{file}{_TEMPORARY}"
         write_synced(temporary, content)
-        shutil.copymode(path / file, temporary)
-    backups = [f"kept the original as {_back_up(path / file).name}" for file in contents]
+        if (path / file).exists():
+            shutil.copymode(path / file, temporary)
+    backups = [
+        f"kept the original as {_back_up(path / file).name}"
+        for file in contents
+        if (path / file).exists()
+    ]
     journal = path / f"{JOURNAL_FILE}{_TEMPORARY}"
     write_synced(journal, "\n".join(sorted(contents)).encode())
     journal.replace(path / JOURNAL_FILE)

@@ -26,6 +26,7 @@ class RepairKind(enum.StrEnum):
     NUMBERS = "numbers"
     UNITS = "units"
     JUMP = "jump"
+    STRETCH = "stretch"
     DROP = "drop"
     SORT = "sort"
     SHIFT = "shift"

@@ -26,6 +26,7 @@ from preprocess.build.sources import RemoteRecording, survey_recordings
 from preprocess.validate.checks import (
     check_audio,
     check_clock,
+    check_clock_rates,
     check_drift,
     check_durations,
     check_files,
@@ -56,6 +57,7 @@ from shared.recipe import Recipe
 from shared.session.alignment import MEDIA_KINDS
 from shared.session.folder import is_session, scanned_files, source_files, survey_sessions
 from shared.session.names import SOUND_SUFFIXES, explain_bad_name, printable, session_name
+from shared.session.rates import propose_stretches
 from shared.storage import Store, parse_location
 from shared.streams import Kind
 
@@ -88,6 +90,7 @@ CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
     "still": check_still,
     "sound": check_audio,
     "video": check_video,
+    "clock rates": check_clock_rates,
     "durations": check_durations,
     "drift": check_drift,
     "text": check_text,
@@ -205,7 +208,10 @@ def check_session(
             raise SessionError(fault)
         probe = probe_session(path, recipe=recipe, unused=unused)
         media = _media_end(path, probe)
-        plan = functools.cache(lambda: plan_repairs(path, recipe=recipe, media=media))
+        stretches = propose_stretches(probe.rate_faults, recipe)
+        plan = functools.cache(
+            lambda: plan_repairs(path, recipe=recipe, media=media, stretches=stretches)
+        )
         probe = replace(probe, plan=plan)
         findings = {key: check(probe) for key, check in CHECKS.items() if key in checks}
         ordered = sorted(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import soxr
 
 from shared.clock import EPSILON_S, Interval
 from shared.errors import CorruptError
@@ -79,11 +81,24 @@ def align_sound(sound: Sound, start_s: float | None) -> Interval:
     return Interval(first_s, first_s + sound.duration_s)
 
 
+def stretch_sound(sound: Sound, stretch: float) -> Sound:
+    """Resample a sound whose clock was wrong, so that it lasts `stretch` times as long."""
+    if stretch == 1:
+        return sound
+    resampler = soxr.ResampleStream(1.0, stretch, 1, dtype="float32", quality="HQ")
+    samples: DiskArray[np.float32] = DiskArray(np.float32)
+    for block in sound.samples.iter_blocks():
+        samples.append(resampler.resample_chunk(block))
+    samples.append(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+    zeros = tuple(Interval(z.start_s * stretch, z.stop_s * stretch) for z in sound.zeros)
+    return replace(sound, samples=samples, zeros=zeros)
+
+
 class AudioReader:
     """Reads the audio of a session's segments, times `gain`, which normalizes the loudness.
 
-    `start_s` is the start of the first sample on the session clock. dMel frames that overlap a
-    `masked` span are masked.
+    `start_s` is the start of the first sample on the session clock, see :func:`stretch_sound`. dMel
+    frames that overlap a `masked` span are masked.
     """
 
     def __init__(
@@ -93,12 +108,14 @@ class AudioReader:
         *,
         start_s: float,
         gain: float,
+        stretch: float = 1.0,
         masked: Sequence[MaskedSpan] = (),
         mix: Mix = MEAN,
     ) -> None:
         self._spec, self._masked = spec, masked
         self._start = round(start_s * spec.rate_hz)
-        sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track, channels=mix)
+        recorded = read_sound(file, rate_hz=spec.rate_hz, track=spec.track, channels=mix)
+        sound = stretch_sound(recorded, stretch)
         self._samples: DiskArray[np.int16] = DiskArray(np.int16)
         for block in sound.samples.iter_blocks():
             self._samples.append(to_int16(block, gain=gain))

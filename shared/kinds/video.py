@@ -83,12 +83,15 @@ def columns(name: str, spec: VideoStream, recipe: Recipe) -> tuple[Column, ...]:
     )
 
 
-def align_track(track: VideoTrack, start_s: float | None) -> VideoTrack:
-    """Shift a video so that its first frame is at `start_s`.
+def align_track(track: VideoTrack, start_s: float | None, *, stretch: float = 1.0) -> VideoTrack:
+    """Shift a video so that its first frame is at `start_s`, and multiply the times since then.
 
-    None, or the track's own start, leaves every time unchanged to the bit.
+    None, or the track's own start, leaves every time of an unstretched one unchanged to the bit.
     """
-    shift_s = 0.0 if start_s is None else start_s - float(track.times_s[0])
+    first_s = float(track.times_s[0])
+    shift_s = 0.0 if start_s is None else start_s - first_s
+    if stretch != 1:
+        return replace(track, times_s=(track.times_s - first_s) * stretch + first_s + shift_s)
     return replace(track, times_s=track.times_s + shift_s) if shift_s else track
 
 
@@ -125,7 +128,7 @@ class VideoReader:
     """Reads the frames of a session's segments.
 
     `start_s` is the start of the first frame on the session clock; None means the container's.
-    Frames in `masked` spans are invalid.
+    Times since then are multiplied by `stretch`. Frames in `masked` spans are invalid.
     """
 
     def __init__(
@@ -134,10 +137,11 @@ class VideoReader:
         spec: VideoStream,
         *,
         start_s: float | None,
+        stretch: float = 1.0,
         masked: Sequence[MaskedSpan] = (),
     ) -> None:
         self._file, self._spec = file, spec
-        self._track = align_track(read_video_track(file), start_s)
+        self._track = align_track(read_video_track(file), start_s, stretch=stretch)
         self._is_masked = is_masked(self._track.times_s, masked)
 
     def iter_frames(

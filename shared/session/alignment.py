@@ -2,7 +2,7 @@
 
 Audio and video begin where their container says, counted from the container's start. Readings and
 texts begin at their timestamps, minus one offset that all timestamped files of the session share.
-``session.json`` can declare when any stream begins.
+``session.json`` can declare when any stream begins, and how fast its clock ran.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from shared.clock import Interval, clock_offset
 from shared.kinds import sensor
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from shared.recipe import Recipe
@@ -37,8 +38,25 @@ MAX_SESSION_S = 24 * 3600.0
 MEDIA_KINDS = (Kind.VIDEO, Kind.AUDIO)
 """Streams without timestamps on the recorder's clock."""
 
-_STARTS_KEY = "start_s"
+_STARTS_KEY, STRETCH_KEY = "start_s", "stretch"
+MAX_STRETCH = 2.0
+"""Largest factor, and one over the smallest, by which the clock of a stream can be wrong."""
+
 _CLOCK_FIX = f"fix: correct its timestamps, or declare its start in {SESSION_INFO_FILE}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """When streams begin on the session clock, and how fast their own clocks run."""
+
+    starts: Mapping[str, float] = field(default_factory=dict)
+    """Start of each stream that begins elsewhere than by default."""
+    stretches: Mapping[str, float] = field(default_factory=dict)
+    """Factor of the times since the start of each stream whose clock is wrong."""
+    error: str | None = None
+    """What is wrong with ``session.json``; the position of every stream is unknown then."""
+    undeclared: tuple[str, ...] = ()
+    """Names that the recipe does not declare; they are ignored."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,6 +76,8 @@ class Alignment:
     """Events of each text stream within the session."""
     not_recorded: set[str] = field(default_factory=set)
     """Missing streams without any reading or event."""
+    starts: dict[str, float] = field(default_factory=dict)
+    """Start of each sensor or text stream that has one of its own."""
     outside: list[str] = field(default_factory=list)
     """One sentence per event outside the session."""
 
@@ -71,24 +91,25 @@ def align_streams(
     media: Mapping[str, Interval],
     lines: SessionLines,
     *,
-    starts: Mapping[str, float],
+    placement: Placement,
     recipe: Recipe,
 ) -> Alignment:
     """Put sensors and texts, on the recorder's clock, on that of the media.
 
-    `media` has the interval of each video and audio stream. `starts` are those of
-    :func:`read_starts`.
+    `media` has the interval of each video and audio stream.
     """
     media_stop_s = max((interval.stop_s for interval in media.values()), default=None)
-    offset_s = recorder_offset(lines, media_stop_s, starts=starts, recipe=recipe)
+    offset_s = recorder_offset(lines, media_stop_s, starts=placement.starts, recipe=recipe)
     streams = Alignment(offset_s=offset_s, intervals=dict(media))
+    for name, start_s in placement.starts.items():
+        if recipe.streams[name].kind not in MEDIA_KINDS:
+            streams.starts[name] = start_s
     for name, spec in recipe.sensors.items():
-        recorded_s = lines.readings[name].times_s
-        first_s = float(recorded_s[0]) if len(recorded_s) else 0.0
-        own_s = stream_offset(name, first_s, offset_s, starts=starts, recipe=recipe)
-        _align_sensor(name, recorded_s - own_s, streams, spec=spec, media_stop_s=media_stop_s)
+        times_s = lines.readings[name].times_s
+        placed_s = session_times(name, times_s, offset_s, placement=placement, recipe=recipe)
+        _align_sensor(name, placed_s, streams, spec=spec, media_stop_s=media_stop_s)
     texts = {
-        name: shift_events(name, lines.events[name], offset_s, starts=starts, recipe=recipe)
+        name: shift_events(name, lines.events[name], offset_s, placement=placement, recipe=recipe)
         for name in recipe.of_kind(Kind.TEXT)
     }
     stops_s = [interval.stop_s for interval in streams.intervals.values()]
@@ -126,16 +147,26 @@ def recorder_offset(
     return first_s if first_s >= media_stop_s else 0.0
 
 
-def stream_offset(
-    name: str, first_s: float, offset_s: float, *, starts: Mapping[str, float], recipe: Recipe
-) -> float:
-    """Return the seconds to subtract from the timestamps of one sensor or text stream.
+def session_times(
+    name: str, times_s: NDArray[np.float64], offset_s: float,
+    *, placement: Placement, recipe: Recipe,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Return the times of a sensor or text stream on the session clock.
 
-    `first_s` is its first timestamp; the files of the session share `offset_s`.
+    The files of the session share `offset_s`. Of a stretched stream, the times since its start are
+    multiplied; texts without a start of their own are stretched from the clock's zero on.
     """
-    if name in starts:
-        return first_s - starts[name]
-    return 0.0 if recipe.streams[name].clock == "own" else offset_s
+    if not len(times_s):
+        return times_s
+    start_s = placement.starts.get(name)
+    own_s = 0.0 if recipe.streams[name].clock == "own" else offset_s
+    placed_s = times_s - (own_s if start_s is None else float(times_s[0]) - start_s)
+    stretch = placement.stretches.get(name, 1.0)
+    if stretch == 1:
+        return placed_s
+    is_from_zero = start_s is None and recipe.streams[name].kind is Kind.TEXT
+    origin_s = 0.0 if is_from_zero else float(placed_s[0])
+    return origin_s + (placed_s - origin_s) * stretch
 
 
 def _align_sensor(
@@ -160,15 +191,14 @@ def _align_sensor(
 
 def shift_events(
     name: str, events: Sequence[TextEvent], offset_s: float,
-    *, starts: Mapping[str, float], recipe: Recipe,
+    *, placement: Placement, recipe: Recipe,
 ) -> tuple[TimedText, ...]:  # fmt: skip
-    """Return the events of a text stream on the session clock; see :func:`stream_offset`."""
-    if not events:
-        return ()
-    own_s = stream_offset(name, events[0].time_s, offset_s, starts=starts, recipe=recipe)
+    """Return the events of a text stream on the session clock; see :func:`session_times`."""
+    times_s = np.array([event.time_s for event in events], dtype=np.float64)
+    placed_s = session_times(name, times_s, offset_s, placement=placement, recipe=recipe).tolist()
     return tuple(
-        TimedText(e.time_s - own_s, e.text, origin=e.source_line, recorded_s=e.time_s)
-        for e in events
+        TimedText(time_s, e.text, origin=e.source_line, recorded_s=e.time_s)
+        for time_s, e in zip(placed_s, events, strict=True)
     )
 
 
@@ -192,31 +222,31 @@ def _align_text(name: str, events: tuple[TimedText, ...], streams: Alignment) ->
         streams.not_recorded.add(name)
 
 
-def read_starts(path: Path, recipe: Recipe) -> tuple[dict[str, float], str | None]:
-    """Read when streams begin, as ``session.json`` of a session folder declares it.
+def read_placement(path: Path, recipe: Recipe) -> Placement:
+    """Read what ``session.json`` of a session folder says about the times of streams."""
+    declared: dict[str, dict[str, float]] = {}
+    undeclared: list[str] = []
+    for key in (_STARTS_KEY, STRETCH_KEY):
+        values, error = _read_key(path / SESSION_INFO_FILE, key)
+        declared[key] = {name: value for name, value in values.items() if name in recipe.streams}
+        undeclared += [name for name in values if name not in recipe.streams]
+        bad = [name for name, value in declared[key].items() if not _is_usable(key, value)]
+        if bad:
+            limits = f"seconds on the session clock, up to {MAX_SESSION_S:g}"
+            if key == STRETCH_KEY:
+                limits = f"a factor of {1 / MAX_STRETCH:g} to {MAX_STRETCH:g}"
+            error = f"{key} of {bad[0]} is {str(declared[key][bad[0]])[:40]}; fix: write {limits}"
+        if error is not None:
+            return Placement(error=f"{SESSION_INFO_FILE}: {error}")
+    return Placement(
+        starts={name: float(value) for name, value in declared[_STARTS_KEY].items()},
+        stretches={name: float(value) for name, value in declared[STRETCH_KEY].items()},
+        undeclared=tuple(dict.fromkeys(undeclared)),
+    )
 
-    Returns:
-        Start of each declared stream in seconds on the session clock, and an error or None. With an
-        error, the position of every stream is unknown. Streams that the recipe does not declare are
-        ignored; :func:`undeclared_starts` lists them.
-    """
-    starts, error = _parse_starts(path)
-    declared = {name: value for name, value in starts.items() if name in recipe.streams}
-    for name, value in declared.items():
-        error = error or _start_error(name, value)
-    if error is not None:
-        return {}, f"{SESSION_INFO_FILE}: {error}"
-    return {name: float(value) for name, value in declared.items()}, None
 
-
-def undeclared_starts(path: Path, recipe: Recipe) -> tuple[str, ...]:
-    """Return the names of ``session.json`` that begin at a declared time, but are no streams."""
-    return tuple(name for name in _parse_starts(path)[0] if name not in recipe.streams)
-
-
-def _parse_starts(path: Path) -> tuple[dict[str, Any], str | None]:
-    """Return the declared starts by name, unchecked, and an error or None."""
-    file = path / SESSION_INFO_FILE
+def _read_key(file: Path, key: str) -> tuple[dict[str, Any], str | None]:
+    """Return an object of ``session.json``, empty if there is none, and an error or None."""
     try:
         raw = file.read_bytes() if file.is_file() else b""
     except OSError as error:
@@ -224,20 +254,19 @@ def _parse_starts(path: Path) -> tuple[dict[str, Any], str | None]:
     try:
         session_info = json.loads(raw or b"{}")
     except (ValueError, RecursionError):
-        if f'"{_STARTS_KEY}"'.encode() in raw:
-            return {}, f"contains {_STARTS_KEY} but is not JSON; fix: correct its syntax"
+        if f'"{key}"'.encode() in raw:
+            return {}, f"contains {key} but is not JSON; fix: correct its syntax"
         return {}, None
-    starts = session_info.get(_STARTS_KEY) if isinstance(session_info, dict) else None
-    if starts is None or isinstance(starts, dict):
-        return starts or {}, None
-    return {}, f'{_STARTS_KEY} is not an object; fix: write {{"NAME": 0.35}}'
+    values = session_info.get(key) if isinstance(session_info, dict) else None
+    if values is None or isinstance(values, dict):
+        return values or {}, None
+    return {}, f'{key} is not an object; fix: write {{"NAME": 0.35}}'
 
 
-def _start_error(name: str, value: Any) -> str | None:  # noqa: ANN401 (any JSON)
-    """Explain what is wrong with one declared start; None if nothing is."""
-    if type(value) in (int, float) and abs(value) <= MAX_SESSION_S:  # false for NaN
-        return None
-    return (
-        f"{_STARTS_KEY} of {name} is {str(value)[:40]}; "
-        f"fix: write seconds on the session clock, up to {MAX_SESSION_S:g}"
-    )
+def _is_usable(key: str, value: Any) -> bool:  # noqa: ANN401 (any JSON)
+    """Check a declared start or stretch."""
+    if type(value) not in (int, float):
+        return False
+    if key == STRETCH_KEY:
+        return bool(1 / MAX_STRETCH <= value <= MAX_STRETCH)
+    return bool(abs(value) <= MAX_SESSION_S)  # false for NaN

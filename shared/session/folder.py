@@ -71,7 +71,7 @@ def source_files(recipe: Recipe) -> tuple[str, ...]:
 
 
 def scanned_files(recipe: Recipe) -> tuple[str, ...]:
-    """Return the names of the files that a scan reads; of ``session.json``, only ``start_s``."""
+    """Return the names of the files that a scan reads; of ``session.json``, how it places them."""
     return (*source_files(recipe), SESSION_INFO_FILE)
 
 

@@ -15,7 +15,7 @@ from shared.kinds.sensor import SensorReader
 from shared.kinds.text import TextReader
 from shared.kinds.video import VideoReader
 from shared.media.channels import MEAN
-from shared.session.alignment import shift_events, stream_offset
+from shared.session.alignment import Placement, session_times, shift_events
 from shared.session.folder import read_readings, read_text_events
 from shared.streams import Kind
 
@@ -95,7 +95,11 @@ class SessionReader:
         if stream not in self._videos:
             spec, start_s = self.recipe.videos[stream], self.scan.start_overrides.get(stream)
             self._videos[stream] = VideoReader(
-                self.path / spec.file, spec, start_s=start_s, masked=self._masked(stream)
+                self.path / spec.file,
+                spec,
+                start_s=start_s,
+                masked=self._masked(stream),
+                stretch=self.scan.stretches.get(stream, 1.0),
             )
         return self._videos[stream]
 
@@ -107,10 +111,15 @@ class SessionReader:
                 spec,
                 start_s=self.scan.start_overrides.get(stream, 0.0),
                 gain=self.scan.gains[stream],
+                stretch=self.scan.stretches.get(stream, 1.0),
                 masked=self._masked(stream),
                 mix=self.scan.mixes.get(stream, MEAN),
             )
         return self._audio[stream]
+
+    @property
+    def _placement(self) -> Placement:
+        return Placement(starts=self.scan.start_overrides, stretches=self.scan.stretches)
 
     def _masked(self, stream: str) -> tuple[MaskedSpan, ...]:
         return self.scan.masked.get(stream, ())
@@ -128,11 +137,10 @@ class SessionReader:
         names = self._names(Kind.SENSOR)
         readings = read_readings(self.path, recipe, names, corrections=scan.corrections)
         for name, own in readings.items():
-            first_s = float(own.times_s[0]) if len(own.times_s) else 0.0
-            offset_s = stream_offset(
-                name, first_s, scan.clock_offset_s, starts=scan.start_overrides, recipe=recipe
+            times_s = session_times(
+                name, own.times_s, scan.clock_offset_s, placement=self._placement, recipe=recipe
             )
-            times_s, spec = own.times_s - offset_s, recipe.sensors[name]
+            spec = recipe.sensors[name]
             readers[name] = SensorReader(times_s, own.values, spec, self._masked(name))
         return readers
 
@@ -147,7 +155,7 @@ class SessionReader:
         readers = {}
         for name, recorded in events.items():
             shifted = shift_events(
-                name, recorded, scan.clock_offset_s, starts=scan.start_overrides, recipe=recipe
+                name, recorded, scan.clock_offset_s, placement=self._placement, recipe=recipe
             )
             readers[name] = TextReader(
                 [event for event in shifted if 0 <= event.time_s < scan.duration_s],

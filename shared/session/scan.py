@@ -11,7 +11,7 @@ import math
 import reprlib
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,14 +28,15 @@ from shared.session.alignment import (
     MAX_SESSION_S,
     MEDIA_KINDS,
     Alignment,
+    Placement,
     align_streams,
-    read_starts,
-    undeclared_starts,
+    read_placement,
 )
 from shared.session.folder import SESSION_INFO_FILE, source_files
 from shared.session.lines import Correction
 from shared.session.masks import MaskedSpan, masked_share
 from shared.session.names import UnusedName, session_name
+from shared.session.rates import find_rate_faults, mask_wrong_rates, propose_stretches
 from shared.session.still import Recorded, find_still
 from shared.session.timestamps import read_lines
 from shared.streams import Kind, MaskReason, mask_reasons
@@ -83,12 +84,16 @@ class SessionScan:
     By default audio begins at 0, a video at its container's times, and a timestamped stream at its
     first timestamp minus the offset. Columns depend on these starts as on the source files.
     """
+    stretches: Mapping[str, float]
+    """Factor of the times since its start, of each stream whose clock is declared to be wrong."""
     corrections: Mapping[str, Correction]
     """How files are read whose timestamps can't be taken as they are."""
     absent: Mapping[str, str]
     """Why each other stream is missing."""
     not_recorded: frozenset[str]
     """Missing streams that nothing was recorded of: no file, no reading, no event."""
+    proposed_stretches: Mapping[str, float]
+    """What `stretches` should have as well, by strong evidence."""
     masked: Mapping[str, tuple[MaskedSpan, ...]]
     """Stretches of streams that no sample shows, because their content is known to be wrong."""
     coverage: Mapping[str, tuple[float, ...]]
@@ -203,28 +208,30 @@ def scan_session(
     raises an error. Source files that are `known` to be unchanged are not hashed again.
     """
     media = _Media(path, recipe)
-    starts, start_error = read_starts(path, recipe)
-    for name in recipe.of_kind(*MEDIA_KINDS) if start_error is None else ():
+    placement = read_placement(path, recipe)
+    for name in recipe.of_kind(*MEDIA_KINDS) if placement.error is None else ():
         try:
-            _SCANNERS[recipe.streams[name].kind](media, name, starts.get(name))
+            _SCANNERS[recipe.streams[name].kind](media, name, placement)
         except MediaError as error:
             media.add_absent(name, error)
     media_stop_s = max((interval.stop_s for interval in media.intervals.values()), default=None)
     timed = read_lines(path, recipe, media_stop_s, is_cleaned=True)
-    lines, refusal = timed.lines, start_error or timed.refusal
+    lines, refusal = timed.lines, placement.error or timed.refusal
     if refusal is None:
-        alignment = align_streams(media.intervals, lines, starts=starts, recipe=recipe)
+        alignment = align_streams(media.intervals, lines, placement=placement, recipe=recipe)
     else:
         alignment = Alignment(absent=dict.fromkeys(recipe.streams, refusal))
     sentences = [(f"{i.file} {i.kind} {i.stream}", i.sentence, i.count) for i in lines.issues]
     sentences += [(kind, sentence, 1) for kind, sentence in timed.sentences.items()]
-    sentences += _describe_outside(path, alignment, recipe)
+    sentences += _describe_outside(alignment, placement)
     sentences += media.describe_mixes()
     absent = {**media.absent, **alignment.absent}
-    masked = _find_masked(_recorded(media, alignment, lines))
+    recorded = _recorded(media, alignment, lines)
+    rates = find_rate_faults(recorded)
+    sentences += [("rate", fault.sentence, 1) for fault in rates]
+    masked = _find_masked(replace(recorded, wrong_clocks=mask_wrong_rates(rates)))
     loudness = _measured_loudness(media, masked)
     segments = plan_segments(alignment.duration_s, recipe.segment_s)
-    timed_starts = {n: s for n, s in starts.items() if recipe.streams[n].kind not in MEDIA_KINDS}
     return SessionScan(
         session=session_name(path),
         duration_s=alignment.duration_s,
@@ -233,10 +240,12 @@ def scan_session(
         levels={name: of_sound.rms for name, of_sound in loudness.items()},
         mixes=media.mixes,
         intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
-        start_overrides={**media.start_overrides, **timed_starts},
+        start_overrides=media.start_overrides | alignment.starts,
+        stretches=placement.stretches,
         corrections=timed.corrections,
         absent={n: absent[n] for n in recipe.streams if n in absent},
         not_recorded=frozenset({*media.not_recorded, *alignment.not_recorded}),
+        proposed_stretches=propose_stretches(rates, recipe),
         masked=masked,
         coverage=_coverage(segments, alignment, media, masked=masked),
         silent=_silent_segments(segments, alignment, recipe),
@@ -284,24 +293,26 @@ class _Media:
         ]
 
 
-def _scan_video(media: _Media, name: str, start_s: float | None) -> None:
+def _scan_video(media: _Media, name: str, placement: Placement) -> None:
     """Read the frame times of a video."""
+    start_s, stretch = placement.starts.get(name), placement.stretches.get(name, 1.0)
     recorded = read_video_track(media.path / media.recipe.streams[name].file)
-    track = media.tracks[name] = video.align_track(recorded, start_s)
+    track = media.tracks[name] = video.align_track(recorded, start_s, stretch=stretch)
     media.intervals[name] = video.interval_of(track)
     if track is not recorded and start_s is not None:
         media.start_overrides[name] = start_s
 
 
-def _scan_audio(media: _Media, name: str, start_s: float | None) -> None:
+def _scan_audio(media: _Media, name: str, placement: Placement) -> None:
     """Measure the interval and the level of an audio stream."""
     spec = media.recipe.audios[name]
-    sound = read_sound(
+    recorded = read_sound(
         media.path / spec.file, rate_hz=spec.rate_hz, track=spec.track, channels=spec.channels
     )
+    sound = audio.stretch_sound(recorded, placement.stretches.get(name, 1.0))
     if sound.mix != MEAN:
         media.mixes[name] = sound.mix
-    interval = media.intervals[name] = audio.align_sound(sound, start_s)
+    interval = media.intervals[name] = audio.align_sound(sound, placement.starts.get(name))
     if interval.start_s:
         media.start_overrides[name] = interval.start_s
     media.loudness[name] = measure_loudness(sound.samples.iter_blocks(), spec=spec)
@@ -309,7 +320,7 @@ def _scan_audio(media: _Media, name: str, start_s: float | None) -> None:
     media.zeros[name] = [Interval(z.start_s + start_s, z.stop_s + start_s) for z in sound.zeros]
 
 
-_SCANNERS: Mapping[Kind, Callable[[_Media, str, float | None], None]] = {
+_SCANNERS: Mapping[Kind, Callable[[_Media, str, Placement], None]] = {
     Kind.VIDEO: _scan_video,
     Kind.AUDIO: _scan_audio,
 }
@@ -335,6 +346,7 @@ def _recorded(media: _Media, alignment: Alignment, lines: SessionLines) -> Recor
 _FINDERS: tuple[Callable[[Recorded], Mapping[str, Sequence[MaskedSpan]]], ...] = (
     find_still,
     _find_damaged,
+    lambda recorded: recorded.wrong_clocks,
 )
 
 
@@ -418,9 +430,7 @@ def _silent_segments(
     return tuple((~is_spoken).tolist())
 
 
-def _describe_outside(
-    path: Path, alignment: Alignment, recipe: Recipe
-) -> list[tuple[str, str, int]]:
+def _describe_outside(alignment: Alignment, placement: Placement) -> list[tuple[str, str, int]]:
     """Say what is outside the session's time or streams, as issues of the scan."""
     sentences = [("text outside", sentence, 1) for sentence in alignment.outside]
     if alignment.stop_s > MAX_SESSION_S:
@@ -429,10 +439,10 @@ def _describe_outside(
             "left out, a timestamp must be wrong"
         )
         sentences.append(("length", sentence, 1))
-    if names := undeclared_starts(path, recipe):
+    if names := placement.undeclared:
         sentence = (
-            f"{SESSION_INFO_FILE}: start_s of {reprlib.repr(names[0])} is ignored, the recipe "
-            "declares no such stream; fix: correct the name"
+            f"{SESSION_INFO_FILE}: {reprlib.repr(names[0])} in start_s or stretch is ignored, the "
+            "recipe declares no such stream; fix: correct the name"
         )
         sentences.append(("start", sentence, len(names)))
     return sentences

@@ -39,6 +39,8 @@ def scan(
         "levels": dict.fromkeys(recipe.of_kind(Kind.AUDIO), 0.1),
         "start_overrides": {},
         "intervals": {s: Interval(0.0, float(segments)) for s in recipe.streams},
+        "stretches": {},
+        "proposed_stretches": {},
         "corrections": {},
         "absent": {},
         "masked": {},

@@ -242,7 +242,8 @@ class _SegmentCache:
 def _session_identity(scan: SessionScan) -> list[Any]:
     """Return what tells a session from all others."""
     files = {name: file.sha256 for name, file in scan.source_files.items()}
-    return [scan.session, files, *([dict(scan.start_overrides)] if scan.start_overrides else [])]
+    placed = [dict(values) for values in (scan.start_overrides, scan.stretches) if values]
+    return [scan.session, files, *placed]
 
 
 def _bytes_of(decoded: Any) -> int:  # noqa: ANN401 (a segment of any kind)

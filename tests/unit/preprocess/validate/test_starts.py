@@ -66,7 +66,9 @@ def test_starts_that_cannot_be_used_are_an_error(session: Path) -> None:
 def test_the_start_of_a_stream_that_is_not_declared_is_a_warning(session: Path) -> None:
     declare(session, microphone=0.3)
     (warning,) = check_session(session, recipe=LOOSE).report.warnings
-    assert warning.startswith("session.json: start_s names 'microphone', which the recipe does not")
+    assert warning.startswith(
+        "session.json: start_s or stretch names 'microphone', which the recipe does not"
+    )
 
 
 def test_a_late_sound_is_drawn_at_its_start(session: Path) -> None:

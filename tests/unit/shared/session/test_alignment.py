@@ -19,7 +19,7 @@ import pytest
 import soundfile
 import zarr
 from helpers.oracles import build, file_hashes, jsonl, open_indexes, tar_members, tiny_recipe
-from helpers.sessions import write_lines, write_streams, write_table, write_tone
+from helpers.sessions import sensor_lines, write_lines, write_streams, write_table, write_tone
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ from shared.media.sound import read_sound
 from shared.media.tokenizer import train_tokenizer
 from shared.media.video import read_video_track
 from shared.recipe import Recipe
-from shared.session.alignment import align_streams, read_starts, undeclared_starts
+from shared.session.alignment import Placement, align_streams, read_placement
 from shared.session.lines import FileLines, Readings, SessionLines, TextEvent
 from shared.session.reader import SessionReader
 from shared.session.scan import scan_session
@@ -73,6 +73,7 @@ def mux(
     *,
     video_from: int | None = None,
     video_at_s: float = 0.0,
+    video_pace: float = 1.0,
     sound_from_s: float | None = None,
     sound_at_s: float = 0.0,
     codec: str = "aac",
@@ -90,7 +91,9 @@ def mux(
             for tick in range(video_from, LENGTH_S * TICKS_PER_S):
                 gray = np.full((32, 32, 3), 255 if tick in EVENTS else 0, np.uint8)
                 frames.append(av.VideoFrame.from_ndarray(gray, format="rgb24"))
-                frames[-1].pts = round(1000 * (video_at_s + (tick - video_from) * TICK_S))
+                frames[-1].pts = round(
+                    1000 * (video_at_s + (tick - video_from) * TICK_S / video_pace)
+                )
                 frames[-1].time_base = Fraction(1, 1000)
             streams.append((stream, frames))
         if sound_from_s is not None:
@@ -153,6 +156,14 @@ def sound_before_the_clock(session: Path) -> None:
     declare(session, audio=-0.48)
 
 
+def declared_at_a_wrong_rate(session: Path) -> None:
+    """Write 24 pictures per second as 25, late, and a WAV of 48,000 samples as 50,000."""
+    mux(session / "vision_left.mp4", video_from=10, video_pace=25 / 24)
+    soundfile.write(session / "audio.wav", world_sound(0.0), 50_000, subtype="FLOAT")
+    starts, stretch = {"vision_left": 0.4}, {"vision_left": 25 / 24, "audio": 50 / 48}
+    (session / "session.json").write_text(json.dumps({"start_s": starts, "stretch": stretch}))
+
+
 RECORDINGS = {
     "aac in mp4": (lambda s: in_one_container(s, "aac", "mp4"), 0),
     "opus in matroska": (lambda s: in_one_container(s, "libopus", "matroska"), 0),
@@ -161,6 +172,7 @@ RECORDINGS = {
     "wav declared late": (late_wav, 0),
     "video declared late": (early_wav, 0),
     "wav declared before the clock": (sound_before_the_clock, 12),
+    "rates declared wrong": (declared_at_a_wrong_rate, 0),
 }
 """Functions that write a session, and the world's tick at which its clock is zero."""
 
@@ -278,6 +290,9 @@ BAD_STARTS = {
     '{"start_s": {"audio": null}}': "start_s of audio is None; fix: write seconds",
     '{"start_s": {"audio": [0.35]}}': "start_s of audio is [0.35]; fix: write seconds",
     '{"start_s": 0.35}': 'start_s is not an object; fix: write {"NAME": 0.35}',
+    '{"stretch": {"audio": 3}}': "stretch of audio is 3; fix: write a factor of 0.5 to 2",
+    '{"stretch": {"audio": true}}': "stretch of audio is True; fix: write a factor of 0.5 to 2",
+    '{"stretch": [1.04]}': 'stretch is not an object; fix: write {"NAME": 0.35}',
     '{"start_s": {"audio": 0.35': "contains start_s but is not JSON; fix: correct its syntax",
 }
 
@@ -288,8 +303,9 @@ def test_an_impossible_start_leaves_all_streams_out_with_the_reason(
 ) -> None:
     session = write_streams(tmp_path / "in" / "one", tiny_recipe())
     (session / "session.json").write_text(content)
-    starts, error = read_starts(session, tiny_recipe())
-    assert starts == {}
+    placement = read_placement(session, tiny_recipe())
+    error = placement.error
+    assert placement == Placement(error=error)
     assert str(error).startswith(f"session.json: {BAD_STARTS[content]}")
     scan = scan_session(session, recipe=tiny_recipe())
     assert scan.absent == dict.fromkeys(tiny_recipe().streams, error)
@@ -300,16 +316,17 @@ def test_an_impossible_start_leaves_all_streams_out_with_the_reason(
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"by": ', '{"start_s": null}', "\0"])
 def test_session_info_without_starts_shifts_nothing(content: str, tmp_path: Path) -> None:
     (tmp_path / "session.json").write_text(content)
-    assert read_starts(tmp_path, RECIPE) == ({}, None)
+    assert read_placement(tmp_path, RECIPE) == Placement()
 
 
 def test_starts_of_undeclared_streams_are_ignored_and_reported(tmp_path: Path) -> None:
     write_tone(tmp_path / "audio.wav")
     declare(tmp_path, microphone=0.25, wrist=1, audio=0.5)
-    assert read_starts(tmp_path, RECIPE) == ({"audio": 0.5}, None)
-    assert undeclared_starts(tmp_path, RECIPE) == ("microphone", "wrist")
+    assert read_placement(tmp_path, RECIPE) == Placement(
+        starts={"audio": 0.5}, undeclared=("microphone", "wrist")
+    )
     (sentence,) = scan_session(tmp_path, recipe=RECIPE).issues
-    assert sentence.startswith("session.json: start_s of 'microphone' is ignored, the recipe")
+    assert sentence.startswith("session.json: 'microphone' in start_s or stretch is ignored")
     assert sentence.endswith("fix: correct the name (and 1 more such lines)")
 
 
@@ -528,7 +545,9 @@ TIMES = st.lists(st.integers(-40, 4000).map(lambda n: n / 4), max_size=4, unique
 )
 def test_all_files_share_the_offset_of_the_union_of_their_times(times_s, media_stop_s, starts):
     media = {} if media_stop_s is None else {"video": Interval(0.0, media_stop_s)}
-    alignment = align_streams(media, lines_of(times_s), starts=starts, recipe=FILES)
+    alignment = align_streams(
+        media, lines_of(times_s), placement=Placement(starts=starts), recipe=FILES
+    )
     union = [t for name in ("a", "b") if name not in starts for t in times_s[name]]
     if union:
         assert alignment.offset_s == slow_offset(union, media_stop_s)
@@ -563,14 +582,16 @@ def test_all_files_share_the_offset_of_the_union_of_their_times(times_s, media_s
 )
 def test_texts_alone_are_shifted_only_past_the_media(times_s, media_stop_s, offset_s):
     media = {} if media_stop_s is None else {"video": Interval(0.0, media_stop_s)}
-    alignment = align_streams(media, lines_of({"note": times_s}), starts={}, recipe=FILES)
+    alignment = align_streams(
+        media, lines_of({"note": times_s}), placement=Placement(), recipe=FILES
+    )
     assert alignment.offset_s == offset_s
 
 
 def test_texts_do_not_move_the_sensors(tmp_path: Path) -> None:
     times_s = {"a": [1000.0, 1015.0], "note": [2.0, 9000.0]}
     alignment = align_streams(
-        {"video": Interval(0.0, 15.0)}, lines_of(times_s), starts={}, recipe=FILES
+        {"video": Interval(0.0, 15.0)}, lines_of(times_s), placement=Placement(), recipe=FILES
     )
     assert alignment.offset_s == 1000.0
     assert alignment.absent["note"] == (
@@ -582,7 +603,7 @@ def test_texts_do_not_move_the_sensors(tmp_path: Path) -> None:
 
 def test_epochs_on_a_clock_of_their_own_make_no_long_session() -> None:
     times_s = {"c": [1.7e9, 1.7e9 + 9], "a": [0.0, 9.0]}
-    alignment = align_streams({}, lines_of(times_s), starts={}, recipe=FILES)
+    alignment = align_streams({}, lines_of(times_s), placement=Placement(), recipe=FILES)
     assert alignment.duration_s == 18.0
     assert "outside the session of 86400 s" in alignment.absent["c"]
 
@@ -616,3 +637,32 @@ def test_a_stream_without_readings_is_absent_with_the_cause(
         assert scan.absent["gaze"].startswith(reason)
         assert scan.session_rejection(recipe).startswith(f"required stream gaze: {reason}")
         assert ("gaze" in scan.not_recorded) == ("holds no usable" in reason)
+
+
+@pytest.mark.parametrize("first_s", [0.0, 1_700_000_000.0])
+@pytest.mark.parametrize("start_s", [None, 0.5])
+def test_a_stretched_sensor_and_its_texts_are_where_they_were(tmp_path, first_s, start_s):
+    fast = 1.04
+    lines = sensor_lines(4.0)
+    for line in lines:
+        line["timestamp"] = first_s + line["timestamp"] * fast
+    write_lines(tmp_path / "metadata.jsonl", lines)
+    texts = [{"timestamp": first_s + 2.0 * fast, "stream": "internal", "text": "x"}]
+    write_lines(tmp_path / "text.jsonl", texts)
+    stretch = dict.fromkeys(("touch", "internal_text"), 1 / fast)
+    starts = {} if start_s is None else {"touch": start_s}
+    info = json.dumps({"stretch": stretch, "start_s": starts})
+    (tmp_path / "session.json").write_text(info)
+    recipe = tiny_recipe()
+    scan = scan_session(tmp_path, recipe=recipe)
+    assert scan.intervals["touch"].stop_s == pytest.approx(4.0 + (start_s or 0.0), abs=1e-6)
+    assert scan.intervals["proprio"].stop_s == pytest.approx(4.0 * fast, abs=1e-6)
+    tokenizer = train_tokenizer(["x"], vocab_size=300)
+    reader = SessionReader(tmp_path, scan, recipe=recipe, tokenizer=tokenizer)
+    values = np.concatenate([reader.read_sensor("touch", s) for s in scan.segments(recipe)])
+    times_s = np.arange(len(values)) / recipe.sensors["touch"].rate_hz - (start_s or 0.0)
+    expected = 0.5 + 0.4 * np.sin(2 * times_s[:, None] + np.arange(5))
+    is_inside = (times_s >= 0) & (times_s < 3.9)
+    np.testing.assert_allclose(values[is_inside], expected[is_inside], atol=1e-3)
+    (event,) = reader.read_text("internal_text", scan.segments(recipe)[2]).events
+    assert event.time_s == pytest.approx(2.0, abs=1e-6)
