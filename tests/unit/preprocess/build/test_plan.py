@@ -26,6 +26,7 @@ from preprocess.build.commit import count_segments, rejected_lines
 from preprocess.build.explain import explain_plan
 from preprocess.build.plan import recipe_changes
 from preprocess.build.plan_types import Cause, Plan, ShardTask
+from shared.media.channels import Mix
 from shared.recipe import Recipe, assign_split
 from shared.shardset.layout import columns_of
 from shared.streams import DEFAULT_STREAMS
@@ -166,6 +167,8 @@ def test_one_changed_file_makes_only_its_columns_due(file, columns):
         ({"start_overrides": {"touch": 0.5}}, {"touch"}),
         ({"duration_s": 2.9}, TEXT_COLUMNS),  # an event after the end is left out
         ({"levels": {"audio": 0.2}}, set()),
+        ({"mixes": {"audio": Mix(weights=(1, -1), reason="inverted")}}, AUDIO_COLUMNS),
+        ({"mixes": {"audio": Mix(offset=0.1)}}, AUDIO_COLUMNS),
     ],
 )
 def test_a_changed_gain_start_or_clock_rebuilds_the_columns_that_use_it(change, columns):

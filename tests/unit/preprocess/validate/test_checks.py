@@ -81,6 +81,12 @@ def halve(file: str) -> Callable[[Path], None]:
     return apply
 
 
+def empty_header(folder: Path) -> None:
+    content = bytearray((folder / "audio.wav").read_bytes())
+    content[40:44] = bytes(4)
+    (folder / "audio.wav").write_bytes(content)
+
+
 def cut_video(folder: Path) -> None:
     write_video(folder / "vision_left.mp4", muxer={"movflags": "faststart"})
     halve("vision_left.mp4")(folder)
@@ -163,6 +169,13 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
         for_each(lambda line: line.update(proprio=[0.5] * 20)), "still", "failed", "frozen",
     ),
     "muted": (sound(np.zeros(32_000)), "sound", "failed", "silent"),
+    "antiphase": (
+        sound(np.stack([tone(), -tone()], axis=1)), "sound", "warnings", "channel 1 is inverted",
+    ),
+    "offset": (sound(0.3 + 0.1 * tone()), "sound", "warnings", "an offset of 0.300"),
+    "unfinished header": (
+        empty_header, "sound", "warnings", "declares 0 bytes of sound",
+    ),
     "clipped": (sound(np.clip(4 * tone(), -1, 1)), "sound", "failed", "clipped"),
     "integer floats": (sound(9000 * tone(), "FLOAT"), "sound", "failed", "full scale is 1"),
     "nan sound": (sound(NAN_SOUND, "FLOAT"), "sound", "warnings", "320 samples are not finite"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import soundfile
 from helpers.oracles import tiny_recipe
 from helpers.sessions import sensor_lines, write_lines, write_tone
 
+from shared.session.reader import SessionReader
 from shared.session.scan import scan_from_json, scan_session
 
 
@@ -89,6 +92,24 @@ def test_a_sensor_slower_than_its_rate_is_reported_unless_it_holds(session, rate
     begin = f"metadata.jsonl: touch is recorded at {rate_hz:.3g} Hz, its rate_hz is 30; "
     assert all(s.startswith(begin) and words in s for s in scan.slow.values())
     assert scan_from_json(scan.as_json()) == scan
+
+
+def test_channels_are_mixed_as_the_scan_says(session):
+    tones = [0.3 * np.sin(np.arange(32_000) / step) for step in (9, 8)]
+    soundfile.write(session / "audio.wav", np.stack([tones[0], -tones[0]], axis=1), 16_000)
+    recipe = tiny_recipe()
+    scan = scan_session(session, recipe=recipe)
+    assert scan.mixes["audio"].weights == (1, -1)
+    assert any("channel 1 is inverted" in issue for issue in scan.issues)
+    assert scan_from_json(scan.as_json()) == scan
+    reader = SessionReader(session, scan, recipe=recipe)
+    waveform = reader.read_audio("audio", scan.segments(recipe)[1]).astype(np.float64)
+    assert np.corrcoef(waveform, tones[0][16_000:])[0, 1] > 0.999
+    mean = tiny_recipe(
+        streams={"audio": {"kind": "audio", "file": "audio.wav", "channels": "mean"}}
+    )
+    scan = scan_session(session, recipe=mean)
+    assert (scan.mixes, scan.levels["audio"] < 1e-4) == ({}, True)
 
 
 def test_a_scan_comes_back_from_its_json(session):
