@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -269,6 +270,9 @@ def init_worker(_worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    # A forked process ends by os._exit, but a spawned one takes the interpreter apart first. A
+    # thread that needs the interpreter then, such as ours, can abort the process (SIGABRT).
+    atexit.register(os._exit, 0)
 
 
 def _exit_with_parent(parent_pid: int) -> None:

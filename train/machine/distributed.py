@@ -37,6 +37,9 @@ _RELEASE_TIMEOUT_S: Final = 5.0
 
 _RELEASE_POLL_S: Final = 0.001
 
+_NUM_LAST_EXCHANGES: Final = 8
+"""Several for each of gloo's two threads."""
+
 
 def rank() -> int:
     """Return the rank of this process, 0 if it is the only one."""
@@ -217,18 +220,20 @@ def sum_over_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _wait_for_all() -> None:
-    """Wait for the other ranks, and for the gloo thread that did the exchange.
+    """Wait for the other ranks, and for the gloo threads that did the exchanges.
 
-    The thread's last act is to release the tensor, for which it needs the interpreter. If the
+    A thread's last act is to release the tensor, for which it needs the interpreter. If the
     interpreter exits at that moment, the process dies of SIGABRT although all work is done (seen in
-    torch 2.13, in one of ten short trainings).
+    torch 2.13, in one of ten short trainings). gloo's threads take turns, so a few exchanges reach
+    each of them; one exchange left the other thread alone (seen in one of four runs with FSDP2).
     """
-    tensor = torch.zeros(1)
-    num_references = sys.getrefcount(tensor)
-    dist.all_reduce(tensor)
-    deadline_s = time.monotonic() + _RELEASE_TIMEOUT_S
-    while sys.getrefcount(tensor) > num_references and time.monotonic() < deadline_s:
-        time.sleep(_RELEASE_POLL_S)
+    for _ in range(_NUM_LAST_EXCHANGES):
+        tensor = torch.zeros(1)
+        num_references = sys.getrefcount(tensor)
+        dist.all_reduce(tensor)
+        deadline_s = time.monotonic() + _RELEASE_TIMEOUT_S
+        while sys.getrefcount(tensor) > num_references and time.monotonic() < deadline_s:
+            time.sleep(_RELEASE_POLL_S)
 
 
 def _announced_world_size() -> int:

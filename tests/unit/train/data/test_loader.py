@@ -420,7 +420,7 @@ from helpers.sets import make_config
 from train.data.loader import Loader
 from train.data.shard_source import ShardSource
 
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda *_: None)
 batches = iter(Loader(ShardSource(sys.argv[1]), make_config(num_workers=2)))
 next(batches)
@@ -442,7 +442,28 @@ def test_workers_outlive_a_signal_to_the_whole_group(tiny_set):
         start_new_session=True,
     ) as process:
         assert process.stdout.readline() == "reading\n"
-        os.killpg(process.pid, signal.SIGINT)
-        os.killpg(process.pid, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.killpg(process.pid, number)
         out, err = process.communicate("go on\n", timeout=30)
     assert (out, err, process.returncode) == ("30\n", "", 0)
+
+
+SPAWNED = """
+import atexit, multiprocessing
+from train.data.batch_maker import init_worker
+if __name__ == "__mp_main__":
+    atexit.register(print, "the interpreter is taken apart")
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=init_worker, args=(0,))
+    worker.start()
+    worker.join()
+    print("ended", worker.exitcode)
+"""
+
+
+def test_a_spawned_worker_ends_like_a_forked_one(tmp_path):
+    # Threads of libraries that need the interpreter while it is taken apart can abort the process.
+    program = tmp_path / "program.py"
+    program.write_text(SPAWNED)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("ended 0\n", "")
