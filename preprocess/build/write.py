@@ -272,7 +272,7 @@ def _partial_failure(row: Row, stream: str, frames: Frames, rate_hz: float) -> D
         "stream": stream,
         "start_s": float(grid_s[0]),
         "stop_s": float(grid_s[-1]) + 1 / rate_hz,
-        "reason": f"{count} are damaged or follow a damaged one",
+        "reason": f"{count} do not decode or follow damage",
     }
 
 
