@@ -219,12 +219,15 @@ def error_reason(error: Exception) -> str:
 def explain_failure(path: Path) -> str | None:
     """Say why a file that no decoder accepts is no whole video, and the fix; None if unknown."""
     with suppress(OSError):
-        if (reason := _recognize(_read_head(path)) or describe_cut(path)) is not None:
+        if (reason := _recognize(_read_head(path))) is not None:
             return reason
-        names = [name for name, _, _ in _iter_parts(path)]
-        if names and b"moov" not in names:
-            text = "its index (the moov box) is missing: the recorder did not finish the file"
-            return f"{text}; {REPAIR_FIX}"
+        cut, names = describe_cut(path), [name for name, _, _ in _iter_parts(path)]
+        if not names or names[0] not in _BOXES or b"moov" in names:
+            return cut
+        if cut is not None:
+            return f"its index (the moov box) is missing, as it is {cut}"
+        text = "its index (the moov box) is missing: the recorder did not finish the file"
+        return f"{text}; {REPAIR_FIX}"
     return None
 
 

@@ -311,3 +311,11 @@ def test_an_index_with_a_wrong_number_of_samples_is_named(tmp_path: Path) -> Non
     assert reason_of(tmp_path / "a.mp4").startswith(
         "its index is wrong: none of its 60 frames is found"
     )
+
+
+def test_an_index_that_a_cut_copy_lacks_is_named(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    content = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(content[: content.index(b"mdat") + 400])
+    expected = "its index (the moov box) is missing, as it is cut off: its last part (mdat) should"
+    assert reason_of(tmp_path / "a.mp4").startswith(expected)
