@@ -127,11 +127,11 @@ class _FileHead:
     def read(self, size: int) -> bytes:
         return self._file.read(max(0, min(size, self._stop - self._file.tell())))
 
-    def seek(self, offset: int, whence: int = 0) -> int:
+    def seek(self, offset: int, origin: int = 0) -> int:
         return (
             self._file.seek(self._stop + offset, 0)
-            if whence == 2
-            else self._file.seek(offset, whence)
+            if origin == 2
+            else self._file.seek(offset, origin)
         )
 
 
