@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from shared.cli import CommandGroup, ContinuableCommand, widen_pipes
+from shared.errors import EngineError, MachineError
 from shared.recipe import Recipe, load_recipe
 from shared.session.names import typed_name
 from shared.storage import Store, parse_location, redact_url
@@ -90,6 +91,8 @@ def validate(
 ) -> None:
     """Check sessions, or single video and sound files; exit with code 1 if a check fails.
 
+    The code is 3 if none fails, but the machine could not read some of them.
+
     SESSIONS are session folders, folders of session folders, or URLs of them.
 
     \b
@@ -100,7 +103,7 @@ def validate(
     python -m preprocess validate camera.mp4 microphone.wav
     python -m preprocess validate --init data/sessions/session_001 > recipe.yaml
     """  # noqa: D301
-    from preprocess.validate.console import has_failed, print_summary, to_json_lines
+    from preprocess.validate.console import exit_code_of, print_summary, to_json_lines
 
     if init:
         _print_proposal(locations)
@@ -122,8 +125,8 @@ def validate(
             click.echo(line.encode())  # UTF-8 in any locale
     elif summary:
         print_summary(console, reports)
-    if has_failed(reports, strict=strict):
-        ctx.exit(1)
+    if code := exit_code_of(reports, strict=strict):
+        ctx.exit(code)
 
 
 def _check(
@@ -298,6 +301,8 @@ def upgrade(shard_set: str) -> None:
 def verify(ctx: click.Context, shard_set: str) -> None:
     """Check every byte of a shard set (a folder or a URL); exit with code 1 on any problem.
 
+    The code is 3 if there is none, but files could not be read.
+
     \b
     python -m preprocess verify shards/default
     python -m preprocess verify s3://bucket/set
@@ -310,15 +315,17 @@ def verify(ctx: click.Context, shard_set: str) -> None:
         result = verify_set(
             shard_set, progress=lambda done, total: bars.update(bar, completed=done, total=total)
         )
-    for problem in result.problems:
+    for problem in (*result.problems, *result.unread):
         click.echo(problem, err=True)
+    outcome = f"{len(result.problems)} problems" if result.problems else "all good"
+    if result.unread:
+        outcome = f"{len(result.problems)} problems, {len(result.unread)} files could not be read"
     click.echo(
         f"{redact_url(shard_set)}: {result.num_samples} samples in {result.num_shards} shards, "
-        f"{result.num_members} members, {result.length_bytes / 2**20:.1f} MiB: "
-        + (f"{len(result.problems)} problems" if result.problems else "all good")
+        f"{result.num_members} members, {result.length_bytes / 2**20:.1f} MiB: " + outcome
     )
-    if result.problems:
-        ctx.exit(1)
+    if result.problems or result.unread:
+        ctx.exit(EngineError.exit_code if result.problems else MachineError.exit_code)
 
 
 @cli.command()

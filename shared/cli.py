@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -39,8 +38,8 @@ class CommandGroup(click.Group):
         except EngineError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of our output has gone: exit quietly
+        except (OSError, MemoryError) as error:
+            if isinstance(error, BrokenPipeError):  # no process reads our output: exit quietly
                 raise
             click.echo(f"Error: {describe_os_error(error)}", err=True)
             is_trouble = is_machine_trouble(error)

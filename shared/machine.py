@@ -35,6 +35,8 @@ _T = TypeVar("_T")
 MAX_DESCRIPTORS = 1 << 16
 """More open files than any command needs; programs that count up to a huge limit become slow."""
 
+_BUFFER_BYTES = 1 << 16
+
 TOO_MANY_OPEN = frozenset({errno.EMFILE, errno.ENFILE})
 
 _TRANSIENT = TOO_MANY_OPEN | {
@@ -103,8 +105,10 @@ _WORDS: dict[int, str] = {
 _log = logging.getLogger(__name__)
 
 
-def describe_os_error(error: OSError, path: Path | str | None = None) -> str:
+def describe_os_error(error: OSError | MemoryError, path: Path | str | None = None) -> str:
     """Say in one line which path an error is about, what is wrong, and how to fix it."""
+    if isinstance(error, MemoryError):
+        error = OSError(errno.ENOMEM, f"out of memory ({error})".replace(" ()", ""))
     path = error.filename if path is None else path
     path = path.decode(errors="replace") if isinstance(path, bytes) else path
     reason = error.strerror or str(error) or type(error).__name__
@@ -242,7 +246,7 @@ class SteadyFile(io.RawIOBase):
             content += more
         return content
 
-    def readinto(self, buffer: bytearray, /) -> int:  # type: ignore[override]
+    def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 (any buffer)
         """Read into a buffer at the position; return the number of bytes, 0 at the end."""
         num_read = self._steadily(lambda: os.preadv(self._fd, [buffer], self._position))
         self._position += num_read
@@ -286,6 +290,7 @@ class SteadyFile(io.RawIOBase):
             return read()
         except OSError as error:
             self._is_stale = error.errno == errno.ESTALE
+            error.filename = self.name
             raise
 
 
@@ -294,7 +299,7 @@ class _QuietFile(SteadyFile):
 
     error: Exception | None = None
 
-    def readinto(self, buffer: bytearray, /) -> int:  # type: ignore[override]
+    def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 (any buffer)
         if self.error is not None:
             return 0
         try:
@@ -319,9 +324,15 @@ def open_for_library(path: Path) -> Iterator[Any]:
                 raise file.error
 
 
+def open_steadily(path: Path) -> io.BufferedReader:
+    """Open a file for reading in parts; see :class:`SteadyFile`."""
+    return io.BufferedReader(SteadyFile(path), _BUFFER_BYTES)
+
+
 def read_bytes(path: Path) -> bytes:
     """Read a whole file; see :func:`read_steadily`."""
-    return read_steadily(path.read_bytes, path)
+    with SteadyFile(path) as file:
+        return file.pread(file.size(), 0)
 
 
 def lock_file(descriptor: int, operation: int, *, path: Path, loss: str) -> bool | None:
@@ -407,6 +418,21 @@ def count_descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 (names suffice)
     except OSError:
         return 0
+
+
+@contextmanager
+def temporary_folder(prefix: str, purpose: str) -> Iterator[Path]:
+    """Make a temporary folder, and remove it at the end.
+
+    Raises:
+        MachineError: there is no space for it, or another reason.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=prefix)
+    except OSError as error:
+        raise temporary_folder_error(error, purpose) from error
+    with folder as name:
+        yield Path(name)
 
 
 def temporary_folder_error(error: OSError, purpose: str) -> MachineError:

@@ -102,7 +102,8 @@ class DataConfig(Section):
     sessions are those of all sets."""
     cache_dir: Path | None = None
     """Folder for copies of sets behind URLs; use a local disk. All runs on this machine share it.
-    null means vr-creature/shards under $XDG_CACHE_HOME or ~/.cache."""
+    null means vr-creature/shards under $XDG_CACHE_HOME or ~/.cache, and for a user without a home
+    folder one under $TMPDIR."""
     cache_gb: float = Field(64, gt=0)
     """Largest size of the cache in gigabytes (10^9 bytes); copies used longest ago are evicted
     first. A run needs space for two shuffle blocks of each set: 17 GB with 32 shards of 256 MiB. A

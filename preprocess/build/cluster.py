@@ -22,7 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from shared.errors import JobError, SessionError, StorageError
+from shared.errors import JobError, MachineError, SessionError, StorageError
+from shared.machine import describe_os_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +115,7 @@ class Cluster:
         The function crosses processes. `work_s` is the estimated time of the work in one process.
 
         Raises:
-            JobError, StorageError: the job can't continue; at once, without the other tasks.
+            JobError, MachineError: the job can't continue; at once, without the other tasks.
             Exception: the first failure, after the other tasks have ended.
         """
         tasks: list[TaskWithSubtasks[ArgT, Any]] = [TaskWithSubtasks(a) for a in arguments]
@@ -134,7 +135,7 @@ class Cluster:
         `function` gets the argument of a task and the results of its subtasks.
 
         Raises:
-            JobError, StorageError, Exception: see :meth:`map`. A task whose subtask fails fails
+            JobError, MachineError, Exception: see :meth:`map`. A task whose subtask fails fails
                 likewise and does not run.
         """
         if not tasks:
@@ -145,7 +146,7 @@ class Cluster:
         with self._progress() as progress:
             bar = progress.add_task(label, total=sum(1 + len(task.subtasks) for task in tasks))
             for index, outcome in iterate(function, subtask, tasks):
-                if isinstance(outcome, (JobError, StorageError)):
+                if isinstance(outcome, (JobError, MachineError)):
                     raise outcome
                 if isinstance(outcome, Exception):
                     failure = failure or outcome
@@ -209,12 +210,13 @@ class Cluster:
                         dashboard_address="127.0.0.1:0",
                         silence_logs=60,  # the job reports failures itself
                     )
-            except RuntimeError as error:
+            except (OSError, RuntimeError) as error:
                 if attempt + 1 == STARTS:
+                    cause = error.__cause__ or error
+                    reason = describe_os_error(cause) if isinstance(cause, OSError) else cause
                     raise JobError(
-                        f"{self._num_workers} local workers could not be started: "
-                        f"{error.__cause__ or error}; fix: use fewer (--workers), or none "
-                        "(--workers 0)"
+                        f"{self._num_workers} local workers could not be started: {reason}; fix: "
+                        "use fewer (--workers), or none (--workers 0)"
                     ) from error
             else:
                 return self._stack.enter_context(local)

@@ -22,6 +22,7 @@ from preprocess.build.plan_types import Row
 from shared.errors import SessionError
 from shared.files import fingerprint_of
 from shared.kinds.column import stream_settings
+from shared.machine import read_steadily
 from shared.media.tokenizer import parse_tokenizer
 from shared.session.folder import (
     SkippedFolder,
@@ -241,8 +242,8 @@ def _stamp_of_folder(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]
     stamp: dict[str, list[Any]] = {}
     for name in names:
         try:
-            status = (folder / name).stat()
-        except OSError:
+            status = read_steadily((folder / name).stat, folder / name)
+        except (FileNotFoundError, NotADirectoryError):
             continue
         stamp[name] = [status.st_size, status.st_mtime_ns]
     return stamp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from preprocess.build.commit import count_segments
-from shared.errors import CorruptError, EngineError, ShardError, rebuild_hint
+from shared.errors import CorruptError, MachineError, ShardError, StorageError, rebuild_hint
 from shared.kinds.audio import decode_wav
 from shared.kinds.text import decode_text
 from shared.kinds.video import decode_pictures
@@ -43,6 +43,8 @@ class VerifyResult:
     num_members: int
     length_bytes: int
     problems: tuple[str, ...]
+    unread: tuple[str, ...]
+    """Files that the machine could not read, and why."""
 
 
 def verify_set(
@@ -66,13 +68,15 @@ def verify_set(
             verifier.verify_shard(entry)
             progress(number, len(manifest.shards))
         verifier.verify_tokenizer()
-        verifier.verify_counts()
+        if not verifier.unread:  # otherwise samples are missing from the counts
+            verifier.verify_counts()
     return VerifyResult(
         num_shards=len(manifest.shards),
         num_samples=len(verifier.keys),
         num_members=verifier.num_members,
         length_bytes=sum(e.length_bytes for e in manifest.shards),
         problems=tuple(verifier.problems),
+        unread=tuple(verifier.unread),
     )
 
 
@@ -83,6 +87,7 @@ class _Verifier:
     store: ShardSetStore
     manifest: Manifest
     problems: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
     """Sample keys of the verified shards."""
     splits: dict[str, str] = field(default_factory=dict)
@@ -96,25 +101,33 @@ class _Verifier:
     def verify_shard(self, entry: ShardEntry) -> None:
         """Verify the columns, keys and sessions of one shard."""
         columns = columns_of(self.manifest.recipe)
-        try:
+        with self._collect_errors():
             index = _read_index(self.store, entry, self.manifest.recipe)
+            for column in columns.values():
+                with self._collect_errors():
+                    self._verify_column(entry, index, column)
+            self._verify_keys(entry, index)
+
+    @contextmanager
+    def _collect_errors(self) -> Iterator[None]:
+        """Record damage as a problem, and what the machine could not read as unread."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except MachineError as error:
+            self.unread.append(str(error))
         except ShardError as error:
             self.problems.append(str(error))
-            return
-        for column in columns.values():
-            self._verify_column(entry, index, column)
-        self._verify_keys(entry, index)
+        except OSError as error:
+            self.problems.append(f"{error.filename}: can't be read: {error.strerror}; {self._fix}")
 
     def verify_tokenizer(self) -> None:
         """Verify that the tokenizer is the one that the manifest names."""
         name = self.manifest.tokenizer_file
         origin = f"{self.store}/{name}"
-        try:
+        with self._collect_errors():
             self.manifest.load_tokenizer(self.store.read(name), origin=origin)
-        except EngineError as error:
-            self.problems.append(str(error))
-        except OSError as error:
-            self.problems.append(f"{origin}: can't be read: {error.strerror}; {self._fix}")
 
     def verify_counts(self) -> None:
         """Verify that the manifest's counts, the samples and ``rejected.jsonl`` agree."""
@@ -144,18 +157,8 @@ class _Verifier:
     def _verify_column(self, entry: ShardEntry, index: ShardIndex, column: Column) -> None:
         """Verify the checksum of a column's file, and that every member is whole and decodes."""
         header = index.columns[column.name]
-        try:
-            file = self.store.open_column(header["file"])
-        except ShardError as error:
-            self.problems.append(str(error))
-            return
-        with closing(file):
-            try:
-                sha256 = file.sha256()
-            except OSError as error:
-                self.problems.append(f"{file.origin}: can't be read: {error.strerror}; {self._fix}")
-                return
-            if sha256 != header["sha256"]:
+        with closing(self.store.open_column(header["file"])) as file:
+            if file.sha256() != header["sha256"]:
                 self.problems.append(f"{file.origin}: checksum differs from its index; {self._fix}")
             for row in range(index.num_samples):
                 try:

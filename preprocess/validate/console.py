@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from preprocess.validate.report import describe_totals
+from shared.errors import EngineError, MachineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from preprocess.validate.report import ValidationReport
 
-_STYLES = {"passed": "green", "warnings": "yellow", "failed": "bold red"}
+_STYLES = {"passed": "green", "warnings": "yellow", "failed": "bold red", "unchecked": "magenta"}
 _NO_MESSAGE = "-"
 
 
@@ -63,9 +64,14 @@ def to_json_lines(reports: Iterable[ValidationReport]) -> Iterator[str]:
         yield json.dumps(report.as_dict(), ensure_ascii=False, allow_nan=False)
 
 
-def has_failed(reports: Iterable[ValidationReport], *, strict: bool) -> bool:
-    """Return whether any session failed; with `strict`, warnings count as failures."""
-    return any(report.has_failed(strict=strict) for report in reports)
+def exit_code_of(reports: Sequence[ValidationReport], *, strict: bool) -> int:
+    """Return 1 if any session failed, else 3 if any could not be checked, else 0.
+
+    With `strict`, warnings count as failures.
+    """
+    if any(report.has_failed(strict=strict) for report in reports):
+        return EngineError.exit_code
+    return MachineError.exit_code if any(report.is_unchecked for report in reports) else 0
 
 
 def _length(duration_s: float | None) -> str:

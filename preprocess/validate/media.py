@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 
 from shared.clock import frame_mask, nearest
+from shared.machine import open_steadily
 from shared.media.sound import open_sound, read_sound
 from shared.media.video import read_frames
 from shared.page import format_time, jpeg_uri
@@ -109,7 +110,7 @@ def _runs(path: Path, track: VideoTrack, requested: list[int]) -> Iterator[Seque
 
     These are the frames after the same keyframe, or all of them if the file is not seekable.
     """
-    with path.open("rb") as file:
+    with open_steadily(path) as file:
         start = file.read(8)
     if start[4:] in _SEEKABLE_TYPES or start[:4] == _MATROSKA_START:
         keyframes = np.flatnonzero(track.keyframes)

@@ -19,6 +19,7 @@ from shared.clock import Interval
 from shared.errors import MediaError, MissingMediaError
 from shared.kinds.audio import align_sound, stretch_sound
 from shared.kinds.video import align_track, interval_of
+from shared.machine import read_bytes
 from shared.media.riff import read_wav_header
 from shared.media.sound import measure_loudness, read_sound
 from shared.media.video import read_frames, read_video_track
@@ -401,7 +402,7 @@ def _check_session_file(path: Path) -> dict[str, str]:
         reason = "not a file"
     else:
         try:
-            if isinstance(json.loads(path.read_bytes()), dict):
+            if isinstance(json.loads(read_bytes(path)), dict):
                 return {}
         except (OSError, ValueError, RecursionError) as error:
             reason = f"not JSON ({str(error).splitlines()[0]})"

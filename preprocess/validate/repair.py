@@ -46,7 +46,7 @@ from shared.errors import MediaError, SessionError
 from shared.files import write_synced
 from shared.kinds.audio import align_sound, stretch_sound
 from shared.kinds.video import align_track
-from shared.machine import sync_folder
+from shared.machine import is_machine_trouble, machine_error, sync_folder
 from shared.media.sound import read_sound
 from shared.media.video import read_video_track
 from shared.session.alignment import MEDIA_KINDS, Placement, read_placement
@@ -96,6 +96,8 @@ def repair_session(path: Path, *, recipe: Recipe) -> list[str]:
         done = [repair.sentence for repair in plan.repairs]
         return finished + done + (_commit(path, plan.contents) if plan.contents else [])
     except OSError as error:
+        if is_machine_trouble(error):
+            raise machine_error(error, error.filename or path) from error
         reason = error.strerror or str(error)
         fix = "make the folder writable, or repair a copy of it"
         raise SessionError(f"{path}: cannot be repaired: {reason}; fix: {fix}") from error

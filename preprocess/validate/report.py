@@ -7,14 +7,14 @@
 
 Locations are folders of this machine, URLs (checked on local copies), and single video or sound
 files. A single file is checked as the only stream of a temporary session. Nothing in a folder
-raises: a session that cannot be checked gets a failed report, and the next one is checked.
+raises: a session that cannot be checked gets a failed report, or an unchecked one if the machine
+could not read it, and the next one is checked.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +52,8 @@ from preprocess.validate.repair import MediaEnd, plan_repairs, repair_session
 from preprocess.validate.still_checks import check_still
 from preprocess.validate.value_checks import check_saturation, check_values, check_velocities
 from shared.clock import measure_rate_hz
-from shared.errors import SessionError, StorageError
+from shared.errors import EngineError, MachineError, SessionError
+from shared.machine import describe_os_error, temporary_folder
 from shared.recipe import Recipe
 from shared.session.alignment import MEDIA_KINDS
 from shared.session.folder import is_session, scanned_files, source_files, survey_sessions
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
     from shared.session.folder import SkippedFolder
     from shared.session.names import UnusedName
 
-Status = Literal["passed", "warnings", "failed"]
+Status = Literal["passed", "warnings", "failed", "unchecked"]
 StreamStatus = Literal["passed", "warnings", "failed", "absent"]
 
 CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
@@ -123,14 +124,19 @@ class ValidationReport:
     """Plain JSON values: length_s, clock_offset_s, lines of each file, absent with the reason, and
     streams: statistics of each stream by its kind."""
 
+    is_unchecked: bool = False
+    """Whether the machine could not read the session, which may be good; `errors` says why."""
+
     @property
     def status(self) -> Status:
         """The worst outcome of a check."""
+        if self.is_unchecked:
+            return "unchecked"
         return "failed" if self.errors else "warnings" if self.warnings else "passed"
 
     def has_failed(self, *, strict: bool) -> bool:
         """Return whether the session failed; with `strict`, warnings count as failures."""
-        return bool(self.errors) or (strict and bool(self.warnings))
+        return self.status == "failed" or (strict and self.status == "warnings")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -173,16 +179,16 @@ def check_sessions(
             continue
         source, unused = item
         try:
-            is_repaired = fix and source.is_dir()
-            repairs = tuple(repair_session(source, recipe=recipe)) if is_repaired else ()
-        except SessionError as error:
-            yield _make_failed_report(source, source.name, str(error))
+            if source.is_file():
+                with temporary_folder("validate-", "links to single files") as root:
+                    yield _check_single_file(source, root / source.name)
+                continue
+            repairs = repair_session(source, recipe=recipe) if fix and source.is_dir() else ()
+        except (SessionError, MachineError) as error:
+            yield _make_failed_report(source, source.name, error)
             continue
-        if source.is_file():
-            with tempfile.TemporaryDirectory(prefix="validate-") as root:
-                yield _check_single_file(source, Path(root) / source.name)
-        else:
-            yield replace(check_session(source, recipe=recipe, unused=unused), repairs=repairs)
+        checked = check_session(source, recipe=recipe, unused=unused)
+        yield replace(checked, repairs=tuple(repairs))
 
 
 def check_session(
@@ -224,13 +230,8 @@ def check_session(
             probe=probe,
             findings=tuple(ordered),
         )
-    except SessionError as error:
-        return _make_failed_report(path, name, str(error))
     except Exception as error:  # Boundary: any exception fails only this session.
-        message = (
-            f"{path}: cannot be checked: {type(error).__name__}: {error}; fix: look at its files"
-        )
-        return _make_failed_report(path, name, message)
+        return _make_failed_report(path, name, error)
 
 
 def _media_end(path: Path, probe: SessionProbe) -> MediaEnd:
@@ -243,7 +244,12 @@ def _media_end(path: Path, probe: SessionProbe) -> MediaEnd:
 
 def describe_totals(statuses: Sequence[Status], length: str) -> str:
     """Format the number of sessions, their length, and how many have each status."""
-    words: dict[Status, str] = {"passed": "passed", "warnings": "with warnings", "failed": "failed"}
+    words: dict[Status, str] = {
+        "passed": "passed",
+        "warnings": "with warnings",
+        "failed": "failed",
+        "unchecked": "that could not be checked",
+    }
     counts = Counter(statuses)
     outcomes = [f"{counts[s]} {word}" for s, word in words.items() if counts[s]]
     sessions = "1 session" if len(statuses) == 1 else f"{len(statuses)} sessions"
@@ -265,9 +271,8 @@ def _iter_sources(
                 recordings, skipped = survey_recordings(location.url, recipe)
                 for recording in recordings.values():
                     assert isinstance(recording, RemoteRecording)
-                    with tempfile.TemporaryDirectory(prefix="session-") as folder:
-                        copy = recording.download_to(Path(folder), scanned_files(recipe))
-                        yield copy, recording.unused
+                    with temporary_folder("session-", "copies of sessions") as folder:
+                        yield recording.download_to(folder, scanned_files(recipe)), recording.unused
                 yield from map(_report_skipped, skipped)
             elif not location.is_file():
                 survey = survey_sessions(location, recipe)
@@ -279,8 +284,8 @@ def _iter_sources(
                 )
             else:
                 yield location, None
-        except (SessionError, StorageError) as error:
-            yield _make_failed_report(Path(str(location)), str(location), str(error))
+        except (SessionError, MachineError, OSError) as error:
+            yield _make_failed_report(Path(str(location)), str(location), error)
 
 
 def _check_single_file(path: Path, folder: Path) -> CheckedSession:
@@ -301,9 +306,20 @@ def _check_single_file(path: Path, folder: Path) -> CheckedSession:
     return replace(checked, report=replace(checked.report, warnings=warnings, errors=errors))
 
 
-def _make_failed_report(folder: Path, session: str, error: str) -> CheckedSession:
-    """Return a failed report for a session or location that cannot be checked."""
-    report = ValidationReport(session=printable(session), errors=(printable(error),))
+def _make_failed_report(folder: Path, session: str, error: Exception) -> CheckedSession:
+    """Return the report of a session or location that cannot be checked.
+
+    It is "failed", or "unchecked" if that is the fault of the machine.
+    """
+    message, is_unchecked = str(error), isinstance(error, (MachineError, MemoryError, OSError))
+    if isinstance(error, (OSError, MemoryError)):
+        message = describe_os_error(error, getattr(error, "filename", None) or folder)
+    elif not isinstance(error, EngineError):
+        reason = f"{type(error).__name__}: {error}"
+        message = f"{folder}: cannot be checked: {reason}; fix: look at its files"
+    report = ValidationReport(
+        session=printable(session), errors=(printable(message),), is_unchecked=is_unchecked
+    )
     return CheckedSession(folder=folder, report=report)
 
 
@@ -339,7 +355,7 @@ def _make_report(
     )
 
 
-def _worst_status(findings: list[Finding]) -> Status:
+def _worst_status(findings: list[Finding]) -> Literal["passed", "warnings", "failed"]:
     levels = {finding.level for finding in findings}
     return "failed" if "error" in levels else "warnings" if "warning" in levels else "passed"
 

@@ -8,6 +8,9 @@ decides, then the order in the file.
 from __future__ import annotations
 
 import codecs
+import errno
+import os
+import stat
 import struct
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -16,6 +19,7 @@ import av
 from av.stream import Disposition
 
 from shared.errors import LINK_FAULT, MediaError, MissingMediaError
+from shared.machine import describe_os_error, open_for_library, open_steadily, read_steadily
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -89,6 +93,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
 
     Raises:
         MediaError: the file doesn't open or contains no video that can be decoded.
+        MachineError: the machine could not read all that was requested.
     """
     require_bytes(path)
     if _is_heif(head := _read_head(path)):  # ffmpeg would open it
@@ -138,12 +143,13 @@ class _FileHead:
 def _open(path: Path, stack: ExitStack) -> InputContainer:
     """Open a container; one whose last fragment has no whole header is opened up to there."""
     try:
-        return av.open(str(path), metadata_errors="ignore", options=_OPEN_OPTIONS)
+        file: BinaryIO = stack.enter_context(open_for_library(path))
+        return av.open(file, "r", metadata_errors="ignore", options=_OPEN_OPTIONS)
     except (av.FFmpegError, ValueError):
         cut = _cut_part(path)
         if cut is None or cut[0] != b"moof":
             raise
-        head = _FileHead(stack.enter_context(path.open("rb")), cut[1])
+        head = _FileHead(stack.enter_context(open_for_library(path)), cut[1])
         return av.open(head, "r", metadata_errors="ignore", options=_OPEN_OPTIONS)
 
 
@@ -201,14 +207,21 @@ def require_bytes(path: Path) -> None:
         MissingMediaError: it doesn't exist.
         MediaError: it isn't such a file.
     """
-    if not path.exists():
+    try:
+        status = read_steadily(path.stat, path)
+    except OSError as error:
         if path.is_symlink():
-            raise MediaError(f"{path}: {LINK_FAULT}")
-        raise MissingMediaError(f"{path}: no such file")
-    if not path.is_file():
+            raise MediaError(f"{path}: {LINK_FAULT}") from error
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise MissingMediaError(f"{path}: no such file") from error
+        raise MediaError(describe_os_error(error, path)) from error
+    if not stat.S_ISREG(status.st_mode):
         raise MediaError(f"{path}: not a regular file; fix: put the recording there")
-    if path.stat().st_size == 0:
+    if status.st_size == 0:
         raise MediaError(f"{path}: the file is empty; fix: record or copy it again")
+    if not os.access(path, os.R_OK):
+        refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        raise MediaError(describe_os_error(refused, path))
 
 
 def error_reason(error: Exception) -> str:
@@ -250,7 +263,7 @@ def _cut_part(path: Path) -> tuple[bytes, int, int] | None:
 
 
 def _read_head(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_steadily(path) as file:
         return file.read(_HEAD_BYTES)
 
 
@@ -298,7 +311,7 @@ def _iter_parts(path: Path) -> Iterator[tuple[bytes, int, int]]:
         begin, size = _element_size(head, begin + size + 4)
         yield b"Segment", begin, begin + size
         return
-    with path.open("rb") as file:
+    with open_steadily(path) as file:
         while start + 8 <= length:
             file.seek(start)
             size, name, large = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))

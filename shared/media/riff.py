@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shared.machine import open_steadily
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -73,7 +75,7 @@ class WavHeader:
 
 def read_wav_header(path: Path) -> WavHeader | None:
     """Read the header of a WAV or RF64 file; None for another file, or without sound or format."""
-    with path.open("rb") as file:
+    with open_steadily(path) as file:
         length = os.fstat(file.fileno()).st_size
         magic, riff_bytes, form = struct.unpack("<4sI4s", file.read(12).ljust(12, b"\0"))
         if magic not in (b"RIFF", b"RF64", b"BW64") or form != b"WAVE":
@@ -114,7 +116,7 @@ def explain_no_header(path: Path) -> str | None:
 
     Neighbors in sound of 16 bits are alike, in compressed data or text they are not.
     """
-    with path.open("rb") as file:
+    with open_steadily(path) as file:
         head, content = file.read(_ZERO_HEADER_BYTES), file.read(_PEEK_BYTES)
     content = content[: len(content) // 4 * 4]
     if len(content) < _MIN_RAW_BYTES or content.isascii():
@@ -141,9 +143,8 @@ def explain_no_header(path: Path) -> str | None:
     )
 
 
-def open_wav(path: Path, header: WavHeader) -> io.RawIOBase:
-    """Open a WAV file as if its header were right."""
-    file = path.open("rb")
+def open_wav(file: BinaryIO, header: WavHeader) -> io.RawIOBase:
+    """Return an open WAV file as if its header were right."""
     return _Spliced(corrected_head(file, header), file, header)
 
 

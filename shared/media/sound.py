@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ import soxr
 from shared.clock import Interval
 from shared.errors import MediaError
 from shared.files import DiskArray
+from shared.machine import open_for_library
 from shared.media.channels import MEAN, SILENCE_RMS, Mix, MixChooser
 from shared.media.container import (
     REPLACE_FIX,
@@ -137,9 +137,9 @@ def open_sound(path: Path) -> Iterator[soundfile.SoundFile]:
     if header is not None and not header.num_bytes:
         raise MediaError(f"{path}: contains no audio; fix: record or copy it again")
     with ExitStack() as opened:
-        source: Any = os.fsencode(path)  # any bytes, in any locale
+        source = opened.enter_context(open_for_library(path))
         if header is not None and not header.is_trusted:
-            source = opened.enter_context(open_wav(path, header))
+            source = open_wav(source, header)
         file = opened.enter_context(soundfile.SoundFile(source))
         if not file.frames:
             raise TypeError("contains no audio")
@@ -209,7 +209,10 @@ def _read_sound(path: Path, rate_hz: int, track: int, channels: ChannelChoice | 
 
 
 def _read_sound_by_av(path: Path, rate_hz: int, track: int, channels: ChannelChoice | Mix) -> Sound:
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with (
+        open_for_library(path) as file,
+        av.open(file, "r", metadata_errors="ignore") as container,
+    ):
         streams = container.streams.audio
         stream = streams[track] if track < len(streams) else None
         context: Any = stream and stream.codec_context  # None if no decoder is known

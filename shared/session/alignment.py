@@ -16,6 +16,7 @@ import numpy as np
 from shared.clock import Interval, clock_offset
 from shared.kinds import sensor
 from shared.kinds.text import TimedText
+from shared.machine import read_bytes
 from shared.session.folder import SESSION_INFO_FILE
 from shared.streams import METADATA_FILE, Kind
 
@@ -248,7 +249,7 @@ def read_placement(path: Path, recipe: Recipe) -> Placement:
 def _read_key(file: Path, key: str) -> tuple[dict[str, Any], str | None]:
     """Return an object of ``session.json``, empty if there is none, and an error or None."""
     try:
-        raw = file.read_bytes() if file.is_file() else b""
+        raw = read_bytes(file) if file.is_file() else b""
     except OSError as error:
         return {}, f"can't be opened: {error.strerror}; fix: make it readable"
     try:

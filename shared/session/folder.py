@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from shared.errors import LINK_FAULT, SessionError
+from shared.machine import open_steadily
 from shared.recipe import Recipe
 from shared.session.lines import (
     Correction,
@@ -350,7 +351,7 @@ def _read_file(path: Path, timelines: list[LineCollector], *, marks: tuple[bytes
     try:
         if path.exists() and not path.is_file():  # reading a pipe would never end
             raise IsADirectoryError(errno.EISDIR, "not a regular file")
-        file = path.open("rb")
+        file = open_steadily(path)
     except FileNotFoundError:
         if path.is_symlink():
             timelines[0].issues.add(0, "file", LINK_FAULT)

@@ -7,13 +7,13 @@ import os
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import gettempdir
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from shared.errors import JobError
 from shared.files import sha256_of_bytes
-from shared.machine import describe_disk
+from shared.machine import describe_disk, temporary_folder
 from shared.storage import DISK_FULL
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def staging_folder(store: Store, job_id: str) -> Iterator[Path]:
     Reading and dry runs have an empty `job_id` and remove nothing.
     """
     if not job_id:
-        with TemporaryDirectory(prefix="shard-set-") as scratch:
-            yield Path(scratch)
+        with temporary_folder("shard-set-", "copies of files of a shard set") as scratch:
+            yield scratch
         return
     digest = sha256_of_bytes(store.url.encode())[:12]
     base = Path(gettempdir()) / f"shard-set-{os.getuid()}-{digest}"

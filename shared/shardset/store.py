@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from uuid import uuid4
 
 from shared.errors import CorruptError, JobError, ShardError, rebuild_hint
 from shared.files import publish_file, sha256_of_file, write_atomic
-from shared.machine import read_bytes
+from shared.machine import read_bytes, temporary_folder
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import ShardIndex, open_index, parse_index
 from shared.shardset.locks import exclusive_lock, has_readers
@@ -376,8 +375,8 @@ def open_shard_set(location: Path | Store) -> Iterator[ShardSetStore]:
     if isinstance(location, Path):
         yield LocalShardSet(location.absolute())
         return
-    with tempfile.TemporaryDirectory(prefix="shard-set-") as scratch:
-        yield RemoteShardSet(location.with_policy(RetryPolicy()), "", Path(scratch))
+    with temporary_folder("shard-set-", "copies of files of a shard set") as scratch:
+        yield RemoteShardSet(location.with_policy(RetryPolicy()), "", scratch)
 
 
 @contextmanager

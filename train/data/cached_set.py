@@ -22,10 +22,12 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING
 
 from shared.errors import CorruptError, ShardError, StorageError
 from shared.files import sha256_of_bytes
+from shared.machine import warn_once
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import ShardIndex, parse_index
 from shared.shardset.manifest import MANIFEST_FILE, parse_manifest
@@ -45,16 +47,28 @@ _log = logging.getLogger(__name__)
 
 
 def default_cache_dir() -> Path:
-    """Return ``vr-creature/shards`` in the user's cache folder (XDG Base Directory)."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "vr-creature" / "shards"
+    """Return ``vr-creature/shards`` in the user's cache folder (XDG Base Directory).
+
+    A user without a home folder has one in the folder of temporary files.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError:
+        folder = Path(gettempdir()) / f"cache-of-user-{os.getuid()}"
+        warn_once(
+            f"this user has no home folder, so copies of shard sets are kept in {folder}; fix: set "
+            "data.cache_dir to a folder on a local disk"
+        )
+    return folder / "vr-creature" / "shards"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSettings:
     """Folder and size limit of the cache, and how long requests to a store are retried."""
 
-    folder: Path = field(default_factory=default_cache_dir)
+    folder: Path | None = None
+    """None means :func:`default_cache_dir`."""
     limit_bytes: int = 64 * 10**9
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
@@ -77,12 +91,13 @@ class CachedShardSet:
     def __init__(self, store: Store, settings: CacheSettings, *, evict: Callable[[], bool]) -> None:
         self._store = store
         self._settings = settings
+        self._folder = settings.folder or default_cache_dir()
         self._evict = evict
         attempts = min(STARTUP_RETRY.attempts, settings.retry.attempts)
         first_retry = replace(settings.retry, attempts=attempts)
         self.manifest, self._manifest_sha256 = with_retry(self._read_manifest, retry=first_retry)
         self._cache = ShardCache(
-            store, settings.folder, limit_bytes=settings.limit_bytes, retry=settings.retry
+            store, self._folder, limit_bytes=settings.limit_bytes, retry=settings.retry
         )
         self._missing: dict[str, str] = {}
         self._downloads = _BackgroundJobs()
@@ -99,7 +114,7 @@ class CachedShardSet:
         path = f"{self._store}/{MANIFEST_FILE}"
         try:
             content = self._store.read(MANIFEST_FILE)
-            manifest = parse_manifest(content, root=self._settings.folder, path=path)
+            manifest = parse_manifest(content, root=self._folder, path=path)
         except FileNotFoundError as error:
             raise ShardError(no_such_set_message(self._store)) from error
         except CorruptError as error:

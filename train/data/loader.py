@@ -26,7 +26,7 @@ from shared.errors import ConfigError, EngineError
 from shared.recipe import Recipe, Split, load_recipe
 from train.data.batch import array_forms, compose_batch
 from train.data.batch_maker import BatchMaker, CorruptSampleBudget, Task, init_worker
-from train.data.cached_set import CacheSettings, default_cache_dir
+from train.data.cached_set import CacheSettings
 from train.data.mixture import MixedSource, integer_weights
 from train.data.order import OrderSettings
 from train.data.session_source import SessionSource
@@ -275,8 +275,7 @@ def open_source(config: TrainConfig, *, split: Split) -> SampleSource:
     """
     data = config.data
     if data.sets:
-        folder = data.cache_dir or default_cache_dir()
-        cache = CacheSettings(folder=folder, limit_bytes=round(data.cache_gb * 1e9))
+        cache = CacheSettings(folder=data.cache_dir, limit_bytes=round(data.cache_gb * 1e9))
         if data.mix is None:
             return ShardSource(data.sets["shards"], split=split, cache=cache)
         weights = integer_weights([entry.weight for entry in data.mix])

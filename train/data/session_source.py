@@ -18,6 +18,7 @@ from shared.clock import Segment
 from shared.errors import ConfigError, CorruptError, SessionError
 from shared.files import fingerprint_of
 from shared.kinds.video import Frames
+from shared.machine import raise_if_refused
 from shared.media.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from shared.media.yuv import write_rgb
 from shared.recipe import Recipe, Split, assign_split, load_recipe
@@ -183,6 +184,8 @@ class SessionSource(SegmentSource):
                 self._decoded.add((scan.session, name, segment.index), decoded)
         except (SessionError, OSError) as error:  # a missing file counts as a damaged one
             file = f"{scan.session}/{spec.file}"
+            if isinstance(error, OSError):
+                raise_if_refused(error, file)
             raise CorruptError(f"{file}: {error}", file=file) from error
         return segments
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from preprocess.validate.console import has_failed, print_report, print_summary, to_json_lines
+from preprocess.validate.console import exit_code_of, print_report, print_summary, to_json_lines
 from preprocess.validate.report import ValidationReport
 
 if TYPE_CHECKING:
@@ -59,7 +59,16 @@ def test_json_lines_are_the_reports_as_dictionaries() -> None:
 
 
 def test_strict_counts_warnings_as_failures() -> None:
-    assert not has_failed(REPORTS[:2], strict=False)
-    assert has_failed(REPORTS[:2], strict=True)
-    assert has_failed(REPORTS, strict=False)
-    assert not has_failed(REPORTS[:1], strict=True)
+    assert exit_code_of(REPORTS[:2], strict=False) == 0
+    assert exit_code_of(REPORTS[:2], strict=True) == 1
+    assert exit_code_of(REPORTS, strict=False) == 1
+    assert exit_code_of(REPORTS[:1], strict=True) == 0
+
+
+def test_a_session_that_could_not_be_read_is_not_failed_and_has_its_own_exit_code() -> None:
+    unread = ValidationReport(session="s", errors=("s: Input/output error",), is_unchecked=True)
+    assert unread.as_dict()["status"] == "unchecked"
+    assert exit_code_of([REPORTS[0], unread], strict=True) == 3
+    assert exit_code_of([*REPORTS, unread], strict=False) == 1
+    printed = _printed(lambda console: print_summary(console, [REPORTS[0], unread]))
+    assert "1 passed, 1 that could not be checked" in printed

@@ -17,6 +17,7 @@ from preprocess.validate import media_repairs
 from preprocess.validate.repair import plan_repairs, repair_session
 from preprocess.validate.repair_plan import RepairKind
 from preprocess.validate.report import check_session
+from shared.errors import MachineError
 from shared.media import riff
 from shared.media.riff import read_wav_header
 from shared.media.sound import read_sound
@@ -128,7 +129,7 @@ def test_a_copy_that_fails_leaves_the_original(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(media_repairs, "corrected_head", fail)
-    with pytest.raises(ValueError, match="cannot be repaired: No space left"):
+    with pytest.raises(MachineError, match="No space left"):
         repair_session(session, recipe=RECIPE)
     monkeypatch.undo()
     assert (session / "mic.wav").read_bytes() == before

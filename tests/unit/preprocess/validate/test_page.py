@@ -231,7 +231,7 @@ def test_an_error_leaves_the_old_page_and_nothing_else(
 
     monkeypatch.setattr("preprocess.validate.page.ReportPage.add", fail)
     result = CliRunner().invoke(cli, ["validate", str(session), "--report", str(path)])
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert "No space left" in result.output
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
     assert path.read_text() == "old"

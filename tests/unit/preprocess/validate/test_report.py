@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 import shutil
 import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -21,7 +25,6 @@ from shared.storage import STARTUP_RETRY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 FILE_REPORTS = {
@@ -86,10 +89,10 @@ def memory(
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def reports_of(*arguments: object) -> list[dict[str, Any]]:
+def reports_of(*arguments: object, code: int = 1) -> list[dict[str, Any]]:
     """The reports of `validate --json`; a failed session is among them."""
     result = CliRunner().invoke(cli, ["validate", *map(str, arguments), "--json"])
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == code, result.output
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
@@ -128,11 +131,66 @@ def test_the_sessions_beside_a_broken_store_are_checked(
     monkeypatch.setattr(time, "sleep", lambda wait_s: None)
     with monkeypatch.context() as patched:
         fail_at_first(patched, memory, STARTUP_RETRY.attempts)
-        reports = reports_of("memory://here/sessions", sessions / "good")
+        reports = reports_of("memory://here/sessions", sessions / "good", code=3)
     assert [(r["session"], r["status"]) for r in reports] == [
-        ("memory://here/sessions", "failed"),
+        ("memory://here/sessions", "unchecked"),
         ("good", "passed"),
     ]
+
+
+def test_a_disk_that_fails_leaves_a_session_unchecked(
+    sessions: Path, monkeypatch: pytest.MonkeyPatch, quick_retries: None
+) -> None:
+    def fail(fd: int, *_: object) -> int:
+        name = Path(f"/proc/self/fd/{fd}").readlink().name
+        if name == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, *_)
+
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", fail)
+    for failing in ("vision_left.mp4", "audio.wav", "metadata.jsonl"):
+        if not (sessions / "good" / failing).exists():
+            (sessions / "good" / failing).write_text("{}")
+            monkeypatch.setattr(os, "pread", fail)
+        (report,) = reports_of(sessions / "good", code=3)
+        (message,) = report["errors"]
+        assert report["status"] == "unchecked", message
+        assert f"{failing}: Input/output error" in message
+        assert "; fix: look for the device's errors" in message
+
+
+def test_reads_that_fail_for_a_while_change_no_report(
+    sessions: Path, monkeypatch: pytest.MonkeyPatch, quick_retries: None
+) -> None:
+    expected = reports_of(sessions / "good", code=0)
+    calls, preadv = itertools.count(), os.preadv
+
+    def fails_sometimes(*args: Any) -> int:
+        if next(calls) % 3 < 2:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", fails_sometimes)
+    assert reports_of(sessions / "good", code=0) == expected
+
+
+def test_a_full_folder_of_temporary_files_leaves_a_session_unchecked_and_is_named(
+    sessions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tiny"))
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.setattr(os, "pwrite", fail)
+    result = CliRunner().invoke(cli, ["validate", str(sessions / "good"), "--summary"])
+    assert result.exit_code == 3
+    assert "1 session, 0.0 s: 1 that could not be checked" in result.output
+    (report,) = reports_of(sessions / "good", code=3)
+    (message,) = report["errors"]
+    assert message.startswith(f"{tmp_path / 'tiny'}: No space left on device; decoded sounds do")
+    assert message.endswith("; fix: set TMPDIR to a folder on a disk with more space")
 
 
 def test_repairs_behind_a_url_are_refused_before_any_change(

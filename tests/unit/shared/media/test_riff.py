@@ -123,7 +123,7 @@ def test_a_file_past_the_limit_of_its_sizes_is_read_whole(
         header = read_wav_header(folder / "cut.wav")
         assert (header.num_bytes, header.is_wrong) == (len(content), True)
     patched = header.__class__(**{f: getattr(header, f) for f in header.__slots__})
-    with riff.open_wav(folder / "cut.wav", patched) as opened:
+    with riff.open_wav((folder / "cut.wav").open("rb"), patched) as opened:
         read, _ = soundfile.read(opened, dtype="float32", always_2d=True)
     expected, _ = soundfile.read(folder / "right.wav", dtype="float32", always_2d=True)
     np.testing.assert_array_equal(read, expected)
@@ -151,7 +151,10 @@ def test_the_last_frame_past_4_gib_is_found(declared: str, tmp_path: Path) -> No
     header = read_wav_header(tmp_path / "a.wav")
     assert header is not None
     assert (header.num_bytes, header.is_trusted) == (size, False)
-    with riff.open_wav(tmp_path / "a.wav", header) as opened, soundfile.SoundFile(opened) as file:
+    with (
+        riff.open_wav((tmp_path / "a.wav").open("rb"), header) as opened,
+        soundfile.SoundFile(opened) as file,
+    ):
         assert file.frames == size // 32
         first = file.read(1)[0, 0]
         file.seek(size // 32 - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -319,9 +320,9 @@ def test_streams_of_one_table_are_read_in_one_pass(
     recipe = Recipe.model_validate({"streams": {n: {**keys, **s} for n, s in streams.items()}})
     (tmp_path / "a.csv").write_text("timestamp,a,b_x,b_y,t2\n1,2,3,4,500\n2,,5,6,\n3,7,,,900\n")
     opened = []
-    open_file = type(tmp_path).open
+    open_file = os.open
     monkeypatch.setattr(
-        type(tmp_path), "open", lambda path, *args: (opened.append(path), open_file(path, *args))[1]
+        os, "open", lambda path, *args: (opened.append(path), open_file(path, *args))[1]
     )
     lines = read_timed_lines(tmp_path, recipe)
     assert len(opened) == 1
