@@ -135,9 +135,10 @@ def check_streams(probe: SessionProbe) -> list[Finding]:
 
 def check_clock(probe: SessionProbe) -> list[Finding]:
     """Check that the recorder's clock started with the session."""
+    findings = [Finding("warning", note) for note in probe.clock_notes]
     file = next(iter(probe.shared_files), None)
     if not probe.offset_s or file is None or not (probe.readings or source_intervals(probe)):
-        return []
+        return findings
     fix = probe.plan().advise(
         RepairKind.SHIFT,
         file,
@@ -148,7 +149,7 @@ def check_clock(probe: SessionProbe) -> list[Finding]:
         f"the clock was never reset: timestamps start at {probe.offset_s:g} s; this offset is "
         f"subtracted when they are read; fix: {fix}"
     )
-    return [Finding("warning", f"{file}: {message}")]
+    return [*findings, Finding("warning", f"{file}: {message}")]
 
 
 def check_left_out(probe: SessionProbe) -> list[Finding]:

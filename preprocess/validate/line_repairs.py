@@ -31,6 +31,7 @@ from preprocess.validate.line_checks import (
 from preprocess.validate.repair_plan import Repair, RepairKind
 from preprocess.validate.value_checks import ROUNDING
 from shared.clock import EPSILON_S, clock_offset
+from shared.session.alignment import TEXT_TOLERANCE_S
 from shared.session.folder import files_of_stream
 from shared.session.lines import MAX_VALUE, TIME_KEY, json_keys, parse_number, parse_timestamp
 from shared.session.records import (
@@ -56,9 +57,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.recipe import Recipe
-
-TEXT_TOLERANCE_S = 1.0
-"""Texts this far outside the lines can still be on the same clock."""
 
 DECIMALS = 9
 """Of shifted timestamps: finer than recorders write, coarser than rounding errors."""

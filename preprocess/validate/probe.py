@@ -23,7 +23,13 @@ from shared.machine import read_bytes
 from shared.media.riff import read_wav_header
 from shared.media.sound import measure_loudness, read_sound
 from shared.media.video import read_frames, read_video_track
-from shared.session.alignment import Placement, align_streams, read_placement, shift_events
+from shared.session.alignment import (
+    Alignment,
+    Placement,
+    align_streams,
+    read_placement,
+    shift_events,
+)
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, unused_files
 from shared.session.lines import Readings
 from shared.session.rates import find_rate_faults, mask_wrong_rates
@@ -130,6 +136,8 @@ class SessionProbe:
     """File name -> reason and fix, of each file that exists and cannot be read."""
     placement: Placement
     """What ``session.json`` says; with an error, the containers' own start times apply."""
+    clock_notes: tuple[str, ...]
+    """One sentence per stream that is not on the clock that it should be on."""
     unused: tuple[UnusedName, ...]
     """Files, folders and keys that no declared stream uses."""
     units: Mapping[str, WrongUnit]
@@ -275,11 +283,12 @@ def probe_session(
         readings=readings,
         faults=find_faults(replace(recorded, wrong_clocks=mask_wrong_rates(rates))),
         missing=missing,
-        events=_align_events(lines, alignment.offset_s, placement, recipe),
+        events=_align_events(lines, alignment, placement, recipe),
         files=_files(lines),
         issues=tuple(issue for issue in lines.issues if issue.kind != "file"),
         unreadable=unreadable,
         placement=placement,
+        clock_notes=tuple(alignment.notes),
         unused=(*lines.unused, *(unused_files(path, recipe) if unused is None else unused)),
         units=timed.units,
         left_out=timed.left_out,
@@ -320,12 +329,13 @@ def _drop_missing(
 
 
 def _align_events(
-    lines: SessionLines, offset_s: float, placement: Placement, recipe: Recipe
+    lines: SessionLines, alignment: Alignment, placement: Placement, recipe: Recipe
 ) -> dict[str, tuple[TextEvent, ...]]:
     """Return the texts of each stream on the session clock."""
     placed: dict[str, tuple[TextEvent, ...]] = {}
+    placed_at = replace(placement, starts={**placement.starts, **alignment.starts})
     for name, events in lines.events.items():
-        shifted = shift_events(name, events, offset_s, placement=placement, recipe=recipe)
+        shifted = shift_events(name, events, alignment.offset_s, placement=placed_at, recipe=recipe)
         if events:
             placed[name] = tuple(
                 replace(event, time_s=timed.time_s)

@@ -8,7 +8,8 @@ texts begin at their timestamps, minus one offset that all timestamped files of 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,11 @@ _STARTS_KEY, STRETCH_KEY = "start_s", "stretch"
 MAX_STRETCH = 2.0
 """Largest factor, and one over the smallest, by which the clock of a stream can be wrong."""
 
-_CLOCK_FIX = f"fix: correct its timestamps, or declare its start in {SESSION_INFO_FILE}"
+EPOCH_S, MAX_EPOCH_S = 1e8, 2e11
+"""Times from here on count from a date; no year is later than MAX_EPOCH_S."""
+
+TEXT_TOLERANCE_S = 1.0
+"""Texts this far outside the session can still be on its clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,8 @@ class Alignment:
     """Missing streams without any reading or event."""
     starts: dict[str, float] = field(default_factory=dict)
     """Start of each sensor or text stream that has one of its own."""
+    notes: list[str] = field(default_factory=list)
+    """One sentence per stream that is not on the clock that it should be on."""
     outside: list[str] = field(default_factory=list)
     """One sentence per event outside the session."""
 
@@ -118,12 +125,48 @@ def align_streams(
         stops_s = [events[-1].time_s + TEXT_TAIL_S for events in texts.values() if events]
     streams.stop_s = max([0.0, *stops_s])
     for name, events in texts.items():
+        own_start_s = _start_on_session_clock(events, streams)
+        is_shared = name not in placement.starts and recipe.streams[name].clock == "session"
+        if own_start_s is not None and is_shared:
+            streams.starts[name] = own_start_s
+            streams.notes.append(
+                f"{recipe.streams[name].file}: {name} is on the session clock, the other files are "
+                f"{offset_s:g} s later; its times are kept"
+            )
+            placed_at = replace(placement, starts={**placement.starts, name: own_start_s})
+            recorded = lines.events[name]
+            events = shift_events(name, recorded, offset_s, placement=placed_at, recipe=recipe)
         _align_text(name, events, streams)
     for name in sorted(streams.not_recorded):
         if issue := lines.find_cause(name, recipe.streams[name].file):
             streams.absent[name] = f"{issue.source_line}: {issue.message}"
             streams.not_recorded.remove(name)
     return streams
+
+
+def _start_on_session_clock(events: Sequence[TimedText], streams: Alignment) -> float | None:
+    """Return the first recorded time of texts that are inside the session only as recorded."""
+    recorded_s = [event.recorded_s for event in events]
+    if not events or not streams.intervals:
+        return None
+
+    def is_inside(time_s: float) -> bool:
+        return -TEXT_TOLERANCE_S <= time_s <= streams.duration_s + TEXT_TOLERANCE_S
+
+    is_apart = not any(is_inside(event.time_s) for event in events)
+    return recorded_s[0] if is_apart and all(map(is_inside, recorded_s)) else None
+
+
+def _clock_fix(name: str, recorded_s: float) -> str:
+    """Return the fix for a stream outside the session, which began at a recorded time."""
+    if recorded_s < EPOCH_S:
+        return f"fix: correct its timestamps, or declare its start in {SESSION_INFO_FILE}"
+    date = datetime.fromtimestamp(min(recorded_s, MAX_EPOCH_S), tz=UTC)
+    return (
+        f"its times look like seconds since 1970, from {date:%Y-%m-%d %H:%M:%S} UTC on, and "
+        f'nothing says when the session began; fix: write "start_s": {{"{name}": SECONDS}} into '
+        f"{SESSION_INFO_FILE}, with the time of its first entry on the session clock"
+    )
 
 
 def recorder_offset(
@@ -183,7 +226,7 @@ def _align_sensor(
     elif interval.start_s >= limit_s or interval.stop_s <= 0:
         streams.absent[name] = (
             f"{spec.file} is at {interval.start_s:g} to {interval.stop_s:g} s, outside the session "
-            f"of {limit_s:g} s; {_CLOCK_FIX}"
+            f"of {limit_s:g} s; {_clock_fix(name, interval.start_s)}"
         )
     else:
         streams.times_s[name] = times_s
@@ -216,7 +259,8 @@ def _align_text(name: str, events: tuple[TimedText, ...], streams: Alignment) ->
         streams.events[name] = inside
     elif events:
         streams.absent[name] = (
-            f"all of its events are outside the session, as at {events[0].origin}; {_CLOCK_FIX}"
+            f"all of its events are outside the session, as at {events[0].origin}; "
+            + _clock_fix(name, events[0].recorded_s)
         )
     else:
         streams.absent[name] = "no event of it is recorded"

@@ -433,6 +433,7 @@ def _silent_segments(
 def _describe_outside(alignment: Alignment, placement: Placement) -> list[tuple[str, str, int]]:
     """Say what is outside the session's time or streams, as issues of the scan."""
     sentences = [("text outside", sentence, 1) for sentence in alignment.outside]
+    sentences += [("clock", note, 1) for note in alignment.notes]
     if alignment.stop_s > MAX_SESSION_S:
         sentence = (
             f"streams reach to {alignment.stop_s:g} s; everything after {MAX_SESSION_S:g} s is "

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from preprocess.validate.repair import repair_session
 from preprocess.validate.report import check_session
+from shared.media.tokenizer import train_tokenizer
 from shared.session.reader import SessionReader
 from shared.session.scan import scan_from_json, scan_session
 from shared.session.timestamps import UNIT_NAMES, find_wrong_lines, guess_unit
@@ -254,3 +255,45 @@ def test_texts_alone_in_another_unit(session: Path, unit: str, since_s: float) -
     assert f"text.jsonl: timestamps look like {UNIT_NAMES[unit]}" in error
     repair_session(session, recipe=RECIPE)
     assert not check_session(session, recipe=RECIPE).report.errors
+
+
+def write_texts(session: Path, since_s: float) -> None:
+    texts = [{"timestamp": since_s + t, "stream": "internal", "text": "x"} for t in (0.5, 1.5)]
+    write_lines(session / "text.jsonl", texts)
+
+
+def test_texts_on_the_session_clock_beside_sensors_on_the_epoch_stay(session: Path) -> None:
+    change(session, lambda _, time_s: EPOCH + time_s)
+    write_texts(session, 0.0)
+    scan = scan_session(session, recipe=RECIPE)
+    assert scan.start_overrides["internal_text"] == 0.5
+    assert any("internal_text is on the session clock" in issue for issue in scan.issues)
+    tokenizer = train_tokenizer(["x"], vocab_size=300)
+    reader = SessionReader(session, scan, recipe=RECIPE, tokenizer=tokenizer)
+    events = [e for s in scan.segments(RECIPE) for e in reader.read_text("internal_text", s).events]
+    assert [event.time_s for event in events] == pytest.approx([0.5, 1.5])
+    warnings = check_session(session, recipe=RECIPE).report.warnings
+    assert any("internal_text is on the session clock" in warning for warning in warnings)
+    repair_session(session, recipe=RECIPE)
+    assert check_session(session, recipe=RECIPE).report.warnings == ()
+    assert [e["timestamp"] for e in read_lines(session / "text.jsonl")] == [0.5, 1.5]
+
+
+def test_texts_on_the_epoch_beside_sensors_from_zero_are_named(session: Path) -> None:
+    write_texts(session, EPOCH)
+    scan = scan_session(session, recipe=RECIPE)
+    assert scan.duration_s < 2.1
+    reason = scan.absent["internal_text"]
+    assert "look like seconds since 1970, from 2023-11-14 22:13:20 UTC on" in reason
+    assert '"start_s": {"internal_text": SECONDS}' in reason
+    (session / "session.json").write_text('{"start_s": {"internal_text": 0.5}}')
+    scan = scan_session(session, recipe=RECIPE)
+    assert "internal_text" in scan.intervals
+
+
+def test_texts_and_sensors_on_the_epoch_share_an_offset(session: Path) -> None:
+    change(session, lambda _, time_s: EPOCH + time_s)
+    write_texts(session, EPOCH)
+    scan = scan_session(session, recipe=RECIPE)
+    assert (scan.clock_offset_s, scan.start_overrides) == (EPOCH, {})
+    assert "internal_text" in scan.intervals
