@@ -58,7 +58,10 @@ def check_lines(probe: SessionProbe) -> list[Finding]:
         ):
             issues = [issue for issue in probe.issues_of(file) if issue.kind == kind]
             if issues:
-                advice = f"everything is read; fix: {probe.plan().advise(repair, file, action)}"
+                outcome = "everything is read"
+                if kind == "encoding" and not probe.plan().covers(repair, file):
+                    outcome = "characters that can't be decoded are read as U+FFFD"
+                advice = f"{outcome}; fix: {probe.plan().advise(repair, file, action)}"
                 findings += _summarize("warning", issues, advice, probe)
     return findings
 
@@ -344,12 +347,14 @@ def _advise_on_unread(
         return "write numbers in place of texts with --fix"
     if plan.covers(RepairKind.DROP, file):
         return "drop it with --fix"
-    fix = "check that this is the right file" if is_damaged else "remove or correct it"
+    fix = "check that this is the right file"
+    if not is_damaged:
+        fix = "write its time, or remove it" if kind == "timestamp" else "remove or correct it"
     if kind == "timestamp" and not probe.sensors_of(file):
         fix = "write the second at which the text starts"
     elif kind == "timestamp" and len(probe.files[file]) > 1:
         fix = "correct it, or the `time` of its streams in the recipe"
-    return own_fix or plan.advise(RepairKind.DROP, file, fix)
+    return own_fix or fix
 
 
 def _unit_findings(probe: SessionProbe) -> list[Finding]:

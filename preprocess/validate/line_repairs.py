@@ -33,10 +33,20 @@ from preprocess.validate.value_checks import ROUNDING
 from shared.clock import EPSILON_S, clock_offset
 from shared.session.alignment import TEXT_TOLERANCE_S
 from shared.session.folder import files_of_stream
-from shared.session.lines import MAX_VALUE, TIME_KEY, json_keys, parse_number, parse_timestamp
+from shared.session.lines import (
+    ARRIVED,
+    INTERPOLATED,
+    MAX_VALUE,
+    TIME_KEY,
+    json_keys,
+    parse_number,
+    parse_timestamp,
+)
 from shared.session.records import (
     DAMAGED,
     MAX_LINE_BYTES,
+    UNKNOWN,
+    count_split,
     decode_line,
     open_records,
     parse_records,
@@ -61,17 +71,11 @@ if TYPE_CHECKING:
 DECIMALS = 9
 """Of shifted timestamps: finer than recorders write, coarser than rounding errors."""
 
-INTERPOLATED = "interpolated"
-"""Key that marks a line that fills a gap."""
-
-ARRIVED = "arrived"
-"""Key that keeps the timestamp of a line of a packet that was spread."""
-
 MIN_PACKETS = 8
 """Fewer packets do not tell that readings arrive in packets."""
 
 PACKET_SHARE = 0.8
-"""Share of the packets that have the same size, and of those that arrive regularly."""
+"""Share of the packets that have about the same size, and of those that arrive regularly."""
 
 CONFLICT_SHARE = 0.5
 """Share of the packets whose readings must differ: lines that are only repeated do not."""
@@ -179,15 +183,14 @@ def parse_lines(content: bytes, file: LineFile) -> ParsedFile:
     encoding, num_bad, num_split = opened.encoding, 0, 0
     for number, raw in opened.lines:
         records = parse_records(raw)
-        is_whole = records[0].raw is raw and not opened.is_document
-        num_split += 0 if is_whole else len(records)
+        num_split += len(records) if opened.is_document else count_split(raw, records)
         for record in records:
             if record.values is None or len(raw) > MAX_LINE_BYTES:
                 num_bad += 1
                 continue
             time_s = parse_timestamp(record.values, key=file.time_key, units_per_s=file.units_per_s)
             written, own = record.raw, decode_line(record.raw)[1] if record.message else ""
-            if own and own != DAMAGED:
+            if own not in ("", DAMAGED, UNKNOWN):
                 encoding, written = own, decode_line(record.raw)[0].encode()
             one_line = None if b"\n" in written.strip() else written
             lines.append(Line(values=record.values, raw=one_line, time_s=time_s, number=number))
@@ -369,7 +372,7 @@ def shift_to_zero(
         elif not fits(times_s):
             return sensors, texts, None
     sentence = (
-        f"{', '.join(shifted)}: subtracted {offset_s:g} s from all timestamps; the clock was "
+        f"{', '.join(shifted)}: subtracted {offset_s:.12g} s from all timestamps; the clock was "
         "never reset"
     )
     shifted = {
@@ -457,7 +460,7 @@ def spread_packets(lines: list[Line], *, file: LineFile) -> Repaired:
     size, interval_s = int(np.argmax(np.bincount(sizes))), float(np.median(intervals_s))
     is_regular = np.abs(intervals_s - interval_s) <= 0.25 * interval_s
     conflicts = [_has_conflict(p, file) for p, s in zip(packets, sizes, strict=True) if s > 1]
-    shares = float((sizes == size).mean()), float(is_regular.mean())
+    shares = float((np.abs(sizes - size) <= size / 4).mean()), float(is_regular.mean())
     is_strong = min(shares) >= PACKET_SHARE and np.mean(conflicts) >= CONFLICT_SHARE
     if size < 2 or interval_s > MAX_PACKET_S or not is_strong:
         return lines, None
@@ -505,16 +508,17 @@ def _has_conflict(same_time: Sequence[Line], file: LineFile) -> bool:
 def join_repeats(lines: list[Line], *, file: LineFile) -> Repaired:
     """Join lines that repeat a reading: the first line, completed from the others, and all texts.
 
-    If a sensor has different readings at a time, none of its lines are joined, as the time is
-    wrong. Lines of different sensors at the same time are kept too.
+    If a sensor has different readings at some time, no lines are joined, as the times are wrong.
+    Lines of different sensors at the same time are kept too.
     """
     joined: list[Line] = []
-    for _, group in itertools.groupby(lines, key=lambda line: line.time_s):
-        same_time = [*group]
+    groups = [[*g] for _, g in itertools.groupby(lines, key=lambda line: line.time_s)]
+    if any(_has_conflict(same_time, file) for same_time in groups if len(same_time) > 1):
+        return lines, None
+    for same_time in groups:
         first: dict[str, int] = {}
-        is_joined = len(same_time) > 1 and not _has_conflict(same_time, file)
         for line in same_time:
-            own = [name for name, s in file.sensors.items() if is_joined and _reading(line, s)]
+            own = [n for n, s in file.sensors.items() if same_time[1:] and _reading(line, s)]
             targets = {first[name] for name in own if name in first}
             target = targets.pop() if len(targets) == 1 else None
             merged = None

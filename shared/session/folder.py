@@ -22,6 +22,8 @@ from shared.errors import LINK_FAULT, SessionError
 from shared.machine import open_steadily
 from shared.recipe import Recipe
 from shared.session.lines import (
+    ARRIVED,
+    INTERPOLATED,
     Correction,
     LineCollector,
     SessionLines,
@@ -39,7 +41,7 @@ from shared.session.names import (
     printable,
     session_name,
 )
-from shared.session.records import MAX_LINE_BYTES, open_records, parse_records
+from shared.session.records import MAX_LINE_BYTES, count_split, open_records, parse_records
 from shared.session.tables import TableError, choose_columns, open_table
 from shared.streams import METADATA_FILE, SensorStream, TextStream
 
@@ -319,7 +321,8 @@ def _unused_keys(
         for key in keys_of(file, stream)
     }
     lacking = needed - keys.seen - keys.prefixes
-    return find_unused_keys(file, keys.seen, declared | keys.columns, lacking)
+    known = declared | keys.columns | {INTERPOLATED, ARRIVED}
+    return find_unused_keys(file, keys.seen, known, lacking)
 
 
 def _plan_timelines(
@@ -391,7 +394,7 @@ def _read_json_lines(
 def _add_line(number: int, raw: bytes, timelines: list[LineCollector]) -> int:
     """Add the objects of a line to timelines; return the number of objects, usually 1."""
     issues, records = timelines[0].issues, parse_records(raw)
-    if len(records) > 1 or records[0].raw is not raw:
+    if count_split(raw, records):
         issues.add(number, "form", "more than one JSON object is on the line")
     for _, values, message, fix in records:
         if message:

@@ -39,6 +39,12 @@ MAX_ISSUES = 1000
 MAX_KEYS = 200
 """Keys of a file, about, that are compared with the declared ones."""
 
+INTERPOLATED = "interpolated"
+"""Key that marks a line that a repair filled into a gap."""
+
+ARRIVED = "arrived"
+"""Key that keeps the timestamp of a line of a packet that a repair spread."""
+
 TIME_KEY = "timestamp"
 """Key of the timestamps of a stream that declares no other."""
 
@@ -51,7 +57,9 @@ IssueKind = Literal[
 _NO_CAUSES = frozenset(["encoding", "form"])
 """Kinds of issues that leave nothing out."""
 
-_TIME_NAME = re.compile(r"(?i)t|ts|ms|sec.*|.*(time|stamp|date|epoch).*")
+_TIME_NAME = re.compile(
+    r"(?i)ts?([ _(\[]*(100n|n|u|m)?s\W?)?|m?s|sec.*|.*(time|stamp|date|epoch).*"
+)
 """Names of keys that probably hold timestamps."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
@@ -356,14 +364,18 @@ class LineCollector:
         message = f"{self.time_key} is {reprlib.repr(value)}, not a usable number of seconds"
         if self.time_key not in values:
             message = f"no {self.time_key}"
-            names = [n for n, v in values.items() if _TIME_NAME.fullmatch(n) and _is_time(v)]
-            if names:
+            for name in (n for n, v in values.items() if _TIME_NAME.fullmatch(n) and _is_time(v)):
                 streams = ", ".join(self.sensors or self.texts)
-                message += f", but {reprlib.repr(names[0])}"
-                fix = f"set `time: {names[0]}` of {streams} in the recipe"
+                message += f", but {reprlib.repr(name)}"
+                fix = f"set `time: {name}` of {streams} in the recipe"
+                break
         elif isinstance(value, str) and _is_time(value):
             message = f"{self.time_key} is the text {reprlib.repr(value)}, not a number"
             fix = "write numbers without quotes"
+        elif isinstance(value, str):
+            fix = "write seconds as a number"
+        is_table = isinstance(value, list) or (len(values) == 1 and _is_table(*values.values()))
+        fix = "write the values of each time as an object on a line of its own" if is_table else fix
         self.issues.add(number, "timestamp", message, key=self.time_key, fix=fix)
 
     def _text_keys(self, values: dict[str, Any]) -> dict[str, str]:
@@ -574,6 +586,10 @@ def parse_number(text: str) -> float | None:
     except ValueError:
         return None
     return date.replace(tzinfo=date.tzinfo or UTC).timestamp()
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _is_time(value: object) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from typing_extensions import Buffer
 
@@ -26,7 +26,8 @@ MAX_LINE_BYTES = 1 << 20
 
 WINDOWS = "Windows-1252"
 DAMAGED = "damaged UTF-8"
-"""Encodings of a line that is not UTF-8."""
+UNKNOWN = "another encoding"
+"""Encodings of a line that is not UTF-8; characters of the last two become U+FFFD."""
 
 _UTF8 = "UTF-8"
 
@@ -50,6 +51,9 @@ _JUDGED_LINES = 3
 """Lines at the start of a file that tell whether its objects are on lines of their own."""
 
 _BEYOND_ASCII = re.compile(r"[^\0-\x7f\ufffd]")
+_FOREIGN = re.compile(rb"[\x80-\xff]{4}")
+"""Bytes that are letters of another script; in Windows-1252, few letters in a row aren't ASCII."""
+
 _OPENING = re.compile(r'\{(?=(\s*(?:"(?:[^"\\]|\\.)*"|\})))')
 _FILLING = " \t\r\n,[]"
 _DECIMAL_COMMA = re.compile(rb":\s*-?\d+,\d+\s*[,}]")
@@ -96,7 +100,7 @@ def iter_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         tail = raw
         while len(tail) > MAX_LINE_BYTES and not tail.endswith(b"\n"):
             tail = file.readline(MAX_LINE_BYTES + 1)
-        if raw.strip():
+        if raw.strip() not in (b"", b"\0"):  # the second byte of a line feed of UTF-16
             yield number, raw
 
 
@@ -155,6 +159,12 @@ def parse_records(raw: bytes) -> list[Record]:
     return records if any(record.values is not None for record in records) else [whole]
 
 
+def count_split(raw: bytes, records: Sequence[Record]) -> int:
+    """Return how many objects of a line are not alone on it, apart from damaged ones."""
+    number = sum(record.values is not None for record in records)
+    return number if number > 1 or (len(records) == 1 and records[0].raw is not raw) else 0
+
+
 def parse_line(raw: bytes) -> Record:
     """Parse bytes into their JSON object, or say why they have none."""
     text, encoding = decode_line(raw)
@@ -164,7 +174,7 @@ def parse_line(raw: bytes) -> Record:
         return Record(raw, None, *_explain(raw))
     if not isinstance(values, dict):
         return Record(raw, None, "not a JSON object")
-    return Record(raw, values, f"not UTF-8, read as {encoding}" if encoding else "")
+    return Record(raw, values, f"not UTF-8, probably {encoding}" if encoding else "")
 
 
 def decode_line(raw: bytes) -> tuple[str, str]:
@@ -179,6 +189,8 @@ def decode_line(raw: bytes) -> tuple[str, str]:
     text = raw.decode("utf-8", "replace")
     if text.count("\ufffd") <= len(_BEYOND_ASCII.findall(text)):
         return text, DAMAGED
+    if _FOREIGN.search(raw):
+        return text, UNKNOWN
     with suppress(UnicodeDecodeError):
         return raw.decode("cp1252"), WINDOWS
     return raw.decode("latin-1"), WINDOWS

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess.validate.line_checks import find_gaps
+from preprocess.validate.repair import repair_session
 from preprocess.validate.report import check_session
 from shared.clock import measure_rate_hz
 from shared.recipe import Recipe
@@ -182,6 +183,43 @@ def test_gaps_are_those_of_the_slow_reference(
         assert expected_s is not None or not gaps.is_long.any()
         if len(steps) > 1:
             assert measure_rate_hz(times_s) == pytest.approx(1 / interval_s)
+
+
+@given(
+    rate_hz=st.sampled_from([1.0, 5.0, 10.0, 25.0, 29.97, 60.0, 72.0, 90.0]),
+    jitter=st.lists(st.floats(-0.2, 0.2), min_size=30, max_size=30),
+    keys=st.sampled_from([{}, {"resample": "hold"}, {"resample": "hold", "max_age_s": 0.2}]),
+)
+def test_a_recorder_of_any_rate_with_jitter_has_no_gaps(
+    rate_hz: float, jitter: list[float], keys: dict[str, Any]
+) -> None:
+    spec = SensorStream(key="imu", values=(ValueGroup(count=1, type="scalar"),), **keys)
+    gaps = find_gaps((np.arange(30) + jitter) / rate_hz, spec)
+    assert not (gaps.is_short | gaps.is_long).any()
+
+
+@pytest.mark.parametrize("is_apart", [True, False])
+def test_lines_of_sensors_at_different_rates_have_no_gaps(is_apart: bool, tmp_path: Path) -> None:
+    group = {"count": 2, "type": "scalar"}
+    streams = {
+        name: {"kind": "sensor", "key": name, "values": [group], **keys}
+        for name, keys in (
+            ("fast", {}),
+            ("slow", {}),
+            ("rare", {"resample": "hold", "max_age_s": 2.0}),
+        )
+    }
+    recipe = recipe_of(streams)
+    lines: list[dict[str, Any]] = []
+    for i in range(360):
+        readings = {name: [i, -i] for name, every in (("fast", 1), ("slow", 3), ("rare", 90))
+                    if i % every == 0}  # fmt: skip
+        apart = [{"timestamp": i / 90 + k / 500, n: v} for k, (n, v) in enumerate(readings.items())]
+        lines += apart if is_apart else [{"timestamp": i / 90, **readings}]
+    write_lines(tmp_path / "metadata.jsonl", lines)
+    report = check_session(tmp_path, recipe=recipe).report
+    assert (report.errors, report.warnings) == ((), ())
+    assert repair_session(tmp_path, recipe=recipe) == []
 
 
 def test_streams_of_a_file_with_the_same_gaps_have_one_message(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from preprocess.validate.repair import repair_session
 from preprocess.validate.report import ValidationReport, check_session
 from shared.recipe import Recipe
 from shared.session.folder import read_timed_lines
+from shared.session.scan import scan_session
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,10 +92,30 @@ def test_a_flipped_byte_in_utf_8_is_not_taken_for_another_encoding(tmp_path: Pat
     (event,) = read_timed_lines(tmp_path, RECIPE).events["external_text"]
     assert event.text.endswith("éé")
     before = (tmp_path / "metadata.jsonl").read_bytes()
+    assert any("probably damaged UTF-8; characters" in m for m in messages(tmp_path))
     assert not any("UTF-8 with --fix" in m for m in messages(tmp_path))
     repair_session(tmp_path, recipe=RECIPE)
     assert damaged in before
     assert damaged in (tmp_path / "metadata.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "cp1251", "shift_jis", "euc-kr"])
+def test_an_encoding_that_is_not_known_is_never_written_as_another(
+    encoding: str, tmp_path: Path
+) -> None:
+    words = {
+        "gbk": "你好你好",
+        "cp1251": "привет мир",
+        "shift_jis": "あいうえ",
+        "euc-kr": "안녕하세요",
+    }
+    line = {"timestamp": 0.5, "external_text": words[encoding]}
+    raw = json.dumps(line, ensure_ascii=False).encode(encoding) + b"\n"
+    (tmp_path / "metadata.jsonl").write_bytes(raw + encode(sensor_lines(), "utf-8"))
+    (message,) = [m for m in messages(tmp_path) if "not UTF-8, probably another encoding" in m]
+    assert message.endswith("are read as U+FFFD; fix: write it in UTF-8")
+    repair_session(tmp_path, recipe=RECIPE)
+    assert raw in (tmp_path / "metadata.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
@@ -232,12 +253,33 @@ def test_readings_that_are_texts_are_converted(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "metadata.jsonl") == sensor_lines()
 
 
-@pytest.mark.parametrize("key", ["time", "t", "ts", "Timestamp", "timestamp_ms", "seconds"])
+@pytest.mark.parametrize("key", ["time", "t", "ts", "Timestamp", "t_ms", "Time (s)", "seconds"])
 def test_another_key_of_the_times_is_named(key: str, tmp_path: Path) -> None:
     rewrite(tmp_path, lambda line: {key: line["timestamp"], "touch": line["touch"]})
     (error,) = [m for m in check(tmp_path).errors if m.startswith("metadata")]
     assert f"no timestamp, but {key!r}, as in 60 of 60 lines" in error
     assert error.endswith(f"fix: set `time: {key}` of proprio, touch in the recipe"), error
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (with_time(lambda t: f"11/29/2026 10:00:{t:06.3f}"), "fix: write seconds as a number"),
+        (with_time(lambda t: f"00:00:{t:06.3f}"), "fix: write seconds as a number"),
+        (with_time(lambda t: [t, t + 1]), "as an object on a line of its own"),
+        (lambda line: {"data": [line]}, "as an object on a line of its own"),
+        (with_time(lambda _: None), "fix: check that this is the right file"),
+    ],
+)
+def test_other_timestamps_that_can_not_be_read_say_how_to_write_them(
+    change: Any, words: str, tmp_path: Path
+) -> None:
+    rewrite(tmp_path, change)
+    before = (tmp_path / "metadata.jsonl").read_bytes()
+    (error,) = [m for m in check(tmp_path).errors if m.startswith("metadata")]
+    assert error.endswith(words)
+    assert repair_session(tmp_path, recipe=RECIPE) == []
+    assert (tmp_path / "metadata.jsonl").read_bytes() == before
 
 
 def test_decimal_commas_are_named(tmp_path: Path) -> None:
@@ -290,6 +332,15 @@ def test_readings_of_regular_packets_are_spread(size: int, tmp_path: Path) -> No
     ]
     assert not check(tmp_path).errors
     assert repair_session(tmp_path, recipe=RECIPE) == []
+
+
+def test_readings_that_a_build_leaves_out_are_counted(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metadata.jsonl", packets(4))
+    (sentence,) = scan_session(tmp_path, recipe=RECIPE).issues  # lines of rejected.jsonl
+    assert sentence == (
+        "metadata.jsonl line 2: timestamp 0.3 occurs again with another reading of touch; the "
+        "first is used (and 149 more such lines)"
+    )
 
 
 def test_a_lost_packet_and_one_of_another_size_are_spread_too(tmp_path: Path) -> None:
