@@ -73,7 +73,10 @@ def plan_stretches(path: Path, stretches: Mapping[str, float]) -> RepairPlan:
     declared = {**(session_info.get(STRETCH_KEY) or {}), **stretches}
     content = json.dumps({**session_info, STRETCH_KEY: declared}, indent=2, ensure_ascii=False)
     factors = ", ".join(f"{name} by {factor:.7g}" for name, factor in stretches.items())
-    sentence = f"{SESSION_INFO_FILE}: declared that times are multiplied, of {factors}"
+    sentence = (
+        f"{SESSION_INFO_FILE}: declared that times are multiplied, of {factors}; delete "
+        f"{STRETCH_KEY!r} if they were only stopped at another time"
+    )
     return RepairPlan(
         repairs=(Repair(RepairKind.STRETCH, (SESSION_INFO_FILE,), sentence),),
         contents={SESSION_INFO_FILE: f"{content}\n".encode("utf-8", "surrogatepass")},

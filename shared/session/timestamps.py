@@ -301,8 +301,7 @@ def find_wrong_lines(
     if jump is not None:
         first, stop = long[1]
         message = (
-            f"the clock jumps by {jump:+.3f} s before it; without the jump the lines end with "
-            "the media"
+            f"the clock jumps by {jump:+.3f} s here; without the jump the lines end with the media"
         )
         of_jump = [WrongLines(int(lines[first]), int(lines[stop - 1]), message, jump)]
         is_other = (np.arange(len(times_s)) < first) | (np.arange(len(times_s)) >= stop)
