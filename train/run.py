@@ -163,9 +163,9 @@ def check_config(
     console.print(f"  {describe_streams(shapes)}")
     if setup is None:
         reason = f"{missing[0]} does not exist yet" if missing else "no data is configured"
-        console.print(f"  model: {_count(model):,} parameters; {reason}, so no batch is read")
-        if weights is not None or checkpoint is not None:
-            console.print("  whether the checkpoint fits can be checked once the data exists")
+        what = "data" if weights is None and checkpoint is None else "data and checkpoint"
+        console.print(f"  model: {_count(model):,} parameters")
+        console.print(f"  NOT checked: {what}, because {reason}; no batch was read")
         return
     _print_warnings(console, setup, config)
     standardize(model, setup.loader)

@@ -429,8 +429,9 @@ RULES: Final[tuple[Rule, ...]] = (
         warning="< 5",
         advice=(
             "`python -m train profile --config CONFIG.yaml` says what to change. If "
-            "data_wait_fraction is high, raise data.num_workers; otherwise the model is the "
-            "bottleneck: use a smaller one, training.precision: bf16 or training.compile: true"
+            "data_wait_fraction is high, raise data.num_workers (of a DataLoader of your own, its "
+            "num_workers); otherwise the model is the bottleneck: use a smaller one, "
+            "training.precision: bf16 or training.compile: true"
         ),
         find=_stays_below("samples_per_sec", 5.0),
     ),
@@ -440,8 +441,8 @@ RULES: Final[tuple[Rule, ...]] = (
         good="< 0.1",
         warning="> 0.5",
         advice=(
-            "Data loading: raise data.num_workers, for example to 4; `python -m train profile "
-            "--config CONFIG.yaml` measures how many"
+            "Data loading: raise data.num_workers (of a DataLoader of your own, its num_workers), "
+            "for example to 4; `python -m train profile --config CONFIG.yaml` measures how many"
         ),
         find=_above("data_wait_fraction", 0.5),
     ),
