@@ -119,8 +119,10 @@ def describe_os_error(error: OSError | MemoryError, path: Path | str | None = No
 def words_for(error: OSError, path: Path | str | None = None) -> str:
     """Return the cause and the fix of an error about a path; empty if there are no words for it."""
     words = _WORDS.get(error.errno or 0, "")
+    if path is None and error.errno in storage.DISK_FULL:
+        words = "fix: find the full file system by `df`, and free some space there"
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return words.format(limit=limit, disk=describe_disk(str(path or ".")))
+    return words.format(limit=limit, disk=describe_disk(str(path)))
 
 
 def describe_disk(path: Path | str) -> str:

@@ -17,13 +17,16 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import webdataset as wds
 
 from shared.errors import ConfigError, EngineError
+from shared.machine import describe_disk, machine_error
 from shared.recipe import Recipe, Split, load_recipe
+from shared.storage import DISK_FULL
 from train.data.batch import array_forms, compose_batch
 from train.data.batch_maker import BatchMaker, CorruptSampleBudget, Task, init_worker
 from train.data.cached_set import CacheSettings
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from train.config import TrainConfig
     from train.data.batch import Batch, SampleSource
     from train.data.batch_maker import MadeBatch
+
+_SEMAPHORES = "/dev/shm"  # noqa: S108 (a file system, no file)
 
 _SILENT_TIMEOUT_S = 600
 """A loader process that sends nothing for this long is an error."""
@@ -206,7 +211,7 @@ class Loader:
         # Pinning costs tenths of a second per GB, too much for a few held-out batches.
         is_worth_pinning = self._num_epochs is None and self.config.training.device != "cpu"
         is_pinned = is_worth_pinning and torch.cuda.is_available()
-        with translate_worker_errors():
+        with translate_worker_errors(), _start_errors():
             for number, made in enumerate(self._make_batches(pool)):
                 if isinstance(made, EngineError):
                     raise made
@@ -252,6 +257,21 @@ class Loader:
         else:
             indices = range(self._start, self._num_epochs * self.batches_per_epoch)
         return (Task(index, pool.acquire()) for index in indices)
+
+
+@contextmanager
+def _start_errors() -> Iterator[None]:
+    """Name the full file system if loader processes can't get a semaphore."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in DISK_FULL:
+            raise
+        fix = (
+            f"no space for the semaphores of loader processes ({describe_disk(_SEMAPHORES)}); fix: "
+            "enlarge it (docker run --shm-size), or set data.num_workers: 0"
+        )
+        raise machine_error(error, _SEMAPHORES, fix=fix) from error
 
 
 def num_recycled_slots(config: TrainConfig) -> int:

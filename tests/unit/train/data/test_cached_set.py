@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from helpers import remote_sets
+from helpers import sets as tiny_sets
 from helpers.remote_sets import (
     QUICK,
     assert_same,
@@ -31,13 +33,13 @@ from helpers.remote_sets import (
 )
 from helpers.sets import TEXT_HEADS
 
-from shared import storage
+from shared import machine, storage
 from shared.errors import ConfigError
 from shared.shardset.manifest import MANIFEST_FILE, read_manifest
 from train.__main__ import cli
 from train.data import cache
 from train.data.cached_set import CacheSettings, default_cache_dir
-from train.data.loader import Loader
+from train.data.loader import Loader, open_source
 from train.data.shard_source import ShardSource
 
 pytestmark = [
@@ -232,6 +234,32 @@ def test_the_default_cache_is_in_the_users_cache_folder(monkeypatch):
     assert default_cache_dir() == Path("/somewhere/vr-creature/shards")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_dir() == Path.home() / ".cache/vr-creature/shards"
+
+
+def test_without_a_home_folder_the_cache_is_a_temporary_one_and_that_is_said(
+    monkeypatch, tmp_path, caplog
+):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    machine.warn_once.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    expected = tmp_path / f"cache-of-user-{os.getuid()}" / "vr-creature" / "shards"
+    assert default_cache_dir() == expected
+    (record,) = caplog.records
+    assert "kept in " + str(expected.parents[1]) in record.getMessage()
+    assert "fix: set data.cache_dir" in record.getMessage()
+
+
+def test_a_local_set_needs_no_home_folder(tiny_set, monkeypatch):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    config = tiny_sets.make_config(tiny_set)
+    assert open_source(config, split="train").shard_sizes.sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 from helpers import sets as tiny_sets
 from helpers.sets import LENGTHS_S, TEXT_HEADS, assert_same, make_config, make_loader, take
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, MachineError
 from shared.shardset.columns import ColumnFile
 from train.data.loader import Loader, open_source
 from train.data.shard_source import ShardSource
@@ -467,3 +468,13 @@ def test_a_spawned_worker_ends_like_a_forked_one(tmp_path):
     program.write_text(SPAWNED)
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("ended 0\n", "")
+
+
+def test_a_dev_shm_without_space_for_semaphores_is_named(tiny_set, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    loader = tiny_sets.make_loader(tiny_set)
+    monkeypatch.setattr(Loader, "_make_batches", fail)
+    with pytest.raises(MachineError, match=r"^/dev/shm: No space left.*data\.num_workers: 0"):
+        next(iter(loader))

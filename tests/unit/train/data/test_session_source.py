@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import shutil
 from functools import partial
 
@@ -17,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from preprocess.build.cluster import Cluster
 from preprocess.build.job import build_shards
-from shared.errors import ConfigError, CorruptError, SessionError
+from shared.errors import ConfigError, CorruptError, MachineError, SessionError
 from shared.recipe import Recipe
 from shared.session.folder import find_sessions
 from shared.session.reader import SessionReader
@@ -251,3 +253,19 @@ def test_every_real_sample_gives_finite_losses_and_gradients(real_set):
         assert gradients
         assert all(torch.isfinite(g).all() for g in gradients)
     assert len(seen) >= 6
+
+
+def test_a_disk_that_fails_ends_the_run_and_makes_no_sample_corrupt(
+    tiny_sessions, monkeypatch, quick_retries
+):
+    source = open_windows(SessionSource(tiny_sessions, recipe=tiny_sets.set_recipe()))
+    location, *_ = tiny_sets.sample_locations(source)
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", fail)
+        with pytest.raises(MachineError, match=r"Input/output error.*fix: look for the device"):
+            read_sample(source, location)
+    read_sample(source, location)
