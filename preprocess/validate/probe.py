@@ -239,19 +239,8 @@ def probe_session(
     Raises:
         OSError: the file system refuses to open a folder or file.
     """
-    # Media that cannot be read are absent streams; reading goes on.
-    failures: dict[str, MediaError] = {}
-    videos: dict[str, VideoProbe] = {}
-    audio: dict[str, AudioProbe] = {}
     placement = read_placement(path, recipe)
-    for name, spec in recipe.streams.items():
-        try:
-            if isinstance(spec, VideoStream):
-                videos[name] = _probe_video(path / spec.file, name, placement)
-            elif isinstance(spec, AudioStream):
-                audio[name] = _probe_audio(path / spec.file, name, spec, placement)
-        except MediaError as error:
-            failures[name] = error
+    videos, audio, failures = _probe_media(path, recipe, placement)
     media = {name: interval_of(video.track) for name, video in videos.items()}
     media |= {name: sound.interval for name, sound in audio.items()}
     # The length of the media tells the unit of the timestamps in the lines.
@@ -309,6 +298,24 @@ def _files(lines: SessionLines) -> dict[str, tuple[FileLines, ...]]:
     for of_file in lines.files:
         files[of_file.file] = (*files.get(of_file.file, ()), of_file)
     return files
+
+
+def _probe_media(
+    path: Path, recipe: Recipe, placement: Placement
+) -> tuple[dict[str, VideoProbe], dict[str, AudioProbe], dict[str, MediaError]]:
+    """Read all videos and sounds; those that cannot be read are absent, with the reason."""
+    failures: dict[str, MediaError] = {}
+    videos: dict[str, VideoProbe] = {}
+    audio: dict[str, AudioProbe] = {}
+    for name, spec in recipe.streams.items():
+        try:
+            if isinstance(spec, VideoStream):
+                videos[name] = _probe_video(path / spec.file, name, placement)
+            elif isinstance(spec, AudioStream):
+                audio[name] = _probe_audio(path / spec.file, name, spec, placement)
+        except MediaError as error:
+            failures[name] = error
+    return videos, audio, failures
 
 
 def _drop_missing(
