@@ -64,6 +64,9 @@ _MIN_LEVEL = 0.25
 _MIN_QUIET_RATIO = 1.9
 """If the mean is silent and one channel this much louder, the mean has lost it."""
 
+_COMPARED_HZ = 8_000
+"""About so many frames per second are compared: what differs is not at single frequencies."""
+
 _STRETCH_S = 1.0
 _HIGH_PASS_S = 1 / 2500
 """A sample minus the one so long before: 18 dB less at 50 Hz."""
@@ -127,8 +130,8 @@ class MixChooser:
     def __init__(self, choice: ChannelChoice, *, num_channels: int, rate_hz: int) -> None:
         self._choice, self._channels = choice, num_channels
         self._lag = max(1, round(_HIGH_PASS_S * rate_hz))
-        self._stretch = max(1, round(_STRETCH_S * rate_hz))
-        self._rate_hz = rate_hz
+        self._rate_hz, self._step = rate_hz, max(1, rate_hz // _COMPARED_HZ)
+        self._stretch = max(1, round(_STRETCH_S * rate_hz / self._step))
         shape = num_channels, num_channels
         self._num_frames = 0
         self._sums = np.zeros(num_channels)
@@ -143,10 +146,10 @@ class MixChooser:
         """Compare the channels of the next block [n, channels]."""
         self._num_frames += len(block)
         self._sums += [channel.sum() for channel in block.T]
-        self._products += _products(block)
+        self._products += _products(block[:: self._step]) * self._step
         if self._channels == 1 or self._choice != "auto" or len(block) <= self._lag:
             return
-        high = block[self._lag :] - block[: -self._lag]
+        high = block[self._lag :: self._step] - block[: -self._lag : self._step]
         for start in range(0, len(high), self._stretch):
             self._add_stretch(high[start : start + self._stretch])
 
@@ -156,9 +159,9 @@ class MixChooser:
         energies = np.diagonal(products)
         least, most = np.minimum.outer(energies, energies), np.maximum.outer(energies, energies)
         is_loud = (least > _FLOOR_RMS**2 * len(high)) & (least >= _MIN_LEVEL**2 * most)
-        norms, duration_s = np.sqrt(least * most), len(high) / self._rate_hz
+        norms, duration_s = np.sqrt(least * most), len(high) * self._step / self._rate_hz
         correlations = np.divide(products, norms, where=is_loud, out=np.zeros_like(norms))
-        self._filtered += products
+        self._filtered += products * self._step
         self._opposed_s += duration_s * (correlations <= -_MIN_OPPOSED)
         self._opposed.add(-correlations, duration_s)
         self._aligned.add(correlations, duration_s)
