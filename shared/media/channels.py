@@ -65,7 +65,7 @@ _MIN_QUIET_RATIO = 1.9
 """If the mean is silent and one channel this much louder, the mean has lost it."""
 
 _COMPARED_HZ = 8_000
-"""About so many frames per second are compared: what differs is not at single frequencies."""
+"""Frames per second that are compared, about."""
 
 _STRETCH_S = 1.0
 _HIGH_PASS_S = 1 / 2500
