@@ -8,6 +8,7 @@ stretch of one is masked), "lines" (lines or events of a file that could not be 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from contextlib import suppress
@@ -233,11 +234,15 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
     reason = scan.session_rejection(recipe)
     if reason is not None:
         yield {**session, "segments": scan.num_segments, "reason": reason}
+    for stream, cause in scan.absent.items():
+        is_recorded = stream not in scan.not_recorded
+        is_recorded |= recipe.streams[stream].file in scan.source_files
+        if is_recorded and cause not in (reason or ""):
+            yield {"level": "stream", "session": scan.session, "stream": stream, "reason": cause}
+    if reason is not None:
         return
-    for stream, reason in scan.absent.items():
-        if stream not in scan.not_recorded:
-            yield {"level": "stream", "session": scan.session, "stream": stream, "reason": reason}
     yield from _masked_lines(scan)
+    yield from _gap_lines(scan, recipe)
     for segment in scan.segments(recipe):
         reason = scan.rejection(segment.index, recipe)
         if reason is not None:
@@ -248,6 +253,26 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
                 "start_s": segment.start_s,
                 "stop_s": segment.stop_s,
                 "reason": reason,
+            }
+
+
+def _gap_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    # Runs of stored segments that lack a stream of the session completely.
+    stored = scan.stored_segments(recipe)
+    for stream, shares in scan.coverage.items():
+        gaps = [segment for segment in stored if not shares[segment]]
+        for _, run in itertools.groupby(enumerate(gaps), key=lambda item: item[1] - item[0]):
+            segments = [segment for _, segment in run]
+            start_s, stop_s = segments[0] * recipe.segment_s, (segments[-1] + 1) * recipe.segment_s
+            masks = scan.describe_masks(stream, start_s, stop_s)
+            yield {
+                "level": "stream",
+                "session": scan.session,
+                "stream": stream,
+                "segment": segments[0],
+                "start_s": start_s,
+                "stop_s": stop_s,
+                "reason": f"covers none of [{start_s:g}, {stop_s:g}) s{masks}",
             }
 
 

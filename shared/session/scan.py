@@ -137,7 +137,7 @@ class SessionScan:
         where = f"of [{start_s:g}, {stop_s:g}) s"
         if missing:
             causes = ", ".join(
-                f"{name} covers {share:.0%}{self._describe_masks(name, start_s, stop_s)}"
+                f"{name} covers {share:.0%}{self.describe_masks(name, start_s, stop_s)}"
                 for name, share in missing.items()
             )
             return f"{causes} {where}; segment.min_coverage asks for {minimum:.0%}"
@@ -147,7 +147,7 @@ class SessionScan:
             return f"nothing but silent text {where}"
         return None
 
-    def _describe_masks(self, name: str, start_s: float, stop_s: float) -> str:
+    def describe_masks(self, name: str, start_s: float, stop_s: float) -> str:
         """Name what is masked of a stream between two times; empty if nothing is."""
         spans = self.masked.get(name, ())
         messages = [s.message for s in spans if s.start_s < stop_s and s.stop_s > start_s]

@@ -94,11 +94,12 @@ def test_segments_that_do_not_decode_have_a_line_and_no_member(odd_set):
 
 
 def test_a_text_outside_the_session_has_a_line(odd_set):
-    line, absent = lines_of(odd_set, "outside")
+    line, absent, silent = lines_of(odd_set, "outside")
     assert line["level"] == "lines"
     assert line["reason"] == "text.jsonl line 1: text 'too late' at 99 s is outside the session"
     assert (absent["level"], absent["stream"]) == ("stream", "external_text")
     assert absent["reason"].startswith("all of its events are outside the session")
+    assert (silent["stream"], silent["reason"]) == ("internal_text", "no event of it is recorded")
 
 
 def test_a_sound_file_that_can_not_be_read_has_a_line(odd_set):
@@ -145,7 +146,76 @@ def test_a_segment_of_nothing_but_silent_text_is_rejected(tmp_path):
     said = [{"timestamp": t, "stream": "internal", "text": "hm"} for t in (0.5, 4.5)]
     write_lines(folder / "text.jsonl", said)
     build(tmp_path / "sessions", tmp_path / "out", tiny_recipe(split={"val_fraction": 0.0}))
-    lines = lines_of(tmp_path / "out", "quiet")
+    silent, *lines = lines_of(tmp_path / "out", "quiet")
+    assert (silent["level"], silent["stream"]) == ("stream", "external_text")
     assert [line["segment"] for line in lines] == [1, 2, 3, 5]
     assert lines[0]["reason"] == "nothing but silent text of [1, 2) s"
     assert read_manifest(tmp_path / "out").shards[0].runs == (1, 1)
+
+
+# --- what docs/format.md promises of rejected.jsonl --------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def poor_sessions(tmp_path_factory) -> Path:
+    """Sessions of 3 s that lack streams in different ways."""
+    root = tmp_path_factory.mktemp("poor")
+    for name in ("whole", "no key", "one voice", "short", "link", "two files"):
+        write_tiny_session(root / name, 3.0)
+    lines = [{k: v for k, v in line.items() if k != "touch"} for line in sensor_lines(3.0)]
+    write_lines(root / "no key" / "metadata.jsonl", lines)
+    said = {"timestamp": 0.5, "stream": "internal", "text": "hm"}
+    write_lines(root / "one voice" / "text.jsonl", [said])
+    write_video(root / "short" / "vision_left.mp4", times_s=np.arange(30) / 30)
+    (root / "link" / "audio.wav").unlink()
+    (root / "link" / "audio.wav").symlink_to(root / "gone.wav")
+    for file in ("vision_left.mp4", "audio.wav"):
+        (root / "two files" / file).write_bytes(b"\0" * 999)
+    for name, file in (("only video", "vision_left.mp4"), ("only empty", "metadata.jsonl")):
+        (root / name).mkdir()
+        (root / name / file).write_bytes(b"" if "empty" in name else b"\0" * 999)
+    (root / "only link").mkdir()
+    (root / "only link" / "metadata.jsonl").symlink_to(root / "gone.jsonl")
+    return root
+
+
+def poor_lines(sessions: Path, out: Path, required: list[str]) -> dict[str, list[dict]]:
+    build(sessions, out, tiny_recipe(required=required))
+    return {path.name: lines_of(out, path.name) for path in sessions.iterdir()}
+
+
+def test_every_way_to_lack_a_stream_has_a_line(poor_sessions, tmp_path):
+    found = poor_lines(poor_sessions, tmp_path, [])
+    assert found["whole"] == []
+    [line] = found["no key"]
+    assert (line["level"], line["stream"]) == ("stream", "touch")
+    assert line["reason"] == "metadata.jsonl holds no usable reading of it"
+    [line] = found["one voice"]
+    assert (line["level"], line["stream"]) == ("stream", "external_text")
+    [line] = found["link"]
+    assert (line["level"], line["stream"]) == ("stream", "audio")
+    assert line["reason"].startswith("audio.wav: links to a missing file; fix:")
+    [line] = found["short"]
+    assert (line["level"], line["stream"], line["segment"]) == ("stream", "vision_left", 2)
+    assert line["reason"] == "covers none of [2, 3) s"
+    assert {line["stream"] for line in found["two files"]} == {"audio", "vision_left"}
+
+
+def test_the_reason_of_the_only_file_is_in_the_line_of_its_session(poor_sessions, tmp_path):
+    found = poor_lines(poor_sessions, tmp_path, [])
+    for name, reason in (
+        ("only video", "vision_left.mp4: "),
+        ("only empty", "metadata.jsonl: has no line"),
+        ("only link", "metadata.jsonl: links to a missing file"),
+    ):
+        [line] = [line for line in found[name] if line["level"] == "session"]
+        assert reason in line["reason"]
+
+
+def test_a_rejected_session_keeps_the_reasons_of_its_other_files(poor_sessions, tmp_path):
+    found = poor_lines(poor_sessions, tmp_path, ["vision_left"])
+    session, stream = found["two files"]
+    assert session["level"] == "session"
+    assert session["reason"].startswith("required stream vision_left: vision_left.mp4: ")
+    assert (stream["level"], stream["stream"]) == ("stream", "audio")
+    assert stream["reason"].startswith("audio.wav: ")
