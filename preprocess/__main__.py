@@ -93,7 +93,8 @@ def validate(
 
     The code is 3 if none fails, but the machine could not read some of them.
 
-    SESSIONS are session folders, folders of session folders, or URLs of them.
+    SESSIONS are session folders, folders of session folders, or URLs of them. This command gates
+    nothing: docs/verdicts.md says what builds and trainings make of what it finds.
 
     \b
     python -m preprocess validate data/sessions --summary
