@@ -27,7 +27,7 @@ from shared.streams import (
     VideoStream,
 )
 from train.__main__ import cli as train_cli
-from train.config import TrainConfig
+from train.config import TrainConfig, load_train_config
 from train.data.batch import array_forms
 from train.loop.health import RULES
 from train.shapes import WindowShapes, common_period_s
@@ -104,6 +104,21 @@ def test_the_stock_reader_of_the_readme_joins_a_shard(tiny_set, tmp_path, monkey
     names["store"].close()
     assert {"audio.wav", "internal_text.json"} <= set().union(*names["samples"].values())
     assert names["proprio"].shape[0] >= len(names["samples"]) > 0
+
+
+def test_the_python_run_of_the_readme_ends_and_blocks_no_other_run():
+    (block,) = (b for b in blocks("python") if "trainer.train()" in b)
+    names = {"yaml": yaml, "open": lambda path: (ROOT / path).read_text()}
+    exec("".join(line for line in block.splitlines(True) if line.startswith("config")), names)
+    training = make_section(TrainConfig, names["config"]).training
+    assert training.log_interval <= 5 < training.max_steps <= 100
+    shipped = [
+        load_train_config(path)
+        for path in (ROOT / "configs").glob("*.yaml")
+        if "recipe" not in path.name and path.name != "any_session.yaml"
+    ]
+    folders = {config.training.checkpointing.save_dir for config in shipped}
+    assert training.checkpointing.save_dir not in folders
 
 
 # --- the map of the code -----------------------------------------------------------------------
