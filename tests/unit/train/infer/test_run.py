@@ -299,7 +299,7 @@ def test_the_command_prints_a_short_summary_or_all_figures(tmp_path, as_json):
     assert str(tmp_path / "out/walk/index.html") in printed.replace("\n", "")
     for name, loss in metrics["losses"].items():
         (row,) = [line for line in lines if f" {name.removeprefix('loss_')} " in line]
-        assert f"{loss:.4f}" in row
+        assert (" - " if loss is None else f" {loss:.4f} ") in row
 
 
 @pytest.mark.parametrize("options", [["--seed", "-1"], ["--seed", "4294967296"], ["--top-p", "0"]])
