@@ -163,9 +163,9 @@ def check_config(
     console.print(f"  {describe_streams(shapes)}")
     if setup is None:
         reason = f"{missing[0]} does not exist yet" if missing else "no data is configured"
-        what = "data" if weights is None and checkpoint is None else "data and checkpoint"
+        unread = "data" if weights is None and checkpoint is None else "data and checkpoint"
         console.print(f"  model: {_count(model):,} parameters")
-        console.print(f"  NOT checked: {what}, because {reason}; no batch was read")
+        console.print(f"  NOT checked: {unread}, because {reason}; no batch was read")
         return
     _print_warnings(console, setup, config)
     standardize(model, setup.loader)
