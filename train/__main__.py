@@ -208,7 +208,7 @@ def infer(
 
     from train.infer.page import PAGE_NAME
     from train.infer.run import infer as infer_session
-    from train.summary import print_inference
+    from train.infer.run import print_inference
 
     out = out / session.resolve().name
     with click.progressbar(length=1, label=session.name) as bar:

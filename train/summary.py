@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from rich.table import Table
 
 from shared.clock import EPSILON_S
 from shared.session.folder import is_session
 from shared.session.names import session_folder
-from train.infer.predictions import METRICS_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -117,34 +116,6 @@ def _find_session(config: TrainConfig, session: str, recipe: Recipe) -> Path | N
     roots = [config.data.root_dir] if config.data.root_dir else map(Path, _SESSION_ROOTS)
     folders = [folder for root in roots for folder in (root, session_folder(root, session))]
     return next((folder for folder in folders if is_session(folder, recipe)), None)
-
-
-def print_inference(metrics: Mapping[str, Any], page: Path, console: Console) -> None:
-    """Print what a session's predictions are worth, and where they are."""
-    console.print(
-        f"{metrics['session']}: {metrics['duration_s']:.1f} s, {metrics['num_ticks']} ticks, by "
-        f"the model of step {metrics['step']}"
-    )
-    table = Table()
-    for title in ("head", "loss", "baselines"):
-        table.add_column(title, justify="right" if title == "loss" else "left")
-    for name, loss in metrics["losses"].items():
-        head = name.removeprefix("loss_")
-        against = [row for row in metrics["comparison"] if row["head"] == head]
-        notes = [
-            f"{row['baseline']} {row['baseline_loss']:.4f}{'' if row['is_better'] else ' (better)'}"
-            for row in against
-        ]
-        note = metrics["reasons"].get(name) or ", ".join(notes)
-        table.add_row(head, "-" if loss is None else f"{loss:.4f}", note)
-    console.print(table, soft_wrap=False)
-    latency = metrics["tick_latency_ms"]
-    console.print(
-        f"latency  p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms per tick of "
-        f"{latency['tick']:.0f} ms"
-    )
-    console.print(f"files    {page.parent} (all figures: {METRICS_NAME})")
-    console.print(f"page     {page}")
 
 
 def _loss_table(summary: TrainSummary, first_val_losses: Mapping[str, float]) -> Table:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from rich.table import Table
 
 from shared.errors import ConfigError, SessionError
 from shared.session.folder import is_session, source_files
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    from rich.console import Console
     from torch import Tensor
 
     from shared.recipe import Recipe
@@ -291,6 +293,34 @@ class Score:
             return "the model's predictions are not finite"
         stream = self._trained.shapes.targets[head]
         return scan.absent.get(stream, f"no tick with {stream} follows another tick")
+
+
+def print_inference(metrics: Mapping[str, Any], page: Path, console: Console) -> None:
+    """Print what a session's predictions are worth, and where they are."""
+    console.print(
+        f"{metrics['session']}: {metrics['duration_s']:.1f} s, {metrics['num_ticks']} ticks, by "
+        f"the model of step {metrics['step']}"
+    )
+    table = Table()
+    for title in ("head", "loss", "baselines"):
+        table.add_column(title, justify="right" if title == "loss" else "left")
+    for name, loss in metrics["losses"].items():
+        head = name.removeprefix("loss_")
+        against = [row for row in metrics["comparison"] if row["head"] == head]
+        notes = [
+            f"{row['baseline']} {row['baseline_loss']:.4f}{'' if row['is_better'] else ' (better)'}"
+            for row in against
+        ]
+        note = metrics["reasons"].get(name) or ", ".join(notes)
+        table.add_row(head, "-" if loss is None else f"{loss:.4f}", note)
+    console.print(table, soft_wrap=False)
+    latency = metrics["tick_latency_ms"]
+    console.print(
+        f"latency  p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms per tick of "
+        f"{latency['tick']:.0f} ms"
+    )
+    console.print(f"files    {page.parent} (all figures: {METRICS_NAME})")
+    console.print(f"page     {page}")
 
 
 def summarize_latencies(latencies_ms: list[float], *, tick_ms: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from helpers import sets as tiny_sets
 from helpers.faults import hostile_member
 from helpers.sets import assert_same, make_loader, take
 
-from shared.errors import CorruptError, TooManyCorruptSamplesError
+from shared.errors import MachineError, TooManyCorruptSamplesError
 from train.data.batch_maker import MAX_ATTEMPTS, CorruptSampleBudget
 from train.data.loader import Loader, open_source
 
@@ -239,13 +239,14 @@ def test_a_sample_that_lacks_the_damaged_column_is_not_corrupt(a_copy):
     assert keys == {"ann", "dan", "eve"}
 
 
-def test_a_read_error_of_the_disk_is_a_corrupt_sample(tiny_set, monkeypatch):
+@pytest.mark.usefixtures("quick_retries")
+def test_a_read_error_of_the_disk_is_no_corrupt_sample(tiny_set, monkeypatch):
     def fail(*_):
         raise OSError(5, "Input/output error")
 
     source = open_set(tiny_set)
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(CorruptError, match="can't be read: Input/output error"):
+    with pytest.raises(MachineError, match="Input/output error; the disk"):
         tiny_sets.read_sample(source, (0, 0))
 
 
