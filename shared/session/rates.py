@@ -7,8 +7,9 @@ file whose frames were numbered after some were lost. Lengths alone can't tell. 
 - **frames lost**: two videos of one constant rate have unlike numbers of frames, and the pictures
   of the shorter one are ahead of the other's by more and more frames, up to all the missing ones;
 - **rate**: all streams begin together; the others, of at least two sources, end together; and the
-  one, or all videos, ends apart by over LIMIT_S and 1 to 10 %. Videos must have constant frame
-  distances, which are counted, not measured. Sound must have the ratio of two usual sample rates.
+  one, or all videos, ends apart by over SURE_S and 2 to 10 %: recorders that are stopped one after
+  the other differ by less. Videos must have constant frame distances, which are counted, not
+  measured. Sound must have the ratio of two usual sample rates.
   For a sensor one other source is enough, and smaller errors are found, but the corrected rate of
   its readings must be a usual one.
 
@@ -43,6 +44,9 @@ LIMIT_S = 0.2
 
 TOGETHER_S = 0.1
 """Streams that began or ended together differ by at most this."""
+
+SURE_S, SURE_ERROR = 0.4, 0.02
+"""Least error of video or sound that is taken for a wrong rate."""
 
 MIN_ERROR, MAX_ERROR = 0.01, 0.1
 MIN_LENGTH_S = 10.0
@@ -221,7 +225,7 @@ def _add_evidence(fault: RateFault, recorded: Recorded, *, num_sources: int) -> 
     """Say whether a fault is sure, and which rates it implies."""
     name, factor, tolerance = fault.streams[0], fault.factor, TOGETHER_S / fault.true_stop_s
     tracks = recorded.tracks
-    is_sure = num_sources > 1 and abs(factor - 1) >= MIN_ERROR
+    is_sure = num_sources > 1 and abs(factor - 1) >= SURE_ERROR and fault.apart_s >= SURE_S
     rates = ""
     if recorded.recipe.streams[name].kind is Kind.SENSOR:
         rate_hz = _usual_rate_hz(recorded.readings[name][0], factor, tolerance)
