@@ -23,9 +23,11 @@ from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S, Interval, frame_mask, nearest
 from shared.media.channels import SILENCE_RMS
 from shared.session.folder import SESSION_INFO_FILE
+from shared.session.lines import keys_of
+from shared.session.names import describe_unused
 from shared.session.rates import format_rate
 from shared.session.timestamps import describe_left_out
-from shared.streams import Kind, MaskReason, mask_reasons
+from shared.streams import Kind, MaskReason, SensorStream, TextStream, mask_reasons
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from preprocess.validate.probe import SessionProbe, VideoProbe
     from shared.media.riff import WavHeader
     from shared.session.lines import ParseIssue
+    from shared.session.names import UnusedName
 
 Level = Literal["note", "warning", "error"]
 
@@ -111,6 +114,32 @@ def check_files(probe: SessionProbe) -> list[Finding]:
         level: Level = "warning" if file == SESSION_INFO_FILE else "error"
         findings.append(Finding(level, f"{file}: {reason}", probe.streams_of(file)))
     return findings
+
+
+def check_names(probe: SessionProbe) -> list[Finding]:
+    """Check that the files and keys of a session are those of declared streams.
+
+    A name that is probably meant to be a declared one, which the session lacks, is a warning. All
+    others are listed in a note: recorders may write more than a recipe uses.
+    """
+    sentences, others = describe_unused(probe.unused)
+    findings = [
+        Finding("warning", sentence, _streams_of(name, probe))
+        for name, sentence in sentences.items()
+    ]
+    return findings + ([Finding("note", others)] if others else [])
+
+
+def _streams_of(name: UnusedName, probe: SessionProbe) -> tuple[str, ...]:
+    """Return the streams that the declared name belongs to."""
+    if not name.key:
+        return probe.streams_of(name.meant)
+    specs = {stream: probe.recipe.streams[stream] for stream in probe.streams_of(name.file)}
+    return tuple(
+        stream
+        for stream, spec in specs.items()
+        if isinstance(spec, (SensorStream, TextStream)) and name.meant in keys_of(name.file, spec)
+    )
 
 
 def check_streams(probe: SessionProbe) -> list[Finding]:

@@ -54,8 +54,11 @@ from shared.session.records import (
 from shared.session.timestamps import (
     MAX_BACK_S,
     UNIT_NAMES,
+    UNIT_TOLERANCE_S,
+    WrongLines,
     WrongUnit,
     find_units,
+    find_wrong_lines,
     raw_timestamp,
 )
 from shared.streams import METADATA_FILE, SensorStream, TextStream, ValueType
@@ -290,6 +293,53 @@ def convert_units(
         for name in units
     }
     return lines | divided, repairs
+
+
+def remove_jumps(
+    lines: Lines, files: Mapping[str, LineFile], media_stop_s: float | None
+) -> tuple[Lines, list[Repair]]:
+    """Remove the jump of a clock after which the lines no longer end with the media.
+
+    Texts in other files follow, if all that are after the session are inside it then.
+    """
+    repaired: Lines = dict(lines)
+    repairs: list[Repair] = []
+    jumps: dict[str, WrongLines] = {}
+    for name, of_file in lines.items():
+        timed = np.array([i for i, x in enumerate(of_file) if x.time_s is not None], dtype=np.int64)
+        if files[name].sensors and len(timed):
+            times_s = times_of([of_file[i] for i in timed])
+            wrong = find_wrong_lines(times_s, timed, media_stop_s)
+            jumps.update((name, fault) for fault in wrong if fault.jump_s)
+    for name, jump in jumps.items():
+        rows = np.arange(jump.first, jump.last + 1)
+        repaired[name], number = _shifted(lines[name], rows, jump.jump_s, files[name])
+        sentence = (
+            f"{name}: subtracted {jump.jump_s:.6g} s from {number} lines after a jump of the "
+            "clock; they now end with the media"
+        )
+        repairs.append(Repair(RepairKind.JUMP, (name,), sentence))
+    jumps_s = {jump.jump_s for jump in jumps.values()}
+    for name in (n for n in lines if jumps_s and files[n].is_text_file):
+        (jump_s, *others) = sorted(jumps_s)
+        times_s = np.array([np.nan if x.time_s is None else x.time_s for x in lines[name]])
+        stop_s = (media_stop_s or 0.0) + UNIT_TOLERANCE_S
+        rows = np.flatnonzero((times_s < -UNIT_TOLERANCE_S) | (times_s > stop_s))
+        moved_s = times_s[rows] - jump_s
+        if len(rows) and not others and ((moved_s >= 0) & (moved_s <= stop_s)).all():
+            repaired[name], number = _shifted(lines[name], rows, jump_s, files[name])
+            sentence = f"{name}: subtracted {jump_s:.6g} s from {number} texts after it"
+            repairs.append(Repair(RepairKind.JUMP, (name,), sentence))
+    return repaired, repairs
+
+
+def _shifted(
+    lines: list[Line], rows: NDArray[np.int64], jump_s: float, file: LineFile
+) -> tuple[list[Line], int]:
+    """Return lines of which some are earlier by a number of seconds, and how many are."""
+    timed = {row: t for row in rows.tolist() if (t := lines[row].time_s) is not None}
+    moved = {row: with_time(lines[row], t - jump_s, file) for row, t in timed.items()}
+    return [moved.get(row, line) for row, line in enumerate(lines)], len(moved)
 
 
 def is_refused(lines: Sequence[Line], num_bad: int, *, file: LineFile) -> bool:

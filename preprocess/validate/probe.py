@@ -49,12 +49,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shared.clock import MaskedSpan
     from shared.media.channels import Mix
     from shared.media.riff import WavHeader
     from shared.media.video import VideoTrack
     from shared.recipe import Recipe
     from shared.session.lines import FileLines, ParseIssue, SessionLines, TextEvent
-    from shared.session.masks import MaskedSpan
     from shared.session.names import UnusedName
     from shared.session.rates import RateFault
     from shared.session.timestamps import WrongLines, WrongUnit

@@ -16,13 +16,13 @@ import filecmp
 import functools
 import io
 import itertools
+import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preprocess.validate.clock_repairs import plan_stretches, remove_jumps
 from preprocess.validate.line_repairs import (
     clamp,
     convert_units,
@@ -35,22 +35,23 @@ from preprocess.validate.line_repairs import (
     join_repeats,
     parse_lines,
     plan_files,
+    remove_jumps,
     shift_to_zero,
     sort_lines,
     spread_packets,
     write_numbers,
 )
-from preprocess.validate.media_repairs import plan_media
 from preprocess.validate.repair_plan import Repair, RepairKind, RepairPlan
 from shared.errors import MediaError, SessionError
-from shared.files import write_synced
+from shared.files import BLOCK_BYTES, write_synced
 from shared.kinds.audio import align_sound, stretch_sound
 from shared.kinds.video import align_track
 from shared.machine import is_machine_trouble, machine_error, sync_folder
+from shared.media.riff import corrected_head, read_wav_header
 from shared.media.sound import read_sound
 from shared.media.video import read_video_track
-from shared.session.alignment import MEDIA_KINDS, Placement, read_placement
-from shared.session.folder import files_of_stream, read_timed_lines
+from shared.session.alignment import MEDIA_KINDS, STRETCH_KEY, Placement, read_placement
+from shared.session.folder import SESSION_INFO_FILE, files_of_stream, read_timed_lines
 from shared.session.records import open_utf8
 from shared.session.scan import scan_session
 from shared.session.timestamps import MAX_BACK_S
@@ -58,13 +59,18 @@ from shared.streams import AudioStream, VideoStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from typing import BinaryIO
 
     from preprocess.validate.line_repairs import LineFile, Lines, Repaired
     from preprocess.validate.repair_plan import Content
+    from shared.media.riff import WavHeader
     from shared.recipe import Recipe
     from shared.session.lines import FileLines
 
 JOURNAL_FILE = ".repair"
+_BYTES_PER_STAT_BLOCK = 512
+_MIN_FREE_BYTES = 64 << 20
+"""Space that a repair leaves on the disk."""
 _UNREADABLE = "too much of it is unreadable"
 
 _TEMPORARY = ".repairing"
@@ -118,10 +124,10 @@ def plan_repairs(
     if stretches is None:
         stretches = scan_session(path, recipe=recipe).proposed_stretches
     plans = (
-        plan_stretches(path, stretches),
+        _plan_stretches(path, stretches),
         _plan_lines(path, recipe, media, stretches),
         _plan_tables(path, recipe),
-        plan_media(path, recipe=recipe),
+        _plan_media(path, recipe=recipe),
     )
     return RepairPlan(
         repairs=tuple(repair for plan in plans for repair in plan.repairs),
@@ -310,6 +316,72 @@ def _sorted_rows(content: bytes, file: FileLines) -> bytes | None:
     ordered = [rows[number - 1] for number in file.lines.tolist()]
     ending = b"\r\n" if ordered[0].endswith(b"\r\n") else b"\n"
     return b"".join([*rows[:first], *(row.rstrip(b"\r\n") + ending for row in ordered)])
+
+
+def _plan_stretches(path: Path, stretches: Mapping[str, float]) -> RepairPlan:
+    """Plan to declare the factors of wrong clocks in ``session.json``, beside what it has."""
+    file = path / SESSION_INFO_FILE
+    try:
+        session_info = json.loads(file.read_bytes()) if file.exists() else {}
+    except (ValueError, RecursionError):
+        session_info = None
+    if not stretches or not isinstance(session_info, dict):
+        return RepairPlan()
+    declared = {**(session_info.get(STRETCH_KEY) or {}), **stretches}
+    content = json.dumps({**session_info, STRETCH_KEY: declared}, indent=2, ensure_ascii=False)
+    factors = ", ".join(f"{name} by {factor:.7g}" for name, factor in stretches.items())
+    sentence = (
+        f"{SESSION_INFO_FILE}: declared that times are multiplied, of {factors}; delete "
+        f"{STRETCH_KEY!r} if they were only stopped at another time"
+    )
+    return RepairPlan(
+        repairs=(Repair(RepairKind.STRETCH, (SESSION_INFO_FILE,), sentence),),
+        contents={SESSION_INFO_FILE: f"{content}\n".encode("utf-8", "surrogatepass")},
+    )
+
+
+def _plan_media(path: Path, *, recipe: Recipe) -> RepairPlan:
+    """Plan to correct the headers of a session's sound files."""
+    repairs: list[Repair] = []
+    contents: dict[str, Content] = {}
+    blocked: dict[str, str] = {}
+    for name in dict.fromkeys(spec.file for spec in recipe.audios.values()):
+        file = path / name
+        header = read_wav_header(file) if file.is_file() else None
+        if header is None or not header.is_wrong:
+            continue
+        stat = file.stat()
+        needed = min(stat.st_size, stat.st_blocks * _BYTES_PER_STAT_BLOCK)
+        free = shutil.disk_usage(path).free
+        if needed + _MIN_FREE_BYTES > free:
+            blocked[name] = (
+                f"it needs {needed >> 20} MiB for a corrected copy, {free >> 20} MiB are free; "
+                "without it, the sound is read whole all the same"
+            )
+            continue
+        contents[name] = functools.partial(_write_corrected, file, header)
+        seconds = header.num_bytes / max(1, header.bytes_per_s)
+        sentence = f"{name}: wrote the size of all {seconds:.2f} s of sound into the header"
+        repairs.append(Repair(RepairKind.SIZES, (name,), sentence))
+    return RepairPlan(repairs=tuple(repairs), contents=contents, blocked=blocked)
+
+
+def _write_corrected(path: Path, header: WavHeader, output: BinaryIO) -> None:
+    """Write a sound file with right sizes; blocks of zeros stay holes."""
+    with path.open("rb") as file:
+        output.write(corrected_head(file, header))
+        file.seek(header.start)
+        remaining = header.num_bytes if header.is_last else path.stat().st_size - header.start
+        hole = bytes(BLOCK_BYTES)
+        while block := file.read(min(BLOCK_BYTES, remaining)):
+            remaining -= len(block)
+            if block == hole:
+                output.seek(len(block), os.SEEK_CUR)
+            else:
+                output.write(block)
+        if header.is_last and header.num_bytes % 2:
+            output.write(b"\0")
+        output.truncate()
 
 
 def _commit(path: Path, contents: Mapping[str, Content]) -> list[str]:

@@ -32,6 +32,7 @@ from preprocess.validate.checks import (
     check_files,
     check_left_out,
     check_length,
+    check_names,
     check_starts,
     check_streams,
     check_text,
@@ -46,7 +47,6 @@ from preprocess.validate.line_checks import (
     check_timestamps,
     find_gaps,
 )
-from preprocess.validate.name_checks import check_names
 from preprocess.validate.probe import probe_session
 from preprocess.validate.repair import MediaEnd, plan_repairs, repair_session
 from preprocess.validate.still_checks import check_still

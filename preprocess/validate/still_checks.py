@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.validate.checks import Finding, Level, stream_findings
-from shared.session.masks import masked_share
+from shared.clock import masked_share
 from shared.session.still import POSES, limit_of, repeated_runs, unusual_runs
 from shared.streams import Kind, MaskReason, mask_reasons
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Set
 
     from preprocess.validate.probe import SessionProbe
-    from shared.session.masks import MaskedSpan
+    from shared.clock import MaskedSpan
 
 _MAX_STILL_SHARE = 0.5
 """A stream that repeats itself for more of its length is as good as not recorded."""

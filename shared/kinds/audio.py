@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import soxr
 
-from shared.clock import EPSILON_S, Interval
+from shared.clock import EPSILON_S, Interval, masked_share
 from shared.errors import CorruptError
 from shared.files import DiskArray
 from shared.kinds.column import Column, stream_settings
 from shared.media.channels import MEAN, Mix
 from shared.media.mel import encode_dmel
 from shared.media.sound import Sound, read_sound, to_int16
-from shared.session.masks import masked_share
 from shared.streams import AudioStream, Kind
 
 if TYPE_CHECKING:
@@ -25,9 +24,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.clock import Segment
+    from shared.clock import MaskedSpan, Segment
     from shared.recipe import Recipe
-    from shared.session.masks import MaskedSpan
 
 MASKED_LEVEL = 255
 """Value of dMel levels where there is no audio; real levels are smaller."""

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from shared.clock import EPSILON_S, Interval, slow_rate_hz
+from shared.clock import EPSILON_S, Interval, is_masked, slow_rate_hz
 from shared.kinds.column import Column, stream_settings
-from shared.session.masks import is_masked
 from shared.streams import Kind, SensorStream
 from shared.values import resample, resample_mask
 
@@ -17,9 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.clock import Segment
+    from shared.clock import MaskedSpan, Segment
     from shared.recipe import Recipe
-    from shared.session.masks import MaskedSpan
 
 
 def columns(name: str, spec: SensorStream, recipe: Recipe) -> tuple[Column, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.clock import Interval, frame_mask, nearest
+from shared.clock import Interval, MaskedSpan, frame_mask, is_masked, nearest
 from shared.kinds.column import MAX_MEMBER_BYTES, Column, stream_settings
 from shared.media.video import VideoTrack, frames_to_restart, read_frames, read_video_track
 from shared.media.yuv import (
@@ -22,7 +22,6 @@ from shared.media.yuv import (
     encode_npy,
     to_yuv420,
 )
-from shared.session.masks import MaskedSpan, is_masked
 from shared.streams import Kind, MaskReason, VideoStream
 
 if TYPE_CHECKING:

@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.clock import measure_rate_hz
+from shared.clock import MaskedSpan, measure_rate_hz
 from shared.media.video import read_frames
-from shared.session.masks import MaskedSpan
 from shared.streams import Kind, MaskReason, VideoDefaults
 
 if TYPE_CHECKING:

@@ -26,12 +26,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from shared.clock import Segment
+    from shared.clock import MaskedSpan, Segment
     from shared.kinds.text import SegmentText
     from shared.kinds.video import Frames
     from shared.media.tokenizer import TextTokenizer
     from shared.recipe import Recipe
-    from shared.session.masks import MaskedSpan
     from shared.session.scan import SessionScan
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import reprlib
 from collections import Counter
+from collections.abc import Mapping  # noqa: TC003 (read at run time by scan_from_json)
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from shared.clock import Interval, Segment, plan_segments
+from shared.clock import Interval, MaskedSpan, Segment, masked_share, plan_segments
 from shared.errors import MediaError, MissingMediaError
 from shared.files import sha256_of_file
 from shared.kinds import audio, sensor, text, video
@@ -33,8 +35,7 @@ from shared.session.alignment import (
     read_placement,
 )
 from shared.session.folder import SESSION_INFO_FILE, source_files
-from shared.session.lines import Correction
-from shared.session.masks import MaskedSpan, masked_share
+from shared.session.lines import Correction  # noqa: TC001 (read at run time too)
 from shared.session.names import UnusedName, session_name
 from shared.session.rates import find_rate_faults, mask_wrong_rates, propose_stretches
 from shared.session.still import Recorded, find_still
@@ -42,7 +43,7 @@ from shared.session.timestamps import read_lines
 from shared.streams import Kind, MaskReason, mask_reasons
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -169,34 +170,12 @@ class SessionScan:
 
 
 def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
-    """Restore a scan from the values of :meth:`SessionScan.as_json`."""
-    restored = {
-        "intervals": {name: Interval(**pair) for name, pair in values["intervals"].items()},
-        "not_recorded": frozenset(values["not_recorded"]),
-        "corrections": {
-            file: Correction(
-                units_per_s=correction["units_per_s"],
-                left_out=tuple((first, last) for first, last in correction["left_out"]),
-            )
-            for file, correction in values["corrections"].items()
-        },
-        "masked": {
-            name: tuple(
-                MaskedSpan(**{**span, "reason": MaskReason(span["reason"])}) for span in spans
-            )
-            for name, spans in values["masked"].items()
-        },
-        "mixes": {
-            name: Mix(**{**mix, "weights": tuple(mix["weights"])})
-            for name, mix in values["mixes"].items()
-        },
-        "coverage": {name: tuple(shares) for name, shares in values["coverage"].items()},
-        "silent": tuple(values["silent"]),
-        "issues": tuple(values["issues"]),
-        "unused": tuple(UnusedName(**name) for name in values["unused"]),
-        "source_files": {name: SourceFile(**file) for name, file in values["source_files"].items()},
-    }
-    return SessionScan(**{**values, **restored})
+    """Restore a scan from the values of :meth:`SessionScan.as_json`.
+
+    Raises:
+        ValueError: these are not the values of a scan.
+    """
+    return TypeAdapter(SessionScan).validate_python(values)
 
 
 def scan_session(

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.clock import Interval
+from shared.clock import Interval, MaskedSpan
 from shared.errors import MediaError
 from shared.media.repeats import MIN_RUN_SHARE, are_same_pictures, find_repeats
-from shared.session.masks import MaskedSpan
 from shared.streams import Kind, MaskReason, ValueType
 
 if TYPE_CHECKING:

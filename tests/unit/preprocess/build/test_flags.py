@@ -21,8 +21,8 @@ from preprocess.__main__ import cli
 from preprocess.build import explain
 from preprocess.sets.edit import drop_sessions, merge_sets, split_sessions
 from preprocess.sets.verify import verify_set
+from shared.clock import MaskedSpan
 from shared.session import scan as scan_module
-from shared.session.masks import MaskedSpan
 from shared.shardset.index import FLAG_BITS
 from shared.streams import MaskReason
 

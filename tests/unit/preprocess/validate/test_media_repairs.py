@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from helpers.oracles import tiny_recipe
 
-from preprocess.validate import media_repairs
+from preprocess.validate import repair
 from preprocess.validate.repair import plan_repairs, repair_session
 from preprocess.validate.repair_plan import RepairKind
 from preprocess.validate.report import check_session
@@ -113,7 +113,7 @@ def test_sound_past_the_limit_becomes_rf64_with_its_holes(tmp_path, monkeypatch)
 def test_without_space_for_a_copy_the_file_stays_and_the_message_says_why(tmp_path, monkeypatch):
     session = record(tmp_path / "s", riff_bytes=0, data_bytes=0)
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(media_repairs.shutil, "disk_usage", lambda _: usage(1, 1, 10 << 20))
+    monkeypatch.setattr(repair.shutil, "disk_usage", lambda _: usage(1, 1, 10 << 20))
     assert repair_session(session, recipe=RECIPE) == []
     [message] = check_session(session, recipe=RECIPE).report.warnings
     assert "all 2.00 s are read" in message
@@ -128,7 +128,7 @@ def test_a_copy_that_fails_leaves_the_original(tmp_path, monkeypatch):
     def fail(*_: object) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(media_repairs, "corrected_head", fail)
+    monkeypatch.setattr(repair, "corrected_head", fail)
     with pytest.raises(MachineError, match="No space left"):
         repair_session(session, recipe=RECIPE)
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.session.masks import MaskedSpan, is_masked, masked_share
+from shared.clock import MaskedSpan, is_masked, masked_share
 from shared.streams import MaskReason
 
 TICKS = 200
