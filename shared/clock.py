@@ -150,7 +150,7 @@ def is_masked(times_s: NDArray[np.float64], spans: Sequence[MaskedSpan]) -> NDAr
     return masked
 
 
-def masked_share(start_s: float, stop_s: float, spans: Sequence[MaskedSpan]) -> float:
+def masked_share(start_s: float, stop_s: float, spans: Sequence[Interval | MaskedSpan]) -> float:
     """Return the share of [start_s, stop_s) that the spans cover; they may overlap."""
     covered_s, reached_s = 0.0, start_s
     for span in sorted(spans, key=lambda span: span.start_s):

@@ -207,7 +207,7 @@ def check_starts(probe: SessionProbe) -> list[Finding]:
         for name in probe.placement.undeclared
     ]
     origins_s = {name: video.track.origin_s for name, video in probe.videos.items()}
-    origins_s |= {name: audio.origin_s for name, audio in probe.audio.items()}
+    origins_s |= {name: audio.sound.origin_s for name, audio in probe.audio.items()}
     return findings + [
         Finding(
             "warning",
@@ -226,24 +226,25 @@ def check_audio(probe: SessionProbe) -> list[Finding]:
     """Check that sound is complete, not silent, not clipped, and has full scale 1."""
     findings: list[Finding] = []
     for name, audio in probe.audio.items():
+        sound = audio.sound
         faults: list[tuple[Level, str]] = []
         if audio.header is not None:
             faults += _header_faults(audio.header, probe, probe.recipe.streams[name].file)
-        if audio.num_bad:
-            message = f"{audio.num_bad} samples are not finite numbers and are read as 0"
+        if sound.num_bad:
+            message = f"{sound.num_bad} samples are not finite numbers and are read as 0"
             faults.append(("warning", f"{message}; fix: export it again"))
         if audio.rms <= SILENCE_RMS:
             message = f"silent (RMS {audio.rms:.5f}, needs over {SILENCE_RMS:g})"
             level: Level = "error" if probe.recipe.streams[name].required else "warning"
             faults.append((level, f"{message}; fix: check the microphone"))
         advice = "none is needed, unless its channels or its level are wrong in the recording"
-        faults += [("warning", f"{clause}; fix: {advice}") for clause in audio.mix.describe()]
-        share = audio.num_clipped / max(1, audio.num_samples)
-        if audio.peak > FLOAT_SCALE_PEAK:
-            message = f"samples reach {audio.peak:g}, full scale is 1"
+        faults += [("warning", f"{clause}; fix: {advice}") for clause in sound.mix.describe()]
+        share = sound.num_clipped / max(1, audio.num_samples)
+        if sound.peak > FLOAT_SCALE_PEAK:
+            message = f"samples reach {sound.peak:g}, full scale is 1"
             faults.append(("error", f"{message}; fix: divide them by the recorder's scale"))
-        elif audio.num_clipped >= MIN_CLIPPED:
-            message = f"clipped: {audio.num_clipped} samples ({share:.3%}) at full scale"
+        elif sound.num_clipped >= MIN_CLIPPED:
+            message = f"clipped: {sound.num_clipped} samples ({share:.3%}) at full scale"
             level = "error" if share > MAX_CLIPPED_SHARE else "warning"
             faults.append((level, f"{message}; fix: record quieter"))
         file = probe.source(name)

@@ -279,7 +279,7 @@ def check_expectations(probe: SessionProbe) -> list[Finding]:
         least_hz, times_s = spec.expect.min_rate_hz, probe.times_s(name)
         rate_hz: float | None = None
         if name in probe.audio:
-            rate_hz = float(probe.audio[name].source_rate_hz)
+            rate_hz = float(probe.audio[name].sound.source_rate_hz)
         elif times_s is not None and len(times_s) > 1 and times_s[-1] > times_s[0]:
             rate_hz = (len(times_s) - 1) / float(times_s[-1] - times_s[0])
         if least_hz is not None and rate_hz is not None and rate_hz < least_hz * (1 - 1e-6):

@@ -175,7 +175,9 @@ def _draw_video(path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> l
 def _draw_audio(path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> list[Plot]:
     """Draw waveform and level of a sound."""
     spec, audio = probe.recipe.audios[name], probe.audio[name]
-    envelope = read_envelope(path / spec.file, spec, duration_s=audio.duration_s, axis=axis)
+    envelope = read_envelope(
+        path / spec.file, spec, duration_s=audio.interval.duration_s, axis=axis
+    )
     edges_s = envelope.edges_s + audio.interval.start_s
     xs = axis.xs(edges_s)
     peak = max(float(envelope.high.max()), -float(envelope.low.min()))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.validate.repair_plan import RepairPlan
-from shared.clock import Interval
 from shared.errors import MediaError, MissingMediaError
+from shared.files import DiskArray
 from shared.kinds.audio import align_sound, stretch_sound
 from shared.kinds.video import align_track, interval_of
 from shared.machine import read_bytes
@@ -36,11 +36,7 @@ from shared.session.rates import find_rate_faults, mask_wrong_rates
 from shared.session.scan import find_faults
 from shared.session.still import Recorded
 from shared.session.timestamps import read_lines
-from shared.streams import (
-    AudioStream,
-    VideoDefaults,
-    VideoStream,
-)
+from shared.streams import AudioStream, VideoDefaults, VideoStream
 from shared.values import clean_readings
 
 if TYPE_CHECKING:
@@ -49,9 +45,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.clock import MaskedSpan
-    from shared.media.channels import Mix
+    from shared.clock import Interval, MaskedSpan
     from shared.media.riff import WavHeader
+    from shared.media.sound import Sound
     from shared.media.video import VideoTrack
     from shared.recipe import Recipe
     from shared.session.lines import FileLines, ParseIssue, SessionLines, TextEvent
@@ -70,28 +66,17 @@ _TINY = VideoDefaults(size=16, fit="stretch")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AudioProbe:
-    """What validation reads of a sound. Levels have full scale 1."""
+    """What validation reads of a sound."""
 
+    sound: Sound
+    """Without its samples."""
     interval: Interval
     """On the session clock."""
-    origin_s: float
-    """See :class:`shared.media.sound.Sound`."""
-    duration_s: float
-    source_rate_hz: int
-    source_channels: int
     rms: float
-    peak: float
     num_samples: int
     """Samples of all channels as recorded."""
-    num_clipped: int
-    num_bad: int
-    """Samples that are not finite numbers."""
-    mix: Mix
-    """How its channels become one."""
     header: WavHeader | None
     """Of a WAV file."""
-    zeros: tuple[Interval, ...]
-    """Where every channel is exactly zero, on the session clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +246,7 @@ def probe_session(
         recipe=recipe,
         intervals=alignment.intervals,
         tracks={name: video.track for name, video in videos.items()},
-        zeros={name: sound.zeros for name, sound in audio.items()},
+        zeros={n: own.sound.zeros_from(own.interval.start_s) for n, own in audio.items()},
         readings={name: (own.times_s, own.values) for name, own in readings.items()},
     )
     rates = find_rate_faults(recorded)
@@ -273,7 +258,7 @@ def probe_session(
         faults=find_faults(replace(recorded, wrong_clocks=mask_wrong_rates(rates))),
         missing=missing,
         events=_align_events(lines, alignment, placement, recipe),
-        files=_files(lines),
+        files={f.file: tuple(o for o in lines.files if o.file == f.file) for f in lines.files},
         issues=tuple(issue for issue in lines.issues if issue.kind != "file"),
         unreadable=unreadable,
         placement=placement,
@@ -290,14 +275,6 @@ def probe_session(
         duration_s=alignment.duration_s,
         stop_s=alignment.stop_s,
     )
-
-
-def _files(lines: SessionLines) -> dict[str, tuple[FileLines, ...]]:
-    """Return the lines of each file, once per time key."""
-    files: dict[str, tuple[FileLines, ...]] = {}
-    for of_file in lines.files:
-        files[of_file.file] = (*files.get(of_file.file, ()), of_file)
-    return files
 
 
 def _probe_media(
@@ -376,21 +353,11 @@ def _probe_audio(path: Path, name: str, spec: AudioStream, placement: Placement)
     recorded = read_sound(path, rate_hz=spec.rate_hz, track=spec.track, channels=spec.channels)
     sound = stretch_sound(recorded, placement.stretches.get(name, 1.0))
     loudness = measure_loudness(sound.samples.iter_blocks(), spec=spec)
-    interval = align_sound(sound, placement.starts.get(name))
-    first_s = interval.start_s
     return AudioProbe(
-        interval=interval,
-        zeros=tuple(Interval(z.start_s + first_s, z.stop_s + first_s) for z in sound.zeros),
-        origin_s=sound.origin_s,
-        duration_s=sound.duration_s,
-        source_rate_hz=sound.source_rate_hz,
-        source_channels=sound.source_channels,
+        sound=replace(sound, samples=DiskArray(np.float32)),
+        interval=align_sound(sound, placement.starts.get(name)),
         rms=loudness.rms,
-        peak=sound.peak,
         num_samples=round(recorded.duration_s * sound.source_rate_hz) * sound.source_channels,
-        num_clipped=sound.num_clipped,
-        num_bad=sound.num_bad,
-        mix=sound.mix,
         header=read_wav_header(path),
     )
 
@@ -414,13 +381,10 @@ def _check_session_file(path: Path) -> dict[str, str]:
     """Return why ``session.json`` cannot be read."""
     if not path.exists():
         return {}
-    reason = "not a JSON object"
-    if not path.is_file():
-        reason = "not a file"
-    else:
-        try:
-            if isinstance(json.loads(read_bytes(path)), dict):
-                return {}
-        except (OSError, ValueError, RecursionError) as error:
-            reason = f"not JSON ({str(error).splitlines()[0]})"
+    reason = "not a JSON object" if path.is_file() else "not a file"
+    try:
+        if path.is_file() and isinstance(json.loads(read_bytes(path)), dict):
+            return {}
+    except (OSError, ValueError, RecursionError) as error:
+        reason = f"not JSON ({str(error).splitlines()[0]})"
     return {path.name: f"{reason}; fix: correct or delete it"}

@@ -393,15 +393,15 @@ def _video_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
 
 
 def _audio_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
-    audio = probe.audio[name]
+    sound = probe.audio[name].sound
     return {
-        "rate_hz": audio.source_rate_hz,
-        "channels": audio.source_channels,
-        "mix": {"weights": audio.mix.weights, "offset": audio.mix.offset}
-        | ({"correlation": audio.mix.correlation} if audio.mix.correlation else {}),
-        "rms": round(audio.rms, 6),
-        "peak": round(audio.peak, 6),
-        "clipped_samples": audio.num_clipped,
+        "rate_hz": sound.source_rate_hz,
+        "channels": sound.source_channels,
+        "mix": {"weights": sound.mix.weights, "offset": sound.mix.offset}
+        | ({"correlation": sound.mix.correlation} if sound.mix.correlation else {}),
+        "rms": round(probe.audio[name].rms, 6),
+        "peak": round(sound.peak, 6),
+        "clipped_samples": sound.num_clipped,
         "drift_ppm": {video: round(ppm) for video, ppm in clock_drifts_ppm(probe)[name].items()},
     }
 

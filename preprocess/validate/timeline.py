@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.validate.line_checks import find_gaps
-from shared.clock import EPSILON_S
+from shared.clock import EPSILON_S, Interval, masked_share
 from shared.page import draw_bands, format_time
 from shared.streams import Kind, MaskReason, mask_reasons
 from shared.values import is_masked_gap
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from preprocess.validate.probe import SessionProbe
+    from shared.clock import MaskedSpan
     from shared.page import Band, TimeAxis
     from shared.streams import StreamSpec
 
@@ -140,35 +141,27 @@ def _draw_stream(name: str, probe: SessionProbe, axis: TimeAxis) -> StreamTimeli
     left_s = np.clip(np.append(0.0, stops_s), 0.0, duration_s)
     right_s = np.clip(np.append(starts_s, duration_s), 0.0, duration_s)
     is_masked = right_s - left_s > EPSILON_S
-    unused = list(zip(left_s[is_masked].tolist(), right_s[is_masked].tolist(), strict=True))
     faults, reasons = probe.faults.get(name, ()), mask_reasons(probe.recipe.streams[name])
-    unused += [(span.start_s, span.stop_s) for span in faults if span.reason in reasons]
-    masked = _stretches("masked", sorted(unused))
+    unused: list[Interval | MaskedSpan] = [span for span in faults if span.reason in reasons]
+    unused += map(Interval, left_s[is_masked].tolist(), right_s[is_masked].tolist())
+    masked = _stretches("masked", unused)
     for reason in dict.fromkeys(span.reason for span in faults):
         if reason is not MaskReason.DAMAGED:  # drawn with the frames that do not decode
-            ends_s = [(span.start_s, span.stop_s) for span in faults if span.reason is reason]
-            flaws.append(_stretches(reason.value, ends_s))
+            flaws.append(_stretches(reason.value, [s for s in faults if s.reason is reason]))
     recorded = Stretches("recorded", np.array([interval.start_s]), np.array([interval.stop_s]))
     return StreamTimeline(
         name=name,
         bands=[band for stretches in (recorded, *flaws, masked) for band in stretches.bands(axis)],
         note=f"{format_time(interval.start_s)} to {format_time(interval.stop_s)}",
         flaws=_describe_flaws(flaws),
-        share=1 - _covered_s(masked, duration_s) / duration_s if duration_s > 0 else 0.0,
+        share=1 - masked_share(0.0, duration_s, unused) if duration_s > 0 else 0.0,
     )
 
 
-def _stretches(kind: str, ends_s: Sequence[tuple[float, float]]) -> Stretches:
-    """Return stretches by their starts and stops."""
-    ends = np.array(ends_s, dtype=np.float64).reshape(-1, 2)
+def _stretches(kind: str, spans: Sequence[Interval | MaskedSpan]) -> Stretches:
+    """Return stretches in order."""
+    ends = np.array(sorted((s.start_s, s.stop_s) for s in spans), dtype=np.float64).reshape(-1, 2)
     return Stretches(kind, ends[:, 0], ends[:, 1])
-
-
-def _covered_s(stretches: Stretches, duration_s: float) -> float:
-    """Return how much of [0, duration_s) some stretches cover; they may overlap."""
-    stops_s = np.maximum.accumulate(np.clip(stretches.stops_s, 0.0, duration_s))
-    starts_s = np.maximum(np.clip(stretches.starts_s, 0.0, None), np.append(0.0, stops_s)[:-1])
-    return float(np.maximum(stops_s - starts_s, 0.0).sum())
 
 
 def _describe_flaws(flaws: list[Stretches]) -> str:

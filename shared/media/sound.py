@@ -92,6 +92,10 @@ class Sound:
         """Length in seconds."""
         return len(self.samples) / self.rate_hz
 
+    def zeros_from(self, start_s: float) -> tuple[Interval, ...]:
+        """Return the runs of zeros on a clock on which the first sample is at `start_s`."""
+        return tuple(Interval(z.start_s + start_s, z.stop_s + start_s) for z in self.zeros)
+
     @property
     def waveform(self) -> NDArray[np.float32]:
         """All samples, in memory."""

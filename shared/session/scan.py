@@ -248,7 +248,7 @@ class _Media:
     tracks: dict[str, VideoTrack] = field(default_factory=dict)
     loudness: dict[str, Loudness] = field(default_factory=dict)
     mixes: dict[str, Mix] = field(default_factory=dict)
-    zeros: dict[str, list[Interval]] = field(default_factory=dict)
+    zeros: dict[str, tuple[Interval, ...]] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
     start_overrides: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -296,7 +296,7 @@ def _scan_audio(media: _Media, name: str, placement: Placement) -> None:
         media.start_overrides[name] = interval.start_s
     media.loudness[name] = measure_loudness(sound.samples.iter_blocks(), spec=spec)
     start_s = interval.start_s
-    media.zeros[name] = [Interval(z.start_s + start_s, z.stop_s + start_s) for z in sound.zeros]
+    media.zeros[name] = sound.zeros_from(start_s)
 
 
 _SCANNERS: Mapping[Kind, Callable[[_Media, str, Placement], None]] = {
