@@ -113,6 +113,12 @@ def nearest(
     return index, times_s[index] - grid_s
 
 
+def marked_runs(is_marked: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return start and stop, exclusive, of each run of marked elements."""
+    edges = np.flatnonzero(np.diff(is_marked, prepend=False, append=False))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
 def measure_rate_hz(times_s: NDArray[np.float64]) -> float | None:
     """Return the regular rate of times: one over their median interval; None for fewer than 3."""
     if len(times_s) < 3:

@@ -14,6 +14,7 @@ import numpy as np
 
 from preprocess.validate.media import FLOOR_DB, read_envelope, read_thumbnails
 from preprocess.validate.timeline import draw_timelines, stream_gaps
+from shared.clock import marked_runs
 from shared.errors import MediaError
 from shared.media.channels import SILENCE_RMS
 from shared.page import (
@@ -184,11 +185,9 @@ def _draw_audio(path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> l
     limit = 1.0 if 0.5 < peak <= 1.0 else round_up(peak)
     values = ValueAxis(-limit, limit, _PLOT_HEIGHT)
     area = area_path(xs, values.ys(envelope.high), values.ys(envelope.low))
-    is_first = np.diff(envelope.is_clipped, prepend=False) & envelope.is_clipped
-    is_last = np.diff(envelope.is_clipped, append=False) & envelope.is_clipped
     clipped = [
         Band(float(xs[i]), max(2.0, float(xs[j] - xs[i])), "clipped", "samples at full scale")
-        for i, j in zip(np.flatnonzero(is_first), np.flatnonzero(is_last) + 1, strict=True)
+        for i, j in marked_runs(envelope.is_clipped)
     ]
     waveform = Plot(
         name=f"{name}.waveform",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shared.clock import marked_runs
 from shared.media.container import INDEXED_FORMATS, open_video
 from shared.media.video import read_luma
 
@@ -113,18 +114,17 @@ def find_repeats(path: Path, track: VideoTrack, *, limit_s: float) -> list[Run]:
 
     Runs shorter than `limit_s` are only searched if there is a longer one.
     """
-    if len(track.times_s) < 3:
+    times_s = track.times_s
+    if len(times_s) < 3:
         return []
-    step_s = max(float(np.median(np.diff(track.times_s))), 1e-6)
+    step_s = max(float(np.median(np.diff(times_s))), 1e-6)
     window = max(2, round(limit_s / MIN_RUN_SHARE / step_s))
     likely = dense_runs(is_small(track), window)
+    long = [(a, b) for a, b in likely if times_s[b] - times_s[a - 1] + step_s >= 0.9 * limit_s]
     flat = _flat_stretches(path, track, window=window)
-    is_long = [track.times_s[last] - track.times_s[first - 1] + step_s >= 0.9 * limit_s
-               for first, last in likely]  # fmt: skip
-    long = [run for run, is_it in zip(likely, is_long, strict=True) if is_it]
     runs = _confirm(path, track, [*long, *flat], likely=likely, window=window)
-    if any(track.times_s[r.last] - track.times_s[r.first] + step_s >= limit_s for r in runs):
-        short = [run for run, is_it in zip(likely, is_long, strict=True) if not is_it]
+    if any(times_s[run.last] - times_s[run.first] + step_s >= limit_s for run in runs):
+        short = [run for run in likely if run not in long]
         runs += _confirm(path, track, short, likely=likely, window=window)
     return sorted(runs, key=lambda run: run.first)
 
@@ -163,9 +163,8 @@ def dense_runs(is_repeat: NDArray[np.bool_], window: int) -> list[tuple[int, int
     steps = np.zeros(len(is_repeat) + 1, dtype=np.int64)
     steps[:-window] += is_dense
     steps[window:] -= is_dense
-    edges = np.flatnonzero(np.diff(np.cumsum(steps)[:-1] > 0, prepend=False, append=False))
     runs = []
-    for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+    for start, stop in marked_runs(np.cumsum(steps)[:-1] > 0):
         marked = np.flatnonzero(is_repeat[start:stop])
         runs.append((start + int(marked[0]), start + int(marked[-1])))
     return runs
@@ -222,20 +221,18 @@ def _confirm(
     is_context = np.ones(count, dtype=np.bool_)
     for first, last in likely:
         is_context[first : last + 1] = False
-    usual = [c.mean[is_context[c.first : c.first + len(c.mean)]] for c in changes]
-    peaks = [c.peak[is_context[c.first : c.first + len(c.mean)]] for c in changes]
-    usual_mean, usual_peak = _median(usual), _median(peaks)
-    runs = []
-    for of_stretch in changes:
-        runs += judge_changes(of_stretch, window, usual_mean=usual_mean, usual_peak=usual_peak)
-    return runs
-
-
-def _median(parts: Sequence[NDArray[np.float64]]) -> float:
-    """Return the median of all finite numbers; 0 if there are few."""
-    numbers = np.concatenate([np.zeros(0), *parts])
-    numbers = numbers[np.isfinite(numbers)]
-    return float(np.median(numbers)) if len(numbers) >= _CONTEXT_FRAMES // 2 else 0.0
+    around = [is_context[c.first : c.first + len(c.mean)] for c in changes]
+    usual = [np.zeros((2, 0)), *(np.stack([c.mean, c.peak])[:, at]
+                                 for c, at in zip(changes, around, strict=True))]  # fmt: skip
+    known = np.concatenate(usual, axis=1)
+    known = known[:, np.isfinite(known[0])]
+    is_enough = known.shape[1] >= _CONTEXT_FRAMES // 2
+    mean, peak = np.median(known, axis=1).tolist() if is_enough else (0.0, 0.0)
+    return [
+        run
+        for part in changes
+        for run in judge_changes(part, window, usual_mean=mean, usual_peak=peak)
+    ]
 
 
 def _measure(path: Path, track: VideoTrack, first: int, last: int, *, lag: int) -> FrameChanges:
@@ -291,12 +288,15 @@ def judge_changes(
     is_known = (mean <= limit) & (changes.top <= _NEW_TOP)
     is_flat = np.isfinite(changes.level)
     level_change = np.abs(np.diff(changes.level, prepend=np.nan))
-    runs = _alike(is_flat[1:] & is_flat[:-1] & (level_change[1:] <= 2), changes.first, window)
-    middles = [float(np.median(changes.level[a - changes.first :][: b - a + 1])) for a, b in runs]
-    flat = [Run(a, b, _color(level)) for (a, b), level in zip(runs, middles, strict=True)]
+    repeats = [
+        Run(
+            changes.first + a, changes.first + b, _color(float(np.median(changes.level[a : b + 1])))
+        )
+        for a, b in marked_runs(is_flat[1:] & is_flat[:-1] & (level_change[1:] <= 2))
+        if b - a + 1 >= window
+    ]
     is_same[is_flat] = is_known[is_flat] = False
-    repeats: list[Run] = []
-    for start, stop in _segments(is_known):
+    for start, stop in marked_runs(is_known):
         for a, b in dense_runs(is_same[start:stop], window):
             first, last = start + a - 1, start + b
             late = np.arange(first + changes.lag, last + 1)
@@ -304,24 +304,12 @@ def judge_changes(
             for begin, end in zip([first, *breaks], [*(i - 1 for i in breaks), last], strict=True):
                 if end - begin >= window:
                     repeats.append(Run(changes.first + begin, changes.first + end))
-    return [*flat, *repeats]
+    return repeats
 
 
 def _color(level: float) -> str:
     """Name a luma, of full or of limited range."""
     return "black" if level < 32 else "white" if level > 224 else "gray or a hue"
-
-
-def _segments(is_known: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Return start and stop of each run of marked elements."""
-    edges = np.flatnonzero(np.diff(is_known, prepend=False, append=False)).tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _alike(is_next_alike: NDArray[np.bool_], offset: int, window: int) -> list[tuple[int, int]]:
-    """Return first and last frame of each run of frames that are alike, of `window` or more."""
-    runs = _segments(is_next_alike)
-    return [(offset + a, offset + b) for a, b in runs if b - a + 1 >= window]
 
 
 def are_same_pictures(a: tuple[Path, VideoTrack], b: tuple[Path, VideoTrack]) -> bool:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import filecmp
 import itertools
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.clock import Interval, MaskedSpan
+from shared.clock import Interval, MaskedSpan, marked_runs
 from shared.errors import MediaError
 from shared.media.repeats import MIN_RUN_SHARE, are_same_pictures, find_repeats
 from shared.streams import Kind, MaskReason, ValueType
@@ -134,11 +135,10 @@ def repeated_runs(
 ) -> list[Interval]:
     """Return the runs of equal readings [N, D] of at least `least_s`; each ends at the next one."""
     is_same = (values[1:] == values[:-1]).all(axis=1)
-    edges = np.flatnonzero(np.diff(is_same, prepend=False, append=False))
     ends_s = np.append(times_s, stop_s)
     runs = [
         Interval(float(times_s[first]), float(ends_s[last + 1]))
-        for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+        for first, last in marked_runs(is_same)
     ]
     return [run for run in runs if run.duration_s >= least_s]
 
@@ -241,38 +241,28 @@ def _find_copies(recorded: Recorded) -> dict[str, str]:
         if second in copies or first in copies or len(kinds) > 1:
             continue
         is_copy = _COPIES.get(kinds.pop())
-        if is_copy is not None and is_copy(recorded, first, second):
-            copies[second] = first
+        with suppress(MediaError, OSError):  # they were read a moment ago
+            if is_copy is not None and is_copy(recorded, first, second):
+                copies[second] = first
     return copies
-
-
-def _has_equal_files(recorded: Recorded, first: str, second: str) -> bool:
-    """Return whether two streams have different files of equal bytes."""
-    files = [recorded.path / recorded.recipe.streams[name].file for name in (first, second)]
-    try:
-        return files[0] != files[1] and filecmp.cmp(files[0], files[1], shallow=False)
-    except OSError:
-        return False
 
 
 def _is_video_copy(recorded: Recorded, first: str, second: str) -> bool:
     """Return whether two videos show the same pictures."""
-    if _has_equal_files(recorded, first, second):
-        return True
-    recipe, tracks = recorded.recipe, recorded.tracks
-    files = [recorded.path / recipe.streams[name].file for name in (first, second)]
-    try:
-        return files[0] != files[1] and are_same_pictures(
-            *zip(files, (tracks[first], tracks[second]), strict=True)
-        )
-    except (MediaError, OSError):
-        return False
+    a, b = (recorded.path / recorded.recipe.streams[name].file for name in (first, second))
+    tracks = recorded.tracks
+    return a != b and (
+        filecmp.cmp(a, b, shallow=False)
+        or are_same_pictures((a, tracks[first]), (b, tracks[second]))
+    )
 
 
 def _is_sound_copy(recorded: Recorded, first: str, second: str) -> bool:
     """Return whether two sounds are the same track of files of equal bytes."""
-    audios = recorded.recipe.audios
-    return audios[first].track == audios[second].track and _has_equal_files(recorded, first, second)
+    one, other = recorded.recipe.audios[first], recorded.recipe.audios[second]
+    files = recorded.path / one.file, recorded.path / other.file
+    is_same_track = one.file != other.file and one.track == other.track
+    return is_same_track and filecmp.cmp(*files, shallow=False)
 
 
 def _is_sensor_copy(recorded: Recorded, first: str, second: str) -> bool:
