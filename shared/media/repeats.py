@@ -10,7 +10,7 @@ the stretch. Pictures of one color are found by the small packets of their keyfr
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,6 +66,9 @@ The shares are of what is usual, and of the difference between neighbors in a pi
 _NEW_TOP, _TOP_PIXELS = 100, 4
 """It is a new picture too if _TOP_PIXELS pixels change by more: a letter was typed."""
 
+_KEY_SIZES, _KEY_MEAN = 0.01, 0.3
+"""Keyframes of one picture differ in size by at most this share, then in luma by at most this.
+Encoders skip the noise of a camera that sees nothing move, except in keyframes."""
 
 _COMPARED_FRAMES = 5
 _MIN_DETAIL = 1.0
@@ -103,6 +106,8 @@ class FrameChanges:
     drift: NDArray[np.float64]
     """Mean change from the frame `lag` frames before; NaN for the first ones."""
     lag: int
+    of_keys: NDArray[np.float64]
+    """Mean change of a keyframe from the one before, of nearly its size; NaN for other frames."""
     level: NDArray[np.float64]
     """Median luma of a picture of one color; NaN for others."""
     detail: float
@@ -126,7 +131,18 @@ def find_repeats(path: Path, track: VideoTrack, *, limit_s: float) -> list[Run]:
     if any(times_s[run.last] - times_s[run.first] + step_s >= limit_s for run in runs):
         short = [run for run in likely if run not in long]
         runs += _confirm(path, track, short, likely=likely, window=window)
-    return sorted(runs, key=lambda run: run.first)
+    return _merge(runs)
+
+
+def _merge(runs: Sequence[Run]) -> list[Run]:
+    """Return runs in order; those of one color, or of none, that overlap become one."""
+    merged: list[Run] = []
+    for run in sorted(runs, key=lambda run: run.first):
+        if merged and run.first <= merged[-1].last and run.color == merged[-1].color:
+            merged[-1] = replace(merged[-1], last=max(run.last, merged[-1].last))
+        else:
+            merged.append(run)
+    return merged
 
 
 def is_small(track: VideoTrack) -> NDArray[np.bool_]:
@@ -232,13 +248,22 @@ def _confirm(
         run
         for part in changes
         for run in judge_changes(part, window, usual_mean=mean, usual_peak=peak)
+        if run.color or not _has_noise(run, part, track)
     ]
+
+
+def _has_noise(run: Run, changes: FrameChanges, track: VideoTrack) -> bool:
+    """Return whether keyframes tell that a camera was on, and saw nothing move."""
+    keys = run.first + np.flatnonzero(track.keyframes[run.first : run.last + 1])
+    of_keys = changes.of_keys[keys[1:] - changes.first]
+    known = of_keys[np.isfinite(of_keys)]
+    return len(known) > 0 and float(known.min()) > _KEY_MEAN
 
 
 def _measure(path: Path, track: VideoTrack, first: int, last: int, *, lag: int) -> FrameChanges:
     """Decode frames `first` to `last` and measure how they change."""
-    mean, peak, top, drift, level = (np.full(last - first + 1, np.nan) for _ in range(5))
-    detail = 0.0
+    mean, peak, top, drift, level, of_keys = (np.full(last - first + 1, np.nan) for _ in range(6))
+    detail, key = 0.0, None
     recent: deque[tuple[int, NDArray[np.uint8]]] = deque(maxlen=lag)
     requested = range(first, last + 1)
     for index, luma in read_luma(path, track, requested, max_pixels=_MAX_PIXELS):
@@ -253,13 +278,20 @@ def _measure(path: Path, track: VideoTrack, first: int, last: int, *, lag: int) 
             peak[row], top[row] = ordered[ranks[0]], ordered[ranks[1]]
         if len(recent) == lag:
             drift[row] = change_of(recent[0][1], luma).mean()
+        if track.keyframes[index]:
+            if key is not None and key[1].shape == luma.shape:
+                share = track.sizes[index] / track.sizes[key[0]]
+                if abs(share - 1) <= _KEY_SIZES:
+                    of_keys[row] = change_of(key[1], luma).mean()
+            key = index, luma
         detail = detail or float(change_of(luma[:, 1:], luma[:, :-1]).mean())
         flat = flat_level(luma)
         level[row] = np.nan if flat is None else flat
         recent.append((index, luma))
     return FrameChanges(
-        first=first, mean=mean, peak=peak, top=top, drift=drift, lag=lag, level=level, detail=detail
-    )
+        first=first, mean=mean, peak=peak, top=top, drift=drift, lag=lag, of_keys=of_keys,
+        level=level, detail=detail,
+    )  # fmt: skip
 
 
 def change_of(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -322,7 +354,7 @@ def are_same_pictures(a: tuple[Path, VideoTrack], b: tuple[Path, VideoTrack]) ->
     is_alike = (track.width, track.height) == (other.width, other.height)
     if not is_alike or abs(len(other.times_s) - num) > 0.02 * num:
         return False
-    num_compared = 0
+    pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
     for position in np.linspace(0, num - 1, _COMPARED_FRAMES).astype(int).tolist():
         at = int(np.abs(other.times_s - track.times_s[position]).argmin())
         pictures = [
@@ -332,32 +364,35 @@ def are_same_pictures(a: tuple[Path, VideoTrack], b: tuple[Path, VideoTrack]) ->
         ]
         if len(pictures) < 2 or pictures[0].shape != pictures[1].shape:
             return False
-        if change_of(pictures[0][:, 1:], pictures[0][:, :-1]).mean() >= _MIN_DETAIL:
-            num_compared += 1
-            if not is_same_view(*pictures):
+        one, two = pictures
+        detail = change_of(one[:, 1:], one[:, :-1]).mean()
+        if detail >= _MIN_DETAIL:
+            if change_of(one, two).mean() > _MAX_NOISE * detail:
                 return False
-    return num_compared >= _COMPARED_FRAMES // 2
+            pairs.append((one, two))
+    return len(pairs) >= _COMPARED_FRAMES // 2 and is_same_view(pairs)
 
 
-def is_same_view(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> bool:
-    """Return whether two pictures [H, W] differ by noise only, not as two cameras do.
+def is_same_view(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> bool:
+    """Return whether pairs of pictures [H, W] differ by noise only, not as two cameras do.
 
     Nothing may be shifted horizontally, by more than a part of a pixel: noise and codecs change
-    pixels too, but not in proportion to the slope of the picture.
+    pixels too, but not in proportion to the slope of the picture. Over several pairs noise cancels,
+    and the distance of two cameras does not.
     """
-    detail = change_of(one[:, 1:], one[:, :-1]).mean()
-    if change_of(one, two).mean() > _MAX_NOISE * detail:
-        return False
-    slope = np.gradient(one.astype(np.float32) + two, axis=1) / 2
-    products = slope * (two.astype(np.float32) - one), np.square(slope)
-    shifted, squares = (
-        np.array([
-            block.sum()
-            for rows in np.array_split(product, _BLOCKS)
-            for block in np.array_split(rows, _BLOCKS, axis=1)
-        ])
-        for product in products
-    )  # fmt: skip
-    has_detail = squares > one.size / _BLOCKS**2
+    sums = np.zeros((2, _BLOCKS**2))
+    for one, two in pairs:
+        slope = np.gradient(one.astype(np.float32) + two, axis=1) / 2
+        products = slope * (two.astype(np.float32) - one), np.square(slope)
+        sums += [
+            [
+                block.sum(dtype=np.float64)
+                for rows in np.array_split(product, _BLOCKS)
+                for block in np.array_split(rows, _BLOCKS, axis=1)
+            ]
+            for product in products
+        ]
+    shifted, squares = sums
+    has_detail = squares > sum(one.size for one, _ in pairs) / _BLOCKS**2
     shifts = np.abs(shifted[has_detail] / squares[has_detail])
     return len(shifts) > 0 and float(np.percentile(shifts, 90)) <= _MAX_SHIFT

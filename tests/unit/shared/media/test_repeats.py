@@ -188,6 +188,7 @@ def test_changes_below_what_is_usual_are_a_run(
         top=4 * mean,
         drift=np.full(len(mean), np.nan),
         lag=16,
+        of_keys=np.full(len(mean), np.nan),
         level=np.full(len(mean), np.nan),
         detail=1.0,
     )
@@ -199,7 +200,8 @@ def test_changes_below_what_is_usual_are_a_run(
 def test_two_eyes_are_no_copies(pixels: float) -> None:
     noise = np.random.default_rng(1).normal(scale=2, size=TEXTURE.shape)
     other = shift(TEXTURE, (0, pixels), order=3, mode="nearest") + noise
-    assert not is_same_view(TEXTURE.astype(np.uint8), np.clip(other, 0, 255).astype(np.uint8))
+    pair = TEXTURE.astype(np.uint8), np.clip(other, 0, 255).astype(np.uint8)
+    assert not is_same_view([pair] * 5)
 
 
 @pytest.mark.parametrize("options", [{"crf": "18"}, {"crf": "30"}, {"b": "300000"}])
@@ -211,3 +213,43 @@ def test_a_copy_that_was_encoded_again_is_found(options: dict[str, str], tmp_pat
     a, b, c = ((p, read_video_track(p)) for p in sorted(tmp_path.glob("*.mp4")))
     assert are_same_pictures(a, b)
     assert not are_same_pictures(a, c)
+
+
+@pytest.mark.parametrize("noise", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9"])
+def test_a_still_scene_with_camera_noise_is_no_repeat(
+    codec: str, noise: float, tmp_path: Path
+) -> None:
+    options = {"libx264": {"crf": "26"}, "libx265": {"x265-params": "log-level=none"}}
+    path = tmp_path / "a.mp4"
+    rng = np.random.default_rng(3)
+    pictures = [
+        np.clip(picture(min(i, 30)) + rng.normal(0, noise, picture(0).shape), 0, 255).astype(
+            np.uint8
+        )
+        for i in range(150)
+    ]
+    coded = options.get(codec, {"cpu-used": "8", "deadline": "realtime", "crf": "33", "b": "0"})
+    write_video(path, pictures=pictures, codec=codec, options=coded, gop=30)
+    assert runs_of(path) == []
+    frozen = [*pictures[:31], *([pictures[30]] * 119)]
+    write_video(path, pictures=frozen, codec=codec, options=coded, gop=30)
+    assert len(runs_of(path)) == 1
+
+
+def test_a_small_copy_of_another_codec_is_found(tmp_path: Path) -> None:
+    pictures = [picture(i, noise=2.0)[:64, :96] for i in range(60)]
+    write_video(tmp_path / "a.mp4", pictures=pictures, options={"crf": "23"})
+    options = {"x265-params": "log-level=none:crf=32", "preset": "ultrafast"}
+    write_video(tmp_path / "b.mp4", pictures=pictures, codec="libx265", options=options)
+    a, b = ((p, read_video_track(p)) for p in sorted(tmp_path.glob("*.mp4")))
+    assert are_same_pictures(a, b)
+
+
+def test_a_dark_video_is_named_once(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    pictures = [np.clip(picture(i) * 0.06 + rng.normal(0, 1.2, picture(0).shape), 0, 255)
+                for i in range(FRAMES)]  # fmt: skip
+    write_video(tmp_path / "a.mp4", pictures=[p.astype(np.uint8) for p in pictures], gop=30)
+    found = find_repeats(tmp_path / "a.mp4", read_video_track(tmp_path / "a.mp4"), limit_s=LIMIT_S)
+    assert [b.first > a.last for a, b in itertools.pairwise(found)] == [True] * (len(found) - 1)
