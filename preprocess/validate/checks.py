@@ -239,7 +239,8 @@ def check_audio(probe: SessionProbe) -> list[Finding]:
             faults.append((level, f"{message}; fix: check the microphone"))
         advice = "none is needed, unless its channels or its level are wrong in the recording"
         faults += [("warning", f"{clause}; fix: {advice}") for clause in sound.mix.describe()]
-        share = sound.num_clipped / max(1, audio.num_samples)
+        num_samples = audio.interval.duration_s * sound.source_rate_hz * sound.source_channels
+        share = sound.num_clipped / max(1.0, num_samples)
         if sound.peak > FLOAT_SCALE_PEAK:
             message = f"samples reach {sound.peak:g}, full scale is 1"
             faults.append(("error", f"{message}; fix: divide them by the recorder's scale"))
@@ -280,7 +281,7 @@ def check_video(probe: SessionProbe) -> list[Finding]:
             f"{file} {start_s:.2f}-{stop_s:.2f} s: frames are damaged or follow damage or a lost "
             f"frame, up to the next keyframe: {count} in all; masked; fix: copy it again if the "
             "original is whole"
-            for start_s, stop_s, count in zip(*video.damaged_stretches(), strict=True)
+            for start_s, stop_s, count in video.damaged_stretches()
         ]
         findings += stream_findings("error", damaged, name, probe)
         messages = [*_container_messages(name, video), *_sparse_messages(name, probe)]
@@ -296,7 +297,7 @@ def _container_messages(name: str, video: VideoProbe) -> Iterator[tuple[Level, s
         yield "error", f"{text}; fix: copy it again from the recorder"
     if track.cut is not None:
         yield "warning", f" ends at {track.stop_s:.2f} s: {track.cut}"
-    for start_s, stop_s, count in zip(*track.runs(video.lost_start), strict=True):
+    for start_s, stop_s, count in track.runs(video.lost_start):
         text = (
             f" {start_s:.2f}-{stop_s:.2f} s: frames before the first keyframe can't be decoded: "
             f"{count} in all; masked; fix: none for this file; let the recorder begin with one"

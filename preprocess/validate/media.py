@@ -14,13 +14,12 @@ import numpy as np
 import soundfile
 
 from shared.clock import frame_mask, nearest
-from shared.machine import open_steadily
 from shared.media.sound import open_sound, read_sound
 from shared.media.video import read_frames
 from shared.page import format_time, jpeg_uri
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 NUM_THUMBNAILS = 10
 _LONG_S = 120.0
 _THUMBNAIL_SIZE = 128
-_SEEKABLE_TYPES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
-_MATROSKA_START = b"\x1aE\xdf\xa3"
 
 _BLOCK_FRAMES = 1 << 16
 _MIN_BIN_SAMPLES = 4
@@ -92,8 +89,11 @@ def read_thumbnails(
     size = max(1, round(scale * spec.height)), max(1, round(scale * spec.width))
     small = spec.model_copy(update={"size": size})
     uris: dict[int, str] = {}
-    for requested in _runs(path, track, np.unique(indices[near]).tolist()):
-        for index, picture in read_frames(path, track, requested, spec=small):
+    # One pass over the frames after each keyframe, or over all without an index.
+    keyframes = np.flatnonzero(track.keyframes) if track.is_indexed else np.zeros(0)
+    requested = np.unique(indices[near]).tolist()
+    for _, run in itertools.groupby(requested, lambda i: np.searchsorted(keyframes, i, "right")):
+        for index, picture in read_frames(path, track, list(run), spec=small):
             uris[index] = jpeg_uri(picture)
     thumbnails: list[Thumbnail] = []
     for slot, (index, is_near) in enumerate(zip(indices.tolist(), near.tolist(), strict=True)):
@@ -103,23 +103,6 @@ def read_thumbnails(
         label = format_time(time_s, resolution_s=0.01 if axis.duration_s < _LONG_S else 0.1)
         thumbnails.append(Thumbnail(slot * width, width, uri, label, state))
     return thumbnails
-
-
-def _runs(path: Path, track: VideoTrack, requested: list[int]) -> Iterator[Sequence[int]]:
-    """Group frames that are decoded in one pass.
-
-    These are the frames after the same keyframe, or all of them if the file is not seekable.
-    """
-    with open_steadily(path) as file:
-        start = file.read(8)
-    if start[4:] in _SEEKABLE_TYPES or start[:4] == _MATROSKA_START:
-        keyframes = np.flatnonzero(track.keyframes)
-        for _, run in itertools.groupby(
-            requested, key=lambda i: np.searchsorted(keyframes, i, "right")
-        ):
-            yield list(run)
-    elif requested:
-        yield requested
 
 
 def read_envelope(path: Path, spec: AudioStream, *, duration_s: float, axis: TimeAxis) -> Envelope:

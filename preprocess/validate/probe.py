@@ -17,11 +17,11 @@ import numpy as np
 from preprocess.validate.repair_plan import RepairPlan
 from shared.errors import MediaError, MissingMediaError
 from shared.files import DiskArray
-from shared.kinds.audio import align_sound, stretch_sound
+from shared.kinds.audio import align_sound, read_stretched
 from shared.kinds.video import align_track, interval_of
 from shared.machine import read_bytes
 from shared.media.riff import read_wav_header
-from shared.media.sound import measure_loudness, read_sound
+from shared.media.sound import measure_loudness
 from shared.media.video import read_frames, read_video_track
 from shared.session.alignment import (
     Alignment,
@@ -73,8 +73,6 @@ class AudioProbe:
     interval: Interval
     """On the session clock."""
     rms: float
-    num_samples: int
-    """Samples of all channels as recorded."""
     header: WavHeader | None
     """Of a WAV file."""
 
@@ -96,7 +94,7 @@ class VideoProbe:
         first = keyframes[0] if len(keyframes) else len(self.track.pts)
         return self.undecoded[self.undecoded < first]
 
-    def damaged_stretches(self) -> tuple[NDArray[np.float64], NDArray[np.float64], list[int]]:
+    def damaged_stretches(self) -> list[tuple[float, float, int]]:
         """Return start, stop (seconds) and frame count of each run of damaged frames."""
         return self.track.runs(self.undecoded[len(self.lost_start) :])
 
@@ -350,14 +348,12 @@ def _probe_video(path: Path, name: str, placement: Placement) -> VideoProbe:
 
 def _probe_audio(path: Path, name: str, spec: AudioStream, placement: Placement) -> AudioProbe:
     """Decode all of a sound and measure its levels."""
-    recorded = read_sound(path, rate_hz=spec.rate_hz, track=spec.track, channels=spec.channels)
-    sound = stretch_sound(recorded, placement.stretches.get(name, 1.0))
+    sound = read_stretched(path, spec, stretch=placement.stretches.get(name, 1.0))
     loudness = measure_loudness(sound.samples.iter_blocks(), spec=spec)
     return AudioProbe(
         sound=replace(sound, samples=DiskArray(np.float32)),
         interval=align_sound(sound, placement.starts.get(name)),
         rms=loudness.rms,
-        num_samples=round(recorded.duration_s * sound.source_rate_hz) * sound.source_channels,
         header=read_wav_header(path),
     )
 

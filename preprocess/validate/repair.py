@@ -44,11 +44,11 @@ from preprocess.validate.line_repairs import (
 from preprocess.validate.repair_plan import Repair, RepairKind, RepairPlan
 from shared.errors import MediaError, SessionError
 from shared.files import BLOCK_BYTES, write_synced
-from shared.kinds.audio import align_sound, stretch_sound
+from shared.kinds.audio import align_sound, read_stretched
 from shared.kinds.video import align_track
 from shared.machine import is_machine_trouble, machine_error, sync_folder
+from shared.media.channels import MEAN
 from shared.media.riff import corrected_head, read_wav_header
-from shared.media.sound import read_sound
 from shared.media.video import read_video_track
 from shared.session.alignment import MEDIA_KINDS, STRETCH_KEY, Placement, read_placement
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, read_timed_lines
@@ -268,8 +268,8 @@ def _find_media_end(path: Path, placement: Placement, recipe: Recipe) -> MediaEn
             if isinstance(spec, VideoStream) and file.exists():
                 stops_s.append(align_track(read_video_track(file), start_s, stretch=stretch).stop_s)
             elif isinstance(spec, AudioStream) and file.exists():
-                sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track)
-                stops_s.append(align_sound(stretch_sound(sound, stretch), start_s).stop_s)
+                sound = read_stretched(file, spec, stretch=stretch, mix=MEAN)
+                stops_s.append(align_sound(sound, start_s).stop_s)
     except MediaError:
         return MediaEnd(is_known=False)
     return MediaEnd(is_known=True, stop_s=max(stops_s, default=None))

@@ -99,7 +99,8 @@ def _video_flaws(name: str, probe: SessionProbe) -> tuple[_Covered, list[Stretch
     video, spec = probe.videos[name], probe.recipe.videos[name]
     times_s = video.track.times_s
     covered = times_s - spec.tolerance_s, times_s + spec.tolerance_s
-    damaged = Stretches("damaged", *video.track.runs(video.undecoded)[:2])
+    runs = [Interval(start_s, stop_s) for start_s, stop_s, _ in video.track.runs(video.undecoded)]
+    damaged = _stretches("damaged", runs)
     return covered, [*stream_gaps(times_s, spec), damaged]
 
 

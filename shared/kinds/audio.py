@@ -79,8 +79,15 @@ def align_sound(sound: Sound, start_s: float | None) -> Interval:
     return Interval(first_s, first_s + sound.duration_s)
 
 
-def stretch_sound(sound: Sound, stretch: float) -> Sound:
-    """Resample a sound whose clock was wrong, so that it lasts `stretch` times as long."""
+def read_stretched(
+    file: Path, spec: AudioStream, *, stretch: float, mix: Mix | None = None
+) -> Sound:
+    """Read the sound of a stream; if its clock was wrong, it lasts `stretch` times as long.
+
+    None lets the stream's setting choose the mix of its channels.
+    """
+    channels = spec.channels if mix is None else mix
+    sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track, channels=channels)
     if stretch == 1:
         return sound
     resampler = soxr.ResampleStream(1.0, stretch, 1, dtype="float32", quality="HQ")
@@ -95,8 +102,8 @@ def stretch_sound(sound: Sound, stretch: float) -> Sound:
 class AudioReader:
     """Reads the audio of a session's segments, times `gain`, which normalizes the loudness.
 
-    `start_s` is the start of the first sample on the session clock, see :func:`stretch_sound`. dMel
-    frames that overlap a `masked` span are masked.
+    `start_s` is the start of the first sample on the session clock. dMel frames that overlap a
+    `masked` span are masked. See :func:`read_stretched`.
     """
 
     def __init__(
@@ -112,8 +119,7 @@ class AudioReader:
     ) -> None:
         self._spec, self._masked = spec, masked
         self._start = round(start_s * spec.rate_hz)
-        recorded = read_sound(file, rate_hz=spec.rate_hz, track=spec.track, channels=mix)
-        sound = stretch_sound(recorded, stretch)
+        sound = read_stretched(file, spec, stretch=stretch, mix=mix)
         self._samples: DiskArray[np.int16] = DiskArray(np.int16)
         for block in sound.samples.iter_blocks():
             self._samples.append(to_int16(block, gain=gain))

@@ -116,10 +116,9 @@ def coverage(
 
 def damaged_spans(track: VideoTrack) -> list[MaskedSpan]:
     """List the stretches, up to the next keyframe, that damage reaches that needs no decoding."""
-    starts_s, stops_s, _ = track.runs(np.flatnonzero(track.is_damaged))
     return [
         MaskedSpan(start_s, stop_s, MaskReason.DAMAGED, "the file is damaged")
-        for start_s, stop_s in zip(starts_s.tolist(), stops_s.tolist(), strict=True)
+        for start_s, stop_s, _ in track.runs(np.flatnonzero(track.is_damaged))
     ]
 
 

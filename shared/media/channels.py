@@ -155,12 +155,8 @@ class MixChooser:
 
     def _add_stretch(self, high: NDArray[np.float32]) -> None:
         """Compare the channels of a stretch [n, channels] without hum."""
-        products = _products(high)
-        energies = np.diagonal(products)
-        least, most = np.minimum.outer(energies, energies), np.maximum.outer(energies, energies)
-        is_loud = (least > _FLOOR_RMS**2 * len(high)) & (least >= _MIN_LEVEL**2 * most)
-        norms, duration_s = np.sqrt(least * most), len(high) * self._step / self._rate_hz
-        correlations = np.divide(products, norms, where=is_loud, out=np.zeros_like(norms))
+        products, duration_s = _products(high), len(high) * self._step / self._rate_hz
+        correlations = _correlations(products, len(high))
         self._filtered += products * self._step
         self._opposed_s += duration_s * (correlations <= -_MIN_OPPOSED)
         self._opposed.add(-correlations, duration_s)
@@ -170,13 +166,15 @@ class MixChooser:
         """Choose the mix of the sound so far; `silent_frames` of it are exactly zero."""
         mix = MEAN
         if isinstance(self._choice, int):
-            weights = tuple(int(index == self._choice) for index in range(self._channels))
-            mix = Mix(weights=weights, reason="chosen")
+            mix = Mix(weights=_only(self._choice, self._channels), reason="chosen")
         elif self._choice == "auto" and self._channels > 1:
             mix = self._align() or self._find_lost() or mix
         num_frames = max(1, self._num_frames - silent_frames)
         shares = _shares(mix.weights, self._channels)
-        mean, power = shares @ self._sums / num_frames, self._power(shares) / num_frames
+        mean, power = (
+            shares @ self._sums / num_frames,
+            shares @ self._products @ shares / num_frames,
+        )
         is_offset = num_frames >= _MIN_OFFSET_S * self._rate_hz and (
             abs(mean) > MAX_OFFSET
             or (abs(mean) > MIN_OFFSET and mean**2 > MAX_OFFSET_SHARE * power)
@@ -184,27 +182,19 @@ class MixChooser:
         # Rounded, so that it is the same on every machine.
         return replace(mix, offset=round(float(mean), 5) if is_offset else 0.0)
 
-    def _power(self, shares: NDArray[np.float64]) -> float:
-        return float(shares @ self._products @ shares)
-
     def _align(self) -> Mix | None:
         """Invert or leave out channels; None if nothing cancels."""
-        energies = np.diagonal(self._filtered)
-        norms = np.sqrt(np.outer(energies, energies))
-        correlations = np.divide(self._filtered, norms, where=norms > 0, out=np.zeros_like(norms))
-        low, high = np.minimum.outer(energies, energies), np.maximum.outer(energies, energies)
-        is_comparable = (low >= _MIN_LEVEL**2 * high) & (low > _FLOOR_RMS**2 * self._num_frames)
-        is_inverted = is_comparable & (correlations < -MIN_INVERTED)
-        is_aligned = is_comparable & (correlations > MIN_INVERTED)
+        correlations = _correlations(self._filtered, self._num_frames)
+        is_inverted, is_aligned = correlations < -MIN_INVERTED, correlations > MIN_INVERTED
         # Turned back, or as they are, such channels would cancel in a part.
         is_unstable = np.where(is_inverted, self._aligned.is_long, self._opposed.is_long)
         np.fill_diagonal(is_aligned, False)
-        kept = _drop_unstable(is_unstable, energies)
+        kept = _drop_unstable(is_unstable, np.diagonal(self._filtered))
         signs = _signs(is_aligned.astype(int) - is_inverted, kept)
         if all(sign == 1 for sign in signs):
             return None
         is_found = is_inverted | is_unstable
-        at = np.unravel_index(np.argmin(np.where(is_found, correlations, np.inf)), norms.shape)
+        at = np.unravel_index(np.argmin(np.where(is_found, correlations, np.inf)), is_found.shape)
         return Mix(
             weights=signs,
             reason="inverted" if len(kept) == len(signs) else "unstable",
@@ -216,17 +206,14 @@ class MixChooser:
         """Take the loudest channel if the mean of all is silent and has lost it."""
         num_frames = max(1, self._num_frames)
         means = self._sums / num_frames
-        levels = np.sqrt(np.maximum(0, np.diagonal(self._products) / num_frames - means**2))
-        every = _shares((), self._channels)
-        mean_power = self._power(every) / num_frames - float(every @ means) ** 2
-        mean_rms = math.sqrt(max(0.0, mean_power))
+        powers = self._products / num_frames - np.outer(means, means)
+        levels = np.sqrt(np.maximum(0, np.diagonal(powers)))
+        mean_rms = math.sqrt(max(0.0, float(powers.mean())))
         loudest = int(np.argmax(levels))
-        if mean_rms > SILENCE_RMS or levels[loudest] <= max(
-            SILENCE_RMS, _MIN_QUIET_RATIO * mean_rms
-        ):
+        is_lost = levels[loudest] > max(SILENCE_RMS, _MIN_QUIET_RATIO * mean_rms)
+        if mean_rms > SILENCE_RMS or not is_lost:
             return None
-        weights = tuple(int(index == loudest) for index in range(self._channels))
-        return Mix(weights=weights, reason="lost")
+        return Mix(weights=_only(loudest, self._channels), reason="lost")
 
 
 class _Run:
@@ -261,6 +248,19 @@ def _products(block: NDArray[np.float32]) -> NDArray[np.float64]:
     runs = whole.reshape(-1, size, channels)
     products = np.matmul(runs.transpose(0, 2, 1), runs).sum(axis=0, dtype=np.float64)
     return np.asarray(products + tail.T @ tail)
+
+
+def _correlations(products: NDArray[np.float64], num_frames: int) -> NDArray[np.float64]:
+    """Return the correlations of channels; 0 where one is almost silent or too quiet to cancel."""
+    energies = np.diagonal(products)
+    least, most = np.minimum.outer(energies, energies), np.maximum.outer(energies, energies)
+    is_loud = (least > _FLOOR_RMS**2 * num_frames) & (least >= _MIN_LEVEL**2 * most)
+    return np.divide(products, np.sqrt(least * most), where=is_loud, out=np.zeros_like(products))
+
+
+def _only(channel: int, channels: int) -> tuple[int, ...]:
+    """Return the weights that keep one channel."""
+    return tuple(int(index == channel) for index in range(channels))
 
 
 def _shares(weights: tuple[int, ...], channels: int) -> NDArray[np.float64]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.clock import marked_runs
-from shared.media.container import INDEXED_FORMATS, open_video
 from shared.media.video import read_luma
 
 if TYPE_CHECKING:
@@ -205,10 +204,8 @@ def _flat_stretches(path: Path, track: VideoTrack, *, window: int) -> list[tuple
             probes.append(frame)
     if not probes:
         return []
-    with open_video(path) as (container, _):
-        can_seek = container.format.name in INDEXED_FORMATS
     stretches = []
-    for frames in [[frame] for frame in probes] if can_seek else [probes]:
+    for frames in [[frame] for frame in probes] if track.is_indexed else [probes]:
         for index, luma in read_luma(path, track, frames, max_pixels=_MAX_PIXELS):
             if flat_level(luma) is not None:
                 before, after = keys[keys < index], keys[keys >= index + window]

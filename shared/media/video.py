@@ -31,6 +31,7 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from shared.clock import marked_runs
 from shared.errors import MediaError
 from shared.media.container import (
     INDEXED_FORMATS,
@@ -104,6 +105,8 @@ class VideoTrack:
     """Width of a pixel by its height."""
     assumed_rate_hz: float | None = None
     """Frame rate that gives the times of an elementary stream, which has no others."""
+    is_indexed: bool = False
+    """Whether a seek ends at the requested keyframe."""
     num_lost: int = 0
     """Frames that the container's index lists but a truncated file does not contain."""
     cut: str | None = None
@@ -119,18 +122,11 @@ class VideoTrack:
             return float(self.times_s[0]) + 1 / 30
         return float(self.times_s[-1] + np.median(np.diff(self.times_s)))
 
-    def runs(
-        self, frames: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[int]]:
+    def runs(self, frames: NDArray[np.int64]) -> list[tuple[float, float, int]]:
         """Return start, stop (seconds) and frame count of each run of consecutive frames."""
-        stops_s = np.append(self.times_s[1:], self.stop_s)
-        firsts = np.flatnonzero(np.diff(frames, prepend=-2) > 1)
-        lasts = np.append(firsts[1:], len(frames))[: len(firsts)] - 1
-        return (
-            self.times_s[frames[firsts]],
-            stops_s[frames[lasts]],
-            (lasts - firsts + 1).tolist(),
-        )
+        ends_s = np.append(self.times_s, self.stop_s)
+        is_in = np.isin(np.arange(len(self.times_s)), frames)
+        return [(float(ends_s[a]), float(ends_s[b]), b - a) for a, b in marked_runs(is_in)]
 
     @property
     def group_starts(self) -> NDArray[np.int64]:
@@ -182,6 +178,7 @@ def read_video_track(path: Path) -> VideoTrack:
             num_tracks=len([s for s in container.streams.video if not is_picture(s)]),
             pixel_aspect=pixel_aspect(stream),
             assumed_rate_hz=rate_hz,
+            is_indexed=container.format.name in INDEXED_FORMATS,
             num_lost=num_lost,
             cut=None if num_lost else describe_cut(path),
             origin_s=container_origin_s(container),
@@ -293,7 +290,7 @@ def _presentation_order(path: Path, _size: int, _mtime_ns: int) -> list[int]:
             if packet.size:
                 packet.pts, packet.dts = count, None
                 count += 1
-            frames = _decode_packet(packet) or []
+            frames = _decode(stream.codec_context, packet) or []
             displayed += [frame.pts for frame in frames if frame.pts is not None]
     missing = deque(sorted(set(range(count)) - set(displayed)))
     order: list[int] = []
@@ -401,13 +398,12 @@ def decode_frames(
     keyframes_before = np.flatnonzero(track.keyframes[: first + 1])
     keyframe = int(keyframes_before[-1]) if len(keyframes_before) else 0
     # Try from the keyframe; if the seek went wrong, decode from the beginning.
-    for start in (keyframe, 0):
+    for start in (keyframe, 0) if track.is_indexed else (0,):
         with open_video(path) as (container, stream):
-            is_indexed = container.format.name in INDEXED_FORMATS
-            if start > 0 and not (is_indexed and _seek(container, stream, int(track.pts[start]))):
+            if start > 0 and not _seek(container, stream, int(track.pts[start])):
                 continue
             source = _decode_needed(
-                container, stream, track, requested if is_indexed else None, damage=damage,
+                container, stream, track, requested if track.is_indexed else None, damage=damage,
                 has_sought=start > 0,
             )  # fmt: skip
             frames = (f for f in source if f.pts is not None)
@@ -453,22 +449,20 @@ def _decode_needed(
         if position in keyframes and must_restart and key >= 0:
             # Damage left in the decoder must not show in pictures that another task, which begins
             # here, decodes without it.
-            yield from _drain_decoder(context, damage)
-            context.flush_buffers()
+            yield from _drain(context, damage)
         is_first = key < 0
         key = position if is_first or position in keyframes else key
         prepare(packet, position)
-        frames = _decode_packet(packet, damage)
+        frames = _decode(context, packet, damage)
         if frames is None and position in keyframes and not is_first:
             # Decoders may report the damage of a packet when they get the next one.
-            yield from _drain_decoder(context, damage)
-            context.flush_buffers()
-            frames = _decode_packet(packet, damage)
+            yield from _drain(context, damage)
+            frames = _decode(context, packet, damage)
             damage.mark(position if frames is None else position - 1)
         elif frames is None:
             damage.mark(position)
         yield from frames or ()
-    yield from _drain_decoder(context, damage)
+    yield from _drain(context, damage)
 
 
 def _iter_needed(
@@ -552,10 +546,10 @@ class _PacketPreparation:
         self._context.skip_frame = "NONREF" if can_skip else "DEFAULT"
 
 
-def _decode_packet(packet: Any, damage: _Damage | None = None) -> list[Any] | None:  # noqa: ANN401
-    """Return the frames that a packet completes; None if it doesn't decode."""
+def _decode(context: Any, packet: Any, damage: _Damage | None = None) -> list[Any] | None:  # noqa: ANN401
+    """Return the frames that a packet completes, or None the stream; None if it doesn't decode."""
     try:
-        frames = list(packet.decode())
+        frames = list(context.decode(packet))
     except av.FFmpegError:
         return None
     for frame in frames:
@@ -564,14 +558,10 @@ def _decode_packet(packet: Any, damage: _Damage | None = None) -> list[Any] | No
     return frames
 
 
-def _drain_decoder(context: Any, damage: _Damage) -> list[Any]:  # noqa: ANN401
-    """End the decoder's stream and return the frames that it still holds."""
-    try:
-        frames = list(context.decode(None))
-    except av.FFmpegError:
-        return []
-    for frame in frames:
-        damage.inspect(frame)
+def _drain(context: Any, damage: _Damage) -> list[Any]:  # noqa: ANN401
+    """Return the frames that the decoder still holds, and let it forget everything."""
+    frames = _decode(context, None, damage) or []
+    context.flush_buffers()
     return frames
 
 

@@ -24,7 +24,7 @@ from shared.files import sha256_of_file
 from shared.kinds import audio, sensor, text, video
 from shared.machine import SteadyFile
 from shared.media.channels import MEAN, Mix
-from shared.media.sound import Loudness, loudness_of, measure_loudness, read_sound
+from shared.media.sound import Loudness, loudness_of, measure_loudness
 from shared.media.video import read_video_track
 from shared.session.alignment import (
     MAX_SESSION_S,
@@ -285,18 +285,15 @@ def _scan_video(media: _Media, name: str, placement: Placement) -> None:
 def _scan_audio(media: _Media, name: str, placement: Placement) -> None:
     """Measure the interval and the level of an audio stream."""
     spec = media.recipe.audios[name]
-    recorded = read_sound(
-        media.path / spec.file, rate_hz=spec.rate_hz, track=spec.track, channels=spec.channels
-    )
-    sound = audio.stretch_sound(recorded, placement.stretches.get(name, 1.0))
+    stretch = placement.stretches.get(name, 1.0)
+    sound = audio.read_stretched(media.path / spec.file, spec, stretch=stretch)
     if sound.mix != MEAN:
         media.mixes[name] = sound.mix
     interval = media.intervals[name] = audio.align_sound(sound, placement.starts.get(name))
     if interval.start_s:
         media.start_overrides[name] = interval.start_s
     media.loudness[name] = measure_loudness(sound.samples.iter_blocks(), spec=spec)
-    start_s = interval.start_s
-    media.zeros[name] = sound.zeros_from(start_s)
+    media.zeros[name] = sound.zeros_from(interval.start_s)
 
 
 _SCANNERS: Mapping[Kind, Callable[[_Media, str, Placement], None]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,13 +69,11 @@ def test_thumbnails_are_the_same_with_and_without_seeking(
         )
         for name in ("a.mp4", "b.mp4")
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("preprocess.validate.media._SEEKABLE_TYPES", ())
-        through = read_thumbnails(
-            tmp_path / "b.mp4",
-            read_video_track(tmp_path / "b.mp4"),
-            axis=TimeAxis(0.0, float(times_s[-1])),
-            spec=VideoStream(file="a.mp4"),
-        )
+    through = read_thumbnails(
+        tmp_path / "b.mp4",
+        replace(read_video_track(tmp_path / "b.mp4"), is_indexed=False),
+        axis=TimeAxis(0.0, float(times_s[-1])),
+        spec=VideoStream(file="a.mp4"),
+    )
     assert found[0] == found[1] == through
     assert all(t.state == "shown" for t in through)
