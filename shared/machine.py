@@ -19,6 +19,7 @@ import os
 import resource
 import shutil
 import tempfile
+import time
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -34,6 +35,10 @@ _T = TypeVar("_T")
 
 MAX_DESCRIPTORS = 1 << 16
 """More open files than any command needs; programs that count up to a huge limit become slow."""
+
+HOPELESS_S = 60.0
+"""How long reads that fail like one that was given up are not repeated: where a file server is
+gone, each of thousands of files would take as long."""
 
 _BUFFER_BYTES = 1 << 16
 
@@ -101,6 +106,9 @@ _WORDS: dict[int, str] = {
     errno.EXDEV: "fix: choose two paths on the same disk",
 }
 """Cause and fix of errors; an error that is not here gets no guess."""
+
+_hopeless_until_s: dict[int, float] = {}
+"""By the number of the error, until when a read that fails with it is not repeated."""
 
 _log = logging.getLogger(__name__)
 
@@ -180,22 +188,30 @@ def read_steadily(read: Callable[[], _T], path: Path | str) -> _T:
         MachineError: the machine still fails.
         OSError: anything else, such as a missing file.
     """
+    number = 0
 
     def attempt() -> _T:
+        nonlocal number
         try:
-            with naming_path(path):
-                return read()
+            return read()
         except OSError as error:
+            error.filename = str(path) if error.filename is None else error.filename
             if not is_machine_trouble(error):
                 raise
+            number = error.errno or 0
             raise machine_error(error, path) from error
 
     try:
         return attempt()
     except MachineError as error:
-        if not error.is_transient or not _has_tenacity():
+        is_hopeless = time.monotonic() < _hopeless_until_s.get(number, 0.0)
+        if is_hopeless or not error.is_transient or not _has_tenacity():
             raise
-    return storage.with_retry(attempt, retry=storage.LOCAL_RETRY)
+    try:
+        return storage.with_retry(attempt, retry=storage.LOCAL_RETRY)
+    except MachineError:
+        _hopeless_until_s[number] = time.monotonic() + HOPELESS_S
+        raise
 
 
 def _has_tenacity() -> bool:
@@ -225,9 +241,9 @@ class SteadyFile(io.RawIOBase):
         self._position = 0
         self._is_stale = False
         self._fd = -1
-        flags = os.O_RDONLY | os.O_CLOEXEC
-        open_path = partial(os.open, path, flags)
-        self._fd = read_steadily(open_path, path) if descriptor is None else descriptor
+        if descriptor is None:
+            descriptor = read_steadily(partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC), path)
+        self._fd = descriptor
 
     def fileno(self) -> int:
         """Return the file descriptor."""
@@ -235,11 +251,17 @@ class SteadyFile(io.RawIOBase):
 
     def size(self) -> int:
         """Return the size in bytes."""
-        return read_steadily(lambda: os.fstat(self._fd).st_size, self.name)
+        return read_steadily(partial(os.fstat, self._fd), self.name).st_size
 
     def pread(self, length: int, offset: int) -> bytes:
         """Read bytes at an offset; fewer only if the file ends."""
-        content = self._steadily(lambda: os.pread(self._fd, length, offset))
+        try:
+            content = os.pread(self._fd, length, offset)
+        except OSError as error:
+            self._is_stale = error.errno == errno.ESTALE
+            content = self._steadily(lambda: os.pread(self._fd, length, offset))
+        if len(content) == length:
+            return content
         while content and len(content) < length:
             left, at = length - len(content), offset + len(content)
             more = self._steadily(partial(os.pread, self._fd, left, at))

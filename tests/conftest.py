@@ -9,7 +9,7 @@ import pytest
 from helpers.sets import build_set, set_recipe, write_sessions
 from hypothesis import settings
 
-from shared import storage
+from shared import machine, storage
 from shared.storage import RetryPolicy
 
 settings.register_profile("project", deadline=None)  # machines are shared, so durations vary
@@ -35,6 +35,7 @@ def _recordings(name: str) -> Path:
 def quick_retries(monkeypatch):
     """Repeat failed reads of local files without long waits."""
     monkeypatch.setattr(storage, "LOCAL_RETRY", QUICK_RETRY)
+    monkeypatch.setattr(machine, "_hopeless_until_s", {})
 
 
 @pytest.fixture(scope="session")

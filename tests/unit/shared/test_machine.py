@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,32 @@ def test_a_read_that_keeps_failing_names_file_cause_and_fix(
     assert message.startswith(f"{path}: {os.strerror(number)}")
     assert "given up after" in message
     assert "; fix: " in message
+
+
+def test_where_a_file_server_is_gone_only_the_first_file_is_waited_for(
+    tmp_path, monkeypatch, quick_retries
+):
+    attempts = []
+
+    def read(number):
+        attempts.append(number)
+        raise OSError(number, os.strerror(number))
+
+    for _ in range(1000):
+        with pytest.raises(MachineError, match="fix: mount the file system again"):
+            machine.read_steadily(partial(read, errno.ESTALE), tmp_path)
+    assert len(attempts) < 1020
+    attempts.clear()
+    with pytest.raises(MachineError):  # another trouble has attempts of its own
+        machine.read_steadily(partial(read, errno.EMFILE), tmp_path)
+    assert len(attempts) > 3
+    attempts.clear()
+    monkeypatch.setattr(machine, "HOPELESS_S", -1.0)
+    machine._hopeless_until_s.clear()
+    for _ in range(2):  # later it is tried again
+        with pytest.raises(MachineError):
+            machine.read_steadily(partial(read, errno.ESTALE), tmp_path)
+    assert len(attempts) > 6
 
 
 def test_a_full_disk_is_not_tried_again(tmp_path, monkeypatch):
