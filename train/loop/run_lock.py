@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import CheckpointError
@@ -24,7 +25,6 @@ from train.machine import distributed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 LOCK_NAME: Final = ".run.lock"
 
@@ -72,18 +72,21 @@ def _hold(folder: Path, log: Callable[[str], object], stack: contextlib.ExitStac
     """Hold a folder until the stack is closed."""
     prepare_folder(folder)
     path = folder / LOCK_NAME
-    try:
-        file, is_locked = _open_locked(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: {error.strerror}; fix: set training.checkpointing.save_dir to a folder of "
-            "your own"
-        ) from error
-    stack.callback(os.close, file)
-    owner = _read_owner(file)
-    if owner and not (is_locked and owner.get("host") == socket.gethostname()):
-        _await_silence(path, owner, log)
-    content = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    while True:
+        try:
+            file, is_locked = _open_locked(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: {error.strerror}; fix: set training.checkpointing.save_dir to a folder "
+                "of your own"
+            ) from error
+        stack.callback(os.close, file)
+        owner = _read_owner(file)
+        if owner and not (is_locked and _is_here(owner)):
+            _await_silence(path, owner, log)
+        if _is_at(file, path):
+            break  # otherwise the owner ended meanwhile, and the next one locks a new file
+    content = {**_this_machine(), "pid": os.getpid(), "since": time.time()}
     with contextlib.suppress(OSError):  # a full disk
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(content).encode(), 0)
@@ -93,6 +96,20 @@ def _hold(folder: Path, log: Callable[[str], object], stack: contextlib.ExitStac
     stack.callback(thread.join)
     stack.callback(ended.set)
     thread.start()
+
+
+def _this_machine() -> dict[str, str]:
+    """Name this machine; containers on different machines may have the same host name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        boot = ""
+    return {"host": socket.gethostname(), "boot": boot}
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    """Return whether a run is or was on this machine, where locks are seen."""
+    return _this_machine().items() <= owner.items()
 
 
 def _open_locked(path: Path) -> tuple[int, bool]:
@@ -120,7 +137,10 @@ def _await_silence(path: Path, owner: dict[str, Any], log: Callable[[str], objec
     deadline_s = time.monotonic() + SILENCE_S
     while time.monotonic() < deadline_s:
         time.sleep(_POLL_S)
-        if _time_of(path) not in {seen, None}:
+        latest = _time_of(path)
+        if latest is None:
+            return
+        if latest != seen:
             raise _refusal(path, owner)
 
 

@@ -109,6 +109,30 @@ def test_a_run_takes_over_from_one_of_another_host_that_gives_no_sign_of_life(
     assert "process 123 on host elsewhere, a run since" in line
 
 
+def test_the_same_host_name_on_another_machine_is_not_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "SILENCE_S", 0.3)
+    leave_behind(tmp_path / "run", host=socket.gethostname(), boot="another")
+    assert len(hold(tmp_path / "run")) == 1
+
+
+def test_a_run_that_ends_while_the_next_one_waits_leaves_it_a_lock_that_others_see(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_lock, "SILENCE_S", 60.0)
+    leave_behind(tmp_path / "run")
+    path = tmp_path / "run" / LOCK_NAME
+
+    def log(_line):
+        path.unlink()  # the end of the other run
+
+    with hold_folder(tmp_path / "run", log=log):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+        run_lock._held.clear()
+        with pytest.raises(CheckpointError), hold_folder(tmp_path / "run", log=log):
+            raise AssertionError("it was not refused")
+        run_lock._held.add((tmp_path / "run").resolve())
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', '{"host": 1, "since": "x"}'])
 def test_a_file_with_any_content_is_taken_over(tmp_path, monkeypatch, content):
     monkeypatch.setattr(run_lock, "SILENCE_S", 0.1)
