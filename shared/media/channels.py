@@ -171,10 +171,8 @@ class MixChooser:
             mix = self._align() or self._find_lost() or mix
         num_frames = max(1, self._num_frames - silent_frames)
         shares = _shares(mix.weights, self._channels)
-        mean, power = (
-            shares @ self._sums / num_frames,
-            shares @ self._products @ shares / num_frames,
-        )
+        mean = shares @ self._sums / num_frames
+        power = shares @ self._products @ shares / num_frames
         is_offset = num_frames >= _MIN_OFFSET_S * self._rate_hz and (
             abs(mean) > MAX_OFFSET
             or (abs(mean) > MIN_OFFSET and mean**2 > MAX_OFFSET_SHARE * power)
@@ -255,7 +253,9 @@ def _correlations(products: NDArray[np.float64], num_frames: int) -> NDArray[np.
     energies = np.diagonal(products)
     least, most = np.minimum.outer(energies, energies), np.maximum.outer(energies, energies)
     is_loud = (least > _FLOOR_RMS**2 * num_frames) & (least >= _MIN_LEVEL**2 * most)
-    return np.divide(products, np.sqrt(least * most), where=is_loud, out=np.zeros_like(products))
+    correlations = np.zeros_like(products)
+    np.divide(products, np.sqrt(least * most), where=is_loud, out=correlations)
+    return correlations
 
 
 def _only(channel: int, channels: int) -> tuple[int, ...]:
