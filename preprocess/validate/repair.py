@@ -42,20 +42,15 @@ from preprocess.validate.line_repairs import (
     write_numbers,
 )
 from preprocess.validate.repair_plan import Repair, RepairKind, RepairPlan
-from shared.errors import MediaError, SessionError
+from shared.errors import SessionError
 from shared.files import BLOCK_BYTES, write_synced
-from shared.kinds.audio import align_sound, read_stretched
-from shared.kinds.video import align_track
 from shared.machine import is_machine_trouble, machine_error, sync_folder
-from shared.media.channels import MEAN
 from shared.media.riff import corrected_head, read_wav_header
-from shared.media.video import read_video_track
-from shared.session.alignment import MEDIA_KINDS, STRETCH_KEY, Placement, read_placement
+from shared.session.alignment import MEDIA_KINDS, STRETCH_KEY, read_placement
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, read_timed_lines
 from shared.session.records import open_utf8
 from shared.session.scan import scan_session
 from shared.session.timestamps import MAX_BACK_S
-from shared.streams import AudioStream, VideoStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -66,6 +61,7 @@ if TYPE_CHECKING:
     from shared.media.riff import WavHeader
     from shared.recipe import Recipe
     from shared.session.lines import FileLines
+    from shared.session.scan import SessionScan
 
 JOURNAL_FILE = ".repair"
 _BYTES_PER_STAT_BLOCK = 512
@@ -121,8 +117,9 @@ def plan_repairs(
     `media` is what is known of its video and sound, `stretches` are the factors of wrong clocks; by
     default all streams are read.
     """
-    if stretches is None:
-        stretches = scan_session(path, recipe=recipe).proposed_stretches
+    if media is None or stretches is None:
+        scan = scan_session(path, recipe=recipe)
+        media, stretches = _media_end(path, scan, recipe), scan.proposed_stretches
     plans = (
         _plan_stretches(path, stretches),
         _plan_lines(path, recipe, media, stretches),
@@ -137,7 +134,7 @@ def plan_repairs(
 
 
 def _plan_lines(
-    path: Path, recipe: Recipe, media: MediaEnd | None, stretches: Mapping[str, float]
+    path: Path, recipe: Recipe, media: MediaEnd, stretches: Mapping[str, float]
 ) -> RepairPlan:
     """Plan the repairs of files of JSON lines."""
     files = {n: f for n, f in plan_files(recipe).items() if (path / n).is_file()}
@@ -146,8 +143,6 @@ def _plan_lines(
     starts = placement.starts
     if placement.error is not None:
         media = MediaEnd(is_known=False)
-    elif media is None:
-        media = _find_media_end(path, placement, recipe)
     repairs: list[Repair] = []
     repaired: Lines = {}
     blocked: dict[str, str] = {}
@@ -258,20 +253,13 @@ def _shared_files(path: Path, starts: Mapping[str, float], recipe: Recipe) -> fr
     return shared if is_writable and all(len(clock) == 1 for clock in present.values()) else None
 
 
-def _find_media_end(path: Path, placement: Placement, recipe: Recipe) -> MediaEnd:
-    """Read when the last video or sound of a session ends."""
-    stops_s: list[float] = []
-    try:
-        for name, spec in recipe.streams.items():
-            file, start_s = path / spec.file, placement.starts.get(name)
-            stretch = placement.stretches.get(name, 1.0)
-            if isinstance(spec, VideoStream) and file.exists():
-                stops_s.append(align_track(read_video_track(file), start_s, stretch=stretch).stop_s)
-            elif isinstance(spec, AudioStream) and file.exists():
-                sound = read_stretched(file, spec, stretch=stretch, mix=MEAN)
-                stops_s.append(align_sound(sound, start_s).stop_s)
-    except MediaError:
+def _media_end(path: Path, scan: SessionScan, recipe: Recipe) -> MediaEnd:
+    """Return when the last video or sound of a session ends."""
+    names = recipe.of_kind(*MEDIA_KINDS)
+    failed = [name for name in names if name in scan.absent and name not in scan.not_recorded]
+    if any((path / recipe.streams[name].file).exists() for name in failed):
         return MediaEnd(is_known=False)
+    stops_s = [scan.intervals[name].stop_s for name in names if name in scan.intervals]
     return MediaEnd(is_known=True, stop_s=max(stops_s, default=None))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import io
 import os
 import stat
 import struct
@@ -122,22 +123,39 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
         yield container, stream
 
 
-class _FileHead:
-    """The beginning of a file, as ffmpeg reads it."""
+class FilePart(io.RawIOBase):
+    """Some bytes, and after them the `size` bytes of a file from `start` on."""
 
-    def __init__(self, file: BinaryIO, stop: int) -> None:
-        self._file, self._stop = file, stop
-        self.tell = file.tell
+    def __init__(self, file: BinaryIO, start: int, size: int, *, head: bytes = b"") -> None:
+        self._file, self._start, self._size, self._head = file, start, size, head
+        self._position = 0
 
-    def read(self, size: int) -> bytes:
-        return self._file.read(max(0, min(size, self._stop - self._file.tell())))
+    def readable(self) -> bool:  # noqa: D102
+        return True
 
-    def seek(self, offset: int, origin: int = 0) -> int:
-        return (
-            self._file.seek(self._stop + offset, 0)
-            if origin == 2
-            else self._file.seek(offset, origin)
-        )
+    def seekable(self) -> bool:  # noqa: D102
+        return True
+
+    def seek(self, offset: int, origin: int = os.SEEK_SET, /) -> int:  # noqa: D102
+        stop = len(self._head) + self._size
+        ends = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: stop}
+        self._position = max(0, ends[origin] + offset)
+        return self._position
+
+    def readinto(self, buffer: bytearray, /) -> int:  # type: ignore[override]  # noqa: D102
+        size, in_file = len(buffer), self._position - len(self._head)
+        if in_file < 0:
+            content = self._head[self._position : self._position + size]
+        else:
+            self._file.seek(self._start + in_file)
+            content = self._file.read(max(0, min(size, self._size - in_file)))
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+    def close(self) -> None:  # noqa: D102
+        self._file.close()
+        super().close()
 
 
 def _open(path: Path, stack: ExitStack) -> InputContainer:
@@ -149,7 +167,7 @@ def _open(path: Path, stack: ExitStack) -> InputContainer:
         cut = _cut_part(path)
         if cut is None or cut[0] != b"moof":
             raise
-        head = _FileHead(stack.enter_context(open_for_library(path)), cut[1])
+        head = FilePart(stack.enter_context(open_for_library(path)), 0, cut[1])
         return av.open(head, "r", metadata_errors="ignore", options=_OPEN_OPTIONS)
 
 

@@ -8,7 +8,6 @@ the file. Sources: Multimedia Programming Interface and Data Specifications 1.0,
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.machine import open_steadily
+from shared.media.container import FilePart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,9 +143,10 @@ def explain_no_header(path: Path) -> str | None:
     )
 
 
-def open_wav(file: BinaryIO, header: WavHeader) -> io.RawIOBase:
+def open_wav(file: BinaryIO, header: WavHeader) -> FilePart:
     """Return an open WAV file as if its header were right."""
-    return _Spliced(corrected_head(file, header), file, header)
+    head = corrected_head(file, header)
+    return FilePart(file, header.start, header.num_bytes, head=head)
 
 
 def corrected_head(file: BinaryIO, header: WavHeader) -> bytes:
@@ -220,38 +221,3 @@ def _is_end(file: BinaryIO, position: int, length: int) -> bool:
             return False
         position += 8 + size
     return False
-
-
-class _Spliced(io.RawIOBase):
-    """The bytes of a head, followed by the sound of a file."""
-
-    def __init__(self, head: bytes, file: BinaryIO, header: WavHeader) -> None:
-        self._head, self._file, self._header = head, file, header
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, origin: int = os.SEEK_SET, /) -> int:
-        ends = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}
-        ends[os.SEEK_END] = len(self._head) + self._header.num_bytes
-        self._position = max(0, ends[origin] + offset)
-        return self._position
-
-    def readinto(self, buffer: bytearray, /) -> int:  # type: ignore[override]
-        size, in_sound = len(buffer), self._position - len(self._head)
-        if in_sound < 0:
-            content = self._head[self._position : self._position + size]
-        else:
-            self._file.seek(self._header.start + in_sound)
-            content = self._file.read(max(0, min(size, self._header.num_bytes - in_sound)))
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from shared.clock import Interval
+from shared.clock import Interval, marked_runs
 from shared.errors import MediaError
 from shared.files import DiskArray
 from shared.machine import open_for_library
@@ -352,12 +352,8 @@ class _ZeroRuns:
         probes = np.append(np.arange(0, len(block), self._min_frames), len(block) - 1)
         if len(block) == 0 or block[probes].any(axis=1).all():
             return
-        is_zero = np.ones(len(block) + 2, dtype=np.bool_)
-        is_zero[[0, -1]] = False
-        for channel in block.T:
-            is_zero[1:-1] &= channel == 0
-        edges = start + np.flatnonzero(is_zero[1:] != is_zero[:-1])
-        for first, stop in edges.reshape(-1, 2).tolist():
+        is_zero = np.logical_and.reduce([channel == 0 for channel in block.T])
+        for first, stop in ((start + a, start + b) for a, b in marked_runs(is_zero)):
             if self._runs and self._runs[-1][1] == first:
                 first = self._runs.pop()[0]
             elif stop - first < self._min_frames and stop < self._stop:
