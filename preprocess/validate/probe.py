@@ -32,7 +32,7 @@ from shared.session.alignment import (
 )
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, unused_files
 from shared.session.lines import Readings
-from shared.session.rates import find_rate_faults, mask_wrong_rates
+from shared.session.rates import find_rate_faults, mask_wrong_rates, propose_stretches
 from shared.session.scan import find_faults
 from shared.session.still import Recorded
 from shared.session.timestamps import read_lines
@@ -143,6 +143,11 @@ class SessionProbe:
     plan: Callable[[], RepairPlan] = RepairPlan
     """Plans what --fix does, at the first message that depends on it; by default it does nothing.
     """
+
+    @property
+    def proposed_stretches(self) -> dict[str, float]:
+        """Factors of wrong clocks, by strong evidence."""
+        return propose_stretches(self.rate_faults, self.recipe)
 
     def times_s(self, name: str) -> NDArray[np.float64] | None:
         """Return the times of a stream's frames, readings or texts; None for sound or if absent."""

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from preprocess.validate.line_repairs import LineFile, Lines, Repaired
+    from preprocess.validate.probe import SessionProbe
     from preprocess.validate.repair_plan import Content
     from shared.media.riff import WavHeader
     from shared.recipe import Recipe
@@ -74,7 +75,7 @@ _TEMPORARY = ".repairing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MediaEnd:
+class _MediaEnd:
     """When the video and sound of a session end."""
 
     is_known: bool
@@ -109,20 +110,13 @@ def plan_repairs(
     path: Path,
     *,
     recipe: Recipe,
-    media: MediaEnd | None = None,
-    stretches: Mapping[str, float] | None = None,
+    seen: SessionScan | SessionProbe | None = None,
 ) -> RepairPlan:
-    """Decide what to repair in a session folder, and change nothing.
-
-    `media` is what is known of its video and sound, `stretches` are the factors of wrong clocks; by
-    default all streams are read.
-    """
-    if media is None or stretches is None:
-        scan = scan_session(path, recipe=recipe)
-        media, stretches = _media_end(path, scan, recipe), scan.proposed_stretches
+    """Decide what to repair in a session folder, and change nothing; None reads its streams."""
+    seen = seen or scan_session(path, recipe=recipe)
     plans = (
-        _plan_stretches(path, stretches),
-        _plan_lines(path, recipe, media, stretches),
+        _plan_stretches(path, seen.proposed_stretches),
+        _plan_lines(path, recipe, seen),
         _plan_tables(path, recipe),
         _plan_media(path, recipe=recipe),
     )
@@ -133,16 +127,13 @@ def plan_repairs(
     )
 
 
-def _plan_lines(
-    path: Path, recipe: Recipe, media: MediaEnd, stretches: Mapping[str, float]
-) -> RepairPlan:
+def _plan_lines(path: Path, recipe: Recipe, seen: SessionScan | SessionProbe) -> RepairPlan:
     """Plan the repairs of files of JSON lines."""
     files = {n: f for n, f in plan_files(recipe).items() if (path / n).is_file()}
     originals = {name: (path / name).read_bytes() for name in files}
     placement = read_placement(path, recipe)
-    starts = placement.starts
-    if placement.error is not None:
-        media = MediaEnd(is_known=False)
+    can_place = placement.error is None
+    media = _find_media_end(path, recipe, seen) if can_place else _MediaEnd(is_known=False)
     repairs: list[Repair] = []
     repaired: Lines = {}
     blocked: dict[str, str] = {}
@@ -172,8 +163,8 @@ def _plan_lines(
         obstacle = None if files[name].is_text_file else find_obstacle(repaired[name])
         if obstacle is not None:
             blocked[name] = obstacle
-    shared = _shared_files(path, starts, recipe) if media.is_known else None
-    stretched = (*stretches, *placement.stretches)
+    shared = _shared_files(path, placement.starts, recipe) if media.is_known else None
+    stretched = (*seen.proposed_stretches, *placement.stretches)
     can_trim = all(recipe.streams[name].kind in MEDIA_KINDS for name in stretched)
     repairs += _repair_lines(
         repaired, files, blocked, shared=shared, media_stop_s=media.stop_s, can_trim=can_trim
@@ -253,14 +244,14 @@ def _shared_files(path: Path, starts: Mapping[str, float], recipe: Recipe) -> fr
     return shared if is_writable and all(len(clock) == 1 for clock in present.values()) else None
 
 
-def _media_end(path: Path, scan: SessionScan, recipe: Recipe) -> MediaEnd:
+def _find_media_end(path: Path, recipe: Recipe, seen: SessionScan | SessionProbe) -> _MediaEnd:
     """Return when the last video or sound of a session ends."""
     names = recipe.of_kind(*MEDIA_KINDS)
-    failed = [name for name in names if name in scan.absent and name not in scan.not_recorded]
+    failed = [name for name in names if name in seen.absent and name not in seen.not_recorded]
     if any((path / recipe.streams[name].file).exists() for name in failed):
-        return MediaEnd(is_known=False)
-    stops_s = [scan.intervals[name].stop_s for name in names if name in scan.intervals]
-    return MediaEnd(is_known=True, stop_s=max(stops_s, default=None))
+        return _MediaEnd(is_known=False)
+    stops_s = [seen.intervals[name].stop_s for name in names if name in seen.intervals]
+    return _MediaEnd(is_known=True, stop_s=max(stops_s, default=None))
 
 
 def _plan_tables(path: Path, recipe: Recipe) -> RepairPlan:

@@ -48,17 +48,15 @@ from preprocess.validate.line_checks import (
     find_gaps,
 )
 from preprocess.validate.probe import probe_session
-from preprocess.validate.repair import MediaEnd, plan_repairs, repair_session
+from preprocess.validate.repair import plan_repairs, repair_session
 from preprocess.validate.still_checks import check_still
 from preprocess.validate.value_checks import check_saturation, check_values, check_velocities
 from shared.clock import measure_rate_hz
 from shared.errors import EngineError, MachineError, SessionError
 from shared.machine import describe_os_error, temporary_folder
 from shared.recipe import Recipe
-from shared.session.alignment import MEDIA_KINDS
 from shared.session.folder import is_session, scanned_files, source_files, survey_sessions
 from shared.session.names import SOUND_SUFFIXES, explain_bad_name, printable, session_name
-from shared.session.rates import propose_stretches
 from shared.storage import Store, parse_location
 from shared.streams import Kind
 
@@ -212,13 +210,9 @@ def check_session(
             )
         if fault := explain_bad_name(name):
             raise SessionError(fault)
-        probe = probe_session(path, recipe=recipe, unused=unused)
-        media = _media_end(path, probe)
-        stretches = propose_stretches(probe.rate_faults, recipe)
-        plan = functools.cache(
-            lambda: plan_repairs(path, recipe=recipe, media=media, stretches=stretches)
-        )
-        probe = replace(probe, plan=plan)
+        seen = probe_session(path, recipe=recipe, unused=unused)
+        plan = functools.cache(lambda: plan_repairs(path, recipe=recipe, seen=seen))
+        probe = replace(seen, plan=plan)
         findings = {key: check(probe) for key, check in CHECKS.items() if key in checks}
         ordered = sorted(
             (finding for of_check in findings.values() for finding in of_check),
@@ -232,14 +226,6 @@ def check_session(
         )
     except Exception as error:  # Boundary: any exception fails only this session.
         return _make_failed_report(path, name, error)
-
-
-def _media_end(path: Path, probe: SessionProbe) -> MediaEnd:
-    """Return when the video and sound of a session end."""
-    files = [path / probe.recipe.streams[n].file for n in probe.recipe.of_kind(*MEDIA_KINDS)]
-    is_known = not any(file.name in probe.unreadable and file.exists() for file in files)
-    stops_s = [probe.intervals[name].stop_s for name in (*probe.videos, *probe.audio)]
-    return MediaEnd(is_known=is_known, stop_s=max(stops_s, default=None) if is_known else None)
 
 
 def describe_totals(statuses: Sequence[Status], length: str) -> str:
