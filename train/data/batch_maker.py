@@ -12,14 +12,14 @@
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from shared.errors import REBUILD_HINT, CorruptError, EngineError, TooManyCorruptSamplesError
 from shared.timing import no_timer
@@ -270,9 +270,14 @@ def init_worker(_worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
-    # A forked process ends by os._exit, but a spawned one takes the interpreter apart first. A
-    # thread that needs the interpreter then, such as ours, can abort the process (SIGABRT).
-    atexit.register(os._exit, 0)
+    # A forked process ends by os._exit, but a spawned one by sys.exit, which takes the interpreter
+    # apart first. A thread that needs it then, such as ours, can abort the process (SIGABRT).
+    sys.exit = _exit_at_once
+
+
+def _exit_at_once(code: object = None, /) -> NoReturn:
+    """End this process with the exit code that ``sys.exit`` would give it."""
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _exit_with_parent(parent_pid: int) -> None:

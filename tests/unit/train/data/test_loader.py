@@ -454,11 +454,15 @@ import atexit, multiprocessing
 from train.data.batch_maker import init_worker
 if __name__ == "__mp_main__":
     atexit.register(print, "the interpreter is taken apart")
+def work(code):
+    init_worker(0)
+    raise SystemExit(code)
 if __name__ == "__main__":
-    worker = multiprocessing.get_context("spawn").Process(target=init_worker, args=(0,))
-    worker.start()
-    worker.join()
-    print("ended", worker.exitcode)
+    for code in (None, 3, "message"):
+        worker = multiprocessing.get_context("spawn").Process(target=work, args=(code,))
+        worker.start()
+        worker.join()
+        print("ended", worker.exitcode)
 """
 
 
@@ -467,7 +471,8 @@ def test_a_spawned_worker_ends_like_a_forked_one(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(SPAWNED)
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("ended 0\n", "")
+    # torch notices at once only if a failed worker has another exit code than 0.
+    assert (done.stdout, done.stderr) == ("ended 0\nended 3\nended 1\n", "message\n")
 
 
 def test_a_dev_shm_without_space_for_semaphores_is_named(tiny_set, monkeypatch):
