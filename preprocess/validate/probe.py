@@ -32,7 +32,7 @@ from shared.session.alignment import (
 )
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, unused_files
 from shared.session.lines import Readings
-from shared.session.rates import find_rate_faults, mask_wrong_rates, propose_stretches
+from shared.session.rates import find_rate_faults, propose_stretches
 from shared.session.scan import find_faults
 from shared.session.still import Recorded
 from shared.session.timestamps import read_lines
@@ -258,7 +258,7 @@ def probe_session(
         videos=videos,
         audio=audio,
         readings=readings,
-        faults=find_faults(replace(recorded, wrong_clocks=mask_wrong_rates(rates))),
+        faults=find_faults(recorded, rates),
         missing=missing,
         events=_align_events(lines, alignment, placement, recipe),
         files={f.file: tuple(o for o in lines.files if o.file == f.file) for f in lines.files},

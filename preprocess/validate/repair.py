@@ -132,8 +132,8 @@ def _plan_lines(path: Path, recipe: Recipe, seen: SessionScan | SessionProbe) ->
     files = {n: f for n, f in plan_files(recipe).items() if (path / n).is_file()}
     originals = {name: (path / name).read_bytes() for name in files}
     placement = read_placement(path, recipe)
-    can_place = placement.error is None
-    media = _find_media_end(path, recipe, seen) if can_place else _MediaEnd(is_known=False)
+    is_placed = placement.error is None
+    media = _find_media_end(path, recipe, seen) if is_placed else _MediaEnd(is_known=False)
     repairs: list[Repair] = []
     repaired: Lines = {}
     blocked: dict[str, str] = {}

@@ -12,7 +12,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Mapping  # noqa: TC003 (read at run time by scan_from_json)
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from shared.media.video import VideoTrack
     from shared.recipe import Recipe
     from shared.session.lines import SessionLines
+    from shared.session.rates import RateFault
 
 _COVERAGE_DECIMALS = 6
 
@@ -208,7 +209,7 @@ def scan_session(
     recorded = _recorded(media, alignment, lines)
     rates = find_rate_faults(recorded)
     sentences += [("rate", fault.sentence, 1) for fault in rates]
-    masked = _find_masked(replace(recorded, wrong_clocks=mask_wrong_rates(rates)))
+    masked = _find_masked(recorded, rates)
     loudness = _measured_loudness(media, masked)
     segments = plan_segments(alignment.duration_s, recipe.segment_s)
     return SessionScan(
@@ -302,11 +303,6 @@ _SCANNERS: Mapping[Kind, Callable[[_Media, str, Placement], None]] = {
 }
 
 
-def _find_damaged(recorded: Recorded) -> dict[str, list[MaskedSpan]]:
-    """Find what the damage of a file reaches."""
-    return {name: video.damaged_spans(track) for name, track in recorded.tracks.items()}
-
-
 def _recorded(media: _Media, alignment: Alignment, lines: SessionLines) -> Recorded:
     """Return what is searched for wrong content."""
     return Recorded(
@@ -319,31 +315,32 @@ def _recorded(media: _Media, alignment: Alignment, lines: SessionLines) -> Recor
     )
 
 
-_FINDERS: tuple[Callable[[Recorded], Mapping[str, Sequence[MaskedSpan]]], ...] = (
-    find_still,
-    _find_damaged,
-    lambda recorded: recorded.wrong_clocks,
-)
-
-
-def find_faults(recorded: Recorded) -> dict[str, tuple[MaskedSpan, ...]]:
+def find_faults(
+    recorded: Recorded, rates: Sequence[RateFault]
+) -> dict[str, tuple[MaskedSpan, ...]]:
     """Find the stretches of each stream whose content is wrong, whether they are masked or not."""
-    by_finder = [finder(recorded) for finder in _FINDERS]
-    spans = {
-        name: tuple(span for faults in by_finder for span in faults.get(name, ()))
-        for name in sorted(set().union(*by_finder))
+    by_cause = (
+        find_still(recorded),
+        {name: video.damaged_spans(track) for name, track in recorded.tracks.items()},
+        mask_wrong_rates(rates),
+    )
+    return {
+        name: spans
+        for name in sorted(set().union(*by_cause))
+        if (spans := tuple(span for faults in by_cause for span in faults.get(name, ())))
     }
-    return {name: of_stream for name, of_stream in spans.items() if of_stream}
 
 
-def _find_masked(recorded: Recorded) -> dict[str, tuple[MaskedSpan, ...]]:
+def _find_masked(
+    recorded: Recorded, rates: Sequence[RateFault]
+) -> dict[str, tuple[MaskedSpan, ...]]:
     """Find the stretches of each stream that its recipe masks."""
-    specs = recorded.recipe.streams
-    kept = {
-        name: tuple(span for span in spans if span.reason in mask_reasons(specs[name]))
-        for name, spans in find_faults(recorded).items()
+    reasons = {name: mask_reasons(spec) for name, spec in recorded.recipe.streams.items()}
+    return {
+        name: kept
+        for name, spans in find_faults(recorded, rates).items()
+        if (kept := tuple(span for span in spans if span.reason in reasons[name]))
     }
-    return {name: spans for name, spans in kept.items() if spans}
 
 
 def _measured_loudness(

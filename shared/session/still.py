@@ -67,8 +67,6 @@ class Recorded:
     """Audio stream -> stretches of exact zeros on the session clock."""
     readings: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float32]]]
     """Sensor -> times on the session clock [N], and values [N, D]."""
-    wrong_clocks: Mapping[str, Sequence[MaskedSpan]] = field(default_factory=dict)
-    """Stream -> stretches in which its times are wrong; see :mod:`shared.session.rates`."""
 
 
 @dataclass(frozen=True, slots=True)
