@@ -243,7 +243,7 @@ def test_frames_lost_in_one_place_are_masked_after_it(tmp_path: Path) -> None:
 def session_at_a_wrong_rate(folder: Path) -> Path:
     """Write pictures taken 24 times per second as 25 per second."""
     frames = world(round(LENGTH_S * 24))
-    return write_eyes(folder / "in" / "one", frames, frames, rate_hz=25)
+    return write_eyes(folder / "in" / "one", frames, np.roll(frames, 4, axis=2), rate_hz=25)
 
 
 def test_the_build_masks_what_is_late_and_says_so(tmp_path: Path) -> None:
