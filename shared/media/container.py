@@ -10,9 +10,11 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import itertools
 import os
 import stat
 import struct
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -43,6 +45,9 @@ RAW_FORMATS = {"h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu"}
 READ_ERRORS = (av.FFmpegError, IndexError)
 """Errors that PyAV raises while it reads packets; IndexError if damage makes a track appear
 midway."""
+
+_NUM_PROBED = 100
+"""Packets that tell which tracks have one frame."""
 
 _OPEN_OPTIONS = {
     "protocol_whitelist": "file",
@@ -105,7 +110,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, Any]]:
         except (av.FFmpegError, ValueError) as error:
             reason = f"not a readable video: {error_reason(error)}; {REPLACE_FIX}"
             raise MediaError(f"{path}: {explain_failure(path) or reason}") from error
-        stream = choose_track(container.streams.video)
+        stream = choose_track(_lasting_tracks(path, container.streams.video))
         if stream is None:
             content = "only a cover picture" if container.streams.video else "no video track"
             reason = f"contains {content}; {REPLACE_FIX}"
@@ -174,6 +179,23 @@ def _open(path: Path, stack: ExitStack) -> InputContainer:
 def is_picture(track: Any) -> bool:  # noqa: ANN401
     """Return whether a track is a cover picture or a thumbnail."""
     return bool(track.disposition & _PICTURES)
+
+
+def _lasting_tracks(path: Path, tracks: Sequence[Any]) -> list[Any]:
+    """Return the video tracks without those of one frame, if the container doesn't count frames.
+
+    Only the first packets are read.
+    """
+    if len(tracks) < 2 or all(track.frames for track in tracks):
+        return list(tracks)
+    with ExitStack() as stack:
+        try:
+            container = stack.enter_context(_open(path, stack))
+            packets = itertools.islice(container.demux(video=[*range(len(tracks))]), _NUM_PROBED)
+            counts = Counter(packet.stream_index for packet in packets if packet.size)
+        except READ_ERRORS:
+            return list(tracks)
+    return [track for track in tracks if counts[track.index] > 1] or list(tracks)
 
 
 def choose_track(tracks: Sequence[Any]) -> Any | None:  # noqa: ANN401

@@ -65,7 +65,7 @@ The shares are of what is usual, and of the difference between neighbors in a pi
 _NEW_TOP, _TOP_PIXELS = 100, 4
 """It is a new picture too if _TOP_PIXELS pixels change by more: a letter was typed."""
 
-_KEY_SIZES, _KEY_MEAN = 0.01, 0.3
+_KEY_SIZES, _KEY_MEAN = 0.015, 0.3
 """Keyframes of one picture differ in size by at most this share, then in luma by at most this.
 Encoders skip the noise of a camera that sees nothing move, except in keyframes."""
 

@@ -66,6 +66,9 @@ _LUMA_FIRST = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444
 _CLOSED = {"vp8", "vp9", "av1"}
 """Codecs whose keyframes, as containers mark them, replace every reference."""
 
+_MAX_RATE_HZ = 1_000
+"""A larger frame rate is the unit of an encoder's clock."""
+
 _ZEROS = bytes(32)
 _CODECS_WITHOUT_ZEROS = {"h264", "hevc", "vp8", "vp9", "av1"}
 _CODECS_WITH_STUFFING = {"mpeg1video", "mpeg2video", "mpeg4"}
@@ -189,7 +192,7 @@ def _declared_rate(path: Path, container: InputContainer, context: Any) -> float
     """Return the frame rate that an elementary stream declares; None if packets have times."""
     if container.format.name not in RAW_FORMATS:
         return None
-    if not context.framerate:
+    if not context.framerate or context.framerate > _MAX_RATE_HZ:
         raise MediaError(
             f"{path}: is a bare {codec_name(context)} stream without times, and declares no frame "
             "rate; fix: re-encode it with its rate (`ffmpeg -r RATE -i FILE NEW.mp4`)"

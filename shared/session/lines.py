@@ -133,6 +133,9 @@ class Readings:
     times_s: NDArray[np.float64]
     values: NDArray[np.float32]
     lines: NDArray[np.int64]
+    lost_times_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """Times of readings that are lost, as another one has the same time; with their lines."""
+    lost_lines: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -465,8 +468,15 @@ class LineCollector:
             if is_repeat.any():
                 for row, equal in zip(rows[is_repeat].tolist(), is_equal[is_repeat], strict=True):
                     repeats.setdefault(row, {}).setdefault(bool(equal), []).append(name)
-                rows, values = rows[~is_repeat], values[~is_repeat]
-            readings[name] = Readings(times_s=times_s[rows], values=values, lines=numbers[rows])
+            lost = rows[is_repeat & ~is_equal]
+            rows, values = rows[~is_repeat], values[~is_repeat]
+            readings[name] = Readings(
+                times_s=times_s[rows],
+                values=values,
+                lines=numbers[rows],
+                lost_times_s=times_s[lost],
+                lost_lines=numbers[lost],
+            )
         for row, alike in sorted(repeats.items()):
             kind: IssueKind = "repeat"
             names, which = alike.get(True, []), "the same reading"

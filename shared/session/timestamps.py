@@ -10,6 +10,7 @@ longest run is right. Others are left out if they are
 
 - single lines (fewer than MIN_RUN) over MIN_FAR_S away from the session, or from as much as is
   recorded if there are no media;
+- single lines that are ahead of long runs before and after them, which follow each other;
 - over FAR_FACTOR times as far away as the session lasts, if there are media; else over 24 h;
 - at the same times as other lines, after one step back;
 - after one step, without which the lines end with the media.
@@ -296,6 +297,21 @@ def find_wrong_lines(
     runs = [*zip(firsts.tolist(), [*firsts[1:].tolist(), len(times_s)], strict=True)]
     if len(runs) == 1:
         return []
+    strays = _find_strays(times_s, runs)
+    if strays:
+        ahead = [
+            WrongLines(
+                int(lines[first]),
+                int(lines[stop - 1]),
+                f"timestamp {times_s[first]:.3f} s is ahead of the lines around it",
+            )
+            for first, stop in strays
+        ]
+        is_other = np.ones(len(times_s), dtype=np.bool_)
+        for first, stop in strays:
+            is_other[first:stop] = False
+        others = find_wrong_lines(times_s[is_other], lines[is_other], media_stop_s)
+        return sorted([*ahead, *others], key=_first_line)
     long = [run for run in runs if run[1] - run[0] >= MIN_RUN]
     jump = _find_jump(times_s, long, media_stop_s)
     if jump is not None:
@@ -347,6 +363,27 @@ def _find_steps(times_s: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.flatnonzero((steps_s > limit_s) | (steps_s < -MAX_BACK_S))
 
 
+def _find_strays(
+    times_s: NDArray[np.float64], runs: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return single lines that are ahead of long runs before and after, which follow each other.
+
+    Lines that were written late are behind the lines around them, never ahead.
+    """
+    strays = []
+    for number, (first, stop) in enumerate(runs[:-1]):
+        next_first, next_stop = runs[number + 1]
+        last, next_s = times_s[stop - 1], times_s[next_first]
+        if min(times_s[first], last) <= next_s + MAX_BACK_S or stop - first >= MIN_RUN:
+            continue
+        before, _ = runs[number - 1] if number else (first, first)
+        pair = [*times_s[before:first], *times_s[next_first:next_stop]]
+        lengths = [next_stop - next_first, *([first - before] if number else [])]
+        if min(lengths) >= MIN_RUN and not len(_find_steps(np.array(pair))):
+            strays.append((first, stop))
+    return strays
+
+
 def _find_jump(
     times_s: NDArray[np.float64], runs: Sequence[tuple[int, int]], media_stop_s: float | None
 ) -> float | None:
@@ -375,14 +412,28 @@ def _find_left_out(
     """Find the lines with wrong timestamps of each file of sensors."""
     by_file: dict[str, dict[tuple[int, int], WrongLines]] = {}
     for name, readings in lines.readings.items():
-        order = np.argsort(readings.lines, kind="stable")
-        times_s, numbers = readings.times_s[order], readings.lines[order]
+        times_s, numbers = _in_order(readings.times_s, readings.lines)
+        # A clock that went back may have hit the times of other lines exactly.
+        all_times_s, all_numbers = _in_order(
+            np.concatenate([readings.times_s, readings.lost_times_s]),
+            np.concatenate([readings.lines, readings.lost_lines]),
+        )
+        if (np.diff(all_times_s) < -MAX_BACK_S).any():
+            times_s, numbers = all_times_s, all_numbers
         for wrong in find_wrong_lines(times_s, numbers, media_stop_s):
             of_file = by_file.setdefault(recipe.streams[name].file, {})
             of_file.setdefault((wrong.first, wrong.last), wrong)
     return {
         file: tuple(of_file[key] for key in sorted(of_file)) for file, of_file in by_file.items()
     }
+
+
+def _in_order(
+    times_s: NDArray[np.float64], lines: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return times and lines in the order of the file."""
+    order = np.argsort(lines, kind="stable")
+    return times_s[order], lines[order]
 
 
 def _text_unit(

@@ -319,3 +319,25 @@ def test_an_index_that_a_cut_copy_lacks_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(content[: content.index(b"mdat") + 400])
     expected = "its index (the moov box) is missing, as it is cut off: its last part (mdat) should"
     assert reason_of(tmp_path / "a.mp4").startswith(expected)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_picture_beside_a_video_of_matroska_is_not_read(is_first: bool, tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    path = tmp_path / "b.mp4"
+    with av.open(str(tmp_path / "a.mp4")) as source, av.open(
+        str(path), "w", format="matroska"
+    ) as output:  # fmt: skip
+        copied = None if is_first else output.add_stream_from_template(source.streams.video[0])
+        cover = output.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 320, 240, "yuvj420p"
+        copied = copied or output.add_stream_from_template(source.streams.video[0])
+        gray = np.full((240, 320, 3), 90, dtype=np.uint8)
+        output.mux(cover.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
+        output.mux(cover.encode())
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = copied
+                output.mux(packet)
+    track = read_video_track(path)
+    assert (len(track.pts), track.codec) == (60, "h264")

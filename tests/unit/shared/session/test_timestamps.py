@@ -10,7 +10,7 @@ from helpers.oracles import build as build_set
 from helpers.oracles import jsonl, set_contents, tiny_recipe, write_tiny_session
 from helpers.report_pages import default_recipe
 from helpers.sessions import read_lines, sensor_lines, write_lines, write_session
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from preprocess.validate.repair import repair_session
@@ -89,6 +89,28 @@ def test_single_wrong_timestamps_are_left_out_and_nothing_else(
 
 
 @given(
+    row=st.integers(0, 490), count=st.integers(1, 6), ahead_s=st.floats(1.5, 59.0),
+    media_s=st.sampled_from([None, 500 / 60]),
+)  # fmt: skip
+def test_single_lines_ahead_of_their_neighbors_are_left_out(
+    row: int, count: int, ahead_s: float, media_s: float | None
+) -> None:
+    assume(row == 0 or row >= 8)
+    times_s = regular()
+    times_s[row : row + count] += ahead_s
+    assume(row + count + 8 <= 500)
+    assert wrong_rows(times_s, media_s) == [*range(row, row + count)]
+
+
+@given(row=st.integers(150, 380), count=st.integers(1, 7), late=st.integers(80, 99))
+def test_lines_that_were_written_late_are_kept(row: int, count: int, late: int) -> None:
+    times_s = regular()
+    moved = times_s[row : row + count]
+    rest = np.delete(times_s, range(row, row + count))
+    assert wrong_rows(np.insert(rest, row + late, moved), 500 / 60) == []
+
+
+@given(
     first=st.integers(60, 440),
     jump_s=st.sampled_from([HOUR, -HOUR, EPOCH, 40.0, -40.0, 3.0, -3.0]),
     jitter=st.floats(0, 0.3), seed=st.integers(0, 99),
@@ -161,6 +183,28 @@ def test_one_wrong_timestamp_makes_no_sample(
     assert any(f"metadata.jsonl line {row + 1}: timestamp" in issue for issue in scan.issues)
     errors = check_session(session, recipe=RECIPE).report.errors
     assert any(f"metadata.jsonl line {row + 1}: timestamp" in e for e in errors)
+
+
+def test_one_timestamp_that_is_seconds_ahead_makes_no_sample(session: Path) -> None:
+    change(session, lambda i, time_s: 15.0 if i == 30 else time_s)
+    scan = scan_session(session, recipe=RECIPE)
+    assert scan.duration_s == pytest.approx(2.0, abs=0.05)
+    errors = check_session(session, recipe=RECIPE).report.errors
+    assert any("line 31: timestamp 15.000 s is ahead of the lines around it" in e for e in errors)
+
+
+def test_a_clock_that_goes_back_to_the_same_times_is_masked_until_it_is_repaired(
+    session: Path,
+) -> None:
+    recorded = change(session, lambda i, time_s: round(time_s - 1.2 * (i >= 40), 6))
+    scan = scan_session(session, recipe=RECIPE)
+    assert scan.intervals["touch"].stop_s == pytest.approx(40 / 30, abs=0.05)
+    errors = check_session(session, recipe=RECIPE).report.errors
+    assert any("lines 41 to 60: the clock jumps" in e and "--fix" in e for e in errors)
+    repair_session(session, recipe=RECIPE)
+    repaired = read_lines(session / "metadata.jsonl")
+    np.testing.assert_allclose([line["timestamp"] for line in repaired],
+                               [line["timestamp"] for line in recorded], atol=1e-3)  # fmt: skip
 
 
 @pytest.mark.parametrize("jump_s", [HOUR, -HOUR, EPOCH, 5.0, -1.5])
