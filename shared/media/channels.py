@@ -139,8 +139,11 @@ class MixChooser:
         """Sums of products of two channels, as recorded."""
         self._filtered = np.zeros(shape)
         """The same without hum and offsets."""
-        self._opposed_s, self._opposed, self._aligned = np.zeros(shape), _Run(shape), _Run(shape)
-        """Seconds in which two channels are loud and cancel; the runs in which they do or agree."""
+        self._opposed_s = np.zeros(shape)
+        """Seconds in which two channels are loud and cancel."""
+        self._run_s, self._longest_s = np.zeros((2, *shape)), np.zeros((2, *shape))
+        """Seconds for which they have cancelled, and have agreed; the most so far. Stretches in
+        which they are not correlated don't end a run."""
 
     def add(self, block: NDArray[np.float32]) -> None:
         """Compare the channels of the next block [n, channels]."""
@@ -159,8 +162,10 @@ class MixChooser:
         correlations = _correlations(products, len(high))
         self._filtered += products * self._step
         self._opposed_s += duration_s * (correlations <= -_MIN_OPPOSED)
-        self._opposed.add(-correlations, duration_s)
-        self._aligned.add(correlations, duration_s)
+        both = np.stack([-correlations, correlations])
+        gains = 1.0 * (both >= _MIN_OPPOSED) - _OTHER_COST * (both < -_OTHER_SIGN)
+        self._run_s = np.maximum(0.0, self._run_s + duration_s * gains)
+        self._longest_s = np.maximum(self._longest_s, self._run_s)
 
     def choose(self, *, silent_frames: int = 0) -> Mix:
         """Choose the mix of the sound so far; `silent_frames` of it are exactly zero."""
@@ -185,7 +190,8 @@ class MixChooser:
         correlations = _correlations(self._filtered, self._num_frames)
         is_inverted, is_aligned = correlations < -MIN_INVERTED, correlations > MIN_INVERTED
         # Turned back, or as they are, such channels would cancel in a part.
-        is_unstable = np.where(is_inverted, self._aligned.is_long, self._opposed.is_long)
+        cancel, agree = self._longest_s >= _MIN_RUN_S
+        is_unstable = np.where(is_inverted, agree, cancel)
         np.fill_diagonal(is_aligned, False)
         kept = _drop_unstable(is_unstable, np.diagonal(self._filtered))
         signs = _signs(is_aligned.astype(int) - is_inverted, kept)
@@ -212,27 +218,6 @@ class MixChooser:
         if mean_rms > SILENCE_RMS or not is_lost:
             return None
         return Mix(weights=_only(loudest, self._channels), reason="lost")
-
-
-class _Run:
-    """Longest time for which the correlation of two channels is close to 1, of each pair.
-
-    Stretches in which they are not correlated don't end a run.
-    """
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self._current_s, self._longest_s = np.zeros(shape), np.zeros(shape)
-
-    @property
-    def is_long(self) -> NDArray[np.bool_]:
-        """Whether it is too long for wide stereo."""
-        return self._longest_s >= _MIN_RUN_S
-
-    def add(self, correlations: NDArray[np.float64], duration_s: float) -> None:
-        """Add a stretch."""
-        gain_s = 1.0 * (correlations >= _MIN_OPPOSED) - _OTHER_COST * (correlations < -_OTHER_SIGN)
-        self._current_s = np.maximum(0.0, self._current_s + duration_s * gain_s)
-        self._longest_s = np.maximum(self._longest_s, self._current_s)
 
 
 def _products(block: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -296,12 +296,11 @@ def _mono(
     samples: DiskArray[np.float32] = DiskArray(np.float32)
     peak, num_bad, num_clipped = 0.0, 0, 0
     zeros = _ZeroRuns(min_frames=math.ceil(MIN_ZEROS_S * source_rate_hz))
-    mix = channels if isinstance(channels, Mix) else MEAN
-    chooser = (
-        None
-        if isinstance(channels, Mix)
-        else MixChooser(channels, num_channels=num_channels, rate_hz=source_rate_hz)
-    )
+    mix, chooser = MEAN, None
+    if isinstance(channels, Mix):
+        mix = channels
+    else:
+        chooser = MixChooser(channels, num_channels=num_channels, rate_hz=source_rate_hz)
     for block in blocks:
         level = np.abs(block)
         if not level.max(initial=0.0) <= _MAX_SAMPLE:  # also true for NaN
@@ -331,8 +330,8 @@ def _mono(
         num_bad=num_bad,
         peak=peak,
         num_clipped=num_clipped,
-        zeros=zeros.intervals(source_rate_hz),
-        mix=mix if chooser is None else chooser.choose(silent_frames=zeros.num_frames),
+        zeros=tuple(Interval(a / source_rate_hz, b / source_rate_hz) for a, b in zeros.runs()),
+        mix=chooser.choose(silent_frames=sum(b - a for a, b in zeros.runs())) if chooser else mix,
     )
 
 
@@ -360,15 +359,6 @@ class _ZeroRuns:
                 continue
             self._runs.append((first, stop))
 
-    def intervals(self, rate_hz: int) -> tuple[Interval, ...]:
-        """Return the runs of at least the minimum, in seconds."""
-        return tuple(Interval(first / rate_hz, stop / rate_hz) for first, stop in self._long_runs)
-
-    @property
-    def num_frames(self) -> int:
-        """Number of frames in these runs."""
-        return sum(stop - first for first, stop in self._long_runs)
-
-    @property
-    def _long_runs(self) -> list[tuple[int, int]]:
+    def runs(self) -> list[tuple[int, int]]:
+        """Return the runs of at least the minimum, [start, stop)."""
         return [run for run in self._runs if run[1] - run[0] >= self._min_frames]
