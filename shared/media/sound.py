@@ -7,6 +7,7 @@ audio of video containers. WAV files with wrong sizes are read as if they were r
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from contextlib import ExitStack, contextmanager
@@ -33,7 +34,7 @@ from shared.media.container import (
 from shared.media.riff import explain_no_header, open_wav, read_wav_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from av.audio.frame import AudioFrame
@@ -67,14 +68,13 @@ class Sound:
     """
 
     samples: DiskArray[np.float32]
-    start_s: float
+    start_s: float = 0.0
     """Time of the first sample from the container's start; 0 if the file has only audio."""
-    origin_s: float
+    origin_s: float = 0.0
     """Reading of the container's clock at its start; see :class:`shared.media.video.VideoTrack`."""
     rate_hz: int
     source_rate_hz: int
     source_channels: int
-    source_format: str
     num_bad: int
     """Samples that were not finite or implausibly large; they are zero now."""
     peak: float
@@ -183,27 +183,21 @@ def to_int16(waveform: NDArray[np.float32], *, gain: float) -> NDArray[np.int16]
 
 def _read_sound(path: Path, rate_hz: int, track: int, channels: ChannelChoice | Mix) -> Sound:
     """Read a track by libsndfile, or by ffmpeg's demuxer, which reads more containers."""
+    mix = functools.partial(_mono, path=path, rate_hz=rate_hz, channels=channels)
     if track:
         try:
-            return _read_sound_by_av(path, rate_hz, track, channels)
+            return _read_sound_by_av(path, track, mix)
         except (av.FFmpegError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise MediaError(f"{path}: track {track} does not open: {reason}") from error
     try:
         with open_sound(path) as file:
-            return _mono(
-                file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True),
-                path=path,
-                source_rate_hz=file.samplerate,
-                num_channels=file.channels,
-                source_format=file.subtype,
-                rate_hz=rate_hz,
-                channels=channels,
-            )
+            blocks = file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True)
+            return mix(blocks, source_rate_hz=file.samplerate, num_channels=file.channels)
     except (soundfile.SoundFileError, TypeError) as sndfile_error:
         # libsndfile is strict with damaged headers; ffmpeg's demuxer reads many of them.
         try:
-            return _read_sound_by_av(path, rate_hz, track, channels)
+            return _read_sound_by_av(path, track, mix)
         except (av.FFmpegError, ValueError) as error:
             reason = explain_no_header(path) or (
                 f"not a readable audio file: {str(sndfile_error).split(': ')[-1].rstrip('.')}; "
@@ -212,7 +206,7 @@ def _read_sound(path: Path, rate_hz: int, track: int, channels: ChannelChoice | 
             raise MediaError(f"{path}: {reason}") from error
 
 
-def _read_sound_by_av(path: Path, rate_hz: int, track: int, channels: ChannelChoice | Mix) -> Sound:
+def _read_sound_by_av(path: Path, track: int, mix: Callable[..., Sound]) -> Sound:
     with (
         open_for_library(path) as file,
         av.open(file, "r", metadata_errors="ignore") as container,
@@ -243,15 +237,7 @@ def _read_sound_by_av(path: Path, rate_hz: int, track: int, channels: ChannelCho
             if collected:
                 yield np.concatenate(collected)
 
-        sound = _mono(
-            blocks(),
-            path=path,
-            source_rate_hz=context.sample_rate,
-            num_channels=context.channels,
-            source_format=context.name,
-            rate_hz=rate_hz,
-            channels=channels,
-        )
+        sound = mix(blocks(), source_rate_hz=context.sample_rate, num_channels=context.channels)
         start_s = 0.0 if first is None else _start_beside_video(container, first)
         return replace(sound, start_s=start_s, origin_s=container_origin_s(container))
 
@@ -274,7 +260,6 @@ def _mono(
     path: Path,
     source_rate_hz: int,
     num_channels: int,
-    source_format: str,
     rate_hz: int,
     channels: ChannelChoice | Mix,
 ) -> Sound:
@@ -321,12 +306,9 @@ def _mono(
         raise MediaError(f"{path}: contains no audio; fix: record or copy it again")
     return Sound(
         samples=samples,
-        start_s=0.0,
-        origin_s=0.0,
         rate_hz=rate_hz,
         source_rate_hz=source_rate_hz,
         source_channels=num_channels,
-        source_format=source_format,
         num_bad=num_bad,
         peak=peak,
         num_clipped=num_clipped,
