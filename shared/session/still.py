@@ -47,6 +47,9 @@ stream's character ..."""
 _MAX_REST_SHARE: Mapping[Kind, float] = {Kind.VIDEO: 0.5, Kind.AUDIO: 0.2, Kind.SENSOR: 0.5}
 """... and time in any other runs, of the time outside a run. Gates cut sound at each pause."""
 
+_GATE_PAUSES, _GATE_WINDOW_S = 4, 30.0
+"""A gate cut so many pauses, each at least half as long, at most so far away."""
+
 _RESTING = 0.9
 """A stream rests in a stretch if it repeats itself for this share of it."""
 
@@ -93,6 +96,8 @@ def find_still(recorded: Recorded) -> dict[str, list[MaskedSpan]]:
         kind, interval = recorded.recipe.streams[name].kind, recorded.intervals[name]
         faults = [(run, f"a picture of one color ({color})") for run, color in still.flat]
         unusual = unusual_runs(still.runs, interval, still.limit_s, _MAX_REST_SHARE[kind])
+        if kind is Kind.AUDIO:
+            unusual = [run for run in unusual if not is_gated(run, still.runs)]
         is_rest = [_is_rest(run, name, recorded, stillness) for run in unusual]
         faults += [(run, _REPEATS[kind]) for run, rests in zip(unusual, is_rest, strict=True)
                    if not rests]  # fmt: skip
@@ -126,6 +131,17 @@ def unusual_runs(
         for run in long
         if still_s - run.duration_s <= max_rest_share * (interval.duration_s - run.duration_s)
     ]
+
+
+def is_gated(run: Interval, runs: Sequence[Interval]) -> bool:
+    """Return whether a stretch of zeros is one of the pauses that a gate cuts out of speech."""
+    alike = [
+        other
+        for other in runs
+        if other.duration_s >= run.duration_s / 2
+        and abs(other.start_s - run.start_s) <= _GATE_WINDOW_S
+    ]
+    return len(alike) >= _GATE_PAUSES
 
 
 def repeated_runs(

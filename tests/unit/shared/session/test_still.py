@@ -202,6 +202,21 @@ def test_slides_pauses_and_gates_are_in_character(session: Path) -> None:
     assert masks(session) == {}
 
 
+@pytest.mark.parametrize("pauses", [
+    ((0.5, 1.6), (3, 4.2), (6, 7.1), (9, 9.7)), ((1, 2.1), (3, 4), (5.5, 6.5), (8, 9.2), (11, 12)),
+])  # fmt: skip
+def test_the_pauses_that_a_gate_cut_are_no_fault(
+    session: Path, pauses: tuple[tuple[float, float], ...]
+) -> None:
+    zero_sound(session, *pauses)
+    assert masks(session) == {}
+
+
+def test_two_dropouts_are_masked(session: Path) -> None:
+    zero_sound(session, (2, 3.2), (8, 9.5))
+    assert [*masks(session)] == ["audio"]
+
+
 def test_fractions_may_rest_unless_a_limit_says_otherwise(session: Path) -> None:
     write_lines(session / "metadata.jsonl", freeze(sensor_lines(DURATION_S), 3, 7, ("touch",)))
     assert masks(session) == {}
