@@ -203,7 +203,7 @@ class Cluster:
 
         for attempt in range(STARTS):
             try:
-                with ignore_sigint():
+                with block_interrupts():
                     local = LocalCluster(
                         n_workers=self._num_workers,
                         threads_per_worker=1,  # decoders scale by processes
@@ -277,14 +277,15 @@ def _outcome(future: Any) -> Any:  # noqa: ANN401
 
 
 @contextmanager
-def ignore_sigint() -> Iterator[None]:
-    """Block Ctrl-C in threads and processes that are started here: they inherit the mask.
+def block_interrupts() -> Iterator[None]:
+    """Block Ctrl-C and SIGHUP in threads and processes started here: they inherit the mask.
 
     A terminal interrupts all processes of a job at once. The client alone answers and stops its
     workers, which would otherwise die with a traceback each.
     """
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     resource_tracker.ensure_running()  # it unblocks SIGINT
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:

@@ -97,7 +97,7 @@ def test_an_error_that_another_attempt_would_repeat_ends_a_job_at_once():
 
 
 SLEEPING_JOB = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from rich.console import Console
 from preprocess.build.cluster import Cluster
@@ -107,6 +107,7 @@ def sleep(mark):
     time.sleep(60)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         with Cluster(scheduler=None, num_workers=2, console=Console(quiet=True)) as cluster:
             cluster.map(sleep, sys.argv[1:], label="sleep")
@@ -115,13 +116,14 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_leave_an_interrupt_of_the_terminal_to_the_client(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_workers_leave_an_interrupt_of_the_terminal_to_the_client(tmp_path, number):
     script = tmp_path / "job.py"
     script.write_text(SLEEPING_JOB, encoding="utf-8")
     marks = [tmp_path / "one", tmp_path / "two"]
     job = launch([sys.executable, script, *marks], scratch=tmp_path / "scratch")
     await_true(lambda: all(mark.exists() for mark in marks))
-    os.killpg(job.pid, signal.SIGINT)  # as a terminal does: client and workers
+    os.killpg(job.pid, number)  # as a terminal does: client and workers
     assert finish(job) == "stopped\n"
 
 
