@@ -384,8 +384,8 @@ def find_obstacle(lines: Sequence[Line]) -> str | None:
         return None
     row = int(rows[0])
     return (
-        f"line {lines[row + 1].number} goes back by {back_s[row]:.3f} s; correct it, or split the "
-        "session there first"
+        f"line {lines[row + 1].number} goes back by {back_s[row]:.3f} s from line "
+        f"{lines[row].number}; correct the wrong one, or split the session there first"
     )
 
 

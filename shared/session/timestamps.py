@@ -10,7 +10,7 @@ longest run is right. Others are left out if they are
 
 - single lines (fewer than MIN_RUN) over MIN_FAR_S away from the session, or from as much as is
   recorded if there are no media;
-- single lines that are ahead of long runs before and after them, which follow each other;
+- single lines out of place between long runs, which follow each other without them;
 - over FAR_FACTOR times as far away as the session lasts, if there are media; else over 24 h;
 - at the same times as other lines, after one step back;
 - after one step, without which the lines end with the media.
@@ -84,6 +84,9 @@ JUMP_TOLERANCE_S = 0.1
 
 _STEP_INTERVALS = 10.0
 """A step of more median intervals, and of more than MAX_BACK_S, ends a run."""
+
+_USUAL_STEPS = 1.5
+"""Lines that are farther apart, in median intervals, lack a line between them."""
 
 _EPOCH_S = 1e6
 """Later times were counted from a date, not from the start of a recording."""
@@ -303,7 +306,7 @@ def find_wrong_lines(
             WrongLines(
                 int(lines[first]),
                 int(lines[stop - 1]),
-                f"timestamp {times_s[first]:.3f} s is ahead of the lines around it",
+                f"timestamp {times_s[first]:.3f} s does not fit the lines around it",
             )
             for first, stop in strays
         ]
@@ -366,22 +369,36 @@ def _find_steps(times_s: NDArray[np.float64]) -> NDArray[np.int64]:
 def _find_strays(
     times_s: NDArray[np.float64], runs: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Return single lines that are ahead of long runs before and after, which follow each other.
+    """Return single lines out of place between long runs, which follow each other without them.
 
-    Lines that were written late are behind the lines around them, never ahead.
+    Lines that were written late are behind the lines around them, where other lines have a gap;
+    lines ahead of those around them, or behind where no line is missing, have wrong times.
     """
     strays = []
-    for number, (first, stop) in enumerate(runs[:-1]):
-        next_first, next_stop = runs[number + 1]
-        last, next_s = times_s[stop - 1], times_s[next_first]
-        if min(times_s[first], last) <= next_s + MAX_BACK_S or stop - first >= MIN_RUN:
+    for number, (first, stop) in enumerate(runs):
+        before = runs[number - 1] if number else (0, 0)
+        after = runs[number + 1] if number + 1 < len(runs) else (stop, stop)
+        around = [r for r in (before, after) if r[1] > r[0]]
+        rest_s = np.concatenate([times_s[slice(*before)], times_s[slice(*after)]])
+        is_single = stop - first < MIN_RUN <= min(r[1] - r[0] for r in around)
+        if not is_single or len(_find_steps(rest_s)):
             continue
-        before, _ = runs[number - 1] if number else (first, first)
-        pair = [*times_s[before:first], *times_s[next_first:next_stop]]
-        lengths = [next_stop - next_first, *([first - before] if number else [])]
-        if min(lengths) >= MIN_RUN and not len(_find_steps(np.array(pair))):
+        own_s = times_s[first:stop]
+        is_ahead = after[1] > after[0] and own_s.min() > times_s[after[0]] + MAX_BACK_S
+        is_behind = number > 0 and own_s.max() < times_s[first - 1] - MAX_BACK_S
+        if is_ahead or (is_behind and not _fill_gap(own_s, np.delete(times_s, slice(first, stop)))):
             strays.append((first, stop))
     return strays
+
+
+def _fill_gap(own_s: NDArray[np.float64], others_s: NDArray[np.float64]) -> bool:
+    """Return whether times are outside of others, or where those are farther apart than usual."""
+    ordered_s = np.unique(others_s)
+    places = np.searchsorted(ordered_s, own_s)
+    is_outside = (places == 0) | (places == len(ordered_s))
+    steps_s = np.diff(ordered_s)
+    gaps_s = steps_s[np.clip(places - 1, 0, len(steps_s) - 1)]
+    return bool((is_outside | (gaps_s > _USUAL_STEPS * np.median(steps_s))).any())
 
 
 def _find_jump(

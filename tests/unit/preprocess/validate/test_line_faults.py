@@ -399,7 +399,7 @@ def test_what_holds_a_repair_back_is_said(tmp_path: Path) -> None:
     write_lines(tmp_path / "metadata.jsonl", lines)
     (sorting,) = [m for m in check(tmp_path).warnings if "lines are sorted" in m]
     assert sorting.endswith(
-        "fix: sort the file (--fix does not: line 201 goes back by 2.967 s; correct it, or split "
-        "the session there first)"
+        "fix: sort the file (--fix does not: line 201 goes back by 2.967 s from line 200; correct "
+        "the wrong one, or split the session there first)"
     )
     assert repair_session(tmp_path, recipe=RECIPE) == []
