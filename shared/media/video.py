@@ -403,8 +403,11 @@ def decode_frames(
     # Try from the keyframe; if the seek went wrong, decode from the beginning.
     for start in (keyframe, 0) if track.is_indexed else (0,):
         with open_video(path) as (container, stream):
-            if start > 0 and not _seek(container, stream, int(track.pts[start])):
-                continue
+            if start > 0:
+                try:
+                    container.seek(int(track.pts[start]), stream=stream)
+                except av.FFmpegError:
+                    continue
             source = _decode_needed(
                 container, stream, track, requested if track.is_indexed else None, damage=damage,
                 has_sought=start > 0,
@@ -566,15 +569,6 @@ def _drain(context: Any, damage: _Damage) -> list[Any]:  # noqa: ANN401
     frames = _decode(context, None, damage) or []
     context.flush_buffers()
     return frames
-
-
-def _seek(container: InputContainer, stream: Any, pts: int) -> bool:  # noqa: ANN401
-    """Seek to a keyframe; return whether the container can."""
-    try:
-        container.seek(pts, stream=stream)
-    except av.FFmpegError:
-        return False
-    return True
 
 
 def _increasing_order(pts: NDArray[np.int64]) -> NDArray[np.int64]:
