@@ -48,7 +48,7 @@ _MAX_REST_SHARE: Mapping[Kind, float] = {Kind.VIDEO: 0.5, Kind.AUDIO: 0.2, Kind.
 """... and time in any other runs, of the time outside a run. Gates cut sound at each pause."""
 
 _GATE_PAUSES, _GATE_WINDOW_S = 4, 30.0
-"""A gate cut so many pauses, each at least half as long, at most so far away."""
+"""A gate cut this number of pauses, each at least half as long, at most this far away."""
 
 _RESTING = 0.9
 """A stream rests in a stretch if it repeats itself for this share of it."""

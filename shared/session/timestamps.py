@@ -394,10 +394,10 @@ def _find_strays(
 def _fill_gap(own_s: NDArray[np.float64], others_s: NDArray[np.float64]) -> bool:
     """Return whether times are outside of others, or where those are farther apart than usual."""
     ordered_s = np.unique(others_s)
-    places = np.searchsorted(ordered_s, own_s)
-    is_outside = (places == 0) | (places == len(ordered_s))
+    after = np.searchsorted(ordered_s, own_s)
+    is_outside = (after == 0) | (after == len(ordered_s))
     steps_s = np.diff(ordered_s)
-    gaps_s = steps_s[np.clip(places - 1, 0, len(steps_s) - 1)]
+    gaps_s = steps_s[np.clip(after - 1, 0, len(steps_s) - 1)]
     return bool((is_outside | (gaps_s > _USUAL_STEPS * np.median(steps_s))).any())
 
 

@@ -341,3 +341,11 @@ def test_a_picture_beside_a_video_of_matroska_is_not_read(is_first: bool, tmp_pa
                 output.mux(packet)
     track = read_video_track(path)
     assert (len(track.pts), track.codec) == (60, "h264")
+
+
+def test_the_clock_of_an_encoder_is_no_frame_rate(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", container="h264", ticks_per_s=90_000)
+    with pytest.raises(MediaError, match="declares no frame rate; fix: re-encode it with its rate"):
+        read_video_track(tmp_path / "a.mp4")
+    write_video(tmp_path / "a.mp4", container="h264", ticks_per_s=30)
+    assert read_video_track(tmp_path / "a.mp4").stop_s == pytest.approx(2.0)
