@@ -512,7 +512,7 @@ def _advise_on_end(probe: SessionProbe, source: _Source, *, longest: _Source) ->
     apart_s = longest.interval.stop_s - source.interval.stop_s
     if probe.plan().covers(RepairKind.TRIM, file):
         return "the rest is masked; fix: --fix drops lines after the end of all media"
-    rates = [format_rate(f.factor) for f in probe.rate_faults if {*f.streams} & {*source.streams}]
+    rates = [f for f in probe.rate_faults if {*f.streams} & {*source.streams}]
     if file in probe.files and apart_s <= END_ERROR_S and not rates:
         media_stop_s = max(
             (probe.intervals[n].stop_s for n in (*probe.videos, *probe.audio)), default=0
@@ -521,5 +521,9 @@ def _advise_on_end(probe: SessionProbe, source: _Source, *, longest: _Source) ->
         has_text = any(event.time_s > media_stop_s and event.file == file for event in events)
         reason = "; --fix keeps lines after the end of all media, as they contain text"
         return "the rest is masked" + reason * has_text
-    cause = rates[0] if rates else "a clock is wrong"
-    return f"the rest is masked; if they ran together, a copy was cut off or {cause}"
+    cause, fix = "a clock is wrong", "copy it again if the original is longer"
+    if rates:
+        factors = json.dumps(dict.fromkeys(source.streams, round(rates[0].factor, 7)))
+        cause = format_rate(rates[0].factor)
+        fix += f', or write "stretch": {factors} into session.json'
+    return f"the rest is masked; if they ran together, a copy was cut off or {cause}; fix: {fix}"

@@ -307,3 +307,19 @@ def test_a_segment_of_which_the_only_stream_is_masked_is_rejected(tmp_path: Path
     scan = replace(scan, intervals={"vision_left": scan.intervals["vision_left"]})
     alone = replace(scan, coverage={"vision_left": scan.coverage["vision_left"]})
     assert alone.rejection(9, tiny_recipe()) == "no stream covers any of [9, 10) s"
+
+
+def test_a_rate_that_is_not_sure_comes_with_both_repairs(tmp_path: Path) -> None:
+    frames = world(round((LENGTH_S - 0.3) * 30))
+    session = write_eyes(tmp_path / "one", frames, np.roll(frames, 4, axis=2))
+    report = check_session(session, recipe=RECIPE).report
+    assert report.errors == ()
+    messages = [m for m in report.warnings if "a copy was cut off or its clock runs" in m]
+    assert messages
+    for message in messages:
+        name = message.split(".mp4")[0]
+        assert (
+            f'fix: copy it again if the original is longer, or write "stretch": {{"{name}": 1.0'
+            in message
+        )
+    assert repair_session(session, recipe=RECIPE) == []
