@@ -60,51 +60,43 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 _UNSYNCED = _UNSUPPORTED | {errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
 
-_SERVER = "the file server does not answer; fix: run it again when it does"
-_EXPECTED_FOLDER = (
-    "a file is where a folder must be; fix: choose another path, or move the file away"
-)
-_OTHER_FILE_SYSTEM = (
-    "its file system does not support this; fix: use a folder on another file system"
-)
 _WORDS: dict[int, str] = {
-    errno.ENOENT: "fix: correct the path",
-    errno.EEXIST: _EXPECTED_FOLDER,
-    errno.ENOTDIR: _EXPECTED_FOLDER,
-    errno.EISDIR: "a folder is where a file must be; fix: choose another path",
-    errno.ENAMETOOLONG: "fix: use a shorter name",
-    errno.ELOOP: "fix: correct the symbolic link",
-    errno.EACCES: "fix: change the permissions of the file or folder, or run as its owner",
-    errno.EPERM: "fix: change the permissions of the file or folder, or run as its owner",
-    errno.EROFS: "fix: choose a folder on a file system that is mounted for writing",
-    errno.ENOSPC: "{disk}; fix: free some space there, or use a folder on another disk",
-    errno.EDQUOT: "{disk}; fix: remove files of your quota there, or use a folder on another disk",
-    errno.EFBIG: "fix: raise `ulimit -f`, or use a file system that takes files of this size",
-    errno.EMFILE: "the process may open {limit} files; fix: raise `ulimit -n`",
-    errno.ENFILE: "all processes of the machine opened too many files; fix: end some of them, or "
-    "raise fs.file-max by sysctl",
-    errno.ENOMEM: "fix: free memory on this machine, or raise `ulimit -v`",
-    errno.EAGAIN: "fix: end other processes, or raise `ulimit -u`, and run it again",
-    errno.EIO: "the disk, or the connection to it, fails; fix: look for the device's errors in "
-    "`dmesg`, and copy the data to another disk",
-    errno.EREMOTEIO: _SERVER,
-    errno.ESTALE: "its file server replaced it; fix: mount the file system again and run it again",
-    errno.ETIMEDOUT: _SERVER,
-    errno.ENOTCONN: _SERVER,
-    errno.ECONNRESET: _SERVER,
-    errno.ECONNREFUSED: _SERVER,
-    errno.EHOSTDOWN: _SERVER,
-    errno.EHOSTUNREACH: _SERVER,
-    errno.ENETUNREACH: _SERVER,
-    errno.ENXIO: "fix: connect the device and run it again",
-    errno.ENODEV: "fix: connect the device and run it again",
-    errno.EBUSY: "another program uses it; fix: run it again when that has ended",
-    errno.ENOLCK: _OTHER_FILE_SYSTEM,
-    errno.ENOSYS: _OTHER_FILE_SYSTEM,
-    errno.EOPNOTSUPP: _OTHER_FILE_SYSTEM,
-    errno.EINVAL: _OTHER_FILE_SYSTEM,
-    errno.EXDEV: "fix: choose two paths on the same disk",
-}
+    number: words
+    for words, *numbers in (
+        ("fix: correct the path", errno.ENOENT),
+        ("a file is where a folder must be; fix: choose another path, or move the file away",
+         errno.EEXIST, errno.ENOTDIR),
+        ("a folder is where a file must be; fix: choose another path", errno.EISDIR),
+        ("fix: use a shorter name", errno.ENAMETOOLONG),
+        ("fix: correct the symbolic link", errno.ELOOP),
+        ("fix: change the permissions of the file or folder, or run as its owner",
+         errno.EACCES, errno.EPERM),
+        ("fix: choose a folder on a file system that is mounted for writing", errno.EROFS),
+        ("{disk}; fix: free some space there, or use a folder on another disk", errno.ENOSPC),
+        ("{disk}; fix: remove files of your quota there, or use a folder on another disk",
+         errno.EDQUOT),
+        ("fix: raise `ulimit -f`, or use a file system that takes files of this size",
+         errno.EFBIG),
+        ("the process may open {limit} files; fix: raise `ulimit -n`", errno.EMFILE),
+        (("all processes of the machine opened too many files; fix: end some of them, or raise "
+          "fs.file-max by sysctl"), errno.ENFILE),
+        ("fix: free memory on this machine, or raise `ulimit -v`", errno.ENOMEM),
+        ("fix: end other processes, or raise `ulimit -u`, and run it again", errno.EAGAIN),
+        (("the disk, or the connection to it, fails; fix: look for the device's errors in `dmesg`, "
+          "and copy the data to another disk"), errno.EIO),
+        ("its file server replaced it; fix: mount the file system again and run it again",
+         errno.ESTALE),
+        ("the file server does not answer; fix: run it again when it does",
+         errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED,
+         errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
+        ("fix: connect the device and run it again", errno.ENXIO, errno.ENODEV),
+        ("another program uses it; fix: run it again when that has ended", errno.EBUSY),
+        ("its file system does not support this; fix: use a folder on another file system",
+         errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL),
+        ("fix: choose two paths on the same disk", errno.EXDEV),
+    )
+    for number in numbers
+}  # fmt: skip
 """Cause and fix of errors; an error that is not here gets no guess."""
 
 _hopeless_until_s: dict[int, float] = {}
@@ -297,7 +289,7 @@ class SteadyFile(io.RawIOBase):
         super().close()
 
     def _steadily(self, read: Callable[[], _T]) -> _T:
-        try:
+        try:  # takes a tenth of the time
             return self._read(read)
         except OSError as error:
             if not is_machine_trouble(error):
@@ -384,36 +376,33 @@ def lock_file(descriptor: int, operation: int, *, path: Path, loss: str) -> bool
 
 def sync(descriptor: int, path: Path) -> None:
     """Flush an open file or folder to disk; on a file system that can't, warn and go on."""
-    try:
-        with naming_path(path):
-            os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _UNSYNCED:
-            raise
-        _warn_unsynced(path, error)
+    with _accepting_unsynced(path):
+        os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to disk, so that a rename survives a power cut."""
-    try:
+    with _accepting_unsynced(folder):
         descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _accepting_unsynced(path: Path) -> Iterator[None]:
+    try:
+        with naming_path(path):
+            yield
     except OSError as error:
         if error.errno not in _UNSYNCED:
             raise
-        _warn_unsynced(folder, error)
-        return
-    try:
-        sync(descriptor, folder)
-    finally:
-        os.close(descriptor)
-
-
-def _warn_unsynced(path: Path, error: OSError) -> None:
-    warn_once(
-        f"{path if path.is_dir() else path.parent}: its file system can't flush to disk "
-        f"({error.strerror}); files are whole when a process is killed, but those written last may "
-        "be lost in a power cut"
-    )
+        warn_once(
+            f"{path if path.is_dir() else path.parent}: its file system can't flush to disk "
+            f"({error.strerror}); files are whole when a process is killed, but those written last "
+            "may be lost in a power cut"
+        )
 
 
 @cache

@@ -13,7 +13,6 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build import statistics
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from shared.session.names import UnusedName
     from shared.session.scan import SessionScan
     from shared.shardset.store import ShardSetStore
-
-_NO_NAMES: Mapping[str, Sequence[UnusedName]] = MappingProxyType({})
 
 _SET_FILE = re.compile(
     r"tokenizer(\.g\d+)?\.json|manifest\.g\d+\.json|"
@@ -189,13 +186,10 @@ def rejected_lines(
     recipe: Recipe,
     failures: Iterable[Mapping[str, Any]],
     *,
-    unused: Mapping[str, Sequence[UnusedName]] = _NO_NAMES,
+    unused: Mapping[str, Sequence[UnusedName]],
     skipped: Iterable[SkippedFolder] = (),
 ) -> list[dict[str, Any]]:
-    """List what the set lacks, by session name, then the decode failures of the indexes.
-
-    `unused` are names in sessions that no stream uses; `skipped` are folders that are left out.
-    """
+    """List what the set lacks, by session name, then the decode failures of the indexes."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for folder in skipped:
         line = {"session": folder.name, "reason": folder.reason}
@@ -226,38 +220,37 @@ def to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
 
 def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]]:
     # What was skipped in files, or why none of the segments is a sample.
+    session = {"session": scan.session}
     for sentence in scan.issues:
-        yield {"level": "lines", "session": scan.session, "reason": sentence}
+        yield {"level": "lines", **session, "reason": sentence}
     for stream, sentence in scan.slow.items():
-        yield {"level": "lines", "session": scan.session, "stream": stream, "reason": sentence}
-    session = {"level": "session", "session": scan.session}
+        yield {"level": "lines", **session, "stream": stream, "reason": sentence}
     reason = scan.session_rejection(recipe)
     if reason is not None:
-        yield {**session, "segments": scan.num_segments, "reason": reason}
+        yield {"level": "session", **session, "segments": scan.num_segments, "reason": reason}
     for stream, cause in scan.absent.items():
         is_recorded = stream not in scan.not_recorded
         is_recorded |= recipe.streams[stream].file in scan.source_files
         if is_recorded and cause not in (reason or ""):
-            yield {"level": "stream", "session": scan.session, "stream": stream, "reason": cause}
+            yield {"level": "stream", **session, "stream": stream, "reason": cause}
     if reason is not None:
         return
-    yield from _masked_lines(scan)
-    yield from _gap_lines(scan, recipe)
+    yield from _stretch_lines(scan, recipe)
     for segment in scan.segments(recipe):
         reason = scan.rejection(segment.index, recipe)
         if reason is not None:
-            yield {
-                "level": "segment",
-                "session": scan.session,
-                "segment": segment.index,
-                "start_s": segment.start_s,
-                "stop_s": segment.stop_s,
-                "reason": reason,
-            }
+            times = {"start_s": segment.start_s, "stop_s": segment.stop_s}
+            which = {"segment": segment.index, **times}
+            yield {"level": "segment", **session, **which, "reason": reason}
 
 
-def _gap_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    # Runs of stored segments that lack a stream of the session completely.
+def _stretch_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    # What is masked, and runs of stored segments that lack a stream of the session completely.
+    session = {"session": scan.session}
+    for stream, spans in scan.masked.items():
+        for span in spans:
+            times = {"start_s": span.start_s, "stop_s": span.stop_s, "mask": span.reason.value}
+            yield {"level": "stream", **session, "stream": stream, **times, "reason": span.message}
     stored = scan.stored_segments(recipe)
     for stream, shares in scan.coverage.items():
         gaps = [segment for segment in stored if not shares[segment]]
@@ -273,19 +266,4 @@ def _gap_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]]:
                 "start_s": start_s,
                 "stop_s": stop_s,
                 "reason": f"covers none of [{start_s:g}, {stop_s:g}) s{masks}",
-            }
-
-
-def _masked_lines(scan: SessionScan) -> Iterator[dict[str, Any]]:
-    # What is masked of each stream.
-    for stream, spans in scan.masked.items():
-        for span in spans:
-            yield {
-                "level": "stream",
-                "session": scan.session,
-                "stream": stream,
-                "start_s": span.start_s,
-                "stop_s": span.stop_s,
-                "mask": span.reason.value,
-                "reason": span.message,
             }

@@ -28,7 +28,7 @@ _EXPLAINED_BY_NAMES = {Cause.NEW, Cause.SESSIONS_CHANGED}
 """Causes that add nothing to the names of the sessions."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Loss:
     """What no sample shows of a stream for one reason."""
 
@@ -48,38 +48,25 @@ def list_losses(
     segment_s: float,
 ) -> tuple[Loss, ...]:
     """Sum up by stream and reason what is masked, unreadable or does not decode."""
-    seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
-    sessions: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    lost: defaultdict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
     for name, scan in scans.items():
-        lost = [(s, "unreadable", scan.duration_s) for s in scan.absent.keys() - scan.not_recorded]
+        for stream in scan.absent.keys() - scan.not_recorded:
+            lost[stream, "unreadable"].append((scan.duration_s, name))
         for stream, spans in scan.masked.items():
             for span in spans:
-                stop_s = min(span.stop_s, scan.duration_s)
-                lost.append((stream, span.reason, max(0.0, stop_s - max(0.0, span.start_s))))
-        for stream, reason, length_s in lost:
-            seconds[stream, reason] += length_s
-            sessions[stream, reason].add(name)
+                length_s = min(span.stop_s, scan.duration_s) - max(0.0, span.start_s)
+                lost[stream, span.reason].append((max(0.0, length_s), name))
     for failure in decode_failures:
-        key = failure["stream"], "does not decode"
-        seconds[key] += failure.get("stop_s", segment_s) - failure.get("start_s", 0.0)
-        sessions[key].add(failure["session"])
+        length_s = failure.get("stop_s", segment_s) - failure.get("start_s", 0.0)
+        lost[failure["stream"], "does not decode"].append((length_s, failure["session"]))
     return tuple(
-        Loss(
-            stream=stream,
-            reason=reason,
-            seconds=seconds[stream, reason],
-            num_sessions=len(sessions[stream, reason]),
-        )
-        for stream, reason in sorted(seconds)
+        Loss(stream, reason, sum(s for s, _ in own), len({name for _, name in own}))
+        for (stream, reason), own in sorted(lost.items())
     )
 
 
 def explain_unused(unused: Mapping[str, Sequence[UnusedName]]) -> tuple[list[str], str]:
-    """Describe the names that no stream uses, by session, of all sessions together.
-
-    Returns:
-        A sentence for each declared name that was probably meant, and one for all others.
-    """
+    """Describe unused names: a sentence for each name that was meant, and one for all others."""
     sessions: dict[str, list[str]] = {}
     others: set[UnusedName] = set()
     num_others = 0

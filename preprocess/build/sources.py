@@ -14,7 +14,6 @@ import json
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build.commit import to_jsonl
@@ -60,8 +59,6 @@ if TYPE_CHECKING:
     from shared.recipe import Recipe
     from shared.session.names import UnusedName
     from shared.shardset.store import ShardSetStore
-
-_NO_STREAMS: Mapping[str, Set[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,20 +124,15 @@ Recording = LocalRecording | RemoteRecording
 """A recorded session; a plain value that can be sent to other processes."""
 
 
-def find_recordings(location: Path | str, recipe: Recipe) -> dict[str, Recording]:
-    """Find the sessions below a folder or URL, or at it; returns them by name.
+def survey_recordings(
+    location: Path | str, recipe: Recipe
+) -> tuple[dict[str, Recording], tuple[SkippedFolder, ...]]:
+    """Find the sessions below a folder or URL, or at it, and the folders that are left out.
 
     Raises:
         SessionError: the location does not exist, or has no session.
         StorageError: the store behind the URL can't be read.
     """
-    return survey_recordings(location, recipe)[0]
-
-
-def survey_recordings(
-    location: Path | str, recipe: Recipe
-) -> tuple[dict[str, Recording], tuple[SkippedFolder, ...]]:
-    """Find the same sessions as :func:`find_recordings`, and the folders that are left out."""
     parsed = parse_location(location)
     if isinstance(parsed, Store):
         return _survey_store(parsed.with_policy(STARTUP_RETRY), recipe)
@@ -225,10 +217,7 @@ def _names_in(content: Iterable[str], sources: Collection[str]) -> list[str]:
 def _explain_stored_folder(
     url: str, content: Iterable[str], sources: Collection[str]
 ) -> tuple[str, bool]:
-    """Explain what is probably meant by a folder that is no session, and whether a recording is.
-
-    The explanation is empty if nothing is meant.
-    """
+    """Explain what is meant by a folder that is no session, if anything; and if as a recording."""
     inside = {path.rpartition("/")[0] for path in content if path.rpartition("/")[2] in sources}
     parents = sorted({f"{url}/{folder.rpartition('/')[0]}".rstrip("/") for folder in inside})
     if parents:
@@ -300,10 +289,7 @@ _NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {
 def scan_sessions(
     recordings: Mapping[str, Recording], store: ShardSetStore, recipe: Recipe, cluster: Cluster
 ) -> tuple[dict[str, SessionScan], int]:
-    """Scan every session that changed, and update the cache in the set.
-
-    Returns the scan of every session, by name, and how many sessions were read.
-    """
+    """Scan the sessions that changed, and cache that; return all scans and how many were made."""
     streams = {
         name: stream_settings(spec, without=_NOT_SCANNED.get(spec.kind, ()))
         for name, spec in recipe.streams.items()
@@ -386,7 +372,7 @@ def open_sessions(
     context: TaskContext,
     streams: Mapping[str, Set[str]],
     *,
-    elsewhere: Mapping[str, Set[str]] = _NO_STREAMS,
+    elsewhere: Mapping[str, Set[str]],
 ) -> Iterator[dict[str, SessionReader]]:
     """Open a reader per session.
 

@@ -134,7 +134,7 @@ def encode_video(subtask: VideoSubtask, context: TaskContext) -> EncodedVideo:
     streams = {stored.session: {subtask.column} for stored in subtask.sessions}
     with context.out.staging_dir() as work:
         path = work / "subtask.tar"
-        with open_sessions(context, streams) as readers:
+        with open_sessions(context, streams, elsewhere={}) as readers:
             rows, decode_context = _select_rows(subtask, context, readers)
             durations_s = {name: context.scans[name].duration_s for name in readers}
             builder = IndexBuilder(rows=rows, recipe=context.recipe, durations_s=durations_s)

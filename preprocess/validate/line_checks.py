@@ -22,7 +22,7 @@ from preprocess.validate.checks import Finding, Level, issue_findings, limit_fin
 from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S, slow_rate_hz
 from shared.kinds.sensor import slow_issue
-from shared.session.timestamps import MAX_BACK_S, UNIT_NAMES
+from shared.session.timestamps import MAX_BACK_S, describe_unit
 from shared.streams import Kind, SensorStream
 
 if TYPE_CHECKING:
@@ -364,13 +364,8 @@ def _unit_findings(probe: SessionProbe) -> list[Finding]:
     for file in of_sensors or probe.units:  # texts follow the sensors
         guess = probe.units[file]
         streams = ", ".join(probe.sensors_of(file) or probe.streams_of(file))
-        message = (
-            f"timestamps look like {UNIT_NAMES[guess.unit]}, not "
-            f"{UNIT_NAMES[guess.declared]}: a line every {guess.interval:g}; all "
-            "other messages about times assume divided timestamps; fix: set `time_unit: "
-            f"{guess.unit}` of {streams} in the recipe, or divide them by {guess.factor:.12g}"
-        )
+        message = describe_unit(file, guess, streams)
         if probe.plan().covers(RepairKind.UNITS, file):
-            message += ", then they fit the rest of the session (--fix does it)"
-        findings.append(Finding("error", f"{file}: {message}", streams=probe.streams_of(file)))
+            message += " (--fix does it)"
+        findings.append(Finding("error", message, streams=probe.streams_of(file)))
     return findings

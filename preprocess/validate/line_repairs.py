@@ -32,13 +32,14 @@ from preprocess.validate.repair_plan import Repair, RepairKind
 from preprocess.validate.value_checks import ROUNDING
 from shared.clock import EPSILON_S, clock_offset
 from shared.session.alignment import TEXT_TOLERANCE_S
-from shared.session.folder import files_of_stream
+from shared.session.folder import group_by_file
 from shared.session.lines import (
     ARRIVED,
     INTERPOLATED,
     MAX_VALUE,
     TIME_KEY,
     json_keys,
+    keys_of,
     parse_number,
     parse_timestamp,
 )
@@ -114,29 +115,18 @@ class LineFile:
 
 def plan_files(recipe: Recipe) -> dict[str, LineFile]:
     """Describe every file of JSON lines whose streams agree in key and unit of their times."""
-    sensors: dict[str, dict[str, SensorStream]] = {}
-    text_keys: dict[str, list[str]] = {}
-    times: dict[str, set[tuple[str, float]]] = {}
-    for name, spec in recipe.streams.items():
-        if isinstance(spec, (SensorStream, TextStream)):
-            for file in files_of_stream(spec):
-                times.setdefault(file, set()).add((spec.time, spec.units_per_s))
-        if isinstance(spec, SensorStream):
-            sensors.setdefault(spec.file, {})[name] = spec
-        elif isinstance(spec, TextStream):
-            for file in files_of_stream(spec):
-                key = spec.metadata_key if file == METADATA_FILE else None
-                text_keys.setdefault(file, []).append(key or "text")
     files: dict[str, LineFile] = {}
-    for file in sorted({*sensors, *text_keys}):
-        if file.endswith(".jsonl") and len(times[file]) == 1:
-            ((time_key, units_per_s),) = times[file]
+    for file, streams in sorted(group_by_file(recipe.streams).items()):
+        times = {(spec.time, spec.units_per_s) for spec in streams.values()}
+        texts = [spec for spec in streams.values() if isinstance(spec, TextStream)]
+        if file.endswith(".jsonl") and len(times) == 1:
+            ((time_key, units_per_s),) = times
             files[file] = LineFile(
                 name=file,
                 time_key=time_key,
                 units_per_s=units_per_s,
-                sensors=sensors.get(file, {}),
-                text_keys=tuple(text_keys.get(file, ())),
+                sensors={n: s for n, s in streams.items() if isinstance(s, SensorStream)},
+                text_keys=tuple(keys_of(file, spec)[1] for spec in texts),
             )
     return files
 
@@ -166,21 +156,11 @@ Lines = dict[str, list[Line]]
 Repaired = tuple[list[Line], str | None]
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedFile:
-    """The JSON objects of a file, and what is unusual about it."""
+def parse_lines(content: bytes, file: LineFile) -> tuple[list[Line], int, list[Repair]]:
+    """Return the JSON objects of a file, the number of other lines, and what a rewriting changes.
 
-    lines: list[Line]
-    num_bad: int
-    """Other lines that are not blank."""
-    encoding: str
-    """Empty if everything is UTF-8, or damaged UTF-8."""
-    num_split: int
-    """Objects that were not on a line of their own."""
-
-
-def parse_lines(content: bytes, file: LineFile) -> ParsedFile:
-    """Return the lines that are JSON objects, and what else is in a file."""
+    Every object is written as a line of UTF-8.
+    """
     opened = open_records(io.BytesIO(content))
     lines: list[Line] = []
     encoding, num_bad, num_split = opened.encoding, 0, 0
@@ -197,19 +177,14 @@ def parse_lines(content: bytes, file: LineFile) -> ParsedFile:
                 encoding, written = own, decode_line(record.raw)[0].encode()
             one_line = None if b"\n" in written.strip() else written
             lines.append(Line(values=record.values, raw=one_line, time_s=time_s, number=number))
-    return ParsedFile(lines, num_bad, encoding, num_split)
-
-
-def describe_rewriting(parsed: ParsedFile, *, file: LineFile) -> list[tuple[RepairKind, str]]:
-    """Say what changes when every object of a file is written as a line of UTF-8."""
-    sentences = []
-    if parsed.encoding:
-        sentence = f"{file.name}: wrote UTF-8 in place of {parsed.encoding}"
-        sentences.append((RepairKind.ENCODE, sentence))
-    if parsed.num_split:
-        sentence = f"{file.name}: wrote {_count(parsed.num_split, 'object')} on lines of their own"
-        sentences.append((RepairKind.SPLIT, sentence))
-    return sentences
+    repairs: list[Repair] = []
+    if encoding:
+        sentence = f"{file.name}: wrote UTF-8 in place of {encoding}"
+        repairs.append(Repair(RepairKind.ENCODE, (file.name,), sentence))
+    if num_split:
+        sentence = f"{file.name}: wrote {_count(num_split, 'object')} on lines of their own"
+        repairs.append(Repair(RepairKind.SPLIT, (file.name,), sentence))
+    return lines, num_bad, repairs
 
 
 def write_numbers(lines: list[Line], *, file: LineFile) -> Repaired:
@@ -298,10 +273,7 @@ def convert_units(
 def remove_jumps(
     lines: Lines, files: Mapping[str, LineFile], media_stop_s: float | None
 ) -> tuple[Lines, list[Repair]]:
-    """Remove the jump of a clock after which the lines no longer end with the media.
-
-    Texts in other files follow, if all that are after the session are inside it then.
-    """
+    """Remove jumps after which lines end with the media no more; texts follow if they fit then."""
     repaired: Lines = dict(lines)
     repairs: list[Repair] = []
     jumps: dict[str, WrongLines] = {}
@@ -349,10 +321,7 @@ def is_refused(lines: Sequence[Line], num_bad: int, *, file: LineFile) -> bool:
 
 
 def drop_unreadable(lines: list[Line], num_bad: int, *, file: LineFile) -> Repaired:
-    """Drop lines that cannot be read; a file with hardly any other lines is not changed.
-
-    A text without a timestamp stays, so that its words are not lost.
-    """
+    """Drop lines that cannot be read, unless most can't; a text without a timestamp stays."""
     untimed = [
         line
         for line in lines

@@ -23,24 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preprocess.validate.line_repairs import (
-    clamp,
-    convert_units,
-    describe_rewriting,
-    drop_outside_media,
-    drop_unreadable,
-    fill_gaps,
-    find_obstacle,
-    is_refused,
-    join_repeats,
-    parse_lines,
-    plan_files,
-    remove_jumps,
-    shift_to_zero,
-    sort_lines,
-    spread_packets,
-    write_numbers,
-)
+from preprocess.validate import line_repairs
 from preprocess.validate.repair_plan import Repair, RepairKind, RepairPlan
 from shared.errors import SessionError
 from shared.files import BLOCK_BYTES, write_synced
@@ -129,8 +112,7 @@ def plan_repairs(
 
 def _plan_lines(path: Path, recipe: Recipe, seen: SessionScan | SessionProbe) -> RepairPlan:
     """Plan the repairs of files of JSON lines."""
-    files = {n: f for n, f in plan_files(recipe).items() if (path / n).is_file()}
-    originals = {name: (path / name).read_bytes() for name in files}
+    files = {n: f for n, f in line_repairs.plan_files(recipe).items() if (path / n).is_file()}
     placement = read_placement(path, recipe)
     is_placed = placement.error is None
     media = _find_media_end(path, recipe, seen) if is_placed else _MediaEnd(is_known=False)
@@ -139,28 +121,31 @@ def _plan_lines(path: Path, recipe: Recipe, seen: SessionScan | SessionProbe) ->
     blocked: dict[str, str] = {}
     num_bad: dict[str, int] = {}
     for name, file in files.items():
-        parsed = parse_lines(originals[name], file)
-        num_bad[name] = parsed.num_bad
-        repaired[name], sentence = write_numbers(parsed.lines, file=file)
-        if parsed.num_bad and is_refused(repaired[name], parsed.num_bad, file=file):
+        lines, num_bad[name], rewriting = line_repairs.parse_lines((path / name).read_bytes(), file)
+        repaired[name], sentence = line_repairs.write_numbers(lines, file=file)
+        if num_bad[name] and line_repairs.is_refused(repaired[name], num_bad[name], file=file):
             blocked[name] = _UNREADABLE
             del repaired[name]
             continue
-        repairs += [Repair(k, (name,), s) for k, s in describe_rewriting(parsed, file=file)]
+        repairs += rewriting
         _note(repairs, RepairKind.NUMBERS, (name,), sentence)
     if not blocked:
-        repaired, converted = convert_units(repaired, files, media.stop_s, recipe=recipe)
-        repaired, unjumped = remove_jumps(repaired, files, media.stop_s)
+        repaired, converted = line_repairs.convert_units(
+            repaired, files, media.stop_s, recipe=recipe
+        )
+        repaired, unjumped = line_repairs.remove_jumps(repaired, files, media.stop_s)
         repairs += converted + unjumped
     for name, lines in list(repaired.items()):
-        repaired[name], sentence = drop_unreadable(lines, num_bad[name], file=files[name])
+        repaired[name], sentence = line_repairs.drop_unreadable(
+            lines, num_bad[name], file=files[name]
+        )
         _note(repairs, RepairKind.DROP, (name,), sentence)
         if num_bad[name] and not sentence:
             blocked[name] = _UNREADABLE
             repairs = [repair for repair in repairs if name not in repair.files]
             del repaired[name]
             continue
-        obstacle = None if files[name].is_text_file else find_obstacle(repaired[name])
+        obstacle = None if files[name].is_text_file else line_repairs.find_obstacle(repaired[name])
         if obstacle is not None:
             blocked[name] = obstacle
     shared = _shared_files(path, placement.starts, recipe) if media.is_known else None
@@ -205,7 +190,7 @@ def _repair_lines(
             repaired[name], sentence = repair(repaired[name], file=files[name])
             _note(repairs, kind, (name,), sentence)
 
-    apply(RepairKind.SORT, sort_lines, sortable)
+    apply(RepairKind.SORT, line_repairs.sort_lines, sortable)
     if (
         shared is not None
         and not blocked
@@ -214,24 +199,25 @@ def _repair_lines(
         on_clock = {n: repaired[n] for n in sensors if n in shared}
         texts = {n: repaired[n] for n, f in files.items() if f.is_text_file and n in shared}
         if on_clock:
-            moved, moved_texts, shifted = shift_to_zero(on_clock, texts, files, media_stop_s)
-            placed, trimmed = drop_outside_media(moved, files, media_stop_s if can_trim else None)
+            moved, moved_texts, shifted = line_repairs.shift_to_zero(
+                on_clock, texts, files, media_stop_s
+            )
+            placed, trimmed = line_repairs.drop_outside_media(
+                moved, files, media_stop_s if can_trim else None
+            )
             names = [n for n, lines in (moved | moved_texts).items() if lines != repaired[n]]
             _note(repairs, RepairKind.SHIFT, tuple(names), shifted)
             repairs += trimmed
             repaired.update(placed | moved_texts)
-    apply(RepairKind.CLAMP, clamp, sensors)
-    apply(RepairKind.SPREAD, spread_packets, sortable)
-    apply(RepairKind.JOIN, join_repeats, sortable)
-    apply(RepairKind.FILL, fill_gaps, sortable)
+    apply(RepairKind.CLAMP, line_repairs.clamp, sensors)
+    apply(RepairKind.SPREAD, line_repairs.spread_packets, sortable)
+    apply(RepairKind.JOIN, line_repairs.join_repeats, sortable)
+    apply(RepairKind.FILL, line_repairs.fill_gaps, sortable)
     return repairs
 
 
 def _shared_files(path: Path, starts: Mapping[str, float], recipe: Recipe) -> frozenset[str] | None:
-    """Return the files whose timestamps share an offset; None if one of them can't be written.
-
-    A file whose streams do not agree on it, or a table, would stay behind.
-    """
+    """Return the files whose timestamps share an offset; None if one can't be moved by it."""
     clocks: dict[str, set[bool]] = {}
     for name, spec in recipe.streams.items():
         if spec.kind not in MEDIA_KINDS:
@@ -240,7 +226,7 @@ def _shared_files(path: Path, starts: Mapping[str, float], recipe: Recipe) -> fr
                 clocks.setdefault(file, set()).add(is_shared)
     present = {file: clock for file, clock in clocks.items() if (path / file).is_file()}
     shared = frozenset(file for file, clock in present.items() if True in clock)
-    is_writable = shared <= plan_files(recipe).keys()
+    is_writable = shared <= line_repairs.plan_files(recipe).keys()
     return shared if is_writable and all(len(clock) == 1 for clock in present.values()) else None
 
 
@@ -280,10 +266,7 @@ def _plan_tables(path: Path, recipe: Recipe) -> RepairPlan:
 
 
 def _sorted_rows(content: bytes, file: FileLines) -> bytes | None:
-    """Return a table with its rows in order of time; None if they are, or cannot be sorted.
-
-    Every row after the header must be one line with a time.
-    """
+    """Return a table with its rows, each a line with a time, sorted; None if they are, or can't."""
     back_s = [issue.back_s for issue in file.issues if issue.kind == "order"]
     rows = content.splitlines(keepends=True)
     first = int(file.lines.min()) - 1 if len(file.lines) else 0
@@ -400,10 +383,7 @@ def _finish_journal(path: Path) -> list[str]:
 
 
 def _back_up(path: Path) -> Path:
-    """Keep a file's bytes under the first free name of ``*.orig``, ``*.orig.1``, ...
-
-    A file of these names that has the same bytes already is returned instead.
-    """
+    """Keep a file's bytes under the first name of ``*.orig``, ``*.orig.1``, ... free or equal."""
     for number in itertools.count():
         backup = path.with_name(f"{path.name}.orig" + (f".{number}" if number else ""))
         if not backup.exists():

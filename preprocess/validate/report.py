@@ -138,16 +138,10 @@ class ValidationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
-        return {
-            "session": self.session,
-            "status": self.status,
-            "checks": dict(self.checks),
-            "streams": dict(self.streams),
-            "warnings": list(self.warnings),
-            "errors": list(self.errors),
-            "notes": list(self.notes),
-            "stats": dict(self.stats),
-        }
+        messages = {key: list(getattr(self, key)) for key in ("warnings", "errors", "notes")}
+        mappings = {"checks": dict(self.checks), "streams": dict(self.streams)}
+        own = {"session": self.session, "status": self.status}
+        return {**own, **mappings, **messages, "stats": dict(self.stats)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,10 +161,7 @@ class CheckedSession:
 def check_sessions(
     locations: Iterable[str], *, recipe: Recipe, fix: bool
 ) -> Iterator[CheckedSession]:
-    """Check every session in some folders or URLs, and single video and sound files.
-
-    With `fix`, folders are repaired first.
-    """
+    """Check every session in some folders, which `fix` repairs first, or URLs, and single files."""
     for item in _iter_sources(locations, recipe):
         if isinstance(item, CheckedSession):
             yield item
@@ -293,10 +284,7 @@ def _check_single_file(path: Path, folder: Path) -> CheckedSession:
 
 
 def _make_failed_report(folder: Path, session: str, error: Exception) -> CheckedSession:
-    """Return the report of a session or location that cannot be checked.
-
-    It is "failed", or "unchecked" if that is the fault of the machine.
-    """
+    """Return the report of what cannot be checked: "failed", or "unchecked" if machines fail."""
     message, is_unchecked = str(error), isinstance(error, (MachineError, MemoryError, OSError))
     if isinstance(error, (OSError, MemoryError)):
         message = describe_os_error(error, getattr(error, "filename", None) or folder)
@@ -311,12 +299,9 @@ def _make_failed_report(folder: Path, session: str, error: Exception) -> Checked
 
 def _report_skipped(folder: SkippedFolder) -> CheckedSession:
     """Return the report of a folder that is left out: failed if it is a recording."""
-    messages = (folder.reason,)
-    report = ValidationReport(
-        session=folder.name,
-        errors=messages if folder.is_recording else (),
-        warnings=() if folder.is_recording else messages,
-    )
+    report = ValidationReport(session=folder.name, warnings=(folder.reason,))
+    if folder.is_recording:
+        report = ValidationReport(session=folder.name, errors=(folder.reason,))
     return CheckedSession(folder=Path(folder.name), report=report)
 
 

@@ -28,10 +28,7 @@ _FIXES: Mapping[Kind, str] = {
 
 
 def check_still(probe: SessionProbe) -> list[Finding]:
-    """Check that no stream repeats itself for longer than it may.
-
-    It is an error if most of a stream is masked for that.
-    """
+    """Check that no stream repeats itself for longer than it may, and is mostly masked for it."""
     findings: list[Finding] = []
     still_spans = {
         name: still

@@ -41,8 +41,11 @@ MEDIA_KINDS = (Kind.VIDEO, Kind.AUDIO)
 """Streams without timestamps on the recorder's clock."""
 
 _STARTS_KEY, STRETCH_KEY = "start_s", "stretch"
-MAX_STRETCH = 2.0
-"""Largest factor, and one over the smallest, by which the clock of a stream can be wrong."""
+_LIMITS = {
+    _STARTS_KEY: (-MAX_SESSION_S, MAX_SESSION_S, "seconds on the session clock, up to 86400"),
+    STRETCH_KEY: (0.5, 2.0, "a factor of 0.5 to 2"),
+}
+"""Least and greatest value of each key of ``session.json``, and what it means."""
 
 EPOCH_S, MAX_EPOCH_S = 1e8, 2e11
 """Times from here on count from a date; no year is later than MAX_EPOCH_S."""
@@ -102,10 +105,7 @@ def align_streams(
     placement: Placement,
     recipe: Recipe,
 ) -> Alignment:
-    """Put sensors and texts, on the recorder's clock, on that of the media.
-
-    `media` has the interval of each video and audio stream.
-    """
+    """Put sensors and texts on the clock of the media, each of which has an interval."""
     media_stop_s = max((interval.stop_s for interval in media.values()), default=None)
     offset_s = recorder_offset(lines, media_stop_s, starts=placement.starts, recipe=recipe)
     streams = Alignment(offset_s=offset_s, intervals=dict(media))
@@ -271,16 +271,13 @@ def read_placement(path: Path, recipe: Recipe) -> Placement:
     """Read what ``session.json`` of a session folder says about the times of streams."""
     declared: dict[str, dict[str, float]] = {}
     undeclared: list[str] = []
-    for key in (_STARTS_KEY, STRETCH_KEY):
+    for key, (least, most, meaning) in _LIMITS.items():
         values, error = _read_key(path / SESSION_INFO_FILE, key)
         declared[key] = {name: value for name, value in values.items() if name in recipe.streams}
         undeclared += [name for name in values if name not in recipe.streams]
-        bad = [name for name, value in declared[key].items() if not _is_usable(key, value)]
-        if bad:
-            limits = f"seconds on the session clock, up to {MAX_SESSION_S:g}"
-            if key == STRETCH_KEY:
-                limits = f"a factor of {1 / MAX_STRETCH:g} to {MAX_STRETCH:g}"
-            error = f"{key} of {bad[0]} is {str(declared[key][bad[0]])[:40]}; fix: write {limits}"
+        for name, value in declared[key].items():
+            if type(value) not in (int, float) or not least <= value <= most:  # also NaN
+                error = f"{key} of {name} is {str(value)[:40]}; fix: write {meaning}"
         if error is not None:
             return Placement(error=f"{SESSION_INFO_FILE}: {error}")
     return Placement(
@@ -306,12 +303,3 @@ def _read_key(file: Path, key: str) -> tuple[dict[str, Any], str | None]:
     if values is None or isinstance(values, dict):
         return values or {}, None
     return {}, f'{key} is not an object; fix: write {{"NAME": 0.35}}'
-
-
-def _is_usable(key: str, value: Any) -> bool:  # noqa: ANN401 (any JSON)
-    """Check a declared start or stretch."""
-    if type(value) not in (int, float):
-        return False
-    if key == STRETCH_KEY:
-        return bool(1 / MAX_STRETCH <= value <= MAX_STRETCH)
-    return bool(abs(value) <= MAX_SESSION_S)  # false for NaN

@@ -20,7 +20,6 @@ from typing import IO, TYPE_CHECKING
 
 from shared.errors import LINK_FAULT, SessionError
 from shared.machine import open_steadily
-from shared.recipe import Recipe
 from shared.session.lines import (
     ARRIVED,
     INTERPOLATED,
@@ -48,7 +47,8 @@ from shared.streams import METADATA_FILE, SensorStream, TextStream
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from shared.session.lines import FileKeys, FileLines, Readings, TextEvent
+    from shared.recipe import Recipe
+    from shared.session.lines import FileLines, Readings, TextEvent
     from shared.session.tables import Table
     from shared.streams import StreamSpec
 
@@ -66,6 +66,18 @@ def files_of_stream(spec: StreamSpec) -> tuple[str, ...]:
     if isinstance(spec, TextStream) and spec.metadata_key and spec.file != METADATA_FILE:
         return (spec.file, METADATA_FILE)
     return (spec.file,)
+
+
+def group_by_file(
+    streams: Mapping[str, StreamSpec],
+) -> dict[str, dict[str, SensorStream | TextStream]]:
+    """Return the sensors and texts that each file with lines can hold."""
+    by_file: dict[str, dict[str, SensorStream | TextStream]] = {}
+    for name, spec in streams.items():
+        if isinstance(spec, (SensorStream, TextStream)):
+            for file in files_of_stream(spec):
+                by_file.setdefault(file, {})[name] = spec
+    return by_file
 
 
 def source_files(recipe: Recipe) -> tuple[str, ...]:
@@ -99,26 +111,14 @@ class FoundSessions:
     skipped: tuple[SkippedFolder, ...]
 
 
-def find_sessions(root: Path | str, recipe: Recipe | None = None) -> list[Path]:
-    """List the session folders below `root` (or `root` itself), sorted by name.
+def survey_sessions(root: Path | str, recipe: Recipe) -> FoundSessions:
+    """Find the session folders below `root` (or `root` itself), and those that are left out.
 
-    A session folder holds at least one source file of the recipe, by default the default one.
-
-    Raises:
-        SessionError: the folder doesn't exist or holds no session.
-    """
-    return list(survey_sessions(root, recipe).folders)
-
-
-def survey_sessions(root: Path | str, recipe: Recipe | None = None) -> FoundSessions:
-    """Find the same sessions as :func:`find_sessions`, and the folders that are left out.
-
-    Links to files and folders are followed.
+    A session folder holds at least one source file of the recipe. Links are followed.
 
     Raises:
         SessionError: the folder doesn't exist or holds no session.
     """
-    recipe = Recipe() if recipe is None else recipe
     root = Path(root)
     if root.name in ("", ".."):
         root = root.resolve()  # a session is named after its folder
@@ -156,10 +156,7 @@ def is_session(path: Path, recipe: Recipe) -> bool:
 
 
 def explain_no_session(reasons: Sequence[str], names: Iterable[str], recipe: Recipe) -> str:
-    """Say why a place holds no session, and the fix.
-
-    `reasons` are those of its skipped folders, `names` those of its files.
-    """
+    """Say why a place with some skipped folders and names holds no session, and the fix."""
     files = describe_unused(find_unused_files(names, source_files(recipe)))[0]
     reasons = [*reasons, *files.values()]
     more = f"; and {len(reasons) - _MAX_REASONS} more like these"
@@ -252,10 +249,7 @@ def read_text_events(
     *,
     corrections: Mapping[str, Correction] | None = None,
 ) -> dict[str, tuple[TextEvent, ...]]:
-    """Read the same events as :func:`read_timed_lines`, of some text streams only.
-
-    Lines of ``metadata.jsonl`` without text are not parsed.
-    """
+    """Read the same events as :func:`read_timed_lines`, and parse few lines without text."""
     streams = {name: recipe.streams[name] for name in names}
     read = _read_streams(path, streams, corrections=corrections, is_only_events=True)
     return dict(read.events)
@@ -270,17 +264,13 @@ def _read_streams(
     is_only_events: bool = False,
 ) -> SessionLines:
     """Read each file that holds some of the sensor and text streams."""
-    streams_of_file: dict[str, dict[str, SensorStream | TextStream]] = {}
-    events: dict[str, list[TextEvent]] = {}
-    for name, stream in streams.items():
-        if isinstance(stream, (SensorStream, TextStream)):
-            for file in files_of_stream(stream):
-                streams_of_file.setdefault(file, {})[name] = stream
-        if isinstance(stream, TextStream):
-            events[name] = []
+    streams_of_file = group_by_file(streams)
+    events: dict[str, list[TextEvent]] = {
+        name: [] for name, stream in streams.items() if isinstance(stream, TextStream)
+    }
     files: list[FileLines] = []
     readings: dict[str, Readings] = {}
-    keys: dict[str, FileKeys] = {}
+    keys: dict[str, set[str]] = {}
     for file in sorted(streams_of_file, key=lambda file: (file != METADATA_FILE, file)):
         own = streams_of_file[file]
         marks = _text_marks(own) if is_only_events and file == METADATA_FILE else ()
@@ -305,7 +295,7 @@ def _read_streams(
 
 def _unused_keys(
     file: str,
-    keys: FileKeys,
+    seen: Collection[str],
     streams: Mapping[str, SensorStream | TextStream],
     events: Mapping[str, Sequence[TextEvent]],
 ) -> tuple[UnusedName, ...]:
@@ -320,9 +310,8 @@ def _unused_keys(
         if not events.get(name)
         for key in keys_of(file, stream)
     }
-    lacking = needed - keys.seen - keys.prefixes
-    known = declared | keys.columns | {INTERPOLATED, ARRIVED}
-    return find_unused_keys(file, keys.seen, known, lacking)
+    known = declared | {INTERPOLATED, ARRIVED}
+    return find_unused_keys(file, seen, known, needed.difference(seen))
 
 
 def _plan_timelines(
@@ -347,10 +336,7 @@ def _plan_timelines(
 
 
 def _read_file(path: Path, timelines: list[LineCollector], *, marks: tuple[bytes, ...]) -> int:
-    """Add the lines of a file to timelines; return the number of those that are not blank.
-
-    A file that is missing, or can't be opened, which becomes an issue, has no lines.
-    """
+    """Add the lines of a file, if there is one; return the number of those that are not blank."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe would never end
             raise IsADirectoryError(errno.EISDIR, "not a regular file")
@@ -417,9 +403,9 @@ def _read_table(file: IO[bytes], suffix: str, timelines: list[LineCollector]) ->
         widths: dict[str, int] = {}
         plans = [(timeline, _plan_columns(table, timeline, widths)) for timeline in timelines]
         keys = timelines[0].keys
-        keys.seen, keys.columns = set(table.names), set(widths)
+        keys.update(set(table.names).difference(widths))
         for timeline, columns in plans:
-            keys.prefixes |= {timeline.sensors[name].key or "" for name in columns or ()}
+            keys.update(*(keys_of("", timeline.sensors[name]) for name in columns or ()))
         for block in table.iter_blocks(widths) if widths else ():
             num_rows += block.num_rows
             for timeline, columns in plans:
@@ -436,10 +422,7 @@ def _read_table(file: IO[bytes], suffix: str, timelines: list[LineCollector]) ->
 def _plan_columns(
     table: Table, timeline: LineCollector, widths: dict[str, int]
 ) -> dict[str, list[str]] | None:
-    """Choose the columns of each stream, and add their widths; None without a column of times.
-
-    Missing columns become issues.
-    """
+    """Choose the columns of each stream, and add their widths; None without a column of times."""
     line, issues = table.header_line, timeline.issues
     if message := _find_fault(table, [timeline.time_key], "time"):
         issues.add(line, "column", message, key=timeline.time_key)
@@ -481,9 +464,6 @@ def _find_fault(table: Table, names: Sequence[str], setting: str) -> str:
 
 
 def _text_marks(streams: Mapping[str, SensorStream | TextStream]) -> tuple[bytes, ...]:
-    """Return bytes of which every line with a text of ``metadata.jsonl`` contains some.
-
-    A key is there as it is, or escaped, or in UTF-16 or 32.
-    """
+    """Return bytes of which every line with a text contains some: its key, escaped, in UTF-16."""
     keys = {s.metadata_key or "text" for s in streams.values() if isinstance(s, TextStream)}
     return (*(key.encode("utf-8", "surrogatepass") for key in sorted(keys)), b"\\", b"\0")

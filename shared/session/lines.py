@@ -251,17 +251,6 @@ class IssueList:
         return tuple(sorted(issues, key=lambda issue: issue.line))
 
 
-@dataclass(slots=True)
-class FileKeys:
-    """Keys or columns of a file."""
-
-    seen: set[str] = field(default_factory=set)
-    prefixes: set[str] = field(default_factory=set)
-    """Declared keys that begin the names of columns, such as touch_0, touch_1."""
-    columns: set[str] = field(default_factory=set)
-    """Columns of a table that are used."""
-
-
 class LineCollector:
     """Collects the streams of a file that share a time key.
 
@@ -295,7 +284,8 @@ class LineCollector:
         self.checks_labels = bool(self.texts) and next(iter(texts)) in self.texts
         """Whether labels that no stream declares are reported here: once per file."""
         self.issues = IssueList(file)
-        self.keys = FileKeys()
+        self.keys: set[str] = set()
+        """Keys of the lines; columns of a sensor count as its key."""
         self.times, self.numbers = array("d"), array("q")
         self.rows = {name: array("q") for name in self.sensors}
         """Of each sensor, the indices in `times` of its readings."""
@@ -304,8 +294,8 @@ class LineCollector:
 
     def add_line(self, number: int, values: dict[str, Any]) -> None:
         """Take the time, readings and texts of a JSON line."""
-        if len(self.keys.seen) < MAX_KEYS:
-            self.keys.seen.update(values)
+        if len(self.keys) < MAX_KEYS:
+            self.keys.update(values)
         if any(first <= number <= last for first, last in self.left_out):
             return
         time_s = parse_timestamp(values, key=self.time_key, units_per_s=self.units_per_s)

@@ -18,23 +18,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-SOUND_SUFFIXES = frozenset(
-    {
-        ".wav",
-        ".wave",
-        ".aac",
-        ".aif",
-        ".aiff",
-        ".au",
-        ".caf",
-        ".flac",
-        ".m4a",
-        ".mka",
-        ".mp3",
-        ".oga",
-    }
-    | {".ogg", ".opus", ".w64", ".wma"}
-)
+SOUND_SUFFIXES = frozenset({
+    ".wav", ".wave", ".aac", ".aif", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mka", ".mp3",
+    ".oga", ".ogg", ".opus", ".w64", ".wma",
+})  # fmt: skip
 """Files that are sound."""
 
 VIDEO_SUFFIXES = frozenset(
@@ -132,10 +119,7 @@ def list_names(folder: Path, sources: Collection[str]) -> list[str]:
 
 
 def find_unused_files(names: Iterable[str], sources: Collection[str]) -> tuple[UnusedName, ...]:
-    """Find the files and folders that are neither `sources` nor usual companions of recordings.
-
-    `names` are those of :func:`list_names`.
-    """
+    """Find the listed names that are neither `sources` nor usual companions of recordings."""
     names = sorted(names)
     lacking = sorted(set(sources).difference(names))
     filled = Counter(path.partition("/")[0] for path in names if path.partition("/")[2])
@@ -222,16 +206,12 @@ def describe_unused(unused: Sequence[UnusedName]) -> tuple[dict[UnusedName, str]
         if name.meant:
             meant.setdefault((name.file if name.key else "", name.meant), []).append(name)
     sentences = {names[0]: _describe_meant(names) for names in meant.values()}
-    others = [name for name in unused if not name.meant]
-    keys: dict[str, list[str]] = {}
-    for name in others:
-        if name.key:
-            keys.setdefault(name.file, []).append(name.key)
-    parts = [f"{_list('key', names)} of {file}" for file, names in keys.items()]
-    files = [name.file for name in others if not name.key]
-    parts += [_list("file", [f for f in files if not f.endswith("/")])]
-    parts += [_list("folder", [f.rstrip("/") for f in files if f.endswith("/")])]
-    listed = "; ".join(filter(None, parts))
+    others: dict[tuple[str, str], list[str]] = {}
+    for name in (name for name in unused if not name.meant):
+        noun = "key" if name.key else "folder" if name.file.endswith("/") else "file"
+        group = others.setdefault((noun, f" of {name.file}" if name.key else ""), [])
+        group.append(name.key or name.file.rstrip("/"))
+    listed = "; ".join(_list(noun, names) + where for (noun, where), names in others.items())
     return sentences, f"not used by the recipe: {listed}" if listed else ""
 
 
@@ -258,9 +238,7 @@ def _describe_meant(names: Sequence[UnusedName]) -> str:
 
 
 def _list(noun: str, names: Sequence[str]) -> str:
-    """List the first names, and the number of the others; empty without names."""
-    if not names:
-        return ""
+    """List the first names, and the number of the others."""
     listed = ", ".join(names[:_MAX_LISTED])
     if len(names) > _MAX_LISTED:
         listed += f" and {len(names) - _MAX_LISTED} more"

@@ -56,26 +56,8 @@ MAX_STEPS = 1.8
 """An interval of more median intervals lost a reading."""
 
 USUAL_RATES_HZ = (
-    10,
-    20,
-    24,
-    25,
-    30,
-    48,
-    50,
-    60,
-    72,
-    80,
-    90,
-    100,
-    120,
-    144,
-    150,
-    200,
-    240,
-    250,
-    500,
-)
+    10, 20, 24, 25, 30, 48, 50, 60, 72, 80, 90, 100, 120, 144, 150, 200, 240, 250, 500,
+)  # fmt: skip
 USUAL_SAMPLE_RATES_HZ = (8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 
 _TINY = VideoDefaults(size=16, fit="stretch")

@@ -19,8 +19,6 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from typing_extensions import Buffer
-
 MAX_LINE_BYTES = 1 << 20
 """Longer lines are skipped, unless they consist of shorter JSON objects."""
 
@@ -60,26 +58,6 @@ _DECIMAL_COMMA = re.compile(rb":\s*-?\d+,\d+\s*[,}]")
 _DECODER = json.JSONDecoder()
 
 
-class _Utf8Reader(io.RawIOBase):
-    """Gives the bytes of a text file in UTF-8; what cannot be decoded becomes U+FFFD."""
-
-    def __init__(self, file: IO[bytes], encoding: str) -> None:
-        self._file, self._bytes = file, b""
-        self._decoder = codecs.getincrementaldecoder(encoding)("replace")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer) -> int:
-        view, raw = memoryview(buffer), b"any"
-        while raw and not self._bytes:
-            raw = self._file.read(len(view))
-            self._bytes = self._decoder.decode(raw, final=not raw).encode()
-        count = min(len(view), len(self._bytes))
-        view[:count], self._bytes = self._bytes[:count], self._bytes[count:]
-        return count
-
-
 def open_utf8(file: IO[bytes]) -> tuple[IO[bytes], str]:
     """Return a text file in UTF-8, from its start, and its encoding, empty if it is UTF-8."""
     file.seek(0)
@@ -89,7 +67,7 @@ def open_utf8(file: IO[bytes]) -> tuple[IO[bytes], str]:
     file.seek(len(bom))
     if encoding == _UTF8:
         return file, ""
-    return io.BufferedReader(_Utf8Reader(file, encoding)), encoding
+    return io.BytesIO(file.read().decode(encoding, "replace").encode()), encoding
 
 
 def iter_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -148,10 +126,7 @@ def open_records(file: IO[bytes]) -> RecordFile:
 
 
 def parse_records(raw: bytes) -> list[Record]:
-    """Parse a line into its JSON objects, usually one, and what is between them.
-
-    The brackets and commas of an array are left out.
-    """
+    """Parse a line into its JSON objects, usually one, and what is between them but commas."""
     whole = parse_line(raw)
     if whole.values is not None:
         return [whole]

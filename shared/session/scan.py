@@ -171,11 +171,7 @@ class SessionScan:
 
 
 def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
-    """Restore a scan from the values of :meth:`SessionScan.as_json`.
-
-    Raises:
-        ValueError: these are not the values of a scan.
-    """
+    """Restore a scan from the values of :meth:`SessionScan.as_json`, or raise a ValueError."""
     return TypeAdapter(SessionScan).validate_python(values)
 
 
@@ -187,13 +183,8 @@ def scan_session(
     A stream that can't be read is absent, with the reason. Only a folder that disappears meanwhile
     raises an error. Source files that are `known` to be unchanged are not hashed again.
     """
-    media = _Media(path, recipe)
     placement = read_placement(path, recipe)
-    for name in recipe.of_kind(*MEDIA_KINDS) if placement.error is None else ():
-        try:
-            _SCANNERS[recipe.streams[name].kind](media, name, placement)
-        except MediaError as error:
-            media.add_absent(name, error)
+    media = _read_media(path, recipe, placement)
     media_stop_s = max((interval.stop_s for interval in media.intervals.values()), default=None)
     timed = read_lines(path, recipe, media_stop_s, is_cleaned=True)
     lines, refusal = timed.lines, placement.error or timed.refusal
@@ -242,7 +233,7 @@ def scan_session(
 
 @dataclass(slots=True)
 class _Media:
-    """What the scan has found of video and audio so far."""
+    """What a scan finds of video and audio."""
 
     path: Path
     recipe: Recipe
@@ -255,15 +246,6 @@ class _Media:
     absent: dict[str, str] = field(default_factory=dict)
     not_recorded: set[str] = field(default_factory=set)
 
-    def add_absent(self, stream: str, error: MediaError) -> None:
-        """Record why a stream is missing.
-
-        The reason leaves out the folder, so that it does not depend on where the session is stored.
-        """
-        self.absent[stream] = str(error).replace(f"{self.path}/", "")
-        if isinstance(error, MissingMediaError):
-            self.not_recorded.add(stream)
-
     def describe_mixes(self) -> list[tuple[str, str, int]]:
         """Say which channels are not averaged, as issues of the scan."""
         return [
@@ -271,6 +253,20 @@ class _Media:
             for name, mix in self.mixes.items()
             for clause in mix.describe()
         ]
+
+
+def _read_media(path: Path, recipe: Recipe, placement: Placement) -> _Media:
+    """Read when each video and sound of a session begins and ends, and its frames or level."""
+    media = _Media(path, recipe)
+    for name in recipe.of_kind(*MEDIA_KINDS) if placement.error is None else ():
+        try:
+            _SCANNERS[recipe.streams[name].kind](media, name, placement)
+        except MediaError as error:
+            # Without the folder, so that it does not depend on where the session is stored.
+            media.absent[name] = str(error).replace(f"{path}/", "")
+            if isinstance(error, MissingMediaError):
+                media.not_recorded.add(name)
+    return media
 
 
 def _scan_video(media: _Media, name: str, placement: Placement) -> None:
@@ -367,22 +363,14 @@ def _coverage(
 ) -> dict[str, tuple[float, ...]]:
     """Compute, per stream, the share of each segment that it covers."""
     recipe = media.recipe
-
-    def of_video(name: str) -> NDArray[np.float64]:
-        spans = masked.get(name, ())
-        return video.coverage(media.tracks[name], segments, recipe.videos[name], spans)
-
-    def of_audio(name: str) -> NDArray[np.float64]:
-        return audio.coverage(alignment.intervals[name], segments, masked.get(name, ()))
-
-    def of_sensor(name: str) -> NDArray[np.float64]:
-        times_s, spans = alignment.times_s[name], masked.get(name, ())
-        return sensor.coverage(times_s, segments, recipe.sensors[name], spans)
-
     compute: Mapping[Kind, Callable[[str], NDArray[np.float64]]] = {
-        Kind.VIDEO: of_video,
-        Kind.AUDIO: of_audio,
-        Kind.SENSOR: of_sensor,
+        Kind.VIDEO: lambda n: video.coverage(
+            media.tracks[n], segments, recipe.videos[n], masked.get(n, ())
+        ),
+        Kind.AUDIO: lambda n: audio.coverage(alignment.intervals[n], segments, masked.get(n, ())),
+        Kind.SENSOR: lambda n: sensor.coverage(
+            alignment.times_s[n], segments, recipe.sensors[n], masked.get(n, ())
+        ),
         Kind.TEXT: lambda n: audio.coverage(alignment.intervals[n], segments),
     }
     coverage = {}

@@ -14,12 +14,11 @@ longest run is right. Others are left out if they are
 - over FAR_FACTOR times as far away as the session lasts, if there are media; else over 24 h;
 - at the same times as other lines, after one step back;
 - after one step, without which the lines end with the media.
-
-Without media, lines after a longer step forward stay: the recorder paused, as far as the lines say.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -150,16 +149,16 @@ class TimedLines:
         return f"{describe_unit(*unsure[0])}; until then no stream is read" if unsure else None
 
 
-def describe_unit(file: str, unit: WrongUnit) -> str:
-    """Say in which unit the timestamps of a file are."""
+def describe_unit(file: str, unit: WrongUnit, streams: str = "") -> str:
+    """Say in which unit the timestamps of a file are, and how to declare it for its streams."""
+    outcome = "nothing confirms it"
+    if unit.is_confirmed:
+        outcome = "they are divided, as they then last as long as the session"
     return (
-        f"{file}: timestamps look like {UNIT_NAMES[unit.unit]}, not "
-        f"{UNIT_NAMES[unit.declared]}: a line every {unit.interval:g}; "
-        + ("they are divided, as they then last as long as the session" if unit.is_confirmed else
-           "nothing confirms it")
-        + f"; fix: declare `time_unit: {unit.unit}` in the recipe, or divide them by "
-        f"{unit.factor:.12g}"
-    )  # fmt: skip
+        f"{file}: timestamps look like {UNIT_NAMES[unit.unit]}, not {UNIT_NAMES[unit.declared]}: "
+        f"a line every {unit.interval:g}; {outcome}; fix: set `time_unit: {unit.unit}`"
+        f"{streams and f' of {streams}'} in the recipe, or divide them by {unit.factor:.12g}"
+    )
 
 
 def describe_left_out(file: str, wrong: WrongLines) -> str:
@@ -173,10 +172,7 @@ def describe_left_out(file: str, wrong: WrongLines) -> str:
 def read_lines(
     path: Path, recipe: Recipe, media_stop_s: float | None, *, is_cleaned: bool
 ) -> TimedLines:
-    """Read all lines of a session with times in seconds; see :func:`read_timed_lines`.
-
-    `media_stop_s` is the end of the media, None without any.
-    """
+    """Read all lines of a session with times in seconds; see :func:`read_timed_lines`."""
     lines = read_timed_lines(path, recipe, is_cleaned=is_cleaned)
     units = _find_units_of(path, recipe, lines, media_stop_s)
     corrections = {f: Correction(units_per_s=TIME_UNITS[u.unit]) for f, u in units.items()}
@@ -242,10 +238,7 @@ def guess_unit(
     declared: str = "s",
     media_stop_s: float | None = None,
 ) -> tuple[str, bool] | None:
-    """Guess the unit of increasing timestamps of sensors, and whether the media confirm it.
-
-    None for the declared one, or if nothing fits.
-    """
+    """Guess the unit of increasing timestamps, and whether the media confirm it; None: declared."""
     if len(times) < MIN_TIMED_LINES:
         return None
     steps = np.diff(times)
@@ -325,7 +318,7 @@ def find_wrong_lines(
         of_jump = [WrongLines(int(lines[first]), int(lines[stop - 1]), message, jump)]
         is_other = (np.arange(len(times_s)) < first) | (np.arange(len(times_s)) >= stop)
         others = find_wrong_lines(times_s[is_other], lines[is_other], media_stop_s)
-        return sorted([*of_jump, *others], key=_first_line)
+        return sorted([*of_jump, *others], key=operator.attrgetter("first"))
     runs.sort(key=lambda run: run[0] - run[1])
     recorded_s = sum(times_s[stop - 1] - times_s[first] for first, stop in long)
     low_s = high_s = times_s[runs[0][0]]
@@ -350,11 +343,7 @@ def find_wrong_lines(
         else:
             used.append((start_s, end_s))
             low_s, high_s = min(low_s, start_s), max(high_s, end_s)
-    return sorted(wrong, key=_first_line)
-
-
-def _first_line(wrong: WrongLines) -> int:
-    return wrong.first
+    return sorted(wrong, key=operator.attrgetter("first"))
 
 
 def _find_steps(times_s: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -500,10 +489,7 @@ def _find_units_of(
 
 
 def _raw_times(path: Path, recipe: Recipe, lines: FileLines) -> NDArray[np.float64]:
-    """Return the timestamps of a file in its own unit.
-
-    If they are mostly too large for seconds, they are read with a larger divisor.
-    """
+    """Return the timestamps of a file in its own unit, also those too large for seconds."""
     num_large = sum(issue.count for issue in lines.issues if issue.kind == "timestamp")
     if num_large <= len(lines.times_s):
         specs = [s for s in recipe.streams.values() if isinstance(s, SensorStream)]

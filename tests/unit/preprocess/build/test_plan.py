@@ -368,7 +368,7 @@ def test_every_segment_planned_is_stored_once_or_rejected(values, required):
     recipe = tiny_recipe(required=sorted(required), shard={"target_bytes": 2**18})
     stored = keys(plan(scans, recipe).tasks)
     assert max(Counter(stored).values(), default=1) == 1
-    lines = rejected_lines(scans, recipe, ())
+    lines = rejected_lines(scans, recipe, (), unused={})
     planned = sum(segments for segments, _, _ in values.values())
     assert planned == len(stored) + count_segments(lines)
     rejected = {(x["session"], x["segment"]) for x in lines if x["level"] == "segment"}

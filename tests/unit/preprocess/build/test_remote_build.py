@@ -29,7 +29,7 @@ from helpers.stores import SECRET, fail_at_first, s3_server, stored_hashes, uplo
 
 from preprocess.build import job as job_module
 from preprocess.build.job import build_shards
-from preprocess.build.sources import find_recordings
+from preprocess.build.sources import survey_recordings
 from shared.errors import JobError, SessionError, ShardError, StorageError
 from shared.shardset import store as store_module
 from shared.shardset.manifest import read_manifest
@@ -68,11 +68,11 @@ def s3(recorded):
 
 
 def test_a_remote_session_json_gives_stream_starts_but_is_not_a_session(memory, recorded) -> None:
-    name = next(iter(find_recordings(recorded, SMALL)))
+    name = next(iter(survey_recordings(recorded, SMALL)[0]))
     memory.pipe_file("/here/sessions/no session/session.json", b'{"start_s": {"audio": 1}}')
     before = build("memory://here/sessions", "memory://here/set", SMALL)
-    stored = find_recordings("memory://here/sessions", SMALL)
-    assert stored.keys() == find_recordings(recorded, SMALL).keys()
+    stored = survey_recordings("memory://here/sessions", SMALL)[0]
+    assert stored.keys() == survey_recordings(recorded, SMALL)[0].keys()
     memory.pipe_file(f"/here/sessions/{name}/session.json", b'{"start_s": {"audio": -0.25}}')
     after = build("memory://here/sessions", "memory://here/set", SMALL)
     assert (after.num_scanned, before.num_scanned) == (1, before.num_sessions)
@@ -194,7 +194,7 @@ def test_unknown_names_are_those_of_a_local_folder(memory, recorded, tmp_path):
 
 
 def test_the_url_of_one_session_is_a_set_of_one_session(memory):
-    assert list(find_recordings("memory://here/sessions/ann/", SMALL)) == ["ann"]
+    assert list(survey_recordings("memory://here/sessions/ann/", SMALL)[0]) == ["ann"]
     summary = build("memory://here/sessions/ann", "memory://here/one", SMALL)
     assert summary.manifest.counts["samples"] == 2
 
@@ -250,7 +250,7 @@ def test_an_unreachable_address_fails_soon(memory, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda wait_s: None)
     monkeypatch.setattr(type(memory), "find", fail)
     with pytest.raises(StorageError, match="nobody there"):
-        find_recordings("memory://here/sessions", SMALL)
+        survey_recordings("memory://here/sessions", SMALL)[0]
     assert len(tried) == STARTUP_RETRY.attempts
 
 

@@ -16,13 +16,13 @@ from shared.errors import SessionError
 from shared.recipe import Recipe
 from shared.session.folder import (
     files_of_stream,
-    find_sessions,
     is_session,
     read_readings,
     read_text_events,
     read_timed_lines,
     scanned_files,
     source_files,
+    survey_sessions,
 )
 from shared.session.lines import MAX_ISSUES, Correction, SessionLines
 from shared.session.tables import MAX_LINE_BYTES
@@ -653,10 +653,10 @@ def test_sessions_are_found_by_name_below_a_folder_and_in_it(tmp_path: Path) -> 
     (tmp_path / "b" / "audio.wav").touch()
     (tmp_path / "a" / "text.jsonl").touch()
     (tmp_path / "c" / "gaze.csv").touch()
-    assert [path.name for path in find_sessions(tmp_path)] == ["a", "b"]
-    assert find_sessions(tmp_path / "b") == [tmp_path / "b"]
+    assert [path.name for path in survey_sessions(tmp_path, Recipe()).folders] == ["a", "b"]
+    assert survey_sessions(tmp_path / "b", Recipe()).folders == (tmp_path / "b",)
     gaze = recipe_of(gaze={"file": "gaze.csv", "key": "g"})
-    assert [path.name for path in find_sessions(tmp_path, gaze)] == ["c"]
+    assert [path.name for path in survey_sessions(tmp_path, gaze).folders] == ["c"]
     assert is_session(tmp_path / "c", gaze)
     assert not is_session(tmp_path / "c", DEFAULT)
 
@@ -665,9 +665,9 @@ def test_a_folder_without_sessions_is_an_error_that_names_what_a_session_is(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(SessionError, match=r"metadata\.jsonl"):
-        find_sessions(tmp_path)
+        survey_sessions(tmp_path, Recipe())
     with pytest.raises(SessionError, match="no such folder"):
-        find_sessions(tmp_path / "none")
+        survey_sessions(tmp_path / "none", Recipe())
 
 
 def test_every_real_session_reads_without_an_issue(real_sessions: list[Path]) -> None:

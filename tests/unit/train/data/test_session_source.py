@@ -21,7 +21,7 @@ from preprocess.build.cluster import Cluster
 from preprocess.build.job import build_shards
 from shared.errors import ConfigError, CorruptError, MachineError, SessionError
 from shared.recipe import Recipe
-from shared.session.folder import find_sessions
+from shared.session.folder import survey_sessions
 from shared.session.reader import SessionReader
 from shared.streams import DEFAULT_STREAMS, Kind
 from train import RealMultiModalDataset, real_data_collate_fn
@@ -220,7 +220,7 @@ def test_every_real_session_is_in_the_shards_or_rejected(real_set, real_sessions
     keys = [source.key(*location) for location in tiny_sets.sample_locations(source)]
     named = {key.partition("@")[0] for key in keys} | {r["session"] for r in real_set.rejected}
     recipe = source.recipe
-    assert named == {path.name for path in find_sessions(real_sessions[0].parent, recipe)}
+    assert named == {path.name for path in survey_sessions(real_sessions[0].parent, recipe).folders}
     counts = real_set.manifest.counts
     rows = 0
     for path in real_set.manifest.root.glob("*.proprio.zarr.zip"):
