@@ -62,15 +62,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalRecording:
-    """A session folder."""
+class _Recorded:
+    """What is known of a session before it is read."""
 
     name: str
-    folder: Path
     stamp: Mapping[str, list[Any]]
-    """Scanned file -> its size, and its modification time in ns."""
+    """Scanned file -> its size, and its modification time in ns, or the tag of its store."""
     unused: tuple[UnusedName, ...] = ()
     """Its files and folders that no declared stream uses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalRecording(_Recorded):
+    """A session folder."""
+
+    folder: Path
 
     def open_files(
         self, _names: Iterable[str], _staging: ShardSetStore
@@ -86,15 +92,10 @@ class LocalRecording:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteRecording:
+class RemoteRecording(_Recorded):
     """A session behind a URL."""
 
-    name: str
     store: Store
-    stamp: Mapping[str, list[Any]]
-    """Scanned file -> its size, and its tag."""
-    unused: tuple[UnusedName, ...] = ()
-    """Its files and folders that no declared stream uses."""
 
     @contextmanager
     def open_files(self, names: Iterable[str], staging: ShardSetStore) -> Iterator[Path]:

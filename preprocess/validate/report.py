@@ -23,34 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from preprocess.build.sources import RemoteRecording, survey_recordings
-from preprocess.validate.checks import (
-    check_audio,
-    check_clock,
-    check_clock_rates,
-    check_drift,
-    check_durations,
-    check_files,
-    check_left_out,
-    check_length,
-    check_names,
-    check_starts,
-    check_streams,
-    check_text,
-    check_video,
-    clock_drifts_ppm,
-)
-from preprocess.validate.line_checks import (
-    check_expectations,
-    check_gaps,
-    check_lines,
-    check_rates,
-    check_timestamps,
-    find_gaps,
-)
+from preprocess.validate import checks as session_checks
+from preprocess.validate import line_checks, value_checks
 from preprocess.validate.probe import probe_session
 from preprocess.validate.repair import plan_repairs, repair_session
 from preprocess.validate.still_checks import check_still
-from preprocess.validate.value_checks import check_saturation, check_values, check_velocities
 from shared.clock import measure_rate_hz
 from shared.errors import EngineError, MachineError, SessionError
 from shared.machine import describe_os_error, temporary_folder
@@ -72,28 +49,28 @@ Status = Literal["passed", "warnings", "failed", "unchecked"]
 StreamStatus = Literal["passed", "warnings", "failed", "absent"]
 
 CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
-    "files": check_files,
-    "names": check_names,
-    "streams": check_streams,
-    "lines": check_lines,
-    "timestamps": check_timestamps,
-    "left out": check_left_out,
-    "clock": check_clock,
-    "starts": check_starts,
-    "gaps": check_gaps,
-    "rates": check_rates,
-    "expectations": check_expectations,
-    "values": check_values,
-    "velocities": check_velocities,
-    "saturation": check_saturation,
+    "files": session_checks.check_files,
+    "names": session_checks.check_names,
+    "streams": session_checks.check_streams,
+    "lines": line_checks.check_lines,
+    "timestamps": line_checks.check_timestamps,
+    "left out": session_checks.check_left_out,
+    "clock": session_checks.check_clock,
+    "starts": session_checks.check_starts,
+    "gaps": line_checks.check_gaps,
+    "rates": line_checks.check_rates,
+    "expectations": line_checks.check_expectations,
+    "values": value_checks.check_values,
+    "velocities": value_checks.check_velocities,
+    "saturation": value_checks.check_saturation,
     "still": check_still,
-    "sound": check_audio,
-    "video": check_video,
-    "clock rates": check_clock_rates,
-    "durations": check_durations,
-    "drift": check_drift,
-    "text": check_text,
-    "length": check_length,
+    "sound": session_checks.check_audio,
+    "video": session_checks.check_video,
+    "clock rates": session_checks.check_clock_rates,
+    "durations": session_checks.check_durations,
+    "drift": session_checks.check_drift,
+    "text": session_checks.check_text,
+    "length": session_checks.check_length,
 }
 """Every check of a session, in the order of their messages."""
 
@@ -373,7 +350,9 @@ def _audio_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
         "rms": round(probe.audio[name].rms, 6),
         "peak": round(sound.peak, 6),
         "clipped_samples": sound.num_clipped,
-        "drift_ppm": {video: round(ppm) for video, ppm in clock_drifts_ppm(probe)[name].items()},
+        "drift_ppm": {
+            video: round(ppm) for video, ppm in session_checks.clock_drifts_ppm(probe)[name].items()
+        },
     }
 
 
@@ -401,7 +380,7 @@ def _time_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
     times_s = probe.times_s(name)
     if times_s is None or len(times_s) < 2:
         return {}
-    intervals_s, gaps = np.diff(times_s), find_gaps(times_s, probe.recipe.streams[name])
+    intervals_s, gaps = np.diff(times_s), line_checks.find_gaps(times_s, probe.recipe.streams[name])
     duration_s = max(probe.duration_s, 1e-9)
     return {
         "rate_hz": round(measure_rate_hz(times_s) or 0.0, 3),

@@ -446,6 +446,7 @@ def _text_unit(
     times: NDArray[np.float64], windows_s: Sequence[tuple[float, float]], of_sensors: str | None
 ) -> str | None:
     """Return the unit in which texts are inside the session; None if none fits, or several do."""
+    longest_s = max((high_s - low_s for low_s, high_s in windows_s), default=0.0)
 
     def fits(unit: str) -> bool:
         times_s = times / TIME_UNITS[unit]
@@ -454,7 +455,7 @@ def _text_unit(
             and (
                 unit in ("s", of_sensors)
                 or low_s > _EPOCH_S
-                or np.ptp(times_s) >= 0.1 * (high_s - low_s)
+                or np.ptp(times_s) >= 0.1 * longest_s
             )
             for low_s, high_s in windows_s
         )  # fmt: skip

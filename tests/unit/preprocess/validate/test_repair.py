@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.report_pages import RECIPE, recipe_of
 from helpers.sessions import read_lines, sensor_lines, write_lines, write_streams, write_tone
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation, Slerp
 
@@ -404,6 +404,12 @@ raw_lines = st.one_of(
     start_s=st.sampled_from([0.0, -0.5, 0.9, 1.5, 12.7, 1.7e9]),
     sound_s=st.sampled_from([None, 0.3, 1.0, 2.0]),
     texts=st.lists(st.sampled_from([0.5, 13.0, 99.0]), max_size=2),
+)
+@example(
+    rows=[{"step": 0.0}, {"step": 0.5}, {"step": 0.5, "touch": [1.0] * 5}],
+    start_s=-0.5,
+    sound_s=1.0,
+    texts=[13.0, 99.0],
 )
 def test_a_second_repair_does_nothing_and_every_original_stays(
     tmp_path: Path, rows: list[Any], start_s: float, sound_s: float | None, texts: list[float]
