@@ -307,7 +307,7 @@ def find_wrong_lines(
         for first, stop in strays:
             is_other[first:stop] = False
         others = find_wrong_lines(times_s[is_other], lines[is_other], media_stop_s)
-        return sorted([*ahead, *others], key=_first_line)
+        return sorted([*ahead, *others], key=operator.attrgetter("first"))
     long = [run for run in runs if run[1] - run[0] >= MIN_RUN]
     jump = _find_jump(times_s, long, media_stop_s)
     if jump is not None:
