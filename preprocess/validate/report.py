@@ -179,7 +179,9 @@ def check_session(
         if fault := explain_bad_name(name):
             raise SessionError(fault)
         seen = probe_session(path, recipe=recipe, unused=unused)
-        plan = functools.cache(lambda: plan_repairs(path, recipe=recipe, seen=seen))
+        # In an unconfirmed unit, a repair takes nothing from the streams: it has a scan alone.
+        known = seen if all(unit.is_confirmed for unit in seen.units.values()) else None
+        plan = functools.cache(lambda: plan_repairs(path, recipe=recipe, seen=known))
         probe = replace(seen, plan=plan)
         findings = {key: check(probe) for key, check in CHECKS.items() if key in checks}
         ordered = sorted(
