@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shared.clock import MaskedSpan
 
 _MAX_STILL_SHARE = 0.5
-"""A stream that repeats itself for more of its length is as good as not recorded."""
+"""A stream that repeats itself for more of its length is as good as missing."""
 
 _FIXES: Mapping[Kind, str] = {
     Kind.VIDEO: "check the camera and its recorder",
@@ -38,8 +38,9 @@ def check_still(probe: SessionProbe) -> list[Finding]:
     for name, still in still_spans.items():
         interval = probe.intervals[name]
         share = masked_share(interval.start_s, interval.stop_s, still)
-        is_masked = MaskReason.STILL in mask_reasons(probe.recipe.streams[name])
-        level: Level = "error" if is_masked and share > _MAX_STILL_SHARE else "warning"
+        spec = probe.recipe.streams[name]
+        is_lost = MaskReason.STILL in mask_reasons(spec) and share > _MAX_STILL_SHARE
+        level: Level = "error" if is_lost and spec.required else "warning"
         messages = [_describe(name, span, probe) for span in still]
         findings += stream_findings(level, messages, name, probe)
     return findings + _frozen_groups(probe, still_spans.keys())

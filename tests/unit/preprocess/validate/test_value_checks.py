@@ -99,11 +99,11 @@ FAULTS: dict[str, tuple[list[dict[str, Any]], Callable[[np.ndarray], object], st
     ),
     "all zero": (
         [{"count": 3, "type": "position"}, {"count": 3, "type": "velocity"}], set_to(ALL, ALL, 0.0),
-        "still", "failed", "0.00-4.00 s: the same poses repeat, as frozen tracking does; masked",
+        "still", "warnings", "0.00-4.00 s: the same poses repeat, as frozen tracking does; masked",
     ),
     "frozen": (
         [{"count": 3, "type": "direction"}], set_to(ALL, ALL, [0.0, 0.6, 0.8]),
-        "still", "failed", "the same poses repeat",
+        "still", "warnings", "the same poses repeat",
     ),
     "degrees per second": (
         [{"count": 3, "type": "angle"}, {"count": 3, "type": "velocity"}],
