@@ -122,7 +122,7 @@ def _no_flaws(name: str, probe: SessionProbe) -> tuple[_Covered, list[Stretches]
 
 _FLAW_WORDS: Mapping[MaskReason, str] = {
     MaskReason.STILL: "still",
-    MaskReason.CLOCK: "with wrong times",
+    MaskReason.CLOCK: "mistimed",
     MaskReason.DAMAGED: "damaged",
 }
 
@@ -176,6 +176,5 @@ def _describe_flaws(flaws: list[Stretches]) -> str:
     for reason in MaskReason:
         num = sum(len(f.starts_s) for f in flaws if f.kind == reason.value)
         if num:
-            noun = "stretch" if num == 1 else "stretches"
-            counts.append(f"{num} {noun} {_FLAW_WORDS[reason]}")
+            counts.append(f"{num} {_FLAW_WORDS[reason]}")
     return ", ".join(counts)

@@ -66,7 +66,7 @@ def test_what_repeats_is_drawn_and_hatched(session: Path) -> None:
         (band,) = bands_s(page, row(page, "proprio"), kind)
         assert band == pytest.approx((2.0, 5.0), abs=0.01)
     assert bands_s(page, row(page, "touch"), "still") == []
-    assert "1 stretch still" in row(page, "proprio").text
+    assert "1 still" in row(page, "proprio").text
 
 
 def test_a_curve_is_not_drawn_across_a_gap(session: Path) -> None:
