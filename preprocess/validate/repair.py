@@ -282,12 +282,14 @@ def _sorted_rows(content: bytes, file: FileLines) -> bytes | None:
 
 def _plan_stretches(path: Path, stretches: Mapping[str, float]) -> RepairPlan:
     """Plan to declare the factors of wrong clocks in ``session.json``, beside what it has."""
+    if not stretches:
+        return RepairPlan()
     file = path / SESSION_INFO_FILE
     try:
         session_info = json.loads(file.read_bytes()) if file.exists() else {}
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):  # a check reports it
         session_info = None
-    if not stretches or not isinstance(session_info, dict):
+    if not isinstance(session_info, dict):
         return RepairPlan()
     declared = {**(session_info.get(STRETCH_KEY) or {}), **stretches}
     content = json.dumps({**session_info, STRETCH_KEY: declared}, indent=2, ensure_ascii=False)

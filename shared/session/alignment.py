@@ -302,4 +302,4 @@ def _read_key(file: Path, key: str) -> tuple[dict[str, Any], str | None]:
     values = session_info.get(key) if isinstance(session_info, dict) else None
     if values is None or isinstance(values, dict):
         return values or {}, None
-    return {}, f'{key} is not an object; fix: write {{"NAME": 0.35}}'
+    return {}, f'{key} is not an object; fix: write {{"NAME": 1.0}}'

@@ -712,3 +712,18 @@ SHARED = ("metadata.jsonl", "pose.jsonl", "held.jsonl", "notes.jsonl")
 def shift_key(lines: list[dict[str, Any]], key: str, offset: float) -> None:
     for line in lines:
         line[key] += offset
+
+
+@pytest.mark.parametrize("content", [None, b"[]", b"{", b"\xff\xfe"], ids=str)
+def test_a_bad_session_file_holds_no_other_repair_back(
+    session: Path, content: bytes | None
+) -> None:
+    lines = lines_of(session)
+    write_lines(session / "metadata.jsonl", [*lines[:20], lines[21], lines[20], *lines[22:]])
+    if content is None:
+        (session / "session.json").mkdir()
+    else:
+        (session / "session.json").write_bytes(content)
+    sentences = repair_session(session, recipe=RECIPE)
+    assert any("sorted 1 line into place" in sentence for sentence in sentences)
+    assert lines_of(session) == lines

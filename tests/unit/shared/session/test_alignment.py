@@ -289,10 +289,10 @@ BAD_STARTS = {
     '{"start_s": {"internal_text": true}}': "start_s of internal_text is True; fix: write seconds",
     '{"start_s": {"audio": null}}': "start_s of audio is None; fix: write seconds",
     '{"start_s": {"audio": [0.35]}}': "start_s of audio is [0.35]; fix: write seconds",
-    '{"start_s": 0.35}': 'start_s is not an object; fix: write {"NAME": 0.35}',
+    '{"start_s": 0.35}': 'start_s is not an object; fix: write {"NAME": 1.0}',
     '{"stretch": {"audio": 3}}': "stretch of audio is 3; fix: write a factor of 0.5 to 2",
     '{"stretch": {"audio": true}}': "stretch of audio is True; fix: write a factor of 0.5 to 2",
-    '{"stretch": [1.04]}': 'stretch is not an object; fix: write {"NAME": 0.35}',
+    '{"stretch": [1.04]}': 'stretch is not an object; fix: write {"NAME": 1.0}',
     '{"start_s": {"audio": 0.35': "contains start_s but is not JSON; fix: correct its syntax",
 }
 

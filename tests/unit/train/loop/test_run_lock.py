@@ -137,7 +137,9 @@ def test_a_run_that_ends_while_the_next_one_waits_leaves_it_a_lock_that_others_s
 def test_a_file_with_any_content_is_taken_over(tmp_path, monkeypatch, content):
     monkeypatch.setattr(run_lock, "SILENCE_S", 0.1)
     (tmp_path / LOCK_NAME).write_text(content)
-    hold(tmp_path)
+    with hold_folder(tmp_path, log=lambda _: None):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK_NAME).exists()
 
 
 def test_signs_of_life_of_a_run_whose_lock_is_not_seen_refuse_the_next_one(
