@@ -141,7 +141,7 @@ def _check(
 ) -> list[ValidationReport]:
     """Check sessions; print repairs and, if wanted, each report at once."""
     from preprocess.validate.console import print_report
-    from preprocess.validate.report import check_sessions
+    from preprocess.validate.job import check_sessions
 
     reports = []
     for checked in check_sessions(locations, recipe=recipe, fix=fix):
@@ -222,8 +222,8 @@ def shards(
     compact: bool,
 ) -> None:
     """Build a shard set, or update it: only what changed is rebuilt."""
-    from preprocess.build.cluster import Cluster
     from preprocess.build.job import build_shards
+    from preprocess.cluster import Cluster
 
     console = Console()
     recipe = _recipe(recipe_path)

@@ -1,6 +1,6 @@
 """The shard job: scan, plan, build, commit.
 
-Scans and shard tasks are independent functions; :mod:`preprocess.build.cluster` runs them. Nothing
+Scans and shard tasks are independent functions; :mod:`preprocess.cluster` runs them. Nothing
 of the previous set changes before the new manifest is written. The next run takes over the shards
 that a killed run finished.
 """
@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from preprocess.build.cluster import TaskWithSubtasks
 from preprocess.build.commit import NewSet, commit_set, rejected_lines
 from preprocess.build.explain import explain_unused, list_losses
 from preprocess.build.plan import plan_shards
 from preprocess.build.plan_types import FromShards, ShardTask, add_generation
 from preprocess.build.previous_set import find_corrupt_files, read_previous_set
-from preprocess.build.sources import TaskContext, column_seconds, scan_sessions, survey_recordings
+from preprocess.build.sources import TaskContext, column_seconds, scan_sessions
 from preprocess.build.task import build_shard, resume_shard
 from preprocess.build.upgrade import refresh_upgraded, upgrade_set
 from preprocess.build.video_subtasks import TASK_S, encode_video, split_task
+from preprocess.cluster import TaskWithSubtasks
+from preprocess.recordings import survey_recordings
 from shared.errors import ConfigError, CorruptError, ShardError
 from shared.media.tokenizer import load_tokenizer, train_tokenizer
 from shared.recipe import DEFAULT_SEGMENT_S, assign_split
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from preprocess.build.cluster import Cluster
     from preprocess.build.explain import Loss
     from preprocess.build.plan_types import Plan, SessionSegments
-    from preprocess.build.sources import Recording
     from preprocess.build.video_subtasks import EncodedVideo, VideoSubtask
+    from preprocess.cluster import Cluster
+    from preprocess.recordings import Recording
     from shared.media.tokenizer import TextTokenizer
     from shared.recipe import Recipe
     from shared.session.folder import SkippedFolder

@@ -32,8 +32,8 @@ from shared.streams import Kind
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from preprocess.build.cluster import Cluster
     from preprocess.build.plan_types import BuiltColumn
+    from preprocess.cluster import Cluster
     from shared.kinds.column import Column
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan

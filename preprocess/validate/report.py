@@ -1,15 +1,4 @@
-"""Check sessions: read each one, run every check, and collect the findings in a report.
-
-::
-
-    locations -> check_sessions -> repair (--fix) -> check_session -> CheckedSession
-                                                     probe, CHECKS -> ValidationReport
-
-Locations are folders of this machine, URLs (checked on local copies), and single video or sound
-files. A single file is checked as the only stream of a temporary session. Nothing in a folder
-raises: a session that cannot be checked gets a failed report, or an unchecked one if the machine
-could not read it, and the next one is checked.
-"""
+"""Check one session: read it, run every check, and collect the findings in a report."""
 
 from __future__ import annotations
 
@@ -17,32 +6,29 @@ import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from preprocess.build.sources import RemoteRecording, survey_recordings
 from preprocess.validate import checks as session_checks
 from preprocess.validate import line_checks, value_checks
 from preprocess.validate.probe import probe_session
-from preprocess.validate.repair import plan_repairs, repair_session
+from preprocess.validate.repair import plan_repairs
 from preprocess.validate.still_checks import check_still
 from shared.clock import measure_rate_hz
 from shared.errors import EngineError, MachineError, SessionError
-from shared.machine import describe_os_error, temporary_folder
-from shared.recipe import Recipe
-from shared.session.folder import is_session, scanned_files, source_files, survey_sessions
-from shared.session.names import SOUND_SUFFIXES, explain_bad_name, printable, session_name
-from shared.storage import Store, parse_location
+from shared.machine import describe_os_error
+from shared.session.folder import is_session, source_files
+from shared.session.names import explain_bad_name, printable, session_name
 from shared.streams import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from pathlib import Path
 
     from preprocess.validate.checks import Finding
     from preprocess.validate.probe import SessionProbe
-    from shared.session.folder import SkippedFolder
+    from shared.recipe import Recipe
     from shared.session.names import UnusedName
 
 Status = Literal["passed", "warnings", "failed", "unchecked"]
@@ -78,8 +64,6 @@ SINGLE_FILE_CHECKS = frozenset({"files", "gaps", "starts", "still", "sound", "vi
 """Checks of a single file; the others compare streams, or need a whole session."""
 
 _SILENT_DBFS = -120.0
-
-_LINE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,28 +119,6 @@ class CheckedSession:
     """What the checks found, errors first."""
 
 
-def check_sessions(
-    locations: Iterable[str], *, recipe: Recipe, fix: bool
-) -> Iterator[CheckedSession]:
-    """Check every session in some folders, which `fix` repairs first, or URLs, and single files."""
-    for item in _iter_sources(locations, recipe):
-        if isinstance(item, CheckedSession):
-            yield item
-            continue
-        source, unused = item
-        try:
-            if source.is_file():
-                with temporary_folder("validate-", "links to single files") as root:
-                    yield _check_single_file(source, root / source.name)
-                continue
-            repairs = repair_session(source, recipe=recipe) if fix and source.is_dir() else ()
-        except (SessionError, MachineError) as error:
-            yield _make_failed_report(source, source.name, error)
-            continue
-        checked = check_session(source, recipe=recipe, unused=unused)
-        yield replace(checked, repairs=tuple(repairs))
-
-
 def check_session(
     path: Path,
     *,
@@ -195,7 +157,7 @@ def check_session(
             findings=tuple(ordered),
         )
     except Exception as error:  # Boundary: any exception fails only this session.
-        return _make_failed_report(path, name, error)
+        return make_failed_report(path, name, error)
 
 
 def describe_totals(statuses: Sequence[Status], length: str) -> str:
@@ -212,57 +174,7 @@ def describe_totals(statuses: Sequence[Status], length: str) -> str:
     return f"{sessions}, {length}: {', '.join(outcomes) or 'nothing to check'}"
 
 
-def _iter_sources(
-    locations: Iterable[str], recipe: Recipe
-) -> Iterator[tuple[Path, Sequence[UnusedName] | None] | CheckedSession]:
-    """Yield session folders and single media files; a report for each location or folder without.
-
-    Sessions of a store are copied to a temporary folder, one at a time, with the files that streams
-    use; the names of the others come with them.
-    """
-    for text in locations:
-        location = parse_location(text)
-        try:
-            if isinstance(location, Store):
-                recordings, skipped = survey_recordings(location.url, recipe)
-                for recording in recordings.values():
-                    assert isinstance(recording, RemoteRecording)
-                    with temporary_folder("session-", "copies of sessions") as folder:
-                        yield recording.download_to(folder, scanned_files(recipe)), recording.unused
-                yield from map(_report_skipped, skipped)
-            elif not location.is_file():
-                survey = survey_sessions(location, recipe)
-                yield from ((path, None) for path in survey.folders)
-                yield from map(_report_skipped, survey.skipped)
-            elif location.suffix in _LINE_SUFFIXES:
-                raise SessionError(
-                    f"{location}: not a video or sound; fix: give the folder of its session"
-                )
-            else:
-                yield location, None
-        except (SessionError, MachineError, OSError) as error:
-            yield _make_failed_report(Path(str(location)), str(location), error)
-
-
-def _check_single_file(path: Path, folder: Path) -> CheckedSession:
-    """Check a single media file, linked into a new session folder, with a recipe of one stream."""
-    folder.mkdir()
-    (folder / path.name).symlink_to(path.absolute())
-    kind = Kind.AUDIO if path.suffix.lower() in SOUND_SUFFIXES else Kind.VIDEO
-    recipe = Recipe.model_validate({"streams": {kind.value: {"kind": kind, "file": "file"}}})
-    # The name of a recipe's file is restricted; that of a file on this machine is not.
-    spec = recipe.streams[kind.value].model_copy(update={"file": path.name})
-    recipe = recipe.model_copy(update={"streams": {kind.value: spec}})
-    checked = check_session(folder, recipe=recipe, checks=SINGLE_FILE_CHECKS)
-
-    def shorten(messages: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(message.replace(f"{folder}/", "") for message in messages)
-
-    warnings, errors = shorten(checked.report.warnings), shorten(checked.report.errors)
-    return replace(checked, report=replace(checked.report, warnings=warnings, errors=errors))
-
-
-def _make_failed_report(folder: Path, session: str, error: Exception) -> CheckedSession:
+def make_failed_report(folder: Path, session: str, error: Exception) -> CheckedSession:
     """Return the report of what cannot be checked: "failed", or "unchecked" if machines fail."""
     message, is_unchecked = str(error), isinstance(error, (MachineError, MemoryError, OSError))
     if isinstance(error, (OSError, MemoryError)):
@@ -274,14 +186,6 @@ def _make_failed_report(folder: Path, session: str, error: Exception) -> Checked
         session=printable(session), errors=(printable(message),), is_unchecked=is_unchecked
     )
     return CheckedSession(folder=folder, report=report)
-
-
-def _report_skipped(folder: SkippedFolder) -> CheckedSession:
-    """Return the report of a folder that is left out: failed if it is a recording."""
-    report = ValidationReport(session=folder.name, warnings=(folder.reason,))
-    if folder.is_recording:
-        report = ValidationReport(session=folder.name, errors=(folder.reason,))
-    return CheckedSession(folder=Path(folder.name), report=report)
 
 
 def _make_report(

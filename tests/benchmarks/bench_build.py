@@ -204,8 +204,8 @@ def run_job(sessions: Path, seconds: int, workers: int, has_profile: bool) -> di
     start_s = time.perf_counter()
     from rich.console import Console
 
-    from preprocess.build.cluster import Cluster
     from preprocess.build.job import build_shards
+    from preprocess.cluster import Cluster
     from shared.recipe import Recipe
     from shared.shardset.layout import segment_bytes
 

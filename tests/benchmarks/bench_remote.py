@@ -33,8 +33,8 @@ from typing import Any
 
 from rich.console import Console
 
-from preprocess.build.cluster import Cluster
 from preprocess.build.job import build_shards
+from preprocess.cluster import Cluster
 from shared import storage
 from shared.recipe import Recipe, load_recipe
 from shared.storage import RetryPolicy

@@ -165,7 +165,7 @@ def run_inside(sessions: Path, out: Path, recipe: Path) -> float:
 import time, io
 from pathlib import Path
 from rich.console import Console
-from preprocess.build.cluster import Cluster
+from preprocess.cluster import Cluster
 from preprocess.build.job import build_shards
 from shared.recipe import load_recipe
 recipe = load_recipe({str(recipe)!r})

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from helpers.sessions import sensor_lines, write_lines, write_tone, write_video
 from helpers.sets import merge_sections
-from preprocess.build import cluster as cluster_module
-from preprocess.build.cluster import Cluster
+from preprocess import cluster as cluster_module
 from preprocess.build.job import BuildSummary, build_shards
 from preprocess.build.video_subtasks import TASK_S
+from preprocess.cluster import Cluster
 from shared.recipe import Recipe
 from shared.shardset.columns import ColumnFile
 from shared.shardset.index import open_index

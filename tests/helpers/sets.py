@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 from helpers.sessions import sensor_lines, write_lines, write_tone, write_video
-from preprocess.build.cluster import Cluster
 from preprocess.build.job import build_shards
+from preprocess.cluster import Cluster
 from shared.recipe import Recipe
 from shared.shardset.manifest import read_manifest
 from shared.streams import DEFAULT_STREAMS

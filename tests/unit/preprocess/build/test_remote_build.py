@@ -29,7 +29,7 @@ from helpers.stores import SECRET, fail_at_first, s3_server, stored_hashes, uplo
 
 from preprocess.build import job as job_module
 from preprocess.build.job import build_shards
-from preprocess.build.sources import survey_recordings
+from preprocess.recordings import survey_recordings
 from shared.errors import JobError, SessionError, ShardError, StorageError
 from shared.shardset import store as store_module
 from shared.shardset.manifest import read_manifest

@@ -19,7 +19,7 @@ from helpers.sessions import write_session, write_tone, write_video
 from helpers.stores import fail_at_first, s3_server, upload
 
 from preprocess.__main__ import cli
-from preprocess.validate.report import check_sessions
+from preprocess.validate.job import check_sessions
 from shared.recipe import Recipe
 from shared.storage import STARTUP_RETRY
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from helpers.sessions import brightness, write_video
 
-from preprocess.validate.report import check_session, check_sessions
+from preprocess.validate.job import check_sessions
+from preprocess.validate.report import check_session
 from shared.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from helpers.sets import make_config, open_windows, read_sample, set_recipe
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from preprocess.build.cluster import Cluster
 from preprocess.build.job import build_shards
+from preprocess.cluster import Cluster
 from shared.errors import ConfigError, CorruptError, MachineError, SessionError
 from shared.recipe import Recipe
 from shared.session.folder import survey_sessions

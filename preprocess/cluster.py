@@ -121,6 +121,29 @@ class Cluster:
         tasks: list[TaskWithSubtasks[ArgT, Any]] = [TaskWithSubtasks(a) for a in arguments]
         return self.run(function, tasks, subtask=function, label=label, work_s=work_s)
 
+    def iterate(
+        self,
+        function: Callable[[ArgT], ResultT],
+        arguments: Sequence[ArgT],
+        *,
+        label: str,
+        work_s: float = math.inf,
+    ) -> Iterator[tuple[int, ResultT | Exception]]:
+        """Call a function with each argument; yield index and outcome of each as it ends.
+
+        A failure is an outcome: the other calls go on. `work_s` is as in :meth:`map`. Calls that
+        have not started when the caller stops iterating are dropped.
+        """
+        iterate = _run_in_process if self.is_in_process(work_s=work_s) else self._run_on_cluster
+        with self._progress() as progress:
+            bar = progress.add_task(label, total=len(arguments))
+            for index, outcome in iterate(
+                function, function, [TaskWithSubtasks(a) for a in arguments]
+            ):
+                if index is not None:
+                    yield index, outcome
+                progress.advance(bar)
+
     def run(
         self,
         function: Callable[..., ResultT],

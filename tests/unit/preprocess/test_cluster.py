@@ -23,8 +23,8 @@ from helpers.oracles import (
 from helpers.processes import await_true, finish, launch
 from rich.console import Console
 
-from preprocess.build.cluster import Cluster, TaskWithSubtasks
 from preprocess.build.job import build_shards
+from preprocess.cluster import Cluster, TaskWithSubtasks
 from shared.errors import JobError, SessionError, StorageError
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**16})
@@ -100,7 +100,7 @@ SLEEPING_JOB = """
 import signal, sys, time
 from pathlib import Path
 from rich.console import Console
-from preprocess.build.cluster import Cluster
+from preprocess.cluster import Cluster
 
 def sleep(mark):
     Path(mark).touch()
@@ -217,7 +217,7 @@ def test_local_workers_that_die_while_they_start_are_started_again(monkeypatch, 
 def test_idle_workers_are_reported(tmp_path, monkeypatch, num_workers, task_s, says):
     recorded = write_tiny_sessions(tmp_path / "sessions")
     recipe = tiny_recipe(split={"val_fraction": 0})
-    monkeypatch.setattr("preprocess.build.cluster.MIN_WORK_S", 0.0)
+    monkeypatch.setattr("preprocess.cluster.MIN_WORK_S", 0.0)
     text = io.StringIO()
     with DividingCluster(
         scheduler=None, num_workers=num_workers, console=Console(file=text)
