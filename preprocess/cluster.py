@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from rich.progress import (
     BarColumn,
@@ -46,6 +46,14 @@ STARTS = 3
 ArgT = TypeVar("ArgT")
 SubT = TypeVar("SubT")
 ResultT = TypeVar("ResultT")
+ItemT_co = TypeVar("ItemT_co", covariant=True)
+
+
+class SizedIterable(Protocol[ItemT_co]):
+    """An iterable with a length, such as a list."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[ItemT_co]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,35 +113,40 @@ class Cluster:
     def map(
         self,
         function: Callable[[ArgT], ResultT],
-        arguments: Sequence[ArgT],
+        arguments: SizedIterable[ArgT],
         *,
         label: str,
+        weights: Sequence[float] | None = None,
         work_s: float = math.inf,
     ) -> list[ResultT]:
         """Call a function with each argument; return the results in order.
 
-        The function crosses processes. `work_s` is the estimated time of the work in one process.
+        The function crosses processes. `weights` are the estimated seconds per argument in one
+        process, and `work_s`, which replaces them, those of all.
 
         Raises:
             JobError, MachineError: the job can't continue; at once, without the other tasks.
             Exception: the first failure, after the other tasks have ended.
         """
         tasks: list[TaskWithSubtasks[ArgT, Any]] = [TaskWithSubtasks(a) for a in arguments]
+        work_s = sum(weights) if weights is not None else work_s
         return self.run(function, tasks, subtask=function, label=label, work_s=work_s)
 
     def iterate(
         self,
         function: Callable[[ArgT], ResultT],
-        arguments: Sequence[ArgT],
+        arguments: SizedIterable[ArgT],
         *,
         label: str,
+        weights: Sequence[float] | None = None,
         work_s: float = math.inf,
     ) -> Iterator[tuple[int, ResultT | Exception]]:
         """Call a function with each argument; yield index and outcome of each as it ends.
 
-        A failure is an outcome: the other calls go on. `work_s` is as in :meth:`map`. Calls that
+        A failure is an outcome: the other calls go on. Estimates are as in :meth:`map`. Calls that
         have not started when the caller stops iterating are dropped.
         """
+        work_s = sum(weights) if weights is not None else work_s
         iterate = _run_in_process if self.is_in_process(work_s=work_s) else self._run_on_cluster
         with self._progress() as progress:
             bar = progress.add_task(label, total=len(arguments))
