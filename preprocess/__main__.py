@@ -142,6 +142,7 @@ def _check(
     """Check sessions; print repairs and, if wanted, each report at once."""
     from preprocess.validate.console import print_report
     from preprocess.validate.job import check_sessions
+    from preprocess.validate.page import render_session
 
     reports = []
     for checked in check_sessions(locations, recipe=recipe, fix=fix):
@@ -149,7 +150,7 @@ def _check(
             console.print(f"{checked.folder.name}: {repair}", highlight=False, markup=False)
         reports.append(checked.report)
         if page is not None:
-            page.add(checked)
+            page.add(render_session(checked))
         if is_printed:
             print_report(console, checked.report)
     return reports

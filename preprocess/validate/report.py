@@ -15,6 +15,7 @@ from preprocess.validate import line_checks, value_checks
 from preprocess.validate.probe import probe_session
 from preprocess.validate.repair import plan_repairs
 from preprocess.validate.still_checks import check_still
+from preprocess.validate.timeline import absent_state, measure_stream
 from shared.clock import measure_rate_hz
 from shared.errors import EngineError, MachineError, SessionError
 from shared.machine import describe_os_error
@@ -80,8 +81,8 @@ class ValidationReport:
     notes: tuple[str, ...] = ()
     """What is worth knowing, and is no fault."""
     stats: Mapping[str, Any] = field(default_factory=dict)
-    """Plain JSON values: length_s, clock_offset_s, lines of each file, absent with the reason, and
-    streams: statistics of each stream by its kind."""
+    """Plain JSON values: length_s, clock_offset_s, lines of each file, absent with the reason and
+    absent_states, and streams: statistics of each stream by its kind."""
 
     is_unchecked: bool = False
     """Whether the machine could not read the session, which may be good; `errors` says why."""
@@ -221,12 +222,18 @@ def _collect_stats(probe: SessionProbe) -> dict[str, Any]:
         "clock_offset_s": round(probe.offset_s, 6),
         "lines": {file: probe.num_lines(file) for file in probe.files},
         "absent": {name: printable(reason) for name, reason in probe.absent.items()},
+        "absent_states": {
+            name: absent_state(name, probe)
+            for name in probe.recipe.streams
+            if name not in probe.intervals
+        },
         "streams": {
             name: {
                 "kind": probe.recipe.streams[name].kind.value,
                 "start_s": round(interval.start_s, 3),
                 "stop_s": round(interval.stop_s, 3),
                 **_STATISTICS[probe.recipe.streams[name].kind][0](name, probe),
+                **measure_stream(name, probe),
             }
             for name, interval in probe.intervals.items()
         },

@@ -7,7 +7,7 @@ contain.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,8 +62,6 @@ class StreamTimeline:
     """When it starts and ends."""
     flaws: str = ""
     """The number of gaps, and the longest."""
-    share: float = 0.0
-    """Part of the session that is not masked, 0 to 1."""
 
 
 def draw_timelines(probe: SessionProbe, axis: TimeAxis) -> list[StreamTimeline]:
@@ -81,11 +79,22 @@ def stream_gaps(times_s: NDArray[np.float64], spec: StreamSpec) -> list[Stretche
     return [Stretches(k, times_s[:-1][is_gap], times_s[1:][is_gap]) for k, is_gap in kinds.items()]
 
 
-def _absent_stream(name: str, probe: SessionProbe) -> StreamTimeline:
-    """Return the timeline of a stream that was not recorded."""
+def absent_state(name: str, probe: SessionProbe) -> str:
+    """Return the state of a stream that was not recorded: absent, missing or broken."""
     spec = probe.recipe.streams[name]
     is_broken = spec.file in probe.unreadable and spec.kind is not Kind.TEXT
-    state = "broken" if is_broken else "missing" if spec.required else "absent"
+    return "broken" if is_broken else "missing" if spec.required else "absent"
+
+
+def measure_stream(name: str, probe: SessionProbe) -> dict[str, Any]:
+    """Return the share of the session in which a recorded stream is not masked, and its flaws."""
+    flaws, _, share = _find_stretches(name, probe)
+    return {"share_used": round(share, 6), "flaws": sum(len(f.starts_s) for f in flaws)}
+
+
+def _absent_stream(name: str, probe: SessionProbe) -> StreamTimeline:
+    """Return the timeline of a stream that was not recorded."""
+    state = absent_state(name, probe)
     words = {"broken": "broken", "missing": "required, but missing", "absent": "absent"}[state]
     reason = probe.absent.get(name, "not recorded")
     return StreamTimeline(name=name, state=state, absent=f"{words}: {reason}")
@@ -136,7 +145,20 @@ _FLAWS: Mapping[Kind, Callable[[str, SessionProbe], tuple[_Covered, list[Stretch
 
 def _draw_stream(name: str, probe: SessionProbe, axis: TimeAxis) -> StreamTimeline:
     """Draw a recorded stream, its flaws on top."""
-    interval, duration_s = probe.intervals[name], probe.duration_s
+    flaws, masked, _ = _find_stretches(name, probe)
+    interval = probe.intervals[name]
+    recorded = Stretches("recorded", np.array([interval.start_s]), np.array([interval.stop_s]))
+    return StreamTimeline(
+        name=name,
+        bands=[band for stretches in (recorded, *flaws, masked) for band in stretches.bands(axis)],
+        note=f"{format_time(interval.start_s)} to {format_time(interval.stop_s)}",
+        flaws=_describe_flaws(flaws),
+    )
+
+
+def _find_stretches(name: str, probe: SessionProbe) -> tuple[list[Stretches], Stretches, float]:
+    """Return the flaws of a recorded stream, what is masked, and the share that is not."""
+    duration_s = probe.duration_s
     (starts_s, stops_s), flaws = _FLAWS[probe.recipe.streams[name].kind](name, probe)
     # Masked is what the stretches, both ends increasing, do not cover.
     left_s = np.clip(np.append(0.0, stops_s), 0.0, duration_s)
@@ -149,14 +171,8 @@ def _draw_stream(name: str, probe: SessionProbe, axis: TimeAxis) -> StreamTimeli
     for reason in dict.fromkeys(span.reason for span in faults):
         if reason is not MaskReason.DAMAGED:  # drawn with the frames that do not decode
             flaws.append(_stretches(reason.value, [s for s in faults if s.reason is reason]))
-    recorded = Stretches("recorded", np.array([interval.start_s]), np.array([interval.stop_s]))
-    return StreamTimeline(
-        name=name,
-        bands=[band for stretches in (recorded, *flaws, masked) for band in stretches.bands(axis)],
-        note=f"{format_time(interval.start_s)} to {format_time(interval.stop_s)}",
-        flaws=_describe_flaws(flaws),
-        share=1 - masked_share(0.0, duration_s, unused) if duration_s > 0 else 0.0,
-    )
+    share = 1 - masked_share(0.0, duration_s, unused) if duration_s > 0 else 0.0
+    return flaws, masked, share
 
 
 def _stretches(kind: str, spans: Sequence[Interval | MaskedSpan]) -> Stretches:

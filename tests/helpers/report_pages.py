@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
-from preprocess.validate.page import ReportPage
+from preprocess.validate.page import ReportPage, render_session
 from preprocess.validate.probe import probe_session
 from preprocess.validate.report import check_session
 from shared.recipe import Recipe
@@ -110,7 +110,7 @@ def render_page(*folders: Path, recipe: Recipe = RECIPE) -> Element:
     path = folders[0].parent / "page" / "report.html"
     with ReportPage(path) as page:
         for folder in folders:
-            page.add(check_session(folder, recipe=recipe))
+            page.add(render_session(check_session(folder, recipe=recipe)))
     return parse(path)
 
 

@@ -25,7 +25,7 @@ from helpers.sessions import (
 
 import preprocess.validate.page
 from preprocess.__main__ import cli
-from preprocess.validate.page import ReportPage
+from preprocess.validate.page import ReportPage, render_session
 from preprocess.validate.report import check_session
 from shared.streams import DEFAULT_STREAMS
 
@@ -126,7 +126,7 @@ def test_files_that_vanish_after_the_checks_leave_a_note(session: Path, tmp_path
     (session / "audio.wav").unlink()
     (session / "vision_left.mp4").unlink()
     with ReportPage(tmp_path / "page.html") as page:
-        page.add(checked)
+        page.add(render_session(checked))
     text = parse(tmp_path / "page.html").text
     assert "audio.wav: no picture of audio" in text
     assert "vision_left.mp4: no picture of vision_left" in text
@@ -172,7 +172,7 @@ def test_every_real_session_is_drawn_whole(real_sessions: list[Path], tmp_path: 
     with ReportPage(path) as page:
         sessions = [check_session(folder, recipe=RECIPE) for folder in real_sessions]
         for checked in sessions:
-            page.add(checked)
+            page.add(render_session(checked))
     parsed = parse(path)
     for section, checked in zip(parsed.all("section"), sessions, strict=True):
         panels = {e.attributes.get("data-panel") for e in section.all("svg")} - {None}
