@@ -1,8 +1,9 @@
-"""Judge whole sessions and media: pure functions from a probe to findings.
+"""Judge whole sessions: pure functions from a probe to findings.
 
 A check is a function of a :class:`preprocess.validate.probe.SessionProbe` and opens nothing. A
 finding has a level, the streams that it is about, and one sentence: where, what, and how to fix it.
-Checks of lines are in :mod:`preprocess.validate.line_checks`, of sensor values in
+Checks of media are in :mod:`preprocess.validate.media_checks`, of lines in
+:mod:`preprocess.validate.line_checks`, of sensor values in
 :mod:`preprocess.validate.value_checks`; the table of all checks is in
 :mod:`preprocess.validate.report`.
 
@@ -17,11 +18,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from preprocess.validate.repair_plan import RepairKind
-from shared.clock import EPSILON_S, Interval, frame_mask, nearest
-from shared.media.channels import SILENCE_RMS
+from shared.clock import EPSILON_S, Interval
 from shared.session.folder import SESSION_INFO_FILE
 from shared.session.lines import keys_of
 from shared.session.names import describe_unused
@@ -30,14 +28,15 @@ from shared.session.timestamps import describe_left_out
 from shared.streams import Kind, MaskReason, SensorStream, TextStream, mask_reasons
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from preprocess.validate.probe import SessionProbe, VideoProbe
-    from shared.media.riff import WavHeader
+    from preprocess.validate.probe import SessionProbe
     from shared.session.lines import ParseIssue
     from shared.session.names import UnusedName
 
-Level = Literal["note", "warning", "error"]
+Level = Literal["note", "warning", "error", "unassessed"]
+"""What a finding means. "unassessed" is no fault: a check could not judge the streams that it
+names, or, without streams, anything; the message is the reason alone."""
 
 MAX_MESSAGES = 5
 """Messages of one kind that are written out; the others are counted."""
@@ -50,16 +49,6 @@ MIN_DRIFT_LENGTH_S = 10.0
 
 MAX_DRIFT_PPM = 10_000.0
 """A larger difference is not drift: one of the two was cut off. Quartz clocks have under 100."""
-
-MIN_RATED_FRAMES = 3
-"""Fewer frames have no regular rate that gaps could be judged by."""
-
-MIN_CLIPPED = 8
-"""Fewer full-scale samples come from normalizing to full scale."""
-
-MAX_CLIPPED_SHARE = 0.01
-FLOAT_SCALE_PEAK = 8.0
-"""Float sound above this level contains integers, not samples of full scale 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,121 +209,6 @@ def check_starts(probe: SessionProbe) -> list[Finding]:
         for name, origin_s in origins_s.items()
         if name not in probe.placement.starts and abs(origin_s) > END_WARNING_S
     ]
-
-
-def check_audio(probe: SessionProbe) -> list[Finding]:
-    """Check that sound is complete, not silent, not clipped, and has full scale 1."""
-    findings: list[Finding] = []
-    for name, audio in probe.audio.items():
-        sound = audio.sound
-        faults: list[tuple[Level, str]] = []
-        if audio.header is not None:
-            faults += _header_faults(audio.header, probe, probe.recipe.streams[name].file)
-        if sound.num_bad:
-            message = f"{sound.num_bad} samples are not finite numbers and are read as 0"
-            faults.append(("warning", f"{message}; fix: export it again"))
-        if audio.rms <= SILENCE_RMS:
-            message = f"silent (RMS {audio.rms:.5f}, needs over {SILENCE_RMS:g})"
-            level: Level = "error" if probe.recipe.streams[name].required else "warning"
-            faults.append((level, f"{message}; fix: check the microphone"))
-        advice = "none is needed, unless its channels or its level are wrong in the recording"
-        faults += [("warning", f"{clause}; fix: {advice}") for clause in sound.mix.describe()]
-        num_samples = audio.interval.duration_s * sound.source_rate_hz * sound.source_channels
-        share = sound.num_clipped / max(1.0, num_samples)
-        if sound.peak > FLOAT_SCALE_PEAK:
-            message = f"samples reach {sound.peak:g}, full scale is 1"
-            faults.append(("error", f"{message}; fix: divide them by the recorder's scale"))
-        elif sound.num_clipped >= MIN_CLIPPED:
-            message = f"clipped: {sound.num_clipped} samples ({share:.3%}) at full scale"
-            level = "error" if share > MAX_CLIPPED_SHARE else "warning"
-            faults.append((level, f"{message}; fix: record quieter"))
-        file = probe.source(name)
-        findings += [Finding(level, f"{file}: {text}", (name,)) for level, text in faults]
-    return findings
-
-
-def _header_faults(
-    header: WavHeader, probe: SessionProbe, file: str
-) -> Iterator[tuple[Level, str]]:
-    """Say what is wrong with the sizes in a WAV header."""
-    seconds = f"{header.num_bytes / max(1, header.bytes_per_s):.2f} s"
-    if header.missing_bytes:
-        message = (
-            f"the header declares {header.missing_bytes} bytes more than the file has: the "
-            f"recording was cut off at {seconds}; fix: copy it again if the original is longer"
-        )
-        yield "warning", message
-    elif header.is_wrong:
-        fault = f"declares {header.declared_bytes} bytes of sound, the file has {header.num_bytes}"
-        if header.declared_bytes == header.num_bytes:
-            fault = "gives wrong sizes to the file or to a chunk"
-        action = probe.plan().advise(RepairKind.SIZES, file, "write the right sizes")
-        yield "warning", f"the header {fault}; all {seconds} are read; fix: {action}"
-
-
-def check_video(probe: SessionProbe) -> list[Finding]:
-    """Check that frames decode, that the container is whole, and where their times come from."""
-    findings: list[Finding] = []
-    for name, video in probe.videos.items():
-        file = probe.source(name)
-        damaged = [
-            f"{file} {start_s:.2f}-{stop_s:.2f} s: frames are damaged or follow damage or a lost "
-            f"frame, up to the next keyframe: {count} in all; masked; fix: copy it again if the "
-            "original is whole"
-            for start_s, stop_s, count in video.damaged_stretches()
-        ]
-        findings += stream_findings("error", damaged, name, probe)
-        messages = [*_container_messages(name, video), *_sparse_messages(name, probe)]
-        findings += [Finding(level, f"{file}{text}", (name,)) for level, text in messages]
-    return findings
-
-
-def _container_messages(name: str, video: VideoProbe) -> Iterator[tuple[Level, str]]:
-    """Describe what a video's container lacks, and what was chosen of it."""
-    track = video.track
-    if track.num_lost:
-        text = f": cut off at {track.stop_s:.2f} s: its index lists {track.num_lost} frames more"
-        yield "error", f"{text}; fix: copy it again from the recorder"
-    if track.cut is not None:
-        yield "warning", f" ends at {track.stop_s:.2f} s: {track.cut}"
-    for start_s, stop_s, count in track.runs(video.lost_start):
-        text = (
-            f" {start_s:.2f}-{stop_s:.2f} s: frames before the first keyframe can't be decoded: "
-            f"{count} in all; masked; fix: none for this file; let the recorder begin with one"
-        )
-        yield "warning", text
-    if track.num_tracks > 1:
-        text = (
-            f": contains {track.num_tracks} video tracks; the largest is read: {track.codec} "
-            f"{track.width}x{track.height}, {len(track.pts)} frames; fix: if it is the wrong one, "
-            "keep only the right one (`ffmpeg -i FILE -map 0:v:NUMBER -c copy NEW.mp4`)"
-        )
-        yield "warning", text
-    if track.assumed_rate_hz is not None:
-        rate = f"{track.assumed_rate_hz:g}"
-        text = (
-            f": is a bare {track.codec} stream without times; frames are placed at the {rate} "
-            f"frames per second that it declares; fix: if that is wrong, write {rate} / RATE as "
-            f'FACTOR in "stretch": {{"{name}": FACTOR}} into {SESSION_INFO_FILE}, or re-encode it '
-            "(`ffmpeg -r RATE -i FILE NEW.mp4`)"
-        )
-        yield "warning", text
-
-
-def _sparse_messages(name: str, probe: SessionProbe) -> Iterator[tuple[Level, str]]:
-    """Say what is masked of a video with too few frames for a rate or a gap."""
-    spec, interval = probe.recipe.videos[name], probe.intervals[name]
-    times_s = probe.videos[name].track.times_s
-    grid_s = np.arange(interval.start_s, interval.stop_s, 1 / spec.rate_hz)
-    _, error_s = nearest(times_s, grid_s)
-    share = 1 - float(frame_mask(error_s, tolerance_s=spec.tolerance_s).mean())
-    if len(times_s) < MIN_RATED_FRAMES and share > 0:
-        text = (
-            f": only {len(times_s)} frames in {interval.duration_s:.2f} s; {share:.0%} of its "
-            f"pictures at {spec.rate_hz:g} Hz are masked, as no frame is near; fix: record at a "
-            "steadier frame rate"
-        )
-        yield "warning", text
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,12 @@ def print_report(console: Console, report: ValidationReport) -> None:
         for message in messages:
             line = Text("  ").append(label, style=style).append(f"  {message}")
             console.print(line, soft_wrap=True)
+    checks_of: dict[str, list[str]] = {}
+    for check, reason in report.not_assessed.items():
+        checks_of.setdefault(reason, []).append(check)
+    for reason, checks in checks_of.items():
+        line = Text(f"  not assessed: {', '.join(checks)}: {reason}", style="dim")
+        console.print(line, soft_wrap=True)
 
 
 def print_summary(console: Console, reports: Sequence[ValidationReport]) -> None:

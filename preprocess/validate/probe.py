@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -54,6 +54,14 @@ if TYPE_CHECKING:
     from shared.session.names import UnusedName
     from shared.session.rates import RateFault
     from shared.session.timestamps import WrongLines, WrongUnit
+
+READER_VERSION = 1
+"""Raise it when a change of the readers (containers, sound, lines, clocks) can change what any
+check finds: kept verdicts of other versions do not count."""
+
+Depth = Literal["quick", "full"]
+"""How much of a session is read. quick: all lines, and what headers, containers and packets tell;
+no frame and no sound is decoded. full: everything."""
 
 NUM_STRETCHES = 16
 STRETCH_FRAMES = 60
@@ -218,9 +226,13 @@ class SessionProbe:
 
 
 def probe_session(
-    path: Path, *, recipe: Recipe, unused: Sequence[UnusedName] | None = None
+    path: Path,
+    *,
+    recipe: Recipe,
+    unused: Sequence[UnusedName] | None = None,
+    depth: Depth = "full",
 ) -> SessionProbe:
-    """Read everything that the checks judge.
+    """Read everything that the checks of a depth judge.
 
     `unused` are files of the session that no stream uses; None finds those in the folder.
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from preprocess.validate import checks as session_checks
-from preprocess.validate import line_checks, value_checks
-from preprocess.validate.probe import probe_session
+from preprocess.validate import line_checks, media_checks, value_checks
+from preprocess.validate.checks import Finding
+from preprocess.validate.probe import READER_VERSION, probe_session
 from preprocess.validate.repair import plan_repairs
 from preprocess.validate.still_checks import check_still
 from preprocess.validate.timeline import absent_state, measure_stream
@@ -26,43 +27,70 @@ from shared.streams import Kind
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
+    from typing import Self
 
-    from preprocess.validate.checks import Finding
-    from preprocess.validate.probe import SessionProbe
+    from preprocess.validate.checks import Level
+    from preprocess.validate.probe import Depth, SessionProbe
     from shared.recipe import Recipe
     from shared.session.names import UnusedName
 
 Status = Literal["passed", "warnings", "failed", "unchecked"]
+CheckStatus = Literal["passed", "warnings", "failed", "not assessed"]
 StreamStatus = Literal["passed", "warnings", "failed", "absent"]
 
-CHECKS: Mapping[str, Callable[[SessionProbe], list[Finding]]] = {
-    "files": session_checks.check_files,
-    "names": session_checks.check_names,
-    "streams": session_checks.check_streams,
-    "lines": line_checks.check_lines,
-    "timestamps": line_checks.check_timestamps,
-    "left out": session_checks.check_left_out,
-    "clock": session_checks.check_clock,
-    "starts": session_checks.check_starts,
-    "gaps": line_checks.check_gaps,
-    "rates": line_checks.check_rates,
-    "expectations": line_checks.check_expectations,
-    "values": value_checks.check_values,
-    "velocities": value_checks.check_velocities,
-    "saturation": value_checks.check_saturation,
-    "still": check_still,
-    "sound": session_checks.check_audio,
-    "video": session_checks.check_video,
-    "clock rates": session_checks.check_clock_rates,
-    "durations": session_checks.check_durations,
-    "drift": session_checks.check_drift,
-    "text": session_checks.check_text,
-    "length": session_checks.check_length,
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How a session is judged in one respect."""
+
+    function: Callable[[SessionProbe], list[Finding]]
+    version: int = 1
+    """Raise it when the check can find something else in the same session, in any of its messages:
+    kept verdicts of other versions do not count. For a change of the readers, raise
+    :data:`preprocess.validate.probe.READER_VERSION` instead."""
+    depth: Depth = "quick"
+    """What it needs; a check that needs decoding is not assessed when a session is read quickly."""
+
+
+CHECKS: Mapping[str, Check] = {
+    "files": Check(session_checks.check_files),
+    "names": Check(session_checks.check_names),
+    "streams": Check(session_checks.check_streams),
+    "lines": Check(line_checks.check_lines),
+    "timestamps": Check(line_checks.check_timestamps),
+    "left out": Check(session_checks.check_left_out),
+    "clock": Check(session_checks.check_clock),
+    "starts": Check(session_checks.check_starts),
+    "gaps": Check(line_checks.check_gaps),
+    "rates": Check(line_checks.check_rates),
+    "expectations": Check(line_checks.check_expectations),
+    "values": Check(value_checks.check_values),
+    "velocities": Check(value_checks.check_velocities),
+    "saturation": Check(value_checks.check_saturation),
+    "still": Check(check_still),
+    "sound": Check(media_checks.check_sound),
+    "levels": Check(media_checks.check_levels, depth="full"),
+    "video": Check(media_checks.check_video),
+    "frames": Check(media_checks.check_frames, depth="full"),
+    "clock rates": Check(session_checks.check_clock_rates),
+    "durations": Check(session_checks.check_durations),
+    "drift": Check(session_checks.check_drift),
+    "text": Check(session_checks.check_text),
+    "length": Check(session_checks.check_length),
 }
 """Every check of a session, in the order of their messages."""
 
-SINGLE_FILE_CHECKS = frozenset({"files", "gaps", "starts", "still", "sound", "video"})
+CHECK_VERSIONS: Mapping[str, str] = {
+    name: f"{READER_VERSION}.{check.version}" for name, check in CHECKS.items()
+}
+"""Version of each check together with the readers; a kept verdict must agree in all of them."""
+
+SINGLE_FILE_CHECKS = frozenset(
+    {"files", "gaps", "starts", "still", "sound", "levels", "video", "frames"}
+)
 """Checks of a single file; the others compare streams, or need a whole session."""
+
+NEEDS_DECODING = "needs decoding; run without --quick"
 
 _SILENT_DBFS = -120.0
 
@@ -72,8 +100,11 @@ class ValidationReport:
     """The outcome of all checks of one session."""
 
     session: str
-    checks: Mapping[str, Status] = field(default_factory=dict)
+    checks: Mapping[str, CheckStatus] = field(default_factory=dict)
     """Outcome of each check in :data:`CHECKS`."""
+    not_assessed: Mapping[str, str] = field(default_factory=dict)
+    """Check -> why it could not judge the session, or some streams, which the reason then names.
+    It is no fault, and never changes a status."""
     streams: Mapping[str, StreamStatus] = field(default_factory=dict)
     """Outcome of all checks for each declared stream."""
     warnings: tuple[str, ...] = ()
@@ -86,6 +117,8 @@ class ValidationReport:
 
     is_unchecked: bool = False
     """Whether the machine could not read the session, which may be good; `errors` says why."""
+    depth: Depth = "full"
+    """How much of the session was read."""
 
     @property
     def status(self) -> Status:
@@ -101,9 +134,17 @@ class ValidationReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
         messages = {key: list(getattr(self, key)) for key in ("warnings", "errors", "notes")}
-        mappings = {"checks": dict(self.checks), "streams": dict(self.streams)}
-        own = {"session": self.session, "status": self.status}
+        keys = ("checks", "not_assessed", "streams")
+        mappings = {key: dict(getattr(self, key)) for key in keys}
+        own = {"session": self.session, "status": self.status, "depth": self.depth}
         return {**own, **mappings, **messages, "stats": dict(self.stats)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the report that :meth:`as_dict` made the values of."""
+        own = {key: value for key, value in values.items() if key != "status"}
+        messages = {key: tuple(values[key]) for key in ("warnings", "errors", "notes")}
+        return cls(**{**own, **messages}, is_unchecked=values["status"] == "unchecked")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +167,12 @@ def check_session(
     recipe: Recipe,
     checks: Collection[str] = CHECKS.keys(),
     unused: Sequence[UnusedName] | None = None,
+    depth: Depth = "full",
 ) -> CheckedSession:
     """Check one session folder; the report is failed, without a probe, if that is impossible.
 
-    `unused` are its files that no stream uses; None finds those in the folder.
+    `unused` are its files that no stream uses; None finds those in the folder. Checks that need
+    more than `depth` are not assessed.
     """
     name = session_name(path if path.name else path.resolve())
     try:
@@ -141,24 +184,26 @@ def check_session(
             )
         if fault := explain_bad_name(name):
             raise SessionError(fault)
-        seen = probe_session(path, recipe=recipe, unused=unused)
+        seen = probe_session(path, recipe=recipe, unused=unused, depth=depth)
         # In an unconfirmed unit, a repair takes nothing from the streams: it has a scan alone.
         known = seen if all(unit.is_confirmed for unit in seen.units.values()) else None
         plan = functools.cache(lambda: plan_repairs(path, recipe=recipe, seen=known))
         probe = replace(seen, plan=plan)
-        findings = {key: check(probe) for key, check in CHECKS.items() if key in checks}
-        ordered = sorted(
-            (finding for of_check in findings.values() for finding in of_check),
-            key=lambda finding: ("error", "warning", "note").index(finding.level),
-        )
-        return CheckedSession(
-            folder=path,
-            report=_make_report(name, findings, probe),
-            probe=probe,
-            findings=tuple(ordered),
-        )
+        findings = {key: _judge(CHECKS[key], probe, depth) for key in CHECKS if key in checks}
+        report = replace(_make_report(name, findings, probe), depth=depth)
+        everything = [finding for of_check in findings.values() for finding in of_check]
+        levels: tuple[Level, ...] = ("error", "warning", "note")
+        ordered = [f for level in levels for f in everything if f.level == level]
+        return CheckedSession(folder=path, report=report, probe=probe, findings=tuple(ordered))
     except Exception as error:  # Boundary: any exception fails only this session.
         return make_failed_report(path, name, error)
+
+
+def _judge(check: Check, probe: SessionProbe, depth: Depth) -> list[Finding]:
+    """Run a check, if what was read is enough for it."""
+    if check.depth == "full" and depth == "quick":
+        return [Finding("unassessed", NEEDS_DECODING)]
+    return check.function(probe)
 
 
 def describe_totals(statuses: Sequence[Status], length: str) -> str:
@@ -201,13 +246,34 @@ def _make_report(
         streams[name] = "absent" if is_absent else status
     return ValidationReport(
         session=printable(session),
-        checks={name: _worst_status(of_check) for name, of_check in findings.items()},
+        checks={name: _check_status(of_check) for name, of_check in findings.items()},
+        not_assessed={
+            name: printable(reason)
+            for name, of_check in findings.items()
+            if (reason := _describe_unassessed(of_check))
+        },
         streams=streams,
         warnings=tuple(printable(f.message) for f in everything if f.level == "warning"),
         errors=tuple(printable(f.message) for f in everything if f.level == "error"),
         notes=tuple(printable(f.message) for f in everything if f.level == "note"),
         stats=_collect_stats(probe),
     )
+
+
+def _describe_unassessed(findings: list[Finding]) -> str:
+    """Return what a check could not judge, and why; empty if it judged everything."""
+    return "; ".join(
+        f"{', '.join(finding.streams)}: {finding.message}" if finding.streams else finding.message
+        for finding in findings
+        if finding.level == "unassessed"
+    )
+
+
+def _check_status(findings: list[Finding]) -> CheckStatus:
+    """Return the outcome of a check; what it could not judge hides no fault that it found."""
+    status = _worst_status(findings)
+    is_idle = any(f.level == "unassessed" and not f.streams for f in findings)
+    return "not assessed" if is_idle and status == "passed" else status
 
 
 def _worst_status(findings: list[Finding]) -> Literal["passed", "warnings", "failed"]:

@@ -168,17 +168,17 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "frozen": (
         for_each(lambda line: line.update(proprio=[0.5] * 20)), "still", "failed", "frozen",
     ),
-    "muted": (sound(np.zeros(32_000)), "sound", "failed", "silent"),
+    "muted": (sound(np.zeros(32_000)), "levels", "failed", "silent"),
     "antiphase": (
-        sound(np.stack([tone(), -tone()], axis=1)), "sound", "warnings", "channel 1 is inverted",
+        sound(np.stack([tone(), -tone()], axis=1)), "levels", "warnings", "channel 1 is inverted",
     ),
-    "offset": (sound(0.3 + 0.1 * tone()), "sound", "warnings", "an offset of 0.300"),
+    "offset": (sound(0.3 + 0.1 * tone()), "levels", "warnings", "an offset of 0.300"),
     "unfinished header": (
         empty_header, "sound", "warnings", "declares 0 bytes of sound",
     ),
-    "clipped": (sound(np.clip(4 * tone(), -1, 1)), "sound", "failed", "clipped"),
-    "integer floats": (sound(9000 * tone(), "FLOAT"), "sound", "failed", "full scale is 1"),
-    "nan sound": (sound(NAN_SOUND, "FLOAT"), "sound", "warnings", "320 samples are not finite"),
+    "clipped": (sound(np.clip(4 * tone(), -1, 1)), "levels", "failed", "clipped"),
+    "integer floats": (sound(9000 * tone(), "FLOAT"), "levels", "failed", "full scale is 1"),
+    "nan sound": (sound(NAN_SOUND, "FLOAT"), "levels", "warnings", "320 samples are not finite"),
     "sound cut": (halve("audio.wav"), "sound", "warnings", "header declares"),
     "video cut": (cut_video, "video", "failed", "its index lists"),
     "short sound": (

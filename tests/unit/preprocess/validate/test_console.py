@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import pytest
 from rich.console import Console
 
 from preprocess.validate.console import exit_code_of, print_report, print_summary, to_json_lines
@@ -54,8 +56,37 @@ def test_brackets_in_messages_are_printed_as_they_are() -> None:
 def test_json_lines_are_the_reports_as_dictionaries() -> None:
     assert [json.loads(line) for line in to_json_lines(REPORTS)] == [r.as_dict() for r in REPORTS]
     assert set(REPORTS[0].as_dict()) == {
-        "session", "status", "checks", "streams", "warnings", "errors", "notes", "stats",
+        "session", "status", "depth", "checks", "not_assessed", "streams", "warnings", "errors",
+        "notes", "stats",
     }  # fmt: skip
+
+
+def test_what_was_not_assessed_is_grouped_by_its_reason_and_changes_no_status() -> None:
+    reasons = {"levels": "needs decoding", "frames": "needs decoding", "drift": "one clock"}
+    report = replace(REPORTS[0], not_assessed=reasons)
+    text = _printed(lambda console: print_report(console, report))
+    assert [line.strip() for line in text.splitlines()[1:]] == [
+        "not assessed: levels, frames: needs decoding",
+        "not assessed: drift: one clock",
+    ]
+    assert exit_code_of([report], strict=True) == 0
+
+
+@pytest.mark.parametrize("is_unchecked", [False, True])
+def test_a_kept_report_reads_back_as_it_was(is_unchecked: bool) -> None:
+    report = ValidationReport(
+        session="s",
+        checks={"sound": "passed", "drift": "not assessed"},
+        not_assessed={"drift": "one clock"},
+        streams={"audio": "absent"},
+        warnings=("w",),
+        errors=("e",) if is_unchecked else (),
+        notes=("n",),
+        stats=REPORTS[0].stats,
+        is_unchecked=is_unchecked,
+        depth="quick",
+    )
+    assert ValidationReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
 
 def test_strict_counts_warnings_as_failures() -> None:
