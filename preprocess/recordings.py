@@ -7,6 +7,7 @@ task runs. After reading, the task checks that the files are still the same.
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,12 @@ from shared.session.folder import (
     scanned_files,
     source_files,
     survey_sessions,
-    unused_files,
 )
 from shared.session.names import (
     describe_unused,
     explain_bad_name,
     find_unused_files,
+    list_names,
     printable,
     session_folder,
     session_name,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shared.recipe import Recipe
-    from shared.session.names import UnusedName
+    from shared.session.names import Listing, UnusedName
     from shared.shardset.store import ShardSetStore
 
 
@@ -117,16 +118,18 @@ def survey_recordings(
     parsed = parse_location(location)
     if isinstance(parsed, Store):
         return _survey_store(parsed.with_policy(STARTUP_RETRY), recipe)
-    names, survey = scanned_files(recipe), survey_sessions(parsed, recipe)
+    names, sources = scanned_files(recipe), frozenset(source_files(recipe))
     recordings: dict[str, Recording] = {}
-    for path in survey.folders:
-        folder = path.absolute()
+
+    def add(path: Path, listing: Listing | None) -> None:
         recordings[session_name(path)] = LocalRecording(
             name=session_name(path),
-            folder=folder,
-            stamp=_stamp_of_folder(folder, names),
-            unused=unused_files(folder, recipe),
+            folder=path.absolute(),
+            stamp=_stamp_of_folder(path, names, listing),
+            unused=find_unused_files(list_names(listing, sources), sources),
         )
+
+    survey = survey_sessions(parsed, recipe, visit=add)
     return recordings, survey.skipped
 
 
@@ -207,12 +210,18 @@ def _explain_stored_folder(
     return "; ".join(describe_unused(files)[0].values()), True
 
 
-def _stamp_of_folder(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
+def _stamp_of_folder(
+    folder: Path, names: Iterable[str], listing: Listing | None = None
+) -> dict[str, list[Any]]:
     """Return size and modification time in ns of each of these files that exists."""
     stamp: dict[str, list[Any]] = {}
+    listed = None if listing is None else {name.casefold() for name in listing}
     for name in names:
+        if listed is not None and name.casefold() not in listed:  # as some file systems compare
+            continue
+        entry = (listing or {}).get(name, folder / name)
         try:
-            status = read_steadily((folder / name).stat, folder / name)
+            status = read_steadily(entry.stat, os.fspath(entry))
         except (FileNotFoundError, NotADirectoryError):
             continue
         stamp[name] = [status.st_size, status.st_mtime_ns]

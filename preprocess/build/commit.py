@@ -236,12 +236,9 @@ def _session_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
     if reason is not None:
         return
     yield from _stretch_lines(scan, recipe)
-    for segment in scan.segments(recipe):
-        reason = scan.rejection(segment.index, recipe)
-        if reason is not None:
-            times = {"start_s": segment.start_s, "stop_s": segment.stop_s}
-            which = {"segment": segment.index, **times}
-            yield {"level": "segment", **session, **which, "reason": reason}
+    for number, reason in scan.rejections(recipe).items():
+        times = {"start_s": number * recipe.segment_s, "stop_s": (number + 1) * recipe.segment_s}
+        yield {"level": "segment", **session, "segment": number, **times, "reason": reason}
 
 
 def _stretch_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -251,8 +248,9 @@ def _stretch_lines(scan: SessionScan, recipe: Recipe) -> Iterator[dict[str, Any]
         for span in spans:
             times = {"start_s": span.start_s, "stop_s": span.stop_s, "mask": span.reason.value}
             yield {"level": "stream", **session, "stream": stream, **times, "reason": span.message}
-    stored = scan.stored_segments(recipe)
-    for stream, shares in scan.coverage.items():
+    incomplete = {name: shares for name, shares in scan.coverage.items() if not all(shares)}
+    stored = scan.stored_segments(recipe) if incomplete else ()
+    for stream, shares in incomplete.items():
         gaps = [segment for segment in stored if not shares[segment]]
         for _, run in itertools.groupby(enumerate(gaps), key=lambda item: item[1] - item[0]):
             segments = [segment for _, segment in run]

@@ -36,6 +36,7 @@ from shared.session.names import (
     explain_bad_name,
     find_unused_files,
     find_unused_keys,
+    list_folder,
     list_names,
     printable,
     session_name,
@@ -45,10 +46,11 @@ from shared.session.tables import TableError, choose_columns, open_table
 from shared.streams import METADATA_FILE, SensorStream, TextStream
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from shared.recipe import Recipe
     from shared.session.lines import FileLines, Readings, TextEvent
+    from shared.session.names import Listing
     from shared.session.tables import Table
     from shared.streams import StreamSpec
 
@@ -111,10 +113,16 @@ class FoundSessions:
     skipped: tuple[SkippedFolder, ...]
 
 
-def survey_sessions(root: Path | str, recipe: Recipe) -> FoundSessions:
+def survey_sessions(
+    root: Path | str,
+    recipe: Recipe,
+    *,
+    visit: Callable[[Path, Listing | None], None] | None = None,
+) -> FoundSessions:
     """Find the session folders below `root` (or `root` itself), and those that are left out.
 
-    A session folder holds at least one source file of the recipe. Links are followed.
+    A session folder holds at least one source file of the recipe. Links are followed. Each folder
+    is listed once; `visit` gets each session folder with its listing, if it can be listed.
 
     Raises:
         SessionError: the folder doesn't exist or holds no session.
@@ -128,18 +136,20 @@ def survey_sessions(root: Path | str, recipe: Recipe) -> FoundSessions:
         )
     paths = [p for p in root.iterdir() if not p.name.startswith(".")]
     paths = [root] if is_session(root, recipe) else sorted(paths, key=session_name)
-    folders, skipped = [], []
+    folders, skipped, sources = [], [], source_files(recipe)
     for path in paths:
-        reason = explain_bad_name(session_name(path))
-        if is_session(path, recipe) and not reason:
+        listing = list_folder(path)
+        if _holds(path, sources, listing) and not explain_bad_name(session_name(path)):
             folders.append(path)
+            if visit is not None:
+                visit(path, listing)
         elif folder := _explain_folder(path, recipe):
             skipped.append(folder)
     if not folders:
         reasons = [f"{folder.name}: {folder.reason}" for folder in skipped]
         raise SessionError(
             f"{printable(str(root))}: no session in it; "
-            f"{explain_no_session(reasons, list_names(root, ()), recipe)}"
+            f"{explain_no_session(reasons, list_names(list_folder(root), ()), recipe)}"
         )
     return FoundSessions(folders=tuple(folders), skipped=tuple(skipped))
 
@@ -147,12 +157,22 @@ def survey_sessions(root: Path | str, recipe: Recipe) -> FoundSessions:
 def unused_files(path: Path, recipe: Recipe) -> tuple[UnusedName, ...]:
     """Return the files and folders in a session folder that no declared stream uses."""
     sources = source_files(recipe)
-    return find_unused_files(list_names(path, sources), sources)
+    return find_unused_files(list_names(list_folder(path), sources), sources)
 
 
 def is_session(path: Path, recipe: Recipe) -> bool:
     """Check whether a folder holds at least one source file, or a link to one."""
-    return any(os.path.lexists(path / name) for name in source_files(recipe))
+    return _holds(path, source_files(recipe), None)
+
+
+def _holds(path: Path, sources: Collection[str], listing: Listing | None) -> bool:
+    """Check whether a folder, which may have been listed, holds at least one of some files."""
+    with suppress(OSError):  # in a folder that may be listed only
+        for name in sources:
+            if listing and name in listing:
+                listing[name].stat(follow_symlinks=False)
+                return True
+    return any(os.path.lexists(path / name) for name in sources)
 
 
 def explain_no_session(reasons: Sequence[str], names: Iterable[str], recipe: Recipe) -> str:
@@ -181,7 +201,7 @@ def _explain_folder(path: Path, recipe: Recipe) -> SkippedFolder | None:
         is_recording = False
         reason = explain_nested([*map(str, parents)], sum(parents.values()))
     else:
-        files = find_unused_files(list_names(path, ()), source_files(recipe))
+        files = find_unused_files(list_names(list_folder(path), ()), source_files(recipe))
         reason = "; ".join(describe_unused(files)[0].values())
     if not reason:
         return None

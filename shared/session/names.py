@@ -76,9 +76,9 @@ def typed_name(argument: str) -> str:
 
 def explain_bad_name(name: str) -> str:
     """Explain why a session can't have a name; empty if it can."""
-    bad = next((char for char in name if not char.isprintable()), "")
-    if not bad:  # tar readers and JSON take it as part of keys
+    if name.isprintable():  # tar readers and JSON take it as part of keys
         return ""
+    bad = next(char for char in name if not char.isprintable())
     fault = f"contains {printable(bad)}, which is not printable"
     if unicodedata.category(bad) == "Cs":
         fault = "is not UTF-8"
@@ -87,6 +87,8 @@ def explain_bad_name(name: str) -> str:
 
 def printable(text: str) -> str:
     """Escape the characters that a terminal or a JSON reader refuses."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
@@ -102,25 +104,36 @@ class UnusedName:
     """Declared name that the session lacks, which is probably meant."""
 
 
-def list_names(folder: Path, sources: Collection[str]) -> list[str]:
+Listing = dict[str, "os.DirEntry[str]"]
+"""The entries of a folder by name."""
+
+
+def list_folder(folder: Path) -> Listing | None:
+    """List a folder by one request; None if it can't be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry for entry in entries}
+    except OSError:
+        return None
+
+
+def list_names(listing: Listing | None, sources: Collection[str]) -> list[str]:
     """List the files and folders in a session folder, and `sources` that are in these folders."""
     names: list[str] = []
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError:
-        return []
-    for path in entries:
-        if path.is_dir():
-            inside = [name for name in sources if os.path.lexists(path / name)]
-            names += [f"{session_name(path)}/{name}" for name in ("", *inside)]
+    for name, entry in sorted((listing or {}).items()):
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
+            inside = [n for n in sources if os.path.lexists(f"{entry.path}/{n}")]
+            names += [f"{name}/{other}" for other in ("", *inside)]
         else:
-            names.append(session_name(path))
-    return [printable(name) for name in names]
+            names.append(name)
+    return [printable(os.fsencode(n).decode("utf-8", "surrogateescape")) for n in names]
 
 
 def find_unused_files(names: Iterable[str], sources: Collection[str]) -> tuple[UnusedName, ...]:
     """Find the listed names that are neither `sources` nor usual companions of recordings."""
     names = sorted(names)
+    if all(name in sources for name in names):
+        return ()
     lacking = sorted(set(sources).difference(names))
     filled = Counter(path.partition("/")[0] for path in names if path.partition("/")[2])
     unused: list[UnusedName] = []

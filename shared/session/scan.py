@@ -13,7 +13,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Mapping  # noqa: TC003 (read at run time by scan_from_json)
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -129,13 +129,33 @@ class SessionScan:
         """List the segments that are stored, in order."""
         if self.session_rejection(recipe) is not None:
             return []
-        return [i for i in range(self.num_segments) if self.rejection(i, recipe) is None]
+        rejected = self.rejections(recipe)
+        return [i for i in range(self.num_segments) if i not in rejected]
 
-    def rejection(self, segment: int, recipe: Recipe) -> str | None:
-        """Explain why a segment is not stored; None if it is."""
+    def rejections(self, recipe: Recipe) -> dict[int, str]:
+        """Explain why segments are not stored; segment -> reason, in order."""
+        required, minimum, texts = recipe.required, recipe.segment.min_coverage, recipe.texts
+        nothing = (0.0,) * self.num_segments
+        rejected: set[int] = set()
+        for name in required:
+            shares = self.coverage.get(name, nothing)
+            rejected |= {i for i, share in enumerate(shares) if share < minimum or not share}
+        # Without another stream, a text is stored where it may hold a token.
+        others = [shares for name, shares in self.coverage.items() if name not in texts]
+        if not any(map(all, others)):
+            spoken = [shares for name, shares in self.coverage.items() if name in texts]
+            has_other, has_text = (
+                map(any, zip(nothing, *s, strict=True)) for s in (others, spoken)
+            )
+            is_shown = zip(has_other, has_text, self.silent, strict=True)
+            rejected |= {i for i, (a, b, no) in enumerate(is_shown) if not (a or (b and not no))}
+        return {i: self._explain_rejection(i, recipe, required) for i in sorted(rejected)}
+
+    def _explain_rejection(self, segment: int, recipe: Recipe, required: Sequence[str]) -> str:
+        """Explain why a segment that is not stored is not."""
         present, minimum = self.present(segment), recipe.segment.min_coverage
-        required = {n: self.coverage[n][segment] if n in present else 0.0 for n in recipe.required}
-        missing = {n: share for n, share in required.items() if n not in present or share < minimum}
+        shares = {n: self.coverage[n][segment] if n in present else 0.0 for n in required}
+        missing = {n: share for n, share in shares.items() if n not in present or share < minimum}
         start_s, stop_s = segment * recipe.segment_s, (segment + 1) * recipe.segment_s
         where = f"of [{start_s:g}, {stop_s:g}) s"
         if missing:
@@ -151,9 +171,7 @@ class SessionScan:
                 if (message := self.describe_masks(name, start_s, stop_s))
             ]
             return "; ".join([f"no stream covers any {where}", *masks])
-        if self.silent[segment] and set(present) <= recipe.texts.keys():
-            return f"nothing but silent text {where}"
-        return None
+        return f"nothing but silent text {where}"
 
     def describe_masks(self, name: str, start_s: float, stop_s: float) -> str:
         """Name what is masked of a stream between two times; empty if nothing is."""
@@ -173,7 +191,8 @@ class SessionScan:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON values, which :func:`scan_from_json` reads back."""
-        return {**asdict(self), "not_recorded": sorted(self.not_recorded)}
+        values: dict[str, Any] = _scan_adapter().dump_python(self)
+        return {**values, "not_recorded": sorted(self.not_recorded)}
 
 
 def scan_from_json(values: Mapping[str, Any]) -> SessionScan:

@@ -199,10 +199,8 @@ class SessionSource(SegmentSource):
                 session_reason or "no segment covers enough of the required streams"
             )
             return
-        reasons = {i: scan.rejection(i, self.recipe) for i in range(scan.num_segments)}
-        self.rejected |= {
-            f"{scan.session}/{i:06d}": reason for i, reason in reasons.items() if reason is not None
-        }
+        reasons = scan.rejections(self.recipe)
+        self.rejected |= {f"{scan.session}/{i:06d}": reason for i, reason in reasons.items()}
         session = len(self._folders)
         self._folders.append(folder)
         self._scans.append(scan)

@@ -23,6 +23,7 @@ from shared.session.names import (
     describe_unused,
     explain_bad_name,
     find_unused_files,
+    list_folder,
     list_names,
     session_folder,
     session_name,
@@ -168,7 +169,7 @@ def test_a_session_folder_above_session_folders_names_them(tmp_path: Path) -> No
 
 def test_a_file_name_that_is_not_utf8_is_listed_in_printable_form(tmp_path: Path) -> None:
     touch(tmp_path, "audio.wav", os.fsdecode(b"caf\xe9.bin"))
-    assert list_names(tmp_path, SOURCES) == ["audio.wav", r"caf\udce9.bin"]
+    assert list_names(list_folder(tmp_path), SOURCES) == ["audio.wav", r"caf\udce9.bin"]
 
 
 # --- folders that are no sessions ------------------------------------------------------------

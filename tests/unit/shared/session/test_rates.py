@@ -303,10 +303,10 @@ def test_a_segment_of_which_the_only_stream_is_masked_is_rejected(tmp_path: Path
     required = tiny_recipe(required=["vision_left"])
     scan = scan_session(session, recipe=required)
     assert scan.stored_segments(required) == [0, 1, 2, 3, 4]
-    assert "clock runs 4.00% slow" in str(scan.rejection(9, required))
+    assert "clock runs 4.00% slow" in str(scan.rejections(required).get(9))
     scan = replace(scan, intervals={"vision_left": scan.intervals["vision_left"]})
     alone = replace(scan, coverage={"vision_left": scan.coverage["vision_left"]})
-    reason = str(alone.rejection(9, tiny_recipe()))
+    reason = str(alone.rejections(tiny_recipe()).get(9))
     assert reason.startswith("no stream covers any of [9, 10) s; vision_left is masked (")
     assert "clock runs 4.00% slow" in reason
 

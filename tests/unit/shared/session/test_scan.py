@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import soundfile
+from helpers import plans
 from helpers.oracles import tiny_recipe
 from helpers.sessions import sensor_lines, write_lines, write_tone
+from hypothesis import given
+from hypothesis import strategies as st
 
+from shared.clock import MaskedSpan
 from shared.session.reader import SessionReader
-from shared.session.scan import scan_from_json, scan_session
+from shared.session.scan import SessionScan, scan_from_json, scan_session
+from shared.streams import MaskReason
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def test_a_required_stream_must_cover_enough_of_a_segment(session):
     recipe = tiny_recipe(required=["audio"])
     scan = scan_session(session, recipe=recipe)
     assert scan.stored_segments(recipe) == [0, 1]
-    assert "audio covers 25% of [2, 3) s" in scan.rejection(2, recipe)
+    assert "audio covers 25% of [2, 3) s" in scan.rejections(recipe).get(2)
     lenient = tiny_recipe(required=["audio"], segment={"min_coverage": 0.2})
     assert scan.stored_segments(lenient) == [0, 1, 2]
 
@@ -55,7 +60,64 @@ def test_a_segment_with_nothing_but_silent_text_is_rejected(session):
     scan = scan_session(session, recipe=recipe)
     assert scan.silent == (False, True, True, False, True)
     assert scan.stored_segments(recipe) == [0, 3]
-    assert "nothing but silent text" in scan.rejection(1, recipe)
+    assert "nothing but silent text" in scan.rejections(recipe).get(1)
+
+
+def slow_rejection(scan, segment, recipe):
+    """Explain why one segment is not stored, by itself; None if it is."""
+    present, minimum = scan.present(segment), recipe.segment.min_coverage
+    required = {n: scan.coverage[n][segment] if n in present else 0.0 for n in recipe.required}
+    missing = {n: share for n, share in required.items() if n not in present or share < minimum}
+    start_s, stop_s = segment * recipe.segment_s, (segment + 1) * recipe.segment_s
+    where = f"of [{start_s:g}, {stop_s:g}) s"
+    if missing:
+        causes = ", ".join(
+            f"{name} covers {share:.0%}{scan.describe_masks(name, start_s, stop_s)}"
+            for name, share in missing.items()
+        )
+        return f"{causes} {where}; segment.min_coverage asks for {minimum:.0%}"
+    if not present:
+        masks = [
+            f"{name} is masked{message}"
+            for name in scan.masked
+            if (message := scan.describe_masks(name, start_s, stop_s))
+        ]
+        return "; ".join([f"no stream covers any {where}", *masks])
+    if scan.silent[segment] and set(present) <= recipe.texts.keys():
+        return f"nothing but silent text {where}"
+    return None
+
+
+STREAMS = st.sampled_from(sorted(plans.RECIPE.streams))
+SHARES = st.sampled_from([0.0, 1e-6, 0.5, 0.8, 1.0])
+
+
+@given(values=st.data(), required=st.sets(STREAMS, max_size=2))
+def test_all_rejections_at_once_are_those_of_each_segment(values, required):
+    recipe = tiny_recipe(required=sorted(required))
+    num = values.draw(st.integers(1, 5))
+    of_segments = st.lists(SHARES, min_size=num, max_size=num).map(tuple)
+    names = STREAMS
+    span = MaskedSpan(0.0, 2.0, MaskReason.STILL, "it stands still")
+    scan = plans.scan(
+        "a",
+        num,
+        coverage=values.draw(st.dictionaries(names, of_segments)),
+        silent=values.draw(st.lists(st.booleans(), min_size=num, max_size=num).map(tuple)),
+        masked=values.draw(st.dictionaries(names, st.just((span,)), max_size=2)),
+    )
+    each = {number: slow_rejection(scan, number, recipe) for number in range(num)}
+    rejections = scan.rejections(recipe)
+    assert list(rejections.items()) == [(n, reason) for n, reason in each.items() if reason]
+    assert scan.stored_segments(recipe) == [n for n, reason in each.items() if reason is None]
+
+
+def test_a_session_that_is_stored_whole_asks_for_no_reason(monkeypatch):
+    calls = []
+    monkeypatch.setattr(SessionScan, "_explain_rejection", lambda *_args: calls.append(1))
+    scan = plans.scan("a", 1000)
+    assert scan.stored_segments(tiny_recipe(required=["audio"])) == [*range(1000)]
+    assert calls == []
 
 
 def test_one_wrong_timestamp_does_not_make_a_billion_segments(session):
