@@ -8,7 +8,7 @@ if __name__ == "__main__":
     catch_interrupts()  # before the imports below, which take long enough to be interrupted
 
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from preprocess.build.job import BuildSummary
+    from preprocess.validate.console import Form
     from preprocess.validate.page import ReportPage
-    from preprocess.validate.report import ValidationReport
+    from preprocess.validate.probe import Depth
     from shared.shardset.manifest import Manifest
 
 _RECIPE_OPTION = click.option(
@@ -37,6 +38,17 @@ _RECIPE_OPTION = click.option(
     type=click.Path(path_type=Path),
     default=None,
     help="Recipe file; the default recipe if omitted (see configs/recipe.yaml).",
+)
+_WORKERS_OPTION = click.option(
+    "--workers",
+    "num_workers",
+    type=click.IntRange(min=0),
+    default=lambda: os.cpu_count() or 1,
+    show_default="one per core",
+    help="Local worker processes; 0 runs in this process, without Dask.",
+)
+_SCHEDULER_OPTION = click.option(
+    "--scheduler", default=None, help="Address of a running Dask scheduler."
 )
 _KEEP_OLD_OPTION = click.option(
     "--keep-old",
@@ -59,14 +71,19 @@ def cli() -> None:
     """  # noqa: D301 (click wants the character, not its name)
 
 
-@cli.command()
+@cli.command(cls=ContinuableCommand)
 @click.argument("locations", metavar="SESSIONS...", nargs=-1, required=True)
 @click.option(
     "--fix", is_flag=True, help="Repair what has exactly one correct repair; keeps *.orig."
 )
 @click.option("--strict", is_flag=True, help="Treat warnings as failures.")
-@click.option("--summary", is_flag=True, help="Print one table and totals instead of full reports.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON report per line.")
+@click.option(
+    "--summary",
+    "form",
+    flag_value="table",
+    help="Print one table and totals instead of full reports.",
+)
+@click.option("--json", "form", flag_value="json", help="Print one JSON report per line.")
 @click.option(
     "--report",
     "page_path",
@@ -76,6 +93,28 @@ def cli() -> None:
 )
 @click.option("--init", is_flag=True, help="Print a recipe for recordings like one good session.")
 @_RECIPE_OPTION
+@click.option(
+    "--quick",
+    "depth",
+    flag_value="quick",
+    default="full",
+    help="Read lines and times only, and decode nothing.",
+)
+@click.option(
+    "--all",
+    "force",
+    is_flag=True,
+    help="Look at all sessions again, also at those that have not changed.",
+)
+@click.option(
+    "--verdicts",
+    "verdicts_at",
+    metavar="FOLDER",
+    default=None,
+    help="Folder or URL of what is kept of each session; SESSIONS/.verdicts if omitted.",
+)
+@_WORKERS_OPTION
+@_SCHEDULER_OPTION
 @click.pass_context
 def validate(
     ctx: click.Context,
@@ -83,77 +122,57 @@ def validate(
     *,
     fix: bool,
     strict: bool,
-    summary: bool,
-    as_json: bool,
+    form: Form,
     page_path: Path | None,
     init: bool,
     recipe_path: Path | None,
+    depth: Depth,
+    force: bool,
+    verdicts_at: str | None,
+    num_workers: int,
+    scheduler: str | None,
 ) -> None:
     """Check sessions, or single video and sound files; exit with code 1 if a check fails.
 
     The code is 3 if none fails, but the machine could not read some of them.
 
-    SESSIONS are session folders, folders of session folders, or URLs of them. This command gates
-    nothing: docs/verdicts.md says what builds and trainings make of what it finds.
+    SESSIONS are session folders, folders of session folders, or URLs of them. What is found of each
+    session is kept, so that the next run looks only at sessions that are new or have changed. This
+    command gates nothing: docs/verdicts.md says what builds and trainings make of what it finds.
 
     \b
     python -m preprocess validate data/sessions --summary
+    python -m preprocess validate data/sessions --quick
     python -m preprocess validate s3://bucket/sessions --summary
     python -m preprocess validate data/sessions/session_001 --fix
     python -m preprocess validate data/sessions --report out.html
     python -m preprocess validate camera.mp4 microphone.wav
     python -m preprocess validate --init data/sessions/session_001 > recipe.yaml
     """  # noqa: D301
-    from preprocess.validate.console import exit_code_of, print_summary, to_json_lines
+    from preprocess.cluster import Cluster
+    from preprocess.validate.console import ReportPrinter
+    from preprocess.validate.job import Settings, find_jobs, run_jobs
 
     if init:
         _print_proposal(locations)
         return
     if fix:
         _require_local(locations)
-    console = Console(stderr=as_json)
-    with _open_page(page_path) as page:
-        reports = _check(
-            locations,
-            recipe=_recipe(recipe_path),
-            fix=fix,
-            page=page,
-            console=console,
-            is_printed=not (summary or as_json),
-        )
-    if as_json:
-        for line in to_json_lines(reports):
-            click.echo(line.encode())  # UTF-8 in any locale
-    elif summary:
-        print_summary(console, reports)
-    if code := exit_code_of(reports, strict=strict):
+    console = Console(stderr=form == "json")
+    recipe = _recipe(recipe_path)
+    settings = Settings(recipe=recipe, depth=depth, fix=fix, wants_page=page_path is not None)
+    with ExitStack() as stack:
+        page = stack.enter_context(_open_page(page_path))
+        cluster = Cluster(scheduler=scheduler, num_workers=num_workers, console=console)
+        stack.enter_context(cluster)
+        jobs = find_jobs(locations, recipe=recipe, verdicts_at=verdicts_at)
+        printer = ReportPrinter(console, form=form, num_sessions=len(jobs))
+        results = run_jobs(jobs, settings=settings, cluster=cluster, force=force, page=page)
+        for result in stack.enter_context(closing(results)):
+            printer.add(result)
+    printer.finish()
+    if code := printer.exit_code(strict=strict):
         ctx.exit(code)
-
-
-def _check(
-    locations: tuple[str, ...],
-    *,
-    recipe: Recipe,
-    fix: bool,
-    page: ReportPage | None,
-    console: Console,
-    is_printed: bool,
-) -> list[ValidationReport]:
-    """Check sessions; print repairs and, if wanted, each report at once."""
-    from preprocess.validate.console import print_report
-    from preprocess.validate.job import check_sessions
-    from preprocess.validate.page import render_session
-
-    reports = []
-    for checked in check_sessions(locations, recipe=recipe, fix=fix):
-        for repair in checked.repairs:
-            console.print(f"{checked.folder.name}: {repair}", highlight=False, markup=False)
-        reports.append(checked.report)
-        if page is not None:
-            page.add(render_session(checked))
-        if is_printed:
-            print_report(console, checked.report)
-    return reports
 
 
 def _print_proposal(locations: tuple[str, ...]) -> None:
@@ -182,13 +201,8 @@ def _print_proposal(locations: tuple[str, ...]) -> None:
     show_default=True,
     help="Folder of the shard set, or its URL.",
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    default=None,
-    help="Local worker processes; one per core if omitted; 0 runs in this process, without Dask.",
-)
-@click.option("--scheduler", default=None, help="Address of a running Dask scheduler.")
+@_WORKERS_OPTION
+@_SCHEDULER_OPTION
 @click.option(
     "--task-seconds",
     "task_s",
@@ -214,7 +228,7 @@ def shards(
     recipe_path: Path | None,
     sessions: str,
     out: str,
-    workers: int | None,
+    num_workers: int,
     scheduler: str | None,
     task_s: float,
     dry_run: bool,
@@ -228,7 +242,6 @@ def shards(
 
     console = Console()
     recipe = _recipe(recipe_path)
-    num_workers = (os.cpu_count() or 1) if workers is None else workers
     with Cluster(scheduler=scheduler, num_workers=num_workers, console=console) as cluster:
         summary = build_shards(
             sessions,

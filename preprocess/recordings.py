@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared.errors import SessionError
 from shared.machine import read_steadily
@@ -106,9 +106,18 @@ Recording = LocalRecording | RemoteRecording
 """A recorded session; a plain value that can be sent to other processes."""
 
 
-def survey_recordings(
-    location: Path | str, recipe: Recipe
-) -> tuple[dict[str, Recording], tuple[SkippedFolder, ...]]:
+class Survey(NamedTuple):
+    """What is at a location."""
+
+    recordings: dict[str, Recording]
+    """By name, sorted."""
+    skipped: tuple[SkippedFolder, ...]
+    """Folders that are left out, but were probably meant."""
+    hidden: tuple[str, ...] = ()
+    """Paths of the files in hidden folders of a store, whose listing has them anyway."""
+
+
+def survey_recordings(location: Path | str, recipe: Recipe) -> Survey:
     """Find the sessions below a folder or URL, or at it, and the folders that are left out.
 
     Raises:
@@ -130,7 +139,7 @@ def survey_recordings(
         )
 
     survey = survey_sessions(parsed, recipe, visit=add)
-    return recordings, survey.skipped
+    return Survey(recordings, survey.skipped)
 
 
 def require_unchanged(recording: Recording, names: Iterable[str]) -> None:
@@ -147,9 +156,7 @@ def require_unchanged(recording: Recording, names: Iterable[str]) -> None:
         )
 
 
-def _survey_store(
-    store: Store, recipe: Recipe
-) -> tuple[dict[str, Recording], tuple[SkippedFolder, ...]]:
+def _survey_store(store: Store, recipe: Recipe) -> Survey:
     """Find the sessions of a store, sorted by name, and the folders that are left out."""
     scanned, sources = scanned_files(recipe), source_files(recipe)
     files = store.list_files()
@@ -186,7 +193,8 @@ def _survey_store(
         raise SessionError(
             f"{store}: no session in it; {explain_no_session(reasons, names, recipe)}"
         )
-    return recordings, tuple(skipped)
+    hidden = tuple(path for path in files if path.startswith(".") and "/" in path)
+    return Survey(recordings, tuple(skipped), hidden)
 
 
 def _names_in(content: Iterable[str], sources: Collection[str]) -> list[str]:

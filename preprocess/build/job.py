@@ -179,7 +179,7 @@ def build_shards(
         JobError: the disk is full, or another job took over the set.
         StorageError: a store can't be read or written.
     """
-    recordings, skipped = survey_recordings(sessions, recipe)
+    recordings, skipped, _ = survey_recordings(sessions, recipe)
     if not dry_run:
         upgrade_set(out, keep_old_s=keep_old_s)
     with claim_shard_set(parse_location(out), dry_run=dry_run, keep_old_s=keep_old_s) as store:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, Literal
 
+import click
 from rich.table import Table
 from rich.text import Text
 
@@ -12,11 +14,17 @@ from preprocess.validate.report import describe_totals
 from shared.errors import EngineError, MachineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable
 
     from rich.console import Console
 
-    from preprocess.validate.report import ValidationReport
+    from preprocess.validate.job import ValidatedSession
+    from preprocess.validate.report import Status, ValidationReport
+
+Form = Literal["text", "table", "json"]
+
+MAX_REPORTS = 200
+"""Of more sessions, only those that did not pass are printed in full."""
 
 _STYLES = {"passed": "green", "warnings": "yellow", "failed": "bold red", "unchecked": "magenta"}
 _NO_MESSAGE = "-"
@@ -44,40 +52,79 @@ def print_report(console: Console, report: ValidationReport) -> None:
         console.print(line, soft_wrap=True)
 
 
-def print_summary(console: Console, reports: Sequence[ValidationReport]) -> None:
-    """Print all sessions: one table, then totals."""
+class ReportPrinter:
+    """Prints results as they come, and remembers little of them.
+
+    Args:
+        form: full reports; one table at the end; or one JSON object per line.
+        num_sessions: of more than MAX_REPORTS, those that passed are only counted.
+    """
+
+    def __init__(self, console: Console, *, form: Form, num_sessions: int) -> None:
+        self._console = console
+        self._form = form
+        self._is_short = form == "text" and num_sessions > MAX_REPORTS
+        self._statuses: Counter[Status] = Counter()
+        self._rows: list[tuple[str, Status, str, str, str]] = []
+        self._length_s = 0.0
+        self._num_known = 0
+
+    def add(self, result: ValidatedSession) -> None:
+        """Print a result, or keep its row of the table."""
+        report = result.report
+        for repair in result.repairs:
+            self._console.print(f"{report.session}: {repair}", highlight=False, markup=False)
+        self._statuses[report.status] += 1
+        self._length_s += report.stats.get("length_s", 0.0)
+        self._num_known += not result.is_new
+        if self._form == "json":
+            line = json.dumps(report.as_dict(), ensure_ascii=False, allow_nan=False)
+            click.echo(line.encode())  # UTF-8 in any locale
+        elif self._form == "table":
+            self._rows.append(_summary_row(report))
+        elif not (self._is_short and report.status == "passed"):
+            print_report(self._console, report)
+
+    def finish(self) -> None:
+        """Print what is known at the end."""
+        if self._form == "json":
+            return
+        totals = describe_totals(self._statuses, _length(self._length_s))
+        if self._form == "table":
+            self._console.print(_make_table(self._rows))
+        elif self._statuses.total() == 1 and not self._num_known:
+            return  # its report is all
+        if self._num_known:
+            was = "was" if self._num_known == 1 else "were"
+            totals += f"; {self._num_known} {was} not looked at again (--all looks at all)"
+        if self._is_short and self._statuses["passed"]:
+            totals += "; sessions that passed are only counted (--summary lists them)"
+        self._console.print(Text(totals), soft_wrap=True)
+
+    def exit_code(self, *, strict: bool) -> int:
+        """Return 1 if any session failed, else 3 if any could not be checked, else 0.
+
+        With `strict`, warnings count as failures.
+        """
+        if self._statuses["failed"] or (strict and self._statuses["warnings"]):
+            return EngineError.exit_code
+        return MachineError.exit_code if self._statuses["unchecked"] else 0
+
+
+def _summary_row(report: ValidationReport) -> tuple[str, Status, str, str, str]:
+    messages = (*report.errors, *report.warnings, _NO_MESSAGE)
+    streams = ", ".join(report.stats.get("streams", {})) or _NO_MESSAGE
+    length = _length(report.stats.get("length_s"))
+    return report.session, report.status, length, streams, messages[0]
+
+
+def _make_table(rows: Iterable[tuple[str, Status, str, str, str]]) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("session", "status", "length", "streams", "first message"):
         table.add_column(column, justify="right" if column == "length" else "left")
-    for report in reports:
-        messages = (*report.errors, *report.warnings, _NO_MESSAGE)
-        table.add_row(
-            Text(report.session),
-            Text(report.status, style=_STYLES[report.status]),
-            Text(_length(report.stats.get("length_s"))),
-            Text(", ".join(report.stats.get("streams", {})) or _NO_MESSAGE),
-            Text(messages[0]),
-        )
-    console.print(table)
-    total_s = sum(report.stats.get("length_s", 0.0) for report in reports)
-    statuses = [report.status for report in reports]
-    console.print(Text(describe_totals(statuses, _length(total_s))))
-
-
-def to_json_lines(reports: Iterable[ValidationReport]) -> Iterator[str]:
-    """Yield each report as one line of JSON, without a line break."""
-    for report in reports:
-        yield json.dumps(report.as_dict(), ensure_ascii=False, allow_nan=False)
-
-
-def exit_code_of(reports: Sequence[ValidationReport], *, strict: bool) -> int:
-    """Return 1 if any session failed, else 3 if any could not be checked, else 0.
-
-    With `strict`, warnings count as failures.
-    """
-    if any(report.has_failed(strict=strict) for report in reports):
-        return EngineError.exit_code
-    return MachineError.exit_code if any(report.is_unchecked for report in reports) else 0
+    for session, status, *others in rows:
+        table.add_row(Text(session), Text(status, style=_STYLES[status]), *map(Text, others))
+    return table
 
 
 def _length(duration_s: float | None) -> str:

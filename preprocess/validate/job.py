@@ -1,22 +1,27 @@
-"""Check sessions in any place: folders, URLs, and single files.
+"""Validate sessions in any place on a cluster: folders, URLs, and single files.
 
 ::
 
-    locations -> check_sessions -> repair (--fix) -> check_session -> CheckedSession
+    locations -> find_jobs -> Job -> run_jobs -> ValidatedSession, in the order of the jobs
 
 Locations are folders of this machine, URLs (checked on local copies), and single video or sound
-files. A single file is checked as the only stream of a temporary session. Nothing in a folder
-raises: a session that cannot be checked gets a failed report, or an unchecked one if the machine
-could not read it, and the next one is checked.
+files. A single file is checked as the only stream of a temporary session. A session whose verdict
+holds (:mod:`preprocess.validate.verdicts`) is not looked at again. No session raises: one that
+cannot be checked gets a failed report, or an unchecked one if the machine could not read it, and
+the others are checked.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preprocess.recordings import RemoteRecording, survey_recordings
+from preprocess.recordings import LocalRecording, RemoteRecording, survey_recordings
+from preprocess.validate.duplicates import signature_of
 from preprocess.validate.repair import repair_session
 from preprocess.validate.report import (
     SINGLE_FILE_CHECKS,
@@ -25,87 +30,365 @@ from preprocess.validate.report import (
     check_session,
     make_failed_report,
 )
-from shared.errors import MachineError, SessionError
+from preprocess.validate.verdicts import (
+    Verdict,
+    Verdicts,
+    basis_of,
+    basis_of_recipe,
+    open_verdicts,
+    versions_of,
+)
+from shared.errors import JobError, MachineError, SessionError
+from shared.files import sha256_of_file
 from shared.machine import temporary_folder
 from shared.recipe import Recipe
-from shared.session.folder import scanned_files, survey_sessions
+from shared.session.folder import files_of_stream, scanned_files
 from shared.session.names import SOUND_SUFFIXES
-from shared.storage import Store, parse_location
+from shared.storage import parse_location
 from shared.streams import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
+    from preprocess.cluster import Cluster
+    from preprocess.recordings import Recording
+    from preprocess.validate.page import RenderedSession, ReportPage
+    from preprocess.validate.probe import Depth
     from shared.session.folder import SkippedFolder
-    from shared.session.names import UnusedName
+
+SAVE_S = 30.0
+"""How often new verdicts are written, at most (seconds)."""
 
 _LINE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
 
+_BYTES_PER_S: Mapping[Kind, float] = {Kind.VIDEO: 1e6, Kind.AUDIO: 10e6}
+"""Bytes of a stream's file that one process checks per second, roughly."""
 
-def check_sessions(
-    locations: Iterable[str], *, recipe: Recipe, fix: bool
-) -> Iterator[CheckedSession]:
-    """Check every session in some folders, which `fix` repairs first, or URLs, and single files."""
-    for item in _iter_sources(locations, recipe):
-        if isinstance(item, CheckedSession):
-            yield item
-            continue
-        source, unused = item
-        try:
-            if source.is_file():
-                with temporary_folder("validate-", "links to single files") as root:
-                    yield _check_single_file(source, root / source.name)
-                continue
-            repairs = repair_session(source, recipe=recipe) if fix and source.is_dir() else ()
-        except (SessionError, MachineError) as error:
-            yield make_failed_report(source, source.name, error)
-            continue
-        checked = check_session(source, recipe=recipe, unused=unused)
-        yield replace(checked, repairs=tuple(repairs))
+_LINE_BYTES_PER_S = 5e6
+_SESSION_S = 0.01
+"""Seconds that any session takes."""
 
 
-def _iter_sources(
-    locations: Iterable[str], recipe: Recipe
-) -> Iterator[tuple[Path, Sequence[UnusedName] | None] | CheckedSession]:
-    """Yield session folders and single media files; a report for each location or folder without.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidatedSession:
+    """What is known of one session, or of a location in which no session could be checked."""
 
-    Sessions of a store are copied to a temporary folder, one at a time, with the files that streams
-    use; the names of the others come with them.
+    report: ValidationReport
+    repairs: tuple[str, ...] = ()
+    verdict: Verdict | None = None
+    """What is kept of it; None if the next run has to look at it again."""
+    rendered: RenderedSession | None = None
+    """Its section of the page, if one is wanted and the session was looked at."""
+    is_new: bool = True
+    """Whether it was looked at in this run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One session to validate, a single file, or the result of what can't be."""
+
+    source: Recording | Path | ValidatedSession
+    verdicts: Verdicts | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """What a worker needs to know of one session."""
+
+    source: Recording | Path
+    known: Verdict | None = None
+    """Its kept verdict, which holds if the content of the files is the same."""
+    is_rendered: bool = False
+    """Whether the page of `known` exists."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How sessions are validated; plain values that can be sent between processes."""
+
+    recipe: Recipe
+    depth: Depth = "full"
+    fix: bool = False
+    wants_page: bool = False
+
+
+def validate_recordings(
+    recordings: Mapping[str, Recording],
+    *,
+    recipe: Recipe,
+    cluster: Cluster,
+    verdicts: Verdicts | None,
+    depth: Depth = "full",
+    force: bool = False,
+    fix: bool = False,
+) -> Generator[ValidatedSession]:
+    """Validate sessions; yield them in order. Their verdicts are kept; `force` ignores old ones."""
+    jobs = [Job(recording, verdicts) for recording in recordings.values()]
+    settings = Settings(recipe=recipe, depth=depth, fix=fix)
+    return run_jobs(jobs, settings=settings, cluster=cluster, force=force)
+
+
+def find_jobs(
+    locations: Iterable[str], *, recipe: Recipe, verdicts_at: str | None = None
+) -> list[Job]:
+    """Find every session in some folders or URLs, and single files.
+
+    `verdicts_at` is the folder of the verdicts, instead of the one beside the sessions.
     """
+    jobs: list[Job] = []
+    opened: dict[str, Verdicts] = {}
     for text in locations:
         location = parse_location(text)
         try:
-            if isinstance(location, Store):
-                recordings, skipped = survey_recordings(location.url, recipe)
-                for recording in recordings.values():
-                    assert isinstance(recording, RemoteRecording)
-                    with temporary_folder("session-", "copies of sessions") as folder:
-                        yield recording.download_to(folder, scanned_files(recipe)), recording.unused
-                yield from map(_report_skipped, skipped)
-            elif not location.is_file():
-                survey = survey_sessions(location, recipe)
-                yield from ((path, None) for path in survey.folders)
-                yield from map(_report_skipped, survey.skipped)
-            elif location.suffix in _LINE_SUFFIXES:
-                raise SessionError(
-                    f"{location}: not a video or sound; fix: give the folder of its session"
-                )
-            else:
-                yield location, None
+            if isinstance(location, Path) and location.is_file():
+                if location.suffix in _LINE_SUFFIXES:
+                    raise SessionError(
+                        f"{location}: not a video or sound; fix: give the folder of its session"
+                    )
+                jobs.append(Job(location.absolute()))
+                continue
+            survey = survey_recordings(text, recipe)
+            verdicts = open_verdicts(text, survey, folder=verdicts_at, opened=opened)
+            jobs += [Job(recording, verdicts) for recording in survey.recordings.values()]
+            jobs += [Job(_report_skipped(folder)) for folder in survey.skipped]
         except (SessionError, MachineError, OSError) as error:
-            yield make_failed_report(Path(str(location)), str(location), error)
+            failed = make_failed_report(Path(str(location)), str(location), error)
+            jobs.append(Job(ValidatedSession(report=failed.report)))
+    return jobs
 
 
-def _check_single_file(path: Path, folder: Path) -> CheckedSession:
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    settings: Settings,
+    cluster: Cluster,
+    force: bool = False,
+    page: ReportPage | None = None,
+) -> Generator[ValidatedSession]:
+    """Validate sessions on a cluster; add them to a page, and yield them, in order of the jobs.
+
+    New verdicts are written every SAVE_S seconds and at the end, also if that is an interrupt.
+    """
+    work = _find_work(jobs, settings, force=force, page=page)
+    sources = [own.source for own in work.values()]
+    numbers, ready = list(work), dict[int, ValidatedSession]()
+    outcomes = _iterate([*work.values()], settings, cluster)
+    saved_s = time.monotonic()
+    try:
+        for index, job in enumerate(jobs):
+            while index in work and index not in ready:
+                number, outcome = next(outcomes)
+                result = _result(sources[number], outcome)
+                ready[numbers[number]] = result
+                own = jobs[numbers[number]].verdicts
+                if own is not None and result.verdict is not None:
+                    own.add(result.verdict)
+                if time.monotonic() - saved_s > SAVE_S:
+                    _save(jobs, cluster)
+                    saved_s = time.monotonic()
+            result = ready.pop(index) if index in work else _known(job)
+            if page is not None:
+                _add_to_page(page, result)
+            yield result
+    finally:
+        _save(jobs, cluster)
+
+
+def _iterate(
+    work: Sequence[_Work], settings: Settings, cluster: Cluster
+) -> Iterator[tuple[int, ValidatedSession | Exception]]:
+    """Yield number and outcome of each session as it ends; a single one runs in this process."""
+    function = partial(_validate, settings=settings)
+    if len(work) == 1:
+        return iter([(0, function(work[0]))])
+    weights = [_seconds(own.source, settings.recipe) for own in work]
+    return cluster.iterate(function, work, label="validate", weights=weights)
+
+
+def _find_work(
+    jobs: Sequence[Job], settings: Settings, *, force: bool, page: ReportPage | None
+) -> dict[int, _Work]:
+    """Return the work of each job whose session has to be looked at, by the job's number."""
+    work: dict[int, _Work] = {}
+    recipe_basis = basis_of_recipe(settings.recipe)
+    for index, job in enumerate(jobs):
+        source = job.source
+        if isinstance(source, ValidatedSession):
+            continue
+        if isinstance(source, Path) or job.verdicts is None or force:
+            work[index] = _Work(source=source)
+            continue
+        known = job.verdicts.get(source.name)
+        is_rendered = known is not None and (
+            page is None or page.has_details(known.report.session, known.key)
+        )
+        if (
+            known is None
+            or not is_rendered
+            or known.stamp != source.stamp
+            or not known.is_current(basis_of(source, recipe_basis), settings.depth)
+            or (settings.fix and known.report.status != "passed")
+        ):
+            work[index] = _Work(source=source, known=known, is_rendered=is_rendered)
+    return work
+
+
+def _known(job: Job) -> ValidatedSession:
+    """Return the result of a job without work."""
+    if isinstance(job.source, ValidatedSession):
+        return job.source
+    assert job.verdicts is not None
+    assert not isinstance(job.source, Path)
+    verdict = job.verdicts.get(job.source.name)
+    assert verdict is not None
+    return ValidatedSession(report=verdict.report, verdict=verdict, is_new=False)
+
+
+def _add_to_page(page: ReportPage, result: ValidatedSession) -> None:
+    """Add a result to the page; of a session that was not looked at, it has the details."""
+    key = result.verdict.key if result.verdict is not None else ""
+    if result.rendered is not None:
+        page.add(result.rendered, key)
+    elif key:
+        page.keep(result.report, key)
+    else:
+        from preprocess.validate.page import render_session  # jinja2 is loaded only then
+
+        page.add(render_session(CheckedSession(folder=Path(), report=result.report)))
+
+
+def _save(jobs: Sequence[Job], cluster: Cluster) -> None:
+    """Write the new verdicts."""
+    for verdicts in {id(job.verdicts): job.verdicts for job in jobs}.values():
+        if verdicts is not None and (warning := verdicts.save()):
+            cluster.log(warning)
+
+
+def _result(source: Recording | Path, outcome: ValidatedSession | Exception) -> ValidatedSession:
+    """Return the result of a call; if its worker died, an unchecked session."""
+    if not isinstance(outcome, Exception):
+        return outcome
+    error: Exception = MachineError(
+        f"{source.name}: not checked, because every worker that tried it died, perhaps out of "
+        "memory; fix: use fewer workers, and run it again: finished verdicts are kept"
+        if isinstance(outcome, JobError)
+        else f"{source.name}: not checked: {outcome}; fix: run it again"
+    )
+    return ValidatedSession(report=make_failed_report(Path(source.name), source.name, error).report)
+
+
+def _seconds(source: Recording | Path, recipe: Recipe) -> float:
+    """Estimate how long one process takes to check a session or a file."""
+    if isinstance(source, Path):
+        length_bytes = source.stat().st_size if source.exists() else 0
+        return length_bytes / _BYTES_PER_S[_kind_of(source)]
+    rates = dict.fromkeys(source.stamp, _LINE_BYTES_PER_S)
+    for spec in recipe.streams.values():
+        for name in files_of_stream(spec):
+            rates[name] = _BYTES_PER_S.get(spec.kind, _LINE_BYTES_PER_S)
+    return _SESSION_S + sum(float(s[0]) / rates[name] for name, s in source.stamp.items())
+
+
+def _validate(work: _Work, *, settings: Settings) -> ValidatedSession:
+    """Repair, if asked, and check a session; runs in any process."""
+    source = work.source
+    try:
+        with ExitStack() as stack:
+            if isinstance(source, Path):
+                root = stack.enter_context(temporary_folder("validate-", "links to single files"))
+                checked = _check_single_file(source, root / source.name, settings.depth)
+                return _finish(checked, settings)
+            if isinstance(source, RemoteRecording):
+                root = stack.enter_context(temporary_folder("session-", "copies of sessions"))
+                folder = source.download_to(root, scanned_files(settings.recipe))
+            else:
+                folder = source.folder
+            return _validate_folder(folder, source, work, settings)
+    except Exception as error:  # Boundary: any exception fails only this session.
+        folder = source.folder if isinstance(source, LocalRecording) else Path(source.name)
+        return _finish(make_failed_report(folder, source.name, error), settings)
+
+
+def _validate_folder(
+    folder: Path, recording: Recording, work: _Work, settings: Settings
+) -> ValidatedSession:
+    """Repair, if asked, and check a session whose files are in a folder."""
+    recipe = settings.recipe
+    repairs = repair_session(folder, recipe=recipe) if settings.fix else []
+    if repairs:  # other files are there now
+        [recording] = survey_recordings(folder, recipe).recordings.values()
+    basis = basis_of(recording, basis_of_recipe(recipe))
+    known = work.known
+    sha256 = _hash_files(folder, recording, known, scanned_files(recipe))
+    if (
+        known is not None
+        and work.is_rendered
+        and known.sha256 == sha256
+        and known.is_current(basis, settings.depth)
+    ):
+        moved = replace(known, stamp=recording.stamp)
+        return ValidatedSession(report=known.report, verdict=moved, is_new=False)
+    checked = check_session(folder, recipe=recipe, unused=recording.unused, depth=settings.depth)
+    verdict = None
+    if sha256 is not None and checked.probe is not None and not checked.report.is_unchecked:
+        verdict = Verdict(
+            session=recording.name,
+            stamp=recording.stamp,
+            sha256=sha256,
+            basis=basis,
+            versions=versions_of(settings.depth),
+            report=checked.report,
+            signature=signature_of(checked.probe),
+        )
+    return _finish(replace(checked, repairs=tuple(repairs)), settings, verdict)
+
+
+def _finish(
+    checked: CheckedSession, settings: Settings, verdict: Verdict | None = None
+) -> ValidatedSession:
+    """Return the result of a session that was checked, rendered if a page is wanted."""
+    rendered = None
+    if settings.wants_page:
+        from preprocess.validate.page import render_session  # jinja2 is loaded only then
+
+        rendered = render_session(checked)
+    return ValidatedSession(
+        report=checked.report, repairs=checked.repairs, verdict=verdict, rendered=rendered
+    )
+
+
+def _hash_files(
+    folder: Path, recording: Recording, known: Verdict | None, names: Iterable[str]
+) -> dict[str, str] | None:
+    """Return the SHA-256 of each file; None if one can't be read now, and later perhaps can."""
+    hashes: dict[str, str] = {}
+    for name in names:
+        path, stamp = folder / name, recording.stamp.get(name)
+        if stamp is None:
+            if path.is_symlink():  # without a target
+                return None
+        elif known is not None and known.stamp.get(name) == stamp:
+            hashes[name] = known.sha256[name]
+        else:
+            try:
+                if not path.is_file():
+                    return None
+                hashes[name] = sha256_of_file(path)
+            except OSError:
+                return None
+    return hashes
+
+
+def _check_single_file(path: Path, folder: Path, depth: Depth) -> CheckedSession:
     """Check a single media file, linked into a new session folder, with a recipe of one stream."""
     folder.mkdir()
-    (folder / path.name).symlink_to(path.absolute())
-    kind = Kind.AUDIO if path.suffix.lower() in SOUND_SUFFIXES else Kind.VIDEO
+    (folder / path.name).symlink_to(path)
+    kind = _kind_of(path)
     recipe = Recipe.model_validate({"streams": {kind.value: {"kind": kind, "file": "file"}}})
     # The name of a recipe's file is restricted; that of a file on this machine is not.
     spec = recipe.streams[kind.value].model_copy(update={"file": path.name})
     recipe = recipe.model_copy(update={"streams": {kind.value: spec}})
-    checked = check_session(folder, recipe=recipe, checks=SINGLE_FILE_CHECKS)
+    checked = check_session(folder, recipe=recipe, checks=SINGLE_FILE_CHECKS, depth=depth)
 
     def shorten(messages: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(message.replace(f"{folder}/", "") for message in messages)
@@ -114,9 +397,14 @@ def _check_single_file(path: Path, folder: Path) -> CheckedSession:
     return replace(checked, report=replace(checked.report, warnings=warnings, errors=errors))
 
 
-def _report_skipped(folder: SkippedFolder) -> CheckedSession:
+def _kind_of(path: Path) -> Kind:
+    """Return what a single file is taken for."""
+    return Kind.AUDIO if path.suffix.lower() in SOUND_SUFFIXES else Kind.VIDEO
+
+
+def _report_skipped(folder: SkippedFolder) -> ValidatedSession:
     """Return the report of a folder that is left out: failed if it is a recording."""
     report = ValidationReport(session=folder.name, warnings=(folder.reason,))
     if folder.is_recording:
         report = ValidationReport(session=folder.name, errors=(folder.reason,))
-    return CheckedSession(folder=Path(folder.name), report=report)
+    return ValidatedSession(report=report)

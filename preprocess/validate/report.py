@@ -25,7 +25,7 @@ from shared.session.names import explain_bad_name, printable, session_name
 from shared.streams import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from pathlib import Path
     from typing import Self
 
@@ -206,7 +206,7 @@ def _judge(check: Check, probe: SessionProbe, depth: Depth) -> list[Finding]:
     return check.function(probe)
 
 
-def describe_totals(statuses: Sequence[Status], length: str) -> str:
+def describe_totals(statuses: Iterable[Status] | Counter[Status], length: str) -> str:
     """Format the number of sessions, their length, and how many have each status."""
     words: dict[Status, str] = {
         "passed": "passed",
@@ -216,7 +216,7 @@ def describe_totals(statuses: Sequence[Status], length: str) -> str:
     }
     counts = Counter(statuses)
     outcomes = [f"{counts[s]} {word}" for s, word in words.items() if counts[s]]
-    sessions = "1 session" if len(statuses) == 1 else f"{len(statuses)} sessions"
+    sessions = "1 session" if counts.total() == 1 else f"{counts.total()} sessions"
     return f"{sessions}, {length}: {', '.join(outcomes) or 'nothing to check'}"
 
 

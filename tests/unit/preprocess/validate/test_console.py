@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from preprocess.validate.console import exit_code_of, print_report, print_summary, to_json_lines
+from preprocess.validate.console import ReportPrinter, print_report
+from preprocess.validate.job import ValidatedSession
 from preprocess.validate.report import ValidationReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from preprocess.validate.console import Form
 
 
 def _printed(show: Callable[[Console], None]) -> str:
@@ -37,8 +40,24 @@ REPORTS = [
 ]
 
 
+def _printer(
+    reports: list[ValidationReport], form: Form = "table", *, num: int = 3, known: int = 0
+) -> tuple[ReportPrinter, str]:
+    """Print reports, the first ones of which were known before."""
+    out = io.StringIO()
+    printer = ReportPrinter(Console(file=out, width=200), form=form, num_sessions=num)
+    for number, report in enumerate(reports):
+        printer.add(ValidatedSession(report=report, is_new=number >= known))
+    printer.finish()
+    return printer, out.getvalue()
+
+
+def exit_code_of(reports: list[ValidationReport], *, strict: bool) -> int:
+    return _printer(reports)[0].exit_code(strict=strict)
+
+
 def test_the_summary_is_one_table_and_totals() -> None:
-    text = _printed(lambda console: print_summary(console, REPORTS))
+    text = _printer(REPORTS)[1]
     assert [line.split()[:2] for line in text.splitlines()[1:4]] == [
         ["s1", "passed"],
         ["s2", "warnings"],
@@ -53,8 +72,10 @@ def test_brackets_in_messages_are_printed_as_they_are() -> None:
     assert "[red]broken[/red]" in text
 
 
-def test_json_lines_are_the_reports_as_dictionaries() -> None:
-    assert [json.loads(line) for line in to_json_lines(REPORTS)] == [r.as_dict() for r in REPORTS]
+def test_json_lines_are_the_reports_as_dictionaries(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _printer(REPORTS, "json")[1] == ""
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line) for line in lines] == [r.as_dict() for r in REPORTS]
     assert set(REPORTS[0].as_dict()) == {
         "session", "status", "depth", "checks", "not_assessed", "streams", "warnings", "errors",
         "notes", "stats",
@@ -89,6 +110,28 @@ def test_a_kept_report_reads_back_as_it_was(is_unchecked: bool) -> None:
     assert ValidationReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
 
+def test_full_reports_of_several_sessions_end_with_totals() -> None:
+    assert _printer(REPORTS, "text")[1].splitlines()[-1] == (
+        "3 sessions, 3:03 min: 1 passed, 1 with warnings, 1 failed"
+    )
+    assert "1 session" not in _printer(REPORTS[:1], "text")[1]
+
+
+def test_sessions_that_were_not_looked_at_are_counted() -> None:
+    words = "2 were not looked at again (--all looks at all)"
+    for form in ("text", "table"):
+        assert words in _printer(REPORTS, form, known=2)[1].splitlines()[-1]
+    assert "1 was not looked at again" in _printer(REPORTS[:1], "text", known=1)[1]
+
+
+def test_of_many_sessions_those_that_passed_are_only_counted() -> None:
+    text = _printer(REPORTS, "text", num=201)[1]
+    assert [line.split(":")[0] for line in text.splitlines() if line[0] != " "][:-1] == ["s2", "s3"]
+    assert "(--summary lists them)" in text
+    assert "s1" in _printer(REPORTS, "text", num=200)[1]
+    assert "s1" in _printer(REPORTS, "table", num=201)[1]
+
+
 def test_strict_counts_warnings_as_failures() -> None:
     assert exit_code_of(REPORTS[:2], strict=False) == 0
     assert exit_code_of(REPORTS[:2], strict=True) == 1
@@ -101,5 +144,5 @@ def test_a_session_that_could_not_be_read_is_not_failed_and_has_its_own_exit_cod
     assert unread.as_dict()["status"] == "unchecked"
     assert exit_code_of([REPORTS[0], unread], strict=True) == 3
     assert exit_code_of([*REPORTS, unread], strict=False) == 1
-    printed = _printed(lambda console: print_summary(console, [REPORTS[0], unread]))
+    printed = _printer([REPORTS[0], unread])[1]
     assert "1 passed, 1 that could not be checked" in printed

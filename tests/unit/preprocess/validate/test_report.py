@@ -17,10 +17,9 @@ import pytest
 from click.testing import CliRunner
 from helpers.sessions import write_session, write_tone, write_video
 from helpers.stores import fail_at_first, s3_server, upload
+from helpers.validation import validated
 
 from preprocess.__main__ import cli
-from preprocess.validate.job import check_sessions
-from shared.recipe import Recipe
 from shared.storage import STARTUP_RETRY
 
 if TYPE_CHECKING:
@@ -207,7 +206,7 @@ def test_repairs_behind_a_url_are_refused_before_any_change(
 @pytest.mark.parametrize("name", FILE_REPORTS)
 def test_every_problem_file_has_its_report(name: str, nasty_files: dict[str, Path]) -> None:
     status, words = FILE_REPORTS[name]
-    (checked,) = check_sessions([str(nasty_files[name])], recipe=Recipe(), fix=False)
+    (checked,) = validated(nasty_files[name])
     report = checked.report
     messages = (*report.errors, *report.warnings)
     assert (report.session, report.status) == (nasty_files[name].name, status), messages
@@ -241,7 +240,7 @@ def test_files_and_sessions_are_in_one_table(tmp_path: Path) -> None:
 def test_the_metadata_file_of_a_session_alone_fails(tmp_path: Path) -> None:
     write_session(tmp_path / "one")
     lines = str(tmp_path / "one" / "metadata.jsonl")
-    (checked,) = check_sessions([lines], recipe=Recipe(), fix=False)
+    (checked,) = validated(lines)
     assert checked.report.status == "failed"
     assert checked.report.errors == (
         f"{lines}: not a video or sound; fix: give the folder of its session",

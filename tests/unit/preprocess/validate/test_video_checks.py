@@ -8,8 +8,8 @@ import av
 import numpy as np
 import pytest
 from helpers.sessions import brightness, write_video
+from helpers.validation import validated
 
-from preprocess.validate.job import check_sessions
 from preprocess.validate.report import check_session
 from shared.recipe import Recipe
 
@@ -136,5 +136,5 @@ def test_a_codec_is_shown_by_its_own_name(session: Path) -> None:
 
 def test_a_single_file_gets_the_same_words(tmp_path: Path) -> None:
     (tmp_path / "scene.mp4").write_bytes(b"<!DOCTYPE html><title>Not found</title>")
-    (checked,) = check_sessions([str(tmp_path / "scene.mp4")], recipe=RECIPE, fix=False)
+    (checked,) = validated(tmp_path / "scene.mp4", recipe=RECIPE)
     assert checked.report.errors[0].startswith("scene.mp4: is HTML, not a video; fix: ")

@@ -1,0 +1,240 @@
+"""Keep what validation found of each session, so that the next run looks only at what changed.
+
+The verdicts of the sessions in a folder are in its hidden folder ``.verdicts``, which may be
+deleted at any time. A verdict holds as long as all that the checks depend on stays the same: the
+content of the session's files, the names beside them, some keys of the recipe, and the versions of
+the checks. The content is compared by size and time, and if these changed, by SHA-256.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preprocess.recordings import RemoteRecording
+from preprocess.session_log import SessionLog, log_line
+from preprocess.validate.report import CHECK_VERSIONS, CHECKS, ValidationReport
+from shared.errors import MachineError
+from shared.files import fingerprint_of, write_atomic
+from shared.machine import describe_os_error, read_bytes
+from shared.storage import RetryPolicy, Store, parse_location
+from shared.streams import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from preprocess.recordings import Recording, Survey
+    from preprocess.validate.duplicates import Signature
+    from preprocess.validate.probe import Depth
+    from shared.recipe import Recipe
+
+FOLDER = ".verdicts"
+"""Hidden folder beside the session folders."""
+
+_STEM = "verdicts"
+
+_VERSION = 1
+"""Raised when verdicts have other keys."""
+
+_NOT_CHECKED: Mapping[Kind, tuple[str, ...]] = {
+    Kind.VIDEO: ("size", "fit", "codec", "qp", "quality"),
+    Kind.AUDIO: ("dmel",),
+}
+"""Settings of streams that no check depends on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is kept of one session."""
+
+    session: str
+    stamp: Mapping[str, list[Any]]
+    """File -> size and time, as in its recording."""
+    sha256: Mapping[str, str]
+    """The same files -> the hash of their content."""
+    basis: str
+    """Fingerprint of what the checks depend on besides the files: see :func:`basis_of`."""
+    versions: Mapping[str, str]
+    """Check -> its version; only checks that the depth of the report asks for."""
+    report: ValidationReport
+    signature: Signature
+    """By which sessions with the same content are found."""
+
+    @property
+    def key(self) -> str:
+        """Name all that a page about the session depends on."""
+        return fingerprint_of(self.sha256, self.basis, self.report.as_dict())
+
+    def as_line(self) -> bytes:
+        """Return the line of the log."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "session"}
+        return log_line(self.session, {**values, "report": self.report.as_dict()})
+
+    @classmethod
+    def of_line(cls, line: bytes) -> Verdict | None:
+        """Parse a line of the log; None if it can't be read."""
+        try:
+            values = json.loads(line)
+            return cls(**{**values, "report": ValidationReport.from_dict(values["report"])})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def is_current(self, basis: str, depth: Depth) -> bool:
+        """Return whether the session need not be looked at, as long as its files are the same."""
+        wanted = versions_of(depth).items()
+        return self.basis == basis and all(self.versions.get(c) == v for c, v in wanted)
+
+
+def versions_of(depth: Depth) -> dict[str, str]:
+    """Return the version of each check that a depth asks for."""
+    return {n: CHECK_VERSIONS[n] for n, c in CHECKS.items() if depth in ("full", c.depth)}
+
+
+def basis_of_recipe(recipe: Recipe) -> str:
+    """Return a fingerprint of the settings that checks depend on."""
+    streams = {
+        name: {k: v for k, v in spec.as_json().items() if k not in _NOT_CHECKED.get(spec.kind, ())}
+        for name, spec in recipe.streams.items()
+    }
+    return fingerprint_of(_VERSION, streams, recipe.segment_s, recipe.segment.min_coverage)
+
+
+def basis_of(recording: Recording, recipe_basis: str) -> str:
+    """Return a fingerprint of what the verdict of a session depends on besides its files."""
+    return fingerprint_of(recipe_basis, sorted(astuple(n) for n in recording.unused))
+
+
+class Verdicts:
+    """The verdicts that are kept in one folder.
+
+    Of runs at the same time, each keeps what the other has written, unless both write at the same
+    moment; then some sessions are looked at again.
+
+    Args:
+        sessions: those whose verdicts are kept; None keeps all.
+        present: names of the files in the folder, if they are known.
+    """
+
+    def __init__(
+        self,
+        root: Path | Store,
+        *,
+        present: Collection[str] | None = None,
+        sessions: Collection[str] | None = None,
+    ) -> None:
+        self._files = _Files(root)
+        self._stamps = self._files.stamps()
+        present = self._files.list_names() if present is None else present
+        self._log = SessionLog(self._files, _STEM, present)
+        self.exists = bool(present)
+        self._sessions = sessions
+        self._new: dict[str, bytes] = {}
+        self._can_write = True
+
+    def get(self, session: str) -> Verdict | None:
+        """Return the verdict of a session, if there is one that can be read."""
+        line = self._log.get(session)
+        return None if line is None else Verdict.of_line(line)
+
+    def add(self, verdict: Verdict) -> None:
+        """Add or replace a verdict; :meth:`save` writes it."""
+        self._new[verdict.session] = verdict.as_line()
+        self._log.add(verdict.session, self._new[verdict.session])
+
+    def save(self) -> str:
+        """Write what is new; return a warning at the first time that this fails."""
+        if not self._can_write or not self._new:
+            return ""
+        try:
+            stamps = self._files.stamps()
+            if stamps != self._stamps:  # another run has written
+                self._log = SessionLog(self._files, _STEM, stamps)
+                for session, line in self._new.items():
+                    self._log.add(session, line)
+            self._log.save(self._log if self._sessions is None else self._sessions)
+            self._stamps, self._new = self._files.stamps(), {}
+        except (MachineError, OSError) as error:
+            self._can_write = False
+            reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
+            return (
+                f"warning: verdicts are not kept, so the next run looks at these sessions again: "
+                f"{reason}; fix: give another folder for them (--verdicts FOLDER)"
+            )
+        return ""
+
+
+def open_verdicts(
+    location: Path | str,
+    survey: Survey,
+    *,
+    folder: str | None = None,
+    opened: dict[str, Verdicts] | None = None,
+) -> Verdicts | None:
+    """Open the verdicts of the sessions that were found at a location.
+
+    They are in `folder`, or else beside the session folders. A location that is itself a session
+    has some only if the folder around it already has. `opened` remembers those of each folder.
+    """
+    opened = {} if opened is None else opened
+    root, first = parse_location(location), next(iter(survey.recordings.values()))
+    own = first.store.url if isinstance(first, RemoteRecording) else str(first.folder)
+    is_one = own == root.url if isinstance(root, Store) else root.samefile(own)
+    around = own.rpartition("/")[0] if is_one else root.url if isinstance(root, Store) else root
+    text = folder or f"{around}/{FOLDER}"
+    if text not in opened:
+        parsed, present = parse_location(text), None
+        if isinstance(parsed, Store):
+            parsed = parsed.with_policy(RetryPolicy())
+            if not (folder or is_one):  # the listing of the sessions has them
+                prefix = f"{FOLDER}/"
+                present = [n.removeprefix(prefix) for n in survey.hidden if n.startswith(prefix)]
+        sessions = None if folder or is_one else survey.recordings.keys()
+        opened[text] = Verdicts(parsed, present=present, sessions=sessions)
+    verdicts = opened[text]
+    return verdicts if folder or not is_one or verdicts.exists else None
+
+
+class _Files:
+    """The files of a log, in a folder or behind a URL; what can't be read counts as missing."""
+
+    def __init__(self, root: Path | Store) -> None:
+        self._root = root
+
+    def list_names(self) -> list[str]:
+        """List the files."""
+        if isinstance(self._root, Path):
+            return list(self.stamps())
+        with suppress(MachineError):
+            return list(self._root.list_files())
+        return []
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Return size and time of each file in a folder; {} for a store, where that would cost."""
+        if isinstance(self._root, Path):
+            with suppress(OSError), os.scandir(self._root) as entries:
+                return {e.name: (e.stat().st_size, e.stat().st_mtime_ns) for e in entries}
+        return {}
+
+    def read(self, name: str) -> bytes | None:
+        with suppress(MachineError, OSError):
+            if isinstance(self._root, Store):
+                return self._root.read(name)
+            return read_bytes(self._root / name)
+        return None
+
+    def write(self, name: str, content: bytes) -> None:
+        if isinstance(self._root, Store):
+            self._root.write(name, content)
+        else:
+            self._root.mkdir(parents=True, exist_ok=True)
+            write_atomic(self._root / name, content)
+
+    def remove(self, name: str) -> None:
+        if isinstance(self._root, Store):
+            self._root.remove(name)
+        else:
+            (self._root / name).unlink(missing_ok=True)
