@@ -9,6 +9,7 @@ environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``FSSPEC_S3_ANON=true`
 from __future__ import annotations
 
 import errno
+import inspect
 import logging
 import random
 import re
@@ -172,19 +173,22 @@ class Store:
         return replace(self, retry=retry)
 
     @_retried
-    def list_files(self) -> dict[str, StoredFile]:
-        """List everything below the folder, by relative path; {} if there is nothing."""
+    def list_files(self, prefix: str = "") -> dict[str, StoredFile]:
+        """List what is below the folder, by relative path that begins with `prefix`.
+
+        An object store lists about 1,000 files per request, and with a prefix no others.
+        """
         with self._errors():
             fs, root = self._open()
             try:
-                files = fs.find(root, detail=True)
+                files = fs.find(root, detail=True, **_accepted(fs.find, prefix=prefix or None))
             except FileNotFoundError:
                 return {}
-            prefix = root.rstrip("/") + "/"
+            folder = root.rstrip("/") + "/"
             return {
-                path[len(prefix) :]: _stored_file(info)
+                path[len(folder) :]: _stored_file(info)
                 for path, info in files.items()
-                if path.startswith(prefix)
+                if path.startswith(folder + prefix)
             }
 
     @_retried
@@ -202,7 +206,9 @@ class Store:
         """Read a whole file."""
         with self._errors(name):
             fs, root = self._open()
-            return bytes(fs.cat_file(f"{root}/{name}"))
+            # Otherwise s3fs asks for the size before every read.
+            options = _accepted(fs.cat_file, max_concurrency=1)
+            return bytes(fs.cat_file(f"{root}/{name}", **options))
 
     @_retried
     def write(self, name: str, content: bytes) -> None:
@@ -304,6 +310,12 @@ def parse_location(text: Path | str) -> Path | Store:
 def redact_url(text: str) -> str:
     """Remove user names and passwords from the URLs in a text."""
     return _USER.sub("", text)
+
+
+def _accepted(method: Callable[..., Any], **options: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return those options that a file system's method has, without those that are None."""
+    known = inspect.signature(method).parameters
+    return {name: v for name, v in options.items() if name in known and v is not None}
 
 
 def _is_transient(error: Exception) -> bool:

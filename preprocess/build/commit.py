@@ -130,7 +130,10 @@ def write_set_files(new: NewSet, manifest: Manifest) -> None:
             store.write(name, content)
     if previous is None or replace(previous, root=store.root) != manifest:
         if previous is not None:
-            store.retain_manifest(add_generation(MANIFEST_FILE, previous.generation))
+            store.retain_manifest(
+                add_generation(MANIFEST_FILE, previous.generation),
+                is_extended=_files_named(previous) <= _files_named(manifest),
+            )
         commit_manifest(manifest, write=store.write)
 
 
@@ -141,7 +144,7 @@ def delete_unreferenced(new: NewSet, manifest: Manifest) -> None:
     someone reads them, or in an object store may still read them.
     """
     store = new.store
-    needed = {manifest.tokenizer_file, *(entry.index_file for entry in manifest.shards)}
+    needed = _files_named(manifest)
     needed |= {column["file"] for header in new.headers for column in header["columns"].values()}
     names = sorted(store.list_sizes())
     for name in filter(_OLD_MANIFEST.fullmatch, names):
@@ -161,6 +164,11 @@ def delete_unreferenced(new: NewSet, manifest: Manifest) -> None:
         )
         if not is_input:
             store.remove(name)
+
+
+def _files_named(manifest: Manifest) -> set[str]:
+    """List the files that a manifest names; the indexes name the others."""
+    return {manifest.tokenizer_file, *(entry.index_file for entry in manifest.shards)}
 
 
 def _files_of(name: str, store: ShardSetStore, *, known: Collection[str]) -> set[str]:

@@ -147,10 +147,11 @@ class ShardSetStore(ShardSetReader, Protocol):
         """Remove a file if it exists."""
         ...
 
-    def retain_manifest(self, name: str) -> None:
+    def retain_manifest(self, name: str, *, is_extended: bool = False) -> None:
         """Keep the manifest that is about to be replaced under another name.
 
-        :meth:`has_readers` then tells whether its files are still in use.
+        :meth:`has_readers` then tells whether its files are still in use. `is_extended` says that
+        the new manifest has all of its files.
         """
         ...
 
@@ -231,7 +232,7 @@ class LocalShardSet:
         """Remove a file if it exists."""
         (self.root / name).unlink(missing_ok=True)
 
-    def retain_manifest(self, name: str) -> None:
+    def retain_manifest(self, name: str, *, is_extended: bool = False) -> None:
         """Link the manifest to a second name, so that its reader locks stay visible."""
         path = self.root / name
         with suppress(FileNotFoundError):
@@ -327,8 +328,14 @@ class RemoteShardSet:
         """Remove a file if it exists."""
         self.store.remove(name)
 
-    def retain_manifest(self, name: str) -> None:
-        """Write a copy of the manifest with the time at which it is replaced."""
+    def retain_manifest(self, name: str, *, is_extended: bool = False) -> None:
+        """Write a copy of the manifest with the time at which it is replaced.
+
+        None is needed if the new manifest has all of its files: these stay as long as the new one,
+        which is replaced later. So sessions can be added any number of times a day.
+        """
+        if is_extended:
+            return
         values = json.loads(self.read(MANIFEST_FILE) or b"{}")
         self.write(name, json.dumps({**values, _REPLACED_KEY: time.time()}).encode())
 
@@ -452,5 +459,5 @@ def _claim_store(store: Store, job_id: str) -> Iterator[None]:
 
 
 def _remove_job_files(store: Store) -> None:
-    for name in filter(_JOB_FILE.match, store.list_files()):
+    for name in filter(_JOB_FILE.match, store.list_files(prefix=".")):
         store.remove(name)

@@ -93,10 +93,10 @@ def make_set(root: Path, **sections: Any) -> Path:
     return build_set(sessions, root / "shards", set_recipe(**sections))
 
 
-def build_set(sessions: Path, out: Path, recipe: Recipe) -> Path:
+def build_set(sessions: Path, out: Path, recipe: Recipe, **options: Any) -> Path:
     """Build a shard set in this process."""
     with Cluster(scheduler=None, num_workers=0, console=Console(file=io.StringIO())) as cluster:
-        build_shards(sessions, out, recipe=recipe, cluster=cluster)
+        build_shards(sessions, out, recipe=recipe, cluster=cluster, **options)
     return out
 
 

@@ -52,6 +52,23 @@ def s3_server() -> Iterator[Any]:
     server.stop()
 
 
+@contextmanager
+def count_requests() -> Iterator[Counter[str]]:
+    """Count the requests to S3 of this process by operation, such as GetObject."""
+    from aiobotocore.client import AioBaseClient
+
+    counts: Counter[str] = Counter()
+    request = AioBaseClient._make_api_call
+
+    async def counted(self: Any, operation: str, arguments: Any) -> Any:
+        counts[operation] += 1
+        return await request(self, operation, arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(AioBaseClient, "_make_api_call", counted)
+        yield counts
+
+
 def upload(folder: Path, fs: Any, root: str) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         fs.pipe_file(f"{root}/{path.relative_to(folder)}", path.read_bytes())
