@@ -59,6 +59,7 @@ class SessionLog(Mapping[str, bytes]):
     def __init__(self, files: LogFiles, stem: str, present: Collection[str]) -> None:
         self._files = files
         self._names = [f"{stem}.jsonl", *(f"{stem}.{n}.jsonl" for n in range(1, MAX_LEVELS))]
+        self._present = {name for name in self._names if name in present}
         self._levels: list[dict[str, bytes]] = []
         """Lines of each file, the newest first."""
         for name in self._names:
@@ -93,11 +94,12 @@ class SessionLog(Mapping[str, bytes]):
             size_bytes = sum(map(len, lines.values())) + len(lines)
             if size_bytes <= LEVEL_BYTES * GROWTH**level or level + 1 == MAX_LEVELS:
                 break
-            if older:
+            if name in self._present:
                 merged.append(name)
         self._files.write(name, b"".join(line + b"\n" for line in lines.values()))
         for old in merged:  # after a crash here, both files hold the same lines
             self._files.remove(old)
+        self._present = self._present.difference(merged) | {name}
         self._levels[: level + 1] = [*({} for _ in range(level)), lines]
         self._new = {}
 

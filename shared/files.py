@@ -94,10 +94,13 @@ def sha256_of_file(file: Path | SteadyFile) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+stable_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
+"""Format JSON values; equal values give the same text."""
+
+
 def fingerprint_of(*values: Any) -> str:  # noqa: ANN401 (any JSON value)
     """Return a short stable hash of plain JSON values."""
-    text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return sha256_of_bytes(text.encode())[:32]
+    return sha256_of_bytes(stable_json(values).encode())[:32]
 
 
 class DiskArray(Generic[ScalarT]):

@@ -74,7 +74,8 @@ def explain_unused(unused: Mapping[str, Sequence[UnusedName]]) -> tuple[list[str
         for sentence in describe_unused(names)[0].values():
             sessions.setdefault(sentence, []).append(session)
         own = {name for name in names if not name.meant}
-        others, num_others = others | own, num_others + bool(own)
+        others |= own
+        num_others += bool(own)
     meant = [f"{sentence} ({_examples(names)})" for sentence, names in sessions.items()]
     listed = describe_unused(sorted(others, key=lambda name: (name.file, name.key)))[1]
     return meant, f"{listed} ({_plural(num_others, 'session')})" if listed else ""

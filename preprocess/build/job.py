@@ -110,6 +110,8 @@ class Build:
     tokenizer_file: str
     previous: Manifest | None
     """The set before, if its manifest can be read."""
+    headers: Mapping[str, Mapping[str, Any]]
+    """The headers of its indexes, by file name."""
     plan: Plan
     task_s: float
     verify: bool
@@ -185,7 +187,7 @@ def build_shards(
     with claim_shard_set(parse_location(out), dry_run=dry_run, keep_old_s=keep_old_s) as store:
         sizes, previous = store.list_sizes(), _read_previous(store)
         recipe = _with_segment(recipe, previous)
-        scans, num_scanned = scan_sessions(recordings, store, recipe, cluster)
+        scans, num_scanned = scan_sessions(recordings, store, recipe, cluster, present=sizes)
         _require_streams(scans, recipe, _unused_names(recordings, scans))
         tokenizer, tokenizer_file = _choose_tokenizer(
             recordings, recipe=recipe, previous=previous, store=store, cluster=cluster
@@ -208,6 +210,7 @@ def build_shards(
             tokenizer=tokenizer,
             tokenizer_file=tokenizer_file,
             previous=previous,
+            headers={} if described is None else described.headers,
             plan=plan_shards(
                 scans,
                 recipe,
@@ -263,7 +266,11 @@ def _unused_names(
     recordings: Mapping[str, Recording], scans: Mapping[str, SessionScan]
 ) -> dict[str, tuple[UnusedName, ...]]:
     """Return the files and keys of each session that no stream uses."""
-    return {name: (*scan.unused, *recordings[name].unused) for name, scan in scans.items()}
+    return {
+        name: names
+        for name, scan in scans.items()
+        if (names := (*scan.unused, *recordings[name].unused))
+    }
 
 
 def _require_streams(
@@ -407,7 +414,8 @@ def _new_set(build: Build, finished: Mapping[str, ShardEntry]) -> NewSet:
     previous, plan, tokenizer = build.previous, build.plan, build.tokenizer
     kept = {} if previous is None else {entry.name: entry for entry in previous.shards}
     shards = tuple(finished.get(name) or kept[name] for name in plan.order)
-    headers = [build.store.read_index(entry.index_file).header for entry in shards]
+    files = [entry.index_file for entry in shards]
+    headers = [build.headers.get(f) or build.store.read_index(f).header for f in files]
     failures = [failure for header in headers for failure in header["decode_failures"]]
     generation, fingerprint = 0, None
     if previous is not None:

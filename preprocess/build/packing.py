@@ -33,11 +33,14 @@ PACKING_SECTIONS = ("segment", "split", "shard")
 def cut_sessions(samples: Samples, recipe: Recipe) -> list[SessionSegments]:
     """Cut sessions that are longer than a shard, in order of name."""
     length = max_run_segments(recipe)
-    return [
-        SessionSegments(name, tuple(numbers))
-        for name in sorted(samples)
-        for _, numbers in groupby(samples[name], key=lambda number: number // length)
-    ]
+    cut: list[SessionSegments] = []
+    for name, numbers in sorted(samples.items()):
+        if numbers and numbers[-1] < length:
+            cut.append(SessionSegments(name, tuple(numbers)))
+            continue
+        groups = groupby(numbers, key=lambda number: number // length)
+        cut += [SessionSegments(name, tuple(own)) for _, own in groups]
+    return cut
 
 
 def keep_previous_shards(
@@ -50,20 +53,20 @@ def keep_previous_shards(
     """
     length = max_run_segments(recipe)
     current = {(s.session, s.segments[0] // length): s for s in cut_sessions(samples, recipe)}
-    stored = {
-        (shard.name, s.session): {number // length for number in s.segments}
+    num_shards = Counter(
+        (old.session, cut)
         for shard in shards
-        for s in shard.sessions
-    }
-    num_shards = Counter((session, cut) for (_, session), cuts in stored.items() for cut in cuts)
+        for old in shard.sessions
+        for cut in {number // length for number in old.segments}
+    )
     planned = []
     for shard in shards:
         new = PlannedShard(shard.name, shard.split, previous=shard)
         num_free = MAX_RUN_SEGMENTS
         for old in shard.sessions:
-            cuts = stored[shard.name, old.session]
-            key = (old.session, min(cuts))
-            is_alone = len(cuts) == 1 and num_shards[key] == 1 and key in current
+            key = (old.session, old.segments[0] // length)
+            is_whole = old.segments[-1] // length == key[1]
+            is_alone = is_whole and num_shards[key] == 1 and key in current
             if is_alone and len(current[key].segments) <= num_free:
                 new.sessions.append(current[key])
                 num_free -= len(current[key].segments)
@@ -116,6 +119,8 @@ def recover_lost_shards(
     or the runs differ is left out.
     """
     entries = sorted(lost, key=lambda entry: entry.name)
+    if not entries:
+        return {}
     stored = {
         (s.session, number) for shard in shards for s in shard.sessions for number in s.segments
     }

@@ -101,6 +101,8 @@ class PreviousSet:
     shards: tuple[BuiltShard, ...]
     lost: tuple[ShardEntry, ...] = ()
     """Shards whose index cannot be read."""
+    headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The headers of the indexes, by file name."""
 
 
 def built_columns(index: ShardIndex) -> dict[str, BuiltColumn]:

@@ -6,9 +6,12 @@ files (hashed per session and column) and the recipe's settings of the column.
 
 from __future__ import annotations
 
+import functools
+import math
 from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
+from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build.plan_types import (
@@ -23,7 +26,7 @@ from preprocess.build.plan_types import (
 )
 from preprocess.build.sources import HASHED_BYTES_PER_S
 from shared.errors import CorruptError, FormatVersionError, ShardError
-from shared.files import fingerprint_of
+from shared.files import sha256_of_bytes, stable_json
 from shared.session.folder import files_of_stream, source_files
 from shared.shardset.layout import columns_of
 from shared.shardset.manifest import find_runs
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from shared.kinds.column import Column
     from shared.recipe import Recipe
     from shared.session.scan import SessionScan
+    from shared.shardset.index import ShardIndex
     from shared.shardset.manifest import Manifest, ShardEntry
     from shared.shardset.store import ShardSetStore
 
@@ -55,10 +59,12 @@ def read_previous_set(
     Raises:
         FormatVersionError: an index has a version that this program does not read.
     """
-    shards, lost = [], []
+    shards, lost, headers = [], [], {}
     for entry in manifest.shards:
         try:
-            shards.append(_describe_shard(entry, store, sizes, corrupt))
+            index = store.read_index(entry.index_file, sha256=entry.index_sha256)
+            shards.append(_describe_shard(entry, index, sizes, corrupt))
+            headers[entry.index_file] = index.header
         except FormatVersionError:
             raise
         except (ShardError, KeyError, TypeError):
@@ -68,15 +74,15 @@ def read_previous_set(
         generation=manifest.generation,
         shards=tuple(shards),
         lost=tuple(lost),
+        headers=headers,
     )
 
 
 def _describe_shard(
-    entry: ShardEntry, store: ShardSetStore, sizes: Mapping[str, int], corrupt: Collection[str]
+    entry: ShardEntry, index: ShardIndex, sizes: Mapping[str, int], corrupt: Collection[str]
 ) -> BuiltShard:
-    index = store.read_index(entry.index_file, sha256=entry.index_sha256)
     if find_runs(index) != entry.runs:
-        raise CorruptError(f"{store}/{entry.index_file}: has other runs than the manifest says")
+        raise CorruptError(f"{entry.index_file}: has other runs than the manifest says")
     columns = built_columns(index)
     faults = {}
     for name, column in columns.items():
@@ -121,32 +127,57 @@ _TIMESTAMPED_KINDS = (Kind.SENSOR, Kind.TEXT)
 
 
 def row_hash(stored: SessionSegments, column: Column, scan: SessionScan, recipe: Recipe) -> str:
-    """Hash everything that the rows of a session depend on in a column, besides the recipe."""
+    """Hash everything that the rows of a session depend on in a column, besides the recipe.
+
+    A plan needs millions of them. So the JSON of :func:`fingerprint_of` is put together from texts,
+    and those of the segments are kept.
+    """
     stream, spec = column.stream, recipe.streams[column.stream]
-    files = scan.source_files
+    files = [
+        f"{encode_basestring(name)}:{encode_basestring(scan.source_files[name].sha256)}"
+        for name in sorted(files_of_stream(spec))
+        if name in scan.source_files
+    ]
     shares = scan.coverage.get(stream)
-    inputs: dict[str, Any] = {
-        "session": stored.session,
-        "segments": stored.segments,
-        "present": [shares is not None and shares[number] > 0 for number in stored.segments],
-        "files": {n: files[n].sha256 for n in files_of_stream(spec) if n in files},
-        "gain": scan.gains.get(stream),
-        "start_s": scan.start_overrides.get(stream),
+    present = (shares is not None,) * len(stored.segments)
+    if shares is not None and not all(shares):
+        present = tuple([shares[number] > 0 for number in stored.segments])
+    texts = {
+        "session": encode_basestring(stored.session),
+        "segments": _segments_json(stored.segments),
+        "present": _present_json(present),
+        "files": f"{{{','.join(files)}}}",
+        "gain": _number_json(scan.gains.get(stream)),
+        "start_s": _number_json(scan.start_overrides.get(stream)),
     }
     if spec.kind in _TIMESTAMPED_KINDS and spec.clock == "session":
-        inputs["clock_offset_s"] = scan.clock_offset_s
+        texts["clock_offset_s"] = _number_json(scan.clock_offset_s)
     if stream in scan.stretches:
-        inputs["stretch"] = scan.stretches[stream]
+        texts["stretch"] = _number_json(scan.stretches[stream])
     corrections = {f: scan.corrections[f] for f in files_of_stream(spec) if f in scan.corrections}
     if corrections:
-        inputs["corrections"] = {file: asdict(c) for file, c in corrections.items()}
+        texts["corrections"] = stable_json({file: asdict(c) for file, c in corrections.items()})
     if spec.kind is Kind.TEXT:  # events after the session's end are left out
-        inputs["duration_s"] = scan.duration_s
+        texts["duration_s"] = _number_json(scan.duration_s)
     if stream in scan.mixes:
-        inputs["mix"] = [scan.mixes[stream].weights, scan.mixes[stream].offset]
+        texts["mix"] = stable_json([scan.mixes[stream].weights, scan.mixes[stream].offset])
     if stream in scan.masked:
-        inputs["masked"] = [[s.start_s, s.stop_s, s.reason] for s in scan.masked[stream]]
-    return fingerprint_of(inputs)
+        masked = [[s.start_s, s.stop_s, s.reason] for s in scan.masked[stream]]
+        texts["masked"] = stable_json(masked)
+    inputs = ",".join([f'"{key}":{text}' for key, text in sorted(texts.items())])
+    return sha256_of_bytes(f"[{{{inputs}}}]".encode())[:32]
+
+
+# Two caches, as (0, 1) and (False, True) are equal.
+_segments_json = functools.lru_cache(maxsize=1024)(stable_json)
+_present_json = functools.lru_cache(maxsize=1024)(stable_json)
+
+
+def _number_json(value: float | None) -> str:
+    if value is None:
+        return "null"
+    is_plain = type(value) is float and math.isfinite(value)
+    return repr(value) if is_plain else stable_json(value)
 
 
 def recipe_part(basis: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,6 +194,11 @@ class PreviousRows:
         self._scans = scans
         self._recipe = recipe
         self._columns = columns_of(recipe)
+        files = {n: files_of_stream(recipe.streams[c.stream]) for n, c in self._columns.items()}
+        self._columns_of_file = {
+            file: {name for name in files if file in files[name]} for file in source_files(recipe)
+        }
+        self._changed: dict[str, set[str]] = {}
         self._stored: dict[str, list[tuple[BuiltShard, SessionSegments]]] = {}
         for shard in shards:
             for stored in shard.sessions:
@@ -203,22 +239,8 @@ class PreviousRows:
             if len(before) == len(segments):
                 return "other segments"
             return f"{len(before)} -> {len(segments)} segments"
-        changed = {
-            name
-            for shard, stored in self._stored[session]
-            for name, built in shard.columns.items()
-            if name in self._columns and not self._is_same(built, stored, self._columns[name])
-        }
-        streams = self._recipe.streams
-        columns_of_file = {
-            file: {
-                n
-                for n, own in self._columns.items()
-                if file in files_of_stream(streams[own.stream])
-            }
-            for file in source_files(self._recipe)
-        }
-        files = {f: columns for f, columns in columns_of_file.items() if columns <= changed}
+        changed = self._changed_columns(session)
+        files = {f: columns for f, columns in self._columns_of_file.items() if columns <= changed}
         # A file explains another one whose columns are some of its own.
         explained = {f for f, own in files.items() if any(own < other for other in files.values())}
         return ", ".join(
@@ -226,6 +248,17 @@ class PreviousRows:
             for f, columns in files.items()
             if f not in explained and (column is None or column.name in columns)
         )
+
+    def _changed_columns(self, session: str) -> set[str]:
+        """Return the columns whose rows of a session would not be the same now."""
+        if session not in self._changed:
+            self._changed[session] = {
+                name
+                for shard, stored in self._stored[session]
+                for name, built in shard.columns.items()
+                if name in self._columns and not self._is_same(built, stored, self._columns[name])
+            }
+        return self._changed[session]
 
     def _is_same(self, built: BuiltColumn, stored: SessionSegments, column: Column) -> bool:
         """Return whether the rows of a session have the hash that they would have now."""

@@ -1,20 +1,26 @@
 """Scan recorded sessions, and open them for a task.
 
-The scans of a set are cached in its ``sessions.jsonl``, which may be deleted at any time. A session
-whose files have the same size and time is not scanned again.
+The scans of a set are cached in its ``sessions.jsonl``, ``sessions.1.jsonl`` and so on. These may
+be deleted at any time. A session whose files have the same size and time is not scanned again. New
+scans are written while others are made, so that a job that is stopped keeps them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from preprocess.build.commit import to_jsonl
+from pydantic import TypeAdapter, ValidationError
+
 from preprocess.build.plan_types import Row
 from preprocess.recordings import require_unchanged
+from preprocess.session_log import SessionLog, log_line
+from shared.errors import JobError, MachineError
 from shared.files import fingerprint_of
 from shared.kinds.column import stream_settings
 from shared.media.tokenizer import parse_tokenizer
@@ -23,13 +29,13 @@ from shared.session.folder import (
     scanned_files,
 )
 from shared.session.reader import SessionReader
-from shared.session.scan import SessionScan, SourceFile, scan_from_json, scan_session
+from shared.session.scan import SessionScan, SourceFile, scan_session
 from shared.shardset.index import FLAG_BITS
 from shared.shardset.manifest import SESSIONS_FILE
 from shared.streams import Kind, mask_reasons
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
     from preprocess.build.plan_types import SessionSegments
     from preprocess.cluster import Cluster
@@ -53,6 +59,12 @@ the column's container."""
 _SCAN_BYTES_PER_S: Mapping[Kind, float] = {Kind.AUDIO: 20e6, Kind.SENSOR: 10e6}
 """Streams of whose files a scan does more than hashing: bytes that it reads per second."""
 
+_SCAN_S = 0.002
+"""Seconds that a scan takes at least, roughly."""
+
+_SAVE_S = 30.0
+"""Seconds between two writes of the cache while sessions are scanned."""
+
 HASHED_BYTES_PER_S = 200e6
 """Bytes that one process reads and hashes per second, roughly."""
 
@@ -71,7 +83,7 @@ def scan_seconds(recording: Recording, recipe: Recipe) -> float:
         for name in files_of_stream(spec):
             rate = _SCAN_BYTES_PER_S.get(spec.kind, HASHED_BYTES_PER_S)
             rates[name] = min(rate, rates.get(name, rate))
-    return sum(float(stamp[0]) / rates[name] for name, stamp in recording.stamp.items())
+    return _SCAN_S + sum(float(stamp[0]) / rates[n] for n, stamp in recording.stamp.items())
 
 
 SCAN_VERSION = 11
@@ -85,9 +97,17 @@ _NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {
 
 
 def scan_sessions(
-    recordings: Mapping[str, Recording], store: ShardSetStore, recipe: Recipe, cluster: Cluster
+    recordings: Mapping[str, Recording],
+    store: ShardSetStore,
+    recipe: Recipe,
+    cluster: Cluster,
+    *,
+    present: Collection[str],
 ) -> tuple[dict[str, SessionScan], int]:
-    """Scan the sessions that changed, and cache that; return all scans and how many were made."""
+    """Scan the sessions that changed, and cache that; return all scans and how many were made.
+
+    `present` are the names of the set's files.
+    """
     streams = {
         name: stream_settings(spec, without=_NOT_SCANNED.get(spec.kind, ()))
         for name, spec in recipe.streams.items()
@@ -97,35 +117,42 @@ def scan_sessions(
     }
     mixes = {name: spec.channels for name, spec in recipe.audios.items()}
     basis = fingerprint_of(SCAN_VERSION, recipe.segment_s, streams, masks, mixes)
-    cached = _parse_cache(store.read(SESSIONS_FILE) or b"")
-    stamps = {name: dict(recording.stamp) for name, recording in recordings.items()}
-    scans = {
-        name: cached[name][2]
-        for name in recordings
-        if name in cached and cached[name][:2] == (basis, stamps[name])
-    }
-    changed = [name for name in recordings if name not in scans]
-    work = []
-    for name in changed:
+    log = _open_cache(store, present)
+    scans: dict[str, SessionScan] = {}
+    work: list[tuple[Recording, Mapping[str, SourceFile]]] = []
+    for name, recording in recordings.items():
+        cached, stamp = _parse_cached(log[name]) if name in log else None, recording.stamp
+        if cached is not None and (cached.basis, cached.stamp) == (basis, stamp):
+            scans[name] = cached.scan
+            continue
         known: dict[str, SourceFile] = {}  # unchanged files need no hashing
-        if name in cached:
-            _, old, scan = cached[name]
-            stamp = stamps[name]
-            files = scan.source_files.items()
-            known = {n: f for n, f in files if n in stamp and old.get(n) == stamp[n]}
-        work.append((recordings[name], known))
-    seconds = sum(scan_seconds(recording, recipe) for recording, _ in work)
+        if cached is not None:
+            files = cached.scan.source_files.items()
+            known = {n: f for n, f in files if n in stamp and cached.stamp.get(n) == stamp[n]}
+        work.append((recording, known))
+    weights = [scan_seconds(recording, recipe) for recording, _ in work]
     function = partial(_scan, recipe=recipe, store=store)
-    new = cluster.map(function, work, label="scan sessions", work_s=seconds)
-    scans.update(zip(changed, new, strict=True))
-    scans = dict(sorted(scans.items()))
-    if changed or set(cached) != set(scans):
-        lines = [
-            {"basis": basis, "stamp": stamps[name], "scan": scan.as_json()}
-            for name, scan in scans.items()
-        ]
-        store.write(SESSIONS_FILE, to_jsonl(lines))
-    return scans, len(changed)
+    saved_s, failure = time.monotonic(), None
+    iterate = partial(cluster.iterate, label="scan sessions", weights=weights)
+    try:
+        for index, scan in iterate(function, work) if work else ():
+            if isinstance(scan, (JobError, MachineError)):
+                raise scan
+            if isinstance(scan, Exception):
+                failure = failure or scan
+                continue
+            recording, _ = work[index]
+            scans[scan.session] = scan
+            values = {"basis": basis, "stamp": recording.stamp, "scan": scan.as_json()}
+            log.add(scan.session, log_line(scan.session, values))
+            if time.monotonic() > saved_s + _SAVE_S:
+                log.save(recordings)
+                saved_s = time.monotonic()
+    finally:
+        log.save(recordings)
+    if failure is not None:
+        raise failure
+    return dict(sorted(scans.items())), len(work)
 
 
 def _scan(
@@ -137,17 +164,36 @@ def _scan(
         return scan_session(folder, recipe=recipe, known=known)
 
 
-def _parse_cache(content: bytes) -> dict[str, tuple[str, dict[str, Any], SessionScan]]:
-    """Parse basis, stamp and scan of an earlier run, by session; skip lines that can't be read."""
-    cached = {}
-    for line in content.split(b"\n"):
-        try:
-            values = json.loads(line)
-            scan = scan_from_json(values["scan"])
-            cached[scan.session] = values["basis"], dict(values["stamp"]), scan
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return cached
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    """A line of the cache."""
+
+    basis: str
+    """Hash of what the scan depends on besides the session's files."""
+    stamp: dict[str, list[Any]]
+    scan: SessionScan
+
+
+_cached_adapter = functools.cache(lambda: TypeAdapter(_Cached))
+
+
+def _parse_cached(line: bytes) -> _Cached | None:
+    """Parse a line of an earlier run; None if it can't be read."""
+    try:
+        return _cached_adapter().validate_json(line)
+    except ValidationError:
+        return None
+
+
+def _open_cache(store: ShardSetStore, present: Collection[str]) -> SessionLog:
+    """Open the scans of earlier runs; take over a file of lines that do not begin with a name."""
+    log = SessionLog(store, SESSIONS_FILE.removesuffix(".jsonl"), present)
+    if SESSIONS_FILE in present and not len(log):
+        for line in (store.read(SESSIONS_FILE) or b"").split(b"\n"):
+            if (cached := _parse_cached(line)) is not None:
+                start = json.dumps({"session": cached.scan.session}, ensure_ascii=False)[:-1]
+                log.add(cached.scan.session, start.encode() + b", " + line[1:])
+    return log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -169,11 +169,10 @@ class ShardIndex:
     @property
     def segments(self) -> list[tuple[str, list[int]]]:
         """Each session with the numbers of its segments, in the order of the rows."""
-        numbers: dict[str, list[int]] = {name: [] for name in self.sessions}
-        rows = zip(self.arrays["session"].tolist(), self.arrays["segment"].tolist(), strict=True)
-        for session, segment in rows:
-            numbers[self.sessions[session]].append(segment)
-        return list(numbers.items())
+        edges = np.searchsorted(self.arrays["session"], np.arange(len(self.sessions) + 1)).tolist()
+        numbers = self.arrays["segment"].tolist()
+        rows = itertools.pairwise(edges)
+        return [(n, numbers[a:b]) for n, (a, b) in zip(self.sessions, rows, strict=True)]
 
     def session(self, row: int) -> str:
         """Return the name of a row's session."""

@@ -270,9 +270,9 @@ def test_a_session_deleted_while_it_is_scanned_is_rejected_and_then_gone(
 ):
     scan = job_module.scan_sessions
 
-    def scan_sessions(*args):
+    def scan_sessions(*args, **options):
         shutil.rmtree(sessions / "cat")
-        return scan(*args)
+        return scan(*args, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(job_module, "scan_sessions", scan_sessions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from helpers.oracles import tiny_recipe
@@ -22,14 +22,22 @@ from helpers.plans import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preprocess.build import plan as plan_module
+from preprocess.build import previous_set
 from preprocess.build.commit import count_segments, rejected_lines
 from preprocess.build.explain import explain_plan
 from preprocess.build.plan import recipe_changes
-from preprocess.build.plan_types import Cause, Plan, ShardTask
+from preprocess.build.plan_types import Cause, Plan, SessionSegments, ShardTask
+from preprocess.build.previous_set import row_hash
+from shared.clock import MaskedSpan
+from shared.files import fingerprint_of
 from shared.media.channels import Mix
 from shared.recipe import Recipe, assign_split
+from shared.session.folder import files_of_stream, source_files
+from shared.session.lines import Correction
+from shared.session.scan import SourceFile
 from shared.shardset.layout import columns_of
-from shared.streams import DEFAULT_STREAMS
+from shared.streams import DEFAULT_STREAMS, Kind, MaskReason
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**18})
 COLUMNS = columns_of(RECIPE)
@@ -399,3 +407,91 @@ def test_an_update_stores_the_segments_that_a_first_build_does(values, later):
     update = plan(drawn(later), recipe, previous=old)
     fresh = plan(drawn(later), recipe)
     assert sorted(keys(finish(update, recipe, old).shards)) == sorted(keys(fresh.tasks))
+
+
+# --- hashes of rows --------------------------------------------------------------------------
+
+
+def slow_row_hash(stored, column, scan, recipe):
+    """Hash the inputs of a session's rows as one JSON value."""
+    stream, spec = column.stream, recipe.streams[column.stream]
+    files, shares = scan.source_files, scan.coverage.get(stream)
+    inputs = {
+        "session": stored.session,
+        "segments": stored.segments,
+        "present": [shares is not None and shares[number] > 0 for number in stored.segments],
+        "files": {n: files[n].sha256 for n in files_of_stream(spec) if n in files},
+        "gain": scan.gains.get(stream),
+        "start_s": scan.start_overrides.get(stream),
+    }
+    if spec.kind in (Kind.SENSOR, Kind.TEXT) and spec.clock == "session":
+        inputs["clock_offset_s"] = scan.clock_offset_s
+    if stream in scan.stretches:
+        inputs["stretch"] = scan.stretches[stream]
+    corrections = {f: scan.corrections[f] for f in files_of_stream(spec) if f in scan.corrections}
+    if corrections:
+        inputs["corrections"] = {file: asdict(c) for file, c in corrections.items()}
+    if spec.kind is Kind.TEXT:
+        inputs["duration_s"] = scan.duration_s
+    if stream in scan.mixes:
+        inputs["mix"] = [scan.mixes[stream].weights, scan.mixes[stream].offset]
+    if stream in scan.masked:
+        inputs["masked"] = [[s.start_s, s.stop_s, s.reason] for s in scan.masked[stream]]
+    return fingerprint_of(inputs)
+
+
+NUMBERS = st.floats() | st.integers(-3, 3) | st.sampled_from([0.0, -0.0, 1e-7, 1e300])
+BY_STREAM = st.dictionaries(st.sampled_from(STREAMS), NUMBERS, max_size=3)
+BY_FILE = st.sampled_from(sorted(source_files(RECIPE)))
+SPANS = [MaskedSpan(0.0, 1.5, MaskReason.STILL, "a"), MaskedSpan(1.0, 2.0, MaskReason.CLOCK, "b")]
+
+
+@given(
+    name=st.text(max_size=5),
+    shares=st.dictionaries(
+        st.sampled_from(STREAMS), st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 2)
+    ),
+    segments=st.sampled_from([(0,), (1,), (0, 1)]),
+    hashes=st.dictionaries(BY_FILE, st.text(max_size=3)),
+    numbers=st.fixed_dictionaries(
+        {"gains": BY_STREAM, "start_overrides": BY_STREAM, "stretches": BY_STREAM}
+    ),
+    offset_s=NUMBERS,
+    masked=st.dictionaries(st.sampled_from(STREAMS), st.lists(st.sampled_from(SPANS)).map(tuple)),
+    left_out=st.dictionaries(BY_FILE, st.just(Correction(units_per_s=1e3)), max_size=2),
+    mixes=st.dictionaries(st.just("audio"), st.just(Mix(weights=(1, -1)))),
+)
+def test_a_row_hash_is_that_of_its_inputs_as_one_json_value(
+    name, shares, segments, hashes, numbers, offset_s, masked, left_out, mixes
+):
+    files = {file: SourceFile(length_bytes=1, sha256=text) for file, text in hashes.items()}
+    of_session = scan(
+        name,
+        2,
+        coverage=shares,
+        source_files=files,
+        clock_offset_s=offset_s,
+        masked=masked,
+        corrections=left_out,
+        mixes=mixes,
+        **numbers,
+    )
+    stored = SessionSegments(name, segments)
+    for column in columns_of(RECIPE).values():
+        expected = slow_row_hash(stored, column, of_session, RECIPE)
+        assert row_hash(stored, column, of_session, RECIPE) == expected
+
+
+@pytest.mark.parametrize(("num_changed", "most"), [(0, 1.0), (1, 1.3), (100, 3.0)])
+def test_hashes_are_made_a_few_times_per_session_and_column(monkeypatch, num_changed, most):
+    scans = scans_of(*(scan(f"s{number:03d}", 2) for number in range(100)))
+    small = tiny_recipe(shard={"target_bytes": 2**20})
+    old = finish(plan(scans, small), small)
+    for name in sorted(scans)[:num_changed]:
+        scans[name] = with_source(scans[name], "metadata.jsonl", "other")
+    hashed = []
+    for module in (plan_module, previous_set):
+        monkeypatch.setattr(module, "row_hash", lambda *a: (hashed.append(1), row_hash(*a))[1])
+    again = plan(scans, small, previous=old)
+    assert again.is_empty == (not num_changed)
+    assert len(hashed) <= most * len(scans) * len(COLUMNS)
