@@ -1,25 +1,34 @@
-"""Write the validation report as one HTML page (``preprocess validate --report FILE.html``).
+"""Write the validation report as an HTML page (``preprocess validate --report FILE.html``).
 
-The file contains its styles, SVG, and pictures; it needs no network and no script. Each session is
-rendered when it is checked and kept on disk until the page is complete, so that memory does not
-grow with the number of sessions. The page appears under its name only when it is complete.
+::
+
+    CheckedSession -> render_session (in a worker) -> RenderedSession -> ReportPage.add
+
+A page of a few sessions contains its styles, SVG, and pictures, and needs no script. A page of many
+is a table that a script draws and filters; the details of each session are in a file of their own
+in a folder beside it, which is loaded when it is opened. Neither needs a network. The page appears
+under its name only when it is complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-import tempfile
+import os
+import re
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from preprocess.validate.panels import draw_session
 from preprocess.validate.report import describe_stream, describe_totals
-from shared.files import write_atomic
-from shared.page import PLOT_WIDTH, format_time, page_environment
+from shared.files import fingerprint_of, sha256_of_bytes, temporary_path, write_atomic
+from shared.machine import naming_path
+from shared.page import PLOT_WIDTH, format_time, load_script, page_environment, printable_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import Self
 
@@ -32,13 +41,42 @@ LEFT_MARGIN = 132
 
 RIGHT_MARGIN = 158
 
+SESSIONS_INLINE = 50
+"""A page of at most this many sessions is one file: about 20 MB."""
+
+DETAILS_VERSION = 1
+"""Raised when details are drawn differently; files of another version are written again."""
+
+_STYLES: Mapping[str, str] = {
+    "session": "session",
+    "status": "stream",
+    "length": "number",
+    "errors": "number",
+    "warnings": "number",
+    "first message": "message",
+}
+"""CSS class of each column but those of streams, which are between length and errors."""
+
+_KINDS: Mapping[str, str] = {"passed": "full", "failed": "wrong"}
+_MESSAGE_CHARS = 160
+_STREAM = "stream "
+_MARK = b"<!-- preprocess validate: details of a session -->\n"
+"""Start of each file with details; no other file is ever removed."""
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{16}\.html")
+_SECTION_START = '<section class="card" id="session-1">\n'
+
+
+Cell = tuple[str, str, float]
+"""CSS class (full, part, none, wrong or empty), text, and a number by which cells are ordered."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedSession:
     """A session as the page shows it; a plain value that can be sent between processes."""
 
-    row: Mapping[str, Any]
-    """Its row of the table at the top; plain JSON values, see :func:`summary_row`."""
+    row: Mapping[str, Cell]
+    """Its row of the table at the top: the cell of each column, see :func:`summary_row`."""
     html: bytes
     """Its section."""
 
@@ -52,122 +90,189 @@ def render_session(checked: CheckedSession) -> RenderedSession:
             panels = draw_session(checked.folder, checked.probe)
         except Exception as error:  # Boundary, as in check_session: the report is still shown.
             problem = f"its panels cannot be drawn: {type(error).__name__}: {error}"
-    html = (
-        _environment()
-        .get_template("section.html.j2")
-        .render(
-            report=report,
-            properties=_describe_session(report),
-            streams=[
-                (name, report.streams[name], measured["kind"], describe_stream(measured))
-                for name, measured in report.stats.get("streams", {}).items()
-            ],
-            panels=panels,
-            problem=problem,
-            left=LEFT_MARGIN,
-            width=int(PLOT_WIDTH),
-            total_width=int(LEFT_MARGIN + PLOT_WIDTH + RIGHT_MARGIN),
-        )
+    template = _environment().get_template("section.html.j2")
+    html = template.render(
+        report=report,
+        properties=_describe_session(report),
+        streams=[
+            (name, report.streams[name], measured["kind"], describe_stream(measured))
+            for name, measured in report.stats.get("streams", {}).items()
+        ],
+        panels=panels,
+        problem=problem,
+        left=LEFT_MARGIN,
+        width=int(PLOT_WIDTH),
+        total_width=int(LEFT_MARGIN + PLOT_WIDTH + RIGHT_MARGIN),
     )
     return RenderedSession(row=summary_row(report), html=html.encode("utf-8", "backslashreplace"))
 
 
 class ReportPage:
-    """A page that sessions are added to; written when the ``with`` block ends without an error."""
+    """A page that sessions are added to; written when the ``with`` block ends without an error.
+
+    The details of more than SESSIONS_INLINE sessions are in files of a folder beside the page. A
+    file's name has a hash of what the file was made from, so an earlier page keeps its files until
+    this one is complete, and a run that was interrupted goes on with those it wrote.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._rows: list[Mapping[str, Any]] = []
-        self._lengths_bytes: list[int] = []
-        self._sections: IO[bytes] | None = None
+        self._folder = path.with_name(f"{path.name.removesuffix('.html')}_files")
+        self._present: frozenset[str] = frozenset()
+        self._rows: list[Mapping[str, Cell]] = []
+        self._files: list[str] = []
+        self._sections: dict[str, RenderedSession] = {}
 
     def __enter__(self) -> Self:
-        """Create the folder, so that a wrong path fails at once."""
+        """Create the page's folder and list the earlier details; a wrong path fails at once."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._sections = tempfile.TemporaryFile(dir=self._path.parent)
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as entries:
+            # A power cut can leave empty files.
+            self._present = frozenset(e.name for e in entries if e.stat().st_size)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        """Write the page, unless an error ends the block."""
-        assert self._sections is not None
-        with self._sections:
-            if kind is None:
-                self._write(self._sections)
+        """Write the page and remove the details of no session, unless an error ends the block."""
+        if kind is None:
+            self._write()
+            self._remove_unused()
 
     def has_details(self, session: str, key: str) -> bool:
-        """Return whether an earlier page has the details of this session that a key stands for.
+        """Return whether the details of a session, made from what a key names, exist already.
 
-        The key names everything that the details depend on but this program: content and report.
+        The key names the session's content and verdict; the program's version is added to it.
         """
-        return False
+        return _file_name(session, key) in self._present
 
     def keep(self, report: ValidationReport, key: str) -> None:
-        """Add a session whose details :meth:`has_details`, without reading it again."""
-        raise NotImplementedError
+        """Add a session whose details exist."""
+        self._rows.append(summary_row(report))
+        self._files.append(_file_name(report.session, key))
 
     def add(self, rendered: RenderedSession, key: str = "") -> None:
-        """Add a session, with a key by which a later page may find its details.
+        """Add a session; with a key, a later page can keep its details.
 
         Raises:
             OSError: the disk is full.
         """
-        assert self._sections is not None
-        self._lengths_bytes.append(self._sections.write(rendered.html))
+        name = _file_name(rendered.row["session"][1], key or sha256_of_bytes(rendered.html))
         self._rows.append(rendered.row)
+        self._files.append(name)
+        self._sections[name] = rendered
+        if not self._is_inline:
+            self._write_details()
 
-    def _write(self, sections: IO[bytes]) -> None:
+    @property
+    def _is_inline(self) -> bool:
+        return len(self._rows) <= SESSIONS_INLINE
+
+    def _write_details(self) -> None:
+        """Write the sections in memory to files, without flushing each to disk."""
+        self._folder.mkdir(exist_ok=True)
+        for name, rendered in self._sections.items():
+            sections, title = [rendered.html.decode()], rendered.row["session"][1]
+            path = self._folder / name
+            with naming_path(path):
+                page = _render_page({"sections": sections, "title": title})
+                temporary_path(path).write_bytes(_MARK + b"".join(page))
+                temporary_path(path).replace(path)
+        self._sections.clear()
+
+    def _read_section(self, name: str) -> str:
+        """Return the section of a session from memory, or from its file."""
+        if name in self._sections:
+            return self._sections[name].html.decode()
+        page = (self._folder / name).read_text("utf-8")
+        return page.partition(_SECTION_START)[2].rpartition("\n</section>")[0]
+
+    def _write(self) -> None:
         """Write the page, one section after the other."""
-        sections.seek(0)
-        stream = (
-            _environment()
-            .get_template("page.html.j2")
-            .stream(
-                rows=self._rows,
-                totals=describe_totals(
-                    [row["status"] for row in self._rows],
-                    _format_length(sum(row["length_s"] or 0.0 for row in self._rows)),
-                ),
-                streams=list(dict.fromkeys(name for row in self._rows for name in row["cells"])),
-                sections=(sections.read(length).decode() for length in self._lengths_bytes),
-                format_length=_format_length,
-            )
-        )
-        write_atomic(
-            self._path, lambda file: stream.dump(file, encoding="utf-8", errors="backslashreplace")
-        )
+        length_s = sum(row["length"][2] for row in self._rows)
+        statuses: list[Any] = [row["status"][1] for row in self._rows]
+        totals = describe_totals(statuses, _format_length(length_s))
+        values: dict[str, Any] = {"title": f"Sessions: {totals}", "totals": totals}
+        if self._is_inline:
+            values["sections"] = map(self._read_section, self._files)
+        else:
+            self._write_details()
+            values["script"], values["script_hash"] = load_script(_environment(), "index.js")
+        folder = quote(os.fsencode(self._folder.name))
+        values["table"] = {"folder": folder, "files": self._files, "columns": _columns(self._rows)}
+        write_atomic(self._path, lambda file: file.writelines(_render_page(values)))
+
+    def _remove_unused(self) -> None:
+        """Remove the files of sessions that are not on the page, and the folder if it is empty."""
+        kept = frozenset(() if self._is_inline else self._files)
+        for name in filter(_FILE_NAME.fullmatch, self._present - kept):
+            path = self._folder / name
+            with path.open("rb") as file:
+                is_own = file.read(len(_MARK)) == _MARK
+            if is_own:
+                path.unlink()
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+
+
+def _file_name(session: str, key: str) -> str:
+    """Name the file with a session's details: safe in any file system and in a link."""
+    readable = re.sub("[^A-Za-z0-9_-]", "_", session)[:60]
+    return f"{readable}-{fingerprint_of(session, key, DETAILS_VERSION)[:16]}.html"
+
+
+def _render_page(values: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield a page in parts: the table of all sessions, sections, or both."""
+    template = _environment().get_template("page.html.j2")
+    for part in template.generate({"table": None, "script": "", "sections": (), **values}):
+        yield part.encode("utf-8", "backslashreplace")
+
+
+def _columns(rows: Sequence[Mapping[str, Cell]]) -> list[dict[str, Any]]:
+    """Return the table by columns; a row of a column is the number of one of its distinct cells."""
+    streams = dict.fromkeys(name for row in rows for name in row if name.startswith(_STREAM))
+    columns = []
+    for name in (*list(_STYLES)[:3], *streams, *list(_STYLES)[3:]):
+        cells: dict[Cell, int] = {}
+        numbers = [cells.setdefault(row.get(name, ("none", "", -1)), len(cells)) for row in rows]
+        style, title = _STYLES.get(name, "stream"), name.removeprefix(_STREAM)
+        columns.append({"name": title, "style": style, "rows": numbers, "cells": list(cells)})
+    return columns
 
 
 @functools.cache
 def _environment() -> Environment:
-    return page_environment("preprocess.validate")
+    environment = page_environment("preprocess.validate")
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    return environment
 
 
-def summary_row(report: ValidationReport) -> dict[str, Any]:
-    """Return a session's row of the table at the top, from its report alone.
-
-    Each declared stream has a cell: its CSS class (full, part, none, wrong) and its text.
-    """
+def summary_row(report: ValidationReport) -> dict[str, Cell]:
+    """Return a session's row of the table at the top, from its report alone."""
+    length_s, num_errors = report.stats.get("length_s"), len(report.errors)
+    num_warnings = len(report.warnings)
+    message = printable_line((*report.errors, *report.warnings, "")[0], max_chars=_MESSAGE_CHARS)
     return {
-        "session": report.session,
-        "status": report.status,
-        "length_s": report.stats.get("length_s"),
-        "cells": {name: _cell(name, report) for name in report.streams},
-        "num_errors": len(report.errors),
-        "num_warnings": len(report.warnings),
-        "message": next(iter((*report.errors, *report.warnings)), ""),
+        "session": ("", report.session, 0),
+        "status": (_KINDS.get(report.status, "part"), report.status, 0),
+        "length": ("", _format_length(length_s), round(length_s or 0.0, 1)),
+        **{_STREAM + name: _stream_cell(name, report) for name in report.streams},
+        "errors": ("", str(num_errors or ""), num_errors),
+        "warnings": ("", str(num_warnings or ""), num_warnings),
+        "first message": ("", message, 0),
     }
 
 
-def _cell(name: str, report: ValidationReport) -> tuple[str, str]:
-    """Return class and text of a stream's cell."""
+def _stream_cell(name: str, report: ValidationReport) -> Cell:
     measured, status = report.stats.get("streams", {}).get(name), report.streams[name]
     if measured is None:
         state = report.stats.get("absent_states", {}).get(name, "?")
-        return {"absent": ("none", "-"), "?": ("none", "?")}.get(state, ("wrong", state))
+        return {"absent": ("none", "-", -1), "?": ("none", "?", -1)}.get(
+            state, ("wrong", state, -1)
+        )
     share = measured["share_used"]
     is_full = share > 0.995 and not measured["flaws"] and status == "passed"
-    style = "wrong" if status == "failed" else "full" if is_full else "part"
-    return style, f"{math.floor(share * 100 + 0.5)}%"
+    kind = "wrong" if status == "failed" else "full" if is_full else "part"
+    percent = math.floor(share * 100 + 0.5)
+    return kind, f"{percent}%", percent
 
 
 def _format_length(duration_s: float | None) -> str:

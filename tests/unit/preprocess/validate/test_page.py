@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pytest
@@ -25,9 +30,20 @@ from helpers.sessions import (
 
 import preprocess.validate.page
 from preprocess.__main__ import cli
-from preprocess.validate.page import ReportPage, render_session
-from preprocess.validate.report import check_session
+from preprocess.validate.page import (
+    SESSIONS_INLINE,
+    RenderedSession,
+    ReportPage,
+    render_session,
+    summary_row,
+)
+from preprocess.validate.report import CheckedSession, ValidationReport, check_session
 from shared.streams import DEFAULT_STREAMS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from helpers.report_pages import Element
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 NASTY_NAMES = {"video": "vision_left.mp4", "audio": "audio.wav", "other": "metadata.jsonl"}
@@ -244,3 +260,189 @@ def test_a_missing_folder_has_its_section_among_the_others(session: Path, tmp_pa
     assert result.exit_code == 1
     assert len(parse(path).all("section")) == 3
     assert "nowhere: no such folder" in parse(path).text
+
+
+def make_report(session: str, *, errors: tuple[str, ...] = ()) -> ValidationReport:
+    """Return the report of a session with two streams, one of them not whole."""
+    stats = {"kind": "text", "events": 1, "characters": 1, "flaws": 0}
+    streams = {"touch": {**stats, "share_used": 1.0}, "words": {**stats, "share_used": 0.5}}
+    return ValidationReport(
+        session=session,
+        errors=errors,
+        streams={"touch": "passed", "words": "passed", "audio": "absent"},
+        stats={
+            "length_s": 3.0,
+            "clock_offset_s": 0.0,
+            "lines": {},
+            "absent_states": {"audio": "absent"},
+            "streams": streams,
+        },
+    )
+
+
+def write_index(
+    path: Path, reports: Iterable[ValidationReport], *, key: str = "key"
+) -> tuple[Element, list[str]]:
+    """Write a page; return it and the sessions that were kept."""
+    kept = []
+    with ReportPage(path) as page:
+        for report in reports:
+            if page.has_details(report.session, key):
+                page.keep(report, key)
+                kept.append(report.session)
+            else:
+                page.add(render_session(CheckedSession(folder=Path(), report=report)), key)
+    return parse(path), kept
+
+
+def index_rows(page: Element) -> list[tuple[str, ...]]:
+    """Return link and texts of each row of an index, as its script draws them."""
+    data = json.loads(page.all("script", id="table")[0].text)
+    columns = [[c["cells"][i][1] for i in c["rows"]] for c in data["columns"]]
+    links = [f"{data['folder']}/{file}" for file in data["files"]]
+    return list(zip(links, *columns, strict=True))
+
+
+MANY = [f"session_{number:04d}" for number in range(SESSIONS_INLINE + 1)]
+
+
+def test_every_session_of_an_index_is_reachable(tmp_path: Path) -> None:
+    path = tmp_path / "what? 100%#1.html"
+    names = [*MANY, "a/b", "../up", ".hidden", "con", "Aé中😀", "aé中😀", "x" * 300, " ", HOSTILE]
+    page, _ = write_index(path, map(make_report, names))
+    assert page.all("section") == []
+    links = []
+    for link, session, status, length, *streams, errors, warnings, message in index_rows(page):
+        details = parse(tmp_path / unquote(link))
+        assert [e.text for e in details.all("h2")] == [session]
+        assert [status, length, *streams] == ["passed", "3.0 s", "100%", "50%", "-"]
+        assert (errors, warnings, message) == ("", "", "")
+        links.append(link)
+    assert [row[1] for row in index_rows(page)] == names
+    assert len({link.lower() for link in links}) == len(names)
+    folder = tmp_path / "what? 100%#1_files"
+    assert sorted(f"{quote(folder.name)}/{f.name}" for f in folder.iterdir()) == sorted(links)
+    assert all(re.fullmatch(r"[\w%]+/[A-Za-z0-9_-]{1,77}\.html", link) for link in links)
+
+
+def test_no_name_or_message_becomes_markup_of_an_index(tmp_path: Path) -> None:
+    nasty = [
+        HOSTILE,
+        "</script><script>alert(1)</script>",
+        "<!--<script>",
+        '"><b onload=x>',
+        "&lt;",
+    ]
+    reports = [make_report(n, errors=(n,)) for n in [*nasty, *MANY]]
+    page, _ = write_index(tmp_path / "report.html", reports)
+    data, program = page.all("script")
+    assert program.text == (Path(preprocess.validate.page.__file__).parent / "index.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(program.text.encode()).digest()).decode()
+    (policy,) = [e.attributes["content"] for e in page.all("meta") if "http-equiv" in e.attributes]
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "innerHTML" not in program.text
+    assert "<" not in data.text
+    assert [row[1] for row in index_rows(page)] == [*nasty, *MANY]
+    assert [row[-1] for row in index_rows(page)][: len(nasty)] == nasty
+    for link, *_ in index_rows(page):
+        details = parse(tmp_path / link)
+        assert details.all("script") == details.all("img") == details.all("b", onload="x") == []
+
+
+def test_an_index_asks_only_for_its_own_files(tmp_path: Path) -> None:
+    page, _ = write_index(tmp_path / "report.html", map(make_report, MANY))
+    links = [v for e in page.walk() for k, v in e.attributes.items() if k in ("href", "src")]
+    assert links == ["report_files/"]
+    assert not re.search("https?:|fetch|XMLHttp|import", page.all("script")[1].text)
+
+
+def test_details_are_kept_while_their_key_is_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    first, kept = write_index(path, map(make_report, MANY))
+    assert kept == []
+    times = {f: f.stat().st_mtime_ns for f in (tmp_path / "report_files").iterdir()}
+    again, kept = write_index(path, map(make_report, MANY))
+    assert kept == MANY
+    assert index_rows(again) == index_rows(first)
+    assert {f: f.stat().st_mtime_ns for f in times} == times
+    other, kept = write_index(path, map(make_report, MANY), key="other")
+    assert kept == []
+    assert not {row[0] for row in index_rows(other)} & {row[0] for row in index_rows(first)}
+    assert not any(file.exists() for file in times)
+
+
+def test_only_details_of_sessions_that_are_gone_are_removed(tmp_path: Path) -> None:
+    path, folder = tmp_path / "report.html", tmp_path / "report_files"
+    folder.mkdir()
+    foreign = [folder / "notes.txt", folder / f"mine-{'0' * 16}.html", folder / "mine.html"]
+    for file in foreign:
+        file.write_text("mine")
+    write_index(path, map(make_report, ["gone", *MANY]))
+    page, kept = write_index(path, map(make_report, MANY))
+    assert kept == MANY
+    files = {f"report_files/{f.name}" for f in folder.iterdir()}
+    own = {f"report_files/{f.name}" for f in foreign}
+    assert files == own | {row[0] for row in index_rows(page)}
+
+
+def test_few_kept_sessions_are_one_page_again(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_index(path, map(make_report, MANY))
+    page, kept = write_index(path, map(make_report, MANY[:3]))
+    alone, _ = write_index(tmp_path / "other.html", map(make_report, MANY[:3]))
+    assert kept == MANY[:3]
+    assert path.read_bytes() == (tmp_path / "other.html").read_bytes()
+    assert page.all("script") == []
+    assert len(alone.all("section")) == 3
+    assert not (tmp_path / "report_files").exists()
+
+
+def test_an_interrupt_keeps_the_earlier_index_and_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    page, _ = write_index(path, map(make_report, MANY))
+
+    def interrupted() -> Iterator[ValidationReport]:
+        yield from map(make_report, MANY)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_index(path, interrupted(), key="other")
+    assert index_rows(parse(path)) == index_rows(page)
+    assert all((tmp_path / row[0]).exists() for row in index_rows(page))
+    _, kept = write_index(path, map(make_report, MANY), key="other")
+    assert kept == MANY
+    assert len(list((tmp_path / "report_files").iterdir())) == len(MANY)
+
+
+def test_an_index_of_ten_thousand_sessions_stays_small(tmp_path: Path) -> None:
+    report, num_sessions = make_report("x", errors=("e" * 300,)), 10_000
+    rows = [
+        summary_row(
+            replace(report, session=f"2026-01-01_recording_{n:05d}", errors=(f"{n}é" * 80,))
+        )
+        for n in range(num_sessions // 100)
+    ]
+    path = tmp_path / "report.html"
+    with ReportPage(path) as page:
+        for row in rows:
+            page.add(RenderedSession(row=row, html=b""), row["session"][1])
+    empty, _ = write_index(tmp_path / "empty.html", map(make_report, MANY))
+    constant = len((tmp_path / "empty.html").read_bytes()) - len(empty.all("script")[0].text)
+    assert constant < 25_000
+    assert (path.stat().st_size - constant) * 100 < 5e6
+
+
+def test_a_row_comes_from_the_report_alone(session: Path) -> None:
+    lines = read_lines(session / "metadata.jsonl")
+    write_lines(session / "metadata.jsonl", lines[:20] + lines[30:])
+    (session / "audio.wav").write_bytes(b"no sound")
+    checked = check_session(session, recipe=default_recipe(required=("vision_right",)))
+    plain = json.loads(json.dumps(checked.report.as_dict()["stats"]))
+    row = summary_row(replace(checked.report, stats=plain))
+    assert row == render_session(checked).row
+    assert row["stream audio"] == ("wrong", "broken", -1)
+    assert row["stream vision_right"] == ("wrong", "missing", -1)
+    assert row["stream vision_left"][:2] == ("full", "100%")
+    assert (
+        row["stream touch"][0] == "wrong" if checked.report.streams["touch"] == "failed" else "part"
+    )

@@ -123,7 +123,7 @@ def test_a_required_stream_that_is_missing_is_named_in_the_table(session: Path) 
     (session / "audio.wav").unlink()
     page = render_page(session, recipe=default_recipe(required=("audio",)))
     cells = page.all("table", id="summary")[0].all("td", class_="wrong")
-    assert [cell.text for cell in cells] == ["missing"]
+    assert [cell.text for cell in cells] == ["failed", "missing"]
 
 
 def test_clipped_sound_is_marked_at_its_time(session: Path) -> None:
