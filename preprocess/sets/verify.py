@@ -238,8 +238,8 @@ def describe_sample(location: Path | str, key: str) -> Iterator[tuple[str, str]]
         for name, bits in zip(index.streams, index.flags[row].tolist(), strict=True):
             if reasons := [reason for reason, bit in FLAG_BITS.items() if bits & bit]:
                 yield "masked", f"{name}: {', '.join(reasons)}"
-            if found := [status for status, bit in VERDICT_BITS.items() if bits & bit]:
-                yield "validated", f"{name}: {'passed' if len(found) == 1 else found[-1]}"
+            if statuses := [status for status, bit in VERDICT_BITS.items() if bits & bit]:
+                yield "validated", f"{name}: {(*statuses[1:], 'passed')[0]}"
         for name, column in columns_of(recipe).items():
             if not index.is_present(row, column.stream):
                 continue
