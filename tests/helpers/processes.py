@@ -109,7 +109,7 @@ def count_read_bytes():
         os.pread, os.preadv = pread, preadv
 
 
-class SimulatedKillError(Exception):
+class SimulatedKillError(BaseException):
     """Raised where a test simulates a kill."""
 
 
