@@ -28,6 +28,7 @@ from shared.shardset.manifest import (
     ShardEntry,
     commit_manifest,
 )
+from shared.shardset.store import map_small_files
 from shared.streams import STREAM_NAME
 
 if TYPE_CHECKING:
@@ -73,13 +74,16 @@ class NewSet:
     fingerprint: str | None = None
     """The fingerprint of the previous set if the samples are the same, so that runs that read it
     can resume; None computes it from the shards."""
+    files: Mapping[str, int] | None = None
+    """File name -> bytes, of the set's files when the job began; None if they must be listed."""
 
 
 def commit_set(new: NewSet) -> Manifest:
     """Publish the new set, and delete files that it no longer references."""
     manifest = make_manifest(new)
-    write_set_files(new, manifest)
-    delete_unreferenced(new, manifest)
+    files = new.store.list_sizes() if new.files is None else new.files
+    retained = write_set_files(new, manifest, files)
+    delete_unreferenced(new, manifest, {*files, *retained})
     return manifest
 
 
@@ -119,26 +123,34 @@ def make_manifest(new: NewSet) -> Manifest:
     )
 
 
-def write_set_files(new: NewSet, manifest: Manifest) -> None:
-    """Write those small files of a set that changed; the manifest last."""
+def write_set_files(new: NewSet, manifest: Manifest, files: Mapping[str, int]) -> list[str]:
+    """Write those small files of a set that changed; the manifest last.
+
+    `files` has the size of each file that exists.
+
+    Returns:
+        The name under which the old manifest is kept, if it is.
+    """
     store, previous = new.store, new.previous
     for name, content in (
         (new.tokenizer_file, new.tokenizer.json.encode()),
         (REJECTED_FILE, to_jsonl(new.rejected)),
     ):
-        if store.read(name) != content:
+        if files.get(name) != len(content) or store.read(name) != content:
             store.write(name, content)
-    if previous is None or replace(previous, root=store.root) != manifest:
-        if previous is not None:
-            store.retain_manifest(
-                add_generation(MANIFEST_FILE, previous.generation),
-                is_extended=_files_named(previous) <= _files_named(manifest),
-            )
-        commit_manifest(manifest, write=store.write)
+    if previous is not None and replace(previous, root=store.root) == manifest:
+        return []
+    retained = []
+    if previous is not None:
+        name = add_generation(MANIFEST_FILE, previous.generation)
+        is_extended = _files_named(previous) <= _files_named(manifest)
+        retained = [name] if store.retain_manifest(name, is_extended=is_extended) else []
+    commit_manifest(manifest, write=store.write)
+    return retained
 
 
-def delete_unreferenced(new: NewSet, manifest: Manifest) -> None:
-    """Delete files of earlier sets and of killed jobs.
+def delete_unreferenced(new: NewSet, manifest: Manifest, files: Collection[str]) -> None:
+    """Delete those of the set's files that are of earlier sets and of killed jobs.
 
     Files with names that this program does not give stay. Files of a replaced set stay while
     someone reads them, or in an object store may still read them.
@@ -146,7 +158,7 @@ def delete_unreferenced(new: NewSet, manifest: Manifest) -> None:
     store = new.store
     needed = _files_named(manifest)
     needed |= {column["file"] for header in new.headers for column in header["columns"].values()}
-    names = sorted(store.list_sizes())
+    names = sorted(files)
     for name in filter(_OLD_MANIFEST.fullmatch, names):
         if store.has_readers(name):
             needed |= {name, *_files_of(name, store, known=needed)}
@@ -176,17 +188,20 @@ def _files_of(name: str, store: ShardSetStore, *, known: Collection[str]) -> set
 
     Of a damaged set, as far as possible. An index is known only if its columns are.
     """
-    files = set()
+    files, indexes = set[str](), set[str]()
     with suppress(ShardError, ValueError, KeyError, TypeError):
         values = json.loads(store.read(name) or b"{}")
         files.add(values["tokenizer"]["file"])
-        for shard in values["shards"]:
-            if shard["index_file"] in known:
-                continue
-            files.add(shard["index_file"])
-            columns = store.read_index(shard["index_file"]).columns
-            files |= {column["file"] for column in columns.values()}
-    return files
+        indexes.update(shard["index_file"] for shard in values["shards"])
+        indexes.difference_update(known)
+
+    def columns_of_index(file: str) -> list[str]:
+        with suppress(ShardError, KeyError, TypeError):
+            return [column["file"] for column in store.read_index(file).columns.values()]
+        return []
+
+    columns = map_small_files(store, columns_of_index, indexes)
+    return {*files, *indexes, *itertools.chain.from_iterable(columns)}
 
 
 def rejected_lines(

@@ -28,7 +28,7 @@ from shared.recipe import DEFAULT_SEGMENT_S, assign_split
 from shared.session.folder import files_of_stream, read_text_events
 from shared.shardset.layout import columns_of
 from shared.shardset.manifest import ShardEntry
-from shared.shardset.store import KEEP_OLD_S, claim_shard_set
+from shared.shardset.store import KEEP_OLD_S, claim_shard_set, map_small_files
 from shared.storage import parse_location
 from shared.streams import Kind
 
@@ -414,8 +414,11 @@ def _new_set(build: Build, finished: Mapping[str, ShardEntry]) -> NewSet:
     previous, plan, tokenizer = build.previous, build.plan, build.tokenizer
     kept = {} if previous is None else {entry.name: entry for entry in previous.shards}
     shards = tuple(finished.get(name) or kept[name] for name in plan.order)
-    files = [entry.index_file for entry in shards]
-    headers = [build.headers.get(f) or build.store.read_index(f).header for f in files]
+    headers = map_small_files(
+        build.store,
+        lambda file: build.headers.get(file) or build.store.read_index(file).header,
+        [entry.index_file for entry in shards],
+    )
     failures = [failure for header in headers for failure in header["decode_failures"]]
     generation, fingerprint = 0, None
     if previous is not None:
@@ -437,4 +440,5 @@ def _new_set(build: Build, finished: Mapping[str, ShardEntry]) -> NewSet:
         ),
         previous=previous,
         fingerprint=fingerprint,
+        files=build.sizes,
     )

@@ -30,6 +30,7 @@ from shared.files import sha256_of_bytes, stable_json
 from shared.session.folder import files_of_stream, source_files
 from shared.shardset.layout import columns_of
 from shared.shardset.manifest import find_runs
+from shared.shardset.store import map_small_files
 from shared.streams import Kind
 
 if TYPE_CHECKING:
@@ -59,21 +60,25 @@ def read_previous_set(
     Raises:
         FormatVersionError: an index has a version that this program does not read.
     """
-    shards, lost, headers = [], [], {}
-    for entry in manifest.shards:
+    headers: dict[str, Mapping[str, Any]] = {}
+
+    def describe(entry: ShardEntry) -> BuiltShard | ShardEntry:
         try:
             index = store.read_index(entry.index_file, sha256=entry.index_sha256)
-            shards.append(_describe_shard(entry, index, sizes, corrupt))
-            headers[entry.index_file] = index.header
+            shard = _describe_shard(entry, index, sizes, corrupt)
         except FormatVersionError:
             raise
         except (ShardError, KeyError, TypeError):
-            lost.append(entry)
+            return entry
+        headers[entry.index_file] = index.header
+        return shard
+
+    described = map_small_files(store, describe, manifest.shards)
     return PreviousSet(
         recipe=manifest.recipe,
         generation=manifest.generation,
-        shards=tuple(shards),
-        lost=tuple(lost),
+        shards=tuple(shard for shard in described if isinstance(shard, BuiltShard)),
+        lost=tuple(entry for entry in described if not isinstance(entry, BuiltShard)),
         headers=headers,
     )
 

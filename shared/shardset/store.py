@@ -17,10 +17,11 @@ import os
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 from uuid import uuid4
 
 from shared.errors import CorruptError, JobError, ShardError, rebuild_hint
@@ -47,7 +48,7 @@ from shared.shardset.staging import (
 from shared.storage import STARTUP_RETRY, RetryPolicy, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
 
 KEEP_OLD_S = 24 * 3600.0
@@ -62,6 +63,11 @@ _JOB_FILE = re.compile(r"\.[0-9a-f]{12}\.tmp/")
 """How names of a job's own files in a store begin; see :func:`job_file`."""
 
 _HEAD_BYTES = 4096
+_NUM_REQUESTS = 16
+"""Requests for small files at a time behind a URL, where each waits for the network."""
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 _REPLACED_KEY = "replaced_s"
 """Key in copies of replaced manifests: when that happened, in seconds since 1970."""
 
@@ -147,11 +153,11 @@ class ShardSetStore(ShardSetReader, Protocol):
         """Remove a file if it exists."""
         ...
 
-    def retain_manifest(self, name: str, *, is_extended: bool = False) -> None:
+    def retain_manifest(self, name: str, *, is_extended: bool = False) -> bool:
         """Keep the manifest that is about to be replaced under another name.
 
         :meth:`has_readers` then tells whether its files are still in use. `is_extended` says that
-        the new manifest has all of its files.
+        the new manifest has all of its files. Returns whether it was kept.
         """
         ...
 
@@ -232,15 +238,17 @@ class LocalShardSet:
         """Remove a file if it exists."""
         (self.root / name).unlink(missing_ok=True)
 
-    def retain_manifest(self, name: str, *, is_extended: bool = False) -> None:
+    def retain_manifest(self, name: str, *, is_extended: bool = False) -> bool:
         """Link the manifest to a second name, so that its reader locks stay visible."""
         path = self.root / name
         with suppress(FileNotFoundError):
             if path.samefile(self.root / MANIFEST_FILE):
-                return
+                return True
             path.unlink()
         with suppress(OSError):  # without links, reader locks on old manifests are not visible
             path.hardlink_to(self.root / MANIFEST_FILE)
+            return True
+        return False
 
     def has_readers(self, name: str) -> bool:
         """Return whether a process holds a reader lock on a retained manifest."""
@@ -328,16 +336,17 @@ class RemoteShardSet:
         """Remove a file if it exists."""
         self.store.remove(name)
 
-    def retain_manifest(self, name: str, *, is_extended: bool = False) -> None:
+    def retain_manifest(self, name: str, *, is_extended: bool = False) -> bool:
         """Write a copy of the manifest with the time at which it is replaced.
 
         None is needed if the new manifest has all of its files: these stay as long as the new one,
         which is replaced later. So sessions can be added any number of times a day.
         """
         if is_extended:
-            return
+            return False
         values = json.loads(self.read(MANIFEST_FILE) or b"{}")
         self.write(name, json.dumps({**values, _REPLACED_KEY: time.time()}).encode())
+        return True
 
     def has_readers(self, name: str) -> bool:
         """Return whether a retained manifest was replaced less than `keep_old_s` ago.
@@ -361,6 +370,19 @@ class RemoteShardSet:
     def _require_claim(self) -> None:
         if self.job_id and self.read(_CLAIM_FILE) != self.job_id.encode():
             raise JobError(f"{self}: {_TAKEN_OVER}")
+
+
+def map_small_files(
+    store: ShardSetReader, read: Callable[[_T], _R], files: Iterable[_T]
+) -> list[_R]:
+    """Call a function that reads one small file of a set, for each; behind a URL, several at once.
+
+    The results have the order of the files.
+    """
+    if not isinstance(store, RemoteShardSet):
+        return [*map(read, files)]
+    with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+        return [*pool.map(read, files)]
 
 
 def no_such_set_message(store: Store) -> str:
