@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from preprocess.build.job import BuildSummary
+    from preprocess.build.only import Only
     from preprocess.validate.console import Form
     from preprocess.validate.page import ReportPage
     from preprocess.validate.probe import Depth
@@ -49,6 +50,13 @@ _WORKERS_OPTION = click.option(
 )
 _SCHEDULER_OPTION = click.option(
     "--scheduler", default=None, help="Address of a running Dask scheduler."
+)
+_VERDICTS_OPTION = click.option(
+    "--verdicts",
+    "verdicts_at",
+    metavar="FOLDER",
+    default=None,
+    help="Folder or URL of what is kept of each session; SESSIONS/.verdicts if omitted.",
 )
 _KEEP_OLD_OPTION = click.option(
     "--keep-old",
@@ -106,13 +114,7 @@ def cli() -> None:
     is_flag=True,
     help="Look at all sessions again, also at those that have not changed.",
 )
-@click.option(
-    "--verdicts",
-    "verdicts_at",
-    metavar="FOLDER",
-    default=None,
-    help="Folder or URL of what is kept of each session; SESSIONS/.verdicts if omitted.",
-)
+@_VERDICTS_OPTION
 @_WORKERS_OPTION
 @_SCHEDULER_OPTION
 @click.pass_context
@@ -137,8 +139,8 @@ def validate(
     The code is 3 if none fails, but the machine could not read some of them.
 
     SESSIONS are session folders, folders of session folders, or URLs of them. What is found of each
-    session is kept, so that the next run looks only at sessions that are new or have changed. This
-    command gates nothing: docs/verdicts.md says what builds and trainings make of what it finds.
+    session is kept, so that the next run looks only at sessions that are new or have changed.
+    docs/verdicts.md says what builds and trainings make of what it finds.
 
     \b
     python -m preprocess validate data/sessions --summary
@@ -223,6 +225,14 @@ def _print_proposal(locations: tuple[str, ...]) -> None:
 @click.option(
     "--compact", is_flag=True, help="Pack as a fresh build would; rows of the set are copied."
 )
+@click.option(
+    "--only",
+    type=click.Choice(["passed", "warnings", "any"]),
+    default=None,
+    help="Validate sessions that changed, use those with this verdict or a better one, and write "
+    "the verdicts into the flags of the samples. If omitted, nothing is validated.",
+)
+@_VERDICTS_OPTION
 def shards(
     *,
     recipe_path: Path | None,
@@ -235,8 +245,16 @@ def shards(
     keep_old_h: float,
     verify: bool,
     compact: bool,
+    only: Only | None,
+    verdicts_at: str | None,
 ) -> None:
-    """Build a shard set, or update it: only what changed is rebuilt."""
+    """Build a shard set, or update it: only what changed is rebuilt.
+
+    \b
+    python -m preprocess shards --sessions data/sessions --out shards/default
+    python -m preprocess shards --sessions data/sessions --out shards/default --dry-run
+    python -m preprocess shards --sessions data/sessions --out shards/good --only warnings
+    """  # noqa: D301
     from preprocess.build.job import build_shards
     from preprocess.cluster import Cluster
 
@@ -253,6 +271,8 @@ def shards(
             keep_old_s=keep_old_h * 3600,
             verify=verify,
             compact=compact,
+            only=only,
+            verdicts_at=verdicts_at,
         )
     _print_build(summary, parse_location(out))
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from preprocess.build.plan_types import Changes, Plan, Reason, ShardTask
+    from shared.session.folder import SkippedFolder
     from shared.session.names import UnusedName
     from shared.session.scan import SessionScan
 
@@ -81,6 +82,16 @@ def explain_unused(unused: Mapping[str, Sequence[UnusedName]]) -> tuple[list[str
     return meant, f"{listed} ({_plural(num_others, 'session')})" if listed else ""
 
 
+def explain_left_out(folders: Sequence[SkippedFolder], num_sessions: int) -> list[str]:
+    """Say in one line which sessions are left out because of their verdict; [] if none is."""
+    if not folders:
+        return []
+    first, sessions = folders[0], _plural(num_sessions, "session")
+    names = _examples(folder.name for folder in folders)
+    reason = f"{first.name} {first.reason}"
+    return [f"left out by their verdict, {len(folders)} of {sessions}: {names}; {reason}"]
+
+
 def explain_plan(plan: Plan) -> list[tuple[Verb, str]]:
     """List what is made, removed or only rewritten.
 
@@ -93,6 +104,8 @@ def explain_plan(plan: Plan) -> list[tuple[Verb, str]]:
         settings = "; ".join(s for s in plan.settings if s.endswith(" removed"))
         columns = f"{num} of {len(plan.order)} {', '.join(removed)} columns"
         lines.append(("remove", f"{columns}: {settings}"))
+    if num := sum(task.has_new_verdicts for task in plan.tasks if not task.columns):
+        lines.append(("rewrite", f"{num} of {len(plan.order)} indexes: verdicts of their sessions"))
     if plan.dropped:
         owner = "its" if len(plan.dropped) == 1 else "their"
         changes = _names(plan.dropped_changes) or f"other shards hold {owner} sessions"

@@ -12,7 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build.commit import NewSet, commit_set, rejected_lines
-from preprocess.build.explain import explain_unused, list_losses
+from preprocess.build.explain import explain_left_out, explain_unused, list_losses
+from preprocess.build.only import ChosenSessions, choose_sessions
 from preprocess.build.plan import plan_shards
 from preprocess.build.plan_types import FromShards, ShardTask, add_generation
 from preprocess.build.previous_set import find_corrupt_files, read_previous_set
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.build.explain import Loss
+    from preprocess.build.only import Only
     from preprocess.build.plan_types import Plan, SessionSegments
     from preprocess.build.video_subtasks import EncodedVideo, VideoSubtask
     from preprocess.cluster import Cluster
@@ -71,6 +73,8 @@ class BuildSummary:
     """Session -> its files and keys that no stream uses."""
     skipped: tuple[SkippedFolder, ...]
     """Folders that are left out, but were probably meant."""
+    left_out: tuple[SkippedFolder, ...]
+    """Sessions that are left out because of their verdict."""
 
     @property
     def warnings(self) -> list[str]:
@@ -87,7 +91,9 @@ class BuildSummary:
         """What the set lacks, in few lines."""
         unused = explain_unused(self.unused)[1]
         title = ["masked, or missing where it was recorded:"] if self.losses else []
-        return [*([unused] if unused else []), *title, *(f"  {loss}" for loss in self.losses)]
+        left_out = explain_left_out(self.left_out, self.num_sessions)
+        losses = (f"  {loss}" for loss in self.losses)
+        return [*left_out, *([unused] if unused else []), *title, *losses]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +111,8 @@ class Build:
     """Every session, by name."""
     skipped: tuple[SkippedFolder, ...]
     """Folders that are left out, but were probably meant."""
+    left_out: tuple[SkippedFolder, ...]
+    """Sessions that are left out because of their verdict."""
     num_scanned: int
     tokenizer: TextTokenizer
     tokenizer_file: str
@@ -119,7 +127,8 @@ class Build:
     @property
     def num_sessions(self) -> int:
         """Recordings, those that can't be used included."""
-        return len(self.scans) + sum(folder.is_recording for folder in self.skipped)
+        num_skipped = sum(folder.is_recording for folder in self.skipped)
+        return len(self.scans) + num_skipped + len(self.left_out)
 
     @property
     def unused(self) -> dict[str, tuple[UnusedName, ...]]:
@@ -138,6 +147,7 @@ class Build:
             losses=list_losses(self.scans, failures, self.recipe.segment_s),
             unused=self.unused,
             skipped=self.skipped,
+            left_out=self.left_out,
             absent=absent_streams(self.scans, self.recipe),
             slow={
                 stream: f"{name}/{sentence}"
@@ -158,6 +168,8 @@ def build_shards(
     keep_old_s: float = KEEP_OLD_S,
     verify: bool = False,
     compact: bool = False,
+    only: Only | None = None,
+    verdicts_at: str | None = None,
 ) -> BuildSummary:
     """Update the shard set `out` to the sessions and the recipe; upgrade an older format first.
 
@@ -166,11 +178,13 @@ def build_shards(
         out: the set's folder, or its URL.
         recipe: the recipe to build by.
         cluster: runs scans and shard tasks.
-        dry_run: only plan; writes nothing but the cache of scans.
+        dry_run: only plan; writes nothing but the cache of scans, and verdicts.
         task_s: seconds of video per subtask, about; changes no byte of the set.
         keep_old_s: see :func:`shared.shardset.store.claim_shard_set`.
         verify: check every byte of the previous set's columns, and rebuild corrupt columns.
         compact: pack the samples as a fresh build would.
+        only: the worst verdict of sessions that are used; None validates nothing.
+        verdicts_at: where verdicts are kept, if not beside the sessions.
 
     Raises:
         SessionError: there is no session, or one disappeared while it was read.
@@ -181,12 +195,18 @@ def build_shards(
         JobError: the disk is full, or another job took over the set.
         StorageError: a store can't be read or written.
     """
-    recordings, skipped, _ = survey_recordings(sessions, recipe)
+    survey = survey_recordings(sessions, recipe)
     if not dry_run:
         upgrade_set(out, keep_old_s=keep_old_s)
     with claim_shard_set(parse_location(out), dry_run=dry_run, keep_old_s=keep_old_s) as store:
         sizes, previous = store.list_sizes(), _read_previous(store)
         recipe = _with_segment(recipe, previous)
+        chosen = ChosenSessions(recordings=survey.recordings)
+        if only is not None:
+            chosen = choose_sessions(
+                sessions, survey, only=only, verdicts_at=verdicts_at, recipe=recipe, cluster=cluster
+            )
+        recordings = chosen.recordings
         scans, num_scanned = scan_sessions(recordings, store, recipe, cluster, present=sizes)
         _require_streams(scans, recipe, _unused_names(recordings, scans))
         tokenizer, tokenizer_file = _choose_tokenizer(
@@ -205,7 +225,8 @@ def build_shards(
             recipe=recipe,
             recordings=recordings,
             scans=scans,
-            skipped=skipped,
+            skipped=survey.skipped,
+            left_out=chosen.left_out,
             num_scanned=num_scanned,
             tokenizer=tokenizer,
             tokenizer_file=tokenizer_file,
@@ -217,6 +238,7 @@ def build_shards(
                 tokenizer_sha256=tokenizer.sha256,
                 previous=described,
                 compacts=compact,
+                verdicts=chosen.verdicts,
             ),
             task_s=task_s,
             verify=verify,
@@ -436,7 +458,11 @@ def _new_set(build: Build, finished: Mapping[str, ShardEntry]) -> NewSet:
         tokenizer_file=build.tokenizer_file,
         num_sessions=build.num_sessions,
         rejected=rejected_lines(
-            build.scans, build.recipe, failures, unused=build.unused, skipped=build.skipped
+            build.scans,
+            build.recipe,
+            failures,
+            unused=build.unused,
+            skipped=(*build.skipped, *build.left_out),
         ),
         previous=previous,
         fingerprint=fingerprint,

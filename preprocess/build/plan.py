@@ -58,8 +58,12 @@ def plan_shards(
     tokenizer_sha256: str,
     previous: PreviousSet | None = None,
     compacts: bool = False,
+    verdicts: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Plan:
-    """Plan a build; `compacts` packs as a fresh build would, whatever the previous shards hold."""
+    """Plan a build; `compacts` packs as a fresh build would, whatever the previous shards hold.
+
+    `verdicts` are bits of the index's flags: session -> stream -> bits.
+    """
     # Decide which shard holds which segments.
     samples = {n: tuple(scan.stored_segments(recipe)) for n, scan in sorted(scans.items())}
     settings = () if previous is None else recipe_changes(previous.recipe, recipe)
@@ -87,12 +91,14 @@ def plan_shards(
         ),
         generation=0 if previous is None else previous.generation + 1,
         rebinned=() if previous is None else _rebinned(previous.recipe, recipe),
+        verdicts=verdicts or {},
     )
     # Decide which columns of each shard are written.
     tasks, unchanged = [], []
     for shard in planned:
         task = _plan_shard(shard, context)
         is_stale = shard.previous is None or shard.previous.is_refreshed
+        is_stale |= task.has_new_verdicts
         if is_stale or task.columns or task.removed or task.recounted:
             tasks.append(task)
         elif shard.previous is not None:
@@ -183,6 +189,7 @@ class _Context:
     generation: int
     rebinned: tuple[str, ...]
     """Sensors whose statistics get other bins."""
+    verdicts: Mapping[str, Mapping[str, int]]
 
 
 def _rebinned(before: Recipe, after: Recipe) -> tuple[str, ...]:
@@ -266,6 +273,9 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
             ),
             is_repair=is_same,
         )
+    names = [stored.session for stored in shard.sessions]
+    verdicts = {name: context.verdicts[name] for name in names if name in context.verdicts}
+    old = {} if previous is None else previous.verdicts
     return ShardTask(
         name=shard.name,
         split=shard.split,
@@ -275,6 +285,8 @@ def _plan_shard(shard: PlannedShard, context: _Context) -> ShardTask:
         kept_index_file=previous.index_file if previous and kept else None,
         generation=context.generation,
         recounted=tuple(name for name in kept if name in context.rebinned),
+        verdicts=verdicts,
+        has_new_verdicts=any(old.get(name) != verdicts.get(name) for name in names),
         removed=tuple(
             n for n in (previous.columns if previous else ()) if n not in context.columns
         ),

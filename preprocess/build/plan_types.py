@@ -11,7 +11,10 @@ from enum import StrEnum
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from shared.files import fingerprint_of
+from shared.shardset.index import MASK_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -86,6 +89,8 @@ class BuiltShard:
     columns: Mapping[str, BuiltColumn]
     faults: Mapping[str, Cause] = field(default_factory=dict)
     """Column name -> what is wrong with its file."""
+    verdicts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """See :func:`verdicts_of`."""
     decode_failures: frozenset[tuple[str, str]] = frozenset()
     """(session, stream) pairs in which at least one segment did not decode."""
     is_refreshed: bool = False
@@ -113,6 +118,19 @@ def built_columns(index: ShardIndex) -> dict[str, BuiltColumn]:
 def sessions_of(index: ShardIndex) -> tuple[SessionSegments, ...]:
     """Read what a shard holds from its index, in row order."""
     return tuple(SessionSegments(name, tuple(numbers)) for name, numbers in index.segments)
+
+
+def verdicts_of(index: ShardIndex) -> dict[str, dict[str, int]]:
+    """Read the bits of verdicts from an index: session -> stream -> bits, without zeros."""
+    bits = index.flags & ~np.uint8(MASK_BITS)
+    if not bits.any():
+        return {}
+    numbers, first_rows = np.unique(index.arrays["session"], return_index=True)
+    return {
+        index.sessions[number]: {name: b for name, b in zip(index.streams, row, strict=True) if b}
+        for number, row in zip(numbers.tolist(), bits[first_rows].tolist(), strict=True)
+        if any(row)
+    }
 
 
 class Cause(StrEnum):
@@ -206,6 +224,10 @@ class ShardTask:
     """Columns of the previous shard whose stream is not declared any more."""
     recounted: tuple[str, ...] = ()
     """Kept columns whose statistics get other bins."""
+    verdicts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of its sessions that were validated: see :func:`verdicts_of`."""
+    has_new_verdicts: bool = False
+    """Whether the index of the previous shard has others."""
 
     @property
     def num_samples(self) -> int:

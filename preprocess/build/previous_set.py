@@ -23,6 +23,7 @@ from preprocess.build.plan_types import (
     SessionSegments,
     built_columns,
     sessions_of,
+    verdicts_of,
 )
 from preprocess.build.sources import HASHED_BYTES_PER_S
 from shared.errors import CorruptError, FormatVersionError, ShardError
@@ -102,6 +103,7 @@ def _describe_shard(
         index_file=entry.index_file,
         columns=columns,
         faults=faults,
+        verdicts=verdicts_of(index),
         decode_failures=frozenset((f["session"], f["stream"]) for f in index.decode_failures),
     )
 

@@ -19,6 +19,7 @@ from preprocess.build.plan_types import (
     FromSubtasks,
     Row,
     built_columns,
+    verdicts_of,
 )
 from preprocess.build.reuse_reader import ColumnFileCache, ShardReader, read_zarr_values
 from preprocess.build.sources import iter_rows, open_sessions
@@ -79,6 +80,7 @@ def _build_shard(
         rows=list(iter_rows(task.sessions, context)),
         recipe=context.recipe,
         durations_s={s.session: context.scans[s.session].duration_s for s in task.sessions},
+        verdicts=task.verdicts,
     )
     with context.out.staging_dir() as work:
         streams, encoded_streams = _session_streams(task, context.recipe)
@@ -140,7 +142,8 @@ def resume_shard(
     if not finished or not set(task.kept) <= set(finished):
         store.remove(file)
         return task
-    if set(finished) == set(expected) == set(columns) and _is_current(index, recipe):
+    is_current = _is_current(index, recipe) and verdicts_of(index) == task.verdicts
+    if set(finished) == set(expected) == set(columns) and is_current:
         return _entry(task, content, finished)
     header = {**index.header, "columns": {name: index.columns[name] for name in sorted(finished)}}
     store.write(file, index_bytes(ShardIndex(header=header, arrays=index.arrays)))

@@ -20,7 +20,7 @@ from shared.kinds.audio import encode_wav
 from shared.kinds.text import encode_text
 from shared.kinds.video import encode_pictures
 from shared.shardset.columns import TarColumnWriter, ZarrArray, read_chunk, write_zarr_column
-from shared.shardset.index import FLAG_BITS, ShardIndex
+from shared.shardset.index import FLAG_BITS, MASK_BITS, ShardIndex
 from shared.streams import Kind, MaskReason
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ class IndexBuilder:
     recipe: Recipe
     durations_s: Mapping[str, float]
     """Length of each session of the shard, in order of the rows."""
+    verdicts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Session -> stream -> bits of the verdict."""
     presence: NDArray[np.uint8] = field(init=False)
     """Whether each declared stream is stored, per row."""
     flags: NDArray[np.uint8] = field(init=False)
@@ -90,14 +92,16 @@ class IndexBuilder:
         self.flags = np.zeros_like(self.presence)
         for row in self.rows:
             self.flags[row.number, : len(row.flags)] = row.flags
+            for stream, bits in self.verdicts.get(row.session, {}).items():
+                self.flags[row.number, self._streams[stream]] |= bits
 
     def mark_present(self, stream: str, rows: Any) -> None:  # noqa: ANN401 (any NumPy index)
         """Note that rows store a stream."""
         self.presence[rows, self._streams[stream]] = 1
 
     def add_flags(self, stream: str, rows: Any, bits: Any) -> None:  # noqa: ANN401
-        """Note why content of a stream is masked in rows."""
-        self.flags[rows, self._streams[stream]] |= bits
+        """Note why content of a stream is masked in rows; bits of old verdicts are left out."""
+        self.flags[rows, self._streams[stream]] |= bits & MASK_BITS
 
     def add_members(self, column: Column, members: Members) -> None:
         """Note where the members of a column are stored."""

@@ -18,7 +18,7 @@ from shared.kinds.text import decode_text
 from shared.kinds.video import decode_pictures
 from shared.recipe import SPLITS, Recipe
 from shared.shardset.columns import read_chunk
-from shared.shardset.index import FLAG_BITS, ShardIndex, require_matching
+from shared.shardset.index import FLAG_BITS, VERDICT_BITS, ShardIndex, require_matching
 from shared.shardset.layout import columns_of
 from shared.shardset.manifest import FORMAT_VERSION, REJECTED_FILE, Manifest, ShardEntry, find_runs
 from shared.shardset.store import ShardSetStore, open_shard_set
@@ -238,6 +238,8 @@ def describe_sample(location: Path | str, key: str) -> Iterator[tuple[str, str]]
         for name, bits in zip(index.streams, index.flags[row].tolist(), strict=True):
             if reasons := [reason for reason, bit in FLAG_BITS.items() if bits & bit]:
                 yield "masked", f"{name}: {', '.join(reasons)}"
+            if statuses := [status for status, bit in VERDICT_BITS.items() if bits & bit]:
+                yield "validated", f"{name}: {(*statuses[1:], 'passed')[0]}"
         for name, column in columns_of(recipe).items():
             if not index.is_present(row, column.stream):
                 continue

@@ -53,6 +53,11 @@ FLAG_BITS: Mapping[MaskReason, int] = {
 }
 """Bit of each reason in the array ``flags``."""
 
+MASK_BITS = sum(FLAG_BITS.values())
+
+VERDICT_BITS: Mapping[str, int] = {"checked": 8, "warnings": 16, "failed": 32}
+"""Bits of a validated session in ``flags``: that it was, and the verdict on the stream."""
+
 _OLD_MAGIC = b"VRCINDEX"
 """First bytes of an index of format 2 or older."""
 
@@ -205,7 +210,7 @@ class ShardIndex:
 
     @property
     def flags(self) -> NDArray[np.uint8]:
-        """Bits of FLAG_BITS, uint8 [N, S]: why content of a stream is masked in a segment."""
+        """Bits of FLAG_BITS (content is masked) and VERDICT_BITS (validation), uint8 [N, S]."""
         return self.arrays.get("flags", np.zeros_like(self.arrays["present"]))
 
     def members(self, column: str) -> Members:
