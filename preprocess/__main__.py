@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from preprocess.build.only import Only
     from preprocess.validate.console import Form
     from preprocess.validate.page import ReportPage
-    from preprocess.validate.probe import Depth
     from shared.shardset.manifest import Manifest
 
 _RECIPE_OPTION = click.option(
@@ -85,12 +84,7 @@ def cli() -> None:
     "--fix", is_flag=True, help="Repair what has exactly one correct repair; keeps *.orig."
 )
 @click.option("--strict", is_flag=True, help="Treat warnings as failures.")
-@click.option(
-    "--summary",
-    "form",
-    flag_value="table",
-    help="Print one table and totals instead of full reports.",
-)
+@click.option("--summary", "form", flag_value="table", help="Print one table instead of reports.")
 @click.option("--json", "form", flag_value="json", help="Print one JSON report per line.")
 @click.option(
     "--report",
@@ -101,19 +95,8 @@ def cli() -> None:
 )
 @click.option("--init", is_flag=True, help="Print a recipe for recordings like one good session.")
 @_RECIPE_OPTION
-@click.option(
-    "--quick",
-    "depth",
-    flag_value="quick",
-    default="full",
-    help="Read lines and times only, and decode nothing.",
-)
-@click.option(
-    "--all",
-    "force",
-    is_flag=True,
-    help="Look at all sessions again, also at those that have not changed.",
-)
+@click.option("--quick", is_flag=True, help="Read lines and headers only, and decode nothing.")
+@click.option("--all", "force", is_flag=True, help="Look again at sessions that did not change.")
 @_VERDICTS_OPTION
 @_WORKERS_OPTION
 @_SCHEDULER_OPTION
@@ -124,11 +107,11 @@ def validate(
     *,
     fix: bool,
     strict: bool,
-    form: Form,
+    form: Form | None,
     page_path: Path | None,
     init: bool,
     recipe_path: Path | None,
-    depth: Depth,
+    quick: bool,
     force: bool,
     verdicts_at: str | None,
     num_workers: int,
@@ -162,14 +145,20 @@ def validate(
         _require_local(locations)
     console = Console(stderr=form == "json")
     recipe = _recipe(recipe_path)
-    settings = Settings(recipe=recipe, depth=depth, fix=fix, wants_page=page_path is not None)
+    settings = Settings(
+        recipe=recipe,
+        depth="quick" if quick else "full",
+        force=force,
+        fix=fix,
+        wants_page=page_path is not None,
+    )
     with ExitStack() as stack:
         page = stack.enter_context(_open_page(page_path))
         cluster = Cluster(scheduler=scheduler, num_workers=num_workers, console=console)
         stack.enter_context(cluster)
-        jobs = find_jobs(locations, recipe=recipe, verdicts_at=verdicts_at)
+        jobs = find_jobs(locations, recipe, verdicts_at=verdicts_at)
         printer = ReportPrinter(console, form=form, num_sessions=len(jobs))
-        results = run_jobs(jobs, settings=settings, cluster=cluster, force=force, page=page)
+        results = run_jobs(jobs, settings, cluster=cluster, page=page)
         for result in stack.enter_context(closing(results)):
             printer.add(result)
     printer.finish()

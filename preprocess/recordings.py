@@ -18,6 +18,7 @@ from shared.session.folder import (
     SkippedFolder,
     explain_nested,
     explain_no_session,
+    files_of_stream,
     scanned_files,
     source_files,
     survey_sessions,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from shared.recipe import Recipe
     from shared.session.names import Listing, UnusedName
     from shared.shardset.store import ShardSetStore
+    from shared.streams import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +142,17 @@ def survey_recordings(location: Path | str, recipe: Recipe) -> Survey:
 
     survey = survey_sessions(parsed, recipe, visit=add)
     return Survey(recordings, survey.skipped)
+
+
+def estimate_seconds(
+    recording: Recording, recipe: Recipe, bytes_per_s: Mapping[Kind, float], others: float
+) -> float:
+    """Estimate how long reading a session takes, by the rates of some kinds and of all others."""
+    rates = dict.fromkeys(recording.stamp, others)
+    for spec in recipe.streams.values():
+        for name in files_of_stream(spec):
+            rates[name] = min(bytes_per_s.get(spec.kind, others), rates.get(name, others))
+    return sum(float(stamp[0]) / rates[name] for name, stamp in recording.stamp.items())
 
 
 def require_unchanged(recording: Recording, names: Iterable[str]) -> None:

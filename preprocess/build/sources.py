@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from preprocess.build.plan_types import Row
-from preprocess.recordings import require_unchanged
+from preprocess.recordings import estimate_seconds, require_unchanged
 from preprocess.session_log import SessionLog, log_line
 from shared.errors import JobError, MachineError
 from shared.files import fingerprint_of
@@ -78,12 +78,7 @@ def column_seconds(recording: Recording, column: Column, recipe: Recipe) -> floa
 
 def scan_seconds(recording: Recording, recipe: Recipe) -> float:
     """Estimate how long one process takes to scan a session."""
-    rates = dict.fromkeys(recording.stamp, HASHED_BYTES_PER_S)
-    for spec in recipe.streams.values():
-        for name in files_of_stream(spec):
-            rate = _SCAN_BYTES_PER_S.get(spec.kind, HASHED_BYTES_PER_S)
-            rates[name] = min(rate, rates.get(name, rate))
-    return _SCAN_S + sum(float(stamp[0]) / rates[n] for n, stamp in recording.stamp.items())
+    return _SCAN_S + estimate_seconds(recording, recipe, _SCAN_BYTES_PER_S, HASHED_BYTES_PER_S)
 
 
 SCAN_VERSION = 11

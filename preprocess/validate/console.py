@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from preprocess.validate.job import ValidatedSession
     from preprocess.validate.report import Status, ValidationReport
 
-Form = Literal["text", "table", "json"]
+Form = Literal["table", "json"]
 
 MAX_REPORTS = 200
 """Of more sessions, only those that did not pass are printed in full."""
@@ -56,14 +56,14 @@ class ReportPrinter:
     """Prints results as they come, and remembers little of them.
 
     Args:
-        form: full reports; one table at the end; or one JSON object per line.
+        form: None for full reports; one table at the end; or one JSON object per line.
         num_sessions: of more than MAX_REPORTS, those that passed are only counted.
     """
 
-    def __init__(self, console: Console, *, form: Form, num_sessions: int) -> None:
+    def __init__(self, console: Console, *, form: Form | None, num_sessions: int) -> None:
         self._console = console
         self._form = form
-        self._is_short = form == "text" and num_sessions > MAX_REPORTS
+        self._is_short = form is None and num_sessions > MAX_REPORTS
         self._statuses: Counter[Status] = Counter()
         self._rows: list[tuple[str, Status, str, str, str]] = []
         self._length_s = 0.0

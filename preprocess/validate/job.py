@@ -18,9 +18,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from preprocess.recordings import LocalRecording, RemoteRecording, survey_recordings
+from preprocess.recordings import (
+    LocalRecording,
+    RemoteRecording,
+    estimate_seconds,
+    survey_recordings,
+)
 from preprocess.validate.duplicates import signature_of
 from preprocess.validate.repair import repair_session
 from preprocess.validate.report import (
@@ -38,13 +43,13 @@ from preprocess.validate.verdicts import (
     open_verdicts,
     versions_of,
 )
-from shared.errors import JobError, MachineError, SessionError
+from shared.errors import MachineError, SessionError
 from shared.files import sha256_of_file
 from shared.machine import temporary_folder
 from shared.recipe import Recipe
-from shared.session.folder import files_of_stream, scanned_files
+from shared.session.folder import scanned_files
 from shared.session.names import SOUND_SUFFIXES
-from shared.storage import parse_location
+from shared.storage import Store, parse_location
 from shared.streams import Kind
 
 if TYPE_CHECKING:
@@ -62,11 +67,14 @@ SAVE_S = 30.0
 _LINE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
 
 _BYTES_PER_S: Mapping[Kind, float] = {Kind.VIDEO: 1e6, Kind.AUDIO: 10e6}
+_LINE_BYTES_PER_S = 5e6
 """Bytes of a stream's file that one process checks per second, roughly."""
 
-_LINE_BYTES_PER_S = 5e6
 _SESSION_S = 0.01
 """Seconds that any session takes."""
+
+_Work = tuple["Recording | Path", "Verdict | None"]
+"""A session or a single file, and its verdict, if that holds as long as the content is the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,28 +86,16 @@ class ValidatedSession:
     verdict: Verdict | None = None
     """What is kept of it; None if the next run has to look at it again."""
     rendered: RenderedSession | None = None
-    """Its section of the page, if one is wanted and the session was looked at."""
+    """Its details on the page, if one is wanted and the session was looked at."""
     is_new: bool = True
     """Whether it was looked at in this run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One session to validate, a single file, or the result of what can't be."""
 
     source: Recording | Path | ValidatedSession
     verdicts: Verdicts | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    """What a worker needs to know of one session."""
-
-    source: Recording | Path
-    known: Verdict | None = None
-    """Its kept verdict, which holds if the content of the files is the same."""
-    is_rendered: bool = False
-    """Whether the page of `known` exists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +104,8 @@ class Settings:
 
     recipe: Recipe
     depth: Depth = "full"
+    force: bool = False
+    """Whether sessions are looked at although their verdicts hold."""
     fix: bool = False
     wants_page: bool = False
 
@@ -122,35 +120,33 @@ def validate_recordings(
     force: bool = False,
     fix: bool = False,
 ) -> Generator[ValidatedSession]:
-    """Validate sessions; yield them in order. Their verdicts are kept; `force` ignores old ones."""
+    """Validate sessions, and keep their verdicts; yield them in order."""
     jobs = [Job(recording, verdicts) for recording in recordings.values()]
-    settings = Settings(recipe=recipe, depth=depth, fix=fix)
-    return run_jobs(jobs, settings=settings, cluster=cluster, force=force)
+    settings = Settings(recipe=recipe, depth=depth, force=force, fix=fix)
+    return run_jobs(jobs, settings, cluster=cluster)
 
 
-def find_jobs(
-    locations: Iterable[str], *, recipe: Recipe, verdicts_at: str | None = None
-) -> list[Job]:
+def find_jobs(locations: Iterable[str], recipe: Recipe, *, verdicts_at: str | None) -> list[Job]:
     """Find every session in some folders or URLs, and single files.
 
-    `verdicts_at` is the folder of the verdicts, instead of the one beside the sessions.
+    Verdicts are in the folder or URL `verdicts_at`, or else beside the sessions.
     """
     jobs: list[Job] = []
     opened: dict[str, Verdicts] = {}
     for text in locations:
         location = parse_location(text)
         try:
-            if isinstance(location, Path) and location.is_file():
-                if location.suffix in _LINE_SUFFIXES:
-                    raise SessionError(
-                        f"{location}: not a video or sound; fix: give the folder of its session"
-                    )
+            if isinstance(location, Store) or not location.is_file():
+                survey = survey_recordings(text, recipe)
+                verdicts = open_verdicts(text, survey, folder=verdicts_at, opened=opened)
+                jobs += [Job(recording, verdicts) for recording in survey.recordings.values()]
+                jobs += [Job(_report_skipped(folder)) for folder in survey.skipped]
+            elif location.suffix in _LINE_SUFFIXES:
+                raise SessionError(
+                    f"{location}: not a video or sound; fix: give the folder of its session"
+                )
+            else:
                 jobs.append(Job(location.absolute()))
-                continue
-            survey = survey_recordings(text, recipe)
-            verdicts = open_verdicts(text, survey, folder=verdicts_at, opened=opened)
-            jobs += [Job(recording, verdicts) for recording in survey.recordings.values()]
-            jobs += [Job(_report_skipped(folder)) for folder in survey.skipped]
         except (SessionError, MachineError, OSError) as error:
             failed = make_failed_report(Path(str(location)), str(location), error)
             jobs.append(Job(ValidatedSession(report=failed.report)))
@@ -158,40 +154,57 @@ def find_jobs(
 
 
 def run_jobs(
-    jobs: Sequence[Job],
-    *,
-    settings: Settings,
-    cluster: Cluster,
-    force: bool = False,
-    page: ReportPage | None = None,
+    jobs: Sequence[Job], settings: Settings, *, cluster: Cluster, page: ReportPage | None = None
 ) -> Generator[ValidatedSession]:
-    """Validate sessions on a cluster; add them to a page, and yield them, in order of the jobs.
+    """Validate sessions; yield them in the order of the jobs, and add them to a page.
 
     New verdicts are written every SAVE_S seconds and at the end, also if that is an interrupt.
     """
-    work = _find_work(jobs, settings, force=force, page=page)
-    sources = [own.source for own in work.values()]
+    work = _find_work(jobs, settings, page)
     numbers, ready = list(work), dict[int, ValidatedSession]()
-    outcomes = _iterate([*work.values()], settings, cluster)
-    saved_s = time.monotonic()
+    outcomes, saved_s = _iterate([*work.values()], settings, cluster), time.monotonic()
     try:
         for index, job in enumerate(jobs):
             while index in work and index not in ready:
                 number, outcome = next(outcomes)
-                result = _result(sources[number], outcome)
-                ready[numbers[number]] = result
-                own = jobs[numbers[number]].verdicts
-                if own is not None and result.verdict is not None:
-                    own.add(result.verdict)
-                if time.monotonic() - saved_s > SAVE_S:
+                done = numbers[number]
+                ready[done] = result = _result(work[done][0], outcome)
+                verdicts = jobs[done].verdicts
+                if verdicts is not None and result.verdict is not None:
+                    verdicts.add(result.verdict)
+                if time.monotonic() > saved_s + SAVE_S:
                     _save(jobs, cluster)
                     saved_s = time.monotonic()
-            result = ready.pop(index) if index in work else _known(job)
+            result = ready.pop(index) if index in work else _known_result(job)
             if page is not None:
                 _add_to_page(page, result)
             yield result
     finally:
         _save(jobs, cluster)
+
+
+def _find_work(
+    jobs: Sequence[Job], settings: Settings, page: ReportPage | None
+) -> dict[int, _Work]:
+    """Return the work of each job whose session has to be looked at, by the job's number."""
+    work: dict[int, _Work] = {}
+    recipe_basis = basis_of_recipe(settings.recipe)
+    for index, (source, verdicts) in enumerate(jobs):
+        if isinstance(source, ValidatedSession):
+            continue
+        known = None
+        if verdicts is not None and not isinstance(source, Path) and not settings.force:
+            known = verdicts.get(source.name)
+        if known is not None:
+            assert not isinstance(source, Path)
+            is_current = known.is_current(basis_of(source, recipe_basis), settings.depth)
+            has_page = page is None or page.has_details(known.report.session, known.key)
+            needs_repair = settings.fix and known.report.status != "passed"
+            known = known if is_current and has_page else None
+            if known is not None and known.stamp == source.stamp and not needs_repair:
+                continue
+        work[index] = (source, known)
+    return work
 
 
 def _iterate(
@@ -201,45 +214,30 @@ def _iterate(
     function = partial(_validate, settings=settings)
     if len(work) == 1:
         return iter([(0, function(work[0]))])
-    weights = [_seconds(own.source, settings.recipe) for own in work]
+    weights = [_seconds(source, settings.recipe) for source, _ in work]
     return cluster.iterate(function, work, label="validate", weights=weights)
 
 
-def _find_work(
-    jobs: Sequence[Job], settings: Settings, *, force: bool, page: ReportPage | None
-) -> dict[int, _Work]:
-    """Return the work of each job whose session has to be looked at, by the job's number."""
-    work: dict[int, _Work] = {}
-    recipe_basis = basis_of_recipe(settings.recipe)
-    for index, job in enumerate(jobs):
-        source = job.source
-        if isinstance(source, ValidatedSession):
-            continue
-        if isinstance(source, Path) or job.verdicts is None or force:
-            work[index] = _Work(source=source)
-            continue
-        known = job.verdicts.get(source.name)
-        is_rendered = known is not None and (
-            page is None or page.has_details(known.report.session, known.key)
-        )
-        if (
-            known is None
-            or not is_rendered
-            or known.stamp != source.stamp
-            or not known.is_current(basis_of(source, recipe_basis), settings.depth)
-            or (settings.fix and known.report.status != "passed")
-        ):
-            work[index] = _Work(source=source, known=known, is_rendered=is_rendered)
-    return work
+def _seconds(source: Recording | Path, recipe: Recipe) -> float:
+    """Estimate how long one process takes to check a session or a file."""
+    if isinstance(source, Path):
+        return source.stat().st_size / _BYTES_PER_S[_kind_of(source)] if source.exists() else 0.0
+    return _SESSION_S + estimate_seconds(source, recipe, _BYTES_PER_S, _LINE_BYTES_PER_S)
 
 
-def _known(job: Job) -> ValidatedSession:
+def _result(source: Recording | Path, outcome: ValidatedSession | Exception) -> ValidatedSession:
+    """Return the result of a call; if its worker died, an unchecked session."""
+    if isinstance(outcome, ValidatedSession):
+        return outcome
+    error = MachineError(f"{source.name}: not checked: {outcome}")
+    return ValidatedSession(report=make_failed_report(Path(source.name), source.name, error).report)
+
+
+def _known_result(job: Job) -> ValidatedSession:
     """Return the result of a job without work."""
     if isinstance(job.source, ValidatedSession):
         return job.source
-    assert job.verdicts is not None
-    assert not isinstance(job.source, Path)
-    verdict = job.verdicts.get(job.source.name)
+    verdict = job.verdicts.get(job.source.name) if job.verdicts is not None else None
     assert verdict is not None
     return ValidatedSession(report=verdict.report, verdict=verdict, is_new=False)
 
@@ -247,14 +245,17 @@ def _known(job: Job) -> ValidatedSession:
 def _add_to_page(page: ReportPage, result: ValidatedSession) -> None:
     """Add a result to the page; of a session that was not looked at, it has the details."""
     key = result.verdict.key if result.verdict is not None else ""
-    if result.rendered is not None:
-        page.add(result.rendered, key)
-    elif key:
-        page.keep(result.report, key)
+    if result.is_new:
+        failed = CheckedSession(folder=Path(), report=result.report)
+        page.add(result.rendered or _render(failed), key)
     else:
-        from preprocess.validate.page import render_session  # jinja2 is loaded only then
+        page.keep(result.report, key)
 
-        page.add(render_session(CheckedSession(folder=Path(), report=result.report)))
+
+def _render(checked: CheckedSession) -> RenderedSession:
+    from preprocess.validate.page import render_session  # loads jinja2
+
+    return render_session(checked)
 
 
 def _save(jobs: Sequence[Job], cluster: Cluster) -> None:
@@ -264,97 +265,55 @@ def _save(jobs: Sequence[Job], cluster: Cluster) -> None:
             cluster.log(warning)
 
 
-def _result(source: Recording | Path, outcome: ValidatedSession | Exception) -> ValidatedSession:
-    """Return the result of a call; if its worker died, an unchecked session."""
-    if not isinstance(outcome, Exception):
-        return outcome
-    error: Exception = MachineError(
-        f"{source.name}: not checked, because every worker that tried it died, perhaps out of "
-        "memory; fix: use fewer workers, and run it again: finished verdicts are kept"
-        if isinstance(outcome, JobError)
-        else f"{source.name}: not checked: {outcome}; fix: run it again"
-    )
-    return ValidatedSession(report=make_failed_report(Path(source.name), source.name, error).report)
-
-
-def _seconds(source: Recording | Path, recipe: Recipe) -> float:
-    """Estimate how long one process takes to check a session or a file."""
-    if isinstance(source, Path):
-        length_bytes = source.stat().st_size if source.exists() else 0
-        return length_bytes / _BYTES_PER_S[_kind_of(source)]
-    rates = dict.fromkeys(source.stamp, _LINE_BYTES_PER_S)
-    for spec in recipe.streams.values():
-        for name in files_of_stream(spec):
-            rates[name] = _BYTES_PER_S.get(spec.kind, _LINE_BYTES_PER_S)
-    return _SESSION_S + sum(float(s[0]) / rates[name] for name, s in source.stamp.items())
-
-
 def _validate(work: _Work, *, settings: Settings) -> ValidatedSession:
     """Repair, if asked, and check a session; runs in any process."""
-    source = work.source
-    try:
-        with ExitStack() as stack:
-            if isinstance(source, Path):
-                root = stack.enter_context(temporary_folder("validate-", "links to single files"))
-                checked = _check_single_file(source, root / source.name, settings.depth)
-                return _finish(checked, settings)
+    source, known = work
+    with ExitStack() as stack:
+        folder = Path(source.name)
+        try:
+            if isinstance(source, LocalRecording):
+                return _validate_folder(source.folder, source, known, settings)
+            folder = stack.enter_context(temporary_folder("validate-", "copies of sessions"))
             if isinstance(source, RemoteRecording):
-                root = stack.enter_context(temporary_folder("session-", "copies of sessions"))
-                folder = source.download_to(root, scanned_files(settings.recipe))
-            else:
-                folder = source.folder
-            return _validate_folder(folder, source, work, settings)
-    except Exception as error:  # Boundary: any exception fails only this session.
-        folder = source.folder if isinstance(source, LocalRecording) else Path(source.name)
-        return _finish(make_failed_report(folder, source.name, error), settings)
+                folder = source.download_to(folder, scanned_files(settings.recipe))
+                return _validate_folder(folder, source, known, settings)
+            checked = _check_single_file(source, folder / source.name, settings.depth)
+        except Exception as error:  # Boundary: any exception fails only this session.
+            checked = make_failed_report(folder, source.name, error)
+        return _finish(checked, settings)
 
 
 def _validate_folder(
-    folder: Path, recording: Recording, work: _Work, settings: Settings
+    folder: Path, recording: Recording, known: Verdict | None, settings: Settings
 ) -> ValidatedSession:
     """Repair, if asked, and check a session whose files are in a folder."""
     recipe = settings.recipe
     repairs = repair_session(folder, recipe=recipe) if settings.fix else []
-    if repairs:  # other files are there now
+    if repairs:  # the files are others now
         [recording] = survey_recordings(folder, recipe).recordings.values()
-    basis = basis_of(recording, basis_of_recipe(recipe))
-    known = work.known
     sha256 = _hash_files(folder, recording, known, scanned_files(recipe))
-    if (
-        known is not None
-        and work.is_rendered
-        and known.sha256 == sha256
-        and known.is_current(basis, settings.depth)
-    ):
-        moved = replace(known, stamp=recording.stamp)
-        return ValidatedSession(report=known.report, verdict=moved, is_new=False)
+    if known is not None and known.sha256 == sha256 and not repairs:
+        known = replace(known, stamp=recording.stamp)
+        return ValidatedSession(report=known.report, verdict=known, is_new=False)
     checked = check_session(folder, recipe=recipe, unused=recording.unused, depth=settings.depth)
     verdict = None
-    if sha256 is not None and checked.probe is not None and not checked.report.is_unchecked:
+    if sha256 is not None and checked.probe is not None:
         verdict = Verdict(
             session=recording.name,
             stamp=recording.stamp,
             sha256=sha256,
-            basis=basis,
+            basis=basis_of(recording, basis_of_recipe(recipe)),
             versions=versions_of(settings.depth),
             report=checked.report,
             signature=signature_of(checked.probe),
         )
-    return _finish(replace(checked, repairs=tuple(repairs)), settings, verdict)
+    return replace(_finish(checked, settings), repairs=tuple(repairs), verdict=verdict)
 
 
-def _finish(
-    checked: CheckedSession, settings: Settings, verdict: Verdict | None = None
-) -> ValidatedSession:
-    """Return the result of a session that was checked, rendered if a page is wanted."""
-    rendered = None
-    if settings.wants_page:
-        from preprocess.validate.page import render_session  # jinja2 is loaded only then
-
-        rendered = render_session(checked)
-    return ValidatedSession(
-        report=checked.report, repairs=checked.repairs, verdict=verdict, rendered=rendered
-    )
+def _finish(checked: CheckedSession, settings: Settings) -> ValidatedSession:
+    """Return the result of a session that was looked at, rendered if a page is wanted."""
+    rendered = _render(checked) if settings.wants_page else None
+    return ValidatedSession(report=checked.report, rendered=rendered)
 
 
 def _hash_files(
@@ -364,12 +323,9 @@ def _hash_files(
     hashes: dict[str, str] = {}
     for name in names:
         path, stamp = folder / name, recording.stamp.get(name)
-        if stamp is None:
-            if path.is_symlink():  # without a target
-                return None
-        elif known is not None and known.stamp.get(name) == stamp:
+        if stamp is not None and known is not None and known.stamp.get(name) == stamp:
             hashes[name] = known.sha256[name]
-        else:
+        elif stamp is not None or path.is_symlink():
             try:
                 if not path.is_file():
                     return None

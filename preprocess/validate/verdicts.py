@@ -9,25 +9,25 @@ the checks. The content is compared by size and time, and if these changed, by S
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preprocess.recordings import RemoteRecording
 from preprocess.session_log import SessionLog, log_line
 from preprocess.validate.report import CHECK_VERSIONS, CHECKS, ValidationReport
 from shared.errors import MachineError
-from shared.files import fingerprint_of, write_atomic
-from shared.machine import describe_os_error, read_bytes
+from shared.files import fingerprint_of
+from shared.machine import describe_os_error
+from shared.shardset.store import LocalShardSet
 from shared.storage import RetryPolicy, Store, parse_location
 from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
+    from pathlib import Path
 
     from preprocess.recordings import Recording, Survey
+    from preprocess.session_log import LogFiles
     from preprocess.validate.duplicates import Signature
     from preprocess.validate.probe import Depth
     from shared.recipe import Recipe
@@ -109,14 +109,11 @@ def basis_of(recording: Recording, recipe_basis: str) -> str:
 
 
 class Verdicts:
-    """The verdicts that are kept in one folder.
-
-    Of runs at the same time, each keeps what the other has written, unless both write at the same
-    moment; then some sessions are looked at again.
+    """The verdicts in one folder; of runs at the same time, those of the last one to end are kept.
 
     Args:
+        present: names of the files in the folder; None lists them.
         sessions: those whose verdicts are kept; None keeps all.
-        present: names of the files in the folder, if they are known.
     """
 
     def __init__(
@@ -126,14 +123,21 @@ class Verdicts:
         present: Collection[str] | None = None,
         sessions: Collection[str] | None = None,
     ) -> None:
-        self._files = _Files(root)
-        self._stamps = self._files.stamps()
-        present = self._files.list_names() if present is None else present
-        self._log = SessionLog(self._files, _STEM, present)
-        self.exists = bool(present)
-        self._sessions = sessions
-        self._new: dict[str, bytes] = {}
+        self._root = root
+        # A set without a claim is a folder whose files are replaced atomically.
+        files: LogFiles = root if isinstance(root, Store) else LocalShardSet(root)
+        try:
+            if present is None:
+                present = _list_names(root)
+            self._log = SessionLog(files, _STEM, present)
+        except (MachineError, OSError):  # the sessions are looked at again
+            self._log = SessionLog(files, _STEM, ())
+        self._sessions = self._log if sessions is None else sessions
+        self._is_changed = False
         self._can_write = True
+
+    def __len__(self) -> int:
+        return len(self._log)
 
     def get(self, session: str) -> Verdict | None:
         """Return the verdict of a session, if there is one that can be read."""
@@ -142,21 +146,18 @@ class Verdicts:
 
     def add(self, verdict: Verdict) -> None:
         """Add or replace a verdict; :meth:`save` writes it."""
-        self._new[verdict.session] = verdict.as_line()
-        self._log.add(verdict.session, self._new[verdict.session])
+        self._log.add(verdict.session, verdict.as_line())
+        self._is_changed = True
 
     def save(self) -> str:
         """Write what is new; return a warning at the first time that this fails."""
-        if not self._can_write or not self._new:
+        if not (self._is_changed and self._can_write):
             return ""
         try:
-            stamps = self._files.stamps()
-            if stamps != self._stamps:  # another run has written
-                self._log = SessionLog(self._files, _STEM, stamps)
-                for session, line in self._new.items():
-                    self._log.add(session, line)
-            self._log.save(self._log if self._sessions is None else self._sessions)
-            self._stamps, self._new = self._files.stamps(), {}
+            if not isinstance(self._root, Store):
+                self._root.mkdir(parents=True, exist_ok=True)
+            self._log.save(self._sessions)
+            self._is_changed = False
         except (MachineError, OSError) as error:
             self._can_write = False
             reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
@@ -165,6 +166,12 @@ class Verdicts:
                 f"{reason}; fix: give another folder for them (--verdicts FOLDER)"
             )
         return ""
+
+
+def _list_names(root: Path | Store) -> list[str]:
+    if isinstance(root, Store):
+        return list(root.list_files())
+    return [path.name for path in root.iterdir()] if root.is_dir() else []
 
 
 def open_verdicts(
@@ -182,8 +189,11 @@ def open_verdicts(
     opened = {} if opened is None else opened
     root, first = parse_location(location), next(iter(survey.recordings.values()))
     own = first.store.url if isinstance(first, RemoteRecording) else str(first.folder)
-    is_one = own == root.url if isinstance(root, Store) else root.samefile(own)
-    around = own.rpartition("/")[0] if is_one else root.url if isinstance(root, Store) else root
+    if isinstance(root, Store):
+        around, is_one = root.url, own == root.url
+    else:
+        around, is_one = str(root), root.samefile(own)
+    around = own.rpartition("/")[0] if is_one else around
     text = folder or f"{around}/{FOLDER}"
     if text not in opened:
         parsed, present = parse_location(text), None
@@ -195,46 +205,4 @@ def open_verdicts(
         sessions = None if folder or is_one else survey.recordings.keys()
         opened[text] = Verdicts(parsed, present=present, sessions=sessions)
     verdicts = opened[text]
-    return verdicts if folder or not is_one or verdicts.exists else None
-
-
-class _Files:
-    """The files of a log, in a folder or behind a URL; what can't be read counts as missing."""
-
-    def __init__(self, root: Path | Store) -> None:
-        self._root = root
-
-    def list_names(self) -> list[str]:
-        """List the files."""
-        if isinstance(self._root, Path):
-            return list(self.stamps())
-        with suppress(MachineError):
-            return list(self._root.list_files())
-        return []
-
-    def stamps(self) -> dict[str, tuple[int, int]]:
-        """Return size and time of each file in a folder; {} for a store, where that would cost."""
-        if isinstance(self._root, Path):
-            with suppress(OSError), os.scandir(self._root) as entries:
-                return {e.name: (e.stat().st_size, e.stat().st_mtime_ns) for e in entries}
-        return {}
-
-    def read(self, name: str) -> bytes | None:
-        with suppress(MachineError, OSError):
-            if isinstance(self._root, Store):
-                return self._root.read(name)
-            return read_bytes(self._root / name)
-        return None
-
-    def write(self, name: str, content: bytes) -> None:
-        if isinstance(self._root, Store):
-            self._root.write(name, content)
-        else:
-            self._root.mkdir(parents=True, exist_ok=True)
-            write_atomic(self._root / name, content)
-
-    def remove(self, name: str) -> None:
-        if isinstance(self._root, Store):
-            self._root.remove(name)
-        else:
-            (self._root / name).unlink(missing_ok=True)
+    return verdicts if folder or not is_one or len(verdicts) else None

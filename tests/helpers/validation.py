@@ -33,8 +33,8 @@ def validated(
     recipe = Recipe() if recipe is None else recipe
     console = Console(file=io.StringIO())
     cluster = cluster or Cluster(scheduler=None, num_workers=0, console=console)
-    jobs = find_jobs(
-        [str(location) for location in locations], recipe=recipe, verdicts_at=verdicts_at
+    jobs = find_jobs([str(location) for location in locations], recipe, verdicts_at=verdicts_at)
+    settings = Settings(
+        recipe=recipe, depth=depth, force=force, fix=fix, wants_page=page is not None
     )
-    settings = Settings(recipe=recipe, depth=depth, fix=fix, wants_page=page is not None)
-    return [*run_jobs(jobs, settings=settings, cluster=cluster, force=force, page=page)]
+    return [*run_jobs(jobs, settings, cluster=cluster, page=page)]

@@ -41,7 +41,7 @@ REPORTS = [
 
 
 def _printer(
-    reports: list[ValidationReport], form: Form = "table", *, num: int = 3, known: int = 0
+    reports: list[ValidationReport], form: Form | None = "table", *, num: int = 3, known: int = 0
 ) -> tuple[ReportPrinter, str]:
     """Print reports, the first ones of which were known before."""
     out = io.StringIO()
@@ -111,24 +111,24 @@ def test_a_kept_report_reads_back_as_it_was(is_unchecked: bool) -> None:
 
 
 def test_full_reports_of_several_sessions_end_with_totals() -> None:
-    assert _printer(REPORTS, "text")[1].splitlines()[-1] == (
+    assert _printer(REPORTS, None)[1].splitlines()[-1] == (
         "3 sessions, 3:03 min: 1 passed, 1 with warnings, 1 failed"
     )
-    assert "1 session" not in _printer(REPORTS[:1], "text")[1]
+    assert "1 session" not in _printer(REPORTS[:1], None)[1]
 
 
 def test_sessions_that_were_not_looked_at_are_counted() -> None:
     words = "2 were not looked at again (--all looks at all)"
-    for form in ("text", "table"):
+    for form in (None, "table"):
         assert words in _printer(REPORTS, form, known=2)[1].splitlines()[-1]
-    assert "1 was not looked at again" in _printer(REPORTS[:1], "text", known=1)[1]
+    assert "1 was not looked at again" in _printer(REPORTS[:1], None, known=1)[1]
 
 
 def test_of_many_sessions_those_that_passed_are_only_counted() -> None:
-    text = _printer(REPORTS, "text", num=201)[1]
+    text = _printer(REPORTS, None, num=201)[1]
     assert [line.split(":")[0] for line in text.splitlines() if line[0] != " "][:-1] == ["s2", "s3"]
     assert "(--summary lists them)" in text
-    assert "s1" in _printer(REPORTS, "text", num=200)[1]
+    assert "s1" in _printer(REPORTS, None, num=200)[1]
     assert "s1" in _printer(REPORTS, "table", num=201)[1]
 
 
