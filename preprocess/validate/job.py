@@ -66,11 +66,11 @@ SAVE_S = 30.0
 
 _LINE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
 
-_BYTES_PER_S: Mapping[Kind, float] = {Kind.VIDEO: 1e6, Kind.AUDIO: 10e6}
+_BYTES_PER_S: Mapping[Kind, float] = {Kind.VIDEO: 8e6, Kind.AUDIO: 20e6}
 _LINE_BYTES_PER_S = 5e6
 """Bytes of a stream's file that one process checks per second, roughly."""
 
-_SESSION_S = 0.01
+_SESSION_S = 0.003
 """Seconds that any session takes."""
 
 _Work = tuple["Recording | Path", "Verdict | None"]
