@@ -11,7 +11,6 @@ Pillow come with the extras ``preprocess`` and ``train``, so they are imported w
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import math
 import unicodedata
@@ -90,14 +89,6 @@ def page_environment(package: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def load_script(environment: Environment, name: str) -> tuple[str, str]:
-    """Return a script beside the templates, and the hash by which a page's policy allows it."""
-    assert environment.loader is not None
-    script = environment.loader.get_source(environment, name)[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    return script, f"sha256-{digest}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 const find = (id) => document.getElementById(id);
 const { columns, files, folder } = JSON.parse(find("table").textContent);
 const form = find("filters"), fields = form.elements, body = document.querySelector("#summary tbody");
-const heads = document.querySelectorAll("#summary th"), PAGE_ROWS = 100;
+const heads = document.querySelectorAll("#summary th"), frame = document.querySelector("iframe");
+const PAGE_ROWS = 100;
 const cellOf = (column, row) => columns[column].cells[columns[column].rows[row]]; // kind, text, order
 let rows = [];
 
@@ -15,73 +16,54 @@ function select() {
     && (!text || hasText(0, row) || hasText(columns.length - 1, row)));
   const sort = Number(fields.sort.value), column = Math.abs(sort) - 1;
   if (!columns[column]) return;
-  const compare = (a, b) => (a > b) - (a < b);
+  const compare = (a, b) => Math.sign(sort) * ((a > b) - (a < b));
   rows.sort((a, b) => {
-    const [, textA, orderA] = cellOf(column, a), [, textB, orderB] = cellOf(column, b);
-    return Math.sign(sort) * (compare(orderA, orderB) || compare(textA, textB)) || a - b;
+    const [of, than] = [cellOf(column, a), cellOf(column, b)];
+    return compare(of[2], than[2]) || compare(of[1], than[1]) || a - b;
   });
 }
 
-function element(tag, content, className = "") {
-  const made = document.createElement(tag);
-  made.append(content);
-  made.className = className;
+function element(tag, properties, ...content) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...content);
   return made;
 }
 
 function drawRow(row) {
-  const link = element("a", cellOf(0, row)[1]);
-  link.href = `${folder}/${files[row]}`;
-  link.addEventListener("click", (event) => {
-    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
-    event.preventDefault();
-    fields.open.value = fields.open.value === files[row] ? "" : files[row];
-    draw();
-  });
-  const drawn = element("tr", element("td", link, "session"));
-  columns.slice(1).forEach(({ style }, index) => {
-    const [kind, text] = cellOf(index + 1, row);
-    drawn.append(element("td", text, `${style} ${kind}`));
-  });
-  if (fields.open.value !== files[row]) return [drawn];
-  const frame = element("iframe", "");
-  frame.src = link.href;
-  const details = element("td", frame);
-  details.colSpan = columns.length;
-  return [drawn, element("tr", details)];
+  const link = { href: `${folder}/${files[row]}`, target: "details" };
+  return element("tr", {}, ...columns.map(({ style }, column) => {
+    const [kind, text] = cellOf(column, row);
+    return element("td", { className: `${style} ${kind}` }, column ? text : element("a", link, text));
+  }));
 }
 
 function draw() {
-  const last = Math.floor(Math.max(0, rows.length - 1) / PAGE_ROWS) * PAGE_ROWS;
-  const start = Math.min(Number(fields.start.value) || 0, last);
-  fields.start.value = start;
-  heads.forEach((head, index) => {
-    head.ariaSort = { [index + 1]: "ascending", [-index - 1]: "descending" }[fields.sort.value] || "none";
+  const start = Number(fields.start.value) || 0, stop = Math.min(start + PAGE_ROWS, rows.length);
+  heads.forEach((head, column) => {
+    head.ariaSort = { [column + 1]: "ascending", [-column - 1]: "descending" }[fields.sort.value] || "none";
   });
-  body.replaceChildren(...rows.slice(start, start + PAGE_ROWS).flatMap(drawRow));
-  find("count").textContent = `${rows.length && start + 1} to ${Math.min(start + PAGE_ROWS, rows.length)} of ${rows.length}`;
+  body.replaceChildren(...rows.slice(start, stop).map(drawRow));
+  find("count").textContent = `${stop && start + 1} to ${stop} of ${rows.length}`;
   find("back").disabled = start === 0;
-  find("next").disabled = start === last;
+  find("next").disabled = stop === rows.length;
   history.replaceState(null, "", `#${new URLSearchParams(new FormData(form))}`);
 }
 
-function restart() {
+function change(name, value) {
   fields.start.value = 0;
+  fields[name].value = value;
   select();
   draw();
 }
 
-heads.forEach((head, index) => head.addEventListener("click", () => {
-  fields.sort.value = Number(fields.sort.value) === index + 1 ? -index - 1 : index + 1;
-  restart();
-}));
-[["back", -PAGE_ROWS], ["next", PAGE_ROWS]].forEach(([id, step]) => find(id).addEventListener("click", () => {
-  fields.start.value = Number(fields.start.value) + step;
-  draw();
-}));
-form.addEventListener("input", restart);
-form.addEventListener("submit", (event) => event.preventDefault());
+heads.forEach((head, column) => {
+  head.onclick = () => change("sort", Number(fields.sort.value) === column + 1 ? -column - 1 : column + 1);
+});
+find("back").onclick = () => change("start", Number(fields.start.value) - PAGE_ROWS);
+find("next").onclick = () => change("start", Number(fields.start.value) + PAGE_ROWS);
+form.oninput = () => change("sort", fields.sort.value);
+body.onclick = (event) => { frame.hidden = event.target.tagName !== "A"; };
+form.onsubmit = (event) => event.preventDefault();
 const state = new URLSearchParams(location.hash.slice(1));
-for (const field of fields) if (state.has(field.name)) field.value = state.get(field.name);
-select();
-draw();
+for (const field of fields) field.value = state.get(field.name) ?? field.value;
+change("start", fields.start.value);

@@ -12,29 +12,31 @@ under its name only when it is complete.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
+import hashlib
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from preprocess.validate.panels import draw_session
-from preprocess.validate.report import describe_stream, describe_totals
+from preprocess.validate.report import CheckedSession, describe_stream, describe_totals
 from shared.files import fingerprint_of, sha256_of_bytes, temporary_path, write_atomic
 from shared.machine import naming_path
-from shared.page import PLOT_WIDTH, format_time, load_script, page_environment, printable_line
+from shared.page import PLOT_WIDTH, format_time, page_environment, printable_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import Self
 
     from jinja2 import Environment
 
-    from preprocess.validate.report import CheckedSession, ValidationReport
+    from preprocess.validate.report import ValidationReport
 
 LEFT_MARGIN = 132
 """Room for labels left of the time axis, in SVG units."""
@@ -47,23 +49,17 @@ SESSIONS_INLINE = 50
 DETAILS_VERSION = 1
 """Raised when details are drawn differently; files of another version are written again."""
 
-_STYLES: Mapping[str, str] = {
-    "session": "session",
-    "status": "stream",
-    "length": "number",
-    "errors": "number",
-    "warnings": "number",
-    "first message": "message",
-}
-"""CSS class of each column but those of streams, which are between length and errors."""
+_FIRST_COLUMNS = ("session", "status", "length")
+_LAST_COLUMNS = ("drift ppm", "errors", "warnings", "first message")
+_STREAM = "stream "
+"""Start of the names of the columns between them, one for each stream."""
 
 _KINDS: Mapping[str, str] = {"passed": "full", "failed": "wrong"}
 _MESSAGE_CHARS = 160
-_STREAM = "stream "
 _MARK = b"<!-- preprocess validate: details of a session -->\n"
 """Start of each file with details; no other file is ever removed."""
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{16}\.html")
+_PANELS = b"<!-- panels -->"
 _SECTION_START = '<section class="card" id="session-1">\n'
 
 
@@ -83,21 +79,17 @@ class RenderedSession:
 
 def render_session(checked: CheckedSession) -> RenderedSession:
     """Render a session, with pictures of its files; runs in any process."""
-    report = checked.report
-    panels, problem = None, ""
+    panels, problem, report = None, "", checked.report
     if checked.probe is not None:
         try:
-            panels = draw_session(checked.folder, checked.probe)
+            panels = draw_session(checked.folder, checked.probe, depth=report.depth)
         except Exception as error:  # Boundary, as in check_session: the report is still shown.
             problem = f"its panels cannot be drawn: {type(error).__name__}: {error}"
     template = _environment().get_template("section.html.j2")
     html = template.render(
         report=report,
-        properties=_describe_session(report),
-        streams=[
-            (name, report.streams[name], measured["kind"], describe_stream(measured))
-            for name, measured in report.stats.get("streams", {}).items()
-        ],
+        describe_stream=describe_stream,
+        format_time=format_time,
         panels=panels,
         problem=problem,
         left=LEFT_MARGIN,
@@ -121,6 +113,7 @@ class ReportPage:
         self._present: frozenset[str] = frozenset()
         self._rows: list[Mapping[str, Cell]] = []
         self._files: list[str] = []
+        self._amended: dict[int, str] = {}
         self._sections: dict[str, RenderedSession] = {}
 
     def __enter__(self) -> Self:
@@ -132,15 +125,14 @@ class ReportPage:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        """Write the page and remove the details of no session, unless an error ends the block."""
+        """Write the page, unless an error ends the block."""
         if kind is None:
             self._write()
-            self._remove_unused()
 
     def has_details(self, session: str, key: str) -> bool:
-        """Return whether the details of a session, made from what a key names, exist already.
+        """Return whether details that were made from what a key names exist already.
 
-        The key names the session's content and verdict; the program's version is added to it.
+        The key names the session's content and verdict; the version of the details is added to it.
         """
         return _file_name(session, key) in self._present
 
@@ -150,33 +142,37 @@ class ReportPage:
         self._files.append(_file_name(report.session, key))
 
     def add(self, rendered: RenderedSession, key: str = "") -> None:
-        """Add a session; with a key, a later page can keep its details.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Add a session; with a key, a later page can keep its details."""
         name = _file_name(rendered.row["session"][1], key or sha256_of_bytes(rendered.html))
         self._rows.append(rendered.row)
         self._files.append(name)
         self._sections[name] = rendered
-        if not self._is_inline:
-            self._write_details()
+        self._flush()
 
-    @property
-    def _is_inline(self) -> bool:
-        return len(self._rows) <= SESSIONS_INLINE
+    def amend(self, reports: Iterable[ValidationReport]) -> None:
+        """Replace reports of sessions that were added, as of late findings; their panels stay."""
+        numbers = {row["session"][1]: number for number, row in enumerate(self._rows)}
+        for report in reports:
+            number = numbers[report.session]
+            rendered = render_session(CheckedSession(folder=self._folder, report=report))
+            said, mark, _ = rendered.html.partition(_PANELS)
+            panels = self._read_section(self._files[number]).encode().partition(_PANELS)[2]
+            name = _file_name(report.session, sha256_of_bytes(said + panels))
+            self._rows[number], self._amended[number] = rendered.row, name
+            self._sections[name] = replace(rendered, html=said + mark + panels)
+            self._flush()
 
-    def _write_details(self) -> None:
-        """Write the sections in memory to files, without flushing each to disk."""
-        self._folder.mkdir(exist_ok=True)
-        for name, rendered in self._sections.items():
+    def _flush(self) -> None:
+        """Write the sections in memory to files if there are many sessions; without a sync."""
+        while self._sections and len(self._rows) > SESSIONS_INLINE:
+            name, rendered = self._sections.popitem()
             sections, title = [rendered.html.decode()], rendered.row["session"][1]
+            self._folder.mkdir(exist_ok=True)
             path = self._folder / name
             with naming_path(path):
                 page = _render_page({"sections": sections, "title": title})
                 temporary_path(path).write_bytes(_MARK + b"".join(page))
                 temporary_path(path).replace(path)
-        self._sections.clear()
 
     def _read_section(self, name: str) -> str:
         """Return the section of a session from memory, or from its file."""
@@ -186,29 +182,32 @@ class ReportPage:
         return page.partition(_SECTION_START)[2].rpartition("\n</section>")[0]
 
     def _write(self) -> None:
-        """Write the page, one section after the other."""
-        length_s = sum(row["length"][2] for row in self._rows)
+        """Write the page, and remove the details of sessions that are not on it."""
         statuses: list[Any] = [row["status"][1] for row in self._rows]
-        totals = describe_totals(statuses, _format_length(length_s))
-        values: dict[str, Any] = {"title": f"Sessions: {totals}", "totals": totals}
-        if self._is_inline:
-            values["sections"] = map(self._read_section, self._files)
-        else:
-            self._write_details()
-            values["script"], values["script_hash"] = load_script(_environment(), "index.js")
+        length = _format_length(sum(row["length"][2] for row in self._rows))
+        totals = describe_totals(statuses, length)
+        files = [self._amended.get(number, file) for number, file in enumerate(self._files)]
         folder = quote(os.fsencode(self._folder.name))
-        values["table"] = {"folder": folder, "files": self._files, "columns": _columns(self._rows)}
+        table = {"folder": folder, "files": files, "columns": _columns(self._rows)}
+        values: dict[str, Any] = {"title": f"Sessions: {totals}", "totals": totals, "table": table}
+        used: set[str] = set()
+        if len(files) <= SESSIONS_INLINE:
+            values["sections"] = (self._read_section(name) for name in files)
+        else:
+            self._flush()
+            used = {*files, *self._files}
+            script = (Path(__file__).parent / "index.js").read_bytes()
+            digest = base64.b64encode(hashlib.sha256(script).digest()).decode("ascii")
+            values |= {"script": script.decode(), "script_hash": f"sha256-{digest}"}
         write_atomic(self._path, lambda file: file.writelines(_render_page(values)))
+        self._remove(self._present - used)
 
-    def _remove_unused(self) -> None:
-        """Remove the files of sessions that are not on the page, and the folder if it is empty."""
-        kept = frozenset(() if self._is_inline else self._files)
-        for name in filter(_FILE_NAME.fullmatch, self._present - kept):
-            path = self._folder / name
-            with path.open("rb") as file:
-                is_own = file.read(len(_MARK)) == _MARK
-            if is_own:
-                path.unlink()
+    def _remove(self, names: Iterable[str]) -> None:
+        """Remove files of earlier pages, no others, and the folder if it is empty."""
+        for path in map(self._folder.joinpath, names):
+            with contextlib.suppress(OSError), path.open("rb") as file:  # a folder, for instance
+                if file.read(len(_MARK)) == _MARK:
+                    path.unlink()
         with contextlib.suppress(OSError):
             self._folder.rmdir()
 
@@ -230,10 +229,11 @@ def _columns(rows: Sequence[Mapping[str, Cell]]) -> list[dict[str, Any]]:
     """Return the table by columns; a row of a column is the number of one of its distinct cells."""
     streams = dict.fromkeys(name for row in rows for name in row if name.startswith(_STREAM))
     columns = []
-    for name in (*list(_STYLES)[:3], *streams, *list(_STYLES)[3:]):
+    for name in (*_FIRST_COLUMNS, *streams, *_LAST_COLUMNS):
         cells: dict[Cell, int] = {}
         numbers = [cells.setdefault(row.get(name, ("none", "", -1)), len(cells)) for row in rows]
-        style, title = _STYLES.get(name, "stream"), name.removeprefix(_STREAM)
+        style, _, stream = name.partition(" ")
+        title = stream if name in streams else name
         columns.append({"name": title, "style": style, "rows": numbers, "cells": list(cells)})
     return columns
 
@@ -249,12 +249,15 @@ def summary_row(report: ValidationReport) -> dict[str, Cell]:
     """Return a session's row of the table at the top, from its report alone."""
     length_s, num_errors = report.stats.get("length_s"), len(report.errors)
     num_warnings = len(report.warnings)
+    clocks = report.stats.get("clocks", {}).values()
+    drift_ppm = max((abs(clock.get("drift_ppm", 0.0)) for clock in clocks), default=0.0)
     message = printable_line((*report.errors, *report.warnings, "")[0], max_chars=_MESSAGE_CHARS)
     return {
         "session": ("", report.session, 0),
         "status": (_KINDS.get(report.status, "part"), report.status, 0),
         "length": ("", _format_length(length_s), round(length_s or 0.0, 1)),
         **{_STREAM + name: _stream_cell(name, report) for name in report.streams},
+        "drift ppm": ("", f"{drift_ppm:.0f}" if drift_ppm else "", round(drift_ppm)),
         "errors": ("", str(num_errors or ""), num_errors),
         "warnings": ("", str(num_warnings or ""), num_warnings),
         "first message": ("", message, 0),
@@ -265,9 +268,8 @@ def _stream_cell(name: str, report: ValidationReport) -> Cell:
     measured, status = report.stats.get("streams", {}).get(name), report.streams[name]
     if measured is None:
         state = report.stats.get("absent_states", {}).get(name, "?")
-        return {"absent": ("none", "-", -1), "?": ("none", "?", -1)}.get(
-            state, ("wrong", state, -1)
-        )
+        kind = "none" if state in ("absent", "?") else "wrong"
+        return kind, "-" if state == "absent" else state, -1
     share = measured["share_used"]
     is_full = share > 0.995 and not measured["flaws"] and status == "passed"
     kind = "wrong" if status == "failed" else "full" if is_full else "part"
@@ -277,15 +279,3 @@ def _stream_cell(name: str, report: ValidationReport) -> Cell:
 
 def _format_length(duration_s: float | None) -> str:
     return "-" if duration_s is None else format_time(duration_s, resolution_s=0.1)
-
-
-def _describe_session(report: ValidationReport) -> list[tuple[str, str]]:
-    """Return the properties of a session as (name, value)."""
-    stats = report.stats
-    if "length_s" not in stats:
-        return []
-    properties = [("length", format_time(stats["length_s"]))]
-    if stats["clock_offset_s"]:
-        properties.append(("clock offset", f"{stats['clock_offset_s']:.3f} s"))
-    properties += [(file, f"{count} lines") for file, count in stats["lines"].items() if count]
-    return properties

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.validate.media import Thumbnail
-    from preprocess.validate.probe import SessionProbe
+    from preprocess.validate.probe import Depth, SessionProbe
     from preprocess.validate.timeline import StreamTimeline
     from shared.page import TextMark
     from shared.session.lines import TextEvent
@@ -122,9 +122,7 @@ class SessionPanels:
 
     axis: TimeAxis
     timelines: list[StreamTimeline]
-    strips: list[Strip]
-    plots: list[Plot]
-    lanes: list[TextLanes]
+    panels: list[Strip | Plot | TextLanes]
     texts: list[dict[str, Any]]
     """Time, stream, text and is_outside of the events in the list below the panels."""
     num_unlisted: int
@@ -132,8 +130,8 @@ class SessionPanels:
     """What could not be drawn, and why."""
 
 
-def draw_session(path: Path, probe: SessionProbe) -> SessionPanels:
-    """Draw what validation read of a session folder."""
+def draw_session(path: Path, probe: SessionProbe, *, depth: Depth) -> SessionPanels:
+    """Draw what validation read of a session folder; nothing is decoded if that was quick."""
     intervals = probe.intervals.values()
     axis = TimeAxis(min([0.0, *(i.start_s for i in intervals)]), probe.duration_s)
     panels: list[Strip | Plot | TextLanes] = []
@@ -141,7 +139,8 @@ def draw_session(path: Path, probe: SessionProbe) -> SessionPanels:
     for kind, draw in _PANELS.items():
         for name in probe.recipe.of_kind(kind):
             try:
-                panels += draw(path, name, probe, axis) if name in probe.intervals else []
+                if name in probe.intervals and (depth == "full" or kind not in _DECODED):
+                    panels += draw(path, name, probe, axis)
             except (MediaError, OSError) as error:
                 notes.append(f"{probe.source(name)}: no picture of {name}: {error}")
     events = [(event, name) for name, of_stream in probe.events.items() for event in of_stream]
@@ -149,9 +148,7 @@ def draw_session(path: Path, probe: SessionProbe) -> SessionPanels:
     return SessionPanels(
         axis=axis,
         timelines=draw_timelines(probe, axis),
-        strips=[panel for panel in panels if isinstance(panel, Strip)],
-        plots=[panel for panel in panels if isinstance(panel, Plot)],
-        lanes=[panel for panel in panels if isinstance(panel, TextLanes)],
+        panels=panels,
         texts=[
             {
                 "time": format_time(event.time_s),
@@ -266,12 +263,14 @@ def _draw_text(_path: Path, name: str, probe: SessionProbe, axis: TimeAxis) -> l
 
 
 _PANELS: Mapping[Kind, Callable[..., Sequence[Strip | Plot | TextLanes]]] = {
+    Kind.TEXT: _draw_text,
     Kind.VIDEO: _draw_video,
     Kind.AUDIO: _draw_audio,
     Kind.SENSOR: _draw_sensor,
-    Kind.TEXT: _draw_text,
 }
-"""What is drawn of a stream that is present."""
+"""What is drawn of a stream that is present, in this order."""
+
+_DECODED = frozenset({Kind.VIDEO, Kind.AUDIO})
 
 
 def _thin_events(events: Sequence[TextEvent], axis: TimeAxis) -> Sequence[TextEvent]:

@@ -288,11 +288,7 @@ def _collect_stats(probe: SessionProbe) -> dict[str, Any]:
         "clock_offset_s": round(probe.offset_s, 6),
         "lines": {file: probe.num_lines(file) for file in probe.files},
         "absent": {name: printable(reason) for name, reason in probe.absent.items()},
-        "absent_states": {
-            name: absent_state(name, probe)
-            for name in probe.recipe.streams
-            if name not in probe.intervals
-        },
+        "absent_states": {name: absent_state(name, probe) for name in probe.absent},
         "streams": {
             name: {
                 "kind": probe.recipe.streams[name].kind.value,

@@ -37,11 +37,6 @@ class Stretches:
     starts_s: NDArray[np.float64]
     stops_s: NDArray[np.float64]
 
-    @property
-    def durations_s(self) -> NDArray[np.float64]:
-        """Duration of each stretch."""
-        return self.stops_s - self.starts_s
-
     def bands(self, axis: TimeAxis) -> list[Band]:
         """Draw the stretches."""
         word = self.kind.partition("-")[0]
@@ -183,7 +178,7 @@ def _stretches(kind: str, spans: Sequence[Interval | MaskedSpan]) -> Stretches:
 
 def _describe_flaws(flaws: list[Stretches]) -> str:
     """Count gaps, and stretches that are damaged or still."""
-    durations_s = [f.durations_s for f in flaws if f.kind.startswith("gap")]
+    durations_s = [f.stops_s - f.starts_s for f in flaws if f.kind.startswith("gap")]
     gaps_s = np.concatenate([np.zeros(0), *durations_s])
     counts: list[str] = []
     if len(gaps_s):

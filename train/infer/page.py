@@ -11,6 +11,8 @@ from the files of :class:`train.infer.predictions.PredictionWriter`.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import os
@@ -34,7 +36,6 @@ from shared.page import (
     curve_path,
     draw_spectrogram,
     jpeg_uri,
-    load_script,
     page_environment,
     png_uri,
     sampled_curves,
@@ -139,12 +140,14 @@ def write_page(
     source = PageSource(out=out, reader=reader, trained=trained, duration_s=min(duration_s, PAGE_S))
     environment = page_environment("train.infer")
     environment.globals["count_lanes"] = count_lanes
-    script, script_hash = load_script(environment, "page.js")
+    assert environment.loader is not None
+    script = environment.loader.get_source(environment, "page.js")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     videos = {name: _draw_video(source, name) for name in _recorded_videos(source)}
     texts = _draw_texts(source)
     html = environment.get_template("page.html.j2").render(
         script=script,
-        script_hash=script_hash,
+        script_hash=f"sha256-{digest}",
         metrics=metrics,
         duration_s=reader.scan.duration_s,
         axis=source.axis,

@@ -127,7 +127,7 @@ def test_a_session_that_cannot_be_checked_has_its_section(tmp_path: Path) -> Non
 def test_a_session_that_cannot_be_drawn_keeps_its_report(
     session: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def explode(*_: object) -> None:
+    def explode(*_: object, **__: object) -> None:
         raise RuntimeError("boom")
 
     monkeypatch.setattr(preprocess.validate.page, "draw_session", explode)
@@ -312,11 +312,13 @@ def test_every_session_of_an_index_is_reachable(tmp_path: Path) -> None:
     page, _ = write_index(path, map(make_report, names))
     assert page.all("section") == []
     links = []
-    for link, session, status, length, *streams, errors, warnings, message in index_rows(page):
+    for link, session, status, length, *streams, drift, errors, warnings, message in index_rows(
+        page
+    ):
         details = parse(tmp_path / unquote(link))
         assert [e.text for e in details.all("h2")] == [session]
         assert [status, length, *streams] == ["passed", "3.0 s", "100%", "50%", "-"]
-        assert (errors, warnings, message) == ("", "", "")
+        assert (drift, errors, warnings, message) == ("", "", "", "")
         links.append(link)
     assert [row[1] for row in index_rows(page)] == names
     assert len({link.lower() for link in links}) == len(names)
@@ -446,3 +448,63 @@ def test_a_row_comes_from_the_report_alone(session: Path) -> None:
     assert (
         row["stream touch"][0] == "wrong" if checked.report.streams["touch"] == "failed" else "part"
     )
+
+
+@pytest.mark.parametrize("names", [MANY[:3], MANY])
+def test_late_findings_are_added_and_panels_stay(names: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    late = replace(make_report(names[1]), warnings=("the same content as another session",))
+    for _ in range(2):  # the second page keeps the details of the first
+        with ReportPage(path) as page:
+            for report in map(make_report, names):
+                if page.has_details(report.session, "key"):
+                    page.keep(report, "key")
+                else:
+                    rendered = render_session(CheckedSession(folder=Path(), report=report))
+                    page.add(replace(rendered, html=rendered.html + b"<i>panels</i>"), "key")
+            page.amend([late])
+        parsed = parse(path)
+        if names == MANY:
+            link, _, status, *_, num_warnings, message = index_rows(parsed)[1]
+            assert (status, num_warnings, message) == ("warnings", "1", *late.warnings)
+            parsed = parse(tmp_path / link)
+            assert len(list((tmp_path / "report_files").iterdir())) == len(names) + 1
+        else:
+            parsed = parsed.all("section")[1]
+        assert messages(parsed) == [f"warning{late.warnings[0]}"]
+        assert [e.text for e in parsed.all("i")] == ["panels"]
+    page, kept = write_index(path, map(make_report, names))
+    assert kept == (MANY if names == MANY else [])
+    assert all(row[2] == "passed" for row in index_rows(page)) if names == MANY else True
+
+
+def test_clocks_have_a_column_and_a_place_in_the_details(tmp_path: Path) -> None:
+    report = make_report("session")
+    clocks: dict[str, dict[str, Any]] = {
+        "touch": {"reference": "audio", "drift_ppm": -81.26, "drift_error_ppm": 0.5},
+        "words": {"not_assessed": "too short"},
+    }
+    clocks["touch"] |= {"offset_s": 0.0124, "method": "clocks"}
+    report = replace(report, stats={**report.stats, "clocks": clocks})
+    assert summary_row(report)["drift ppm"] == ("", "81", 81)
+    page, _ = write_index(tmp_path / "report.html", [report])
+    cells = [row.all("td")[-1].text for row in page.all("table", class_="streams")[0].all("tr")]
+    assert cells[0].endswith(", clock -81.3 ± 0.5 ppm against audio, +0.012 s apart")
+    assert cells[1] == "1 texts, 1 characters"
+
+
+def test_a_quick_report_decodes_nothing(session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = check_session(session, recipe=RECIPE, depth="quick")
+    for name in ("read_thumbnails", "read_envelope"):
+        monkeypatch.setattr(f"preprocess.validate.panels.{name}", lambda *_, **__: 1 / 0)
+    html = render_session(checked).html.decode()
+    assert "cannot be drawn" not in html
+    assert re.findall('data-panel="([a-z_.]+)"', html) == [
+        "timeline",
+        "external_text",
+        "internal_text",
+        "proprio.angle",
+        "proprio.velocity",
+        "touch",
+    ]
+    assert "needs decoding" in html
