@@ -2,7 +2,7 @@
 
 A check is a function of a :class:`preprocess.validate.probe.SessionProbe` and opens nothing. A
 finding has a level, the streams that it is about, and one sentence: where, what, and how to fix it.
-Checks of media are in :mod:`preprocess.validate.media_checks`, of lines in
+Checks of what streams hold are in :mod:`preprocess.validate.content_checks`, of lines in
 :mod:`preprocess.validate.line_checks`, of sensor values in
 :mod:`preprocess.validate.value_checks`; the table of all checks is in
 :mod:`preprocess.validate.report`.
@@ -23,7 +23,7 @@ from shared.clock import EPSILON_S, Interval
 from shared.session.folder import SESSION_INFO_FILE
 from shared.session.lines import keys_of
 from shared.session.names import describe_unused
-from shared.session.rates import format_rate
+from shared.session.rates import MIN_LENGTH_S, format_rate
 from shared.session.timestamps import describe_left_out
 from shared.streams import Kind, MaskReason, SensorStream, TextStream, mask_reasons
 
@@ -51,6 +51,12 @@ MAX_DRIFT_PPM = 10_000.0
 """A larger difference is not drift: one of the two was cut off. Quartz clocks have under 100."""
 
 
+NEEDS_DECODING = "needs decoding; run without --quick"
+"""Why a check judges nothing at depth "quick"."""
+
+NO_OTHER = "fewer than two streams to compare"
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One problem of a session."""
@@ -59,6 +65,11 @@ class Finding:
     message: str
     streams: Sequence[str] = ()
     """Streams whose verdict it decides; none if it is about the session."""
+
+
+def unjudged(reason: str, streams: Sequence[str], *, is_all: bool) -> list[Finding]:
+    """Say which streams a check could not judge; without their names if it judged no other."""
+    return [Finding("unassessed", reason, () if is_all else streams)] if streams else []
 
 
 def limit_findings(
@@ -243,6 +254,12 @@ def source_intervals(probe: SessionProbe) -> list[_Source]:
 
 def check_clock_rates(probe: SessionProbe) -> list[Finding]:
     """Check that the clock of every stream ran as fast as those of the others."""
+    if not probe.are_rates_known:
+        return [Finding("unassessed", NEEDS_DECODING)]
+    if len(source_intervals(probe)) < 2:
+        return [Finding("unassessed", NO_OTHER)]
+    if not probe.rate_faults and probe.duration_s < MIN_LENGTH_S:
+        return [Finding("unassessed", f"shorter than {MIN_LENGTH_S:g} s")]
     findings: list[Finding] = []
     for fault in (fault for fault in probe.rate_faults if fault.is_sure):
         stretch = {name: round(fault.factor, 7) for name in fault.streams}
@@ -261,8 +278,10 @@ def check_clock_rates(probe: SessionProbe) -> list[Finding]:
 def check_durations(probe: SessionProbe) -> list[Finding]:
     """Check that videos, sound and sensors start and end together."""
     sources = source_intervals(probe)
+    if not probe.are_rates_known:
+        return [Finding("unassessed", NEEDS_DECODING)]
     if len(sources) < 2:
-        return []
+        return [Finding("unassessed", NO_OTHER)]
     longest = max(sources, key=lambda source: source.interval.stop_s)
     stop_s = longest.interval.stop_s
     findings: list[Finding] = []
@@ -294,6 +313,8 @@ def check_drift(probe: SessionProbe) -> list[Finding]:
 
     Of each sound, the video that it differs from most is reported.
     """
+    if not probe.are_rates_known:
+        return [Finding("unassessed", NEEDS_DECODING)]
     findings: list[Finding] = []
     wrong = {name for fault in probe.rate_faults if fault.is_sure for name in fault.streams}
     for name, drifts_ppm in clock_drifts_ppm(probe).items():

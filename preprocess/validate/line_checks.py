@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.validate.checks import Finding, Level, issue_findings, limit_findings
+from preprocess.validate.checks import (
+    Finding,
+    Level,
+    issue_findings,
+    limit_findings,
+    unjudged,
+)
+from preprocess.validate.content_checks import MIN_RATED_FRAMES
 from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S, slow_rate_hz
 from shared.kinds.sensor import slow_issue
@@ -255,11 +262,14 @@ def _format_gap(gap_s: float) -> str:
 def check_rates(probe: SessionProbe) -> list[Finding]:
     """Check that videos and interpolated sensors are recorded as fast as the recipe keeps them."""
     findings: list[Finding] = []
+    few: list[str] = []
     for name, spec in (probe.recipe.videos | probe.recipe.sensors).items():
         times_s = probe.times_s(name)
         if times_s is None:
             continue
-        if isinstance(spec, SensorStream):
+        if len(times_s) < MIN_RATED_FRAMES:
+            few.append(name)
+        elif isinstance(spec, SensorStream):
             if (issue := slow_issue(name, times_s, spec)) is not None:
                 findings.append(Finding(*issue, (name,)))
         elif (rate_hz := slow_rate_hz(times_s, spec.rate_hz)) is not None:
@@ -269,12 +279,14 @@ def check_rates(probe: SessionProbe) -> list[Finding]:
                 "recipe"
             )
             findings.append(Finding("warning", message, (name,)))
-    return findings
+    is_all = len(few) == len(probe.videos) + len(probe.readings)
+    return findings + unjudged("fewer than 3 frames or readings", few, is_all=is_all)
 
 
 def check_expectations(probe: SessionProbe) -> list[Finding]:
     """Check the rate and the range that the recipe expects; :func:`check_gaps` checks the gaps."""
     findings: list[Finding] = []
+    unknown: list[str] = []
     for name, spec in probe.recipe.streams.items():
         least_hz, times_s = spec.expect.min_rate_hz, probe.times_s(name)
         rate_hz: float | None = None
@@ -290,7 +302,9 @@ def check_expectations(probe: SessionProbe) -> list[Finding]:
             findings.append(Finding("error", message, streams=(name,)))
         if spec.expect.range is not None and name in probe.readings:
             findings += _range_findings(probe, name, spec.expect.range)
-    return findings
+        elif spec.expect.range is not None or (least_hz is not None and rate_hz is None):
+            unknown.append(name)
+    return findings + unjudged("no values or no rate to compare", unknown, is_all=False)
 
 
 def _range_findings(probe: SessionProbe, name: str, limits: tuple[float, float]) -> list[Finding]:

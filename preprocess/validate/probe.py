@@ -2,8 +2,8 @@
 
 :func:`probe_session` opens every source file once: it reads all lines of the timestamped files,
 decodes all sound, reads the time of every frame, and decodes frames in evenly spread stretches of
-each video. The checks (:mod:`preprocess.validate.checks`, :mod:`preprocess.validate.line_checks`,
-:mod:`preprocess.validate.value_checks`) open nothing; they judge the :class:`SessionProbe`.
+each video. At depth "quick" it decodes nothing. The checks (:mod:`preprocess.validate.checks` and
+its neighbors) open nothing; they judge the :class:`SessionProbe`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class AudioProbe:
     interval: Interval
     """On the session clock."""
     rms: float
+    """Like the levels of `sound`, 0 if it was not decoded."""
     header: WavHeader | None
     """Of a WAV file."""
 
@@ -137,6 +138,8 @@ class SessionProbe:
     """Streams whose clock ran at another rate than that of the others, or may have."""
     left_out: Mapping[str, tuple[WrongLines, ...]]
     """Timestamped file -> lines that are left out, because their timestamps are wrong."""
+    are_rates_known: bool
+    """Whether the clocks were compared."""
     intervals: Mapping[str, Interval]
     faults: Mapping[str, tuple[MaskedSpan, ...]]
     """Stretches of streams whose content is wrong, whether the recipe masks them or not."""
@@ -148,6 +151,7 @@ class SessionProbe:
     duration_s: float
     stop_s: float
     """End of the last stream; greater than `duration_s` if it is too late for a session."""
+    depth: Depth
     plan: Callable[[], RepairPlan] = RepairPlan
     """Plans what --fix does, at the first message that depends on it; by default it does nothing.
     """
@@ -240,7 +244,7 @@ def probe_session(
         OSError: the file system refuses to open a folder or file.
     """
     placement = read_placement(path, recipe)
-    videos, audio, failures = _probe_media(path, recipe, placement)
+    videos, audio, failures = _probe_media(path, recipe, placement, depth)
     media = {name: interval_of(video.track) for name, video in videos.items()}
     media |= {name: sound.interval for name, sound in audio.items()}
     # The length of the media tells the unit of the timestamps in the lines.
@@ -264,13 +268,19 @@ def probe_session(
         zeros={n: own.sound.zeros_from(own.interval.start_s) for n, own in audio.items()},
         readings={name: (own.times_s, own.values) for name, own in readings.items()},
     )
-    rates = find_rate_faults(recorded)
+    rates = None
+    if all(own.sound.is_exact for own in audio.values()):
+        rates = find_rate_faults(recorded, can_decode=depth == "full")
+    if depth == "quick":
+        # Only pictures tell whether the world stood still, or a recorder.
+        judged = {} if videos else {name: alignment.intervals[name] for name in readings}
+        recorded = replace(recorded, intervals=judged)
     return SessionProbe(
         recipe=recipe,
         videos=videos,
         audio=audio,
         readings=readings,
-        faults=find_faults(recorded, rates),
+        faults=find_faults(recorded, rates or ()),
         missing=missing,
         events=_align_events(lines, alignment, placement, recipe),
         files={f.file: tuple(o for o in lines.files if o.file == f.file) for f in lines.files},
@@ -281,7 +291,8 @@ def probe_session(
         unused=(*lines.unused, *(unused_files(path, recipe) if unused is None else unused)),
         units=timed.units,
         left_out=timed.left_out,
-        rate_faults=rates,
+        rate_faults=rates or (),
+        are_rates_known=rates is not None,
         intervals={n: alignment.intervals[n] for n in recipe.streams if n in alignment.intervals},
         absent={n: absent[n] for n in recipe.streams if n in absent},
         not_recorded=frozenset(alignment.not_recorded)
@@ -289,11 +300,12 @@ def probe_session(
         offset_s=alignment.offset_s,
         duration_s=alignment.duration_s,
         stop_s=alignment.stop_s,
+        depth=depth,
     )
 
 
 def _probe_media(
-    path: Path, recipe: Recipe, placement: Placement
+    path: Path, recipe: Recipe, placement: Placement, depth: Depth
 ) -> tuple[dict[str, VideoProbe], dict[str, AudioProbe], dict[str, MediaError]]:
     """Read all videos and sounds; those that cannot be read are absent, with the reason."""
     failures: dict[str, MediaError] = {}
@@ -302,9 +314,11 @@ def _probe_media(
     for name, spec in recipe.streams.items():
         try:
             if isinstance(spec, VideoStream):
-                videos[name] = _probe_video(path / spec.file, name, placement)
+                videos[name] = _probe_video(path / spec.file, name, placement, depth=depth)
             elif isinstance(spec, AudioStream):
-                audio[name] = _probe_audio(path / spec.file, name, spec, placement)
+                audio[name] = _probe_audio(
+                    path / spec.file, name, placement, spec=spec, depth=depth
+                )
         except MediaError as error:
             failures[name] = error
     return videos, audio, failures
@@ -343,13 +357,14 @@ def _align_events(
     return placed
 
 
-def _probe_video(path: Path, name: str, placement: Placement) -> VideoProbe:
+def _probe_video(path: Path, name: str, placement: Placement, *, depth: Depth) -> VideoProbe:
     """Read the frame times of a video, and decode frames spread over it."""
     stretch = placement.stretches.get(name, 1.0)
-    track = align_track(read_video_track(path), placement.starts.get(name), stretch=stretch)
+    recorded = read_video_track(path, can_decode=depth == "full")
+    track = align_track(recorded, placement.starts.get(name), stretch=stretch)
     num_frames = len(track.times_s)
-    stretches = [range(num_frames)]
-    if num_frames > NUM_STRETCHES * STRETCH_FRAMES:
+    stretches = [range(num_frames)] if depth == "full" else []
+    if stretches and num_frames > NUM_STRETCHES * STRETCH_FRAMES:
         starts = np.linspace(0, num_frames - STRETCH_FRAMES, NUM_STRETCHES).astype(int)
         stretches = [range(start, start + STRETCH_FRAMES) for start in starts]
     is_lost = track.is_damaged
@@ -363,9 +378,12 @@ def _probe_video(path: Path, name: str, placement: Placement) -> VideoProbe:
     )
 
 
-def _probe_audio(path: Path, name: str, spec: AudioStream, placement: Placement) -> AudioProbe:
-    """Decode all of a sound and measure its levels."""
-    sound = read_stretched(path, spec, stretch=placement.stretches.get(name, 1.0))
+def _probe_audio(
+    path: Path, name: str, placement: Placement, *, spec: AudioStream, depth: Depth
+) -> AudioProbe:
+    """Decode all of a sound and measure its levels, or read its length."""
+    stretch = placement.stretches.get(name, 1.0)
+    sound = read_stretched(path, spec, stretch=stretch, decode=depth == "full")
     loudness = measure_loudness(sound.samples.iter_blocks(), spec=spec)
     return AudioProbe(
         sound=replace(sound, samples=DiskArray(np.float32)),

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from preprocess.validate import checks as session_checks
-from preprocess.validate import line_checks, media_checks, value_checks
-from preprocess.validate.checks import Finding
+from preprocess.validate import content_checks, line_checks, value_checks
+from preprocess.validate.checks import NEEDS_DECODING, Finding
 from preprocess.validate.probe import READER_VERSION, probe_session
 from preprocess.validate.repair import plan_repairs
-from preprocess.validate.still_checks import check_still
 from preprocess.validate.timeline import absent_state, measure_stream
 from shared.clock import measure_rate_hz
 from shared.errors import EngineError, MachineError, SessionError
@@ -67,11 +66,11 @@ CHECKS: Mapping[str, Check] = {
     "values": Check(value_checks.check_values),
     "velocities": Check(value_checks.check_velocities),
     "saturation": Check(value_checks.check_saturation),
-    "still": Check(check_still),
-    "sound": Check(media_checks.check_sound),
-    "levels": Check(media_checks.check_levels, depth="full"),
-    "video": Check(media_checks.check_video),
-    "frames": Check(media_checks.check_frames, depth="full"),
+    "still": Check(content_checks.check_still),
+    "sound": Check(content_checks.check_sound),
+    "levels": Check(content_checks.check_levels, depth="full"),
+    "video": Check(content_checks.check_video),
+    "frames": Check(content_checks.check_frames, depth="full"),
     "clock rates": Check(session_checks.check_clock_rates),
     "durations": Check(session_checks.check_durations),
     "drift": Check(session_checks.check_drift),
@@ -90,8 +89,6 @@ SINGLE_FILE_CHECKS = frozenset(
 )
 """Checks of a single file; the others compare streams, or need a whole session."""
 
-NEEDS_DECODING = "needs decoding; run without --quick"
-
 _SILENT_DBFS = -120.0
 
 
@@ -104,7 +101,7 @@ class ValidationReport:
     """Outcome of each check in :data:`CHECKS`."""
     not_assessed: Mapping[str, str] = field(default_factory=dict)
     """Check -> why it could not judge the session, or some streams, which the reason then names.
-    It is no fault, and never changes a status."""
+    Never changes a status."""
     streams: Mapping[str, StreamStatus] = field(default_factory=dict)
     """Outcome of all checks for each declared stream."""
     warnings: tuple[str, ...] = ()
@@ -185,12 +182,15 @@ def check_session(
         if fault := explain_bad_name(name):
             raise SessionError(fault)
         seen = probe_session(path, recipe=recipe, unused=unused, depth=depth)
-        # In an unconfirmed unit, a repair takes nothing from the streams: it has a scan alone.
-        known = seen if all(unit.is_confirmed for unit in seen.units.values()) else None
+        # In an unconfirmed unit, a repair takes nothing from the streams, as in a scan.
+        known = seen
+        if not all(unit.is_confirmed for unit in seen.units.values()):
+            absent = dict.fromkeys(recipe.streams, "")
+            known = replace(seen, absent=absent, intervals={}, rate_faults=())
         plan = functools.cache(lambda: plan_repairs(path, recipe=recipe, seen=known))
         probe = replace(seen, plan=plan)
-        findings = {key: _judge(CHECKS[key], probe, depth) for key in CHECKS if key in checks}
-        report = replace(_make_report(name, findings, probe), depth=depth)
+        findings = {key: _judge(CHECKS[key], probe) for key in CHECKS if key in checks}
+        report = _make_report(name, findings, probe)
         everything = [finding for of_check in findings.values() for finding in of_check]
         levels: tuple[Level, ...] = ("error", "warning", "note")
         ordered = [f for level in levels for f in everything if f.level == level]
@@ -199,9 +199,9 @@ def check_session(
         return make_failed_report(path, name, error)
 
 
-def _judge(check: Check, probe: SessionProbe, depth: Depth) -> list[Finding]:
+def _judge(check: Check, probe: SessionProbe) -> list[Finding]:
     """Run a check, if what was read is enough for it."""
-    if check.depth == "full" and depth == "quick":
+    if check.depth == "full" and probe.depth == "quick" and (probe.videos or probe.audio):
         return [Finding("unassessed", NEEDS_DECODING)]
     return check.function(probe)
 
@@ -257,6 +257,7 @@ def _make_report(
         errors=tuple(printable(f.message) for f in everything if f.level == "error"),
         notes=tuple(printable(f.message) for f in everything if f.level == "note"),
         stats=_collect_stats(probe),
+        depth=probe.depth,
     )
 
 
@@ -317,9 +318,10 @@ def _video_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
 
 def _audio_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
     sound = probe.audio[name].sound
-    return {
-        "rate_hz": sound.source_rate_hz,
-        "channels": sound.source_channels,
+    form = {"rate_hz": sound.source_rate_hz, "channels": sound.source_channels}
+    if probe.depth == "quick":
+        return form
+    return form | {
         "mix": {"weights": sound.mix.weights, "offset": sound.mix.offset}
         | ({"correlation": sound.mix.correlation} if sound.mix.correlation else {}),
         "rms": round(probe.audio[name].rms, 6),
@@ -372,6 +374,8 @@ def _describe_video(stats: Mapping[str, Any]) -> str:
 
 def _describe_audio(stats: Mapping[str, Any]) -> str:
     rate = f"{stats['rate_hz'] / 1e3:g} kHz x {stats['channels']}"
+    if "rms" not in stats:
+        return rate
     levels = f"RMS {_format_level(stats['rms'])}, peak {_format_level(stats['peak'])}"
     return f"{rate}, {levels}, {stats['clipped_samples']} samples clipped"
 

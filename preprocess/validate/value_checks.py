@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.validate.checks import Finding, Level, issue_findings, stream_findings
+from preprocess.validate.checks import Finding, Level, issue_findings, stream_findings, unjudged
 from preprocess.validate.line_checks import MAX_BAD_LINES
 from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S
@@ -219,6 +219,7 @@ def check_velocities(probe: SessionProbe) -> list[Finding]:
     A velocity group belongs to the pose group of its stream that has as many values.
     """
     findings: list[Finding] = []
+    judged: dict[str, bool] = {}
     for name, of_stream in itertools.groupby(_groups(probe), key=lambda group: group.name):
         groups = list(of_stream)
         poses = [g for g in groups if g.group.type in (ValueType.ANGLE, ValueType.POSITION)]
@@ -230,12 +231,13 @@ def check_velocities(probe: SessionProbe) -> list[Finding]:
             is_angle = pose.group.type is ValueType.ANGLE
             times_s = probe.readings[name].times_s
             fit = fit_velocities(times_s, pose.values, velocity.values, is_angle=is_angle)
-            fault = fit.fault if fit is not None else ""
+            fault, judged[name] = (fit.fault, True) if fit is not None else ("", False)
             if fault:
                 file = probe.recipe.streams[name].file
                 message = f"velocities of {name} are not the change of its {pose.group.type}s"
                 findings.append(Finding("warning", f"{file}: {message}: {fault}", (name,)))
-    return findings
+    still = [name for name, is_judged in judged.items() if not is_judged]
+    return findings + unjudged("almost no movement", still, is_all=len(still) == len(judged))
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,14 +80,16 @@ def align_sound(sound: Sound, start_s: float | None) -> Interval:
 
 
 def read_stretched(
-    file: Path, spec: AudioStream, *, stretch: float, mix: Mix | None = None
+    file: Path, spec: AudioStream, *, stretch: float, mix: Mix | None = None, decode: bool = True
 ) -> Sound:
     """Read the sound of a stream; if its clock was wrong, it lasts `stretch` times as long.
 
     None lets the stream's setting choose the mix of its channels.
     """
     channels = spec.channels if mix is None else mix
-    sound = read_sound(file, rate_hz=spec.rate_hz, track=spec.track, channels=channels)
+    sound = read_sound(
+        file, rate_hz=spec.rate_hz, track=spec.track, channels=channels, decode=decode
+    )
     if stretch == 1:
         return sound
     resampler = soxr.ResampleStream(1.0, stretch, 1, dtype="float32", quality="HQ")
@@ -96,7 +98,9 @@ def read_stretched(
         samples.append(resampler.resample_chunk(block))
     samples.append(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
     zeros = tuple(Interval(z.start_s * stretch, z.stop_s * stretch) for z in sound.zeros)
-    return replace(sound, samples=samples, zeros=zeros)
+    # soxr rounds like this.
+    duration_s = int(sound.duration_s * stretch * sound.rate_hz + 0.5) / sound.rate_hz
+    return replace(sound, samples=samples, duration_s=duration_s, zeros=zeros)
 
 
 class AudioReader:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from shared.files import DiskArray
 from shared.machine import open_for_library
 from shared.media.channels import MEAN, SILENCE_RMS, Mix, MixChooser
 from shared.media.container import (
+    READ_ERRORS,
     REPLACE_FIX,
     container_origin_s,
     decode_all,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from av.audio.frame import AudioFrame
     from av.container import InputContainer
     from numpy.typing import NDArray
 
@@ -55,6 +55,9 @@ _FULL_SCALE = np.float32(32767 / 32768)
 MIN_ZEROS_S = 0.1
 """A shorter run of exact zeros is not reported: quiet sound of 16 bits has some."""
 
+_PACKET_FORMATS = frozenset({"FLAC", "OGG", "MP3"})
+"""Formats of libsndfile whose header may promise more than their packets hold."""
+
 _BLOCK_FRAMES = 1 << 16
 """Audio is read and resampled in blocks of this many frames, so that memory does not grow with
 length."""
@@ -68,6 +71,10 @@ class Sound:
     """
 
     samples: DiskArray[np.float32]
+    duration_s: float
+    is_exact: bool = True
+    """Whether decoding gives this duration. Packets may be damaged, and hold an encoder's padding.
+    """
     start_s: float = 0.0
     """Time of the first sample from the container's start; 0 if the file has only audio."""
     origin_s: float = 0.0
@@ -86,11 +93,6 @@ class Sound:
     first sample."""
     mix: Mix = MEAN
     """How its channels became one."""
-
-    @property
-    def duration_s(self) -> float:
-        """Length in seconds."""
-        return len(self.samples) / self.rate_hz
 
     def zeros_from(self, start_s: float) -> tuple[Interval, ...]:
         """Return the runs of zeros on a clock on which the first sample is at `start_s`."""
@@ -112,21 +114,27 @@ class Loudness:
 
 
 def read_sound(
-    path: Path, *, rate_hz: int, track: int = 0, channels: ChannelChoice | Mix = MEAN
+    path: Path,
+    *,
+    rate_hz: int,
+    track: int = 0,
+    channels: ChannelChoice | Mix = MEAN,
+    decode: bool = True,
 ) -> Sound:
     """Read an audio track of a file as mono: mix the channels, resample with soxr's HQ.
 
     A mix is applied as it is. A choice is made from all of the sound, which is read a second time
-    if its channels are not simply averaged.
+    if its channels are not simply averaged. Unless asked to decode, only headers and packets are
+    read: the sound then has a duration, but no samples, levels or zeros.
 
     Raises:
         MediaError: the file doesn't open or contains no audio.
     """
     require_bytes(path)
-    sound = _read_sound(path, rate_hz, track, channels)
-    if channels == sound.mix or sound.mix == MEAN:
+    sound = _read_sound(path, rate_hz, track, channels, decode=decode)
+    if not decode or channels == sound.mix or sound.mix == MEAN:
         return sound
-    return _read_sound(path, rate_hz, track, sound.mix)
+    return _read_sound(path, rate_hz, track, sound.mix, decode=True)
 
 
 @contextmanager
@@ -181,23 +189,29 @@ def to_int16(waveform: NDArray[np.float32], *, gain: float) -> NDArray[np.int16]
     return np.clip(scaled, -32768, 32767).astype(np.int16)
 
 
-def _read_sound(path: Path, rate_hz: int, track: int, channels: ChannelChoice | Mix) -> Sound:
+def _read_sound(
+    path: Path, rate_hz: int, track: int, channels: ChannelChoice | Mix, *, decode: bool
+) -> Sound:
     """Read a track by libsndfile, or by ffmpeg's demuxer, which reads more containers."""
     mix = functools.partial(_mono, path=path, rate_hz=rate_hz, channels=channels)
     if track:
         try:
-            return _read_sound_by_av(path, track, mix)
+            return _read_sound_by_av(path, track, mix, decode=decode)
         except (av.FFmpegError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise MediaError(f"{path}: track {track} does not open: {reason}") from error
     try:
         with open_sound(path) as file:
-            blocks = file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True)
-            return mix(blocks, source_rate_hz=file.samplerate, num_channels=file.channels)
+            form = {"source_rate_hz": file.samplerate, "num_channels": file.channels}
+            if not decode:
+                sound = mix((), num_frames=file.frames, **form)
+                return replace(sound, is_exact=file.format not in _PACKET_FORMATS)
+            blocks = file.blocks(_BLOCK_FRAMES, frames=file.frames, dtype="float32", always_2d=True)
+            return mix(blocks, **form)
     except (soundfile.SoundFileError, TypeError) as sndfile_error:
         # libsndfile is strict with damaged headers; ffmpeg's demuxer reads many of them.
         try:
-            return _read_sound_by_av(path, track, mix)
+            return _read_sound_by_av(path, track, mix, decode=decode)
         except (av.FFmpegError, ValueError) as error:
             reason = explain_no_header(path) or (
                 f"not a readable audio file: {str(sndfile_error).split(': ')[-1].rstrip('.')}; "
@@ -206,7 +220,7 @@ def _read_sound(path: Path, rate_hz: int, track: int, channels: ChannelChoice | 
             raise MediaError(f"{path}: {reason}") from error
 
 
-def _read_sound_by_av(path: Path, track: int, mix: Callable[..., Sound]) -> Sound:
+def _read_sound_by_av(path: Path, track: int, mix: Callable[..., Sound], *, decode: bool) -> Sound:
     with (
         open_for_library(path) as file,
         av.open(file, "r", metadata_errors="ignore") as container,
@@ -221,6 +235,8 @@ def _read_sound_by_av(path: Path, track: int, mix: Callable[..., Sound]) -> Soun
             )
         if context is None:
             raise MediaError(f"{path}: contains no audio; fix: record or copy it again")
+        if not decode:
+            return _add_packets(container, stream, mix)
         resampler = av.AudioResampler(format="fltp")
         frames = decode_all(container, stream)
         first = next(frames, None)
@@ -238,25 +254,43 @@ def _read_sound_by_av(path: Path, track: int, mix: Callable[..., Sound]) -> Soun
                 yield np.concatenate(collected)
 
         sound = mix(blocks(), source_rate_hz=context.sample_rate, num_channels=context.channels)
-        start_s = 0.0 if first is None else _start_beside_video(container, first)
+        start_s = _start_beside_video(container, None if first is None else first.time)
         return replace(sound, start_s=start_s, origin_s=container_origin_s(container))
 
 
-def _start_beside_video(container: InputContainer, first: AudioFrame) -> float:
-    """Return when the first decoded audio begins, from the container's start.
+def _add_packets(container: InputContainer, stream: Any, mix: Callable[..., Sound]) -> Sound:  # noqa: ANN401
+    """Return a sound that is as long as the packets of a track together."""
+    packets: list[tuple[int, int]] = []
+    with suppress(*READ_ERRORS):
+        packets += (
+            (packet.pts, packet.duration or 0)
+            for packet in container.demux(stream)
+            if packet.pts is not None and packet.size and not packet.is_discard
+        )
+    rate_hz, unit_s = stream.codec_context.sample_rate, float(stream.time_base)
+    num_frames = round(sum(duration for _, duration in packets) * unit_s * rate_hz)
+    channels = stream.codec_context.channels
+    sound = mix((), num_frames=num_frames, source_rate_hz=rate_hz, num_channels=channels)
+    start_s = _start_beside_video(container, packets[0][0] * unit_s)
+    return replace(sound, is_exact=False, start_s=start_s, origin_s=container_origin_s(container))
+
+
+def _start_beside_video(container: InputContainer, first_s: float | None) -> float:
+    """Return when audio begins whose first sample has a time, from the container's start.
 
     A container without video starts with its audio. The decoder has already removed the encoder's
     delay from the samples and from this time.
     """
-    if first.time is None or all(map(is_picture, container.streams.video)):
+    if first_s is None or all(map(is_picture, container.streams.video)):
         return 0.0
     # Rounded to the microsecond, the precision of the container's start.
-    return max(0.0, round(first.time - (container.start_time or 0) / av.time_base, 6))
+    return max(0.0, round(first_s - (container.start_time or 0) / av.time_base, 6))
 
 
 def _mono(
-    blocks: Iterator[NDArray[np.float32]],
+    blocks: Iterable[NDArray[np.float32]],
     *,
+    num_frames: int | None = None,
     path: Path,
     source_rate_hz: int,
     num_channels: int,
@@ -265,7 +299,8 @@ def _mono(
 ) -> Sound:
     """Zero bad samples of blocks [n, channels] of a file, mix them to mono, and resample.
 
-    With a choice of channels, they are averaged, and the mix to take instead is returned.
+    With a choice of channels, they are averaged, and the mix to take instead is returned. The sound
+    is as long as `num_frames` if they are given instead of blocks.
     """
     if not 0 < source_rate_hz <= MAX_RATE_HZ:
         raise MediaError(
@@ -302,10 +337,14 @@ def _mono(
         samples.append(mono if source_rate_hz == rate_hz else resampler.resample_chunk(mono))
     if source_rate_hz != rate_hz:
         samples.append(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
-    if len(samples) == 0:
+    num_samples = len(samples)
+    if num_frames is not None:
+        num_samples = int(num_frames * rate_hz / source_rate_hz + 0.5)  # as soxr rounds it
+    if num_samples == 0:
         raise MediaError(f"{path}: contains no audio; fix: record or copy it again")
     return Sound(
         samples=samples,
+        duration_s=num_samples / rate_hz,
         rate_hz=rate_hz,
         source_rate_hz=source_rate_hz,
         source_channels=num_channels,

@@ -21,6 +21,7 @@ container whose packets and times can be trusted; other files are decoded comple
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass, field
@@ -145,8 +146,10 @@ class VideoTrack:
         return np.asarray(before < np.searchsorted(self.damaged, self.positions, side="right"))
 
 
-def read_video_track(path: Path) -> VideoTrack:
+def read_video_track(path: Path, *, can_decode: bool = True) -> VideoTrack:
     """Read the frame times of a video without decoding it, except for an elementary stream.
+
+    Of such a stream that it can't decode, the times are right, but not which packet has which.
 
     Raises:
         MediaError: the file doesn't open or contains no video frame.
@@ -154,7 +157,11 @@ def read_video_track(path: Path) -> VideoTrack:
     with open_video(path) as (container, stream):
         context = stream.codec_context
         rate_hz = _declared_rate(path, container, context)
-        packets = _read_packets(path, container, stream)
+        ranks: Sequence[int] | None = range(sys.maxsize) if rate_hz else None
+        if ranks and can_decode:
+            state = path.stat()
+            ranks = _presentation_order(path, state.st_size, state.st_mtime_ns)
+        packets = _read_packets(path, container, stream, ranks)
         _require_frames(path, packets, stream)
         pts = np.asarray(packets.pts, dtype=np.int64)
         order = _increasing_order(pts)
@@ -228,13 +235,14 @@ class _Packets:
     num_encrypted: int = 0
 
 
-def _read_packets(path: Path, container: InputContainer, stream: Any) -> _Packets:  # noqa: ANN401
+def _read_packets(
+    path: Path,
+    container: InputContainer,
+    stream: Any,  # noqa: ANN401
+    ranks: Sequence[int] | None,
+) -> _Packets:
     """Read all packets of a track; those before damage or a cut are kept."""
     packets, name = _Packets(), codec_name(stream.codec_context)
-    ranks = None
-    if container.format.name in RAW_FORMATS:
-        state = path.stat()
-        ranks = _presentation_order(path, state.st_size, state.st_mtime_ns)
     nal, is_indexed = NalReader(stream.codec_context), container.format.name in INDEXED_FORMATS
     ends_in_zero = False
     try:

@@ -229,7 +229,7 @@ def scan_session(
     sentences += media.describe_mixes()
     absent = {**media.absent, **alignment.absent}
     recorded = _recorded(media, alignment, lines)
-    rates = find_rate_faults(recorded)
+    rates = find_rate_faults(recorded) or ()
     sentences += [("rate", fault.sentence, 1) for fault in rates]
     masked = _find_masked(recorded, rates)
     loudness = _measured_loudness(media, masked)
