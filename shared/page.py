@@ -234,10 +234,10 @@ def curve_path(curves: Iterable[Curve], *, axis: TimeAxis, values: ValueAxis) ->
     """Return the `d` of an SVG path that draws curves."""
     commands: list[str] = []
     for times_s, readings in curves:
-        points = zip(axis.xs(times_s).tolist(), values.ys(readings).tolist(), strict=True)
-        commands.append("M" + " ".join(f"{x:.5g},{y:.4g}" for x, y in points))
-        if len(times_s) == 1:
-            commands.append("h0")
+        points = np.stack([axis.xs(times_s), values.ys(readings)], axis=1).round(1)
+        steps = np.diff(points, axis=0, prepend=0.0).tolist()  # shorter than positions
+        first, *others = (f"{x:.6g},{y:.6g}" for x, y in steps)
+        commands.append(f"M{first}l{' '.join(others)}" if others else f"M{first}h0")
     return "".join(commands)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.svg_paths import path_curves
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,4 +122,13 @@ def test_a_curve_has_gaps_at_missing_values_and_where_an_angle_wraps() -> None:
         times_s, values, axis=axis, num_columns=100, max_interval_s=1.5, max_jump=np.pi
     )
     path = curve_path(curves, axis=axis, values=ValueAxis(-3.2, 3.2, 64.0))
-    assert path == "M0,2 10,1M20,63h0M40,62 50,61"
+    assert path == "M0,2l10,-1M20,63h0M40,62l10,-1"
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(-1, 1)), min_size=1, max_size=300))
+def test_a_path_of_steps_ends_where_the_curve_ends(readings: list[tuple[float, float]]) -> None:
+    times_s, values = np.array(sorted(readings)).T
+    axis, y_axis = TimeAxis(0.0, 10.0, width=3600.0), ValueAxis(-1.0, 1.0, 110.0)
+    (points,) = path_curves(curve_path([(times_s, values)], axis=axis, values=y_axis))
+    expected = np.stack([times_s * 360, (1 - values) * 55], axis=1)
+    np.testing.assert_allclose(points, expected, atol=0.051)

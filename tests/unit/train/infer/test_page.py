@@ -16,6 +16,7 @@ import simplejpeg
 import soundfile
 import torch
 import zarr
+from helpers.svg_paths import path_curves
 from helpers.trained_models import MODEL, TEXT_ONLY, make_checkpoint, make_session
 from PIL import Image
 
@@ -164,20 +165,18 @@ def test_each_joint_has_its_recorded_and_its_predicted_curve(inferred):
     paths = inferred.page.all("path")
     assert [p.attributes["class"] for p in paths] == ["curve recorded", "curve predicted"] * 20
     scale = inferred.values["pixelsPerS"]
-    recorded = points(paths[6].attributes["d"])
+    recorded = np.concatenate(path_curves(paths[6].attributes["d"]))
     times_s = np.arange(240) / 30
     np.testing.assert_allclose(recorded[:, 0], times_s * scale, atol=0.06)
     high, low = (float(e.text) for e in inferred.page.all("text", class_="range")[6:8])
     angles = high - recorded[:, 1] / 46 * (high - low)
     np.testing.assert_allclose(angles, np.sin(times_s + 3), atol=0.02)
-    assert len(points(paths[7].attributes["d"])) == 237  # nothing predicts the first tick
+    assert (
+        sum(map(len, path_curves(paths[7].attributes["d"]))) == 237
+    )  # nothing predicts the first tick
     velocity = paths[21].attributes["d"]  # changes by more than pi, but does not wrap
-    assert len(points(velocity)) == 237
+    assert sum(map(len, path_curves(velocity))) == 237
     assert velocity.count("M") == 1
-
-
-def points(path):
-    return np.array([[float(x) for x in p.split(",")] for p in re.split("[M ]|h0", path) if p])
 
 
 def test_ticks_are_marked_right_wrong_missed_or_invented(inferred):
@@ -253,7 +252,7 @@ def test_the_page_of_a_long_session_shows_its_first_minute(tmp_path):
     assert "This page shows the first 60 s" in inferred.html
     for element in inferred.page.all("audio"):
         assert soundfile.info(io.BytesIO(unpack(element.attributes["src"])[1])).duration == 60
-    last = points(inferred.page.all("path")[1].attributes["d"])[-1]
+    last = path_curves(inferred.page.all("path")[1].attributes["d"])[-1][-1]
     assert last[0] < 60 * inferred.values["pixelsPerS"]
 
 
