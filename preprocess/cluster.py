@@ -14,22 +14,23 @@ import math
 import signal
 import time
 import traceback
-from collections.abc import Generator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import repeat
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from shared.errors import EngineError, JobError, MachineError, SessionError, StorageError
 from shared.machine import describe_os_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from rich.console import Console
 
@@ -38,18 +39,16 @@ RETRIES = 2
 Dask itself moves the tasks of a worker that died."""
 
 CHUNK_S = 0.5
-"""Estimated time of the neighbors that travel in one future (seconds). A future costs the client
-and the scheduler about a millisecond."""
+"""Estimated time of the neighbors in one future (seconds); a future costs 3 ms of CPU."""
 
 MAX_CHUNK = 256
 """The most arguments in one future."""
 
 FUTURES_PER_THREAD = 3
-"""How many futures per thread of the workers are submitted at a time, so that the memory of the
-client and the scheduler does not grow with the number of arguments."""
+"""How many futures per thread of the workers exist at a time, because they take memory."""
 
-BAR_S, LINE_S = 0.1, 30.0
-"""How often progress is shown on a terminal, and elsewhere (seconds)."""
+LINE_S = 30.0
+"""How often progress is printed where the output is not a terminal (seconds)."""
 
 START_S = 2.0
 """Seconds that a local cluster takes to start."""
@@ -57,23 +56,12 @@ START_S = 2.0
 MIN_WORK_S = 60.0
 """Shorter jobs get no warning about idle workers (seconds)."""
 
-RESTART_S = 10.0
-"""How long a local worker that died may take to start again (seconds)."""
-
 STARTS = 3
 """How often starting local workers is attempted."""
 
 ArgT = TypeVar("ArgT")
 SubT = TypeVar("SubT")
 ResultT = TypeVar("ResultT")
-ItemT_co = TypeVar("ItemT_co", covariant=True)
-
-
-class SizedIterable(Protocol[ItemT_co]):
-    """An iterable with a length, such as a list."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[ItemT_co]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +78,25 @@ class TaskWithSubtasks(Generic[ArgT, SubT]):
         return max(1, len(self.subtasks))
 
 
-_Numbered = tuple[int, TaskWithSubtasks[Any, Any]]
-"""The index of a task, and the task."""
+class _Job(NamedTuple):
+    label: str
+    size: int
+    """How many tasks and subtasks it has."""
+    weights: Sequence[float] | None = None
+    """Estimated seconds of each task."""
+    work_s: float = math.inf
+
+
+_Functions = tuple[Callable[..., Any], Callable[..., Any]]
+"""The function of tasks, and that of subtasks."""
+
+_Chunk = list[tuple[int, TaskWithSubtasks[Any, Any]]]
+"""Tasks and their indexes."""
+
+_Tasks = Iterable[TaskWithSubtasks[Any, Any]]
 
 _Outcomes = Generator[tuple[int | None, Any], None, None]
-"""Pairs (index, result or error) of each task, and (None, result or error) of each subtask."""
+"""Pairs (index, result or error) of tasks, and (None, result or error) of subtasks."""
 
 
 class Cluster:
@@ -136,12 +138,12 @@ class Cluster:
 
     def log(self, message: str) -> None:
         """Print one line to the terminal."""
-        _print(self._console, message)
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def map(
         self,
         function: Callable[[ArgT], ResultT],
-        arguments: SizedIterable[ArgT],
+        arguments: Collection[ArgT],
         *,
         label: str,
         weights: Sequence[float] | None = None,
@@ -151,21 +153,20 @@ class Cluster:
         """Call a function with each argument; return the results in order.
 
         The function crosses processes. `weights` are the estimated seconds per argument in one
-        process: neighbors of about CHUNK_S together travel in one future. `work_s` replaces their
-        sum. Errors name an argument by `names`.
+        process, `work_s` those of all. Errors name an argument by `names`.
 
         Raises:
             JobError, MachineError: the job can't continue; at once, without the other tasks.
             Exception: the first failure, after the other tasks have ended.
         """
-        tasks = _iter_tasks(arguments, names)
-        bar = _Progress(self._console, label, num=len(arguments), weights=weights)
-        return _collect(self._iterate(function, function, tasks, bar=bar, work_s=work_s))
+        job = _Job(label, len(arguments), weights, work_s)
+        tasks: _Tasks = map(TaskWithSubtasks, arguments, repeat(()), names or repeat("a task"))
+        return _collect(self._iterate((function, function), tasks, job))
 
     def iterate(
         self,
         function: Callable[[ArgT], ResultT],
-        arguments: SizedIterable[ArgT],
+        arguments: Collection[ArgT],
         *,
         label: str,
         weights: Sequence[float] | None = None,
@@ -173,16 +174,16 @@ class Cluster:
     ) -> Iterator[tuple[int, ResultT | Exception]]:
         """Call a function with each argument; yield index and outcome of each as it ends.
 
-        A failure is an outcome: the other calls go on. That every worker died which tried an
-        argument is a JobError. Estimates are as in :meth:`map`. Calls that have not started when
-        the caller stops iterating are dropped.
+        A failure is an outcome, as a JobError if every worker that tried the argument died: the
+        other calls go on. Estimates are as in :meth:`map`. Calls that have not started when the
+        caller stops iterating are dropped.
 
         Raises:
             JobError: there are no workers, or the scheduler is gone.
         """
-        bar = _Progress(self._console, label, num=len(arguments), weights=weights)
-        outcomes = self._iterate(function, function, _iter_tasks(arguments), bar=bar, work_s=work_s)
-        with closing(outcomes):
+        job = _Job(label, len(arguments), weights, work_s)
+        tasks: _Tasks = map(TaskWithSubtasks, arguments)
+        with closing(self._iterate((function, function), tasks, job)) as outcomes:
             yield from ((index, outcome) for index, outcome in outcomes if index is not None)
 
     def run(
@@ -202,53 +203,53 @@ class Cluster:
             JobError, MachineError, Exception: see :meth:`map`. A task whose subtask fails fails
                 likewise and does not run.
         """
-        num = sum(1 + len(task.subtasks) for task in tasks)
-        bar = _Progress(self._console, label, num=num)
-        return _collect(self._iterate(function, subtask, tasks, bar=bar, work_s=work_s))
+        job = _Job(label, sum(1 + len(task.subtasks) for task in tasks), work_s=work_s)
+        return _collect(self._iterate((function, subtask), tasks, job))
 
-    def _iterate(
-        self,
-        function: Callable[..., Any],
-        subtask: Callable[..., Any],
-        tasks: Iterable[TaskWithSubtasks[Any, Any]],
-        *,
-        bar: _Progress,
-        work_s: float,
-    ) -> _Outcomes:
-        """Run tasks here or on the cluster."""
-        if bar.num == 0:
+    def _iterate(self, functions: _Functions, tasks: _Tasks, job: _Job) -> _Outcomes:
+        """Run tasks here or on the cluster, and show progress."""
+        if not job.size:
             return
-        if bar.weights is not None:
-            work_s = min(work_s, sum(bar.weights))
-        with bar:
-            if self.is_in_process(work_s=work_s):
-                outcomes = _run_in_process(function, subtask, tasks)
-            else:
-                outcomes = self._run_on_cluster(function, subtask, tasks, bar.weights)
-            with closing(outcomes):
-                for index, outcome in outcomes:
-                    yield index, outcome
-                    bar.advance(index)
+        work_s = min(job.work_s, math.inf if job.weights is None else sum(job.weights))
+        is_terminal, status = self._console.is_terminal, _Status()
+        bar = Progress(TextColumn("{task.description}"), BarColumn(), status, console=self._console)
+        total = float(job.size) if job.weights is None else work_s
+        bar.add_task(job.label, total=total, num=0, size=job.size)
+        [task] = bar.tasks
+        if self.is_in_process(work_s=work_s):
+            outcomes = _run_in_process(functions, tasks)
+        else:
+            outcomes = self._run_on_cluster(functions, tasks, job.weights)
+        shown_s = time.monotonic()
+        with bar if is_terminal else nullcontext(), closing(outcomes):
+            for index, outcome in outcomes:
+                yield index, outcome
+                weights = job.weights
+                task.completed += 1.0 if index is None or weights is None else weights[index]
+                task.fields["num"] += 1
+                if not is_terminal and time.monotonic() > shown_s + LINE_S:
+                    self.log(f"{job.label}: {status.render(task)}")
+                    shown_s = time.monotonic()
 
     def _run_on_cluster(
-        self,
-        function: Callable[..., Any],
-        subtask: Callable[..., Any],
-        tasks: Iterable[TaskWithSubtasks[Any, Any]],
-        weights: Sequence[float] | None,
+        self, functions: _Functions, tasks: _Tasks, weights: Sequence[float] | None
     ) -> _Outcomes:
-        """Run tasks on the cluster. A task is a future that depends on its subtasks' futures.
+        """Run tasks on the cluster.
 
-        If workers died with a chunk, its tasks run again at the end, one at a time: so the cause
-        is found, and has all of the memory.
+        If workers died with a chunk, its tasks run again at the end, one at a time: so the guilty
+        one is found, and had all of the memory.
         """
-        run = _Run(self._connect(), function, subtask)
+        from distributed import CancelledError
+
+        run = _Run(self._connect(), functions)
         try:
-            chunk_s = CHUNK_S
-            if weights is not None:  # fill all workers with little work, too
-                chunk_s = min(CHUNK_S, sum(weights) / (FUTURES_PER_THREAD * run.num_threads()))
-            yield from run.iter_outcomes(_iter_chunks(tasks, weights, chunk_s))
+            yield from run.iter_outcomes(_iter_chunks(tasks, weights))
             yield from run.iter_outcomes(iter([[each] for each in run.suspects]), is_alone=True)
+        except (OSError, CancelledError) as error:
+            raise JobError(
+                f"scheduler {self._scheduler}: it disappeared, or dropped the job; fix: start it "
+                "and its workers again, and run the command again: what is finished is kept"
+            ) from error
         finally:
             run.release()
 
@@ -303,67 +304,41 @@ class Cluster:
         raise AssertionError("unreachable")
 
 
-_LOST = (
-    "the Dask scheduler disappeared or dropped the job; fix: start it and its workers again, then "
-    "run the command again: what is finished is kept"
-)
-
-
 class _Run:
-    """The futures of one :meth:`Cluster.run`, a few of which exist at a time."""
+    """The futures of a job, a few of which exist at a time."""
 
-    def __init__(
-        self,
-        client: Any,  # noqa: ANN401
-        function: Callable[..., Any],
-        subtask: Callable[..., Any],
-    ) -> None:
+    def __init__(self, client: Any, functions: _Functions) -> None:  # noqa: ANN401
         from distributed import as_completed
 
-        self.suspects: list[_Numbered] = []
+        self.suspects: _Chunk = []
         self._client = client
-        self._function = function
-        self._subtask = subtask
-        self._running: dict[Any, list[_Numbered]] = {}
+        self._functions = functions
+        self._running: dict[Any, _Chunk] = {}
         # A result is fetched at once: if its worker died later, Dask would repeat the task.
         self._ended = as_completed(loop=client.loop, with_results=True, raise_errors=False)
-        self._num_threads = 1
-        self._counted_s = -math.inf
 
-    def num_threads(self) -> int:
-        """Count the threads of the workers, at least 1; workers may join and leave."""
-        if time.monotonic() > self._counted_s + 2.0:
-            try:
-                self._num_threads = max(1, sum(self._client.nthreads().values()))
-            except OSError as error:
-                raise JobError(_LOST) from error
-            self._counted_s = time.monotonic()
-        return self._num_threads
-
-    def iter_outcomes(
-        self, chunks: Iterator[list[_Numbered]], *, is_alone: bool = False
-    ) -> _Outcomes:
+    def iter_outcomes(self, chunks: Iterator[_Chunk], *, is_alone: bool = False) -> _Outcomes:
         """Run chunks, or with `is_alone` one at a time.
 
         If workers died with a chunk, its tasks become suspects; if it was alone, its task fails.
         """
         while True:
-            limit = 1 if is_alone else FUTURES_PER_THREAD * self.num_threads()
+            num_threads = sum(self._client.nthreads().values()) or 1  # workers join and leave
+            limit = 1 if is_alone else FUTURES_PER_THREAD * num_threads
             while len(self._running) < limit and (chunk := next(chunks, None)):
-                self._submit(chunk, is_alone=is_alone)
+                self._submit(chunk)
             if not self._running:
                 return
             for future, result in self._ended.next_batch():
-                tasks = self._running.pop(future)
-                status = future.status
+                tasks, status = self._running.pop(future), future.status
                 future.release()
                 if status == "cancelled":
-                    raise JobError(_LOST) from result
+                    raise result
                 if status == "error":
-                    yield from self._failed(tasks, result[1], is_alone=is_alone)
+                    yield from self._failures(tasks, result[1], is_alone=is_alone)
                 elif tasks:
-                    yield from zip((index for index, _ in tasks), map(_unpack, result), strict=True)
-                else:
+                    yield from zip((index for index, _ in tasks), map(_load, result), strict=True)
+                elif not is_alone:
                     yield None, result
 
     def release(self) -> None:
@@ -371,148 +346,110 @@ class _Run:
         for future in self._running:
             future.release()
 
-    def _failed(
-        self, tasks: list[_Numbered], error: Exception, *, is_alone: bool
-    ) -> Iterator[tuple[int, Exception]]:
-        """Yield the failures of tasks whose future failed, or remember them as suspects."""
+    def _submit(self, chunk: _Chunk) -> None:
+        """Submit the subtasks of a task, and in one future, the task or several without any."""
+        submit = partial(self._client.submit, pure=False)
+        function, subtask = self._functions
+        arguments = [task.argument for _, task in chunk]
+        subtasks = [submit(_attempt, subtask, each) for each in chunk[0][1].subtasks]
+        # Before subtasks of later tasks, so that few of their files exist at a time.
+        priority = 1 if subtasks else 0
+        future = submit(_run_chunk, function, arguments, *subtasks, priority=priority)
+        self._running |= {each: [] for each in subtasks} | {future: chunk}
+        self._ended.update([*subtasks, future])
+
+    def _failures(self, tasks: _Chunk, error: Exception, *, is_alone: bool) -> _Outcomes:
+        """Yield the failures of a failed future; if its worker died, only if it was alone."""
         from distributed import KilledWorker
 
         is_killed = isinstance(error, KilledWorker)
         if is_killed and not is_alone:
             self.suspects += tasks
             return
+        if is_killed and (local := self._client.cluster) is not None:
+            with suppress(TimeoutError):  # closed during a start, a worker would print a traceback
+                self._client.wait_for_workers(len(local.worker_spec), timeout=10)
         for index, task in tasks:
-            if is_killed:
-                if (local := self._client.cluster) is not None:
-                    # Closed while a worker starts, it would print the worker's traceback.
-                    with suppress(TimeoutError):
-                        self._client.wait_for_workers(len(local.worker_spec), timeout=RESTART_S)
-                error = JobError(
-                    f"{task.name} was given up because every worker that tried it died, perhaps "
-                    "out of memory; fix: use fewer workers or, for shards, a smaller "
-                    "shard.target_bytes, and run it again: what is finished is kept"
-                )
-            yield index, error
-
-    def _submit(self, chunk: list[_Numbered], *, is_alone: bool) -> None:
-        """Submit tasks in one future; of a single task, the subtasks first, except if it is alone.
-
-        Alone, a task runs its subtasks itself.
-        """
-        submit = partial(self._client.submit, pure=False)
-        tasks, subtasks = [task for _, task in chunk], []
-        if tasks[0].subtasks and not is_alone:
-            subtasks = [submit(_attempt, self._subtask, each) for each in tasks[0].subtasks]
-            self._watch(subtasks, [])
-            tasks = [replace(tasks[0], subtasks=())]
-        # Before subtasks of later tasks, so that few of their files exist at a time.
-        priority = 1 if subtasks else 0
-        functions = self._function, self._subtask
-        self._watch([submit(_run_chunk, functions, tasks, *subtasks, priority=priority)], chunk)
-
-    def _watch(self, futures: list[Any], chunk: list[_Numbered]) -> None:
-        self._running.update(dict.fromkeys(futures, chunk))
-        self._ended.update(futures)
+            given_up = JobError(
+                f"{task.name} was given up because every worker that tried it died, perhaps out of "
+                "memory; fix: use fewer workers or, for shards, a smaller shard.target_bytes, and "
+                "run it again: what is finished is kept"
+            )
+            yield index, given_up if is_killed else error
 
 
-def _iter_chunks(
-    tasks: Iterable[TaskWithSubtasks[Any, Any]], weights: Sequence[float] | None, chunk_s: float
-) -> Iterator[list[_Numbered]]:
-    """Yield neighbors of about `chunk_s` together; without weights, each task alone."""
-    chunk: list[_Numbered] = []
-    sum_s = 0.0
+def _iter_chunks(tasks: _Tasks, weights: Sequence[float] | None) -> Iterator[_Chunk]:
+    """Yield neighbors of about CHUNK_S together; without weights, each task alone."""
+    chunk: _Chunk = []
+    chunk_s = 0.0
     for index, task in enumerate(tasks):
         weight_s = math.inf if weights is None else weights[index]
-        if chunk and (sum_s + weight_s > chunk_s or len(chunk) == MAX_CHUNK):
+        if chunk and (chunk_s + weight_s > CHUNK_S or len(chunk) == MAX_CHUNK):
             yield chunk
-            chunk, sum_s = [], 0.0
+            chunk, chunk_s = [], 0.0
         chunk.append((index, task))
-        sum_s += weight_s
+        chunk_s += weight_s
     if chunk:
         yield chunk
 
 
 def _run_chunk(
-    functions: tuple[Callable[..., Any], Callable[..., Any]],
-    tasks: Sequence[TaskWithSubtasks[Any, Any]],
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
     *results: Any,  # noqa: ANN401
 ) -> list[bytes]:
-    """Run tasks on a worker, or a single one with the results of its subtasks; pack the outcomes.
+    """Call a function on a worker; serialize each outcome, so that one that can't be fails alone.
 
-    Packed one by one, so that one that can't travel is the only one that fails.
+    `results` are those of the subtasks of a single argument.
     """
-    if results:
-        return [_pack(_attempt(functions[0], tasks[0].argument, *results))]
-    outcomes = _run_in_process(*functions, tasks, retries=RETRIES)
-    return [_pack(outcome) for index, outcome in outcomes if index is not None]
+    return [_dump(_attempt(function, argument, *results)) for argument in arguments]
 
 
-def _pack(outcome: Any) -> bytes:  # noqa: ANN401
+def _dump(outcome: Any) -> bytes:  # noqa: ANN401
     """Serialize a result or an error; of a bug, with the lines of the worker's code."""
     from distributed.protocol.pickle import dumps
 
     if isinstance(outcome, Exception) and not isinstance(outcome, EngineError):
         outcome.add_note("".join(traceback.format_exception(outcome)))
     try:
-        return cast("bytes", dumps(outcome))
+        content: bytes = dumps(outcome)
+        _load(content)
     except Exception as error:
-        return cast("bytes", dumps(TypeError(f"{outcome!r:.200} can't leave its worker: {error}")))
+        return _dump(TypeError(f"{outcome!r:.200} can't leave its worker: {error}"))
+    return content
 
 
-def _unpack(content: bytes) -> Any:  # noqa: ANN401
-    """Read a result or an error; return the error if that fails."""
+def _load(content: bytes) -> Any:  # noqa: ANN401
     from distributed.protocol.pickle import loads
 
-    try:
-        return loads(content)
-    except Exception as error:
-        return error
+    return loads(content)
 
 
-def _attempt(
-    function: Callable[..., Any],
-    argument: Any,  # noqa: ANN401
-    *subtask_results: Any,  # noqa: ANN401
-    retries: int = RETRIES,
-) -> Any:  # noqa: ANN401
+def _attempt(function: Callable[..., Any], *arguments: Any, retries: int = RETRIES) -> Any:  # noqa: ANN401
     """Call a function; return, and do not raise, its error, after retries if they can help.
 
-    A failed subtask is an error. Requests to stores have been retried already.
+    A failed subtask among the arguments is an error. Requests to stores have been retried already.
     """
-    for result in subtask_results:
+    for result in arguments[1:]:
         if isinstance(result, Exception):
             return result
     try:
-        return function(argument, *subtask_results)
+        return function(*arguments)
     except (JobError, SessionError, StorageError) as error:
         return error
     except Exception as error:
-        if retries:
-            return _attempt(function, argument, *subtask_results, retries=retries - 1)
-        return error
+        return _attempt(function, *arguments, retries=retries - 1) if retries else error
 
 
-def _run_in_process(
-    function: Callable[..., Any],
-    subtask: Callable[..., Any],
-    tasks: Iterable[TaskWithSubtasks[Any, Any]],
-    *,
-    retries: int = 0,
-) -> _Outcomes:
+def _run_in_process(functions: _Functions, tasks: _Tasks) -> _Outcomes:
     """Run tasks here, one after the other."""
+    function, subtask = functions
     for index, task in enumerate(tasks):
         results = []
         for argument in task.subtasks:
-            results.append(_attempt(subtask, argument, retries=retries))
+            results.append(_attempt(subtask, argument, retries=0))
             yield None, results[-1]
-        yield index, _attempt(function, task.argument, *results, retries=retries)
-
-
-def _iter_tasks(
-    arguments: Iterable[ArgT], names: Sequence[str] | None = None
-) -> Iterator[TaskWithSubtasks[ArgT, Any]]:
-    for index, argument in enumerate(arguments):
-        yield TaskWithSubtasks(argument, name=names[index] if names else "a task")
+        yield index, _attempt(function, task.argument, *results, retries=0)
 
 
 def _collect(outcomes: _Outcomes) -> list[Any]:
@@ -532,71 +469,20 @@ def _collect(outcomes: _Outcomes) -> list[Any]:
     return [results[index] for index in range(len(results))]
 
 
-class _Progress:
-    """Shows how much of a job is done: a bar on a terminal, elsewhere a line now and then.
+class _Status(ProgressColumn):
+    """How many are done, the time since the start, and the time to the end.
 
-    The estimated time to the end follows the weights, so that a few long tasks don't mislead.
+    The estimate follows the weights of what is done, so that a few long tasks don't mislead.
     """
 
-    def __init__(
-        self, console: Console, label: str, *, num: int, weights: Sequence[float] | None = None
-    ) -> None:
-        self.num = num
-        self.weights = weights
-        self._console = console
-        self._label = label
-        self._counted = weights if weights is not None and any(weights) else None
-        self._total = float(num) if self._counted is None else math.fsum(self._counted)
-        self._num_done = 0
-        self._done = 0.0
-        self._start_s = self._shown_s = 0.0
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), _StatusColumn(), console=console
-        )
-        self._bar.add_task(label, total=self._total, status=self._status)
-
-    def __enter__(self) -> None:
-        self._start_s = self._shown_s = time.monotonic()
-        if self._console.is_terminal:
-            self._bar.start()
-
-    def __exit__(self, *exc: object) -> None:
-        if self._console.is_terminal:
-            self._bar.update(TaskID(0), completed=self._done)
-            self._bar.stop()
-
-    def advance(self, index: int | None) -> None:
-        """Count a task, or with None a subtask; show it if it is time to."""
-        self._num_done += 1
-        self._done += 1.0 if index is None or self._counted is None else self._counted[index]
-        now_s = time.monotonic()
-        if now_s < self._shown_s + (BAR_S if self._console.is_terminal else LINE_S):
-            return
-        self._shown_s = now_s
-        if self._console.is_terminal:
-            self._bar.update(TaskID(0), completed=self._done)
-        else:
-            _print(self._console, f"{self._label}: {self._status()}")
-
-    def _status(self) -> str:
-        """Return how much is done, the time since the start, and the estimated time to the end."""
-        elapsed_s = time.monotonic() - self._start_s
-        eta = "-:--:--"
-        if self._done:
-            eta_s = elapsed_s * max(0.0, self._total / self._done - 1.0)
-            eta = str(timedelta(seconds=round(eta_s)))
-        return f"{self._num_done}/{self.num} {timedelta(seconds=int(elapsed_s))} eta {eta}"
-
-
-class _StatusColumn(ProgressColumn):
-    """The status of a :class:`_Progress`, as of now."""
-
     def render(self, task: Task) -> Text:
-        return Text(task.fields["status"](), style="progress.remaining")
-
-
-def _print(console: Console, message: str) -> None:
-    console.print(message, highlight=False, markup=False, soft_wrap=True)
+        elapsed_s = task.elapsed or 0.0
+        eta = "-:--:--"
+        if task.completed:
+            left_s = elapsed_s * max(0.0, (task.total or 0.0) / task.completed - 1.0)
+            eta = str(timedelta(seconds=round(left_s)))
+        done = f"{task.fields['num']}/{task.fields['size']}"
+        return Text(f"{done} {timedelta(seconds=int(elapsed_s))} eta {eta}")
 
 
 @contextmanager

@@ -196,7 +196,7 @@ class DividingCluster(Cluster):
         return False
 
     def _run_on_cluster(self, *work: Any) -> Iterator[tuple[int | None, Any]]:
-        return cluster_module._run_in_process(*work[:3])
+        return cluster_module._run_in_process(*work[:2])
 
 
 def build(

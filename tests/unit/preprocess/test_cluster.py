@@ -6,7 +6,9 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
+from contextlib import closing
 
 import dask
 import distributed
@@ -21,10 +23,22 @@ from helpers.oracles import (
     write_tiny_sessions,
 )
 from helpers.processes import await_true, finish, launch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
+from rich.progress import Progress
 
+from preprocess import cluster as cluster_module
 from preprocess.build.job import build_shards
-from preprocess.cluster import Cluster, TaskWithSubtasks
+from preprocess.cluster import (
+    CHUNK_S,
+    FUTURES_PER_THREAD,
+    MAX_CHUNK,
+    Cluster,
+    TaskWithSubtasks,
+    _iter_chunks,
+    _Status,
+)
 from shared.errors import JobError, SessionError, StorageError
 
 SMALL = tiny_recipe(shard={"target_bytes": 2**16})
@@ -229,3 +243,168 @@ def test_idle_workers_are_reported(tmp_path, monkeypatch, num_workers, task_s, s
     assert cluster.num_idle(1, work_s=0.0) == num_workers - 1
     monkeypatch.undo()
     assert cluster.num_idle(1, work_s=59.0) == 0
+
+
+# --- many arguments -----------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from([0.0, 0.001, 0.2, 0.25, 0.6, 100.0]), max_size=700))
+def test_chunks_are_as_large_as_they_may_be(weights):
+    tasks = [TaskWithSubtasks(each) for each in weights]
+    chunks = list(_iter_chunks(tasks, weights))
+    assert [pair for chunk in chunks for pair in chunk] == list(enumerate(tasks))
+    sums = [sum(task.argument for _, task in chunk) for chunk in chunks]
+    for chunk, chunk_s in zip(chunks, sums, strict=True):
+        assert len(chunk) <= MAX_CHUNK
+        assert chunk_s <= CHUNK_S or len(chunk) == 1
+    for chunk, chunk_s, following in zip(chunks, sums, chunks[1:], strict=False):
+        assert len(chunk) == MAX_CHUNK or chunk_s + following[0][1].argument > CHUNK_S
+    assert [len(chunk) for chunk in _iter_chunks(tasks, None)] == [1] * len(tasks)
+
+
+def test_few_futures_exist_at_a_time_and_each_has_many_arguments(in_threads, monkeypatch):
+    submitted = []
+    submit = distributed.Client.submit
+
+    def count(client, *arguments, **options):
+        submitted.append(arguments)
+        return submit(client, *arguments, **options)
+
+    monkeypatch.setattr(distributed.Client, "submit", count)
+    outcomes, num_tasks = {}, []
+    with cluster_of(2) as cluster:
+        for index, outcome in cluster.iterate(
+            str, range(2048), label="write", weights=[CHUNK_S / 64] * 2048
+        ):
+            outcomes[index] = outcome
+            num_tasks.append(len(cluster._client.cluster.scheduler.tasks))
+        assert len(submitted) == 2048 / 64
+        assert max(num_tasks) <= 2 * 2 * FUTURES_PER_THREAD  # released ones leave with a delay
+        assert outcomes == {number: str(number) for number in range(2048)}
+        assert cluster.map(str, range(99), label="write", weights=[0.0] * 99) == [
+            str(number) for number in range(99)
+        ]
+        assert len(submitted) == 2048 / 64 + 1
+
+
+def test_what_has_not_started_is_dropped_with_the_generator(tmp_path, in_threads):
+    def mark(name: str) -> None:
+        (tmp_path / name).touch()
+
+    names = [str(number) for number in range(100)]
+    with cluster_of(1) as cluster:
+        with closing(cluster.iterate(mark, names, label="mark")) as outcomes:
+            next(outcomes)
+        scheduler = cluster._client.cluster.scheduler
+        await_true(lambda: not scheduler.tasks)
+        assert len(list(tmp_path.iterdir())) <= 2 * FUTURES_PER_THREAD
+
+
+class PickyError(Exception):
+    """Can't be read where it arrives."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first + second)
+
+
+def test_an_outcome_that_cannot_be_sent_fails_alone(in_threads):
+    def work(name: str) -> object:
+        if name == "picky":
+            raise PickyError(name, "!")
+        return threading.Lock() if name == "lock" else name
+
+    names = ["a", "lock", "b", "picky", "c"]
+    with cluster_of(1) as cluster:
+        outcomes = dict(cluster.iterate(work, names, label="work", weights=[0.0] * 5))
+    assert [outcomes[index] for index in (0, 2, 4)] == ["a", "b", "c"]
+    assert "lock" in str(outcomes[1])
+    assert "picky!" in str(outcomes[3])
+    assert {type(outcomes[index]) for index in (1, 3)} == {TypeError}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_failure_is_an_outcome_with_the_lines_of_its_worker(num_workers, in_threads):
+    with cluster_of(num_workers) as cluster:
+        outcomes = dict(cluster.iterate(int, ["1", "x", "2"], label="read"))
+    assert (outcomes[0], outcomes[2]) == (1, 2)
+    assert isinstance(outcomes[1], ValueError)
+    notes = "".join(getattr(outcomes[1], "__notes__", ()))
+    assert ("return function(*arguments)" in notes) == bool(num_workers)
+
+
+def test_only_the_argument_that_kills_its_workers_fails_and_has_its_name(tmp_path):
+    mark = tmp_path / "died"
+
+    def work(name: str) -> str:
+        if name == "worst" or (name == "unlucky" and not mark.exists()):
+            mark.touch()
+            os._exit(1)
+        return name
+
+    names = [f"session_{number}" for number in range(50)]
+    names[17], names[30] = "worst", "unlucky"
+    weights = [CHUNK_S / 100] * 50
+    with cluster_of(1) as cluster:
+        outcomes = dict(cluster.iterate(work, names, label="work", weights=weights))
+        failed = outcomes.pop(17)
+        assert isinstance(failed, JobError)
+        assert "every worker that tried it died" in str(failed)
+        assert outcomes == {index: name for index, name in enumerate(names) if index != 17}
+        with pytest.raises(JobError, match="worst was given up because every worker"):
+            cluster.map(work, names[15:19], label="work", weights=weights[:4], names=names[15:19])
+
+
+def test_a_scheduler_that_disappears_ends_the_job_with_a_fix(in_threads):
+    remote = distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, protocol="tcp", dashboard_address="127.0.0.1:0"
+    )
+    done = []
+
+    def run(cluster: Cluster) -> None:
+        for index, _ in cluster.iterate(time.sleep, [0.01] * 100, label="sleep"):
+            done.append(index)
+            if len(done) == 3:
+                remote.close()
+
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "200ms"}),
+        remote,
+        Cluster(
+            scheduler=remote.scheduler_address, num_workers=0, console=Console(quiet=True)
+        ) as cluster,
+        pytest.raises(JobError, match=r"scheduler tcp://.*disappeared.*fix: start it"),
+    ):
+        run(cluster)
+    assert len(done) >= 3
+
+
+def test_local_workers_do_not_pause_because_of_memory_that_a_task_left(in_threads):
+    with cluster_of(1) as cluster:
+        cluster.map(len, ["one"], label="count")
+        [worker] = cluster._client.cluster.workers.values()
+    assert worker.memory_manager.memory_pause_fraction is False
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+def test_the_estimated_time_follows_the_weights():
+    now_s = 0.0
+    progress = Progress(get_time=lambda: now_s)
+    progress.add_task("validate", total=100.0, num=0, size=10)
+    [task] = progress.tasks
+    assert str(_Status().render(task)) == "0/10 0:00:00 eta -:--:--"
+    now_s, task.completed, task.fields["num"] = 18.0, 9.0, 9
+    assert str(_Status().render(task)) == "9/10 0:00:18 eta 0:03:02"
+    now_s, task.completed, task.fields["num"] = 200.0, 100.0, 10
+    assert str(_Status().render(task)) == "10/10 0:03:20 eta 0:00:00"
+
+
+@pytest.mark.parametrize(("line_s", "num_lines"), [(-1.0, 3), (30.0, 0)])
+def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(monkeypatch, line_s, num_lines):
+    monkeypatch.setattr(cluster_module, "LINE_S", line_s)
+    text = io.StringIO()
+    with Cluster(scheduler=None, num_workers=0, console=Console(file=text)) as cluster:
+        cluster.map(len, ["a", "b", "c"], label="count", weights=[1.0, 1.0, 2.0])
+    lines = [f"count: {number}/3 0:00:00 eta 0:00:00" for number in (1, 2, 3)]
+    assert text.getvalue().splitlines() == lines[:num_lines]
