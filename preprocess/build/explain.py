@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from preprocess.build.packing import shard_segments
 from preprocess.build.plan_types import Cause, FromShards
 from shared.session.names import describe_unused
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from shared.session.folder import SkippedFolder
     from shared.session.names import UnusedName
     from shared.session.scan import SessionScan
+    from shared.shardset.manifest import Manifest
 
 Verb = Literal["make", "remove", "rewrite"]
 
@@ -27,6 +30,17 @@ _NUM_EXAMPLES = 3
 
 _EXPLAINED_BY_NAMES = {Cause.NEW, Cause.SESSIONS_CHANGED}
 """Causes that add nothing to the names of the sessions."""
+
+_READ_WINDOW_S, _NUM_READERS = 4.0, 2
+"""Length of a window and loader processes of a training, by the defaults of its configuration."""
+
+_OPEN_S, _WINDOW_S, _STREAM_S, _PICTURE_S, _PIXEL_S = 0.2e-3, 0.3e-3, 75e-6, 12e-6, 2.6e-9
+"""CPU time that a loader process takes to open a shard, per stream, and to read a window: for
+itself, per stream, per picture and per pixel. Fitted to the figures of
+tests/benchmarks/bench_growth.py in docs/building.md; their ratios count."""
+
+_WORTH_COMPACTING, _WORTH_COMPACTING_S = 0.1, 0.25
+"""Share and seconds of an epoch from which compaction is advised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +104,43 @@ def explain_left_out(folders: Sequence[SkippedFolder], num_sessions: int) -> lis
     names = _examples(folder.name for folder in folders)
     reason = f"{first.name} {first.reason}"
     return [f"left out by their verdict, {len(folders)} of {sessions}: {names}; {reason}"]
+
+
+def advise_compaction(manifest: Manifest) -> str:
+    """Say how much faster a training would read a compacted set; empty if that is little.
+
+    A set has many small shards if sessions were added by many builds. Each loader process opens a
+    shard again in every epoch.
+    """
+    shards, recipe = manifest.in_split("train"), manifest.recipe
+    runs = [run for shard in shards for run in shard.runs]
+    windows = [
+        sum(math.ceil(run * recipe.segment_s / _READ_WINDOW_S) for run in shard.runs)
+        for shard in shards
+    ]
+    # Fill shards with the runs, each whole, as packing does with sessions.
+    num_packed, num_free = 0, 0
+    for run in runs:
+        if run > num_free:
+            num_packed, num_free = num_packed + 1, shard_segments(recipe)
+        num_free -= run
+    open_s, window_s = _OPEN_S * len(recipe.streams), _WINDOW_S + _STREAM_S * len(recipe.streams)
+    for spec in recipe.videos.values():
+        picture_s = _PICTURE_S + _PIXEL_S * spec.height * spec.width
+        window_s += _READ_WINDOW_S * spec.rate_hz * picture_s
+    # Each window goes to any of the processes, which opens its shard if it has none of it yet.
+    num_opened = sum(_NUM_READERS * (1 - (1 - 1 / _NUM_READERS) ** count) for count in windows)
+    packed_s = min(_NUM_READERS * num_packed, num_opened) * open_s
+    more_s, read_s = num_opened * open_s - packed_s, sum(windows) * window_s + packed_s
+    if more_s < _WORTH_COMPACTING_S or more_s < _WORTH_COMPACTING * read_s:
+        return ""
+    size = sum(shard.length_bytes for shard in manifest.shards) / 2**20
+    return (
+        f"{len(shards)} shards for training where about {num_packed} would do: an epoch takes "
+        f"about {more_s / read_s:.0%} longer to read, as opening them takes "
+        f"{more_s:.1f} s more (estimated for {_NUM_READERS} loader processes); fix: run it once "
+        f"with --compact, which copies {size:.0f} MiB and decodes nothing"
+    )
 
 
 def explain_plan(plan: Plan) -> list[tuple[Verb, str]]:

@@ -12,7 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from preprocess.build.commit import NewSet, commit_set, rejected_lines
-from preprocess.build.explain import explain_left_out, explain_unused, list_losses
+from preprocess.build.explain import (
+    advise_compaction,
+    explain_left_out,
+    explain_unused,
+    list_losses,
+)
 from preprocess.build.only import ChosenSessions, choose_sessions
 from preprocess.build.plan import plan_shards
 from preprocess.build.plan_types import FromShards, ShardTask, add_generation
@@ -88,12 +93,13 @@ class BuildSummary:
 
     @property
     def notes(self) -> list[str]:
-        """What the set lacks, in few lines."""
+        """What the set lacks, in few lines, and whether it has too many small shards."""
         unused = explain_unused(self.unused)[1]
         title = ["masked, or missing where it was recorded:"] if self.losses else []
         left_out = explain_left_out(self.left_out, self.num_sessions)
-        losses = (f"  {loss}" for loss in self.losses)
-        return [*left_out, *([unused] if unused else []), *title, *losses]
+        losses = [*title, *(f"  {loss}" for loss in self.losses)]
+        advice = advise_compaction(self.manifest) if self.manifest else ""
+        return [note for note in (*left_out, unused, *losses, advice) if note]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,7 @@ def pack(
 
     They are numbered after those that are `planned` already.
     """
-    capacity = min(MAX_RUN_SEGMENTS, int(recipe.shard.target_bytes / segment_bytes(recipe)))
+    capacity = shard_segments(recipe)
     numbers = dict.fromkeys(SPLITS, -1)
     for shard in planned:
         numbers[shard.split] = max(numbers[shard.split], int(shard.name.rpartition("-")[2]))
@@ -99,6 +99,11 @@ def pack(
         shards[-1].sessions.append(stored)
         num_free[split] -= count
     return [shard for split in SPLITS for shard in new[split]]
+
+
+def shard_segments(recipe: Recipe) -> int:
+    """Return how many segments fill a shard."""
+    return min(MAX_RUN_SEGMENTS, int(recipe.shard.target_bytes / segment_bytes(recipe)))
 
 
 def repack(shards: Sequence[BuiltShard], samples: Samples, recipe: Recipe) -> list[PlannedShard]:

@@ -27,12 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 sys.path += [str(Path(__file__).resolve().parents[n]) for n in (0, 1, 2)]
-from bench_projection import drop_cache
+from bench_projection import counters, drop_cache
 from helpers.sets import build_set
 
 from shared.recipe import Recipe
@@ -106,6 +107,7 @@ def make_sets(root: Path, args: argparse.Namespace) -> dict[str, Path]:
     columns = [p for p in sets["packed"].iterdir() if p.name not in before]
     size = sum(path.stat().st_size for path in columns) / 2**20
     print(f"--compact: {compact_s:.1f} s of CPU time, {size:.1f} MiB written")
+    print_additions(sessions, sets["grown"], root / "added", recipe)
     shutil.rmtree(sessions)
     return sets
 
@@ -190,6 +192,59 @@ def contents(shards: Path) -> list[Any]:
         arrays = {name: array.tobytes() for name, array in index.arrays.items()}
         found.append((entry.name, {**index.header, "columns": columns}, arrays))
     return found
+
+
+def print_additions(sessions: Path, grown: Path, root: Path, recipe: Recipe) -> None:
+    """Print what a build with nothing to do and an added session cost, in a small and a large set.
+
+    Each session has a shard of its own.
+    """
+    names = sorted(path.name for path in sessions.iterdir())
+    print("sessions  build    CPU s  files read  MiB read  files written  MiB written")
+    for count in (NUM_VERIFIED, len(names)):
+        own, out = root / "sessions", root / "set"
+        for name in names[:count]:
+            shutil.copytree(sessions / name, own / name, copy_function=os.link)
+        if count == len(names):
+            shutil.copytree(grown, out, copy_function=os.link)
+        else:
+            grow(own, out, recipe)
+        build_set(own, out, recipe)
+        for title in ("no-op", "added"):
+            if title == "added":
+                shutil.copytree(own / names[0], own / "new", copy_function=os.link)
+            print(f"{count:8}  {title}  {cost_of_build(own, out, recipe)}", flush=True)
+        shutil.rmtree(root)
+
+
+def cost_of_build(sessions: Path, out: Path, recipe: Recipe) -> str:
+    """Return the cells of a row: CPU time, and files of the set with bytes of all files."""
+    opened: set[tuple[str, bool]] = set()
+    _watched[0] = lambda path, is_write: opened.add((path, is_write)) if str(out) in path else None
+    before, began_s = counters(), cpu_s()
+    build_set(sessions, out, recipe)
+    used_s, after = cpu_s() - began_s, counters()
+    _watched[0] = None
+    written = sum(is_write for _, is_write in opened)
+    mib = {key: (after[key] - before[key]) / 2**20 for key in ("rchar", "wchar")}
+    return (
+        f"{used_s:7.2f}  {len(opened) - written:10}  {mib['rchar']:8.2f}  {written:13}  "
+        f"{mib['wchar']:11.2f}"
+    )
+
+
+_watched: list[Any] = [None]
+"""What is called with the path of each file that is opened, and whether it is written."""
+
+
+def watch_opened(event: str, values: tuple[Any, ...]) -> None:
+    """Pass on which files are opened; an audit hook, which stays."""
+    if event == "open" and _watched[0] is not None and isinstance(values[0], (str, bytes, Path)):
+        is_write = bool(values[2] & (os.O_WRONLY | os.O_RDWR))
+        _watched[0](os.fsdecode(values[0]), is_write)
+
+
+sys.addaudithook(watch_opened)
 
 
 def compare(sets: dict[str, Path], args: argparse.Namespace) -> None:
@@ -278,9 +333,10 @@ def measure(shards: str, workers: int, batch_size: int) -> dict[str, float]:
         num_windows += float(batch["weight"].sum())
         num_sessions.append(len({key.rpartition("@")[0] for key in batch["keys"]}))
         if number % 16 == 1:
-            processes = own_processes()
-            num_files = max(num_files, *map(count_columns, processes))
-            mib = max(mib, *map(memory_mib, processes))
+            with suppress(FileNotFoundError, ProcessLookupError):  # a process has just ended
+                processes = own_processes()
+                num_files = max(num_files, *map(count_columns, processes), 0)
+                mib = max(mib, *map(memory_mib, processes), 0)
     wall_s, used_s = time.perf_counter() - read_s, cpu_s() - used_s
     resumed = Loader(open_source(config, split="train"), config)
     began_s = time.perf_counter()
@@ -321,8 +377,9 @@ def cpu_s() -> float:
     ended = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     used_s = sum(usage.ru_utime + usage.ru_stime for usage in ended)
     for process in own_processes()[1:]:
-        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2]
-        used_s += sum(map(int, fields.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+        with suppress(FileNotFoundError, ProcessLookupError):  # then its parent counts it
+            fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2]
+            used_s += sum(map(int, fields.split()[11:13])) / os.sysconf("SC_CLK_TCK")
     return used_s
 
 
