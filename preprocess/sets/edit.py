@@ -18,6 +18,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from preprocess.build.commit import NewSet, commit_set, count_segments
 from preprocess.build.plan import recipe_changes
 from preprocess.build.plan_types import (
@@ -31,7 +33,7 @@ from preprocess.build.plan_types import (
 from preprocess.build.sources import TaskContext
 from preprocess.build.task import copy_shard
 from shared.errors import ShardError, rebuild_hint
-from shared.files import fingerprint_of, sha256_of_bytes
+from shared.files import fingerprint_of, sha256_of_bytes, stable_json
 from shared.recipe import SPLITS
 from shared.shardset.index import ShardIndex, index_bytes
 from shared.shardset.layout import columns_of
@@ -147,11 +149,13 @@ def _list(store: ShardSetStore, manifest: Manifest) -> list[SetSession]:
     splits: dict[str, str] = {}
     for entry in manifest.shards:
         index = store.read_index(entry.index_file, sha256=entry.index_sha256)
-        for number, name in enumerate(index.sessions):
-            rows = index.arrays["session"] == number
-            samples[name] += int(rows.sum())
-            lengths = (a[rows] for n, a in index.arrays.items() if n.endswith(".length"))
-            sizes[name] += sum(int(length.sum()) for length in lengths)
+        numbers, lengths = index.arrays["session"], np.zeros(len(index.sessions), np.uint64)
+        for column in index.columns:
+            np.add.at(lengths, numbers, index.members(column).length)
+        counts = np.bincount(numbers, minlength=len(index.sessions))
+        for name, count, length in zip(index.sessions, counts, lengths, strict=True):
+            samples[name] += int(count)
+            sizes[name] += int(length)
             shards.setdefault(name, []).append(entry.name)
             splits[name] = entry.split
     return [
@@ -207,9 +211,9 @@ def _require_disjoint_sessions(selections: Sequence[_Selection]) -> None:
     """Refuse a session that is in two sets; the message says how to merge the others."""
     owners: dict[str, ShardSetStore] = {}
     for selection in selections:
-        shared_names = sorted(selection.sessions & set(owners))
+        shared_names = sorted(selection.sessions & owners.keys())
         if shared_names:
-            name, own_names = shared_names[0], sorted(selection.sessions - set(owners))
+            name, own_names = shared_names[0], sorted(selection.sessions - owners.keys())
             listed = " ".join(map(shlex.quote, own_names[:_MAX_NAMES]))
             fix = (
                 f"merge only its other sessions: python -m preprocess sessions split "
@@ -344,11 +348,12 @@ def _commit(
     tokenizer = first.load_tokenizer()
     headers = [out.read_index(entry.index_file).header for entry in entries]
     failures = [{"level": "stream", **f} for header in headers for f in header["decode_failures"]]
+    known = {stable_json(failure) for failure in failures}
     lines = [
         line
         for selection in selections
         for line in _read_rejected(selection.store)
-        if line["session"] in selection.sessions and line not in failures
+        if line["session"] in selection.sessions and not (known and stable_json(line) in known)
     ]
     return commit_set(
         NewSet(
