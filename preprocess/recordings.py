@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared.errors import SessionError
-from shared.machine import read_steadily
+from shared.machine import pause_collector, read_steadily
 from shared.session.folder import (
     SkippedFolder,
     explain_nested,
@@ -119,6 +119,7 @@ class Survey(NamedTuple):
     """Paths of the files in hidden folders of a store, whose listing has them anyway."""
 
 
+@pause_collector()
 def survey_recordings(location: Path | str, recipe: Recipe) -> Survey:
     """Find the sessions below a folder or URL, or at it, and the folders that are left out.
 

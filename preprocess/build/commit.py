@@ -19,6 +19,7 @@ from preprocess.build import statistics
 from preprocess.build.plan_types import add_generation
 from shared.errors import ShardError
 from shared.files import fingerprint_of
+from shared.machine import pause_collector
 from shared.session.names import describe_unused
 from shared.shardset.layout import columns_of, field_schema
 from shared.shardset.manifest import (
@@ -204,6 +205,7 @@ def _files_of(name: str, store: ShardSetStore, *, known: Collection[str]) -> set
     return {*files, *indexes, *itertools.chain.from_iterable(columns)}
 
 
+@pause_collector()
 def rejected_lines(
     scans: Mapping[str, SessionScan],
     recipe: Recipe,

@@ -22,7 +22,7 @@ from preprocess.build.only import ChosenSessions, choose_sessions
 from preprocess.build.plan import plan_shards
 from preprocess.build.plan_types import FromShards, ShardTask, add_generation
 from preprocess.build.previous_set import find_corrupt_files, read_previous_set
-from preprocess.build.sources import TaskContext, column_seconds, scan_sessions
+from preprocess.build.sources import OPEN_S, TaskContext, column_seconds, scan_sessions
 from preprocess.build.task import build_shard, resume_shard
 from preprocess.build.upgrade import refresh_upgraded, upgrade_set
 from preprocess.build.video_subtasks import TASK_S, encode_video, split_task
@@ -57,6 +57,10 @@ if TYPE_CHECKING:
     from shared.shardset.store import ShardSetStore
 
 
+MAX_WARNINGS = 20
+"""Warnings of a build that are listed one by one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildSummary:
     """What a build did."""
@@ -83,13 +87,16 @@ class BuildSummary:
 
     @property
     def warnings(self) -> list[str]:
-        """What is probably not as it was meant."""
-        return [
+        """What is probably not as it was meant, in few lines."""
+        lines = [
             *(f"no session has {n}, so it is masked: {r}" for n, r in self.absent.items()),
             *self.slow.values(),
             *(f"{folder.name} is left out: {folder.reason}" for folder in self.skipped),
             *explain_unused(self.unused)[0],
         ]
+        if num_others := len(lines[MAX_WARNINGS:]):
+            lines[MAX_WARNINGS:] = [f"{num_others} more like these; see rejected.jsonl of the set"]
+        return lines
 
     @property
     def notes(self) -> list[str]:
@@ -342,9 +349,12 @@ def _choose_tokenizer(
     if tokenizer is None:
         train = [r for n, r in recordings.items() if streams and assign_split(n, recipe) == "train"]
         columns = columns_of(recipe)
-        seconds = sum(column_seconds(r, columns[name], recipe) for r in train for name in streams)
+        weights = [
+            OPEN_S + sum(column_seconds(recording, columns[name], recipe) for name in streams)
+            for recording in train
+        ]
         read = partial(_read_texts, recipe=recipe, store=store)
-        texts_of = cluster.map(read, train, label="read texts", work_s=seconds)
+        texts_of = cluster.map(read, train, label="read texts", weights=weights)
         tokenizer = train_tokenizer(
             [text for session in texts_of for text in session], vocab_size=texts.vocab_size
         )

@@ -33,6 +33,7 @@ from preprocess.build.plan_types import (
 from preprocess.build.previous_set import PreviousRows, recipe_part, row_hash
 from preprocess.build.statistics import sensor_axes
 from shared.files import fingerprint_of
+from shared.machine import pause_collector
 from shared.recipe import SPLITS
 from shared.shardset.layout import column_basis, columns_of
 from shared.streams import DEFAULTS_OF_KIND
@@ -51,6 +52,7 @@ _GENERAL_KEYS = ("code_version", "segment.duration_s", "tokenizer_sha256")
 """What a column depends on besides the keys of its stream."""
 
 
+@pause_collector()
 def plan_shards(
     scans: Mapping[str, SessionScan],
     recipe: Recipe,

@@ -28,6 +28,7 @@ from preprocess.build.plan_types import (
 from preprocess.build.sources import HASHED_BYTES_PER_S
 from shared.errors import CorruptError, FormatVersionError, ShardError
 from shared.files import sha256_of_bytes, stable_json
+from shared.machine import pause_collector
 from shared.session.folder import files_of_stream, source_files
 from shared.shardset.layout import columns_of
 from shared.shardset.manifest import find_runs
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from shared.shardset.store import ShardSetStore
 
 
+@pause_collector()
 def read_previous_set(
     manifest: Manifest,
     store: ShardSetStore,

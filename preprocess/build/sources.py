@@ -23,6 +23,7 @@ from preprocess.session_log import SessionLog, log_line
 from shared.errors import JobError, MachineError
 from shared.files import fingerprint_of
 from shared.kinds.column import stream_settings
+from shared.machine import pause_collector
 from shared.media.tokenizer import parse_tokenizer
 from shared.session.folder import (
     files_of_stream,
@@ -59,8 +60,8 @@ the column's container."""
 _SCAN_BYTES_PER_S: Mapping[Kind, float] = {Kind.AUDIO: 20e6, Kind.SENSOR: 10e6}
 """Streams of whose files a scan does more than hashing: bytes that it reads per second."""
 
-_SCAN_S = 0.002
-"""Seconds that a scan takes at least, roughly."""
+OPEN_S = 0.001
+"""Seconds that opening and parsing the files of a session take at least, roughly."""
 
 _SAVE_S = 30.0
 """Seconds between two writes of the cache while sessions are scanned."""
@@ -78,7 +79,7 @@ def column_seconds(recording: Recording, column: Column, recipe: Recipe) -> floa
 
 def scan_seconds(recording: Recording, recipe: Recipe) -> float:
     """Estimate how long one process takes to scan a session."""
-    return _SCAN_S + estimate_seconds(recording, recipe, _SCAN_BYTES_PER_S, HASHED_BYTES_PER_S)
+    return OPEN_S + estimate_seconds(recording, recipe, _SCAN_BYTES_PER_S, HASHED_BYTES_PER_S)
 
 
 SCAN_VERSION = 11
@@ -112,19 +113,20 @@ def scan_sessions(
     }
     mixes = {name: spec.channels for name, spec in recipe.audios.items()}
     basis = fingerprint_of(SCAN_VERSION, recipe.segment_s, streams, masks, mixes)
-    log = _open_cache(store, present)
     scans: dict[str, SessionScan] = {}
     work: list[tuple[Recording, Mapping[str, SourceFile]]] = []
-    for name, recording in recordings.items():
-        cached, stamp = _parse_cached(log[name]) if name in log else None, recording.stamp
-        if cached is not None and (cached.basis, cached.stamp) == (basis, stamp):
-            scans[name] = cached.scan
-            continue
-        known: dict[str, SourceFile] = {}  # unchanged files need no hashing
-        if cached is not None:
-            files = cached.scan.source_files.items()
-            known = {n: f for n, f in files if n in stamp and cached.stamp.get(n) == stamp[n]}
-        work.append((recording, known))
+    with pause_collector():
+        log = _open_cache(store, present)
+        for name, recording in recordings.items():
+            cached, stamp = _parse_cached(log[name]) if name in log else None, recording.stamp
+            if cached is not None and (cached.basis, cached.stamp) == (basis, stamp):
+                scans[name] = cached.scan
+                continue
+            known: dict[str, SourceFile] = {}  # unchanged files need no hashing
+            if cached is not None:
+                files = cached.scan.source_files.items()
+                known = {n: f for n, f in files if n in stamp and cached.stamp.get(n) == stamp[n]}
+            work.append((recording, known))
     weights = [scan_seconds(recording, recipe) for recording, _ in work]
     function = partial(_scan, recipe=recipe, store=store)
     saved_s, failure = time.monotonic(), None

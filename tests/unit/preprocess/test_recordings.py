@@ -68,7 +68,7 @@ def test_a_listing_tells_what_looking_at_each_file_tells(tmp_path_factory, conte
     (elsewhere / "target").write_text("a target", encoding="utf-8")
     for name, form in content.items():
         put(folder / name, form, elsewhere / "target")
-    recordings, _ = survey_recordings(root, RECIPE)
+    recordings = survey_recordings(root, RECIPE).recordings
     is_session = any(os.path.lexists(folder / name) for name in source_files(RECIPE))
     assert set(recordings) == ({"good", "odd"} if is_session else {"good"})
     if is_session:
@@ -87,7 +87,7 @@ def test_a_folder_that_is_half_readable_is_found_as_before(tmp_path, mode):
         (tmp_path / name / "audio.wav").touch()
     (tmp_path / "odd").chmod(mode)
     try:
-        recordings, skipped = survey_recordings(tmp_path, RECIPE)
+        recordings, skipped, _ = survey_recordings(tmp_path, RECIPE)
     finally:
         (tmp_path / "odd").chmod(0o700)
     if mode == 0o100:  # may be entered, not listed
@@ -111,7 +111,7 @@ def test_each_session_folder_is_listed_once_and_nothing_is_looked_for(tmp_path, 
             name,
             lambda *a, f=function, n=name, **k: (calls.append((n, str(a[0]))), f(*a, **k))[1],
         )
-    recordings, _ = survey_recordings(tmp_path, RECIPE)
+    recordings = survey_recordings(tmp_path, RECIPE).recordings
     assert len(recordings) == 20
     listed = [path for name, path in calls if name == "scandir" and path != str(tmp_path)]
     assert sorted(listed) == sorted(str(tmp_path / name) for name in recordings)

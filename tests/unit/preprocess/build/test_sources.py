@@ -52,7 +52,7 @@ def store(tmp_path):
 
 
 def run(root, store, cluster=None):
-    recordings, _ = survey_recordings(root, RECIPE)
+    recordings = survey_recordings(root, RECIPE).recordings
     present = os.listdir(store.root)  # noqa: PTH208
     CountingSet.written = []
     if cluster is not None:
