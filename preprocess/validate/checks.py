@@ -50,11 +50,8 @@ MIN_DRIFT_LENGTH_S = 10.0
 MAX_DRIFT_PPM = 10_000.0
 """A larger difference is not drift: one of the two was cut off. Quartz clocks have under 100."""
 
-
 NEEDS_DECODING = "needs decoding; run without --quick"
 """Why a check judges nothing at depth "quick"."""
-
-NO_OTHER = "fewer than two streams to compare"
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,12 +249,17 @@ def source_intervals(probe: SessionProbe) -> list[_Source]:
     return sources
 
 
+def incomparable(probe: SessionProbe) -> list[Finding]:
+    """Say why the clocks of streams can't be compared; nothing if they can."""
+    if len(source_intervals(probe)) < 2:
+        return [Finding("unassessed", "fewer than two streams to compare")]
+    return [] if probe.are_rates_known else [Finding("unassessed", NEEDS_DECODING)]
+
+
 def check_clock_rates(probe: SessionProbe) -> list[Finding]:
     """Check that the clock of every stream ran as fast as those of the others."""
-    if not probe.are_rates_known:
-        return [Finding("unassessed", NEEDS_DECODING)]
-    if len(source_intervals(probe)) < 2:
-        return [Finding("unassessed", NO_OTHER)]
+    if unassessed := incomparable(probe):
+        return unassessed
     if not probe.rate_faults and probe.duration_s < MIN_LENGTH_S:
         return [Finding("unassessed", f"shorter than {MIN_LENGTH_S:g} s")]
     findings: list[Finding] = []
@@ -277,11 +279,9 @@ def check_clock_rates(probe: SessionProbe) -> list[Finding]:
 
 def check_durations(probe: SessionProbe) -> list[Finding]:
     """Check that videos, sound and sensors start and end together."""
+    if unassessed := incomparable(probe):
+        return unassessed
     sources = source_intervals(probe)
-    if not probe.are_rates_known:
-        return [Finding("unassessed", NEEDS_DECODING)]
-    if len(sources) < 2:
-        return [Finding("unassessed", NO_OTHER)]
     longest = max(sources, key=lambda source: source.interval.stop_s)
     stop_s = longest.interval.stop_s
     findings: list[Finding] = []
@@ -313,8 +313,8 @@ def check_drift(probe: SessionProbe) -> list[Finding]:
 
     Of each sound, the video that it differs from most is reported.
     """
-    if not probe.are_rates_known:
-        return [Finding("unassessed", NEEDS_DECODING)]
+    if unassessed := incomparable(probe):
+        return unassessed
     findings: list[Finding] = []
     wrong = {name for fault in probe.rate_faults if fault.is_sure for name in fault.streams}
     for name, drifts_ppm in clock_drifts_ppm(probe).items():

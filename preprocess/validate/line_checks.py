@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.validate.checks import (
-    Finding,
-    Level,
-    issue_findings,
-    limit_findings,
-    unjudged,
-)
+from preprocess.validate.checks import Finding, Level, issue_findings, limit_findings, unjudged
 from preprocess.validate.content_checks import MIN_RATED_FRAMES
 from preprocess.validate.repair_plan import RepairKind
 from shared.clock import EPSILON_S, slow_rate_hz

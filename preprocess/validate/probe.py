@@ -270,7 +270,7 @@ def probe_session(
     )
     rates = None
     if all(own.sound.is_exact for own in audio.values()):
-        rates = find_rate_faults(recorded, can_decode=depth == "full")
+        rates = find_rate_faults(recorded, decode=depth == "full")
     if depth == "quick":
         # Only pictures tell whether the world stood still, or a recorder.
         judged = {} if videos else {name: alignment.intervals[name] for name in readings}
@@ -360,7 +360,7 @@ def _align_events(
 def _probe_video(path: Path, name: str, placement: Placement, *, depth: Depth) -> VideoProbe:
     """Read the frame times of a video, and decode frames spread over it."""
     stretch = placement.stretches.get(name, 1.0)
-    recorded = read_video_track(path, can_decode=depth == "full")
+    recorded = read_video_track(path, decode=depth == "full")
     track = align_track(recorded, placement.starts.get(name), stretch=stretch)
     num_frames = len(track.times_s)
     stretches = [range(num_frames)] if depth == "full" else []

@@ -248,7 +248,7 @@ def _make_report(
         session=printable(session),
         checks={name: _check_status(of_check) for name, of_check in findings.items()},
         not_assessed={
-            name: printable(reason)
+            name: reason
             for name, of_check in findings.items()
             if (reason := _describe_unassessed(of_check))
         },

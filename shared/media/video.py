@@ -146,10 +146,10 @@ class VideoTrack:
         return np.asarray(before < np.searchsorted(self.damaged, self.positions, side="right"))
 
 
-def read_video_track(path: Path, *, can_decode: bool = True) -> VideoTrack:
+def read_video_track(path: Path, *, decode: bool = True) -> VideoTrack:
     """Read the frame times of a video without decoding it, except for an elementary stream.
 
-    Of such a stream that it can't decode, the times are right, but not which packet has which.
+    Unless asked to decode, the times of such a stream are right, but not which packet has which.
 
     Raises:
         MediaError: the file doesn't open or contains no video frame.
@@ -158,7 +158,7 @@ def read_video_track(path: Path, *, can_decode: bool = True) -> VideoTrack:
         context = stream.codec_context
         rate_hz = _declared_rate(path, container, context)
         ranks: Sequence[int] | None = range(sys.maxsize) if rate_hz else None
-        if ranks and can_decode:
+        if ranks and decode:
             state = path.stat()
             ranks = _presentation_order(path, state.st_size, state.st_mtime_ns)
         packets = _read_packets(path, container, stream, ranks)

@@ -137,12 +137,10 @@ def format_rate(factor: float) -> str:
     return f"its clock runs {size} {'fast' if error > 0 else 'slow'}"
 
 
-def find_rate_faults(
-    recorded: Recorded, *, can_decode: bool = True
-) -> tuple[RateFault, ...] | None:
+def find_rate_faults(recorded: Recorded, *, decode: bool = True) -> tuple[RateFault, ...] | None:
     """Find the streams whose clock is wrong, or may be; None if only decoded pictures can tell."""
     recipe, intervals = recorded.recipe, recorded.intervals
-    faults = _find_lost_frames(recorded, can_decode=can_decode)
+    faults = _find_lost_frames(recorded, decode=decode)
     if faults is None:
         return None
     lost = {name for fault in faults for name in fault.streams}
@@ -254,7 +252,7 @@ def _usual_rate_hz(times_s: NDArray[np.float64], factor: float, tolerance: float
     return float(USUAL_RATES_HZ[best]) if is_usual else None
 
 
-def _find_lost_frames(recorded: Recorded, *, can_decode: bool) -> list[RateFault] | None:
+def _find_lost_frames(recorded: Recorded, *, decode: bool) -> list[RateFault] | None:
     """Find videos that lack frames that another one of the same constant rate has."""
     counted = {
         name: track
@@ -271,7 +269,7 @@ def _find_lost_frames(recorded: Recorded, *, can_decode: bool) -> list[RateFault
         is_alike &= abs(float(whole.times_s[0] - track.times_s[0])) <= TOGETHER_S
         if not is_alike or not LIMIT_S / step_s < missing <= MAX_ERROR * len(whole.times_s):
             continue
-        if not can_decode:
+        if not decode:
             return None
         videos = recorded.recipe.videos
         files = [(recorded.path / videos[n].file, counted[n]) for n in (name, longest)]
