@@ -41,7 +41,6 @@ from preprocess.validate.verdicts import (
     basis_of,
     basis_of_recipe,
     open_verdicts,
-    versions_of,
 )
 from shared.errors import MachineError, SessionError
 from shared.files import sha256_of_file
@@ -91,6 +90,10 @@ class ValidatedSession:
     """Whether it was looked at in this run."""
 
 
+_KNOWN = ValidatedSession(report=ValidationReport(session=""), is_new=False)
+"""Stands for a result whose report is in its verdict."""
+
+
 class Job(NamedTuple):
     """One session to validate, a single file, or the result of what can't be."""
 
@@ -108,6 +111,11 @@ class Settings:
     """Whether sessions are looked at although their verdicts hold."""
     fix: bool = False
     wants_page: bool = False
+
+    @property
+    def implied(self) -> tuple[Depth, ...]:
+        """The depths for which what is found holds."""
+        return ("quick",) if self.depth == "quick" else ("quick", "full")
 
 
 def validate_recordings(
@@ -168,19 +176,38 @@ def run_jobs(
             while index in work and index not in ready:
                 number, outcome = next(outcomes)
                 done = numbers[number]
-                ready[done] = result = _result(work[done][0], outcome)
-                verdicts = jobs[done].verdicts
-                if verdicts is not None and result.verdict is not None:
-                    verdicts.add(result.verdict)
+                result = _result(work[done][0], outcome)
+                if page is not None:
+                    _add_to_page(page, done, result)
+                ready[done] = _keep(jobs[done], result)
                 if time.monotonic() > saved_s + SAVE_S:
                     _save(jobs, cluster)
                     saved_s = time.monotonic()
-            result = ready.pop(index) if index in work else _known_result(job)
-            if page is not None:
-                _add_to_page(page, result)
+            result = _restore(job, ready.pop(index, _KNOWN))
+            if page is not None and index not in work:
+                _add_to_page(page, index, result)
             yield result
     finally:
         _save(jobs, cluster)
+
+
+def _keep(job: Job, result: ValidatedSession) -> ValidatedSession:
+    """Keep the verdict, and leave in the result only what it lacks, as many results may wait."""
+    if job.verdicts is None or result.verdict is None:
+        return replace(result, rendered=None)
+    job.verdicts.add(result.verdict)
+    return replace(_KNOWN, repairs=result.repairs, is_new=result.is_new)
+
+
+def _restore(job: Job, result: ValidatedSession) -> ValidatedSession:
+    """Return the result of a job that has its verdict again."""
+    if isinstance(job.source, ValidatedSession):
+        return job.source
+    if job.verdicts is None or result.report is not _KNOWN.report:
+        return result
+    verdict = job.verdicts.get(job.source.name)
+    assert verdict is not None
+    return replace(result, report=verdict.report, verdict=verdict)
 
 
 def _find_work(
@@ -188,7 +215,7 @@ def _find_work(
 ) -> dict[int, _Work]:
     """Return the work of each job whose session has to be looked at, by the job's number."""
     work: dict[int, _Work] = {}
-    recipe_basis = basis_of_recipe(settings.recipe)
+    recipe_basis = basis_of_recipe(settings.recipe, settings.depth)
     for index, (source, verdicts) in enumerate(jobs):
         if isinstance(source, ValidatedSession):
             continue
@@ -197,7 +224,7 @@ def _find_work(
             known = verdicts.get(source.name)
         if known is not None:
             assert not isinstance(source, Path)
-            is_current = known.is_current(basis_of(source, recipe_basis), settings.depth)
+            is_current = known.bases.get(settings.depth) == basis_of(source, recipe_basis)
             has_page = page is None or page.has_details(known.report.session, known.key)
             needs_repair = settings.fix and known.report.status != "passed"
             known = known if is_current and has_page else None
@@ -233,23 +260,14 @@ def _result(source: Recording | Path, outcome: ValidatedSession | Exception) -> 
     return ValidatedSession(report=make_failed_report(Path(source.name), source.name, error).report)
 
 
-def _known_result(job: Job) -> ValidatedSession:
-    """Return the result of a job without work."""
-    if isinstance(job.source, ValidatedSession):
-        return job.source
-    verdict = job.verdicts.get(job.source.name) if job.verdicts is not None else None
-    assert verdict is not None
-    return ValidatedSession(report=verdict.report, verdict=verdict, is_new=False)
-
-
-def _add_to_page(page: ReportPage, result: ValidatedSession) -> None:
+def _add_to_page(page: ReportPage, number: int, result: ValidatedSession) -> None:
     """Add a result to the page; of a session that was not looked at, it has the details."""
     key = result.verdict.key if result.verdict is not None else ""
     if result.is_new:
         failed = CheckedSession(folder=Path(), report=result.report)
-        page.add(result.rendered or _render(failed), key)
+        page.add(result.rendered or _render(failed), key, number=number)
     else:
-        page.keep(result.report, key)
+        page.keep(result.report, key, number=number)
 
 
 def _render(checked: CheckedSession) -> RenderedSession:
@@ -302,8 +320,7 @@ def _validate_folder(
             session=recording.name,
             stamp=recording.stamp,
             sha256=sha256,
-            basis=basis_of(recording, basis_of_recipe(recipe)),
-            versions=versions_of(settings.depth),
+            bases={d: basis_of(recording, basis_of_recipe(recipe, d)) for d in settings.implied},
             report=checked.report,
             signature=signature_of(checked.probe),
         )

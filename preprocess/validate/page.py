@@ -111,8 +111,8 @@ class ReportPage:
         self._path = path
         self._folder = path.with_name(f"{path.name.removesuffix('.html')}_files")
         self._present: frozenset[str] = frozenset()
-        self._rows: list[Mapping[str, Cell]] = []
-        self._files: list[str] = []
+        self._rows: dict[int, Mapping[str, Cell]] = {}
+        self._files: dict[int, str] = {}
         self._amended: dict[int, str] = {}
         self._sections: dict[str, RenderedSession] = {}
 
@@ -136,22 +136,26 @@ class ReportPage:
         """
         return _file_name(session, key) in self._present
 
-    def keep(self, report: ValidationReport, key: str) -> None:
-        """Add a session whose details exist."""
-        self._rows.append(summary_row(report))
-        self._files.append(_file_name(report.session, key))
+    def keep(self, report: ValidationReport, key: str, *, number: int | None = None) -> None:
+        """Add a session whose details exist; see :meth:`add`."""
+        number = len(self._rows) if number is None else number
+        self._rows[number] = summary_row(report)
+        self._files[number] = _file_name(report.session, key)
 
-    def add(self, rendered: RenderedSession, key: str = "") -> None:
-        """Add a session; with a key, a later page can keep its details."""
+    def add(self, rendered: RenderedSession, key: str = "", *, number: int | None = None) -> None:
+        """Add a session; with a key, a later page can keep its details.
+
+        Sessions are in order of their numbers, by default that of the calls.
+        """
         name = _file_name(rendered.row["session"][1], key or sha256_of_bytes(rendered.html))
-        self._rows.append(rendered.row)
-        self._files.append(name)
+        number = len(self._rows) if number is None else number
+        self._rows[number], self._files[number] = rendered.row, name
         self._sections[name] = rendered
         self._flush()
 
     def amend(self, reports: Iterable[ValidationReport]) -> None:
         """Replace reports of sessions that were added, as of late findings; their panels stay."""
-        numbers = {row["session"][1]: number for number, row in enumerate(self._rows)}
+        numbers = {row["session"][1]: number for number, row in self._rows.items()}
         for report in reports:
             number = numbers[report.session]
             rendered = render_session(CheckedSession(folder=self._folder, report=report))
@@ -183,19 +187,20 @@ class ReportPage:
 
     def _write(self) -> None:
         """Write the page, and remove the details of sessions that are not on it."""
-        statuses: list[Any] = [row["status"][1] for row in self._rows]
-        length = _format_length(sum(row["length"][2] for row in self._rows))
+        rows = [self._rows[number] for number in sorted(self._rows)]
+        statuses: list[Any] = [row["status"][1] for row in rows]
+        length = _format_length(sum(row["length"][2] for row in rows))
         totals = describe_totals(statuses, length)
-        files = [self._amended.get(number, file) for number, file in enumerate(self._files)]
+        files = [self._amended.get(number, self._files[number]) for number in sorted(self._files)]
         folder = quote(os.fsencode(self._folder.name))
-        table = {"folder": folder, "files": files, "columns": _columns(self._rows)}
+        table = {"folder": folder, "files": files, "columns": _columns(rows)}
         values: dict[str, Any] = {"title": f"Sessions: {totals}", "totals": totals, "table": table}
         used: set[str] = set()
         if len(files) <= SESSIONS_INLINE:
             values["sections"] = (self._read_section(name) for name in files)
         else:
             self._flush()
-            used = {*files, *self._files}
+            used = {*files, *self._files.values()}
             script = (Path(__file__).parent / "index.js").read_bytes()
             digest = base64.b64encode(hashlib.sha256(script).digest()).decode("ascii")
             values |= {"script": script.decode(), "script_hash": f"sha256-{digest}"}

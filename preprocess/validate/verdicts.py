@@ -56,10 +56,9 @@ class Verdict:
     """File -> size and time, as in its recording."""
     sha256: Mapping[str, str]
     """The same files -> the hash of their content."""
-    basis: str
-    """Fingerprint of what the checks depend on besides the files: see :func:`basis_of`."""
-    versions: Mapping[str, str]
-    """Check -> its version; only checks that the depth of the report asks for."""
+    bases: Mapping[Depth, str]
+    """Depth -> what its checks depended on besides the files, see :func:`basis_of`; a full report
+    has both."""
     report: ValidationReport
     signature: Signature
     """By which sessions with the same content are found."""
@@ -67,7 +66,7 @@ class Verdict:
     @property
     def key(self) -> str:
         """Name all that a page about the session depends on."""
-        return fingerprint_of(self.sha256, self.basis, self.report.as_dict())
+        return fingerprint_of(self.sha256, dict(self.bases), self.report.as_dict())
 
     def as_line(self) -> bytes:
         """Return the line of the log."""
@@ -83,29 +82,21 @@ class Verdict:
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def is_current(self, basis: str, depth: Depth) -> bool:
-        """Return whether the session need not be looked at, as long as its files are the same."""
-        wanted = versions_of(depth).items()
-        return self.basis == basis and all(self.versions.get(c) == v for c, v in wanted)
 
-
-def versions_of(depth: Depth) -> dict[str, str]:
-    """Return the version of each check that a depth asks for."""
-    return {n: CHECK_VERSIONS[n] for n, c in CHECKS.items() if depth in ("full", c.depth)}
-
-
-def basis_of_recipe(recipe: Recipe) -> str:
-    """Return a fingerprint of the settings that checks depend on."""
+def basis_of_recipe(recipe: Recipe, depth: Depth) -> str:
+    """Return a fingerprint of the checks of a depth, and the settings that they depend on."""
+    versions = {n: CHECK_VERSIONS[n] for n, c in CHECKS.items() if depth in ("full", c.depth)}
     streams = {
         name: {k: v for k, v in spec.as_json().items() if k not in _NOT_CHECKED.get(spec.kind, ())}
         for name, spec in recipe.streams.items()
     }
-    return fingerprint_of(_VERSION, streams, recipe.segment_s, recipe.segment.min_coverage)
+    coverage = recipe.segment.min_coverage
+    return fingerprint_of(_VERSION, versions, streams, recipe.segment_s, coverage)
 
 
 def basis_of(recording: Recording, recipe_basis: str) -> str:
     """Return a fingerprint of what the verdict of a session depends on besides its files."""
-    return fingerprint_of(recipe_basis, sorted(astuple(n) for n in recording.unused))
+    return fingerprint_of(recipe_basis, sorted(astuple(name) for name in recording.unused))
 
 
 class Verdicts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,9 +25,9 @@ from rich.console import Console
 from preprocess.__main__ import cli
 from preprocess.cluster import Cluster
 from preprocess.recordings import survey_recordings
-from preprocess.validate import job, report
+from preprocess.validate import job, page, report
 from preprocess.validate.job import validate_recordings
-from preprocess.validate.verdicts import Verdict, Verdicts, open_verdicts, versions_of
+from preprocess.validate.verdicts import Verdict, Verdicts, basis_of_recipe, open_verdicts
 from shared.errors import JobError
 
 if TYPE_CHECKING:
@@ -186,19 +187,28 @@ def test_a_verdict_holds_for_recipes_that_no_check_can_tell_apart(
 @pytest.mark.parametrize("depth", ["quick", "full"])
 @pytest.mark.parametrize("check", report.CHECKS)
 def test_a_newer_check_is_run_if_the_depth_asks_for_it(
-    check: str, depth: Any, sessions: Path, monkeypatch: pytest.MonkeyPatch
+    check: str, depth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [verdict] = [r.verdict for r in validated(sessions / "ann", recipe=RECIPE)]
-    assert verdict is not None
-    assert verdict.is_current(verdict.basis, depth)
-    assert not verdict.is_current("another basis", depth)
+    before = basis_of_recipe(RECIPE, depth)
+    assert basis_of_recipe(RECIPE, depth) == before
     monkeypatch.setitem(report.CHECK_VERSIONS, check, "newer")  # type: ignore[arg-type]
     is_wanted = depth == "full" or report.CHECKS[check].depth == "quick"
-    assert verdict.is_current(verdict.basis, depth) is not is_wanted
+    assert (basis_of_recipe(RECIPE, depth) != before) is is_wanted
+
+
+def test_sessions_are_looked_at_by_newer_checks(
+    sessions: Path, counts: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validated(sessions, recipe=RECIPE)
+    counts.clear()
+    monkeypatch.setitem(report.CHECK_VERSIONS, "frames", "newer")  # type: ignore[arg-type]
+    assert not any(r.is_new for r in validated(sessions, recipe=RECIPE, depth="quick"))
+    assert all(r.is_new for r in validated(sessions, recipe=RECIPE))
+    assert not any(r.is_new for r in validated(sessions, recipe=RECIPE))
+    assert counts["probe_session"] == 3
 
 
 def test_full_implies_quick_and_not_the_reverse(sessions: Path, counts: Counter[str]) -> None:
-    assert versions_of("quick").items() < versions_of("full").items()
     for depth, num_read in (("quick", 3), ("quick", 0), ("full", 3), ("full", 0), ("quick", 0)):
         counts.clear()
         results = validated(sessions, recipe=RECIPE, depth=depth)  # type: ignore[arg-type]
@@ -323,6 +333,28 @@ def test_results_are_in_the_order_of_the_names_whoever_ends_first(
     assert [r.report.session for r in results] == [*NAMES, "audio.wav"]
     expected = validated(sessions, sound, recipe=RECIPE, force=True)
     assert plain(results) == plain(expected)
+
+
+def test_a_page_is_in_order_and_its_details_are_made_once(
+    sessions: Path, tmp_path: Path, counts: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "SESSIONS_INLINE", 0)
+    path, pages = tmp_path / "out.html", []
+    validated(sessions / "nothing", sessions, recipe=RECIPE)  # verdicts, but no details
+    for num_read, num_new in ((3, 3), (0, 0)):
+        counts.clear()
+        cluster = ShuffledCluster((2, 0, 1)) if num_new else None
+        with page.ReportPage(path) as report_page:
+            results = validated(
+                sessions / "nothing", sessions, recipe=RECIPE, cluster=cluster, page=report_page
+            )
+        assert counts["probe_session"] == num_read
+        assert sum(r.is_new for r in results[1:]) == num_new
+        pages.append(path.read_text(encoding="utf-8"))
+    assert pages[0] == pages[1]
+    files = re.findall(r"[A-Za-z0-9_-]+-[0-9a-f]{16}\.html", pages[0])
+    assert [name.partition("-")[0] for name in files[1:]] == [*NAMES]
+    assert sorted(files) == sorted(p.name for p in (tmp_path / "out_files").iterdir())
 
 
 def test_workers_give_the_results_of_this_process(sessions: Path) -> None:
