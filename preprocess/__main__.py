@@ -161,7 +161,7 @@ def validate(
         results = run_jobs(jobs, settings, cluster=cluster, page=page)
         for result in stack.enter_context(closing(results)):
             printer.add(result)
-        printer.add_duplicates(recipe, page)
+        printer.add_duplicates(jobs, recipe, page)
     printer.finish()
     if code := printer.exit_code(strict=strict):
         ctx.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -11,18 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from preprocess.validate.duplicates import duplicate_findings, find_duplicates
+from preprocess.validate.job import known_result
 from preprocess.validate.report import describe_totals
 from shared.errors import EngineError, MachineError
 from shared.files import fingerprint_of
-from shared.session.names import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from rich.console import Console
 
     from preprocess.validate.duplicates import Signature
-    from preprocess.validate.job import ValidatedSession
+    from preprocess.validate.job import Job, ValidatedSession
     from preprocess.validate.page import ReportPage
     from preprocess.validate.report import Status, ValidationReport
     from shared.recipe import Recipe
@@ -42,23 +43,20 @@ def print_report(console: Console, report: ValidationReport) -> None:
     streams = report.stats.get("streams")
     content = f"{_length(report.stats['length_s'])}, {', '.join(streams)}" if streams else ""
     console.print(title.append(f"  {content}"), soft_wrap=True)
-    messages = {"error": report.errors, "warning": report.warnings, "note": report.notes}
-    _print_messages(console, messages)
+    for style, label, messages in (
+        (_STYLES["failed"], "error", report.errors),
+        (_STYLES["warnings"], "warning", report.warnings),
+        ("dim", "note", report.notes),
+    ):
+        for message in messages:
+            line = Text("  ").append(label, style=style).append(f"  {message}")
+            console.print(line, soft_wrap=True)
     checks_of: dict[str, list[str]] = {}
     for check, reason in report.not_assessed.items():
         checks_of.setdefault(reason, []).append(check)
     for reason, checks in checks_of.items():
         line = Text(f"  not assessed: {', '.join(checks)}: {reason}", style="dim")
         console.print(line, soft_wrap=True)
-
-
-def _print_messages(console: Console, messages: Mapping[str, Sequence[str]]) -> None:
-    """Print messages by their level."""
-    styles = {"error": _STYLES["failed"], "warning": _STYLES["warnings"], "note": "dim"}
-    for level, own in messages.items():
-        for message in own:
-            line = Text("  ").append(level, style=styles[level]).append(f"  {message}")
-            console.print(line, soft_wrap=True)
 
 
 class ReportPrinter:
@@ -75,8 +73,8 @@ class ReportPrinter:
         self._is_short = form is None and num_sessions > MAX_REPORTS
         self._statuses: Counter[Status] = Counter()
         self._rows: list[tuple[str, Status, str, str, str]] = []
-        self._results: dict[str, tuple[int, Status, Signature, str]] = {}
-        """Session -> number, status, signature, and hash of all files."""
+        self._found: dict[str, tuple[int, Signature, str]] = {}
+        """Session -> its number, signature, and hash of all files."""
         self._length_s = 0.0
         self._num_known = 0
 
@@ -87,10 +85,9 @@ class ReportPrinter:
             self._console.print(f"{report.session}: {repair}", highlight=False, markup=False)
         if (verdict := result.verdict) is not None:
             name, number = verdict.session, self._statuses.total()
-            while name in self._results:  # at several locations
+            while name in self._found:  # at several locations
                 name += "'"
-            files = fingerprint_of(verdict.sha256)
-            self._results[name] = (number, report.status, verdict.signature, files)
+            self._found[name] = number, verdict.signature, fingerprint_of(verdict.sha256)
         self._statuses[report.status] += 1
         self._length_s += report.stats.get("length_s", 0.0)
         self._num_known += not result.is_new
@@ -102,34 +99,31 @@ class ReportPrinter:
         elif not (self._is_short and report.status == "passed"):
             print_report(self._console, report)
 
-    def add_duplicates(self, recipe: Recipe, page: ReportPage | None) -> None:
-        """Print which sessions have the same content, and add that to the page."""
-        signatures = {name: own[2] for name, own in self._results.items()}
-        files = {name: {"": own[3]} for name, own in self._results.items()}
-        groups = find_duplicates(signatures, files=files)
-        found: dict[str, dict[str, list[str]]] = {}
-        for name, findings in sorted(duplicate_findings(groups, recipe).items()):
-            number, status, *_ = self._results[name]
-            messages: dict[str, list[str]] = {"warning": [], "note": []}
-            for finding in findings:
-                messages[finding.level].append(printable(finding.message))
-            found[printable(name)] = messages
-            if warnings := messages["warning"]:
-                self._statuses[status] -= 1
-                status = "warnings" if status == "passed" else status
-                self._statuses[status] += 1
-                if page is not None:
-                    page.warn(number, warnings)
-                if self._form == "table":
-                    session, _, length, streams, message = self._rows[number]
-                    message = warnings[0] if message == _NO_MESSAGE else message
-                    self._rows[number] = session, status, length, streams, message
-        if self._form == "json" and found:
-            click.echo(json.dumps({"duplicates": found}, ensure_ascii=False).encode())
-        elif self._form is None:
-            for name, messages in found.items():
-                self._console.print(Text(name), soft_wrap=True)
-                _print_messages(self._console, messages)
+    def add_duplicates(self, jobs: Sequence[Job], recipe: Recipe, page: ReportPage | None) -> None:
+        """Report sessions with the same content, which are known only at the end."""
+        signatures = {name: signature for name, (_, signature, _) in self._found.items()}
+        files = {name: {"": sha256} for name, (_, _, sha256) in self._found.items()}
+        findings = duplicate_findings(find_duplicates(signatures, files=files), recipe)
+        amended, lines = [], {}
+        for name, own in sorted(findings.items()):
+            number = self._found[name][0]
+            old = known_result(jobs[number]).report
+            added = replace(old, errors=(), warnings=(), notes=(), not_assessed={}).with_findings(
+                own
+            )
+            report = old.with_findings(own)
+            self._statuses.subtract([old.status])
+            self._statuses.update([report.status])
+            amended.append(report)
+            lines[report.session] = {"warnings": added.warnings, "notes": added.notes}
+            if self._form == "table":
+                self._rows[number] = _summary_row(report)
+            elif self._form is None:
+                print_report(self._console, added)
+        if page is not None:
+            page.amend(amended)
+        if self._form == "json" and lines:
+            click.echo(json.dumps({"duplicates": lines}, ensure_ascii=False).encode())
 
     def finish(self) -> None:
         """Print what is known at the end."""

@@ -123,7 +123,7 @@ def validate_recordings(
     *,
     recipe: Recipe,
     cluster: Cluster,
-    verdicts: Verdicts | None,
+    verdicts: Verdicts,
     depth: Depth = "full",
     force: bool = False,
     fix: bool = False,
@@ -183,7 +183,7 @@ def run_jobs(
                 if time.monotonic() > saved_s + SAVE_S:
                     _save(jobs, cluster)
                     saved_s = time.monotonic()
-            result = _restore(job, ready.pop(index, _KNOWN))
+            result = known_result(job, ready.pop(index, _KNOWN))
             if page is not None and index not in work:
                 _add_to_page(page, index, result)
             yield result
@@ -199,8 +199,8 @@ def _keep(job: Job, result: ValidatedSession) -> ValidatedSession:
     return replace(_KNOWN, repairs=result.repairs, is_new=result.is_new)
 
 
-def _restore(job: Job, result: ValidatedSession) -> ValidatedSession:
-    """Return the result of a job that has its verdict again."""
+def known_result(job: Job, result: ValidatedSession = _KNOWN) -> ValidatedSession:
+    """Return what is known of a job without looking at it; a result gets its verdict back."""
     if isinstance(job.source, ValidatedSession):
         return job.source
     if job.verdicts is None or result.report is not _KNOWN.report:

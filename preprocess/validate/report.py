@@ -128,6 +128,13 @@ class ValidationReport:
         """Return whether the session failed; with `strict`, warnings count as failures."""
         return self.status == "failed" or (strict and self.status == "warnings")
 
+    def with_findings(self, findings: Iterable[Finding]) -> Self:
+        """Return the report with more warnings and notes."""
+        added = [(finding.level, printable(finding.message)) for finding in findings]
+        warnings = (message for level, message in added if level == "warning")
+        notes = (message for level, message in added if level == "note")
+        return replace(self, warnings=(*self.warnings, *warnings), notes=(*self.notes, *notes))
+
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
         messages = {key: list(getattr(self, key)) for key in ("warnings", "errors", "notes")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import astuple, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preprocess.recordings import RemoteRecording
@@ -24,7 +25,6 @@ from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-    from pathlib import Path
 
     from preprocess.recordings import Recording, Survey
     from preprocess.session_log import LogFiles
@@ -103,29 +103,34 @@ class Verdicts:
     """The verdicts in one folder; of runs at the same time, those of the last one to end are kept.
 
     Args:
+        root: the folder; None keeps them in memory only.
         present: names of the files in the folder; None lists them.
         sessions: those whose verdicts are kept; None keeps all.
     """
 
     def __init__(
         self,
-        root: Path | Store,
+        root: Path | Store | None,
         *,
         present: Collection[str] | None = None,
         sessions: Collection[str] | None = None,
     ) -> None:
+        self.taken: set[str] = set()
+        """Sessions of this run, as two locations may have some of the same name."""
         self._root = root
         # A set without a claim is a folder whose files are replaced atomically.
-        files: LogFiles = root if isinstance(root, Store) else LocalShardSet(root)
+        files: LogFiles = root if isinstance(root, Store) else LocalShardSet(root or Path())
         try:
-            if present is None:
+            if root is None:
+                present = ()
+            elif present is None:
                 present = _list_names(root)
             self._log = SessionLog(files, _STEM, present)
         except (MachineError, OSError):  # the sessions are looked at again
             self._log = SessionLog(files, _STEM, ())
         self._sessions = self._log if sessions is None else sessions
         self._is_changed = False
-        self._can_write = True
+        self._can_write = root is not None
 
     def __len__(self) -> int:
         return len(self._log)
@@ -145,7 +150,7 @@ class Verdicts:
         if not (self._is_changed and self._can_write):
             return ""
         try:
-            if not isinstance(self._root, Store):
+            if isinstance(self._root, Path):
                 self._root.mkdir(parents=True, exist_ok=True)
             self._log.save(self._sessions)
             self._is_changed = False
@@ -171,11 +176,12 @@ def open_verdicts(
     *,
     folder: str | None = None,
     opened: dict[str, Verdicts] | None = None,
-) -> Verdicts | None:
+) -> Verdicts:
     """Open the verdicts of the sessions that were found at a location.
 
     They are in `folder`, or else beside the session folders. A location that is itself a session
-    has some only if the folder around it already has. `opened` remembers those of each folder.
+    has some only if the folder around it already has. `opened` remembers those of each folder; of
+    two sessions with one name, it keeps the verdict of the first.
     """
     opened = {} if opened is None else opened
     root, first = parse_location(location), next(iter(survey.recordings.values()))
@@ -185,7 +191,7 @@ def open_verdicts(
     else:
         around, is_one = str(root), root.samefile(own)
     around = own.rpartition("/")[0] if is_one else around
-    text = folder or f"{around}/{FOLDER}"
+    text, names = folder or f"{around}/{FOLDER}", survey.recordings.keys()
     if text not in opened:
         parsed, present = parse_location(text), None
         if isinstance(parsed, Store):
@@ -193,7 +199,11 @@ def open_verdicts(
             if not (folder or is_one):  # the listing of the sessions has them
                 prefix = f"{FOLDER}/"
                 present = [n.removeprefix(prefix) for n in survey.hidden if n.startswith(prefix)]
-        sessions = None if folder or is_one else survey.recordings.keys()
+        sessions = None if folder or is_one else names
         opened[text] = Verdicts(parsed, present=present, sessions=sessions)
     verdicts = opened[text]
-    return verdicts if folder or not is_one or len(verdicts) else None
+    has_none = is_one and not folder and not len(verdicts)
+    if has_none or not verdicts.taken.isdisjoint(names):
+        return Verdicts(None)
+    verdicts.taken.update(names)
+    return verdicts

@@ -265,6 +265,17 @@ def test_a_single_session_keeps_its_verdict_where_some_are(
     assert counts["probe_session"] == 1
 
 
+def test_sessions_of_one_name_are_kept_apart(sessions: Path, tmp_path: Path) -> None:
+    others = shutil.copytree(sessions, tmp_path / "others")
+    shutil.rmtree(others / "cat")
+    (others / "ann" / "audio.wav").unlink()
+    for num_new in (5, 2):
+        results = validated(sessions, others, recipe=RECIPE, verdicts_at=str(tmp_path / "kept"))
+        assert sum(r.is_new for r in results) == num_new
+        assert plain(results[:3]) == plain(validated(sessions, recipe=RECIPE, force=True))
+        assert plain(results[3:]) == plain(validated(others, recipe=RECIPE, force=True))
+
+
 def test_verdicts_of_removed_sessions_are_dropped_and_of_others_kept(sessions: Path) -> None:
     validated(sessions, recipe=RECIPE)
     shutil.rmtree(sessions / "bob")
