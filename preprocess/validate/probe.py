@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from preprocess.validate.repair_plan import RepairPlan
+from preprocess.validate.signatures import NUM_PICTURES, hash_pictures, hash_sound
+from shared.clock import nearest
 from shared.errors import MediaError, MissingMediaError
 from shared.files import DiskArray
 from shared.kinds.audio import align_sound, read_stretched
@@ -84,6 +86,8 @@ class AudioProbe:
     """Like the levels of `sound`, 0 if it was not decoded."""
     header: WavHeader | None
     """Of a WAV file."""
+    code: str = ""
+    """Hash of its content; see :mod:`preprocess.validate.signatures`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,8 @@ class VideoProbe:
     """Frames that were decoded, or tried."""
     undecoded: NDArray[np.int64]
     """Indices of the frames that show damage or, if they were tried, did not decode."""
+    code: str = ""
+    """Hash of its content; see :mod:`preprocess.validate.signatures`."""
 
     @property
     def lost_start(self) -> NDArray[np.int64]:
@@ -368,13 +374,21 @@ def _probe_video(path: Path, name: str, placement: Placement, *, depth: Depth) -
         starts = np.linspace(0, num_frames - STRETCH_FRAMES, NUM_STRETCHES).astype(int)
         stretches = [range(start, start + STRETCH_FRAMES) for start in starts]
     is_lost = track.is_damaged
+    grid_s = np.linspace(track.times_s[0], track.times_s[-1], NUM_PICTURES + 2)
+    hashed = nearest(track.times_s, grid_s[1:-1])[0]
+    pictures: list[NDArray[np.uint8]] = []
     for requested in stretches:
-        decoded = [index for index, _ in read_frames(path, track, requested, spec=_TINY)]
+        decoded: list[int] = []
+        for index, picture in read_frames(path, track, requested, spec=_TINY):
+            decoded.append(index)
+            if index in hashed:
+                pictures.append(picture)
         is_lost[np.setdiff1d(requested, decoded)] = True
     return VideoProbe(
         track=track,
         num_checked=sum(map(len, stretches)),
         undecoded=np.flatnonzero(is_lost),
+        code=hash_pictures(pictures),
     )
 
 
@@ -390,6 +404,7 @@ def _probe_audio(
         interval=align_sound(sound, placement.starts.get(name)),
         rms=loudness.rms,
         header=read_wav_header(path),
+        code=hash_sound(sound.samples, sound.rate_hz),
     )
 
 
