@@ -72,6 +72,7 @@ class ReportPrinter:
         self._form = form
         self._is_short = form is None and num_sessions > MAX_REPORTS
         self._statuses: Counter[Status] = Counter()
+        self._not_assessed: Counter[str] = Counter()
         self._rows: list[tuple[str, Status, str, str, str]] = []
         self._found: dict[str, tuple[int, Signature, str]] = {}
         """Session -> its number, signature, and hash of all files."""
@@ -89,6 +90,7 @@ class ReportPrinter:
                 name += "'"
             self._found[name] = number, verdict.signature, fingerprint_of(verdict.sha256)
         self._statuses[report.status] += 1
+        self._not_assessed.update(report.not_assessed.keys())
         self._length_s += report.stats.get("length_s", 0.0)
         self._num_known += not result.is_new
         if self._form == "json":
@@ -134,6 +136,8 @@ class ReportPrinter:
             self._console.print(_make_table(self._rows))
         elif self._statuses.total() == 1 and not self._num_known:
             return  # its report is all
+        if counts := ", ".join(f"{check} in {n}" for check, n in self._not_assessed.items()):
+            totals += f"; not assessed: {counts}"
         if self._num_known:
             was = "was" if self._num_known == 1 else "were"
             totals += f"; {self._num_known} {was} not looked at again (--all looks at all)"

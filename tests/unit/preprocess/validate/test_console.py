@@ -93,6 +93,13 @@ def test_what_was_not_assessed_is_grouped_by_its_reason_and_changes_no_status() 
     assert exit_code_of([report], strict=True) == 0
 
 
+def test_the_totals_count_the_sessions_that_a_check_could_not_judge() -> None:
+    reasons = {"levels": "needs decoding", "drift": "one clock"}
+    reports = [replace(REPORTS[0], not_assessed=dict.fromkeys(r, "")) for r in (reasons, ["drift"])]
+    totals = _printer(reports)[1].splitlines()[-1]
+    assert totals.endswith("2 passed; not assessed: levels in 1, drift in 2")
+
+
 @pytest.mark.parametrize("is_unchecked", [False, True])
 def test_a_kept_report_reads_back_as_it_was(is_unchecked: bool) -> None:
     report = ValidationReport(
