@@ -10,6 +10,7 @@ added, one changed, and the same after further sessions, each added by a build o
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import sys
@@ -29,7 +30,8 @@ from shared.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SESSIONS, SET = "s3://here/sessions", "s3://here/set"
+SESSIONS, SET = "s3://here/sessions", f"s3://here/set-{os.getpid()}"
+"""Another set than that of a build that runs meanwhile: builds remove what another one left."""
 LENGTH_S = 10
 OPERATIONS = ("ListObjectsV2", "GetObject", "HeadObject", "PutObject", "DeleteObject")
 

@@ -12,7 +12,7 @@ from helpers.stores import count_requests, s3_server, upload
 
 from shared.recipe import Recipe
 
-SET = "s3://here/set"
+SET = "s3://here/counted"
 RECIPE = Recipe.model_validate(
     {
         "segment": {"duration_s": 1.0},
@@ -57,7 +57,7 @@ def requests_of_build(**options):
 
 def stored_names(fs):
     fs.invalidate_cache()
-    return {path.rpartition("/")[2] for path in fs.find("here/set")}
+    return {path.rpartition("/")[2] for path in fs.find("here/counted")}
 
 
 def test_a_build_asks_for_no_known_session_and_once_for_each_shard(s3, tmp_path):
