@@ -25,13 +25,7 @@ from shared.machine import read_bytes
 from shared.media.riff import read_wav_header
 from shared.media.sound import measure_loudness
 from shared.media.video import read_frames, read_video_track
-from shared.session.alignment import (
-    Alignment,
-    Placement,
-    align_streams,
-    read_placement,
-    shift_events,
-)
+from shared.session.alignment import Placement, align_streams, read_placement
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, unused_files
 from shared.session.lines import Readings
 from shared.session.rates import find_rate_faults, propose_stretches
@@ -288,7 +282,11 @@ def probe_session(
         readings=readings,
         faults=find_faults(recorded, rates or ()),
         missing=missing,
-        events=_align_events(lines, alignment, placement, recipe),
+        events={
+            name: tuple(replace(event, time_s=text.time_s) for event, text in pairs)
+            for name, texts in alignment.texts.items()
+            if (pairs := [*zip(lines.events[name], texts, strict=True)])
+        },
         files={f.file: tuple(o for o in lines.files if o.file == f.file) for f in lines.files},
         issues=tuple(issue for issue in lines.issues if issue.kind != "file"),
         unreadable=unreadable,
@@ -345,22 +343,6 @@ def _drop_missing(
             lines=recorded.lines[is_usable],
         )
     return replace(lines, readings=readings), missing
-
-
-def _align_events(
-    lines: SessionLines, alignment: Alignment, placement: Placement, recipe: Recipe
-) -> dict[str, tuple[TextEvent, ...]]:
-    """Return the texts of each stream on the session clock."""
-    placed: dict[str, tuple[TextEvent, ...]] = {}
-    placed_at = replace(placement, starts={**placement.starts, **alignment.starts})
-    for name, events in lines.events.items():
-        shifted = shift_events(name, events, alignment.offset_s, placement=placed_at, recipe=recipe)
-        if events:
-            placed[name] = tuple(
-                replace(event, time_s=timed.time_s)
-                for event, timed in zip(events, shifted, strict=True)
-            )
-    return placed
 
 
 def _probe_video(path: Path, name: str, placement: Placement, *, depth: Depth) -> VideoProbe:
