@@ -82,7 +82,7 @@ def render_session(checked: CheckedSession) -> RenderedSession:
     panels, problem, report = None, "", checked.report
     if checked.probe is not None:
         try:
-            panels = draw_session(checked.folder, checked.probe, depth=report.depth)
+            panels = draw_session(checked.folder, checked.probe)
         except Exception as error:  # Boundary, as in check_session: the report is still shown.
             problem = f"its panels cannot be drawn: {type(error).__name__}: {error}"
     template = _environment().get_template("section.html.j2")
