@@ -130,10 +130,7 @@ class ReportPage:
             self._write()
 
     def has_details(self, session: str, key: str) -> bool:
-        """Return whether details that were made from what a key names exist already.
-
-        The key names the session's content and verdict; the version of the details is added to it.
-        """
+        """Return whether details of the content and verdict that a key names exist already."""
         return _file_name(session, key) in self._present
 
     def keep(self, report: ValidationReport, key: str, *, number: int | None = None) -> None:
