@@ -257,10 +257,7 @@ def probe_session(
     unreadable |= _check_session_file(path / SESSION_INFO_FILE)
     alignment = align_streams(media, lines, placement=placement, recipe=recipe)
     absent |= alignment.absent
-    readings = {
-        name: replace(lines.readings[name], times_s=times_s)
-        for name, times_s in alignment.times_s.items()
-    }
+    readings = {n: replace(lines.readings[n], times_s=t) for n, t in alignment.times_s.items()}
     recorded = Recorded(
         path=path,
         recipe=recipe,
@@ -269,11 +266,9 @@ def probe_session(
         zeros={n: own.sound.zeros_from(own.interval.start_s) for n, own in audio.items()},
         readings={name: (own.times_s, own.values) for name, own in readings.items()},
     )
-    rates = None
-    if all(own.sound.is_exact for own in audio.values()):
-        rates = find_rate_faults(recorded, decode=depth == "full")
-    if depth == "quick":
-        # Only pictures tell whether the world stood still, or a recorder.
+    is_exact = all(own.sound.is_exact for own in audio.values())
+    rates = find_rate_faults(recorded, decode=depth == "full") if is_exact else None
+    if depth == "quick":  # only pictures tell whether the world stood still, or a recorder
         judged = {} if videos else {name: alignment.intervals[name] for name in readings}
         recorded = replace(recorded, intervals=judged)
     return SessionProbe(
@@ -284,9 +279,9 @@ def probe_session(
         faults=find_faults(recorded, rates or ()),
         missing=missing,
         events={
-            name: tuple(replace(event, time_s=text.time_s) for event, text in pairs)
+            name: tuple(replace(e, time_s=t.time_s) for e, t in zip(events, texts, strict=True))
             for name, texts in alignment.texts.items()
-            if (pairs := [*zip(lines.events[name], texts, strict=True)])
+            if (events := lines.events[name])
         },
         files={f.file: tuple(o for o in lines.files if o.file == f.file) for f in lines.files},
         issues=tuple(issue for issue in lines.issues if issue.kind != "file"),
