@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from preprocess.build.plan_types import Row
 from preprocess.recordings import estimate_seconds, require_unchanged
 from preprocess.session_log import SessionLog, log_line
+from preprocess.validate.verdicts import UNREAD
 from shared.errors import JobError, MachineError
 from shared.files import fingerprint_of
 from shared.kinds.column import stream_settings
@@ -85,12 +86,6 @@ def scan_seconds(recording: Recording, recipe: Recipe) -> float:
 SCAN_VERSION = 11
 """Raised when a scan of the same files would give another result or has other keys."""
 
-_NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {
-    Kind.VIDEO: ("size", "fit", "codec", "qp", "quality"),
-    Kind.AUDIO: ("dmel",),
-}
-"""Settings of streams that a scan does not depend on."""
-
 
 def scan_sessions(
     recordings: Mapping[str, Recording],
@@ -105,7 +100,7 @@ def scan_sessions(
     `present` are the names of the set's files.
     """
     streams = {
-        name: stream_settings(spec, without=_NOT_SCANNED.get(spec.kind, ()))
+        name: stream_settings(spec, without=UNREAD.get(spec.kind, ()))
         for name, spec in recipe.streams.items()
     }
     masks = {
