@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from preprocess.recordings import RemoteRecording
 from preprocess.session_log import SessionLog, log_line
 from preprocess.validate.report import CHECK_VERSIONS, CHECKS, ValidationReport
-from preprocess.validate.signatures import SIGNATURE_VERSION
 from shared.errors import MachineError
 from shared.files import fingerprint_of
 from shared.machine import describe_os_error
@@ -39,7 +38,7 @@ FOLDER = ".verdicts"
 _STEM = "verdicts"
 
 _VERSION = 1
-"""Raised when verdicts have other keys."""
+"""Raised when verdicts have other keys, or signatures are made in another way."""
 
 UNREAD: Mapping[Kind, tuple[str, ...]] = {
     Kind.VIDEO: ("size", "fit", "codec", "qp", "quality"),
@@ -94,7 +93,7 @@ def bases_of_recipe(recipe: Recipe, depth: Depth) -> dict[Depth, str]:
         name: {k: v for k, v in spec.as_json().items() if k not in UNREAD.get(spec.kind, ())}
         for name, spec in recipe.streams.items()
     }
-    settings = [_VERSION, SIGNATURE_VERSION, recipe.segment_s, recipe.segment.min_coverage, streams]
+    settings = [_VERSION, recipe.segment_s, recipe.segment.min_coverage, streams]
     return {
         d: fingerprint_of(
             settings, {n: CHECK_VERSIONS[n] for n, c in CHECKS.items() if d in ("full", c.depth)}
