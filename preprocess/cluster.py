@@ -1,10 +1,7 @@
 """Run independent functions on a Dask cluster, or in this process.
 
-::
-
-    arguments -> chunks of small neighbors -> a few futures per worker -> outcome of each argument
-
-No other module imports Dask.
+Small neighbors among many arguments travel in one future, and few futures exist at a time. No other
+module imports Dask.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -56,6 +53,9 @@ START_S = 2.0
 MIN_WORK_S = 60.0
 """Shorter jobs get no warning about idle workers (seconds)."""
 
+RESTART_S = 60.0
+"""How long local workers that died may take to start again (seconds)."""
+
 STARTS = 3
 """How often starting local workers is attempted."""
 
@@ -80,21 +80,14 @@ class TaskWithSubtasks(Generic[ArgT, SubT]):
 
 class _Job(NamedTuple):
     label: str
-    size: int
-    """How many tasks and subtasks it has."""
+    size: int  # of tasks and subtasks
     weights: Sequence[float] | None = None
-    """Estimated seconds of each task."""
     work_s: float = math.inf
 
 
-_Functions = tuple[Callable[..., Any], Callable[..., Any]]
-"""The function of tasks, and that of subtasks."""
-
-_Chunk = list[tuple[int, TaskWithSubtasks[Any, Any]]]
-"""Tasks and their indexes."""
-
 _Tasks = Iterable[TaskWithSubtasks[Any, Any]]
-
+_Chunk = list[tuple[int, TaskWithSubtasks[Any, Any]]]  # tasks and their indexes
+_Functions = tuple[Callable[..., Any], Callable[..., Any]]  # of tasks and of subtasks
 _Outcomes = Generator[tuple[int | None, Any], None, None]
 """Pairs (index, result or error) of tasks, and (None, result or error) of subtasks."""
 
@@ -147,21 +140,19 @@ class Cluster:
         *,
         label: str,
         weights: Sequence[float] | None = None,
-        work_s: float = math.inf,
         names: Sequence[str] | None = None,
     ) -> list[ResultT]:
         """Call a function with each argument; return the results in order.
 
         The function crosses processes. `weights` are the estimated seconds per argument in one
-        process, `work_s` those of all. Errors name an argument by `names`.
+        process. Errors name an argument by `names`.
 
         Raises:
             JobError, MachineError: the job can't continue; at once, without the other tasks.
             Exception: the first failure, after the other tasks have ended.
         """
-        job = _Job(label, len(arguments), weights, work_s)
-        tasks: _Tasks = map(TaskWithSubtasks, arguments, repeat(()), names or repeat("a task"))
-        return _collect(self._iterate((function, function), tasks, job))
+        each = self.iterate(function, arguments, label=label, weights=weights, names=names)
+        return _collect(each)
 
     def iterate(
         self,
@@ -170,19 +161,18 @@ class Cluster:
         *,
         label: str,
         weights: Sequence[float] | None = None,
-        work_s: float = math.inf,
-    ) -> Iterator[tuple[int, ResultT | Exception]]:
+        names: Sequence[str] | None = None,
+    ) -> Generator[tuple[int, ResultT | Exception], None, None]:
         """Call a function with each argument; yield index and outcome of each as it ends.
 
         A failure is an outcome, as a JobError if every worker that tried the argument died: the
-        other calls go on. Estimates are as in :meth:`map`. Calls that have not started when the
-        caller stops iterating are dropped.
+        other calls go on. Calls that have not started when the caller stops iterating are dropped.
 
         Raises:
             JobError: there are no workers, or the scheduler is gone.
         """
-        job = _Job(label, len(arguments), weights, work_s)
-        tasks: _Tasks = map(TaskWithSubtasks, arguments)
+        job = _Job(label, len(arguments), weights)
+        tasks: _Tasks = map(TaskWithSubtasks, arguments, repeat(()), names or repeat("a task"))
         with closing(self._iterate((function, function), tasks, job)) as outcomes:
             yield from ((index, outcome) for index, outcome in outcomes if index is not None)
 
@@ -210,21 +200,21 @@ class Cluster:
         """Run tasks here or on the cluster, and show progress."""
         if not job.size:
             return
-        work_s = min(job.work_s, math.inf if job.weights is None else sum(job.weights))
+        weights = job.weights
+        work_s = job.work_s if weights is None else math.fsum(weights)
         is_terminal, status = self._console.is_terminal, _Status()
         bar = Progress(TextColumn("{task.description}"), BarColumn(), status, console=self._console)
-        total = float(job.size) if job.weights is None else work_s
+        total = job.size if weights is None else work_s
         bar.add_task(job.label, total=total, num=0, size=job.size)
         [task] = bar.tasks
         if self.is_in_process(work_s=work_s):
             outcomes = _run_in_process(functions, tasks)
         else:
-            outcomes = self._run_on_cluster(functions, tasks, job.weights)
+            outcomes = self._run_on_cluster(functions, tasks, weights)
         shown_s = time.monotonic()
         with bar if is_terminal else nullcontext(), closing(outcomes):
             for index, outcome in outcomes:
                 yield index, outcome
-                weights = job.weights
                 task.completed += 1.0 if index is None or weights is None else weights[index]
                 task.fields["num"] += 1
                 if not is_terminal and time.monotonic() > shown_s + LINE_S:
@@ -247,11 +237,12 @@ class Cluster:
             yield from run.iter_outcomes(iter([[each] for each in run.suspects]), is_alone=True)
         except (OSError, CancelledError) as error:
             raise JobError(
-                f"scheduler {self._scheduler}: it disappeared, or dropped the job; fix: start it "
-                "and its workers again, and run the command again: what is finished is kept"
+                f"scheduler {self._scheduler or 'of local workers'}: it disappeared; fix: start it "
+                "and its workers, and run the command again: what is finished is kept"
             ) from error
         finally:
-            run.release()
+            for future in run.running:  # cancels what has not started
+                future.release()
 
     def _connect(self) -> Any:  # noqa: ANN401
         from distributed import Client
@@ -313,41 +304,35 @@ class _Run:
         self.suspects: _Chunk = []
         self._client = client
         self._functions = functions
-        self._running: dict[Any, _Chunk] = {}
+        self.running: dict[Any, _Chunk] = {}
         # A result is fetched at once: if its worker died later, Dask would repeat the task.
         self._ended = as_completed(loop=client.loop, with_results=True, raise_errors=False)
 
     def iter_outcomes(self, chunks: Iterator[_Chunk], *, is_alone: bool = False) -> _Outcomes:
-        """Run chunks, or with `is_alone` one at a time.
+        """Run chunks, or with `is_alone` one at a time; what is killed in company is suspect."""
+        from distributed.protocol.pickle import loads
 
-        If workers died with a chunk, its tasks become suspects; if it was alone, its task fails.
-        """
         while True:
             num_threads = sum(self._client.nthreads().values()) or 1  # workers join and leave
             limit = 1 if is_alone else FUTURES_PER_THREAD * num_threads
-            while len(self._running) < limit and (chunk := next(chunks, None)):
+            while len(self.running) < limit and (chunk := next(chunks, None)):
                 self._submit(chunk)
-            if not self._running:
+            if not self.running:
                 return
             for future, result in self._ended.next_batch():
-                tasks, status = self._running.pop(future), future.status
+                tasks, status = self.running.pop(future), future.status
                 future.release()
                 if status == "cancelled":
                     raise result
                 if status == "error":
                     yield from self._failures(tasks, result[1], is_alone=is_alone)
                 elif tasks:
-                    yield from zip((index for index, _ in tasks), map(_load, result), strict=True)
+                    yield from zip((index for index, _ in tasks), map(loads, result), strict=True)
                 elif not is_alone:
                     yield None, result
 
-    def release(self) -> None:
-        """Cancel what has not started, and drop the results of the rest."""
-        for future in self._running:
-            future.release()
-
     def _submit(self, chunk: _Chunk) -> None:
-        """Submit the subtasks of a task, and in one future, the task or several without any."""
+        """Submit a chunk as one future, after those of the subtasks of its task, if it has any."""
         submit = partial(self._client.submit, pure=False)
         function, subtask = self._functions
         arguments = [task.argument for _, task in chunk]
@@ -355,7 +340,7 @@ class _Run:
         # Before subtasks of later tasks, so that few of their files exist at a time.
         priority = 1 if subtasks else 0
         future = submit(_run_chunk, function, arguments, *subtasks, priority=priority)
-        self._running |= {each: [] for each in subtasks} | {future: chunk}
+        self.running |= {each: [] for each in subtasks} | {future: chunk}
         self._ended.update([*subtasks, future])
 
     def _failures(self, tasks: _Chunk, error: Exception, *, is_alone: bool) -> _Outcomes:
@@ -363,23 +348,36 @@ class _Run:
         from distributed import KilledWorker
 
         is_killed = isinstance(error, KilledWorker)
-        if is_killed and not is_alone:
-            self.suspects += tasks
-            return
-        if is_killed and (local := self._client.cluster) is not None:
-            with suppress(TimeoutError):  # closed during a start, a worker would print a traceback
-                self._client.wait_for_workers(len(local.worker_spec), timeout=10)
+        if is_killed:
+            self._await_local()
+            if not is_alone:
+                self.suspects += tasks
+                return
         for index, task in tasks:
-            given_up = JobError(
+            text = (
                 f"{task.name} was given up because every worker that tried it died, perhaps out of "
                 "memory; fix: use fewer workers or, for shards, a smaller shard.target_bytes, and "
                 "run it again: what is finished is kept"
             )
-            yield index, given_up if is_killed else error
+            yield index, JobError(text) if is_killed else error
+
+    def _await_local(self) -> None:
+        """Wait until local workers run again; start those that died while they started."""
+        local, stop_s = self._client.cluster, time.monotonic() + RESTART_S
+        while local is not None and time.monotonic() < stop_s:
+            processes = [getattr(each, "process", each) for each in local.workers.values()]
+            is_running = [each is not None and each.status.name == "running" for each in processes]
+            if sum(is_running) == len(local.worker_spec):
+                return
+            for name, worker in list(local.workers.items()):
+                if worker.status.name in {"closed", "failed"}:
+                    del local.workers[name]
+            local.scale(len(local.worker_spec))
+            time.sleep(0.1)
 
 
 def _iter_chunks(tasks: _Tasks, weights: Sequence[float] | None) -> Iterator[_Chunk]:
-    """Yield neighbors of about CHUNK_S together; without weights, each task alone."""
+    """Yield neighbors of about CHUNK_S together, none of which has subtasks, or each task alone."""
     chunk: _Chunk = []
     chunk_s = 0.0
     for index, task in enumerate(tasks):
@@ -393,36 +391,23 @@ def _iter_chunks(tasks: _Tasks, weights: Sequence[float] | None) -> Iterator[_Ch
         yield chunk
 
 
-def _run_chunk(
-    function: Callable[..., Any],
-    arguments: Sequence[Any],
-    *results: Any,  # noqa: ANN401
-) -> list[bytes]:
-    """Call a function on a worker; serialize each outcome, so that one that can't be fails alone.
-
-    `results` are those of the subtasks of a single argument.
-    """
+def _run_chunk(function: Callable[..., Any], arguments: list[Any], *results: Any) -> list[bytes]:  # noqa: ANN401
+    """Call a function on a worker, with the results of subtasks; serialize each outcome."""
     return [_dump(_attempt(function, argument, *results)) for argument in arguments]
 
 
 def _dump(outcome: Any) -> bytes:  # noqa: ANN401
     """Serialize a result or an error; of a bug, with the lines of the worker's code."""
-    from distributed.protocol.pickle import dumps
+    from distributed.protocol.pickle import dumps, loads
 
     if isinstance(outcome, Exception) and not isinstance(outcome, EngineError):
         outcome.add_note("".join(traceback.format_exception(outcome)))
     try:
         content: bytes = dumps(outcome)
-        _load(content)
+        loads(content)
     except Exception as error:
         return _dump(TypeError(f"{outcome!r:.200} can't leave its worker: {error}"))
     return content
-
-
-def _load(content: bytes) -> Any:  # noqa: ANN401
-    from distributed.protocol.pickle import loads
-
-    return loads(content)
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any, retries: int = RETRIES) -> Any:  # noqa: ANN401
@@ -470,19 +455,14 @@ def _collect(outcomes: _Outcomes) -> list[Any]:
 
 
 class _Status(ProgressColumn):
-    """How many are done, the time since the start, and the time to the end.
-
-    The estimate follows the weights of what is done, so that a few long tasks don't mislead.
-    """
+    """How many are done, the time since the start, and by weight, the time to the end."""
 
     def render(self, task: Task) -> Text:
         elapsed_s = task.elapsed or 0.0
-        eta = "-:--:--"
-        if task.completed:
-            left_s = elapsed_s * max(0.0, (task.total or 0.0) / task.completed - 1.0)
-            eta = str(timedelta(seconds=round(left_s)))
-        done = f"{task.fields['num']}/{task.fields['size']}"
-        return Text(f"{done} {timedelta(seconds=int(elapsed_s))} eta {eta}")
+        share = task.completed / task.total if task.total else 0.0
+        eta = timedelta(seconds=round(elapsed_s / share - elapsed_s)) if share else "-:--:--"
+        elapsed = timedelta(seconds=int(elapsed_s))
+        return Text(f"{task.fields['num']}/{task.fields['size']} {elapsed} eta {eta}")
 
 
 @contextmanager

@@ -414,7 +414,7 @@ def _write_shards(build: Build, tasks: Sequence[ShardTask]) -> dict[str, ShardEn
             task, subtasks = split_task(task, build.scans, build.recipe, task_s=build.task_s)
         argument = task, _context(build, task.sessions, build.tokenizer.json)
         arguments = [(subtask, _context(build, subtask.sessions, "")) for subtask in subtasks]
-        work.append(TaskWithSubtasks(argument, arguments))
+        work.append(TaskWithSubtasks(argument, arguments, task.name))
     num_parallel = sum(task.num_parallel for task in work)
     if work and (num_idle := cluster.num_idle(num_parallel, work_s=seconds)):
         cluster.log(

@@ -114,9 +114,9 @@ def find_corrupt_files(
     indexes: Sequence[str], store: ShardSetStore, sizes: Mapping[str, int], cluster: Cluster
 ) -> set[str]:
     """Find column files whose bytes differ from the checksum in a readable index."""
-    seconds = sum(sizes.values()) / HASHED_BYTES_PER_S
+    seconds = sum(sizes.values()) / HASHED_BYTES_PER_S / max(1, len(indexes))
     find = partial(_corrupt_columns, store=store)
-    corrupt = cluster.map(find, indexes, label="check shards", work_s=seconds)
+    corrupt = cluster.map(find, indexes, label="check shards", weights=[seconds] * len(indexes))
     return {file for files in corrupt for file in files}
 
 

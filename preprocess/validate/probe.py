@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from preprocess.validate.repair_plan import RepairPlan
+from preprocess.validate.signatures import NUM_PICTURES, hash_pictures, hash_sound
 from shared.clock import nearest
 from shared.errors import MediaError, MissingMediaError
 from shared.files import DiskArray
@@ -24,7 +25,13 @@ from shared.machine import read_bytes
 from shared.media.riff import read_wav_header
 from shared.media.sound import measure_loudness
 from shared.media.video import read_frames, read_video_track
-from shared.session.alignment import Placement, align_streams, read_placement
+from shared.session.alignment import (
+    Alignment,
+    Placement,
+    align_streams,
+    read_placement,
+    shift_events,
+)
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, unused_files
 from shared.session.lines import Readings
 from shared.session.rates import find_rate_faults, propose_stretches
@@ -64,8 +71,6 @@ STRETCH_FRAMES = 60
 STRETCH_FRAMES frames are decoded, spread evenly from the first frame to the last.
 """
 
-NUM_PICTURES, NUM_EXCERPTS = 14, 64
-
 _TINY = VideoDefaults(size=16, fit="stretch")
 
 
@@ -81,8 +86,8 @@ class AudioProbe:
     """Like the levels of `sound`, 0 if it was not decoded."""
     header: WavHeader | None
     """Of a WAV file."""
-    excerpts: NDArray[np.float32]
-    """Samples [NUM_EXCERPTS, n], spread evenly over it."""
+    code: str = ""
+    """Hash of its content; see :mod:`preprocess.validate.signatures`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +99,8 @@ class VideoProbe:
     """Frames that were decoded, or tried."""
     undecoded: NDArray[np.int64]
     """Indices of the frames that show damage or, if they were tried, did not decode."""
-    pictures: Sequence[NDArray[np.uint8]] = ()
-    """NUM_PICTURES or, if not all decode, fewer pictures, at evenly spread times."""
+    code: str = ""
+    """Hash of its content; see :mod:`preprocess.validate.signatures`."""
 
     @property
     def lost_start(self) -> NDArray[np.int64]:
@@ -257,7 +262,10 @@ def probe_session(
     unreadable |= _check_session_file(path / SESSION_INFO_FILE)
     alignment = align_streams(media, lines, placement=placement, recipe=recipe)
     absent |= alignment.absent
-    readings = {n: replace(lines.readings[n], times_s=t) for n, t in alignment.times_s.items()}
+    readings = {
+        name: replace(lines.readings[name], times_s=times_s)
+        for name, times_s in alignment.times_s.items()
+    }
     recorded = Recorded(
         path=path,
         recipe=recipe,
@@ -266,9 +274,11 @@ def probe_session(
         zeros={n: own.sound.zeros_from(own.interval.start_s) for n, own in audio.items()},
         readings={name: (own.times_s, own.values) for name, own in readings.items()},
     )
-    is_exact = all(own.sound.is_exact for own in audio.values())
-    rates = find_rate_faults(recorded, decode=depth == "full") if is_exact else None
-    if depth == "quick":  # only pictures tell whether the world stood still, or a recorder
+    rates = None
+    if all(own.sound.is_exact for own in audio.values()):
+        rates = find_rate_faults(recorded, decode=depth == "full")
+    if depth == "quick":
+        # Only pictures tell whether the world stood still, or a recorder.
         judged = {} if videos else {name: alignment.intervals[name] for name in readings}
         recorded = replace(recorded, intervals=judged)
     return SessionProbe(
@@ -278,11 +288,7 @@ def probe_session(
         readings=readings,
         faults=find_faults(recorded, rates or ()),
         missing=missing,
-        events={
-            name: tuple(replace(e, time_s=t.time_s) for e, t in zip(events, texts, strict=True))
-            for name, texts in alignment.texts.items()
-            if (events := lines.events[name])
-        },
+        events=_align_events(lines, alignment, placement, recipe),
         files={f.file: tuple(o for o in lines.files if o.file == f.file) for f in lines.files},
         issues=tuple(issue for issue in lines.issues if issue.kind != "file"),
         unreadable=unreadable,
@@ -341,6 +347,22 @@ def _drop_missing(
     return replace(lines, readings=readings), missing
 
 
+def _align_events(
+    lines: SessionLines, alignment: Alignment, placement: Placement, recipe: Recipe
+) -> dict[str, tuple[TextEvent, ...]]:
+    """Return the texts of each stream on the session clock."""
+    placed: dict[str, tuple[TextEvent, ...]] = {}
+    placed_at = replace(placement, starts={**placement.starts, **alignment.starts})
+    for name, events in lines.events.items():
+        shifted = shift_events(name, events, alignment.offset_s, placement=placed_at, recipe=recipe)
+        if events:
+            placed[name] = tuple(
+                replace(event, time_s=timed.time_s)
+                for event, timed in zip(events, shifted, strict=True)
+            )
+    return placed
+
+
 def _probe_video(path: Path, name: str, placement: Placement, *, depth: Depth) -> VideoProbe:
     """Read the frame times of a video, and decode frames spread over it."""
     stretch = placement.stretches.get(name, 1.0)
@@ -353,17 +375,20 @@ def _probe_video(path: Path, name: str, placement: Placement, *, depth: Depth) -
         stretches = [range(start, start + STRETCH_FRAMES) for start in starts]
     is_lost = track.is_damaged
     grid_s = np.linspace(track.times_s[0], track.times_s[-1], NUM_PICTURES + 2)
-    kept = nearest(track.times_s, grid_s[1:-1])[0]
+    hashed = nearest(track.times_s, grid_s[1:-1])[0]
     pictures: list[NDArray[np.uint8]] = []
     for requested in stretches:
-        decoded = dict(read_frames(path, track, requested, spec=_TINY))
-        pictures += [decoded[index] for index in kept if index in decoded]
-        is_lost[np.setdiff1d(requested, list(decoded))] = True
+        decoded: list[int] = []
+        for index, picture in read_frames(path, track, requested, spec=_TINY):
+            decoded.append(index)
+            if index in hashed:
+                pictures.append(picture)
+        is_lost[np.setdiff1d(requested, decoded)] = True
     return VideoProbe(
         track=track,
         num_checked=sum(map(len, stretches)),
         undecoded=np.flatnonzero(is_lost),
-        pictures=pictures,
+        code=hash_pictures(pictures),
     )
 
 
@@ -374,14 +399,12 @@ def _probe_audio(
     stretch = placement.stretches.get(name, 1.0)
     sound = read_stretched(path, spec, stretch=stretch, decode=depth == "full")
     loudness = measure_loudness(sound.samples.iter_blocks(), spec=spec)
-    length = min(len(sound.samples) * 2 // NUM_EXCERPTS, sound.rate_hz // 2)
-    starts = np.linspace(0, len(sound.samples) - length, NUM_EXCERPTS).astype(int)
     return AudioProbe(
         sound=replace(sound, samples=DiskArray(np.float32)),
         interval=align_sound(sound, placement.starts.get(name)),
         rms=loudness.rms,
         header=read_wav_header(path),
-        excerpts=np.stack([sound.samples[start : start + length] for start in starts]),
+        code=hash_sound(sound.samples, sound.rate_hz),
     )
 
 

@@ -332,6 +332,7 @@ def test_a_failure_is_an_outcome_with_the_lines_of_its_worker(num_workers, in_th
     assert ("return function(*arguments)" in notes) == bool(num_workers)
 
 
+@pytest.mark.slow
 def test_only_the_argument_that_kills_its_workers_fails_and_has_its_name(tmp_path):
     mark = tmp_path / "died"
 
