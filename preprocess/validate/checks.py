@@ -44,12 +44,6 @@ MAX_MESSAGES = 5
 END_WARNING_S = 0.1
 END_ERROR_S = 1.0
 
-MIN_DRIFT_LENGTH_S = 10.0
-"""In a shorter video, the duration of one frame equals the worst drift."""
-
-MAX_DRIFT_PPM = 10_000.0
-"""A larger difference is not drift: one of the two was cut off. Quartz clocks have under 100."""
-
 NEEDS_DECODING = "needs decoding; run without --quick"
 """Why a check judges nothing at depth "quick"."""
 
@@ -308,36 +302,6 @@ def check_durations(probe: SessionProbe) -> list[Finding]:
     return findings
 
 
-def check_drift(probe: SessionProbe) -> list[Finding]:
-    """Check that the clocks of sound and video ran equally fast.
-
-    Of each sound, the video that it differs from most is reported.
-    """
-    if unassessed := incomparable(probe):
-        return unassessed
-    findings: list[Finding] = []
-    wrong = {name for fault in probe.rate_faults if fault.is_sure for name in fault.streams}
-    for name, drifts_ppm in clock_drifts_ppm(probe).items():
-        if not drifts_ppm or not wrong.isdisjoint({name, *drifts_ppm}):
-            continue
-        video = max(drifts_ppm, key=lambda stream: abs(drifts_ppm[stream]))
-        ppm, start_s = drifts_ppm[video], probe.intervals[name].start_s
-        sound_s = probe.intervals[name].stop_s - start_s
-        video_s = probe.intervals[video].stop_s - start_s
-        if abs(sound_s - video_s) <= END_WARNING_S:
-            continue
-        pace = "slow" if ppm < 0 else "fast"
-        message = (
-            f"{sound_s:.2f} s of sound and {video_s:.2f} s of {probe.source(video)}: if they "
-            f"were recorded together from start to stop, the sound's clock runs {abs(ppm):.0f} ppm "
-            f"{pace}, {abs(sound_s - video_s):.2f} s by the end; fix: stretch it to the video "
-            f"(`ffmpeg -i in.wav -af atempo={1 + ppm / 1e6:.6f} out.wav`), or cut the longer one "
-            "if it was stopped later"
-        )
-        findings.append(Finding("warning", f"{probe.source(name)}: {message}", (name,)))
-    return findings
-
-
 def check_text(probe: SessionProbe) -> list[Finding]:
     """Check that text events are inside the session, in declared streams, and not empty."""
     findings: list[Finding] = []
@@ -378,27 +342,6 @@ def check_length(probe: SessionProbe) -> list[Finding]:
         "segment.duration_s"
     )
     return [Finding("warning", f"session: {message}")]
-
-
-def clock_drifts_ppm(probe: SessionProbe) -> dict[str, dict[str, float]]:
-    """Return how much longer each sound is than each video, in parts per million of the video.
-
-    Only videos are listed for which drift is a possible cause, and measurable for the duration
-    of a frame.
-    """
-    drifts: dict[str, dict[str, float]] = {name: {} for name in probe.audio}
-    for name in probe.audio:
-        sound = probe.intervals[name]
-        for stream in probe.videos:
-            video = probe.intervals[stream]
-            video_s = video.stop_s - sound.start_s
-            is_late = video.start_s > max(0.0, sound.start_s) + END_WARNING_S
-            if is_late or video_s < MIN_DRIFT_LENGTH_S:
-                continue
-            ppm = (sound.duration_s / video_s - 1) * 1e6
-            if abs(ppm) <= MAX_DRIFT_PPM:
-                drifts[name][stream] = ppm
-    return drifts
 
 
 def _advise_on_end(probe: SessionProbe, source: _Source, *, longest: _Source) -> str:

@@ -254,7 +254,7 @@ def summary_row(report: ValidationReport) -> dict[str, Cell]:
     """Return a session's row of the table at the top, from its report alone."""
     length_s, num_errors = report.stats.get("length_s"), len(report.errors)
     num_warnings = len(report.warnings)
-    clocks = report.stats.get("clocks", {}).values()
+    clocks = [c for c in report.stats.get("clocks", {}).values() if c.get("method") != "length"]
     drift_ppm = max((abs(clock.get("drift_ppm", 0.0)) for clock in clocks), default=0.0)
     message = printable_line((*report.errors, *report.warnings, "")[0], max_chars=_MESSAGE_CHARS)
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from preprocess.validate import checks as session_checks
 from preprocess.validate import content_checks, line_checks, value_checks
 from preprocess.validate.checks import NEEDS_DECODING, Finding
+from preprocess.validate.clock_checks import check_drift, measure_clocks
 from preprocess.validate.probe import READER_VERSION, probe_session
 from preprocess.validate.repair import plan_repairs
 from preprocess.validate.timeline import absent_state, measure_stream
@@ -73,7 +74,7 @@ CHECKS: Mapping[str, Check] = {
     "frames": Check(content_checks.check_frames, depth="full"),
     "clock rates": Check(session_checks.check_clock_rates),
     "durations": Check(session_checks.check_durations),
-    "drift": Check(session_checks.check_drift),
+    "drift": Check(check_drift, version=2),
     "text": Check(session_checks.check_text),
     "length": Check(session_checks.check_length),
 }
@@ -110,7 +111,7 @@ class ValidationReport:
     """What is worth knowing, and is no fault."""
     stats: Mapping[str, Any] = field(default_factory=dict)
     """Plain JSON values: length_s, clock_offset_s, lines of each file, absent with the reason and
-    absent_states, and streams: statistics of each stream by its kind."""
+    absent_states, streams: statistics of each stream by its kind, and clocks: drift and offset."""
 
     is_unchecked: bool = False
     """Whether the machine could not read the session, which may be good; `errors` says why."""
@@ -307,6 +308,10 @@ def _collect_stats(probe: SessionProbe) -> dict[str, Any]:
             }
             for name, interval in probe.intervals.items()
         },
+        "clocks": {
+            name: {"not_assessed": clock} if isinstance(clock, str) else asdict(clock)
+            for name, clock in measure_clocks(probe).items()
+        },
     }
 
 
@@ -334,9 +339,6 @@ def _audio_statistics(name: str, probe: SessionProbe) -> dict[str, Any]:
         "rms": round(probe.audio[name].rms, 6),
         "peak": round(sound.peak, 6),
         "clipped_samples": sound.num_clipped,
-        "drift_ppm": {
-            video: round(ppm) for video, ppm in session_checks.clock_drifts_ppm(probe)[name].items()
-        },
     }
 
 

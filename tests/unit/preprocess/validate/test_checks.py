@@ -24,13 +24,11 @@ from hypothesis import strategies as st
 
 import preprocess.validate.report
 from preprocess.validate.report import CHECKS, check_session
-from shared.recipe import Recipe
 from shared.session.scan import scan_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from preprocess.validate.report import ValidationReport
 
 REQUIRED = ("vision_left", "audio", "proprio")
 STRICT = default_recipe(without=("vision_right",), required=REQUIRED)
@@ -377,48 +375,3 @@ def test_no_corruption_of_a_file_raises(
     report = check_session(folder, recipe=LOOSE).report
     assert "cannot be checked" not in " ".join(report.errors)
     json.dumps(report.as_dict(), allow_nan=False)
-
-
-def check_drift_of(folder: Path, *, video_s: float, sound_s: float) -> ValidationReport:
-    folder.mkdir()
-    write_video(folder / "vision_left.mp4", times_s=np.arange(round(video_s * 10)) / 10)
-    write_tone(folder / "audio.wav", sound_s)
-    write_lines(folder / "metadata.jsonl", sensor_lines(video_s))
-    return check_session(folder, recipe=Recipe()).report
-
-
-def drift_messages(report: ValidationReport) -> list[str]:
-    return [m for m in report.warnings if "ppm" in m]
-
-
-@pytest.mark.parametrize(
-    ("sound_s", "ppm", "pace", "tempo"),
-    [(59.82, 3000, "slow", "atempo=0.997000"), (60.15, 2500, "fast", "atempo=1.002500")],
-)
-def test_a_drift_is_measured_and_reported_with_a_fix(
-    sound_s: float, ppm: int, pace: str, tempo: str, tmp_path: Path
-) -> None:
-    report = check_drift_of(tmp_path / "s", video_s=60, sound_s=sound_s)
-    (message,) = drift_messages(report)
-    assert f"{sound_s:.2f} s of sound and 60.00 s of vision_left.mp4" in message
-    assert f"{ppm} ppm {pace}" in message
-    assert tempo in message
-    assert report.checks["drift"] == "warnings"
-
-
-@pytest.mark.parametrize(
-    ("video_s", "sound_s", "expected"),
-    [
-        (20.0, 20.05, {"vision_left": 2500}),  # half a frame: measured, not worth a word
-        (20.0, 20.0, {"vision_left": 0}),
-        (5.0, 5.02, {}),  # too short to tell
-        (20.0, 15.0, {}),  # one was cut off
-    ],
-)
-def test_a_difference_that_is_not_drift_gives_no_warning(
-    video_s: float, sound_s: float, expected: dict[str, Any], tmp_path: Path
-) -> None:
-    report = check_drift_of(tmp_path / "s", video_s=video_s, sound_s=sound_s)
-    assert report.stats["streams"]["audio"]["drift_ppm"] == expected
-    assert report.checks["drift"] == "passed"
-    assert drift_messages(report) == []
