@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from preprocess.validate.repair_plan import RepairPlan
-from preprocess.validate.signatures import NUM_PICTURES, hash_pictures, hash_sound
 from shared.clock import nearest
 from shared.errors import MediaError, MissingMediaError
 from shared.files import DiskArray
@@ -71,6 +70,7 @@ STRETCH_FRAMES = 60
 STRETCH_FRAMES frames are decoded, spread evenly from the first frame to the last.
 """
 
+NUM_PICTURES, NUM_EXCERPTS = 14, 64
 _TINY = VideoDefaults(size=16, fit="stretch")
 
 
@@ -86,8 +86,8 @@ class AudioProbe:
     """Like the levels of `sound`, 0 if it was not decoded."""
     header: WavHeader | None
     """Of a WAV file."""
-    code: str = ""
-    """Hash of its content; see :mod:`preprocess.validate.signatures`."""
+    excerpts: NDArray[np.float32]
+    """Samples [NUM_EXCERPTS, n], spread evenly over it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +99,8 @@ class VideoProbe:
     """Frames that were decoded, or tried."""
     undecoded: NDArray[np.int64]
     """Indices of the frames that show damage or, if they were tried, did not decode."""
-    code: str = ""
-    """Hash of its content; see :mod:`preprocess.validate.signatures`."""
+    pictures: Sequence[NDArray[np.uint8]] = ()
+    """NUM_PICTURES or, if not all decode, fewer pictures, at evenly spread times."""
 
     @property
     def lost_start(self) -> NDArray[np.int64]:
@@ -374,21 +374,17 @@ def _probe_video(path: Path, name: str, placement: Placement, *, depth: Depth) -
         starts = np.linspace(0, num_frames - STRETCH_FRAMES, NUM_STRETCHES).astype(int)
         stretches = [range(start, start + STRETCH_FRAMES) for start in starts]
     is_lost = track.is_damaged
-    grid_s = np.linspace(track.times_s[0], track.times_s[-1], NUM_PICTURES + 2)
-    hashed = nearest(track.times_s, grid_s[1:-1])[0]
-    pictures: list[NDArray[np.uint8]] = []
+    decoded: dict[int, NDArray[np.uint8]] = {}
     for requested in stretches:
-        decoded: list[int] = []
-        for index, picture in read_frames(path, track, requested, spec=_TINY):
-            decoded.append(index)
-            if index in hashed:
-                pictures.append(picture)
-        is_lost[np.setdiff1d(requested, decoded)] = True
+        decoded |= dict(read_frames(path, track, requested, spec=_TINY))
+        is_lost[np.setdiff1d(requested, list(decoded))] = True
+    grid_s = np.linspace(track.times_s[0], track.times_s[-1], NUM_PICTURES + 2)
+    kept = nearest(track.times_s, grid_s[1:-1])[0]
     return VideoProbe(
         track=track,
         num_checked=sum(map(len, stretches)),
         undecoded=np.flatnonzero(is_lost),
-        code=hash_pictures(pictures),
+        pictures=[decoded[index] for index in kept if index in decoded],
     )
 
 
@@ -399,12 +395,14 @@ def _probe_audio(
     stretch = placement.stretches.get(name, 1.0)
     sound = read_stretched(path, spec, stretch=stretch, decode=depth == "full")
     loudness = measure_loudness(sound.samples.iter_blocks(), spec=spec)
+    length = min(len(sound.samples) * 2 // NUM_EXCERPTS, sound.rate_hz // 2)
+    starts = np.linspace(0, len(sound.samples) - length, NUM_EXCERPTS).astype(int)
     return AudioProbe(
         sound=replace(sound, samples=DiskArray(np.float32)),
         interval=align_sound(sound, placement.starts.get(name)),
         rms=loudness.rms,
         header=read_wav_header(path),
-        code=hash_sound(sound.samples, sound.rate_hz),
+        excerpts=np.stack([sound.samples[start : start + length] for start in starts]),
     )
 
 
