@@ -55,8 +55,8 @@ def print_report(console: Console, report: ValidationReport) -> None:
     for check, reason in report.not_assessed.items():
         checks_of.setdefault(reason, []).append(check)
     for reason, checks in checks_of.items():
-        line = Text(f"  not assessed: {', '.join(checks)}: {reason}", style="dim")
-        console.print(line, soft_wrap=True)
+        summary = f"  not assessed: {', '.join(checks)}: {reason}"
+        console.print(Text(summary, style="dim"), soft_wrap=True)
 
 
 class ReportPrinter:

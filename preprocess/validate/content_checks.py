@@ -1,8 +1,7 @@
 """Judge what streams hold: sizes and levels of sound, containers and pictures of videos, repeats.
 
 What a header, a container and packet times tell is apart from what only decoding tells, so that the
-first can be checked alone; see :class:`preprocess.validate.report.Check`. Stretches that repeat are
-found by :mod:`shared.session.still`.
+first can be checked alone. :mod:`shared.session.still` finds stretches that repeat.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from shared.streams import Kind, MaskReason, mask_reasons
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Set
 
-    from preprocess.validate.probe import SessionProbe, VideoProbe
+    from preprocess.validate.probe import SessionProbe
     from shared.clock import MaskedSpan
     from shared.media.riff import WavHeader
 
@@ -106,13 +105,11 @@ def _header_faults(
 
 def check_video(probe: SessionProbe) -> list[Finding]:
     """Check that the container is whole, and where the times of its frames come from."""
-    findings: list[Finding] = []
-    for name, video in probe.videos.items():
-        messages = [*_container_messages(name, video), *_sparse_messages(name, probe)]
-        findings += [
-            Finding(level, f"{probe.source(name)}{text}", (name,)) for level, text in messages
-        ]
-    return findings
+    return [
+        Finding(level, f"{probe.source(name)}{text}", (name,))
+        for name in probe.videos
+        for level, text in _container_messages(name, probe)
+    ]
 
 
 def check_frames(probe: SessionProbe) -> list[Finding]:
@@ -137,9 +134,13 @@ def check_frames(probe: SessionProbe) -> list[Finding]:
     return findings
 
 
-def _container_messages(name: str, video: VideoProbe) -> Iterator[tuple[Level, str]]:
+def _container_messages(name: str, probe: SessionProbe) -> Iterator[tuple[Level, str]]:
     """Describe what a video's container lacks, and what was chosen of it."""
-    track = video.track
+    track, spec, interval = (
+        probe.videos[name].track,
+        probe.recipe.videos[name],
+        probe.intervals[name],
+    )
     if track.num_lost:
         text = f": cut off at {track.stop_s:.2f} s: its index lists {track.num_lost} frames more"
         yield "error", f"{text}; fix: copy it again from the recorder"
@@ -161,20 +162,14 @@ def _container_messages(name: str, video: VideoProbe) -> Iterator[tuple[Level, s
             "(`ffmpeg -r RATE -i FILE NEW.mp4`)"
         )
         yield "warning", text
-
-
-def _sparse_messages(name: str, probe: SessionProbe) -> Iterator[tuple[Level, str]]:
-    """Say what is masked of a video with too few frames for a rate or a gap."""
-    spec, interval = probe.recipe.videos[name], probe.intervals[name]
-    times_s = probe.videos[name].track.times_s
     grid_s = np.arange(interval.start_s, interval.stop_s, 1 / spec.rate_hz)
-    _, error_s = nearest(times_s, grid_s)
+    _, error_s = nearest(track.times_s, grid_s)
     share = 1 - float(frame_mask(error_s, tolerance_s=spec.tolerance_s).mean())
-    if len(times_s) < MIN_RATED_FRAMES and share > 0:
+    if len(track.times_s) < MIN_RATED_FRAMES and share > 0:
         text = (
-            f": only {len(times_s)} frames in {interval.duration_s:.2f} s; {share:.0%} of its "
-            f"pictures at {spec.rate_hz:g} Hz are masked, as no frame is near; fix: record at a "
-            "steadier frame rate"
+            f": only {len(track.times_s)} frames in {interval.duration_s:.2f} s; {share:.0%} of "
+            f"its pictures at {spec.rate_hz:g} Hz are masked, as no frame is near; fix: record at "
+            "a steadier frame rate"
         )
         yield "warning", text
 

@@ -57,8 +57,7 @@ if TYPE_CHECKING:
     from shared.session.timestamps import WrongLines, WrongUnit
 
 READER_VERSION = 1
-"""Raise it when a change of the readers (containers, sound, lines, clocks) can change what any
-check finds: kept verdicts of other versions do not count."""
+"""Raise it when what is read of the same files (containers, sound, lines, clocks) changes."""
 
 Depth = Literal["quick", "full"]
 """How much of a session is read. quick: all lines, and what headers, containers and packets tell;

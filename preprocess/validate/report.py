@@ -45,9 +45,8 @@ class Check:
 
     function: Callable[[SessionProbe], list[Finding]]
     version: int = 1
-    """Raise it when the check can find something else in the same session, in any of its messages:
-    kept verdicts of other versions do not count. For a change of the readers, raise
-    :data:`preprocess.validate.probe.READER_VERSION` instead."""
+    """Raise it when the check can say something else of the same session: kept verdicts of other
+    versions do not count. When a reader can, raise READER_VERSION instead."""
     depth: Depth = "quick"
     """What it needs; a check that needs decoding is not assessed when a session is read quickly."""
 
@@ -80,9 +79,7 @@ CHECKS: Mapping[str, Check] = {
 }
 """Every check of a session, in the order of their messages."""
 
-CHECK_VERSIONS: Mapping[str, str] = {
-    name: f"{READER_VERSION}.{check.version}" for name, check in CHECKS.items()
-}
+CHECK_VERSIONS = {name: f"{READER_VERSION}.{check.version}" for name, check in CHECKS.items()}
 """Version of each check together with the readers; a kept verdict must agree in all of them."""
 
 SINGLE_FILE_CHECKS = frozenset(
@@ -255,11 +252,7 @@ def _make_report(
     return ValidationReport(
         session=printable(session),
         checks={name: _check_status(of_check) for name, of_check in findings.items()},
-        not_assessed={
-            name: reason
-            for name, of_check in findings.items()
-            if (reason := _describe_unassessed(of_check))
-        },
+        not_assessed={n: text for n, of in findings.items() if (text := _describe_unassessed(of))},
         streams=streams,
         warnings=tuple(printable(f.message) for f in everything if f.level == "warning"),
         errors=tuple(printable(f.message) for f in everything if f.level == "error"),

@@ -98,8 +98,7 @@ def read_stretched(
         samples.append(resampler.resample_chunk(block))
     samples.append(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
     zeros = tuple(Interval(z.start_s * stretch, z.stop_s * stretch) for z in sound.zeros)
-    # soxr rounds like this.
-    duration_s = int(sound.duration_s * stretch * sound.rate_hz + 0.5) / sound.rate_hz
+    duration_s = int(sound.duration_s * stretch * sound.rate_hz + 0.5) / sound.rate_hz  # as soxr
     return replace(sound, samples=samples, duration_s=duration_s, zeros=zeros)
 
 

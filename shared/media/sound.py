@@ -73,8 +73,7 @@ class Sound:
     samples: DiskArray[np.float32]
     duration_s: float
     is_exact: bool = True
-    """Whether decoding gives this duration. Packets may be damaged, and hold an encoder's padding.
-    """
+    """Whether decoding gives this duration; headers and packets of compressed sound may not."""
     start_s: float = 0.0
     """Time of the first sample from the container's start; 0 if the file has only audio."""
     origin_s: float = 0.0

@@ -174,7 +174,8 @@ def test_clocks_are_not_compared_quickly_where_only_pictures_tell(session: Path)
 @pytest.mark.parametrize(
     ("form", "subtype", "is_exact"),
     [("WAV", "PCM_16", True), ("WAV", "IMA_ADPCM", True), ("AIFF", "PCM_24", True),
-     ("FLAC", "PCM_16", False), ("OGG", "VORBIS", False), ("MP3", "MPEG_LAYER_III", False)],
+     ("WAV", "GSM610", True), ("FLAC", "PCM_16", False), ("OGG", "VORBIS", False),
+     ("MP3", "MPEG_LAYER_III", False)],
 )  # fmt: skip
 @pytest.mark.parametrize("rate_hz", [8_000, 44_100])
 def test_the_length_of_a_sound_is_that_of_its_samples(
