@@ -149,11 +149,13 @@ def estimate_seconds(
     recording: Recording, recipe: Recipe, bytes_per_s: Mapping[Kind, float], others: float
 ) -> float:
     """Estimate how long reading a session takes, by the rates of some kinds and of all others."""
-    rates = dict.fromkeys(recording.stamp, others)
+    rates: dict[str, float] = {}
     for spec in recipe.streams.values():
         for name in files_of_stream(spec):
-            rates[name] = min(bytes_per_s.get(spec.kind, others), rates.get(name, others))
-    return sum(float(stamp[0]) / rates[name] for name, stamp in recording.stamp.items())
+            rate = bytes_per_s.get(spec.kind, others)
+            rates[name] = min(rate, rates.get(name, rate))
+    stamps = recording.stamp.items()
+    return sum(float(stamp[0]) / rates.get(name, others) for name, stamp in stamps)
 
 
 def require_unchanged(recording: Recording, names: Iterable[str]) -> None:

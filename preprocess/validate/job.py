@@ -65,7 +65,10 @@ SAVE_S = 30.0
 
 _LINE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet"})
 
-_BYTES_PER_S: Mapping[Kind, float] = {Kind.VIDEO: 8e6, Kind.AUDIO: 20e6}
+_BYTES_PER_S: Mapping[Depth, Mapping[Kind, float]] = {
+    "quick": {Kind.VIDEO: 100e6, Kind.AUDIO: 100e6},
+    "full": {Kind.VIDEO: 8e6, Kind.AUDIO: 20e6},
+}
 _LINE_BYTES_PER_S = 5e6
 """Bytes of a stream's file that one process checks per second, roughly."""
 
@@ -241,15 +244,16 @@ def _iterate(
     function = partial(_validate, settings=settings)
     if len(work) == 1:
         return iter([(0, function(work[0]))])
-    weights = [_seconds(source, settings.recipe) for source, _ in work]
+    weights = [_seconds(source, settings) for source, _ in work]
     return cluster.iterate(function, work, label="validate", weights=weights)
 
 
-def _seconds(source: Recording | Path, recipe: Recipe) -> float:
+def _seconds(source: Recording | Path, settings: Settings) -> float:
     """Estimate how long one process takes to check a session or a file."""
+    rates = _BYTES_PER_S[settings.depth]
     if isinstance(source, Path):
-        return source.stat().st_size / _BYTES_PER_S[_kind_of(source)] if source.exists() else 0.0
-    return _SESSION_S + estimate_seconds(source, recipe, _BYTES_PER_S, _LINE_BYTES_PER_S)
+        return source.stat().st_size / rates[_kind_of(source)] if source.exists() else 0.0
+    return _SESSION_S + estimate_seconds(source, settings.recipe, rates, _LINE_BYTES_PER_S)
 
 
 def _result(source: Recording | Path, outcome: ValidatedSession | Exception) -> ValidatedSession:
