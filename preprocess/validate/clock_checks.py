@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.validate.checks import END_WARNING_S, Finding, source_intervals
+from preprocess.validate.checks import END_WARNING_S, NEEDS_DECODING, Finding, source_intervals
 from shared.session import rates
 from shared.session.folder import SESSION_INFO_FILE
 from shared.session.lines import TIME_KEY
@@ -66,6 +66,8 @@ class Clock:
 
 def check_drift(probe: SessionProbe) -> list[Finding]:
     """Check that no clock drifts so far that content is misplaced by the end."""
+    if not probe.are_rates_known:  # nor which clocks are wrong, or when a sound ends
+        return [Finding("unassessed", NEEDS_DECODING)]
     alike: dict[str | Clock, list[str]] = {}
     for name, clock in measure_clocks(probe).items():
         alike.setdefault(clock, []).append(name)
