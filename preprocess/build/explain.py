@@ -34,10 +34,11 @@ _EXPLAINED_BY_NAMES = {Cause.NEW, Cause.SESSIONS_CHANGED}
 _READ_WINDOW_S, _NUM_READERS = 4.0, 2
 """Length of a window and loader processes of a training, by the defaults of its configuration."""
 
-_OPEN_S, _WINDOW_S, _STREAM_S, _PICTURE_S, _PIXEL_S = 0.2e-3, 0.3e-3, 75e-6, 12e-6, 2.6e-9
-"""CPU time that a loader process takes to open a shard, per stream, and to read a window: for
-itself, per stream, per picture and per pixel. Fitted to the figures of
-tests/benchmarks/bench_growth.py in docs/building.md; their ratios count."""
+_OPEN_S, _OPEN_STREAM_S = 0.4e-3, 0.15e-3
+_WINDOW_S, _STREAM_S, _PICTURE_S, _PIXEL_S = 0.1e-3, 75e-6, 12e-6, 2.6e-9
+"""CPU time that a loader process takes to open a shard, and for each of its streams; and to read a
+window, for each stream, picture and pixel. Fitted to what tests/benchmarks/bench_growth.py measures
+(docs/building.md); their ratios count."""
 
 _WORTH_COMPACTING, _WORTH_COMPACTING_S = 0.1, 0.25
 """Share and seconds of an epoch from which compaction is advised."""
@@ -124,7 +125,8 @@ def advise_compaction(manifest: Manifest) -> str:
         if run > num_free:
             num_packed, num_free = num_packed + 1, shard_segments(recipe)
         num_free -= run
-    open_s, window_s = _OPEN_S * len(recipe.streams), _WINDOW_S + _STREAM_S * len(recipe.streams)
+    open_s = _OPEN_S + _OPEN_STREAM_S * len(recipe.streams)
+    window_s = _WINDOW_S + _STREAM_S * len(recipe.streams)
     for spec in recipe.videos.values():
         picture_s = _PICTURE_S + _PIXEL_S * spec.height * spec.width
         window_s += _READ_WINDOW_S * spec.rate_hz * picture_s

@@ -3,13 +3,14 @@
     python tests/benchmarks/bench_requests.py                  1,000 sessions of 2 files
     python tests/benchmarks/bench_requests.py --sessions 100
 
-Counts by operation, retries not included: a first build, one that has nothing to do, one session
-added, one changed, and the same after further sessions, each added by a build of its own.
+Counts by operation, retries included: a first validation and build, one that has nothing to do, one
+session added, one changed, and the same after further sessions, each added by a build of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import sys
@@ -23,13 +24,17 @@ sys.path += [str(Path(__file__).resolve().parents[n]) for n in (0, 1, 2)]
 from bench_growth import RECIPES, write_tiny
 from helpers.sets import build_set
 from helpers.stores import count_requests, s3_server, upload
+from rich.console import Console
 
+from preprocess.cluster import Cluster
+from preprocess.validate.job import Settings, find_jobs, run_jobs
 from shared.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SESSIONS, SET = "s3://here/sessions", "s3://here/set"
+SESSIONS, SET = "s3://here/sessions", f"s3://here/set-{os.getpid()}"
+"""Another set than that of a build that runs meanwhile: builds remove what another one left."""
 LENGTH_S = 10
 OPERATIONS = ("ListObjectsV2", "GetObject", "HeadObject", "PutObject", "DeleteObject")
 
@@ -63,10 +68,13 @@ def measure(root: Path, fs: Any, recipe: Recipe, args: argparse.Namespace) -> No
         add(number)
     print(f"{args.sessions} sessions of 2 files, 59 per shard")
     print(f"{'':36} {'  '.join(OPERATIONS)}  other  total  seconds")
+    row("first validation", lambda: validate(recipe))
+    row("validation, nothing to do", lambda: validate(recipe))
     row("first build", build)
     row("nothing to do", build)
     row("nothing to do, after 24 hours", lambda: build_set(SESSIONS, SET, recipe, keep_old_s=0))
     add(args.sessions)
+    row("validation, one session added", lambda: validate(recipe))
     row("one session added", build)
     change()
     row("one session changed", build)
@@ -76,6 +84,14 @@ def measure(root: Path, fs: Any, recipe: Recipe, args: argparse.Namespace) -> No
     row(f"nothing to do, {args.added} shards more", build)
     add(args.sessions + 1 + args.added)
     row(f"one session added, {args.added} shards more", build)
+
+
+def validate(recipe: Recipe) -> None:
+    """Validate what has no verdict."""
+    jobs = find_jobs([SESSIONS], recipe, verdicts_at=None)
+    with Cluster(scheduler=None, num_workers=0, console=Console(quiet=True)) as cluster:
+        for _ in run_jobs(jobs, Settings(recipe=recipe), cluster=cluster):
+            pass
 
 
 def row(title: str, build: Callable[[], object]) -> None:

@@ -6,13 +6,14 @@ import random
 from collections import Counter
 
 import pytest
-from helpers.oracles import build
+from helpers.oracles import build, cluster_of
 from helpers.sessions import write_lines
 from helpers.stores import count_requests, s3_server, upload
 
+from preprocess.validate.job import Settings, find_jobs, run_jobs
 from shared.recipe import Recipe
 
-SET = "s3://here/set"
+SET = "s3://here/counted"
 RECIPE = Recipe.model_validate(
     {
         "segment": {"duration_s": 1.0},
@@ -57,7 +58,7 @@ def requests_of_build(**options):
 
 def stored_names(fs):
     fs.invalidate_cache()
-    return {path.rpartition("/")[2] for path in fs.find("here/set")}
+    return {path.rpartition("/")[2] for path in fs.find("here/counted")}
 
 
 def test_a_build_asks_for_no_known_session_and_once_for_each_shard(s3, tmp_path):
@@ -96,3 +97,18 @@ def test_a_set_that_drops_files_keeps_its_manifest_for_readers(s3, tmp_path):
     assert len([name for name in stored_names(s3) if name.startswith("manifest.g")]) == 1
     requests_of_build()
     assert not before <= stored_names(s3)
+
+
+def test_a_validation_asks_for_no_session_that_has_a_verdict(s3, tmp_path):
+    def requests_of_validation():
+        with count_requests() as counts, cluster_of(0) as cluster:
+            jobs = find_jobs(["s3://here/sessions"], RECIPE, verdicts_at=None)
+            assert len(list(run_jobs(jobs, Settings(recipe=RECIPE), cluster=cluster))) == len(jobs)
+        return counts
+
+    add_sessions(s3, tmp_path, ["checked-1", "checked-2"])
+    requests_of_validation()
+    known = Counter(ListObjectsV2=1, GetObject=1)
+    assert requests_of_validation() == known
+    add_sessions(s3, tmp_path, ["checked-3"])
+    assert requests_of_validation() == known + Counter(GetObject=1, PutObject=1)

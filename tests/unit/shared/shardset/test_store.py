@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing.reduction
 import tempfile
+import threading
 from contextlib import closing, contextmanager
 
 import fsspec
@@ -13,7 +14,13 @@ import pytest
 from shared.errors import CorruptError, JobError, ShardError, rebuild_hint
 from shared.shardset.locks import read_manifest_locked
 from shared.shardset.manifest import MANIFEST_FILE
-from shared.shardset.store import claim_shard_set, job_file, open_shard_set
+from shared.shardset.store import (
+    LocalShardSet,
+    claim_shard_set,
+    job_file,
+    map_small_files,
+    open_shard_set,
+)
 from shared.storage import parse_location
 
 CONTENT = bytes(range(256)) * 8
@@ -125,6 +132,33 @@ def test_a_retained_manifest_has_readers_while_it_is_locked(tmp_path):
         assert not store.has_readers("manifest.g0.json")
     with pytest.raises(ShardError):
         read_manifest_locked(tmp_path / "set")  # not a manifest: the lock is released
+
+
+def test_only_a_folder_keeps_a_manifest_whose_files_the_next_one_has(location):
+    with claimed(location) as store:
+        store.write(MANIFEST_FILE, b"{}")
+        is_kept = store.retain_manifest("manifest.g0.json", is_extended=True)
+        assert ("manifest.g0.json" in store.list_sizes()) is is_kept
+        assert is_kept is (store.read("manifest.g0.json") is not None)
+        # In a folder it shows the locks of its readers, also after a later build.
+        assert is_kept is isinstance(store, LocalShardSet)
+
+
+def test_small_files_behind_a_url_are_read_at_the_same_time_and_in_order():
+    together = threading.Barrier(4, timeout=60)
+
+    def read(name):
+        together.wait()
+        return store.read(name)
+
+    with claimed(parse_location("memory://many/set")) as store:
+        for number in range(8):
+            store.write(str(number), b"%d" % number)
+        contents = map_small_files(store, read, map(str, range(8)))
+        assert contents == [b"%d" % number for number in range(8)]
+        with pytest.raises(ShardError, match="no such index"):
+            map_small_files(store, store.read_index, ["4.index"])
+    fsspec.filesystem("memory").store.clear()
 
 
 @pytest.mark.parametrize(("keep_old_s", "expected"), [(3600.0, True), (0.0, False)])
