@@ -89,9 +89,11 @@ def cli() -> None:
 @click.option(
     "--report",
     "page_path",
+    metavar="FILE.html",
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
-    help="Also write an HTML page with timelines, curves and pictures of every session.",
+    help="Also write an HTML page with timelines, curves and pictures of every session; of more "
+    "than 50 sessions, the details are in the folder FILE_files beside it.",
 )
 @click.option("--init", is_flag=True, help="Print a recipe for recordings like one good session.")
 @_RECIPE_OPTION

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from preprocess.build.plan_types import Row
 from preprocess.recordings import estimate_seconds, require_unchanged
 from preprocess.session_log import SessionLog, log_line
+from preprocess.validate.verdicts import UNREAD
 from shared.errors import JobError, MachineError
 from shared.files import fingerprint_of
 from shared.kinds.column import stream_settings
@@ -85,12 +86,6 @@ def scan_seconds(recording: Recording, recipe: Recipe) -> float:
 SCAN_VERSION = 11
 """Raised when a scan of the same files would give another result or has other keys."""
 
-_NOT_SCANNED: Mapping[Kind, tuple[str, ...]] = {
-    Kind.VIDEO: ("size", "fit", "codec", "qp", "quality"),
-    Kind.AUDIO: ("dmel",),
-}
-"""Settings of streams that a scan does not depend on."""
-
 
 def scan_sessions(
     recordings: Mapping[str, Recording],
@@ -105,7 +100,7 @@ def scan_sessions(
     `present` are the names of the set's files.
     """
     streams = {
-        name: stream_settings(spec, without=_NOT_SCANNED.get(spec.kind, ()))
+        name: stream_settings(spec, without=UNREAD.get(spec.kind, ()))
         for name, spec in recipe.streams.items()
     }
     masks = {
@@ -128,21 +123,20 @@ def scan_sessions(
                 known = {n: f for n, f in files if n in stamp and cached.stamp.get(n) == stamp[n]}
             work.append((recording, known))
     weights = [scan_seconds(recording, recipe) for recording, _ in work]
-    function = partial(_scan, recipe=recipe, store=store)
+    function = partial(_scan, basis=basis, recipe=recipe, store=store)
     saved_s, failure = time.monotonic(), None
     names = [recording.name for recording, _ in work]
     iterate = partial(cluster.iterate, label="scan sessions", weights=weights, names=names)
     try:
-        for index, scan in iterate(function, work) if work else ():
-            if isinstance(scan, (JobError, MachineError)):
-                raise scan
-            if isinstance(scan, Exception):
-                failure = failure or scan
+        for index, line in iterate(function, work) if work else ():
+            if isinstance(line, (JobError, MachineError)):
+                raise line
+            if isinstance(line, Exception):
+                failure = failure or line
                 continue
             recording, _ = work[index]
-            scans[scan.session] = scan
-            values = {"basis": basis, "stamp": recording.stamp, "scan": scan.as_json()}
-            log.add(scan.session, log_line(scan.session, values))
+            scans[recording.name] = _cached_adapter().validate_json(line).scan
+            log.add(recording.name, line)
             if time.monotonic() > saved_s + _SAVE_S:
                 log.save(recordings)
                 saved_s = time.monotonic()
@@ -154,12 +148,21 @@ def scan_sessions(
 
 
 def _scan(
-    work: tuple[Recording, Mapping[str, SourceFile]], *, recipe: Recipe, store: ShardSetStore
-) -> SessionScan:
-    """Scan a session whose unchanged files are known."""
+    work: tuple[Recording, Mapping[str, SourceFile]],
+    *,
+    basis: str,
+    recipe: Recipe,
+    store: ShardSetStore,
+) -> bytes:
+    """Scan a session whose unchanged files are known; return its line of the cache.
+
+    The line takes a third of the memory that the pickled scan takes in the process of the job.
+    """
     recording, known = work
     with recording.open_files(scanned_files(recipe), store) as folder:
-        return scan_session(folder, recipe=recipe, known=known)
+        scan = scan_session(folder, recipe=recipe, known=known)
+    values = {"basis": basis, "stamp": recording.stamp, "scan": scan.as_json()}
+    return log_line(recording.name, values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from preprocess.validate.probe import SessionProbe
     from shared.clock import MaskedSpan
-    from shared.media.riff import WavHeader
 
 MIN_RATED_FRAMES = 3
 """Fewer frames have no regular rate that gaps could be judged by."""
@@ -46,13 +45,26 @@ _FIXES: Mapping[Kind, str] = {
 
 
 def check_sound(probe: SessionProbe) -> list[Finding]:
-    """Check that the header of a sound file gives the right sizes."""
-    return [
-        Finding(level, f"{probe.source(name)}: {text}", (name,))
-        for name, audio in probe.audio.items()
-        if audio.header is not None
-        for level, text in _header_faults(audio.header, probe, probe.recipe.streams[name].file)
-    ]
+    """Check that the header of a WAV file gives the right sizes."""
+    findings: list[Finding] = []
+    for name, header in ((name, audio.header) for name, audio in probe.audio.items()):
+        if header is None or not (header.missing_bytes or header.is_wrong):
+            continue
+        seconds = f"{header.num_bytes / max(1, header.bytes_per_s):.2f} s"
+        message = (
+            f"the header declares {header.missing_bytes} bytes more than the file has: the "
+            f"recording was cut off at {seconds}; fix: copy it again if the original is longer"
+        )
+        if not header.missing_bytes:
+            sizes = header.declared_bytes, header.num_bytes
+            fault = "declares {} bytes of sound, the file has {}".format(*sizes)
+            if sizes[0] == sizes[1]:
+                fault = "gives wrong sizes to the file or to a chunk"
+            file, action = probe.recipe.streams[name].file, "write the right sizes"
+            fix = probe.plan().advise(RepairKind.SIZES, file, action)
+            message = f"the header {fault}; all {seconds} are read; fix: {fix}"
+        findings.append(Finding("warning", f"{probe.source(name)}: {message}", (name,)))
+    return findings
 
 
 def check_levels(probe: SessionProbe) -> list[Finding]:
@@ -82,25 +94,6 @@ def check_levels(probe: SessionProbe) -> list[Finding]:
         file = probe.source(name)
         findings += [Finding(level, f"{file}: {text}", (name,)) for level, text in faults]
     return findings
-
-
-def _header_faults(
-    header: WavHeader, probe: SessionProbe, file: str
-) -> Iterator[tuple[Level, str]]:
-    """Say what is wrong with the sizes in a WAV header."""
-    seconds = f"{header.num_bytes / max(1, header.bytes_per_s):.2f} s"
-    if header.missing_bytes:
-        message = (
-            f"the header declares {header.missing_bytes} bytes more than the file has: the "
-            f"recording was cut off at {seconds}; fix: copy it again if the original is longer"
-        )
-        yield "warning", message
-    elif header.is_wrong:
-        fault = f"declares {header.declared_bytes} bytes of sound, the file has {header.num_bytes}"
-        if header.declared_bytes == header.num_bytes:
-            fault = "gives wrong sizes to the file or to a chunk"
-        action = probe.plan().advise(RepairKind.SIZES, file, "write the right sizes")
-        yield "warning", f"the header {fault}; all {seconds} are read; fix: {action}"
 
 
 def check_video(probe: SessionProbe) -> list[Finding]:

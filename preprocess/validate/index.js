@@ -38,7 +38,8 @@ function drawRow(row) {
 }
 
 function draw() {
-  const start = Number(fields.start.value) || 0, stop = Math.min(start + PAGE_ROWS, rows.length);
+  const start = fields.start.value < rows.length ? Number(fields.start.value) : 0;
+  const stop = Math.min(start + PAGE_ROWS, rows.length);
   heads.forEach((head, column) => {
     head.ariaSort = { [column + 1]: "ascending", [-column - 1]: "descending" }[fields.sort.value] || "none";
   });

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -38,8 +38,8 @@ from preprocess.validate.report import (
 from preprocess.validate.verdicts import (
     Verdict,
     Verdicts,
+    bases_of_recipe,
     basis_of,
-    basis_of_recipe,
     open_verdicts,
 )
 from shared.errors import MachineError, SessionError
@@ -72,8 +72,8 @@ _BYTES_PER_S: Mapping[Depth, Mapping[Kind, float]] = {
 _LINE_BYTES_PER_S = 5e6
 """Bytes of a stream's file that one process checks per second, roughly."""
 
-_SESSION_S = 0.003
-"""Seconds that any session takes."""
+_SESSION_S, _SINGLE_FILE_S = 0.003, 0.5
+"""Seconds that any session takes at least, and a single file about."""
 
 _Work = tuple["Recording | Path", "Verdict | None"]
 """A session or a single file, and its verdict, if that holds as long as the content is the same."""
@@ -114,11 +114,8 @@ class Settings:
     """Whether sessions are looked at although their verdicts hold."""
     fix: bool = False
     wants_page: bool = False
-
-    @property
-    def implied(self) -> tuple[Depth, ...]:
-        """The depths for which what is found holds."""
-        return ("quick",) if self.depth == "quick" else ("quick", "full")
+    bases: Mapping[Depth, str] = field(default_factory=dict)
+    """What verdicts depend on; :func:`run_jobs` sets it."""
 
 
 def validate_recordings(
@@ -171,6 +168,7 @@ def run_jobs(
 
     New verdicts are written every SAVE_S seconds and at the end, also if that is an interrupt.
     """
+    settings = replace(settings, bases=bases_of_recipe(settings.recipe, settings.depth))
     work = _find_work(jobs, settings, page)
     numbers, ready = list(work), dict[int, ValidatedSession]()
     outcomes, saved_s = _iterate([*work.values()], settings, cluster), time.monotonic()
@@ -218,7 +216,7 @@ def _find_work(
 ) -> dict[int, _Work]:
     """Return the work of each job whose session has to be looked at, by the job's number."""
     work: dict[int, _Work] = {}
-    recipe_basis = basis_of_recipe(settings.recipe, settings.depth)
+    recipe_basis = settings.bases[settings.depth]
     for index, (source, verdicts) in enumerate(jobs):
         if isinstance(source, ValidatedSession):
             continue
@@ -250,9 +248,9 @@ def _iterate(
 
 def _seconds(source: Recording | Path, settings: Settings) -> float:
     """Estimate how long one process takes to check a session or a file."""
-    rates = _BYTES_PER_S[settings.depth]
     if isinstance(source, Path):
-        return source.stat().st_size / rates[_kind_of(source)] if source.exists() else 0.0
+        return _SINGLE_FILE_S
+    rates = _BYTES_PER_S[settings.depth]
     return _SESSION_S + estimate_seconds(source, settings.recipe, rates, _LINE_BYTES_PER_S)
 
 
@@ -324,7 +322,7 @@ def _validate_folder(
             session=recording.name,
             stamp=recording.stamp,
             sha256=sha256,
-            bases={d: basis_of(recording, basis_of_recipe(recipe, d)) for d in settings.implied},
+            bases={d: basis_of(recording, basis) for d, basis in settings.bases.items()},
             report=checked.report,
             signature=signature_of(checked.probe),
         )
@@ -360,7 +358,7 @@ def _check_single_file(path: Path, folder: Path, depth: Depth) -> CheckedSession
     """Check a single media file, linked into a new session folder, with a recipe of one stream."""
     folder.mkdir()
     (folder / path.name).symlink_to(path)
-    kind = _kind_of(path)
+    kind = Kind.AUDIO if path.suffix.lower() in SOUND_SUFFIXES else Kind.VIDEO
     recipe = Recipe.model_validate({"streams": {kind.value: {"kind": kind, "file": "file"}}})
     # The name of a recipe's file is restricted; that of a file on this machine is not.
     spec = recipe.streams[kind.value].model_copy(update={"file": path.name})
@@ -372,11 +370,6 @@ def _check_single_file(path: Path, folder: Path, depth: Depth) -> CheckedSession
 
     warnings, errors = shorten(checked.report.warnings), shorten(checked.report.errors)
     return replace(checked, report=replace(checked.report, warnings=warnings, errors=errors))
-
-
-def _kind_of(path: Path) -> Kind:
-    """Return what a single file is taken for."""
-    return Kind.AUDIO if path.suffix.lower() in SOUND_SUFFIXES else Kind.VIDEO
 
 
 def _report_skipped(folder: SkippedFolder) -> ValidatedSession:

@@ -82,7 +82,7 @@ def render_session(checked: CheckedSession) -> RenderedSession:
     panels, problem, report = None, "", checked.report
     if checked.probe is not None:
         try:
-            panels = draw_session(checked.folder, checked.probe, depth=report.depth)
+            panels = draw_session(checked.folder, checked.probe)
         except Exception as error:  # Boundary, as in check_session: the report is still shown.
             problem = f"its panels cannot be drawn: {type(error).__name__}: {error}"
     template = _environment().get_template("section.html.j2")
@@ -130,10 +130,7 @@ class ReportPage:
             self._write()
 
     def has_details(self, session: str, key: str) -> bool:
-        """Return whether details that were made from what a key names exist already.
-
-        The key names the session's content and verdict; the version of the details is added to it.
-        """
+        """Return whether details of the content and verdict that a key names exist already."""
         return _file_name(session, key) in self._present
 
     def keep(self, report: ValidationReport, key: str, *, number: int | None = None) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from preprocess.validate.media import Thumbnail
-    from preprocess.validate.probe import Depth, SessionProbe
+    from preprocess.validate.probe import SessionProbe
     from preprocess.validate.timeline import StreamTimeline
     from shared.page import TextMark
     from shared.session.lines import TextEvent
@@ -130,7 +130,7 @@ class SessionPanels:
     """What could not be drawn, and why."""
 
 
-def draw_session(path: Path, probe: SessionProbe, *, depth: Depth) -> SessionPanels:
+def draw_session(path: Path, probe: SessionProbe) -> SessionPanels:
     """Draw what validation read of a session folder; nothing is decoded if that was quick."""
     intervals = probe.intervals.values()
     axis = TimeAxis(min([0.0, *(i.start_s for i in intervals)]), probe.duration_s)
@@ -139,7 +139,7 @@ def draw_session(path: Path, probe: SessionProbe, *, depth: Depth) -> SessionPan
     for kind, draw in _PANELS.items():
         for name in probe.recipe.of_kind(kind):
             try:
-                if name in probe.intervals and (depth == "full" or kind not in _DECODED):
+                if name in probe.intervals and (probe.depth == "full" or kind not in _DECODED):
                     panels += draw(path, name, probe, axis)
             except (MediaError, OSError) as error:
                 notes.append(f"{probe.source(name)}: no picture of {name}: {error}")

@@ -24,13 +24,7 @@ from shared.machine import read_bytes
 from shared.media.riff import read_wav_header
 from shared.media.sound import measure_loudness
 from shared.media.video import read_frames, read_video_track
-from shared.session.alignment import (
-    Alignment,
-    Placement,
-    align_streams,
-    read_placement,
-    shift_events,
-)
+from shared.session.alignment import Placement, align_streams, read_placement
 from shared.session.folder import SESSION_INFO_FILE, files_of_stream, unused_files
 from shared.session.lines import Readings
 from shared.session.rates import find_rate_faults, propose_stretches
@@ -261,10 +255,7 @@ def probe_session(
     unreadable |= _check_session_file(path / SESSION_INFO_FILE)
     alignment = align_streams(media, lines, placement=placement, recipe=recipe)
     absent |= alignment.absent
-    readings = {
-        name: replace(lines.readings[name], times_s=times_s)
-        for name, times_s in alignment.times_s.items()
-    }
+    readings = {n: replace(lines.readings[n], times_s=t) for n, t in alignment.times_s.items()}
     recorded = Recorded(
         path=path,
         recipe=recipe,
@@ -273,11 +264,9 @@ def probe_session(
         zeros={n: own.sound.zeros_from(own.interval.start_s) for n, own in audio.items()},
         readings={name: (own.times_s, own.values) for name, own in readings.items()},
     )
-    rates = None
-    if all(own.sound.is_exact for own in audio.values()):
-        rates = find_rate_faults(recorded, decode=depth == "full")
-    if depth == "quick":
-        # Only pictures tell whether the world stood still, or a recorder.
+    is_exact = all(own.sound.is_exact for own in audio.values())
+    rates = find_rate_faults(recorded, decode=depth == "full") if is_exact else None
+    if depth == "quick":  # only pictures tell whether the world stood still, or a recorder
         judged = {} if videos else {name: alignment.intervals[name] for name in readings}
         recorded = replace(recorded, intervals=judged)
     return SessionProbe(
@@ -287,7 +276,11 @@ def probe_session(
         readings=readings,
         faults=find_faults(recorded, rates or ()),
         missing=missing,
-        events=_align_events(lines, alignment, placement, recipe),
+        events={
+            name: tuple(replace(e, time_s=t.time_s) for e, t in zip(events, texts, strict=True))
+            for name, texts in alignment.texts.items()
+            if (events := lines.events[name])
+        },
         files={f.file: tuple(o for o in lines.files if o.file == f.file) for f in lines.files},
         issues=tuple(issue for issue in lines.issues if issue.kind != "file"),
         unreadable=unreadable,
@@ -344,22 +337,6 @@ def _drop_missing(
             lines=recorded.lines[is_usable],
         )
     return replace(lines, readings=readings), missing
-
-
-def _align_events(
-    lines: SessionLines, alignment: Alignment, placement: Placement, recipe: Recipe
-) -> dict[str, tuple[TextEvent, ...]]:
-    """Return the texts of each stream on the session clock."""
-    placed: dict[str, tuple[TextEvent, ...]] = {}
-    placed_at = replace(placement, starts={**placement.starts, **alignment.starts})
-    for name, events in lines.events.items():
-        shifted = shift_events(name, events, alignment.offset_s, placement=placed_at, recipe=recipe)
-        if events:
-            placed[name] = tuple(
-                replace(event, time_s=timed.time_s)
-                for event, timed in zip(events, shifted, strict=True)
-            )
-    return placed
 
 
 def _probe_video(path: Path, name: str, placement: Placement, *, depth: Depth) -> VideoProbe:

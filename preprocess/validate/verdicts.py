@@ -38,13 +38,13 @@ FOLDER = ".verdicts"
 _STEM = "verdicts"
 
 _VERSION = 1
-"""Raised when verdicts have other keys."""
+"""Raised when verdicts have other keys, or signatures are made in another way."""
 
-_NOT_CHECKED: Mapping[Kind, tuple[str, ...]] = {
+UNREAD: Mapping[Kind, tuple[str, ...]] = {
     Kind.VIDEO: ("size", "fit", "codec", "qp", "quality"),
     Kind.AUDIO: ("dmel",),
 }
-"""Settings of streams that no check depends on."""
+"""Settings of streams that neither checks nor scans depend on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,15 +83,23 @@ class Verdict:
             return None
 
 
-def basis_of_recipe(recipe: Recipe, depth: Depth) -> str:
-    """Return a fingerprint of the checks of a depth, and the settings that they depend on."""
-    versions = {n: CHECK_VERSIONS[n] for n, c in CHECKS.items() if depth in ("full", c.depth)}
+def bases_of_recipe(recipe: Recipe, depth: Depth) -> dict[Depth, str]:
+    """Return fingerprints of the checks, and the settings that they depend on, by depth.
+
+    A full look is a quick one, too.
+    """
+    depths: tuple[Depth, ...] = ("quick",) if depth == "quick" else ("quick", "full")
     streams = {
-        name: {k: v for k, v in spec.as_json().items() if k not in _NOT_CHECKED.get(spec.kind, ())}
+        name: {k: v for k, v in spec.as_json().items() if k not in UNREAD.get(spec.kind, ())}
         for name, spec in recipe.streams.items()
     }
-    coverage = recipe.segment.min_coverage
-    return fingerprint_of(_VERSION, versions, streams, recipe.segment_s, coverage)
+    settings = [_VERSION, recipe.segment_s, recipe.segment.min_coverage, streams]
+    return {
+        d: fingerprint_of(
+            settings, {n: CHECK_VERSIONS[n] for n, c in CHECKS.items() if d in ("full", c.depth)}
+        )
+        for d in depths
+    }
 
 
 def basis_of(recording: Recording, recipe_basis: str) -> str:
@@ -121,10 +129,9 @@ class Verdicts:
         # A set without a claim is a folder whose files are replaced atomically.
         files: LogFiles = root if isinstance(root, Store) else LocalShardSet(root or Path())
         try:
-            if root is None:
-                present = ()
-            elif present is None:
-                present = _list_names(root)
+            if present is None:
+                names = root.list_files() if isinstance(root, Store) else (root or Path()).glob("*")
+                present = [Path(name).name for name in names]
             self._log = SessionLog(files, _STEM, present)
         except (MachineError, OSError):  # the sessions are looked at again
             self._log = SessionLog(files, _STEM, ())
@@ -164,12 +171,6 @@ class Verdicts:
         return ""
 
 
-def _list_names(root: Path | Store) -> list[str]:
-    if isinstance(root, Store):
-        return list(root.list_files())
-    return [path.name for path in root.iterdir()] if root.is_dir() else []
-
-
 def open_verdicts(
     location: Path | str,
     survey: Survey,
@@ -204,6 +205,6 @@ def open_verdicts(
     verdicts = opened[text]
     has_none = is_one and not folder and not len(verdicts)
     if has_none or not verdicts.taken.isdisjoint(names):
-        return Verdicts(None)
+        return Verdicts(None, present=())
     verdicts.taken.update(names)
     return verdicts

@@ -83,6 +83,8 @@ class Alignment:
     """Times of each sensor's readings."""
     events: dict[str, tuple[TimedText, ...]] = field(default_factory=dict)
     """Events of each text stream within the session."""
+    texts: dict[str, tuple[TimedText, ...]] = field(default_factory=dict)
+    """All events of each text stream."""
     not_recorded: set[str] = field(default_factory=set)
     """Missing streams without any reading or event."""
     starts: dict[str, float] = field(default_factory=dict)
@@ -136,6 +138,7 @@ def align_streams(
             placed_at = replace(placement, starts={**placement.starts, name: own_start_s})
             recorded = lines.events[name]
             events = shift_events(name, recorded, offset_s, placement=placed_at, recipe=recipe)
+        streams.texts[name] = events
         _align_text(name, events, streams)
     for name in sorted(streams.not_recorded):
         if issue := lines.find_cause(name, recipe.streams[name].file):

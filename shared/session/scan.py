@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Mapping  # noqa: TC003 (read at run time by scan_from_json)
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, TypeAdapter
 
 from shared.clock import Interval, MaskedSpan, Segment, masked_share, plan_segments
 from shared.errors import MediaError, MissingMediaError
@@ -55,6 +55,14 @@ if TYPE_CHECKING:
     from shared.session.rates import RateFault
 
 _COVERAGE_DECIMALS = 6
+
+
+def _share() -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Make a function that returns an equal tuple of another scan; most are covered whole.
+
+    Each field needs its own, as (0.0, 1.0) and (False, True) are equal.
+    """
+    return functools.lru_cache(maxsize=1 << 14)(lambda values: values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +107,10 @@ class SessionScan:
     """What `stretches` should have as well, by strong evidence."""
     masked: Mapping[str, tuple[MaskedSpan, ...]]
     """Stretches of streams that no sample shows, because their content is known to be wrong."""
-    coverage: Mapping[str, tuple[float, ...]]
+    coverage: Mapping[str, Annotated[tuple[float, ...], AfterValidator(_share())]]
     """Stream that the session has -> share of each segment that it covers, 0..1; above 0 where at
     least one sample is valid."""
-    silent: tuple[bool, ...]
+    silent: Annotated[tuple[bool, ...], AfterValidator(_share())]
     """Per segment, whether it certainly holds no token."""
     issues: tuple[str, ...]
     """What was skipped while reading the files, one sentence per kind."""

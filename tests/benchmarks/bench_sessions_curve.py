@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_sessions_curve.py --folder /tmp/curve --counts 100 1000 10000
 
 A session has ten segments of 1 s and four streams in two files. Every run is a process of its own,
-as ``python -m preprocess shards`` is. Seconds per session are those above a run of 100 sessions, so
-that the start of Python and of the workers is in none of them.
+as ``python -m preprocess shards`` is. The last column is the processor time of all processes per
+session, above that of the first number of sessions: without the start of Python.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PHASES = {
     "commit": "commit_set",
 }
 """Functions of preprocess.build.job, each timed in the client."""
-HEAD = ("run", "s", "cpu s", *PHASES, "client", "worker", "ms/session")
+HEAD = ("run", "s", "cpu s", *PHASES, "client", "worker", "cpu ms/each")
 
 
 def main() -> None:
@@ -80,8 +80,8 @@ def measure(folder: Path, count: int, workers: int, bases: dict[str, tuple[int, 
             shutil.rmtree(sessions / "s_added")
         before = written_files(out)
         run = measure_run(folder, sessions, out, workers)
-        base_count, base_s = bases.setdefault(name, (count, run["s"]))
-        each_ms = 1e3 * (run["s"] - base_s) / max(1, count - base_count)
+        base_count, base_s = bases.setdefault(name, (count, run["cpu"]))
+        each_ms = 1e3 * (run["cpu"] - base_s) / max(1, count - base_count)
         cells = [f"{run['s']:.2f}", f"{run['cpu']:.2f}"]
         cells += [f"{run['phases'].get(phase, 0.0):.2f}" for phase in PHASES]
         cells += [f"{run['client_mb']:.0f} MB", f"{run['worker_mb']:.0f} MB"]

@@ -27,7 +27,7 @@ from preprocess.cluster import Cluster
 from preprocess.recordings import survey_recordings
 from preprocess.validate import job, page, report
 from preprocess.validate.job import validate_recordings
-from preprocess.validate.verdicts import Verdict, Verdicts, basis_of_recipe, open_verdicts
+from preprocess.validate.verdicts import Verdict, Verdicts, bases_of_recipe, open_verdicts
 from shared.errors import JobError
 
 if TYPE_CHECKING:
@@ -189,11 +189,12 @@ def test_a_verdict_holds_for_recipes_that_no_check_can_tell_apart(
 def test_a_newer_check_is_run_if_the_depth_asks_for_it(
     check: str, depth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = basis_of_recipe(RECIPE, depth)
-    assert basis_of_recipe(RECIPE, depth) == before
+    before = bases_of_recipe(RECIPE, depth)[depth]
+    assert bases_of_recipe(RECIPE, depth)[depth] == before
     monkeypatch.setitem(report.CHECK_VERSIONS, check, "newer")  # type: ignore[arg-type]
+    assert ("full" in bases_of_recipe(RECIPE, depth)) is (depth == "full")
     is_wanted = depth == "full" or report.CHECKS[check].depth == "quick"
-    assert (basis_of_recipe(RECIPE, depth) != before) is is_wanted
+    assert (bases_of_recipe(RECIPE, depth)[depth] != before) is is_wanted
 
 
 def test_sessions_are_looked_at_by_newer_checks(
@@ -286,13 +287,11 @@ def test_verdicts_of_removed_sessions_are_dropped_and_of_others_kept(sessions: P
 
 
 def test_a_folder_that_can_not_be_written_gives_one_warning(
-    sessions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sessions: Path, tmp_path: Path, recipe_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (sessions / ".verdicts").write_text("not a folder")
     monkeypatch.setattr(job, "SAVE_S", -1.0)  # saves after each session
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(RECIPE.as_json()))
-    arguments = ["validate", str(sessions), "--recipe", str(path)]
+    arguments = ["validate", str(sessions), "--recipe", recipe_file]
     result = CliRunner().invoke(cli, arguments)
     assert result.output.count("warning: verdicts are not kept") == 1
     assert "fix: give another folder for them (--verdicts FOLDER)" in result.output
@@ -382,6 +381,42 @@ def test_a_session_whose_worker_dies_is_unchecked_and_the_others_are_kept(sessio
     assert [r.report.is_unchecked for r in results] == [False, True, False]
     assert results[1].report.errors == ("bob: not checked: a worker died; fix: use fewer workers",)
     assert [r.is_new for r in validated(sessions, recipe=RECIPE)] == [False, True, False]
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(RECIPE.as_json()))
+    return str(path)
+
+
+def test_copies_are_reported_in_every_form(
+    sessions: Path, tmp_path: Path, recipe_file: str
+) -> None:
+    def run(*options: str) -> tuple[int, list[str]]:
+        command = ["validate", str(sessions), "--recipe", recipe_file, *options]
+        result = CliRunner().invoke(cli, command)
+        return result.exit_code, result.stdout.splitlines()
+
+    shutil.rmtree(sessions / "bob")
+    code, before = run("--json", "--strict")
+    assert code == 0
+    shutil.copytree(sessions / "ann", sessions / "dan")
+    code, lines = run()
+    at = max(number for number, line in enumerate(lines) if line.startswith("dan: "))
+    assert (code, lines[at][:13]) == (0, "dan: warnings")
+    assert lines[at + 1].startswith("  warning  session: same content as ann (")
+    assert lines[-1].startswith("3 sessions, 3.0 s: 2 passed, 1 with warnings")
+    assert "2 were not looked at again (--all looks at all)" in lines[-1]
+    code, lines = run("--json", "--strict", "--report", str(tmp_path / "page.html"))
+    assert code == 1
+    assert lines[:2] == before
+    assert json.loads(lines[2])["status"] == "passed"
+    assert list(json.loads(lines[3])["duplicates"]) == ["dan"]
+    assert "same content as ann" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    code, lines = run("--summary")
+    [row] = [line for line in lines if line.startswith("dan")]
+    assert row.split()[1] == "warnings"
 
 
 def test_an_interrupt_keeps_what_is_finished(sessions: Path, counts: Counter[str]) -> None:

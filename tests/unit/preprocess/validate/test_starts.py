@@ -13,7 +13,7 @@ from helpers.oracles import build, jsonl, tiny_recipe
 from helpers.report_pages import RECIPE
 from helpers.sessions import sensor_lines, tone, write_lines, write_session, write_tone, write_video
 
-from preprocess.validate.panels import draw_session
+from preprocess.validate.panels import Plot, draw_session
 from preprocess.validate.repair import repair_session
 from preprocess.validate.report import check_session
 from shared.session.folder import scanned_files
@@ -77,7 +77,7 @@ def test_a_late_sound_is_drawn_at_its_start(session: Path) -> None:
     probe = check_session(session, recipe=LOOSE).probe
     assert probe is not None
     panels = draw_session(session, probe)
-    plot = next(p for p in panels.plots if p.name == "audio.waveform")
+    plot = next(p for p in panels.panels if isinstance(p, Plot) and p.name == "audio.waveform")
     first_x = float(plot.curves[0].path.removeprefix("M").replace(",", " ").split()[0])
     assert first_x == pytest.approx(panels.axis.x(1.0), abs=0.5)
     assert probe.intervals["audio"].start_s == 1.0

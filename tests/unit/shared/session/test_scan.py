@@ -181,6 +181,18 @@ def test_a_scan_comes_back_from_its_json(session):
     assert scan_from_json(scan.as_json()) == scan
 
 
+def test_scans_from_json_share_equal_values_and_keep_their_types():
+    scans = [
+        plans.scan(name, 2, tail=0.0, silent=silent)
+        for name in "abc"
+        for silent in ((True, False), (False, True))
+    ]
+    read = [scan_from_json(scan.as_json()) for scan in scans]
+    assert [repr(scan) for scan in read] == [repr(scan) for scan in scans]
+    assert len({id(shares) for scan in read for shares in scan.coverage.values()}) == 1
+    assert len({id(scan.silent) for scan in read}) == 2
+
+
 def test_a_scan_does_not_depend_on_the_folder_of_the_session(session, tmp_path):
     (session / "audio.wav").write_bytes(b"garbage")
     (session / "vision_left.mp4").write_bytes(b"")
