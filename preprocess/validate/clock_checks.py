@@ -179,8 +179,7 @@ def count_clock(raw: bytes, declared_hz: float | None = None) -> Clock | str:
         return "its times are as even as if they were counted, not measured"
     if abs(clock.drift_ppm) > 1e6 * MAX_DRIFT:
         return f"its rate, {rate_hz * (1 + clock.drift_ppm / 1e6):.5g} Hz, is not a usual one"
-    reference = f"its times, at {rate_hz:.5g} Hz"
-    clock = replace(clock, reference=reference, method="readings")
+    clock = replace(clock, reference=f"its times, at {rate_hz:.5g} Hz", method="readings")
     return replace(clock, offset_s=None, offset_error_s=None)
 
 
