@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.streams import MaskReason  # noqa: TC001 (read at run time by scan_from_json)
+from shared.streams import MaskReason  # noqa: TC001 (read at run time by pydantic)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -33,14 +33,11 @@ PACKING_SECTIONS = ("segment", "split", "shard")
 def cut_sessions(samples: Samples, recipe: Recipe) -> list[SessionSegments]:
     """Cut sessions that are longer than a shard, in order of name."""
     length = max_run_segments(recipe)
-    cut: list[SessionSegments] = []
-    for name, numbers in sorted(samples.items()):
-        if numbers and numbers[-1] < length:
-            cut.append(SessionSegments(name, tuple(numbers)))
-            continue
-        groups = groupby(numbers, key=lambda number: number // length)
-        cut += [SessionSegments(name, tuple(own)) for _, own in groups]
-    return cut
+    return [
+        SessionSegments(name, tuple(numbers))
+        for name in sorted(samples)
+        for _, numbers in groupby(samples[name], key=lambda number: number // length)
+    ]
 
 
 def keep_previous_shards(

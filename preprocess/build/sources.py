@@ -128,7 +128,7 @@ def scan_sessions(
     names = [recording.name for recording, _ in work]
     iterate = partial(cluster.iterate, label="scan sessions", weights=weights, names=names)
     try:
-        for index, line in iterate(function, work) if work else ():
+        for index, line in iterate(function, work):
             if isinstance(line, (JobError, MachineError)):
                 raise line
             if isinstance(line, Exception):

@@ -11,13 +11,13 @@ import functools
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Mapping  # noqa: TC003 (read at run time by scan_from_json)
+from collections.abc import Mapping  # noqa: TC003 (read at run time by pydantic)
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, TypeAdapter
+from pydantic import AfterValidator
 
 from shared.clock import Interval, MaskedSpan, Segment, masked_share, plan_segments
 from shared.errors import MediaError, MissingMediaError
@@ -198,20 +198,8 @@ class SessionScan:
         return "; ".join(["no stream of it can be read", *reasons])
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain JSON values, which :func:`scan_from_json` reads back."""
-        values: dict[str, Any] = _scan_adapter().dump_python(self)
-        return {**values, "not_recorded": sorted(self.not_recorded)}
-
-
-def scan_from_json(values: Mapping[str, Any]) -> SessionScan:
-    """Restore a scan from the values of :meth:`SessionScan.as_json`, or raise a ValueError."""
-    return _scan_adapter().validate_python(values)
-
-
-@functools.cache
-def _scan_adapter() -> TypeAdapter[SessionScan]:
-    """Make the reader of scans once: it takes 250 times as long as reading one."""
-    return TypeAdapter(SessionScan)
+        """Return plain JSON values, which pydantic reads back."""
+        return {**asdict(self), "not_recorded": sorted(self.not_recorded)}
 
 
 def scan_session(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from helpers.oracles import tiny_recipe
 from preprocess.build.plan import plan_shards
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from shared.recipe import Recipe
 
 RECIPE = tiny_recipe()
+scan_from_json = TypeAdapter(SessionScan).validate_python
 SHA = "ab" * 32
 
 

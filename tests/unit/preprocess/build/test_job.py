@@ -316,6 +316,20 @@ def test_a_dry_run_writes_nothing_but_the_cache_of_scans(sessions, tmp_path):
     assert [p.name for p in out.iterdir()] == ["sessions.jsonl"]
 
 
+def test_many_folders_that_are_left_out_give_few_warnings(sessions, tmp_path):
+    for number in range(50):
+        (sessions / f"odd{number:02d}").mkdir()
+        (sessions / f"odd{number:02d}" / f"Audio {number}.wav").touch()
+    with cluster_of(0) as cluster:
+        summary = job_module.build_shards(
+            sessions, tmp_path / "out", recipe=tiny_recipe(), cluster=cluster, dry_run=True
+        )
+    assert len(summary.skipped) == 50
+    assert len(summary.warnings) == job_module.MAX_WARNINGS + 1
+    num_others = 50 - job_module.MAX_WARNINGS
+    assert summary.warnings[-1] == f"{num_others} more like these; see rejected.jsonl of the set"
+
+
 # --- declared streams ------------------------------------------------------------------------
 
 PLAIN_STREAMS = {name: {**stream, "required": False} for name, stream in DEFAULT_STREAMS.items()}

@@ -7,13 +7,14 @@ import pytest
 import soundfile
 from helpers import plans
 from helpers.oracles import tiny_recipe
+from helpers.plans import scan_from_json
 from helpers.sessions import sensor_lines, write_lines, write_tone
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.clock import MaskedSpan
 from shared.session.reader import SessionReader
-from shared.session.scan import SessionScan, scan_from_json, scan_session
+from shared.session.scan import SessionScan, scan_session
 from shared.streams import MaskReason
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 from helpers.oracles import build, open_indexes, tiny_recipe
+from helpers.plans import scan_from_json
 from helpers.sessions import sensor_lines, write_lines, write_video
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from preprocess.validate.report import check_session
 from shared.clock import Interval
 from shared.session.reader import SessionReader
-from shared.session.scan import scan_from_json, scan_session
+from shared.session.scan import scan_session
 from shared.session.still import repeated_runs, unusual_runs
 from shared.streams import MaskReason
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.oracles import build as build_set
 from helpers.oracles import jsonl, set_contents, tiny_recipe, write_tiny_session
+from helpers.plans import scan_from_json
 from helpers.report_pages import default_recipe
 from helpers.sessions import read_lines, sensor_lines, write_lines, write_session
 from hypothesis import assume, given
@@ -17,7 +18,7 @@ from preprocess.validate.repair import repair_session
 from preprocess.validate.report import check_session
 from shared.media.tokenizer import train_tokenizer
 from shared.session.reader import SessionReader
-from shared.session.scan import scan_from_json, scan_session
+from shared.session.scan import scan_session
 from shared.session.timestamps import UNIT_NAMES, find_wrong_lines, guess_unit
 from shared.streams import TIME_UNITS
 
