@@ -25,9 +25,9 @@ $(VENV)/.installed: pyproject.toml
 
 setup: $(VENV)/.installed  ## create the virtual environment and install everything
 
-shards: setup  ## build shards in OUT from SESSIONS with RECIPE (only what changed); VERIFY=1 rebuilds damaged columns, COMPACT=1 repacks
+shards: setup  ## build shards in OUT from SESSIONS with RECIPE (only what changed); VERIFY=1 rebuilds damaged columns, COMPACT=1 repacks, ONLY=passed or ONLY=warnings uses validated sessions
 	$(PY) -m preprocess shards --recipe $(RECIPE) --sessions $(SESSIONS) --out $(OUT) \
-		$(if $(VERIFY),--verify) $(if $(COMPACT),--compact)
+		$(if $(VERIFY),--verify) $(if $(COMPACT),--compact) $(if $(ONLY),--only $(ONLY))
 
 demo: setup  ## generate the demo sessions and build their shards
 	$(PY) -m preprocess demo-sessions data/demo
